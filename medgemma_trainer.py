@@ -1,0 +1,1662 @@
+"""Fine-tune MedGemma on irregular clinical series: encoder, soft prompt, LoRA, three stages.
+
+    python medgemma_trainer.py --demo      # all three on sample data, minutes on a laptop CPU
+
+    python medgemma_trainer.py --trajectory_only --dataset dka --data_path FILE.csv
+    python medgemma_trainer.py --mode classification --dataset dka --data_path FILE.csv \\
+        --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt
+    python medgemma_trainer.py --mode generative --dataset dka --data_path FILE.csv \\
+        --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt
+
+A batch on its way: series -> ClinicalODERNN -> one state per observation; then
+
+    stage 1  trajectory       attention-pooled head -> logit
+    stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
+    stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
+
+What lands in --output_dir: medgemma_trajectory_best.pt (stage 1's winner) and a folder for each
+stage with run.json, history.jsonl, metrics.json, predictions_val.csv, predictions_test.csv, best/
+(stages 2 and 3) and generations_test.jsonl (stage 3).
+
+Letters: B patients, L observations, F features, H state, P soft tokens, T text tokens,
+S = 1 + P + T, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import logging.handlers
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from dataset_format import Batch, InputError, MIMICtrajectoryDataset, TrajectoryDataset, summarize
+from dte_encoder import ClinicalODERNN, check_solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("medgemma_trainer")
+
+DEFAULT_MODEL = "google/medgemma-4b-pt"
+SAMPLE_DATA = Path(__file__).parent / "tests" / "data" / "physionet2012_bicarbonate.csv"
+TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
+TRAJECTORY_FORMAT = 1
+"""Rises when a stage 1 file can no longer be read by older code."""
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MULTIMODAL_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
+"""Where the text model's weights lie within a multimodal Gemma 3 checkpoint."""
+
+HAI_DEF_NOTICE = (
+    "HAI-DEF is provided under and subject to the HAI-DEF Terms of Use found at "
+    "https://developers.google.com/health-ai-developer-foundations/terms\n"
+)
+"""Must accompany a derivative of MedGemma. Source: HAI-DEF Terms of Use, distribution."""
+
+IGNORED = -100
+"""Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
+
+HEAD_DROPOUT = 0.2
+WEIGHT_DECAY = 0.01
+GRADIENT_NORM = 1.0
+WARMUP_STEPS = 100
+WARMUP_SHARE = 0.1
+"""Warm-up lasts 100 optimizer steps, or a tenth of a shorter run."""
+
+AVERAGE_DECAY = 0.998
+"""Weights that are scored and kept are an exponential average over about 500 steps."""
+
+BOOTSTRAP_REPLICATES = 1000
+CONFIDENCE = 0.95
+DECISION_THRESHOLD = 0.5
+GENERATION_BATCH = 32
+SANITY_BATCHES = 2
+
+EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is no longer a number; its text says where and what to do."""
+
+
+# --------------------------------------------------------------------------- model parts
+
+
+class Output(NamedTuple):
+    """What a stage's model says of a batch.
+
+    loss: scalar, a sum over ``terms`` (patients, or answer tokens), so that no mean depends on how
+    rows fall into batches. logit (B,): log-odds of the event, float32.
+    """
+
+    loss: Tensor
+    terms: int
+    logit: Tensor
+
+
+class PooledHead(nn.Module):
+    """Read one logit from a series of states: attention-pooled, joined with the last."""
+
+    def __init__(self, hidden_dim: int, prevalence: float) -> None:
+        """Start near everyone's risk in the training part.
+
+        Args:
+            hidden_dim: H.
+            prevalence: share of events in the training part, within (0, 1).
+        """
+        super().__init__()
+        self.attention = nn.Linear(hidden_dim, 1)
+        self.dropout = nn.Dropout(HEAD_DROPOUT)
+        self.output = nn.Linear(2 * hidden_dim, 1)
+        nn.init.constant_(self.output.bias, math.log(prevalence / (1 - prevalence)))
+
+    def forward(self, states: Tensor, present: Tensor) -> Tensor:
+        """Give logits (B,) for states (B, L, H) whose real places are ``present`` (B, L) bool."""
+        score = self.attention(states).squeeze(2).masked_fill(~present, -math.inf)
+        pooled = torch.einsum("bl,blh->bh", score.softmax(dim=1), states)
+        last = states[torch.arange(len(states)), present.sum(1) - 1]
+        logit: Tensor = self.output(self.dropout(torch.cat([pooled, last], dim=1))).squeeze(1)
+        return logit
+
+
+class TrajectoryClassifier(nn.Module):
+    """Stage 1: encoder and head alone."""
+
+    def __init__(self, encoder: ClinicalODERNN, prevalence: float) -> None:
+        """Join the encoder with a new ``PooledHead``."""
+        super().__init__()
+        self.encoder = encoder
+        self.head = PooledHead(encoder.hidden_dim, prevalence)
+
+    def forward(self, batch: Batch) -> Output:
+        """Give the binary cross-entropy (sum over B) and the logit of each patient."""
+        states = self.encoder(batch["times"], batch["values"], batch["observed"])  # (B, L, H)
+        logit = self.head(states, batch["observed"].any(dim=2))
+        return classification_output(logit, batch["labels"])
+
+
+class SoftPrompt(nn.Module):
+    """Turn the most recent states into tokens as large as the LLM's own.
+
+    Gemma multiplies token embeddings by sqrt(D) inside its embedding module and takes
+    ``inputs_embeds`` as already multiplied. A projection that starts anywhere else is some fifty
+    times too small or disturbs everything, so each token is normalised and gets the RMS of the
+    scaled embeddings.
+    """
+
+    scale: Tensor
+
+    def __init__(self, hidden_dim: int, width: int, tokens: int, scale: float) -> None:
+        """Make the projection.
+
+        Args:
+            hidden_dim: H.
+            width: D of the language model.
+            tokens: P, how many of the latest states become tokens.
+            scale: root mean square of the scaled token embeddings.
+        """
+        super().__init__()
+        self.tokens = tokens
+        self.linear = nn.Linear(hidden_dim, width)
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the last P states of each patient.
+
+        Args:
+            states: (B, L, H).
+            lengths: (B,) observations a patient.
+
+        Returns:
+            tokens (B, P, D) and mask (B, P), False where a patient has fewer than P observations.
+        """
+        place = lengths[:, None] - self.tokens + torch.arange(self.tokens, device=lengths.device)
+        index = place.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2])
+        projected = self.linear(states.gather(1, index))  # (B, P, D)
+        return self.scale * functional.rms_norm(projected, projected.shape[-1:]), place >= 0
+
+
+class TextBatch(Batch):
+    """A batch with text: T tokens, padded on the right.
+
+    input_ids (B, T) int64; text_mask (B, T) bool; targets (B, T) int64, the token itself at places
+    of the answer and ``IGNORED`` elsewhere; verdict (B,) int64, place of the last token before the
+    verdict.
+    """
+
+    input_ids: Tensor
+    text_mask: Tensor
+    targets: Tensor
+    verdict: Tensor
+
+
+class TrajectoryLLM(nn.Module):
+    """Encoder, soft prompt and adapted language model; stages 2 and 3 add what they read out."""
+
+    def __init__(
+        self, encoder: ClinicalODERNN, llm: PreTrainedModel, tokens: int, scale: float, bos: int
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            encoder: gives one state per observation.
+            llm: a Gemma 3 text model with LoRA layers; its base weights are frozen.
+            tokens: P.
+            scale: root mean square of the scaled token embeddings.
+            bos: id of the token that begins every input.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.llm = llm
+        self.projection = SoftPrompt(encoder.hidden_dim, llm.config.hidden_size, tokens, scale)
+        self.bos = bos
+
+    @property
+    def body(self) -> nn.Module:
+        """The decoder without ``lm_head``."""
+        body: nn.Module = self.llm.get_base_model().model
+        return body
+
+    def embed(self, batch: TextBatch, *, left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Lay out <bos> [soft tokens] [text] without holes.
+
+        Args:
+            batch: series and text.
+            left: padding in front, for generation, instead of behind.
+
+        Returns:
+            embeddings (B, S, D) in the LLM's dtype, mask (B, S) bool, and order (B, S) int64: which
+            of 1 + P + T slots stands at each place, to move anything else along.
+        """
+        embedding = self.llm.get_input_embeddings()
+        states = self.encoder(batch["times"], batch["values"], batch["observed"])
+        soft, soft_mask = self.projection(states, batch["observed"].any(dim=2).sum(1))
+        text = embedding(batch["input_ids"])  # (B, T, D)
+        first = batch["input_ids"].new_full((len(text), 1), self.bos)
+        slots = torch.cat([embedding(first), soft.to(text.dtype), text], dim=1)
+        mask = torch.cat(
+            [torch.ones_like(first, dtype=torch.bool), soft_mask, batch["text_mask"]], 1
+        )
+        order = torch.argsort(mask if left else ~mask, dim=1, stable=True)  # holes move to one side
+        longest = int(mask.sum(1).max())
+        order = order[:, -longest:] if left else order[:, :longest]
+        embeddings = slots.gather(1, order[:, :, None].expand(-1, -1, slots.shape[2]))
+        return embeddings, mask.gather(1, order), order
+
+    def read(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+        """Run the decoder body; give hidden states (B, S, D) and the order of slots (B, S)."""
+        embeddings, mask, order = self.embed(batch)
+        result = self.body(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
+        return result.last_hidden_state, order
+
+    @property
+    def text_start(self) -> int:
+        """Slot of the first text token: behind <bos> and P soft tokens."""
+        return 1 + self.projection.tokens
+
+
+class LLMClassifier(TrajectoryLLM):
+    """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
+
+    def __init__(self, *parts: Any, verdict: tuple[int, int]) -> None:
+        """Start the head where the language model itself weighs ``yes`` against ``no``.
+
+        Args:
+            parts: as for ``TrajectoryLLM``.
+            verdict: token ids of yes and no.
+        """
+        super().__init__(*parts)
+        self.head = nn.Linear(self.llm.config.hidden_size, 1)
+        table = self.llm.get_output_embeddings().weight
+        with torch.no_grad():
+            self.head.weight.copy_((table[verdict[0]].float() - table[verdict[1]].float())[None])
+            self.head.bias.zero_()
+
+    def forward(self, batch: TextBatch) -> Output:
+        """Give the binary cross-entropy (sum over B) and the logit of each patient."""
+        hidden, order = self.read(batch)
+        final = (order == (batch["verdict"] + self.text_start)[:, None]).nonzero(as_tuple=True)
+        logit = self.head(hidden[final].float()).squeeze(1)  # (B,)
+        return classification_output(logit, batch["labels"])
+
+
+class LLMWriter(TrajectoryLLM):
+    """Stage 3: the language model writes the report; ``lm_head`` sees the answer's places only."""
+
+    def __init__(self, *parts: Any, verdict: tuple[int, int]) -> None:
+        """Keep which tokens are the verdict.
+
+        Args:
+            parts: as for ``TrajectoryLLM``.
+            verdict: token ids of yes and no.
+        """
+        super().__init__(*parts)
+        self.verdict = verdict
+
+    def forward(self, batch: TextBatch) -> Output:
+        """Give the cross-entropy (sum over answer tokens) and the verdict's log-odds.
+
+        The verdict is read where the report is about to say yes or no: causal attention keeps the
+        report itself out of sight there.
+        """
+        hidden, order = self.read(batch)
+        slots = functional.pad(
+            batch["targets"], (self.text_start, 0), value=IGNORED
+        )  # (B, 1 + P + T)
+        targets = slots.gather(1, order)[:, 1:]  # a place predicts the token behind it
+        answer = targets != IGNORED
+        logits = self.llm.get_output_embeddings()(hidden[:, :-1][answer]).float()  # (answer, V)
+        loss = functional.cross_entropy(logits, targets[answer], reduction="sum")
+        at_verdict = (order[:, :-1] == (batch["verdict"] + self.text_start)[:, None])[answer]
+        yes, no = logits[at_verdict][:, list(self.verdict)].unbind(1)
+        return Output(loss, int(answer.sum()), yes - no)
+
+    @torch.no_grad()
+    def write(self, batch: TextBatch, most: int, eos: int, pad: int) -> Tensor:
+        """Continue prompts greedily, batched.
+
+        Args:
+            batch: its text holds prompts only.
+            most: tokens to write at most.
+            eos: id that ends a report.
+            pad: id that fills finished rows.
+
+        Returns:
+            (B, at most ``most``) ids.
+        """
+        from transformers import GenerationConfig
+
+        embeddings, mask, _ = self.embed(batch, left=True)
+        plan = GenerationConfig(
+            max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad
+        )
+        written: Tensor = self.llm.generate(
+            inputs_embeds=embeddings, attention_mask=mask.long(), generation_config=plan
+        )
+        return written
+
+
+def classification_output(logit: Tensor, labels: Tensor) -> Output:
+    """Give the unweighted binary cross-entropy, a sum over the B patients."""
+    loss = functional.binary_cross_entropy_with_logits(logit, labels, reduction="sum")
+    return Output(loss, len(labels), logit)
+
+
+# --------------------------------------------------------------------------- language model
+
+
+def load_language_model(
+    name: str, quantization: str, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a Gemma 3 text model and its tokenizer, frozen.
+
+    Of a multimodal checkpoint (MedGemma-4B) only the language model is read.
+
+    Args:
+        name: hub id, folder, or ``tiny`` for the built-in random model.
+        quantization: ``nf4`` or ``none``.
+        dtype: of computation, and of the weights where they are not quantised.
+        device: where the weights go.
+
+    Raises:
+        InputError: no access, no such model, not a Gemma 3, or weights that do not fit it.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if name == "tiny":
+        model, tokenizer = tiny_language_model()
+        if quantization == "nf4":
+            raise InputError("--quantization nf4: the tiny model has nothing to gain; use none")
+        return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if not config.model_type.startswith("gemma3"):
+            raise InputError(f"--model_name {name}: a {config.model_type} model; give a Gemma 3")
+        multimodal = hasattr(config, "text_config")
+        model, found = transformers.Gemma3ForCausalLM.from_pretrained(
+            name,
+            config=config.text_config if multimodal else config,
+            key_mapping=MULTIMODAL_KEYS if multimodal else None,
+            quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(explain_loading_error(name, error)) from error
+    if found["missing_keys"]:
+        key = sorted(found["missing_keys"])[0]
+        raise InputError(f"--model_name {name}: the checkpoint lacks weights, {key} among them")
+    if quantization == "nf4":
+        count = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+        if count == 0:
+            raise InputError(f"--quantization nf4: no layer of {name} was quantised")
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """Give the 4-bit NormalFloat settings: double quantisation, computation in ``dtype``.
+
+    Source: Dettmers et al. 2023, "QLoRA".
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def explain_loading_error(name: str, error: Exception) -> str:
+    """Turn a failed download or load into one line that says what to do."""
+    text = " ".join(str(error).split())
+    tiny = "--model_name tiny needs neither licence nor download"
+    if re.search(r"gated|401|403|restricted|log in", text, re.IGNORECASE):
+        return (
+            f"--model_name {name}: access to this gated model is not granted: accept its licence "
+            f"at https://huggingface.co/{name}, then run: huggingface-cli login (hf auth login in "
+            f"newer versions); {tiny}"
+        )
+    if not os.path.isdir(name) and name.count("/") == 1:
+        return (
+            f"--model_name {name}: cannot be fetched from the hub (no network, no such model, or "
+            f"no access: accept its licence at https://huggingface.co/{name}, then run: "
+            f"huggingface-cli login, hf auth login in newer versions); {tiny}"
+        )
+    return f"--model_name {name}: not a hub id, not tiny, and no folder with a model: {text[:200]}"
+
+
+def tiny_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build a two-layer Gemma 3 with random but always the same weights, and a byte tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<eos>", "<bos>"]  # the ids of Gemma's own
+    alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=specials[0], eos_token=specials[1], bos_token=specials[2]
+    )
+    config = Gemma3TextConfig(
+        vocab_size=len(alphabet),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=1024,
+        initializer_range=0.125,  # 1 / sqrt(64): the tied output can then be sure of a token
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(config), tokenizer
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> PreTrainedModel:
+    """Put trainable low-rank layers on the seven projections of each language layer.
+
+    Source: Hu et al. 2021, "LoRA". The A matrices come from torch's global generator.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    adapted: PreTrainedModel = get_peft_model(model, config)
+    return adapted
+
+
+class TextCollator:
+    """Batches with text: tokenises every prompt and report once, then pads what a batch needs.
+
+    Prompt, the words before the verdict, the verdict and the rest are tokenised apart, so that the
+    verdict lies on the same token boundary whatever surrounds it.
+    """
+
+    def __init__(
+        self, dataset: TrajectoryDataset, tokenizer: PreTrainedTokenizerBase, *, answers: bool
+    ) -> None:
+        """Tokenise.
+
+        Args:
+            dataset: gives prompts and reports.
+            tokenizer: of the language model.
+            answers: also the report, as the target (stage 3); all rows must have labels.
+        """
+        self.dataset = dataset
+        self.pad = int(tokenizer.pad_token_id)
+        self.eos = int(tokenizer.eos_token_id)
+        self.bos = int(tokenizer.bos_token_id)
+
+        def ids(texts: list[str]) -> list[list[int]]:
+            return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+        yes, no, stem = ids([" yes", " no", f"{dataset.outcome}:"])
+        shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+        self.stem = stem + yes[:shared]
+        self.verdict = (yes[shared], no[shared])
+        self.prompts = ids([dataset.prompt(i) for i in range(len(dataset))])
+        self.answers: list[list[int]] = []
+        if answers:
+            rest = ids([self._behind_verdict(i) for i in range(len(dataset))])
+            words = [yes[shared:] if label == 1 else no[shared:] for label in dataset.labels]
+            self.answers = [w + r + [self.eos] for w, r in zip(words, rest, strict=True)]
+
+    def _behind_verdict(self, i: int) -> str:
+        word = " yes" if self.dataset.labels[i] == 1 else " no"
+        return self.dataset.report(i).removeprefix(f"{self.dataset.outcome}:{word}")
+
+    def __call__(self, indices: Sequence[int]) -> TextBatch:
+        """Give the batch of the chosen series, their text padded on the right."""
+        rows = [
+            self.prompts[i] + self.stem + (self.answers[i] if self.answers else []) for i in indices
+        ]
+        starts = torch.tensor([len(self.prompts[i]) for i in indices])
+        input_ids, text_mask = self._pad(rows)
+        steps = torch.arange(input_ids.shape[1])
+        answer = (steps >= starts[:, None]) & text_mask
+        return TextBatch(
+            **self.dataset.collate(indices),
+            input_ids=input_ids,
+            text_mask=text_mask,
+            targets=torch.where(answer, input_ids, IGNORED),
+            verdict=starts + len(self.stem) - 1,
+        )
+
+    def prompts_only(self, indices: Sequence[int]) -> TextBatch:
+        """Give the batch that generation continues: no answer, not even its first words."""
+        input_ids, text_mask = self._pad([self.prompts[i] for i in indices])
+        nothing = torch.full_like(input_ids, IGNORED)
+        return TextBatch(
+            **self.dataset.collate(indices),
+            input_ids=input_ids,
+            text_mask=text_mask,
+            targets=nothing,
+            verdict=torch.zeros(len(indices), dtype=torch.int64),
+        )
+
+    def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        longest = max(map(len, rows))
+        padded = [row + [self.pad] * (longest - len(row)) for row in rows]
+        lengths = torch.tensor([len(row) for row in rows])
+        return torch.tensor(padded), torch.arange(longest) < lengths[:, None]
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def metrics_of(
+    labels: NDArray[Any], probability: NDArray[Any], weight: NDArray[Any] | None = None
+) -> dict[str, float]:
+    """Score probabilities: discrimination, accuracy at 0.5, Brier score and log-loss."""
+    from sklearn import metrics
+
+    right = (probability >= DECISION_THRESHOLD) == labels
+    return {
+        "auroc": float(metrics.roc_auc_score(labels, probability, sample_weight=weight)),
+        "auprc": float(metrics.average_precision_score(labels, probability, sample_weight=weight)),
+        "accuracy": float(np.average(right, weights=weight)),
+        "brier": float(np.average((probability - labels) ** 2, weights=weight)),
+        "log_loss": float(metrics.log_loss(labels, probability, sample_weight=weight)),
+    }
+
+
+def metrics_with_intervals(
+    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[np.str_], seed: int
+) -> dict[str, Any]:
+    """Score with 95 % percentile intervals from a bootstrap over patients.
+
+    Patients with and without an event are drawn apart, each with all of his rows; a row drawn
+    twice weighs two.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+        groups: (n,) patient of each row.
+        seed: of the draws.
+
+    Source: Efron and Tibshirani 1993, percentile method.
+    """
+    patients, owner = np.unique(groups, return_inverse=True)
+    event = np.zeros(len(patients), dtype=bool)
+    np.logical_or.at(event, owner, labels == 1)
+    rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(BOOTSTRAP_REPLICATES):
+        weight = np.zeros(len(patients))
+        for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
+            np.add.at(weight, rng.choice(stratum, size=len(stratum)), 1)
+        draws.append(metrics_of(labels, probability, weight[owner]))
+    tail = (1 - CONFIDENCE) / 2
+    bounds = pd.DataFrame(draws).quantile([tail, 1 - tail])
+    return {
+        "n": len(labels),
+        "events": int(labels.sum()),
+        **{
+            name: {"value": value, "low": bounds[name].iloc[0], "high": bounds[name].iloc[1]}
+            for name, value in metrics_of(labels, probability).items()
+        },
+    }
+
+
+def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Fit the simple models that every figure has to stand beside.
+
+    ``number of observations`` alone detects leaks by informative sampling.
+
+    Returns:
+        For each baseline the probabilities of ``val`` and ``test``, fitted on ``train`` only.
+    """
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    dataset, split = data.dataset, data.split
+    table = dataset.summary_features()
+    main = dataset.features[0]
+    choices = {
+        "last value": [f"{main} last"],
+        "number of observations": [f"{main} count"],
+        "logistic regression": list(table.columns),
+    }
+    result = {}
+    for name, columns in choices.items():
+        inputs = table[columns].to_numpy()
+        model = make_pipeline(
+            SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression(max_iter=2000)
+        )
+        model.fit(inputs[split["train"]], dataset.labels[split["train"]])
+        result[name] = {
+            part: model.predict_proba(inputs[split[part]])[:, 1] for part in ("val", "test")
+        }
+    return result
+
+
+# --------------------------------------------------------------------------- stages
+
+
+class Data(NamedTuple):
+    """What a run learns from: the series, their split, and a hash of all that was read."""
+
+    dataset: TrajectoryDataset
+    split: dict[str, NDArray[np.int64]]
+    fingerprint: str
+
+    def facts(self) -> dict[str, Any]:
+        """Give what a checkpoint must remember of its data, without any patient in it."""
+        patients = np.unique(self.dataset.groups[self.split["train"]])
+        return {
+            "features": list(self.dataset.features),
+            "units": list(self.dataset.units),
+            "outcome": self.dataset.outcome,
+            "data_sha256": self.fingerprint,
+            "train_sha256": hashlib.sha256("\n".join(patients).encode()).hexdigest(),
+        }
+
+
+@dataclass
+class Stage:
+    """One stage as data; ``run_stage`` never asks which it is.
+
+    Attributes:
+        name: of the stage and its folder.
+        model: maps a batch to an ``Output``.
+        learning_rates: of each trainable part, a direct child of ``model``.
+        loaders: batches of train, val and test.
+        epochs: most passes over the training part.
+        patience: epochs without a better score before training stops.
+        monitor: key of the epoch's figures that chooses the winner.
+        higher_is_better: direction of ``monitor``.
+        save: writes the winner.
+        load: reads it back into ``model``.
+        after_test: what else the winner is asked on the test part; gives figures for the report.
+    """
+
+    name: str
+    model: nn.Module
+    learning_rates: dict[str, float]
+    loaders: dict[str, DataLoader[int]]
+    epochs: int
+    patience: int
+    monitor: str
+    higher_is_better: bool
+    save: Callable[[Path], None]
+    load: Callable[[Path], None]
+    after_test: Callable[[Scored, Path], dict[str, Any]] | None = None
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the trainable parameters of each part with its learning rate."""
+        groups = []
+        for part, rate in self.learning_rates.items():
+            chosen = [p for p in getattr(self.model, part).parameters() if p.requires_grad]
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "name": part})
+        return groups
+
+
+def make_loaders(
+    split: dict[str, NDArray[np.int64]], batch_size: int, collate: Callable[[Sequence[int]], Any]
+) -> dict[str, DataLoader[int]]:
+    """Give loaders over positions; training is shuffled, the others keep their order.
+
+    Evaluation needs no gradients, so it takes twice the batch.
+    """
+    return {
+        part: DataLoader(
+            indices.tolist(),
+            batch_size=batch_size if part == "train" else 2 * batch_size,
+            shuffle=part == "train",
+            generator=torch.Generator(),
+            collate_fn=collate,
+        )
+        for part, indices in split.items()
+    }
+
+
+def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
+    """Stage 1: encoder and head alone, no LLM."""
+    encoder = make_encoder(args, data)
+    prevalence = float(data.dataset.labels[data.split["train"]].mean())
+    model = TrajectoryClassifier(encoder, prevalence)
+    facts = {**encoder_facts(encoder), **data.facts()}
+    return Stage(
+        name="trajectory",
+        model=model,
+        learning_rates={"encoder": args.encoder_lr, "head": args.head_lr},
+        loaders=make_loaders(data.split, args.batch_size, data.dataset.collate),
+        epochs=args.trajectory_epochs,
+        patience=args.patience,
+        monitor="val_auroc",
+        higher_is_better=True,
+        save=lambda folder: save_trajectory(model, facts, folder.parent / TRAJECTORY_FILE),
+        load=lambda folder: load_trajectory(model, folder.parent / TRAJECTORY_FILE),
+    )
+
+
+def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
+    """Stages 2 and 3: soft prompt and text before an adapted language model."""
+    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
+    base, tokenizer = load_language_model(
+        args.model_name, args.quantization, dtype, default_device()
+    )
+    encoder = make_encoder(args, data)
+    seed_everything(args.seed)
+    writes = args.mode == "generative"
+    collate = TextCollator(data.dataset, tokenizer, answers=writes)
+    scale = embedding_rms(base, [collate.prompts[i] for i in data.split["train"]])
+    llm = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    parts = (encoder, llm, args.num_prefix_tokens, scale, collate.bos)
+    kind = LLMWriter if writes else LLMClassifier
+    model = kind(*parts, verdict=collate.verdict)
+    facts = {
+        "stage": args.mode,
+        "base_model": args.model_name,
+        "base_revision": getattr(base.config, "_commit_hash", None),
+        "base_class": type(base).__name__,
+        "quantization": args.quantization,
+        "precision": str(dtype).removeprefix("torch."),
+        "num_prefix_tokens": args.num_prefix_tokens,
+        **encoder_facts(encoder),
+        **data.facts(),
+    }
+    loaders = make_loaders(data.split, args.batch_size, collate)
+    return Stage(
+        name=args.mode,
+        model=model,
+        learning_rates={
+            "encoder": args.encoder_lr,
+            "projection": args.projection_lr,
+            "llm": args.adapter_lr,
+            **({} if writes else {"head": args.head_lr}),
+        },
+        loaders=loaders,
+        epochs=args.epochs,
+        patience=args.patience,
+        monitor="val_loss" if writes else "val_auroc",
+        higher_is_better=not writes,
+        save=lambda folder: save_llm(model, facts, folder / "best"),
+        load=lambda folder: load_llm(model, folder / "best"),
+        after_test=(
+            (lambda scored, folder: write_reports(model, collate, tokenizer, scored, folder))
+            if isinstance(model, LLMWriter)
+            else None
+        ),
+    )
+
+
+def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
+    """Give the encoder: of a stage 1 file, frozen, or new with the training part's normaliser.
+
+    Raises:
+        InputError: the file does not fit the data.
+    """
+    seed_everything(args.seed)
+    if args.ode_checkpoint:
+        return load_encoder(args.ode_checkpoint, args, data).requires_grad_(False)
+    dataset, split = data.dataset, data.split
+    scale = args.time_scale or dataset.time_scale
+    encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
+    batch = dataset.collate(split["train"].tolist())
+    try:
+        encoder.fit_normalizer(batch["values"], batch["observed"])
+    except ValueError as error:
+        raise InputError(f"{error} (features: {', '.join(dataset.features)})") from error
+    return encoder.requires_grad_(not args.freeze_ode)
+
+
+def embedding_rms(model: PreTrainedModel, prompts: list[list[int]], rows: int = 256) -> float:
+    """Measure the root mean square of the scaled embeddings of real prompts."""
+    embedding = model.get_input_embeddings()
+    ids = torch.tensor([token for prompt in prompts[:rows] for token in prompt])
+    with torch.no_grad():
+        vectors = embedding(ids.to(embedding.weight.device)).float()
+    return float(vectors.square().mean().sqrt())
+
+
+@torch.no_grad()
+def write_reports(
+    model: LLMWriter,
+    collate: TextCollator,
+    tokenizer: PreTrainedTokenizerBase,
+    scored: Scored,
+    folder: Path,
+) -> dict[str, Any]:
+    """Let the winner write the test patients' reports, and measure how true they are.
+
+    Writes ``generations_test.jsonl`` with id, text, target, verdict and probability.
+
+    Returns:
+        Share of reports that have the expected form, share of stated numbers that are the
+        patient's own, AUROC of the verdict's probability.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    dataset, device = collate.dataset, next(model.parameters()).device
+    most = max(len(collate.stem) + len(answer) for answer in collate.answers) + 16
+    loader = DataLoader(
+        scored.rows.tolist(), batch_size=GENERATION_BATCH, collate_fn=collate.prompts_only
+    )
+    texts: list[str] = []
+    for batch in progress(loader, "writing reports"):
+        prompts = to_device(batch, device)
+        ids = model.write(prompts, most, collate.eos, collate.pad)
+        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    lines, scores = [], []
+    for i, text, p in zip(scored.rows, texts, scored.probability, strict=True):
+        score = dataset.score_report(int(i), text)
+        scores.append(score)
+        line = {"id": str(dataset.ids[i]), "text": text, "target": dataset.report(int(i))}
+        lines.append({**line, "verdict": score.verdict, "probability": float(p)})
+    write_text(folder / "generations_test.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+    stated = sum(score.stated for score in scores)
+    return {
+        "reports": len(scores),
+        "parse_share": sum(score.parses for score in scores) / len(scores),
+        "true_number_share": sum(score.true for score in scores) / max(stated, 1),
+        "numbers_stated": stated,
+        "verdict_auroc": float(roc_auc_score(scored.labels, scored.probability)),
+    }
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+def encoder_facts(encoder: ClinicalODERNN) -> dict[str, Any]:
+    """Give what rebuilds an encoder before its weights are read."""
+    return {"hidden_dim": encoder.hidden_dim, "time_scale": encoder.time_scale}
+
+
+def save_trajectory(model: TrajectoryClassifier, facts: dict[str, Any], path: Path) -> None:
+    """Write stage 1's encoder (with its normaliser), head and facts; plain types only."""
+    content = {
+        "format": TRAJECTORY_FORMAT,
+        "config": facts,
+        "encoder": model.encoder.state_dict(),
+        "head": model.head.state_dict(),
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def read_trajectory(path: Path) -> dict[str, Any]:
+    """Read a stage 1 file without running anything that it may carry.
+
+    Raises:
+        InputError: missing, damaged, not a stage 1 file, or of a newer format.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such stage 1 checkpoint: run --trajectory_only first"
+        ) from error
+    except Exception as error:  # torch.load has no error of its own for a file of another kind
+        raise InputError(f"{path}: not a stage 1 checkpoint, or damaged") from error
+    if not isinstance(content, dict) or not {"format", "config", "encoder", "head"} <= set(content):
+        raise InputError(f"{path}: not a stage 1 checkpoint of this program")
+    if content["format"] != TRAJECTORY_FORMAT:
+        raise InputError(
+            f"{path}: format {content['format']}, this program reads {TRAJECTORY_FORMAT}"
+        )
+    return content
+
+
+def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
+    """Read stage 1's winner back into ``model``, every key."""
+    content = read_trajectory(path)
+    model.encoder.load_state_dict(content["encoder"])
+    model.head.load_state_dict(content["head"])
+
+
+def load_encoder(path: Path, args: argparse.Namespace, data: Data) -> ClinicalODERNN:
+    """Rebuild stage 1's encoder for another stage.
+
+    Raises:
+        InputError: it reads other features, or it was trained on patients whom this run holds out.
+    """
+    content = read_trajectory(path)
+    config, own = content["config"], data.facts()
+    for key in ("features", "units"):
+        if config[key] != own[key]:
+            raise InputError(f"{path}: trained on {key} {config[key]}, the data have {own[key]}")
+    if args.time_scale not in (None, config["time_scale"]):
+        raise InputError(f"{path}: its --time_scale is {config['time_scale']}: leave the flag out")
+    if config["data_sha256"] != own["data_sha256"]:
+        logger.warning(
+            "%s was trained on another data file: make sure that none of its training patients is "
+            "held out here",
+            path,
+        )
+    elif config["train_sha256"] != own["train_sha256"]:
+        raise InputError(
+            f"{path}: trained on another split of the same data, so that its training patients "
+            "would be tested here: use the same --seed and --max_samples"
+        )
+    encoder = ClinicalODERNN(
+        len(own["features"]),
+        config["hidden_dim"],
+        time_scale=config["time_scale"],
+        solver=args.solver,
+    )
+    encoder.load_state_dict(content["encoder"])
+    return encoder
+
+
+def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
+    """Write a stage 2 or 3 winner: adapter/ (PEFT), modules.safetensors, config.json, NOTICE.
+
+    Encoder, projection and head lie outside the language model and so in a file of their own: a
+    head inside an adapter's ``modules_to_save`` is easily lost.
+    """
+    from safetensors.torch import save_file
+
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
+        save_file(own_state(model), temporary / "modules.safetensors")
+        write_text(temporary / "config.json", json.dumps(facts, indent=2) + "\n")
+        write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
+
+
+def load_llm(model: TrajectoryLLM, folder: Path) -> None:
+    """Read a winner back into ``model``, every key of adapter and modules."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+    from safetensors.torch import load_file
+
+    outside = load_file(folder / "modules.safetensors")
+    inside = {key for key in model.state_dict() if key.startswith("llm.")}
+    result = model.load_state_dict(outside, strict=False)
+    assert set(result.missing_keys) <= inside
+    assert not result.unexpected_keys
+    adapter = load_peft_weights(str(folder / "adapter"), device="cpu")
+    loaded = set_peft_model_state_dict(model.llm, adapter)
+    assert not loaded.unexpected_keys
+    assert not [key for key in loaded.missing_keys if "lora_" in key]
+
+
+def own_state(model: TrajectoryLLM) -> dict[str, Tensor]:
+    """Give all that a stage learns outside the language model."""
+    state = model.state_dict()
+    return {k: v.contiguous() for k, v in state.items() if not k.startswith("llm.")}
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` and rename it when the block has succeeded."""
+    temporary = path.with_name(f".{path.name}.partial")
+    remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():  # a folder cannot be replaced in one step
+            outgoing = path.with_name(f".{path.name}.old")
+            remove(outgoing)
+            path.rename(outgoing)
+            temporary.rename(path)
+            remove(outgoing)
+        else:
+            os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or none."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def set_aside(path: Path) -> None:
+    """Move an earlier result out of the way under the first free number; never overwrite it."""
+    if not path.exists():
+        return
+    number = next(k for k in range(1, 10_000) if not path.with_stem(f"{path.stem}.{k}").exists())
+    kept = path.rename(path.with_stem(f"{path.stem}.{number}"))
+    logger.info("an earlier result was moved to %s", kept)
+
+
+# --------------------------------------------------------------------------- the one loop
+
+
+class Scored(NamedTuple):
+    """A part of the data as the model sees it, rows in loader order.
+
+    loss: mean over all terms; labels, probability, rows (positions in the data set): (n,).
+    """
+
+    loss: float
+    labels: NDArray[np.float64]
+    probability: NDArray[np.float64]
+    rows: NDArray[np.int64]
+
+
+class WeightAverage:
+    """Exponential moving average of the trainable weights, lent to the model for scoring.
+
+    Source: Polyak and Juditsky 1992; the warm-up of the decay as in TensorFlow's
+    ``ExponentialMovingAverage``.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        """Start from the weights as they are."""
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.steps = 0
+        self.shadow = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the weights after an optimizer step."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average in place of the weights for the length of a block."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.shadow, strict=True):
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
+
+
+@dataclass
+class EarlyStopping:
+    """Remember the best epoch; ``exhausted`` after ``patience`` epochs without a better one."""
+
+    patience: int
+    higher_is_better: bool
+    best: float = math.nan
+    best_epoch: int = 0
+    epoch: int = field(default=0)
+
+    def improved(self, score: float) -> bool:
+        """Count an epoch; tell whether its score is the best so far."""
+        self.epoch += 1
+        better = score > self.best if self.higher_is_better else score < self.best
+        if self.best_epoch == 0 or better:
+            self.best, self.best_epoch = score, self.epoch
+        return self.best_epoch == self.epoch
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience has run out."""
+        return self.epoch - self.best_epoch >= self.patience
+
+
+def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> EarlyStopping:
+    """Train, keep the winner by validation in ``folder``, and leave the model as that winner.
+
+    One line an epoch goes to ``history.jsonl``. The test part is not touched.
+
+    Raises:
+        NonFiniteLossError: the loss is no number; the winner so far stays on disk.
+    """
+    model = stage.model.to(device)
+    optimizer = torch.optim.AdamW(stage.parameter_groups(), weight_decay=WEIGHT_DECAY, fused=True)
+    total = stage.epochs * len(stage.loaders["train"])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(total))
+    average = WeightAverage(trainable(model), AVERAGE_DECAY)
+    stopping = EarlyStopping(stage.patience, stage.higher_is_better)
+    history: list[str] = []
+    for epoch in range(1, stage.epochs + 1):
+        began = time.perf_counter()
+        order = stage.loaders["train"].generator
+        assert order is not None
+        order.manual_seed(seed + epoch)  # the order of an epoch depends on nothing before it
+        try:
+            train_loss = train_epoch(model, stage, optimizer, schedule, average, epoch)
+        except (NonFiniteLossError, KeyboardInterrupt):
+            if stopping.best_epoch == 0:  # nothing kept yet: keep the weights before the fault
+                with average.applied():
+                    stage.save(folder)
+            raise
+        with average.applied():
+            scored = evaluate(model, stage.loaders["val"], device)
+            figures = {
+                "epoch": epoch,
+                "step": average.steps,
+                "train_loss": train_loss,
+                "val_loss": scored.loss,
+                "val_auroc": auroc(scored),
+                "seconds": round(time.perf_counter() - began, 3),
+            }
+            improved = stopping.improved(float(figures[stage.monitor]))
+            if improved:
+                stage.save(folder)
+        history.append(json.dumps({**figures, "improved": improved}) + "\n")
+        write_text(folder / "history.jsonl", "".join(history))
+        logger.info(
+            "epoch %d/%d: train loss %.4f, val loss %.4f, val AUROC %.4f, %.1f s%s",
+            *(epoch, stage.epochs, train_loss, scored.loss, figures["val_auroc"]),
+            *(figures["seconds"], ", best so far" if improved else ""),
+        )
+        if stopping.exhausted:
+            logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
+            break
+    stage.load(folder)
+    return stopping
+
+
+def train_epoch(
+    model: nn.Module,
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    average: WeightAverage,
+    epoch: int,
+) -> float:
+    """Pass once over the training part; give the mean loss over all terms."""
+    model.train()
+    parameters = average.parameters
+    device = parameters[0].device
+    total, count = 0.0, 0
+    bar = progress(stage.loaders["train"], f"{stage.name} {epoch}/{stage.epochs}")
+    for step, batch in enumerate(bar, 1):
+        output = model(to_device(batch, device))
+        loss = output.loss / output.terms
+        if not math.isfinite(value := loss.item()):
+            raise NonFiniteLossError(
+                f"the loss is {value} at step {step} of epoch {epoch}: lower the learning rates "
+                "or look for extreme values; the best state so far is kept"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        average.update()
+        total, count = total + value * output.terms, count + output.terms
+        bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
+    return total / count
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: DataLoader[int], device: torch.device, most_batches: int | None = None
+) -> Scored:
+    """Score a part of the data; sums and counts, so the batch size does not matter."""
+    model.eval()
+    total, count = 0.0, 0
+    logits, labels, index = [], [], []
+    for step, batch in enumerate(loader):
+        if step == most_batches:
+            break
+        output = model(to_device(batch, device))
+        total, count = total + float(output.loss), count + output.terms
+        logits.append(output.logit.double().cpu())
+        labels.append(batch["labels"])
+        index.append(batch["index"])
+    return Scored(
+        total / count,
+        torch.cat(labels).double().numpy(),
+        torch.sigmoid(torch.cat(logits)).numpy(),
+        torch.cat(index).numpy(),
+    )
+
+
+def auroc(scored: Scored) -> float:
+    """Give the area under the ROC curve of a scored part."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(scored.labels, scored.probability))
+
+
+def warmup_cosine(total: int) -> Callable[[int], float]:
+    """Give the factor on the learning rate for each optimizer step: linear up, cosine to zero."""
+    warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Give the parameters that learn."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def progress(loader: DataLoader[int], what: str) -> Any:
+    """Wrap a loader in a progress bar, silent where the output is no terminal."""
+    from tqdm import tqdm
+
+    return tqdm(loader, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that an initialisation or a dropout may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (libraries beneath draw from it)
+    torch.manual_seed(seed)
+
+
+def default_device() -> torch.device:
+    """Give the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+# --------------------------------------------------------------------------- report
+
+
+def announce(stage: Stage, data: Data, args: argparse.Namespace) -> None:
+    """Log what is about to be learned from what, and with which arithmetic."""
+    for line in summarize(data.dataset):
+        logger.info(line)
+    for part, indices in data.split.items():
+        events = int(data.dataset.labels[indices].sum())
+        logger.info("%s: %d rows, %d events", part, len(indices), events)
+    for group in stage.parameter_groups():
+        count = sum(p.numel() for p in group["params"])
+        logger.info(
+            "%s: %s trainable parameters, learning rate %g",
+            group["name"],
+            f"{count:,}",
+            group["lr"],
+        )
+    steps = len(stage.loaders["train"])
+    logger.info(
+        "batch size %d: %d steps an epoch, at most %d epochs = %d steps; on %s",
+        *(args.batch_size, steps, stage.epochs, steps * stage.epochs, default_device()),
+    )
+
+
+def write_results(
+    stage: Stage, stopping: EarlyStopping, data: Data, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Score the winner: validation again, then the test part, once; write all figures.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    device = default_device()
+    scored = {part: evaluate(stage.model, stage.loaders[part], device) for part in ("val", "test")}
+    assert stopping.best_epoch > 0
+    models = {
+        stage.name: {part: scored[part].probability for part in scored},
+        **baselines(data),
+    }
+    figures: dict[str, Any] = {"stage": stage.name, "selected_epoch": stopping.best_epoch}
+    scores: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for name, probabilities in models.items():
+        for part, probability in probabilities.items():
+            rows = data.split[part]
+            scores[name]["validation" if part == "val" else part] = metrics_with_intervals(
+                data.dataset.labels[rows], probability, data.dataset.groups[rows], args.seed
+            )
+    figures.update(scores.pop(stage.name))
+    figures["baselines"] = scores
+    for part, result in scored.items():
+        table = pd.DataFrame(
+            {
+                "id": data.dataset.ids[result.rows],
+                "label": result.labels.astype(int),
+                "probability": result.probability,
+            }
+        )
+        write_text(folder / f"predictions_{part}.csv", table.to_csv(index=False))
+    if stage.after_test:
+        figures["reports"] = stage.after_test(scored["test"], folder)
+    write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def table_of(figures: dict[str, Any]) -> str:
+    """Lay out model and baselines, validation and test, as a plain table."""
+    rows = []
+    models = {figures["stage"]: figures, **figures["baselines"]}
+    for name, scores in models.items():
+        row = {"model": name}
+        for part in ("validation", "test"):
+            score = scores[part]["auroc"]
+            row[f"{part} AUROC [95 %]"] = (
+                f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+            )
+        for metric in ("auprc", "brier", "accuracy"):
+            row[f"test {metric}"] = f"{scores['test'][metric]['value']:.3f}"
+        rows.append(row)
+    test = figures["test"]
+    return (
+        pd.DataFrame(rows).to_string(index=False)
+        + f"\ntest part: {test['n']} rows, {test['events']} events"
+        + "".join(f"\n{name}: {value:.4g}" for name, value in figures.get("reports", {}).items())
+    )
+
+
+def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """Give what makes a run repeatable: arguments, versions, commit, seed, data, split."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
+    return {
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "versions": {
+            "python": sys.version.split()[0],
+            **{p: metadata.version(p) for p in packages},
+        },
+        "git_commit": commit.stdout.strip() or None,
+        "seed": args.seed,
+        "device": str(default_device()),
+        "data": data.facts(),
+        "split": {
+            part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
+            for part, rows in data.split.items()
+        },
+    }
+
+
+def peak_memory() -> str:
+    """Tell the most memory that the process, and the GPU, have held."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return "peak memory unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
+    return f"peak memory {host:,.0f} MiB" + (f", GPU {gpu:,.0f} MiB" if gpu else "")
+
+
+# --------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        """End with code 2."""
+        self.exit(EXIT_INPUT, f"error: {message} (see --help)\n")
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, *, open_low: bool = False
+) -> Callable[[str], Any]:
+    """Give an argparse type for finite numbers from ``low`` to ``high``."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of kind {kind.__name__}"
+            ) from None
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            relation = "above" if open_low else "at least"
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {relation} {low:g}{limit}")
+        return value
+
+    return convert
+
+
+def solver_name(text: str) -> str:
+    """Give an argparse type for the name of an ODE solver."""
+    try:
+        check_solver(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def precision_name(text: str) -> str:
+    """Give an argparse type for the precision; float16 gets its reason."""
+    if text in ("fp16", "float16", "half"):
+        raise argparse.ArgumentTypeError("float16 overflows in Gemma 3: use bf16 or fp32")
+    if text not in ("auto", "bf16", "fp32"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp32")
+    return text
+
+
+def build_parser() -> Parser:
+    """Give the parser; every default of the program stands here and nowhere else."""
+    parser = Parser(
+        prog="medgemma_trainer.py",
+        description="Fine-tune MedGemma on irregular clinical series, in three stages.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    positive, whole = number(int, 1), number(int, 0)
+    rate = number(float, 0, 1, open_low=True)
+    add = parser.add_argument_group("what to do").add_argument
+    add("--trajectory_only", action="store_true", help="stage 1: train ODE-RNN only, skip LLM")
+    add(
+        "--mode",
+        choices=("classification", "generative"),
+        default="classification",
+        help="stage 2 or 3",
+    )
+    add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=("dka", "srtr"), default="dka", help="kind of data")
+    add("--organ", choices=("kidney", "liver"), default="kidney", help="SRTR only")
+    add("--data_path", type=Path, default=Path("dka_training_data.csv"), help="path to DKA CSV")
+    add("--data_dir", type=Path, help="path to SRTR data directory")
+    add("--max_samples", type=whole, default=10000, help="max patients (0 = all)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive, default=10, help="training epochs of stages 2 and 3")
+    add("--trajectory_epochs", type=positive, default=100, help="training epochs of stage 1")
+    add("--batch_size", type=positive, default=16, help="patients a step")
+    add("--patience", type=positive, default=10, help="early stopping patience in epochs")
+    add("--seed", type=whole, default=0, help="of split, initialisation, order, bootstrap")
+    add("--encoder_lr", type=rate, default=1e-3, help="learning rate of the ODE-RNN")
+    add("--head_lr", type=rate, default=1e-3, help="learning rate of the classification head")
+    add = parser.add_argument_group("ODE-RNN").add_argument
+    add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")
+    add("--freeze_ode", action="store_true", help="freeze ODE-RNN without loading checkpoint")
+    add(
+        "--time_scale",
+        type=number(float, 0, open_low=True),
+        help="ODE-RNN time normalization in hours; 72.0 (DKA) when not given",
+    )
+    add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
+    add = parser.add_argument_group("language model").add_argument
+    add("--model_name", default=DEFAULT_MODEL, help="a Gemma 3: hub id, folder, or tiny")
+    add(
+        "--quantization",
+        choices=("nf4", "none"),
+        help="nf4 on CUDA, none elsewhere, when not given",
+    )
+    add("--precision", type=precision_name, default="auto", help="auto, bf16 or fp32")
+    add("--num_prefix_tokens", type=positive, default=8, help="soft tokens: the latest states")
+    add("--projection_lr", type=rate, default=1e-3, help="learning rate of the projection")
+    add("--adapter_lr", type=rate, default=2e-4, help="learning rate of the LoRA adapter")
+    add("--lora_rank", type=positive, default=8, help="LoRA r")
+    add("--lora_alpha", type=positive, default=16, help="LoRA alpha")
+    add("--lora_dropout", type=number(float, 0, 0.99), default=0.05, help="LoRA dropout")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
+    add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
+    return parser
+
+
+def resolve(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on other flags or on the machine."""
+    cuda = torch.cuda.is_available()
+    if args.output_dir is None:
+        args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
+    if args.quantization is None:
+        args.quantization = "nf4" if cuda and args.model_name != "tiny" else "none"
+    if args.precision == "auto":
+        args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    return args
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """Read the user's data, take at most ``--max_samples`` patients, split.
+
+    Raises:
+        InputError: nothing to learn from.
+    """
+    if args.dataset == "srtr":
+        raise InputError("--dataset srtr: SRTR files cannot be read yet; --dataset dka can")
+    dataset: TrajectoryDataset = MIMICtrajectoryDataset(args.data_path)
+    fingerprint = dataset.fingerprint()
+    dataset = dataset.sample_patients(args.max_samples, args.seed)
+    return Data(dataset, dataset.split(args.seed), fingerprint)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a stage's folder; an earlier result of the stage is set aside.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        set_aside(folder)
+        if folder.name == "trajectory":
+            set_aside(folder.parent / TRAJECTORY_FILE)
+        folder.mkdir()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
+
+
+def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
+    """Run one stage from the user's data to its figures."""
+    data = load_data(args)
+    stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
+    folder = args.output_dir / stage.name
+    make_folder(folder)
+    open_log(log, args.log_file, folder)
+    write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
+    logger.info("stage %s -> %s", stage.name, folder)
+    announce(stage, data, args)
+    device = default_device()
+    evaluate(stage.model.to(device), stage.loaders["val"], device, SANITY_BATCHES)
+    stopping = run_stage(stage, folder, device, args.seed)
+    figures = write_results(stage, stopping, data, folder, args)
+    logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
+    table = table_of(figures)
+    sys.stdout.write(f"\n{table}\n\nresults: {folder}\n")
+    log.buffer.append(logging.makeLogRecord({"msg": f"\n{table}"}))
+    return EXIT_DONE
+
+
+def open_log(log: logging.handlers.MemoryHandler, choice: str, folder: Path) -> None:
+    """Send what was logged so far, and all that follows, to the log file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if choice == "none":
+        return
+    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+    path = folder / f"train_{stamp}.log" if choice == "auto" else Path(choice)
+    try:
+        target = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--log_file {path}: {error.strerror}") from error
+    target.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.setTarget(target)
+    log.flush()
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the user's three commands on the sample data with the tiny model."""
+    shared = f"--data_path {SAMPLE_DATA} --model_name tiny --max_samples 1000".split()
+    shared += ["--output_dir", str(args.output_dir), "--seed", str(args.seed)]
+    shared += ["--log_file", args.log_file]
+    encoder = ["--ode_checkpoint", str(args.output_dir / TRAJECTORY_FILE)]
+    for command in (
+        ["--trajectory_only", "--trajectory_epochs", "8"],
+        ["--mode", "classification", "--epochs", "2", *encoder],
+        ["--mode", "generative", "--epochs", "2", *encoder],
+    ):
+        logger.info("\npython medgemma_trainer.py %s", " ".join(command + shared))
+        code = main(command + shared)
+        if code:
+            return code
+    return EXIT_DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv``; 0 done, 2 wrong input, 3 fault, 130 interrupted."""
+    args = resolve(build_parser().parse_args(argv))
+    memory = logging.handlers.MemoryHandler(capacity=1, flushLevel=logging.NOTSET)
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[terminal, memory], force=True)
+    try:
+        return run_demo(args) if args.demo else train(args, memory)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_INPUT
+    except NonFiniteLossError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAULT
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            f"interrupted: the best state so far lies in {args.output_dir}; test part not read\n"
+        )
+        return EXIT_INTERRUPTED
+    finally:
+        memory.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
