@@ -17,7 +17,6 @@ Letters: B patients, L observations, F features, H state, N = all observations o
 from __future__ import annotations
 
 import torch
-import torchdiffeq
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -209,6 +208,8 @@ class ClinicalODERNN(nn.Module):
         """
         if self.solver == "rk4":
             return self.field.rk4(state, gap)
+        import torchdiffeq  # half a second of start-up that the fast path does not need
+
         longest = float(gap.max())
         if longest == 0:  # adaptive solvers would still take their first steps
             return state
@@ -303,6 +304,10 @@ def check_solver(solver: str) -> None:
     Raises:
         ValueError: it does not; the message lists those it knows.
     """
+    if solver == "rk4":
+        return
+    import torchdiffeq
+
     try:
         torchdiffeq.odeint(lambda _, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), method=solver)
     except ValueError as error:
