@@ -63,6 +63,7 @@ logger = logging.getLogger("medgemma_trainer")
 
 DEFAULT_MODEL = "google/medgemma-4b-pt"
 SAMPLE_DATA = Path(__file__).parent / "tests" / "data" / "physionet2012_bicarbonate.csv"
+DEMO_FLAGS = "--max_samples 1000 --trajectory_epochs 10 --epochs 3"
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 TRAJECTORY_FORMAT = 1
 """Rises when a stage 1 file can no longer be read by older code."""
@@ -788,7 +789,7 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
     return Stage(
         name="trajectory",
         model=model,
-        learning_rates={"encoder": args.encoder_lr, "head": args.head_lr},
+        learning_rates={"encoder": args.encoder_lr, "head": args.encoder_lr},
         loaders=make_loaders(data.split, args.batch_size, data.dataset.collate),
         epochs=args.trajectory_epochs,
         patience=args.patience,
@@ -1538,8 +1539,8 @@ def build_parser() -> Parser:
     add("--batch_size", type=positive, default=16, help="patients a step")
     add("--patience", type=positive, default=10, help="early stopping patience in epochs")
     add("--seed", type=whole, default=0, help="of split, initialisation, order, bootstrap")
-    add("--encoder_lr", type=rate, default=1e-3, help="learning rate of the ODE-RNN")
-    add("--head_lr", type=rate, default=1e-3, help="learning rate of the classification head")
+    add("--encoder_lr", type=rate, default=3e-3, help="learning rate of the ODE-RNN and its head")
+    add("--head_lr", type=rate, default=1e-3, help="learning rate of stage 2's head")
     add = parser.add_argument_group("ODE-RNN").add_argument
     add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")
     add("--freeze_ode", action="store_true", help="freeze ODE-RNN without loading checkpoint")
@@ -1653,18 +1654,17 @@ def open_log(log: logging.handlers.MemoryHandler, choice: str, folder: Path) -> 
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run the user's three commands on the sample data with the tiny model."""
-    shared = f"--data_path {SAMPLE_DATA} --model_name tiny --max_samples 1000".split()
+    shared = ["--data_path", str(SAMPLE_DATA), "--model_name", "tiny", *DEMO_FLAGS.split()]
     shared += ["--output_dir", str(args.output_dir), "--seed", str(args.seed)]
     shared += ["--log_file", args.log_file]
     encoder = ["--ode_checkpoint", str(args.output_dir / TRAJECTORY_FILE)]
     for command in (
-        ["--trajectory_only", "--trajectory_epochs", "8"],
-        ["--mode", "classification", "--epochs", "2", *encoder],
-        ["--mode", "generative", "--epochs", "2", *encoder],
+        ["--trajectory_only"],
+        ["--mode", "classification", *encoder],
+        ["--mode", "generative", *encoder],
     ):
-        logger.info("\npython medgemma_trainer.py %s", " ".join(command + shared))
-        code = main(command + shared)
-        if code:
+        sys.stdout.write(f"\n$ python medgemma_trainer.py {' '.join(command + shared)}\n")
+        if code := main(command + shared):
             return code
     return EXIT_DONE
 

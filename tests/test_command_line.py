@@ -1,0 +1,198 @@
+"""What a user types: flags, their table in the README, and everything that can be wrong."""
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import medgemma_trainer as trainer
+
+ROOT = Path(trainer.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GOOD = '"24 (0h) -> 20 (2h)",{label}\n'
+HEADER = "clinical_trajectory,label_escalation\n"
+
+
+def actions() -> dict[str, argparse.Action]:
+    parser = trainer.build_parser()
+    return {a.option_strings[-1]: a for a in parser._actions if a.dest != "help"}
+
+
+def shown_default(action: argparse.Action) -> str:
+    if action.default in (None, False):
+        return "—"
+    return f"`{action.default}`"
+
+
+def test_the_readme_lists_every_flag_with_its_default() -> None:
+    rows = re.findall(r"^\| `(--\w+)` \| (.+?) \|", README, re.MULTILINE)
+    listed = dict(rows)
+    assert len(rows) == len(listed)
+    assert set(listed) == set(actions())
+    resolved_later = {"--time_scale", "--quantization", "--output_dir"}
+    for flag, action in actions().items():
+        if flag not in resolved_later:
+            assert listed[flag] == shown_default(action), flag
+
+
+def test_the_users_fifteen_flags_keep_his_defaults() -> None:
+    args = trainer.build_parser().parse_args([])
+    assert args.mode == "classification"
+    assert args.dataset == "dka"
+    assert args.organ == "kidney"
+    assert args.data_path == Path("dka_training_data.csv")
+    assert args.data_dir is None
+    assert (args.max_samples, args.epochs, args.batch_size) == (10000, 10, 16)
+    assert (args.trajectory_only, args.trajectory_epochs) == (False, 100)
+    assert (args.ode_checkpoint, args.freeze_ode) == (None, False)
+    assert args.time_scale is None
+    assert trainer.MIMICtrajectoryDataset.time_scale == 72.0
+    assert (args.patience, args.log_file) == (10, "auto")
+    assert args.model_name == "google/medgemma-4b-pt"
+
+
+def test_the_readmes_commands_parse() -> None:
+    commands = re.findall(r"python medgemma_trainer\.py((?:[^\n`]*\\\n)*[^\n`]+)", README)
+    assert len(commands) >= 4
+    for command in commands:
+        words = command.replace("\\\n", " ").split("#")[0].split()
+        trainer.build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--epochs -3",
+        "--epochs 0",
+        "--epochs two",
+        "--batch_size 0",
+        "--batch_size 1.5",
+        "--trajectory_epochs 0",
+        "--patience 0",
+        "--max_samples -1",
+        "--time_scale 0",
+        "--time_scale nan",
+        "--time_scale inf",
+        "--encoder_lr 0",
+        "--encoder_lr 2",
+        "--lora_dropout 1",
+        "--seed -1",
+        "--mode both",
+        "--dataset mimic",
+        "--organ heart",
+        "--solver rk5",
+        "--precision fp16",
+        "--quantization int8",
+        "--num_prefix_tokens 0",
+        "--traj",  # abbreviations are not accepted
+        "--epoch 3",
+        "--no_such_flag",
+    ],
+)
+def test_a_wrong_flag_ends_with_code_2_and_one_line(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        trainer.main(words.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert words.split()[0] in error
+
+
+def test_float16_is_refused_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        trainer.main(["--precision", "float16"])
+    assert "overflows in Gemma 3" in capsys.readouterr().err
+
+
+def test_help_is_grouped() -> None:
+    text = trainer.build_parser().format_help()
+    for group in ("what to do", "data", "training", "ODE-RNN", "language model", "output"):
+        assert f"\n{group}:\n" in text
+    assert "(default: None)" not in text
+
+
+def many(label: int, count: int = 12) -> str:
+    return GOOD.format(label=label) * count
+
+
+BAD_FILES = {
+    "empty": (b"", "empty"),
+    "header only": (HEADER.encode(), "no rows"),
+    "wrong columns": (b"time,value\n1,2\n", "clinical_trajectory"),
+    "no label column": (b'clinical_trajectory\n"24 (0h)"\n', "label_escalation"),
+    "unreadable piece": (
+        (HEADER + many(0) + '"24 (0h) -> oops",1\n').encode(),
+        "row 14, column clinical_trajectory: piece 2",
+    ),
+    "label 2": ((HEADER + many(0) + GOOD.format(label=2)).encode(), "row 14, column label"),
+    "label text": ((HEADER + many(0) + GOOD.format(label="yes")).encode(), "row 14, column label"),
+    "empty label": ((HEADER + many(0) + GOOD.format(label="")).encode(), "row 14, column label"),
+    "empty cell": ((HEADER + many(0) + ",1\n").encode(), "row 14, column clinical_trajectory"),
+    "one class": ((HEADER + many(0)).encode(), "patients with an event"),
+    "three rows": ((HEADER + many(0, 2) + many(1, 1)).encode(), "patients with"),
+    "inf": ((HEADER + many(0) + '"inf (0h)",1\n').encode(), "row 14, column clinical_trajectory"),
+    "binary": (bytes(range(256)) * 8, "not a text file"),
+    "semicolons": ((HEADER + many(0)).replace(",", ";").encode(), "';'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_ends_with_one_line_and_leaves_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, expected = BAD_FILES[kind]
+    monkeypatch.chdir(tmp_path)
+    Path("bad.csv").write_bytes(content)
+    assert trainer.main(["--trajectory_only", "--data_path", "bad.csv"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: bad.csv") or "one each at least" in error
+    assert expected in error
+    assert error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.csv"]
+
+
+def test_a_missing_file_names_itself_and_its_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(["--trajectory_only"]) == 2
+    error = capsys.readouterr().err
+    assert "dka_training_data.csv: no such file" in error
+    assert "--data_path" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_mistake_shows_no_traceback_in_a_real_process(tmp_path: Path) -> None:
+    (tmp_path / "dka_training_data.csv").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    command = [sys.executable, str(ROOT / "medgemma_trainer.py"), "--trajectory_only"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_the_gated_model_offline_ends_in_one_line_that_says_what_to_do(
+    dka_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = trainer.main(["--data_path", str(dka_file), "--output_dir", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") == 1
+    for hint in ("https://huggingface.co/google/medgemma-4b-pt", "login", "--model_name tiny"):
+        assert hint in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_place_is_named(
+    dka_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    words = ["--trajectory_only", "--data_path", str(dka_file), "--output_dir"]
+    assert trainer.main([*words, str(tmp_path / "file" / "run")]) == 2
+    assert "--output_dir" in capsys.readouterr().err

@@ -1,0 +1,287 @@
+"""The whole program on the tiny model: the user's three commands, their files, what they claim."""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+
+import medgemma_trainer as trainer
+
+CHECKPOINT = "./checkpoints_medgemma_dka/medgemma_trajectory_best.pt"
+COMMANDS = {  # as they stand in the README, made small
+    "trajectory": "--trajectory_only --dataset dka --trajectory_epochs 3",
+    "classification": f"--mode classification --dataset dka --ode_checkpoint {CHECKPOINT}",
+    "generative": f"--mode generative --dataset dka --ode_checkpoint {CHECKPOINT}",
+}
+SMALL = "--epochs 2 --model_name tiny --batch_size 8"
+FILES = {
+    "trajectory": set(),
+    "classification": {"best"},
+    "generative": {"best", "generations_test.jsonl"},
+}
+METRICS = ("auroc", "auprc", "accuracy", "brier", "log_loss")
+
+
+def arguments(stage: str, data: Path) -> list[str]:
+    return [*COMMANDS[stage].split(), *SMALL.split(), "--data_path", str(data)]
+
+
+@pytest.fixture(scope="module")
+def runs(dka_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The run folder after the user's three commands, from within the folder he stands in."""
+    place = tmp_path_factory.mktemp("place")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for stage in COMMANDS:
+            assert trainer.main(arguments(stage, dka_file)) == 0
+        yield place / "checkpoints_medgemma_dka"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def rebuild(stage: str, data: Path) -> tuple[trainer.Stage, trainer.Data, argparse.Namespace]:
+    words = arguments(stage, data)
+    args = trainer.resolve(trainer.build_parser().parse_args(words))
+    loaded = trainer.load_data(args)
+    build = trainer.trajectory_stage if stage == "trajectory" else trainer.llm_stage
+    return build(args, loaded), loaded, args
+
+
+def test_the_run_folder_holds_exactly_what_is_promised(runs: Path) -> None:
+    assert {p.name for p in runs.iterdir()} == {trainer.TRAJECTORY_FILE, *COMMANDS}
+    for stage, extra in FILES.items():
+        names = {p.name for p in (runs / stage).iterdir()}
+        logs = {name for name in names if name.startswith("train_") and name.endswith(".log")}
+        assert len(logs) == 1
+        assert names - logs == extra | {
+            "run.json",
+            "history.jsonl",
+            "metrics.json",
+            "predictions_val.csv",
+            "predictions_test.csv",
+        }
+    for stage in ("classification", "generative"):
+        best = runs / stage / "best"
+        names = {p.name for p in best.iterdir()}
+        assert names == {"adapter", "modules.safetensors", "config.json", "NOTICE"}
+        assert (best / "NOTICE").read_text() == trainer.HAI_DEF_NOTICE
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_history_has_a_line_an_epoch_and_marks_the_winner(runs: Path, stage: str) -> None:
+    lines = [json.loads(x) for x in (runs / stage / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    assert len(lines) == (3 if stage == "trajectory" else 2)
+    monitor, best = ("val_loss", min) if stage == "generative" else ("val_auroc", max)
+    winner = best(lines, key=lambda line: line[monitor])
+    assert winner["improved"]
+    assert read(runs / stage / "metrics.json")["selected_epoch"] == winner["epoch"]
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_the_winner_reloaded_scores_what_metrics_json_says(
+    runs: Path, stage: str, dka_file: Path
+) -> None:
+    built, data, _ = rebuild(stage, dka_file)
+    torch.manual_seed(99)  # nothing of a fresh initialisation may survive the loading
+    for parameter in trainer.trainable(built.model):
+        torch.nn.init.normal_(parameter)
+    built.load(runs / stage)
+    for part in ("val", "test"):
+        scored = trainer.evaluate(built.model, built.loaders[part], torch.device("cpu"))
+        saved = pd.read_csv(runs / stage / f"predictions_{part}.csv", dtype={"id": str})
+        assert np.array_equal(scored.probability, saved["probability"])
+        assert np.array_equal(data.dataset.ids[scored.rows], saved["id"])
+        assert np.array_equal(scored.labels, saved["label"])
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_metrics_are_scikit_learns_on_the_saved_predictions(runs: Path, stage: str) -> None:
+    figures = read(runs / stage / "metrics.json")
+    for part, name in (("val", "validation"), ("test", "test")):
+        table = pd.read_csv(runs / stage / f"predictions_{part}.csv")
+        label, risk = table["label"], table["probability"]
+        expected = {
+            "auroc": roc_auc_score(label, risk),
+            "auprc": average_precision_score(label, risk),
+            "accuracy": ((risk >= 0.5) == label).mean(),
+            "brier": brier_score_loss(label, risk),
+            "log_loss": log_loss(label, risk),
+        }
+        score = figures[name]
+        assert (score["n"], score["events"]) == (len(table), label.sum())
+        for metric in METRICS:
+            assert score[metric]["value"] == pytest.approx(expected[metric], abs=1e-9)
+            assert score[metric]["low"] <= score[metric]["value"] <= score[metric]["high"]
+    assert list(figures["baselines"]) == [
+        "last value",
+        "number of observations",
+        "logistic regression",
+    ]
+    for scores in figures["baselines"].values():
+        assert scores["test"]["n"] == figures["test"]["n"]
+
+
+def test_run_json_makes_the_run_repeatable(runs: Path, dka_file: Path) -> None:
+    facts = read(runs / "classification" / "run.json")
+    assert facts["seed"] == 0
+    assert facts["arguments"]["data_path"] == str(dka_file)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert {part: facts["split"][part]["n"] for part in facts["split"]} == {
+        "train": 128,
+        "val": 16,
+        "test": 16,
+    }
+    assert len(facts["data"]["data_sha256"]) == 64
+
+
+def test_the_stage_1_file_loads_safely_and_its_encoder_stays_frozen(runs: Path) -> None:
+    from safetensors.torch import load_file
+
+    first = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)
+    assert first["config"]["features"] == ["Anion gap"]
+    for stage in ("classification", "generative"):
+        modules = load_file(runs / stage / "best" / "modules.safetensors")
+        for name, tensor in first["encoder"].items():
+            assert torch.equal(modules[f"encoder.{name}"], tensor)
+
+
+def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
+    folder = runs / "generative"
+    lines = [json.loads(x) for x in (folder / "generations_test.jsonl").read_text().splitlines()]
+    table = pd.read_csv(folder / "predictions_test.csv", dtype={"id": str})
+    assert [line["id"] for line in lines] == table["id"].tolist()
+    assert [line["probability"] for line in lines] == table["probability"].tolist()
+    assert set(lines[0]) == {"id", "text", "target", "verdict", "probability"}
+    for line, label in zip(lines, table["label"], strict=True):
+        assert line["target"].startswith(f"Escalation: {'yes' if label else 'no'}. Anion gap:")
+    reports = read(folder / "metrics.json")["reports"]
+    assert reports["reports"] == len(lines)
+    assert reports["verdict_auroc"] == read(folder / "metrics.json")["test"]["auroc"]["value"]
+
+
+def test_the_log_holds_summary_epochs_and_table(runs: Path) -> None:
+    (log,) = (runs / "trajectory").glob("train_*.log")
+    text = log.read_text()
+    for piece in ("rows 160, patients 160", "train: 128 rows", "epoch 3/3", "logistic regression"):
+        assert piece in text
+
+
+def stage_1(tmp_path: Path, data: Path, name: str, *words: str) -> Path:
+    folder = tmp_path / name
+    shared = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(folder)]
+    shared += ["--log_file", "none", "--trajectory_epochs", "2"]
+    assert trainer.main([*shared, *words]) == 0
+    return folder
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    dka_file: Path, tmp_path: Path
+) -> None:
+    texts = [
+        (stage_1(tmp_path, dka_file, name, "--seed", seed) / "trajectory" / "predictions_test.csv")
+        for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))
+    ]
+    first, same, other = (path.read_text() for path in texts)
+    assert first == same
+    assert first != other
+
+
+def test_a_second_run_sets_the_first_aside_and_overwrites_nothing(
+    dka_file: Path, tmp_path: Path
+) -> None:
+    folder = stage_1(tmp_path, dka_file, "run")
+    kept = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    stage_1(tmp_path, dka_file, "run", "--seed", "5")
+    assert (folder / "trajectory.1" / "metrics.json").read_bytes() == kept[
+        folder / "trajectory" / "metrics.json"
+    ]
+    assert (folder / "medgemma_trajectory_best.1.pt").read_bytes() == kept[
+        folder / trainer.TRAJECTORY_FILE
+    ]
+    assert read(folder / "trajectory" / "run.json")["seed"] == 5
+    assert not list((folder / "trajectory").glob("*.log"))
+
+
+def test_a_solver_of_torchdiffeq_trains_too(dka_file: Path, tmp_path: Path) -> None:
+    own = stage_1(tmp_path, dka_file, "own", "--trajectory_epochs", "1")
+    other = stage_1(tmp_path, dka_file, "other", "--trajectory_epochs", "1", "--solver", "bosh3")
+    risks = [
+        pd.read_csv(folder / "trajectory" / "predictions_test.csv")["probability"]
+        for folder in (own, other)
+    ]
+    assert np.allclose(*risks, atol=1e-3)
+    assert not np.array_equal(*risks)
+
+
+def learn(tmp_path: Path, data: Path, stage: str, *words: str) -> float:
+    command = ["--data_path", str(data), "--output_dir", str(tmp_path / "run")]
+    command += ["--log_file", "none", "--model_name", "tiny", *words]
+    assert trainer.main(command) == 0
+    return float(read(tmp_path / "run" / stage / "metrics.json")["test"]["auroc"]["value"])
+
+
+FAST_ADAPTER = "--epochs 14 --adapter_lr 2e-3 --projection_lr 3e-3 --head_lr 1e-2".split()
+
+
+def test_a_label_that_copies_the_last_sign_is_learned_in_stages_1_and_2(
+    sign_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = sign_file()
+    words = ["--trajectory_only", "--trajectory_epochs", "6"]
+    assert learn(tmp_path, data, "trajectory", *words) > 0.95
+    encoder = ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
+    assert learn(tmp_path, data, "classification", *encoder, *FAST_ADAPTER) > 0.95
+
+
+def test_shuffled_labels_are_not_learned_in_stages_1_and_2(
+    sign_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = sign_file(shuffled=True)  # 200 test rows: an AUROC by chance stays within 0.5 +- 0.13
+    words = ["--trajectory_only", "--trajectory_epochs", "6"]
+    assert abs(learn(tmp_path, data, "trajectory", *words) - 0.5) < 0.13
+    words = [*FAST_ADAPTER, "--epochs", "3"]
+    assert abs(learn(tmp_path, data, "classification", *words) - 0.5) < 0.13
+
+
+@pytest.mark.parametrize("words", [[], ["--freeze_ode"]])
+def test_freeze_ode_keeps_the_encoder_as_it_began(
+    words: list[str], dka_file: Path, tmp_path: Path
+) -> None:
+    folder = stage_1(tmp_path, dka_file, "run", *words)
+    saved = trainer.read_trajectory(folder / trainer.TRAJECTORY_FILE)["encoder"]
+    command = ["--trajectory_only", "--data_path", str(dka_file)]
+    args = trainer.resolve(trainer.build_parser().parse_args(command))
+    fresh = trainer.make_encoder(args, trainer.load_data(args)).state_dict()
+    weights = [name for name in fresh if name.endswith(("weight", "bias"))]
+    assert weights
+    for name in weights:
+        assert torch.equal(saved[name], fresh[name]) == bool(words)
+
+
+def test_max_samples_counts_patients(dka_file: Path, tmp_path: Path) -> None:
+    folder = stage_1(tmp_path, dka_file, "run", "--max_samples", "100")
+    split = read(folder / "trajectory" / "run.json")["split"]
+    assert sum(part["n"] for part in split.values()) == 100
+
+
+def test_the_demo_runs_the_three_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trainer, "DEMO_FLAGS", "--max_samples 60 --trajectory_epochs 1 --epochs 1")
+    assert trainer.main(["--demo"]) == 0
+    out = capsys.readouterr().out
+    for stage in COMMANDS:
+        assert (tmp_path / "checkpoints_medgemma_demo" / stage / "metrics.json").is_file()
+        assert f"stage {stage}" in out
+    assert out.count("python medgemma_trainer.py") == 3

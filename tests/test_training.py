@@ -1,0 +1,330 @@
+"""The one loop and its parts: stopping, averaging, schedule, faults, metrics, checkpoints."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn import metrics
+from torch import nn
+from torch.utils.data import DataLoader
+
+import medgemma_trainer as trainer
+from dataset_format import InputError
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return trainer.resolve(trainer.build_parser().parse_args([*words]))
+
+
+def stage_1(data: Path, folder: Path, *words: str) -> list[str]:
+    shared = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(folder)]
+    return [*shared, "--log_file", "none", "--trajectory_epochs", "3", *words]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_early_stopping_waits_for_patience_epochs_and_keeps_the_first_best(higher: bool) -> None:
+    stopping = trainer.EarlyStopping(patience=2, higher_is_better=higher)
+    sign = 1 if higher else -1
+    improved = [stopping.improved(sign * score) for score in (0.6, 0.7, 0.7, 0.65)]
+    assert improved == [True, True, False, False]
+    assert (stopping.best, stopping.best_epoch) == (sign * 0.7, 2)
+    assert stopping.exhausted
+
+
+def test_patience_ends_a_run_early(
+    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.6, 0.7, 0.5, 0.5, 0.5, 0.9])
+    monkeypatch.setattr(trainer, "auroc", lambda _: next(scores))
+    words = stage_1(dka_file, tmp_path / "run", "--trajectory_epochs", "6", "--patience", "3")
+    assert trainer.main(words) == 0
+    lines = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["improved"] for line in lines] == [True, True, False, False, False]
+
+
+def test_the_average_starts_at_the_weights_follows_them_and_gives_them_back() -> None:
+    weight = nn.Parameter(torch.tensor([1.0]))
+    average = trainer.WeightAverage([weight], decay=0.5)
+    for value in (2.0, 3.0):
+        with torch.no_grad():
+            weight.fill_(value)
+        average.update()
+    # decays (1 + n) / (10 + n) = 2/11 and 3/12 lie below 0.5
+    expected = 3 / 12 * (2 / 11 * 1 + 9 / 11 * 2) + 9 / 12 * 3
+    with average.applied():
+        assert weight.item() == pytest.approx(expected)
+    assert weight.item() == 3.0
+    with average.applied():
+        assert weight.item() == pytest.approx(expected)
+
+
+def test_the_schedule_counts_steps_up_to_a_tenth_then_falls_to_zero() -> None:
+    factor = trainer.warmup_cosine(200)
+    assert factor(0) == pytest.approx(1 / 20)
+    assert factor(19) == 1.0
+    assert factor(110) == pytest.approx(0.5)
+    assert factor(200) == pytest.approx(0.0)
+    assert trainer.warmup_cosine(1)(0) == 1.0
+    assert trainer.warmup_cosine(100_000)(99) == 1.0
+
+
+def test_the_schedule_is_stepped_once_an_optimizer_step(
+    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals: list[int] = []
+    original = trainer.warmup_cosine
+    monkeypatch.setattr(
+        trainer, "warmup_cosine", lambda total: totals.append(total) or original(total)
+    )
+    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
+    assert totals == [3 * 8]  # 128 training rows in batches of 16, three epochs
+    last = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 24
+
+
+def test_the_test_part_is_read_once_and_only_after_training(
+    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse(*stage_1(dka_file, tmp_path))
+    test_rows = trainer.load_data(args).split["test"].tolist()
+    events: list[str] = []
+    evaluate, run_stage = trainer.evaluate, trainer.run_stage
+
+    def seen(model: nn.Module, loader: DataLoader[int], *rest: Any) -> trainer.Scored:
+        events.append("test" if list(loader.dataset) == test_rows else "val")  # type: ignore[call-overload]
+        return evaluate(model, loader, *rest)
+
+    def training(*arguments: Any) -> trainer.EarlyStopping:
+        result = run_stage(*arguments)
+        events.append("trained")
+        return result
+
+    monkeypatch.setattr(trainer, "evaluate", seen)
+    monkeypatch.setattr(trainer, "run_stage", training)
+    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
+    assert events.count("test") == 1
+    assert events.index("trained") < events.index("test")
+
+
+def test_no_figure_depends_on_the_batch_size(dka_file: Path) -> None:
+    scored = []
+    for size in ("1", "7", "64"):
+        args = parse("--data_path", str(dka_file), "--batch_size", size)
+        stage = trainer.trajectory_stage(args, trainer.load_data(args))
+        scored.append(trainer.evaluate(stage.model, stage.loaders["val"], torch.device("cpu")))
+    for other in scored[1:]:
+        assert other.loss == pytest.approx(scored[0].loss, rel=1e-6)
+        assert np.allclose(other.probability, scored[0].probability, atol=1e-6)
+
+
+class Faulty(trainer.TrajectoryClassifier):
+    """Fails in the training step that ``fault_at`` counts."""
+
+    fault_at = 0
+    fault: type[BaseException] | None = None
+
+    def forward(self, batch: Any) -> trainer.Output:
+        output = super().forward(batch)
+        if not self.training:
+            return output
+        Faulty.fault_at -= 1
+        if Faulty.fault_at == 0 and Faulty.fault:
+            raise Faulty.fault
+        return output._replace(loss=output.loss * (float("nan") if Faulty.fault_at == 0 else 1))
+
+
+@pytest.mark.parametrize(("step", "epochs_done"), [(3, 0), (12, 1)])
+@pytest.mark.parametrize(("fault", "code"), [(None, 3), (KeyboardInterrupt, 130)])
+def test_a_fault_in_training_keeps_the_last_good_state(
+    step: int,
+    epochs_done: int,
+    fault: type[BaseException] | None,
+    code: int,
+    dka_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(trainer, "TrajectoryClassifier", Faulty)
+    monkeypatch.setattr(Faulty, "fault_at", step)
+    monkeypatch.setattr(Faulty, "fault", fault)
+    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    if fault is None:
+        assert f"step {step - 8 * epochs_done} of epoch {epochs_done + 1}" in error
+    saved = trainer.read_trajectory(tmp_path / "run" / trainer.TRAJECTORY_FILE)
+    assert all(torch.isfinite(tensor).all() for tensor in saved["encoder"].values())
+    folder = tmp_path / "run" / "trajectory"
+    lines = folder / "history.jsonl"
+    assert (len(lines.read_text().splitlines()) if lines.exists() else 0) == epochs_done
+    assert not (folder / "metrics.json").exists()
+    assert not (folder / "predictions_test.csv").exists()
+
+
+def simulated(seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(rows) < 0.3).astype(float)
+    labels[:2] = [0, 1]
+    risk = np.clip(0.3 + 0.2 * labels + rng.normal(0, 0.2, rows), 0, 1).round(2)  # with ties
+    return labels, risk
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_weighted_metrics_equal_scikit_learn(seed: int) -> None:
+    labels, risk = simulated(seed)
+    weights = np.random.default_rng(seed).integers(0, 4, (3, len(labels))).astype(float)
+    weights[:, :2] = 1  # both classes count in every weighting
+    result = trainer.weighted_metrics(labels, risk, weights)
+    for k, weight in enumerate(weights):
+        expected = {
+            "auroc": metrics.roc_auc_score(labels, risk, sample_weight=weight),
+            "auprc": metrics.average_precision_score(labels, risk, sample_weight=weight),
+            "accuracy": metrics.accuracy_score(labels, risk >= 0.5, sample_weight=weight),
+            "brier": metrics.brier_score_loss(labels, risk, sample_weight=weight),
+            "log_loss": metrics.log_loss(labels, risk, sample_weight=weight),
+        }
+        for name, value in expected.items():
+            assert result[name][k] == pytest.approx(value, abs=1e-9)
+    assert set(result) == set(trainer.metrics_of(labels, risk))
+
+
+def test_the_bootstrap_is_seeded_and_draws_patients_not_rows() -> None:
+    labels, risk = simulated(0, rows=100)
+    alone = np.arange(100).astype(str)
+    first = trainer.metrics_with_intervals(labels, risk, alone, seed=1)
+    assert first == trainer.metrics_with_intervals(labels, risk, alone, seed=1)
+    assert first != trainer.metrics_with_intervals(labels, risk, alone, seed=2)
+    # Each patient four times says no more than each once: the interval must not shrink.
+    four = [np.tile(a, 4) for a in (labels, risk, alone)]
+    repeated = trainer.metrics_with_intervals(four[0], four[1], four[2], seed=1)
+    for name in ("auroc", "brier"):
+        assert repeated[name]["low"] == pytest.approx(first[name]["low"])
+        assert repeated[name]["high"] == pytest.approx(first[name]["high"])
+
+
+def test_intervals_cover_the_true_auroc() -> None:
+    """Normal scores one standard deviation apart have AUROC 0.760 (the normal CDF of 1/sqrt 2)."""
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        labels = np.repeat([0.0, 1.0], [100, 50])
+        risk = 1 / (1 + np.exp(-(rng.normal(0, 1, 150) + labels)))
+        score = trainer.metrics_with_intervals(labels, risk, np.arange(150).astype(str), seed)
+        covered += score["auroc"]["low"] <= 0.7602 <= score["auroc"]["high"]
+    assert 0.90 <= covered / 200 <= 0.99
+
+
+def test_baselines_learn_from_the_training_part_only(dka_file: Path) -> None:
+    data = trainer.load_data(parse("--data_path", str(dka_file)))
+    before = trainer.baselines(data)
+    held_out = np.concatenate([data.split["val"], data.split["test"]])
+    data.dataset.labels[held_out] = 1 - data.dataset.labels[held_out]
+    after = trainer.baselines(data)
+    for name in before:
+        for part in ("val", "test"):
+            assert np.array_equal(before[name][part], after[name][part])
+
+
+def test_the_last_value_baseline_ranks_by_the_last_value(dka_file: Path) -> None:
+    data = trainer.load_data(parse("--data_path", str(dka_file)))
+    last = data.dataset.values[data.dataset.offsets[1:] - 1, 0][data.split["test"]]
+    risk = trainer.baselines(data)["last value"]["test"]
+    ranks = pd.Series(last).rank(), pd.Series(risk).rank()
+    assert abs(ranks[0].corr(ranks[1])) == pytest.approx(1.0)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_the_code_does_not_run(
+    tmp_path: Path,
+) -> None:
+    torch.save({"format": 1, "bomb": Bomb(tmp_path / "ran")}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError, match="not a stage 1 checkpoint"):
+        trainer.read_trajectory(tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dka_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage1")
+    assert trainer.main(stage_1(dka_file, folder, "--trajectory_epochs", "1")) == 0
+    return folder / trainer.TRAJECTORY_FILE
+
+
+def load(checkpoint: Path, data: Path, *words: str) -> trainer.ClinicalODERNN:
+    args = parse("--data_path", str(data), "--ode_checkpoint", str(checkpoint), *words)
+    return trainer.make_encoder(args, trainer.load_data(args))
+
+
+def test_a_loaded_encoder_is_the_saved_one_and_frozen(checkpoint: Path, dka_file: Path) -> None:
+    encoder = load(checkpoint, dka_file)
+    saved = trainer.read_trajectory(checkpoint)["encoder"]
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in encoder.state_dict().items())
+    assert not trainer.trainable(encoder)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--seed", "1"), "another split of the same data"),
+        (("--max_samples", "100"), "another split of the same data"),
+        (("--time_scale", "24"), "--time_scale is 72.0"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_this_run_is_refused(
+    words: tuple[str, ...], reason: str, checkpoint: Path, dka_file: Path
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        load(checkpoint, dka_file, *words)
+
+
+def test_an_encoder_of_another_series_is_refused(checkpoint: Path, dka_file: Path) -> None:
+    other = dka_file.with_name("other.csv")
+    other.write_bytes(dka_file.read_bytes())
+    other.with_suffix(".json").write_text('{"series": "Lactate", "unit": "mmol/L"}')
+    with pytest.raises(InputError, match="trained on features"):
+        load(checkpoint, other)
+
+
+def test_an_encoder_of_another_file_is_warned_of(
+    checkpoint: Path, dka_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "fewer.csv"
+    pd.read_csv(dka_file).iloc[:120].to_csv(other, index=False)
+    load(checkpoint, other)
+    assert "another data file" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.pt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"damaged\.pt: not a stage 1 checkpoint"):
+        trainer.read_trajectory(path)
+    with pytest.raises(InputError, match="no such stage 1 checkpoint"):
+        trainer.read_trajectory(tmp_path / "missing.pt")
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    trainer.write_text(path, "old")
+    with pytest.raises(OSError, match="full"), trainer.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise OSError("disk full")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
