@@ -262,6 +262,20 @@ class TrajectoryDataset:
                 columns[f"{name} {statistic}"] = column.reindex(range(len(self)))
         return pd.DataFrame(columns, index=range(len(self)))
 
+    def baseline_inputs(self) -> dict[str, pd.DataFrame]:
+        """Give what each simple model beside the encoder may see, N rows each.
+
+        The number of observations alone detects leaks: where it does well, sampling gives the
+        outcome away.
+        """
+        table = self.summary_features()
+        main = self.features[0]
+        return {
+            "last value": table[[f"{main} last"]],
+            "number of observations": table[[f"{main} count"]],
+            "logistic regression": table,
+        }
+
 
 @dataclass(frozen=True)
 class Description:

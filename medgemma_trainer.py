@@ -666,9 +666,7 @@ def metrics_with_intervals(
 
 
 def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Fit the simple models that every figure has to stand beside.
-
-    ``number of observations`` alone detects leaks by informative sampling.
+    """Fit the simple models that every figure has to stand beside: a logistic regression each.
 
     Returns:
         For each baseline the probabilities of ``val`` and ``test``, fitted on ``train`` only.
@@ -678,23 +676,16 @@ def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    dataset, split = data.dataset, data.split
-    table = dataset.summary_features()
-    main = dataset.features[0]
-    choices = {
-        "last value": [f"{main} last"],
-        "number of observations": [f"{main} count"],
-        "logistic regression": list(table.columns),
-    }
     result = {}
-    for name, columns in choices.items():
-        inputs = table[columns].to_numpy()
+    for name, table in data.dataset.baseline_inputs().items():
+        inputs = table.to_numpy()
         model = make_pipeline(
             SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression(max_iter=2000)
         )
-        model.fit(inputs[split["train"]], dataset.labels[split["train"]])
+        train = data.split["train"]
+        model.fit(inputs[train], data.dataset.labels[train])
         result[name] = {
-            part: model.predict_proba(inputs[split[part]])[:, 1] for part in ("val", "test")
+            part: model.predict_proba(inputs[data.split[part]])[:, 1] for part in ("val", "test")
         }
     return result
 
