@@ -49,6 +49,9 @@ PUNCTUATION = str.maketrans("()h", "   ")
 PARSE_ROWS = 100_000
 """Rows parsed at a time: bounds the memory that the intermediate text takes."""
 
+LARGEST = (np.finfo(np.float32).max, 1e6)
+"""Greatest absolute value that float32 holds, and a time of 114 years."""
+
 USUAL_SPAN_HOURS = (0.5, 24 * 60)
 """A median series shorter or longer than this was probably not written in hours."""
 
@@ -114,6 +117,12 @@ class TrajectoryDataset:
     def lengths(self) -> NDArray[np.int64]:
         """Observations a series, (N,)."""
         return np.diff(self.offsets)
+
+    def longest_gap(self) -> float:
+        """Give the longest time between two observations of one series, in hours."""
+        gaps = np.diff(self.times, prepend=self.times[:1])
+        gaps[self.offsets[:-1]] = 0.0  # the first observation of a series follows nothing
+        return float(gaps.max())
 
     def prompt(self, i: int) -> str:
         """Give the text that an LLM reads about series ``i``: context, series, question."""
@@ -498,8 +507,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         )
         lengths = text.str.count("->").to_numpy(np.int64) + 1
         owner = np.repeat(np.arange(len(text)), lengths)
-        bad = np.bincount(owner, ~np.isfinite(pairs).all(axis=1), len(text)) > 0
-        self._refuse(bad, name, "holds a number that is too large")
+        huge = (np.abs(pairs) > LARGEST).any(axis=1)
+        self._refuse(
+            np.bincount(owner, huge, len(text)) > 0, name, "holds a number that is too large"
+        )
         values, times = pairs.T
         unsorted = np.unique(owner[1:][(np.diff(times) < 0) & (np.diff(owner) == 0)])
         if len(unsorted):

@@ -24,6 +24,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 MAX_SCALED_STEP = 0.1
 """Longest rk4 step in units of ``time_scale``; its error stays under 2e-5 of a tight solve."""
 
+MAX_SCALED_GAP = 10_000.0
+"""A longer gap (82 years at 72 hours) would take over 100,000 steps: it is refused."""
+
 MAX_Z_SCORE = 8.0
 """Standardised values are cut here: one mistyped laboratory value must not swamp a state."""
 
@@ -274,28 +277,27 @@ class ClinicalODERNN(nn.Module):
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
         present = observed.any(dim=2)
-        follows = present[:, 1:]
+        ahead = functional.pad(present[:, :-1], (1, 0), value=True)  # is the place ahead real?
+        gaps = torch.diff(times, dim=1, prepend=times[:, :1])
         _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
-        _refuse(follows & ~present[:, :-1], "padding in front of the observation at {place}", 1)
-        decreasing = follows & ~(times[:, 1:] >= times[:, :-1])
-        _refuse(decreasing, "time {value} h at {place} lies before the one ahead of it", 1, times)
-        _refuse(present & ~torch.isfinite(times), "time {value} at {place} is not finite", 0, times)
+        _refuse(present & ~ahead, "padding in front of the observation at {place}")
+        _refuse(present & ~torch.isfinite(times), "time {value} at {place} is not finite", times)
+        _refuse(present & (gaps < 0), "time {value} h at {place} is before the one ahead", times)
+        endless = present & (gaps > MAX_SCALED_GAP * self.time_scale)
+        _refuse(endless, "the gap of {value} h to {place} needs a larger time_scale", gaps)
         bad = observed & ~torch.isfinite(values)
-        _refuse(bad, "value {value} at {place} is observed but not finite", 0, values)
+        _refuse(bad, "value {value} at {place} is observed but not finite", values)
         return present
 
 
-def _refuse(bad: Tensor, message: str, shift: int = 0, source: Tensor | None = None) -> None:
-    """Raise with the first True place of ``bad``, its column moved by ``shift``."""
+def _refuse(bad: Tensor, message: str, source: Tensor | None = None) -> None:
+    """Raise with the first True place of ``bad`` (B, L) or (B, L, F), and what stands there."""
     if not bool(bad.any()):
         return
     place = bad.nonzero()[0].tolist()
-    place[1] += shift
-    value = source[tuple(place)].item() if source is not None else None
-    names = ", ".join(
-        f"{n} {i}" for n, i in zip(("patient", "observation", "feature"), place, strict=False)
-    )
-    raise ValueError(message.format(value=value, place=names))
+    value = None if source is None else source[tuple(place)].item()
+    axes = zip(("patient", "observation", "feature"), place, strict=False)
+    raise ValueError(message.format(value=value, place=", ".join(f"{n} {i}" for n, i in axes)))
 
 
 def check_solver(solver: str) -> None:

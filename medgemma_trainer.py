@@ -54,7 +54,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from dataset_format import Batch, InputError, MIMICtrajectoryDataset, TrajectoryDataset, summarize
-from dte_encoder import ClinicalODERNN, check_solver
+from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, check_solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ HAI_DEF_NOTICE = (
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
 
-HEAD_DROPOUT = 0.2
+HEAD_DROPOUT = 0.1
 WEIGHT_DECAY = 0.01
 GRADIENT_NORM = 1.0
 WARMUP_STEPS = 100
@@ -853,6 +853,9 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
         return load_encoder(args.ode_checkpoint, args, data).requires_grad_(False)
     dataset, split = data.dataset, data.split
     scale = args.time_scale or dataset.time_scale
+    longest = dataset.longest_gap()
+    if longest > MAX_SCALED_GAP * scale:
+        raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")
     encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
     batch = dataset.collate(split["train"].tolist())
     try:
@@ -1406,9 +1409,10 @@ def table_of(figures: dict[str, Any]) -> str:
 
 def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Give what makes a run repeatable: arguments, versions, commit, seed, data, split."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     packages = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
     return {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
@@ -1416,7 +1420,7 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
             "python": sys.version.split()[0],
             **{p: metadata.version(p) for p in packages},
         },
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": commit or None,
         "seed": args.seed,
         "device": str(default_device()),
         "data": data.facts(),
@@ -1530,7 +1534,7 @@ def build_parser() -> Parser:
     add("--batch_size", type=positive, default=16, help="patients a step")
     add("--patience", type=positive, default=10, help="early stopping patience in epochs")
     add("--seed", type=whole, default=0, help="of split, initialisation, order, bootstrap")
-    add("--encoder_lr", type=rate, default=3e-3, help="learning rate of the ODE-RNN and its head")
+    add("--encoder_lr", type=rate, default=5e-3, help="learning rate of the ODE-RNN and its head")
     add("--head_lr", type=rate, default=1e-3, help="learning rate of stage 2's head")
     add = parser.add_argument_group("ODE-RNN").add_argument
     add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")

@@ -215,12 +215,12 @@ def test_a_second_run_sets_the_first_aside_and_overwrites_nothing(
 def test_a_solver_of_torchdiffeq_trains_too(dka_file: Path, tmp_path: Path) -> None:
     own = stage_1(tmp_path, dka_file, "own", "--trajectory_epochs", "1")
     other = stage_1(tmp_path, dka_file, "other", "--trajectory_epochs", "1", "--solver", "bosh3")
-    risks = [
+    first, second = (
         pd.read_csv(folder / "trajectory" / "predictions_test.csv")["probability"]
         for folder in (own, other)
-    ]
-    assert np.allclose(*risks, atol=1e-3)
-    assert not np.array_equal(*risks)
+    )
+    assert np.allclose(first, second, atol=1e-3)
+    assert not np.array_equal(first, second)
 
 
 def learn(tmp_path: Path, data: Path, stage: str, *words: str) -> float:
@@ -230,7 +230,7 @@ def learn(tmp_path: Path, data: Path, stage: str, *words: str) -> float:
     return float(read(tmp_path / "run" / stage / "metrics.json")["test"]["auroc"]["value"])
 
 
-FAST_ADAPTER = "--epochs 14 --adapter_lr 2e-3 --projection_lr 3e-3 --head_lr 1e-2".split()
+FAST_ADAPTER = ["--epochs=14", "--adapter_lr=2e-3", "--projection_lr=3e-3", "--head_lr=1e-2"]
 
 
 def test_a_label_that_copies_the_last_sign_is_learned_in_stages_1_and_2(
@@ -249,7 +249,7 @@ def test_shuffled_labels_are_not_learned_in_stages_1_and_2(
     data = sign_file(shuffled=True)  # 200 test rows: an AUROC by chance stays within 0.5 +- 0.13
     words = ["--trajectory_only", "--trajectory_epochs", "6"]
     assert abs(learn(tmp_path, data, "trajectory", *words) - 0.5) < 0.13
-    words = [*FAST_ADAPTER, "--epochs", "3"]
+    words = [*FAST_ADAPTER, "--epochs=3"]
     assert abs(learn(tmp_path, data, "classification", *words) - 0.5) < 0.13
 
 

@@ -79,9 +79,12 @@ def test_the_schedule_is_stepped_once_an_optimizer_step(
 ) -> None:
     totals: list[int] = []
     original = trainer.warmup_cosine
-    monkeypatch.setattr(
-        trainer, "warmup_cosine", lambda total: totals.append(total) or original(total)
-    )
+
+    def counted(total: int) -> Any:
+        totals.append(total)
+        return original(total)
+
+    monkeypatch.setattr(trainer, "warmup_cosine", counted)
     assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
     assert totals == [3 * 8]  # 128 training rows in batches of 16, three epochs
     last = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text().splitlines()[-1]
@@ -212,13 +215,13 @@ def test_the_bootstrap_is_seeded_and_draws_patients_not_rows() -> None:
 def test_intervals_cover_the_true_auroc() -> None:
     """Normal scores one standard deviation apart have AUROC 0.760 (the normal CDF of 1/sqrt 2)."""
     covered = 0
-    for seed in range(200):
+    for seed in range(120):
         rng = np.random.default_rng(seed)
         labels = np.repeat([0.0, 1.0], [100, 50])
         risk = 1 / (1 + np.exp(-(rng.normal(0, 1, 150) + labels)))
         score = trainer.metrics_with_intervals(labels, risk, np.arange(150).astype(str), seed)
         covered += score["auroc"]["low"] <= 0.7602 <= score["auroc"]["high"]
-    assert 0.90 <= covered / 200 <= 0.99
+    assert 0.90 <= covered / 120 <= 0.99
 
 
 def test_baselines_learn_from_the_training_part_only(dka_file: Path) -> None:
@@ -323,8 +326,7 @@ def test_a_damaged_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     trainer.write_text(path, "old")
-    with pytest.raises(OSError, match="full"), trainer.atomic(path) as temporary:
-        temporary.write_text("half")
-        raise OSError("disk full")
+    with pytest.raises(TypeError), trainer.atomic(path) as temporary:
+        temporary.write_bytes([b"half", None])  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
