@@ -262,7 +262,8 @@ class TrajectoryLLM(nn.Module):
         mask = torch.cat(
             [torch.ones_like(first, dtype=torch.bool), soft_mask, batch["text_mask"]], 1
         )
-        order = torch.argsort(mask if left else ~mask, dim=1, stable=True)  # holes move to one side
+        holes = (mask if left else ~mask).int()  # sorted, they move to one side
+        order = torch.argsort(holes, dim=1, stable=True)
         longest = int(mask.sum(1).max())
         order = order[:, -longest:] if left else order[:, :longest]
         embeddings = slots.gather(1, order[:, :, None].expand(-1, -1, slots.shape[2]))
@@ -1182,7 +1183,7 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
         assert order is not None
         order.manual_seed(seed + epoch)  # the order of an epoch depends on nothing before it
         try:
-            train_loss = train_epoch(model, stage, optimizer, schedule, average, epoch)
+            train_loss = train_epoch(stage, optimizer, schedule, average, stopping)
         except (NonFiniteLossError, KeyboardInterrupt):
             if stopping.best_epoch == 0:  # nothing kept yet: keep the weights before the fault
                 with average.applied():
@@ -1216,19 +1217,18 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
 
 
 def train_epoch(
-    model: nn.Module,
     stage: Stage,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     average: WeightAverage,
-    epoch: int,
+    stopping: EarlyStopping,
 ) -> float:
     """Pass once over the training part; give the mean loss over all terms."""
-    model.train()
-    parameters = average.parameters
+    model, parameters, epoch = stage.model.train(), average.parameters, stopping.epoch + 1
     device = parameters[0].device
     total, count = 0.0, 0
     bar = progress(stage.loaders["train"], f"{stage.name} {epoch}/{stage.epochs}")
+    best = {} if epoch == 1 else {f"best {stage.monitor}": f"{stopping.best:.4f}"}
     for step, batch in enumerate(bar, 1):
         output = model(to_device(batch, device))
         loss = output.loss / output.terms
@@ -1244,7 +1244,7 @@ def train_epoch(
         schedule.step()
         average.update()
         total, count = total + value * output.terms, count + output.terms
-        bar.set_postfix(loss=f"{total / count:.4f}", refresh=False)
+        bar.set_postfix({"loss": f"{total / count:.4f}", **best}, refresh=False)
     return total / count
 
 
