@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import hashlib
 import json
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,13 +39,22 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "val", "test")
+COLUMNS = (
+    "clinical_trajectory",
+    "label_escalation",
+    "subject_id",
+    "id",
+    "clinical_context",
+    "split",
+)
 HELD_OUT_SHARE = 0.1
 """Share of the patients in each of val and test; the rest trains."""
 
-NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 PIECE = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*h\s*\)\s*"
 SERIES = re.compile(rf"{PIECE}(?:->{PIECE})*")
-PUNCTUATION = str.maketrans("()h", "   ")
+PUNCTUATION = {ord(c): " " for c in map(chr, range(0x3001)) if c in "()h" or c.isspace()}
+"""What stands around the numbers of a readable series, spaces of every alphabet included."""
 PARSE_ROWS = 100_000
 """Rows parsed at a time: bounds the memory that the intermediate text takes."""
 
@@ -92,6 +101,7 @@ class TrajectoryDataset:
         question: what is asked of a series, a sentence.
         outcome: the event in a few words; a report begins with it.
         time_scale: hours that are one unit of time to the encoder.
+        source: where the data come from, as an error shall name it.
     """
 
     features: tuple[str, ...]
@@ -106,8 +116,9 @@ class TrajectoryDataset:
     labels: NDArray[np.float64]
     ids: NDArray[np.str_]
     groups: NDArray[np.str_]
-    contexts: NDArray[np.str_]
+    contexts: NDArray[np.object_]
     parts: NDArray[np.str_] | None
+    source: str
 
     def __len__(self) -> int:
         """Give N."""
@@ -161,7 +172,8 @@ class TrajectoryDataset:
         for array in (self.times, self.values, self.offsets, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
         for column in (self.ids, self.groups, self.contexts, self.parts):
-            digest.update("\0".join([] if column is None else column).encode())
+            cells = [] if column is None else column.tolist()
+            digest.update(json.dumps(cells).encode())
         return digest.hexdigest()
 
     def collate(self, indices: Sequence[int]) -> Batch:
@@ -222,8 +234,8 @@ class TrajectoryDataset:
             order = rng.permutation(np.flatnonzero(event == outcome))
             if len(order) < len(PARTS):
                 raise InputError(
-                    f"only {len(order)} patients {name} an event: train, validation and test need "
-                    "one each at least, so nothing can be learned and checked from this file"
+                    f"{self.source}: {len(order)} patients {name} an event: train, val and test "
+                    "need one each at least, else nothing can be learned and checked"
                 )
             held_out = max(1, round(HELD_OUT_SHARE * len(order)))
             part[order[:held_out]] = PARTS.index("val")
@@ -232,17 +244,11 @@ class TrajectoryDataset:
 
     def _given_split(self, parts: NDArray[np.str_]) -> dict[str, NDArray[np.int64]]:
         """Take the split that the data bring, if it is a fair one."""
-        sides = pd.Series(parts).groupby(self.groups).nunique()
-        if (sides > 1).any():
-            raise InputError(
-                f"column split puts {int((sides > 1).sum())} patients on two sides: "
-                "give all rows of a subject_id the same part"
-            )
         result = {name: np.flatnonzero(parts == name) for name in PARTS}
         for name, indices in result.items():
             if len(np.unique(self.labels[indices])) < 2:
                 raise InputError(
-                    f"column split leaves part {name} ({len(indices)} rows) without both classes: "
+                    f"{self.source}, column split: {name} ({len(indices)} rows) lacks a class, "
                     "each of train, val, test needs labels 0 and 1"
                 )
         return result
@@ -318,21 +324,17 @@ class Description:
         if not file.is_file():
             return cls()
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = dict(json.loads(file.read_text(encoding="utf-8")).items())
             known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-            low, high = known.get("plausible", cls.plausible)
-            known["plausible"] = (float(low), float(high))
-        except (ValueError, TypeError) as error:
+            low, high = map(float, known.pop("plausible", cls.plausible))
+            if not low < high or not all(isinstance(text, str) for text in known.values()):
+                raise ValueError
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{file}: not a description of {path.name}: expected a JSON object with texts "
-                "series, unit, question, outcome and two numbers plausible"
+                "series, unit, question, outcome and two rising numbers plausible"
             ) from error
-        wrong = [
-            key for key, value in known.items() if key != "plausible" and type(value) is not str
-        ]
-        if wrong:
-            raise InputError(f"{file}: {wrong[0]} must be text")
-        return cls(**known)
+        return cls(**known, plausible=(low, high))
 
 
 @dataclass(frozen=True)
@@ -380,25 +382,21 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if max_len < 1:
             raise ValueError(f"max_len must be positive, got {max_len}")
         if isinstance(source, pd.DataFrame):
-            table, where, first_row = source, "DataFrame", 0
+            self.source, table = "DataFrame", source.reset_index(drop=True)
         else:
-            table, where, first_row = read_table(Path(source)), str(source), 2
+            self.source, table = str(source), read_table(Path(source))
             description = description or Description.beside(Path(source))
         self.description = description or Description()
         self.features = (self.description.series,)
         self.units = (self.description.unit,)
         self.question = self.description.question
         self.outcome = self.description.outcome
-        require_columns(table, where, ["clinical_trajectory"])
-        row_numbers = np.arange(first_row, first_row + len(table))
-        kept = ~table.isna().all(axis=1).to_numpy()  # blank lines
-        table, row_numbers = table[kept].reset_index(drop=True), row_numbers[kept]
+        check_header(table, self.source, ["label_escalation"] if require_labels else [])
         if table.empty:
-            raise InputError(f"{where}: no rows below the header: nothing to read")
-        self._where, self._row_numbers = where, row_numbers
+            raise InputError(f"{self.source}: no rows below the header: nothing to read")
         self._read_labels(table, require_labels)
         self._read_patients(table)
-        self._read_series(table["clinical_trajectory"], max_len)
+        self._read_series(table, max_len)
 
     def prompt(self, i: int) -> str:
         """Give context, series with its hours, and question of series ``i``."""
@@ -419,134 +417,132 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if np.isnan(self.labels[i]):
             raise ValueError(f"series {i} has no label, so there is no report to learn")
         verdict = "yes" if self.labels[i] == 1 else "no"
-        return f"{self.outcome}: {verdict}. {self._findings(i)}"
+        *places, change = ("".join(clause) for clause in self._clauses(i))
+        first, last = self.values[[self.offsets[i], self.offsets[i + 1] - 1], 0]
+        direction = "rising" if last > first else "falling" if last < first else "level"
+        findings = f"{self.features[0]}: {', '.join(places)}. {change}: {direction}."
+        return f"{self.outcome}: {verdict}. {findings}"
 
     def score_report(self, i: int, text: str) -> ReportScore:
-        """Compare a written report with the patient's own numbers, place by place."""
+        """Compare a written report with the patient's own numbers, each in its own place."""
+        clauses = self._clauses(i)
+        patterns = [
+            "".join(f"({NUMBER})" if k % 2 else re.escape(part) for k, part in enumerate(clause))
+            for clause in clauses
+        ]
+        true = 0
+        for clause, pattern in zip(clauses, patterns, strict=True):
+            written = re.search(pattern, text)
+            true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
         head = re.match(rf"{re.escape(self.outcome)}: (yes|no)\b", text)
-        verdict = None if head is None else int(head[1] == "yes")
-        expected, written = self._findings(i), text[head.end() :] if head else text
-        # The words between the numbers name their places; a number counts only in its own place.
-        truth = dict(_numbers_by_place(expected))
-        claims = _numbers_by_place(written.removeprefix(". "))
-        own = sum(truth.get(place) == number for place, number in claims)
-        form = [re.sub(NUMBER, "#", words) for words in (expected, written.removeprefix(". "))]
-        tail = r"(?:rising|falling|level)\.$"
-        parses = head is not None and re.sub(tail, "", form[0]) == re.sub(
-            tail, "", form[1].rstrip()
+        form = (
+            rf"{re.escape(self.outcome)}: (?:yes|no)\. {re.escape(self.features[0])}: "
+            rf"{', '.join(patterns[:-1])}\. {patterns[-1]}: (?:rising|falling|level)\.\s*"
         )
-        return ReportScore(verdict, parses, len(claims), own)
+        names = "|".join(re.escape(name) for name in (self.outcome, *self.features, *self.units))
+        stated = re.findall(NUMBER, re.sub(names, "", text))  # names may hold digits: PaCO2
+        return ReportScore(
+            verdict=None if head is None else int(head[1] == "yes"),
+            parses=re.fullmatch(form, text) is not None,
+            stated=len(stated),
+            true=true,
+        )
 
-    def _findings(self, i: int) -> str:
-        """State first, last, lowest, highest value with their hours, change, rate, direction."""
+    def _clauses(self, i: int) -> list[list[str]]:
+        """Give the clauses of a report, each as words and numbers in turn, words first."""
         rows = slice(self.offsets[i], self.offsets[i + 1])
         times, values, unit = self.times[rows], self.values[rows, 0], self.units[0]
-        places = (
-            ("first", 0),
-            ("last", len(values) - 1),
-            ("lowest", int(values.argmin())),
-            ("highest", int(values.argmax())),
-        )
-        stated = ", ".join(
-            f"{n} {plain(values[k])} {unit} at {plain(times[k])} h" for n, k in places
-        )
+        low, high = int(values.argmin()), int(values.argmax())
+        places = {"first": 0, "last": -1, "lowest": low, "highest": high}
+        clauses = [
+            [f"{name} ", plain(values[k]), f" {unit} at ", plain(times[k]), " h"]
+            for name, k in places.items()
+        ]
         change, span = values[-1] - values[0], times[-1] - times[0]
-        rate = change / span if span > 0 else 0.0
-        direction = "rising" if change > 0 else "falling" if change < 0 else "level"
-        return (
-            f"{self.features[0]}: {stated}. Net change {plain(round(change, 6))} {unit} over "
-            f"{plain(round(span, 6))} h, {plain(round(rate, 2))} {unit} an hour: {direction}."
-        )
+        rate = float(f"{change / span if span > 0 else 0.0:.3g}")
+        net = ["Net change ", plain(round(change, 6)), f" {unit} over ", plain(round(span, 6))]
+        return [*clauses, [*net, " h, ", plain(rate), f" {unit} an hour"]]
 
     def _read_labels(self, table: pd.DataFrame, require: bool) -> None:
         name = "label_escalation"
-        if require:
-            require_columns(table, self._where, [name])
-        text = column_text(table, name) if name in table else pd.Series([""] * len(table))
+        text = column_text(table, name) if name in table else pd.Series("", index=table.index)
         self.labels = pd.to_numeric(text.where(text != ""), errors="coerce").to_numpy(np.float64)
         empty = (text == "").to_numpy()
-        self._refuse(~np.isin(self.labels, [0, 1]) & ~empty, name, "must be 0 or 1")
+        self._refuse(~np.isin(self.labels, [0, 1]) & ~empty, table, name, "must be 0 or 1")
         if require:
-            self._refuse(empty, name, "is empty: each row to learn from needs a label 0 or 1")
+            self._refuse(
+                empty, table, name, "is empty: each row to learn from needs a label 0 or 1"
+            )
 
     def _read_patients(self, table: pd.DataFrame) -> None:
-        by_row = pd.Series(self._row_numbers.astype(str))
+        by_row = pd.Series(table.index.astype(str), index=table.index)
         if "subject_id" in table or "id" in table:
             name = "subject_id" if "subject_id" in table else "id"
             patients = column_text(table, name)
-            self._refuse(
-                (patients == "").to_numpy(), name, "is empty: name the patient of each row"
-            )
+            self._refuse(patients == "", table, name, "is empty: name the patient of each row")
         else:
             patients = by_row
-            logger.info("%s: no column subject_id: each row is a patient of its own", self._where)
+            logger.info("%s: no column subject_id: each row is a patient of its own", self.source)
         self.groups = patients.to_numpy(dtype=np.str_)
         ids = column_text(table, "id") if "id" in table else patients
         self.ids = ids.to_numpy(dtype=np.str_)
-        context = column_text(table, "clinical_context") if "clinical_context" in table else None
-        self.contexts = (by_row.map(lambda _: "") if context is None else context).to_numpy(np.str_)
+        has_context = "clinical_context" in table
+        contexts = (
+            column_text(table, "clinical_context") if has_context else by_row.map(lambda _: "")
+        )
+        self.contexts = contexts.to_numpy(dtype=object)
         self.parts = None
         if "split" in table:
             parts = column_text(table, "split").str.lower().replace("validation", "val")
-            self._refuse(~parts.isin(PARTS).to_numpy(), "split", "must be train, val or test")
+            self._refuse(~parts.isin(PARTS), table, "split", "must be train, val or test")
+            moved = parts != parts.groupby(patients).transform("first")
+            problem = "puts a patient (subject_id) on another side than an earlier row does"
+            self._refuse(moved, table, "split", problem)
             self.parts = parts.to_numpy(dtype=np.str_)
 
-    def _read_series(self, column: pd.Series, max_len: int) -> None:
+    def _read_series(self, table: pd.DataFrame, max_len: int) -> None:
         name = "clinical_trajectory"
-        text = column_text(column.to_frame(), name)
-        self._refuse((text == "").to_numpy(), name, "is empty")
+        text = column_text(table, name)
+        self._refuse(text == "", table, name, "is empty")
         readable = text.str.fullmatch(SERIES).to_numpy(dtype=bool)
         if not readable.all():
-            pieces = text[int(readable.argmin())].split("->")
-            k = next((k for k, p in enumerate(pieces, 1) if not re.fullmatch(PIECE, p)), 1)
-            self._refuse(
-                ~readable, name, f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
-            )
+            pieces = text.iloc[int(readable.argmin())].split("->")
+            k = next(k for k, piece in enumerate(pieces, 1) if not re.fullmatch(PIECE, piece))
+            problem = f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
+            self._refuse(~readable, table, name, problem)
         pairs = np.concatenate(
-            [_parse(text[k : k + PARSE_ROWS]) for k in range(0, len(text), PARSE_ROWS)]
+            [_parse(text.iloc[k : k + PARSE_ROWS]) for k in range(0, len(text), PARSE_ROWS)]
         )
         lengths = text.str.count("->").to_numpy(np.int64) + 1
         owner = np.repeat(np.arange(len(text)), lengths)
         huge = (np.abs(pairs) > LARGEST).any(axis=1)
-        self._refuse(
-            np.bincount(owner, huge, len(text)) > 0, name, "holds a number that is too large"
-        )
+        bad = np.bincount(owner, huge, len(text)) > 0
+        self._refuse(bad, table, name, "holds a number that is too large")
         values, times = pairs.T
         unsorted = np.unique(owner[1:][(np.diff(times) < 0) & (np.diff(owner) == 0)])
         if len(unsorted):
             order = np.lexsort((times, owner))  # stable: equal times keep their order
             values, times = values[order], times[order]
-            logger.info("%s: %d rows were not in time order; sorted", self._where, len(unsorted))
+            logger.info("%s: %d rows were not in time order; sorted", self.source, len(unsorted))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         recent = np.arange(len(owner)) >= offsets[owner + 1] - max_len
         if not recent.all():
             message = "%s: %d rows are longer than %d observations: the most recent are kept"
-            logger.info(message, self._where, int((lengths > max_len).sum()), max_len)
+            logger.info(message, self.source, int((lengths > max_len).sum()), max_len)
         self.times, self.values = times[recent], values[recent, None]
         self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_len))])
 
-    def _refuse(self, bad: NDArray[np.bool_], column: str, problem: str) -> None:
+    def _refuse(self, bad: Any, table: pd.DataFrame, column: str, problem: str) -> None:
         """Raise with the place of the first bad row; never shows what a patient's cell holds."""
-        if bad.any():
-            row = self._row_numbers[int(bad.argmax())]
-            others = f" ({int(bad.sum())} such rows)" if bad.sum() > 1 else ""
-            raise InputError(f"{self._where}, row {row}, column {column}: {problem}{others}")
+        rows = table.index[np.asarray(bad)]
+        if len(rows):
+            others = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
+            raise InputError(f"{self.source}, row {rows[0]}, column {column}: {problem}{others}")
 
 
 def plain(number: float) -> str:
     """Write a number in the shortest form that reads back exactly, without exponent: 24, 4.08."""
     return np.format_float_positional(number + 0.0, trim="-")
-
-
-def _numbers_by_place(text: str) -> list[tuple[str, str]]:
-    """Pair each number of a report with its place: clause, unit behind it."""
-    found = []
-    for sentence in re.split(r"(?<=[^0-9])\. |: ", text):
-        for clause in sentence.split(", "):
-            for k, match in enumerate(re.finditer(NUMBER, clause)):
-                place = re.sub(NUMBER, "#", clause)
-                found.append((f"{place}|{k}", match[0]))
-    return found
 
 
 def _parse(text: pd.Series) -> NDArray[np.float64]:
@@ -556,63 +552,61 @@ def _parse(text: pd.Series) -> NDArray[np.float64]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file as text, each row in its place.
+    """Read a CSV file as text; blank rows are left out, the index holds the others' numbers.
 
     Raises:
         InputError: the file is missing, empty, binary, or its rows do not fit its header.
     """
+    numbers, rows, number = [], [], 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            table = pd.read_csv(
-                path,
-                dtype=str,
-                encoding="utf-8-sig",
-                skip_blank_lines=False,
-                index_col=False,
-                skipinitialspace=True,
-            )
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, cells in enumerate(csv.reader(file, skipinitialspace=True), 1):
+                if any(map(str.strip, cells)):
+                    numbers.append(number)
+                    rows.append(cells)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file: give the CSV by --data_path") from error
-    except pd.errors.EmptyDataError as error:
-        raise InputError(f"{path}: the file is empty") from error
-    except (UnicodeDecodeError, UnicodeError) as error:
+    except UnicodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        detail = str(error).replace("Error tokenizing data. C error: ", "").strip()
-        raise InputError(
-            f"{path}: rows and header do not fit ({' '.join(detail.split())}): "
-            'put texts that hold commas between quotes "'
-        ) from error
+    except csv.Error as error:
+        raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    table.columns = table.columns.str.strip()
-    return table
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if not rows:
+        raise InputError(f"{path}: the file is empty")
+    header = [name.strip() for name in rows[0]]
+    for number, cells in zip(numbers, rows, strict=True):
+        if any(cells[len(header) :]):
+            raise InputError(
+                f"{path}, row {number}: {len(cells)} fields where the header has {len(header)}: "
+                'put texts that hold commas between quotes "'
+            )
+        cells[len(header) :] = []
+        cells += [""] * (len(header) - len(cells))
+    return pd.DataFrame(rows[1:], columns=header, index=numbers[1:], dtype=object)
 
 
-def require_columns(table: pd.DataFrame, where: str, names: list[str]) -> None:
-    """Refuse a table that lacks a column, with what it has instead.
+def check_header(table: pd.DataFrame, where: str, labels: list[str]) -> None:
+    """Refuse a table that lacks a column or has one twice.
 
     Raises:
-        InputError: a name is missing.
+        InputError: a name is missing, or stands there twice and so leaves open which one is meant.
     """
-    missing = [name for name in names if name not in table]
-    if not missing:
-        return
-    header = str(table.columns[0]) if len(table.columns) else ""
-    hint = "; it looks separated by ';' where ',' is expected" if ";" in header else ""
-    raise InputError(
-        f"{where}, row 1, column {missing[0]}: no such column among {len(table.columns)}{hint}: "
-        "the header must name clinical_trajectory,label_escalation"
-    )
+    for name in ("clinical_trajectory", *labels):
+        if name not in table:
+            semicolons = ";" in "".join(map(str, table.columns))
+            hint = "; it looks separated by ';' where ',' is expected" if semicolons else ""
+            raise InputError(
+                f"{where}, row 1, column {name}: no such column among {len(table.columns)}{hint}: "
+                "the header must name clinical_trajectory,label_escalation"
+            )
+    for name in COLUMNS:
+        if list(table.columns).count(name) > 1:
+            raise InputError(f"{where}, row 1, column {name}: stands there twice: leave one")
 
 
 def column_text(table: pd.DataFrame, name: str) -> pd.Series:
-    """Give a column as stripped text, empty where nothing stands.
-
-    Raises:
-        InputError: the column stands there twice.
-    """
+    """Give a column as stripped text, empty where nothing stands."""
     column = table[name]
     return column.astype(object).where(column.notna(), "").astype(str).str.strip()
 

@@ -1,0 +1,236 @@
+"""Tests of the texts of dataset_format: prompt, report, how true a report is, description."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dataset_format import Description, MIMICtrajectoryDataset, ReportScore
+from trajectories import LABEL, SERIES, dataset_of, one_series, random_text, table_of
+
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
+
+BICARBONATE = Description(
+    series="Serum bicarbonate",
+    unit="mmol/L",
+    question="Will the patient die in hospital?",
+    outcome="In-hospital death",
+)
+
+
+def described(
+    series: str, label: float, description: Description, context: str = ""
+) -> MIMICtrajectoryDataset:
+    table = pd.DataFrame({SERIES: [series], LABEL: [label], "clinical_context": [context]})
+    return MIMICtrajectoryDataset(table, description=description, require_labels=False)
+
+
+def test_texts_of_the_users_example_are_these() -> None:
+    dataset = described("24 (0h) -> 20 (2h) -> 16 (4h) -> 12.5 (6h)", 0, Description())
+    assert dataset.prompt(0) == (
+        "Anion gap (mEq/L): 24 (0h) -> 20 (2h) -> 16 (4h) -> 12.5 (6h). "
+        "Will care have to be escalated?\n"
+    )
+    assert dataset.report(0) == (
+        "Escalation: no. Anion gap: first 24 mEq/L at 0 h, last 12.5 mEq/L at 6 h, "
+        "lowest 12.5 mEq/L at 6 h, highest 24 mEq/L at 0 h. "
+        "Net change -11.5 mEq/L over 6 h, -1.92 mEq/L an hour: falling."
+    )
+
+
+def test_texts_take_context_and_clinical_words_from_the_description() -> None:
+    dataset = described("26 (1.5h) -> 28 (5.5h)", 1, BICARBONATE, "54-year-old woman.")
+    assert dataset.prompt(0) == (
+        "54-year-old woman. Serum bicarbonate (mmol/L): 26 (1.5h) -> 28 (5.5h). "
+        "Will the patient die in hospital?\n"
+    )
+    assert dataset.report(0) == (
+        "In-hospital death: yes. Serum bicarbonate: first 26 mmol/L at 1.5 h, last 28 mmol/L at "
+        "5.5 h, lowest 26 mmol/L at 1.5 h, highest 28 mmol/L at 5.5 h. "
+        "Net change 2 mmol/L over 4 h, 0.5 mmol/L an hour: rising."
+    )
+
+
+def test_a_description_beside_the_file_is_used_and_its_absence_means_the_default(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "data.csv"
+    table_of(["24 (0h)", "20 (0h)"]).to_csv(path, index=False)
+    assert MIMICtrajectoryDataset(path).description == Description()
+    text = '{"series": "Lactate", "unit": "mmol/L", "plausible": [0, 30], "licence": "any"}'
+    path.with_suffix(".json").write_text(text)
+    dataset = MIMICtrajectoryDataset(path)
+    assert dataset.description == Description("Lactate", "mmol/L", plausible=(0.0, 30.0))
+    assert dataset.prompt(0) == "Lactate (mmol/L): 24 (0h). Will care have to be escalated?\n"
+    assert (dataset.features, dataset.units) == (("Lactate",), ("mmol/L",))
+    given = MIMICtrajectoryDataset(path, description=BICARBONATE)
+    assert given.outcome == "In-hospital death"
+
+
+def test_every_number_in_the_texts_is_the_patients_own() -> None:
+    rng = np.random.default_rng(3)
+    texts = [random_text(rng) for _ in range(200)]
+    dataset = dataset_of(texts)
+    for i in range(200):
+        times, values = one_series(dataset, i)
+        numbers = [float(n) for n in NUMBER.findall(dataset.prompt(i))]
+        assert numbers == [n for pair in zip(values, times, strict=True) for n in pair]
+        low, high = values.index(min(values)), values.index(max(values))
+        places = [(values[k], times[k]) for k in (0, -1, low, high)]
+        change, span = values[-1] - values[0], times[-1] - times[0]
+        stated = [float(n) for n in NUMBER.findall(dataset.report(i))]
+        assert stated[:8] == [n for pair in places for n in pair]
+        assert stated[8:10] == pytest.approx([change, span], abs=1e-6)
+        assert len(stated) <= 11
+
+
+@pytest.mark.parametrize("last", ["20.1", "24.003", "19", "1000"])
+def test_the_rate_is_stated_to_within_five_percent_however_small(last: str) -> None:
+    dataset = described(f"20 (0h) -> {last} (100h)", 0, Description())
+    rate = float(NUMBER.findall(dataset.report(0))[-1])
+    assert rate == pytest.approx((float(last) - 20) / 100, rel=0.05)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_report_begins_with_its_verdict(label: int) -> None:
+    report = described("24 (0h)", label, Description()).report(0)
+    assert report.startswith(f"Escalation: {'yes' if label else 'no'}. ")
+
+
+@pytest.mark.parametrize(
+    ("series", "word"),
+    [
+        ("1 (0h) -> 2 (1h)", "rising"),
+        ("2 (0h) -> 3 (1h) -> 1 (2h)", "falling"),
+        ("2 (0h) -> 9 (1h) -> 2 (2h)", "level"),
+        ("2 (0h)", "level"),
+        ("5 (1h) -> 3 (1h)", "falling"),
+    ],
+)
+def test_the_direction_is_that_of_last_to_first(series: str, word: str) -> None:
+    report = described(series, 0, Description()).report(0)
+    found = [w for w in ("rising", "falling", "level") if w in report]
+    assert found == [word]
+    assert "nan" not in report
+    assert "inf" not in report
+
+
+def test_no_report_is_made_up_where_the_label_is_unknown() -> None:
+    dataset = described("24 (0h)", math.nan, Description())
+    assert dataset.prompt(0)
+    with pytest.raises(ValueError, match="series 0"):
+        dataset.report(0)
+
+
+# --------------------------------------------------------------------------- scores of reports
+
+OWN = described("24 (0h) -> 20 (2h) -> 12.5 (6h)", 1, Description())
+
+
+@pytest.mark.parametrize(
+    ("change", "score"),
+    [
+        (("", ""), ReportScore(verdict=1, parses=True, stated=11, true=11)),
+        (("yes", "no"), ReportScore(verdict=0, parses=True, stated=11, true=11)),
+        (("first 24", "first 25"), ReportScore(verdict=1, parses=True, stated=11, true=10)),
+        (("12.5 mEq/L at 6 h", "12.5 mEq/L at 7 h"), ReportScore(1, True, 11, 9)),
+        (("over 6 h", "over 2 h"), ReportScore(1, True, 11, 10)),
+        (("Net change -11.5", "Net change 11.5"), ReportScore(1, True, 11, 10)),
+        (("falling.", "falling. pH 7.4"), ReportScore(1, False, 12, 11)),
+        (("Escalation: yes. ", ""), ReportScore(None, False, 11, 11)),
+        (("Escalation: yes", "Escalation: yesterday"), ReportScore(None, False, 11, 11)),
+    ],
+    ids=lambda value: repr(value[1]) if isinstance(value, tuple) else "",
+)
+def test_a_report_is_scored_number_by_number(change: tuple[str, str], score: ReportScore) -> None:
+    assert OWN.score_report(0, OWN.report(0).replace(*change)) == score
+
+
+def test_a_number_with_another_unit_is_not_the_patients_own() -> None:
+    score = OWN.score_report(0, OWN.report(0).replace("first 24 mEq/L", "first 24 mg/dL"))
+    assert (score.verdict, score.parses, score.stated) == (1, False, 11)
+    assert score.true in (9, 10)  # its time may count or not
+
+
+def test_true_numbers_at_the_wrong_place_do_not_count() -> None:
+    swapped = OWN.report(0).replace("first 24", "first 12.5").replace("last 12.5", "last 24")
+    assert OWN.score_report(0, swapped).true == 9
+
+
+def test_the_report_of_another_patient_is_not_true() -> None:
+    other = described("7 (1h) -> 9 (3.5h) -> 8 (9h)", 1, Description())
+    score = OWN.score_report(0, other.report(0))
+    assert (score.parses, score.stated, score.true) == (True, 11, 0)
+
+
+def test_a_number_repeated_is_true_once() -> None:
+    report = OWN.report(0)
+    score = OWN.score_report(0, report + report)
+    assert (score.parses, score.stated, score.true) == (False, 22, 11)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "stated"),
+    [
+        ("", None, 0),
+        ("\n\0 (((", None, 0),
+        ("5 5 5", None, 3),
+        ("Escalation: yes", 1, 0),
+        ("Escalation: no", 0, 0),
+        ("no", None, 0),
+        ("Escalation:", None, 0),
+        ("The patient. Escalation: yes.", None, 0),
+    ],
+)
+def test_any_text_can_be_scored(text: str, verdict: int | None, stated: int) -> None:
+    assert OWN.score_report(0, text) == ReportScore(verdict, False, stated, 0)
+
+
+@pytest.mark.parametrize(
+    ("series", "unit", "outcome"),
+    [
+        ("PaCO2", "mmHg", "Escalation"),
+        ("eGFR", "mL/min/1.73 m2", "28-day death"),
+        ("White cells", "10^9/L", "Sepsis (3rd)"),
+        ("Base excess, arterial", "mmol/L", "Death"),
+        ("K+: serum", "mEq. per L", "Outcome: death"),
+    ],
+)
+def test_digits_and_signs_within_names_and_units_are_no_stated_numbers(
+    series: str, unit: str, outcome: str
+) -> None:
+    description = Description(series=series, unit=unit, outcome=outcome)
+    dataset = described("40 (0h) -> 38.5 (3h)", 1, description)
+    report = dataset.report(0)
+    assert dataset.score_report(0, report) == ReportScore(1, True, 11, 11)
+    wrong = report.replace("first 40 ", "first 41 ")
+    assert dataset.score_report(0, wrong) == ReportScore(1, True, 11, 10)
+
+
+@pytest.mark.parametrize("series", ["24 (0h)", "5 (1h) -> 3 (1h)", "1e-7 (0h) -> -2e5 (3.25h)"])
+def test_every_own_report_is_wholly_true(series: str) -> None:
+    dataset = described(series, 0, Description())
+    score = dataset.score_report(0, dataset.report(0))
+    assert score.parses
+    assert score.verdict == 0
+    assert score.stated == score.true > 8
+
+
+def test_the_own_reports_of_random_series_are_wholly_true() -> None:
+    rng = np.random.default_rng(4)
+    dataset = dataset_of([random_text(rng) for _ in range(200)])
+    for i in range(200):
+        score = dataset.score_report(i, dataset.report(i))
+        assert score.parses
+        assert score.verdict == i % 2
+        assert score.stated == score.true > 8
+
+
+def test_a_report_that_lacks_its_rate_does_not_parse() -> None:
+    score = OWN.score_report(0, OWN.report(0).replace(", -1.92 mEq/L an hour", ""))
+    assert (score.parses, score.stated) == (False, 10)
