@@ -38,6 +38,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -219,7 +220,14 @@ class TrajectoryLLM(nn.Module):
     """Encoder, soft prompt and adapted language model; stages 2 and 3 add what they read out."""
 
     def __init__(
-        self, encoder: ClinicalODERNN, llm: PreTrainedModel, tokens: int, scale: float, bos: int
+        self,
+        encoder: ClinicalODERNN,
+        llm: PreTrainedModel,
+        *,
+        tokens: int,
+        scale: float,
+        bos: int,
+        verdict: tuple[int, int],
     ) -> None:
         """Join the parts.
 
@@ -229,12 +237,14 @@ class TrajectoryLLM(nn.Module):
             tokens: P.
             scale: root mean square of the scaled token embeddings.
             bos: id of the token that begins every input.
+            verdict: ids of the tokens that tell yes from no.
         """
         super().__init__()
         self.encoder = encoder
         self.llm = llm
         self.projection = SoftPrompt(encoder.hidden_dim, llm.config.hidden_size, tokens, scale)
         self.bos = bos
+        self.verdict = verdict
 
     @property
     def body(self) -> nn.Module:
@@ -284,18 +294,19 @@ class TrajectoryLLM(nn.Module):
 class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
-    def __init__(self, *parts: Any, verdict: tuple[int, int]) -> None:
-        """Start the head where the language model itself weighs ``yes`` against ``no``.
+    def __init__(self, encoder: ClinicalODERNN, llm: PreTrainedModel, **settings: Any) -> None:
+        """Start the head where the language model itself weighs yes against no.
 
         Args:
-            parts: as for ``TrajectoryLLM``.
-            verdict: token ids of yes and no.
+            encoder: as for ``TrajectoryLLM``.
+            llm: as for ``TrajectoryLLM``.
+            settings: as for ``TrajectoryLLM``.
         """
-        super().__init__(*parts)
-        self.head = nn.Linear(self.llm.config.hidden_size, 1)
-        table = self.llm.get_output_embeddings().weight
+        super().__init__(encoder, llm, **settings)
+        self.head = nn.Linear(llm.config.hidden_size, 1)
+        yes, no = llm.get_output_embeddings().weight[list(self.verdict)].float()
         with torch.no_grad():
-            self.head.weight.copy_((table[verdict[0]].float() - table[verdict[1]].float())[None])
+            self.head.weight.copy_((yes - no)[None])
             self.head.bias.zero_()
 
     def forward(self, batch: TextBatch) -> Output:
@@ -308,16 +319,6 @@ class LLMClassifier(TrajectoryLLM):
 
 class LLMWriter(TrajectoryLLM):
     """Stage 3: the language model writes the report; ``lm_head`` sees the answer's places only."""
-
-    def __init__(self, *parts: Any, verdict: tuple[int, int]) -> None:
-        """Keep which tokens are the verdict.
-
-        Args:
-            parts: as for ``TrajectoryLLM``.
-            verdict: token ids of yes and no.
-        """
-        super().__init__(*parts)
-        self.verdict = verdict
 
     def forward(self, batch: TextBatch) -> Output:
         """Give the cross-entropy (sum over answer tokens) and the verdict's log-odds.
@@ -352,6 +353,7 @@ class LLMWriter(TrajectoryLLM):
         """
         from transformers import GenerationConfig
 
+        self.eval()
         embeddings, mask, _ = self.embed(batch, left=True)
         plan = GenerationConfig(
             max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad
@@ -388,9 +390,12 @@ def load_language_model(
         InputError: no access, no such model, not a Gemma 3, or weights that do not fit it.
     """
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # On a CPU it misses a kernel that only speeds inference up.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if name == "tiny":
         model, tokenizer = tiny_language_model()
         if quantization == "nf4":
@@ -398,7 +403,7 @@ def load_language_model(
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        if not config.model_type.startswith("gemma3"):
+        if config.model_type not in ("gemma3", "gemma3_text"):
             raise InputError(f"--model_name {name}: a {config.model_type} model; give a Gemma 3")
         multimodal = hasattr(config, "text_config")
         model, found = transformers.Gemma3ForCausalLM.from_pretrained(
@@ -411,18 +416,28 @@ def load_language_model(
             output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(explain_loading_error(name, error)) from error
     if found["missing_keys"]:
         key = sorted(found["missing_keys"])[0]
         raise InputError(f"--model_name {name}: the checkpoint lacks weights, {key} among them")
+    probe = "24 (0h)"
+    if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]) != probe:
+        raise InputError(f"--model_name {name}: its tokenizer files are missing or damaged")
     if quantization == "nf4":
-        count = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
-        if count == 0:
-            raise InputError(f"--quantization nf4: no layer of {name} was quantised")
+        check_quantized(name, model)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def check_quantized(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model in which nothing was quantised; keep 4-bit weights as they are on a CPU."""
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    if not layers:
+        raise InputError(f"--quantization nf4: no layer of {name} was quantised")
+    for layer in layers:  # repacked for fast CPU inference, weights would lose bits and gradients
+        layer.support_avx512bf16_for_cpu = False
 
 
 def nf4_config(dtype: torch.dtype) -> Any:
@@ -443,21 +458,31 @@ def nf4_config(dtype: torch.dtype) -> Any:
 
 def explain_loading_error(name: str, error: Exception) -> str:
     """Turn a failed download or load into one line that says what to do."""
-    text = " ".join(str(error).split())
-    tiny = "--model_name tiny needs neither licence nor download"
-    if re.search(r"gated|401|403|restricted|log in", text, re.IGNORECASE):
-        return (
-            f"--model_name {name}: access to this gated model is not granted: accept its licence "
-            f"at https://huggingface.co/{name}, then run: huggingface-cli login (hf auth login in "
-            f"newer versions); {tiny}"
-        )
-    if not os.path.isdir(name) and name.count("/") == 1:
-        return (
-            f"--model_name {name}: cannot be fetched from the hub (no network, no such model, or "
-            f"no access: accept its licence at https://huggingface.co/{name}, then run: "
-            f"huggingface-cli login, hf auth login in newer versions); {tiny}"
-        )
-    return f"--model_name {name}: not a hub id, not tiny, and no folder with a model: {text[:200]}"
+    text = " ".join(str(error).split())[:200]
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(name)
+    if not hub_id or not isinstance(error, OSError):
+        return f"--model_name {name}: not a hub id, not tiny, and no folder with a model: {text}"
+    gated = re.search(r"gated|restricted|log in", text, re.IGNORECASE)
+    problem = (
+        "access to this gated model is not granted"
+        if gated
+        else "cannot be fetched from the hub (no network, no such model, or no access)"
+    )
+    return (
+        f"--model_name {name}: {problem}: accept its licence at https://huggingface.co/{name}, "
+        "then run: hf auth login (huggingface-cli login in older versions); --model_name tiny "
+        "needs neither licence nor download"
+    )
+
+
+def cached_revision(name: str) -> str | None:
+    """Give the commit of a hub model in the cache; None for a folder and for ``tiny``."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == "tiny" or os.path.isdir(name):
+        return None
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def tiny_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -504,7 +529,9 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> P
         target_modules=list(LORA_TARGETS),
         task_type="CAUSAL_LM",
     )
-    adapted: PreTrainedModel = get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft asks for a property that transformers renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted: PreTrainedModel = get_peft_model(model, config)
     return adapted
 
 
@@ -531,7 +558,9 @@ class TextCollator:
         self.bos = int(tokenizer.bos_token_id)
 
         def ids(texts: list[str]) -> list[list[int]]:
-            return list(tokenizer(texts, add_special_tokens=False)["input_ids"])
+            # A context that spells "<bos>" stays text.
+            plain = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+            return list(plain["input_ids"])
 
         yes, no, stem = ids([" yes", " no", f"{dataset.outcome}:"])
         shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
@@ -794,23 +823,27 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
 
 def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Stages 2 and 3: soft prompt and text before an adapted language model."""
+    encoder = make_encoder(args, data)  # before minutes go into loading the language model
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     base, tokenizer = load_language_model(
         args.model_name, args.quantization, dtype, default_device()
     )
-    encoder = make_encoder(args, data)
-    seed_everything(args.seed)
     writes = args.mode == "generative"
     collate = TextCollator(data.dataset, tokenizer, answers=writes)
     scale = embedding_rms(base, [collate.prompts[i] for i in data.split["train"]])
-    llm = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    parts = (encoder, llm, args.num_prefix_tokens, scale, collate.bos)
-    kind = LLMWriter if writes else LLMClassifier
-    model = kind(*parts, verdict=collate.verdict)
+    seed_everything(args.seed)
+    model = (LLMWriter if writes else LLMClassifier)(
+        encoder,
+        add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout),
+        tokens=args.num_prefix_tokens,
+        scale=scale,
+        bos=collate.bos,
+        verdict=collate.verdict,
+    )
     facts = {
         "stage": args.mode,
         "base_model": args.model_name,
-        "base_revision": getattr(base.config, "_commit_hash", None),
+        "base_revision": cached_revision(args.model_name),
         "base_class": type(base).__name__,
         "quantization": args.quantization,
         "precision": str(dtype).removeprefix("torch."),
@@ -1015,7 +1048,12 @@ def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
     with atomic(folder) as temporary:
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
-        save_file(own_state(model), temporary / "modules.safetensors")
+        state = {
+            f"{part}.{key}": tensor.contiguous()
+            for part, module in outside_llm(model).items()
+            for key, tensor in module.state_dict().items()
+        }
+        save_file(state, temporary / "modules.safetensors")
         write_text(temporary / "config.json", json.dumps(facts, indent=2) + "\n")
         write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
 
@@ -1026,21 +1064,20 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
     from peft.utils import load_peft_weights
     from safetensors.torch import load_file
 
-    outside = load_file(folder / "modules.safetensors")
-    inside = {key for key in model.state_dict() if key.startswith("llm.")}
-    result = model.load_state_dict(outside, strict=False)
-    assert set(result.missing_keys) <= inside
-    assert not result.unexpected_keys
+    state = load_file(folder / "modules.safetensors")
+    for part, module in outside_llm(model).items():
+        own = {k.removeprefix(f"{part}."): state.pop(k) for k in list(state) if k.startswith(part)}
+        module.load_state_dict(own)
+    assert not state
     adapter = load_peft_weights(str(folder / "adapter"), device="cpu")
     loaded = set_peft_model_state_dict(model.llm, adapter)
     assert not loaded.unexpected_keys
     assert not [key for key in loaded.missing_keys if "lora_" in key]
 
 
-def own_state(model: TrajectoryLLM) -> dict[str, Tensor]:
-    """Give all that a stage learns outside the language model."""
-    state = model.state_dict()
-    return {k: v.contiguous() for k, v in state.items() if not k.startswith("llm.")}
+def outside_llm(model: TrajectoryLLM) -> dict[str, nn.Module]:
+    """Give the parts beside the language model: encoder, projection, and a head if there is one."""
+    return {name: part for name, part in model.named_children() if name != "llm"}
 
 
 @contextlib.contextmanager
@@ -1678,6 +1715,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INPUT
     except NonFiniteLossError as error:
         sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAULT
+    except torch.OutOfMemoryError:
+        sys.stderr.write("error: the GPU has too little memory: lower --batch_size\n")
         return EXIT_FAULT
     except KeyboardInterrupt:
         sys.stderr.write(

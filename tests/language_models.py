@@ -1,0 +1,189 @@
+"""Small Gemma 3 checkpoints and patients for the tests of the language-model parts."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    PreTrainedModel,
+)
+
+import medgemma_trainer as trainer
+from dataset_format import MIMICtrajectoryDataset
+from dte_encoder import ClinicalODERNN
+from medgemma_trainer import Data, LLMClassifier, LLMWriter, TextBatch, TextCollator
+
+CPU = torch.device("cpu")
+LAYERS = 2
+PREFIX = 4
+LENGTHS = (1, 6, 2, 9, 3, 5, 4, 7, 1, 8, 2, 6, 3, 9, 5, 4)
+"""Observations of each patient: fewer than, as many as, and more than the soft tokens."""
+
+GEMMA_GENERATION = {
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "do_sample": True,
+    "eos_token_id": [1, 106],
+    "pad_token_id": 0,
+    "top_k": 64,
+    "top_p": 0.95,
+}
+"""What stands in generation_config.json of Google's Gemma 3 checkpoints."""
+
+
+def patients() -> MIMICtrajectoryDataset:
+    """Sixteen patients of different lengths, half with an event, with their own split."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for k, length in enumerate(LENGTHS):
+        times = np.cumsum(rng.integers(1, 9, size=length))
+        series = " -> ".join(f"{rng.integers(8, 30)} ({t}h)" for t in times)
+        rows.append(
+            {
+                "subject_id": f"patient {k}",
+                "clinical_trajectory": series,
+                "label_escalation": k % 2,
+                "clinical_context": "known diabetes " * (k % 3),
+                "split": "train" if k < 8 else "val" if k < 12 else "test",
+            }
+        )
+    return MIMICtrajectoryDataset(pd.DataFrame(rows))
+
+
+def data_of(dataset: MIMICtrajectoryDataset) -> Data:
+    """Give the trainer's view of a data set."""
+    return Data(dataset, dataset.split(0), dataset.fingerprint())
+
+
+def arguments(*flags: str) -> Namespace:
+    """Parse flags as the program does."""
+    return trainer.resolve(trainer.build_parser().parse_args(flags))
+
+
+def text_config(hidden: int = 64) -> Gemma3TextConfig:
+    """The dimensions of the tiny model, or a wider one."""
+    base = trainer.tiny_language_model()[0].config.to_dict()
+    return Gemma3TextConfig(**{**base, "hidden_size": hidden})
+
+
+def save_text_checkpoint(folder: Path, seed: int = 1) -> Path:
+    """Write a text-only Gemma 3 with weights that no other model has."""
+    torch.manual_seed(seed)
+    Gemma3ForCausalLM(text_config()).save_pretrained(folder)
+    trainer.tiny_language_model()[1].save_pretrained(folder)
+    return folder
+
+
+def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path:
+    """Write a Gemma 3 with a vision tower, its language weights named with ``prefix``."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config=text_config().to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=3,
+        eoi_token_index=4,
+        image_token_index=5,
+    )
+    torch.manual_seed(seed)
+    model = Gemma3ForConditionalGeneration(config)
+    model.generation_config = type(model.generation_config)(**GEMMA_GENERATION)
+    model.save_pretrained(folder)
+    trainer.tiny_language_model()[1].save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    renamed = {re.sub(r"^language_model\.model\.", prefix, k): v for k, v in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def encoder_for(dataset: MIMICtrajectoryDataset) -> ClinicalODERNN:
+    """An encoder with random weights and the normaliser of all patients."""
+    torch.manual_seed(3)
+    encoder = ClinicalODERNN(1)
+    batch = dataset.collate(range(len(dataset)))
+    encoder.fit_normalizer(batch["values"], batch["observed"])
+    return encoder
+
+
+def disturb_adapter(llm: nn.Module, size: float = 0.05) -> None:
+    """Give the adapter weights that matter: LoRA's B starts at zero."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in llm.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, size, generator=generator)
+
+
+class Parts(NamedTuple):
+    """Models of stages 2 and 3 that share encoder, projection and language model."""
+
+    classifier: LLMClassifier
+    writer: LLMWriter
+    collate: TextCollator
+
+
+def classifier_and_writer(
+    dtype: torch.dtype = torch.float32, base: PreTrainedModel | None = None
+) -> Parts:
+    """Stage 2 and stage 3 models on the same parts, and the collator with answers."""
+    dataset = patients()
+    tiny, tokenizer = trainer.load_language_model("tiny", "none", dtype, CPU)
+    base = base or tiny
+    collate = TextCollator(dataset, tokenizer, answers=True)
+    scale = trainer.embedding_rms(base, collate.prompts)
+    torch.manual_seed(5)
+    llm = trainer.add_lora(base, 8, 16, 0.0)
+    disturb_adapter(llm)
+    encoder = encoder_for(dataset)
+    layout: dict[str, Any] = {"tokens": PREFIX, "scale": scale, "bos": collate.bos}
+    classifier = LLMClassifier(encoder, llm, verdict=collate.verdict, **layout)
+    writer = LLMWriter(encoder, llm, verdict=collate.verdict, **layout)
+    writer.projection = classifier.projection
+    return Parts(classifier.eval(), writer.eval(), collate)
+
+
+@contextlib.contextmanager
+def body_inputs(model: trainer.TrajectoryLLM) -> Iterator[list[dict[str, Any]]]:
+    """Give a list that fills with what the decoder body is called with."""
+    seen: list[dict[str, Any]] = []
+
+    def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs)
+
+    hook = model.body.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def plain_sequence(model: trainer.TrajectoryLLM, batch: TextBatch, row: int) -> Tensor:
+    """Lay out one row by hand: (1, S, D) of <bos>, its soft tokens, its text; no padding."""
+    embedding = model.llm.get_input_embeddings()
+    length = int(batch["observed"][row].any(1).sum())
+    series = [batch[key][row : row + 1, :length] for key in ("times", "values", "observed")]
+    states = model.encoder(*series)[:, -PREFIX:]  # (1, up to P, H)
+    soft = model.projection.linear(states)
+    soft = soft / soft.square().mean(-1, keepdim=True).sqrt() * model.projection.scale
+    text = batch["input_ids"][row : row + 1, batch["text_mask"][row]]
+    return torch.cat([embedding(torch.tensor([[model.bos]])), soft, embedding(text)], dim=1)
