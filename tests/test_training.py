@@ -74,21 +74,58 @@ def test_the_schedule_counts_steps_up_to_a_tenth_then_falls_to_zero() -> None:
     assert trainer.warmup_cosine(100_000)(99) == 1.0
 
 
-def test_the_schedule_is_stepped_once_an_optimizer_step(
-    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_loop_is_clipped_adamw_on_the_schedule_in_an_order_of_its_own(
+    dka_file: Path, tmp_path: Path
 ) -> None:
-    totals: list[int] = []
-    original = trainer.warmup_cosine
+    args = parse(*stage_1(dka_file, tmp_path, "--trajectory_epochs", "2", "--encoder_lr", "0.05"))
+    stage = trainer.trajectory_stage(args, trainer.load_data(args))
+    (tmp_path / "trajectory").mkdir()
+    trainer.run_stage(stage, tmp_path / "trajectory", torch.device("cpu"), seed=7)
 
-    def counted(total: int) -> Any:
-        totals.append(total)
-        return original(total)
-
-    monkeypatch.setattr(trainer, "warmup_cosine", counted)
-    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
-    assert totals == [3 * 8]  # 128 training rows in batches of 16, three epochs
-    last = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text().splitlines()[-1]
-    assert json.loads(last)["step"] == 24
+    data = trainer.load_data(args)
+    plain = trainer.trajectory_stage(args, data)
+    parameters = list(plain.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.05, weight_decay=0.01, fused=True)
+    shadow = [p.detach().clone() for p in parameters]
+    norms, best, winner, steps = [], -1.0, shadow, 0
+    for epoch in (1, 2):
+        order = torch.Generator().manual_seed(7 + epoch)
+        batches = DataLoader(
+            data.split["train"].tolist(),
+            batch_size=16,
+            shuffle=True,
+            generator=order,
+            collate_fn=data.dataset.collate,
+        )
+        plain.model.train()
+        for batch in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.05 * trainer.warmup_cosine(16)(steps)
+            optimizer.zero_grad()
+            output = plain.model(batch)
+            (output.loss / output.terms).backward()
+            norms.append(float(nn.utils.clip_grad_norm_(parameters, 1.0)))
+            optimizer.step()
+            steps += 1
+            decay = min(0.998, (1 + steps) / (10 + steps))
+            shadow = [
+                a.lerp(p.detach(), 1 - decay) for a, p in zip(shadow, parameters, strict=True)
+            ]
+        kept = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p, a in zip(parameters, shadow, strict=True):
+                p.copy_(a)
+        score = trainer.auroc(
+            trainer.evaluate(plain.model, plain.loaders["val"], torch.device("cpu"))
+        )
+        if score > best:
+            best, winner = score, [a.clone() for a in shadow]
+        with torch.no_grad():
+            for p, k in zip(parameters, kept, strict=True):
+                p.copy_(k)
+    assert max(norms) > 1.0  # else clipping would not have been exercised
+    for mine, expected in zip(stage.model.parameters(), winner, strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_the_test_part_is_read_once_and_only_after_training(
