@@ -1640,8 +1640,11 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     data = load_data(args)
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
     folder = args.output_dir / stage.name
+    if args.log_file not in ("auto", "none"):  # a wrong path ends the run before a folder is made
+        open_log(log, Path(args.log_file))
     make_folder(folder)
-    open_log(log, args.log_file, folder)
+    if args.log_file == "auto":
+        open_log(log, folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log")
     write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
@@ -1656,16 +1659,12 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     return EXIT_DONE
 
 
-def open_log(log: logging.handlers.MemoryHandler, choice: str, folder: Path) -> None:
+def open_log(log: logging.handlers.MemoryHandler, path: Path) -> None:
     """Send what was logged so far, and all that follows, to the log file.
 
     Raises:
         InputError: the file cannot be written.
     """
-    if choice == "none":
-        return
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    path = folder / f"train_{stamp}.log" if choice == "auto" else Path(choice)
     try:
         target = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
