@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the models of the tests are too small to share
 
 SAMPLE = Path(__file__).parent / "data" / "physionet2012_bicarbonate.csv"
 
