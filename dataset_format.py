@@ -28,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -67,6 +67,14 @@ USUAL_SPAN_HOURS = (0.5, 24 * 60)
 
 class InputError(ValueError):
     """A mistake in what the user gave; its text is one line: what, where, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with code 2."""
+        self.exit(2, f"error: {message} (see --help)\n")
 
 
 class Batch(TypedDict):
@@ -225,11 +233,9 @@ class TrajectoryDataset:
         """
         if self.parts is not None:
             return self._given_split(self.parts)
-        patients, owner = np.unique(self.groups, return_inverse=True)
-        event = np.zeros(len(patients), dtype=bool)
-        np.logical_or.at(event, owner, self.labels == 1)
+        owner, event = patient_events(self.groups, self.labels)
         rng = np.random.default_rng(seed)
-        part = np.zeros(len(patients), dtype=np.int64)
+        part = np.zeros(len(event), dtype=np.int64)
         for outcome, name in ((True, "with"), (False, "without")):
             order = rng.permutation(np.flatnonzero(event == outcome))
             if len(order) < len(PARTS):
@@ -245,11 +251,12 @@ class TrajectoryDataset:
     def _given_split(self, parts: NDArray[np.str_]) -> dict[str, NDArray[np.int64]]:
         """Take the split that the data bring, if it is a fair one."""
         result = {name: np.flatnonzero(parts == name) for name in PARTS}
+        owner, event = patient_events(self.groups, self.labels)
         for name, indices in result.items():
-            if len(np.unique(self.labels[indices])) < 2:
+            if len(np.unique(event[owner[indices]])) < 2:
                 raise InputError(
-                    f"{self.source}, column split: {name} ({len(indices)} rows) lacks a class, "
-                    "each of train, val, test needs labels 0 and 1"
+                    f"{self.source}, column split: {name} ({len(indices)} rows) lacks patients "
+                    "with or without an event: each of train, val, test needs both"
                 )
         return result
 
@@ -292,6 +299,16 @@ class TrajectoryDataset:
         }
 
 
+def patient_events(
+    groups: NDArray[np.str_], labels: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Give the patient of each row, (n,), and whether any row of a patient has an event."""
+    patients, owner = np.unique(groups, return_inverse=True)
+    event = np.zeros(len(patients), dtype=bool)
+    np.logical_or.at(event, owner, labels == 1)
+    return owner, event
+
+
 @dataclass(frozen=True)
 class Description:
     """What a DKA file's series and label mean, for texts and checks.
@@ -327,7 +344,7 @@ class Description:
             content = dict(json.loads(file.read_text(encoding="utf-8")).items())
             known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
             low, high = map(float, known.pop("plausible", cls.plausible))
-            if not low < high or not all(isinstance(text, str) for text in known.values()):
+            if not low < high or not all(isinstance(text, str) and text for text in known.values()):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(
@@ -459,9 +476,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             for name, k in places.items()
         ]
         change, span = values[-1] - values[0], times[-1] - times[0]
-        rate = float(f"{change / span if span > 0 else 0.0:.3g}")
-        net = ["Net change ", plain(round(change, 6)), f" {unit} over ", plain(round(span, 6))]
-        return [*clauses, [*net, " h, ", plain(rate), f" {unit} an hour"]]
+        net = [
+            "Net change ",
+            plain(round(change, 6)),
+            f" {unit} over ",
+            plain(round(span, 6)),
+            " h",
+        ]
+        if span > 0:  # within no time there is no rate
+            net[-1] += ", "
+            net += [plain(float(f"{change / span:.3g}")), f" {unit} an hour"]
+        return [*clauses, net]
 
     def _read_labels(self, table: pd.DataFrame, require: bool) -> None:
         name = "label_escalation"
@@ -558,6 +583,7 @@ def read_table(path: Path) -> pd.DataFrame:
         InputError: the file is missing, empty, binary, or its rows do not fit its header.
     """
     numbers, rows, number = [], [], 0
+    csv.field_size_limit(2**31 - 1)  # a series of 20,000 observations is one field
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, cells in enumerate(csv.reader(file, skipinitialspace=True), 1):
@@ -565,7 +591,7 @@ def read_table(path: Path) -> pd.DataFrame:
                     numbers.append(number)
                     rows.append(cells)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file: give the CSV by --data_path") from error
+        raise InputError(f"{path}: no such file") from error
     except UnicodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
     except csv.Error as error:
@@ -653,7 +679,7 @@ def _quartiles(numbers: NDArray[Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the module as a command; 0 when the file can be trained on, 2 when not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dataset_format.py", description="Check a DKA trajectory file.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)

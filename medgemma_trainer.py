@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import logging
 import logging.handlers
@@ -40,7 +42,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -55,7 +57,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from dataset_format import Batch, InputError, MIMICtrajectoryDataset, TrajectoryDataset, summarize
+from dataset_format import (
+    Batch,
+    InputError,
+    MIMICtrajectoryDataset,
+    Parser,
+    TrajectoryDataset,
+    patient_events,
+    summarize,
+)
 from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, check_solver
 
 if TYPE_CHECKING:
@@ -395,8 +405,9 @@ def load_language_model(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # On a CPU it misses a kernel that only speeds inference up.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # A kernel that only speeds up inference on a CPU; retries of a download that fails anyway.
+    for library in ("bitsandbytes.backends.cpu.ops", "huggingface_hub", "httpx"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     if name == "tiny":
         model, tokenizer = tiny_language_model()
         if quantization == "nf4":
@@ -417,7 +428,7 @@ def load_language_model(
             output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(explain_loading_error(name, error)) from error
@@ -425,7 +436,9 @@ def load_language_model(
         key = sorted(found["missing_keys"])[0]
         raise InputError(f"--model_name {name}: the checkpoint lacks weights, {key} among them")
     probe = "24 (0h)"
-    if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]) != probe:
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    if None in special or tokenizer.decode(ids) != probe:
         raise InputError(f"--model_name {name}: its tokenizer files are missing or damaged")
     if quantization == "nf4":
         check_quantized(name, model)
@@ -460,8 +473,11 @@ def nf4_config(dtype: torch.dtype) -> Any:
 def explain_loading_error(name: str, error: Exception) -> str:
     """Turn a failed download or load into one line that says what to do."""
     text = " ".join(str(error).split())[:200]
-    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.isdir(name)
-    if not hub_id or not isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"--model_name {name}: no space left on the disk to keep it"
+    if not isinstance(error, OSError):
+        return f"--model_name {name}: its files are damaged or do not fit together: {text}"
+    if os.path.isdir(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return f"--model_name {name}: not a hub id, not tiny, and no folder with a model: {text}"
     gated = re.search(r"gated|restricted|log in", text, re.IGNORECASE)
     problem = (
@@ -671,11 +687,9 @@ def metrics_with_intervals(
 
     Source: Efron and Tibshirani 1993, percentile method.
     """
-    patients, owner = np.unique(groups, return_inverse=True)
-    event = np.zeros(len(patients), dtype=bool)
-    np.logical_or.at(event, owner, labels == 1)
+    owner, event = patient_events(groups, labels)
     rng = np.random.default_rng(seed)
-    draws = np.zeros((BOOTSTRAP_REPLICATES, len(patients)))  # how often each patient is drawn
+    draws = np.zeros((BOOTSTRAP_REPLICATES, len(event)))  # how often each patient is drawn
     for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
         fair = np.full(len(stratum), 1 / len(stratum))
         draws[:, stratum] = rng.multinomial(len(stratum), fair, size=BOOTSTRAP_REPLICATES)
@@ -876,20 +890,22 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
         InputError: the file does not fit the data.
     """
     seed_everything(args.seed)
+    dataset = data.dataset
     if args.ode_checkpoint:
-        return load_encoder(args.ode_checkpoint, args, data).requires_grad_(False)
-    dataset, split = data.dataset, data.split
-    scale = args.time_scale or dataset.time_scale
+        encoder = load_encoder(args.ode_checkpoint, args, data).requires_grad_(False)
+    else:
+        scale = args.time_scale or dataset.time_scale
+        encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
+        batch = dataset.collate(data.split["train"].tolist())
+        try:
+            encoder.fit_normalizer(batch["values"], batch["observed"])
+        except ValueError as error:
+            raise InputError(f"{error} (features: {', '.join(dataset.features)})") from error
+        encoder.requires_grad_(not args.freeze_ode)
     longest = dataset.longest_gap()
-    if longest > MAX_SCALED_GAP * scale:
+    if longest > MAX_SCALED_GAP * encoder.time_scale:
         raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")
-    encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
-    batch = dataset.collate(split["train"].tolist())
-    try:
-        encoder.fit_normalizer(batch["values"], batch["observed"])
-    except ValueError as error:
-        raise InputError(f"{error} (features: {', '.join(dataset.features)})") from error
-    return encoder.requires_grad_(not args.freeze_ode)
+    return encoder
 
 
 def embedding_rms(model: PreTrainedModel, prompts: list[list[int]], rows: int = 256) -> float:
@@ -960,8 +976,10 @@ def save_trajectory(model: TrajectoryClassifier, facts: dict[str, Any], path: Pa
         "encoder": model.encoder.state_dict(),
         "head": model.head.state_dict(),
     }
+    buffer = io.BytesIO()  # a full disk is then an OSError as everywhere
+    torch.save(content, buffer)
     with atomic(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getvalue())
 
 
 def read_trajectory(path: Path) -> dict[str, Any]:
@@ -1002,29 +1020,34 @@ def load_encoder(path: Path, args: argparse.Namespace, data: Data) -> ClinicalOD
     """
     content = read_trajectory(path)
     config, own = content["config"], data.facts()
-    for key in ("features", "units"):
-        if config[key] != own[key]:
-            raise InputError(f"{path}: trained on {key} {config[key]}, the data have {own[key]}")
-    if args.time_scale not in (None, config["time_scale"]):
+    for key in ("features", "units", "outcome"):
+        if config.get(key) != own[key]:
+            raise InputError(
+                f"{path}: trained on {key} {config.get(key)}, the data have {own[key]}"
+            )
+    if args.time_scale not in (None, config.get("time_scale")):
         raise InputError(f"{path}: its --time_scale is {config['time_scale']}: leave the flag out")
-    if config["data_sha256"] != own["data_sha256"]:
+    if config.get("data_sha256") != own["data_sha256"]:
         logger.warning(
             "%s was trained on another data file: make sure that none of its training patients is "
             "held out here",
             path,
         )
-    elif config["train_sha256"] != own["train_sha256"]:
+    elif config.get("train_sha256") != own["train_sha256"]:
         raise InputError(
             f"{path}: trained on another split of the same data, so that its training patients "
             "would be tested here: use the same --seed and --max_samples"
         )
-    encoder = ClinicalODERNN(
-        len(own["features"]),
-        config["hidden_dim"],
-        time_scale=config["time_scale"],
-        solver=args.solver,
-    )
-    encoder.load_state_dict(content["encoder"])
+    try:
+        encoder = ClinicalODERNN(
+            len(own["features"]),
+            config["hidden_dim"],
+            time_scale=config["time_scale"],
+            solver=args.solver,
+        )
+        encoder.load_state_dict(content["encoder"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: not a whole stage 1 checkpoint: train it again") from error
     return encoder
 
 
@@ -1057,7 +1080,11 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
 
     state = load_file(folder / "modules.safetensors")
     for part, module in outside_llm(model).items():
-        own = {k.removeprefix(f"{part}."): state.pop(k) for k in list(state) if k.startswith(part)}
+        own = {
+            k.removeprefix(f"{part}."): state.pop(k)
+            for k in list(state)
+            if k.startswith(f"{part}.")
+        }
         module.load_state_dict(own)
     assert not state
     adapter = load_peft_weights(str(folder / "adapter"), device="cpu")
@@ -1174,7 +1201,7 @@ class EarlyStopping:
     higher_is_better: bool
     best: float = math.nan
     best_epoch: int = 0
-    epoch: int = field(default=0)
+    epoch: int = 0
 
     def improved(self, score: float) -> bool:
         """Count an epoch; tell whether its score is the best so far."""
@@ -1210,15 +1237,13 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
         order = stage.loaders["train"].generator
         assert order is not None
         order.manual_seed(seed + epoch)  # the order of an epoch depends on nothing before it
-        try:
+        with state_kept(stage, average, stopping, folder):
             train_loss = train_epoch(stage, optimizer, schedule, average, stopping)
-        except (NonFiniteLossError, KeyboardInterrupt):
-            if stopping.best_epoch == 0:  # nothing kept yet: keep the weights before the fault
-                with average.applied():
-                    stage.save(folder)
-            raise
+            with average.applied():
+                scored = evaluate(model, stage.loaders["val"], device)
+            if not math.isfinite(scored.loss):
+                raise NonFiniteLossError(f"the validation loss is {scored.loss} in epoch {epoch}")
         with average.applied():
-            scored = evaluate(model, stage.loaders["val"], device)
             figures = {
                 "epoch": epoch,
                 "step": average.steps,
@@ -1244,6 +1269,20 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
     return stopping
 
 
+@contextlib.contextmanager
+def state_kept(
+    stage: Stage, average: WeightAverage, stopping: EarlyStopping, folder: Path
+) -> Iterator[None]:
+    """Keep the weights before a fault where no epoch has kept any yet."""
+    try:
+        yield
+    except (NonFiniteLossError, KeyboardInterrupt):
+        if stopping.best_epoch == 0:
+            with average.applied():
+                stage.save(folder)
+        raise
+
+
 def train_epoch(
     stage: Stage,
     optimizer: torch.optim.Optimizer,
@@ -1260,14 +1299,14 @@ def train_epoch(
     for step, batch in enumerate(bar, 1):
         output = model(to_device(batch, device))
         loss = output.loss / output.terms
-        if not math.isfinite(value := loss.item()):
-            raise NonFiniteLossError(
-                f"the loss is {value} at step {step} of epoch {epoch}: lower the learning rates "
-                "or look for extreme values; the best state so far is kept"
-            )
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM)
+        norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
+        if not math.isfinite(value := loss.item()) or not math.isfinite(norm):
+            raise NonFiniteLossError(
+                f"the loss is {value}, its gradient {norm} at step {step} of epoch {epoch}: lower "
+                "the learning rates or look for extreme values; the best state so far is kept"
+            )
         optimizer.step()
         schedule.step()
         average.update()
@@ -1407,9 +1446,10 @@ def write_results(
             }
         )
         write_text(folder / f"predictions_{part}.csv", table.to_csv(index=False))
-    if stage.after_test:
-        figures["reports"] = stage.after_test(scored["test"], folder)
     write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    if stage.after_test:  # long: what stands above is safe by now
+        figures["reports"] = stage.after_test(scored["test"], folder)
+        write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     return figures
 
 
@@ -1478,17 +1518,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that names a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return (
-            super()._get_help_string(action) if action.default not in (None, False) else action.help
-        )
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
-
-    def error(self, message: str) -> Any:
-        """End with code 2."""
-        self.exit(EXIT_INPUT, f"error: {message} (see --help)\n")
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def number(
@@ -1561,7 +1592,12 @@ def build_parser() -> Parser:
     add("--trajectory_epochs", type=positive, default=100, help="training epochs of stage 1")
     add("--batch_size", type=positive, default=16, help="patients a step")
     add("--patience", type=positive, default=10, help="early stopping patience in epochs")
-    add("--seed", type=whole, default=0, help="of split, initialisation, order, bootstrap")
+    add(
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="of split, initialisation, order, bootstrap",
+    )
     add("--encoder_lr", type=rate, default=5e-3, help="learning rate of the ODE-RNN and its head")
     add("--head_lr", type=rate, default=1e-3, help="learning rate of stage 2's head")
     add = parser.add_argument_group("ODE-RNN").add_argument
@@ -1601,7 +1637,9 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if args.quantization is None:
         args.quantization = "nf4" if cuda and args.model_name != "tiny" else "none"
     if args.precision == "auto":
-        args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+        args.precision = (
+            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
     return args
 
 
@@ -1613,6 +1651,8 @@ def load_data(args: argparse.Namespace) -> Data:
     """
     if args.dataset == "srtr":
         raise InputError("--dataset srtr: SRTR files cannot be read yet; --dataset dka can")
+    if not args.data_path.exists():
+        raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
     dataset: TrajectoryDataset = MIMICtrajectoryDataset(args.data_path)
     fingerprint = dataset.fingerprint()
     dataset = dataset.sample_patients(args.max_samples, args.seed)
@@ -1640,11 +1680,29 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     data = load_data(args)
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
     folder = args.output_dir / stage.name
-    if args.log_file not in ("auto", "none"):  # a wrong path ends the run before a folder is made
-        open_log(log, Path(args.log_file))
-    make_folder(folder)
+    log_path = None if args.log_file == "none" else Path(args.log_file)
     if args.log_file == "auto":
-        open_log(log, folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log")
+        log_path = folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
+    elif log_path and not log_path.parent.is_dir():  # said before a folder is made
+        raise InputError(f"--log_file {log_path}: no folder {log_path.parent}")
+    make_folder(folder)
+    if log_path:
+        open_log(log, log_path)
+    try:
+        run_and_report(stage, data, folder, args)
+    except KeyboardInterrupt:
+        kept = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
+        logger.error(
+            "interrupted: %s; %s",
+            f"the best state so far lies in {args.output_dir}" if kept else "no state reached yet",
+            "its figures too" if (folder / "metrics.json").exists() else "no test figure written",
+        )
+        return EXIT_INTERRUPTED
+    return EXIT_DONE
+
+
+def run_and_report(stage: Stage, data: Data, folder: Path, args: argparse.Namespace) -> None:
+    """Train, score the winner, and show the table."""
     write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
@@ -1653,10 +1711,7 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     stopping = run_stage(stage, folder, device, args.seed)
     figures = write_results(stage, stopping, data, folder, args)
     logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
-    table = table_of(figures)
-    sys.stdout.write(f"\n{table}\n\nresults: {folder}\n")
-    log.buffer.append(logging.makeLogRecord({"msg": f"\n{table}"}))
-    return EXIT_DONE
+    logger.info("\n%s\n\nresults: %s", table_of(figures), folder)
 
 
 def open_log(log: logging.handlers.MemoryHandler, path: Path) -> None:
@@ -1674,8 +1729,15 @@ def open_log(log: logging.handlers.MemoryHandler, path: Path) -> None:
     log.flush()
 
 
-def run_demo(args: argparse.Namespace) -> int:
-    """Run the user's three commands on the sample data with the tiny model."""
+def run_demo(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the user's three commands on the sample data with the tiny model.
+
+    Raises:
+        InputError: a flag that the demo chooses itself.
+    """
+    free = ("--demo", "--output_dir", "--seed", "--log_file")
+    if taken := [w for w in words if w.startswith("--") and w.split("=")[0] not in free]:
+        raise InputError(f"--demo sets {taken[0].split('=')[0]} itself: leave it out")
     shared = ["--data_path", str(SAMPLE_DATA), "--model_name", "tiny", *DEMO_FLAGS.split()]
     shared += ["--output_dir", str(args.output_dir), "--seed", str(args.seed)]
     shared += ["--log_file", args.log_file]
@@ -1693,29 +1755,39 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; 0 done, 2 wrong input, 3 fault, 130 interrupted."""
-    args = resolve(build_parser().parse_args(argv))
-    memory = logging.handlers.MemoryHandler(capacity=1, flushLevel=logging.NOTSET)
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setFormatter(logging.Formatter("%(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[terminal, memory], force=True)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = resolve(build_parser().parse_args(words))
+    memory = start_logging()
     try:
-        return run_demo(args) if args.demo else train(args, memory)
+        return run_demo(args, words) if args.demo else train(args, memory)
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        logger.error("%s", error)
         return EXIT_INPUT
     except NonFiniteLossError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_FAULT
+        logger.error("%s", error)
     except torch.OutOfMemoryError:
-        sys.stderr.write("error: the GPU has too little memory: lower --batch_size\n")
-        return EXIT_FAULT
+        logger.error("the GPU has too little memory: lower --batch_size or take a smaller model")
+    except OSError as error:
+        logger.error("%s: %s: make room or choose another place", error.filename, error.strerror)
     except KeyboardInterrupt:
-        sys.stderr.write(
-            f"interrupted: the best state so far lies in {args.output_dir}; test part not read\n"
-        )
+        logger.error("interrupted before training began: nothing was written")
         return EXIT_INTERRUPTED
     finally:
+        if memory.target:
+            memory.target.close()
         memory.close()
+    return EXIT_FAULT
+
+
+def start_logging() -> logging.handlers.MemoryHandler:
+    """Send messages to stdout and errors to stderr; give what holds them until a file is known."""
+    memory = logging.handlers.MemoryHandler(capacity=1, flushLevel=logging.NOTSET)
+    terminal, faults = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    terminal.addFilter(lambda record: record.levelno < logging.ERROR)
+    faults.setLevel(logging.ERROR)
+    faults.setFormatter(logging.Formatter("error: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[terminal, faults, memory], force=True)
+    return memory
 
 
 if __name__ == "__main__":

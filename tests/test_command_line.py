@@ -1,6 +1,8 @@
 """What a user types: flags, their table in the README, and everything that can be wrong."""
 
 import argparse
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +24,7 @@ def actions() -> dict[str, argparse.Action]:
 
 
 def shown_default(action: argparse.Action) -> str:
-    if action.default in (None, False):
+    if action.default is None or action.default is False:
         return "—"
     return f"`{action.default}`"
 
@@ -80,6 +82,7 @@ def test_the_readmes_commands_parse() -> None:
         "--encoder_lr 2",
         "--lora_dropout 1",
         "--seed -1",
+        "--seed 5000000000",
         "--mode both",
         "--dataset mimic",
         "--organ heart",
@@ -214,3 +217,43 @@ def test_a_log_file_of_ones_own_holds_the_run(dka_file: Path, tmp_path: Path) ->
     assert trainer.main(words) == 0
     assert "epoch 1/1" in (tmp_path / "own.log").read_text()
     assert not list((tmp_path / "run" / "trajectory").glob("*.log"))
+
+
+def test_without_network_the_gated_model_ends_in_one_line(dka_file: Path, tmp_path: Path) -> None:
+    """A hub that does not answer: the libraries' retries and warnings stay away from the user."""
+    command = [sys.executable, str(ROOT / "medgemma_trainer.py"), "--data_path", str(dka_file)]
+    dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    environment = {**os.environ, **dead}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "--model_name tiny" in result.stderr
+    assert "127.0.0.1" not in result.stdout
+    assert not list(tmp_path.glob("checkpoints*"))
+
+
+@pytest.mark.parametrize("flag", ["--epochs 1", "--model_name=foo", "--trajectory_only"])
+def test_the_demo_refuses_flags_that_it_sets(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(["--demo", *flag.split()]) == 2
+    assert flag.replace("=", " ").split()[0] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line_and_code_3(
+    dka_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(trainer, "write_text", full)
+    words = ["--trajectory_only", "--data_path", str(dka_file), "--log_file", "none"]
+    assert trainer.main([*words, "--output_dir", str(tmp_path / "run")]) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "run.json: No space left on device" in error

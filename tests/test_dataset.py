@@ -408,3 +408,17 @@ def test_the_baselines_see_the_last_value_the_count_or_everything() -> None:
 def test_the_longest_gap_lies_within_a_series() -> None:
     dataset = dataset_of(["1 (0h) -> 2 (1h) -> 2 (8.5h)", "3 (500h)", "1 (-900h) -> 2 (-898h)"])
     assert dataset.longest_gap() == 7.5
+
+
+def test_a_given_split_needs_patients_with_and_without_an_event_in_each_part() -> None:
+    """Each patient has one row of either kind: rows show both classes, patients only one."""
+    table = pd.DataFrame(
+        {
+            "clinical_trajectory": ["24 (0h) -> 20 (2h)"] * 60,
+            "label_escalation": [i % 2 for i in range(60)],
+            "subject_id": [i // 2 for i in range(60)],
+            "split": ["train"] * 20 + ["val"] * 20 + ["test"] * 20,
+        }
+    )
+    with pytest.raises(InputError, match=r"column split: train .* lacks patients with or without"):
+        MIMICtrajectoryDataset(table).split(0)

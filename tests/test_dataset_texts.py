@@ -234,3 +234,13 @@ def test_the_own_reports_of_random_series_are_wholly_true() -> None:
 def test_a_report_that_lacks_its_rate_does_not_parse() -> None:
     score = OWN.score_report(0, OWN.report(0).replace(", -1.92 mEq/L an hour", ""))
     assert (score.parses, score.stated) == (False, 10)
+
+
+def test_within_no_time_there_is_no_rate() -> None:
+    table = pd.DataFrame({"clinical_trajectory": ["24 (5h) -> 20 (5h)"], "label_escalation": [0]})
+    dataset = MIMICtrajectoryDataset(table)
+    report = dataset.report(0)
+    assert report.endswith("Net change -4 mEq/L over 0 h: falling.")
+    score = dataset.score_report(0, report)
+    assert score.parses
+    assert (score.stated, score.true) == (10, 10)

@@ -167,24 +167,27 @@ class Faulty(trainer.TrajectoryClassifier):
     """Fails in the training step that ``fault_at`` counts."""
 
     fault_at = 0
-    fault: type[BaseException] | None = None
+    fault = ""
 
     def forward(self, batch: Any) -> trainer.Output:
         output = super().forward(batch)
-        if not self.training:
+        Faulty.fault_at -= self.training
+        if Faulty.fault_at != 0 or not self.training:
             return output
-        Faulty.fault_at -= 1
-        if Faulty.fault_at == 0 and Faulty.fault:
-            raise Faulty.fault
-        return output._replace(loss=output.loss * (float("nan") if Faulty.fault_at == 0 else 1))
+        if Faulty.fault == "interrupt":
+            raise KeyboardInterrupt
+        if Faulty.fault == "gradient":  # finite loss, infinite slope
+            zero = self.head.output.bias.sum() * 0
+            return output._replace(loss=output.loss + zero.sqrt())
+        return output._replace(loss=output.loss * float("nan"))
 
 
-@pytest.mark.parametrize(("step", "epochs_done"), [(3, 0), (12, 1)])
-@pytest.mark.parametrize(("fault", "code"), [(None, 3), (KeyboardInterrupt, 130)])
+@pytest.mark.parametrize(("step", "epochs_done"), [(3, 0), (8, 0), (12, 1)])
+@pytest.mark.parametrize(("fault", "code"), [("loss", 3), ("gradient", 3), ("interrupt", 130)])
 def test_a_fault_in_training_keeps_the_last_good_state(
     step: int,
     epochs_done: int,
-    fault: type[BaseException] | None,
+    fault: str,
     code: int,
     dka_file: Path,
     tmp_path: Path,
@@ -194,18 +197,73 @@ def test_a_fault_in_training_keeps_the_last_good_state(
     monkeypatch.setattr(trainer, "TrajectoryClassifier", Faulty)
     monkeypatch.setattr(Faulty, "fault_at", step)
     monkeypatch.setattr(Faulty, "fault", fault)
-    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == code
+    words = stage_1(dka_file, tmp_path / "run", "--log_file", str(tmp_path / "own.log"))
+    assert trainer.main(words) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    if fault is None:
+    assert error.removeprefix("error: ") in (tmp_path / "own.log").read_text()
+    if fault == "interrupt":
+        assert "the best state so far lies in" in error
+        assert "no test figure" in error
+    else:
         assert f"step {step - 8 * epochs_done} of epoch {epochs_done + 1}" in error
     saved = trainer.read_trajectory(tmp_path / "run" / trainer.TRAJECTORY_FILE)
-    assert all(torch.isfinite(tensor).all() for tensor in saved["encoder"].values())
+    for part in ("encoder", "head"):
+        assert all(torch.isfinite(tensor).all() for tensor in saved[part].values())
     folder = tmp_path / "run" / "trajectory"
     lines = folder / "history.jsonl"
     assert (len(lines.read_text().splitlines()) if lines.exists() else 0) == epochs_done
     assert not (folder / "metrics.json").exists()
     assert not (folder / "predictions_test.csv").exists()
+
+
+def test_a_validation_loss_that_is_no_number_stops_the_run(
+    dka_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    evaluate = trainer.evaluate
+
+    def broken(*arguments: Any) -> trainer.Scored:
+        return evaluate(*arguments)._replace(loss=float("nan"))
+
+    monkeypatch.setattr(trainer, "evaluate", broken)
+    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 3
+    assert "validation loss is nan in epoch 1" in capsys.readouterr().err
+    assert (tmp_path / "run" / trainer.TRAJECTORY_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("phase", "kept", "figures"),
+    [
+        ("load_data", None, None),
+        ("announce", False, False),
+        ("evaluate", False, False),
+        ("write_results", True, False),
+        ("peak_memory", True, True),
+    ],
+)
+def test_ctrl_c_says_what_was_reached(
+    phase: str,
+    kept: bool | None,
+    figures: bool | None,
+    dka_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, phase, interrupt)
+    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 130
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ("nothing was written" in error) == (kept is None)
+    assert (tmp_path / "run").exists() == (kept is not None)
+    assert ("best state so far lies in" in error) == bool(kept)
+    assert ("its figures too" in error) == bool(figures)
 
 
 def simulated(seed: int, rows: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -348,6 +406,42 @@ def test_an_encoder_of_another_file_is_warned_of(
     pd.read_csv(dka_file).iloc[:120].to_csv(other, index=False)
     load(checkpoint, other)
     assert "another data file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {}},
+        {"encoder": {}},
+        {"config": {"time_scale": "long"}},
+        {"encoder": {"value_mean": torch.zeros(3)}},
+        {"format": 2},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(
+    change: dict[str, Any], checkpoint: Path, dka_file: Path, tmp_path: Path
+) -> None:
+    content = trainer.read_trajectory(checkpoint)
+    for part, entries in change.items():
+        whole = isinstance(entries, dict) and entries
+        content[part] = {**content[part], **entries} if whole else entries
+    torch.save(content, tmp_path / "changed.pt")
+    with pytest.raises(InputError, match=r"changed\.pt: "):
+        load(tmp_path / "changed.pt", dka_file)
+
+
+def test_a_gap_that_the_checkpoints_time_scale_cannot_hold_is_refused(
+    checkpoint: Path, dka_file: Path, tmp_path: Path
+) -> None:
+    content = trainer.read_trajectory(checkpoint)
+    content["config"]["time_scale"] = 0.05
+    torch.save(content, tmp_path / trainer.TRAJECTORY_FILE)
+    table = pd.read_csv(dka_file)
+    table.loc[0, "clinical_trajectory"] = "20 (0h) -> 21 (900h)"
+    table.to_csv(tmp_path / "long.csv", index=False)
+    with pytest.raises(InputError, match="gap of 900 h in the data needs a larger --time_scale"):
+        load(tmp_path / trainer.TRAJECTORY_FILE, tmp_path / "long.csv")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
