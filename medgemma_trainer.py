@@ -75,7 +75,7 @@ logger = logging.getLogger("medgemma_trainer")
 
 DEFAULT_MODEL = "google/medgemma-4b-pt"
 SAMPLE_DATA = Path(__file__).parent / "tests" / "data" / "physionet2012_bicarbonate.csv"
-DEMO_FLAGS = "--max_samples 1000 --trajectory_epochs 10 --epochs 3"
+DEMO_FLAGS = "--max_samples 1000 --trajectory_epochs 10 --epochs 4 --adapter_lr 1e-2"
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 TRAJECTORY_FORMAT = 1
 """Rises when a stage 1 file can no longer be read by older code."""
@@ -1783,6 +1783,7 @@ def start_logging() -> logging.handlers.MemoryHandler:
     """Send messages to stdout and errors to stderr; give what holds them until a file is known."""
     memory = logging.handlers.MemoryHandler(capacity=1, flushLevel=logging.NOTSET)
     terminal, faults = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
     terminal.addFilter(lambda record: record.levelno < logging.ERROR)
     faults.setLevel(logging.ERROR)
     faults.setFormatter(logging.Formatter("error: %(message)s"))

@@ -283,5 +283,5 @@ def test_the_demo_runs_the_three_stages(
     out = capsys.readouterr().out
     for stage in COMMANDS:
         assert (tmp_path / "checkpoints_medgemma_demo" / stage / "metrics.json").is_file()
-        assert f"stage {stage}" in out
+        assert f"\nstage {stage} -> " in out  # plain lines, no logger's name in front
     assert out.count("python medgemma_trainer.py") == 3
