@@ -213,11 +213,10 @@ def _last_line_is_short(path: Path, fields: int) -> bool:
 
 
 def _stata(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
-    reader: Any = pd.read_stata(path, iterator=True, convert_categoricals=False)
-    with reader:
+    codes = {"convert_categoricals": False, "columns": columns or None}
+    with pd.read_stata(path, chunksize=CHUNK_ROWS, **codes) as reader:
         yield pd.DataFrame(columns=list(reader.variable_labels()))
-        while len(chunk := reader.read(CHUNK_ROWS, columns=columns)):
-            yield chunk
+        yield from reader
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
