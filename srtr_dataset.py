@@ -68,6 +68,9 @@ DIABETES = {1: "no diabetes", 2: "type 1 diabetes", 3: "type 2 diabetes", 4: "di
 MISSING = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
 """How an export writes nothing; .A to .Z are SAS's special missing values."""
 
+LABEL = r"\s*:.*$"
+"""What stands behind a code in a formatted export."""
+
 DATE_FORMS = (
     (r"\d{4}-\d{2}-\d{2}", "%Y-%m-%d"),
     (r"\d{1,2}/\d{1,2}/\d{4}", "%m/%d/%Y"),
@@ -353,7 +356,7 @@ def _distinct(cells: pd.Series) -> tuple[NDArray[np.int64], pd.Series]:
 def words(cells: pd.Series) -> NDArray[Any]:
     """Read words, of ``code: label`` the code; "" where nothing stands."""
     place, text = _distinct(cells)
-    return np.append(text.str.partition(":")[0].str.strip().to_numpy(object), "")[place]
+    return np.append(text.str.replace(LABEL, "", regex=True).to_numpy(object), "")[place]
 
 
 def numbers(cells: pd.Series, *, coded: bool = True) -> tuple[NDArray[np.float64], int]:
@@ -367,7 +370,7 @@ def numbers(cells: pd.Series, *, coded: bool = True) -> tuple[NDArray[np.float64
         return np.where(np.isfinite(values), values, np.nan), 0
     place, text = _distinct(cells)
     if coded:
-        text = text.str.partition(":")[0].str.strip()
+        text = text.str.replace(LABEL, "", regex=True)
         text = text.replace({"Y": "1", "YES": "1", "N": "0", "NO": "0", "TRUE": "1", "FALSE": "0"})
     value = np.append(pd.to_numeric(text, errors="coerce").to_numpy(np.float64), np.nan)
     value[~np.isfinite(value)] = np.nan
@@ -603,13 +606,13 @@ def describe(cohort: pd.DataFrame, organ_name: str, landmark: int) -> NDArray[np
     """Write what was known at listing, and the days since: (N,) sentences without full stop."""
     age, bmi = age_years(cohort), cohort["CAN_BMI"]
     years = np.floor(age).where(age.between(0, 120))
-    person = years.map(lambda a: f"{a:.0f}-year-old ", na_action="ignore").fillna("Adult ")
+    person = years.map(lambda a: "Adult " if np.isnan(a) else f"{a:.0f}-year-old ")
     person += cohort["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna("patient")
     group = cohort["CAN_ABO"].where(cohort["CAN_ABO"].isin({"A", "A1", "A2", "B", "O", "AB"}))
     shown = bmi.where(bmi.between(10, 80)).map(plain, na_action="ignore")
     parts = [
-        "blood group " + group,
-        "BMI " + shown + " kg/m2",
+        "blood group " + group.astype(object),
+        "BMI " + shown.astype(object) + " kg/m2",
         cohort["CAN_DIAB"].map(DIABETES),
         cohort["CAN_PREV_TX"].map({0: "no earlier transplant", 1: "earlier transplant"}),
     ]

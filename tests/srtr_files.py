@@ -14,8 +14,8 @@ EPOCH = pd.Timestamp("1960-01-01")
 LISTED = 20000
 """Listing day of hand-written registrations: 2014-10-04."""
 
-LAST_DAY = 24000
-"""Last day of synthetic follow-up: 2025-09-16."""
+LAST_DAY = 23500
+"""Last day of synthetic follow-up: 2024-05-04."""
 
 SUFFIX = {"kidney": "kipa", "liver": "liin"}
 CODE = {"kidney": "KI", "liver": "LI"}
@@ -90,7 +90,7 @@ def random_tables(
     """
     rng = np.random.default_rng(seed)
     landmark = 90 if organ == "liver" else 365
-    listed = rng.integers(18000, 22500, n)
+    listed = rng.integers(15000, 20000, n)
     rows = 1 + rng.poisson(8 if organ == "liver" else 2, n)
     owner = np.repeat(np.arange(n), rows)
     span = 8 * landmark
@@ -111,7 +111,7 @@ def random_tables(
     gone = ~event & (early | (rng.random(n) < 0.5))
     code = np.where(event, rng.choice([8, 13], n), rng.choice([4, 4, 15, 14, 7, 9, 12, 10], n))
     end = listed + np.where(event, died, np.where(early, left, 3 * landmark + left))
-    removed = event | gone
+    removed = (event | gone) & (end < LAST_DAY)
     dead = event & (code == 8)
     transplanted = removed & np.isin(code, [4, 14, 15])
     cand = pd.DataFrame(
@@ -129,7 +129,7 @@ def random_tables(
             "PERS_OPTN_DEATH_DT": np.where(dead, end, np.where(removed, end + 400, np.nan)),
             "PERS_SSA_DEATH_DT": np.nan,
             "REC_TX_DT": np.where(transplanted, end, np.nan),
-            "CAN_ENDWLFU": np.where(removed, end, LAST_DAY + 300),
+            "CAN_ENDWLFU": np.where(removed, end, LAST_DAY),
             "CAN_AGE_IN_MONTHS_AT_LISTING": rng.integers(200, 950, n),
             "CAN_GENDER": rng.choice(["M", "F"], n),
             "CAN_ABO": rng.choice(["A", "B", "AB", "O"], n),
@@ -143,9 +143,7 @@ def random_tables(
             "DONOR_ID": rng.integers(0, 9, n),
         }
     )
-    latest = LAST_DAY + 200
-    for column in ("CAN_REM_DT", "CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "REC_TX_DT"):
-        cand[column] = cand[column].clip(upper=latest)
+    cand["PERS_OPTN_DEATH_DT"] = cand["PERS_OPTN_DEATH_DT"].clip(upper=LAST_DAY)
     history = pd.DataFrame(
         {
             "PX_ID": cand["PX_ID"].to_numpy()[owner],
