@@ -216,8 +216,9 @@ def _last_line_is_short(path: Path, fields: int) -> bool:
 
 
 def _stata(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
-    codes = {"convert_categoricals": False, "columns": columns or None}
-    with pd.read_stata(path, chunksize=CHUNK_ROWS, **codes) as reader:
+    with pd.read_stata(
+        path, chunksize=CHUNK_ROWS, convert_categoricals=False, columns=columns or None
+    ) as reader:
         yield pd.DataFrame(columns=list(reader.variable_labels()))
         yield from reader
 

@@ -20,7 +20,7 @@ LAST_DAY = 23500
 SUFFIX = {"kidney": "kipa", "liver": "liin"}
 CODE = {"kidney": "KI", "liver": "LI"}
 DATE_COLUMNS = ("_DT", "CAN_ENDWLFU")
-LABELS = {
+LABELS: dict[str, dict[Any, str]] = {
     "WL_ORG": {"KI": "Kidney", "LI": "Liver", "KP": "Kidney: Pancreas", "IN": "Intestine"},
     "CAN_REM_CD": {8: "Candidate died", 13: "Too sick to transplant", 4: "Deceased donor tx"},
     "CANHX_STAT_CD": {4010: "Active", 6999: "Temporarily inactive"},
@@ -182,7 +182,7 @@ def write_table(
 ) -> Path:
     """Write a table with days as dates of a form; the ending of ``path`` gives the storage."""
     table = table.copy()
-    for column in filter(is_date, table):
+    for column in filter(is_date, table.columns):
         if dates == "sas":
             continue
         moments = EPOCH + pd.to_timedelta(pd.to_numeric(table[column]), unit="D")
@@ -190,7 +190,7 @@ def write_table(
             table[column] = moments.dt.strftime(DATE_FORMATS[dates]).str.upper()
         else:
             table[column] = moments
-    for column, meaning in LABELS.items() if labels else ():
+    for column, meaning in LABELS.items() if labels else []:
         if column in table:
             table[column] = [
                 None
@@ -206,7 +206,7 @@ def write_table(
         table = table.astype(dict.fromkeys(empty, np.float64))
         texts = table.select_dtypes(exclude=["number", "datetime"]).columns
         table[texts] = table[texts].astype(object).where(table[texts].notna(), "")
-        td = {c: "td" for c in table if table[c].dtype.kind == "M"}
+        td: Any = {c: "td" for c in table if table[c].dtype.kind == "M"}
         table.to_stata(path, write_index=False, convert_dates=td)
     elif path.suffix.lower() == ".parquet":
         table.to_parquet(path)

@@ -160,13 +160,18 @@ def read(tmp_path: Path) -> Read:
 
 def removed(code: float | None, day: int, **more: Any) -> dict[str, Any]:
     """Registration 1, removed so many days after listing."""
-    end = {"CAN_REM_CD": code, "CAN_REM_DT": LISTED + day, "CAN_ENDWLFU": LISTED + day}
+    end: dict[str, Any] = {
+        "CAN_REM_CD": code,
+        "CAN_REM_DT": LISTED + day,
+        "CAN_ENDWLFU": LISTED + day,
+    }
     return candidate(1, **{**end, **more})
 
 
 def verdict(dataset: SRTRTrajectoryDataset, px: int = 1) -> str | float:
-    reason, label = dataset.registrations.loc[px, ["reason", "label"]]
-    assert (reason == "") != bool(np.isnan(label))
+    row: Any = dataset.registrations.loc[px]
+    reason, label = str(row["reason"]), float(row["label"])
+    assert (reason == "") != np.isnan(label)
     return reason or label
 
 
@@ -252,7 +257,7 @@ def test_a_death_by_the_end_is_an_event_and_one_after_it_is_not(
 
 
 def test_a_death_on_the_day_follow_up_ends_is_an_event(read: Read) -> None:
-    waits = {"CAN_ENDWLFU": LISTED + 120}
+    waits: dict[str, Any] = {"CAN_ENDWLFU": LISTED + 120}
     assert verdict(read(candidate(1, **waits, PERS_SSA_DEATH_DT=LISTED + 120))) == 1.0
     assert verdict(read(candidate(1, **waits, PERS_SSA_DEATH_DT=LISTED + 121))) == CENSORED
 
@@ -514,7 +519,7 @@ def test_text_tells_what_was_known(read: Read) -> None:
 
 
 def test_unknown_baseline_is_left_unsaid(read: Read) -> None:
-    unknown = {
+    unknown: dict[str, Any] = {
         "CAN_AGE_IN_MONTHS_AT_LISTING": None,
         "CAN_GENDER": None,
         "CAN_DIAB": 998,
@@ -641,7 +646,7 @@ def test_leaking_columns_permuted_change_no_input(organ: str, tmp_path: Path) ->
     rng = np.random.default_rng(2)
 
     def change(cand: pd.DataFrame, history: pd.DataFrame) -> None:
-        leaking = [c for c in cand if c.startswith(LEAKING)]
+        leaking = [c for c in cand.columns if c.startswith(LEAKING)]
         assert len(leaking) >= 11
         for column in leaking:
             cand[column] = rng.permutation(cand[column])
@@ -679,7 +684,7 @@ def test_what_meld_decides_is_learned_and_chance_is_not(
 def oracle(cand: pd.DataFrame, history: pd.DataFrame, organ: str) -> dict[int, str | float]:
     """Decide again, one registration after another, straight from facts/srtr.md."""
     landmark, horizon = ORGANS[organ].landmark, ORGANS[organ].horizon
-    begins = history.groupby("PX_ID")["CANHX_BEGIN_DT"].min().to_dict()
+    begins: Any = history.groupby("PX_ID")["CANHX_BEGIN_DT"].min().to_dict()
     known = ("CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU")
     last = max(cand[c].max() for c in known if c in cand and cand[c].notna().any())
     result: dict[int, str | float] = {}
@@ -695,7 +700,7 @@ def oracle(cand: pd.DataFrame, history: pd.DataFrame, organ: str) -> dict[int, s
 
 def decide_one(
     get: Callable[[str], Any],
-    begins: dict[float, float],
+    begins: dict[Any, float],
     last: float,
     organ: str,
     landmark: int,
@@ -756,7 +761,7 @@ def alter(
     n = len(cand)
     some = rng.random(n) < 0.3
     what = rng.integers(0, 16)
-    dates = [c for c in cand if is_date(c)]
+    dates = [c for c in cand.columns if is_date(c)]
     fatal = False
     if what == 0:
         cand = cand.drop(columns=[c for c in OPTIONAL if c in cand and rng.random() < 0.3])
@@ -779,15 +784,17 @@ def alter(
         cand.loc[some, column] = np.nan
     elif what == 7:
         wrong = rng.choice([-30000.0, 9000.0, 45000.0, 1.7e9, 20160518.0])
-        cand.loc[cand.index[rng.integers(n)], "CAN_LISTING_DT"] = wrong
+        cand.loc[cand.index[int(rng.integers(n))], "CAN_LISTING_DT"] = wrong
         fatal = True
     elif what == 8:
         cand = cand.astype({"CAN_REM_DT": object})
-        cand.loc[cand.index[rng.integers(n)], "CAN_REM_DT"] = rng.choice(["soon", "2019-13-45"])
+        cand.loc[cand.index[int(rng.integers(n))], "CAN_REM_DT"] = rng.choice(
+            ["soon", "2019-13-45"]
+        )
         fatal = True
     elif what == 9:
         cand = cand.astype({"CAN_REM_CD": object})
-        cand.loc[cand.index[rng.integers(n)], "CAN_REM_CD"] = "Candidate died"
+        cand.loc[cand.index[int(rng.integers(n))], "CAN_REM_CD"] = "Candidate died"
         fatal = True
     elif what == 10:
         history = history[rng.random(len(history)) < 0.6]
@@ -925,6 +932,17 @@ def test_truncated_text_files(folder: Path, tmp_path: Path) -> None:
     file = stata / "cand_liin.dta"
     file.write_bytes(file.read_bytes()[:-900])
     assert "truncated" in refusal(stata)
+
+
+def test_rows_with_more_fields_than_the_header(folder: Path) -> None:
+    path = folder / "cand_liin.csv"
+    whole = SRTRTrajectoryDataset(folder, "liver")
+    lines = path.read_text().splitlines()
+    path.write_text("".join(f"{line},\n" for line in lines))  # a comma behind each row
+    assert SRTRTrajectoryDataset(folder, "liver").fingerprint() == whole.fingerprint()
+    lines[4] = lines[4].replace(",LI,", ",LI: Liver, whole,")  # a label that shifts its row
+    path.write_text("\n".join(lines) + "\n")
+    assert "data row 4: is no date" in refusal(folder)
 
 
 def test_a_file_without_last_line_feed_is_whole(folder: Path) -> None:
