@@ -703,7 +703,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.registrations = result.set_index(cand["PX_ID"].astype(np.int64))
         self.flow = flow_table(result["reason"])
         self.labels = result["label"].dropna().to_numpy(np.float64)
-        rows["owner"] = (np.cumsum(seen) - 1)[rows["owner"].to_numpy(np.int64)]
+        rows = rows.assign(owner=(np.cumsum(seen) - 1)[rows["owner"].to_numpy(np.int64)])
         self._place(cohort[seen], rows, max_len)
         self._say(history_file)
 
