@@ -453,7 +453,7 @@ def outcomes(
     Returns:
         For each row ``reason`` ("" where kept) and ``label`` (NaN where left out).
 
-    Source: facts of the SAF data dictionary; landmarking after van Houwelingen 2007.
+    Source: SRTR SAF data dictionary; landmarking, van Houwelingen 2007.
     """
     code, removed, grafted = cand["CAN_REM_CD"], cand["CAN_REM_DT"], cand["REC_TX_DT"]
     last_day = cand[["CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU"]].max(axis=None)
@@ -813,7 +813,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Give the inputs of the usual baselines, and of those of this waiting list, N rows each.
 
-        Source: MELD, Kamath 2001; age and years of dialysis, see the README's figures.
+        Source: MELD, Kamath 2001; age and years of dialysis, as in Hart 2016.
         """
         inputs = super().baseline_inputs()
         age = pd.DataFrame({"age": self.ages})
@@ -840,7 +840,9 @@ def describe_files(folder: Path, organ: str) -> None:
     """
     kind = ORGANS[organ]
     history = {f.column: f"{f.name} is not measured" for f in kind.features}
-    for table, costs in zip(TABLES, (CAND_COLUMNS, {"PX_ID": "", **history}), strict=True):
+    for table, costs in zip(
+        TABLES, (CAND_COLUMNS, {"PX_ID": "", "CANHX_BEGIN_DT": "", **history}), strict=True
+    ):
         file = find_table(folder, f"{table}_{kind.suffix}")
         found = [name for name in costs if file.has(name)]
         logger.info("%s: %d columns, used: %s", file.path, len(file.columns), ", ".join(found))
