@@ -450,6 +450,7 @@ def test_dialysis_counts_from_its_day_and_gfr_enters_at_its_own(read: Read) -> N
     missing = kidney(CAN_DIAL_DT=None, CAN_GFR=11, CAN_GFR_DT=None)
     assert series(later, "dialysis") == [(0, 0), (100, 0)] == series(missing, "dialysis")
     assert inputs(later) == inputs(missing)
+    assert series(missing, "GFR") == [(0, -1), (100, -1)]
 
 
 def test_a_converted_kidney_history_brings_its_own_laboratory_values(read: Read) -> None:
