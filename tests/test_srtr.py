@@ -1025,6 +1025,8 @@ def test_two_digit_years_lie_in_the_past() -> None:
     dates = pd.Timestamp("1960-01-01") + pd.to_timedelta(days[:3], unit="D")
     assert dates.strftime("%Y-%m-%d").tolist() == ["2026-01-02", "1987-12-31", "1999-01-02"]
     assert np.isnan(days[3])
+    began = srtr_dataset.dates(pd.Series(["05/01/65"]), "x, column CAN_DIAL_DT", 0)[0]
+    assert pd.Timestamp("1960-01-01") + pd.Timedelta(days=began) == pd.Timestamp(1965, 5, 1)
 
 
 # ------------------------------------------------------------------- the command
