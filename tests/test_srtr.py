@@ -103,9 +103,10 @@ def test_any_storage_gives_the_same_tensors(organ: str, form: str, tmp_path: Pat
     suffix = SUFFIX[organ].upper()
     write_table(tmp_path / f"CAND_{suffix}{first}", cand, dates=first_dates, labels=labels)
     place = tmp_path / "pubsaf2506" / f"stathist_{suffix}{second}"
-    history = history.rename(columns=str.lower if second == ".csv" else str)
-    upper = history.rename(columns=str.upper)
-    write_table(place, upper, dates=second_dates, labels=labels)
+    write_table(place, history, dates=second_dates, labels=labels)
+    if second == ".csv":  # a column's case does not matter
+        header, rows = place.read_text().split("\n", 1)
+        place.write_text(f"{header.lower()}\n{rows}")
     from_sas, from_other = (SRTRTrajectoryDataset(p, organ) for p in (SYNTHETIC, tmp_path))
     assert from_other.registrations.equals(from_sas.registrations)
     assert from_other.fingerprint() == from_sas.fingerprint()
@@ -879,6 +880,10 @@ def refusal(folder: Path, organ: str = "liver", **options: Any) -> str:
     return text
 
 
+UNREADABLE = "not readable to its end"
+"""Words of an error; those of a test's own name would stand in its path."""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "saf", *filler())
@@ -905,7 +910,7 @@ def test_truncated_sas_files(size: int, name: str, tmp_path: Path) -> None:
     for file in SYNTHETIC.glob("*_liin.sas7bdat"):
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[:size] if file.stem == name else content)
-    assert "truncated" in refusal(tmp_path)
+    assert UNREADABLE in refusal(tmp_path)
 
 
 def test_encrypted_files(folder: Path, tmp_path: Path) -> None:
@@ -915,7 +920,7 @@ def test_encrypted_files(folder: Path, tmp_path: Path) -> None:
         shutil.copytree(folder, place)
         (place / "cand_liin.csv").rename(place / f"cand_liin{ending}")
         (place / f"cand_liin{ending}").write_bytes(noise)
-        assert "encrypted" in refusal(place)
+        assert UNREADABLE in refusal(place)
     (folder / "cand_liin.csv").write_bytes(noise)
     assert "cand_liin.csv" in refusal(folder)
 
@@ -924,15 +929,15 @@ def test_truncated_text_files(folder: Path, tmp_path: Path) -> None:
     path = folder / "stathist_liin.csv"
     content = path.read_text()
     path.write_text(content[: content.rindex(",") - 8])
-    assert "truncated" in refusal(folder)
+    assert UNREADABLE in refusal(folder)
     other = write_folder(tmp_path / "packed", *filler(), ending=".csv.gz")
     packed = other / "cand_liin.csv.gz"
     packed.write_bytes(packed.read_bytes()[:-30])
-    assert "truncated" in refusal(other)
+    assert UNREADABLE in refusal(other)
     stata = write_folder(tmp_path / "stata", *filler(), ending=".dta")
     file = stata / "cand_liin.dta"
     file.write_bytes(file.read_bytes()[:-900])
-    assert "truncated" in refusal(stata)
+    assert UNREADABLE in refusal(stata)
 
 
 def test_rows_with_more_fields_than_the_header(folder: Path) -> None:
