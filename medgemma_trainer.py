@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -579,14 +580,24 @@ class TextCollator:
         return self.dataset.report(i).removeprefix(f"{self.dataset.outcome}:{word}")
 
     def __call__(self, indices: Sequence[int]) -> TextBatch:
-        """Give the batch of the chosen series, their text padded on the right."""
-        rows = [
-            self.prompts[i] + self.stem + (self.answers[i] if self.answers else []) for i in indices
-        ]
+        """Give the batch of the chosen series: prompt, words before the verdict, answer."""
+        return self._batch(
+            indices, [self.stem + (self.answers[i] if self.answers else []) for i in indices]
+        )
+
+    def prompts_only(self, indices: Sequence[int]) -> TextBatch:
+        """Give the batch that generation continues: no answer, not even its first words."""
+        return self._batch(indices, [[] for _ in indices])
+
+    def _batch(self, indices: Sequence[int], behind: list[list[int]]) -> TextBatch:
+        rows = [self.prompts[i] + tail for i, tail in zip(indices, behind, strict=True)]
+        longest = max(map(len, rows))
         starts = torch.tensor([len(self.prompts[i]) for i in indices])
-        input_ids, text_mask = self._pad(rows)
-        steps = torch.arange(input_ids.shape[1])
-        answer = (steps >= starts[:, None]) & text_mask
+        lengths = torch.tensor([len(row) for row in rows])
+        input_ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+        place = torch.arange(longest)
+        text_mask = place < lengths[:, None]
+        answer = (place >= starts[:, None]) & text_mask
         return TextBatch(
             **self.dataset.collate(indices),
             input_ids=input_ids,
@@ -594,24 +605,6 @@ class TextCollator:
             targets=torch.where(answer, input_ids, IGNORED),
             verdict=starts + len(self.stem) - 1,
         )
-
-    def prompts_only(self, indices: Sequence[int]) -> TextBatch:
-        """Give the batch that generation continues: no answer, not even its first words."""
-        input_ids, text_mask = self._pad([self.prompts[i] for i in indices])
-        nothing = torch.full_like(input_ids, IGNORED)
-        return TextBatch(
-            **self.dataset.collate(indices),
-            input_ids=input_ids,
-            text_mask=text_mask,
-            targets=nothing,
-            verdict=torch.zeros(len(indices), dtype=torch.int64),
-        )
-
-    def _pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        longest = max(map(len, rows))
-        padded = [row + [self.pad] * (longest - len(row)) for row in rows]
-        lengths = torch.tensor([len(row) for row in rows])
-        return torch.tensor(padded), torch.arange(longest) < lengths[:, None]
 
 
 # --------------------------------------------------------------------------- metrics
@@ -872,7 +865,7 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
         save=lambda folder: save_llm(model, facts, folder / "best"),
         load=lambda folder: load_llm(model, folder / "best"),
         after_test=(
-            (lambda scored, folder: write_reports(model, collate, tokenizer, scored, folder))
+            partial(write_reports, model, collate, tokenizer)
             if isinstance(model, LLMWriter)
             else None
         ),
@@ -927,8 +920,6 @@ def write_reports(
         Share of reports that have the expected form, share of stated numbers that are the
         patient's own, AUROC of the verdict's probability.
     """
-    from sklearn.metrics import roc_auc_score
-
     dataset, device = collate.dataset, next(model.parameters()).device
     most = max(len(collate.stem) + len(answer) for answer in collate.answers) + 16
     loader = DataLoader(
@@ -952,7 +943,7 @@ def write_reports(
         "parse_share": sum(score.parses for score in scores) / len(scores),
         "true_number_share": sum(score.true for score in scores) / max(stated, 1),
         "numbers_stated": stated,
-        "verdict_auroc": float(roc_auc_score(scored.labels, scored.probability)),
+        "verdict_auroc": auroc(scored),
     }
 
 
@@ -1670,8 +1661,11 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     data = load_data(args)
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
     folder = args.output_dir / stage.name
+    if args.log_file not in ("auto", "none"):  # a wrong path ends the run before a folder is made
+        open_log(log, Path(args.log_file))
     make_folder(folder)
-    open_log(log, args.log_file, folder)
+    if args.log_file == "auto":
+        open_log(log, folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log")
     write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
@@ -1686,16 +1680,12 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     return EXIT_DONE
 
 
-def open_log(log: logging.handlers.MemoryHandler, choice: str, folder: Path) -> None:
+def open_log(log: logging.handlers.MemoryHandler, path: Path) -> None:
     """Send what was logged so far, and all that follows, to the log file.
 
     Raises:
         InputError: the file cannot be written.
     """
-    if choice == "none":
-        return
-    stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    path = folder / f"train_{stamp}.log" if choice == "auto" else Path(choice)
     try:
         target = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:

@@ -196,3 +196,21 @@ def test_an_unwritable_place_is_named(
     words = ["--trajectory_only", "--data_path", str(dka_file), "--output_dir"]
     assert trainer.main([*words, str(tmp_path / "file" / "run")]) == 2
     assert "--output_dir" in capsys.readouterr().err
+
+
+def test_a_log_file_that_cannot_be_written_is_named_and_leaves_nothing(
+    dka_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--trajectory_only", "--data_path", str(dka_file), "--output_dir"]
+    words += [str(tmp_path / "run"), "--log_file", str(tmp_path / "missing" / "run.log")]
+    assert trainer.main(words) == 2
+    assert "--log_file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_file_of_ones_own_holds_the_run(dka_file: Path, tmp_path: Path) -> None:
+    words = ["--trajectory_only", "--trajectory_epochs", "1", "--data_path", str(dka_file)]
+    words += ["--output_dir", str(tmp_path / "run"), "--log_file", str(tmp_path / "own.log")]
+    assert trainer.main(words) == 0
+    assert "epoch 1/1" in (tmp_path / "own.log").read_text()
+    assert not list((tmp_path / "run" / "trajectory").glob("*.log"))
