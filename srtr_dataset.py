@@ -37,18 +37,11 @@ from dataset_format import (
 
 logger = logging.getLogger(__name__)
 
-EPOCH = pd.Timestamp("1960-01-01")
-"""Day 0 of SAS dates, and of Stata's."""
-
+EPOCH = pd.Timestamp("1960-01-01")  # day 0 of SAS dates, and of Stata's
 HOURS, DAYS_A_YEAR, ADULT_YEARS, FEWEST_EVENTS = 24.0, 365.25, 18, 10
-CHUNK_ROWS = 100_000
-"""Rows in memory before the unneeded ones are dropped."""
-
-TEXT_VALUES = 8
-"""Latest values of a series that the text shows: a liver history can hold fifty rows."""
-
-LARGEST = 1e6
-"""No laboratory value is larger; what is counts as not measured."""
+CHUNK_ROWS = 100_000  # in memory before the unneeded ones are dropped
+TEXT_VALUES = 8  # latest values of a series in the text: a liver history can hold fifty rows
+LARGEST = 1e6  # no laboratory value is larger; what is counts as not measured
 
 # Removal codes; all others count as removal for another reason. Source: SRTR SAF, CAN_REM_CD.
 ADVERSE = frozenset({8, 13})  # died; deteriorated, too sick
@@ -60,25 +53,19 @@ KNOWN = ADVERSE | TRANSPLANT | ERROR | {5, 6, 7, 9, 12, 17, 20, 24, 40}
 ACTIVE = (4010, 4050, 4060, 6010, 6011, 6012, *range(6101, 6300))  # a liver's score: active
 STATUS_CODES = {**dict.fromkeys(ACTIVE, 1), **dict.fromkeys((4099, 4999, 6999), 0)}
 MELD_CODES = {code: m for m in range(6, 61) for code in (6200 + m, m)}  # m: a converted file
-GRADE_CODES = {1: 1, 2: 2, 3: 3}
-DIALYSIS_CODES = {0: 0, 1: 1}
 DIALYSIS_KINDS = {1: 0, 2: 1, 3: 1, 4: 1, 5: 1}
 
 YES_NO = {0: "no", 1: "yes"}
 GRADES = {1: "none", 2: "slight", 3: "marked"}
+# 5 is of unknown type, 998 unknown. Source: OPTN form codes (believed for CAN_DIAB of the SAF).
 DIABETES = {1: "no diabetes", 2: "type 1 diabetes", 3: "type 2 diabetes", 4: "diabetes"}
-"""CAN_DIAB; 5 is of unknown type, 998 unknown. Source: OPTN form codes (believed for the SAF)."""
 
-NOTHING = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
-"""How an export writes nothing; .A to .Z are SAS's special missing values."""
-
-BEHIND = r"([ T]\d{1,2})?\s*:.*$"
-"""The label behind a code in a formatted export, the time of day behind a date."""
-
+NOTHING = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"  # .A to .Z are SAS's special missing values
+BEHIND = r"([ T]\d{1,2})?\s*:.*$"  # the label behind a code, the time of day behind a date
+DATES = ("_DT", "_ENDWLFU")  # endings of the columns that hold dates
 DATE_FORMS = ("%Y-%m-%d", "%m/%d/%Y", "%m/%d/%y", "%d%b%Y", "%d%b%y")
-FIRST_YEAR, FIRST_DIALYSIS_YEAR = 1987, 1960
-"""SRTR's registry begins in October 1987; dialysis may have begun decades before listing."""
-
+FIRST_YEAR = 1987  # SRTR's registry begins in October
+FIRST_DIALYSIS_YEAR = 1960  # dialysis may have begun decades before listing
 NO_DATE = (
     f"is no date of a known form, or not from {FIRST_YEAR} (dialysis: {FIRST_DIALYSIS_YEAR}) to "
     "now; numbers must be days since 1960-01-01"
@@ -86,9 +73,6 @@ NO_DATE = (
 NO_CODE = "is neither a code nor code: label: export the codes, they decide who had an event"
 
 TABLES = ("cand", "stathist")
-DATES = ("_DT", "_ENDWLFU")
-"""Endings of the columns that hold dates."""
-
 WORDS = ("WL_ORG", "CAN_SOURCE", "CAN_GENDER", "CAN_ABO")
 DEATHS = ["CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT"]
 KEYS = ("PX_ID", "PERS_ID", "WL_ORG", "CAN_LISTING_DT", "CAN_REM_CD", "CAN_REM_DT")
@@ -108,21 +92,23 @@ CAND_COLUMNS = {
 
 
 class Feature(NamedTuple):
-    """One series: column in STATHIST, plausible limits; value of a code, word for a value."""
+    """One series: column in STATHIST, plausible limits, words for values, values of codes."""
 
     name: str
     unit: str
     column: str
     low: float
     high: float
-    codes: dict[int, int] | None = None
     words: dict[int, str] | None = None
+    codes: dict[int, int] | None = None
 
     def decode(self, column: pd.Series) -> pd.Series:
         """Turn a column of STATHIST into values, NaN where nothing was measured."""
         if self.name == "dialysis" and column.between(2, 5).any():  # coded as CAN_DIAL
             return column.map(DIALYSIS_KINDS)
-        return column.map(self.codes) if self.codes else column.where(column.abs() <= LARGEST)
+        if self.codes:
+            return column.map(self.codes)
+        return column.where(column.isin(self.words) if self.words else column.abs() <= LARGEST)
 
     def say(self, value: float) -> str:
         """Write one value: a word where there is one, a number otherwise."""
@@ -143,9 +129,9 @@ LABORATORY = (
     Feature("albumin", "g/dL", "CANHX_ALBUMIN", 0.5, 7),
     Feature("GFR", "mL/min", "CANHX_GFR", 0, 200),
 )
-DIALYSIS = Feature("dialysis", "0 or 1", "CANHX_DIAL", 0, 1, DIALYSIS_CODES, YES_NO)
+DIALYSIS = Feature("dialysis", "0 or 1", "CANHX_DIAL", 0, 1, YES_NO)
 STATUS_WORDS = {0: "inactive", 1: "active"}
-STATUS = Feature("status", "0 or 1", "CANHX_STAT_CD", 0, 1, STATUS_CODES, STATUS_WORDS)
+STATUS = Feature("status", "0 or 1", "CANHX_STAT_CD", 0, 1, STATUS_WORDS, STATUS_CODES)
 CPRA = Feature("cPRA", "fraction", "CANHX_CPRA", 0, 1)
 LIVER_FEATURES = (
     *LABORATORY,
@@ -153,9 +139,9 @@ LIVER_FEATURES = (
     Feature("bilirubin", "mg/dL", "CANHX_BILI", 0.1, 80),
     Feature("INR", "ratio", "CANHX_INR", 0.4, 20),
     Feature("sodium", "mEq/L", "CANHX_SERUM_SODIUM", 100, 180),
-    Feature("MELD", "score", "CANHX_SRTR_LAB_MELD", 6, 60, MELD_CODES),
-    Feature("ascites", "grade", "CANHX_ASCITES", 1, 3, GRADE_CODES, GRADES),
-    Feature("encephalopathy", "grade", "CANHX_ENCEPH", 1, 3, GRADE_CODES, GRADES),
+    Feature("MELD", "score", "CANHX_SRTR_LAB_MELD", 6, 60, codes=MELD_CODES),
+    Feature("ascites", "grade", "CANHX_ASCITES", 1, 3, GRADES),
+    Feature("encephalopathy", "grade", "CANHX_ENCEPH", 1, 3, GRADES),
     STATUS,
 )
 ORGANS = {
@@ -311,15 +297,10 @@ def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     elif str(cells.name).endswith(DATES):
         value = _days(known, FIRST_DIALYSIS_YEAR if cells.name == "CAN_DIAL_DT" else FIRST_YEAR)
     else:
-        value = _numbers(known.replace({"Y": "1", "N": "0"}))
+        number = pd.to_numeric(known.replace({"Y": "1", "N": "0"}), errors="coerce")
+        value = pd.Series(number, dtype=float)
     unread = known.notna() & value.isna()
     return value.reindex(place).to_numpy(), unread.reindex(place, fill_value=False).to_numpy()
-
-
-def _numbers(cells: pd.Series) -> pd.Series:
-    """Read finite numbers, NaN for all else."""
-    value = pd.Series(pd.to_numeric(cells, errors="coerce"), dtype=float)
-    return value.where(np.isfinite(value))
 
 
 def _days(cells: pd.Series, first: int) -> pd.Series:
@@ -328,7 +309,7 @@ def _days(cells: pd.Series, first: int) -> pd.Series:
     SAS days and Unix days overlap, so size cannot tell the epoch: the years are checked instead.
     """
     now = pd.Timestamp.now()
-    days = _numbers(cells) // 1
+    days = pd.Series(pd.to_numeric(cells, errors="coerce"), dtype=float) // 1
     text = cells[days.isna()].astype(str)
     for form in DATE_FORMS:
         parsed = pd.to_datetime(text, format=form, errors="coerce")
@@ -351,7 +332,7 @@ def read_candidates(file: SafFile) -> pd.DataFrame:
         InputError: as ``read_saf``, or a PX_ID with two different rows.
     """
     cand = read_saf(file, CAND_COLUMNS)
-    keyed = cand[["PX_ID", "PERS_ID"]].notna().all(axis=1)
+    keyed = cand[["PX_ID", "PERS_ID"]].abs().lt(np.inf).all(axis=1)
     if not keyed.all():
         logger.warning("%s: %d rows without PX_ID or PERS_ID: left out", file.path, (~keyed).sum())
     cand = cand[keyed].drop_duplicates().astype({"PX_ID": np.int64, "PERS_ID": np.int64})
@@ -384,20 +365,20 @@ def outcomes(
 
     Source: SRTR SAF data dictionary; landmarking, van Houwelingen 2007.
     """
-    code, removed, grafted = cand["CAN_REM_CD"], cand["CAN_REM_DT"], cand["REC_TX_DT"]
+    code, followed = cand["CAN_REM_CD"], cand["CAN_ENDWLFU"]
     last_day = cand[["CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU"]].max(axis=None)
-    followed = cand["CAN_ENDWLFU"].where(cand["CAN_ENDWLFU"].notna() | code.notna(), last_day)
-    end = removed.fillna(followed)
-    # The code says how it ended, unless a transplant came first or explains another reason.
-    first = grafted < removed.fillna(np.inf)
-    transplanted = first | code.isin(TRANSPLANT) | ((grafted == removed) & ~code.isin(ADVERSE))
-    end = end.where(~first, grafted)
+    followed = followed.where(followed.notna() | code.notna(), last_day)
+    left = cand["CAN_REM_DT"].fillna(followed.where(cand["REC_TX_DT"].isna()))
+    grafts = [cand["REC_TX_DT"], left.where(code.isin(TRANSPLANT))]
+    grafted = pd.concat(grafts, axis=1).min(axis=1)
+    end = pd.concat([left, grafted], axis=1).min(axis=1)
     death = cand[DEATHS].min(axis=1)
+    death = death.where(death <= end)
+    end = death.fillna(end)
     # Who dies on the day of a transplant dies of it: codes 21 and 23 say so.
-    died = (death < end) | ((death == end) & ~transplanted)
-    adverse = died | (code.isin(ADVERSE) & ~transplanted)
-    competing = transplanted & ~died
-    days = end.where(~died, death) - cand["CAN_LISTING_DT"]  # listing to end
+    adverse = (code.isin(ADVERSE) & (left == end)) | ((death == end) & (grafted != end))
+    competing = (grafted == end) & ~adverse
+    days = end - cand["CAN_LISTING_DT"]
     within = days <= landmark + horizon
     rules = {
         "other organ": cand["WL_ORG"] != organ.code,
@@ -545,25 +526,17 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         result.loc[~result.index.isin(cohort.index) & (result["reason"] == ""), "reason"] = NO_ROW
         result["label"] = result["label"].where(result["reason"] == "")
         removed = result["reason"].value_counts(sort=False).drop("")
-        left = len(result) - removed.cumsum()
-        self.registrations = result
-        self.flow = pd.DataFrame(
-            {"rule": removed.index, "removed": removed.array, "left": left.array}
-        )
-        self.labels = result["label"].dropna().to_numpy(np.float64)
-        self._refuse_too_few()
+        flow = removed.rename_axis("rule").reset_index(name="removed")
+        self.flow = flow.assign(left=len(result) - flow["removed"].cumsum())
+        self.registrations, self.labels = result, result["label"].dropna().to_numpy(np.float64)
+        if (events := int(self.labels.sum())) < FEWEST_EVENTS:
+            taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
+            raise InputError(
+                f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
+                f"{FEWEST_EVENTS} are needed; of {len(result)} the rules took: {taken}"
+            )
         self._place(cohort, rows.groupby("PX_ID").tail(max_len))
         self._say(history_file.path)
-
-    def _refuse_too_few(self) -> None:
-        if (events := int(self.labels.sum())) >= FEWEST_EVENTS:
-            return
-        counts = zip(self.flow["rule"], self.flow["removed"], strict=True)
-        taken = "; ".join(f"{rule} {count}" for rule, count in counts if count)
-        raise InputError(
-            f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-            f"{FEWEST_EVENTS} are needed; of {len(self.registrations)} the rules took: {taken}"
-        )
 
     def _place(self, cohort: pd.DataFrame, rows: pd.DataFrame) -> None:
         """Set the arrays of the contract; both tables go by ascending PX_ID."""
@@ -629,17 +602,17 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Give the clauses of a report, each as words and numbers in turn, words first."""
         clauses = []
         for feature, days, values in self._measured(i):
-            name, last = feature.name, [feature.say(values[-1]), " at day ", plain(days[-1])]
-            first = [feature.say(values[0]), " at day ", plain(days[0])]
+            name = feature.name
+            first, last = ([feature.say(values[k]), " at day ", plain(days[k])] for k in (0, -1))
             if feature.words:
-                parts = [f"last {name} {last[0]} at day ", last[2]]
+                clauses.append([f"last {name} {last[0]} at day ", last[2]])
             elif len(values) == 1:
-                parts = [f"only {name} ", *last]
+                clauses.append([f"only {name} ", *last])
             else:
-                change = np.sign(values[-1] - values[0])
-                direction = {1: "rising", -1: "falling", 0: "level"}[int(change)]
-                parts = [f"first {name} ", *first, f" and last {name} ", *last, f" {direction}"]
-            clauses.append(parts)
+                change = ("level", "rising", "falling")[int(np.sign(values[-1] - values[0]))]
+                clauses.append(
+                    [f"first {name} ", *first, f" and last {name} ", *last, f" {change}"]
+                )
         return [*clauses, ["after ", str(self.lengths[i]), " observations"]]
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
@@ -656,18 +629,6 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
 
 # --------------------------------------------------------------------------- check
-
-
-def implausible(dataset: SRTRTrajectoryDataset) -> list[str]:
-    """Name the series that hold values which no living adult shows."""
-    found = []
-    for f, feature in enumerate(ORGANS[dataset.organ].features):
-        values = dataset.values[:, f]
-        outside = int(((values < feature.low) | (values > feature.high)).sum())
-        if outside:
-            limits = f"{plain(feature.low)} to {plain(feature.high)} {feature.unit}"
-            found.append(f"{outside:,} values of {feature.name} lie outside {limits}")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -689,8 +650,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset = SRTRTrajectoryDataset(**options)
         for line in summarize(dataset):
             logger.info(line)
-        for line in implausible(dataset):
-            logger.warning("warning: %s", line)
+        for feature, values in zip(ORGANS[dataset.organ].features, dataset.values.T, strict=True):
+            outside = int(((values < feature.low) | (values > feature.high)).sum())
+            if outside:
+                limits = f"{plain(feature.low)} to {plain(feature.high)} {feature.unit}"
+                message = "warning: %d values of %s lie outside %s"
+                logger.warning(message, outside, feature.name, limits)
         dataset.split(seed=0)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
