@@ -369,6 +369,7 @@ def outcomes(
     last_day = cand[["CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU"]].max(axis=None)
     followed = followed.where(followed.notna() | code.notna(), last_day)
     left = cand["CAN_REM_DT"].fillna(followed.where(cand["REC_TX_DT"].isna()))
+    # The earliest of removal (else last day of follow-up), transplant and death decides.
     grafts = [cand["REC_TX_DT"], left.where(code.isin(TRANSPLANT))]
     grafted = pd.concat(grafts, axis=1).min(axis=1)
     end = pd.concat([left, grafted], axis=1).min(axis=1)
