@@ -412,7 +412,7 @@ def _read_history(file: SafFile, organ: Organ, listed: pd.Series, landmark: int)
         day = chunk["CANHX_BEGIN_DT"] - chunk["PX_ID"].map(listed)  # NaN outside the cohort
         return chunk.assign(day=day)[day <= landmark]
 
-    costs = {f.column: f"{f.name} is not measured" for f in organ.features}
+    costs = {f.column: f"the history holds no {f.name}" for f in organ.features}
     rows = read_saf(file, {"PX_ID": "", "CANHX_BEGIN_DT": "", **costs}, keep)
     start = rows["day"].where(rows["day"] <= 0).groupby(rows["PX_ID"]).transform("max")
     rows = rows[~(rows["day"] < start)]

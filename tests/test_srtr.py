@@ -1003,7 +1003,7 @@ def test_check_prints_what_a_user_must_know(organ: str, capsys: pytest.CaptureFi
         assert f"{name}_{SUFFIX[organ]}.sas7bdat" in text
     for rule, removed_here, left in dataset.flow.to_numpy().tolist():
         assert f"{removed_here:6d} out, {left:7d} left: {rule}" in text
-    assert "no CANHX_GFR: GFR is not measured" in text
+    assert "no CANHX_GFR: the history holds no GFR" in text
     assert "observations a row" in text
 
 
