@@ -25,7 +25,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypedDict
@@ -128,6 +128,9 @@ class TrajectoryDataset:
     parts: NDArray[np.str_] | None
     source: str
 
+    row_columns: tuple[str, ...] = ("labels", "ids", "groups", "contexts", "parts")
+    """Attributes with one entry a series; a subclass that brings more names them too."""
+
     def __len__(self) -> int:
         """Give N."""
         return len(self.labels)
@@ -161,7 +164,7 @@ class TrajectoryDataset:
         rows, _ = self._rows(indices)
         chosen.times, chosen.values = self.times[rows], self.values[rows]
         chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
-        for name in ("labels", "ids", "groups", "contexts", "parts"):
+        for name in self.row_columns:
             column = getattr(self, name)
             setattr(chosen, name, None if column is None else column[indices])
         return chosen
@@ -294,7 +297,7 @@ class TrajectoryDataset:
         main = self.features[0]
         return {
             "last value": table[[f"{main} last"]],
-            "number of observations": table[[f"{main} count"]],
+            "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
         }
 
@@ -442,28 +445,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     def score_report(self, i: int, text: str) -> ReportScore:
         """Compare a written report with the patient's own numbers, each in its own place."""
-        clauses = self._clauses(i)
-        patterns = [
-            "".join(f"({NUMBER})" if k % 2 else re.escape(part) for k, part in enumerate(clause))
-            for clause in clauses
-        ]
-        true = 0
-        for clause, pattern in zip(clauses, patterns, strict=True):
-            written = re.search(pattern, text)
-            true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
-        head = re.match(rf"{re.escape(self.outcome)}: (yes|no)\b", text)
-        form = (
-            rf"{re.escape(self.outcome)}: (?:yes|no)\. {re.escape(self.features[0])}: "
-            rf"{', '.join(patterns[:-1])}\. {patterns[-1]}: (?:rising|falling|level)\.\s*"
-        )
-        names = "|".join(re.escape(name) for name in (self.outcome, *self.features, *self.units))
-        stated = re.findall(NUMBER, re.sub(names, "", text))  # names may hold digits: PaCO2
-        return ReportScore(
-            verdict=None if head is None else int(head[1] == "yes"),
-            parses=re.fullmatch(form, text) is not None,
-            stated=len(stated),
-            true=true,
-        )
+
+        def form(patterns: list[str]) -> str:
+            places, change = ", ".join(patterns[:-1]), patterns[-1]
+            return (
+                rf"{re.escape(self.features[0])}: {places}\. {change}: (?:rising|falling|level)\."
+            )
+
+        names = (*self.features, *self.units)
+        return score_clauses(text, self.outcome, self._clauses(i), form, names)
 
     def _clauses(self, i: int) -> list[list[str]]:
         """Give the clauses of a report, each as words and numbers in turn, words first."""
@@ -565,6 +555,41 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             raise InputError(f"{self.source}, row {rows[0]}, column {column}: {problem}{others}")
 
 
+def score_clauses(
+    text: str,
+    outcome: str,
+    clauses: list[list[str]],
+    form: Callable[[list[str]], str],
+    names: Sequence[str],
+) -> ReportScore:
+    """Compare a written report with a patient's own numbers, each in its own place.
+
+    Args:
+        text: the report.
+        outcome: what it begins with.
+        clauses: true clauses, each as words and numbers in turn, words first.
+        form: makes of the clauses' patterns the pattern of all that follows the verdict.
+        names: of series and units; they may hold digits that are no claims: PaCO2.
+    """
+    patterns = [
+        "".join(f"({NUMBER})" if k % 2 else re.escape(part) for k, part in enumerate(clause))
+        for clause in clauses
+    ]
+    true = 0
+    for clause, pattern in zip(clauses, patterns, strict=True):
+        written = re.search(pattern, text)
+        true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
+    head = re.match(rf"{re.escape(outcome)}: (yes|no)\b", text)
+    whole = rf"{re.escape(outcome)}: (?:yes|no)\. {form(patterns)}\s*"
+    stated = re.findall(NUMBER, re.sub("|".join(map(re.escape, (outcome, *names))), "", text))
+    return ReportScore(
+        verdict=None if head is None else int(head[1] == "yes"),
+        parses=re.fullmatch(whole, text) is not None,
+        stated=len(stated),
+        true=true,
+    )
+
+
 def plain(number: float) -> str:
     """Write a number in the shortest form that reads back exactly, without exponent: 24, 4.08."""
     return np.format_float_positional(number + 0.0, trim="-")
@@ -650,7 +675,7 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
     ]
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         seen = dataset.values[:, f][~np.isnan(dataset.values[:, f])]
-        lines.append(f"{name} in {unit}: {_quartiles(seen)}")
+        lines.append(f"{name} in {unit}: {_quartiles(seen) if len(seen) else 'never measured'}")
     return lines
 
 

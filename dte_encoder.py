@@ -148,8 +148,8 @@ class ClinicalODERNN(nn.Module):
             observed: (..., F) bool; only these entries count.
 
         Raises:
-            ValueError: wrong shapes or dtype, a feature that was never observed, or a value that
-                is observed but not finite.
+            ValueError: wrong shapes or dtype, nothing observed at all, or a value that is observed
+                but not finite.
         """
         if values.shape != observed.shape or values.shape[-1] != self.input_dim:
             raise ValueError(
@@ -161,11 +161,11 @@ class ClinicalODERNN(nn.Module):
         flat = values.reshape(-1, self.input_dim).double()
         mask = observed.reshape(-1, self.input_dim)
         count = mask.sum(0)
-        if bool((count == 0).any()):
-            missing = (count == 0).nonzero().flatten().tolist()
-            raise ValueError(f"feature {missing} was never observed in the training part")
+        if not bool(count.any()):
+            raise ValueError("nothing was observed in the training part")
         bad = mask & ~torch.isfinite(flat)
         _refuse(bad[None], "value {value} is observed but not finite", flat[None])
+        count = count.clamp(min=1)  # a feature that nobody measured is masked: any scale will do
         mean = torch.where(mask, flat, 0.0).sum(0) / count
         std = (torch.where(mask, flat - mean, 0.0).square().sum(0) / count).sqrt()
         # A constant feature stays at zero; rounding alone leaves it a spread of 1e-16 of its mean.

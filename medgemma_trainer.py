@@ -67,6 +67,7 @@ from dataset_format import (
     summarize,
 )
 from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, check_solver
+from srtr_dataset import SRTRTrajectoryDataset
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -717,7 +718,9 @@ def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
     for name, table in data.dataset.baseline_inputs().items():
         inputs = table.to_numpy()
         model = make_pipeline(
-            SimpleImputer(add_indicator=True), StandardScaler(), LogisticRegression(max_iter=2000)
+            SimpleImputer(add_indicator=True, keep_empty_features=True),  # never measured: zero
+            StandardScaler(),
+            LogisticRegression(max_iter=2000),
         )
         train = data.split["train"]
         model.fit(inputs[train], data.dataset.labels[train])
@@ -1586,6 +1589,14 @@ def build_parser() -> Parser:
     add("--organ", choices=("kidney", "liver"), default="kidney", help="SRTR only")
     add("--data_path", type=Path, default=Path("dka_training_data.csv"), help="path to DKA CSV")
     add("--data_dir", type=Path, help="path to SRTR data directory")
+    add("--landmark_days", type=whole, help="SRTR: asked so long after listing; 365, liver 90")
+    add("--horizon_days", type=positive, help="SRTR: days looked ahead; 365, liver 90")
+    add(
+        "--transplant",
+        choices=("negative", "exclude"),
+        default="negative",
+        help="SRTR: a transplant within the horizon is label 0, or left out",
+    )
     add("--max_samples", type=whole, default=10000, help="max patients (0 = all)")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive, default=10, help="training epochs of stages 2 and 3")
@@ -1606,7 +1617,7 @@ def build_parser() -> Parser:
     add(
         "--time_scale",
         type=number(float, 0, open_low=True),
-        help="ODE-RNN time normalization in hours; 72.0 (DKA) when not given",
+        help="ODE-RNN time normalization in hours; 72.0 (DKA), 8760 (kidney), 2160 (liver)",
     )
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
     add = parser.add_argument_group("language model").add_argument
@@ -1649,11 +1660,21 @@ def load_data(args: argparse.Namespace) -> Data:
     Raises:
         InputError: nothing to learn from.
     """
+    dataset: TrajectoryDataset
     if args.dataset == "srtr":
-        raise InputError("--dataset srtr: SRTR files cannot be read yet; --dataset dka can")
-    if not args.data_path.exists():
+        if args.data_dir is None:
+            raise InputError("--dataset srtr: say where the SRTR files lie by --data_dir")
+        dataset = SRTRTrajectoryDataset(
+            args.data_dir,
+            args.organ,
+            landmark_days=args.landmark_days,
+            horizon_days=args.horizon_days,
+            transplant=args.transplant,
+        )
+    elif args.data_path.exists():
+        dataset = MIMICtrajectoryDataset(args.data_path)
+    else:
         raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
-    dataset: TrajectoryDataset = MIMICtrajectoryDataset(args.data_path)
     fingerprint = dataset.fingerprint()
     dataset = dataset.sample_patients(args.max_samples, args.seed)
     return Data(dataset, dataset.split(args.seed), fingerprint)

@@ -655,7 +655,7 @@ def test_extreme_values_are_cut_and_ordinary_ones_are_not() -> None:
 @pytest.mark.parametrize(
     ("values", "observed", "message"),
     [
-        (torch.ones(3, 2), torch.tensor([[True, False]] * 3), r"\[1\] was never observed"),
+        (torch.ones(3, 2), torch.zeros(3, 2, dtype=torch.bool), "nothing was observed"),
         (torch.ones(3, 3), torch.ones(3, 3, dtype=torch.bool), r"\(3, 3\).*input_dim 2"),
         (torch.ones(3, 2), torch.ones(2, 2, dtype=torch.bool), r"\(3, 2\).*\(2, 2\)"),
         (torch.ones(3, 2), torch.ones(3, 2), "observed must be bool, got torch.float32"),
@@ -665,7 +665,7 @@ def test_extreme_values_are_cut_and_ordinary_ones_are_not() -> None:
             "nan.*observed but not finite",
         ),
     ],
-    ids=["never observed", "features", "shapes", "not bool", "nan"],
+    ids=["nothing observed", "features", "shapes", "not bool", "nan"],
 )
 def test_normaliser_refuses_what_it_cannot_use(
     values: Tensor, observed: Tensor, message: str
@@ -674,6 +674,19 @@ def test_normaliser_refuses_what_it_cannot_use(
     with pytest.raises(ValueError, match=message):
         encoder.fit_normalizer(values, observed)
     assert torch.equal(encoder.value_mean, torch.zeros(2, dtype=torch.float64))
+
+
+def test_a_feature_that_nobody_measured_changes_no_state() -> None:
+    encoder = make_encoder(2, 4)
+    values = torch.tensor([[1.0, 5.0], [3.0, 7.0]])
+    observed = torch.tensor([[True, False], [True, False]])
+    encoder.fit_normalizer(values, observed)
+    assert encoder.value_mean.tolist() == [2.0, 0.0]
+    assert encoder.value_std.tolist() == [1.0, 1.0]
+    times = torch.tensor([[0.0, 1.0]])
+    other = torch.tensor([[1.0, -1e9], [3.0, math.nan]])
+    states = [encoder(times, v[None], observed[None]) for v in (values, other)]
+    assert torch.equal(states[0], states[1])
 
 
 # ---------------------------------------------------------------- refusals

@@ -1,0 +1,231 @@
+"""Synthetic SRTR folders for tests and benchmark: hand-written rows, random tables, any form.
+
+No real patient. Days count from 1960-01-01 as in SAS; every date column is written in the form
+that a test asks for.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+EPOCH = pd.Timestamp("1960-01-01")
+LISTED = 20000
+"""Listing day of hand-written registrations: 2014-10-04."""
+
+LAST_DAY = 23500
+"""Last day of synthetic follow-up: 2024-05-04."""
+
+SUFFIX = {"kidney": "kipa", "liver": "liin"}
+CODE = {"kidney": "KI", "liver": "LI"}
+DATE_COLUMNS = ("_DT", "CAN_ENDWLFU")
+LABELS: dict[str, dict[Any, str]] = {
+    "WL_ORG": {"KI": "Kidney", "LI": "Liver", "KP": "Kidney: Pancreas", "IN": "Intestine"},
+    "CAN_REM_CD": {8: "Candidate died", 13: "Too sick to transplant", 4: "Deceased donor tx"},
+    "CANHX_STAT_CD": {4010: "Active", 6999: "Temporarily inactive"},
+    "CAN_GENDER": {"M": "Male", "F": "Female"},
+}
+DATE_FORMATS = {
+    "iso": "%Y-%m-%d",
+    "mdy4": "%m/%d/%Y",
+    "mdy2": "%m/%d/%y",
+    "ddmonyyyy": "%d%b%Y",
+    "ddmonyy": "%d%b%y",
+    "isotime": "%Y-%m-%d 00:00:00",
+}
+
+
+def candidate(px: int, organ: str = "liver", **columns: Any) -> dict[str, Any]:
+    """Give a CAND row of an adult who still waits on day 1000."""
+    return {
+        "PX_ID": px,
+        "PERS_ID": px + 500_000,
+        "WL_ORG": CODE[organ],
+        "CAN_SOURCE": "A",
+        "CAN_LISTING_DT": LISTED,
+        "CAN_REM_CD": None,
+        "CAN_REM_DT": None,
+        "CAN_DEATH_DT": None,
+        "PERS_OPTN_DEATH_DT": None,
+        "PERS_SSA_DEATH_DT": None,
+        "REC_TX_DT": None,
+        "CAN_ENDWLFU": LISTED + 1000,
+        "CAN_AGE_IN_MONTHS_AT_LISTING": 600,
+        "CAN_GENDER": "F",
+        "CAN_ABO": "O",
+        "CAN_BMI": 25.5,
+        "CAN_DIAB": 1,
+        "CAN_PREV_TX": 0,
+        **columns,
+    }
+
+
+def history_row(px: int, day: int, organ: str = "liver", **columns: Any) -> dict[str, Any]:
+    """Give a STATHIST row that begins so many days after ``LISTED``."""
+    measured = (
+        {"CANHX_STAT_CD": 6215, "CANHX_SRTR_LAB_MELD": 6215}
+        if organ == "liver"
+        else {"CANHX_STAT_CD": 4010, "CANHX_CPRA": 0.2}
+    )
+    return {"PX_ID": px, "CANHX_BEGIN_DT": LISTED + day, **measured, **columns}
+
+
+def filler(organ: str = "liver", events: int = 12) -> tuple[list[Any], list[Any]]:
+    """Give registrations without which no data set may be read: events and others alike."""
+    soon = LISTED + (100 if organ == "liver" else 400)
+    removed = {"CAN_REM_CD": 8, "CAN_REM_DT": soon, "CAN_DEATH_DT": soon, "CAN_ENDWLFU": soon}
+    ids = range(900_000, 900_000 + 2 * events)
+    cand = [candidate(px, organ, **(removed if px % 2 else {})) for px in ids]
+    return cand, [history_row(px, 0, organ) for px in ids]
+
+
+def random_tables(
+    n: int, organ: str, seed: int, *, risk: str = "MELD"
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Draw ``n`` registrations and their history, without a loop over them.
+
+    Who dies within the horizon is, for ``risk="MELD"``, exactly who shows a MELD above 25 (kidney:
+    a GFR below 8) at the landmark; for ``"shuffled"`` the same number of others.
+    """
+    rng = np.random.default_rng(seed)
+    landmark = 90 if organ == "liver" else 365
+    listed = rng.integers(15000, 20000, n)
+    rows = 1 + rng.poisson(8 if organ == "liver" else 2, n)
+    owner = np.repeat(np.arange(n), rows)
+    span = 8 * landmark
+    day = rng.integers(0, span, len(owner))
+    day[np.concatenate([[0], np.cumsum(rows)[:-1]])] = 0
+    order = np.lexsort((day, owner))
+    day = day[order]
+    level = rng.uniform(8, 36, n)
+    score = np.clip(np.round(level[owner] + rng.normal(0, 1.5, len(owner))), 6, 40)
+    gfr = rng.uniform(2, 20, n).round(1)
+    at_landmark = pd.Series(score[day <= landmark]).groupby(owner[day <= landmark]).last()
+    event = (at_landmark.to_numpy() > 25) if organ == "liver" else gfr < 8
+    if risk == "shuffled":
+        event = rng.permutation(event)
+    died = landmark + 1 + rng.integers(0, landmark, n)  # days after listing
+    left = rng.integers(landmark // 2, 20 * landmark, n)  # others are removed much later or soon
+    early = rng.random(n) < 0.2
+    gone = ~event & (early | (rng.random(n) < 0.5))
+    code = np.where(event, rng.choice([8, 13], n), rng.choice([4, 4, 15, 14, 7, 9, 12, 10], n))
+    end = listed + np.where(event, died, np.where(early, left, 3 * landmark + left))
+    removed = (event | gone) & (end < LAST_DAY)
+    dead = event & (code == 8)
+    transplanted = removed & np.isin(code, [4, 14, 15])
+    cand = pd.DataFrame(
+        {
+            "PX_ID": 1_000_000 + rng.permutation(n),
+            "PERS_ID": 5_000_000 + rng.integers(0, max(1, int(0.9 * n)), n),
+            "WL_ORG": rng.choice(
+                [CODE[organ], "KP" if organ == "kidney" else "IN"], n, p=[0.9, 0.1]
+            ),
+            "CAN_SOURCE": rng.choice(["A", "R", "L"], n, p=[0.4, 0.55, 0.05]),
+            "CAN_LISTING_DT": listed,
+            "CAN_REM_CD": np.where(removed, code, np.nan),
+            "CAN_REM_DT": np.where(removed, end, np.nan),
+            "CAN_DEATH_DT": np.where(dead, end, np.nan),
+            "PERS_OPTN_DEATH_DT": np.where(dead, end, np.where(removed, end + 400, np.nan)),
+            "PERS_SSA_DEATH_DT": np.nan,
+            "REC_TX_DT": np.where(transplanted, end, np.nan),
+            "CAN_ENDWLFU": np.where(removed, end, LAST_DAY),
+            "CAN_AGE_IN_MONTHS_AT_LISTING": rng.integers(200, 950, n),
+            "CAN_GENDER": rng.choice(["M", "F"], n),
+            "CAN_ABO": rng.choice(["A", "B", "AB", "O"], n),
+            "CAN_BMI": rng.uniform(18, 42, n).round(1),
+            "CAN_DIAB": rng.choice([1, 2, 3, 998], n),
+            "CAN_PREV_TX": rng.choice([0, 1], n),
+            "CAN_ON_DIAL": rng.choice(["Y", "N"], n),
+            "CAN_LAST_STAT": rng.integers(0, 9, n),
+            "CAN_LATEST_BMI": rng.integers(0, 9, n),
+            "CAN_MOST_RECENT_CREAT": rng.uniform(1, 9, n).round(1),
+            "DONOR_ID": rng.integers(0, 9, n),
+        }
+    )
+    cand["PERS_OPTN_DEATH_DT"] = cand["PERS_OPTN_DEATH_DT"].clip(upper=LAST_DAY)
+    history = pd.DataFrame(
+        {
+            "PX_ID": cand["PX_ID"].to_numpy()[owner],
+            "CANHX_BEGIN_DT": listed[owner] + day,
+            "CANHX_END_DT": listed[owner] + day + 30,
+        }
+    )
+    if organ == "liver":
+        history["CANHX_STAT_CD"] = 6200 + score
+        history["CANHX_SRTR_LAB_MELD"] = 6200 + score
+        history["CANHX_BILI"] = (score / 3 + rng.uniform(0, 3, len(owner))).round(2)
+        history["CANHX_INR"] = (1 + score / 30).round(2)
+        history["CANHX_SERUM_CREAT"] = np.where(rng.random(len(owner)) < 0.9, score / 20, np.nan)
+        history["CANHX_SERUM_SODIUM"] = rng.integers(125, 146, len(owner))
+        history["CANHX_ALBUMIN"] = rng.uniform(2, 4.5, len(owner)).round(1)
+        history["CANHX_DIAL_PRIOR_WEEK"] = rng.choice(["Y", "N"], len(owner), p=[0.1, 0.9])
+        history["CANHX_ASCITES"] = rng.integers(1, 4, len(owner))
+        history["CANHX_ENCEPH"] = rng.integers(1, 4, len(owner))
+    else:
+        cand["CAN_DIAL_DT"] = np.where(
+            rng.random(n) < 0.7, listed + rng.integers(-2000, 700, n), np.nan
+        )
+        cand["CAN_GFR"], cand["CAN_GFR_DT"] = gfr, listed + rng.integers(-300, 700, n)
+        history["CANHX_STAT_CD"] = rng.choice([4010, 4099, 4999], len(owner), p=[0.7, 0.2, 0.1])
+        history["CANHX_REASON_STAT_INACT"] = rng.choice([7, 10, 12], len(owner))
+        history["CANHX_CPRA"] = rng.choice([0, 0.3, 0.99], len(owner))
+    return cand, history
+
+
+def is_date(column: str) -> bool:
+    return column.endswith(DATE_COLUMNS)
+
+
+def write_table(
+    path: Path, table: pd.DataFrame, *, dates: str = "sas", labels: bool = False
+) -> Path:
+    """Write a table with days as dates of a form; the ending of ``path`` gives the storage."""
+    table = table.copy()
+    for column in filter(is_date, table.columns):
+        if dates == "sas":
+            continue
+        moments = EPOCH + pd.to_timedelta(pd.to_numeric(table[column]), unit="D")
+        if path.suffix.lower() not in (".dta", ".parquet"):
+            table[column] = moments.dt.strftime(DATE_FORMATS[dates]).str.upper()
+        else:
+            table[column] = moments
+    for column, meaning in LABELS.items() if labels else []:
+        if column in table:
+            table[column] = [
+                None
+                if pd.isna(c)
+                else f"{c:g}: {meaning.get(c, 'x')}"
+                if isinstance(c, float | int)
+                else f"{c}: {meaning.get(c, 'x')}"
+                for c in table[column]
+            ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".dta":
+        empty = [c for c in table if table[c].isna().all()]
+        table = table.astype(dict.fromkeys(empty, np.float64))
+        texts = table.select_dtypes(exclude=["number", "datetime"]).columns
+        table[texts] = table[texts].astype(object).where(table[texts].notna(), "")
+        td: Any = {c: "td" for c in table if table[c].dtype.kind == "M"}
+        table.to_stata(path, write_index=False, convert_dates=td)
+    elif path.suffix.lower() == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False)
+    return path
+
+
+def write_folder(
+    folder: Path,
+    cand: pd.DataFrame | list[Any],
+    history: pd.DataFrame | list[Any],
+    organ: str = "liver",
+    *,
+    ending: str = ".csv",
+    **form: Any,
+) -> Path:
+    """Write both tables of an organ under SRTR's names."""
+    for name, table in (("cand", cand), ("stathist", history)):
+        frame = pd.DataFrame(table)
+        write_table(folder / f"{name}_{SUFFIX[organ]}{ending}", frame, **form)
+    return folder
