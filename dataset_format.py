@@ -294,9 +294,8 @@ class TrajectoryDataset:
         outcome away.
         """
         table = self.summary_features()
-        main = self.features[0]
         return {
-            "last value": table[[f"{main} last"]],
+            "last value": table[[f"{name} last" for name in self.features]],
             "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
         }

@@ -86,7 +86,8 @@ def random_tables(
     """Draw ``n`` registrations and their history, without a loop over them.
 
     Who dies within the horizon is, for ``risk="MELD"``, exactly who shows a MELD above 25 (kidney:
-    a GFR below 8) at the landmark; for ``"shuffled"`` the same number of others.
+    a GFR below 8) at the landmark; for ``"shuffled"`` the same number of others; for ``"graded"``
+    the risk climbs with that MELD (falls with that GFR) and never passes one half.
     """
     rng = np.random.default_rng(seed)
     landmark = 90 if organ == "liver" else 365
@@ -103,6 +104,9 @@ def random_tables(
     gfr = rng.uniform(2, 20, n).round(1)
     at_landmark = pd.Series(score[day <= landmark]).groupby(owner[day <= landmark]).last()
     event = (at_landmark.to_numpy() > 25) if organ == "liver" else gfr < 8
+    if risk == "graded":
+        worse = (at_landmark.to_numpy() - 25) / 4 if organ == "liver" else (8 - gfr) / 3
+        event = rng.random(n) < 0.5 / (1 + np.exp(-worse))
     if risk == "shuffled":
         event = rng.permutation(event)
     died = landmark + 1 + rng.integers(0, landmark, n)  # days after listing

@@ -440,7 +440,7 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
     shift = 1  # each patient gets the report of another
     figures = trainer.write_reports(model, collate, tokenizer, scored, tmp_path)
     assert figures["true_number_share"] < 0.5
-    assert figures["parse_share"] == 1
+    assert 0.5 < figures["parse_share"] < 1  # a single observation has no rate, so another form
 
 
 # ------------------------------------------------------------------------------- the stage

@@ -1,7 +1,11 @@
-"""Time and peak memory of reading an SRTR folder: python tests/benchmarks/srtr.py [--organ both].
+"""Synthetic SRTR folders: time and peak memory of reading them, or stage 1 beside its baselines.
 
-Writes synthetic folders of growing size as CSV and reads each in a process of its own. Time should
-grow as the number of registrations does, memory by what the cohort keeps.
+    python tests/benchmarks/srtr.py [--organ both]      # folders of growing size, read one by one
+    python tests/benchmarks/srtr.py --train 6000        # stage 1 with its defaults on one folder
+
+Each folder is written as CSV and read in a process of its own. Time should grow as the number of
+registrations does, memory by what the cohort keeps. In the folder to train on the risk climbs with
+the last MELD (liver) or falls with the GFR (kidney) and is drawn at random: no real world.
 """
 
 import argparse
@@ -17,7 +21,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from srtr_files import random_tables, write_folder
-cand, history = random_tables(int(sys.argv[3]), sys.argv[2], seed=0)
+cand, history = random_tables(int(sys.argv[3]), sys.argv[2], seed=0, risk=sys.argv[4])
 write_folder(Path(sys.argv[1]), cand, history, sys.argv[2], dates="ddmonyyyy")
 print(len(history))
 """
@@ -42,19 +46,34 @@ def run(code: str, *words: str) -> list[str]:
     return done.stdout.split()
 
 
+def train(organ: str, registrations: int) -> None:
+    """Train stage 1 with its defaults and pass on what it prints."""
+    with tempfile.TemporaryDirectory() as place:
+        run(WRITE, place, organ, str(registrations), "graded")
+        words = ["--trajectory_only", "--dataset", "srtr", "--organ", organ, "--data_dir", place]
+        words += ["--output_dir", f"{place}/run", "--log_file", "none"]
+        command = [sys.executable, str(ROOT / "medgemma_trainer.py"), *words]
+        subprocess.run(command, cwd=place, check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of reading an SRTR folder.")
     parser.add_argument("--registrations", type=int, nargs="+", default=[20_000, 80_000])
     parser.add_argument("--organ", choices=("kidney", "liver", "both"), default="both")
+    parser.add_argument("--train", type=int, metavar="REGISTRATIONS")
     options = parser.parse_args()
     organs = ("kidney", "liver") if options.organ == "both" else (options.organ,)
+    if options.train:
+        for organ in organs:
+            train(organ, options.train)
+        return
     row = "{:6s} {:>13s} {:>12s} {:>8s} {:>12s} {:>8s} {:>12s} {:>11s}\n"
     head = "organ,registrations,history rows,kept,observations,seconds,MiB at start,MiB at peak"
     sys.stdout.write(row.format(*head.split(",")))
     for organ in organs:
         for n in options.registrations:
             with tempfile.TemporaryDirectory() as place:
-                written = run(WRITE, place, organ, str(n))
+                written = run(WRITE, place, organ, str(n), "MELD")
                 figures = run(READ, place, organ)
             sys.stdout.write(row.format(organ, str(n), *written, *figures))
             sys.stdout.flush()
