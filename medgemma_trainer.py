@@ -1533,7 +1533,8 @@ def number(
     def convert(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+            float(value)  # a whole number beyond all floats is no size of anything
+        except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a number of kind {kind.__name__}"
             ) from None

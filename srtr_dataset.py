@@ -13,7 +13,6 @@ data set's times are hours since listing.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 
 from dataset_format import (
     InputError,
+    Parser,
     ReportScore,
     TrajectoryDataset,
     plain,
@@ -39,12 +39,14 @@ logger = logging.getLogger(__name__)
 
 EPOCH = pd.Timestamp("1960-01-01")  # day 0 of SAS dates, and of Stata's
 HOURS, DAYS_A_YEAR, ADULT_YEARS, FEWEST_EVENTS = 24.0, 365.25, 18, 10
+MOST_DAYS = 36_500  # a landmark or horizon of a hundred years
 CHUNK_ROWS = 100_000  # in memory before the unneeded ones are dropped
 TEXT_VALUES = 8  # latest values of a series in the text: a liver history can hold fifty rows
 LARGEST = 1e6  # no laboratory value is larger; what is counts as not measured
 
 # Removal codes; all others count as removal for another reason. Source: SRTR SAF, CAN_REM_CD.
-ADVERSE = frozenset({8, 13})  # died; deteriorated, too sick
+DIED = 8
+ADVERSE = frozenset({DIED, 13})  # 13: deteriorated, too sick
 TRANSPLANT = frozenset({4, 14, 15, 18, 19, 21, 22, 23, 43, 45})  # 21, 23: died in the procedure
 ERROR = frozenset({10, 11, 16})  # listed in error, for antigens only, removed in error
 KNOWN = ADVERSE | TRANSPLANT | ERROR | {5, 6, 7, 9, 12, 17, 20, 24, 40}
@@ -83,7 +85,7 @@ CAND_COLUMNS = {
     **dict.fromkeys(DEATHS, "deaths that only it records are not seen"),
     "REC_TX_DT": "transplants are known by the removal code alone",
     "CAN_AGE_IN_MONTHS_AT_LISTING": "ages are unknown and children stay in",
-    "CAN_DIAL_DT": "dialysis is known from the history alone",
+    "CAN_DIAL_DT": "dialysis is known from the history alone, its years not at all",
     "CAN_GFR": "GFR is known from the history alone",
     "CAN_GFR_DT": "CAN_GFR is undated, so it is not used",
     **dict.fromkeys((*WORDS[2:], "CAN_BMI", "CAN_DIAB", "CAN_PREV_TX"), "the text lacks it"),
@@ -104,8 +106,13 @@ class Feature(NamedTuple):
 
     def decode(self, column: pd.Series) -> pd.Series:
         """Turn a column of STATHIST into values, NaN where nothing was measured."""
-        if self.name == "dialysis" and column.between(2, 5).any():  # coded as CAN_DIAL
-            return column.map(DIALYSIS_KINDS)
+        if self.column == "CANHX_DIAL":  # 0 and 1, or coded as CAN_DIAL, where 1 means no
+            seen = set(column.dropna())
+            if seen & {2, 3, 4, 5, 998, 999}:
+                return column.map(DIALYSIS_KINDS)
+            if seen == {1}:
+                logger.warning("CANHX_DIAL holds 1 alone, yes or CAN_DIAL's no: not used")
+                return column.where(column.isna())
         if self.codes:
             return column.map(self.codes)
         return column.where(column.isin(self.words) if self.words else column.abs() <= LARGEST)
@@ -228,7 +235,7 @@ def _parquet(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.Da
 
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(rows, columns=columns):
-            yield batch.to_pandas()
+            yield batch.to_pandas(ignore_metadata=True)  # a pandas index stays a column
 
 
 READERS = {".sas7bdat": _sas, ".csv": _csv, ".dta": _stata, ".parquet": _parquet}
@@ -335,6 +342,8 @@ def read_candidates(file: SafFile) -> pd.DataFrame:
     keyed = cand[["PX_ID", "PERS_ID"]].abs().lt(np.inf).all(axis=1)
     if not keyed.all():
         logger.warning("%s: %d rows without PX_ID or PERS_ID: left out", file.path, (~keyed).sum())
+    if not keyed.any():
+        raise InputError(f"{file.path}, columns PX_ID and PERS_ID: no row has both as numbers")
     cand = cand[keyed].drop_duplicates().astype({"PX_ID": np.int64, "PERS_ID": np.int64})
     if twice := int(cand["PX_ID"].duplicated().sum()):
         raise InputError(
@@ -368,17 +377,17 @@ def outcomes(
     code, followed = cand["CAN_REM_CD"], cand["CAN_ENDWLFU"]
     last_day = cand[["CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU"]].max(axis=None)
     followed = followed.where(followed.notna() | code.notna(), last_day)
-    left = cand["CAN_REM_DT"].fillna(followed.where(cand["REC_TX_DT"].isna()))
+    death = cand[DEATHS].min(axis=1)
+    left = cand["CAN_REM_DT"].fillna(death.where(code == DIED))
+    left = left.fillna(followed.where(cand["REC_TX_DT"].isna()))
     # The earliest of removal (else last day of follow-up), transplant and death decides.
     grafts = [cand["REC_TX_DT"], left.where(code.isin(TRANSPLANT))]
     grafted = pd.concat(grafts, axis=1).min(axis=1)
     end = pd.concat([left, grafted], axis=1).min(axis=1)
-    death = cand[DEATHS].min(axis=1)
     death = death.where(death <= end)
     end = death.fillna(end)
-    # Who dies on the day of a transplant dies of it: codes 21 and 23 say so.
-    adverse = (code.isin(ADVERSE) & (left == end)) | ((death == end) & (grafted != end))
-    competing = (grafted == end) & ~adverse
+    competing = grafted == end  # who dies on the day of a transplant dies of it, as codes 21, 23
+    adverse = ~competing & ((code.isin(ADVERSE) & (left == end)) | (death == end))
     days = end - cand["CAN_LISTING_DT"]
     within = days <= landmark + horizon
     rules = {
@@ -413,10 +422,16 @@ def _read_history(file: SafFile, organ: Organ, listed: pd.Series, landmark: int)
         return chunk.assign(day=day)[day <= landmark]
 
     costs = {f.column: f"the history holds no {f.name}" for f in organ.features}
-    rows = read_saf(file, {"PX_ID": "", "CANHX_BEGIN_DT": "", **costs}, keep)
+    keys = {"PX_ID": "", "CANHX_BEGIN_DT": "", "CANHX_BEGIN_TM": "the file orders rows of a day"}
+    rows = read_saf(file, {**keys, **costs}, keep).sort_values("CANHX_BEGIN_TM", kind="stable")
     start = rows["day"].where(rows["day"] <= 0).groupby(rows["PX_ID"]).transform("max")
     rows = rows[~(rows["day"] < start)]
     features = {f.name: f.decode(rows[f.column]) for f in organ.features}
+    for feature in organ.features:
+        unread = int((rows[feature.column].notna() & features[feature.name].isna()).sum())
+        if unread:
+            message = "%s, column %s: %d cells hold no known code or value: not measured"
+            logger.warning(message, file.path, feature.column, unread)
     return pd.DataFrame({"PX_ID": rows["PX_ID"], "day": rows["day"].clip(lower=0), **features})
 
 
@@ -445,8 +460,9 @@ def _one_row_a_day(
 
 def describe(cohort: pd.DataFrame, organ_name: str, landmark: int) -> NDArray[np.object_]:
     """Write what was known at listing, and the days since: (N,) sentences without full stop."""
-    text = cohort["age"].map(lambda a: "Adult " if np.isnan(a) else f"{int(a)}-year-old ")
+    text = cohort["age"].map(lambda a: "" if np.isnan(a) else f"{int(a)}-year-old ")
     text += cohort["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna("patient")
+    text = text.str[:1].str.upper() + text.str[1:]
     blood, bmi = cohort["CAN_ABO"], cohort["CAN_BMI"]
     parts = [
         "blood group " + blood.where(blood.isin(["A", "A1", "A2", "B", "O", "AB"])).astype(object),
@@ -475,7 +491,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         flow: how many registrations each rule removed; columns rule, removed, left.
         registrations: (all in the organ's file) by PX_ID: ``reason`` ("" where kept), ``label``.
         ages_and_dialysis: (N, 2) years: age at listing, NaN where unknown; on dialysis by the
-            landmark, 0 where not begun.
+            landmark, 0 where not begun, NaN where the table has no CAN_DIAL_DT.
 
     Raises:
         InputError: files that cannot be read, nobody left, or fewer than ten events.
@@ -502,8 +518,12 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.organ, self._kind, self.source = organ, ORGANS[organ], str(data_dir)
         self.landmark_days = self._kind.days if landmark_days is None else landmark_days
         self.horizon_days = self._kind.days if horizon_days is None else horizon_days
-        if self.landmark_days < 0 or self.horizon_days < 1 or max_len < 1:
-            raise InputError("landmark_days, horizon_days, max_len must be at least 0, 1 and 1")
+        days = (self.landmark_days, self.horizon_days - 1)
+        if not all(0 <= d < MOST_DAYS for d in days) or max_len < 1:
+            raise InputError(
+                f"landmark_days, horizon_days, max_len must be at least 0, 1 and 1; days at most "
+                f"{MOST_DAYS}"
+            )
         self.features = tuple(f.name for f in self._kind.features)
         self.units = tuple(f.unit for f in self._kind.features)
         self.time_scale = self._kind.days * HOURS
@@ -520,8 +540,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         result = outcomes(cand, kind, landmark, self.horizon_days, transplant)
         cohort = cand[result["reason"] == ""]
         rows = _read_history(history_file, kind, cohort["CAN_LISTING_DT"], landmark)
-        own = kind.features[self.features.index("dialysis")].column in history_file.columns
-        dialysis = not own and "CAN_DIAL_DT" in cand_file.columns
+        dated = "CAN_DIAL_DT" in cand_file.columns
+        dialysis = dated and bool(rows["dialysis"].isna().all())
         rows = _one_row_a_day(rows, cohort, landmark, dialysis=dialysis)
         cohort = cohort[cohort.index.isin(rows["PX_ID"])]
         result.loc[~result.index.isin(cohort.index) & (result["reason"] == ""), "reason"] = NO_ROW
@@ -536,10 +556,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
                 f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
                 f"{FEWEST_EVENTS} are needed; of {len(result)} the rules took: {taken}"
             )
-        self._place(cohort, rows.groupby("PX_ID").tail(max_len))
+        self._place(cohort, rows.groupby("PX_ID").tail(max_len), dated=dated)
         self._say(history_file.path)
 
-    def _place(self, cohort: pd.DataFrame, rows: pd.DataFrame) -> None:
+    def _place(self, cohort: pd.DataFrame, rows: pd.DataFrame, *, dated: bool) -> None:
         """Set the arrays of the contract; both tables go by ascending PX_ID."""
         self.times = rows["day"].to_numpy(np.float64) * HOURS
         self.values = rows[list(self.features)].to_numpy(np.float64)
@@ -548,7 +568,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         self.contexts = describe(cohort, self.organ, self.landmark_days)
         dialysed = cohort["CAN_LISTING_DT"] + self.landmark_days - cohort["CAN_DIAL_DT"]
-        years = dialysed.clip(lower=0).fillna(0) / DAYS_A_YEAR
+        # No date means not on dialysis where the table dates it at all.
+        years = dialysed.clip(lower=0).fillna(0 if dated else np.nan) / DAYS_A_YEAR
         self.ages_and_dialysis = np.column_stack([cohort["age"], years])
 
     def _say(self, history: Path) -> None:
@@ -573,7 +594,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             shown = zip(days[-TEXT_VALUES:], values[-TEXT_VALUES:], strict=True)
             text = " -> ".join(f"{feature.say(v)} (day {plain(d)})" for d, v in shown)
             lines.append(f"{feature.name}{unit}: {text}")
-        return f"{self.contexts[i]}. Since listing: {'; '.join(lines)}. {self.question}\n"
+        return f"{self.contexts[i]}. History: {'; '.join(lines)}. {self.question}\n"
 
     def report(self, i: int) -> str:
         """Give the verdict, then first and last value of each series that was measured."""
@@ -634,7 +655,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the module as a command; 0 when the folder can be trained on, 2 when not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="srtr_dataset.py", description="Check a folder of SRTR files.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)

@@ -84,6 +84,7 @@ def test_the_readmes_commands_parse() -> None:
         "--lora_dropout 1",
         "--seed -1",
         "--seed 5000000000",
+        "--epochs " + "9" * 400,
         "--mode both",
         "--dataset mimic",
         "--organ heart",

@@ -267,7 +267,7 @@ def test_a_death_on_the_day_of_the_transplant_is_a_transplant(code: int, read: R
     [
         (candidate(1, REC_TX_DT=LISTED + 120), 0.0),  # no removal recorded
         (removed(8, 150, REC_TX_DT=LISTED + 120), 0.0),  # died after it
-        (removed(8, 120, REC_TX_DT=LISTED + 120), 1.0),  # the code says what ended it
+        (removed(8, 120, REC_TX_DT=LISTED + 120), 0.0),  # died on its day
         (removed(13, 120, REC_TX_DT=LISTED + 150), 1.0),  # too sick comes first
         (removed(None, 120, REC_TX_DT=LISTED + 120), 0.0),
         (removed(8, 150, REC_TX_DT=LISTED + 80), ENDED),
@@ -462,7 +462,7 @@ def test_text_tells_what_was_known(read: Read) -> None:
     i = dataset.ids.tolist().index("1")
     assert dataset.prompt(i) == (
         "57-year-old man, blood group AB, BMI 25.5 kg/m2, type 2 diabetes, earlier transplant, "
-        "on the liver waiting list for 90 days. Since listing: bilirubin in mg/dL: 3.2 (day 0); "
+        "on the liver waiting list for 90 days. History: bilirubin in mg/dL: 3.2 (day 0); "
         "MELD: 22 (day 0) -> 25 (day 30); status: active (day 0) -> inactive (day 30). Will this "
         "patient die or become too sick for a liver transplant within 90 days of day 90?\n"
     )
@@ -493,7 +493,7 @@ def test_unknown_baseline_is_left_unsaid(read: Read) -> None:
     }
     dataset = read(candidate(1, **unknown))
     i = dataset.ids.tolist().index("1")
-    assert dataset.contexts[i] == "Adult patient, on the liver waiting list for 90 days"
+    assert dataset.contexts[i] == "Patient, on the liver waiting list for 90 days"
 
 
 @pytest.mark.parametrize("organ", ORGAN_NAMES)
@@ -690,14 +690,16 @@ def decide_one(
     end = removal
     if graft is not None and (removal is None or graft < removal):
         end, kind = graft, "transplant"
-    elif graft is not None and graft == removal and kind == "other":
+    elif graft is not None and graft == removal:
         kind = "transplant"
+    deaths = [get(c) for c in ("CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT")]
+    death = min((d for d in deaths if d is not None), default=None)
+    if removal is None and code == 8 and death is not None and (graft is None or death < graft):
+        end, kind = death, "event"
     if end is None:
         end = get("CAN_ENDWLFU")
     if end is None and code is None:
         end = last
-    deaths = [get(c) for c in ("CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT")]
-    death = min((d for d in deaths if d is not None), default=None)
     if death is not None and (
         end is not None and (death < end or (death == end and kind != "transplant"))
     ):
@@ -1039,3 +1041,57 @@ def test_reading_is_no_loop_over_registrations(tmp_path: Path) -> None:
         SRTRTrajectoryDataset(folder, "liver")
         seconds.append(time.perf_counter() - start)
     assert seconds[1] < 12 * seconds[0] + 1
+
+
+def test_a_death_without_a_day_of_removal_ends_on_its_own_day(read: Read) -> None:
+    unfollowed: dict[str, Any] = {"CAN_REM_CD": 8, "CAN_REM_DT": None, "CAN_ENDWLFU": None}
+    assert verdict(read(candidate(1, CAN_DEATH_DT=LISTED + 120, **unfollowed))) == 1.0
+    assert verdict(read(candidate(1, CAN_DEATH_DT=LISTED + 80, **unfollowed))) == ENDED
+
+
+@pytest.mark.parametrize(
+    ("cell", "expected"), [("1", 0.0), ("998", 0.0), ("2", 1.0), ("N", 0.0), ("Y", 1.0)]
+)
+def test_a_kidney_history_of_dialysis_codes_is_not_inverted(
+    cell: str, expected: float, read: Read
+) -> None:
+    """1 alone may be yes or CAN_DIAL's "no dialysis": CAN_DIAL_DT, here without a date, decides."""
+    other = "N" if cell == "Y" else cell
+    rows = [history_row(1, 0, "kidney", CANHX_DIAL=cell)]
+    rows += [history_row(px, 0, "kidney", CANHX_DIAL=other) for px in range(900_000, 900_024)]
+    dataset = read(candidate(1, "kidney", CAN_DIAL_DT=None), history=rows, organ="kidney")
+    i = dataset.ids.tolist().index("1")
+    assert dataset.values[dataset.offsets[i], 3] == expected
+
+
+def test_without_the_column_years_of_dialysis_are_unknown(read: Read) -> None:
+    plain_candidate = candidate(1, "kidney")
+    plain_candidate.pop("CAN_DIAL_DT", None)
+    dataset = read(plain_candidate, organ="kidney")
+    assert np.isnan(dataset.ages_and_dialysis[:, 1]).all()
+
+
+def test_two_rows_of_a_day_stand_in_the_order_of_their_time(read: Read) -> None:
+    status = [(4099, 100), (4010, 200)]
+    for order in (status, status[::-1]):
+        rows = [
+            history_row(1, 10, "kidney", CANHX_STAT_CD=code, CANHX_BEGIN_TM=second)
+            for code, second in order
+        ]
+        assert series(read(candidate(1, "kidney"), history=rows, organ="kidney"), "status") == [
+            (10, 1)
+        ]
+
+
+def test_codes_that_nothing_knows_are_said(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        read(candidate(1), history=[history_row(1, 0, CANHX_SRTR_LAB_MELD=9999)])
+    assert "CANHX_SRTR_LAB_MELD: 1 cells hold no known code" in caplog.text
+
+
+@pytest.mark.parametrize("words", ["--organ heart", "--landmark_days x", "--no_such_flag"])
+def test_wrong_usage_of_check_is_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        srtr_dataset.main(["check", "--data_dir", "x", *words.split()])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
