@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict
+from typing import Any, NoReturn, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -701,6 +701,9 @@ def _quartiles(numbers: NDArray[Any]) -> str:
     return f"median {median:.4g}, quartiles {q1:.4g} to {q3:.4g}, range {low:.4g} to {high:.4g}"
 
 
+DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the module as a command; 0 when the file can be trained on, 2 when not."""
     parser = Parser(
@@ -710,12 +713,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="validate a file and print its summary")
     check.add_argument("file", type=Path, help="CSV in the DKA format")
     arguments = parser.parse_args(argv)
+    return run_check(lambda: MIMICtrajectoryDataset(arguments.file), suspicions)
+
+
+def run_check(read: Callable[[], DatasetT], doubts: Callable[[DatasetT], list[str]]) -> int:
+    """Read a data set, log its summary and what looks wrong; 0, or 2 when it cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
-        dataset = MIMICtrajectoryDataset(arguments.file)
+        dataset = read()
         for line in summarize(dataset):
             logger.info(line)
-        for line in suspicions(dataset):
+        for line in doubts(dataset):
             logger.warning("warning: %s", line)
         dataset.split(seed=0)
     except InputError as error:

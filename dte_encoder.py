@@ -79,6 +79,7 @@ class VectorField(nn.Module):
         back = self.outer.weight.t()
 
         def step(state: Tensor, span: Tensor) -> Tensor:
+            """Advance states (n, H) by spans (n,)."""
             span = span.unsqueeze(1)
             half = span / 2
             u = self.inner(state)

@@ -1566,7 +1566,7 @@ def precision_name(text: str) -> str:
 
 
 def build_parser() -> Parser:
-    """Give the parser; every default of the program stands here and nowhere else."""
+    """Give the parser; every default of the program stands here or below, and nowhere else."""
     parser = Parser(
         prog="medgemma_trainer.py",
         description="Fine-tune MedGemma on irregular clinical series, in three stages.",
@@ -1574,8 +1574,6 @@ def build_parser() -> Parser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    positive, whole = number(int, 1), number(int, 0)
-    rate = number(float, 0, 1, open_low=True)
     add = parser.add_argument_group("what to do").add_argument
     add("--trajectory_only", action="store_true", help="stage 1: train ODE-RNN only, skip LLM")
     add(
@@ -1585,33 +1583,55 @@ def build_parser() -> Parser:
         help="stage 2 or 3",
     )
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
+    add_data_flags(parser)
+    add_training_flags(parser)
+    add_model_flags(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
+    add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
+    return parser
+
+
+POSITIVE, WHOLE, RATE = number(int, 1), number(int, 0), number(float, 0, 1, open_low=True)
+
+
+def add_data_flags(parser: Parser) -> None:
+    """Add what is read, and what is asked of it."""
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=("dka", "srtr"), default="dka", help="kind of data")
     add("--organ", choices=("kidney", "liver"), default="kidney", help="SRTR only")
     add("--data_path", type=Path, default=Path("dka_training_data.csv"), help="path to DKA CSV")
     add("--data_dir", type=Path, help="path to SRTR data directory")
-    add("--landmark_days", type=whole, help="SRTR: asked so long after listing; 365, liver 90")
-    add("--horizon_days", type=positive, help="SRTR: days looked ahead; 365, liver 90")
+    add("--landmark_days", type=WHOLE, help="SRTR: asked so long after listing; 365, liver 90")
+    add("--horizon_days", type=POSITIVE, help="SRTR: days looked ahead; 365, liver 90")
     add(
         "--transplant",
         choices=("negative", "exclude"),
         default="negative",
         help="SRTR: a transplant within the horizon is label 0, or left out",
     )
-    add("--max_samples", type=whole, default=10000, help="max patients (0 = all)")
+    add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
+
+
+def add_training_flags(parser: Parser) -> None:
+    """Add how long and how fast it learns."""
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive, default=10, help="training epochs of stages 2 and 3")
-    add("--trajectory_epochs", type=positive, default=100, help="training epochs of stage 1")
-    add("--batch_size", type=positive, default=16, help="patients a step")
-    add("--patience", type=positive, default=10, help="early stopping patience in epochs")
+    add("--epochs", type=POSITIVE, default=10, help="training epochs of stages 2 and 3")
+    add("--trajectory_epochs", type=POSITIVE, default=100, help="training epochs of stage 1")
+    add("--batch_size", type=POSITIVE, default=16, help="patients a step")
+    add("--patience", type=POSITIVE, default=10, help="early stopping patience in epochs")
     add(
         "--seed",
         type=number(int, 0, 2**32 - 1),
         default=0,
         help="of split, initialisation, order, bootstrap",
     )
-    add("--encoder_lr", type=rate, default=5e-3, help="learning rate of the ODE-RNN and its head")
-    add("--head_lr", type=rate, default=1e-3, help="learning rate of stage 2's head")
+    add("--encoder_lr", type=RATE, default=5e-3, help="learning rate of the ODE-RNN and its head")
+    add("--head_lr", type=RATE, default=1e-3, help="learning rate of stage 2's head")
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Add what the encoder and the language model are."""
     add = parser.add_argument_group("ODE-RNN").add_argument
     add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")
     add("--freeze_ode", action="store_true", help="freeze ODE-RNN without loading checkpoint")
@@ -1629,16 +1649,12 @@ def build_parser() -> Parser:
         help="nf4 on CUDA, none elsewhere, when not given",
     )
     add("--precision", type=precision_name, default="auto", help="auto, bf16 or fp32")
-    add("--num_prefix_tokens", type=positive, default=8, help="soft tokens: the latest states")
-    add("--projection_lr", type=rate, default=1e-3, help="learning rate of the projection")
-    add("--adapter_lr", type=rate, default=2e-4, help="learning rate of the LoRA adapter")
-    add("--lora_rank", type=positive, default=8, help="LoRA r")
-    add("--lora_alpha", type=positive, default=16, help="LoRA alpha")
+    add("--num_prefix_tokens", type=POSITIVE, default=8, help="soft tokens: the latest states")
+    add("--projection_lr", type=RATE, default=1e-3, help="learning rate of the projection")
+    add("--adapter_lr", type=RATE, default=2e-4, help="learning rate of the LoRA adapter")
+    add("--lora_rank", type=POSITIVE, default=8, help="LoRA r")
+    add("--lora_alpha", type=POSITIVE, default=16, help="LoRA alpha")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.05, help="LoRA dropout")
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
-    add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
-    return parser
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:

@@ -31,8 +31,8 @@ from dataset_format import (
     ReportScore,
     TrajectoryDataset,
     plain,
+    run_check,
     score_clauses,
-    summarize,
 )
 
 logger = logging.getLogger(__name__)
@@ -667,23 +667,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--transplant", choices=("negative", "exclude"), default="negative")
     options = vars(parser.parse_args(argv))
     del options["command"]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    try:
-        dataset = SRTRTrajectoryDataset(**options)
-        for line in summarize(dataset):
-            logger.info(line)
-        for feature, values in zip(ORGANS[dataset.organ].features, dataset.values.T, strict=True):
-            outside = int(((values < feature.low) | (values > feature.high)).sum())
-            if outside:
-                limits = f"{plain(feature.low)} to {plain(feature.high)} {feature.unit}"
-                message = "warning: %d values of %s lie outside %s"
-                logger.warning(message, outside, feature.name, limits)
-        dataset.split(seed=0)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    logger.info("fit to train on")
-    return 0
+    return run_check(lambda: SRTRTrajectoryDataset(**options), implausible)
+
+
+def implausible(dataset: SRTRTrajectoryDataset) -> list[str]:
+    """Name the series that hold values which no living adult shows."""
+    found = []
+    for feature, values in zip(ORGANS[dataset.organ].features, dataset.values.T, strict=True):
+        outside = int(((values < feature.low) | (values > feature.high)).sum())
+        if outside:
+            limits = f"{plain(feature.low)} to {plain(feature.high)} {feature.unit}"
+            found.append(f"{outside} values of {feature.name} lie outside {limits}")
+    return found
 
 
 if __name__ == "__main__":
