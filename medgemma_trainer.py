@@ -476,6 +476,8 @@ def explain_loading_error(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"--model_name {name}: no space left on the disk to keep it"
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        return f"--model_name {name}: no folder with a model: it holds no config.json"
     if not isinstance(error, OSError):
         return f"--model_name {name}: its files are damaged or do not fit together: {text}"
     if os.path.isdir(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -1531,6 +1533,7 @@ def number(
     """Give an argparse type for finite numbers from ``low`` to ``high``."""
 
     def convert(text: str) -> Any:
+        """Read one number, or say why it is none that is wanted."""
         try:
             value = kind(text)
             float(value)  # a whole number beyond all floats is no size of anything

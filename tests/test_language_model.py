@@ -123,7 +123,7 @@ def test_the_projection_is_as_wide_as_the_language_model(width: int) -> None:
 # ------------------------------------------------------------------------------- layout
 
 
-def check_layout(model: trainer.TrajectoryLLM, batch: TextBatch, left: bool) -> None:
+def assert_layout(model: trainer.TrajectoryLLM, batch: TextBatch, left: bool) -> None:
     """Hold what reached the decoder body against each row laid out by hand."""
     with body_inputs(model) as seen:
         if left:
@@ -148,12 +148,12 @@ def check_layout(model: trainer.TrajectoryLLM, batch: TextBatch, left: bool) -> 
 
 
 def test_stage_2_and_3_lay_out_bos_soft_tokens_text(parts: Parts, batch: TextBatch) -> None:
-    check_layout(parts.classifier, batch, left=False)
-    check_layout(parts.writer, batch, left=False)
+    assert_layout(parts.classifier, batch, left=False)
+    assert_layout(parts.writer, batch, left=False)
 
 
 def test_generation_lays_out_the_same_behind_its_padding(parts: Parts) -> None:
-    check_layout(parts.writer, parts.collate.prompts_only(ROWS), left=True)
+    assert_layout(parts.writer, parts.collate.prompts_only(ROWS), left=True)
 
 
 def test_special_tokens_written_in_a_context_stay_text() -> None:

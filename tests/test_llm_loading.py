@@ -145,7 +145,7 @@ def test_a_weight_of_another_shape_is_refused(folders: dict[str, Path], tmp_path
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 64)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refusal(folder)
+    assert "damaged or do not fit together" in refusal(folder)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gemma2", "gemma3n"])
@@ -156,16 +156,23 @@ def test_a_model_that_is_no_gemma_3_is_refused(tmp_path: Path, kind: str) -> Non
     assert "give a Gemma 3" in text
 
 
-@pytest.mark.parametrize("present", ["nothing", "config", "no tokenizer"])
+@pytest.mark.parametrize(
+    ("present", "reason"),
+    [
+        ("nothing", "no folder with a model"),
+        ("config", "no folder with a model"),
+        ("no tokenizer", "tokenizer files are missing or damaged"),
+    ],
+)
 def test_a_folder_without_a_whole_model_is_refused(
-    folders: dict[str, Path], tmp_path: Path, present: str
+    folders: dict[str, Path], tmp_path: Path, present: str, reason: str
 ) -> None:
     if present == "config":
         text_config().save_pretrained(tmp_path)
     if present == "no tokenizer":
         for name in ("config.json", "model.safetensors"):
             shutil.copy(folders["text"] / name, tmp_path)
-    refusal(tmp_path)
+    assert reason in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["weights", "config"])
@@ -173,7 +180,7 @@ def test_a_damaged_file_is_refused(folders: dict[str, Path], tmp_path: Path, dam
     folder = shutil.copytree(folders["text"], tmp_path / "model")
     file = folder / {"weights": "model.safetensors", "config": "config.json"}[damage]
     file.write_bytes(file.read_bytes()[:200])
-    refusal(folder)
+    assert f"--model_name {folder}: " in refusal(folder)
 
 
 def test_a_missing_folder_gets_no_advice_about_the_hub(tmp_path: Path) -> None:

@@ -966,12 +966,15 @@ def test_nobody_left_and_too_few_events_show_the_flow(folder: Path) -> None:
         {"organ": "heart"},
         {"transplant": "maybe"},
         {"landmark_days": -1},
+        {"landmark_days": 10**9},
         {"horizon_days": 0},
+        {"horizon_days": 10**9},
         {"max_len": 0},
     ],
 )
 def test_impossible_arguments(options: dict[str, Any], folder: Path) -> None:
-    refusal(folder, **{"organ": "liver", **options})
+    message = refusal(folder, **{"organ": "liver", **options})
+    assert str(next(iter(options.values()))) in message or "must be at least 0, 1 and 1" in message
 
 
 def test_parquet_without_its_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1050,15 +1053,23 @@ def test_a_death_without_a_day_of_removal_ends_on_its_own_day(read: Read) -> Non
 
 
 @pytest.mark.parametrize(
-    ("cell", "expected"), [("1", 0.0), ("998", 0.0), ("2", 1.0), ("N", 0.0), ("Y", 1.0)]
+    ("cell", "others", "expected"),
+    [
+        ("1", "1", 0.0),
+        ("1", "998", 0.0),  # unknown has a code, so 1 is CAN_DIAL's no
+        ("998", "998", 0.0),
+        ("2", "1", 1.0),
+        ("1", "2", 0.0),
+        ("N", "N", 0.0),
+        ("Y", "N", 1.0),
+    ],
 )
 def test_a_kidney_history_of_dialysis_codes_is_not_inverted(
-    cell: str, expected: float, read: Read
+    cell: str, others: str, expected: float, read: Read
 ) -> None:
     """1 alone may be yes or CAN_DIAL's "no dialysis": CAN_DIAL_DT, here without a date, decides."""
-    other = "N" if cell == "Y" else cell
     rows = [history_row(1, 0, "kidney", CANHX_DIAL=cell)]
-    rows += [history_row(px, 0, "kidney", CANHX_DIAL=other) for px in range(900_000, 900_024)]
+    rows += [history_row(px, 0, "kidney", CANHX_DIAL=others) for px in range(900_000, 900_024)]
     dataset = read(candidate(1, "kidney", CAN_DIAL_DT=None), history=rows, organ="kidney")
     i = dataset.ids.tolist().index("1")
     assert dataset.values[dataset.offsets[i], 3] == expected
