@@ -8,7 +8,8 @@ Usage:
     python dataset_format.py check dka_training_data.csv     # validate a file, print its summary
 
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
-``label_escalation`` (0 or 1); ``subject_id`` (or ``id``), ``clinical_context`` and ``split`` are
+``label_escalation`` (0 or 1). Each column ``trajectory_NAME [unit]`` is a further series of the
+same form with its own times; ``subject_id`` (or ``id``), ``clinical_context`` and ``split`` are
 used when present. A JSON file of the same name beside it may say what the series and the outcome
 are (see ``Description``); without one they are the anion gap in mEq/L and escalation of care.
 
@@ -20,15 +21,17 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import gzip
 import hashlib
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypedDict, TypeVar
+from typing import Any, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -47,6 +50,15 @@ COLUMNS = (
     "clinical_context",
     "split",
 )
+FURTHER_SERIES = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
+"""A column of one more series: its name, and its unit if it has one."""
+
+MAX_LEN, MAX_LEN_SEVERAL = 20, 64
+"""Observations kept of one series, and of several, whose times add up."""
+
+SERIES_TEXT = ("all", "main", "last", "none")
+"""How much of the series enters the text: each in full, the main one, last values, nothing."""
+
 HELD_OUT_SHARE = 0.1
 """Share of the patients in each of val and test; the rest trains."""
 
@@ -61,6 +73,10 @@ PARSE_ROWS = 100_000
 LARGEST = (np.finfo(np.float32).max, 1e6)
 """Greatest absolute value that float32 holds, and a time of 114 years."""
 
+FAR_OUT = 10.0
+"""Without limits for a series, a value is suspicious so many interquartile ranges outside."""
+
+DIRECTIONS = ("level", "rising", "falling")
 USUAL_SPAN_HOURS = (0.5, 24 * 60)
 """A median series shorter or longer than this was probably not written in hours."""
 
@@ -110,6 +126,9 @@ class TrajectoryDataset:
         outcome: the event in a few words; a report begins with it.
         time_scale: hours that are one unit of time to the encoder.
         source: where the data come from, as an error shall name it.
+        main: position of the series that stands for the others in texts.
+        series_text: how much of the series ``prompt`` tells, one of ``SERIES_TEXT``.
+        fixed_features: the features belong to the format: one that nobody measured is no mistake.
     """
 
     features: tuple[str, ...]
@@ -117,6 +136,9 @@ class TrajectoryDataset:
     question: str
     outcome: str
     time_scale: float
+    main: int = 0
+    series_text: str = "all"
+    fixed_features: bool = False
 
     times: NDArray[np.float64]
     values: NDArray[np.float64]
@@ -146,17 +168,70 @@ class TrajectoryDataset:
         gaps[self.offsets[:-1]] = 0.0  # the first observation of a series follows nothing
         return float(gaps.max())
 
+    def measured(self, i: int) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
+        """Give each feature of series ``i`` that was measured: its place, times and values."""
+        rows = slice(self.offsets[i], self.offsets[i + 1])
+        for f, values in enumerate(self.values[rows].T):
+            seen = ~np.isnan(values)
+            if seen.any():
+                yield f, self.times[rows][seen], values[seen]
+
+    def plausible(self, feature: int) -> tuple[float, float]:
+        """Give the lowest and highest value of a feature that a living patient shows."""
+        raise NotImplementedError
+
     def prompt(self, i: int) -> str:
         """Give the text that an LLM reads about series ``i``: context, series, question."""
+        context = f"{self.contexts[i].rstrip('. ')}. " if self.contexts[i] else ""
+        told = "" if self.series_text == "none" else self._tell(i)
+        return f"{context}{told}{self.question}\n"
+
+    def _tell(self, i: int) -> str:
+        """Put the series of ``i`` into words as ``series_text`` asks, with a space behind."""
         raise NotImplementedError
 
     def report(self, i: int) -> str:
-        """Give the text that an LLM learns to write; begins with ``outcome: yes`` or ``no``."""
+        """Give the text that an LLM learns to write: the verdict, then what the series show.
+
+        Raises:
+            ValueError: the label of series ``i`` is unknown.
+        """
+        if np.isnan(self.labels[i]):
+            raise ValueError(f"series {i} has no label, so there is no report to learn")
+        verdict = "yes" if self.labels[i] == 1 else "no"
+        findings = "".join("".join(clause) for clause in self._clauses(i))
+        return f"{self.outcome}: {verdict}. {findings}."
+
+    def _clauses(self, i: int) -> list[list[str]]:
+        """Give what a report says behind its verdict: clauses, each words and numbers in turn."""
         raise NotImplementedError
 
+    words: tuple[str, ...] = DIRECTIONS
+    """Of a report, those that may be exchanged for one another without spoiling its form."""
+
     def score_report(self, i: int, text: str) -> ReportScore:
-        """Compare a written report with what series ``i`` really holds."""
-        raise NotImplementedError
+        """Compare a written report with the numbers of series ``i``, each in its own place."""
+        clauses = self._clauses(i)
+        patterns = [
+            "".join(f"({NUMBER})" if k % 2 else re.escape(part) for k, part in enumerate(clause))
+            for clause in clauses
+        ]
+        free = "|".join(self.words)
+        patterns = [re.sub(rf"\b(?:{free})\b", f"(?:{free})", pattern) for pattern in patterns]
+        true = 0
+        for clause, pattern in zip(clauses, patterns, strict=True):
+            written = re.search(pattern, text)
+            true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
+        head = rf"{re.escape(self.outcome)}: (yes|no)"
+        verdict = re.match(rf"{head}\b", text)
+        # Digits of names and units are no claims: PaCO2.
+        names = "|".join(map(re.escape, filter(None, (self.outcome, *self.features, *self.units))))
+        return ReportScore(
+            verdict=None if verdict is None else int(verdict[1] == "yes"),
+            parses=re.fullmatch(rf"{head}\. {''.join(patterns)}\.\s*", text) is not None,
+            stated=len(re.findall(NUMBER, re.sub(names, "", text))),
+            true=true,
+        )
 
     def subset(self, indices: NDArray[np.int64]) -> TrajectoryDataset:
         """Give a data set of the chosen series only, in the given order."""
@@ -324,6 +399,7 @@ class Description:
         question: the sentence that is asked about a patient.
         outcome: what label 1 means, in a word or two; a report begins with it.
         plausible: lowest and highest value that a living patient shows.
+        limits: the same for further series, by name.
     """
 
     series: str = "Anion gap"
@@ -331,6 +407,7 @@ class Description:
     question: str = "Will care have to be escalated?"
     outcome: str = "Escalation"
     plausible: tuple[float, float] = (-5.0, 60.0)
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def beside(cls, path: Path) -> Description:
@@ -339,21 +416,86 @@ class Description:
         Raises:
             InputError: the JSON file is there and cannot be read.
         """
-        file = path.with_suffix(".json")
+        file = path.with_name(path.name.removesuffix(".gz")).with_suffix(".json")
         if not file.is_file():
             return cls()
         try:
             content = dict(json.loads(file.read_text(encoding="utf-8")).items())
             known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-            low, high = map(float, known.pop("plausible", cls.plausible))
-            if not low < high or not all(isinstance(text, str) and text for text in known.values()):
+            plausible = _rising(known.pop("plausible", cls.plausible))
+            limits = {plainly(k): _rising(v) for k, v in known.pop("limits", {}).items()}
+            if not all(isinstance(text, str) and text for text in known.values()):
                 raise ValueError
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{file}: not a description of {path.name}: expected a JSON object with texts "
-                "series, unit, question, outcome and two rising numbers plausible"
+                "series, unit, question, outcome, two rising numbers plausible, and limits with "
+                "two rising numbers for each further series"
             ) from error
-        return cls(**known, plausible=(low, high))
+        return cls(**known, plausible=plausible, limits=limits)
+
+
+def _rising(pair: Sequence[float]) -> tuple[float, float]:
+    low, high = map(float, pair)
+    if not low < high:
+        raise ValueError
+    return low, high
+
+
+def plainly(name: str) -> str:
+    """Give the name of a series as people compare it: ``Urea_Nitrogen`` is ``urea nitrogen``."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+class Series(NamedTuple):
+    """One series of a file: its column, its name in texts, its unit, empty where it has none."""
+
+    column: str
+    name: str
+    unit: str
+
+
+def find_series(
+    table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
+) -> list[Series]:
+    """Find the series of a table: the user's own first, then those of further columns.
+
+    Args:
+        table: as read.
+        description: names the user's own series.
+        chosen: names in the order that is wanted, the main one first; None takes all.
+        source: named in errors.
+
+    Raises:
+        InputError: a column whose name cannot be read, two of one name, or an unknown choice.
+    """
+    found = {}
+    own = Series("clinical_trajectory", description.series, description.unit)
+    for column in map(str, table.columns):
+        match = FURTHER_SERIES.fullmatch(column)
+        if match is None and column.startswith("trajectory_"):
+            raise InputError(
+                f"{source}, row 1, column {column}: write trajectory_NAME or trajectory_NAME [unit]"
+            )
+        if match:
+            name = " ".join(match[1].replace("_", " ").split())
+            series = Series(column, name, (match[2] or "").strip())
+        if match and (plainly(name) in found or plainly(name) == plainly(own.name)):
+            raise InputError(f"{source}, row 1, column {column}: a series of that name is there")
+        if match:
+            found[plainly(name)] = series
+    found = {plainly(own.name): own, **found}
+    if chosen is None:
+        return list(found.values())
+    found[plainly(own.column)] = own  # whoever does not know its name may give its column
+    for name in chosen:
+        if plainly(name) not in found:
+            known = ", ".join(dict.fromkeys(series.name for series in found.values()))
+            raise InputError(f"{source}: --series {name}: no such series among: {known}")
+    wanted = [found[plainly(name)] for name in chosen]
+    if len(set(wanted)) < len(wanted) or not wanted:
+        raise InputError(f"{source}: --series: name each series once, and one at least")
+    return wanted
 
 
 @dataclass(frozen=True)
@@ -374,17 +516,24 @@ class ReportScore:
 
 
 class MIMICtrajectoryDataset(TrajectoryDataset):
-    """Trajectories of patients in diabetic ketoacidosis, in the two-column DKA format.
+    """Trajectories of patients in diabetic ketoacidosis, in the DKA format of one or more series.
+
+    The observations of a row are the union of the times of its series; what was not measured at a
+    time is NaN there.
 
     Args:
-        source: path of a CSV file, or a DataFrame with the same columns.
-        max_len: only the most recent so many observations of a series are kept.
-        description: what series and label mean; by default read beside the file.
+        source: path of a CSV (.csv, .csv.gz) or Parquet file, or a DataFrame of the same columns.
+        max_len: only the most recent so many observations are kept; by default 20 of one series
+            and 64 of several.
+        description: what main series and label mean; by default read beside the file.
         require_labels: refuse rows without label; False where new patients are scored.
+        series: names of the series to read, the main one first; rows without any value of them
+            are left out. None reads all.
+        series_text: how much of them the prompt tells, one of ``SERIES_TEXT``.
 
     Raises:
         InputError: anything that cannot be read, with file, row and column. Rows count as a
-            spreadsheet shows them: the header is row 1 (for a DataFrame: from 0, no header).
+            spreadsheet shows them: the header is row 1 (for a DataFrame or Parquet: from 0).
     """
 
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
@@ -392,90 +541,84 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     def __init__(
         self,
         source: str | Path | pd.DataFrame,
-        max_len: int = 20,
+        max_len: int | None = None,
         *,
         description: Description | None = None,
         require_labels: bool = True,
+        series: Sequence[str] | None = None,
+        series_text: str = "all",
     ) -> None:
         """Read, check and sort everything at once."""
-        if max_len < 1:
-            raise ValueError(f"max_len must be positive, got {max_len}")
+        if max_len is not None and max_len < 1:
+            raise InputError(f"max_len must be positive, got {max_len}")
+        if series_text not in SERIES_TEXT:
+            raise ValueError(f"series_text must be one of {SERIES_TEXT}, got {series_text!r}")
         if isinstance(source, pd.DataFrame):
             self.source, table = "DataFrame", source.reset_index(drop=True)
         else:
             self.source, table = str(source), read_table(Path(source))
             description = description or Description.beside(Path(source))
         self.description = description or Description()
-        self.features = (self.description.series,)
-        self.units = (self.description.unit,)
         self.question = self.description.question
         self.outcome = self.description.outcome
+        self.series_text = series_text
         check_header(table, self.source, ["label_escalation"] if require_labels else [])
         if table.empty:
             raise InputError(f"{self.source}: no rows below the header: nothing to read")
+        found = find_series(table, self.description, series, self.source)
+        self.features = tuple(each.name for each in found)
+        self.units = tuple(each.unit for each in found)
         self._read_labels(table, require_labels)
         self._read_patients(table)
-        self._read_series(table, max_len)
+        several = len(found) > 1
+        most = max_len or (MAX_LEN_SEVERAL if several else MAX_LEN)
+        self._read_series(table, [each.column for each in found], most, leave_out=bool(series))
 
-    def prompt(self, i: int) -> str:
-        """Give context, series with its hours, and question of series ``i``."""
-        rows = slice(self.offsets[i], self.offsets[i + 1])
-        series = " -> ".join(
-            f"{plain(v)} ({plain(t)}h)"
-            for t, v in zip(self.times[rows], self.values[rows, 0], strict=True)
-        )
-        context = f"{self.contexts[i].rstrip('. ')}. " if self.contexts[i] else ""
-        return f"{context}{self.features[0]} ({self.units[0]}): {series}. {self.question}\n"
+    def plausible(self, feature: int) -> tuple[float, float]:
+        """Give the described range, or, without one, what is not far outside the quartiles."""
+        name = self.features[feature]
+        if name == self.description.series:
+            return self.description.plausible
+        seen = self.values[:, feature][~np.isnan(self.values[:, feature])]
+        if plainly(name) in self.description.limits or not len(seen):
+            return self.description.limits.get(plainly(name), (-np.inf, np.inf))
+        q1, q3 = np.quantile(seen, [0.25, 0.75])
+        reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
+        return float(q1 - reach), float(q3 + reach)
 
-    def report(self, i: int) -> str:
-        """Give the verdict, then what the series of patient ``i`` shows.
-
-        Raises:
-            ValueError: the label of series ``i`` is unknown.
-        """
-        if np.isnan(self.labels[i]):
-            raise ValueError(f"series {i} has no label, so there is no report to learn")
-        verdict = "yes" if self.labels[i] == 1 else "no"
-        *places, change = ("".join(clause) for clause in self._clauses(i))
-        first, last = self.values[[self.offsets[i], self.offsets[i + 1] - 1], 0]
-        direction = "rising" if last > first else "falling" if last < first else "level"
-        findings = f"{self.features[0]}: {', '.join(places)}. {change}: {direction}."
-        return f"{self.outcome}: {verdict}. {findings}"
-
-    def score_report(self, i: int, text: str) -> ReportScore:
-        """Compare a written report with the patient's own numbers, each in its own place."""
-
-        def form(patterns: list[str]) -> str:
-            places, change = ", ".join(patterns[:-1]), patterns[-1]
-            return (
-                rf"{re.escape(self.features[0])}: {places}\. {change}: (?:rising|falling|level)\."
-            )
-
-        names = (*self.features, *self.units)
-        return score_clauses(text, self.outcome, self._clauses(i), form, names)
+    def _tell(self, i: int) -> str:
+        """Name series with unit: value and hour of each observation, or of the last alone."""
+        seen = {f: (times, values) for f, times, values in self.measured(i)}
+        if self.series_text == "last":
+            last = [
+                f"{name} {plain(seen[f][1][-1])}{_unit(unit)} ({plain(seen[f][0][-1])}h)"
+                if f in seen
+                else f"{name} not measured"
+                for f, (name, unit) in enumerate(zip(self.features, self.units, strict=True))
+            ]
+            return f"Last values: {', '.join(last)}. "
+        told = [self.main] if self.series_text == "main" else range(len(self.features))
+        lines = []
+        for f in told:
+            unit = f" ({self.units[f]})" if self.units[f] else ""
+            times, values = seen.get(f, ((), ()))
+            pairs = (f"{plain(v)} ({plain(t)}h)" for t, v in zip(times, values, strict=True))
+            lines.append(f"{self.features[f]}{unit}: {' -> '.join(pairs) or 'not measured'}. ")
+        return "".join(lines)
 
     def _clauses(self, i: int) -> list[list[str]]:
-        """Give the clauses of a report, each as words and numbers in turn, words first."""
-        rows = slice(self.offsets[i], self.offsets[i + 1])
-        times, values, unit = self.times[rows], self.values[rows, 0], self.units[0]
-        low, high = int(values.argmin()), int(values.argmax())
-        places = {"first": 0, "last": -1, "lowest": low, "highest": high}
-        clauses = [
-            [f"{name} ", plain(values[k]), f" {unit} at ", plain(times[k]), " h"]
-            for name, k in places.items()
-        ]
-        change, span = values[-1] - values[0], times[-1] - times[0]
-        net = [
-            "Net change ",
-            plain(round(change, 6)),
-            f" {unit} over ",
-            plain(round(span, 6)),
-            " h",
-        ]
-        if span > 0:  # within no time there is no rate
-            net[-1] += ", "
-            net += [plain(float(f"{change / span:.3g}")), f" {unit} an hour"]
-        return [*clauses, net]
+        """Give the main series in full, of the others first, last and direction."""
+        seen = {f: (times, values) for f, times, values in self.measured(i)}
+        clauses = []
+        for f, (name, unit) in enumerate(zip(self.features, self.units, strict=True)):
+            start = f"{'' if f == 0 else '. '}{name}: "
+            if f not in seen:
+                clauses.append([f"{start}not measured"])
+            elif f == self.main:
+                clauses += _main_clauses(start, _unit(unit), *seen[f])
+            else:
+                clauses.append(_short_clause(start, _unit(unit), *seen[f]))
+        return clauses
 
     def _read_labels(self, table: pd.DataFrame, require: bool) -> None:
         name = "label_escalation"
@@ -514,39 +657,72 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             self._refuse(moved, table, "split", problem)
             self.parts = parts.to_numpy(dtype=np.str_)
 
-    def _read_series(self, table: pd.DataFrame, max_len: int) -> None:
-        name = "clinical_trajectory"
-        text = column_text(table, name)
-        self._refuse(text == "", table, name, "is empty")
-        readable = text.str.fullmatch(SERIES).to_numpy(dtype=bool)
-        if not readable.all():
-            pieces = text.iloc[int(readable.argmin())].split("->")
-            k = next(k for k, piece in enumerate(pieces, 1) if not re.fullmatch(PIECE, piece))
-            problem = f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
-            self._refuse(~readable, table, name, problem)
-        pairs = np.concatenate(
-            [_parse(text.iloc[k : k + PARSE_ROWS]) for k in range(0, len(text), PARSE_ROWS)]
-        )
-        lengths = text.str.count("->").to_numpy(np.int64) + 1
-        owner = np.repeat(np.arange(len(text)), lengths)
-        huge = (np.abs(pairs) > LARGEST).any(axis=1)
-        bad = np.bincount(owner, huge, len(text)) > 0
-        self._refuse(bad, table, name, "holds a number that is too large")
-        values, times = pairs.T
-        unsorted = np.unique(owner[1:][(np.diff(times) < 0) & (np.diff(owner) == 0)])
+    def _read_series(
+        self, table: pd.DataFrame, columns: list[str], max_len: int, *, leave_out: bool
+    ) -> None:
+        """Set times, values and offsets; see the class for what is kept and what is left out."""
+        parsed = [self._parse_column(table, column) for column in columns]
+        feature = np.repeat(np.arange(len(columns)), [len(values) for _, _, values in parsed])
+        owner, times, values = (np.concatenate(arrays) for arrays in zip(*parsed, strict=True))
+        del parsed
+        within = (np.diff(owner) == 0) & (np.diff(feature) == 0)
+        unsorted = np.unique(owner[1:][(np.diff(times) < 0) & within])
         if len(unsorted):
-            order = np.lexsort((times, owner))  # stable: equal times keep their order
-            values, times = values[order], times[order]
+            order = np.lexsort((times, owner, feature))  # stable: equal times keep their order
+            owner, times, values = owner[order], times[order], values[order]
             logger.info("%s: %d rows were not in time order; sorted", self.source, len(unsorted))
+        lengths = np.bincount(owner, minlength=len(table))
+        if not leave_out:
+            where = "clinical_trajectory" if len(columns) == 1 else "trajectory_"
+            problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
+            self._refuse(lengths == 0, table, where, problem)
+        values = values[:, None]
+        if len(columns) > 1:
+            owner, times, values = _union(owner, feature, times, values[:, 0], len(columns))
+            lengths = np.bincount(owner, minlength=len(table))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         recent = np.arange(len(owner)) >= offsets[owner + 1] - max_len
         if not recent.all():
             message = "%s: %d rows are longer than %d observations: the most recent are kept"
             logger.info(message, self.source, int((lengths > max_len).sum()), max_len)
-        self.times, self.values = times[recent], values[recent, None]
+        self.times, self.values = times[recent], values[recent]
         self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_len))])
+        if not lengths.all():
+            self._leave_out(np.flatnonzero(lengths == 0))
 
-    def _refuse(self, bad: Any, table: pd.DataFrame, column: str, problem: str) -> None:
+    def _leave_out(self, rows: NDArray[np.int64]) -> None:
+        """Drop rows that hold no value of the chosen series."""
+        logger.info("%s: %d rows without a value are left out", self.source, len(rows))
+        if len(rows) == len(self):
+            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
+        self.offsets = np.delete(self.offsets, rows)
+        for name in self.row_columns:
+            column = getattr(self, name)
+            setattr(self, name, None if column is None else np.delete(column, rows))
+
+    def _parse_column(
+        self, table: pd.DataFrame, name: str
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Read one series of every row: owner (position of the row), times, values, all flat."""
+        text = column_text(table, name)
+        rows = np.flatnonzero(text != "")
+        text = text.iloc[rows]
+        readable = text.str.fullmatch(SERIES).to_numpy(dtype=bool)
+        if not readable.all():
+            pieces = text.iloc[int(readable.argmin())].split("->")
+            k = next(k for k, piece in enumerate(pieces, 1) if not re.fullmatch(PIECE, piece))
+            problem = f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
+            self._refuse(~readable, text, name, problem)
+        blocks = [_parse(text.iloc[k : k + PARSE_ROWS]) for k in range(0, len(text), PARSE_ROWS)]
+        values, times = np.concatenate([np.empty((0, 2)), *blocks]).T
+        lengths = text.str.count("->").to_numpy(np.int64) + 1
+        place = np.repeat(np.arange(len(rows)), lengths)
+        huge = (np.abs(values) > LARGEST[0]) | (np.abs(times) > LARGEST[1])
+        bad = np.bincount(place, huge, len(rows)) > 0
+        self._refuse(bad, text, name, "holds a number that is too large")
+        return rows[place], times, values
+
+    def _refuse(self, bad: Any, table: pd.DataFrame | pd.Series, column: str, problem: str) -> None:
         """Raise with the place of the first bad row; never shows what a patient's cell holds."""
         rows = table.index[np.asarray(bad)]
         if len(rows):
@@ -554,39 +730,73 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             raise InputError(f"{self.source}, row {rows[0]}, column {column}: {problem}{others}")
 
 
-def score_clauses(
-    text: str,
-    outcome: str,
-    clauses: list[list[str]],
-    form: Callable[[list[str]], str],
-    names: Sequence[str],
-) -> ReportScore:
-    """Compare a written report with a patient's own numbers, each in its own place.
+def _union(
+    owner: NDArray[np.int64],
+    feature: NDArray[np.int64],
+    times: NDArray[np.float64],
+    values: NDArray[np.float64],
+    features: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Join the series of each owner at common times.
+
+    Where a series holds a time more than once, its k-th value there shares an observation with the
+    k-th of the others.
 
     Args:
-        text: the report.
-        outcome: what it begins with.
-        clauses: true clauses, each as words and numbers in turn, words first.
-        form: makes of the clauses' patterns the pattern of all that follows the verdict.
-        names: of series and units; they may hold digits that are no claims: PaCO2.
+        owner: (n,), ascending within a feature.
+        feature: (n,), ascending.
+        times: (n,) ascending within an owner's feature.
+        values: (n,).
+        features: F.
+
+    Returns:
+        owner (m,), times (m,) and values (m, F), NaN where not measured.
     """
-    patterns = [
-        "".join(f"({NUMBER})" if k % 2 else re.escape(part) for k, part in enumerate(clause))
-        for clause in clauses
+    number = np.arange(len(owner))
+    again = (np.diff(owner) == 0) & (np.diff(feature) == 0) & (np.diff(times) == 0)
+    first = np.concatenate([[True], ~again]) if len(owner) else np.empty(0, dtype=bool)
+    repeat = number - np.maximum.accumulate(np.where(first, number, 0))
+    order = np.lexsort((repeat, times, owner))
+    owner, times, repeat = owner[order], times[order], repeat[order]
+    new = np.ones(len(owner), dtype=bool)
+    new[1:] = (np.diff(owner) != 0) | (np.diff(times) != 0) | (np.diff(repeat) != 0)
+    table = np.full((int(new.sum()), features), np.nan)
+    table[np.cumsum(new) - 1, feature[order]] = values[order]
+    return owner[new], times[new], table
+
+
+def _main_clauses(
+    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+) -> list[list[str]]:
+    """Say of a series: first, last, lowest, highest, net change, rate, direction."""
+    low, high = int(values.argmin()), int(values.argmax())
+    places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
+    clauses = [
+        [words, plain(values[k]), f"{unit} at ", plain(times[k]), " h"]
+        for words, k in places.items()
     ]
-    true = 0
-    for clause, pattern in zip(clauses, patterns, strict=True):
-        written = re.search(pattern, text)
-        true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
-    head = re.match(rf"{re.escape(outcome)}: (yes|no)\b", text)
-    whole = rf"{re.escape(outcome)}: (?:yes|no)\. {form(patterns)}\s*"
-    stated = re.findall(NUMBER, re.sub("|".join(map(re.escape, (outcome, *names))), "", text))
-    return ReportScore(
-        verdict=None if head is None else int(head[1] == "yes"),
-        parses=re.fullmatch(whole, text) is not None,
-        stated=len(stated),
-        true=true,
-    )
+    change, span = values[-1] - values[0], times[-1] - times[0]
+    net = [". Net change ", plain(round(change, 6)), f"{unit} over ", plain(round(span, 6)), " h"]
+    if span > 0:  # within no time there is no rate
+        net[-1] += ", "
+        net += [plain(float(f"{change / span:.3g}")), f"{unit} an hour"]
+    net[-1] += f": {DIRECTIONS[int(np.sign(change))]}"
+    return [*clauses, net]
+
+
+def _short_clause(
+    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+) -> list[str]:
+    """Say of a series: first, last, direction."""
+    first, last = ([plain(values[k]), f"{unit} at ", plain(times[k])] for k in (0, -1))
+    if len(values) == 1:
+        return [f"{start}only ", *first, " h"]
+    direction = DIRECTIONS[int(np.sign(values[-1] - values[0]))]
+    return [f"{start}from ", *first, " h to ", *last, f" h, {direction}"]
+
+
+def _unit(unit: str) -> str:
+    return f" {unit}" if unit else ""
 
 
 def plain(number: float) -> str:
@@ -601,27 +811,38 @@ def _parse(text: pd.Series) -> NDArray[np.float64]:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file as text; blank rows are left out, the index holds the others' numbers.
+    """Read a file as text, CSV (also within gzip) or Parquet; the index holds the row numbers.
 
     Raises:
-        InputError: the file is missing, empty, binary, or its rows do not fit its header.
+        InputError: the file is missing, empty, damaged, or its rows do not fit its header.
     """
-    numbers, rows, number = [], [], 0
-    csv.field_size_limit(2**31 - 1)  # a series of 20,000 observations is one field
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, cells in enumerate(csv.reader(file, skipinitialspace=True), 1):
-                if any(map(str.strip, cells)):
-                    numbers.append(number)
-                    rows.append(cells)
+        if path.suffix.lower() == ".parquet":
+            return _read_parquet(path)
+        opened = gzip.open if path.suffix.lower() == ".gz" else open
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return _read_csv(path, file)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnicodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
-    except csv.Error as error:
-        raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file: copy it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_csv(path: Path, file: TextIO) -> pd.DataFrame:
+    """Read rows and their numbers, the header being 1; blank rows are left out."""
+    numbers, rows, number = [], [], 0
+    csv.field_size_limit(2**31 - 1)  # a series of 20,000 observations is one field
+    try:
+        for number, cells in enumerate(csv.reader(file, skipinitialspace=True), 1):
+            if any(map(str.strip, cells)):
+                numbers.append(number)
+                rows.append(cells)
+    except csv.Error as error:
+        raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
     if not rows:
         raise InputError(f"{path}: the file is empty")
     header = [name.strip() for name in rows[0]]
@@ -634,6 +855,17 @@ def read_table(path: Path) -> pd.DataFrame:
         cells[len(header) :] = []
         cells += [""] * (len(header) - len(cells))
     return pd.DataFrame(rows[1:], columns=header, index=numbers[1:], dtype=object)
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    try:
+        import pyarrow  # not among the requirements: only who holds Parquet needs it
+    except ImportError as error:
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        return pd.read_parquet(path, engine="pyarrow").reset_index(drop=True)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a whole Parquet file") from error
 
 
 def check_header(table: pd.DataFrame, where: str, labels: list[str]) -> None:
@@ -672,27 +904,45 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
         f"observations a row: {_quartiles(dataset.lengths)}",
         f"span in hours: {_quartiles(spans)}",
     ]
+    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
+    patients = len(np.unique(dataset.groups))
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
-        seen = dataset.values[:, f][~np.isnan(dataset.values[:, f])]
-        lines.append(f"{name} in {unit}: {_quartiles(seen) if len(seen) else 'never measured'}")
+        seen = ~np.isnan(dataset.values[:, f])
+        named = f"{name} in {unit}" if unit else name
+        if not seen.any():
+            lines.append(f"{named}: never measured")
+            continue
+        counts = np.bincount(owner[seen])
+        share = len(np.unique(dataset.groups[np.unique(owner[seen])])) / patients
+        lines.append(
+            f"{named}: {_quartiles(dataset.values[seen, f])}; in {share:.1%} of the patients, "
+            f"{np.median(counts[counts > 0]):g} values a row that has any"
+        )
     return lines
 
 
 def suspicions(dataset: MIMICtrajectoryDataset) -> list[str]:
     """Name units that look wrong: values no patient shows, series too short or too long."""
-    low, high = dataset.description.plausible
-    outside = (dataset.values < low) | (dataset.values > high)
-    found = []
-    if outside.any():
-        found.append(
-            f"{int(outside.sum()):,} of {outside.size:,} values lie outside {plain(low)} to "
-            f"{plain(high)} {dataset.units[0]}: is the unit right?"
-        )
+    found = implausible(dataset)
     several = dataset.lengths > 1
     starts, ends = dataset.offsets[:-1][several], dataset.offsets[1:][several] - 1
     span = float(np.median(dataset.times[ends] - dataset.times[starts])) if several.any() else 1.0
     if not USUAL_SPAN_HOURS[0] <= span <= USUAL_SPAN_HOURS[1]:
         found.append(f"the median series spans {span:.3g} h: are its times written in hours?")
+    return found
+
+
+def implausible(dataset: TrajectoryDataset) -> list[str]:
+    """Name the series that hold values outside their plausible range."""
+    found = []
+    for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
+        seen = dataset.values[:, f][~np.isnan(dataset.values[:, f])]
+        low, high = dataset.plausible(f)
+        if outside := int(((seen < low) | (seen > high)).sum()):
+            found.append(
+                f"{name}: {outside:,} of {len(seen):,} values lie outside {low:g} to "
+                f"{high:g}{_unit(unit)}: is the unit right?"
+            )
     return found
 
 
@@ -711,9 +961,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="validate a file and print its summary")
-    check.add_argument("file", type=Path, help="CSV in the DKA format")
+    check.add_argument("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
+    check.add_argument("--series", type=names, metavar="NAME,NAME", help="read these series only")
+    check.add_argument("--max_len", type=int, help="most recent observations kept of a row")
     arguments = parser.parse_args(argv)
-    return run_check(lambda: MIMICtrajectoryDataset(arguments.file), suspicions)
+    options = {"max_len": arguments.max_len, "series": arguments.series}
+    return run_check(lambda: MIMICtrajectoryDataset(arguments.file, **options), suspicions)
+
+
+def names(text: str) -> list[str]:
+    """Read names between commas, as a flag gives them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def run_check(read: Callable[[], DatasetT], doubts: Callable[[DatasetT], list[str]]) -> int:

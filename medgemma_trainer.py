@@ -58,11 +58,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from dataset_format import (
+    MAX_LEN,
+    MAX_LEN_SEVERAL,
+    SERIES_TEXT,
     Batch,
     InputError,
     MIMICtrajectoryDataset,
     Parser,
     TrajectoryDataset,
+    names,
     patient_events,
     summarize,
 )
@@ -108,6 +112,9 @@ BOOTSTRAP_REPLICATES = 1000
 CONFIDENCE = 0.95
 DECISION_THRESHOLD = 0.5
 GENERATION_BATCH = 32
+BOOSTING = {"learning_rate": 0.03, "max_iter": 200, "max_leaf_nodes": 8, "l2_regularization": 1.0}
+"""Small trees, slowly: the library's own defaults overfit a few thousand patients."""
+
 SANITY_BATCHES = 2
 
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
@@ -706,25 +713,33 @@ def metrics_with_intervals(
 
 
 def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Fit the simple models that every figure has to stand beside: a logistic regression each.
+    """Fit the simple models that every figure has to stand beside, with their usual settings.
+
+    A logistic regression on each table of the data set, and on the largest also boosted trees.
 
     Returns:
         For each baseline the probabilities of ``val`` and ``test``, fitted on ``train`` only.
     """
+    from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.impute import SimpleImputer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    tables = data.dataset.baseline_inputs()
+    tables["gradient boosting"] = tables["logistic regression"]
     result = {}
-    for name, table in data.dataset.baseline_inputs().items():
-        inputs = table.to_numpy()
+    for name, table in tables.items():
+        train = data.split["train"]
         model = make_pipeline(
             SimpleImputer(add_indicator=True, keep_empty_features=True),  # never measured: zero
             StandardScaler(),
             LogisticRegression(max_iter=2000),
         )
-        train = data.split["train"]
+        if name == "gradient boosting":
+            model = HistGradientBoostingClassifier(**BOOSTING, random_state=0)
+            table = table.loc[:, table.iloc[train].notna().any()]  # it cannot bin an empty column
+        inputs = table.to_numpy()
         model.fit(inputs[train], data.dataset.labels[train])
         result[name] = {
             part: model.predict_proba(inputs[data.split[part]])[:, 1] for part in ("val", "test")
@@ -902,6 +917,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
         scale = args.time_scale or dataset.time_scale
         encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
         batch = dataset.collate(data.split["train"].tolist())
+        refuse_unmeasured(dataset, batch["observed"])
         try:
             encoder.fit_normalizer(batch["values"], batch["observed"])
         except ValueError as error:
@@ -911,6 +927,22 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
     if longest > MAX_SCALED_GAP * encoder.time_scale:
         raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")
     return encoder
+
+
+def refuse_unmeasured(dataset: TrajectoryDataset, observed: Tensor) -> None:
+    """Refuse a series of the user's that the training part never measured.
+
+    Raises:
+        InputError: its name, and how to go on without it.
+    """
+    seen = observed.flatten(0, 1).any(dim=0).tolist()
+    never = [name for name, any_ in zip(dataset.features, seen, strict=True) if not any_]
+    if never and not dataset.fixed_features:
+        rest = ",".join(name for name in dataset.features if name not in never)
+        raise InputError(
+            f"{dataset.source}: the training part never measures {', '.join(never)}: nothing can "
+            f'be learned from it: go on without it by --series "{rest}"'
+        )
 
 
 def embedding_rms(model: PreTrainedModel, prompts: list[list[int]], rows: int = 256) -> float:
@@ -1598,6 +1630,9 @@ def build_parser() -> Parser:
 POSITIVE, WHOLE, RATE = number(int, 1), number(int, 0), number(float, 0, 1, open_low=True)
 
 
+LENGTHS = f"{MAX_LEN}, of several series {MAX_LEN_SEVERAL}, SRTR 50"
+
+
 def add_data_flags(parser: Parser) -> None:
     """Add what is read, and what is asked of it."""
     add = parser.add_argument_group("data").add_argument
@@ -1613,6 +1648,9 @@ def add_data_flags(parser: Parser) -> None:
         default="negative",
         help="SRTR: a transplant within the horizon is label 0, or left out",
     )
+    add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
+    add("--max_len", type=POSITIVE, help=f"most recent observations kept; {LENGTHS}")
+    add("--series_text", choices=SERIES_TEXT, default="all", help="series in the LLM's text")
     add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
 
 
@@ -1684,15 +1722,21 @@ def load_data(args: argparse.Namespace) -> Data:
     if args.dataset == "srtr":
         if args.data_dir is None:
             raise InputError("--dataset srtr: say where the SRTR files lie by --data_dir")
+        if args.series:
+            raise InputError("--series: for --dataset dka only, SRTR's series are fixed")
         dataset = SRTRTrajectoryDataset(
             args.data_dir,
             args.organ,
             landmark_days=args.landmark_days,
             horizon_days=args.horizon_days,
             transplant=args.transplant,
+            **({"max_len": args.max_len} if args.max_len else {}),
         )
+        dataset.series_text = args.series_text
     elif args.data_path.exists():
-        dataset = MIMICtrajectoryDataset(args.data_path)
+        dataset = MIMICtrajectoryDataset(
+            args.data_path, args.max_len, series=args.series, series_text=args.series_text
+        )
     else:
         raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
     fingerprint = dataset.fingerprint()

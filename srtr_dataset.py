@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,13 +25,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dataset_format import (
+    DIRECTIONS,
     InputError,
     Parser,
-    ReportScore,
     TrajectoryDataset,
+    implausible,
     plain,
     run_check,
-    score_clauses,
 )
 
 logger = logging.getLogger(__name__)
@@ -123,11 +122,15 @@ class Feature(NamedTuple):
 
 
 class Organ(NamedTuple):
-    """What differs between organs; ``days`` is landmark, horizon and the encoder's unit of time."""
+    """What differs between organs; ``days`` is landmark, horizon and the encoder's unit of time.
+
+    ``main`` is the series that stands for the others in a short text.
+    """
 
     suffix: str
     code: str
     days: int
+    main: str
     features: tuple[Feature, ...]
 
 
@@ -152,8 +155,8 @@ LIVER_FEATURES = (
     STATUS,
 )
 ORGANS = {
-    "kidney": Organ("kipa", "KI", 365, (*LABORATORY, DIALYSIS, STATUS, CPRA)),
-    "liver": Organ("liin", "LI", 90, LIVER_FEATURES),
+    "kidney": Organ("kipa", "KI", 365, "GFR", (*LABORATORY, DIALYSIS, STATUS, CPRA)),
+    "liver": Organ("liin", "LI", 90, "MELD", LIVER_FEATURES),
 }
 
 
@@ -500,6 +503,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     row_columns = (*TrajectoryDataset.row_columns, "ages_and_dialysis")
     ages_and_dialysis: NDArray[np.float64]
     outcome = "Death or too sick for transplant"
+    fixed_features = True  # SRTR's own kidney history holds no laboratory value
     parts = None
 
     def __init__(
@@ -526,6 +530,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             )
         self.features = tuple(f.name for f in self._kind.features)
         self.units = tuple(f.unit for f in self._kind.features)
+        self.main = self.features.index(self._kind.main)
+        coded = {word for f in self._kind.features for word in (f.words or {}).values()}
+        self.words = (*DIRECTIONS, *sorted(coded))
         self.time_scale = self._kind.days * HOURS
         self.question = (
             f"Will this patient die or become too sick for a {organ} transplant within "
@@ -583,47 +590,32 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             note = kidney if self.organ == "kidney" else ""
             logger.info("%s: never measured: %s%s", history, ", ".join(never), note)
 
-    def prompt(self, i: int) -> str:
-        """Give context, the latest values of each series with their days, and the question."""
+    def plausible(self, feature: int) -> tuple[float, float]:
+        """Give the limits of a living adult."""
+        return self._kind.features[feature].low, self._kind.features[feature].high
+
+    def _tell(self, i: int) -> str:
+        """Give the latest values of each series with their days."""
+        most = 1 if self.series_text == "last" else TEXT_VALUES
         lines = []
-        for feature, days, values in self._measured(i):
+        for f, times, values in self.measured(i):
+            feature, days = self._kind.features[f], times / HOURS
+            if self.series_text == "main" and f != self.main:
+                continue
             if feature.words:  # of a state only its changes
                 new = np.diff(values, prepend=np.nan) != 0
                 days, values = days[new], values[new]
             unit = f" in {feature.unit}" if "/" in feature.unit else ""  # scores stand alone
-            shown = zip(days[-TEXT_VALUES:], values[-TEXT_VALUES:], strict=True)
+            shown = zip(days[-most:], values[-most:], strict=True)
             text = " -> ".join(f"{feature.say(v)} (day {plain(d)})" for d, v in shown)
             lines.append(f"{feature.name}{unit}: {text}")
-        return f"{self.contexts[i]}. History: {'; '.join(lines)}. {self.question}\n"
-
-    def report(self, i: int) -> str:
-        """Give the verdict, then first and last value of each series that was measured."""
-        verdict = "yes" if self.labels[i] == 1 else "no"
-        return f"{self.outcome}: {verdict}. History: {', '.join(map(''.join, self._clauses(i)))}."
-
-    def score_report(self, i: int, text: str) -> ReportScore:
-        """Compare a written report with what the history of registration ``i`` holds."""
-        coded = {w for f in self._kind.features for w in (f.words or {}).values()}
-        free = "|".join(sorted(coded | {"rising", "falling", "level"}))
-
-        def form(patterns: list[str]) -> str:
-            said = re.sub(rf"\b(?:{free})\b", f"(?:{free})", ", ".join(patterns))
-            return rf"History: {said}\."
-
-        return score_clauses(text, self.outcome, self._clauses(i), form, self.features)
-
-    def _measured(self, i: int) -> Iterator[tuple[Feature, NDArray[Any], NDArray[Any]]]:
-        """Give each series of registration ``i`` that was measured: days and values."""
-        rows = slice(self.offsets[i], self.offsets[i + 1])
-        for feature, values in zip(self._kind.features, self.values[rows].T, strict=True):
-            seen = ~np.isnan(values)
-            if seen.any():
-                yield feature, self.times[rows][seen] / HOURS, values[seen]
+        return f"History: {'; '.join(lines)}. " if lines else ""
 
     def _clauses(self, i: int) -> list[list[str]]:
-        """Give the clauses of a report, each as words and numbers in turn, words first."""
+        """Give first and last value of each series that was measured."""
         clauses = []
-        for feature, days, values in self._measured(i):
+        for f, times, values in self.measured(i):
+            feature, days = self._kind.features[f], times / HOURS
             name = feature.name
             first, last = ([feature.say(values[k]), " at day ", plain(days[k])] for k in (0, -1))
             if feature.words:
@@ -631,11 +623,14 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             elif len(values) == 1:
                 clauses.append([f"only {name} ", *last])
             else:
-                change = ("level", "rising", "falling")[int(np.sign(values[-1] - values[0]))]
+                change = DIRECTIONS[int(np.sign(values[-1] - values[0]))]
                 clauses.append(
                     [f"first {name} ", *first, f" and last {name} ", *last, f" {change}"]
                 )
-        return [*clauses, ["after ", str(self.lengths[i]), " observations"]]
+        clauses.append(["after ", str(self.lengths[i]), " observations"])
+        for k, clause in enumerate(clauses):
+            clause[0] = f"{', ' if k else 'History: '}{clause[0]}"
+        return clauses
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Give the inputs of the usual baselines, and of those of this waiting list, N rows each.
@@ -668,17 +663,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     del options["command"]
     return run_check(lambda: SRTRTrajectoryDataset(**options), implausible)
-
-
-def implausible(dataset: SRTRTrajectoryDataset) -> list[str]:
-    """Name the series that hold values which no living adult shows."""
-    found = []
-    for feature, values in zip(ORGANS[dataset.organ].features, dataset.values.T, strict=True):
-        outside = int(((values < feature.low) | (values > feature.high)).sum())
-        if outside:
-            limits = f"{plain(feature.low)} to {plain(feature.high)} {feature.unit}"
-            found.append(f"{outside} values of {feature.name} lie outside {limits}")
-    return found
 
 
 if __name__ == "__main__":
