@@ -220,7 +220,7 @@ class TrajectoryDataset:
         patterns = [re.sub(rf"\b(?:{free})\b", f"(?:{free})", pattern) for pattern in patterns]
         true = 0
         for clause, pattern in zip(clauses, patterns, strict=True):
-            written = re.search(pattern, text)
+            written = re.search(pattern.removeprefix(re.escape(", ")), text)
             true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
         head = rf"{re.escape(self.outcome)}: (yes|no)"
         verdict = re.match(rf"{head}\b", text)

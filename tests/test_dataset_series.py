@@ -1,0 +1,414 @@
+"""Tests of dataset_format with several series of one patient: columns, union of times, text."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import itertools
+import logging
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dataset_format
+from dataset_format import (
+    MAX_LEN_SEVERAL,
+    SERIES_TEXT,
+    Description,
+    InputError,
+    MIMICtrajectoryDataset,
+    ReportScore,
+)
+from trajectories import LABEL, SERIES, random_text, table_of
+
+DATA = Path(dataset_format.__file__).parent / "tests" / "data"
+BICARBONATE, CHEMISTRY = (
+    DATA / "physionet2012_bicarbonate.csv",
+    DATA / "physionet2012_chemistry.csv.gz",
+)
+GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
+THREE = pd.DataFrame(
+    {
+        SERIES: ["24 (0h) -> 20 (2h)", "", "7 (1h)"],
+        GLUCOSE: ["300 (2h) -> 250 (2.5h)", "90 (4h)", None],
+        UREA: ["", "5 (4h) -> 6 (1h)", ""],
+        LABEL: [0, 1, 0],
+        "subject_id": ["a", "b", "c"],
+        "clinical_context": ["old", "", "young"],
+    }
+)
+NAN = float("nan")
+
+
+def rows_of(dataset: MIMICtrajectoryDataset, i: int) -> list[tuple[float, ...]]:
+    """Give time and values of each observation."""
+    rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
+    return [
+        (t, *v) for t, v in zip(dataset.times[rows].tolist(), dataset.values[rows], strict=True)
+    ]
+
+
+def slow_union(texts: list[str]) -> list[tuple[float, ...]]:
+    """Join series one value after the other: the k-th at a time with the k-th of the others."""
+    table: dict[tuple[float, int], list[float]] = {}
+    for f, text in enumerate(texts):
+        seen: dict[float, int] = {}
+        for piece in text.split("->") if text else []:
+            value, hours = (float(x) for x in piece.replace(")", "").replace("h", "").split("("))
+            seen[hours] = seen.get(hours, -1) + 1
+            table.setdefault((hours, seen[hours]), [NAN] * len(texts))[f] = value
+    return [(hours, *values) for (hours, _), values in sorted(table.items())]
+
+
+# --------------------------------------------------------------------------- format
+
+
+def test_observations_are_the_union_of_all_times_and_the_rest_is_missing() -> None:
+    dataset = MIMICtrajectoryDataset(THREE)
+    assert dataset.features == ("Anion gap", "glucose", "Blood urea")
+    assert dataset.units == ("mEq/L", "mg/dL", "")
+    expected = [
+        [(0, 24, NAN, NAN), (2, 20, 300, NAN), (2.5, NAN, 250, NAN)],
+        [(1, NAN, NAN, 6), (4, NAN, 90, 5)],
+        [(1, 7, NAN, NAN)],
+    ]
+    for i, rows in enumerate(expected):
+        np.testing.assert_array_equal(rows_of(dataset, i), rows)
+    batch = dataset.collate([1])
+    assert batch["observed"].tolist() == [[[False, False, True], [False, True, True]]]
+    assert batch["times"].tolist() == [[0, 3]]
+
+
+def test_the_union_agrees_with_a_slow_reference_on_random_texts() -> None:
+    rng = np.random.default_rng(5)
+    columns = [[random_text(rng) if rng.random() < 0.7 else "" for _ in range(300)] for _ in "abcd"]
+    columns[0] = [a or random_text(rng) for a in columns[0]]
+    names = [SERIES, "trajectory_a", "trajectory_b [u]", "trajectory_c"]
+    table = pd.DataFrame({**dict(zip(names, columns, strict=True)), LABEL: [0, 1] * 150})
+    dataset = MIMICtrajectoryDataset(table, max_len=1000)
+    for i, texts in enumerate(zip(*columns, strict=True)):
+        np.testing.assert_array_equal(rows_of(dataset, i), slow_union(list(texts)), repr(texts))
+
+
+def test_equal_times_within_a_series_stay_apart_and_pair_with_the_others_in_order() -> None:
+    table = table_of(["1 (0h) -> 2 (0h) -> 3 (5h)"], trajectory_x=["7 (0h) -> 8 (5h) -> 9 (5h)"])
+    rows = rows_of(MIMICtrajectoryDataset(table), 0)
+    np.testing.assert_array_equal(rows, [(0, 1, 7), (0, 2, NAN), (5, 3, 8), (5, NAN, 9)])
+
+
+def test_a_file_of_one_series_gives_the_very_same_tensors_and_texts_as_ever() -> None:
+    # Taken before further series could be read.
+    dataset = MIMICtrajectoryDataset(BICARBONATE)
+    digest = hashlib.sha256()
+    batch = dataset.collate(range(len(dataset)))
+    for tensor in (batch[k] for k in ("times", "values", "observed", "labels", "index")):
+        digest.update(tensor.numpy().tobytes())
+    for i in range(len(dataset)):
+        digest.update(dataset.prompt(i).encode())
+        digest.update(dataset.report(i).encode())
+    assert digest.hexdigest().startswith("b15cdfbdfb7a43565316f08edf45a686")
+    assert dataset.fingerprint().startswith("6981afb4427cbdc5f618cc1ddca086b8")
+
+
+def test_the_sample_of_nine_series_holds_the_bicarbonate_of_the_other_file() -> None:
+    nine = MIMICtrajectoryDataset(CHEMISTRY)
+    assert len(nine.features) == 9
+    assert nine.source.endswith(".csv.gz")
+    alone, same = (
+        MIMICtrajectoryDataset(BICARBONATE),
+        MIMICtrajectoryDataset(CHEMISTRY, 20, series=["Serum bicarbonate"]),
+    )
+    assert same.fingerprint() == alone.fingerprint()
+    assert [same.prompt(i) for i in range(50)] == [alone.prompt(i) for i in range(50)]
+
+
+def test_the_order_of_columns_moves_features_and_nothing_else() -> None:
+    order = [UREA, LABEL, SERIES, "subject_id", GLUCOSE, "clinical_context"]
+    one, other = MIMICtrajectoryDataset(THREE), MIMICtrajectoryDataset(THREE[order])
+    assert other.features == ("Anion gap", "Blood urea", "glucose")
+    np.testing.assert_array_equal(one.values, other.values[:, [0, 2, 1]])
+    np.testing.assert_array_equal(one.times, other.times)
+
+
+def test_the_most_recent_of_the_union_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    long = " -> ".join(f"{k} ({k}h)" for k in range(60))
+    shifted = " -> ".join(f"{k} ({k + 0.5}h)" for k in range(60))
+    table = table_of([long, "1 (0h)"], trajectory_x=[shifted, ""])
+    with caplog.at_level(logging.INFO):
+        dataset = MIMICtrajectoryDataset(table)
+    assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
+    assert rows_of(dataset, 0)[-1][::2] == (59.5, 59)
+    assert rows_of(dataset, 0)[0][0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
+    assert any("1 rows are longer than 64" in message for message in caplog.messages)
+    assert MIMICtrajectoryDataset(table, 7).lengths.tolist() == [7, 1]
+    assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trajectory_ [u]", "trajectory_", "trajectory_x [", "trajectory_x []", "trajectory_[u]"],
+)
+def test_a_series_column_that_cannot_be_read_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"row 1, column .*write trajectory_NAME"):
+        MIMICtrajectoryDataset(table_of(["1 (0h)"], **{name: ["1 (0h)"]}))
+
+
+@pytest.mark.parametrize("name", ["trajectory_Glucose", "trajectory_glucose [mmol/L]"])
+def test_two_series_of_one_name_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"column {re.escape(name)}: a series of that name"):
+        MIMICtrajectoryDataset(THREE.assign(**{name: ""}))
+
+
+def test_a_series_named_as_the_main_one_is_refused() -> None:
+    with pytest.raises(InputError, match="column trajectory_anion_gap: a series of that name"):
+        MIMICtrajectoryDataset(THREE.assign(trajectory_anion_gap=""))
+
+
+def test_a_column_twice_is_refused() -> None:
+    with pytest.raises(InputError, match=r"column trajectory_glucose \[mg/dL\]"):
+        MIMICtrajectoryDataset(pd.concat([THREE, THREE[[GLUCOSE]]], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [("5 (1h) -> 98765", "piece 2 is not of the form"), ("98765e60 (1h)", "too large")],
+)
+def test_a_bad_cell_is_named_by_its_own_column(cell: str, problem: str) -> None:
+    table = THREE.assign(**{UREA: ["", "", cell]})
+    with pytest.raises(InputError, match=rf"row 2, column {UREA}: .*{problem}") as caught:
+        MIMICtrajectoryDataset(table)
+    assert "98765" not in str(caught.value)
+
+
+def test_a_row_without_any_value_is_refused() -> None:
+    table = THREE.assign(**{SERIES: ["1 (0h)", "", ""], UREA: ""})
+    with pytest.raises(InputError, match=r"row 2, .*no series of this row holds a value$"):
+        MIMICtrajectoryDataset(table)
+    with pytest.raises(InputError, match=r"row 1, column clinical_trajectory: is empty"):
+        MIMICtrajectoryDataset(table[[SERIES, LABEL]])
+
+
+def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        dataset = MIMICtrajectoryDataset(THREE, series=["blood_UREA", "Glucose"])
+    assert dataset.features == ("Blood urea", "glucose")
+    assert (dataset.ids.tolist(), dataset.labels.tolist()) == (["a", "b"], [0, 1])
+    assert dataset.contexts.tolist() == ["old", ""]
+    np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
+    np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
+    assert "DataFrame: 1 rows without a value are left out" in caplog.messages
+    assert MIMICtrajectoryDataset(THREE, series=["clinical_trajectory"]).ids.tolist() == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "problem"),
+    [
+        (["lactate"], "--series lactate: no such series among: Anion gap, glucose, Blood urea$"),
+        (["glucose", "GLUCOSE"], "once"),
+        (["Anion gap", "clinical_trajectory"], "once"),
+        ([], "one at least"),
+    ],
+)
+def test_a_choice_that_cannot_be_met_is_refused(chosen: list[str], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        MIMICtrajectoryDataset(THREE, series=chosen)
+
+
+def test_a_choice_that_no_row_measures_is_refused() -> None:
+    with pytest.raises(InputError, match="no row holds a value of Blood urea"):
+        MIMICtrajectoryDataset(THREE.assign(**{UREA: ""}), series=["Blood urea"])
+
+
+# --------------------------------------------------------------------------- kinds of file
+
+
+@pytest.mark.parametrize("name", ["data.csv.gz", "data.parquet", "data.csv"])
+def test_compressed_files_and_parquet_hold_the_same_as_a_table(name: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+        THREE.to_parquet(tmp_path / name)
+    else:
+        THREE.to_csv(tmp_path / name, index=False)
+    (tmp_path / "data.json").write_text('{"series": "Gap", "unit": "mmol/L"}')
+    dataset = MIMICtrajectoryDataset(tmp_path / name)
+    assert dataset.fingerprint() == MIMICtrajectoryDataset(THREE).fingerprint()
+    assert (dataset.features[0], dataset.units[0]) == ("Gap", "mmol/L")
+
+
+@pytest.mark.parametrize("name", ["data.csv.gz", "data.parquet"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty"])
+def test_a_damaged_file_is_refused_in_one_line(name: str, damage: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    big = pd.concat([THREE.assign(subject_id=f"p{k}") for k in range(200)])
+    big.to_parquet(path) if name.endswith("parquet") else big.to_csv(path, index=False)
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+    whole: dict[str, bytes] = {
+        "cut": bytes(content[: len(content) // 2]),
+        "text": b"a,b\n",
+        "empty": b"",
+    }
+    path.write_bytes(whole.get(damage, bytes(content)))
+    refused = ""
+    try:
+        MIMICtrajectoryDataset(path)
+    except InputError as error:
+        refused = str(error)
+    # Parquet keeps no checksum: a flipped value may pass unseen.
+    assert refused.startswith(str(path)) or damage == "flipped"
+    assert "\n" not in refused
+
+
+def test_parquet_without_its_package_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match="pip install pyarrow"):
+        MIMICtrajectoryDataset(tmp_path / "data.parquet")
+
+
+def test_a_gzip_that_holds_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv.gz"
+    path.write_bytes(gzip.compress(b"\xff\xfe\x00\x01"))
+    with pytest.raises(InputError, match="UTF-8"):
+        MIMICtrajectoryDataset(path)
+
+
+# --------------------------------------------------------------------------- text
+
+
+PROMPTS = {
+    "all": "old. Anion gap (mEq/L): 24 (0h) -> 20 (2h). glucose (mg/dL): 300 (2h) -> 250 (2.5h). "
+    "Blood urea: not measured. ",
+    "main": "old. Anion gap (mEq/L): 24 (0h) -> 20 (2h). ",
+    "last": "old. Last values: Anion gap 20 mEq/L (2h), glucose 250 mg/dL (2.5h), "
+    "Blood urea not measured. ",
+    "none": "old. ",
+}
+
+
+@pytest.mark.parametrize("choice", SERIES_TEXT)
+def test_the_prompt_tells_of_the_series_what_was_chosen(choice: str) -> None:
+    dataset = MIMICtrajectoryDataset(THREE, series_text=choice)
+    assert dataset.prompt(0) == PROMPTS[choice] + "Will care have to be escalated?\n"
+    other = MIMICtrajectoryDataset(THREE)
+    assert dataset.fingerprint() == other.fingerprint()  # the choice touches the text alone
+    assert dataset.report(0) == other.report(0)
+
+
+def test_an_unknown_choice_of_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="some"):
+        MIMICtrajectoryDataset(THREE, series_text="some")
+
+
+def test_a_report_states_the_main_series_in_full_and_first_and_last_of_the_others() -> None:
+    dataset = MIMICtrajectoryDataset(THREE)
+    assert dataset.report(0) == (
+        "Escalation: no. Anion gap: first 24 mEq/L at 0 h, last 20 mEq/L at 2 h, "
+        "lowest 20 mEq/L at 2 h, highest 24 mEq/L at 0 h. "
+        "Net change -4 mEq/L over 2 h, -2 mEq/L an hour: falling. "
+        "glucose: from 300 mg/dL at 2 h to 250 mg/dL at 2.5 h, falling. Blood urea: not measured."
+    )
+    assert dataset.report(1) == (
+        "Escalation: yes. Anion gap: not measured. glucose: only 90 mg/dL at 4 h. "
+        "Blood urea: from 6 at 1 h to 5 at 4 h, falling."
+    )
+
+
+def test_every_own_report_of_the_sample_is_wholly_true() -> None:
+    dataset = MIMICtrajectoryDataset(CHEMISTRY)
+    for i in range(0, len(dataset), 7):
+        score = dataset.score_report(i, dataset.report(i))
+        assert (score.parses, score.verdict) == (True, dataset.labels[i])
+        assert score.stated == score.true > 15
+
+
+@pytest.mark.parametrize(
+    ("change", "true", "parses"),
+    [
+        (("", ""), 15, True),
+        (("from 300", "from 301"), 14, True),
+        (("at 2.5 h", "at 2 h"), 14, True),
+        (("falling. Blood", "rising. Blood"), 15, True),
+        (("250 mg/dL", "250 mmol/L"), 11, False),
+        (("glucose: from", "Blood urea: from"), 11, False),
+        (("first 24 mEq/L at 0 h, ", ""), 13, False),
+    ],
+)
+def test_a_number_is_true_in_the_sentence_of_its_own_series_only(
+    change: tuple[str, str], true: int, parses: bool
+) -> None:
+    dataset = MIMICtrajectoryDataset(THREE)
+    text = dataset.report(0).replace(*change)
+    assert (text != dataset.report(0)) or change == ("", "")
+    score = dataset.score_report(0, text)
+    assert isinstance(score, ReportScore)
+    assert (score.true, score.parses) == (true, parses)
+
+
+# --------------------------------------------------------------------------- baselines, check
+
+
+def test_summary_features_hold_eight_numbers_of_every_series() -> None:
+    table = MIMICtrajectoryDataset(THREE).summary_features()
+    statistics = ("first", "last", "min", "max", "mean", "slope", "count", "span")
+    names = [f"{n} {s}" for n, s in itertools.product(("Anion gap", "glucose"), statistics)]
+    assert set(names) <= set(table.columns)
+    assert table.shape == (3, 24)
+    assert table.loc[1, "Blood urea slope"] == pytest.approx(-1 / 3)
+    assert table.loc[2, ["glucose last", "Blood urea mean"]].isna().all()
+
+
+def checked(table: pd.DataFrame, folder: Path, *flags: str) -> int:
+    path = folder / "data.csv"
+    table.to_csv(path, index=False)
+    return dataset_format.main(["check", str(path), *flags])
+
+
+def test_the_check_prints_a_line_a_series(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
+    (tmp_path / "data.json").write_text('{"limits": {"blood urea": [1, 5.5]}}')
+    assert checked(table, tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "Anion gap in mEq/L: median 20, quartiles 7 to 24" in output
+    assert "glucose in mg/dL: median 250" in output
+    assert re.search(r"Blood urea: median 5.5.* in 33.3% of the patients, 2 values a row", output)
+    assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5: is the unit right?" in output
+    assert output.count("warning") == 1
+    assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1") == 0
+    output = capsys.readouterr().out
+    assert "Blood urea" not in output
+    assert "range 1 to 1" in output
+    assert checked(table, tmp_path, "--series", "lactate") == 2
+    assert re.fullmatch(r"error: .*no such series.*\n", capsys.readouterr().err)
+    assert checked(table, tmp_path, "--max_len", "0") == 2
+
+
+def test_without_limits_what_lies_far_outside_the_quartiles_is_suspicious(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = 60
+    table = table_of(
+        [f"{20 + k % 5} (0h)" for k in range(rows)],
+        trajectory_x=[f"{100 + k % 10} (0h)" for k in range(rows - 1)] + ["1000 (0h)"],
+    )
+    assert checked(table, tmp_path) == 0
+    assert "warning: x: 1 of 60 values lie outside 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limits", ["[1, 2]", '{"x": [2, 1]}', '{"x": 3}', '{"x": ["a", "b"]}'])
+def test_limits_that_are_no_ranges_are_refused(limits: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(f'{{"limits": {limits}}}')
+    with pytest.raises(InputError, match="limits"):
+        Description.beside(tmp_path / "data.csv")
