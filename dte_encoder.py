@@ -4,7 +4,7 @@ Between two observations the hidden state follows an ordinary differential equat
 observation a GRU cell updates it::
 
     dh/dt = W2 tanh(W1 h + b1)             for the hours that pass
-    h     = GRU(inputs of the observation, h)
+    h     = GRU(relu(W inputs of the observation), h)
 
 Source: Rubanova, Chen, Duvenaud 2019, "Latent ODEs for Irregularly-Sampled Time Series".
 
@@ -13,6 +13,9 @@ cut into ticks: a gap of patient b becomes as many ticks as his own solver steps
 them ends with the observation. In each tick all patients who have one left take a step of their
 own length, h += step_b(f), and those who arrive at an observation are updated. So no patient waits
 for another's longer gap, and nobody's steps depend on whom he shares a batch with.
+
+What enters an observation is, of each feature, its latest value, whether it was measured now, and
+how long ago it was before: a value carried forward never passes for a new one.
 
 Letters: B patients, L observations, F features, H state, N ticks of all patients together.
 """
@@ -37,8 +40,12 @@ MAX_SCALED_GAP = 10_000.0
 MAX_Z_SCORE = 8.0
 """Standardised values are cut here: one mistyped laboratory value must not swamp a state."""
 
-TIME_INPUTS = 3
-"""Per observation, beside value and mask of each feature: gap, time since first, count so far."""
+INPUTS_A_FEATURE, TIME_INPUTS = 3, 3
+"""Per observation: of each feature latest value, mask and hours since it was last measured; of all
+together gap, time since first, count so far."""
+
+INPUT_WIDTH = 64
+"""Width of the layer in front of the update: with many features it, not the GRU, grows."""
 
 FIXED_STEP_SOLVERS = (
     *("euler", "midpoint", "heun2", "heun3"),
@@ -103,6 +110,7 @@ class ClinicalODERNN(nn.Module):
             ``torchdiffeq.odeint`` on rescaled time (``dopri5``, ``bosh3``, ``midpoint``, ...).
         rtol: relative tolerance of adaptive solvers.
         atol: absolute tolerance of adaptive solvers.
+        dropout: share of the input layer's outputs that is dropped in training mode.
 
     Raises:
         ValueError: a size that is not positive or a solver that torchdiffeq does not know.
@@ -120,6 +128,7 @@ class ClinicalODERNN(nn.Module):
         solver: str = "rk4",
         rtol: float = 1e-3,
         atol: float = 1e-4,
+        dropout: float = 0.0,
     ) -> None:
         """Make the layers; weights come from torch's global generator."""
         super().__init__()
@@ -135,7 +144,9 @@ class ClinicalODERNN(nn.Module):
         self.rtol = rtol
         self.atol = atol
         self.field = VectorField(hidden_dim)
-        self.update = nn.GRUCell(2 * input_dim + TIME_INPUTS, hidden_dim)
+        self.read = nn.Linear(INPUTS_A_FEATURE * input_dim + TIME_INPUTS, INPUT_WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.update = nn.GRUCell(INPUT_WIDTH, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
         self.register_buffer("value_mean", torch.zeros(input_dim))
         self.register_buffer("value_std", torch.ones(input_dim))
@@ -191,8 +202,9 @@ class ClinicalODERNN(nn.Module):
         """
         present = self._check(times, values, observed)
         inputs, gaps = self._inputs(times, values, observed)
-        # The update's input product needs no state: one matrix product for the whole batch.
-        gates = functional.linear(inputs, self.update.weight_ih, self.update.bias_ih)
+        # What the update reads needs no state: two matrix products for the whole batch.
+        read = self.dropout(functional.relu(self.read(inputs)))  # (B, L, INPUT_WIDTH)
+        gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
         place, spans, arrives, batch_sizes = self._ticks(gaps, present)
         gates = gates.flatten(0, 1).index_select(0, place)
         states = self._run(gates, spans, arrives, batch_sizes)
@@ -276,19 +288,34 @@ class ClinicalODERNN(nn.Module):
         return torch.lerp(proposal, state, keep)
 
     def _inputs(self, times: Tensor, values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the update's inputs (B, L, 2F + 3) and the scaled gaps (B, L), finite in padding."""
+        """Give what the input layer reads and the scaled gaps (B, L), all finite in padding.
+
+        Returns:
+            inputs (B, L, 3F + 3): of each feature the latest value so far as z-score, zero before
+            the first; whether it was measured now; log hours since it was measured before now. Then
+            log gap, log hours since the first observation, log count. The mask stands beside the
+            carried value, so nothing that is old passes for new.
+        """
         present = observed.any(dim=2)
         dtype = self.value_mean.dtype
         z = (values.to(dtype) - self.value_mean) / self.value_std
         z = torch.where(observed, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
+        step = torch.arange(times.shape[1], device=times.device)
+        latest = torch.where(observed, step[:, None], -1).cummax(dim=1).values  # (B, L, F)
+        carried = torch.where(latest >= 0, z.gather(1, latest.clamp(min=0)), 0.0)
+        before = functional.pad(latest[:, :-1], (0, 0, 1, 0), value=-1)  # -1: never
+        moments = times.unsqueeze(2).expand_as(z)
+        known = present.unsqueeze(2) & (before >= 0)
+        age = torch.where(known, moments - moments.gather(1, before.clamp(min=0)), 0.0)
         since_first = torch.where(present, times - times[:, :1], 0.0)
         gaps = torch.where(present, torch.diff(times, dim=1, prepend=times[:, :1]), 0.0)
-        count = torch.arange(1, times.shape[1] + 1, device=times.device).expand_as(times)
+        count = (step + 1).expand_as(times)
         unit = math.log1p(self.time_scale)
         clock = torch.stack(
             [torch.log1p(gaps) / unit, torch.log1p(since_first) / unit, torch.log(count)], dim=2
         )
-        inputs = torch.cat([z, observed.to(dtype), clock.to(dtype)], dim=2)
+        hours = (torch.log1p(age) / unit).to(dtype)
+        inputs = torch.cat([carried, observed.to(dtype), hours, clock.to(dtype)], dim=2)
         return inputs, (gaps / self.time_scale).to(dtype)
 
     def _check(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:

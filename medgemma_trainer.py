@@ -82,7 +82,7 @@ DEFAULT_MODEL = "google/medgemma-4b-pt"
 SAMPLE_DATA = Path(__file__).parent / "tests" / "data" / "physionet2012_bicarbonate.csv"
 DEMO_FLAGS = "--max_samples 1000 --trajectory_epochs 10 --epochs 4 --adapter_lr 1e-2"
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-TRAJECTORY_FORMAT = 1
+TRAJECTORY_FORMAT = 2
 """Rises when a stage 1 file can no longer be read by older code."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -98,7 +98,7 @@ HAI_DEF_NOTICE = (
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
 
-HEAD_DROPOUT = 0.1
+INPUT_DROPOUT, HEAD_DROPOUT = 0.3, 0.3
 WEIGHT_DECAY = 0.01
 GRADIENT_NORM = 1.0
 WARMUP_STEPS = 100
@@ -915,7 +915,10 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
         encoder = load_encoder(args.ode_checkpoint, args, data).requires_grad_(False)
     else:
         scale = args.time_scale or dataset.time_scale
-        encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
+        dropout = 0.0 if args.freeze_ode else INPUT_DROPOUT  # what is frozen must not waver
+        encoder = ClinicalODERNN(
+            len(dataset.features), time_scale=scale, solver=args.solver, dropout=dropout
+        )
         batch = dataset.collate(data.split["train"].tolist())
         refuse_unmeasured(dataset, batch["observed"])
         try:

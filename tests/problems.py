@@ -95,17 +95,23 @@ PROBLEMS = (EXPONENTIAL_DECAY, ROTATION, SATURATING_DECAY, CONSTANT_DRIFT)
 
 @torch.no_grad()
 def let_the_equation_alone_decide(encoder: ClinicalODERNN) -> None:
-    """Take update and norm out of the way of the equation, by weights only.
+    """Take input layer, update and norm out of the way of the equation, by weights only.
 
     The first observation sets the state to tanh of the standardised values; later ones keep it.
-    The cell tells them apart by its last input, the log of the count: 0, then 0.69 and more.
+    The cell tells them apart by the log of the count: 0, then 0.69 and more. A pair of inputs
+    carries a value through the rectifier: x = relu(x) - relu(-x).
     Afterwards the encoder's output is the equation's solution at each observation.
     """
     width = encoder.hidden_dim
     assert encoder.input_dim == width
-    for parameter in encoder.update.parameters():
+    eye = torch.eye(width)
+    for parameter in (*encoder.update.parameters(), *encoder.read.parameters()):
         parameter.zero_()
+    encoder.read.weight[:width, :width] = eye
+    encoder.read.weight[width : 2 * width, :width] = -eye
+    encoder.read.weight[-1, -1] = 1.0
     encoder.update.bias_ih[width : 2 * width] = -50.0
     encoder.update.weight_ih[width : 2 * width, -1] = 100.0 / math.log(2)
-    encoder.update.weight_ih[2 * width :, :width] = torch.eye(width)
+    encoder.update.weight_ih[2 * width :, :width] = eye
+    encoder.update.weight_ih[2 * width :, width : 2 * width] = -eye
     encoder.norm = torch.nn.Identity()  # type: ignore[assignment]

@@ -99,16 +99,22 @@ def plain_states(encoder: ClinicalODERNN, batch: Batch) -> list[Tensor]:
                 state = torchdiffeq.odeint(
                     lambda _, h: encoder.field(h), state, moments, rtol=1e-11, atol=1e-12
                 )[1]
-            z = (values[i] - encoder.value_mean) / encoder.value_std
-            z = torch.where(observed[i], z, 0.0)
+            carried, ages = [], []
+            for f in range(encoder.input_dim):
+                seen = [k for k in range(i + 1) if observed[k, f]]
+                earlier = [k for k in seen if k < i]
+                latest = float(values[seen[-1], f]) if seen else float(encoder.value_mean[f])
+                carried.append((latest - encoder.value_mean[f]) / encoder.value_std[f])
+                hours = float(times[i] - times[earlier[-1]]) if earlier else 0.0
+                ages.append(math.log1p(hours) / math.log1p(scale))
             unit = math.log1p(scale)
             clock = [
                 math.log1p(gap) / unit,
                 math.log1p(times[i] - times[0]) / unit,
                 math.log(i + 1),
             ]
-            row = torch.cat([z, observed[i].double(), torch.tensor(clock, dtype=torch.float64)])
-            state = encoder.update(row.unsqueeze(0), state)
+            row = torch.tensor([*carried, *observed[i], *ages, *clock], dtype=torch.float64)
+            state = encoder.update(encoder.read(row.unsqueeze(0)).relu(), state)
             rows.append(encoder.norm(state))
         result.append(torch.cat(rows))
     return result
@@ -312,7 +318,7 @@ def test_gradients_of_all_parameters_are_right(solver: str) -> None:
     times, values, observed = make_batch(lengths=(3, 1, 2))
     values = torch.where(observed, values, torch.nan)
     names = [name for name, _ in encoder.named_parameters()]
-    assert len(names) == 9
+    assert len(names) == 11
 
     def states(*parameters: Tensor) -> Tensor:
         result: Tensor = torch.func.functional_call(
@@ -537,10 +543,85 @@ def test_gap_elapsed_time_and_count_each_reach_the_update() -> None:
     )
     expected = torch.tensor([[0.0, 3.0, 21.0], [0.0, 3.0, 24.0]], dtype=torch.float64)
     clock = expected.log1p() / math.log(25)
-    torch.testing.assert_close(inputs[0, :, 4:6], clock.t())
+    torch.testing.assert_close(inputs[0, :, 6:8], clock.t())
     count = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    torch.testing.assert_close(inputs[0, :, 6], count.log(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(inputs[0, :, 8], count.log(), rtol=0, atol=1e-7)
     torch.testing.assert_close(gaps, torch.tensor([[0.0, 3 / 24, 21 / 24]], dtype=torch.float64))
+
+
+def test_each_feature_brings_its_latest_value_its_mask_and_its_own_age() -> None:
+    encoder = make_encoder(time_scale=24.0)
+    times = torch.tensor([[2.0, 5.0, 6.0, 26.0, 0.0]], dtype=torch.float64)
+    values = torch.tensor([[[1.0, 9.0], [9.0, 2.0], [9.0, 9.0], [-3.0, 9.0], [9.0, 9.0]]])
+    seen = torch.tensor([[[1, 0], [0, 1], [1, 0], [1, 0], [0, 0]]], dtype=torch.bool)
+    values[0, 2, 0] = 1.5
+    inputs, _ = encoder._inputs(times, values, seen)
+    carried = [[1.0, 0.0], [1.0, 2.0], [1.5, 2.0], [-3.0, 2.0]]
+    assert inputs[0, :4, :2].tolist() == carried
+    assert torch.equal(inputs[0, :, 2:4], seen[0].double())
+    hours = torch.tensor([[0.0, 0.0], [3.0, 0.0], [4.0, 1.0], [20.0, 21.0]], dtype=torch.float64)
+    torch.testing.assert_close(inputs[0, :4, 4:6], hours.log1p() / math.log(25))
+    assert bool(inputs.isfinite().all())
+
+
+def permuted(encoder: ClinicalODERNN, order: list[int]) -> ClinicalODERNN:
+    """Give the encoder of the features ``order`` with the weights that belong to them."""
+    features = len(order)
+    twin = make_encoder(features, encoder.hidden_dim)
+    state = encoder.state_dict()
+    place = [part * encoder.input_dim + f for part in range(3) for f in order]
+    clock = range(3 * encoder.input_dim, 3 * encoder.input_dim + 3)
+    state["read.weight"] = state["read.weight"][:, [*place, *clock]]
+    for name in ("value_mean", "value_std"):
+        state[name] = state[name][order]
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 0, 2]])
+def test_the_order_of_features_does_not_matter(order: list[int]) -> None:
+    encoder = make_encoder(3)
+    times, values, observed = make_batch(features=3)
+    encoder.fit_normalizer(values, observed)
+    twin = permuted(encoder, order)
+    other = twin(times, values[..., order], observed[..., order])
+    torch.testing.assert_close(other, encoder(times, values, observed), rtol=0, atol=1e-12)
+    assert float((twin(times, values, observed) - other).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("filler", [math.nan, 1e6, -math.inf])
+def test_a_series_that_was_never_measured_changes_nothing(filler: float) -> None:
+    encoder = make_encoder(3)
+    times, values, observed = make_batch()
+    more = torch.cat([values, torch.full_like(values[..., :1], filler)], dim=2)
+    mask = torch.cat([observed, torch.zeros_like(observed[..., :1])], dim=2)
+    states = encoder(times, more, mask)
+    without = permuted(encoder, [0, 1])(times, values, observed)
+    torch.testing.assert_close(states, without, rtol=0, atol=1e-12)
+
+
+def test_a_series_of_one_patient_changes_no_other() -> None:
+    encoder = make_encoder(3)
+    times, values, observed = make_batch(features=3)
+    alone = observed.clone()
+    alone[1:, :, 2] = False
+    alone[..., 0] |= observed.any(dim=2)
+    both = alone.clone()
+    both[1, 0, 2] = True
+    values[1, 0, 2] = 5.0
+    left, right = encoder(times, values, alone), encoder(times, values, both)
+    assert torch.equal(left[[0, 2]], right[[0, 2]])
+    assert float((left[1] - right[1]).detach().abs().max()) > 1e-3
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    encoder = make_encoder(dropout=0.5)
+    batch = make_batch()
+    first, second = encoder(*batch), encoder(*batch)
+    assert not torch.equal(first, second)
+    encoder.eval()
+    assert torch.equal(encoder(*batch), encoder(*batch))
+    assert torch.equal(encoder(*batch), make_encoder()(*batch))
 
 
 @pytest.mark.parametrize("feature", [0, 1])

@@ -2,9 +2,11 @@
 
 Usage:
     python tests/benchmarks/data.py --rows 1000000
+    python tests/benchmarks/data.py --rows 200000 --series 9
 
-Writes a synthetic file (3 to 8 observations a row), reads it in a fresh process, prints seconds
-and that process's peak memory; the same for a tenth of the rows, so that the growth can be seen.
+Writes a synthetic file (3 to 8 observations a series; further series are measured at the times of
+the first, or missing, or at times of their own), reads it in a fresh process, prints seconds and
+that process's peak memory; the same for a tenth of the rows, so that the growth can be seen.
 """
 
 from __future__ import annotations
@@ -24,26 +26,33 @@ import pandas as pd
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BLOCK = 100_000
-"""Rows written at a time."""
 
 
-def write_file(path: Path, rows: int) -> int:
-    """Write ``rows`` patients as falling anion gaps; give the number of observations."""
+def series_text(rng: np.random.Generator, hours: list[float]) -> str:
+    """Write a falling anion gap at the given hours."""
+    values = rng.normal(24, 4, len(hours)).tolist()
+    pairs = zip(values, hours, strict=True)
+    return " -> ".join(f"{value - 0.2 * hour:.1f} ({hour:.2f}h)" for value, hour in pairs)
+
+
+def write_file(path: Path, rows: int, series: int) -> int:
+    """Write ``rows`` patients; give the number of values, each of which must be read."""
     rng = np.random.default_rng(0)
     total = 0
+    further = "".join(f",trajectory_x{k} [u]" for k in range(1, series))
     with path.open("w", encoding="utf-8") as file:
-        file.write("subject_id,clinical_trajectory,clinical_context,label_escalation\n")
-        for start in range(0, rows, BLOCK):
-            lengths = rng.integers(3, 9, min(BLOCK, rows - start))
-            total += int(lengths.sum())
-            labels = rng.random(len(lengths)) < 0.14
-            for i, (length, label) in enumerate(zip(lengths, labels, strict=True), start):
-                hours = rng.exponential(4.0, length).cumsum()
-                values = rng.normal(24, 4, length) - 0.2 * hours
-                pairs = zip(values.tolist(), hours.tolist(), strict=True)
-                series = " -> ".join(f"{value:.1f} ({hour:.2f}h)" for value, hour in pairs)
-                file.write(f'{i},"{series}","{20 + i % 70}-year-old, medical ICU",{int(label)}\n')
+        file.write(f"subject_id,clinical_trajectory,clinical_context,label_escalation{further}\n")
+        for i in range(rows):
+            hours = rng.exponential(4.0, rng.integers(3, 9)).cumsum().tolist()
+            cells = [series_text(rng, hours)]
+            total += len(hours)
+            for kind in rng.integers(0, 3, series - 1).tolist():
+                own = [hours, [], [hour + 0.5 for hour in hours]][kind]
+                cells.append(series_text(rng, own))
+                total += len(own)
+            label = int(rng.random() < 0.14)
+            rest = "".join(f",{cell}" for cell in cells[1:])
+            file.write(f"{i},{cells[0]},{20 + i % 70}-year-old; medical ICU,{label}{rest}\n")
     return total
 
 
@@ -69,6 +78,7 @@ def measure(path: Path) -> dict[str, float]:
     return {
         "rows": len(dataset),
         "observations": len(dataset.times),
+        "values": int((~np.isnan(dataset.values)).sum()),
         "read_s": read,
         "split_s": split,
         "imports_mib": before,
@@ -77,15 +87,15 @@ def measure(path: Path) -> dict[str, float]:
     }
 
 
-def measure_apart(rows: int, folder: Path) -> dict[str, float]:
+def measure_apart(rows: int, series: int, folder: Path) -> dict[str, float]:
     """Write a file and measure it in a fresh process."""
     path = folder / f"synthetic_{rows}.csv"
-    observations = write_file(path, rows)
+    values = write_file(path, rows, series)
     command = [sys.executable, __file__, "--measure", str(path)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     figures: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    if (figures["rows"], figures["observations"]) != (rows, observations):
-        raise RuntimeError(f"{path.name}: {rows} rows written, {figures} read")
+    if (figures["rows"], figures["values"]) != (rows, values):
+        raise RuntimeError(f"{path.name}: {rows} rows, {values} values written, {figures} read")
     figures["file_mib"] = path.stat().st_size / 2**20
     path.unlink()
     return figures
@@ -94,6 +104,7 @@ def measure_apart(rows: int, folder: Path) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the larger file")
+    parser.add_argument("--series", type=int, default=1, help="series a patient")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -101,7 +112,9 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         sizes = (max(1, arguments.rows // 10), arguments.rows)
-        table = pd.DataFrame([measure_apart(rows, Path(folder)) for rows in sizes])
+        table = pd.DataFrame(
+            [measure_apart(rows, arguments.series, Path(folder)) for rows in sizes]
+        )
     sys.stdout.write(f"{table.to_string(index=False, float_format='{:.1f}'.format)}\n")
     sys.stdout.write(
         f"{platform.machine()}, {platform.system()}; Python {platform.python_version()}, "

@@ -79,7 +79,7 @@ class PlainGRU(nn.Module):
 
     def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
         inputs, _ = self.encoder._inputs(times, values, observed)
-        states: Tensor = self.gru(inputs)[0]
+        states: Tensor = self.gru(self.encoder.read(inputs).relu())[0]
         return states
 
 
