@@ -1,0 +1,129 @@
+"""The program with several series of one patient: what it learns, refuses, and passes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import medgemma_trainer as trainer
+from dataset_format import InputError
+from trajectories import LABEL, SERIES
+
+ROWS, TRAIN, VAL = 700, 440, 80
+SECOND = "trajectory_lactate [mmol/L]"
+
+
+def series(rng: np.random.Generator, hours: np.ndarray, values: np.ndarray | None = None) -> str:
+    """Write a series at the given hours, of noise where no values are given."""
+    values = rng.normal(20, 4, len(hours)) if values is None else values
+    return " -> ".join(f"{v:.1f} ({t:.2f}h)" for v, t in zip(values, hours, strict=True))
+
+
+def by_second_series(rng: np.random.Generator, label: int) -> tuple[str, str]:
+    """Only the level of the second series tells the label."""
+    hours = np.sort(rng.uniform(0, 48, 3))
+    own = np.sort(rng.uniform(0, 48, 2))
+    return series(rng, hours), series(rng, own, rng.normal(2 + 2 * label, 0.6, 2))
+
+
+def by_interval(rng: np.random.Generator, label: int) -> tuple[str, str]:
+    """Only the time from a value of the first series to the next of the second tells the label.
+
+    The first series keeps its hours whatever the label; the second follows it by 1 or 5 hours.
+    """
+    hours = np.cumsum(rng.uniform(8, 16, 3))
+    return series(rng, hours), series(rng, hours + (5 if label else 1) + rng.normal(0, 0.5, 3))
+
+
+def write(path: Path, rule: Callable[[np.random.Generator, int], tuple[str, str]]) -> Path:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, ROWS)
+    first, second = zip(*(rule(rng, int(label)) for label in labels), strict=True)
+    parts = ["train"] * TRAIN + ["val"] * VAL + ["test"] * (ROWS - TRAIN - VAL)
+    table = pd.DataFrame({SERIES: first, SECOND: second, LABEL: labels, "split": parts})
+    table.to_csv(path, index=False)
+    return path
+
+
+def test_auroc(data: Path, folder: Path, *flags: str) -> float:
+    words = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(folder)]
+    words += ["--trajectory_epochs", "25", "--patience", "6", "--log_file", "none", *flags]
+    assert trainer.main(words) == 0
+    figures = json.loads((folder / "trajectory" / "metrics.json").read_text())
+    return float(figures["test"]["auroc"]["value"])
+
+
+test_auroc.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rule", [by_second_series, by_interval])
+def test_what_only_a_second_series_or_the_time_between_two_tells_is_learned(
+    rule: Callable[[np.random.Generator, int], tuple[str, str]], tmp_path: Path
+) -> None:
+    data = write(tmp_path / "data.csv", rule)
+    assert test_auroc(data, tmp_path / "both") > 0.9
+    # The first series alone says nothing.
+    assert 0.35 < test_auroc(data, tmp_path / "one", "--series", "anion gap") < 0.65
+
+
+def parsed(*words: str) -> trainer.argparse.Namespace:
+    return trainer.resolve(trainer.build_parser().parse_args([*words]))
+
+
+def test_a_series_that_the_training_part_never_measures_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.csv", by_second_series)
+    table = pd.read_csv(data)
+    table["trajectory_ph"] = np.where(table["split"] == "test", "7.4 (0h)", "")
+    table.to_csv(data, index=False)
+    words = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(tmp_path / "run")]
+    assert trainer.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "never measures ph" in error
+    assert '--series "Anion gap,lactate"' in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_flags_reach_the_data_set(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.csv", by_second_series)
+    words = ["--data_path", str(data), "--series", "lactate, Anion gap", "--max_len", "2"]
+    dataset = trainer.load_data(parsed(*words, "--series_text", "last")).dataset
+    assert dataset.features == ("lactate", "Anion gap")
+    assert dataset.lengths.max() == 2
+    assert dataset.prompt(0).startswith("Last values: ")
+
+
+def test_series_are_chosen_in_dka_files_only(tmp_path: Path) -> None:
+    words = ["--dataset", "srtr", "--data_dir", str(tmp_path), "--series", "GFR"]
+    with pytest.raises(InputError, match="--series: for --dataset dka only"):
+        trainer.load_data(parsed(*words))
+
+
+def test_a_checkpoint_of_other_series_is_refused_with_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.csv", by_second_series)
+    test_auroc(data, tmp_path / "run", "--trajectory_epochs", "1")
+    checkpoint = str(tmp_path / "run" / trainer.TRAJECTORY_FILE)
+    words = ["--data_path", str(data), "--ode_checkpoint", checkpoint, "--model_name", "tiny"]
+    words += ["--series", "lactate", "--output_dir", str(tmp_path / "other")]
+    assert trainer.main(words) == 2
+    error = capsys.readouterr().err
+    assert "trained on features ['Anion gap', 'lactate'], the data have ['lactate']" in error
+
+
+def test_a_frozen_encoder_drops_nothing_and_a_learning_one_does(tmp_path: Path) -> None:
+    data = trainer.load_data(parsed("--data_path", str(write(tmp_path / "d.csv", by_interval))))
+    batch = data.dataset.collate([0, 1, 2])
+    inputs = batch["times"], batch["values"], batch["observed"]
+    for flags, wavers in ((["--freeze_ode"], False), ([], True)):
+        encoder = trainer.make_encoder(parsed(*flags), data).train()
+        assert torch.equal(encoder(*inputs), encoder(*inputs)) is not wavers
