@@ -35,7 +35,7 @@ def test_the_readme_lists_every_flag_with_its_default() -> None:
     assert len(rows) == len(listed)
     assert set(listed) == set(actions())
     resolved_later = {"--time_scale", "--quantization", "--output_dir"}
-    resolved_later |= {"--landmark_days", "--horizon_days"}
+    resolved_later |= {"--landmark_days", "--horizon_days", "--max_len"}
     for flag, action in actions().items():
         if flag not in resolved_later:
             assert listed[flag] == shown_default(action), flag
