@@ -128,6 +128,7 @@ class TrajectoryDataset:
         source: where the data come from, as an error shall name it.
         main: position of the series that stands for the others in texts.
         series_text: how much of the series ``prompt`` tells, one of ``SERIES_TEXT``.
+        text_context: whether ``prompt`` tells the context.
         fixed_features: the features belong to the format: one that nobody measured is no mistake.
     """
 
@@ -138,6 +139,7 @@ class TrajectoryDataset:
     time_scale: float
     main: int = 0
     series_text: str = "all"
+    text_context: bool = True
     fixed_features: bool = False
 
     times: NDArray[np.float64]
@@ -180,13 +182,18 @@ class TrajectoryDataset:
         """Give the lowest and highest value of a feature that a living patient shows."""
         raise NotImplementedError
 
-    def prompt(self, i: int) -> str:
-        """Give the text that an LLM reads about series ``i``: context, series, question."""
-        context = f"{self.contexts[i].rstrip('. ')}. " if self.contexts[i] else ""
-        told = "" if self.series_text == "none" else self._tell(i)
-        return f"{context}{told}{self.question}\n"
+    def prompt(self, i: int, most: int | None = None) -> str:
+        """Give the text that an LLM reads about series ``i``: context, series, question.
 
-    def _tell(self, i: int) -> str:
+        Args:
+            i: position in the data set.
+            most: tell only so many of the latest observations of each feature.
+        """
+        context = f"{self.contexts[i].rstrip('. ')}. " if self.contexts[i] else ""
+        told = "" if self.series_text == "none" else self._tell(i, most)
+        return f"{context if self.text_context else ''}{told}{self.question}\n"
+
+    def _tell(self, i: int, most: int | None) -> str:
         """Put the series of ``i`` into words as ``series_text`` asks, with a space behind."""
         raise NotImplementedError
 
@@ -586,7 +593,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
 
-    def _tell(self, i: int) -> str:
+    def _tell(self, i: int, most: int | None) -> str:
         """Name series with unit: value and hour of each observation, or of the last alone."""
         seen = {f: (times, values) for f, times, values in self.measured(i)}
         if self.series_text == "last":
@@ -602,7 +609,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         for f in told:
             unit = f" ({self.units[f]})" if self.units[f] else ""
             times, values = seen.get(f, ((), ()))
-            pairs = (f"{plain(v)} ({plain(t)}h)" for t, v in zip(times, values, strict=True))
+            latest = zip(times[-(most or 0) :], values[-(most or 0) :], strict=True)
+            pairs = (f"{plain(v)} ({plain(t)}h)" for t, v in latest)
             lines.append(f"{self.features[f]}{unit}: {' -> '.join(pairs) or 'not measured'}. ")
         return "".join(lines)
 

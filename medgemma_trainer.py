@@ -47,7 +47,7 @@ from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 
 import numpy as np
 import pandas as pd
@@ -55,7 +55,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from dataset_format import (
     MAX_LEN,
@@ -95,6 +95,9 @@ HAI_DEF_NOTICE = (
 )
 """Must accompany a derivative of MedGemma. Source: HAI-DEF Terms of Use, distribution."""
 
+VERDICT_WEIGHT = 50.0
+"""Of the verdict in stage 3's loss, beside 1 for each other token of the report."""
+
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -112,6 +115,9 @@ BOOTSTRAP_REPLICATES = 1000
 CONFIDENCE = 0.95
 DECISION_THRESHOLD = 0.5
 GENERATION_BATCH = 32
+BUCKET = 25
+"""Batches whose rows are sorted by length together: less padding, and still a random order."""
+
 BOOSTING = {"learning_rate": 0.03, "max_iter": 200, "max_leaf_nodes": 8, "l2_regularization": 1.0}
 """Small trees, slowly: the library's own defaults overfit a few thousand patients."""
 
@@ -181,7 +187,7 @@ class TrajectoryClassifier(nn.Module):
 
 
 class SoftPrompt(nn.Module):
-    """Turn the most recent states into tokens as large as the LLM's own.
+    """Turn states into tokens as large as the LLM's own.
 
     Gemma multiplies token embeddings by sqrt(D) inside its embedding module and takes
     ``inputs_embeds`` as already multiplied. A projection that starts anywhere else is some fifty
@@ -191,58 +197,78 @@ class SoftPrompt(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, hidden_dim: int, width: int, tokens: int, scale: float) -> None:
+    def __init__(self, hidden_dim: int, width: int, scale: float) -> None:
         """Make the projection.
 
         Args:
             hidden_dim: H.
             width: D of the language model.
-            tokens: P, how many of the latest states become tokens.
             scale: root mean square of the scaled token embeddings.
         """
         super().__init__()
-        self.tokens = tokens
         self.linear = nn.Linear(hidden_dim, width)
         self.register_buffer("scale", torch.tensor(scale))
 
-    def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Project the last P states of each patient.
+    def forward(self, states: Tensor) -> Tensor:
+        """Give tokens (B, P, D) for states (B, P, H)."""
+        projected = self.linear(states)
+        return self.scale * functional.rms_norm(projected, projected.shape[-1:])
 
-        Args:
-            states: (B, L, H).
-            lengths: (B,) observations a patient.
 
-        Returns:
-            tokens (B, P, D) and mask (B, P), False where a patient has fewer than P observations.
-        """
-        place = lengths[:, None] - self.tokens + torch.arange(self.tokens, device=lengths.device)
-        index = place.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2])
-        projected = self.linear(states.gather(1, index))  # (B, P, D)
-        return self.scale * functional.rms_norm(projected, projected.shape[-1:]), place >= 0
+class Trajectory(NamedTuple):
+    """What the encoder says of a batch to a language model.
+
+    states (B, P, H): after the latest P observations; mask (B, P) bool, False where a patient has
+    fewer; logit (B,): log-odds of stage 1's head, zero where there is none.
+    """
+
+    states: Tensor
+    mask: Tensor
+    logit: Tensor
+
+
+def encode(
+    encoder: ClinicalODERNN, head: PooledHead | None, batch: Batch, tokens: int
+) -> Trajectory:
+    """Encode a batch and keep what a language model needs of it."""
+    states = encoder(batch["times"], batch["values"], batch["observed"])  # (B, L, H)
+    present = batch["observed"].any(dim=2)
+    logit = states.new_zeros(len(states)) if head is None else head(states, present)
+    place = present.sum(1)[:, None] - tokens + torch.arange(tokens, device=states.device)
+    index = place.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2])
+    return Trajectory(states.gather(1, index), place >= 0, logit)
 
 
 class TextBatch(Batch):
-    """A batch with text: T tokens, padded on the right.
+    """A batch with text: T tokens, padded on the right; and a frozen encoder's ``Trajectory``.
 
     input_ids (B, T) int64; text_mask (B, T) bool; targets (B, T) int64, the token itself at places
     of the answer and ``IGNORED`` elsewhere; verdict (B,) int64, place of the last token before the
-    verdict.
+    verdict. states, states_mask, trajectory_logit: as in ``Trajectory``, where they are known.
     """
 
     input_ids: Tensor
     text_mask: Tensor
     targets: Tensor
     verdict: Tensor
+    states: NotRequired[Tensor]
+    states_mask: NotRequired[Tensor]
+    trajectory_logit: NotRequired[Tensor]
 
 
 class TrajectoryLLM(nn.Module):
-    """Encoder, soft prompt and adapted language model; stages 2 and 3 add what they read out."""
+    """Encoder, soft prompt and adapted language model; stages 2 and 3 add what they read out.
+
+    Both start from what stage 1 already knows: its logit is added to the language model's, which
+    so has to learn only what text and dynamics say beyond it.
+    """
 
     def __init__(
         self,
-        encoder: ClinicalODERNN,
+        encoder: ClinicalODERNN | None,
         llm: PreTrainedModel,
         *,
+        trajectory_head: PooledHead | None = None,
         tokens: int,
         scale: float,
         bos: int,
@@ -251,8 +277,9 @@ class TrajectoryLLM(nn.Module):
         """Join the parts.
 
         Args:
-            encoder: gives one state per observation.
+            encoder: gives one state per observation; None where text is all that is read.
             llm: a Gemma 3 text model with LoRA layers; its base weights are frozen.
+            trajectory_head: stage 1's head; None where its logit is not to be added.
             tokens: P.
             scale: root mean square of the scaled token embeddings.
             bos: id of the token that begins every input.
@@ -260,8 +287,14 @@ class TrajectoryLLM(nn.Module):
         """
         super().__init__()
         self.encoder = encoder
+        self.trajectory_head = trajectory_head
         self.llm = llm
-        self.projection = SoftPrompt(encoder.hidden_dim, llm.config.hidden_size, tokens, scale)
+        self.projection = (
+            None
+            if encoder is None
+            else SoftPrompt(encoder.hidden_dim, llm.config.hidden_size, scale)
+        )
+        self.tokens = 0 if encoder is None else tokens
         self.bos = bos
         self.verdict = verdict
 
@@ -271,11 +304,22 @@ class TrajectoryLLM(nn.Module):
         body: nn.Module = self.llm.get_base_model().model
         return body
 
-    def embed(self, batch: TextBatch, *, left: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def trajectory(self, batch: TextBatch) -> Trajectory | None:
+        """Give what the encoder says, known already where it is frozen; None without encoder."""
+        if self.encoder is None:
+            return None
+        if "states" in batch:
+            return Trajectory(batch["states"], batch["states_mask"], batch["trajectory_logit"])
+        return encode(self.encoder, self.trajectory_head, batch, self.tokens)
+
+    def embed(
+        self, batch: TextBatch, trajectory: Trajectory | None, *, left: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Lay out <bos> [soft tokens] [text] without holes.
 
         Args:
             batch: series and text.
+            trajectory: of the batch.
             left: padding in front, for generation, instead of behind.
 
         Returns:
@@ -283,56 +327,60 @@ class TrajectoryLLM(nn.Module):
             of 1 + P + T slots stands at each place, to move anything else along.
         """
         embedding = self.llm.get_input_embeddings()
-        states = self.encoder(batch["times"], batch["values"], batch["observed"])
-        soft, soft_mask = self.projection(states, batch["observed"].any(dim=2).sum(1))
         text = embedding(batch["input_ids"])  # (B, T, D)
         first = batch["input_ids"].new_full((len(text), 1), self.bos)
-        slots = torch.cat([embedding(first), soft.to(text.dtype), text], dim=1)
-        mask = torch.cat(
-            [torch.ones_like(first, dtype=torch.bool), soft_mask, batch["text_mask"]], 1
-        )
+        slots, masks = [embedding(first)], [torch.ones_like(first, dtype=torch.bool)]
+        if trajectory is not None and self.projection is not None:
+            slots.append(self.projection(trajectory.states).to(text.dtype))
+            masks.append(trajectory.mask)
+        everything = torch.cat([*slots, text], dim=1)
+        mask = torch.cat([*masks, batch["text_mask"]], dim=1)
         holes = (mask if left else ~mask).int()  # sorted, they move to one side
         order = torch.argsort(holes, dim=1, stable=True)
         longest = int(mask.sum(1).max())
         order = order[:, -longest:] if left else order[:, :longest]
-        embeddings = slots.gather(1, order[:, :, None].expand(-1, -1, slots.shape[2]))
+        embeddings = everything.gather(1, order[:, :, None].expand(-1, -1, everything.shape[2]))
         return embeddings, mask.gather(1, order), order
 
-    def read(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
+    def read(self, batch: TextBatch, trajectory: Trajectory | None) -> tuple[Tensor, Tensor]:
         """Run the decoder body; give hidden states (B, S, D) and the order of slots (B, S)."""
-        embeddings, mask, order = self.embed(batch)
+        embeddings, mask, order = self.embed(batch, trajectory)
         result = self.body(inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False)
         return result.last_hidden_state, order
 
     @property
     def text_start(self) -> int:
         """Slot of the first text token: behind <bos> and P soft tokens."""
-        return 1 + self.projection.tokens
+        return 1 + self.tokens
 
 
 class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
-    def __init__(self, encoder: ClinicalODERNN, llm: PreTrainedModel, **settings: Any) -> None:
-        """Start the head where the language model itself weighs yes against no.
+    def __init__(self, encoder: ClinicalODERNN | None, llm: PreTrainedModel, **parts: Any) -> None:
+        """Start the head at stage 1's logit, or where the LLM itself weighs yes against no.
 
         Args:
             encoder: as for ``TrajectoryLLM``.
             llm: as for ``TrajectoryLLM``.
-            settings: as for ``TrajectoryLLM``.
+            parts: as for ``TrajectoryLLM``.
         """
-        super().__init__(encoder, llm, **settings)
+        super().__init__(encoder, llm, **parts)
         self.head = nn.Linear(llm.config.hidden_size, 1)
         yes, no = llm.get_output_embeddings().weight[list(self.verdict)].float()
         with torch.no_grad():
-            self.head.weight.copy_((yes - no)[None])
+            start = (yes - no)[None]
+            self.head.weight.copy_(start if self.trajectory_head is None else 0 * start)
             self.head.bias.zero_()
 
     def forward(self, batch: TextBatch) -> Output:
         """Give the binary cross-entropy (sum over B) and the logit of each patient."""
-        hidden, order = self.read(batch)
+        trajectory = self.trajectory(batch)
+        hidden, order = self.read(batch, trajectory)
         final = (order == (batch["verdict"] + self.text_start)[:, None]).nonzero(as_tuple=True)
         logit = self.head(hidden[final].float()).squeeze(1)  # (B,)
+        if trajectory is not None:
+            logit = logit + trajectory.logit
         return classification_output(logit, batch["labels"])
 
 
@@ -343,42 +391,64 @@ class LLMWriter(TrajectoryLLM):
         """Give the cross-entropy (sum over answer tokens) and the verdict's log-odds.
 
         The verdict is read where the report is about to say yes or no: causal attention keeps the
-        report itself out of sight there.
+        report itself out of sight there. It is one token among a hundred that mostly copy, yet the
+        one that matters: it counts ``VERDICT_WEIGHT`` times.
         """
-        hidden, order = self.read(batch)
+        trajectory = self.trajectory(batch)
+        hidden, order = self.read(batch, trajectory)
         slots = functional.pad(
             batch["targets"], (self.text_start, 0), value=IGNORED
         )  # (B, 1 + P + T)
         targets = slots.gather(1, order)[:, 1:]  # a place predicts the token behind it
         answer = targets != IGNORED
         logits = self.llm.get_output_embeddings()(hidden[:, :-1][answer]).float()  # (answer, V)
-        loss = functional.cross_entropy(logits, targets[answer], reduction="sum")
         at_verdict = (order[:, :-1] == (batch["verdict"] + self.text_start)[:, None])[answer]
-        yes, no = logits[at_verdict][:, list(self.verdict)].unbind(1)
-        return Output(loss, int(answer.sum()), yes - no)
+        if trajectory is not None:
+            yes = (
+                at_verdict.nonzero().squeeze(1),
+                torch.full_like(batch["verdict"], self.verdict[0]),
+            )
+            logits = logits.index_put(yes, trajectory.logit, accumulate=True)
+        loss = functional.cross_entropy(logits, targets[answer], reduction="none")
+        loss = (loss * torch.where(at_verdict, VERDICT_WEIGHT, 1.0)).sum()
+        yes_logit, no_logit = logits[at_verdict][:, list(self.verdict)].unbind(1)
+        return Output(loss, int(answer.sum()), yes_logit - no_logit)
 
     @torch.no_grad()
-    def write(self, batch: TextBatch, most: int, eos: int, pad: int) -> Tensor:
-        """Continue prompts greedily, batched.
+    def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
+        """Continue reports greedily, batched, from the verdict on.
 
         Args:
-            batch: its text holds prompts only.
+            batch: its text ends right before the verdict.
             most: tokens to write at most.
-            eos: id that ends a report.
+            eos: ids that end a report.
             pad: id that fills finished rows.
 
         Returns:
             (B, at most ``most``) ids.
         """
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, LogitsProcessorList
 
         self.eval()
-        embeddings, mask, _ = self.embed(batch, left=True)
+        trajectory = self.trajectory(batch)
+        embeddings, mask, _ = self.embed(batch, trajectory, left=True)
+
+        def add_trajectory(written: Tensor, scores: Tensor) -> Tensor:
+            """Weigh the verdict, the first token, as ``forward`` does."""
+            if trajectory is None or written.shape[1] > 0:
+                return scores
+            verdict = scores.new_zeros(scores.shape[1])
+            verdict[self.verdict[0]] = 1.0
+            return scores + trajectory.logit.to(scores.dtype)[:, None] * verdict
+
         plan = GenerationConfig(
             max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad
         )
         written: Tensor = self.llm.generate(
-            inputs_embeds=embeddings, attention_mask=mask.long(), generation_config=plan
+            inputs_embeds=embeddings,
+            attention_mask=mask.long(),
+            generation_config=plan,
+            logits_processor=LogitsProcessorList([add_trajectory]),
         )
         return written
 
@@ -566,11 +636,21 @@ class TextCollator:
     """Batches with text: tokenises every prompt and report once, then pads what a batch needs.
 
     Prompt, the words before the verdict, the verdict and the rest are tokenised apart, so that the
-    verdict lies on the same token boundary whatever surrounds it.
+    verdict lies on the same token boundary whatever surrounds it. An instruction-tuned model gets
+    the prompt as a user's turn in its own chat template.
+
+    Attributes:
+        known: ``Trajectory`` of all N rows, from an encoder that no longer learns.
+        shortened: how many prompts lost their oldest observations to ``most_tokens``.
     """
 
     def __init__(
-        self, dataset: TrajectoryDataset, tokenizer: PreTrainedTokenizerBase, *, answers: bool
+        self,
+        dataset: TrajectoryDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        answers: bool,
+        most_tokens: int | None = None,
     ) -> None:
         """Tokenise.
 
@@ -578,44 +658,76 @@ class TextCollator:
             dataset: gives prompts and reports.
             tokenizer: of the language model.
             answers: also the report, as the target (stage 3); all rows must have labels.
+            most_tokens: of a prompt; longer ones lose their oldest observations.
+
+        Raises:
+            InputError: a prompt is longer than ``most_tokens`` even with one observation a series.
         """
         self.dataset = dataset
+        self.known: Trajectory | None = None
+        self.shortened = 0
+        self._tokenizer = tokenizer
         self.pad = int(tokenizer.pad_token_id)
-        self.eos = int(tokenizer.eos_token_id)
         self.bos = int(tokenizer.bos_token_id)
-
-        def ids(texts: list[str]) -> list[list[int]]:
-            # A context that spells "<bos>" stays text.
-            plain = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
-            return list(plain["input_ids"])
-
-        yes, no, stem = ids([" yes", " no", f"{dataset.outcome}:"])
+        self.before, self.behind, turn_end = chat_turns(tokenizer)
+        self.eos = [int(tokenizer.eos_token_id), *turn_end]
+        yes, no, stem = self._ids([" yes", " no", f"{dataset.outcome}:"])
         shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
         self.stem = stem + yes[:shared]
         self.verdict = (yes[shared], no[shared])
-        self.prompts = ids([dataset.prompt(i) for i in range(len(dataset))])
+        self.prompts = self._read_prompts(most_tokens)
         self.answers: list[list[int]] = []
         if answers:
-            rest = ids([self._behind_verdict(i) for i in range(len(dataset))])
+            rest = self._ids([self._behind_verdict(i) for i in range(len(dataset))])
             words = [yes[shared:] if label == 1 else no[shared:] for label in dataset.labels]
-            self.answers = [w + r + [self.eos] for w, r in zip(words, rest, strict=True)]
+            self.answers = [w + r + [self.eos[-1]] for w, r in zip(words, rest, strict=True)]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # A context that spells "<bos>" stays text.
+        plain = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return list(plain["input_ids"])
+
+    def _read_prompts(self, most_tokens: int | None) -> list[list[int]]:
+        """Tokenise all prompts, the too long ones with ever fewer of their oldest observations."""
+        prompts = self._ids([self.dataset.prompt(i) for i in range(len(self.dataset))])
+        room = math.inf if most_tokens is None else most_tokens - len(self.before + self.behind)
+        for i, prompt in enumerate(prompts):
+            told = int(self.dataset.lengths[i])
+            self.shortened += len(prompt) > room
+            while len(prompt) > room and told > 1:
+                told = min(told - 1, math.ceil(told * room / len(prompt)))
+                prompt = self._ids([self.dataset.prompt(i, max(told, 1))])[0]
+            if len(prompt) > room:
+                raise InputError(
+                    f"--max_text_tokens {most_tokens}: the text of {self.dataset.source} needs "
+                    f"{len(prompt)} tokens with one observation a series: raise it, or tell less "
+                    "by --series_text or --text_context"
+                )
+            prompts[i] = self.before + prompt + self.behind
+        return prompts
 
     def _behind_verdict(self, i: int) -> str:
         word = " yes" if self.dataset.labels[i] == 1 else " no"
         return self.dataset.report(i).removeprefix(f"{self.dataset.outcome}:{word}")
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Give the tokens of each row's text, (N,)."""
+        answers = self.answers or [[]] * len(self.prompts)
+        pairs = zip(self.prompts, answers, strict=True)
+        return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
+
     def __call__(self, indices: Sequence[int]) -> TextBatch:
         """Give the batch of the chosen series: prompt, words before the verdict, answer."""
-        return self._batch(
-            indices, [self.stem + (self.answers[i] if self.answers else []) for i in indices]
-        )
+        return self._batch(indices, [self.answers[i] if self.answers else [] for i in indices])
 
     def prompts_only(self, indices: Sequence[int]) -> TextBatch:
-        """Give the batch that generation continues: no answer, not even its first words."""
+        """Give the batch that generation continues: it ends right before the verdict."""
         return self._batch(indices, [[] for _ in indices])
 
-    def _batch(self, indices: Sequence[int], behind: list[list[int]]) -> TextBatch:
-        rows = [self.prompts[i] + tail for i, tail in zip(indices, behind, strict=True)]
+    def _batch(self, indices: Sequence[int], answers: list[list[int]]) -> TextBatch:
+        rows = [
+            self.prompts[i] + self.stem + answer for i, answer in zip(indices, answers, strict=True)
+        ]
         longest = max(map(len, rows))
         starts = torch.tensor([len(self.prompts[i]) for i in indices])
         lengths = torch.tensor([len(row) for row in rows])
@@ -623,13 +735,53 @@ class TextCollator:
         place = torch.arange(longest)
         text_mask = place < lengths[:, None]
         answer = (place >= starts[:, None]) & text_mask
-        return TextBatch(
+        batch = TextBatch(
             **self.dataset.collate(indices),
             input_ids=input_ids,
             text_mask=text_mask,
             targets=torch.where(answer, input_ids, IGNORED),
             verdict=starts + len(self.stem) - 1,
         )
+        if self.known is not None:
+            chosen = batch["index"]
+            batch["states"] = self.known.states[chosen]
+            batch["states_mask"] = self.known.mask[chosen]
+            batch["trajectory_logit"] = self.known.logit[chosen]
+        return batch
+
+
+def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """Give the ids in front of and behind a user's words, and those that end the answer.
+
+    All empty where the tokenizer has no chat template: the model reads plain text.
+    """
+    if not tokenizer.chat_template:
+        return [], [], []
+    place = "PLACE"
+    turns = [{"role": "user", "content": place}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    before, behind = text.split(place)
+    before = before.removeprefix(tokenizer.bos_token)  # stands in front of the soft tokens
+    ids = tokenizer([before, behind], add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    return ids[0], ids[1], [] if end in (None, tokenizer.unk_token_id) else [end]
+
+
+@torch.no_grad()
+def remember_trajectories(
+    model: TrajectoryLLM, collate: TextCollator, device: torch.device, rows: int = 512
+) -> None:
+    """Encode every row once where the encoder no longer learns; the batches then bring it along."""
+    if model.encoder is None or any(p.requires_grad for p in model.encoder.parameters()):
+        return
+    encoder, head = model.encoder.to(device).eval(), model.trajectory_head
+    head = head.to(device).eval() if head else None
+    parts = []
+    for start in range(0, len(collate.dataset), rows):
+        indices = range(start, min(start + rows, len(collate.dataset)))
+        batch = to_device(collate.dataset.collate(indices), device)
+        parts.append(encode(encoder, head, batch, model.tokens))
+    collate.known = Trajectory(*(torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True)))
 
 
 # --------------------------------------------------------------------------- metrics
@@ -757,6 +909,10 @@ class Data(NamedTuple):
     split: dict[str, NDArray[np.int64]]
     fingerprint: str
 
+    def prevalence(self) -> float:
+        """Give the share of events in the training part."""
+        return float(self.dataset.labels[self.split["train"]].mean())
+
     def facts(self) -> dict[str, Any]:
         """Give what a checkpoint must remember of its data, without any patient in it."""
         patients = np.unique(self.dataset.groups[self.split["train"]])
@@ -784,6 +940,7 @@ class Stage:
         higher_is_better: direction of ``monitor``.
         save: writes the winner.
         load: reads it back into ``model``.
+        accumulate: batches whose gradients are summed up for one step.
         after_test: what else the winner is asked on the test part; gives figures for the report.
     """
 
@@ -797,6 +954,7 @@ class Stage:
     higher_is_better: bool
     save: Callable[[Path], None]
     load: Callable[[Path], None]
+    accumulate: int = 1
     after_test: Callable[[Scored, Path], dict[str, Any]] | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -809,30 +967,83 @@ class Stage:
         return groups
 
 
+class Batches(Sampler[list[int]]):
+    """Positions in batches, the rows of a batch of about equal length where lengths are given.
+
+    Training: shuffled by ``generator``, then sorted by length within runs of ``BUCKET`` batches,
+    then the batches shuffled. Otherwise sorted throughout, since nothing depends on the order.
+    """
+
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        batch_size: int,
+        lengths: NDArray[np.int64] | None,
+        *,
+        shuffle: bool,
+    ) -> None:
+        """Keep what an order is made of; ``lengths`` (N,) goes by position in the data set."""
+        self.rows = rows
+        self.batch_size = batch_size
+        self.lengths = lengths
+        self.shuffle = shuffle
+        self.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        """Give the number of batches."""
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Give batches of positions."""
+        rows = self.rows
+        if self.shuffle:
+            rows = rows[torch.randperm(len(rows), generator=self.generator).numpy()]
+        run = self.batch_size * (BUCKET if self.shuffle else len(self))
+        batches = []
+        for start in range(0, len(rows), run):
+            bucket = rows[start : start + run]
+            if self.lengths is not None:
+                bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
+            batches += [
+                bucket[k : k + self.batch_size].tolist()
+                for k in range(0, len(bucket), self.batch_size)
+            ]
+        if self.shuffle and self.lengths is not None:
+            order = torch.randperm(len(batches), generator=self.generator)
+            batches = [batches[k] for k in order.tolist()]
+        yield from batches
+
+    def padding_share(self) -> float:
+        """Give the share of padding among all tokens of one pass."""
+        assert self.lengths is not None
+        lengths = [self.lengths[batch] for batch in self]
+        return 1 - sum(n.sum() for n in lengths) / sum(len(n) * n.max() for n in lengths)
+
+
 def make_loaders(
-    split: dict[str, NDArray[np.int64]], batch_size: int, collate: Callable[[Sequence[int]], Any]
+    split: dict[str, NDArray[np.int64]],
+    batch_size: int,
+    collate: Callable[[Sequence[int]], Any],
+    lengths: NDArray[np.int64] | None = None,
 ) -> dict[str, DataLoader[int]]:
-    """Give loaders over positions; training is shuffled, the others keep their order.
+    """Give loaders over positions; training is shuffled.
 
     Evaluation needs no gradients, so it takes twice the batch.
     """
-    return {
-        part: DataLoader(
-            indices.tolist(),
-            batch_size=batch_size if part == "train" else 2 * batch_size,
-            shuffle=part == "train",
-            generator=torch.Generator(),
-            collate_fn=collate,
-        )
-        for part, indices in split.items()
-    }
+    loaders = {}
+    for part, rows in split.items():
+        trains = part == "train"
+        size = batch_size if trains else 2 * batch_size
+        batches = Batches(rows, size, lengths, shuffle=trains)
+        everything: Any = range(int(rows.max()) + 1)  # position i of the data set is i
+        loaders[part] = DataLoader(everything, batch_sampler=batches, collate_fn=collate)
+    return loaders
 
 
 def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Stage 1: encoder and head alone, no LLM."""
     encoder = make_encoder(args, data)
-    prevalence = float(data.dataset.labels[data.split["train"]].mean())
-    model = TrajectoryClassifier(encoder, prevalence)
+    model = TrajectoryClassifier(encoder, data.prevalence())
     facts = {**encoder_facts(encoder), **data.facts()}
     return Stage(
         name="trajectory",
@@ -850,23 +1061,30 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
 
 def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Stages 2 and 3: soft prompt and text before an adapted language model."""
-    encoder = make_encoder(args, data)  # before minutes go into loading the language model
+    # Before minutes go into loading the language model.
+    encoder, trajectory_head = make_reader(args, data)
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     base, tokenizer = load_language_model(
         args.model_name, args.quantization, dtype, default_device()
     )
     writes = args.mode == "generative"
-    collate = TextCollator(data.dataset, tokenizer, answers=writes)
+    collate = TextCollator(
+        data.dataset, tokenizer, answers=writes, most_tokens=args.max_text_tokens
+    )
     scale = embedding_rms(base, [collate.prompts[i] for i in data.split["train"]])
     seed_everything(args.seed)
     model = (LLMWriter if writes else LLMClassifier)(
         encoder,
         add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout),
+        trajectory_head=trajectory_head,
         tokens=args.num_prefix_tokens,
         scale=scale,
         bos=collate.bos,
         verdict=collate.verdict,
     )
+    remember_trajectories(model, collate, default_device())
+    if args.gradient_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     facts = {
         "stage": args.mode,
         "base_model": args.model_name,
@@ -874,33 +1092,58 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
         "base_class": type(base).__name__,
         "quantization": args.quantization,
         "precision": str(dtype).removeprefix("torch."),
-        "num_prefix_tokens": args.num_prefix_tokens,
-        **encoder_facts(encoder),
+        "num_prefix_tokens": model.tokens,
+        "text_context": args.text_context,
+        "series_text": args.series_text,
+        **({} if encoder is None else encoder_facts(encoder)),
         **data.facts(),
     }
-    loaders = make_loaders(data.split, args.batch_size, collate)
+    rates = {
+        "encoder": args.encoder_lr,
+        "trajectory_head": args.encoder_lr,
+        "projection": args.projection_lr,
+        "llm": args.adapter_lr,
+        "head": args.head_lr,
+    }
     return Stage(
         name=args.mode,
         model=model,
-        learning_rates={
-            "encoder": args.encoder_lr,
-            "projection": args.projection_lr,
-            "llm": args.adapter_lr,
-            **({} if writes else {"head": args.head_lr}),
-        },
-        loaders=loaders,
+        learning_rates={name: rates[name] for name, _ in model.named_children()},
+        loaders=make_loaders(data.split, args.batch_size, collate, collate.lengths()),
         epochs=args.epochs,
         patience=args.patience,
         monitor="val_loss" if writes else "val_auroc",
         higher_is_better=not writes,
         save=lambda folder: save_llm(model, facts, folder / "best"),
         load=lambda folder: load_llm(model, folder / "best"),
+        accumulate=args.gradient_accumulation,
         after_test=(
             partial(write_reports, model, collate, tokenizer)
             if isinstance(model, LLMWriter)
             else None
         ),
     )
+
+
+def make_reader(
+    args: argparse.Namespace, data: Data
+) -> tuple[ClinicalODERNN | None, PooledHead | None]:
+    """Give encoder and head for a language model, both None where text is all that it reads.
+
+    With a stage 1 file both are its own and frozen. Without one both learn; an encoder that is
+    frozen as it was made says nothing that a head could add.
+    """
+    if args.soft_prompt == "off":
+        seed_everything(args.seed)
+        return None, None
+    encoder = make_encoder(args, data)
+    if args.freeze_ode and not args.ode_checkpoint:
+        return encoder, None
+    head = PooledHead(encoder.hidden_dim, data.prevalence())
+    if args.ode_checkpoint:
+        head.load_state_dict(read_trajectory(args.ode_checkpoint)["head"])
+        head.requires_grad_(False)
+    return encoder, head
 
 
 def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
@@ -974,20 +1217,23 @@ def write_reports(
         patient's own, AUROC of the verdict's probability.
     """
     dataset, device = collate.dataset, next(model.parameters()).device
-    most = max(len(collate.stem) + len(answer) for answer in collate.answers) + 16
-    loader = DataLoader(
-        scored.rows.tolist(), batch_size=GENERATION_BATCH, collate_fn=collate.prompts_only
-    )
-    texts: list[str] = []
-    for batch in progress(loader, "writing reports"):
-        prompts = to_device(batch, device)
-        ids = model.write(prompts, most, collate.eos, collate.pad)
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+    most = max(map(len, collate.answers)) + 16
+    lengths = np.array([len(prompt) for prompt in collate.prompts])  # of all rows
+    batches = Batches(scored.rows, GENERATION_BATCH, lengths, shuffle=False)
+    texts: dict[int, str] = {}
+    for indices in progress(batches, "writing reports"):
+        prompts = to_device(collate.prompts_only(indices), device)
+        ids = model.write(prompts, most, collate.eos, collate.pad).tolist()
+        written = tokenizer.batch_decode(
+            [collate.stem + row for row in ids], skip_special_tokens=True
+        )
+        texts.update(zip(indices, written, strict=True))
     lines, scores = [], []
-    for i, text, p in zip(scored.rows, texts, scored.probability, strict=True):
-        score = dataset.score_report(int(i), text)
+    for i, p in zip(scored.rows.tolist(), scored.probability, strict=True):
+        text = texts[i]
+        score = dataset.score_report(i, text)
         scores.append(score)
-        line = {"id": str(dataset.ids[i]), "text": text, "target": dataset.report(int(i))}
+        line = {"id": str(dataset.ids[i]), "text": text, "target": dataset.report(i)}
         lines.append({**line, "verdict": score.verdict, "probability": float(p)})
     write_text(folder / "generations_test.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
     stated = sum(score.stated for score in scores)
@@ -1184,7 +1430,7 @@ def set_aside(path: Path) -> None:
 
 
 class Scored(NamedTuple):
-    """A part of the data as the model sees it, rows in loader order.
+    """A part of the data as the model sees it, rows in the order of the data set.
 
     loss: mean over all terms; labels, probability, rows (positions in the data set): (n,).
     """
@@ -1267,16 +1513,16 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
     """
     model = stage.model.to(device)
     optimizer = torch.optim.AdamW(stage.parameter_groups(), weight_decay=WEIGHT_DECAY, fused=True)
-    total = stage.epochs * len(stage.loaders["train"])
+    total = stage.epochs * -(-len(stage.loaders["train"]) // stage.accumulate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(total))
     average = WeightAverage(trainable(model), AVERAGE_DECAY)
     stopping = EarlyStopping(stage.patience, stage.higher_is_better)
     history: list[str] = []
     for epoch in range(1, stage.epochs + 1):
         began = time.perf_counter()
-        order = stage.loaders["train"].generator
-        assert order is not None
-        order.manual_seed(seed + epoch)  # the order of an epoch depends on nothing before it
+        batches = stage.loaders["train"].batch_sampler
+        assert isinstance(batches, Batches)
+        batches.generator.manual_seed(seed + epoch)  # an epoch's order depends on none before it
         with state_kept(stage, average, stopping, folder):
             train_loss = train_epoch(stage, optimizer, schedule, average, stopping)
             with average.applied():
@@ -1334,23 +1580,33 @@ def train_epoch(
     model, parameters, epoch = stage.model.train(), average.parameters, stopping.epoch + 1
     device = parameters[0].device
     total, count = 0.0, 0
-    bar = progress(stage.loaders["train"], f"{stage.name} {epoch}/{stage.epochs}")
+    loader = stage.loaders["train"]
+    bar = progress(loader, f"{stage.name} {epoch}/{stage.epochs}")
     best = {} if epoch == 1 else {f"best {stage.monitor}": f"{stopping.best:.4f}"}
-    for step, batch in enumerate(bar, 1):
+    optimizer.zero_grad()
+    loss, terms = 0.0, 0
+    for number, batch in enumerate(bar, 1):
         output = model(to_device(batch, device))
-        loss = output.loss / output.terms
-        optimizer.zero_grad()
-        loss.backward()
+        output.loss.backward()
+        loss, terms = loss + output.loss.item(), terms + output.terms
+        if number % stage.accumulate and number < len(loader):
+            continue
+        # Sums of losses, divided by all their terms: as one large batch, whatever the lengths.
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_div_(gradients, terms)
         norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
-        if not math.isfinite(value := loss.item()) or not math.isfinite(norm):
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise NonFiniteLossError(
-                f"the loss is {value}, its gradient {norm} at step {step} of epoch {epoch}: lower "
-                "the learning rates or look for extreme values; the best state so far is kept"
+                f"the loss is {loss / terms}, its gradient {norm} at batch {number} of epoch "
+                f"{epoch}: lower the learning rates or look for extreme values; the best state so "
+                "far is kept"
             )
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
         average.update()
-        total, count = total + value * output.terms, count + output.terms
+        total, count = total + loss, count + terms
+        loss, terms = 0.0, 0
         bar.set_postfix({"loss": f"{total / count:.4f}", **best}, refresh=False)
     return total / count
 
@@ -1359,7 +1615,7 @@ def train_epoch(
 def evaluate(
     model: nn.Module, loader: DataLoader[int], device: torch.device, most_batches: int | None = None
 ) -> Scored:
-    """Score a part of the data; sums and counts, so the batch size does not matter."""
+    """Score a part of the data, in its own order; sums and counts, so batches do not matter."""
     model.eval()
     total, count = 0.0, 0
     logits, labels, index = [], [], []
@@ -1371,11 +1627,13 @@ def evaluate(
         logits.append(output.logit.double().cpu())
         labels.append(batch["labels"])
         index.append(batch["index"])
+    rows = torch.cat(index)
+    order = torch.argsort(rows)
     return Scored(
         total / count,
-        torch.cat(labels).double().numpy(),
-        torch.sigmoid(torch.cat(logits)).numpy(),
-        torch.cat(index).numpy(),
+        torch.cat(labels).double()[order].numpy(),
+        torch.sigmoid(torch.cat(logits))[order].numpy(),
+        rows[order].numpy(),
     )
 
 
@@ -1408,11 +1666,11 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def progress(loader: DataLoader[int], what: str) -> Any:
-    """Wrap a loader in a progress bar, silent where the output is no terminal."""
+def progress(batches: DataLoader[int] | Batches, what: str) -> Any:
+    """Wrap batches in a progress bar, silent where the output is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(loader, desc=what, leave=False, disable=not sys.stderr.isatty())
+    return tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty())
 
 
 def seed_everything(seed: int) -> None:
@@ -1654,6 +1912,8 @@ def add_data_flags(parser: Parser) -> None:
     add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
     add("--max_len", type=POSITIVE, help=f"most recent observations kept; {LENGTHS}")
     add("--series_text", choices=SERIES_TEXT, default="all", help="series in the LLM's text")
+    add("--text_context", choices=("full", "none"), default="full", help="context in the text")
+    add("--max_text_tokens", type=POSITIVE, help="longer prompts lose their oldest observations")
     add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
 
 
@@ -1662,7 +1922,9 @@ def add_training_flags(parser: Parser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=POSITIVE, default=10, help="training epochs of stages 2 and 3")
     add("--trajectory_epochs", type=POSITIVE, default=100, help="training epochs of stage 1")
-    add("--batch_size", type=POSITIVE, default=16, help="patients a step")
+    add("--batch_size", type=POSITIVE, default=16, help="patients a batch")
+    add("--gradient_accumulation", type=POSITIVE, default=1, help="batches a step, stages 2 and 3")
+    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--patience", type=POSITIVE, default=10, help="early stopping patience in epochs")
     add(
         "--seed",
@@ -1693,6 +1955,7 @@ def add_model_flags(parser: Parser) -> None:
         help="nf4 on CUDA, none elsewhere, when not given",
     )
     add("--precision", type=precision_name, default="auto", help="auto, bf16 or fp32")
+    add("--soft_prompt", choices=("on", "off"), default="on", help="off: the LLM reads text alone")
     add("--num_prefix_tokens", type=POSITIVE, default=8, help="soft tokens: the latest states")
     add("--projection_lr", type=RATE, default=1e-3, help="learning rate of the projection")
     add("--adapter_lr", type=RATE, default=2e-4, help="learning rate of the LoRA adapter")
@@ -1742,6 +2005,7 @@ def load_data(args: argparse.Namespace) -> Data:
         )
     else:
         raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
+    dataset.text_context = args.text_context == "full"
     fingerprint = dataset.fingerprint()
     dataset = dataset.sample_patients(args.max_samples, args.seed)
     return Data(dataset, dataset.split(args.seed), fingerprint)

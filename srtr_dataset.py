@@ -594,9 +594,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Give the limits of a living adult."""
         return self._kind.features[feature].low, self._kind.features[feature].high
 
-    def _tell(self, i: int) -> str:
+    def _tell(self, i: int, most: int | None) -> str:
         """Give the latest values of each series with their days."""
-        most = 1 if self.series_text == "last" else TEXT_VALUES
+        most = 1 if self.series_text == "last" else min(most or TEXT_VALUES, TEXT_VALUES)
         lines = []
         for f, times, values in self.measured(i):
             feature, days = self._kind.features[f], times / HOURS
