@@ -729,7 +729,7 @@ class TextCollator:
             self.prompts[i] + self.stem + answer for i, answer in zip(indices, answers, strict=True)
         ]
         longest = max(map(len, rows))
-        starts = torch.tensor([len(self.prompts[i]) for i in indices])
+        starts = torch.tensor([len(self.prompts[i]) + len(self.stem) for i in indices])
         lengths = torch.tensor([len(row) for row in rows])
         input_ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
         place = torch.arange(longest)
@@ -740,7 +740,7 @@ class TextCollator:
             input_ids=input_ids,
             text_mask=text_mask,
             targets=torch.where(answer, input_ids, IGNORED),
-            verdict=starts + len(self.stem) - 1,
+            verdict=starts - 1,
         )
         if self.known is not None:
             chosen = batch["index"]
@@ -1932,7 +1932,7 @@ def add_training_flags(parser: Parser) -> None:
         default=0,
         help="of split, initialisation, order, bootstrap",
     )
-    add("--encoder_lr", type=RATE, default=5e-3, help="learning rate of the ODE-RNN and its head")
+    add("--encoder_lr", type=RATE, default=2e-3, help="learning rate of the ODE-RNN and its head")
     add("--head_lr", type=RATE, default=1e-3, help="learning rate of stage 2's head")
 
 

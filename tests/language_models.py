@@ -143,9 +143,15 @@ class Parts(NamedTuple):
 
 
 def classifier_and_writer(
-    dtype: torch.dtype = torch.float32, base: PreTrainedModel | None = None
+    dtype: torch.dtype = torch.float32,
+    base: PreTrainedModel | None = None,
+    *,
+    residual: bool = False,
 ) -> Parts:
-    """Stage 2 and stage 3 models on the same parts, and the collator with answers."""
+    """Stage 2 and stage 3 models on the same parts, and the collator with answers.
+
+    ``residual`` adds the logit of a stage 1 head, as a run with --ode_checkpoint does.
+    """
     dataset = patients()
     tiny, tokenizer = trainer.load_language_model("tiny", "none", dtype, CPU)
     base = base or tiny
@@ -156,6 +162,9 @@ def classifier_and_writer(
     disturb_adapter(llm)
     encoder = encoder_for(dataset)
     layout: dict[str, Any] = {"tokens": PREFIX, "scale": scale, "bos": collate.bos}
+    if residual:
+        torch.manual_seed(6)
+        layout["trajectory_head"] = trainer.PooledHead(encoder.hidden_dim, 0.3)
     classifier = LLMClassifier(encoder, llm, verdict=collate.verdict, **layout)
     writer = LLMWriter(encoder, llm, verdict=collate.verdict, **layout)
     writer.projection = classifier.projection
@@ -182,6 +191,8 @@ def plain_sequence(model: trainer.TrajectoryLLM, batch: TextBatch, row: int) -> 
     embedding = model.llm.get_input_embeddings()
     length = int(batch["observed"][row].any(1).sum())
     series = [batch[key][row : row + 1, :length] for key in ("times", "values", "observed")]
+    assert model.encoder is not None
+    assert model.projection is not None
     states = model.encoder(*series)[:, -PREFIX:]  # (1, up to P, H)
     soft = model.projection.linear(states)
     soft = soft / soft.square().mean(-1, keepdim=True).sqrt() * model.projection.scale

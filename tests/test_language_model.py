@@ -76,9 +76,10 @@ def test_soft_tokens_are_as_large_as_the_scaled_embeddings_of_real_prompts(
     width = model.llm.config.hidden_size
     table = model.llm.get_input_embeddings().weight * width**0.5  # Gemma's own scaling
     real = table[torch.tensor(list(itertools.chain(*collate.prompts)))].square().mean().sqrt()
-    states = model.encoder(batch["times"], batch["values"], batch["observed"])
-    tokens, mask = model.projection(states, batch["observed"].any(2).sum(1))
-    rms = tokens[mask].square().mean(1).sqrt()
+    trajectory = model.trajectory(batch)
+    assert trajectory is not None
+    assert model.projection is not None
+    rms = model.projection(trajectory.states)[trajectory.mask].square().mean(1).sqrt()
     assert len(rms) == 1 + 4 + 4 + 2 + 4
     torch.testing.assert_close(rms, real.expand_as(rms), rtol=0.1, atol=0)
 
@@ -91,30 +92,38 @@ def test_embedding_rms_is_that_of_the_scaled_embeddings() -> None:
     assert expected == pytest.approx(64**0.5 * 0.125, rel=0.2)
 
 
-def test_soft_tokens_are_the_latest_states_in_their_order() -> None:
-    soft = SoftPrompt(hidden_dim=3, width=5, tokens=2, scale=1.5)
+def test_soft_tokens_are_the_normalised_projections_of_states() -> None:
+    soft = SoftPrompt(hidden_dim=3, width=5, scale=1.5)
     states = torch.randn(2, 4, 3)
-    tokens, mask = soft(states, torch.tensor([4, 3]))
-    projected = soft.linear(torch.stack([states[0, 2:4], states[1, 1:3]]))
+    projected = soft.linear(states)
     expected = 1.5 * projected / projected.square().mean(2, keepdim=True).sqrt()
-    torch.testing.assert_close(tokens, expected)
-    assert mask.all()
+    torch.testing.assert_close(soft(states), expected)
 
 
-def test_a_patient_with_few_observations_has_fewer_soft_tokens() -> None:
-    soft = SoftPrompt(hidden_dim=3, width=5, tokens=4, scale=1.0)
-    states = torch.randn(1, 4, 3)
-    tokens, mask = soft(states, torch.tensor([2]))
-    assert mask.tolist() == [[False, False, True, True]]
-    projected = soft.linear(states[:, :2])
-    expected = projected / projected.square().mean(2, keepdim=True).sqrt()
-    torch.testing.assert_close(tokens[mask][None], expected)
+def test_the_latest_states_are_kept_in_their_order_and_fewer_where_there_are_fewer(
+    parts: Parts, batch: TextBatch
+) -> None:
+    encoder = parts.classifier.encoder
+    assert encoder is not None
+    head = trainer.PooledHead(encoder.hidden_dim, 0.3).eval()
+    states, mask, logit = trainer.encode(encoder, head, batch, PREFIX)
+    assert states.shape == (len(ROWS), PREFIX, encoder.hidden_dim)
+    for row in range(len(ROWS)):
+        length = int(batch["observed"][row].any(1).sum())
+        series = [batch[key][row : row + 1, :length] for key in ("times", "values", "observed")]
+        alone = encoder(*series)
+        assert mask[row].tolist() == [k >= PREFIX - length for k in range(PREFIX)]
+        torch.testing.assert_close(states[row, mask[row]], alone[0, -PREFIX:])
+        present = torch.ones(1, length, dtype=torch.bool)
+        torch.testing.assert_close(logit[row : row + 1], head(alone, present))
+    assert trainer.encode(encoder, None, batch, PREFIX).logit.tolist() == [0.0] * len(ROWS)
 
 
 @pytest.mark.parametrize("width", [64, 96])
 def test_the_projection_is_as_wide_as_the_language_model(width: int) -> None:
     base = Gemma3ForCausalLM(text_config(width)).requires_grad_(False)
     classifier, writer, collate = classifier_and_writer(base=base)
+    assert classifier.projection is not None
     assert classifier.projection.linear.out_features == width
     assert classifier.head.in_features == width
     assert classifier(collate(ROWS)).logit.shape == writer(collate(ROWS)).logit.shape == (5,)
@@ -128,7 +137,7 @@ def assert_layout(model: trainer.TrajectoryLLM, batch: TextBatch, left: bool) ->
     with body_inputs(model) as seen:
         if left:
             assert isinstance(model, LLMWriter)
-            model.write(batch, 1, eos=1, pad=0)
+            model.write(batch, 1, eos=[1], pad=0)
         else:
             model(batch)
     embeddings, mask = seen[0]["inputs_embeds"], seen[0]["attention_mask"]
@@ -161,8 +170,8 @@ def test_special_tokens_written_in_a_context_stay_text() -> None:
     dataset.contexts = np.array(["note <bos> copied <eos> from <pad> a page"] * len(dataset))
     collate = TextCollator(dataset, trainer.tiny_language_model()[1], answers=True)
     for prompt, answer in zip(collate.prompts, collate.answers, strict=True):
-        assert not {collate.bos, collate.eos, collate.pad} & set(prompt)
-        assert not {collate.bos, collate.eos, collate.pad} & set(answer[:-1])
+        assert not {collate.bos, *collate.eos, collate.pad} & set(prompt)
+        assert not {collate.bos, *collate.eos, collate.pad} & set(answer[:-1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,7 +179,7 @@ def test_padding_side_changes_no_last_state(parts: Parts, batch: TextBatch, kind
     model = getattr(parts, kind)
     last = []
     for left in (False, True):
-        embeddings, mask, _ = model.embed(batch, left=left)
+        embeddings, mask, _ = model.embed(batch, model.trajectory(batch), left=left)
         hidden = model.body(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
         final = torch.full((len(mask),), -1) if left else mask.sum(1) - 1
         last.append(hidden[torch.arange(len(mask)), final])
@@ -234,6 +243,7 @@ def test_stage_2_never_calls_lm_head(questions: TextCollator) -> None:
     output = model(questions(ROWS))
     output.loss.backward()
     assert calls == []
+    assert model.projection is not None
     assert model.projection.linear.weight.grad is not None
 
 
@@ -257,31 +267,50 @@ def test_stage_2_loss_is_the_summed_cross_entropy(parts: Parts, batch: TextBatch
     assert output.terms == len(ROWS)
 
 
-def test_stage_3_loss_equals_full_logits_row_by_row(parts: Parts, batch: TextBatch) -> None:
-    _, model, collate = parts
-    total, count = 0.0, 0
+def plain_loss(parts: Parts, batch: TextBatch) -> tuple[Tensor, int]:
+    """Stage 3's loss from full logits, row by row; and its terms."""
+    model, collate = parts.writer, parts.collate
+    trajectory = model.trajectory(batch)
+    assert trajectory is not None
+    total, count = torch.zeros(()), 0
     for row, i in enumerate(ROWS):
         logits = model.llm(inputs_embeds=plain_sequence(model, batch, row)).logits[0]
-        answer = torch.tensor(collate.stem + collate.answers[i])
-        predicting = logits[-len(answer) - 1 : -1]
-        total += functional.cross_entropy(predicting, answer, reduction="sum").item()
+        answer = torch.tensor(collate.answers[i])
+        predicting = logits[-len(answer) - 1 : -1].clone()
+        predicting[0, collate.verdict[0]] += trajectory.logit[row]
+        losses = functional.cross_entropy(predicting, answer, reduction="none")
+        total = total + trainer.VERDICT_WEIGHT * losses[0] + losses[1:].sum()
         count += len(answer)
-    output = model(batch)
+    return total, count
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_stage_3_loss_and_gradients_equal_those_of_full_logits(residual: bool) -> None:
+    parts = classifier_and_writer(residual=residual)
+    batch, projection = parts.collate(ROWS), parts.writer.projection
+    assert projection is not None
+    output = parts.writer(batch)
+    plain, count = plain_loss(parts, batch)
     assert output.terms == count
-    assert output.loss.item() / count == pytest.approx(total / count, abs=1e-5)
+    assert output.loss.item() / count == pytest.approx(plain.item() / count, abs=1e-5)
+    (own,) = torch.autograd.grad(output.loss, projection.linear.weight)
+    (expected,) = torch.autograd.grad(plain, projection.linear.weight)
+    torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
 
 
-def test_stage_3_gradients_equal_those_of_full_logits(batch: TextBatch) -> None:
-    _, model, collate = classifier_and_writer()
-    weight = model.projection.linear.weight
-    (own,) = torch.autograd.grad(model(batch).loss, weight)
-    plain = torch.zeros_like(own)
-    for row, i in enumerate(ROWS):
-        logits = model.llm(inputs_embeds=plain_sequence(model, batch, row)).logits[0]
-        answer = torch.tensor(collate.stem + collate.answers[i])
-        loss = functional.cross_entropy(logits[-len(answer) - 1 : -1], answer, reduction="sum")
-        plain += torch.autograd.grad(loss, weight)[0]
-    torch.testing.assert_close(own, plain, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
+def test_stage_1_s_logit_is_added_to_both_verdicts() -> None:
+    classifier, writer, collate = classifier_and_writer(residual=True)
+    batch = collate(ROWS)
+    added = writer.trajectory(batch)
+    assert added is not None
+    assert float(added.logit.detach().abs().min()) > 0.01
+    with_it = writer(batch).logit
+    writer.trajectory_head = None
+    torch.testing.assert_close(with_it - writer(batch).logit, added.logit, rtol=1e-4, atol=1e-5)
+    # Stage 2 starts there exactly.
+    own = classifier.trajectory(batch)
+    assert own is not None
+    assert torch.equal(classifier(batch).logit, own.logit)
 
 
 def test_the_verdict_is_read_before_the_report(
@@ -324,7 +353,7 @@ def test_bf16_gives_finite_loss_and_float32_adapter_and_head(kind: str) -> None:
 # ------------------------------------------------------------------------------- text batches
 
 
-def test_targets_are_the_report_and_its_end_and_nothing_of_the_prompt(
+def test_targets_are_the_report_from_its_verdict_to_its_end(
     parts: Parts, batch: TextBatch
 ) -> None:
     collate = parts.collate
@@ -332,9 +361,11 @@ def test_targets_are_the_report_and_its_end_and_nothing_of_the_prompt(
     for row, i in enumerate(ROWS):
         target = batch["targets"][row]
         answer = target != IGNORED
-        assert tokenizer.decode(target[answer]) == collate.dataset.report(i) + "<eos>"
+        stem = f"{collate.dataset.outcome}: "
+        report = collate.dataset.report(i).removeprefix(stem)
+        assert tokenizer.decode(target[answer]) == report + "<eos>"
         rest = batch["input_ids"][row, batch["text_mask"][row] & ~answer]
-        assert tokenizer.decode(rest) == collate.dataset.prompt(i)
+        assert tokenizer.decode(rest) == collate.dataset.prompt(i) + stem
         assert torch.equal(target[answer], batch["input_ids"][row, answer])
         assert not bool(answer[~batch["text_mask"][row]].any())
 
@@ -357,12 +388,12 @@ def test_stage_2_text_ends_where_the_verdict_would_follow(questions: TextCollato
         assert int(batch["verdict"][row]) == int(batch["text_mask"][row].sum()) - 1
 
 
-def test_prompts_only_holds_no_word_of_the_answer(parts: Parts) -> None:
+def test_prompts_only_ends_right_before_the_verdict(parts: Parts) -> None:
     _, tokenizer = trainer.tiny_language_model()
     batch = parts.collate.prompts_only(ROWS)
     for row, i in enumerate(ROWS):
         text = tokenizer.decode(batch["input_ids"][row, batch["text_mask"][row]])
-        assert text == parts.collate.dataset.prompt(i)
+        assert text == f"{parts.collate.dataset.prompt(i)}{parts.collate.dataset.outcome}: "
     assert bool((batch["targets"] == IGNORED).all())
 
 
@@ -403,7 +434,7 @@ def test_batched_generation_equals_greedy_row_by_row_and_stops_at_the_end_token(
         expected = [greedy(model, sequence, most, end) for sequence in sequences]
     assert 1 < len(expected[0]) < most
     assert max(map(len, expected)) == most
-    written = model.write(prompts, most, eos=end, pad=pad).tolist()
+    written = model.write(prompts, most, eos=[end], pad=pad).tolist()
     assert written == [row + [pad] * (most - len(row)) for row in expected]
 
 
@@ -415,12 +446,12 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
     dataset, rows = collate.dataset, np.arange(len(patients()))[::-1]
     shift = 0
 
-    def write(batch: TextBatch, most: int, eos: int, pad: int) -> Tensor:
+    def write(batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
         indices = ((batch["index"] + shift) % len(dataset)).tolist()
-        texts = [dataset.prompt(int(i)) for i in batch["index"]]
+        texts = [f"{dataset.prompt(int(i))}{dataset.outcome}: " for i in batch["index"]]
         given = [ids[m] for ids, m in zip(batch["input_ids"], batch["text_mask"], strict=True)]
         assert [tokenizer.decode(ids) for ids in given] == texts
-        answers = [collate.stem + collate.answers[i] for i in indices]
+        answers = [collate.answers[i] for i in indices]
         assert most >= max(map(len, answers))
         return torch.tensor([a + [pad] * (most - len(a)) for a in answers])
 
@@ -472,7 +503,7 @@ def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
 def test_a_stage_trains_its_own_parts(mode: str, learning: set[str], frozen: bool) -> None:
     flags = ["--model_name", "tiny", "--mode", mode] + ["--freeze_ode"] * frozen
     stage = trainer.llm_stage(arguments(*flags), data_of(patients()))
-    expected = learning if frozen else learning | {"encoder"}
+    expected = learning if frozen else learning | {"encoder", "trajectory_head"}
     assert {group["name"] for group in stage.parameter_groups()} == expected
     grouped = {id(p) for group in stage.parameter_groups() for p in group["params"]}
     assert grouped == {id(p) for p in stage.model.parameters() if p.requires_grad}
