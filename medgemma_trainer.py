@@ -74,6 +74,7 @@ from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, check_solver
 from srtr_dataset import SRTRTrajectoryDataset
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("medgemma_trainer")
@@ -123,6 +124,10 @@ BOOSTING = {"learning_rate": 0.03, "max_iter": 200, "max_leaf_nodes": 8, "l2_reg
 
 SANITY_BATCHES = 2
 
+ADVICE = (
+    "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
+    "or shorten the text by --series_text or --max_text_tokens"
+)
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 
@@ -632,6 +637,18 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> P
     return adapted
 
 
+def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
+    """Switch whether layers are computed again in the backward pass instead of kept.
+
+    The reentrant kind of checkpoint fails where embeddings come from outside of the model.
+    """
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+
+
 class TextCollator:
     """Batches with text: tokenises every prompt and report once, then pads what a batch needs.
 
@@ -941,6 +958,7 @@ class Stage:
         save: writes the winner.
         load: reads it back into ``model``.
         accumulate: batches whose gradients are summed up for one step.
+        describe: gives lines on what the model reads and the memory that it needs.
         after_test: what else the winner is asked on the test part; gives figures for the report.
     """
 
@@ -955,6 +973,7 @@ class Stage:
     save: Callable[[Path], None]
     load: Callable[[Path], None]
     accumulate: int = 1
+    describe: Callable[[], list[str]] = list
     after_test: Callable[[Scored, Path], dict[str, Any]] | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -972,6 +991,9 @@ class Batches(Sampler[list[int]]):
 
     Training: shuffled by ``generator``, then sorted by length within runs of ``BUCKET`` batches,
     then the batches shuffled. Otherwise sorted throughout, since nothing depends on the order.
+
+    Of several processes each gets its part of every training batch, which is then so many times
+    larger, or, for scoring, every so many-th batch.
     """
 
     def __init__(
@@ -984,40 +1006,48 @@ class Batches(Sampler[list[int]]):
     ) -> None:
         """Keep what an order is made of; ``lengths`` (N,) goes by position in the data set."""
         self.rows = rows
-        self.batch_size = batch_size
+        self.share, self.workers = processes().process_index, processes().num_processes
+        self.batch_size = batch_size * (self.workers if shuffle else 1)
         self.lengths = lengths
         self.shuffle = shuffle
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
-        """Give the number of batches."""
-        return -(-len(self.rows) // self.batch_size)
+        """Give the number of batches of this process."""
+        whole, rest = divmod(len(self.rows), self.batch_size)
+        if self.shuffle:  # a rest that cannot be shared out joins the batch before it
+            return max(1, whole + (rest >= self.workers))
+        batches = whole + (rest > 0)
+        return len(range(self.share, batches, self.workers))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Give batches of positions."""
-        rows = self.rows
-        if self.shuffle:
-            rows = rows[torch.randperm(len(rows), generator=self.generator).numpy()]
-        run = self.batch_size * (BUCKET if self.shuffle else len(self))
-        batches = []
-        for start in range(0, len(rows), run):
-            bucket = rows[start : start + run]
-            if self.lengths is not None:
-                bucket = bucket[np.argsort(self.lengths[bucket], kind="stable")]
-            batches += [
-                bucket[k : k + self.batch_size].tolist()
-                for k in range(0, len(bucket), self.batch_size)
-            ]
-        if self.shuffle and self.lengths is not None:
+        if not self.shuffle:
+            yield from self._cut(self.rows)[self.share :: self.workers]
+            return
+        rows = self.rows[torch.randperm(len(self.rows), generator=self.generator).numpy()]
+        run = self.batch_size * BUCKET
+        batches = [b for k in range(0, len(rows), run) for b in self._cut(rows[k : k + run])]
+        if len(batches) > len(self):
+            batches[-2:] = [batches[-2] + batches[-1]]
+        if self.lengths is not None:
             order = torch.randperm(len(batches), generator=self.generator)
             batches = [batches[k] for k in order.tolist()]
-        yield from batches
+        for batch in batches:
+            yield batch[self.share :: self.workers]
 
-    def padding_share(self) -> float:
-        """Give the share of padding among all tokens of one pass."""
-        assert self.lengths is not None
-        lengths = [self.lengths[batch] for batch in self]
-        return 1 - sum(n.sum() for n in lengths) / sum(len(n) * n.max() for n in lengths)
+    def _cut(self, rows: NDArray[np.int64]) -> list[list[int]]:
+        """Sort rows by length, where lengths are given, and cut them into batches."""
+        if self.lengths is not None:
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        size = self.batch_size
+        return [rows[k : k + size].tolist() for k in range(0, len(rows), size)]
+
+
+def padding_share(batches: Batches, lengths: NDArray[np.int64]) -> float:
+    """Give the share of padding among all tokens of one pass over ``batches``."""
+    cut = [lengths[batch] for batch in batches]
+    return float(1 - sum(n.sum() for n in cut) / sum(len(n) * n.max() for n in cut))
 
 
 def make_loaders(
@@ -1084,7 +1114,7 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     )
     remember_trajectories(model, collate, default_device())
     if args.gradient_checkpointing:
-        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        set_checkpointing(model.llm, on=True)
     facts = {
         "stage": args.mode,
         "base_model": args.model_name,
@@ -1117,6 +1147,7 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
         save=lambda folder: save_llm(model, facts, folder / "best"),
         load=lambda folder: load_llm(model, folder / "best"),
         accumulate=args.gradient_accumulation,
+        describe=partial(describe_llm, model, collate, data.split["train"], args.batch_size),
         after_test=(
             partial(write_reports, model, collate, tokenizer)
             if isinstance(model, LLMWriter)
@@ -1191,6 +1222,117 @@ def refuse_unmeasured(dataset: TrajectoryDataset, observed: Tensor) -> None:
         )
 
 
+# --------------------------------------------------------------------------- memory
+
+
+class Memory(NamedTuple):
+    """Bytes that a training step needs: at rest, for what learns, for one row's activations."""
+
+    weights: int
+    learning: int
+    activations_a_row: int
+
+    def step(self, rows: int) -> int:
+        """Give the bytes at the peak of a step with so many rows."""
+        return self.weights + self.learning + rows * self.activations_a_row
+
+
+def step_memory(model: TrajectoryLLM, tokens: int, answer: int = 0) -> Memory:
+    """Estimate what a training step needs, from a forward pass of one row of zeros.
+
+    What autograd keeps for the backward pass is counted, storage by storage, on whatever device
+    the model is, ``meta`` included. With checkpoints one layer at a time is computed again.
+
+    Args:
+        model: the whole model.
+        tokens: S of the longest row.
+        answer: places of the longest report, which go through ``lm_head``.
+    """
+    body, config = model.body, model.llm.config
+    checkpoints = bool(getattr(body, "gradient_checkpointing", False))
+    saved = saved_bytes(body, tokens, config.hidden_size)
+    if checkpoints:
+        set_checkpointing(model.llm, on=False)
+        saved += saved_bytes(body, tokens, config.hidden_size) // config.num_hidden_layers
+        set_checkpointing(model.llm, on=True)
+    logits = 3 * answer * config.vocab_size * torch.finfo(torch.float32).bits // 8
+    learning = sum(p.numel() * p.element_size() for p in trainable(model))
+    return Memory(
+        weights=sum(map(stored_bytes, {*model.parameters(), *model.buffers()})),
+        learning=4 * learning,  # gradient, two moments of AdamW, weight average
+        activations_a_row=saved + logits,
+    )
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Give the bytes of a tensor, the scales of a 4-bit one included."""
+    state = getattr(tensor, "quant_state", None)
+    scales = [] if state is None else list(state.as_dict(packed=True).values())
+    return sum(t.numel() * t.element_size() for t in [tensor, *scales])
+
+
+def saved_bytes(body: nn.Module, tokens: int, width: int) -> int:
+    """Count what the decoder keeps for the backward pass of one row, weights apart."""
+    weights = {p.untyped_storage()._cdata for p in body.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    norm = next(p for name, p in body.named_parameters() if name.endswith("norm.weight"))
+    row = torch.zeros(1, tokens, width, dtype=norm.dtype, device=norm.device, requires_grad=True)
+    causal = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=norm.device).tril()
+    masks = {"full_attention": causal, "sliding_attention": causal}
+    trained = body.training
+    with (
+        torch.random.fork_rng(),  # dropout must not change what the seed decides
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        kept = body.train()(inputs_embeds=row, attention_mask=masks, use_cache=False)
+    body.train(trained)
+    del kept
+    return sum(seen.values())
+
+
+def describe_llm(
+    model: TrajectoryLLM, collate: TextCollator, train: NDArray[np.int64], batch_size: int
+) -> list[str]:
+    """Say how many tokens a patient costs, how much of a batch is padding, what memory it needs."""
+    lengths = collate.lengths()
+    _, median, _, high = np.quantile(lengths[train], [0, 0.5, 0.75, 1])
+    sorted_share, share = (
+        padding_share(Batches(train, batch_size, by, shuffle=True), lengths)
+        for by in (lengths, None)
+    )
+    lines = [
+        f"tokens a patient: {model.tokens} soft, text median {median:.0f}, longest {high:.0f}",
+        f"padding: {sorted_share:.1%} of all tokens, in random order {share:.1%}",
+    ]
+    if collate.shortened:
+        lines.append(f"{collate.shortened} prompts were too long: their oldest observations left")
+    answer = max(map(len, collate.answers), default=0)
+    need = step_memory(model, 1 + model.tokens + int(lengths.max()), answer)
+    lines.append(
+        f"memory of a step, estimated: weights {gib(need.weights)}, what learns "
+        f"{gib(need.learning)}, activations of {batch_size} of the longest rows "
+        f"{gib(batch_size * need.activations_a_row)}: {gib(need.step(batch_size))} in all"
+    )
+    if torch.cuda.is_available():
+        held = torch.cuda.mem_get_info()[1]
+        lines.append(f"the GPU has {gib(held)}")
+        if need.step(batch_size) > held:
+            lines.append(f"warning: that is too little: {ADVICE}")
+    return lines
+
+
+def gib(size: int) -> str:
+    """Write bytes as GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
 def embedding_rms(model: PreTrainedModel, prompts: list[list[int]], rows: int = 256) -> float:
     """Measure the root mean square of the scaled embeddings of real prompts."""
     embedding = model.get_input_embeddings()
@@ -1228,6 +1370,9 @@ def write_reports(
             [collate.stem + row for row in ids], skip_special_tokens=True
         )
         texts.update(zip(indices, written, strict=True))
+    texts = dict(gather(list(texts.items())))
+    if not processes().is_main_process:
+        return {}
     lines, scores = [], []
     for i, p in zip(scored.rows.tolist(), scored.probability, strict=True):
         text = texts[i]
@@ -1503,20 +1648,46 @@ class EarlyStopping:
         return self.epoch - self.best_epoch >= self.patience
 
 
+class Learner(NamedTuple):
+    """What learns: the model as all processes share it, and all that training keeps beside it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    average: WeightAverage
+    stopping: EarlyStopping
+
+
+def begin(stage: Stage, device: torch.device) -> Learner:
+    """Make what a stage learns with, from its weights as they are."""
+    model = stage.model.to(device)
+    optimizer = torch.optim.AdamW(stage.parameter_groups(), weight_decay=WEIGHT_DECAY, fused=True)
+    total = stage.epochs * -(-len(stage.loaders["train"]) // stage.accumulate)
+    shared: nn.Module = model
+    if processes().num_processes > 1:
+        from accelerate import Accelerator
+
+        shared = Accelerator(cpu=device.type == "cpu").prepare_model(model)
+    return Learner(
+        shared,
+        optimizer,
+        torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(total)),
+        WeightAverage(trainable(model), AVERAGE_DECAY),
+        EarlyStopping(stage.patience, stage.higher_is_better),
+    )
+
+
 def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> EarlyStopping:
     """Train, keep the winner by validation in ``folder``, and leave the model as that winner.
 
-    One line an epoch goes to ``history.jsonl``. The test part is not touched.
+    One line an epoch goes to ``history.jsonl``. The test part is not touched. Of several processes
+    each takes its share of every batch; the first one writes.
 
     Raises:
         NonFiniteLossError: the loss is no number; the winner so far stays on disk.
     """
-    model = stage.model.to(device)
-    optimizer = torch.optim.AdamW(stage.parameter_groups(), weight_decay=WEIGHT_DECAY, fused=True)
-    total = stage.epochs * -(-len(stage.loaders["train"]) // stage.accumulate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(total))
-    average = WeightAverage(trainable(model), AVERAGE_DECAY)
-    stopping = EarlyStopping(stage.patience, stage.higher_is_better)
+    learner = begin(stage, device)
+    average, stopping = learner.average, learner.stopping
     history: list[str] = []
     for epoch in range(1, stage.epochs + 1):
         began = time.perf_counter()
@@ -1524,9 +1695,9 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
         assert isinstance(batches, Batches)
         batches.generator.manual_seed(seed + epoch)  # an epoch's order depends on none before it
         with state_kept(stage, average, stopping, folder):
-            train_loss = train_epoch(stage, optimizer, schedule, average, stopping)
+            train_loss = train_epoch(stage, learner)
             with average.applied():
-                scored = evaluate(model, stage.loaders["val"], device)
+                scored = evaluate(stage.model, stage.loaders["val"], device)
             if not math.isfinite(scored.loss):
                 raise NonFiniteLossError(f"the validation loss is {scored.loss} in epoch {epoch}")
         with average.applied():
@@ -1539,10 +1710,11 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
                 "seconds": round(time.perf_counter() - began, 3),
             }
             improved = stopping.improved(float(figures[stage.monitor]))
-            if improved:
+            if improved and processes().is_main_process:
                 stage.save(folder)
         history.append(json.dumps({**figures, "improved": improved}) + "\n")
-        write_text(folder / "history.jsonl", "".join(history))
+        if processes().is_main_process:
+            write_text(folder / "history.jsonl", "".join(history))
         logger.info(
             "epoch %d/%d: train loss %.4f, val loss %.4f, val AUROC %.4f, %.1f s%s",
             *(epoch, stage.epochs, train_loss, scored.loss, figures["val_auroc"]),
@@ -1551,6 +1723,7 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
         if stopping.exhausted:
             logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
             break
+    processes().wait_for_everyone()  # the winner lies on the disk
     stage.load(folder)
     return stopping
 
@@ -1563,37 +1736,36 @@ def state_kept(
     try:
         yield
     except (NonFiniteLossError, KeyboardInterrupt):
-        if stopping.best_epoch == 0:
+        if stopping.best_epoch == 0 and processes().is_main_process:
             with average.applied():
                 stage.save(folder)
         raise
 
 
-def train_epoch(
-    stage: Stage,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    average: WeightAverage,
-    stopping: EarlyStopping,
-) -> float:
+def train_epoch(stage: Stage, learner: Learner) -> float:
     """Pass once over the training part; give the mean loss over all terms."""
-    model, parameters, epoch = stage.model.train(), average.parameters, stopping.epoch + 1
-    device = parameters[0].device
-    total, count = 0.0, 0
+    stage.model.train()
+    parameters, epoch = learner.average.parameters, learner.stopping.epoch + 1
+    device, workers = parameters[0].device, processes().num_processes
     loader = stage.loaders["train"]
     bar = progress(loader, f"{stage.name} {epoch}/{stage.epochs}")
-    best = {} if epoch == 1 else {f"best {stage.monitor}": f"{stopping.best:.4f}"}
-    optimizer.zero_grad()
-    loss, terms = 0.0, 0
+    best = {} if epoch == 1 else {f"best {stage.monitor}": f"{learner.stopping.best:.4f}"}
+    total = sums = torch.zeros(2, dtype=torch.float64)  # loss, terms
+    learner.optimizer.zero_grad()
     for number, batch in enumerate(bar, 1):
-        output = model(to_device(batch, device))
-        output.loss.backward()
-        loss, terms = loss + output.loss.item(), terms + output.terms
-        if number % stage.accumulate and number < len(loader):
+        steps = number % stage.accumulate == 0 or number == len(loader)
+        with contextlib.nullcontext() if steps else unshared(learner.model):
+            output = learner.model(to_device(batch, device))
+            output.loss.backward()
+        sums = sums + torch.tensor([output.loss.item(), output.terms], dtype=torch.float64)
+        if not steps:
             continue
         # Sums of losses, divided by all their terms: as one large batch, whatever the lengths.
+        # DistributedDataParallel has taken the mean over processes.
+        sums = sum_over_processes(sums)
+        loss, terms = sums.tolist()
         gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_div_(gradients, terms)
+        torch._foreach_mul_(gradients, workers / terms)
         norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise NonFiniteLossError(
@@ -1601,40 +1773,69 @@ def train_epoch(
                 f"{epoch}: lower the learning rates or look for extreme values; the best state so "
                 "far is kept"
             )
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        average.update()
-        total, count = total + loss, count + terms
-        loss, terms = 0.0, 0
-        bar.set_postfix({"loss": f"{total / count:.4f}", **best}, refresh=False)
-    return total / count
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        learner.schedule.step()
+        learner.average.update()
+        total, sums = total + sums, torch.zeros_like(sums)
+        bar.set_postfix({"loss": f"{total[0] / total[1]:.4f}", **best}, refresh=False)
+    return float(total[0] / total[1])
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, loader: DataLoader[int], device: torch.device, most_batches: int | None = None
 ) -> Scored:
-    """Score a part of the data, in its own order; sums and counts, so batches do not matter."""
+    """Score a part of the data, in its own order; sums and counts, so batches do not matter.
+
+    Each process scores its share of the batches; all get the whole.
+    """
     model.eval()
-    total, count = 0.0, 0
-    logits, labels, index = [], [], []
+    pieces = []
     for step, batch in enumerate(loader):
         if step == most_batches:
             break
         output = model(to_device(batch, device))
-        total, count = total + float(output.loss), count + output.terms
-        logits.append(output.logit.double().cpu())
-        labels.append(batch["labels"])
-        index.append(batch["index"])
-    rows = torch.cat(index)
-    order = torch.argsort(rows)
-    return Scored(
-        total / count,
-        torch.cat(labels).double()[order].numpy(),
-        torch.sigmoid(torch.cat(logits))[order].numpy(),
-        rows[order].numpy(),
-    )
+        logit = output.logit.double().cpu().numpy()
+        columns = batch["index"].numpy(), batch["labels"].double().numpy(), logit
+        pieces.append((float(output.loss), output.terms, columns))
+    losses, terms, columns = zip(*gather(pieces), strict=True)
+    rows, labels, logits = (np.concatenate(c) for c in zip(*columns, strict=True))
+    order = np.argsort(rows)
+    probability = torch.sigmoid(torch.from_numpy(logits[order])).numpy()
+    return Scored(sum(losses) / sum(terms), labels[order], probability, rows[order])
+
+
+def processes() -> PartialState:
+    """Give what accelerate knows of this run: device, and the processes that share the work."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """Join the lists of all processes, in the order of the processes."""
+    from accelerate.utils import gather_object
+
+    joined: list[Any] = gather_object(items) if processes().num_processes > 1 else items
+    return joined
+
+
+def sum_over_processes(numbers: Tensor) -> Tensor:
+    """Add up a small tensor of all processes."""
+    from accelerate.utils import reduce
+
+    if processes().num_processes == 1:
+        return numbers
+    summed: Tensor = reduce(numbers.to(processes().device), "sum").cpu()
+    return summed
+
+
+def unshared(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let gradients add up without exchange between processes."""
+    no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+    context: contextlib.AbstractContextManager[None] = no_sync()
+    return context
 
 
 def auroc(scored: Scored) -> float:
@@ -1681,8 +1882,9 @@ def seed_everything(seed: int) -> None:
 
 
 def default_device() -> torch.device:
-    """Give the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Give the GPU of this process where there is one."""
+    device: torch.device = processes().device
+    return device
 
 
 # --------------------------------------------------------------------------- report
@@ -1703,7 +1905,9 @@ def announce(stage: Stage, data: Data, args: argparse.Namespace) -> None:
             f"{count:,}",
             group["lr"],
         )
-    steps = len(stage.loaders["train"])
+    for line in stage.describe():
+        logger.info(line)
+    steps = -(-len(stage.loaders["train"]) // stage.accumulate)
     logger.info(
         "batch size %d: %d steps an epoch, at most %d epochs = %d steps; on %s",
         *(args.batch_size, steps, stage.epochs, steps * stage.epochs, default_device()),
@@ -1718,7 +1922,7 @@ def write_results(
     Returns:
         What ``metrics.json`` holds.
     """
-    device = default_device()
+    device, first = default_device(), processes().is_main_process
     scored = {part: evaluate(stage.model, stage.loaders[part], device) for part in ("val", "test")}
     assert stopping.best_epoch > 0
     models = {
@@ -1743,11 +1947,14 @@ def write_results(
                 "probability": result.probability,
             }
         )
-        write_text(folder / f"predictions_{part}.csv", table.to_csv(index=False))
-    write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        if first:
+            write_text(folder / f"predictions_{part}.csv", table.to_csv(index=False))
+    if first:
+        write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     if stage.after_test:  # long: what stands above is safe by now
         figures["reports"] = stage.after_test(scored["test"], folder)
-        write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        if first:
+            write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     return figures
 
 
@@ -1884,6 +2091,7 @@ def build_parser() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
+    add("--dry_run", action="store_true", help="estimate memory, take two steps, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
     return parser
 
@@ -2031,15 +2239,20 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     """Run one stage from the user's data to its figures."""
     data = load_data(args)
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
+    if args.dry_run:
+        rehearse(stage, data, args)
+        return EXIT_DONE
     folder = args.output_dir / stage.name
     log_path = None if args.log_file == "none" else Path(args.log_file)
     if args.log_file == "auto":
         log_path = folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
     elif log_path and not log_path.parent.is_dir():  # said before a folder is made
         raise InputError(f"--log_file {log_path}: no folder {log_path.parent}")
-    make_folder(folder)
-    if log_path:
-        open_log(log, log_path)
+    if processes().is_main_process:
+        make_folder(folder)
+        if log_path:
+            open_log(log, log_path)
+    processes().wait_for_everyone()  # the others read what the first one makes
     try:
         run_and_report(stage, data, folder, args)
     except KeyboardInterrupt:
@@ -2055,7 +2268,8 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
 
 def run_and_report(stage: Stage, data: Data, folder: Path, args: argparse.Namespace) -> None:
     """Train, score the winner, and show the table."""
-    write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
+    if processes().is_main_process:
+        write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
     device = default_device()
@@ -2064,6 +2278,27 @@ def run_and_report(stage: Stage, data: Data, folder: Path, args: argparse.Namesp
     figures = write_results(stage, stopping, data, folder, args)
     logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
     logger.info("\n%s\n\nresults: %s", table_of(figures), folder)
+
+
+def rehearse(stage: Stage, data: Data, args: argparse.Namespace) -> None:
+    """Take two steps on the longest rows and score two batches; nothing is written or kept."""
+    announce(stage, data, args)
+    device = default_device()
+    batches = stage.loaders["train"].batch_sampler
+    assert isinstance(batches, Batches)
+    size = (data.dataset.lengths if batches.lengths is None else batches.lengths)[batches.rows]
+    steps = 2 * stage.accumulate * batches.batch_size
+    batches.rows = batches.rows[np.argsort(-size, kind="stable")[:steps]]
+    learner = begin(stage, device)
+    began = time.perf_counter()
+    loss = train_epoch(stage, learner)
+    seconds = (time.perf_counter() - began) / learner.average.steps
+    scored = evaluate(stage.model, stage.loaders["val"], device, SANITY_BATCHES)
+    logger.info(
+        "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; validation loss %.4f; %s; "
+        "nothing was written",
+        *(learner.average.steps, seconds, loss, scored.loss, peak_memory()),
+    )
 
 
 def open_log(log: logging.handlers.MemoryHandler, path: Path) -> None:
@@ -2118,7 +2353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NonFiniteLossError as error:
         logger.error("%s", error)
     except torch.OutOfMemoryError:
-        logger.error("the GPU has too little memory: lower --batch_size or take a smaller model")
+        logger.error("the GPU has too little memory: %s", ADVICE)
     except OSError as error:
         logger.error("%s: %s: make room or choose another place", error.filename, error.strerror)
     except KeyboardInterrupt:
@@ -2136,7 +2371,8 @@ def start_logging() -> logging.handlers.MemoryHandler:
     memory = logging.handlers.MemoryHandler(capacity=1, flushLevel=logging.NOTSET)
     terminal, faults = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    terminal.addFilter(lambda record: record.levelno < logging.ERROR)
+    first = processes().is_main_process  # of several processes one speaks
+    terminal.addFilter(lambda record: first and record.levelno < logging.ERROR)
     faults.setLevel(logging.ERROR)
     faults.setFormatter(logging.Formatter("error: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[terminal, faults, memory], force=True)

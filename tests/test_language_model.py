@@ -353,9 +353,7 @@ def test_bf16_gives_finite_loss_and_float32_adapter_and_head(kind: str) -> None:
 # ------------------------------------------------------------------------------- text batches
 
 
-def test_targets_are_the_report_from_its_verdict_to_its_end(
-    parts: Parts, batch: TextBatch
-) -> None:
+def test_targets_are_the_report_from_its_verdict_to_its_end(parts: Parts, batch: TextBatch) -> None:
     collate = parts.collate
     _, tokenizer = trainer.tiny_language_model()
     for row, i in enumerate(ROWS):
