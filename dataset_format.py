@@ -67,6 +67,11 @@ PIECE = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*h\s*\)\s*"
 SERIES = re.compile(rf"{PIECE}(?:->{PIECE})*")
 PUNCTUATION = {ord(c): " " for c in map(chr, range(0x3001)) if c in "()h" or c.isspace()}
 """What stands around the numbers of a readable series, spaces of every alphabet included."""
+CONTEXT_NUMBER = re.compile(rf"(?:([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?")
+"""A number in a context, and the word in front of it or behind it."""
+RAREST_FACT = 0.01
+"""Share of the contexts that must hold a fact for a simple model to use it."""
+
 PARSE_ROWS = 100_000
 """Rows parsed at a time: bounds the memory that the intermediate text takes."""
 
@@ -369,17 +374,41 @@ class TrajectoryDataset:
                 columns[f"{name} {statistic}"] = column.reindex(range(len(self)))
         return pd.DataFrame(columns, index=range(len(self)))
 
+    def context_facts(self) -> pd.DataFrame:
+        """Take the contexts apart into what a simple model can use.
+
+        Returns:
+            N rows; each number under the word that it belongs to (``54-year-old``, ``76 kg``,
+            ``BMI 27``), NaN where absent, and 1 or 0 for each other word. Words that stand in
+            less than one of a hundred contexts, or in all, are left out.
+        """
+        rows: list[dict[str, float]] = []
+        for context in self.contexts.tolist():
+            facts = {word.lower(): 1.0 for word in re.findall(r"[^\W\d_]{2,}", context)}
+            for before, value, behind in re.findall(CONTEXT_NUMBER, context):
+                if word := (behind or before).lower():
+                    facts.pop(word, None)
+                    facts[f"{word} (number)"] = float(value)
+            rows.append(facts)
+        table = pd.DataFrame(rows, index=range(len(self)))
+        share = table.notna().mean()
+        number = table.columns.str.endswith(" (number)")
+        table = table.loc[:, (share >= RAREST_FACT) & ((share < 1) | number)]
+        words = [name for name in table if not str(name).endswith(" (number)")]
+        return table.fillna(dict.fromkeys(words, 0.0))
+
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Give what each simple model beside the encoder may see, N rows each.
 
         The number of observations alone detects leaks: where it does well, sampling gives the
         outcome away.
         """
-        table = self.summary_features()
+        table, facts = self.summary_features(), self.context_facts()
         return {
             "last value": table[[f"{name} last" for name in self.features]],
             "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
+            **({} if facts.empty else {"logistic regression with context": table.join(facts)}),
         }
 
 

@@ -851,34 +851,66 @@ def weighted_metrics(
     }
 
 
-def metrics_with_intervals(
-    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[np.str_], seed: int
-) -> dict[str, Any]:
-    """Score with 95 % percentile intervals from a bootstrap over patients.
-
-    Patients with and without an event are drawn apart, each with all of his rows.
+def patient_draws(labels: NDArray[Any], groups: NDArray[np.str_], seed: int) -> NDArray[np.float64]:
+    """Draw patients with replacement, those with and those without an event apart.
 
     Args:
         labels: (n,) of 0 and 1.
-        probability: (n,) of the event.
-        groups: (n,) patient of each row.
+        groups: (n,) patient of each row, who is drawn with all of his rows.
         seed: of the draws.
 
-    Source: Efron and Tibshirani 1993, percentile method.
+    Returns:
+        (R, n): how often each row counts in each of R draws.
     """
     owner, event = patient_events(groups, labels)
     rng = np.random.default_rng(seed)
-    draws = np.zeros((BOOTSTRAP_REPLICATES, len(event)))  # how often each patient is drawn
+    draws = np.zeros((BOOTSTRAP_REPLICATES, len(event)))
     for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
         fair = np.full(len(stratum), 1 / len(stratum))
         draws[:, stratum] = rng.multinomial(len(stratum), fair, size=BOOTSTRAP_REPLICATES)
+    return draws[:, owner]
+
+
+def interval(value: float, replicates: NDArray[np.float64]) -> dict[str, float]:
+    """Give a figure with its 95 % percentile interval.
+
+    Source: Efron and Tibshirani 1993, percentile method.
+    """
     tail = (1 - CONFIDENCE) / 2
-    result: dict[str, Any] = {"n": len(labels), "events": int(labels.sum())}
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def metrics_with_intervals(
+    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[np.str_], seed: int
+) -> dict[str, Any]:
+    """Score probabilities (n,), each figure with its interval; see ``patient_draws``."""
+    weights = patient_draws(labels, groups, seed)
     values = metrics_of(labels, probability)
-    for name, replicates in weighted_metrics(labels, probability, draws[:, owner]).items():
-        low, high = np.quantile(replicates, [tail, 1 - tail])
-        result[name] = {"value": values[name], "low": float(low), "high": float(high)}
-    return result
+    replicates = weighted_metrics(labels, probability, weights)
+    return {
+        "n": len(labels),
+        "events": int(labels.sum()),
+        **{name: interval(values[name], replicates[name]) for name in replicates},
+    }
+
+
+def paired_differences(
+    labels: NDArray[Any],
+    probability: NDArray[Any],
+    reference: NDArray[Any],
+    groups: NDArray[np.str_],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Compare two models (n,) on the same rows: figure less the reference's, with intervals.
+
+    Both are scored on the same draws of patients, so that what they share cancels out.
+    """
+    weights = patient_draws(labels, groups, seed)
+    own, other = metrics_of(labels, probability), metrics_of(labels, reference)
+    draws = weighted_metrics(labels, probability, weights)
+    others = weighted_metrics(labels, reference, weights)
+    return {name: interval(own[name] - other[name], draws[name] - others[name]) for name in draws}
 
 
 def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -896,7 +928,8 @@ def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
     from sklearn.preprocessing import StandardScaler
 
     tables = data.dataset.baseline_inputs()
-    tables["gradient boosting"] = tables["logistic regression"]
+    for name in [name for name in tables if name.startswith("logistic regression")]:
+        tables[name.replace("logistic regression", "gradient boosting")] = tables[name]
     result = {}
     for name, table in tables.items():
         train = data.split["train"]
@@ -905,7 +938,7 @@ def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
             StandardScaler(),
             LogisticRegression(max_iter=2000),
         )
-        if name == "gradient boosting":
+        if name.startswith("gradient boosting"):
             model = HistGradientBoostingClassifier(**BOOSTING, random_state=0)
             table = table.loc[:, table.iloc[train].notna().any()]  # it cannot bin an empty column
         inputs = table.to_numpy()
@@ -2086,6 +2119,7 @@ def build_parser() -> Parser:
         help="stage 2 or 3",
     )
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
+    add("--ablation", action="store_true", help="train and compare what text and soft prompt add")
     add_data_flags(parser)
     add_training_flags(parser)
     add_model_flags(parser)
@@ -2340,13 +2374,157 @@ def run_demo(args: argparse.Namespace, words: Sequence[str]) -> int:
     return EXIT_DONE
 
 
+# --------------------------------------------------------------------------- ablation
+
+VARIANTS = {
+    "stage 1 alone": "--trajectory_only",
+    "text alone": "--mode classification --soft_prompt off",
+    "soft prompt alone": "--mode classification --series_text none",
+    "text + soft prompt": "--mode classification",
+}
+"""What ``--ablation`` trains: a name, and the flags that make it."""
+
+
+def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Train and test what each part adds, on one split and seed, and compare.
+
+    A variant that is already there, made from the same arguments and data, is not made again.
+
+    Raises:
+        InputError: a flag that the variants set themselves.
+    """
+    own = ("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--dry_run")
+    if taken := [w for w in words if w.split("=")[0] in own]:
+        raise InputError(f"--ablation sets {taken[0].split('=')[0]} itself: leave it out")
+    if args.series_text == "none":
+        raise InputError("--ablation: --series_text none leaves no text to compare with")
+    data = load_data(args)
+    shared = [w for w in words if w != "--ablation"]
+    folders = {}
+    for name, flags in VARIANTS.items():
+        place = args.output_dir / ("" if name == "stage 1 alone" else f"ablation/{slug(name)}")
+        command = [*shared, *flags.split(), "--output_dir", str(place)]
+        if name not in ("stage 1 alone", "text alone"):
+            command += ["--ode_checkpoint", str(args.output_dir / TRAJECTORY_FILE)]
+        folders[name] = place / ("trajectory" if name == "stage 1 alone" else "classification")
+        logger.info("\n%s: python medgemma_trainer.py %s", name, " ".join(command))
+        if finished(folders[name], resolve(build_parser().parse_args(command)), data):
+            logger.info("already there: %s", folders[name])
+        elif code := main(command):
+            return code
+    if processes().is_main_process:
+        start_logging()  # each variant has closed its own
+        compare(folders, data, args)
+    return EXIT_DONE
+
+
+def slug(name: str) -> str:
+    """Give a name as a folder may have it."""
+    return re.sub(r"\W+", "_", name)
+
+
+def finished(folder: Path, args: argparse.Namespace, data: Data) -> bool:
+    """Tell whether a folder holds the whole result of these arguments on these data."""
+    try:
+        known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        done = (folder / "metrics.json").exists()
+    except (OSError, ValueError):
+        return False
+    facts = json.loads(json.dumps(run_facts(args, data)))
+    for arguments in (known["arguments"], facts["arguments"]):
+        arguments.pop("log_file", None)
+    same = all(known[key] == facts[key] for key in ("arguments", "data", "split"))
+    return done and same
+
+
+def compare(folders: dict[str, Path], data: Data, args: argparse.Namespace) -> None:
+    """Lay the variants and the baselines side by side: table, ``ablation.json``, ``ablation.png``.
+
+    All are scored on the test part; differences are to stage 1 alone, paired by patient.
+    """
+    rows = data.split["test"]
+    labels, groups = data.dataset.labels[rows], data.dataset.groups[rows]
+    probabilities = {
+        name: pd.read_csv(folder / "predictions_test.csv")["probability"].to_numpy()
+        for name, folder in folders.items()
+    }
+    costs = {name: seconds_an_epoch(folder) for name, folder in folders.items()}
+    probabilities |= {name: risks["test"] for name, risks in baselines(data).items()}
+    reference = probabilities["stage 1 alone"]
+    results = {
+        name: {
+            **metrics_with_intervals(labels, probability, groups, args.seed),
+            "minus_stage_1": paired_differences(labels, probability, reference, groups, args.seed),
+            "seconds_an_epoch": costs.get(name),
+        }
+        for name, probability in probabilities.items()
+    }
+    folder = args.output_dir / "ablation"
+    write_text(folder / "ablation.json", json.dumps(results, indent=2) + "\n")
+    draw_ablation(results, folder / "ablation.png")
+    logger.info("\n%s\n\nresults: %s", ablation_table(results), folder)
+
+
+def seconds_an_epoch(folder: Path) -> float:
+    """Give the median time of an epoch with its validation."""
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(np.median([json.loads(line)["seconds"] for line in lines]))
+
+
+def ablation_table(results: dict[str, dict[str, Any]]) -> str:
+    """Lay out the test figures of all variants and baselines as a plain table."""
+
+    def shown(score: dict[str, float], form: str = ".3f") -> str:
+        return f"{score['value']:{form}} [{score['low']:{form}}, {score['high']:{form}}]"
+
+    table = [
+        {
+            "model": name,
+            "test AUROC [95 %]": shown(result["auroc"]),
+            "minus stage 1 [95 %]": (
+                "" if name == "stage 1 alone" else shown(result["minus_stage_1"]["auroc"], "+.3f")
+            ),
+            "AUPRC": f"{result['auprc']['value']:.3f}",
+            "Brier": f"{result['brier']['value']:.4f}",
+            "s an epoch": "" if (cost := result["seconds_an_epoch"]) is None else f"{cost:.0f}",
+        }
+        for name, result in results.items()
+    ]
+    return pd.DataFrame(table).to_string(index=False)
+
+
+def draw_ablation(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw AUROC and paired difference of each model with their intervals."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.45 * len(results) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = list(results)[::-1]
+    titles = {left: "test AUROC [95 %]", right: "AUROC minus stage 1, paired [95 %]"}
+    for axes, title in titles.items():
+        for place, name in enumerate(names):
+            whole = results[name] if axes is left else results[name]["minus_stage_1"]
+            score = whole["auroc"]
+            axes.plot([score["low"], score["high"]], [place, place], color="tab:blue")
+            axes.plot(score["value"], place, "o", color="tab:blue")
+        axes.set_xlabel(title)
+        axes.grid(axis="x", alpha=0.3)
+    right.axvline(0, color="gray", linewidth=1)
+    left.set_yticks(range(len(names)), names)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; 0 done, 2 wrong input, 3 fault, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = resolve(build_parser().parse_args(words))
     memory = start_logging()
     try:
-        return run_demo(args, words) if args.demo else train(args, memory)
+        if args.demo:
+            return run_demo(args, words)
+        return run_ablation(args, words) if args.ablation else train(args, memory)
     except InputError as error:
         logger.error("%s", error)
         return EXIT_INPUT
