@@ -362,21 +362,27 @@ class TrajectoryLLM(nn.Module):
 class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
-    def __init__(self, encoder: ClinicalODERNN | None, llm: PreTrainedModel, **parts: Any) -> None:
-        """Start the head at stage 1's logit, or where the LLM itself weighs yes against no.
+    def __init__(
+        self,
+        encoder: ClinicalODERNN | None,
+        llm: PreTrainedModel,
+        *,
+        prevalence: float,
+        **parts: Any,
+    ) -> None:
+        """Start at stage 1's logit, or, without one, at everyone's risk in the training part.
 
         Args:
             encoder: as for ``TrajectoryLLM``.
             llm: as for ``TrajectoryLLM``.
+            prevalence: share of events in the training part, within (0, 1).
             parts: as for ``TrajectoryLLM``.
         """
         super().__init__(encoder, llm, **parts)
         self.head = nn.Linear(llm.config.hidden_size, 1)
-        yes, no = llm.get_output_embeddings().weight[list(self.verdict)].float()
-        with torch.no_grad():
-            start = (yes - no)[None]
-            self.head.weight.copy_(start if self.trajectory_head is None else 0 * start)
-            self.head.bias.zero_()
+        nn.init.zeros_(self.head.weight)
+        known = self.trajectory_head is not None
+        nn.init.constant_(self.head.bias, 0.0 if known else math.log(prevalence / (1 - prevalence)))
 
     def forward(self, batch: TextBatch) -> Output:
         """Give the binary cross-entropy (sum over B) and the logit of each patient."""
@@ -657,6 +663,7 @@ class TextCollator:
     the prompt as a user's turn in its own chat template.
 
     Attributes:
+        sample: ids as they stand in every kind of prompt, whatever it tells.
         known: ``Trajectory`` of all N rows, from an encoder that no longer learns.
         shortened: how many prompts lost their oldest observations to ``most_tokens``.
     """
@@ -692,6 +699,7 @@ class TextCollator:
         shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
         self.stem = stem + yes[:shared]
         self.verdict = (yes[shared], no[shared])
+        self.sample = self._ids([f"{dataset.question} 0123456789 -> (h) .,"])[0]
         self.prompts = self._read_prompts(most_tokens)
         self.answers: list[list[int]] = []
         if answers:
@@ -1134,16 +1142,20 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     collate = TextCollator(
         data.dataset, tokenizer, answers=writes, most_tokens=args.max_text_tokens
     )
-    scale = embedding_rms(base, [collate.prompts[i] for i in data.split["train"]])
+    scale = embedding_rms(base, collate.sample)
     seed_everything(args.seed)
-    model = (LLMWriter if writes else LLMClassifier)(
-        encoder,
-        add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout),
-        trajectory_head=trajectory_head,
-        tokens=args.num_prefix_tokens,
-        scale=scale,
-        bos=collate.bos,
-        verdict=collate.verdict,
+    adapted = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    parts: dict[str, Any] = {
+        "trajectory_head": trajectory_head,
+        "tokens": args.num_prefix_tokens,
+        "scale": scale,
+        "bos": collate.bos,
+        "verdict": collate.verdict,
+    }
+    model = (
+        LLMWriter(encoder, adapted, **parts)
+        if writes
+        else LLMClassifier(encoder, adapted, prevalence=data.prevalence(), **parts)
     )
     remember_trajectories(model, collate, default_device())
     if args.gradient_checkpointing:
@@ -1366,12 +1378,11 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def embedding_rms(model: PreTrainedModel, prompts: list[list[int]], rows: int = 256) -> float:
-    """Measure the root mean square of the scaled embeddings of real prompts."""
+def embedding_rms(model: PreTrainedModel, ids: list[int]) -> float:
+    """Measure the root mean square of the scaled embeddings of some tokens."""
     embedding = model.get_input_embeddings()
-    ids = torch.tensor([token for prompt in prompts[:rows] for token in prompt])
     with torch.no_grad():
-        vectors = embedding(ids.to(embedding.weight.device)).float()
+        vectors = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
     return float(vectors.square().mean().sqrt())
 
 

@@ -156,7 +156,7 @@ def classifier_and_writer(
     tiny, tokenizer = trainer.load_language_model("tiny", "none", dtype, CPU)
     base = base or tiny
     collate = TextCollator(dataset, tokenizer, answers=True)
-    scale = trainer.embedding_rms(base, collate.prompts)
+    scale = trainer.embedding_rms(base, collate.sample)
     torch.manual_seed(5)
     llm = trainer.add_lora(base, 8, 16, 0.0)
     disturb_adapter(llm)
@@ -165,7 +165,9 @@ def classifier_and_writer(
     if residual:
         torch.manual_seed(6)
         layout["trajectory_head"] = trainer.PooledHead(encoder.hidden_dim, 0.3)
-    classifier = LLMClassifier(encoder, llm, verdict=collate.verdict, **layout)
+    classifier = LLMClassifier(encoder, llm, verdict=collate.verdict, prevalence=0.3, **layout)
+    if not residual:  # a head that has learned; a new one says nothing
+        torch.nn.init.normal_(classifier.head.weight)
     writer = LLMWriter(encoder, llm, verdict=collate.verdict, **layout)
     writer.projection = classifier.projection
     return Parts(classifier.eval(), writer.eval(), collate)
