@@ -182,7 +182,8 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        sys.stdout.write(f"\n{json.dumps(peak(*arguments.peak, arguments))}\n")
+        mode, way = arguments.peak
+        sys.stdout.write(f"\n{json.dumps(peak(mode, way, arguments))}\n")
         return 0
     sys.stdout.write(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
