@@ -416,7 +416,7 @@ def test_training_changes_the_stages_own_parts_and_no_bit_of_the_base(
     moved = {n for n in base if not torch.equal(base[n], after[n])}
     assert moved == {n for n in own if "lora_" not in n}
     parts = {n.split(".")[0] for n in own}
-    assert parts == {"llm", "projection"} | ({"head"} if flags else {"encoder"})
+    assert parts == {"llm", "projection"} | ({"head"} if flags else {"encoder", "trajectory_head"})
     assert not flags or not any(n.startswith("encoder") for n in moved)
     if quantization == "nf4":
         assert sum("quant_state" in n for n in base) == len(PROJECTIONS)
@@ -477,7 +477,12 @@ def test_a_winner_holds_only_what_was_learned(saved: tuple[Stage, Path]) -> None
     modules = load_file(best / "modules.safetensors")
     state = stage.model.state_dict()
     assert set(modules) == {k for k in state if not k.startswith("llm.")}
-    assert {k.split(".")[0] for k in modules} == {"encoder", "projection", "head"}
+    assert {k.split(".")[0] for k in modules} == {
+        "encoder",
+        "trajectory_head",
+        "projection",
+        "head",
+    }
     adapter = load_file(best / "adapter" / "adapter_model.safetensors")
     assert len(adapter) == 2 * len(PROJECTIONS)
     assert all("lora_" in key for key in adapter)
