@@ -28,6 +28,7 @@ import logging
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -69,6 +70,7 @@ PUNCTUATION = {ord(c): " " for c in map(chr, range(0x3001)) if c in "()h" or c.i
 """What stands around the numbers of a readable series, spaces of every alphabet included."""
 CONTEXT_NUMBER = re.compile(rf"(?:([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?")
 """A number in a context, and the word in front of it or behind it."""
+FIGURE = " (number)"
 RAREST_FACT = 0.01
 """Share of the contexts that must hold a fact for a simple model to use it."""
 
@@ -374,28 +376,27 @@ class TrajectoryDataset:
                 columns[f"{name} {statistic}"] = column.reindex(range(len(self)))
         return pd.DataFrame(columns, index=range(len(self)))
 
-    def context_facts(self) -> pd.DataFrame:
+    def context_facts(self, train: NDArray[np.int64]) -> pd.DataFrame:
         """Take the contexts apart into what a simple model can use.
+
+        Args:
+            train: positions of the training part; what is rare there, or stands everywhere, is
+                left out.
 
         Returns:
             N rows; each number under the word that it belongs to (``54-year-old``, ``76 kg``,
-            ``BMI 27``), NaN where absent, and 1 or 0 for each other word. Words that stand in
-            less than one of a hundred contexts, or in all, are left out.
+            ``BMI 27``), NaN where absent, and 1 or 0 for each other word.
         """
-        rows: list[dict[str, float]] = []
-        for context in self.contexts.tolist():
-            facts = {word.lower(): 1.0 for word in re.findall(r"[^\W\d_]{2,}", context)}
-            for before, value, behind in re.findall(CONTEXT_NUMBER, context):
-                if word := (behind or before).lower():
-                    facts.pop(word, None)
-                    facts[f"{word} (number)"] = float(value)
-            rows.append(facts)
-        table = pd.DataFrame(rows, index=range(len(self)))
-        share = table.notna().mean()
-        number = table.columns.str.endswith(" (number)")
-        table = table.loc[:, (share >= RAREST_FACT) & ((share < 1) | number)]
-        words = [name for name in table if not str(name).endswith(" (number)")]
-        return table.fillna(dict.fromkeys(words, 0.0))
+        rows = [facts_of(context) for context in self.contexts.tolist()]
+        counts = Counter(name for i in train for name in rows[i])
+        kept = sorted(
+            name
+            for name, count in counts.items()
+            if count >= RAREST_FACT * len(train) and (count < len(train) or name.endswith(FIGURE))
+        )
+        chosen = [{name: row[name] for name in kept if name in row} for row in rows]
+        table = pd.DataFrame(chosen, columns=kept, index=range(len(self)), dtype=float)
+        return table.fillna({name: 0.0 for name in kept if not name.endswith(FIGURE)})
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Give what each simple model beside the encoder may see, N rows each.
@@ -403,13 +404,22 @@ class TrajectoryDataset:
         The number of observations alone detects leaks: where it does well, sampling gives the
         outcome away.
         """
-        table, facts = self.summary_features(), self.context_facts()
+        table = self.summary_features()
         return {
             "last value": table[[f"{name} last" for name in self.features]],
             "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
-            **({} if facts.empty else {"logistic regression with context": table.join(facts)}),
         }
+
+
+def facts_of(context: str) -> dict[str, float]:
+    """Give the words of a text, and its numbers by the word behind or in front of them."""
+    facts = {word.lower(): 1.0 for word in re.findall(r"[^\W\d_]{2,}", context)}
+    for before, value, behind in re.findall(CONTEXT_NUMBER, context):
+        if word := (behind or before).lower():
+            facts.pop(word, None)
+            facts[word + FIGURE] = float(value)
+    return facts
 
 
 def patient_events(

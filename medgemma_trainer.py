@@ -936,6 +936,9 @@ def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
     from sklearn.preprocessing import StandardScaler
 
     tables = data.dataset.baseline_inputs()
+    facts = data.dataset.context_facts(data.split["train"])
+    if not facts.empty:
+        tables["logistic regression with context"] = tables["logistic regression"].join(facts)
     for name in [name for name in tables if name.startswith("logistic regression")]:
         tables[name.replace("logistic regression", "gradient boosting")] = tables[name]
     result = {}
@@ -1107,7 +1110,12 @@ def make_loaders(
         size = batch_size if trains else 2 * batch_size
         batches = Batches(rows, size, lengths, shuffle=trains)
         everything: Any = range(int(rows.max()) + 1)  # position i of the data set is i
-        loaders[part] = DataLoader(everything, batch_sampler=batches, collate_fn=collate)
+        loaders[part] = DataLoader(
+            everything,
+            batch_sampler=batches,
+            collate_fn=collate,
+            generator=torch.Generator(),  # each pass draws one seed: not from what dropout draws
+        )
     return loaders
 
 

@@ -152,23 +152,23 @@ def test_context_facts_are_numbers_by_their_word_and_the_other_words() -> None:
             "clinical_context": [*contexts[:-1], "rare"],
         }
     )
-    facts = MIMICtrajectoryDataset(table).context_facts()
-    assert set(facts.columns) == {
-        *("year (number)", "kg (number)", "BMI (number)".lower(), "old", "woman", "man")
-    }
-    numbers = facts[["year (number)", "kg (number)", "bmi (number)"]].to_numpy()
-    assert numbers[0].tolist() == [54, 76, 27.5]
+    dataset = MIMICtrajectoryDataset(table)
+    facts = dataset.context_facts(np.arange(120))
+    numbers = ["year (number)", "kg (number)", "bmi (number)"]
+    assert set(facts.columns) == {*numbers, "old", "woman", "man"}
+    assert facts[numbers].to_numpy()[0].tolist() == [54, 76, 27.5]
     assert facts.loc[:3, "woman"].tolist() == [1, 0, 0, 0]
     assert facts.loc[2:3, "year (number)"].isna().all()
-    assert list(MIMICtrajectoryDataset(table).baseline_inputs())[-1] == (
-        "logistic regression with context"
-    )
+    # What counts as rare is decided by the training part alone.
+    assert "rare" in dataset.context_facts(np.arange(100, 120))
+    assert "rare" not in dataset.context_facts(np.arange(100))
 
 
-def test_without_contexts_there_is_no_baseline_with_context() -> None:
-    inputs = patients()
-    inputs.contexts = np.array([""] * len(inputs), dtype=object)
-    assert "logistic regression with context" not in inputs.baseline_inputs()
+def test_the_baseline_with_context_needs_contexts() -> None:
+    data = data_of(patients())
+    assert "logistic regression with context" in trainer.baselines(data)
+    data.dataset.contexts = np.array([""] * len(data.dataset), dtype=object)
+    assert "logistic regression with context" not in trainer.baselines(data)
 
 
 # --------------------------------------------------------------------------- the command
