@@ -189,6 +189,22 @@ class TrajectoryDataset:
         """Give the lowest and highest value of a feature that a living patient shows."""
         raise NotImplementedError
 
+    def refuse_unmeasured(self, train: NDArray[np.int64]) -> None:
+        """Refuse a series of the user's that the training part never measures.
+
+        Raises:
+            InputError: its name, and how to go on without it.
+        """
+        rows, _ = self._rows(train)
+        seen = np.count_nonzero(~np.isnan(self.values[rows]), axis=0)
+        never = [name for name, count in zip(self.features, seen, strict=True) if count == 0]
+        if never and not self.fixed_features:
+            rest = ",".join(name for name in self.features if name not in never)
+            raise InputError(
+                f"{self.source}: the training part never measures {', '.join(never)}: nothing can "
+                f'be learned from it: go on without it by --series "{rest}"'
+            )
+
     def prompt(self, i: int, most: int | None = None) -> str:
         """Give the text that an LLM reads about series ``i``: context, series, question.
 
@@ -238,8 +254,11 @@ class TrajectoryDataset:
             true += sum(map(str.__eq__, clause[1::2], written.groups())) if written else 0
         head = rf"{re.escape(self.outcome)}: (yes|no)"
         verdict = re.match(rf"{head}\b", text)
-        # Digits of names and units are no claims: PaCO2.
-        names = "|".join(map(re.escape, filter(None, (self.outcome, *self.features, *self.units))))
+        # Digits of names and units are no claims: PaCO2, vitamin B12.
+        said = {self.outcome, *self.features, *self.units} - {""}
+        names = "|".join(
+            rf"(?<!\w){re.escape(name)}(?!\w)" for name in sorted(said, key=len, reverse=True)
+        )
         return ReportScore(
             verdict=None if verdict is None else int(verdict[1] == "yes"),
             parses=re.fullmatch(rf"{head}\. {''.join(patterns)}\.\s*", text) is not None,
@@ -271,10 +290,19 @@ class TrajectoryDataset:
         digest = hashlib.sha256()
         for array in (self.times, self.values, self.offsets, self.labels):
             digest.update(np.ascontiguousarray(array).tobytes())
+        self._add_rows(digest)
+        return digest.hexdigest()
+
+    def row_fingerprint(self) -> str:
+        """Hash who is in the data, whatever of his series is read: labels, ids, patients, split."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels).tobytes())
+        self._add_rows(digest)
+        return digest.hexdigest()
+
+    def _add_rows(self, digest: hashlib._Hash) -> None:
         for column in (self.ids, self.groups, self.contexts, self.parts):
             cells = [] if column is None else column.tolist()
             digest.update(json.dumps(cells).encode())
-        return digest.hexdigest()
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """Pad the chosen series to one batch, in the given order.
@@ -370,8 +398,8 @@ class TrajectoryDataset:
             centred = long - by_owner.transform("mean")
             product = (centred["t"] * centred["v"]).groupby(owner[seen]).sum()
             square = centred["t"].pow(2).groupby(owner[seen]).sum()
-            table["slope"] = (product / square.where(square > 0)).fillna(0.0)
             table["span"] = by_owner["t"].max() - by_owner["t"].min()
+            table["slope"] = (product / square).where(table["span"] > 0, 0.0)  # or only rounding
             for statistic, column in table.items():
                 columns[f"{name} {statistic}"] = column.reindex(range(len(self)))
         return pd.DataFrame(columns, index=range(len(self)))
@@ -462,7 +490,8 @@ class Description:
         Raises:
             InputError: the JSON file is there and cannot be read.
         """
-        file = path.with_name(path.name.removesuffix(".gz")).with_suffix(".json")
+        name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
+        file = path.with_name(name).with_suffix(".json")
         if not file.is_file():
             return cls()
         try:
@@ -515,21 +544,24 @@ def find_series(
     Raises:
         InputError: a column whose name cannot be read, two of one name, or an unknown choice.
     """
-    found = {}
+    found: dict[str, Series] = {}
     own = Series("clinical_trajectory", description.series, description.unit)
     for column in map(str, table.columns):
+        if not column.lower().startswith("trajectory"):
+            continue
+        where = f"{source}, row 1, column {' '.join(column.split())}"
         match = FURTHER_SERIES.fullmatch(column)
-        if match is None and column.startswith("trajectory_"):
+        name = " ".join(match[1].replace("_", " ").split()) if match else ""
+        unit = (match[2] or "").strip() if match else ""
+        unit = "" if unit == "1" else unit  # how UCUM writes that there is none
+        numbers = re.fullmatch(NUMBER, name) or re.fullmatch(NUMBER, unit)
+        if not name or "," in name or numbers:
             raise InputError(
-                f"{source}, row 1, column {column}: write trajectory_NAME or trajectory_NAME [unit]"
+                f"{where}: write trajectory_NAME or trajectory_NAME [unit], in words without comma"
             )
-        if match:
-            name = " ".join(match[1].replace("_", " ").split())
-            series = Series(column, name, (match[2] or "").strip())
-        if match and (plainly(name) in found or plainly(name) == plainly(own.name)):
-            raise InputError(f"{source}, row 1, column {column}: a series of that name is there")
-        if match:
-            found[plainly(name)] = series
+        if plainly(name) in (*found, plainly(own.name)):
+            raise InputError(f"{where}: a series of that name is there")
+        found[plainly(name)] = Series(column, name, unit)
     found = {plainly(own.name): own, **found}
     if chosen is None:
         return list(found.values())
@@ -600,7 +632,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if series_text not in SERIES_TEXT:
             raise ValueError(f"series_text must be one of {SERIES_TEXT}, got {series_text!r}")
         if isinstance(source, pd.DataFrame):
-            self.source, table = "DataFrame", source.reset_index(drop=True)
+            self.source, table = "DataFrame", plain_columns(source)
         else:
             self.source, table = str(source), read_table(Path(source))
             description = description or Description.beside(Path(source))
@@ -616,6 +648,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.units = tuple(each.unit for each in found)
         self._read_labels(table, require_labels)
         self._read_patients(table)
+        used = {*COLUMNS, *(each.column for each in found)}
+        if unread := [str(name) for name in table if name not in used]:
+            logger.info("%s: columns not read: %s", self.source, ", ".join(unread))
         several = len(found) > 1
         most = max_len or (MAX_LEN_SEVERAL if several else MAX_LEN)
         self._read_series(table, [each.column for each in found], most, leave_out=bool(series))
@@ -720,7 +755,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             logger.info("%s: %d rows were not in time order; sorted", self.source, len(unsorted))
         lengths = np.bincount(owner, minlength=len(table))
         if not leave_out:
-            where = "clinical_trajectory" if len(columns) == 1 else "trajectory_"
+            where = columns[0] if len(columns) == 1 else "clinical_trajectory"
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
             self._refuse(lengths == 0, table, where, problem)
         values = values[:, None]
@@ -732,10 +767,26 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if not recent.all():
             message = "%s: %d rows are longer than %d observations: the most recent are kept"
             logger.info(message, self.source, int((lengths > max_len).sum()), max_len)
+        self._say_lost(owner, values, recent, len(table))
         self.times, self.values = times[recent], values[recent]
         self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_len))])
         if not lengths.all():
             self._leave_out(np.flatnonzero(lengths == 0))
+
+    def _say_lost(
+        self,
+        owner: NDArray[np.int64],
+        values: NDArray[np.float64],
+        recent: NDArray[np.bool_],
+        rows: int,
+    ) -> None:
+        """Tell of series whose every value in a row is older than what is kept."""
+        for name, column in zip(self.features, values.T, strict=True):
+            seen = ~np.isnan(column)
+            had, kept = (np.bincount(owner[s], minlength=rows) > 0 for s in (seen, seen & recent))
+            if lost := int((had & ~kept).sum()):
+                message = "%s: %d rows lose every value of %s: raise --max_len to keep them"
+                logger.info(message, self.source, lost, name)
 
     def _leave_out(self, rows: NDArray[np.int64]) -> None:
         """Drop rows that hold no value of the chosen series."""
@@ -876,7 +927,7 @@ def read_table(path: Path) -> pd.DataFrame:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: not a whole gzip file: copy it again") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
 def _read_csv(path: Path, file: TextIO) -> pd.DataFrame:
@@ -910,9 +961,18 @@ def _read_parquet(path: Path) -> pd.DataFrame:
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        return pd.read_parquet(path, engine="pyarrow").reset_index(drop=True)
+        return plain_columns(pd.read_parquet(path, engine="pyarrow"))
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a whole Parquet file") from error
+        problem = "not a whole Parquet file, or one with a column twice"
+        raise InputError(f"{path}: {problem}") from error
+
+
+def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Give a table with rows numbered from 0; an index that is a column of the format stays one."""
+    table = table.rename(columns=lambda name: str(name).strip())
+    index = table.index.to_frame(index=False)
+    index = index[[name for name in index if name in COLUMNS and name not in table]]
+    return pd.concat([index, table.reset_index(drop=True)], axis=1)
 
 
 def check_header(table: pd.DataFrame, where: str, labels: list[str]) -> None:
@@ -1030,7 +1090,7 @@ def run_check(read: Callable[[], DatasetT], doubts: Callable[[DatasetT], list[st
             logger.info(line)
         for line in doubts(dataset):
             logger.warning("warning: %s", line)
-        dataset.split(seed=0)
+        dataset.refuse_unmeasured(dataset.split(seed=0)["train"])
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -302,7 +302,7 @@ class ClinicalODERNN(nn.Module):
         z = torch.where(observed, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
         step = torch.arange(times.shape[1], device=times.device)
         latest = torch.where(observed, step[:, None], -1).cummax(dim=1).values  # (B, L, F)
-        carried = torch.where(latest >= 0, z.gather(1, latest.clamp(min=0)), 0.0)
+        carried = z.gather(1, latest.clamp(min=0))  # z is zero where nothing was measured
         before = functional.pad(latest[:, :-1], (0, 0, 1, 0), value=-1)  # -1: never
         moments = times.unsqueeze(2).expand_as(z)
         known = present.unsqueeze(2) & (before >= 0)

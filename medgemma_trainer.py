@@ -96,7 +96,7 @@ HAI_DEF_NOTICE = (
 )
 """Must accompany a derivative of MedGemma. Source: HAI-DEF Terms of Use, distribution."""
 
-VERDICT_WEIGHT = 50.0
+VERDICT_WEIGHT = 50
 """Of the verdict in stage 3's loss, beside 1 for each other token of the report."""
 
 IGNORED = -100
@@ -264,8 +264,9 @@ class TextBatch(Batch):
 class TrajectoryLLM(nn.Module):
     """Encoder, soft prompt and adapted language model; stages 2 and 3 add what they read out.
 
-    Both start from what stage 1 already knows: its logit is added to the language model's, which
-    so has to learn only what text and dynamics say beyond it.
+    With a head of stage 1, its logit is added to what the language model says, which so has to
+    learn only what text and dynamics say beyond it. Where no stage 1 was trained a new head learns
+    along.
     """
 
     def __init__(
@@ -370,7 +371,7 @@ class LLMClassifier(TrajectoryLLM):
         prevalence: float,
         **parts: Any,
     ) -> None:
-        """Start at stage 1's logit, or, without one, at everyone's risk in the training part.
+        """Start at the trajectory head's logit, or, without one, at everyone's risk.
 
         Args:
             encoder: as for ``TrajectoryLLM``.
@@ -399,7 +400,7 @@ class LLMWriter(TrajectoryLLM):
     """Stage 3: the language model writes the report; ``lm_head`` sees the answer's places only."""
 
     def forward(self, batch: TextBatch) -> Output:
-        """Give the cross-entropy (sum over answer tokens) and the verdict's log-odds.
+        """Give the weighted cross-entropy (sum over answer tokens) and the verdict's log-odds.
 
         The verdict is read where the report is about to say yes or no: causal attention keeps the
         report itself out of sight there. It is one token among a hundred that mostly copy, yet the
@@ -421,9 +422,10 @@ class LLMWriter(TrajectoryLLM):
             )
             logits = logits.index_put(yes, trajectory.logit, accumulate=True)
         loss = functional.cross_entropy(logits, targets[answer], reduction="none")
-        loss = (loss * torch.where(at_verdict, VERDICT_WEIGHT, 1.0)).sum()
+        loss = (loss * torch.where(at_verdict, float(VERDICT_WEIGHT), 1.0)).sum()
         yes_logit, no_logit = logits[at_verdict][:, list(self.verdict)].unbind(1)
-        return Output(loss, int(answer.sum()), yes_logit - no_logit)
+        terms = int(answer.sum()) + (VERDICT_WEIGHT - 1) * len(yes_logit)
+        return Output(loss, terms, yes_logit - no_logit)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
@@ -714,22 +716,30 @@ class TextCollator:
 
     def _read_prompts(self, most_tokens: int | None) -> list[list[int]]:
         """Tokenise all prompts, the too long ones with ever fewer of their oldest observations."""
-        prompts = self._ids([self.dataset.prompt(i) for i in range(len(self.dataset))])
-        room = math.inf if most_tokens is None else most_tokens - len(self.before + self.behind)
+        turns = len(self.before) + len(self.behind)
+        prompts = self._ids([self._prompt(i) for i in range(len(self.dataset))])
+        room = math.inf if most_tokens is None else most_tokens - turns
+        needed = 0
         for i, prompt in enumerate(prompts):
-            told = int(self.dataset.lengths[i])
+            told = max(len(times) for _, times, _ in self.dataset.measured(i))
             self.shortened += len(prompt) > room
             while len(prompt) > room and told > 1:
                 told = min(told - 1, math.ceil(told * room / len(prompt)))
-                prompt = self._ids([self.dataset.prompt(i, max(told, 1))])[0]
-            if len(prompt) > room:
-                raise InputError(
-                    f"--max_text_tokens {most_tokens}: the text of {self.dataset.source} needs "
-                    f"{len(prompt)} tokens with one observation a series: raise it, or tell less "
-                    "by --series_text or --text_context"
-                )
+                prompt = self._ids([self._prompt(i, max(told, 1))])[0]
+            needed = max(needed, len(prompt) + turns)
             prompts[i] = self.before + prompt + self.behind
+        if most_tokens is not None and needed > most_tokens:
+            raise InputError(
+                f"--max_text_tokens {most_tokens}: texts of {self.dataset.source} need {needed} "
+                "tokens with one observation a series: raise it, or tell less by --series_text or "
+                "--text_context"
+            )
         return prompts
+
+    def _prompt(self, i: int, most: int | None = None) -> str:
+        """Give the text of row ``i``, trimmed where it is a turn of a chat."""
+        prompt = self.dataset.prompt(i, most)
+        return prompt.strip() if self.before else prompt
 
     def _behind_verdict(self, i: int) -> str:
         word = " yes" if self.dataset.labels[i] == 1 else " no"
@@ -964,11 +974,12 @@ def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
 
 
 class Data(NamedTuple):
-    """What a run learns from: the series, their split, and a hash of all that was read."""
+    """What a run learns from: the series, their split, a hash of all that was read, of its rows."""
 
     dataset: TrajectoryDataset
     split: dict[str, NDArray[np.int64]]
     fingerprint: str
+    rows: str
 
     def prevalence(self) -> float:
         """Give the share of events in the training part."""
@@ -982,6 +993,7 @@ class Data(NamedTuple):
             "units": list(self.dataset.units),
             "outcome": self.dataset.outcome,
             "data_sha256": self.fingerprint,
+            "rows_sha256": self.rows,
             "train_sha256": hashlib.sha256("\n".join(patients).encode()).hexdigest(),
         }
 
@@ -1055,6 +1067,8 @@ class Batches(Sampler[list[int]]):
         self.lengths = lengths
         self.shuffle = shuffle
         self.generator = torch.Generator()
+        if shuffle and len(rows) < self.workers:
+            raise InputError(f"{len(rows)} rows train, too few for {self.workers} processes")
 
     def __len__(self) -> int:
         """Give the number of batches of this process."""
@@ -1151,11 +1165,12 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
         data.dataset, tokenizer, answers=writes, most_tokens=args.max_text_tokens
     )
     scale = embedding_rms(base, collate.sample)
+    tokens = min(args.num_prefix_tokens, int(data.dataset.lengths.max()))
     seed_everything(args.seed)
     adapted = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
     parts: dict[str, Any] = {
         "trajectory_head": trajectory_head,
-        "tokens": args.num_prefix_tokens,
+        "tokens": tokens,
         "scale": scale,
         "bos": collate.bos,
         "verdict": collate.verdict,
@@ -1178,6 +1193,9 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
         "num_prefix_tokens": model.tokens,
         "text_context": args.text_context,
         "series_text": args.series_text,
+        "max_text_tokens": args.max_text_tokens,
+        "max_len": args.max_len,
+        "trajectory_head": trajectory_head is not None,
         **({} if encoder is None else encoder_facts(encoder)),
         **data.facts(),
     }
@@ -1247,7 +1265,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
             len(dataset.features), time_scale=scale, solver=args.solver, dropout=dropout
         )
         batch = dataset.collate(data.split["train"].tolist())
-        refuse_unmeasured(dataset, batch["observed"])
+        dataset.refuse_unmeasured(data.split["train"])
         try:
             encoder.fit_normalizer(batch["values"], batch["observed"])
         except ValueError as error:
@@ -1257,22 +1275,6 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
     if longest > MAX_SCALED_GAP * encoder.time_scale:
         raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")
     return encoder
-
-
-def refuse_unmeasured(dataset: TrajectoryDataset, observed: Tensor) -> None:
-    """Refuse a series of the user's that the training part never measured.
-
-    Raises:
-        InputError: its name, and how to go on without it.
-    """
-    seen = observed.flatten(0, 1).any(dim=0).tolist()
-    never = [name for name, any_ in zip(dataset.features, seen, strict=True) if not any_]
-    if never and not dataset.fixed_features:
-        rest = ",".join(name for name in dataset.features if name not in never)
-        raise InputError(
-            f"{dataset.source}: the training part never measures {', '.join(never)}: nothing can "
-            f'be learned from it: go on without it by --series "{rest}"'
-        )
 
 
 # --------------------------------------------------------------------------- memory
@@ -1341,7 +1343,8 @@ def saved_bytes(body: nn.Module, tokens: int, width: int) -> int:
     masks = {"full_attention": causal, "sliding_attention": causal}
     trained = body.training
     with (
-        torch.random.fork_rng(),  # dropout must not change what the seed decides
+        # Dropout must not change what the seed decides.
+        torch.random.fork_rng([norm.device] if norm.device.type == "cuda" else []),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         kept = body.train()(inputs_embeds=row, attention_mask=masks, use_cache=False)
@@ -1355,13 +1358,13 @@ def describe_llm(
 ) -> list[str]:
     """Say how many tokens a patient costs, how much of a batch is padding, what memory it needs."""
     lengths = collate.lengths()
-    _, median, _, high = np.quantile(lengths[train], [0, 0.5, 0.75, 1])
     sorted_share, share = (
         padding_share(Batches(train, batch_size, by, shuffle=True), lengths)
         for by in (lengths, None)
     )
     lines = [
-        f"tokens a patient: {model.tokens} soft, text median {median:.0f}, longest {high:.0f}",
+        f"tokens a patient: {model.tokens} soft, text median "
+        f"{np.median(lengths[train]):.0f}, longest {lengths[train].max()}",
         f"padding: {sorted_share:.1%} of all tokens, in random order {share:.1%}",
     ]
     if collate.shortened:
@@ -1510,7 +1513,7 @@ def load_encoder(path: Path, args: argparse.Namespace, data: Data) -> ClinicalOD
             )
     if args.time_scale not in (None, config.get("time_scale")):
         raise InputError(f"{path}: its --time_scale is {config['time_scale']}: leave the flag out")
-    if config.get("data_sha256") != own["data_sha256"]:
+    if config.get("rows_sha256") != own["rows_sha256"]:
         logger.warning(
             "%s was trained on another data file: make sure that none of its training patients is "
             "held out here",
@@ -1577,7 +1580,7 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
 
 
 def outside_llm(model: TrajectoryLLM) -> dict[str, nn.Module]:
-    """Give the parts beside the language model: encoder, projection, and a head if there is one."""
+    """Give the parts beside the language model: encoder, projection and heads that there are."""
     return {name: part for name, part in model.named_children() if name != "llm"}
 
 
@@ -1719,7 +1722,10 @@ def begin(stage: Stage, device: torch.device) -> Learner:
     if processes().num_processes > 1:
         from accelerate import Accelerator
 
-        shared = Accelerator(cpu=device.type == "cpu").prepare_model(model)
+        # The precision is the model's own, whatever accelerate's configuration says.
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        shared = accelerator.prepare_model(model)
+        torch.manual_seed(torch.initial_seed() + processes().process_index)  # dropout of its own
     return Learner(
         shared,
         optimizer,
@@ -1923,7 +1929,8 @@ def progress(batches: DataLoader[int] | Batches, what: str) -> Any:
     """Wrap batches in a progress bar, silent where the output is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(batches, desc=what, leave=False, disable=not sys.stderr.isatty())
+    shown = sys.stderr.isatty() and processes().is_main_process
+    return tqdm(batches, desc=what, leave=False, disable=not shown)
 
 
 def seed_everything(seed: int) -> None:
@@ -2046,7 +2053,10 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
             **{p: metadata.version(p) for p in packages},
         },
         "git_commit": commit or None,
+        "code_sha256": code_hash(),
+        "processes": processes().num_processes,
         "seed": args.seed,
+        "stage_1_sha256": file_hash(args.ode_checkpoint),
         "device": str(default_device()),
         "data": data.facts(),
         "split": {
@@ -2054,6 +2064,21 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
             for part, rows in data.split.items()
         },
     }
+
+
+def file_hash(path: Path | None) -> str | None:
+    """Hash a file; None where there is none."""
+    if path is None or not path.exists():
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def code_hash() -> str:
+    """Hash the program's own modules."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def peak_memory() -> str:
@@ -2174,7 +2199,7 @@ def add_data_flags(parser: Parser) -> None:
     add("--max_len", type=POSITIVE, help=f"most recent observations kept; {LENGTHS}")
     add("--series_text", choices=SERIES_TEXT, default="all", help="series in the LLM's text")
     add("--text_context", choices=("full", "none"), default="full", help="context in the text")
-    add("--max_text_tokens", type=POSITIVE, help="longer prompts lose their oldest observations")
+    add("--max_text_tokens", type=POSITIVE, help="of longer prompts each series loses its oldest")
     add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
 
 
@@ -2217,10 +2242,15 @@ def add_model_flags(parser: Parser) -> None:
     )
     add("--precision", type=precision_name, default="auto", help="auto, bf16 or fp32")
     add("--soft_prompt", choices=("on", "off"), default="on", help="off: the LLM reads text alone")
-    add("--num_prefix_tokens", type=POSITIVE, default=8, help="soft tokens: the latest states")
+    add(
+        "--num_prefix_tokens",
+        type=number(int, 1, 4096),
+        default=8,
+        help="soft tokens: the latest states",
+    )
     add("--projection_lr", type=RATE, default=1e-3, help="learning rate of the projection")
     add("--adapter_lr", type=RATE, default=2e-4, help="learning rate of the LoRA adapter")
-    add("--lora_rank", type=POSITIVE, default=8, help="LoRA r")
+    add("--lora_rank", type=number(int, 1, 1024), default=8, help="LoRA r")
     add("--lora_alpha", type=POSITIVE, default=16, help="LoRA alpha")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.05, help="LoRA dropout")
 
@@ -2267,9 +2297,31 @@ def load_data(args: argparse.Namespace) -> Data:
     else:
         raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
     dataset.text_context = args.text_context == "full"
-    fingerprint = dataset.fingerprint()
+    hashes = dataset.fingerprint(), dataset.row_fingerprint()
     dataset = dataset.sample_patients(args.max_samples, args.seed)
-    return Data(dataset, dataset.split(args.seed), fingerprint)
+    return Data(dataset, dataset.split(args.seed), *hashes)
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse flags that the asked stage would silently ignore.
+
+    Raises:
+        InputError: naming them.
+    """
+    unused = {}
+    if args.trajectory_only:
+        unused = {
+            "--soft_prompt off": args.soft_prompt == "off",
+            "--ode_checkpoint": args.ode_checkpoint,
+            "--gradient_accumulation": args.gradient_accumulation > 1,
+            "--gradient_checkpointing": args.gradient_checkpointing,
+            "--max_text_tokens": args.max_text_tokens,
+        }
+    elif args.soft_prompt == "off":
+        unused = {"--ode_checkpoint": args.ode_checkpoint, "--freeze_ode": args.freeze_ode}
+    if given := [flag for flag, there in unused.items() if there]:
+        stage = "--trajectory_only" if args.trajectory_only else "--soft_prompt off"
+        raise InputError(f"{stage} has no use for {', '.join(given)}: leave it out")
 
 
 def make_folder(folder: Path) -> None:
@@ -2290,6 +2342,7 @@ def make_folder(folder: Path) -> None:
 
 def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     """Run one stage from the user's data to its figures."""
+    refuse_unused(args)
     data = load_data(args)
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
     if args.dry_run:
@@ -2377,7 +2430,7 @@ def run_demo(args: argparse.Namespace, words: Sequence[str]) -> int:
     """
     free = ("--demo", "--output_dir", "--seed", "--log_file")
     if taken := [w for w in words if w.startswith("--") and w.split("=")[0] not in free]:
-        raise InputError(f"--demo sets {taken[0].split('=')[0]} itself: leave it out")
+        raise InputError(f"--demo and {taken[0].split('=')[0]} do not go together")
     shared = ["--data_path", str(SAMPLE_DATA), "--model_name", "tiny", *DEMO_FLAGS.split()]
     shared += ["--output_dir", str(args.output_dir), "--seed", str(args.seed)]
     shared += ["--log_file", args.log_file]
@@ -2412,9 +2465,10 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
     Raises:
         InputError: a flag that the variants set themselves.
     """
-    own = ("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--dry_run")
+    own = {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
+    own |= {"--dry_run", "--demo"}
     if taken := [w for w in words if w.split("=")[0] in own]:
-        raise InputError(f"--ablation sets {taken[0].split('=')[0]} itself: leave it out")
+        raise InputError(f"--ablation and {taken[0].split('=')[0]} do not go together")
     if args.series_text == "none":
         raise InputError("--ablation: --series_text none leaves no text to compare with")
     data = load_data(args)
@@ -2449,11 +2503,13 @@ def finished(folder: Path, args: argparse.Namespace, data: Data) -> bool:
         done = (folder / "metrics.json").exists()
     except (OSError, ValueError):
         return False
+    if folder.name == "trajectory":
+        done = done and (folder.parent / TRAJECTORY_FILE).exists()
     facts = json.loads(json.dumps(run_facts(args, data)))
     for arguments in (known["arguments"], facts["arguments"]):
         arguments.pop("log_file", None)
-    same = all(known[key] == facts[key] for key in ("arguments", "data", "split"))
-    return done and same
+    keys = ("arguments", "versions", "code_sha256", "processes", "data", "split", "stage_1_sha256")
+    return done and all(known.get(key) == facts[key] for key in keys)
 
 
 def compare(folders: dict[str, Path], data: Data, args: argparse.Namespace) -> None:
@@ -2463,10 +2519,10 @@ def compare(folders: dict[str, Path], data: Data, args: argparse.Namespace) -> N
     """
     rows = data.split["test"]
     labels, groups = data.dataset.labels[rows], data.dataset.groups[rows]
-    probabilities = {
-        name: pd.read_csv(folder / "predictions_test.csv")["probability"].to_numpy()
-        for name, folder in folders.items()
-    }
+    tables = {name: pd.read_csv(f / "predictions_test.csv") for name, f in folders.items()}
+    for table in tables.values():
+        assert table["id"].astype(str).tolist() == data.dataset.ids[rows].tolist()
+    probabilities = {name: table["probability"].to_numpy() for name, table in tables.items()}
     costs = {name: seconds_an_epoch(folder) for name, folder in folders.items()}
     probabilities |= {name: risks["test"] for name, risks in baselines(data).items()}
     reference = probabilities["stage 1 alone"]
@@ -2541,9 +2597,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = resolve(build_parser().parse_args(words))
     memory = start_logging()
     try:
-        if args.demo:
-            return run_demo(args, words)
-        return run_ablation(args, words) if args.ablation else train(args, memory)
+        if args.ablation:
+            return run_ablation(args, words)
+        return run_demo(args, words) if args.demo else train(args, memory)
     except InputError as error:
         logger.error("%s", error)
         return EXIT_INPUT

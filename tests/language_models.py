@@ -66,7 +66,7 @@ def patients() -> MIMICtrajectoryDataset:
 
 def data_of(dataset: MIMICtrajectoryDataset) -> Data:
     """Give the trainer's view of a data set."""
-    return Data(dataset, dataset.split(0), dataset.fingerprint())
+    return Data(dataset, dataset.split(0), dataset.fingerprint(), dataset.row_fingerprint())
 
 
 def arguments(*flags: str) -> Namespace:

@@ -261,11 +261,56 @@ def test_the_ablation_goes_on_where_it_was_stopped(
     assert made == ["classification", "trajectory", *["classification"] * 3]
 
 
+def test_other_data_or_another_stage_1_make_the_variants_anew(
+    ablation: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    words, folder = ablation
+    args = arguments(*words[1:], "--mode", "classification", "--series_text", "none")
+    args.output_dir = folder / "ablation" / "soft_prompt_alone"
+    args.ode_checkpoint = folder / trainer.TRAJECTORY_FILE
+    place = args.output_dir / "classification"
+    made = json.loads((place / "run.json").read_text())["arguments"]
+    for name, value in made.items():  # the fixture's own flags, whatever ran since
+        setattr(args, name, Path(value) if isinstance(getattr(args, name), Path) else value)
+    data = trainer.load_data(args)
+    assert trainer.finished(place, args, data)
+    assert not trainer.finished(place, args, data._replace(fingerprint="other"))
+    content = args.ode_checkpoint.read_bytes()
+    try:
+        args.ode_checkpoint.write_bytes(content + b" ")
+        assert not trainer.finished(place, args, data)
+        args.ode_checkpoint.unlink()
+        assert not trainer.finished(folder / "trajectory", args, data)
+    finally:
+        args.ode_checkpoint.write_bytes(content)
+    assert trainer.finished(place, args, data)
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--mode", "generative"], "--ablation sets --mode itself"),
-        (["--soft_prompt=off"], "--ablation sets --soft_prompt itself"),
+        (["--trajectory_only", "--soft_prompt", "off"], "--trajectory_only has no use for"),
+        (["--trajectory_only", "--gradient_accumulation", "2"], "--gradient_accumulation"),
+        (["--soft_prompt", "off", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
+        (["--soft_prompt", "off", "--freeze_ode"], "no use for --freeze_ode"),
+    ],
+)
+def test_flags_that_a_stage_would_ignore_are_refused(
+    flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main(flags) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--mode", "generative"], "--ablation and --mode do not go together"),
+        (["--soft_prompt=off"], "--ablation and --soft_prompt do not go together"),
+        (["--freeze_ode"], "--ablation and --freeze_ode do not go together"),
+        (["--demo"], "--ablation and --demo do not go together"),
         (["--series_text", "none"], "leaves no text"),
     ],
 )

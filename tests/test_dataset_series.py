@@ -100,6 +100,17 @@ def test_equal_times_within_a_series_stay_apart_and_pair_with_the_others_in_orde
     np.testing.assert_array_equal(rows, [(0, 1, 7), (0, 2, NAN), (5, 3, 8), (5, NAN, 9)])
 
 
+def test_series_of_one_value_each_share_an_observation_at_a_common_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        same = MIMICtrajectoryDataset(table_of(["1 (5h)"], trajectory_x=["7 (5h)"]))
+        apart = MIMICtrajectoryDataset(table_of(["1 (5h)"], trajectory_x=["7 (0h)"]))
+    assert rows_of(same, 0) == [(5, 1, 7)]
+    np.testing.assert_array_equal(rows_of(apart, 0), [(0, NAN, 7), (5, 1, NAN)])
+    assert not [message for message in caplog.messages if "sorted" in message]
+
+
 def test_a_file_of_one_series_gives_the_very_same_tensors_and_texts_as_ever() -> None:
     # Taken before further series could be read.
     dataset = MIMICtrajectoryDataset(BICARBONATE)
@@ -150,11 +161,16 @@ def test_the_most_recent_of_the_union_are_kept(caplog: pytest.LogCaptureFixture)
 
 @pytest.mark.parametrize(
     "name",
-    ["trajectory_ [u]", "trajectory_", "trajectory_x [", "trajectory_x []", "trajectory_[u]"],
+    [
+        *("trajectory_ [u]", "trajectory_", "trajectory_x [", "trajectory_x []", "trajectory_[u]"),
+        *("trajectory__", "trajectory_ _ [u]", "trajectoryglucose", "Trajectory_x", "trajectory"),
+        *("trajectory_vitamin, 1 [u]", "trajectory_24", "trajectory_x [24]", "trajectory_a\\nb ["),
+    ],
 )
 def test_a_series_column_that_cannot_be_read_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=r"row 1, column .*write trajectory_NAME"):
+    with pytest.raises(InputError, match=r"row 1, column .*write trajectory_NAME") as caught:
         MIMICtrajectoryDataset(table_of(["1 (0h)"], **{name: ["1 (0h)"]}))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["trajectory_Glucose", "trajectory_glucose [mmol/L]"])
@@ -200,6 +216,11 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out(
     assert dataset.features == ("Blood urea", "glucose")
     assert (dataset.ids.tolist(), dataset.labels.tolist()) == (["a", "b"], [0, 1])
     assert dataset.contexts.tolist() == ["old", ""]
+    assert dataset.groups.tolist() == ["a", "b"]
+    parts = THREE.assign(split=["train", "val", "test"])
+    chosen = MIMICtrajectoryDataset(parts, series=["glucose"]).parts
+    assert chosen is not None
+    assert chosen.tolist() == ["train", "val"]
     np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
     np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
     assert "DataFrame: 1 rows without a value are left out" in caplog.messages
@@ -318,6 +339,14 @@ def test_a_report_states_the_main_series_in_full_and_first_and_last_of_the_other
         "Net change -4 mEq/L over 2 h, -2 mEq/L an hour: falling. "
         "glucose: from 300 mg/dL at 2 h to 250 mg/dL at 2.5 h, falling. Blood urea: not measured."
     )
+    rising = table_of(
+        ["1 (0h)"], trajectory_x=["1 (0h) -> 2 (1h)"], trajectory_y=["3 (0h) -> 3 (2h)"]
+    )
+    assert (
+        MIMICtrajectoryDataset(rising)
+        .report(0)
+        .endswith("x: from 1 at 0 h to 2 at 1 h, rising. y: from 3 at 0 h to 3 at 2 h, level.")
+    )
     assert dataset.report(1) == (
         "Escalation: yes. Anion gap: not measured. glucose: only 90 mg/dL at 4 h. "
         "Blood urea: from 6 at 1 h to 5 at 4 h, falling."
@@ -355,6 +384,21 @@ def test_a_number_is_true_in_the_sentence_of_its_own_series_only(
     assert (score.true, score.parses) == (true, parses)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("trajectory_vitamin B1", "trajectory_vitamin B12"),
+        ("trajectory_urea 24 h", "trajectory_urea"),
+        ("trajectory_PaCO2 [10^3/mL]", "trajectory_x [1]"),
+    ],
+)
+def test_digits_of_names_and_units_are_no_claims(names: tuple[str, str]) -> None:
+    cells = {name: ["7 (1h) -> 8 (3h)"] for name in names}
+    dataset = MIMICtrajectoryDataset(table_of(["24 (0h)"], **cells))
+    score = dataset.score_report(0, dataset.report(0))
+    assert (score.parses, score.true) == (True, score.stated)
+
+
 # --------------------------------------------------------------------------- baselines, check
 
 
@@ -365,6 +409,8 @@ def test_summary_features_hold_eight_numbers_of_every_series() -> None:
     assert set(names) <= set(table.columns)
     assert table.shape == (3, 24)
     assert table.loc[1, "Blood urea slope"] == pytest.approx(-1 / 3)
+    assert (table.loc[1, "Blood urea span"], table.loc[0, "glucose span"]) == (3, 0.5)
+    assert (table.loc[1, "Blood urea count"], table.loc[1, "glucose count"]) == (2, 1)
     assert table.loc[2, ["glucose last", "Blood urea mean"]].isna().all()
 
 
@@ -378,7 +424,7 @@ def test_the_check_prints_a_line_a_series(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
-    (tmp_path / "data.json").write_text('{"limits": {"blood urea": [1, 5.5]}}')
+    (tmp_path / "data.json").write_text('{"limits": {"Blood_Urea": [1, 5.5]}}')
     assert checked(table, tmp_path) == 0
     output = capsys.readouterr().out
     assert "Anion gap in mEq/L: median 20, quartiles 7 to 24" in output
@@ -412,3 +458,54 @@ def test_limits_that_are_no_ranges_are_refused(limits: str, tmp_path: Path) -> N
     (tmp_path / "data.json").write_text(f'{{"limits": {limits}}}')
     with pytest.raises(InputError, match="limits"):
         Description.beside(tmp_path / "data.csv")
+
+
+def test_the_share_of_patients_counts_patients_not_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = table_of(["1 (0h)"] * 40, subject_id=[str(k // 2) for k in range(40)])
+    table["label_escalation"] = [k // 2 % 2 for k in range(40)]
+    table["trajectory_x"] = ["5 (1h)" if k % 2 else "" for k in range(40)]
+    assert checked(table, tmp_path) == 0
+    assert re.search(r"x: median 5.* in 100.0% of the patients", capsys.readouterr().out)
+
+
+def test_the_check_refuses_what_the_trainer_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = table_of(["1 (0h)"] * 40, trajectory_glucose=[""] * 40)
+    assert checked(table, tmp_path) == 2
+    assert re.fullmatch(r"error: .*never measures glucose.*\n", capsys.readouterr().err)
+
+
+# --------------------------------------------------------------------------- nothing lost unseen
+
+
+def test_a_patient_in_the_index_of_a_table_is_found(tmp_path: Path) -> None:
+    indexed = THREE.assign(subject_id=["a", "a", "b"]).set_index("subject_id")
+    assert MIMICtrajectoryDataset(indexed).groups.tolist() == ["a", "a", "b"]
+    pytest.importorskip("pyarrow")
+    indexed.to_parquet(tmp_path / "data.parquet")
+    assert MIMICtrajectoryDataset(tmp_path / "data.parquet").groups.tolist() == ["a", "a", "b"]
+
+
+def test_columns_that_are_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        MIMICtrajectoryDataset(THREE.assign(age=1, hadm_id=2))
+    assert "DataFrame: columns not read: age, hadm_id" in caplog.messages
+
+
+def test_series_that_max_len_takes_away_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    table = table_of(["1 (0h)", "1 (9h)"], trajectory_x=["5 (1h) -> 6 (2h)", "5 (1h) -> 6 (2h)"])
+    with caplog.at_level(logging.INFO):
+        MIMICtrajectoryDataset(table, 2)
+    assert "DataFrame: 1 rows lose every value of Anion gap: raise --max_len to keep them" in (
+        caplog.messages
+    )
+
+
+def test_the_description_of_a_file_in_capitals_is_found(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "DATA.CSV.GZ", "wt") as file:
+        file.write(THREE.to_csv(index=False))
+    (tmp_path / "DATA.json").write_text('{"series": "Gap"}')
+    assert MIMICtrajectoryDataset(tmp_path / "DATA.CSV.GZ").features[0] == "Gap"

@@ -255,10 +255,10 @@ def test_stage_3_calls_lm_head_on_the_answers_places_only(batch: TextBatch) -> N
     model.llm.get_output_embeddings().register_forward_hook(
         lambda _, inputs, __: shapes.append(tuple(inputs[0].shape))
     )
-    output = model(batch)
+    model(batch)
     answer_tokens = int((batch["targets"] != IGNORED).sum())
     assert shapes == [(answer_tokens, 64)]
-    assert output.terms == answer_tokens < batch["text_mask"].sum()
+    assert answer_tokens < batch["text_mask"].sum()
 
 
 def test_stage_2_loss_is_the_summed_cross_entropy(parts: Parts, batch: TextBatch) -> None:
@@ -282,7 +282,7 @@ def plain_loss(parts: Parts, batch: TextBatch) -> tuple[Tensor, int]:
         predicting[0, collate.verdict[0]] += trajectory.logit[row]
         losses = functional.cross_entropy(predicting, answer, reduction="none")
         total = total + trainer.VERDICT_WEIGHT * losses[0] + losses[1:].sum()
-        count += len(answer)
+        count += len(answer) + trainer.VERDICT_WEIGHT - 1
     return total, count
 
 
@@ -436,6 +436,31 @@ def test_batched_generation_equals_greedy_row_by_row_and_stops_at_the_end_token(
     assert max(map(len, expected)) == most
     written = model.write(prompts, most, eos=[end], pad=pad).tolist()
     assert written == [row + [pad] * (most - len(row)) for row in expected]
+
+
+def test_stage_1_s_logit_weighs_the_written_verdict_and_no_other_token() -> None:
+    _, model, collate = classifier_and_writer(residual=True)
+    head = model.trajectory_head
+    assert head is not None
+    yes, prompts = collate.verdict[0], collate.prompts_only(ROWS)
+    free = []
+    for bias in (1000.0, -1000.0):
+        torch.nn.init.constant_(head.output.bias, bias)
+        written = model.write(prompts, 4, eos=[-1], pad=0)
+        assert bool((written[:, 0] == yes).all()) == (bias > 0)
+        free.append(written)
+    sequences = [plain_sequence(model, prompts, row) for row in range(len(ROWS))]
+    for row, sequence in enumerate(sequences):  # after a yes the model goes on by itself
+        token = model.llm.get_input_embeddings()(torch.tensor([[yes]]))
+        with torch.no_grad():
+            rest = greedy(model, torch.cat([sequence, token], dim=1), 3, eos=-1)
+        assert free[0][row, 1:].tolist() == rest
+
+
+def test_the_verdict_counts_fifty_times_and_the_terms_say_so(parts: Parts) -> None:
+    output = parts.writer(parts.collate(ROWS))
+    tokens = sum(len(parts.collate.answers[i]) for i in ROWS)
+    assert output.terms == tokens + 49 * len(ROWS)
 
 
 def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(

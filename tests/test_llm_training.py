@@ -76,6 +76,8 @@ def test_rows_of_about_equal_length_share_a_batch_and_batches_come_in_any_length
     batches.lengths = None
     assert share < 0.1 < 0.4 < trainer.padding_share(batches, lengths)
     assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.2
+    within = longest[: trainer.BUCKET]
+    assert within.tolist() != sorted(within), "the batches of a bucket come in random order"
 
 
 @pytest.mark.parametrize("rows", [64, 66, 65, 129])
@@ -147,6 +149,15 @@ def test_the_last_batches_of_an_epoch_make_a_step_of_their_own(
     assert learner.average.steps == 2  # 3 + 3, then 2
 
 
+def test_the_schedule_ends_with_the_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--freeze_ode", "--batch_size", "3", "--gradient_accumulation", "2", "--epochs", "2"]
+    stage = stage_2(*flags)
+    learner = trainer.begin(stage, CPU)
+    for _ in range(stage.epochs):
+        trainer.train_epoch(stage, learner)
+    assert max(learner.schedule.get_last_lr()) == pytest.approx(0, abs=1e-9)
+
+
 def test_recomputed_layers_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--freeze_ode", "--batch_size", "8"]
     plain = gradients_of(stage_2(*flags), monkeypatch)
@@ -203,6 +214,7 @@ def test_an_encoder_that_learns_is_asked_every_time() -> None:
 
 def test_a_new_stage_2_predicts_what_stage_1_does(trained: Path) -> None:
     stage = stage_2("--ode_checkpoint", str(trained))
+    assert {group["name"] for group in stage.parameter_groups()} == {"projection", "llm", "head"}
     first = trainer.trajectory_stage(arguments(), data_of(patients()))
     first.load(trained.parent / "trajectory")
     one = trainer.evaluate(first.model, first.loaders["test"], CPU).probability
@@ -245,6 +257,10 @@ def test_shapes_and_memory_follow_the_configuration_of_every_gemma_3(size: str) 
     assert need[50].weights == pytest.approx(base_bytes, rel=0.2)
     ratio = need[100].activations_a_row / need[50].activations_a_row
     assert 1.9 < ratio < 2.1, "activations grow with the tokens"
+    learning = sum(p.numel() * p.element_size() for p in trainer.trainable(model))
+    assert need[50].learning == 4 * learning
+    reports = trainer.step_memory(model, 50, answer=7).activations_a_row
+    assert reports - need[50].activations_a_row == 3 * 7 * 262_208 * 4
     per_token_and_layer = need[100].activations_a_row / 100 / layers / (2 * width)
     assert 30 < per_token_and_layer < 100, "some dozens of vectors of the model's width"
     trainer.set_checkpointing(llm, on=True)
@@ -283,9 +299,15 @@ def test_the_estimate_disturbs_neither_mode_nor_random_numbers() -> None:
 
 
 def test_four_bit_weights_count_with_their_scales() -> None:
-    base = trainer.tiny_language_model()[0]
-    plain = sum(map(trainer.stored_bytes, base.parameters()))
-    assert plain == sum(p.numel() * 4 for p in base.parameters())
+    class Scales:
+        def as_dict(self, packed: bool) -> dict[str, Tensor]:
+            assert packed
+            return {"absmax": torch.zeros(3, dtype=torch.uint8), "nested": torch.zeros(2)}
+
+    weight = torch.zeros(5, dtype=torch.uint8)
+    assert trainer.stored_bytes(weight) == 5
+    weight.quant_state = Scales()  # type: ignore[attr-defined]
+    assert trainer.stored_bytes(weight) == 5 + 3 + 8
 
 
 def test_a_dry_run_measures_and_leaves_nothing(
@@ -312,6 +334,29 @@ def test_a_dry_run_measures_and_leaves_nothing(
     assert "memory of a step, estimated: weights" in printed
     assert steps == [2, 2]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_takes_the_longest_rows_and_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = stage_2("--batch_size", "1", "--gradient_accumulation", "3")
+    seen: list[int] = []
+    stage.model.register_forward_hook(
+        lambda model, given, _: seen.extend(given[0]["index"].tolist()) if model.training else None
+    )
+    data = data_of(patients())
+    args = arguments("--model_name", "tiny", "--batch_size", "1", "--gradient_accumulation", "3")
+    trainer.rehearse(stage, data, args)
+    batches = stage.loaders["train"].batch_sampler
+    assert isinstance(batches, Batches)
+    assert batches.lengths is not None
+    train = data.split["train"]
+    longest = train[np.argsort(-batches.lengths[train], kind="stable")[:6]]
+    assert sorted(seen) == sorted(longest.tolist())
+
+
+def test_more_soft_tokens_than_observations_cost_nothing() -> None:
+    model = stage_2("--num_prefix_tokens", "4096").model
+    assert isinstance(model, trainer.TrajectoryLLM)
+    assert model.tokens == max(patients().lengths)
 
 
 def test_too_little_memory_ends_with_what_to_do(
@@ -386,7 +431,12 @@ def test_an_instruction_tuned_model_reads_a_users_turn() -> None:
     collate = TextCollator(dataset, tokenizer, answers=True)
     text = tokenizer.decode(collate.prompts[3])
     prompt = dataset.prompt(3)
-    assert text == f"<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n"
+    turns = [{"role": "user", "content": prompt}]
+    own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert "<bos>" + text == own
+    cut = TextCollator(dataset, tokenizer, answers=False, most_tokens=110)
+    assert cut.shortened > 0
+    assert max(map(len, cut.prompts)) <= 110, "the turns count too"
     assert collate.prompts[3].count(end) == 1
     assert collate.bos not in collate.prompts[3]
     assert collate.eos == [1, end]

@@ -68,7 +68,8 @@ def test_what_only_a_second_series_or_the_time_between_two_tells_is_learned(
 ) -> None:
     data = write(tmp_path / "data.csv", rule)
     assert test_auroc(data, tmp_path / "both") > 0.9
-    # The first series alone says nothing.
+    if rule is by_interval:  # neither series alone says anything
+        assert 0.35 < test_auroc(data, tmp_path / "other", "--series", "lactate") < 0.65
     assert 0.35 < test_auroc(data, tmp_path / "one", "--series", "anion gap") < 0.65
 
 
@@ -118,6 +119,31 @@ def test_a_checkpoint_of_other_series_is_refused_with_what_differs(
     assert trainer.main(words) == 2
     error = capsys.readouterr().err
     assert "trained on features ['Anion gap', 'lactate'], the data have ['lactate']" in error
+
+
+def test_a_checkpoint_of_other_units_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.csv", by_second_series)
+    test_auroc(data, tmp_path / "run", "--trajectory_epochs", "1")
+    text = data.read_text().replace("[mmol/L]", "[mg/dL]", 1)
+    data.write_text(text)
+    words = ["--data_path", str(data), "--model_name", "tiny", "--output_dir", str(tmp_path / "x")]
+    words += ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
+    assert trainer.main(words) == 2
+    assert "trained on units ['mEq/L', 'mmol/L'], the data have" in capsys.readouterr().err
+
+
+def test_a_shorter_view_of_the_same_rows_does_not_hide_another_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "data.csv", by_second_series)
+    pd.read_csv(data).drop(columns="split").to_csv(data, index=False)
+    test_auroc(data, tmp_path / "run", "--trajectory_epochs", "1")
+    words = ["--data_path", str(data), "--model_name", "tiny", "--output_dir", str(tmp_path / "x")]
+    words += ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
+    assert trainer.main([*words, "--seed", "3", "--max_len", "3"]) == 2
+    assert "trained on another split of the same data" in capsys.readouterr().err
 
 
 def test_a_frozen_encoder_drops_nothing_and_a_learning_one_does(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def plain_loss(model: Any, batch: TextBatch) -> tuple[Tensor, int]:
     ).view(targets.shape)
     weights = torch.ones_like(losses)
     weights[place] = trainer.VERDICT_WEIGHT
-    return (losses * weights).sum(), int((targets != IGNORED).sum())
+    terms = int((targets != IGNORED).sum()) + (trainer.VERDICT_WEIGHT - 1) * len(place[0])
+    return (losses * weights).sum(), terms
 
 
 def own_loss(model: Any, batch: TextBatch) -> tuple[Tensor, int]:
