@@ -1023,7 +1023,8 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
         share = len(np.unique(dataset.groups[np.unique(owner[seen])])) / patients
         lines.append(
             f"{named}: {_quartiles(dataset.values[seen, f])}; in {share:.1%} of the patients, "
-            f"{np.median(counts[counts > 0]):g} values a row that has any"
+            f"{np.median(counts[counts > 0]):g} values a row that has any, "
+            f"{outside(dataset, f):,} implausible"
         )
     return lines
 
@@ -1043,14 +1044,21 @@ def implausible(dataset: TrajectoryDataset) -> list[str]:
     """Name the series that hold values outside their plausible range."""
     found = []
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
-        seen = dataset.values[:, f][~np.isnan(dataset.values[:, f])]
         low, high = dataset.plausible(f)
-        if outside := int(((seen < low) | (seen > high)).sum()):
+        if count := outside(dataset, f):
+            seen = int((~np.isnan(dataset.values[:, f])).sum())
             found.append(
-                f"{name}: {outside:,} of {len(seen):,} values lie outside {low:g} to "
+                f"{name}: {count:,} of {seen:,} values lie outside {low:g} to "
                 f"{high:g}{_unit(unit)}: is the unit right?"
             )
     return found
+
+
+def outside(dataset: TrajectoryDataset, feature: int) -> int:
+    """Count the values of a feature that lie outside its plausible range."""
+    low, high = dataset.plausible(feature)
+    values = dataset.values[:, feature]
+    return int(((values < low) | (values > high)).sum())
 
 
 def _quartiles(numbers: NDArray[Any]) -> str:
