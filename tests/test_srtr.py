@@ -1,6 +1,7 @@
 """SRTR files: who is in, with which label, from which rows; and that the future stays out."""
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -519,6 +520,25 @@ def test_baselines_see_what_their_name_says(organ: str) -> None:
         np.testing.assert_array_equal(meld, last)
         np.testing.assert_array_equal(table["last MELD"].to_numpy()[:, 0], last)
     np.testing.assert_allclose(age, cand["CAN_AGE_IN_MONTHS_AT_LISTING"] / 12)
+
+
+@pytest.mark.parametrize(("organ", "main"), [("kidney", "GFR"), ("liver", "MELD")])
+def test_the_text_tells_as_much_of_the_history_as_was_chosen(organ: str, main: str) -> None:
+    dataset = SRTRTrajectoryDataset(SYNTHETIC, organ)
+    whole = [dataset.prompt(i) for i in range(len(dataset))]
+    told = {}
+    for choice in ("main", "last", "none"):
+        dataset.series_text = choice
+        told[choice] = [dataset.prompt(i) for i in range(len(dataset))]
+    assert any("->" in text for text in whole)
+    for i, text in enumerate(whole):
+        context, question = dataset.contexts[i].rstrip(". "), dataset.question
+        assert told["none"][i] == f"{context}. {question}\n"
+        assert "->" not in told["last"][i]
+        assert told["last"][i].count(" (day ") == sum(1 for _ in dataset.measured(i))
+        own = re.search(rf"{main}(?: in mL/min)?: ([^;.]*(?:\.\d[^;.]*)*)", text)
+        expected = f"History: {own[0]}. " if own else ""
+        assert told["main"][i] == f"{context}. {expected}{question}\n"
 
 
 # ------------------------------------------------------------------- nothing of the future
