@@ -121,6 +121,7 @@ def gradients_of(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
                 found[name] = parameter.grad.clone()
 
     monkeypatch.setattr(learner.optimizer, "step", keep)
+    monkeypatch.setattr(learner.schedule, "step", lambda: None)
     monkeypatch.setattr(trainer, "GRADIENT_NORM", 1e9)
     trainer.train_epoch(stage, learner)
     return found
