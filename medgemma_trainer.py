@@ -1183,22 +1183,7 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     remember_trajectories(model, collate, default_device())
     if args.gradient_checkpointing:
         set_checkpointing(model.llm, on=True)
-    facts = {
-        "stage": args.mode,
-        "base_model": args.model_name,
-        "base_revision": cached_revision(args.model_name),
-        "base_class": type(base).__name__,
-        "quantization": args.quantization,
-        "precision": str(dtype).removeprefix("torch."),
-        "num_prefix_tokens": model.tokens,
-        "text_context": args.text_context,
-        "series_text": args.series_text,
-        "max_text_tokens": args.max_text_tokens,
-        "max_len": args.max_len,
-        "trajectory_head": trajectory_head is not None,
-        **({} if encoder is None else encoder_facts(encoder)),
-        **data.facts(),
-    }
+    facts = llm_facts(args, model, data)
     rates = {
         "encoder": args.encoder_lr,
         "trajectory_head": args.encoder_lr,
@@ -1225,6 +1210,27 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
             else None
         ),
     )
+
+
+def llm_facts(args: argparse.Namespace, model: TrajectoryLLM, data: Data) -> dict[str, Any]:
+    """Give what a winner's ``config.json`` names: base model, what it reads, its data."""
+    encoder = model.encoder
+    return {
+        "stage": args.mode,
+        "base_model": args.model_name,
+        "base_revision": cached_revision(args.model_name),
+        "base_class": type(model.llm.get_base_model()).__name__,
+        "quantization": args.quantization,
+        "precision": "float32" if args.precision == "fp32" else "bfloat16",
+        "num_prefix_tokens": model.tokens,
+        "text_context": args.text_context,
+        "series_text": args.series_text,
+        "max_text_tokens": args.max_text_tokens,
+        "max_len": args.max_len,
+        "trajectory_head": model.trajectory_head is not None,
+        **({} if encoder is None else encoder_facts(encoder)),
+        **data.facts(),
+    }
 
 
 def make_reader(
