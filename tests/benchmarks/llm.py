@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -167,8 +166,8 @@ def peak(mode: str, way: str, arguments: argparse.Namespace) -> float:
         chosen.step()
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    status = Path("/proc/self/status").read_text()  # Linux; ru_maxrss would count the parent's too
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
 
 
 def main() -> int:
