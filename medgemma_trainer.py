@@ -2309,20 +2309,15 @@ def load_data(args: argparse.Namespace) -> Data:
 
 
 def refuse_unused(args: argparse.Namespace) -> None:
-    """Refuse flags that the asked stage would silently ignore.
+    """Refuse flags that contradict the asked stage; others of another stage do no harm.
 
     Raises:
         InputError: naming them.
     """
     unused = {}
     if args.trajectory_only:
-        unused = {
-            "--soft_prompt off": args.soft_prompt == "off",
-            "--ode_checkpoint": args.ode_checkpoint,
-            "--gradient_accumulation": args.gradient_accumulation > 1,
-            "--gradient_checkpointing": args.gradient_checkpointing,
-            "--max_text_tokens": args.max_text_tokens,
-        }
+        off = args.soft_prompt == "off"
+        unused = {"--soft_prompt off": off, "--ode_checkpoint": args.ode_checkpoint}
     elif args.soft_prompt == "off":
         unused = {"--ode_checkpoint": args.ode_checkpoint, "--freeze_ode": args.freeze_ode}
     if given := [flag for flag, there in unused.items() if there]:

@@ -183,6 +183,8 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]
     pd.read_csv(sample, nrows=160).to_csv(data, index=False)
     words = ["--ablation", "--data_path", str(data), "--model_name", "tiny", "--epochs", "1"]
     words += ["--trajectory_epochs", "2", "--output_dir", str(folder / "run"), "--log_file", "none"]
+    # Flags of stages 2 and 3 alone do not stop the variant of stage 1.
+    words += ["--gradient_accumulation", "2", "--max_text_tokens", "400"]
     assert trainer.main(words) == 0
     return words, folder / "run"
 
@@ -290,12 +292,12 @@ def test_other_data_or_another_stage_1_make_the_variants_anew(
     ("flags", "problem"),
     [
         (["--trajectory_only", "--soft_prompt", "off"], "--trajectory_only has no use for"),
-        (["--trajectory_only", "--gradient_accumulation", "2"], "--gradient_accumulation"),
+        (["--trajectory_only", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
         (["--soft_prompt", "off", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
         (["--soft_prompt", "off", "--freeze_ode"], "no use for --freeze_ode"),
     ],
 )
-def test_flags_that_a_stage_would_ignore_are_refused(
+def test_flags_that_contradict_a_stage_are_refused(
     flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trainer.main(flags) == 2
