@@ -866,7 +866,11 @@ def _union(
 def _main_clauses(
     start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> list[list[str]]:
-    """Say of a series: first, last, lowest, highest, net change, rate, direction."""
+    """Say of a series: first, last, lowest, highest, net change, rate, direction.
+
+    The rate has one significant figure: a report is to be read, and a language model that writes it
+    has no calculator; the times between which it holds stand in front.
+    """
     low, high = int(values.argmin()), int(values.argmax())
     places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
     clauses = [
@@ -874,10 +878,10 @@ def _main_clauses(
         for words, k in places.items()
     ]
     change, span = values[-1] - values[0], times[-1] - times[0]
-    net = [". Net change ", plain(round(change, 6)), f"{unit} over ", plain(round(span, 6)), " h"]
+    net = [". Net change ", plain(round(change, 6)), unit]
     if span > 0:  # within no time there is no rate
         net[-1] += ", "
-        net += [plain(float(f"{change / span:.3g}")), f"{unit} an hour"]
+        net += [plain(float(f"{change / span:.1g}")), f"{unit} an hour"]
     net[-1] += f": {DIRECTIONS[int(np.sign(change))]}"
     return [*clauses, net]
 

@@ -2475,12 +2475,8 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
     data = load_data(args)
     shared = [w for w in words if w != "--ablation"]
     folders = {}
-    for name, flags in VARIANTS.items():
-        place = args.output_dir / ("" if name == "stage 1 alone" else f"ablation/{slug(name)}")
-        command = [*shared, *flags.split(), "--output_dir", str(place)]
-        if name not in ("stage 1 alone", "text alone"):
-            command += ["--ode_checkpoint", str(args.output_dir / TRAJECTORY_FILE)]
-        folders[name] = place / ("trajectory" if name == "stage 1 alone" else "classification")
+    for name in VARIANTS:
+        folders[name], command = variant(name, shared, args.output_dir)
         logger.info("\n%s: python medgemma_trainer.py %s", name, " ".join(command))
         if finished(folders[name], resolve(build_parser().parse_args(command)), data):
             logger.info("already there: %s", folders[name])
@@ -2492,9 +2488,22 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
     return EXIT_DONE
 
 
-def slug(name: str) -> str:
-    """Give a name as a folder may have it."""
-    return re.sub(r"\W+", "_", name)
+def variant(name: str, words: Sequence[str], output_dir: Path) -> tuple[Path, list[str]]:
+    """Give the folder of a variant's result, and the command line that makes it.
+
+    Args:
+        name: key of ``VARIANTS``.
+        words: flags that all variants share.
+        output_dir: of the ablation; stage 1 lies in it, the others below it.
+    """
+    if name == "stage 1 alone":
+        place, stage = output_dir, "trajectory"
+    else:
+        place, stage = output_dir / "ablation" / re.sub(r"\W+", "_", name), "classification"
+    command = [*words, *VARIANTS[name].split(), "--output_dir", str(place)]
+    if "soft prompt" in name:
+        command += ["--ode_checkpoint", str(output_dir / TRAJECTORY_FILE)]
+    return place / stage, command
 
 
 def finished(folder: Path, args: argparse.Namespace, data: Data) -> bool:

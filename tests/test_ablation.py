@@ -203,10 +203,7 @@ def test_the_ablation_sets_every_variant_beside_stage_1_and_the_baselines(
     assert {"logistic regression", "logistic regression with context"} < set(results)
     variants = {
         "stage 1 alone": folder / "trajectory",
-        **{
-            name: folder / "ablation" / trainer.slug(name) / "classification"
-            for name in list(trainer.VARIANTS)[1:]
-        },
+        **{name: trainer.variant(name, [], folder)[0] for name in list(trainer.VARIANTS)[1:]},
     }
     tables = {n: pd.read_csv(f / "predictions_test.csv") for n, f in variants.items()}
     reference = tables["stage 1 alone"]
@@ -226,7 +223,7 @@ def test_each_variant_was_made_by_its_own_switches(ablation: tuple[list[str], Pa
     _, folder = ablation
     flags = {}
     for name in list(trainer.VARIANTS)[1:]:
-        place = folder / "ablation" / trainer.slug(name) / "classification" / "run.json"
+        place = trainer.variant(name, [], folder)[0] / "run.json"
         chosen = json.loads(place.read_text())["arguments"]
         flags[name] = (chosen["soft_prompt"], chosen["series_text"], bool(chosen["ode_checkpoint"]))
     assert flags == {

@@ -1,122 +1,114 @@
 """What a real Gemma 3 adds to stage 1, over the test parts of several seeded splits.
 
     python tests/benchmarks/real_weights.py --model_name FOLDER_OR_HUB_ID --output_dir DIR \\
-        [--data FILE] [--seeds 3] [flags of stage 2, as --series_text none --epochs 2]
+        [--data FILE] [--seeds 0 1 2] [--only "soft prompt alone"] [flags of stage 2]
 
-Each seed splits, initialises and trains anew, stage 1 and then stage 2 on top of it, through the
-trainer's own command line; what is finished already is not made again. Prints the test figures of
-each split and the mean paired difference over the splits with a 95 % interval: patients are drawn
-once for all splits, each with all the rows that any test part holds of him.
+Each seed splits, initialises and trains anew, through the trainer's own command line, the variants
+of its ``--ablation``, or stage 1 and those named by ``--only``; what is finished is not made again.
+Prints the test AUROC of each split, then for every model and baseline the mean, and its mean paired
+differences with 95 % intervals: patients are drawn once for all splits, each with all the rows that
+any test part holds of him.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import medgemma_trainer as trainer
 
-STAGES = {"stage 1": "trajectory", "stage 2": "classification"}
+FIRST = "stage 1 alone"
+REFERENCES = (FIRST, "text alone", "logistic regression with context")
+Draws = dict[str, dict[str, NDArray[np.float64]]]
 
 
-def run(words: list[str], folder: Path) -> None:
-    """Run a stage unless its folder holds that very result.
+def one_seed(seed: int, arguments: argparse.Namespace, flags: list[str]) -> pd.DataFrame:
+    """Train the variants of a seed; give the test part: id, label, probability of each model.
 
     Raises:
-        SystemExit: the run failed.
+        SystemExit: a run failed.
     """
-    args = trainer.resolve(trainer.build_parser().parse_args(words))
-    if trainer.finished(folder, args, trainer.load_data(args)):
-        sys.stdout.write(f"already there: {folder}\n")
-    elif code := trainer.main(words):
-        raise SystemExit(code)
-
-
-def one_seed(seed: int, arguments: argparse.Namespace, flags: list[str]) -> Path:
-    """Train both stages of a seed; give the folder of the run."""
     place = arguments.output_dir / f"seed_{seed}"
-    shared = ["--data_path", str(arguments.data), "--output_dir", str(place), "--seed", str(seed)]
-    run([*shared, "--trajectory_only"], place / "trajectory")
+    words = ["--data_path", str(arguments.data), "--seed", str(seed)]
     llm = ["--model_name", arguments.model_name, *flags]
-    llm += ["--ode_checkpoint", str(place / trainer.TRAJECTORY_FILE)]
-    run([*shared, *llm], place / "classification")
-    return place
+    columns = {}
+    for name in (FIRST, *arguments.only):
+        shared = words if name == FIRST else [*words, *llm]
+        folder, command = trainer.variant(name, shared, place)
+        args = trainer.resolve(trainer.build_parser().parse_args(command))
+        data = trainer.load_data(args)
+        if trainer.finished(folder, args, data):
+            sys.stdout.write(f"already there: {folder}\n")
+        elif code := trainer.main(command):
+            raise SystemExit(code)
+        table = pd.read_csv(folder / "predictions_test.csv", dtype={"id": str})
+        columns[name] = table["probability"]
+    if table["id"].tolist() != data.dataset.ids[data.split["test"]].tolist():
+        raise RuntimeError(f"{folder} was not tested on the test part of seed {seed}")
+    columns |= {name: pd.Series(p["test"]) for name, p in trainer.baselines(data).items()}
+    return pd.DataFrame({"seed": seed, "id": table["id"], "label": table["label"], **columns})
 
 
-def predictions(runs: list[Path], stage: str) -> pd.DataFrame:
-    """Stack the test predictions of all runs, with the number of their split."""
-    tables = [pd.read_csv(run / stage / "predictions_test.csv") for run in runs]
-    return pd.concat([table.assign(split=k) for k, table in enumerate(tables)], ignore_index=True)
+def score(tables: list[pd.DataFrame]) -> tuple[pd.DataFrame, Draws]:
+    """Give figures of each split and model, and the mean over splits for each draw of patients."""
+    whole = pd.concat(tables, ignore_index=True)
+    labels, models = whole["label"].to_numpy(dtype=float), whole.columns[3:]
+    draws = trainer.patient_draws(labels, whole["id"].to_numpy(dtype=np.str_), seed=0)
+    figures, replicates = [], []
+    for seed, table in whole.groupby("seed"):
+        rows = table.index.to_numpy()
+        for model in models:
+            risk = table[model].to_numpy()
+            figures.append({"seed": seed, "model": model, **trainer.metrics_of(labels[rows], risk)})
+            replicates.append((model, trainer.weighted_metrics(labels[rows], risk, draws[:, rows])))
+    means = {
+        model: {
+            metric: np.mean([own[metric] for name, own in replicates if name == model], axis=0)
+            for metric in ("auroc", "auprc", "brier")
+        }
+        for model in models
+    }
+    return pd.DataFrame(figures), means
 
 
-def mean_difference(one: pd.DataFrame, two: pd.DataFrame) -> dict[str, float]:
-    """Give the mean over splits of AUROC(two) less AUROC(one), with its interval.
-
-    Raises:
-        RuntimeError: the two were not tested on the same patients.
-    """
-    if not one[["id", "label", "split"]].equals(two[["id", "label", "split"]]):
-        raise RuntimeError("the two stages were not tested on the same patients")
-    labels = one["label"].to_numpy(dtype=float)
-    draws = trainer.patient_draws(labels, one["id"].astype(str).to_numpy(dtype=np.str_), seed=0)
-    value, replicates = [], []
-    for split in one["split"].unique():
-        rows = (one["split"] == split).to_numpy()
-        risks = [table["probability"].to_numpy()[rows] for table in (two, one)]
-        own = [trainer.weighted_metrics(labels[rows], r, draws[:, rows])["auroc"] for r in risks]
-        value.append(float(np.subtract(*(roc_auc_score(labels[rows], r) for r in risks))))
-        replicates.append(own[0] - own[1])
-    return trainer.interval(float(np.mean(value)), np.mean(replicates, axis=0))
-
-
-def report(runs: list[Path]) -> str:
-    """Lay out each split and the mean."""
-    lines = []
-    for run_folder in runs:
-        for name, stage in STAGES.items():
-            figures = json.loads((run_folder / stage / "metrics.json").read_text())
-            test = figures["test"]
-            lines.append(
-                {
-                    "run": run_folder.name,
-                    "model": name,
-                    "validation AUROC": figures["validation"]["auroc"]["value"],
-                    "test AUROC": test["auroc"]["value"],
-                    "AUPRC": test["auprc"]["value"],
-                    "Brier": test["brier"]["value"],
-                }
-            )
-            if name == "stage 2":
-                for baseline, scores in figures["baselines"].items():
-                    auroc = scores["test"]["auroc"]["value"]
-                    lines.append({"run": run_folder.name, "model": baseline, "test AUROC": auroc})
-    table = pd.DataFrame(lines)
-    means = table.groupby("model", sort=False).mean(numeric_only=True)
-    pooled = mean_difference(*(predictions(runs, stage) for stage in STAGES.values()))
+def report(tables: list[pd.DataFrame]) -> str:
+    """Lay out the test AUROC of each split, then means and paired differences."""
+    figures, draws = score(tables)
+    splits = figures.pivot_table(index="model", columns="seed", values="auroc", sort=False)
+    means = figures.groupby("model", sort=False)[["auroc", "auprc", "brier"]].mean()
+    table = means.round(4)
+    for reference in (name for name in REFERENCES if name in draws):
+        cells = []
+        for model in draws:
+            value = means.loc[model, "auroc"] - means.loc[reference, "auroc"]
+            spread = draws[model]["auroc"] - draws[reference]["auroc"]
+            known = trainer.interval(float(value), spread)
+            cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**known))
+        table[f"AUROC minus {reference}"] = cells
     return (
-        f"{table.round(4).to_string(index=False)}\n\nmeans\n{means.round(4).to_string()}\n\n"
-        f"stage 2 - stage 1, mean of {len(runs)} splits: {pooled['value']:+.4f} "
-        f"[{pooled['low']:+.4f}, {pooled['high']:+.4f}]\n"
+        f"test AUROC of each seed\n{splits.round(4).to_string()}\n\n"
+        f"mean of {len(tables)} seeds\n{table.to_string()}\n"
     )
 
 
 def main() -> int:
     """Train what is missing and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    others = [name for name in trainer.VARIANTS if name != FIRST]
     parser.add_argument("--model_name", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=trainer.SAMPLE_DATA)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=others, default=others)
     arguments, flags = parser.parse_known_args()
-    runs = [one_seed(seed, arguments, flags) for seed in range(arguments.seeds)]
-    sys.stdout.write(report(runs))
+    tables = [one_seed(seed, arguments, flags) for seed in arguments.seeds]
+    sys.stdout.write(report(tables))
     return 0
 
 
