@@ -1287,7 +1287,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
 
 
 class Memory(NamedTuple):
-    """Bytes that a training step needs: at rest, for what learns, for one row's activations."""
+    """Bytes that a training step needs: frozen weights, what learns, one row's activations."""
 
     weights: int
     learning: int
@@ -1317,10 +1317,11 @@ def step_memory(model: TrajectoryLLM, tokens: int, answer: int = 0) -> Memory:
         saved += saved_bytes(body, tokens, config.hidden_size) // config.num_hidden_layers
         set_checkpointing(model.llm, on=True)
     logits = 3 * answer * config.vocab_size * torch.finfo(torch.float32).bits // 8
-    learning = sum(p.numel() * p.element_size() for p in trainable(model))
+    learning = trainable(model)
     return Memory(
-        weights=sum(map(stored_bytes, {*model.parameters(), *model.buffers()})),
-        learning=4 * learning,  # gradient, two moments of AdamW, weight average
+        weights=sum(map(stored_bytes, {*model.parameters(), *model.buffers()} - {*learning})),
+        # weight, gradient, two moments of AdamW, weight average
+        learning=5 * sum(map(stored_bytes, learning)),
         activations_a_row=saved + logits,
     )
 
