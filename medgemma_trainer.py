@@ -2011,6 +2011,8 @@ def write_results(
                 "id": data.dataset.ids[result.rows],
                 "label": result.labels.astype(int),
                 "probability": result.probability,
+                "patient": data.dataset.groups[result.rows],
+                **{name: risks[part] for name, risks in models.items() if name != stage.name},
             }
         )
         if first:
@@ -2171,6 +2173,8 @@ def build_parser() -> Parser:
     )
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
     add("--ablation", action="store_true", help="train and compare what text and soft prompt add")
+    add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
+    add("--seeds", type=POSITIVE, metavar="N", help="the same with N seeds from --seed on, pooled")
     add_data_flags(parser)
     add_training_flags(parser)
     add_model_flags(parser)
@@ -2485,7 +2489,13 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
             return code
     if processes().is_main_process:
         start_logging()  # each variant has closed its own
-        compare(folders, data, args)
+        folder = args.output_dir / "ablation"
+        table = join_predictions(folders)
+        results = side_by_side([table], "stage 1 alone", args.seed)
+        for name in VARIANTS:
+            results[name]["seconds_an_epoch"] = seconds_an_epoch(folders[name])
+        write_text(folder / "predictions_test.csv", table.to_csv(index=False))
+        show(results, "stage 1 alone", folder, "ablation")
     return EXIT_DONE
 
 
@@ -2523,63 +2533,222 @@ def finished(folder: Path, args: argparse.Namespace, data: Data) -> bool:
     return done and all(known.get(key) == facts[key] for key in keys)
 
 
-def compare(folders: dict[str, Path], data: Data, args: argparse.Namespace) -> None:
-    """Lay the variants and the baselines side by side: table, ``ablation.json``, ``ablation.png``.
-
-    All are scored on the test part; differences are to stage 1 alone, paired by patient.
-    """
-    rows = data.split["test"]
-    labels, groups = data.dataset.labels[rows], data.dataset.groups[rows]
-    tables = {name: pd.read_csv(f / "predictions_test.csv") for name, f in folders.items()}
-    for table in tables.values():
-        assert table["id"].astype(str).tolist() == data.dataset.ids[rows].tolist()
-    probabilities = {name: table["probability"].to_numpy() for name, table in tables.items()}
-    costs = {name: seconds_an_epoch(folder) for name, folder in folders.items()}
-    probabilities |= {name: risks["test"] for name, risks in baselines(data).items()}
-    reference = probabilities["stage 1 alone"]
-    results = {
-        name: {
-            **metrics_with_intervals(labels, probability, groups, args.seed),
-            "minus_stage_1": paired_differences(labels, probability, reference, groups, args.seed),
-            "seconds_an_epoch": costs.get(name),
-        }
-        for name, probability in probabilities.items()
-    }
-    folder = args.output_dir / "ablation"
-    write_text(folder / "ablation.json", json.dumps(results, indent=2) + "\n")
-    draw_ablation(results, folder / "ablation.png")
-    logger.info("\n%s\n\nresults: %s", ablation_table(results), folder)
-
-
 def seconds_an_epoch(folder: Path) -> float:
     """Give the median time of an epoch with its validation."""
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     return float(np.median([json.loads(line)["seconds"] for line in lines]))
 
 
-def ablation_table(results: dict[str, dict[str, Any]]) -> str:
-    """Lay out the test figures of all variants and baselines as a plain table."""
+# --------------------------------------------------------------------------- several seeds
+
+
+def run_seeds(args: argparse.Namespace, words: Sequence[str]) -> int:
+    """Run the same command with several seeds, each with a split of its own, and pool the tests.
+
+    ``{seed}`` in a flag's value becomes the seed. A seed that is already there is not run again.
+
+    Raises:
+        InputError: a flag that cannot be asked of several seeds at once.
+    """
+    if args.demo or args.dry_run:
+        raise InputError(f"--seeds and --{'demo' if args.demo else 'dry_run'} do not go together")
+    if args.ode_checkpoint and "{seed}" not in str(args.ode_checkpoint):
+        raise InputError(
+            "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "
+            f"number, as in --ode_checkpoint {args.output_dir}/seed_{{seed}}/{TRAJECTORY_FILE}"
+        )
+    shared = without(words, "--seeds")
+    folders = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        place = args.output_dir / f"seed_{seed}"
+        command = [word.replace("{seed}", str(seed)) for word in shared]
+        command += ["--seed", str(seed), "--output_dir", str(place)]
+        own = resolve(build_parser().parse_args(command))
+        folders[seed] = place / ("trajectory" if own.trajectory_only else own.mode)
+        logger.info("\nseed %d: python medgemma_trainer.py %s", seed, " ".join(command))
+        if own.ablation:  # it looks itself for what is there
+            folders[seed] = place / "ablation"
+            code = main(command)
+        elif finished(folders[seed], own, load_data(own)):
+            logger.info("already there: %s", folders[seed])
+            code = EXIT_DONE
+        else:
+            code = main(command)
+        if code:
+            return code
+    if processes().is_main_process:
+        start_logging()  # each run has closed its own
+        pool_seeds(folders, args)
+    return EXIT_DONE
+
+
+def pool_seeds(folders: dict[int, Path], args: argparse.Namespace) -> None:
+    """Show mean, spread and pooled intervals over seeds; name the best by validation."""
+    if args.ablation:
+        reference = "stage 1 alone"
+        types = {"id": str, "patient": str}
+        tables = [pd.read_csv(f / "predictions_test.csv", dtype=types) for f in folders.values()]
+    else:
+        reference = next(iter(folders.values())).name
+        tables = [read_predictions(reference, folder) for folder in folders.values()]
+    show(side_by_side(tables, reference, args.seed), reference, args.output_dir, "seeds")
+    if not args.ablation:
+        scores = {
+            seed: json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            for seed, folder in folders.items()
+        }
+        known = {seed: score["validation"]["auroc"]["value"] for seed, score in scores.items()}
+        best = max(known, key=lambda seed: known[seed])
+        logger.info(
+            "best by validation (AUROC %.4f): seed %d, %s", known[best], best, folders[best]
+        )
+
+
+def without(words: Sequence[str], flag: str) -> list[str]:
+    """Give a command line without a flag and its one value."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word.split("=")[0] != flag:
+            kept.append(word)
+        skip = word == flag
+    return kept
+
+
+# --------------------------------------------------------------------------- comparison
+
+SAME = ["id", "patient", "label"]
+"""Columns of a table of predictions that tell what was tested; each other one is a model."""
+
+
+def read_predictions(name: str, folder: Path) -> pd.DataFrame:
+    """Read what a stage said of its test part: ``SAME``, the model ``name``, the baselines.
+
+    Raises:
+        InputError: there is no whole result.
+    """
+    path = folder / "predictions_test.csv"
+    if not path.exists():
+        raise InputError(f"{folder}: no predictions_test.csv: name the folder of a finished stage")
+    table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
+    if missing := [column for column in (*SAME, "probability") if column not in table]:
+        raise InputError(f"{path}: no column {missing[0]}: was it written by this program?")
+    baselines = table.columns.drop([*SAME, "probability"])
+    return table[[*SAME, "probability", *baselines]].rename(columns={"probability": name})
+
+
+def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
+    """Set the predictions of several stages side by side, with the baselines of the first.
+
+    Raises:
+        InputError: they were not tested on the same patients.
+    """
+    tables = {name: read_predictions(name, folder) for name, folder in folders.items()}
+    reference, first = next(iter(tables.items()))
+    for name, table in tables.items():
+        if not table[SAME].equals(first[SAME]):
+            both = len(set(table["id"]) & set(first["id"]))
+            raise InputError(
+                f"{reference} and {name} were tested on different patients ({len(first)} and "
+                f"{len(table)} rows, {both} ids in both): compare runs on the same data and seed"
+            )
+    models = [table[name] for name, table in tables.items()]
+    return pd.concat([first[SAME], *models, first.drop(columns=[*SAME, reference])], axis=1)
+
+
+def side_by_side(
+    tables: list[pd.DataFrame], reference: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Score the same models on one test part, or on those of several splits.
+
+    Of several splits each figure is the mean, its interval that of the mean: patients are drawn
+    once for all splits, each with all the rows that any test part holds of him.
+
+    Args:
+        tables: one a split: ``SAME``, then the probabilities of each model.
+        reference: the model that the others are compared with, paired.
+        seed: of the draws.
+
+    Returns:
+        Of each model n, events, each figure with its interval (and over several splits its
+        standard deviation ``sd``), and ``minus_reference``: the paired differences.
+    """
+    whole = pd.concat(tables, keys=range(len(tables)))
+    labels = whole["label"].to_numpy(dtype=float)
+    split = whole.index.get_level_values(0).to_numpy()
+    draws = patient_draws(labels, whole["patient"].to_numpy(dtype=np.str_), seed)
+    values: dict[str, pd.DataFrame] = {}
+    replicates: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for model in whole.columns.drop(SAME):
+        parts = [(labels[split == k], t[model].to_numpy()) for k, t in enumerate(tables)]
+        values[model] = pd.DataFrame([metrics_of(*part) for part in parts])
+        drawn = [weighted_metrics(*part, draws[:, split == k]) for k, part in enumerate(parts)]
+        replicates[model] = {m: np.mean([d[m] for d in drawn], axis=0) for m in drawn[0]}
+    results: dict[str, dict[str, Any]] = {}
+    for model, own in replicates.items():
+        mean, other = values[model].mean(), values[reference].mean()
+        figures = {m: interval(float(mean[m]), own[m]) for m in own}
+        if len(tables) > 1:
+            for metric, figure in figures.items():
+                figure["sd"] = float(values[model][metric].std())
+        paired = {
+            m: interval(float(mean[m] - other[m]), own[m] - replicates[reference][m]) for m in own
+        }
+        counts = {"n": len(labels), "events": int(labels.sum())}
+        results[model] = {**counts, **figures, "minus_reference": paired}
+    return results
+
+
+def run_compare(runs: list[Path], seed: int) -> int:
+    """Set finished stages, tested on the same patients, side by side; the first is the reference.
+
+    Raises:
+        InputError: they were tested on different patients, or one has no result.
+    """
+    names = [str(run) for run in runs]
+    if len(set(names)) < 2:
+        raise InputError("--compare: name at least two different folders of stages")
+    table = join_predictions(dict(zip(names, runs, strict=True)))
+    results = side_by_side([table], names[0], seed)
+    logger.info("\n%s\n%s", comparison_table(results, names[0]), counted(results))
+    return EXIT_DONE
+
+
+def show(results: dict[str, dict[str, Any]], reference: str, folder: Path, name: str) -> None:
+    """Print the table of a comparison; write ``NAME.json`` and ``NAME.png``."""
+    write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    draw_comparison(results, reference, folder / f"{name}.png")
+    table, counts = comparison_table(results, reference), counted(results)
+    logger.info("\n%s\n%s\n\nresults: %s", table, counts, folder)
+
+
+def counted(results: dict[str, dict[str, Any]]) -> str:
+    """Say on how many rows and events a comparison rests."""
+    first = next(iter(results.values()))
+    return f"test part: {first['n']} rows, {first['events']} events"
+
+
+def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> str:
+    """Lay out the test figures of all models as a plain table."""
 
     def shown(score: dict[str, float], form: str = ".3f") -> str:
         return f"{score['value']:{form}} [{score['low']:{form}}, {score['high']:{form}}]"
 
-    table = [
-        {
-            "model": name,
-            "test AUROC [95 %]": shown(result["auroc"]),
-            "minus stage 1 [95 %]": (
-                "" if name == "stage 1 alone" else shown(result["minus_stage_1"]["auroc"], "+.3f")
-            ),
-            "AUPRC": f"{result['auprc']['value']:.3f}",
-            "Brier": f"{result['brier']['value']:.4f}",
-            "s an epoch": "" if (cost := result["seconds_an_epoch"]) is None else f"{cost:.0f}",
-        }
-        for name, result in results.items()
-    ]
-    return pd.DataFrame(table).to_string(index=False)
+    table = []
+    for name, result in results.items():
+        row = {"model": name, "test AUROC [95 %]": shown(result["auroc"])}
+        if "sd" in result["auroc"]:
+            row["sd"] = f"{result['auroc']['sd']:.3f}"
+        difference = shown(result["minus_reference"]["auroc"], "+.3f")
+        row[f"minus {reference} [95 %]"] = "" if name == reference else difference
+        row["AUPRC"] = f"{result['auprc']['value']:.3f}"
+        row["Brier"] = f"{result['brier']['value']:.4f}"
+        if "seconds_an_epoch" in result:
+            row["s an epoch"] = f"{result['seconds_an_epoch']:.0f}"
+        table.append(row)
+    return pd.DataFrame(table).fillna("").to_string(index=False)
 
 
-def draw_ablation(results: dict[str, dict[str, Any]], path: Path) -> None:
+def draw_comparison(results: dict[str, dict[str, Any]], reference: str, path: Path) -> None:
     """Draw AUROC and paired difference of each model with their intervals."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
@@ -2587,10 +2756,10 @@ def draw_ablation(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 0.45 * len(results) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     names = list(results)[::-1]
-    titles = {left: "test AUROC [95 %]", right: "AUROC minus stage 1, paired [95 %]"}
+    titles = {left: "test AUROC [95 %]", right: f"AUROC minus {reference}, paired [95 %]"}
     for axes, title in titles.items():
         for place, name in enumerate(names):
-            whole = results[name] if axes is left else results[name]["minus_stage_1"]
+            whole = results[name] if axes is left else results[name]["minus_reference"]
             score = whole["auroc"]
             axes.plot([score["low"], score["high"]], [place, place], color="tab:blue")
             axes.plot(score["value"], place, "o", color="tab:blue")
@@ -2608,6 +2777,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = resolve(build_parser().parse_args(words))
     memory = start_logging()
     try:
+        if args.compare:
+            return run_compare(args.compare, args.seed)
+        if args.seeds:
+            return run_seeds(args, words)
         if args.ablation:
             return run_ablation(args, words)
         return run_demo(args, words) if args.demo else train(args, memory)

@@ -212,7 +212,7 @@ def test_the_ablation_sets_every_variant_beside_stage_1_and_the_baselines(
         own = roc_auc_score(table["label"], table["probability"])
         other = roc_auc_score(reference["label"], reference["probability"])
         assert results[name]["auroc"]["value"] == pytest.approx(own)
-        difference = results[name]["minus_stage_1"]["auroc"]
+        difference = results[name]["minus_reference"]["auroc"]
         assert difference["value"] == pytest.approx(own - other)
         assert difference["low"] <= difference["value"] <= difference["high"]
         assert results[name]["seconds_an_epoch"] > 0

@@ -1,0 +1,202 @@
+"""Models side by side: on one test part, over the splits of several seeds, and by command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import medgemma_trainer as trainer
+
+SAMPLE = Path(__file__).parent / "data" / "physionet2012_bicarbonate.csv"
+
+
+def table_of(seed: int, n: int = 120) -> pd.DataFrame:
+    """Predictions of two models on rows of which some share a patient."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % 4 == 0).astype(int)
+    signal = labels + rng.normal(size=n)
+    return pd.DataFrame(
+        {
+            "id": [f"r{k}" for k in range(n)],
+            "patient": [f"p{k // 2}" for k in range(n)],
+            "label": labels,
+            "good": trainer.torch.sigmoid(trainer.torch.tensor(signal - 1)).numpy(),
+            "bad": rng.uniform(size=n),
+        }
+    )
+
+
+def test_one_test_part_gives_the_figures_of_each_model_and_their_paired_differences() -> None:
+    table = table_of(0)
+    labels, groups = table["label"].to_numpy(float), table["patient"].to_numpy(np.str_)
+    results = trainer.side_by_side([table], "bad", seed=5)
+    for name in ("good", "bad"):
+        alone = trainer.metrics_with_intervals(labels, table[name].to_numpy(), groups, 5)
+        difference = results[name].pop("minus_reference")
+        assert results[name] == alone
+        against = (table[name].to_numpy(), table["bad"].to_numpy())
+        assert difference == trainer.paired_differences(labels, *against, groups, 5)
+
+
+def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> None:
+    tables = [table_of(seed) for seed in range(3)]
+    result = trainer.side_by_side(tables, "bad", seed=0)["good"]
+    scores = [roc_auc_score(t["label"], t["good"]) for t in tables]
+    others = [roc_auc_score(t["label"], t["bad"]) for t in tables]
+    assert result["auroc"]["value"] == pytest.approx(np.mean(scores))
+    assert result["auroc"]["sd"] == pytest.approx(np.std(scores, ddof=1))
+    gain = result["minus_reference"]["auroc"]
+    assert gain["value"] == pytest.approx(np.mean(scores) - np.mean(others))
+    assert gain["low"] < gain["value"] < gain["high"]
+    assert (result["n"], result["events"]) == (360, 90)
+
+
+def test_a_patient_of_several_splits_is_drawn_once_so_repeating_a_split_proves_nothing() -> None:
+    once = trainer.side_by_side([table_of(1)], "bad", seed=0)["good"]
+    thrice = trainer.side_by_side([table_of(1)] * 3, "bad", seed=0)["good"]
+    for one, three in (
+        (once["auroc"], thrice["auroc"]),
+        (once["minus_reference"]["auroc"], thrice["minus_reference"]["auroc"]),
+    ):
+        assert three["low"] == pytest.approx(one["low"])
+        assert three["high"] == pytest.approx(one["high"])
+
+
+def test_splits_of_other_patients_make_the_interval_narrower() -> None:
+    tables = [table_of(seed) for seed in range(4)]
+    for k, table in enumerate(tables):
+        table["patient"] += f"_{k}"
+    one, four = (
+        trainer.side_by_side(few, "bad", seed=0)["good"]["auroc"] for few in (tables[:1], tables)
+    )
+    assert four["high"] - four["low"] < 0.7 * (one["high"] - one["low"])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of stage 1 on the same split, by one command."""
+    folder = tmp_path_factory.mktemp("runs")
+    table = pd.read_csv(SAMPLE, nrows=200)
+    table["split"] = (["train"] * 6 + ["val", "test"] * 2) * 20
+    table.to_csv(folder / "data.csv", index=False)
+    assert trainer.main(seeds_command(folder)) == 0
+    return folder
+
+
+def seeds_command(folder: Path) -> list[str]:
+    words = ["--trajectory_only", "--data_path", str(folder / "data.csv"), "--log_file", "none"]
+    words += ["--trajectory_epochs", "2", "--seed", "3", "--seeds=2"]
+    return [*words, "--output_dir", str(folder / "out")]
+
+
+def test_predictions_name_the_patient_and_hold_the_baselines(runs: Path) -> None:
+    table = pd.read_csv(runs / "out" / "seed_3" / "trajectory" / "predictions_test.csv")
+    assert list(table)[:5] == ["id", "label", "probability", "patient", "last value"]
+    figures = json.loads((runs / "out" / "seed_3" / "trajectory" / "metrics.json").read_text())
+    assert roc_auc_score(table["label"], table["last value"]) == pytest.approx(
+        figures["baselines"]["last value"]["test"]["auroc"]["value"]
+    )
+
+
+def test_several_seeds_are_run_pooled_and_the_best_is_chosen_by_validation(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [runs / "out" / f"seed_{seed}" / "trajectory" for seed in (3, 4)]
+    before = [(place / "predictions_test.csv").stat().st_mtime_ns for place in places]
+    assert trainer.main(seeds_command(runs)) == 0
+    said = capsys.readouterr().out
+    assert said.count("already there") == 2
+    assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
+    figures = [json.loads((place / "metrics.json").read_text()) for place in places]
+    pooled = json.loads((runs / "out" / "seeds.json").read_text())["trajectory"]["auroc"]
+    scores = [figure["test"]["auroc"]["value"] for figure in figures]
+    assert pooled["value"] == pytest.approx(np.mean(scores))
+    assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
+    validation = [figure["validation"]["auroc"]["value"] for figure in figures]
+    assert f"seed {3 + int(np.argmax(validation))}, " in said.split("best by validation")[1]
+    assert (runs / "out" / "seeds.png").read_bytes().startswith(b"\x89PNG")
+    assert {json.loads((p / "run.json").read_text())["arguments"]["seed"] for p in places} == {3, 4}
+
+
+def test_runs_on_the_same_patients_are_compared_with_the_first(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [str(runs / "out" / f"seed_{seed}" / "trajectory") for seed in (3, 4)]
+    assert trainer.main(["--compare", *places]) == 0
+    said = capsys.readouterr().out
+    for place in places:
+        test = json.loads((Path(place) / "metrics.json").read_text())["test"]
+        (row,) = [line for line in said.splitlines() if line.strip().startswith(place)]
+        assert f"{test['auroc']['value']:.3f} [" in row
+    assert f"minus {places[0]}" in said
+    assert "logistic regression" in said
+    assert "40 rows" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.assign(id=table["id"] + "x"), "different patients"),
+        (lambda table: table.assign(label=1 - table["label"]), "different patients"),
+        (lambda table: table.iloc[1:], "different patients"),
+        (lambda table: table.drop(columns="patient"), "no column patient"),
+        (None, "no predictions_test.csv"),
+    ],
+    ids=["other ids", "other labels", "fewer", "no patient", "no file"],
+)
+def test_what_was_not_tested_alike_is_not_compared(
+    runs: Path, tmp_path: Path, change: object, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = runs / "out" / "seed_3" / "trajectory"
+    if callable(change):
+        table = pd.read_csv(place / "predictions_test.csv", dtype={"id": str})
+        change(table).to_csv(tmp_path / "predictions_test.csv", index=False)
+    assert trainer.main(["--compare", str(place), str(tmp_path)]) == 2
+    problem = capsys.readouterr().err
+    assert words in problem
+    assert problem.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--compare", "run"], "two different folders"),
+        (["--compare", "run", "run"], "two different folders"),
+        (["--seeds", "2", "--demo"], "--demo"),
+        (["--seeds", "2", "--dry_run"], "--dry_run"),
+        (["--seeds", "2", "--ode_checkpoint", "stage1.pt"], "{seed}"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main(words) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_each_seed_gets_the_stage_1_of_its_own_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data.csv"
+    pd.read_csv(SAMPLE, nrows=100).to_csv(data, index=False)
+    seen = []
+    real = trainer.main
+
+    def stop(words: list[str]) -> int:
+        seen.append(trainer.build_parser().parse_args(words))
+        return 0 if len(seen) < 2 else 7
+
+    monkeypatch.setattr(trainer, "main", stop)
+    words = ["--data_path", str(data), "--seeds", "2", "--output_dir", str(tmp_path / "out")]
+    words += ["--ode_checkpoint", f"{tmp_path}/s1/seed_{{seed}}/x.pt"]
+    assert real(words) == 7, "the code of a run that failed is passed on"
+    assert [str(args.ode_checkpoint) for args in seen] == [
+        f"{tmp_path}/s1/seed_{seed}/x.pt" for seed in (0, 1)
+    ]
+    assert [(args.seed, args.seeds) for args in seen] == [(0, None), (1, None)]
+    assert [args.output_dir.name for args in seen] == ["seed_0", "seed_1"]
