@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -123,6 +124,10 @@ BOOSTING = {"learning_rate": 0.03, "max_iter": 200, "max_leaf_nodes": 8, "l2_reg
 """Small trees, slowly: the library's own defaults overfit a few thousand patients."""
 
 SANITY_BATCHES = 2
+
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+TRACKED_AS = "medgemma_clinical"
+"""Name of the project, or experiment, at a tracker."""
 
 ADVICE = (
     "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
@@ -1742,10 +1747,17 @@ def begin(stage: Stage, device: torch.device) -> Learner:
     )
 
 
-def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> EarlyStopping:
+def run_stage(
+    stage: Stage,
+    folder: Path,
+    device: torch.device,
+    seed: int,
+    track: Callable[[dict[str, float], int], None] = lambda figures, step: None,
+) -> EarlyStopping:
     """Train, keep the winner by validation in ``folder``, and leave the model as that winner.
 
-    One line an epoch goes to ``history.jsonl``. The test part is not touched. Of several processes
+    One line an epoch goes to ``history.jsonl``, its figures and step also to ``track``. The test
+    part is not touched. Of several processes
     each takes its share of every batch; the first one writes.
 
     Raises:
@@ -1778,6 +1790,7 @@ def run_stage(stage: Stage, folder: Path, device: torch.device, seed: int) -> Ea
             if improved and processes().is_main_process:
                 stage.save(folder)
         history.append(json.dumps({**figures, "improved": improved}) + "\n")
+        track(figures, average.steps)
         if processes().is_main_process:
             write_text(folder / "history.jsonl", "".join(history))
         logger.info(
@@ -2182,6 +2195,7 @@ def build_parser() -> Parser:
     add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
     add("--dry_run", action="store_true", help="estimate memory, take two steps, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
+    add("--report_to", choices=TRACKERS, default="none", help="tracker that gets the figures")
     return parser
 
 
@@ -2349,6 +2363,7 @@ def make_folder(folder: Path) -> None:
 def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     """Run one stage from the user's data to its figures."""
     refuse_unused(args)
+    check_tracker(args.report_to)
     data = load_data(args)
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
     if args.dry_run:
@@ -2386,10 +2401,69 @@ def run_and_report(stage: Stage, data: Data, folder: Path, args: argparse.Namesp
     announce(stage, data, args)
     device = default_device()
     evaluate(stage.model.to(device), stage.loaders["val"], device, SANITY_BATCHES)
-    stopping = run_stage(stage, folder, device, args.seed)
-    figures = write_results(stage, stopping, data, folder, args)
+    with tracking(args, folder) as track:
+        stopping = run_stage(stage, folder, device, args.seed, track)
+        figures = write_results(stage, stopping, data, folder, args)
+        steps = -(-len(stage.loaders["train"]) // stage.accumulate)
+        track(plain_figures(figures), stopping.epoch * steps)
     logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
     logger.info("\n%s\n\nresults: %s", table_of(figures), folder)
+
+
+def plain_figures(figures: dict[str, Any]) -> dict[str, float]:
+    """Give the figures of ``metrics.json`` without intervals: ``test_auroc`` and the like."""
+    return {
+        f"{part}_{name}": figure["value"]
+        for part in ("validation", "test")
+        for name, figure in figures[part].items()
+        if isinstance(figure, dict) and "value" in figure
+    }
+
+
+@contextlib.contextmanager
+def tracking(
+    args: argparse.Namespace, folder: Path
+) -> Iterator[Callable[[dict[str, float], int], None]]:
+    """Lend what sends figures and a step to the chosen tracker.
+
+    Numbers only: no path, text or row of a patient goes there, nor what the terminal shows.
+    """
+    if args.report_to == "none":
+        yield lambda figures, step: None
+        return
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(logging_dir=str(folder)),
+    )
+    numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
+    # Weights & Biases would take along the terminal's text, the command line and the code.
+    quiet = {"console": "off", "disable_code": True, "disable_git": True, "x_disable_meta": True}
+    try:
+        accelerator.init_trackers(
+            TRACKED_AS, numbers, {"wandb": {"dir": str(folder), "settings": quiet}}
+        )
+    except Exception as error:  # each tracker has errors of its own
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"--report_to {args.report_to}: cannot start: {reason}") from error
+    try:
+        yield lambda figures, step: accelerator.log(figures, step=step)
+    finally:
+        accelerator.end_training()
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker that is not installed.
+
+    Raises:
+        InputError: saying how to get it.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(f"--report_to {name}: not installed: pip install {name}")
 
 
 def rehearse(stage: Stage, data: Data, args: argparse.Namespace) -> None:
