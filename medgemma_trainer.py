@@ -47,7 +47,7 @@ from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -115,6 +115,10 @@ AVERAGE_DECAY = 0.998
 BOOTSTRAP_REPLICATES = 1000
 CONFIDENCE = 0.95
 DECISION_THRESHOLD = 0.5
+CHUNK_CELLS = 2**22
+"""Draws times rows that are looked at together: 32 MiB an array."""
+
+NEWTON_STEPS, NEWTON_PRECISION = 40, 1e-9
 GENERATION_BATCH = 32
 BUCKET = 25
 """Batches whose rows are sorted by length together: less padding, and still a random order."""
@@ -880,13 +884,51 @@ def patient_draws(labels: NDArray[Any], groups: NDArray[np.str_], seed: int) -> 
     Returns:
         (R, n): how often each row counts in each of R draws.
     """
+    return np.concatenate(list(draw_chunks(labels, groups, seed)))
+
+
+def draw_chunks(
+    labels: NDArray[Any], groups: NDArray[np.str_], seed: int
+) -> Iterator[NDArray[np.float64]]:
+    """Give ``patient_draws`` some draws at a time, so that many rows need no more memory.
+
+    The draws do not depend on where they are cut.
+    """
     owner, event = patient_events(groups, labels)
-    rng = np.random.default_rng(seed)
-    draws = np.zeros((BOOTSTRAP_REPLICATES, len(event)))
-    for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
+    strata = [np.flatnonzero(event), np.flatnonzero(~event)]
+    sizes = [min(BOOTSTRAP_REPLICATES, max(1, CHUNK_CELLS // len(labels)))]
+    sizes *= BOOTSTRAP_REPLICATES // sizes[0]
+    if rest := BOOTSTRAP_REPLICATES - sum(sizes):
+        sizes.append(rest)
+
+    def draw(rng: np.random.Generator, stratum: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         fair = np.full(len(stratum), 1 / len(stratum))
-        draws[:, stratum] = rng.multinomial(len(stratum), fair, size=BOOTSTRAP_REPLICATES)
-    return draws[:, owner]
+        drawn: NDArray[np.int64] = rng.multinomial(len(stratum), fair, size=size)
+        return drawn
+
+    first, second = np.random.default_rng(seed), np.random.default_rng(seed)
+    for size in sizes:  # the second stratum's draws lie behind all of the first one's
+        draw(second, strata[0], size)
+    for size in sizes:
+        draws = np.zeros((size, len(event)))
+        for rng, stratum in zip((first, second), strata, strict=True):
+            draws[:, stratum] = draw(rng, stratum, size)
+        yield draws[:, owner]
+
+
+Figures = dict[str, NDArray[np.float64]]
+"""By name, what a figure is in each of R weightings of the rows, (R,)."""
+
+
+def bootstrap(
+    labels: NDArray[Any],
+    groups: NDArray[np.str_],
+    seed: int,
+    ask: Callable[[NDArray[np.float64]], Figures],
+) -> Figures:
+    """Ask for figures under all ``patient_draws``; ``ask`` takes weights (r, n)."""
+    pieces = [ask(weights) for weights in draw_chunks(labels, groups, seed)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def interval(value: float, replicates: NDArray[np.float64]) -> dict[str, float]:
@@ -903,9 +945,8 @@ def metrics_with_intervals(
     labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[np.str_], seed: int
 ) -> dict[str, Any]:
     """Score probabilities (n,), each figure with its interval; see ``patient_draws``."""
-    weights = patient_draws(labels, groups, seed)
     values = metrics_of(labels, probability)
-    replicates = weighted_metrics(labels, probability, weights)
+    replicates = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, probability))
     return {
         "n": len(labels),
         "events": int(labels.sum()),
@@ -924,11 +965,248 @@ def paired_differences(
 
     Both are scored on the same draws of patients, so that what they share cancels out.
     """
-    weights = patient_draws(labels, groups, seed)
     own, other = metrics_of(labels, probability), metrics_of(labels, reference)
-    draws = weighted_metrics(labels, probability, weights)
-    others = weighted_metrics(labels, reference, weights)
+    draws = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, probability))
+    others = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, reference))
     return {name: interval(own[name] - other[name], draws[name] - others[name]) for name in draws}
+
+
+class Estimate(TypedDict):
+    """A figure with its 95 % interval; None where there is none, as the PPV of no alarm."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def estimate(value: float, replicates: NDArray[np.float64]) -> Estimate:
+    """Give ``interval``, with None for what cannot be told.
+
+    Replicates without a value are left out; of too many the interval would say too little.
+    """
+    known = replicates[np.isfinite(replicates)]
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    if len(known) < CONFIDENCE * len(replicates):
+        return {"value": value, "low": None, "high": None}
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def log_odds(probability: NDArray[Any]) -> NDArray[np.float64]:
+    """Give the logit of probabilities (n,), those of exactly 0 or 1 moved by the float's step."""
+    floor = np.finfo(np.float64).eps
+    risk = np.clip(probability, floor, 1 - floor)
+    return np.asarray(np.log(risk) - np.log1p(-risk))
+
+
+def recalibrations(
+    labels: NDArray[Any],
+    logit: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    start: NDArray[np.float64],
+    *,
+    slope: bool,
+) -> NDArray[np.float64]:
+    """Fit log-odds = a + b * logit by maximum likelihood, for many weightings of the rows at once.
+
+    Newton's method, steps cut at two; a test holds it equal to scikit-learn's unpenalised logistic
+    regression.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        logit: (n,) of the predicted probabilities, at about unit scale.
+        weights: (R, n).
+        start: (2,) a and b to begin with.
+        slope: fit b too; else it stays as it began.
+
+    Returns:
+        (R, 2) a and b; NaN where no finite ones exist: classes that ``logit`` parts completely.
+    """
+    fitted = np.tile(start, (len(weights), 1))
+    change = np.full(len(weights), np.inf)
+    for _ in range(NEWTON_STEPS):
+        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * logit) / 2)  # (R, n)
+        pull, curve = weights * (labels - risk), weights * risk * (1 - risk)
+        g0, h00 = pull.sum(axis=1), curve.sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if slope:
+                g1, h01, h11 = pull @ logit, curve @ logit, curve @ logit**2
+                steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
+                steps /= (h00 * h11 - h01**2)[:, None]
+            else:
+                steps = np.stack([g0 / h00, np.zeros_like(g0)], axis=1)
+        fitted += steps.clip(-2, 2)
+        change = np.abs(steps).max(axis=1)
+        if not (change > NEWTON_PRECISION).any():  # NaN stays NaN
+            break
+    fitted[~(change <= NEWTON_PRECISION)] = np.nan
+    return fitted
+
+
+def weighted_calibration(
+    labels: NDArray[Any], probability: NDArray[Any], weights: NDArray[np.float64]
+) -> Figures:
+    """Compute how far probabilities can be taken at their word, for many weightings at once.
+
+    Slope and intercept come from a logistic fit of the label on the logit: a slope below 1 means
+    risks that are too extreme. Calibration in the large is the intercept where the slope is held
+    at 1: below 0 the risks are too high on average. The Brier skill compares with telling everyone
+    the prevalence of these rows; 0 is no better, 1 is perfect.
+
+    Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15; Murphy 1973.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+        weights: (R, n), how often each row counts.
+
+    Returns:
+        (R,) of each figure; NaN where no fit exists.
+    """
+    logit = log_odds(probability)
+    middle, spread = logit.mean(), logit.std() or 1.0
+    scaled, one = (logit - middle) / spread, np.ones((1, len(labels)))
+    everyone = np.array([log_odds(labels.mean()), 0.0])
+    start = recalibrations(labels, scaled, one, everyone, slope=True)[0]
+    both = recalibrations(labels, scaled, weights, start, slope=True)
+    own = np.array([middle, spread])  # the model's own log-odds, on the scaled logit
+    own[0] = recalibrations(labels, scaled, one, own, slope=False)[0, 0]
+    large = recalibrations(labels, scaled, weights, own, slope=False)[:, 0] - middle
+    share = weights / weights.sum(axis=1, keepdims=True)
+    prevalence = share @ labels
+    with np.errstate(divide="ignore", invalid="ignore"):
+        skill = 1 - share @ (probability - labels) ** 2 / (prevalence * (1 - prevalence))
+    slope = both[:, 1] / spread
+    return {
+        "calibration_slope": slope,
+        "calibration_intercept": both[:, 0] - slope * middle,
+        "calibration_in_the_large": large,
+        "brier_skill": skill,
+    }
+
+
+def choose_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
+    """Choose the probability from which on a row counts as an event, on the validation part.
+
+    It makes sensitivity + specificity as large as can be; of several such the lowest.
+
+    Source: Youden 1950, "Index for rating diagnostic tests".
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+    """
+    from sklearn.metrics import roc_curve
+
+    alarms, hits, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    index = hits - alarms  # thresholds fall; sums of floats hide equal ones
+    best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
+    return float(thresholds[best])
+
+
+Share = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""Rows (n,) that count, among rows (n,)."""
+
+
+def threshold_shares(
+    labels: NDArray[Any], probability: NDArray[Any], threshold: float
+) -> dict[str, Share]:
+    """Give what sensitivity, specificity, predictive values and share of alarms are shares of."""
+    event, alarm = labels == 1, probability >= threshold
+    return {
+        "sensitivity": (event & alarm, event),
+        "specificity": (~event & ~alarm, ~event),
+        "ppv": (event & alarm, alarm),
+        "npv": (~event & ~alarm, ~alarm),
+        "alarms": (alarm, np.ones_like(alarm)),
+    }
+
+
+def weighted_shares(shares: dict[str, Share], weights: NDArray[np.float64]) -> Figures:
+    """Compute shares for many weightings (R, n) at once; NaN where nothing is shared."""
+    some, among = (
+        np.stack(masks, axis=1).astype(float) for masks in zip(*shares.values(), strict=True)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = (weights @ some) / (weights @ among)
+    return dict(zip(shares, values.T, strict=True))
+
+
+def share_estimate(
+    value: float, replicates: NDArray[np.float64], share: Share, groups: NDArray[np.str_]
+) -> Estimate:
+    """Give ``estimate``; of none or all, whose draws do not vary, the exact interval by patients.
+
+    Source: Clopper and Pearson 1934.
+    """
+    if value not in (0.0, 1.0):
+        return estimate(value, replicates)
+    reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(np.unique(groups[share[1]])))
+    low, high = (0.0, reach) if value == 0 else (1 - reach, 1.0)
+    return {"value": value, "low": low, "high": high}
+
+
+def weighted_benefit(
+    labels: NDArray[Any],
+    probability: NDArray[Any],
+    at: NDArray[np.float64],
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Compute the net benefit TP/n - FP/n * p/(1 - p), for many weightings at once.
+
+    Source: Vickers and Elkin 2006, "Decision curve analysis".
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+        at: (K,) threshold risks p within (0, 1), rising.
+        weights: (R, n), how often each row counts.
+
+    Returns:
+        (R, K); treating all is what a ``probability`` of ones gives, treating none is zero.
+    """
+    place = np.searchsorted(at, probability, side="right")  # alarms at the first ``place`` risks
+    order = np.argsort(place, kind="stable")
+    bins = np.searchsorted(place[order], np.arange(1, len(at) + 1))
+    counts = []
+    for rows in (labels, 1 - labels):
+        rising = np.cumsum(weights[:, order] * rows[order], axis=1)
+        rising = np.pad(rising, ((0, 0), (1, 0)))
+        counts.append(rising[:, -1:] - rising[:, bins])
+    hits, alarms = counts
+    benefit: NDArray[np.float64] = hits - alarms * at / (1 - at)
+    return benefit / weights.sum(axis=1, keepdims=True)
+
+
+def further_figures(
+    labels: NDArray[Any],
+    probability: NDArray[Any],
+    groups: NDArray[np.str_],
+    threshold: float,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Give calibration, and shares at the chosen threshold, of probabilities (n,)."""
+    shares = threshold_shares(labels, probability, threshold)
+
+    def ask(weights: NDArray[np.float64]) -> Figures:
+        calibration = weighted_calibration(labels, probability, weights)
+        return {**calibration, **weighted_shares(shares, weights)}
+
+    values = ask(np.ones((1, len(labels))))
+    return estimates(values, bootstrap(labels, groups, seed, ask), shares, groups)
+
+
+def estimates(
+    values: Figures, replicates: Figures, shares: dict[str, Share], groups: NDArray[np.str_]
+) -> dict[str, Estimate]:
+    """Join values (1,) and replicates (R,) to figures with intervals."""
+    return {
+        name: share_estimate(float(values[name][0]), replicates[name], shares[name], groups)
+        if name in shares
+        else estimate(float(values[name][0]), replicates[name])
+        for name in values
+    }
 
 
 def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
