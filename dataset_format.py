@@ -486,7 +486,7 @@ class TrajectoryDataset:
             N rows; ordered categories ``observations`` and, where the data tell them, ``age``
             (years) and ``sex``. Bands only: no value of a patient leaves the data set here.
         """
-        columns = {"observations": banded(self.lengths, OBSERVATION_BANDS)}
+        columns: dict[str, Any] = {"observations": banded(self.lengths, OBSERVATION_BANDS)}
         ages, sexes = self.ages(), self.sexes()
         if not np.isnan(ages).all():
             columns["age"] = banded(ages, AGE_BANDS)
@@ -541,7 +541,7 @@ def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:
     """Put numbers into bands, NaN into ``not known``; ``bands`` as ``AGE_BANDS``."""
     names = [*bands, UNKNOWN]
     place = np.searchsorted(list(bands.values()), values, side="right")  # NaN comes last
-    return pd.Categorical.from_codes(place, names, ordered=True)
+    return pd.Categorical([names[k] for k in place], categories=names, ordered=True)
 
 
 def facts_of(context: str) -> dict[str, float]:
