@@ -891,11 +891,15 @@ def weighted_metrics(
 
 
 def patient_draws(labels: NDArray[Any], groups: NDArray[np.str_], seed: int) -> NDArray[np.float64]:
-    """Draw patients with replacement, those with and those without an event apart.
+    """Draw patients with replacement, each with all of his rows.
+
+    Those with and those without an event are not drawn apart: with their numbers held fixed, the
+    intervals of all that depends on the prevalence (Brier score, calibration, PPV, net benefit)
+    would be far too narrow. A draw that lacks a class is drawn again.
 
     Args:
-        labels: (n,) of 0 and 1.
-        groups: (n,) patient of each row, who is drawn with all of his rows.
+        labels: (n,) of 0 and 1, both there.
+        groups: (n,) patient of each row.
         seed: of the draws.
 
     Returns:
@@ -910,26 +914,22 @@ def draw_chunks(
     """Give ``patient_draws`` some draws at a time, so that many rows need no more memory.
 
     The draws do not depend on where they are cut.
+
+    Raises:
+        ValueError: a class is not there.
     """
     owner, event = patient_events(groups, labels)
-    strata = [np.flatnonzero(event), np.flatnonzero(~event)]
-    sizes = [min(BOOTSTRAP_REPLICATES, max(1, CHUNK_CELLS // len(labels)))]
-    sizes *= BOOTSTRAP_REPLICATES // sizes[0]
-    if rest := BOOTSTRAP_REPLICATES - sum(sizes):
-        sizes.append(rest)
-
-    def draw(rng: np.random.Generator, stratum: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-        fair = np.full(len(stratum), 1 / len(stratum))
-        drawn: NDArray[np.int64] = rng.multinomial(len(stratum), fair, size=size)
-        return drawn
-
-    first, second = np.random.default_rng(seed), np.random.default_rng(seed)
-    for size in sizes:  # the second stratum's draws lie behind all of the first one's
-        draw(second, strata[0], size)
-    for size in sizes:
-        draws = np.zeros((size, len(event)))
-        for rng, stratum in zip((first, second), strata, strict=True):
-            draws[:, stratum] = draw(rng, stratum, size)
+    _, other = patient_events(groups, 1 - labels)
+    if not event.any() or not other.any():
+        raise ValueError("the rows need both labels 0 and 1: with one alone no figure exists")
+    rng = np.random.default_rng(seed)
+    fair = np.full(len(event), 1 / len(event))
+    size = max(1, CHUNK_CELLS // len(labels))
+    left = BOOTSTRAP_REPLICATES
+    while left:
+        draws = rng.multinomial(len(event), fair, size=min(size, left)).astype(np.float64)
+        draws = draws[draws[:, event].any(axis=1) & draws[:, other].any(axis=1)]
+        left -= len(draws)
         yield draws[:, owner]
 
 
@@ -2459,8 +2459,6 @@ def write_report(
     Raises:
         ValueError: the labels hold one class only.
     """
-    if len(np.unique(cohort.labels)) < 2:
-        raise ValueError("the rows need both labels 0 and 1: with one alone no figure exists")
     found = assess(cohort, threshold, seed)
     good, sentences = verdict(cohort, found, told.outcome)
     from jinja2 import Environment, StrictUndefined
@@ -2503,7 +2501,7 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
         cohort.subgroups,
         cohort.baselines,
     )
-    place = quantile_bins(probability)
+    place = quantile_bins(labels, probability)
     bins = {
         ("bin", k): (in_bin & (labels == 1), in_bin)
         for k in range(place.max() + 1)
@@ -2549,9 +2547,14 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
     }
 
 
-def quantile_bins(probability: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Sort rows (n,) into at most ten bins of about equal size by their risk; equal risks stay."""
-    count = int(np.clip(len(probability) // 20, 2, 10))
+def quantile_bins(
+    labels: NDArray[np.float64], probability: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Sort rows (n,) into two to ten bins of about equal size by their risk; equal risks stay.
+
+    A bin should hold five rows of the rarer class, else its share says nothing.
+    """
+    count = int(np.clip(min(labels.sum(), (1 - labels).sum()) // 5, 2, 10))
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, count + 1)))
     return np.clip(np.searchsorted(edges, probability, side="right") - 1, 0, max(len(edges) - 2, 0))
 
@@ -2636,7 +2639,8 @@ def shown(score: Any, form: str = ".3f", scale: float = 1) -> str:
 
 def percent(value: float) -> str:
     """Write a share."""
-    return f"{100 * value:.0f} %" if value >= 0.1 or value == 0 else f"{100 * value:.2g} %"
+    number = f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def headline(found: dict[Any, Any]) -> list[tuple[str, str, str]]:
@@ -2883,8 +2887,8 @@ def model_card(stage: Stage, figures: dict[str, Any], facts: dict[str, Any]) -> 
         "Chosen epoch": f"{figures['selected_epoch']}, by {stage.monitor} on the validation part",
         "Validation AUROC": shown(figures["validation"]["auroc"]),
         "Intervals": (
-            f"95 % percentile, {BOOTSTRAP_REPLICATES:,} draws of patients with all their rows, "
-            "those with and those without an event apart; shares of none or all: exact"
+            f"95 % percentile of {BOOTSTRAP_REPLICATES:,} draws of patients with all their rows; "
+            "shares of none or all: exact"
         ),
         "Seed": str(facts["seed"]),
         "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
@@ -2913,7 +2917,7 @@ def new_figure(panels: int = 1, heights: Sequence[float] = (1,)) -> tuple[Any, l
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 3.5), layout="constrained")
+    figure = Figure(figsize=(4, 3.7), layout="constrained")
     axes = figure.subplots(panels, 1, sharex=panels > 1, squeeze=False, height_ratios=heights)
     for each in axes[:, 0]:
         each.spines[["top", "right"]].set_visible(False)
@@ -2925,7 +2929,7 @@ def new_figure(panels: int = 1, heights: Sequence[float] = (1,)) -> tuple[Any, l
     return figure, list(axes[:, 0])
 
 
-def finish(figure: Any, axes: Any, name: str, alt: str, *, legend: str = "") -> Any:
+def finish(figure: Any, name: str, alt: str) -> Any:
     """Turn a figure into SVG to be put into a page, with its text alternative.
 
     Colours that ``INK`` and its neighbours stand for become variables of the page's style, so that
@@ -2938,8 +2942,8 @@ def finish(figure: Any, axes: Any, name: str, alt: str, *, legend: str = "") -> 
     for each in figure.axes:
         for label in (each.xaxis.label, each.yaxis.label):
             label.set(color=INK, fontsize=10)
-    if legend:
-        axes.legend(loc=legend, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.8)
+    look = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 1.8}
+    figure.legend(loc="outside upper left", ncols=2, **look)  # above the curves, never on them
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -2983,7 +2987,7 @@ def draw_roc(cohort: Cohort, found: dict[Any, Any], threshold: float) -> Any:
         f"{100 * threshold:.3g} % risk the model finds {percent(sensitivity)} of the events with "
         f"an alarm in {percent(1 - specificity)} of the rows without event."
     )
-    return finish(figure, axes, "roc", alt, legend="lower right")
+    return finish(figure, "roc", alt)
 
 
 def draw_precision(cohort: Cohort, found: dict[Any, Any]) -> Any:
@@ -3004,6 +3008,7 @@ def draw_precision(cohort: Cohort, found: dict[Any, Any]) -> Any:
             100 * recall[few],
             100 * precision[few],
             line,
+            where="post",
             color=colour,
             linewidth=width,
             label=label,
@@ -3014,7 +3019,7 @@ def draw_precision(cohort: Cohort, found: dict[Any, Any]) -> Any:
         f"Precision-recall curve: AUPRC {shown(found['auprc'])}, where chance is the prevalence, "
         f"{prevalence:.3f}."
     )
-    return finish(figure, axes, "precision", alt, legend="upper right")
+    return finish(figure, "precision", alt)
 
 
 def draw_calibration(cohort: Cohort, found: dict[Any, Any]) -> Any:
@@ -3028,8 +3033,7 @@ def draw_calibration(cohort: Cohort, found: dict[Any, Any]) -> Any:
         if score["low"] is not None:
             axes.plot([100 * risk] * 2, [100 * score["low"], 100 * score["high"]], color=MODEL)
     risks, seen = zip(*((100 * risk, 100 * score["value"]) for risk, score in points), strict=True)
-    label = "tenth of the rows [95 %]" if len(points) == 10 else "group of rows [95 %]"
-    axes.plot(risks, seen, "o-", color=MODEL, linewidth=1, markersize=5, label=label)
+    axes.plot(risks, seen, "o-", color=MODEL, linewidth=1, markersize=5, label="seen [95 %]")
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
     below.hist(100 * cohort.probability, bins=40, range=(0, top), color=MODEL, alpha=0.5)
     below.set(xlabel="predicted risk, %", ylabel="rows")
@@ -3038,7 +3042,7 @@ def draw_calibration(cohort: Cohort, found: dict[Any, Any]) -> Any:
         f"{a:.0f} % predicted, {b:.0f} % observed" for a, b in zip(risks, seen, strict=True)
     )
     alt = f"Calibration curve, groups of about equal size by rising risk: {pairs}."
-    return finish(figure, axes, "calibration", alt, legend="upper left")
+    return finish(figure, "calibration", alt)
 
 
 def draw_benefit(cohort: Cohort, found: dict[Any, Any]) -> Any:
@@ -3066,7 +3070,7 @@ def draw_benefit(cohort: Cohort, found: dict[Any, Any]) -> Any:
         "Decision curve: net benefit of the model over the threshold risk, beside treating all and "
         f"treating none. The model lies above both {where}."
     )
-    return finish(figure, axes, "benefit", alt, legend="upper right")
+    return finish(figure, "benefit", alt)
 
 
 def draw_learning(history: list[dict[str, Any]]) -> Any:
@@ -3093,7 +3097,7 @@ def draw_learning(history: list[dict[str, Any]]) -> Any:
         f"training loss was {last['train_loss']:.3f}, the validation loss {last['val_loss']:.3f}, "
         f"the validation AUROC {last['val_auroc']:.3f}."
     )
-    return finish(figure, upper, "learning", alt, legend="best")
+    return finish(figure, "learning", alt)
 
 
 REPORT_TEMPLATE = """\
@@ -3120,7 +3124,7 @@ REPORT_TEMPLATE = """\
 {% if loop.first %}
 <th scope="row">{{ row[name] }}</th>
 {% else %}
-<td>{{ row[name] }}</td>
+<td>{{ value(row[name]) }}</td>
 {% endif %}
 {% endfor %}
 </tr>
@@ -3128,6 +3132,14 @@ REPORT_TEMPLATE = """\
 </tbody>
 </table>
 </div>
+{% endmacro %}
+{% macro value(text) %}
+{% if text is string and text.endswith("]") %}
+{% set parts = text.split(" [") %}
+{{ parts[0] }} <span class="whole">[{{ parts[1] }}</span>
+{%- else %}
+{{ text }}
+{%- endif %}
 {% endmacro %}
 {% macro picture(name, caption) %}
 <figure>
@@ -3178,6 +3190,7 @@ caption { padding: .2rem 0 .4rem; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid var(--grid); overflow-wrap: normal; }
+.whole { white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 500; min-width: 8rem; }
 .few th, .few td { color: var(--soft); font-style: italic; font-weight: 400; }
@@ -3204,8 +3217,8 @@ dd { margin: 0; }
 {% endfor %}
 </section>
 <div class="cards">
-{% for name, value, hold in cards %}
-<div>{{ name }} <b>{{ value }}</b> <small>{{ hold }}</small></div>
+{% for name, figure, hold in cards %}
+<div>{{ name }} <b>{{ value(figure) }}</b> <small>{{ hold }}</small></div>
 {% endfor %}
 </div>
 <section>
@@ -3237,7 +3250,7 @@ intervals throughout.</p>
 </section>
 <section>
 <h2>Calibration</h2>
-<p>Of those who are told a risk of 20 %, do 20 % have the event?</p>
+<p>Of those who are told a risk of 20&nbsp;%, do 20&nbsp;% have the event?</p>
 <div class="pair">
 {{ table(calibration, "How far the risks can be taken at their word") }}
 {{ picture("calibration", "Calibration curve; below it, how many rows have which risk") }}
