@@ -1027,8 +1027,8 @@ def recalibrations(
 ) -> NDArray[np.float64]:
     """Fit log-odds = a + b * logit by maximum likelihood, for many weightings of the rows at once.
 
-    Newton's method, steps cut at two; a test holds it equal to scikit-learn's unpenalised logistic
-    regression.
+    Newton's method, a step that overshoots halved; a test holds it equal to scikit-learn's logistic
+    regression without penalty.
 
     Args:
         labels: (n,) of 0 and 1.
@@ -1041,24 +1041,43 @@ def recalibrations(
         (R, 2) a and b; NaN where no finite ones exist: classes that ``logit`` parts completely.
     """
     fitted = np.tile(start, (len(weights), 1))
-    change = np.full(len(weights), np.inf)
+    kept, height = fitted, np.full(len(weights), -np.inf)
+    change = height
     for _ in range(NEWTON_STEPS):
-        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * logit) / 2)  # (R, n)
-        pull, curve = weights * (labels - risk), weights * risk * (1 - risk)
-        g0, h00 = pull.sum(axis=1), curve.sum(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if slope:
-                g1, h01, h11 = pull @ logit, curve @ logit, curve @ logit**2
-                steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
-                steps /= (h00 * h11 - h01**2)[:, None]
-            else:
-                steps = np.stack([g0 / h00, np.zeros_like(g0)], axis=1)
-        fitted += steps.clip(-2, 2)
-        change = np.abs(steps).max(axis=1)
+        told = fitted[:, :1] + fitted[:, 1:] * logit  # (R, n) log-odds
+        with np.errstate(invalid="ignore"):
+            likelihood = (weights * (labels * told - np.logaddexp(0, told))).sum(axis=1)
+        worse = likelihood < height - NEWTON_PRECISION * np.abs(height)  # overshot: half way back
+        kept = np.where(worse[:, None], kept, fitted)
+        height = np.where(worse, height, likelihood)
+        steps = _newton_steps(labels, logit, weights, told, slope=slope)
+        fitted = np.where(worse[:, None], (kept + fitted) / 2, fitted + steps.clip(-2, 2))
+        change = np.where(worse, np.inf, np.abs(steps).max(axis=1))
         if not (change > NEWTON_PRECISION).any():  # NaN stays NaN
             break
     fitted[~(change <= NEWTON_PRECISION)] = np.nan
     return fitted
+
+
+def _newton_steps(
+    labels: NDArray[Any],
+    logit: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    told: NDArray[np.float64],
+    *,
+    slope: bool,
+) -> NDArray[np.float64]:
+    """Give Newton's step (R, 2) of the logistic likelihood at log-odds ``told`` (R, n)."""
+    risk = 0.5 + 0.5 * np.tanh(told / 2)
+    pull, curve = weights * (labels - risk), weights * risk * (1 - risk)
+    g0, h00 = pull.sum(axis=1), curve.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if not slope:
+            return np.stack([g0 / h00, np.zeros_like(g0)], axis=1)
+        g1, h01, h11 = pull @ logit, curve @ logit, curve @ logit**2
+        steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
+        stepped: NDArray[np.float64] = steps / (h00 * h11 - h01**2)[:, None]
+    return stepped
 
 
 def weighted_calibration(
@@ -2531,9 +2550,9 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
                 result["subgroup", *key] = inside["auroc"]
         return result
 
-    values = ask(np.ones((1, len(labels))))
+    replicates = bootstrap(labels, groups, seed, ask)
     return {
-        **estimates(values, bootstrap(labels, groups, seed, ask), shares, groups),
+        **estimates(ask(np.ones((1, len(labels)))), replicates, shares, groups),
         "n": len(labels),
         "events": int(labels.sum()),
         "patients": len(np.unique(groups)),
@@ -2592,6 +2611,12 @@ def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, 
         )
     else:
         first = f"This model is worse than chance: it ranks rows the wrong way round ({told})."
+    rarer = min(found["events"], found["n"] - found["events"])
+    if rarer < FEWEST_IN_SUBGROUP:
+        few = (
+            f"Only {rarer} of {found['n']} rows are of the rarer outcome: too few to judge a model."
+        )
+        first = f"{few} {first}"
     name = best_baseline(found, cohort.baselines)
     better, second = True, "No baseline was scored on these rows, so nothing says what it adds."
     if name is not None:
@@ -2604,7 +2629,7 @@ def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, 
             f"the paired difference is {shown(difference, '+.3f')}{chance}."
         )
     third = calibration_sentence(found)
-    return useful and better, [first, second, third]
+    return useful and better and rarer >= FEWEST_IN_SUBGROUP, [first, second, third]
 
 
 def calibration_sentence(found: dict[Any, Any]) -> str:
@@ -2951,7 +2976,7 @@ def finish(figure: Any, name: str, alt: str) -> Any:
     text = text[text.index("<svg") :]
     for pattern in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
         text = re.sub(pattern, "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[a-zA-Z]+[a-zA-Z0-9]*_[0-9]+"', "", text)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     for colour, variable in PAGE_COLOURS.items():
         text = text.replace(colour, f"var({variable})")
@@ -3108,13 +3133,21 @@ REPORT_TEMPLATE = """\
 {% endfor %}
 </dl>
 {% endmacro %}
+{% macro value(text) %}
+{% if text is string and text.endswith("]") %}
+{% set parts = text.split(" [") %}
+{{ parts[0] }} <span class="whole">[{{ parts[1] }}</span>
+{%- else %}
+{{ text }}
+{%- endif %}
+{% endmacro %}
 {% macro table(frame, caption) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}">
 <table>
 <caption>{{ caption }}</caption>
 <thead><tr>
 {% for name in frame.columns if name != "few" %}
-<th scope="col">{{ name }}</th>
+<th scope="col">{{ value(name) }}</th>
 {% endfor %}
 </tr></thead>
 <tbody>
@@ -3132,14 +3165,6 @@ REPORT_TEMPLATE = """\
 </tbody>
 </table>
 </div>
-{% endmacro %}
-{% macro value(text) %}
-{% if text is string and text.endswith("]") %}
-{% set parts = text.split(" [") %}
-{{ parts[0] }} <span class="whole">[{{ parts[1] }}</span>
-{%- else %}
-{{ text }}
-{%- endif %}
 {% endmacro %}
 {% macro picture(name, caption) %}
 <figure>
