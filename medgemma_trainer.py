@@ -115,8 +115,8 @@ AVERAGE_DECAY = 0.998
 BOOTSTRAP_REPLICATES = 1000
 CONFIDENCE = 0.95
 DECISION_THRESHOLD = 0.5
-CHUNK_CELLS = 2**22
-"""Draws times rows that are looked at together: 32 MiB an array."""
+CHUNK_CELLS = 2**20
+"""Draws times rows that are looked at together: 8 MiB an array."""
 
 NEWTON_STEPS, NEWTON_PRECISION = 40, 1e-9
 BENEFIT_AT = np.arange(1, 100) / 100
@@ -874,8 +874,11 @@ def weighted_metrics(
     """
     order = np.argsort(-probability, kind="stable")
     ties = np.flatnonzero(np.diff(-probability[order], prepend=-np.inf))  # first row of each value
-    events = np.add.reduceat(weights[:, order] * labels[order], ties, axis=1)
-    others = np.add.reduceat(weights[:, order] * (1 - labels[order]), ties, axis=1)
+    ordered = weights[:, order]
+    events = ordered * labels[order]
+    others = ordered - events
+    if len(ties) < len(order):
+        events, others = (np.add.reduceat(each, ties, axis=1) for each in (events, others))
     hits, alarms = events.cumsum(axis=1), others.cumsum(axis=1)  # at each value as threshold
     outranked = (others * (hits - events / 2)).sum(axis=1)
     share = weights / weights.sum(axis=1, keepdims=True)
@@ -1044,13 +1047,13 @@ def recalibrations(
     kept, height = fitted, np.full(len(weights), -np.inf)
     change = height
     for _ in range(NEWTON_STEPS):
-        told = fitted[:, :1] + fitted[:, 1:] * logit  # (R, n) log-odds
-        with np.errstate(invalid="ignore"):
-            likelihood = (weights * (labels * told - np.logaddexp(0, told))).sum(axis=1)
+        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * logit) / 2)  # (R, n)
+        seen = np.where(labels == 1, risk, 1 - risk).clip(np.finfo(np.float64).tiny)
+        likelihood = (weights * np.log(seen)).sum(axis=1)
         worse = likelihood < height - NEWTON_PRECISION * np.abs(height)  # overshot: half way back
         kept = np.where(worse[:, None], kept, fitted)
         height = np.where(worse, height, likelihood)
-        steps = _newton_steps(labels, logit, weights, told, slope=slope)
+        steps = _newton_steps(labels, logit, weights, risk, slope=slope)
         fitted = np.where(worse[:, None], (kept + fitted) / 2, fitted + steps.clip(-2, 2))
         change = np.where(worse, np.inf, np.abs(steps).max(axis=1))
         if not (change > NEWTON_PRECISION).any():  # NaN stays NaN
@@ -1063,12 +1066,11 @@ def _newton_steps(
     labels: NDArray[Any],
     logit: NDArray[np.float64],
     weights: NDArray[np.float64],
-    told: NDArray[np.float64],
+    risk: NDArray[np.float64],
     *,
     slope: bool,
 ) -> NDArray[np.float64]:
-    """Give Newton's step (R, 2) of the logistic likelihood at log-odds ``told`` (R, n)."""
-    risk = 0.5 + 0.5 * np.tanh(told / 2)
+    """Give Newton's step (R, 2) of the logistic likelihood where it gives ``risk`` (R, n)."""
     pull, curve = weights * (labels - risk), weights * risk * (1 - risk)
     g0, h00 = pull.sum(axis=1), curve.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -2386,6 +2388,7 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "stage_1_sha256": file_hash(args.ode_checkpoint),
         "device": str(default_device()),
         "data": data.facts(),
+        "case_mix": data.dataset.case_mix(data.split["train"]),
         "split": {
             part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
             for part, rows in data.split.items()

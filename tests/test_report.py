@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -186,21 +187,21 @@ def asked(labels: Any, risk: Any, weights: Any) -> trainer.Figures:
     }
 
 
-@pytest.mark.parametrize("a_patient", [1, 3])
+@pytest.mark.parametrize("a_patient", [1, 2])
 def test_intervals_cover_the_truth(a_patient: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "BOOTSTRAP_REPLICATES", 250)
+    monkeypatch.setattr(trainer, "BOOTSTRAP_REPLICATES", 400)
     rng = np.random.default_rng(12)
     labels, risk, _ = drawn(rng, 900_000, a_patient=a_patient)
     truth = {k: v[0] for k, v in asked(labels, risk, ones(len(labels))).items()}
     covered = dict.fromkeys(truth, 0)
     for _ in range(500):
         labels, risk, groups = drawn(rng, 300 * a_patient, a_patient=a_patient)
-        draws = trainer.bootstrap(labels, groups, 0, lambda w, y=labels, p=risk: asked(y, p, w))
+        draws = trainer.bootstrap(labels, groups, 0, partial(asked, labels, risk))
         for name, replicates in draws.items():
             score = trainer.estimate(0.0, replicates)
             assert score["low"] is not None
             assert score["high"] is not None
-            covered[name] += score["low"] <= truth[name] <= score["high"]
+            covered[name] += int(score["low"] <= truth[name] <= score["high"])
     shares = {name: count / 500 for name, count in covered.items()}
     assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
 
@@ -208,8 +209,9 @@ def test_intervals_cover_the_truth(a_patient: int, monkeypatch: pytest.MonkeyPat
 def test_an_overconfident_model_has_a_slope_below_one_and_is_told_so() -> None:
     labels, risk, groups = drawn(np.random.default_rng(1), 2000, sure=2.5)
     slope = trainer.further_figures(labels, risk, groups, 0.5, 0)["calibration_slope"]
-    assert slope["value"] == pytest.approx(0.4, abs=0.08)
+    assert slope["value"] is not None
     assert slope["high"] is not None
+    assert slope["value"] == pytest.approx(0.4, abs=0.08)
     assert slope["high"] < 1
     logit = slope["value"] * trainer.log_odds(risk)
     mended = trainer.weighted_calibration(labels, sigmoid(logit), ones(2000))
@@ -533,6 +535,9 @@ def test_a_run_reports_without_any_patient_unless_asked(
     assert "No weights of MedGemma" in text
     assert "logistic regression with context" in text
     assert str(tmp_path) not in text
+    mix = json.loads((folder / "run.json").read_text())["case_mix"]
+    assert mix["rows"] == 240
+    assert 40 < mix["age_median"] < 70
     found = json.loads((folder / "metrics.json").read_text())
     table = pd.read_csv(folder / "predictions_test.csv")
     val = pd.read_csv(folder / "predictions_val.csv")
