@@ -83,6 +83,31 @@ LARGEST = (np.finfo(np.float32).max, 1e6)
 FAR_OUT = 10.0
 """Without limits for a series, a value is suspicious so many interquartile ranges outside."""
 
+AGE_BANDS = {
+    "under 18": 18.0,
+    "18 to 39": 40.0,
+    "40 to 59": 60.0,
+    "60 to 74": 75.0,
+    "75 or older": np.inf,
+}
+OBSERVATION_BANDS = {
+    "1": 2.0,
+    "2": 3.0,
+    "3 to 4": 5.0,
+    "5 to 9": 10.0,
+    "10 to 19": 20.0,
+    "20 or more": np.inf,
+}
+"""Subgroups of a report: each band with the number that lies just above it."""
+
+UNKNOWN = "not known"
+AGE = re.compile(r"\b([0-9]{1,3})[- ]years?[- ]old\b|\baged?[ :=]+([0-9]{1,3})\b", re.IGNORECASE)
+SEXES = {
+    "woman": re.compile(r"\b(?:woman|female|girl)\b", re.IGNORECASE),
+    "man": re.compile(r"\b(?:man|male|boy)\b", re.IGNORECASE),
+}
+"""How a context tells age (years) and sex."""
+
 DIRECTIONS = ("level", "rising", "falling")
 USUAL_SPAN_HOURS = (0.5, 24 * 60)
 """A median series shorter or longer than this was probably not written in hours."""
@@ -137,6 +162,7 @@ class TrajectoryDataset:
         series_text: how much of the series ``prompt`` tells, one of ``SERIES_TEXT``.
         text_context: whether ``prompt`` tells the context.
         fixed_features: the features belong to the format: one that nobody measured is no mistake.
+        flow: how the data came to their rows: columns rule, removed, left; None where not known.
     """
 
     features: tuple[str, ...]
@@ -148,6 +174,7 @@ class TrajectoryDataset:
     series_text: str = "all"
     text_context: bool = True
     fixed_features: bool = False
+    flow: pd.DataFrame | None = None
 
     times: NDArray[np.float64]
     values: NDArray[np.float64]
@@ -438,6 +465,83 @@ class TrajectoryDataset:
             "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
         }
+
+    def ages(self) -> NDArray[np.float64]:
+        """Give the age of each row in years, (N,), NaN where the data do not tell it."""
+        found = (AGE.search(context) for context in self.contexts.tolist())
+        return np.array([np.nan if m is None else float(m[1] or m[2]) for m in found])
+
+    def sexes(self) -> NDArray[np.str_]:
+        """Give ``woman``, ``man`` or ``not known`` for each row, (N,)."""
+        rows = []
+        for context in self.contexts.tolist():
+            named = [sex for sex, words in SEXES.items() if words.search(context)]
+            rows.append(named[0] if len(named) == 1 else UNKNOWN)
+        return np.array(rows, dtype=np.str_)
+
+    def subgroups(self) -> pd.DataFrame:
+        """Sort the rows into the groups that a report looks at apart.
+
+        Returns:
+            N rows; ordered categories ``observations`` and, where the data tell them, ``age``
+            (years) and ``sex``. Bands only: no value of a patient leaves the data set here.
+        """
+        columns: dict[str, Any] = {"observations": banded(self.lengths, OBSERVATION_BANDS)}
+        ages, sexes = self.ages(), self.sexes()
+        if not np.isnan(ages).all():
+            columns["age"] = banded(ages, AGE_BANDS)
+        if (sexes != UNKNOWN).any():
+            columns["sex"] = pd.Categorical(sexes, [*SEXES, UNKNOWN], ordered=True)
+        return pd.DataFrame(columns, index=range(len(self)))
+
+    def case_mix(self, rows: NDArray[np.int64]) -> dict[str, float]:
+        """Describe who stands in some rows, by counts, shares and quartiles alone.
+
+        Args:
+            rows: positions in the data set, one at least.
+
+        Returns:
+            ``rows``, ``patients``, ``prevalence`` (share of known labels), ``observations`` and
+            ``age`` (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known
+            sexes); what the data do not tell is left out.
+        """
+        labels, ages, sexes = self.labels[rows], self.ages()[rows], self.sexes()[rows]
+        mix = {"rows": float(len(rows)), "patients": float(len(np.unique(self.groups[rows])))}
+        columns = {"observations": self.lengths[rows], "age": ages[~np.isnan(ages)]}
+        for name, column in columns.items():
+            if len(column):
+                quartiles = np.quantile(column, [0.25, 0.5, 0.75]).tolist()
+                names = (f"{name}_{place}" for place in ("q1", "median", "q3"))
+                mix |= dict(zip(names, quartiles, strict=True))
+        if not np.isnan(labels).all():
+            mix["prevalence"] = float(np.nanmean(labels))
+        if (sexes != UNKNOWN).any():
+            mix["women"] = float(np.mean(sexes[sexes != UNKNOWN] == "woman"))
+        return mix
+
+    def asked(self) -> dict[str, str]:
+        """Say in words what is predicted, when, and from what."""
+        inputs = (
+            f"{name} ({unit})" if unit else name
+            for name, unit in zip(self.features, self.units, strict=True)
+        )
+        return {
+            "Question": self.question,
+            "Outcome (label 1)": self.outcome,
+            "Prediction time": (
+                "after the last observation of each row; which day that is was decided by whoever "
+                "made the file, which does not say it"
+            ),
+            "Horizon": "fixed by whoever gave the labels; the file does not say it",
+            "Series": ", ".join(inputs),
+        }
+
+
+def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:
+    """Put numbers into bands, NaN into ``not known``; ``bands`` as ``AGE_BANDS``."""
+    names = [*bands, UNKNOWN]
+    place = np.searchsorted(list(bands.values()), values, side="right")  # NaN comes last
+    return pd.Categorical([names[k] for k in place], categories=names, ordered=True)
 
 
 def facts_of(context: str) -> dict[str, float]:

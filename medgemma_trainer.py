@@ -15,8 +15,8 @@ A batch on its way: series -> ClinicalODERNN -> one state per observation; then
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
 What lands in --output_dir: medgemma_trajectory_best.pt (stage 1's winner) and a folder for each
-stage with run.json, history.jsonl, metrics.json, predictions_val.csv, predictions_test.csv, best/
-(stages 2 and 3) and generations_test.jsonl (stage 3).
+stage with run.json, history.jsonl, metrics.json, predictions_val.csv, predictions_test.csv,
+report.html, best/ (stages 2 and 3) and generations_test.jsonl (stage 3).
 
 Letters: B patients, L observations, F features, H state, P soft tokens, T text tokens,
 S = 1 + P + T, D width of the LLM.
@@ -42,13 +42,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
@@ -116,6 +116,27 @@ AVERAGE_DECAY = 0.998
 BOOTSTRAP_REPLICATES = 1000
 CONFIDENCE = 0.95
 DECISION_THRESHOLD = 0.5
+CHUNK_CELLS = 2**20
+"""Draws times rows that are looked at together: 8 MiB an array."""
+
+NEWTON_STEPS, NEWTON_PRECISION = 40, 1e-9
+BENEFIT_AT = np.arange(1, 100) / 100
+"""Threshold risks of the decision curve."""
+
+FEWEST_IN_SUBGROUP = 10
+"""Rows with and rows without an event that a subgroup's AUROC needs."""
+
+COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
+STAGE_TITLES = {
+    "trajectory": "Stage 1, trajectory alone",
+    "classification": "Stage 2, classification",
+    "generative": "Stage 3, written reports",
+}
+
+NOT_KNOWN = "\N{EN DASH}"
+INK, GRID, MODEL, OTHER = "#000001", "#000002", "#000003", "#000004"
+PAGE_COLOURS = {INK: "--ink", GRID: "--grid", MODEL: "--model", OTHER: "--other"}
+"""Colours that pictures are drawn in, and the page's own that take their place."""
 GENERATION_BATCH = 32
 BUCKET = 25
 """Batches whose rows are sorted by length together: less padding, and still a random order."""
@@ -858,8 +879,11 @@ def weighted_metrics(
     """
     order = np.argsort(-probability, kind="stable")
     ties = np.flatnonzero(np.diff(-probability[order], prepend=-np.inf))  # first row of each value
-    events = np.add.reduceat(weights[:, order] * labels[order], ties, axis=1)
-    others = np.add.reduceat(weights[:, order] * (1 - labels[order]), ties, axis=1)
+    ordered = weights[:, order]
+    events = ordered * labels[order]
+    others = ordered - events
+    if len(ties) < len(order):
+        events, others = (np.add.reduceat(each, ties, axis=1) for each in (events, others))
     hits, alarms = events.cumsum(axis=1), others.cumsum(axis=1)  # at each value as threshold
     outranked = (others * (hits - events / 2)).sum(axis=1)
     share = weights / weights.sum(axis=1, keepdims=True)
@@ -875,23 +899,61 @@ def weighted_metrics(
 
 
 def patient_draws(labels: NDArray[Any], groups: NDArray[np.str_], seed: int) -> NDArray[np.float64]:
-    """Draw patients with replacement, those with and those without an event apart.
+    """Draw patients with replacement, each with all of his rows.
+
+    Those with and those without an event are not drawn apart: with their numbers held fixed, the
+    intervals of all that depends on the prevalence (Brier score, calibration, PPV, net benefit)
+    would be far too narrow. A draw that lacks a class is drawn again.
 
     Args:
-        labels: (n,) of 0 and 1.
-        groups: (n,) patient of each row, who is drawn with all of his rows.
+        labels: (n,) of 0 and 1, both there.
+        groups: (n,) patient of each row.
         seed: of the draws.
 
     Returns:
         (R, n): how often each row counts in each of R draws.
     """
+    return np.concatenate(list(draw_chunks(labels, groups, seed)))
+
+
+def draw_chunks(
+    labels: NDArray[Any], groups: NDArray[np.str_], seed: int
+) -> Iterator[NDArray[np.float64]]:
+    """Give ``patient_draws`` some draws at a time, so that many rows need no more memory.
+
+    The draws do not depend on where they are cut.
+
+    Raises:
+        ValueError: a class is not there.
+    """
     owner, event = patient_events(groups, labels)
+    _, other = patient_events(groups, 1 - labels)
+    if not event.any() or not other.any():
+        raise ValueError("the rows need both labels 0 and 1: with one alone no figure exists")
     rng = np.random.default_rng(seed)
-    draws = np.zeros((BOOTSTRAP_REPLICATES, len(event)))
-    for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
-        fair = np.full(len(stratum), 1 / len(stratum))
-        draws[:, stratum] = rng.multinomial(len(stratum), fair, size=BOOTSTRAP_REPLICATES)
-    return draws[:, owner]
+    fair = np.full(len(event), 1 / len(event))
+    size = max(1, CHUNK_CELLS // len(labels))
+    left = BOOTSTRAP_REPLICATES
+    while left:
+        draws = rng.multinomial(len(event), fair, size=min(size, left)).astype(np.float64)
+        draws = draws[draws[:, event].any(axis=1) & draws[:, other].any(axis=1)]
+        left -= len(draws)
+        yield draws[:, owner]
+
+
+Figures = dict[Any, NDArray[np.float64]]
+"""By name (a text, or several), what a figure is in each of R weightings of the rows, (R,)."""
+
+
+def bootstrap(
+    labels: NDArray[Any],
+    groups: NDArray[np.str_],
+    seed: int,
+    ask: Callable[[NDArray[np.float64]], Figures],
+) -> Figures:
+    """Ask for figures under all ``patient_draws``; ``ask`` takes weights (r, n)."""
+    pieces = [ask(weights) for weights in draw_chunks(labels, groups, seed)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def interval(value: float, replicates: NDArray[np.float64]) -> dict[str, float]:
@@ -908,9 +970,8 @@ def metrics_with_intervals(
     labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[np.str_], seed: int
 ) -> dict[str, Any]:
     """Score probabilities (n,), each figure with its interval; see ``patient_draws``."""
-    weights = patient_draws(labels, groups, seed)
     values = metrics_of(labels, probability)
-    replicates = weighted_metrics(labels, probability, weights)
+    replicates = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, probability))
     return {
         "n": len(labels),
         "events": int(labels.sum()),
@@ -929,11 +990,266 @@ def paired_differences(
 
     Both are scored on the same draws of patients, so that what they share cancels out.
     """
-    weights = patient_draws(labels, groups, seed)
     own, other = metrics_of(labels, probability), metrics_of(labels, reference)
-    draws = weighted_metrics(labels, probability, weights)
-    others = weighted_metrics(labels, reference, weights)
+    draws = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, probability))
+    others = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, reference))
     return {name: interval(own[name] - other[name], draws[name] - others[name]) for name in draws}
+
+
+class Estimate(TypedDict):
+    """A figure with its 95 % interval; None where there is none, as the PPV of no alarm."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def estimate(value: float, replicates: NDArray[np.float64]) -> Estimate:
+    """Give ``interval``, with None for what cannot be told.
+
+    Replicates without a value are left out; of too many the interval would say too little.
+    """
+    known = replicates[np.isfinite(replicates)]
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    if len(known) < CONFIDENCE * len(replicates):
+        return {"value": value, "low": None, "high": None}
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def log_odds(probability: NDArray[Any]) -> NDArray[np.float64]:
+    """Give the logit of probabilities (n,), those of exactly 0 or 1 moved by the float's step."""
+    floor = np.finfo(np.float64).eps
+    risk = np.clip(probability, floor, 1 - floor)
+    return np.asarray(np.log(risk) - np.log1p(-risk))
+
+
+def recalibrations(
+    labels: NDArray[Any],
+    logit: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    start: NDArray[np.float64],
+    *,
+    slope: bool,
+) -> NDArray[np.float64]:
+    """Fit log-odds = a + b * logit by maximum likelihood, for many weightings of the rows at once.
+
+    Newton's method, a step that overshoots halved; a test holds it equal to scikit-learn's logistic
+    regression without penalty.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        logit: (n,) of the predicted probabilities, at about unit scale.
+        weights: (R, n).
+        start: (2,) a and b to begin with.
+        slope: fit b too; else it stays as it began.
+
+    Returns:
+        (R, 2) a and b; NaN where no finite ones exist: classes that ``logit`` parts completely.
+    """
+    fitted = np.tile(start, (len(weights), 1))
+    kept, height = fitted, np.full(len(weights), -np.inf)
+    change = height
+    for _ in range(NEWTON_STEPS):
+        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * logit) / 2)  # (R, n)
+        seen = np.where(labels == 1, risk, 1 - risk).clip(np.finfo(np.float64).tiny)
+        likelihood = (weights * np.log(seen)).sum(axis=1)
+        worse = likelihood < height - NEWTON_PRECISION * np.abs(height)  # overshot: half way back
+        kept = np.where(worse[:, None], kept, fitted)
+        height = np.where(worse, height, likelihood)
+        steps = _newton_steps(labels, logit, weights, risk, slope=slope)
+        fitted = np.where(worse[:, None], (kept + fitted) / 2, fitted + steps.clip(-2, 2))
+        change = np.where(worse, np.inf, np.abs(steps).max(axis=1))
+        if not (change > NEWTON_PRECISION).any():  # NaN stays NaN
+            break
+    fitted[~(change <= NEWTON_PRECISION)] = np.nan
+    return fitted
+
+
+def _newton_steps(
+    labels: NDArray[Any],
+    logit: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    risk: NDArray[np.float64],
+    *,
+    slope: bool,
+) -> NDArray[np.float64]:
+    """Give Newton's step (R, 2) of the logistic likelihood where it gives ``risk`` (R, n)."""
+    pull, curve = weights * (labels - risk), weights * risk * (1 - risk)
+    g0, h00 = pull.sum(axis=1), curve.sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if not slope:
+            return np.stack([g0 / h00, np.zeros_like(g0)], axis=1)
+        g1, h01, h11 = pull @ logit, curve @ logit, curve @ logit**2
+        steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
+        stepped: NDArray[np.float64] = steps / (h00 * h11 - h01**2)[:, None]
+    return stepped
+
+
+def weighted_calibration(
+    labels: NDArray[Any], probability: NDArray[Any], weights: NDArray[np.float64]
+) -> Figures:
+    """Compute how far probabilities can be taken at their word, for many weightings at once.
+
+    Slope and intercept come from a logistic fit of the label on the logit: a slope below 1 means
+    risks that are too extreme. Calibration in the large is the intercept where the slope is held
+    at 1: below 0 the risks are too high on average. The Brier skill compares with telling everyone
+    the prevalence of these rows; 0 is no better, 1 is perfect.
+
+    Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15; Murphy 1973.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+        weights: (R, n), how often each row counts.
+
+    Returns:
+        (R,) of each figure; NaN where no fit exists.
+    """
+    logit = log_odds(probability)
+    middle, spread = logit.mean(), logit.std() or 1.0
+    scaled, one = (logit - middle) / spread, np.ones((1, len(labels)))
+    everyone = np.array([log_odds(labels.mean()), 0.0])
+    start = recalibrations(labels, scaled, one, everyone, slope=True)[0]
+    both = recalibrations(labels, scaled, weights, start, slope=True)
+    own = np.array([middle, spread])  # the model's own log-odds, on the scaled logit
+    own[0] = recalibrations(labels, scaled, one, own, slope=False)[0, 0]
+    large = recalibrations(labels, scaled, weights, own, slope=False)[:, 0] - middle
+    share = weights / weights.sum(axis=1, keepdims=True)
+    prevalence = share @ labels
+    with np.errstate(divide="ignore", invalid="ignore"):
+        skill = 1 - share @ (probability - labels) ** 2 / (prevalence * (1 - prevalence))
+    slope = both[:, 1] / spread
+    return {
+        "calibration_slope": slope,
+        "calibration_intercept": both[:, 0] - slope * middle,
+        "calibration_in_the_large": large,
+        "brier_skill": skill,
+    }
+
+
+def choose_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
+    """Choose the probability from which on a row counts as an event, on the validation part.
+
+    It makes sensitivity + specificity as large as can be; of several such the lowest.
+
+    Source: Youden 1950, "Index for rating diagnostic tests".
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+    """
+    from sklearn.metrics import roc_curve
+
+    alarms, hits, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    index = hits - alarms  # thresholds fall; sums of floats hide equal ones
+    best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
+    return float(thresholds[best])
+
+
+Share = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""Rows (n,) that count, among rows (n,)."""
+
+
+def threshold_shares(
+    labels: NDArray[Any], probability: NDArray[Any], threshold: float
+) -> dict[str, Share]:
+    """Give what sensitivity, specificity, predictive values and share of alarms are shares of."""
+    event, alarm = labels == 1, probability >= threshold
+    return {
+        "sensitivity": (event & alarm, event),
+        "specificity": (~event & ~alarm, ~event),
+        "ppv": (event & alarm, alarm),
+        "npv": (~event & ~alarm, ~alarm),
+        "alarms": (alarm, np.ones_like(alarm)),
+    }
+
+
+def weighted_shares(shares: dict[str, Share], weights: NDArray[np.float64]) -> Figures:
+    """Compute shares for many weightings (R, n) at once; NaN where nothing is shared."""
+    some, among = (
+        np.stack(masks, axis=1).astype(float) for masks in zip(*shares.values(), strict=True)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = (weights @ some) / (weights @ among)
+    return dict(zip(shares, values.T, strict=True))
+
+
+def share_estimate(
+    value: float, replicates: NDArray[np.float64], share: Share, groups: NDArray[np.str_]
+) -> Estimate:
+    """Give ``estimate``; of none or all, whose draws do not vary, the exact interval by patients.
+
+    Source: Clopper and Pearson 1934.
+    """
+    if value not in (0.0, 1.0):
+        return estimate(value, replicates)
+    reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(np.unique(groups[share[1]])))
+    low, high = (0.0, reach) if value == 0 else (1 - reach, 1.0)
+    return {"value": value, "low": low, "high": high}
+
+
+def weighted_benefit(
+    labels: NDArray[Any],
+    probability: NDArray[Any],
+    at: NDArray[np.float64],
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Compute the net benefit TP/n - FP/n * p/(1 - p), for many weightings at once.
+
+    Source: Vickers and Elkin 2006, "Decision curve analysis".
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+        at: (K,) threshold risks p within (0, 1), rising.
+        weights: (R, n), how often each row counts.
+
+    Returns:
+        (R, K); treating all is what a ``probability`` of ones gives, treating none is zero.
+    """
+    place = np.searchsorted(at, probability, side="right")  # alarms at the first ``place`` risks
+    order = np.argsort(place, kind="stable")
+    bins = np.searchsorted(place[order], np.arange(1, len(at) + 1))
+    counts = []
+    for rows in (labels, 1 - labels):
+        rising = np.cumsum(weights[:, order] * rows[order], axis=1)
+        rising = np.pad(rising, ((0, 0), (1, 0)))
+        counts.append(rising[:, -1:] - rising[:, bins])
+    hits, alarms = counts
+    benefit: NDArray[np.float64] = hits - alarms * at / (1 - at)
+    return benefit / weights.sum(axis=1, keepdims=True)
+
+
+def further_figures(
+    labels: NDArray[Any],
+    probability: NDArray[Any],
+    groups: NDArray[np.str_],
+    threshold: float,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Give calibration, and shares at the chosen threshold, of probabilities (n,)."""
+    shares = threshold_shares(labels, probability, threshold)
+
+    def ask(weights: NDArray[np.float64]) -> Figures:
+        calibration = weighted_calibration(labels, probability, weights)
+        return {**calibration, **weighted_shares(shares, weights)}
+
+    values = ask(np.ones((1, len(labels))))
+    return estimates(values, bootstrap(labels, groups, seed, ask), shares, groups)
+
+
+def estimates(
+    values: Figures, replicates: Figures, shares: dict[str, Share], groups: NDArray[np.str_]
+) -> dict[str, Estimate]:
+    """Join values (1,) and replicates (R,) to figures with intervals."""
+    return {
+        name: share_estimate(float(values[name][0]), replicates[name], shares[name], groups)
+        if name in shares
+        else estimate(float(values[name][0]), replicates[name])
+        for name in values
+    }
 
 
 def baselines(data: Data) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -2004,11 +2320,11 @@ def write_results(
     device, first = default_device(), processes().is_main_process
     scored = {part: evaluate(stage.model, stage.loaders[part], device) for part in ("val", "test")}
     assert stopping.best_epoch > 0
-    models = {
-        stage.name: {part: scored[part].probability for part in scored},
-        **baselines(data),
-    }
+    simple = baselines(data)
+    models = {stage.name: {part: scored[part].probability for part in scored}, **simple}
+    threshold = choose_threshold(scored["val"].labels, scored["val"].probability)
     figures: dict[str, Any] = {"stage": stage.name, "selected_epoch": stopping.best_epoch}
+    figures["threshold"] = threshold
     scores: dict[str, dict[str, Any]] = {name: {} for name in models}
     for name, probabilities in models.items():
         for part, probability in probabilities.items():
@@ -2017,6 +2333,10 @@ def write_results(
                 data.dataset.labels[rows], probability, data.dataset.groups[rows], args.seed
             )
     figures.update(scores.pop(stage.name))
+    for part, (_, labels, probability, rows) in scored.items():
+        groups = data.dataset.groups[rows]
+        further = further_figures(labels, probability, groups, threshold, args.seed)
+        figures["validation" if part == "val" else part] |= further
     figures["baselines"] = scores
     for part, result in scored.items():
         table = pd.DataFrame(
@@ -2036,6 +2356,8 @@ def write_results(
         figures["reports"] = stage.after_test(scored["test"], folder)
         if first:
             write_text(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+    if first:
+        report_stage(stage, scored, simple, figures, data, folder, args)
     return figures
 
 
@@ -2081,6 +2403,7 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "stage_1_sha256": file_hash(args.ode_checkpoint),
         "device": str(default_device()),
         "data": data.facts(),
+        "case_mix": data.dataset.case_mix(data.split["train"]),
         "split": {
             part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
             for part, rows in data.split.items()
@@ -2113,6 +2436,922 @@ def peak_memory() -> str:
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
     return f"peak memory {host:,.0f} MiB" + (f", GPU {gpu:,.0f} MiB" if gpu else "")
+
+
+# --------------------------------------------------------------------------- report.html
+
+
+class Cohort(NamedTuple):
+    """What a report judges: n rows that no fitting has seen.
+
+    labels, probability: (n,), labels of 0 and 1; groups, ids: (n,) str, patient and row; subgroups:
+    n rows of ordered categories (``TrajectoryDataset.subgroups``); baselines: probabilities (n,) of
+    each simple model on the same rows, may be empty.
+    """
+
+    labels: NDArray[np.float64]
+    probability: NDArray[np.float64]
+    groups: NDArray[np.str_]
+    ids: NDArray[np.str_]
+    subgroups: pd.DataFrame
+    baselines: dict[str, NDArray[np.float64]]
+
+
+class Told(NamedTuple):
+    """What a report says beside its figures; no patient in it.
+
+    title: of the page; outcome: the event in a few words; asked, data, card: lines of name and
+    text; flow, split: tables as they shall stand; history: an object an epoch; reports: figures of
+    written reports; shift: a table from ``shift_table``. What is None gets no section.
+    """
+
+    title: str
+    outcome: str
+    asked: dict[str, str]
+    data: dict[str, str]
+    card: dict[str, str]
+    flow: pd.DataFrame | None = None
+    split: pd.DataFrame | None = None
+    history: list[dict[str, Any]] | None = None
+    reports: dict[str, float] | None = None
+    shift: pd.DataFrame | None = None
+
+
+def write_report(
+    path: Path, cohort: Cohort, told: Told, *, threshold: float, seed: int, patients: bool = False
+) -> str:
+    """Write ``report.html``: one file that needs neither network nor script.
+
+    Args:
+        path: of the file.
+        cohort: the rows that are judged.
+        told: what is said of question, data and model.
+        threshold: from ``choose_threshold`` on the validation part.
+        seed: of the bootstrap.
+        patients: list the ten largest errors, by id, label and probability.
+
+    Returns:
+        The verdict that stands on top.
+
+    Raises:
+        ValueError: the labels hold one class only.
+    """
+    found = assess(cohort, threshold, seed)
+    good, sentences = verdict(cohort, found, told.outcome)
+    from jinja2 import Environment, StrictUndefined
+
+    page = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    ).from_string(REPORT_TEMPLATE)
+    text = page.render(
+        told=told,
+        good=good,
+        sentences=sentences,
+        cards=headline(found),
+        pictures=pictures(cohort, found, told, threshold),
+        figures=discrimination_table(found),
+        calibration=calibration_table(found),
+        shares=share_table(found, threshold),
+        baselines=baseline_table(cohort, found),
+        subgroups=subgroup_table(found),
+        written=written_table(told.reports or {}),
+        errors=largest_errors(cohort) if patients else None,
+    )
+    write_text(path, text + "\n")
+    return " ".join(sentences)
+
+
+def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
+    """Give every figure of a report with its interval, all from the same draws of patients.
+
+    Returns:
+        ``Estimate`` by name: metrics, calibration and shares of the model; ``(name, metric)`` of a
+        baseline and ``(name, metric, "difference")`` model less baseline; ``("benefit", k)`` at
+        ``BENEFIT_AT[k]``; ``("bin", k)``; ``("subgroup", column, level)``. And plain facts: ``n``,
+        ``events``, ``patients``, ``bins`` (mean risk, rows), ``subgroups`` (column, level, rows,
+        events, mean risk).
+    """
+    labels, probability, groups, table, baselines = (
+        cohort.labels,
+        cohort.probability,
+        cohort.groups,
+        cohort.subgroups,
+        cohort.baselines,
+    )
+    place = quantile_bins(labels, probability)
+    bins = {
+        ("bin", k): (in_bin & (labels == 1), in_bin)
+        for k in range(place.max() + 1)
+        if (in_bin := place == k).any()
+    }
+    shares: dict[Any, Share] = {**threshold_shares(labels, probability, threshold), **bins}
+    members = subgroup_members(table)
+    large = {
+        key: rows
+        for key, rows in members.items()
+        if min(labels[rows].sum(), (1 - labels[rows]).sum()) >= FEWEST_IN_SUBGROUP
+    }
+
+    def ask(weights: NDArray[np.float64]) -> Figures:
+        own = weighted_metrics(labels, probability, weights)
+        result = {**own, **weighted_calibration(labels, probability, weights)}
+        result |= weighted_shares(shares, weights)
+        for name, risk in baselines.items():
+            for metric, other in weighted_metrics(labels, risk, weights).items():
+                result[name, metric] = other
+                result[name, metric, "difference"] = own[metric] - other
+        benefit = weighted_benefit(labels, probability, BENEFIT_AT, weights)
+        result |= {("benefit", k): column for k, column in enumerate(benefit.T)}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for key, rows in large.items():
+                inside = weighted_metrics(labels[rows], probability[rows], weights[:, rows])
+                result["subgroup", *key] = inside["auroc"]
+        return result
+
+    replicates = bootstrap(labels, groups, seed, ask)
+    return {
+        **estimates(ask(np.ones((1, len(labels)))), replicates, shares, groups),
+        "n": len(labels),
+        "events": int(labels.sum()),
+        "patients": len(np.unique(groups)),
+        "bins": {
+            k: (probability[rows].mean(), int(rows.sum())) for (_, k), (_, rows) in bins.items()
+        },
+        "subgroups": {
+            key: (len(rows), int(labels[rows].sum()), probability[rows].mean())
+            for key, rows in members.items()
+        },
+    }
+
+
+def quantile_bins(
+    labels: NDArray[np.float64], probability: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """Sort rows (n,) into two to ten bins of about equal size by their risk; equal risks stay.
+
+    A bin should hold five rows of the rarer class, else its share says nothing.
+    """
+    count = int(np.clip(min(labels.sum(), (1 - labels).sum()) // 5, 2, 10))
+    edges = np.unique(np.quantile(probability, np.linspace(0, 1, count + 1)))
+    return np.clip(np.searchsorted(edges, probability, side="right") - 1, 0, max(len(edges) - 2, 0))
+
+
+def subgroup_members(table: pd.DataFrame) -> dict[tuple[str, str], NDArray[np.int64]]:
+    """Give the rows of each group that has any, by column and level."""
+    return {
+        (str(column), str(level)): rows
+        for column in table
+        for level in table[column].cat.categories
+        if len(rows := np.flatnonzero(table[column] == level))
+    }
+
+
+def best_baseline(found: dict[Any, Any], names: Iterable[str]) -> str | None:
+    """Give the baseline with the largest AUROC on these rows: the hardest one to be better than."""
+    return max(names, key=lambda name: found[name, "auroc"]["value"], default=None)
+
+
+def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, list[str]]:
+    """Say in words what the figures say: whether all is well, and sentences."""
+    score = found["auroc"]
+    told = f"AUROC {shown(score)}"
+    useful = score["low"] > 0.5
+    if useful:
+        first = (
+            f"Of two rows, one with the event ({outcome}) and one without, the model gives the one "
+            f"with the event the higher risk {percent(score['value'])} of the time ({told})."
+        )
+    elif score["high"] >= 0.5:
+        first = (
+            "This model is of no use as it stands: it tells rows with the event "
+            f"({outcome}) from those without it no better than chance ({told}: the interval "
+            "includes 0.5)."
+        )
+    else:
+        first = f"This model is worse than chance: it ranks rows the wrong way round ({told})."
+    rarer = min(found["events"], found["n"] - found["events"])
+    if rarer < FEWEST_IN_SUBGROUP:
+        few = (
+            f"Only {rarer} of {found['n']} rows are of the rarer outcome: too few to judge a model."
+        )
+        first = f"{few} {first}"
+    name = best_baseline(found, cohort.baselines)
+    better, second = True, "No baseline was scored on these rows, so nothing says what it adds."
+    if name is not None:
+        difference = found[name, "auroc", "difference"]
+        better = difference["low"] > 0
+        word = "worse" if difference["high"] < 0 else "better" if better else "not better"
+        chance = "" if better or difference["high"] < 0 else ", an interval that includes zero"
+        second = (
+            f"It is {word} than its best baseline, {name} (AUROC {shown(found[name, 'auroc'])}): "
+            f"the paired difference is {shown(difference, '+.3f')}{chance}."
+        )
+    third = calibration_sentence(found)
+    return useful and better and rarer >= FEWEST_IN_SUBGROUP, [first, second, third]
+
+
+def calibration_sentence(found: dict[Any, Any]) -> str:
+    """Say in words whether the risks can be taken at their word."""
+    slope, large = found["calibration_slope"], found["calibration_in_the_large"]
+    faults = []
+    if slope["high"] is not None and slope["high"] < 1:
+        faults.append("too extreme (high ones too high, low ones too low)")
+    elif slope["low"] is not None and slope["low"] > 1:
+        faults.append("too timid (too near to the average)")
+    if large["high"] is not None and large["high"] < 0:
+        faults.append("too high on average")
+    elif large["low"] is not None and large["low"] > 0:
+        faults.append("too low on average")
+    if slope["value"] is None:
+        return "Whether its risks can be taken at their word cannot be told from these rows."
+    told = f"calibration slope {shown(slope, '.2f')}"
+    if faults:
+        return f"Its risks cannot be taken at their word: they are {' and '.join(faults)} ({told})."
+    return f"Nothing here says that its risks are off ({told})."
+
+
+def shown(score: Any, form: str = ".3f", scale: float = 1) -> str:
+    """Write a figure with its interval; a dash where there is none."""
+    if score["value"] is None:
+        return NOT_KNOWN
+    value = f"{scale * score['value']:{form}}"
+    if score["low"] is None:
+        return f"{value} [{NOT_KNOWN}]"
+    return f"{value} [{scale * score['low']:{form}}, {scale * score['high']:{form}}]"
+
+
+def percent(value: float) -> str:
+    """Write a share."""
+    number = f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
+def headline(found: dict[Any, Any]) -> list[tuple[str, str, str]]:
+    """Give the four figures at the top: name, value with interval, and what to hold them to."""
+    return [
+        ("AUROC", shown(found["auroc"]), "0.5 is chance, 1 is perfect"),
+        ("AUPRC", shown(found["auprc"]), f"chance is {found['events'] / found['n']:.3f}"),
+        ("Calibration slope", shown(found["calibration_slope"], ".2f"), "1 is right"),
+        ("Brier skill", shown(found["brier_skill"], ".3f"), "0 is no better than the average risk"),
+    ]
+
+
+def two_columns(lines: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """Lay out figures with what they mean."""
+    rows = [(name, value, meaning) for name, (value, meaning) in lines.items()]
+    return pd.DataFrame(rows, columns=["Figure", "Value [95 %]", "Meaning"])
+
+
+def discrimination_table(found: dict[Any, Any]) -> pd.DataFrame:
+    """Lay out what tells how well the model ranks."""
+    prevalence = found["events"] / found["n"]
+    return two_columns(
+        {
+            "AUROC": (shown(found["auroc"]), "area under the ROC curve; 0.5 is chance"),
+            "AUPRC": (
+                shown(found["auprc"]),
+                f"average precision; chance is the prevalence, {prevalence:.3f}",
+            ),
+            "Accuracy at 0.5": (shown(found["accuracy"]), "share of rows on the right side of 0.5"),
+        }
+    )
+
+
+def calibration_table(found: dict[Any, Any]) -> pd.DataFrame:
+    """Lay out what tells whether risks can be taken at their word."""
+    return two_columns(
+        {
+            "Slope": (
+                shown(found["calibration_slope"]),
+                "1 is right; below 1 the risks are too extreme",
+            ),
+            "Intercept": (shown(found["calibration_intercept"]), "log-odds; 0 is right"),
+            "Calibration in the large": (
+                shown(found["calibration_in_the_large"]),
+                "log-odds, slope held at 1; below 0 the risks are too high on average",
+            ),
+            "Brier score": (shown(found["brier"], ".4f"), "mean squared error of the risk"),
+            "Brier skill": (
+                shown(found["brier_skill"]),
+                "against telling everyone the prevalence; 1 is perfect, 0 no better",
+            ),
+            "Log-loss": (shown(found["log_loss"], ".4f"), "nats a row"),
+        }
+    )
+
+
+def share_table(found: dict[Any, Any], threshold: float) -> pd.DataFrame:
+    """Lay out what an alarm at the chosen threshold means."""
+    meanings = {
+        "sensitivity": ("Sensitivity", "of the rows with the event, those with an alarm"),
+        "specificity": ("Specificity", "of the rows without the event, those without alarm"),
+        "ppv": ("PPV", "of the alarms, those with the event"),
+        "npv": ("NPV", "of the rows without alarm, those without the event"),
+        "alarms": ("Alarms", f"rows with a risk of at least {100 * threshold:.3g} %"),
+    }
+    return two_columns(
+        {
+            f"{name} (%)": (shown(found[key], ".1f", 100), meaning)
+            for key, (name, meaning) in meanings.items()
+        }
+    )
+
+
+def baseline_table(cohort: Cohort, found: dict[Any, Any]) -> pd.DataFrame:
+    """Lay out model and baselines, with model less baseline, paired."""
+    rows = [{"Model": "this model", **{m: shown(found[k], f) for k, m, f in COMPARED}}]
+    rows[0] |= dict.fromkeys(("AUROC, difference", "Brier, difference"), "")
+    for name in cohort.baselines:
+        row = {"Model": name, **{m: shown(found[name, k], f) for k, m, f in COMPARED}}
+        row["AUROC, difference"] = shown(found[name, "auroc", "difference"], "+.3f")
+        row["Brier, difference"] = shown(found[name, "brier", "difference"], "+.4f")
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def subgroup_table(found: dict[Any, Any]) -> pd.DataFrame:
+    """Lay out the subgroups; ``few`` marks those that are too small for a figure."""
+    rows = []
+    for (column, level), (n, events, risk) in found["subgroups"].items():
+        score = found.get(("subgroup", column, level))
+        row = {"Group": f"{column}: {level}", "Rows": f"{n:,}", "Events": f"{events:,}"}
+        row |= {"Observed": percent(events / n), "Mean risk": percent(risk)}
+        row["AUROC [95 %]"] = "too few" if score is None else shown(score)
+        rows.append({**row, "few": score is None})
+    return pd.DataFrame(rows)
+
+
+def written_table(reports: dict[str, float]) -> pd.DataFrame:
+    """Lay out how true the written reports are."""
+    meanings = {
+        "reports": ("Reports written", ",.0f"),
+        "parse_share": ("Share that has the expected form", ".3f"),
+        "true_number_share": ("Share of stated numbers that are the patient's own", ".3f"),
+        "numbers_stated": ("Numbers stated", ",.0f"),
+        "verdict_auroc": ("AUROC of the verdict's probability", ".3f"),
+    }
+    rows = [(meanings[name][0], f"{value:{meanings[name][1]}}") for name, value in reports.items()]
+    return pd.DataFrame(rows, columns=["Figure", "Value"])
+
+
+def largest_errors(cohort: Cohort, most: int = 10) -> pd.DataFrame:
+    """Give the rows whose risk is farthest from what happened: id, label and probability only."""
+    order = np.argsort(-np.abs(cohort.labels - cohort.probability), kind="stable")[:most]
+    return pd.DataFrame(
+        {
+            "id": cohort.ids[order],
+            "label": cohort.labels[order].astype(int),
+            "probability": [f"{p:.3f}" for p in cohort.probability[order]],
+        }
+    )
+
+
+def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.DataFrame:
+    """Set the case mix of two sets of rows side by side, each from ``case_mix``."""
+
+    def cell(mix: dict[str, float], name: str) -> str:
+        if f"{name}_median" in mix:
+            low, middle, high = (mix[f"{name}_{place}"] for place in ("q1", "median", "q3"))
+            return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+        if name not in mix:
+            return "not known"
+        return f"{mix[name]:,.0f}" if name in ("rows", "patients") else percent(mix[name])
+
+    lines = {
+        "rows": "Rows",
+        "patients": "Patients",
+        "prevalence": "Prevalence of the event",
+        "age": "Age in years, median [quartiles]",
+        "women": "Women",
+        "observations": "Observations a row, median [quartiles]",
+    }
+    return pd.DataFrame(
+        {
+            "": list(lines.values()),
+            "Development": [cell(development, name) for name in lines],
+            "These rows": [cell(cohort, name) for name in lines],
+        }
+    )
+
+
+def report_stage(
+    stage: Stage,
+    scored: dict[str, Scored],
+    simple: dict[str, dict[str, NDArray[np.float64]]],
+    figures: dict[str, Any],
+    data: Data,
+    folder: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Write a stage's ``report.html`` about its test part, and log the verdict."""
+    rows = scored["test"].rows
+    dataset, facts = data.dataset, run_facts(args, data)
+    cohort = Cohort(
+        scored["test"].labels,
+        scored["test"].probability,
+        dataset.groups[rows],
+        dataset.ids[rows],
+        dataset.subgroups().iloc[rows],
+        {name: risks["test"] for name, risks in simple.items()},
+    )
+    history = folder / "history.jsonl"
+    lines = history.read_text(encoding="utf-8").splitlines() if history.exists() else []
+    told = Told(
+        title=f"{STAGE_TITLES.get(stage.name, stage.name)}: {dataset.outcome}",
+        outcome=dataset.outcome,
+        asked=dataset.asked(),
+        data={
+            "Source": Path(dataset.source).name,
+            "Kind": {"dka": "DKA format", "srtr": "SRTR Standard Analysis Files"}[args.dataset],
+            "Rows read": f"{len(dataset):,} of {len(np.unique(dataset.groups)):,} patients",
+            "SHA-256 of what was read": data.fingerprint,
+            "Missing values": "masked, never filled in",
+        },
+        card=model_card(stage, figures, facts),
+        flow=flow_table(dataset.flow),
+        split=split_table(data),
+        history=[json.loads(line) for line in lines] or None,
+        reports=figures.get("reports"),
+    )
+    text = write_report(
+        folder / "report.html",
+        cohort,
+        told,
+        threshold=figures["threshold"],
+        seed=args.seed,
+        patients=args.report_patients,
+    )
+    logger.info("%s\nreport: %s", text, folder / "report.html")
+
+
+def split_table(data: Data) -> pd.DataFrame:
+    """Lay out the parts: rows, patients, events."""
+    rows = []
+    for part, indices in data.split.items():
+        labels = data.dataset.labels[indices]
+        patients = len(np.unique(data.dataset.groups[indices]))
+        events = f"{labels.sum():,.0f} ({percent(labels.mean())})"
+        name = {"train": "training", "val": "validation"}.get(part, part)
+        rows.append((name, f"{len(indices):,}", f"{patients:,}", events))
+    return pd.DataFrame(rows, columns=["Part", "Rows", "Patients", "Events"])
+
+
+def flow_table(flow: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Lay out who was left out by which rule."""
+    if flow is None:
+        return None
+    columns = {"rule": "Left out", "removed": "Rows", "left": "Rows left"}
+    return flow[list(columns)].rename(columns=columns)
+
+
+def model_card(stage: Stage, figures: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+    """Give what whoever is handed a model has to know of it."""
+    arguments, alone = facts["arguments"], stage.name == "trajectory"
+    count = sum(p.numel() for p in stage.model.parameters())
+    learned = sum(p.numel() for p in trainable(stage.model))
+    licence = (
+        "No weights of MedGemma or another language model are part of this one."
+        if alone
+        else f"Where the language model is MedGemma or derived from it: {HAI_DEF_NOTICE.strip()}"
+    )
+    return {
+        "Intended use": (
+            "Research on the question above, on data like those of the training part. Not a "
+            "medical device, not for clinical use."
+        ),
+        "Limits": (
+            "One data set, split by patient: nothing here says how the model fares in another "
+            "hospital or another time. A label that treatment shapes makes a model that predicts "
+            "treatment as well as disease. One test part of this size moves by chance: trust the "
+            "intervals, not the point."
+        ),
+        "Model": "ODE-RNN with attention-pooled head" if alone else arguments["model_name"],
+        "Parameters": f"{learned:,} learned of {count:,}",
+        "Chosen epoch": f"{figures['selected_epoch']}, by {stage.monitor} on the validation part",
+        "Validation AUROC": shown(figures["validation"]["auroc"]),
+        "Intervals": (
+            f"95 % percentile of {BOOTSTRAP_REPLICATES:,} draws of patients with all their rows; "
+            "shares of none or all: exact"
+        ),
+        "Seed": str(facts["seed"]),
+        "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "Commit": facts["git_commit"] or "not known",
+        "SHA-256 of the code": facts["code_sha256"],
+        "Licence": f"The code: Apache License 2.0. {licence}",
+    }
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+def pictures(cohort: Cohort, found: dict[Any, Any], told: Told, threshold: float) -> dict[str, Any]:
+    """Draw a report's pictures as SVG whose colours and letters are those of the page."""
+    drawn = {
+        "roc": draw_roc(cohort, found, threshold),
+        "precision": draw_precision(cohort, found),
+        "calibration": draw_calibration(cohort, found),
+        "benefit": draw_benefit(cohort, found),
+    }
+    return drawn | ({"learning": draw_learning(told.history)} if told.history else {})
+
+
+def new_figure(panels: int = 1, heights: Sequence[float] = (1,)) -> tuple[Any, list[Any]]:
+    """Give a figure of the report with panels below each other, and their axes."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3.7), layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=panels > 1, squeeze=False, height_ratios=heights)
+    for each in axes[:, 0]:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(color=GRID, linewidth=0.6)
+        each.set_axisbelow(True)
+        each.tick_params(colors=INK, labelsize=9)
+        for spine in each.spines.values():
+            spine.set_color(INK)
+    return figure, list(axes[:, 0])
+
+
+def finish(figure: Any, name: str, alt: str) -> Any:
+    """Turn a figure into SVG to be put into a page, with its text alternative.
+
+    Colours that ``INK`` and its neighbours stand for become variables of the page's style, so that
+    a dark page gets a light picture; identifiers get the picture's name, so that none is there
+    twice.
+    """
+    from markupsafe import Markup, escape
+    from matplotlib import rc_context
+
+    for each in figure.axes:
+        for label in (each.xaxis.label, each.yaxis.label):
+            label.set(color=INK, fontsize=10)
+    look = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 1.8}
+    figure.legend(loc="outside upper left", ncols=2, **look)  # above the curves, never on them
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for pattern in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
+        text = re.sub(pattern, "", text, flags=re.DOTALL)
+    text = re.sub(r' id="[\w.]+_\d+"', "", text)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    for colour, variable in PAGE_COLOURS.items():
+        text = text.replace(colour, f"var({variable})")
+    head = f'<svg role="img" aria-label="{escape(alt)}"'
+    return Markup(re.sub(r"\n\s*", "\n", head + text.removeprefix("<svg").strip()))
+
+
+def thinned(count: int, most: int = 400) -> NDArray[np.int64]:
+    """Give so many of ``count`` points as a curve needs."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
+
+
+def draw_roc(cohort: Cohort, found: dict[Any, Any], threshold: float) -> Any:
+    """Draw sensitivity over false alarms, of the model and its best baseline."""
+    from sklearn.metrics import roc_curve
+
+    figure, (axes,) = new_figure()
+    axes.plot([0, 100], [0, 100], ":", color=INK, linewidth=1, label="chance")
+    if name := best_baseline(found, cohort.baselines):
+        alarms, hits, _ = roc_curve(cohort.labels, cohort.baselines[name])
+        few = thinned(len(hits))
+        axes.plot(100 * alarms[few], 100 * hits[few], "--", color=OTHER, label="best baseline")
+    alarms, hits, _ = roc_curve(cohort.labels, cohort.probability)
+    few = thinned(len(hits))
+    axes.plot(100 * alarms[few], 100 * hits[few], color=MODEL, linewidth=2, label="model")
+    sensitivity, specificity = (found[key]["value"] for key in ("sensitivity", "specificity"))
+    point = 100 * (1 - specificity), 100 * sensitivity
+    axes.plot(*point, "o", color=MODEL, markersize=6, label="chosen threshold")
+    axes.set(xlabel="false alarms, % of rows without event", xlim=(-1, 101), ylim=(-1, 101))
+    axes.set_ylabel("sensitivity, % of events")
+    alt = (
+        f"ROC curve: AUROC {shown(found['auroc'])}. At the chosen threshold of "
+        f"{100 * threshold:.3g} % risk the model finds {percent(sensitivity)} of the events with "
+        f"an alarm in {percent(1 - specificity)} of the rows without event."
+    )
+    return finish(figure, "roc", alt)
+
+
+def draw_precision(cohort: Cohort, found: dict[Any, Any]) -> Any:
+    """Draw precision over sensitivity beside the prevalence."""
+    from sklearn.metrics import precision_recall_curve
+
+    figure, (axes,) = new_figure()
+    prevalence = found["events"] / found["n"]
+    axes.axhline(100 * prevalence, color=INK, linestyle=":", linewidth=1, label="prevalence")
+    risks = [(cohort.probability, "-", MODEL, "model")]
+    if name := best_baseline(found, cohort.baselines):
+        risks.insert(0, (cohort.baselines[name], "--", OTHER, "best baseline"))
+    for risk, line, colour, label in risks:
+        precision, recall, _ = precision_recall_curve(cohort.labels, risk)
+        few = thinned(len(recall))
+        width = 2 if label == "model" else 1.5
+        axes.step(
+            100 * recall[few],
+            100 * precision[few],
+            line,
+            where="post",
+            color=colour,
+            linewidth=width,
+            label=label,
+        )
+    axes.set(xlabel="sensitivity, % of events", xlim=(-1, 101), ylim=(-1, 101))
+    axes.set_ylabel("events among alarms (PPV), %")
+    alt = (
+        f"Precision-recall curve: AUPRC {shown(found['auprc'])}, where chance is the prevalence, "
+        f"{prevalence:.3f}."
+    )
+    return finish(figure, "precision", alt)
+
+
+def draw_calibration(cohort: Cohort, found: dict[Any, Any]) -> Any:
+    """Draw what happened over what was predicted, by groups of equal size, and how risks lie."""
+    figure, (axes, below) = new_figure(2, (4, 1))
+    points = [(risk, found["bin", k]) for k, (risk, _) in found["bins"].items()]
+    top = 100 * max(max(risk, score["high"] or score["value"]) for risk, score in points)
+    top = min(100.0, 1.05 * top)
+    axes.plot([0, 100], [0, 100], ":", color=INK, linewidth=1, label="as predicted")
+    for risk, score in points:
+        if score["low"] is not None:
+            axes.plot([100 * risk] * 2, [100 * score["low"], 100 * score["high"]], color=MODEL)
+    risks, seen = zip(*((100 * risk, 100 * score["value"]) for risk, score in points), strict=True)
+    axes.plot(risks, seen, "o-", color=MODEL, linewidth=1, markersize=5, label="seen [95 %]")
+    axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
+    below.hist(100 * cohort.probability, bins=40, range=(0, top), color=MODEL, alpha=0.5)
+    below.set(xlabel="predicted risk, %", ylabel="rows")
+    below.locator_params(axis="y", nbins=2)
+    pairs = "; ".join(
+        f"{a:.0f} % predicted, {b:.0f} % observed" for a, b in zip(risks, seen, strict=True)
+    )
+    alt = f"Calibration curve, groups of about equal size by rising risk: {pairs}."
+    return finish(figure, "calibration", alt)
+
+
+def draw_benefit(cohort: Cohort, found: dict[Any, Any]) -> Any:
+    """Draw the net benefit over the threshold risk, beside treating all and none."""
+    figure, (axes,) = new_figure()
+    prevalence = found["events"] / found["n"]
+    last = min(0.99, max(2 * prevalence, float(np.quantile(cohort.probability, 0.99))))
+    at = BENEFIT_AT[: max(5, round(100 * last))]
+    rows = [found["benefit", k] for k in range(len(at))]
+    value, low, high = (
+        100 * np.array([row[key] for row in rows]) for key in ("value", "low", "high")
+    )
+    everyone = 100 * (prevalence - (1 - prevalence) * at / (1 - at))
+    axes.axhline(0, color=INK, linestyle=":", linewidth=1, label="treat none")
+    axes.plot(100 * at, everyone, "--", color=OTHER, label="treat all")
+    axes.fill_between(100 * at, low, high, color=MODEL, alpha=0.18, linewidth=0)
+    axes.plot(100 * at, value, color=MODEL, linewidth=2, label="model [95 %]")
+    ceiling = 110 * prevalence
+    axes.set(xlabel="threshold risk, %", ylim=(-0.25 * ceiling, ceiling))
+    axes.set_ylabel("net benefit, true alarms per 100 rows")
+    best = np.maximum(everyone, 0)
+    above = at[value > best + 1e-9]
+    where = f"between {percent(above[0])} and {percent(above[-1])}" if len(above) else "nowhere"
+    alt = (
+        "Decision curve: net benefit of the model over the threshold risk, beside treating all and "
+        f"treating none. The model lies above both {where}."
+    )
+    return finish(figure, "benefit", alt)
+
+
+def draw_learning(history: list[dict[str, Any]]) -> Any:
+    """Draw loss and validation AUROC of each epoch, and which one was kept."""
+    figure, (upper, lower) = new_figure(2, (1, 1))
+    epochs = [line["epoch"] for line in history]
+    kept = [line["epoch"] for line in history if line["improved"]][-1]
+    marker = "o" if len(epochs) < 15 else ""
+    for axes, key, line, colour, label in (
+        (upper, "train_loss", "--", OTHER, "training"),
+        (upper, "val_loss", "-", MODEL, "validation"),
+        (lower, "val_auroc", "-", MODEL, None),
+    ):
+        values = [each[key] for each in history]
+        axes.plot(epochs, values, line, color=colour, marker=marker, markersize=3, label=label)
+    for axes in (upper, lower):
+        axes.axvline(kept, color=INK, linestyle=":", linewidth=1)
+    upper.set(ylabel="loss, nats")
+    lower.set(xlabel="epoch (dotted: the one kept)", ylabel="validation AUROC")
+    lower.xaxis.get_major_locator().set_params(integer=True)
+    last = history[-1]
+    alt = (
+        f"Learning curve of {len(epochs)} epochs; epoch {kept} was kept. In the last one the "
+        f"training loss was {last['train_loss']:.3f}, the validation loss {last['val_loss']:.3f}, "
+        f"the validation AUROC {last['val_auroc']:.3f}."
+    )
+    return finish(figure, "learning", alt)
+
+
+REPORT_TEMPLATE = """\
+{% macro lines(pairs) %}
+<dl>
+{% for name, text in pairs.items() %}
+<dt>{{ name }}</dt><dd>{{ text }}</dd>
+{% endfor %}
+</dl>
+{% endmacro %}
+{% macro value(text) %}
+{% if text is string and text.endswith("]") %}
+{% set parts = text.split(" [") %}
+{{ parts[0] }} <span class="whole">[{{ parts[1] }}</span>
+{%- else %}
+{{ text }}
+{%- endif %}
+{% endmacro %}
+{% macro table(frame, caption) %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ caption }}">
+<table>
+<caption>{{ caption }}</caption>
+<thead><tr>
+{% for name in frame.columns if name != "few" %}
+<th scope="col">{{ value(name) }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for row in frame.to_dict("records") %}
+<tr{% if row.get("few") %} class="few"{% endif %}>
+{% for name in frame.columns if name != "few" %}
+{% if loop.first %}
+<th scope="row">{{ row[name] }}</th>
+{% else %}
+<td>{{ value(row[name]) }}</td>
+{% endif %}
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+{% endmacro %}
+{% macro picture(name, caption) %}
+<figure>
+{{ pictures[name] }}
+<figcaption>{{ caption }}</figcaption>
+</figure>
+{% endmacro %}
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ told.title }}</title>
+<link rel="icon" href="data:,">
+<style>
+:root { --ink: #1d2430; --soft: #566070; --page: #ffffff; --panel: #f3f5f8; --grid: #d5dae2;
+  --model: #0b5cad; --other: #a8480a; --good: #17693a; --doubt: #a8480a; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e8ebf0; --soft: #a9b2c0; --page: #14181f; --panel: #1f2530; --grid: #3a4352;
+    --model: #7ab8ff; --other: #ffb069; --good: #7ddc9f; --doubt: #ffb069; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; color: var(--ink);
+  background: var(--page); font: 1rem/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 0; }
+h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; border-bottom: 1px solid var(--grid);
+  padding-bottom: .2rem; }
+p { margin: .4rem 0 .8rem; max-width: 46rem; }
+a { color: var(--model); }
+.soft, figcaption, caption { color: var(--soft); }
+.verdict { background: var(--panel); border-left: .4rem solid var(--doubt); padding: .8rem 1rem;
+  margin: 1rem 0; }
+.verdict.good { border-color: var(--good); }
+.verdict p { margin: .2rem 0; font-size: 1.05rem; }
+.cards { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }
+.cards div { background: var(--panel); padding: .6rem .8rem; }
+.cards b { display: block; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+.cards small { color: var(--soft); font-size: .85rem; }
+.pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
+figure { margin: .6rem 0; max-width: 30rem; }
+figure svg { display: block; width: 100%; height: auto; }
+svg * { stroke-linejoin: round; stroke-linecap: butt; }
+svg text { font-family: inherit !important; }
+figcaption, caption { font-size: .9rem; text-align: left; }
+caption { padding: .2rem 0 .4rem; }
+.scroll { overflow-x: auto; margin: .6rem 0 1rem; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
+  border-bottom: 1px solid var(--grid); overflow-wrap: normal; }
+.whole { white-space: nowrap; }
+thead th { color: var(--soft); font-weight: 600; }
+tbody th { font-weight: 500; min-width: 8rem; }
+.few th, .few td { color: var(--soft); font-style: italic; font-weight: 400; }
+dl { display: grid; grid-template-columns: minmax(8rem, 13rem) 1fr; gap: .35rem 1rem; margin: 0; }
+dt { color: var(--soft); }
+dd { margin: 0; }
+@media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .6rem; } }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; }
+  figure, tr, .verdict, .cards div { break-inside: avoid; } .scroll { overflow: visible; }
+  .pair { grid-template-columns: 1fr 1fr; } thead { display: table-header-group; }
+  table { font-size: 8.5pt; } }
+</style>
+</head>
+<body>
+<header>
+<h1>{{ told.title }}</h1>
+<p class="soft">Research software. Not a medical device, not for clinical use.</p>
+</header>
+<main>
+<section class="verdict{% if good %} good{% endif %}" aria-label="The result in words">
+{% for sentence in sentences %}
+<p>{{ sentence }}</p>
+{% endfor %}
+</section>
+<div class="cards">
+{% for name, figure, hold in cards %}
+<div>{{ name }} <b>{{ value(figure) }}</b> <small>{{ hold }}</small></div>
+{% endfor %}
+</div>
+<section>
+<h2>What was asked</h2>
+{{ lines(told.asked) }}
+</section>
+<section>
+<h2>Data</h2>
+{{ lines(told.data) }}
+{% if told.flow is not none %}
+{{ table(told.flow, "How the rows came about: who was left out, in this order") }}
+{% endif %}
+{% if told.split is not none %}
+{{ table(told.split, "Split by patient: the test part was scored once, with the winner") }}
+{% endif %}
+{% if told.shift is not none %}
+{{ table(told.shift, "Case mix: the data that the model learned from, and these rows") }}
+{% endif %}
+</section>
+<section>
+<h2>Discrimination</h2>
+<p>Does the model give a higher risk to those who have the event? Square brackets hold 95 %
+intervals throughout.</p>
+{{ table(figures, "How well the model ranks") }}
+<div class="pair">
+{{ picture("roc", "ROC curve") }}
+{{ picture("precision", "Precision-recall curve") }}
+</div>
+</section>
+<section>
+<h2>Calibration</h2>
+<p>Of those who are told a risk of 20&nbsp;%, do 20&nbsp;% have the event?</p>
+<div class="pair">
+{{ table(calibration, "How far the risks can be taken at their word") }}
+{{ picture("calibration", "Calibration curve; below it, how many rows have which risk") }}
+</div>
+</section>
+<section>
+<h2>Usefulness</h2>
+<p>Who acts from a certain risk on says with it how many false alarms a true one is worth. The net
+benefit counts true alarms, less the false ones at that price. A model is of use where its curve
+lies above both treating all and treating none.</p>
+<div class="pair">
+{{ picture("benefit", "Decision curve") }}
+{{ table(shares, "At the threshold that was chosen on the validation part (Youden's index)") }}
+</div>
+</section>
+<section>
+<h2>Baselines</h2>
+{% if baselines|length > 1 %}
+<p>Simple models on the same rows. A difference is this model less the baseline, paired by patient:
+above zero in AUROC, or below zero in Brier score, this model is better.</p>
+{% else %}
+<p>None was scored on these rows.</p>
+{% endif %}
+{{ table(baselines, "This model beside simple ones [95 %]") }}
+</section>
+<section>
+<h2>Subgroups</h2>
+<p>Grey: fewer than 10 events or 10 rows without event, too few for a figure.</p>
+{{ table(subgroups, "The same model in parts of the rows") }}
+</section>
+{% if told.history %}
+<section>
+<h2>Learning</h2>
+{{ picture("learning", "Learning curve") }}
+</section>
+{% endif %}
+{% if told.reports %}
+<section>
+<h2>Written reports</h2>
+{{ table(written, "Of the test part's reports") }}
+</section>
+{% endif %}
+{% if errors is not none %}
+<section>
+<h2>Largest errors</h2>
+<p>This section names patients: it is here because it was asked for.</p>
+{{ table(errors, "The rows whose risk is farthest from what happened") }}
+</section>
+{% endif %}
+<section>
+<h2>Model card</h2>
+{{ lines(told.card) }}
+</section>
+</main>
+</body>
+</html>
+"""
+"""The page; every value is escaped. Contrast of its colours is at least 4.5 (WCAG 2.1, AA)."""
 
 
 # --------------------------------------------------------------------------- command line
@@ -2193,6 +3432,7 @@ def build_parser() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
+    add("--report_patients", action="store_true", help="ten largest errors by id in report.html")
     add("--dry_run", action="store_true", help="estimate memory, take two steps, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker that gets the figures")

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dataset_format import (
     DIRECTIONS,
+    UNKNOWN,
     InputError,
     Parser,
     TrajectoryDataset,
@@ -495,13 +496,16 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         registrations: (all in the organ's file) by PX_ID: ``reason`` ("" where kept), ``label``.
         ages_and_dialysis: (N, 2) years: age at listing, NaN where unknown; on dialysis by the
             landmark, 0 where not begun, NaN where the table has no CAN_DIAL_DT.
+        sex_words: (N,) ``woman``, ``man`` or ``not known``.
 
     Raises:
         InputError: files that cannot be read, nobody left, or fewer than ten events.
     """
 
-    row_columns = (*TrajectoryDataset.row_columns, "ages_and_dialysis")
+    row_columns = (*TrajectoryDataset.row_columns, "ages_and_dialysis", "sex_words")
     ages_and_dialysis: NDArray[np.float64]
+    sex_words: NDArray[np.str_]
+    flow: pd.DataFrame
     outcome = "Death or too sick for transplant"
     fixed_features = True  # SRTR's own kidney history holds no laboratory value
     parts = None
@@ -520,6 +524,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         if organ not in ORGANS or transplant not in ("negative", "exclude"):
             raise InputError(f"no organ {organ!r} or no way {transplant!r} to count transplants")
         self.organ, self._kind, self.source = organ, ORGANS[organ], str(data_dir)
+        self.transplant = transplant
         self.landmark_days = self._kind.days if landmark_days is None else landmark_days
         self.horizon_days = self._kind.days if horizon_days is None else horizon_days
         days = (self.landmark_days, self.horizon_days - 1)
@@ -578,6 +583,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         # No date means not on dialysis where the table dates it at all.
         years = dialysed.clip(lower=0).fillna(0 if dated else np.nan) / DAYS_A_YEAR
         self.ages_and_dialysis = np.column_stack([cohort["age"], years])
+        words = cohort["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna(UNKNOWN)
+        self.sex_words = words.to_numpy().astype(np.str_)
 
     def _say(self, history: Path) -> None:
         """Tell what the user should know of the cohort, once."""
@@ -631,6 +638,35 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         for k, clause in enumerate(clauses):
             clause[0] = f"{', ' if k else 'History: '}{clause[0]}"
         return clauses
+
+    def ages(self) -> NDArray[np.float64]:
+        """Give the age at listing in years, (N,), NaN where unknown."""
+        ages: NDArray[np.float64] = self.ages_and_dialysis[:, 0]
+        return ages
+
+    def sexes(self) -> NDArray[np.str_]:
+        """Give ``woman``, ``man`` or ``not known`` for each registration, (N,)."""
+        return self.sex_words
+
+    def subgroups(self) -> pd.DataFrame:
+        """Add the organ to the usual subgroups."""
+        return super().subgroups().assign(organ=pd.Categorical([self.organ] * len(self)))
+
+    def asked(self) -> dict[str, str]:
+        """Say in words what is predicted, and that landmark and horizon are the user's choice."""
+        return {
+            **super().asked(),
+            "Prediction time": (
+                f"day {self.landmark_days} after listing for a {self.organ}, of each registration "
+                "that still waits then; only what was recorded by that day is read"
+            ),
+            "Horizon": f"{self.horizon_days} days from then on",
+            "A transplant within the horizon": (
+                "counts as no event (label 0), since it is a competing one"
+                if self.transplant == "negative"
+                else "leaves the cohort"
+            ),
+        }
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Give the inputs of the usual baselines, and of those of this waiting list, N rows each.

@@ -66,6 +66,7 @@ def test_the_run_folder_holds_exactly_what_is_promised(runs: Path) -> None:
             "run.json",
             "history.jsonl",
             "metrics.json",
+            "report.html",
             "predictions_val.csv",
             "predictions_test.csv",
         }

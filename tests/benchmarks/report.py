@@ -1,0 +1,95 @@
+"""How long and how much memory a report on many patients takes.
+
+Usage:
+    python tests/benchmarks/report.py --patients 100000
+
+Draws labels, risks of a model and of six baselines, and subgroups, writes the report in a fresh
+process, prints seconds and that process's peak memory; the same for a tenth of the patients, so
+that the growth can be seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BASELINES = 6
+
+
+def peak_mib() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def measure(patients: int) -> dict[str, float]:
+    """Write a report in this process; give seconds and MiB, imports apart."""
+    sys.path.insert(0, str(ROOT))
+    import medgemma_trainer as trainer
+    from dataset_format import AGE_BANDS, OBSERVATION_BANDS, banded
+
+    rng = np.random.default_rng(0)
+    told = -2 + rng.normal(size=patients)
+    labels = (rng.random(patients) < 1 / (1 + np.exp(-told))).astype(float)
+    ids = np.arange(patients).astype(str)
+    observations = banded(rng.integers(1, 30, patients), OBSERVATION_BANDS)
+    ages = banded(rng.uniform(18, 95, patients), AGE_BANDS)
+    others = {
+        f"baseline {k}": 1 / (1 + np.exp(-told - 0.5 * rng.normal(size=patients)))
+        for k in range(BASELINES)
+    }
+    subgroups = pd.DataFrame({"observations": observations, "age": ages})
+    cohort = trainer.Cohort(labels, 1 / (1 + np.exp(-told)), ids, ids, subgroups, others)
+    history = [
+        {"epoch": k, "train_loss": 1 / k, "val_loss": 1 / k, "val_auroc": 0.7, "improved": True}
+        for k in range(1, 20)
+    ]
+    page = trainer.Told("Benchmark", "Event", {}, {}, {}, history=history)
+    before, start = peak_mib(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.html"
+        trainer.write_report(path, cohort, page, threshold=0.15, seed=0)
+        size = path.stat().st_size
+    return {
+        "patients": patients,
+        "seconds": time.perf_counter() - start,
+        "imports_and_data_mib": before,
+        "peak_mib": peak_mib(),
+        "file_kib": size / 2**10,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--patients", type=int, default=100_000, help="of the larger report")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        sys.stdout.write(json.dumps(measure(arguments.measure)) + "\n")
+        return 0
+    rows = []
+    for patients in (arguments.patients // 10, arguments.patients):
+        command = [sys.executable, __file__, "--measure", str(patients)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        rows.append(json.loads(result.stdout.splitlines()[-1]))
+    table = pd.DataFrame(rows)
+    sys.stdout.write(f"{table.to_string(index=False, float_format='{:.1f}'.format)}\n")
+    sys.stdout.write(
+        f"{platform.machine()}, {platform.system()}; Python {platform.python_version()}, "
+        f"numpy {np.__version__}\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
