@@ -764,7 +764,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if self._findings.strict:
             self._refuse(wrong, table, name, "must be 0 or 1")
         else:  # whoever wants a prediction can do without
-            self.labels[wrong] = np.nan
+            self.labels = np.where(wrong, np.nan, self.labels)
             unknown = f"have a {name} that is neither 0 nor 1: taken as unknown"
             self._findings.counts[unknown] += int(wrong.sum())
         if require:
@@ -813,7 +813,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             owner, times, values = owner[order], times[order], values[order]
             self._findings.counts["were not in time order; sorted"] += len(unsorted)
         lengths = np.bincount(owner, minlength=len(table))
-        if not leave_out:
+        if not leave_out or not self._whole:
             where = columns[0] if len(columns) == 1 else "clinical_trajectory"
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
             self._refuse(lengths == 0, table, where, problem)
