@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
@@ -231,23 +233,23 @@ def test_strict_still_asks_for_no_label(runs: Path, table: pd.DataFrame, tmp_pat
     assert out["probability"].notna().all()
 
 
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
 def test_pieces_and_storage_do_not_matter(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ending: str, runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad, _ = spoil(table)
     whole = predicted(runs / "trajectory", write(bad, tmp_path / "a.csv"), tmp_path / "0.csv")
-    named = bad.set_index("subject_id")
-    named.to_parquet(tmp_path / "c.parquet", row_group_size=7)
-    for ending in ("csv", "csv.gz", "parquet"):
-        name = "c.parquet" if ending == "parquet" else f"a.{ending}"
-        data = tmp_path / name
-        if ending == "csv.gz":
-            data.write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
-        for rows in (1, 7, 30, 31):
-            monkeypatch.setattr(trainer, "PIECE_ROWS", rows)
-            (tmp_path / "c.json").write_text((tmp_path / "a.json").read_text())
-            out = predicted(runs / "trajectory", data, tmp_path / f"{ending}_{rows}.csv")
-            pd.testing.assert_frame_equal(out, whole, rtol=0, atol=1e-6)
+    data = tmp_path / f"a.{ending}"
+    if ending == "csv.gz":
+        data.write_bytes(gzip.compress((tmp_path / "a.csv").read_bytes()))
+    elif ending == "parquet":
+        pytest.importorskip("pyarrow")
+        typed = bad.astype({"label_escalation": int}).set_index("subject_id")
+        typed.to_parquet(data, row_group_size=7)  # a pandas index, as whoever saves one has it
+    for rows in (1, 7, 30, 31):
+        monkeypatch.setattr(trainer, "PIECE_ROWS", rows)
+        out = predicted(runs / "trajectory", data, tmp_path / f"{rows}.csv")
+        pd.testing.assert_frame_equal(out, whole, rtol=0, atol=1e-6)
 
 
 def test_a_file_without_ids_names_rows_as_the_run_does(
@@ -418,16 +420,12 @@ def test_what_predict_needs_is_named(
 
 def copy_of(runs: Path, stage: str, place: Path) -> Path:
     """Copy the winner of a stage, to be damaged."""
-    import shutil
-
     shutil.copy(runs / trainer.TRAJECTORY_FILE, place)
     shutil.copytree(runs / stage, place / stage)
     return place / stage
 
 
 def no_place(folder: Path) -> None:
-    import shutil
-
     shutil.rmtree(folder)
 
 
@@ -594,20 +592,23 @@ def test_the_output_may_neither_be_the_input_nor_a_folder(
     assert data.read_bytes() == before
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_a_file_without_rows_is_refused(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ending: str,
+    runs: Path,
+    table: pd.DataFrame,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out.csv"
-    for ending in ("csv", "parquet"):
-        data = write(table.head(0), tmp_path / f"empty.{ending}")
-        refused(capsys, words_of(runs / "trajectory", data, out), "no rows", out=out)
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+    out, data = tmp_path / "out.csv", write(table.head(0), tmp_path / f"empty.{ending}")
+    refused(capsys, words_of(runs / "trajectory", data, out), "no rows", out=out)
 
 
 def test_figures_are_those_of_the_labelled_rows(
     runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sklearn.metrics import roc_auc_score
-
     mixed = table.copy()
     mixed.loc[::3, "label_escalation"] = ""
     bad = mixed.index[1]
@@ -618,7 +619,7 @@ def test_figures_are_those_of_the_labelled_rows(
     labels = mixed.loc[known, "label_escalation"].astype(int)
     score = roc_auc_score(labels, lines.loc[known, "probability"])
     said = capsys.readouterr().out
-    assert f"auroc                {score:.3f} [" in said or f"{score:.3f} [" in said
+    assert f"{score:.3f} [" in said
     assert f"{int(known.sum())}\n" in said
     few = write(table.head(3).assign(label_escalation="0"), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)
