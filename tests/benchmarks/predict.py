@@ -90,7 +90,8 @@ def main() -> int:
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(*arguments.measure, arguments.threads)
+        parts: list[str] = arguments.measure
+        measure(parts[0], parts[1], parts[2], arguments.threads)
         return 0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
