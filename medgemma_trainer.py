@@ -1989,7 +1989,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def progress(batches: DataLoader[int] | Batches, what: str) -> Any:
+def progress(batches: Iterable[Any], what: str) -> Any:
     """Wrap batches in a progress bar, silent where the output is no terminal."""
     from tqdm import tqdm
 
@@ -2589,7 +2589,7 @@ def large_metrics(
     rng = np.random.default_rng(seed)
     blocks = []
     size = max(1, DRAWN_AT_ONCE // len(labels))
-    for start in range(0, BOOTSTRAP_REPLICATES, size):
+    for start in progress(range(0, BOOTSTRAP_REPLICATES, size), "intervals"):
         draws = np.zeros((min(size, BOOTSTRAP_REPLICATES - start), len(event)))
         for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
             fair = np.full(len(stratum), 1 / len(stratum))

@@ -641,14 +641,16 @@ def test_figures_of_many_rows_are_those_of_few() -> None:
 
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 torch.set_num_threads(1)
 import medgemma_trainer
 assert medgemma_trainer.main(sys.argv[1:]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1])
 """
+"""The most memory held, in KiB; getrusage would count what the test's own process held."""
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells no peak of its own")
 def test_memory_does_not_grow_with_the_rows(runs: Path, tmp_path: Path) -> None:
     peaks = []
     for rows in (10_000, 200_000):

@@ -31,6 +31,11 @@ import medgemma_trainer as trainer
 
 
 def peak_mib() -> float:
+    """Give this process's own peak: Linux hands getrusage's figure down from the parent."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
