@@ -23,16 +23,18 @@ import copy
 import csv
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import logging
 import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -158,6 +160,8 @@ class TrajectoryDataset:
         outcome: the event in a few words; a report begins with it.
         time_scale: hours that are one unit of time to the encoder.
         source: where the data come from, as an error shall name it.
+        reading: what reads other data in the same way: the kind of ``dataset``, and the arguments
+            that decide what a row is and which of its observations are kept; plain types.
         main: position of the series that stands for the others in texts.
         series_text: how much of the series ``prompt`` tells, one of ``SERIES_TEXT``.
         text_context: whether ``prompt`` tells the context.
@@ -185,6 +189,7 @@ class TrajectoryDataset:
     contexts: NDArray[np.object_]
     parts: NDArray[np.str_] | None
     source: str
+    reading: dict[str, Any]
 
     row_columns: tuple[str, ...] = ("labels", "ids", "groups", "contexts", "parts")
     """Attributes with one entry a series; a subclass that brings more names them too."""
@@ -200,9 +205,13 @@ class TrajectoryDataset:
 
     def longest_gap(self) -> float:
         """Give the longest time between two observations of one series, in hours."""
+        return float(self.longest_gaps().max())
+
+    def longest_gaps(self) -> NDArray[np.float64]:
+        """Give the longest time between two observations of each series in hours, (N,)."""
         gaps = np.diff(self.times, prepend=self.times[:1])
         gaps[self.offsets[:-1]] = 0.0  # the first observation of a series follows nothing
-        return float(gaps.max())
+        return np.maximum.reduceat(gaps, self.offsets[:-1]) if len(self) else np.empty(0)
 
     def measured(self, i: int) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
         """Give each feature of series ``i`` that was measured: its place, times and values."""
@@ -680,6 +689,35 @@ def find_series(
     return wanted
 
 
+class Findings:
+    """What shows while a file is read, in one or in many pieces, and is told once at its end.
+
+    Attributes:
+        source: the file, as an error shall name it.
+        strict: whether a row that cannot be read refuses the file.
+        problems: where it does not, the first problem of each such row, by the row's number; names
+            the column, never shows what a patient's cell holds.
+        counts: rows by what is to be said of them.
+        notes: what is to be said of the file.
+    """
+
+    def __init__(self, source: str, *, strict: bool = True) -> None:
+        """Begin with nothing."""
+        self.source = source
+        self.strict = strict
+        self.problems: dict[int, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.notes: dict[str, None] = {}
+
+    def tell(self) -> None:
+        """Log all of it but the problems."""
+        for note in self.notes:
+            logger.info("%s: %s", self.source, note)
+        for text, rows in self.counts.items():
+            if rows:
+                logger.info("%s: %d rows %s", self.source, rows, text)
+
+
 @dataclass(frozen=True)
 class ReportScore:
     """How true a written report is.
@@ -712,6 +750,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series: names of the series to read, the main one first; rows without any value of them
             are left out. None reads all.
         series_text: how much of them the prompt tells, one of ``SERIES_TEXT``.
+        findings: of a file of which ``source`` is one piece, from ``read_pieces``. Nothing is
+            logged then, ``split`` is not read, and unless the findings are strict, rows that
+            cannot be read are noted and left out, maybe all, and wrong labels count as unknown.
 
     Raises:
         InputError: anything that cannot be read, with file, row and column. Rows count as a
@@ -729,6 +770,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         require_labels: bool = True,
         series: Sequence[str] | None = None,
         series_text: str = "all",
+        findings: Findings | None = None,
     ) -> None:
         """Read, check and sort everything at once."""
         if max_len is not None and max_len < 1:
@@ -736,10 +778,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if series_text not in SERIES_TEXT:
             raise ValueError(f"series_text must be one of {SERIES_TEXT}, got {series_text!r}")
         if isinstance(source, pd.DataFrame):
-            self.source, table = "DataFrame", plain_columns(source)
+            self.source = findings.source if findings else "DataFrame"
+            table = source if findings else plain_columns(source)
         else:
             self.source, table = str(source), read_table(Path(source))
             description = description or Description.beside(Path(source))
+        self._findings, self._whole = findings or Findings(self.source), findings is None
         self.description = description or Description()
         self.question = self.description.question
         self.outcome = self.description.outcome
@@ -754,22 +798,31 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self._read_patients(table)
         used = {*COLUMNS, *(each.column for each in found)}
         if unread := [str(name) for name in table if name not in used]:
-            logger.info("%s: columns not read: %s", self.source, ", ".join(unread))
+            self._findings.notes[f"columns not read: {', '.join(unread)}"] = None
         several = len(found) > 1
         most = max_len or (MAX_LEN_SEVERAL if several else MAX_LEN)
+        self.reading = {"dataset": "dka", "max_len": most}
         self._read_series(table, [each.column for each in found], most, leave_out=bool(series))
+        if self._whole:
+            self._findings.tell()
 
     def plausible(self, feature: int) -> tuple[float, float]:
         """Give the described range, or, without one, what is not far outside the quartiles."""
-        name = self.features[feature]
-        if name == self.description.series:
-            return self.description.plausible
+        if limits := self.described_limits(feature):
+            return limits
         seen = self.values[:, feature][~np.isnan(self.values[:, feature])]
-        if plainly(name) in self.description.limits or not len(seen):
-            return self.description.limits.get(plainly(name), (-np.inf, np.inf))
+        if not len(seen):
+            return -np.inf, np.inf
         q1, q3 = np.quantile(seen, [0.25, 0.75])
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
+
+    def described_limits(self, feature: int) -> tuple[float, float] | None:
+        """Give the range that the description names for a feature, if it does."""
+        name = self.features[feature]
+        if name == self.description.series:
+            return self.description.plausible
+        return self.description.limits.get(plainly(name))
 
     def _tell(self, i: int, most: int | None) -> str:
         """Name series with unit: value and hour of each observation, or of the last alone."""
@@ -811,31 +864,34 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         text = column_text(table, name) if name in table else pd.Series("", index=table.index)
         self.labels = pd.to_numeric(text.where(text != ""), errors="coerce").to_numpy(np.float64)
         empty = (text == "").to_numpy()
-        self._refuse(~np.isin(self.labels, [0, 1]) & ~empty, table, name, "must be 0 or 1")
+        wrong = ~np.isin(self.labels, [0, 1]) & ~empty
+        if self._findings.strict:
+            self._refuse(wrong, table, name, "must be 0 or 1")
+        else:  # whoever wants a prediction can do without
+            self.labels = np.where(wrong, np.nan, self.labels)
+            unknown = f"have a {name} that is neither 0 nor 1: taken as unknown"
+            self._findings.counts[unknown] += int(wrong.sum())
         if require:
             self._refuse(
                 empty, table, name, "is empty: each row to learn from needs a label 0 or 1"
             )
 
     def _read_patients(self, table: pd.DataFrame) -> None:
-        by_row = pd.Series(table.index.astype(str), index=table.index)
+        patients = patients_of(table)
         if "subject_id" in table or "id" in table:
             name = "subject_id" if "subject_id" in table else "id"
-            patients = column_text(table, name)
             self._refuse(patients == "", table, name, "is empty: name the patient of each row")
         else:
-            patients = by_row
-            logger.info("%s: no column subject_id: each row is a patient of its own", self.source)
+            self._findings.notes["no column subject_id: each row is a patient of its own"] = None
         self.groups = patients.to_numpy(dtype=np.str_)
-        ids = column_text(table, "id") if "id" in table else patients
-        self.ids = ids.to_numpy(dtype=np.str_)
+        self.ids = ids_of(table).to_numpy(dtype=np.str_)
         has_context = "clinical_context" in table
         contexts = (
-            column_text(table, "clinical_context") if has_context else by_row.map(lambda _: "")
+            column_text(table, "clinical_context") if has_context else patients.map(lambda _: "")
         )
         self.contexts = contexts.to_numpy(dtype=object)
         self.parts = None
-        if "split" in table:
+        if "split" in table and self._whole:
             parts = column_text(table, "split").str.lower().replace("validation", "val")
             self._refuse(~parts.isin(PARTS), table, "split", "must be train, val or test")
             moved = parts != parts.groupby(patients).transform("first")
@@ -851,14 +907,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         feature = np.repeat(np.arange(len(columns)), [len(values) for _, _, values in parsed])
         owner, times, values = (np.concatenate(arrays) for arrays in zip(*parsed, strict=True))
         del parsed
+        if problems := self._findings.problems:  # a row with one bad series is left out whole
+            good = ~table.index.isin(list(problems))[owner]
+            owner, feature, times, values = (a[good] for a in (owner, feature, times, values))
         within = (np.diff(owner) == 0) & (np.diff(feature) == 0)
         unsorted = np.unique(owner[1:][(np.diff(times) < 0) & within])
         if len(unsorted):
             order = np.lexsort((times, owner, feature))  # stable: equal times keep their order
             owner, times, values = owner[order], times[order], values[order]
-            logger.info("%s: %d rows were not in time order; sorted", self.source, len(unsorted))
+            self._findings.counts["were not in time order; sorted"] += len(unsorted)
         lengths = np.bincount(owner, minlength=len(table))
-        if not leave_out:
+        if not leave_out or not self._whole:
             where = columns[0] if len(columns) == 1 else "clinical_trajectory"
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
             self._refuse(lengths == 0, table, where, problem)
@@ -869,8 +928,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         recent = np.arange(len(owner)) >= offsets[owner + 1] - max_len
         if not recent.all():
-            message = "%s: %d rows are longer than %d observations: the most recent are kept"
-            logger.info(message, self.source, int((lengths > max_len).sum()), max_len)
+            longer = f"are longer than {max_len} observations: the most recent are kept"
+            self._findings.counts[longer] += int((lengths > max_len).sum())
         self._say_lost(owner, values, recent, len(table))
         self.times, self.values = times[recent], values[recent]
         self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, max_len))])
@@ -889,13 +948,14 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             seen = ~np.isnan(column)
             had, kept = (np.bincount(owner[s], minlength=rows) > 0 for s in (seen, seen & recent))
             if lost := int((had & ~kept).sum()):
-                message = "%s: %d rows lose every value of %s: raise --max_len to keep them"
-                logger.info(message, self.source, lost, name)
+                losing = f"lose every value of {name}: raise --max_len to keep them"
+                self._findings.counts[losing] += lost
 
     def _leave_out(self, rows: NDArray[np.int64]) -> None:
-        """Drop rows that hold no value of the chosen series."""
-        logger.info("%s: %d rows without a value are left out", self.source, len(rows))
-        if len(rows) == len(self):
+        """Drop rows that hold no value of the chosen series, or have a problem."""
+        if self._whole:
+            self._findings.counts["without a value are left out"] += len(rows)
+        if len(rows) == len(self) and self._whole:
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         self.offsets = np.delete(self.offsets, rows)
         for name in self.row_columns:
@@ -911,10 +971,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         text = text.iloc[rows]
         readable = text.str.fullmatch(SERIES).to_numpy(dtype=bool)
         if not readable.all():
-            pieces = text.iloc[int(readable.argmin())].split("->")
-            k = next(k for k, piece in enumerate(pieces, 1) if not re.fullmatch(PIECE, piece))
-            problem = f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
-            self._refuse(~readable, text, name, problem)
+            self._refuse(~readable, text, name, map(_bad_piece, text[~readable]))
+            rows, text = rows[readable], text[readable]
         blocks = [_parse(text.iloc[k : k + PARSE_ROWS]) for k in range(0, len(text), PARSE_ROWS)]
         values, times = np.concatenate([np.empty((0, 2)), *blocks]).T
         lengths = text.str.count("->").to_numpy(np.int64) + 1
@@ -924,12 +982,44 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self._refuse(bad, text, name, "holds a number that is too large")
         return rows[place], times, values
 
-    def _refuse(self, bad: Any, table: pd.DataFrame | pd.Series, column: str, problem: str) -> None:
-        """Raise with the place of the first bad row; never shows what a patient's cell holds."""
+    def _refuse(
+        self,
+        bad: Any,
+        table: pd.DataFrame | pd.Series,
+        column: str,
+        problem: str | Iterable[str],
+    ) -> None:
+        """Raise with the place of the first bad row, or note all where findings are not strict.
+
+        Never shows what a patient's cell holds. ``problem`` is one for all bad rows or one each.
+        """
         rows = table.index[np.asarray(bad)]
-        if len(rows):
-            others = f" ({len(rows)} such rows)" if len(rows) > 1 else ""
-            raise InputError(f"{self.source}, row {rows[0]}, column {column}: {problem}{others}")
+        told = itertools.repeat(problem) if isinstance(problem, str) else problem
+        for row, text in zip(rows, told, strict=False):
+            if self._findings.strict:
+                others = f" ({len(rows)} such rows)" if len(rows) > 1 and self._whole else ""
+                raise InputError(f"{self.source}, row {row}, column {column}: {text}{others}")
+            self._findings.problems.setdefault(row, f"column {column}: {text}")
+
+
+def _bad_piece(text: str) -> str:
+    """Say which piece of a series cannot be read."""
+    pieces = enumerate(text.split("->"), 1)
+    k = next(k for k, piece in pieces if not re.fullmatch(PIECE, piece))
+    return f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
+
+
+def patients_of(table: pd.DataFrame) -> pd.Series:
+    """Give the patient of each row: subject_id, or id, or the row's number."""
+    for name in ("subject_id", "id"):
+        if name in table:
+            return column_text(table, name)
+    return pd.Series(table.index.astype(str), index=table.index)
+
+
+def ids_of(table: pd.DataFrame) -> pd.Series:
+    """Give the name of each row in prediction files: id, or its patient."""
+    return column_text(table, "id") if "id" in table else patients_of(table)
 
 
 def _union(
@@ -1016,18 +1106,35 @@ def _parse(text: pd.Series) -> NDArray[np.float64]:
     return np.fromstring(joined, dtype=np.float64, sep=" ").reshape(-1, 2)
 
 
+class Piece(NamedTuple):
+    """So many rows of a file, its index their numbers, and the bytes that lead up to their end."""
+
+    table: pd.DataFrame
+    read: int
+
+
 def read_table(path: Path) -> pd.DataFrame:
     """Read a file as text, CSV (also within gzip) or Parquet; the index holds the row numbers.
 
     Raises:
         InputError: the file is missing, empty, damaged, or its rows do not fit its header.
     """
+    return next(read_pieces(path, Findings(str(path)))).table
+
+
+def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iterator[Piece]:
+    """Read a file at most so many rows at a time, or all at once; at least one piece, maybe empty.
+
+    Raises:
+        InputError: as ``read_table``; a row that does not fit its header only where findings are
+            strict.
+    """
     try:
         if path.suffix.lower() == ".parquet":
-            return _read_parquet(path)
-        opened = gzip.open if path.suffix.lower() == ".gz" else open
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            return _read_csv(path, file)
+            yield from _parquet_pieces(path, rows)
+        else:
+            with path.open("rb") as file:
+                yield from _csv_pieces(path, file, findings, rows)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnicodeError as error:
@@ -1038,38 +1145,71 @@ def read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
-def _read_csv(path: Path, file: TextIO) -> pd.DataFrame:
+def _csv_pieces(
+    path: Path, file: BinaryIO, findings: Findings, most: int | None
+) -> Iterator[Piece]:
     """Read rows and their numbers, the header being 1; blank rows are left out."""
-    numbers, rows, number = [], [], 0
+    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+    text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+    rows = _numbered_rows(path, text)
+    _, names = next(rows, (0, None))
+    if names is None:
+        raise InputError(f"{path}: the file is empty")
+    header = [name.strip() for name in names]
+    for first in itertools.count():
+        numbers, cells = [], []
+        for number, row in itertools.islice(rows, most):
+            if any(row[len(header) :]):
+                problem = (
+                    f"{len(row)} fields where the header has {len(header)}: put texts that hold "
+                    'commas between quotes "'
+                )
+                if findings.strict:
+                    raise InputError(f"{path}, row {number}: {problem}")
+                findings.problems[number] = problem
+            row[len(header) :] = []
+            row += [""] * (len(header) - len(row))
+            numbers.append(number)
+            cells.append(row)
+        if numbers or first == 0:
+            table = pd.DataFrame(cells, columns=header, index=numbers, dtype=object)
+            yield Piece(table, file.tell())
+        if most is None or len(numbers) < most:
+            return
+
+
+def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Give the rows of a CSV that are not blank, with their numbers."""
+    number = 0
     csv.field_size_limit(2**31 - 1)  # a series of 20,000 observations is one field
     try:
-        for number, cells in enumerate(csv.reader(file, skipinitialspace=True), 1):
+        for number, cells in enumerate(csv.reader(text, skipinitialspace=True), 1):
             if any(map(str.strip, cells)):
-                numbers.append(number)
-                rows.append(cells)
+                yield number, cells
     except csv.Error as error:
         raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
-    if not rows:
-        raise InputError(f"{path}: the file is empty")
-    header = [name.strip() for name in rows[0]]
-    for number, cells in zip(numbers, rows, strict=True):
-        if any(cells[len(header) :]):
-            raise InputError(
-                f"{path}, row {number}: {len(cells)} fields where the header has {len(header)}: "
-                'put texts that hold commas between quotes "'
-            )
-        cells[len(header) :] = []
-        cells += [""] * (len(header) - len(cells))
-    return pd.DataFrame(rows[1:], columns=header, index=numbers[1:], dtype=object)
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _parquet_pieces(path: Path, most: int | None) -> Iterator[Piece]:
+    """Read rows and their numbers, the first being 0."""
     try:
         import pyarrow  # not among the requirements: only who holds Parquet needs it
+        from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        return plain_columns(pd.read_parquet(path, engine="pyarrow"))
+        if most is None:
+            yield Piece(plain_columns(pd.read_parquet(path, engine="pyarrow")), 0)
+            return
+        whole, done, size = parquet.ParquetFile(path), 0, path.stat().st_size
+        for batch in whole.iter_batches(most):
+            # A pandas index stays a column; whole numbers stay whole beside missing ones.
+            table = batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table = plain_columns(table).set_index(pd.RangeIndex(done, done + len(table)))
+            done += len(table)
+            yield Piece(table, size * done // whole.metadata.num_rows)
+        if not done:
+            yield Piece(plain_columns(whole.schema_arrow.empty_table().to_pandas()), size)
     except pyarrow.ArrowException as error:
         problem = "not a whole Parquet file, or one with a column twice"
         raise InputError(f"{path}: {problem}") from error

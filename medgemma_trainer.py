@@ -7,6 +7,8 @@
         --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt
     python medgemma_trainer.py --mode generative --dataset dka --data_path FILE.csv \\
         --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt
+    python medgemma_trainer.py --predict --checkpoint ./checkpoints_medgemma_dka/classification \\
+        --data_path NEW.csv --predictions OUT.csv
 
 A batch on its way: series -> ClinicalODERNN -> one state per observation; then
 
@@ -30,6 +32,7 @@ import errno
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import logging.handlers
@@ -43,7 +46,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -63,12 +66,19 @@ from dataset_format import (
     MAX_LEN_SEVERAL,
     SERIES_TEXT,
     Batch,
+    Description,
+    Findings,
     InputError,
     MIMICtrajectoryDataset,
     Parser,
     TrajectoryDataset,
+    check_header,
+    find_series,
+    ids_of,
     names,
     patient_events,
+    plainly,
+    read_pieces,
     summarize,
 )
 from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, check_solver
@@ -502,7 +512,11 @@ def classification_output(logit: Tensor, labels: Tensor) -> Output:
 
 
 def load_language_model(
-    name: str, quantization: str, dtype: torch.dtype, device: torch.device
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a Gemma 3 text model and its tokenizer, frozen.
 
@@ -513,6 +527,7 @@ def load_language_model(
         quantization: ``nf4`` or ``none``.
         dtype: of computation, and of the weights where they are not quantised.
         device: where the weights go.
+        revision: commit of a hub model; None takes the latest.
 
     Raises:
         InputError: no access, no such model, not a Gemma 3, or weights that do not fit it.
@@ -531,12 +546,13 @@ def load_language_model(
             raise InputError("--quantization nf4: the tiny model has nothing to gain; use none")
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, revision=revision)
         if config.model_type not in ("gemma3", "gemma3_text"):
             raise InputError(f"--model_name {name}: a {config.model_type} model; give a Gemma 3")
         multimodal = hasattr(config, "text_config")
         model, found = transformers.Gemma3ForCausalLM.from_pretrained(
             name,
+            revision=revision,
             config=config.text_config if multimodal else config,
             key_mapping=MULTIMODAL_KEYS if multimodal else None,
             quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
@@ -544,7 +560,7 @@ def load_language_model(
             device_map={"": device},
             output_loading_info=True,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
     except (InputError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -694,6 +710,7 @@ class TextCollator:
         sample: ids as they stand in every kind of prompt, whatever it tells.
         known: ``Trajectory`` of all N rows, from an encoder that no longer learns.
         shortened: how many prompts lost their oldest observations to ``most_tokens``.
+        too_long: rows whose prompt is longer all the same, where that is no error.
     """
 
     def __init__(
@@ -703,6 +720,7 @@ class TextCollator:
         *,
         answers: bool,
         most_tokens: int | None = None,
+        refuse_long: bool = True,
     ) -> None:
         """Tokenise.
 
@@ -711,6 +729,7 @@ class TextCollator:
             tokenizer: of the language model.
             answers: also the report, as the target (stage 3); all rows must have labels.
             most_tokens: of a prompt; longer ones lose their oldest observations.
+            refuse_long: whether a prompt that is too long even so is an error.
 
         Raises:
             InputError: a prompt is longer than ``most_tokens`` even with one observation a series.
@@ -718,17 +737,24 @@ class TextCollator:
         self.dataset = dataset
         self.known: Trajectory | None = None
         self.shortened = 0
+        self.too_long: list[int] = []
         self._tokenizer = tokenizer
         self.pad = int(tokenizer.pad_token_id)
         self.bos = int(tokenizer.bos_token_id)
         self.before, self.behind, turn_end = chat_turns(tokenizer)
         self.eos = [int(tokenizer.eos_token_id), *turn_end]
-        yes, no, stem = self._ids([" yes", " no", f"{dataset.outcome}:"])
-        shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
-        self.stem = stem + yes[:shared]
+        yes, no, shared = verdict_words(tokenizer)
+        self.stem = self._ids([f"{dataset.outcome}:"])[0] + yes[:shared]
         self.verdict = (yes[shared], no[shared])
         self.sample = self._ids([f"{dataset.question} 0123456789 -> (h) .,"])[0]
         self.prompts = self._read_prompts(most_tokens)
+        if self.too_long and refuse_long:
+            needed = max(len(self.prompts[i]) for i in self.too_long)
+            raise InputError(
+                f"--max_text_tokens {most_tokens}: texts of {dataset.source} need {needed} "
+                "tokens with one observation a series: raise it, or tell less by --series_text or "
+                "--text_context"
+            )
         self.answers: list[list[int]] = []
         if answers:
             rest = self._ids([self._behind_verdict(i) for i in range(len(dataset))])
@@ -745,21 +771,15 @@ class TextCollator:
         turns = len(self.before) + len(self.behind)
         prompts = self._ids([self._prompt(i) for i in range(len(self.dataset))])
         room = math.inf if most_tokens is None else most_tokens - turns
-        needed = 0
         for i, prompt in enumerate(prompts):
             told = max(len(times) for _, times, _ in self.dataset.measured(i))
             self.shortened += len(prompt) > room
             while len(prompt) > room and told > 1:
                 told = min(told - 1, math.ceil(told * room / len(prompt)))
                 prompt = self._ids([self._prompt(i, max(told, 1))])[0]
-            needed = max(needed, len(prompt) + turns)
+            if len(prompt) > room:
+                self.too_long.append(i)
             prompts[i] = self.before + prompt + self.behind
-        if most_tokens is not None and needed > most_tokens:
-            raise InputError(
-                f"--max_text_tokens {most_tokens}: texts of {self.dataset.source} need {needed} "
-                "tokens with one observation a series: raise it, or tell less by --series_text or "
-                "--text_context"
-            )
         return prompts
 
     def _prompt(self, i: int, most: int | None = None) -> str:
@@ -785,6 +805,10 @@ class TextCollator:
         """Give the batch that generation continues: it ends right before the verdict."""
         return self._batch(indices, [[] for _ in indices])
 
+    def verdicts_only(self, indices: Sequence[int]) -> TextBatch:
+        """Give the batch from which the verdict's odds are read: any answer, none is looked at."""
+        return self._batch(indices, [[self.verdict[0]] for _ in indices])
+
     def _batch(self, indices: Sequence[int], answers: list[list[int]]) -> TextBatch:
         rows = [
             self.prompts[i] + self.stem + answer for i, answer in zip(indices, answers, strict=True)
@@ -809,6 +833,13 @@ class TextCollator:
             batch["states_mask"] = self.known.mask[chosen]
             batch["trajectory_logit"] = self.known.logit[chosen]
         return batch
+
+
+def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
+    """Give the ids of yes and of no, and how many of them both begin with."""
+    yes, no = tokenizer([" yes", " no"], add_special_tokens=False)["input_ids"]
+    shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+    return list(yes), list(no), shared
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
@@ -1313,6 +1344,8 @@ class Data(NamedTuple):
             "features": list(self.dataset.features),
             "units": list(self.dataset.units),
             "outcome": self.dataset.outcome,
+            "question": self.dataset.question,
+            **self.dataset.reading,
             "data_sha256": self.fingerprint,
             "rows_sha256": self.rows,
             "train_sha256": hashlib.sha256("\n".join(patients).encode()).hexdigest(),
@@ -1458,7 +1491,7 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Stage 1: encoder and head alone, no LLM."""
     encoder = make_encoder(args, data)
     model = TrajectoryClassifier(encoder, data.prevalence())
-    facts = {**encoder_facts(encoder), **data.facts()}
+    facts = {"stage": "trajectory", **encoder_facts(encoder), **data.facts()}
     return Stage(
         name="trajectory",
         model=model,
@@ -1505,6 +1538,8 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     if args.gradient_checkpointing:
         set_checkpointing(model.llm, on=True)
     facts = llm_facts(args, model, data)
+    if writes:
+        facts["report_tokens"] = report_tokens(collate)
     rates = {
         "encoder": args.encoder_lr,
         "trajectory_head": args.encoder_lr,
@@ -1547,7 +1582,6 @@ def llm_facts(args: argparse.Namespace, model: TrajectoryLLM, data: Data) -> dic
         "text_context": args.text_context,
         "series_text": args.series_text,
         "max_text_tokens": args.max_text_tokens,
-        "max_len": args.max_len,
         "trajectory_head": model.trajectory_head is not None,
         **({} if encoder is None else encoder_facts(encoder)),
         **data.facts(),
@@ -1741,18 +1775,12 @@ def write_reports(
         Share of reports that have the expected form, share of stated numbers that are the
         patient's own, AUROC of the verdict's probability.
     """
-    dataset, device = collate.dataset, next(model.parameters()).device
-    most = max(map(len, collate.answers)) + 16
+    dataset = collate.dataset
     lengths = np.array([len(prompt) for prompt in collate.prompts])  # of all rows
-    batches = Batches(scored.rows, GENERATION_BATCH, lengths, shuffle=False)
-    texts: dict[int, str] = {}
-    for indices in progress(batches, "writing reports"):
-        prompts = to_device(collate.prompts_only(indices), device)
-        ids = model.write(prompts, most, collate.eos, collate.pad).tolist()
-        written = tokenizer.batch_decode(
-            [collate.stem + row for row in ids], skip_special_tokens=True
-        )
-        texts.update(zip(indices, written, strict=True))
+    batches = progress(
+        Batches(scored.rows, GENERATION_BATCH, lengths, shuffle=False), "writing reports"
+    )
+    texts = written_reports(model, collate, tokenizer, batches, report_tokens(collate))
     texts = dict(gather(list(texts.items())))
     if not processes().is_main_process:
         return {}
@@ -1774,12 +1802,41 @@ def write_reports(
     }
 
 
+def report_tokens(collate: TextCollator) -> int:
+    """Give the tokens that a report may have: the longest of the data, and a few more."""
+    return max(map(len, collate.answers)) + 16
+
+
+def written_reports(
+    model: LLMWriter,
+    collate: TextCollator,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[list[int]],
+    most: int,
+) -> dict[int, str]:
+    """Let the model write the reports of some rows, of at most ``most`` tokens, by position."""
+    device = next(model.parameters()).device
+    texts: dict[int, str] = {}
+    for indices in batches:
+        prompts = to_device(collate.prompts_only(indices), device)
+        ids = model.write(prompts, most, collate.eos, collate.pad).tolist()
+        written = tokenizer.batch_decode(
+            [collate.stem + row for row in ids], skip_special_tokens=True
+        )
+        texts.update(zip(indices, written, strict=True))
+    return texts
+
+
 # --------------------------------------------------------------------------- checkpoints
 
 
 def encoder_facts(encoder: ClinicalODERNN) -> dict[str, Any]:
     """Give what rebuilds an encoder before its weights are read."""
-    return {"hidden_dim": encoder.hidden_dim, "time_scale": encoder.time_scale}
+    return {
+        "hidden_dim": encoder.hidden_dim,
+        "time_scale": encoder.time_scale,
+        "solver": encoder.solver,
+    }
 
 
 def save_trajectory(model: TrajectoryClassifier, facts: dict[str, Any], path: Path) -> None:
@@ -2261,7 +2318,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def progress(batches: DataLoader[int] | Batches, what: str) -> Any:
+def progress(batches: Iterable[Any], what: str) -> Any:
     """Wrap batches in a progress bar, silent where the output is no terminal."""
     from tqdm import tqdm
 
@@ -3352,6 +3409,594 @@ above zero in AUROC, or below zero in Brier score, this model is better.</p>
 </html>
 """
 """The page; every value is escaped. Contrast of its colours is at least 4.5 (WCAG 2.1, AA)."""
+# --------------------------------------------------------------------------- predict
+
+PIECE_ROWS, LLM_PIECE_ROWS = 20_000, 2_000
+"""Rows of a file in memory at a time, of stage 1 and of those with a text a row."""
+
+SCORED_ROWS, LLM_SCORED_ROWS = 256, 32
+"""Rows a batch when none are asked for."""
+
+DRAWN_AT_ONCE = 2_000_000
+"""Draws of a row held at a time: bounds what the intervals of a large file take."""
+
+PREDICT_FLAGS = frozenset(
+    f"--{name}"
+    for name in (
+        *("predict", "checkpoint", "predictions", "strict", "dataset", "organ", "data_path"),
+        *("data_dir", "model_name", "quantization", "precision", "batch_size", "seed"),
+    )
+)
+NEEDED_FACTS = ("stage", "dataset", "max_len", "features", "units", "outcome", "question")
+
+
+class Decision(NamedTuple):
+    """How a winner's log-odds become a probability and a prediction.
+
+    The probability is sigmoid(intercept + slope * logit); from the threshold on it is predicted.
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    threshold: float = DECISION_THRESHOLD
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Decision:
+        """Read what lies with the weights; where nothing does, the log-odds count as they are."""
+        known = facts.get("decision") or {}
+        return cls(**{name: float(known[name]) for name in cls._fields if name in known})
+
+    def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Give the probability of each log-odds (n,)."""
+        scaled = torch.from_numpy(self.intercept + self.slope * logit)
+        probability: NDArray[np.float64] = torch.sigmoid(scaled).numpy()
+        return probability
+
+
+class Winner(NamedTuple):
+    """A trained model ready to score, and what its checkpoint says of it.
+
+    model: on the default device, in evaluation mode; tokenizer: None for stage 1.
+    """
+
+    model: TrajectoryClassifier | TrajectoryLLM
+    facts: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def winner_place(checkpoint: Path) -> Path:
+    """Find a winner: stage 1's file, or the folder ``best`` of stages 2 and 3.
+
+    Raises:
+        InputError: there is none.
+    """
+    beside = checkpoint.absolute().parent / TRAJECTORY_FILE
+    if checkpoint.is_file():
+        return checkpoint
+    if (checkpoint / "best").is_dir():
+        return checkpoint / "best"
+    if checkpoint.is_dir() and checkpoint.absolute().name == "trajectory" and beside.is_file():
+        return beside
+    problem = "holds no winner" if checkpoint.exists() else "no such file or folder"
+    raise InputError(
+        f"--checkpoint {checkpoint}: {problem}: give the folder trajectory, classification or "
+        f"generative of a run, or its {TRAJECTORY_FILE}"
+    )
+
+
+def winner_facts(checkpoint: Path) -> dict[str, Any]:
+    """Give what a winner says of itself, without loading a language model.
+
+    Args:
+        checkpoint: a stage's folder, or stage 1's file.
+
+    Raises:
+        InputError: no winner there, damaged, or of a version that told too little.
+    """
+    place = winner_place(checkpoint)
+    try:
+        facts = (
+            dict(read_trajectory(place)["config"])
+            if place.is_file()
+            else dict(json.loads((place / "config.json").read_text(encoding="utf-8")))
+        )
+        Decision.of(facts)
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: damaged: its configuration cannot be read") from error
+    if missing := [key for key in NEEDED_FACTS if key not in facts]:
+        raise InputError(
+            f"{place}: made by an older version, which did not keep {', '.join(missing)}: "
+            "train it again"
+        )
+    return facts
+
+
+def load_winner(
+    checkpoint: Path,
+    model_name: str | None = None,
+    quantization: str | None = None,
+    precision: str | None = None,
+) -> Winner:
+    """Load a winner back from its folder or file, every key of it.
+
+    Args:
+        checkpoint: a stage's folder, or stage 1's file.
+        model_name: where the base model lies now; None takes the stored one.
+        quantization: of the base model; None takes the stored one.
+        precision: ``bf16`` or ``fp32``; None takes the stored one.
+
+    Raises:
+        InputError: no winner there, damaged, or its base model cannot be loaded.
+    """
+    place, facts = winner_place(checkpoint), winner_facts(checkpoint)
+    if place.is_dir():
+        name = model_name or facts["base_model"]
+        base, tokenizer = load_language_model(
+            name,
+            quantization or facts["quantization"],
+            torch.float32 if (precision or facts["precision"])[-2:] == "32" else torch.bfloat16,
+            default_device(),
+            facts["base_revision"] if model_name is None else None,
+        )
+    from safetensors import SafetensorError
+
+    model: TrajectoryClassifier | TrajectoryLLM
+    try:
+        if place.is_file():
+            model, tokenizer = TrajectoryClassifier(encoder_of(facts), prevalence=0.5), None
+            load_trajectory(model, place)
+        else:
+            model = llm_of(facts, place, base, tokenizer)
+            load_llm(model, place)
+    except InputError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        problem = "damaged" if place.is_file() else "damaged, or not made from this base model"
+        raise InputError(f"{place}: {problem}: its weights do not fit") from error
+    except (AssertionError, SafetensorError) as error:
+        raise InputError(f"{place}: damaged: weights are missing") from error
+    return Winner(model.to(default_device()).eval(), facts, tokenizer)
+
+
+def encoder_of(facts: dict[str, Any]) -> ClinicalODERNN:
+    """Rebuild an encoder whose weights are still to be read."""
+    features, shape = len(facts["features"]), (facts["time_scale"], facts["solver"])
+    return ClinicalODERNN(features, facts["hidden_dim"], time_scale=shape[0], solver=shape[1])
+
+
+def llm_of(
+    facts: dict[str, Any],
+    place: Path,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TrajectoryLLM:
+    """Rebuild the model of stage 2 or 3, whose weights are still to be read, around its base."""
+    adapter = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
+    encoder = encoder_of(facts) if "hidden_dim" in facts else None
+    yes, no, shared = verdict_words(tokenizer)
+    parts: dict[str, Any] = {
+        "trajectory_head": PooledHead(facts["hidden_dim"], 0.5)
+        if facts["trajectory_head"]
+        else None,
+        "tokens": facts["num_prefix_tokens"],
+        "scale": 1.0,  # a buffer: read with the weights
+        "bos": int(tokenizer.bos_token_id),
+        "verdict": (yes[shared], no[shared]),
+    }
+    if facts["stage"] == "generative":
+        return LLMWriter(encoder, adapted, **parts)
+    return LLMClassifier(encoder, adapted, prevalence=0.5, **parts)
+
+
+class Rows(NamedTuple):
+    """So many rows of what is to be scored, in the input's order.
+
+    ids, numbers (n,): name and number of each in the file; dataset: the m of them that can be read;
+    place (m,): where those stand among the n; read: bytes or rows of the input up to here.
+    """
+
+    ids: NDArray[Any]
+    numbers: NDArray[np.int64]
+    dataset: TrajectoryDataset
+    place: NDArray[np.int64]
+    read: int
+
+    def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> Rows:
+        """Take rows of the data set out, (m,) bool, and note why.
+
+        Raises:
+            InputError: there are such rows, and the findings are strict.
+        """
+        if not bad.any():
+            return self
+        numbers = self.numbers[self.place[bad]].tolist()
+        if findings.strict:
+            raise InputError(f"{findings.source}, row {numbers[0]}: {problem}")
+        findings.problems.update(dict.fromkeys(numbers, problem))
+        good = np.flatnonzero(~bad)
+        return self._replace(dataset=self.dataset.subset(good), place=self.place[good])
+
+
+def dka_rows(path: Path, facts: dict[str, Any], findings: Findings, most: int) -> Iterator[Rows]:
+    """Read a DKA file so many rows at a time, as the checkpoint's own data were read.
+
+    Raises:
+        InputError: the file is not what the checkpoint reads, or cannot be read.
+    """
+    found = Description.beside(path)
+    asked = replace(found, question=facts["question"])
+    total = 0
+    for table, read in read_pieces(path, findings, most):
+        if total == 0:
+            refuse_other_series(table, found, facts, path)
+        if table.empty:
+            continue
+        total += len(table)
+        dataset = MIMICtrajectoryDataset(
+            table,
+            facts["max_len"],
+            description=asked,
+            require_labels=False,
+            series=facts["features"],
+            series_text=facts.get("series_text", "all"),
+            findings=findings,
+        )
+        dataset.features = tuple(facts["features"])  # spelled as the model knows them
+        place = np.flatnonzero(~table.index.isin(list(findings.problems)))
+        yield Rows(ids_of(table).to_numpy(), table.index.to_numpy(), dataset, place, read)
+    if total == 0:
+        raise InputError(f"{path}: no rows below the header: nothing to read")
+
+
+def refuse_other_series(
+    table: pd.DataFrame, description: Description, facts: dict[str, Any], path: Path
+) -> None:
+    """Refuse a file that lacks a series of the checkpoint's, or means something else by it.
+
+    Raises:
+        InputError: saying what differs.
+    """
+    check_header(table, str(path), [])
+    found = {plainly(s.name): s for s in find_series(table, description, None, str(path))}
+    beside = "its meaning stands in the JSON file beside it"
+    for name, unit in zip(facts["features"], facts["units"], strict=True):
+        series = found.get(plainly(name))
+        if series is None:
+            known = ", ".join(each.name for each in found.values())
+            raise InputError(
+                f"{path}: the checkpoint reads {name}, the file holds {known}; {beside}"
+            )
+        if series.unit != unit:
+            raise InputError(
+                f"{path}, column {series.column}: the checkpoint reads {name} in {unit or 'no'} "
+                f"unit, the file has {series.unit or 'none'}; {beside}"
+            )
+    if description.outcome != facts["outcome"]:
+        raise InputError(
+            f"{path}: the checkpoint predicts {facts['outcome']}, the file's outcome is "
+            f"{description.outcome}; {beside}"
+        )
+
+
+def srtr_rows(folder: Path, facts: dict[str, Any], findings: Findings, most: int) -> Iterator[Rows]:
+    """Read the cohort of an SRTR folder, also registrations whose outcome is not known yet.
+
+    Raises:
+        InputError: the folder lacks the checkpoint's organ, or cannot be read.
+    """
+    options = {key: facts[key] for key in ("landmark_days", "horizon_days", "transplant")}
+    try:
+        dataset = SRTRTrajectoryDataset(
+            folder, facts["organ"], **options, max_len=facts["max_len"], require_labels=False
+        )
+    except InputError as error:
+        raise InputError(f"{error} (the checkpoint was trained on {facts['organ']})") from error
+    for key in ("features", "units"):
+        if facts[key] != (own := list(getattr(dataset, key))):
+            raise InputError(f"the checkpoint has {key} {facts[key]}, this program reads {own}")
+    dataset.series_text = facts.get("series_text", "all")
+    dataset.question = facts["question"]
+    for start in range(0, len(dataset), most):
+        numbers = np.arange(start, min(start + most, len(dataset)))
+        piece = dataset.subset(numbers)
+        yield Rows(piece.ids, numbers, piece, np.arange(len(piece)), int(numbers[-1]) + 1)
+
+
+def text_of(dataset: TrajectoryDataset, winner: Winner) -> TextCollator | None:
+    """Tokenise what a language model reads of some rows; None where there is none, or no rows."""
+    if winner.tokenizer is None or not len(dataset):
+        return None
+    most = winner.facts["max_text_tokens"]
+    dataset.text_context = winner.facts["text_context"] == "full"
+    return TextCollator(
+        dataset, winner.tokenizer, answers=False, most_tokens=most, refuse_long=False
+    )
+
+
+def told(rows: Rows, winner: Winner, findings: Findings) -> tuple[Rows, TextCollator | None]:
+    """Give what a language model reads, without the rows whose text is longer than it may be."""
+    text = text_of(rows.dataset, winner)
+    if text is None or not text.too_long:
+        return rows, text
+    long = np.isin(np.arange(len(rows.dataset)), text.too_long)
+    problem = f"its text is longer than {winner.facts['max_text_tokens']} tokens"
+    rows = rows.without(long, problem, findings)
+    return rows, text_of(rows.dataset, winner)
+
+
+@torch.no_grad()
+def scored_logits(
+    model: nn.Module, dataset: TrajectoryDataset, text: TextCollator | None, batch: int
+) -> NDArray[np.float64]:
+    """Give the log-odds of each row (m,), scored in batches of rows of about equal length."""
+    device = default_device()
+    collate: Callable[[Sequence[int]], Any] = dataset.collate
+    lengths = dataset.lengths
+    if text is not None:
+        collate, lengths = text.verdicts_only, text.lengths()
+    logit = np.empty(len(dataset))
+    for indices in Batches(np.arange(len(dataset)), batch, lengths, shuffle=False):
+        output = model(to_device(collate(indices), device))
+        logit[indices] = output.logit.double().cpu().numpy()
+    return logit
+
+
+def reports_of(winner: Winner, dataset: TrajectoryDataset, batch: int) -> list[str]:
+    """Let stage 3's winner write the report of each row."""
+    text = text_of(dataset, winner)
+    if text is None or winner.tokenizer is None:
+        return []
+    assert isinstance(winner.model, LLMWriter)
+    batches = Batches(np.arange(len(dataset)), batch, text.lengths(), shuffle=False)
+    most = winner.facts["report_tokens"]
+    written = written_reports(winner.model, text, winner.tokenizer, batches, most)
+    return [written[i] for i in range(len(dataset))]
+
+
+def predict_rows(
+    rows: Rows, winner: Winner, findings: Findings, batch: int
+) -> tuple[pd.DataFrame, Rows]:
+    """Score what can be scored of some rows.
+
+    Returns:
+        The lines of the prediction file, and the rows that are scored.
+
+    Raises:
+        InputError: a row cannot be scored, and the findings are strict.
+    """
+    facts, decision = winner.facts, Decision.of(winner.facts)
+    if "time_scale" in facts:
+        most = MAX_SCALED_GAP * facts["time_scale"]
+        far = rows.dataset.longest_gaps() > most
+        rows = rows.without(far, f"two observations lie more than {most:g} h apart", findings)
+    rows, text = told(rows, winner, findings)
+    logit = scored_logits(winner.model, rows.dataset, text, batch)
+    rows = rows.without(
+        ~np.isfinite(logit), "no finite score: its values are too extreme", findings
+    )
+    probability = decision.probability(logit[np.isfinite(logit)])
+    lines = pd.DataFrame({"id": rows.ids, "probability": np.nan})
+    lines["prediction"] = pd.Series(pd.NA, index=lines.index, dtype="Int64")
+    lines.loc[rows.place, "probability"] = probability
+    lines.loc[rows.place, "prediction"] = (probability >= decision.threshold).astype(int)
+    if isinstance(winner.model, LLMWriter):
+        lines["report"] = ""
+        lines.loc[rows.place, "report"] = reports_of(winner, rows.dataset, batch)
+    lines["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
+    return lines, rows
+
+
+class Tally:
+    """What is counted while rows are written: 25 bytes a row that has a label, nothing for others.
+
+    Attributes:
+        rows: of the input.
+        scored: of them, those with a probability.
+        positive: of them, those at or above the threshold.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.rows = self.scored = self.positive = 0
+        self._labels: list[NDArray[np.int8]] = []
+        self._probabilities: list[NDArray[np.float64]] = []
+        self._groups: list[NDArray[np.uint64]] = []
+
+    def add(self, lines: pd.DataFrame, rows: Rows) -> None:
+        """Count what was written of ``rows``, all of which are scored."""
+        self.rows += len(lines)
+        self.scored += len(rows.place)
+        self.positive += int(lines["prediction"].eq(1).sum())
+        known = ~np.isnan(rows.dataset.labels)
+        self._labels.append(rows.dataset.labels[known].astype(np.int8))
+        self._probabilities.append(lines["probability"].to_numpy(float)[rows.place[known]])
+        groups = rows.dataset.groups[known].astype(object)
+        self._groups.append(pd.util.hash_array(groups))  # eight bytes, however long a name
+
+    def metrics(self, seed: int) -> dict[str, Any] | None:
+        """Score the labelled rows, with intervals; None where there is no label.
+
+        Of one class alone ``n`` and ``events`` are all that there is.
+        """
+        labels = np.concatenate(self._labels)
+        probability = np.concatenate(self._probabilities)
+        groups = np.concatenate(self._groups)
+        if not len(labels):
+            return None
+        if labels.min() == labels.max():
+            return {"n": len(labels), "events": int(labels.sum())}
+        return large_metrics(labels, probability, groups, seed)
+
+
+def large_metrics(
+    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[Any], seed: int
+) -> dict[str, Any]:
+    """Do what ``metrics_with_intervals`` does in memory that grows with the rows only."""
+    if len(labels) * BOOTSTRAP_REPLICATES <= DRAWN_AT_ONCE:
+        return metrics_with_intervals(labels, probability, groups, seed)
+    owner, event = patient_events(groups, labels)
+    rng = np.random.default_rng(seed)
+    blocks = []
+    size = max(1, DRAWN_AT_ONCE // len(labels))
+    for start in progress(range(0, BOOTSTRAP_REPLICATES, size), "intervals"):
+        draws = np.zeros((min(size, BOOTSTRAP_REPLICATES - start), len(event)))
+        for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
+            fair = np.full(len(stratum), 1 / len(stratum))
+            draws[:, stratum] = rng.multinomial(len(stratum), fair, size=len(draws))
+        blocks.append(weighted_metrics(labels, probability, draws[:, owner]))
+    values = metrics_of(labels, probability)
+    intervals = {
+        name: interval(value, np.concatenate([block[name] for block in blocks]))
+        for name, value in values.items()
+    }
+    return {"n": len(labels), "events": int(labels.sum()), **intervals}
+
+
+def predict_arguments(args: argparse.Namespace, words: Sequence[str]) -> argparse.Namespace:
+    """Leave of the flags what was given; all else comes from the checkpoint.
+
+    Raises:
+        InputError: a flag is missing, or one is given that the checkpoint decides.
+    """
+    given = {word.split("=")[0] for word in words if word.startswith("--")}
+    if unused := sorted(given - PREDICT_FLAGS):
+        raise InputError(
+            f"--predict has no use for {', '.join(unused)}: the checkpoint brings all that "
+            "training decided: leave it out"
+        )
+    for flag, meaning in {
+        "--checkpoint": "a run's stage folder or its .pt",
+        "--predictions": "the CSV to write",
+    }.items():
+        if flag not in given:
+            raise InputError(f"--predict: say by {flag} where {meaning} lies")
+    for flag in PREDICT_FLAGS - given - {"--predict", "--strict", "--seed"}:
+        setattr(args, flag.removeprefix("--"), None)
+    return args
+
+
+def refuse_other_data(args: argparse.Namespace, facts: dict[str, Any]) -> Path:
+    """Give the file or folder to read, if it is of the checkpoint's kind.
+
+    Raises:
+        InputError: saying what differs, or what is missing.
+    """
+    for name in ("dataset", "organ"):
+        own, asked = facts.get(name), getattr(args, name)
+        if asked not in (None, own):
+            raise InputError(
+                f"--{name} {asked}: the checkpoint was trained on {own or facts['dataset']}"
+            )
+    flag, other = ("data_path", "data_dir")[:: 1 if facts["dataset"] == "dka" else -1]
+    kind = f"the checkpoint was trained on --dataset {facts['dataset']}"
+    if getattr(args, other) is not None:
+        raise InputError(f"--{other}: {kind}: give its rows by --{flag}")
+    source: Path | None = getattr(args, flag)
+    if source is None:
+        raise InputError(f"--predict: say which rows by --{flag}: {kind}")
+    out = args.predictions
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"--predictions {out}: give a file in a folder that is there")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"--predictions {out}: that is the file to read: give another")
+    return source
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Score new rows with a winner, a piece of the input at a time; the file is whole or absent.
+
+    Args:
+        args: from ``predict_arguments``.
+
+    Raises:
+        InputError: what is wrong with checkpoint, input or place of the output.
+    """
+    if processes().num_processes > 1:
+        raise InputError("--predict runs in one process: start it by python, not accelerate")
+    facts = winner_facts(args.checkpoint)
+    source = refuse_other_data(args, facts)
+    findings = Findings(str(source), strict=args.strict)
+    language = facts["stage"] != "trajectory"
+    read = dka_rows if facts["dataset"] == "dka" else srtr_rows
+    pieces = read(source, facts, findings, LLM_PIECE_ROWS if language else PIECE_ROWS)
+    first = next(pieces)  # what is wrong with the input shows before a language model is loaded
+    winner = load_winner(args.checkpoint, args.model_name, args.quantization, args.precision)
+    batch = args.batch_size or (LLM_SCORED_ROWS if language else SCORED_ROWS)
+    tally = Tally()
+    try:
+        with (
+            atomic(args.predictions) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+            bar(source) as shown,
+        ):
+            for rows in itertools.chain([first], pieces):
+                lines, scored = predict_rows(rows, winner, findings, batch)
+                count_implausible(scored.dataset, findings)
+                lines.to_csv(file, index=False, header=tally.rows == 0)
+                tally.add(lines, scored)
+                shown.update(rows.read - shown.n)
+    except KeyboardInterrupt:
+        logger.error("interrupted: no predictions were written")
+        return EXIT_INTERRUPTED
+    say_predictions(tally, findings, Decision.of(facts), args)
+    return EXIT_DONE
+
+
+def bar(source: Path) -> Any:
+    """Give a progress bar over the bytes of a file, or the rows of a folder; see ``progress``."""
+    from tqdm import tqdm
+
+    size = source.stat().st_size if source.is_file() else None
+    unit = "B" if size else " rows"
+    hidden = not sys.stderr.isatty()
+    return tqdm(
+        desc="predicting", total=size, unit=unit, unit_scale=True, leave=False, disable=hidden
+    )
+
+
+def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
+    """Count the rows with a value outside the limits that are given for its series."""
+    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
+    for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
+        limits = (
+            dataset.described_limits(f)
+            if isinstance(dataset, MIMICtrajectoryDataset)
+            else dataset.plausible(f)
+        )
+        if limits is not None:
+            outside = (dataset.values[:, f] < limits[0]) | (dataset.values[:, f] > limits[1])
+            within = f"{limits[0]:g} to {limits[1]:g} {unit}".rstrip()
+            problem = f"hold values of {name} outside {within}: is the unit right?"
+            findings.counts[problem] += len(np.unique(owner[outside]))
+
+
+def say_predictions(
+    tally: Tally, findings: Findings, decision: Decision, args: argparse.Namespace
+) -> None:
+    """Tell what was found and written, and how good it is where labels are known."""
+    findings.tell()
+    logger.info(
+        "%s rows: %s scored, %s of them at or above the threshold %g; %s with a problem",
+        *(f"{count:,}" for count in (tally.rows, tally.scored, tally.positive)),
+        *(decision.threshold, f"{tally.rows - tally.scored:,}"),
+    )
+    figures = tally.metrics(args.seed)
+    if figures is not None:
+        shown = {"rows with a label": f"{figures['n']:,}", "events": f"{figures['events']:,}"}
+        for name, figure in figures.items():
+            if isinstance(figure, dict):
+                low, high = figure["low"], figure["high"]
+                shown[name] = f"{figure['value']:.3f} [{low:.3f}, {high:.3f}]"
+        logger.info("\n%s", pd.Series(shown).to_string())
+        logger.info(
+            "of one class only: no figures"
+            if figures["events"] in (0, figures["n"])
+            else "these figures flatter the model if it was trained on some of these patients"
+        )
+    logger.info("predictions: %s; %s", args.predictions, peak_memory())
 
 
 # --------------------------------------------------------------------------- command line
@@ -3427,6 +4072,10 @@ def build_parser() -> Parser:
     add("--ablation", action="store_true", help="train and compare what text and soft prompt add")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
     add("--seeds", type=POSITIVE, metavar="N", help="the same with N seeds from --seed on, pooled")
+    add("--predict", action="store_true", help="score new rows with a trained model")
+    add("--checkpoint", type=Path, help="--predict: a run's stage folder, or stage 1's .pt")
+    add("--predictions", type=Path, help="--predict: the CSV to write")
+    add("--strict", action="store_true", help="--predict: refuse a file with a row it cannot score")
     add_data_flags(parser)
     add_training_flags(parser)
     add_model_flags(parser)
@@ -3573,6 +4222,9 @@ def refuse_unused(args: argparse.Namespace) -> None:
     Raises:
         InputError: naming them.
     """
+    for flag in ("checkpoint", "predictions", "strict"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag} goes with --predict only: leave it out")
     unused = {}
     if args.trajectory_only:
         off = args.soft_prompt == "off"
@@ -4097,6 +4749,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_seeds(args, words)
         if args.ablation:
             return run_ablation(args, words)
+        if args.predict:
+            return predict(predict_arguments(args, words))
         return run_demo(args, words) if args.demo else train(args, memory)
     except InputError as error:
         logger.error("%s", error)

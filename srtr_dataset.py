@@ -362,7 +362,13 @@ def read_candidates(file: SafFile) -> pd.DataFrame:
 
 
 def outcomes(
-    cand: pd.DataFrame, organ: Organ, landmark: int, horizon: int, transplant: str
+    cand: pd.DataFrame,
+    organ: Organ,
+    landmark: int,
+    horizon: int,
+    transplant: str,
+    *,
+    require_labels: bool = True,
 ) -> pd.DataFrame:
     """Decide for each registration why it is left out, or its label.
 
@@ -372,9 +378,12 @@ def outcomes(
         landmark: days after listing at which the question is asked.
         horizon: days that it looks ahead.
         transplant: ``negative`` (a transplant within the horizon is label 0) or ``exclude``.
+        require_labels: leave out who has no label because of what comes after the landmark; False
+            keeps him with an unknown one.
 
     Returns:
-        For each row ``reason`` ("" where kept) and ``label``, which counts where it is kept.
+        For each row ``reason`` ("" where kept) and ``label``, which counts where it is kept, NaN
+        where it is unknown.
 
     Source: SRTR SAF data dictionary; landmarking, van Houwelingen 2007.
     """
@@ -394,6 +403,8 @@ def outcomes(
     adverse = ~competing & ((code.isin(ADVERSE) & (left == end)) | (death == end))
     days = end - cand["CAN_LISTING_DT"]
     within = days <= landmark + horizon
+    excluded = within & competing & (transplant == "exclude")
+    censored = within & ~adverse & ~competing
     rules = {
         "other organ": cand["WL_ORG"] != organ.code,
         "living donor recipient, never listed": cand["CAN_SOURCE"] == "L",
@@ -401,13 +412,13 @@ def outcomes(
         "removed: listed or removed in error": code.isin(ERROR),
         "no day of listing or removal": days.isna(),
         "ended by the landmark": days <= landmark,
-        "transplanted within the horizon": within & competing & (transplant == "exclude"),
-        "censored within the horizon": within & ~adverse & ~competing,
+        "transplanted within the horizon": excluded & require_labels,
+        "censored within the horizon": censored & require_labels,
         NO_ROW: days.isna(),  # known when the history is read
     }
     reason = np.select([mask.to_numpy() for mask in rules.values()], list(rules), default="")
     reasons = pd.Categorical(reason, categories=["", *rules])
-    label = (within & adverse).astype(float)
+    label = (within & adverse).astype(float).mask(excluded | censored)
     return pd.DataFrame({"reason": reasons, "label": label}, index=cand.index)
 
 
@@ -490,6 +501,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         max_len: only the most recent so many observations of a registration are kept.
         transplant: what a transplant within the horizon is: ``negative`` (label 0, a competing
             event) or ``exclude`` (left out).
+        require_labels: leave out registrations whose label is unknown, and refuse folders with too
+            few events; False where new patients are scored.
 
     Attributes:
         flow: how many registrations each rule removed; columns rule, removed, left.
@@ -519,6 +532,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         horizon_days: int | None = None,
         max_len: int = 50,
         transplant: str = "negative",
+        require_labels: bool = True,
     ) -> None:
         """Read, decide and place everything at once."""
         if organ not in ORGANS or transplant not in ("negative", "exclude"):
@@ -543,13 +557,23 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             f"Will this patient die or become too sick for a {organ} transplant within "
             f"{self.horizon_days} days of day {self.landmark_days}?"
         )
-        self._read(Path(data_dir), max_len, transplant)
+        self.reading = {
+            "dataset": "srtr",
+            "organ": organ,
+            "landmark_days": self.landmark_days,
+            "horizon_days": self.horizon_days,
+            "transplant": transplant,
+            "max_len": max_len,
+        }
+        self._read(Path(data_dir), max_len, transplant, require_labels=require_labels)
 
-    def _read(self, folder: Path, max_len: int, transplant: str) -> None:
+    def _read(self, folder: Path, max_len: int, transplant: str, *, require_labels: bool) -> None:
         kind, landmark = self._kind, self.landmark_days
         cand_file, history_file = (find_table(folder, f"{t}_{kind.suffix}") for t in TABLES)
         cand = read_candidates(cand_file)
-        result = outcomes(cand, kind, landmark, self.horizon_days, transplant)
+        result = outcomes(
+            cand, kind, landmark, self.horizon_days, transplant, require_labels=require_labels
+        )
         cohort = cand[result["reason"] == ""]
         rows = _read_history(history_file, kind, cohort["CAN_LISTING_DT"], landmark)
         dated = "CAN_DIAL_DT" in cand_file.columns
@@ -561,12 +585,15 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         removed = result["reason"].value_counts(sort=False).drop("")
         flow = removed.rename_axis("rule").reset_index(name="removed")
         self.flow = flow.assign(left=len(result) - flow["removed"].cumsum())
-        self.registrations, self.labels = result, result["label"].dropna().to_numpy(np.float64)
-        if (events := int(self.labels.sum())) < FEWEST_EVENTS:
+        kept = result["reason"] == ""
+        self.registrations = result
+        self.labels = result.loc[kept, "label"].to_numpy(np.float64)
+        events, fewest = int(np.nansum(self.labels)), FEWEST_EVENTS if require_labels else 0
+        if events < fewest or not kept.any():
             taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
             raise InputError(
                 f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-                f"{FEWEST_EVENTS} are needed; of {len(result)} the rules took: {taken}"
+                f"{fewest} are needed; of {len(result)} the rules took: {taken}"
             )
         self._place(cohort, rows.groupby("PX_ID").tail(max_len), dated=dated)
         self._say(history_file.path)

@@ -1,0 +1,124 @@
+"""Predictions a second and peak memory of a trained model on many new rows.
+
+    python tests/benchmarks/predict.py [--rows 200000] [--labels]
+    python tests/benchmarks/predict.py --checkpoint RUN/classification --rows 2000
+
+Without --checkpoint stage 1 is trained for one epoch on the sample data first. The rows are those
+of the sample data over and over, each a patient of his own, as CSV without labels, or with them to
+see what the figures cost. Scores a tenth of the rows and all of them, each in a fresh process, and
+prints rows a second (imports and loading apart) and the peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import medgemma_trainer as trainer
+
+
+def peak_mib() -> float:
+    """Give this process's own peak: Linux hands getrusage's figure down from the parent."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def train_one(folder: Path) -> Path:
+    """Train stage 1 for an epoch; give its folder."""
+    words = ["--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none"]
+    words += ["--data_path", str(trainer.SAMPLE_DATA), "--output_dir", str(folder)]
+    if trainer.main(words):
+        raise RuntimeError("stage 1 could not be trained")
+    return folder / "trajectory"
+
+
+def write_rows(path: Path, data: Path, rows: int, labels: bool) -> None:
+    """Write so many rows from the sample data, and its description beside them."""
+    table = pd.read_csv(data, dtype=str)
+    if not labels:
+        table = table.drop(columns="label_escalation")
+    for start in range(0, rows, len(table)):
+        piece = table.head(rows - start).copy()
+        piece["subject_id"] = np.arange(start, start + len(piece))
+        piece.to_csv(path, index=False, mode="a", header=start == 0)
+    name = data.name.removesuffix(".gz").removesuffix(".csv")
+    shutil.copy(data.with_name(f"{name}.json"), path.with_suffix(".json"))
+
+
+def measure(checkpoint: str, data: str, out: str, threads: int) -> None:
+    """Score the rows in this process; print seconds and MiB."""
+    torch.set_num_threads(threads)
+    before, loaded = peak_mib(), 0.0
+    load = trainer.load_winner
+
+    def timed(*arguments: object) -> trainer.Winner:
+        nonlocal loaded
+        start = time.perf_counter()
+        winner = load(*arguments)  # type: ignore[arg-type]
+        loaded = time.perf_counter() - start
+        return winner
+
+    trainer.load_winner = timed  # type: ignore[assignment]
+    words = ["--predict", "--checkpoint", checkpoint, "--data_path", data, "--predictions", out]
+    start = time.perf_counter()
+    if trainer.main(words):
+        raise RuntimeError("no predictions")
+    seconds = time.perf_counter() - start
+    figures = {"s": seconds - loaded, "load_s": loaded, "imports_mib": before, "mib": peak_mib()}
+    sys.stdout.write(json.dumps(figures) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--rows", type=int, default=200_000, help="rows of the larger file")
+    parser.add_argument("--checkpoint", type=Path, help="a stage's folder; stage 1 is trained else")
+    parser.add_argument("--data", type=Path, default=trainer.SAMPLE_DATA)
+    parser.add_argument("--labels", action="store_true", help="with labels, so with figures")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        parts: list[str] = arguments.measure
+        measure(parts[0], parts[1], parts[2], arguments.threads)
+        return 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        checkpoint = arguments.checkpoint or train_one(folder)
+        lines = []
+        for rows in (max(1, arguments.rows // 10), arguments.rows):
+            data, out = folder / f"rows_{rows}.csv", folder / "out.csv"
+            write_rows(data, arguments.data, rows, arguments.labels)
+            command = [sys.executable, __file__, "--threads", str(arguments.threads), "--measure"]
+            command += [str(checkpoint), str(data), str(out)]
+            result = subprocess.run(command, check=True, capture_output=True, text=True)
+            figures = json.loads(result.stdout.splitlines()[-1])
+            lines.append({"rows": rows, "rows_a_second": rows / figures["s"], **figures})
+    sys.stdout.write(
+        f"{pd.DataFrame(lines).to_string(index=False, float_format='{:.1f}'.format)}\n"
+    )
+    sys.stdout.write(
+        f"{platform.machine()}, {platform.system()}; Python {platform.python_version()}, "
+        f"pandas {pd.__version__}, torch {torch.__version__}, threads {arguments.threads}\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
