@@ -46,7 +46,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from importlib import metadata
@@ -1179,6 +1179,51 @@ def choose_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     return float(thresholds[best])
 
 
+class Decision(NamedTuple):
+    """How a winner's log-odds become a probability and a prediction; kept with its weights.
+
+    The probability is sigmoid(intercept + slope * logit); from the threshold on it is predicted.
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    threshold: float = DECISION_THRESHOLD
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Decision:
+        """Read what lies with the weights; where nothing does, the log-odds count as they are."""
+        known = facts.get("decision") or {}
+        return cls(**{name: float(known[name]) for name in cls._fields if name in known})
+
+    def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Give the probability of each log-odds (n,)."""
+        scaled = torch.from_numpy(self.intercept + self.slope * logit)
+        probability: NDArray[np.float64] = torch.sigmoid(scaled).numpy()
+        return probability
+
+
+def decide(labels: NDArray[np.float64], logit: NDArray[np.float64], calibrate: str) -> Decision:
+    """Choose recalibration and threshold on the validation part.
+
+    Source: Platt 1999, without his smoothed targets: the logistic fit whose slope and intercept
+    calibration is judged by.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        logit: (n,) log-odds as the model gives them.
+        calibrate: ``platt``, or ``none`` to leave them.
+    """
+    decision = Decision()
+    if calibrate == "platt":
+        fit = weighted_calibration(labels, decision.probability(logit), np.ones((1, len(labels))))
+        slope = float(fit["calibration_slope"][0])
+        if slope > 0:  # else it would turn the order of the patients round
+            decision = Decision(slope, float(fit["calibration_intercept"][0]))
+        else:
+            logger.warning("not recalibrated: on the validation part high risks are no higher")
+    return decision._replace(threshold=choose_threshold(labels, decision.probability(logit)))
+
+
 Share = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 """Rows (n,) that count, among rows (n,)."""
 
@@ -1370,6 +1415,7 @@ class Stage:
         accumulate: batches whose gradients are summed up for one step.
         describe: gives lines on what the model reads and the memory that it needs.
         after_test: what else the winner is asked on the test part; gives figures for the report.
+        facts: what lies with the winner's weights.
     """
 
     name: str
@@ -1385,6 +1431,7 @@ class Stage:
     accumulate: int = 1
     describe: Callable[[], list[str]] = list
     after_test: Callable[[Scored, Path], dict[str, Any]] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the trainable parameters of each part with its learning rate."""
@@ -1503,6 +1550,7 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
         higher_is_better=True,
         save=lambda folder: save_trajectory(model, facts, folder.parent / TRAJECTORY_FILE),
         load=lambda folder: load_trajectory(model, folder.parent / TRAJECTORY_FILE),
+        facts=facts,
     )
 
 
@@ -1565,6 +1613,7 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
             if isinstance(model, LLMWriter)
             else None
         ),
+        facts=facts,
     )
 
 
@@ -2017,13 +2066,20 @@ def set_aside(path: Path) -> None:
 class Scored(NamedTuple):
     """A part of the data as the model sees it, rows in the order of the data set.
 
-    loss: mean over all terms; labels, probability, rows (positions in the data set): (n,).
+    loss: mean over all terms; labels, logit (log-odds of the event), rows (positions in the data
+    set): (n,); decision: what makes a probability of the log-odds.
     """
 
     loss: float
     labels: NDArray[np.float64]
-    probability: NDArray[np.float64]
+    logit: NDArray[np.float64]
     rows: NDArray[np.int64]
+    decision: Decision = Decision()
+
+    @property
+    def probability(self) -> NDArray[np.float64]:
+        """Give the probability of the event, (n,)."""
+        return self.decision.probability(self.logit)
 
 
 class WeightAverage:
@@ -2253,8 +2309,7 @@ def evaluate(
     losses, terms, columns = zip(*gather(pieces), strict=True)
     rows, labels, logits = (np.concatenate(c) for c in zip(*columns, strict=True))
     order = np.argsort(rows)
-    probability = torch.sigmoid(torch.from_numpy(logits[order])).numpy()
-    return Scored(sum(losses) / sum(terms), labels[order], probability, rows[order])
+    return Scored(sum(losses) / sum(terms), labels[order], logits[order], rows[order])
 
 
 def processes() -> PartialState:
@@ -2375,13 +2430,18 @@ def write_results(
         What ``metrics.json`` holds.
     """
     device, first = default_device(), processes().is_main_process
-    scored = {part: evaluate(stage.model, stage.loaders[part], device) for part in ("val", "test")}
+    raw = {part: evaluate(stage.model, stage.loaders[part], device) for part in ("val", "test")}
     assert stopping.best_epoch > 0
+    decision = decide(raw["val"].labels, raw["val"].logit, args.calibrate)
+    stage.facts["decision"] = decision._asdict()
+    if first:
+        stage.save(folder)  # the winner, with what makes predictions of its log-odds
+    scored = {part: each._replace(decision=decision) for part, each in raw.items()}
     simple = baselines(data)
     models = {stage.name: {part: scored[part].probability for part in scored}, **simple}
-    threshold = choose_threshold(scored["val"].labels, scored["val"].probability)
+    threshold = decision.threshold
     figures: dict[str, Any] = {"stage": stage.name, "selected_epoch": stopping.best_epoch}
-    figures["threshold"] = threshold
+    figures |= {"threshold": threshold, "calibration": {"method": args.calibrate}}
     scores: dict[str, dict[str, Any]] = {name: {} for name in models}
     for name, probabilities in models.items():
         for part, probability in probabilities.items():
@@ -2390,10 +2450,12 @@ def write_results(
                 data.dataset.labels[rows], probability, data.dataset.groups[rows], args.seed
             )
     figures.update(scores.pop(stage.name))
-    for part, (_, labels, probability, rows) in scored.items():
-        groups = data.dataset.groups[rows]
-        further = further_figures(labels, probability, groups, threshold, args.seed)
-        figures["validation" if part == "val" else part] |= further
+    for part, each in scored.items():
+        name = "validation" if part == "val" else part
+        figures[name] |= judged(each, data, threshold, args.seed)
+        if args.calibrate != "none":
+            figures["calibration"] |= {"slope": decision.slope, "intercept": decision.intercept}
+            figures["calibration"][f"{name} before"] = judged(raw[part], data, threshold, args.seed)
     figures["baselines"] = scores
     for part, result in scored.items():
         table = pd.DataFrame(
@@ -2418,6 +2480,13 @@ def write_results(
     return figures
 
 
+def judged(scored: Scored, data: Data, threshold: float, seed: int) -> dict[str, Any]:
+    """Give metrics, calibration and shares of a part, with intervals."""
+    groups = data.dataset.groups[scored.rows]
+    further = further_figures(scored.labels, scored.probability, groups, threshold, seed)
+    return metrics_with_intervals(scored.labels, scored.probability, groups, seed) | further
+
+
 def table_of(figures: dict[str, Any]) -> str:
     """Lay out model and baselines, validation and test, as a plain table."""
     rows = []
@@ -2437,7 +2506,29 @@ def table_of(figures: dict[str, Any]) -> str:
         pd.DataFrame(rows).to_string(index=False)
         + f"\ntest part: {test['n']} rows, {test['events']} events"
         + "".join(f"\n{name}: {value:.4g}" for name, value in figures.get("reports", {}).items())
+        + recalibrated_text(figures)
     )
+
+
+RECALIBRATED = {
+    "calibration_slope": "calibration slope",
+    "calibration_in_the_large": "calibration in the large",
+    "brier": "Brier score",
+    "log_loss": "log-loss",
+}
+"""What recalibration is to mend; the order of the patients, and so AUROC, stays."""
+
+
+def recalibrated_text(figures: dict[str, Any]) -> str:
+    """Say what recalibration changed on the test part; nothing where none was asked."""
+    before = figures["calibration"].get("test before")
+    if before is None:
+        return ""
+    told = [
+        f"{name} {shown(before[key])} -> {shown(figures['test'][key])}"
+        for key, name in RECALIBRATED.items()
+    ]
+    return f"\nrecalibrated on the validation part; test part: {'; '.join(told)}"
 
 
 def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
@@ -2532,6 +2623,7 @@ class Told(NamedTuple):
     history: list[dict[str, Any]] | None = None
     reports: dict[str, float] | None = None
     shift: pd.DataFrame | None = None
+    recalibrated: pd.DataFrame | None = None
 
 
 def write_report(
@@ -2929,6 +3021,7 @@ def report_stage(
         split=split_table(data),
         history=[json.loads(line) for line in lines] or None,
         reports=figures.get("reports"),
+        recalibrated=recalibrated_table(figures),
     )
     text = write_report(
         folder / "report.html",
@@ -2939,6 +3032,18 @@ def report_stage(
         patients=args.report_patients,
     )
     logger.info("%s\nreport: %s", text, folder / "report.html")
+
+
+def recalibrated_table(figures: dict[str, Any]) -> pd.DataFrame | None:
+    """Lay out what recalibration changed on the test part; None where none was asked."""
+    before = figures["calibration"].get("test before")
+    if before is None:
+        return None
+    rows = [
+        (name[0].upper() + name[1:], shown(before[key]), shown(figures["test"][key]))
+        for key, name in RECALIBRATED.items()
+    ]
+    return pd.DataFrame(rows, columns=["", "As learned", "Recalibrated"])
 
 
 def split_table(data: Data) -> pd.DataFrame:
@@ -3354,6 +3459,9 @@ intervals throughout.</p>
 <div class="pair">
 {{ table(calibration, "How far the risks can be taken at their word") }}
 {{ picture("calibration", "Calibration curve; below it, how many rows have which risk") }}
+{% if told.recalibrated is not none %}
+{{ table(told.recalibrated, "Recalibration, fitted on the validation part: before and after") }}
+{% endif %}
 </div>
 </section>
 <section>
@@ -3428,29 +3536,6 @@ PREDICT_FLAGS = frozenset(
     )
 )
 NEEDED_FACTS = ("stage", "dataset", "max_len", "features", "units", "outcome", "question")
-
-
-class Decision(NamedTuple):
-    """How a winner's log-odds become a probability and a prediction.
-
-    The probability is sigmoid(intercept + slope * logit); from the threshold on it is predicted.
-    """
-
-    slope: float = 1.0
-    intercept: float = 0.0
-    threshold: float = DECISION_THRESHOLD
-
-    @classmethod
-    def of(cls, facts: dict[str, Any]) -> Decision:
-        """Read what lies with the weights; where nothing does, the log-odds count as they are."""
-        known = facts.get("decision") or {}
-        return cls(**{name: float(known[name]) for name in cls._fields if name in known})
-
-    def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Give the probability of each log-odds (n,)."""
-        scaled = torch.from_numpy(self.intercept + self.slope * logit)
-        probability: NDArray[np.float64] = torch.sigmoid(scaled).numpy()
-        return probability
 
 
 class Winner(NamedTuple):
@@ -4132,6 +4217,12 @@ def add_training_flags(parser: Parser) -> None:
         default=0,
         help="of split, initialisation, order, bootstrap",
     )
+    add(
+        "--calibrate",
+        choices=("none", "platt"),
+        default="none",
+        help="recalibrate on the validation part",
+    )
     add("--encoder_lr", type=RATE, default=2e-3, help="learning rate of the ODE-RNN and its head")
     add("--head_lr", type=RATE, default=1e-3, help="learning rate of stage 2's head")
 
@@ -4695,10 +4786,6 @@ def counted(results: dict[str, dict[str, Any]]) -> str:
 
 def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> str:
     """Lay out the test figures of all models as a plain table."""
-
-    def shown(score: dict[str, float], form: str = ".3f") -> str:
-        return f"{score['value']:{form}} [{score['low']:{form}}, {score['high']:{form}}]"
-
     table = []
     for name, result in results.items():
         row = {"model": name, "test AUROC [95 %]": shown(result["auroc"])}

@@ -481,8 +481,9 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
         return torch.tensor([a + [pad] * (most - len(a)) for a in answers])
 
     monkeypatch.setattr(model, "write", write)
-    probability = 0.2 + 0.6 * dataset.labels[rows] + 0.01 * rows
-    scored = Scored(0.0, dataset.labels[rows], probability, rows)
+    logit = 4 * dataset.labels[rows] - 2 + 0.01 * rows
+    scored = Scored(0.0, dataset.labels[rows], logit, rows)
+    probability = scored.probability
     figures = trainer.write_reports(model, collate, tokenizer, scored, tmp_path)
     lines = [json.loads(x) for x in (tmp_path / "generations_test.jsonl").read_text().splitlines()]
     for line, i, p in zip(lines, rows, probability, strict=True):
