@@ -110,6 +110,9 @@ HAI_DEF_NOTICE = (
 VERDICT_WEIGHT = 50
 """Of the verdict in stage 3's loss, beside 1 for each other token of the report."""
 
+LOSS_ROWS = 256
+"""Places of reports whose logits over the vocabulary are held at a time: 0.27 GB in float32."""
+
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -432,6 +435,62 @@ class LLMClassifier(TrajectoryLLM):
         return classification_output(logit, batch["labels"])
 
 
+class AnswerLoss(torch.autograd.Function):
+    """Weighted cross-entropy over the vocabulary that never holds the logits of all places.
+
+    With 262,144 words the logits of one batch of reports would be larger than all else that a step
+    keeps. ``lm_head`` is frozen, so a piece of ``LOSS_ROWS`` places gives its loss and at once the
+    gradient of its hidden states; then its logits go.
+
+    Source: Hsu et al. 2024, "Liger Kernel", fused linear cross-entropy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        boost: Tensor,
+        importance: Tensor,
+        yes: int,
+    ) -> Tensor:
+        """Give the loss, a sum over places.
+
+        Args:
+            ctx: keeps the gradients for ``backward``.
+            hidden: (N, D), where a token is about to be said.
+            weight: (V, D) of ``lm_head``.
+            targets: (N,) int64, the tokens.
+            boost: (N,) float32, added to the logit of ``yes``.
+            importance: (N,) float32, how much each place counts.
+            yes: id of a token.
+        """
+        learns = any(ctx.needs_input_grad)
+        loss, pieces = boost.new_zeros(()), []
+        for rows in torch.arange(len(hidden), device=hidden.device).split(LOSS_ROWS):
+            logits = functional.linear(hidden[rows], weight).float()  # (rows, V)
+            logits[:, yes] += boost[rows]
+            said = targets[rows, None]
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            loss += (importance[rows, None] * (log_sum - logits.gather(1, said))).sum()
+            if learns:
+                slope = logits.sub_(log_sum).exp_()  # softmax less the token, times its weight
+                slope.scatter_add_(1, said, slope.new_full((), -1.0).expand_as(said))
+                slope *= importance[rows, None]
+                pieces.append((slope.to(weight.dtype) @ weight, slope[:, yes].clone()))
+        if learns:
+            ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Give the gradients of hidden states and boost."""
+        (gradient,) = gradients
+        hidden, boost = ctx.saved_tensors
+        return gradient * hidden, None, None, gradient * boost, None, None
+
+
 class LLMWriter(TrajectoryLLM):
     """Stage 3: the language model writes the report; ``lm_head`` sees the answer's places only."""
 
@@ -449,19 +508,19 @@ class LLMWriter(TrajectoryLLM):
         )  # (B, 1 + P + T)
         targets = slots.gather(1, order)[:, 1:]  # a place predicts the token behind it
         answer = targets != IGNORED
-        logits = self.llm.get_output_embeddings()(hidden[:, :-1][answer]).float()  # (answer, V)
         at_verdict = (order[:, :-1] == (batch["verdict"] + self.text_start)[:, None])[answer]
+        places = hidden[:, :-1][answer]  # (N, D)
+        boost = torch.zeros(len(places), device=places.device)
         if trajectory is not None:
-            yes = (
-                at_verdict.nonzero().squeeze(1),
-                torch.full_like(batch["verdict"], self.verdict[0]),
-            )
-            logits = logits.index_put(yes, trajectory.logit, accumulate=True)
-        loss = functional.cross_entropy(logits, targets[answer], reduction="none")
-        loss = (loss * torch.where(at_verdict, float(VERDICT_WEIGHT), 1.0)).sum()
-        yes_logit, no_logit = logits[at_verdict][:, list(self.verdict)].unbind(1)
-        terms = int(answer.sum()) + (VERDICT_WEIGHT - 1) * len(yes_logit)
-        return Output(loss, terms, yes_logit - no_logit)
+            boost = boost.masked_scatter(at_verdict, trajectory.logit)
+        importance = torch.where(at_verdict, float(VERDICT_WEIGHT), 1.0)
+        weight = self.llm.get_output_embeddings().weight
+        loss = AnswerLoss.apply(places, weight, targets[answer], boost, importance, self.verdict[0])
+        # In float32: sixteen bits would round many patients to the same risk.
+        words = weight[list(self.verdict)].float()
+        yes, no = functional.linear(places[at_verdict].float(), words).unbind(1)
+        terms = int(answer.sum()) + (VERDICT_WEIGHT - 1) * len(yes)
+        return Output(loss, terms, yes + boost[at_verdict] - no)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
@@ -1691,18 +1750,19 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
 
 
 class Memory(NamedTuple):
-    """Bytes that a training step needs: frozen weights, what learns, one row's activations."""
+    """Bytes of a training step: frozen weights, what learns, logits, one row's activations."""
 
     weights: int
     learning: int
+    logits: int
     activations_a_row: int
 
     def step(self, rows: int) -> int:
         """Give the bytes at the peak of a step with so many rows."""
-        return self.weights + self.learning + rows * self.activations_a_row
+        return self.weights + self.learning + self.logits + rows * self.activations_a_row
 
 
-def step_memory(model: TrajectoryLLM, tokens: int, answer: int = 0) -> Memory:
+def step_memory(model: TrajectoryLLM, tokens: int) -> Memory:
     """Estimate what a training step needs, from a forward pass of one row of zeros.
 
     What autograd keeps for the backward pass is counted, storage by storage, on whatever device
@@ -1711,7 +1771,6 @@ def step_memory(model: TrajectoryLLM, tokens: int, answer: int = 0) -> Memory:
     Args:
         model: the whole model.
         tokens: S of the longest row.
-        answer: places of the longest report, which go through ``lm_head``.
     """
     body, config = model.body, model.llm.config
     checkpoints = bool(getattr(body, "gradient_checkpointing", False))
@@ -1720,13 +1779,15 @@ def step_memory(model: TrajectoryLLM, tokens: int, answer: int = 0) -> Memory:
         set_checkpointing(model.llm, on=False)
         saved += saved_bytes(body, tokens, config.hidden_size) // config.num_hidden_layers
         set_checkpointing(model.llm, on=True)
-    logits = 3 * answer * config.vocab_size * torch.finfo(torch.float32).bits // 8
+    # Of one piece of AnswerLoss: in the model's precision, in float32, and its gradient.
+    logits = LOSS_ROWS * config.vocab_size * (2 + 4 + 2) if isinstance(model, LLMWriter) else 0
     learning = trainable(model)
     return Memory(
         weights=sum(map(stored_bytes, {*model.parameters(), *model.buffers()} - {*learning})),
         # weight, gradient, two moments of AdamW, weight average
         learning=5 * sum(map(stored_bytes, learning)),
-        activations_a_row=saved + logits,
+        logits=logits,
+        activations_a_row=saved,
     )
 
 
@@ -1780,11 +1841,11 @@ def describe_llm(
     ]
     if collate.shortened:
         lines.append(f"{collate.shortened} prompts were too long: their oldest observations left")
-    answer = max(map(len, collate.answers), default=0)
-    need = step_memory(model, 1 + model.tokens + int(lengths.max()), answer)
+    need = step_memory(model, 1 + model.tokens + int(lengths.max()))
     lines.append(
         f"memory of a step, estimated: weights {gib(need.weights)}, what learns "
-        f"{gib(need.learning)}, activations of {batch_size} of the longest rows "
+        f"{gib(need.learning)}, {f'logits {gib(need.logits)}, ' if need.logits else ''}"
+        f"activations of {batch_size} of the longest rows "
         f"{gib(batch_size * need.activations_a_row)}: {gib(need.step(batch_size))} in all"
     )
     if torch.cuda.is_available():

@@ -249,16 +249,47 @@ def test_stage_2_never_calls_lm_head(questions: TextCollator) -> None:
     assert model.projection.linear.weight.grad is not None
 
 
-def test_stage_3_calls_lm_head_on_the_answers_places_only(batch: TextBatch) -> None:
+def test_stage_3_asks_for_words_at_the_answers_places_only_and_a_piece_at_a_time(
+    batch: TextBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, model, _ = classifier_and_writer()
-    shapes: list[tuple[int, ...]] = []
-    model.llm.get_output_embeddings().register_forward_hook(
-        lambda _, inputs, __: shapes.append(tuple(inputs[0].shape))
-    )
-    model(batch)
+    words = model.llm.get_output_embeddings().weight
+    shapes: list[int] = []
+    real = functional.linear
+
+    def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if weight is words:
+            shapes.append(len(inputs))
+        return real(inputs, weight, bias)
+
+    monkeypatch.setattr(functional, "linear", linear)
+    monkeypatch.setattr(trainer, "LOSS_ROWS", 20)
+    model(batch).loss.backward()
     answer_tokens = int((batch["targets"] != IGNORED).sum())
-    assert shapes == [(answer_tokens, 64)]
+    assert shapes == [20] * (answer_tokens // 20) + [answer_tokens % 20] * (answer_tokens % 20 > 0)
+    assert len(shapes) > 2
     assert answer_tokens < batch["text_mask"].sum()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50, 1000])
+def test_the_loss_over_the_vocabulary_equals_the_plain_one_however_it_is_cut(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "LOSS_ROWS", rows)
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 16, generator=rng, requires_grad=True)
+    boost = torch.randn(50, generator=rng, requires_grad=True)
+    weight, targets = torch.randn(40, 16, generator=rng), torch.arange(50) % 40
+    importance = torch.rand(50, generator=rng)
+    own = trainer.AnswerLoss.apply(hidden, weight, targets, boost, importance, 3)
+    raised = hidden @ weight.T + functional.one_hot(torch.tensor(3), 40) * boost[:, None]
+    plain = (functional.cross_entropy(raised, targets, reduction="none") * importance).sum()
+    torch.testing.assert_close(own, plain)
+    gradients = torch.autograd.grad(2 * own, (hidden, boost))
+    torch.testing.assert_close(gradients, torch.autograd.grad(2 * plain, (hidden, boost)))
+    with torch.no_grad():
+        same = trainer.AnswerLoss.apply(hidden, weight, targets, boost, importance, 3)
+    assert torch.equal(same, own)
 
 
 def test_stage_2_loss_is_the_summed_cross_entropy(parts: Parts, batch: TextBatch) -> None:
