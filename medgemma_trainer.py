@@ -2516,13 +2516,7 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
         ``events``, ``patients``, ``bins`` (mean risk, rows), ``subgroups`` (column, level, rows,
         events, mean risk).
     """
-    labels, probability, groups, table, baselines = (
-        cohort.labels,
-        cohort.probability,
-        cohort.groups,
-        cohort.subgroups,
-        cohort.baselines,
-    )
+    labels, probability, groups, _, table, baselines = cohort
     place = quantile_bins(labels, probability)
     bins = {
         ("bin", k): (in_bin & (labels == 1), in_bin)

@@ -390,6 +390,10 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     assert "of no use" not in text
     assert "It is not better than its best baseline, other model" in text
     assert "an interval that includes zero" in text
+    close = cohort_of((labels, risk, groups), other_model=noisy)  # ahead, but by chance
+    gain = trainer.assess(close, 0.3, 0)["other model", "auroc", "difference"]
+    assert gain["low"] < 0 < gain["value"]
+    assert "It is not better than its best baseline, other model" in said(close)
     found = trainer.verdict(
         cohort := cohort_of((labels, risk, groups), number=np.full(500, 0.5)),
         trainer.assess(cohort, 0.3, 0),
