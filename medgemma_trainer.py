@@ -2741,13 +2741,7 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
         ``events``, ``patients``, ``bins`` (mean risk, rows), ``subgroups`` (column, level, rows,
         events, mean risk).
     """
-    labels, probability, groups, table, baselines = (
-        cohort.labels,
-        cohort.probability,
-        cohort.groups,
-        cohort.subgroups,
-        cohort.baselines,
-    )
+    labels, probability, groups, _, table, baselines = cohort
     place = quantile_bins(labels, probability)
     bins = {
         ("bin", k): (in_bin & (labels == 1), in_bin)
@@ -3245,7 +3239,7 @@ def draw_roc(cohort: Cohort, found: dict[Any, Any], threshold: float) -> Any:
     axes.plot(100 * alarms[few], 100 * hits[few], color=MODEL, linewidth=2, label="model")
     sensitivity, specificity = (found[key]["value"] for key in ("sensitivity", "specificity"))
     point = 100 * (1 - specificity), 100 * sensitivity
-    axes.plot(*point, "o", color=MODEL, markersize=6, label="chosen threshold")
+    axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="chosen threshold")
     axes.set(xlabel="false alarms, % of rows without event", xlim=(-1, 101), ylim=(-1, 101))
     axes.set_ylabel("sensitivity, % of events")
     alt = (
@@ -3465,10 +3459,10 @@ dt { color: var(--soft); }
 dd { margin: 0; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .6rem; } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; }
+@media print { html { font-size: 9.5pt; } body { max-width: none; padding: 0; }
+  h2, h2 + p, caption { break-after: avoid; } .pair { display: block; }
   figure, tr, .verdict, .cards div { break-inside: avoid; } .scroll { overflow: visible; }
-  .pair { grid-template-columns: 1fr 1fr; } thead { display: table-header-group; }
-  table { font-size: 8.5pt; } }
+  figure { max-width: 11cm; } thead { display: table-header-group; } }
 </style>
 </head>
 <body>

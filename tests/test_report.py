@@ -111,8 +111,9 @@ def test_classes_that_are_parted_have_no_slope_and_one_risk_has_none() -> None:
 
 
 def test_one_event_has_a_slope_though_a_plain_newton_step_overshoots() -> None:
-    risk = np.array([*np.linspace(0.02, 0.06, 21), 0.26, 0.28, 0.285])
-    labels = (risk == 0.26).astype(float)
+    low = "249 263 267 340 342 352 353 360 393 415 417 427 445 455 458 464 467 486 529 565 581"
+    risk = np.array([*(int(x) / 1e4 for x in low.split()), 0.2623, 0.2809, 0.285])
+    labels = (risk == 0.2623).astype(float)
     fit = LogisticRegression(C=np.inf, tol=1e-12, solver="newton-cholesky", max_iter=1000)
     fit.fit(trainer.log_odds(risk)[:, None], labels)
     found = trainer.weighted_calibration(labels, risk, ones(24))
@@ -389,6 +390,10 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     assert "of no use" not in text
     assert "It is not better than its best baseline, other model" in text
     assert "an interval that includes zero" in text
+    close = cohort_of((labels, risk, groups), other_model=noisy)  # ahead, but by chance
+    gain = trainer.assess(close, 0.3, 0)["other model", "auroc", "difference"]
+    assert gain["low"] < 0 < gain["value"]
+    assert "It is not better than its best baseline, other model" in said(close)
     found = trainer.verdict(
         cohort := cohort_of((labels, risk, groups), number=np.full(500, 0.5)),
         trainer.assess(cohort, 0.3, 0),
