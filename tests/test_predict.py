@@ -519,6 +519,23 @@ def test_the_base_model_may_lie_elsewhere(runs: Path, tmp_path: Path) -> None:
     assert 1e-6 < difference.max() < 0.05
 
 
+def test_a_hub_model_is_asked_for_the_commit_it_was_trained_on(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = copy_of(runs, "classification", tmp_path), []
+    change_facts(folder, base_revision="abc")
+
+    def load(*arguments: Any) -> None:
+        asked.append((arguments[0], arguments[-1]))
+        raise InputError("not now")
+
+    monkeypatch.setattr(trainer, "load_language_model", load)
+    for name in (None, "elsewhere/model"):
+        with pytest.raises(InputError, match="not now"):
+            trainer.load_winner(folder, name)
+    assert asked == [("tiny", "abc"), ("elsewhere/model", None)]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_recalibration_and_threshold_lie_with_the_weights(
     stage: str, runs: Path, tmp_path: Path
