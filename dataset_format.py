@@ -488,45 +488,22 @@ class TrajectoryDataset:
             rows.append(named[0] if len(named) == 1 else UNKNOWN)
         return np.array(rows, dtype=np.str_)
 
-    def subgroups(self) -> pd.DataFrame:
-        """Sort the rows into the groups that a report looks at apart.
+    def people(self) -> pd.DataFrame:
+        """Give what reports tell rows apart by.
 
         Returns:
-            N rows; ordered categories ``observations`` and, where the data tell them, ``age``
-            (years) and ``sex``. Bands only: no value of a patient leaves the data set here.
+            N rows: ``observations``, ``age`` in years (NaN where unknown), ``sex`` (a category).
         """
-        columns: dict[str, Any] = {"observations": banded(self.lengths, OBSERVATION_BANDS)}
-        ages, sexes = self.ages(), self.sexes()
-        if not np.isnan(ages).all():
-            columns["age"] = banded(ages, AGE_BANDS)
-        if (sexes != UNKNOWN).any():
-            columns["sex"] = pd.Categorical(sexes, [*SEXES, UNKNOWN], ordered=True)
-        return pd.DataFrame(columns, index=range(len(self)))
+        sexes = pd.Categorical(self.sexes(), [*SEXES, UNKNOWN], ordered=True)
+        return pd.DataFrame({"observations": self.lengths, "age": self.ages(), "sex": sexes})
+
+    def subgroups(self) -> pd.DataFrame:
+        """Sort the rows into the groups that a report looks at apart; see ``bands_of``."""
+        return bands_of(self.people())
 
     def case_mix(self, rows: NDArray[np.int64]) -> dict[str, float]:
-        """Describe who stands in some rows, by counts, shares and quartiles alone.
-
-        Args:
-            rows: positions in the data set, one at least.
-
-        Returns:
-            ``rows``, ``patients``, ``prevalence`` (share of known labels), ``observations`` and
-            ``age`` (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known
-            sexes); what the data do not tell is left out.
-        """
-        labels, ages, sexes = self.labels[rows], self.ages()[rows], self.sexes()[rows]
-        mix = {"rows": float(len(rows)), "patients": float(len(np.unique(self.groups[rows])))}
-        columns = {"observations": self.lengths[rows], "age": ages[~np.isnan(ages)]}
-        for name, column in columns.items():
-            if len(column):
-                quartiles = np.quantile(column, [0.25, 0.5, 0.75]).tolist()
-                names = (f"{name}_{place}" for place in ("q1", "median", "q3"))
-                mix |= dict(zip(names, quartiles, strict=True))
-        if not np.isnan(labels).all():
-            mix["prevalence"] = float(np.nanmean(labels))
-        if (sexes != UNKNOWN).any():
-            mix["women"] = float(np.mean(sexes[sexes != UNKNOWN] == "woman"))
-        return mix
+        """Describe who stands in some rows, one at least; see ``case_mix_of``."""
+        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows])
 
     def asked(self) -> dict[str, str]:
         """Say in words what is predicted, when, and from what."""
@@ -544,6 +521,57 @@ class TrajectoryDataset:
             "Horizon": "fixed by whoever gave the labels; the file does not say it",
             "Series": ", ".join(inputs),
         }
+
+
+def bands_of(people: pd.DataFrame) -> pd.DataFrame:
+    """Put people into bands: no value of a patient is left.
+
+    Args:
+        people: as from ``TrajectoryDataset.people``.
+
+    Returns:
+        N rows; ordered categories ``observations`` and, where anything is known of them, ``age``
+        (years) and ``sex``; other columns as they are.
+    """
+    columns: dict[str, Any] = {
+        "observations": banded(people["observations"].to_numpy(), OBSERVATION_BANDS)
+    }
+    if people["age"].notna().any():
+        columns["age"] = banded(people["age"].to_numpy(), AGE_BANDS)
+    unknown = [] if (people["sex"] != UNKNOWN).any() else ["sex"]
+    rest = people.drop(columns=["observations", "age", *unknown])
+    return pd.DataFrame(columns, index=people.index).join(rest)
+
+
+def case_mix_of(
+    people: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[Any]
+) -> dict[str, float]:
+    """Describe who stands in n rows, by counts, shares and quartiles alone.
+
+    Args:
+        people: as from ``TrajectoryDataset.people``.
+        labels: (n,), NaN where unknown.
+        groups: (n,) patient of each row.
+
+    Returns:
+        ``rows``, ``patients``, ``prevalence`` (share of known labels), ``observations`` and ``age``
+        (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known sexes); what
+        the data do not tell is left out.
+    """
+    mix = {"rows": float(len(people)), "patients": float(len(np.unique(groups)))}
+    for name in ("observations", "age"):
+        if len(column := people[name].dropna()):
+            quartiles = np.quantile(column, [0.25, 0.5, 0.75]).tolist()
+            mix |= {
+                f"{name}_{place}": q
+                for place, q in zip(("q1", "median", "q3"), quartiles, strict=True)
+            }
+    if not np.isnan(labels).all():
+        mix["prevalence"] = float(np.nanmean(labels))
+    known = people["sex"][people["sex"] != UNKNOWN]
+    if len(known):
+        mix["women"] = float((known == "woman").mean())
+    return mix
 
 
 def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:

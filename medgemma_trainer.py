@@ -72,6 +72,8 @@ from dataset_format import (
     MIMICtrajectoryDataset,
     Parser,
     TrajectoryDataset,
+    bands_of,
+    case_mix_of,
     check_header,
     find_series,
     ids_of,
@@ -140,6 +142,17 @@ FEWEST_IN_SUBGROUP = 10
 """Rows with and rows without an event that a subgroup's AUROC needs."""
 
 COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
+CARD = {
+    "Intended use": (
+        "Research on the question above, on data like those of the training part. Not a medical "
+        "device, not for clinical use."
+    )
+}
+NO_LANGUAGE_MODEL = "No weights of MedGemma or another language model are part of this one."
+INTERVALS_TOLD = (
+    f"95 % percentile of {BOOTSTRAP_REPLICATES:,} draws of patients with all their rows; shares of "
+    "none or all: exact"
+)
 STAGE_TITLES = {
     "trajectory": "Stage 1, trajectory alone",
     "classification": "Stage 2, classification",
@@ -1453,6 +1466,7 @@ class Data(NamedTuple):
             "data_sha256": self.fingerprint,
             "rows_sha256": self.rows,
             "train_sha256": hashlib.sha256("\n".join(patients).encode()).hexdigest(),
+            "case_mix": self.dataset.case_mix(self.split["train"]),
         }
 
 
@@ -2612,7 +2626,6 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "stage_1_sha256": file_hash(args.ode_checkpoint),
         "device": str(default_device()),
         "data": data.facts(),
-        "case_mix": data.dataset.case_mix(data.split["train"]),
         "split": {
             part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
             for part, rows in data.split.items()
@@ -2653,15 +2666,15 @@ def peak_memory() -> str:
 class Cohort(NamedTuple):
     """What a report judges: n rows that no fitting has seen.
 
-    labels, probability: (n,), labels of 0 and 1; groups, ids: (n,) str, patient and row; subgroups:
+    labels, probability: (n,), labels of 0 and 1; groups, ids: (n,), patient and row; subgroups:
     n rows of ordered categories (``TrajectoryDataset.subgroups``); baselines: probabilities (n,) of
     each simple model on the same rows, may be empty.
     """
 
     labels: NDArray[np.float64]
     probability: NDArray[np.float64]
-    groups: NDArray[np.str_]
-    ids: NDArray[np.str_]
+    groups: NDArray[Any]
+    ids: NDArray[Any]
     subgroups: pd.DataFrame
     baselines: dict[str, NDArray[np.float64]]
 
@@ -3127,15 +3140,12 @@ def model_card(stage: Stage, figures: dict[str, Any], facts: dict[str, Any]) -> 
     count = sum(p.numel() for p in stage.model.parameters())
     learned = sum(p.numel() for p in trainable(stage.model))
     licence = (
-        "No weights of MedGemma or another language model are part of this one."
+        NO_LANGUAGE_MODEL
         if alone
         else f"Where the language model is MedGemma or derived from it: {HAI_DEF_NOTICE.strip()}"
     )
     return {
-        "Intended use": (
-            "Research on the question above, on data like those of the training part. Not a "
-            "medical device, not for clinical use."
-        ),
+        **CARD,
         "Limits": (
             "One data set, split by patient: nothing here says how the model fares in another "
             "hospital or another time. A label that treatment shapes makes a model that predicts "
@@ -3146,10 +3156,7 @@ def model_card(stage: Stage, figures: dict[str, Any], facts: dict[str, Any]) -> 
         "Parameters": f"{learned:,} learned of {count:,}",
         "Chosen epoch": f"{figures['selected_epoch']}, by {stage.monitor} on the validation part",
         "Validation AUROC": shown(figures["validation"]["auroc"]),
-        "Intervals": (
-            f"95 % percentile of {BOOTSTRAP_REPLICATES:,} draws of patients with all their rows; "
-            "shares of none or all: exact"
-        ),
+        "Intervals": INTERVALS_TOLD,
         "Seed": str(facts["seed"]),
         "Versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
         "Commit": facts["git_commit"] or "not known",
@@ -3580,9 +3587,6 @@ PIECE_ROWS, LLM_PIECE_ROWS = 20_000, 2_000
 SCORED_ROWS, LLM_SCORED_ROWS = 256, 32
 """Rows a batch when none are asked for."""
 
-DRAWN_AT_ONCE = 2_000_000
-"""Draws of a row held at a time: bounds what the intervals of a large file take."""
-
 PREDICT_FLAGS = frozenset(
     f"--{name}"
     for name in (
@@ -3930,7 +3934,7 @@ def predict_rows(
 
 
 class Tally:
-    """What is counted while rows are written: 25 bytes a row that has a label, nothing for others.
+    """What is counted while rows are written: 40 bytes a row that has a label, nothing for others.
 
     Attributes:
         rows: of the input.
@@ -3944,6 +3948,7 @@ class Tally:
         self._labels: list[NDArray[np.int8]] = []
         self._probabilities: list[NDArray[np.float64]] = []
         self._groups: list[NDArray[np.uint64]] = []
+        self._people: list[pd.DataFrame] = []
 
     def add(self, lines: pd.DataFrame, rows: Rows) -> None:
         """Count what was written of ``rows``, all of which are scored."""
@@ -3955,44 +3960,21 @@ class Tally:
         self._probabilities.append(lines["probability"].to_numpy(float)[rows.place[known]])
         groups = rows.dataset.groups[known].astype(object)
         self._groups.append(pd.util.hash_array(groups))  # eight bytes, however long a name
+        people = rows.dataset.people()[known]
+        self._people.append(people.astype({"observations": np.int32, "age": np.float32}))
 
-    def metrics(self, seed: int) -> dict[str, Any] | None:
-        """Score the labelled rows, with intervals; None where there is no label.
+    def counts(self) -> tuple[int, int]:
+        """Give the labelled rows, and the events among them."""
+        return sum(map(len, self._labels)), int(sum(labels.sum() for labels in self._labels))
 
-        Of one class alone ``n`` and ``events`` are all that there is.
-        """
-        labels = np.concatenate(self._labels)
-        probability = np.concatenate(self._probabilities)
+    def cohort(self) -> tuple[Cohort, dict[str, float]]:
+        """Give the labelled rows as a report judges them, without ids; and their case mix."""
+        labels = np.concatenate(self._labels).astype(float)
         groups = np.concatenate(self._groups)
-        if not len(labels):
-            return None
-        if labels.min() == labels.max():
-            return {"n": len(labels), "events": int(labels.sum())}
-        return large_metrics(labels, probability, groups, seed)
-
-
-def large_metrics(
-    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[Any], seed: int
-) -> dict[str, Any]:
-    """Do what ``metrics_with_intervals`` does in memory that grows with the rows only."""
-    if len(labels) * BOOTSTRAP_REPLICATES <= DRAWN_AT_ONCE:
-        return metrics_with_intervals(labels, probability, groups, seed)
-    owner, event = patient_events(groups, labels)
-    rng = np.random.default_rng(seed)
-    blocks = []
-    size = max(1, DRAWN_AT_ONCE // len(labels))
-    for start in progress(range(0, BOOTSTRAP_REPLICATES, size), "intervals"):
-        draws = np.zeros((min(size, BOOTSTRAP_REPLICATES - start), len(event)))
-        for stratum in (np.flatnonzero(event), np.flatnonzero(~event)):
-            fair = np.full(len(stratum), 1 / len(stratum))
-            draws[:, stratum] = rng.multinomial(len(stratum), fair, size=len(draws))
-        blocks.append(weighted_metrics(labels, probability, draws[:, owner]))
-    values = metrics_of(labels, probability)
-    intervals = {
-        name: interval(value, np.concatenate([block[name] for block in blocks]))
-        for name, value in values.items()
-    }
-    return {"n": len(labels), "events": int(labels.sum()), **intervals}
+        people = pd.concat(self._people, ignore_index=True)
+        probability = np.concatenate(self._probabilities)
+        cohort = Cohort(labels, probability, groups, groups, bands_of(people), {})
+        return cohort, case_mix_of(people, labels, groups)
 
 
 def predict_arguments(args: argparse.Namespace, words: Sequence[str]) -> argparse.Namespace:
@@ -4082,6 +4064,7 @@ def predict(args: argparse.Namespace) -> int:
         logger.error("interrupted: no predictions were written")
         return EXIT_INTERRUPTED
     say_predictions(tally, findings, Decision.of(facts), args)
+    report_cohort(tally, facts, first.dataset, args)
     return EXIT_DONE
 
 
@@ -4116,27 +4099,74 @@ def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
 def say_predictions(
     tally: Tally, findings: Findings, decision: Decision, args: argparse.Namespace
 ) -> None:
-    """Tell what was found and written, and how good it is where labels are known."""
+    """Tell what was found and written."""
     findings.tell()
     logger.info(
         "%s rows: %s scored, %s of them at or above the threshold %g; %s with a problem",
         *(f"{count:,}" for count in (tally.rows, tally.scored, tally.positive)),
         *(decision.threshold, f"{tally.rows - tally.scored:,}"),
     )
-    figures = tally.metrics(args.seed)
-    if figures is not None:
-        shown = {"rows with a label": f"{figures['n']:,}", "events": f"{figures['events']:,}"}
-        for name, figure in figures.items():
-            if isinstance(figure, dict):
-                low, high = figure["low"], figure["high"]
-                shown[name] = f"{figure['value']:.3f} [{low:.3f}, {high:.3f}]"
-        logger.info("\n%s", pd.Series(shown).to_string())
-        logger.info(
-            "of one class only: no figures"
-            if figures["events"] in (0, figures["n"])
-            else "these figures flatter the model if it was trained on some of these patients"
-        )
     logger.info("predictions: %s; %s", args.predictions, peak_memory())
+
+
+def report_cohort(
+    tally: Tally, facts: dict[str, Any], dataset: TrajectoryDataset, args: argparse.Namespace
+) -> None:
+    """Say how good the predictions are where labels are known, and write the report beside them."""
+    rows, events = tally.counts()
+    if events in (0, rows):
+        if rows:
+            logger.info("%s labelled rows of one class only: no figures", f"{rows:,}")
+        return
+    cohort, mix = tally.cohort()
+    figures = metrics_with_intervals(cohort.labels, cohort.probability, cohort.groups, args.seed)
+    shown_figures = {
+        name: shown(figure) for name, figure in figures.items() if isinstance(figure, dict)
+    }
+    counts = {"rows with a label": f"{rows:,}", "events": f"{events:,}"}
+    logger.info("\n%s", pd.Series(counts | shown_figures).to_string())
+    path = args.predictions.with_suffix(".html")
+    told = Told(
+        title=f"{STAGE_TITLES[facts['stage']]}, on other rows: {facts['outcome']}",
+        outcome=facts["outcome"],
+        asked=dataset.asked(),
+        data={
+            "Source": Path(dataset.source).name,
+            "Rows read": f"{tally.rows:,}",
+            "Rows scored": f"{tally.scored:,}",
+            "Scored rows with a label": f"{rows:,}, judged here",
+            "Missing values": "masked, never filled in",
+        },
+        card=cohort_card(facts, args),
+        shift=shift_table(facts["case_mix"], mix) if "case_mix" in facts else None,
+    )
+    threshold = Decision.of(facts).threshold
+    text = write_report(path, cohort, told, threshold=threshold, seed=args.seed)
+    logger.info(
+        "%s\nThese figures flatter the model if it was trained on some of these patients.\n"
+        "report: %s",
+        *(text, path),
+    )
+
+
+def cohort_card(facts: dict[str, Any], args: argparse.Namespace) -> dict[str, str]:
+    """Give what a reader of figures on other rows has to know of the model."""
+    base = facts.get("base_model")
+    licence = f"Where the language model is MedGemma or derived from it: {HAI_DEF_NOTICE.strip()}"
+    return {
+        **CARD,
+        "Limits": (
+            "The model was not changed for these rows: threshold and recalibration are those of "
+            "its own validation part. If it learned from some of these patients, the figures "
+            "flatter it."
+        ),
+        "Model": f"{facts['stage']} of {args.checkpoint.name}" + (f", {base}" if base else ""),
+        "SHA-256 of its training data": facts["data_sha256"],
+        "Intervals": INTERVALS_TOLD,
+        "Seed": f"{args.seed}, of the intervals",
+        "SHA-256 of the code": code_hash(),
+        "Licence": f"The code: Apache License 2.0. {licence if base else NO_LANGUAGE_MODEL}",
+    }
 
 
 # --------------------------------------------------------------------------- command line

@@ -675,9 +675,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Give ``woman``, ``man`` or ``not known`` for each registration, (N,)."""
         return self.sex_words
 
-    def subgroups(self) -> pd.DataFrame:
-        """Add the organ to the usual subgroups."""
-        return super().subgroups().assign(organ=pd.Categorical([self.organ] * len(self)))
+    def people(self) -> pd.DataFrame:
+        """Add the organ to what rows are told apart by."""
+        return super().people().assign(organ=pd.Categorical([self.organ] * len(self)))
 
     def asked(self) -> dict[str, str]:
         """Say in words what is predicted, and that landmark and horizon are the user's choice."""

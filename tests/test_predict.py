@@ -114,7 +114,10 @@ def test_predictions_are_those_of_the_run(
     for part in ("val", "test"):
         own = pd.read_csv(runs / stage / f"predictions_{part}.csv").set_index("id")
         assert np.abs(known[own.index] - own["probability"]).max() < 1e-6
-    assert (out["prediction"] == (out["probability"] >= 0.5)).all()
+    threshold = json.loads((runs / stage / "metrics.json").read_text())["threshold"]
+    clear = (out["probability"] - threshold).abs() > 1e-6  # at the very threshold sums may round
+    assert (out["prediction"] == (out["probability"] >= threshold))[clear].all()
+    assert set(out["prediction"]) == {0, 1}
 
 
 def test_reports_are_those_of_the_run(runs: Path, scored: dict[str, pd.DataFrame]) -> None:
@@ -641,20 +644,6 @@ def test_figures_are_those_of_the_labelled_rows(
     few = write(table.head(3).assign(label_escalation="0"), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)
     assert "one class only" in capsys.readouterr().out
-
-
-def test_figures_of_many_rows_are_those_of_few() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 4000)
-    probability = np.clip(rng.normal(0.4 + 0.2 * labels, 0.2), 0.01, 0.99)
-    groups = rng.integers(0, 1500, 4000).astype(str)
-    blocks = trainer.large_metrics(labels, probability, groups, seed=0)
-    whole = trainer.metrics_with_intervals(labels, probability, groups, seed=0)
-    for name in ("auroc", "auprc", "brier", "log_loss", "accuracy"):
-        assert blocks[name]["value"] == pytest.approx(whole[name]["value"])
-        width = whole[name]["high"] - whole[name]["low"]
-        for end in ("low", "high"):
-            assert abs(blocks[name][end] - whole[name][end]) < 0.15 * width
 
 
 PEAK = """

@@ -542,7 +542,7 @@ def test_a_run_reports_without_any_patient_unless_asked(
     assert "No weights of MedGemma" in text
     assert "logistic regression with context" in text
     assert str(tmp_path) not in text
-    mix = json.loads((folder / "run.json").read_text())["case_mix"]
+    mix = json.loads((folder / "run.json").read_text())["data"]["case_mix"]
     assert mix["rows"] == 240
     assert 40 < mix["age_median"] < 70
     found = json.loads((folder / "metrics.json").read_text())
