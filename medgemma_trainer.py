@@ -3357,7 +3357,7 @@ def draw_learning(history: list[dict[str, Any]]) -> Any:
         axes.axvline(kept, color=INK, linestyle=":", linewidth=1)
     upper.set(ylabel="loss, nats")
     lower.set(xlabel="epoch (dotted: the one kept)", ylabel="validation AUROC")
-    lower.xaxis.get_major_locator().set_params(integer=True)
+    lower.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     last = history[-1]
     alt = (
         f"Learning curve of {len(epochs)} epochs; epoch {kept} was kept. In the last one the "
