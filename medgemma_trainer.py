@@ -4113,6 +4113,8 @@ def report_cohort(
     tally: Tally, facts: dict[str, Any], dataset: TrajectoryDataset, args: argparse.Namespace
 ) -> None:
     """Say how good the predictions are where labels are known, and write the report beside them."""
+    path = args.predictions.with_suffix(".html")
+    remove(path)  # of predictions that are no more
     rows, events = tally.counts()
     if events in (0, rows):
         if rows:
@@ -4125,7 +4127,6 @@ def report_cohort(
     }
     counts = {"rows with a label": f"{rows:,}", "events": f"{events:,}"}
     logger.info("\n%s", pd.Series(counts | shown_figures).to_string())
-    path = args.predictions.with_suffix(".html")
     told = Told(
         title=f"{STAGE_TITLES[facts['stage']]}, on other rows: {facts['outcome']}",
         outcome=facts["outcome"],

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -641,9 +642,17 @@ def test_figures_are_those_of_the_labelled_rows(
     said = capsys.readouterr().out
     assert f"{score:.3f} [" in said
     assert f"{int(known.sum())}\n" in said
+    page = out.with_suffix(".html").read_text()
+    assert f"AUROC {score:.3f} [" in page
+    assert "Case mix" in page
+    mix = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)["config"]["case_mix"]
+    (row,) = re.findall(r"<tr>\s*<th[^>]*>Rows</th>(.*?)</tr>", page, re.DOTALL)
+    assert [f"{mix['rows']:,.0f}", f"{int(known.sum()):,}"] == re.findall(r"<td>(.*?)</td>", row)
+    assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
     few = write(table.head(3).assign(label_escalation="0"), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)
     assert "one class only" in capsys.readouterr().out
+    assert not out.with_suffix(".html").exists(), "the report of other predictions"
 
 
 PEAK = """
