@@ -2721,12 +2721,8 @@ def write_report(
     """
     found = assess(cohort, threshold, seed)
     good, sentences = verdict(cohort, found, told.outcome)
-    from jinja2 import Environment, StrictUndefined
-
-    page = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    ).from_string(REPORT_TEMPLATE)
-    text = page.render(
+    text = render(
+        "report",
         told=told,
         good=good,
         sentences=sentences,
@@ -2740,8 +2736,22 @@ def write_report(
         written=written_table(told.reports or {}),
         errors=largest_errors(cohort) if patients else None,
     )
-    write_text(path, text + "\n")
+    write_text(path, text)
     return " ".join(sentences)
+
+
+def render(name: str, **content: Any) -> str:
+    """Fill a page of ``TEMPLATES``; all content is escaped."""
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    pages = Environment(
+        loader=DictLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    return pages.get_template(name).render(content) + "\n"
 
 
 def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
@@ -3179,13 +3189,19 @@ def pictures(cohort: Cohort, found: dict[Any, Any], told: Told, threshold: float
     return drawn | ({"learning": draw_learning(told.history)} if told.history else {})
 
 
-def new_figure(panels: int = 1, heights: Sequence[float] = (1,)) -> tuple[Any, list[Any]]:
+def new_figure(
+    panels: int = 1,
+    heights: Sequence[float] | None = None,
+    size: tuple[float, float] = (4, 3.7),
+    *,
+    sharex: bool = True,
+) -> tuple[Any, list[Any]]:
     """Give a figure of the report with panels below each other, and their axes."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4, 3.7), layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=panels > 1, squeeze=False, height_ratios=heights)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False, height_ratios=heights)
     for each in axes[:, 0]:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(color=GRID, linewidth=0.6)
@@ -3367,7 +3383,8 @@ def draw_learning(history: list[dict[str, Any]]) -> Any:
     return finish(figure, "learning", alt)
 
 
-REPORT_TEMPLATE = """\
+TEMPLATES = {
+    "parts": """\
 {% macro lines(pairs) %}
 <dl>
 {% for name, text in pairs.items() %}
@@ -3414,6 +3431,8 @@ REPORT_TEMPLATE = """\
 <figcaption>{{ caption }}</figcaption>
 </figure>
 {% endmacro %}
+""",
+    "page": """\
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -3478,6 +3497,15 @@ dd { margin: 0; }
 <p class="soft">Research software. Not a medical device, not for clinical use.</p>
 </header>
 <main>
+{% block body %}{% endblock %}
+</main>
+</body>
+</html>
+""",
+    "report": """\
+{% extends "page" %}
+{% block body %}
+{% from "parts" import lines, value, table, picture with context %}
 <section class="verdict{% if good %} good{% endif %}" aria-label="The result in words">
 {% for sentence in sentences %}
 <p>{{ sentence }}</p>
@@ -3574,10 +3602,31 @@ above zero in AUROC, or below zero in Brier score, this model is better.</p>
 <h2>Model card</h2>
 {{ lines(told.card) }}
 </section>
-</main>
-</body>
-</html>
-"""
+{% endblock %}
+""",
+    "comparison": """\
+{% extends "page" %}
+{% block body %}
+{% from "parts" import lines, value, table, picture with context %}
+<section class="verdict" aria-label="The result in words">
+{% for sentence in sentences %}
+<p>{{ sentence }}</p>
+{% endfor %}
+</section>
+<section>
+<h2>Side by side</h2>
+<p>A difference is paired by patient. Square brackets hold 95&nbsp;% intervals; patients are drawn
+once for all splits, each with all the rows that any test part holds of him.</p>
+{{ table(comparison, "Test figures of each model") }}
+{{ picture("comparison", "AUROC of each model, and its paired difference") }}
+</section>
+<section>
+<h2>How it was made</h2>
+{{ lines(told.card) }}
+</section>
+{% endblock %}
+""",
+}
 """The page; every value is escaped. Contrast of its colours is at least 4.5 (WCAG 2.1, AA)."""
 # --------------------------------------------------------------------------- predict
 
@@ -4638,7 +4687,7 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
         for name in VARIANTS:
             results[name]["seconds_an_epoch"] = seconds_an_epoch(folders[name])
         write_text(folder / "predictions_test.csv", table.to_csv(index=False))
-        show(results, "stage 1 alone", folder, "ablation")
+        show(results, "stage 1 alone", folder, "ablation", args)
     return EXIT_DONE
 
 
@@ -4734,7 +4783,7 @@ def pool_seeds(folders: dict[int, Path], args: argparse.Namespace) -> None:
     else:
         reference = next(iter(folders.values())).name
         tables = [read_predictions(reference, folder) for folder in folders.values()]
-    show(side_by_side(tables, reference, args.seed), reference, args.output_dir, "seeds")
+    show(side_by_side(tables, reference, args.seed), reference, args.output_dir, "seeds", args)
     if not args.ablation:
         scores = {
             seed: json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
@@ -4850,18 +4899,48 @@ def run_compare(runs: list[Path], seed: int) -> int:
     names = [str(run) for run in runs]
     if len(set(names)) < 2:
         raise InputError("--compare: name at least two different folders of stages")
-    table = join_predictions(dict(zip(names, runs, strict=True)))
-    results = side_by_side([table], names[0], seed)
-    logger.info("\n%s\n%s", comparison_table(results, names[0]), counted(results))
+    tested = join_predictions(dict(zip(names, runs, strict=True)))
+    results = side_by_side([tested], names[0], seed)
+    table = comparison_table(results, names[0]).to_string(index=False)
+    logger.info("\n%s\n%s", table, counted(results))
     return EXIT_DONE
 
 
-def show(results: dict[str, dict[str, Any]], reference: str, folder: Path, name: str) -> None:
-    """Print the table of a comparison; write ``NAME.json`` and ``NAME.png``."""
+def show(
+    results: dict[str, dict[str, Any]],
+    reference: str,
+    folder: Path,
+    name: str,
+    args: argparse.Namespace,
+) -> None:
+    """Print the table of a comparison; write ``NAME.json``, ``NAME.png`` and ``NAME.html``."""
     write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
-    draw_comparison(results, reference, folder / f"{name}.png")
+    with atomic(folder / f"{name}.png") as temporary:
+        draw_comparison(results, reference).savefig(temporary, format="png", dpi=150)
     table, counts = comparison_table(results, reference), counted(results)
-    logger.info("\n%s\n%s\n\nresults: %s", table, counts, folder)
+    best = max(results, key=lambda model: results[model]["auroc"]["value"])
+    own, better = results[reference], results[best]["minus_reference"]["auroc"]
+    sentences = [
+        f"{reference}: test AUROC {shown(own['auroc'])}"
+        + (f", standard deviation over splits {own['auroc']['sd']:.3f}" if args.seeds else "")
+        + f" ({counts}).",
+        "No model has a higher one."
+        if best == reference
+        else f"The highest has {best}: {shown(results[best]['auroc'])}; paired difference "
+        f"{shown(better, '+.3f')}{'' if better['low'] > 0 else ', an interval with zero in it'}.",
+    ]
+    seeds = f"{args.seed} to {args.seed + args.seeds - 1}" if args.seeds else str(args.seed)
+    card = {"Seeds": seeds, "SHA-256 of the code": code_hash(), "Intervals": INTERVALS_TOLD}
+    alt = f"AUROC of {len(results)} models with intervals; the table above holds the numbers"
+    page = render(
+        "comparison",
+        told=Told(f"Comparison: {name}", "", {}, {}, card),
+        sentences=sentences,
+        comparison=table,
+        pictures={"comparison": finish(draw_comparison(results, reference), name, alt)},
+    )
+    write_text(folder / f"{name}.html", page)
+    logger.info("\n%s\n%s\n\nresults: %s", table.to_string(index=False), counts, folder)
 
 
 def counted(results: dict[str, dict[str, Any]]) -> str:
@@ -4870,8 +4949,8 @@ def counted(results: dict[str, dict[str, Any]]) -> str:
     return f"test part: {first['n']} rows, {first['events']} events"
 
 
-def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> str:
-    """Lay out the test figures of all models as a plain table."""
+def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> pd.DataFrame:
+    """Lay out the test figures of all models."""
     table = []
     for name, result in results.items():
         row = {"model": name, "test AUROC [95 %]": shown(result["auroc"])}
@@ -4884,30 +4963,26 @@ def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> str:
         if "seconds_an_epoch" in result:
             row["s an epoch"] = f"{result['seconds_an_epoch']:.0f}"
         table.append(row)
-    return pd.DataFrame(table).fillna("").to_string(index=False)
+    return pd.DataFrame(table).fillna("")
 
 
-def draw_comparison(results: dict[str, dict[str, Any]], reference: str, path: Path) -> None:
+def draw_comparison(results: dict[str, dict[str, Any]], reference: str) -> Any:
     """Draw AUROC and paired difference of each model with their intervals."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 0.45 * len(results) + 1.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure, panels = new_figure(2, size=(5.5, 0.5 * len(results) + 2), sharex=False)
     names = list(results)[::-1]
-    titles = {left: "test AUROC [95 %]", right: f"AUROC minus {reference}, paired [95 %]"}
-    for axes, title in titles.items():
+    scores = {name: result["auroc"] for name, result in results.items()}
+    differences = {name: result["minus_reference"]["auroc"] for name, result in results.items()}
+    titles = ("test AUROC", f"AUROC minus {reference}, paired")
+    for axes, shown_here, title in zip(panels, (scores, differences), titles, strict=True):
         for place, name in enumerate(names):
-            whole = results[name] if axes is left else results[name]["minus_reference"]
-            score = whole["auroc"]
-            axes.plot([score["low"], score["high"]], [place, place], color="tab:blue")
-            axes.plot(score["value"], place, "o", color="tab:blue")
+            score = shown_here[name]
+            axes.plot([score["low"], score["high"]], [place, place], color=MODEL)
+            axes.plot(score["value"], place, "o", color=MODEL, markersize=4)
         axes.set_xlabel(title)
-        axes.grid(axis="x", alpha=0.3)
-    right.axvline(0, color="gray", linewidth=1)
-    left.set_yticks(range(len(names)), names)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+        axes.set_yticks(range(len(names)), names)
+    panels[0].plot([], [], "o-", color=MODEL, markersize=4, label="value and 95 % interval")
+    panels[1].axvline(0, color=INK, linewidth=1)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -119,6 +119,11 @@ def test_several_seeds_are_run_pooled_and_the_best_is_chosen_by_validation(
     assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
     validation = [figure["validation"]["auroc"]["value"] for figure in figures]
     assert f"seed {3 + int(np.argmax(validation))}, " in said.split("best by validation")[1]
+    page = (runs / "out" / "seeds.html").read_text()
+    assert f"trajectory: test AUROC {pooled['value']:.3f} [" in page
+    assert f"standard deviation over splits {pooled['sd']:.3f}" in page
+    assert "logistic regression" in page
+    assert page.count("<svg") == 1
     assert (runs / "out" / "seeds.png").read_bytes().startswith(b"\x89PNG")
     assert {json.loads((p / "run.json").read_text())["arguments"]["seed"] for p in places} == {3, 4}
 
