@@ -542,9 +542,9 @@ def test_a_hub_model_is_asked_for_the_commit_it_was_trained_on(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_recalibration_and_threshold_lie_with_the_weights(
-    stage: str, runs: Path, tmp_path: Path
+    stage: str, runs: Path, table: pd.DataFrame, tmp_path: Path
 ) -> None:
-    folder, data = copy_of(runs, stage, tmp_path), runs / "train.csv"
+    folder, data = copy_of(runs, stage, tmp_path), write(table.head(12), tmp_path / "few.csv")
     plain = predicted(folder, data, tmp_path / "1.csv")
     threshold = 0.3
     decision = {"slope": 2.0, "intercept": 0.5, "threshold": threshold, "method": "platt"}
