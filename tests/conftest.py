@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports transformers
+os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: the cores have tests to run
 
 from collections.abc import Callable
 from pathlib import Path
