@@ -893,7 +893,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.labels = pd.to_numeric(text.where(text != ""), errors="coerce").to_numpy(np.float64)
         empty = (text == "").to_numpy()
         wrong = ~np.isin(self.labels, [0, 1]) & ~empty
-        if self._findings.strict:
+        if self._whole:
             self._refuse(wrong, table, name, "must be 0 or 1")
         else:  # whoever wants a prediction can do without
             self.labels = np.where(wrong, np.nan, self.labels)
@@ -1338,8 +1338,11 @@ def outside(dataset: TrajectoryDataset, feature: int) -> int:
 
 
 def _quartiles(numbers: NDArray[Any]) -> str:
-    low, q1, median, q3, high = np.quantile(numbers, [0, 0.25, 0.5, 0.75, 1])
-    return f"median {median:.4g}, quartiles {q1:.4g} to {q3:.4g}, range {low:.4g} to {high:.4g}"
+    # No extreme: that would be a single patient's value.
+    low, q1, median, q3, high = np.quantile(numbers, [0.01, 0.25, 0.5, 0.75, 0.99])
+    return (
+        f"median {median:.4g}, quartiles {q1:.4g} to {q3:.4g}, 98 % within {low:.4g} to {high:.4g}"
+    )
 
 
 DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)

@@ -149,6 +149,9 @@ CARD = {
     )
 }
 NO_LANGUAGE_MODEL = "No weights of MedGemma or another language model are part of this one."
+GENERATOR = "MedGemma Clinical Fine-Tuning"
+"""What a page says of who wrote it."""
+
 INTERVALS_TOLD = (
     f"95 % percentile of {BOOTSTRAP_REPLICATES:,} draws of patients with all their rows; shares of "
     "none or all: exact"
@@ -173,6 +176,9 @@ BOOSTING = {"learning_rate": 0.03, "max_iter": 200, "max_leaf_nodes": 8, "l2_reg
 SANITY_BATCHES = 2
 
 TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+Track = Callable[[dict[str, float], int], None]
+"""Sends figures and the optimizer step they belong to somewhere."""
+
 TRACKED_AS = "medgemma_clinical"
 """Name of the project, or experiment, at a tracker."""
 
@@ -1020,28 +1026,35 @@ def patient_draws(labels: NDArray[Any], groups: NDArray[np.str_], seed: int) -> 
 
 
 def draw_chunks(
-    labels: NDArray[Any], groups: NDArray[np.str_], seed: int
+    labels: NDArray[Any],
+    groups: NDArray[Any],
+    seed: int,
+    split: NDArray[Any] | None = None,
 ) -> Iterator[NDArray[np.float64]]:
     """Give ``patient_draws`` some draws at a time, so that many rows need no more memory.
 
-    The draws do not depend on where they are cut.
+    The draws do not depend on where they are cut. ``split`` (n,) parts the rows: each part is to
+    hold both classes in each draw, else its figures would not exist.
 
     Raises:
         ValueError: a class is not there.
     """
-    owner, event = patient_events(groups, labels)
-    _, other = patient_events(groups, 1 - labels)
-    if not event.any() or not other.any():
+    owner, _ = patient_events(groups, labels)
+    parts = np.zeros(len(labels)) if split is None else split
+    needed = [(parts == part) & (labels == label) for part in np.unique(parts) for label in (0, 1)]
+    if not all(rows.any() for rows in needed):
         raise ValueError("the rows need both labels 0 and 1: with one alone no figure exists")
     rng = np.random.default_rng(seed)
-    fair = np.full(len(event), 1 / len(event))
+    patients = owner.max() + 1
+    fair = np.full(patients, 1 / patients)
     size = max(1, CHUNK_CELLS // len(labels))
     left = BOOTSTRAP_REPLICATES
     while left:
-        draws = rng.multinomial(len(event), fair, size=min(size, left)).astype(np.float64)
-        draws = draws[draws[:, event].any(axis=1) & draws[:, other].any(axis=1)]
+        drawn = rng.multinomial(patients, fair, size=min(size, left)).astype(np.float64)
+        draws = drawn[:, owner]
+        draws = draws[np.all([draws[:, rows].any(axis=1) for rows in needed], axis=0)]
         left -= len(draws)
-        yield draws[:, owner]
+        yield draws
 
 
 Figures = dict[Any, NDArray[np.float64]]
@@ -1053,9 +1066,10 @@ def bootstrap(
     groups: NDArray[np.str_],
     seed: int,
     ask: Callable[[NDArray[np.float64]], Figures],
+    split: NDArray[Any] | None = None,
 ) -> Figures:
-    """Ask for figures under all ``patient_draws``; ``ask`` takes weights (r, n)."""
-    pieces = [ask(weights) for weights in draw_chunks(labels, groups, seed)]
+    """Ask for figures under all draws of ``draw_chunks``; ``ask`` takes weights (r, n)."""
+    pieces = [ask(weights) for weights in draw_chunks(labels, groups, seed, split)]
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -1267,6 +1281,11 @@ class Decision(NamedTuple):
         known = facts.get("decision") or {}
         return cls(**{name: float(known[name]) for name in cls._fields if name in known})
 
+    @property
+    def recalibrates(self) -> bool:
+        """Whether the log-odds are changed at all."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
+
     def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
         """Give the probability of each log-odds (n,)."""
         scaled = torch.from_numpy(self.intercept + self.slope * logit)
@@ -1289,10 +1308,14 @@ def decide(labels: NDArray[np.float64], logit: NDArray[np.float64], calibrate: s
     if calibrate == "platt":
         fit = weighted_calibration(labels, decision.probability(logit), np.ones((1, len(labels))))
         slope = float(fit["calibration_slope"][0])
-        if slope > 0:  # else it would turn the order of the patients round
+        if slope > 0:
             decision = Decision(slope, float(fit["calibration_intercept"][0]))
+        elif slope <= 0:  # it would turn the order of the patients round
+            logger.warning(
+                "not recalibrated: in the validation part those of higher risk have fewer events"
+            )
         else:
-            logger.warning("not recalibrated: on the validation part high risks are no higher")
+            logger.warning("not recalibrated: the validation part's events part completely")
     return decision._replace(threshold=choose_threshold(labels, decision.probability(logit)))
 
 
@@ -2256,7 +2279,7 @@ def run_stage(
     folder: Path,
     device: torch.device,
     seed: int,
-    track: Callable[[dict[str, float], int], None] = lambda figures, step: None,
+    track: Track = lambda figures, step: None,
 ) -> EarlyStopping:
     """Train, keep the winner by validation in ``folder``, and leave the model as that winner.
 
@@ -2508,6 +2531,7 @@ def write_results(
     raw = {part: evaluate(stage.model, stage.loaders[part], device) for part in ("val", "test")}
     assert stopping.best_epoch > 0
     decision = decide(raw["val"].labels, raw["val"].logit, args.calibrate)
+    own_threshold = decide(raw["val"].labels, raw["val"].logit, "none").threshold
     stage.facts["decision"] = decision._asdict()
     if first:
         stage.save(folder)  # the winner, with what makes predictions of its log-odds
@@ -2528,9 +2552,10 @@ def write_results(
     for part, each in scored.items():
         name = "validation" if part == "val" else part
         figures[name] |= judged(each, data, threshold, args.seed)
-        if args.calibrate != "none":
-            figures["calibration"] |= {"slope": decision.slope, "intercept": decision.intercept}
-            figures["calibration"][f"{name} before"] = judged(raw[part], data, threshold, args.seed)
+        if decision.recalibrates:
+            known = figures["calibration"]
+            known |= {"slope": decision.slope, "intercept": decision.intercept}
+            known[f"{name} before"] = judged(raw[part], data, own_threshold, args.seed)
     figures["baselines"] = scores
     for part, result in scored.items():
         table = pd.DataFrame(
@@ -2608,18 +2633,10 @@ def recalibrated_text(figures: dict[str, Any]) -> str:
 
 def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """Give what makes a run repeatable: arguments, versions, commit, seed, data, split."""
-    commit = ""
-    if shutil.which("git"):
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
     return {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": {
-            "python": sys.version.split()[0],
-            **{p: metadata.version(p) for p in packages},
-        },
-        "git_commit": commit or None,
+        "versions": versions(),
+        "git_commit": git_commit(),
         "code_sha256": code_hash(),
         "processes": processes().num_processes,
         "seed": args.seed,
@@ -2631,6 +2648,20 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
             for part, rows in data.split.items()
         },
     }
+
+
+def versions() -> dict[str, str]:
+    """Give the versions of Python and of the packages that a result depends on."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
+    return {"python": sys.version.split()[0], **{p: metadata.version(p) for p in packages}}
+
+
+def git_commit() -> str | None:
+    """Give the commit of the program's folder, where it is a checkout."""
+    if not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def file_hash(path: Path | None) -> str | None:
@@ -2863,7 +2894,7 @@ def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, 
         )
         first = f"{few} {first}"
     name = best_baseline(found, cohort.baselines)
-    better, second = True, "No baseline was scored on these rows, so nothing says what it adds."
+    better, second = False, "No baseline was scored on these rows, so nothing says what it adds."
     if name is not None:
         difference = found[name, "auroc", "difference"]
         better = difference["low"] > 0
@@ -2873,28 +2904,31 @@ def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, 
             f"It is {word} than its best baseline, {name} (AUROC {shown(found[name, 'auroc'])}): "
             f"the paired difference is {shown(difference, '+.3f')}{chance}."
         )
-    third = calibration_sentence(found)
-    return useful and better and rarer >= FEWEST_IN_SUBGROUP, [first, second, third]
+    calibrated, third = calibration_sentence(found)
+    enough = rarer >= FEWEST_IN_SUBGROUP
+    return useful and better and calibrated and enough, [first, second, third]
 
 
-def calibration_sentence(found: dict[Any, Any]) -> str:
-    """Say in words whether the risks can be taken at their word."""
+def calibration_sentence(found: dict[Any, Any]) -> tuple[bool, str]:
+    """Say whether the risks can be taken at their word, for all that can be told; and in words."""
     slope, large = found["calibration_slope"], found["calibration_in_the_large"]
+    rarer = min(found["events"], found["n"] - found["events"])
+    if rarer < FEWEST_IN_SUBGROUP or slope["low"] is None or large["low"] is None:
+        return False, "Whether its risks can be taken at their word cannot be told from these rows."
     faults = []
-    if slope["high"] is not None and slope["high"] < 1:
+    if slope["high"] < 1:
         faults.append("too extreme (high ones too high, low ones too low)")
-    elif slope["low"] is not None and slope["low"] > 1:
+    elif slope["low"] > 1:
         faults.append("too timid (too near to the average)")
-    if large["high"] is not None and large["high"] < 0:
+    if large["high"] < 0:
         faults.append("too high on average")
-    elif large["low"] is not None and large["low"] > 0:
+    elif large["low"] > 0:
         faults.append("too low on average")
-    if slope["value"] is None:
-        return "Whether its risks can be taken at their word cannot be told from these rows."
     told = f"calibration slope {shown(slope, '.2f')}"
-    if faults:
-        return f"Its risks cannot be taken at their word: they are {' and '.join(faults)} ({told})."
-    return f"Nothing here says that its risks are off ({told})."
+    if not faults:
+        return True, f"Nothing here says that its risks are off ({told})."
+    word = " and ".join(faults)
+    return False, f"Its risks cannot be taken at their word: they are {word} ({told})."
 
 
 def shown(score: Any, form: str = ".3f", scale: float = 1) -> str:
@@ -3439,6 +3473,7 @@ TEMPLATES = {
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
+<meta name="generator" content="MedGemma Clinical Fine-Tuning">
 <title>{{ told.title }}</title>
 <link rel="icon" href="data:,">
 <style>
@@ -3549,10 +3584,10 @@ intervals throughout.</p>
 <div class="pair">
 {{ table(calibration, "How far the risks can be taken at their word") }}
 {{ picture("calibration", "Calibration curve; below it, how many rows have which risk") }}
+</div>
 {% if told.recalibrated is not none %}
 {{ table(told.recalibrated, "Recalibration, fitted on the validation part: before and after") }}
 {% endif %}
-</div>
 </section>
 <section>
 <h2>Usefulness</h2>
@@ -4035,8 +4070,8 @@ def predict_arguments(args: argparse.Namespace, words: Sequence[str]) -> argpars
     given = {word.split("=")[0] for word in words if word.startswith("--")}
     if unused := sorted(given - PREDICT_FLAGS):
         raise InputError(
-            f"--predict has no use for {', '.join(unused)}: the checkpoint brings all that "
-            "training decided: leave it out"
+            f"--predict has no use for {', '.join(unused)}: leave it out; what training decided "
+            "comes with the checkpoint"
         )
     for flag, meaning in {
         "--checkpoint": "a run's stage folder or its .pt",
@@ -4068,12 +4103,36 @@ def refuse_other_data(args: argparse.Namespace, facts: dict[str, Any]) -> Path:
     source: Path | None = getattr(args, flag)
     if source is None:
         raise InputError(f"--predict: say which rows by --{flag}: {kind}")
-    out = args.predictions
+    check_place(args.predictions, source, args.checkpoint)
+    return source
+
+
+def check_place(out: Path, source: Path, checkpoint: Path) -> None:
+    """Refuse to write predictions, or the report beside them, over anything else.
+
+    Raises:
+        InputError: saying what lies there.
+    """
+    if out.suffix != ".csv":
+        raise InputError(f"--predictions {out}: give the name of a .csv file")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"--predictions {out}: give a file in a folder that is there")
     if out.exists() and source.exists() and out.samefile(source):
         raise InputError(f"--predictions {out}: that is the file to read: give another")
-    return source
+    for taken in (source, checkpoint):
+        if taken.is_dir() and out.resolve().is_relative_to(taken.resolve()):
+            raise InputError(f"--predictions {out}: not within {taken}: give another folder")
+    page = report_beside(out)
+    if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
+        raise InputError(
+            f"--predictions {out}: its report would replace {page}, which this program did not "
+            "write: give another name"
+        )
+
+
+def report_beside(predictions: Path) -> Path:
+    """Give the place of the report on labelled predictions."""
+    return predictions.with_suffix(".report.html")
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -4112,7 +4171,7 @@ def predict(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         logger.error("interrupted: no predictions were written")
         return EXIT_INTERRUPTED
-    say_predictions(tally, findings, Decision.of(facts), args)
+    say_predictions(tally, findings, facts, args)
     report_cohort(tally, facts, first.dataset, args)
     return EXIT_DONE
 
@@ -4146,10 +4205,16 @@ def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
 
 
 def say_predictions(
-    tally: Tally, findings: Findings, decision: Decision, args: argparse.Namespace
+    tally: Tally, findings: Findings, facts: dict[str, Any], args: argparse.Namespace
 ) -> None:
     """Tell what was found and written."""
+    decision, known_decision = Decision.of(facts), "decision" in facts
     findings.tell()
+    if not known_decision:
+        logger.warning(
+            "the checkpoint keeps no threshold, since its run did not reach its end: %g is taken",
+            decision.threshold,
+        )
     logger.info(
         "%s rows: %s scored, %s of them at or above the threshold %g; %s with a problem",
         *(f"{count:,}" for count in (tally.rows, tally.scored, tally.positive)),
@@ -4162,7 +4227,7 @@ def report_cohort(
     tally: Tally, facts: dict[str, Any], dataset: TrajectoryDataset, args: argparse.Namespace
 ) -> None:
     """Say how good the predictions are where labels are known, and write the report beside them."""
-    path = args.predictions.with_suffix(".html")
+    path = report_beside(args.predictions)
     remove(path)  # of predictions that are no more
     rows, events = tally.counts()
     if events in (0, rows):
@@ -4210,10 +4275,13 @@ def cohort_card(facts: dict[str, Any], args: argparse.Namespace) -> dict[str, st
             "its own validation part. If it learned from some of these patients, the figures "
             "flatter it."
         ),
-        "Model": f"{facts['stage']} of {args.checkpoint.name}" + (f", {base}" if base else ""),
-        "SHA-256 of its training data": facts["data_sha256"],
+        "Model": STAGE_TITLES[facts["stage"]] + (f", {base}" if base else ""),
+        "Checkpoint": str(args.checkpoint),
+        "SHA-256 of its training data": facts.get("data_sha256", "not known"),
         "Intervals": INTERVALS_TOLD,
         "Seed": f"{args.seed}, of the intervals",
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "Commit": git_commit() or "not known",
         "SHA-256 of the code": code_hash(),
         "Licence": f"The code: Apache License 2.0. {licence if base else NO_LANGUAGE_MODEL}",
     }
@@ -4442,6 +4510,23 @@ def load_data(args: argparse.Namespace) -> Data:
     return Data(dataset, dataset.split(args.seed), *hashes)
 
 
+def refuse_together(words: Sequence[str]) -> None:
+    """Refuse flags of which each says what to do.
+
+    Raises:
+        InputError: naming them.
+    """
+    given = {word.split("=")[0] for word in words if word.startswith("--")}
+    ways = ("--predict", "--compare", "--demo", "--ablation", "--dry_run")
+    chosen = [flag for flag in ways if flag in given]
+    if "--seeds" in given and chosen != ["--ablation"]:
+        chosen.append("--seeds")
+    if len(chosen) > 1:
+        raise InputError(f"{' and '.join(chosen)} do not go together")
+    if "--compare" in given and (unused := sorted(given - {"--compare", "--seed"})):
+        raise InputError(f"--compare has no use for {', '.join(unused)}: leave it out")
+
+
 def refuse_unused(args: argparse.Namespace) -> None:
     """Refuse flags that contradict the asked stage; others of another stage do no harm.
 
@@ -4493,13 +4578,14 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
         log_path = folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
     elif log_path and not log_path.parent.is_dir():  # said before a folder is made
         raise InputError(f"--log_file {log_path}: no folder {log_path.parent}")
-    if processes().is_main_process:
-        make_folder(folder)
-        if log_path:
-            open_log(log, log_path)
-    processes().wait_for_everyone()  # the others read what the first one makes
     try:
-        run_and_report(stage, data, folder, args)
+        with tracking(args, stage.name) as track:  # where it cannot start nothing is written yet
+            if processes().is_main_process:
+                make_folder(folder)
+                if log_path:
+                    open_log(log, log_path)
+            processes().wait_for_everyone()  # the others read what the first one makes
+            run_and_report(stage, data, folder, args, track)
     except KeyboardInterrupt:
         kept = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
         logger.error(
@@ -4511,7 +4597,9 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     return EXIT_DONE
 
 
-def run_and_report(stage: Stage, data: Data, folder: Path, args: argparse.Namespace) -> None:
+def run_and_report(
+    stage: Stage, data: Data, folder: Path, args: argparse.Namespace, track: Track
+) -> None:
     """Train, score the winner, and show the table."""
     if processes().is_main_process:
         write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
@@ -4519,11 +4607,10 @@ def run_and_report(stage: Stage, data: Data, folder: Path, args: argparse.Namesp
     announce(stage, data, args)
     device = default_device()
     evaluate(stage.model.to(device), stage.loaders["val"], device, SANITY_BATCHES)
-    with tracking(args, folder) as track:
-        stopping = run_stage(stage, folder, device, args.seed, track)
-        figures = write_results(stage, stopping, data, folder, args)
-        steps = -(-len(stage.loaders["train"]) // stage.accumulate)
-        track(plain_figures(figures), stopping.epoch * steps)
+    stopping = run_stage(stage, folder, device, args.seed, track)
+    figures = write_results(stage, stopping, data, folder, args)
+    steps = -(-len(stage.loaders["train"]) // stage.accumulate)
+    track(plain_figures(figures), stopping.epoch * steps)
     logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
     logger.info("\n%s\n\nresults: %s", table_of(figures), folder)
 
@@ -4539,16 +4626,16 @@ def plain_figures(figures: dict[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def tracking(
-    args: argparse.Namespace, folder: Path
-) -> Iterator[Callable[[dict[str, float], int], None]]:
+def tracking(args: argparse.Namespace, stage: str) -> Iterator[Track]:
     """Lend what sends figures and a step to the chosen tracker.
 
-    Numbers only: no path, text or row of a patient goes there, nor what the terminal shows.
+    Numbers only: no text or row of a patient goes there, no path of the data, nor what the terminal
+    shows. (A tracker may add by itself who ran which script where.)
     """
     if args.report_to == "none":
         yield lambda figures, step: None
         return
+    folder = args.output_dir / "tracker" / stage
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
@@ -4740,10 +4827,8 @@ def run_seeds(args: argparse.Namespace, words: Sequence[str]) -> int:
     ``{seed}`` in a flag's value becomes the seed. A seed that is already there is not run again.
 
     Raises:
-        InputError: a flag that cannot be asked of several seeds at once.
+        InputError: one stage 1 for all seeds.
     """
-    if args.demo or args.dry_run:
-        raise InputError(f"--seeds and --{'demo' if args.demo else 'dry_run'} do not go together")
     if args.ode_checkpoint and "{seed}" not in str(args.ode_checkpoint):
         raise InputError(
             "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "
@@ -4783,17 +4868,23 @@ def pool_seeds(folders: dict[int, Path], args: argparse.Namespace) -> None:
     else:
         reference = next(iter(folders.values())).name
         tables = [read_predictions(reference, folder) for folder in folders.values()]
-    show(side_by_side(tables, reference, args.seed), reference, args.output_dir, "seeds", args)
-    if not args.ablation:
-        scores = {
-            seed: json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            for seed, folder in folders.items()
-        }
-        known = {seed: score["validation"]["auroc"]["value"] for seed, score in scores.items()}
-        best = max(known, key=lambda seed: known[seed])
-        logger.info(
-            "best by validation (AUROC %.4f): seed %d, %s", known[best], best, folders[best]
-        )
+    best = "" if args.ablation else best_by_validation(folders)
+    results = side_by_side(tables, reference, args.seed)
+    show(results, reference, args.output_dir, "seeds", args, further=best)
+    logger.info(best)
+
+
+def best_by_validation(folders: dict[int, Path]) -> str:
+    """Say which seed's run has the highest AUROC on its validation part."""
+    known = {
+        seed: json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["validation"]
+        for seed, folder in folders.items()
+    }
+    best = max(known, key=lambda seed: known[seed]["auroc"]["value"])
+    return (
+        f"Best by validation: seed {best} (AUROC {known[best]['auroc']['value']:.4f}), "
+        f"{folders[best]}. Each seed has a validation part of its own, so luck has its share."
+    )
 
 
 def without(words: Sequence[str], flag: str) -> list[str]:
@@ -4867,14 +4958,24 @@ def side_by_side(
     whole = pd.concat(tables, keys=range(len(tables)))
     labels = whole["label"].to_numpy(dtype=float)
     split = whole.index.get_level_values(0).to_numpy()
-    draws = patient_draws(labels, whole["patient"].to_numpy(dtype=np.str_), seed)
-    values: dict[str, pd.DataFrame] = {}
-    replicates: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for model in whole.columns.drop(SAME):
-        parts = [(labels[split == k], t[model].to_numpy()) for k, t in enumerate(tables)]
-        values[model] = pd.DataFrame([metrics_of(*part) for part in parts])
-        drawn = [weighted_metrics(*part, draws[:, split == k]) for k, part in enumerate(parts)]
-        replicates[model] = {m: np.mean([d[m] for d in drawn], axis=0) for m in drawn[0]}
+    parts = {
+        model: [(labels[split == k], t[model].to_numpy()) for k, t in enumerate(tables)]
+        for model in whole.columns.drop(SAME)
+    }
+    values = {model: pd.DataFrame([metrics_of(*p) for p in each]) for model, each in parts.items()}
+
+    def ask(weights: NDArray[np.float64]) -> Figures:
+        means: Figures = {}
+        for model, each in parts.items():
+            drawn = [weighted_metrics(*p, weights[:, split == k]) for k, p in enumerate(each)]
+            means |= {(model, m): np.mean([d[m] for d in drawn], axis=0) for m in drawn[0]}
+        return means
+
+    groups = whole["patient"].to_numpy(dtype=np.str_)
+    drawn = bootstrap(labels, groups, seed, ask, split)
+    replicates = {
+        model: {m: draws for (name, m), draws in drawn.items() if name == model} for model in parts
+    }
     results: dict[str, dict[str, Any]] = {}
     for model, own in replicates.items():
         mean, other = values[model].mean(), values[reference].mean()
@@ -4912,8 +5013,18 @@ def show(
     folder: Path,
     name: str,
     args: argparse.Namespace,
+    further: str = "",
 ) -> None:
-    """Print the table of a comparison; write ``NAME.json``, ``NAME.png`` and ``NAME.html``."""
+    """Print the table of a comparison; write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
+
+    Args:
+        results: from ``side_by_side``.
+        reference: the model that the others are compared with.
+        folder: where to.
+        name: of the files.
+        args: of the run.
+        further: one more sentence for the page.
+    """
     write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
     with atomic(folder / f"{name}.png") as temporary:
         draw_comparison(results, reference).savefig(temporary, format="png", dpi=150)
@@ -4928,6 +5039,7 @@ def show(
         if best == reference
         else f"The highest has {best}: {shown(results[best]['auroc'])}; paired difference "
         f"{shown(better, '+.3f')}{'' if better['low'] > 0 else ', an interval with zero in it'}.",
+        *([further] if further else []),
     ]
     seeds = f"{args.seed} to {args.seed + args.seeds - 1}" if args.seeds else str(args.seed)
     card = {"Seeds": seeds, "SHA-256 of the code": code_hash(), "Intervals": INTERVALS_TOLD}
@@ -4946,7 +5058,8 @@ def show(
 def counted(results: dict[str, dict[str, Any]]) -> str:
     """Say on how many rows and events a comparison rests."""
     first = next(iter(results.values()))
-    return f"test part: {first['n']} rows, {first['events']} events"
+    parts = "test parts, joined" if "sd" in first["auroc"] else "test part"
+    return f"{parts}: {first['n']} rows, {first['events']} events"
 
 
 def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> pd.DataFrame:
@@ -4955,11 +5068,13 @@ def comparison_table(results: dict[str, dict[str, Any]], reference: str) -> pd.D
     for name, result in results.items():
         row = {"model": name, "test AUROC [95 %]": shown(result["auroc"])}
         if "sd" in result["auroc"]:
-            row["sd"] = f"{result['auroc']['sd']:.3f}"
+            row["sd of AUROC"] = f"{result['auroc']['sd']:.3f}"
         difference = shown(result["minus_reference"]["auroc"], "+.3f")
         row[f"minus {reference} [95 %]"] = "" if name == reference else difference
-        row["AUPRC"] = f"{result['auprc']['value']:.3f}"
-        row["Brier"] = f"{result['brier']['value']:.4f}"
+        for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
+            row[title] = f"{result[metric]['value']:{form}}"
+            if "sd" in result[metric]:
+                row[f"sd of {title}"] = f"{result[metric]['sd']:{form}}"
         if "seconds_an_epoch" in result:
             row["s an epoch"] = f"{result['seconds_an_epoch']:.0f}"
         table.append(row)
@@ -4991,6 +5106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = resolve(build_parser().parse_args(words))
     memory = start_logging()
     try:
+        refuse_together(words)
         if args.compare:
             return run_compare(args.compare, args.seed)
         if args.seeds:

@@ -37,10 +37,12 @@ def test_one_test_part_gives_the_figures_of_each_model_and_their_paired_differen
     results = trainer.side_by_side([table], "bad", seed=5)
     for name in ("good", "bad"):
         alone = trainer.metrics_with_intervals(labels, table[name].to_numpy(), groups, 5)
-        difference = results[name].pop("minus_reference")
-        assert results[name] == alone
         against = (table[name].to_numpy(), table["bad"].to_numpy())
-        assert difference == trainer.paired_differences(labels, *against, groups, 5)
+        paired = trainer.paired_differences(labels, *against, groups, 5)
+        assert (results[name]["n"], results[name]["events"]) == (alone["n"], alone["events"])
+        for metric in paired:
+            assert results[name][metric] == pytest.approx(alone[metric])
+            assert results[name]["minus_reference"][metric] == pytest.approx(paired[metric])
 
 
 def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> None:
@@ -75,6 +77,52 @@ def test_splits_of_other_patients_make_the_interval_narrower() -> None:
         trainer.side_by_side(few, "bad", seed=0)["good"]["auroc"] for few in (tables[:1], tables)
     )
     assert four["high"] - four["low"] < 0.7 * (one["high"] - one["low"])
+
+
+def test_few_events_in_a_split_leave_no_interval_without_ends(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    tables = [table_of(seed, n=24) for seed in range(3)]
+    for table in tables:
+        table["label"] = (np.arange(24) < 2).astype(int)  # two rows of one patient
+    results = trainer.side_by_side(tables, "bad", seed=0)
+    for figures in (results["good"], results["good"]["minus_reference"]):
+        for metric in ("auroc", "auprc", "brier"):
+            assert figures[metric]["low"] <= figures[metric]["value"] <= figures[metric]["high"]
+    assert not recwarn.list
+
+
+def test_many_rows_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [table_of(seed) for seed in range(2)]
+    whole = trainer.side_by_side(tables, "bad", seed=0)
+    monkeypatch.setattr(trainer, "CHUNK_CELLS", 7 * 240)
+    sizes = []
+    real = trainer.weighted_metrics
+    monkeypatch.setattr(trainer, "weighted_metrics", lambda *a: sizes.append(len(a[2])) or real(*a))
+    pieces = trainer.side_by_side(tables, "bad", seed=0)
+    assert max(sizes) == 7
+    for metric in ("auroc", "log_loss"):
+        assert pieces["good"][metric] == pytest.approx(whole["good"][metric])
+
+
+def test_pooled_intervals_cover_the_true_mean_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "BOOTSTRAP_REPLICATES", 300)
+    # Normal scores d apart have AUROC Phi(d / sqrt(2)): 0.7602 for d = 1, 0.6381 for d = 0.5.
+    truth, covered, repeats = 0.7602 - 0.6381, 0, 500
+    for repeat in range(repeats):
+        rng = np.random.default_rng(repeat)
+        patients = rng.permutation(600)
+        scores = {"label": (np.arange(600) % 3 == 0).astype(int)}
+        scores["good"] = scores["label"] + rng.normal(size=600)
+        scores["bad"] = 0.5 * scores["label"] + rng.normal(size=600)
+        whole = pd.DataFrame(scores)
+        whole[["good", "bad"]] = 1 / (1 + np.exp(-whole[["good", "bad"]]))
+        whole.insert(0, "patient", patients.astype(str))
+        whole.insert(0, "id", patients.astype(str))
+        tables = [whole.sample(300, random_state=repeat + k, ignore_index=True) for k in (0, 1)]
+        paired = trainer.side_by_side(tables, "bad", repeat)["good"]["minus_reference"]["auroc"]
+        covered += paired["low"] <= truth <= paired["high"]
+    assert 0.93 <= covered / repeats <= 0.97
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +166,9 @@ def test_several_seeds_are_run_pooled_and_the_best_is_chosen_by_validation(
     assert pooled["value"] == pytest.approx(np.mean(scores))
     assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
     validation = [figure["validation"]["auroc"]["value"] for figure in figures]
-    assert f"seed {3 + int(np.argmax(validation))}, " in said.split("best by validation")[1]
+    best = f"Best by validation: seed {3 + int(np.argmax(validation))} "
+    assert best in said
+    assert best in (runs / "out" / "seeds.html").read_text()
     page = (runs / "out" / "seeds.html").read_text()
     assert f"trajectory: test AUROC {pooled['value']:.3f} [" in page
     assert f"standard deviation over splits {pooled['sd']:.3f}" in page
@@ -172,8 +222,12 @@ def test_what_was_not_tested_alike_is_not_compared(
     [
         (["--compare", "run"], "two different folders"),
         (["--compare", "run", "run"], "two different folders"),
-        (["--seeds", "2", "--demo"], "--demo"),
-        (["--seeds", "2", "--dry_run"], "--dry_run"),
+        (["--seeds", "2", "--demo"], "--demo and --seeds"),
+        (["--seeds", "2", "--dry_run"], "--dry_run and --seeds"),
+        (["--predict", "--seeds", "2"], "--predict and --seeds"),
+        (["--predict", "--ablation"], "--predict and --ablation"),
+        (["--ablation", "--seeds", "2", "--demo"], "--demo and --ablation and --seeds"),
+        (["--compare", "a", "b", "--output_dir", "c"], "no use for --output_dir"),
         (["--seeds", "2", "--ode_checkpoint", "stage1.pt"], "{seed}"),
     ],
 )

@@ -360,8 +360,9 @@ def test_the_summary_states_sizes_observations_and_spans(
     output = capsys.readouterr().out
     assert "rows 21, patients 11" in output
     assert "11 events in 21 labelled rows (52.4%)" in output
-    assert re.search(r"observations a row: median 2, .* range 2 to 3", output)
-    assert re.search(r"span in hours: median 2.5, .* range 2.5 to 50", output)
+    assert re.search(r"observations a row: median 2, .* within 2 to 2.8", output)
+    assert re.search(r"span in hours: median 2.5, .* within 2.5 to 40.5", output)
+    assert "50" not in output, "no extreme: it is one patient's"
 
 
 def test_notices_are_part_of_the_commands_output(

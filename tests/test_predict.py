@@ -642,7 +642,7 @@ def test_figures_are_those_of_the_labelled_rows(
     said = capsys.readouterr().out
     assert f"{score:.3f} [" in said
     assert f"{int(known.sum())}\n" in said
-    page = out.with_suffix(".html").read_text()
+    page = out.with_suffix(".report.html").read_text()
     assert f"AUROC {score:.3f} [" in page
     assert "Case mix" in page
     mix = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)["config"]["case_mix"]
@@ -652,7 +652,74 @@ def test_figures_are_those_of_the_labelled_rows(
     few = write(table.head(3).assign(label_escalation="0"), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)
     assert "one class only" in capsys.readouterr().out
-    assert not out.with_suffix(".html").exists(), "the report of other predictions"
+    assert not out.with_suffix(".report.html").exists(), "the report of other predictions"
+
+
+def test_figures_of_many_pieces_are_those_of_one(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = table.copy()
+    rows["subject_id"] = [f"p{k % 17}" for k in range(len(rows))]  # a patient in many pieces
+    rows["split"] = "test"
+    data = write(rows, tmp_path / "rows.csv")
+    pages = []
+    for name, size in (("one", 10_000), ("many", 7)):
+        monkeypatch.setattr(trainer, "PIECE_ROWS", size)
+        predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
+        pages.append((tmp_path / f"{name}.report.html").read_text())
+    assert pages[0] == pages[1]
+    out = read(tmp_path / "many.csv")
+    labels = rows["label_escalation"].astype(int).to_numpy()
+    groups = rows["subject_id"].to_numpy(dtype=np.str_)
+    hashed = pd.util.hash_array(groups.astype(object))
+    expected = trainer.metrics_with_intervals(labels, out["probability"].to_numpy(), hashed, 0)
+    assert f"AUROC {trainer.shown(expected['auroc'])}" in pages[1]
+    (cells,) = re.findall(r"<tr>\s*<th[^>]*>Patients</th>(.*?)</tr>", pages[1], re.DOTALL)
+    assert re.findall(r"<td>(.*?)</td>", cells)[1] == "17"
+
+
+def test_nothing_else_is_written_over(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(table.head(9), tmp_path / "rows.csv")
+    checkpoint = tmp_path / "kept.pt"
+    shutil.copy(runs / trainer.TRAJECTORY_FILE, checkpoint)
+    for taken in (checkpoint, data.with_suffix(".json"), tmp_path / "rows.html"):
+        refused(capsys, words_of(checkpoint, data, taken), "the name of a .csv file")
+    inside = runs / "trajectory" / "predictions_test.csv"
+    refused(capsys, words_of(runs / "trajectory", data, inside), "not within")
+    page = tmp_path / "new.report.html"
+    page.write_text("<p>someone else's</p>")
+    refused(capsys, words_of(checkpoint, data, tmp_path / "new.csv"), "new.report.html")
+    assert page.read_text() == "<p>someone else's</p>"
+    assert not (tmp_path / "new.csv").exists()
+    page.unlink()
+    for _ in range(2):  # its own page it replaces
+        predicted(checkpoint, data, tmp_path / "new.csv")
+
+
+def test_a_run_that_never_ended_is_said_to_have_no_threshold(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)
+    del whole["config"]["decision"]
+    torch.save(whole, tmp_path / "early.pt")
+    data = write(table.head(9), tmp_path / "rows.csv")
+    predicted(tmp_path / "early.pt", data, tmp_path / "new.csv")
+    assert "keeps no threshold" in capsys.readouterr().out
+    predicted(runs / "trajectory", data, tmp_path / "new.csv")
+    assert "keeps no threshold" not in capsys.readouterr().out
+
+
+def test_a_wrong_label_hinders_no_prediction_however_strict(
+    runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    rows = table.head(9).copy()
+    rows.loc[rows.index[2], "label_escalation"] = "maybe"
+    data = write(rows, tmp_path / "rows.csv")
+    out = predicted(runs / "trajectory", data, tmp_path / "new.csv", "--strict")
+    assert out["probability"].notna().all()
+    assert (out["problem"] == "").all()
 
 
 PEAK = """

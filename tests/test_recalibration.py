@@ -66,6 +66,15 @@ def test_a_model_that_ranks_the_wrong_way_round_is_not_turned_round(
     assert "not recalibrated" in caplog.text
 
 
+def test_a_validation_part_that_is_parted_completely_is_not_fitted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labels = (np.arange(40) >= 20).astype(float)
+    decision = trainer.decide(labels, np.arange(40) - 20.0, "platt")
+    assert not decision.recalibrates
+    assert "part completely" in caplog.text
+
+
 def figures_of(folder: Path, how: str, *flags: str) -> dict[str, Any]:
     data = folder / "data.csv"
     rng = np.random.default_rng(0)
@@ -101,7 +110,13 @@ def test_a_run_keeps_it_with_the_weights_and_shows_before_and_after(
     assert f"calibration slope {slope}" in said
     page = (tmp_path / "platt" / "trajectory" / "report.html").read_text()
     assert "before and after" in page
-    assert slope in page.split("before and after")[-1]
+    rows = page.split("before and after")[-1]
+    after = f"{mended['test']['calibration_slope']['value']:.3f}"
+    assert rows.index("As learned") < rows.index("Recalibrated")
+    assert rows.index(slope) < rows.index(after)
+    for part in ("validation", "test"):  # at thresholds of their own: the same rows are alarmed
+        for name in ("sensitivity", "specificity", "ppv", "alarms"):
+            assert mended["calibration"][f"{part} before"][name] == mended[part][name]
     assert "before and after" not in (tmp_path / "none" / "trajectory" / "report.html").read_text()
     kept = torch.load(tmp_path / "platt" / trainer.TRAJECTORY_FILE, weights_only=True)["config"]
     known = mended["calibration"]

@@ -404,6 +404,19 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     assert "No baseline was scored" in said(cohort_of((labels, risk, groups)))
 
 
+def test_a_model_is_not_praised_whose_risks_are_off_or_beside_which_nothing_stands() -> None:
+    labels, risk, groups = drawn(np.random.default_rng(0), 800)
+    sure = sigmoid(3 * trainer.log_odds(risk))
+    for probability, baselines, praised in (
+        (risk, {"number": np.full(800, 0.5)}, True),
+        (sure, {"number": np.full(800, 0.5)}, False),
+        (risk, {}, False),
+    ):
+        cohort = cohort_of((labels, probability, groups), **baselines)
+        good, sentences = trainer.verdict(cohort, trainer.assess(cohort, 0.3, 0), "Death")
+        assert good == praised, sentences
+
+
 def test_few_events_judge_no_model() -> None:
     labels, risk = np.zeros(60), np.linspace(0.1, 0.6, 60)
     labels[-3:] = 1
@@ -411,6 +424,7 @@ def test_few_events_judge_no_model() -> None:
     good, sentences = trainer.verdict(cohort, trainer.assess(cohort, 0.3, 0), "Death")
     assert not good
     assert sentences[0].startswith("Only 3 of 60 rows")
+    assert "cannot be told" in sentences[2]
 
 
 def test_patients_are_named_only_when_asked_and_then_ten(page: str, tmp_path: Path) -> None:
@@ -522,7 +536,9 @@ def test_a_run_reports_without_any_patient_unless_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "signs.csv"
-    marked(300).to_csv(data, index=False)
+    table = marked(300)
+    table.loc[7, "clinical_trajectory"] += " -> 987.654 (777.25h)"  # the extreme of all rows
+    table.to_csv(data, index=False)
     words = ["--trajectory_only", "--data_path", str(data), "--trajectory_epochs", "2"]
     words += ["--output_dir", str(tmp_path / "run")]
     assert trainer.main(words) == 0
@@ -532,9 +548,13 @@ def test_a_run_reports_without_any_patient_unless_asked(
         text = path.read_text(encoding="utf-8")
         assert "MARKERCONTEXT" not in text
         assert "7.41703" not in text
+        assert "987.6" not in text.replace(",", "")
+        assert "987.7" not in text
         if not path.name.startswith("predictions_"):
             assert "MARKERID" not in text, path.name
     assert "MARKER" not in told
+    for extreme in ("987.6", "987.7", "777.2", "777.3"):
+        assert extreme not in told, "an extreme is one patient's value"
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert Page(text).open == []
     assert "Will care have to be escalated?" in text
@@ -562,6 +582,8 @@ def test_a_run_reports_without_any_patient_unless_asked(
     for name, value in expected.items():
         assert test[name]["value"] == pytest.approx(value, abs=1e-6)
         assert test[name]["low"] <= test[name]["value"] <= test[name]["high"]
+        assert trainer.shown(test[name], ".1f", 100).split(" [")[0] in text
+    assert f"at least {100 * found['threshold']:.3g} %" in text
     assert {"calibration_slope", "brier_skill"} < set(found["validation"])
     assert trainer.main([*words, "--report_patients", "--log_file", "none"]) == 0
     text = (folder / "report.html").read_text(encoding="utf-8")

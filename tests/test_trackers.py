@@ -84,7 +84,7 @@ def test_tensorboard_gets_no_text_of_the_data_and_no_path(words: list[str], tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert trainer.main([*words, "--report_to", "tensorboard"]) == 0
-    folder = tmp_path / "out" / "trajectory" / trainer.TRACKED_AS
+    folder = tmp_path / "out" / "tracker" / "trajectory" / trainer.TRACKED_AS
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
     for path in files:
@@ -92,7 +92,7 @@ def test_tensorboard_gets_no_text_of_the_data_and_no_path(words: list[str], tmp_
         assert MARKER.encode() not in content
         assert b"731.9" not in content
     events = EventAccumulator(str(folder)).Reload()
-    metrics = json.loads((folder.parent / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out" / "trajectory" / "metrics.json").read_text())
     (last,) = events.Scalars("test_auroc")
     assert last.value == pytest.approx(metrics["test"]["auroc"]["value"])
     assert len(events.Scalars("val_auroc")) == 3
@@ -125,7 +125,10 @@ def test_a_tracker_that_is_not_installed_is_one_line_and_nothing_is_written(
 
 
 def test_a_tracker_that_cannot_start_is_one_line(
-    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Broken(Recorder):
         def init_trackers(self, name: str, numbers: Any, kwargs: Any) -> None:
@@ -135,3 +138,4 @@ def test_a_tracker_that_cannot_start_is_one_line(
     monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
     assert trainer.main([*words, "--report_to", "wandb"]) == 2
     assert capsys.readouterr().err == "error: --report_to wandb: cannot start: no API key\n"
+    assert not (tmp_path / "out" / "trajectory").exists(), "no half-made run"
