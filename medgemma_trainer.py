@@ -1108,9 +1108,14 @@ def paired_differences(
     Both are scored on the same draws of patients, so that what they share cancels out.
     """
     own, other = metrics_of(labels, probability), metrics_of(labels, reference)
-    draws = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, probability))
-    others = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, reference))
-    return {name: interval(own[name] - other[name], draws[name] - others[name]) for name in draws}
+
+    def ask(weights: NDArray[np.float64]) -> Figures:
+        first = weighted_metrics(labels, probability, weights)
+        second = weighted_metrics(labels, reference, weights)
+        return {name: first[name] - second[name] for name in first}
+
+    draws = bootstrap(labels, groups, seed, ask)
+    return {name: interval(own[name] - other[name], draws[name]) for name in draws}
 
 
 class Estimate(TypedDict):
