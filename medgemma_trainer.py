@@ -4756,7 +4756,6 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
         InputError: a flag that the variants set themselves.
     """
     own = {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
-    own |= {"--dry_run", "--demo"}
     if taken := [w for w in words if w.split("=")[0] in own]:
         raise InputError(f"--ablation and {taken[0].split('=')[0]} do not go together")
     if args.series_text == "none":

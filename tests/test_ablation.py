@@ -309,7 +309,7 @@ def test_flags_that_contradict_a_stage_are_refused(
         (["--mode", "generative"], "--ablation and --mode do not go together"),
         (["--soft_prompt=off"], "--ablation and --soft_prompt do not go together"),
         (["--freeze_ode"], "--ablation and --freeze_ode do not go together"),
-        (["--demo"], "--ablation and --demo do not go together"),
+        (["--demo"], "--demo and --ablation do not go together"),
         (["--series_text", "none"], "leaves no text"),
     ],
 )

@@ -437,7 +437,7 @@ def test_the_check_prints_a_line_a_series(
     assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1") == 0
     output = capsys.readouterr().out
     assert "Blood urea" not in output
-    assert "range 1 to 1" in output
+    assert "within 1 to 1" in output
     assert checked(table, tmp_path, "--series", "lactate") == 2
     assert re.fullmatch(r"error: .*no such series.*\n", capsys.readouterr().err)
     assert checked(table, tmp_path, "--max_len", "0") == 2
