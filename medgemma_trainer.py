@@ -1063,7 +1063,7 @@ Figures = dict[Any, NDArray[np.float64]]
 
 def bootstrap(
     labels: NDArray[Any],
-    groups: NDArray[np.str_],
+    groups: NDArray[Any],
     seed: int,
     ask: Callable[[NDArray[np.float64]], Figures],
     split: NDArray[Any] | None = None,
@@ -1084,7 +1084,7 @@ def interval(value: float, replicates: NDArray[np.float64]) -> dict[str, float]:
 
 
 def metrics_with_intervals(
-    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[np.str_], seed: int
+    labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[Any], seed: int
 ) -> dict[str, Any]:
     """Score probabilities (n,), each figure with its interval; see ``patient_draws``."""
     values = metrics_of(labels, probability)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,9 +97,14 @@ def test_many_rows_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     tables = [table_of(seed) for seed in range(2)]
     whole = trainer.side_by_side(tables, "bad", seed=0)
     monkeypatch.setattr(trainer, "CHUNK_CELLS", 7 * 240)
-    sizes = []
+    sizes: list[int] = []
     real = trainer.weighted_metrics
-    monkeypatch.setattr(trainer, "weighted_metrics", lambda *a: sizes.append(len(a[2])) or real(*a))
+
+    def seen(labels: Any, risk: Any, weights: Any) -> Any:
+        sizes.append(len(weights))
+        return real(labels, risk, weights)
+
+    monkeypatch.setattr(trainer, "weighted_metrics", seen)
     pieces = trainer.side_by_side(tables, "bad", seed=0)
     assert max(sizes) == 7
     for metric in ("auroc", "log_loss"):

@@ -70,7 +70,7 @@ def test_a_validation_part_that_is_parted_completely_is_not_fitted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     labels = (np.arange(40) >= 20).astype(float)
-    decision = trainer.decide(labels, np.arange(40) - 20.0, "platt")
+    decision = trainer.decide(labels, np.linspace(-20, 19, 40), "platt")
     assert not decision.recalibrates
     assert "part completely" in caplog.text
 

@@ -537,7 +537,8 @@ def test_a_run_reports_without_any_patient_unless_asked(
 ) -> None:
     data = tmp_path / "signs.csv"
     table = marked(300)
-    table.loc[7, "clinical_trajectory"] += " -> 987.654 (777.25h)"  # the extreme of all rows
+    far = pd.Series([" -> 987.654 (777.25h)"], index=[7])  # of all rows
+    table["clinical_trajectory"] += far.reindex(table.index, fill_value="")
     table.to_csv(data, index=False)
     words = ["--trajectory_only", "--data_path", str(data), "--trajectory_epochs", "2"]
     words += ["--output_dir", str(tmp_path / "run")]
