@@ -166,7 +166,7 @@ NOT_KNOWN = "\N{EN DASH}"
 INK, GRID, MODEL, OTHER = "#000001", "#000002", "#000003", "#000004"
 PAGE_COLOURS = {INK: "--ink", GRID: "--grid", MODEL: "--model", OTHER: "--other"}
 """Colours that pictures are drawn in, and the page's own that take their place."""
-GENERATION_BATCH = 32
+GENERATION_BATCH = 16
 BUCKET = 25
 """Batches whose rows are sorted by length together: less padding, and still a random order."""
 
