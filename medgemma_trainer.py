@@ -2542,21 +2542,17 @@ def write_results(
         stage.save(folder)  # the winner, with what makes predictions of its log-odds
     scored = {part: each._replace(decision=decision) for part, each in raw.items()}
     simple = baselines(data)
-    models = {stage.name: {part: scored[part].probability for part in scored}, **simple}
     threshold = decision.threshold
     figures: dict[str, Any] = {"stage": stage.name, "selected_epoch": stopping.best_epoch}
     figures |= {"threshold": threshold, "calibration": {"method": args.calibrate}}
-    scores: dict[str, dict[str, Any]] = {name: {} for name in models}
-    for name, probabilities in models.items():
-        for part, probability in probabilities.items():
-            rows = data.split[part]
-            scores[name]["validation" if part == "val" else part] = metrics_with_intervals(
-                data.dataset.labels[rows], probability, data.dataset.groups[rows], args.seed
-            )
-    figures.update(scores.pop(stage.name))
+    scores: dict[str, dict[str, Any]] = {name: {} for name in simple}
     for part, each in scored.items():
-        name = "validation" if part == "val" else part
-        figures[name] |= judged(each, data, threshold, args.seed)
+        name, groups = "validation" if part == "val" else part, data.dataset.groups[each.rows]
+        figures[name] = judged(each, data, threshold, args.seed)
+        for baseline, risks in simple.items():
+            scores[baseline][name] = metrics_with_intervals(
+                each.labels, risks[part], groups, args.seed
+            )
         if decision.recalibrates:
             known = figures["calibration"]
             known |= {"slope": decision.slope, "intercept": decision.intercept}
@@ -2569,7 +2565,7 @@ def write_results(
                 "label": result.labels.astype(int),
                 "probability": result.probability,
                 "patient": data.dataset.groups[result.rows],
-                **{name: risks[part] for name, risks in models.items() if name != stage.name},
+                **{name: risks[part] for name, risks in simple.items()},
             }
         )
         if first:
@@ -2816,6 +2812,7 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
     }
 
     def ask(weights: NDArray[np.float64]) -> Figures:
+        """Give all figures under some draws."""
         own = weighted_metrics(labels, probability, weights)
         result = {**own, **weighted_calibration(labels, probability, weights)}
         result |= weighted_shares(shares, weights)
@@ -3076,6 +3073,7 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
     """Set the case mix of two sets of rows side by side, each from ``case_mix``."""
 
     def cell(mix: dict[str, float], name: str) -> str:
+        """Write one fact of a case mix."""
         if f"{name}_median" in mix:
             low, middle, high = (mix[f"{name}_{place}"] for place in ("q1", "median", "q3"))
             return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
@@ -4969,6 +4967,7 @@ def side_by_side(
     values = {model: pd.DataFrame([metrics_of(*p) for p in each]) for model, each in parts.items()}
 
     def ask(weights: NDArray[np.float64]) -> Figures:
+        """Give the mean over splits of each figure under some draws."""
         means: Figures = {}
         for model, each in parts.items():
             drawn = [weighted_metrics(*p, weights[:, split == k]) for k, p in enumerate(each)]
