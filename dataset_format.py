@@ -165,6 +165,8 @@ class TrajectoryDataset:
         main: position of the series that stands for the others in texts.
         series_text: how much of the series ``prompt`` tells, one of ``SERIES_TEXT``.
         text_context: whether ``prompt`` tells the context.
+        text_computed: whether ``prompt``, where it tells series value by value, also tells what a
+            report has to compute from them: a language model copies well and reckons badly.
         fixed_features: the features belong to the format: one that nobody measured is no mistake.
         flow: how the data came to their rows: columns rule, removed, left; None where not known.
     """
@@ -177,6 +179,7 @@ class TrajectoryDataset:
     main: int = 0
     series_text: str = "all"
     text_context: bool = True
+    text_computed: bool = False
     fixed_features: bool = False
     flow: pd.DataFrame | None = None
 
@@ -871,6 +874,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             latest = zip(times[-(most or 0) :], values[-(most or 0) :], strict=True)
             pairs = (f"{plain(v)} ({plain(t)}h)" for t, v in latest)
             lines.append(f"{self.features[f]}{unit}: {' -> '.join(pairs) or 'not measured'}. ")
+            if self.text_computed and f == self.main and f in seen:
+                lines.append("".join(_change_clause(_unit(self.units[f]), *seen[f])) + ". ")
         return "".join(lines)
 
     def _clauses(self, i: int) -> list[list[str]]:
@@ -883,6 +888,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 clauses.append([f"{start}not measured"])
             elif f == self.main:
                 clauses += _main_clauses(start, _unit(unit), *seen[f])
+                change = _change_clause(_unit(unit), *seen[f])
+                clauses.append([f". {change[0]}", *change[1:]])
             else:
                 clauses.append(_short_clause(start, _unit(unit), *seen[f]))
         return clauses
@@ -1088,24 +1095,28 @@ def _union(
 def _main_clauses(
     start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> list[list[str]]:
-    """Say of a series: first, last, lowest, highest, net change, rate, direction.
-
-    The rate has one significant figure: a report is to be read, and a language model that writes it
-    has no calculator; the times between which it holds stand in front.
-    """
+    """Say of a series: first, last, lowest, highest."""
     low, high = int(values.argmin()), int(values.argmax())
     places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
-    clauses = [
+    return [
         [words, plain(values[k]), f"{unit} at ", plain(times[k]), " h"]
         for words, k in places.items()
     ]
+
+
+def _change_clause(unit: str, times: NDArray[np.float64], values: NDArray[np.float64]) -> list[str]:
+    """Say of a series: net change, rate, direction.
+
+    The rate has one significant figure: it is to be read. The times between which it holds are
+    those of first and last value.
+    """
     change, span = values[-1] - values[0], times[-1] - times[0]
-    net = [". Net change ", plain(round(change, 6)), unit]
+    clause = ["Net change ", plain(round(change, 6)), unit]
     if span > 0:  # within no time there is no rate
-        net[-1] += ", "
-        net += [plain(float(f"{change / span:.1g}")), f"{unit} an hour"]
-    net[-1] += f": {DIRECTIONS[int(np.sign(change))]}"
-    return [*clauses, net]
+        clause[-1] += ", "
+        clause += [plain(float(f"{change / span:.1g}")), f"{unit} an hour"]
+    clause[-1] += f": {DIRECTIONS[int(np.sign(change))]}"
+    return clause
 
 
 def _short_clause(

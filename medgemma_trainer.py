@@ -1731,6 +1731,7 @@ def llm_facts(args: argparse.Namespace, model: TrajectoryLLM, data: Data) -> dic
         "num_prefix_tokens": model.tokens,
         "text_context": args.text_context,
         "series_text": args.series_text,
+        "text_computed": data.dataset.text_computed,
         "max_text_tokens": args.max_text_tokens,
         "trajectory_head": model.trajectory_head is not None,
         **({} if encoder is None else encoder_facts(encoder)),
@@ -3942,6 +3943,7 @@ def text_of(dataset: TrajectoryDataset, winner: Winner) -> TextCollator | None:
         return None
     most = winner.facts["max_text_tokens"]
     dataset.text_context = winner.facts["text_context"] == "full"
+    dataset.text_computed = winner.facts.get("text_computed", False)
     return TextCollator(
         dataset, winner.tokenizer, answers=False, most_tokens=most, refuse_long=False
     )
@@ -4508,6 +4510,7 @@ def load_data(args: argparse.Namespace) -> Data:
     else:
         raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
     dataset.text_context = args.text_context == "full"
+    dataset.text_computed = args.mode == "generative"
     hashes = dataset.fingerprint(), dataset.row_fingerprint()
     dataset = dataset.sample_patients(args.max_samples, args.seed)
     return Data(dataset, dataset.split(args.seed), *hashes)

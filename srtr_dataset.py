@@ -631,6 +631,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     def _tell(self, i: int, most: int | None) -> str:
         """Give the latest values of each series with their days."""
         most = 1 if self.series_text == "last" else min(most or TEXT_VALUES, TEXT_VALUES)
+        computed = self.text_computed and self.series_text != "last"
         lines = []
         for f, times, values in self.measured(i):
             feature, days = self._kind.features[f], times / HOURS
@@ -642,7 +643,11 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             unit = f" in {feature.unit}" if "/" in feature.unit else ""  # scores stand alone
             shown = zip(days[-most:], values[-most:], strict=True)
             text = " -> ".join(f"{feature.say(v)} (day {plain(d)})" for d, v in shown)
+            if computed and len(values) > most and not feature.words:
+                text = f"first {feature.say(values[0])} (day {plain(days[0])}), latest {text}"
             lines.append(f"{feature.name}{unit}: {text}")
+        if computed:
+            lines.append(f"{self.lengths[i]} observations")
         return f"History: {'; '.join(lines)}. " if lines else ""
 
     def _clauses(self, i: int) -> list[list[str]]:

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import medgemma_trainer as trainer
+from conftest import SAMPLE
 from dataset_format import SERIES_TEXT, MIMICtrajectoryDataset
 from language_models import arguments, body_inputs, data_of, patients
 from medgemma_trainer import Stage
@@ -82,6 +83,14 @@ def test_what_the_text_tells_changes_the_text_alone(choice: str, context: str) -
     assert ("Last values" in text) == (choice == "last")
     tokens = min(8, int(patients().lengths[ROWS[0]]))
     assert torch.equal(soft[0, : 1 + tokens], embeddings[0, : 1 + tokens])
+
+
+def test_only_a_writer_is_told_what_it_would_have_to_compute() -> None:
+    told = {}
+    for mode in ("classification", "generative"):
+        dataset = trainer.load_data(arguments("--data_path", str(SAMPLE), "--mode", mode)).dataset
+        told[mode] = "Net change" in dataset.prompt(0)
+    assert told == {"classification": False, "generative": True}
 
 
 def test_a_context_is_never_told_where_it_is_switched_off() -> None:

@@ -325,6 +325,17 @@ def test_the_prompt_tells_of_the_series_what_was_chosen(choice: str) -> None:
     assert dataset.report(0) == other.report(0)
 
 
+@pytest.mark.parametrize("choice", SERIES_TEXT)
+def test_what_a_report_computes_is_told_behind_the_values_of_the_main_series(choice: str) -> None:
+    dataset = MIMICtrajectoryDataset(THREE, series_text=choice)
+    plain = dataset.prompt(0)
+    dataset.text_computed = True
+    values = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
+    sentence = "Net change -4 mEq/L, -2 mEq/L an hour: falling. "
+    assert dataset.prompt(0) == plain.replace(values, values + sentence)
+    assert (sentence in dataset.prompt(0)) == (choice in ("all", "main"))
+
+
 def test_an_unknown_choice_of_text_is_refused() -> None:
     with pytest.raises(ValueError, match="some"):
         MIMICtrajectoryDataset(THREE, series_text="some")

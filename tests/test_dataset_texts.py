@@ -89,6 +89,16 @@ def test_every_number_in_the_texts_is_the_patients_own() -> None:
         assert len(stated) <= 10
 
 
+def test_a_writer_finds_what_it_would_have_to_compute_in_its_prompt() -> None:
+    rng = np.random.default_rng(4)
+    dataset = dataset_of([random_text(rng) for _ in range(100)])
+    dataset.text_computed = True
+    for i in range(100):
+        computed = dataset.report(i)[dataset.report(i).index("Net change") :]
+        assert computed in dataset.prompt(i)
+        assert computed in dataset.prompt(i, most=1)  # of the whole series, however much is told
+
+
 @pytest.mark.parametrize(
     ("last", "rate"), [("20.1", "0.001"), ("24.003", "0.04"), ("18.7", "-0.01"), ("1000", "10")]
 )

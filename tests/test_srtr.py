@@ -483,6 +483,25 @@ def test_text_tells_what_was_known(read: Read) -> None:
     assert dataset.score_report(i, "I cannot tell.").verdict is None
 
 
+def test_a_writer_finds_first_values_and_their_number_in_its_prompt(read: Read) -> None:
+    rows = [
+        history_row(1, day, CANHX_STAT_CD=6222 if day % 2 else 6999, CANHX_SRTR_LAB_MELD=6210 + day)
+        for day in range(10)
+    ]
+    dataset = read(candidate(1), history=rows)
+    i = dataset.ids.tolist().index("1")
+    shown = " -> ".join(f"{10 + day} (day {day})" for day in range(2, 10))
+    assert f"MELD: {shown}; " in dataset.prompt(i)
+    dataset.text_computed = True
+    text = dataset.prompt(i)
+    assert f"MELD: first 10 (day 0), latest {shown}; " in text
+    assert "status: inactive (day 2)" in text  # of a state the report tells the last alone
+    assert "; 10 observations. " in text
+    dataset.series_text = "last"
+    assert "first" not in dataset.prompt(i)
+    assert "observations" not in dataset.prompt(i)
+
+
 def test_unknown_baseline_is_left_unsaid(read: Read) -> None:
     unknown: dict[str, Any] = {
         "CAN_AGE_IN_MONTHS_AT_LISTING": None,
