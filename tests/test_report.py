@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from functools import partial
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,34 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from numpy.typing import NDArray
 from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
 
 import medgemma_trainer as trainer
+from cohorts import Drawn, coverage, drawn, ones, sigmoid
 from conftest import sign_table
 from dataset_format import AGE_BANDS, UNKNOWN, MIMICtrajectoryDataset, banded
 from srtr_dataset import SRTRTrajectoryDataset
 
 SRTR = Path(__file__).parent / "data" / "srtr_saf"
-Drawn = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-
-
-def sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
-
-
-def drawn(rng: np.random.Generator, rows: int, *, a_patient: int = 1, sure: float = 1.0) -> Drawn:
-    """Draw labels, risks and patients; the risks' log-odds are ``sure`` times the true ones."""
-    patients = rows // a_patient
-    shared = rng.normal(size=patients).repeat(a_patient)
-    told = -0.8 + 0.9 * shared + 0.6 * rng.normal(size=rows)
-    labels = (rng.random(rows) < sigmoid(told)).astype(float)
-    return labels, sigmoid(sure * told), np.arange(patients).repeat(a_patient).astype(str)
-
-
-def ones(rows: int) -> NDArray[np.float64]:
-    return np.ones((1, rows))
 
 
 # --------------------------------------------------------------------------- figures
@@ -176,34 +157,10 @@ def test_draws_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.MonkeyPat
         trainer.patient_draws(np.zeros(5), np.arange(5).astype(str), 0)
 
 
-def asked(labels: Any, risk: Any, weights: Any) -> trainer.Figures:
-    """Every kind of figure that a report gives an interval."""
-    place = trainer.threshold_shares(labels, risk, 0.35)
-    benefit = trainer.weighted_benefit(labels, risk, np.array([0.3]), weights)[:, 0]
-    return {
-        **trainer.weighted_metrics(labels, risk, weights),
-        **trainer.weighted_calibration(labels, risk, weights),
-        **trainer.weighted_shares(place, weights),
-        "benefit": benefit,
-    }
-
-
 @pytest.mark.parametrize("a_patient", [1, 2])
 def test_intervals_cover_the_truth(a_patient: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "BOOTSTRAP_REPLICATES", 300)
-    rng = np.random.default_rng(1)
-    labels, risk, _ = drawn(rng, 900_000, a_patient=a_patient)
-    truth = {k: v[0] for k, v in asked(labels, risk, ones(len(labels))).items()}
-    covered = dict.fromkeys(truth, 0)
-    for _ in range(500):
-        labels, risk, groups = drawn(rng, 300 * a_patient, a_patient=a_patient)
-        draws = trainer.bootstrap(labels, groups, 0, partial(asked, labels, risk))
-        for name, replicates in draws.items():
-            score = trainer.estimate(0.0, replicates)
-            assert score["low"] is not None
-            assert score["high"] is not None
-            covered[name] += int(score["low"] <= truth[name] <= score["high"])
-    shares = {name: count / 500 for name, count in covered.items()}
+    shares = coverage(500, 1000, a_patient, seed=1)
     # 500 data sets tell a share of 0.95 to 0.01: of fifteen some lie two or three of that away.
     assert all(0.91 <= share <= 0.98 for share in shares.values()), shares
     assert 0.93 <= np.mean(list(shares.values())) <= 0.97, shares
