@@ -41,8 +41,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -187,6 +189,28 @@ ADVICE = (
     "or shorten the text by --series_text or --max_text_tokens"
 )
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+PARTIAL, OUTGOING = ".partial", ".old"
+"""Endings of hidden names: of what is being written, and of what it replaces."""
+
+LAST = "last"
+"""Folder of the states that ``--resume`` goes on from."""
+
+STATE_FORMAT = 1
+"""Rises when older states can no longer be gone on from."""
+
+STATES_KEPT = 2
+STATE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
+"""A state's running number and the SHA-256 of its file."""
+
+MOST_SKIPPED = 5
+"""Steps in a row that are skipped for a loss or gradient that is no number."""
+
+IMMATERIAL = {
+    *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
+    *("report_patients", "resume", "resume_anyway", "save_every", "seeds", "ablation"),
+}
+"""Flags that do not change a result; files are known by their content."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -1568,6 +1592,7 @@ class Batches(Sampler[list[int]]):
         self.batch_size = batch_size * (self.workers if shuffle else 1)
         self.lengths = lengths
         self.shuffle = shuffle
+        self.done = 0  # batches of the next pass that were given before the run was stopped
         self.generator = torch.Generator()
         if shuffle and len(rows) < self.workers:
             raise InputError(f"{len(rows)} rows train, too few for {self.workers} processes")
@@ -1593,7 +1618,7 @@ class Batches(Sampler[list[int]]):
         if self.lengths is not None:
             order = torch.randperm(len(batches), generator=self.generator)
             batches = [batches[k] for k in order.tolist()]
-        for batch in batches:
+        for batch in batches[self.done :]:
             yield batch[self.share :: self.workers]
 
     def _cut(self, rows: NDArray[np.int64]) -> list[list[int]]:
@@ -1930,7 +1955,7 @@ def write_reports(
     """
     dataset = collate.dataset
     lengths = np.array([len(prompt) for prompt in collate.prompts])  # of all rows
-    batches = progress(
+    batches = progress_bar(
         Batches(scored.rows, GENERATION_BATCH, lengths, shuffle=False), "writing reports"
     )
     texts = written_reports(model, collate, tokenizer, batches, report_tokens(collate))
@@ -2124,29 +2149,58 @@ def outside_llm(model: TrajectoryLLM) -> dict[str, nn.Module]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` and rename it when the block has succeeded."""
-    temporary = path.with_name(f".{path.name}.partial")
+    """Give a temporary path beside ``path``; what is written there takes its place if all is well.
+
+    The content reaches the disk before its name does, so that no loss of power leaves half of it.
+    """
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
     remove(temporary)
     try:
         yield temporary
+        flush(temporary)
         if path.is_dir():  # a folder cannot be replaced in one step
-            outgoing = path.with_name(f".{path.name}.old")
+            outgoing = path.with_name(f".{path.name}{OUTGOING}")
             remove(outgoing)
             path.rename(outgoing)
             temporary.rename(path)
             remove(outgoing)
         else:
             os.replace(temporary, path)
+        flush_entry(path.parent)
     finally:
         remove(temporary)
 
 
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, lies on the disk."""
+    if path.is_dir():
+        for each in path.iterdir():
+            flush(each)
+    flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder, if it is there."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what runs that were killed left half-written in a folder."""
+    for ending in (PARTIAL, OUTGOING):
+        for path in folder.glob(f".*{ending}"):
+            remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -2155,13 +2209,296 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def set_aside(path: Path) -> None:
-    """Move an earlier result out of the way under the first free number; never overwrite it."""
-    if not path.exists():
-        return
-    number = next(k for k in range(1, 10_000) if not path.with_stem(f"{path.stem}.{k}").exists())
-    kept = path.rename(path.with_stem(f"{path.stem}.{number}"))
-    logger.info("an earlier result was moved to %s", kept)
+# --------------------------------------------------------------------------- states
+
+
+class State(NamedTuple):
+    """All that training needs to go on as if it had not been stopped: tensors, and plain types."""
+
+    tensors: dict[str, Tensor]
+    story: dict[str, Any]
+
+
+class States:
+    """The latest states of a stage, in files whose names carry their checksums.
+
+    Args:
+        folder: where they lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Remember the place; nothing is made yet."""
+        self.folder = folder
+
+    def files(self) -> list[Path]:
+        """Give the states that are there, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if STATE_NAME.fullmatch(path.name))
+
+    def keep(self, state: State) -> None:
+        """Write a state beside the one before; older ones go."""
+        from safetensors.torch import save
+
+        files = self.files()
+        number = 1 + (int(files[-1].name[:8]) if files else 0)
+        content = save(state.tensors, {"story": json.dumps(state.story)})
+        digest = hashlib.sha256(content).hexdigest()
+        self.folder.mkdir(exist_ok=True)
+        with atomic(self.folder / f"{number:08d}-{digest}.safetensors") as temporary:
+            temporary.write_bytes(content)
+        for path in files[: len(files) + 1 - STATES_KEPT]:
+            remove(path)
+
+    def newest(self) -> State:
+        """Read the newest state that is whole.
+
+        Raises:
+            InputError: there is none.
+        """
+        files = self.files()
+        for path in reversed(files):
+            try:
+                return read_state(path)
+            except InputError as error:
+                logger.warning("%s: going on from the state before", error)
+        raise InputError(f"--resume {self.folder}: no state is whole: start again without --resume")
+
+
+def read_state(path: Path) -> State:
+    """Read one state; nothing that it may carry is run.
+
+    Raises:
+        InputError: it is damaged, not of this program, or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
+
+    if path.is_symlink():
+        raise InputError(f"{path}: a link, not a state")
+    try:
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() not in path.name:
+            raise InputError(f"{path}: damaged")
+        with safe_open(path, "pt") as opened:
+            story = json.loads(opened.metadata()["story"])
+        tensors = load(content)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a state of training") from error
+    if story.get("format") != STATE_FORMAT:
+        raise InputError(
+            f"{path}: a state of format {story.get('format')}, this program reads {STATE_FORMAT}"
+        )
+    return State(tensors, story)
+
+
+def state_of(stage: Stage, learner: Learner) -> State:
+    """Take down what training needs to go on; of several processes each must call it."""
+    parts: dict[str, Sequence[Tensor]] = {
+        "weights": learner.average.parameters,
+        "average": learner.average.shadow,
+        "best": learner.best,
+    }
+    tensors = {
+        f"{part}.{name}": weights.detach()
+        for part, each in parts.items()
+        if each
+        for name, weights in zip(learning_names(stage), each, strict=True)
+    }
+    for number, own in learner.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{key}": each for key, each in own.items()}
+    for process, numbers in enumerate(gather([random_numbers()])):
+        tensors |= {f"random.{process}.{name}": each for name, each in numbers.items()}
+    story = {
+        "format": STATE_FORMAT,
+        "processes": processes().num_processes,
+        "progress": vars(learner.progress),
+        "stopping": vars(learner.stopping),
+        "average_steps": learner.average.steps,
+        "schedule": {k: v for k, v in learner.schedule.state_dict().items() if k != "lr_lambdas"},
+    }
+    return State(tensors, story)
+
+
+def learning_names(stage: Stage) -> list[str]:
+    """Give the names of the parameters that learn, in the order of ``trainable``."""
+    return [name for name, p in stage.model.named_parameters() if p.requires_grad]
+
+
+def random_numbers() -> dict[str, Tensor]:
+    """Take down where the generators of this process stand that training draws from."""
+    numbers = {"cpu": torch.get_rng_state()}
+    if default_device().type == "cuda":
+        numbers["cuda"] = torch.cuda.get_rng_state(default_device())
+    return numbers
+
+
+def go_on(stage: Stage, learner: Learner, state: State, folder: Path) -> None:
+    """Bring back a state of training; the winner and the history become those of that time.
+
+    Raises:
+        InputError: the state is of another model.
+    """
+    names, tensors, story = learning_names(stage), state.tensors, state.story
+    own = {f"weights.{n}": p for n, p in zip(names, learner.average.parameters, strict=True)}
+    other = [key for key, p in own.items() if key not in tensors or tensors[key].shape != p.shape]
+    extra = {key for key in tensors if key.startswith("weights.")} - set(own)
+    if other or extra:
+        raise InputError(f"--resume: the state is of another model: {sorted([*other, *extra])[0]}")
+    put(learner.average.parameters, [tensors[f"weights.{name}"] for name in names])
+    for average, name in zip(learner.average.shadow, names, strict=True):
+        average.copy_(tensors[f"average.{name}"])
+    learner.average.steps = story["average_steps"]
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            moments.setdefault(int(number), {})[name] = tensor
+    learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": moments})
+    learner.schedule.load_state_dict({**learner.schedule.state_dict(), **story["schedule"]})
+    for group, rate in zip(
+        learner.optimizer.param_groups, story["schedule"]["_last_lr"], strict=True
+    ):
+        group["lr"] = rate
+    learner.stopping, learner.progress = (
+        EarlyStopping(**story["stopping"]),
+        Progress(**story["progress"]),
+    )
+    if learner.stopping.best_epoch:
+        device = learner.average.shadow[0].device
+        learner.best = [tensors[f"best.{name}"].to(device) for name in names]
+        keep_winner(stage, learner, folder)
+    if processes().is_main_process and learner.progress.history:
+        write_text(folder / "history.jsonl", "".join(learner.progress.history))
+    if story["processes"] == processes().num_processes:
+        numbers = f"random.{processes().process_index}"
+        torch.set_rng_state(tensors[f"{numbers}.cpu"])
+        if f"{numbers}.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors[f"{numbers}.cuda"], default_device())
+    else:
+        share_out_anew(learner, story["processes"] / processes().num_processes)
+    logger.info(
+        "going on in epoch %d after %d of its batches, %d steps in all",
+        *(learner.stopping.epoch + 1, learner.progress.batches, learner.average.steps),
+    )
+
+
+def share_out_anew(learner: Learner, factor: float) -> None:
+    """Count batches and schedule in those of another number of processes; nothing is exact then.
+
+    Args:
+        learner: as it was brought back.
+        factor: processes then, divided by those now.
+    """
+    progress, schedule = learner.progress, learner.schedule
+    progress.batches = round(progress.batches * factor)
+    schedule.last_epoch = round(schedule.last_epoch * factor)
+
+
+# --------------------------------------------------------------------------- signals
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the run to end; ``code`` is what the program then ends with."""
+
+    def __init__(self, number: int) -> None:
+        """Remember which signal it was."""
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+class Heed:
+    """What is done on signals: SIGTERM and SIGINT end the run, SIGUSR1 keeps its state.
+
+    Within ``put_off`` an end waits for the next step, so that state and weights agree; elsewhere it
+    comes at once. A second signal ends the process without further ado.
+    """
+
+    ENDING = (signal.SIGTERM, signal.SIGINT)
+    KNOWN = (*ENDING, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+    def __init__(self) -> None:
+        """Nothing has come yet."""
+        self.came = 0
+        self.waits = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Heed signals for the length of a block; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on) for number in self.KNOWN}
+        try:
+            yield
+        finally:
+            self.came = 0
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on(self, number: int, _: object) -> None:
+        if number in self.ENDING:
+            for each in self.ENDING:
+                signal.signal(each, signal.SIG_DFL)
+            if not self.waits:
+                raise Stopped(number)
+        self.came = number
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Let an end wait for ``obey``, or for the end of the block."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        self.obey(self.asked())
+
+    def asked(self) -> int:
+        """Give the signal that has come to any process, 0 for none."""
+        came = [float(self.came == number) for number in self.KNOWN]
+        anywhere = sum_over_processes(torch.tensor(came)).tolist()
+        return next((n for n, count in zip(self.KNOWN, anywhere, strict=True) if count), 0)
+
+    def obey(self, number: int) -> None:
+        """Do what a signal asks for, the state being kept.
+
+        Raises:
+            Stopped: it asks to end.
+        """
+        if number in self.ENDING:
+            raise Stopped(number)
+        if number:
+            self.came = 0
+            logger.info("state kept, as %s asked", signal.Signals(number).name)
+
+
+SIGNALS = Heed()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep another run from a folder; when a run dies, its lock is free.
+
+    Raises:
+        InputError: another run has it.
+    """
+    import fcntl  # not on Windows, where nothing of this program has been tried
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{folder}: another run is at work there: wait for it or choose another "
+                "--output_dir"
+            ) from error
+        except OSError:  # some network file systems know no locks
+            logger.warning("%s cannot be locked: let no second run write there", folder)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------- the one loop
@@ -2207,21 +2544,27 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> contextlib.AbstractContextManager[None]:
         """Put the average in place of the weights for the length of a block."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
+        return lent(self.parameters, self.shadow)
 
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.shadow, strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(kept)
+
+@contextlib.contextmanager
+def lent(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> Iterator[None]:
+    """Put other weights in place of a model's own for the length of a block."""
+    own = [p.detach().clone() for p in parameters]
+    try:
+        put(parameters, weights)
+        yield
+    finally:
+        put(parameters, own)
+
+
+@torch.no_grad()
+def put(parameters: Sequence[nn.Parameter], weights: Sequence[Tensor]) -> None:
+    """Give parameters these values."""
+    for parameter, values in zip(parameters, weights, strict=True):
+        parameter.copy_(values)
 
 
 @dataclass
@@ -2248,14 +2591,45 @@ class EarlyStopping:
         return self.epoch - self.best_epoch >= self.patience
 
 
-class Learner(NamedTuple):
-    """What learns: the model as all processes share it, and all that training keeps beside it."""
+@dataclass
+class Progress:
+    """How far training has come.
+
+    Attributes:
+        batches: of the epoch under way, how many this process has learned from.
+        loss: their sum of losses.
+        terms: what the losses were summed over.
+        seconds: that the epoch took before the run was stopped.
+        skipped: steps of the epoch that were not taken, since loss or gradient was no number.
+        skipped_in_a_row: how many of them at last.
+        history: the lines of ``history.jsonl``.
+        over: training has ended.
+    """
+
+    batches: int = 0
+    loss: float = 0.0
+    terms: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    history: list[str] = field(default_factory=list)
+    over: bool = False
+
+
+@dataclass
+class Learner:
+    """What learns: the model as all processes share it, and all that training keeps beside it.
+
+    ``best`` holds the averaged weights of the best epoch, empty before there is one.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     average: WeightAverage
     stopping: EarlyStopping
+    progress: Progress = field(default_factory=Progress)
+    best: list[Tensor] = field(default_factory=list)
 
 
 def begin(stage: Stage, device: torch.device) -> Learner:
@@ -2286,84 +2660,152 @@ def run_stage(
     device: torch.device,
     seed: int,
     track: Track = lambda figures, step: None,
+    *,
+    states: States | None = None,
+    resume: bool = False,
+    save_every: int = 0,
 ) -> EarlyStopping:
     """Train, keep the winner by validation in ``folder``, and leave the model as that winner.
 
     One line an epoch goes to ``history.jsonl``, its figures and step also to ``track``. The test
-    part is not touched. Of several processes
-    each takes its share of every batch; the first one writes.
+    part is not touched. Of several processes each takes its share of every batch; the first one
+    writes.
+
+    Args:
+        stage: what learns from what.
+        folder: where winner and history go.
+        device: where to learn.
+        seed: of the order of the rows.
+        track: see ``Track``.
+        states: where the state of training is kept, before the first step, every ``save_every``
+            steps, before and after each validation, and when a signal asks; None keeps none.
+        resume: go on from the newest of them.
+        save_every: steps; 0 for none within an epoch.
 
     Raises:
         NonFiniteLossError: the loss is no number; the winner so far stays on disk.
+        Stopped: a signal asked for it; the state is kept.
     """
     learner = begin(stage, device)
-    average, stopping = learner.average, learner.stopping
-    history: list[str] = []
-    for epoch in range(1, stage.epochs + 1):
+    if resume and states:
+        go_on(stage, learner, states.newest(), folder)
+
+    def keep() -> None:
+        state = state_of(stage, learner) if states else None
+        if states and state and processes().is_main_process:
+            states.keep(state)
+
+    def after_step() -> None:
+        asked = SIGNALS.asked()
+        if asked or (save_every and learner.average.steps % save_every == 0):
+            keep()
+        SIGNALS.obey(asked)
+
+    if not resume:
+        keep()
+    while not learner.progress.over:
         began = time.perf_counter()
-        batches = stage.loaders["train"].batch_sampler
-        assert isinstance(batches, Batches)
-        batches.generator.manual_seed(seed + epoch)  # an epoch's order depends on none before it
-        with state_kept(stage, average, stopping, folder):
-            train_loss = train_epoch(stage, learner)
-            with average.applied():
-                scored = evaluate(stage.model, stage.loaders["val"], device)
+        with SIGNALS.put_off(), winner_kept(stage, learner, folder):
+            train_loss = train_epoch(stage, learner, seed, after_step)
+            keep()  # the validation may be long
+        with learner.average.applied(), winner_kept(stage, learner, folder):
+            scored = evaluate(stage.model, stage.loaders["val"], device)
             if not math.isfinite(scored.loss):
-                raise NonFiniteLossError(f"the validation loss is {scored.loss} in epoch {epoch}")
-        with average.applied():
-            figures = {
-                "epoch": epoch,
-                "step": average.steps,
-                "train_loss": train_loss,
-                "val_loss": scored.loss,
-                "val_auroc": auroc(scored),
-                "seconds": round(time.perf_counter() - began, 3),
-            }
-            improved = stopping.improved(float(figures[stage.monitor]))
-            if improved and processes().is_main_process:
-                stage.save(folder)
-        history.append(json.dumps({**figures, "improved": improved}) + "\n")
-        track(figures, average.steps)
-        if processes().is_main_process:
-            write_text(folder / "history.jsonl", "".join(history))
-        logger.info(
-            "epoch %d/%d: train loss %.4f, val loss %.4f, val AUROC %.4f, %.1f s%s",
-            *(epoch, stage.epochs, train_loss, scored.loss, figures["val_auroc"]),
-            *(figures["seconds"], ", best so far" if improved else ""),
-        )
-        if stopping.exhausted:
-            logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
-            break
+                raise NonFiniteLossError(
+                    f"the validation loss is {scored.loss} in epoch {learner.stopping.epoch + 1}"
+                )
+        learner.progress.seconds += time.perf_counter() - began
+        end_epoch(stage, learner, folder, train_loss, scored, track)
+        keep()
     processes().wait_for_everyone()  # the winner lies on the disk
     stage.load(folder)
-    return stopping
+    return learner.stopping
+
+
+def end_epoch(
+    stage: Stage,
+    learner: Learner,
+    folder: Path,
+    train_loss: float,
+    scored: Scored,
+    track: Track,
+) -> None:
+    """Keep the epoch's weights if they are the best so far, tell its figures, go on to the next."""
+    progress, stopping, average = learner.progress, learner.stopping, learner.average
+    figures = {
+        "epoch": stopping.epoch + 1,
+        "step": average.steps,
+        "train_loss": train_loss,
+        "val_loss": scored.loss,
+        "val_auroc": auroc(scored),
+        "skipped_steps": progress.skipped,
+        "seconds": round(progress.seconds, 3),
+    }
+    improved = stopping.improved(float(figures[stage.monitor]))
+    if improved:
+        learner.best = [weights.clone() for weights in average.shadow]
+        keep_winner(stage, learner, folder)
+    progress.history.append(json.dumps({**figures, "improved": improved}) + "\n")
+    track(figures, average.steps)
+    if processes().is_main_process:
+        write_text(folder / "history.jsonl", "".join(progress.history))
+    logger.info(
+        "epoch %d/%d: train loss %.4f, val loss %.4f, val AUROC %.4f, %.1f s%s%s",
+        *(stopping.epoch, stage.epochs, train_loss, scored.loss, figures["val_auroc"]),
+        figures["seconds"],
+        f", {progress.skipped} steps skipped" if progress.skipped else "",
+        ", best so far" if improved else "",
+    )
+    if stopping.exhausted:
+        logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
+    over = stopping.exhausted or stopping.epoch == stage.epochs
+    learner.progress = Progress(
+        history=progress.history, over=over, skipped_in_a_row=progress.skipped_in_a_row
+    )
+
+
+def keep_winner(stage: Stage, learner: Learner, folder: Path) -> None:
+    """Write the best weights so far, or, before there are any, the average as it is."""
+    if processes().is_main_process:
+        with lent(learner.average.parameters, learner.best or learner.average.shadow):
+            stage.save(folder)
 
 
 @contextlib.contextmanager
-def state_kept(
-    stage: Stage, average: WeightAverage, stopping: EarlyStopping, folder: Path
-) -> Iterator[None]:
+def winner_kept(stage: Stage, learner: Learner, folder: Path) -> Iterator[None]:
     """Keep the weights before a fault where no epoch has kept any yet."""
     try:
         yield
     except (NonFiniteLossError, KeyboardInterrupt):
-        if stopping.best_epoch == 0 and processes().is_main_process:
-            with average.applied():
-                stage.save(folder)
+        if not learner.best:
+            keep_winner(stage, learner, folder)
         raise
 
 
-def train_epoch(stage: Stage, learner: Learner) -> float:
-    """Pass once over the training part; give the mean loss over all terms."""
+def train_epoch(
+    stage: Stage, learner: Learner, seed: int = 0, after_step: Callable[[], None] = lambda: None
+) -> float:
+    """Pass over the training part, or over what is left of it; give the mean loss over all terms.
+
+    Args:
+        stage: what learns from what.
+        learner: goes on from its progress.
+        seed: with the epoch's number, of the order of the rows; it depends on no epoch before.
+        after_step: called after each optimizer step, when weights and progress agree.
+    """
     stage.model.train()
-    parameters, epoch = learner.average.parameters, learner.stopping.epoch + 1
-    device, workers = parameters[0].device, processes().num_processes
+    progress, epoch = learner.progress, learner.stopping.epoch + 1
     loader = stage.loaders["train"]
-    bar = progress(loader, f"{stage.name} {epoch}/{stage.epochs}")
+    batches = loader.batch_sampler
+    assert isinstance(batches, Batches)
+    batches.generator.manual_seed(seed + epoch)
+    batches.done = progress.batches
+    bar = progress_bar(loader, f"{stage.name} {epoch}/{stage.epochs}", progress.batches)
     best = {} if epoch == 1 else {f"best {stage.monitor}": f"{learner.stopping.best:.4f}"}
-    total = sums = torch.zeros(2, dtype=torch.float64)  # loss, terms
+    device, workers = learner.average.parameters[0].device, processes().num_processes
+    sums = torch.zeros(2, dtype=torch.float64)  # loss, terms
     learner.optimizer.zero_grad()
-    for number, batch in enumerate(bar, 1):
+    for number, batch in enumerate(bar, progress.batches + 1):
         steps = number % stage.accumulate == 0 or number == len(loader)
         with contextlib.nullcontext() if steps else unshared(learner.model):
             output = learner.model(to_device(batch, device))
@@ -2373,24 +2815,42 @@ def train_epoch(stage: Stage, learner: Learner) -> float:
             continue
         # Sums of losses, divided by all their terms: as one large batch, whatever the lengths.
         # DistributedDataParallel has taken the mean over processes.
-        sums = sum_over_processes(sums)
-        loss, terms = sums.tolist()
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_mul_(gradients, workers / terms)
-        norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise NonFiniteLossError(
-                f"the loss is {loss / terms}, its gradient {norm} at batch {number} of epoch "
-                f"{epoch}: lower the learning rates or look for extreme values; the best state so "
-                "far is kept"
-            )
+        loss, terms = sum_over_processes(sums).tolist()
+        take_step(learner, loss, terms, workers, f"batch {number} of epoch {epoch}")
+        sums, progress.batches = torch.zeros_like(sums), number
+        after_step()
+        if progress.terms:
+            shown = {"loss": f"{progress.loss / progress.terms:.4f}", **best}
+            bar.set_postfix(shown, refresh=False)
+    return progress.loss / progress.terms if progress.terms else math.nan
+
+
+def take_step(learner: Learner, loss: float, terms: float, workers: int, where: str) -> None:
+    """Change the weights by the gradients of a batch, or skip it where they are no numbers.
+
+    Raises:
+        NonFiniteLossError: too many were skipped one after the other.
+    """
+    parameters, progress = learner.average.parameters, learner.progress
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, workers / terms)
+    norm = float(nn.utils.clip_grad_norm_(parameters, GRADIENT_NORM))
+    if math.isfinite(loss) and math.isfinite(norm):
         learner.optimizer.step()
-        learner.optimizer.zero_grad()
         learner.schedule.step()
         learner.average.update()
-        total, sums = total + sums, torch.zeros_like(sums)
-        bar.set_postfix({"loss": f"{total[0] / total[1]:.4f}", **best}, refresh=False)
-    return float(total[0] / total[1])
+        progress.loss, progress.terms = progress.loss + loss, progress.terms + terms
+        progress.skipped_in_a_row = 0
+    else:
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row == MOST_SKIPPED:
+            raise NonFiniteLossError(
+                f"the loss is {loss / terms}, its gradient {norm} at {where}, the {MOST_SKIPPED}th "
+                "time in a row: lower the learning rates or look for extreme values; the best "
+                "state so far is kept"
+            )
+    learner.optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -2477,12 +2937,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def progress(batches: Iterable[Any], what: str) -> Any:
-    """Wrap batches in a progress bar, silent where the output is no terminal."""
+def progress_bar(batches: Iterable[Any], what: str, done: int = 0) -> Any:
+    """Wrap batches, of which some are done, in a bar; silent where the output is no terminal."""
     from tqdm import tqdm
 
     shown = sys.stderr.isatty() and processes().is_main_process
-    return tqdm(batches, desc=what, leave=False, disable=not shown)
+    return tqdm(batches, desc=what, leave=False, disable=not shown, initial=done)
 
 
 def seed_everything(seed: int) -> None:
@@ -4378,6 +4838,13 @@ def build_parser() -> Parser:
     add("--dry_run", action="store_true", help="estimate memory, take two steps, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker that gets the figures")
+    add("--resume", action="store_true", help="go on with the same command's run that was stopped")
+    add(
+        "--resume_anyway",
+        action="store_true",
+        help="--resume with another number of processes, not exactly",
+    )
+    add("--save_every", type=WHOLE, default=0, metavar="STEPS", help="keep the state within epochs")
     return parser
 
 
@@ -4475,6 +4942,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
     if args.quantization is None:
         args.quantization = "nf4" if cuda and args.model_name != "tiny" else "none"
+    args.resume = args.resume or args.resume_anyway
     if args.precision == "auto":
         args.precision = (
             "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -4523,11 +4991,10 @@ def refuse_together(words: Sequence[str]) -> None:
         InputError: naming them.
     """
     given = {word.split("=")[0] for word in words if word.startswith("--")}
-    ways = ("--predict", "--compare", "--demo", "--ablation", "--dry_run")
+    repeated = {"--ablation", "--seeds", "--resume"}  # several runs, each begun or gone on with
+    ways = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds", "--resume")
     chosen = [flag for flag in ways if flag in given]
-    if "--seeds" in given and chosen != ["--ablation"]:
-        chosen.append("--seeds")
-    if len(chosen) > 1:
+    if len(chosen) > 1 and not repeated.issuperset(chosen):
         raise InputError(f"{' and '.join(chosen)} do not go together")
     if "--compare" in given and (unused := sorted(given - {"--compare", "--seed"})):
         raise InputError(f"--compare has no use for {', '.join(unused)}: leave it out")
@@ -4554,71 +5021,178 @@ def refuse_unused(args: argparse.Namespace) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a stage's folder; an earlier result of the stage is set aside.
+    """Make a stage's folder; an earlier result of the stage is set aside."""
+    set_aside(folder)
+    if folder.name == "trajectory":
+        set_aside(folder.parent / TRAJECTORY_FILE)
+    folder.mkdir()
 
-    Raises:
-        InputError: the place cannot be written.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        set_aside(folder)
-        if folder.name == "trajectory":
-            set_aside(folder.parent / TRAJECTORY_FILE)
-        folder.mkdir()
-    except OSError as error:
-        raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
+
+def set_aside(path: Path) -> None:
+    """Move an earlier result out of the way under the first free number; never overwrite it."""
+    if not path.exists():
+        return
+    number = next(k for k in range(1, 10_000) if not path.with_stem(f"{path.stem}.{k}").exists())
+    kept = path.rename(path.with_stem(f"{path.stem}.{number}"))
+    unfinished = "; --resume would have gone on with it" if (kept / LAST).exists() else ""
+    logger.info("an earlier result was moved to %s%s", kept, unfinished)
 
 
 def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
-    """Run one stage from the user's data to its figures."""
+    """Run one stage from the user's data to its figures, or go on with it."""
     refuse_unused(args)
     check_tracker(args.report_to)
     data = load_data(args)
+    folder = args.output_dir / stage_name(args)
+    if args.resume and not left_to_do(folder, args, data):
+        return EXIT_DONE
     stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
     if args.dry_run:
         rehearse(stage, data, args)
         return EXIT_DONE
-    folder = args.output_dir / stage.name
     log_path = None if args.log_file == "none" else Path(args.log_file)
     if args.log_file == "auto":
         log_path = folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
     elif log_path and not log_path.parent.is_dir():  # said before a folder is made
         raise InputError(f"--log_file {log_path}: no folder {log_path.parent}")
     try:
-        with tracking(args, stage.name) as track:  # where it cannot start nothing is written yet
-            if processes().is_main_process:
-                make_folder(folder)
-                if log_path:
-                    open_log(log, log_path)
+        with tracking(args, stage.name) as track, own_folder(folder, args):
+            if processes().is_main_process and log_path:
+                open_log(log, log_path)
             processes().wait_for_everyone()  # the others read what the first one makes
             run_and_report(stage, data, folder, args, track)
-    except KeyboardInterrupt:
-        kept = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
-        logger.error(
-            "interrupted: %s; %s",
-            f"the best state so far lies in {args.output_dir}" if kept else "no state reached yet",
-            "its figures too" if (folder / "metrics.json").exists() else "no test figure written",
-        )
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        tell_interrupted(folder)
+        return getattr(stop, "code", EXIT_INTERRUPTED)
     return EXIT_DONE
+
+
+def tell_interrupted(folder: Path) -> None:
+    """Say what a run that was interrupted has reached."""
+    kept = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
+    logger.error(
+        "interrupted: %s; %s%s",
+        f"the best state so far lies in {folder.parent}" if kept else "no state reached yet",
+        "its figures too" if (folder / "metrics.json").exists() else "no test figure written",
+        "; the same command with --resume goes on" if States(folder / LAST).files() else "",
+    )
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, args: argparse.Namespace) -> Iterator[None]:
+    """Make a stage's folder, or take up the one that is resumed, and keep other runs from it.
+
+    Raises:
+        InputError: the place cannot be written, or another run is at work there.
+    """
+    with contextlib.ExitStack() as held:
+        if processes().is_main_process:
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                if folder.exists():
+                    held.enter_context(locked(folder))
+                for place in (folder, folder / LAST):
+                    clean(place)
+                if not args.resume:
+                    make_folder(folder)
+                    held.enter_context(locked(folder))
+            except OSError as error:
+                raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
+        yield
+
+
+def stage_name(args: argparse.Namespace) -> str:
+    """Give the stage that the arguments ask for: the name of its folder."""
+    return "trajectory" if args.trajectory_only else str(args.mode)
+
+
+def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
+    """Tell whether a run that was stopped has anything left to do.
+
+    Raises:
+        InputError: it never began, or was begun otherwise, and in what.
+    """
+    known = begun(folder)
+    if known is None or not (complete(folder) or States(folder / LAST).files()):
+        raise InputError(f"--resume: no run was begun in {folder}: start it without --resume")
+    facts = json.loads(json.dumps(run_facts(args, data)))
+    if other := differences(known, facts):
+        raise InputError(
+            f"--resume {folder}: that run was begun otherwise: {'; '.join(other)}: give the same "
+            "command, or start a new run without --resume"
+        )
+    if complete(folder):
+        logger.info("%s: that run is finished: nothing left to do", folder)
+        remove(folder / LAST)
+        return False
+    if known["processes"] != facts["processes"]:
+        count = f"begun with {known['processes']} processes, now {facts['processes']}"
+        if not args.resume_anyway:
+            raise InputError(
+                f"--resume {folder}: {count}: the result would not be the one of an undisturbed "
+                "run: add --resume_anyway if you can do with that"
+            )
+        logger.warning("%s: the result is not the one of an undisturbed run", count)
+    for key in ("versions", "code_sha256"):
+        if known.get(key) != facts[key]:
+            logger.warning("%s is not that of the run's beginning: last bits may differ", key)
+    return True
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """Give what ``run.json`` says of the run that was begun in a folder, None for none."""
+    try:
+        known: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known
+
+
+def complete(folder: Path) -> bool:
+    """Tell whether a run has written all of its results; the report is the last of them."""
+    winner = folder.parent / TRAJECTORY_FILE if folder.name == "trajectory" else folder / "best"
+    return all(p.exists() for p in (winner, folder / "metrics.json", folder / "report.html"))
+
+
+def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """Say in what two runs differ that changes their results; both as ``run_facts``."""
+    then, now = known["arguments"], facts["arguments"]
+    told = [
+        f"--{name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted({*then, *now} - IMMATERIAL)
+        if then.get(name) != now.get(name)
+    ]
+    if known["data"] != facts["data"] and not told:
+        told.append("the data are not the same")
+    if known["stage_1_sha256"] != facts["stage_1_sha256"]:
+        told.append("--ode_checkpoint is another file")
+    return told
 
 
 def run_and_report(
     stage: Stage, data: Data, folder: Path, args: argparse.Namespace, track: Track
 ) -> None:
     """Train, score the winner, and show the table."""
-    if processes().is_main_process:
+    if processes().is_main_process and not args.resume:
         write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
     device = default_device()
     evaluate(stage.model.to(device), stage.loaders["val"], device, SANITY_BATCHES)
-    stopping = run_stage(stage, folder, device, args.seed, track)
+    states = States(folder / LAST)
+    stopping = run_stage(
+        *(stage, folder, device, args.seed, track),
+        states=states,
+        resume=args.resume,
+        save_every=args.save_every,
+    )
     figures = write_results(stage, stopping, data, folder, args)
     steps = -(-len(stage.loaders["train"]) // stage.accumulate)
     track(plain_figures(figures), stopping.epoch * steps)
     logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
     logger.info("\n%s\n\nresults: %s", table_of(figures), folder)
+    if processes().is_main_process:
+        remove(states.folder)  # all that it led to is written
 
 
 def plain_figures(figures: dict[str, Any]) -> dict[str, float]:
@@ -4761,15 +5335,12 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise InputError(f"--ablation and {taken[0].split('=')[0]} do not go together")
     if args.series_text == "none":
         raise InputError("--ablation: --series_text none leaves no text to compare with")
-    data = load_data(args)
-    shared = [w for w in words if w != "--ablation"]
+    shared = [w for w in words if w not in ("--ablation", "--resume")]
     folders = {}
     for name in VARIANTS:
         folders[name], command = variant(name, shared, args.output_dir)
         logger.info("\n%s: python medgemma_trainer.py %s", name, " ".join(command))
-        if finished(folders[name], resolve(build_parser().parse_args(command)), data):
-            logger.info("already there: %s", folders[name])
-        elif code := main(command):
+        if code := run_or_go_on(command, folders[name]):
             return code
     if processes().is_main_process:
         start_logging()  # each variant has closed its own
@@ -4801,20 +5372,28 @@ def variant(name: str, words: Sequence[str], output_dir: Path) -> tuple[Path, li
     return place / stage, command
 
 
-def finished(folder: Path, args: argparse.Namespace, data: Data) -> bool:
-    """Tell whether a folder holds the whole result of these arguments on these data."""
-    try:
-        known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        done = (folder / "metrics.json").exists()
-    except (OSError, ValueError):
-        return False
-    if folder.name == "trajectory":
-        done = done and (folder.parent / TRAJECTORY_FILE).exists()
-    facts = json.loads(json.dumps(run_facts(args, data)))
-    for arguments in (known["arguments"], facts["arguments"]):
-        arguments.pop("log_file", None)
-    keys = ("arguments", "versions", "code_sha256", "processes", "data", "split", "stage_1_sha256")
-    return done and all(known.get(key) == facts[key] for key in keys)
+def run_or_go_on(command: list[str], folder: Path) -> int:
+    """Run one of several commands, or go on with it; where its whole result is there, leave it."""
+    args = resolve(build_parser().parse_args(command))
+    done = reached(folder, args, load_data(args))
+    if done == "all":
+        logger.info("already there: %s", folder)
+        return EXIT_DONE
+    return main([*command, "--resume"] if done == "part" else command)
+
+
+def reached(folder: Path, args: argparse.Namespace, data: Data) -> str:
+    """Tell how much an earlier run of the same command has reached: ``all``, ``part``, ``none``.
+
+    A run of other code, other versions or another number of processes is not the same.
+    """
+    known, facts = begun(folder), json.loads(json.dumps(run_facts(args, data)))
+    keys = ("versions", "code_sha256", "processes")
+    if not known or differences(known, facts) or any(known[k] != facts[k] for k in keys):
+        return "none"
+    if complete(folder):
+        return "all"
+    return "part" if States(folder / LAST).files() else "none"
 
 
 def seconds_an_epoch(folder: Path) -> float:
@@ -4839,7 +5418,7 @@ def run_seeds(args: argparse.Namespace, words: Sequence[str]) -> int:
             "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "
             f"number, as in --ode_checkpoint {args.output_dir}/seed_{{seed}}/{TRAJECTORY_FILE}"
         )
-    shared = without(words, "--seeds")
+    shared = [word for word in without(words, "--seeds") if word != "--resume"]
     folders = {}
     for seed in range(args.seed, args.seed + args.seeds):
         place = args.output_dir / f"seed_{seed}"
@@ -4851,11 +5430,8 @@ def run_seeds(args: argparse.Namespace, words: Sequence[str]) -> int:
         if own.ablation:  # it looks itself for what is there
             folders[seed] = place / "ablation"
             code = main(command)
-        elif finished(folders[seed], own, load_data(own)):
-            logger.info("already there: %s", folders[seed])
-            code = EXIT_DONE
         else:
-            code = main(command)
+            code = run_or_go_on(command, folders[seed])
         if code:
             return code
     if processes().is_main_process:
@@ -5113,15 +5689,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     memory = start_logging()
     try:
         refuse_together(words)
-        if args.compare:
-            return run_compare(args.compare, args.seed)
-        if args.seeds:
-            return run_seeds(args, words)
-        if args.ablation:
-            return run_ablation(args, words)
-        if args.predict:
-            return predict(predict_arguments(args, words))
-        return run_demo(args, words) if args.demo else train(args, memory)
+        with SIGNALS.listening():
+            return chosen(args, words, memory)
     except InputError as error:
         logger.error("%s", error)
         return EXIT_INPUT
@@ -5131,14 +5700,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("the GPU has too little memory: %s", ADVICE)
     except OSError as error:
         logger.error("%s: %s: make room or choose another place", error.filename, error.strerror)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         logger.error("interrupted before training began: nothing was written")
-        return EXIT_INTERRUPTED
+        return getattr(stop, "code", EXIT_INTERRUPTED)
     finally:
         if memory.target:
             memory.target.close()
         memory.close()
     return EXIT_FAULT
+
+
+def chosen(
+    args: argparse.Namespace, words: Sequence[str], memory: logging.handlers.MemoryHandler
+) -> int:
+    """Do what the command line asks for."""
+    if args.compare:
+        return run_compare(args.compare, args.seed)
+    if args.seeds:
+        return run_seeds(args, words)
+    if args.ablation:
+        return run_ablation(args, words)
+    if args.predict:
+        return predict(predict_arguments(args, words))
+    return run_demo(args, words) if args.demo else train(args, memory)
 
 
 def start_logging() -> logging.handlers.MemoryHandler:

@@ -250,9 +250,9 @@ def test_the_ablation_goes_on_where_it_was_stopped(
     made: list[str] = []
     run_stage = trainer.run_stage
 
-    def counted(stage: Stage, *rest: Any) -> Any:
+    def counted(stage: Stage, *rest: Any, **further: Any) -> Any:
         made.append(stage.name)
-        return run_stage(stage, *rest)
+        return run_stage(stage, *rest, **further)
 
     monkeypatch.setattr(trainer, "run_stage", counted)
     assert trainer.main(words) == 0
@@ -281,17 +281,17 @@ def test_other_data_or_another_stage_1_make_the_variants_anew(
     for name, value in made.items():  # the fixture's own flags, whatever ran since
         setattr(args, name, Path(value) if isinstance(getattr(args, name), Path) else value)
     data = trainer.load_data(args)
-    assert trainer.finished(place, args, data)
-    assert not trainer.finished(place, args, data._replace(fingerprint="other"))
+    assert trainer.reached(place, args, data) == "all"
+    assert trainer.reached(place, args, data._replace(fingerprint="other")) == "none"
     content = args.ode_checkpoint.read_bytes()
     try:
         args.ode_checkpoint.write_bytes(content + b" ")
-        assert not trainer.finished(place, args, data)
+        assert trainer.reached(place, args, data) == "none"
         args.ode_checkpoint.unlink()
-        assert not trainer.finished(folder / "trajectory", args, data)
+        assert not trainer.complete(folder / "trajectory")
     finally:
         args.ode_checkpoint.write_bytes(content)
-    assert trainer.finished(place, args, data)
+    assert trainer.reached(place, args, data) == "all"
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def test_the_test_part_is_read_once_and_only_after_training(
         events.append("test" if batches.rows.tolist() == test_rows else "val")
         return evaluate(model, loader, *rest)
 
-    def training(*arguments: Any) -> trainer.EarlyStopping:
-        result = run_stage(*arguments)
+    def training(*arguments: Any, **further: Any) -> trainer.EarlyStopping:
+        result = run_stage(*arguments, **further)
         events.append("trained")
         return result
 
@@ -164,15 +164,16 @@ def test_no_figure_depends_on_the_batch_size(dka_file: Path) -> None:
 
 
 class Faulty(trainer.TrajectoryClassifier):
-    """Fails in the training step that ``fault_at`` counts."""
+    """Fails in the training step that ``fault_at`` counts, and in ``faults`` - 1 behind it."""
 
     fault_at = 0
+    faults = trainer.MOST_SKIPPED
     fault = ""
 
     def forward(self, batch: Any) -> trainer.Output:
         output = super().forward(batch)
         Faulty.fault_at -= self.training
-        if Faulty.fault_at != 0 or not self.training:
+        if not -Faulty.faults < Faulty.fault_at <= 0 or not self.training:
             return output
         if Faulty.fault == "interrupt":
             raise KeyboardInterrupt
@@ -206,7 +207,9 @@ def test_a_fault_in_training_keeps_the_last_good_state(
         assert "the best state so far lies in" in error
         assert "no test figure" in error
     else:
-        assert f"batch {step - 8 * epochs_done} of epoch {epochs_done + 1}" in error
+        last = step + trainer.MOST_SKIPPED - 2  # counted from zero
+        assert f"batch {last % 8 + 1} of epoch {last // 8 + 1}, the 5th time in a row" in error
+        epochs_done = last // 8
     saved = trainer.read_trajectory(tmp_path / "run" / trainer.TRAJECTORY_FILE)
     for part in ("encoder", "head"):
         assert all(torch.isfinite(tensor).all() for tensor in saved[part].values())
@@ -215,6 +218,22 @@ def test_a_fault_in_training_keeps_the_last_good_state(
     assert (len(lines.read_text().splitlines()) if lines.exists() else 0) == epochs_done
     assert not (folder / "metrics.json").exists()
     assert not (folder / "predictions_test.csv").exists()
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_without_a_number_is_left_out_and_counted(
+    fault: str, dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "TrajectoryClassifier", Faulty)
+    monkeypatch.setattr(Faulty, "fault_at", 3)
+    monkeypatch.setattr(Faulty, "faults", trainer.MOST_SKIPPED - 1)
+    monkeypatch.setattr(Faulty, "fault", fault)
+    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
+    lines = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    assert [row["skipped_steps"] for row in history] == [4, 0, 0]
+    assert [row["step"] for row in history] == [4, 12, 20]
+    assert all(np.isfinite(row["train_loss"]) for row in history)
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(
