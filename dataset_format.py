@@ -56,6 +56,9 @@ COLUMNS = (
 FURTHER_SERIES = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 """A column of one more series: its name, and its unit if it has one."""
 
+SHOW_VALUES = "an error about a cell shows what the cell holds"
+"""Help of the flag ``--show_values``."""
+
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64
 """Observations kept of one series, and of several, whose times add up."""
 
@@ -116,7 +119,22 @@ USUAL_SPAN_HOURS = (0.5, 24 * 60)
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave; its text is one line: what, where, what to do."""
+    """A mistake in what the user gave; its text is one line: what, where, what to do.
+
+    Args:
+        text: never shows what a patient's cell holds.
+        value: what the cell holds, for whoever asks for it by ``--show_values``.
+    """
+
+    def __init__(self, text: str, value: object = None) -> None:
+        """Keep both apart."""
+        super().__init__(text)
+        self.value = value
+
+    def told(self, *, show_value: bool) -> str:
+        """Give the text, with the cell's content where that is asked for and known."""
+        shown = show_value and self.value is not None
+        return f"{self}: it holds {self.value!r}" if shown else str(self)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1033,7 +1051,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         for row, text in zip(rows, told, strict=False):
             if self._findings.strict:
                 others = f" ({len(rows)} such rows)" if len(rows) > 1 and self._whole else ""
-                raise InputError(f"{self.source}, row {row}, column {column}: {text}{others}")
+                where = f"{self.source}, row {row}, column {column}"
+                cell = table[column] if isinstance(table, pd.DataFrame) else table
+                raise InputError(f"{where}: {text}{others}", str(cell[row]))
             self._findings.problems.setdefault(row, f"column {column}: {text}")
 
 
@@ -1369,9 +1389,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
     check.add_argument("--series", type=names, metavar="NAME,NAME", help="read these series only")
     check.add_argument("--max_len", type=int, help="most recent observations kept of a row")
+    check.add_argument("--show_values", action="store_true", help=SHOW_VALUES)
     arguments = parser.parse_args(argv)
     options = {"max_len": arguments.max_len, "series": arguments.series}
-    return run_check(lambda: MIMICtrajectoryDataset(arguments.file, **options), suspicions)
+    return run_check(
+        lambda: MIMICtrajectoryDataset(arguments.file, **options),
+        suspicions,
+        show_values=arguments.show_values,
+    )
 
 
 def names(text: str) -> list[str]:
@@ -1379,7 +1404,12 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def run_check(read: Callable[[], DatasetT], doubts: Callable[[DatasetT], list[str]]) -> int:
+def run_check(
+    read: Callable[[], DatasetT],
+    doubts: Callable[[DatasetT], list[str]],
+    *,
+    show_values: bool = False,
+) -> int:
     """Read a data set, log its summary and what looks wrong; 0, or 2 when it cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     try:
@@ -1390,7 +1420,7 @@ def run_check(read: Callable[[], DatasetT], doubts: Callable[[DatasetT], list[st
             logger.warning("warning: %s", line)
         dataset.refuse_unmeasured(dataset.split(seed=0)["train"])
     except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error.told(show_value=show_values)}\n")
         return 2
     logger.info("fit to train on")
     return 0

@@ -46,7 +46,9 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -67,6 +69,7 @@ from dataset_format import (
     MAX_LEN,
     MAX_LEN_SEVERAL,
     SERIES_TEXT,
+    SHOW_VALUES,
     Batch,
     Description,
     Findings,
@@ -199,6 +202,8 @@ LAST = "last"
 STATE_FORMAT = 1
 """Rises when older states can no longer be gone on from."""
 
+ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
+
 STATES_KEPT = 2
 STATE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
 """A state's running number and the SHA-256 of its file."""
@@ -208,7 +213,8 @@ MOST_SKIPPED = 5
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
-    *("report_patients", "resume", "resume_anyway", "save_every", "seeds", "ablation"),
+    *("report_patients", "show_values", "seeds", "ablation"),
+    *("resume", "resume_anyway", "save_every"),
 }
 """Flags that do not change a result; files are known by their content."""
 
@@ -2038,7 +2044,9 @@ def read_trajectory(path: Path) -> dict[str, Any]:
         InputError: missing, damaged, not a stage 1 file, or of a newer format.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        archive = path.read_bytes()
+        refuse_archive(archive)
+        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such stage 1 checkpoint: run --trajectory_only first"
@@ -2052,6 +2060,75 @@ def read_trajectory(path: Path) -> dict[str, Any]:
             f"{path}: format {content['format']}, this program reads {TRAJECTORY_FORMAT}"
         )
     return content
+
+
+def refuse_archive(content: bytes) -> None:
+    """Refuse an archive of weights that is damaged or would unfold to more than it is.
+
+    PyTorch itself looks at neither checksums nor sizes.
+
+    Raises:
+        ValueError: saying which.
+        zipfile.BadZipFile: it is none.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > len(content):
+            raise ValueError("it would unfold to more than it is")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+
+
+def refuse_sizes(make: Callable[[], nn.Module], state: dict[str, Any]) -> None:
+    """Refuse weights that are not those of a module, before memory is given to either.
+
+    Args:
+        make: gives the module.
+        state: name and tensor of each weight.
+
+    Raises:
+        ValueError: naming a weight.
+    """
+    with torch.device("meta"):
+        own = {name: tensor.shape for name, tensor in make().state_dict().items()}
+    found = {name: getattr(tensor, "shape", None) for name, tensor in state.items()}
+    if other := [name for name in {**own, **found} if own.get(name) != found.get(name)]:
+        raise ValueError(f"{other[0]} has another size")
+
+
+def seal(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Add the checksums of a winner's files, and of what is said of it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    facts = {**facts, "files_sha256": sums}
+    return {**facts, "facts_sha256": facts_hash(facts)}
+
+
+def facts_hash(facts: dict[str, Any]) -> str:
+    """Hash what is said of a winner, its own checksum apart."""
+    rest = {key: value for key, value in facts.items() if key != "facts_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """Read what a stage 2 or 3 winner says of itself, and check every file of it.
+
+    Raises:
+        ValueError: something is missing, changed, a link, or there is more than was written.
+        OSError: it cannot be read.
+    """
+    facts: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if facts["facts_sha256"] != facts_hash(facts):
+        raise ValueError("config.json is not as it was written")
+    found = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    names = {path.relative_to(folder).as_posix() for path in found} - {"config.json"}
+    if names != set(facts["files_sha256"]):
+        raise ValueError("there are other files than were written")
+    for name, digest in facts["files_sha256"].items():
+        if (folder / name).is_symlink() or file_hash(folder / name) != digest:
+            raise ValueError(f"{name} is not as it was written")
+    return facts
 
 
 def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
@@ -2088,12 +2165,7 @@ def load_encoder(path: Path, args: argparse.Namespace, data: Data) -> ClinicalOD
             "would be tested here: use the same --seed and --max_samples"
         )
     try:
-        encoder = ClinicalODERNN(
-            len(own["features"]),
-            config["hidden_dim"],
-            time_scale=config["time_scale"],
-            solver=args.solver,
-        )
+        encoder = encoder_of({**config, "solver": args.solver}, content["encoder"])
         encoder.load_state_dict(content["encoder"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: not a whole stage 1 checkpoint: train it again") from error
@@ -2117,16 +2189,17 @@ def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
             for key, tensor in module.state_dict().items()
         }
         save_file(state, temporary / "modules.safetensors")
-        write_text(temporary / "config.json", json.dumps(facts, indent=2) + "\n")
         write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
+        sealed = json.dumps(seal(facts, temporary), indent=2)
+        write_text(temporary / "config.json", sealed + "\n")
 
 
 def load_llm(model: TrajectoryLLM, folder: Path) -> None:
     """Read a winner back into ``model``, every key of adapter and modules."""
     from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
     from safetensors.torch import load_file
 
+    read_sealed(folder)
     state = load_file(folder / "modules.safetensors")
     for part, module in outside_llm(model).items():
         own = {
@@ -2136,7 +2209,7 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
         }
         module.load_state_dict(own)
     assert not state
-    adapter = load_peft_weights(str(folder / "adapter"), device="cpu")
+    adapter = load_file(folder / ADAPTER_WEIGHTS)
     loaded = set_peft_model_state_dict(model.llm, adapter)
     assert not loaded.unexpected_keys
     assert not [key for key in loaded.missing_keys if "lora_" in key]
@@ -4187,16 +4260,12 @@ def winner_facts(checkpoint: Path) -> dict[str, Any]:
     """
     place = winner_place(checkpoint)
     try:
-        facts = (
-            dict(read_trajectory(place)["config"])
-            if place.is_file()
-            else dict(json.loads((place / "config.json").read_text(encoding="utf-8")))
-        )
+        facts = dict(read_trajectory(place)["config"]) if place.is_file() else read_sealed(place)
         Decision.of(facts)
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{place}: damaged: its configuration cannot be read") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{place}: damaged, or made by an older version: {error}") from error
     if missing := [key for key in NEEDED_FACTS if key not in facts]:
         raise InputError(
             f"{place}: made by an older version, which did not keep {', '.join(missing)}: "
@@ -4237,7 +4306,9 @@ def load_winner(
     model: TrajectoryClassifier | TrajectoryLLM
     try:
         if place.is_file():
-            model, tokenizer = TrajectoryClassifier(encoder_of(facts), prevalence=0.5), None
+            weights = read_trajectory(place)["encoder"]
+            model = TrajectoryClassifier(encoder_of(facts, weights), prevalence=0.5)
+            tokenizer = None
             load_trajectory(model, place)
         else:
             model = llm_of(facts, place, base, tokenizer)
@@ -4252,10 +4323,21 @@ def load_winner(
     return Winner(model.to(default_device()).eval(), facts, tokenizer)
 
 
-def encoder_of(facts: dict[str, Any]) -> ClinicalODERNN:
-    """Rebuild an encoder whose weights are still to be read."""
-    features, shape = len(facts["features"]), (facts["time_scale"], facts["solver"])
-    return ClinicalODERNN(features, facts["hidden_dim"], time_scale=shape[0], solver=shape[1])
+def encoder_of(facts: dict[str, Any], weights: dict[str, Any]) -> ClinicalODERNN:
+    """Rebuild an encoder for weights that are still to be put in.
+
+    Raises:
+        ValueError: they are not those of such an encoder.
+    """
+    make = partial(
+        ClinicalODERNN,
+        len(facts["features"]),
+        facts["hidden_dim"],
+        time_scale=facts["time_scale"],
+        solver=facts["solver"],
+    )
+    refuse_sizes(make, weights)
+    return make()
 
 
 def llm_of(
@@ -4265,9 +4347,17 @@ def llm_of(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrajectoryLLM:
     """Rebuild the model of stage 2 or 3, whose weights are still to be read, around its base."""
+    from safetensors.torch import load_file
+
     adapter = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    lora = load_file(place / ADAPTER_WEIGHTS)
+    ranks = {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name}
+    if ranks != {adapter["r"]}:
+        raise ValueError(f"the adapter's rank is {adapter['r']}, its weights are of another")
     adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
-    encoder = encoder_of(facts) if "hidden_dim" in facts else None
+    weights = load_file(place / "modules.safetensors")
+    own = {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
+    encoder = encoder_of(facts, own) if "hidden_dim" in facts else None
     yes, no, shared = verdict_words(tokenizer)
     parts: dict[str, Any] = {
         "trajectory_head": PooledHead(facts["hidden_dim"], 0.5)
@@ -4875,6 +4965,7 @@ def add_data_flags(parser: Parser) -> None:
     add("--text_context", choices=("full", "none"), default="full", help="context in the text")
     add("--max_text_tokens", type=POSITIVE, help="of longer prompts each series loses its oldest")
     add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
+    add("--show_values", action="store_true", help=SHOW_VALUES)
 
 
 def add_training_flags(parser: Parser) -> None:
@@ -5687,27 +5778,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     args = resolve(build_parser().parse_args(words))
     memory = start_logging()
+    own_mask = os.umask(0o077)  # what is made holds patients: for its owner alone
     try:
         refuse_together(words)
         with SIGNALS.listening():
             return chosen(args, words, memory)
     except InputError as error:
-        logger.error("%s", error)
+        logger.error("%s", error.told(show_value=args.show_values))
         return EXIT_INPUT
-    except NonFiniteLossError as error:
-        logger.error("%s", error)
-    except torch.OutOfMemoryError:
-        logger.error("the GPU has too little memory: %s", ADVICE)
-    except OSError as error:
-        logger.error("%s: %s: make room or choose another place", error.filename, error.strerror)
     except KeyboardInterrupt as stop:
         logger.error("interrupted before training began: nothing was written")
         return getattr(stop, "code", EXIT_INTERRUPTED)
+    except Exception as error:
+        logger.error("%s", fault(error))
+        if args.show_values:
+            raise
+        return EXIT_FAULT
     finally:
+        os.umask(own_mask)
         if memory.target:
             memory.target.close()
         memory.close()
-    return EXIT_FAULT
+
+
+def fault(error: Exception) -> str:
+    """Say in one line what went wrong where the user's input is not to blame."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, NonFiniteLossError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU has too little memory: {ADVICE}"
+    if isinstance(error, MemoryError) or "not enough memory" in text:
+        return f"the machine has too little memory: {ADVICE}"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}: make room or choose another place"
+    if "CUDA" in text or "NVIDIA" in text:
+        return f"the GPU or its driver fails: {text}: see what nvidia-smi says"
+    if processes().num_processes > 1 and isinstance(error, RuntimeError):
+        return f"another process of this run has ended ({text[:80]}): go on by --resume"
+    # An exception's text may hold a patient's cell; where it arose never does.
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"a fault of the program, {type(error).__name__} in {place}: please report it"
 
 
 def chosen(

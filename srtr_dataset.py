@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dataset_format import (
     DIRECTIONS,
+    SHOW_VALUES,
     UNKNOWN,
     InputError,
     Parser,
@@ -282,7 +283,8 @@ def read_saf(
             if bad.any():  # never shows what a patient's cell holds
                 where = f"{path}, column {name}, data row {rows + int(bad.argmax()) + 1}"
                 if name == "CAN_REM_CD" or name.endswith(DATES):
-                    raise InputError(f"{where}: {NO_CODE if name == 'CAN_REM_CD' else NO_DATE}")
+                    problem = NO_CODE if name == "CAN_REM_CD" else NO_DATE
+                    raise InputError(f"{where}: {problem}", str(cells.iloc[int(bad.argmax())]))
                 logger.warning("%s: %d cells are no numbers: taken as missing", where, bad.sum())
         rows += len(cells)
         pieces.append(keep(pd.DataFrame(decoded)))
@@ -728,9 +730,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
     add("--horizon_days", type=int, help="days looked ahead; 365 kidney, 90 liver")
     add("--transplant", choices=("negative", "exclude"), default="negative")
+    add("--show_values", action="store_true", help=SHOW_VALUES)
     options = vars(parser.parse_args(argv))
     del options["command"]
-    return run_check(lambda: SRTRTrajectoryDataset(**options), implausible)
+    shown = options.pop("show_values")
+    return run_check(lambda: SRTRTrajectoryDataset(**options), implausible, show_values=shown)
 
 
 if __name__ == "__main__":

@@ -463,12 +463,16 @@ def old(folder: Path) -> None:
     file = folder / "best" / "config.json"
     facts = json.loads(file.read_text())
     del facts["max_len"]
-    file.write_text(json.dumps(facts))
+    write_facts(file, facts)
 
 
 def change_facts(folder: Path, **facts: Any) -> None:
     file = folder / "best" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
+    write_facts(file, {**json.loads(file.read_text()), **facts})
+
+
+def write_facts(file: Path, facts: dict[str, Any]) -> None:
+    file.write_text(json.dumps({**facts, "facts_sha256": trainer.facts_hash(facts)}))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,24 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from faults import result_of
 
 ROOT = Path(trainer.__file__).parent
 PROGRAM = """
-import sys
+import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import medgemma_trainer as trainer
 # Each process draws its own dropout: without it the two ways are the same sum.
-trainer.INPUT_DROPOUT = trainer.HEAD_DROPOUT = 0.0
+trainer.INPUT_DROPOUT = trainer.HEAD_DROPOUT = {dropout}
+if "DIES" in os.environ and os.environ["RANK"] == os.environ["DIES"]:
+    take_step = trainer.take_step
+    def die(learner, *rest):
+        if learner.average.steps == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        take_step(learner, *rest)
+    trainer.take_step = die
 sys.exit(trainer.main(sys.argv[1:]))
 """
 STAGES = {
@@ -33,10 +42,19 @@ STAGES = {
 }
 
 
-def launch(processes: int, words: list[str], folder: Path) -> str:
+def launch(processes: int, words: list[str], folder: Path, dropout: float = 0.0) -> str:
     """Run the program in so many processes; give what they printed."""
+    result = launched(processes, words, folder, dropout)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def launched(
+    processes: int, words: list[str], folder: Path, dropout: float, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program in so many processes, with more in its environment."""
     program = folder / "program.py"
-    program.write_text(PROGRAM.format(root=str(ROOT)))
+    program.write_text(PROGRAM.format(root=str(ROOT), dropout=dropout))
     command = [sys.executable, str(program), *words]
     if processes > 1:
         # What accelerate launch does for several GPUs; for CPUs it would need mpirun.
@@ -44,10 +62,8 @@ def launch(processes: int, words: list[str], folder: Path) -> str:
         command = [sys.executable, *start, str(processes), str(program), *words]
     # A precision in accelerate's own configuration must not change the model's.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    environment = {**environment, "ACCELERATE_MIXED_PRECISION": "bf16", **more}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -76,3 +92,22 @@ def test_two_processes_equal_one(stage: str, dka_file: Path, tmp_path: Path) -> 
         lines = [[json.loads(line) for line in text.splitlines()] for text in reports]
         for key in ("id", "text", "target", "verdict"):
             assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+
+
+@pytest.mark.parametrize("dies", ["0", "1"])
+def test_when_a_process_dies_the_others_end_and_the_run_goes_on(
+    dies: str, dka_file: Path, tmp_path: Path
+) -> None:
+    words = ["--data_path", str(dka_file), "--log_file", "none", "--batch_size", "4"]
+    words += ["--trajectory_only", "--trajectory_epochs", "2", "--save_every", "2", "--output_dir"]
+    launch(2, [*words, str(tmp_path / "whole")], tmp_path, dropout=0.3)
+    began = time.monotonic()
+    broken = launched(2, [*words, str(tmp_path / "run")], tmp_path, 0.3, DIES=dies)
+    assert time.monotonic() - began < 60
+    assert broken.returncode != 0
+    told = [line for line in broken.stderr.splitlines() if line.startswith("error: ")]
+    assert told
+    assert all("another process of this run has ended" in line for line in told)
+    launch(2, [*words, str(tmp_path / "run"), "--resume"], tmp_path, dropout=0.3)
+    one, two = (result_of(tmp_path / name, "trajectory") for name in ("whole", "run"))
+    assert one == two

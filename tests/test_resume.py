@@ -1,0 +1,404 @@
+"""Runs that are stopped and go on: the same to the last bit, or refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save
+
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+from dataset_format import InputError
+from faults import main as faults
+from faults import result_of
+
+STAGES = {
+    "trajectory": ["--trajectory_only", "--trajectory_epochs", "4"],
+    "classification": ["--mode", "classification", "--epochs", "3", "--gradient_accumulation", "2"],
+    "generative": ["--mode", "generative", "--epochs", "2"],
+}
+BATCHES = 9
+"""Of an epoch: 72 of 90 rows train, 8 at a time."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "patients.csv"
+    pd.read_csv(SAMPLE, nrows=90).to_csv(path, index=False)
+    return path
+
+
+def command(stage: str, data: Path, folder: Path, *flags: str) -> list[str]:
+    words = [*STAGES[stage], "--data_path", str(data), "--output_dir", str(folder)]
+    return [*words, "--model_name", "tiny", "--batch_size", "8", "--log_file", "none", *flags]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder a stage, with a run that nobody stopped."""
+    folders = {}
+    for stage in STAGES:
+        folders[stage] = tmp_path_factory.mktemp(stage) / "run"
+        assert trainer.main(command(stage, data, folders[stage])) == 0
+    return folders
+
+
+def at_batch(number: int, what: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let something happen in the backward pass of so many-th batch of training."""
+    count = 0
+    to_device = trainer.to_device
+
+    def counted(batch: Any, device: torch.device) -> Any:
+        nonlocal count
+        count += torch.is_grad_enabled()
+        if count == number and torch.is_grad_enabled():
+            what()
+        return to_device(batch, device)
+
+    monkeypatch.setattr(trainer, "to_device", counted)
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("number", [1, 5, BATCHES, BATCHES + 1, 14])
+def test_a_run_that_is_stopped_goes_on_to_the_same_result(
+    stage: str,
+    number: int,
+    data: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = command(stage, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        at_batch(number, send(signal.SIGTERM), patch)
+        assert trainer.main(words) == 143
+    assert "--resume goes on" in one_line(capsys)
+    torch.manual_seed(number)  # whatever the generators hold by now
+    assert trainer.main([*words, "--resume"]) == 0
+    said = capsys.readouterr().out
+    pair = 2 if stage == "classification" else 1  # batches a step: a step is never cut
+    epoch, inside = (number - 1) // BATCHES + 1, (number - 1) % BATCHES + 1
+    done = min(-(-inside // pair) * pair, BATCHES)
+    assert f"going on in epoch {epoch} after {done} of its batches" in said
+    assert result_of(tmp_path / "run", stage) == result_of(undisturbed[stage], stage)
+    assert not (tmp_path / "run" / stage / trainer.LAST).exists()
+
+
+def test_a_run_that_is_stopped_while_it_validates_or_writes_goes_on(
+    data: Path, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("auroc", "baselines", "report_stage"):
+        words = command("trajectory", data, tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, name, lambda *_: send(signal.SIGINT)())
+            assert trainer.main(words) == 130
+        assert trainer.main([*words, "--resume"]) == 0
+        expected = result_of(undisturbed["trajectory"], "trajectory")
+        assert result_of(tmp_path / name, "trajectory") == expected
+
+
+def test_states_are_kept_every_so_many_steps_and_change_nothing(
+    data: Path, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    keep = trainer.States.keep
+
+    def kept(self: trainer.States, state: trainer.State) -> None:
+        steps.append(state.story["average_steps"])
+        keep(self, state)
+        assert len(self.files()) <= trainer.STATES_KEPT
+
+    monkeypatch.setattr(trainer.States, "keep", kept)
+    words = command("trajectory", data, tmp_path / "run", "--save_every", "4")
+    assert trainer.main(words) == 0
+    ends = [BATCHES * k for k in range(1, 5) for _ in range(2)]  # before and after validation
+    assert steps == sorted([0, *range(4, 37, 4), *ends])
+    expected = result_of(undisturbed["trajectory"], "trajectory")
+    assert result_of(tmp_path / "run", "trajectory") == expected
+
+
+def test_sigusr1_keeps_the_state_and_goes_on(
+    data: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    steps: list[int] = []
+    keep = trainer.States.keep
+
+    def kept(self: trainer.States, state: trainer.State) -> None:
+        steps.append(state.story["average_steps"])
+        keep(self, state)
+
+    monkeypatch.setattr(trainer.States, "keep", kept)
+    at_batch(5, send(signal.SIGUSR1), monkeypatch)
+    assert trainer.main(command("trajectory", data, tmp_path / "run")) == 0
+    assert steps[:3] == [0, 5, BATCHES]
+    assert "state kept, as SIGUSR1 asked" in capsys.readouterr().out
+    expected = result_of(undisturbed["trajectory"], "trajectory")
+    assert result_of(tmp_path / "run", "trajectory") == expected
+
+
+def test_signals_are_the_systems_own_again_afterwards(data: Path, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in trainer.Heed.KNOWN]
+    trainer.main(["--data_path", str(tmp_path / "missing.csv")])
+    assert [signal.getsignal(number) for number in trainer.Heed.KNOWN] == before
+
+
+@pytest.fixture
+def stopped(data: Path, tmp_path: Path) -> list[str]:
+    """The command of a run of stage 1 that was stopped in its second epoch."""
+    words = command("trajectory", data, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(BATCHES + 3, send(signal.SIGTERM), patch)
+        assert trainer.main(words) == 143
+    return words
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--seed", "1"], "--seed was 0, is 1"),
+        (["--encoder_lr", "0.01"], "--encoder_lr was 0.002, is 0.01"),
+        (["--trajectory_epochs", "9"], "--trajectory_epochs was 4, is 9"),
+    ],
+)
+def test_another_command_does_not_go_on(
+    flags: list[str],
+    problem: str,
+    stopped: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert trainer.main([*stopped, *flags, "--resume"]) == 2
+    assert problem in one_line(capsys)
+    assert contents(tmp_path / "run") == before
+
+
+def test_other_data_do_not_go_on_and_the_same_data_elsewhere_do(
+    stopped: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved, other = tmp_path / "moved.csv", tmp_path / "other.csv"
+    shutil.copy(data, moved)
+    other.write_text(data.read_text().replace(" (2.43h)", " (2.44h)"))
+    assert other.read_text() != data.read_text()
+    capsys.readouterr()
+    assert trainer.main([*stopped, "--data_path", str(other), "--resume"]) == 2
+    assert "the data are not the same" in one_line(capsys)
+    assert trainer.main([*stopped, "--data_path", str(moved), "--resume"]) == 0
+
+
+def test_a_finished_run_says_so_and_does_nothing(
+    data: Path, undisturbed: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = undisturbed["trajectory"]
+    before = contents(folder)
+    assert trainer.main(command("trajectory", data, folder, "--resume")) == 0
+    assert "finished: nothing left to do" in capsys.readouterr().out
+    assert contents(folder) == before
+
+
+def test_a_run_that_never_began_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main(command("trajectory", data, tmp_path / "run", "--resume")) == 2
+    assert "no run was begun" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_run_moves_an_unfinished_one_aside_and_says_how_to_go_on(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(tmp_path / "run" / "trajectory")
+    capsys.readouterr()
+    assert trainer.main(stopped) == 0
+    assert "--resume would have gone on with it" in capsys.readouterr().out
+    assert contents(tmp_path / "run" / "trajectory.1") == before
+
+
+def newest(folder: Path) -> list[Path]:
+    return trainer.States(folder / "trajectory" / trainer.LAST).files()[::-1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "link", "format"])
+def test_a_damaged_state_gives_way_to_the_one_before(
+    damage: str,
+    stopped: list[str],
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = spoil(newest(tmp_path / "run")[0], damage)
+    assert trainer.main([*stopped, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert f"{path.name}: " in said
+    assert "going on from the state before" in said
+    expected = result_of(undisturbed["trajectory"], "trajectory")
+    assert result_of(tmp_path / "run", "trajectory") == expected
+
+
+def spoil(path: Path, damage: str) -> Path:
+    """Damage a state; give where it lies then."""
+    content = bytearray(path.read_bytes())
+    if damage == "link":
+        elsewhere = path.with_name("elsewhere")
+        path.rename(elsewhere)
+        path.symlink_to(elsewhere)
+        return path
+    if damage == "format":
+        state = trainer.read_state(path)
+        story = {**state.story, "format": 0}
+        content = bytearray(save(state.tensors, {"story": json.dumps(story)}))
+        path.unlink()
+        digest = hashlib.sha256(content).hexdigest()
+        path = path.with_name(f"{path.name[:8]}-{digest}.safetensors")
+    elif damage == "cut":
+        del content[len(content) // 2 :]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_without_a_whole_state_the_run_is_refused(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in newest(tmp_path / "run"):
+        spoil(path, "cut")
+    capsys.readouterr()
+    assert trainer.main([*stopped, "--resume"]) == 2
+    assert "no state is whole" in one_line(capsys)
+
+
+def test_the_winner_of_a_state_replaces_a_damaged_one(
+    stopped: list[str], undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "run" / trainer.TRAJECTORY_FILE).write_bytes(b"damaged")
+    with pytest.MonkeyPatch.context() as patch:  # no later epoch is to be better
+        patch.setattr(trainer, "auroc", lambda scored: 0.0)
+        patch.setattr(trainer, "write_results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert trainer.main([*stopped, "--resume"]) == 130
+    trainer.read_trajectory(tmp_path / "run" / trainer.TRAJECTORY_FILE)
+
+
+def test_leftovers_of_a_killed_run_are_cleaned(stopped: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "trajectory"
+    left = [folder / ".metrics.json.partial", folder / trainer.LAST / ".x.safetensors.partial"]
+    for path in left:
+        path.write_text("half")
+    (folder / ".best.old").mkdir()
+    assert trainer.main([*stopped, "--resume"]) == 0
+    assert not any(path.exists() for path in (*left, folder / ".best.old"))
+
+
+def test_two_runs_do_not_share_a_folder(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run" / "trajectory"
+    before = contents(folder)
+    capsys.readouterr()
+    with trainer.locked(folder):
+        for words in (stopped, [*stopped, "--resume"]):
+            assert trainer.main(words) == 2
+            assert "another run is at work there" in one_line(capsys)
+    assert contents(folder) == before
+    assert trainer.main([*stopped, "--resume"]) == 0  # the lock went with its holder
+
+
+def test_another_number_of_processes_goes_on_only_when_asked(
+    stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run" / "trajectory"
+    facts = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**facts, "processes": 2}))
+    states = trainer.States(folder / trainer.LAST)
+    state = states.newest()
+    states.keep(trainer.State(state.tensors, {**state.story, "processes": 2}))
+    capsys.readouterr()
+    assert trainer.main([*stopped, "--resume"]) == 2
+    assert "--resume_anyway" in one_line(capsys)
+    assert trainer.main([*stopped, "--resume_anyway"]) == 0
+    said = capsys.readouterr().out
+    assert "not the one of an undisturbed run" in said
+    assert "after 6 of its batches" in said  # three of two processes
+
+
+@pytest.mark.parametrize(("way", "code"), [("--demo", 2), ("--predict", 2), ("--dry_run", 2)])
+def test_resume_goes_with_training_alone(
+    way: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main([way, "--resume"]) == code
+    assert "do not go together" in one_line(capsys)
+
+
+def test_several_seeds_go_on_within_a_seed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command("trajectory", data, tmp_path / "run", "--seeds", "2")
+    with monkeypatch.context() as patch:
+        at_batch(4 * BATCHES + 3, send(signal.SIGTERM), patch)
+        assert trainer.main(words) == 143
+    capsys.readouterr()
+    assert trainer.main(words) == 0
+    said = capsys.readouterr().out
+    assert "already there" in said
+    assert "going on in epoch 1 after 3 of its batches" in said
+
+
+def test_what_a_run_makes_is_for_its_owner_alone(undisturbed: dict[str, Path]) -> None:
+    for folder in undisturbed.values():
+        for path in (folder, *folder.rglob("*")):
+            mode = stat.S_IMODE(path.stat().st_mode)
+            assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_faults_of_every_kind_end_well() -> None:
+    assert faults(["--trials", "1", "--stages", "trajectory"]) == 0
+
+
+def test_another_model_is_refused(stopped: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    args = trainer.resolve(trainer.build_parser().parse_args([*stopped]))
+    stage = trainer.trajectory_stage(args, trainer.load_data(args))
+    learner = trainer.begin(stage, torch.device("cpu"))
+    state = trainer.States(folder / "trajectory" / trainer.LAST).newest()
+    name = next(key for key in state.tensors if key.startswith("weights."))
+    before = [p.clone() for p in stage.model.parameters()]
+    for tensors in (
+        {**state.tensors, name: torch.zeros(1)},  # which would fit by broadcasting
+        {key: tensor for key, tensor in state.tensors.items() if key != name},
+        {**state.tensors, "weights.more": torch.zeros(1)},
+    ):
+        with pytest.raises(InputError, match="another model"):
+            trainer.go_on(stage, learner, trainer.State(tensors, state.story), folder)
+    assert all(torch.equal(a, b) for a, b in zip(stage.model.parameters(), before, strict=True))
