@@ -5787,7 +5787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", error.told(show_value=args.show_values))
         return EXIT_INPUT
     except KeyboardInterrupt as stop:
-        logger.error("interrupted before training began: nothing was written")
+        logger.error("interrupted: nothing was written")
         return getattr(stop, "code", EXIT_INTERRUPTED)
     except Exception as error:
         logger.error("%s", fault(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -402,3 +403,30 @@ def test_another_model_is_refused(stopped: list[str], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="another model"):
             trainer.go_on(stage, learner, trainer.State(tensors, state.story), folder)
     assert all(torch.equal(a, b) for a, b in zip(stage.model.parameters(), before, strict=True))
+
+
+def test_two_hundred_epochs_leak_neither_files_nor_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, tuple[int, int, int]] = {}
+    end_epoch = trainer.end_epoch
+
+    def counted(stage: trainer.Stage, learner: trainer.Learner, *rest: Any) -> None:
+        end_epoch(stage, learner, *rest)
+        if learner.stopping.epoch in (100, 200):  # caches are warm by the first
+            gc.collect()
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files = len(os.listdir("/proc/self/fd"))
+            seen[learner.stopping.epoch] = (
+                files,
+                len(gc.get_objects()),
+                pages * os.sysconf("SC_PAGESIZE"),
+            )
+
+    monkeypatch.setattr(trainer, "end_epoch", counted)
+    words = command("trajectory", data, tmp_path / "run", "--batch_size", "90", "--patience", "200")
+    assert trainer.main([*words, "--trajectory_epochs", "200"]) == 0
+    (files, objects, resident), after = seen[100], seen[200]
+    assert after[0] == files
+    assert after[1] - objects < 10 * 100  # of the log, some an epoch; of a graph, hundreds
+    assert after[2] - resident < 8 * 2**20
