@@ -156,6 +156,7 @@ def test_the_schedule_ends_with_the_last_step(monkeypatch: pytest.MonkeyPatch) -
     learner = trainer.begin(stage, CPU)
     for _ in range(stage.epochs):
         trainer.train_epoch(stage, learner)
+        learner.progress = trainer.Progress()
     assert max(learner.schedule.get_last_lr()) == pytest.approx(0, abs=1e-9)
 
 
