@@ -121,9 +121,8 @@ def test_a_run_that_is_stopped_while_it_validates_or_writes_goes_on(
         assert result_of(tmp_path / name, "trajectory") == expected
 
 
-def test_states_are_kept_every_so_many_steps_and_change_nothing(
-    data: Path, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def steps_kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Give the list of the steps at which a state is kept, growing as a run goes on."""
     steps: list[int] = []
     keep = trainer.States.keep
 
@@ -133,6 +132,13 @@ def test_states_are_kept_every_so_many_steps_and_change_nothing(
         assert len(self.files()) <= trainer.STATES_KEPT
 
     monkeypatch.setattr(trainer.States, "keep", kept)
+    return steps
+
+
+def test_states_are_kept_every_so_many_steps_and_change_nothing(
+    data: Path, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = steps_kept(monkeypatch)
     words = command("trajectory", data, tmp_path / "run", "--save_every", "4")
     assert trainer.main(words) == 0
     ends = [BATCHES * k for k in range(1, 5) for _ in range(2)]  # before and after validation
@@ -148,14 +154,7 @@ def test_sigusr1_keeps_the_state_and_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    steps: list[int] = []
-    keep = trainer.States.keep
-
-    def kept(self: trainer.States, state: trainer.State) -> None:
-        steps.append(state.story["average_steps"])
-        keep(self, state)
-
-    monkeypatch.setattr(trainer.States, "keep", kept)
+    steps = steps_kept(monkeypatch)
     at_batch(5, send(signal.SIGUSR1), monkeypatch)
     assert trainer.main(command("trajectory", data, tmp_path / "run")) == 0
     assert steps[:3] == [0, 5, BATCHES]
