@@ -186,6 +186,7 @@ class TrajectoryDataset:
         text_computed: whether ``prompt``, where it tells series value by value, also tells what a
             report has to compute from them: a language model copies well and reckons badly.
         fixed_features: the features belong to the format: one that nobody measured is no mistake.
+        named: the data name their patients; else each row is one, known by its number.
         flow: how the data came to their rows: columns rule, removed, left; None where not known.
     """
 
@@ -199,6 +200,7 @@ class TrajectoryDataset:
     text_context: bool = True
     text_computed: bool = False
     fixed_features: bool = False
+    named: bool = True
     flow: pd.DataFrame | None = None
 
     times: NDArray[np.float64]
@@ -935,6 +937,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             name = "subject_id" if "subject_id" in table else "id"
             self._refuse(patients == "", table, name, "is empty: name the patient of each row")
         else:
+            self.named = False
             self._findings.notes["no column subject_id: each row is a patient of its own"] = None
         self.groups = patients.to_numpy(dtype=np.str_)
         self.ids = ids_of(table).to_numpy(dtype=np.str_)

@@ -144,7 +144,10 @@ BENEFIT_AT = np.arange(1, 100) / 100
 """Threshold risks of the decision curve."""
 
 FEWEST_IN_SUBGROUP = 10
-"""Rows with and rows without an event that a subgroup's AUROC needs."""
+"""Patients with and patients without an event that a judgement needs."""
+
+EQUAL_RISKS = 1e-9
+"""Log-odds that differ by less, for their size, count as equal."""
 
 COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
 CARD = {
@@ -169,6 +172,7 @@ STAGE_TITLES = {
 
 NOT_KNOWN = "\N{EN DASH}"
 INK, GRID, MODEL, OTHER = "#000001", "#000002", "#000003", "#000004"
+PAPER_COLOURS = {INK: "#1f2933", GRID: "#d9dee3", MODEL: "#0b6fa4", OTHER: "#b4531f"}
 PAGE_COLOURS = {INK: "--ink", GRID: "--grid", MODEL: "--model", OTHER: "--other"}
 """Colours that pictures are drawn in, and the page's own that take their place."""
 GENERATION_BATCH = 16
@@ -1113,17 +1117,31 @@ def interval(value: float, replicates: NDArray[np.float64]) -> dict[str, float]:
     return {"value": value, "low": float(low), "high": float(high)}
 
 
+def rarer_rows(labels: NDArray[Any], groups: NDArray[Any]) -> Share:
+    """Give all rows, and those of the outcome that fewer patients have."""
+    sides = [labels == 1, labels == 0]
+    few = min(sides, key=lambda rows: len(np.unique(groups[rows])))
+    return np.ones_like(few), few
+
+
+def rarer_patients(labels: NDArray[Any], groups: NDArray[Any]) -> int:
+    """Count the patients that have the rarer outcome."""
+    return len(np.unique(groups[rarer_rows(labels, groups)[1]]))
+
+
 def metrics_with_intervals(
     labels: NDArray[Any], probability: NDArray[Any], groups: NDArray[Any], seed: int
 ) -> dict[str, Any]:
     """Score probabilities (n,), each figure with its interval; see ``patient_draws``."""
     values = metrics_of(labels, probability)
     replicates = bootstrap(labels, groups, seed, partial(weighted_metrics, labels, probability))
-    return {
-        "n": len(labels),
-        "events": int(labels.sum()),
-        **{name: interval(values[name], replicates[name]) for name in replicates},
+    figures: dict[str, Any] = {
+        name: interval(values[name], replicates[name]) for name in replicates
     }
+    figures["auroc"] = share_estimate(
+        values["auroc"], replicates["auroc"], rarer_rows(labels, groups), groups
+    )
+    return {"n": len(labels), "events": int(labels.sum()), **figures}
 
 
 def paired_differences(
@@ -1260,7 +1278,9 @@ def weighted_calibration(
         (R,) of each figure; NaN where no fit exists.
     """
     logit = log_odds(probability)
-    middle, spread = logit.mean(), logit.std() or 1.0
+    middle, spread = logit.mean(), logit.std()
+    if equal := spread <= EQUAL_RISKS * (1 + abs(middle)):  # what is left is rounding
+        spread = 1.0
     scaled, one = (logit - middle) / spread, np.ones((1, len(labels)))
     everyone = np.array([log_odds(labels.mean()), 0.0])
     start = recalibrations(labels, scaled, one, everyone, slope=True)[0]
@@ -1272,7 +1292,7 @@ def weighted_calibration(
     prevalence = share @ labels
     with np.errstate(divide="ignore", invalid="ignore"):
         skill = 1 - share @ (probability - labels) ** 2 / (prevalence * (1 - prevalence))
-    slope = both[:, 1] / spread
+    slope = np.full(len(both), np.nan) if equal else both[:, 1] / spread
     return {
         "calibration_slope": slope,
         "calibration_intercept": both[:, 0] - slope * middle,
@@ -1284,7 +1304,8 @@ def weighted_calibration(
 def choose_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     """Choose the probability from which on a row counts as an event, on the validation part.
 
-    It makes sensitivity + specificity as large as can be; of several such the lowest.
+    It makes sensitivity + specificity as large as can be; of several such the lowest. It lies
+    midway to the next lower probability, so that rounding moves no row across.
 
     Source: Youden 1950, "Index for rating diagnostic tests".
 
@@ -1297,7 +1318,8 @@ def choose_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     alarms, hits, thresholds = roc_curve(labels, probability, drop_intermediate=False)
     index = hits - alarms  # thresholds fall; sums of floats hide equal ones
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
-    return float(thresholds[best])
+    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
+    return float((thresholds[best] + lower) / 2)
 
 
 class Decision(NamedTuple):
@@ -1315,6 +1337,11 @@ class Decision(NamedTuple):
         """Read what lies with the weights; where nothing does, the log-odds count as they are."""
         known = facts.get("decision") or {}
         return cls(**{name: float(known[name]) for name in cls._fields if name in known})
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of it are numbers, and the order of the patients stays."""
+        return all(map(math.isfinite, self)) and self.slope > 0
 
     @property
     def recalibrates(self) -> bool:
@@ -1350,7 +1377,10 @@ def decide(labels: NDArray[np.float64], logit: NDArray[np.float64], calibrate: s
                 "not recalibrated: in the validation part those of higher risk have fewer events"
             )
         else:
-            logger.warning("not recalibrated: the validation part's events part completely")
+            logger.warning(
+                "not recalibrated: the validation part's events part completely, or all risks are "
+                "equal"
+            )
     return decision._replace(threshold=choose_threshold(labels, decision.probability(logit)))
 
 
@@ -1386,6 +1416,8 @@ def share_estimate(
     value: float, replicates: NDArray[np.float64], share: Share, groups: NDArray[np.str_]
 ) -> Estimate:
     """Give ``estimate``; of none or all, whose draws do not vary, the exact interval by patients.
+
+    An AUROC of 0 or 1 is told by as many pairs as patients have the rarer outcome.
 
     Source: Clopper and Pearson 1934.
     """
@@ -1521,6 +1553,7 @@ class Data(NamedTuple):
             "outcome": self.dataset.outcome,
             "question": self.dataset.question,
             **self.dataset.reading,
+            "named": self.dataset.named,
             "data_sha256": self.fingerprint,
             "rows_sha256": self.rows,
             "train_sha256": hashlib.sha256("\n".join(patients).encode()).hexdigest(),
@@ -3342,7 +3375,7 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
     large = {
         key: rows
         for key, rows in members.items()
-        if min(labels[rows].sum(), (1 - labels[rows]).sum()) >= FEWEST_IN_SUBGROUP
+        if rarer_patients(labels[rows], groups[rows]) >= FEWEST_IN_SUBGROUP
     }
 
     def ask(weights: NDArray[np.float64]) -> Figures:
@@ -3363,9 +3396,11 @@ def assess(cohort: Cohort, threshold: float, seed: int) -> dict[Any, Any]:
         return result
 
     replicates = bootstrap(labels, groups, seed, ask)
+    exact = {**shares, "auroc": rarer_rows(labels, groups)}
     return {
-        **estimates(ask(np.ones((1, len(labels)))), replicates, shares, groups),
+        **estimates(ask(np.ones((1, len(labels)))), replicates, exact, groups),
         "n": len(labels),
+        "rarer": rarer_patients(labels, groups),
         "events": int(labels.sum()),
         "patients": len(np.unique(groups)),
         "bins": {
@@ -3423,10 +3458,11 @@ def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, 
         )
     else:
         first = f"This model is worse than chance: it ranks rows the wrong way round ({told})."
-    rarer = min(found["events"], found["n"] - found["events"])
+    rarer = found["rarer"]
     if rarer < FEWEST_IN_SUBGROUP:
         few = (
-            f"Only {rarer} of {found['n']} rows are of the rarer outcome: too few to judge a model."
+            f"Only {rarer} of {found['patients']} patients are of the rarer outcome: too few to "
+            "judge a model."
         )
         first = f"{few} {first}"
     name = best_baseline(found, cohort.baselines)
@@ -3448,8 +3484,7 @@ def verdict(cohort: Cohort, found: dict[Any, Any], outcome: str) -> tuple[bool, 
 def calibration_sentence(found: dict[Any, Any]) -> tuple[bool, str]:
     """Say whether the risks can be taken at their word, for all that can be told; and in words."""
     slope, large = found["calibration_slope"], found["calibration_in_the_large"]
-    rarer = min(found["events"], found["n"] - found["events"])
-    if rarer < FEWEST_IN_SUBGROUP or slope["low"] is None or large["low"] is None:
+    if found["rarer"] < FEWEST_IN_SUBGROUP or slope["low"] is None or large["low"] is None:
         return False, "Whether its risks can be taken at their word cannot be told from these rows."
     faults = []
     if slope["high"] < 1:
@@ -3919,7 +3954,11 @@ def draw_benefit(cohort: Cohort, found: dict[Any, Any]) -> Any:
     axes.set_ylabel("net benefit, true alarms per 100 rows")
     best = np.maximum(everyone, 0)
     above = at[value > best + 1e-9]
-    where = f"between {percent(above[0])} and {percent(above[-1])}" if len(above) else "nowhere"
+    where = "nowhere"
+    if len(above):
+        whole = len(above) == round(100 * (above[-1] - above[0])) + 1
+        where = f"between {percent(above[0])} and {percent(above[-1])}"
+        where += "" if whole else ", not everywhere there"
     alt = (
         "Decision curve: net benefit of the model over the threshold risk, beside treating all and "
         f"treating none. The model lies above both {where}."
@@ -4215,7 +4254,45 @@ PREDICT_FLAGS = frozenset(
         *("data_dir", "model_name", "quantization", "precision", "batch_size", "seed"),
     )
 )
-NEEDED_FACTS = ("stage", "dataset", "max_len", "features", "units", "outcome", "question")
+
+
+def is_text(value: object) -> bool:
+    """Tell whether a stored fact is a text that says something."""
+    return isinstance(value, str) and bool(value)
+
+
+def are_texts(value: object) -> bool:
+    """Tell whether a stored fact is a list of texts, one at least."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, str) for x in value)
+
+
+def is_count(value: object) -> bool:
+    """Tell whether a stored fact is a whole number above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+NEEDED_FACTS: dict[str, Callable[[Any], bool]] = {
+    "stage": lambda value: value in STAGE_TITLES,
+    "dataset": lambda value: value in ("dka", "srtr"),
+    "max_len": is_count,
+    "features": are_texts,
+    "units": lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+    "outcome": is_text,
+    "question": is_text,
+}
+"""What every winner says of itself, and whether a value can be that."""
+
+NEEDED_OF_LANGUAGE: dict[str, Callable[[Any], bool]] = {
+    "base_model": is_text,
+    "base_revision": lambda value: value is None or is_text(value),
+    "quantization": lambda value: value in ("nf4", "none"),
+    "precision": lambda value: value in ("float32", "bfloat16"),
+    "text_context": lambda value: value in ("full", "none"),
+    "series_text": lambda value: value in SERIES_TEXT,
+    "max_text_tokens": lambda value: value is None or is_count(value),
+    "num_prefix_tokens": is_count,
+    "trajectory_head": lambda value: isinstance(value, bool),
+}
 
 
 class Winner(NamedTuple):
@@ -4266,11 +4343,17 @@ def winner_facts(checkpoint: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{place}: damaged, or made by an older version: {error}") from error
-    if missing := [key for key in NEEDED_FACTS if key not in facts]:
+    needed = NEEDED_FACTS | ({} if place.is_file() else NEEDED_OF_LANGUAGE)
+    if missing := [key for key in needed if key not in facts]:
         raise InputError(
             f"{place}: made by an older version, which did not keep {', '.join(missing)}: "
             "train it again"
         )
+    for key, fits in needed.items():
+        if not fits(facts[key]):
+            raise InputError(f"{place}: damaged: its {key} cannot be that")
+    if len(facts["units"]) != len(facts["features"]) or not Decision.of(facts).sound:
+        raise InputError(f"{place}: damaged: its units or its decision cannot be that")
     return facts
 
 
@@ -4677,7 +4760,16 @@ def check_place(out: Path, source: Path, checkpoint: Path) -> None:
     for taken in (source, checkpoint):
         if taken.is_dir() and out.resolve().is_relative_to(taken.resolve()):
             raise InputError(f"--predictions {out}: not within {taken}: give another folder")
+    if {"run.json", "metrics.json"} & set(os.listdir(out.absolute().parent)):
+        raise InputError(f"--predictions {out}: a run's own folder: give another")
+    if out.exists():
+        with out.open(encoding="utf-8", errors="replace") as file:
+            header = file.readline().strip()
+        if not header.startswith("id,probability,prediction"):
+            raise InputError(f"--predictions {out}: is there and holds something else: rename one")
     page = report_beside(out)
+    if page.is_dir():
+        raise InputError(f"--predictions {out}: its report would be {page}, which is a folder")
     if page.exists() and GENERATOR not in page.read_text(encoding="utf-8", errors="replace")[:2000]:
         raise InputError(
             f"--predictions {out}: its report would replace {page}, which this program did not "
@@ -4723,11 +4815,16 @@ def predict(args: argparse.Namespace) -> int:
                 lines.to_csv(file, index=False, header=tally.rows == 0)
                 tally.add(lines, scored)
                 shown.update(rows.read - shown.n)
-    except KeyboardInterrupt:
+            remove(report_beside(args.predictions))  # of predictions that are no more
+    except KeyboardInterrupt as stop:
         logger.error("interrupted: no predictions were written")
-        return EXIT_INTERRUPTED
+        return getattr(stop, "code", EXIT_INTERRUPTED)
     say_predictions(tally, findings, facts, args)
-    report_cohort(tally, facts, first.dataset, args)
+    try:
+        report_cohort(tally, facts, first.dataset, args)
+    except KeyboardInterrupt as stop:
+        logger.error("interrupted: the predictions are written, their figures are not")
+        return getattr(stop, "code", EXIT_INTERRUPTED)
     return EXIT_DONE
 
 
@@ -4783,7 +4880,6 @@ def report_cohort(
 ) -> None:
     """Say how good the predictions are where labels are known, and write the report beside them."""
     path = report_beside(args.predictions)
-    remove(path)  # of predictions that are no more
     rows, events = tally.counts()
     if events in (0, rows):
         if rows:
@@ -5338,7 +5434,8 @@ def check_tracker(name: str) -> None:
     Raises:
         InputError: saying how to get it.
     """
-    if name != "none" and importlib.util.find_spec(name) is None:
+    found = None if name == "none" else importlib.util.find_spec(name)
+    if name != "none" and (found is None or found.origin is None):  # a bare folder is no package
         raise InputError(f"--report_to {name}: not installed: pip install {name}")
 
 
@@ -5540,9 +5637,14 @@ def pool_seeds(folders: dict[int, Path], args: argparse.Namespace) -> None:
     else:
         reference = next(iter(folders.values())).name
         tables = [read_predictions(reference, folder) for folder in folders.values()]
+    common = [name for name in tables[0] if all(name in table for table in tables)]
+    if fewer := sorted({str(name) for table in tables for name in table} - set(common)):
+        logger.info("not in every split, so not pooled: %s", ", ".join(fewer))
+    tables = [table[common] for table in tables]
     best = "" if args.ablation else best_by_validation(folders)
     results = side_by_side(tables, reference, args.seed)
-    show(results, reference, args.output_dir, "seeds", args, further=best)
+    name = "seeds_ablation" if args.ablation else f"seeds_{reference}"
+    show(results, reference, args.output_dir, name, args, further=best)
     logger.info(best)
 
 
@@ -5600,6 +5702,13 @@ def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
     tables = {name: read_predictions(name, folder) for name, folder in folders.items()}
     reference, first = next(iter(tables.items()))
     for name, table in tables.items():
+        if table[SAME[:2]].equals(first[SAME[:2]]) and not table[SAME].equals(first[SAME]):
+            raise InputError(f"{reference} and {name} have other labels for the same patients")
+        if nameless(folders[reference], folders[name]):
+            raise InputError(
+                f"{reference} and {name}: their data name no patients (no subject_id) and are not "
+                "the same, so nothing tells that the same patients were tested"
+            )
         if not table[SAME].equals(first[SAME]):
             both = len(set(table["id"]) & set(first["id"]))
             raise InputError(
@@ -5608,6 +5717,13 @@ def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
             )
     models = [table[name] for name, table in tables.items()]
     return pd.concat([first[SAME], *models, first.drop(columns=[*SAME, reference])], axis=1)
+
+
+def nameless(one: Path, other: Path) -> bool:
+    """Tell whether two runs know their rows by number alone and read other rows."""
+    known = [(begun(folder) or {}).get("data", {}) for folder in (one, other)]
+    numbered = any(not data.get("named", True) for data in known)
+    return numbered and known[0].get("rows_sha256") != known[1].get("rows_sha256")
 
 
 def side_by_side(
@@ -5671,7 +5787,7 @@ def run_compare(runs: list[Path], seed: int) -> int:
         InputError: they were tested on different patients, or one has no result.
     """
     names = [str(run) for run in runs]
-    if len(set(names)) < 2:
+    if len({run.resolve() for run in runs}) < len(runs) or len(runs) < 2:
         raise InputError("--compare: name at least two different folders of stages")
     tested = join_predictions(dict(zip(names, runs, strict=True)))
     results = side_by_side([tested], names[0], seed)
@@ -5698,9 +5814,15 @@ def show(
         args: of the run.
         further: one more sentence for the page.
     """
-    write_text(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    text, before = json.dumps(results, indent=2) + "\n", folder / f"{name}.json"
+    if before.exists() and before.read_text(encoding="utf-8") != text:
+        for ending in (".json", ".png", ".html"):
+            set_aside(folder / f"{name}{ending}")
+    write_text(before, text)
+    picture = draw_comparison(results, reference)
+    repaint(picture)
     with atomic(folder / f"{name}.png") as temporary:
-        draw_comparison(results, reference).savefig(temporary, format="png", dpi=150)
+        picture.savefig(temporary, format="png", dpi=150)
     table, counts = comparison_table(results, reference), counted(results)
     best = max(results, key=lambda model: results[model]["auroc"]["value"])
     own, better = results[reference], results[best]["minus_reference"]["auroc"]
@@ -5716,6 +5838,11 @@ def show(
     ]
     seeds = f"{args.seed} to {args.seed + args.seeds - 1}" if args.seeds else str(args.seed)
     card = {"Seeds": seeds, "SHA-256 of the code": code_hash(), "Intervals": INTERVALS_TOLD}
+    if args.seeds:
+        card["What they leave out"] = (
+            "the models are held as they were trained; how much training and split move a figure, "
+            "its standard deviation tells"
+        )
     alt = f"AUROC of {len(results)} models with intervals; the table above holds the numbers"
     page = render(
         "comparison",
@@ -5726,6 +5853,19 @@ def show(
     )
     write_text(folder / f"{name}.html", page)
     logger.info("\n%s\n%s\n\nresults: %s", table.to_string(index=False), counts, folder)
+
+
+def repaint(figure: Any) -> None:
+    """Give a picture that stands alone the colours that a page would give it, for light paper."""
+    from matplotlib.colors import same_color
+
+    figure.set_facecolor("white")
+    for artist in figure.findobj():
+        for part in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            own = getattr(artist, f"get_{part}", lambda: None)()
+            for placeholder, colour in PAPER_COLOURS.items():
+                if isinstance(own, (str, tuple)) and same_color(own, placeholder):
+                    getattr(artist, f"set_{part}")(colour)
 
 
 def counted(results: dict[str, dict[str, Any]]) -> str:
@@ -5768,6 +5908,7 @@ def draw_comparison(results: dict[str, dict[str, Any]], reference: str) -> Any:
             axes.plot(score["value"], place, "o", color=MODEL, markersize=4)
         axes.set_xlabel(title)
         axes.set_yticks(range(len(names)), names)
+        axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
     panels[0].plot([], [], "o-", color=MODEL, markersize=4, label="value and 95 % interval")
     panels[1].axvline(0, color=INK, linewidth=1)
     return figure
@@ -5787,7 +5928,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s", error.told(show_value=args.show_values))
         return EXIT_INPUT
     except KeyboardInterrupt as stop:
-        logger.error("interrupted: nothing was written")
+        logger.error("interrupted: nothing more was written")
         return getattr(stop, "code", EXIT_INTERRUPTED)
     except Exception as error:
         logger.error("%s", fault(error))

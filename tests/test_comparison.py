@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
+from conftest import sign_table
 
 SAMPLE = Path(__file__).parent / "data" / "physionet2012_bicarbonate.csv"
 
@@ -167,20 +169,20 @@ def test_several_seeds_are_run_pooled_and_the_best_is_chosen_by_validation(
     assert said.count("already there") == 2
     assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
     figures = [json.loads((place / "metrics.json").read_text()) for place in places]
-    pooled = json.loads((runs / "out" / "seeds.json").read_text())["trajectory"]["auroc"]
+    pooled = json.loads((runs / "out" / "seeds_trajectory.json").read_text())["trajectory"]["auroc"]
     scores = [figure["test"]["auroc"]["value"] for figure in figures]
     assert pooled["value"] == pytest.approx(np.mean(scores))
     assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
     validation = [figure["validation"]["auroc"]["value"] for figure in figures]
     best = f"Best by validation: seed {3 + int(np.argmax(validation))} "
     assert best in said
-    assert best in (runs / "out" / "seeds.html").read_text()
-    page = (runs / "out" / "seeds.html").read_text()
+    assert best in (runs / "out" / "seeds_trajectory.html").read_text()
+    page = (runs / "out" / "seeds_trajectory.html").read_text()
     assert f"trajectory: test AUROC {pooled['value']:.3f} [" in page
     assert f"standard deviation over splits {pooled['sd']:.3f}" in page
     assert "logistic regression" in page
     assert page.count("<svg") == 1
-    assert (runs / "out" / "seeds.png").read_bytes().startswith(b"\x89PNG")
+    assert (runs / "out" / "seeds_trajectory.png").read_bytes().startswith(b"\x89PNG")
     assert {json.loads((p / "run.json").read_text())["arguments"]["seed"] for p in places} == {3, 4}
 
 
@@ -265,3 +267,63 @@ def test_each_seed_gets_the_stage_1_of_its_own_split(
     ]
     assert [(args.seed, args.seeds) for args in seen] == [(0, None), (1, None)]
     assert [args.output_dir.name for args in seen] == ["seed_0", "seed_1"]
+
+
+def test_two_stages_of_several_seeds_keep_their_pages_and_other_results_are_set_aside(
+    runs: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(runs / "out", out)
+    words = [*seeds_command(runs)[:-1], str(out)]
+    before = (out / "seeds_trajectory.json").read_bytes()
+    assert trainer.main([*words, "--seeds", "3"]) == 0
+    assert (out / "seeds_trajectory.1.json").read_bytes() == before
+    assert (out / "seeds_trajectory.1.html").exists()
+
+
+def test_seeds_whose_baselines_differ_are_pooled_over_those_they_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = sign_table(120, seed=1)
+    table["clinical_context"] = ["rare" if k == 7 else "" for k in range(120)]
+    table.to_csv(tmp_path / "data.csv", index=False)
+    words = ["--trajectory_only", "--data_path", str(tmp_path / "data.csv"), "--log_file", "none"]
+    words += ["--trajectory_epochs", "1", "--seeds", "8", "--output_dir", str(tmp_path / "out")]
+    assert trainer.main(words) == 0
+    said = capsys.readouterr().out
+    assert "not in every split, so not pooled: gradient boosting with context" in said
+    pooled = json.loads((tmp_path / "out" / "seeds_trajectory.json").read_text())
+    assert "logistic regression" in pooled
+    assert "logistic regression with context" not in pooled
+
+
+def test_runs_that_know_no_patients_are_compared_on_the_same_file_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = sign_table(120, seed=1)
+    other = table.assign(clinical_trajectory=table["clinical_trajectory"][::-1].to_numpy())
+    for name, each in (("a", table), ("b", other.assign(clinical_context="elsewhere"))):
+        each.to_csv(tmp_path / f"{name}.csv", index=False)
+        words = ["--trajectory_only", "--data_path", str(tmp_path / f"{name}.csv")]
+        words += ["--trajectory_epochs", "1", "--log_file", "none"]
+        assert trainer.main([*words, "--output_dir", str(tmp_path / name)]) == 0
+    places = [str(tmp_path / name / "trajectory") for name in ("a", "b")]
+    capsys.readouterr()
+    assert trainer.main(["--compare", *places]) == 2
+    assert "their data name no patients" in capsys.readouterr().err
+    again = str(tmp_path / "a" / ".." / "a" / "trajectory")
+    assert trainer.main(["--compare", places[0], again]) == 2
+    assert "different folders" in capsys.readouterr().err
+
+
+def test_a_picture_that_stands_alone_has_colours_for_paper() -> None:
+    from matplotlib.colors import same_color
+
+    labels, names = np.tile([0, 1], 30), [str(k) for k in range(60)]
+    table = pd.DataFrame({"id": names, "patient": names, "label": labels})
+    table["good"] = 0.2 + 0.5 * labels + np.linspace(-0.2, 0.2, 60)
+    figure = trainer.draw_comparison(trainer.side_by_side([table], "good", 0), "good")
+    trainer.repaint(figure)
+    colours = [artist.get_color() for artist in figure.findobj() if hasattr(artist, "get_color")]
+    assert not any(same_color(c, p) for c in colours for p in trainer.PAGE_COLOURS)
+    assert any(same_color(c, trainer.PAPER_COLOURS[trainer.MODEL]) for c in colours)

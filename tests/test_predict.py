@@ -647,6 +647,8 @@ def test_figures_are_those_of_the_labelled_rows(
     assert f"{score:.3f} [" in said
     assert f"{int(known.sum())}\n" in said
     page = out.with_suffix(".report.html").read_text()
+    threshold = trainer.winner_facts(runs / "trajectory")["decision"]["threshold"]
+    assert f"At the chosen threshold of {100 * threshold:.3g} % risk" in page
     assert f"AUROC {score:.3f} [" in page
     assert "Case mix" in page
     mix = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)["config"]["case_mix"]
@@ -757,3 +759,71 @@ def test_memory_does_not_grow_with_the_rows(runs: Path, tmp_path: Path) -> None:
 def test_load_winner_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         trainer.load_winner(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ({"max_len": "20"}, "max_len"),
+        ({"stage": "other"}, "stage"),
+        ({"features": []}, "features"),
+        ({"units": []}, "units"),
+        ({"decision": {"slope": float("nan")}}, "decision"),
+        ({"decision": {"slope": -1.0}}, "decision"),
+        ({"precision": 3}, "precision"),
+        ({"series_text": "bogus"}, "series_text"),
+    ],
+)
+def test_facts_that_cannot_be_are_refused(
+    facts: dict[str, Any],
+    problem: str,
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, out = copy_of(runs, "classification", tmp_path), tmp_path / "out.csv"
+    change_facts(folder, **facts)
+    words = words_of(folder, runs / "train.csv", out)
+    refused(capsys, words, "damaged: its ", problem, out=out)
+
+
+def test_a_runs_own_folder_and_other_tables_are_not_written_over(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(table, tmp_path / "new.csv")
+    place = shutil.copytree(runs / "trajectory", tmp_path / "trajectory")
+    before = (place / "predictions_test.csv").read_bytes()
+    words = words_of(runs / trainer.TRAJECTORY_FILE, data, place / "predictions_test.csv")
+    refused(capsys, words, "a run's own folder")
+    assert (place / "predictions_test.csv").read_bytes() == before
+    other = write(table, tmp_path / "other.csv")
+    kept = other.read_bytes()
+    refused(capsys, words_of(runs / "trajectory", data, other), "holds something else")
+    assert other.read_bytes() == kept
+    out = tmp_path / "out.csv"
+    for _ in range(2):  # its own output it may replace
+        predicted(runs / "trajectory", data, out)
+    out.with_suffix(".report.html").unlink()
+    out.with_suffix(".report.html").mkdir()
+    refused(capsys, words_of(runs / "trajectory", data, out), "which is a folder")
+
+
+def test_an_interrupted_report_is_not_called_nothing(
+    runs: Path,
+    table: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data, out = write(table, tmp_path / "new.csv"), tmp_path / "out.csv"
+    predicted(runs / "trajectory", data, out)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "write_report", interrupted)
+    capsys.readouterr()
+    assert trainer.main(words_of(runs / "trajectory", data, out)) == 130
+    assert "the predictions are written, their figures are not" in capsys.readouterr().err
+    assert len(pd.read_csv(out)) == len(table)
+    assert not out.with_suffix(".report.html").exists(), "the page of other predictions"

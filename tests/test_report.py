@@ -113,9 +113,9 @@ def test_net_benefit_by_hand() -> None:
 def test_the_threshold_is_youdens_and_of_equal_ones_the_lowest() -> None:
     labels = np.array([0.0, 0, 1, 0, 1, 1])
     risk = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    # J is 2/3 at 0.5 (2 of 3 hits, no false alarm) and at 0.3 (3 of 3 hits, 1 of 3).
-    assert trainer.choose_threshold(labels, risk) == 0.3
-    assert trainer.choose_threshold(1 - labels, risk) == 0.1  # turned round: alarm for all
+    # J is 2/3 from 0.5 on (2 of 3 hits, no false alarm) and from 0.3 on (3 of 3 hits, 1 of 3).
+    assert trainer.choose_threshold(labels, risk) == pytest.approx(0.25)  # midway from 0.2
+    assert trainer.choose_threshold(1 - labels, risk) == 0.05  # turned round: alarm for all
     rng = np.random.default_rng(3)
     for _ in range(20):
         labels, risk, _ = drawn(rng, 60)
@@ -125,7 +125,8 @@ def test_the_threshold_is_youdens_and_of_equal_ones_the_lowest() -> None:
             for t in np.unique(risk)
         }
         best = min(t for t, gain in gains.items() if gain > max(gains.values()) - 1e-12)
-        assert trainer.choose_threshold(labels, risk) == best
+        lower = max((t for t in gains if t < best), default=0.0)
+        assert trainer.choose_threshold(labels, risk) == pytest.approx((best + lower) / 2)
 
 
 def test_shares_of_none_and_all_get_exact_intervals_by_patients() -> None:
@@ -137,6 +138,92 @@ def test_shares_of_none_and_all_get_exact_intervals_by_patients() -> None:
     assert paired["sensitivity"]["low"] == pytest.approx(0.025 ** (1 / 5))
     silent = trainer.further_figures(labels, risk, np.arange(40).astype(str), 0.95, 0)
     assert silent["ppv"]["value"] is None
+
+
+def test_what_few_patients_tell_is_not_called_sure() -> None:
+    labels = np.repeat([1.0, 0.0], [12, 30])
+    groups = np.array(["one"] * 12 + [str(k) for k in range(30)])  # twelve rows, one patient
+    cohort = cohort_of((labels, np.where(labels == 1, 0.9, 0.1), groups))
+    found = trainer.assess(cohort, 0.5, 0)
+    assert found["rarer"] == 1
+    assert found["auroc"]["value"] == 1
+    assert found["auroc"]["low"] == pytest.approx(0.025)  # one pair of patients tells no more
+    sure, sentences = trainer.verdict(cohort, found, "Death")
+    assert not sure
+    assert "Only 1 of 31 patients are of the rarer outcome" in sentences[0]
+    assert not [key for key in found if isinstance(key, tuple) and key[0] == "subgroup"]
+    score = trainer.metrics_with_intervals(labels, cohort.probability, groups, 0)["auroc"]
+    assert score["low"] == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("risk", [0.01, 0.137219873, 0.3])
+@pytest.mark.parametrize("noise", [0.0, 1e-13])
+def test_equal_risks_have_no_slope_and_are_not_recalibrated(
+    risk: float, noise: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(150) < 0.2).astype(float)
+    told = risk + noise * rng.normal(size=150)
+    found = trainer.weighted_calibration(labels, told, ones(150))
+    assert np.isnan(found["calibration_slope"][0])
+    assert np.isfinite(found["calibration_in_the_large"][0])
+    decision = trainer.decide(labels, trainer.log_odds(told), "platt")
+    assert not decision.recalibrates
+    assert "all risks are equal" in caplog.text
+
+
+def test_a_subgroup_has_the_interval_of_its_own_draws() -> None:
+    cohort = cohort_of(drawn(np.random.default_rng(2), 600))
+    found = trainer.assess(cohort, 0.3, 0)
+    rows = np.flatnonzero(cohort.subgroups["size"] == "many")
+    labels, risk = cohort.labels[rows], cohort.probability[rows]
+
+    def inside(weights: Any) -> trainer.Figures:
+        return trainer.weighted_metrics(labels, risk, weights[:, rows])
+
+    draws = trainer.bootstrap(cohort.labels, cohort.groups, 0, inside)["auroc"]
+    score = found["subgroup", "size", "many"]
+    assert score["value"] == pytest.approx(metrics.roc_auc_score(labels, risk))
+    assert [score["low"], score["high"]] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
+    assert score["high"] - score["low"] > 0.02
+
+
+@pytest.mark.parametrize(("shift", "word"), [(1.5, "too high"), (-1.5, "too low")])
+def test_the_sentence_says_on_which_side_the_risks_are(shift: float, word: str) -> None:
+    labels, risk, groups = drawn(np.random.default_rng(3), 2000)
+    moved = sigmoid(trainer.log_odds(risk) + shift)
+    assert f"they are {word} on average" in said(cohort_of((labels, moved, groups)))
+
+
+def test_pictures_show_what_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Any] = {}
+    monkeypatch.setattr(
+        trainer, "finish", lambda figure, name, alt: figures.setdefault(name, (figure, alt))
+    )
+    cohort = cohort_of(drawn(np.random.default_rng(2), 600))
+    found = trainer.assess(cohort, 0.3, 0)
+    trainer.draw_roc(cohort, found, 0.3)
+    trainer.draw_benefit(cohort, found)
+    history = [
+        {"epoch": k, "train_loss": 1.0, "val_loss": 1.0, "val_auroc": 0.6, "improved": k in (1, 3)}
+        for k in range(1, 6)
+    ]
+    trainer.draw_learning(history)
+    lines = {
+        (name, line.get_label()): np.array(line.get_data())
+        for name, (figure, _) in figures.items()
+        for axes in figure.axes
+        for line in axes.lines
+    }
+    alarm, event = cohort.probability >= 0.3, cohort.labels == 1
+    point = [100 * alarm[~event].mean(), 100 * alarm[event].mean()]
+    assert lines["roc", "chosen threshold"].ravel() == pytest.approx(point)
+    at, everyone = lines["benefit", "treat all"]
+    expected = trainer.weighted_benefit(cohort.labels, np.ones(600), at / 100, ones(600))[0]
+    assert everyone == pytest.approx(100 * expected)
+    (kept,) = {float(line.get_data()[0][0]) for line in figures["learning"][0].axes[1].lines[1:]}
+    assert kept == 3
+    assert "epoch 3 was kept" in figures["learning"][1]
 
 
 def test_draws_do_not_depend_on_where_they_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:

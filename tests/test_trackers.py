@@ -37,6 +37,7 @@ class Recorder:
     def __init__(self, **setup: Any) -> None:
         self.setup = setup
         self.numbers: dict[str, Any] = {}
+        self.kwargs: dict[str, Any] = {}
         self.logged: list[tuple[dict[str, float], int]] = []
         self.ended = False
 
@@ -45,7 +46,7 @@ class Recorder:
         return self
 
     def init_trackers(self, name: str, numbers: dict[str, Any], kwargs: dict[str, Any]) -> None:
-        self.numbers = numbers
+        self.numbers, self.kwargs = numbers, kwargs
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self.logged.append((figures, step))
@@ -77,6 +78,10 @@ def test_a_tracker_gets_each_epoch_and_the_final_figures_as_numbers(
     told = [recorder.numbers, *(figures for figures, _ in recorder.logged)]
     assert all(isinstance(value, (int, float)) for figures in told for value in figures.values())
     assert MARKER not in repr(told)
+    settings = recorder.kwargs["wandb"]["settings"]
+    assert settings["console"] == "off", "what the terminal shows stays here"
+    assert settings["disable_code"]
+    assert settings["disable_git"]
 
 
 def test_tensorboard_gets_no_text_of_the_data_and_no_path(words: list[str], tmp_path: Path) -> None:
@@ -139,3 +144,20 @@ def test_a_tracker_that_cannot_start_is_one_line(
     assert trainer.main([*words, "--report_to", "wandb"]) == 2
     assert capsys.readouterr().err == "error: --report_to wandb: cannot start: no API key\n"
     assert not (tmp_path / "out" / "trajectory").exists(), "no half-made run"
+
+
+def test_a_folder_of_a_trackers_name_is_no_tracker(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "path" / "wandb").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    real = importlib.util.find_spec
+    bare = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path / "path")])
+    assert bare is not None
+
+    def found(name: str, *rest: Any) -> Any:
+        return bare if name == "wandb" else real(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", found)
+    assert trainer.main([*words, "--report_to", "wandb"]) == 2
+    assert not (tmp_path / "out").exists()

@@ -279,7 +279,7 @@ def test_ctrl_c_says_what_was_reached(
     assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 130
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert ("nothing was written" in error) == (kept is None)
+    assert ("nothing more was written" in error) == (kept is None)
     assert (tmp_path / "run").exists() == (kept is not None)
     assert ("best state so far lies in" in error) == bool(kept)
     assert ("its figures too" in error) == bool(figures)
