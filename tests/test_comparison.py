@@ -205,7 +205,7 @@ def test_runs_on_the_same_patients_are_compared_with_the_first(
     ("change", "words"),
     [
         (lambda table: table.assign(id=table["id"] + "x"), "different patients"),
-        (lambda table: table.assign(label=1 - table["label"]), "different patients"),
+        (lambda table: table.assign(label=1 - table["label"]), "other labels"),
         (lambda table: table.iloc[1:], "different patients"),
         (lambda table: table.drop(columns="patient"), "no column patient"),
         (None, "no predictions_test.csv"),

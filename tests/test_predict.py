@@ -587,12 +587,13 @@ def test_an_existing_output_stays_when_the_run_fails(
     few = table.head(20).copy()
     few.loc[15, SERIES] = "oops"
     data, out = write(few, tmp_path / "bad.csv"), tmp_path / "out.csv"
-    out.write_text("earlier")
+    earlier = "id,probability,prediction,problem\n1,0.5,0,\n"
+    out.write_text(earlier)
     assert trainer.main(words_of(runs / "trajectory", data, out, "--strict")) == 2
     cut = tmp_path / "bad.csv.gz"
     cut.write_bytes(gzip.compress(data.read_bytes())[:-40])
     assert trainer.main(words_of(runs / "trajectory", cut, out)) == 2
-    assert out.read_text() == "earlier"
+    assert out.read_text() == earlier
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -600,11 +601,11 @@ def test_an_existing_output_stays_when_the_run_fails(
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Tally, "add", interrupted)
         assert trainer.main(words_of(runs / "trajectory", data, out)) == 130
-    assert out.read_text() == "earlier"
+    assert out.read_text() == earlier
     names = {"bad.csv", "bad.csv.gz", "bad.json", "out.csv"}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert trainer.main(words_of(runs / "trajectory", data, out)) == 0
-    assert out.read_text() != "earlier"
+    assert out.read_text() != earlier
 
 
 def test_the_output_may_neither_be_the_input_nor_a_folder(
@@ -818,7 +819,7 @@ def test_an_interrupted_report_is_not_called_nothing(
     data, out = write(table, tmp_path / "new.csv"), tmp_path / "out.csv"
     predicted(runs / "trajectory", data, out)
 
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "write_report", interrupted)

@@ -467,7 +467,7 @@ def test_few_events_judge_no_model() -> None:
     cohort = cohort_of((labels, risk, np.arange(60).astype(str)), number=np.full(60, 0.5))
     good, sentences = trainer.verdict(cohort, trainer.assess(cohort, 0.3, 0), "Death")
     assert not good
-    assert sentences[0].startswith("Only 3 of 60 rows")
+    assert sentences[0].startswith("Only 3 of 60 patients")
     assert "cannot be told" in sentences[2]
 
 
