@@ -5991,5 +5991,14 @@ def start_logging() -> logging.handlers.MemoryHandler:
     return memory
 
 
+def program(argv: Sequence[str] | None = None) -> int:
+    """Run ``main``; several processes leave together, lest one finds the others gone."""
+    code = main(argv)
+    if processes().num_processes > 1 and code == EXIT_DONE:
+        processes().wait_for_everyone()
+        processes().destroy_process_group()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

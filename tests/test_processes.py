@@ -32,7 +32,7 @@ if "DIES" in os.environ and os.environ["RANK"] == os.environ["DIES"]:
             os.kill(os.getpid(), signal.SIGKILL)
         take_step(learner, *rest)
     trainer.take_step = die
-sys.exit(trainer.main(sys.argv[1:]))
+sys.exit(trainer.program(sys.argv[1:]))
 """
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 2",
