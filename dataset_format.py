@@ -34,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypedDict, TypeVar
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -127,8 +127,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, text: str, value: object = None) -> None:
-        """Keep both apart."""
-        super().__init__(text)
+        """Keep both apart, and the text one line, whatever names of files and columns hold."""
+        super().__init__(one_line(text))
         self.value = value
 
     def told(self, *, show_value: bool) -> str:
@@ -137,12 +137,17 @@ class InputError(ValueError):
         return f"{self}: it holds {self.value!r}" if shown else str(self)
 
 
+def one_line(text: str) -> str:
+    """Write line breaks, and whatever else cannot be seen, as Python does: ``\\n``."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """End with code 2."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see --help)\n")
 
 
 class Batch(TypedDict):
@@ -982,6 +987,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             owner, times, values = _union(owner, feature, times, values[:, 0], len(columns))
             lengths = np.bincount(owner, minlength=len(table))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
+        max_len = min(max_len, len(owner))  # within the integers of an array, whatever was asked
         recent = np.arange(len(owner)) >= offsets[owner + 1] - max_len
         if not recent.all():
             longer = f"are longer than {max_len} observations: the most recent are kept"
@@ -1241,13 +1247,20 @@ def _csv_pieces(
 
 
 def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Give the rows of a CSV that are not blank, with their numbers."""
-    number = 0
+    """Give the rows of a CSV that are not blank, with their numbers.
+
+    Below the header a quote in the wrong place is an error: it would else swallow all rows up to
+    the next one, or to the end.
+    """
     csv.field_size_limit(2**31 - 1)  # a series of 20,000 observations is one field
+    lines, number, strict = iter(text), 0, False
+    readers = [csv.reader(lines, skipinitialspace=True, strict=s) for s in (False, True)]
     try:
-        for number, cells in enumerate(csv.reader(text, skipinitialspace=True), 1):
+        while (cells := next(readers[strict], None)) is not None:
+            number += 1
             if any(map(str.strip, cells)):
                 yield number, cells
+                strict = strict or len(cells) > 1  # a header without commas is refused by itself
     except csv.Error as error:
         raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
 
@@ -1407,6 +1420,13 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def forgiving(stream: TextIO) -> TextIO:
+    """Let a stream write what its encoding lacks as Python does: a file's name may be no text."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
 def run_check(
     read: Callable[[], DatasetT],
     doubts: Callable[[DatasetT], list[str]],
@@ -1414,7 +1434,8 @@ def run_check(
     show_values: bool = False,
 ) -> int:
     """Read a data set, log its summary and what looks wrong; 0, or 2 when it cannot be used."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    stream = forgiving(sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
     try:
         dataset = read()
         for line in summarize(dataset):

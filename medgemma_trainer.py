@@ -81,8 +81,10 @@ from dataset_format import (
     case_mix_of,
     check_header,
     find_series,
+    forgiving,
     ids_of,
     names,
+    one_line,
     patient_events,
     plainly,
     read_pieces,
@@ -207,6 +209,9 @@ STATE_FORMAT = 1
 """Rises when older states can no longer be gone on from."""
 
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
+
+ECHO_SECONDS = 10.0
+"""Of several processes: a second signal within this time is the first one's echo."""
 
 STATES_KEPT = 2
 STATE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
@@ -2268,11 +2273,18 @@ def atomic(path: Path) -> Iterator[Path]:
             outgoing = path.with_name(f".{path.name}{OUTGOING}")
             remove(outgoing)
             path.rename(outgoing)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:  # a signal, say: one of the two must stand there
+                outgoing.rename(path)
+                raise
             remove(outgoing)
         else:
             os.replace(temporary, path)
         flush_entry(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not name it
+        raise
     finally:
         remove(temporary)
 
@@ -2303,16 +2315,20 @@ def remove(path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what runs that were killed left half-written in a folder."""
+    """Remove what runs that were killed left half-written; what they had moved aside comes back."""
+    for path in folder.glob(f".*{OUTGOING}"):
+        whole = path.with_name(path.name[1 : -len(OUTGOING)])
+        if not whole.exists():
+            path.rename(whole)
     for ending in (PARTIAL, OUTGOING):
         for path in folder.glob(f".*{ending}"):
             remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none."""
+    """Write a whole file or none; a file's name within it may be no text."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 # --------------------------------------------------------------------------- states
@@ -2368,6 +2384,8 @@ class States:
                 return read_state(path)
             except InputError as error:
                 logger.warning("%s: going on from the state before", error)
+                if processes().is_main_process:
+                    remove(path)  # or it would count as one of the two that are kept
         raise InputError(f"--resume {self.folder}: no state is whole: start again without --resume")
 
 
@@ -2377,7 +2395,7 @@ def read_state(path: Path) -> State:
     Raises:
         InputError: it is damaged, not of this program, or of another format.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     if path.is_symlink():
@@ -2386,15 +2404,14 @@ def read_state(path: Path) -> State:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() not in path.name:
             raise InputError(f"{path}: damaged")
-        with safe_open(path, "pt") as opened:
-            story = json.loads(opened.metadata()["story"])
+        length = int.from_bytes(content[:8], "little")
+        story = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["story"])
         tensors = load(content)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        told = story.get("format")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a state of training") from error
-    if story.get("format") != STATE_FORMAT:
-        raise InputError(
-            f"{path}: a state of format {story.get('format')}, this program reads {STATE_FORMAT}"
-        )
+    if told != STATE_FORMAT:
+        raise InputError(f"{path}: a state of format {told}, this program reads {STATE_FORMAT}")
     return State(tensors, story)
 
 
@@ -2446,11 +2463,7 @@ def go_on(stage: Stage, learner: Learner, state: State, folder: Path) -> None:
         InputError: the state is of another model.
     """
     names, tensors, story = learning_names(stage), state.tensors, state.story
-    own = {f"weights.{n}": p for n, p in zip(names, learner.average.parameters, strict=True)}
-    other = [key for key, p in own.items() if key not in tensors or tensors[key].shape != p.shape]
-    extra = {key for key in tensors if key.startswith("weights.")} - set(own)
-    if other or extra:
-        raise InputError(f"--resume: the state is of another model: {sorted([*other, *extra])[0]}")
+    refuse_other_state(names, learner.average.parameters, state)
     put(learner.average.parameters, [tensors[f"weights.{name}"] for name in names])
     for average, name in zip(learner.average.shadow, names, strict=True):
         average.copy_(tensors[f"average.{name}"])
@@ -2482,11 +2495,46 @@ def go_on(stage: Stage, learner: Learner, state: State, folder: Path) -> None:
         if f"{numbers}.cuda" in tensors:
             torch.cuda.set_rng_state(tensors[f"{numbers}.cuda"], default_device())
     else:
+        logger.warning(
+            "the state is of %d processes: the result is not the one of an undisturbed run",
+            story["processes"],
+        )
         share_out_anew(learner, story["processes"] / processes().num_processes)
+        learner.progress.batches = min(learner.progress.batches, len(stage.loaders["train"]))
     logger.info(
         "going on in epoch %d after %d of its batches, %d steps in all",
         *(learner.stopping.epoch + 1, learner.progress.batches, learner.average.steps),
     )
+
+
+def refuse_other_state(names: list[str], parameters: Sequence[Tensor], state: State) -> None:
+    """Refuse a state whose tensors are not, in name, size and kind, what this model learns.
+
+    Raises:
+        InputError: naming one of them.
+    """
+    tensors, story = state
+    needed = ["progress", "stopping", "average_steps", "schedule", "processes"]
+    if missing := [key for key in needed if key not in story]:
+        raise InputError(f"--resume: the state lacks {missing[0]}: start again without --resume")
+    try:
+        best = EarlyStopping(**story["stopping"]).best_epoch
+        Progress(**story["progress"])
+    except TypeError as error:
+        raise InputError("--resume: the state is of another program") from error
+    expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
+    for number, (name, own) in enumerate(zip(names, parameters, strict=True)):
+        parts = ("weights", "average", *(("best",) if best else ()))
+        expected |= {f"{part}.{name}": (own.shape, own.dtype) for part in parts}
+        if f"optimizer.{number}.step" in tensors:  # none before the first step
+            moments = {f"optimizer.{number}.{key}": own for key in ("exp_avg", "exp_avg_sq")}
+            expected |= {key: (each.shape, each.dtype) for key, each in moments.items()}
+            expected[f"optimizer.{number}.step"] = (torch.Size(), torch.float32)
+    rest = {key: t for key, t in tensors.items() if not key.startswith("random.")}
+    found = {key: (t.shape, t.dtype) for key, t in rest.items()}
+    other = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    if other or not all(f"random.{k}.cpu" in tensors for k in range(story["processes"])):
+        raise InputError(f"--resume: the state is of another model: {(other or ['random'])[0]}")
 
 
 def share_out_anew(learner: Learner, factor: float) -> None:
@@ -2526,6 +2574,7 @@ class Heed:
     def __init__(self) -> None:
         """Nothing has come yet."""
         self.came = 0
+        self.first = 0.0
         self.waits = False
 
     @contextlib.contextmanager
@@ -2538,17 +2587,24 @@ class Heed:
         try:
             yield
         finally:
-            self.came = 0
+            self.came, self.first = 0, 0.0
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def _on(self, number: int, _: object) -> None:
-        if number in self.ENDING:
-            for each in self.ENDING:
-                signal.signal(each, signal.SIG_DFL)
-            if not self.waits:
-                raise Stopped(number)
-        self.came = number
+        if number not in self.ENDING:
+            self.came = self.came or number
+            return
+        now = time.monotonic()
+        # A launcher passes on what the scheduler has sent to each process already.
+        echo = ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0
+        if self.first and now - self.first >= echo:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        again, self.first = bool(self.first), self.first or now
+        self.came = number  # where the exception is lost, the next step ends the run
+        if not (again or self.waits):
+            raise Stopped(number)
 
     @contextlib.contextmanager
     def put_off(self) -> Iterator[None]:
@@ -2583,8 +2639,12 @@ SIGNALS = Heed()
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep another run from a folder; when a run dies, its lock is free.
+
+    Args:
+        folder: that is there.
+        wait: for the other run, rather than refuse.
 
     Raises:
         InputError: another run has it.
@@ -2594,7 +2654,7 @@ def locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise InputError(
                 f"{folder}: another run is at work there: wait for it or choose another "
@@ -5034,7 +5094,11 @@ def build_parser() -> Parser:
     return parser
 
 
-POSITIVE, WHOLE, RATE = number(int, 1), number(int, 0), number(float, 0, 1, open_low=True)
+MOST = 10**9
+"""Of whatever is counted: what is larger fits neither arrays nor, multiplied, floats."""
+
+POSITIVE, WHOLE = number(int, 1, MOST), number(int, 0, MOST)
+RATE = number(float, 0, 1, open_low=True)
 
 
 LENGTHS = f"{MAX_LEN}, of several series {MAX_LEN_SEVERAL}, SRTR 50"
@@ -5180,6 +5244,7 @@ def refuse_together(words: Sequence[str]) -> None:
     given = {word.split("=")[0] for word in words if word.startswith("--")}
     repeated = {"--ablation", "--seeds", "--resume"}  # several runs, each begun or gone on with
     ways = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds", "--resume")
+    given |= {"--resume"} if "--resume_anyway" in given else set()
     chosen = [flag for flag in ways if flag in given]
     if len(chosen) > 1 and not repeated.issuperset(chosen):
         raise InputError(f"{' and '.join(chosen)} do not go together")
@@ -5242,9 +5307,14 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
         log_path = folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
     elif log_path and not log_path.parent.is_dir():  # said before a folder is made
         raise InputError(f"--log_file {log_path}: no folder {log_path.parent}")
+    elif log_path and log_path.is_dir():
+        raise InputError(f"--log_file {log_path}: a folder: give the name of a file")
+    first = processes().is_main_process
+    if first and log_path and args.log_file != "auto":  # refused before anything is moved aside
+        open_log(log, log_path)
     try:
         with tracking(args, stage.name) as track, own_folder(folder, args):
-            if processes().is_main_process and log_path:
+            if first and log_path and args.log_file == "auto":
                 open_log(log, log_path)
             processes().wait_for_everyone()  # the others read what the first one makes
             run_and_report(stage, data, folder, args, track)
@@ -5276,13 +5346,14 @@ def own_folder(folder: Path, args: argparse.Namespace) -> Iterator[None]:
         if processes().is_main_process:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                if folder.exists():
-                    held.enter_context(locked(folder))
-                for place in (folder, folder / LAST):
-                    clean(place)
-                if not args.resume:
-                    make_folder(folder)
-                    held.enter_context(locked(folder))
+                with locked(folder.parent, wait=True):  # runs that start together queue here
+                    if folder.exists():
+                        held.enter_context(locked(folder))
+                    for place in (folder, folder / LAST):
+                        clean(place)
+                    if not args.resume:
+                        make_folder(folder)
+                        held.enter_context(locked(folder))
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
         yield
@@ -5300,6 +5371,8 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
         InputError: it never began, or was begun otherwise, and in what.
     """
     known = begun(folder)
+    if known and not States(folder / LAST).files() and (folder / "metrics.json").exists():
+        refuse_broken(folder)
     if known is None or not (complete(folder) or States(folder / LAST).files()):
         raise InputError(f"--resume: no run was begun in {folder}: start it without --resume")
     facts = json.loads(json.dumps(run_facts(args, data)))
@@ -5309,8 +5382,10 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
             "command, or start a new run without --resume"
         )
     if complete(folder):
+        refuse_broken(folder)
         logger.info("%s: that run is finished: nothing left to do", folder)
-        remove(folder / LAST)
+        if processes().is_main_process:
+            remove(folder / LAST)
         return False
     if known["processes"] != facts["processes"]:
         count = f"begun with {known['processes']} processes, now {facts['processes']}"
@@ -5326,12 +5401,37 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
     return True
 
 
-def begun(folder: Path) -> dict[str, Any] | None:
-    """Give what ``run.json`` says of the run that was begun in a folder, None for none."""
+def refuse_broken(folder: Path) -> None:
+    """Refuse a finished run of which something is missing or damaged.
+
+    Raises:
+        InputError: naming it.
+    """
     try:
-        known: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        winner_facts(folder)
+        json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(
+            f"--resume {folder}: that run is finished, but something of it is missing or damaged "
+            f"({error}): start it anew without --resume"
+        ) from error
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """Give what ``run.json`` says of the run that was begun in a folder, None for none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = folder / "run.json"
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if known["facts_sha256"] != facts_hash(known):
+            raise ValueError("its checksum is another")
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, or of an older version: {error}") from error
     return known
 
 
@@ -5361,7 +5461,9 @@ def run_and_report(
 ) -> None:
     """Train, score the winner, and show the table."""
     if processes().is_main_process and not args.resume:
-        write_text(folder / "run.json", json.dumps(run_facts(args, data), indent=2) + "\n")
+        told = json.loads(json.dumps(run_facts(args, data)))
+        told["facts_sha256"] = facts_hash(told)
+        write_text(folder / "run.json", json.dumps(told, indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
     device = default_device()
@@ -5467,7 +5569,7 @@ def open_log(log: logging.handlers.MemoryHandler, path: Path) -> None:
         InputError: the file cannot be written.
     """
     try:
-        target = logging.FileHandler(path, encoding="utf-8")
+        target = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"--log_file {path}: {error.strerror}") from error
     target.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -5523,7 +5625,7 @@ def run_ablation(args: argparse.Namespace, words: Sequence[str]) -> int:
         raise InputError(f"--ablation and {taken[0].split('=')[0]} do not go together")
     if args.series_text == "none":
         raise InputError("--ablation: --series_text none leaves no text to compare with")
-    shared = [w for w in words if w not in ("--ablation", "--resume")]
+    shared = [w for w in words if w not in ("--ablation", "--resume", "--resume_anyway")]
     folders = {}
     for name in VARIANTS:
         folders[name], command = variant(name, shared, args.output_dir)
@@ -5575,7 +5677,11 @@ def reached(folder: Path, args: argparse.Namespace, data: Data) -> str:
 
     A run of other code, other versions or another number of processes is not the same.
     """
-    known, facts = begun(folder), json.loads(json.dumps(run_facts(args, data)))
+    facts = json.loads(json.dumps(run_facts(args, data)))
+    try:
+        known = begun(folder)
+    except InputError:  # it is moved aside, and made anew
+        known = None
     keys = ("versions", "code_sha256", "processes")
     if not known or differences(known, facts) or any(known[k] != facts[k] for k in keys):
         return "none"
@@ -5606,7 +5712,7 @@ def run_seeds(args: argparse.Namespace, words: Sequence[str]) -> int:
             "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "
             f"number, as in --ode_checkpoint {args.output_dir}/seed_{{seed}}/{TRAJECTORY_FILE}"
         )
-    shared = [word for word in without(words, "--seeds") if word != "--resume"]
+    shared = [word for word in without(words, "--seeds") if not word.startswith("--resume")]
     folders = {}
     for seed in range(args.seed, args.seed + args.seeds):
         place = args.output_dir / f"seed_{seed}"
@@ -5721,7 +5827,7 @@ def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
 
 def nameless(one: Path, other: Path) -> bool:
     """Tell whether two runs know their rows by number alone and read other rows."""
-    known = [(begun(folder) or {}).get("data", {}) for folder in (one, other)]
+    known: list[dict[str, Any]] = [(begun(folder) or {}).get("data", {}) for folder in (one, other)]
     numbered = any(not data.get("named", True) for data in known)
     return numbered and known[0].get("rows_sha256") != known[1].get("rows_sha256")
 
@@ -5933,12 +6039,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         logger.error("%s", fault(error))
         if args.show_values:
-            raise
+            traceback.print_exc()
         return EXIT_FAULT
     finally:
         os.umask(own_mask)
-        if memory.target:
-            memory.target.close()
+        with contextlib.suppress(OSError):  # a log on a full disk ends no run
+            if memory.target:
+                memory.target.close()
         memory.close()
 
 
@@ -5949,14 +6056,15 @@ def fault(error: Exception) -> str:
         return text
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU has too little memory: {ADVICE}"
-    if isinstance(error, MemoryError) or "not enough memory" in text:
+    if isinstance(error, MemoryError) or re.search("allocate memory|not enough memory", text):
         return f"the machine has too little memory: {ADVICE}"
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}: make room or choose another place"
+        place = one_line(str(error.filename))
+        return f"{place}: {error.strerror}: make room or choose another place"
     if "CUDA" in text or "NVIDIA" in text:
         return f"the GPU or its driver fails: {text}: see what nvidia-smi says"
-    if processes().num_processes > 1 and isinstance(error, RuntimeError):
-        return f"another process of this run has ended ({text[:80]}): go on by --resume"
+    if processes().num_processes > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):
+        return "another process of this run has ended: go on by --resume"
     # An exception's text may hold a patient's cell; where it arose never does.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
@@ -5980,8 +6088,10 @@ def chosen(
 
 def start_logging() -> logging.handlers.MemoryHandler:
     """Send messages to stdout and errors to stderr; give what holds them until a file is known."""
+    logging.raiseExceptions = False  # a log that cannot be written shows no line of it elsewhere
     memory = logging.handlers.MemoryHandler(capacity=1, flushLevel=logging.NOTSET)
-    terminal, faults = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    terminal = logging.StreamHandler(forgiving(sys.stdout))
+    faults = logging.StreamHandler(sys.stderr)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     first = processes().is_main_process  # of several processes one speaks
     terminal.addFilter(lambda record: first and record.levelno < logging.ERROR)

@@ -178,7 +178,7 @@ def find_table(folder: Path, name: str) -> SafFile:
     Raises:
         InputError: no such folder, not exactly one such table, or not readable.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False also for a name that no disk takes
         raise InputError(f"--data_dir {folder}: no such folder: give the one with the SRTR files")
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
     found = [p for p in files if p.name.lower() in {name + ending for ending in READERS}]

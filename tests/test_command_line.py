@@ -221,6 +221,16 @@ def test_a_log_file_of_ones_own_holds_the_run(dka_file: Path, tmp_path: Path) ->
     assert not list((tmp_path / "run" / "trajectory").glob("*.log"))
 
 
+def test_a_file_name_that_is_no_text_ends_no_run(dka_file: Path, tmp_path: Path) -> None:
+    """Names in Latin-1, as an old archive unpacks them; the report comes after all epochs."""
+    file, folder = (tmp_path / os.fsdecode(name) for name in (b"Caf\xe9.csv", b"Caf\xe9"))
+    file.write_bytes(dka_file.read_bytes())
+    words = ["--trajectory_only", "--trajectory_epochs", "1", "--data_path", str(file)]
+    assert trainer.main([*words, "--output_dir", str(folder)]) == 0
+    assert "Caf\\udce9.csv" in (folder / "trajectory" / "report.html").read_text(encoding="utf-8")
+    assert "Caf\\udce9" in next((folder / "trajectory").glob("*.log")).read_text(encoding="utf-8")
+
+
 def test_without_network_the_gated_model_ends_in_one_line(dka_file: Path, tmp_path: Path) -> None:
     """A hub that does not answer: the libraries' retries and warnings stay away from the user."""
     command = [sys.executable, str(ROOT / "medgemma_trainer.py"), "--data_path", str(dka_file)]

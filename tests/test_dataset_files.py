@@ -96,6 +96,10 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
         ["(row|line) 2", "quotes"],
     ),
     "an open quote": (text(f'"{SECRET} (0h),1\n'), ["(row|line) 2[12]"]),
+    "a quote that swallows a row": (
+        f'{HEADER.strip()},clinical_context\n1 (0h),0,"{SECRET}\n2 (0h),1,"man"\n'.encode(),
+        ["row 2", "quotes"],
+    ),
     "fewer fields": (text('"24 (0h)"\n'), ["row 22", LABEL, "empty"]),
     "empty subject_id": (one_cell("subject_id", "{}", 5, " "), ["row 7", "subject_id", "empty"]),
     "bad split": (one_cell("split", "train", 5, SECRET), ["row 7", "split", "train, val or test"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import json
@@ -339,11 +340,13 @@ def test_another_number_of_processes_goes_on_only_when_asked(
     stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run" / "trajectory"
-    facts = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({**facts, "processes": 2}))
+    facts = {**json.loads((folder / "run.json").read_text()), "processes": 2}
+    facts["facts_sha256"] = trainer.facts_hash(facts)
+    (folder / "run.json").write_text(json.dumps(facts))
     states = trainer.States(folder / trainer.LAST)
     state = states.newest()
-    states.keep(trainer.State(state.tensors, {**state.story, "processes": 2}))
+    tensors = {**state.tensors, "random.1.cpu": state.tensors["random.0.cpu"].clone()}
+    states.keep(trainer.State(tensors, {**state.story, "processes": 2}))
     capsys.readouterr()
     assert trainer.main([*stopped, "--resume"]) == 2
     assert "--resume_anyway" in one_line(capsys)
@@ -429,3 +432,124 @@ def test_two_hundred_epochs_leak_neither_files_nor_memory(
     assert after[0] == files
     assert after[1] - objects < 10 * 100  # of the log, some an epoch; of a graph, hundreds
     assert after[2] - resident < 8 * 2**20
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{", None])
+def test_a_damaged_beginning_is_named(
+    content: str | None, stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run" / "trajectory" / "run.json"
+    changed = path.read_text().replace('"seed": 0', '"seed": 1')
+    path.write_text(changed if content is None else content)
+    capsys.readouterr()
+    assert trainer.main([*stopped, "--resume"]) == 2
+    assert "run.json: damaged" in one_line(capsys)
+
+
+@pytest.mark.parametrize("change", ["moment", "average", "best", "story", "dtype"])
+def test_a_state_that_does_not_fit_is_refused_before_it_is_used(
+    change: str, stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = trainer.States(tmp_path / "run" / "trajectory" / trainer.LAST)
+    tensors, story = states.newest()
+    first = {part: next(k for k in tensors if k.startswith(part)) for part in ("average", "best")}
+    moment = next(key for key in tensors if key.endswith("exp_avg"))
+    if change == "moment":  # the optimizer would read beyond its end
+        tensors[moment] = torch.zeros(3)
+    elif change == "dtype":
+        tensors[moment] = tensors[moment].double()
+    elif change == "story":
+        story = {key: value for key, value in story.items() if key != "average_steps"}
+    else:
+        del tensors[first[change]]
+    states.keep(trainer.State(tensors, story))
+    capsys.readouterr()
+    assert trainer.main([*stopped, "--resume"]) == 2
+    assert "--resume: the state" in one_line(capsys)
+
+
+def test_a_winner_lost_between_two_renames_comes_back(
+    data: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(undisturbed["classification"] / "classification", tmp_path / "x"))
+    (place / "best").rename(place / ".best.old")
+    trainer.clean(place)
+    assert trainer.read_sealed(place / "best")
+
+
+def test_a_signal_between_two_renames_leaves_one_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "old").touch()
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name.endswith(trainer.PARTIAL):
+            raise trainer.Stopped(signal.SIGTERM)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(trainer.Stopped), trainer.atomic(tmp_path / "best") as temporary:
+        temporary.mkdir()
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "old").exists()
+
+
+def test_a_log_that_cannot_be_opened_moves_nothing_aside(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command("trajectory", data, tmp_path / "run", "--trajectory_epochs", "1")
+    assert trainer.main(words) == 0
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    (tmp_path / "folder").mkdir()
+    assert trainer.main([*words, "--log_file", str(tmp_path / "folder")]) == 2
+    assert "--log_file" in one_line(capsys)
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_full_disk_names_the_place(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as caught, trainer.atomic(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write gives it
+    assert str(tmp_path / "x") in trainer.fault(caught.value)
+
+
+def test_a_finished_run_that_was_damaged_is_said_to_be(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command("trajectory", data, tmp_path / "run", "--trajectory_epochs", "1")
+    assert trainer.main(words) == 0
+    for spoiled in (b"x", None):
+        winner = tmp_path / "run" / trainer.TRAJECTORY_FILE
+        winner.write_bytes(spoiled) if spoiled else winner.unlink()
+        capsys.readouterr()
+        assert trainer.main([*words, "--resume"]) == 2
+        assert "is finished, but something of it is missing or damaged" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("ranked", "codes"), [(True, [143]), (False, [-15])])
+def test_an_echo_of_a_signal_is_none_of_its_own(
+    ranked: bool, codes: list[int], data: Path, tmp_path: Path
+) -> None:
+    """Where a launcher passes signals on, two at once are one; else the second ends at once."""
+    child = os.fork()
+    if child == 0:
+        if ranked:
+            os.environ["LOCAL_RANK"] = "0"
+        with pytest.MonkeyPatch.context() as patch:
+
+            def twice() -> None:
+                send(signal.SIGTERM)()
+                send(signal.SIGTERM)()
+
+            at_batch(3, twice, patch)
+            os._exit(trainer.main(command("trajectory", data, tmp_path / "run")))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in codes
+
+
+def test_memory_that_is_not_there_is_named() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**13)
+    assert "too little memory" in trainer.fault(caught.value)
