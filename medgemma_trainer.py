@@ -3269,6 +3269,7 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "processes": processes().num_processes,
         "seed": args.seed,
         "stage_1_sha256": file_hash(args.ode_checkpoint),
+        "base_revision": None if args.trajectory_only else cached_revision(args.model_name),
         "device": str(default_device()),
         "data": data.facts(),
         "split": {
@@ -5453,6 +5454,8 @@ def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         told.append("the data are not the same")
     if known["stage_1_sha256"] != facts["stage_1_sha256"]:
         told.append("--ode_checkpoint is another file")
+    if known.get("base_revision") != facts["base_revision"]:
+        told.append(f"the hub holds another revision of {now['model_name']}")
     return told
 
 
@@ -5669,6 +5672,8 @@ def run_or_go_on(command: list[str], folder: Path) -> int:
     if done == "all":
         logger.info("already there: %s", folder)
         return EXIT_DONE
+    if done == "none" and folder.exists():
+        logger.info("%s: made by another command, code, versions or data: made anew", folder)
     return main([*command, "--resume"] if done == "part" else command)
 
 

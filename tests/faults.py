@@ -4,7 +4,8 @@ Usage:
     python tests/faults.py --trials 100            # each of the three stages, each kind of fault
 
 A run is a forked process of its own. It is killed at a random time or at one of its writes (counted
-by an audit hook: every opening for writing, renaming, removing, making of a folder), loses the disk
+by an audit hook: every opening for writing, renaming, removing, making of a folder; and every wait
+for the disk, where a full one may show itself as late), loses the disk
 or the right to write there, gets signals, or finds a file damaged when it goes on. Afterwards
 ``--resume`` must lead to the weights, history, metrics and predictions of the undisturbed run, to
 the last bit, or refuse in one line; the table counts which. Exit code 1 where one did neither.
@@ -75,7 +76,14 @@ def watch_writes(folder: Path, at_write: AtWrite) -> None:
             count += 1
             at_write(count)
 
+    fsync = os.fsync
+
+    def counted(descriptor: Any) -> None:
+        hook("os.rename", (folder,))  # counts as a change of what lies there
+        fsync(descriptor)
+
     sys.addaudithook(hook)
+    setattr(os, "fsync", counted)  # noqa: B010  (a typed module takes no other function)
 
 
 def start(words: list[str], folder: Path, at_write: AtWrite | None = None) -> int:
@@ -149,7 +157,7 @@ def fail_from(number: int, code: int, length: int) -> AtWrite:
 
     def at_write(count: int) -> None:
         if number <= count < number + length:
-            raise OSError(code, os.strerror(code), "a file")
+            raise OSError(code, os.strerror(code))
 
     return at_write
 

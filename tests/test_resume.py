@@ -553,3 +553,45 @@ def test_memory_that_is_not_there_is_named() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**13)
     assert "too little memory" in trainer.fault(caught.value)
+
+
+def test_another_revision_of_the_base_model_does_not_go_on() -> None:
+    run = {"arguments": {"model_name": "google/x"}, "data": {}, "stage_1_sha256": None}
+    then, now = ({**run, "base_revision": name} for name in ("a", "b"))
+    assert trainer.differences(then, then) == []
+    assert trainer.differences(then, now) == ["the hub holds another revision of google/x"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_patient_is_in_what_a_run_writes_or_prints(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for predictions and reports, which are of patients."""
+    table = pd.read_csv(SAMPLE, nrows=90, dtype=str)
+    table["subject_id"] = "MARKERID" + table["subject_id"]
+    table["clinical_context"] += ", MARKERCONTEXT"
+    table.loc[7, "clinical_trajectory"] = "731.9 (0.7319h) -> 24 (9h)"
+    path = tmp_path / "patients.csv"
+    table.to_csv(path, index=False)
+    words = command(stage, path, tmp_path / "run")
+    words[words.index("--log_file") + 1] = "auto"
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(3, send(signal.SIGTERM), patch)
+        assert trainer.main(words) == 143
+    kept = contents(tmp_path / "run")
+    assert any("/last/" in name for name in kept)
+    assert trainer.main([*words, "--resume"]) == 0
+    checkpoint, out = tmp_path / "run" / stage, tmp_path / "run" / "out.csv"
+    words = ["--predict", "--checkpoint", str(checkpoint), "--data_path", str(path)]
+    assert trainer.main([*words, "--predictions", str(out)]) == 0
+    table.loc[5, "clinical_trajectory"] = "MARKERVALUE"
+    table.to_csv(path, index=False)
+    assert trainer.main([*words, "--predictions", str(out), "--strict"]) == 2
+    told = "".join(capsys.readouterr())
+    assert "MARKER" not in told
+    assert "731.9" not in told
+    of_patients = ("predictions_val.csv", "predictions_test.csv", "out.csv", "_test.jsonl")
+    for name, content in (kept | contents(tmp_path / "run")).items():
+        if not name.endswith(of_patients):
+            assert b"MARKER" not in content, name
+            assert b"731.9" not in content, name
