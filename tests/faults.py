@@ -98,6 +98,7 @@ def start(words: list[str], folder: Path, at_write: AtWrite | None = None) -> in
             target = os.open(folder.parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(target, stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        trainer.BOOTSTRAP_REPLICATES = 20  # the figures need not be good, only the same
         if at_write:
             watch_writes(folder, at_write)
         code = trainer.main(words)
@@ -281,7 +282,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    trainer.BOOTSTRAP_REPLICATES = 20  # the figures need not be good, only the same
     draw = random.Random(args.seed)
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as name:
