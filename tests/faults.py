@@ -210,6 +210,12 @@ def undisturbed(stage: str, words: list[str], place: Path) -> Trial:
     return Trial(stage, words, result_of(folder, stage), int(counts.read_text()), seconds)
 
 
+def is_read(path: Path) -> bool:
+    """Tell whether going on reads a file: beginning, states, winner; a result is only written."""
+    known = path.name in ("run.json", trainer.TRAJECTORY_FILE)
+    return known or path.parent.name == trainer.LAST or "best" in path.parts
+
+
 def disturb(trial: Trial, kind: str, folder: Path, draw: random.Random) -> Ended:
     """Run a command and let one fault happen."""
     words = [*trial.words, "--output_dir", str(folder)]
@@ -228,7 +234,7 @@ def disturb(trial: Trial, kind: str, folder: Path, draw: random.Random) -> Ended
         os.kill(child, signal.SIGKILL)
     ended = wait(child, folder)
     if kind == "file damaged":
-        files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]
+        files = [p for p in folder.rglob("*") if p.is_file() and is_read(p)]
         states = [p for p in files if p.parent.name == trainer.LAST]
         if files:
             damage(
