@@ -145,6 +145,13 @@ def one_line(text: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
+    def parse_known_args(self, *given: Any, **more: Any) -> Any:
+        """Refuse ``--flag=--`` too, of which Python 3.11 makes an empty list."""
+        found = super().parse_known_args(*given, **more)
+        if empty := [name for name, value in vars(found[0]).items() if value == []]:
+            self.error(f"argument --{empty[0]}: expected one argument")
+        return found
+
     def error(self, message: str) -> NoReturn:
         """End with code 2."""
         self.exit(2, f"error: {one_line(message)} (see --help)\n")

@@ -744,6 +744,14 @@ def explain_loading_error(name: str, error: Exception) -> str:
     )
 
 
+def base_content(name: str) -> dict[str, str] | None:
+    """Give the hashes of the files of a language model in a folder; None for one of the hub."""
+    if name == "tiny" or not os.path.isdir(name):
+        return None
+    hashes = {path.name: file_hash(path) for path in sorted(Path(name).iterdir())}
+    return {file: digest for file, digest in hashes.items() if digest}
+
+
 def cached_revision(name: str) -> str | None:
     """Give the commit of a hub model in the cache; None for a folder and for ``tiny``."""
     from huggingface_hub import try_to_load_from_cache
@@ -2258,13 +2266,18 @@ def outside_llm(model: TrajectoryLLM) -> dict[str, nn.Module]:
     return {name: part for name, part in model.named_children() if name != "llm"}
 
 
+def partial_of(path: Path) -> Path:
+    """Give the name under which a file or folder is written before it is whole."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; what is written there takes its place if all is well.
 
     The content reaches the disk before its name does, so that no loss of power leaves half of it.
     """
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    temporary = partial_of(path)
     remove(temporary)
     try:
         yield temporary
@@ -2640,10 +2653,10 @@ SIGNALS = Heed()
 
 @contextlib.contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep another run from a folder; when a run dies, its lock is free.
+    """Keep another run from a folder, or a file; when a run dies, its lock is free.
 
     Args:
-        folder: that is there.
+        folder: or file, that is there.
         wait: for the other run, rather than refuse.
 
     Raises:
@@ -2657,8 +2670,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise InputError(
-                f"{folder}: another run is at work there: wait for it or choose another "
-                "--output_dir"
+                f"{folder}: another run is at work there: wait for it or choose another place"
             ) from error
         except OSError:  # some network file systems know no locks
             logger.warning("%s cannot be locked: let no second run write there", folder)
@@ -2901,7 +2913,7 @@ def end_epoch(
     figures = {
         "epoch": stopping.epoch + 1,
         "step": average.steps,
-        "train_loss": train_loss,
+        "train_loss": train_loss if math.isfinite(train_loss) else None,
         "val_loss": scored.loss,
         "val_auroc": auroc(scored),
         "skipped_steps": progress.skipped,
@@ -2912,7 +2924,7 @@ def end_epoch(
         learner.best = [weights.clone() for weights in average.shadow]
         keep_winner(stage, learner, folder)
     progress.history.append(json.dumps({**figures, "improved": improved}) + "\n")
-    track(figures, average.steps)
+    track({name: each for name, each in figures.items() if each is not None}, average.steps)
     if processes().is_main_process:
         write_text(folder / "history.jsonl", "".join(progress.history))
     logger.info(
@@ -3118,6 +3130,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def repeatable(*, wanted: bool) -> Iterator[None]:
+    """Let torch use only kernels that repeat to the last bit; on the CPU all of this program's do.
+
+    Source: PyTorch's notes on reproducibility.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def default_device() -> torch.device:
     """Give the GPU of this process where there is one."""
     device: torch.device = processes().device
@@ -3270,6 +3298,7 @@ def run_facts(args: argparse.Namespace, data: Data) -> dict[str, Any]:
         "seed": args.seed,
         "stage_1_sha256": file_hash(args.ode_checkpoint),
         "base_revision": None if args.trajectory_only else cached_revision(args.model_name),
+        "base_sha256": None if args.trajectory_only else base_content(args.model_name),
         "device": str(default_device()),
         "data": data.facts(),
         "split": {
@@ -3295,9 +3324,10 @@ def git_commit() -> str | None:
 
 def file_hash(path: Path | None) -> str | None:
     """Hash a file; None where there is none."""
-    if path is None or not path.exists():
+    if path is None or not path.is_file():
         return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:  # a base model's may be larger than the memory
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_hash() -> str:
@@ -4030,6 +4060,7 @@ def draw_benefit(cohort: Cohort, found: dict[Any, Any]) -> Any:
 def draw_learning(history: list[dict[str, Any]]) -> Any:
     """Draw loss and validation AUROC of each epoch, and which one was kept."""
     figure, (upper, lower) = new_figure(2, (1, 1))
+    history = [{k: math.nan if v is None else v for k, v in line.items()} for line in history]
     epochs = [line["epoch"] for line in history]
     kept = [line["epoch"] for line in history if line["improved"]][-1]
     marker = "o" if len(epochs) < 15 else ""
@@ -4803,6 +4834,9 @@ def refuse_other_data(args: argparse.Namespace, facts: dict[str, Any]) -> Path:
     if source is None:
         raise InputError(f"--predict: say which rows by --{flag}: {kind}")
     check_place(args.predictions, source, args.checkpoint)
+    if partial_of(args.predictions).exists():  # of a run that is at work, or was killed
+        with locked(partial_of(args.predictions)):
+            pass
     return source
 
 
@@ -4868,6 +4902,7 @@ def predict(args: argparse.Namespace) -> int:
         with (
             atomic(args.predictions) as temporary,
             temporary.open("w", encoding="utf-8", newline="") as file,
+            locked(temporary),
             bar(source) as shown,
         ):
             for rows in itertools.chain([first], pieces):
@@ -5091,6 +5126,7 @@ def build_parser() -> Parser:
         action="store_true",
         help="--resume with another number of processes, not exactly",
     )
+    add("--deterministic", action="store_true", help="on a GPU: only exactly repeatable kernels")
     add("--save_every", type=WHOLE, default=0, metavar="STEPS", help="keep the state within epochs")
     return parser
 
@@ -5273,22 +5309,48 @@ def refuse_unused(args: argparse.Namespace) -> None:
         raise InputError(f"{stage} has no use for {', '.join(given)}: leave it out")
 
 
-def make_folder(folder: Path) -> None:
-    """Make a stage's folder; an earlier result of the stage is set aside."""
-    set_aside(folder)
-    if folder.name == "trajectory":
-        set_aside(folder.parent / TRAJECTORY_FILE)
-    folder.mkdir()
+def stage_places(folder: Path) -> list[Path]:
+    """Give all that a stage writes: its folder, what its tracker keeps, the winner of stage 1."""
+    winner = [folder.parent / TRAJECTORY_FILE] if folder.name == "trajectory" else []
+    return [folder, tracker_folder(folder), *winner]
 
 
-def set_aside(path: Path) -> None:
+def tracker_folder(folder: Path) -> Path:
+    """Give the place of what a tracker keeps of a stage."""
+    return folder.parent / "tracker" / folder.name
+
+
+@contextlib.contextmanager
+def fresh_folder(folder: Path) -> Iterator[None]:
+    """Make a stage's folder; an earlier result is set aside, and comes back if no run begins."""
+    places = stage_places(folder)
+    earlier = [path for path in places if path.exists()]
+    moved: dict[Path, Path] = {}
+    try:
+        for path in earlier:
+            moved[path] = set_aside(path)
+        folder.mkdir()
+        yield
+    except BaseException:
+        own = [path for path in places if path in moved or path not in earlier]
+        if folder in own and not (folder / "run.json").exists():
+            for path in own:
+                remove(path)
+            with contextlib.suppress(OSError):  # another stage's, or none
+                tracker_folder(folder).parent.rmdir()
+            for path, kept in moved.items():
+                kept.rename(path)
+                logger.info("%s was moved back", kept)
+        raise
+
+
+def set_aside(path: Path) -> Path:
     """Move an earlier result out of the way under the first free number; never overwrite it."""
-    if not path.exists():
-        return
     number = next(k for k in range(1, 10_000) if not path.with_stem(f"{path.stem}.{k}").exists())
     kept = path.rename(path.with_stem(f"{path.stem}.{number}"))
     unfinished = "; --resume would have gone on with it" if (kept / LAST).exists() else ""
     logger.info("an earlier result was moved to %s%s", kept, unfinished)
+    return kept
 
 
 def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
@@ -5314,19 +5376,21 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     if first and log_path and args.log_file != "auto":  # refused before anything is moved aside
         open_log(log, log_path)
     try:
-        with tracking(args, stage.name) as track, own_folder(folder, args):
+        with own_folder(folder, args), tracking(args, folder) as track:
             if first and log_path and args.log_file == "auto":
                 open_log(log, log_path)
             processes().wait_for_everyone()  # the others read what the first one makes
             run_and_report(stage, data, folder, args, track)
     except KeyboardInterrupt as stop:
-        tell_interrupted(folder)
         return getattr(stop, "code", EXIT_INTERRUPTED)
     return EXIT_DONE
 
 
 def tell_interrupted(folder: Path) -> None:
     """Say what a run that was interrupted has reached."""
+    if not (folder / "run.json").exists():
+        logger.error("interrupted before the first step: nothing was reached, nothing is left")
+        return
     kept = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
     logger.error(
         "interrupted: %s; %s%s",
@@ -5353,11 +5417,15 @@ def own_folder(folder: Path, args: argparse.Namespace) -> Iterator[None]:
                     for place in (folder, folder / LAST):
                         clean(place)
                     if not args.resume:
-                        make_folder(folder)
+                        held.enter_context(fresh_folder(folder))
                         held.enter_context(locked(folder))
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            tell_interrupted(folder)
+            raise
 
 
 def stage_name(args: argparse.Namespace) -> str:
@@ -5372,9 +5440,7 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
         InputError: it never began, or was begun otherwise, and in what.
     """
     known = begun(folder)
-    if known and not States(folder / LAST).files() and (folder / "metrics.json").exists():
-        refuse_broken(folder)
-    if known is None or not (complete(folder) or States(folder / LAST).files()):
+    if known is None or not (complete(known) or States(folder / LAST).files()):
         raise InputError(f"--resume: no run was begun in {folder}: start it without --resume")
     facts = json.loads(json.dumps(run_facts(args, data)))
     if other := differences(known, facts):
@@ -5382,8 +5448,8 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
             f"--resume {folder}: that run was begun otherwise: {'; '.join(other)}: give the same "
             "command, or start a new run without --resume"
         )
-    if complete(folder):
-        refuse_broken(folder)
+    if complete(known):
+        refuse_broken(folder, known)
         logger.info("%s: that run is finished: nothing left to do", folder)
         if processes().is_main_process:
             remove(folder / LAST)
@@ -5402,20 +5468,36 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
     return True
 
 
-def refuse_broken(folder: Path) -> None:
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write ``run.json``: what is known of a run, with a checksum."""
+    told = json.loads(json.dumps(facts))
+    told["facts_sha256"] = facts_hash(told)
+    write_text(folder / "run.json", json.dumps(told, indent=2) + "\n")
+
+
+def results_of(folder: Path) -> dict[str, str | None]:
+    """Hash all that a run has led to, winner and figures and what tells of them; no log."""
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".log"]
+    if folder.name == "trajectory":
+        paths.append(folder.parent / TRAJECTORY_FILE)
+    passing = {folder / "run.json", folder / LAST}
+    kept = [p for p in sorted(paths) if passing.isdisjoint((p, p.parent))]
+    return {p.relative_to(folder.parent).as_posix(): file_hash(p) for p in kept}
+
+
+def refuse_broken(folder: Path, known: dict[str, Any]) -> None:
     """Refuse a finished run of which something is missing or damaged.
 
     Raises:
         InputError: naming it.
     """
-    try:
-        winner_facts(folder)
-        json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    except (InputError, OSError, ValueError) as error:
-        raise InputError(
-            f"--resume {folder}: that run is finished, but something of it is missing or damaged "
-            f"({error}): start it anew without --resume"
-        ) from error
+    for name, digest in known["results_sha256"].items():
+        path = folder.parent / name
+        if path.is_symlink() or file_hash(path) != digest:
+            raise InputError(
+                f"{folder}: that run is finished, but {path} is missing, or not as it was "
+                "written: start it anew without --resume"
+            )
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
@@ -5436,10 +5518,9 @@ def begun(folder: Path) -> dict[str, Any] | None:
     return known
 
 
-def complete(folder: Path) -> bool:
-    """Tell whether a run has written all of its results; the report is the last of them."""
-    winner = folder.parent / TRAJECTORY_FILE if folder.name == "trajectory" else folder / "best"
-    return all(p.exists() for p in (winner, folder / "metrics.json", folder / "report.html"))
+def complete(known: dict[str, Any]) -> bool:
+    """Tell of what ``run.json`` says whether all results are written: it gets their hashes last."""
+    return "results_sha256" in known
 
 
 def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
@@ -5454,8 +5535,8 @@ def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         told.append("the data are not the same")
     if known["stage_1_sha256"] != facts["stage_1_sha256"]:
         told.append("--ode_checkpoint is another file")
-    if known.get("base_revision") != facts["base_revision"]:
-        told.append(f"the hub holds another revision of {now['model_name']}")
+    if any(known.get(key) != facts[key] for key in ("base_revision", "base_sha256")):
+        told.append(f"--model_name {now['model_name']} holds another model or revision")
     return told
 
 
@@ -5463,14 +5544,12 @@ def run_and_report(
     stage: Stage, data: Data, folder: Path, args: argparse.Namespace, track: Track
 ) -> None:
     """Train, score the winner, and show the table."""
-    if processes().is_main_process and not args.resume:
-        told = json.loads(json.dumps(run_facts(args, data)))
-        told["facts_sha256"] = facts_hash(told)
-        write_text(folder / "run.json", json.dumps(told, indent=2) + "\n")
     logger.info("stage %s -> %s", stage.name, folder)
     announce(stage, data, args)
-    device = default_device()
+    device, first = default_device(), processes().is_main_process
     evaluate(stage.model.to(device), stage.loaders["val"], device, SANITY_BATCHES)
+    if first and not args.resume:  # from here on the run has begun
+        write_facts(folder, run_facts(args, data))
     states = States(folder / LAST)
     stopping = run_stage(
         *(stage, folder, device, args.seed, track),
@@ -5483,7 +5562,10 @@ def run_and_report(
     track(plain_figures(figures), stopping.epoch * steps)
     logger.info("winner: epoch %d; %s", stopping.best_epoch, peak_memory())
     logger.info("\n%s\n\nresults: %s", table_of(figures), folder)
-    if processes().is_main_process:
+    if first:
+        known = begun(folder)
+        assert known is not None
+        write_facts(folder, {**known, "results_sha256": results_of(folder)})
         remove(states.folder)  # all that it led to is written
 
 
@@ -5498,7 +5580,7 @@ def plain_figures(figures: dict[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def tracking(args: argparse.Namespace, stage: str) -> Iterator[Track]:
+def tracking(args: argparse.Namespace, folder: Path) -> Iterator[Track]:
     """Lend what sends figures and a step to the chosen tracker.
 
     Numbers only: no text or row of a patient goes there, no path of the data, nor what the terminal
@@ -5507,22 +5589,22 @@ def tracking(args: argparse.Namespace, stage: str) -> Iterator[Track]:
     if args.report_to == "none":
         yield lambda figures, step: None
         return
-    folder = args.output_dir / "tracker" / stage
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
+    place = tracker_folder(folder)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
         log_with=args.report_to,
-        project_config=ProjectConfiguration(logging_dir=str(folder)),
+        project_config=ProjectConfiguration(logging_dir=str(place)),
     )
     numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
     # Weights & Biases would take along the terminal's text, the command line and the code.
     quiet = {"console": "off", "disable_code": True, "disable_git": True, "x_disable_meta": True}
     try:
         accelerator.init_trackers(
-            TRACKED_AS, numbers, {"wandb": {"dir": str(folder), "settings": quiet}}
+            TRACKED_AS, numbers, {"wandb": {"dir": str(place), "settings": quiet}}
         )
     except Exception as error:  # each tracker has errors of its own
         reason = str(error).strip().partition("\n")[0]
@@ -5683,15 +5765,17 @@ def reached(folder: Path, args: argparse.Namespace, data: Data) -> str:
     A run of other code, other versions or another number of processes is not the same.
     """
     facts = json.loads(json.dumps(run_facts(args, data)))
+    keys = ("versions", "code_sha256", "processes")
     try:
         known = begun(folder)
-    except InputError:  # it is moved aside, and made anew
-        known = None
-    keys = ("versions", "code_sha256", "processes")
-    if not known or differences(known, facts) or any(known[k] != facts[k] for k in keys):
+        if not known or differences(known, facts) or any(known[k] != facts[k] for k in keys):
+            return "none"
+        if complete(known):
+            refuse_broken(folder, known)
+            return "all"
+    except InputError as error:  # it is moved aside, and made anew
+        logger.warning("%s", error)
         return "none"
-    if complete(folder):
-        return "all"
     return "part" if States(folder / LAST).files() else "none"
 
 
@@ -6033,7 +6117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own_mask = os.umask(0o077)  # what is made holds patients: for its owner alone
     try:
         refuse_together(words)
-        with SIGNALS.listening():
+        with SIGNALS.listening(), repeatable(wanted=args.deterministic):
             return chosen(args, words, memory)
     except InputError as error:
         logger.error("%s", error.told(show_value=args.show_values))

@@ -5,21 +5,23 @@ Usage:
 
 A run is a forked process of its own. It is killed at a random time or at one of its writes (counted
 by an audit hook: every opening for writing, renaming, removing, making of a folder; and every wait
-for the disk, where a full one may show itself as late), loses the disk
-or the right to write there, gets signals, or finds a file damaged when it goes on. Afterwards
-``--resume`` must lead to the weights, history, metrics and predictions of the undisturbed run, to
+for the disk, where a full one may show itself as late), loses the disk or the right to write there,
+gets signals, or finds a file damaged when it goes on. Or two processes share a run and one of them
+is killed: the other must end within a minute and say why in one line. Afterwards ``--resume`` must lead to the weights, history, metrics and predictions of the undisturbed run, to
 the last bit, or refuse in one line; the table counts which. Exit code 1 where one did neither.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -49,6 +51,9 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 LONGEST = 300.0
 """Seconds after which a run counts as hanging."""
+
+SHARED_END = 60.0
+"""Seconds within which a process must end when another of its run was killed."""
 
 AtWrite = Callable[[int], None]
 """What happens before a run's k-th write, counted from 1."""
@@ -126,6 +131,40 @@ def wait(child: int, folder: Path) -> Ended:
     return Ended(code, (folder.parent / "err").read_text(encoding="utf-8", errors="replace"))
 
 
+PROGRAM = """
+import os, pathlib, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+import medgemma_trainer as trainer
+pathlib.Path({place!r}, "pid." + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
+{before}
+sys.exit(trainer.program(sys.argv[1:]))
+"""
+
+
+def launch(processes: int, words: list[str], place: Path, before: str) -> subprocess.Popen[str]:
+    """Start the program in so many processes; the number of each lies in ``place/pid.RANK``.
+
+    Args:
+        processes: that share the run.
+        words: of the command line.
+        place: of what is needed beside it.
+        before: Python that each runs first.
+    """
+    program = place / "program.py"
+    program.write_text(PROGRAM.format(root=str(ROOT), place=str(place), before=before))
+    command = [sys.executable, str(program), *words]
+    if processes > 1:
+        # What accelerate launch does for several GPUs; for CPUs it would need mpirun.
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        command = [sys.executable, *start, str(processes), str(program), *words]
+    # A precision in accelerate's own configuration must not change the model's.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
 def result_of(folder: Path, stage: str) -> dict[str, bytes]:
     """Give all of a run's result that must be the same: everything but times."""
     place = folder / stage
@@ -183,7 +222,7 @@ def damage(path: Path, draw: random.Random) -> None:
 
 
 class Trial(NamedTuple):
-    """One stage's command, its undisturbed result, writes and seconds."""
+    """One stage's command, its undisturbed result, writes (of one process) and seconds."""
 
     stage: str
     words: list[str]
@@ -208,6 +247,58 @@ def undisturbed(stage: str, words: list[str], place: Path) -> Trial:
         raise SystemExit(f"the undisturbed run ended with {ended}")
     seconds = time.monotonic() - began
     return Trial(stage, words, result_of(folder, stage), int(counts.read_text()), seconds)
+
+
+def undisturbed_pair(stage: str, words: list[str], place: Path) -> Trial:
+    """Run a command in two processes as it is meant to run."""
+    place.mkdir()
+    folder = place / "run"
+    began = time.monotonic()
+    ended = wait_for_pair([*words, "--output_dir", str(folder)], place)
+    if ended.code:
+        raise SystemExit(f"the undisturbed run of two processes ended with {ended}")
+    return Trial(stage, words, result_of(folder, stage), 0, time.monotonic() - began)
+
+
+def wait_for_pair(words: list[str], place: Path, kill: tuple[int, float] | None = None) -> Ended:
+    """Run a command in two processes; kill one of them (which, after how many seconds)."""
+    pair = launch(2, words, place, before="trainer.BOOTSTRAP_REPLICATES = 20")
+    longest = LONGEST
+    if kill:
+        rank, seconds = kill
+        time.sleep(seconds)
+        longest = SHARED_END
+        number = place / f"pid.{rank}"
+        while not number.is_file() or not number.read_text():
+            time.sleep(0.05)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended
+            os.kill(int(number.read_text()), signal.SIGKILL)
+    try:
+        error = pair.communicate(timeout=longest)[1]
+    except subprocess.TimeoutExpired:
+        pair.kill()
+        return Ended(99, "hangs")
+    return Ended(pair.returncode, error)
+
+
+def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
+    """Kill one of two processes, go on with two, and say how it came out."""
+    place.mkdir()
+    words = [*trial.words, "--output_dir", str(place / "run")]
+    kill = draw.randrange(2), draw.uniform(0, trial.seconds)
+    ended = wait_for_pair(words, place, kill)
+    told = [line for line in ended.error.splitlines() if line.startswith("error: ")]
+    if ended.error == "hangs" or not all("another process of this run has" in x for x in told):
+        return f"wrong: killed {kill}: {ended}"
+    if f'File "{ROOT}/medgemma_trainer.py"' in ended.error:
+        return f"wrong: killed {kill}: a traceback: {ended}"
+    again, outcome = wait_for_pair([*words, "--resume"], place), "the same result"
+    if again.code and "no run was begun" in again.error:
+        again, outcome = wait_for_pair(words, place), "never began"
+    if again.code:
+        return f"wrong: killed {kill}: going on ended with {again}"
+    same = result_of(place / "run", trial.stage) == trial.result
+    return outcome if same else f"wrong: killed {kill}: another result"
 
 
 def is_read(path: Path) -> bool:
@@ -277,6 +368,7 @@ KINDS = (
     "SIGINT twice",
     "SIGUSR1, then killed",
     "file damaged",
+    "one of two killed",
 )
 
 
@@ -297,12 +389,16 @@ def main(argv: list[str] | None = None) -> int:
         shutil.copy(SAMPLE.with_suffix(".json"), data.with_suffix(".json"))
         for stage in args.stages:
             words = [*STAGES[stage], "--data_path", str(data), *SHARED]
-            trial = undisturbed(stage, words, base / stage)
+            alone = undisturbed(stage, words, base / stage)
             for kind in args.kinds:
+                pair = kind == "one of two killed"
+                trial = undisturbed_pair(stage, words, base / f"{stage}-2") if pair else alone
                 outcomes: Counter[str] = Counter()
                 for k in range(args.trials):
                     place = base / f"{stage}-{kind}-{k}".replace(" ", "_")
-                    outcome = judge(trial, kind, place, draw)
+                    outcome = (
+                        judge_pair(trial, place, draw) if pair else judge(trial, kind, place, draw)
+                    )
                     outcomes[outcome.partition(":")[0]] += 1
                     if outcome.startswith("wrong"):
                         failures.append(f"{stage}, {kind}, trial {k}: {outcome}")

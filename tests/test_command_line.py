@@ -269,3 +269,14 @@ def test_a_full_disk_is_one_line_and_code_3(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "run.json: No space left on device" in error
+
+
+def test_an_empty_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python 3.11 makes an empty list of it, past type and choices."""
+    for flag in ("--mode", "--epochs"):
+        with pytest.raises(SystemExit) as stop:
+            trainer.main([f"{flag}=--"])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: argument {flag}: ")
+        assert error.count("\n") == 1

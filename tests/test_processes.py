@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,26 +10,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import medgemma_trainer as trainer
-from faults import result_of
+from faults import launch, result_of
 
-ROOT = Path(trainer.__file__).parent
-PROGRAM = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-import medgemma_trainer as trainer
-# Each process draws its own dropout: without it the two ways are the same sum.
-trainer.INPUT_DROPOUT = trainer.HEAD_DROPOUT = {dropout}
-if "DIES" in os.environ and os.environ["RANK"] == os.environ["DIES"]:
-    take_step = trainer.take_step
-    def die(learner, *rest):
-        if learner.average.steps == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        take_step(learner, *rest)
-    trainer.take_step = die
-sys.exit(trainer.program(sys.argv[1:]))
+DIES = """
+take_step = trainer.take_step
+def die(learner, *rest):
+    if learner.average.steps == 5 and os.environ["RANK"] == "{rank}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    take_step(learner, *rest)
+trainer.take_step = die
 """
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 2",
@@ -42,28 +28,17 @@ STAGES = {
 }
 
 
-def launch(processes: int, words: list[str], folder: Path, dropout: float = 0.0) -> str:
+def dropout(share: float) -> str:
+    """Give what sets the dropout; each process draws its own, so that 0 makes two as one."""
+    return f"trainer.INPUT_DROPOUT = trainer.HEAD_DROPOUT = {share}\n"
+
+
+def run(processes: int, words: list[str], folder: Path, before: str) -> str:
     """Run the program in so many processes; give what they printed."""
-    result = launched(processes, words, folder, dropout)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
-
-
-def launched(
-    processes: int, words: list[str], folder: Path, dropout: float, **more: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the program in so many processes, with more in its environment."""
-    program = folder / "program.py"
-    program.write_text(PROGRAM.format(root=str(ROOT), dropout=dropout))
-    command = [sys.executable, str(program), *words]
-    if processes > 1:
-        # What accelerate launch does for several GPUs; for CPUs it would need mpirun.
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        command = [sys.executable, *start, str(processes), str(program), *words]
-    # A precision in accelerate's own configuration must not change the model's.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {**environment, "ACCELERATE_MIXED_PRECISION": "bf16", **more}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    program = launch(processes, words, folder, before)
+    out, error = program.communicate(timeout=300)
+    assert program.returncode == 0, error[-2000:]
+    return out
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,7 +47,7 @@ def test_two_processes_equal_one(stage: str, dka_file: Path, tmp_path: Path) -> 
     for processes, batch in ((1, 8), (2, 4)):
         words = ["--data_path", str(dka_file), "--log_file", "none", "--batch_size", str(batch)]
         words += ["--output_dir", str(tmp_path / str(processes)), *STAGES[stage].split()]
-        printed[processes] = launch(processes, words, tmp_path)
+        printed[processes] = run(processes, words, tmp_path, dropout(0))
     one, two = (tmp_path / str(k) / stage for k in (1, 2))
     assert printed[2].count("epoch 1/") == 1, "one of several processes speaks"
     for part, rows in (("val", 16), ("test", 16)):
@@ -100,14 +75,16 @@ def test_when_a_process_dies_the_others_end_and_the_run_goes_on(
 ) -> None:
     words = ["--data_path", str(dka_file), "--log_file", "none", "--batch_size", "4"]
     words += ["--trajectory_only", "--trajectory_epochs", "2", "--save_every", "2", "--output_dir"]
-    launch(2, [*words, str(tmp_path / "whole")], tmp_path, dropout=0.3)
+    run(2, [*words, str(tmp_path / "whole")], tmp_path, dropout(0.3))
     began = time.monotonic()
-    broken = launched(2, [*words, str(tmp_path / "run")], tmp_path, 0.3, DIES=dies)
+    dying = dropout(0.3) + DIES.format(rank=dies)
+    broken = launch(2, [*words, str(tmp_path / "run")], tmp_path, dying)
+    error = broken.communicate(timeout=300)[1]
     assert time.monotonic() - began < 60
     assert broken.returncode != 0
-    told = [line for line in broken.stderr.splitlines() if line.startswith("error: ")]
+    told = [line for line in error.splitlines() if line.startswith("error: ")]
     assert told
     assert all("another process of this run has ended" in line for line in told)
-    launch(2, [*words, str(tmp_path / "run"), "--resume"], tmp_path, dropout=0.3)
+    run(2, [*words, str(tmp_path / "run"), "--resume"], tmp_path, dropout(0.3))
     one, two = (result_of(tmp_path / name, "trajectory") for name in ("whole", "run"))
     assert one == two

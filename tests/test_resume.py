@@ -6,6 +6,7 @@ import errno
 import gc
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -515,17 +516,125 @@ def test_a_full_disk_names_the_place(tmp_path: Path) -> None:
     assert str(tmp_path / "x") in trainer.fault(caught.value)
 
 
-def test_a_finished_run_that_was_damaged_is_said_to_be(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_run_knows_each_of_its_files(
+    stage: str,
+    data: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = command("trajectory", data, tmp_path / "run", "--trajectory_epochs", "1")
+    folder = Path(shutil.copytree(undisturbed[stage], tmp_path / "run"))
+    words = command(stage, data, folder, "--resume")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.json"]
+    names = {path.name for path in files}
+    assert {"metrics.json", "history.jsonl", "predictions_test.csv", "report.html"} <= names
+    for path in files:
+        content = path.read_bytes()
+        for spoiled in (content[:-1], content.replace(content[:1], b"~", 1), None):
+            path.write_bytes(spoiled) if spoiled is not None else path.unlink()
+            capsys.readouterr()
+            assert trainer.main(words) == 2
+            assert f"is finished, but {path} is missing, or not as it was" in one_line(capsys)
+        path.write_bytes(content)
+    (folder / stage / "notes.txt").touch()  # the user's own
     assert trainer.main(words) == 0
-    for spoiled in (b"x", None):
-        winner = tmp_path / "run" / trainer.TRAJECTORY_FILE
-        winner.write_bytes(spoiled) if spoiled else winner.unlink()
-        capsys.readouterr()
-        assert trainer.main([*words, "--resume"]) == 2
-        assert "is finished, but something of it is missing or damaged" in one_line(capsys)
+
+
+def test_a_run_that_was_killed_before_its_hashes_is_not_finished(
+    data: Path, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = command("trajectory", data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "results_of", lambda folder: send(signal.SIGTERM)())
+        assert trainer.main(words) == 143
+    (tmp_path / "run" / "trajectory" / "report.html").unlink()
+    assert trainer.main([*words, "--resume"]) == 0
+    assert (tmp_path / "run" / "trajectory" / "report.html").exists()
+    expected = result_of(undisturbed["trajectory"], "trajectory")
+    assert result_of(tmp_path / "run", "trajectory") == expected
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_that_never_began_leaves_everything_as_it_was(
+    stop: type[BaseException],
+    earlier: bool,
+    stopped: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "tracker" / "trajectory").mkdir(parents=True)
+    (folder / "tracker" / "trajectory" / "events").write_text("of the earlier run")
+    if not earlier:
+        shutil.rmtree(folder)
+        folder.mkdir()
+    before = contents(folder)
+    assert bool(before) == earlier
+    monkeypatch.setattr(trainer, "announce", lambda *_: (_ for _ in ()).throw(stop))
+    capsys.readouterr()
+    assert trainer.main([*stopped, "--log_file", "auto"]) == (
+        130 if stop is KeyboardInterrupt else 3
+    )
+    said = one_line(capsys)
+    assert stop is MemoryError or "before the first step" in said
+    assert contents(folder) == before
+    assert bool(list(folder.iterdir())) == earlier
+
+
+def test_what_a_tracker_kept_of_an_earlier_run_is_moved_aside_with_it(
+    stopped: list[str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "run" / "tracker" / "trajectory"
+    kept.mkdir(parents=True)
+    (kept / "events").write_text("of the earlier run")
+    assert trainer.main(stopped) == 0
+    assert not kept.exists()
+    assert (kept.with_name("trajectory.1") / "events").read_text() == "of the earlier run"
+
+
+def test_a_base_model_that_was_changed_does_not_go_on(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    then = trainer.base_content(str(tmp_path))
+    assert then == trainer.base_content(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    now = trainer.base_content(str(tmp_path))
+    run = {"arguments": {"model_name": "x"}, "data": {}, "stage_1_sha256": None}
+    both = ({**run, "base_revision": None, "base_sha256": content} for content in (then, now))
+    assert trainer.differences(*both) == ["--model_name x holds another model or revision"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deterministic_changes_nothing_on_the_cpu(
+    stage: str, data: Path, undisturbed: dict[str, Path], tmp_path: Path
+) -> None:
+    wanted = []
+    with pytest.MonkeyPatch.context() as patch:
+        ask = torch.are_deterministic_algorithms_enabled
+        at_batch(1, lambda: wanted.append(ask()), patch)
+        assert trainer.main(command(stage, data, tmp_path / "run", "--deterministic")) == 0
+    assert wanted == [True]
+    assert not ask()
+    assert result_of(tmp_path / "run", stage) == result_of(undisturbed[stage], stage)
+
+
+def test_an_epoch_without_a_single_step_has_no_training_loss(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step = trainer.take_step
+
+    def without_number(learner: trainer.Learner, loss: float, *rest: Any) -> None:
+        take_step(learner, math.nan, *rest)
+
+    monkeypatch.setattr(trainer, "take_step", without_number)
+    words = command("trajectory", data, tmp_path / "run", "--batch_size", "40")
+    assert trainer.main([*words, "--trajectory_epochs", "2"]) == 0
+    text = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert [line["train_loss"] for line in lines] == [None, None]
+    assert [line["skipped_steps"] for line in lines] == [2, 2]
 
 
 @pytest.mark.parametrize(("ranked", "codes"), [(True, [143]), (False, [-15])])
@@ -557,9 +666,12 @@ def test_memory_that_is_not_there_is_named() -> None:
 
 def test_another_revision_of_the_base_model_does_not_go_on() -> None:
     run = {"arguments": {"model_name": "google/x"}, "data": {}, "stage_1_sha256": None}
+    run["base_sha256"] = None
     then, now = ({**run, "base_revision": name} for name in ("a", "b"))
     assert trainer.differences(then, then) == []
-    assert trainer.differences(then, now) == ["the hub holds another revision of google/x"]
+    assert trainer.differences(then, now) == [
+        "--model_name google/x holds another model or revision"
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
