@@ -2910,7 +2910,7 @@ def end_epoch(
 ) -> None:
     """Keep the epoch's weights if they are the best so far, tell its figures, go on to the next."""
     progress, stopping, average = learner.progress, learner.stopping, learner.average
-    figures = {
+    figures: dict[str, Any] = {
         "epoch": stopping.epoch + 1,
         "step": average.steps,
         "train_loss": train_loss if math.isfinite(train_loss) else None,

@@ -7,8 +7,9 @@ A run is a forked process of its own. It is killed at a random time or at one of
 by an audit hook: every opening for writing, renaming, removing, making of a folder; and every wait
 for the disk, where a full one may show itself as late), loses the disk or the right to write there,
 gets signals, or finds a file damaged when it goes on. Or two processes share a run and one of them
-is killed: the other must end within a minute and say why in one line. Afterwards ``--resume`` must lead to the weights, history, metrics and predictions of the undisturbed run, to
-the last bit, or refuse in one line; the table counts which. Exit code 1 where one did neither.
+is killed: the other must end within a minute and say why in one line. Afterwards ``--resume`` must
+lead to the weights, history, metrics and predictions of the undisturbed run, to the last bit, or
+refuse in one line; the table counts which. Exit code 1 where one did neither.
 """
 
 from __future__ import annotations
