@@ -224,6 +224,65 @@ def test_a_new_stage_2_predicts_what_stage_1_does(trained: Path) -> None:
     np.testing.assert_allclose(one, two, atol=1e-6)
 
 
+# --------------------------------------------------------------------------- work
+
+
+def places_through(model: Any) -> list[int]:
+    """Give the list of the places (rows times length) of each pass through the layers, growing."""
+    places: list[int] = []
+
+    def count(_: Any, given: Any, named: dict[str, Any]) -> None:
+        read = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        places.append(read.shape[:2].numel())
+
+    model.body.register_forward_pre_hook(count, with_kwargs=True)
+    return places
+
+
+@pytest.mark.parametrize("mode", ["classification", "generative"])
+def test_an_epoch_sends_no_place_through_the_layers_that_it_does_not_need(mode: str) -> None:
+    stage = stage_2("--mode", mode, "--freeze_ode", "--batch_size", "4")
+    model, batches = stage.model, stage.loaders["train"].batch_sampler
+    assert isinstance(model, trainer.TrajectoryLLM)
+    assert isinstance(batches, Batches)
+    places = places_through(model)
+    trainer.train_epoch(stage, trainer.begin(stage, CPU))
+    batches.generator.manual_seed(1)  # as the epoch did
+    batches.done = 0
+    # <bos>, as many soft tokens as the batch's longest series fills, the text.
+    expected = []
+    for rows in batches:
+        batch = stage.loaders["train"].collate_fn(rows)
+        soft = batch["states_mask"].sum(1)
+        text = batch["text_mask"].sum(1)
+        expected.append(len(rows) * int((1 + soft + text).max()))
+    assert places == expected
+
+
+def test_a_report_costs_its_prompt_once_and_then_one_place_a_token() -> None:
+    _, model, collate = classifier_and_writer()
+    places = places_through(model)
+    prompts = collate.prompts_only([0, 1, 2])
+    embeddings, _, _ = model.embed(prompts, model.trajectory(prompts), left=True)
+    model.write(prompts, 6, eos=[-1], pad=0)
+    assert places == [3 * embeddings.shape[1], *[3] * 5]
+
+
+def test_scoring_keeps_nothing_for_gradients_and_takes_twice_the_batch() -> None:
+    stage = stage_2("--freeze_ode", "--batch_size", "2")
+    sizes: list[int] = []
+    kept: list[bool] = []
+
+    def note(_: Any, given: Any, output: trainer.Output) -> None:
+        sizes.append(len(output.logit))
+        kept.append(output.loss.requires_grad)
+
+    stage.model.register_forward_hook(note)
+    trainer.evaluate(stage.model, stage.loaders["test"], CPU)
+    assert not any(kept)
+    assert max(sizes) == 4
+
+
 # --------------------------------------------------------------------------- memory
 
 

@@ -6,6 +6,9 @@ Plainly: full logits of every position, all hidden states kept, the encoder run 
 in random order of length. Both ways take the same rows of the sample data with the same weights,
 in turn, so that a load on the machine meets both; first their losses must agree. Prints seconds a
 step (median, quartiles), padding, the ratio, and each way's peak memory in a process of its own.
+
+Then reports of the same patients, as a run writes them (batches of like lengths, a cache of keys
+and values) and one by one (with the cache too); in float32 both must write the same.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from medgemma_trainer import IGNORED, Batches, LLMClassifier, TextBatch
 
 ROWS = 1000
 """Patients among whom batches are drawn: enough for buckets of equal length."""
+
+REPORT_TOKENS = 64
+"""Tokens a report of the benchmark has at most; the sample's have about 110."""
 
 
 def build(mode: str, arguments: argparse.Namespace) -> tuple[Any, trainer.Stage]:
@@ -149,6 +155,39 @@ def measure(mode: str, arguments: argparse.Namespace) -> list[str]:
     return [*lines, f"plain / project, all {arguments.steps} steps: {ratio:.2f}"]
 
 
+def measure_writing(arguments: argparse.Namespace) -> list[str]:
+    """Time reports written in batches and one by one; give the lines of the report."""
+    model, stage = build("generative", arguments)
+    collate: Any = stage.loaders["val"].collate_fn
+    device = trainer.default_device()
+    rows = np.arange(arguments.reports)
+    lengths = np.array([len(prompt) for prompt in collate.prompts])
+
+    def write(batch: int) -> tuple[dict[int, list[int]], float]:
+        start, written = time.perf_counter(), {}
+        for indices in Batches(rows, batch, lengths, shuffle=False):
+            prompts = trainer.to_device(collate.prompts_only(indices), device)
+            ids = model.write(prompts, REPORT_TOKENS, collate.eos, collate.pad).tolist()
+            written |= {
+                i: [t for t in row if t != collate.pad] for i, row in zip(indices, ids, strict=True)
+            }
+        return written, time.perf_counter() - start
+
+    write(4)  # warms up
+    (one, slow), (many, fast) = write(1), write(trainer.GENERATION_BATCH)
+    same = np.mean([one[i] == many[i] for i in one])
+    if arguments.precision == "fp32" and same < 1:
+        raise SystemExit(f"{1 - same:.0%} of the reports differ: nothing to compare")
+    tokens = sum(map(len, many.values()))
+    return [
+        f"\nwriting {len(rows)} reports, {tokens} tokens; {same:.0%} the same token by token",
+        f"one by one {slow:.1f} s, {len(rows) / slow:.2f} reports a second",
+        f"batches of {trainer.GENERATION_BATCH} {fast:.1f} s, {len(rows) / fast:.2f} reports a "
+        "second",
+        f"one by one / batches: {slow / fast:.2f}",
+    ]
+
+
 def peak_apart(mode: str, way: str, arguments: argparse.Namespace) -> float:
     """Give the peak memory of two steps in a fresh process, in MiB."""
     words = [sys.executable, __file__, "--model_name", arguments.model_name, "--peak", mode, way]
@@ -176,7 +215,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=trainer.SAMPLE_DATA)
     parser.add_argument("--series_text", default="all")
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=6, help="0 for none")
+    parser.add_argument("--reports", type=int, default=32, help="0 for none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -189,9 +229,11 @@ def main() -> int:
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{trainer.default_device()}, {arguments.model_name}, batch 16\n"
     )
-    for mode in ("classification", "generative"):
+    for mode in ("classification", "generative") if arguments.steps else ():
         sys.stdout.write("\n".join(measure(mode, arguments)) + "\n")
         sys.stdout.flush()
+    if arguments.reports:
+        sys.stdout.write("\n".join(measure_writing(arguments)) + "\n")
     return 0
 
 
