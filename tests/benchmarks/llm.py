@@ -164,7 +164,8 @@ def measure_writing(arguments: argparse.Namespace) -> list[str]:
     lengths = np.array([len(prompt) for prompt in collate.prompts])
 
     def write(batch: int) -> tuple[dict[int, list[int]], float]:
-        start, written = time.perf_counter(), {}
+        start = time.perf_counter()
+        written: dict[int, list[int]] = {}
         for indices in Batches(rows, batch, lengths, shuffle=False):
             prompts = trainer.to_device(collate.prompts_only(indices), device)
             ids = model.write(prompts, REPORT_TOKENS, collate.eos, collate.pad).tolist()
