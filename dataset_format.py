@@ -19,6 +19,7 @@ Letters: N series, B a batch of them, L observations, F features.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import gzip
@@ -31,7 +32,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
@@ -1194,10 +1195,13 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         InputError: the file is missing, empty, damaged, or its rows do not fit its header.
     """
-    return next(read_pieces(path, Findings(str(path)))).table
+    with contextlib.closing(read_pieces(path, Findings(str(path)))) as pieces:
+        return next(pieces).table
 
 
-def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iterator[Piece]:
+def read_pieces(
+    path: Path, findings: Findings, rows: int | None = None
+) -> Generator[Piece, None, None]:
     """Read a file at most so many rows at a time, or all at once; at least one piece, maybe empty.
 
     Raises:
@@ -1208,8 +1212,8 @@ def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iter
         if path.suffix.lower() == ".parquet":
             yield from _parquet_pieces(path, rows)
         else:
-            with path.open("rb") as file:
-                yield from _csv_pieces(path, file, findings, rows)
+            with path.open("rb") as file, _text_of(path, file) as text:
+                yield from _csv_pieces(path, file, text, findings, rows)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnicodeError as error:
@@ -1220,12 +1224,24 @@ def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iter
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
-def _csv_pieces(
-    path: Path, file: BinaryIO, findings: Findings, most: int | None
-) -> Iterator[Piece]:
-    """Read rows and their numbers, the header being 1; blank rows are left out."""
+def _text_of(path: Path, file: BinaryIO) -> io.TextIOWrapper:
+    """Give the text of a file that is open, whether it is packed or not."""
     opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+
+
+def _csv_pieces(
+    path: Path, file: BinaryIO, text: Iterable[str], findings: Findings, most: int | None
+) -> Iterator[Piece]:
+    """Read rows and their numbers, the header being 1; blank rows are left out.
+
+    Args:
+        path: of the file, for errors.
+        file: its bytes, which tell how far reading has come.
+        text: its text.
+        findings: get what is wrong with single rows.
+        most: rows a piece.
+    """
     rows = _numbered_rows(path, text)
     _, names = next(rows, (0, None))
     if names is None:
