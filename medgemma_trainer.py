@@ -2229,6 +2229,7 @@ def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
     with atomic(folder) as temporary:
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
+        sort_targets(temporary / "adapter" / "adapter_config.json")
         state = {
             f"{part}.{key}": tensor.contiguous()
             for part, module in outside_llm(model).items()
@@ -2238,6 +2239,13 @@ def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
         write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
         sealed = json.dumps(seal(facts, temporary), indent=2)
         write_text(temporary / "config.json", sealed + "\n")
+
+
+def sort_targets(config: Path) -> None:
+    """Sort the adapted modules in PEFT's file: they are a set, written in any order."""
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    facts["target_modules"] = sorted(facts["target_modules"])
+    write_text(config, json.dumps(facts, indent=2) + "\n")
 
 
 def load_llm(model: TrajectoryLLM, folder: Path) -> None:

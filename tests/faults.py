@@ -289,7 +289,9 @@ def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
     kill = draw.randrange(2), draw.uniform(0, trial.seconds)
     ended = wait_for_pair(words, place, kill)
     told = [line for line in ended.error.splitlines() if line.startswith("error: ")]
-    if ended.error == "hangs" or not all("another process of this run has" in x for x in told):
+    # The launcher asks the other to end, if that has not seen by itself that it is alone.
+    known = ("another process of this run has ended", "interrupted: ")
+    if ended.error == "hangs" or not all(any(k in line for k in known) for line in told):
         return f"wrong: killed {kill}: {ended}"
     if f'File "{ROOT}/medgemma_trainer.py"' in ended.error:
         return f"wrong: killed {kill}: a traceback: {ended}"
