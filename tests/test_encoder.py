@@ -11,7 +11,7 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import dte_encoder
-from dte_encoder import MAX_Z_SCORE, ClinicalODERNN
+from dte_encoder import MAX_Z_SCORE, ClinicalODERNN, Plan
 from problems import (
     CONSTANT_DRIFT,
     DRIFT,
@@ -176,29 +176,30 @@ def test_the_intervals_of_times_0_1_3_6_are_1_2_3() -> None:
     torch.testing.assert_close(states[0], times.t() * DRIFT, rtol=0, atol=1e-14)
 
 
-def recorded_spans(encoder: ClinicalODERNN, monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
-    """Spans of each solver call for times 5, 9 of one patient and 0, 1, 3, 6 of another."""
-    seen: list[list[float]] = []
-    original = encoder.field.rk4() if encoder.solver == "rk4" else encoder._odeint
+TWO_PATIENTS = torch.tensor([[5.0, 9.0, 0.0, 0.0], [0.0, 1.0, 3.0, 6.0]], dtype=torch.float64)
 
-    def recording(state: Tensor, span: Tensor) -> Tensor:
-        seen.append(span.tolist())
-        return original(state, span)
 
-    monkeypatch.setattr(encoder.field, "rk4", lambda: recording)
-    monkeypatch.setattr(encoder, "_odeint", recording)
-    times = torch.tensor([[5.0, 9.0, 0.0, 0.0], [0.0, 1.0, 3.0, 6.0]], dtype=torch.float64)
+def two_patients() -> Batch:
+    """One patient with times 5, 9 and another with 0, 1, 3, 6."""
     observed = torch.ones(2, 4, 2, dtype=torch.bool)
     observed[0, 2:] = False
-    encoder(times, torch.zeros(2, 4, 2), observed)
-    return seen
+    return TWO_PATIENTS, torch.zeros(2, 4, 2), observed
 
 
 def test_each_gap_reaches_torchdiffeq_once_in_units_of_the_time_scale(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     encoder = make_encoder(time_scale=2.0, solver="dopri5")
-    assert recorded_spans(encoder, monkeypatch) == [[0.5, 2.0], [1.0], [1.5]]
+    seen: list[list[float]] = []
+    original = encoder._odeint
+
+    def recording(state: Tensor, span: Tensor) -> Tensor:
+        seen.append(span.tolist())
+        return original(state, span)
+
+    monkeypatch.setattr(encoder, "_odeint", recording)
+    encoder(*two_patients())
+    assert seen == [[0.5, 2.0], [1.0], [1.5]]
 
 
 def test_rk4_takes_no_more_steps_than_each_patients_own_gaps_need(
@@ -206,11 +207,17 @@ def test_rk4_takes_no_more_steps_than_each_patients_own_gaps_need(
 ) -> None:
     encoder = make_encoder(time_scale=2.0)
     monkeypatch.setattr(dte_encoder, "MAX_SCALED_STEP", 0.6)
-    spans = recorded_spans(encoder, monkeypatch)
+    batch = two_patients()
+    plan = encoder._plan(encoder._inputs(*batch)[1], batch[2].any(dim=2))
     # The second patient leads: gaps 0.5, 1.0, 1.5 in 1, 2, 3 steps; the first has 2.0 in 4.
-    assert [len(span) for span in spans] == [2, 2, 2, 2, 1, 1]
-    assert [span[0] for span in spans] == [0.5] * 6
-    assert [span[1] for span in spans[:4]] == [0.5] * 4
+    assert plan.sizes == [2, 2, 2, 2, 2, 1, 1]
+    spans = plan.spans.split(plan.sizes)
+    assert [span[0].item() for span in spans] == [0.0] + [0.5] * 6
+    assert [span[1].item() for span in spans[:5]] == [0.0] + [0.5] * 4
+    # Observations 4 to 7 are the second patient's, in row 0; they come after 0, 1, 3, 6 steps.
+    assert plan.arrivals == [2, 1, 0, 1, 1, 0, 1]
+    assert plan.rows.tolist() == [0, 1, 0, 0, 1, 0]
+    assert plan.places.tolist() == [4, 0, 5, 6, 1, 7]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
@@ -327,6 +334,36 @@ def test_gradients_of_all_parameters_are_right(solver: str) -> None:
         return result
 
     assert torch.autograd.gradcheck(states, tuple(encoder.parameters()))
+
+
+class Plain(ClinicalODERNN):
+    """The same network, the same steps, its gradients by plain autograd."""
+
+    def _run(self, gates: Tensor, plan: Plan) -> Tensor:
+        return self._run_plainly(gates, plan, self.field.rk4())
+
+
+def plain_twin(encoder: ClinicalODERNN) -> Plain:
+    twin = copy.deepcopy(encoder)
+    twin.__class__ = Plain
+    assert isinstance(twin, Plain)
+    return twin
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_gradients_by_hand_are_those_of_autograd(
+    dtype: torch.dtype, tolerance: float, gain: float
+) -> None:
+    encoder = make_encoder(hidden_dim=64, gain=gain).to(dtype)
+    batch = make_batch(lengths=(12, 1, 7, 30, 2, 12))
+    reference = plain_twin(encoder)
+    torch.testing.assert_close(encoder(*batch), reference(*batch), rtol=0, atol=tolerance)
+    expected = gradients(reference, batch)
+    for name, gradient in gradients(encoder, batch).items():
+        size = float(expected[name].abs().max())
+        assert size > 0
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance * max(1, size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
