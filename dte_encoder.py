@@ -8,28 +8,26 @@ observation a GRU cell updates it::
 
 Source: Rubanova, Chen, Duvenaud 2019, "Latent ODEs for Irregularly-Sampled Time Series".
 
-Every patient is integrated over his own gaps although the whole batch advances together. Time is
-cut into ticks: a gap of patient b becomes as many ticks as his own solver steps need, the last of
-them ends with the observation. In each tick all patients who have one left take a step of their
-own length, h += step_b(f), and those who arrive at an observation are updated. So no patient waits
-for another's longer gap, and nobody's steps depend on whom he shares a batch with.
+Every patient is integrated over his own gaps although the whole batch advances together, tick by
+tick (``dte_ticks``): no patient waits for another's longer gap, and nobody's steps depend on whom
+he shares a batch with.
 
 What enters an observation is, of each feature, its latest value, whether it was measured now, and
 how long ago it was before: a value carried forward never passes for a new one.
 
-Letters: B patients, L observations, F features, H state, N ticks of all patients together.
+Letters: B patients, L observations of the longest, P of all together, F features, H state.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from dte_ticks import Plan, Ticks, by_tick, plan_ticks
 
 MAX_SCALED_STEP = 0.1
 """Longest rk4 step in units of ``time_scale``: 1e-8 from a tight solve with fresh weights, 2e-4
@@ -102,195 +100,6 @@ class VectorField(nn.Module):
             return torch.addmm(state, (k1 + 2 * (k2 + k3) + k4) * (span / 6), back)
 
         return step
-
-
-class Plan(NamedTuple):
-    """Who does what in which tick. In all ticks the patients with most ticks are the first rows.
-
-    Attributes:
-        sizes: how many patients take part in tick 0, 1, 2, ...; in tick 0 nothing passes yet.
-        spans: (N,) how far each goes in it, in units of ``time_scale``.
-        arrivals: how many of them arrive at an observation.
-        rows: (P,) which rows these are, tick after tick.
-        places: (P,) where their observations stand in the flattened (B * L).
-    """
-
-    sizes: list[int]
-    spans: Tensor
-    arrivals: list[int]
-    rows: Tensor
-    places: Tensor
-
-
-class Ticks(torch.autograd.Function):
-    """rk4 and update over all ticks as one operation, its derivative written by hand.
-
-    Recorded step by step, autograd keeps and revisits thirty small results a tick and multiplies
-    once a tick for every weight. Here a pass keeps the stages and the cell's gates alone, and each
-    weight's gradient is one product over all ticks.
-
-    Over a span, with c = span / 2, M = W1 W2 and u = W1 h + b1, then back from g = dL/dh::
-
-        k1 = tanh(u)   k2 = tanh(u + M c k1)   k3 = tanh(u + M c k2)   k4 = tanh(u + M 2c k3)
-        h += W2 (c k1 + 2c k2 + 2c k3 + c k4) / 3
-
-        e = W2' g / 3
-        d4 = c (1 - k4^2) e               d3 = 2c (1 - k3^2) (e + M' d4)
-        d2 = c (1 - k2^2) (2e + M' d3)    d1 = c (1 - k1^2) (e + M' d2)
-        g += W1' (d1 + d2 + d3 + d4)
-
-    d1 .. d4 belong to what tanh is taken of. At an observation with input product a, from the
-    state x in front of it, with n = W_n x + b_n::
-
-        p = tanh(a + r n)    h = p + z (x - p)
-
-        da = g (1 - z) (1 - p^2)    dr = da n r (1 - r)    dz = g (x - p) z (1 - z)    dn = da r
-        g <- g z + W_hh' [dr, dz, dn]
-
-    What g is multiplied with is therefore known for all ticks before the way back begins.
-
-    tanh(x) is taken as 2 sigmoid(2x) - 1, the inner 2 being part of the weights: torch's tanh goes
-    through MKL's vector functions, which cost four times its sigmoid and wake every thread.
-
-    Source: the discrete adjoint of a Runge-Kutta method, Hager 2000, "Runge-Kutta methods in
-    optimal control and the transformed adjoint system"; the cell is that of ``nn.GRUCell``.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, plan: Plan, learns: bool, gates: Tensor, *weights: Tensor) -> Tensor:
-        """Run over the ticks.
-
-        Args:
-            ctx: takes what the way back needs.
-            plan: the ticks.
-            learns: whether there is a way back; if not, nothing is kept for it.
-            gates: (P, 3H) input products of the cell.
-            weights: W1, b1, M transposed, W2, W_hh and b_hh.
-
-        Returns:
-            (P, H) state after each observation.
-        """
-        inner, bias, mixing, outer, recurrent, recurrent_bias = weights
-        first, *sizes = plan.sizes
-        width = len(bias)
-        solver = 2 * inner.t(), 2 * bias, 2 * mixing, outer.t() / 3
-        inputs, shift, product = (
-            torch.cat([tensor[..., : 2 * width], 2 * tensor[..., 2 * width :]], dim=-1)
-            for tensor in (gates, recurrent_bias, recurrent.t())
-        )
-        # Begins as what the cell's product is added to, ends as r, z and 2n.
-        cells = inputs + shift
-        cells[:, 2 * width :] = shift[2 * width :]
-        entering, proposals = gates.new_empty(2, len(gates), width)
-        states = torch.empty_like(proposals)
-        pieces = cells, cells[:, : 2 * width], *cells.chunk(3, dim=1), inputs[:, 2 * width :]
-        updates = _by_tick(plan.arrivals, plan.rows, *pieces, entering, proposals, states)
-        stages = gates.new_empty(5, sum(sizes) if learns else max(sizes, default=0), width)
-        kept = _by_tick(sizes, *stages) if learns else [stages[:, :size] for size in sizes]
-        span = plan.spans[first:].unsqueeze(1)
-        spans = _by_tick(sizes, span, 2 * span, -span / 2, -span)
-        state = gates.new_zeros(first, width)
-        for tick, size in enumerate(plan.sizes):
-            if tick:
-                _solve(state[:size], *kept[tick - 1], *spans[tick - 1], *solver)
-            if plan.arrivals[tick]:
-                _observe(state, product, *updates[tick])
-        if learns:
-            ctx.plan = plan
-            ctx.save_for_backward(cells, entering, proposals, stages, *weights[:-1])
-        return states
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Go back over the ticks, then multiply for the weights; ``grad`` is (P, H)."""
-        cells, entering, proposals, stages, inner, _, mixing, outer, recurrent = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        first, *sizes = plan.sizes
-        stages, start = stages[:4], stages[4]
-        span = plan.spans[first:].unsqueeze(1)
-        reach = torch.stack([span / 2, span / 2, span, span / 2])
-        # First what g is multiplied with, then d1 .. d4 and (P, 5, H) da, dr, dz, dn, g z.
-        fields = torch.addcmul(stages, stages, stages, value=-1).mul_(4 * reach)
-        cell = _cell_slopes(cells, entering, proposals)
-        own = cell[:, 1:4].flatten(1)
-        behind, inside = torch.empty_like(start), torch.empty_like(start)
-        steps = _by_tick(sizes, *fields, behind, inside)
-        updates = _by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
-        solver = mixing.t(), outer / 3, inner
-        pull = grad.new_zeros(first, len(inner))  # g of each patient
-        for tick in reversed(range(len(plan.sizes))):
-            if plan.arrivals[tick]:
-                rows, given, factors, into, through = updates[tick]
-                factors.mul_(pull.index_select(0, rows).add_(given).unsqueeze(1))
-                pull.index_copy_(0, rows, torch.addmm(through, into, recurrent))
-            if tick:
-                _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
-        s = torch.addcmul(-reach, stages, reach, value=2)  # c k1, c k2, 2c k3, c k4
-        d_mixing = s[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
-        moved = s[0].add_(s[1], alpha=2).add_(s[2]).add_(s[3])
-        return (
-            *(None, None, torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1)),
-            *(inside.t() @ start, inside.sum(0), d_mixing, behind.t() @ moved / 3),
-            *(own.t() @ entering, own.sum(0)),
-        )
-
-
-def _by_tick(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Cut tensors along their first axis into ticks; give all pieces of each tick."""
-    return list(zip(*(tensor.split(sizes) for tensor in tensors), strict=True))
-
-
-def _solve(
-    h: Tensor,
-    *buffers: Tensor,
-) -> None:
-    """Take a step of rk4 with states h (n, H) in place, and keep its stages as sigmoids."""
-    k1, k2, k3, k4, start, span, twice, minus_half, minus, inner, bias, mixing, back = buffers
-    start.copy_(h)
-    u = torch.addmm(bias, h, inner)
-    torch.sigmoid(u, out=k1)
-    s1 = torch.addcmul(minus_half, k1, span)  # c (2 sigmoid - 1)
-    torch.addmm(u, s1, mixing, out=k2).sigmoid_()
-    s2 = torch.addcmul(minus_half, k2, span)
-    torch.addmm(u, s2, mixing, out=k3).sigmoid_()
-    s3 = torch.addcmul(minus, k3, twice)
-    torch.addmm(u, s3, mixing, out=k4).sigmoid_()
-    s4 = torch.addcmul(minus_half, k4, span)
-    h.addmm_(s1.add_(s2, alpha=2).add_(s3).add_(s4), back)
-
-
-def _solve_back(g: Tensor, *buffers: Tensor) -> None:
-    """Carry g (n, H) in front of a step in place; d1 .. d4 and what the weights need stay."""
-    d1, d2, d3, d4, behind, inside, mixing, back, inner = buffers
-    behind.copy_(g)
-    e = torch.mm(g, back)
-    d4.mul_(e)
-    d3.mul_(torch.addmm(e, d4, mixing))
-    d2.mul_(torch.addmm(e, d3, mixing, beta=2))
-    d1.mul_(torch.addmm(e, d2, mixing))
-    g.addmm_(torch.add(d1, d2, out=inside).add_(d3).add_(d4), inner)
-
-
-def _observe(state: Tensor, product: Tensor, rows: Tensor, *buffers: Tensor) -> None:
-    """Update those rows of ``state`` that arrive, and keep what led there."""
-    cell, both, r, z, n, gate, x, p, new = buffers
-    torch.index_select(state, 0, rows, out=x)
-    cell.addmm_(x, product)
-    both.sigmoid_()
-    torch.addcmul(gate, r, n, out=p).sigmoid_().mul_(2).sub_(1)
-    torch.lerp(p, x, z, out=new)
-    state.index_copy_(0, rows, new)
-
-
-def _cell_slopes(cells: Tensor, entering: Tensor, proposals: Tensor) -> Tensor:
-    """Give (P, 5, H): da, dr, dz, dn and g z without their g, for all observations."""
-    r, z, n = cells.chunk(3, dim=1)
-    a = (1 - z) * (1 - proposals.square())
-    n_slope = a * r
-    r_slope = n_slope * n * (1 - r) / 2  # n stands doubled
-    z_slope = (entering - proposals) * z * (1 - z)
-    return torch.stack([a, r_slope, z_slope, n_slope, z], dim=1)
 
 
 class ClinicalODERNN(nn.Module):
@@ -406,40 +215,11 @@ class ClinicalODERNN(nn.Module):
         return result.index_copy(0, plan.places, states).view(*present.shape, self.hidden_dim)
 
     def _plan(self, gaps: Tensor, present: Tensor) -> Plan:
-        """Cut every patient's time into ticks.
-
-        Args:
-            gaps: (B, L) time before each observation, in units of ``time_scale``.
-            present: (B, L) bool, False in padding.
-        """
+        """Cut each of the gaps (B, L) that is ``present`` (B, L) into as many ticks as it needs."""
         parts = torch.ones_like(gaps)  # torchdiffeq divides a gap by itself
         if self.solver == "rk4":
             parts = torch.ceil(gaps.detach() / MAX_SCALED_STEP).clamp(min=1)
-        parts = torch.where(present, parts, 0).long()  # (B, L)
-        spans = gaps / parts.clamp(min=1)
-        parts = parts.cpu()  # on CUDA the one wait: how many ticks there are steers the host
-        count, patients = parts.sum(1).sort(descending=True, stable=True)
-        parts = parts[patients]  # a row for each row of the ticks
-        rows, steps = parts.nonzero(as_tuple=True)  # (P,) each
-        needed = parts[rows, steps]
-        ends = needed.cumsum(0)
-        before = count.cumsum(0) - count  # ticks of the patients ahead
-        places = patients[rows] * parts.shape[1] + steps
-        # From patient after patient to tick after tick.
-        sizes = len(count) - torch.bincount(count).cumsum(0)[:-1]
-        owner = torch.repeat_interleave(count)
-        number = torch.arange(len(owner)) - before[owner]
-        place = torch.empty_like(number)
-        place[(sizes.cumsum(0) - sizes)[number] + owner] = places.repeat_interleave(needed)
-        arrival, order = (ends - before[rows] - 1).sort(stable=True)
-        device = gaps.device
-        return Plan(
-            sizes.tolist(),
-            spans.flatten().index_select(0, place.to(device)),
-            torch.bincount(arrival).tolist(),
-            rows[order].to(device),
-            places[order].to(device),
-        )
+        return plan_ticks(gaps, torch.where(present, parts, 0).long())
 
     def _run(self, gates: Tensor, plan: Plan) -> Tensor:
         """Give the state (P, H) after each observation, from its input product (P, 3H)."""
@@ -463,7 +243,7 @@ class ClinicalODERNN(nn.Module):
         state = gates.new_zeros(plan.sizes[0], self.hidden_dim)
         states = []
         spans = plan.spans.split(plan.sizes)
-        for tick, (gate, rows) in enumerate(_by_tick(plan.arrivals, gates, plan.rows)):
+        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
             if tick:  # nothing passes before the first
                 state = advance(state[: plan.sizes[tick]], spans[tick])
             if len(rows):

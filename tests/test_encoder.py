@@ -11,7 +11,8 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import dte_encoder
-from dte_encoder import MAX_Z_SCORE, ClinicalODERNN, Plan
+from dte_encoder import MAX_Z_SCORE, ClinicalODERNN
+from dte_ticks import Plan
 from problems import (
     CONSTANT_DRIFT,
     DRIFT,
