@@ -233,10 +233,10 @@ class ClinicalODERNN(nn.Module):
                 *(field.inner.weight, field.inner.bias, field.mixing(), field.outer.weight),
                 *(update.weight_hh, update.bias_hh),
             )
-            gates = gates.to(update.weight_hh.dtype)
-            learns = any(tensor.requires_grad for tensor in (gates, *weights))
-            result: Tensor = Ticks.apply(plan, learns and torch.is_grad_enabled(), gates, *weights)
-        return result
+            learns = torch.is_grad_enabled() and any(w.requires_grad for w in (gates, *weights))
+            own = gates.to(update.weight_hh.dtype)  # under autocast the gates are narrower
+            states: Tensor = Ticks.apply(plan, learns, own, *weights)
+            return states.to(gates.dtype)
 
     def _run_plainly(self, gates: Tensor, plan: Plan, advance: Advance) -> Tensor:
         """Alternate equation and update as they are written, for any solver."""
@@ -246,7 +246,10 @@ class ClinicalODERNN(nn.Module):
         for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
             if tick:  # nothing passes before the first
                 state = advance(state[: plan.sizes[tick]], spans[tick])
-            if len(rows):
+            if len(rows) == len(state):  # always so with torchdiffeq
+                state = self._observe(gate, state)
+                states.append(state)
+            elif len(rows):
                 states.append(self._observe(gate, state.index_select(0, rows)))
                 state = state.index_copy(0, rows, states[-1])
         return torch.cat(states)

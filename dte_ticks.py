@@ -152,37 +152,43 @@ class Ticks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Go back over the ticks, then multiply for the weights; ``grad`` is (P, H)."""
-        cells, entering, proposals, stages, inner, _, mixing, outer, recurrent = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        first, *sizes = plan.sizes
-        stages, start = stages[:4], stages[4]
-        span = plan.spans[first:].unsqueeze(1)
-        reach = torch.stack([span / 2, span / 2, span, span / 2])
-        # First what g is multiplied with, then d1 .. d4 and (P, 5, H) da, dr, dz, dn, g z.
-        fields = torch.addcmul(stages, stages, stages, value=-1).mul_(4 * reach)
-        cell = _cell_slopes(cells, entering, proposals)
-        own = cell[:, 1:4].flatten(1)
-        behind, inside = torch.empty_like(start), torch.empty_like(start)
-        steps = by_tick(sizes, *fields, behind, inside)
-        updates = by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
-        solver = mixing.t(), outer / 3, inner
-        pull = grad.new_zeros(first, len(inner))  # g of each patient
-        for tick in reversed(range(len(plan.sizes))):
-            if plan.arrivals[tick]:
-                rows, given, factors, into, through = updates[tick]
-                factors.mul_(pull.index_select(0, rows).add_(given).unsqueeze(1))
-                pull.index_copy_(0, rows, torch.addmm(through, into, recurrent))
-            if tick:
-                _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
-        s = torch.addcmul(-reach, stages, reach, value=2)  # c k1, c k2, 2c k3, c k4
-        d_mixing = s[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
-        moved = s[0].add_(s[1], alpha=2).add_(s[2]).add_(s[3])
-        return (
-            *(None, None, torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1)),
-            *(inside.t() @ start, inside.sum(0), d_mixing, behind.t() @ moved / 3),
-            *(own.t() @ entering, own.sum(0)),
-        )
+        """Go back over the ticks; ``grad`` is (P, H)."""
+        with torch.autocast(grad.device.type, enabled=False):  # a caller may be inside one
+            return None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
+
+
+def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    """Give the gradients of gates and weights from those of the states, ``grad`` (P, H)."""
+    cells, entering, proposals, stages, inner, _, mixing, outer, recurrent = kept
+    first, *sizes = plan.sizes
+    stages, start = stages[:4], stages[4]
+    span = plan.spans[first:].unsqueeze(1)
+    reach = torch.stack([span / 2, span / 2, span, span / 2])
+    # First what g is multiplied with; then d1 .. d4, each (M, H), and da, dr, dz, dn, g z.
+    fields = torch.addcmul(stages, stages, stages, value=-1).mul_(4 * reach)
+    cell = _cell_slopes(cells, entering, proposals)  # (P, 5, H)
+    own = cell[:, 1:4].flatten(1)
+    behind, inside = torch.empty_like(start), torch.empty_like(start)
+    steps = by_tick(sizes, *fields, behind, inside)
+    updates = by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
+    solver = mixing.t(), outer / 3, inner
+    pull = grad.new_zeros(first, len(inner))  # g of each patient
+    for tick in reversed(range(len(plan.sizes))):
+        if plan.arrivals[tick]:
+            rows, given, factors, into, through = updates[tick]
+            factors.mul_(pull.index_select(0, rows).add_(given).unsqueeze(1))
+            pull.index_copy_(0, rows, torch.addmm(through, into, recurrent))
+        if tick:
+            _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
+    # What is left is one product for each weight.
+    s = torch.addcmul(-reach, stages, reach, value=2)  # c k1, c k2, 2c k3, c k4
+    d_mixing = s[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
+    moved = s[0].add_(s[1], alpha=2).add_(s[2]).add_(s[3])
+    return (
+        torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1),
+        *(inside.t() @ start, inside.sum(0), d_mixing, behind.t() @ moved / 3),
+        *(own.t() @ entering, own.sum(0)),
+    )
 
 
 def _solve(h: Tensor, *buffers: Tensor) -> None:

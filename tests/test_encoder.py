@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchdiffeq
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dte_encoder
 from dte_encoder import MAX_Z_SCORE, ClinicalODERNN
@@ -365,6 +366,192 @@ def test_gradients_by_hand_are_those_of_autograd(
         size = float(expected[name].abs().max())
         assert size > 0
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance * max(1, size))
+
+
+def test_derivatives_by_time_are_right() -> None:
+    encoder = make_encoder(hidden_dim=3)
+    times, values, observed = make_batch(lengths=(3, 1, 2))
+    times = (times + 0.01).requires_grad_()  # no gap at a whole number of steps
+    assert torch.autograd.gradcheck(lambda moments: encoder(moments, values, observed), times)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    encoder = make_encoder()
+    states = encoder(*make_batch())
+    weight = encoder.field.inner.weight
+    (slope,) = torch.autograd.grad(states.pow(3).sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    encoder = make_encoder()
+    loss = encoder(*make_batch()).pow(3).sum()
+    parameters = list(encoder.field.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for left, right in zip(first, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_weights_that_change_between_states_and_gradients_are_noticed() -> None:
+    encoder = make_encoder()
+    loss = encoder(*make_batch()).pow(3).sum()
+    with torch.no_grad():
+        encoder.field.outer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_every_parameter_gets_a_gradient_even_where_no_time_passes() -> None:
+    encoder = make_encoder()  # with several processes one without would make all of them wait
+    encoder(*make_batch(lengths=(1, 1))).pow(3).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("part", ["field", "update", "read"])
+def test_a_frozen_part_leaves_the_other_gradients_as_they_are(part: str) -> None:
+    encoder, batch = make_encoder(), make_batch()
+    expected = gradients(encoder, batch)
+    getattr(encoder, part).requires_grad_(False)
+    found = gradients(encoder, batch)
+    for name, parameter in encoder.named_parameters():
+        assert parameter.requires_grad != name.startswith(part)
+        assert torch.equal(found[name], expected[name]) or not parameter.requires_grad
+
+
+def test_autocast_gives_nearly_the_same_states_and_gradients() -> None:
+    encoder = make_encoder(hidden_dim=16, gain=1.0).float()
+    times, values, observed = make_batch(lengths=(6, 1, 4))
+    batch = times.float(), values.float(), observed
+    states, expected = encoder(*batch), gradients(encoder, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = encoder(*batch)
+        found = gradients(encoder, batch)
+    torch.testing.assert_close(narrow.float(), states, rtol=0, atol=0.05)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        size = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0.05 * size)
+
+
+# ---------------------------------------------------------------- work and memory, counted
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and the multiplications in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.multiplications = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        left = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}.get(
+            func.overloadpacket.__name__
+        )
+        if left is not None:
+            self.count += 1
+            self.multiplications += args[left].numel() * args[left + 1].shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+def products(work: Callable[[], Any]) -> Products:
+    with Products() as counted:
+        work()
+    return counted
+
+
+def ticks_of(encoder: ClinicalODERNN, batch: Batch) -> Plan:
+    return encoder._plan(encoder._inputs(*batch)[1], batch[2].any(dim=2))
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 3), (9, 9, 2, 30)])
+def test_a_pass_takes_no_more_matrix_products_than_the_derivation_says(
+    lengths: tuple[int, ...],
+) -> None:
+    encoder, batch = make_encoder(hidden_dim=16), make_batch(lengths)
+    plan = ticks_of(encoder, batch)
+    steps, arrivals = len(plan.sizes) - 1, sum(map(bool, plan.arrivals))
+    assert arrivals < 1 + steps, "the case needs a tick without arrival"
+    loss: list[Tensor] = []
+    forward = products(lambda: loss.append(encoder(*batch).pow(3).sum()))
+    # u, three stages and the way back to h a step, one an update; W1 W2, two of the input.
+    assert forward.count == 5 * steps + arrivals + 3
+    backward = products(loss[0].backward)
+    # The same, turned round; one for each of W1, W2, W_hh and W1 W2, which has two factors; three
+    # of the input's layers, whose own inputs need none.
+    assert backward.count == 5 * steps + arrivals + 4 + 2 + 3
+
+
+def test_no_product_is_spent_on_padding_or_on_patients_who_wait() -> None:
+    encoder, (times, values, observed) = make_encoder(hidden_dim=16), make_batch((5, 1, 3))
+    more = torch.zeros(3, 40, 2)
+    padded = (
+        torch.cat([times, more[..., 0]], dim=1),
+        torch.cat([values, more], dim=1),
+        torch.cat([observed, more.bool()], dim=1),
+    )
+    spent = [
+        products(lambda batch=batch: encoder(*batch).sum().backward()).multiplications  # type: ignore[misc]
+        for batch in ((times, values, observed), padded)
+    ]
+    assert spent[0] == spent[1]
+    # A patient with forty times the ticks costs what he costs alone, less the products of weights.
+    slow = times.clone()
+    slow[0] *= 40
+    alone_too = [tensor[:1].clone() for tensor in (slow, values, observed)]
+    both = products(lambda: encoder(slow, values, observed).sum().backward())
+    single = products(lambda: encoder(*alone_too).sum().backward())
+    rest = products(
+        lambda: encoder(times[1:, :3], values[1:, :3], observed[1:, :3]).sum().backward()
+    )
+    shared = 3 * encoder.hidden_dim**3  # W1 W2 and its derivative, once a batch
+    assert both.multiplications == single.multiplications + rest.multiplications - shared
+
+
+def kept_for_the_way_back(encoder: ClinicalODERNN, batch: Batch) -> int:
+    """Bytes that autograd holds after a pass, weights left out."""
+    seen: dict[int, int] = {}
+    weights = {parameter.data_ptr() for parameter in encoder.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        states = encoder(*batch)
+    assert len(states) == len(batch[0])
+    return sum(seen.values())
+
+
+def test_what_is_kept_grows_with_ticks_and_observations_alone() -> None:
+    encoder = make_encoder(1, 64).float()
+    for lengths in ((5, 1, 3), (9, 9, 2, 30)):
+        times, values, observed = make_batch(lengths, features=1)
+        batch = times.float(), values.float(), observed
+        plan = ticks_of(encoder, batch)
+        steps = sum(plan.sizes) - plan.sizes[0]
+        # A step keeps four stages and its start; an observation the cell's r, z, n, its start and
+        # proposal, the state and its norm, the input layer; and both places, inputs, spans.
+        bound = 4 * 64 * (5 * steps + 8 * sum(lengths)) + 4 * 24 * (steps + sum(lengths))
+        once = 4 * 64**2  # W1 W2
+        assert kept_for_the_way_back(encoder, batch) <= once + bound
+
+
+def test_nothing_is_kept_where_nothing_learns() -> None:
+    encoder, batch = make_encoder(), make_batch()
+    states = encoder(*batch)
+    assert kept_for_the_way_back(encoder, batch) > 0
+    with torch.no_grad():
+        assert kept_for_the_way_back(encoder, batch) == 0
+        assert torch.equal(encoder(*batch), states)
+    encoder.requires_grad_(False)
+    assert kept_for_the_way_back(encoder, batch) == 0
+    assert torch.equal(encoder(*batch), states)
+    assert not encoder(*batch).requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
