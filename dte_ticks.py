@@ -80,12 +80,12 @@ class Ticks(torch.autograd.Function):
 
     Over a span, with c = span / 2, M = W1 W2 and u = W1 h + b1, then back from g = dL/dh::
 
-        k1 = tanh(u)   k2 = tanh(u + M c k1)   k3 = tanh(u + M c k2)   k4 = tanh(u + M 2c k3)
-        h += W2 (c k1 + 2c k2 + 2c k3 + c k4) / 3
+        k1 = c tanh(u)   k2 = c tanh(u + M k1)   k3 = c tanh(u + M k2)   k4 = c tanh(u + 2M k3)
+        h += W2 (k1 + 2 k2 + 2 k3 + k4) / 3
 
-        e = W2' g / 3
-        d4 = c (1 - k4^2) e               d3 = 2c (1 - k3^2) (e + M' d4)
-        d2 = c (1 - k2^2) (2e + M' d3)    d1 = c (1 - k1^2) (e + M' d2)
+        e = W2' g / 3                        f = c (1 - tanh^2) of each stage
+        d4 = f4 e                            d3 = f3 (2e + 2M' d4)
+        d2 = f2 (2e + M' d3)                 d1 = f1 (e + M' d2)
         g += W1' (d1 + d2 + d3 + d4)
 
     d1 .. d4 belong to what tanh is taken of. At an observation with input product a, from the
@@ -122,7 +122,7 @@ class Ticks(torch.autograd.Function):
         inner, bias, mixing, outer, recurrent, recurrent_bias = weights
         first, *sizes = plan.sizes
         width = len(bias)
-        solver = 2 * inner.t(), 2 * bias, 2 * mixing, outer.t() / 3
+        solver = 2 * inner.t(), 2 * bias, 2 * mixing, 4 * mixing, outer.t() / 3
         inputs, shift, product = (
             torch.cat([tensor[..., : 2 * width], 2 * tensor[..., 2 * width :]], dim=-1)
             for tensor in (gates, recurrent_bias, recurrent.t())
@@ -137,7 +137,7 @@ class Ticks(torch.autograd.Function):
         stages = gates.new_empty(5, sum(sizes) if learns else max(sizes, default=0), width)
         kept = by_tick(sizes, *stages) if learns else [stages[:, :size] for size in sizes]
         span = plan.spans[first:].unsqueeze(1)
-        spans = by_tick(sizes, span, 2 * span, -span / 2, -span)
+        spans = by_tick(sizes, span, -span / 2)
         state = gates.new_zeros(first, width)
         for tick, size in enumerate(plan.sizes):
             if tick:
@@ -163,9 +163,8 @@ def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
     first, *sizes = plan.sizes
     stages, start = stages[:4], stages[4]
     span = plan.spans[first:].unsqueeze(1)
-    reach = torch.stack([span / 2, span / 2, span, span / 2])
     # First what g is multiplied with; then d1 .. d4, each (M, H), and da, dr, dz, dn, g z.
-    fields = torch.addcmul(stages, stages, stages, value=-1).mul_(4 * reach)
+    fields = torch.addcmul(stages, stages, stages, value=-1).mul_(2 * span)
     cell = _cell_slopes(cells, entering, proposals)  # (P, 5, H)
     own = cell[:, 1:4].flatten(1)
     behind, inside = torch.empty_like(start), torch.empty_like(start)
@@ -181,9 +180,10 @@ def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         if tick:
             _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
     # What is left is one product for each weight.
-    s = torch.addcmul(-reach, stages, reach, value=2)  # c k1, c k2, 2c k3, c k4
-    d_mixing = s[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
-    moved = s[0].add_(s[1], alpha=2).add_(s[2]).add_(s[3])
+    k = torch.addcmul(-span / 2, stages, span)
+    fields[3].mul_(2)  # u + 2M k3
+    d_mixing = k[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
+    moved = k[0].add_(k[3]).add_(k[1].add_(k[2]), alpha=2)
     return (
         torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1),
         *(inside.t() @ start, inside.sum(0), d_mixing, behind.t() @ moved / 3),
@@ -193,18 +193,18 @@ def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
 
 def _solve(h: Tensor, *buffers: Tensor) -> None:
     """Take a step of rk4 with states h (n, H) in place, and keep its stages as sigmoids."""
-    k1, k2, k3, k4, start, span, twice, minus_half, minus, inner, bias, mixing, back = buffers
+    t1, t2, t3, t4, start, span, minus_half, inner, bias, mixing, mixing_twice, back = buffers
     start.copy_(h)
     u = torch.addmm(bias, h, inner)
-    torch.sigmoid(u, out=k1)
-    s1 = torch.addcmul(minus_half, k1, span)  # c (2 sigmoid - 1)
-    torch.addmm(u, s1, mixing, out=k2).sigmoid_()
-    s2 = torch.addcmul(minus_half, k2, span)
-    torch.addmm(u, s2, mixing, out=k3).sigmoid_()
-    s3 = torch.addcmul(minus, k3, twice)
-    torch.addmm(u, s3, mixing, out=k4).sigmoid_()
-    s4 = torch.addcmul(minus_half, k4, span)
-    h.addmm_(s1.add_(s2, alpha=2).add_(s3).add_(s4), back)
+    torch.sigmoid(u, out=t1)
+    k1 = torch.addcmul(minus_half, t1, span)  # c (2 sigmoid - 1)
+    torch.addmm(u, k1, mixing, out=t2).sigmoid_()
+    k2 = torch.addcmul(minus_half, t2, span)
+    torch.addmm(u, k2, mixing, out=t3).sigmoid_()
+    k3 = torch.addcmul(minus_half, t3, span)
+    torch.addmm(u, k3, mixing_twice, out=t4).sigmoid_()
+    k4 = torch.addcmul(minus_half, t4, span)
+    h.addmm_(k1.add_(k2, alpha=2).add_(k3, alpha=2).add_(k4), back)
 
 
 def _solve_back(g: Tensor, *buffers: Tensor) -> None:
@@ -213,7 +213,7 @@ def _solve_back(g: Tensor, *buffers: Tensor) -> None:
     behind.copy_(g)
     e = torch.mm(g, back)
     d4.mul_(e)
-    d3.mul_(torch.addmm(e, d4, mixing))
+    d3.mul_(torch.addmm(e, d4, mixing, beta=2, alpha=2))
     d2.mul_(torch.addmm(e, d3, mixing, beta=2))
     d1.mul_(torch.addmm(e, d2, mixing))
     g.addmm_(torch.add(d1, d2, out=inside).add_(d3).add_(d4), inner)
