@@ -397,7 +397,7 @@ def test_weights_that_change_between_states_and_gradients_are_noticed() -> None:
     encoder = make_encoder()
     loss = encoder(*make_batch()).pow(3).sum()
     with torch.no_grad():
-        encoder.field.outer.weight.mul_(2)
+        encoder.update.weight_hh.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
