@@ -8,27 +8,26 @@ observation a GRU cell updates it::
 
 Source: Rubanova, Chen, Duvenaud 2019, "Latent ODEs for Irregularly-Sampled Time Series".
 
-Every patient is integrated over his own gaps although the whole batch advances together. Time is
-cut into ticks: a gap of patient b becomes as many ticks as his own solver steps need, the last of
-them ends with the observation. In each tick all patients who have one left take a step of their
-own length, h += step_b(f), and those who arrive at an observation are updated. So no patient waits
-for another's longer gap, and nobody's steps depend on whom he shares a batch with.
+Every patient is integrated over his own gaps although the whole batch advances together, tick by
+tick (``dte_ticks``): no patient waits for another's longer gap, and nobody's steps depend on whom
+he shares a batch with.
 
 What enters an observation is, of each feature, its latest value, whether it was measured now, and
 how long ago it was before: a value carried forward never passes for a new one.
 
-Letters: B patients, L observations, F features, H state, N ticks of all patients together.
+Letters: B patients, L observations of the longest, P of all together, F features, H state.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from dte_ticks import Plan, Ticks, by_tick, plan_ticks
 
 MAX_SCALED_STEP = 0.1
 """Longest rk4 step in units of ``time_scale``: 1e-8 from a tight solve with fresh weights, 2e-4
@@ -74,6 +73,10 @@ class VectorField(nn.Module):
         result: Tensor = self.outer(torch.tanh(self.inner(state)))
         return result
 
+    def mixing(self) -> Tensor:
+        """Give the transpose of W1 W2, (H, H): u = W1 h + b1 follows u' = W1 W2 tanh(u)."""
+        return (self.inner.weight @ self.outer.weight).t()
+
     def rk4(self) -> Advance:
         """Give the classical Runge-Kutta step, each row's as long as its own span.
 
@@ -82,7 +85,7 @@ class VectorField(nn.Module):
 
         Source: Kutta 1901, the 1/6, 2/6, 2/6, 1/6 rule.
         """
-        mixing = (self.inner.weight @ self.outer.weight).t()  # (H, H)
+        mixing = self.mixing()
         back = self.outer.weight.t()
 
         def step(state: Tensor, span: Tensor) -> Tensor:
@@ -202,59 +205,53 @@ class ClinicalODERNN(nn.Module):
         """
         present = self._check(times, values, observed)
         inputs, gaps = self._inputs(times, values, observed)
+        plan = self._plan(gaps, present)
         # What the update reads needs no state: two matrix products for the whole batch.
-        read = self.dropout(functional.relu(self.read(inputs)))  # (B, L, INPUT_WIDTH)
+        inputs = inputs.flatten(0, 1).index_select(0, plan.places)  # (P, 3F + 3), no padding
+        read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
         gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
-        place, spans, arrives, batch_sizes = self._ticks(gaps, present)
-        gates = gates.flatten(0, 1).index_select(0, place)
-        states = self._run(gates, spans, arrives, batch_sizes)
-        last = arrives.nonzero().squeeze(1)  # the tick that ends with the observation
-        states = self.norm(states.index_select(0, last))
+        states = self.norm(self._run(gates, plan))  # (P, H)
         result = states.new_zeros(present.numel(), self.hidden_dim)
-        return result.index_copy(0, place[last], states).view(*present.shape, self.hidden_dim)
+        return result.index_copy(0, plan.places, states).view(*present.shape, self.hidden_dim)
 
-    def _ticks(self, gaps: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Cut every patient's time into ticks, sorted so that tick t of all patients lies together.
-
-        Args:
-            gaps: (B, L) time before each observation, in units of ``time_scale``.
-            present: (B, L) bool, False in padding.
-
-        Returns:
-            For each of N ticks, patients with most ticks first: place (N,) of its observation in
-            (B * L), span (N,), whether it arrives at the observation (N,) bool; and how many
-            patients take part in tick 0, 1, 2, ...
-        """
+    def _plan(self, gaps: Tensor, present: Tensor) -> Plan:
+        """Cut each of the gaps (B, L) that is ``present`` (B, L) into as many ticks as it needs."""
         parts = torch.ones_like(gaps)  # torchdiffeq divides a gap by itself
         if self.solver == "rk4":
-            parts = torch.ceil(gaps / MAX_SCALED_STEP).clamp(min=1)
-        parts = torch.where(present, parts, 0).long()  # (B, L)
-        count = parts.sum(1)  # (B,)
-        place = torch.repeat_interleave(parts.flatten())  # ticks in the order of the observations
-        number = torch.arange(len(place), device=gaps.device)
-        ends = parts.flatten().cumsum(0)  # (B * L)
-        arrives = number + 1 == ends[place]
-        # From patient after patient to tick after tick.
-        owner = torch.div(place, gaps.shape[1], rounding_mode="floor")
-        number = number - (count.cumsum(0) - count)[owner]
-        rank = torch.argsort(torch.argsort(count, descending=True, stable=True))
-        order = torch.argsort(number * len(gaps) + rank[owner])
-        place, arrives = place[order], arrives[order]
-        spans = (gaps / parts.clamp(min=1)).flatten()[place]
-        return place, spans, arrives, torch.bincount(number).tolist()
+            parts = torch.ceil(gaps.detach() / MAX_SCALED_STEP).clamp(min=1)
+        return plan_ticks(gaps, torch.where(present, parts, 0).long())
 
-    def _run(self, gates: Tensor, spans: Tensor, arrives: Tensor, batch_sizes: list[int]) -> Tensor:
-        """Alternate equation and update over the ticks; give the state (N, H) after each."""
-        advance = self.field.rk4() if self.solver == "rk4" else self._odeint
-        state = gates.new_zeros(batch_sizes[0], self.hidden_dim)
-        states = [self._observe(gates[: batch_sizes[0]], state)]  # nothing passes before the first
-        ticks = zip(
-            *(tensor.split(batch_sizes) for tensor in (gates, spans, arrives.unsqueeze(1))),
-            strict=True,
-        )
-        for gate, span, arrived in itertools.islice(ticks, 1, None):
-            state = advance(states[-1][: len(span)], span)
-            states.append(torch.where(arrived, self._observe(gate, state), state))
+    def _run(self, gates: Tensor, plan: Plan) -> Tensor:
+        """Give the state (P, H) after each observation, from its input product (P, 3H)."""
+        field, update = self.field, self.update
+        if self.solver != "rk4":
+            return self._run_plainly(gates, plan, self._odeint)
+        if plan.spans.requires_grad:  # somebody asks for derivatives by time
+            return self._run_plainly(gates, plan, field.rk4())
+        with torch.autocast(gates.device.type, enabled=False):
+            weights = (
+                *(field.inner.weight, field.inner.bias, field.mixing(), field.outer.weight),
+                *(update.weight_hh, update.bias_hh),
+            )
+            learns = torch.is_grad_enabled() and any(w.requires_grad for w in (gates, *weights))
+            own = gates.to(update.weight_hh.dtype)  # under autocast the gates are narrower
+            states: Tensor = Ticks.apply(plan, learns, own, *weights)
+            return states.to(gates.dtype)
+
+    def _run_plainly(self, gates: Tensor, plan: Plan, advance: Advance) -> Tensor:
+        """Alternate equation and update as they are written, for any solver."""
+        state = gates.new_zeros(plan.sizes[0], self.hidden_dim)
+        states = []
+        spans = plan.spans.split(plan.sizes)
+        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
+            if tick:  # nothing passes before the first
+                state = advance(state[: plan.sizes[tick]], spans[tick])
+            if len(rows) == len(state):  # always so with torchdiffeq
+                state = self._observe(gate, state)
+                states.append(state)
+            elif len(rows):
+                states.append(self._observe(gate, state.index_select(0, rows)))
+                state = state.index_copy(0, rows, states[-1])
         return torch.cat(states)
 
     def _odeint(self, state: Tensor, span: Tensor) -> Tensor:
@@ -296,27 +293,29 @@ class ClinicalODERNN(nn.Module):
             log gap, log hours since the first observation, log count. The mask stands beside the
             carried value, so nothing that is old passes for new.
         """
-        present = observed.any(dim=2)
+        present = observed.any(dim=2, keepdim=True)
         dtype = self.value_mean.dtype
         z = (values.to(dtype) - self.value_mean) / self.value_std
         z = torch.where(observed, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        step = torch.arange(times.shape[1], device=times.device)
-        latest = torch.where(observed, step[:, None], -1).cummax(dim=1).values  # (B, L, F)
+        step = torch.arange(times.shape[1], device=times.device).unsqueeze(1)
+        latest = torch.where(observed, step, -1).cummax(dim=1).values  # (B, L, F)
         carried = z.gather(1, latest.clamp(min=0))  # z is zero where nothing was measured
         before = functional.pad(latest[:, :-1], (0, 0, 1, 0), value=-1)  # -1: never
-        moments = times.unsqueeze(2).expand_as(z)
-        known = present.unsqueeze(2) & (before >= 0)
-        age = torch.where(known, moments - moments.gather(1, before.clamp(min=0)), 0.0)
-        since_first = torch.where(present, times - times[:, :1], 0.0)
-        gaps = torch.where(present, torch.diff(times, dim=1, prepend=times[:, :1]), 0.0)
-        count = (step + 1).expand_as(times)
-        unit = math.log1p(self.time_scale)
-        clock = torch.stack(
-            [torch.log1p(gaps) / unit, torch.log1p(since_first) / unit, torch.log(count)], dim=2
-        )
-        hours = (torch.log1p(age) / unit).to(dtype)
-        inputs = torch.cat([carried, observed.to(dtype), hours, clock.to(dtype)], dim=2)
-        return inputs, (gaps / self.time_scale).to(dtype)
+        moments = times.unsqueeze(2)  # (B, L, 1)
+        seen = moments.expand_as(z).gather(1, before.clamp(min=0))
+        earlier = torch.cat(
+            [
+                torch.where(before >= 0, seen, moments),
+                torch.cat([moments[:, :1], moments[:, :-1]], 1),
+                moments[:, :1].expand_as(moments),
+            ],
+            dim=2,
+        )  # (B, L, F + 2)
+        hours = torch.where(present, moments - earlier, 0.0)
+        logs = torch.log1p(hours) / math.log1p(self.time_scale)
+        count = torch.log(step + 1).expand_as(moments)
+        inputs = torch.cat([carried, observed.to(dtype), logs.to(dtype), count.to(dtype)], dim=2)
+        return inputs, (hours[..., -2] / self.time_scale).to(dtype)
 
     def _check(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
         """Refuse what has no meaning; give the (B, L) mask of real observations."""
@@ -329,6 +328,19 @@ class ClinicalODERNN(nn.Module):
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
         present = observed.any(dim=2)
+        gaps = times.diff(dim=1)
+        # One question for all; a NaN answers no. Sums may overflow: then the long way decides.
+        legal = present[:, :-1] & (gaps >= 0) & (gaps <= MAX_SCALED_GAP * self.time_scale)
+        fine = (legal | ~present[:, 1:]).all() & present[:, 0].all()
+        total = times[:, 0].sum() + torch.where(observed, values, 0).sum()
+        if not bool(fine & (total.isfinite())):
+            self._refuse_series(times, values, observed, present)
+        return present
+
+    def _refuse_series(
+        self, times: Tensor, values: Tensor, observed: Tensor, present: Tensor
+    ) -> None:
+        """Raise for the first fault with its place, if there is one."""
         ahead = functional.pad(present[:, :-1], (1, 0), value=True)  # is the place ahead real?
         gaps = torch.diff(times, dim=1, prepend=times[:, :1])
         _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
@@ -339,7 +351,6 @@ class ClinicalODERNN(nn.Module):
         _refuse(endless, "the gap of {value} h to {place} needs a larger time_scale", gaps)
         bad = observed & ~torch.isfinite(values)
         _refuse(bad, "value {value} at {place} is observed but not finite", values)
-        return present
 
 
 def _refuse(bad: Tensor, message: str, source: Tensor | None = None) -> None:

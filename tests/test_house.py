@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "dte_encoder": set[str](),
+    "dte_ticks": set[str](),
+    "dte_encoder": {"dte_ticks"},
     "dataset_format": set[str](),
     "srtr_dataset": {"dataset_format"},
     "medgemma_trainer": {"dte_encoder", "dataset_format", "srtr_dataset"},
