@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dte_encoder
-from dte_encoder import MAX_Z_SCORE, ClinicalODERNN
-from dte_ticks import Plan
+from dte_encoder import MAX_Z_SCORE, ClinicalODERNN, Plan
 from problems import (
     CONSTANT_DRIFT,
     DRIFT,

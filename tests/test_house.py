@@ -11,8 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
-    "dte_ticks": set[str](),
-    "dte_encoder": {"dte_ticks"},
+    "dte_encoder": set[str](),
     "dataset_format": set[str](),
     "srtr_dataset": {"dataset_format"},
     "medgemma_trainer": {"dte_encoder", "dataset_format", "srtr_dataset"},

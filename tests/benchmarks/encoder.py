@@ -47,8 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset_format import MIMICtrajectoryDataset  # noqa: E402
-from dte_encoder import MAX_SCALED_STEP, ClinicalODERNN  # noqa: E402
-from dte_ticks import Plan  # noqa: E402
+from dte_encoder import MAX_SCALED_STEP, ClinicalODERNN, Plan  # noqa: E402
 
 DATA = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
 TARGETS = {16: 80.0, 256: 250.0}
