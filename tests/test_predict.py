@@ -713,9 +713,12 @@ def test_figures_of_many_pieces_are_those_of_one(
         monkeypatch.setattr(trainer, "PIECE_ROWS", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
         pages.append((tmp_path / f"{name}.report.html").read_text())
-    # Where rows share other batches a curve may move in its seventh place.
+    # Where rows share other batches a risk may move in its seventh place.
     one, many = (re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL) for page in pages)
-    assert one == many
+    number = r"-?\d+(?:\.\d+)?"
+    assert re.sub(number, "#", one) == re.sub(number, "#", many)
+    figures = [np.array(re.findall(number, page), dtype=float) for page in (one, many)]
+    np.testing.assert_allclose(*figures, rtol=1e-4, atol=1.5e-3)
     out = read(tmp_path / "many.csv")
     labels = rows["label_escalation"].astype(int).to_numpy()
     groups = rows["subject_id"].to_numpy(dtype=np.str_)
