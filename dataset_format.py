@@ -19,6 +19,7 @@ Letters: N series, B a batch of them, L observations, F features.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import gzip
@@ -27,7 +28,9 @@ import io
 import itertools
 import json
 import logging
+import os
 import re
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -81,6 +84,9 @@ RAREST_FACT = 0.01
 
 PARSE_ROWS = 100_000
 """Rows parsed at a time: bounds the memory that the intermediate text takes."""
+
+PARTIAL, OUTGOING = ".partial", ".old"
+"""Endings of hidden names: of what is being written, and of what it replaces."""
 
 LARGEST = (np.finfo(np.float32).max, 1e6)
 """Greatest absolute value that float32 holds, and a time of 114 years."""
@@ -1390,6 +1396,62 @@ def _quartiles(numbers: NDArray[Any]) -> str:
     return (
         f"median {median:.4g}, quartiles {q1:.4g} to {q3:.4g}, 98 % within {low:.4g} to {high:.4g}"
     )
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; what is written there takes its place if all is well.
+
+    The content reaches the disk before its name does, so that no loss of power leaves half of it.
+    """
+    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    remove(temporary)
+    try:
+        yield temporary
+        flush(temporary)
+        if path.is_dir():  # a folder cannot be replaced in one step
+            outgoing = path.with_name(f".{path.name}{OUTGOING}")
+            remove(outgoing)
+            path.rename(outgoing)
+            try:
+                temporary.rename(path)
+            except BaseException:  # a signal, say: one of the two must stand there
+                outgoing.rename(path)
+                raise
+            remove(outgoing)
+        else:
+            os.replace(temporary, path)
+        flush_entry(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not name it
+        raise
+    finally:
+        remove(temporary)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, lies on the disk."""
+    if path.is_dir():
+        for each in path.iterdir():
+            flush(each)
+    flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
