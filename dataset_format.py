@@ -1552,8 +1552,8 @@ MIMIC_TABLES: dict[str, dict[str, Kind]] = {
     "hosp/patients": {
         "subject_id": NAME,
         "gender": NO_WORD,
-        "anchor_age": NUMBER_CELL,
-        "anchor_year": NUMBER_CELL,
+        "anchor_age": NO_NUMBER,
+        "anchor_year": NO_NUMBER,
     },
     "hosp/admissions": {
         "subject_id": NAME,
@@ -2080,11 +2080,12 @@ def convert_units(
     factor = np.full(len(values), np.nan)
     counts: Counter[str] = Counter()
     unit_of_main = ""
-    for item, rows in values.groupby("item").groups.items():
+    for item in np.unique(values["item"]).tolist():
+        rows = np.flatnonzero(values["item"] == item)
         units = values["unit"].iloc[rows].astype(str)
         spelled = {unit.lower(): unit for unit in sorted(set(units), reverse=True)}
         named = sorted(filter(None, spelled))
-        analyte = ANALYTES.get(int(item))
+        analyte = ANALYTES.get(item)
         factors = analyte.factors if analyte else {named[0] if named else "": 1.0}
         unknown = [unit for unit in named if unit not in factors]
         if item == main and unknown:
@@ -2317,8 +2318,8 @@ def find_item(wanted: str, tables: Tables) -> tuple[int, str]:
     found = items[(items["itemid"].astype(np.int64).astype(str) == wanted.strip()) | named]
     if len(found) != 1:
         several = "; ".join(
-            ", ".join(filter(None, (f"{row.itemid:.0f}", row.fluid, row.category)))
-            for row in found.itertuples()
+            ", ".join(filter(None, (f"{number:.0f}", fluid, category)))
+            for number, _, fluid, category in found[["itemid", "label", "fluid", "category"]].values
         )
         problem = f"several, name one by its itemid: {several}" if several else "no such item"
         path = find_mimic(tables.folder, "hosp/d_labitems")
@@ -2337,14 +2338,12 @@ def computed_gaps(values: pd.DataFrame) -> pd.DataFrame:
     """
     parts = values[values["item"].isin(GAP_PARTS) & values["known"].notna()]
     first = parts.drop_duplicates(["stay", "chart", "item"])  # sorted by known, then value
-    table = first.set_index(["stay", "chart", "item"])[["value", "known"]].unstack("item")
-    table = table.reindex(columns=pd.MultiIndex.from_product([["value", "known"], GAP_PARTS]))
-    table = table.dropna()
-    sodium, chloride, bicarbonate = (table["value"][item] for item in GAP_PARTS)
-    gap = (sodium - chloride - bicarbonate).astype(float).round(6)
-    return pd.DataFrame(
-        {"item": COMPUTED, "known": table["known"].max(axis=1), "value": gap}, index=table.index
-    ).reset_index()
+    drawn = [first[first["item"] == item].set_index(["stay", "chart"]) for item in GAP_PARTS]
+    sodium, chloride, bicarbonate = (each["value"] for each in drawn)
+    gap = (sodium - chloride - bicarbonate).dropna().round(6)
+    known = pd.concat([each["known"] for each in drawn], axis=1).max(axis=1)
+    table = pd.DataFrame({"item": COMPUTED, "known": known.reindex(gap.index), "value": gap})
+    return table.reset_index()
 
 
 class Windows(NamedTuple):
@@ -2441,6 +2440,7 @@ def judge_gap(
 
     Of values charted at one time one that is closed decides.
     """
+    gaps = gaps.groupby(["stay", "chart"])["value"].min().reset_index()
     then = of(gaps, windows.time)
     closed = gaps["value"] <= CLOSED_GAP
     before, after = gaps["chart"] <= then, (gaps["chart"] > then)
@@ -2623,8 +2623,10 @@ def read_values(
     Returns:
         As ``convert_units``; the counts are those of all rows that were left out or resolved.
     """
-    columns = (tables.admissions[name] for name in ("subject_id", "hadm_id", "start", "end"))
-    stays = Stays(*(column.to_numpy() for column in columns), wanted.to_numpy())
+    table = tables.admissions
+    subject, hadm = table["subject_id"].to_numpy(), table["hadm_id"].to_numpy()
+    start, end = table["start"].to_numpy(), table["end"].to_numpy()
+    stays = Stays(subject, hadm, start, end, wanted.to_numpy())
     keeper = LabKeeper({main, *ANALYTES}, stays)
     kept, digest, header = read_mimic(tables.folder, "hosp/labevents", keeper, processes)
     tables.hashes["hosp/labevents"] = digest
