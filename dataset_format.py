@@ -1583,6 +1583,9 @@ MIMIC_TABLES: dict[str, dict[str, Kind]] = {
 }
 """Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""
 
+LAB_KEYS = ("itemid", "subject_id")
+"""Columns of labevents that say whether a row is needed."""
+
 MAY_LACK = {"storetime", "fluid", "category"}
 """Columns without which a table is read all the same; others are refused."""
 
@@ -1756,7 +1759,7 @@ def parquet_table(path: Path, name: str) -> tuple[Table, Iterator[TablePiece]]:
         done, size = 0, path.stat().st_size
         try:
             for batch in whole.iter_batches(PIECE_BYTES // 64, columns=list(table.kinds)):
-                rows = batch.to_pandas(ignore_metadata=True)
+                rows = batch.to_pandas(ignore_metadata=True, strings_to_categorical=True)
                 done += len(rows)
                 read = size * done // whole.metadata.num_rows
                 yield TablePiece(rows, done - len(rows), read)
@@ -1766,37 +1769,55 @@ def parquet_table(path: Path, name: str) -> tuple[Table, Iterator[TablePiece]]:
     return table, pieces()
 
 
-def cells_of(piece: TablePiece, table: Table) -> pd.DataFrame:
-    """Parse a piece of CSV: numbers as such, all else as text, NaN where nothing stands.
+EMPTY_ALONE: Any = {"header": None, "keep_default_na": False, "na_values": [""]}
+"""How pandas reads MIMIC-IV's CSV: nothing but an empty cell is missing."""
+
+
+def cells_of(text: bytes, table: Table) -> pd.DataFrame:
+    """Parse rows of CSV: numbers as such, all else as text, NaN where nothing stands.
 
     Raises:
         BadCellError: rows that do not fit the header, or text that is none.
     """
-    if isinstance(piece.rows, pd.DataFrame):
-        return piece.rows
     beyond = "beyond the header"
-    options: Any = {"header": None, "keep_default_na": False, "na_values": [""]}
-    options |= {"names": [*table.header, beyond], "usecols": [*table.kinds, beyond]}
+    columns: Any = {"names": [*table.header, beyond], "usecols": [*table.kinds, beyond]}
     stored: Any = {
         name: np.float64 if kind.form in ("whole", "number") else str
         for name, kind in table.kinds.items()
     }
     stored[beyond] = str
-    widest = (
-        b"," * len(table.header) + b"\n"
-    )  # without it fields beyond the header are lost silently
-    text = widest + piece.rows
+    text = b"," * len(table.header) + b"\n" + text  # or fields beyond the header would be lost
     try:
         try:
-            cells = pd.read_csv(io.BytesIO(text), dtype=stored, **options)
+            cells = pd.read_csv(io.BytesIO(text), dtype=stored, **columns, **EMPTY_ALONE)
         except ValueError:  # one cell is no number: read as text, it can be found and named
-            cells = pd.read_csv(io.BytesIO(text), dtype=str, **options)
+            cells = pd.read_csv(io.BytesIO(text), dtype=str, **columns, **EMPTY_ALONE)
     except ValueError as error:
         raise BadCellError(0, "from here on rows do not fit the header, or are no text") from error
     cells = cells.iloc[1:].reset_index(drop=True)
     if (extra := cells.pop(beyond).notna().to_numpy()).any():
         raise BadCellError(int(extra.argmax()), "more fields than the header has")
     return cells
+
+
+def narrowed(text: bytes, table: Table, keep: LabKeeper) -> tuple[bytes, NDArray[np.int64] | None]:
+    """Cut out the lines that are needed, so that times and units of others are never parsed.
+
+    Returns:
+        The lines and their numbers; all of them and None where lines are not rows one by one, or
+        a cell is damaged.
+    """
+    data = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(data == ord("\n")) + 1
+    columns: Any = {"names": table.header, "usecols": list(LAB_KEYS)}
+    try:
+        head = pd.read_csv(io.BytesIO(text), dtype=np.float64, **columns, **EMPTY_ALONE)
+        here = keep.needs(head)
+    except ValueError:
+        return text, None
+    if len(head) != len(ends):  # a line break within quotes, an empty line, no break at the end
+        return text, None
+    return data[np.repeat(here, np.diff(ends, prepend=0))].tobytes(), np.flatnonzero(here)
 
 
 def decoded(cells: pd.DataFrame, kinds: dict[str, Kind]) -> pd.DataFrame:
@@ -1868,11 +1889,17 @@ def kept_of(piece: TablePiece, table: Table, keep: Keep) -> Any:
     Raises:
         InputError: naming file and row.
     """
+    rows, numbers = piece.rows, None
     try:
-        return keep(cells_of(piece, table), table.kinds)
+        if isinstance(rows, pd.DataFrame):
+            return keep(rows, table.kinds)
+        if isinstance(keep, LabKeeper):
+            rows, numbers = narrowed(rows, table, keep)
+        return keep(cells_of(rows, table), table.kinds)
     except BadCellError as error:
-        unit = "line" if isinstance(piece.rows, bytes) else "row"
-        where = f"{table.path}, {unit} {piece.first + error.row}"
+        unit = "line" if isinstance(rows, bytes) else "row"
+        row = error.row if numbers is None else int(numbers[error.row])
+        where = f"{table.path}, {unit} {piece.first + row}"
         raise InputError(f"{where}: {error.problem}: copy the table again") from error
 
 
@@ -1989,9 +2016,7 @@ class LabKeeper:
             stay (place), item, chart and known (the later of charted and stored, NaT where it is
             not recorded when a value was stored), value, unit.
         """
-        chosen = decoded(cells[["itemid", "subject_id"]], {"itemid": NAME, "subject_id": NAME})
-        here = chosen["itemid"].isin(self.items) & chosen["subject_id"].isin(self.subjects)
-        rows = decoded(cells[here], kinds)
+        rows = decoded(cells[self.needs(cells)], kinds)
         counts: Counter[str] = Counter()
         numeric = np.isfinite(rows["valuenum"])
         counts["without a number"] = int((~numeric).sum())
@@ -2013,6 +2038,12 @@ class LabKeeper:
             }
         )
         return kept, counts
+
+    def needs(self, cells: pd.DataFrame) -> NDArray[np.bool_]:
+        """Say which rows hold one of the items of a patient with a wanted admission."""
+        keys = decoded(cells[list(LAB_KEYS)], dict.fromkeys(LAB_KEYS, NAME))
+        here = keys["itemid"].isin(self.items) & keys["subject_id"].isin(self.subjects)
+        return here.to_numpy()
 
     def stays_of(self, rows: pd.DataFrame, counts: Counter[str]) -> NDArray[np.int64]:
         """Give the place of the admission of each row, -1 where it has none that is wanted."""

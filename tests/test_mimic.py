@@ -487,8 +487,8 @@ def test_the_biochemical_cohort_is_known_within_the_window(
     for item, value in {GLUCOSE: 400.0, BICARBONATE: 9.0, PH: 7.1}.items():
         mini.lab(2, 2, value, item)
     mini.admit(1, code="4019", version=9).gaps(1, (0, 11), (1, 11), (60, 9))
-    for item, value in (SICK | changed).items():
-        mini.lab(1, hour, value, item)
+    for item, cell in (SICK | changed).items():
+        mini.lab(1, hour, cell, item)
     result = made(mini, "--cohort", "biochemical", "--outcome", "death")
     assert (1 in result.rows.index) == inside
     assert 2 in result.rows.index
@@ -513,8 +513,8 @@ def test_the_context_tells_what_is_known_and_nothing_later(made: Callable[..., M
 def test_simple_models_find_each_number_of_a_context_under_its_name(
     made: Callable[..., Made],
 ) -> None:
-    text = made(two(1, Mini().admit(1)).lab(1, 2, 7.25, PH).lab(1, 2, 140, SODIUM)).rows
-    facts = dataset_format.facts_of(text.loc[1, "clinical_context"])
+    text = made(two(1, Mini().admit(1)).lab(1, 2, 7.25, PH).lab(1, 2, 140, SODIUM))
+    facts = dataset_format.facts_of(text.context(1))
     numbers = {k: v for k, v in facts.items() if k.endswith(dataset_format.FIGURE)}
     names = ("year", "h", "ph", "sodium")
     expected = zip(names, (50.0, 13.0, 7.25, 140.0), strict=True)
