@@ -689,7 +689,8 @@ class Description:
             plausible = _rising(known.pop("plausible", cls.plausible))
             limits = {plainly(k): _rising(v) for k, v in known.pop("limits", {}).items()}
             flow = tuple({key: rule[key] for key in FLOW} for rule in known.pop("flow", ()))
-            if not all(isinstance(text, str) and text for text in known.values()):
+            filled = (bool(text) or key == "unit" for key, text in known.items())  # a pH has none
+            if not all(isinstance(text, str) for text in known.values()) or not all(filled):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(
@@ -2151,7 +2152,8 @@ COHORTS = {
         "of at most 7.30 (ketones are not asked for)"
     ),
 }
-"""Who is in. Source of biochemical: Kitabchi 2009, diagnosis of ketoacidosis, without ketones."""
+"""Who is in. Source of biochemical: Kitabchi 2009, diagnosis, its gap that of moderate
+ketoacidosis; without ketones."""
 
 KETOACIDOSIS = {9: ("2501",), 10: ("E081", "E091", "E101", "E111", "E131")}
 """How codes begin, by version. Source: ICD-9-CM and ICD-10-CM; E08.0 and E11.0 are another state,
@@ -2196,6 +2198,11 @@ OUTCOMES = {
     ),
 }
 """The parts of escalation, which is any of them."""
+
+GAP_DEFINITION = (
+    "as the laboratory reports it (item 50868), in MIMIC-IV mostly with potassium and so about 4 "
+    "mEq/L above sodium - chloride - bicarbonate, which is what compute_gap computes"
+)
 
 ESCALATION = Part("Escalation", "need escalation of care", "any of death, icu and unresolved")
 
@@ -2781,6 +2788,7 @@ def description_of(
         "values": dict(sorted(counts.items())),
         "definitions": {
             "cohort": COHORTS[asked.cohort],
+            "anion_gap": GAP_DEFINITION,
             "label_escalation": asked.part.definition,
             **{f"label_{name}": part.definition for name, part in OUTCOMES.items()},
         },

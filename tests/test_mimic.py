@@ -534,6 +534,14 @@ def test_an_item_may_be_named(made: Callable[..., Made]) -> None:
     assert Description.beside(by_name.path).plausible == (3.0, 60.0)
 
 
+def test_a_series_may_have_no_unit(made: Callable[..., Made]) -> None:
+    mini = two(1, Mini().admit(1)).lab(1, 2, 7.1, PH).lab(1, 3, 7.2, PH)
+    dataset = MIMICtrajectoryDataset(made(mini, "--item", "pH").path)
+    assert (dataset.features, dataset.units) == (("pH",), ("",))
+    assert dataset.prompt(0).startswith("50-year-old woman, not in intensive care, 14 h since")
+    assert "pH: 7.1 (0h) -> 7.2 (1h). " in dataset.prompt(0)
+
+
 def test_any_item_of_the_laboratory_can_be_the_series(made: Callable[..., Made]) -> None:
     mini = two(1, Mini().admit(1))
     for hour, value in ((1, 40.5), (2, 39), (30, 35)):
@@ -835,6 +843,19 @@ def test_the_demos_coded_admissions(tmp_path: Path) -> None:
     assert set(result.rows.index) <= set(coded.astype(int))
     assert result.facts["flow"][1]["left"] == coded.nunique() == 4
     assert len(result.rows) == 4 - sum(f["removed"] for f in result.facts["flow"][2:])
+
+
+def test_the_demos_own_gap_mostly_includes_potassium() -> None:
+    """What the README says of MIMIC-IV's gap."""
+    labs = read_tables(DEMO)["hosp/labevents"].astype({"itemid": int, "valuenum": float})
+    drawn = labs.pivot_table("valuenum", ["subject_id", "charttime"], "itemid", "first")
+    drawn = drawn[[GAP, SODIUM, CHLORIDE, BICARBONATE, 50971]].dropna()
+    without = drawn[SODIUM] - drawn[CHLORIDE] - drawn[BICARBONATE]
+    assert len(drawn) == 2851
+    assert ((drawn[GAP] - without - drawn[50971]).abs() <= 1).mean() == pytest.approx(
+        0.81, abs=5e-3
+    )
+    assert ((drawn[GAP] - without).abs() <= 0.5).mean() == pytest.approx(0.19, abs=5e-3)
 
 
 # --------------------------------------------------------------------------- same file
