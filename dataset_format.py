@@ -2766,6 +2766,7 @@ def description_of(
 ) -> dict[str, Any]:
     """Say all that a reader of the rows must know; see ``Description`` for the first keys."""
     hours = {"window": plain(asked.window_hours), "horizon": plain(asked.horizon_hours)}
+    inside = found.table["hadm_id"].isin(rows["hadm_id"])
     stored = "charted and stored by then" if tables.stored else "charted by then (no storetime)"
     return {
         "series": item.name,
@@ -2783,7 +2784,7 @@ def description_of(
             "rows": len(rows),
             "patients": int(rows["subject_id"].nunique()),
             "events": int(rows["label_escalation"].sum()),
-            "computed_gaps": int((found.windows.gap_item[found.table.index] == COMPUTED).sum()),
+            "computed_gaps": int((found.windows.gap_item[inside] == COMPUTED).sum()),
         },
         "values": dict(sorted(counts.items())),
         "definitions": {

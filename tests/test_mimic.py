@@ -247,6 +247,10 @@ PARTS_OF = {  # admissions asked at 13 h, looked at until 85 h; then death, icu,
     "reopened": (lambda m: two(1, m.admit(1)).gaps(1, (60, 12.5)), [0, 0, 1]),
     "reopened too late": (lambda m: two(1, m.admit(1)).gaps(1, (86, 20)), [0, 0, 0]),
     "open and closed at one time": (lambda m: two(1, m.admit(1)).gaps(1, (40, 13)), [0, 0, 0]),
+    "open and closed at one later time": (
+        lambda m: two(1, m.admit(1)).gaps(1, (60, 9), (60, 13)),
+        [0, 0, 0],
+    ),
     "closed before, stays closed": (
         lambda m: m.admit(1).gaps(1, (1, 20), (4, 11), (40, 9)),
         [0, 0, 0],
@@ -1180,6 +1184,15 @@ def test_the_command_shows_no_bar_without_a_terminal(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1 rows of 1 patients, 0 events" in done.stdout
+
+
+def test_a_terminal_shows_how_far_the_reading_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = two(1, Mini().admit(1)).write(tmp_path / "mimic")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    make(folder, "--cohort", "all")
+    assert "reading hosp/labevents: " in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- onwards
