@@ -1601,11 +1601,16 @@ class BadCellError(ValueError):
 
 
 class TablePiece(NamedTuple):
-    """Some rows of a table, as CSV text or as read, where the first stands, and bytes so far."""
+    """Some rows of a table: where the first stands, and how many bytes are read with them.
 
-    rows: bytes | pd.DataFrame
+    ``rows`` are CSV text, its length alone, or as read; ``place`` is that of the text's first byte
+    in its file, None within gzip.
+    """
+
+    rows: bytes | int | pd.DataFrame
     first: int
     read: int
+    place: int | None = None
 
 
 class Table(NamedTuple):
@@ -1700,13 +1705,14 @@ def csv_table(path: Path, name: str, raw: Hashed) -> tuple[Table, Iterator[Table
     text = stream.read(PIECE_BYTES)
     first, _, rest = text.partition(b"\n")
     names_of = next(csv.reader([first.decode("utf-8-sig", "replace").strip()]), [])
+    place = None if path.suffix == ".gz" else len(first) + 1
     return columns_of(path, name, [each.strip() for each in names_of]), csv_pieces(
-        path, raw, stream, rest, first.count(b",")
+        path, raw, stream, rest, first.count(b","), place
     )
 
 
 def csv_pieces(
-    path: Path, raw: Hashed, stream: Any, text: bytes, commas: int
+    path: Path, raw: Hashed, stream: Any, text: bytes, commas: int, place: int | None
 ) -> Iterator[TablePiece]:
     """Cut a CSV behind its header at the ends of rows; the lines of its text count from 1."""
     line = 2
@@ -1719,10 +1725,11 @@ def csv_pieces(
                 raise InputError(f"{path}: it ends within its last row: copy it again")
             return
         if cut:
-            yield TablePiece(text[:cut], line, raw.count)
+            yield TablePiece(text[:cut], line, raw.count, place)
         elif len(text) > 8 * PIECE_BYTES:
             raise InputError(f"{path}, line {line}: a quote that is never closed: copy it again")
         line += text.count(b"\n", 0, cut)
+        place = None if place is None else place + cut
         text = text[cut:]
         if not more:
             return
@@ -1881,7 +1888,23 @@ def begin_work(table: Table, keep: Keep) -> None:
 
 def do_work(piece: TablePiece) -> Any:
     """Handle a piece in a process of its own."""
-    return kept_of(piece, *_work[0])
+    table, keep = _work[0]
+    if isinstance(piece.rows, int):
+        with told_of(table.path), table.path.open("rb") as file:
+            file.seek(piece.place or 0)
+            piece = piece._replace(rows=file.read(piece.rows))
+    return kept_of(piece, table, keep)
+
+
+def light(piece: TablePiece) -> TablePiece:
+    """Give only the length of text that another process can read from the file itself.
+
+    The file's pages are in memory, since its parent has just hashed them; a pipe costs five times
+    as much as reading them again.
+    """
+    if piece.place is None or not isinstance(piece.rows, bytes):
+        return piece
+    return piece._replace(rows=len(piece.rows))
 
 
 def kept_of(piece: TablePiece, table: Table, keep: Keep) -> Any:
@@ -1891,6 +1914,7 @@ def kept_of(piece: TablePiece, table: Table, keep: Keep) -> Any:
         InputError: naming file and row.
     """
     rows, numbers = piece.rows, None
+    assert not isinstance(rows, int)  # it was read from its place
     try:
         if isinstance(rows, pd.DataFrame):
             return keep(rows, table.kinds)
@@ -1921,7 +1945,7 @@ def worked(
     ) as pool:
         waiting: deque[tuple[int, Future[Any]]] = deque()
         for piece in pieces:
-            waiting.append((piece.read, pool.submit(do_work, piece)))
+            waiting.append((piece.read, pool.submit(do_work, light(piece))))
             if len(waiting) > processes:
                 read, result = waiting.popleft()
                 yield read, result.result()

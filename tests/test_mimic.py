@@ -1072,6 +1072,25 @@ def test_bad_input_ends_with_2_one_line_and_no_output(
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
+def test_a_bad_cell_far_down_is_named_by_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind rows that are not needed, in a later piece."""
+    mini = two(1, Mini().admit(1))
+    for _ in range(200):
+        mini.lab(1, 5, 40, 51221, unit="%")
+    mini.lab(1, 6, 17)
+    folder = mini.write(tmp_path / "mimic")
+    path = folder / "hosp" / "labevents.csv"
+    path.write_text(path.read_text().replace(moment(6), "soon"))
+    monkeypatch.setattr(dataset_format, "PIECE_BYTES", 2**12)
+    command = ["from_mimic", "--mimic_dir", str(folder), "--out", str(tmp_path / "out.csv")]
+    assert dataset_format.main([*command, "--cohort", "all"]) == 2
+    number = 1 + next(k for k, line in enumerate(path.read_text().split("\n")) if "soon" in line)
+    assert number == 205
+    assert f"labevents.csv, line {number}: column charttime" in capsys.readouterr().err
+
+
 def test_bad_parquet_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1162,6 +1181,22 @@ def test_an_earlier_output_stays_whole_where_a_later_run_fails(
     assert result.path.read_bytes() == result.bytes
     assert result.path.with_suffix(".json").read_bytes() == described
     assert {p.name for p in tmp_path.iterdir()} == {"mimic", "mimic.csv", "mimic.json"}
+
+
+def test_the_description_stands_there_before_the_table(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table without its description would be read as something else."""
+    renamed: list[str] = []
+    replace = os.replace
+
+    def noted(old: Path, new: Path) -> None:
+        renamed.append(new.suffix)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", noted)
+    made(two(1, Mini().admit(1)))
+    assert renamed == [".json", ".csv"]
 
 
 def test_the_files_are_their_owners_alone(made: Callable[..., Made]) -> None:
