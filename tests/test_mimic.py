@@ -1079,10 +1079,10 @@ def test_a_bad_cell_far_down_is_named_by_its_line(
     mini = two(1, Mini().admit(1))
     for _ in range(200):
         mini.lab(1, 5, 40, 51221, unit="%")
-    mini.lab(1, 6, 17)
+    mini.lab(1, 7.25, 17)
     folder = mini.write(tmp_path / "mimic")
     path = folder / "hosp" / "labevents.csv"
-    path.write_text(path.read_text().replace(moment(6), "soon"))
+    path.write_text(path.read_text().replace(moment(7.25), "soon"))
     monkeypatch.setattr(dataset_format, "PIECE_BYTES", 2**12)
     command = ["from_mimic", "--mimic_dir", str(folder), "--out", str(tmp_path / "out.csv")]
     assert dataset_format.main([*command, "--cohort", "all"]) == 2
