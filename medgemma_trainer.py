@@ -68,6 +68,8 @@ from torch.utils.data import DataLoader, Sampler
 from dataset_format import (
     MAX_LEN,
     MAX_LEN_SEVERAL,
+    OUTGOING,
+    PARTIAL,
     SERIES_TEXT,
     SHOW_VALUES,
     Batch,
@@ -77,6 +79,7 @@ from dataset_format import (
     MIMICtrajectoryDataset,
     Parser,
     TrajectoryDataset,
+    atomic,
     bands_of,
     case_mix_of,
     check_header,
@@ -85,9 +88,11 @@ from dataset_format import (
     ids_of,
     names,
     one_line,
+    partial_of,
     patient_events,
     plainly,
     read_pieces,
+    remove,
     summarize,
 )
 from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, check_solver
@@ -198,9 +203,6 @@ ADVICE = (
     "or shorten the text by --series_text or --max_text_tokens"
 )
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
-
-PARTIAL, OUTGOING = ".partial", ".old"
-"""Endings of hidden names: of what is being written, and of what it replaces."""
 
 LAST = "last"
 """Folder of the states that ``--resume`` goes on from."""
@@ -2283,67 +2285,6 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
 def outside_llm(model: TrajectoryLLM) -> dict[str, nn.Module]:
     """Give the parts beside the language model: encoder, projection and heads that there are."""
     return {name: part for name, part in model.named_children() if name != "llm"}
-
-
-def partial_of(path: Path) -> Path:
-    """Give the name under which a file or folder is written before it is whole."""
-    return path.with_name(f".{path.name}{PARTIAL}")
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; what is written there takes its place if all is well.
-
-    The content reaches the disk before its name does, so that no loss of power leaves half of it.
-    """
-    temporary = partial_of(path)
-    remove(temporary)
-    try:
-        yield temporary
-        flush(temporary)
-        if path.is_dir():  # a folder cannot be replaced in one step
-            outgoing = path.with_name(f".{path.name}{OUTGOING}")
-            remove(outgoing)
-            path.rename(outgoing)
-            try:
-                temporary.rename(path)
-            except BaseException:  # a signal, say: one of the two must stand there
-                outgoing.rename(path)
-                raise
-            remove(outgoing)
-        else:
-            os.replace(temporary, path)
-        flush_entry(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not name it
-        raise
-    finally:
-        remove(temporary)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, lies on the disk."""
-    if path.is_dir():
-        for each in path.iterdir():
-            flush(each)
-    flush_entry(path)
-
-
-def flush_entry(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, lie on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def clean(folder: Path) -> None:

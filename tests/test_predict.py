@@ -717,8 +717,8 @@ def test_figures_of_many_pieces_are_those_of_one(
     one, many = (re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL) for page in pages)
     number = r"-?\d+(?:\.\d+)?"
     assert re.sub(number, "#", one) == re.sub(number, "#", many)
-    figures = [np.array(re.findall(number, page), dtype=float) for page in (one, many)]
-    np.testing.assert_allclose(*figures, rtol=1e-4, atol=1.5e-3)
+    alone, together = (np.array(re.findall(number, page), dtype=float) for page in (one, many))
+    np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1.5e-3)
     out = read(tmp_path / "many.csv")
     labels = rows["label_escalation"].astype(int).to_numpy()
     groups = rows["subject_id"].to_numpy(dtype=np.str_)
