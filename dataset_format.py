@@ -34,13 +34,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -384,17 +385,22 @@ class TrajectoryDataset:
         Returns:
             A ``Batch``; its L is the longest chosen series.
         """
+        import torch  # 1.3 s that checking a file, and --help, need not wait
+
         index = np.asarray(indices, dtype=np.int64)
         rows, present = self._rows(index)
-        times = np.zeros(present.shape)  # (B, L)
-        times[present] = self.times[rows]
-        times = np.where(present, times - times[:, :1], 0.0)
-        values = np.full((*present.shape, len(self.features)), np.nan)  # (B, L, F)
-        values[present] = self.values[rows]
-        observed = ~np.isnan(values)
+        begin = np.repeat(self.times[self.offsets[index]], present.sum(axis=1))
+        times = np.zeros(present.shape, dtype=np.float32)  # (B, L)
+        times[present] = self.times[rows] - begin
+        measured = self.values[rows]
+        seen = ~np.isnan(measured)
+        values = np.zeros((*present.shape, len(self.features)), dtype=np.float32)  # (B, L, F)
+        values[present] = np.where(seen, measured, 0.0)
+        observed = np.zeros(values.shape, dtype=bool)
+        observed[present] = seen
         return Batch(
-            times=torch.from_numpy(times.astype(np.float32)),
-            values=torch.from_numpy(np.where(observed, values, 0.0).astype(np.float32)),
+            times=torch.from_numpy(times),
+            values=torch.from_numpy(values),
             observed=torch.from_numpy(observed),
             labels=torch.from_numpy(self.labels[index].astype(np.float32)),
             index=torch.from_numpy(index),
@@ -402,7 +408,8 @@ class TrajectoryDataset:
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Give the flat rows of the chosen series, joined, and their places (B, L) in a batch."""
-        starts, lengths = self.offsets[index], self.lengths[index]
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts  # not self.lengths: that is of all N
         steps = np.arange(lengths.max(initial=0))
         present = steps < lengths[:, None]
         return (starts[:, None] + steps)[present], present
