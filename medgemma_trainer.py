@@ -44,6 +44,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -76,17 +77,20 @@ from dataset_format import (
     bands_of,
     case_mix_of,
     check_header,
+    description_path,
     find_series,
     forgiving,
     ids_of,
     names,
     one_line,
+    pack,
     patient_events,
     plainly,
     read_pieces,
     summarize,
+    unpack,
 )
-from srtr_dataset import SRTRTrajectoryDataset
+from srtr_dataset import ORGANS, TABLES, SRTRTrajectoryDataset, find_table
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -229,6 +233,7 @@ def add_data_flags(parser: Parser) -> None:
     add("--text_context", choices=("full", "none"), default="full", help="context in the text")
     add("--max_text_tokens", type=POSITIVE, help="of longer prompts each series loses its oldest")
     add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
+    add("--cache_dir", type=Path, help="keep what was read there, and read it from there again")
     add("--show_values", action="store_true", help=SHOW_VALUES)
 
 
@@ -413,6 +418,14 @@ ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 ECHO_SECONDS = 10.0
 """Of several processes: a second signal within this time is the first one's echo."""
 
+CACHE_FORMAT, CACHE_ENDING = 1, ".safetensors"
+DATA_MODULES = ("dataset_format", "srtr_dataset")
+SOURCE_MARK = "\0"
+"""Stands for the place of the data in what the cache keeps of the log."""
+
+ABANDONED_SECONDS = 24 * 3600.0
+"""After so long nobody is still writing a half-written file of the cache."""
+
 STATES_KEPT = 2
 STATE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
 """A state's running number and the SHA-256 of its file."""
@@ -422,7 +435,7 @@ MOST_SKIPPED = 5
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
-    *("report_patients", "show_values", "seeds", "ablation"),
+    *("report_patients", "show_values", "seeds", "ablation", "cache_dir"),
     *("resume", "resume_anyway", "save_every"),
 }
 """Flags that do not change a result; files are known by their content."""
@@ -5316,38 +5329,219 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def load_data(args: argparse.Namespace) -> Data:
-    """Read the user's data, take at most ``--max_samples`` patients, split.
+class Read(NamedTuple):
+    """The user's data as read: fingerprints of all, of the rows; and what was said, by loggers."""
+
+    dataset: TrajectoryDataset
+    fingerprint: str
+    rows: str
+    said: list[list[Any]]
+
+
+def read_data(args: argparse.Namespace) -> Read:
+    """Read the user's data.
 
     Raises:
         InputError: nothing to learn from.
     """
-    dataset: TrajectoryDataset
+    with heard() as said:
+        dataset = read_dataset(args)
+    return Read(dataset, dataset.fingerprint(), dataset.row_fingerprint(), said)
+
+
+def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
+    """Read the user's data from the files that the flags name."""
+    source = data_source(args)
     if args.dataset == "srtr":
-        if args.data_dir is None:
-            raise InputError("--dataset srtr: say where the SRTR files lie by --data_dir")
         if args.series:
             raise InputError("--series: for --dataset dka only, SRTR's series are fixed")
-        dataset = SRTRTrajectoryDataset(
-            args.data_dir,
+        return SRTRTrajectoryDataset(
+            source,
             args.organ,
             landmark_days=args.landmark_days,
             horizon_days=args.horizon_days,
             transplant=args.transplant,
             **({"max_len": args.max_len} if args.max_len else {}),
         )
-        dataset.series_text = args.series_text
-    elif args.data_path.exists():
-        dataset = MIMICtrajectoryDataset(
-            args.data_path, args.max_len, series=args.series, series_text=args.series_text
-        )
-    else:
-        raise InputError(f"{args.data_path}: no such file: give the CSV by --data_path")
+    if not source.exists():
+        raise InputError(f"{source}: no such file: give the CSV by --data_path")
+    return MIMICtrajectoryDataset(source, args.max_len, series=args.series)
+
+
+def load_data(args: argparse.Namespace) -> Data:
+    """Read the user's data, take at most ``--max_samples`` patients, split.
+
+    Raises:
+        InputError: nothing to learn from, or a cache that cannot be written.
+    """
+    read = read_cached(args) if args.cache_dir else read_data(args)
+    dataset = read.dataset
+    dataset.series_text = args.series_text
     dataset.text_context = args.text_context == "full"
     dataset.text_computed = args.mode == "generative"
-    hashes = dataset.fingerprint(), dataset.row_fingerprint()
     dataset = dataset.sample_patients(args.max_samples, args.seed)
-    return Data(dataset, dataset.split(args.seed), *hashes)
+    return Data(dataset, dataset.split(args.seed), read.fingerprint, read.rows)
+
+
+# --------------------------------------------------------------------------- cache of data
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[list[list[Any]]]:
+    """Take down what the data modules log within a block: logger, level, text."""
+    said: list[list[Any]] = []
+    ear = logging.Handler()
+    ear.emit = lambda record: said.append(  # type: ignore[method-assign]
+        [record.name, record.levelno, record.getMessage()]
+    )
+    loggers = [logging.getLogger(name) for name in DATA_MODULES]
+    for each in loggers:
+        each.addHandler(ear)
+    try:
+        yield said
+    finally:
+        for each in loggers:
+            each.removeHandler(ear)
+
+
+def data_source(args: argparse.Namespace) -> Path:
+    """Give the file or folder that the user's data are read from.
+
+    Raises:
+        InputError: none is given.
+    """
+    if args.dataset == "srtr" and args.data_dir is None:
+        raise InputError("--dataset srtr: say where the SRTR files lie by --data_dir")
+    source: Path = args.data_dir if args.dataset == "srtr" else args.data_path
+    return source
+
+
+def data_key(args: argparse.Namespace) -> str | None:
+    """Hash all that decides what ``read_data`` gives; None where a file cannot be read.
+
+    That is: content and relative name of each file, the flags that matter, the code that reads, and
+    the packages that it reads with.
+
+    Raises:
+        InputError: no files to read, as without a cache.
+    """
+    source, here = data_source(args), Path(__file__).parent
+    if args.dataset == "dka" and not source.is_file():
+        return None
+    if args.dataset == "srtr":
+        tables = [find_table(source, f"{t}_{ORGANS[args.organ].suffix}").path for t in TABLES]
+        files = {str(path.relative_to(source)): path for path in tables}
+    else:  # how a file is read depends on its ending, not on its name
+        files = {source.suffix.lower(): source, "description": description_path(source)}
+    files |= {name: here / f"{name}.py" for name in DATA_MODULES}
+    flags = ("dataset", "organ", "landmark_days", "horizon_days", "transplant", "series", "max_len")
+    try:
+        facts = [
+            CACHE_FORMAT,
+            {name: file_hash(path) for name, path in files.items()},
+            [getattr(args, flag) for flag in flags],
+            [metadata.version(package) for package in ("numpy", "pandas")],
+        ]
+    except OSError:  # reading it says why
+        return None
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def read_cached(args: argparse.Namespace) -> Read:
+    """Read the user's data from ``--cache_dir``, or from their files and keep them there.
+
+    Raises:
+        InputError: as ``read_data``; or the folder cannot be written in.
+    """
+    key = data_key(args)
+    if key is None:
+        return read_data(args)
+    folder, source = args.cache_dir, str(data_source(args))
+    for path in sorted(folder.glob(f"{key}-*{CACHE_ENDING}")):
+        try:
+            read = parse_cache(path, source, args.dataset)
+        except Exception as error:  # whatever it is, the data themselves are there
+            logger.warning(
+                "%s: damaged or foreign (%s): read anew", one_line(str(path)), type(error).__name__
+            )
+            continue
+        for name, level, text in read.said:
+            logging.getLogger(name).log(level, "%s", text)
+        logger.info("read from the cache %s", path)
+        return read
+    temporary = begin_cache(folder)  # refused before the data are read
+    try:
+        read = read_data(args)
+        if data_key(args) == key:  # else the files have changed meanwhile
+            keep_in_cache(read, source, temporary, folder / key)
+    finally:
+        remove(temporary)
+    return read
+
+
+def begin_cache(folder: Path) -> Path:
+    """Give a file of the cache to write into, for its owner alone, under a name of its own.
+
+    Raises:
+        InputError: the folder cannot be written in.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in folder.glob(f".*{PARTIAL}"):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                remove(path)  # of a run that was killed
+        descriptor, name = tempfile.mkstemp(prefix=".", suffix=PARTIAL, dir=folder)
+        os.close(descriptor)
+    except OSError as error:
+        raise InputError(f"--cache_dir {folder}: {error.strerror}: choose another place") from error
+    return Path(name)
+
+
+def keep_in_cache(read: Read, source: str, temporary: Path, place: Path) -> None:
+    """Write data into a file, and give it the name of ``place`` with its checksum.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    from safetensors.numpy import save
+
+    arrays, rest = pack(read.dataset)
+    del rest["source"]
+    said = [[name, level, text.replace(source, SOURCE_MARK)] for name, level, text in read.said]
+    facts = {"rest": rest, "said": said, "fingerprint": read.fingerprint, "rows": read.rows}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    content = save(arrays, {"facts": json.dumps(facts)})
+    digest = hashlib.sha256(content).hexdigest()
+    try:
+        temporary.write_bytes(content)
+        flush(temporary)
+        os.replace(temporary, place.with_name(f"{place.name}-{digest}{CACHE_ENDING}"))
+        flush_entry(place.parent)
+    except OSError as error:
+        raise InputError(f"--cache_dir {place.parent}: {error.strerror}: make room") from error
+
+
+def parse_cache(path: Path, source: str, kind: str) -> Read:
+    """Read one file of the cache; nothing that it may carry is run, nor believed of its sizes.
+
+    Raises:
+        Exception: of many kinds, where it is damaged or was not written by this program.
+    """
+    from safetensors.numpy import load
+
+    if path.is_symlink() or not path.stem.endswith(f"-{file_hash(path)}"):
+        raise ValueError("its checksum is another")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    facts = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["facts"])
+    facts["rest"]["source"] = source
+    dataset = unpack(
+        SRTRTrajectoryDataset if kind == "srtr" else MIMICtrajectoryDataset,
+        load(content),
+        facts["rest"],
+    )
+    said = [[name, level, text.replace(SOURCE_MARK, source)] for name, level, text in facts["said"]]
+    return Read(dataset, facts["fingerprint"], facts["rows"], said)
 
 
 def refuse_together(words: Sequence[str]) -> None:

@@ -96,7 +96,6 @@ def test_two_processes_share_out_every_batch(rows: int) -> None:
 
 def test_scores_come_back_in_the_order_of_the_data_set() -> None:
     stage = stage_2()
-    batches = stage.loaders["train"].batch_sampler
     scored = trainer.evaluate(stage.model, stage.loaders["test"], CPU)
     rows = data_of(patients()).split["test"]
     assert scored.rows.tolist() == rows.tolist()
