@@ -2930,14 +2930,15 @@ class WeightAverage:
         self.parameters = list(parameters)
         self.decay = decay
         self.steps = 0
-        self.shadow = [p.detach().clone() for p in self.parameters]
+        self.weights = [p.detach() for p in self.parameters]  # the same memory
+        self.shadow = [weights.clone() for weights in self.weights]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the weights after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(self.shadow, self.weights, 1 - decay)
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
         """Put the average in place of the weights for the length of a block."""

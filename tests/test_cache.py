@@ -480,3 +480,20 @@ def test_no_key_without_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--data_dir"):
         trainer.load_data(args)
     assert not (tmp_path / "cache").exists()
+
+
+def test_each_file_is_opened_as_seldom_as_can_be(dka: Words, tmp_path: Path) -> None:
+    """Counts passes over the data file: one to read; a cache adds a hash before and one behind."""
+    code = """
+import sys, medgemma_trainer as trainer
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+trainer.load_data(trainer.resolve(trainer.build_parser().parse_args(sys.argv[1:])))
+print([sum(name.endswith(ending) for name in opened) for ending in ("data.csv", ".safetensors")])
+"""
+    passes = []
+    for words in (dka[:-2], dka, dka):
+        command = [sys.executable, "-c", code, *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        passes.append(json.loads(done.stdout.splitlines()[-1]))
+    assert passes == [[1, 0], [3, 0], [1, 2]]
