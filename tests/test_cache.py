@@ -10,7 +10,6 @@ import pickle
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -335,20 +334,27 @@ def test_a_link_in_the_cache_is_not_followed(dka: Words, tmp_path: Path, count: 
 
 
 def test_writers_at_the_same_time_leave_one_whole_file(dka: Words, tmp_path: Path) -> None:
-    barrier = threading.Barrier(4)
-    found: list[str] = []
-
-    def load() -> None:
-        args = parse(dka)
-        barrier.wait()
-        found.append(trainer.load_data(args).fingerprint)
-
-    threads = [threading.Thread(target=load) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4
+    code = """
+import sys, time, medgemma_trainer as trainer
+from pathlib import Path
+begin, read = trainer.begin_cache, trainer.read_dataset
+def together(folder):
+    temporary = begin(folder)
+    while len(list(folder.glob(".*"))) < 3:
+        time.sleep(0.01)
+    return temporary
+def slowly(args):
+    time.sleep(0.5)
+    return read(args)
+trainer.begin_cache, trainer.read_dataset = together, slowly
+args = trainer.resolve(trainer.build_parser().parse_args(sys.argv[1:]))
+print(trainer.load_data(args).fingerprint)
+"""
+    command = [sys.executable, "-c", code, *dka]
+    writers = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    found = [writer.communicate(timeout=300)[0].splitlines()[-1] for writer in writers]
     assert len(set(found)) == 1
     (file,) = cached(tmp_path)
     assert trainer.parse_cache(file, "x", "dka").fingerprint == found[0]

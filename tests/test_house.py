@@ -65,11 +65,11 @@ def test_importing_the_trainer_loads_no_language_model_package() -> None:
     assert result.stdout.splitlines() == ["[]", "True"]
 
 
-def loaded(*words: str) -> set[str]:
+def loaded(*words: str, code: int = 0) -> set[str]:
     """Give the modules that a fresh process has loaded when it ends, as Python itself tells."""
     command = [sys.executable, "-X", "importtime", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == code, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     return {line.rpartition("|")[2].strip() for line in lines}
 
@@ -81,11 +81,7 @@ def test_help_loads_no_torch() -> None:
 
 
 def test_a_wrong_flag_is_refused_before_torch_is_loaded() -> None:
-    command = [sys.executable, "-X", "importtime", "medgemma_trainer.py", "--wrong"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: unrecognized arguments: --wrong (see --help)" in done.stderr
-    assert "| torch\n" not in done.stderr
+    assert "torch" not in loaded("medgemma_trainer.py", "--wrong", code=2)
 
 
 @pytest.mark.parametrize("module", ["dataset_format.py", "srtr_dataset.py"])
