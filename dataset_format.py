@@ -41,13 +41,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,9 @@ CONTEXT_NUMBER = re.compile(rf"(?:([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]
 FIGURE = " (number)"
 RAREST_FACT = 0.01
 """Share of the contexts that must hold a fact for a simple model to use it."""
+
+ALL_TEXT = "surrogatepass"
+"""How text is written so that every string comes back, also one that is no valid Unicode."""
 
 PARSE_ROWS = 100_000
 """Rows parsed at a time: bounds the memory that the intermediate text takes."""
@@ -394,17 +398,22 @@ class TrajectoryDataset:
         Returns:
             A ``Batch``; its L is the longest chosen series.
         """
+        import torch  # 1.3 s that checking a file, and --help, need not wait
+
         index = np.asarray(indices, dtype=np.int64)
         rows, present = self._rows(index)
-        times = np.zeros(present.shape)  # (B, L)
-        times[present] = self.times[rows]
-        times = np.where(present, times - times[:, :1], 0.0)
-        values = np.full((*present.shape, len(self.features)), np.nan)  # (B, L, F)
-        values[present] = self.values[rows]
-        observed = ~np.isnan(values)
+        begin = np.repeat(self.times[self.offsets[index]], present.sum(axis=1))
+        times = np.zeros(present.shape, dtype=np.float32)  # (B, L)
+        times[present] = self.times[rows] - begin
+        measured = self.values[rows]
+        seen = ~np.isnan(measured)
+        values = np.zeros((*present.shape, len(self.features)), dtype=np.float32)  # (B, L, F)
+        values[present] = np.where(seen, measured, 0.0)
+        observed = np.zeros(values.shape, dtype=bool)
+        observed[present] = seen
         return Batch(
-            times=torch.from_numpy(times.astype(np.float32)),
-            values=torch.from_numpy(np.where(observed, values, 0.0).astype(np.float32)),
+            times=torch.from_numpy(times),
+            values=torch.from_numpy(values),
             observed=torch.from_numpy(observed),
             labels=torch.from_numpy(self.labels[index].astype(np.float32)),
             index=torch.from_numpy(index),
@@ -412,7 +421,8 @@ class TrajectoryDataset:
 
     def _rows(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Give the flat rows of the chosen series, joined, and their places (B, L) in a batch."""
-        starts, lengths = self.offsets[index], self.lengths[index]
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts  # not self.lengths: that is of all N
         steps = np.arange(lengths.max(initial=0))
         present = steps < lengths[:, None]
         return (starts[:, None] + steps)[present], present
@@ -648,6 +658,7 @@ def patient_events(
 
 FLOW = ("rule", "removed", "left")
 """What is told of each rule by which data came to their rows."""
+DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
 
 
 @dataclass(frozen=True)
@@ -686,8 +697,7 @@ class Description:
         Raises:
             InputError: the JSON file is there and cannot be read.
         """
-        name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
-        file = path.with_name(name).with_suffix(".json")
+        file = description_path(path)
         if not file.is_file():
             return cls()
         try:
@@ -706,6 +716,12 @@ class Description:
                 "two rising numbers for each further series"
             ) from error
         return cls(**known, plausible=plausible, limits=limits, flow=flow)
+
+
+def description_path(path: Path) -> Path:
+    """Give the place where the description of a data file is looked for."""
+    name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
+    return path.with_name(name).with_suffix(".json")
 
 
 def _rising(pair: Sequence[float]) -> tuple[float, float]:
@@ -1375,6 +1391,109 @@ def column_text(table: pd.DataFrame, name: str) -> pd.Series:
     """Give a column as stripped text, empty where nothing stands."""
     column = table[name]
     return column.astype(object).where(column.notna(), "").astype(str).str.strip()
+
+
+def pack(dataset: TrajectoryDataset) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Take a data set apart, so that ``unpack`` gives the same one to the last bit.
+
+    Returns:
+        Arrays of numbers: texts of one width as code points, others joined, a table by columns;
+        and all else, in what JSON can hold.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
+    rest: dict[str, Any] = {}
+    for name, value in vars(dataset).items():
+        if isinstance(value, pd.DataFrame):
+            index = value.index.name
+            table = value if index is None else value.reset_index()
+            rest[name] = {"columns": list(table), "index": index}
+            for key, column in table.items():
+                if isinstance(column.dtype, pd.CategoricalDtype):
+                    rest[f"{name}.{key}"] = column.cat.categories.tolist()
+                    column = column.cat.codes
+                arrays[f"{name}.{key}"] = column.to_numpy()
+        elif isinstance(value, np.ndarray) and value.dtype == object:
+            text = "".join(value)
+            arrays[f"{name}.text"] = np.frombuffer(text.encode("utf-8", ALL_TEXT), dtype=np.uint8)
+            arrays[f"{name}.ends"] = np.cumsum([0, *map(len, value)], dtype=np.int64)
+        elif isinstance(value, np.ndarray) and value.dtype.kind == "U":
+            width = value.dtype.itemsize // np.dtype("U1").itemsize
+            arrays[f"{name}.points"] = value.view(np.uint32).reshape(len(value), width)
+        elif isinstance(value, np.ndarray):
+            arrays[name] = value
+        elif isinstance(value, Description):
+            rest[name] = vars(value)
+        elif not name.startswith("_"):  # that was of use while reading alone
+            rest[name] = value
+    return arrays, rest
+
+
+def unpack(kind: type[DatasetT], arrays: dict[str, NDArray[Any]], rest: dict[str, Any]) -> DatasetT:
+    """Put together what ``pack`` took apart.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none, or not of this kind.
+    """
+    dataset, left = kind.__new__(kind), dict(arrays)
+    for name, value in rest.items():
+        if isinstance(value, dict) and set(value) == {"columns", "index"}:
+            columns = {}
+            for key in value["columns"]:
+                column = left.pop(f"{name}.{key}")
+                words = rest.get(f"{name}.{key}")
+                columns[key] = column if words is None else pd.Categorical.from_codes(column, words)
+            table = pd.DataFrame(columns)
+            setattr(dataset, name, table.set_index(value["index"]) if value["index"] else table)
+        elif name == "description":
+            limits = {series: _rising(pair) for series, pair in value["limits"].items()}
+            plausible = _rising(value["plausible"])
+            described = Description(**{**value, "plausible": plausible, "limits": limits})
+            setattr(dataset, name, described)
+        elif "." not in name:
+            setattr(dataset, name, tuple(value) if isinstance(value, list) else value)
+    for name in [name for name in left if name.endswith(".text")]:
+        text, ends = left.pop(name).tobytes().decode("utf-8", ALL_TEXT), left[f"{name[:-5]}.ends"]
+        cuts = left.pop(f"{name[:-5]}.ends").tolist()
+        if not _rises(ends, len(text)):
+            raise ValueError(f"{name} is not cut from its beginning to its end")
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+        setattr(dataset, name[:-5], np.array([*pieces, None], dtype=object)[:-1])
+    for name, array in left.items():
+        if name.endswith(".points"):
+            if array.max(initial=0) > sys.maxunicode:
+                raise ValueError(f"{name} holds no text")
+            array = array.view(f"U{array.shape[1]}").reshape(len(array))
+        setattr(dataset, name.removesuffix(".points"), array)
+    _refuse_unsound(dataset)
+    return dataset
+
+
+def _rises(ends: NDArray[Any], last: int) -> bool:
+    """Tell whether these are offsets that go from 0 to ``last`` without a step back."""
+    sound = ends.dtype == np.int64 and ends.ndim == 1 and len(ends) > 0
+    return bool(sound and ends[0] == 0 and ends[-1] == last and (np.diff(ends) >= 0).all())
+
+
+def _refuse_unsound(dataset: TrajectoryDataset) -> None:
+    """Refuse a data set whose arrays do not fit each other.
+
+    Raises:
+        ValueError: naming one.
+    """
+    rows, observations = len(dataset.labels), len(dataset.times)
+    if not _rises(dataset.offsets, observations) or len(dataset.offsets) != rows + 1:
+        raise ValueError("offsets do not cut the observations into rows")
+    if dataset.values.shape != (observations, len(dataset.features)):
+        raise ValueError("values are not those of the features")
+    if len(dataset.units) != len(dataset.features):
+        raise ValueError("units are not those of the features")
+    for name in ("times", "values", "labels"):
+        if getattr(dataset, name).dtype != np.float64:
+            raise ValueError(f"{name} are of another kind")
+    for name in dataset.row_columns:
+        column = getattr(dataset, name)
+        if column is not None and len(column) != rows:
+            raise ValueError(f"{name} are not one a row")
 
 
 def summarize(dataset: TrajectoryDataset) -> list[str]:
@@ -2950,9 +3069,6 @@ def usable_cores() -> int:
 
 
 # --------------------------------------------------------------------------- command
-
-
-DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

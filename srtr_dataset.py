@@ -539,7 +539,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Read, decide and place everything at once."""
         if organ not in ORGANS or transplant not in ("negative", "exclude"):
             raise InputError(f"no organ {organ!r} or no way {transplant!r} to count transplants")
-        self.organ, self._kind, self.source = organ, ORGANS[organ], str(data_dir)
+        self.organ, self.source = organ, str(data_dir)
         self.transplant = transplant
         self.landmark_days = self._kind.days if landmark_days is None else landmark_days
         self.horizon_days = self._kind.days if horizon_days is None else horizon_days
@@ -568,6 +568,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             "max_len": max_len,
         }
         self._read(Path(data_dir), max_len, transplant, require_labels=require_labels)
+
+    @property
+    def _kind(self) -> Organ:
+        return ORGANS[self.organ]
 
     def _read(self, folder: Path, max_len: int, transplant: str, *, require_labels: bool) -> None:
         kind, landmark = self._kind, self.landmark_days

@@ -81,9 +81,12 @@ def filler(organ: str = "liver", events: int = 12) -> tuple[list[Any], list[Any]
 
 
 def random_tables(
-    n: int, organ: str, seed: int, *, risk: str = "MELD"
+    n: int, organ: str, seed: int, *, risk: str = "MELD", history_rows: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Draw ``n`` registrations and their history, without a loop over them.
+
+    ``history_rows`` is the mean of their number a registration, 9 for a liver and 3 for a kidney
+    where it is not given.
 
     Who dies within the horizon is, for ``risk="MELD"``, exactly who shows a MELD above 25 (kidney:
     a GFR below 8) at the landmark; for ``"shuffled"`` the same number of others; for ``"graded"``
@@ -92,7 +95,7 @@ def random_tables(
     rng = np.random.default_rng(seed)
     landmark = 90 if organ == "liver" else 365
     listed = rng.integers(15000, 20000, n)
-    rows = 1 + rng.poisson(8 if organ == "liver" else 2, n)
+    rows = 1 + rng.poisson(history_rows - 1 if history_rows else 8 if organ == "liver" else 2, n)
     owner = np.repeat(np.arange(n), rows)
     span = 8 * landmark
     day = rng.integers(0, span, len(owner))

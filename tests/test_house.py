@@ -63,3 +63,47 @@ def test_importing_the_trainer_loads_no_language_model_package() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines() == ["[]", "True"]
+
+
+def loaded(*words: str, code: int = 0) -> set[str]:
+    """Give the modules that a fresh process has loaded when it ends, as Python itself tells."""
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+def test_help_loads_no_torch() -> None:
+    modules = loaded("medgemma_trainer.py", "--help")
+    assert "dataset_format" in modules
+    assert not modules & {"torch", "dte_encoder", "accelerate", "sklearn", "transformers"}
+
+
+def test_a_wrong_flag_is_refused_before_torch_is_loaded() -> None:
+    assert "torch" not in loaded("medgemma_trainer.py", "--wrong", code=2)
+
+
+@pytest.mark.parametrize("module", ["dataset_format.py", "srtr_dataset.py"])
+def test_checking_a_file_loads_no_torch(module: str) -> None:
+    assert not loaded(module, "--help") & {"torch", "sklearn"}
+
+
+def test_the_first_step_of_stage_1_loads_only_what_it_needs(tmp_path: Path) -> None:
+    code = """
+import sys, medgemma_trainer as trainer
+def stop(*_):
+    print(*sys.modules)
+    sys.exit()
+trainer.take_step = stop
+trainer.main(sys.argv[1:])
+"""
+    sample = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+    words = ["--trajectory_only", "--data_path", str(sample), "--output_dir", str(tmp_path)]
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert {"torch", "medgemma_trainer"} <= modules
+    unused = {"transformers", "peft", "sklearn", "matplotlib", "jinja2", "torchdiffeq"}
+    # torch's own optimizers load a compiler: a second.
+    assert not modules & (unused | {"torch._dynamo", "sympy"})

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from sklearn import metrics
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import medgemma_trainer as trainer
 from dataset_format import InputError
@@ -99,10 +100,11 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_in_an_order_of_its_own(
             optimizer.zero_grad()
             output = plain.model(batch)
             output.loss.backward()
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.mul_(1 / output.terms)
-            norms.append(float(nn.utils.clip_grad_norm_(parameters, 1.0)))
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            assert len(gradients) == len(parameters)
+            norms.append(float(nn.utils.get_total_norm(gradients)) / output.terms)
+            for gradient in gradients:
+                gradient.mul_(1 / output.terms * min(1.0, 1.0 / (norms[-1] + 1e-6)))
             optimizer.step()
             steps += 1
             decay = min(0.998, (1 + steps) / (10 + steps))
@@ -126,6 +128,64 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_in_an_order_of_its_own(
         assert torch.equal(mine, expected)
 
 
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked to do, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_takes_the_same_few_calls_for_any_number_of_parameters() -> None:
+    counts = []
+    for layers in (1, 20):
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers)))
+        average = trainer.WeightAverage(list(model.parameters()), 0.9)
+        groups = [{"params": [p], "lr": 0.1} for p in model.parameters()]
+        learner = trainer.Learner(
+            *(model, trainer.AdamW(groups, lambda step: 1.0), average),
+            trainer.EarlyStopping(1, True),
+        )
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = [p.detach().clone() for p in model.parameters()]
+        with Calls() as calls:
+            trainer.take_step(learner, 1.0, 2.0, 1, "here")
+        assert not any(map(torch.equal, before, model.parameters()))
+        counts.append(calls.names)
+    assert counts[0] == counts[1]
+    assert (
+        counts[0]["_fused_adamw_"] == counts[0]["_foreach_mul_"] == counts[0]["_foreach_norm"] == 1
+    )
+    assert sum(counts[0].values()) <= 12
+
+
+def test_parameters_of_several_rates_and_kinds_learn_as_with_the_optimizer_of_torch() -> None:
+    kinds = [(torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.float32, 0.01)]
+    mine, other = (
+        [nn.Parameter(torch.linspace(-1, 1, 5).to(kind)) for kind, _ in kinds] for _ in range(2)
+    )
+    idle = nn.Parameter(torch.ones(2))
+    groups = [{"params": [p], "lr": rate} for p, (_, rate) in zip(mine, kinds, strict=True)]
+    optimizer = trainer.AdamW([*groups, {"params": [idle], "lr": 1.0}], lambda step: 1 / (1 + step))
+    rates = [{"params": [p], "lr": rate} for p, (_, rate) in zip(other, kinds, strict=True)]
+    expected = torch.optim.AdamW(rates, weight_decay=0.01, fused=True)
+    for step in range(4):
+        for group, (_, rate) in zip(expected.param_groups, kinds, strict=True):
+            group["lr"] = rate / (1 + step)
+        for one, two in zip(mine, other, strict=True):
+            one.grad = (one.detach() * (step - 1.5)).clone()
+            two.grad = one.grad.clone()
+        optimizer.step()
+        expected.step()
+    assert all(map(torch.equal, mine, other))
+    assert torch.equal(idle, torch.ones(2))  # without gradient nothing decays
+
+
 def test_the_test_part_is_read_once_and_only_after_training(
     dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,10 +194,8 @@ def test_the_test_part_is_read_once_and_only_after_training(
     events: list[str] = []
     evaluate, run_stage = trainer.evaluate, trainer.run_stage
 
-    def seen(model: nn.Module, loader: DataLoader[int], *rest: Any) -> trainer.Scored:
-        batches = loader.batch_sampler
-        assert isinstance(batches, trainer.Batches)
-        events.append("test" if batches.rows.tolist() == test_rows else "val")
+    def seen(model: nn.Module, loader: trainer.Loader, *rest: Any) -> trainer.Scored:
+        events.append("test" if loader.batch_sampler.rows.tolist() == test_rows else "val")
         return evaluate(model, loader, *rest)
 
     def training(*arguments: Any, **further: Any) -> trainer.EarlyStopping:

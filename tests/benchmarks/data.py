@@ -1,59 +1,39 @@
-"""How long and how much memory reading a large DKA file takes.
+"""How long, and with how much memory, large data are read, from their files and from the cache.
 
 Usage:
-    python tests/benchmarks/data.py --rows 1000000
-    python tests/benchmarks/data.py --rows 200000 --series 9
+    python tests/benchmarks/data.py                                  # both kinds, the sizes below
+    python tests/benchmarks/data.py --rows 200000 --series 9 --registrations 0
 
-Writes a synthetic file (3 to 8 observations a series; further series are measured at the times of
-the first, or missing, or at times of their own), reads it in a fresh process, prints seconds and
-that process's peak memory; the same for a tenth of the rows, so that the growth can be seen.
+Writes made-up data of a size and of a tenth of it: DKA files (3 to 8 observations a series; further
+series are measured at the times of the first, or missing, or at times of their own) and folders of
+liver registrations with 13 history rows each. Of each it prints seconds (that pass, and of the
+processor: beside other work the first are longer) and peak memory of reading it, of reading it with
+--cache_dir for the first time, and again, every one in a process of its own. The three must give
+data of the same hash.
+
+Peak memory is the kernel's own (``resource``). A process inherits that of whoever started it, so
+this one imports nothing large; each process tells with what it began.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
+ROOT = Path(__file__).resolve().parents[2]
+HISTORY_ROWS = 13
+MOST_SECONDS, MOST_GIB = 60.0, {"dka": 1.5, "srtr": 4.0}
+"""What the larger size is to keep, and the smaller one's share of it."""
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def series_text(rng: np.random.Generator, hours: list[float]) -> str:
-    """Write a falling anion gap at the given hours."""
-    values = rng.normal(24, 4, len(hours)).tolist()
-    pairs = zip(values, hours, strict=True)
-    return " -> ".join(f"{value - 0.2 * hour:.1f} ({hour:.2f}h)" for value, hour in pairs)
-
-
-def write_file(path: Path, rows: int, series: int) -> int:
-    """Write ``rows`` patients; give the number of values, each of which must be read."""
-    rng = np.random.default_rng(0)
-    total = 0
-    further = "".join(f",trajectory_x{k} [u]" for k in range(1, series))
-    with path.open("w", encoding="utf-8") as file:
-        file.write(f"subject_id,clinical_trajectory,clinical_context,label_escalation{further}\n")
-        for i in range(rows):
-            hours = rng.exponential(4.0, rng.integers(3, 9)).cumsum().tolist()
-            cells = [series_text(rng, hours)]
-            total += len(hours)
-            for kind in rng.integers(0, 3, series - 1).tolist():
-                own = [hours, [], [hour + 0.5 for hour in hours]][kind]
-                cells.append(series_text(rng, own))
-                total += len(own)
-            label = int(rng.random() < 0.14)
-            rest = "".join(f",{cell}" for cell in cells[1:])
-            file.write(f"{i},{cells[0]},{20 + i % 70}-year-old; medical ICU,{label}{rest}\n")
-    return total
+BEGAN_SMALL = 64.0
+"""MiB that a process may begin with: more was its parent's."""
 
 
 def peak_mib() -> float:
@@ -61,67 +41,167 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def measure(path: Path) -> dict[str, float]:
-    """Read the file in this process; give seconds and MiB, imports apart."""
-    sys.path.insert(0, str(ROOT))
-    from dataset_format import MIMICtrajectoryDataset
+def write_dka(path: Path, rows: int, series: int) -> int:
+    """Write ``rows`` patients; give the number of values, each of which must be read."""
+    import numpy as np
 
-    before = peak_mib()
-    start = time.perf_counter()
-    dataset = MIMICtrajectoryDataset(path)
-    read = time.perf_counter() - start
-    dataset.split(0)
-    split = time.perf_counter() - start - read
-    held = sum(
-        array.nbytes for array in (dataset.times, dataset.values, dataset.ids, dataset.contexts)
-    )
+    rng = np.random.default_rng(0)
+    total = 0
+
+    def text(hours: list[float]) -> str:
+        """Write a falling anion gap."""
+        pairs = zip(rng.normal(24, 4, len(hours)).tolist(), hours, strict=True)
+        return " -> ".join(f"{value - 0.2 * hour:.1f} ({hour:.2f}h)" for value, hour in pairs)
+
+    further = "".join(f",trajectory_x{k} [u]" for k in range(1, series))
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f"subject_id,clinical_trajectory,clinical_context,label_escalation{further}\n")
+        for i in range(rows):
+            hours = rng.exponential(4.0, rng.integers(3, 9)).cumsum().tolist()
+            cells = [text(hours)]
+            total += len(hours)
+            for kind in rng.integers(0, 3, series - 1).tolist():
+                own = [hours, [], [hour + 0.5 for hour in hours]][kind]
+                cells.append(text(own))
+                total += len(own)
+            label = int(rng.random() < 0.14)
+            rest = "".join(f",{cell}" for cell in cells[1:])
+            file.write(f"{i},{cells[0]},{20 + i % 70}-year-old; medical ICU,{label}{rest}\n")
+    return total
+
+
+def write_srtr(folder: Path, registrations: int) -> int:
+    """Write liver registrations; give the number of history rows."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from srtr_files import random_tables, write_folder
+
+    cand, history = random_tables(registrations, "liver", 0, history_rows=HISTORY_ROWS)
+    write_folder(folder, cand, history, "liver", dates="ddmonyyyy")
+    return len(history)
+
+
+def flags(kind: str, place: Path) -> list[str]:
+    """Give the trainer's flags that read what was written."""
+    if kind == "dka":
+        return ["--data_path", str(place / "data.csv")]
+    return ["--dataset", "srtr", "--organ", "liver", "--data_dir", str(place)]
+
+
+def measure(words: list[str]) -> dict[str, Any]:
+    """Read data in this process; give seconds and MiB."""
+    import time
+
+    began = peak_mib()
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    import medgemma_trainer as trainer
+
+    args = trainer.resolve(trainer.build_parser().parse_args(words))
+    imports = peak_mib()
+    start, work = time.perf_counter(), time.process_time()
+    read = trainer.read_cached(args) if args.cache_dir else trainer.read_data(args)
+    seconds, work = time.perf_counter() - start, time.process_time() - work
+    values = int((~np.isnan(read.dataset.values)).sum())
     return {
-        "rows": len(dataset),
-        "observations": len(dataset.times),
-        "values": int((~np.isnan(dataset.values)).sum()),
-        "read_s": read,
-        "split_s": split,
-        "imports_mib": before,
-        "peak_mib": peak_mib(),
-        "arrays_mib": held / 2**20,
+        **{"rows": len(read.dataset), "values": values, "sha256": read.fingerprint},
+        **{"seconds": seconds, "work": work},
+        **{"began": began, "imports": imports, "peak": peak_mib()},
     }
 
 
-def measure_apart(rows: int, series: int, folder: Path) -> dict[str, float]:
-    """Write a file and measure it in a fresh process."""
-    path = folder / f"synthetic_{rows}.csv"
-    values = write_file(path, rows, series)
-    command = [sys.executable, __file__, "--measure", str(path)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    figures: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    if (figures["rows"], figures["values"]) != (rows, values):
-        raise RuntimeError(f"{path.name}: {rows} rows, {values} values written, {figures} read")
-    figures["file_mib"] = path.stat().st_size / 2**20
-    path.unlink()
-    return figures
+def apart(*words: str) -> dict[str, Any]:
+    """Run one step in a process of its own."""
+    command = [sys.executable, __file__, *words]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):6.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+
+
+def compare(kind: str, size: int, series: int, repeats: int) -> tuple[float, float, float]:
+    """Write data of one size, read them in three ways, print.
+
+    Returns:
+        Of the first: seconds that passed, seconds of the processor, GiB.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        place, cache = Path(name) / "data", Path(name) / "cache"
+        place.mkdir()
+        written = apart("--write", kind, str(place), str(size), str(series))["written"]
+        bytes_ = sum(path.stat().st_size for path in place.iterdir())
+        words = flags(kind, place)
+        ways: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(repeats):
+            for path in cache.iterdir() if cache.exists() else ():
+                path.unlink()
+            keep = ["--cache_dir", str(cache)]
+            for way, more in (("files", []), ("first with cache", keep), ("from cache", keep)):
+                ways.setdefault(way, []).append(apart("--measure", *words, *more))
+        runs = [run for each in ways.values() for run in each]
+        if len({run["sha256"] for run in runs}) > 1:
+            raise RuntimeError("the cache gives other data")
+        if kind == "dka" and (runs[0]["rows"], runs[0]["values"]) != (size, written):
+            raise RuntimeError(f"{size} rows, {written} values written, {runs[0]} read")
+        if max(run["began"] for run in runs) > BEGAN_SMALL:
+            raise RuntimeError("a process began with another's memory")
+        held = sum(path.stat().st_size for path in cache.iterdir())
+    unit = "values" if kind == "dka" else "history rows"
+    line = f"{kind} {size:,} ({written:,} {unit}, {bytes_ / 2**20:,.0f} MiB; "
+    sys.stdout.write(f"{line}cache {held / 2**20:,.0f} MiB)\n")
+    for way, each in ways.items():
+        peak, imports = max(run["peak"] for run in each), each[0]["imports"]
+        told = [spread([run[key] for run in each]) for key in ("seconds", "work")]
+        sys.stdout.write(
+            f"  {way:18s}{told[0]} s, of the processor {told[1]}; peak {peak:,.0f} MiB, "
+            f"imports {imports:,.0f}\n"
+        )
+    sys.stdout.flush()
+    plain = ways["files"]
+    peak = max(run["peak"] for run in plain) / 1024
+    passed, work = (statistics.median(run[key] for run in plain) for key in ("seconds", "work"))
+    return passed, work, peak
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the larger file")
-    parser.add_argument("--series", type=int, default=1, help="series a patient")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, default=1_000_000, help="of the DKA file, 0 for none")
+    parser.add_argument("--series", type=int, default=1, help="series a DKA patient")
+    parser.add_argument("--registrations", type=int, default=200_000, help="SRTR, 0 for none")
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.measure:
-        sys.stdout.write(json.dumps(measure(arguments.measure)) + "\n")
-        return 0
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = (max(1, arguments.rows // 10), arguments.rows)
-        table = pd.DataFrame(
-            [measure_apart(rows, arguments.series, Path(folder)) for rows in sizes]
+    for kind, size in (("dka", arguments.rows), ("srtr", arguments.registrations)):
+        if not size:
+            continue
+        _, small, _ = compare(kind, max(1, size // 10), arguments.series, arguments.repeats)
+        seconds, work, gib = compare(kind, size, arguments.series, arguments.repeats)
+        sys.stdout.write(
+            f"  {seconds:.1f} s of {MOST_SECONDS:.0f}, {gib:.2f} GiB of {MOST_GIB[kind]}; "
+            f"ten times the data take {work / small:.1f} times the processor's time\n"
         )
-    sys.stdout.write(f"{table.to_string(index=False, float_format='{:.1f}'.format)}\n")
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "pandas", "torch"))
     sys.stdout.write(
-        f"{platform.machine()}, {platform.system()}; Python {platform.python_version()}, "
-        f"numpy {np.__version__}, pandas {pd.__version__}, torch {torch.__version__}\n"
+        f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores; Python "
+        f"{platform.python_version()}, {packages}; medians (least to most) of {arguments.repeats}\n"
     )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--measure"]:
+        sys.stdout.write(json.dumps(measure(sys.argv[2:])) + "\n")
+    elif sys.argv[1:2] == ["--write"]:
+        kind, place, size, series = sys.argv[2:]
+        number = (
+            write_dka(Path(place, "data.csv"), int(size), int(series))
+            if kind == "dka"
+            else write_srtr(Path(place), int(size))
+        )
+        sys.stdout.write(json.dumps({"written": number}) + "\n")
+    else:
+        sys.exit(main())

@@ -1,0 +1,140 @@
+"""What an epoch of stage 1 takes beside the calls of its encoder.
+
+    python tests/benchmarks/epoch.py [--patients 3000] [--threads 1] [--repeats 7]
+
+Sample data, batch 16, the program's defaults. In turn, so that a load on the machine meets all:
+
+    encoder   forward and backward over the batches that train, forward alone over those that
+              validate, nothing else: batches lie ready, the gradient of the states is made of ones
+    model     the same with the head and its loss
+    training  ``train_epoch`` as it is: batches made, gradients clipped, weights moved and averaged
+    epoch     all of it: training, its state kept, validation, figures, winner and history written,
+              its state kept again, each flushed to the disk
+
+Prints milliseconds an epoch that pass and of the processor, and the ratio to the encoder's in the
+same round. ``--profile`` prints where an epoch's time goes.
+"""
+
+import argparse
+import cProfile
+import logging
+import os
+import platform
+import pstats
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import medgemma_trainer as trainer
+
+TARGET = 1.3
+
+
+def ways(patients: int, folder: Path) -> dict[str, Callable[[], object]]:
+    """Give what is timed; ``patients`` train."""
+    words = ["--trajectory_only", "--data_path", str(trainer.SAMPLE_DATA)]
+    words += ["--max_samples", str(round(patients / 0.8))]
+    args = trainer.resolve(trainer.build_parser().parse_args(words))
+    data = trainer.load_data(args)
+    trainer.seed_everything(0)
+    stage = trainer.trajectory_stage(args, data)
+    assert isinstance(stage.model, trainer.TrajectoryClassifier)
+    stage.patience = stage.epochs = 10**6
+    learner, states = trainer.begin(stage, torch.device("cpu")), trainer.States(folder / "last")
+    encoder, model = stage.model.encoder, stage.model
+    train, held_out = list(stage.loaders["train"]), list(stage.loaders["val"])
+    told = f"{len(data.split['train'])} patients train in {len(train)} batches of {args.batch_size}"
+    sys.stdout.write(f"{told}, {len(data.split['val'])} validate in {len(held_out)}\n")
+
+    def encoder_calls() -> None:
+        encoder.train()
+        for batch in train:
+            states = encoder(batch["times"], batch["values"], batch["observed"])
+            states.backward(torch.ones_like(states))
+            encoder.zero_grad()
+        encoder.eval()
+        with torch.no_grad():
+            for batch in held_out:
+                encoder(batch["times"], batch["values"], batch["observed"])
+
+    def model_calls() -> None:
+        model.train()
+        for batch in train:
+            model(batch).loss.backward()
+            model.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            for batch in held_out:
+                model(batch)
+
+    def training() -> float:
+        learner.progress.batches = 0
+        return trainer.train_epoch(stage, learner)
+
+    def epoch() -> None:
+        loss = training()
+        states.keep(trainer.state_of(stage, learner))
+        with learner.average.applied():
+            scored = trainer.evaluate(model, stage.loaders["val"], torch.device("cpu"))
+        trainer.end_epoch(stage, learner, folder, loss, scored, lambda figures, step: None)
+        states.keep(trainer.state_of(stage, learner))
+
+    return {"encoder": encoder_calls, "model": model_calls, "training": training, "epoch": epoch}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--patients", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    logging.disable(logging.INFO)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "trajectory"
+        folder.mkdir()
+        timed = ways(arguments.patients, folder)
+        for run in timed.values():  # once, unmeasured: imports and first allocations
+            run()
+        passed: dict[str, list[float]] = {name: [] for name in timed}
+        worked: dict[str, list[float]] = {name: [] for name in timed}
+        for _ in range(arguments.repeats):
+            for name, run in timed.items():
+                began, work = time.perf_counter(), time.process_time()
+                run()
+                worked[name].append(1000 * (time.process_time() - work))
+                passed[name].append(1000 * (time.perf_counter() - began))
+        if arguments.profile:
+            profile = cProfile.Profile()
+            profile.runcall(timed["epoch"])
+            pstats.Stats(profile).sort_stats("cumulative").print_stats(40)
+    for name in timed:
+        told = [
+            f"{statistics.median(each[name]):6.0f} ms ({min(each[name]):.0f} to "
+            f"{max(each[name]):.0f}), ratio {ratio(each, name)}"
+            for each in (passed, worked)
+        ]
+        sys.stdout.write(f"{name:9s} passed {told[0]}; processor {told[1]}\n")
+    sys.stdout.write(
+        f"the epoch's ratio is to be below {TARGET}; {platform.machine()}, {os.cpu_count()} cores, "
+        f"{arguments.threads} threads, load {os.getloadavg()[0]:.1f}; Python "
+        f"{platform.python_version()}, torch {torch.__version__}; medians (least to most) of "
+        f"{arguments.repeats}\n"
+    )
+
+
+def ratio(times: dict[str, list[float]], name: str) -> str:
+    """Give the median over the rounds of a way's time by the encoder's."""
+    each = [own / of for own, of in zip(times[name], times["encoder"], strict=True)]
+    return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
+
+
+if __name__ == "__main__":
+    main()

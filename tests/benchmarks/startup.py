@@ -1,0 +1,83 @@
+"""How long the program takes to answer, and to begin.
+
+    python tests/benchmarks/startup.py [--repeats 5]
+
+Each in fresh processes, in turn: an empty Python, one that imports torch (faster than that is
+nothing that computes with it), --help, and stage 1 on the sample data with its defaults up to its
+first step. Prints seconds that pass and seconds of the processor: beside other work the first are
+longer.
+"""
+
+import argparse
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_STEP = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import medgemma_trainer as trainer
+take_step = trainer.take_step
+def first(*arguments):
+    take_step(*arguments)
+    os._exit(0)
+trainer.take_step = first
+sys.exit(trainer.main(sys.argv[1:]) or 1)
+"""
+SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+TARGETS = {"--help": 1.5, "first step of stage 1": 5.0}
+
+
+def ways(folder: str) -> dict[str, list[str]]:
+    """Give the arguments to Python of each way."""
+    stage_1 = ["--trajectory_only", "--data_path", str(SAMPLE), "--output_dir", folder]
+    return {
+        "empty Python": ["-c", ""],
+        "import torch": ["-c", "import torch"],
+        "--help": [str(ROOT / "medgemma_trainer.py"), "--help"],
+        "first step of stage 1": ["-c", FIRST_STEP, str(ROOT), *stage_1],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    passed: dict[str, list[float]] = {}
+    worked: dict[str, list[float]] = {}
+    for _ in range(arguments.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, words in ways(folder).items():
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
+                began = time.perf_counter()
+                command = [sys.executable, *words]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=folder)
+                passed.setdefault(name, []).append(time.perf_counter() - began)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                work = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                worked.setdefault(name, []).append(work)
+    for name, seconds in passed.items():
+        target = f", to be below {TARGETS[name]}" if name in TARGETS else ""
+        told = [
+            f"{statistics.median(each):.2f} s ({min(each):.2f} to {max(each):.2f})"
+            for each in (seconds, worked[name])
+        ]
+        sys.stdout.write(f"{name:22s} {told[0]}, of the processor {told[1]}{target}\n")
+    sys.stdout.write(
+        f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {version('torch')}, "
+        f"pandas {version('pandas')}; medians (least to most) of {arguments.repeats}\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
