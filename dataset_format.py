@@ -1411,7 +1411,10 @@ def pack(dataset: TrajectoryDataset) -> tuple[dict[str, NDArray[Any]], dict[str,
                 if isinstance(column.dtype, pd.CategoricalDtype):
                     rest[f"{name}.{key}"] = column.cat.categories.tolist()
                     column = column.cat.codes
-                arrays[f"{name}.{key}"] = column.to_numpy()
+                if column.dtype.kind in "biuf":
+                    arrays[f"{name}.{key}"] = column.to_numpy()
+                else:
+                    rest[f"{name}.{key}"] = column.tolist()
         elif isinstance(value, np.ndarray) and value.dtype == object:
             text = "".join(value)
             arrays[f"{name}.text"] = np.frombuffer(text.encode("utf-8", ALL_TEXT), dtype=np.uint8)
@@ -1439,15 +1442,18 @@ def unpack(kind: type[DatasetT], arrays: dict[str, NDArray[Any]], rest: dict[str
         if isinstance(value, dict) and set(value) == {"columns", "index"}:
             columns = {}
             for key in value["columns"]:
-                column = left.pop(f"{name}.{key}")
-                words = rest.get(f"{name}.{key}")
-                columns[key] = column if words is None else pd.Categorical.from_codes(column, words)
+                codes: Any = left.pop(f"{name}.{key}", None)
+                words: Any = rest.get(f"{name}.{key}")
+                both = codes is not None and words is not None
+                kept = words if codes is None else codes
+                columns[key] = pd.Categorical.from_codes(codes, words) if both else kept
             table = pd.DataFrame(columns)
             setattr(dataset, name, table.set_index(value["index"]) if value["index"] else table)
         elif name == "description":
             limits = {series: _rising(pair) for series, pair in value["limits"].items()}
             plausible = _rising(value["plausible"])
-            described = Description(**{**value, "plausible": plausible, "limits": limits})
+            read = {"plausible": plausible, "limits": limits, "flow": tuple(value["flow"])}
+            described = Description(**{**value, **read})
             setattr(dataset, name, described)
         elif "." not in name:
             setattr(dataset, name, tuple(value) if isinstance(value, list) else value)
