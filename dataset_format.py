@@ -6,6 +6,7 @@ on one side.
 
 Usage:
     python dataset_format.py check dka_training_data.csv     # validate a file, print its summary
+    python dataset_format.py from_mimic --mimic_dir DIR --out dka_training_data.csv   # make one
 
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
 ``label_escalation`` (0 or 1). Each column ``trajectory_NAME [unit]`` is a further series of the
@@ -19,6 +20,7 @@ Letters: N series, B a batch of them, L observations, F features.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import gzip
@@ -27,12 +29,17 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
+import os
 import re
+import shutil
+import signal
 import sys
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
@@ -85,6 +92,9 @@ ALL_TEXT = "surrogatepass"
 
 PARSE_ROWS = 100_000
 """Rows parsed at a time: bounds the memory that the intermediate text takes."""
+
+PARTIAL, OUTGOING = ".partial", ".old"
+"""Endings of hidden names: of what is being written, and of what it replaces."""
 
 LARGEST = (np.finfo(np.float32).max, 1e6)
 """Greatest absolute value that float32 holds, and a time of 114 years."""
@@ -648,6 +658,9 @@ def patient_events(
 
 DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
 
+FLOW = ("rule", "removed", "left")
+"""What is told of each rule by which data came to their rows."""
+
 
 @dataclass(frozen=True)
 class Description:
@@ -663,6 +676,9 @@ class Description:
         outcome: what label 1 means, in a word or two; a report begins with it.
         plausible: lowest and highest value that a living patient shows.
         limits: the same for further series, by name.
+        prediction_time: when it is asked, in words; empty where the file does not say it.
+        horizon: how far the question looks ahead, in words; empty likewise.
+        flow: how the rows came about: ``rule``, ``removed``, ``left`` of each rule.
     """
 
     series: str = "Anion gap"
@@ -671,6 +687,9 @@ class Description:
     outcome: str = "Escalation"
     plausible: tuple[float, float] = (-5.0, 60.0)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    prediction_time: str = ""
+    horizon: str = ""
+    flow: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def beside(cls, path: Path) -> Description:
@@ -687,15 +706,17 @@ class Description:
             known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
             plausible = _rising(known.pop("plausible", cls.plausible))
             limits = {plainly(k): _rising(v) for k, v in known.pop("limits", {}).items()}
-            if not all(isinstance(text, str) and text for text in known.values()):
+            flow = tuple({key: rule[key] for key in FLOW} for rule in known.pop("flow", ()))
+            filled = (bool(text) or key == "unit" for key, text in known.items())  # a pH has none
+            if not all(isinstance(text, str) for text in known.values()) or not all(filled):
                 raise ValueError
-        except (ValueError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{file}: not a description of {path.name}: expected a JSON object with texts "
                 "series, unit, question, outcome, two rising numbers plausible, and limits with "
                 "two rising numbers for each further series"
             ) from error
-        return cls(**known, plausible=plausible, limits=limits)
+        return cls(**known, plausible=plausible, limits=limits, flow=flow)
 
 
 def description_path(path: Path) -> Path:
@@ -868,6 +889,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.description = description or Description()
         self.question = self.description.question
         self.outcome = self.description.outcome
+        if self.description.flow:
+            self.flow = pd.DataFrame(self.description.flow, columns=list(FLOW))
         self.series_text = series_text
         check_header(table, self.source, ["label_escalation"] if require_labels else [])
         if table.empty:
@@ -904,6 +927,14 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if name == self.description.series:
             return self.description.plausible
         return self.description.limits.get(plainly(name))
+
+    def asked(self) -> dict[str, str]:
+        """Say what the description says of prediction time and horizon, where it does."""
+        told = {
+            "Prediction time": self.description.prediction_time,
+            "Horizon": self.description.horizon,
+        }
+        return {**super().asked(), **{key: text for key, text in told.items() if text}}
 
     def _tell(self, i: int, most: int | None) -> str:
         """Name series with unit: value and hour of each observation, or of the last alone."""
@@ -1212,10 +1243,13 @@ def read_table(path: Path) -> pd.DataFrame:
     Raises:
         InputError: the file is missing, empty, damaged, or its rows do not fit its header.
     """
-    return next(read_pieces(path, Findings(str(path)))).table
+    with contextlib.closing(read_pieces(path, Findings(str(path)))) as pieces:
+        return next(pieces).table
 
 
-def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iterator[Piece]:
+def read_pieces(
+    path: Path, findings: Findings, rows: int | None = None
+) -> Generator[Piece, None, None]:
     """Read a file at most so many rows at a time, or all at once; at least one piece, maybe empty.
 
     Raises:
@@ -1226,8 +1260,8 @@ def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iter
         if path.suffix.lower() == ".parquet":
             yield from _parquet_pieces(path, rows)
         else:
-            with path.open("rb") as file:
-                yield from _csv_pieces(path, file, findings, rows)
+            with path.open("rb") as file, _text_of(path, file) as text:
+                yield from _csv_pieces(path, file, text, findings, rows)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnicodeError as error:
@@ -1238,12 +1272,24 @@ def read_pieces(path: Path, findings: Findings, rows: int | None = None) -> Iter
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
-def _csv_pieces(
-    path: Path, file: BinaryIO, findings: Findings, most: int | None
-) -> Iterator[Piece]:
-    """Read rows and their numbers, the header being 1; blank rows are left out."""
+def _text_of(path: Path, file: BinaryIO) -> io.TextIOWrapper:
+    """Give the text of a file that is open, whether it is packed or not."""
     opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+
+
+def _csv_pieces(
+    path: Path, file: BinaryIO, text: Iterable[str], findings: Findings, most: int | None
+) -> Iterator[Piece]:
+    """Read rows and their numbers, the header being 1; blank rows are left out.
+
+    Args:
+        path: of the file, for errors.
+        file: its bytes, which tell how far reading has come.
+        text: its text.
+        findings: get what is wrong with single rows.
+        most: rows a piece.
+    """
     rows = _numbered_rows(path, text)
     _, names = next(rows, (0, None))
     if names is None:
@@ -1365,8 +1411,11 @@ def pack(dataset: TrajectoryDataset) -> tuple[dict[str, NDArray[Any]], dict[str,
             for key, column in table.items():
                 if isinstance(column.dtype, pd.CategoricalDtype):
                     rest[f"{name}.{key}"] = column.cat.categories.tolist()
-                    column = column.cat.codes
-                arrays[f"{name}.{key}"] = column.to_numpy()
+                    arrays[f"{name}.{key}"] = column.cat.codes.to_numpy()
+                elif pd.api.types.is_numeric_dtype(column.dtype):
+                    arrays[f"{name}.{key}"] = column.to_numpy()
+                else:
+                    rest[f"{name}.{key}"] = column.tolist()
         elif isinstance(value, np.ndarray) and value.dtype == object:
             text = "".join(value)
             arrays[f"{name}.text"] = np.frombuffer(text.encode("utf-8", ALL_TEXT), dtype=np.uint8)
@@ -1392,18 +1441,19 @@ def unpack(kind: type[DatasetT], arrays: dict[str, NDArray[Any]], rest: dict[str
     dataset, left = kind.__new__(kind), dict(arrays)
     for name, value in rest.items():
         if isinstance(value, dict) and set(value) == {"columns", "index"}:
-            columns = {}
+            columns: dict[str, Any] = {}
             for key in value["columns"]:
-                column = left.pop(f"{name}.{key}")
-                words = rest.get(f"{name}.{key}")
-                columns[key] = column if words is None else pd.Categorical.from_codes(column, words)
+                column, words = left.pop(f"{name}.{key}", None), rest.get(f"{name}.{key}")
+                columns[key] = words if column is None else column
+                if column is not None and words is not None:
+                    columns[key] = pd.Categorical.from_codes(column, words)
             table = pd.DataFrame(columns)
             setattr(dataset, name, table.set_index(value["index"]) if value["index"] else table)
         elif name == "description":
             limits = {series: _rising(pair) for series, pair in value["limits"].items()}
             plausible = _rising(value["plausible"])
-            described = Description(**{**value, "plausible": plausible, "limits": limits})
-            setattr(dataset, name, described)
+            known = {"plausible": plausible, "limits": limits, "flow": tuple(value["flow"])}
+            setattr(dataset, name, Description(**{**value, **known}))
         elif "." not in name:
             setattr(dataset, name, tuple(value) if isinstance(value, list) else value)
     for name in [name for name in left if name.endswith(".text")]:
@@ -1520,10 +1570,1534 @@ def _quartiles(numbers: NDArray[Any]) -> str:
     )
 
 
+def partial_of(path: Path) -> Path:
+    """Give the name under which a file or folder is written before it is whole."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; what is written there takes its place if all is well.
+
+    The content reaches the disk before its name does, so that no loss of power leaves half of it.
+    """
+    temporary = partial_of(path)
+    remove(temporary)
+    try:
+        yield temporary
+        flush(temporary)
+        if path.is_dir():  # a folder cannot be replaced in one step
+            outgoing = path.with_name(f".{path.name}{OUTGOING}")
+            remove(outgoing)
+            path.rename(outgoing)
+            try:
+                temporary.rename(path)
+            except BaseException:  # a signal, say: one of the two must stand there
+                outgoing.rename(path)
+                raise
+            remove(outgoing)
+        else:
+            os.replace(temporary, path)
+        flush_entry(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not name it
+        raise
+    finally:
+        remove(temporary)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, lies on the disk."""
+    if path.is_dir():
+        for each in path.iterdir():
+            flush(each)
+    flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, lie on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------- from MIMIC-IV: tables
+
+
+PIECE_BYTES = 2**24
+"""Of a table's text, held and parsed at a time by each process."""
+
+BEFORE_ADMISSION = np.timedelta64(24 * 3600, "s")
+"""A value that names its admission counts from so long before it: the emergency department."""
+
+ADULT_YEARS, OLDEST_TOLD = 18, 89
+"""Ages in years; MIMIC-IV writes all above 89 as 91. Source: mimic.mit.edu, patients."""
+
+GAP_ITEM, COMPUTED = 50868, -1
+"""Item of the laboratory's own anion gap, and how the computed one is known in here."""
+
+CLOSED_GAP = 12.0
+"""mEq/L; a gap at or below it is closed. Source: Kitabchi 2009, resolution of ketoacidosis."""
+
+MIMIC_FORMS = (".csv", ".csv.gz", ".parquet")
+ANOTHER_MIMIC = "this reads MIMIC-IV 2.x and 3.x, whose folder holds hosp/ and icu/"
+
+EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}  # of ions with one charge
+
+
+class Analyte(NamedTuple):
+    """What a laboratory measures: its unit, MIMIC-IV's items, limits, and factors of units.
+
+    The first item is the serum's, others are the blood gas machine's. ``factors`` turns values of
+    a unit, in small letters, into ``unit``.
+
+    Source: itemid and valueuom, d_labitems and labevents of MIMIC-IV; molar masses of glucose
+    180.16, creatinine 113.12, lactate 90.08, nitrogen of urea 28.01 g/mol.
+    """
+
+    name: str
+    unit: str
+    items: tuple[int, ...]
+    plausible: tuple[float, float]
+    factors: dict[str, float]
+
+
+CHEMISTRY = (
+    Analyte("anion gap", "mEq/L", (GAP_ITEM,), (-5.0, 60.0), EQUIVALENT),
+    Analyte("bicarbonate", "mEq/L", (50882,), (3.0, 60.0), EQUIVALENT),
+    Analyte("chloride", "mEq/L", (50902, 50806), (50.0, 160.0), EQUIVALENT),
+    Analyte("creatinine", "mg/dL", (50912,), (0.1, 30.0), {"mg/dl": 1.0, "umol/l": 0.011312}),
+    Analyte("glucose", "mg/dL", (50931, 50809), (5.0, 2500.0), {"mg/dl": 1.0, "mmol/l": 18.016}),
+    Analyte("lactate", "mmol/L", (50813,), (0.1, 40.0), {"mmol/l": 1.0, "mg/dl": 0.11101}),
+    Analyte("pH", "", (50820,), (6.5, 8.0), {"units": 1.0, "ph": 1.0, "": 1.0}),
+    Analyte("potassium", "mEq/L", (50971, 50822), (1.0, 12.0), EQUIVALENT),
+    Analyte("sodium", "mEq/L", (50983, 50824), (90.0, 200.0), EQUIVALENT),
+    Analyte("urea nitrogen", "mg/dL", (51006,), (1.0, 300.0), {"mg/dl": 1.0, "mmol/l": 2.801}),
+)
+ANALYTES = {item: each for each in CHEMISTRY for item in each.items}
+GAP_PARTS = (50983, 50902, 50882)
+"""Serum sodium, chloride and bicarbonate: the gap is the first less the others."""
+
+
+class Kind(NamedTuple):
+    """How a cell is read: as ``number``, ``whole`` number, ``time`` or ``word``; may be empty."""
+
+    form: str
+    empty: bool = False
+
+
+NAME, NUMBER_CELL, TIME, WORD = Kind("whole"), Kind("number"), Kind("time"), Kind("word")
+NO_NAME, NO_NUMBER, NO_TIME, NO_WORD = (
+    Kind(form, empty=True) for form in ("whole", "number", "time", "word")
+)
+MIMIC_TABLES: dict[str, dict[str, Kind]] = {
+    "hosp/patients": {
+        "subject_id": NAME,
+        "gender": NO_WORD,
+        "anchor_age": NO_NUMBER,
+        "anchor_year": NO_NUMBER,
+    },
+    "hosp/admissions": {
+        "subject_id": NAME,
+        "hadm_id": NAME,
+        "admittime": TIME,
+        "dischtime": NO_TIME,
+        "deathtime": NO_TIME,
+        "hospital_expire_flag": NO_NUMBER,
+    },
+    "icu/icustays": {
+        "hadm_id": NAME,
+        "intime": NO_TIME,
+        "outtime": NO_TIME,
+        "first_careunit": NO_WORD,
+    },
+    "hosp/diagnoses_icd": {"hadm_id": NAME, "icd_code": NO_WORD, "icd_version": NUMBER_CELL},
+    "hosp/d_labitems": {"itemid": NAME, "label": NO_WORD, "fluid": NO_WORD, "category": NO_WORD},
+    "hosp/labevents": {
+        "itemid": NAME,
+        "subject_id": NAME,
+        "hadm_id": NO_NAME,
+        "charttime": TIME,
+        "storetime": NO_TIME,
+        "valuenum": NO_NUMBER,
+        "valueuom": NO_WORD,
+    },
+}
+"""Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""
+
+LAB_KEYS = ("itemid", "subject_id")
+"""Columns of labevents that say whether a row is needed."""
+
+MAY_LACK = {"storetime", "fluid", "category"}
+"""Columns without which a table is read all the same; others are refused."""
+
+
+class BadCellError(ValueError):
+    """A cell that cannot be read: which row of its piece, and what is wrong; no content."""
+
+    def __init__(self, row: int, problem: str) -> None:
+        """Keep both, so that another process can hand them over."""
+        super().__init__(row, problem)
+        self.row, self.problem = row, problem
+
+
+class TablePiece(NamedTuple):
+    """Some rows of a table: where the first stands, and how many bytes are read with them.
+
+    ``rows`` are CSV text, its length alone, or as read; ``place`` is that of the text's first byte
+    in its file, None within gzip.
+    """
+
+    rows: bytes | int | pd.DataFrame
+    first: int
+    read: int
+    place: int | None = None
+
+
+class Table(NamedTuple):
+    """A found table: its file, the columns it has in their order, and those of them to be read."""
+
+    path: Path
+    header: list[str]
+    kinds: dict[str, Kind]
+
+
+class Hashed:
+    """A file that is hashed as it is read, once, from its beginning to its end."""
+
+    mode = "rb"
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Begin before the first byte."""
+        self.file, self.digest, self.count = file, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as any file does."""
+        piece = self.file.read(size)
+        self.digest.update(piece)
+        self.count += len(piece)
+        return piece
+
+
+def find_mimic(folder: Path, name: str) -> Path:
+    """Find a table such as ``hosp/patients`` in one of its forms.
+
+    Raises:
+        InputError: it is missing, stands there twice, or the folder is another one.
+    """
+    if not os.path.isdir(folder):  # False also for a name that no disk takes
+        raise InputError(f"--mimic_dir {folder}: no such folder: give the one with hosp/ and icu/")
+    module = name.partition("/")[0]
+    if not (folder / module).is_dir():
+        listed = {path.name.lower().partition(".")[0] for path in folder.iterdir()}
+        kind = "MIMIC-III" if {"admissions", "d_labitems", "icustays"} & listed else "not MIMIC-IV"
+        kind = "MIMIC-IV before 2.0" if "core" in listed else kind
+        raise InputError(f"--mimic_dir {folder}: no folder {module}/ ({kind}?): {ANOTHER_MIMIC}")
+    found = [path for form in MIMIC_FORMS if (path := folder / f"{name}{form}").is_file()]
+    if len(found) != 1:
+        problem = f"stands there {len(found)} times: leave one" if found else "is not there"
+        raise InputError(
+            f"--mimic_dir {folder}: the table {name} ({', '.join(MIMIC_FORMS)}) {problem}"
+        )
+    return found[0]
+
+
+def columns_of(path: Path, name: str, header: list[str]) -> Table:
+    """Give the columns that are to be read, checked against those that are there.
+
+    Raises:
+        InputError: a column is missing; of MIMIC-III they have other names.
+    """
+    wanted = MIMIC_TABLES[name]
+    missing = [column for column in wanted if column not in header and column not in MAY_LACK]
+    if missing:
+        third = "row_id" in {column.lower() for column in header}
+        another = f"these are columns of MIMIC-III: {ANOTHER_MIMIC}" if third else ANOTHER_MIMIC
+        raise InputError(f"{path}: no column {missing[0]} among {len(header)}: {another}")
+    if twice := [column for column in wanted if header.count(column) > 1]:
+        raise InputError(f"{path}: the column {twice[0]} stands there twice")
+    return Table(path, header, {column: wanted[column] for column in wanted if column in header})
+
+
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged file raises into one line.
+
+    Raises:
+        InputError: naming the file, never what it holds.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file: copy it again") from error
+    except UnicodeError as error:
+        raise InputError(f"{path}: not a text file in UTF-8: copy it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
+
+
+def csv_table(path: Path, name: str, raw: Hashed) -> tuple[Table, Iterator[TablePiece]]:
+    """Open a CSV, also within gzip: its columns, and its rows in pieces.
+
+    Raises:
+        InputError: as ``columns_of``; in the pieces a last row that is cut off.
+    """
+    stream: Any = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw  # type: ignore[call-overload]
+    text = stream.read(PIECE_BYTES)
+    first, _, rest = text.partition(b"\n")
+    names_of = next(csv.reader([first.decode("utf-8-sig", "replace").strip()]), [])
+    place = None if path.suffix == ".gz" else len(first) + 1
+    return columns_of(path, name, [each.strip() for each in names_of]), csv_pieces(
+        path, raw, stream, rest, first.count(b","), place
+    )
+
+
+def csv_pieces(
+    path: Path, raw: Hashed, stream: Any, text: bytes, commas: int, place: int | None
+) -> Iterator[TablePiece]:
+    """Cut a CSV behind its header at the ends of rows; the lines of its text count from 1."""
+    line = 2
+    while True:
+        more = stream.read(PIECE_BYTES)
+        text += more
+        cut = row_end(text) if more else len(text)
+        if not more and not text.endswith(b"\n") and text.count(b",", text.rfind(b"\n")) < commas:
+            if text.strip():
+                raise InputError(f"{path}: it ends within its last row: copy it again")
+            return
+        if cut:
+            yield TablePiece(text[:cut], line, raw.count, place)
+        elif len(text) > 8 * PIECE_BYTES:
+            raise InputError(f"{path}, line {line}: a quote that is never closed: copy it again")
+        line += text.count(b"\n", 0, cut)
+        place = None if place is None else place + cut
+        text = text[cut:]
+        if not more:
+            return
+
+
+def row_end(text: bytes) -> int:
+    """Give the place behind the last line break that stands in no quotes, 0 if there is none."""
+    cut = text.rfind(b"\n") + 1
+    odd = text.count(b'"', 0, cut) % 2
+    while odd and cut:
+        earlier = text.rfind(b"\n", 0, cut - 1) + 1
+        odd = (odd - text.count(b'"', earlier, cut)) % 2
+        cut = earlier
+    return cut
+
+
+def parquet_table(path: Path, name: str) -> tuple[Table, Iterator[TablePiece]]:
+    """Open a Parquet file: its columns, and its rows in pieces, counted from 0.
+
+    Raises:
+        InputError: as ``columns_of``, or it is damaged, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow  # not among the requirements: only who holds Parquet needs it
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        whole = parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a whole Parquet file: copy it again") from error
+    table = columns_of(path, name, list(whole.schema_arrow.names))
+
+    def pieces() -> Iterator[TablePiece]:
+        done, size = 0, path.stat().st_size
+        try:
+            for batch in whole.iter_batches(PIECE_BYTES // 64, columns=list(table.kinds)):
+                rows = batch.to_pandas(ignore_metadata=True, strings_to_categorical=True)
+                done += len(rows)
+                read = size * done // whole.metadata.num_rows
+                yield TablePiece(rows, done - len(rows), read)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{path}: not a whole Parquet file: copy it again") from error
+
+    return table, pieces()
+
+
+EMPTY_ALONE: Any = {"header": None, "keep_default_na": False, "na_values": [""]}
+"""How pandas reads MIMIC-IV's CSV: nothing but an empty cell is missing."""
+
+
+def cells_of(text: bytes, table: Table) -> pd.DataFrame:
+    """Parse rows of CSV: numbers as such, all else as text, NaN where nothing stands.
+
+    Raises:
+        BadCellError: rows that do not fit the header, or text that is none.
+    """
+    beyond = "beyond the header"
+    columns: Any = {"names": [*table.header, beyond], "usecols": [*table.kinds, beyond]}
+    stored: Any = {
+        name: np.float64 if kind.form in ("whole", "number") else str
+        for name, kind in table.kinds.items()
+    }
+    stored[beyond] = str
+    text = b"," * len(table.header) + b"\n" + text  # or fields beyond the header would be lost
+    try:
+        try:
+            cells = pd.read_csv(io.BytesIO(text), dtype=stored, **columns, **EMPTY_ALONE)
+        except ValueError:  # one cell is no number: read as text, it can be found and named
+            cells = pd.read_csv(io.BytesIO(text), dtype=str, **columns, **EMPTY_ALONE)
+    except ValueError as error:
+        raise BadCellError(0, "from here on rows do not fit the header, or are no text") from error
+    cells = cells.iloc[1:].reset_index(drop=True)
+    if (extra := cells.pop(beyond).notna().to_numpy()).any():
+        raise BadCellError(int(extra.argmax()), "more fields than the header has")
+    return cells
+
+
+def narrowed(text: bytes, table: Table, keep: LabKeeper) -> tuple[bytes, NDArray[np.int64] | None]:
+    """Cut out the lines that are needed, so that times and units of others are never parsed.
+
+    Returns:
+        The lines and their numbers; all of them and None where lines are not rows one by one, or
+        a cell is damaged.
+    """
+    data = np.frombuffer(text, np.uint8)
+    ends = np.flatnonzero(data == ord("\n")) + 1
+    columns: Any = {"names": table.header, "usecols": list(LAB_KEYS)}
+    try:
+        head = pd.read_csv(io.BytesIO(text), dtype=np.float64, **columns, **EMPTY_ALONE)
+        here = keep.needs(head)
+    except ValueError:
+        return text, None
+    if len(head) != len(ends):  # a line break within quotes, an empty line, no break at the end
+        return text, None
+    return data[np.repeat(here, np.diff(ends, prepend=0))].tobytes(), np.flatnonzero(here)
+
+
+def decoded(cells: pd.DataFrame, kinds: dict[str, Kind]) -> pd.DataFrame:
+    """Turn the cells of columns into what they mean.
+
+    Returns:
+        float64, ``datetime64[s]`` or stripped text; NaN, NaT and "" where nothing stands.
+
+    Raises:
+        BadCellError: a cell of another kind, or an empty one that may not be empty.
+    """
+    columns = {}
+    for name, kind in kinds.items():
+        column = cells[name]
+        if kind.form == "word":
+            columns[name] = column.astype(object).where(column.notna(), "").astype(str).str.strip()
+            continue
+        if kind.form == "time":
+            value = moments(column)
+        else:
+            value = pd.to_numeric(column, errors="coerce").astype(np.float64)
+        empty = column.isna() | (column.astype(str).str.strip() == "" if is_text(column) else False)
+        wrong = value.isna() & ~empty
+        if kind.form == "whole":
+            wrong |= (value % 1 != 0) & ~empty
+        for bad, problem in ((wrong, f"no {kind.form}"), (empty & (not kind.empty), "empty")):
+            if bad.any():
+                row = int(cells.index[int(bad.to_numpy().argmax())])
+                raise BadCellError(row, f"column {name}: {problem}")
+        columns[name] = value
+    return pd.DataFrame(columns, index=cells.index)
+
+
+def is_text(column: pd.Series) -> bool:
+    """Say whether a column holds text or objects."""
+    return column.dtype == object or pd.api.types.is_string_dtype(column.dtype)
+
+
+def moments(column: pd.Series) -> pd.Series:
+    """Read times of day as ``datetime64[s]``, NaT where there is none."""
+    if not pd.api.types.is_datetime64_any_dtype(column.dtype):
+        text = column.astype(object).where(column.notna(), None)
+        column = pd.to_datetime(text, format="ISO8601", errors="coerce")
+    return column.dt.tz_localize(None).dt.floor("s").astype("datetime64[s]")
+
+
+Keep = Callable[[pd.DataFrame, dict[str, Kind]], Any]
+"""Takes from the cells of a piece what is needed later."""
+
+_work: list[tuple[Table, Keep]] = []
+"""What a process is to do with each piece; set when it begins."""
+
+
+def begin_work(table: Table, keep: Keep) -> None:
+    """Tell a new process what its pieces are; Ctrl-C is its parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _work[:] = [(table, keep)]
+
+
+def do_work(piece: TablePiece) -> Any:
+    """Handle a piece in a process of its own."""
+    table, keep = _work[0]
+    if isinstance(piece.rows, int):
+        with told_of(table.path), table.path.open("rb") as file:
+            file.seek(piece.place or 0)
+            piece = piece._replace(rows=file.read(piece.rows))
+    return kept_of(piece, table, keep)
+
+
+def light(piece: TablePiece) -> TablePiece:
+    """Give only the length of text that another process can read from the file itself.
+
+    The file's pages are in memory, since its parent has just hashed them; a pipe costs five times
+    as much as reading them again.
+    """
+    if piece.place is None or not isinstance(piece.rows, bytes):
+        return piece
+    return piece._replace(rows=len(piece.rows))
+
+
+def kept_of(piece: TablePiece, table: Table, keep: Keep) -> Any:
+    """Parse a piece and keep of it what is needed.
+
+    Raises:
+        InputError: naming file and row.
+    """
+    rows, numbers = piece.rows, None
+    assert not isinstance(rows, int)  # it was read from its place
+    try:
+        if isinstance(rows, pd.DataFrame):
+            return keep(rows, table.kinds)
+        if isinstance(keep, LabKeeper):
+            rows, numbers = narrowed(rows, table, keep)
+        return keep(cells_of(rows, table), table.kinds)
+    except BadCellError as error:
+        unit = "line" if isinstance(rows, bytes) else "row"
+        row = error.row if numbers is None else int(numbers[error.row])
+        where = f"{table.path}, {unit} {piece.first + row}"
+        raise InputError(f"{where}: {error.problem}: copy the table again") from error
+
+
+def worked(
+    pieces: Iterable[TablePiece], table: Table, keep: Keep, processes: int
+) -> Iterator[tuple[int, Any]]:
+    """Give what is kept of each piece, in their order, and the bytes read so far.
+
+    Several processes hold a few pieces at a time, however many there are.
+    """
+    if processes < 2:
+        yield from ((piece.read, kept_of(piece, table, keep)) for piece in pieces)
+        return
+    # Forked, a process has what its parent holds and begins at once; elsewhere it imports anew.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=begin_work, initargs=(table, keep)
+    ) as pool:
+        waiting: deque[tuple[int, Future[Any]]] = deque()
+        for piece in pieces:
+            waiting.append((piece.read, pool.submit(do_work, light(piece))))
+            if len(waiting) > processes:
+                read, result = waiting.popleft()
+                yield read, result.result()
+        yield from ((read, result.result()) for read, result in waiting)
+
+
+def read_mimic(
+    folder: Path, name: str, keep: Keep, processes: int = 1
+) -> tuple[list[Any], str, list[str]]:
+    """Read the needed columns of a table once, a piece at a time, hashing its file along the way.
+
+    Args:
+        folder: with hosp/ and icu/.
+        name: of the table, such as ``hosp/labevents``.
+        keep: takes from each piece what is needed.
+        processes: that parse; a file of one piece needs no more than this one. Parquet brings its
+            own threads.
+
+    Returns:
+        What was kept of each piece, the file's SHA-256, and its columns.
+
+    Raises:
+        InputError: it is missing, damaged, or not MIMIC-IV's.
+    """
+    path = find_mimic(folder, name)
+    size = path.stat().st_size
+    with told_of(path), path.open("rb") as file:
+        raw = Hashed(file)
+        if path.suffix == ".parquet":
+            table, pieces = parquet_table(path, name)
+            processes = 1
+        else:
+            table, pieces = csv_table(path, name, raw)
+            processes = processes if size > PIECE_BYTES // 8 else 1  # gzip packs eight to one
+        kept = []
+        with progress_bar(f"reading {name}", size) as shown:
+            for read, result in worked(pieces, table, keep, processes):
+                kept.append(result)
+                shown.update(read - shown.n)
+        while raw.read(2**20):  # a Parquet file was read by others
+            pass
+    return kept, raw.digest.hexdigest(), table.header
+
+
+def progress_bar(what: str, size: int) -> Any:
+    """Give a progress bar over bytes, off where stderr is no terminal."""
+    from tqdm import tqdm
+
+    shown = sys.stderr.isatty()
+    return tqdm(desc=what, total=size, unit="B", unit_scale=True, leave=False, disable=not shown)
+
+
+# --------------------------------------------------------------------------- from MIMIC-IV: values
+
+
+class Stays(NamedTuple):
+    """Admissions as the laboratory's rows find them, (A,) each; a place counts from 0.
+
+    subject and hadm int64; start (admission) and end (discharge or death) ``datetime64[s]``, NaT
+    where unknown; wanted bool, whether values of an admission are kept.
+    """
+
+    subject: NDArray[np.int64]
+    hadm: NDArray[np.int64]
+    start: NDArray[np.datetime64]
+    end: NDArray[np.datetime64]
+    wanted: NDArray[np.bool_]
+
+
+class LabKeeper:
+    """Keeps of labevents the values of some items in some admissions.
+
+    Args:
+        items: itemids.
+        stays: all admissions, since a row without ``hadm_id`` belongs to the only one it lies in.
+    """
+
+    def __init__(self, items: Iterable[int], stays: Stays) -> None:
+        """Sort what is looked up often."""
+        self.items, self.stays = np.array(sorted(items)), stays
+        self.by_hadm = np.argsort(stays.hadm, kind="stable")
+        self.subjects = np.unique(stays.subject[stays.wanted])
+        place = np.arange(len(stays.subject))
+        named = np.isin(stays.subject, self.subjects)
+        self.places = pd.DataFrame({"subject_id": stays.subject[named], "stay": place[named]})
+
+    def __call__(
+        self, cells: pd.DataFrame, kinds: dict[str, Kind]
+    ) -> tuple[pd.DataFrame, Counter[str]]:
+        """Give the values of a piece, a row each, and how many were left out and why.
+
+        Returns:
+            stay (place), item, chart and known (the later of charted and stored, NaT where it is
+            not recorded when a value was stored), value, unit.
+        """
+        rows = decoded(cells[self.needs(cells)], kinds)
+        counts: Counter[str] = Counter()
+        numeric = np.isfinite(rows["valuenum"])
+        counts["without a number"] = int((~numeric).sum())
+        rows = rows[numeric]
+        stay = self.stays_of(rows, counts)
+        rows = rows[stay >= 0]
+        chart = rows["charttime"]
+        # The demo has no storetime at all; then a value counts as known when it is charted.
+        stored = rows.get("storetime", chart)
+        counts["without a time of storing: no input, outcome alone"] = int(stored.isna().sum())
+        kept = pd.DataFrame(
+            {
+                "stay": stay[stay >= 0].astype(np.int32),
+                "item": rows["itemid"].astype(np.int32),
+                "chart": chart,
+                "known": stored.where(~(stored < chart), chart),
+                "value": rows["valuenum"],
+                "unit": rows["valueuom"].astype("category"),
+            }
+        )
+        return kept, counts
+
+    def needs(self, cells: pd.DataFrame) -> NDArray[np.bool_]:
+        """Say which rows hold one of the items of a patient with a wanted admission."""
+        keys = decoded(cells[list(LAB_KEYS)], dict.fromkeys(LAB_KEYS, NAME))
+        here = keys["itemid"].isin(self.items) & keys["subject_id"].isin(self.subjects)
+        return here.to_numpy()
+
+    def stays_of(self, rows: pd.DataFrame, counts: Counter[str]) -> NDArray[np.int64]:
+        """Give the place of the admission of each row, -1 where it has none that is wanted."""
+        stays, named = self.stays, rows["hadm_id"].notna().to_numpy()
+        chart = rows["charttime"].to_numpy()
+        place = np.full(len(rows), -1)
+        hadm = rows["hadm_id"].to_numpy()[named].astype(np.int64)
+        found = np.searchsorted(stays.hadm[self.by_hadm], hadm).clip(max=len(stays.hadm) - 1)
+        found = self.by_hadm[found]
+        subject = rows["subject_id"].to_numpy()[named].astype(np.int64)
+        same = (stays.hadm[found] == hadm) & (stays.subject[found] == subject)
+        counts["whose hadm_id is no admission of the patient"] = int((~same).sum())
+        begun = chart[named] >= stays.start[found] - BEFORE_ADMISSION
+        place[named] = np.where(same & begun & (chart[named] <= stays.end[found]), found, -1)
+        place[~named] = self.only_stay(rows[~named])
+        counts["without hadm_id, within one admission: taken"] = int((place[~named] >= 0).sum())
+        counts["without hadm_id, within none or several"] = int((place[~named] < 0).sum())
+        counts["outside the admission that they name"] = int((place[named][same] < 0).sum())
+        return np.where((place >= 0) & stays.wanted[place], place, -1)
+
+    def only_stay(self, rows: pd.DataFrame) -> NDArray[np.int64]:
+        """Give the one admission that each row lies in by its time, -1 where none or several."""
+        numbered = rows[["subject_id", "charttime"]].assign(row=np.arange(len(rows)))
+        pairs = numbered.merge(self.places, on="subject_id")
+        chart, stay = pairs["charttime"].to_numpy(), pairs["stay"].to_numpy()
+        pairs = pairs[(self.stays.start[stay] <= chart) & (chart <= self.stays.end[stay])]
+        place = np.full(len(rows), -1)
+        place[pairs["row"]] = pairs["stay"]
+        place[pairs["row"][pairs["row"].duplicated(keep=False)]] = -1
+        return place
+
+
+def join_values(
+    kept: Sequence[tuple[pd.DataFrame, Counter[str]]],
+) -> tuple[pd.DataFrame, Counter[str]]:
+    """Join what was kept of all pieces: equal rows whatever their order in the table was."""
+    counts: Counter[str] = Counter()
+    for _, part in kept:
+        counts.update(part)
+    frames = [frame for frame, _ in kept]
+    units = sorted({unit for frame in frames for unit in frame["unit"].cat.categories})
+    for frame in frames:
+        frame["unit"] = frame["unit"].cat.set_categories(units)
+    values = pd.concat(frames, ignore_index=True)
+    keys = ["stay", "chart", "known", "item", "value", "unit"]
+    return values.sort_values(keys, kind="stable", ignore_index=True), counts
+
+
+def convert_units(
+    values: pd.DataFrame, main: int, path: str
+) -> tuple[pd.DataFrame, str, Counter[str]]:
+    """Bring the values of each item to one unit.
+
+    Args:
+        values: from ``join_values``; ``unit`` as it is written, empty where none stands.
+        main: the item that may not lose a value.
+        path: of the table, for errors.
+
+    Returns:
+        The values whose unit is known, the unit of ``main``, and how many were left out.
+
+    Raises:
+        InputError: the main item has an unknown unit, or several that nothing converts.
+    """
+    factor = np.full(len(values), np.nan)
+    counts: Counter[str] = Counter()
+    unit_of_main = ""
+    for item in np.unique(values["item"]).tolist():
+        rows = np.flatnonzero(values["item"] == item)
+        units = values["unit"].iloc[rows].astype(str)
+        spelled = {unit.lower(): unit for unit in sorted(set(units), reverse=True)}
+        named = sorted(filter(None, spelled))
+        analyte = ANALYTES.get(item)
+        factors = analyte.factors if analyte else {named[0] if named else "": 1.0}
+        unknown = [unit for unit in named if unit not in factors]
+        if item == main and unknown:
+            told = ", ".join(repr(spelled[unit]) for unit in named)
+            known = f"known are {', '.join(factors)}" if analyte else "nothing converts them"
+            raise InputError(f"{path}: item {main} has values in {told}: {known}")
+        if item == main:
+            unit_of_main = analyte.unit if analyte else spelled[next(iter(factors))]
+        factor[rows] = units.str.lower().map(factors).to_numpy(np.float64)
+        if left := int(np.isnan(factor[rows]).sum()):
+            name = analyte.name if analyte else f"item {item}"
+            counts[f"of {name} in no unit or an unknown one"] = left
+    converted = values["value"] * factor
+    converted = converted.where(factor == 1, converted.round(6))  # as a laboratory would print it
+    kept = ~np.isnan(factor)
+    return values.assign(value=converted)[kept].reset_index(drop=True), unit_of_main, counts
+
+
+# --------------------------------------------------------------------------- from MIMIC-IV: cohort
+
+
+COHORTS = {
+    "dka": (
+        "adult admissions coded as diabetic ketoacidosis (ICD-9-CM 250.1x; ICD-10-CM E08.1x, "
+        "E09.1x, E10.1x, E11.1x, E13.1x). Codes are given at discharge: this cohort is chosen in "
+        "hindsight, and a model of it cannot be used at a bedside as it is"
+    ),
+    "all": "all adult admissions with enough values",
+    "biochemical": (
+        "adult admissions with, among the values known within the window, glucose above 250 mg/dL, "
+        "bicarbonate at most 18 mEq/L, an anion gap above 12 mEq/L and, where any pH is known, one "
+        "of at most 7.30 (ketones are not asked for)"
+    ),
+}
+"""Who is in. Source of biochemical: Kitabchi 2009, diagnosis, its gap that of moderate
+ketoacidosis; without ketones."""
+
+KETOACIDOSIS = {9: ("2501",), 10: ("E081", "E091", "E101", "E111", "E131")}
+"""How codes begin, by version. Source: ICD-9-CM and ICD-10-CM; E08.0 and E11.0 are another state,
+hyperosmolarity."""
+
+HIGH_GLUCOSE, LOW_BICARBONATE, LOW_PH = 250.0, 18.0, 7.30
+"""mg/dL, mEq/L, and none. Source: Kitabchi 2009, diagnosis of ketoacidosis."""
+
+
+OPEN_AT_DISCHARGE = "outcome not known: discharged within the horizon with an open gap"
+NOT_MEASURED = "outcome not known: anion gap not measured after the prediction time"
+
+
+class Part(NamedTuple):
+    """One part of the outcome: its name in a report, the end of its question, its definition."""
+
+    outcome: str
+    question: str
+    definition: str
+
+
+OUTCOMES = {
+    "death": Part(
+        "In-hospital death",
+        "die in hospital",
+        "death in this hospital admission within the horizon (deathtime; the time of discharge "
+        "where only hospital_expire_flag says so). Whoever is discharged alive counts 0",
+    ),
+    "icu": Part(
+        "ICU admission",
+        "be admitted to an intensive care unit",
+        "a stay in intensive care that begins within the horizon, in this admission; not asked of "
+        "whoever is in intensive care at the prediction time (empty)",
+    ),
+    "unresolved": Part(
+        "Anion gap not resolved",
+        "keep or regain an anion gap above 12 mEq/L",
+        "of a gap above 12 mEq/L at the prediction time: no value at or below 12 within the "
+        "horizon, or one and a later value above it; of a closed one: a value above 12 within the "
+        "horizon. Whoever dies with an open gap counts 1. Not known (empty) where an open gap is "
+        "not measured again, or is not seen to close before a discharge within the horizon",
+    ),
+}
+"""The parts of escalation, which is any of them."""
+
+GAP_DEFINITION = (
+    "as the laboratory reports it (item 50868), in MIMIC-IV mostly with potassium and so about 4 "
+    "mEq/L above sodium - chloride - bicarbonate, which is what compute_gap computes"
+)
+
+ESCALATION = Part("Escalation", "need escalation of care", "any of death, icu and unresolved")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What is asked of MIMIC-IV.
+
+    Attributes:
+        mimic_dir: folder with hosp/ and icu/.
+        out: CSV to be written.
+        cohort: one of ``COHORTS``.
+        item: itemid, or a name in d_labitems.
+        window_hours: from the first value to the prediction time.
+        horizon_hours: from the prediction time on.
+        min_observations: values known within the window, at least.
+        outcome: names of ``OUTCOMES``; all of them are escalation.
+        compute_gap: compute the anion gap of admissions without a reported one.
+    """
+
+    mimic_dir: Path
+    out: Path
+    cohort: str = "dka"
+    item: str = str(GAP_ITEM)
+    window_hours: float = 12.0
+    horizon_hours: float = 72.0
+    min_observations: int = 2
+    outcome: tuple[str, ...] = tuple(OUTCOMES)
+    compute_gap: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            InputError: with the flag and its value.
+        """
+        for name in ("window_hours", "horizon_hours"):
+            if not 0 < getattr(self, name) <= LARGEST[1]:
+                raise InputError(f"--{name} {getattr(self, name)}: must be a number above 0")
+        if self.min_observations < 1:
+            raise InputError(f"--min_observations {self.min_observations}: must be 1 at least")
+
+    @property
+    def window(self) -> np.timedelta64:
+        """The window in whole seconds."""
+        return np.timedelta64(round(self.window_hours * 3600), "s")
+
+    @property
+    def horizon(self) -> np.timedelta64:
+        """The horizon in whole seconds."""
+        return np.timedelta64(round(self.horizon_hours * 3600), "s")
+
+    @property
+    def part(self) -> Part:
+        """The words of the chosen outcome."""
+        if set(self.outcome) == set(OUTCOMES):
+            return ESCALATION
+        parts = [OUTCOMES[name] for name in self.outcome]
+        return Part(*(" or ".join(words) for words in zip(*parts, strict=True)))
+
+
+class Tables:
+    """The small tables of MIMIC-IV, and where all that was read came from.
+
+    Attributes:
+        admissions: (A rows) subject_id, hadm_id, start, end, death (NaT where none in hospital),
+            age (years), gender, coded (as ketoacidosis).
+        icu: hadm_id, intime, outtime, first_careunit.
+        items: itemid, label, fluid, category.
+        hashes: SHA-256 of each file that was read.
+        stored: whether labevents say when a value was stored; known once it is read.
+    """
+
+    stored = True
+
+    def __init__(self, folder: Path) -> None:
+        """Read all but labevents.
+
+        Raises:
+            InputError: as ``read_mimic``, or a name that should be unique is not.
+        """
+        self.folder, self.hashes = folder, dict[str, str]()
+        patients = self.read("hosp/patients", unique="subject_id")
+        admissions = self.read("hosp/admissions", unique="hadm_id")
+        self.icu = self.read("icu/icustays").dropna(subset=["intime"])
+        coded = self.read("hosp/diagnoses_icd", keep_ketoacidosis)["hadm_id"]
+        self.items = self.read("hosp/d_labitems", unique="itemid")
+        find_mimic(folder, "hosp/labevents")  # its absence shall show before minutes are spent
+        self.admissions = describe_admissions(admissions, patients, coded)
+
+    def read(self, name: str, keep: Keep = decoded, unique: str = "") -> pd.DataFrame:
+        """Read one table whole."""
+        pieces, self.hashes[name], header = read_mimic(self.folder, name, keep)
+        lacking = [each for each in MIMIC_TABLES[name] if each not in header]
+        table = pd.concat(pieces or [pd.DataFrame(columns=list(MIMIC_TABLES[name]))])
+        table = table.reset_index(drop=True).assign(**dict.fromkeys(lacking, ""))
+        if table.empty and name != "hosp/diagnoses_icd":
+            raise InputError(f"{find_mimic(self.folder, name)}: no rows below the header")
+        if unique and table[unique].duplicated().any():
+            raise InputError(
+                f"{find_mimic(self.folder, name)}, column {unique}: not each stands there once: "
+                "copy the table again"
+            )
+        return table
+
+
+def keep_ketoacidosis(cells: pd.DataFrame, kinds: dict[str, Kind]) -> pd.DataFrame:
+    """Keep the diagnoses that are codes of diabetic ketoacidosis."""
+    table = decoded(cells, kinds)
+    code = table["icd_code"].str.replace(".", "").str.upper()
+    of_each = [
+        code.str.startswith(v) & (table["icd_version"] == k) for k, v in KETOACIDOSIS.items()
+    ]
+    return table[np.logical_or.reduce(of_each)]
+
+
+def describe_admissions(
+    admissions: pd.DataFrame, patients: pd.DataFrame, coded: pd.Series
+) -> pd.DataFrame:
+    """Give what is known of each admission, by ascending patient and admission.
+
+    The stay of whoever dies in hospital ends by his death, whatever discharge is recorded. Ages
+    are those of the year of admission.
+
+    Source: mimic.mit.edu, MIMIC-IV, patients (anchor_age, anchor_year) and admissions.
+    """
+    table = admissions.merge(patients, on="subject_id", how="left")
+    flagged = pd.to_numeric(table["hospital_expire_flag"]) == 1
+    death = table["deathtime"].fillna(table["dischtime"].where(flagged))
+    since = table["admittime"].dt.year - table["anchor_year"]
+    hidden = (table["anchor_age"] > OLDEST_TOLD) & (since < 0)  # how far above is not told
+    table = table.assign(
+        start=table["admittime"],
+        end=death.fillna(table["dischtime"]),
+        death=death,
+        age=(table["anchor_age"] + since).mask(hidden, float(OLDEST_TOLD + 1)),
+        coded=table["hadm_id"].isin(coded),
+    )
+    table = table.astype({"subject_id": np.int64, "hadm_id": np.int64})
+    return table.sort_values(["subject_id", "hadm_id"], ignore_index=True)
+
+
+def find_item(wanted: str, tables: Tables) -> tuple[int, str]:
+    """Find an item by number or name; its name as texts say it.
+
+    Raises:
+        InputError: it is not in d_labitems, or its name stands there more than once.
+    """
+    items = tables.items
+    named = items["label"].map(plainly) == plainly(wanted)
+    found = items[(items["itemid"].astype(np.int64).astype(str) == wanted.strip()) | named]
+    if len(found) != 1:
+        several = "; ".join(
+            ", ".join(filter(None, (f"{number:.0f}", fluid, category)))
+            for number, _, fluid, category in found[["itemid", "label", "fluid", "category"]].values
+        )
+        problem = f"several, name one by its itemid: {several}" if several else "no such item"
+        path = find_mimic(tables.folder, "hosp/d_labitems")
+        raise InputError(f"{path}: --item {wanted}: {problem}")
+    item = int(found["itemid"].iloc[0])
+    name = ANALYTES[item].name if item in ANALYTES else str(found["label"].iloc[0])
+    return item, name if name[1:] != name[1:].lower() else name[:1].upper() + name[1:]
+
+
+def computed_gaps(values: pd.DataFrame) -> pd.DataFrame:
+    """Compute the anion gap wherever serum sodium, chloride and bicarbonate were drawn together.
+
+    Of several values at one time the one known first counts. The gap is known when all three are.
+
+    Source: gap = sodium - chloride - bicarbonate in mEq/L, as in Kitabchi 2009.
+    """
+    parts = values[values["item"].isin(GAP_PARTS) & values["known"].notna()]
+    first = parts.drop_duplicates(["stay", "chart", "item"])  # sorted by known, then value
+    drawn = [first[first["item"] == item].set_index(["stay", "chart"]) for item in GAP_PARTS]
+    sodium, chloride, bicarbonate = (each["value"] for each in drawn)
+    gap = (sodium - chloride - bicarbonate).dropna().round(6)
+    known = pd.concat([each["known"] for each in drawn], axis=1).max(axis=1)
+    table = pd.DataFrame({"item": COMPUTED, "known": known.reindex(gap.index), "value": gap})
+    return table.reset_index()
+
+
+class Windows(NamedTuple):
+    """Who is asked when, by place of the admission: (A,) each.
+
+    first: first value that counts, NaT where there is none; time: of the prediction; gap_item:
+    whether the reported or the computed anion gap speaks for the admission.
+    """
+
+    first: pd.Series
+    time: pd.Series
+    gap_item: pd.Series
+
+
+def find_windows(values: pd.DataFrame, main: int, asked: Extraction, count: int) -> Windows:
+    """Find the first value of each admission and so its prediction time.
+
+    A value is the first only if it is stored within the window that it opens: else nobody could
+    know at the prediction time when that is. An admission without a reported gap by then gets a
+    computed one whole, where that is asked for: no series mixes the two, which differ by potassium.
+    """
+    timely = values[values["known"] <= values["chart"] + asked.window]
+
+    def first_of(item: int) -> pd.Series:
+        of_item = timely[timely["item"] == item]
+        return of_item.groupby("stay")["chart"].min().reindex(range(count))
+
+    first = first_of(main)
+    time = first + asked.window
+    if not asked.compute_gap:
+        return Windows(first, time, pd.Series(GAP_ITEM, index=first.index))
+    reported = timely if main == GAP_ITEM else values
+    reported = reported[reported["item"] == GAP_ITEM]
+    known = reported.groupby("stay")["known"].min().reindex(first.index)
+    if main != GAP_ITEM:
+        return Windows(first, time, known.le(time).map({True: GAP_ITEM, False: COMPUTED}))
+    computed = first_of(COMPUTED)
+    gap_item = (known > computed + asked.window) | known.isna()
+    first = first.mask(gap_item, computed)
+    gap_item = gap_item.map({True: COMPUTED, False: GAP_ITEM})
+    return Windows(first, first + asked.window, gap_item)
+
+
+def of(values: pd.DataFrame, column: pd.Series) -> Any:
+    """Give for each value what a column says of its admission."""
+    return column.to_numpy()[values["stay"].to_numpy()]
+
+
+def known_inputs(values: pd.DataFrame, windows: Windows) -> pd.DataFrame:
+    """Keep the values charted within the window and stored by its end: all that a model may see."""
+    first, time = (of(values, each) for each in (windows.first, windows.time))
+    within = (first <= values["chart"]) & (values["chart"] <= time) & (values["known"] <= time)
+    return values[within]
+
+
+def judge(
+    table: pd.DataFrame, icu: pd.DataFrame, gaps: pd.DataFrame, windows: Windows, asked: Extraction
+) -> pd.DataFrame:
+    """Decide each part of the outcome within the horizon.
+
+    Args:
+        table: A admissions, as ``Tables.admissions``.
+        icu: as ``Tables.icu``.
+        gaps: values of the gap, stay, chart, value, whenever they were stored.
+        windows: of the A admissions.
+        asked: gives the horizon.
+
+    Returns:
+        A rows: ``death``, ``icu``, ``unresolved`` of 0, 1 and NaN; ``unit`` of intensive care at
+        the prediction time, empty where none; ``why`` unresolved is not known, empty where it is.
+    """
+    time = windows.time
+    until = time + asked.horizon
+    death = ((table["death"] > time) & (table["death"] <= until)).astype(float)
+    stays = icu.assign(stay=icu["hadm_id"].map(pd.Series(table.index, index=table["hadm_id"])))
+    stays = stays.dropna(subset=["stay"]).sort_values(["stay", "intime", "outtime"])
+    then, last = (stays["stay"].map(each) for each in (time, until))
+    here = stays[(stays["intime"] <= then) & ~(stays["outtime"] <= then)]
+    unit = here.groupby("stay")["first_careunit"].last().reindex(table.index)
+    comes = stays["stay"][(stays["intime"] > then) & (stays["intime"] <= last)]
+    admitted = pd.Series(table.index.isin(comes), index=table.index, dtype=float)
+    result = judge_gap(table, gaps, windows, until, death == 1)
+    return result.assign(death=death, icu=admitted.mask(unit.notna()), unit=unit)
+
+
+def judge_gap(
+    table: pd.DataFrame,
+    gaps: pd.DataFrame,
+    windows: Windows,
+    until: pd.Series,
+    died: pd.Series,
+) -> pd.DataFrame:
+    """Decide whether the gap closes and stays closed; see ``OUTCOMES`` and ``judge``.
+
+    Of values charted at one time one that is closed decides.
+    """
+    gaps = gaps.groupby(["stay", "chart"])["value"].min().reset_index()
+    then = of(gaps, windows.time)
+    closed = gaps["value"] <= CLOSED_GAP
+    before, after = gaps["chart"] <= then, (gaps["chart"] > then)
+    after &= gaps["chart"] <= of(gaps, until)
+
+    def edge(rows: pd.Series, which: str) -> pd.Series:
+        return gaps[rows].groupby("stay")["chart"].agg(which).reindex(table.index)
+
+    opened, shut = edge(before & ~closed, "max"), edge(before & closed, "max")
+    open_then = opened.notna() & ~(opened <= shut)
+    closed_then = shut.notna() & ~open_then
+    closes = edge(after & closed, "min").mask(closed_then, windows.time)
+    last_open = edge(after & ~closed, "max")
+    unresolved = (last_open > closes).astype(float)  # reopened
+    never, unmeasured = closes.isna(), edge(after, "max").isna()
+    unresolved = unresolved.mask(never, 1.0)
+    why = pd.Series("", index=table.index)
+    # Whoever leaves alive and open, nobody knows whether his gap closed by the horizon.
+    why = why.mask(never & (table["end"] < until) & ~died, OPEN_AT_DISCHARGE)
+    why = why.mask(never & unmeasured, NOT_MEASURED)
+    why = why.mask(died & (open_then | ~unmeasured), "")
+    return pd.DataFrame({"unresolved": unresolved.mask(why != ""), "why": why})
+
+
+def analyte_names(inputs: pd.DataFrame, windows: Windows) -> pd.Series:
+    """Name what each value measures; of the two anion gaps only the one that speaks for a stay."""
+    gap = inputs["item"] == of(inputs, windows.gap_item)
+    names_of = inputs["item"].map({i: a.name for i, a in ANALYTES.items() if i != GAP_ITEM})
+    return names_of.mask(gap, CHEMISTRY[0].name)
+
+
+def in_ketoacidosis(inputs: pd.DataFrame, windows: Windows, count: int) -> pd.Series:
+    """Say which admissions are in ketoacidosis by what is known within the window; (A,) bool."""
+    analyte = analyte_names(inputs, windows)
+    by_stay = inputs["value"].groupby([inputs["stay"], analyte])
+    low, high = (each.unstack().reindex(range(count)) for each in (by_stay.min(), by_stay.max()))
+    all_names = [each.name for each in CHEMISTRY]
+    low, high = (each.reindex(columns=all_names).astype(float) for each in (low, high))
+    return (
+        (high["glucose"] > HIGH_GLUCOSE)
+        & (low["bicarbonate"] <= LOW_BICARBONATE)
+        & (high["anion gap"] > CLOSED_GAP)
+        & ~(low["pH"] > LOW_PH)
+    )
+
+
+def label_of(judged: pd.DataFrame, outcome: Sequence[str]) -> pd.Series:
+    """Join the chosen parts: 1 where any is, else NaN where one is not known, else 0."""
+    parts = judged[list(outcome)]
+    unknown = parts.isna()
+    if len(outcome) > 1 and "icu" in unknown:  # of whoever is there already the others are asked
+        unknown["icu"] = False
+    label = (parts == 1).any(axis=1).astype(float)
+    return label.mask(unknown.any(axis=1) & (label == 0))
+
+
+def flow_of(rules: dict[str, pd.Series]) -> tuple[pd.Series, list[dict[str, Any]]]:
+    """Say for each admission which rule took it first, and count.
+
+    Args:
+        rules: (A,) bool each, in the order in which they apply.
+
+    Returns:
+        (A,) bool whether it is kept; and for each rule the admissions removed and left.
+    """
+    left = pd.Series(True, index=next(iter(rules.values())).index)
+    flow = []
+    for rule, taken in rules.items():
+        removed = int((left & taken).sum())
+        left &= ~taken
+        flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
+    return left, flow
+
+
+# --------------------------------------------------------------------------- from MIMIC-IV: file
+
+
+def write_series(inputs: pd.DataFrame, windows: Windows) -> pd.Series:
+    """Write each admission's values as the format wants them, hours since the first."""
+    hours = (inputs["chart"] - of(inputs, windows.first)).dt.total_seconds() / 3600
+    pairs = [
+        f"{plain(v)} ({plain(round(h, 2))}h)" for v, h in zip(inputs["value"], hours, strict=True)
+    ]
+    return pd.Series(pairs, index=inputs.index).groupby(inputs["stay"]).agg(" -> ".join)
+
+
+def write_context(
+    table: pd.DataFrame, inputs: pd.DataFrame, windows: Windows, main: int
+) -> pd.Series:
+    """Say in words what else was known at the prediction time.
+
+    Args:
+        table: admissions with age, gender, start and unit.
+        inputs: from ``known_inputs``.
+        windows: of all admissions.
+        main: the item that the series tells.
+
+    Returns:
+        A sentence without full stop for each admission: age as known, sex, unit, hours since
+        admission, the last value of each other analyte.
+    """
+    told = ANALYTES[main].name if main in ANALYTES else ""
+    units = {a.name: f" ({a.unit})" if a.unit else "" for a in CHEMISTRY}
+    other = inputs.assign(name=analyte_names(inputs, windows))
+    other = other[other["name"].notna() & other["name"].ne(told)]
+    last = other.sort_values(["stay", "name", "chart", "known", "value"])
+    last = last.drop_duplicates(["stay", "name"], keep="last")
+    words = [
+        f"{name} {plain(value)}{units[name]}"
+        for name, value in zip(last["name"], last["value"], strict=True)
+    ]
+    chemistry = pd.Series(words, index=last["stay"], dtype=object).groupby(level=0).agg(", ".join)
+    hours = ((windows.time.loc[table.index] - table["start"]).dt.total_seconds() / 3600).round(1)
+    sex = table["gender"].str.upper().map({"F": "woman", "M": "man"}).fillna("patient")
+    age = table["age"].map(
+        lambda years: (
+            f"{years:.0f}-year-old" if years <= OLDEST_TOLD else f"over {OLDEST_TOLD}-year-old"
+        )
+    )
+    unit = (
+        table["unit"]
+        .where(table["unit"].fillna("") != "", "intensive care")
+        .where(table["unit"].notna(), "not in intensive care")
+    )
+    text = age.str.capitalize() + " " + sex + ", " + unit + ", " + hours.map(plain)
+    text += " h since admission"
+    return text + (", " + chemistry.reindex(table.index)).fillna("")
+
+
+class Item(NamedTuple):
+    """The item that the series tells: itemid, its name in texts, its unit."""
+
+    number: int
+    name: str
+    unit: str
+
+
+class Findable(NamedTuple):
+    """All that rows are made of, by place of the admission: see ``extract``."""
+
+    table: pd.DataFrame
+    series: pd.DataFrame
+    inputs: pd.DataFrame
+    windows: Windows
+    judged: pd.DataFrame
+
+
+def extract(asked: Extraction, processes: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Build the rows of the DKA file from MIMIC-IV.
+
+    Args:
+        asked: what is wanted.
+        processes: that parse labevents.
+
+    Returns:
+        The rows by ascending patient and admission, and the description beside them.
+
+    Raises:
+        InputError: the tables cannot be read, or no admission is left.
+    """
+    tables = Tables(asked.mimic_dir)
+    number, name = find_item(asked.item, tables)
+    rules = {"under 18 at admission, or of unknown age": ~(tables.admissions["age"] >= ADULT_YEARS)}
+    if asked.cohort == "dka":
+        rules["not coded as diabetic ketoacidosis"] = ~tables.admissions["coded"]
+    values, unit, counts = read_values(tables, ~pd.DataFrame(rules).any(axis=1), number, processes)
+    item = Item(number, name, unit)
+    found = find_rows(tables, values, item, asked)
+    left, flow = flow_of(rules | further_rules(found, asked))
+    say_flow(flow, len(left), asked)
+    rows = rows_of(found, left, item, asked)
+    return rows, description_of(rows, found, flow, counts, item, tables, asked)
+
+
+def read_values(
+    tables: Tables, wanted: pd.Series, main: int, processes: int
+) -> tuple[pd.DataFrame, str, Counter[str]]:
+    """Read labevents: the values of the main item and the chemistry in the wanted admissions.
+
+    Returns:
+        As ``convert_units``; the counts are those of all rows that were left out or resolved.
+    """
+    table = tables.admissions
+    subject, hadm = table["subject_id"].to_numpy(), table["hadm_id"].to_numpy()
+    start, end = table["start"].to_numpy(), table["end"].to_numpy()
+    stays = Stays(subject, hadm, start, end, wanted.to_numpy())
+    keeper = LabKeeper({main, *ANALYTES}, stays)
+    kept, digest, header = read_mimic(tables.folder, "hosp/labevents", keeper, processes)
+    tables.hashes["hosp/labevents"] = digest
+    path = str(find_mimic(tables.folder, "hosp/labevents"))
+    if not kept:
+        raise InputError(f"{path}: no rows below the header")
+    tables.stored = "storetime" in header
+    if not tables.stored:
+        logger.warning("%s: no column storetime: values count as known when charted", path)
+    values, counts = join_values(kept)
+    values, unit, unknown = convert_units(values, main, path)
+    for reason, rows in (counts + unknown).items():
+        logger.info("%s: %d values %s", path, rows, reason)
+    return values, unit, counts + unknown
+
+
+def find_rows(tables: Tables, values: pd.DataFrame, item: Item, asked: Extraction) -> Findable:
+    """Find for each admission when it is asked, what is known then, and what becomes of it."""
+    table = tables.admissions
+    if asked.compute_gap:
+        values = pd.concat([values, computed_gaps(values)], ignore_index=True)
+        keys = ["stay", "chart", "known", "item", "value"]
+        values = values.sort_values(keys, kind="stable", ignore_index=True)
+    windows = find_windows(values, item.number, asked, len(table))
+    inputs = known_inputs(values, windows)
+    gaps = values[values["item"] == of(values, windows.gap_item)]
+    judged = judge(table, tables.icu, gaps, windows, asked)
+    own = of(inputs, windows.gap_item) if item.number == GAP_ITEM else item.number
+    return Findable(table, inputs[inputs["item"] == own], inputs, windows, judged)
+
+
+def further_rules(found: Findable, asked: Extraction) -> dict[str, pd.Series]:
+    """Give what else takes an admission out, in this order; (A,) bool each."""
+    table, time = found.table, found.windows.time
+    observations = found.series.groupby("stay").size().reindex(table.index, fill_value=0)
+    rules = {
+        f"no value of item {asked.item} in the admission": time.isna(),
+        "prediction time before the admission": time < table["start"],
+        "died by the prediction time": table["death"] <= time,
+        "discharged by the prediction time": ~(table["end"] > time),
+        f"fewer than {asked.min_observations} values known within the window": (
+            observations < asked.min_observations
+        ),
+    }
+    if asked.cohort == "biochemical":
+        sick = in_ketoacidosis(found.inputs, found.windows, len(table))
+        rules["not in ketoacidosis by what is known within the window"] = ~sick
+    if tuple(asked.outcome) == ("icu",):
+        rules["in intensive care at the prediction time"] = found.judged["unit"].notna()
+    label = label_of(found.judged, asked.outcome)
+    for reason in (OPEN_AT_DISCHARGE, NOT_MEASURED):
+        rules[reason] = label.isna() & (found.judged["why"] == reason)
+    return rules
+
+
+def say_flow(flow: list[dict[str, Any]], admissions: int, asked: Extraction) -> None:
+    """Log how the admissions became rows, and what the cohort is.
+
+    Raises:
+        InputError: none is left.
+    """
+    if not flow[-1]["left"]:
+        taken = "; ".join(f"{each['rule']} {each['removed']}" for each in flow if each["removed"])
+        raise InputError(
+            f"--mimic_dir {asked.mimic_dir}: of {admissions} admissions none is left: {taken}"
+        )
+    logger.info("%s: %d admissions", asked.mimic_dir, admissions)
+    for each in flow:
+        logger.info("  %6d out, %7d left: %s", each["removed"], each["left"], each["rule"])
+    logger.warning("cohort %s: %s", asked.cohort, COHORTS[asked.cohort])
+
+
+def rows_of(found: Findable, left: pd.Series, item: Item, asked: Extraction) -> pd.DataFrame:
+    """Write the admissions that are left in the DKA format."""
+    judged, inputs = found.judged[left], found.inputs[of(found.inputs, left)]
+    table = found.table[left].assign(unit=judged["unit"])
+    series = found.series[of(found.series, left)]
+    parts = {f"label_{name}": judged[name].astype("Int8") for name in OUTCOMES}
+    return pd.DataFrame(
+        {
+            "subject_id": table["subject_id"],
+            "hadm_id": table["hadm_id"],
+            "clinical_trajectory": write_series(series, found.windows),
+            "clinical_context": write_context(table, inputs, found.windows, item.number),
+            "label_escalation": label_of(judged, asked.outcome).astype("Int8"),
+            **parts,
+        }
+    ).reset_index(drop=True)
+
+
+def description_of(
+    rows: pd.DataFrame,
+    found: Findable,
+    flow: list[dict[str, Any]],
+    counts: Counter[str],
+    item: Item,
+    tables: Tables,
+    asked: Extraction,
+) -> dict[str, Any]:
+    """Say all that a reader of the rows must know; see ``Description`` for the first keys."""
+    hours = {"window": plain(asked.window_hours), "horizon": plain(asked.horizon_hours)}
+    inside = found.table["hadm_id"].isin(rows["hadm_id"])
+    stored = "charted and stored by then" if tables.stored else "charted by then (no storetime)"
+    return {
+        "series": item.name,
+        "unit": item.unit,
+        "question": f"Will the patient {asked.part.question} within {hours['horizon']} hours?",
+        "outcome": asked.part.outcome,
+        "plausible": plausible_of(found.series["value"], item.number),
+        "prediction_time": (
+            f"{hours['window']} hours after the first value of each admission, for whoever is then "
+            f"in hospital; only values {stored} are read"
+        ),
+        "horizon": f"{hours['horizon']} hours from then on",
+        "flow": flow,
+        "rows": {
+            "rows": len(rows),
+            "patients": int(rows["subject_id"].nunique()),
+            "events": int(rows["label_escalation"].sum()),
+            "computed_gaps": int((found.windows.gap_item[inside] == COMPUTED).sum()),
+        },
+        "values": dict(sorted(counts.items())),
+        "definitions": {
+            "cohort": COHORTS[asked.cohort],
+            "anion_gap": GAP_DEFINITION,
+            "label_escalation": asked.part.definition,
+            **{f"label_{name}": part.definition for name, part in OUTCOMES.items()},
+        },
+        "arguments": {
+            each.name: getattr(asked, each.name)
+            for each in fields(asked)
+            if each.name not in ("mimic_dir", "out")
+        },
+        "source": "MIMIC-IV (PhysioNet), under its data use agreement",
+        "tables_sha256": dict(sorted(tables.hashes.items())),
+        "versions": {
+            "python": sys.version.split()[0],
+            "numpy": np.__version__,
+            "pandas": pd.__version__,
+            "code_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        },
+        MADE_BY: "dataset_format.py from_mimic",
+    }
+
+
+def plausible_of(values: pd.Series, item: int) -> tuple[float, float]:
+    """Give the limits of a known analyte, or what lies far outside the quartiles of another."""
+    if item in ANALYTES:
+        return ANALYTES[item].plausible
+    q1, q3 = np.quantile(values, [0.25, 0.75])
+    reach = FAR_OUT * max(q3 - q1, abs(q3), 1.0)
+    return round(float(q1 - reach), 3), round(float(q3 + reach), 3)
+
+
+MADE_BY = "made_by"
+"""Key of the description by which a file of this command is known."""
+
+
+def refuse_target(asked: Extraction) -> None:
+    """Refuse a place where the output cannot stand, before minutes are spent on it.
+
+    Raises:
+        InputError: another ending, no folder, or a file that this command did not make.
+    """
+    out = asked.out
+    if out.suffix != ".csv":
+        raise InputError(f"--out {out}: must end in .csv")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: no folder {out.parent}: make it first")
+    beside = out.with_suffix(".json")
+    if not out.exists() and not beside.exists():
+        return
+    try:
+        own = MADE_BY in json.loads(beside.read_text(encoding="utf-8"))
+    except (ValueError, OSError, TypeError):
+        own = False
+    if not own:
+        raise InputError(
+            f"--out {out}: it, or {beside.name}, is there and not of this command: choose another "
+            "name"
+        )
+
+
+def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> None:
+    """Write the CSV and the description beside it: both or none, for their owner alone.
+
+    The description is renamed first: a table without it would be read as something else.
+    """
+    with atomic(out) as csv_file, atomic(out.with_suffix(".json")) as beside:
+        rows.to_csv(csv_file, index=False, lineterminator="\n")
+        digest = hashlib.sha256(csv_file.read_bytes()).hexdigest()
+        text = json.dumps({**description, "csv_sha256": digest}, indent=2, ensure_ascii=False)
+        beside.write_text(f"{text}\n", encoding="utf-8")
+
+
+def run_from_mimic(asked: Extraction) -> int:
+    """Build the file, log what became of the admissions; 0, 2 for bad input, 3 for a fault."""
+    stream = forgiving(sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=stream, force=True)
+    own_mask = os.umask(0o077)  # what is made holds patients
+    own_end = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # its processes end, too
+    try:
+        refuse_target(asked)
+        rows, description = extract(asked, usable_cores())
+        write_rows(rows, description, asked.out)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted: nothing was written\n")
+        return 130
+    except OSError as error:
+        place = one_line(str(error.filename))
+        sys.stderr.write(f"error: {place}: {error.strerror}: make room or choose another place\n")
+        return 3
+    except (MemoryError, BrokenExecutor):
+        sys.stderr.write("error: the machine has too little memory: choose a smaller cohort\n")
+        return 3
+    finally:
+        os.umask(own_mask)
+        signal.signal(signal.SIGTERM, own_end)
+    told = description["rows"]
+    logger.info(
+        "%s: %d rows of %d patients, %d events", asked.out, *(told[k] for k in list(told)[:3])
+    )
+    return 0
+
+
+def usable_cores() -> int:
+    """Give the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --------------------------------------------------------------------------- command
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the module as a command; 0 when the file can be trained on, 2 when not."""
+    """Run the module as a command; 0 when the file can be trained on or is made, 2 when not."""
+    parser = build_parser()
+    arguments = vars(parser.parse_args(argv))
+    if arguments.pop("command") == "from_mimic":
+        try:
+            asked = Extraction(**arguments)
+        except InputError as error:
+            parser.error(str(error))
+        return run_from_mimic(asked)
+    file, shown = arguments.pop("file"), arguments.pop("show_values")
+    return run_check(
+        lambda: MIMICtrajectoryDataset(file, **arguments), suspicions, show_values=shown
+    )
+
+
+def build_parser() -> Parser:
+    """Give the parser of both commands."""
     parser = Parser(
-        prog="dataset_format.py", description="Check a DKA trajectory file.", allow_abbrev=False
+        prog="dataset_format.py",
+        description="Check a DKA trajectory file, or make one from MIMIC-IV.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="validate a file and print its summary")
@@ -1531,13 +3105,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--series", type=names, metavar="NAME,NAME", help="read these series only")
     check.add_argument("--max_len", type=int, help="most recent observations kept of a row")
     check.add_argument("--show_values", action="store_true", help=SHOW_VALUES)
-    arguments = parser.parse_args(argv)
-    options = {"max_len": arguments.max_len, "series": arguments.series}
-    return run_check(
-        lambda: MIMICtrajectoryDataset(arguments.file, **options),
-        suspicions,
-        show_values=arguments.show_values,
+    default = {each.name: each.default for each in fields(Extraction)}
+    make = commands.add_parser(
+        "from_mimic", help="make a file from MIMIC-IV tables", allow_abbrev=False
     )
+    add = make.add_argument
+    add("--mimic_dir", type=Path, required=True, help="folder of MIMIC-IV with hosp/ and icu/")
+    add("--out", type=Path, required=True, help="CSV to write; a JSON description comes beside it")
+    add("--cohort", choices=tuple(COHORTS), help="admissions to take")
+    add("--item", help="itemid of the series, or its name in d_labitems")
+    add("--window_hours", type=float, help="from the first value to the prediction time")
+    add("--horizon_hours", type=float, help="hours looked ahead from then on")
+    add("--min_observations", type=int, help="values known within the window, at least")
+    add("--outcome", type=outcomes_of, help="escalation, or some of death,icu,unresolved")
+    add(
+        "--compute_gap", action="store_true", help="anion gap from Na, Cl, HCO3 where none is given"
+    )
+    make.set_defaults(**{name: value for name, value in default.items() if value is not MISSING})
+    return parser
+
+
+def outcomes_of(text: str) -> tuple[str, ...]:
+    """Read the parts of the outcome, as a flag names them."""
+    chosen = names(text)
+    if chosen == ["escalation"]:
+        return tuple(OUTCOMES)
+    if not chosen or not set(chosen) <= set(OUTCOMES):
+        known = ", ".join(OUTCOMES)
+        raise argparse.ArgumentTypeError(f"{text}: escalation, or some of {known} between commas")
+    return tuple(name for name in OUTCOMES if name in chosen)
 
 
 def names(text: str) -> list[str]:

@@ -11,23 +11,27 @@ Source: Rubanova, Chen, Duvenaud 2019, "Latent ODEs for Irregularly-Sampled Time
 Every patient is integrated over his own gaps although the whole batch advances together. Time is
 cut into ticks: a gap of patient b becomes as many ticks as his own solver steps need, the last of
 them ends with the observation. In each tick all patients who have one left take a step of their
-own length, h += step_b(f), and those who arrive at an observation are updated. So no patient waits
-for another's longer gap, and nobody's steps depend on whom he shares a batch with.
+own length, and those who arrive at an observation are updated. So no patient waits for another's
+longer gap, and nobody's steps depend on whom he shares a batch with.
 
 What enters an observation is, of each feature, its latest value, whether it was measured now, and
 how long ago it was before: a value carried forward never passes for a new one.
 
-Letters: B patients, L observations, F features, H state, N ticks of all patients together.
+First the network, then its ticks: planning, running, derivative.
+
+Letters: B patients, L observations of the longest, P of all together, F features, H state, N ticks
+of all patients together, M = N - B of them in which time passes, n patients in one tick.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 MAX_SCALED_STEP = 0.1
@@ -74,6 +78,10 @@ class VectorField(nn.Module):
         result: Tensor = self.outer(torch.tanh(self.inner(state)))
         return result
 
+    def mixing(self) -> Tensor:
+        """Give the transpose of W1 W2, (H, H): u = W1 h + b1 follows u' = W1 W2 tanh(u)."""
+        return (self.inner.weight @ self.outer.weight).t()
+
     def rk4(self) -> Advance:
         """Give the classical Runge-Kutta step, each row's as long as its own span.
 
@@ -82,7 +90,7 @@ class VectorField(nn.Module):
 
         Source: Kutta 1901, the 1/6, 2/6, 2/6, 1/6 rule.
         """
-        mixing = (self.inner.weight @ self.outer.weight).t()  # (H, H)
+        mixing = self.mixing()
         back = self.outer.weight.t()
 
         def step(state: Tensor, span: Tensor) -> Tensor:
@@ -202,59 +210,53 @@ class ClinicalODERNN(nn.Module):
         """
         present = self._check(times, values, observed)
         inputs, gaps = self._inputs(times, values, observed)
+        plan = self._plan(gaps, present)
         # What the update reads needs no state: two matrix products for the whole batch.
-        read = self.dropout(functional.relu(self.read(inputs)))  # (B, L, INPUT_WIDTH)
+        inputs = inputs.flatten(0, 1).index_select(0, plan.places)  # (P, 3F + 3), no padding
+        read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
         gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
-        place, spans, arrives, batch_sizes = self._ticks(gaps, present)
-        gates = gates.flatten(0, 1).index_select(0, place)
-        states = self._run(gates, spans, arrives, batch_sizes)
-        last = arrives.nonzero().squeeze(1)  # the tick that ends with the observation
-        states = self.norm(states.index_select(0, last))
+        states = self.norm(self._run(gates, plan))  # (P, H)
         result = states.new_zeros(present.numel(), self.hidden_dim)
-        return result.index_copy(0, place[last], states).view(*present.shape, self.hidden_dim)
+        return result.index_copy(0, plan.places, states).view(*present.shape, self.hidden_dim)
 
-    def _ticks(self, gaps: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Cut every patient's time into ticks, sorted so that tick t of all patients lies together.
-
-        Args:
-            gaps: (B, L) time before each observation, in units of ``time_scale``.
-            present: (B, L) bool, False in padding.
-
-        Returns:
-            For each of N ticks, patients with most ticks first: place (N,) of its observation in
-            (B * L), span (N,), whether it arrives at the observation (N,) bool; and how many
-            patients take part in tick 0, 1, 2, ...
-        """
+    def _plan(self, gaps: Tensor, present: Tensor) -> Plan:
+        """Cut each of the gaps (B, L) that is ``present`` (B, L) into as many ticks as it needs."""
         parts = torch.ones_like(gaps)  # torchdiffeq divides a gap by itself
         if self.solver == "rk4":
-            parts = torch.ceil(gaps / MAX_SCALED_STEP).clamp(min=1)
-        parts = torch.where(present, parts, 0).long()  # (B, L)
-        count = parts.sum(1)  # (B,)
-        place = torch.repeat_interleave(parts.flatten())  # ticks in the order of the observations
-        number = torch.arange(len(place), device=gaps.device)
-        ends = parts.flatten().cumsum(0)  # (B * L)
-        arrives = number + 1 == ends[place]
-        # From patient after patient to tick after tick.
-        owner = torch.div(place, gaps.shape[1], rounding_mode="floor")
-        number = number - (count.cumsum(0) - count)[owner]
-        rank = torch.argsort(torch.argsort(count, descending=True, stable=True))
-        order = torch.argsort(number * len(gaps) + rank[owner])
-        place, arrives = place[order], arrives[order]
-        spans = (gaps / parts.clamp(min=1)).flatten()[place]
-        return place, spans, arrives, torch.bincount(number).tolist()
+            parts = torch.ceil(gaps.detach() / MAX_SCALED_STEP).clamp(min=1)
+        return plan_ticks(gaps, torch.where(present, parts, 0).long())
 
-    def _run(self, gates: Tensor, spans: Tensor, arrives: Tensor, batch_sizes: list[int]) -> Tensor:
-        """Alternate equation and update over the ticks; give the state (N, H) after each."""
-        advance = self.field.rk4() if self.solver == "rk4" else self._odeint
-        state = gates.new_zeros(batch_sizes[0], self.hidden_dim)
-        states = [self._observe(gates[: batch_sizes[0]], state)]  # nothing passes before the first
-        ticks = zip(
-            *(tensor.split(batch_sizes) for tensor in (gates, spans, arrives.unsqueeze(1))),
-            strict=True,
-        )
-        for gate, span, arrived in itertools.islice(ticks, 1, None):
-            state = advance(states[-1][: len(span)], span)
-            states.append(torch.where(arrived, self._observe(gate, state), state))
+    def _run(self, gates: Tensor, plan: Plan) -> Tensor:
+        """Give the state (P, H) after each observation, from its input product (P, 3H)."""
+        field, update = self.field, self.update
+        if self.solver != "rk4":
+            return self._run_plainly(gates, plan, self._odeint)
+        if plan.spans.requires_grad:  # somebody asks for derivatives by time
+            return self._run_plainly(gates, plan, field.rk4())
+        with torch.autocast(gates.device.type, enabled=False):
+            weights = (
+                *(field.inner.weight, field.inner.bias, field.mixing(), field.outer.weight),
+                *(update.weight_hh, update.bias_hh),
+            )
+            learns = torch.is_grad_enabled() and any(w.requires_grad for w in (gates, *weights))
+            own = gates.to(update.weight_hh.dtype)  # under autocast the gates are narrower
+            states: Tensor = Ticks.apply(plan, learns, own, *weights)
+            return states.to(gates.dtype)
+
+    def _run_plainly(self, gates: Tensor, plan: Plan, advance: Advance) -> Tensor:
+        """Alternate equation and update as they are written, for any solver."""
+        state = gates.new_zeros(plan.sizes[0], self.hidden_dim)
+        states = []
+        spans = plan.spans.split(plan.sizes)
+        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
+            if tick:  # nothing passes before the first
+                state = advance(state[: plan.sizes[tick]], spans[tick])
+            if len(rows) == len(state):  # always so with torchdiffeq
+                state = self._observe(gate, state)
+                states.append(state)
+            elif len(rows):
+                states.append(self._observe(gate, state.index_select(0, rows)))
+                state = state.index_copy(0, rows, states[-1])
         return torch.cat(states)
 
     def _odeint(self, state: Tensor, span: Tensor) -> Tensor:
@@ -296,27 +298,29 @@ class ClinicalODERNN(nn.Module):
             log gap, log hours since the first observation, log count. The mask stands beside the
             carried value, so nothing that is old passes for new.
         """
-        present = observed.any(dim=2)
+        present = observed.any(dim=2, keepdim=True)
         dtype = self.value_mean.dtype
         z = (values.to(dtype) - self.value_mean) / self.value_std
         z = torch.where(observed, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        step = torch.arange(times.shape[1], device=times.device)
-        latest = torch.where(observed, step[:, None], -1).cummax(dim=1).values  # (B, L, F)
+        step = torch.arange(times.shape[1], device=times.device).unsqueeze(1)
+        latest = torch.where(observed, step, -1).cummax(dim=1).values  # (B, L, F)
         carried = z.gather(1, latest.clamp(min=0))  # z is zero where nothing was measured
         before = functional.pad(latest[:, :-1], (0, 0, 1, 0), value=-1)  # -1: never
-        moments = times.unsqueeze(2).expand_as(z)
-        known = present.unsqueeze(2) & (before >= 0)
-        age = torch.where(known, moments - moments.gather(1, before.clamp(min=0)), 0.0)
-        since_first = torch.where(present, times - times[:, :1], 0.0)
-        gaps = torch.where(present, torch.diff(times, dim=1, prepend=times[:, :1]), 0.0)
-        count = (step + 1).expand_as(times)
-        unit = math.log1p(self.time_scale)
-        clock = torch.stack(
-            [torch.log1p(gaps) / unit, torch.log1p(since_first) / unit, torch.log(count)], dim=2
-        )
-        hours = (torch.log1p(age) / unit).to(dtype)
-        inputs = torch.cat([carried, observed.to(dtype), hours, clock.to(dtype)], dim=2)
-        return inputs, (gaps / self.time_scale).to(dtype)
+        moments = times.unsqueeze(2)  # (B, L, 1)
+        seen = moments.expand_as(z).gather(1, before.clamp(min=0))
+        earlier = torch.cat(
+            [
+                torch.where(before >= 0, seen, moments),
+                torch.cat([moments[:, :1], moments[:, :-1]], 1),
+                moments[:, :1].expand_as(moments),
+            ],
+            dim=2,
+        )  # (B, L, F + 2)
+        hours = torch.where(present, moments - earlier, 0.0)
+        logs = torch.log1p(hours) / math.log1p(self.time_scale)
+        count = torch.log(step + 1).expand_as(moments)
+        inputs = torch.cat([carried, observed.to(dtype), logs.to(dtype), count.to(dtype)], dim=2)
+        return inputs, (hours[..., -2] / self.time_scale).to(dtype)
 
     def _check(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
         """Refuse what has no meaning; give the (B, L) mask of real observations."""
@@ -329,6 +333,19 @@ class ClinicalODERNN(nn.Module):
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
         present = observed.any(dim=2)
+        gaps = times.diff(dim=1)
+        # One question for all; a NaN answers no. Sums may overflow: then the long way decides.
+        legal = present[:, :-1] & (gaps >= 0) & (gaps <= MAX_SCALED_GAP * self.time_scale)
+        fine = (legal | ~present[:, 1:]).all() & present[:, 0].all()
+        total = times[:, 0].sum() + torch.where(observed, values, 0).sum()
+        if not bool(fine & (total.isfinite())):
+            self._refuse_series(times, values, observed, present)
+        return present
+
+    def _refuse_series(
+        self, times: Tensor, values: Tensor, observed: Tensor, present: Tensor
+    ) -> None:
+        """Raise for the first fault with its place, if there is one."""
         ahead = functional.pad(present[:, :-1], (1, 0), value=True)  # is the place ahead real?
         gaps = torch.diff(times, dim=1, prepend=times[:, :1])
         _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
@@ -339,7 +356,6 @@ class ClinicalODERNN(nn.Module):
         _refuse(endless, "the gap of {value} h to {place} needs a larger time_scale", gaps)
         bad = observed & ~torch.isfinite(values)
         _refuse(bad, "value {value} at {place} is observed but not finite", values)
-        return present
 
 
 def _refuse(bad: Tensor, message: str, source: Tensor | None = None) -> None:
@@ -368,3 +384,229 @@ def check_solver(solver: str) -> None:
         torchdiffeq.odeint(lambda _, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), method=solver)
     except ValueError as error:
         raise ValueError(f"unknown solver {solver!r}: {error}") from error
+
+
+# --------------------------------------------------------------------------- ticks
+
+
+class Plan(NamedTuple):
+    """Who does what in which tick. In all ticks the patients with most ticks are the first rows.
+
+    Attributes:
+        sizes: how many patients take part in tick 0, 1, 2, ...; in tick 0 nothing passes yet.
+        spans: (N,) how far each goes in it, in units of ``time_scale``.
+        arrivals: how many of them arrive at an observation.
+        rows: (P,) which rows these are, tick after tick.
+        places: (P,) where their observations stand in the flattened (B * L).
+    """
+
+    sizes: list[int]
+    spans: Tensor
+    arrivals: list[int]
+    rows: Tensor
+    places: Tensor
+
+
+def plan_ticks(gaps: Tensor, parts: Tensor) -> Plan:
+    """Cut every patient's time into ticks.
+
+    Args:
+        gaps: (B, L) time before each observation, in units of ``time_scale``.
+        parts: (B, L) int64, how many ticks each gap takes, zero in padding.
+    """
+    spans = (gaps / parts.clamp(min=1)).flatten()
+    parts = parts.cpu()  # on CUDA the one wait: how many ticks there are steers the host
+    count, patients = parts.sum(1).sort(descending=True, stable=True)  # row by row of the ticks
+    parts = parts[patients]
+    rows, steps = parts.nonzero(as_tuple=True)  # (P,) each, patient after patient
+    places = patients[rows] * parts.shape[1] + steps
+    parts = parts[rows, steps]
+    ahead = count.cumsum(0) - count  # ticks of the patients in the rows above
+    arrival, order = (parts.cumsum(0) - ahead[rows] - 1).sort(stable=True)  # in ticks of one's own
+    # The same for each tick (N,): from patient after patient to tick after tick.
+    owner = torch.repeat_interleave(count)
+    number = torch.arange(len(owner)) - ahead[owner]
+    sizes = torch.bincount(number)
+    place = torch.empty_like(number)
+    place[(sizes.cumsum(0) - sizes)[number] + owner] = places.repeat_interleave(parts)
+    return Plan(
+        sizes.tolist(),
+        spans.index_select(0, place.to(spans.device)),
+        torch.bincount(arrival).tolist(),
+        rows[order].to(spans.device),
+        places[order].to(spans.device),
+    )
+
+
+def by_tick(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors along their first axis into ticks; give all pieces of each tick."""
+    return list(zip(*(tensor.split(sizes) for tensor in tensors), strict=True))
+
+
+class Ticks(torch.autograd.Function):
+    """rk4 and update over all ticks as one operation, its derivative written by hand.
+
+    Recorded step by step, autograd keeps and revisits thirty small results a tick and multiplies
+    once a tick for every weight. Here a pass keeps the stages and the cell's gates alone, and each
+    weight's gradient is one product over all ticks.
+
+    Over a span, with c = span / 2, M = W1 W2 and u = W1 h + b1, then back from g = dL/dh::
+
+        k1 = c tanh(u)   k2 = c tanh(u + M k1)   k3 = c tanh(u + M k2)   k4 = c tanh(u + 2M k3)
+        h += W2 (k1 + 2 k2 + 2 k3 + k4) / 3
+
+        e = W2' g / 3                        f = c (1 - tanh^2) of each stage
+        d4 = f4 e                            d3 = f3 (2e + 2M' d4)
+        d2 = f2 (2e + M' d3)                 d1 = f1 (e + M' d2)
+        g += W1' (d1 + d2 + d3 + d4)
+
+    d1 .. d4 belong to what tanh is taken of. At an observation with input product a, from the
+    state x in front of it, with n = W_n x + b_n::
+
+        p = tanh(a + r n)    h = p + z (x - p)
+
+        da = g (1 - z) (1 - p^2)    dr = da n r (1 - r)    dz = g (x - p) z (1 - z)    dn = da r
+        g <- g z + W_hh' [dr, dz, dn]
+
+    What g is multiplied with is therefore known for all ticks before the way back begins.
+
+    tanh(x) is taken as 2 sigmoid(2x) - 1, the inner 2 being part of the weights: torch's tanh goes
+    through MKL's vector functions, which cost four times its sigmoid and wake every thread.
+
+    Source: the discrete adjoint of a Runge-Kutta method, Hager 2000, "Runge-Kutta methods in
+    optimal control and the transformed adjoint system"; the cell is that of ``nn.GRUCell``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, learns: bool, gates: Tensor, *weights: Tensor) -> Tensor:
+        """Run over the ticks.
+
+        Args:
+            ctx: takes what the way back needs.
+            plan: the ticks.
+            learns: whether there is a way back; if not, nothing is kept for it.
+            gates: (P, 3H) input products of the cell.
+            weights: W1, b1, M transposed, W2, W_hh and b_hh.
+
+        Returns:
+            (P, H) state after each observation.
+        """
+        inner, bias, mixing, outer, recurrent, recurrent_bias = weights
+        first, *sizes = plan.sizes
+        width = len(bias)
+        solver = 2 * inner.t(), 2 * bias, 2 * mixing, 4 * mixing, outer.t() / 3
+        inputs, shift, product = (
+            torch.cat([tensor[..., : 2 * width], 2 * tensor[..., 2 * width :]], dim=-1)
+            for tensor in (gates, recurrent_bias, recurrent.t())
+        )
+        # Begins as what the cell's product is added to, ends as r, z and 2n.
+        cells = inputs + shift
+        cells[:, 2 * width :] = shift[2 * width :]
+        entering, proposals = gates.new_empty(2, len(gates), width)
+        states = torch.empty_like(proposals)
+        pieces = cells, cells[:, : 2 * width], *cells.chunk(3, dim=1), inputs[:, 2 * width :]
+        updates = by_tick(plan.arrivals, plan.rows, *pieces, entering, proposals, states)
+        stages = gates.new_empty(5, sum(sizes) if learns else max(sizes, default=0), width)
+        kept = by_tick(sizes, *stages) if learns else [stages[:, :size] for size in sizes]
+        span = plan.spans[first:].unsqueeze(1)
+        spans = by_tick(sizes, span, -span / 2)
+        state = gates.new_zeros(first, width)
+        for tick, size in enumerate(plan.sizes):
+            if tick:
+                _solve(state[:size], *kept[tick - 1], *spans[tick - 1], *solver)
+            if plan.arrivals[tick]:
+                _observe(state, product, *updates[tick])
+        if learns:
+            ctx.plan = plan
+            ctx.save_for_backward(cells, entering, proposals, stages, *weights[:-1])
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Go back over the ticks; ``grad`` is (P, H)."""
+        with torch.autocast(grad.device.type, enabled=False):  # a caller may be inside one
+            return None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
+
+
+def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    """Give the gradients of gates and weights from those of the states, ``grad`` (P, H)."""
+    cells, entering, proposals, stages, inner, _, mixing, outer, recurrent = kept
+    first, *sizes = plan.sizes
+    stages, start = stages[:4], stages[4]
+    span = plan.spans[first:].unsqueeze(1)
+    # First what g is multiplied with; then d1 .. d4, each (M, H), and da, dr, dz, dn, g z.
+    fields = torch.addcmul(stages, stages, stages, value=-1).mul_(2 * span)
+    cell = _cell_slopes(cells, entering, proposals)  # (P, 5, H)
+    own = cell[:, 1:4].flatten(1)
+    behind, inside = torch.empty_like(start), torch.empty_like(start)
+    steps = by_tick(sizes, *fields, behind, inside)
+    updates = by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
+    solver = mixing.t(), outer / 3, inner
+    pull = grad.new_zeros(first, len(inner))  # g of each patient
+    for tick in reversed(range(len(plan.sizes))):
+        if plan.arrivals[tick]:
+            rows, given, factors, into, through = updates[tick]
+            factors.mul_(pull.index_select(0, rows).add_(given).unsqueeze(1))
+            pull.index_copy_(0, rows, torch.addmm(through, into, recurrent))
+        if tick:
+            _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
+    # What is left is one product for each weight.
+    k = torch.addcmul(-span / 2, stages, span)
+    fields[3].mul_(2)  # u + 2M k3
+    d_mixing = k[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
+    moved = k[0].add_(k[3]).add_(k[1].add_(k[2]), alpha=2)
+    return (
+        torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1),
+        *(inside.t() @ start, inside.sum(0), d_mixing, behind.t() @ moved / 3),
+        *(own.t() @ entering, own.sum(0)),
+    )
+
+
+def _solve(h: Tensor, *buffers: Tensor) -> None:
+    """Take a step of rk4 with states h (n, H) in place, and keep its stages as sigmoids."""
+    t1, t2, t3, t4, start, span, minus_half, inner, bias, mixing, mixing_twice, back = buffers
+    start.copy_(h)
+    u = torch.addmm(bias, h, inner)
+    torch.sigmoid(u, out=t1)
+    k1 = torch.addcmul(minus_half, t1, span)  # c (2 sigmoid - 1)
+    torch.addmm(u, k1, mixing, out=t2).sigmoid_()
+    k2 = torch.addcmul(minus_half, t2, span)
+    torch.addmm(u, k2, mixing, out=t3).sigmoid_()
+    k3 = torch.addcmul(minus_half, t3, span)
+    torch.addmm(u, k3, mixing_twice, out=t4).sigmoid_()
+    k4 = torch.addcmul(minus_half, t4, span)
+    h.addmm_(k1.add_(k2, alpha=2).add_(k3, alpha=2).add_(k4), back)
+
+
+def _solve_back(g: Tensor, *buffers: Tensor) -> None:
+    """Carry g (n, H) in front of a step in place; d1 .. d4 and what the weights need stay."""
+    d1, d2, d3, d4, behind, inside, mixing, back, inner = buffers
+    behind.copy_(g)
+    e = torch.mm(g, back)
+    d4.mul_(e)
+    d3.mul_(torch.addmm(e, d4, mixing, beta=2, alpha=2))
+    d2.mul_(torch.addmm(e, d3, mixing, beta=2))
+    d1.mul_(torch.addmm(e, d2, mixing))
+    g.addmm_(torch.add(d1, d2, out=inside).add_(d3).add_(d4), inner)
+
+
+def _observe(state: Tensor, product: Tensor, rows: Tensor, *buffers: Tensor) -> None:
+    """Update those rows of ``state`` that arrive, and keep what led there."""
+    cell, both, r, z, n, gate, x, p, new = buffers
+    torch.index_select(state, 0, rows, out=x)
+    cell.addmm_(x, product)
+    both.sigmoid_()
+    torch.addcmul(gate, r, n, out=p).sigmoid_().mul_(2).sub_(1)
+    torch.lerp(p, x, z, out=new)
+    state.index_copy_(0, rows, new)
+
+
+def _cell_slopes(cells: Tensor, entering: Tensor, proposals: Tensor) -> Tensor:
+    """Give (P, 5, H): da, dr, dz, dn and g z without their g, for all observations."""
+    r, z, n = cells.chunk(3, dim=1)
+    a = (1 - z) * (1 - proposals.square())
+    n_slope = a * r
+    r_slope = n_slope * n * (1 - r) / 2  # n stands doubled
+    z_slope = (entering - proposals) * z * (1 - z)
+    return torch.stack([a, r_slope, z_slope, n_slope, z], dim=1)

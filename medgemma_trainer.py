@@ -53,7 +53,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
@@ -65,6 +65,8 @@ from numpy.typing import NDArray
 from dataset_format import (
     MAX_LEN,
     MAX_LEN_SEVERAL,
+    OUTGOING,
+    PARTIAL,
     SERIES_TEXT,
     SHOW_VALUES,
     Batch,
@@ -74,19 +76,24 @@ from dataset_format import (
     MIMICtrajectoryDataset,
     Parser,
     TrajectoryDataset,
+    atomic,
     bands_of,
     case_mix_of,
     check_header,
     description_path,
     find_series,
+    flush,
+    flush_entry,
     forgiving,
     ids_of,
     names,
     one_line,
     pack,
+    partial_of,
     patient_events,
     plainly,
     read_pieces,
+    remove,
     summarize,
     unpack,
 )
@@ -404,13 +411,10 @@ ADVICE = (
 )
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
-PARTIAL, OUTGOING = ".partial", ".old"
-"""Endings of hidden names: of what is being written, and of what it replaces."""
-
 LAST = "last"
 """Folder of the states that ``--resume`` goes on from."""
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Rises when older states can no longer be gone on from."""
 
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
@@ -958,11 +962,22 @@ def explain_loading_error(name: str, error: Exception) -> str:
 
 
 def base_content(name: str) -> dict[str, str] | None:
-    """Give the hashes of the files of a language model in a folder; None for one of the hub."""
+    """Give the hashes of a language model's files in a folder; None for one of the hub."""
     if name == "tiny" or not os.path.isdir(name):
         return None
-    hashes = {path.name: file_hash(path) for path in sorted(Path(name).iterdir())}
-    return {file: digest for file, digest in hashes.items() if digest}
+    return {
+        path.name: hash_once(path, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(Path(name).iterdir())
+        if path.suffix in (".json", ".safetensors", ".model", ".jinja") and path.is_file()
+    }
+
+
+@cache
+def hash_once(path: Path, size: int, changed: int) -> str:
+    """Hash a large file once a process, as long as size and time of change stay."""
+    digest = file_hash(path)
+    assert digest is not None, (size, changed)
+    return digest
 
 
 def cached_revision(name: str) -> str | None:
@@ -2455,6 +2470,7 @@ def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
     with atomic(folder) as temporary:
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
+        sort_targets(temporary / "adapter" / "adapter_config.json")
         state = {
             f"{part}.{key}": tensor.contiguous()
             for part, module in outside_llm(model).items()
@@ -2464,6 +2480,13 @@ def save_llm(model: TrajectoryLLM, facts: dict[str, Any], folder: Path) -> None:
         write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
         sealed = json.dumps(seal(facts, temporary), indent=2)
         write_text(temporary / "config.json", sealed + "\n")
+
+
+def sort_targets(config: Path) -> None:
+    """Sort the adapted modules in PEFT's file: they are a set, written in any order."""
+    facts = json.loads(config.read_text(encoding="utf-8"))
+    facts["target_modules"] = sorted(facts["target_modules"])
+    write_text(config, json.dumps(facts, indent=2) + "\n")
 
 
 def load_llm(model: TrajectoryLLM, folder: Path) -> None:
@@ -2490,67 +2513,6 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
 def outside_llm(model: TrajectoryLLM) -> dict[str, nn.Module]:
     """Give the parts beside the language model: encoder, projection and heads that there are."""
     return {name: part for name, part in model.named_children() if name != "llm"}
-
-
-def partial_of(path: Path) -> Path:
-    """Give the name under which a file or folder is written before it is whole."""
-    return path.with_name(f".{path.name}{PARTIAL}")
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; what is written there takes its place if all is well.
-
-    The content reaches the disk before its name does, so that no loss of power leaves half of it.
-    """
-    temporary = partial_of(path)
-    remove(temporary)
-    try:
-        yield temporary
-        flush(temporary)
-        if path.is_dir():  # a folder cannot be replaced in one step
-            outgoing = path.with_name(f".{path.name}{OUTGOING}")
-            remove(outgoing)
-            path.rename(outgoing)
-            try:
-                temporary.rename(path)
-            except BaseException:  # a signal, say: one of the two must stand there
-                outgoing.rename(path)
-                raise
-            remove(outgoing)
-        else:
-            os.replace(temporary, path)
-        flush_entry(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not name it
-        raise
-    finally:
-        remove(temporary)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, lies on the disk."""
-    if path.is_dir():
-        for each in path.iterdir():
-            flush(each)
-    flush_entry(path)
-
-
-def flush_entry(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, lie on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def clean(folder: Path) -> None:
@@ -2585,11 +2547,13 @@ class States:
 
     Args:
         folder: where they lie.
+        facts: of ``run.json``; each state holds them too, so that no single file is the only one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, facts: dict[str, Any] | None = None) -> None:
         """Remember the place; nothing is made yet."""
-        self.folder = folder
+        self.folder, self.facts = folder, facts
+        self.damaged: set[Path] = set()
 
     def files(self) -> list[Path]:
         """Give the states that are there, oldest first."""
@@ -2598,59 +2562,88 @@ class States:
         return sorted(path for path in self.folder.iterdir() if STATE_NAME.fullmatch(path.name))
 
     def keep(self, state: State) -> None:
-        """Write a state beside the one before; older ones go."""
+        """Write a state beside the one before; older and damaged ones go."""
         from safetensors.torch import save
 
         files = self.files()
         number = 1 + (int(files[-1].name[:8]) if files else 0)
-        content = save(state.tensors, {"story": json.dumps(state.story)})
+        story = {**state.story, "facts": self.facts}
+        content = save(state.tensors, {"story": json.dumps(story)})
         digest = hashlib.sha256(content).hexdigest()
         self.folder.mkdir(exist_ok=True)
         with atomic(self.folder / f"{number:08d}-{digest}.safetensors") as temporary:
             temporary.write_bytes(content)
-        for path in files[: len(files) + 1 - STATES_KEPT]:
+        whole = [path for path in files if path not in self.damaged]
+        for path in {*files} - {*whole[1 - STATES_KEPT :]}:
             remove(path)
 
     def newest(self) -> State:
-        """Read the newest state that is whole.
+        """Read the newest state that is whole; of several processes all read the same.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or one is of another format.
+            OSError: one cannot be read.
         """
-        files = self.files()
-        for path in reversed(files):
+        from accelerate.utils import broadcast_object_list
+
+        found = self.newest_whole() if processes().is_main_process else None
+        name = [found[0].name if found else ""]
+        if processes().num_processes > 1:
+            broadcast_object_list(name)
+        return found[1] if found else read_state(self.folder / name[0])
+
+    def newest_whole(self) -> tuple[Path, State]:
+        """Give the newest state that is whole, and its file; nothing is changed.
+
+        Raises:
+            InputError: there is none, or one is of another format.
+            OSError: one cannot be read.
+        """
+        for path in reversed(self.files()):
             try:
-                return read_state(path)
-            except InputError as error:
+                state = read_state(path)
+            except DamagedError as error:
+                self.damaged.add(path)
                 logger.warning("%s: going on from the state before", error)
-                if processes().is_main_process:
-                    remove(path)  # or it would count as one of the two that are kept
+                continue
+            if self.facts and state.story.get("facts") != self.facts:
+                raise InputError(f"{path}: a state of another run: start again without --resume")
+            return path, state
         raise InputError(f"--resume {self.folder}: no state is whole: start again without --resume")
+
+
+class DamagedError(InputError):
+    """A state is not as it was written."""
 
 
 def read_state(path: Path) -> State:
     """Read one state; nothing that it may carry is run.
 
     Raises:
-        InputError: it is damaged, not of this program, or of another format.
+        DamagedError: it is not as it was written, or nothing of this program.
+        InputError: it is of another format.
+        OSError: it cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if path.is_symlink():
-        raise InputError(f"{path}: a link, not a state")
+        raise DamagedError(f"{path}: a link, not a state")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() not in path.name:
+        raise DamagedError(f"{path}: damaged")
     try:
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() not in path.name:
-            raise InputError(f"{path}: damaged")
         length = int.from_bytes(content[:8], "little")
         story = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["story"])
         tensors = load(content)
         told = story.get("format")
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a state of training") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path}: not a state of training") from error
     if told != STATE_FORMAT:
-        raise InputError(f"{path}: a state of format {told}, this program reads {STATE_FORMAT}")
+        raise InputError(
+            f"{path}: a state of format {told}, this program reads {STATE_FORMAT}: go on with the "
+            "version that it was begun with, or start again without --resume"
+        )
     return State(tensors, story)
 
 
@@ -2847,6 +2840,17 @@ class Heed:
             self.waits = False
         self.obey(self.asked())
 
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Let an end wait for the end of a block that one process goes through by itself."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+        if self.came in self.ENDING:
+            raise Stopped(self.came)
+
     def asked(self) -> int:
         """Give the signal that has come to any process, 0 for none."""
         anywhere = sum_over_processes(*(self.came == number for number in self.KNOWN))
@@ -2881,19 +2885,36 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """
     import fcntl  # not on Windows, where nothing of this program has been tried
 
+    busy = f"{folder}: another run is at work there: wait for it or choose another place"
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another run is at work there: wait for it or choose another place"
-            ) from error
+            raise InputError(busy) from error
         except OSError:  # some network file systems know no locks
             logger.warning("%s cannot be locked: let no second run write there", folder)
+        if not os.path.exists(folder) or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise InputError(busy)  # which has put another one there meanwhile
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Keep another run from writing a file, by a lock beside it that is free when this run dies.
+
+    Raises:
+        InputError: another run has it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    lock.touch(0o600)
+    with locked(lock):
+        try:
+            yield
+        finally:
+            remove(lock)
 
 
 # --------------------------------------------------------------------------- the one loop
@@ -5112,9 +5133,6 @@ def refuse_other_data(args: argparse.Namespace, facts: dict[str, Any]) -> Path:
     if source is None:
         raise InputError(f"--predict: say which rows by --{flag}: {kind}")
     check_place(args.predictions, source, args.checkpoint)
-    if partial_of(args.predictions).exists():  # of a run that is at work, or was killed
-        with locked(partial_of(args.predictions)):
-            pass
     return source
 
 
@@ -5178,9 +5196,9 @@ def predict(args: argparse.Namespace) -> int:
     tally = Tally()
     try:
         with (
+            sole_writer(args.predictions),
             atomic(args.predictions) as temporary,
             temporary.open("w", encoding="utf-8", newline="") as file,
-            locked(temporary),
             bar(source) as shown,
         ):
             for rows in itertools.chain([first], pieces):
@@ -5596,34 +5614,59 @@ def tracker_folder(folder: Path) -> Path:
 @contextlib.contextmanager
 def fresh_folder(folder: Path) -> Iterator[None]:
     """Make a stage's folder; an earlier result is set aside, and comes back if no run begins."""
-    places = stage_places(folder)
-    earlier = [path for path in places if path.exists()]
-    moved: dict[Path, Path] = {}
+    moves, made = moves_aside(stage_places(folder)), False
     try:
-        for path in earlier:
-            moved[path] = set_aside(path)
-        folder.mkdir()
+        with SIGNALS.held_back():
+            for path, aside in moves.items():
+                path.rename(aside)
+                unfinished = bool(States(aside / LAST).files())
+                hint = "; --resume would have gone on with it" if unfinished else ""
+                logger.info("an earlier result was moved to %s%s", aside, hint)
+            folder.mkdir()
+            made = True
         yield
     except BaseException:
-        own = [path for path in places if path in moved or path not in earlier]
-        if folder in own and not (folder / "run.json").exists():
-            for path in own:
-                remove(path)
-            with contextlib.suppress(OSError):  # another stage's, or none
-                tracker_folder(folder).parent.rmdir()
-            for path, kept in moved.items():
-                kept.rename(path)
-                logger.info("%s was moved back", kept)
+        if not has_begun(folder):
+            with SIGNALS.held_back():
+                if made:
+                    discard([path for path in stage_places(folder) if os.path.lexists(path)])
+                for path, aside in moves.items():
+                    if os.path.lexists(aside):
+                        aside.rename(path)
+                        logger.info("%s was moved back", aside)
         raise
 
 
-def set_aside(path: Path) -> Path:
-    """Move an earlier result out of the way under the first free number; never overwrite it."""
-    number = next(k for k in range(1, 10_000) if not path.with_stem(f"{path.stem}.{k}").exists())
-    kept = path.rename(path.with_stem(f"{path.stem}.{number}"))
-    unfinished = "; --resume would have gone on with it" if (kept / LAST).exists() else ""
-    logger.info("an earlier result was moved to %s%s", kept, unfinished)
-    return kept
+def has_begun(folder: Path) -> bool:
+    """Tell whether a run has kept a state that can be gone on from, or all of its results."""
+    if States(folder / LAST).files():
+        return True
+    try:
+        return complete(begun(folder) or {})
+    except InputError:  # what cannot be read is not thrown away
+        return True
+
+
+def discard(paths: list[Path]) -> None:
+    """Remove what a run made that never began; what resists is out of the way at least."""
+    for path in paths:
+        away = partial_of(path)
+        remove(away)
+        path.rename(away)
+        with contextlib.suppress(OSError):  # a network file system keeps what is open
+            remove(away)
+    with contextlib.suppress(OSError):  # another stage's, or none
+        tracker_folder(paths[0]).parent.rmdir()
+
+
+def moves_aside(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Give those of the paths that are there, and a name for each under a number free in all."""
+    there = [path for path in paths if os.path.lexists(path)]
+    for number in itertools.count(1):
+        moves = {path: path.with_stem(f"{path.stem}.{number}") for path in there}
+        if not any(map(os.path.lexists, moves.values())):
+            break
+    return moves
 
 
 def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
@@ -5632,37 +5675,59 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     check_tracker(args.report_to)
     data = load_data(args)
     folder = args.output_dir / stage_name(args)
-    if args.resume and not left_to_do(folder, args, data):
-        return EXIT_DONE
-    stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
-    if args.dry_run:
-        rehearse(stage, data, args)
-        return EXIT_DONE
-    log_path = None if args.log_file == "none" else Path(args.log_file)
-    if args.log_file == "auto":
-        log_path = folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
-    elif log_path and not log_path.parent.is_dir():  # said before a folder is made
-        raise InputError(f"--log_file {log_path}: no folder {log_path.parent}")
-    elif log_path and log_path.is_dir():
-        raise InputError(f"--log_file {log_path}: a folder: give the name of a file")
-    first = processes().is_main_process
-    if first and log_path and args.log_file != "auto":  # refused before anything is moved aside
-        open_log(log, log_path)
+    own, none = own_folder(folder, args), contextlib.nullcontext()
+    earlier = identity(folder)
     try:
-        with own_folder(folder, args), tracking(args, folder) as track:
-            if first and log_path and args.log_file == "auto":
+        # What is looked at before going on must not change until then.
+        with own if args.resume else none:
+            if args.resume and not left_to_do(folder, args, data):
+                return EXIT_DONE
+            stage = (trajectory_stage if args.trajectory_only else llm_stage)(args, data)
+            if args.dry_run:
+                rehearse(stage, data, args)
+                return EXIT_DONE
+            first, log_path = processes().is_main_process, log_place(args, folder)
+            if first and log_path and args.log_file != "auto":  # before anything is moved aside
                 open_log(log, log_path)
-            processes().wait_for_everyone()  # the others read what the first one makes
-            run_and_report(stage, data, folder, args, track)
+            with none if args.resume else own, tracking(args, folder) as track:
+                if first and log_path and args.log_file == "auto":
+                    open_log(log, log_path)
+                processes().wait_for_everyone()  # the others read what the first one makes
+                run_and_report(stage, data, folder, args, track)
     except KeyboardInterrupt as stop:
+        if processes().is_main_process:
+            tell_interrupted(folder, began=args.resume or identity(folder) != earlier)
         return getattr(stop, "code", EXIT_INTERRUPTED)
     return EXIT_DONE
 
 
-def tell_interrupted(folder: Path) -> None:
+def log_place(args: argparse.Namespace, folder: Path) -> Path | None:
+    """Give the path of the log, None for none.
+
+    Raises:
+        InputError: no file can lie there.
+    """
+    if args.log_file == "none":
+        return None
+    if args.log_file == "auto":
+        return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
+    path = Path(args.log_file)
+    if not path.parent.is_dir():  # said before a folder is made
+        raise InputError(f"--log_file {path}: no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"--log_file {path}: a folder: give the name of a file")
+    return path
+
+
+def identity(folder: Path) -> int | None:
+    """Give what tells a folder from another of its name; None where there is none."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def tell_interrupted(folder: Path, *, began: bool) -> None:
     """Say what a run that was interrupted has reached."""
-    if not (folder / "run.json").exists():
-        logger.error("interrupted before the first step: nothing was reached, nothing is left")
+    if not began:
+        logger.error("interrupted before the first step: nothing was reached, nothing is changed")
         return
     kept = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
     logger.error(
@@ -5681,24 +5746,30 @@ def own_folder(folder: Path, args: argparse.Namespace) -> Iterator[None]:
         InputError: the place cannot be written, or another run is at work there.
     """
     with contextlib.ExitStack() as held:
-        if processes().is_main_process:
+        if processes().is_main_process and not (args.resume and not folder.exists()):
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 with locked(folder.parent, wait=True):  # runs that start together queue here
                     if folder.exists():
                         held.enter_context(locked(folder))
-                    for place in (folder, folder / LAST):
-                        clean(place)
+                        clean_up(folder)
                     if not args.resume:
                         held.enter_context(fresh_folder(folder))
                         held.enter_context(locked(folder))
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
-        try:
-            yield
-        except KeyboardInterrupt:
-            tell_interrupted(folder)
-            raise
+        yield
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what dead runs of a stage left half-written; its states stay unless all is done."""
+    for place in (folder, folder / LAST):
+        clean(place)
+    for path in stage_places(folder):
+        remove(partial_of(path))
+    with contextlib.suppress(InputError):
+        if complete(begun(folder) or {}):
+            remove(folder / LAST)
 
 
 def stage_name(args: argparse.Namespace) -> str:
@@ -5724,8 +5795,6 @@ def left_to_do(folder: Path, args: argparse.Namespace, data: Data) -> bool:
     if complete(known):
         refuse_broken(folder, known)
         logger.info("%s: that run is finished: nothing left to do", folder)
-        if processes().is_main_process:
-            remove(folder / LAST)
         return False
     if known["processes"] != facts["processes"]:
         count = f"begun with {known['processes']} processes, now {facts['processes']}"
@@ -5748,14 +5817,20 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     write_text(folder / "run.json", json.dumps(told, indent=2) + "\n")
 
 
+RESULTS = (
+    *("metrics.json", "history.jsonl", "report.html", "generations_test.jsonl"),
+    *("predictions_val.csv", "predictions_test.csv"),
+)
+"""What a finished run leaves in its folder beside the winner."""
+
+
 def results_of(folder: Path) -> dict[str, str | None]:
-    """Hash all that a run has led to, winner and figures and what tells of them; no log."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".log"]
+    """Hash all that a run has led to: winner and figures, and what tells of them."""
+    paths = [folder / name for name in RESULTS]
+    paths += sorted((folder / "best").rglob("*"))
     if folder.name == "trajectory":
         paths.append(folder.parent / TRAJECTORY_FILE)
-    passing = {folder / "run.json", folder / LAST}
-    kept = [p for p in sorted(paths) if passing.isdisjoint((p, p.parent))]
-    return {p.relative_to(folder.parent).as_posix(): file_hash(p) for p in kept}
+    return {p.relative_to(folder.parent).as_posix(): file_hash(p) for p in paths if p.is_file()}
 
 
 def refuse_broken(folder: Path, known: dict[str, Any]) -> None:
@@ -5766,7 +5841,11 @@ def refuse_broken(folder: Path, known: dict[str, Any]) -> None:
     """
     for name, digest in known["results_sha256"].items():
         path = folder.parent / name
-        if path.is_symlink() or file_hash(path) != digest:
+        try:
+            whole = not path.is_symlink() and file_hash(path) == digest
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        if not whole:
             raise InputError(
                 f"{folder}: that run is finished, but {path} is missing, or not as it was "
                 "written: start it anew without --resume"
@@ -5774,21 +5853,35 @@ def refuse_broken(folder: Path, known: dict[str, Any]) -> None:
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
-    """Give what ``run.json`` says of the run that was begun in a folder, None for none.
+    """Give what is known of the run that was begun in a folder, None for none.
+
+    ``run.json`` says it; where that is damaged or lost, the newest state does.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, and so are the states.
     """
     path = folder / "run.json"
+    problem: Exception | None = None
     try:
         known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if known["facts_sha256"] != facts_hash(known):
+        kinds = [type(known[key]) for key in ("arguments", "data", "versions")]
+        kinds.append(type(known.get("results_sha256", {})))
+        if known["facts_sha256"] != facts_hash(known) or set(kinds) != {dict}:
             raise ValueError("its checksum is another")
+        return known
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged, or of an older version: {error}") from error
-    return known
+        problem = error
+    if States(folder / LAST).files():
+        facts: dict[str, Any] | None = States(folder / LAST).newest_whole()[1].story["facts"]
+        if facts:
+            return facts
+    if problem:
+        raise InputError(
+            f"{path}: damaged, or of an older version: {problem}: start anew without --resume"
+        ) from problem
+    return None
 
 
 def complete(known: dict[str, Any]) -> bool:
@@ -5802,7 +5895,7 @@ def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     told = [
         f"--{name} was {then.get(name)}, is {now.get(name)}"
         for name in sorted({*then, *now} - IMMATERIAL)
-        if then.get(name) != now.get(name)
+        if then.get(name) != now.get(name) and (name != "deterministic" or facts["device"] != "cpu")
     ]
     if known["data"] != facts["data"] and not told:
         told.append("the data are not the same")
@@ -5823,7 +5916,7 @@ def run_and_report(
     evaluate(stage.model.to(device), stage.loaders["val"], device, SANITY_BATCHES)
     if first and not args.resume:  # from here on the run has begun
         write_facts(folder, run_facts(args, data))
-    states = States(folder / LAST)
+    states = States(folder / LAST, begun(folder))
     stopping = run_stage(
         *(stage, folder, device, args.seed, track),
         states=states,
@@ -6025,9 +6118,12 @@ def run_or_go_on(command: list[str], folder: Path) -> int:
     done = reached(folder, args, load_data(args))
     if done == "all":
         logger.info("already there: %s", folder)
+        if processes().is_main_process:
+            with locked(folder):
+                clean_up(folder)
         return EXIT_DONE
     if done == "none" and folder.exists():
-        logger.info("%s: made by another command, code, versions or data: made anew", folder)
+        logger.info("%s: not what this command, code and data lead to: made anew", folder)
     return main([*command, "--resume"] if done == "part" else command)
 
 
@@ -6045,10 +6141,13 @@ def reached(folder: Path, args: argparse.Namespace, data: Data) -> str:
         if complete(known):
             refuse_broken(folder, known)
             return "all"
+        if not States(folder / LAST).files():
+            return "none"
+        States(folder / LAST).newest_whole()
     except InputError as error:  # it is moved aside, and made anew
         logger.warning("%s", error)
         return "none"
-    return "part" if States(folder / LAST).files() else "none"
+    return "part"
 
 
 def seconds_an_epoch(folder: Path) -> float:
@@ -6283,8 +6382,11 @@ def show(
     """
     text, before = json.dumps(results, indent=2) + "\n", folder / f"{name}.json"
     if before.exists() and before.read_text(encoding="utf-8") != text:
-        for ending in (".json", ".png", ".html"):
-            set_aside(folder / f"{name}{ending}")
+        for path, aside in moves_aside(
+            folder / f"{name}{ending}" for ending in (".json", ".png", ".html")
+        ).items():
+            path.rename(aside)
+            logger.info("an earlier result was moved to %s", aside)
     write_text(before, text)
     picture = draw_comparison(results, reference)
     repaint(picture)
@@ -6421,7 +6523,9 @@ def fault(error: Exception) -> str:
         return f"the machine has too little memory: {ADVICE}"
     if isinstance(error, OSError):
         place = one_line(str(error.filename))
-        return f"{place}: {error.strerror}: make room or choose another place"
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        advice = "get yourself the right to it" if denied else "make room"
+        return f"{place}: {error.strerror}: {advice}, or choose another place"
     if "CUDA" in text or "NVIDIA" in text:
         return f"the GPU or its driver fails: {text}: see what nvidia-smi says"
     if processes().num_processes > 1 and re.search("gloo|NCCL|[Cc]onnection", str(error)):

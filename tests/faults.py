@@ -163,7 +163,9 @@ def launch(processes: int, words: list[str], place: Path, before: str) -> subpro
     # A precision in accelerate's own configuration must not change the model's.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    )
 
 
 def result_of(folder: Path, stage: str) -> dict[str, bytes]:
@@ -277,7 +279,7 @@ def wait_for_pair(words: list[str], place: Path, kill: tuple[int, float] | None 
     try:
         error = pair.communicate(timeout=longest)[1]
     except subprocess.TimeoutExpired:
-        pair.kill()
+        os.killpg(pair.pid, signal.SIGKILL)
         return Ended(99, "hangs")
     return Ended(pair.returncode, error)
 
@@ -288,18 +290,28 @@ def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
     words = [*trial.words, "--output_dir", str(place / "run")]
     kill = draw.randrange(2), draw.uniform(0, trial.seconds)
     ended = wait_for_pair(words, place, kill)
+    begun = has_states(place / "run" / trial.stage)
     told = [line for line in ended.error.splitlines() if line.startswith("error: ")]
-    if ended.error == "hangs" or not all("another process of this run has" in x for x in told):
+    # The launcher asks the other to end, if that has not seen by itself that it is alone.
+    known = ("another process of this run has ended", "interrupted: ")
+    if ended.error == "hangs" or not all(any(k in line for k in known) for line in told):
         return f"wrong: killed {kill}: {ended}"
     if f'File "{ROOT}/medgemma_trainer.py"' in ended.error:
         return f"wrong: killed {kill}: a traceback: {ended}"
+    if begun and ended.code and not told:
+        return f"wrong: killed {kill}: the other says nothing: {ended}"
     again, outcome = wait_for_pair([*words, "--resume"], place), "the same result"
-    if again.code and "no run was begun" in again.error:
+    if again.code and "no run was begun" in again.error and not begun:
         again, outcome = wait_for_pair(words, place), "never began"
     if again.code:
         return f"wrong: killed {kill}: going on ended with {again}"
     same = result_of(place / "run", trial.stage) == trial.result
     return outcome if same else f"wrong: killed {kill}: another result"
+
+
+def has_states(folder: Path) -> bool:
+    """Tell whether a run has kept a state that it can go on from."""
+    return bool(trainer.States(folder / trainer.LAST).files())
 
 
 def is_read(path: Path) -> bool:
@@ -340,8 +352,14 @@ def judge(trial: Trial, kind: str, place: Path, draw: random.Random) -> str:
     folder = place / "run"
     place.mkdir()
     ended = disturb(trial, kind, folder, draw)
+    begun = has_states(folder / trial.stage)
     words = [*trial.words, "--output_dir", str(folder)]
-    expected = {"SIGTERM": {143, 0}, "SIGINT twice": {-2, 130, 0}}.get(kind, {0, 2, 3, -9})
+    expected = {
+        "SIGTERM": {143},
+        "SIGINT twice": {-signal.SIGINT, 130},
+        "SIGUSR1, then killed": {-signal.SIGKILL},
+        "killed at a write": {-signal.SIGKILL},
+    }.get(kind, {0, 2, 3, -signal.SIGKILL})
     if ended.code not in expected or "traceback" in ended.error.lower():
         return f"wrong: ended with {ended}"
     again = wait(start([*words, "--resume"], folder), folder)
@@ -349,6 +367,8 @@ def judge(trial: Trial, kind: str, place: Path, draw: random.Random) -> str:
     if again.code == 2 and again.error.count("\n") == 1:
         # It never began, or a damaged file leaves nothing to trust: as a user would, start again.
         outcome = "never began" if "no run was begun" in again.error else "refused in one line"
+        if outcome == "never began" and begun:
+            return f"wrong: states are there, and yet: {again.error}"
         if outcome == "refused in one line" and kind != "file damaged":
             return f"wrong: refused: {again.error}"
         again = wait(start(words, folder), folder)

@@ -1,0 +1,210 @@
+"""Hand-written MIMIC-IV folders for tests and benchmark: admissions by hours, any form of file.
+
+No real patient. Hours count from the first of January 2150; every table has the columns of
+MIMIC-IV 3.1, those that nobody reads as well.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+EPOCH = pd.Timestamp("2150-01-01")
+GAP, BICARBONATE, CHLORIDE, CREATININE, GLUCOSE, PH, SODIUM = (
+    *(50868, 50882, 50902, 50912, 50931, 50820),
+    50983,
+)
+UNITS = {CREATININE: "mg/dL", GLUCOSE: "mg/dL", 50809: "mg/dL", PH: "units"}
+ITEMS = {
+    GAP: "Anion Gap",
+    BICARBONATE: "Bicarbonate",
+    CHLORIDE: "Chloride",
+    CREATININE: "Creatinine",
+    GLUCOSE: "Glucose",
+    50809: "Glucose",
+    PH: "pH",
+    SODIUM: "Sodium",
+    51221: "Hematocrit",
+}
+LABEVENTS = (
+    "labevent_id",
+    "subject_id",
+    "hadm_id",
+    "specimen_id",
+    "itemid",
+    "order_provider_id",
+    "charttime",
+    "storetime",
+    "value",
+    "valuenum",
+    "valueuom",
+    "ref_range_lower",
+    "ref_range_upper",
+    "flag",
+    "priority",
+    "comments",
+)
+
+
+def moment(hour: float | None) -> str:
+    """Write an hour as MIMIC-IV writes times, empty for None."""
+    return "" if hour is None else f"{EPOCH + pd.Timedelta(hour, 'h'):%Y-%m-%d %H:%M:%S}"
+
+
+class Mini:
+    """A MIMIC-IV that grows by single rows; hours are those since ``EPOCH``."""
+
+    def __init__(self) -> None:
+        """Begin with the items alone."""
+        self.rows: dict[str, list[dict[str, Any]]] = {
+            "hosp/patients": [],
+            "hosp/admissions": [],
+            "hosp/diagnoses_icd": [],
+            "hosp/d_labitems": [
+                {"itemid": k, "label": v, "fluid": "Blood", "category": "Chemistry"}
+                for k, v in ITEMS.items()
+            ],
+            "hosp/labevents": [],
+            "icu/icustays": [],
+        }
+
+    def admit(
+        self,
+        hadm: int,
+        start: float = 0.0,
+        end: float | None = 200.0,
+        *,
+        subject: int | None = None,
+        death: float | None = None,
+        expired: int | None = None,
+        age: float | None = 50,
+        gender: str = "F",
+        code: str = "E1010",
+        version: int = 10,
+    ) -> Mini:
+        """Add an admission, and its patient where he is new; a patient is the admission's own."""
+        subject = 10_000 + hadm if subject is None else subject
+        if subject not in [row["subject_id"] for row in self.rows["hosp/patients"]]:
+            patient = {
+                "subject_id": subject,
+                "gender": gender,
+                "anchor_age": "" if age is None else age,
+            }
+            patient |= {"anchor_year": 2150, "anchor_year_group": "2008 - 2010", "dod": ""}
+            self.rows["hosp/patients"].append(patient)
+        row = {"subject_id": subject, "hadm_id": hadm, "admittime": moment(start)}
+        row |= {"dischtime": moment(end), "deathtime": moment(death), "admission_type": "URGENT"}
+        row["hospital_expire_flag"] = int(death is not None) if expired is None else expired
+        self.rows["hosp/admissions"].append(row)
+        codes = [("4019", 9), (code, version)]
+        self.rows["hosp/diagnoses_icd"] += [
+            {
+                "subject_id": subject,
+                "hadm_id": hadm,
+                "seq_num": k,
+                "icd_code": c,
+                "icd_version": v,
+            }
+            for k, (c, v) in enumerate(codes, 1)
+        ]
+        return self
+
+    def lab(
+        self,
+        hadm: int,
+        hour: float,
+        value: float | None,
+        item: int = GAP,
+        *,
+        stored: float | None = -1.0,
+        unit: str | None = None,
+        named: bool = True,
+        **columns: Any,
+    ) -> Mini:
+        """Add a value of an admission's patient; stored an hour after it is charted."""
+        admissions = self.rows["hosp/admissions"]
+        subject = next(row["subject_id"] for row in admissions if row["hadm_id"] == hadm)
+        number = len(self.rows["hosp/labevents"]) + 1
+        row: dict[str, Any] = dict.fromkeys(LABEVENTS, "")
+        row |= {"labevent_id": number, "subject_id": subject, "specimen_id": 7_000_000 + number}
+        row |= {"hadm_id": hadm if named else "", "itemid": item, "charttime": moment(hour)}
+        row["storetime"] = moment(hour + 1 if stored == -1.0 else stored)
+        row |= {"value": "___", "valuenum": "" if value is None else value}
+        row["valueuom"] = UNITS.get(item, "mEq/L") if unit is None else unit
+        row |= {"priority": "STAT", "comments": 'said "high", ___.'}
+        self.rows["hosp/labevents"].append(row | columns)
+        return self
+
+    def gaps(self, hadm: int, *pairs: tuple[float, float]) -> Mini:
+        """Add anion gaps: pairs of hour and value."""
+        for hour, value in pairs:
+            self.lab(hadm, hour, value)
+        return self
+
+    def icu(self, hadm: int, start: float, end: float | None) -> Mini:
+        """Add a stay in intensive care."""
+        subject = next(
+            row["subject_id"] for row in self.rows["hosp/admissions"] if row["hadm_id"] == hadm
+        )
+        row = {"subject_id": subject, "hadm_id": hadm, "intime": moment(start)}
+        row |= {"stay_id": 30_000_000 + len(self.rows["icu/icustays"]), "outtime": moment(end)}
+        unit = "Medical Intensive Care Unit (MICU)"
+        self.rows["icu/icustays"].append(row | {"first_careunit": unit, "last_careunit": unit})
+        return self
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Give the tables, cells as text."""
+        made = {name: pd.DataFrame(rows).astype(str) for name, rows in self.rows.items()}
+        if made["icu/icustays"].empty:  # a hospital has an intensive care unit
+            other = {"subject_id": "1", "hadm_id": "1", "stay_id": "1", "first_careunit": "TSICU"}
+            times = {"intime": moment(0), "outtime": moment(1), "last_careunit": "TSICU"}
+            made["icu/icustays"] = pd.DataFrame([other | times])
+        return made
+
+    def write(self, folder: Path, form: str = ".csv") -> Path:
+        """Write all tables in one form."""
+        return write_tables(folder, self.tables(), form)
+
+
+def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """Read a folder of .csv.gz as text, empty where nothing stands."""
+    return {
+        f"{path.parent.name}/{path.name.partition('.')[0]}": pd.read_csv(
+            path, dtype=str, keep_default_na=False
+        )
+        for path in sorted(folder.glob("*/*.csv.gz"))
+    }
+
+
+NUMBERS = ("_id", "itemid", "seq_num", "_version", "anchor_age", "anchor_year", "_flag")
+
+
+def write_tables(folder: Path, tables: dict[str, pd.DataFrame], form: str = ".csv") -> Path:
+    """Write tables of text in a form; in Parquet numbers are numbers and times are times."""
+    for name, table in tables.items():
+        path = folder / f"{name}{form}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if form == ".parquet":
+            typed = table.copy()
+            for column in table:
+                if str(column).endswith(NUMBERS):
+                    typed[column] = pd.to_numeric(table[column]).astype("Int64")
+                elif str(column).endswith("time"):
+                    typed[column] = pd.to_datetime(table[column].replace("", None))
+                elif column == "valuenum":
+                    typed[column] = pd.to_numeric(table[column])
+            typed.to_parquet(path)
+        elif form == ".csv.gz":
+            path.write_bytes(gzip.compress(table.to_csv(index=False).encode(), 1, mtime=0))
+        else:
+            table.to_csv(path, index=False)
+    return folder
+
+
+def shuffled(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Give the same rows in another order."""
+    return table.iloc[np.random.default_rng(seed).permutation(len(table))]
