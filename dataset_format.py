@@ -656,9 +656,10 @@ def patient_events(
     return owner, event
 
 
+DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
+
 FLOW = ("rule", "removed", "left")
 """What is told of each rule by which data came to their rows."""
-DatasetT = TypeVar("DatasetT", bound=TrajectoryDataset)
 
 
 @dataclass(frozen=True)
@@ -1410,8 +1411,8 @@ def pack(dataset: TrajectoryDataset) -> tuple[dict[str, NDArray[Any]], dict[str,
             for key, column in table.items():
                 if isinstance(column.dtype, pd.CategoricalDtype):
                     rest[f"{name}.{key}"] = column.cat.categories.tolist()
-                    column = column.cat.codes
-                if column.dtype.kind in "biuf":
+                    arrays[f"{name}.{key}"] = column.cat.codes.to_numpy()
+                elif pd.api.types.is_numeric_dtype(column.dtype):
                     arrays[f"{name}.{key}"] = column.to_numpy()
                 else:
                     rest[f"{name}.{key}"] = column.tolist()
@@ -1440,21 +1441,19 @@ def unpack(kind: type[DatasetT], arrays: dict[str, NDArray[Any]], rest: dict[str
     dataset, left = kind.__new__(kind), dict(arrays)
     for name, value in rest.items():
         if isinstance(value, dict) and set(value) == {"columns", "index"}:
-            columns = {}
+            columns: dict[str, Any] = {}
             for key in value["columns"]:
-                codes: Any = left.pop(f"{name}.{key}", None)
-                words: Any = rest.get(f"{name}.{key}")
-                both = codes is not None and words is not None
-                kept = words if codes is None else codes
-                columns[key] = pd.Categorical.from_codes(codes, words) if both else kept
+                column, words = left.pop(f"{name}.{key}", None), rest.get(f"{name}.{key}")
+                columns[key] = words if column is None else column
+                if column is not None and words is not None:
+                    columns[key] = pd.Categorical.from_codes(column, words)
             table = pd.DataFrame(columns)
             setattr(dataset, name, table.set_index(value["index"]) if value["index"] else table)
         elif name == "description":
             limits = {series: _rising(pair) for series, pair in value["limits"].items()}
             plausible = _rising(value["plausible"])
-            read = {"plausible": plausible, "limits": limits, "flow": tuple(value["flow"])}
-            described = Description(**{**value, **read})
-            setattr(dataset, name, described)
+            known = {"plausible": plausible, "limits": limits, "flow": tuple(value["flow"])}
+            setattr(dataset, name, Description(**{**value, **known}))
         elif "." not in name:
             setattr(dataset, name, tuple(value) if isinstance(value, list) else value)
     for name in [name for name in left if name.endswith(".text")]:

@@ -414,7 +414,7 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 LAST = "last"
 """Folder of the states that ``--resume`` goes on from."""
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 """Rises when older states can no longer be gone on from."""
 
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"

@@ -293,7 +293,7 @@ def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
     begun = has_states(place / "run" / trial.stage)
     told = [line for line in ended.error.splitlines() if line.startswith("error: ")]
     # The launcher asks the other to end, if that has not seen by itself that it is alone.
-    known = ("another process of this run has ended", "interrupted: ")
+    known = ("another process of this run has ended", "interrupted")
     if ended.error == "hangs" or not all(any(k in line for k in known) for line in told):
         return f"wrong: killed {kill}: {ended}"
     if f'File "{ROOT}/medgemma_trainer.py"' in ended.error:

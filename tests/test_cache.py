@@ -35,7 +35,11 @@ TABLE = pd.DataFrame(
         "unread": 1,
     }
 )
-DESCRIPTION = {"series": "Gap", "plausible": [1, 60], "limits": {"glucose": [20, 900]}}
+FLOW = [{"rule": "under 18", "removed": 3, "left": 90}, {"rule": "left", "removed": 0, "left": 90}]
+DESCRIPTION = {
+    **{"series": "Gap", "plausible": [1, 60], "limits": {"glucose": [20, 900]}},
+    "flow": FLOW,
+}
 
 Words = list[str]
 
@@ -137,6 +141,7 @@ def test_a_cached_load_is_the_fresh_one_to_the_last_bit(
     assert kept.keys() == vars(again.dataset).keys()
     for name, value in kept.items():
         assert_same(value, getattr(again.dataset, name))
+    assert again.dataset.flow is not None
     assert fresh.facts() == again.facts()
     assert again.dataset.fingerprint() == again.fingerprint == fresh.fingerprint
     assert again.dataset.row_fingerprint() == again.rows == fresh.rows
