@@ -3442,7 +3442,8 @@ def repeatable(*, wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        if wanted:  # asking imports torch's compiler, a second
+            torch.use_deterministic_algorithms(before)
 
 
 def default_device() -> torch.device:

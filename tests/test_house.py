@@ -84,6 +84,12 @@ def test_a_wrong_flag_is_refused_before_torch_is_loaded() -> None:
     assert "torch" not in loaded("medgemma_trainer.py", "--wrong", code=2)
 
 
+def test_an_end_loads_nothing_more() -> None:
+    modules = loaded("medgemma_trainer.py", "--trajectory_only", "--data_path", "none", code=2)
+    assert "torch" in modules
+    assert not modules & {"torch._dynamo", "torch._inductor", "sympy", "sklearn"}
+
+
 @pytest.mark.parametrize("module", ["dataset_format.py", "srtr_dataset.py"])
 def test_checking_a_file_loads_no_torch(module: str) -> None:
     assert not loaded(module, "--help") & {"torch", "sklearn"}
