@@ -331,9 +331,10 @@ def disturb(trial: Trial, kind: str, folder: Path, draw: random.Random) -> Ended
         "SIGTERM": signals_at(place, [signal.SIGTERM]),
         "SIGINT twice": signals_at(place, [signal.SIGINT, signal.SIGINT]),
         "SIGUSR1, then killed": signals_at(place, [signal.SIGUSR1, signal.SIGKILL]),
+        "file damaged": die_at(place),
     }.get(kind)
     child = start(words, folder, at_write)
-    if at_write is None:  # at any time, then maybe a damaged file
+    if at_write is None:  # at any time
         time.sleep(draw.uniform(0, trial.seconds))
         os.kill(child, signal.SIGKILL)
     ended = wait(child, folder)
@@ -359,6 +360,7 @@ def judge(trial: Trial, kind: str, place: Path, draw: random.Random) -> str:
         "SIGINT twice": {-signal.SIGINT, 130},
         "SIGUSR1, then killed": {-signal.SIGKILL},
         "killed at a write": {-signal.SIGKILL},
+        "file damaged": {-signal.SIGKILL},
     }.get(kind, {0, 2, 3, -signal.SIGKILL})
     if ended.code not in expected or "traceback" in ended.error.lower():
         return f"wrong: ended with {ended}"
