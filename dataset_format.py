@@ -716,7 +716,19 @@ class Description:
                 "series, unit, question, outcome, two rising numbers plausible, and limits with "
                 "two rising numbers for each further series"
             ) from error
+        if content.get("csv_sha256") not in (None, hash_of(path)):
+            logger.warning(
+                "%s was made with another %s: make sure that it tells of this one", file, path.name
+            )
         return cls(**known, plausible=plausible, limits=limits, flow=flow)
+
+
+def hash_of(path: Path) -> str | None:
+    """Hash a file; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def description_path(path: Path) -> Path:
@@ -1858,12 +1870,12 @@ def csv_table(path: Path, name: str, raw: Hashed) -> tuple[Table, Iterator[Table
     names_of = next(csv.reader([first.decode("utf-8-sig", "replace").strip()]), [])
     place = None if path.suffix == ".gz" else len(first) + 1
     return columns_of(path, name, [each.strip() for each in names_of]), csv_pieces(
-        path, raw, stream, rest, first.count(b","), place
+        path, raw, stream, rest, place
     )
 
 
 def csv_pieces(
-    path: Path, raw: Hashed, stream: Any, text: bytes, commas: int, place: int | None
+    path: Path, raw: Hashed, stream: Any, text: bytes, place: int | None
 ) -> Iterator[TablePiece]:
     """Cut a CSV behind its header at the ends of rows; the lines of its text count from 1."""
     line = 2
@@ -1871,10 +1883,8 @@ def csv_pieces(
         more = stream.read(PIECE_BYTES)
         text += more
         cut = row_end(text) if more else len(text)
-        if not more and not text.endswith(b"\n") and text.count(b",", text.rfind(b"\n")) < commas:
-            if text.strip():
-                raise InputError(f"{path}: it ends within its last row: copy it again")
-            return
+        if not more and text and not text.endswith(b"\n"):
+            raise InputError(f"{path}: it ends without a line break, within a row: copy it again")
         if cut:
             yield TablePiece(text[:cut], line, raw.count, place)
         elif len(text) > 8 * PIECE_BYTES:
@@ -1974,7 +1984,8 @@ def narrowed(text: bytes, table: Table, keep: LabKeeper) -> tuple[bytes, NDArray
         here = keep.needs(head)
     except ValueError:
         return text, None
-    if len(head) != len(ends):  # a line break within quotes, an empty line, no break at the end
+    # A line break within quotes, an empty line; both at once where none stands at the end.
+    if len(head) != len(ends) or not text.endswith(b"\n"):
         return text, None
     return data[np.repeat(here, np.diff(ends, prepend=0))].tobytes(), np.flatnonzero(here)
 
@@ -2019,7 +2030,10 @@ def moments(column: pd.Series) -> pd.Series:
     """Read times of day as ``datetime64[s]``, NaT where there is none."""
     if not pd.api.types.is_datetime64_any_dtype(column.dtype):
         text = column.astype(object).where(column.notna(), None)
-        column = pd.to_datetime(text, format="ISO8601", errors="coerce")
+        try:
+            column = pd.to_datetime(text, format="ISO8601", errors="coerce")
+        except ValueError as error:
+            raise BadCellError(0, "times of several time zones from here on") from error
     return column.dt.tz_localize(None).dt.floor("s").astype("datetime64[s]")
 
 
@@ -2499,14 +2513,17 @@ def describe_admissions(
 ) -> pd.DataFrame:
     """Give what is known of each admission, by ascending patient and admission.
 
-    The stay of whoever dies in hospital ends by his death, whatever discharge is recorded. Ages
-    are those of the year of admission.
+    The stay of whoever dies in hospital ends by his death. A death after the discharge counts on
+    the same day only, since discharges of the dead often bear a date without a time; on a later day
+    it was no death in hospital. Ages are those of the year of admission.
 
     Source: mimic.mit.edu, MIMIC-IV, patients (anchor_age, anchor_year) and admissions.
     """
     table = admissions.merge(patients, on="subject_id", how="left")
     flagged = pd.to_numeric(table["hospital_expire_flag"]) == 1
     death = table["deathtime"].fillna(table["dischtime"].where(flagged))
+    day, last_day = death.dt.normalize(), table["dischtime"].dt.normalize()
+    death = death.mask((death > table["dischtime"]) & (day != last_day))
     since = table["admittime"].dt.year - table["anchor_year"]
     hidden = (table["anchor_age"] > OLDEST_TOLD) & (since < 0)  # how far above is not told
     table = table.assign(
@@ -2876,7 +2893,7 @@ def further_rules(found: Findable, asked: Extraction) -> dict[str, pd.Series]:
     table, time = found.table, found.windows.time
     observations = found.series.groupby("stay").size().reindex(table.index, fill_value=0)
     rules = {
-        f"no value of item {asked.item} in the admission": time.isna(),
+        f"no value of item {asked.item} known within a window of the admission": time.isna(),
         "prediction time before the admission": time < table["start"],
         "died by the prediction time": table["death"] <= time,
         "discharged by the prediction time": ~(table["end"] > time),

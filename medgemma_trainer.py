@@ -85,6 +85,7 @@ from dataset_format import (
     flush,
     flush_entry,
     forgiving,
+    hash_of,
     ids_of,
     names,
     one_line,
@@ -3624,10 +3625,7 @@ def git_commit() -> str | None:
 
 def file_hash(path: Path | None) -> str | None:
     """Hash a file; None where there is none."""
-    if path is None or not path.is_file():
-        return None
-    with path.open("rb") as file:  # a base model's may be larger than the memory
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if path is None else hash_of(path)
 
 
 def code_hash() -> str:

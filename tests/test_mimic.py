@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -183,9 +186,52 @@ LEFT_OUT = {
         "died by",
     ),
     "discharged at the prediction time": (lambda m: m.admit(1, 0, 13), "discharged by"),
+    "died on a later day than that of the discharge": (
+        lambda m: m.admit(1, 0, 12, death=50.0),
+        "discharged by",
+    ),
     "without an end": (lambda m: m.admit(1, 0, None), "no value"),
     "not admitted yet": (lambda m: m.admit(1, 13.02), "before the admission"),
 }
+
+
+def test_a_table_that_ends_within_a_row_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut within its last cell a row has all its commas, and another value."""
+    folder = tmp_path / "mimic"
+    shutil.copytree(DEMO, folder)
+    (path,) = (folder / "hosp").glob("admissions*")
+    content = gzip.decompress(path.read_bytes())
+    path.unlink()
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    words = ["from_mimic", "--mimic_dir", str(folder), "--out", str(tmp_path / "out.csv")]
+    plain.write_bytes(content)
+    assert dataset_format.main([*words, "--cohort", "all"]) == 0
+    (tmp_path / "out.csv").unlink()
+    plain.write_bytes(content[:-1])
+    capsys.readouterr()
+    assert dataset_format.main([*words, "--cohort", "all"]) == 2
+    assert "ends without a line break" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_description_of_another_file_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["from_mimic", "--mimic_dir", str(DEMO), "--out", str(tmp_path / "d.csv")]
+    assert dataset_format.main([*words, "--cohort", "all"]) == 0
+    logger = logging.getLogger("dataset_format")
+    logger.addHandler(caplog.handler)
+    try:
+        MIMICtrajectoryDataset(tmp_path / "d.csv")
+        assert "was made with another" not in caplog.text
+        with (tmp_path / "d.csv").open("a") as file:
+            file.write("\n")
+        MIMICtrajectoryDataset(tmp_path / "d.csv")
+        assert "d.json was made with another d.csv" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
@@ -295,9 +341,9 @@ PARTS_OF = {  # admissions asked at 13 h, looked at until 85 h; then death, icu,
         [0, 0, 0],
     ),
     "died, only the flag says so": (lambda m: two(1, m.admit(1, 0, 50, expired=1)), [1, 0, 0]),
-    "died after the recorded discharge": (
-        lambda m: two(1, m.admit(1, 0, 12, death=50.0)),
-        [1, 0, 0],
+    "died later on the day of the recorded discharge": (
+        lambda m: two(1, m.admit(1, 0, 12, death=15.9)),
+        [1, 0, 1],  # with an open gap
     ),
     "to intensive care": (lambda m: two(1, m.admit(1)).icu(1, 30, 60), [0, 1, 0]),
     "to intensive care at the edge": (lambda m: two(1, m.admit(1)).icu(1, 85, None), [0, 1, 0]),
@@ -735,6 +781,8 @@ class Slow:
     @staticmethod
     def span(admission: dict[str, str]) -> tuple[pd.Timestamp, pd.Timestamp]:
         end = admission["deathtime"] or admission["dischtime"]
+        if admission["dischtime"] and end[:10] > admission["dischtime"][:10]:
+            end = admission["dischtime"]
         return pd.Timestamp(admission["admittime"]), pd.Timestamp(end)
 
     def values(self, admission: dict[str, str]) -> list[tuple[pd.Timestamp, float]]:
