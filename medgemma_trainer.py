@@ -5696,6 +5696,9 @@ def train(args: argparse.Namespace, log: logging.handlers.MemoryHandler) -> int:
     except KeyboardInterrupt as stop:
         if processes().is_main_process:
             tell_interrupted(folder, began=args.resume or identity(folder) != earlier)
+        else:  # the first one may have been killed
+            number = processes().process_index + 1
+            logger.error("interrupted: process %d of this run ends: go on by --resume", number)
         return getattr(stop, "code", EXIT_INTERRUPTED)
     return EXIT_DONE
 

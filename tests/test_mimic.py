@@ -1049,7 +1049,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: (f / "icu/icustays.csv").rename(f / "icu/icustays.csv.gz"),
         ["icustays.csv.gz", "gzip"],
     ),
-    "a cut last row": (edit("hosp/labevents", lambda t: t[:-60]), ["labevents.csv", "within a row"]),
+    "a cut last row": (
+        edit("hosp/labevents", lambda t: t[:-60]),
+        ["labevents.csv", "within a row"],
+    ),
     "an empty file": (edit("hosp/admissions", lambda t: ""), ["admissions.csv", "no column"]),
     "a header alone": (
         edit("hosp/admissions", lambda t: t.split("\n")[0] + "\n"),
