@@ -716,7 +716,7 @@ class Description:
                 "series, unit, question, outcome, two rising numbers plausible, and limits with "
                 "two rising numbers for each further series"
             ) from error
-        if content.get("csv_sha256") not in (None, hash_of(path)):
+        if "csv_sha256" in content and content["csv_sha256"] != hash_of(path):
             logger.warning(
                 "%s was made with another %s: make sure that it tells of this one", file, path.name
             )
