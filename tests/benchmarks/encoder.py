@@ -38,7 +38,7 @@ import torch
 import torchdiffeq
 
 try:
-    import torchode  # type: ignore[import-untyped]
+    import torchode
 except ImportError:
     torchode = None
 from torch import Tensor, nn
