@@ -1925,6 +1925,7 @@ def parquet_table(path: Path, name: str) -> tuple[Table, Iterator[TablePiece]]:
     table = columns_of(path, name, list(whole.schema_arrow.names))
 
     def pieces() -> Iterator[TablePiece]:
+        """Give the rows, so many at a time, with the bytes that lead up to their end."""
         done, size = 0, path.stat().st_size
         try:
             for batch in whole.iter_batches(PIECE_BYTES // 64, columns=list(table.kinds)):

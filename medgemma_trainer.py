@@ -846,6 +846,17 @@ def classification_output(logit: Tensor, labels: Tensor) -> Output:
 # --------------------------------------------------------------------------- language model
 
 
+def hush_libraries() -> None:
+    """Let those that load a model say nothing of what is no fault."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # A kernel that only speeds up inference on a CPU; retries of a download that fails anyway.
+    for library in ("bitsandbytes.backends.cpu.ops", "huggingface_hub", "httpx"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
 def load_language_model(
     name: str,
     quantization: str,
@@ -870,11 +881,7 @@ def load_language_model(
     import transformers
     from safetensors import SafetensorError
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # A kernel that only speeds up inference on a CPU; retries of a download that fails anyway.
-    for library in ("bitsandbytes.backends.cpu.ops", "huggingface_hub", "httpx"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    hush_libraries()
     if name == "tiny":
         model, tokenizer = tiny_language_model()
         if quantization == "nf4":
@@ -2008,17 +2015,10 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
     facts = llm_facts(args, model, data)
     if writes:
         facts["report_tokens"] = report_tokens(collate)
-    rates = {
-        "encoder": args.encoder_lr,
-        "trajectory_head": args.encoder_lr,
-        "projection": args.projection_lr,
-        "llm": args.adapter_lr,
-        "head": args.head_lr,
-    }
     return Stage(
         name=args.mode,
         model=model,
-        learning_rates={name: rates[name] for name, _ in model.named_children()},
+        learning_rates=llm_rates(args, model),
         loaders=make_loaders(data.split, args.batch_size, collate, collate.lengths()),
         epochs=args.epochs,
         patience=args.patience,
@@ -2035,6 +2035,18 @@ def llm_stage(args: argparse.Namespace, data: Data) -> Stage:
         ),
         facts=facts,
     )
+
+
+def llm_rates(args: argparse.Namespace, model: TrajectoryLLM) -> dict[str, float]:
+    """Give the learning rate of each part that the model has."""
+    rates = {
+        "encoder": args.encoder_lr,
+        "trajectory_head": args.encoder_lr,
+        "projection": args.projection_lr,
+        "llm": args.adapter_lr,
+        "head": args.head_lr,
+    }
+    return {name: rates[name] for name, _ in model.named_children()}
 
 
 def llm_facts(args: argparse.Namespace, model: TrajectoryLLM, data: Data) -> dict[str, Any]:
@@ -2832,23 +2844,26 @@ class Heed:
             raise Stopped(number)
 
     @contextlib.contextmanager
-    def put_off(self) -> Iterator[None]:
-        """Let an end wait for ``obey``, or for the end of the block."""
+    def _waiting(self) -> Iterator[None]:
+        """Raise nothing within a block."""
         self.waits = True
         try:
             yield
         finally:
             self.waits = False
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """Let an end wait for ``obey``, or for the end of the block."""
+        with self._waiting():
+            yield
         self.obey(self.asked())
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
         """Let an end wait for the end of a block that one process goes through by itself."""
-        self.waits = True
-        try:
+        with self._waiting():
             yield
-        finally:
-            self.waits = False
         if self.came in self.ENDING:
             raise Stopped(self.came)
 
@@ -3184,18 +3199,28 @@ def run_stage(
         with SIGNALS.put_off(), winner_kept(stage, learner, folder):
             train_loss = train_epoch(stage, learner, seed, after_step)
             keep()  # the validation may be long
-        with learner.average.applied(), winner_kept(stage, learner, folder):
-            scored = evaluate(stage.model, stage.loaders["val"], device)
-            if not math.isfinite(scored.loss):
-                raise NonFiniteLossError(
-                    f"the validation loss is {scored.loss} in epoch {learner.stopping.epoch + 1}"
-                )
+        with winner_kept(stage, learner, folder):
+            scored = validate(stage, learner, device)
         learner.progress.seconds += time.perf_counter() - began
         end_epoch(stage, learner, folder, train_loss, scored, track)
         keep()
     processes().wait_for_everyone()  # the winner lies on the disk
     stage.load(folder)
     return learner.stopping
+
+
+def validate(stage: Stage, learner: Learner, device: torch.device) -> Scored:
+    """Score the validation part by the averaged weights.
+
+    Raises:
+        NonFiniteLossError: the loss is no number.
+    """
+    with learner.average.applied():
+        scored = evaluate(stage.model, stage.loaders["val"], device)
+    if not math.isfinite(scored.loss):
+        epoch = learner.stopping.epoch + 1
+        raise NonFiniteLossError(f"the validation loss is {scored.loss} in epoch {epoch}")
+    return scored
 
 
 def end_epoch(

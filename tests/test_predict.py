@@ -81,15 +81,15 @@ def read(out: Path) -> pd.DataFrame:
 
 def refused(
     capsys: pytest.CaptureFixture[str], words: list[str], *expected: str, out: Path | None = None
-) -> None:
-    """Expect code 2, one line that names all of ``expected``, and nothing written."""
+) -> bool:
+    """Expect code 2, one line, and nothing written; tell whether it names all of ``expected``."""
     capsys.readouterr()
     assert trainer.main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    for text in expected:
-        assert text in error, error
     assert out is None or not list(out.parent.glob(f"*{out.name}*"))
+    sys.stdout.write(error)  # shown where the test fails
+    return all(text in error for text in expected)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_strict_refuses_the_file_with_row_and_column(
     data, out = write(good, tmp_path / "bad.csv"), tmp_path / "out.csv"
     where = problems[row].split(":")[0]
     words = words_of(runs / "trajectory", data, out, "--strict")
-    refused(capsys, words, f"bad.csv, row {row + 2}", where, out=out)
+    assert refused(capsys, words, f"bad.csv, row {row + 2}", where, out=out)
     assert MARKER not in "".join(capsys.readouterr())
 
 
@@ -289,7 +289,7 @@ def test_a_file_of_another_kind_is_refused_with_what_differs(
         "outcome": ("In-hospital death", "Stroke"),
         "none": ("Serum bicarbonate", "Anion gap", "JSON"),
     }
-    refused(capsys, words_of(runs / stage, data, out), *expected[kind], out=out)
+    assert refused(capsys, words_of(runs / stage, data, out), *expected[kind], out=out)
 
 
 def test_several_series_are_read_by_name_and_others_ignored(
@@ -319,7 +319,7 @@ def test_several_series_are_read_by_name_and_others_ignored(
     lacks = write(other.drop(columns="trajectory_pH"), tmp_path / "lacks.csv")
     target = tmp_path / "lacking.csv"
     words = words_of(tmp_path / "trajectory", lacks, target)
-    refused(capsys, words, "pH", "lactate", out=target)
+    assert refused(capsys, words, "pH", "lactate", out=target)
 
 
 @pytest.fixture(scope="module")
@@ -385,15 +385,17 @@ def test_another_dataset_or_organ_is_refused(
     srtr: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, data = tmp_path / "out.csv", srtr / "data"
-    refused(capsys, srtr_words(srtr, data, out, "--organ", "kidney"), "kidney", "liver", out=out)
-    refused(capsys, srtr_words(srtr, data, out, "--dataset", "dka"), "dka", "srtr", out=out)
+    assert refused(
+        capsys, srtr_words(srtr, data, out, "--organ", "kidney"), "kidney", "liver", out=out
+    )
+    assert refused(capsys, srtr_words(srtr, data, out, "--dataset", "dka"), "dka", "srtr", out=out)
     kidney = write_folder(tmp_path / "kidney", *random_tables(50, "kidney", seed=1), "kidney")
-    refused(capsys, srtr_words(srtr, kidney, out), "cand_liin", "trained on liver", out=out)
+    assert refused(capsys, srtr_words(srtr, kidney, out), "cand_liin", "trained on liver", out=out)
     words = words_of(srtr / "trajectory", runs / "train.csv", out)
-    refused(capsys, words, "--data_path", "srtr", "--data_dir", out=out)
+    assert refused(capsys, words, "--data_path", "srtr", "--data_dir", out=out)
     words = ["--predict", "--checkpoint", str(runs / "trajectory"), "--predictions", str(out)]
-    refused(capsys, [*words, "--data_dir", str(data)], "--data_dir", "dka", out=out)
-    refused(capsys, words, "--data_path", out=out)
+    assert refused(capsys, [*words, "--data_dir", str(data)], "--data_dir", "dka", out=out)
+    assert refused(capsys, words, "--data_path", out=out)
 
 
 @pytest.mark.parametrize("flag", ["--max_len 5", "--epochs=3", "--solver rk4", "--series x"])
@@ -402,7 +404,7 @@ def test_flags_that_the_checkpoint_decides_are_refused(
 ) -> None:
     out = tmp_path / "out.csv"
     words = words_of(runs / "trajectory", runs / "train.csv", out, *flag.split())
-    refused(capsys, words, "--predict", flag.replace("=", " ").split()[0], out=out)
+    assert refused(capsys, words, "--predict", flag.replace("=", " ").split()[0], out=out)
 
 
 @pytest.mark.parametrize("flag", ["--checkpoint x", "--predictions x", "--strict"])
@@ -410,7 +412,7 @@ def test_training_refuses_flags_of_predict(
     flag: str, runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--trajectory_only", "--data_path", str(runs / "train.csv"), *flag.split()]
-    refused(capsys, words, flag.split()[0], "--predict")
+    assert refused(capsys, words, flag.split()[0], "--predict")
 
 
 @pytest.mark.parametrize("missing", ["--checkpoint", "--predictions"])
@@ -419,7 +421,7 @@ def test_what_predict_needs_is_named(
 ) -> None:
     words = words_of(runs / "trajectory", runs / "train.csv", tmp_path / "out.csv")
     place = words.index(missing)
-    refused(capsys, words[:place] + words[place + 2 :], missing)
+    assert refused(capsys, words[:place] + words[place + 2 :], missing)
 
 
 def copy_of(runs: Path, stage: str, place: Path) -> Path:
@@ -497,7 +499,7 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(
 ) -> None:
     folder, out = copy_of(runs, "classification", tmp_path), tmp_path / "out.csv"
     damage(folder)
-    refused(capsys, words_of(folder, runs / "train.csv", out), expected, out=out)
+    assert refused(capsys, words_of(folder, runs / "train.csv", out), expected, out=out)
 
 
 def test_a_damaged_stage_1_file_is_one_line(
@@ -506,10 +508,10 @@ def test_a_damaged_stage_1_file_is_one_line(
     content = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)
     broken, out = tmp_path / "broken.pt", tmp_path / "out.csv"
     broken.write_bytes((runs / trainer.TRAJECTORY_FILE).read_bytes()[:-500])
-    refused(capsys, words_of(broken, runs / "train.csv", out), "broken.pt", out=out)
+    assert refused(capsys, words_of(broken, runs / "train.csv", out), "broken.pt", out=out)
     del content["head"]["output.bias"]
     torch.save(content, broken)
-    refused(capsys, words_of(broken, runs / "train.csv", out), "damaged", out=out)
+    assert refused(capsys, words_of(broken, runs / "train.csv", out), "damaged", out=out)
 
 
 def test_the_base_model_may_lie_elsewhere(runs: Path, tmp_path: Path) -> None:
@@ -577,7 +579,7 @@ def test_a_text_that_is_too_long_is_a_problem_of_its_row(
     assert [row for row, text in enumerate(lines["problem"]) if text] == [2]
     assert "longer than 400 tokens" in lines["problem"][2]
     out.unlink()
-    refused(capsys, words_of(folder, data, out, "--strict"), "row 4", "400 tokens", out=out)
+    assert refused(capsys, words_of(folder, data, out, "--strict"), "row 4", "400 tokens", out=out)
 
 
 def test_an_existing_output_stays_when_the_run_fails(
@@ -653,7 +655,7 @@ def test_the_output_may_neither_be_the_input_nor_a_folder(
     data = write(table, tmp_path / "data.csv")
     before = data.read_bytes()
     for out in (data, tmp_path, tmp_path / "missing" / "out.csv"):
-        refused(capsys, words_of(runs / "trajectory", data, out), "--predictions")
+        assert refused(capsys, words_of(runs / "trajectory", data, out), "--predictions")
     assert data.read_bytes() == before
 
 
@@ -668,7 +670,7 @@ def test_a_file_without_rows_is_refused(
     if ending == "parquet":
         pytest.importorskip("pyarrow")
     out, data = tmp_path / "out.csv", write(table.head(0), tmp_path / f"empty.{ending}")
-    refused(capsys, words_of(runs / "trajectory", data, out), "no rows", out=out)
+    assert refused(capsys, words_of(runs / "trajectory", data, out), "no rows", out=out)
 
 
 def test_figures_are_those_of_the_labelled_rows(
@@ -736,12 +738,12 @@ def test_nothing_else_is_written_over(
     checkpoint = tmp_path / "kept.pt"
     shutil.copy(runs / trainer.TRAJECTORY_FILE, checkpoint)
     for taken in (checkpoint, data.with_suffix(".json"), tmp_path / "rows.html"):
-        refused(capsys, words_of(checkpoint, data, taken), "the name of a .csv file")
+        assert refused(capsys, words_of(checkpoint, data, taken), "the name of a .csv file")
     inside = runs / "trajectory" / "predictions_test.csv"
-    refused(capsys, words_of(runs / "trajectory", data, inside), "not within")
+    assert refused(capsys, words_of(runs / "trajectory", data, inside), "not within")
     page = tmp_path / "new.report.html"
     page.write_text("<p>someone else's</p>")
-    refused(capsys, words_of(checkpoint, data, tmp_path / "new.csv"), "new.report.html")
+    assert refused(capsys, words_of(checkpoint, data, tmp_path / "new.csv"), "new.report.html")
     assert page.read_text() == "<p>someone else's</p>"
     assert not (tmp_path / "new.csv").exists()
     page.unlink()
@@ -827,7 +829,7 @@ def test_facts_that_cannot_be_are_refused(
     folder, out = copy_of(runs, "classification", tmp_path), tmp_path / "out.csv"
     change_facts(folder, **facts)
     words = words_of(folder, runs / "train.csv", out)
-    refused(capsys, words, "damaged: its ", problem, out=out)
+    assert refused(capsys, words, "damaged: its ", problem, out=out)
 
 
 def test_a_runs_own_folder_and_other_tables_are_not_written_over(
@@ -837,18 +839,18 @@ def test_a_runs_own_folder_and_other_tables_are_not_written_over(
     place = shutil.copytree(runs / "trajectory", tmp_path / "trajectory")
     before = (place / "predictions_test.csv").read_bytes()
     words = words_of(runs / trainer.TRAJECTORY_FILE, data, place / "predictions_test.csv")
-    refused(capsys, words, "a run's own folder")
+    assert refused(capsys, words, "a run's own folder")
     assert (place / "predictions_test.csv").read_bytes() == before
     other = write(table, tmp_path / "other.csv")
     kept = other.read_bytes()
-    refused(capsys, words_of(runs / "trajectory", data, other), "holds something else")
+    assert refused(capsys, words_of(runs / "trajectory", data, other), "holds something else")
     assert other.read_bytes() == kept
     out = tmp_path / "out.csv"
     for _ in range(2):  # its own output it may replace
         predicted(runs / "trajectory", data, out)
     out.with_suffix(".report.html").unlink()
     out.with_suffix(".report.html").mkdir()
-    refused(capsys, words_of(runs / "trajectory", data, out), "which is a folder")
+    assert refused(capsys, words_of(runs / "trajectory", data, out), "which is a folder")
 
 
 def test_an_interrupted_report_is_not_called_nothing(
