@@ -35,6 +35,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -2389,10 +2390,19 @@ OUTCOMES = {
 }
 """The parts of escalation, which is any of them."""
 
-GAP_DEFINITION = (
-    "as the laboratory reports it (item 50868), in MIMIC-IV mostly with potassium and so about 4 "
-    "mEq/L above sodium - chloride - bicarbonate, which is what compute_gap computes"
-)
+REPORTED = "reported"
+GAPS = {
+    REPORTED: (
+        "as the laboratory reports it (item 50868), in MIMIC-IV mostly with potassium and so about "
+        "4 mEq/L above sodium - chloride - bicarbonate"
+    ),
+    "missing": (
+        "as the laboratory reports it (item 50868; mostly with potassium), and sodium - chloride - "
+        "bicarbonate in admissions without a reported one"
+    ),
+    "always": "sodium - chloride - bicarbonate, without potassium as in guidelines, for everyone",
+}
+"""Whose anion gap is computed, and what the gap then is."""
 
 ESCALATION = Part("Escalation", "need escalation of care", "any of death, icu and unresolved")
 
@@ -2410,7 +2420,7 @@ class Extraction:
         horizon_hours: from the prediction time on.
         min_observations: values known within the window, at least.
         outcome: names of ``OUTCOMES``; all of them are escalation.
-        compute_gap: compute the anion gap of admissions without a reported one.
+        compute_gap: one of ``GAPS``: whose anion gap is computed.
     """
 
     mimic_dir: Path
@@ -2421,7 +2431,7 @@ class Extraction:
     horizon_hours: float = 72.0
     min_observations: int = 2
     outcome: tuple[str, ...] = tuple(OUTCOMES)
-    compute_gap: bool = False
+    compute_gap: str = REPORTED
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked.
@@ -2459,7 +2469,8 @@ class Tables:
 
     Attributes:
         admissions: (A rows) subject_id, hadm_id, start, end, death (NaT where none in hospital),
-            age (years), gender, coded (as ketoacidosis).
+            age (years), over (whether that is the least possible age), gender, coded (as
+            ketoacidosis).
         icu: hadm_id, intime, outtime, first_careunit.
         items: itemid, label, fluid, category.
         hashes: SHA-256 of each file that was read.
@@ -2516,7 +2527,8 @@ def describe_admissions(
 
     The stay of whoever dies in hospital ends by his death. A death after the discharge counts on
     the same day only, since discharges of the dead often bear a date without a time; on a later day
-    it was no death in hospital. Ages are those of the year of admission.
+    it was no death in hospital. Ages are those of the year of admission, the least possible ones of
+    whoever is over 89 in his anchor year.
 
     Source: mimic.mit.edu, MIMIC-IV, patients (anchor_age, anchor_year) and admissions.
     """
@@ -2526,12 +2538,13 @@ def describe_admissions(
     day, last_day = death.dt.normalize(), table["dischtime"].dt.normalize()
     death = death.mask((death > table["dischtime"]) & (day != last_day))
     since = table["admittime"].dt.year - table["anchor_year"]
-    hidden = (table["anchor_age"] > OLDEST_TOLD) & (since < 0)  # how far above is not told
+    over = table["anchor_age"] > OLDEST_TOLD  # how far above is not told
     table = table.assign(
         start=table["admittime"],
         end=death.fillna(table["dischtime"]),
         death=death,
-        age=(table["anchor_age"] + since).mask(hidden, float(OLDEST_TOLD + 1)),
+        age=(table["anchor_age"] + since).mask(over, OLDEST_TOLD + 1.0 + since.clip(upper=0)),
+        over=over,
         coded=table["hadm_id"].isin(coded),
     )
     table = table.astype({"subject_id": np.int64, "hadm_id": np.int64})
@@ -2563,16 +2576,17 @@ def find_item(wanted: str, tables: Tables) -> tuple[int, str]:
 def computed_gaps(values: pd.DataFrame) -> pd.DataFrame:
     """Compute the anion gap wherever serum sodium, chloride and bicarbonate were drawn together.
 
-    Of several values at one time the one known first counts. The gap is known when all three are.
+    Of several values at one time the one known first counts. The gap is known when all three are,
+    and no input where that is not recorded of one.
 
     Source: gap = sodium - chloride - bicarbonate in mEq/L, as in Kitabchi 2009.
     """
-    parts = values[values["item"].isin(GAP_PARTS) & values["known"].notna()]
+    parts = values[values["item"].isin(GAP_PARTS)]
     first = parts.drop_duplicates(["stay", "chart", "item"])  # sorted by known, then value
     drawn = [first[first["item"] == item].set_index(["stay", "chart"]) for item in GAP_PARTS]
     sodium, chloride, bicarbonate = (each["value"] for each in drawn)
     gap = (sodium - chloride - bicarbonate).dropna().round(6)
-    known = pd.concat([each["known"] for each in drawn], axis=1).max(axis=1)
+    known = pd.concat([each["known"] for each in drawn], axis=1).max(axis=1, skipna=False)
     table = pd.DataFrame({"item": COMPUTED, "known": known.reindex(gap.index), "value": gap})
     return table.reset_index()
 
@@ -2593,8 +2607,9 @@ def find_windows(values: pd.DataFrame, main: int, asked: Extraction, count: int)
     """Find the first value of each admission and so its prediction time.
 
     A value is the first only if it is stored within the window that it opens: else nobody could
-    know at the prediction time when that is. An admission without a reported gap by then gets a
-    computed one whole, where that is asked for: no series mixes the two, which differ by potassium.
+    know at the prediction time when that is. No series mixes reported and computed gaps, which
+    differ by potassium: an admission gets a computed one whole, if every one does or no reported
+    one is known by then.
     """
     timely = values[values["known"] <= values["chart"] + asked.window]
 
@@ -2602,10 +2617,12 @@ def find_windows(values: pd.DataFrame, main: int, asked: Extraction, count: int)
         of_item = timely[timely["item"] == item]
         return of_item.groupby("stay")["chart"].min().reindex(range(count))
 
+    if asked.compute_gap != "missing":
+        gap = GAP_ITEM if asked.compute_gap == REPORTED else COMPUTED
+        first = first_of(gap if main == GAP_ITEM else main)
+        return Windows(first, first + asked.window, pd.Series(gap, index=first.index))
     first = first_of(main)
     time = first + asked.window
-    if not asked.compute_gap:
-        return Windows(first, time, pd.Series(GAP_ITEM, index=first.index))
     reported = timely if main == GAP_ITEM else values
     reported = reported[reported["item"] == GAP_ITEM]
     known = reported.groupby("stay")["known"].min().reindex(first.index)
@@ -2764,7 +2781,7 @@ def write_context(
     """Say in words what else was known at the prediction time.
 
     Args:
-        table: admissions with age, gender, start and unit.
+        table: admissions with age, over, gender, start and unit.
         inputs: from ``known_inputs``.
         windows: of all admissions.
         main: the item that the series tells.
@@ -2786,11 +2803,9 @@ def write_context(
     chemistry = pd.Series(words, index=last["stay"], dtype=object).groupby(level=0).agg(", ".join)
     hours = ((windows.time.loc[table.index] - table["start"]).dt.total_seconds() / 3600).round(1)
     sex = table["gender"].str.upper().map({"F": "woman", "M": "man"}).fillna("patient")
-    age = table["age"].map(
-        lambda years: (
-            f"{years:.0f}-year-old" if years <= OLDEST_TOLD else f"over {OLDEST_TOLD}-year-old"
-        )
-    )
+    known = table["age"].where(~table["over"], table["age"] - 1).clip(upper=OLDEST_TOLD)
+    over = table["over"] | (table["age"] > OLDEST_TOLD)
+    age = over.map({True: "over ", False: ""}) + known.map("{:.0f}-year-old".format)
     unit = (
         table["unit"]
         .where(table["unit"].fillna("") != "", "intensive care")
@@ -2877,7 +2892,7 @@ def read_values(
 def find_rows(tables: Tables, values: pd.DataFrame, item: Item, asked: Extraction) -> Findable:
     """Find for each admission when it is asked, what is known then, and what becomes of it."""
     table = tables.admissions
-    if asked.compute_gap:
+    if asked.compute_gap != REPORTED:
         values = pd.concat([values, computed_gaps(values)], ignore_index=True)
         keys = ["stay", "chart", "known", "item", "value"]
         values = values.sort_values(keys, kind="stable", ignore_index=True)
@@ -2894,7 +2909,7 @@ def further_rules(found: Findable, asked: Extraction) -> dict[str, pd.Series]:
     table, time = found.table, found.windows.time
     observations = found.series.groupby("stay").size().reindex(table.index, fill_value=0)
     rules = {
-        f"no value of item {asked.item} known within a window of the admission": time.isna(),
+        "no value of the series known within a window of the admission": time.isna(),
         "prediction time before the admission": time < table["start"],
         "died by the prediction time": table["death"] <= time,
         "discharged by the prediction time": ~(table["end"] > time),
@@ -2982,7 +2997,7 @@ def description_of(
         "values": dict(sorted(counts.items())),
         "definitions": {
             "cohort": COHORTS[asked.cohort],
-            "anion_gap": GAP_DEFINITION,
+            "anion_gap": GAPS[asked.compute_gap],
             "label_escalation": asked.part.definition,
             **{f"label_{name}": part.definition for name, part in OUTCOMES.items()},
         },
@@ -3020,13 +3035,19 @@ def refuse_target(asked: Extraction) -> None:
     """Refuse a place where the output cannot stand, before minutes are spent on it.
 
     Raises:
-        InputError: another ending, no folder, or a file that this command did not make.
+        InputError: another ending, no folder that can be written to, or a file that this command
+            did not make.
     """
     out = asked.out
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: must end in .csv")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: no folder {out.parent}: make it first")
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        problem = f"cannot be written to ({error.strerror}): choose another folder"
+        raise InputError(f"--out {out}: {out.parent} {problem}") from None
     beside = out.with_suffix(".json")
     if not out.exists() and not beside.exists():
         return
@@ -3137,7 +3158,11 @@ def build_parser() -> Parser:
     add("--min_observations", type=int, help="values known within the window, at least")
     add("--outcome", type=outcomes_of, help="escalation, or some of death,icu,unresolved")
     add(
-        "--compute_gap", action="store_true", help="anion gap from Na, Cl, HCO3 where none is given"
+        "--compute_gap",
+        nargs="?",
+        const="missing",
+        choices=tuple(GAPS)[1:],
+        help="anion gap from Na, Cl, HCO3: where none is reported, or always",
     )
     make.set_defaults(**{name: value for name, value in default.items() if value is not MISSING})
     return parser
@@ -3185,6 +3210,9 @@ def run_check(
     except InputError as error:
         sys.stderr.write(f"error: {error.told(show_value=show_values)}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        return 130
     logger.info("fit to train on")
     return 0
 

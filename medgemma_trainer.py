@@ -58,6 +58,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
+if __name__ == "__main__":
+
+    def leave(*_: object) -> None:
+        """End by Ctrl-C while the libraries load, which takes two seconds; then main listens."""
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, leave)
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray

@@ -4,6 +4,7 @@ import argparse
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -280,3 +281,22 @@ def test_an_empty_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         error = capsys.readouterr().err
         assert error.startswith(f"error: argument {flag}: ")
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_ctrl_c_while_the_libraries_load_is_one_line(library: str, tmp_path: Path) -> None:
+    """A module that stands for the library says when it is loaded, and waits there."""
+    (tmp_path / f"{library}.py").write_text(
+        "import sys, time\nsys.stdout.write('loading\\n')\nsys.stdout.flush()\ntime.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", f"import runpy; runpy.run_path({trainer.__file__!r}, "]
+    command[-1] += "run_name='__main__')"
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (130, "", "error: interrupted\n")

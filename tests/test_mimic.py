@@ -252,7 +252,9 @@ def test_who_is_not_at_risk_is_left_out_and_counted(name: str, made: Callable[..
         (lambda m: m.admit(1, age=40, start=-24 * 800.0, end=-24 * 800 + 200.0), "37-year-old"),
         (lambda m: m.admit(1, age=91), "Over 89-year-old woman"),
         (lambda m: m.admit(1, age=88, start=24 * 900.0, end=24 * 900 + 200.0), "Over 89-year-old"),
-        (lambda m: m.admit(1, age=91, start=-24 * 800.0, end=-24 * 800 + 200.0), "Over 89-year"),
+        (lambda m: m.admit(1, age=91, start=-24 * 800.0, end=-24 * 800 + 200.0), "Over 86-year"),
+        (lambda m: m.admit(1, age=91, start=24 * 800.0, end=24 * 800 + 200.0), "Over 89-year-old"),
+        (lambda m: m.admit(1, age=89), "89-year-old woman"),
     ],
 )
 def test_the_age_is_that_of_the_year_of_admission(
@@ -653,6 +655,31 @@ def test_a_gap_is_computed_where_the_laboratory_gives_none(made: Callable[..., M
     assert result.facts["rows"]["computed_gaps"] == 1
 
 
+def test_every_gap_can_be_computed(made: Callable[..., Made]) -> None:
+    """A reported one is then no input and no outcome, whenever it is drawn."""
+    mini = two(1, trio(trio(trio(Mini().admit(1), 1, 2, 140), 1, 5, 138), 1, 30, 131))
+    mini = two(2, mini.admit(2))
+    result = made(mini.gaps(1, (50, 30)), "--compute_gap", "always")
+    assert result.rows.index.tolist() == [1]
+    assert result.series(1) == "20 (0h) -> 18 (3h)"
+    assert result.labels(1) == [0, 0, 0], "131 - 100 - 20 = 11"
+    assert "anion gap" not in result.context(1)
+    assert "without potassium" in result.facts["definitions"]["anion_gap"]
+    assert made(mini, "--compute_gap").labels(1) == [0, 0, 1]
+    other = made(mini, "--compute_gap", "always", "--item", "bicarbonate")
+    assert "anion gap 18 (mEq/L)" in other.context(1)
+
+
+def test_a_computed_gap_without_a_time_of_storing_is_an_outcome_alone(
+    made: Callable[..., Made],
+) -> None:
+    mini = trio(trio(Mini().admit(1), 1, 1, 140), 1, 3, 138)
+    mini = trio(trio(mini, 1, 4, 139, stored=None), 1, 30, 131, stored=None)
+    result = made(mini, "--compute_gap", "always")
+    assert result.series(1) == "20 (0h) -> 18 (2h)"
+    assert result.labels(1) == [0, 0, 0], "131 - 100 - 20 = 11: closed"
+
+
 def test_a_computed_gap_is_known_when_its_last_part_is(made: Callable[..., Made]) -> None:
     mini = trio(Mini().admit(1), 1, 1, 140)
     mini.lab(1, 4, 139, SODIUM).lab(1, 4, 100, CHLORIDE).lab(1, 4, 20, BICARBONATE, stored=13.5)
@@ -685,14 +712,36 @@ def with_storing_times(tables: dict[str, pd.DataFrame], seed: int) -> dict[str, 
     return {**tables, "hosp/labevents": labs}
 
 
-def prediction_times(tables: dict[str, pd.DataFrame], window: float) -> pd.Series:
-    """When each admission of the demo is asked, by its hadm_id; values without it stay apart."""
+def owners(tables: dict[str, pd.DataFrame]) -> pd.Series:
+    """The admission of each value: named, or the last one begun where the value lies within it."""
+    labs, admissions = tables["hosp/labevents"], tables["hosp/admissions"]
+    begun = admissions[["subject_id", "hadm_id"]].assign(
+        at=pd.to_datetime(admissions["admittime"]), end=pd.to_datetime(admissions["dischtime"])
+    )
+    rows = labs[["subject_id"]].assign(at=pd.to_datetime(labs["charttime"]), row=labs.index)
+    pairs = pd.merge_asof(rows.sort_values("at"), begun.sort_values("at"), "at", by="subject_id")
+    inside = pairs["hadm_id"].where(pairs["at"] <= pairs["end"], "").set_axis(pairs["row"])
+    return labs["hadm_id"].where(labs["hadm_id"] != "", inside)
+
+
+def prediction_times(
+    tables: dict[str, pd.DataFrame], items: tuple[int, ...], window: float
+) -> pd.Series:
+    """When each admission of the demo is asked by items drawn together, by its hadm_id."""
     labs = tables["hosp/labevents"]
-    own = labs[(labs["itemid"] == str(GAP)) & (labs["hadm_id"] != "")]
-    chart, stored = (pd.to_datetime(own[name]) for name in ("charttime", "storetime"))
-    timely = own[stored <= chart + pd.Timedelta(window, "h")]
-    first = pd.to_datetime(timely["charttime"]).groupby(timely["hadm_id"]).min()
-    return first + pd.Timedelta(window, "h")
+    labs = labs.assign(hadm_id=owners(tables))[labs["itemid"].isin([str(i) for i in items])]
+    chart, stored = (pd.to_datetime(labs[name]) for name in ("charttime", "storetime"))
+    keys = [labs["hadm_id"], chart]
+    first = stored.groupby([*keys, labs["itemid"]]).min().unstack()
+    known = first.dropna().max(axis=1).reset_index(name="known")
+    timely = known[known["known"] <= known["charttime"] + pd.Timedelta(window, "h")]
+    times = timely.groupby("hadm_id")["charttime"].min() + pd.Timedelta(window, "h")
+    return times.drop("", errors="ignore")
+
+
+def later(times: pd.Series, rng: np.random.Generator) -> pd.Series:
+    """Move times by up to four days."""
+    return times + pd.to_timedelta(rng.integers(0, 96, len(times)), unit="h")
 
 
 def altered(
@@ -701,16 +750,17 @@ def altered(
     """Change everything that is charted, stored or happens after the prediction time."""
     result = {name: table.copy() for name, table in tables.items()}
     labs = result["hosp/labevents"]
-    then = pd.to_datetime(labs["hadm_id"].map(times))
-    late = (pd.to_datetime(labs["charttime"]) > then) | (pd.to_datetime(labs["storetime"]) > then)
+    then = pd.to_datetime(owners(tables).map(times))
+    chart, stored = (pd.to_datetime(labs[name]) for name in ("charttime", "storetime"))
+    late = (chart > then) | (stored > then)
     labs.loc[late, "valuenum"] = rng.integers(1, 400, int(late.sum())).astype(str)
+    labs.loc[late, "charttime"] = later(chart, rng)[late].astype(str)
+    labs.loc[late, "storetime"] = later(stored, rng)[late].astype(str)
     result["hosp/labevents"] = labs[~late | (rng.random(len(labs)) < 0.7)]
     stays = result["icu/icustays"]
     then = pd.to_datetime(stays["hadm_id"].map(times))
     out = pd.to_datetime(stays["outtime"]) > then
-    longer = pd.to_datetime(stays["outtime"]) + pd.to_timedelta(
-        rng.integers(0, 90, len(stays)), unit="h"
-    )
+    longer = later(pd.to_datetime(stays["outtime"]), rng)
     stays.loc[out, "outtime"] = longer[out].astype(str)
     begins = pd.to_datetime(stays["intime"]) > then
     stays.loc[begins, "intime"] = longer[begins].astype(str)
@@ -719,6 +769,9 @@ def altered(
     then = pd.to_datetime(admissions["hadm_id"].map(times))
     open_end = pd.to_datetime(admissions["dischtime"]) > then
     open_end &= ~(pd.to_datetime(admissions["deathtime"].replace("", None)) <= then)
+    begun = pd.to_datetime(admissions["admittime"])
+    following = begun.sort_values().groupby(admissions["subject_id"]).shift(-1)
+    open_end &= following.isna()  # whoever comes again had an end before that, no other
     end = then + pd.to_timedelta(rng.integers(1, 150, len(admissions)), unit="h")
     dies = rng.random(len(admissions)) < 0.5
     admissions.loc[open_end, "dischtime"] = end[open_end].astype(str)
@@ -731,37 +784,72 @@ def altered(
     return {name: shuffled(table, int(rng.integers(2**31))) for name, table in result.items()}
 
 
-@pytest.mark.parametrize("words", ["", "--cohort biochemical", "--item bicarbonate"])
+PARTS_OF_GAP = (SODIUM, CHLORIDE, BICARBONATE)
+
+
+def without_some_gaps(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Take the reported gap from every other patient."""
+    labs = tables["hosp/labevents"]
+    odd = labs["subject_id"].astype(int) % 2 == 1
+    return {**tables, "hosp/labevents": labs[~odd | (labs["itemid"] != str(GAP))]}
+
+
+def all_in_ketoacidosis(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Sugar for all who are measured, and the code for every other admission."""
+    labs, codes = (tables[name].copy() for name in ("hosp/labevents", "hosp/diagnoses_icd"))
+    labs.loc[labs["itemid"] == str(GLUCOSE), "valuenum"] = "300"
+    coded = (codes["seq_num"] == "1") & (codes["hadm_id"].astype(int) % 2 == 1)
+    codes.loc[coded, ["icd_code", "icd_version"]] = ["E1010", "10"]
+    return {**tables, "hosp/labevents": labs, "hosp/diagnoses_icd": codes}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--cohort all --outcome death",
+        "--cohort all --outcome escalation",
+        "--cohort all --outcome icu",
+        "--cohort all --outcome unresolved --compute_gap always",
+        "--cohort all --outcome death --compute_gap",
+        "--cohort all --outcome death --compute_gap always",
+        "--cohort all --outcome death --item bicarbonate",
+        "--cohort biochemical --outcome death --window_hours 72",
+        "--cohort dka --outcome death",
+    ],
+)
 @settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**31))
 def test_nothing_after_the_prediction_time_changes_a_letter(
     words: str, seed: int, tmp_path: Path
 ) -> None:
-    """Values, order of diagnoses, transfers, deaths and discharges of the demo, all of them."""
+    """Values and their times, order of diagnoses, transfers, deaths and discharges of the demo.
+
+    Which rows there are depends on the future alone where their outcome is not known.
+    """
     rng = np.random.default_rng(seed)
-    tables = with_storing_times(read_tables(DEMO), seed)
-    labs = tables["hosp/labevents"]  # one that names no admission may be resolved by its end
-    tables["hosp/labevents"] = labs[labs["hadm_id"] != ""]
+    tables = all_in_ketoacidosis(with_storing_times(read_tables(DEMO), seed))
     window = 72.0 if "biochemical" in words else 12.0
-    flags = ["--window_hours", str(window), "--outcome", "death", *words.split()]
-    flags = flags if "--cohort" in words else ["--cohort", "all", *flags]
-    if "biochemical" in words:  # few are sick: sugar for all who are measured
-        labs = tables["hosp/labevents"]
-        labs.loc[labs["itemid"] == str(GLUCOSE), "valuenum"] = "300"
-    own = tables
-    if "bicarbonate" in words:
-        labs = labs.assign(itemid=labs["itemid"].replace({str(BICARBONATE): str(GAP)}))
-        own = {**tables, "hosp/labevents": labs[labs["hadm_id"] != ""]}
-        own["hosp/labevents"] = own["hosp/labevents"][
-            tables["hosp/labevents"]["itemid"] == str(BICARBONATE)
-        ]
-    times = prediction_times(own, window)
-    before = make(write_tables(tmp_path / "before", tables), *flags)
-    after = make(write_tables(tmp_path / "after", altered(tables, times, rng)), *flags)
-    assert len(before.rows) > 5
-    assert after.inputs() == before.inputs()
+    items = (BICARBONATE,) if "bicarbonate" in words else (GAP,)
+    if "--compute_gap" in words:
+        tables = without_some_gaps(tables)
+    computed = prediction_times(tables, PARTS_OF_GAP, window)
+    times = prediction_times(tables, items, window)
+    if "always" in words:
+        times = computed
+    elif "--compute_gap" in words:
+        own = owners(tables)
+        known = pd.to_datetime(tables["hosp/labevents"]["storetime"])
+        known = known[tables["hosp/labevents"]["itemid"] == str(GAP)].groupby(own).min()
+        times = computed.where(~(known.reindex(computed.index) <= computed), times)
+    before = make(write_tables(tmp_path / "before", tables), *words.split())
+    after = make(write_tables(tmp_path / "after", altered(tables, times, rng)), *words.split())
+    seen, now = before.inputs(), after.inputs()
+    both = seen.keys() & now.keys()
+    assert len(both) > 5
+    assert {hadm: now[hadm] for hadm in both} == {hadm: seen[hadm] for hadm in both}
+    assert "death" not in words or seen.keys() == now.keys()
     assert after.bytes != before.bytes, "the labels did change"
 
 
@@ -1170,6 +1258,8 @@ def test_bad_parquet_is_refused_in_one_line(
         ("--cohort none", "cohort"),
         ("--out out.txt", "csv"),
         ("--out no/such/out.csv", "no folder"),
+        ("--compute_gap never", "compute_gap"),
+        ("--out /proc/out.csv", "cannot be written to"),
         ("--windows 3", "unrecognized"),
     ],
 )
