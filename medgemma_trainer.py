@@ -493,9 +493,11 @@ class PooledHead(nn.Module):
     def forward(self, states: Tensor, present: Tensor) -> Tensor:
         """Give logits (B,) for states (B, L, H) whose real places are ``present`` (B, L) bool."""
         score = self.attention(states).squeeze(2).masked_fill(~present, -math.inf)
-        pooled = torch.einsum("bl,blh->bh", score.softmax(dim=1), states)
-        last = states[torch.arange(len(states)), present.sum(1) - 1]
-        logit: Tensor = self.output(self.dropout(torch.cat([pooled, last], dim=1))).squeeze(1)
+        number = torch.arange(1, states.shape[1] + 1, device=states.device)
+        last = (number == present.sum(1, keepdim=True)).to(states.dtype)
+        # Pool and pick by one product: picking by index takes a quarter more, for its derivative.
+        chosen = torch.stack([score.softmax(dim=1), last], dim=1) @ states  # (B, 2, H)
+        logit: Tensor = self.output(self.dropout(chosen.flatten(1))).squeeze(1)
         return logit
 
 

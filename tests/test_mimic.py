@@ -674,7 +674,8 @@ def test_a_computed_gap_without_a_time_of_storing_is_an_outcome_alone(
     made: Callable[..., Made],
 ) -> None:
     mini = trio(trio(Mini().admit(1), 1, 1, 140), 1, 3, 138)
-    mini = trio(trio(mini, 1, 4, 139, stored=None), 1, 30, 131, stored=None)
+    mini.lab(1, 4, 139, SODIUM).lab(1, 4, 100, CHLORIDE).lab(1, 4, 20, BICARBONATE, stored=None)
+    mini = trio(mini, 1, 30, 131, stored=None)
     result = made(mini, "--compute_gap", "always")
     assert result.series(1) == "20 (0h) -> 18 (2h)"
     assert result.labels(1) == [0, 0, 0], "131 - 100 - 20 = 11: closed"
