@@ -26,10 +26,12 @@ of all patients together, M = N - B of them in which time passes, n patients in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
@@ -184,7 +186,7 @@ class ClinicalODERNN(nn.Module):
         if not bool(count.any()):
             raise ValueError("nothing was observed in the training part")
         bad = mask & ~torch.isfinite(flat)
-        _refuse(bad[None], "value {value} is observed but not finite", flat[None])
+        _refuse(on_host(bad[None]), "value {value} is observed but not finite", on_host(flat[None]))
         count = count.clamp(min=1)  # a feature that nobody measured is masked: any scale will do
         mean = torch.where(mask, flat, 0.0).sum(0) / count
         std = (torch.where(mask, flat - mean, 0.0).square().sum(0) / count).sqrt()
@@ -208,49 +210,71 @@ class ClinicalODERNN(nn.Module):
             ValueError: wrong shapes, decreasing times, a value that is not finite at an observed
                 place, a patient without observation.
         """
-        present = self._check(times, values, observed)
-        inputs, gaps = self._inputs(times, values, observed)
-        plan = self._plan(gaps, present)
+        plan, inputs, spans = self.prepare(times, values, observed)
         # What the update reads needs no state: two matrix products for the whole batch.
-        inputs = inputs.flatten(0, 1).index_select(0, plan.places)  # (P, 3F + 3), no padding
         read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
         gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
-        states = self.norm(self._run(gates, plan))  # (P, H)
-        result = states.new_zeros(present.numel(), self.hidden_dim)
-        return result.index_copy(0, plan.places, states).view(*present.shape, self.hidden_dim)
+        states = self.norm(self._run(gates, plan, spans))  # (P, H)
+        result = states.new_zeros(times.numel(), self.hidden_dim)
+        places = torch.from_numpy(plan.places).to(states.device)
+        return result.index_copy(0, places, states).view(*times.shape, self.hidden_dim)
 
-    def _plan(self, gaps: Tensor, present: Tensor) -> Plan:
-        """Cut each of the gaps (B, L) that is ``present`` (B, L) into as many ticks as it needs."""
-        parts = torch.ones_like(gaps)  # torchdiffeq divides a gap by itself
-        if self.solver == "rk4":
-            parts = torch.ceil(gaps.detach() / MAX_SCALED_STEP).clamp(min=1)
-        return plan_ticks(gaps, torch.where(present, parts, 0).long())
+    def prepare(
+        self, times: Tensor, values: Tensor, observed: Tensor
+    ) -> tuple[Plan, Tensor, Tensor]:
+        """Check a batch, and give what does not depend on weights; see ``forward``, ``_inputs``.
 
-    def _run(self, gates: Tensor, plan: Plan) -> Tensor:
-        """Give the state (P, H) after each observation, from its input product (P, 3H)."""
+        What steers the work is made on the host, where it costs a third: who is seen when, and all
+        that follows from it. On CUDA these copies are the only waits.
+
+        Returns:
+            The ticks, the inputs (P, 3F + 3) of each observation, the spans (N,) of each tick.
+        """
+        self._refuse_shapes(times, values, observed)
+        seen = on_host(observed)
+        plan = self._plan(self._gaps(on_host(times), on_host(values), seen), seen)
+        return plan, *self._inputs(times, values, seen, plan)
+
+    def _plan(self, gaps: NDArray[Any], seen: NDArray[np.bool_]) -> Plan:
+        """Cut the gaps (B, L - 1) between observations into as many ticks as each needs."""
+        parts = np.logical_or.reduce(seen, axis=2).astype(np.int64)
+        if self.solver == "rk4":  # torchdiffeq divides a gap by itself
+            steps = np.ceil(gaps / (MAX_SCALED_STEP * self.time_scale))
+            parts[:, 1:] *= np.maximum(steps, 1).astype(np.int64)
+        return plan_ticks(parts)
+
+    def _run(self, gates: Tensor, plan: Plan, spans: Tensor) -> Tensor:
+        """Give the state (P, H) after each observation.
+
+        Args:
+            gates: (P, 3H) input products of the update, tick after tick.
+            plan: the ticks.
+            spans: (N,) how far each patient goes in each, in units of ``time_scale``.
+        """
         field, update = self.field, self.update
         if self.solver != "rk4":
-            return self._run_plainly(gates, plan, self._odeint)
-        if plan.spans.requires_grad:  # somebody asks for derivatives by time
-            return self._run_plainly(gates, plan, field.rk4())
+            return self._run_plainly(gates, plan, spans, self._odeint)
+        if spans.requires_grad:  # somebody asks for derivatives by time
+            return self._run_plainly(gates, plan, spans, field.rk4())
         with torch.autocast(gates.device.type, enabled=False):
             weights = (
-                *(field.inner.weight, field.inner.bias, field.mixing(), field.outer.weight),
+                *(field.inner.weight, field.inner.bias, field.outer.weight),
                 *(update.weight_hh, update.bias_hh),
             )
             learns = torch.is_grad_enabled() and any(w.requires_grad for w in (gates, *weights))
             own = gates.to(update.weight_hh.dtype)  # under autocast the gates are narrower
-            states: Tensor = Ticks.apply(plan, learns, own, *weights)
+            states: Tensor = Ticks.apply(plan, spans, learns, own, *weights)
             return states.to(gates.dtype)
 
-    def _run_plainly(self, gates: Tensor, plan: Plan, advance: Advance) -> Tensor:
-        """Alternate equation and update as they are written, for any solver."""
+    def _run_plainly(self, gates: Tensor, plan: Plan, spans: Tensor, advance: Advance) -> Tensor:
+        """Alternate equation and update as they are written, for any solver; see ``_run``."""
         state = gates.new_zeros(plan.sizes[0], self.hidden_dim)
         states = []
-        spans = plan.spans.split(plan.sizes)
-        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
+        span = spans.split(plan.sizes)
+        every = torch.from_numpy(plan.rows).to(gates.device)
+        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, every)):
             if tick:  # nothing passes before the first
-                state = advance(state[: plan.sizes[tick]], spans[tick])
+                state = advance(state[: plan.sizes[tick]], span[tick])
             if len(rows) == len(state):  # always so with torchdiffeq
                 state = self._observe(gate, state)
                 states.append(state)
@@ -289,41 +313,46 @@ class ClinicalODERNN(nn.Module):
         proposal = torch.tanh(torch.addcmul(gate[:, width:], reset, own[:, width:]))
         return torch.lerp(proposal, state, keep)
 
-    def _inputs(self, times: Tensor, values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-        """Give what the input layer reads and the scaled gaps (B, L), all finite in padding.
+    def _inputs(
+        self, times: Tensor, values: Tensor, seen: NDArray[np.bool_], plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """Give what the input layer reads of each observation, and how far the ticks go.
 
         Returns:
-            inputs (B, L, 3F + 3): of each feature the latest value so far as z-score, zero before
-            the first; whether it was measured now; log hours since it was measured before now. Then
-            log gap, log hours since the first observation, log count. The mask stands beside the
-            carried value, so nothing that is old passes for new.
+            inputs (P, 3F + 3), tick after tick: of each feature the latest value so far as z-score,
+            zero before the first; whether it was measured now; log hours since it was measured
+            before now. Then log gap, log hours since the first observation, log count. The mask
+            stands beside the carried value, so nothing that is old passes for new.
+            spans (N,), in units of ``time_scale``.
         """
-        present = observed.any(dim=2, keepdim=True)
-        dtype = self.value_mean.dtype
-        z = (values.to(dtype) - self.value_mean) / self.value_std
-        z = torch.where(observed, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        step = torch.arange(times.shape[1], device=times.device).unsqueeze(1)
-        latest = torch.where(observed, step, -1).cummax(dim=1).values  # (B, L, F)
-        carried = z.gather(1, latest.clamp(min=0))  # z is zero where nothing was measured
-        before = functional.pad(latest[:, :-1], (0, 0, 1, 0), value=-1)  # -1: never
-        moments = times.unsqueeze(2)  # (B, L, 1)
-        seen = moments.expand_as(z).gather(1, before.clamp(min=0))
-        earlier = torch.cat(
-            [
-                torch.where(before >= 0, seen, moments),
-                torch.cat([moments[:, :1], moments[:, :-1]], 1),
-                moments[:, :1].expand_as(moments),
-            ],
-            dim=2,
-        )  # (B, L, F + 2)
-        hours = torch.where(present, moments - earlier, 0.0)
-        logs = torch.log1p(hours) / math.log1p(self.time_scale)
-        count = torch.log(step + 1).expand_as(moments)
-        inputs = torch.cat([carried, observed.to(dtype), logs.to(dtype), count.to(dtype)], dim=2)
-        return inputs, (hours[..., -2] / self.time_scale).to(dtype)
+        length, features = seen.shape[1:]
+        dtype, device = self.value_mean.dtype, times.device
+        here = plan.places[:, None]
+        step = here % length
+        first = here - step  # place of the patient's first observation
+        latest = np.where(seen, np.arange(length)[:, None], -1)  # -1: not yet
+        np.maximum.accumulate(latest, axis=1, out=latest)
+        latest = latest.reshape(-1, features)
+        now, before = latest[plan.places], latest[plan.places - 1]  # another patient's at step 0
+        since = np.where((step > 0) & (before >= 0), before, step)
+        earlier = first + np.concatenate([since, np.maximum(step - 1, 0), 0 * step], axis=1)
+        source = (first + np.maximum(now, 0)) * features + np.arange(features)
+        marks = np.concatenate([seen.reshape(-1, features)[plan.places], np.log1p(step)], axis=1)
 
-    def _check(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
-        """Refuse what has no meaning; give the (B, L) mask of real observations."""
+        def there(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        told = there(marks).to(dtype)
+        z = (values.take(there(source)).to(dtype) - self.value_mean) / self.value_std
+        carried = torch.where(there(now >= 0), z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
+        hours = times.take(there(here)) - times.take(there(earlier))
+        logs = (torch.log1p(hours) / math.log1p(self.time_scale)).to(dtype)
+        inputs = torch.cat([carried, told[:, :features], logs, told[:, features:]], dim=1)
+        spans = hours[:, features] / there(plan.parts * self.time_scale)
+        return inputs, spans.to(dtype).index_select(0, there(plan.goals))
+
+    def _refuse_shapes(self, times: Tensor, values: Tensor, observed: Tensor) -> None:
+        """Refuse tensors that do not fit each other."""
         if times.ndim != 2 or 0 in times.shape:
             raise ValueError(f"times must be (B, L) and not empty, got {tuple(times.shape)}")
         shape = (*times.shape, self.input_dim)
@@ -332,37 +361,60 @@ class ClinicalODERNN(nn.Module):
                 raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
-        present = observed.any(dim=2)
-        gaps = times.diff(dim=1)
-        # One question for all; a NaN answers no. Sums may overflow: then the long way decides.
-        legal = present[:, :-1] & (gaps >= 0) & (gaps <= MAX_SCALED_GAP * self.time_scale)
-        fine = (legal | ~present[:, 1:]).all() & present[:, 0].all()
-        total = times[:, 0].sum() + torch.where(observed, values, 0).sum()
-        if not bool(fine & (total.isfinite())):
+
+    def _gaps(
+        self, times: NDArray[Any], values: NDArray[Any], observed: NDArray[np.bool_]
+    ) -> NDArray[Any]:
+        """Give the hours between observations, (B, L - 1), zero in padding.
+
+        Raises:
+            ValueError: a series has no meaning; the first fault with its place.
+        """
+        present: NDArray[np.bool_] = np.logical_or.reduce(observed, axis=2)
+        longest = MAX_SCALED_GAP * self.time_scale
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            gaps = times[:, 1:] - times[:, :-1]
+        # A gap that is no number answers no.
+        legal = present[:, :-1] & (gaps >= 0) & (gaps <= longest)
+        begins = present[:, 0] & np.isfinite(times[:, 0])
+        fine = begins.all() and (legal | ~present[:, 1:]).all()
+        if not (fine and np.isfinite(values[observed]).all()):
             self._refuse_series(times, values, observed, present)
-        return present
+        return np.where(present[:, 1:], gaps, 0.0)
 
     def _refuse_series(
-        self, times: Tensor, values: Tensor, observed: Tensor, present: Tensor
+        self,
+        times: NDArray[Any],
+        values: NDArray[Any],
+        observed: NDArray[np.bool_],
+        present: NDArray[np.bool_],
     ) -> None:
-        """Raise for the first fault with its place, if there is one."""
-        ahead = functional.pad(present[:, :-1], (1, 0), value=True)  # is the place ahead real?
-        gaps = torch.diff(times, dim=1, prepend=times[:, :1])
+        """Raise for the first fault with its place."""
+        ahead = np.insert(present[:, :-1], 0, True, axis=1)  # is the place ahead real?
+        with np.errstate(invalid="ignore"):
+            gaps = np.diff(times, axis=1, prepend=times[:, :1])
         _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
         _refuse(present & ~ahead, "padding in front of the observation at {place}")
-        _refuse(present & ~torch.isfinite(times), "time {value} at {place} is not finite", times)
+        _refuse(present & ~np.isfinite(times), "time {value} at {place} is not finite", times)
         _refuse(present & (gaps < 0), "time {value} h at {place} is before the one ahead", times)
         endless = present & (gaps > MAX_SCALED_GAP * self.time_scale)
         _refuse(endless, "the gap of {value} h to {place} needs a larger time_scale", gaps)
-        bad = observed & ~torch.isfinite(values)
+        bad = observed & ~np.isfinite(values)
         _refuse(bad, "value {value} at {place} is observed but not finite", values)
 
 
-def _refuse(bad: Tensor, message: str, source: Tensor | None = None) -> None:
+def on_host(tensor: Tensor) -> NDArray[Any]:
+    """Give the same numbers for NumPy, on the CPU in the same memory; it knows no bfloat16."""
+    tensor = tensor.detach().float() if tensor.dtype is torch.bfloat16 else tensor.detach()
+    array: NDArray[Any] = tensor.cpu().numpy()
+    return array
+
+
+def _refuse(bad: NDArray[np.bool_], message: str, source: NDArray[Any] | None = None) -> None:
     """Raise with the first True place of ``bad`` (B, L) or (B, L, F), and what stands there."""
-    if not bool(bad.any()):
+    if not bad.any():
         return
-    place = bad.nonzero()[0].tolist()
+    place = np.argwhere(bad)[0].tolist()
     value = None if source is None else source[tuple(place)].item()
     axes = zip(("patient", "observation", "feature"), place, strict=False)
     raise ValueError(message.format(value=value, place=", ".join(f"{n} {i}" for n, i in axes)))
@@ -394,53 +446,49 @@ class Plan(NamedTuple):
 
     Attributes:
         sizes: how many patients take part in tick 0, 1, 2, ...; in tick 0 nothing passes yet.
-        spans: (N,) how far each goes in it, in units of ``time_scale``.
         arrivals: how many of them arrive at an observation.
         rows: (P,) which rows these are, tick after tick.
         places: (P,) where their observations stand in the flattened (B * L).
+        parts: (P,) how many ticks the way to each takes.
+        goals: (N,) which of the P observations each patient is under way to, tick after tick.
     """
 
     sizes: list[int]
-    spans: Tensor
     arrivals: list[int]
-    rows: Tensor
-    places: Tensor
+    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
+    parts: NDArray[np.int64]
+    goals: NDArray[np.int64]
 
 
-def plan_ticks(gaps: Tensor, parts: Tensor) -> Plan:
-    """Cut every patient's time into ticks.
-
-    Args:
-        gaps: (B, L) time before each observation, in units of ``time_scale``.
-        parts: (B, L) int64, how many ticks each gap takes, zero in padding.
-    """
-    spans = (gaps / parts.clamp(min=1)).flatten()
-    parts = parts.cpu()  # on CUDA the one wait: how many ticks there are steers the host
-    count, patients = parts.sum(1).sort(descending=True, stable=True)  # row by row of the ticks
-    parts = parts[patients]
-    rows, steps = parts.nonzero(as_tuple=True)  # (P,) each, patient after patient
-    places = patients[rows] * parts.shape[1] + steps
-    parts = parts[rows, steps]
-    ahead = count.cumsum(0) - count  # ticks of the patients in the rows above
-    arrival, order = (parts.cumsum(0) - ahead[rows] - 1).sort(stable=True)  # in ticks of one's own
+def plan_ticks(parts: NDArray[np.int64]) -> Plan:
+    """Plan the ticks of patients whose observations take so many each, (B, L), zero in padding."""
+    count = parts.sum(axis=1)
+    patients = np.argsort(-count, kind="stable")  # row by row of the ticks
+    count, parts = count[patients], parts[patients]
+    rows, steps = parts.nonzero()  # (P,) each, patient after patient
+    places, parts = patients[rows] * parts.shape[1] + steps, parts[rows, steps]
+    ahead = count.cumsum() - count  # ticks of the patients in the rows above
+    arrival = parts.cumsum() - ahead[rows] - 1  # in ticks of one's own
+    order = np.argsort(arrival, kind="stable")
     # The same for each tick (N,): from patient after patient to tick after tick.
-    owner = torch.repeat_interleave(count)
-    number = torch.arange(len(owner)) - ahead[owner]
-    sizes = torch.bincount(number)
-    place = torch.empty_like(number)
-    place[(sizes.cumsum(0) - sizes)[number] + owner] = places.repeat_interleave(parts)
+    owner = np.repeat(np.arange(len(count)), count)
+    number = np.arange(len(owner)) - ahead[owner]
+    sizes = np.bincount(number)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    goals = np.empty_like(number)
+    goals[(sizes.cumsum() - sizes)[number] + owner] = np.repeat(rank, parts)
     return Plan(
-        sizes.tolist(),
-        spans.index_select(0, place.to(spans.device)),
-        torch.bincount(arrival).tolist(),
-        rows[order].to(spans.device),
-        places[order].to(spans.device),
+        *(sizes.tolist(), np.bincount(arrival).tolist()),
+        *(rows[order], places[order], parts[order], goals),
     )
 
 
 def by_tick(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors along their first axis into ticks; give all pieces of each tick."""
-    return list(zip(*(tensor.split(sizes) for tensor in tensors), strict=True))
+    # Tensor.split asks more questions than that takes.
+    return list(zip(*(torch.split_with_sizes(each, sizes) for each in tensors), strict=True))
 
 
 class Ticks(torch.autograd.Function):
@@ -478,47 +526,40 @@ class Ticks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, learns: bool, gates: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, plan: Plan, spans: Tensor, learns: bool, gates: Tensor, *weights: Tensor
+    ) -> Tensor:
         """Run over the ticks.
 
         Args:
             ctx: takes what the way back needs.
             plan: the ticks.
+            spans: (N,) how far each patient goes in them.
             learns: whether there is a way back; if not, nothing is kept for it.
             gates: (P, 3H) input products of the cell.
-            weights: W1, b1, M transposed, W2, W_hh and b_hh.
+            weights: W1, b1, W2, W_hh and b_hh.
 
         Returns:
             (P, H) state after each observation.
         """
-        inner, bias, mixing, outer, recurrent, recurrent_bias = weights
+        inner, _, outer, *_ = weights
         first, *sizes = plan.sizes
-        width = len(bias)
-        solver = 2 * inner.t(), 2 * bias, 2 * mixing, 4 * mixing, outer.t() / 3
-        inputs, shift, product = (
-            torch.cat([tensor[..., : 2 * width], 2 * tensor[..., 2 * width :]], dim=-1)
-            for tensor in (gates, recurrent_bias, recurrent.t())
-        )
-        # Begins as what the cell's product is added to, ends as r, z and 2n.
-        cells = inputs + shift
-        cells[:, 2 * width :] = shift[2 * width :]
+        width = len(inner)
+        rows = torch.from_numpy(plan.rows).to(gates.device)
+        span = spans[first:].unsqueeze(1)
+        mixing = (inner @ outer).t()
+        cells = torch.empty_like(gates)
         entering, proposals = gates.new_empty(2, len(gates), width)
         states = torch.empty_like(proposals)
-        pieces = cells, cells[:, : 2 * width], *cells.chunk(3, dim=1), inputs[:, 2 * width :]
-        updates = by_tick(plan.arrivals, plan.rows, *pieces, entering, proposals, states)
         stages = gates.new_empty(5, sum(sizes) if learns else max(sizes, default=0), width)
-        kept = by_tick(sizes, *stages) if learns else [stages[:, :size] for size in sizes]
-        span = plan.spans[first:].unsqueeze(1)
-        spans = by_tick(sizes, span, -span / 2)
-        state = gates.new_zeros(first, width)
-        for tick, size in enumerate(plan.sizes):
-            if tick:
-                _solve(state[:size], *kept[tick - 1], *spans[tick - 1], *solver)
-            if plan.arrivals[tick]:
-                _observe(state, product, *updates[tick])
+        with torch.inference_mode():  # calls that autograd need not look at: 4 % of the time
+            kept = by_tick(sizes, *stages) if learns else [stages[:, :size] for size in sizes]
+            results = cells, entering, proposals, states
+            _advance(plan, rows, span, gates, (mixing, *weights), kept, results)
         if learns:
             ctx.plan = plan
-            ctx.save_for_backward(cells, entering, proposals, stages, *weights[:-1])
+            kept_weights = mixing, *weights[:-1]
+            ctx.save_for_backward(rows, span, cells, entering, proposals, stages, *kept_weights)
         return states
 
     @staticmethod
@@ -526,39 +567,84 @@ class Ticks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Go back over the ticks; ``grad`` is (P, H)."""
         with torch.autocast(grad.device.type, enabled=False):  # a caller may be inside one
-            return None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
+            return None, None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
+
+
+def _advance(
+    plan: Plan,
+    rows: Tensor,
+    span: Tensor,
+    gates: Tensor,
+    weights: Sequence[Tensor],
+    kept: Sequence[Any],
+    results: Sequence[Tensor],
+) -> None:
+    """Run over the ticks without a thought of derivatives; see ``Ticks``.
+
+    Args:
+        plan: the ticks.
+        rows: (P,) of the plan, where the gates are.
+        span: (M, 1) how far each patient goes while time passes.
+        gates: (P, 3H) input products of the cell.
+        weights: M transposed, then those of ``Ticks.forward``.
+        kept: for each tick but the first, the five (n, H) that ``_solve`` fills.
+        results: to be filled: (P, 3H) r, z and 2n of the cell, then (P, H) each: the state in front
+            of an observation, the cell's proposal, the state after it.
+    """
+    mixing, inner, bias, outer, recurrent, recurrent_bias = weights
+    cells, entering, proposals, states = results
+    first, *sizes = plan.sizes
+    width = len(bias)
+    solver = 2 * inner.t(), 2 * bias, 2 * mixing, 4 * mixing, outer.t() / 3
+    twice = torch.ones_like(recurrent_bias)
+    twice[2 * width :] = 2
+    inputs, shift, product = gates * twice, recurrent_bias * twice, recurrent.t() * twice
+    # Begins as what the cell's product is added to, ends as r, z and 2n.
+    torch.add(inputs, shift, out=cells)
+    cells[:, 2 * width :] = shift[2 * width :]
+    pieces = cells, cells[:, : 2 * width], *cells.chunk(3, dim=1), inputs[:, 2 * width :]
+    updates = by_tick(plan.arrivals, rows, *pieces, entering, proposals, states)
+    spans = by_tick(sizes, span, -span / 2)
+    state, minus_one = gates.new_zeros(first, width), gates.new_tensor(-1.0)
+    for tick, size in enumerate(plan.sizes):
+        if tick:
+            _solve(state[:size], *kept[tick - 1], *spans[tick - 1], *solver)
+        if plan.arrivals[tick]:
+            _observe(state, product, *updates[tick], minus_one)
 
 
 def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
     """Give the gradients of gates and weights from those of the states, ``grad`` (P, H)."""
-    cells, entering, proposals, stages, inner, _, mixing, outer, recurrent = kept
+    rows, span, cells, entering, proposals, stages, mixing, inner, _, outer, recurrent = kept
     first, *sizes = plan.sizes
     stages, start = stages[:4], stages[4]
-    span = plan.spans[first:].unsqueeze(1)
     # First what g is multiplied with; then d1 .. d4, each (M, H), and da, dr, dz, dn, g z.
     fields = torch.addcmul(stages, stages, stages, value=-1).mul_(2 * span)
     cell = _cell_slopes(cells, entering, proposals)  # (P, 5, H)
     own = cell[:, 1:4].flatten(1)
     behind, inside = torch.empty_like(start), torch.empty_like(start)
-    steps = by_tick(sizes, *fields, behind, inside)
-    updates = by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
-    solver = mixing.t(), outer / 3, inner
-    pull = grad.new_zeros(first, len(inner))  # g of each patient
-    for tick in reversed(range(len(plan.sizes))):
-        if plan.arrivals[tick]:
-            rows, given, factors, into, through = updates[tick]
-            factors.mul_(pull.index_select(0, rows).add_(given).unsqueeze(1))
-            pull.index_copy_(0, rows, torch.addmm(through, into, recurrent))
-        if tick:
-            _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
+    with torch.inference_mode():
+        steps = by_tick(sizes, *fields, behind, inside)
+        updates = by_tick(plan.arrivals, rows, grad, cell, own, cell[:, 4])
+        solver = mixing.t(), outer / 3, inner
+        pull = grad.new_zeros(first, len(inner))  # g of each patient
+        for tick in reversed(range(len(plan.sizes))):
+            if plan.arrivals[tick]:
+                here, given, factors, into, through = updates[tick]
+                factors.mul_(pull.index_select(0, here).add_(given).unsqueeze(1))
+                pull.index_copy_(0, here, torch.addmm(through, into, recurrent))
+            if tick:
+                _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
     # What is left is one product for each weight.
     k = torch.addcmul(-span / 2, stages, span)
     fields[3].mul_(2)  # u + 2M k3
-    d_mixing = k[:3].flatten(0, 1).t() @ fields[1:].flatten(0, 1)
+    d_mixing = fields[1:].flatten(0, 1).t() @ k[:3].flatten(0, 1)
     moved = k[0].add_(k[3]).add_(k[1].add_(k[2]), alpha=2)
+    d_inner = (inside.t() @ start).addmm_(d_mixing, outer.t())
+    d_outer = torch.addmm(behind.t() @ moved, inner.t(), d_mixing, beta=1 / 3)
     return (
         torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1),
-        *(inside.t() @ start, inside.sum(0), d_mixing, behind.t() @ moved / 3),
+        *(d_inner, inside.sum(0), d_outer),
         *(own.t() @ entering, own.sum(0)),
     )
 
@@ -593,11 +679,11 @@ def _solve_back(g: Tensor, *buffers: Tensor) -> None:
 
 def _observe(state: Tensor, product: Tensor, rows: Tensor, *buffers: Tensor) -> None:
     """Update those rows of ``state`` that arrive, and keep what led there."""
-    cell, both, r, z, n, gate, x, p, new = buffers
+    cell, both, r, z, n, gate, x, p, new, minus_one = buffers
     torch.index_select(state, 0, rows, out=x)
     cell.addmm_(x, product)
     both.sigmoid_()
-    torch.addcmul(gate, r, n, out=p).sigmoid_().mul_(2).sub_(1)
+    torch.add(minus_one, torch.addcmul(gate, r, n, out=p).sigmoid_(), alpha=2, out=p)
     torch.lerp(p, x, z, out=new)
     state.index_copy_(0, rows, new)
 

@@ -209,10 +209,10 @@ def test_rk4_takes_no_more_steps_than_each_patients_own_gaps_need(
     encoder = make_encoder(time_scale=2.0)
     monkeypatch.setattr(dte_encoder, "MAX_SCALED_STEP", 0.6)
     batch = two_patients()
-    plan = encoder._plan(encoder._inputs(*batch)[1], batch[2].any(dim=2))
+    plan, _, travelled = encoder.prepare(*batch)
     # The second patient leads: gaps 0.5, 1.0, 1.5 in 1, 2, 3 steps; the first has 2.0 in 4.
     assert plan.sizes == [2, 2, 2, 2, 2, 1, 1]
-    spans = plan.spans.split(plan.sizes)
+    spans = travelled.split(plan.sizes)
     assert [span[0].item() for span in spans] == [0.0] + [0.5] * 6
     assert [span[1].item() for span in spans[:5]] == [0.0] + [0.5] * 4
     # Observations 4 to 7 are the second patient's, in row 0; they come after 0, 1, 3, 6 steps.
@@ -340,8 +340,8 @@ def test_gradients_of_all_parameters_are_right(solver: str) -> None:
 class Plain(ClinicalODERNN):
     """The same network, the same steps, its gradients by plain autograd."""
 
-    def _run(self, gates: Tensor, plan: Plan) -> Tensor:
-        return self._run_plainly(gates, plan, self.field.rk4())
+    def _run(self, gates: Tensor, plan: Plan, spans: Tensor) -> Tensor:
+        return self._run_plainly(gates, plan, spans, self.field.rk4())
 
 
 def plain_twin(encoder: ClinicalODERNN) -> Plain:
@@ -462,7 +462,15 @@ def products(work: Callable[[], Any]) -> Products:
 
 
 def ticks_of(encoder: ClinicalODERNN, batch: Batch) -> Plan:
-    return encoder._plan(encoder._inputs(*batch)[1], batch[2].any(dim=2))
+    return encoder.prepare(*batch)[0]
+
+
+def inputs_of(encoder: ClinicalODERNN, *batch: Tensor) -> Tensor:
+    """What the input layer reads of each observation, (B, L, 3F + 3), zero in padding."""
+    plan, inputs, _ = encoder.prepare(*batch)
+    places = torch.from_numpy(plan.places)
+    placed = inputs.new_zeros(batch[0].numel(), inputs.shape[1]).index_copy(0, places, inputs)
+    return placed.view(*batch[0].shape, -1)
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 3), (9, 9, 2, 30)])
@@ -599,6 +607,13 @@ def test_cuda_gives_the_states_and_gradients_of_the_cpu(solver: str) -> None:
     expected = gradients(encoder, batch)
     for name, gradient in gradients(on_gpu, batch_on_gpu).items():
         torch.testing.assert_close(gradient.cpu(), expected[name], rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_inputs_are_read_as_what_they_hold() -> None:
+    encoder, (times, values, observed) = make_encoder().float(), make_batch()
+    narrow, short = times.bfloat16(), values.bfloat16()
+    expected = encoder(narrow.float(), short.float(), observed)
+    torch.testing.assert_close(encoder(narrow, short, observed), expected, rtol=0, atol=0.1)
 
 
 # ---------------------------------------------------------------- what must change nothing
@@ -762,15 +777,16 @@ def test_a_longer_gap_changes_the_equations_part_of_the_state() -> None:
 def test_gap_elapsed_time_and_count_each_reach_the_update() -> None:
     encoder = make_encoder(time_scale=24.0)
     times = torch.tensor([[2.0, 5.0, 26.0]], dtype=torch.float64)
-    inputs, gaps = encoder._inputs(
-        times, torch.zeros(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)
-    )
+    batch = times, torch.zeros(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)
+    inputs, (plan, _, spans) = inputs_of(encoder, *batch), encoder.prepare(*batch)
     expected = torch.tensor([[0.0, 3.0, 21.0], [0.0, 3.0, 24.0]], dtype=torch.float64)
     clock = expected.log1p() / math.log(25)
     torch.testing.assert_close(inputs[0, :, 6:8], clock.t())
     count = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     torch.testing.assert_close(inputs[0, :, 8], count.log(), rtol=0, atol=1e-7)
-    torch.testing.assert_close(gaps, torch.tensor([[0.0, 3 / 24, 21 / 24]], dtype=torch.float64))
+    ticks = [1] + 2 * [3 / 24 / 2] + 9 * [21 / 24 / 9]  # none is longer than 0.1
+    assert plan.sizes == [1] * len(ticks)
+    torch.testing.assert_close(spans[1:], torch.tensor(ticks[1:], dtype=torch.float64))
 
 
 def test_each_feature_brings_its_latest_value_its_mask_and_its_own_age() -> None:
@@ -779,7 +795,7 @@ def test_each_feature_brings_its_latest_value_its_mask_and_its_own_age() -> None
     values = torch.tensor([[[1.0, 9.0], [9.0, 2.0], [9.0, 9.0], [-3.0, 9.0], [9.0, 9.0]]])
     seen = torch.tensor([[[1, 0], [0, 1], [1, 0], [1, 0], [0, 0]]], dtype=torch.bool)
     values[0, 2, 0] = 1.5
-    inputs, _ = encoder._inputs(times, values, seen)
+    inputs = inputs_of(encoder, times, values, seen)
     carried = [[1.0, 0.0], [1.0, 2.0], [1.5, 2.0], [-3.0, 2.0]]
     assert inputs[0, :4, :2].tolist() == carried
     assert torch.equal(inputs[0, :, 2:4], seen[0].double())
@@ -941,7 +957,7 @@ def test_a_constant_feature_is_centred_and_not_magnified(
     observed = torch.ones_like(values, dtype=torch.bool)
     encoder.fit_normalizer(values, observed)
     assert encoder.value_std.item() == 1.0
-    inputs, _ = encoder._inputs(torch.zeros(7, 3, dtype=dtype), values, observed)
+    inputs = inputs_of(encoder, torch.zeros(7, 3, dtype=dtype), values, observed)
     assert float(inputs[..., 0].abs().max()) <= 1e-6 * max(1.0, constant)
 
 
@@ -951,9 +967,8 @@ def test_extreme_values_are_cut_and_ordinary_ones_are_not() -> None:
         torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1, dtype=torch.bool)
     )  # mean 0, standard deviation 1
     values = torch.tensor([[[3.0], [-7.5], [8.5], [-1e30]]], dtype=torch.float64)
-    inputs, _ = encoder._inputs(
-        torch.zeros(1, 4, dtype=torch.float64), values, torch.ones(1, 4, 1, dtype=torch.bool)
-    )
+    seen = torch.ones(1, 4, 1, dtype=torch.bool)
+    inputs = inputs_of(encoder, torch.zeros(1, 4, dtype=torch.float64), values, seen)
     assert inputs[0, :, 0].tolist() == [3.0, -7.5, MAX_Z_SCORE, -MAX_Z_SCORE]
 
 
@@ -1095,6 +1110,14 @@ def test_meaningless_series_are_refused_with_value_and_place(
     edit(*batch)
     with pytest.raises(ValueError, match=message):
         make_encoder()(*batch)
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinite_times_are_refused_without_a_warning() -> None:
+    times, values, observed = make_batch()
+    times[0, 1:3] = math.inf
+    with pytest.raises(ValueError, match="time inf at patient 0, observation 1 is not finite"):
+        make_encoder()(times, values, observed)
 
 
 # ---------------------------------------------------------------- extremes

@@ -114,8 +114,8 @@ class Torchode(ClinicalODERNN):
 class Plain(ClinicalODERNN):
     """The same network and the same steps; autograd records each."""
 
-    def _run(self, gates: Tensor, plan: Plan) -> Tensor:
-        return self._run_plainly(gates, plan, self.field.rk4())
+    def _run(self, gates: Tensor, plan: Plan, spans: Tensor) -> Tensor:
+        return self._run_plainly(gates, plan, spans, self.field.rk4())
 
 
 class PlainGRU(nn.Module):
@@ -127,8 +127,11 @@ class PlainGRU(nn.Module):
         self.gru = nn.GRU(encoder.update.input_size, encoder.hidden_dim, batch_first=True)
 
     def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
-        inputs, _ = self.encoder._inputs(times, values, observed)
-        states: Tensor = self.gru(self.encoder.read(inputs).relu())[0]
+        plan, inputs, _ = self.encoder.prepare(times, values, observed)
+        read = self.encoder.read(inputs).relu()
+        places = torch.from_numpy(plan.places)
+        padded = read.new_zeros(times.numel(), read.shape[1]).index_copy(0, places, read)
+        states: Tensor = self.gru(padded.view(*times.shape, -1))[0]
         return states
 
 
