@@ -350,6 +350,20 @@ def test_the_winner_of_a_state_replaces_a_damaged_one(
     trainer.read_trajectory(tmp_path / "run" / trainer.TRAJECTORY_FILE)
 
 
+def test_a_history_that_is_lost_comes_back_from_the_state(data: Path, tmp_path: Path) -> None:
+    """Of a run that ends between its last epoch and its figures: no epoch writes it again."""
+    words = command("trajectory", data, tmp_path / "run", "--trajectory_epochs", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "write_results", lambda *_: send(signal.SIGTERM)())
+        assert trainer.main(words) == 143
+    history = tmp_path / "run" / "trajectory" / "history.jsonl"
+    told = history.read_bytes()
+    assert told.count(b"\n") == 2
+    history.write_text("damaged")
+    assert trainer.main([*words, "--resume"]) == 0
+    assert history.read_bytes() == told
+
+
 def test_leftovers_of_a_killed_run_are_cleaned(stopped: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "run" / "trajectory"
     left = [folder / ".metrics.json.partial", folder / trainer.LAST / ".x.safetensors.partial"]
