@@ -281,7 +281,7 @@ class TrajectoryDataset:
         Raises:
             InputError: its name, and how to go on without it.
         """
-        rows, _ = self._rows(train)
+        rows = self._rows(train)
         seen = np.count_nonzero(~np.isnan(self.values[rows]), axis=0)
         never = [name for name, count in zip(self.features, seen, strict=True) if count == 0]
         if never and not self.fixed_features:
@@ -355,7 +355,7 @@ class TrajectoryDataset:
     def subset(self, indices: NDArray[np.int64]) -> TrajectoryDataset:
         """Give a data set of the chosen series only, in the given order."""
         chosen = copy.copy(self)
-        rows, _ = self._rows(indices)
+        rows = self._rows(indices)
         chosen.times, chosen.values = self.times[rows], self.values[rows]
         chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
         for name in self.row_columns:
@@ -402,31 +402,30 @@ class TrajectoryDataset:
         import torch  # 1.3 s that checking a file, and --help, need not wait
 
         index = np.asarray(indices, dtype=np.int64)
-        rows, present = self._rows(index)
-        begin = np.repeat(self.times[self.offsets[index]], present.sum(axis=1))
-        times = np.zeros(present.shape, dtype=np.float32)  # (B, L)
-        times[present] = self.times[rows] - begin
-        measured = self.values[rows]
-        seen = ~np.isnan(measured)
-        values = np.zeros((*present.shape, len(self.features)), dtype=np.float32)  # (B, L, F)
-        values[present] = np.where(seen, measured, 0.0)
-        observed = np.zeros(values.shape, dtype=bool)
-        observed[present] = seen
+        places, present = self._places(index)
+        rows = np.where(present, places, places[:, :1])  # in padding the first, of which none stays
+        times = np.where(present, self.times[rows] - self.times[rows[:, :1]], 0.0)
+        measured = self.values[rows]  # (B, L, F)
+        observed = ~np.isnan(measured) & present[..., None]
         return Batch(
-            times=torch.from_numpy(times),
-            values=torch.from_numpy(values),
+            times=torch.from_numpy(times.astype(np.float32)),
+            values=torch.from_numpy(np.where(observed, measured, 0.0).astype(np.float32)),
             observed=torch.from_numpy(observed),
             labels=torch.from_numpy(self.labels[index].astype(np.float32)),
             index=torch.from_numpy(index),
         )
 
-    def _rows(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Give the flat rows of the chosen series, joined, and their places (B, L) in a batch."""
-        starts = self.offsets[index]
-        lengths = self.offsets[index + 1] - starts  # not self.lengths: that is of all N
+    def _places(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Give flat rows (B, L) counted from the start of each chosen series, and which are its."""
+        starts = self.offsets[index][:, None]
+        lengths = self.offsets[index + 1][:, None] - starts  # not self.lengths: that is of all N
         steps = np.arange(lengths.max(initial=0))
-        present = steps < lengths[:, None]
-        return (starts[:, None] + steps)[present], present
+        return starts + steps, steps < lengths
+
+    def _rows(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the flat rows of the chosen series, joined."""
+        places, present = self._places(index)
+        return places[present]
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
         """Divide into train, val and test, 80/10/10 of the patients.

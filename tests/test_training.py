@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -538,3 +539,18 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
         temporary.write_bytes([b"half", None])  # type: ignore[arg-type]
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_loader_makes_some_batches_ahead_in_order_and_no_more() -> None:
+    made: list[list[int]] = []
+
+    def collate(rows: Sequence[int]) -> list[int]:
+        made.append(list(rows))
+        return made[-1]
+
+    rows = np.arange(5 * trainer.BATCHES_AHEAD)
+    loader = trainer.Loader(trainer.Batches(rows, 2, None, shuffle=False), collate)
+    batches = iter(loader)
+    assert next(batches) == [0, 1]
+    assert len(made) == trainer.BATCHES_AHEAD
+    assert [[0, 1], *batches] == rows.reshape(-1, 2).tolist() == made
