@@ -281,7 +281,7 @@ class TrajectoryDataset:
         Raises:
             InputError: its name, and how to go on without it.
         """
-        rows = self._rows(train)
+        rows = self.rows_of(train)
         seen = np.count_nonzero(~np.isnan(self.values[rows]), axis=0)
         never = [name for name, count in zip(self.features, seen, strict=True) if count == 0]
         if never and not self.fixed_features:
@@ -355,7 +355,7 @@ class TrajectoryDataset:
     def subset(self, indices: NDArray[np.int64]) -> TrajectoryDataset:
         """Give a data set of the chosen series only, in the given order."""
         chosen = copy.copy(self)
-        rows = self._rows(indices)
+        rows = self.rows_of(indices)
         chosen.times, chosen.values = self.times[rows], self.values[rows]
         chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
         for name in self.row_columns:
@@ -405,11 +405,11 @@ class TrajectoryDataset:
         places, present = self._places(index)
         rows = np.where(present, places, places[:, :1])  # in padding the first, of which none stays
         times = np.where(present, self.times[rows] - self.times[rows[:, :1]], 0.0)
-        measured = self.values[rows]  # (B, L, F)
+        measured = self.values[rows].astype(np.float32)  # (B, L, F)
         observed = ~np.isnan(measured) & present[..., None]
         return Batch(
             times=torch.from_numpy(times.astype(np.float32)),
-            values=torch.from_numpy(np.where(observed, measured, 0.0).astype(np.float32)),
+            values=torch.from_numpy(np.where(observed, measured, np.float32(0))),
             observed=torch.from_numpy(observed),
             labels=torch.from_numpy(self.labels[index].astype(np.float32)),
             index=torch.from_numpy(index),
@@ -422,7 +422,7 @@ class TrajectoryDataset:
         steps = np.arange(lengths.max(initial=0))
         return starts + steps, steps < lengths
 
-    def _rows(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+    def rows_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Give the flat rows of the chosen series, joined."""
         places, present = self._places(index)
         return places[present]
@@ -2284,24 +2284,24 @@ def join_values(
 
 
 def convert_units(
-    values: pd.DataFrame, main: int, path: str
+    values: pd.DataFrame, needed: Sequence[int], path: str
 ) -> tuple[pd.DataFrame, str, Counter[str]]:
     """Bring the values of each item to one unit.
 
     Args:
         values: from ``join_values``; ``unit`` as it is written, empty where none stands.
-        main: the item that may not lose a value.
+        needed: the items of the series, which may not lose a value.
         path: of the table, for errors.
 
     Returns:
-        The values whose unit is known, the unit of ``main``, and how many were left out.
+        The values whose unit is known, the unit of the series, and how many were left out.
 
     Raises:
-        InputError: the main item has an unknown unit, or several that nothing converts.
+        InputError: a needed item has an unknown unit, or several that nothing converts.
     """
     factor = np.full(len(values), np.nan)
     counts: Counter[str] = Counter()
-    unit_of_main = ""
+    series_unit = ANALYTES[needed[0]].unit if needed[0] in ANALYTES else ""
     for item in np.unique(values["item"]).tolist():
         rows = np.flatnonzero(values["item"] == item)
         units = values["unit"].iloc[rows].astype(str)
@@ -2310,12 +2310,12 @@ def convert_units(
         analyte = ANALYTES.get(item)
         factors = analyte.factors if analyte else {named[0] if named else "": 1.0}
         unknown = [unit for unit in named if unit not in factors]
-        if item == main and unknown:
+        if item in needed and unknown:
             told = ", ".join(repr(spelled[unit]) for unit in named)
             known = f"known are {', '.join(factors)}" if analyte else "nothing converts them"
-            raise InputError(f"{path}: item {main} has values in {told}: {known}")
-        if item == main:
-            unit_of_main = analyte.unit if analyte else spelled[next(iter(factors))]
+            raise InputError(f"{path}: item {item} has values in {told}: {known}")
+        if item == needed[0] and not analyte:
+            series_unit = spelled[next(iter(factors))]
         factor[rows] = units.str.lower().map(factors).to_numpy(np.float64)
         if left := int(np.isnan(factor[rows]).sum()):
             name = analyte.name if analyte else f"item {item}"
@@ -2323,7 +2323,7 @@ def convert_units(
     converted = values["value"] * factor
     converted = converted.where(factor == 1, converted.round(6))  # as a laboratory would print it
     kept = ~np.isnan(factor)
-    return values.assign(value=converted)[kept].reset_index(drop=True), unit_of_main, counts
+    return values.assign(value=converted)[kept].reset_index(drop=True), series_unit, counts
 
 
 # --------------------------------------------------------------------------- from MIMIC-IV: cohort
@@ -2443,6 +2443,8 @@ class Extraction:
                 raise InputError(f"--{name} {getattr(self, name)}: must be a number above 0")
         if self.min_observations < 1:
             raise InputError(f"--min_observations {self.min_observations}: must be 1 at least")
+        if self.compute_gap not in GAPS:
+            raise InputError(f"--compute_gap {self.compute_gap}: {', '.join(GAPS)}")
 
     @property
     def window(self) -> np.timedelta64:
@@ -2851,7 +2853,11 @@ def extract(asked: Extraction, processes: int) -> tuple[pd.DataFrame, dict[str, 
     rules = {"under 18 at admission, or of unknown age": ~(tables.admissions["age"] >= ADULT_YEARS)}
     if asked.cohort == "dka":
         rules["not coded as diabetic ketoacidosis"] = ~tables.admissions["coded"]
-    values, unit, counts = read_values(tables, ~pd.DataFrame(rules).any(axis=1), number, processes)
+    needed: tuple[int, ...] = (number,)
+    if number == GAP_ITEM and asked.compute_gap == "always":
+        # Another quantity than the reported gap: no model of one shall pass for one of the other.
+        needed, name = GAP_PARTS, f"{name} without potassium"
+    values, unit, counts = read_values(tables, ~pd.DataFrame(rules).any(axis=1), needed, processes)
     item = Item(number, name, unit)
     found = find_rows(tables, values, item, asked)
     left, flow = flow_of(rules | further_rules(found, asked))
@@ -2861,9 +2867,9 @@ def extract(asked: Extraction, processes: int) -> tuple[pd.DataFrame, dict[str, 
 
 
 def read_values(
-    tables: Tables, wanted: pd.Series, main: int, processes: int
+    tables: Tables, wanted: pd.Series, needed: Sequence[int], processes: int
 ) -> tuple[pd.DataFrame, str, Counter[str]]:
-    """Read labevents: the values of the main item and the chemistry in the wanted admissions.
+    """Read labevents: the needed items and the other chemistry in the wanted admissions.
 
     Returns:
         As ``convert_units``; the counts are those of all rows that were left out or resolved.
@@ -2872,7 +2878,7 @@ def read_values(
     subject, hadm = table["subject_id"].to_numpy(), table["hadm_id"].to_numpy()
     start, end = table["start"].to_numpy(), table["end"].to_numpy()
     stays = Stays(subject, hadm, start, end, wanted.to_numpy())
-    keeper = LabKeeper({main, *ANALYTES}, stays)
+    keeper = LabKeeper({*needed, *ANALYTES}, stays)
     kept, digest, header = read_mimic(tables.folder, "hosp/labevents", keeper, processes)
     tables.hashes["hosp/labevents"] = digest
     path = str(find_mimic(tables.folder, "hosp/labevents"))
@@ -2882,7 +2888,7 @@ def read_values(
     if not tables.stored:
         logger.warning("%s: no column storetime: values count as known when charted", path)
     values, counts = join_values(kept)
-    values, unit, unknown = convert_units(values, main, path)
+    values, unit, unknown = convert_units(values, needed, path)
     for reason, rows in (counts + unknown).items():
         logger.info("%s: %d values %s", path, rows, reason)
     return values, unit, counts + unknown
@@ -3160,7 +3166,7 @@ def build_parser() -> Parser:
         "--compute_gap",
         nargs="?",
         const="missing",
-        choices=tuple(GAPS)[1:],
+        choices=tuple(GAPS),
         help="anion gap from Na, Cl, HCO3: where none is reported, or always",
     )
     make.set_defaults(**{name: value for name, value in default.items() if value is not MISSING})

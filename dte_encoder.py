@@ -211,12 +211,12 @@ class ClinicalODERNN(nn.Module):
                 place, a patient without observation.
         """
         plan, inputs, spans = self.prepare(times, values, observed)
+        places = torch.from_numpy(plan.places).to(inputs.device)
         # What the update reads needs no state: two matrix products for the whole batch.
         read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
         gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
         states = self.norm(self._run(gates, plan, spans))  # (P, H)
         result = states.new_zeros(times.numel(), self.hidden_dim)
-        places = torch.from_numpy(plan.places).to(states.device)
         return result.index_copy(0, places, states).view(*times.shape, self.hidden_dim)
 
     def prepare(
@@ -225,19 +225,21 @@ class ClinicalODERNN(nn.Module):
         """Check a batch, and give what does not depend on weights; see ``forward``, ``_inputs``.
 
         What steers the work is made on the host, where it costs a third: who is seen when, and all
-        that follows from it. On CUDA these copies are the only waits.
+        that follows from it. On CUDA there are waits for copies alone, all ahead of the ticks.
 
         Returns:
             The ticks, the inputs (P, 3F + 3) of each observation, the spans (N,) of each tick.
         """
         self._refuse_shapes(times, values, observed)
+        times, values = widened(times), widened(values)
         seen = on_host(observed)
-        plan = self._plan(self._gaps(on_host(times), on_host(values), seen), seen)
-        return plan, *self._inputs(times, values, seen, plan)
+        present: NDArray[np.bool_] = np.logical_or.reduce(seen, axis=2)
+        plan = self._plan(self._gaps(on_host(times), on_host(values), seen, present), present)
+        return plan, *self._inputs(times, values, plan, seen)
 
-    def _plan(self, gaps: NDArray[Any], seen: NDArray[np.bool_]) -> Plan:
+    def _plan(self, gaps: NDArray[Any], present: NDArray[np.bool_]) -> Plan:
         """Cut the gaps (B, L - 1) between observations into as many ticks as each needs."""
-        parts = np.logical_or.reduce(seen, axis=2).astype(np.int64)
+        parts = present.astype(np.int64)
         if self.solver == "rk4":  # torchdiffeq divides a gap by itself
             steps = np.ceil(gaps / (MAX_SCALED_STEP * self.time_scale))
             parts[:, 1:] *= np.maximum(steps, 1).astype(np.int64)
@@ -314,7 +316,7 @@ class ClinicalODERNN(nn.Module):
         return torch.lerp(proposal, state, keep)
 
     def _inputs(
-        self, times: Tensor, values: Tensor, seen: NDArray[np.bool_], plan: Plan
+        self, times: Tensor, values: Tensor, plan: Plan, seen: NDArray[np.bool_]
     ) -> tuple[Tensor, Tensor]:
         """Give what the input layer reads of each observation, and how far the ticks go.
 
@@ -325,31 +327,19 @@ class ClinicalODERNN(nn.Module):
             stands beside the carried value, so nothing that is old passes for new.
             spans (N,), in units of ``time_scale``.
         """
-        length, features = seen.shape[1:]
-        dtype, device = self.value_mean.dtype, times.device
-        here = plan.places[:, None]
-        step = here % length
-        first = here - step  # place of the patient's first observation
-        latest = np.where(seen, np.arange(length)[:, None], -1)  # -1: not yet
-        np.maximum.accumulate(latest, axis=1, out=latest)
-        latest = latest.reshape(-1, features)
-        now, before = latest[plan.places], latest[plan.places - 1]  # another patient's at step 0
-        since = np.where((step > 0) & (before >= 0), before, step)
-        earlier = first + np.concatenate([since, np.maximum(step - 1, 0), 0 * step], axis=1)
-        source = (first + np.maximum(now, 0)) * features + np.arange(features)
-        marks = np.concatenate([seen.reshape(-1, features)[plan.places], np.log1p(step)], axis=1)
-
-        def there(array: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        told = there(marks).to(dtype)
-        z = (values.take(there(source)).to(dtype) - self.value_mean) / self.value_std
-        carried = torch.where(there(now >= 0), z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        hours = times.take(there(here)) - times.take(there(earlier))
+        sources = find_sources(plan.places, seen)
+        here, earlier, source, ever, marks, parts, goals = (
+            torch.from_numpy(array).to(times.device)
+            for array in (*sources, plan.parts * self.time_scale, plan.goals)
+        )
+        dtype, features = self.value_mean.dtype, self.input_dim
+        z = (values.take(source).to(dtype) - self.value_mean) / self.value_std
+        carried = torch.where(ever, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
+        hours = times.take(here) - times.take(earlier)
         logs = (torch.log1p(hours) / math.log1p(self.time_scale)).to(dtype)
-        inputs = torch.cat([carried, told[:, :features], logs, told[:, features:]], dim=1)
-        spans = hours[:, features] / there(plan.parts * self.time_scale)
-        return inputs, spans.to(dtype).index_select(0, there(plan.goals))
+        mask, count = marks.to(dtype).split([features, 1], dim=1)
+        inputs = torch.cat([carried, mask, logs, count], dim=1)
+        return inputs, (hours[:, features] / parts).to(dtype).index_select(0, goals)
 
     def _refuse_shapes(self, times: Tensor, values: Tensor, observed: Tensor) -> None:
         """Refuse tensors that do not fit each other."""
@@ -363,16 +353,19 @@ class ClinicalODERNN(nn.Module):
             raise ValueError(f"observed must be bool, got {observed.dtype}")
 
     def _gaps(
-        self, times: NDArray[Any], values: NDArray[Any], observed: NDArray[np.bool_]
+        self,
+        times: NDArray[Any],
+        values: NDArray[Any],
+        observed: NDArray[np.bool_],
+        present: NDArray[np.bool_],
     ) -> NDArray[Any]:
         """Give the hours between observations, (B, L - 1), zero in padding.
 
         Raises:
             ValueError: a series has no meaning; the first fault with its place.
         """
-        present: NDArray[np.bool_] = np.logical_or.reduce(observed, axis=2)
         longest = MAX_SCALED_GAP * self.time_scale
-        with np.errstate(invalid="ignore"):  # infinity less infinity
+        with np.errstate(invalid="ignore", over="ignore"):  # times may be no numbers, or endless
             gaps = times[:, 1:] - times[:, :-1]
         # A gap that is no number answers no.
         legal = present[:, :-1] & (gaps >= 0) & (gaps <= longest)
@@ -391,7 +384,7 @@ class ClinicalODERNN(nn.Module):
     ) -> None:
         """Raise for the first fault with its place."""
         ahead = np.insert(present[:, :-1], 0, True, axis=1)  # is the place ahead real?
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             gaps = np.diff(times, axis=1, prepend=times[:, :1])
         _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
         _refuse(present & ~ahead, "padding in front of the observation at {place}")
@@ -403,11 +396,43 @@ class ClinicalODERNN(nn.Module):
         _refuse(bad, "value {value} at {place} is observed but not finite", values)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Give half precision as float32: NumPy knows one kind of it, and hours need more."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def on_host(tensor: Tensor) -> NDArray[Any]:
-    """Give the same numbers for NumPy, on the CPU in the same memory; it knows no bfloat16."""
-    tensor = tensor.detach().float() if tensor.dtype is torch.bfloat16 else tensor.detach()
-    array: NDArray[Any] = tensor.cpu().numpy()
+    """Give the same numbers for NumPy, on the CPU in the same memory: nothing may write there."""
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
     return array
+
+
+def find_sources(places: NDArray[np.int64], seen: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
+    """Find where the inputs of each observation stand.
+
+    Args:
+        places: (P,) of the observations in the flattened (B * L).
+        seen: (B, L, F) what was measured.
+
+    Returns:
+        The places (P, 1); those (P, F + 2) of the observations since when hours are counted: where
+        each feature was last measured before now (now, where never), the one before, the first; the
+        places (P, F) in the flattened (B * L * F) of each feature's latest value; whether there is
+        one (P, F) bool; what was measured now, and the log of the count so far (P, F + 1).
+    """
+    length, features = seen.shape[1:]
+    here = places[:, None]
+    step = here % length
+    first = here - step
+    latest = np.where(seen, np.arange(length)[:, None], -1)  # -1: not yet
+    np.maximum.accumulate(latest, axis=1, out=latest)
+    latest = latest.reshape(-1, features)
+    now, before = latest[places], latest[places - 1]  # another patient's at step 0
+    since = np.where((step > 0) & (before >= 0), before, step)
+    earlier = first + np.concatenate([since, np.maximum(step - 1, 0), 0 * step], axis=1)
+    source = (first + np.maximum(now, 0)) * features + np.arange(features)
+    marks = np.concatenate([seen.reshape(-1, features)[places], np.log1p(step)], axis=1)
+    return here, earlier, source, now >= 0, marks
 
 
 def _refuse(bad: NDArray[np.bool_], message: str, source: NDArray[Any] | None = None) -> None:
@@ -480,14 +505,18 @@ def plan_ticks(parts: NDArray[np.int64]) -> Plan:
     goals = np.empty_like(number)
     goals[(sizes.cumsum() - sizes)[number] + owner] = np.repeat(rank, parts)
     return Plan(
-        *(sizes.tolist(), np.bincount(arrival).tolist()),
-        *(rows[order], places[order], parts[order], goals),
+        sizes=sizes.tolist(),
+        arrivals=np.bincount(arrival).tolist(),
+        rows=rows[order],
+        places=places[order],
+        parts=parts[order],
+        goals=goals,
     )
 
 
 def by_tick(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors along their first axis into ticks; give all pieces of each tick."""
-    # Tensor.split asks more questions than that takes.
+    # Not Tensor.split, whose Python around this call takes as long again.
     return list(zip(*(torch.split_with_sizes(each, sizes) for each in tensors), strict=True))
 
 
@@ -558,7 +587,7 @@ class Ticks(torch.autograd.Function):
             _advance(plan, rows, span, gates, (mixing, *weights), kept, results)
         if learns:
             ctx.plan = plan
-            kept_weights = mixing, *weights[:-1]
+            kept_weights = mixing, inner, outer, weights[3]
             ctx.save_for_backward(rows, span, cells, entering, proposals, stages, *kept_weights)
         return states
 
@@ -615,7 +644,7 @@ def _advance(
 
 def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
     """Give the gradients of gates and weights from those of the states, ``grad`` (P, H)."""
-    rows, span, cells, entering, proposals, stages, mixing, inner, _, outer, recurrent = kept
+    rows, span, cells, entering, proposals, stages, mixing, inner, outer, recurrent = kept
     first, *sizes = plan.sizes
     stages, start = stages[:4], stages[4]
     # First what g is multiplied with; then d1 .. d4, each (M, H), and da, dr, dz, dn, g z.

@@ -609,11 +609,13 @@ def test_cuda_gives_the_states_and_gradients_of_the_cpu(solver: str) -> None:
         torch.testing.assert_close(gradient.cpu(), expected[name], rtol=1e-3, atol=1e-4)
 
 
-def test_bfloat16_inputs_are_read_as_what_they_hold() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_are_read_as_what_they_hold(dtype: torch.dtype) -> None:
     encoder, (times, values, observed) = make_encoder().float(), make_batch()
-    narrow, short = times.bfloat16(), values.bfloat16()
-    expected = encoder(narrow.float(), short.float(), observed)
-    torch.testing.assert_close(encoder(narrow, short, observed), expected, rtol=0, atol=0.1)
+    narrow, short = times.to(dtype), values.to(dtype)
+    assert torch.equal(
+        encoder(narrow, short, observed), encoder(narrow.float(), short.float(), observed)
+    )
 
 
 # ---------------------------------------------------------------- what must change nothing
@@ -1113,10 +1115,19 @@ def test_meaningless_series_are_refused_with_value_and_place(
 
 
 @pytest.mark.filterwarnings("error")
-def test_infinite_times_are_refused_without_a_warning() -> None:
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((math.inf, math.inf), "time inf at patient 0, observation 1 is not finite"),
+        ((-1.7e308, 1.7e308), "time -1.7e.308 h at patient 0, observation 1 is before"),
+    ],
+)
+def test_endless_times_are_refused_without_a_warning(
+    given: tuple[float, float], message: str
+) -> None:
     times, values, observed = make_batch()
-    times[0, 1:3] = math.inf
-    with pytest.raises(ValueError, match="time inf at patient 0, observation 1 is not finite"):
+    times[0, 1:3] = torch.tensor(given, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
         make_encoder()(times, values, observed)
 
 

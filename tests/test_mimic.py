@@ -666,8 +666,26 @@ def test_every_gap_can_be_computed(made: Callable[..., Made]) -> None:
     assert "anion gap" not in result.context(1)
     assert "without potassium" in result.facts["definitions"]["anion_gap"]
     assert made(mini, "--compute_gap").labels(1) == [0, 0, 1]
+    assert (result.facts["series"], result.facts["unit"]) == (
+        "Anion gap without potassium",
+        "mEq/L",
+    )
     other = made(mini, "--compute_gap", "always", "--item", "bicarbonate")
     assert "anion gap 18 (mEq/L)" in other.context(1)
+
+
+def test_a_computed_series_has_its_unit_whatever_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mini = trio(trio(trio(Mini().admit(1), 1, 1, 140), 1, 3, 138), 1, 30, 131)
+    words = "--cohort", "all", "--compute_gap", "always"
+    assert make(mini.write(tmp_path / "none"), *words).facts["unit"] == "mEq/L"
+    mini.lab(1, 2, 20, GAP, unit="mg/dL")
+    assert make(mini.write(tmp_path / "odd"), *words).facts["unit"] == "mEq/L"
+    mini.lab(1, 2, 20, SODIUM, unit="mg/dL")
+    command = ["from_mimic", "--mimic_dir", str(mini.write(tmp_path / "bad")), *words]
+    assert dataset_format.main([*command, "--out", str(tmp_path / "bad.csv")]) == 2
+    assert "item 50983 has values in 'mEq/L', 'mg/dL'" in capsys.readouterr().err
 
 
 def test_a_computed_gap_without_a_time_of_storing_is_an_outcome_alone(
@@ -772,9 +790,12 @@ def altered(
     open_end &= ~(pd.to_datetime(admissions["deathtime"].replace("", None)) <= then)
     begun = pd.to_datetime(admissions["admittime"])
     following = begun.sort_values().groupby(admissions["subject_id"]).shift(-1)
-    open_end &= following.isna()  # whoever comes again had an end before that, no other
     end = then + pd.to_timedelta(rng.integers(1, 150, len(admissions)), unit="h")
-    dies = rng.random(len(admissions)) < 0.5
+    # Whoever comes again left alive before that.
+    between = then + (following - then) * rng.random(len(admissions))
+    end = end.where(following.isna(), between.dt.floor("s"))
+    open_end &= following.isna() | (end > then)
+    dies = (rng.random(len(admissions)) < 0.5) & following.isna().to_numpy()
     admissions.loc[open_end, "dischtime"] = end[open_end].astype(str)
     admissions.loc[open_end, "deathtime"] = np.where(dies, end.astype(str), "")[open_end]
     admissions.loc[open_end, "hospital_expire_flag"] = np.where(dies, "1", "0")[open_end]

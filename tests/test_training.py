@@ -541,16 +541,21 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_a_loader_makes_some_batches_ahead_in_order_and_no_more() -> None:
+@pytest.mark.parametrize(("cells", "most"), [(1, trainer.BATCHES_AHEAD), (2**19, 2), (2**21, 1)])
+def test_a_loader_makes_some_batches_ahead_in_order_and_no_more(cells: int, most: int) -> None:
+    """Twice as many each time, as long as they are small together."""
     made: list[list[int]] = []
 
-    def collate(rows: Sequence[int]) -> list[int]:
+    def collate(rows: Sequence[int]) -> dict[str, torch.Tensor]:
         made.append(list(rows))
-        return made[-1]
+        return {"rows": torch.tensor(rows), "other": torch.empty(cells - len(rows) % cells)}
 
-    rows = np.arange(5 * trainer.BATCHES_AHEAD)
+    rows = np.arange(0, 8 * trainer.BATCHES_AHEAD)
     loader = trainer.Loader(trainer.Batches(rows, 2, None, shuffle=False), collate)
-    batches = iter(loader)
-    assert next(batches) == [0, 1]
-    assert len(made) == trainer.BATCHES_AHEAD
-    assert [[0, 1], *batches] == rows.reshape(-1, 2).tolist() == made
+    given, waiting = [], []
+    for batch in loader:
+        given.append(batch["rows"].tolist())
+        waiting.append(1 + len(made) - len(given))
+    assert given == rows.reshape(-1, 2).tolist() == made
+    assert waiting[0] == 1
+    assert max(waiting) == most
