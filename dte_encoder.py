@@ -372,17 +372,14 @@ class ClinicalODERNN(nn.Module):
         begins = present[:, 0] & np.isfinite(times[:, 0])
         fine = begins.all() and (legal | ~present[:, 1:]).all()
         if not (fine and np.isfinite(values[observed]).all()):
-            self._refuse_series(times, values, observed, present)
+            self._refuse_series(times, values, observed)
         return np.where(present[:, 1:], gaps, 0.0)
 
     def _refuse_series(
-        self,
-        times: NDArray[Any],
-        values: NDArray[Any],
-        observed: NDArray[np.bool_],
-        present: NDArray[np.bool_],
+        self, times: NDArray[Any], values: NDArray[Any], observed: NDArray[np.bool_]
     ) -> None:
         """Raise for the first fault with its place."""
+        present: NDArray[np.bool_] = np.logical_or.reduce(observed, axis=2)
         ahead = np.insert(present[:, :-1], 0, True, axis=1)  # is the place ahead real?
         with np.errstate(invalid="ignore", over="ignore"):
             gaps = np.diff(times, axis=1, prepend=times[:, :1])

@@ -919,17 +919,26 @@ def load_language_model(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(explain_loading_error(name, error)) from error
-    if found["missing_keys"]:
-        key = sorted(found["missing_keys"])[0]
+    check_loaded(name, found["missing_keys"], tokenizer)
+    if quantization == "nf4":
+        check_quantized(name, model)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def check_loaded(name: str, missing: set[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a checkpoint without some of its weights, and a tokenizer that loses text.
+
+    Raises:
+        InputError: naming what is wrong.
+    """
+    if missing:
+        key = min(missing)
         raise InputError(f"--model_name {name}: the checkpoint lacks weights, {key} among them")
     probe = "24 (0h)"
     special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
     if None in special or tokenizer.decode(ids) != probe:
         raise InputError(f"--model_name {name}: its tokenizer files are missing or damaged")
-    if quantization == "nf4":
-        check_quantized(name, model)
-    return model.requires_grad_(False).eval(), tokenizer
 
 
 def check_quantized(name: str, model: PreTrainedModel) -> None:
