@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,86 +196,85 @@ class ClinicalODERNN(nn.Module):
         self.value_mean.copy_(mean)
         self.value_std.copy_(std)
 
-    def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
+    def forward(
+        self, times: Tensor, values: Tensor, observed: Tensor, plan: Plan | None = None
+    ) -> Tensor:
         """Encode a padded batch.
 
         Args:
             times: (B, L) hours, not decreasing over a patient's observations.
             values: (B, L, F) raw units; what stands at unobserved places does not matter.
             observed: (B, L, F) bool; rows that are all False are padding behind the series.
+            plan: from ``plan`` with the same batch; made here if it was not made ahead.
 
         Returns:
             (B, L, H) layer-normalised state after each observation, zero in padding rows.
 
         Raises:
             ValueError: wrong shapes, decreasing times, a value that is not finite at an observed
-                place, a patient without observation.
+                place, a patient without observation, another batch's plan.
         """
-        plan, inputs, spans = self.prepare(times, values, observed)
-        places = torch.from_numpy(plan.places).to(inputs.device)
-        # What the update reads needs no state: two matrix products for the whole batch.
+        if plan is None:
+            plan = self.plan(times, values, observed)
+        elif plan.shape != observed.shape:
+            raise ValueError(f"a plan of {plan.shape} for a batch of {tuple(observed.shape)}")
+        plan = plan.to(times.device)
+        inputs, spans = self.inputs(widened(times), widened(values), plan)
         read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
-        gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
-        states = self.norm(self._run(gates, plan, spans))  # (P, H)
+        states = self.norm(self._run(read, plan, spans))  # (P, H)
         result = states.new_zeros(times.numel(), self.hidden_dim)
-        return result.index_copy(0, places, states).view(*times.shape, self.hidden_dim)
+        return result.index_copy(0, plan.places, states).view(*times.shape, self.hidden_dim)
 
-    def prepare(
-        self, times: Tensor, values: Tensor, observed: Tensor
-    ) -> tuple[Plan, Tensor, Tensor]:
-        """Check a batch, and give what does not depend on weights; see ``forward``, ``_inputs``.
+    def plan(self, times: Tensor, values: Tensor, observed: Tensor) -> Plan:
+        """Check a batch, and plan all that needs neither weights nor arithmetic with values.
 
-        What steers the work is made on the host, where it costs a third: who is seen when, and all
-        that follows from it. On CUDA there are waits for copies alone, all ahead of the ticks.
+        All of it is made on the host, where it costs a third. On CUDA it is best made ahead, from
+        tensors that are still on the host: then nothing waits for the device.
 
-        Returns:
-            The ticks, the inputs (P, 3F + 3) of each observation, the spans (N,) of each tick.
+        Args:
+            times: as in ``forward``, which says too what is refused.
+            values: likewise.
+            observed: likewise.
         """
         self._refuse_shapes(times, values, observed)
-        times, values = widened(times), widened(values)
         seen = on_host(observed)
         present: NDArray[np.bool_] = np.logical_or.reduce(seen, axis=2)
-        plan = self._plan(self._gaps(on_host(times), on_host(values), seen, present), present)
-        return plan, *self._inputs(times, values, plan, seen)
-
-    def _plan(self, gaps: NDArray[Any], present: NDArray[np.bool_]) -> Plan:
-        """Cut the gaps (B, L - 1) between observations into as many ticks as each needs."""
+        gaps = self._gaps(on_host(widened(times)), on_host(widened(values)), seen, present)
         parts = present.astype(np.int64)
         if self.solver == "rk4":  # torchdiffeq divides a gap by itself
             steps = np.ceil(gaps / (MAX_SCALED_STEP * self.time_scale))
             parts[:, 1:] *= np.maximum(steps, 1).astype(np.int64)
-        return plan_ticks(parts)
+        return make_plan(parts, seen)
 
-    def _run(self, gates: Tensor, plan: Plan, spans: Tensor) -> Tensor:
+    def _run(self, read: Tensor, plan: Plan, spans: Tensor) -> Tensor:
         """Give the state (P, H) after each observation.
 
         Args:
-            gates: (P, 3H) input products of the update, tick after tick.
+            read: (P, INPUT_WIDTH) what the update reads, tick after tick.
             plan: the ticks.
             spans: (N,) how far each patient goes in each, in units of ``time_scale``.
         """
         field, update = self.field, self.update
         if self.solver != "rk4":
-            return self._run_plainly(gates, plan, spans, self._odeint)
+            return self._run_plainly(read, plan, spans, self._odeint)
         if spans.requires_grad:  # somebody asks for derivatives by time
-            return self._run_plainly(gates, plan, spans, field.rk4())
-        with torch.autocast(gates.device.type, enabled=False):
+            return self._run_plainly(read, plan, spans, field.rk4())
+        with in_full_precision(read.device):
             weights = (
                 *(field.inner.weight, field.inner.bias, field.outer.weight),
-                *(update.weight_hh, update.bias_hh),
+                *(update.weight_ih, update.bias_ih, update.weight_hh, update.bias_hh),
             )
-            learns = torch.is_grad_enabled() and any(w.requires_grad for w in (gates, *weights))
-            own = gates.to(update.weight_hh.dtype)  # under autocast the gates are narrower
-            states: Tensor = Ticks.apply(plan, spans, learns, own, *weights)
-            return states.to(gates.dtype)
+            wide = read.to(update.weight_hh.dtype)  # under autocast it is narrower
+            states: Tensor = Ticks.apply(plan, spans, torch.is_grad_enabled(), wide, *weights)
+            return states.to(read.dtype)
 
-    def _run_plainly(self, gates: Tensor, plan: Plan, spans: Tensor, advance: Advance) -> Tensor:
+    def _run_plainly(self, read: Tensor, plan: Plan, spans: Tensor, advance: Advance) -> Tensor:
         """Alternate equation and update as they are written, for any solver; see ``_run``."""
+        gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
         state = gates.new_zeros(plan.sizes[0], self.hidden_dim)
         states = []
         span = spans.split(plan.sizes)
-        every = torch.from_numpy(plan.rows).to(gates.device)
-        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, every)):
+        for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
             if tick:  # nothing passes before the first
                 state = advance(state[: plan.sizes[tick]], span[tick])
             if len(rows) == len(state):  # always so with torchdiffeq
@@ -315,10 +315,13 @@ class ClinicalODERNN(nn.Module):
         proposal = torch.tanh(torch.addcmul(gate[:, width:], reset, own[:, width:]))
         return torch.lerp(proposal, state, keep)
 
-    def _inputs(
-        self, times: Tensor, values: Tensor, plan: Plan, seen: NDArray[np.bool_]
-    ) -> tuple[Tensor, Tensor]:
+    def inputs(self, times: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Give what the input layer reads of each observation, and how far the ticks go.
+
+        Args:
+            times: (B, L) hours.
+            values: (B, L, F) raw units.
+            plan: of this batch, on its device.
 
         Returns:
             inputs (P, 3F + 3), tick after tick: of each feature the latest value so far as z-score,
@@ -327,19 +330,14 @@ class ClinicalODERNN(nn.Module):
             stands beside the carried value, so nothing that is old passes for new.
             spans (N,), in units of ``time_scale``.
         """
-        sources = find_sources(plan.places, seen)
-        here, earlier, source, ever, marks, parts, goals = (
-            torch.from_numpy(array).to(times.device)
-            for array in (*sources, plan.parts * self.time_scale, plan.goals)
-        )
-        dtype, features = self.value_mean.dtype, self.input_dim
-        z = (values.take(source).to(dtype) - self.value_mean) / self.value_std
-        carried = torch.where(ever, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        hours = times.take(here) - times.take(earlier)
-        logs = (torch.log1p(hours) / math.log1p(self.time_scale)).to(dtype)
-        mask, count = marks.to(dtype).split([features, 1], dim=1)
-        inputs = torch.cat([carried, mask, logs, count], dim=1)
-        return inputs, (hours[:, features] / parts).to(dtype).index_select(0, goals)
+        dtype = self.value_mean.dtype
+        z = (values.take(plan.latest).to(dtype) - self.value_mean) / self.value_std
+        carried = torch.where(plan.ever, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
+        hours = times.take(plan.places.unsqueeze(1)) - times.take(plan.earlier)
+        logs = hours.log1p() / math.log1p(self.time_scale)
+        inputs = torch.cat([carried, plan.measured, logs, plan.counts.log1p()], dim=1).to(dtype)
+        gaps = hours.select(1, self.input_dim) / (plan.parts * self.time_scale)
+        return inputs, gaps.to(dtype).index_select(0, plan.goals)
 
     def _refuse_shapes(self, times: Tensor, values: Tensor, observed: Tensor) -> None:
         """Refuse tensors that do not fit each other."""
@@ -364,16 +362,15 @@ class ClinicalODERNN(nn.Module):
         Raises:
             ValueError: a series has no meaning; the first fault with its place.
         """
-        longest = MAX_SCALED_GAP * self.time_scale
         with np.errstate(invalid="ignore", over="ignore"):  # times may be no numbers, or endless
-            gaps = times[:, 1:] - times[:, :-1]
+            gaps = np.where(present[:, 1:], times[:, 1:] - times[:, :-1], 0.0)
         # A gap that is no number answers no.
-        legal = present[:, :-1] & (gaps >= 0) & (gaps <= longest)
-        begins = present[:, 0] & np.isfinite(times[:, 0])
-        fine = begins.all() and (legal | ~present[:, 1:]).all()
-        if not (fine and np.isfinite(values[observed]).all()):
+        legal = gaps.min(initial=0) >= 0 and gaps.max(initial=0) <= MAX_SCALED_GAP * self.time_scale
+        filled = present[:, 0].all() and (present[:, :-1] >= present[:, 1:]).all()
+        finite = np.isfinite(times[:, 0]).all() and np.isfinite(values[observed]).all()
+        if not (legal and filled and finite):
             self._refuse_series(times, values, observed)
-        return np.where(present[:, 1:], gaps, 0.0)
+        return gaps
 
     def _refuse_series(
         self, times: NDArray[Any], values: NDArray[Any], observed: NDArray[np.bool_]
@@ -398,38 +395,17 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def in_full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Leave autocast where the caller is inside one; to leave none would take 2 % of a pass."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def on_host(tensor: Tensor) -> NDArray[Any]:
     """Give the same numbers for NumPy, on the CPU in the same memory: nothing may write there."""
-    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    array: NDArray[Any] = tensor.numpy(force=True)
     return array
-
-
-def find_sources(places: NDArray[np.int64], seen: NDArray[np.bool_]) -> tuple[NDArray[Any], ...]:
-    """Find where the inputs of each observation stand.
-
-    Args:
-        places: (P,) of the observations in the flattened (B * L).
-        seen: (B, L, F) what was measured.
-
-    Returns:
-        The places (P, 1); those (P, F + 2) of the observations since when hours are counted: where
-        each feature was last measured before now (now, where never), the one before, the first; the
-        places (P, F) in the flattened (B * L * F) of each feature's latest value; whether there is
-        one (P, F) bool; what was measured now, and the log of the count so far (P, F + 1).
-    """
-    length, features = seen.shape[1:]
-    here = places[:, None]
-    step = here % length
-    first = here - step
-    latest = np.where(seen, np.arange(length)[:, None], -1)  # -1: not yet
-    np.maximum.accumulate(latest, axis=1, out=latest)
-    latest = latest.reshape(-1, features)
-    now, before = latest[places], latest[places - 1]  # another patient's at step 0
-    since = np.where((step > 0) & (before >= 0), before, step)
-    earlier = first + np.concatenate([since, np.maximum(step - 1, 0), 0 * step], axis=1)
-    source = (first + np.maximum(now, 0)) * features + np.arange(features)
-    marks = np.concatenate([seen.reshape(-1, features)[places], np.log1p(step)], axis=1)
-    return here, earlier, source, now >= 0, marks
 
 
 def _refuse(bad: NDArray[np.bool_], message: str, source: NDArray[Any] | None = None) -> None:
@@ -466,30 +442,64 @@ def check_solver(solver: str) -> None:
 class Plan(NamedTuple):
     """Who does what in which tick. In all ticks the patients with most ticks are the first rows.
 
+    Observations stand tick after tick, and within a tick by row.
+
     Attributes:
+        shape: of the batch, (B, L, F).
         sizes: how many patients take part in tick 0, 1, 2, ...; in tick 0 nothing passes yet.
         arrivals: how many of them arrive at an observation.
-        rows: (P,) which rows these are, tick after tick.
-        places: (P,) where their observations stand in the flattened (B * L).
-        parts: (P,) how many ticks the way to each takes.
+        rows: (P,) which rows these are.
         goals: (N,) which of the P observations each patient is under way to, tick after tick.
+        parts: (P,) how many ticks the way to each takes.
+        places: (P,) where each stands in the flattened (B * L).
+        earlier: (P, F + 2) likewise, since when hours are counted: where each feature was last
+            measured before now (now, where never), the observation before, the first.
+        latest: (P, F) where each feature's latest value stands in the flattened (B * L * F).
+        ever: (P, F) bool, whether there is one.
+        measured: (P, F) bool, what was measured now.
+        counts: (P, 1) observations before this one.
     """
 
+    shape: tuple[int, ...]
     sizes: list[int]
     arrivals: list[int]
-    rows: NDArray[np.int64]
-    places: NDArray[np.int64]
-    parts: NDArray[np.int64]
-    goals: NDArray[np.int64]
+    rows: Tensor
+    goals: Tensor
+    parts: Tensor
+    places: Tensor
+    earlier: Tensor
+    latest: Tensor
+    ever: Tensor
+    measured: Tensor
+    counts: Tensor
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Plan:
+        """Give the same plan with its tensors on a device, as ``Tensor.to`` does."""
+        if self.rows.device == device:
+            return self
+        moved: Any = (
+            part.to(device, non_blocking=non_blocking) if isinstance(part, Tensor) else part
+            for part in self
+        )
+        return Plan(*moved)
+
+    def numel(self) -> int:
+        """Give how many numbers its tensors hold."""
+        return sum(part.numel() for part in self if isinstance(part, Tensor))
 
 
-def plan_ticks(parts: NDArray[np.int64]) -> Plan:
-    """Plan the ticks of patients whose observations take so many each, (B, L), zero in padding."""
+def make_plan(parts: NDArray[np.int64], seen: NDArray[np.bool_]) -> Plan:
+    """Plan the ticks of a batch, and find where what they read stands.
+
+    Args:
+        parts: (B, L) how many ticks the way to each observation takes, zero in padding.
+        seen: (B, L, F) what was measured.
+    """
     count = parts.sum(axis=1)
     patients = np.argsort(-count, kind="stable")  # row by row of the ticks
     count, parts = count[patients], parts[patients]
     rows, steps = parts.nonzero()  # (P,) each, patient after patient
-    places, parts = patients[rows] * parts.shape[1] + steps, parts[rows, steps]
+    parts = parts[rows, steps]
     ahead = count.cumsum() - count  # ticks of the patients in the rows above
     arrival = parts.cumsum() - ahead[rows] - 1  # in ticks of one's own
     order = np.argsort(arrival, kind="stable")
@@ -501,14 +511,32 @@ def plan_ticks(parts: NDArray[np.int64]) -> Plan:
     rank[order] = np.arange(len(order))
     goals = np.empty_like(number)
     goals[(sizes.cumsum() - sizes)[number] + owner] = np.repeat(rank, parts)
+    rows, steps = rows[order], steps[order]
+    found = rows, goals, parts[order], *find_sources(patients[rows], steps, seen)
     return Plan(
-        sizes=sizes.tolist(),
-        arrivals=np.bincount(arrival).tolist(),
-        rows=rows[order],
-        places=places[order],
-        parts=parts[order],
-        goals=goals,
+        seen.shape,
+        sizes.tolist(),
+        np.bincount(arrival).tolist(),
+        *(torch.from_numpy(array) for array in found),
     )
+
+
+def find_sources(
+    patients: NDArray[np.int64], steps: NDArray[np.int64], seen: NDArray[np.bool_]
+) -> tuple[NDArray[Any], ...]:
+    """Give what ``Plan`` calls places to counts, of the observations (P,) at these steps."""
+    length, features = seen.shape[1:]
+    first = patients * length
+    places = first + steps
+    step, first = steps[:, None], first[:, None]
+    latest = np.where(seen, np.arange(length)[:, None], -1)  # -1: not yet
+    np.maximum.accumulate(latest, axis=1, out=latest)
+    latest = latest.reshape(-1, features)
+    now, before = latest[places], latest[places - 1]  # another patient's at step 0
+    since = np.where((step > 0) & (before >= 0), before, step)
+    earlier = first + np.concatenate([since, step - (step > 0), 0 * step], axis=1)
+    source = (first + np.maximum(now, 0)) * features + np.arange(features)
+    return places, earlier, source, now >= 0, now == step, step
 
 
 def by_tick(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -553,7 +581,7 @@ class Ticks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, spans: Tensor, learns: bool, gates: Tensor, *weights: Tensor
+        ctx: Any, plan: Plan, spans: Tensor, learns: bool, read: Tensor, *weights: Tensor
     ) -> Tensor:
         """Run over the ticks.
 
@@ -561,45 +589,48 @@ class Ticks(torch.autograd.Function):
             ctx: takes what the way back needs.
             plan: the ticks.
             spans: (N,) how far each patient goes in them.
-            learns: whether there is a way back; if not, nothing is kept for it.
-            gates: (P, 3H) input products of the cell.
-            weights: W1, b1, W2, W_hh and b_hh.
+            learns: whether gradients are asked for at all; if not, nothing is kept for them.
+            read: (P, R) what the cell reads.
+            weights: W1, b1, W2, W_ih, b_ih, W_hh and b_hh.
 
         Returns:
             (P, H) state after each observation.
         """
-        inner, _, outer, *_ = weights
+        inner, bias, outer, into, into_bias, recurrent, recurrent_bias = weights
+        learns = learns and any(ctx.needs_input_grad)
         first, *sizes = plan.sizes
         width = len(inner)
-        rows = torch.from_numpy(plan.rows).to(gates.device)
-        span = spans[first:].unsqueeze(1)
-        mixing = (inner @ outer).t()
-        cells = torch.empty_like(gates)
-        entering, proposals = gates.new_empty(2, len(gates), width)
-        states = torch.empty_like(proposals)
+        spans = spans[first:]
+        turned = [each.t().contiguous() for each in (inner, outer, recurrent)]
+        mixing = turned[1] @ turned[0]
+        # The cell's products of what it reads need no state: one product for the whole batch.
+        gates = torch.addmm(into_bias, read, into.t())
+        cells, proposals = torch.empty_like(gates), 2 * gates[:, 2 * width :]
+        entering, states = torch.empty_like(proposals), torch.empty_like(proposals)
         stages = gates.new_empty(5, sum(sizes) if learns else max(sizes, default=0), width)
         with torch.inference_mode():  # calls that autograd need not look at: 4 % of the time
-            kept = by_tick(sizes, *stages) if learns else [stages[:, :size] for size in sizes]
+            kept = (
+                by_tick(sizes, *stages.unbind()) if learns else [stages[:, :size] for size in sizes]
+            )
             results = cells, entering, proposals, states
-            _advance(plan, rows, span, gates, (mixing, *weights), kept, results)
+            _advance(plan, spans, gates, (mixing, *turned, bias, recurrent_bias), kept, results)
         if learns:
             ctx.plan = plan
-            kept_weights = mixing, inner, outer, weights[3]
-            ctx.save_for_backward(rows, span, cells, entering, proposals, stages, *kept_weights)
+            for_weights = mixing, inner, outer, into, recurrent
+            ctx.save_for_backward(spans, read, cells, entering, proposals, stages, *for_weights)
         return states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Go back over the ticks; ``grad`` is (P, H)."""
-        with torch.autocast(grad.device.type, enabled=False):  # a caller may be inside one
+        with in_full_precision(grad.device):  # a caller may be inside autocast
             return None, None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
 
 
 def _advance(
     plan: Plan,
-    rows: Tensor,
-    span: Tensor,
+    spans: Tensor,
     gates: Tensor,
     weights: Sequence[Tensor],
     kept: Sequence[Any],
@@ -609,107 +640,116 @@ def _advance(
 
     Args:
         plan: the ticks.
-        rows: (P,) of the plan, where the gates are.
-        span: (M, 1) how far each patient goes while time passes.
-        gates: (P, 3H) input products of the cell.
-        weights: M transposed, then those of ``Ticks.forward``.
+        spans: (M,) how far each patient goes while time passes.
+        gates: (P, 3H) the cell's products of what it reads.
+        weights: M, W1, W2 and W_hh, each transposed and contiguous, then b1 and b_hh.
         kept: for each tick but the first, the five (n, H) that ``_solve`` fills.
-        results: to be filled: (P, 3H) r, z and 2n of the cell, then (P, H) each: the state in front
+        results: to be filled: (P, 3H) r, z and n of the cell, then (P, H) each: the state in front
             of an observation, the cell's proposal, the state after it.
     """
-    mixing, inner, bias, outer, recurrent, recurrent_bias = weights
+    mixing, inner, outer, recurrent, bias, recurrent_bias = weights
     cells, entering, proposals, states = results
     first, *sizes = plan.sizes
     width = len(bias)
-    solver = 2 * inner.t(), 2 * bias, 2 * mixing, 4 * mixing, outer.t() / 3
-    twice = torch.ones_like(recurrent_bias)
-    twice[2 * width :] = 2
-    inputs, shift, product = gates * twice, recurrent_bias * twice, recurrent.t() * twice
-    # Begins as what the cell's product is added to, ends as r, z and 2n.
-    torch.add(inputs, shift, out=cells)
-    cells[:, 2 * width :] = shift[2 * width :]
-    pieces = cells, cells[:, : 2 * width], *cells.chunk(3, dim=1), inputs[:, 2 * width :]
-    updates = by_tick(plan.arrivals, rows, *pieces, entering, proposals, states)
-    spans = by_tick(sizes, span, -span / 2)
-    state, minus_one = gates.new_zeros(first, width), gates.new_tensor(-1.0)
+    solver = inner, bias, mixing, outer
+    # Begins as what the cell's product is added to, ends as r, z and n.
+    torch.add(gates, recurrent_bias, out=cells)
+    both, n = cells.split_with_sizes([2 * width, width], dim=1)
+    n.copy_(recurrent_bias[2 * width :])
+    pieces = cells, both, *both.chunk(2, dim=1), n, entering, proposals, states
+    updates = by_tick(plan.arrivals, plan.rows, *pieces)
+    span = by_tick(sizes, *_spread(spans, width))
+    state, minus_one = gates.new_zeros(first, width), gates.new_full((), -1.0)
     for tick, size in enumerate(plan.sizes):
         if tick:
-            _solve(state[:size], *kept[tick - 1], *spans[tick - 1], *solver)
+            _solve(state[:size], *kept[tick - 1], *span[tick - 1], *solver)
         if plan.arrivals[tick]:
-            _observe(state, product, *updates[tick], minus_one)
+            _observe(state, recurrent, *updates[tick], minus_one)
 
 
 def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
-    """Give the gradients of gates and weights from those of the states, ``grad`` (P, H)."""
-    rows, span, cells, entering, proposals, stages, mixing, inner, outer, recurrent = kept
+    """Give the gradients of what was read and of the weights, from those of the states (P, H)."""
+    spans, read, cells, entering, proposals, stages, *weights = kept
+    mixing, inner, outer, into, recurrent = weights
     first, *sizes = plan.sizes
+    span, minus_half = _spread(spans, len(inner))
     stages, start = stages[:4], stages[4]
     # First what g is multiplied with; then d1 .. d4, each (M, H), and da, dr, dz, dn, g z.
-    fields = torch.addcmul(stages, stages, stages, value=-1).mul_(2 * span)
+    fields = torch.addcmul(stages, stages, stages, value=-1).mul_(span)
     cell = _cell_slopes(cells, entering, proposals)  # (P, 5, H)
     own = cell[:, 1:4].flatten(1)
-    behind, inside = torch.empty_like(start), torch.empty_like(start)
+    behind = torch.empty_like(start)
     with torch.inference_mode():
-        steps = by_tick(sizes, *fields, behind, inside)
-        updates = by_tick(plan.arrivals, rows, grad, cell, own, cell[:, 4])
-        solver = mixing.t(), outer / 3, inner
+        steps = by_tick(sizes, *fields.unbind(), behind)
+        updates = by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
+        solver = mixing.t().contiguous(), outer * (2 / 3), inner
         pull = grad.new_zeros(first, len(inner))  # g of each patient
         for tick in reversed(range(len(plan.sizes))):
             if plan.arrivals[tick]:
-                here, given, factors, into, through = updates[tick]
+                here, given, factors, gates, through = updates[tick]
                 factors.mul_(pull.index_select(0, here).add_(given).unsqueeze(1))
-                pull.index_copy_(0, here, torch.addmm(through, into, recurrent))
+                pull.index_copy_(0, here, torch.addmm(through, gates, recurrent))
             if tick:
                 _solve_back(pull[: plan.sizes[tick]], *steps[tick - 1], *solver)
     # What is left is one product for each weight.
-    k = torch.addcmul(-span / 2, stages, span)
+    inside = fields[0]
+    k = torch.addcmul(minus_half, stages, span)
     fields[3].mul_(2)  # u + 2M k3
     d_mixing = fields[1:].flatten(0, 1).t() @ k[:3].flatten(0, 1)
     moved = k[0].add_(k[3]).add_(k[1].add_(k[2]), alpha=2)
     d_inner = (inside.t() @ start).addmm_(d_mixing, outer.t())
     d_outer = torch.addmm(behind.t() @ moved, inner.t(), d_mixing, beta=1 / 3)
-    return (
-        torch.cat([cell[:, 1:3].flatten(1), cell[:, 0]], dim=1),
-        *(d_inner, inside.sum(0), d_outer),
-        *(own.t() @ entering, own.sum(0)),
-    )
+    d_recurrent = own.t() @ entering, own.sum(0)
+    own[:, 2 * len(inner) :] = cell[:, 0]  # a's in place of n's: now they are those of the gates
+    d_into = own.t() @ read, own.sum(0)
+    return own @ into, d_inner, inside.sum(0), d_outer, *d_into, *d_recurrent
+
+
+def _spread(spans: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Give spans (M,) as wide as the states, and -1/2 of them.
+
+    For one column torch has no vector code: a product of three then takes 2 to 4 times as long.
+    """
+    wide = spans.unsqueeze(1).expand(-1, width).contiguous()
+    return wide, wide / -2
 
 
 def _solve(h: Tensor, *buffers: Tensor) -> None:
     """Take a step of rk4 with states h (n, H) in place, and keep its stages as sigmoids."""
-    t1, t2, t3, t4, start, span, minus_half, inner, bias, mixing, mixing_twice, back = buffers
+    t1, t2, t3, t4, start, span, minus_half, inner, bias, mixing, back = buffers
     start.copy_(h)
-    u = torch.addmm(bias, h, inner)
+    u = torch.addmm(bias, h, inner, beta=2, alpha=2)  # 2u
     torch.sigmoid(u, out=t1)
     k1 = torch.addcmul(minus_half, t1, span)  # c (2 sigmoid - 1)
-    torch.addmm(u, k1, mixing, out=t2).sigmoid_()
+    torch.addmm(u, k1, mixing, alpha=2, out=t2).sigmoid_()
     k2 = torch.addcmul(minus_half, t2, span)
-    torch.addmm(u, k2, mixing, out=t3).sigmoid_()
+    torch.addmm(u, k2, mixing, alpha=2, out=t3).sigmoid_()
     k3 = torch.addcmul(minus_half, t3, span)
-    torch.addmm(u, k3, mixing_twice, out=t4).sigmoid_()
+    torch.addmm(u, k3, mixing, alpha=4, out=t4).sigmoid_()
     k4 = torch.addcmul(minus_half, t4, span)
-    h.addmm_(k1.add_(k2, alpha=2).add_(k3, alpha=2).add_(k4), back)
+    h.addmm_(k1.add_(k2, alpha=2).add_(k3, alpha=2).add_(k4), back, alpha=1 / 3)
 
 
 def _solve_back(g: Tensor, *buffers: Tensor) -> None:
-    """Carry g (n, H) in front of a step in place; d1 .. d4 and what the weights need stay."""
-    d1, d2, d3, d4, behind, inside, mixing, back, inner = buffers
+    """Carry g (n, H) in front of a step in place; d2 .. d4 and, as d1, the sum of all four stay."""
+    d1, d2, d3, d4, behind, mixing, back, inner = buffers
     behind.copy_(g)
-    e = torch.mm(g, back)
+    e = torch.mm(g, back)  # 2e, and the factors lack a 2
     d4.mul_(e)
-    d3.mul_(torch.addmm(e, d4, mixing, beta=2, alpha=2))
-    d2.mul_(torch.addmm(e, d3, mixing, beta=2))
-    d1.mul_(torch.addmm(e, d2, mixing))
-    g.addmm_(torch.add(d1, d2, out=inside).add_(d3).add_(d4), inner)
+    d3.mul_(torch.addmm(e, d4, mixing, beta=2, alpha=4))
+    d2.mul_(torch.addmm(e, d3, mixing, beta=2, alpha=2))
+    others = torch.add(d2, d3).add_(d4)
+    g.addmm_(torch.addcmul(others, d1, torch.addmm(e, d2, mixing, alpha=2), out=d1), inner)
 
 
 def _observe(state: Tensor, product: Tensor, rows: Tensor, *buffers: Tensor) -> None:
     """Update those rows of ``state`` that arrive, and keep what led there."""
-    cell, both, r, z, n, gate, x, p, new, minus_one = buffers
+    cell, both, r, z, n, x, p, new, minus_one = buffers
     torch.index_select(state, 0, rows, out=x)
     cell.addmm_(x, product)
     both.sigmoid_()
-    torch.add(minus_one, torch.addcmul(gate, r, n, out=p).sigmoid_(), alpha=2, out=p)
+    p.addcmul_(r, n, value=2).sigmoid_()
+    torch.add(minus_one, p, alpha=2, out=p)
     torch.lerp(p, x, z, out=new)
     state.index_copy_(0, rows, new)
 
@@ -717,8 +757,12 @@ def _observe(state: Tensor, product: Tensor, rows: Tensor, *buffers: Tensor) -> 
 def _cell_slopes(cells: Tensor, entering: Tensor, proposals: Tensor) -> Tensor:
     """Give (P, 5, H): da, dr, dz, dn and g z without their g, for all observations."""
     r, z, n = cells.chunk(3, dim=1)
-    a = (1 - z) * (1 - proposals.square())
-    n_slope = a * r
-    r_slope = n_slope * n * (1 - r) / 2  # n stands doubled
-    z_slope = (entering - proposals) * z * (1 - z)
-    return torch.stack([a, r_slope, z_slope, n_slope, z], dim=1)
+    slopes = cells.new_empty(len(cells), 5, proposals.shape[1])
+    a, r_slope, z_slope, n_slope, through = slopes.unbind(1)
+    torch.sub(1, z, out=through)
+    torch.addcmul(through, through * proposals, proposals, value=-1, out=a)
+    torch.mul(a, r, out=n_slope)
+    torch.mul(n_slope, n, out=r_slope).addcmul_(r_slope, r, value=-1)
+    torch.sub(entering, proposals, out=z_slope).mul_(z).mul_(through)
+    through.copy_(z)
+    return slopes

@@ -320,7 +320,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN  # noqa: E402
+from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, Plan  # noqa: E402
 
 logger = logging.getLogger("medgemma_trainer")
 
@@ -491,15 +491,40 @@ class PooledHead(nn.Module):
         self.output = nn.Linear(2 * hidden_dim, 1)
         nn.init.constant_(self.output.bias, math.log(prevalence / (1 - prevalence)))
 
-    def forward(self, states: Tensor, present: Tensor) -> Tensor:
-        """Give logits (B,) for states (B, L, H) whose real places are ``present`` (B, L) bool."""
-        score = self.attention(states).squeeze(2).masked_fill(~present, -math.inf)
-        number = torch.arange(1, states.shape[1] + 1, device=states.device)
-        last = (number == present.sum(1, keepdim=True)).to(states.dtype)
-        # Pool and pick by one product: picking by index takes a quarter more, for its derivative.
-        chosen = torch.bmm(torch.stack([score.softmax(dim=1), last], dim=1), states)  # (B, 2, H)
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Give logits (B,) for states (B, L, H) and their ``pooling_mask``."""
+        # One softmax pools and picks: where all but the last are masked, that one's share is 1.
+        shares = (self.attention(states) + mask).softmax(dim=1)  # (B, L, 2)
+        chosen = torch.bmm(shares.transpose(1, 2), states)  # (B, 2, H)
         logit: Tensor = self.output(self.dropout(chosen.flatten(1))).squeeze(1)
         return logit
+
+
+def pooling_mask(observed: Tensor) -> Tensor:
+    """Give what is added to the scores of a series, (B, L, 2), for ``observed`` (B, L, F) bool.
+
+    First for all real places, then for the last of them alone: 0 there, elsewhere -inf.
+    """
+    present = observed.any(dim=2)
+    number = torch.arange(1, present.shape[1] + 1, device=present.device)
+    last = number == present.sum(1, keepdim=True)
+    return torch.where(torch.stack([present, last], dim=2), 0.0, -math.inf)
+
+
+class PlannedBatch(Batch):
+    """A batch, and what stage 1 makes of it without weights.
+
+    plan: see ``ClinicalODERNN.plan``; pooling (B, L, 2): see ``pooling_mask``.
+    """
+
+    plan: Plan
+    pooling: Tensor
+
+
+def planned(encoder: ClinicalODERNN, batch: Batch) -> PlannedBatch:
+    """Plan a batch; best ahead, and on the host: see ``ClinicalODERNN.plan``."""
+    plan = encoder.plan(batch["times"], batch["values"], batch["observed"])
+    return PlannedBatch(**batch, plan=plan, pooling=pooling_mask(batch["observed"]))
 
 
 class TrajectoryClassifier(nn.Module):
@@ -511,10 +536,15 @@ class TrajectoryClassifier(nn.Module):
         self.encoder = encoder
         self.head = PooledHead(encoder.hidden_dim, prevalence)
 
-    def forward(self, batch: Batch) -> Output:
-        """Give the binary cross-entropy (sum over B) and the logit of each patient."""
-        states = self.encoder(batch["times"], batch["values"], batch["observed"])  # (B, L, H)
-        logit = self.head(states, batch["observed"].any(dim=2))
+    def forward(self, batch: PlannedBatch) -> Output:
+        """Give the binary cross-entropy (sum over B) and the logit of each patient.
+
+        A plain ``Batch`` is planned here.
+        """
+        known = batch if "plan" in batch else planned(self.encoder, batch)
+        series = known["times"], known["values"], known["observed"]
+        states = self.encoder(*series, known["plan"])  # (B, L, H)
+        logit = self.head(states, known["pooling"])
         return classification_output(logit, batch["labels"])
 
 
@@ -564,9 +594,10 @@ def encode(
 ) -> Trajectory:
     """Encode a batch and keep what a language model needs of it."""
     states = encoder(batch["times"], batch["values"], batch["observed"])  # (B, L, H)
-    present = batch["observed"].any(dim=2)
-    logit = states.new_zeros(len(states)) if head is None else head(states, present)
-    place = present.sum(1)[:, None] - tokens + torch.arange(tokens, device=states.device)
+    mask = pooling_mask(batch["observed"])
+    logit = states.new_zeros(len(states)) if head is None else head(states, mask)
+    lengths = batch["observed"].any(dim=2).sum(1, keepdim=True)
+    place = lengths - tokens + torch.arange(tokens, device=states.device)
     index = place.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2])
     return Trajectory(states.gather(1, index), place >= 0, logit)
 
@@ -1970,7 +2001,7 @@ class Loader:
         """
         positions, ahead = iter(self.batch_sampler), 1
         while batches := [self.collate_fn(each) for each in itertools.islice(positions, ahead)]:
-            cells = sum(tensor.numel() for batch in batches for tensor in batch.values())
+            cells = sum(part.numel() for batch in batches for part in batch.values())
             yield from batches
             ahead = max(1, min(2 * ahead, BATCHES_AHEAD, CELLS_AHEAD * ahead // max(1, cells)))
 
@@ -1998,12 +2029,16 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Stage 1: encoder and head alone, no LLM."""
     encoder = make_encoder(args, data)
     model = TrajectoryClassifier(encoder, data.prevalence())
+
+    def collate(indices: Sequence[int]) -> PlannedBatch:
+        return planned(encoder, data.dataset.collate(indices))
+
     facts = {"stage": "trajectory", **encoder_facts(encoder), **data.facts()}
     return Stage(
         name="trajectory",
         model=model,
         learning_rates={"encoder": args.encoder_lr, "head": args.encoder_lr},
-        loaders=make_loaders(data.split, args.batch_size, data.dataset.collate),
+        loaders=make_loaders(data.split, args.batch_size, collate),
         epochs=args.trajectory_epochs,
         patience=args.patience,
         monitor="val_auroc",
@@ -3352,7 +3387,7 @@ def train_epoch(
         take_step(learner, loss, terms, workers, f"batch {number} of epoch {epoch}")
         loss, terms, progress.batches = 0.0, 0.0, number
         after_step()
-        if progress.terms:
+        if progress.terms and not bar.disable:
             shown = {"loss": f"{progress.loss / progress.terms:.4f}", **best}
             bar.set_postfix(shown, refresh=False)
     return progress.loss / progress.terms if progress.terms else math.nan
@@ -3411,6 +3446,7 @@ def evaluate(
     return Scored(sum(losses) / sum(terms), labels[order], logits[order], rows[order])
 
 
+@cache  # asked for after every step
 def processes() -> PartialState:
     """Give what accelerate knows of this run: device, and the processes that share the work."""
     from accelerate import PartialState
@@ -3469,8 +3505,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    """Move every part of a batch, without waiting for it."""
+    return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
 
 
 def progress_bar(batches: Iterable[Any], what: str, done: int = 0) -> Any:

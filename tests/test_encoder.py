@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -209,7 +210,8 @@ def test_rk4_takes_no_more_steps_than_each_patients_own_gaps_need(
     encoder = make_encoder(time_scale=2.0)
     monkeypatch.setattr(dte_encoder, "MAX_SCALED_STEP", 0.6)
     batch = two_patients()
-    plan, _, travelled = encoder.prepare(*batch)
+    plan = encoder.plan(*batch)
+    _, travelled = encoder.inputs(batch[0], batch[1], plan)
     # The second patient leads: gaps 0.5, 1.0, 1.5 in 1, 2, 3 steps; the first has 2.0 in 4.
     assert plan.sizes == [2, 2, 2, 2, 2, 1, 1]
     spans = travelled.split(plan.sizes)
@@ -462,14 +464,14 @@ def products(work: Callable[[], Any]) -> Products:
 
 
 def ticks_of(encoder: ClinicalODERNN, batch: Batch) -> Plan:
-    return encoder.prepare(*batch)[0]
+    return encoder.plan(*batch)
 
 
 def inputs_of(encoder: ClinicalODERNN, *batch: Tensor) -> Tensor:
     """What the input layer reads of each observation, (B, L, 3F + 3), zero in padding."""
-    plan, inputs, _ = encoder.prepare(*batch)
-    places = torch.from_numpy(plan.places)
-    placed = inputs.new_zeros(batch[0].numel(), inputs.shape[1]).index_copy(0, places, inputs)
+    plan = encoder.plan(*batch)
+    inputs, _ = encoder.inputs(batch[0], batch[1], plan)
+    placed = inputs.new_zeros(batch[0].numel(), inputs.shape[1]).index_copy(0, plan.places, inputs)
     return placed.view(*batch[0].shape, -1)
 
 
@@ -546,6 +548,38 @@ def test_what_is_kept_grows_with_ticks_and_observations_alone() -> None:
         bound = 4 * 64 * (5 * steps + 8 * sum(lengths)) + 4 * 24 * (steps + sum(lengths))
         once = 4 * 64**2  # W1 W2
         assert kept_for_the_way_back(encoder, batch) <= once + bound
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_a_plan_made_ahead_changes_no_bit(features: int) -> None:
+    encoder = make_encoder(features)
+    batch = make_batch((9, 1, 30, 4), features)
+    plan = encoder.plan(*batch)
+    assert torch.equal(encoder(*batch, plan), encoder(*batch))
+    expected = gradients(encoder, batch)
+    for name, gradient in gradients(encoder, (*batch, plan)).items():  # type: ignore[arg-type]
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_a_plan_of_a_batch_of_another_size_is_refused() -> None:
+    encoder = make_encoder()
+    plan = encoder.plan(*make_batch((5, 1, 3)))
+    with pytest.raises(ValueError, match=r"a plan of \(3, 5, 2\) for a batch of \(3, 6, 2\)"):
+        encoder(*make_batch((6, 1, 3)), plan)
+
+
+def test_with_a_plan_nothing_is_read_back_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device there is nothing to read: whoever asks for a number there fails."""
+    monkeypatch.setattr(dte_encoder, "in_full_precision", lambda device: nullcontext())  # unknown
+    encoder, batch = make_encoder(hidden_dim=64), make_batch((9, 1, 30, 4))
+    plan = encoder.plan(*batch)
+    assert encoder(*batch).shape == (4, 30, 64)
+    elsewhere = tuple(tensor.to("meta") for tensor in batch)
+    encoder.to("meta")
+    encoder(*elsewhere, plan).sum().backward()
+    assert all(p.grad is not None and p.grad.is_meta for p in encoder.parameters())
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        encoder(*elsewhere)
 
 
 def test_nothing_is_kept_where_nothing_learns() -> None:
@@ -780,7 +814,8 @@ def test_gap_elapsed_time_and_count_each_reach_the_update() -> None:
     encoder = make_encoder(time_scale=24.0)
     times = torch.tensor([[2.0, 5.0, 26.0]], dtype=torch.float64)
     batch = times, torch.zeros(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)
-    inputs, (plan, _, spans) = inputs_of(encoder, *batch), encoder.prepare(*batch)
+    inputs, plan = inputs_of(encoder, *batch), encoder.plan(*batch)
+    _, spans = encoder.inputs(batch[0], batch[1], plan)
     expected = torch.tensor([[0.0, 3.0, 21.0], [0.0, 3.0, 24.0]], dtype=torch.float64)
     clock = expected.log1p() / math.log(25)
     torch.testing.assert_close(inputs[0, :, 6:8], clock.t())

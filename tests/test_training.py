@@ -541,6 +541,47 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
+def test_one_softmax_pools_all_states_and_picks_the_last() -> None:
+    torch.manual_seed(0)
+    head = trainer.PooledHead(6, 0.3).double().eval()
+    states = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    lengths = [5, 1, 3]
+    observed = (torch.arange(5) < torch.tensor(lengths)[:, None])[..., None].expand(-1, -1, 2)
+    logit = head(states, trainer.pooling_mask(observed))
+    (found,) = torch.autograd.grad(logit.sum(), states)
+    expected = []
+    for row, length in enumerate(lengths):
+        own = states[row, :length]
+        pooled = head.attention(own).softmax(dim=0).t() @ own
+        expected.append(head.output(torch.cat([pooled, own[-1:]], dim=1)).squeeze())
+    torch.testing.assert_close(logit, torch.stack(expected))
+    (wanted,) = torch.autograd.grad(torch.stack(expected).sum(), states)
+    torch.testing.assert_close(found, wanted)
+    assert not found[1, 1:].any(), "padding moves nothing"
+
+
+def test_each_batch_of_stage_1_is_planned_once_ahead_of_its_pass(
+    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans, passes = [], []
+    plan, forward = trainer.ClinicalODERNN.plan, trainer.ClinicalODERNN.forward
+
+    def planning(encoder: trainer.ClinicalODERNN, *batch: torch.Tensor) -> Any:
+        plans.append(plan(encoder, *batch))
+        return plans[-1]
+
+    def passing(encoder: trainer.ClinicalODERNN, *batch: Any) -> torch.Tensor:
+        passes.append(batch[3])
+        return forward(encoder, *batch)
+
+    monkeypatch.setattr(trainer.ClinicalODERNN, "plan", planning)
+    monkeypatch.setattr(trainer.ClinicalODERNN, "forward", passing)
+    assert trainer.main(stage_1(dka_file, tmp_path, "--trajectory_epochs", "2")) == 0
+    assert len(passes) > 8
+    assert {id(each) for each in plans} >= {id(each) for each in passes}
+    assert len({id(each) for each in passes}) == len(passes)
+
+
 @pytest.mark.parametrize(("cells", "most"), [(1, trainer.BATCHES_AHEAD), (2**19, 2), (2**21, 1)])
 def test_a_loader_makes_some_batches_ahead_in_order_and_no_more(cells: int, most: int) -> None:
     """Twice as many each time, as long as they are small together."""

@@ -114,8 +114,8 @@ class Torchode(ClinicalODERNN):
 class Plain(ClinicalODERNN):
     """The same network and the same steps; autograd records each."""
 
-    def _run(self, gates: Tensor, plan: Plan, spans: Tensor) -> Tensor:
-        return self._run_plainly(gates, plan, spans, self.field.rk4())
+    def _run(self, read: Tensor, plan: Plan, spans: Tensor) -> Tensor:
+        return self._run_plainly(read, plan, spans, self.field.rk4())
 
 
 class PlainGRU(nn.Module):
@@ -127,10 +127,9 @@ class PlainGRU(nn.Module):
         self.gru = nn.GRU(encoder.update.input_size, encoder.hidden_dim, batch_first=True)
 
     def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
-        plan, inputs, _ = self.encoder.prepare(times, values, observed)
-        read = self.encoder.read(inputs).relu()
-        places = torch.from_numpy(plan.places)
-        padded = read.new_zeros(times.numel(), read.shape[1]).index_copy(0, places, read)
+        plan = self.encoder.plan(times, values, observed)
+        read = self.encoder.read(self.encoder.inputs(times, values, plan)[0]).relu()
+        padded = read.new_zeros(times.numel(), read.shape[1]).index_copy(0, plan.places, read)
         states: Tensor = self.gru(padded.view(*times.shape, -1))[0]
         return states
 
@@ -146,25 +145,25 @@ def patient_by_patient(encoder: ClinicalODERNN, batch: Batch) -> list[Tensor]:
 
 def together(encoder: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
     """Run forward and backward over the padded batch; give the states."""
-    encoder.zero_grad()
     states: Tensor = encoder(*batch)
-    (states * weight).sum().backward()
+    states.backward(weight)
     return states.detach()
 
 
 def one_by_one(encoder: ClinicalODERNN, batch: Batch, weight: Tensor) -> Tensor:
     """Run forward and backward patient by patient; give the states as one padded tensor."""
-    encoder.zero_grad()
     states = torch.zeros_like(weight)
     for i, single in enumerate(patient_by_patient(encoder, batch)):
         length = single.shape[1]
-        (single * weight[i : i + 1, :length]).sum().backward()
+        single.backward(weight[i : i + 1, :length])
         states[i, :length] = single.detach()[0]
     return states
 
 
-def seconds(run: Pass) -> tuple[float, float]:
-    """Give the time that passes and the processors' time, of all threads."""
+def seconds(run: Pass, module: nn.Module | None = None) -> tuple[float, float]:
+    """Give the time that passes and the processors' time, of all threads; gradients begin empty."""
+    if module is not None:
+        module.zero_grad()
     start, worked = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - start, time.process_time() - worked
@@ -251,7 +250,8 @@ def measure(size: int, repeats: int, seed: int) -> list[str]:
     for _ in range(repeats):
         for way in modules:
             runs = 1 if way == "patient by patient" else FAST_RUNS
-            took[way] += [seconds(functools.partial(work, way)) for _ in range(runs)]
+            run = functools.partial(work, way)
+            took[way] += [seconds(run, modules[way]) for _ in range(runs)]
     lengths = batch[2].any(dim=2).sum(1)
     head = (
         f"\nbatch {size}: {int(lengths.sum())} observations, {int(lengths.min())} to "

@@ -6,6 +6,7 @@ Sample data, batch 16, the program's defaults. In turn, so that a load on the ma
 
     encoder   forward and backward over the batches that train, forward alone over those that
               validate, nothing else: batches lie ready, the gradient of the states is made of ones
+    planned   the same with plans that lie ready, too, as ``Loader`` makes them ahead
     model     the same with the head and its loss
     training  ``train_epoch`` as it is: batches made, gradients clipped, weights moved and averaged
     epoch     all of it: training, its state kept, validation, figures, winner and history written,
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,16 +54,21 @@ def ways(patients: int, folder: Path) -> dict[str, Callable[[], object]]:
     told = f"{len(data.split['train'])} patients train in {len(train)} batches of {args.batch_size}"
     sys.stdout.write(f"{told}, {len(data.split['val'])} validate in {len(held_out)}\n")
 
-    def encoder_calls() -> None:
+    def encoder_calls(*, ahead: bool) -> None:
+        def states_of(batch: trainer.PlannedBatch) -> torch.Tensor:
+            plan = batch["plan"] if ahead else None
+            states: torch.Tensor = encoder(batch["times"], batch["values"], batch["observed"], plan)
+            return states
+
         encoder.train()
         for batch in train:
-            states = encoder(batch["times"], batch["values"], batch["observed"])
+            states = states_of(batch)
             states.backward(torch.ones_like(states))
             encoder.zero_grad()
         encoder.eval()
         with torch.no_grad():
             for batch in held_out:
-                encoder(batch["times"], batch["values"], batch["observed"])
+                states_of(batch)
 
     def model_calls() -> None:
         model.train()
@@ -85,7 +92,13 @@ def ways(patients: int, folder: Path) -> dict[str, Callable[[], object]]:
         trainer.end_epoch(stage, learner, folder, loss, scored, lambda figures, step: None)
         states.keep(trainer.state_of(stage, learner))
 
-    return {"encoder": encoder_calls, "model": model_calls, "training": training, "epoch": epoch}
+    return {
+        "encoder": partial(encoder_calls, ahead=False),
+        "planned": partial(encoder_calls, ahead=True),
+        "model": model_calls,
+        "training": training,
+        "epoch": epoch,
+    }
 
 
 def main() -> None:
