@@ -7,6 +7,7 @@ Forward and backward over patients of the sample data, every way in turn, so tha
 machine meets all of them. The ways:
 
     project             ClinicalODERNN as it is, the whole batch at once
+    and its plan        the same, and the batch is checked and planned in the same call
     plain autograd      the same steps and layers, recorded by autograd one by one
     patient by patient  the same weights, torchdiffeq dopri5 (rtol 1e-3, atol 1e-4), one patient a
                         call, one odeint a gap; what the project is compared with
@@ -15,7 +16,8 @@ machine meets all of them. The ways:
                         the tolerance of patient by patient; left out where torchode is missing
     nn.GRU              torch's GRU of the same width on the same padded inputs: no equation
 
-All but the last must give the same states and the same gradients before anything is timed. Then the
+The batch is checked and planned ahead for all ways but the second, as stage 1's loader does it. All
+but the last must give the same states and the same gradients before anything is timed. Then the
 project alone on made-up patients: milliseconds with 1, 9 and 36 features and 10, 20 and 70
 observations each, and the bytes that a pass keeps for its derivative, with more patients and with
 more observations.
@@ -25,13 +27,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,8 +73,9 @@ by ``SAME_STATES``."""
 FEATURES, OBSERVATIONS, MADE_UP_PATIENTS = (1, 9, 36), (10, 20, 70), 64
 PATIENTS = (16, 64, 256)
 
-Batch = tuple[Tensor, Tensor, Tensor]
-Pass = Callable[[], Tensor]
+Batch = tuple[Tensor, ...]
+Work = Callable[[], Tensor]
+Encoder = Any  # a module with ``plan``; torch's call takes and gives anything
 
 
 class TorchdiffeqRK4(ClinicalODERNN):
@@ -126,44 +129,52 @@ class PlainGRU(nn.Module):
         self.encoder = copy.deepcopy(encoder)  # its gradients are its own
         self.gru = nn.GRU(encoder.update.input_size, encoder.hidden_dim, batch_first=True)
 
-    def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
-        plan = self.encoder.plan(times, values, observed)
+    def plan(self, times: Tensor, values: Tensor, observed: Tensor) -> Plan:
+        return self.encoder.plan(times, values, observed)
+
+    def forward(self, times: Tensor, values: Tensor, observed: Tensor, plan: Plan) -> Tensor:
         read = self.encoder.read(self.encoder.inputs(times, values, plan)[0]).relu()
         padded = read.new_zeros(times.numel(), read.shape[1]).index_copy(0, plan.places, read)
         states: Tensor = self.gru(padded.view(*times.shape, -1))[0]
         return states
 
 
-def patient_by_patient(encoder: ClinicalODERNN, batch: Batch) -> list[Tensor]:
-    """Give each patient's states (1, L_b, H), one call of the encoder a patient."""
+def together(encoder: Encoder, batch: Batch, weight: Tensor, *, ahead: bool = True) -> Work:
+    """Give a forward and backward over the padded batch, which gives the states."""
+    plan = encoder.plan(*batch) if ahead else None
+
+    def run() -> Tensor:
+        states: Tensor = encoder(*batch, plan)
+        states.backward(weight)
+        return states.detach()
+
+    return run
+
+
+def one_by_one(encoder: Encoder, batch: Batch, weight: Tensor) -> Work:
+    """Give the same patient by patient, the states as one padded tensor."""
     lengths = batch[2].any(dim=2).sum(1).tolist()
-    return [
-        encoder(*(tensor[i : i + 1, :length] for tensor in batch))
+    patients = [
+        together(
+            encoder,
+            tuple(tensor[i : i + 1, :length] for tensor in batch),
+            weight[i : i + 1, :length],
+        )
         for i, length in enumerate(lengths)
     ]
 
+    def run() -> Tensor:
+        states = torch.zeros_like(weight)
+        for i, (patient, length) in enumerate(zip(patients, lengths, strict=True)):
+            states[i, :length] = patient()[0]
+        return states
 
-def together(encoder: nn.Module, batch: Batch, weight: Tensor) -> Tensor:
-    """Run forward and backward over the padded batch; give the states."""
-    states: Tensor = encoder(*batch)
-    states.backward(weight)
-    return states.detach()
-
-
-def one_by_one(encoder: ClinicalODERNN, batch: Batch, weight: Tensor) -> Tensor:
-    """Run forward and backward patient by patient; give the states as one padded tensor."""
-    states = torch.zeros_like(weight)
-    for i, single in enumerate(patient_by_patient(encoder, batch)):
-        length = single.shape[1]
-        single.backward(weight[i : i + 1, :length])
-        states[i, :length] = single.detach()[0]
-    return states
+    return run
 
 
-def seconds(run: Pass, module: nn.Module | None = None) -> tuple[float, float]:
+def seconds(run: Work, module: nn.Module) -> tuple[float, float]:
     """Give the time that passes and the processors' time, of all threads; gradients begin empty."""
-    if module is not None:
-        module.zero_grad()
+    module.zero_grad()
     start, worked = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - start, time.process_time() - worked
@@ -186,11 +197,12 @@ def with_weights_of(encoder: ClinicalODERNN, twin: ClinicalODERNN) -> ClinicalOD
     return twin
 
 
-def all_ways(encoder: ClinicalODERNN) -> dict[str, nn.Module]:
+def all_ways(encoder: ClinicalODERNN) -> dict[str, Encoder]:
     """Give the module behind each way, all with the weights of ``encoder``."""
     scale = encoder.time_scale
-    ways: dict[str, nn.Module] = {
+    ways: dict[str, Encoder] = {
         "project": encoder,
+        "and its plan": copy.deepcopy(encoder),
         "plain autograd": with_weights_of(encoder, Plain(1, time_scale=scale)),
         "patient by patient": with_weights_of(
             encoder, ClinicalODERNN(1, time_scale=scale, solver="dopri5", rtol=RTOL, atol=ATOL)
@@ -237,21 +249,19 @@ def measure(size: int, repeats: int, seed: int) -> list[str]:
     weight[~batch[2].any(dim=2)] = 0.0  # nn.GRU has states in padding
     modules = all_ways(encoder)
 
-    def work(way: str) -> Tensor:
-        module = modules[way]
-        if way == "patient by patient":
-            assert isinstance(module, ClinicalODERNN)
-            return one_by_one(module, batch, weight)
-        return together(module, batch, weight)
-
-    states = {way: work(way) for way in modules}  # also warms up
+    work = {
+        way: one_by_one(module, batch, weight)
+        if way == "patient by patient"
+        else together(module, batch, weight, ahead=way != "and its plan")
+        for way, module in modules.items()
+    }
+    states = {way: run() for way, run in work.items()}  # also warms up
     same = check_same(modules, states)
     took: dict[str, list[tuple[float, float]]] = {way: [] for way in modules}
     for _ in range(repeats):
         for way in modules:
             runs = 1 if way == "patient by patient" else FAST_RUNS
-            run = functools.partial(work, way)
-            took[way] += [seconds(run, modules[way]) for _ in range(runs)]
+            took[way] += [seconds(work[way], modules[way]) for _ in range(runs)]
     lengths = batch[2].any(dim=2).sum(1)
     head = (
         f"\nbatch {size}: {int(lengths.sum())} observations, {int(lengths.min())} to "
@@ -291,7 +301,9 @@ def table(took: dict[str, list[tuple[float, float]]], size: int) -> list[str]:
     return lines
 
 
-def made_up(features: int, observations: int, seed: int, patients: int = MADE_UP_PATIENTS) -> Pass:
+def made_up(
+    features: int, observations: int, seed: int, patients: int = MADE_UP_PATIENTS
+) -> tuple[Work, ClinicalODERNN]:
     """Give a pass over patients of so many observations, half of the values measured."""
     generator = torch.Generator().manual_seed(seed)
     shape = (patients, observations)
@@ -302,7 +314,7 @@ def made_up(features: int, observations: int, seed: int, patients: int = MADE_UP
     torch.manual_seed(seed)
     encoder = ClinicalODERNN(features)
     weight = torch.randn(*shape, encoder.hidden_dim, generator=generator)
-    return lambda: together(encoder, (gaps.cumsum(1), values, observed), weight)
+    return together(encoder, (gaps.cumsum(1), values, observed), weight), encoder
 
 
 def shapes(repeats: int, seed: int) -> list[str]:
@@ -315,11 +327,10 @@ def shapes(repeats: int, seed: int) -> list[str]:
         ways = {features: made_up(features, observations, seed) for features in FEATURES}
         took: dict[int, list[float]] = {features: [] for features in FEATURES}
         for turn in range(1 + repeats * FAST_RUNS):
-            for features, run in ways.items():
+            for features, way in ways.items():
+                passed, _ = seconds(*way)
                 if turn:  # the first warms up
-                    took[features].append(seconds(run)[0])
-                else:
-                    run()
+                    took[features].append(passed)
         median = {features: statistics.median(times) for features, times in took.items()}
         cells = (
             f"{1e3 * median[features] / MADE_UP_PATIENTS:.3f} ({median[features] / median[1]:.2f})"
@@ -329,7 +340,7 @@ def shapes(repeats: int, seed: int) -> list[str]:
     return lines
 
 
-def kept_bytes(run: Pass) -> int:
+def kept_bytes(run: Work) -> int:
     """Count what autograd holds at the end of the forward part of a pass, weights included."""
     seen: dict[int, int] = {}
 
@@ -350,7 +361,7 @@ def memory(seed: int) -> list[str]:
         f"{'observations':14}" + "".join(f"{f'{patients} patients':>16}" for patients in PATIENTS),
     ]
     each = {
-        (observations, patients): kept_bytes(made_up(1, observations, seed, patients))
+        (observations, patients): kept_bytes(made_up(1, observations, seed, patients)[0])
         / (observations * patients)
         for observations in OBSERVATIONS
         for patients in PATIENTS
