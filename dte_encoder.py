@@ -572,8 +572,9 @@ class Ticks(torch.autograd.Function):
 
     What g is multiplied with is therefore known for all ticks before the way back begins.
 
-    tanh(x) is taken as 2 sigmoid(2x) - 1, the inner 2 being part of the weights: torch's tanh goes
-    through MKL's vector functions, which cost four times its sigmoid and wake every thread.
+    tanh(x) is taken as 2 sigmoid(2x) - 1, the inner 2 being a factor of the products: torch's tanh
+    goes through MKL's vector functions, which wake every thread and on AMD cost four times its
+    sigmoid.
 
     Source: the discrete adjoint of a Runge-Kutta method, Hager 2000, "Runge-Kutta methods in
     optimal control and the transformed adjoint system"; the cell is that of ``nn.GRUCell``.
@@ -644,8 +645,9 @@ def _advance(
         gates: (P, 3H) the cell's products of what it reads.
         weights: M, W1, W2 and W_hh, each transposed and contiguous, then b1 and b_hh.
         kept: for each tick but the first, the five (n, H) that ``_solve`` fills.
-        results: to be filled: (P, 3H) r, z and n of the cell, then (P, H) each: the state in front
-            of an observation, the cell's proposal, the state after it.
+        results: (P, 3H) for r, z and n of the cell, then (P, H) each: for the state in front of an
+            observation, twice the gates of n, which become the cell's proposal, and for the state
+            after it.
     """
     mixing, inner, outer, recurrent, bias, recurrent_bias = weights
     cells, entering, proposals, states = results
@@ -759,7 +761,7 @@ def _cell_slopes(cells: Tensor, entering: Tensor, proposals: Tensor) -> Tensor:
     r, z, n = cells.chunk(3, dim=1)
     slopes = cells.new_empty(len(cells), 5, proposals.shape[1])
     a, r_slope, z_slope, n_slope, through = slopes.unbind(1)
-    torch.sub(1, z, out=through)
+    torch.sub(1, z, out=through)  # until the end
     torch.addcmul(through, through * proposals, proposals, value=-1, out=a)
     torch.mul(a, r, out=n_slope)
     torch.mul(n_slope, n, out=r_slope).addcmul_(r_slope, r, value=-1)
