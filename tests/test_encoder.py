@@ -595,6 +595,24 @@ def test_nothing_is_kept_where_nothing_learns() -> None:
     assert not encoder(*batch).requires_grad
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_stages_have_room_for_all_ticks_only_where_something_learns(
+    learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, batch = make_encoder().requires_grad_(learns), make_batch()
+    rooms: list[int] = []
+    advance = dte_encoder._advance
+
+    def looking(*arguments: Any) -> None:
+        rooms.append(arguments[4][0][0].untyped_storage().nbytes())
+        advance(*arguments)
+
+    monkeypatch.setattr(dte_encoder, "_advance", looking)
+    encoder(*batch)
+    _, *sizes = ticks_of(encoder, batch).sizes
+    assert rooms == [8 * 6 * 5 * (sum(sizes) if learns else max(sizes))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_states_are_layer_normalised_and_zero_in_padding(dtype: torch.dtype) -> None:
     encoder = make_encoder(hidden_dim=16).to(dtype)

@@ -563,7 +563,7 @@ def test_one_softmax_pools_all_states_and_picks_the_last() -> None:
 def test_each_batch_of_stage_1_is_planned_once_ahead_of_its_pass(
     dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plans, passes = [], []
+    plans, passes, waiting = [], [], []
     plan, forward = trainer.ClinicalODERNN.plan, trainer.ClinicalODERNN.forward
 
     def planning(encoder: trainer.ClinicalODERNN, *batch: torch.Tensor) -> Any:
@@ -572,6 +572,7 @@ def test_each_batch_of_stage_1_is_planned_once_ahead_of_its_pass(
 
     def passing(encoder: trainer.ClinicalODERNN, *batch: Any) -> torch.Tensor:
         passes.append(batch[3])
+        waiting.append(len(plans) - len(passes))
         return forward(encoder, *batch)
 
     monkeypatch.setattr(trainer.ClinicalODERNN, "plan", planning)
@@ -580,6 +581,7 @@ def test_each_batch_of_stage_1_is_planned_once_ahead_of_its_pass(
     assert len(passes) > 8
     assert {id(each) for each in plans} >= {id(each) for each in passes}
     assert len({id(each) for each in passes}) == len(passes)
+    assert max(waiting) > 1, "none is made between two passes"
 
 
 @pytest.mark.parametrize(("cells", "most"), [(1, trainer.BATCHES_AHEAD), (2**19, 2), (2**21, 1)])
