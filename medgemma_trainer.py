@@ -500,12 +500,11 @@ class PooledHead(nn.Module):
         return logit
 
 
-def pooling_mask(observed: Tensor) -> Tensor:
-    """Give what is added to the scores of a series, (B, L, 2), for ``observed`` (B, L, F) bool.
+def pooling_mask(present: Tensor) -> Tensor:
+    """Give what is added to scores, (B, L, 2), of series whose real places are ``present`` (B, L).
 
     First for all real places, then for the last of them alone: 0 there, elsewhere -inf.
     """
-    present = observed.any(dim=2)
     number = torch.arange(1, present.shape[1] + 1, device=present.device)
     last = number == present.sum(1, keepdim=True)
     return torch.where(torch.stack([present, last], dim=2), 0.0, -math.inf)
@@ -524,7 +523,7 @@ class PlannedBatch(Batch):
 def planned(encoder: ClinicalODERNN, batch: Batch) -> PlannedBatch:
     """Plan a batch; best ahead, and on the host: see ``ClinicalODERNN.plan``."""
     plan = encoder.plan(batch["times"], batch["values"], batch["observed"])
-    return PlannedBatch(**batch, plan=plan, pooling=pooling_mask(batch["observed"]))
+    return PlannedBatch(**batch, plan=plan, pooling=pooling_mask(batch["observed"].any(dim=2)))
 
 
 class TrajectoryClassifier(nn.Module):
@@ -594,10 +593,9 @@ def encode(
 ) -> Trajectory:
     """Encode a batch and keep what a language model needs of it."""
     states = encoder(batch["times"], batch["values"], batch["observed"])  # (B, L, H)
-    mask = pooling_mask(batch["observed"])
-    logit = states.new_zeros(len(states)) if head is None else head(states, mask)
-    lengths = batch["observed"].any(dim=2).sum(1, keepdim=True)
-    place = lengths - tokens + torch.arange(tokens, device=states.device)
+    present = batch["observed"].any(dim=2)
+    logit = head(states, pooling_mask(present)) if head else states.new_zeros(len(states))
+    place = present.sum(1)[:, None] - tokens + torch.arange(tokens, device=states.device)
     index = place.clamp(min=0)[:, :, None].expand(-1, -1, states.shape[2])
     return Trajectory(states.gather(1, index), place >= 0, logit)
 
@@ -3227,8 +3225,7 @@ def run_stage(
     """Train, keep the winner by validation in ``folder``, and leave the model as that winner.
 
     One line an epoch goes to ``history.jsonl``, its figures and step also to ``track``. The test
-    part is not touched. Of several processes each takes its share of every batch; the first one
-    writes.
+    part is not touched. Of several processes each takes a part of every batch, the first writes.
 
     Args:
         stage: what learns from what.
@@ -3236,10 +3233,9 @@ def run_stage(
         device: where to learn.
         seed: of the order of the rows.
         track: see ``Track``.
-        states: where the state of training is kept, before the first step, every ``save_every``
-            steps, before and after each validation, and when a signal asks; None keeps none.
+        states: kept at first, before and after each validation and when a signal asks; or not.
         resume: go on from the newest of them.
-        save_every: steps; 0 for none within an epoch.
+        save_every: steps after which one is kept within an epoch; 0 for none.
 
     Raises:
         NonFiniteLossError: the loss is no number; the winner so far stays on disk.

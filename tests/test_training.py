@@ -546,8 +546,8 @@ def test_one_softmax_pools_all_states_and_picks_the_last() -> None:
     head = trainer.PooledHead(6, 0.3).double().eval()
     states = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     lengths = [5, 1, 3]
-    observed = (torch.arange(5) < torch.tensor(lengths)[:, None])[..., None].expand(-1, -1, 2)
-    logit = head(states, trainer.pooling_mask(observed))
+    present = torch.arange(5) < torch.tensor(lengths)[:, None]
+    logit = head(states, trainer.pooling_mask(present))
     (found,) = torch.autograd.grad(logit.sum(), states)
     expected = []
     for row, length in enumerate(lengths):
@@ -558,7 +558,7 @@ def test_one_softmax_pools_all_states_and_picks_the_last() -> None:
     (wanted,) = torch.autograd.grad(torch.stack(expected).sum(), states)
     torch.testing.assert_close(found, wanted)
     assert not found[1, 1:].any(), "padding moves nothing"
-    narrow = head.bfloat16()(states.bfloat16(), trainer.pooling_mask(observed))
+    narrow = head.bfloat16()(states.bfloat16(), trainer.pooling_mask(present))
     torch.testing.assert_close(narrow.double(), logit, rtol=0, atol=0.05)
 
 

@@ -143,11 +143,9 @@ def main() -> None:
             for each in (passed, worked)
         ]
         sys.stdout.write(f"{name:9s} passed {told[0]}; processor {told[1]}\n")
-    rounds = zip(*(worked[name] for name in ("epoch", "planned", "plans")), strict=True)
-    strict = [(epoch / (calls + plans), epoch / calls) for epoch, calls, plans in rounds]
-    both, calls = (statistics.median(each) for each in zip(*strict, strict=True))
-    reached = statistics.median(
-        e / c for e, c in zip(worked["epoch"], worked["encoder"], strict=True)
+    worked["both"] = [sum(each) for each in zip(worked["planned"], worked["plans"], strict=True)]
+    reached, both, calls = (
+        statistics.median(ratios(worked, "epoch", of)) for of in ("encoder", "both", "planned")
     )
     sys.stdout.write(
         f"epoch / encoder {reached:.2f}, to be below {TARGET}: "
@@ -162,9 +160,14 @@ def main() -> None:
     )
 
 
+def ratios(times: dict[str, list[float]], name: str, of: str) -> list[float]:
+    """Give one way's time by another's in each round."""
+    return [own / other for own, other in zip(times[name], times[of], strict=True)]
+
+
 def ratio(times: dict[str, list[float]], name: str) -> str:
     """Give the median over the rounds of a way's time by the encoder's."""
-    each = [own / of for own, of in zip(times[name], times["encoder"], strict=True)]
+    each = ratios(times, name, "encoder")
     return f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})"
 
 
