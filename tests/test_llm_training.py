@@ -113,10 +113,11 @@ def gradients_of(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> dict[str, Ten
     learner = trainer.begin(stage, CPU)
     found: dict[str, Tensor] = {}
 
-    def keep(*_: Any) -> None:
-        for name, parameter in stage.model.named_parameters():
-            if parameter.grad is not None:
-                found[name] = parameter.grad.clone()
+    names = {parameter: name for name, parameter in stage.model.named_parameters()}
+
+    def keep(gradients: list[Tensor]) -> None:
+        learning = [names[parameter] for parameter in learner.vectors.parameters]
+        found.update(zip(learning, learner.vectors.cut(gradients), strict=True))
 
     monkeypatch.setattr(learner.optimizer, "step", keep)
     monkeypatch.setattr(trainer, "GRADIENT_NORM", 1e9)

@@ -94,7 +94,7 @@ def ways(patients: int, folder: Path) -> dict[str, Callable[[], object]]:
     def epoch() -> None:
         loss = training()
         states.keep(trainer.state_of(stage, learner))
-        with learner.average.applied():
+        with learner.vectors.lent(learner.average.shadow):
             scored = trainer.evaluate(model, stage.loaders["val"], torch.device("cpu"))
         trainer.end_epoch(stage, learner, folder, loss, scored, lambda figures, step: None)
         states.keep(trainer.state_of(stage, learner))
