@@ -521,10 +521,14 @@ class PlannedBatch(Batch):
     pooling: NotRequired[Tensor]
 
 
-def planned(encoder: ClinicalODERNN, batch: Batch) -> PlannedBatch:
-    """Plan a batch; best ahead, and on the host: see ``ClinicalODERNN.plan``."""
-    plan = encoder.plan(batch["times"], batch["values"], batch["observed"])
-    return PlannedBatch(**batch, plan=plan, pooling=pooling_mask(batch["observed"].any(dim=2)))
+def planned(encoder: ClinicalODERNN, batches: Sequence[Batch]) -> list[PlannedBatch]:
+    """Plan batches; best ahead, and on the host: see ``ClinicalODERNN.plan``."""
+    plans = [encoder.plan(each["times"], each["values"], each["observed"]) for each in batches]
+    masks = [pooling_mask(each["observed"].any(dim=2)) for each in batches]
+    return [
+        PlannedBatch(**batch, plan=plan, pooling=pooling)
+        for batch, plan, pooling in zip(batches, plans, masks, strict=True)
+    ]
 
 
 class TrajectoryClassifier(nn.Module):
@@ -541,7 +545,7 @@ class TrajectoryClassifier(nn.Module):
 
         A plain ``Batch`` is planned here.
         """
-        known = batch if "plan" in batch else planned(self.encoder, batch)
+        known = batch if "plan" in batch else planned(self.encoder, [batch])[0]
         series = known["times"], known["values"], known["observed"]
         states = self.encoder(*series, known["plan"])  # (B, L, H)
         logit = self.head(states, known["pooling"])
@@ -1987,12 +1991,12 @@ class Loader:
     Attributes:
         batch_sampler: gives the positions.
         collate_fn: makes a batch of them.
-        prepare: makes of that what the model needs, if it needs more.
+        prepare: makes of some batches in a row what the model needs, if it needs more.
     """
 
     batch_sampler: Batches
     collate_fn: Callable[[Sequence[int]], Any]
-    prepare: Callable[[Any], Any] = lambda batch: batch
+    prepare: Callable[[list[Any]], list[Any]] = lambda batches: batches
 
     def __len__(self) -> int:
         """Give the number of batches of this process."""
@@ -2001,13 +2005,13 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         """Give the batches of one pass.
 
-        More and more are made in a row, collated first and then prepared, while the processor has
-        the code for it at hand: each by itself takes twice as long, and then a sixth of a step of
-        stage 1.
+        More and more are made in a row, first one thing of all and then the next, while the
+        processor has the code for it at hand: each by itself takes twice as long, and then a sixth
+        of a step of stage 1.
         """
         positions, ahead = iter(self.batch_sampler), 1
         while collated := [self.collate_fn(each) for each in itertools.islice(positions, ahead)]:
-            batches = [self.prepare(batch) for batch in collated]
+            batches = self.prepare(collated)
             cells = sum(part.numel() for batch in batches for part in batch.values())
             yield from batches
             ahead = max(1, min(2 * ahead, BATCHES_AHEAD, CELLS_AHEAD * ahead // max(1, cells)))
@@ -2018,7 +2022,7 @@ def make_loaders(
     batch_size: int,
     collate: Callable[[Sequence[int]], Any],
     lengths: NDArray[np.int64] | None = None,
-    prepare: Callable[[Any], Any] = lambda batch: batch,
+    prepare: Callable[[list[Any]], list[Any]] = lambda batches: batches,
 ) -> dict[str, Loader]:
     """Give loaders over positions; training is shuffled.
 
@@ -3533,7 +3537,9 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every part of a batch."""
+    """Move every part of a batch, which is made on the CPU."""
+    if device.type == "cpu":
+        return batch
     return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
 
 

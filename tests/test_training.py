@@ -629,8 +629,10 @@ def test_a_loader_makes_some_batches_ahead_in_order_and_no_more(cells: int, most
         made.append(list(rows))
         return {"rows": torch.tensor(rows)}
 
-    def prepare(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**batch, "other": torch.empty(cells - len(batch["rows"]) % cells)}
+    def prepare(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        return [
+            {**each, "other": torch.empty(cells - len(each["rows"]) % cells)} for each in batches
+        ]
 
     rows = np.arange(0, 8 * trainer.BATCHES_AHEAD)
     loader = trainer.Loader(trainer.Batches(rows, 2, None, shuffle=False), collate, prepare)
