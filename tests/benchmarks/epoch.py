@@ -7,7 +7,7 @@ Sample data, batch 16, the program's defaults. In turn, so that a load on the ma
     encoder   forward and backward over the batches that train, forward alone over those that
               validate, nothing else: batches lie ready, the gradient of the states is made of ones
     planned   the same with plans that lie ready, too
-    plans     the plans of all these batches made in a row, as ``Loader`` makes them ahead
+    plans     the plans of all these batches made in a row; ``Loader`` makes up to 32 so
     model     as planned, with the head and its loss
     training  ``train_epoch`` as it is: batches made, gradients clipped, weights moved and averaged
     epoch     all of it: training, its state kept, validation, figures, winner and history written,
@@ -23,6 +23,7 @@ time goes.
 import argparse
 import cProfile
 import logging
+import math
 import os
 import platform
 import pstats
@@ -93,6 +94,7 @@ def ways(patients: int, folder: Path) -> dict[str, Callable[[], object]]:
         return trainer.train_epoch(stage, learner)
 
     def epoch() -> None:
+        learner.stopping.best = -math.inf  # each epoch writes the winner, as the first ones do
         loss = training()
         states.keep(trainer.state_of(stage, learner))
         with learner.vectors.lent(learner.average.shadow):
