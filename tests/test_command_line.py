@@ -290,10 +290,15 @@ def test_ctrl_c_while_the_libraries_load_is_one_line(library: str, tmp_path: Pat
         "import sys, time\nsys.stdout.write('loading\\n')\nsys.stdout.flush()\ntime.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-c", f"import runpy; runpy.run_path({trainer.__file__!r}, "]
-    command[-1] += "run_name='__main__')"
+    # What starts the tests may ignore the signal, as a shell does for what it puts behind.
+    script = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += f"runpy.run_path({trainer.__file__!r}, run_name='__main__')"
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "loading\n"
