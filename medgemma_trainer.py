@@ -3080,8 +3080,8 @@ class Vectors:
     def take_gradients(self) -> list[Tensor]:
         """Give the gradients as such vectors, zero where none came; the parameters have none then.
 
-        Views to begin with, as the weights are, would save nothing: autograd then adds each
-        gradient to what is there instead of handing it over.
+        Were they views to begin with, as the weights are, autograd would add each gradient to what
+        is there instead of handing it over.
         """
         taken = []
         for own in self._members:
