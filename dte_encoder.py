@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +53,10 @@ together gap, time since first, count so far."""
 
 INPUT_WIDTH = 64
 """Width of the layer in front of the update: with many features it, not the GRU, grows."""
+
+MOST_ALONE = 32
+"""Up to so many patients a pass runs on one thread: two take 3 to 20 % longer with 16 of them, the
+more the busier the machine, as each product of a few rows wakes a thread."""
 
 FIXED_STEP_SOLVERS = (
     *("euler", "midpoint", "heun2", "heun3"),
@@ -213,8 +217,8 @@ class ClinicalODERNN(nn.Module):
 
         Raises:
             ValueError: wrong shapes, decreasing times, a value that is not finite at an observed
-                place, a patient without observation; a plan of another size or of an encoder that
-                takes other steps.
+                place, a patient without observation; a derivative by times; a plan of another size
+                or of an encoder that counts time otherwise.
         """
         if plan is None:
             plan = self.plan(times, values, observed)
@@ -222,14 +226,14 @@ class ClinicalODERNN(nn.Module):
             self._refuse_shapes(times, values, observed)
             self._refuse_plan(plan, observed)
         plan = plan.to(times.device)
-        inputs, spans = self.inputs(widened(times), widened(values), plan)
+        inputs = self.inputs(widened(values), plan)
         read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
-        states = self.norm(self._run(read, plan, spans))  # (P, H)
+        states = self.norm(self._run(read, plan))  # (P, H)
         result = states.new_zeros(times.numel(), self.hidden_dim)
         return result.index_copy(0, plan.places, states).view(*times.shape, self.hidden_dim)
 
     def plan(self, times: Tensor, values: Tensor, observed: Tensor) -> Plan:
-        """Check a batch, and plan all that needs neither weights nor arithmetic with values.
+        """Check a batch, and plan all that needs neither weights nor values.
 
         All of it is made on the host, where it costs a third. On CUDA it is best made ahead, from
         tensors that are still on the host: then nothing waits for the device.
@@ -242,44 +246,45 @@ class ClinicalODERNN(nn.Module):
         self._refuse_shapes(times, values, observed)
         seen = on_host(observed)
         present: NDArray[np.bool_] = np.logical_or.reduce(seen, axis=2)
-        gaps = self._gaps(on_host(widened(times)), on_host(widened(values)), seen, present)
-        parts = present.astype(np.int64)
-        parts[:, 1:] *= np.maximum(np.ceil(gaps / self._longest_step), 1).astype(np.int64)
-        return make_plan(parts, seen, self._longest_step)
+        hours, clock = on_host(widened(times)), self._clock
+        gaps = self._gaps(hours, on_host(widened(values)), seen, present)
+        parts, spans = present.astype(np.int64), np.zeros(present.shape)
+        ticks = np.maximum(np.ceil(gaps / clock.longest), 1)
+        parts[:, 1:] *= ticks.astype(np.int64)
+        spans[:, 1:] = gaps / (ticks * clock.time_scale)
+        return make_plan(parts, spans, hours, seen, clock)
 
     @property
-    def _longest_step(self) -> float:
-        """Hours that a tick may take; torchdiffeq divides a gap by itself."""
-        return MAX_SCALED_STEP * self.time_scale if self.solver == "rk4" else math.inf
+    def _clock(self) -> Clock:
+        """How this encoder counts time; torchdiffeq divides a gap by itself."""
+        longest = MAX_SCALED_STEP * self.time_scale if self.solver == "rk4" else math.inf
+        return Clock(self.time_scale, longest, self.value_mean.dtype)
 
-    def _run(self, read: Tensor, plan: Plan, spans: Tensor) -> Tensor:
+    def _run(self, read: Tensor, plan: Plan) -> Tensor:
         """Give the state (P, H) after each observation.
 
         Args:
             read: (P, INPUT_WIDTH) what the update reads, tick after tick.
             plan: the ticks.
-            spans: (N,) how far each patient goes in each, in units of ``time_scale``.
         """
         field, update = self.field, self.update
         if self.solver != "rk4":
-            return self._run_plainly(read, plan, spans, self._odeint)
-        if spans.requires_grad:  # somebody asks for derivatives by time
-            return self._run_plainly(read, plan, spans, field.rk4())
-        with in_full_precision(read.device):
+            return self._run_plainly(read, plan, self._odeint)
+        with in_full_precision(read.device), alone(plan):
             weights = (
                 *(field.inner.weight, field.inner.bias, field.outer.weight),
                 *(update.weight_ih, update.bias_ih, update.weight_hh, update.bias_hh),
             )
             wide = read.to(update.weight_hh.dtype)  # under autocast it is narrower
-            states: Tensor = Ticks.apply(plan, spans, torch.is_grad_enabled(), wide, *weights)
+            states: Tensor = Ticks.apply(plan, torch.is_grad_enabled(), wide, *weights)
             return states.to(read.dtype)
 
-    def _run_plainly(self, read: Tensor, plan: Plan, spans: Tensor, advance: Advance) -> Tensor:
+    def _run_plainly(self, read: Tensor, plan: Plan, advance: Advance) -> Tensor:
         """Alternate equation and update as they are written, for any solver; see ``_run``."""
         gates = functional.linear(read, self.update.weight_ih, self.update.bias_ih)
         state = gates.new_zeros(plan.sizes[0], self.hidden_dim)
         states = []
-        span = spans.split(plan.sizes)
+        span = plan.spans.split(plan.sizes)
         for tick, (gate, rows) in enumerate(by_tick(plan.arrivals, gates, plan.rows)):
             if tick:  # nothing passes before the first
                 state = advance(state[: plan.sizes[tick]], span[tick])
@@ -321,39 +326,27 @@ class ClinicalODERNN(nn.Module):
         proposal = torch.tanh(torch.addcmul(gate[:, width:], reset, own[:, width:]))
         return torch.lerp(proposal, state, keep)
 
-    def inputs(self, times: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Give what the input layer reads of each observation, and how far the ticks go.
+    def inputs(self, values: Tensor, plan: Plan) -> Tensor:
+        """Give what the input layer reads of each observation, (P, 3F + 3), tick after tick.
+
+        Of each feature the latest value so far as z-score, zero before the first, then what the
+        plan tells: the mask stands beside the carried value, so nothing that is old passes for new.
 
         Args:
-            times: (B, L) hours.
             values: (B, L, F) raw units.
             plan: of this batch, on its device.
-
-        Returns:
-            inputs (P, 3F + 3), tick after tick: of each feature the latest value so far as z-score,
-            zero before the first; whether it was measured now; log hours since it was measured
-            before now. Then log gap, log hours since the first observation, log count. The mask
-            stands beside the carried value, so nothing that is old passes for new.
-            spans (N,), in units of ``time_scale``.
         """
-        dtype = self.value_mean.dtype
-        z = (values.take(plan.latest).to(dtype) - self.value_mean) / self.value_std
+        latest = values.take(plan.latest).to(plan.told.dtype)
+        z = (latest - self.value_mean) / self.value_std
         carried = torch.where(plan.ever, z, 0.0).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        hours = times.take(plan.places.unsqueeze(1)) - times.take(plan.earlier)
-        logs = hours.log1p() / math.log1p(self.time_scale)
-        inputs = torch.cat([carried, plan.measured, logs, plan.counts], dim=1).to(dtype)
-        gaps = hours.select(1, self.input_dim) / (plan.parts * self.time_scale)
-        return inputs, gaps.to(dtype).index_select(0, plan.goals)
+        return torch.cat([carried, plan.told], dim=1)
 
     def _refuse_plan(self, plan: Plan, observed: Tensor) -> None:
         """Refuse a plan that cannot be of this batch and this encoder."""
         if plan.shape != observed.shape:
             raise ValueError(f"a plan of {plan.shape} for a batch of {tuple(observed.shape)}")
-        longest = self._longest_step
-        if plan.longest != longest:
-            raise ValueError(
-                f"a plan of steps up to {plan.longest} h, this encoder's are {longest}"
-            )
+        if plan.clock != self._clock:
+            raise ValueError(f"a plan of {plan.clock}, this encoder has {self._clock}")
 
     def _refuse_shapes(self, times: Tensor, values: Tensor, observed: Tensor) -> None:
         """Refuse tensors that do not fit each other."""
@@ -365,6 +358,8 @@ class ClinicalODERNN(nn.Module):
                 raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
+        if times.requires_grad:
+            raise ValueError("times have no derivative here: what is planned of them is constant")
 
     def _gaps(
         self,
@@ -421,6 +416,21 @@ def in_full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+@contextmanager
+def alone(plan: Plan) -> Iterator[None]:
+    """Leave the other threads asleep for a pass on the CPU over few patients."""
+    threads = torch.get_num_threads()
+    few = plan.sizes[0] <= MOST_ALONE and threads > 1 and plan.rows.device.type == "cpu"
+    if not few:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def on_host(tensor: Tensor) -> NDArray[Any]:
     """Give the same numbers for NumPy, on the CPU in the same memory: nothing may write there."""
     array: NDArray[Any] = tensor.numpy(force=True)
@@ -458,6 +468,17 @@ def check_solver(solver: str) -> None:
 # --------------------------------------------------------------------------- ticks
 
 
+class Clock(NamedTuple):
+    """How an encoder counts time.
+
+    time_scale: hours that are one unit; longest: hours that a tick may take; dtype: of the numbers.
+    """
+
+    time_scale: float
+    longest: float
+    dtype: torch.dtype
+
+
 class Plan(NamedTuple):
     """Who does what in which tick. In all ticks the patients with most ticks are the first rows.
 
@@ -465,34 +486,29 @@ class Plan(NamedTuple):
 
     Attributes:
         shape: of the batch, (B, L, F).
-        longest: hours that a tick may take.
+        clock: of the encoder.
         sizes: how many patients take part in tick 0, 1, 2, ...; in tick 0 nothing passes yet.
         arrivals: how many of them arrive at an observation.
         rows: (P,) which rows these are.
-        goals: (N,) which of the P observations each patient is under way to, tick after tick.
-        parts: (P,) float64, how many ticks the way to each takes.
-        places: (P,) where each stands in the flattened (B * L).
-        earlier: (P, F + 2) likewise, since when hours are counted: where each feature was last
-            measured before now (now, where never), the observation before, the first.
+        spans: (N,) how far each patient goes, tick after tick, in units of ``time_scale``.
+        places: (P,) where each observation stands in the flattened (B * L).
         latest: (P, F) where each feature's latest value stands in the flattened (B * L * F).
         ever: (P, F) bool, whether there is one.
-        measured: (P, F) bool, what was measured now.
-        counts: (P, 1) float64, log(1 + observations before this one).
+        told: (P, 2F + 3) what is read beside the values: of each feature whether it was measured
+            now, and log hours since it was before now (zero, where never); then log gap, log hours
+            since the first observation, log count.
     """
 
     shape: tuple[int, ...]
-    longest: float
+    clock: Clock
     sizes: list[int]
     arrivals: list[int]
     rows: Tensor
-    goals: Tensor
-    parts: Tensor
+    spans: Tensor
     places: Tensor
-    earlier: Tensor
     latest: Tensor
     ever: Tensor
-    measured: Tensor
-    counts: Tensor
+    told: Tensor
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """Give the same plan with its tensors on a device, as ``Tensor.to`` does."""
@@ -509,57 +525,85 @@ class Plan(NamedTuple):
         return sum(part.numel() for part in self if isinstance(part, Tensor))
 
 
-def make_plan(parts: NDArray[np.int64], seen: NDArray[np.bool_], longest: float) -> Plan:
-    """Plan the ticks of a batch, and find where what they read stands.
+def make_plan(
+    parts: NDArray[np.int64],
+    spans: NDArray[np.float64],
+    hours: NDArray[Any],
+    seen: NDArray[np.bool_],
+    clock: Clock,
+) -> Plan:
+    """Plan the ticks of a batch, and what is read of each observation beside its values.
 
     Args:
         parts: (B, L) how many ticks the way to each observation takes, zero in padding.
+        spans: (B, L) how long each of them is, in units of ``time_scale``.
+        hours: (B, L) when each observation was.
         seen: (B, L, F) what was measured.
-        longest: hours that a tick may take.
+        clock: how time is counted.
     """
-    count = parts.sum(axis=1)
-    patients = np.argsort(-count, kind="stable")  # row by row of the ticks
-    count, parts = count[patients], parts[patients]
+    ends = parts.cumsum(axis=1)  # in ticks of one's own
+    patients = np.argsort(-ends[:, -1], kind="stable")  # row by row of the ticks
+    ends, parts, spans = ends[patients], parts[patients], spans[patients]
     rows, steps = parts.nonzero()  # (P,) each, patient after patient
-    parts = parts[rows, steps]
-    ahead = count.cumsum() - count  # ticks of the patients in the rows above
-    arrival = parts.cumsum() - ahead[rows] - 1  # in ticks of one's own
+    arrival = ends[rows, steps] - 1
+    # The same for each tick (N,).
+    count = ends[:, -1]
+    number = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count)
+    spans = np.repeat(spans[rows, steps], parts[rows, steps])
+    # From patient after patient to tick after tick.
+    spans = spans[np.argsort(number, kind="stable")]
     order = np.argsort(arrival, kind="stable")
-    # The same for each tick (N,): from patient after patient to tick after tick.
-    owner = np.repeat(np.arange(len(count)), count)
-    number = np.arange(len(owner)) - ahead[owner]
-    sizes = np.bincount(number)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    goals = np.empty_like(number)
-    goals[(sizes.cumsum() - sizes)[number] + owner] = np.repeat(rank, parts)
     rows, steps = rows[order], steps[order]
-    found = rows, goals, parts[order].astype(np.float64), *find_sources(patients[rows], steps, seen)
+    places, latest, ever, told = what_is_read(patients[rows], steps, hours, seen, clock)
     return Plan(
         seen.shape,
-        longest,
-        sizes.tolist(),
+        clock,
+        np.bincount(number).tolist(),
         np.bincount(arrival).tolist(),
-        *(torch.from_numpy(array) for array in found),
+        torch.from_numpy(rows),
+        torch.from_numpy(spans).to(clock.dtype),
+        torch.from_numpy(places),
+        torch.from_numpy(latest),
+        torch.from_numpy(ever),
+        torch.from_numpy(told).to(clock.dtype),
     )
 
 
-def find_sources(
-    patients: NDArray[np.int64], steps: NDArray[np.int64], seen: NDArray[np.bool_]
+def what_is_read(
+    patients: NDArray[np.int64],
+    steps: NDArray[np.int64],
+    hours: NDArray[Any],
+    seen: NDArray[np.bool_],
+    clock: Clock,
 ) -> tuple[NDArray[Any], ...]:
-    """Give what ``Plan`` calls places to counts, of the observations (P,) at these steps."""
-    length, features = seen.shape[1:]
-    first = patients * length
-    places = first + steps
-    step, first = steps[:, None], first[:, None]
-    latest = np.where(seen, np.arange(length)[:, None], -1)  # -1: not yet
-    np.maximum.accumulate(latest, axis=1, out=latest)
-    latest = latest.reshape(-1, features)
-    now, before = latest[places], latest[places - 1]  # another patient's at step 0
-    since = np.where((step > 0) & (before >= 0), before, step)
-    earlier = first + np.concatenate([since, step - (step > 0), 0 * step], axis=1)
-    source = (first + np.maximum(now, 0)) * features + np.arange(features)
-    return places, earlier, source, now >= 0, now == step, np.log1p(step)
+    """Give what ``Plan`` calls places, latest, ever and told, of some observations.
+
+    Args:
+        patients: (P,) whose they are.
+        steps: (P,) which of his.
+        hours: (B, L) when each observation was.
+        seen: (B, L, F) what was measured.
+        clock: how time is counted.
+    """
+    size, length, features = seen.shape
+    number = np.arange(length)
+    # At which step each feature was measured last, then any of them, then the first of all: one row
+    # more than steps, so that what was before a step stands in front of what is at it; -1 is never.
+    last = np.full((size, length + 1, features + 2), -1)
+    measured = np.where(seen, number[:, None], -1)
+    last[:, 1:, :features] = np.maximum.accumulate(measured, axis=1, out=measured)
+    last[:, 1:, features] = number
+    last[:, 1:, features + 1] = 0
+    last = last.reshape(-1, features + 2)
+    first, step = (patients * length)[:, None], steps[:, None]
+    places = (first + step).ravel()
+    before, now = last[places + patients], last[places + patients + 1, :features]
+    hours = hours.ravel()
+    passed = hours[places][:, None] - hours[first + np.where(before < 0, step, before)]
+    logs = np.log1p(passed) / math.log1p(clock.time_scale)  # (P, F + 2)
+    told = np.concatenate([now == step, logs, np.log1p(step)], axis=1)
+    latest = (first + np.maximum(now, 0)) * features + np.arange(features)
+    return places, latest, now >= 0, told
 
 
 def by_tick(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -604,15 +648,12 @@ class Ticks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, plan: Plan, spans: Tensor, learns: bool, read: Tensor, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, plan: Plan, learns: bool, read: Tensor, *weights: Tensor) -> Tensor:
         """Run over the ticks.
 
         Args:
             ctx: takes what the way back needs.
             plan: the ticks.
-            spans: (N,) how far each patient goes in them.
             learns: whether gradients are asked for at all; if not, nothing is kept for them.
             read: (P, R) what the cell reads.
             weights: W1, b1, W2, W_ih, b_ih, W_hh and b_hh.
@@ -624,9 +665,9 @@ class Ticks(torch.autograd.Function):
         learns = learns and any(ctx.needs_input_grad)
         first, *sizes = plan.sizes
         width = len(inner)
-        spans = spans[first:]
-        turned = [each.t().contiguous() for each in (inner, outer, recurrent)]
-        mixing = turned[1] @ turned[0]
+        spans = plan.spans[first:]
+        mixing = inner @ outer
+        turned = mixing.t(), inner.t(), outer.t(), recurrent.t()
         # The cell's products of what it reads need no state: one product for the whole batch.
         gates = torch.addmm(into_bias, read, into.t())
         cells, proposals = torch.empty_like(gates), 2 * gates[:, 2 * width :]
@@ -639,7 +680,7 @@ class Ticks(torch.autograd.Function):
                 else ((*stages[:, : len(own)], *_spread(own, width)) for own in spans.split(sizes))
             )
             results = cells, entering, proposals, states
-            _advance(plan, buffers, gates, (mixing, *turned, bias, recurrent_bias), results)
+            _advance(plan, buffers, gates, (*turned, bias, recurrent_bias), results)
         if learns:
             ctx.plan = plan
             for_weights = mixing, inner, outer, into, recurrent
@@ -650,8 +691,9 @@ class Ticks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Go back over the ticks; ``grad`` is (P, H)."""
-        with in_full_precision(grad.device):  # a caller may be inside autocast
-            return None, None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
+        # A caller may be inside autocast.
+        with in_full_precision(grad.device), alone(ctx.plan):
+            return None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
 
 
 def _advance(
@@ -668,7 +710,7 @@ def _advance(
         buffers: for each tick but the first, the five (n, H) that ``_solve`` fills, and how far
             each patient goes, as from ``_spread``.
         gates: (P, 3H) the cell's products of what it reads.
-        weights: M, W1, W2 and W_hh, each transposed and contiguous, then b1 and b_hh.
+        weights: M, W1, W2 and W_hh, each transposed, then b1 and b_hh.
         results: (P, 3H) for r, z and n of the cell, then (P, H) each: for the state in front of an
             observation, twice the gates of n, which become the cell's proposal, and for the state
             after it.
@@ -706,7 +748,7 @@ def _go_back(plan: Plan, grad: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
     with torch.inference_mode():
         steps = by_tick(sizes, *fields.unbind(), behind)
         updates = by_tick(plan.arrivals, plan.rows, grad, cell, own, cell[:, 4])
-        solver = mixing.t().contiguous(), outer * (2 / 3), inner
+        solver = mixing, outer * (2 / 3), inner
         pull = grad.new_zeros(first, len(inner))  # g of each patient
         for tick in reversed(range(len(plan.sizes))):
             if plan.arrivals[tick]:

@@ -212,10 +212,9 @@ def test_rk4_takes_no_more_steps_than_each_patients_own_gaps_need(
     monkeypatch.setattr(dte_encoder, "MAX_SCALED_STEP", 0.6)
     batch = two_patients()
     plan = encoder.plan(*batch)
-    _, travelled = encoder.inputs(batch[0], batch[1], plan)
     # The second patient leads: gaps 0.5, 1.0, 1.5 in 1, 2, 3 steps; the first has 2.0 in 4.
     assert plan.sizes == [2, 2, 2, 2, 2, 1, 1]
-    spans = travelled.split(plan.sizes)
+    spans = plan.spans.split(plan.sizes)
     assert [span[0].item() for span in spans] == [0.0] + [0.5] * 6
     assert [span[1].item() for span in spans[:5]] == [0.0] + [0.5] * 4
     # Observations 4 to 7 are the second patient's, in row 0; they come after 0, 1, 3, 6 steps.
@@ -343,8 +342,8 @@ def test_gradients_of_all_parameters_are_right(solver: str) -> None:
 class Plain(ClinicalODERNN):
     """The same network, the same steps, its gradients by plain autograd."""
 
-    def _run(self, gates: Tensor, plan: Plan, spans: Tensor) -> Tensor:
-        return self._run_plainly(gates, plan, spans, self.field.rk4())
+    def _run(self, read: Tensor, plan: Plan) -> Tensor:
+        return self._run_plainly(read, plan, self.field.rk4())
 
 
 def plain_twin(encoder: ClinicalODERNN) -> Plain:
@@ -370,11 +369,14 @@ def test_gradients_by_hand_are_those_of_autograd(
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=tolerance * max(1, size))
 
 
-def test_derivatives_by_time_are_right() -> None:
+def test_derivatives_by_time_are_refused() -> None:
     encoder = make_encoder(hidden_dim=3)
     times, values, observed = make_batch(lengths=(3, 1, 2))
-    times = (times + 0.01).requires_grad_()  # no gap at a whole number of steps
-    assert torch.autograd.gradcheck(lambda moments: encoder(moments, values, observed), times)
+    plan = encoder.plan(times, values, observed)
+    times.requires_grad_()
+    for own in (plan, None):
+        with pytest.raises(ValueError, match="times have no derivative here"):
+            encoder(times, values, observed, own)
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -471,7 +473,7 @@ def ticks_of(encoder: ClinicalODERNN, batch: Batch) -> Plan:
 def inputs_of(encoder: ClinicalODERNN, *batch: Tensor) -> Tensor:
     """What the input layer reads of each observation, (B, L, 3F + 3), zero in padding."""
     plan = encoder.plan(*batch)
-    inputs, _ = encoder.inputs(batch[0], batch[1], plan)
+    inputs = encoder.inputs(batch[1], plan)
     placed = inputs.new_zeros(batch[0].numel(), inputs.shape[1]).index_copy(0, plan.places, inputs)
     return placed.view(*batch[0].shape, -1)
 
@@ -583,8 +585,15 @@ def test_shapes_are_checked_where_there_is_a_plan_too(wrong: int) -> None:
 def test_a_plan_of_an_encoder_with_other_steps_is_refused(time_scale: float, solver: str) -> None:
     batch = make_batch()
     plan = ClinicalODERNN(2, time_scale=time_scale, solver=solver).plan(*batch)
-    with pytest.raises(ValueError, match=r"steps up to .* h, this encoder's are 7\.2"):
+    with pytest.raises(ValueError, match=r"a plan of .*, this encoder has .*scale=72"):
         ClinicalODERNN(2, time_scale=72.0)(*(part.float() for part in batch[:2]), batch[2], plan)
+
+
+def test_a_plan_of_other_numbers_is_refused() -> None:
+    encoder, batch = make_encoder(), make_batch()
+    plan = encoder.plan(*batch)
+    with pytest.raises(ValueError, match=r"a plan of .*float64.*, this encoder has .*float32"):
+        encoder.float()(*batch, plan)
 
 
 def test_inputs_and_spans_are_as_exact_as_the_weights() -> None:
@@ -592,7 +601,7 @@ def test_inputs_and_spans_are_as_exact_as_the_weights() -> None:
     hours = torch.tensor([[0.1, 0.3, 33.4, 111.7]], dtype=torch.float64)
     batch = hours, torch.zeros(1, 4, 1), torch.ones(1, 4, 1, dtype=torch.bool)
     plan = encoder.plan(*batch)
-    inputs, spans = encoder.inputs(batch[0], batch[1], plan)
+    inputs, spans = encoder.inputs(batch[1], plan), plan.spans
     gaps = hours[0].diff(prepend=hours[0, :1]).numpy()
     expected = np.log1p([gaps, hours[0].numpy() - 0.1]) / math.log1p(71.3)
     np.testing.assert_allclose(inputs[:, 3:5].t(), expected, rtol=1e-14)
@@ -614,6 +623,32 @@ def test_with_a_plan_nothing_is_read_back_from_the_device(monkeypatch: pytest.Mo
     assert all(p.grad is not None and p.grad.is_meta for p in encoder.parameters())
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         encoder(*elsewhere)
+
+
+@pytest.mark.parametrize("patients", [dte_encoder.MOST_ALONE, dte_encoder.MOST_ALONE + 1])
+def test_few_patients_run_on_one_thread(patients: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, batch = make_encoder(), make_batch((2,) * patients)
+    expected = 1 if patients == dte_encoder.MOST_ALONE else 3
+    own, seen = torch.get_num_threads(), []
+    for name in ("_advance", "_go_back"):
+        work = getattr(dte_encoder, name)
+
+        def looking(*arguments: Any, work: Callable[..., Any] = work) -> Any:
+            seen.append(torch.get_num_threads())
+            return work(*arguments)
+
+        monkeypatch.setattr(dte_encoder, name, looking)
+    try:
+        torch.set_num_threads(3)
+        encoder(*batch).pow(3).sum().backward()
+        assert seen == [expected, expected]
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(dte_encoder, "_advance", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encoder(*batch)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)
 
 
 def test_nothing_is_kept_where_nothing_learns() -> None:
@@ -869,7 +904,6 @@ def test_gap_elapsed_time_and_count_each_reach_the_update() -> None:
     times = torch.tensor([[2.0, 5.0, 26.0]], dtype=torch.float64)
     batch = times, torch.zeros(1, 3, 2), torch.ones(1, 3, 2, dtype=torch.bool)
     inputs, plan = inputs_of(encoder, *batch), encoder.plan(*batch)
-    _, spans = encoder.inputs(batch[0], batch[1], plan)
     expected = torch.tensor([[0.0, 3.0, 21.0], [0.0, 3.0, 24.0]], dtype=torch.float64)
     clock = expected.log1p() / math.log(25)
     torch.testing.assert_close(inputs[0, :, 6:8], clock.t())
@@ -877,7 +911,7 @@ def test_gap_elapsed_time_and_count_each_reach_the_update() -> None:
     torch.testing.assert_close(inputs[0, :, 8], count.log(), rtol=0, atol=1e-7)
     ticks = [1] + 2 * [3 / 24 / 2] + 9 * [21 / 24 / 9]  # none is longer than 0.1
     assert plan.sizes == [1] * len(ticks)
-    torch.testing.assert_close(spans[1:], torch.tensor(ticks[1:], dtype=torch.float64))
+    torch.testing.assert_close(plan.spans[1:], torch.tensor(ticks[1:], dtype=torch.float64))
 
 
 def test_each_feature_brings_its_latest_value_its_mask_and_its_own_age() -> None:

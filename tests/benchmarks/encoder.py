@@ -122,8 +122,8 @@ class Torchode(ClinicalODERNN):
 class Plain(ClinicalODERNN):
     """The same network and the same steps; autograd records each."""
 
-    def _run(self, read: Tensor, plan: Plan, spans: Tensor) -> Tensor:
-        return self._run_plainly(read, plan, spans, self.field.rk4())
+    def _run(self, read: Tensor, plan: Plan) -> Tensor:
+        return self._run_plainly(read, plan, self.field.rk4())
 
 
 class PlainGRU(nn.Module):
@@ -138,7 +138,7 @@ class PlainGRU(nn.Module):
         return self.encoder.plan(times, values, observed)
 
     def forward(self, times: Tensor, values: Tensor, observed: Tensor, plan: Plan) -> Tensor:
-        read = self.encoder.read(self.encoder.inputs(times, values, plan)[0]).relu()
+        read = self.encoder.read(self.encoder.inputs(values, plan)).relu()
         padded = read.new_zeros(times.numel(), read.shape[1]).index_copy(0, plan.places, read)
         states: Tensor = self.gru(padded.view(*times.shape, -1))[0]
         return states
