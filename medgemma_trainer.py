@@ -321,7 +321,12 @@ from torch import Tensor, nn  # noqa: E402
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from dte_encoder import MAX_SCALED_GAP, ClinicalODERNN, Plan  # noqa: E402
+from dte_encoder import (  # noqa: E402
+    MAX_SCALED_GAP,
+    ClinicalODERNN,
+    Plan,
+    keep_freed_memory,
+)
 
 logger = logging.getLogger("medgemma_trainer")
 
@@ -6630,6 +6635,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv``; 0 done, 2 wrong input, 3 fault, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = resolve(build_parser().parse_args(words))
+    keep_freed_memory()
     memory = start_logging()
     own_mask = os.umask(0o077)  # what is made holds patients: for its owner alone
     try:

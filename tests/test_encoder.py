@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -662,6 +665,40 @@ def test_nothing_is_kept_where_nothing_learns() -> None:
     assert kept_for_the_way_back(encoder, batch) == 0
     assert torch.equal(encoder(*batch), states)
     assert not encoder(*batch).requires_grad
+
+
+PAGES_OF_PASSES = """
+import resource, sys, torch, dte_encoder
+
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    dte_encoder.keep_freed_memory()
+encoder, observed = dte_encoder.ClinicalODERNN(1), torch.ones(256, 12, 1, dtype=torch.bool)
+times = torch.arange(12.0).expand(256, 12)
+for turn in range(12):
+    if turn == 6:  # by then it has settled
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    encoder(times, torch.ones(256, 12, 1), observed).pow(3).sum().backward()
+    encoder.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def pages(word: str) -> int:
+    """How many pages of memory six passes ask of the system, in a process of its own."""
+    command = [sys.executable, "-c", PAGES_OF_PASSES, word]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(dte_encoder.__file__).parent
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+def test_a_pass_takes_the_memory_that_the_one_before_left() -> None:
+    given_back = pages("give back")
+    if given_back < 1000:
+        pytest.skip("this C library keeps it by itself")
+    assert pages("keep") < given_back / 4
 
 
 @pytest.mark.parametrize("learns", [True, False])

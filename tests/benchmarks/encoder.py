@@ -51,7 +51,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from dataset_format import MIMICtrajectoryDataset  # noqa: E402
-from dte_encoder import MAX_SCALED_STEP, ClinicalODERNN, Plan  # noqa: E402
+from dte_encoder import (  # noqa: E402
+    MAX_SCALED_STEP,
+    ClinicalODERNN,
+    Plan,
+    keep_freed_memory,
+)
 
 DATA = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
 TARGETS = {16: 80.0, 256: 250.0}
@@ -412,6 +417,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws patients and weights (0)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the program does: all ways share it
     lines = [
         f"{processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
         f"torch {torch.__version__}, torchdiffeq {torchdiffeq.__version__}, "
