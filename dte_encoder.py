@@ -278,7 +278,7 @@ class ClinicalODERNN(nn.Module):
         field, update = self.field, self.update
         if self.solver != "rk4":
             return self._run_plainly(read, plan, self._odeint)
-        with in_full_precision(read.device), alone(plan):
+        with in_full_precision(read.device), one_thread(plan.small):
             weights = (
                 *(field.inner.weight, field.inner.bias, field.outer.weight),
                 *(update.weight_ih, update.bias_ih, update.weight_hh, update.bias_hh),
@@ -438,11 +438,10 @@ def keep_freed_memory() -> None:
 
 
 @contextmanager
-def alone(plan: Plan) -> Iterator[None]:
-    """Leave the other threads asleep for a pass on the CPU over few patients."""
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Leave torch's other threads asleep where they would only disturb."""
     threads = torch.get_num_threads()
-    few = plan.sizes[0] <= MOST_ALONE and threads > 1 and plan.rows.device.type == "cpu"
-    if not few:
+    if not wanted or threads == 1:
         yield
         return
     torch.set_num_threads(1)
@@ -540,6 +539,11 @@ class Plan(NamedTuple):
             for part in self
         )
         return Plan(*moved)
+
+    @property
+    def small(self) -> bool:
+        """Whether its products are too small for several threads."""
+        return self.sizes[0] <= MOST_ALONE and self.rows.device.type == "cpu"
 
     def numel(self) -> int:
         """Give how many numbers its tensors hold."""
@@ -713,7 +717,7 @@ class Ticks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Go back over the ticks; ``grad`` is (P, H)."""
         # A caller may be inside autocast.
-        with in_full_precision(grad.device), alone(ctx.plan):
+        with in_full_precision(grad.device), one_thread(ctx.plan.small):
             return None, None, *_go_back(ctx.plan, grad, *ctx.saved_tensors)
 
 

@@ -323,9 +323,11 @@ from torch.nn import functional  # noqa: E402
 
 from dte_encoder import (  # noqa: E402
     MAX_SCALED_GAP,
+    MOST_ALONE,
     ClinicalODERNN,
     Plan,
     keep_freed_memory,
+    one_thread,
 )
 
 logger = logging.getLogger("medgemma_trainer")
@@ -1890,6 +1892,7 @@ class Stage:
         describe: gives lines on what the model reads and the memory that it needs.
         after_test: what else the winner is asked on the test part; gives figures for the report.
         facts: what lies with the winner's weights.
+        small: a step is too small for several threads of a CPU.
     """
 
     name: str
@@ -1906,6 +1909,7 @@ class Stage:
     describe: Callable[[], list[str]] = list
     after_test: Callable[[Scored, Path], dict[str, Any]] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    small: bool = False
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the trainable parameters of each part with its learning rate."""
@@ -2063,6 +2067,7 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
         save=lambda folder: save_trajectory(model, facts, folder.parent / TRAJECTORY_FILE),
         load=lambda folder: load_trajectory(model, folder.parent / TRAJECTORY_FILE),
         facts=facts,
+        small=args.batch_size <= MOST_ALONE,
     )
 
 
@@ -3315,10 +3320,10 @@ def run_stage(
         keep()
     while not learner.progress.over:
         began = time.perf_counter()
-        with SIGNALS.put_off(), winner_kept(stage, learner, folder):
-            train_loss = train_epoch(stage, learner, seed, after_step)
-            keep()  # the validation may be long
-        with winner_kept(stage, learner, folder):
+        with one_thread(stage.small and device.type == "cpu"), winner_kept(stage, learner, folder):
+            with SIGNALS.put_off():
+                train_loss = train_epoch(stage, learner, seed, after_step)
+                keep()  # the validation may be long
             scored = validate(stage, learner, device)
         learner.progress.seconds += time.perf_counter() - began
         end_epoch(stage, learner, folder, train_loss, scored, track)

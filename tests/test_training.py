@@ -274,6 +274,36 @@ def test_the_test_part_is_read_once_and_only_after_training(
     assert events.index("trained") < events.index("test")
 
 
+@pytest.mark.parametrize(("size", "threads"), [(32, 1), (33, 3)])
+def test_small_batches_learn_on_one_thread(
+    size: int, threads: int, dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are back for what follows, after a fault as well."""
+    args = parse(*stage_1(dka_file, tmp_path, "--batch_size", str(size)))
+    stage = trainer.trajectory_stage(args, trainer.load_data(args))
+    (tmp_path / "trajectory").mkdir()
+    seen, own, cpu = set(), torch.get_num_threads(), torch.device("cpu")
+    for name in ("take_step", "evaluate"):
+        work = getattr(trainer, name)
+
+        def looking(*arguments: Any, work: Any = work) -> Any:
+            seen.add((work.__name__, torch.get_num_threads()))
+            return work(*arguments)
+
+        monkeypatch.setattr(trainer, name, looking)
+    try:
+        torch.set_num_threads(3)
+        trainer.run_stage(stage, tmp_path / "trajectory", cpu, seed=0)
+        assert seen == {("take_step", threads), ("evaluate", threads)}
+        assert torch.get_num_threads() == 3
+        monkeypatch.setattr(trainer, "take_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.run_stage(stage, tmp_path / "trajectory", cpu, seed=0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(own)
+
+
 def test_no_figure_depends_on_the_batch_size(dka_file: Path) -> None:
     scored = []
     for size in ("1", "7", "64"):

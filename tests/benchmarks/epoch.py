@@ -122,7 +122,8 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--give_back", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    small = arguments.batch_size <= trainer.MOST_ALONE  # then the program takes one thread
+    torch.set_num_threads(1 if small else arguments.threads)
     if not arguments.give_back:
         trainer.keep_freed_memory()
     logging.disable(logging.INFO)
@@ -162,7 +163,7 @@ def main() -> None:
     )
     sys.stdout.write(
         f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{arguments.threads} threads, load {os.getloadavg()[0]:.1f}; Python "
+        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; Python "
         f"{platform.python_version()}, torch {torch.__version__}; medians (least to most) of "
         f"{arguments.repeats}\n"
     )
