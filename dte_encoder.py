@@ -64,7 +64,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of mallopt's parameters, as glibc's malloc.h has them."""
 
 KEPT_BYTES, LARGEST_KEPT = 2**27, 2**25
-"""How much freed memory is kept, and the largest piece: glibc allows no more than 32 MiB."""
+"""Bytes of freed memory that are kept, and of the largest piece: glibc allows 32 MiB at most."""
 
 FIXED_STEP_SOLVERS = (
     *("euler", "midpoint", "heun2", "heun3"),
@@ -366,7 +366,7 @@ class ClinicalODERNN(nn.Module):
                 raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
-        if times.requires_grad:
+        if times.requires_grad and torch.is_grad_enabled():
             raise ValueError("times have no derivative here: what is planned of them is constant")
 
     def _gaps(
@@ -428,7 +428,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a pass frees for the next one, in the whole process; else do nothing.
 
     On its own it gives some megabytes back to the system after each pass, which hands them out
-    again page by page, cleared: up to a quarter of an epoch at batch 256.
+    again page by page, cleared: up to a quarter of an epoch at batch 256. Counts more than the
+    ``MALLOC_`` variables of the environment.
     """
     if sys.platform == "linux":
         with suppress(AttributeError):  # another C library
@@ -439,13 +440,16 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def one_thread(wanted: bool) -> Iterator[None]:
-    """Leave torch's other threads asleep where they would only disturb."""
+    """Let torch work on one thread where that is ``wanted``: others would only disturb.
+
+    A thread of Python that uses torch for the first time meanwhile takes this number over.
+    """
     threads = torch.get_num_threads()
     if not wanted or threads == 1:
         yield
         return
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)
@@ -625,7 +629,7 @@ def what_is_read(
     before, now = last[places + patients], last[places + patients + 1, :features]
     hours = hours.ravel()
     passed = hours[places][:, None] - hours[first + np.where(before < 0, step, before)]
-    logs = np.log1p(passed) / math.log1p(clock.time_scale)  # (P, F + 2)
+    logs = np.log1p(passed, dtype=np.float64) / math.log1p(clock.time_scale)  # (P, F + 2)
     told = np.concatenate([now == step, logs, np.log1p(step)], axis=1)
     latest = (first + np.maximum(now, 0)) * features + np.arange(features)
     return places, latest, now >= 0, told

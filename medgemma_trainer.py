@@ -1892,7 +1892,8 @@ class Stage:
         describe: gives lines on what the model reads and the memory that it needs.
         after_test: what else the winner is asked on the test part; gives figures for the report.
         facts: what lies with the winner's weights.
-        small: a step is too small for several threads of a CPU.
+        small: a step is too small for several threads of a CPU; validation, at twice the batch,
+            gains too little by them.
     """
 
     name: str

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/epoch.py [--patients 3000] [--batch_size 16] [--threads 1] [--repeats 7]
 
-Sample data, the program's defaults. In turn, so that a load on the machine meets all:
+Sample data, the program's defaults; ``--threads`` counts above batch 32, since up to there the
+program takes one. In turn, so that a load on the machine meets all:
 
     encoder   forward and backward over the batches that train, forward alone over those that
               validate, nothing else: batches lie ready, the gradient of the states is made of ones
