@@ -359,7 +359,7 @@ IGNORED = -100
 
 INPUT_DROPOUT, HEAD_DROPOUT = 0.3, 0.3
 WEIGHT_DECAY, BETAS, EPSILON = 0.01, (0.9, 0.999), 1e-8
-GRADIENT_NORM = 1.0
+GRADIENT_NORM, NORM_PIECE = 1.0, 2**16
 WARMUP_STEPS = 100
 WARMUP_SHARE = 0.1
 """Warm-up lasts 100 optimizer steps, or a tenth of a shorter run."""
@@ -3458,9 +3458,9 @@ def take_step(learner: Learner, loss: float, terms: float, workers: int, where: 
     """
     gradients, progress = learner.vectors.take_gradients(), learner.progress
     share = workers / terms
-    # In float64: along millions of numbers float32 loses the third decimal of a norm on a CPU.
-    norms = torch._foreach_norm(gradients, 2, torch.float64)
-    norm = share * math.hypot(*torch.stack(norms).tolist())
+    # In pieces: along millions of numbers float32 loses the third decimal of a norm on a CPU.
+    pieces = [piece for each in gradients for piece in each.split(NORM_PIECE)]
+    norm = share * math.hypot(*torch.stack(torch._foreach_norm(pieces)).tolist())
     if math.isfinite(loss) and math.isfinite(norm):
         # Averaged and clipped in one pass.
         torch._foreach_mul_(gradients, share * min(1.0, GRADIENT_NORM / (norm + 1e-6)))
