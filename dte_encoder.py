@@ -257,8 +257,8 @@ class ClinicalODERNN(nn.Module):
         hours, clock = on_host(widened(times)), self._clock
         gaps = self._gaps(hours, on_host(widened(values)), seen, present)
         parts, spans = present.astype(np.int64), np.zeros(present.shape)
-        ticks = np.maximum(np.ceil(gaps / clock.longest), 1)
-        parts[:, 1:] *= ticks.astype(np.int64)
+        ticks = np.maximum(np.ceil(gaps / clock.longest), 1).astype(np.int64)
+        parts[:, 1:] *= ticks
         spans[:, 1:] = gaps / (ticks * clock.time_scale)
         return make_plan(parts, spans, hours, seen, clock)
 

@@ -275,6 +275,15 @@ def test_the_test_part_is_read_once_and_only_after_training(
     assert events.index("trained") < events.index("test")
 
 
+def test_the_program_keeps_freed_memory(
+    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: calls.append("asked"))
+    assert trainer.main(stage_1(dka_file, tmp_path / "run", "--trajectory_epochs", "1")) == 0
+    assert calls == ["asked"]
+
+
 @pytest.mark.parametrize(("size", "threads"), [(32, 1), (33, 3)])
 def test_small_batches_learn_on_one_thread(
     size: int, threads: int, dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
