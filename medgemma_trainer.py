@@ -433,7 +433,7 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 LAST = "last"
 """Folder of the states that ``--resume`` goes on from."""
 
-STATE_FORMAT = 4
+STATE_FORMAT = 5
 """Rises when older states can no longer be gone on from."""
 
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
@@ -2759,11 +2759,12 @@ def read_state(path: Path) -> State:
 
 def state_of(stage: Stage, learner: Learner) -> State:
     """Give what training needs to go on, until its next step; each process must call it."""
-    tensors = remembered(stage, learner)
+    tensors = remembered(learner)
     for process, numbers in enumerate(gather([random_numbers()])):
         tensors |= {f"random.{process}.{name}": each for name, each in numbers.items()}
     story = {
         "format": STATE_FORMAT,
+        "parameters": parameters(stage, learner),
         "processes": processes().num_processes,
         "progress": vars(learner.progress),
         "stopping": vars(learner.stopping),
@@ -2773,26 +2774,27 @@ def state_of(stage: Stage, learner: Learner) -> State:
     return State(tensors, story)
 
 
-def remembered(stage: Stage, learner: Learner) -> dict[str, Tensor]:
-    """Give all tensors that training goes on from, by name.
+def parameters(stage: Stage, learner: Learner) -> list[list[Any]]:
+    """Give name and shape of each parameter that learns, in the order of ``Vectors``."""
+    names = {parameter: name for name, parameter in stage.model.named_parameters()}
+    return [[names[each], *each.shape] for each in learner.vectors.parameters]
+
+
+def remembered(learner: Learner) -> dict[str, Tensor]:
+    """Give all tensors that training goes on from, by name and the number of their vector.
 
     They are the memory that it learns in: what is copied there is brought back, and what is to be
     kept must be written before the next step.
     """
-    names = {parameter: name for name, parameter in stage.model.named_parameters()}
-    optimizer = learner.optimizer
     parts = {
         "weights": learner.vectors.weights,
         "average": learner.average.shadow,
-        "exp_avg": optimizer.exp_avg,
-        "exp_avg_sq": optimizer.exp_avg_sq,
-        **({"best": learner.best} if learner.best else {}),
+        "exp_avg": learner.optimizer.exp_avg,
+        "exp_avg_sq": learner.optimizer.exp_avg_sq,
+        "steps": learner.optimizer.steps,
+        "best": learner.best,
     }
-    found = {f"optimizer.step.{number}": steps for number, steps in enumerate(optimizer.steps)}
-    for part, vectors in parts.items():
-        own = zip(learner.vectors.parameters, learner.vectors.cut(vectors), strict=True)
-        found |= {f"{part}.{names[parameter]}": piece for parameter, piece in own}
-    return found
+    return {f"{part}.{k}": each for part, own in parts.items() for k, each in enumerate(own)}
 
 
 def random_numbers() -> dict[str, Tensor]:
@@ -2813,8 +2815,8 @@ def go_on(stage: Stage, learner: Learner, state: State, folder: Path) -> None:
     learner.stopping, learner.progress = told_of(story)
     if learner.stopping.best_epoch:
         learner.best = [torch.empty_like(weights) for weights in learner.vectors.weights]
-    own = remembered(stage, learner)
-    refuse_other_tensors(own, state)
+    own = remembered(learner)
+    refuse_other_model(parameters(stage, learner), own, state)
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
     learner.average.steps = story["average_steps"]
@@ -2847,7 +2849,7 @@ def told_of(story: dict[str, Any]) -> tuple[EarlyStopping, Progress]:
     Raises:
         InputError: it does not tell all of it.
     """
-    needed = ["progress", "stopping", "average_steps", "scheduled", "processes"]
+    needed = ["progress", "stopping", "average_steps", "scheduled", "processes", "parameters"]
     if missing := [key for key in needed if key not in story]:
         raise InputError(f"--resume: the state lacks {missing[0]}: start again without --resume")
     try:
@@ -2856,16 +2858,23 @@ def told_of(story: dict[str, Any]) -> tuple[EarlyStopping, Progress]:
         raise InputError("--resume: the state is of another program") from error
 
 
-def refuse_other_tensors(own: dict[str, Tensor], state: State) -> None:
-    """Refuse a state whose tensors are not, in name, size and kind, what this model goes on from.
+def refuse_other_model(parameters: list[list[Any]], own: dict[str, Tensor], state: State) -> None:
+    """Refuse a state that is not, in names, sizes and kinds, what this model goes on from.
+
+    Args:
+        parameters: of this model, as in the state's story.
+        own: tensors that are brought back.
+        state: to be brought back.
 
     Raises:
-        InputError: naming one of them.
+        InputError: naming one parameter or tensor that differs.
     """
     tensors, story = state
+    pairs = itertools.zip_longest(parameters, story["parameters"], fillvalue=[""])
+    other = [mine[0] or kept[0] for mine, kept in pairs if mine != kept]
     rest = {key: t for key, t in tensors.items() if not key.startswith("random.")}
     expected, found = ({key: (t.shape, t.dtype) for key, t in each.items()} for each in (own, rest))
-    other = [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
+    other += [key for key in {**expected, **found} if expected.get(key) != found.get(key)]
     if other or not all(f"random.{k}.cpu" in tensors for k in range(story["processes"])):
         raise InputError(f"--resume: the state is of another model: {(other or ['random'])[0]}")
 
@@ -3459,7 +3468,7 @@ def take_step(learner: Learner, loss: float, terms: float, workers: int, where: 
     gradients, progress = learner.vectors.take_gradients(), learner.progress
     share = workers / terms
     # In pieces: along millions of numbers float32 loses the third decimal of a norm on a CPU.
-    pieces = [piece for each in gradients for piece in each.split(NORM_PIECE)]
+    pieces = [p for each in gradients for p in each.tensor_split(1 + len(each) // NORM_PIECE)]
     norm = share * math.hypot(*torch.stack(torch._foreach_norm(pieces)).tolist())
     if math.isfinite(loss) and math.isfinite(norm):
         # Averaged and clipped in one pass.

@@ -457,6 +457,16 @@ def test_another_model_is_refused(stopped: list[str], tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match="another model"):
             trainer.go_on(stage, learner, trainer.State(tensors, state.story), folder)
+    first, *rest = state.story["parameters"]
+    for parameters in (
+        [["other", *first[1:]], *rest],
+        [[first[0], 1], *rest],
+        rest,
+        [*rest, first],
+    ):
+        story = {**state.story, "parameters": parameters}
+        with pytest.raises(InputError, match=r"another model: (encoder|head)\."):
+            trainer.go_on(stage, learner, trainer.State(state.tensors, story), folder)
     assert all(torch.equal(a, b) for a, b in zip(stage.model.parameters(), before, strict=True))
 
 
