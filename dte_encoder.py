@@ -357,7 +357,7 @@ class ClinicalODERNN(nn.Module):
             raise ValueError(f"a plan of {plan.clock}, this encoder has {self._clock}")
 
     def _refuse_shapes(self, times: Tensor, values: Tensor, observed: Tensor) -> None:
-        """Refuse tensors that do not fit each other."""
+        """Refuse tensors that do not fit each other, and times that ask for a derivative."""
         if times.ndim != 2 or 0 in times.shape:
             raise ValueError(f"times must be (B, L) and not empty, got {tuple(times.shape)}")
         shape = (*times.shape, self.input_dim)
@@ -626,7 +626,8 @@ def what_is_read(
     last = last.reshape(-1, features + 2)
     first, step = (patients * length)[:, None], steps[:, None]
     places = (first + step).ravel()
-    before, now = last[places + patients], last[places + patients + 1, :features]
+    ahead = places + patients  # of the row that an observation has in ``last``
+    before, now = last[ahead], last[ahead + 1, :features]
     hours = hours.ravel()
     passed = hours[places][:, None] - hours[first + np.where(before < 0, step, before)]
     logs = np.log1p(passed, dtype=np.float64) / math.log1p(clock.time_scale)  # (P, F + 2)

@@ -275,13 +275,20 @@ def test_the_test_part_is_read_once_and_only_after_training(
     assert events.index("trained") < events.index("test")
 
 
-def test_the_program_keeps_freed_memory(
+def test_training_keeps_freed_memory_and_reading_does_not(
     dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: calls.append("asked"))
+    for name in ("load_data", "keep_freed_memory", "train_epoch"):
+        work = getattr(trainer, name)
+
+        def looking(*arguments: Any, work: Any = work) -> Any:
+            calls.append(work.__name__)
+            return work(*arguments)
+
+        monkeypatch.setattr(trainer, name, looking)
     assert trainer.main(stage_1(dka_file, tmp_path / "run", "--trajectory_epochs", "1")) == 0
-    assert calls == ["asked"]
+    assert calls == ["load_data", "keep_freed_memory", "train_epoch"]
 
 
 @pytest.mark.parametrize(("size", "threads"), [(32, 1), (33, 3)])
