@@ -403,8 +403,8 @@ class TrajectoryDataset:
 
         index = np.asarray(indices, dtype=np.int64)
         places, present = self._places(index)
-        rows = np.where(present, places, places[:, :1])  # in padding the first, of which none stays
-        times = np.where(present, self.times[rows] - self.times[rows[:, :1]], 0.0)
+        rows = np.where(present, places, places[:, :1])  # in padding the first
+        times = self.times[rows] - self.times[places[:, :1]]
         measured = self.values[rows].astype(np.float32)  # (B, L, F)
         observed = ~np.isnan(measured) & present[..., None]
         return Batch(

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_in_an_order_of_its_own(
             assert len(gradients) == len(parameters)
             # As one vector, the largest first: in another order the last bits differ.
             whole = torch.cat([g.flatten() for g in sorted(gradients, key=lambda g: -g.numel())])
-            norms.append(float(whole.norm()) / output.terms)
+            norms.append(math.sqrt(whole @ whole) / output.terms)
             for gradient in gradients:
                 gradient.mul_(1 / output.terms * min(1.0, 1.0 / (norms[-1] + 1e-6)))
             optimizer.step()
@@ -164,10 +165,8 @@ def test_a_step_takes_the_same_few_calls_for_any_number_of_parameters() -> None:
         del calls.names["view"]  # to lay gradients end to end, one each; moves nothing
         counts.append(calls.names)
     assert counts[0] == counts[1]
-    assert (
-        counts[0]["_fused_adamw_"] == counts[0]["_foreach_mul_"] == counts[0]["_foreach_norm"] == 1
-    )
-    assert sum(counts[0].values()) <= 8
+    assert counts[0]["_fused_adamw_"] == counts[0]["_foreach_mul_"] == counts[0]["dot"] == 1
+    assert sum(counts[0].values()) <= 9
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2**22, 3 * 2**16 + 1)])
@@ -697,7 +696,7 @@ def test_each_batch_of_stage_1_is_planned_once_ahead_of_its_pass(
     assert max(waiting) > 1, "none is made between two passes"
 
 
-@pytest.mark.parametrize(("cells", "most"), [(1, trainer.BATCHES_AHEAD), (2**19, 2), (2**21, 1)])
+@pytest.mark.parametrize(("cells", "most"), [(1, trainer.BATCHES_AHEAD), (2**17, 2), (2**19, 1)])
 def test_a_loader_makes_some_batches_ahead_in_order_and_no_more(cells: int, most: int) -> None:
     """Twice as many each time, as long as they are small together."""
     made: list[list[int]] = []
@@ -707,15 +706,13 @@ def test_a_loader_makes_some_batches_ahead_in_order_and_no_more(cells: int, most
         return {"rows": torch.tensor(rows)}
 
     def prepare(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        return [
-            {**each, "other": torch.empty(cells - len(each["rows"]) % cells)} for each in batches
-        ]
+        return [{**each, "values": torch.empty(cells)} for each in batches]
 
     rows = np.arange(0, 8 * trainer.BATCHES_AHEAD)
     loader = trainer.Loader(trainer.Batches(rows, 2, None, shuffle=False), collate, prepare)
     given, waiting = [], []
     for batch in loader:
-        assert "other" in batch, "each is prepared"
+        assert "values" in batch, "each is prepared"
         given.append(batch["rows"].tolist())
         waiting.append(1 + len(made) - len(given))
     assert given == rows.reshape(-1, 2).tolist() == made
