@@ -882,13 +882,23 @@ class LLMWriter(TrajectoryLLM):
         plan = GenerationConfig(
             max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad
         )
-        written: Tensor = self.llm.generate(
-            inputs_embeds=embeddings,
-            attention_mask=mask.long(),
-            generation_config=plan,
-            logits_processor=LogitsProcessorList([add_trajectory]),
-        )
+        with self.llm.get_output_embeddings().register_forward_pre_hook(compact):
+            written: Tensor = self.llm.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask.long(),
+                generation_config=plan,
+                logits_processor=LogitsProcessorList([add_trajectory]),
+            )
         return written
+
+
+def compact(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Copy what a module reads, so that its strides have no gaps.
+
+    The last place of each row, as ``generate`` cuts it out of a prompt, is no matrix to torch: it
+    then multiplies row by row and, in bfloat16 on a CPU, copies the weights of all words for each.
+    """
+    return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
 
 def classification_output(logit: Tensor, labels: Tensor) -> Output:

@@ -6,12 +6,14 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
@@ -467,6 +469,27 @@ def test_batched_generation_equals_greedy_row_by_row_and_stops_at_the_end_token(
     assert max(map(len, expected)) == most
     written = model.write(prompts, most, eos=[end], pad=pad).tolist()
     assert written == [row + [pad] * (most - len(row)) for row in expected]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]])
+def test_writing_multiplies_with_all_words_once_a_token_whatever_the_rows(rows: list[int]) -> None:
+    _, model, collate = classifier_and_writer()
+    words = len(model.llm.get_output_embeddings().weight)
+    products: list[tuple[str, int]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if name in {"mm", "addmm", "bmm", "baddbmm"} and result.shape[-1] == words:
+                products.append((name, result.shape[:-1].numel()))
+            return result
+
+    with Products():
+        model.write(collate.prompts_only(rows), 3, eos=[-1], pad=0)
+    assert products == [("mm", len(rows))] * 3
 
 
 def test_stage_1_s_logit_weighs_the_written_verdict_and_no_other_token() -> None:
