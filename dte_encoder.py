@@ -549,6 +549,10 @@ class Plan(NamedTuple):
         """Whether its products are too small for several threads."""
         return self.sizes[0] <= MOST_ALONE and self.rows.device.type == "cpu"
 
+    def numel(self) -> int:
+        """Give how many numbers its tensors hold."""
+        return sum(part.numel() for part in self if isinstance(part, Tensor))
+
 
 def make_plan(
     parts: NDArray[np.int64],

@@ -359,7 +359,7 @@ IGNORED = -100
 
 INPUT_DROPOUT, HEAD_DROPOUT = 0.3, 0.3
 WEIGHT_DECAY, BETAS, EPSILON = 0.01, (0.9, 0.999), 1e-8
-GRADIENT_NORM, NORM_PIECE = 1.0, 2**20
+GRADIENT_NORM, NORM_PIECE = 1.0, 2**18
 WARMUP_STEPS = 100
 WARMUP_SHARE = 0.1
 """Warm-up lasts 100 optimizer steps, or a tenth of a shorter run."""
@@ -1999,8 +1999,8 @@ def padding_share(batches: Batches, lengths: NDArray[np.int64]) -> float:
     return float(1 - sum(n.sum() for n in cut) / sum(len(n) * n.max() for n in cut))
 
 
-BATCHES_AHEAD, CELLS_AHEAD = 32, 2**18
-"""Batches that a loader makes in a row, and values that they may hold together, at most."""
+BATCHES_AHEAD, CELLS_AHEAD = 32, 2**20
+"""Batches that a loader makes in a row, and numbers that they may hold together, at most."""
 
 
 @dataclass
@@ -2033,7 +2033,7 @@ class Loader:
         positions, ahead = iter(self.batch_sampler), 1
         while collated := [self.collate_fn(each) for each in itertools.islice(positions, ahead)]:
             batches = self.prepare(collated)
-            cells = sum(batch["values"].numel() for batch in batches)
+            cells = sum(part.numel() for batch in batches for part in batch.values())
             yield from batches
             ahead = max(1, min(2 * ahead, BATCHES_AHEAD, CELLS_AHEAD * ahead // max(1, cells)))
 
