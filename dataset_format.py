@@ -403,7 +403,7 @@ class TrajectoryDataset:
 
         index = np.asarray(indices, dtype=np.int64)
         places, present = self._places(index)
-        rows = np.where(present, places, places[:, :1])  # in padding the first
+        rows = np.where(present, places, places[:, :1])  # in padding the first, at hour zero
         times = self.times[rows] - self.times[places[:, :1]]
         measured = self.values[rows].astype(np.float32)  # (B, L, F)
         observed = ~np.isnan(measured) & present[..., None]
