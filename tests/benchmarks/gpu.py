@@ -1,0 +1,195 @@
+"""What a GPU makes of stage 1, and of stages 2 and 3 with a model of MedGemma-4B's shape.
+
+    python tests/benchmarks/gpu.py [--batch_size 16] [--steps 20] [--peak_tflops 989]
+
+Stage 1, defaults, sample data: batches lie on the device with their plans. Milliseconds a step
+(forward, backward, weights moved and averaged); how often the host waits for the device in the
+passes and where the weights are moved; the share of the time in which kernels run.
+
+Stages 2 and 3: random weights of the 4B text shape in NF4, written to a temporary folder (8 GB) and
+loaded as any model; computed in bf16 and in float32. Seconds a step, tokens a second, peak memory,
+and operations a second: 4 for each weight and token, forward and back, since of a frozen weight no
+derivative is taken; those between tokens are left out. With ``--peak_tflops`` of the card (dense
+bf16: 989 of an H100 SXM, 312 of an A100, by NVIDIA's data sheets) also the share of it. The byte
+tokenizer makes rows four times as long as Gemma's own.
+
+Without a GPU all of it runs on the processor, but for waits and kernels; take fewer ``--layers``
+and a smaller ``--width`` there. So far nothing else was tried.
+"""
+
+import argparse
+import gc
+import itertools
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import medgemma_trainer as trainer
+from data import peak_mib
+
+DEVICE = trainer.default_device()
+ON_GPU = DEVICE.type == "cuda"
+
+
+def wait() -> None:
+    """Let the device end what it was given."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Give the time until the device has done the work."""
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+
+def waits(work: Callable[[], Any]) -> int:
+    """Count how often the host waits for the device within the work."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(each.message) for each in said)
+
+
+def kernel_share(work: Callable[[], Any]) -> float:
+    """Give the share of the time in which kernels run, one after the other."""
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        took = seconds(work)
+    return sum(each.self_device_time_total for each in seen.key_averages()) / 1e6 / took
+
+
+class Steps:
+    """Training steps of a stage on batches that lie on the device, again and again."""
+
+    def __init__(self, stage: trainer.Stage, most: int) -> None:
+        self.learner = trainer.begin(stage, DEVICE)
+        self.learner.model.train()
+        made = itertools.islice(stage.loaders["train"], most)
+        self.batches = [trainer.to_device(batch, DEVICE) for batch in made]
+        self.turn: Iterator[Any] = itertools.cycle(self.batches)
+        self.output = trainer.Output(torch.zeros(()), 1, torch.zeros(1))
+
+    def passes(self) -> None:
+        self.output = self.learner.model(next(self.turn))
+        self.output.loss.backward()
+
+    def move(self) -> None:
+        terms = self.output.terms
+        trainer.take_step(self.learner, self.output.loss.item(), terms, 1, "the benchmark")
+
+    def take(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.passes()
+            self.move()
+
+
+def arguments_of(*words: str) -> argparse.Namespace:
+    """Read flags as the program does."""
+    known = ("--data_path", str(trainer.SAMPLE_DATA), *words)
+    return trainer.resolve(trainer.build_parser().parse_args(known))
+
+
+def measure_stage_1(batch_size: int, most: int) -> None:
+    """Time stage 1, and tell where it waits."""
+    args = arguments_of("--trajectory_only", "--batch_size", str(batch_size))
+    steps = Steps(trainer.trajectory_stage(args, trainer.load_data(args)), most)
+    steps.take(3)
+    took = [1000 * seconds(steps.take) for _ in range(most)]
+    told = f"stage 1, batch {batch_size}: {statistics.median(took):.2f} ms a step"
+    if ON_GPU:
+        told += f", the host waits {waits(steps.passes)} times in the passes and "
+        told += f"{waits(steps.move)} times where weights are moved, kernels run "
+        told += f"{kernel_share(partial(steps.take, most)):.0%} of the time"
+    sys.stdout.write(told + "\n")
+
+
+def save_model(folder: Path, layers: int, width: int) -> None:
+    """Write a Gemma 3 of MedGemma-4B's shape with random weights, or a part of it."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    tiny, tokenizer = trainer.tiny_language_model()
+    sizes: dict[str, Any] = {"vocab_size": 262_208, "hidden_size": width, "head_dim": 256}
+    sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": layers, "layer_types": None}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.02}
+    config = Gemma3TextConfig(**{**tiny.config.to_dict(), **sizes})
+    with DEVICE:
+        model = Gemma3ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def operations(model: trainer.TrajectoryLLM, batch: trainer.TextBatch) -> tuple[int, float]:
+    """Give the tokens of a batch, and the operations of a training step with it."""
+    linear = [each for each in model.body.modules() if isinstance(each, nn.Linear)]
+    inside = sum(each.in_features * each.out_features for each in linear)
+    tokens = int(batch["text_mask"].sum() + batch["states_mask"].sum()) + len(batch["index"])
+    answers = int((batch["targets"] != trainer.IGNORED).sum())
+    outputs = model.llm.config.vocab_size * model.llm.config.hidden_size
+    return tokens, 4.0 * (tokens * inside + answers * outputs)
+
+
+def measure_llm(mode: str, precision: str, folder: Path, arguments: argparse.Namespace) -> None:
+    """Time a stage with a language model."""
+    words = ["--mode", mode, "--model_name", str(folder), "--quantization", "nf4", "--freeze_ode"]
+    words += ["--precision", precision, "--batch_size", str(arguments.batch_size)]
+    args = arguments_of(*words, "--max_samples", str(20 * arguments.batch_size))
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
+    stage = trainer.llm_stage(args, trainer.load_data(args))
+    steps = Steps(stage, arguments.steps)
+    assert isinstance(stage.model, trainer.TrajectoryLLM)
+    done = [operations(stage.model, batch) for batch in steps.batches]
+    steps.take(len(done))
+    took = seconds(partial(steps.take, len(done)))
+    tokens, work = (sum(each) for each in zip(*done, strict=True))
+    rate = work / took / 1e12
+    share = f", {rate / arguments.peak_tflops:.1%} of the card's" if arguments.peak_tflops else ""
+    peak = torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else peak_mib()
+    sys.stdout.write(
+        f"{mode}, NF4, {precision}, batch {arguments.batch_size}: {took / len(done):.3f} s a step, "
+        f"{tokens / took:,.0f} tokens a second, {rate:.2f} teraflop a second{share}, "
+        f"peak {peak:,.0f} MiB\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--layers", type=int, default=34)
+    parser.add_argument("--width", type=int, default=2560)
+    parser.add_argument("--peak_tflops", type=float)
+    arguments = parser.parse_args()
+    name = torch.cuda.get_device_name() if ON_GPU else platform.machine()
+    sys.stdout.write(f"{name}, torch {torch.__version__}, {arguments.layers} layers\n")
+    for size in (16, 256):
+        measure_stage_1(size, arguments.steps)
+    with tempfile.TemporaryDirectory() as place:
+        save_model(Path(place), arguments.layers, arguments.width)
+        for mode in ("classification", "generative"):
+            for precision in ("bf16", "fp32"):
+                gc.collect()  # the model before
+                measure_llm(mode, precision, Path(place), arguments)
+
+
+if __name__ == "__main__":
+    main()
