@@ -3313,7 +3313,7 @@ def run_stage(
         device: where to learn.
         seed: of the order of the rows.
         track: see ``Track``.
-        states: kept at first, before and after each validation and when a signal asks; or not.
+        states: kept at first, before each validation, at last, and when a signal asks; or not.
         resume: go on from the newest of them.
         save_every: steps after which one is kept within an epoch; 0 for none.
 
@@ -3348,7 +3348,7 @@ def run_stage(
             scored = validate(stage, learner, device)
         learner.progress.seconds += time.perf_counter() - began
         end_epoch(stage, learner, folder, train_loss, scored, track)
-        keep()
+    keep()
     processes().wait_for_everyone()  # the winner lies on the disk
     stage.load(folder)
     return learner.stopping

@@ -141,7 +141,7 @@ def test_states_are_kept_every_so_many_steps_and_change_nothing(
     steps = steps_kept(monkeypatch)
     words = command("trajectory", data, tmp_path / "run", "--save_every", "4")
     assert trainer.main(words) == 0
-    ends = [BATCHES * k for k in range(1, 5) for _ in range(2)]  # before and after validation
+    ends = [*(BATCHES * k for k in range(1, 5)), BATCHES * 4]  # before validation, and at last
     assert steps == sorted([0, *range(4, 37, 4), *ends])
     expected = result_of(undisturbed["trajectory"], "trajectory")
     assert result_of(tmp_path / "run", "trajectory") == expected

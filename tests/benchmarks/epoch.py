@@ -13,7 +13,7 @@ program takes one. In turn, so that a load on the machine meets all:
     model     as planned, with the head and its loss
     training  ``train_epoch`` as it is: batches made, gradients clipped, weights moved and averaged
     epoch     all of it: training, its state kept, validation, figures, winner and history written,
-              its state kept again, each flushed to the disk
+              each flushed to the disk
     inside    of one more such epoch what its encoder's calls take in it: plans, forward, and of
               each backward pass what comes behind the gradient of the states
 
@@ -110,7 +110,6 @@ def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[],
         with learner.vectors.lent(learner.average.shadow):
             scored = trainer.evaluate(model, stage.loaders["val"], torch.device("cpu"))
         trainer.end_epoch(stage, learner, folder, loss, scored, lambda figures, step: None)
-        states.keep(trainer.state_of(stage, learner))
 
     def inside() -> float:
         with watched(encoder) as spent:
