@@ -3478,9 +3478,7 @@ def take_step(learner: Learner, loss: float, terms: float, workers: int, where: 
     """
     gradients, progress = learner.vectors.take_gradients(), learner.progress
     share = workers / terms
-    # In pieces: along millions of numbers float32 loses the fourth decimal of a norm on a CPU.
-    squares = [piece @ piece for each in gradients for piece in each.split(NORM_PIECE)]
-    norm = share * math.sqrt(sum(squares))
+    norm = share * norm_of(gradients)
     if math.isfinite(loss) and math.isfinite(norm):
         # Averaged and clipped in one pass.
         torch._foreach_mul_(gradients, share * min(1.0, GRADIENT_NORM / (norm + 1e-6)))
@@ -3497,6 +3495,17 @@ def take_step(learner: Learner, loss: float, terms: float, workers: int, where: 
                 "time in a row: lower the learning rates or look for extreme values; the best "
                 "state so far is kept"
             )
+
+
+def norm_of(vectors: Sequence[Tensor]) -> float:
+    """Give the Euclidean norm of vectors laid end to end.
+
+    In pieces: along millions of numbers float32 loses the fourth decimal on a CPU. A short one
+    stays whole, since to cut it takes as long as its product.
+    """
+    pieces = [[each] if len(each) <= NORM_PIECE else each.split(NORM_PIECE) for each in vectors]
+    first, *others = (piece @ piece for own in pieces for piece in own)
+    return math.sqrt(sum(others, first))
 
 
 @torch.no_grad()
