@@ -133,7 +133,6 @@ class ClinicalODERNN(nn.Module):
             ``torchdiffeq.odeint`` on rescaled time (``dopri5``, ``bosh3``, ``midpoint``, ...).
         rtol: relative tolerance of adaptive solvers.
         atol: absolute tolerance of adaptive solvers.
-        dropout: share of the input layer's outputs that is dropped in training mode.
 
     Raises:
         ValueError: a size that is not positive or a solver that torchdiffeq does not know.
@@ -151,7 +150,6 @@ class ClinicalODERNN(nn.Module):
         solver: str = "rk4",
         rtol: float = 1e-3,
         atol: float = 1e-4,
-        dropout: float = 0.0,
     ) -> None:
         """Make the layers; weights come from torch's global generator."""
         super().__init__()
@@ -168,7 +166,6 @@ class ClinicalODERNN(nn.Module):
         self.atol = atol
         self.field = VectorField(hidden_dim)
         self.read = nn.Linear(INPUTS_A_FEATURE * input_dim + TIME_INPUTS, INPUT_WIDTH)
-        self.dropout = nn.Dropout(dropout)
         self.update = nn.GRUCell(INPUT_WIDTH, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
         self.register_buffer("value_mean", torch.zeros(input_dim))
@@ -235,7 +232,7 @@ class ClinicalODERNN(nn.Module):
             self._refuse_plan(plan, observed)
         plan = plan.to(times.device)
         inputs = self.inputs(widened(values), plan)
-        read = self.dropout(functional.relu(self.read(inputs)))  # (P, INPUT_WIDTH)
+        read = functional.relu(self.read(inputs))  # (P, INPUT_WIDTH)
         states = self.norm(self._run(read, plan))  # (P, H)
         result = states.new_zeros(times.numel(), self.hidden_dim)
         return result.index_copy(0, plan.places, states).view(*times.shape, self.hidden_dim)

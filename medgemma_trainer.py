@@ -335,7 +335,7 @@ logger = logging.getLogger("medgemma_trainer")
 SAMPLE_DATA = Path(__file__).parent / "tests" / "data" / "physionet2012_bicarbonate.csv"
 DEMO_FLAGS = "--max_samples 1000 --trajectory_epochs 10 --epochs 4 --adapter_lr 1e-2"
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-TRAJECTORY_FORMAT = 2
+TRAJECTORY_FORMAT = 3
 """Rises when a stage 1 file can no longer be read by older code."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -357,7 +357,6 @@ LOSS_ROWS = 256
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
 
-INPUT_DROPOUT, HEAD_DROPOUT = 0.3, 0.3
 WEIGHT_DECAY, BETAS, EPSILON = 0.01, (0.9, 0.999), 1e-8
 GRADIENT_NORM, NORM_PIECE = 1.0, 2**18
 WARMUP_STEPS = 100
@@ -484,7 +483,11 @@ class Output(NamedTuple):
 
 
 class PooledHead(nn.Module):
-    """Read one logit from a series of states: attention-pooled, joined with the last."""
+    """Read one logit from a series of states: attention-pooled, joined with the last.
+
+    Pooling and reading are both linear, so each state is read first, and three numbers of each are
+    pooled instead of the states.
+    """
 
     def __init__(self, hidden_dim: int, prevalence: float) -> None:
         """Start near everyone's risk in the training part.
@@ -494,17 +497,16 @@ class PooledHead(nn.Module):
             prevalence: share of events in the training part, within (0, 1).
         """
         super().__init__()
-        self.attention = nn.Linear(hidden_dim, 1)
-        self.dropout = nn.Dropout(HEAD_DROPOUT)
-        self.output = nn.Linear(2 * hidden_dim, 1)
-        nn.init.constant_(self.output.bias, math.log(prevalence / (1 - prevalence)))
+        self.read = nn.Linear(hidden_dim, 3, bias=False)
+        self.bias = nn.Parameter(torch.tensor([math.log(prevalence / (1 - prevalence))]))
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Give logits (B,) for states (B, L, H) and their ``pooling_mask``."""
+        # How much a state counts among all, what it says as one of them, and what as the last.
+        score, evidence = self.read(states).split_with_sizes([1, 2], dim=2)
         # One softmax pools and picks: where all but the last are masked, that one's share is 1.
-        shares = (self.attention(states) + mask.to(states.dtype)).softmax(dim=1)  # (B, L, 2)
-        chosen = torch.bmm(shares.transpose(1, 2), states)  # (B, 2, H)
-        logit: Tensor = self.output(self.dropout(chosen.flatten(1))).squeeze(1)
+        shares = (score + mask.to(states.dtype)).softmax(dim=1)  # (B, L, 2)
+        logit: Tensor = (shares * evidence).sum(dim=(1, 2)) + self.bias
         return logit
 
 
@@ -2204,10 +2206,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> ClinicalODERNN:
         encoder = load_encoder(args.ode_checkpoint, args, data).requires_grad_(False)
     else:
         scale = args.time_scale or dataset.time_scale
-        dropout = 0.0 if args.freeze_ode else INPUT_DROPOUT  # what is frozen must not waver
-        encoder = ClinicalODERNN(
-            len(dataset.features), time_scale=scale, solver=args.solver, dropout=dropout
-        )
+        encoder = ClinicalODERNN(len(dataset.features), time_scale=scale, solver=args.solver)
         dataset.refuse_unmeasured(data.split["train"])
         values = torch.from_numpy(dataset.values[dataset.rows_of(data.split["train"])]).float()
         try:
@@ -4970,7 +4969,11 @@ def load_winner(
     except InputError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        problem = "damaged" if place.is_file() else "damaged, or not made from this base model"
+        problem = (
+            "damaged"
+            if place.is_file()
+            else "damaged, made by another version, or not made from this base model"
+        )
         raise InputError(f"{place}: {problem}: its weights do not fit") from error
     except (AssertionError, SafetensorError) as error:
         raise InputError(f"{place}: damaged: weights are missing") from error

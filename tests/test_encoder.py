@@ -1036,16 +1036,6 @@ def test_a_series_of_one_patient_changes_no_other() -> None:
     assert float((left[1] - right[1]).detach().abs().max()) > 1e-3
 
 
-def test_dropout_acts_in_training_alone() -> None:
-    encoder = make_encoder(dropout=0.5)
-    batch = make_batch()
-    first, second = encoder(*batch), encoder(*batch)
-    assert not torch.equal(first, second)
-    encoder.eval()
-    assert torch.equal(encoder(*batch), encoder(*batch))
-    assert torch.equal(encoder(*batch), make_encoder()(*batch))
-
-
 @pytest.mark.parametrize("feature", [0, 1])
 def test_each_measured_feature_changes_the_states_from_its_observation_on(feature: int) -> None:
     def edit(times: Tensor, values: Tensor, observed: Tensor) -> None:

@@ -499,7 +499,7 @@ def test_stage_1_s_logit_weighs_the_written_verdict_and_no_other_token() -> None
     yes, prompts = collate.verdict[0], collate.prompts_only(ROWS)
     free = []
     for bias in (1000.0, -1000.0):
-        torch.nn.init.constant_(head.output.bias, bias)
+        torch.nn.init.constant_(head.bias, bias)
         written = model.write(prompts, 4, eos=[-1], pad=0)
         assert bool((written[:, 0] == yes).all()) == (bias > 0)
         free.append(written)

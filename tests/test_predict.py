@@ -509,7 +509,7 @@ def test_a_damaged_stage_1_file_is_one_line(
     broken, out = tmp_path / "broken.pt", tmp_path / "out.csv"
     broken.write_bytes((runs / trainer.TRAJECTORY_FILE).read_bytes()[:-500])
     assert refused(capsys, words_of(broken, runs / "train.csv", out), "broken.pt", out=out)
-    del content["head"]["output.bias"]
+    del content["head"]["bias"]
     torch.save(content, broken)
     assert refused(capsys, words_of(broken, runs / "train.csv", out), "damaged", out=out)
 

@@ -20,6 +20,14 @@ def die(learner, *rest):
     take_step(learner, *rest)
 trainer.take_step = die
 """
+DRAWS = """
+from torch.nn.functional import dropout
+read = trainer.PooledHead.forward
+def waver(head, states, mask):
+    return read(head, dropout(states, 0.3, head.training), mask)
+trainer.PooledHead.forward = waver
+"""
+"""Makes stage 1 draw random numbers as it learns, each process its own, as LoRA's dropout does."""
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 2",
     "classification": "--mode classification --model_name tiny --epochs 2 --lora_dropout 0 "
@@ -28,12 +36,7 @@ STAGES = {
 }
 
 
-def dropout(share: float) -> str:
-    """Give what sets the dropout; each process draws its own, so that 0 makes two as one."""
-    return f"trainer.INPUT_DROPOUT = trainer.HEAD_DROPOUT = {share}\n"
-
-
-def run(processes: int, words: list[str], folder: Path, before: str) -> str:
+def run(processes: int, words: list[str], folder: Path, before: str = "") -> str:
     """Run the program in so many processes; give what they printed."""
     program = launch(processes, words, folder, before)
     out, error = program.communicate(timeout=300)
@@ -47,7 +50,7 @@ def test_two_processes_equal_one(stage: str, dka_file: Path, tmp_path: Path) -> 
     for processes, batch in ((1, 8), (2, 4)):
         words = ["--data_path", str(dka_file), "--log_file", "none", "--batch_size", str(batch)]
         words += ["--output_dir", str(tmp_path / str(processes)), *STAGES[stage].split()]
-        printed[processes] = run(processes, words, tmp_path, dropout(0))
+        printed[processes] = run(processes, words, tmp_path)
     one, two = (tmp_path / str(k) / stage for k in (1, 2))
     assert printed[2].count("epoch 1/") == 1, "one of several processes speaks"
     for part, rows in (("val", 16), ("test", 16)):
@@ -75,9 +78,9 @@ def test_when_a_process_dies_the_others_end_and_the_run_goes_on(
 ) -> None:
     words = ["--data_path", str(dka_file), "--log_file", "none", "--batch_size", "4"]
     words += ["--trajectory_only", "--trajectory_epochs", "2", "--save_every", "2", "--output_dir"]
-    run(2, [*words, str(tmp_path / "whole")], tmp_path, dropout(0.3))
+    run(2, [*words, str(tmp_path / "whole")], tmp_path, DRAWS)
     began = time.monotonic()
-    dying = dropout(0.3) + DIES.format(rank=dies)
+    dying = DRAWS + DIES.format(rank=dies)
     broken = launch(2, [*words, str(tmp_path / "run")], tmp_path, dying)
     error = broken.communicate(timeout=300)[1]
     assert time.monotonic() - began < 60
@@ -87,6 +90,6 @@ def test_when_a_process_dies_the_others_end_and_the_run_goes_on(
     # Or the launcher's request to end came first.
     known = ("another process of this run has ended", "interrupted: ")
     assert all(any(each in line for each in known) for line in told)
-    run(2, [*words, str(tmp_path / "run"), "--resume"], tmp_path, dropout(0.3))
+    run(2, [*words, str(tmp_path / "run"), "--resume"], tmp_path, DRAWS)
     one, two = (result_of(tmp_path / name, "trajectory") for name in ("whole", "run"))
     assert one == two

@@ -214,10 +214,7 @@ def test_a_second_run_sets_the_first_aside_and_overwrites_nothing(
     assert not list((folder / "trajectory").glob("*.log"))
 
 
-def test_a_solver_of_torchdiffeq_trains_too(
-    dka_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trainer, "INPUT_DROPOUT", 0.0)  # it draws in the order of the steps
+def test_a_solver_of_torchdiffeq_trains_too(dka_file: Path, tmp_path: Path) -> None:
     own = stage_1(tmp_path, dka_file, "own", "--trajectory_epochs", "1")
     other = stage_1(tmp_path, dka_file, "other", "--trajectory_epochs", "1", "--solver", "bosh3")
     first, second = (

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import medgemma_trainer as trainer
 from dataset_format import InputError
@@ -144,12 +143,3 @@ def test_a_shorter_view_of_the_same_rows_does_not_hide_another_split(
     words += ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
     assert trainer.main([*words, "--seed", "3", "--max_len", "3"]) == 2
     assert "trained on another split of the same data" in capsys.readouterr().err
-
-
-def test_a_frozen_encoder_drops_nothing_and_a_learning_one_does(tmp_path: Path) -> None:
-    data = trainer.load_data(parsed("--data_path", str(write(tmp_path / "d.csv", by_interval))))
-    batch = data.dataset.collate([0, 1, 2])
-    inputs = batch["times"], batch["values"], batch["observed"]
-    for flags, wavers in ((["--freeze_ode"], False), ([], True)):
-        encoder = trainer.make_encoder(parsed(*flags), data).train()
-        assert torch.equal(encoder(*inputs), encoder(*inputs)) is not wavers

@@ -210,8 +210,9 @@ def test_parameters_of_several_rates_and_kinds_learn_as_with_the_optimizer_of_to
         for group, (_, rate) in zip(expected.param_groups, kinds, strict=True):
             group["lr"] = rate / (1 + step)
         for place, (one, two) in enumerate(zip(mine, other, strict=True)):
-            two.grad = two.detach() * (step - 1.5) * (place < 3)
-            one.grad = two.grad.clone() if place < 3 else None  # none is as one of zero
+            comes = place < 3 or step == 0
+            two.grad = two.detach() * (step - 1.5) * comes
+            one.grad = two.grad.clone() if comes else None  # none is as one of zero
         optimizer.step(vectors.take_gradients())
         assert all(p.grad is None for p in mine), "the next step begins without"
         expected.step()
@@ -346,7 +347,7 @@ class Faulty(trainer.TrajectoryClassifier):
         if Faulty.fault == "interrupt":
             raise KeyboardInterrupt
         if Faulty.fault == "gradient":  # finite loss, infinite slope
-            zero = self.head.output.bias.sum() * 0
+            zero = self.head.bias.sum() * 0
             return output._replace(loss=output.loss + zero.sqrt())
         return output._replace(loss=output.loss * float("nan"))
 
@@ -650,7 +651,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_one_softmax_pools_all_states_and_picks_the_last() -> None:
+def test_what_is_pooled_of_three_numbers_a_state_is_read_of_pooled_states() -> None:
     torch.manual_seed(0)
     head = trainer.PooledHead(6, 0.3).double().eval()
     states = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
@@ -661,8 +662,9 @@ def test_one_softmax_pools_all_states_and_picks_the_last() -> None:
     expected = []
     for row, length in enumerate(lengths):
         own = states[row, :length]
-        pooled = head.attention(own).softmax(dim=0).t() @ own
-        expected.append(head.output(torch.cat([pooled, own[-1:]], dim=1)).squeeze())
+        attention, *output = head.read.weight
+        pooled = (own @ attention).softmax(dim=0) @ own
+        expected.append(torch.cat([pooled, own[-1]]) @ torch.cat(output) + head.bias.squeeze())
     torch.testing.assert_close(logit, torch.stack(expected))
     (wanted,) = torch.autograd.grad(torch.stack(expected).sum(), states)
     torch.testing.assert_close(found, wanted)
