@@ -336,7 +336,7 @@ SAMPLE_DATA = Path(__file__).parent / "tests" / "data" / "physionet2012_bicarbon
 DEMO_FLAGS = "--max_samples 1000 --trajectory_epochs 10 --epochs 4 --adapter_lr 1e-2"
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 TRAJECTORY_FORMAT = 3
-"""Rises when a stage 1 file can no longer be read by older code."""
+"""Rises when older code and stage 1's files no longer fit each other."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MULTIMODAL_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
@@ -485,8 +485,8 @@ class Output(NamedTuple):
 class PooledHead(nn.Module):
     """Read one logit from a series of states: attention-pooled, joined with the last.
 
-    Pooling and reading are both linear, so each state is read first, and three numbers of each are
-    pooled instead of the states.
+    Pooling and reading are both linear, so each state is read first: what is pooled is two numbers
+    of each, by a third, and not the state.
     """
 
     def __init__(self, hidden_dim: int, prevalence: float) -> None:
@@ -2447,7 +2447,7 @@ def read_trajectory(path: Path) -> dict[str, Any]:
     """Read a stage 1 file without running anything that it may carry.
 
     Raises:
-        InputError: missing, damaged, not a stage 1 file, or of a newer format.
+        InputError: missing, damaged, not a stage 1 file, or of another format.
     """
     try:
         archive = path.read_bytes()
@@ -2463,7 +2463,8 @@ def read_trajectory(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a stage 1 checkpoint of this program")
     if content["format"] != TRAJECTORY_FORMAT:
         raise InputError(
-            f"{path}: format {content['format']}, this program reads {TRAJECTORY_FORMAT}"
+            f"{path}: format {content['format']}, this program reads {TRAJECTORY_FORMAT}: train "
+            "stage 1 again, or use the version that made it"
         )
     return content
 
@@ -3325,7 +3326,15 @@ def run_stage(
     if resume and states:
         go_on(stage, learner, states.newest(), folder)
 
+    began = time.perf_counter()
+
+    def count_seconds() -> None:
+        nonlocal began
+        now = time.perf_counter()
+        learner.progress.seconds, began = learner.progress.seconds + now - began, now
+
     def keep() -> None:
+        count_seconds()
         state = state_of(stage, learner) if states else None
         if states and state and processes().is_main_process:
             states.keep(state)
@@ -3338,16 +3347,17 @@ def run_stage(
 
     if not resume:
         keep()
+    ended_before = learner.progress.over
     while not learner.progress.over:
-        began = time.perf_counter()
         with one_thread(stage.small and device.type == "cpu"), winner_kept(stage, learner, folder):
             with SIGNALS.put_off():
                 train_loss = train_epoch(stage, learner, seed, after_step)
                 keep()  # the validation may be long
             scored = validate(stage, learner, device)
-        learner.progress.seconds += time.perf_counter() - began
+        count_seconds()
         end_epoch(stage, learner, folder, train_loss, scored, track)
-    keep()
+    if not ended_before:
+        keep()
     processes().wait_for_everyone()  # the winner lies on the disk
     stage.load(folder)
     return learner.stopping

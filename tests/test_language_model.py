@@ -108,7 +108,7 @@ def test_the_latest_states_are_kept_in_their_order_and_fewer_where_there_are_few
 ) -> None:
     encoder = parts.classifier.encoder
     assert encoder is not None
-    head = trainer.PooledHead(encoder.hidden_dim, 0.3).eval()
+    head = trainer.PooledHead(encoder.hidden_dim, 0.3)
     states, mask, logit = trainer.encode(encoder, head, batch, PREFIX)
     assert states.shape == (len(ROWS), PREFIX, encoder.hidden_dim)
     for row in range(len(ROWS)):

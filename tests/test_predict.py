@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
@@ -452,6 +453,17 @@ def no_adapter(folder: Path) -> None:
     (folder / "best" / "adapter" / "adapter_model.safetensors").unlink()
 
 
+def other_head(folder: Path) -> None:
+    place = folder / "best"
+    state = load_file(place / "modules.safetensors")
+    state["trajectory_head.output.bias"] = state.pop("trajectory_head.bias")
+    save_file(state, place / "modules.safetensors")
+    config = place / "config.json"
+    facts = json.loads(config.read_text())
+    config.unlink()
+    config.write_text(json.dumps(trainer.seal(facts, place)))
+
+
 def other_rank(folder: Path) -> None:
     file = folder / "best" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "r": 4}))
@@ -486,6 +498,7 @@ def write_facts(file: Path, facts: dict[str, Any]) -> None:
         (cut_weights, "damaged"),
         (no_adapter, "damaged"),
         (other_rank, "damaged"),
+        (other_head, "made by another version"),
         (no_base, "--model_name no/such_model"),
         (old, "older version, which did not keep max_len"),
     ],
@@ -509,6 +522,8 @@ def test_a_damaged_stage_1_file_is_one_line(
     broken, out = tmp_path / "broken.pt", tmp_path / "out.csv"
     broken.write_bytes((runs / trainer.TRAJECTORY_FILE).read_bytes()[:-500])
     assert refused(capsys, words_of(broken, runs / "train.csv", out), "broken.pt", out=out)
+    torch.save({**content, "format": 2}, broken)
+    assert refused(capsys, words_of(broken, runs / "train.csv", out), "format 2", out=out)
     del content["head"]["bias"]
     torch.save(content, broken)
     assert refused(capsys, words_of(broken, runs / "train.csv", out), "damaged", out=out)

@@ -22,9 +22,9 @@ trainer.take_step = die
 """
 DRAWS = """
 from torch.nn.functional import dropout
-read = trainer.PooledHead.forward
+forward = trainer.PooledHead.forward
 def waver(head, states, mask):
-    return read(head, dropout(states, 0.3, head.training), mask)
+    return forward(head, dropout(states, 0.3, head.training), mask)
 trainer.PooledHead.forward = waver
 """
 """Makes stage 1 draw random numbers as it learns, each process its own, as LoRA's dropout does."""

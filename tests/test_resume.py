@@ -108,6 +108,41 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_result(
     assert not (tmp_path / "run" / stage / trainer.LAST).exists()
 
 
+class PowerLoss(BaseException):
+    """Ends a run without a chance to keep anything."""
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_of_power_behind_an_epoch_costs_its_validation_alone(
+    stage: str,
+    data: Path,
+    undisturbed: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise PowerLoss
+
+    words = command(stage, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        at_batch(BATCHES + 1, fail, patch)
+        with pytest.raises(PowerLoss):
+            trainer.main(words)
+    assert trainer.main([*words, "--resume"]) == 0
+    assert f"going on in epoch 1 after {BATCHES} of its batches" in capsys.readouterr().out
+    assert result_of(tmp_path / "run", stage) == result_of(undisturbed[stage], stage)
+
+
+def test_the_seconds_of_an_epoch_count_what_came_before_a_stop(stopped: list[str]) -> None:
+    folder = Path(stopped[stopped.index("--output_dir") + 1]) / "trajectory"
+    before = trainer.States(folder / trainer.LAST).newest().story["progress"]["seconds"]
+    assert before > 0
+    assert trainer.main([*stopped, "--resume"]) == 0
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    assert json.loads(lines[1])["seconds"] > before
+
+
 def test_a_run_that_is_stopped_while_it_validates_or_writes_goes_on(
     data: Path, undisturbed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -651,9 +651,9 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_what_is_pooled_of_three_numbers_a_state_is_read_of_pooled_states() -> None:
+def test_states_that_are_read_and_then_pooled_say_what_pooled_states_say() -> None:
     torch.manual_seed(0)
-    head = trainer.PooledHead(6, 0.3).double().eval()
+    head = trainer.PooledHead(6, 0.3).double()
     states = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     lengths = [5, 1, 3]
     present = torch.arange(5) < torch.tensor(lengths)[:, None]

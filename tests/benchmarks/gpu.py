@@ -2,26 +2,27 @@
 
     python tests/benchmarks/gpu.py [--batch_size 16] [--steps 20] [--peak_tflops 989]
 
-Stage 1, defaults, sample data: batches lie on the device with their plans. Milliseconds a step
-(forward, backward, weights moved and averaged); how often the host waits for the device in the
-passes and where the weights are moved; the share of the time in which kernels run.
+Stage 1 at batch 16 and 256, sample data: batches lie on the device with their plans. Milliseconds a
+step (forward, backward, weights moved and averaged); how often, at least, the host waits for the
+device in the passes and behind them, where loss and norm are read; the share of the time in which
+the device works.
 
 Stages 2 and 3: random weights of the 4B text shape in NF4, written to a temporary folder (8 GB) and
-loaded as any model; computed in bf16 and in float32. Seconds a step, tokens a second, peak memory,
-and operations a second: 4 for each weight and token, forward and back, since of a frozen weight no
-derivative is taken; those between tokens are left out. With ``--peak_tflops`` of the card (dense
-bf16: 989 of an H100 SXM, 312 of an A100, by NVIDIA's data sheets) also the share of it. The byte
-tokenizer makes rows four times as long as Gemma's own.
+loaded as any model; computed in bf16 and in float32. Seconds a step, tokens a second, peak memory
+of the steps, and operations a second: 4 for each weight and token, forward and back, since of a
+frozen weight no derivative is taken; those between tokens are left out. With ``--peak_tflops`` of
+the card (dense bf16: 989 of an H100 SXM, 312 of an A100, by NVIDIA's data sheets) also bf16's share
+of it. The byte tokenizer makes rows several times as long as Gemma's own; where they do not fit,
+take ``--gradient_checkpointing`` or a smaller ``--batch_size``.
 
-Without a GPU all of it runs on the processor, but for waits and kernels; take fewer ``--layers``
-and a smaller ``--width`` there. So far nothing else was tried.
+Without a GPU all of it runs on the processor, but for waits and work of the device; take fewer
+``--layers`` and a smaller ``--width``, a multiple of 8, there. So far nothing else was tried.
 """
 
 import argparse
 import gc
 import itertools
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -47,6 +49,11 @@ def wait() -> None:
     """Let the device end what it was given."""
     if ON_GPU:
         torch.cuda.synchronize()
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -67,14 +74,16 @@ def waits(work: Callable[[], Any]) -> int:
             work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(each.message) for each in said)
+    return sum("called a synchronizing" in str(each.message) for each in said)
 
 
-def kernel_share(work: Callable[[], Any]) -> float:
-    """Give the share of the time in which kernels run, one after the other."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        took = seconds(work)
-    return sum(each.self_device_time_total for each in seen.key_averages()) / 1e6 / took
+def device_seconds(work: Callable[[], Any]) -> float:
+    """Give how long the device works: kernels, copies and fills, one after the other."""
+    for _ in range(2):  # the first time the profiler itself warms up
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            seconds(work)
+    found = [each for each in seen.key_averages() if each.device_type == DeviceType.CUDA]
+    return sum(each.self_device_time_total for each in found) / 1e6
 
 
 class Steps:
@@ -112,14 +121,15 @@ def measure_stage_1(batch_size: int, most: int) -> None:
     """Time stage 1, and tell where it waits."""
     args = arguments_of("--trajectory_only", "--batch_size", str(batch_size))
     steps = Steps(trainer.trajectory_stage(args, trainer.load_data(args)), most)
-    steps.take(3)
-    took = [1000 * seconds(steps.take) for _ in range(most)]
-    told = f"stage 1, batch {batch_size}: {statistics.median(took):.2f} ms a step"
+    count = len(steps.batches)
+    steps.take(count)  # each shape once
+    took = seconds(partial(steps.take, count))
+    told = f"stage 1, batch {batch_size}: {1000 * took / count:.2f} ms a step"
     if ON_GPU:
         told += f", the host waits {waits(steps.passes)} times in the passes and "
-        told += f"{waits(steps.move)} times where weights are moved, kernels run "
-        told += f"{kernel_share(partial(steps.take, most)):.0%} of the time"
-    sys.stdout.write(told + "\n")
+        told += f"{waits(steps.move)} times behind them, the device works "
+        told += f"{device_seconds(partial(steps.take, count)) / took:.0%} of the time"
+    say(told)
 
 
 def save_model(folder: Path, layers: int, width: int) -> None:
@@ -151,23 +161,26 @@ def measure_llm(mode: str, precision: str, folder: Path, arguments: argparse.Nam
     """Time a stage with a language model."""
     words = ["--mode", mode, "--model_name", str(folder), "--quantization", "nf4", "--freeze_ode"]
     words += ["--precision", precision, "--batch_size", str(arguments.batch_size)]
-    args = arguments_of(*words, "--max_samples", str(20 * arguments.batch_size))
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
+    words += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
+    # Of these four fifths train.
+    args = arguments_of(*words, "--max_samples", str(2 * arguments.steps * arguments.batch_size))
     stage = trainer.llm_stage(args, trainer.load_data(args))
     steps = Steps(stage, arguments.steps)
     assert isinstance(stage.model, trainer.TrajectoryLLM)
     done = [operations(stage.model, batch) for batch in steps.batches]
     steps.take(len(done))
+    if ON_GPU:
+        torch.cuda.reset_peak_memory_stats()
     took = seconds(partial(steps.take, len(done)))
     tokens, work = (sum(each) for each in zip(*done, strict=True))
     rate = work / took / 1e12
-    share = f", {rate / arguments.peak_tflops:.1%} of the card's" if arguments.peak_tflops else ""
+    known = arguments.peak_tflops and precision == "bf16"
+    share = f", {rate / arguments.peak_tflops:.1%} of the card's" if known else ""
     peak = torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else peak_mib()
-    sys.stdout.write(
-        f"{mode}, NF4, {precision}, batch {arguments.batch_size}: {took / len(done):.3f} s a step, "
-        f"{tokens / took:,.0f} tokens a second, {rate:.2f} teraflop a second{share}, "
-        f"peak {peak:,.0f} MiB\n"
+    say(
+        f"{mode}, NF4, {precision}, batch {arguments.batch_size}: {took / len(done):.3f} s a step "
+        f"of {len(done)}, {tokens / took:,.0f} tokens a second, {rate:.2f} teraflop a second"
+        f"{share}, peak {peak:,.0f} MiB"
     )
 
 
@@ -178,17 +191,23 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=34)
     parser.add_argument("--width", type=int, default=2560)
     parser.add_argument("--peak_tflops", type=float)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name() if ON_GPU else platform.machine()
-    sys.stdout.write(f"{name}, torch {torch.__version__}, {arguments.layers} layers\n")
+    say(f"{name}, torch {torch.__version__}, {arguments.layers} layers")
     for size in (16, 256):
         measure_stage_1(size, arguments.steps)
     with tempfile.TemporaryDirectory() as place:
         save_model(Path(place), arguments.layers, arguments.width)
         for mode in ("classification", "generative"):
             for precision in ("bf16", "fp32"):
-                gc.collect()  # the model before
-                measure_llm(mode, precision, Path(place), arguments)
+                try:
+                    measure_llm(mode, precision, Path(place), arguments)
+                except torch.OutOfMemoryError:
+                    say(f"{mode}, NF4, {precision}, batch {arguments.batch_size}: out of memory")
+                gc.collect()  # this model goes before the next one comes
+                if ON_GPU:
+                    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
