@@ -497,13 +497,15 @@ class PooledHead(nn.Module):
             prevalence: share of events in the training part, within (0, 1).
         """
         super().__init__()
-        self.read = nn.Linear(hidden_dim, 3, bias=False)
+        bound = hidden_dim**-0.5  # as torch.nn.Linear begins
+        self.weight = nn.Parameter(torch.empty(3, hidden_dim).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.tensor([math.log(prevalence / (1 - prevalence))]))
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
         """Give logits (B,) for states (B, L, H) and their ``pooling_mask``."""
         # How much a state counts among all, what it says as one of them, and what as the last.
-        score, evidence = self.read(states).split_with_sizes([1, 2], dim=2)
+        numbers = functional.linear(states, self.weight)  # (B, L, 3)
+        score, evidence = numbers.split_with_sizes([1, 2], dim=2)
         # One softmax pools and picks: where all but the last are masked, that one's share is 1.
         shares = (score + mask.to(states.dtype)).softmax(dim=1)  # (B, L, 2)
         logit: Tensor = (shares * evidence).sum(dim=(1, 2)) + self.bias
@@ -3115,7 +3117,7 @@ class Vectors:
         """
         taken = []
         for own in self._members:
-            slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in own]
+            slopes = [torch.zeros_like(p) if (g := p.grad) is None else g for p in own]
             taken.append(_flatten_dense_tensors(slopes))
             for parameter in own:
                 parameter.grad = None
@@ -3490,7 +3492,9 @@ def take_step(learner: Learner, loss: float, terms: float, workers: int, where: 
     norm = share * norm_of(gradients)
     if math.isfinite(loss) and math.isfinite(norm):
         # Averaged and clipped in one pass.
-        torch._foreach_mul_(gradients, share * min(1.0, GRADIENT_NORM / (norm + 1e-6)))
+        factor = share * min(1.0, GRADIENT_NORM / (norm + 1e-6))
+        for each in gradients:
+            each.mul_(factor)
         learner.optimizer.step(gradients)
         learner.average.update()
         progress.loss, progress.terms = progress.loss + loss, progress.terms + terms
