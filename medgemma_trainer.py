@@ -53,7 +53,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache, partial
+from functools import cache, partial, reduce
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
@@ -358,7 +358,7 @@ IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
 
 WEIGHT_DECAY, BETAS, EPSILON = 0.01, (0.9, 0.999), 1e-8
-GRADIENT_NORM, NORM_PIECE = 1.0, 2**18
+NORM_PIECE = 2**18
 WARMUP_STEPS = 100
 WARMUP_SHARE = 0.1
 """Warm-up lasts 100 optimizer steps, or a tenth of a shorter run."""
@@ -454,6 +454,9 @@ STATE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.safetensors")
 
 MOST_SKIPPED = 5
 """Steps in a row that are skipped for a loss or gradient that is no number."""
+
+STEPS_UNREAD = 8
+"""After so many steps their losses are read back: on a GPU the host waits for nothing between."""
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
@@ -2003,6 +2006,8 @@ def padding_share(batches: Batches, lengths: NDArray[np.int64]) -> float:
     return float(1 - sum(n.sum() for n in cut) / sum(len(n) * n.max() for n in cut))
 
 
+CPU = torch.device("cpu")
+
 BATCHES_AHEAD, CELLS_AHEAD = 32, 2**20
 """Batches that a loader makes in a row, and numbers that they may hold together, at most."""
 
@@ -2017,11 +2022,14 @@ class Loader:
         batch_sampler: gives the positions.
         collate_fn: makes a batch of them.
         prepare: makes of a list of batches what the model reads; ``list`` leaves them as they are.
+        device: where they are read. They go there in a row, too: with each copy the host waits for
+            what the device does.
     """
 
     batch_sampler: Batches
     collate_fn: Callable[[Sequence[int]], Any]
     prepare: Callable[[list[Any]], list[Any]] = list
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         """Give the number of batches of this process."""
@@ -2036,7 +2044,7 @@ class Loader:
         """
         positions, ahead = iter(self.batch_sampler), 1
         while collated := [self.collate_fn(each) for each in itertools.islice(positions, ahead)]:
-            batches = self.prepare(collated)
+            batches = [to_device(each, self.device) for each in self.prepare(collated)]
             cells = sum(part.numel() for batch in batches for part in batch.values())
             yield from batches
             ahead = max(1, min(2 * ahead, BATCHES_AHEAD, CELLS_AHEAD * ahead // max(1, cells)))
@@ -3172,7 +3180,7 @@ class AdamW:
         exp_avg: mean of the gradients, for each vector, named as torch's own optimizer does.
         exp_avg_sq: mean of their squares.
         steps: taken, float32 on the vector's device.
-        scheduled: steps taken, as the schedule counts them.
+        scheduled: steps as the schedule counts them, with those that were skipped.
     """
 
     def __init__(self, vectors: Vectors, factor: Callable[[int], float]) -> None:
@@ -3183,8 +3191,13 @@ class AdamW:
         )
         self.steps = [torch.zeros((), device=weights.device) for weights in vectors.weights]
 
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """Move the weights by these gradients, one for each vector."""
+    def step(self, gradients: Sequence[Tensor], skip: Tensor) -> None:
+        """Move the weights by these gradients, one for each vector.
+
+        Args:
+            gradients: of the vectors.
+            skip: float32 scalar on the device, 1 where nothing shall move, else 0.
+        """
         vectors, factor = self.vectors, self.factor(self.scheduled)
         for rate, *own in zip(
             *(vectors.rates, vectors.weights, gradients),
@@ -3192,7 +3205,7 @@ class AdamW:
             strict=True,
         ):
             weights, gradient, first, second, steps = ([each] for each in own)
-            steps[0].add_(1)
+            steps[0].add_(1).sub_(skip)
             torch._fused_adamw_(
                 *(weights, gradient, first, second, [], steps),
                 lr=rate * factor,
@@ -3202,6 +3215,7 @@ class AdamW:
                 eps=EPSILON,
                 amsgrad=False,
                 maximize=False,
+                found_inf=skip,
             )
         self.scheduled += 1
 
@@ -3255,11 +3269,26 @@ class Progress:
     over: bool = False
 
 
+class Tried(NamedTuple):
+    """A step whose outcome nobody has read yet.
+
+    batch: its number in the epoch; loss: the sum over all terms; norm: of its gradient;
+    skip: 1 where one of them is no number, and the step was therefore not taken, else 0.
+    """
+
+    batch: int
+    loss: Tensor
+    terms: Tensor | int
+    norm: Tensor
+    skip: Tensor
+
+
 @dataclass
 class Learner:
     """What learns: the model as all processes share it, and all that training keeps beside it.
 
-    ``best`` holds the averaged weights of the best epoch, empty before there is one.
+    ``best`` holds the averaged weights of the best epoch, empty before there is one; ``tried`` the
+    steps that ``read_steps`` has not read yet.
     """
 
     model: nn.Module
@@ -3269,11 +3298,13 @@ class Learner:
     stopping: EarlyStopping
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)
+    tried: list[Tried] = field(default_factory=list)
 
 
 def begin(stage: Stage, device: torch.device) -> Learner:
     """Make what a stage learns with, from its weights as they are."""
     model = stage.model.to(device)
+    stage.loaders["train"].device = device
     total = stage.epochs * -(-len(stage.loaders["train"]) // stage.accumulate)
     shared: nn.Module = model
     if processes().num_processes > 1:
@@ -3337,6 +3368,7 @@ def run_stage(
 
     def keep() -> None:
         count_seconds()
+        read_steps(learner)
         state = state_of(stage, learner) if states else None
         if states and state and processes().is_main_process:
             states.keep(state)
@@ -3458,67 +3490,92 @@ def train_epoch(
     batches.done = progress.batches
     bar = progress_bar(loader, f"{stage.name} {epoch}/{stage.epochs}", progress.batches)
     best = {} if epoch == 1 else {f"best {stage.monitor}": f"{learner.stopping.best:.4f}"}
-    device, workers = learner.vectors.weights[0].device, processes().num_processes
-    loss, terms = 0.0, 0.0
+    losses: list[Tensor] = []
+    terms = 0
     stage.model.zero_grad()
     for number, batch in enumerate(bar, progress.batches + 1):
         steps = number % stage.accumulate == 0 or number == len(loader)
         with contextlib.nullcontext() if steps else unshared(learner.model):
-            output = learner.model(to_device(batch, device))
+            output = learner.model(batch)
             output.loss.backward()
-        loss, terms = loss + output.loss.item(), terms + output.terms
+        losses.append(output.loss.detach())
+        terms += output.terms
         if not steps:
             continue
         # Sums of losses, divided by all their terms: as one large batch, whatever the lengths.
-        # DistributedDataParallel has taken the mean over processes.
-        loss, terms = sum_over_processes(loss, terms)
-        take_step(learner, loss, terms, workers, f"batch {number} of epoch {epoch}")
-        loss, terms, progress.batches = 0.0, 0.0, number
+        take_step(learner, number, *sum_over_processes(reduce(torch.add, losses), terms))
+        losses, terms, progress.batches = [], 0, number
+        if len(learner.tried) == STEPS_UNREAD or number == len(loader):
+            read_steps(learner)
+            if progress.terms and not bar.disable:
+                shown = {"loss": f"{progress.loss / progress.terms:.4f}", **best}
+                bar.set_postfix(shown, refresh=False)
         after_step()
-        if progress.terms and not bar.disable:
-            shown = {"loss": f"{progress.loss / progress.terms:.4f}", **best}
-            bar.set_postfix(shown, refresh=False)
     return progress.loss / progress.terms if progress.terms else math.nan
 
 
-def take_step(learner: Learner, loss: float, terms: float, workers: int, where: str) -> None:
+def take_step(learner: Learner, batch: int, loss: Tensor, terms: Tensor | int) -> None:
     """Change the weights by the gradients of a batch, or skip it where they are no numbers.
+
+    Which of both is decided on the device, and the host does not wait for it: see ``read_steps``.
+
+    Args:
+        learner: what learns; its gradients are those of the sum of losses, or, of several
+            processes, their mean, as DistributedDataParallel leaves them.
+        batch: its number in the epoch.
+        loss: sum over all terms of all processes.
+        terms: their number.
+    """
+    gradients = learner.vectors.take_gradients()
+    norm, share = norm_of(gradients), terms / processes().num_processes
+    skip = ((loss + norm) * 0).nan_to_num(nan=1.0)
+    # The mean, and clipped to a norm of 1: a sum whose norm is above its terms is divided by that.
+    divisor = norm.clamp(min=share)
+    for each in gradients:
+        each.div_(divisor)
+    learner.optimizer.step(gradients, skip)
+    learner.average.update()  # where the step was skipped, towards the weights as they were
+    learner.tried.append(Tried(batch, loss, terms, norm, skip))
+
+
+def read_steps(learner: Learner) -> None:
+    """Read what became of the steps since the last time; only here the host waits for the device.
 
     Raises:
         NonFiniteLossError: too many were skipped one after the other.
     """
-    gradients, progress = learner.vectors.take_gradients(), learner.progress
-    share = workers / terms
-    norm = share * norm_of(gradients)
-    if math.isfinite(loss) and math.isfinite(norm):
-        # Averaged and clipped in one pass.
-        factor = share * min(1.0, GRADIENT_NORM / (norm + 1e-6))
-        for each in gradients:
-            each.mul_(factor)
-        learner.optimizer.step(gradients)
-        learner.average.update()
-        progress.loss, progress.terms = progress.loss + loss, progress.terms + terms
-        progress.skipped_in_a_row = 0
-    else:
+    progress, tried = learner.progress, learner.tried
+    if not tried:
+        return
+    learner.tried = []
+    losses = torch.stack([step.loss for step in tried]).tolist()
+    skips = torch.stack([step.skip for step in tried]).tolist()
+    for step, loss, skip in zip(tried, losses, skips, strict=True):
+        terms = float(step.terms)
+        if not skip:
+            progress.loss, progress.terms = progress.loss + loss, progress.terms + terms
+            progress.skipped_in_a_row = 0
+            continue
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         if progress.skipped_in_a_row == MOST_SKIPPED:
+            norm = float(step.norm) * processes().num_processes / terms
             raise NonFiniteLossError(
-                f"the loss is {loss / terms}, its gradient {norm} at {where}, the {MOST_SKIPPED}th "
-                "time in a row: lower the learning rates or look for extreme values; the best "
-                "state so far is kept"
+                f"the loss is {loss / terms}, its gradient {norm} at batch {step.batch} of epoch "
+                f"{learner.stopping.epoch + 1}, the {MOST_SKIPPED}th time in a row: lower the "
+                "learning rates or look for extreme values; the best state so far is kept"
             )
 
 
-def norm_of(vectors: Sequence[Tensor]) -> float:
-    """Give the Euclidean norm of vectors laid end to end.
+def norm_of(vectors: Sequence[Tensor]) -> Tensor:
+    """Give the Euclidean norm of vectors laid end to end, a scalar on their device.
 
     In pieces: along millions of numbers float32 loses the fourth decimal on a CPU. A short one
     stays whole, since to cut it takes as long as its product.
     """
     pieces = [[each] if len(each) <= NORM_PIECE else each.split(NORM_PIECE) for each in vectors]
     first, *others = (piece @ piece for own in pieces for piece in own)
-    return math.sqrt(sum(others, first))
+    return sum(others, first).sqrt()
 
 
 @torch.no_grad()
@@ -3560,15 +3617,17 @@ def gather(items: list[Any]) -> list[Any]:
     return joined
 
 
-def sum_over_processes(*numbers: float) -> Sequence[float]:
-    """Add up each of some numbers over all processes."""
+def sum_over_processes(*numbers: Any) -> Sequence[Any]:
+    """Add up each of some numbers over all processes, none of which waits for the device."""
     if processes().num_processes == 1:
         return numbers
-    from accelerate.utils import reduce
+    from accelerate.utils import reduce as over_processes
 
-    own = torch.tensor(numbers, dtype=torch.float64, device=processes().device)
-    summed: list[float] = reduce(own, "sum").tolist()
-    return summed
+    own = torch.zeros(len(numbers), dtype=torch.float64, device=processes().device)
+    for place, number in zip(own, numbers, strict=True):
+        place.copy_(number) if isinstance(number, Tensor) else place.fill_(number)
+    summed: Tensor = over_processes(own, "sum")
+    return summed.float().unbind()
 
 
 def unshared(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,19 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def at_batch(number: int, what: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let something happen in the backward pass of so many-th batch of training."""
+    """Let something happen just before so many-th batch of training."""
     count = 0
-    to_device = trainer.to_device
+    iterate = trainer.Loader.__iter__
 
-    def counted(batch: Any, device: torch.device) -> Any:
+    def counted(loader: trainer.Loader) -> Iterator[Any]:
         nonlocal count
-        count += torch.is_grad_enabled()
-        if count == number and torch.is_grad_enabled():
-            what()
-        return to_device(batch, device)
+        for batch in iterate(loader):
+            count += loader.batch_sampler.shuffle
+            if count == number and loader.batch_sampler.shuffle:
+                what()
+            yield batch
 
-    monkeypatch.setattr(trainer, "to_device", counted)
+    monkeypatch.setattr(trainer.Loader, "__iter__", counted)
 
 
 def send(number: int) -> Callable[[], None]:
@@ -898,8 +899,10 @@ def test_an_epoch_without_a_single_step_has_no_training_loss(
 ) -> None:
     take_step = trainer.take_step
 
-    def without_number(learner: trainer.Learner, loss: float, *rest: Any) -> None:
-        take_step(learner, math.nan, *rest)
+    def without_number(
+        learner: trainer.Learner, batch: int, loss: torch.Tensor, *rest: Any
+    ) -> None:
+        take_step(learner, batch, loss * math.nan, *rest)
 
     monkeypatch.setattr(trainer, "take_step", without_number)
     words = command("trajectory", data, tmp_path / "run", "--batch_size", "40")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from sklearn import metrics
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dte_encoder
 import medgemma_trainer as trainer
 from dataset_format import InputError
 
@@ -108,9 +110,10 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_in_an_order_of_its_own(
             assert len(gradients) == len(parameters)
             # As one vector, the largest first: in another order the last bits differ.
             whole = torch.cat([g.flatten() for g in sorted(gradients, key=lambda g: -g.numel())])
-            norms.append(math.sqrt(whole @ whole) / output.terms)
+            norm = (whole @ whole).sqrt()
+            norms.append(float(norm) / output.terms)
             for gradient in gradients:
-                gradient.mul_(1 / output.terms * min(1.0, 1.0 / (norms[-1] + 1e-6)))
+                gradient.div_(norm.clamp(min=output.terms))
             optimizer.step()
             steps += 1
             decay = min(0.998, (1 + steps) / (10 + steps))
@@ -160,13 +163,75 @@ def test_a_step_takes_the_same_few_calls_for_any_number_of_parameters() -> None:
             parameter.grad = torch.ones_like(parameter)
         before = [p.detach().clone() for p in model.parameters()]
         with Calls() as calls:
-            trainer.take_step(learner, 1.0, 2.0, 1, "here")
+            trainer.take_step(learner, 1, torch.tensor(1.0), 2)
         assert not any(map(torch.equal, before, model.parameters()))
         del calls.names["view"]  # to lay gradients end to end, one each; moves nothing
         counts.append(calls.names)
     assert counts[0] == counts[1]
-    assert counts[0]["_fused_adamw_"] == counts[0]["mul_"] == counts[0]["dot"] == 1
-    assert sum(counts[0].values()) <= 9
+    assert counts[0]["_fused_adamw_"] == counts[0]["div_"] == counts[0]["dot"] == 1
+    assert sum(counts[0].values()) <= 14
+
+
+def test_an_epoch_waits_for_nothing_from_the_device_but_where_it_reads_its_steps(
+    dka_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device there is nothing to read: whoever asks for a number there fails."""
+    monkeypatch.setattr(dte_encoder, "in_full_precision", lambda _: contextlib.nullcontext())
+    read: list[list[int]] = []
+
+    def unread(learner: trainer.Learner) -> None:
+        read.append([step.batch for step in learner.tried])
+        learner.tried.clear()
+
+    args = parse("--trajectory_only", "--data_path", str(dka_file), "--batch_size", "5")
+    stage = trainer.trajectory_stage(args, trainer.load_data(args))
+    learner = trainer.begin(stage, torch.device("meta"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "read_steps", unread)
+        trainer.train_epoch(stage, learner)
+    count, most = len(stage.loaders["train"]), trainer.STEPS_UNREAD
+    assert [*itertools.chain(*read)] == list(range(1, count + 1))
+    assert [len(each) for each in read] == [most] * (count // most) + [count % most]
+    assert len(read) > 2
+    assert count % most
+    assert all(weights.is_meta for weights in learner.vectors.weights)
+    learner.progress.batches = 0
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        trainer.train_epoch(stage, learner)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_step_without_a_number_moves_nothing(what: str, value: float) -> None:
+    parameters = [nn.Parameter(torch.ones(size)) for size in (3, 5)]
+    vectors = trainer.Vectors([{"params": [p], "lr": p.numel() / 10} for p in parameters])
+    learner = trainer.Learner(
+        *(nn.Identity(), vectors, trainer.AdamW(vectors, lambda step: 1.0)),
+        trainer.WeightAverage(vectors.weights, 0.9),
+        trainer.EarlyStopping(1, True),
+    )
+    optimizer = learner.optimizer
+    memory = [*vectors.weights, *learner.average.shadow, *optimizer.exp_avg]
+    memory += [*optimizer.exp_avg_sq, *optimizer.steps]
+
+    def step(loss: float, slope: float) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        gradient = parameters[1].grad
+        assert gradient is not None
+        gradient[2] = slope
+        trainer.take_step(learner, 1, torch.tensor(loss), 2)
+
+    before = [each.clone() for each in memory]
+    step(value if what == "loss" else 1.0, value if what == "gradient" else 1.0)
+    assert all(map(torch.equal, memory, before))
+    step(1.0, 1.0)
+    assert not any(map(torch.equal, memory, before))
+    trainer.read_steps(learner)
+    progress = learner.progress
+    assert (progress.loss, progress.terms, progress.skipped) == (1.0, 2.0, 1)
+    assert progress.skipped_in_a_row == 0
+    assert not learner.tried
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (2**22, 3 * 2**16 + 1)])
@@ -183,7 +248,7 @@ def test_gradients_are_clipped_by_their_norm_over_all_vectors(sizes: tuple[int, 
     for parameter, size in zip(parameters, (3.0, 4.0), strict=True):
         slope = torch.randn(parameter.shape, generator=generator)
         parameter.grad = slope * size / slope.double().norm()
-    trainer.take_step(learner, 1.0, 1.0, 1, "here")
+    trainer.take_step(learner, 1, torch.tensor(1.0), 1)
     left = [float(10 * mean.double().norm()) for mean in optimizer.exp_avg]
     assert left == pytest.approx([0.6, 0.8], rel=2e-6)
 
@@ -213,7 +278,7 @@ def test_parameters_of_several_rates_and_kinds_learn_as_with_the_optimizer_of_to
             comes = place < 3 or step == 0
             two.grad = two.detach() * (step - 1.5) * comes
             one.grad = two.grad.clone() if comes else None  # none is as one of zero
-        optimizer.step(vectors.take_gradients())
+        optimizer.step(vectors.take_gradients(), torch.zeros(()))
         assert all(p.grad is None for p in mine), "the next step begins without"
         expected.step()
     assert all(map(torch.equal, mine, other))
@@ -401,7 +466,7 @@ def test_a_step_without_a_number_is_left_out_and_counted(
     lines = (tmp_path / "run" / "trajectory" / "history.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines]
     assert [row["skipped_steps"] for row in history] == [4, 0, 0]
-    assert [row["step"] for row in history] == [4, 12, 20]
+    assert [row["step"] for row in history] == [8, 16, 24]
     assert all(np.isfinite(row["train_loss"]) for row in history)
 
 

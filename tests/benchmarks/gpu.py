@@ -103,12 +103,13 @@ class Steps:
 
     def move(self) -> None:
         terms = self.output.terms
-        trainer.take_step(self.learner, self.output.loss.item(), terms, 1, "the benchmark")
+        trainer.take_step(self.learner, 1, self.output.loss.detach(), terms)
 
     def take(self, count: int = 1) -> None:
         for _ in range(count):
             self.passes()
             self.move()
+        trainer.read_steps(self.learner)
 
 
 def arguments_of(*words: str) -> argparse.Namespace:
