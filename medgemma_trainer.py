@@ -53,7 +53,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache, partial, reduce
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
@@ -456,7 +456,8 @@ MOST_SKIPPED = 5
 """Steps in a row that are skipped for a loss or gradient that is no number."""
 
 STEPS_UNREAD = 8
-"""After so many steps their losses are read back: on a GPU the host waits for nothing between."""
+"""After so many steps their losses are read back. In between a step of stage 1 makes the host wait
+for nothing on a GPU; but of several processes each asks the others for signals."""
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
@@ -2778,7 +2779,12 @@ def read_state(path: Path) -> State:
 
 
 def state_of(stage: Stage, learner: Learner) -> State:
-    """Give what training needs to go on, until its next step; each process must call it."""
+    """Give what training needs to go on, until its next step; each process must call it.
+
+    Raises:
+        NonFiniteLossError: see ``read_steps``.
+    """
+    read_steps(learner)
     tensors = remembered(learner)
     for process, numbers in enumerate(gather([random_numbers()])):
         tensors |= {f"random.{process}.{name}": each for name, each in numbers.items()}
@@ -3157,7 +3163,7 @@ class WeightAverage:
         self.shadow = [each.clone() for each in weights]
 
     def update(self) -> None:
-        """Move the average towards the weights after an optimizer step."""
+        """Move the average towards the weights after an optimizer step, taken or skipped."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(self.shadow, self.weights, 1 - decay)
@@ -3368,7 +3374,6 @@ def run_stage(
 
     def keep() -> None:
         count_seconds()
-        read_steps(learner)
         state = state_of(stage, learner) if states else None
         if states and state and processes().is_main_process:
             states.keep(state)
@@ -3480,7 +3485,7 @@ def train_epoch(
         stage: what learns from what.
         learner: goes on from its progress.
         seed: with the epoch's number, of the order of the rows; it depends on no epoch before.
-        after_step: called after each optimizer step, when weights and progress agree.
+        after_step: called after each optimizer step; ``state_of`` then gives where training is.
     """
     stage.model.train()
     progress, epoch = learner.progress, learner.stopping.epoch + 1
@@ -3503,7 +3508,7 @@ def train_epoch(
         if not steps:
             continue
         # Sums of losses, divided by all their terms: as one large batch, whatever the lengths.
-        take_step(learner, number, *sum_over_processes(reduce(torch.add, losses), terms))
+        take_step(learner, number, *sum_over_processes(sum(losses[1:], losses[0]), terms))
         losses, terms, progress.batches = [], 0, number
         if len(learner.tried) == STEPS_UNREAD or number == len(loader):
             read_steps(learner)
@@ -3528,8 +3533,8 @@ def take_step(learner: Learner, batch: int, loss: Tensor, terms: Tensor | int) -
     """
     gradients = learner.vectors.take_gradients()
     norm, share = norm_of(gradients), terms / processes().num_processes
-    skip = ((loss + norm) * 0).nan_to_num(nan=1.0)
-    # The mean, and clipped to a norm of 1: a sum whose norm is above its terms is divided by that.
+    skip = ((loss.float() + norm) * 0).nan_to_num(nan=1.0)  # no number times zero is none
+    # The mean, and clipped to a norm of 1: a sum whose norm is above ``share`` is divided by that.
     divisor = norm.clamp(min=share)
     for each in gradients:
         each.div_(divisor)
@@ -3539,7 +3544,9 @@ def take_step(learner: Learner, batch: int, loss: Tensor, terms: Tensor | int) -
 
 
 def read_steps(learner: Learner) -> None:
-    """Read what became of the steps since the last time; only here the host waits for the device.
+    """Read what became of the steps since the last time, for which the host waits.
+
+    So a run that has to stop does so up to ``STEPS_UNREAD`` - 1 steps late.
 
     Raises:
         NonFiniteLossError: too many were skipped one after the other.
@@ -3575,7 +3582,7 @@ def norm_of(vectors: Sequence[Tensor]) -> Tensor:
     """
     pieces = [[each] if len(each) <= NORM_PIECE else each.split(NORM_PIECE) for each in vectors]
     first, *others = (piece @ piece for own in pieces for piece in own)
-    return sum(others, first).sqrt()
+    return sum(others, first).float().sqrt()
 
 
 @torch.no_grad()
@@ -3618,15 +3625,15 @@ def gather(items: list[Any]) -> list[Any]:
 
 
 def sum_over_processes(*numbers: Any) -> Sequence[Any]:
-    """Add up each of some numbers over all processes, none of which waits for the device."""
+    """Add up each of some numbers over all processes; of several it gives float32 scalars."""
     if processes().num_processes == 1:
         return numbers
-    from accelerate.utils import reduce as over_processes
+    from accelerate.utils import reduce
 
     own = torch.zeros(len(numbers), dtype=torch.float64, device=processes().device)
     for place, number in zip(own, numbers, strict=True):
         place.copy_(number) if isinstance(number, Tensor) else place.fill_(number)
-    summed: Tensor = over_processes(own, "sum")
+    summed: Tensor = reduce(own, "sum")
     return summed.float().unbind()
 
 

@@ -202,7 +202,7 @@ def test_an_epoch_waits_for_nothing_from_the_device_but_where_it_reads_its_steps
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_step_without_a_number_moves_nothing(what: str, value: float) -> None:
+def test_a_step_without_a_number_moves_no_weight(what: str, value: float) -> None:
     parameters = [nn.Parameter(torch.ones(size)) for size in (3, 5)]
     vectors = trainer.Vectors([{"params": [p], "lr": p.numel() / 10} for p in parameters])
     learner = trainer.Learner(
@@ -211,8 +211,8 @@ def test_a_step_without_a_number_moves_nothing(what: str, value: float) -> None:
         trainer.EarlyStopping(1, True),
     )
     optimizer = learner.optimizer
-    memory = [*vectors.weights, *learner.average.shadow, *optimizer.exp_avg]
-    memory += [*optimizer.exp_avg_sq, *optimizer.steps]
+    memory = [*vectors.weights, *optimizer.exp_avg, *optimizer.exp_avg_sq, *optimizer.steps]
+    shadow = learner.average.shadow
 
     def step(loss: float, slope: float) -> None:
         for parameter in parameters:
@@ -222,14 +222,18 @@ def test_a_step_without_a_number_moves_nothing(what: str, value: float) -> None:
         gradient[2] = slope
         trainer.take_step(learner, 1, torch.tensor(loss), 2)
 
+    step(1.0, 1.0)
     before = [each.clone() for each in memory]
+    pairs = zip(shadow, vectors.weights, strict=True)
+    average = [each.lerp(weights, 1 - 3 / 12) for each, weights in pairs]
     step(value if what == "loss" else 1.0, value if what == "gradient" else 1.0)
     assert all(map(torch.equal, memory, before))
+    assert all(map(torch.equal, shadow, average)), "towards the weights as they were"
     step(1.0, 1.0)
     assert not any(map(torch.equal, memory, before))
     trainer.read_steps(learner)
     progress = learner.progress
-    assert (progress.loss, progress.terms, progress.skipped) == (1.0, 2.0, 1)
+    assert (progress.loss, progress.terms, progress.skipped) == (2.0, 4.0, 1)
     assert progress.skipped_in_a_row == 0
     assert not learner.tried
 
