@@ -688,24 +688,25 @@ def test_nothing_is_kept_where_nothing_learns() -> None:
 
 
 PAGES_OF_PASSES = """
-import resource, sys, torch, dte_encoder
+import resource, statistics, sys, torch, dte_encoder
 
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     dte_encoder.keep_freed_memory()
 encoder, observed = dte_encoder.ClinicalODERNN(1), torch.ones(256, 40, 1, dtype=torch.bool)
 times = torch.arange(40.0).expand(256, 40)
+asked = []
 for turn in range(12):
-    if turn == 6:  # by then it has settled
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     encoder(times, torch.ones(256, 40, 1), observed).pow(3).sum().backward()
     encoder.zero_grad()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    asked.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(round(statistics.median(asked[4:])))  # the first ones, and now and then another, still grow
 """
 
 
 def pages(word: str) -> int:
-    """How many pages of memory six passes ask of the system, in a process of its own."""
+    """How many pages of memory a pass asks of the system, in a process of its own."""
     command = [sys.executable, "-c", PAGES_OF_PASSES, word]
     run = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=Path(dte_encoder.__file__).parent
@@ -716,7 +717,7 @@ def pages(word: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
 def test_a_pass_takes_the_memory_that_the_one_before_left() -> None:
     given_back = pages("give back")
-    if given_back < 1000:
+    if given_back < 200:
         pytest.skip("this C library keeps it by itself")
     assert pages("keep") < given_back / 20
 
