@@ -1,7 +1,7 @@
 """Time the encoder against the same network solved in other ways, and count what it keeps.
 
 Usage:
-    python tests/benchmarks/encoder.py [--repeats 3] [--threads 2] [--seed 0]
+    python tests/benchmarks/encoder.py [--repeats 7] [--threads 2] [--seed 0]
 
 Forward and backward over patients of the sample data, every way in turn, so that a load on the
 machine meets all of them. The ways:
@@ -412,7 +412,7 @@ def positive(text: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time the encoder on the sample data.")
-    parser.add_argument("--repeats", type=positive, default=3, help="timings of the slow way (3)")
+    parser.add_argument("--repeats", type=positive, default=7, help="timings of the slow way (7)")
     parser.add_argument("--threads", type=positive, default=2, help="torch threads (2)")
     parser.add_argument("--seed", type=int, default=0, help="draws patients and weights (0)")
     args = parser.parse_args()
