@@ -501,6 +501,20 @@ def test_a_pass_takes_no_more_matrix_products_than_the_derivation_says(
     assert backward.count == 5 * steps + arrivals + 4 + 2 + 3
 
 
+@pytest.mark.parametrize("solver", ["dopri5", "midpoint"])
+def test_a_solver_evaluates_the_field_as_often_for_many_patients_as_for_one(solver: str) -> None:
+    encoder, batch = make_encoder(solver=solver), make_batch((5,))
+    counts = []
+    for patients in (1, 7):
+        calls: list[None] = []
+        hook = encoder.field.register_forward_hook(lambda *_, calls=calls: calls.append(None))
+        encoder(*(tensor.repeat_interleave(patients, dim=0) for tensor in batch))
+        hook.remove()
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+    assert counts[0] >= 2 * 4, "four gaps"
+
+
 def test_no_product_is_spent_on_padding_or_on_patients_who_wait() -> None:
     encoder, (times, values, observed) = make_encoder(hidden_dim=16), make_batch((5, 1, 3))
     more = torch.zeros(3, 40, 2)

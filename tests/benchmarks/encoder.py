@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import statistics
 import sys
 import time
@@ -49,6 +48,8 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+
+from common import machine  # noqa: E402
 
 from dataset_format import MIMICtrajectoryDataset  # noqa: E402
 from dte_encoder import (  # noqa: E402
@@ -393,16 +394,6 @@ def memory(seed: int) -> list[str]:
     return lines
 
 
-def processor() -> str:
-    """Name the processor, as precisely as the system tells."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -419,9 +410,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     keep_freed_memory()  # as the program does: all ways share it
     lines = [
-        f"{processor()}, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"torch {torch.__version__}, torchdiffeq {torchdiffeq.__version__}, "
-        f"torchode {torchode.__version__ if torchode else 'missing'}",
+        machine("torch", "torchdiffeq", "torchode", threads=torch.get_num_threads()),
         f"forward + backward, float32, hidden {ClinicalODERNN(1).hidden_dim}, seed {args.seed}, "
         f"{args.repeats} repeats ({FAST_RUNS} times as many of the fast ways)",
     ]

@@ -33,8 +33,6 @@ import contextlib
 import cProfile
 import logging
 import math
-import os
-import platform
 import pstats
 import statistics
 import sys
@@ -50,6 +48,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import machine
+
 import medgemma_trainer as trainer
 
 TARGET = 1.3
@@ -224,9 +224,7 @@ def main() -> None:
         sys.stdout.write(f"epoch / {name} {reached:.3f}, to be below {TARGET}: {verdict}\n")
     sys.stdout.write(f"epoch / (planned + plans) {both:.3f}, epoch / planned {calls:.3f}\n")
     sys.stdout.write(
-        f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; Python "
-        f"{platform.python_version()}, torch {torch.__version__}; medians (least to most) of "
+        f"{machine('torch', threads=torch.get_num_threads())}; medians (least to most) of "
         f"{arguments.repeats}\n"
     )
 

@@ -22,7 +22,7 @@ Without a GPU all of it runs on the processor, but for waits and work of the dev
 import argparse
 import gc
 import itertools
-import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -38,11 +38,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import machine, peak_mib, spread
+
 import medgemma_trainer as trainer
-from data import peak_mib
 
 DEVICE = trainer.default_device()
 ON_GPU = DEVICE.type == "cuda"
+REPEATS = 3
+"""Times that all steps are taken; what is printed of them is the median, least and most."""
 
 
 def wait() -> None:
@@ -124,8 +127,10 @@ def measure_stage_1(batch_size: int, most: int) -> None:
     steps = Steps(trainer.trajectory_stage(args, trainer.load_data(args)), most)
     count = len(steps.batches)
     steps.take(count)  # each shape once
-    took = seconds(partial(steps.take, count))
-    told = f"stage 1, batch {batch_size}: {1000 * took / count:.2f} ms a step"
+    turns = [seconds(partial(steps.take, count)) for _ in range(REPEATS)]
+    took = statistics.median(turns)
+    each = spread([1000 * turn / count for turn in turns], 2)
+    told = f"stage 1, batch {batch_size}: {each} ms a step"
     if ON_GPU:
         told += f", the host waits {waits(steps.step)} times in a step and {waits(steps.read)} "
         told += "times where it is read, the device works "
@@ -172,15 +177,17 @@ def measure_llm(mode: str, precision: str, folder: Path, arguments: argparse.Nam
     steps.take(len(done))
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
-    took = seconds(partial(steps.take, len(done)))
+    turns = [seconds(partial(steps.take, len(done))) for _ in range(REPEATS)]
+    took = statistics.median(turns)
     tokens, work = (sum(each) for each in zip(*done, strict=True))
     rate = work / took / 1e12
     known = arguments.peak_tflops and precision == "bf16"
     share = f", {rate / arguments.peak_tflops:.1%} of the card's" if known else ""
     peak = torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else peak_mib()
     say(
-        f"{mode}, NF4, {precision}, batch {arguments.batch_size}: {took / len(done):.3f} s a step "
-        f"of {len(done)}, {tokens / took:,.0f} tokens a second, {rate:.2f} teraflop a second"
+        f"{mode}, NF4, {precision}, batch {arguments.batch_size}: "
+        f"{spread([turn / len(done) for turn in turns], 3)} s a step of {len(done)}, "
+        f"{tokens / took:,.0f} tokens a second, {rate:.2f} teraflop a second"
         f"{share}, peak {peak:,.0f} MiB"
     )
 
@@ -194,8 +201,9 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     arguments = parser.parse_args()
-    name = torch.cuda.get_device_name() if ON_GPU else platform.machine()
-    say(f"{name}, torch {torch.__version__}, {arguments.layers} layers")
+    card = torch.cuda.get_device_name() if ON_GPU else "no GPU"
+    on = machine("torch", "transformers", "bitsandbytes", threads=torch.get_num_threads())
+    say(f"{card}; {on}; {arguments.layers} layers")
     for size in (16, 256):
         measure_stage_1(size, arguments.steps)
     with tempfile.TemporaryDirectory() as place:

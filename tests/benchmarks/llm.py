@@ -4,18 +4,19 @@
 
 Plainly: full logits of every position, all hidden states kept, the encoder run at every step, rows
 in random order of length. Both ways take the same rows of the sample data with the same weights,
-in turn, so that a load on the machine meets both; first their losses must agree. Prints seconds a
-step (median, quartiles), padding, the ratio, and each way's peak memory in a process of its own.
+in turn, so that a load on the machine meets both; first their losses and gradients must agree.
+Prints seconds a step (median, quartiles), padding, the ratio, and each way's peak memory in a
+process of its own.
 
-Then reports of the same patients, as a run writes them (batches of like lengths, a cache of keys
-and values) and one by one (with the cache too); in float32 both must write the same.
+Then reports, as a run writes them (batches of like lengths, a cache of keys and values) and one by
+one (with the cache too): batch after batch in turn with its own patients one by one. In float32
+both must write the same, a first batch before anything is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -29,11 +30,16 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from common import machine, peak_mib, spread
+
 import medgemma_trainer as trainer
 from medgemma_trainer import IGNORED, Batches, LLMClassifier, TextBatch
 
 ROWS = 1000
 """Patients among whom batches are drawn: enough for buckets of equal length."""
+
+SAME_GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+"""Share of its norm by which the gradient of all that learns may differ between the ways."""
 
 REPORT_TOKENS = 64
 """Tokens a report of the benchmark has at most; the sample's have about 110."""
@@ -124,10 +130,19 @@ def check(model: Any, stage: trainer.Stage) -> None:
     """
     batch = stage.loaders["val"].collate_fn([0, 1, 2, 3])
     batch = trainer.to_device(batch, trainer.default_device())
-    with torch.no_grad():
-        losses = [float(loss(model.eval(), batch)[0]) for loss in (own_loss, plain_loss)]
-    if abs(losses[0] / losses[1] - 1) > 2e-2:  # bf16 sums in another order
-        raise SystemExit(f"the losses differ, {losses}: nothing to compare")
+    losses, slopes = [], []
+    for way in (own_loss, plain_loss):
+        model.eval().zero_grad()
+        loss, _ = way(model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        given = [p.grad for p in model.parameters() if p.grad is not None]
+        slopes.append(torch.cat([slope.flatten().double() for slope in given]))
+    model.zero_grad()
+    apart = float((slopes[0] - slopes[1]).norm() / slopes[1].norm())
+    # bf16 sums in another order.
+    if abs(losses[0] / losses[1] - 1) > 2e-2 or apart > SAME_GRADIENTS[model.llm.dtype]:
+        raise SystemExit(f"losses {losses}, gradients {apart:.1e} apart: nothing to compare")
 
 
 def measure(mode: str, arguments: argparse.Namespace) -> list[str]:
@@ -163,29 +178,36 @@ def measure_writing(arguments: argparse.Namespace) -> list[str]:
     rows = np.arange(arguments.reports)
     lengths = np.array([len(prompt) for prompt in collate.prompts])
 
-    def write(batch: int) -> tuple[dict[int, list[int]], float]:
+    def write(*batches: list[int]) -> tuple[list[list[int]], float]:
+        """Give the tokens of each report, and the seconds of all."""
         start = time.perf_counter()
-        written: dict[int, list[int]] = {}
-        for indices in Batches(rows, batch, lengths, shuffle=False):
+        written: list[list[int]] = []
+        for indices in batches:
             prompts = trainer.to_device(collate.prompts_only(indices), device)
             ids = model.write(prompts, REPORT_TOKENS, collate.eos, collate.pad).tolist()
-            written |= {
-                i: [t for t in row if t != collate.pad] for i, row in zip(indices, ids, strict=True)
-            }
+            written += [[token for token in row if token != collate.pad] for row in ids]
         return written, time.perf_counter() - start
 
-    write(4)  # warms up
-    (one, slow), (many, fast) = write(1), write(trainer.GENERATION_BATCH)
-    same = np.mean([one[i] == many[i] for i in one])
-    if arguments.precision == "fp32" and same < 1:
-        raise SystemExit(f"{1 - same:.0%} of the reports differ: nothing to compare")
-    tokens = sum(map(len, many.values()))
+    took: dict[str, list[float]] = {"one by one": [], "batches": [], "ratio": []}
+    equal: list[bool] = []
+    batches = list(Batches(rows, trainer.GENERATION_BATCH, lengths, shuffle=False))
+    for turn, indices in enumerate([batches[0][:4], *batches]):
+        (one, slow), (many, fast) = write(*([i] for i in indices)), write(indices)
+        same = [a == b for a, b in zip(one, many, strict=True)]
+        if arguments.precision == "fp32" and not all(same):
+            raise SystemExit(f"{1 - np.mean(same):.0%} of the reports differ: nothing to compare")
+        if turn:  # the first warms up
+            equal += same
+            for name, each in (("one by one", slow), ("batches", fast), ("ratio", slow / fast)):
+                took[name].append(each)
+    told = {name: spread(each, 2) for name, each in took.items()}
+    rates = [len(rows) / sum(took[name]) for name in ("one by one", "batches")]
     return [
-        f"\nwriting {len(rows)} reports, {tokens} tokens; {same:.0%} the same token by token",
-        f"one by one {slow:.1f} s, {len(rows) / slow:.2f} reports a second",
-        f"batches of {trainer.GENERATION_BATCH} {fast:.1f} s, {len(rows) / fast:.2f} reports a "
-        "second",
-        f"one by one / batches: {slow / fast:.2f}",
+        f"\nwriting {len(rows)} reports of at most {REPORT_TOKENS} tokens, "
+        f"{trainer.GENERATION_BATCH} a batch; {np.mean(equal):.0%} the same token by token",
+        f"one by one {told['one by one']} s a batch, {rates[0]:.2f} reports a second",
+        f"batches {told['batches']} s a batch, {rates[1]:.2f} reports a second",
+        f"one by one / batches: {told['ratio']}, all together {rates[1] / rates[0]:.2f}",
     ]
 
 
@@ -204,10 +226,7 @@ def peak(mode: str, way: str, arguments: argparse.Namespace) -> float:
     chosen = ways_of(stage)[way]
     for _ in range(2):
         chosen.step()
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()  # Linux; ru_maxrss would count the parent's too
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_mib()
 
 
 def main() -> int:
@@ -227,8 +246,8 @@ def main() -> int:
         sys.stdout.write(f"\n{json.dumps(peak(mode, way, arguments))}\n")
         return 0
     sys.stdout.write(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{trainer.default_device()}, {arguments.model_name}, batch 16\n"
+        f"{machine('torch', 'transformers', 'peft', threads=torch.get_num_threads())}; "
+        f"{trainer.default_device()}, {arguments.model_name}, {arguments.precision}, batch 16\n"
     )
     for mode in ("classification", "generative") if arguments.steps else ():
         sys.stdout.write("\n".join(measure(mode, arguments)) + "\n")

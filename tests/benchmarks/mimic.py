@@ -5,10 +5,10 @@ Usage:
 
 Writes a synthetic MIMIC-IV whose labevents has so many rows (all columns of MIMIC-IV 3.1; a fifth
 of the rows is chemistry that is read, half of all name no admission; 1 admission in 200 is coded
-as ketoacidosis), runs the command on it in a fresh process, and on a tenth, so that the growth can
-be seen; then reads the larger table whole by one pandas.read_csv in another fresh process. Writing
-needs pyarrow. Memory
-is the sum of what all processes of the command hold at their worst moment, seen every 50 ms.
+as ketoacidosis) and another of a tenth. Then, ``--repeats`` times in turn, each in a fresh process:
+the command on the smaller and on the larger, so that the growth can be seen; one pandas.read_csv of
+the larger table, whole; and the command's imports. Writing needs pyarrow. Memory is the sum of what
+all processes of the command hold at their worst moment, seen every 50 ms.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import platform
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,8 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+
+from common import machine, spread  # noqa: E402
 
 from mimic_files import EPOCH, ITEMS, LABEVENTS, UNITS  # noqa: E402
 
@@ -161,33 +162,47 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=20_000_000, help="rows of labevents")
     parser.add_argument("--form", choices=(".csv", ".csv.gz"), default=".csv")
     parser.add_argument("--cohort", choices=("dka", "all"), default="dka")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each (3)")
     options = parser.parse_args()
-    found: list[dict[str, Any]] = []
     script = str(ROOT / "dataset_format.py")
     with tempfile.TemporaryDirectory() as place:
+        commands, paths = {}, {}
         for rows in (options.rows // 10, options.rows):
             folder, out = Path(place) / f"mimic_{rows}", Path(place) / f"rows_{rows}.csv"
-            path = write_folder(folder, rows, options.form)
+            paths[rows] = write_folder(folder, rows, options.form)
             command = [sys.executable, script, "from_mimic", "--mimic_dir", str(folder)]
             command += ["--out", str(out), "--cohort", options.cohort]
-            figures = measure(command)
-            made = json.loads(out.with_suffix(".json").read_text())["rows"]["rows"]
-            found.append({"what": "from_mimic", "rows": rows, "made": made, **figures})
-            found[-1] |= {"rows/s": rows / figures["seconds"]}
-            found[-1]["file MiB"] = path.stat().st_size / 2**20
-        figures = measure([sys.executable, "-c", PLAIN, str(path)])
-        rate = options.rows / figures["seconds"]
-        found.append({"what": "pandas", "rows": options.rows, **figures, "rows/s": rate})
-    idle = measure([sys.executable, script, "from_mimic", "--help"])
-    found.append({"what": "imports", **idle})
+            commands[f"from_mimic, {rows:,} rows"] = command
+        small, large = commands
+        commands["pandas"] = [sys.executable, "-c", PLAIN, str(paths[options.rows])]
+        commands["imports"] = [sys.executable, script, "from_mimic", "--help"]
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+        for _ in range(options.repeats):
+            for name, command in commands.items():
+                found[name].append(measure(command))
+        made = json.loads(out.with_suffix(".json").read_text())["rows"]["rows"]
+        sys.stdout.write(
+            f"labevents{options.form} of {paths[options.rows].stat().st_size / 2**20:,.0f} MiB; "
+            f"{made} rows made\n"
+        )
+    median = {}
+    for name, runs in found.items():
+        told = {key: spread([run[key] for run in runs]) for key in runs[0]}
+        median[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        sys.stdout.write(
+            f"{name:30s} {told['seconds']} s, of the processor {told['processor s']}; "
+            f"{told['MiB']} MiB\n"
+        )
+    shares = {key: median[large][key] / median["pandas"][key] for key in median[large]}
+    work = [
+        median[name]["processor s"] - median["imports"]["processor s"] for name in (small, large)
+    ]
     sys.stdout.write(
-        f"{pd.DataFrame(found).to_string(index=False, float_format='{:.1f}'.format)}\n"
-    )
-    sys.stdout.write(
-        f"from_mimic takes {found[1]['seconds'] / found[2]['seconds']:.2f} of plain pandas' time, "
-        f"{found[1]['processor s'] / found[2]['processor s']:.2f} of its processor time and "
-        f"{found[1]['MiB'] / found[2]['MiB']:.2f} of its memory; {os.cpu_count()} cores, "
-        f"{platform.machine()}; Python {platform.python_version()}, pandas {pd.__version__}\n"
+        f"from_mimic takes {shares['seconds']:.2f} of plain pandas' time, "
+        f"{shares['processor s']:.2f} of its processor's and {shares['MiB']:.2f} of its memory, "
+        f"{options.rows / median[large]['seconds']:,.0f} rows a second; beyond the imports ten "
+        f"times the rows take {work[1] / work[0]:.1f} times the processor's seconds\n"
+        f"{machine('pandas', 'numpy', 'pyarrow')}; medians (least to most) of {options.repeats}\n"
     )
     return 0
 

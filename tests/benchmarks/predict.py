@@ -5,17 +5,16 @@
 
 Without --checkpoint stage 1 is trained for one epoch on the sample data first. The rows are those
 of the sample data over and over, each a patient of his own, as CSV without labels, or with them to
-see what the figures cost. Scores a tenth of the rows and all of them, each in a fresh process, and
-prints rows a second (imports and loading apart) and the peak memory of the process.
+see what the figures cost. Scores a tenth of the rows and all of them in turn, each in a fresh
+process, and prints rows a second (imports and loading apart) and the peak memory of the process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,17 +26,9 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from common import machine, peak_mib, spread
+
 import medgemma_trainer as trainer
-
-
-def peak_mib() -> float:
-    """Give this process's own peak: Linux hands getrusage's figure down from the parent."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def train_one(folder: Path) -> Path:
@@ -92,6 +83,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=trainer.SAMPLE_DATA)
     parser.add_argument("--labels", action="store_true", help="with labels, so with figures")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="scorings of each file (3)")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -101,21 +93,29 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         checkpoint = arguments.checkpoint or train_one(folder)
-        lines = []
-        for rows in (max(1, arguments.rows // 10), arguments.rows):
-            data, out = folder / f"rows_{rows}.csv", folder / "out.csv"
+        sizes = (max(1, arguments.rows // 10), arguments.rows)
+        files = {rows: folder / f"rows_{rows}.csv" for rows in sizes}
+        for rows, data in files.items():
             write_rows(data, arguments.data, rows, arguments.labels)
-            command = [sys.executable, __file__, "--threads", str(arguments.threads), "--measure"]
-            command += [str(checkpoint), str(data), str(out)]
-            result = subprocess.run(command, check=True, capture_output=True, text=True)
-            figures = json.loads(result.stdout.splitlines()[-1])
-            lines.append({"rows": rows, "rows_a_second": rows / figures["s"], **figures})
+        found: dict[int, list[dict[str, float]]] = {rows: [] for rows in sizes}
+        for _ in range(arguments.repeats):
+            for rows, data in files.items():
+                command = [sys.executable, __file__, "--threads", str(arguments.threads)]
+                command += ["--measure", str(checkpoint), str(data), str(folder / "out.csv")]
+                result = subprocess.run(command, check=True, capture_output=True, text=True)
+                found[rows].append(json.loads(result.stdout.splitlines()[-1]))
+    for rows, each in found.items():
+        told = {key: spread([run[key] for run in each]) for key in each[0]}
+        rate = spread([rows / run["s"] for run in each], 0)
+        sys.stdout.write(
+            f"{rows:,} rows: {told['s']} s, {rate} a second, loading {told['load_s']} s; peak "
+            f"{told['mib']} MiB, {told['imports_mib']} of it imports\n"
+        )
+    few, many = (statistics.median(run["s"] for run in found[rows]) for rows in sizes)
     sys.stdout.write(
-        f"{pd.DataFrame(lines).to_string(index=False, float_format='{:.1f}'.format)}\n"
-    )
-    sys.stdout.write(
-        f"{platform.machine()}, {platform.system()}; Python {platform.python_version()}, "
-        f"pandas {pd.__version__}, torch {torch.__version__}, threads {arguments.threads}\n"
+        f"{sizes[1] / sizes[0]:.3g} times the rows take {many / few:.1f} times the time\n"
+        f"{machine('torch', 'pandas', threads=arguments.threads)}; medians (least to most) of "
+        f"{arguments.repeats}\n"
     )
     return 0
 

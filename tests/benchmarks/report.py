@@ -4,7 +4,7 @@ Usage:
     python tests/benchmarks/report.py --patients 100000
 
 Draws labels, risks of a model and of six baselines, and subgroups, writes the report in a fresh
-process, prints seconds (passed, and of the processor) and that process's peak memory; the same for
+process, prints seconds (passed, and of the processor) and that process's peak memory; in turn with
 a tenth of the patients, so that the growth can be seen.
 """
 
@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from common import machine, peak_mib, spread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASELINES = 6
-
-
-def peak_mib() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def measure(patients: int) -> dict[str, float]:
@@ -61,7 +56,6 @@ def measure(patients: int) -> dict[str, float]:
         trainer.write_report(path, cohort, page, threshold=0.15, seed=0)
         size = path.stat().st_size
     return {
-        "patients": patients,
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - busy,
         "imports_and_data_mib": before,
@@ -73,21 +67,33 @@ def measure(patients: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--patients", type=int, default=100_000, help="of the larger report")
+    parser.add_argument("--repeats", type=int, default=3, help="reports of each size (3)")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         sys.stdout.write(json.dumps(measure(arguments.measure)) + "\n")
         return 0
-    rows = []
-    for patients in (arguments.patients // 10, arguments.patients):
-        command = [sys.executable, __file__, "--measure", str(patients)]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append(json.loads(result.stdout.splitlines()[-1]))
-    table = pd.DataFrame(rows)
-    sys.stdout.write(f"{table.to_string(index=False, float_format='{:.1f}'.format)}\n")
+    sizes = (arguments.patients // 10, arguments.patients)
+    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    for _ in range(arguments.repeats):
+        for size in sizes:
+            command = [sys.executable, __file__, "--measure", str(size)]
+            result = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[size].append(json.loads(result.stdout.splitlines()[-1]))
+    for size, each in found.items():
+        told = {key: spread([run[key] for run in each]) for key in each[0]}
+        sys.stdout.write(
+            f"{size:,} patients: {told['seconds']} s, of the processor {told['cpu_seconds']}; peak "
+            f"{told['peak_mib']} MiB, {told['imports_and_data_mib']} of it imports and data; "
+            f"{told['file_kib']} KiB of file\n"
+        )
+    small, large = (statistics.median(run["cpu_seconds"] for run in found[s]) for s in sizes)
     sys.stdout.write(
-        f"{platform.machine()}, {platform.system()}; Python {platform.python_version()}, "
-        f"numpy {np.__version__}\n"
+        f"ten times the patients take {large / small:.1f} times the processor's time\n"
+    )
+    sys.stdout.write(
+        f"{machine('numpy', 'pandas', 'scikit-learn')}; medians (least to most) of "
+        f"{arguments.repeats}\n"
     )
     return 0
 

@@ -2,22 +2,26 @@
 
     python tests/benchmarks/scale.py [--rows 20000 200000] [--batch_size 256] [--threads 1]
 
-Each size is read, trained for one epoch, scored and reported by the program as a user runs it, in a
-process of its own. Prints seconds of each part and peak memory; then, by the slope between the two
-sizes, what 1, 10 and 100 million patients would take: an extrapolation, not a measurement.
+Each size is read, trained for one epoch, scored and reported by the program as a user runs it, in
+processes of its own, both sizes in turn. Prints seconds of each part and peak memory; then, by the
+slope between the medians of the two sizes, what 1, 10 and 100 million patients would take: an
+extrapolation, not a measurement. ``--threads`` holds for every library.
 """
 
 import argparse
 import itertools
 import json
-import platform
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from data import apart, peak_mib
+from common import machine, peak_mib, spread
+
+from data import apart
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("reading", "an epoch", "figures")
@@ -55,28 +59,28 @@ def run(words: list[str], folder: Path) -> dict[str, float]:
     return {"reading": read, "an epoch": trained, "figures": written, "MiB": peak_mib()}
 
 
-def measure(rows: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Write so many patients and run on them in a process of its own."""
-    with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        apart("--write", "dka", str(place), str(rows), "1")
-        words = [
-            str(arguments.threads),
-            "--trajectory_only",
-            "--data_path",
-            str(place / "data.csv"),
-        ]
-        words += ["--max_samples", "0", "--trajectory_epochs", "1", "--log_file", "none"]
-        words += ["--batch_size", str(arguments.batch_size)]
-        command = [sys.executable, __file__, "--run", str(place / "run"), *words]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+def measure(data: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Run on the patients of a file in a process of its own."""
+    threads = str(arguments.threads)
+    libraries = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    words = [threads, "--trajectory_only", "--data_path", str(data), "--max_samples", "0"]
+    words += ["--trajectory_epochs", "1", "--log_file", "none"]
+    words += ["--batch_size", str(arguments.batch_size)]
+    with tempfile.TemporaryDirectory() as place:
+        done = subprocess.run(
+            [sys.executable, __file__, "--run", f"{place}/run", *words],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **dict.fromkeys(libraries, threads)},
+        )
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def told(label: str, seconds: dict[str, float]) -> str:
-    parts = "".join(f"{seconds[part]:12,.1f}" for part in PARTS)
-    return f"{label:>26}{parts}{seconds['MiB'] / 1024:12,.2f}\n"
+def told(label: str, figures: dict[str, float]) -> str:
+    parts = "".join(f"{figures[part]:12,.1f}" for part in PARTS)
+    return f"{label:>26}{parts}{figures['MiB'] / 1024:12,.2f}\n"
 
 
 def main() -> int:
@@ -84,26 +88,43 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs=2, default=(20_000, 200_000))
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each size (3)")
     if sys.argv[1:2] == ["--run"]:
         result = run(sys.argv[3:], Path(sys.argv[2]))
         sys.stdout.write(f"\n{json.dumps(result)}\n")
         return 0
     arguments = parser.parse_args()
     few, many = arguments.rows
-    sys.stdout.write(
-        f"{platform.machine()}, {arguments.threads} threads, batch {arguments.batch_size}\n"
-        f"{'seconds; patients':>26}{''.join(f'{part:>12}' for part in PARTS)}{'peak GiB':>12}\n"
+    found: dict[int, list[dict[str, float]]] = {few: [], many: []}
+    with tempfile.TemporaryDirectory() as name:
+        for rows in found:
+            (Path(name) / str(rows)).mkdir()
+            apart("--write", "dka", f"{name}/{rows}", str(rows), "1")
+        for _ in range(arguments.repeats):
+            for rows, runs in found.items():
+                runs.append(measure(Path(name) / str(rows) / "data.csv", arguments))
+    for rows, runs in found.items():
+        parts = (f"{part} {spread([run[part] for run in runs])} s" for part in PARTS)
+        sys.stdout.write(f"{rows:,} patients: {', '.join(parts)}\n")
+    small, large = (
+        {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for runs in found.values()
     )
-    small = measure(few, arguments)
-    sys.stdout.write(told(f"{few:,}", small))
-    large = measure(many, arguments)
-    sys.stdout.write(told(f"{many:,}", large))
+    sys.stdout.write(
+        f"\n{'seconds; patients':>26}{''.join(f'{part:>12}' for part in PARTS)}{'peak GiB':>12}\n"
+        f"{told(f'{few:,}', small)}{told(f'{many:,}', large)}"
+    )
     slope = {key: (large[key] - small[key]) / (many - few) for key in small}
     for rows in LARGER:
         further = {key: large[key] + slope[key] * (rows - many) for key in large}
         sys.stdout.write(told(f"{rows:,} (on paper)", further))
     speed = 1 / slope["an epoch"]
-    sys.stdout.write(f"{speed:,.0f} patients a second of an epoch, validation included\n")
+    sys.stdout.write(
+        f"{speed:,.0f} patients a second of an epoch, validation included; batch "
+        f"{arguments.batch_size}\n"
+        f"{machine('torch', 'pandas', 'scikit-learn', threads=arguments.threads)}; medians (least "
+        f"to most) of {arguments.repeats}\n"
+    )
     return 0
 
 

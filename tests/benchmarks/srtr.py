@@ -3,16 +3,20 @@
     python tests/benchmarks/srtr.py [--organ both]      # folders of growing size, read one by one
     python tests/benchmarks/srtr.py --train 6000        # stage 1 with its defaults on one folder
 
-Each folder is written as CSV and read in a process of its own. Time should grow as the number of
-registrations does, memory by what the cohort keeps. In the folder to train on the risk climbs with
+Each folder is written as CSV and read in processes of their own, each ``--repeats`` times in turn
+with the others. Time should grow as the number of registrations does, memory by what the cohort
+keeps. In the folder to train on the risk climbs with
 the last MELD (liver) or falls with the GFR (kidney) and is drawn at random: no real world.
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from common import machine, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +39,7 @@ start = time.perf_counter()
 dataset = SRTRTrajectoryDataset(sys.argv[1], sys.argv[2])
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-print(len(dataset), len(dataset.times), f"{seconds:.2f} {idle:.0f} {peak:.0f}")
+print(len(dataset), len(dataset.times), seconds, idle, peak)
 """
 
 
@@ -56,27 +60,51 @@ def train(organ: str, registrations: int) -> None:
         subprocess.run(command, cwd=place, check=True)
 
 
+def growth(organ: str, sizes: list[int], repeats: int) -> None:
+    """Read folders of several sizes in turn; print seconds, MiB, and how they grow."""
+    with tempfile.TemporaryDirectory() as place:
+        folders = {size: Path(place) / str(size) for size in sizes}
+        rows = {}
+        for size, folder in folders.items():
+            folder.mkdir()
+            rows[size] = int(run(WRITE, str(folder), organ, str(size), "MELD")[0])
+        found: dict[int, list[list[str]]] = {size: [] for size in sizes}
+        for _ in range(repeats):
+            for size, folder in folders.items():
+                found[size].append(run(READ, str(folder), organ))
+    seconds = {size: [float(each[2]) for each in found[size]] for size in sizes}
+    for size in sizes:
+        kept, observations, _, idle, peak = found[size][0]
+        sys.stdout.write(
+            f"{organ}, {size:,} registrations, {rows[size]:,} history rows: "
+            f"{spread(seconds[size], 2)} s, {float(peak):.0f} MiB at the peak, {float(idle):.0f} "
+            f"of it imports; kept {kept} with {observations} observations\n"
+        )
+    first, *_, last = sizes
+    ratio = statistics.median(seconds[last]) / statistics.median(seconds[first])
+    sys.stdout.write(
+        f"{organ}: {last / first:.3g} times the registrations take {ratio:.2f} times the time\n"
+    )
+    sys.stdout.flush()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of reading an SRTR folder.")
     parser.add_argument("--registrations", type=int, nargs="+", default=[20_000, 80_000])
     parser.add_argument("--organ", choices=("kidney", "liver", "both"), default="both")
     parser.add_argument("--train", type=int, metavar="REGISTRATIONS")
+    parser.add_argument("--repeats", type=int, default=3, help="readings of each folder (3)")
     options = parser.parse_args()
     organs = ("kidney", "liver") if options.organ == "both" else (options.organ,)
     if options.train:
         for organ in organs:
             train(organ, options.train)
         return
-    row = "{:6s} {:>13s} {:>12s} {:>8s} {:>12s} {:>8s} {:>12s} {:>11s}\n"
-    head = "organ,registrations,history rows,kept,observations,seconds,MiB at start,MiB at peak"
-    sys.stdout.write(row.format(*head.split(",")))
     for organ in organs:
-        for n in options.registrations:
-            with tempfile.TemporaryDirectory() as place:
-                written = run(WRITE, place, organ, str(n), "MELD")
-                figures = run(READ, place, organ)
-            sys.stdout.write(row.format(organ, str(n), *written, *figures))
-            sys.stdout.flush()
+        growth(organ, options.registrations, options.repeats)
+    sys.stdout.write(
+        f"{machine('numpy', 'pandas')}; medians (least to most) of {options.repeats}\n"
+    )
 
 
 if __name__ == "__main__":

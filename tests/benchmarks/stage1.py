@@ -19,6 +19,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from common import machine
+
 import medgemma_trainer as trainer
 
 
@@ -58,7 +60,8 @@ def main() -> None:
         rows.append(one_split(arguments.data, seed))
         sys.stderr.write(f"split {seed}: {rows[-1]}\n")
     table = pd.DataFrame(rows).rename_axis("seed")
-    sys.stdout.write(f"{arguments.data.name}, torch {torch.__version__}\n{table.round(4).T}\n\n")
+    on = machine("torch", "scikit-learn", threads=arguments.threads)
+    sys.stdout.write(f"{arguments.data.name}; {on}\n{table.round(4).T}\n\n")
     for name in table.columns:
         sys.stdout.write(f"{name}: mean {table[name].mean():.4f}, sd {table[name].std():.4f}\n")
     for name in [c for c in table.columns if f"{c} validation" in table and c != "stage 1"]:

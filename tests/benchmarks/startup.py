@@ -9,16 +9,14 @@ longer.
 """
 
 import argparse
-import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from common import machine, spread
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_STEP = """
@@ -66,15 +64,10 @@ def main() -> int:
                 worked.setdefault(name, []).append(work)
     for name, seconds in passed.items():
         target = f", to be below {TARGETS[name]}" if name in TARGETS else ""
-        told = [
-            f"{statistics.median(each):.2f} s ({min(each):.2f} to {max(each):.2f})"
-            for each in (seconds, worked[name])
-        ]
+        told = [f"{spread(each, 2)} s" for each in (seconds, worked[name])]
         sys.stdout.write(f"{name:22s} {told[0]}, of the processor {told[1]}{target}\n")
     sys.stdout.write(
-        f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {version('torch')}, "
-        f"pandas {version('pandas')}; medians (least to most) of {arguments.repeats}\n"
+        f"{machine('torch', 'pandas')}; medians (least to most) of {arguments.repeats}\n"
     )
     return 0
 

@@ -1,0 +1,56 @@
+"""What the benchmarks share: the machine in a line, a process's own peak memory, medians.
+
+Imports nothing large: processes that are measured begin with what their parent holds.
+"""
+
+import os
+import platform
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def machine(*packages: str, threads: int | None = None) -> str:
+    """Name all that figures depend on: processor, cores, threads, load, versions."""
+    cores = f"{os.cpu_count()} cores" + (f", {threads} threads" if threads else "")
+    versions = ", ".join(f"{name} {installed(name)}" for name in packages)
+    return (
+        f"{processor()}, {cores}, load {os.getloadavg()[0]:.1f}; {platform.system()}, "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def processor() -> str:
+    """Name the processor, as precisely as the system tells."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_mib() -> float:
+    """Give this process's own peak: Linux hands getrusage's figure down from the parent."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Give the median, and in brackets the least and the most."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
