@@ -73,21 +73,26 @@ def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[],
     told = f"{len(data.split['train'])} patients train in {len(train)} batches of {args.batch_size}"
     sys.stdout.write(f"{told}, {len(data.split['val'])} validate in {len(held_out)}\n")
 
-    def encoder_calls(*, ahead: bool) -> None:
-        def states_of(batch: trainer.PlannedBatch) -> torch.Tensor:
-            plan = batch["plan"] if ahead else None
-            states: torch.Tensor = encoder(batch["times"], batch["values"], batch["observed"], plan)
-            return states
+    def states_of(batch: trainer.PlannedBatch, *, ahead: bool) -> torch.Tensor:
+        plan = batch["plan"] if ahead else None
+        states: torch.Tensor = encoder(batch["times"], batch["values"], batch["observed"], plan)
+        return states
 
+    with torch.no_grad():
+        for batch in [*train, *held_out]:
+            if not torch.equal(states_of(batch, ahead=True), states_of(batch, ahead=False)):
+                raise SystemExit("a plan made ahead gives other states: nothing to compare")
+
+    def encoder_calls(*, ahead: bool) -> None:
         encoder.train()
         for batch in train:
-            states = states_of(batch)
+            states = states_of(batch, ahead=ahead)
             states.backward(torch.ones_like(states))
             encoder.zero_grad()
         encoder.eval()
         with torch.no_grad():
             for batch in held_out:
-                states_of(batch)
+                states_of(batch, ahead=ahead)
 
     def plans() -> None:
         for batch in [*train, *held_out]:
