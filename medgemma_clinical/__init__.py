@@ -1,0 +1,1 @@
+"""What the four top-level files use: data, evaluation, models, training, commands."""

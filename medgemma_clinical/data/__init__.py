@@ -1,0 +1,1 @@
+"""Trajectories, the tables they come from, checks and case mix."""

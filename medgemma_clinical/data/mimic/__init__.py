@@ -1,0 +1,1 @@
+"""From the tables of MIMIC-IV to rows of the DKA format."""
