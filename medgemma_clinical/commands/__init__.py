@@ -1,0 +1,1 @@
+"""What the program does beside training one stage."""

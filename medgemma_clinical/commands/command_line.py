@@ -1,0 +1,236 @@
+"""The command line's own words: parsers, number types, logging, and exit codes for errors."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import logging
+import logging.handlers
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from medgemma_clinical.files import InputError, RunFault, one_line
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
+
+SHOW_VALUES = "an error about a cell shows what the cell holds"
+"""Help of the flag ``--show_values``."""
+
+LESS_MEMORY = (
+    "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
+    "or shorten the text by --series_text or --max_text_tokens"
+)
+LARGEST_COUNT = 10**9
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2."""
+        self.exit(EXIT_INPUT, f"error: {one_line(message)} (see --help)\n")
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, *, open_low: bool = False
+) -> Callable[[str], Any]:
+    """Return an argparse type for finite numbers from ``low`` to ``high``."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+            finite = math.isfinite(float(value))
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of kind {kind.__name__}"
+            ) from None
+        if not finite or not low <= value <= high or (open_low and value == low):
+            relation = "above" if open_low else "at least"
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {relation} {low:g}{limit}")
+        return value
+
+    return convert
+
+
+POSITIVE, WHOLE = number(int, 1, LARGEST_COUNT), number(int, 0, LARGEST_COUNT)
+RATE = number(float, 0, 1, open_low=True)
+
+
+def names(text: str) -> list[str]:
+    """Split a comma-separated list of names."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def solver_name(text: str) -> str:
+    """Check the name of an ODE solver; used as an argparse type."""
+    if text == "rk4":  # the encoder's own solver: no need to load torchdiffeq
+        return text
+    import torchdiffeq
+
+    known = set(torchdiffeq._impl.odeint.SOLVERS) - {"scipy_solver"}  # which has no gradients
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(sorted(known))}")
+    return text
+
+
+def precision_name(text: str) -> str:
+    """Check the name of a precision; used as an argparse type."""
+    if text in ("fp16", "float16", "half"):
+        raise argparse.ArgumentTypeError("float16 overflows in Gemma 3: use bf16 or fp32")
+    if text not in ("auto", "bf16", "fp32"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp32")
+    return text
+
+
+class RunLog(logging.handlers.MemoryHandler):
+    """Hold the lines of a run until its log file is known, then write them there."""
+
+    def __init__(self) -> None:
+        """Start empty, without a file."""
+        super().__init__(capacity=1, flushLevel=logging.NOTSET)
+
+    def begin(self) -> None:
+        """Close the file of the run before, and hold lines again."""
+        with contextlib.suppress(OSError):  # a log on a full disk ends no run
+            if self.target:
+                self.target.close()
+        self.setTarget(None)
+        self.buffer.clear()
+
+    def open(self, path: Path) -> None:
+        """Write the held lines, and all that follow, to a file.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        try:
+            target = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise InputError(f"--log_file {path}: {error.strerror}") from error
+        target.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        self.setTarget(target)
+        self.flush()
+
+
+RUN_LOG = RunLog()
+
+
+def start_logging(*, first: bool = True) -> None:
+    """Send messages to stdout, errors to stderr, and both to ``RUN_LOG``.
+
+    Args:
+        first: whether this process speaks; of several processes one does.
+    """
+    logging.raiseExceptions = False  # a log that cannot be written shows no line of it elsewhere
+    console = logging.StreamHandler(forgiving(sys.stdout))
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.addFilter(lambda record: first and record.levelno < logging.ERROR)
+    console.set_name("console")
+    errors = logging.StreamHandler(sys.stderr)
+    errors.setLevel(logging.ERROR)
+    errors.setFormatter(logging.Formatter("error: %(message)s"))
+    RUN_LOG.begin()
+    logging.basicConfig(level=logging.INFO, handlers=[console, errors, RUN_LOG], force=True)
+
+
+@contextlib.contextmanager
+def quiet_console() -> Iterator[None]:
+    """Keep messages below a warning from the console; a run's log file still gets them."""
+    console = next((h for h in logging.root.handlers if h.get_name() == "console"), None)
+    level = console.level if console else logging.NOTSET
+    try:
+        if console:
+            console.setLevel(logging.WARNING)
+        yield
+    finally:
+        if console:
+            console.setLevel(level)
+
+
+def forgiving(stream: TextIO) -> TextIO:
+    """Let a stream escape characters that its encoding lacks."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
+    """Run one command; every error becomes one line and an exit code.
+
+    Args:
+        action: returns the exit code of a command that succeeds.
+        show_values: show the content of a cell that an error is about, and tracebacks of faults.
+
+    Returns:
+        0 done; 2 wrong input; 3 a fault; 130 or 143 ended by a signal.
+    """
+    own_mask = os.umask(0o077)  # files hold patients: for their owner alone
+    try:
+        return action()
+    except InputError as error:
+        logger.error("%s", error.message(show_value=show_values))
+        return EXIT_INPUT
+    except KeyboardInterrupt as stop:
+        logger.error("interrupted: nothing more was written")
+        return getattr(stop, "code", EXIT_INTERRUPTED)
+    except Exception as error:
+        logger.error("%s", describe_fault(error))
+        if show_values:
+            traceback.print_exc()
+        return EXIT_FAULT
+    finally:
+        os.umask(own_mask)
+
+
+def describe_fault(error: Exception) -> str:
+    """Return one line on an error that the user's input did not cause."""
+    text = str(error).strip().partition("\n")[0]
+    if isinstance(error, RunFault):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
+        return f"the GPU has too little memory: {LESS_MEMORY}"
+    if isinstance(error, MemoryError) or re.search("allocate memory|not enough memory", text):
+        return f"the machine has too little memory: {LESS_MEMORY}"
+    if isinstance(error, OSError):
+        return _describe_os_error(error)
+    if re.search("gloo|NCCL|[Cc]onnection", text) and "WORLD_SIZE" in os.environ:
+        return "another process of this run has ended: go on by --resume"
+    if "CUDA" in text or "NVIDIA" in text:
+        return f"the GPU or its driver fails: {text}: see what nvidia-smi says"
+    # An exception's text may hold a patient's cell; the place never does.
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"a fault of the program, {type(error).__name__} in {place}: please report it"
+
+
+def _describe_os_error(error: OSError) -> str:
+    """Tell a disk's errors from a network's."""
+    if error.filename is None:
+        kind = type(error).__name__
+        network = isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None
+        if network or error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            return f"the network or a server fails ({kind}): try again, or work offline"
+        return f"{error.strerror} ({kind}): make room, or choose another place"
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    advice = "get the right to use it" if denied else "make room"
+    place = one_line(str(error.filename))
+    return f"{place}: {error.strerror}: {advice}, or choose another place"

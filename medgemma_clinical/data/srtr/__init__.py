@@ -1,0 +1,1 @@
+"""From SRTR's Standard Analysis Files to a cohort and its inputs."""

@@ -1,0 +1,94 @@
+"""The processes that share a run, their device, and the progress that the first one shows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+SECONDS_A_LINE = 60.0
+"""Without a terminal, long work logs its progress so often."""
+
+
+@cache
+def processes() -> PartialState:
+    """Return accelerate's state of this run: device, and the processes that share the work."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def default_device() -> torch.device:
+    """Return the GPU of this process, or the CPU."""
+    device: torch.device = processes().device
+    return device
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """Join the lists of all processes, in the order of the processes."""
+    if processes().num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    joined: list[Any] = gather_object(items)
+    return joined
+
+
+def sum_over_processes(*numbers: float) -> Sequence[float]:
+    """Add up each number over all processes."""
+    if processes().num_processes == 1:
+        return numbers
+    import torch
+    from accelerate.utils import reduce
+
+    own = torch.tensor(numbers, dtype=torch.float64, device=processes().device)
+    total: torch.Tensor = reduce(own, "sum")
+    return total.tolist()
+
+
+def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Let gradients accumulate without exchange between processes."""
+    no_sync = getattr(model, "no_sync", contextlib.nullcontext)
+    context: contextlib.AbstractContextManager[None] = no_sync()
+    return context
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every part of a batch to a device."""
+    return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
+
+
+def progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> Iterator[Any]:
+    """Yield items under a progress bar, or with a logged line a minute where no terminal is.
+
+    Args:
+        items: those that are left.
+        title: of the bar and the lines.
+        total: items in all.
+        done: of them, those before the first.
+    """
+    from tqdm import tqdm
+
+    if not processes().is_main_process:
+        yield from items
+        return
+    terminal = sys.stderr.isatty()
+    last = time.monotonic()
+    bar = tqdm(items, title, total=total, initial=done, leave=False, disable=not terminal)
+    for number, item in enumerate(bar, done + 1):
+        yield item
+        if not terminal and time.monotonic() - last >= SECONDS_A_LINE:
+            last = time.monotonic()
+            logger.info("%s: %d of %d", title, number, total)

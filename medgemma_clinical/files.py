@@ -1,0 +1,181 @@
+"""Errors of the user's input, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+PARTIAL, REPLACED = ".partial", ".old"
+"""Endings of hidden names: a file that is being written, and a folder that it replaces."""
+
+
+class InputError(ValueError):
+    """A mistake in the user's input; the text is one line: what, where, what to do.
+
+    Args:
+        text: never shows the content of a patient's cell.
+        value: the content, shown only with ``--show_values``.
+    """
+
+    def __init__(self, text: str, value: object = None) -> None:
+        """Keep text and value apart, and the text on one line."""
+        super().__init__(one_line(text))
+        self.value = value
+
+    def message(self, *, show_value: bool) -> str:
+        """Return the text, with the cell's content where that is asked for and known."""
+        shown = show_value and self.value is not None
+        return f"{self}: it holds {self.value!r}" if shown else str(self)
+
+
+class RunFault(RuntimeError):
+    """A fault of a run, not of its input; the text is one line for the user, exit code 3."""
+
+
+def one_line(text: str) -> str:
+    """Escape line breaks and unprintable characters as Python does: ``\\n``."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def file_hash(path: Path) -> str | None:
+    """Return the SHA-256 of a file, None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_hash(content: Any) -> str:
+    """Return the SHA-256 of plain content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name under which a file or folder is written before it is whole."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def replaced_path(path: Path) -> Path:
+    """Return the name of a folder for the moment in which another replaces it."""
+    return path.with_name(f".{path.name}{REPLACED}")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` whose content takes its place if the block succeeds.
+
+    The content reaches the disk before its name does, so that a loss of power leaves no half file.
+    """
+    temporary = partial_path(path)
+    remove(temporary)
+    try:
+        yield temporary
+        _flush(temporary)
+        if path.is_dir():  # a folder cannot be replaced in one step; see ``clean``
+            remove(replaced_path(path))
+            path.rename(replaced_path(path))
+            temporary.rename(path)
+            remove(replaced_path(path))
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not name the file
+        raise
+    finally:
+        remove(temporary)
+
+
+def clean(folder: Path) -> None:
+    """Remove half-written files of killed runs; restore a folder killed within its replacement."""
+    for path in folder.glob(f".*{REPLACED}"):
+        whole = path.with_name(path.name[1 : -len(REPLACED)])
+        if not whole.exists():
+            path.rename(whole)
+    for ending in (PARTIAL, REPLACED):
+        for path in folder.glob(f".*{ending}"):
+            remove(path)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder with all its files, is on the disk."""
+    if path.is_dir():
+        for each in path.iterdir():
+            _flush(each)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; a file name inside it may be invalid Unicode."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def names_aside(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Return, for those paths that exist, a new name each: the stem with a number free for all."""
+    there = [path for path in paths if os.path.lexists(path)]
+    for number in itertools.count(1):
+        moves = {path: path.with_stem(f"{path.stem}.{number}") for path in there}
+        if not any(map(os.path.lexists, moves.values())):
+            break
+    return moves
+
+
+def move_aside(paths: Iterable[Path]) -> list[Path]:
+    """Rename paths that exist to ``NAME.1`` or the next free number; return the new names."""
+    moves = names_aside(paths)
+    for path, aside in moves.items():
+        path.rename(aside)
+    return list(moves.values())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep another run from ``path``, a file or folder, by a hidden lock file beside it.
+
+    A run that dies frees its lock.
+
+    Raises:
+        InputError: another run holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{path}: another run is at work there: wait for it or choose another place"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,1 @@
+"""Encoder parts, soft prompt, language models, prompts as tokens, checkpoints."""

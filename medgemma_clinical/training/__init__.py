@@ -1,0 +1,1 @@
+"""Optimizer, average, state and resume, loaders, trackers, seeds."""
