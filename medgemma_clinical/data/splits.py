@@ -1,0 +1,75 @@
+"""Division of the patients into train, val and test."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_clinical.files import InputError
+
+PARTS = ("train", "val", "test")
+
+HELD_OUT_SHARE = 0.1
+"""Share of the patients in each of val and test; the others train."""
+
+
+def patient_events(
+    groups: NDArray[np.str_], labels: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the patient of each row as a number, (n,), and whether each patient has an event."""
+    patients, owner = np.unique(groups, return_inverse=True)
+    event = np.zeros(len(patients), dtype=bool)
+    np.logical_or.at(event, owner, labels == 1)
+    return owner, event
+
+
+def draw_split(
+    groups: NDArray[np.str_], labels: NDArray[np.float64], seed: int, source: str
+) -> dict[str, NDArray[np.int64]]:
+    """Divide the rows 80/10/10 by patient, stratified by event; the order of rows is immaterial.
+
+    Args:
+        groups: (n,) patient of each row.
+        labels: (n,) 0 or 1.
+        seed: decides the part of each patient.
+        source: named in errors.
+
+    Returns:
+        Ascending positions of the rows for each of ``PARTS``.
+
+    Raises:
+        InputError: fewer than three patients with, or without, an event.
+    """
+    owner, event = patient_events(groups, labels)
+    rng = np.random.default_rng(seed)
+    part = np.zeros(len(event), dtype=np.int64)
+    for outcome, name in ((True, "with"), (False, "without")):
+        order = rng.permutation(np.flatnonzero(event == outcome))
+        if len(order) < len(PARTS):
+            raise InputError(
+                f"{source}: {len(order)} patients {name} an event: train, val and test "
+                "need at least one each: add such patients"
+            )
+        held_out = max(1, round(HELD_OUT_SHARE * len(order)))
+        part[order[:held_out]] = PARTS.index("val")
+        part[order[held_out : 2 * held_out]] = PARTS.index("test")
+    return {name: np.flatnonzero(part[owner] == k) for k, name in enumerate(PARTS)}
+
+
+def given_split(
+    groups: NDArray[np.str_], labels: NDArray[np.float64], parts: NDArray[np.str_], source: str
+) -> dict[str, NDArray[np.int64]]:
+    """Return the split that the data bring in ``parts`` (n,); see ``draw_split``.
+
+    Raises:
+        InputError: a part lacks patients with or without an event.
+    """
+    split = {name: np.flatnonzero(parts == name) for name in PARTS}
+    owner, event = patient_events(groups, labels)
+    for name, rows in split.items():
+        if len(np.unique(event[owner[rows]])) < 2:
+            raise InputError(
+                f"{source}, column split: {name} ({len(rows)} rows) lacks patients "
+                "with or without an event: each of train, val, test needs both"
+            )
+    return split

@@ -1,0 +1,226 @@
+"""Tables of text from CSV and Parquet files, with the row numbers that a spreadsheet shows."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import logging
+import zlib
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pandas as pd
+
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field; a series of 20,000 observations is one field."""
+
+SEPARATORS = {";": "';'", "\t": "tabs"}
+"""Separators that are taken for a wrong one where the header has no comma, as errors name them."""
+
+
+class Findings:
+    """What shows while a file is read, whole or in chunks, and is logged once at its end.
+
+    Attributes:
+        source: the file, as errors name it.
+        strict: whether an unreadable row refuses the file.
+        problems: if not strict, the first problem of each unreadable row by the row's number;
+            names the column, never the content of a patient's cell.
+        counts: rows by what there is to say of them.
+        notes: what there is to say of the file; an ordered set.
+    """
+
+    def __init__(self, source: str, *, strict: bool = True) -> None:
+        """Begin with nothing found."""
+        self.source = source
+        self.strict = strict
+        self.problems: dict[int, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.notes: dict[str, None] = {}
+
+    def log(self) -> None:
+        """Log notes and counts; problems are the caller's to report."""
+        for note in self.notes:
+            logger.info("%s: %s", self.source, note)
+        for text, rows in self.counts.items():
+            if rows:
+                logger.info("%s: %d rows %s", self.source, rows, text)
+
+
+@dataclass(frozen=True)
+class TableChunk:
+    """Some rows of a file.
+
+    Attributes:
+        table: the rows, their index the row numbers.
+        read: bytes of the file up to their end.
+    """
+
+    table: pd.DataFrame
+    read: int
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a file as text, CSV (also within gzip) or Parquet; the index holds the row numbers.
+
+    Raises:
+        InputError: the file is missing, empty, damaged, or its rows do not fit its header.
+    """
+    with contextlib.closing(read_chunks(path, Findings(str(path)))) as chunks:
+        return next(chunks).table
+
+
+def read_chunks(
+    path: Path, findings: Findings, most: int | None = None
+) -> Generator[TableChunk, None, None]:
+    """Read a file at most ``most`` rows at a time, or all at once; yield at least one chunk.
+
+    Raises:
+        InputError: as ``read_table``; for a row that does not fit its header only if the findings
+            are strict.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_chunks(path, most)
+        else:
+            with path.open("rb") as file, _decoded(path, file) as text:
+                yield from _csv_chunks(path, file, text, findings, most)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except UnicodeError as error:
+        raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file: copy it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
+
+
+def _decoded(path: Path, file: BinaryIO) -> io.TextIOWrapper:
+    """Return the text of an open file, compressed or not."""
+    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+
+
+def _csv_chunks(
+    path: Path, file: BinaryIO, text: Iterable[str], findings: Findings, most: int | None
+) -> Iterator[TableChunk]:
+    """Yield rows and their numbers, the header being 1; blank rows are left out.
+
+    Args:
+        path: named in errors.
+        file: its bytes; their position says how much is read.
+        text: its text.
+        findings: gets the problems of single rows.
+        most: rows a chunk.
+    """
+    rows = _numbered_rows(path, text)
+    _, names = next(rows, (0, None))
+    if names is None:
+        raise InputError(f"{path}: the file is empty")
+    header = [name.strip() for name in names]
+    for first in itertools.count():
+        numbers, cells = [], []
+        for number, row in itertools.islice(rows, most):
+            if any(row[len(header) :]):
+                _note_long_row(path, number, len(row), len(header), findings)
+            row[len(header) :] = []
+            row += [""] * (len(header) - len(row))
+            numbers.append(number)
+            cells.append(row)
+        if numbers or first == 0:
+            yield TableChunk(
+                pd.DataFrame(cells, columns=header, index=numbers, dtype=object), file.tell()
+            )
+        if most is None or len(numbers) < most:
+            return
+
+
+def _note_long_row(path: Path, number: int, found: int, expected: int, findings: Findings) -> None:
+    hint = "separate columns by ','" if expected == 1 else 'put texts with commas in quotes "'
+    problem = f"{found} fields where the header has {expected}: {hint}"
+    if findings.strict:
+        raise InputError(f"{path}, row {number}: {problem}")
+    findings.problems[number] = problem
+
+
+def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a CSV that are not blank, with their numbers.
+
+    Below the header a misplaced quote is an error: otherwise it swallows all rows up to the next
+    one, or to the end.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    lines, number, strict = iter(text), 0, False
+    readers = [csv.reader(lines, skipinitialspace=True, strict=s) for s in (False, True)]
+    try:
+        while (cells := next(readers[strict], None)) is not None:
+            number += 1
+            if number == 1 and len(cells) == 1:
+                _check_separator(path, cells[0])
+            if any(map(str.strip, cells)):
+                yield number, cells
+                strict = True
+    except csv.Error as error:
+        raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
+
+
+def _check_separator(path: Path, header: str) -> None:
+    """Refuse a header without comma that another separator divides."""
+    for separator, name in SEPARATORS.items():
+        if separator in header:
+            raise InputError(
+                f"{path}, row 1: the columns are separated by {name} where ',' is expected: save "
+                "it as CSV separated by commas"
+            )
+
+
+def _parquet_chunks(path: Path, most: int | None) -> Iterator[TableChunk]:
+    """Yield rows and their numbers, the first being 0."""
+    try:
+        import pyarrow  # not among the requirements: needed for Parquet alone
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        if most is None:
+            yield TableChunk(plain_columns(pd.read_parquet(path, engine="pyarrow")), 0)
+            return
+        whole, done, size = parquet.ParquetFile(path), 0, path.stat().st_size
+        for batch in whole.iter_batches(most):
+            # A pandas index stays a column; integers stay integers beside missing ones.
+            table = batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table = plain_columns(table).set_index(pd.RangeIndex(done, done + len(table)))
+            done += len(table)
+            yield TableChunk(table, size * done // whole.metadata.num_rows)
+        if not done:
+            yield TableChunk(plain_columns(whole.schema_arrow.empty_table().to_pandas()), size)
+    except pyarrow.ArrowException as error:
+        problem = "not a whole Parquet file, or one with a column twice"
+        raise InputError(f"{path}: {problem}") from error
+
+
+def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with rows numbered from 0 and stripped column names; a named index stays."""
+    table = table.rename(columns=lambda name: str(name).strip())
+    index = table.index.to_frame(index=False) if any(table.index.names) else pd.DataFrame()
+    index = index[[name for name in index if name not in table]]
+    return pd.concat([index, table.reset_index(drop=True)], axis=1)
+
+
+def column_text(table: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column as stripped text, empty where missing; whole floats as integers: 1.0 is 1."""
+    column = table[name]
+    if pd.api.types.is_float_dtype(column.dtype):
+        whole = column.notna() & (column % 1 == 0) & (column.abs() < 2**53)
+        column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
+    return column.astype(object).where(column.notna(), "").astype(str).str.strip()

@@ -1,0 +1,146 @@
+"""Numbers and clauses of the texts that a language model reads and writes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
+"""A decimal number, as regular expression without groups."""
+
+DIRECTIONS = ("level", "rising", "falling")
+"""Words for a change by its sign: 0, 1 and -1 as index."""
+
+SERIES_TEXT = ("all", "main", "last", "none")
+"""How much of the series a prompt holds: all in full, the main one, last values, nothing."""
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What a prompt holds beside the question.
+
+    Attributes:
+        series: how much of the series, one of ``SERIES_TEXT``.
+        context: whether the patient's context is included.
+        computed: whether series in full are followed by what a report computes from them;
+            language models copy numbers reliably and are poor at arithmetic.
+        latest: only so many of the latest observations of each series; None for all.
+    """
+
+    series: str = "all"
+    context: bool = True
+    computed: bool = False
+    latest: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.series not in SERIES_TEXT:
+            raise ValueError(f"series must be one of {SERIES_TEXT}, got {self.series!r}")
+        if self.latest is not None and self.latest < 1:
+            raise ValueError(f"latest must be positive or None, got {self.latest}")
+
+
+WHOLE_PROMPT = PromptOptions()
+"""The default: context and all series, nothing computed."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number within a clause of a report; its truth is checked."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A word within a clause of a report whose place another word of ``among`` may take."""
+
+    text: str
+    among: tuple[str, ...]
+
+
+Clause = Sequence[str | Number | Choice]
+"""One statement of a report: fixed words, numbers and chosen words in their order."""
+
+
+def direction(change: float) -> Choice:
+    """Return the word for a change of a value: level, rising or falling."""
+    return Choice(DIRECTIONS[int(np.sign(change))], DIRECTIONS)
+
+
+def clause_text(clause: Clause) -> str:
+    """Return a clause as it stands in a report."""
+    return "".join(part if isinstance(part, str) else part.text for part in clause)
+
+
+def clause_pattern(clause: Clause) -> str:
+    """Return a regular expression for a clause with any numbers (groups) and any chosen words."""
+    return "".join(map(_part_pattern, clause))
+
+
+def _part_pattern(part: str | Number | Choice) -> str:
+    if isinstance(part, Number):
+        return f"({NUMBER})"
+    if isinstance(part, Choice):
+        return f"(?:{'|'.join(map(re.escape, part.among))})"
+    return re.escape(part)
+
+
+@dataclass(frozen=True)
+class ReportScore:
+    """How true a written report is.
+
+    Attributes:
+        verdict: 1 for yes, 0 for no, None where the report begins with neither.
+        parses: whether the report has the expected form from beginning to end.
+        stated: how many numbers it states.
+        true: how many of them are the patient's, in their place.
+    """
+
+    verdict: int | None
+    parses: bool
+    stated: int
+    true: int
+
+
+def score_report(
+    text: str, outcome: str, clauses: Sequence[Clause], names: Sequence[str]
+) -> ReportScore:
+    """Compare a written report with the clauses of the true one, number by number.
+
+    Args:
+        text: the written report.
+        outcome: what label 1 means; a report begins with it.
+        clauses: of the true report.
+        names: of series and units, whose digits are no stated numbers (PaCO2, vitamin B12).
+    """
+    patterns = [clause_pattern(clause) for clause in clauses]
+    true = 0
+    for clause, pattern in zip(clauses, patterns, strict=True):
+        written = re.search(pattern.removeprefix(re.escape(", ")), text)
+        numbers = [part.text for part in clause if isinstance(part, Number)]
+        if written:
+            true += sum(a == b for a, b in zip(numbers, written.groups(), strict=True))
+    head = rf"{re.escape(outcome)}: (yes|no)"
+    verdict = re.match(rf"{head}\b", text)
+    by_length = sorted({outcome, *names} - {""}, key=len, reverse=True)
+    named = "|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in by_length)
+    return ReportScore(
+        verdict=None if verdict is None else int(verdict[1] == "yes"),
+        parses=re.fullmatch(rf"{head}\. {''.join(patterns)}\.\s*", text) is not None,
+        stated=len(re.findall(NUMBER, re.sub(named, "", text))),
+        true=true,
+    )
+
+
+def plain(number: float) -> str:
+    """Return the shortest text that reads back as the same number, no exponent: 24, 4.08."""
+    return np.format_float_positional(number + 0.0, trim="-")
+
+
+def with_space(unit: str) -> str:
+    """Return a unit as it follows a number, empty where there is none."""
+    return f" {unit}" if unit else ""

@@ -1,0 +1,135 @@
+"""What a run learns from: the series, their split, and hashes by which leaks are found."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+
+IDENTIFYING_VALUES = 3
+"""A row with fewer measured values does not identify its patient: other patients share them."""
+
+LATEST_OBSERVATIONS = 5
+"""Observations that identify a row; the latest, since ``--max_len`` cuts the others off."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set, its split, and what a language model reads of it.
+
+    Attributes:
+        dataset: N series.
+        split: positions of the rows of ``train``, ``val``, ``test``.
+        prompts: what a prompt holds.
+        data_sha256: hash of all that was read, before ``--max_samples``.
+        rows_sha256: hash of labels, ids, patients and given split, before ``--max_samples``.
+    """
+
+    dataset: TrajectoryDataset
+    split: dict[str, NDArray[np.int64]]
+    prompts: PromptOptions
+    data_sha256: str
+    rows_sha256: str
+
+    def prevalence(self) -> float:
+        """Return the share of events in the training part."""
+        return float(self.dataset.labels[self.split["train"]].mean())
+
+    def description(self) -> dict[str, Any]:
+        """Return what a checkpoint stores of its data, without any patient in it."""
+        dataset = self.dataset
+        patients = np.unique(dataset.groups[self.split["train"]])
+        return {
+            "dataset": dataset.name,
+            "reading": dataset.reading,
+            "features": list(dataset.features),
+            "units": list(dataset.units),
+            "outcome": dataset.outcome,
+            "question": dataset.question,
+            "named": dataset.named,
+            "data_sha256": self.data_sha256,
+            "rows_sha256": self.rows_sha256,
+            "train_sha256": hashlib.sha256("\n".join(patients).encode()).hexdigest(),
+            "case_mix": dataset.case_mix(self.split["train"]),
+        }
+
+    def training_patients(self) -> NDArray[np.int64]:
+        """Return hashes of the patients that train, by name where they have one and by their rows.
+
+        Texts do not enter: the same patient with another context is the same patient.
+
+        Returns:
+            Sorted unique hashes, of 8 bytes each.
+        """
+        train = self.split["train"]
+        hashes = [row_hashes(self.dataset, train)]
+        hashes[0] = hashes[0][hashes[0] != 0]
+        if self.dataset.named:
+            hashes.append(patient_hashes(self.dataset, train))
+        return np.unique(np.concatenate(hashes))
+
+    def count_overlap(self, trained: NDArray[np.int64], other_named: bool) -> int:
+        """Count the held-out patients (val and test) that are among ``trained``.
+
+        Patients are compared by name where both data sets name them, otherwise by their rows;
+        rows that this split's own training part holds as well identify nobody.
+
+        Args:
+            trained: of the other data, as from ``training_patients``.
+            other_named: whether the other data name their patients.
+        """
+        held_out = np.concatenate([self.split["val"], self.split["test"]])
+        if self.dataset.named and other_named:
+            known = np.isin(patient_hashes(self.dataset, held_out), trained)
+        else:
+            rows = row_hashes(self.dataset, held_out)
+            shared = np.isin(rows, row_hashes(self.dataset, self.split["train"]))
+            known = np.isin(rows, trained) & ~shared & (rows != 0)
+        return len(np.unique(self.dataset.groups[held_out][known]))
+
+
+def patient_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a hash of the patient's name for each of n rows, (n,)."""
+    names = dataset.groups[rows].tolist()
+    return np.array([_hash(b"patient", name.encode()) for name in names], dtype=np.int64)
+
+
+def row_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a hash of the latest observations and the label of each of n rows, (n,).
+
+    Returns:
+        0 for rows that hold too few values to identify a patient.
+    """
+    hashes = np.zeros(len(rows), dtype=np.int64)
+    for k, i in enumerate(rows.tolist()):
+        end = dataset.offsets[i + 1]
+        latest = slice(max(dataset.offsets[i], end - LATEST_OBSERVATIONS), end)
+        values = dataset.values[latest]
+        if np.count_nonzero(~np.isnan(values)) >= IDENTIFYING_VALUES:
+            hours = np.round(dataset.times[latest] - dataset.times[end - 1], 6) + 0.0
+            label = dataset.labels[i : i + 1]
+            hashes[k] = _hash(b"row", hours.tobytes(), values.tobytes(), label.tobytes())
+    return hashes
+
+
+def _hash(*parts: bytes) -> int:
+    digest = hashlib.blake2b(b"\0".join(parts), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def prepare_data(
+    dataset: TrajectoryDataset, *, max_samples: int, seed: int, prompts: PromptOptions
+) -> Data:
+    """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
+
+    Raises:
+        InputError: a part of the split would lack patients with or without an event.
+    """
+    data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
+    sample = dataset.sample_patients(max_samples, seed)
+    return Data(sample, sample.split(seed), prompts, data_sha256, rows_sha256)
