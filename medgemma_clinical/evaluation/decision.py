@@ -1,0 +1,112 @@
+"""From a model's log-odds to a probability and a prediction: recalibration and threshold."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit
+from sklearn.metrics import roc_curve
+
+from medgemma_clinical.evaluation.calibration import weighted_calibration
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecisionRule:
+    """How log-odds become a probability and a prediction; kept with the model's weights.
+
+    The probability is sigmoid(intercept + slope * logit). Rows whose probability is at least the
+    threshold are predicted to have the event.
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    threshold: float = 0.5
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DecisionRule:
+        """Read the rule of a checkpoint's config; without one the log-odds stay as they are.
+
+        Raises:
+            ValueError: the rule is incomplete, not finite, or reverses the order of the patients.
+        """
+        stored = config.get("decision")
+        if stored is None:
+            return cls()
+        try:
+            rule = cls(**{field.name: float(stored[field.name]) for field in fields(cls)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"decision rule {stored!r} lacks a number") from error
+        if not all(map(math.isfinite, asdict(rule).values())) or rule.slope <= 0:
+            raise ValueError(f"decision rule {stored!r} is not finite, or its slope is not above 0")
+        return rule
+
+    def to_config(self) -> dict[str, float]:
+        """Return the rule as plain types."""
+        return asdict(self)
+
+    @property
+    def recalibrates(self) -> bool:
+        """Whether the log-odds are changed at all."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
+
+    def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the probability (n,) of log-odds (n,), both float64."""
+        probability: NDArray[np.float64] = expit(self.intercept + self.slope * logit)
+        return probability
+
+
+def fit_decision_rule(
+    labels: NDArray[np.float64], logit: NDArray[np.float64], calibrate: str
+) -> DecisionRule:
+    """Fit recalibration and threshold on the validation part.
+
+    Source: Platt 1999, without the smoothed targets: the logistic fit whose slope and intercept
+    measure calibration.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        logit: (n,) float64, log-odds of the model.
+        calibrate: ``platt``, or ``none`` to leave the log-odds as they are.
+    """
+    slope, intercept = _platt(labels, logit) if calibrate == "platt" else (1.0, 0.0)
+    probability = DecisionRule(slope, intercept).probability(logit)
+    return DecisionRule(slope, intercept, youden_threshold(labels, probability))
+
+
+def _platt(labels: NDArray[np.float64], logit: NDArray[np.float64]) -> tuple[float, float]:
+    """Fit slope and intercept; warn and keep the log-odds where no increasing fit exists."""
+    fit = weighted_calibration(labels, expit(logit), np.ones((1, len(labels))))
+    slope = float(fit["calibration_slope"][0])
+    if slope > 0:
+        return slope, float(fit["calibration_intercept"][0])
+    if slope <= 0:
+        reason = "in the validation part higher risks have fewer events"
+    else:
+        reason = "the validation part's events are separated completely, or all risks are equal"
+    logger.warning("not recalibrated: %s", reason)
+    return 1.0, 0.0
+
+
+def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
+    """Return the threshold with the largest sensitivity + specificity; of several the lowest.
+
+    The threshold lies midway to the next lower probability, so that rounding moves no row across.
+
+    Source: Youden 1950, "Index for rating diagnostic tests".
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event.
+    """
+    false_alarms, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    index = sensitivity - false_alarms
+    best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
+    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
+    return float((thresholds[best] + lower) / 2)
