@@ -1,0 +1,376 @@
+"""The folder of a stage's run: begun, resumed, finished; an earlier result is moved aside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.distributed import default_device, processes
+from medgemma_clinical.files import (
+    InputError,
+    clean,
+    file_hash,
+    json_hash,
+    locked,
+    names_aside,
+    partial_path,
+    remove,
+    write_json,
+)
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.language_model import base_content_hash, cached_revision
+from medgemma_clinical.provenance import code_hash, git_commit, versions
+from medgemma_clinical.training.checkpoint_store import CheckpointStore
+from medgemma_clinical.training.signals import SIGNALS
+
+logger = logging.getLogger(__name__)
+
+RESULTS = (
+    *("metrics.json", "history.jsonl", "report.html", "generations_test.jsonl"),
+    *("predictions_val.csv", "predictions_test.csv"),
+)
+"""What a finished run leaves in its folder beside the best weights."""
+
+IMMATERIAL = {
+    *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
+    *("report_patients", "show_values", "seeds", "ablation", "resume", "save_every"),
+}
+"""Flags that do not change a result; files are known by their content."""
+
+
+# --------------------------------------------------------------------------- places
+
+
+def stage_name(args: Namespace) -> str:
+    """Return the stage that the flags choose: the name of its folder."""
+    return "trajectory" if args.trajectory_only else str(args.mode)
+
+
+def stage_paths(folder: Path) -> list[Path]:
+    """Return all places where a stage writes: its folder, its tracker's, the best of stage 1."""
+    best = [folder.parent / TRAJECTORY_FILE] if folder.name == "trajectory" else []
+    return [folder, tracker_folder(folder), *best]
+
+
+def tracker_folder(folder: Path) -> Path:
+    """Return the place for the files of a stage's tracker."""
+    return folder.parent / "tracker" / folder.name
+
+
+def checkpoint_store(folder: Path) -> CheckpointStore:
+    """Return the store of a stage's training checkpoints."""
+    return CheckpointStore(folder / "last")
+
+
+# --------------------------------------------------------------------------- what a run is
+
+
+def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
+    """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split."""
+    stage_1, language_model = args.ode_checkpoint, not args.trajectory_only
+    facts = {
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "code_sha256": code_hash(),
+        "processes": processes().num_processes,
+        "seed": args.seed,
+        "stage_1_sha256": file_hash(stage_1) if stage_1 else None,
+        "base_revision": cached_revision(args.model_name) if language_model else None,
+        "base_sha256": base_content_hash(args.model_name) if language_model else None,
+        "device": str(default_device()),
+        "data": data.description(),
+        "split": {
+            part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
+            for part, rows in data.split.items()
+        },
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Write ``run.json`` with a hash of its content."""
+    content = {key: value for key, value in run.items() if key != "facts_sha256"}
+    write_json(folder / "run.json", {**content, "facts_sha256": json_hash(content)})
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the content of ``run.json``, None where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / "run.json"
+    try:
+        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = {key: value for key, value in run.items() if key != "facts_sha256"}
+        if run["facts_sha256"] != json_hash(content):
+            raise ValueError("its hash differs")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged: start again without --resume") from error
+    return run
+
+
+def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """Return in what two runs differ that changes their results; both as ``run_facts``."""
+    then, now = known["arguments"], facts["arguments"]
+    found = [
+        f"--{name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted({*then, *now} - IMMATERIAL)
+        if then.get(name) != now.get(name) and (name != "deterministic" or facts["device"] != "cpu")
+    ]
+    if known["data"] != facts["data"] and not found:
+        found.append("the data are not the same")
+    if known["stage_1_sha256"] != facts["stage_1_sha256"]:
+        found.append("--ode_checkpoint is another file")
+    if any(known[key] != facts[key] for key in ("base_revision", "base_sha256")):
+        found.append(f"--model_name {now['model_name']} holds another model or revision")
+    if known["processes"] != facts["processes"]:
+        found.append(f"begun with {known['processes']} processes, now {facts['processes']}")
+    return found
+
+
+# --------------------------------------------------------------------------- a run's life
+
+
+@contextlib.contextmanager
+def begin_run(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Hold a stage's folder for the length of a new run.
+
+    Call it when all else is known to work: an earlier result is moved aside here, and comes back if
+    the run ends before its first checkpoint. Each process must call; the first one acts.
+
+    Args:
+        folder: of the stage.
+        facts: of the run, as ``run_facts``; written to ``run.json``.
+
+    Raises:
+        InputError: the place cannot be written, or another run is at work there.
+    """
+    first = processes().is_main_process
+    with _lock(folder) if first else contextlib.nullcontext():
+        moves = names_aside(stage_paths(folder)) if first else {}
+        try:
+            if first:
+                _make_folder(folder, facts, moves)
+            processes().wait_for_everyone()
+            yield
+        except BaseException:
+            if first and not (checkpoint_store(folder).files() or is_complete(folder)):
+                _restore(folder, moves)
+            raise
+
+
+def _make_folder(folder: Path, facts: dict[str, Any], moves: dict[Path, Path]) -> None:
+    """Move an earlier result aside, make the folder and write ``run.json``."""
+    with SIGNALS.deferred(), _output_errors(folder):
+        for path, aside in moves.items():
+            path.rename(aside)
+            unfinished = bool(checkpoint_store(aside).files())
+            hint = "; --resume would have continued it" if unfinished else ""
+            logger.info("an earlier result was moved to %s%s", aside, hint)
+        folder.mkdir()
+        write_run(folder, facts)
+
+
+def _restore(folder: Path, moves: dict[Path, Path]) -> None:
+    """Remove what a run made before its first checkpoint, and move the earlier result back."""
+    with SIGNALS.deferred():
+        for path in stage_paths(folder):
+            if path not in moves or os.path.lexists(moves[path]):  # else it was never moved
+                remove(path)
+        with contextlib.suppress(OSError):  # it holds another stage's, or does not exist
+            tracker_folder(folder).parent.rmdir()
+        for path, aside in moves.items():
+            if os.path.lexists(aside):
+                aside.rename(path)
+                logger.info("%s was moved back", path)
+
+
+@contextlib.contextmanager
+def resume_run(folder: Path, facts: dict[str, Any]) -> Iterator[bool]:
+    """Hold a stage's folder to continue the run in it; yield whether anything is left to do.
+
+    Each process must call.
+
+    Args:
+        folder: of the stage.
+        facts: of the run as it would be now.
+
+    Raises:
+        InputError: no run was begun there, or another one; a finished run is damaged; or another
+            run is at work there.
+    """
+    check_resumable(folder, facts)
+    first = processes().is_main_process
+    with _lock(folder) if first else contextlib.nullcontext():
+        check_resumable(folder, facts)  # what was read before the lock may have changed
+        done = is_complete(folder)
+        if first:
+            _clean_up(folder, done=done)
+        processes().wait_for_everyone()
+        if done:
+            logger.info("%s: that run is finished: nothing left to do", folder)
+        yield not done
+
+
+def check_resumable(folder: Path, facts: dict[str, Any]) -> None:
+    """Check that the run in a folder is the one of this command, and that all of it is there.
+
+    Args:
+        folder: of the stage.
+        facts: of the run as it would be now.
+
+    Raises:
+        InputError: no run was begun there, it was begun otherwise, or its results are damaged.
+    """
+    known = read_run(folder)
+    if known is None or not (is_complete(folder) or checkpoint_store(folder).files()):
+        raise InputError(f"--resume: no run was begun in {folder}: start it without --resume")
+    if other := differences(known, facts):
+        raise InputError(
+            f"--resume {folder}: that run was begun otherwise: {'; '.join(other)}: give the same "
+            "command, or start a new run without --resume"
+        )
+    check_results(folder, known)
+    for key in ("versions", "code_sha256"):
+        if known[key] != facts[key]:
+            logger.warning("%s differ from the start of the run: last bits may differ", key)
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a run has written all its results; their hashes come last.
+
+    Raises:
+        InputError: ``run.json`` is damaged.
+    """
+    return "results_sha256" in (read_run(folder) or {})
+
+
+def finish_run(folder: Path) -> None:
+    """Add the hashes of all results to ``run.json``; the training checkpoints are removed."""
+    if not processes().is_main_process:
+        return
+    paths = [*(folder / name for name in RESULTS), *sorted((folder / "best").rglob("*"))]
+    if folder.name == "trajectory":
+        paths.append(folder.parent / TRAJECTORY_FILE)
+    hashes = {p.relative_to(folder.parent).as_posix(): file_hash(p) for p in paths if p.is_file()}
+    run = read_run(folder)
+    assert run is not None
+    write_run(folder, {**run, "results_sha256": hashes})
+    remove(checkpoint_store(folder).folder)
+
+
+def check_results(folder: Path, run: dict[str, Any]) -> None:
+    """Check the files of a finished run against the hashes of its ``run.json``.
+
+    Raises:
+        InputError: naming a file that is missing or was changed.
+    """
+    for name, digest in run.get("results_sha256", {}).items():
+        path = folder.parent / name
+        if file_hash(path) != digest:
+            raise InputError(
+                f"{folder}: that run is finished, but {path} is missing or was changed: start it "
+                "again without --resume"
+            )
+
+
+def progress_of(folder: Path, facts: dict[str, Any]) -> str:
+    """Return how much of a run has been done: "all", "part" or "none".
+
+    A run of other flags, data, code, versions or number of processes counts as none.
+
+    Args:
+        folder: of the stage.
+        facts: of the run as it would be now.
+    """
+    try:
+        known = read_run(folder)
+        other = known and [key for key in ("versions", "code_sha256") if known[key] != facts[key]]
+        if not known or other or differences(known, facts):
+            return "none"
+        check_results(folder, known)
+        if is_complete(folder):
+            return "all"
+        if not checkpoint_store(folder).files():
+            return "none"
+        checkpoint_store(folder).newest()
+    except InputError as error:  # it will be moved aside and made anew
+        logger.warning("%s", error)
+        return "none"
+    return "part"
+
+
+def folder_identity(folder: Path) -> int | None:
+    """Return what tells a folder from another of its name, None where there is none."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def describe_stop(folder: Path, *, began: bool) -> str:
+    """Describe what an interrupted run has reached.
+
+    Args:
+        folder: of the stage.
+        began: whether the run has kept a checkpoint; where ``begin_run`` moved an earlier result
+            back, ``folder_identity`` is what it was before.
+    """
+    if not began:
+        return "interrupted before the first step: nothing was changed"
+    best = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
+    figures = (folder / "metrics.json").exists()
+    return "; ".join(
+        [
+            f"interrupted: {'the best weights so far are' if best else 'no weights yet'} in "
+            f"{folder.parent}",
+            "test figures are written" if figures else "no test figures yet",
+            *(
+                ["the same command with --resume continues"]
+                if checkpoint_store(folder).files()
+                else []
+            ),
+        ]
+    )
+
+
+def _clean_up(folder: Path, *, done: bool) -> None:
+    """Remove what killed runs left half-written; of a finished run the checkpoints too."""
+    for place in (folder, checkpoint_store(folder).folder):
+        clean(place)
+    for path in stage_paths(folder):
+        remove(partial_path(path))
+    if done:
+        remove(checkpoint_store(folder).folder)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Make the folder above a stage's and keep other runs from the stage."""
+    with contextlib.ExitStack() as held:
+        with _output_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder))
+        yield
+
+
+@contextlib.contextmanager
+def _output_errors(folder: Path) -> Iterator[None]:
+    """Name the flag in errors of writing.
+
+    Raises:
+        InputError: the folder above a stage's cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
