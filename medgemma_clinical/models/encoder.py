@@ -1,0 +1,78 @@
+"""What the rest of the program sees of an encoder, and how a batch reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from medgemma_clinical.models.encoder_plan import Plan
+
+if TYPE_CHECKING:
+    from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A module that turns irregular series into one state per observation.
+
+    An encoder is an ``nn.Module`` whose class accepts its own ``config`` as keywords.
+    Letters: B patients, L observations of the longest, F features, H state.
+    """
+
+    hidden_dim: int
+    longest_gap_hours: float
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The keywords that rebuild the encoder before its weights are loaded; plain types."""
+        ...
+
+    def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
+        """Fit the scale of each feature to the training split, (..., F) each."""
+        ...
+
+    def __call__(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
+        """Return the states (B, L, H) of a padded batch, zero in padding rows."""
+        ...
+
+
+@runtime_checkable
+class PlannedEncoder(Encoder, Protocol):
+    """An encoder that prepares a batch on the host before its pass."""
+
+    def plan(self, times: Tensor, values: Tensor, observed: Tensor) -> Plan:
+        """Return everything that ``run`` needs of a batch."""
+        ...
+
+    def run(self, plan: Plan) -> Tensor:
+        """Return the states (B, L, H) of a planned batch."""
+        ...
+
+
+def collate_with_plan(
+    dataset: TrajectoryDataset, encoder: Encoder
+) -> Callable[[Sequence[int]], Batch]:
+    """Return a collate function whose batches bring the encoder's plan along as ``plan``.
+
+    Args:
+        dataset: makes the batches.
+        encoder: plans them; one without ``plan`` gets the batches as they are.
+    """
+    if not isinstance(encoder, PlannedEncoder):
+        return dataset.collate
+
+    def collate(indices: Sequence[int]) -> Batch:
+        batch = dataset.collate(indices)
+        batch["plan"] = encoder.plan(batch["times"], batch["values"], batch["observed"])
+        return batch
+
+    return collate
+
+
+def encode(encoder: Encoder, batch: Batch) -> Tensor:
+    """Return the states (B, L, H) of a batch, by its plan where it brings one along."""
+    if "plan" in batch and isinstance(encoder, PlannedEncoder):
+        return encoder.run(batch["plan"])
+    return encoder(batch["times"], batch["values"], batch["observed"])
