@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medgemma_clinical.files import InputError, atomic, file_hash, json_hash, remove, write_json
-from medgemma_clinical.files import write_text as write_file
+from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.files import (
+    InputError,
+    atomic,
+    file_hash,
+    json_hash,
+    remove,
+    write_json,
+    write_text,
+)
 from medgemma_clinical.models.encoder import Encoder
+from medgemma_clinical.models.language_model import cached_revision
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -29,15 +39,34 @@ TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 CHECKPOINT_FORMAT = 4
 """Rises when the program and its older checkpoints no longer fit each other."""
 
+CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
+HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
+"""Files that decide a prediction; others beside them are nobody's concern."""
 
 HAI_DEF_NOTICE = (
     "HAI-DEF is provided under and subject to the HAI-DEF Terms of Use found at "
     "https://developers.google.com/health-ai-developer-foundations/terms\n"
 )
 """Must accompany a derivative of MedGemma. Source: HAI-DEF Terms of Use, distribution."""
+
+MODEL_CARD = """\
+# {title}
+
+A LoRA adapter and the modules beside it, trained on {base} ({revision}).
+
+- Question: {question}
+- Outcome: {outcome}
+- Series: {series}
+- Trained on: {kind} data whose SHA-256 is {data}
+- To predict: `python medgemma_trainer.py --predict --checkpoint FOLDER --data_path FILE`
+
+Research on the question above, on data like those of the training part. Not a medical device, not
+for clinical use. Figures with their intervals are in report.html and metrics.json of the run.
+
+Where the language model is MedGemma or derived from it: {notice}"""
 
 
 @dataclass(frozen=True)
@@ -57,9 +86,69 @@ class TrajectoryCheckpoint:
     train_patients: NDArray[np.int64]
 
 
+# ------------------------------------------------------------------ configuration
+
+
 def encoder_config(name: str, encoder: Encoder) -> dict[str, Any]:
     """Return what rebuilds an encoder: its registered name and its constructor's keywords."""
     return {"name": name, **encoder.config}
+
+
+def llm_config(
+    stage: str,
+    model: TrajectoryLLM,
+    *,
+    encoder: str,
+    base_model: str,
+    quantization: str,
+    precision: str,
+    prompts: PromptOptions,
+    max_text_tokens: int | None,
+    report_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Return what rebuilds a model of stage 2 or 3 and its prompts; plain types.
+
+    Args:
+        stage: ``classification`` or ``generative``.
+        model: to be kept.
+        encoder: registered name of the model's encoder, unused where it has none.
+        base_model: hub id, folder or ``tiny``.
+        quantization: ``nf4`` or ``none``.
+        precision: ``bf16`` or ``fp32``.
+        prompts: options of the prompts.
+        max_text_tokens: of a prompt.
+        report_tokens: of a written report (stage 3).
+    """
+    return {
+        "stage": stage,
+        "base_model": base_model,
+        "base_revision": cached_revision(base_model),
+        "base_class": type(model.llm.get_base_model()).__name__,
+        "quantization": quantization,
+        "precision": precision,
+        "encoder": None if model.encoder is None else encoder_config(encoder, model.encoder),
+        "trajectory_head": model.trajectory_head is not None,
+        "num_prefix_tokens": model.tokens,
+        "prompts": asdict(prompts),
+        "max_text_tokens": max_text_tokens,
+        "report_tokens": report_tokens,
+    }
+
+
+def check_format(place: Path, found: object) -> None:
+    """Refuse a checkpoint of another version of the program.
+
+    Raises:
+        InputError: naming both formats.
+    """
+    if found != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"{place}: checkpoint format {found}, this program reads {CHECKPOINT_FORMAT}: train "
+            "again, or use the version that made it"
+        )
+
+
+# ------------------------------------------------------------------ stage 1
 
 
 def save_trajectory(
@@ -76,7 +165,17 @@ def save_trajectory(
         config: what rebuilds the model, and what it was trained on; plain types.
         train_patients: see ``Data.training_patients``.
     """
-    raise NotImplementedError
+    content = {
+        "format": CHECKPOINT_FORMAT,
+        "config": config,
+        "encoder": model.get_submodule("encoder").state_dict(),
+        "head": model.head.state_dict(),
+        "train_patients": torch.from_numpy(train_patients),
+    }
+    buffer = io.BytesIO()  # a full disk is then an OSError as everywhere
+    torch.save(content, buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def read_trajectory(path: Path) -> TrajectoryCheckpoint:
@@ -85,7 +184,32 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
     Raises:
         InputError: missing, damaged, not a stage 1 file, or of another format.
     """
-    raise NotImplementedError
+    try:
+        archive = path.read_bytes()
+        _check_archive(archive)
+        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: no such stage 1 checkpoint: run --trajectory_only first"
+        ) from error
+    except Exception as error:  # torch.load has no error of its own for a file of another kind
+        raise InputError(f"{path}: not a stage 1 checkpoint, or damaged") from error
+    if not isinstance(content, dict) or "format" not in content:
+        raise InputError(f"{path}: not a stage 1 checkpoint of this program")
+    check_format(path, content.pop("format"))
+    try:
+        trained = content.pop("train_patients").numpy()
+        return TrajectoryCheckpoint(**content, train_patients=trained)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a whole stage 1 checkpoint") from error
+
+
+def _check_archive(content: bytes) -> None:
+    """Refuse damaged or inflated archives: ``torch.load`` compares neither checksums nor sizes."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        inflated = sum(entry.file_size for entry in archive.infolist()) > len(content)
+        if inflated or archive.testzip():
+            raise ValueError("the archive is damaged")
 
 
 def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
@@ -95,18 +219,67 @@ def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
         InputError: see ``read_trajectory``.
         RuntimeError: the weights do not fit the model.
     """
-    raise NotImplementedError
+    checkpoint = read_trajectory(path)
+    model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
+    model.head.load_state_dict(checkpoint.head)
+
+
+# ------------------------------------------------------------------ stages 2 and 3
 
 
 def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None:
     """Write the best model of stage 2 or 3 as a folder.
+
+    Encoder, projection and heads lie beside the adapter: a head inside an adapter's
+    ``modules_to_save`` is easily lost.
 
     Args:
         folder: replaced as a whole where it exists.
         model: of which all but the base weights are written.
         config: what rebuilds the model, and what it was trained on; plain types.
     """
-    raise NotImplementedError
+    from safetensors.torch import save_file
+
+    state = {name: tensor.contiguous() for name, tensor in _modules(model).state_dict().items()}
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
+        remove(temporary / "adapter" / "README.md")  # a form that nobody has filled in
+        _sort_targets(temporary / ADAPTER_CONFIG)
+        save_file(state, temporary / MODULE_WEIGHTS)
+        write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
+        write_text(temporary / "README.md", model_card(config))
+        hashes = {name: file_hash(temporary / name) for name in HASHED_FILES}
+        content = {"format": CHECKPOINT_FORMAT, **config, "files_sha256": hashes}
+        write_json(temporary / CONFIG, {**content, "config_sha256": json_hash(content)})
+
+
+def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
+    """Return all parts beside the language model: encoder, projection and heads."""
+    return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
+
+
+def _sort_targets(path: Path) -> None:
+    """Sort the adapted modules in PEFT's file: they are a set, written in any order."""
+    adapter = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**adapter, "target_modules": sorted(adapter["target_modules"])})
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """Return the README of a trained model; a base model's folder is named without its path."""
+    base = config["base_model"]
+    units = zip(config["features"], config["units"], strict=True)
+    return MODEL_CARD.format(
+        title="Written reports" if config["stage"] == "generative" else "Classification",
+        base=Path(base).name if os.path.isdir(base) else base,
+        revision=f"revision {config['base_revision'] or 'unknown'}, {config['quantization']}",
+        question=config["question"],
+        outcome=config["outcome"],
+        series=", ".join(f"{name} ({unit})" if unit else name for name, unit in units),
+        kind=config["dataset"],
+        data=config["data_sha256"],
+        notice=HAI_DEF_NOTICE,
+    )
 
 
 def load_llm(model: TrajectoryLLM, folder: Path) -> None:
@@ -116,13 +289,37 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
         InputError: see ``read_config``.
         RuntimeError: the weights do not fit the model.
     """
-    raise NotImplementedError
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    read_config(folder)
+    _modules(model).load_state_dict(load_file(folder / MODULE_WEIGHTS))
+    found = set_peft_model_state_dict(model.llm, load_file(folder / ADAPTER_WEIGHTS))
+    missing = [key for key in found.missing_keys if "lora_" in key]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(f"{[*missing, *found.unexpected_keys][0]} does not fit the adapter")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the configuration of a stage 2 or 3 folder, its files compared with their hashes.
 
+    Further files, and links to files, do not matter.
+
     Raises:
-        InputError: a listed file is missing or changed, or the folder has another format.
+        InputError: a file is missing or changed, or the folder has another format.
     """
-    raise NotImplementedError
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        check_format(folder, config.get("format"))
+        content = {key: value for key, value in config.items() if key != "config_sha256"}
+        expected = {CONFIG: config["config_sha256"], **config["files_sha256"]}
+        found = {name: file_hash(folder / name) for name in HASHED_FILES}
+        found[CONFIG] = json_hash(content)
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: damaged: {CONFIG} cannot be read") from error
+    for name, digest in found.items():
+        if digest is None or digest != expected.get(name):
+            raise InputError(f"{folder}: damaged: {name} is missing or not as it was written")
+    return content

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    MODULE_WEIGHTS,
+    TRAJECTORY_FILE,
+    TrajectoryCheckpoint,
+    load_llm,
+    read_config,
+    read_trajectory,
+)
 from medgemma_clinical.models.encoder import Encoder
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
-from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+from medgemma_clinical.models.language_model import DTYPES, add_lora, load_language_model
+from medgemma_clinical.models.text_batches import verdict_words
+from medgemma_clinical.models.trajectory import PooledHead, TrajectoryClassifier
+from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+CONFIG_KEYS = frozenset(
+    ("stage", "encoder", "dataset", "reading", "features", "units", "outcome", "question")
+)
+"""Keys of every checkpoint's configuration."""
+
+UNFIT = (OSError, KeyError, TypeError, ValueError, RuntimeError, MemoryError, SafetensorError)
+"""What weights raise that are not those of the model that their configuration describes."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +75,25 @@ class TrainedModel:
 
 
 def checkpoint_place(path: Path) -> Path:
-    """Return the checkpoint that ``path`` means: stage 1's file, or ``best`` of stages 2 and 3.
+    """Return the checkpoint that ``path`` means: stage 1's file, or the folder of stage 2 or 3.
 
     Raises:
         InputError: there is none.
     """
-    raise NotImplementedError
+    beside = path.absolute().parent / TRAJECTORY_FILE
+    if path.is_file():
+        return path
+    if (path / "best").is_dir():
+        return path / "best"
+    if (path / CONFIG).is_file() and (path / MODULE_WEIGHTS).is_file():
+        return path
+    if path.is_dir() and path.absolute().name == "trajectory" and beside.is_file():
+        return beside
+    problem = "holds no trained model" if path.exists() else "no such file or folder"
+    raise InputError(
+        f"--checkpoint {path}: {problem}: name the folder trajectory, classification or "
+        f"generative of a run, or its {TRAJECTORY_FILE}"
+    )
 
 
 def read_trained_config(path: Path) -> dict[str, Any]:
@@ -62,7 +105,21 @@ def read_trained_config(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no checkpoint there, damaged, or of another format.
     """
-    raise NotImplementedError
+    place = checkpoint_place(path)
+    return _checked_config(
+        place, read_trajectory(place).config if place.is_file() else read_config(place)
+    )
+
+
+def _checked_config(place: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a configuration that is incomplete, or whose decision rule is unsound."""
+    try:
+        if missing := CONFIG_KEYS - set(config):
+            raise ValueError(f"its configuration lacks {min(missing)}")
+        DecisionRule.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: damaged: {error}") from error
+    return config
 
 
 def load_trained_model(
@@ -84,7 +141,109 @@ def load_trained_model(
     Raises:
         InputError: no checkpoint there, damaged, or its base model cannot be loaded.
     """
-    raise NotImplementedError
+    place = checkpoint_place(path)
+    model: TrajectoryClassifier | TrajectoryLLM
+    if place.is_file():
+        checkpoint = read_trajectory(place)
+        config, tokenizer = _checked_config(place, checkpoint.config), None
+        model = _build_classifier(place, checkpoint, encoders)
+    else:
+        config = read_trained_config(place)
+        try:
+            base, tokenizer = load_language_model(
+                model_name or config["base_model"],
+                quantization or config["quantization"],
+                DTYPES[precision or config["precision"]],
+                default_device(),
+                config["base_revision"] if model_name is None else None,
+            )
+        except KeyError as error:
+            raise InputError(f"{place}: damaged: its configuration lacks {error}") from error
+        model = _build_llm(place, config, encoders, base, tokenizer)
+    return TrainedModel(model.to(default_device()).eval(), config, tokenizer)
+
+
+def _build_classifier(
+    place: Path, checkpoint: TrajectoryCheckpoint, encoders: dict[str, type]
+) -> TrajectoryClassifier:
+    try:
+        width = checkpoint.head["attention.weight"].shape[1]
+        encoder = build_encoder(checkpoint.config["encoder"], encoders, width)
+        model = TrajectoryClassifier(encoder, prevalence=0.5)
+        model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
+        model.head.load_state_dict(checkpoint.head)
+    except InputError:
+        raise
+    except UNFIT as error:
+        raise InputError(f"{place}: damaged: its weights do not fit: train again") from error
+    return model
+
+
+def _build_llm(
+    place: Path,
+    config: dict[str, Any],
+    encoders: dict[str, type],
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TrajectoryLLM:
+    """Rebuild the model of stage 2 or 3 around its base model, and load its weights."""
+    try:
+        adapter = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        lora = load_file(place / ADAPTER_WEIGHTS)
+        ranks = {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name}
+        if ranks != {adapter["r"]}:  # before memory is given to a rank that no weight has
+            raise ValueError(f"the adapter's rank is {adapter['r']}, its weights are of another")
+        encoder = None
+        if config["encoder"] is not None:
+            width = load_file(place / MODULE_WEIGHTS)["projection.linear.weight"].shape[1]
+            encoder = build_encoder(config["encoder"], encoders, width)
+        head = None
+        if encoder is not None and config["trajectory_head"]:
+            head = PooledHead(encoder.hidden_dim, prevalence=0.5)
+        yes, no, shared = verdict_words(tokenizer)
+        parts: dict[str, Any] = {
+            "trajectory_head": head,
+            "tokens": config["num_prefix_tokens"],
+            "scale": 1.0,  # a buffer: read with the weights
+            "bos": int(tokenizer.bos_token_id),
+            "verdict": (yes[shared], no[shared]),
+        }
+        adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
+        model: TrajectoryLLM = (
+            LLMWriter(encoder, adapted, **parts)
+            if config["stage"] == "generative"
+            else LLMClassifier(encoder, adapted, prevalence=0.5, **parts)
+        )
+        load_llm(model, place)
+    except InputError:
+        raise
+    except UNFIT as error:
+        raise InputError(
+            f"{place}: damaged, or not made from this base model: its weights do not fit"
+        ) from error
+    return model
+
+
+def build_encoder(config: dict[str, Any], encoders: dict[str, type], width: int) -> Encoder:
+    """Rebuild an encoder whose weights are still to be loaded.
+
+    Args:
+        config: see ``encoder_config``.
+        encoders: class of each registered name.
+        width: H of the weights that read its states.
+
+    Raises:
+        InputError: no encoder of that name is registered.
+        ValueError: the states would have another width.
+    """
+    options = dict(config)
+    name = options.pop("name")
+    if name not in encoders:
+        raise InputError(f"the checkpoint's encoder {name} is none of {', '.join(encoders)}")
+    if options["hidden_dim"] != width:  # before memory is given to a size that no weight has
+        raise ValueError(f"hidden_dim is {options['hidden_dim']}, the weights read {width} states")
+    encoder: Encoder = encoders[name](**options)
+    return encoder
 
 
 def prompts_of(config: dict[str, Any]) -> PromptOptions:
@@ -114,4 +273,44 @@ def load_stage1_encoder(
     Raises:
         InputError: the encoder reads other features, or patients who trained it are held out here.
     """
-    raise NotImplementedError
+    checkpoint = read_trajectory(path)
+    config = _checked_config(path, checkpoint.config)
+    description = data.description()
+    for key in ("features", "units", "outcome"):
+        if config[key] != description[key]:
+            raise InputError(
+                f"{path}: trained on {key} {config[key]}, the data have {description[key]}"
+            )
+    stored = config["encoder"].get("time_scale")
+    if time_scale not in (None, stored):
+        raise InputError(f"{path}: its --time_scale is {stored}: leave the flag out")
+    check_held_out(path, checkpoint, data)
+    options = config["encoder"]
+    if "solver" in options:
+        options = {**options, "solver": solver}
+    model = _build_classifier(path, replace(checkpoint, config={"encoder": options}), encoders)
+    return model.encoder, checkpoint.head
+
+
+def check_held_out(path: Path, checkpoint: TrajectoryCheckpoint, data: Data) -> None:
+    """Refuse an encoder that has seen patients of this run's validation or test part.
+
+    Raises:
+        InputError: their number, and how to avoid it.
+    """
+    named = bool(checkpoint.config["named"])
+    trained = data.count_overlap(checkpoint.train_patients, named)
+    if trained:
+        held_out = np.concatenate([data.split["val"], data.split["test"]])
+        count = len(np.unique(data.dataset.groups[held_out]))
+        raise InputError(
+            f"{path}: {trained} of {count} held-out patients trained this encoder: use the same "
+            "--seed and --max_samples, and the data of stage 1"
+        )
+    same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
+    if not same_rows and not (named and data.dataset.named):
+        logger.warning(
+            "%s was trained on another data file, and patients without names are compared by their "
+            "series alone: make sure that none of its training patients is held out here",
+            path,
+        )

@@ -1,0 +1,268 @@
+"""The language model: loading in 4 bits or whole, LoRA layers, the built-in tiny model."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medgemma_clinical.files import InputError, file_hash, json_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+"""Name of the built-in random model."""
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MULTIMODAL_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
+"""Place of the text model's weights within a multimodal Gemma 3 checkpoint."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of each ``--precision``. Gemma 3 overflows in float16."""
+
+
+def hush_libraries() -> None:
+    """Silence the loading libraries' messages that report no fault."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # A kernel that only speeds up inference on a CPU; retries of a download that fails anyway.
+    for library in ("bitsandbytes.backends.cpu.ops", "huggingface_hub", "httpx"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+def load_language_model(
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a Gemma 3 text model and its tokenizer, frozen.
+
+    Of a multimodal checkpoint (MedGemma-4B) only the language model is read.
+
+    Args:
+        name: hub id, folder, or ``tiny`` for the built-in random model.
+        quantization: ``nf4`` or ``none``.
+        dtype: of computation, and of the weights where they are not quantised.
+        device: of the weights.
+        revision: commit of a hub model; None takes the latest.
+
+    Raises:
+        InputError: no access, no such model, not a Gemma 3, or weights that do not fit it.
+    """
+    hush_libraries()
+    # On Hopper cards cuDNN's attention has given NaN gradients for masked batches.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if name == TINY:
+        if quantization == "nf4":
+            raise InputError("--quantization nf4: not for the tiny model: use none")
+        model, tokenizer = tiny_language_model()
+        return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
+    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision)
+    _check_loaded(name, missing, tokenizer)
+    if quantization == "nf4":
+        _check_quantized(name, model)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def _read_model(
+    name: str, quantization: str, dtype: torch.dtype, device: torch.device, revision: str | None
+) -> tuple[PreTrainedModel, set[str], PreTrainedTokenizerBase]:
+    """Return model, keys without weights, and tokenizer; no code of a checkpoint ever runs."""
+    import transformers
+    from safetensors import SafetensorError
+
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **source)
+        if config.model_type not in ("gemma3", "gemma3_text"):
+            raise InputError(f"--model_name {name}: a {config.model_type} model: name a Gemma 3")
+        multimodal = hasattr(config, "text_config")
+        model, found = transformers.Gemma3ForCausalLM.from_pretrained(
+            name,
+            **source,
+            config=config.text_config if multimodal else config,
+            key_mapping=MULTIMODAL_KEYS if multimodal else None,
+            quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "CUDA" in str(error):
+            raise  # the card's fault and no file's
+        raise InputError(loading_advice(name, error)) from error
+    return model, found["missing_keys"], tokenizer
+
+
+def _check_loaded(name: str, missing: set[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a checkpoint without some of its weights, and a tokenizer that loses text."""
+    if missing:
+        key = min(missing)
+        raise InputError(f"--model_name {name}: the checkpoint lacks weights, {key} among them")
+    probe = "24 (0h)"
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    if None in special or tokenizer.decode(ids) != probe:
+        raise InputError(f"--model_name {name}: its tokenizer files are missing or damaged")
+
+
+def _check_quantized(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model in which nothing was quantised; keep 4-bit weights as they are on a CPU."""
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    if not layers:
+        raise InputError(f"--quantization nf4: no layer of {name} was quantised")
+    for layer in layers:  # repacked for fast CPU inference, weights would lose bits and gradients
+        layer.support_avx512bf16_for_cpu = False
+
+
+def nf4_config(dtype: torch.dtype) -> Any:
+    """Return the 4-bit NormalFloat settings: double quantisation, computation in ``dtype``.
+
+    Source: Dettmers et al. 2023, "QLoRA".
+    """
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
+    )
+
+
+def loading_advice(name: str, error: Exception) -> str:
+    """Return one line on a failed download or load, with what to do."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"--model_name {name}: no space left on the disk to keep it"
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        return f"--model_name {name}: no folder with a model: it holds no config.json"
+    if not isinstance(error, OSError):
+        return f"--model_name {name}: its files are damaged or do not fit together: {text}"
+    if os.path.isdir(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return f"--model_name {name}: not a hub id, not tiny, and no folder with a model: {text}"
+    gated = re.search(r"gated|restricted|log in", text, re.IGNORECASE)
+    problem = (
+        "access to this gated model is not granted"
+        if gated
+        else "cannot be fetched from the hub (no network, no such model, or no access)"
+    )
+    return (
+        f"--model_name {name}: {problem}: accept its licence at https://huggingface.co/{name}, "
+        "then run: hf auth login (huggingface-cli login in older versions); --model_name tiny "
+        "needs neither licence nor download"
+    )
+
+
+def base_content_hash(name: str) -> str | None:
+    """Return the SHA-256 of a folder's model files; None for ``tiny`` and models of the hub."""
+    if name == TINY or not os.path.isdir(name):
+        return None
+    endings = (".json", ".safetensors", ".model", ".jinja")
+    files = [p for p in Path(name).iterdir() if p.suffix in endings and p.is_file()]
+    return json_hash({p.name: _hash_once(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files})
+
+
+@cache
+def _hash_once(path: Path, size: int, changed: int) -> str | None:
+    """Hash gigabytes once a process, as long as size and time of change stay."""
+    return file_hash(path)
+
+
+def cached_revision(name: str) -> str | None:
+    """Return the commit of a hub model in the cache; None for a folder and for ``tiny``."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if name == TINY or os.path.isdir(name):
+        return None
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent.name if isinstance(file, str) else None
+
+
+def tiny_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Build a two-layer Gemma 3 with random but always the same weights, and a byte tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<eos>", "<bos>"]  # the ids of Gemma's own
+    alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=specials[0], eos_token=specials[1], bos_token=specials[2]
+    )
+    config = Gemma3TextConfig(
+        vocab_size=len(alphabet),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=1024,
+        initializer_range=0.125,  # 1 / sqrt(64): the tied output can then be sure of a token
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(config), tokenizer
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float) -> PreTrainedModel:
+    """Put trainable low-rank layers on the seven projections of each language layer.
+
+    The A matrices come from torch's global generator.
+
+    Source: Hu et al. 2021, "LoRA".
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():  # peft asks for a property that transformers renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted: PreTrainedModel = get_peft_model(model, config)
+    return adapted
+
+
+def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
+    """Switch whether layers are computed again in the backward pass instead of kept.
+
+    The reentrant kind of checkpoint fails where embeddings come from outside of the model.
+    """
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+
+
+@torch.no_grad()
+def embedding_rms(model: PreTrainedModel, ids: list[int]) -> float:
+    """Return the root mean square of the scaled embeddings of some tokens."""
+    embedding = model.get_input_embeddings()
+    vectors = embedding(torch.tensor(ids, device=embedding.weight.device)).float()
+    return float(vectors.square().mean().sqrt())

@@ -1,0 +1,233 @@
+"""Prompts and reports as tokens, in padded batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+from medgemma_clinical.distributed import to_device
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.trajectory_llm import (
+    IGNORED,
+    TextBatch,
+    TrajectoryLLM,
+    TrajectoryStates,
+    latest_states,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENCODED_ROWS = 512
+"""Rows that a frozen encoder reads at a time."""
+
+
+class TextCollator:
+    """Make batches with text: every prompt and report is tokenised once, then padded by batch.
+
+    Prompt, the words before the verdict, the verdict and the rest are tokenised apart, so that the
+    verdict lies on the same token boundary whatever surrounds it. An instruction-tuned model gets
+    the prompt as a user's turn in its own chat template.
+
+    Attributes:
+        options: of the prompts.
+        prompt_ids: ids of each row's prompt, N lists.
+        answer_ids: ids of each row's report from its verdict on, N lists; none without ``answers``.
+        stem: ids of the words before the verdict.
+        words: ids of the verdicts no and yes behind the stem.
+        verdict: ids of the tokens that tell yes from no.
+        sample: ids as they stand in every kind of prompt.
+        before, behind: ids of the chat template around a prompt.
+        pad, bos, eos: ids of the tokenizer; several may end an answer.
+        states: ``TrajectoryStates`` of all N rows, from a frozen encoder; see ``encode_all``.
+        shortened: number of prompts that lost their oldest observations to ``most_tokens``.
+        too_long: rows whose prompt is longer all the same, where that is no error.
+    """
+
+    def __init__(
+        self,
+        dataset: TrajectoryDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptOptions,
+        *,
+        answers: bool,
+        most_tokens: int | None = None,
+        refuse_long: bool = True,
+    ) -> None:
+        """Tokenise.
+
+        Args:
+            dataset: of prompts and reports.
+            tokenizer: of the language model.
+            prompts: options of the prompts.
+            answers: also the report, as the target (stage 3); all rows must have labels.
+            most_tokens: of a prompt; longer ones lose their oldest observations.
+            refuse_long: whether a prompt that is too long even so is an error.
+
+        Raises:
+            InputError: a prompt is longer than ``most_tokens`` even with one observation a series.
+        """
+        self.dataset = dataset
+        self.options = prompts
+        self.states: TrajectoryStates | None = None
+        self.shortened = 0
+        self.too_long: list[int] = []
+        self._tokenizer = tokenizer
+        self.pad = int(tokenizer.pad_token_id)
+        self.bos = int(tokenizer.bos_token_id)
+        self.before, self.behind, turn_end = chat_turns(tokenizer)
+        self.eos = [int(tokenizer.eos_token_id), *turn_end]
+        yes, no, shared = verdict_words(tokenizer)
+        self.stem = self._ids([f"{dataset.outcome}:"])[0] + yes[:shared]
+        self.words = no[shared:], yes[shared:]
+        self.verdict = yes[shared], no[shared]
+        self.sample = self._ids([f"{dataset.question} 0123456789 -> (h) .,"])[0]
+        self.prompt_ids = self._read_prompts(most_tokens)
+        if self.too_long and refuse_long:
+            needed = max(len(self.prompt_ids[i]) for i in self.too_long)
+            raise InputError(
+                f"--max_text_tokens {most_tokens}: prompts of {dataset.source} need {needed} "
+                "tokens with one observation a series: raise it, or shorten the prompts by "
+                "--series_text or --text_context"
+            )
+        self.answer_ids = self._read_answers() if answers else []
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        # A context that spells "<bos>" stays text.
+        plain = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return list(plain["input_ids"])
+
+    def _read_prompts(self, most_tokens: int | None) -> list[list[int]]:
+        """Tokenise all prompts; take the oldest observations from those that are too long."""
+        turns = len(self.before) + len(self.behind)
+        prompts = self._ids([self._prompt(i, self.options) for i in range(len(self.dataset))])
+        room = math.inf if most_tokens is None else most_tokens - turns
+        for i, prompt in enumerate(prompts):
+            latest = max(len(times) for _, times, _ in self.dataset.measured(i))
+            self.shortened += len(prompt) > room
+            while len(prompt) > room and latest > 1:
+                latest = max(min(latest - 1, math.ceil(latest * room / len(prompt))), 1)
+                prompt = self._ids([self._prompt(i, replace(self.options, latest=latest))])[0]
+            if len(prompt) > room:
+                self.too_long.append(i)
+            prompts[i] = self.before + prompt + self.behind
+        return prompts
+
+    def _prompt(self, i: int, options: PromptOptions) -> str:
+        """Return the text of row ``i``, trimmed where it is a turn of a chat."""
+        prompt = self.dataset.prompt(i, options)
+        return prompt.strip() if self.before else prompt
+
+    def _read_answers(self) -> list[list[int]]:
+        """Tokenise all reports from their verdict on."""
+        labels = self.dataset.labels.astype(int).tolist()
+        heads = [f"{self.dataset.outcome}: {('no', 'yes')[label]}" for label in labels]
+        rest = [self.dataset.report(i).removeprefix(head) for i, head in enumerate(heads)]
+        pairs = zip(labels, self._ids(rest), strict=True)
+        return [self.words[label] + ids + [self.eos[-1]] for label, ids in pairs]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each row's text, (N,)."""
+        answers = self.answer_ids or [[]] * len(self.prompt_ids)
+        pairs = zip(self.prompt_ids, answers, strict=True)
+        return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
+
+    def __call__(self, indices: Sequence[int]) -> TextBatch:
+        """Return the batch of B positions: prompt, words before the verdict, answer if known."""
+        answers = [self.answer_ids[i] if self.answer_ids else [] for i in indices]
+        return self._batch(indices, answers, trained=True)
+
+    def with_verdicts(self, indices: Sequence[int], verdicts: NDArray[np.bool_]) -> TextBatch:
+        """Return the batch that generation continues: its text ends behind the verdict.
+
+        Args:
+            indices: B positions in the data set.
+            verdicts: (B,) bool, whether the report says yes.
+        """
+        words = [self.words[int(verdict)] for verdict in verdicts]
+        return self._batch(indices, words, trained=False)
+
+    def _batch(
+        self, indices: Sequence[int], answers: list[list[int]], *, trained: bool
+    ) -> TextBatch:
+        rows = [
+            self.prompt_ids[i] + self.stem + answer
+            for i, answer in zip(indices, answers, strict=True)
+        ]
+        longest = max(map(len, rows))
+        starts = torch.tensor([len(self.prompt_ids[i]) + len(self.stem) for i in indices])
+        lengths = torch.tensor([len(row) for row in rows])
+        input_ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
+        place = torch.arange(longest)
+        text_mask = place < lengths[:, None]
+        answer = (place >= starts[:, None]) & text_mask & trained
+        batch = TextBatch(
+            **self.dataset.collate(indices),
+            input_ids=input_ids,
+            text_mask=text_mask,
+            targets=torch.where(answer, input_ids, IGNORED),
+            verdict=starts - 1,
+        )
+        if self.states is not None:
+            chosen = batch["index"]
+            batch["states"] = self.states.states[chosen]
+            batch["states_mask"] = self.states.mask[chosen]
+            batch["trajectory_logit"] = self.states.logit[chosen]
+        return batch
+
+
+def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
+    """Return the ids of yes and of no, and the number of ids that both begin with."""
+    yes, no = tokenizer([" yes", " no"], add_special_tokens=False)["input_ids"]
+    shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
+    return list(yes), list(no), shared
+
+
+def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """Return the ids in front of and behind a user's words, and those that end the answer.
+
+    All empty where the tokenizer has no chat template: the model reads plain text.
+    """
+    if not tokenizer.chat_template:
+        return [], [], []
+    place = "PLACE"
+    turns = [{"role": "user", "content": place}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    before, behind = text.split(place)
+    before = before.removeprefix(tokenizer.bos_token)  # stands in front of the soft tokens
+    ids = tokenizer([before, behind], add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    return ids[0], ids[1], [] if end in (None, tokenizer.unk_token_id) else [end]
+
+
+@torch.no_grad()
+def encode_all(model: TrajectoryLLM, collate: TextCollator, device: torch.device) -> None:
+    """Encode every row once where encoder and head are frozen; the batches then bring the states.
+
+    Args:
+        model: whose encoder moves to ``device``.
+        collate: keeps the states on the CPU.
+        device: of the computation.
+    """
+    encoder, head = model.encoder, model.trajectory_head
+    if encoder is None:
+        return
+    for name, module in model.named_children():
+        if name in ("encoder", "trajectory_head"):
+            if any(p.requires_grad for p in module.parameters()):
+                return
+            module.to(device).eval()
+    parts = []
+    for start in range(0, len(collate.dataset), ENCODED_ROWS):
+        rows = range(start, min(start + ENCODED_ROWS, len(collate.dataset)))
+        batch = to_device(collate.dataset.collate(rows), device)
+        parts.append(latest_states(encoder, head, batch, model.tokens))
+    columns = zip(*parts, strict=True)
+    collate.states = TrajectoryStates(*(torch.cat(tensors).cpu() for tensors in columns))

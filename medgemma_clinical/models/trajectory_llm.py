@@ -1,0 +1,365 @@
+"""Stages 2 and 3: encoder states as soft tokens in front of the text of an adapted LLM.
+
+Letters: B patients, L observations, H state, P soft tokens, T text tokens, S positions of the
+sequence <bos> [soft tokens] [text], D width of the LLM, V vocabulary, N answer tokens of a batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from medgemma_clinical.data.trajectories import Batch
+from medgemma_clinical.models.encoder import Encoder, encode
+from medgemma_clinical.models.trajectory import (
+    Output,
+    PooledHead,
+    classification_output,
+    log_odds,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IGNORED = -100
+"""Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
+
+VERDICT_WEIGHT = 50
+"""Weight of the verdict in stage 3's loss; each other token of the report counts 1."""
+
+LOSS_ROWS = 128
+"""Answer tokens whose logits over the vocabulary are in memory at a time."""
+
+
+class TrajectoryStates(NamedTuple):
+    """The part of an encoder's output that a language model reads.
+
+    states (B, P, H): after the latest P observations; mask (B, P) bool, False where a patient has
+    fewer; logit (B,): log-odds of stage 1's head, zero where there is none.
+    """
+
+    states: Tensor
+    mask: Tensor
+    logit: Tensor
+
+
+class TextBatch(Batch):
+    """A batch with text, padded on the right.
+
+    input_ids (B, T) int64; text_mask (B, T) bool; targets (B, T) int64, the token itself within
+    the answer and ``IGNORED`` elsewhere; verdict (B,) int64, position in the text of the last token
+    before the verdict. states, states_mask, trajectory_logit: ``TrajectoryStates`` of a frozen
+    encoder, computed ahead.
+    """
+
+    input_ids: Tensor
+    text_mask: Tensor
+    targets: Tensor
+    verdict: Tensor
+    states: NotRequired[Tensor]
+    states_mask: NotRequired[Tensor]
+    trajectory_logit: NotRequired[Tensor]
+
+
+class DecoderInput(NamedTuple):
+    """What the decoder body reads.
+
+    embeddings (B, S, D) in the LLM's dtype; mask (B, S) bool, False in padding; text_start (B,)
+    int64, position of the first text token.
+    """
+
+    embeddings: Tensor
+    mask: Tensor
+    text_start: Tensor
+
+
+class SoftPrompt(nn.Module):
+    """Turn states into tokens as large as the LLM's own.
+
+    Gemma multiplies token embeddings by sqrt(D) inside its embedding module and takes
+    ``inputs_embeds`` as already multiplied. Each soft token is normalised to the RMS of the scaled
+    embeddings, since a projection of another size starts as noise or as nothing.
+    """
+
+    scale: Tensor
+
+    def __init__(self, hidden_dim: int, width: int, scale: float) -> None:
+        """Make the projection.
+
+        Args:
+            hidden_dim: H.
+            width: D of the language model.
+            scale: root mean square of the scaled token embeddings.
+        """
+        super().__init__()
+        self.linear = nn.Linear(hidden_dim, width)
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return tokens (B, P, D) for states (B, P, H)."""
+        projected = self.linear(states)
+        return self.scale * functional.rms_norm(projected, projected.shape[-1:])
+
+
+def latest_states(
+    encoder: Encoder, head: PooledHead | None, batch: Batch, tokens: int
+) -> TrajectoryStates:
+    """Encode a batch and keep the states after each patient's latest observations.
+
+    Args:
+        encoder: of the series.
+        head: stage 1's; None where no logit is wanted.
+        batch: series of B patients.
+        tokens: P.
+    """
+    states = encode(encoder, batch)  # (B, L, H)
+    present = batch["observed"].any(dim=2)
+    logit = head(states, present) if head else states.new_zeros(len(states))
+    place = present.sum(1)[:, None] - tokens + torch.arange(tokens, device=states.device)
+    row = torch.arange(len(states), device=states.device)[:, None]
+    return TrajectoryStates(states[row, place.clamp(min=0)], place >= 0, logit)
+
+
+class TrajectoryLLM(nn.Module):
+    """Encoder, soft prompt and adapted language model; the stages add their readout.
+
+    The logit of ``trajectory_head`` is added to the language model's, which so has to learn only
+    what text and dynamics add to stage 1.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | None,
+        llm: PreTrainedModel,
+        *,
+        trajectory_head: PooledHead | None = None,
+        tokens: int,
+        scale: float,
+        bos: int,
+        verdict: tuple[int, int],
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            encoder: gives one state per observation; None where the LLM reads text alone.
+            llm: a Gemma 3 text model with LoRA layers; its base weights are frozen.
+            trajectory_head: stage 1's head; None where its logit is not to be added.
+            tokens: P.
+            scale: root mean square of the scaled token embeddings.
+            bos: id of the token that begins every input.
+            verdict: ids of the tokens that tell yes from no.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.trajectory_head = trajectory_head
+        self.llm = llm
+        width = llm.config.hidden_size
+        self.projection = None if encoder is None else SoftPrompt(encoder.hidden_dim, width, scale)
+        self.tokens = 0 if encoder is None else tokens
+        self.bos = bos
+        self.verdict = verdict
+
+    @property
+    def body(self) -> nn.Module:
+        """Return the decoder without ``lm_head``."""
+        body: nn.Module = self.llm.get_base_model().model
+        return body
+
+    def trajectory(self, batch: TextBatch) -> TrajectoryStates | None:
+        """Return the encoder's states, from the batch where known; None without an encoder."""
+        if self.encoder is None:
+            return None
+        if "states" in batch:
+            known = batch["states"], batch["states_mask"], batch["trajectory_logit"]
+            return TrajectoryStates(*known)
+        return latest_states(self.encoder, self.trajectory_head, batch, self.tokens)
+
+    def embed(
+        self, batch: TextBatch, trajectory: TrajectoryStates | None, *, left: bool = False
+    ) -> DecoderInput:
+        """Lay out <bos> [soft tokens] [text] without holes.
+
+        Args:
+            batch: series and text.
+            trajectory: of the batch.
+            left: padding in front, for generation, instead of behind.
+        """
+        embedding = self.llm.get_input_embeddings()
+        text = embedding(batch["input_ids"])  # (B, T, D)
+        first = batch["input_ids"].new_full((len(text), 1), self.bos)
+        slots, masks = [embedding(first)], [torch.ones_like(first, dtype=torch.bool)]
+        if trajectory is not None and self.projection is not None:
+            slots.append(self.projection(trajectory.states).to(text.dtype))
+            masks.append(trajectory.mask)
+        text_start = torch.cat(masks, dim=1).sum(dim=1)
+        mask = torch.cat([*masks, batch["text_mask"]], dim=1)  # (B, 1 + P + T)
+        lengths = mask.sum(dim=1)
+        longest = int(lengths.max())
+        # A stable sort moves the holes to one side and keeps the order of the rest.
+        order = torch.argsort((mask if left else ~mask).int(), dim=1, stable=True)
+        order = order[:, -longest:] if left else order[:, :longest]
+        row = torch.arange(len(mask), device=mask.device)[:, None]
+        return DecoderInput(
+            embeddings=torch.cat([*slots, text], dim=1)[row, order],
+            mask=mask[row, order],
+            text_start=text_start + (longest - lengths if left else 0),
+        )
+
+    def read(self, batch: TextBatch, trajectory: TrajectoryStates | None) -> tuple[Tensor, Tensor]:
+        """Run the decoder body.
+
+        Returns:
+            Hidden states (B, S, D), and where the text starts, (B,) int64.
+        """
+        sequence = self.embed(batch, trajectory)
+        result = self.body(
+            inputs_embeds=sequence.embeddings,
+            attention_mask=sequence.mask.long(),
+            use_cache=False,
+        )
+        return result.last_hidden_state, sequence.text_start
+
+
+def at_verdict(hidden: Tensor, text_start: Tensor, batch: TextBatch) -> Tensor:
+    """Return the states (B, D) float32 from which the verdict is read."""
+    row = torch.arange(len(hidden), device=hidden.device)
+    # In float32: sixteen bits would round many patients to the same risk.
+    return hidden[row, text_start + batch["verdict"]].float()
+
+
+class LLMClassifier(TrajectoryLLM):
+    """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
+
+    def __init__(
+        self, encoder: Encoder | None, llm: PreTrainedModel, *, prevalence: float, **parts: Any
+    ) -> None:
+        """Start at the trajectory head's logit, or, without one, at the training part's risk.
+
+        Args:
+            encoder: as for ``TrajectoryLLM``.
+            llm: as for ``TrajectoryLLM``.
+            prevalence: share of events in the training part, within (0, 1).
+            parts: as for ``TrajectoryLLM``.
+        """
+        super().__init__(encoder, llm, **parts)
+        self.head = nn.Linear(llm.config.hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, 0.0 if self.trajectory_head else log_odds(prevalence))
+
+    def forward(self, batch: TextBatch) -> Output:
+        """Return the binary cross-entropy (sum over B) and the logit of each patient."""
+        trajectory = self.trajectory(batch)
+        hidden, text_start = self.read(batch, trajectory)
+        logit = self.head(at_verdict(hidden, text_start, batch)).squeeze(1)  # (B,)
+        if trajectory is not None:
+            logit = logit + trajectory.logit
+        return classification_output(logit, batch["labels"])
+
+
+def answer_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, boost: Tensor, importance: Tensor, yes: int
+) -> Tensor:
+    """Return the weighted cross-entropy over the vocabulary, a sum over N tokens.
+
+    The logits of one batch of reports would be larger than everything else that a step keeps, so
+    they are made a chunk of ``LOSS_ROWS`` tokens at a time and again in the backward pass.
+
+    Args:
+        hidden: (N, D), each where a token is about to be predicted.
+        weight: (V, D) of ``lm_head``, frozen.
+        targets: (N,) int64, the tokens.
+        boost: (N,) float32, added to the logit of ``yes``.
+        importance: (N,) float32, weight of each token.
+        yes: id of a token.
+    """
+
+    def chunk_loss(hidden: Tensor, targets: Tensor, boost: Tensor, importance: Tensor) -> Tensor:
+        logits = functional.linear(hidden, weight).float()  # (rows, V)
+        logits[:, yes] += boost
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        return (importance * losses).sum()
+
+    chunks = zip(*(x.split(LOSS_ROWS) for x in (hidden, targets, boost, importance)), strict=True)
+    losses = [
+        checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
+    return torch.stack(losses).sum()
+
+
+class LLMWriter(TrajectoryLLM):
+    """Stage 3: the language model writes the report; ``lm_head`` reads the answer's states only."""
+
+    def forward(self, batch: TextBatch) -> Output:
+        """Return the weighted cross-entropy (sum over answer tokens) and the verdict's log-odds.
+
+        The verdict is read where the report is about to say yes or no; causal attention hides the
+        report itself there. As one token among a hundred copied ones it counts ``VERDICT_WEIGHT``
+        times. Without answers in the batch the loss is zero.
+        """
+        trajectory = self.trajectory(batch)
+        hidden, text_start = self.read(batch, trajectory)
+        added = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        if trajectory is not None:
+            added = trajectory.logit
+        row, place = (batch["targets"] != IGNORED).nonzero(as_tuple=True)  # (N,) each
+        is_verdict = place == batch["verdict"][row] + 1
+        weight = self.llm.get_output_embeddings().weight
+        loss = answer_loss(
+            hidden[row, text_start[row] + place - 1],  # a state predicts the token behind it
+            weight,
+            batch["targets"][row, place],
+            added[row] * is_verdict,
+            torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
+            self.verdict[0],
+        )
+        words = weight[list(self.verdict)].float()  # (2, D)
+        yes, no = functional.linear(at_verdict(hidden, text_start, batch), words).unbind(1)
+        terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
+        return Output(loss, terms, yes - no + added)
+
+    @torch.no_grad()
+    def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
+        """Continue texts greedily, batched.
+
+        Args:
+            batch: texts that end where the model is to go on.
+            most: tokens to write at most.
+            eos: ids that end a report.
+            pad: id that fills finished rows.
+
+        Returns:
+            (B, at most ``most``) int64 ids.
+
+        Raises:
+            FloatingPointError: the model's states are not finite.
+        """
+        from transformers import GenerationConfig
+
+        self.eval()
+        sequence = self.embed(batch, self.trajectory(batch), left=True)
+        greedy = GenerationConfig(
+            max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad
+        )
+        with self.llm.get_output_embeddings().register_forward_pre_hook(_check_and_pack):
+            written: Tensor = self.llm.generate(
+                inputs_embeds=sequence.embeddings,
+                attention_mask=sequence.mask.long(),
+                generation_config=greedy,
+            )
+        return written
+
+
+def _check_and_pack(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Refuse states that are not finite; copy them so that their strides have no gaps.
+
+    ``generate`` cuts the last position out of each row of a prompt; over such strides torch
+    multiplies row by row and in bfloat16 copies the whole vocabulary's weights for each.
+    """
+    if not bool(inputs[0].isfinite().all()):
+        raise FloatingPointError("the language model's states are not finite: no report is written")
+    return (inputs[0].clone(memory_format=torch.contiguous_format),)
