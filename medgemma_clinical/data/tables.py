@@ -25,7 +25,7 @@ LONGEST_FIELD = 2**31 - 1
 """Characters of a CSV field; a series of 20,000 observations is one field."""
 
 SEPARATORS = {";": "';'", "\t": "tabs"}
-"""Separators that are taken for a wrong one where the header has no comma, as errors name them."""
+"""Wrong separators that are recognised, as errors name them."""
 
 
 class Findings:
@@ -128,6 +128,7 @@ def _csv_chunks(
     if names is None:
         raise InputError(f"{path}: the file is empty")
     header = [name.strip() for name in names]
+    _check_separator(path, header)
     for first in itertools.count():
         numbers, cells = [], []
         for number, row in itertools.islice(rows, most):
@@ -146,8 +147,7 @@ def _csv_chunks(
 
 
 def _note_long_row(path: Path, number: int, found: int, expected: int, findings: Findings) -> None:
-    hint = "separate columns by ','" if expected == 1 else 'put texts with commas in quotes "'
-    problem = f"{found} fields where the header has {expected}: {hint}"
+    problem = f'{found} fields where the header has {expected}: put texts with commas in quotes "'
     if findings.strict:
         raise InputError(f"{path}, row {number}: {problem}")
     findings.problems[number] = problem
@@ -165,8 +165,6 @@ def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[
     try:
         while (cells := next(readers[strict], None)) is not None:
             number += 1
-            if number == 1 and len(cells) == 1:
-                _check_separator(path, cells[0])
             if any(map(str.strip, cells)):
                 yield number, cells
                 strict = True
@@ -174,13 +172,13 @@ def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[
         raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
 
 
-def _check_separator(path: Path, header: str) -> None:
-    """Refuse a header without comma that another separator divides."""
+def _check_separator(path: Path, header: list[str]) -> None:
+    """Refuse a header in which another separator is more frequent than the comma."""
     for separator, name in SEPARATORS.items():
-        if separator in header:
+        if sum(cell.count(separator) for cell in header) > len(header) - 1:
             raise InputError(
-                f"{path}, row 1: the columns are separated by {name} where ',' is expected: save "
-                "it as CSV separated by commas"
+                f"{path}, row 1: the columns seem to be separated by {name}: save the file as CSV "
+                "separated by commas"
             )
 
 
@@ -212,8 +210,8 @@ def _parquet_chunks(path: Path, most: int | None) -> Iterator[TableChunk]:
 def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table with rows numbered from 0 and stripped column names; a named index stays."""
     table = table.rename(columns=lambda name: str(name).strip())
-    index = table.index.to_frame(index=False) if any(table.index.names) else pd.DataFrame()
-    index = index[[name for name in index if name not in table]]
+    named = [n for n in table.index.names if isinstance(n, str) and n not in table]
+    index = table.index.to_frame(index=False)[named]
     return pd.concat([index, table.reset_index(drop=True)], axis=1)
 
 

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FAR_OUT = 10.0
+"""Without declared limits a value is implausible so many interquartile ranges outside."""
+
 FLOW_COLUMNS = ("rule", "removed", "left")
 """Columns of ``flow``: a rule, the rows that it removed, the rows left after it."""
 
@@ -119,10 +122,6 @@ class TrajectoryDataset:
         """
         raise NotImplementedError
 
-    def plausible(self, feature: int) -> tuple[float, float]:
-        """Return the lowest and highest value of a feature that a living patient shows."""
-        raise NotImplementedError
-
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return series ``i`` in words as ``options`` ask, ``series`` not being ``none``.
 
@@ -152,6 +151,18 @@ class TrajectoryDataset:
         raise NotImplementedError
 
     # ------------------------------------------------------------------ series
+
+    def plausible(self, feature: int) -> tuple[float, float]:
+        """Return the declared limits of a feature, or what is not far outside its quartiles."""
+        if limits := self.limits(feature):
+            return limits
+        values = self.values[:, feature]
+        measured = values[~np.isnan(values)]
+        if not len(measured):
+            return -np.inf, np.inf
+        q1, q3 = np.quantile(measured, [0.25, 0.75])
+        reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
+        return float(q1 - reach), float(q3 + reach)
 
     def __len__(self) -> int:
         """Return N."""

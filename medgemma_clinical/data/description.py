@@ -1,0 +1,193 @@
+"""What the series and the label of a DKA file mean, and which series its columns hold."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.texts import NUMBER
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS
+from medgemma_clinical.files import InputError, file_hash
+
+logger = logging.getLogger(__name__)
+
+MAIN_COLUMN = "clinical_trajectory"
+
+SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
+"""A column of one more series: its name, and its unit if it has one."""
+
+MOST_NAMES, LONGEST_NAME = 20, 40
+"""Columns that an error lists, and characters of each."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the series and the label of a DKA file mean, for texts and checks.
+
+    Read from a JSON object in a file of the same name beside the data (``data.csv``,
+    ``data.json``); absent keys keep these defaults, other keys are ignored.
+
+    Attributes:
+        series: name of the main series as a clinician writes it.
+        unit: unit of its values, empty where it has none.
+        question: the question about a patient, a sentence.
+        outcome: what label 1 means, in a word or two; a report begins with it.
+        plausible: lowest and highest value that a living patient shows.
+        limits: the same for further series, by name.
+        prediction_time: when the question is asked, in words; empty where unknown.
+        horizon: how far the question looks ahead, in words; empty where unknown.
+        flow: ``rule``, ``removed``, ``left`` of each rule by which data came to their rows.
+    """
+
+    series: str = "Anion gap"
+    unit: str = "mEq/L"
+    question: str = "Will care have to be escalated?"
+    outcome: str = "Escalation"
+    plausible: tuple[float, float] = (-5.0, 60.0)
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    prediction_time: str = ""
+    horizon: str = ""
+    flow: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def beside(cls, path: Path) -> Description:
+        """Read the description of the data file ``path``, or return the default.
+
+        Raises:
+            InputError: the JSON file exists and cannot be read.
+        """
+        file = description_path(path)
+        if not file.is_file():
+            return cls()
+        try:
+            content = dict(json.loads(file.read_text(encoding="utf-8")).items())
+            description = cls._from_json(content)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise InputError(
+                f"{file}: not a description of {path.name}: expected a JSON object with texts "
+                "series, unit, question, outcome, two rising numbers plausible, and limits with "
+                "two rising numbers for each further series"
+            ) from error
+        if "csv_sha256" in content and content["csv_sha256"] != file_hash(path):
+            logger.warning(
+                "%s was made with another %s: check that it describes this one", file, path.name
+            )
+        return description
+
+    @classmethod
+    def _from_json(cls, content: dict[str, Any]) -> Description:
+        """Check and convert the known keys of a description."""
+        known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
+        plausible = _rising(known.pop("plausible", cls.plausible))
+        limits = {comparable(k): _rising(v) for k, v in known.pop("limits", {}).items()}
+        flow = tuple({key: rule[key] for key in FLOW_COLUMNS} for rule in known.pop("flow", ()))
+        for key, text in known.items():
+            if not isinstance(text, str) or not (text or key in OPTIONAL_TEXTS):
+                raise ValueError(f"{key} must be a text")
+        return cls(**known, plausible=plausible, limits=limits, flow=flow)
+
+
+OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon")
+"""Texts of a description that may be empty; a pH has no unit."""
+
+
+def description_path(path: Path) -> Path:
+    """Return the place of the description of a data file."""
+    name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
+    return path.with_name(name).with_suffix(".json")
+
+
+def _rising(pair: Sequence[float]) -> tuple[float, float]:
+    low, high = map(float, pair)
+    if not low < high:
+        raise ValueError("two rising numbers are needed")
+    return low, high
+
+
+def comparable(name: str) -> str:
+    """Return the name of a series for comparison: ``Urea_Nitrogen`` is ``urea nitrogen``."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series of a file: its column, its name in texts, its unit, empty where it has none."""
+
+    column: str
+    name: str
+    unit: str
+
+
+def find_series(
+    table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
+) -> list[Series]:
+    """Find the series of a table: the main one first, then those of further columns.
+
+    Args:
+        table: as read.
+        description: names the main series.
+        chosen: names in the wanted order, the main one first; None takes all.
+        source: named in errors.
+
+    Raises:
+        InputError: a column whose name cannot be read, two of one name, or an unknown choice.
+    """
+    main = Series(MAIN_COLUMN, description.series, description.unit)
+    found = {comparable(main.name): main}
+    for column in map(str, table.columns):
+        if column.lower().startswith("trajectory"):
+            series = _parse_column_name(column, source)
+            if comparable(series.name) in found:
+                where = f"{source}, row 1, column {' '.join(column.split())}"
+                raise InputError(f"{where}: another column is a series of that name: rename one")
+            found[comparable(series.name)] = series
+    if chosen is None:
+        return list(found.values())
+    by_column = {**found, comparable(MAIN_COLUMN): main}
+    for name in chosen:
+        if comparable(name) not in by_column:
+            known = ", ".join(series.name for series in found.values())
+            raise InputError(f"{source}: --series {name}: no such series among: {known}")
+    wanted = [by_column[comparable(name)] for name in chosen]
+    if len(set(wanted)) < len(wanted) or not wanted:
+        raise InputError(f"{source}: --series: name each series once, and one at least")
+    return wanted
+
+
+def _parse_column_name(column: str, source: str) -> Series:
+    """Read the name and the unit of a further series from the name of its column."""
+    match = SERIES_COLUMN.fullmatch(column)
+    name = " ".join(match[1].replace("_", " ").split()) if match else ""
+    unit = (match[2] or "").strip() if match else ""
+    unit = "" if unit == "1" else unit  # UCUM's way to write that there is none
+    is_number = re.fullmatch(NUMBER, name) or re.fullmatch(NUMBER, unit)
+    if not name or "," in name or is_number:
+        raise InputError(
+            f"{source}, row 1, column {' '.join(column.split())}: write trajectory_NAME or "
+            "trajectory_NAME [unit], in words without comma"
+        )
+    return Series(column, name, unit)
+
+
+def list_columns(names: Iterable[object], wanted: str) -> str:
+    """Return the columns of a table for an error about one that is missing.
+
+    Args:
+        names: of the columns; not shown where they seem to be a patient's cells.
+        wanted: the missing one.
+    """
+    columns = [str(name) for name in names]
+    if any("->" in name or re.match(rf"\s*{NUMBER}", name) for name in columns):
+        return "the first row seems to hold data: is the header missing?"
+    shown = ", ".join(name[:LONGEST_NAME] for name in columns[:MOST_NAMES])
+    more = f" and {len(columns) - MOST_NAMES} more" if len(columns) > MOST_NAMES else ""
+    close = difflib.get_close_matches(wanted, columns, 1)
+    return f"the columns are {shown}{more}" + (f": rename {close[0]}?" if close else "")
