@@ -1,0 +1,186 @@
+"""Models side by side on the same test patients, of one split or of several."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
+from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
+from medgemma_clinical.evaluation.plots import plot_comparison, plot_style, to_image
+from medgemma_clinical.evaluation.report import INTERVALS, render
+from medgemma_clinical.files import atomic, move_aside, write_text
+from medgemma_clinical.provenance import code_hash
+
+logger = logging.getLogger(__name__)
+
+TESTED = ["id", "patient", "label"]
+"""Columns of a table of test predictions that say what was tested; each other one is a model."""
+
+Results = dict[str, dict[str, Any]]
+"""By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference."""
+
+
+def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) -> Results:
+    """Score the same models on one test part, or on those of several splits.
+
+    Of several splits each figure is the mean, and its interval that of the mean: patients are drawn
+    once for all splits, each with all the rows that any test part holds of the patient.
+
+    Args:
+        tables: one a split: the columns ``TESTED``, then the probabilities of each model.
+        reference: the model that the others are compared with, paired.
+        seed: of the bootstrap.
+
+    Returns:
+        By model n, events, each metric with its interval (over several splits also its standard
+        deviation ``sd``), and ``minus_reference``: the paired differences.
+    """
+    joined = pd.concat(tables, keys=range(len(tables)))
+    labels = joined["label"].to_numpy(dtype=float)
+    groups = joined["patient"].to_numpy(dtype=np.str_)
+    split = joined.index.get_level_values(0).to_numpy()
+    risks = {
+        str(model): [table[model].to_numpy() for table in tables]
+        for model in joined.columns.drop(TESTED)
+    }
+
+    def by_split(weights: NDArray[np.float64]) -> Figures:
+        """Return (splits, R) values of each model and metric."""
+        figures: Figures = {}
+        for model, parts in risks.items():
+            scored = [
+                weighted_metrics(labels[split == k], part, weights[:, split == k])
+                for k, part in enumerate(parts)
+            ]
+            figures |= {(model, m): np.stack([each[m] for each in scored]) for m in METRICS}
+        return figures
+
+    def means(weights: NDArray[np.float64]) -> Figures:
+        return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
+
+    draws = bootstrap(labels, groups, seed, means, split)
+    values = {name: each[:, 0] for name, each in by_split(np.ones((1, len(labels)))).items()}
+    counts = {"n": len(labels), "events": int(labels.sum())}
+    results: Results = {}
+    for model in risks:
+        results[model] = dict(counts)
+        paired = {}
+        for metric in METRICS:
+            here, other = (model, metric), (reference, metric)
+            score = dict(estimate(values[here].mean(), draws[here]).to_json())
+            if len(tables) > 1:
+                score["sd"] = float(values[here].std(ddof=1))
+            results[model][metric] = score
+            difference = float((values[here] - values[other]).mean())
+            paired[metric] = estimate(difference, draws[here] - draws[other]).to_json()
+        results[model]["minus_reference"] = paired
+    return results
+
+
+def comparison_table(results: Results, reference: str) -> pd.DataFrame:
+    """Return the test figures of all models, a line each."""
+    lines = []
+    for name, result in results.items():
+        line = {"model": name, "test AUROC [95 %]": _text(result["auroc"])}
+        if "sd" in result["auroc"]:
+            line["sd of AUROC"] = f"{result['auroc']['sd']:.3f}"
+        difference = _text(result["minus_reference"]["auroc"], "+.3f")
+        line[f"minus {reference} [95 %]"] = "" if name == reference else difference
+        for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
+            line[title] = f"{result[metric]['value']:{form}}"
+            if "sd" in result[metric]:
+                line[f"sd of {title}"] = f"{result[metric]['sd']:{form}}"
+        if "seconds_an_epoch" in result:
+            line["s an epoch"] = f"{result['seconds_an_epoch']:.0f}"
+        lines.append(line)
+    return pd.DataFrame(lines).fillna("")
+
+
+def counts_sentence(results: Results) -> str:
+    """Return on how many rows and events a comparison rests."""
+    first = next(iter(results.values()))
+    parts = "test parts, joined" if "sd" in first["auroc"] else "test part"
+    return f"{parts}: {first['n']:,} rows, {first['events']:,} events"
+
+
+def comparison_sentences(results: Results, reference: str) -> list[str]:
+    """Return the result in words: the reference, and the model with the highest AUROC."""
+    score = results[reference]["auroc"]
+    spread = f", standard deviation over splits {score['sd']:.3f}" if "sd" in score else ""
+    first = f"{reference}: test AUROC {_text(score)}{spread} ({counts_sentence(results)})."
+    best = max(results, key=lambda model: results[model]["auroc"]["value"])
+    if best == reference:
+        return [first, "No other model has a higher AUROC."]
+    difference = _estimate(results[best]["minus_reference"]["auroc"])
+    remark = "" if difference.above(0) else ", an interval that includes zero"
+    return [
+        first,
+        f"The highest AUROC has {best}: {_text(results[best]['auroc'])}; paired difference "
+        f"{difference.text('+.3f')}{remark}.",
+    ]
+
+
+def write_comparison(
+    folder: Path,
+    name: str,
+    results: Results,
+    reference: str,
+    *,
+    title: str,
+    sentences: Sequence[str],
+    card: dict[str, str],
+) -> None:
+    """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
+
+    An earlier result that differs is moved aside first.
+
+    Args:
+        folder: where to.
+        name: of the files.
+        results: from ``compare_models``.
+        reference: the model that the others are compared with.
+        title: of the page.
+        sentences: more of them for the page, after those of the result.
+        card: lines about how the comparison was made.
+    """
+    text = json.dumps(results, indent=2) + "\n"
+    paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
+    if paths[".json"].exists() and paths[".json"].read_text(encoding="utf-8") != text:
+        for aside in move_aside(paths.values()):
+            logger.info("an earlier result was moved to %s", aside)
+    table = comparison_table(results, reference)
+    with plot_style():
+        figure = plot_comparison(results, reference)
+        with atomic(paths[".png"]) as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+        alt = f"AUROC of {len(results)} models with intervals; the table above holds the numbers"
+        image = to_image(figure, alt)
+    page = render(
+        "comparison",
+        title=title,
+        sentences=[*comparison_sentences(results, reference), *sentences],
+        comparison=table,
+        images={"comparison": image},
+        card={**card, "Intervals": INTERVALS, "SHA-256 of the code": code_hash()},
+    )
+    write_text(paths[".html"], page)
+    write_text(paths[".json"], text)
+    logger.info(
+        "\n%s\n%s\n\nresults: %s", table.to_string(index=False), counts_sentence(results), folder
+    )
+
+
+def _estimate(score: dict[str, Any]) -> Estimate:
+    return Estimate(score["value"], score["low"], score["high"])
+
+
+def _text(score: dict[str, Any], form: str = ".3f") -> str:
+    return _estimate(score).text(form)

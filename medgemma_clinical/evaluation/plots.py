@@ -1,0 +1,298 @@
+"""Pictures of reports and comparisons, in one style, for pages and as files."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+from medgemma_clinical.evaluation.bootstrap import Estimate
+from medgemma_clinical.evaluation.cohort import BENEFIT_RISKS, Cohort, CohortFigures
+from medgemma_clinical.evaluation.report_tables import percent
+
+logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font that it looks for
+
+INK, GRID, MODEL, OTHER = "#1f2933", "#d9dee3", "#0b6fa4", "#b4531f"
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "white",
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.labelcolor": INK,
+    "lines.markersize": 3,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medgemma",  # the same picture has the same bytes
+    "text.parse_math": False,  # a dollar sign in a user's words stays one
+    "xtick.color": INK,
+    "xtick.labelsize": 9,
+    "ytick.color": INK,
+    "ytick.labelsize": 9,
+}
+MOST_POINTS = 400
+"""Points of a curve that are drawn."""
+
+FEWEST_EPOCHS_WITHOUT_MARKERS = 15
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture for a page: ``source`` is a data URI, ``alt`` says the same in words."""
+
+    source: str
+    alt: str
+
+
+def report_images(
+    cohort: Cohort, figures: CohortFigures, history: Sequence[dict[str, Any]]
+) -> dict[str, Image]:
+    """Draw a report's pictures: roc, precision, calibration, decision_curve and learning.
+
+    Args:
+        cohort: the rows that are judged.
+        figures: of the cohort.
+        history: one object an epoch; without any there is no learning curve.
+    """
+    with plot_style():
+        images = {
+            "roc": to_image(*plot_roc(cohort, figures)),
+            "precision": to_image(*plot_precision_recall(cohort, figures)),
+            "calibration": to_image(*plot_calibration(cohort, figures)),
+            "decision_curve": to_image(*plot_decision_curve(cohort, figures)),
+        }
+        if history:
+            images["learning"] = to_image(*plot_learning(history))
+    return images
+
+
+@contextlib.contextmanager
+def plot_style() -> Iterator[None]:
+    """Draw in the style of this program within the block."""
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def new_figure(
+    panels: int = 1,
+    heights: Sequence[float] | None = None,
+    size: tuple[float, float] = (4, 3.7),
+    *,
+    sharex: bool = True,
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels below each other, and their axes.
+
+    Args:
+        panels: how many.
+        heights: of the panels, relative to each other.
+        size: width and height of the figure in inches.
+        sharex: whether the panels have one x axis.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False, height_ratios=heights)
+    return figure, list(axes[:, 0])
+
+
+def add_legend(figure: Figure) -> None:
+    """Put the legend above the panels, where it hides no curve."""
+    figure.legend(loc="outside upper left", ncols=2)
+
+
+def to_image(figure: Figure, alt: str) -> Image:
+    """Turn a figure into an SVG image that a page holds inside itself."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return Image(f"data:image/svg+xml;base64,{content}", alt)
+
+
+def plot_roc(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
+    """Return the ROC curve of the model and its best baseline, and its text alternative."""
+    figure, (axes,) = new_figure()
+    axes.plot([0, 100], [0, 100], ":", color=INK, linewidth=1, label="chance")
+    for risk, look in _model_and_baseline(cohort, figures):
+        false_alarms, sensitivity, _ = roc_curve(cohort.labels, risk)
+        few = _thinned(len(sensitivity))
+        axes.plot(100 * false_alarms[few], 100 * sensitivity[few], **look)
+    found, spared = (figures.estimates[name].value or 0 for name in ("sensitivity", "specificity"))
+    point = 100 * (1 - spared), 100 * found
+    axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="chosen threshold")
+    axes.set(xlabel="false alarms, % of rows without event", xlim=(-1, 101), ylim=(-1, 101))
+    axes.set_ylabel("sensitivity, % of events")
+    add_legend(figure)
+    return figure, (
+        f"ROC curve: AUROC {figures.auroc.text()}. At the chosen threshold of "
+        f"{100 * figures.threshold:.3g} % risk the model finds {percent(found)} of the events with "
+        f"an alarm in {percent(1 - spared)} of the rows without event."
+    )
+
+
+def plot_precision_recall(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
+    """Return precision over sensitivity beside the prevalence, and its text alternative."""
+    figure, (axes,) = new_figure()
+    prevalence = figures.prevalence
+    axes.axhline(100 * prevalence, color=INK, linestyle=":", linewidth=1, label="prevalence")
+    for risk, look in _model_and_baseline(cohort, figures):
+        precision, recall, _ = precision_recall_curve(cohort.labels, risk)
+        few = _thinned(len(recall))
+        axes.step(100 * recall[few], 100 * precision[few], where="post", **look)
+    axes.set(xlabel="sensitivity, % of events", xlim=(-1, 101), ylim=(-1, 101))
+    axes.set_ylabel("events among alarms (PPV), %")
+    add_legend(figure)
+    return figure, (
+        f"Precision-recall curve: AUPRC {figures.estimates['auprc'].text()}, where chance is the "
+        f"prevalence, {prevalence:.3f}."
+    )
+
+
+def _model_and_baseline(
+    cohort: Cohort, figures: CohortFigures
+) -> Iterator[tuple[NDArray[np.float64], dict[str, Any]]]:
+    """Yield the risks of the best baseline, if any, and of the model, each with its line's look."""
+    if name := figures.best_baseline:
+        look = {"color": OTHER, "linestyle": "--", "linewidth": 1.5, "label": "best baseline"}
+        yield cohort.baselines[name], look
+    yield cohort.probability, {"color": MODEL, "linewidth": 2, "label": "model"}
+
+
+def _thinned(count: int) -> NDArray[np.int64]:
+    """Return so many of ``count`` positions as a curve needs."""
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).astype(np.int64))
+
+
+def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
+    """Return observed shares over predicted risks with a histogram, and its text alternative."""
+    figure, (axes, below) = new_figure(2, (4, 1))
+    risks = [100 * each.risk for each in figures.bins]
+    shares = [100 * (each.observed.value or 0) for each in figures.bins]
+    ends = [100 * (each.observed.high or 0) for each in figures.bins]
+    top = min(100.0, 1.05 * max(*risks, *shares, *ends))
+    axes.plot([0, 100], [0, 100], ":", color=INK, linewidth=1, label="as predicted")
+    for risk, each in zip(risks, figures.bins, strict=True):
+        _plot_interval(axes, each.observed, risk, scale=100)
+    axes.plot(risks, shares, "o-", color=MODEL, linewidth=1, markersize=5, label="observed [95 %]")
+    axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
+    below.hist(100 * cohort.probability, bins=40, range=(0, top), color=MODEL, alpha=0.5)
+    below.set(xlabel="predicted risk, %", ylabel="rows")
+    below.locator_params(axis="y", nbins=2)
+    add_legend(figure)
+    pairs = "; ".join(
+        f"{risk:.0f} % predicted, {share:.0f} % observed"
+        for risk, share in zip(risks, shares, strict=True)
+    )
+    return figure, f"Calibration curve, bins of about equal size by rising risk: {pairs}."
+
+
+def _plot_interval(axes: Axes, estimate: Estimate, x: float, scale: float) -> None:
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([x, x], [scale * estimate.low, scale * estimate.high], color=MODEL)
+
+
+def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
+    """Return net benefit over threshold risk, and its text alternative."""
+    figure, (axes,) = new_figure()
+    prevalence = figures.prevalence
+    highest = min(0.99, max(2 * prevalence, float(np.quantile(cohort.probability, 0.99))))
+    risks = BENEFIT_RISKS[: max(5, round(100 * highest))]
+    curve = figures.benefit[: len(risks)]
+    value, low, high = (
+        100 * np.array([getattr(each, end) for each in curve], dtype=float)
+        for end in ("value", "low", "high")
+    )
+    everyone = 100 * (prevalence - (1 - prevalence) * risks / (1 - risks))
+    axes.axhline(0, color=INK, linestyle=":", linewidth=1, label="treat none")
+    axes.plot(100 * risks, everyone, "--", color=OTHER, label="treat all")
+    axes.fill_between(100 * risks, low, high, color=MODEL, alpha=0.18, linewidth=0)
+    axes.plot(100 * risks, value, color=MODEL, linewidth=2, label="model [95 %]")
+    ceiling = 110 * prevalence
+    axes.set(xlabel="threshold risk, %", ylim=(-0.25 * ceiling, ceiling))
+    axes.set_ylabel("net benefit, true alarms per 100 rows")
+    add_legend(figure)
+    above = risks[value > np.maximum(everyone, 0) + 1e-9]
+    where = "nowhere"
+    if len(above):
+        everywhere = len(above) == round(100 * (above[-1] - above[0])) + 1
+        where = f"between {percent(above[0])} and {percent(above[-1])}"
+        where += "" if everywhere else ", not everywhere there"
+    return figure, (
+        "Decision curve: net benefit of the model over the threshold risk, beside treating all and "
+        f"treating none. The model lies above both {where}."
+    )
+
+
+def plot_learning(history: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
+    """Return losses and validation AUROC by epoch, and their text alternative.
+
+    Args:
+        history: one object an epoch with epoch, train_loss, val_loss, val_auroc, improved; a number
+            may be None.
+    """
+    figure, (upper, lower) = new_figure(2, (1, 1))
+    epochs = [line["epoch"] for line in history]
+    kept = [line["epoch"] for line in history if line["improved"]][-1]
+    curves = {
+        key: [math.nan if line[key] is None else line[key] for line in history]
+        for key in ("train_loss", "val_loss", "val_auroc")
+    }
+    marker = "o" if len(epochs) < FEWEST_EPOCHS_WITHOUT_MARKERS else ""
+    upper.plot(epochs, curves["train_loss"], "--", color=OTHER, label="training", marker=marker)
+    upper.plot(epochs, curves["val_loss"], color=MODEL, label="validation", marker=marker)
+    lower.plot(epochs, curves["val_auroc"], color=MODEL, marker=marker)
+    for axes in (upper, lower):
+        axes.axvline(kept, color=INK, linestyle=":", linewidth=1)
+    upper.set(ylabel="loss")
+    lower.set(xlabel="epoch (dotted: the one kept)", ylabel="validation AUROC")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    add_legend(figure)
+    last = {key: values[-1] for key, values in curves.items()}
+    return figure, (
+        f"Learning curve of {len(epochs)} epochs; epoch {kept} was kept. In the last epoch the "
+        f"training loss was {last['train_loss']:.3f}, the validation loss {last['val_loss']:.3f}, "
+        f"the validation AUROC {last['val_auroc']:.3f}."
+    )
+
+
+def plot_comparison(results: dict[str, dict[str, Any]], reference: str) -> Figure:
+    """Return AUROC and paired difference of each model with their intervals.
+
+    Args:
+        results: from ``compare_models``.
+        reference: the model that the others are compared with.
+    """
+    height = 0.5 * len(results) + 2
+    figure, panels = new_figure(2, size=(5.5, height), sharex=False)
+    names = list(results)[::-1]
+    aurocs = [results[name]["auroc"] for name in names]
+    differences = [results[name]["minus_reference"]["auroc"] for name in names]
+    titles = ("test AUROC", f"AUROC minus {reference}, paired")
+    for axes, scores, title in zip(panels, (aurocs, differences), titles, strict=True):
+        for place, score in enumerate(scores):
+            axes.plot([score["low"], score["high"]], [place, place], color=MODEL)
+            axes.plot(score["value"], place, "o", color=MODEL, markersize=4)
+        axes.set_xlabel(title)
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
+    panels[0].plot([], [], "o-", color=MODEL, markersize=4, label="value and 95 % interval")
+    panels[1].axvline(0, color=INK, linewidth=1)
+    add_legend(figure)
+    return figure

@@ -1,0 +1,290 @@
+"""Figures laid out as tables: for pages, and the table that a run prints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE, Estimate
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+
+TOO_FEW = "too few"
+"""Stands in place of a subgroup's AUROC; the page shows such rows in grey."""
+
+COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
+"""Metrics of a model beside its baselines: key, name, format."""
+
+RECALIBRATED = {
+    "calibration_slope": "Calibration slope",
+    "calibration_in_the_large": "Calibration in the large",
+    "brier": "Brier score",
+    "log_loss": "Log-loss",
+}
+"""What recalibration is to mend; the order of the patients, and so the AUROC, stays."""
+
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def percent(value: float) -> str:
+    """Write a share, of small ones two digits."""
+    number = f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
+def discrimination_table(figures: CohortFigures) -> pd.DataFrame:
+    """Return how well the model ranks."""
+    known = figures.estimates
+    return _with_meanings(
+        ("AUROC", known["auroc"].text(), "area under the ROC curve; 0.5 is chance"),
+        (
+            "AUPRC",
+            known["auprc"].text(),
+            f"average precision; chance is the prevalence, {figures.prevalence:.3f}",
+        ),
+        ("Accuracy at 0.5", known["accuracy"].text(), "rows on the right side of a risk of 0.5"),
+    )
+
+
+def calibration_table(figures: CohortFigures) -> pd.DataFrame:
+    """Return how well predicted risks agree with observed shares."""
+    known = figures.estimates
+    return _with_meanings(
+        (
+            "Slope",
+            known["calibration_slope"].text(),
+            "1 is ideal; below 1 the risks are too extreme",
+        ),
+        ("Intercept", known["calibration_intercept"].text(), "log-odds; 0 is ideal"),
+        (
+            "Calibration in the large",
+            known["calibration_in_the_large"].text(),
+            "log-odds with the slope held at 1; below 0 the risks are too high on average",
+        ),
+        ("Brier score", known["brier"].text(".4f"), "mean squared error of the risk"),
+        (
+            "Brier skill",
+            known["brier_skill"].text(),
+            "improvement over the prevalence as everyone's risk; 1 is perfect, 0 is none",
+        ),
+        ("Log-loss", known["log_loss"].text(".4f"), "mean of -log(risk given to what happened)"),
+    )
+
+
+def threshold_table(figures: CohortFigures) -> pd.DataFrame:
+    """Return what an alarm at the decision rule's threshold means."""
+    meanings = {
+        "sensitivity": ("Sensitivity", "rows with the event that have an alarm"),
+        "specificity": ("Specificity", "rows without the event that have no alarm"),
+        "ppv": ("PPV", "alarms that have the event"),
+        "npv": ("NPV", "rows without alarm that do not have the event"),
+        "alarms": ("Alarms", f"rows with a risk of at least {100 * figures.threshold:.3g} %"),
+    }
+    return _with_meanings(
+        *(
+            (f"{name} (%)", figures.estimates[key].text(".1f", 100), meaning)
+            for key, (name, meaning) in meanings.items()
+        )
+    )
+
+
+def _with_meanings(*lines: tuple[str, str, str]) -> pd.DataFrame:
+    return pd.DataFrame(lines, columns=["Figure", "Value [95 %]", "Meaning"])
+
+
+def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
+    """Return the figures before and after recalibration, None without recalibration."""
+    if figures.before is None:
+        return None
+    lines = [
+        (name, figures.before[key].text(), figures.estimates[key].text())
+        for key, name in RECALIBRATED.items()
+    ]
+    return pd.DataFrame(lines, columns=["", "As trained", "Recalibrated"])
+
+
+def baseline_table(figures: CohortFigures) -> pd.DataFrame:
+    """Return model and baselines, with the paired differences model less baseline."""
+    lines = [{"Model": "this model", **_compared(figures.estimates)}]
+    lines[0] |= {"AUROC, difference": "", "Brier, difference": ""}
+    for name, baseline in figures.baselines.items():
+        line = {"Model": name, **_compared(baseline.estimates)}
+        line["AUROC, difference"] = baseline.differences["auroc"].text("+.3f")
+        line["Brier, difference"] = baseline.differences["brier"].text("+.4f")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _compared(known: dict[str, Estimate]) -> dict[str, str]:
+    return {name: known[key].text(form) for key, name, form in COMPARED}
+
+
+def subgroup_table(figures: CohortFigures) -> pd.DataFrame | None:
+    """Return the subgroups, None where each has too few patients for an AUROC."""
+    if all(group.auroc is None for group in figures.subgroups):
+        return None
+    lines = [
+        {
+            "Group": f"{group.column}: {group.level}",
+            "Rows": f"{group.rows:,}",
+            "Events": f"{group.events:,}",
+            "Observed": percent(group.events / group.rows),
+            "Mean risk": percent(group.risk),
+            "AUROC [95 %]": TOO_FEW if group.auroc is None else group.auroc.text(),
+        }
+        for group in figures.subgroups
+    ]
+    return pd.DataFrame(lines)
+
+
+def largest_errors(cohort: Cohort, most: int = 10) -> pd.DataFrame:
+    """Return the rows whose risk is farthest from the label: id, label and probability only."""
+    order = np.argsort(-np.abs(cohort.labels - cohort.probability), kind="stable")[:most]
+    return pd.DataFrame(
+        {
+            "id": cohort.ids[order],
+            "label": cohort.labels[order].astype(int),
+            "probability": [f"{risk:.3f}" for risk in cohort.probability[order]],
+        }
+    )
+
+
+def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.DataFrame:
+    """Return two case mixes side by side.
+
+    Args:
+        development: ``TrajectoryDataset.case_mix`` of the rows that the model was trained on.
+        cohort: the same of the rows that are judged.
+    """
+    lines = {
+        "rows": "Rows",
+        "patients": "Patients",
+        "prevalence": "Prevalence of the event",
+        "age": "Age in years, median [quartiles]",
+        "women": "Women",
+        "observations": "Observations a row, median [quartiles]",
+    }
+    return pd.DataFrame(
+        {
+            "": list(lines.values()),
+            "Development": [_case_mix_cell(development, name) for name in lines],
+            "These rows": [_case_mix_cell(cohort, name) for name in lines],
+        }
+    )
+
+
+def _case_mix_cell(mix: dict[str, float], name: str) -> str:
+    if f"{name}_median" in mix:
+        low, middle, high = (mix[f"{name}_{place}"] for place in ("q1", "median", "q3"))
+        return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+    if name not in mix:
+        return "not known"
+    return f"{mix[name]:,.0f}" if name in ("rows", "patients") else percent(mix[name])
+
+
+def split_table(
+    labels: NDArray[np.float64], groups: NDArray[Any], split: dict[str, NDArray[np.int64]]
+) -> pd.DataFrame:
+    """Return rows, patients and events of each part.
+
+    Args:
+        labels: (N,) of 0 and 1.
+        groups: (N,) patient of each row.
+        split: positions by part.
+    """
+    lines = []
+    for part, rows in split.items():
+        events = f"{labels[rows].sum():,.0f} ({percent(labels[rows].mean())})"
+        patients = len(np.unique(groups[rows]))
+        lines.append((PART_NAMES.get(part, part), f"{len(rows):,}", f"{patients:,}", events))
+    return pd.DataFrame(lines, columns=["Part", "Rows", "Patients", "Events"])
+
+
+def flow_table(flow: pd.DataFrame | None) -> pd.DataFrame | None:
+    """Return the rules that left rows out, in a page's words; None where none are known.
+
+    Args:
+        flow: columns ``rule``, ``removed``, ``left``.
+    """
+    if flow is None:
+        return None
+    columns = {"rule": "Left out", "removed": "Rows", "left": "Rows left"}
+    return flow[list(columns)].rename(columns=columns)
+
+
+def written_figures(reports: dict[str, float]) -> dict[str, str]:
+    """Return the figures of written reports in words; those that are unknown are left out.
+
+    Args:
+        reports: the object ``reports`` of metrics.json.
+    """
+    names = {
+        "reports": ("Reports written", "{:,.0f}".format),
+        "parse_share": ("Reports of the expected form", percent),
+        "true_number_share": ("Stated numbers that are the patient's", percent),
+        "numbers_stated": ("Numbers stated", "{:,.0f}".format),
+        "verdict_auroc": ("AUROC of the verdict's probability", "{:.3f}".format),
+    }
+    return {
+        name: form(reports[key])
+        for key, (name, form) in names.items()
+        if reports.get(key) is not None and math.isfinite(reports[key])
+    }
+
+
+def result_sentence(figures: CohortFigures) -> str:
+    """Return the result on the test part in one sentence."""
+    text = f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows with {figures.events:,} events"
+    name = figures.best_baseline
+    if name is None:
+        return f"{text}."
+    baseline = figures.baselines[name]
+    return (
+        f"{text}; the best baseline, {name}, has {baseline.estimates['auroc'].text()}: paired "
+        f"difference {baseline.differences['auroc'].text('+.3f')}."
+    )
+
+
+def results_table(
+    name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
+) -> str:
+    """Return the final table of a run: model and baselines, validation and test.
+
+    Args:
+        name: of the model, its first cell.
+        figures: of the parts ``validation`` and ``test``.
+        reports: figures of the test part's written reports, if any were written.
+    """
+    test = figures["test"]
+    lines = [
+        _results_line(name, {part: each.estimates for part, each in figures.items()}),
+        *(
+            _results_line(
+                baseline,
+                {part: each.baselines[baseline].estimates for part, each in figures.items()},
+            )
+            for baseline in test.baselines
+        ),
+    ]
+    further = [f"test part: {test.n:,} rows, {test.events:,} events"]
+    if test.before is not None:
+        further.append("recalibrated on the validation part; on the test part:")
+        further += [
+            f"  {title}: {test.before[key].text()} -> {test.estimates[key].text()}"
+            for key, title in RECALIBRATED.items()
+        ]
+    written = written_figures(reports or {})
+    further += [f"{title}: {value}" for title, value in written.items() if value != "0"]
+    return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])
+
+
+def _results_line(name: str, parts: dict[str, dict[str, Estimate]]) -> dict[str, str]:
+    line = {"model": name}
+    line |= {f"{part} AUROC [95 %]": known["auroc"].text() for part, known in parts.items()}
+    for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
+        value = parts["test"][metric].value
+        line[f"test {title}"] = NO_VALUE if value is None else f"{value:.3f}"
+    return line
