@@ -80,18 +80,6 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def solver_name(text: str) -> str:
-    """Check the name of an ODE solver; used as an argparse type."""
-    if text == "rk4":  # the encoder's own solver: no need to load torchdiffeq
-        return text
-    import torchdiffeq
-
-    known = set(torchdiffeq._impl.odeint.SOLVERS) - {"scipy_solver"}  # which has no gradients
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(sorted(known))}")
-    return text
-
-
 def precision_name(text: str) -> str:
     """Check the name of a precision; used as an argparse type."""
     if text in ("fp16", "float16", "half"):
@@ -234,3 +222,36 @@ def _describe_os_error(error: OSError) -> str:
     advice = "get the right to use it" if denied else "make room"
     place = one_line(str(error.filename))
     return f"{place}: {error.strerror}: {advice}, or choose another place"
+
+
+def check_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Check that the flags fit each other.
+
+    Args:
+        args: of the command line.
+        given: the flags that the user typed.
+
+    Raises:
+        InputError: naming those that do not.
+    """
+    ways = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds", "--resume")
+    chosen = [flag for flag in ways if flag in given]
+    repeatable = {"--ablation", "--seeds", "--resume"}  # several runs, each begun or resumed
+    if len(chosen) > 1 and not repeatable.issuperset(chosen):
+        raise InputError(f"{' and '.join(chosen)} do not go together")
+    if "--compare" in given and (unused := sorted(given - {"--compare", "--seed"})):
+        raise InputError(f"--compare has no use for {', '.join(unused)}: leave it out")
+    if args.predict:
+        return
+    if unused := sorted(given & {"--checkpoint", "--predictions", "--strict"}):
+        raise InputError(f"{unused[0]} goes with --predict only: leave it out")
+    off = args.soft_prompt == "off"
+    if args.trajectory_only:
+        unused = [*(["--soft_prompt off"] if off else []), *sorted(given & {"--ode_checkpoint"})]
+    else:
+        unused = sorted(given & {"--ode_checkpoint", "--freeze_ode"}) if off else []
+    if unused:
+        stage = "--trajectory_only" if args.trajectory_only else "--soft_prompt off"
+        raise InputError(f"{stage} has no use for {', '.join(unused)}: leave it out")
+    if args.trajectory_only and "--epochs" in given:
+        logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")

@@ -69,6 +69,15 @@ for clinical use. Figures with their intervals are in report.html and metrics.js
 Where the language model is MedGemma or derived from it: {notice}"""
 
 
+def licence(base_model: str | None) -> str:
+    """Return the licence of a model's code and, where it has one, of its language model."""
+    code = "The code: Apache License 2.0."
+    if base_model is None:
+        return f"{code} No weights of MedGemma or another language model are part of this model."
+    notice = HAI_DEF_NOTICE.strip()
+    return f"{code} Where the language model is MedGemma or derived from it: {notice}"
+
+
 @dataclass(frozen=True)
 class TrajectoryCheckpoint:
     """Content of a stage 1 file.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.encoder_plan import Plan
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Encoder(Protocol):
     @property
     def config(self) -> dict[str, Any]:
         """The keywords that rebuild the encoder before its weights are loaded; plain types."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze the weights, or let them learn; as of every ``nn.Module``."""
         ...
 
     def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
@@ -76,3 +81,14 @@ def encode(encoder: Encoder, batch: Batch) -> Tensor:
     if "plan" in batch and isinstance(encoder, PlannedEncoder):
         return encoder.run(batch["plan"])
     return encoder(batch["times"], batch["values"], batch["observed"])
+
+
+def check_gaps(encoder: Encoder, dataset: TrajectoryDataset) -> None:
+    """Check that an encoder accepts the longest gap of a data set.
+
+    Raises:
+        InputError: it does not.
+    """
+    longest = dataset.longest_gap()
+    if longest > encoder.longest_gap_hours:
+        raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")

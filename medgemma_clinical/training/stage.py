@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.predictions import Predictions
 
 WEIGHT_DECAY = 0.01
@@ -29,8 +28,8 @@ class Stage:
         patience: epochs without a better score after which training stops.
         monitor: key of the epoch's figures that selects the best epoch.
         higher_is_better: direction of ``monitor``.
-        save: writes the model's weights as the best, with their decision rule, for the folder of
-            the stage.
+        config: of the checkpoint, plain types; the decision rule joins it with the results.
+        save: writes the model's weights and a config as the best, for the folder of the stage.
         load: reads the best of the folder of the stage back into ``model``.
         accumulate: batches whose gradients make one optimizer step.
         describe: returns lines for the log on what the model reads.
@@ -46,7 +45,8 @@ class Stage:
     patience: int
     monitor: str
     higher_is_better: bool
-    save: Callable[[Path, DecisionRule], None]
+    config: dict[str, Any]
+    save: Callable[[Path, dict[str, Any]], None]
     load: Callable[[Path], None]
     accumulate: int = 1
     describe: Callable[[], list[str]] = list

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -86,6 +87,19 @@ class EarlyStopping:
     def exhausted(self) -> bool:
         """Whether patience has run out."""
         return self.epoch - self.best_epoch >= self.patience
+
+
+class Stopwatch:
+    """Seconds since the last look."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Return the seconds since the start or the last lap."""
+        last, self.last = self.last, time.perf_counter()
+        return self.last - last
 
 
 @dataclass

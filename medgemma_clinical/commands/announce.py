@@ -1,0 +1,81 @@
+"""What a run says before its first step: data, split, model, texts; and the place of its log."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.checks import summarize
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.distributed import default_device
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.training.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+
+def announce(stage: Stage, data: Data, args: Namespace) -> None:
+    """Log data, split, model and length of the training."""
+    for line in summarize(data.dataset):
+        logger.info(line)
+    parts = (
+        f"{part} {len(rows):,} rows, {int(data.dataset.labels[rows].sum()):,} events"
+        for part, rows in data.split.items()
+    )
+    logger.info("split: %s", "; ".join(parts))
+    rates: dict[str, float] = stage.learning_rates
+    learns = {
+        part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)
+        for part in rates
+    }
+    shown = (f"{part} {n:,} at {rates[part]:g}" for part, n in learns.items() if n)
+    logger.info("stage %s, trainable parameters and rates: %s", stage.name, ", ".join(shown))
+    for line in stage.describe():
+        logger.info(line)
+    logger.info(
+        "batch size %d, %d steps an epoch, at most %d epochs, on %s",
+        args.batch_size,
+        stage.steps_per_epoch,
+        stage.epochs,
+        default_device(),
+    )
+
+
+def describe_texts(collate: TextCollator, tokens: int, train: NDArray[np.int64]) -> list[str]:
+    """Describe the tokens of a patient and the padding of a batch.
+
+    Args:
+        collate: of all rows.
+        tokens: P.
+        train: positions of the training part.
+    """
+    lengths = collate.lengths()
+    lines = [
+        f"tokens a patient: {tokens} soft, text median {np.median(lengths[train]):.0f}, longest "
+        f"{lengths[train].max()}"
+    ]
+    if collate.shortened:
+        lines.append(f"{collate.shortened} prompts were too long and lost their oldest values")
+    return lines
+
+
+def log_path(args: Namespace, folder: Path) -> Path | None:
+    """Return the path of the run's log, None for none.
+
+    Raises:
+        InputError: no file can be written there.
+    """
+    if args.log_file == "none" or args.dry_run:
+        return None
+    if args.log_file == "auto":
+        return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
+    path = Path(args.log_file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"--log_file {path}: give a file in a folder that exists")
+    return path

@@ -1,0 +1,293 @@
+"""Score the best model of a stage once, and write what a finished run leaves."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.distributed import default_device, gather, processes, progress
+from medgemma_clinical.evaluation.baselines import baseline_tables, fit_baselines
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
+from medgemma_clinical.evaluation.decision import fit_decision_rule
+from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.evaluation.report import (
+    CARD,
+    INTERVALS,
+    STAGE_TITLES,
+    ReportContent,
+    write_report,
+)
+from medgemma_clinical.evaluation.report_tables import (
+    flow_table,
+    result_sentence,
+    results_table,
+    split_table,
+)
+from medgemma_clinical.files import write_json, write_text
+from medgemma_clinical.models.checkpoints import licence
+from medgemma_clinical.models.generation import save_reports, write_reports
+from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.loaders import LengthBatches
+from medgemma_clinical.training.stage import Stage
+from medgemma_clinical.training.train_state import TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from medgemma_clinical.models.text_batches import TextCollator
+    from medgemma_clinical.models.trajectory_llm import LLMWriter
+
+logger = logging.getLogger(__name__)
+
+SCORED = {"val": "validation", "test": "test"}
+"""Parts of the split that are scored, and their names in ``metrics.json``."""
+
+GENERATION_BATCH = 16
+
+LIMITS = (
+    "One data set, split by patient: the figures do not transfer to another hospital or another "
+    "time. Where treatment shapes the label, the model predicts treatment as well as disease. One "
+    "test part of this size moves by chance: trust the intervals, not the point."
+)
+
+Baselines = dict[str, dict[str, NDArray[np.float64]]]
+"""Probabilities of each simple model, by part."""
+
+
+@dataclass(frozen=True)
+class ResultOptions:
+    """Choices of the user that results depend on.
+
+    Attributes:
+        calibrate: ``platt`` recalibrates on the validation part, ``none`` does not.
+        seed: of the bootstrap.
+        list_patients: the report names the ten largest errors.
+    """
+
+    calibrate: str
+    seed: int
+    list_patients: bool
+
+
+def write_results(
+    stage: Stage,
+    data: Data,
+    folder: Path,
+    state: TrainState,
+    facts: dict[str, Any],
+    options: ResultOptions,
+) -> dict[str, float]:
+    """Score validation and, once, test with the best model; write and log all results.
+
+    Each process must call; the first one writes.
+
+    Args:
+        stage: its model holds the best weights.
+        data: of the run.
+        folder: of the stage.
+        state: of the finished training.
+        facts: of the run, as ``run_facts``.
+        options: of the user.
+
+    Returns:
+        The figures without intervals, for a tracker; none in the other processes.
+    """
+    device, first = default_device(), processes().is_main_process
+    raw = {
+        part: evaluate(stage.model, stage.loaders[part], device, f"{stage.name}: {name}")
+        for part, name in SCORED.items()
+    }
+    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, options.calibrate)
+    predictions = {part: each.with_rule(rule) for part, each in raw.items()}
+    if first:
+        stage.save(folder, {**stage.config, "decision": rule.to_config()})
+        tables = baseline_tables(data.dataset, data.split["train"])
+        baselines = fit_baselines(tables, data.dataset.labels, data.split)
+        cohorts = make_cohorts(predictions, baselines, data)
+        figures = {
+            part: cohort_figures(cohort, rule.threshold, options.seed)
+            for part, cohort in cohorts.items()
+        }
+        best = state.stopping.best_epoch
+        metrics = metrics_json(stage, best, figures, predictions["val"], options.calibrate)
+        for part, each in predictions.items():
+            path = folder / f"predictions_{part}.csv"
+            write_text(path, predictions_csv(each, part, baselines, data))
+        write_json(folder / "metrics.json", metrics)
+    # Generation takes long; the figures above are safe by now.
+    reports = stage.after_test(predictions["test"], folder) if stage.after_test else None
+    if not first:
+        return {}
+    if reports:
+        write_json(folder / "metrics.json", {**metrics, "reports": reports})
+    content = ReportContent(
+        title=f"{STAGE_TITLES[stage.name]}: {data.dataset.outcome}",
+        outcome=data.dataset.outcome,
+        question=data.dataset.asked(),
+        data=describe_data(data),
+        card=model_card(stage, state.stopping.best_epoch, figures["val"], facts),
+        flow=flow_table(data.dataset.flow),
+        split=split_table(data.dataset.labels, data.dataset.groups, data.split),
+        history=state.progress.history or None,
+        reports=reports,
+    )
+    path = folder / "report.html"
+    list_patients = options.list_patients
+    write_report(path, cohorts["test"], figures["test"], content, list_patients=list_patients)
+    named = {SCORED[part]: each for part, each in figures.items()}
+    logger.info("\n%s", result_sentence(figures["test"]))
+    logger.info("\n%s", results_table(stage.name, named, reports))
+    logger.info("\nreport: %s", path)
+    return plain_figures(figures)
+
+
+def make_cohorts(
+    predictions: dict[str, Predictions], baselines: Baselines, data: Data
+) -> dict[str, Cohort]:
+    """Return the cohort of each scored part, with the probabilities before recalibration."""
+    rule = predictions["val"].rule
+    plain = fit_decision_rule(predictions["val"].labels, predictions["val"].logit, "none")
+    return {
+        part: Cohort.from_predictions(
+            data.dataset,
+            each,
+            {name: risks[part] for name, risks in baselines.items()},
+            each.with_rule(plain) if rule.recalibrates else None,
+        )
+        for part, each in predictions.items()
+    }
+
+
+def metrics_json(
+    stage: Stage,
+    best_epoch: int,
+    figures: dict[str, CohortFigures],
+    validation: Predictions,
+    calibrate: str,
+) -> dict[str, Any]:
+    """Return the content of ``metrics.json``, written reports apart.
+
+    Args:
+        stage: of the run.
+        best_epoch: by validation.
+        figures: of each scored part.
+        validation: its predictions, which hold the decision rule.
+        calibrate: the user's choice.
+    """
+    rule = validation.rule
+    calibration: dict[str, Any] = {"method": calibrate}
+    if rule.recalibrates:
+        calibration |= {"slope": rule.slope, "intercept": rule.intercept}
+        calibration |= {f"{SCORED[part]} before": f.before_json() for part, f in figures.items()}
+    return {
+        "stage": stage.name,
+        "selected_epoch": best_epoch,
+        "threshold": rule.threshold,
+        "calibration": calibration,
+        **{SCORED[part]: each.to_json() for part, each in figures.items()},
+        "baselines": {
+            name: {SCORED[part]: each.baselines_json(name) for part, each in figures.items()}
+            for name in figures["test"].baselines
+        },
+    }
+
+
+def predictions_csv(predictions: Predictions, part: str, baselines: Baselines, data: Data) -> str:
+    """Return a part's predictions: id, label, probability, patient, each baseline."""
+    rows = predictions.rows
+    table = pd.DataFrame(
+        {
+            "id": data.dataset.ids[rows],
+            "label": predictions.labels.astype(int),
+            "probability": predictions.probability,
+            "patient": data.dataset.groups[rows],
+            **{name: risks[part] for name, risks in baselines.items()},
+        }
+    )
+    return table.to_csv(index=False)
+
+
+def write_generations(
+    model: LLMWriter,
+    collate: TextCollator,
+    tokenizer: PreTrainedTokenizerBase,
+    predictions: Predictions,
+    most_tokens: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Let stage 3's model write the reports of the predicted rows; write and score them.
+
+    Each process writes its share of the reports and must call.
+
+    Args:
+        model: with its best weights.
+        collate: of all rows.
+        tokenizer: of the language model.
+        predictions: of the test part, under the decision rule.
+        most_tokens: of a report.
+        folder: of the stage; gets ``generations_test.jsonl``.
+
+    Returns:
+        The object ``reports`` of ``metrics.json``; empty in the other processes.
+    """
+    verdicts = np.zeros(len(collate.dataset), dtype=bool)
+    verdicts[predictions.rows] = predictions.alarms
+    batches = LengthBatches(predictions.rows, GENERATION_BATCH, collate.lengths(), shuffle=False)
+    shown = progress(batches, "writing reports", len(batches))
+    written = write_reports(model, collate, tokenizer, shown, verdicts, most_tokens)
+    texts = dict(gather(list(written.items())))
+    if not processes().is_main_process:
+        return {}
+    return save_reports(folder / "generations_test.jsonl", collate.dataset, texts, predictions)
+
+
+def describe_data(data: Data) -> dict[str, str]:
+    """Return the lines of a page on the data."""
+    dataset = data.dataset
+    return {
+        "Source": Path(dataset.source).name,
+        "Kind": dataset.kind,
+        "Used": f"{len(dataset):,} rows of {len(np.unique(dataset.groups)):,} patients",
+        "Missing values": "masked, never filled in",
+    }
+
+
+def model_card(
+    stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
+) -> dict[str, str]:
+    """Return the lines of a page on the model; hashes and versions last."""
+    base = stage.config.get("base_model")
+    parameters = list(stage.model.parameters())
+    learned = sum(p.numel() for p in parameters if p.requires_grad)
+    return {
+        **CARD,
+        "Limits": LIMITS,
+        "Model": base or "ODE-RNN with attention-pooled head",
+        "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
+        "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
+        "Validation AUROC": validation.auroc.text(),
+        "Intervals": INTERVALS,
+        "Seed": str(facts["seed"]),
+        "Licence": licence(base),
+        "Versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+        "Commit": facts["git_commit"] or "not known",
+        "SHA-256 of the data": facts["data"]["data_sha256"],
+        "SHA-256 of the code": facts["code_sha256"],
+    }
+
+
+def plain_figures(figures: dict[str, CohortFigures]) -> dict[str, float]:
+    """Return ``test_auroc`` and the like, without intervals."""
+    return {
+        f"{SCORED[part]}_{name}": each.value
+        for part, own in figures.items()
+        for name, each in own.estimates.items()
+        if each.value is not None
+    }
