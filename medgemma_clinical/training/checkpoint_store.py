@@ -124,7 +124,7 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         found = content.pop("format")
-    except (pickle.UnpicklingError, RuntimeError, AttributeError, LookupError) as error:
+    except (pickle.UnpicklingError, RuntimeError, AttributeError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not a training checkpoint: {again}") from error
     if found != FORMAT:
         raise InputError(
