@@ -1,0 +1,122 @@
+"""Train and compare what text and soft prompt add to stage 1: ``--ablation``."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.compare import join_predictions
+from medgemma_clinical.commands.several_runs import Read, Train, run_or_continue, stage_folder
+from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from medgemma_clinical.files import InputError, write_text
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+
+REFERENCE = "stage 1 alone"
+VARIANTS: dict[str, dict[str, Any]] = {
+    REFERENCE: {"trajectory_only": True},
+    "text alone": {"mode": "classification", "soft_prompt": "off"},
+    "soft prompt alone": {"mode": "classification", "series_text": "none"},
+    "text + soft prompt": {"mode": "classification"},
+}
+"""The models that are compared, each with the flags that make it."""
+
+SET_FLAGS = frozenset(
+    {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
+)
+"""Flags that the variants set themselves."""
+
+
+def run_ablation(args: Namespace, given: set[str], read: Read, train: Train) -> int:
+    """Train and test every variant on one split and seed, and compare them.
+
+    A variant that was made before by the same arguments and data is not made again.
+
+    Args:
+        args: of the command line.
+        given: flags that the user typed.
+        read: reads the data, once.
+        train: trains a variant.
+
+    Returns:
+        0, or the exit code of the variant that failed.
+
+    Raises:
+        InputError: a flag that the variants set themselves, or see ``train``.
+    """
+    check_flags(args, given)
+    dataset, folders = read(args), {}
+    for name in VARIANTS:
+        own = variant_arguments(name, args)
+        folders[name] = stage_folder(own)
+        if code := run_or_continue(name, own, dataset, train):
+            return code
+    if processes().is_main_process:
+        write_results(folders, dataset.outcome, args)
+    return EXIT_DONE
+
+
+def check_flags(args: Namespace, given: set[str]) -> None:
+    """Check that no flag contradicts a variant.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    if taken := sorted(given & SET_FLAGS):
+        raise InputError(f"--ablation and {taken[0]} do not go together")
+    if args.series_text == "none":
+        raise InputError("--ablation: --series_text none leaves no text to compare with")
+
+
+def variant_arguments(name: str, args: Namespace) -> Namespace:
+    """Return the arguments of a variant.
+
+    Stage 1 lies in the output folder itself, each other variant in a folder below ``ablation``.
+
+    Args:
+        name: key of ``VARIANTS``.
+        args: of the ablation.
+    """
+    place: dict[str, Any] = {}
+    if name != REFERENCE:
+        place["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
+    if "soft prompt" in name:
+        place["ode_checkpoint"] = args.output_dir / TRAJECTORY_FILE
+    return Namespace(**{**vars(args), "ablation": False, **VARIANTS[name], **place})
+
+
+def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> None:
+    """Compare the variants with stage 1 and with the baselines; write ``ablation/``.
+
+    Args:
+        folders: stage folder of each variant.
+        outcome: the event in a few words.
+        args: of the ablation.
+    """
+    place = args.output_dir / "ablation"
+    table = join_predictions(folders)
+    results = compare_models([table], REFERENCE, args.seed)
+    for name, folder in folders.items():
+        results[name]["seconds_an_epoch"] = seconds_an_epoch(folder)
+    write_text(place / "predictions_test.csv", table.to_csv(index=False))
+    write_comparison(
+        place,
+        "ablation",
+        results,
+        REFERENCE,
+        title=f"What text and soft prompt add: {outcome}",
+        sentences=[],
+        card={"Seed": str(args.seed)},
+    )
+
+
+def seconds_an_epoch(folder: Path) -> float:
+    """Return the median time of an epoch with its validation."""
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(np.median([json.loads(line)["seconds"] for line in lines]))

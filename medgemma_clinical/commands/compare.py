@@ -1,0 +1,122 @@
+"""Read the test predictions of finished runs and compare them: ``--compare``."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.evaluation.comparison import (
+    TESTED,
+    compare_models,
+    comparison_table,
+    counts_sentence,
+)
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def run_compare(runs: list[Path], seed: int) -> int:
+    """Print the test figures of finished stages and their paired differences to the first.
+
+    Args:
+        runs: stage folders that were tested on the same patients.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: a run is named twice or has no result, or they were tested on other patients.
+    """
+    if len({run.resolve() for run in runs}) < len(runs) or len(runs) < 2:
+        raise InputError("--compare: name at least two different folders of stages")
+    folders = {str(run): run for run in runs}
+    reference = str(runs[0])
+    results = compare_models([join_predictions(folders)], reference, seed)
+    table = comparison_table(results, reference).to_string(index=False)
+    logger.info("%s\n%s", table, counts_sentence(results))
+    return EXIT_DONE
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table of test predictions, with ids and patients as text.
+
+    Raises:
+        InputError: there is none, or it lacks a column.
+    """
+    try:
+        table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path.parent}: no {path.name}: name the folder of a finished stage"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a table of predictions: run that stage again") from error
+    if missing := [column for column in TESTED if column not in table]:
+        raise InputError(f"{path}: no column {missing[0]}: was it written by this program?")
+    return table
+
+
+def read_predictions(name: str, folder: Path) -> pd.DataFrame:
+    """Read the test predictions of a stage.
+
+    Returns:
+        The columns ``TESTED``, then the probabilities of the model under ``name`` and those of each
+        baseline.
+
+    Raises:
+        InputError: there is no whole result.
+    """
+    path = folder / "predictions_test.csv"
+    table = read_table(path)
+    if "probability" not in table:
+        raise InputError(f"{path}: no column probability: was it written by this program?")
+    baselines = table.columns.drop([*TESTED, "probability"])
+    return table[[*TESTED, "probability", *baselines]].rename(columns={"probability": name})
+
+
+def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
+    """Join the test predictions of several stages, with the baselines of the first.
+
+    Args:
+        folders: stage folder of each model, by the model's name; the first is the reference.
+
+    Returns:
+        The columns ``TESTED``, then the probabilities of each model and baseline.
+
+    Raises:
+        InputError: they were not tested on the same patients.
+    """
+    tables = {name: read_predictions(name, folder) for name, folder in folders.items()}
+    reference, first = next(iter(tables.items()))
+    for name, table in tables.items():
+        _check_named_patients(reference, folders[reference], name, folders[name])
+        _check_same_rows(reference, first, name, table)
+    models = [table[name] for name, table in tables.items()]
+    return pd.concat([first[TESTED], *models, first.drop(columns=[*TESTED, reference])], axis=1)
+
+
+def _check_same_rows(reference: str, first: pd.DataFrame, name: str, table: pd.DataFrame) -> None:
+    """Raise ``InputError`` where two tables differ in rows, patients or labels."""
+    if table[TESTED].equals(first[TESTED]):
+        return
+    if table[["id", "patient"]].equals(first[["id", "patient"]]):
+        raise InputError(f"{reference} and {name} have other labels for the same patients")
+    both = len(set(table["id"]) & set(first["id"]))
+    raise InputError(
+        f"{reference} and {name} were tested on different patients ({len(first)} and "
+        f"{len(table)} rows, {both} ids in both): compare runs on the same data and seed"
+    )
+
+
+def _check_named_patients(reference: str, one: Path, name: str, other: Path) -> None:
+    """Raise ``InputError`` where rows are known by number alone and the data are not the same."""
+    data = [(read_run(folder) or {}).get("data", {}) for folder in (one, other)]
+    numbered = any(not facts.get("named", True) for facts in data)
+    if numbered and data[0].get("rows_sha256") != data[1].get("rows_sha256"):
+        raise InputError(
+            f"{reference} and {name}: their data name no patients (no subject_id) and are not the "
+            "same, so nothing tells that the same patients were tested"
+        )

@@ -1,0 +1,156 @@
+"""Run one command with several seeds and pool the tests: ``--seeds``."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.commands.ablation import REFERENCE
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.compare import read_predictions, read_table
+from medgemma_clinical.commands.several_runs import (
+    Read,
+    Train,
+    read_auroc,
+    run_or_continue,
+    stage_folder,
+)
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from medgemma_clinical.evaluation.report import STAGE_TITLES
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+
+logger = logging.getLogger(__name__)
+
+Ablation = Callable[[Namespace, set[str], Read, Train], int]
+SEED = "{seed}"
+"""Stands in a flag's value for the number of the seed."""
+
+
+def run_seeds(
+    args: Namespace, given: set[str], read: Read, train: Train, ablation: Ablation
+) -> int:
+    """Run the same command with each seed, which has a split of its own, and pool the tests.
+
+    A run that was made before by the same arguments and data is not made again.
+
+    Args:
+        args: of the command line; seeds count from ``--seed`` on.
+        given: flags that the user typed.
+        read: reads the data, once unless ``{seed}`` stands in their path.
+        train: trains one run.
+        ablation: ``run_ablation``, for ``--seeds`` with ``--ablation``.
+
+    Returns:
+        0, or the exit code of the run that failed.
+
+    Raises:
+        InputError: one stage 1 for all seeds, or see ``train``.
+    """
+    if args.ode_checkpoint and SEED not in str(args.ode_checkpoint):
+        raise InputError(
+            "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "
+            f"number, as in --ode_checkpoint {args.output_dir}/seed_{{seed}}/{TRAJECTORY_FILE}"
+        )
+    one_source = not any(SEED in str(path) for path in (args.data_path, args.data_dir))
+    dataset: TrajectoryDataset | None = None
+    folders: dict[int, Path] = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        own = seed_arguments(seed, args)
+        dataset = dataset if dataset and one_source else read(own)
+        if args.ablation:
+            logger.info("seed %d", seed)
+            folders[seed] = own.output_dir / "ablation"
+            code = ablation(own, given, _already(dataset), train)
+        else:
+            folders[seed] = stage_folder(own)
+            code = run_or_continue(f"seed {seed}", own, dataset, train)
+        if code:
+            return code
+    if processes().is_main_process and dataset:
+        pool_seeds(folders, dataset.outcome, args)
+    return EXIT_DONE
+
+
+def _already(dataset: TrajectoryDataset) -> Read:
+    """Return a reader of data that are read."""
+    return lambda _: dataset
+
+
+def seed_arguments(seed: int, args: Namespace) -> Namespace:
+    """Return the arguments of one seed's run: its number, its folder, ``{seed}`` filled in."""
+    filled = {name: _fill(value, seed) for name, value in vars(args).items()}
+    place = args.output_dir / f"seed_{seed}"
+    return Namespace(**{**filled, "seed": seed, "seeds": None, "output_dir": place})
+
+
+def _fill(value: Any, seed: int) -> Any:
+    """Put the seed's number into a text or path."""
+    if isinstance(value, (str, Path)):
+        return type(value)(str(value).replace(SEED, str(seed)))
+    return value
+
+
+def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
+    """Write mean, spread and pooled intervals over seeds; name the best run by validation.
+
+    Args:
+        folders: stage folder, or folder of the ablation, of each seed.
+        outcome: the event in a few words.
+        args: of the command.
+    """
+    if args.ablation:
+        reference, name = REFERENCE, "seeds_ablation"
+        title = "What text and soft prompt add"
+        tables = [read_table(folder / "predictions_test.csv") for folder in folders.values()]
+        sentences = []
+    else:
+        stage = next(iter(folders.values())).name
+        reference, name, title = stage, f"seeds_{stage}", STAGE_TITLES[stage]
+        tables = [read_predictions(stage, folder) for folder in folders.values()]
+        sentences = [best_by_validation(folders)]
+    results = compare_models(_shared_models(tables), reference, args.seed)
+    first, last = min(folders), max(folders)
+    write_comparison(
+        args.output_dir,
+        name,
+        results,
+        reference,
+        title=f"{title}, seeds {first} to {last}: {outcome}",
+        sentences=sentences,
+        card={
+            "Seeds": f"{first} to {last}",
+            "Not in the intervals": (
+                "how much training and split move a figure, which the standard deviation over "
+                "splits shows; the intervals hold the models as trained"
+            ),
+        },
+    )
+    for sentence in sentences:
+        logger.info("%s", sentence)
+
+
+def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Leave out models that are missing in some split, and log their names."""
+    shared = [name for name in tables[0] if all(name in table for table in tables)]
+    others = sorted({str(name) for table in tables for name in table} - set(shared))
+    if others:
+        logger.info("not in every split, so not pooled: %s", ", ".join(others))
+    return [table[shared] for table in tables]
+
+
+def best_by_validation(folders: dict[int, Path]) -> str:
+    """Return a sentence on the seed whose run has the highest validation AUROC."""
+    aurocs = {s: read_auroc(folder, "validation").value or 0.0 for s, folder in folders.items()}
+    best = max(aurocs, key=aurocs.__getitem__)
+    return (
+        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {folders[best]}. Each seed "
+        "has a validation part of its own, so chance has its share."
+    )

@@ -1,0 +1,86 @@
+"""Train several runs of one command, each once: what ``--ablation`` and ``--seeds`` share."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from medgemma_clinical.commands.command_line import EXIT_DONE, RUN_LOG, quiet_console
+from medgemma_clinical.commands.run_folder import progress_of, run_facts, stage_name
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.bootstrap import Estimate
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[Namespace], TrajectoryDataset]
+"""Reads the data that the flags name."""
+
+Train = Callable[[Namespace, TrajectoryDataset], int]
+"""Trains and tests one stage on data that are read; returns an exit code."""
+
+
+def stage_folder(args: Namespace) -> Path:
+    """Return the folder of the stage that the arguments choose."""
+    folder: Path = args.output_dir / stage_name(args)
+    return folder
+
+
+def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:
+    """Train one run, continue it where it was stopped, or leave it where it is finished.
+
+    The console gets one line; the lines of the run itself go to its log file.
+
+    Args:
+        title: of the run in that line.
+        args: of the run.
+        dataset: its data.
+        train: trains and tests it.
+
+    Returns:
+        The run's exit code.
+
+    Raises:
+        InputError: as ``train``, with the title before the text.
+    """
+    folder, code = stage_folder(args), EXIT_DONE
+    try:
+        with quiet_console():
+            done = run_progress(args, dataset)
+            if done != "all":
+                own = Namespace(**{**vars(args), "resume": done == "part"})
+                code = train(own, dataset)
+    except InputError as error:
+        raise InputError(f"{title}: {error}", error.value) from error
+    finally:
+        RUN_LOG.begin()  # the lines below belong to no run
+    if code == EXIT_DONE:
+        how = {"all": "already there, ", "part": "continued, ", "none": ""}[done]
+        auroc = read_auroc(folder, "test").text()
+        logger.info("%s: %stest AUROC %s: %s", title, how, auroc, folder)
+    return code
+
+
+def run_progress(args: Namespace, dataset: TrajectoryDataset) -> str:
+    """Return how far an earlier run of the same command has come: ``none``, ``part`` or ``all``."""
+    # The prompts are flags, which are compared by themselves.
+    data = prepare_data(
+        dataset, max_samples=args.max_samples, seed=args.seed, prompts=PromptOptions()
+    )
+    return progress_of(stage_folder(args), run_facts(args, data))
+
+
+def read_auroc(folder: Path, part: str) -> Estimate:
+    """Return the AUROC of a finished stage from ``metrics.json``.
+
+    Args:
+        folder: of the stage.
+        part: ``validation`` or ``test``.
+    """
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return Estimate(**metrics[part]["auroc"])
