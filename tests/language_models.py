@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +21,24 @@ from transformers import (
     PreTrainedModel,
 )
 
-import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import ClinicalODERNN
-from medgemma_trainer import Data, LLMClassifier, LLMWriter, TextBatch, TextCollator
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+from medgemma_clinical.models.language_model import (
+    add_lora,
+    embedding_rms,
+    load_language_model,
+    tiny_language_model,
+)
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.trajectory import PooledHead
+from medgemma_clinical.models.trajectory_llm import (
+    LLMClassifier,
+    LLMWriter,
+    TextBatch,
+    TrajectoryLLM,
+)
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -64,19 +77,14 @@ def patients() -> MIMICtrajectoryDataset:
     return MIMICtrajectoryDataset(pd.DataFrame(rows))
 
 
-def data_of(dataset: MIMICtrajectoryDataset) -> Data:
-    """Give the trainer's view of a data set."""
-    return Data(dataset, dataset.split(0), dataset.fingerprint(), dataset.row_fingerprint())
-
-
-def arguments(*flags: str) -> Namespace:
-    """Parse flags as the program does."""
-    return trainer.resolve(trainer.build_parser().parse_args(flags))
+def data_of(dataset: TrajectoryDataset) -> Data:
+    """The data set, split, with whole prompts."""
+    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions())
 
 
 def text_config(hidden: int = 64) -> Gemma3TextConfig:
     """The dimensions of the tiny model, or a wider one."""
-    base = trainer.tiny_language_model()[0].config.to_dict()
+    base = tiny_language_model()[0].config.to_dict()
     return Gemma3TextConfig(**{**base, "hidden_size": hidden})
 
 
@@ -84,7 +92,7 @@ def save_text_checkpoint(folder: Path, seed: int = 1) -> Path:
     """Write a text-only Gemma 3 with weights that no other model has."""
     torch.manual_seed(seed)
     Gemma3ForCausalLM(text_config()).save_pretrained(folder)
-    trainer.tiny_language_model()[1].save_pretrained(folder)
+    tiny_language_model()[1].save_pretrained(folder)
     return folder
 
 
@@ -110,7 +118,7 @@ def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path
     model = Gemma3ForConditionalGeneration(config)
     model.generation_config = type(model.generation_config)(**GEMMA_GENERATION)
     model.save_pretrained(folder)
-    trainer.tiny_language_model()[1].save_pretrained(folder)
+    tiny_language_model()[1].save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
     renamed = {re.sub(r"^language_model\.model\.", prefix, k): v for k, v in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
@@ -127,7 +135,7 @@ def encoder_for(dataset: MIMICtrajectoryDataset) -> ClinicalODERNN:
 
 
 def disturb_adapter(llm: nn.Module, size: float = 0.05) -> None:
-    """Give the adapter weights that matter: LoRA's B starts at zero."""
+    """Make the adapter matter: LoRA's B starts at zero."""
     generator = torch.Generator().manual_seed(4)
     for name, parameter in llm.named_parameters():
         if "lora_B" in name:
@@ -153,18 +161,18 @@ def classifier_and_writer(
     ``residual`` adds the logit of a stage 1 head, as a run with --ode_checkpoint does.
     """
     dataset = patients()
-    tiny, tokenizer = trainer.load_language_model("tiny", "none", dtype, CPU)
+    tiny, tokenizer = load_language_model("tiny", "none", dtype, CPU)
     base = base or tiny
-    collate = TextCollator(dataset, tokenizer, answers=True)
-    scale = trainer.embedding_rms(base, collate.sample)
+    collate = TextCollator(dataset, tokenizer, PromptOptions(), answers=True)
+    scale = embedding_rms(base, collate.sample)
     torch.manual_seed(5)
-    llm = trainer.add_lora(base, 8, 16, 0.0)
+    llm = add_lora(base, 8, 16, 0.0)
     disturb_adapter(llm)
     encoder = encoder_for(dataset)
     layout: dict[str, Any] = {"tokens": PREFIX, "scale": scale, "bos": collate.bos}
     if residual:
         torch.manual_seed(6)
-        layout["trajectory_head"] = trainer.PooledHead(encoder.hidden_dim, 0.3)
+        layout["trajectory_head"] = PooledHead(encoder.hidden_dim, 0.3)
     classifier = LLMClassifier(encoder, llm, verdict=collate.verdict, prevalence=0.3, **layout)
     if not residual:  # a head that has learned; a new one says nothing
         torch.nn.init.normal_(classifier.head.weight)
@@ -174,8 +182,8 @@ def classifier_and_writer(
 
 
 @contextlib.contextmanager
-def body_inputs(model: trainer.TrajectoryLLM) -> Iterator[list[dict[str, Any]]]:
-    """Give a list that fills with what the decoder body is called with."""
+def body_inputs(model: TrajectoryLLM) -> Iterator[list[dict[str, Any]]]:
+    """Yield a list that fills with the keywords of each call of the decoder body."""
     seen: list[dict[str, Any]] = []
 
     def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -188,7 +196,7 @@ def body_inputs(model: trainer.TrajectoryLLM) -> Iterator[list[dict[str, Any]]]:
         hook.remove()
 
 
-def plain_sequence(model: trainer.TrajectoryLLM, batch: TextBatch, row: int) -> Tensor:
+def plain_sequence(model: TrajectoryLLM, batch: TextBatch, row: int) -> Tensor:
     """Lay out one row by hand: (1, S, D) of <bos>, its soft tokens, its text; no padding."""
     embedding = model.llm.get_input_embeddings()
     length = int(batch["observed"][row].any(1).sum())

@@ -23,7 +23,11 @@ class Encoder(Protocol):
     """
 
     hidden_dim: int
-    longest_gap_hours: float
+
+    @property
+    def longest_gap_hours(self) -> float:
+        """The longest gap between two observations that the encoder accepts, in hours."""
+        ...
 
     @property
     def config(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class TextCollator:
         prompt_ids: ids of each row's prompt, N lists.
         answer_ids: ids of each row's report from its verdict on, N lists; none without ``answers``.
         stem: ids of the words before the verdict.
-        words: ids of the verdicts no and yes behind the stem.
+        words: ids of the verdicts "no." and "yes." behind the stem.
         verdict: ids of the tokens that tell yes from no.
         sample: ids as they stand in every kind of prompt.
         before, behind: ids of the chat template around a prompt.
@@ -86,7 +86,8 @@ class TextCollator:
         self.eos = [int(tokenizer.eos_token_id), *turn_end]
         yes, no, shared = verdict_words(tokenizer)
         self.stem = self._ids([f"{dataset.outcome}:"])[0] + yes[:shared]
-        self.words = no[shared:], yes[shared:]
+        stop = self._ids(["."])[0]
+        self.words = no[shared:] + stop, yes[shared:] + stop
         self.verdict = yes[shared], no[shared]
         self.sample = self._ids([f"{dataset.question} 0123456789 -> (h) .,"])[0]
         self.prompt_ids = self._read_prompts(most_tokens)
@@ -128,7 +129,7 @@ class TextCollator:
     def _read_answers(self) -> list[list[int]]:
         """Tokenise all reports from their verdict on."""
         labels = self.dataset.labels.astype(int).tolist()
-        heads = [f"{self.dataset.outcome}: {('no', 'yes')[label]}" for label in labels]
+        heads = [f"{self.dataset.outcome}: {('no', 'yes')[label]}." for label in labels]
         rest = [self.dataset.report(i).removeprefix(head) for i, head in enumerate(heads)]
         pairs = zip(labels, self._ids(rest), strict=True)
         return [self.words[label] + ids + [self.eos[-1]] for label, ids in pairs]

@@ -1,0 +1,195 @@
+"""Reports that the language model writes behind the verdict of the decision rule."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from language_models import (
+    Parts,
+    classifier_and_writer,
+    disturb_adapter,
+    patients,
+    plain_sequence,
+)
+from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.models.generation import report_tokens, save_reports, write_reports
+from medgemma_clinical.models.language_model import tiny_language_model
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.trajectory_llm import LLMWriter, TextBatch
+
+ROWS = [0, 3, 1, 2, 5]
+"""Patients with 1, 9, 6, 2 and 5 observations."""
+
+VERDICTS = np.array([True, False, True, True, False])
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return classifier_and_writer()
+
+
+def greedy(model: LLMWriter, sequence: Tensor, most: int, eos: int) -> list[int]:
+    """Continue one row by a full forward pass for each token."""
+    embedding = model.llm.get_input_embeddings()
+    written: list[int] = []
+    while len(written) < most and eos not in written:
+        token = int(model.llm(inputs_embeds=sequence).logits[0, -1].argmax())
+        written.append(token)
+        sequence = torch.cat([sequence, embedding(torch.tensor([[token]]))], dim=1)
+    return written
+
+
+def test_batched_generation_equals_greedy_row_by_row_and_stops_at_the_end_token() -> None:
+    _, model, collate = classifier_and_writer()
+    disturb_adapter(model.llm, size=0.5)
+    for name, weight in model.llm.named_parameters():
+        if re.search(r"post_\w+_layernorm", name):
+            weight.data.fill_(6.0)  # or the tiny model only repeats its last token
+    tokenizer = tiny_language_model()[1]
+    questions = TextCollator(collate.dataset, tokenizer, PromptOptions(), answers=False)
+    prompts, most, pad = questions(ROWS), 12, 0
+    with torch.no_grad():
+        sequences = [plain_sequence(model, prompts, row) for row in range(len(ROWS))]
+        free = [greedy(model, sequence, most, eos=-1) for sequence in sequences]
+        assert len({tuple(row) for row in free}) == len(ROWS), "rows must differ to prove anything"
+        end = next(token for token in free[0] if token != free[0][0])
+        expected = [greedy(model, sequence, most, end) for sequence in sequences]
+    assert 1 < len(expected[0]) < most
+    assert max(map(len, expected)) == most
+    written = model.write(prompts, most, eos=[end], pad=pad).tolist()
+    assert written == [row + [pad] * (most - len(row)) for row in expected]
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]])
+def test_writing_multiplies_with_all_words_once_a_token_whatever_the_rows(rows: list[int]) -> None:
+    _, model, collate = classifier_and_writer()
+    words = len(model.llm.get_output_embeddings().weight)
+    products: list[tuple[str, int]] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            name = func.overloadpacket.__name__
+            if name in {"mm", "addmm", "bmm", "baddbmm"} and result.shape[-1] == words:
+                products.append((name, result.shape[:-1].numel()))
+            return result
+
+    with Products():
+        model.write(collate.with_verdicts(rows, VERDICTS[: len(rows)]), 3, eos=[-1], pad=0)
+    assert products == [("mm", len(rows))] * 3
+
+
+def test_a_report_costs_its_prompt_once_and_then_one_position_a_token(parts: Parts) -> None:
+    _, model, collate = parts
+    positions: list[int] = []
+
+    def count(_: Any, given: Any, named: dict[str, Any]) -> None:
+        read = named["input_ids"] if named.get("inputs_embeds") is None else named["inputs_embeds"]
+        positions.append(read.shape[:2].numel())
+
+    prompts = collate.with_verdicts([0, 1, 2], VERDICTS[:3])
+    sequence = model.embed(prompts, model.trajectory(prompts), left=True)
+    hook = model.body.register_forward_pre_hook(count, with_kwargs=True)
+    model.write(prompts, 6, eos=[-1], pad=0)
+    hook.remove()
+    assert positions == [sequence.mask.numel(), *[3] * 5]
+
+
+def test_states_that_are_not_finite_end_the_writing_of_reports() -> None:
+    _, model, collate = classifier_and_writer()
+    model.body.get_parameter("norm.weight").data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        model.write(collate.with_verdicts(ROWS, VERDICTS), 3, eos=[-1], pad=0)
+
+
+# ------------------------------------------------------------------------------- verdicts
+
+
+def test_a_report_never_disagrees_with_the_decision_rule(parts: Parts) -> None:
+    """Greedy decoding says yes from 0.5 on, whatever the threshold of the predictions."""
+    _, model, collate = parts
+    dataset = collate.dataset
+    with torch.no_grad():
+        logit = model(collate(range(len(dataset)))).logit.double().numpy()
+    threshold = float(np.median(DecisionRule().probability(logit)))
+    alarms = DecisionRule(threshold=threshold).probability(logit) >= threshold
+    assert 0 < alarms[[0, 1, 3, 7, 12]].sum() < 5
+    assert ((logit > 0) != alarms)[[0, 1, 3, 7, 12]].any(), "the threshold must matter"
+    batches = [[3, 0], [7, 12, 1]]
+    tokenizer = tiny_language_model()[1]
+    texts = write_reports(model, collate, tokenizer, batches, alarms, most_tokens=3)
+    assert sorted(texts) == [0, 1, 3, 7, 12]
+    for i, text in texts.items():
+        assert text.startswith(f"{dataset.outcome}: {'yes' if alarms[i] else 'no'}")
+        assert dataset.score_report(i, text).verdict == int(alarms[i])
+
+
+def answers_of(shift: int, parts: Parts) -> Any:
+    """Stand in for ``LLMWriter.write``: the report of the patient ``shift`` positions further."""
+    collate = parts.collate
+    tokenizer = tiny_language_model()[1]
+
+    def write(batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
+        dataset = collate.dataset
+        rows = []
+        for row, i in enumerate(batch["index"].tolist()):
+            word = "yes" if dataset.labels[i] == 1 else "no"
+            text = tokenizer.decode(batch["input_ids"][row, batch["text_mask"][row]])
+            assert text == f"{dataset.prompt(i)}{dataset.outcome}: {word}."
+            other = (i + shift) % len(dataset)
+            rows.append(collate.answer_ids[other][len(collate.words[int(dataset.labels[other])]) :])
+        assert most >= max(map(len, rows))
+        return torch.tensor([ids + [pad] * (most - len(ids)) for ids in rows])
+
+    return write
+
+
+def write_and_save(parts: Parts, path: Path, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """Write and score the reports of ``rows``, whose predictions are perfect."""
+    _, model, collate = parts
+    dataset = collate.dataset
+    logit = 4 * dataset.labels[rows] - 2 + 0.01 * rows
+    predictions = Predictions(0.0, dataset.labels[rows], logit, rows)
+    verdicts = dataset.labels == 1
+    tokenizer = tiny_language_model()[1]
+    batches = [rows[:5].tolist(), rows[5:].tolist()]
+    most = report_tokens(collate)
+    texts = write_reports(model, collate, tokenizer, batches, verdicts, most)
+    return save_reports(path, dataset, texts, predictions)
+
+
+def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, collate = parts
+    dataset, rows = collate.dataset, np.arange(len(patients()))[::-1].copy()
+    monkeypatch.setattr(model, "write", answers_of(0, parts))
+    figures = write_and_save(parts, tmp_path / "reports.jsonl", rows)
+    lines = [json.loads(x) for x in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    for line, i in zip(lines, rows.tolist(), strict=True):
+        expected = dataset.report(i)
+        probability = DecisionRule().probability(np.array(4 * dataset.labels[i] - 2 + 0.01 * i))
+        ids = {"id": f"patient {i}", "text": expected, "target": expected}
+        verdict = int(dataset.labels[i])
+        assert line == {**ids, "verdict": verdict, "probability": float(probability)}
+    assert figures["reports"] == len(rows)
+    assert figures["parse_share"] == figures["true_number_share"] == figures["verdict_auroc"] == 1
+
+    monkeypatch.setattr(model, "write", answers_of(1, parts))  # each gets the report of another
+    figures = write_and_save(parts, tmp_path / "reports.jsonl", rows)
+    assert figures["true_number_share"] < 0.5
+    assert 0.5 < figures["parse_share"] < 1  # a single observation has no rate, so another form
