@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from medgemma_clinical.models.trajectory import Output
+from medgemma_clinical.training.checkpoint_store import TrainingCheckpoint
 from medgemma_clinical.training.loaders import batches_of, make_loaders
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.train_state import TrainState
@@ -90,3 +91,21 @@ def take_steps(stage: Stage, state: TrainState, number: int) -> None:
         state.stopping.improved(output.loss.item())
         state.set_best()
         state.progress = state.progress.next_epoch(over=False)
+
+
+def small_checkpoint(step: int) -> TrainingCheckpoint:
+    """Return a checkpoint of a model that does not exist."""
+    return TrainingCheckpoint(
+        weights={"head.weight": torch.full((2, 3), float(step))},
+        average={"head.weight": torch.full((2, 3), step / 3)},
+        average_steps=step,
+        best={},
+        optimizer={
+            "state": {0: {"step": torch.tensor(float(step))}},
+            "param_groups": [{"lr": 0.1}],
+        },
+        schedule={"last_epoch": step},
+        random=[{"cpu": torch.get_rng_state()}],
+        progress={"batches": step, "history": [{"epoch": 1, "val_loss": None}]},
+        stopping={"best": float("nan")},
+    )

@@ -14,24 +14,8 @@ import torch
 
 from medgemma_clinical.files import InputError
 from medgemma_clinical.training import checkpoint_store
-from medgemma_clinical.training.checkpoint_store import CheckpointStore, TrainingCheckpoint
-
-
-def checkpoint(step: int) -> TrainingCheckpoint:
-    return TrainingCheckpoint(
-        weights={"head.weight": torch.full((2, 3), float(step))},
-        average={"head.weight": torch.full((2, 3), step / 3)},
-        average_steps=step,
-        best={},
-        optimizer={
-            "state": {0: {"step": torch.tensor(float(step))}},
-            "param_groups": [{"lr": 0.1}],
-        },
-        schedule={"last_epoch": step},
-        random=[{"cpu": torch.get_rng_state()}],
-        progress={"batches": step, "history": [{"epoch": 1, "val_loss": None}]},
-        stopping={"best": float("nan")},
-    )
+from medgemma_clinical.training.checkpoint_store import CheckpointStore
+from toy_stage import small_checkpoint
 
 
 @pytest.fixture
@@ -39,7 +23,7 @@ def store(tmp_path: Path) -> CheckpointStore:
     """A store with the checkpoints of steps 2 and 3."""
     store = CheckpointStore(tmp_path / "last")
     for step in (1, 2, 3):
-        store.save(checkpoint(step))
+        store.save(small_checkpoint(step))
     return store
 
 
@@ -61,7 +45,7 @@ def test_the_two_latest_are_kept_and_the_newest_is_read_as_it_was_written(
     read = store.newest()
     assert read.average_steps == 3
     assert torch.equal(read.average["head.weight"], torch.full((2, 3), 1.0))
-    assert read.progress == checkpoint(3).progress
+    assert read.progress == small_checkpoint(3).progress
     assert [p.name for p in store.folder.iterdir() if p.name.startswith(".")] == []
 
 
@@ -151,5 +135,5 @@ def test_a_write_that_fails_leaves_the_checkpoints_before(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        store.save(checkpoint(4))
+        store.save(small_checkpoint(4))
     assert sorted(store.folder.iterdir()) == before

@@ -1,0 +1,399 @@
+"""A stage's folder: begun late, held alone, resumed by the same command, whole when finished."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medgemma_clinical.commands import run_folder
+from medgemma_clinical.commands.run_folder import (
+    begin_run,
+    checkpoint_store,
+    describe_stop,
+    differences,
+    finish_run,
+    folder_identity,
+    is_complete,
+    progress_of,
+    read_run,
+    resume_run,
+    write_run,
+)
+from medgemma_clinical.files import InputError, partial_path
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.training.signals import SIGNALS, Stopped
+from toy_stage import small_checkpoint
+
+
+def facts_of(**arguments: Any) -> dict[str, Any]:
+    return {
+        "arguments": {"seed": 0, "output_dir": "a", "deterministic": False, **arguments},
+        "versions": {"torch": "2.5"},
+        "code_sha256": "c",
+        "processes": 1,
+        "stage_1_sha256": None,
+        "base_revision": None,
+        "base_sha256": None,
+        "device": "cpu",
+        "data": {"data_sha256": "d"},
+    }
+
+
+FACTS = facts_of()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "trajectory"
+
+
+def run_steps(folder: Path, steps: int = 2) -> None:
+    """Do what training does in a folder: write the best, history and checkpoints."""
+    (folder.parent / TRAJECTORY_FILE).write_text("best")
+    (folder / "history.jsonl").write_text("{}\n")
+    for step in range(steps):
+        checkpoint_store(folder).save(small_checkpoint(step))
+
+
+@pytest.fixture
+def stopped(folder: Path) -> Path:
+    """A folder with a run that was stopped after two checkpoints."""
+    with contextlib.suppress(KeyboardInterrupt), begin_run(folder, FACTS):
+        run_steps(folder)
+        raise KeyboardInterrupt
+    return folder
+
+
+@pytest.fixture
+def finished(folder: Path) -> Path:
+    """A folder with a finished run, its tracker's files beside it."""
+    with begin_run(folder, FACTS):
+        run_steps(folder)
+        (folder / "metrics.json").write_text("{}")
+        (folder / "best").mkdir()
+        (folder / "best" / "config.json").write_text("{}")
+        tracker = folder.parent / "tracker" / "trajectory"
+        tracker.mkdir(parents=True)
+        (tracker / "events").write_text("of the earlier run")
+        finish_run(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return all files but the locks, which stay."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def raised_in(stop: type[BaseException], block: Any) -> None:
+    with block:
+        raise stop
+
+
+# --------------------------------------------------------------------------- a new run
+
+
+def test_a_run_holds_its_folder_and_leaves_its_facts(folder: Path) -> None:
+    with begin_run(folder, FACTS):
+        assert not is_complete(folder)
+        run_steps(folder)
+        finish_run(folder)
+    run = read_run(folder)
+    assert run is not None
+    assert {key: run[key] for key in FACTS} == FACTS
+    assert set(run["results_sha256"]) == {"trajectory/history.jsonl", TRAJECTORY_FILE}
+    assert is_complete(folder)
+    assert not checkpoint_store(folder).folder.exists()
+
+
+def test_folder_best_and_tracker_of_an_earlier_run_get_one_number(finished: Path) -> None:
+    (finished.parent / "medgemma_trajectory_best.1.pt").write_text("of the run before")
+    before = contents(finished)
+    with begin_run(finished, FACTS):
+        assert [p.name for p in finished.iterdir()] == ["run.json"]
+        assert not (finished.parent / "tracker" / "trajectory").exists()
+        run_steps(finished)
+    assert contents(finished.with_name("trajectory.2")) == before
+    assert (finished.parent / "medgemma_trajectory_best.2.pt").read_text() == "best"
+    assert (finished.parent / "tracker" / "trajectory.2" / "events").exists()
+
+
+def test_an_unfinished_run_is_moved_aside_with_a_hint(
+    stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    before = contents(stopped)
+    with begin_run(stopped, FACTS):
+        run_steps(stopped)
+    assert "--resume would have continued it" in caplog.text
+    assert contents(stopped.with_name("trajectory.1")) == before
+
+
+def test_a_link_to_nowhere_is_moved_aside_not_lost(folder: Path, tmp_path: Path) -> None:
+    folder.parent.mkdir()
+    folder.symlink_to(tmp_path / "not mounted")
+    with begin_run(folder, FACTS):
+        run_steps(folder)
+    assert folder.with_name("trajectory.1").is_symlink()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError, InputError])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_run_that_ends_before_its_first_checkpoint_leaves_everything_as_it_was(
+    stop: type[BaseException], earlier: bool, finished: Path
+) -> None:
+    if not earlier:
+        shutil.rmtree(finished.parent)
+    before, identity = contents(finished.parent), folder_identity(finished)
+    error = (lambda: InputError("x")) if stop is InputError else stop
+
+    def work() -> None:
+        with begin_run(finished, FACTS):
+            (finished / "train.log").write_text("x")
+            (finished.parent / TRAJECTORY_FILE).write_text("half")
+            (finished.parent / "tracker" / "trajectory").mkdir(parents=True)
+            raise error()
+
+    with pytest.raises(stop):
+        work()
+    assert contents(finished.parent) == before
+    assert folder_identity(finished) == identity
+    assert (finished.parent / "tracker").exists() == earlier
+
+
+def test_after_its_first_checkpoint_a_run_stays(stopped: Path) -> None:
+    assert len(checkpoint_store(stopped).files()) == 2
+    assert read_run(stopped)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("fault", ["signal", "disk"])
+def test_a_fault_while_an_earlier_result_is_moved_tears_nothing_apart(
+    number: int, fault: str, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, rename, count = contents(finished.parent), Path.rename, 0
+
+    def disturbed(self: Path, target: Path) -> Path:
+        nonlocal count
+        count += 1
+        if count == number and fault == "disk":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        moved = rename(self, target)
+        if count == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", disturbed)
+    expected = Stopped if fault == "signal" else InputError
+    with SIGNALS.installed(), pytest.raises(expected), begin_run(finished, FACTS):
+        pytest.fail("the run does not begin")
+    assert count >= number
+    assert contents(finished.parent) == before
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match=r"^--output_dir .*file: (File exists|Not a directory)$"),
+        begin_run(tmp_path / "file" / "trajectory", FACTS),
+    ):
+        pytest.fail("the run does not begin")
+
+
+# --------------------------------------------------------------------------- one at a time
+
+
+@pytest.mark.parametrize("way", [begin_run, resume_run])
+def test_two_runs_do_not_share_a_folder(way: Callable[..., Any], stopped: Path) -> None:
+    before = contents(stopped.parent)
+    with resume_run(stopped, FACTS) as left:
+        assert left
+        with pytest.raises(InputError, match="another run is at work there"):
+            raised_in(AssertionError, way(stopped, FACTS))
+        other = stopped.with_name("classification")  # another stage may run beside
+        with pytest.raises(ZeroDivisionError):
+            raised_in(ZeroDivisionError, begin_run(other, FACTS))
+    assert contents(stopped.parent) == before
+    with resume_run(stopped, FACTS) as left:
+        assert left
+
+
+def test_a_run_that_was_killed_frees_the_folder(folder: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            with begin_run(folder, FACTS):
+                run_steps(folder)
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with resume_run(folder, FACTS) as left:
+        assert left
+
+
+# --------------------------------------------------------------------------- resume
+
+
+def refused(folder: Path, facts: dict[str, Any], match: str) -> None:
+    before = contents(folder.parent) if folder.parent.exists() else None
+    with pytest.raises(InputError, match=match):
+        raised_in(AssertionError, resume_run(folder, facts))
+    assert (contents(folder.parent) if folder.parent.exists() else None) == before
+
+
+def test_a_run_that_never_began_is_not_resumed_and_nothing_is_made(folder: Path) -> None:
+    refused(folder, FACTS, "no run was begun in")
+    assert not folder.parent.exists()
+    folder.mkdir(parents=True)
+    write_run(folder, FACTS)  # as of a run that was killed before its first checkpoint
+    refused(folder, FACTS, "no run was begun in")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"arguments": facts_of(seed=1)["arguments"]}, "--seed was 0, is 1"),
+        ({"arguments": facts_of(encoder_lr=0.1)["arguments"]}, "--encoder_lr was None, is 0.1"),
+        ({"data": {}}, "the data are not the same"),
+        ({"stage_1_sha256": "x"}, "--ode_checkpoint is another file"),
+        ({"base_revision": "x"}, "--model_name m holds another model or revision"),
+        ({"base_sha256": "x"}, "--model_name m holds another model or revision"),
+        ({"processes": 2}, "begun with 1 processes, now 2"),
+    ],
+)
+def test_another_command_is_refused_with_what_differs(
+    changes: dict[str, Any], problem: str, stopped: Path
+) -> None:
+    facts = {**FACTS, **changes}
+    facts["arguments"] = {"model_name": "m", **facts["arguments"]}
+    write_run(stopped, {**FACTS, "arguments": {"model_name": "m", **FACTS["arguments"]}})
+    assert differences(FACTS, FACTS) == []
+    refused(stopped, facts, problem)
+
+
+def test_flags_that_change_no_result_are_free(stopped: Path) -> None:
+    facts = facts_of(output_dir="b", data_path="moved", resume=True, save_every=3, log_file="x")
+    with resume_run(stopped, facts) as left:
+        assert left
+
+
+@pytest.mark.parametrize(("device", "differ"), [("cpu", 0), ("cuda:0", 1)])
+def test_deterministic_matters_on_a_gpu_alone(device: str, differ: int) -> None:
+    known, now = ({**facts_of(deterministic=d), "device": device} for d in (False, True))
+    assert len(differences(known, now)) == differ
+
+
+def test_other_versions_are_warned_of(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with resume_run(stopped, {**FACTS, "versions": {"torch": "3.0"}}) as left:
+        assert left
+    assert "versions differ from the start of the run" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{", None, ""])
+def test_a_damaged_run_json_is_named(content: str | None, stopped: Path) -> None:
+    path = stopped / "run.json"
+    changed = path.read_text().replace('"seed": 0', '"seed": 1')
+    path.write_text(changed if content is None else content)
+    refused(stopped, FACTS, r"run\.json: damaged: start again without --resume")
+    with begin_run(stopped, FACTS):  # as the message says
+        run_steps(stopped)
+    assert read_run(stopped)
+
+
+def test_what_killed_runs_left_half_written_goes(stopped: Path) -> None:
+    left = [stopped / ".metrics.json.partial", stopped / "last" / ".x.pt.partial"]
+    left.append(partial_path(stopped.parent / TRAJECTORY_FILE))
+    for path in left:
+        path.write_text("half")
+    (stopped / ".best.old").mkdir()
+    (stopped / ".best.old" / "config.json").touch()
+    with resume_run(stopped, FACTS):
+        assert not any(path.exists() for path in left)
+    assert (stopped / "best" / "config.json").exists(), "killed between two renames"
+
+
+# --------------------------------------------------------------------------- a finished run
+
+
+def test_a_finished_run_has_nothing_left_to_do(
+    finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (finished / "last").mkdir()  # killed before it was removed
+    (finished / "notes.txt").touch()  # the user's own
+    with resume_run(finished, FACTS) as left:
+        assert not left
+    assert "that run is finished: nothing left to do" in caplog.text
+    assert not (finished / "last").exists()
+
+
+def test_a_finished_run_knows_each_of_its_files(finished: Path) -> None:
+    files = [finished.parent / TRAJECTORY_FILE, finished / "best" / "config.json"]
+    files += [finished / "metrics.json", finished / "history.jsonl"]
+    for path in files:
+        content = path.read_bytes()
+        for spoiled in (content[:-1], None):
+            path.write_bytes(spoiled) if spoiled is not None else path.unlink()
+            refused(finished, FACTS, f"finished, but {path} is missing or was changed")
+        path.write_bytes(content)
+
+
+# --------------------------------------------------------------------------- several runs
+
+
+def test_progress_is_none_part_or_all(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert progress_of(folder, FACTS) == "none"
+    with begin_run(folder, FACTS):
+        assert progress_of(folder, FACTS) == "none"
+        run_steps(folder)
+        assert progress_of(folder, FACTS) == "part"
+        assert not caplog.text
+        for path in checkpoint_store(folder).files():
+            path.write_bytes(b"damaged")
+        assert progress_of(folder, FACTS) == "none"
+        assert "no checkpoint is whole" in caplog.text
+        finish_run(folder)
+    assert progress_of(folder, FACTS) == "all"
+    (folder / "history.jsonl").unlink()
+    assert progress_of(folder, FACTS) == "none"
+
+
+@pytest.mark.parametrize(
+    "change", [{"code_sha256": "x"}, {"versions": {}}, {"processes": 2}, {"data": {}}]
+)
+def test_a_run_of_other_code_versions_processes_or_data_is_no_progress(
+    change: dict[str, Any], finished: Path
+) -> None:
+    assert progress_of(finished, {**FACTS, **change}) == "none"
+
+
+def test_a_stop_is_described_by_what_was_reached(finished: Path, stopped: Path) -> None:
+    assert "nothing was changed" in describe_stop(stopped, began=False)
+    text = describe_stop(stopped, began=True)
+    assert text.count("\n") == 0
+    assert "best weights so far are in" in text
+    assert "no test figures" in text
+    assert "the same command with --resume continues" in text
+    (stopped / "metrics.json").touch()
+    shutil.rmtree(stopped / "last")
+    (stopped.parent / TRAJECTORY_FILE).unlink()
+    text = describe_stop(stopped, began=True)
+    assert "no weights yet" in text
+    assert "test figures are written" in text
+    assert "--resume" not in text
+
+
+def test_run_json_is_plain_and_hashes_its_content(stopped: Path) -> None:
+    run = json.loads((stopped / "run.json").read_text())
+    assert run.pop("facts_sha256") == run_folder.json_hash(run)
+    assert run == FACTS
