@@ -488,7 +488,7 @@ def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> di
         "base_revision": cached_revision(args.model_name),
         "base_class": type(model.llm.get_base_model()).__name__,
         "quantization": args.quantization,
-        "precision": "float32" if args.precision == "fp32" else "bfloat16",
+        "precision": args.precision,
         "encoder": None if encoder is None else encoder_config(DEFAULT_ENCODER, encoder),
         "trajectory_head": model.trajectory_head is not None,
         "num_prefix_tokens": model.tokens,
