@@ -174,6 +174,7 @@ def begin_run(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
 def _make_folder(folder: Path, facts: dict[str, Any], moves: dict[Path, Path]) -> None:
     """Move an earlier result aside, make the folder and write ``run.json``."""
     with SIGNALS.deferred(), _output_errors(folder):
+        _clean_up(folder)
         for path, aside in moves.items():
             path.rename(aside)
             unfinished = bool(checkpoint_store(aside).files())
@@ -217,7 +218,9 @@ def resume_run(folder: Path, facts: dict[str, Any]) -> Iterator[bool]:
         check_resumable(folder, facts)  # what was read before the lock may have changed
         done = is_complete(folder)
         if first:
-            _clean_up(folder, done=done)
+            _clean_up(folder)
+            if done:
+                remove(checkpoint_store(folder).folder)
         processes().wait_for_everyone()
         if done:
             logger.info("%s: that run is finished: nothing left to do", folder)
@@ -343,14 +346,12 @@ def describe_stop(folder: Path, *, began: bool) -> str:
     )
 
 
-def _clean_up(folder: Path, *, done: bool) -> None:
-    """Remove what killed runs left half-written; of a finished run the checkpoints too."""
+def _clean_up(folder: Path) -> None:
+    """Remove what killed runs left half-written."""
     for place in (folder, checkpoint_store(folder).folder):
         clean(place)
     for path in stage_paths(folder):
         remove(partial_path(path))
-    if done:
-        remove(checkpoint_store(folder).folder)
 
 
 @contextlib.contextmanager

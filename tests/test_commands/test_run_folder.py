@@ -310,16 +310,20 @@ def test_a_damaged_run_json_is_named(content: str | None, stopped: Path) -> None
     assert read_run(stopped)
 
 
-def test_what_killed_runs_left_half_written_goes(stopped: Path) -> None:
+@pytest.mark.parametrize("way", [begin_run, resume_run])
+def test_what_killed_runs_left_half_written_goes(way: Callable[..., Any], stopped: Path) -> None:
     left = [stopped / ".metrics.json.partial", stopped / "last" / ".x.pt.partial"]
     left.append(partial_path(stopped.parent / TRAJECTORY_FILE))
     for path in left:
         path.write_text("half")
     (stopped / ".best.old").mkdir()
     (stopped / ".best.old" / "config.json").touch()
-    with resume_run(stopped, FACTS):
-        assert not any(path.exists() for path in left)
-    assert (stopped / "best" / "config.json").exists(), "killed between two renames"
+    with way(stopped, FACTS):
+        run_steps(stopped)
+    hidden = [path for path in stopped.parent.rglob(".*") if path.suffix != ".lock"]
+    assert not hidden, "in a folder that was moved aside neither"
+    (config,) = stopped.parent.rglob("config.json")
+    assert config.parent.name == "best", "killed between two renames"
 
 
 # --------------------------------------------------------------------------- a finished run
