@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.data.description import comparable
 from medgemma_clinical.data.mimic.analytes import ANALYTES
 from medgemma_clinical.data.mimic.cells import decode
 from medgemma_clinical.data.mimic.reading import Keeper, read_table
@@ -124,7 +125,7 @@ def find_item(wanted: str, tables: SmallTables) -> tuple[int, str]:
         InputError: it is not in d_labitems, or several items bear its name.
     """
     items = tables.items
-    named = items["label"].map(_comparable) == _comparable(wanted)
+    named = items["label"].map(comparable) == comparable(wanted)
     found = items[(items["itemid"].astype(np.int64).astype(str) == wanted.strip()) | named]
     if len(found) != 1:
         several = "; ".join(
@@ -138,8 +139,3 @@ def find_item(wanted: str, tables: SmallTables) -> tuple[int, str]:
     name = ANALYTES[item].name if item in ANALYTES else str(found["label"].iloc[0])
     has_capitals = name[1:] != name[1:].lower()  # pH stays as it is
     return item, name if has_capitals else name[:1].upper() + name[1:]
-
-
-def _comparable(name: str) -> str:
-    """Return a name as people compare it: ``Urea_Nitrogen`` is ``urea nitrogen``."""
-    return " ".join(name.replace("_", " ").lower().split())
