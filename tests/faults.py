@@ -1,15 +1,15 @@
-"""Stop runs in every way, go on with them, and compare with the run that nobody disturbed.
+"""Stop runs in every way, resume them, and compare with the undisturbed run.
 
 Usage:
     python tests/faults.py --trials 100            # each of the three stages, each kind of fault
 
 A run is a forked process of its own. It is killed at a random time or at one of its writes (counted
 by an audit hook: every opening for writing, renaming, removing, making of a folder; and every wait
-for the disk, where a full one may show itself as late), loses the disk or the right to write there,
-gets signals, or finds a file damaged when it goes on. Or two processes share a run and one of them
+for the disk, where a full disk may show itself last), loses the disk or the right to write there,
+gets signals, or finds a file damaged when it resumes. Or two processes share a run and one of them
 is killed: the other must end within a minute and say why in one line. Afterwards ``--resume`` must
 lead to the weights, history, metrics and predictions of the undisturbed run, to the last bit, or
-refuse in one line; the table counts which. Exit code 1 where one did neither.
+refuse in one line; the table counts which. Exit code 1 where one trial did neither.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,6 +41,10 @@ import pandas as pd  # noqa: E402  (the threads are told before)
 import torch  # noqa: E402
 
 import medgemma_trainer as trainer  # noqa: E402
+from medgemma_clinical.commands.run_folder import checkpoint_store  # noqa: E402
+from medgemma_clinical.evaluation import bootstrap  # noqa: E402
+from medgemma_clinical.files import PARTIAL, REPLACED  # noqa: E402
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE  # noqa: E402
 
 SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
 SHARED = ["--log_file", "none", "--save_every", "3", "--patience", "2"]
@@ -60,7 +65,8 @@ AtWrite = Callable[[int], None]
 """What happens before a run's k-th write, counted from 1."""
 
 
-class Ended(NamedTuple):
+@dataclass(frozen=True)
+class Ended:
     """How a run ended: exit code, or minus the signal; what it printed to stderr."""
 
     code: int
@@ -93,7 +99,7 @@ def watch_writes(folder: Path, at_write: AtWrite) -> None:
 
 
 def start(words: list[str], folder: Path, at_write: AtWrite | None = None) -> int:
-    """Fork a process that runs the trainer; give its number."""
+    """Fork a process that runs the trainer; return its number."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -104,7 +110,7 @@ def start(words: list[str], folder: Path, at_write: AtWrite | None = None) -> in
             target = os.open(folder.parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             os.dup2(target, stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        trainer.BOOTSTRAP_REPLICATES = 20  # the figures need not be good, only the same
+        bootstrap.REPLICATES = 20  # the figures need not be good, only the same
         if at_write:
             watch_writes(folder, at_write)
         code = trainer.main(words)
@@ -117,7 +123,7 @@ def start(words: list[str], folder: Path, at_write: AtWrite | None = None) -> in
 
 
 def wait(child: int, folder: Path) -> Ended:
-    """Wait for a run to end; one that hangs is killed and says so."""
+    """Wait for a run to end; kill one that hangs."""
     until = time.monotonic() + LONGEST
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -138,13 +144,17 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 import medgemma_trainer as trainer
+from medgemma_clinical.evaluation import bootstrap
+bootstrap.REPLICATES = 20  # the figures need not be good, only the same
 pathlib.Path({place!r}, "pid." + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
 {before}
-sys.exit(trainer.program(sys.argv[1:]))
+sys.exit(trainer.program())
 """
 
 
-def launch(processes: int, words: list[str], place: Path, before: str) -> subprocess.Popen[str]:
+def launch(
+    processes: int, words: list[str], place: Path, before: str = ""
+) -> subprocess.Popen[str]:
     """Start the program in so many processes; the number of each lies in ``place/pid.RANK``.
 
     Args:
@@ -169,14 +179,14 @@ def launch(processes: int, words: list[str], place: Path, before: str) -> subpro
 
 
 def result_of(folder: Path, stage: str) -> dict[str, bytes]:
-    """Give all of a run's result that must be the same: everything but times."""
+    """Return all of a run's result that must be the same: everything but times."""
     place = folder / stage
     result = {}
-    winner = [folder / trainer.TRAJECTORY_FILE] if stage == "trajectory" else []
-    winner += sorted(p for p in (place / "best").rglob("*") if p.is_file())
+    best = [folder / TRAJECTORY_FILE] if stage == "trajectory" else []
+    best += sorted(p for p in (place / "best").rglob("*") if p.is_file())
     names = ["metrics.json", "predictions_val.csv", "predictions_test.csv"]
     names += ["generations_test.jsonl"] if stage == "generative" else []
-    for path in (*winner, *(place / name for name in names)):
+    for path in (*best, *(place / name for name in names)):
         result[str(path.relative_to(folder))] = path.read_bytes()
     history = [json.loads(x) for x in (place / "history.jsonl").read_text().splitlines()]
     plain = [{k: v for k, v in row.items() if k != "seconds"} for row in history]
@@ -224,7 +234,8 @@ def damage(path: Path, draw: random.Random) -> None:
     path.write_bytes(content)
 
 
-class Trial(NamedTuple):
+@dataclass(frozen=True)
+class Trial:
     """One stage's command, its undisturbed result, writes (of one process) and seconds."""
 
     stage: str
@@ -235,7 +246,7 @@ class Trial(NamedTuple):
 
 
 def undisturbed(stage: str, words: list[str], place: Path) -> Trial:
-    """Run a command as it is meant to run."""
+    """Run a command without a fault."""
     folder, counts = place / "run", place / "count"
 
     def count(number: int) -> None:
@@ -253,7 +264,7 @@ def undisturbed(stage: str, words: list[str], place: Path) -> Trial:
 
 
 def undisturbed_pair(stage: str, words: list[str], place: Path) -> Trial:
-    """Run a command in two processes as it is meant to run."""
+    """Run a command in two processes without a fault."""
     place.mkdir()
     folder = place / "run"
     began = time.monotonic()
@@ -265,7 +276,7 @@ def undisturbed_pair(stage: str, words: list[str], place: Path) -> Trial:
 
 def wait_for_pair(words: list[str], place: Path, kill: tuple[int, float] | None = None) -> Ended:
     """Run a command in two processes; kill one of them (which, after how many seconds)."""
-    pair = launch(2, words, place, before="trainer.BOOTSTRAP_REPLICATES = 20")
+    pair = launch(2, words, place)
     longest = LONGEST
     if kill:
         rank, seconds = kill
@@ -285,18 +296,18 @@ def wait_for_pair(words: list[str], place: Path, kill: tuple[int, float] | None 
 
 
 def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
-    """Kill one of two processes, go on with two, and say how it came out."""
+    """Kill one of two processes, resume with two, and return the outcome."""
     place.mkdir()
     words = [*trial.words, "--output_dir", str(place / "run")]
     kill = draw.randrange(2), draw.uniform(0, trial.seconds)
     ended = wait_for_pair(words, place, kill)
-    begun = has_states(place / "run" / trial.stage)
+    begun = has_checkpoints(place / "run" / trial.stage)
     told = [line for line in ended.error.splitlines() if line.startswith("error: ")]
     # The launcher asks the other to end, if that has not seen by itself that it is alone.
     known = ("another process of this run has ended", "interrupted")
     if ended.error == "hangs" or not all(any(k in line for k in known) for line in told):
         return f"wrong: killed {kill}: {ended}"
-    if f'File "{ROOT}/medgemma_trainer.py"' in ended.error:
+    if f'File "{ROOT}/medgemma_' in ended.error:
         return f"wrong: killed {kill}: a traceback: {ended}"
     if begun and ended.code and not told:
         return f"wrong: killed {kill}: the other says nothing: {ended}"
@@ -304,24 +315,24 @@ def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
     if again.code and "no run was begun" in again.error and not begun:
         again, outcome = wait_for_pair(words, place), "never began"
     if again.code:
-        return f"wrong: killed {kill}: going on ended with {again}"
+        return f"wrong: killed {kill}: resuming ended with {again}"
     same = result_of(place / "run", trial.stage) == trial.result
     return outcome if same else f"wrong: killed {kill}: another result"
 
 
-def has_states(folder: Path) -> bool:
-    """Tell whether a run has kept a state that it can go on from."""
-    return bool(trainer.States(folder / trainer.LAST).files())
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether a run has kept a checkpoint that it can resume from."""
+    return bool(checkpoint_store(folder).files())
 
 
 def is_read(path: Path) -> bool:
-    """Tell whether going on reads a file: beginning, states, winner; a result is only written."""
-    known = path.name in ("run.json", trainer.TRAJECTORY_FILE)
-    return known or path.parent.name == trainer.LAST or "best" in path.parts
+    """Return whether resuming reads a file: facts, checkpoints, best; a result is only written."""
+    known = path.name in ("run.json", TRAJECTORY_FILE)
+    return known or path.parent.name == "last" or "best" in path.parts
 
 
 def disturb(trial: Trial, kind: str, folder: Path, draw: random.Random) -> Ended:
-    """Run a command and let one fault happen."""
+    """Run a command with one fault."""
     words = [*trial.words, "--output_dir", str(folder)]
     place = draw.randint(1, trial.writes)
     at_write = {
@@ -340,20 +351,19 @@ def disturb(trial: Trial, kind: str, folder: Path, draw: random.Random) -> Ended
     ended = wait(child, folder)
     if kind == "file damaged":
         files = [p for p in folder.rglob("*") if p.is_file() and is_read(p)]
-        states = [p for p in files if p.parent.name == trainer.LAST]
+        checkpoints = [p for p in files if p.parent.name == "last"]
         if files:
-            damage(
-                draw.choice(states or files) if draw.random() < 0.7 else draw.choice(files), draw
-            )
+            often = checkpoints or files
+            damage(draw.choice(often if draw.random() < 0.7 else files), draw)
     return ended
 
 
 def judge(trial: Trial, kind: str, place: Path, draw: random.Random) -> str:
-    """Disturb a run, go on with it, and say how it came out; ``wrong: ...`` for a defect."""
+    """Disturb a run, resume it, and return the outcome; ``wrong: ...`` for a defect."""
     folder = place / "run"
     place.mkdir()
     ended = disturb(trial, kind, folder, draw)
-    begun = has_states(folder / trial.stage)
+    begun = has_checkpoints(folder / trial.stage)
     words = [*trial.words, "--output_dir", str(folder)]
     expected = {
         "SIGTERM": {143},
@@ -367,18 +377,18 @@ def judge(trial: Trial, kind: str, place: Path, draw: random.Random) -> str:
     again = wait(start([*words, "--resume"], folder), folder)
     outcome = "the same result"
     if again.code == 2 and again.error.count("\n") == 1:
-        # It never began, or a damaged file leaves nothing to trust: as a user would, start again.
+        # It never began, or a file is damaged: as a user would, start again.
         outcome = "never began" if "no run was begun" in again.error else "refused in one line"
         if outcome == "never began" and begun:
-            return f"wrong: states are there, and yet: {again.error}"
+            return f"wrong: checkpoints are there, and yet: {again.error}"
         if outcome == "refused in one line" and kind != "file damaged":
             return f"wrong: refused: {again.error}"
         again = wait(start(words, folder), folder)
     if again.code:
-        return f"wrong: going on ended with {again}"
+        return f"wrong: resuming ended with {again}"
     if result_of(folder, trial.stage) != trial.result:
         return "wrong: another result"
-    left = [str(p) for p in folder.rglob(".*") if p.suffix in (trainer.PARTIAL, trainer.OUTGOING)]
+    left = [str(p) for p in folder.rglob(".*") if p.suffix in (PARTIAL, REPLACED)]
     return f"wrong: left {left}" if left else outcome
 
 
