@@ -11,7 +11,7 @@ import io
 import json
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -31,7 +30,6 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.models.encoder import Encoder
-from medgemma_clinical.models.language_model import cached_revision
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -66,7 +64,8 @@ A LoRA adapter and the modules beside it, trained on {base} ({revision}).
 Research on the question above, on data like those of the training part. Not a medical device, not
 for clinical use. Figures with their intervals are in report.html and metrics.json of the run.
 
-Where the language model is MedGemma or derived from it: {notice}"""
+{licence}
+"""
 
 
 def licence(base_model: str | None) -> str:
@@ -101,47 +100,6 @@ class TrajectoryCheckpoint:
 def encoder_config(name: str, encoder: Encoder) -> dict[str, Any]:
     """Return what rebuilds an encoder: its registered name and its constructor's keywords."""
     return {"name": name, **encoder.config}
-
-
-def llm_config(
-    stage: str,
-    model: TrajectoryLLM,
-    *,
-    encoder: str,
-    base_model: str,
-    quantization: str,
-    precision: str,
-    prompts: PromptOptions,
-    max_text_tokens: int | None,
-    report_tokens: int | None = None,
-) -> dict[str, Any]:
-    """Return what rebuilds a model of stage 2 or 3 and its prompts; plain types.
-
-    Args:
-        stage: ``classification`` or ``generative``.
-        model: to be kept.
-        encoder: registered name of the model's encoder, unused where it has none.
-        base_model: hub id, folder or ``tiny``.
-        quantization: ``nf4`` or ``none``.
-        precision: ``bf16`` or ``fp32``.
-        prompts: options of the prompts.
-        max_text_tokens: of a prompt.
-        report_tokens: of a written report (stage 3).
-    """
-    return {
-        "stage": stage,
-        "base_model": base_model,
-        "base_revision": cached_revision(base_model),
-        "base_class": type(model.llm.get_base_model()).__name__,
-        "quantization": quantization,
-        "precision": precision,
-        "encoder": None if model.encoder is None else encoder_config(encoder, model.encoder),
-        "trajectory_head": model.trajectory_head is not None,
-        "num_prefix_tokens": model.tokens,
-        "prompts": asdict(prompts),
-        "max_text_tokens": max_text_tokens,
-        "report_tokens": report_tokens,
-    }
 
 
 def check_format(place: Path, found: object) -> None:
@@ -287,7 +245,7 @@ def model_card(config: dict[str, Any]) -> str:
         series=", ".join(f"{name} ({unit})" if unit else name for name, unit in units),
         kind=config["dataset"],
         data=config["data_sha256"],
-        notice=HAI_DEF_NOTICE,
+        licence=licence(base),
     )
 
 

@@ -25,8 +25,11 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 MULTIMODAL_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
 """Place of the text model's weights within a multimodal Gemma 3 checkpoint."""
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Of each ``--precision``. Gemma 3 overflows in float16."""
+DTYPES = {
+    **{"fp32": torch.float32, "bf16": torch.bfloat16},
+    **{"float32": torch.float32, "bfloat16": torch.bfloat16},
+}
+"""Of each ``--precision`` and of each name in a checkpoint. Gemma 3 overflows in float16."""
 
 
 def hush_libraries() -> None:
@@ -87,7 +90,7 @@ def _read_model(
     try:
         config = transformers.AutoConfig.from_pretrained(name, **source)
         if config.model_type not in ("gemma3", "gemma3_text"):
-            raise InputError(f"--model_name {name}: a {config.model_type} model: name a Gemma 3")
+            raise InputError(f"--model_name {name}: a {config.model_type} model: give a Gemma 3")
         multimodal = hasattr(config, "text_config")
         model, found = transformers.Gemma3ForCausalLM.from_pretrained(
             name,

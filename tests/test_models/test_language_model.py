@@ -1,0 +1,514 @@
+"""Loading, refusals, 4-bit weights, LoRA and what training changes: on built checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.errors
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from language_models import (
+    CPU,
+    LAYERS,
+    Parts,
+    classifier_and_writer,
+    save_multimodal_checkpoint,
+    save_text_checkpoint,
+    text_config,
+)
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.language_model import (
+    LORA_TARGETS,
+    add_lora,
+    base_content_hash,
+    cached_revision,
+    embedding_rms,
+    load_language_model,
+    set_checkpointing,
+    tiny_language_model,
+)
+
+MEDGEMMA = "google/medgemma-4b-pt"
+ROOT = Path(__file__).parents[2]
+LICENCE = "https://huggingface.co/google/medgemma-4b-pt"
+LAYOUTS = {"hub": "language_model.model.", "new": "model.language_model."}
+"""Names of the language weights: Google's published files, and transformers' own since 4.52."""
+
+PROJECTIONS = {
+    f"layers.{layer}.{block}.{name}"
+    for layer in range(LAYERS)
+    for block, names in (("self_attn", LORA_TARGETS[:4]), ("mlp", LORA_TARGETS[4:]))
+    for name in names
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A text-only checkpoint and the same multimodal one in both layouts of names."""
+    made = {"text": save_text_checkpoint(tmp_path_factory.mktemp("text"))}
+    for layout, prefix in LAYOUTS.items():
+        made[layout] = save_multimodal_checkpoint(tmp_path_factory.mktemp(layout), prefix)
+    return made
+
+
+def load(folder: Path, quantization: str = "none", dtype: torch.dtype = torch.float32) -> Any:
+    return load_language_model(str(folder), quantization, dtype, CPU)[0]
+
+
+def refusal(name: str | Path) -> str:
+    """Give the refusal's text, which must be one line that names the model."""
+    with pytest.raises(InputError) as caught:
+        load_language_model(str(name), "none", torch.float32, CPU)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert str(name) in text
+    return text
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_language_part_of_a_multimodal_checkpoint_gives_the_same_logits(
+    folders: dict[str, Path], layout: str
+) -> None:
+    whole = transformers.Gemma3ForConditionalGeneration.from_pretrained(folders["hub"]).eval()
+    own = load(folders[layout])
+    ids = torch.randint(6, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = whole(input_ids=ids).logits
+    assert expected.std().item() > 0.1
+    torch.testing.assert_close(own(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_text_only_checkpoint_gives_its_own_logits(folders: dict[str, Path]) -> None:
+    plain = transformers.Gemma3ForCausalLM.from_pretrained(folders["text"]).eval()
+    ids = torch.arange(6, 30)[None]
+    logits = load(folders["text"])(input_ids=ids).logits
+    torch.testing.assert_close(logits, plain(input_ids=ids).logits, rtol=0, atol=0)
+    assert not torch.equal(logits, load(folders["hub"])(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", ["text", *LAYOUTS])
+def test_only_the_frozen_text_model_is_loaded(
+    folders: dict[str, Path], kind: str, quantization: str
+) -> None:
+    model = load(folders[kind], quantization)
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    assert not [n for n in names if re.search("vision|siglip|multi_modal|image", n, re.IGNORECASE)]
+    assert not any(p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_the_tokenizer_comes_from_the_folder(folders: dict[str, Path]) -> None:
+    _, tokenizer = load_language_model(str(folders["hub"]), "none", torch.float32, CPU)
+    _, expected = tiny_language_model()
+    text = "Anion gap (mEq/L): 24 (0h) -> 20.5 (2h)\n"
+    assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert ids == (0, 1, 2)
+
+
+def test_the_tiny_model_is_always_the_same_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, second = (tiny_language_model()[0].state_dict() for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("kind", ["text", *LAYOUTS])
+@pytest.mark.parametrize("lost", ["layers.1.mlp.up_proj.weight", "embed_tokens.weight"])
+def test_a_checkpoint_that_lacks_a_weight_is_refused(
+    folders: dict[str, Path], tmp_path: Path, kind: str, lost: str
+) -> None:
+    folder = shutil.copytree(folders[kind], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not (k.endswith(lost) and "vision" not in k)}
+    assert len(kept) == len(weights) - 1
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks weights" in refusal(folder)
+
+
+def test_a_weight_of_another_shape_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["text"], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 64)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "damaged or do not fit together" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gemma2", "gemma3n"])
+def test_a_model_that_is_no_gemma_3_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    text = refusal(tmp_path)
+    assert kind in text
+    assert "give a Gemma 3" in text
+
+
+@pytest.mark.parametrize(
+    ("present", "reason"),
+    [
+        ("nothing", "no folder with a model"),
+        ("config", "no folder with a model"),
+        ("no tokenizer", "tokenizer files are missing or damaged"),
+    ],
+)
+def test_a_folder_without_a_whole_model_is_refused(
+    folders: dict[str, Path], tmp_path: Path, present: str, reason: str
+) -> None:
+    if present == "config":
+        text_config().save_pretrained(tmp_path)
+    if present == "no tokenizer":
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(folders["text"] / name, tmp_path)
+    assert reason in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["weights", "config"])
+def test_a_damaged_file_is_refused(folders: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(folders["text"], tmp_path / "model")
+    file = folder / {"weights": "model.safetensors", "config": "config.json"}[damage]
+    file.write_bytes(file.read_bytes()[:200])
+    assert f"--model_name {folder}: " in refusal(folder)
+
+
+def test_a_missing_folder_gets_no_advice_about_the_hub(tmp_path: Path) -> None:
+    text = refusal(tmp_path / "run401" / "gated")  # neither is the hub's word here
+    assert "licence" not in text
+    assert "no folder with a" in text
+
+
+def test_the_tiny_model_is_not_quantised() -> None:
+    with pytest.raises(InputError, match="tiny"):
+        load_language_model("tiny", "nf4", torch.float32, CPU)
+
+
+def hub_errors() -> dict[str, Exception]:
+    """Build what is raised for a gated model without licence, as the libraries word it."""
+    error = huggingface_hub.errors.GatedRepoError.__new__(huggingface_hub.errors.GatedRepoError)
+    detail = f"401 Client Error.\n\nCannot access gated repo for url {LICENCE}/resolve/main/x.json."
+    Exception.__init__(error, detail)
+    wrapped = OSError(
+        f"You are trying to access a gated repo.\nMake sure to have access to it at {LICENCE}.\n"
+        f"{detail}\nAccess to model google/medgemma-4b-pt is restricted. You must have access to "
+        "it and be authenticated to access it. Please log in."
+    )
+    network = OSError(
+        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find "
+        "them in the cached files.\nCheck your internet connection."
+    )
+    return {"gated": error, "wrapped": wrapped, "network": network}
+
+
+def check_advice(text: str) -> None:
+    assert LICENCE in text
+    assert "hf auth login" in text
+    assert "--model_name tiny" in text
+
+
+@pytest.mark.parametrize("kind", hub_errors())
+def test_a_model_that_cannot_be_fetched_ends_in_one_line_of_advice(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise hub_errors()[kind]
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    text = refusal(MEDGEMMA)
+    check_advice(text)
+    assert ("gated" in text) == (kind != "network")
+
+
+# ------------------------------------------------------------------------------- 4-bit weights
+
+
+@pytest.mark.parametrize("kind", ["text", *LAYOUTS])
+def test_nf4_quantises_every_projection_twice_and_nothing_else(
+    folders: dict[str, Path], kind: str
+) -> None:
+    import bitsandbytes
+
+    model = load(folders[kind], "nf4", torch.bfloat16)
+    quantised = {
+        n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)
+    }
+    assert set(quantised) == {f"model.{name}" for name in PROJECTIONS}
+    for layer in quantised.values():
+        state = layer.weight.quant_state
+        assert (state.quant_type, state.nested) == ("nf4", True)
+        assert layer.compute_dtype == torch.bfloat16
+        assert layer.weight.dtype == torch.uint8
+    assert type(model.lm_head) is nn.Linear
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_nf4_weights_are_near_the_checkpoints_own(folders: dict[str, Path]) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    plain, rough = load(folders["hub"]), load(folders["hub"], "nf4")
+    for name in PROJECTIONS:
+        true = plain.get_submodule(f"model.{name}").weight
+        weight = rough.get_submodule(f"model.{name}").weight
+        error = dequantize_4bit(weight.data, weight.quant_state).float() - true
+        relative = float(error.square().mean().sqrt() / true.square().mean().sqrt())
+        assert 0 < relative < 0.15
+
+
+def adapted(folder: Path | str, quantization: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    base, _ = load_language_model(str(folder), quantization, dtype, CPU)
+    torch.manual_seed(seed)
+    return add_lora(base, 8, 16, 0.0)
+
+
+def gradients(model: Any, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Give hidden states, then gradients of inputs and adapter, of a pass in training mode."""
+    model.train().zero_grad()
+    inputs = inputs.clone().requires_grad_()
+    hidden = model.get_base_model().model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    hidden[..., :9].square().sum().backward()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return hidden.detach(), [g for g in (inputs.grad, *(p.grad for p in learning)) if g is not None]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_evaluation_between_changes_neither_states_nor_gradients(
+    folders: dict[str, Path], quantization: str
+) -> None:
+    """On a CPU bitsandbytes may repack weights when it evaluates; no gradient passes those."""
+    model = adapted(folders["text"], quantization, torch.float32)
+    inputs = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    hidden, before = gradients(model, inputs)
+    with torch.no_grad():
+        body = model.eval().get_base_model().model
+        scored = body(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    torch.testing.assert_close(scored, hidden, rtol=0, atol=1e-5)
+    again, after = gradients(model, inputs)
+    assert torch.equal(again, hidden)
+    assert len(before) == len(after) == 1 + 2 * len(PROJECTIONS)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("kind", ["text", "hub"])
+def test_lora_lies_on_the_seven_projections_of_each_layer_and_nowhere_else(
+    folders: dict[str, Path], kind: str, quantization: str
+) -> None:
+    model = adapted(folders[kind], quantization, torch.float32)
+    carriers = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if "lora_A" in n}
+    assert carriers == {f"base_model.model.model.{name}" for name in PROJECTIONS}
+    learning = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert learning == {f"{n}.lora_{x}.default.weight" for n in carriers for x in "AB"}
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.bias) == (8, 16, "none")
+
+
+@pytest.mark.parametrize("rank", [8, 3])
+def test_the_adapter_has_as_many_parameters_as_the_formula_says(rank: int) -> None:
+    base, _ = tiny_language_model()
+    c = base.config
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    attention = 2 * (c.hidden_size + queries) + 2 * (c.hidden_size + keys)
+    expected = c.num_hidden_layers * rank * (attention + 3 * (c.hidden_size + c.intermediate_size))
+    llm = add_lora(base.requires_grad_(False), rank, 16, 0.0)
+    assert sum(p.numel() for p in llm.parameters() if p.requires_grad) == expected
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_adapter_is_float32_seeded_and_changes_nothing_at_first(
+    folders: dict[str, Path], quantization: str
+) -> None:
+    def weights(seed: int) -> dict[str, Tensor]:
+        model = adapted(folders["text"], quantization, torch.bfloat16, seed)
+        return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    first, again, other = weights(0), weights(0), weights(1)
+    for name, weight in first.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, again[name])
+        if "lora_B" in name:
+            assert not weight.any()
+        else:
+            assert not torch.equal(weight, other[name])
+
+
+GEMMA = {"270M": (640, 2048, 18, 4, 1, 256), "4B": (2560, 10240, 34, 8, 4, 256)}
+"""Width, inner width, layers, heads, key heads, width of a head. Source: Gemma 3's config.json."""
+
+LORA_PARAMETERS = {"270M": 1_898_496, "4B": 14_901_248}
+
+
+@pytest.mark.parametrize("size", GEMMA)
+def test_the_adapter_of_every_gemma_3_has_the_known_size(size: str) -> None:
+    width, inner, layers, heads, keys, head = GEMMA[size]
+    config = transformers.Gemma3TextConfig(
+        vocab_size=262_208,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=head,
+    )
+    with torch.device("meta"):  # shapes without weights
+        base = transformers.Gemma3ForCausalLM(config).requires_grad_(False)
+        llm = add_lora(base, 8, 16, 0.0)
+    assert sum(p.numel() for p in llm.parameters() if p.requires_grad) == LORA_PARAMETERS[size]
+
+
+def test_embedding_rms_is_that_of_the_scaled_embeddings() -> None:
+    model, _ = tiny_language_model()
+    vectors = model.get_input_embeddings()(torch.tensor([5, 6, 7, 8]))
+    expected = float(vectors.detach().square().mean().sqrt())
+    assert embedding_rms(model, [5, 6, 7, 8]) == pytest.approx(expected, rel=1e-6)
+    assert expected == pytest.approx(64**0.5 * 0.125, rel=0.2)
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """Copy every parameter and buffer, 4-bit weights with their scales."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def train(parts: Parts, kind: str, steps: int = 3) -> nn.Module:
+    """Take some steps, with an evaluation in front, where bitsandbytes may repack weights."""
+    model: nn.Module = getattr(parts, kind)
+    with torch.no_grad():
+        model.eval()(parts.collate(range(4)))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.train()(parts.collate(range(8))).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("nf4", "bfloat16")])
+@pytest.mark.parametrize("kind", ["classifier", "writer"])
+def test_training_changes_what_learns_and_no_bit_of_the_base(
+    folders: dict[str, Path], kind: str, quantization: str, dtype: str
+) -> None:
+    base = load(folders["hub"], quantization, getattr(torch, dtype))
+    parts = classifier_and_writer(base=base, residual=True)
+    before = bits(getattr(parts, kind))
+    model = train(parts, kind)
+    after = bits(model)
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in before if not torch.equal(before[n], after[n])} == learning
+    modules = {"llm", "projection", "encoder", "trajectory_head"}
+    modules |= {"head"} if kind == "classifier" else set()
+    assert {n.split(".")[0] for n in learning} == modules
+    if quantization == "nf4":
+        assert sum("quant_state" in n for n in before) == len(PROJECTIONS)
+
+
+def test_recomputed_layers_change_no_gradient() -> None:
+    found = []
+    for on in (False, True):
+        model, _, collate = classifier_and_writer()
+        set_checkpointing(model.llm, on=on)
+        assert model.body.gradient_checkpointing == on
+        model.train()(collate(range(8))).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, again = found
+    assert plain.keys() == again.keys() != set()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------- the machine
+
+
+def test_code_that_a_model_folder_brings_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "code.Config"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    refusal(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_fault_of_the_card_is_not_blamed_on_the_files(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(transformers.Gemma3ForCausalLM, "from_pretrained", fail)
+    with pytest.raises(RuntimeError, match="no kernel image") as caught:
+        load(folders["text"])
+    assert not isinstance(caught.value, InputError)
+
+
+def test_attention_by_cudnn_is_switched_off() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_language_model("tiny", "none", torch.float32, CPU)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_hash_of_a_folder_follows_its_model_files_alone(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["text"], tmp_path / "model")
+    first = base_content_hash(str(folder))
+    (folder / "README.md").write_text("notes")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    assert base_content_hash(str(folder)) == first == base_content_hash(str(folders["text"]))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1.0}))
+    assert base_content_hash(str(folder)) != first
+    assert base_content_hash("tiny") is base_content_hash(MEDGEMMA) is None
+    assert cached_revision("tiny") is cached_revision(str(folder)) is None
+
+
+HASH = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_hub_model_loads_in_silence_from_the_cache_and_its_commit_is_known(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "hub" / "models--google--medgemma-4b-pt"
+    shutil.copytree(folders["hub"], cache / "snapshots" / HASH)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(HASH)
+    code = (
+        "import sys, torch\n"
+        "from medgemma_clinical.models.language_model import *\n"
+        "name, out = sys.argv[1:]\n"
+        "base, _ = load_language_model(name, 'nf4', torch.bfloat16, torch.device('cpu'))\n"
+        "add_lora(base, 8, 16, 0.0).save_pretrained(out, save_embedding_layers=False)\n"
+        f"assert cached_revision(name) == {HASH!r}\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code, MEDGEMMA, str(tmp_path / "adapter")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
