@@ -1,17 +1,18 @@
-"""Tests of the texts of dataset_format: prompt, report, how true a report is, description."""
+"""Tests of the texts of a DKA file: prompt, report, how true a report is."""
 
 from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from dataset_format import Description, MIMICtrajectoryDataset, ReportScore
-from trajectories import LABEL, SERIES, dataset_of, one_series, random_text, table_of
+from dataset_format import Description, MIMICtrajectoryDataset
+from medgemma_clinical.data.texts import PromptOptions, ReportScore
+from trajectories import LABEL, SERIES, dataset_of, one_series, random_text
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 
@@ -56,22 +57,6 @@ def test_texts_take_context_and_clinical_words_from_the_description() -> None:
     )
 
 
-def test_a_description_beside_the_file_is_used_and_its_absence_means_the_default(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "data.csv"
-    table_of(["24 (0h)", "20 (0h)"]).to_csv(path, index=False)
-    assert MIMICtrajectoryDataset(path).description == Description()
-    text = '{"series": "Lactate", "unit": "mmol/L", "plausible": [0, 30], "licence": "any"}'
-    path.with_suffix(".json").write_text(text)
-    dataset = MIMICtrajectoryDataset(path)
-    assert dataset.description == Description("Lactate", "mmol/L", plausible=(0.0, 30.0))
-    assert dataset.prompt(0) == "Lactate (mmol/L): 24 (0h). Will care have to be escalated?\n"
-    assert (dataset.features, dataset.units) == (("Lactate",), ("mmol/L",))
-    given = MIMICtrajectoryDataset(path, description=BICARBONATE)
-    assert given.outcome == "In-hospital death"
-
-
 def test_every_number_in_the_texts_is_the_patients_own() -> None:
     rng = np.random.default_rng(3)
     texts = [random_text(rng) for _ in range(200)]
@@ -92,11 +77,12 @@ def test_every_number_in_the_texts_is_the_patients_own() -> None:
 def test_a_writer_finds_what_it_would_have_to_compute_in_its_prompt() -> None:
     rng = np.random.default_rng(4)
     dataset = dataset_of([random_text(rng) for _ in range(100)])
-    dataset.text_computed = True
+    computing = PromptOptions(computed=True)
+    shortened = PromptOptions(computed=True, latest=1)
     for i in range(100):
         computed = dataset.report(i)[dataset.report(i).index("Net change") :]
-        assert computed in dataset.prompt(i)
-        assert computed in dataset.prompt(i, most=1)  # of the whole series, however much is told
+        assert computed in dataset.prompt(i, computing)
+        assert computed in dataset.prompt(i, shortened)  # of the whole series, not of its end
 
 
 @pytest.mark.parametrize(
@@ -255,3 +241,31 @@ def test_within_no_time_there_is_no_rate() -> None:
     score = dataset.score_report(0, report)
     assert score.parses
     assert (score.stated, score.true) == (9, 9)
+
+
+def test_words_within_the_name_of_a_series_are_not_free() -> None:
+    """The direction may be wrong in a report of the right form; the name of a series may not."""
+    dataset = described("24 (0h) -> 20 (2h)", 1, Description(series="rising level"))
+    report = dataset.report(0)
+    assert dataset.score_report(0, report).parses
+    assert dataset.score_report(0, report.replace(": falling.", ": level.")).parses
+    renamed = report.replace("rising level: first", "falling level: first")
+    score = dataset.score_report(0, renamed)
+    assert not score.parses
+    assert score.true == score.stated - 2  # the clause of another series
+
+
+def test_options_of_the_prompt_leave_the_data_set_as_it_is() -> None:
+    context = "54-year-old woman"
+    dataset = described("24 (0h) -> 20 (2h) -> 16 (4h)", 1, Description(), context)
+    whole = dataset.prompt(0)
+    assert dataset.prompt(0, PromptOptions(latest=2)) == whole.replace("24 (0h) -> ", "")
+    assert dataset.prompt(0, PromptOptions(latest=9)) == whole
+    assert dataset.prompt(0, PromptOptions(context=False)) == whole.removeprefix(f"{context}. ")
+    assert dataset.prompt(0) == whole
+
+
+@pytest.mark.parametrize("options", [{"series": "some"}, {"latest": 0}])
+def test_unknown_options_of_the_prompt_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"got {next(iter(options.values()))!r}"):
+        PromptOptions(**options)

@@ -1,10 +1,9 @@
-"""Tests of dataset_format with several series of one patient: columns, union of times, text."""
+"""Tests of DKA files with several series of one patient: columns, union of times, text."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import itertools
 import logging
 import re
 import sys
@@ -15,14 +14,8 @@ import pandas as pd
 import pytest
 
 import dataset_format
-from dataset_format import (
-    MAX_LEN_SEVERAL,
-    SERIES_TEXT,
-    Description,
-    InputError,
-    MIMICtrajectoryDataset,
-    ReportScore,
-)
+from dataset_format import MAX_LEN_SEVERAL, InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions, ReportScore
 from trajectories import LABEL, SERIES, random_text, table_of
 
 DATA = Path(dataset_format.__file__).parent / "tests" / "data"
@@ -174,12 +167,16 @@ def test_a_series_column_that_cannot_be_read_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["trajectory_Glucose", "trajectory_glucose [mmol/L]"])
 def test_two_series_of_one_name_are_refused(name: str) -> None:
-    with pytest.raises(InputError, match=rf"column {re.escape(name)}: a series of that name"):
+    with pytest.raises(
+        InputError, match=rf"column {re.escape(name)}: another column is a series of that name"
+    ):
         MIMICtrajectoryDataset(THREE.assign(**{name: ""}))
 
 
 def test_a_series_named_as_the_main_one_is_refused() -> None:
-    with pytest.raises(InputError, match="column trajectory_anion_gap: a series of that name"):
+    with pytest.raises(
+        InputError, match="column trajectory_anion_gap: another column is a series of that name"
+    ):
         MIMICtrajectoryDataset(THREE.assign(trajectory_anion_gap=""))
 
 
@@ -317,28 +314,21 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("choice", SERIES_TEXT)
-def test_the_prompt_tells_of_the_series_what_was_chosen(choice: str) -> None:
-    dataset = MIMICtrajectoryDataset(THREE, series_text=choice)
-    assert dataset.prompt(0) == PROMPTS[choice] + "Will care have to be escalated?\n"
-    other = MIMICtrajectoryDataset(THREE)
-    assert dataset.fingerprint() == other.fingerprint()  # the choice touches the text alone
-    assert dataset.report(0) == other.report(0)
+def test_the_prompt_holds_the_series_that_were_chosen(choice: str) -> None:
+    dataset = MIMICtrajectoryDataset(THREE)
+    prompt = dataset.prompt(0, PromptOptions(series=choice))
+    assert prompt == PROMPTS[choice] + "Will care have to be escalated?\n"
 
 
 @pytest.mark.parametrize("choice", SERIES_TEXT)
-def test_what_a_report_computes_is_told_behind_the_values_of_the_main_series(choice: str) -> None:
-    dataset = MIMICtrajectoryDataset(THREE, series_text=choice)
-    plain = dataset.prompt(0)
-    dataset.text_computed = True
+def test_what_a_report_computes_follows_the_values_of_the_main_series(choice: str) -> None:
+    dataset = MIMICtrajectoryDataset(THREE)
+    prompt = dataset.prompt(0, PromptOptions(series=choice, computed=True))
     values = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
     sentence = "Net change -4 mEq/L, -2 mEq/L an hour: falling. "
-    assert dataset.prompt(0) == plain.replace(values, values + sentence)
-    assert (sentence in dataset.prompt(0)) == (choice in ("all", "main"))
-
-
-def test_an_unknown_choice_of_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="some"):
-        MIMICtrajectoryDataset(THREE, series_text="some")
+    expected = PROMPTS[choice].replace(values, values + sentence)
+    assert prompt == expected + "Will care have to be escalated?\n"
+    assert (sentence in prompt) == (choice in ("all", "main"))
 
 
 def test_a_report_states_the_main_series_in_full_and_first_and_last_of_the_others() -> None:
@@ -409,19 +399,7 @@ def test_digits_of_names_and_units_are_no_claims(names: tuple[str, str]) -> None
     assert (score.parses, score.true) == (True, score.stated)
 
 
-# --------------------------------------------------------------------------- baselines, check
-
-
-def test_summary_features_hold_eight_numbers_of_every_series() -> None:
-    table = MIMICtrajectoryDataset(THREE).summary_features()
-    statistics = ("first", "last", "min", "max", "mean", "slope", "count", "span")
-    names = [f"{n} {s}" for n, s in itertools.product(("Anion gap", "glucose"), statistics)]
-    assert set(names) <= set(table.columns)
-    assert table.shape == (3, 24)
-    assert table.loc[1, "Blood urea slope"] == pytest.approx(-1 / 3)
-    assert (table.loc[1, "Blood urea span"], table.loc[0, "glucose span"]) == (3, 0.5)
-    assert (table.loc[1, "Blood urea count"], table.loc[1, "glucose count"]) == (2, 1)
-    assert table.loc[2, ["glucose last", "Blood urea mean"]].isna().all()
+# --------------------------------------------------------------------------- check
 
 
 def checked(table: pd.DataFrame, folder: Path, *flags: str) -> int:
@@ -466,13 +444,6 @@ def test_without_limits_what_lies_far_outside_the_quartiles_is_suspicious(
     assert "warning: x: 1 of 60 values lie outside 5" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("limits", ["[1, 2]", '{"x": [2, 1]}', '{"x": 3}', '{"x": ["a", "b"]}'])
-def test_limits_that_are_no_ranges_are_refused(limits: str, tmp_path: Path) -> None:
-    (tmp_path / "data.json").write_text(f'{{"limits": {limits}}}')
-    with pytest.raises(InputError, match="limits"):
-        Description.beside(tmp_path / "data.csv")
-
-
 def test_the_share_of_patients_counts_patients_not_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -515,10 +486,3 @@ def test_series_that_max_len_takes_away_are_named(caplog: pytest.LogCaptureFixtu
     assert "DataFrame: 1 rows lose every value of Anion gap: raise --max_len to keep them" in (
         caplog.messages
     )
-
-
-def test_the_description_of_a_file_in_capitals_is_found(tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "DATA.CSV.GZ", "wt") as file:
-        file.write(THREE.to_csv(index=False))
-    (tmp_path / "DATA.json").write_text('{"series": "Gap"}')
-    assert MIMICtrajectoryDataset(tmp_path / "DATA.CSV.GZ").features[0] == "Gap"

@@ -1,0 +1,111 @@
+"""Tests of the description beside a DKA file, and of the names of its columns."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.description import Description, list_columns
+from medgemma_clinical.files import InputError, file_hash
+from trajectories import table_of
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        "5",
+        "null",
+        '"series"',
+        '{"series": 5}',
+        '{"unit": null}',
+        '{"question": ["a"]}',
+        '{"plausible": [1]}',
+        '{"plausible": ["a", "b"]}',
+        '{"plausible": 3}',
+        '{"plausible": [60, 3]}',
+        "\xff",
+    ],
+)
+def test_a_broken_description_is_refused_in_one_line(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.with_suffix(".json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"data\.json: not a description of data\.csv"):
+        Description.beside(path)
+
+
+def test_the_default_description_is_the_anion_gap() -> None:
+    assert (Description().series, Description().unit) == ("Anion gap", "mEq/L")
+
+
+@pytest.mark.parametrize("limits", ["[1, 2]", '{"x": [2, 1]}', '{"x": 3}', '{"x": ["a", "b"]}'])
+def test_limits_that_are_no_ranges_are_refused(limits: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(f'{{"limits": {limits}}}')
+    with pytest.raises(InputError, match="limits"):
+        Description.beside(tmp_path / "data.csv")
+
+
+def test_the_description_of_a_file_in_capitals_is_found(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "DATA.CSV.GZ", "wt") as file:
+        file.write(table_of(["24 (0h)"]).to_csv(index=False))
+    (tmp_path / "DATA.json").write_text('{"series": "Gap"}')
+    assert MIMICtrajectoryDataset(tmp_path / "DATA.CSV.GZ").features[0] == "Gap"
+
+
+def test_a_description_beside_the_file_is_used_and_its_absence_means_the_default(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "data.csv"
+    table_of(["24 (0h)", "20 (0h)"]).to_csv(path, index=False)
+    assert MIMICtrajectoryDataset(path).description == Description()
+    text = '{"series": "Lactate", "unit": "mmol/L", "plausible": [0, 30], "licence": "any"}'
+    path.with_suffix(".json").write_text(text)
+    dataset = MIMICtrajectoryDataset(path)
+    assert dataset.description == Description("Lactate", "mmol/L", plausible=(0.0, 30.0))
+    assert dataset.prompt(0) == "Lactate (mmol/L): 24 (0h). Will care have to be escalated?\n"
+    assert (dataset.features, dataset.units) == (("Lactate",), ("mmol/L",))
+    given = MIMICtrajectoryDataset(path, description=Description(outcome="Stroke"))
+    assert given.outcome == "Stroke"
+
+
+def test_a_description_of_another_file_brings_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("a")
+    path.with_suffix(".json").write_text(json.dumps({"csv_sha256": file_hash(path)}))
+    with caplog.at_level(logging.WARNING):
+        Description.beside(path)
+        assert caplog.messages == []
+        path.write_text("b")
+        Description.beside(path)
+    assert "was made with another data.csv" in caplog.messages[0]
+
+
+def test_limits_are_found_whatever_the_spelling_of_the_series() -> None:
+    description = Description(plausible=(0, 9), limits={"blood urea": (1, 2)})
+    table = table_of(["1 (0h)"], trajectory_Blood_Urea=["1 (0h)"], trajectory_x=["1 (0h)"])
+    dataset = MIMICtrajectoryDataset(table, description=description)
+    assert [dataset.limits(f) for f in range(3)] == [(0, 9), (1, 2), None]
+    dataset.features = ("anion GAP", *dataset.features[1:])  # as a checkpoint spells it
+    assert dataset.limits(0) == dataset.plausible(0) == (0, 9)
+
+
+@pytest.mark.parametrize("first", ["98765", "24 (0h) -> 20 (2h)", " -3.5 ", "98765-a"])
+def test_a_first_row_of_cells_is_not_listed(first: str) -> None:
+    text = list_columns(["note", first], "clinical_trajectory")
+    assert text == "the first row seems to hold data: is the header missing?"
+
+
+def test_the_columns_are_listed_with_the_one_that_may_be_meant() -> None:
+    assert list_columns(["age", "label"], "clinical_trajectory") == "the columns are age, label"
+    close = list_columns(["age", "clinical_trajectorie"], "clinical_trajectory")
+    assert close.endswith("age, clinical_trajectorie: rename clinical_trajectorie?")
+    many = list_columns([f"c{k}" for k in range(50)], "x")
+    assert many.endswith("c19 and 30 more")

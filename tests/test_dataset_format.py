@@ -1,0 +1,218 @@
+"""Tests of MIMICtrajectoryDataset: what of a table becomes rows, patients and labels."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dataset_format import InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.trajectories import ScoringRows
+from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
+from visits import cohort
+
+
+def test_times_are_sorted_and_equal_times_keep_their_order(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        dataset = dataset_of(["3 (4h) -> 1 (0h) -> 2 (0h)", "1 (0h) -> 5 (0h)", "1 (2h) -> 2 (1h)"])
+    assert one_series(dataset, 0) == ([0.0, 0.0, 4.0], [1.0, 2.0, 3.0])
+    assert one_series(dataset, 1) == ([0.0, 0.0], [1.0, 5.0])
+    notices = [m for m in caplog.messages if "time order" in m]
+    assert len(notices) == 1
+    assert "2 rows" in notices[0]
+
+
+def test_only_the_most_recent_observations_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    long = " -> ".join(f"{10 + k} ({k}h)" for k in reversed(range(5)))
+    with caplog.at_level(logging.INFO):
+        dataset = dataset_of([long, "1 (0h) -> 2 (1h)", long], max_len=3)
+    assert one_series(dataset, 0) == ([2.0, 3.0, 4.0], [12.0, 13.0, 14.0])
+    assert dataset.offsets.tolist() == [0, 3, 5, 8]
+    notices = [m for m in caplog.messages if "most recent" in m]
+    assert len(notices) == 1
+    assert "2 rows" in notices[0]
+
+
+def test_a_quiet_file_brings_no_notice(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])
+    assert caplog.messages == []
+
+
+def test_max_len_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="0"):
+        dataset_of(["1 (0h)"], max_len=0)
+
+
+def test_rows_of_a_subject_share_a_group_and_are_named_by_it() -> None:
+    dataset = dataset_of(["1 (0h)"] * 3, subject_id=["007", " 007 ", "8"])
+    assert dataset.groups.tolist() == dataset.ids.tolist() == ["007", "007", "8"]
+
+
+def test_id_names_the_rows_and_stands_in_for_a_missing_subject_id() -> None:
+    both = dataset_of(["1 (0h)"] * 2, subject_id=["p", "p"], id=["x", "y"])
+    assert (both.groups.tolist(), both.ids.tolist()) == (["p", "p"], ["x", "y"])
+    alone = dataset_of(["1 (0h)"] * 2, id=["x", "y"])
+    assert (alone.groups.tolist(), alone.ids.tolist()) == (["x", "y"], ["x", "y"])
+
+
+def test_without_subject_each_row_is_its_own_patient_and_it_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        dataset = dataset_of(["1 (0h)"] * 30)
+    assert len(set(dataset.groups)) == 30
+    assert sum("subject_id" in message for message in caplog.messages) == 1
+
+
+def test_contexts_are_read_and_may_be_empty() -> None:
+    dataset = dataset_of(["1 (0h)"] * 2, clinical_context=[" man, 54 years ", None])
+    assert dataset.contexts.tolist() == ["man, 54 years", ""]
+    assert dataset_of(["1 (0h)"]).contexts.tolist() == [""]
+
+
+def test_one_long_context_does_not_cost_memory_for_every_row() -> None:
+    contexts = ["x" * 20_000] + ["short"] * 999
+    dataset = dataset_of(["1 (0h)"] * 1000, clinical_context=contexts)
+    assert dataset.contexts.nbytes < 1_000_000
+
+
+def test_labels_may_be_missing_only_where_none_are_required() -> None:
+    table = pd.DataFrame({SERIES: ["1 (0h)", "2 (0h)"], LABEL: [1, None]})
+    dataset = MIMICtrajectoryDataset(table, require_labels=False)
+    assert dataset.labels[0] == 1
+    assert math.isnan(dataset.labels[1])
+    assert math.isnan(dataset.collate([1])["labels"].item())
+    without = MIMICtrajectoryDataset(table.drop(columns=LABEL), require_labels=False)
+    assert np.isnan(without.labels).all()
+    with pytest.raises(InputError, match=f"row 1, column {LABEL}"):
+        MIMICtrajectoryDataset(table)
+
+
+def test_a_known_label_is_checked_even_where_none_is_required() -> None:
+    table = pd.DataFrame({SERIES: ["1 (0h)"], LABEL: [3]})
+    with pytest.raises(InputError, match=f"row 0, column {LABEL}"):
+        MIMICtrajectoryDataset(table, require_labels=False)
+
+
+def test_a_file_and_its_data_frame_give_the_same_data_set(tmp_path: Path) -> None:
+    table = cohort(30).assign(split=lambda t: np.where(t["subject_id"] < "P010", "test", "train"))
+    path = tmp_path / "data.csv"
+    table.to_csv(path, index=False)
+    from_file, from_table = MIMICtrajectoryDataset(path), MIMICtrajectoryDataset(table)
+    assert from_file.fingerprint() == from_table.fingerprint()
+    for name in ("times", "values", "offsets", "labels", "ids", "groups", "contexts", "parts"):
+        assert np.array_equal(getattr(from_file, name), getattr(from_table, name)), name
+
+
+def test_a_data_frame_with_a_column_twice_is_refused() -> None:
+    table = table_of(["1 (0h)"])
+    with pytest.raises(InputError, match=LABEL):
+        MIMICtrajectoryDataset(pd.concat([table, table[[LABEL]]], axis=1))
+
+
+def test_whole_floats_are_names_without_a_point() -> None:
+    """A column of whole numbers with an empty cell becomes floats in pandas and in Parquet."""
+    ids = pd.Series([1.0, 2.0, 12345678.0, 2.5])
+    dataset = dataset_of(["1 (0h)"] * 4, subject_id=ids, id=ids.convert_dtypes())
+    assert dataset.groups.tolist() == dataset.ids.tolist() == ["1", "2", "12345678", "2.5"]
+    with pytest.raises(InputError, match="row 1, column subject_id: is empty"):
+        dataset_of(["1 (0h)"] * 2, subject_id=[1.0, None])
+
+
+def test_constructor_keywords_are_the_trainers_flags() -> None:
+    not_given: dict[str, Any] = dict.fromkeys(MIMICtrajectoryDataset.options)
+    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)", "2 (0h)"]), **not_given)
+    assert dataset.reading == {"max_len": 20}
+
+
+# --------------------------------------------------------------------------- rows to be scored
+
+
+CONFIG: dict[str, Any] = {
+    "features": ["glucose", "Anion Gap"],
+    "units": ["mg/dL", "mEq/L"],
+    "outcome": "Escalation",
+    "question": "And then?",
+    "reading": {"max_len": 2},
+}
+
+
+def scored(path: Path, most: int, **change: Any) -> tuple[list[ScoringRows], Findings]:
+    findings = Findings(str(path), strict=False)
+    rows = MIMICtrajectoryDataset.scoring_rows(path, {**CONFIG, **change}, findings, most)
+    return list(rows), findings
+
+
+@pytest.fixture
+def new_rows(tmp_path: Path) -> Path:
+    """Five rows of two series; the second is unreadable, the third lacks both."""
+    table = pd.DataFrame(
+        {
+            "id": list("abcde"),
+            SERIES: ["1 (0h) -> 2 (1h) -> 3 (2h)", "x", "", "4 (0h)", "5 (0h)"],
+            "trajectory_Glucose [mg/dL]": ["100 (3h)", "200 (0h)", "", "", "300 (0h)"],
+        }
+    )
+    path = tmp_path / "new.csv"
+    table.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("most", [1, 2, 100])
+def test_scoring_reads_the_checkpoints_series_chunk_by_chunk(new_rows: Path, most: int) -> None:
+    rows, findings = scored(new_rows, most)
+    assert [len(each.ids) for each in rows] == {1: [1] * 5, 2: [2, 2, 1], 100: [5]}[most]
+    assert np.concatenate([each.ids for each in rows]).tolist() == list("abcde")
+    assert np.concatenate([each.numbers for each in rows]).tolist() == [2, 3, 4, 5, 6]
+    readable = [each.ids[each.places].tolist() for each in rows]
+    assert [name for names in readable for name in names] == ["a", "d", "e"]
+    assert readable == [each.dataset.ids.tolist() for each in rows]
+    assert set(findings.problems) == {3, 4}
+    first = rows[0].dataset
+    assert first.features == ("glucose", "Anion Gap")
+    assert first.lengths[0] == 2
+    assert first.prompt(0).endswith("And then?\n")
+    assert first.limits(1) == (-5, 60)
+    assert rows[-1].read == new_rows.stat().st_size
+
+
+def test_rows_that_are_left_out_later_are_noted_by_their_number(new_rows: Path) -> None:
+    (rows,), findings = scored(new_rows, 100)
+    rest = rows.without(np.array([False, True, False]), "too long", findings)
+    assert (rest.dataset.ids.tolist(), rest.places.tolist()) == (["a", "e"], [0, 4])
+    assert findings.problems[5] == "too long"
+    assert rows.without(np.zeros(3, dtype=bool), "x", findings) is rows
+    with pytest.raises(InputError, match="row 5: too long"):
+        rows.without(np.array([False, True, False]), "too long", Findings("x"))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"features": ["glucose", "lactate"]}, r"reads lactate, .* add a column 'trajectory_lact"),
+        ({"units": ["mmol/L", "mEq/L"]}, r"column trajectory_Glucose \[mg/dL\]: .* in mmol/L unit"),
+        ({"units": ["mg/dL", ""]}, "reads Anion Gap in no unit, the file has mEq/L"),
+        ({"outcome": "Stroke"}, "predicts Stroke, the file's outcome is Escalation"),
+    ],
+)
+def test_a_file_of_another_meaning_is_not_scored(
+    change: dict[str, Any], expected: str, new_rows: Path
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        scored(new_rows, 100, **change)
+
+
+def test_a_header_alone_holds_nothing_to_score(tmp_path: Path) -> None:
+    path = tmp_path / "empty.csv"
+    path.write_text(f"{SERIES},trajectory_Glucose [mg/dL]\n")
+    with pytest.raises(InputError, match="no rows below the header"):
+        scored(path, 100)

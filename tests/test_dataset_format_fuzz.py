@@ -1,0 +1,423 @@
+"""Random series, files and arguments of DKA files, the same in every run. None gives a traceback.
+
+Hypothesis draws a generator for each example, not each choice: most of what it makes from single
+choices are near copies of the one before.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis.configuration import set_hypothesis_home_dir
+
+import dataset_format
+from conftest import sign_table
+from dataset_format import InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data.tables import Findings
+from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
+
+SECRET = "98765"
+"""Stands in every cell that could hold it; no message may repeat what a patient's cell holds."""
+
+
+def fuzz(check: Callable[[Random], None], examples: int) -> None:
+    """Call a check with so many generators, the same in every run, and keep nothing on the disk."""
+    keep_nothing = settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    keep_nothing(given(st.randoms(use_true_random=True))(check))()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_folder_in_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))  # caches, even without database
+    yield
+    set_hypothesis_home_dir(None)
+
+
+# --------------------------------------------------------------------------- series
+
+SPACES = " \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2009\u2028\u202f\u205f\u3000"
+NEARLY = "0123456789.+-eEhH()<>_,;:'\"xnaif\x00\u0660\uff11\u2212\u2192\u200b\u180e\ufeff" + SPACES
+"""What a slip of the hand, a spreadsheet or another program may put into a series."""
+
+MANTISSAS = ["0", "7", "24", "007", "3.", "3.50", ".5", "9007199254740993", "179769313486231570000"]
+EXACT = ["0.1000000000000000055511151231257827", "2.2250738585072011", "4.35", "8.41"]
+EXPONENTS = ["", "", "", "e0", "E2", "e+3", "e-05", "e16", "e-310", "E-400"]
+EDGES = ["3.4028234663852886e38", "3.4028235e38", "-1e39", "1e999", "1000000.0000000002", "-1e6"]
+HOURS = ["0", "0.0", "-0", "1", "1.0", "1e0", "2.5", "24", "-5", "72", "1e6", "1e-7", "720"]
+
+
+def piece(rng: Random) -> str:
+    """Write a value and its hour, any way that the contract allows."""
+    value = rng.choice(["", "", "-", "+"]) + rng.choice(
+        [
+            str(rng.randint(0, 300)),
+            repr(rng.uniform(0, 10.0 ** rng.randint(-9, 38))),
+            rng.choice(MANTISSAS + EXACT) + rng.choice(EXPONENTS),
+        ]
+    )
+    hours = rng.choice([rng.choice(HOURS), repr(rng.uniform(-1e6, 1e6)), f"{rng.gauss(0, 99):.1f}"])
+    odd = rng.random() < 0.5
+    spaces = ["" if rng.random() < 0.7 else rng.choice(SPACES) for _ in range(6 * odd)]
+    around = spaces or ["", " ", "", "", "", " "]
+    return "".join(a + b for a, b in zip(around, [value, "(", hours, "h", ")", ""], strict=True))
+
+
+def series_text(rng: Random) -> str:
+    """Write a series, now and then a long one, and spoil every other one."""
+    pieces = [piece(rng) for _ in range(rng.randint(1, 30 if rng.random() < 0.1 else 4))]
+    text = "->".join(pieces)
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
+        place, cut = rng.randint(0, len(text)), rng.randint(0, 2)
+        new = rng.choice(["", "->", "nan", "inf", "(0h)", rng.choice(EDGES), rng.choice(NEARLY)])
+        text = text[:place] + new + text[place + cut :]
+    return text
+
+
+def reference_number(text: str) -> float | None:
+    """Read a sign, digits with a point among them, an exponent; None for all else."""
+
+    def digits(part: str, *, signed: bool) -> str | None:
+        part = part[1:] if signed and part[:1] in ("+", "-") else part
+        return part if all(c in "0123456789" for c in part) else None
+
+    mantissa, letter, exponent = text.replace("E", "e").partition("e")
+    whole, _, behind = mantissa.partition(".")
+    known = digits(whole, signed=True), digits(behind, signed=False)
+    if None in known or known == ("", ""):
+        return None
+    return float(text) if not letter or digits(exponent, signed=True) else None
+
+
+def reference(text: str) -> list[tuple[float, float]] | None:
+    """Read (hours, value) by time, the latest 20; None where the contract refuses the text."""
+    pairs = []
+    for part in text.split("->"):
+        value, _, rest = part.partition("(")
+        inner, bracket, behind = rest.partition(")")
+        time, letter, more = inner.partition("h")
+        number, hour = reference_number(value.strip()), reference_number(time.strip())
+        if not bracket or not letter or behind.strip() or more.strip():
+            return None
+        if number is None or hour is None:
+            return None
+        if abs(number) > 3.4028234663852886e38 or abs(hour) > 1e6:
+            return None
+        pairs.append((hour, number))
+    return sorted(pairs, key=lambda pair: pair[0])[-20:]
+
+
+def bits(pairs: Sequence[tuple[float, float]]) -> list[tuple[str, str]]:
+    """Write numbers so that only the same floats, the sign of zero included, are equal."""
+    return [(time.hex(), value.hex()) for time, value in pairs]
+
+
+def test_the_parser_agrees_with_a_plain_one_on_random_texts(tmp_path: Path) -> None:
+    seen: dict[str, bool] = {}
+    path = tmp_path / "data.csv"
+
+    def agree(rng: Random) -> None:
+        texts = [series_text(rng) for _ in range(60)]
+        expected = {text: reference(text) for text in texts}
+        seen.update({text: pairs is not None for text, pairs in expected.items()})
+        good, bad = ([text for text in texts if seen[text] is wanted] for wanted in (True, False))
+        findings = Findings("texts", strict=False)  # refuses rows, not the table
+        mixed = MIMICtrajectoryDataset(table_of(texts), findings=findings)
+        assert [texts[row] for row in sorted(findings.problems)] == bad
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([(SERIES, LABEL), *((text, 0) for text in good)])
+        for dataset in (mixed, dataset_of(good), MIMICtrajectoryDataset(path)):
+            assert len(dataset) == len(good)
+            for i, text in enumerate(good):
+                found = list(zip(*one_series(dataset, i), strict=True))
+                assert bits(found) == bits(expected[text] or []), repr(text)
+        for text in bad[::3]:
+            with pytest.raises(InputError, match=f"row 0, column {SERIES}: ") as caught:
+                dataset_of([text])
+            assert len(text) < 5 or text not in str(caught.value)
+
+    fuzz(agree, 25)
+    assert len(seen) >= 1200
+    assert min(Counter(seen.values()).values()) >= 300
+
+
+# --------------------------------------------------------------------------- files
+
+UREA = "trajectory_urea\nnitrogen [mg/dL]"
+"""A further series; a spreadsheet breaks long headings into lines."""
+
+PATIENTS = [f"{SECRET} {name}" for name in ("007", "NA", "Müller, Jörg", 'so "called"', "\u4e2d")]
+CONTEXTS = ["", f"54-year-old {SECRET}, man", f'"{SECRET}"\r\n{SECRET}', f" {SECRET}\t"]
+CELLS = {
+    SERIES: [f"{SECRET}.{abs(k)} (0h) -> -{SECRET} ({k}h)" for k in range(-9, 9)],
+    UREA: ["", f"{SECRET}(0h)", f" {SECRET}\u00a0(2h) ->\n +{SECRET}e1 (-1.5h) "],
+    LABEL: ["0", "1", "1", "0", "1.0", " 0 "],
+    "subject_id": PATIENTS,
+    "id": [*PATIENTS, "", *map(str, range(20))],
+    "clinical_context": CONTEXTS,
+    "split": ["train"] * 30 + ["Train", "val", " test"],
+    "note": ["", f"{SECRET}, {SECRET}", "1"],
+}
+WRONG = ["", " ", *f"2 0.5 nan -1 \uff11 1e999 val {SECRET} \x00{SECRET}".split(" ")]
+WRONG += [f"{SECRET} {end}" for end in ("yes", "(0h) -> x", "(9e9h)", "(0h) ->", "(0h) (1h)")]
+WRONG += [f"{SECRET}e40 (0h)", f"{SECRET} (0h)\n-> inf (1h)"]
+PLACES = ["", "", "", "\n", "\n\n", '"",\n', "  \n"]
+"""Blank rows, which a spreadsheet counts and nobody reads."""
+
+Row = dict[str, str]
+
+
+class Written(NamedTuple):
+    """A file, its rows by number as a spreadsheet counts, and the numbers of rows with too much."""
+
+    content: bytes
+    rows: dict[int, Row]
+    longer: set[int]
+
+
+def known_rows(rng: Random, *, wrong: bool) -> list[Row]:
+    """Make up to six rows of any columns, with a wrong cell or two where that is wanted."""
+    chosen = [name for name in CELLS if name in (SERIES, LABEL) or rng.random() < 0.5]
+    rng.shuffle(chosen)
+    rows = [{name: rng.choice(CELLS[name]) for name in chosen} for _ in range(rng.randint(1, 6))]
+    for _ in range(wrong * rng.randint(1, 2)):
+        rng.choice(rows)[rng.choice(chosen)] = rng.choice(WRONG)
+    return rows
+
+
+def field(cell: str, rng: Random) -> str:
+    """Write a cell, in quotes where it needs them and sometimes where not, after a space or two."""
+    quoted = rng.random() < 0.3 or re.search('[,;"\r\n]', cell)
+    written = '"' + cell.replace('"', '""') + '"' if quoted else cell
+    return " " * rng.choice([0, 0, 0, 1, 2]) + written
+
+
+def write(rows: list[Row], rng: Random, comma: str = ",", too_long: float = 0.0) -> Written:
+    """Write rows as one of the many kinds of CSV, a share of them with a cell too much."""
+    end = rng.choice(["\n", "\n", "\r\n", "\r"])
+    numbered: dict[int, Row] = {}
+    longer, lines, number, width = set(), [], 0, 0
+    for row in [{name: name for name in rows[0]}, *rows]:
+        blank = rng.choice(PLACES)
+        cells = [field(cell, rng) for cell in row.values()]
+        while cells[-1].strip() == "" and rng.random() < 0.5:
+            cells.pop()  # a short row lacks its last cells
+        number += 1 + blank.count("\n")
+        cells += [""] * rng.choice([0, 0, 0, 2])
+        width = width or len(cells)  # of the header
+        if numbered and rng.random() < too_long:
+            cells += [""] * (width - len(cells)) + [SECRET]
+            longer.add(number)
+        lines.append(blank.replace("\n", end) + comma.join(cells))
+        numbered[number] = row
+    text = end.join(lines) + end * rng.randint(0, 2)
+    del numbered[min(numbered)]
+    blank_rows = {n for n, row in numbered.items() if not any(map(str.strip, row.values()))}
+    kept = {n: row for n, row in numbered.items() if n not in blank_rows - longer}
+    mark = rng.choice(["", "", "\ufeff"])
+    return Written((mark + text).encode(), kept, longer)
+
+
+def wrong_places(rows: dict[int, Row]) -> set[tuple[int, str]]:
+    """Find each cell that the README's table of columns does not allow."""
+    found = set()
+    sides: dict[str, str] = {}
+    for number, row in rows.items():
+        cells = {name: cell.strip() for name, cell in row.items()}
+        series = {name: cells[name] for name in (SERIES, UREA) if name in cells}
+        found |= {(number, n) for n, text in series.items() if text and reference(text) is None}
+        if not any(series.values()):
+            found.add((number, SERIES))
+        if cells[LABEL] not in ("0", "1", "1.0"):
+            found.add((number, LABEL))
+        patient = next((n for n in ("subject_id", "id") if n in cells), None)
+        if patient and not cells[patient]:
+            found.add((number, patient))
+        if "split" in cells:
+            side = cells["split"].lower().replace("validation", "val")
+            name = cells[patient] if patient else str(number)
+            if side not in ("train", "val", "test") or sides.setdefault(name, side) != side:
+                found.add((number, "split"))
+    return found
+
+
+def same_content(dataset: MIMICtrajectoryDataset, rows: dict[int, Row]) -> None:
+    """Compare a data set with the rows that were written."""
+    known = [{name: cell.strip() for name, cell in row.items()} for row in rows.values()]
+    numbered = zip(map(str, rows), known, strict=True)
+    patients = [row.get("subject_id", row.get("id", number)) for number, row in numbered]
+    names = [row.get("id", patient) for row, patient in zip(known, patients, strict=True)]
+    assert dataset.labels.tolist() == [float(row[LABEL]) for row in known]
+    assert dataset.groups.tolist() == patients
+    assert dataset.ids.tolist() == names
+    assert dataset.contexts.tolist() == [row.get("clinical_context", "") for row in known]
+    parts = [row["split"].lower() for row in known] if "split" in known[0] else None
+    assert (None if dataset.parts is None else dataset.parts.tolist()) == parts
+    columns = [SERIES, *([UREA] if UREA in known[0] else [])]
+    for i, row in enumerate(known):
+        found = {f: list(zip(t, v, strict=True)) for f, t, v in dataset.measured(i)}
+        for f, column in enumerate(columns):
+            written = reference(row[column]) if row[column] else []
+            assert bits(found.get(f, [])) == bits(written or [])
+
+
+def load(path: Path) -> MIMICtrajectoryDataset | str:
+    """Read a file: the data set, or the one line that refuses it."""
+    try:
+        return MIMICtrajectoryDataset(path)
+    except InputError as error:
+        message = str(error)
+    assert len(message.splitlines()) == 1
+    assert message.startswith(str(path))
+    assert SECRET not in message
+    return message.removeprefix(str(path))
+
+
+def test_a_file_loads_with_what_it_holds_or_names_the_place(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+
+    def load_or_name(rng: Random) -> None:
+        written = write(known_rows(rng, wrong=rng.random() < 0.5), rng, too_long=0.01)
+        note(repr(written.content))
+        path = tmp_path / rng.choice(["data.csv", "data.csv.gz", "DATA.CSV"])
+        zipped = path.suffix == ".gz"
+        path.write_bytes(gzip.compress(written.content) if zipped else written.content)
+        wrong = wrong_places(written.rows)
+        found = load(path)
+        seen[type(found).__name__] += 1
+        if isinstance(found, MIMICtrajectoryDataset):
+            assert not wrong | written.longer
+            same_content(found, written.rows)
+        elif not written.rows:
+            assert found.startswith(": no rows below the header")
+        else:
+            place = re.match(r", row (\d+)(?:, column (.+?))?: ", found)
+            assert place, found
+            number, column = int(place[1]), place[2]
+            shown = {(n, name.replace("\n", "\\n")) for n, name in wrong}
+            assert (number, column) in shown or (column is None and number in written.longer), found
+
+    fuzz(load_or_name, 250)
+    assert min(seen.values()) >= 60, seen
+
+
+def damages(rng: Random, rows: list[Row]) -> tuple[str, bytes, str | None]:
+    """Damage a good file: its name, its bytes, and what refuses it; None where luck decides."""
+    good = write(rows, rng).content
+    place = rng.randint(0, len(good) - 1)
+    columns = list(rows[0])
+    needed = rng.choice([SERIES, LABEL])
+    twice = rng.choice([name for name in columns if name not in (UREA, "note")])
+    renamed = [{("x" if n == needed else n): c for n, c in row.items()} for row in rows]
+    packed = gzip.compress(good)
+    cut = rng.randint(1, len(packed) - 1)
+    flipped = bytearray(packed)
+    flipped[rng.randint(0, len(packed) - 1)] ^= 1 << rng.randint(0, 7)
+    edited = bytearray(good)
+    for _ in range(rng.randint(1, 2)):
+        new = rng.choice([*b'",\r\n\0 ;(h)->09', rng.randint(0, 255)])
+        edited[rng.randint(len(good) // 2, len(good) - 1)] = new
+    again = ",".join(f'"{cell}"' for cell in [*columns, twice]).encode() + b"\n"
+    opened = [field(cell, rng).strip(' "') for cell in rows[0].values()]
+    opened[rng.randint(0, len(opened) - 1)] = f'"{SECRET}'
+    last = b"\n" + ",".join(c for c in opened).encode()
+    return rng.choice(
+        [
+            ("data.csv", good[:place] + b"\xff" + good[place:], ": not a text file in UTF-8"),
+            ("data.csv", good.decode().encode("utf-16"), ": not a text file in UTF-8"),
+            ("data.csv", rng.choice([b"", b"\n \r\n", b"\xef\xbb\xbf"]), ": the file is empty"),
+            ("data.csv", again[: again.rindex(b",")], ": no rows below the header"),
+            ("data.csv", again + good, f", row 1, column {twice}: appears twice"),
+            ("data.csv", write(renamed, rng).content, f", row 1, column {needed}: no such column"),
+            ("data.csv", write(rows, rng, ";").content, ", row "),
+            ("data.csv", b"".join([good.rstrip(), last]), ", row "),
+            ("data.csv.gz", packed[:cut], ": not a whole gzip file"),
+            ("data.csv.gz", good, ": not a whole gzip file"),
+            ("data.csv.gz", bytes(flipped), None),
+            ("data.csv", bytes(edited), None),
+            ("data.csv", good[:place], None),
+        ]
+    )
+
+
+def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path: Path) -> None:
+    seen: Counter[str] = Counter()
+
+    def refuse(rng: Random) -> None:
+        rows = known_rows(rng, wrong=False)
+        name, content, expected = damages(rng, rows)
+        note(repr(content))
+        path = tmp_path / name
+        path.write_bytes(content)
+        found = load(path)
+        seen[type(found).__name__] += 1
+        assert expected is None or str(found).startswith(expected), found
+
+    fuzz(refuse, 250)
+    assert min(seen.values()) >= 5, seen
+
+
+# --------------------------------------------------------------------------- check
+
+PATHS = ["good.csv", "several.csv", "wrong.csv", "empty.csv", "missing.csv", "folder", ".", "", " "]
+PATHS += ["two\nlines.csv", "\x1b[31m", "x" * 300, "\u4e2d.csv"]
+SERIES_FLAGS = ["urea", "anion gap", "Urea,anion_gap", "urea,urea", "kalium", ",", "a\nb", "\u2028"]
+NUMBERS = ["1", "3", " 4 ", "1_0", "0", "-1", "nan", "1e3", "\uff11", "9" * 400, "9" * 5000]
+ODD_WORDS = ["--", "-", "-x", "", "--no_such_flag", "a b", "--help", "%s"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder of files, good and bad."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "wrong.csv").write_text(f"{SERIES},{LABEL}\n{SECRET},0\n")
+    table = sign_table(60, seed=1)
+    table.to_csv("good.csv", index=False)
+    table.assign(trajectory_urea=["5 (1h)", ""] * 30).to_csv("several.csv", index=False)
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_check_of_any_arguments_ends_without_a_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen: Counter[str] = Counter()
+
+    def speak(rng: Random) -> None:
+        words = ["check", rng.choice(PATHS) if rng.random() < 0.5 else rng.choice(PATHS[:2])]
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            flag = rng.choice(["--series", "--max_len"])
+            fitting = SERIES_FLAGS if flag == "--series" else NUMBERS
+            words += [flag, rng.choice(fitting if rng.random() < 0.9 else PATHS)]
+        if rng.random() < 0.1:
+            words[rng.randrange(len(words))] = rng.choice(ODD_WORDS)
+        note(repr(words))
+        try:
+            end = str(dataset_format.main(words))
+        except SystemExit as stop:
+            end = f"parser {stop.code}"
+        output = capsys.readouterr()
+        assert end in ("0", "2", "parser 0", "parser 2")
+        assert SECRET not in output.out + output.err
+        if end == "2":
+            assert re.fullmatch(r"error: .+\n", output.err)
+        seen[end] += 1
+
+    fuzz(speak, 150)
+    assert min(seen[end] for end in ("0", "2", "parser 2")) >= 5, seen
