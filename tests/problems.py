@@ -1,8 +1,7 @@
 """Differential equations with closed-form answers, as weights of the encoder's own vector field.
 
 The field is f(h) = W2 tanh(W1 h + b1). Each problem chooses W1, b1, W2 so that h' = f(h) has a
-known solution: whatever solves the encoder's equation must then give this solution, through the
-very code that runs in training.
+known solution, which the code that runs in training must reproduce.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dte_encoder import ClinicalODERNN, VectorField
 
@@ -42,8 +41,9 @@ class Problem:
     solution: Callable[[Tensor, Tensor], Tensor]
 
     @torch.no_grad()
-    def install(self, field: VectorField) -> None:
-        """Make ``field`` this problem's right-hand side."""
+    def install(self, field: nn.Module) -> None:
+        """Make the stock ``field`` this problem's right-hand side."""
+        assert isinstance(field, VectorField)
         field.inner.weight.copy_(self.inner)
         field.inner.bias.copy_(self.bias)
         field.outer.weight.copy_(self.outer)
@@ -102,16 +102,17 @@ def let_the_equation_alone_decide(encoder: ClinicalODERNN) -> None:
     carries a value through the rectifier: x = relu(x) - relu(-x).
     Afterwards the encoder's output is the equation's solution at each observation.
     """
-    width = encoder.hidden_dim
+    width, update = encoder.hidden_dim, encoder.update
     assert encoder.input_dim == width
+    assert isinstance(update, nn.GRUCell)
     eye = torch.eye(width)
-    for parameter in (*encoder.update.parameters(), *encoder.read.parameters()):
+    for parameter in (*update.parameters(), *encoder.read.parameters()):
         parameter.zero_()
     encoder.read.weight[:width, :width] = eye
     encoder.read.weight[width : 2 * width, :width] = -eye
     encoder.read.weight[-1, -1] = 1.0
-    encoder.update.bias_ih[width : 2 * width] = -50.0
-    encoder.update.weight_ih[width : 2 * width, -1] = 100.0 / math.log(2)
-    encoder.update.weight_ih[2 * width :, :width] = eye
-    encoder.update.weight_ih[2 * width :, width : 2 * width] = -eye
-    encoder.norm = torch.nn.Identity()  # type: ignore[assignment]
+    update.bias_ih[width : 2 * width] = -50.0
+    update.weight_ih[width : 2 * width, -1] = 100.0 / math.log(2)
+    update.weight_ih[2 * width :, :width] = eye
+    update.weight_ih[2 * width :, width : 2 * width] = -eye
+    encoder.norm = nn.Identity()  # type: ignore[assignment]
