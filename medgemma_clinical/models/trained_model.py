@@ -151,7 +151,7 @@ def load_trained_model(
         config = read_trained_config(place)
         try:
             base, tokenizer = load_language_model(
-                model_name or config["base_model"],
+                model_name or str(config["base_model"]),
                 quantization or config["quantization"],
                 DTYPES[precision or config["precision"]],
                 default_device(),

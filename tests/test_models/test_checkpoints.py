@@ -1,0 +1,389 @@
+"""Checkpoints: written whole, read to the last bit; damage and code in them are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from language_models import (
+    CPU,
+    classifier_and_writer,
+    data_of,
+    encoder_for,
+    patients,
+    save_text_checkpoint,
+)
+from medgemma_clinical.files import InputError, file_hash, json_hash
+from medgemma_clinical.models.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    HASHED_FILES,
+    MODULE_WEIGHTS,
+    TRAJECTORY_FILE,
+    encoder_config,
+    load_llm,
+    load_trajectory,
+    read_config,
+    read_trajectory,
+    save_llm,
+    save_trajectory,
+)
+from medgemma_clinical.models.language_model import load_language_model
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+
+DATA = data_of(patients())
+KINDS = {"classifier": "classification", "writer": "generative"}
+HEADER = struct.pack("<Q", 2 * 2**30) + b"{" + b" " * 1000
+"""The beginning of a safetensors file that claims a header of 2 GiB."""
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.ran,)
+
+
+def new_classifier(seed: int) -> TrajectoryClassifier:
+    model = TrajectoryClassifier(encoder_for(DATA.dataset), 0.3)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def llm_config(model: TrajectoryLLM, stage: str, base: str = "tiny") -> dict[str, Any]:
+    assert model.encoder is not None
+    return {
+        "stage": stage,
+        "encoder": encoder_config("ode_rnn", model.encoder),
+        "base_model": base,
+        "base_revision": None,
+        "quantization": "none",
+        **DATA.description(),
+    }
+
+
+def disturb(model: TrajectoryLLM, seed: int) -> TrajectoryLLM:
+    """Move all that learns, so that nothing is as it was initialised."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def stage1(tmp_path: Path) -> Path:
+    """A stage 1 file."""
+    path = tmp_path / TRAJECTORY_FILE
+    model = new_classifier(1)
+    config = {"stage": "trajectory", "encoder": encoder_config("ode_rnn", model.encoder)}
+    save_trajectory(path, model, {**config, **DATA.description()}, DATA.training_patients())
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrajectoryLLM, Path]:
+    """A stage 2 model on the text-only checkpoint, and its folder."""
+    llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
+    model = disturb(classifier_and_writer(base=llm, residual=True).classifier, 0)
+    folder = tmp_path_factory.mktemp("run") / "best"
+    save_llm(folder, model, llm_config(model, "classification", str(base)))
+    return model, folder
+
+
+@pytest.fixture
+def best(saved: tuple[TrajectoryLLM, Path], tmp_path: Path) -> Path:
+    """A copy of the stage 2 folder that a test may change."""
+    return Path(shutil.copytree(saved[1], tmp_path / "best"))
+
+
+def rehash(best: Path) -> None:
+    """Write the hashes of a changed folder anew, as a person who means harm can."""
+    config = json.loads((best / CONFIG).read_text())
+    config.pop("config_sha256")
+    config["files_sha256"] = {name: file_hash(best / name) for name in HASHED_FILES}
+    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
+
+
+# ------------------------------------------------------------------------------- stage 1
+
+
+def test_a_reloaded_stage_1_model_gives_the_same_logits_to_the_last_bit(stage1: Path) -> None:
+    batch = DATA.dataset.collate(range(len(DATA.dataset)))
+    fresh, expected = new_classifier(2), new_classifier(1)(batch).logit
+    assert not (fresh(batch).logit == expected).any()
+    load_trajectory(fresh, stage1)
+    assert torch.equal(fresh(batch).logit, expected)
+
+
+def test_a_stage_1_file_knows_who_trained_and_names_nobody(stage1: Path) -> None:
+    checkpoint = read_trajectory(stage1)
+    assert np.array_equal(checkpoint.train_patients, DATA.training_patients())
+    assert checkpoint.config["features"] == ["Anion gap"]
+    assert b"patient 0" not in stage1.read_bytes()
+
+
+@pytest.mark.parametrize("place", ["top", "config", "encoder", "format", "plain pickle"])
+def test_code_in_a_stage_1_file_does_not_run(place: str, stage1: Path, tmp_path: Path) -> None:
+    code, content = Code(tmp_path / "ran"), torch.load(stage1, weights_only=True)
+    if place == "plain pickle":
+        stage1.write_bytes(pickle.dumps(code))
+    elif place == "top":
+        torch.save({**content, "more": code}, stage1)
+    elif place == "format":
+        torch.save({**content, "format": code}, stage1)
+    else:
+        torch.save({**content, place: {**content[place], "more": code}}, stage1)
+    with pytest.raises(InputError, match="not a stage 1 checkpoint"):
+        read_trajectory(stage1)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_archive_that_inflates_to_something_huge_is_refused(stage1: Path) -> None:
+    small = stage1.with_suffix(".zip")
+    with (
+        zipfile.ZipFile(stage1) as whole,
+        zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in whole.infolist():
+            packed.writestr(entry.filename, whole.read(entry))
+        packed.writestr("archive/data/99", bytes(2**26))
+    assert small.stat().st_size < 2**20
+    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
+        read_trajectory(small)
+
+
+def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) -> None:
+    with pytest.raises(InputError, match="no such stage 1 checkpoint: run --trajectory_only"):
+        read_trajectory(stage1.with_name("other.pt"))
+    content = torch.load(stage1, weights_only=True)
+    torch.save({**content, "format": 3}, stage1)
+    with pytest.raises(InputError, match=r"checkpoint format 3, this program reads \d+: train"):
+        read_trajectory(stage1)
+    torch.save({key: content[key] for key in content if key != "head"}, stage1)
+    with pytest.raises(InputError, match="not a whole stage 1 checkpoint"):
+        read_trajectory(stage1)
+
+
+# ------------------------------------------------------------------------------- stages 2 and 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reloaded_model_gives_the_same_logits_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+    parts = classifier_and_writer(residual=True)
+    model, batch = disturb(getattr(parts, kind), 0), parts.collate(range(6))
+    expected = model(batch)
+    save_llm(tmp_path / "best", model, llm_config(model, KINDS[kind]))
+    assert torch.equal(model(batch).logit, expected.logit), "saving changed the model"
+    fresh = disturb(getattr(classifier_and_writer(residual=True), kind), 9)
+    assert not (fresh(batch).logit == expected.logit).any()
+    load_llm(fresh, tmp_path / "best")
+    found = fresh(batch)
+    assert torch.equal(found.logit, expected.logit)
+    assert torch.equal(found.loss, expected.loss)
+
+
+def test_a_trained_model_is_these_files(saved: tuple[TrajectoryLLM, Path]) -> None:
+    _, best = saved
+    files = {str(path.relative_to(best)) for path in best.rglob("*") if path.is_file()}
+    assert files == {*HASHED_FILES, CONFIG, "README.md", "NOTICE"}
+    assert [path.name for path in best.parent.iterdir()] == ["best"]
+    assert "HAI-DEF is provided under and subject to" in (best / "NOTICE").read_text()
+
+
+def test_a_trained_model_holds_only_what_was_learned(saved: tuple[TrajectoryLLM, Path]) -> None:
+    model, best = saved
+    modules = load_file(best / MODULE_WEIGHTS)
+    assert set(modules) == {k for k in model.state_dict() if not k.startswith("llm.")}
+    parts = {"encoder", "trajectory_head", "projection", "head"}
+    assert {k.split(".")[0] for k in modules} == parts
+    adapter = load_file(best / ADAPTER_WEIGHTS)
+    assert len(adapter) == 2 * 7 * 2
+    assert all("lora_" in key for key in adapter)
+
+
+def test_its_card_names_question_series_and_base_model_and_no_path(
+    saved: tuple[TrajectoryLLM, Path], base: Path
+) -> None:
+    card = (saved[1] / "README.md").read_text()
+    for text in (DATA.dataset.question, "Anion gap (mEq/L)", base.name, "not\nfor clinical use"):
+        assert text in card
+    assert "HAI-DEF" in card
+    assert str(base) not in card
+    assert read_config(saved[1])["base_model"] == str(base)
+    assert "patient 0" not in card + (saved[1] / CONFIG).read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_the_adapter_loads_with_plain_peft(saved: tuple[TrajectoryLLM, Path], base: Path) -> None:
+    model, best = saved
+    plain, _ = load_language_model(str(base), "none", torch.float32, CPU)
+    ids = torch.arange(6, 40)[None]
+    before = plain(input_ids=ids).logits
+    adapted = peft.PeftModel.from_pretrained(plain, best / "adapter").eval()
+    expected = model.llm.eval()(input_ids=ids).logits
+    assert torch.equal(adapted(input_ids=ids).logits, expected)
+    assert not torch.allclose(before, expected, atol=1e-3)
+
+
+def test_the_adapter_configuration_depends_on_no_order_of_hashes(best: Path) -> None:
+    targets = json.loads((best / ADAPTER_CONFIG).read_text())["target_modules"]
+    assert targets == sorted(targets)
+
+
+# ------------------------------------------------------------------------------- damage
+
+
+def test_further_files_and_a_hubs_links_do_not_matter(
+    best: Path, saved: tuple[TrajectoryLLM, Path]
+) -> None:
+    for name in (".DS_Store", "adapter/._adapter_config.json", "notes.txt"):
+        (best / name).write_bytes(b"\0")
+    (best / "README.md").write_text("# edited by its owner\n")
+    blobs = best.parent / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate((*HASHED_FILES, CONFIG)):  # as in a snapshot of the hub
+        (best / name).rename(blobs / str(number))
+        (best / name).symlink_to(os.path.relpath(blobs / str(number), (best / name).parent))
+    assert read_config(best) == read_config(saved[1])
+    fresh = disturb(classifier_and_writer(residual=True).classifier, 9)
+    load_llm(fresh, best)
+    head = fresh.get_submodule("head").state_dict()
+    assert torch.equal(head["weight"], saved[0].get_submodule("head").state_dict()["weight"])
+
+
+@pytest.mark.parametrize("name", HASHED_FILES)
+@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
+def test_a_damaged_file_is_named(name: str, damage: str, best: Path) -> None:
+    content = (best / name).read_bytes()
+    (best / name).unlink()
+    if damage == "cut":
+        (best / name).write_bytes(content[:-7])
+    if damage == "changed":
+        (best / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=f"damaged: {name} is missing or not as it was written"):
+        read_config(best)
+
+
+def unhashed(best: Path) -> None:
+    config = json.loads((best / CONFIG).read_text())
+    (best / CONFIG).write_text(json.dumps({**config, "outcome": "other"}))
+
+
+def unlisted(best: Path) -> None:
+    config = json.loads((best / CONFIG).read_text())
+    config.pop("config_sha256")
+    config["files_sha256"].pop(MODULE_WEIGHTS)
+    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
+
+
+def older(best: Path) -> None:
+    config = json.loads((best / CONFIG).read_text())
+    config.pop("format")
+    (best / CONFIG).write_text(json.dumps(config))
+
+
+def deep(best: Path) -> None:
+    (best / CONFIG).write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (unhashed, "config.json is missing or not as it was written"),
+        (unlisted, "modules.safetensors is missing or not as it was written"),
+        (older, "checkpoint format None, this program reads"),
+        (deep, "config.json cannot be read"),
+    ],
+)
+def test_a_changed_configuration_is_refused(
+    change: Callable[[Path], None], reason: str, best: Path
+) -> None:
+    change(best)
+    with pytest.raises(InputError, match=reason):
+        read_config(best)
+
+
+def lose_a_weight(best: Path, name: str) -> None:
+    weights = load_file(best / name)
+    lost = sorted(weights)[-1]
+    save_file({key: weights[key] for key in weights if key != lost}, best / name)
+
+
+def add_a_weight(best: Path, name: str) -> None:
+    weights: dict[str, Tensor] = {**load_file(best / name), "more.lora_A.weight": torch.ones(2)}
+    save_file(weights, best / name)
+
+
+@pytest.mark.parametrize("name", [MODULE_WEIGHTS, ADAPTER_WEIGHTS])
+@pytest.mark.parametrize("change", [lose_a_weight, add_a_weight])
+def test_every_key_must_fit_the_model(
+    change: Callable[[Path, str], None], name: str, best: Path, saved: tuple[TrajectoryLLM, Path]
+) -> None:
+    change(best, name)
+    rehash(best)
+    with pytest.raises(RuntimeError):
+        load_llm(saved[0], best)
+
+
+@pytest.mark.parametrize("name", [MODULE_WEIGHTS, ADAPTER_WEIGHTS])
+@pytest.mark.parametrize("content", ["code", "header"])
+def test_code_and_huge_headers_in_weights_are_refused(
+    name: str, content: str, best: Path, saved: tuple[TrajectoryLLM, Path], tmp_path: Path
+) -> None:
+    harm = pickle.dumps({"weights": Code(tmp_path / "ran")}) if content == "code" else HEADER
+    (best / name).write_bytes(harm)
+    (best / "adapter" / "adapter_model.bin").write_bytes(harm)
+    rehash(best)
+    with pytest.raises(Exception, match=r"[Hh]eader"):
+        load_llm(saved[0], best)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", [TRAJECTORY_FILE, *HASHED_FILES, CONFIG])
+def test_any_bit_that_is_turned_is_noticed(name: str, stage1: Path, best: Path) -> None:
+    """At places spread over each file; padding of an archive may be anything."""
+    file = stage1 if name == TRAJECTORY_FILE else best / name
+
+    def read() -> str:
+        if file == stage1:
+            checkpoint = read_trajectory(stage1)
+            return repr((checkpoint.config, checkpoint.encoder, checkpoint.head))
+        return repr(read_config(best))
+
+    whole, content, noticed = read(), file.read_bytes(), 0
+    for k in range(24):
+        at = k * (len(content) - 1) // 23
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << k % 8]) + content[at + 1 :])
+        try:
+            assert read() == whole
+            assert file == stage1
+        except InputError:
+            noticed += 1
+    assert noticed >= (12 if file == stage1 else 24)

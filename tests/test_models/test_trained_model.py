@@ -1,0 +1,317 @@
+"""Trained models rebuilt from their folders, and stage 1's encoder for the next stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dataset_format import MIMICtrajectoryDataset
+from dte_encoder import ClinicalODERNN
+from language_models import classifier_and_writer, data_of, encoder_for, patients
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.files import InputError, file_hash, json_hash
+from medgemma_clinical.models.checkpoints import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    HASHED_FILES,
+    TRAJECTORY_FILE,
+    encoder_config,
+    read_trajectory,
+    save_llm,
+    save_trajectory,
+)
+from medgemma_clinical.models.trained_model import (
+    checkpoint_place,
+    load_stage1_encoder,
+    load_trained_model,
+    read_trained_config,
+)
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from trajectories import table_of
+
+ENCODERS = {"ode_rnn": ClinicalODERNN}
+RULE = DecisionRule(slope=1.5, intercept=-0.2, threshold=0.3)
+PROMPTS = PromptOptions(series="last", context=False)
+HUGE = 10**9
+
+
+def save_stage1(folder: Path, data: Data) -> Path:
+    """Write a stage 1 file of a data set, untrained."""
+    folder.mkdir(exist_ok=True)
+    model = TrajectoryClassifier(encoder_for(data.dataset), data.prevalence())
+    config = {
+        "stage": "trajectory",
+        "encoder": encoder_config("ode_rnn", model.encoder),
+        "decision": RULE.to_config(),
+        **data.description(),
+    }
+    save_trajectory(folder / TRAJECTORY_FILE, model, config, data.training_patients())
+    return folder / TRAJECTORY_FILE
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run's folder with all three stages, and the logits of their models for one batch."""
+    run = tmp_path_factory.mktemp("run")
+    data = data_of(patients())
+    (run / "trajectory").mkdir()
+    save_stage1(run, data)
+    parts = classifier_and_writer(residual=True)
+    batch = parts.collate(range(6))
+    logits = {}
+    for stage, model in (("classification", parts.classifier), ("generative", parts.writer)):
+        assert model.encoder is not None
+        config = {
+            "stage": stage,
+            "encoder": encoder_config("ode_rnn", model.encoder),
+            "trajectory_head": True,
+            "num_prefix_tokens": model.tokens,
+            "base_model": "tiny",
+            "base_revision": None,
+            "quantization": "none",
+            "precision": "float32",
+            "prompts": asdict(PROMPTS),
+            "max_text_tokens": None,
+            "decision": RULE.to_config(),
+            **data.description(),
+        }
+        (run / stage).mkdir()
+        save_llm(run / stage / "best", model, config)
+        logits[stage] = model(batch).logit
+    return {"run": run, "batch": batch, **logits}
+
+
+@pytest.fixture
+def run(saved: dict[str, Any], tmp_path: Path) -> Path:
+    """A copy of the run that a test may change."""
+    return Path(shutil.copytree(saved["run"], tmp_path / "run"))
+
+
+def rehash(best: Path, **changes: Any) -> None:
+    """Change a configuration and write all hashes anew."""
+    config = json.loads((best / CONFIG).read_text()) | changes
+    config.pop("config_sha256")
+    config["files_sha256"] = {name: file_hash(best / name) for name in HASHED_FILES}
+    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
+
+
+# ------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("stage", ["classification", "generative"])
+def test_a_model_is_rebuilt_to_the_last_bit(stage: str, saved: dict[str, Any]) -> None:
+    trained = load_trained_model(saved["run"] / stage, ENCODERS)
+    assert torch.equal(trained.model(saved["batch"]).logit, saved[stage])
+    assert not trained.model.training
+    assert trained.tokenizer is not None
+    assert (trained.rule, trained.prompts) == (RULE, PROMPTS)
+
+
+@pytest.mark.parametrize("place", ["trajectory", TRAJECTORY_FILE])
+def test_stage_1_is_found_by_its_folder_and_by_its_file(place: str, saved: dict[str, Any]) -> None:
+    dataset = patients()
+    trained = load_trained_model(saved["run"] / place, ENCODERS)
+    expected = TrajectoryClassifier(encoder_for(dataset), 0.5)
+    expected.head.load_state_dict(read_trajectory(saved["run"] / TRAJECTORY_FILE).head)
+    batch = dataset.collate(range(6))
+    assert torch.equal(trained.model(batch).logit, expected(batch).logit)
+    assert (trained.tokenizer, trained.rule) == (None, RULE)
+
+
+def test_a_folder_best_is_a_place_of_its_own(run: Path) -> None:
+    alone = run / "downloaded"
+    (run / "classification" / "best").rename(alone)
+    assert checkpoint_place(alone) == alone
+    assert read_trained_config(alone)["stage"] == "classification"
+
+
+def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such file or folder: name the folder trajectory"):
+        load_trained_model(tmp_path / "nowhere", ENCODERS)
+    with pytest.raises(InputError, match="holds no trained model"):
+        load_trained_model(tmp_path, ENCODERS)
+
+
+def change_head(best: Path) -> None:
+    rehash(best, trajectory_head=False)
+
+
+def widen_encoder(best: Path) -> None:
+    config = json.loads((best / CONFIG).read_text())
+    rehash(best, encoder={**config["encoder"], "hidden_dim": HUGE})
+
+
+def widen_adapter(best: Path) -> None:
+    adapter = json.loads((best / ADAPTER_CONFIG).read_text())
+    (best / ADAPTER_CONFIG).write_text(json.dumps({**adapter, "r": HUGE}))
+    rehash(best)
+
+
+@pytest.mark.parametrize("change", [change_head, widen_encoder, widen_adapter])
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_given(
+    change: Callable[[Path], None], run: Path
+) -> None:
+    change(run / "generative" / "best")
+    with pytest.raises(InputError, match="damaged, or not made from this base model") as caught:
+        load_trained_model(run / "generative", ENCODERS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stage_1_file_of_another_size_is_refused_before_memory_is_given(run: Path) -> None:
+    file = run / TRAJECTORY_FILE
+    content = torch.load(file, weights_only=True)
+    content["config"]["encoder"]["hidden_dim"] = HUGE
+    torch.save(content, file)
+    with pytest.raises(InputError, match="its weights do not fit"):
+        load_trained_model(file, ENCODERS)
+    with pytest.raises(InputError, match="its weights do not fit"):
+        load_stage1_encoder(file, ENCODERS, "rk4", None, data_of(patients()))
+
+
+def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]) -> None:
+    best = run / "classification" / "best"
+    adapter = json.loads((best / ADAPTER_CONFIG).read_text())
+    evil = {**adapter, "base_model_name_or_path": "evil/model"}
+    (best / ADAPTER_CONFIG).write_text(json.dumps(evil))
+    rehash(best)
+    trained = load_trained_model(run / "classification", ENCODERS)
+    assert torch.equal(trained.model(saved["batch"]).logit, saved["classification"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"decision": {"slope": -1.0, "intercept": 0.0, "threshold": 0.5}}, "slope is not above 0"),
+        ({"decision": {"slope": 1.0}}, "lacks a number"),
+        ({"base_model": None}, "not a hub id, not tiny, and no folder"),
+        ({"precision": "float16"}, "damaged"),
+    ],
+)
+def test_an_unsound_configuration_is_refused(
+    changes: dict[str, Any], reason: str, run: Path
+) -> None:
+    rehash(run / "classification" / "best", **changes)
+    with pytest.raises(InputError, match=reason) as caught:
+        load_trained_model(run / "classification", ENCODERS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_without_a_needed_key_is_refused(run: Path) -> None:
+    content = torch.load(run / TRAJECTORY_FILE, weights_only=True)
+    del content["config"]["reading"]
+    torch.save(content, run / TRAJECTORY_FILE)
+    with pytest.raises(InputError, match="its configuration lacks reading"):
+        read_trained_config(run / "trajectory")
+
+
+def test_an_encoder_that_the_program_lacks_is_named(run: Path) -> None:
+    with pytest.raises(InputError, match="encoder ode_rnn is none of gru_d"):
+        load_trained_model(run / TRAJECTORY_FILE, {"gru_d": ClinicalODERNN})
+
+
+# ------------------------------------------------------------------------------- stage 1's encoder
+
+
+def many(rows: int = 60, **columns: Any) -> MIMICtrajectoryDataset:
+    """Patients whose series all differ."""
+    rng = np.random.default_rng(5)
+    series = [
+        " -> ".join(f"{rng.uniform(8, 30):.3f} ({t}h)" for t in range(0, 12, 3))
+        for _ in range(rows)
+    ]
+    return MIMICtrajectoryDataset(table_of(series, **columns))
+
+
+def drawn(dataset: MIMICtrajectoryDataset, seed: int, most: int = 0) -> Data:
+    return prepare_data(dataset, max_samples=most, seed=seed, prompts=PromptOptions())
+
+
+def test_the_encoder_is_the_one_that_was_trained(tmp_path: Path) -> None:
+    data = drawn(many(), 0)
+    path = save_stage1(tmp_path, data)
+    encoder, head = load_stage1_encoder(path, ENCODERS, "euler", None, data)
+    batch = data.dataset.collate(range(5))
+    expected = encoder_for(data.dataset)
+    expected.solver = "euler"
+    times = batch["times"], batch["values"], batch["observed"]
+    assert torch.equal(encoder(*times), expected(*times))
+    assert encoder.config["solver"] == "euler"
+    assert all(torch.equal(head[k], read_trajectory(path).head[k]) for k in head)
+
+
+NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
+NOTES = [f"note {k}" for k in range(60)]
+
+
+@pytest.mark.parametrize("columns", [NAMED, {}])
+@pytest.mark.parametrize(
+    ("contexts", "seed", "most"), [(False, 1, 0), (True, 1, 0), (False, 0, 30)]
+)
+def test_patients_who_trained_are_never_held_out_whatever_the_file(
+    tmp_path: Path, columns: dict[str, Any], contexts: bool, seed: int, most: int
+) -> None:
+    """The same patients in another split, with other contexts, or in a sample of them."""
+    path = save_stage1(tmp_path, drawn(many(**columns), 0))
+    other = many(**columns, **({"clinical_context": NOTES} if contexts else {}))
+    data = drawn(other, seed, most)
+    count = sum(len(data.split[part]) for part in ("val", "test"))
+    with pytest.raises(
+        InputError, match=rf"\d+ of {count} held-out patients trained this encoder: use the same"
+    ):
+        load_stage1_encoder(path, ENCODERS, "rk4", None, data)
+
+
+@pytest.mark.parametrize("columns", [NAMED, {}])
+def test_the_same_patients_in_the_same_split_pass_with_other_contexts(
+    tmp_path: Path, columns: dict[str, Any]
+) -> None:
+    path = save_stage1(tmp_path, drawn(many(**columns), 0))
+    data = drawn(many(**columns, clinical_context=NOTES), 0)
+    load_stage1_encoder(path, ENCODERS, "rk4", None, data)
+
+
+def test_patients_of_another_file_pass_with_a_warning_where_they_have_no_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save_stage1(tmp_path, drawn(many(), 0))
+    load_stage1_encoder(path, ENCODERS, "rk4", None, data_of(patients()))
+    assert "make sure that none of its training patients is held out" in caplog.text
+    caplog.clear()
+    path = save_stage1(tmp_path, drawn(many(**{"subject_id": [f"x{k}" for k in range(60)]}), 0))
+    load_stage1_encoder(path, ENCODERS, "rk4", None, data_of(patients()))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("key", ["outcome", "features", "units"])
+def test_an_encoder_of_other_data_is_refused(tmp_path: Path, key: str) -> None:
+    path = save_stage1(tmp_path, drawn(many(), 0))
+    other = many()
+    setattr(other, key, "Death" if key == "outcome" else ("Lactate",))
+    with pytest.raises(InputError, match=f"trained on {key} .*, the data have "):
+        load_stage1_encoder(path, ENCODERS, "rk4", None, drawn(other, 0))
+
+
+def test_another_time_scale_is_refused(tmp_path: Path) -> None:
+    data = drawn(many(), 0)
+    path = save_stage1(tmp_path, data)
+    load_stage1_encoder(path, ENCODERS, "rk4", 72.0, data)
+    with pytest.raises(InputError, match=r"its --time_scale is 72\.0: leave the flag out"):
+        load_stage1_encoder(path, ENCODERS, "rk4", 24.0, data)
+
+
+def test_the_tables_of_these_tests_differ_only_in_what_they_say() -> None:
+    plain, named = many(), many(**NAMED, clinical_context=NOTES)
+    assert np.array_equal(plain.values, named.values)
+    assert (plain.named, named.named) == (False, True)
+    assert pd.Series(named.groups).is_unique
