@@ -1,4 +1,4 @@
-"""Made-up patients with known risks, and how often intervals of their figures hold the truth."""
+"""Simulated patients with known risks, cohorts of them, and the coverage of intervals."""
 
 from __future__ import annotations
 
@@ -6,58 +6,80 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import expit
 
-import medgemma_trainer as trainer
+from medgemma_clinical.evaluation.bootstrap import Figures, bootstrap, estimate
+from medgemma_clinical.evaluation.calibration import weighted_calibration
+from medgemma_clinical.evaluation.cohort import Cohort
+from medgemma_clinical.evaluation.metrics import (
+    net_benefit,
+    threshold_shares,
+    weighted_metrics,
+    weighted_shares,
+)
 
-Drawn = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+Simulated = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 """Labels, risks and patients of some rows."""
 
-POPULATION = 900_000
+POPULATION = 300_000
 """Rows whose figures are taken for the truth."""
-
-
-def sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
 
 
 def ones(rows: int) -> NDArray[np.float64]:
     return np.ones((1, rows))
 
 
-def drawn(rng: np.random.Generator, rows: int, *, a_patient: int = 1, sure: float = 1.0) -> Drawn:
-    """Draw labels, risks and patients; the risks' log-odds are ``sure`` times the true ones."""
-    patients = rows // a_patient
-    shared = rng.normal(size=patients).repeat(a_patient)
-    told = -0.8 + 0.9 * shared + 0.6 * rng.normal(size=rows)
-    labels = (rng.random(rows) < sigmoid(told)).astype(float)
-    return labels, sigmoid(sure * told), np.arange(patients).repeat(a_patient).astype(str)
+def simulate(
+    rng: np.random.Generator, rows: int, *, rows_a_patient: int = 1, slope: float = 1.0
+) -> Simulated:
+    """Draw labels, risks and patients; the risks' log-odds are ``slope`` times the true ones."""
+    patients = rows // rows_a_patient
+    shared = rng.normal(size=patients).repeat(rows_a_patient)
+    odds = -0.8 + 0.9 * shared + 0.6 * rng.normal(size=rows)
+    labels = (rng.random(rows) < expit(odds)).astype(float)
+    return labels, expit(slope * odds), np.arange(patients).repeat(rows_a_patient).astype(str)
 
 
-def asked(labels: Any, risk: Any, weights: Any) -> trainer.Figures:
-    """Every kind of figure that a report gives an interval."""
-    place = trainer.threshold_shares(labels, risk, 0.35)
-    benefit = trainer.weighted_benefit(labels, risk, np.array([0.3]), weights)[:, 0]
+def make_cohort(simulated: Simulated, **baselines: NDArray[Any]) -> Cohort:
+    """Name patients and rows so that a page can be searched for them; two subgroups by size."""
+    labels, risk, groups = simulated
+    rows = len(labels)
+    size = np.where(np.arange(rows) < 15, "few", "many")
+    return Cohort(
+        labels,
+        risk,
+        np.char.add("MARKER-patient-", groups),
+        np.char.add("MARKER-row-", np.arange(rows).astype(str)),
+        pd.DataFrame({"size": pd.Categorical(size, ["few", "many", "none"], ordered=True)}),
+        {name.replace("_", " "): values for name, values in baselines.items()},
+    )
+
+
+def all_figures(labels: Any, risk: Any, weights: Any) -> Figures:
+    """Compute every kind of figure that has an interval."""
+    shares = threshold_shares(labels, risk, 0.35)
     return {
-        **trainer.weighted_metrics(labels, risk, weights),
-        **trainer.weighted_calibration(labels, risk, weights),
-        **trainer.weighted_shares(place, weights),
-        "benefit": benefit,
+        **weighted_metrics(labels, risk, weights),
+        **weighted_calibration(labels, risk, weights),
+        **weighted_shares(shares, weights),
+        "benefit": net_benefit(labels, risk, np.array([0.3]), weights)[:, 0],
     }
 
 
-def coverage(sets: int, rows: int, a_patient: int, seed: int) -> dict[str, float]:
-    """Give, for each kind of figure, the share of data sets whose interval holds the truth."""
+def coverage(sets: int, rows: int, rows_a_patient: int, seed: int) -> dict[str, float]:
+    """Return, by kind of figure, the share of data sets whose interval holds the truth."""
     rng = np.random.default_rng(seed)
-    labels, risk, _ = drawn(rng, POPULATION, a_patient=a_patient)
-    truth = {name: each[0] for name, each in asked(labels, risk, ones(POPULATION)).items()}
+    labels, risk, _ = simulate(rng, POPULATION, rows_a_patient=rows_a_patient)
+    truth = {name: each[0] for name, each in all_figures(labels, risk, ones(POPULATION)).items()}
     covered = dict.fromkeys(truth, 0)
     for _ in range(sets):
-        labels, risk, groups = drawn(rng, rows, a_patient=a_patient)
-        draws = trainer.bootstrap(labels, groups, 0, partial(asked, labels, risk))
+        labels, risk, groups = simulate(rng, rows, rows_a_patient=rows_a_patient)
+        draws = bootstrap(labels, groups, 0, partial(all_figures, labels, risk))
         for name, replicates in draws.items():
-            score = trainer.estimate(0.0, replicates)
-            assert score["low"] is not None
-            assert score["high"] is not None
-            covered[name] += int(score["low"] <= truth[name] <= score["high"])
+            score = estimate(0.0, replicates)
+            assert score.low is not None
+            assert score.high is not None
+            covered[name] += int(score.low <= truth[name] <= score.high)
     return {name: count / sets for name, count in covered.items()}

@@ -75,7 +75,7 @@ def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) ->
         paired = {}
         for metric in METRICS:
             here, other = (model, metric), (reference, metric)
-            score = dict(estimate(values[here].mean(), draws[here]).to_json())
+            score = estimate(float(values[here].mean()), draws[here]).to_json()
             if len(tables) > 1:
                 score["sd"] = float(values[here].std(ddof=1))
             results[model][metric] = score

@@ -1,0 +1,198 @@
+"""The figures of a cohort: all from one bootstrap, each as its definition, ready for JSON."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from sklearn import metrics
+
+from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation import cohort as cohort_module
+from medgemma_clinical.evaluation.bootstrap import Estimate, bootstrap
+from medgemma_clinical.evaluation.calibration import log_odds
+from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures, rarer_patients
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
+from medgemma_clinical.evaluation.predictions import Predictions
+
+
+def noisy(risk: np.ndarray, seed: int, scale: float = 1.0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.asarray(expit(log_odds(risk) + scale * rng.normal(size=len(risk))))
+
+
+def ends(estimate: Estimate | None) -> tuple[float, float, float]:
+    assert estimate is not None
+    assert estimate.value is not None
+    assert estimate.low is not None
+    assert estimate.high is not None
+    return estimate.value, estimate.low, estimate.high
+
+
+def percentiles(draws: np.ndarray) -> Any:
+    return pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])))
+
+
+def test_all_figures_come_from_one_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return bootstrap(*args)
+
+    monkeypatch.setattr(cohort_module, "bootstrap", counted)
+    labels, risk, groups = simulate(np.random.default_rng(0), 200, rows_a_patient=2)
+    cohort = make_cohort((labels, risk, groups), last_value=noisy(risk, 1), count=noisy(risk, 2))
+    figures = cohort_figures(cohort, 0.3, 0)
+    assert len(calls) == 1
+    assert set(figures.baselines) == {"last value", "count"}
+
+
+def test_figures_and_paired_differences_are_those_of_their_draws() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 400, rows_a_patient=2)
+    other = noisy(risk, 1)
+    figures = cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 7)
+    draws = bootstrap(labels, groups, 7, partial(weighted_metrics, labels, risk))
+    other_draws = bootstrap(labels, groups, 7, partial(weighted_metrics, labels, other))
+    baseline = figures.baselines["last value"]
+    for name in METRICS:
+        value, low, high = ends(figures.estimates[name])
+        assert (low, high) == percentiles(draws[name])
+        assert ends(baseline.estimates[name])[1:] == percentiles(other_draws[name])
+        difference = ends(baseline.differences[name])
+        assert difference[0] == pytest.approx(value - ends(baseline.estimates[name])[0])
+        assert difference[1:] == percentiles(draws[name] - other_draws[name])
+    assert figures.auroc.value == pytest.approx(metrics.roc_auc_score(labels, risk))
+    alarm = risk >= 0.3
+    expected = {
+        "sensitivity": metrics.recall_score(labels, alarm),
+        "specificity": metrics.recall_score(labels, alarm, pos_label=0),
+        "ppv": metrics.precision_score(labels, alarm),
+        "npv": metrics.precision_score(labels, alarm, pos_label=0),
+        "alarms": alarm.mean(),
+    }
+    for name, share in expected.items():
+        assert figures.estimates[name].value == pytest.approx(share)
+    assert (figures.n, figures.events, figures.patients) == (400, labels.sum(), 200)
+
+
+def test_a_subgroup_has_the_interval_of_its_own_draws() -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(2), 600))
+    figures = cohort_figures(cohort, 0.3, 0)
+    rows = np.flatnonzero(cohort.subgroups["size"] == "many")
+    labels, risk = cohort.labels[rows], cohort.probability[rows]
+
+    def inside(weights: Any) -> Any:
+        return weighted_metrics(labels, risk, weights[:, rows])
+
+    draws = bootstrap(cohort.labels, cohort.groups, 0, inside)["auroc"]
+    few, many = figures.subgroups  # a level without rows is left out
+    assert (few.level, few.rows, few.auroc) == ("few", 15, None)
+    value, low, high = ends(many.auroc)
+    assert value == pytest.approx(metrics.roc_auc_score(labels, risk))
+    assert (low, high) == percentiles(draws)
+    assert high - low > 0.02
+    assert (many.rows, many.events) == (585, labels.sum())
+    assert many.risk == pytest.approx(risk.mean())
+
+
+def test_few_patients_with_many_rows_are_not_called_sure() -> None:
+    labels = np.repeat([1.0, 0.0], [12, 30])
+    groups = np.array(["one"] * 12 + [str(k) for k in range(30)])  # twelve rows, one patient
+    cohort = make_cohort((labels, np.where(labels == 1, 0.9, 0.1), groups), same=labels)
+    figures = cohort_figures(cohort, 0.5, 0)
+    assert figures.rarer == rarer_patients(labels, groups) == 1
+    for score in (figures.auroc, figures.baselines["same"].estimates["auroc"]):
+        assert score.value == 1
+        assert score.low == pytest.approx(0.025)  # one pair of patients tells no more
+    assert [group.auroc for group in figures.subgroups] == [None, None]
+
+
+def test_a_perfect_subgroup_has_an_exact_interval() -> None:
+    labels = np.tile([1.0, 0.0], 30)
+    risk = np.where(labels == 1, 0.8, 0.2)
+    risk[:10] = 0.5  # outside the subgroup "many"
+    figures = cohort_figures(make_cohort((labels, risk, np.arange(60).astype(str))), 0.4, 0)
+    (many,) = [group for group in figures.subgroups if group.level == "many"]
+    value, low, _ = ends(many.auroc)
+    assert value == 1
+    assert low == pytest.approx(0.025 ** (1 / 22))  # 22 of its patients have the rarer outcome
+
+
+def test_shares_of_none_and_all_get_exact_intervals_by_patients() -> None:
+    labels, risk = np.repeat([1.0, 0.0], [10, 30]), np.repeat([0.9, 0.1], [10, 30])
+    single = cohort_figures(make_cohort((labels, risk, np.arange(40).astype(str))), 0.5, 0)
+    assert single.estimates["sensitivity"].low == pytest.approx(1 - 0.3085, abs=1e-4)
+    pairs = make_cohort((labels, risk, (np.arange(40) // 2).astype(str)))
+    paired = cohort_figures(pairs, 0.5, 0)
+    assert paired.estimates["sensitivity"].low == pytest.approx(0.025 ** (1 / 5))
+    silent = cohort_figures(pairs, 0.95, 0)
+    assert silent.estimates["ppv"] == Estimate(None)
+
+
+def test_an_overconfident_model_has_a_slope_below_one() -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(1), 800, slope=2.5))
+    slope = cohort_figures(cohort, 0.5, 0).estimates["calibration_slope"]
+    assert slope.value == pytest.approx(0.4, abs=0.1)
+    assert slope.below(1)
+
+
+def test_the_json_of_a_part_is_whole_and_has_no_numbers_that_json_lacks() -> None:
+    labels = np.repeat([0.0, 1.0], 20)
+    cohort = make_cohort((labels, np.linspace(0.1, 0.9, 40), np.arange(40).astype(str)))
+    content = cohort_figures(cohort, 0.5, 0).to_json()
+    json.dumps(content, allow_nan=False)
+    assert list(content) == [
+        *("n", "events", "auroc", "auprc", "accuracy", "brier", "log_loss"),
+        *("calibration_slope", "calibration_intercept", "calibration_in_the_large"),
+        *("brier_skill", "sensitivity", "specificity", "ppv", "npv", "alarms"),
+    ]
+    assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
+    assert (content["n"], content["events"]) == (40, 20)
+
+
+def test_the_json_of_a_baseline_holds_its_metrics() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 200)
+    figures = cohort_figures(make_cohort((labels, risk, groups), count=noisy(risk, 1)), 0.3, 0)
+    content = figures.baselines_json("count")
+    assert list(content) == ["n", "events", *METRICS]
+    assert content["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(labels, noisy(risk, 1)))
+    assert figures.before_json() is None
+
+
+def test_figures_before_recalibration_stand_beside_those_after() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(1), 500, slope=2.5)
+    logit, rows = log_odds(risk), np.arange(500)
+    raw = Predictions(0.5, labels, logit, rows, DecisionRule(threshold=0.4))
+    mended = raw.with_rule(DecisionRule(0.4, 0.0, float(expit(0.4 * np.log(0.4 / 0.6)))))
+
+    class Dataset:
+        ids = np.arange(500).astype(str)
+
+        def subgroups(self) -> Any:
+            return make_cohort((labels, risk, groups)).subgroups
+
+    dataset: Any = Dataset()
+    dataset.groups = groups
+    cohort = Cohort.from_predictions(dataset, mended, {}, uncalibrated=raw)
+    figures = cohort_figures(cohort, mended.rule.threshold, 3)
+    plain = cohort_figures(make_cohort((labels, risk, groups)), 0.4, 3)
+    before = figures.before_json()
+    assert before is not None
+    assert before == {key: pytest.approx(value) for key, value in plain.to_json().items()}
+    after = figures.to_json()
+    for name in ("auroc", "sensitivity", "ppv", "alarms"):  # the order and the alarms stay
+        assert after[name] == pytest.approx(before[name])
+    assert after["log_loss"]["value"] < before["log_loss"]["value"] - 0.02
+
+
+def test_the_best_baseline_is_the_one_with_the_largest_auroc() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 300)
+    cohort = make_cohort((labels, risk, groups), flat=np.full(300, 0.5), good=noisy(risk, 0, 0.1))
+    assert cohort_figures(cohort, 0.3, 0).best_baseline == "good"
+    assert cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0).best_baseline is None

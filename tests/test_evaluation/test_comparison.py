@@ -1,0 +1,222 @@
+"""Models side by side: on one test part, and over the splits of several seeds."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+from sklearn.metrics import roc_auc_score
+
+from medgemma_clinical.evaluation import bootstrap, comparison
+from medgemma_clinical.evaluation.comparison import (
+    compare_models,
+    comparison_sentences,
+    comparison_table,
+    counts_sentence,
+    write_comparison,
+)
+from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
+from pages import Page
+
+
+def table_of(seed: int, rows: int = 120) -> pd.DataFrame:
+    """Predictions of two models on rows of which some share a patient."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(rows) % 4 == 0).astype(int)
+    return pd.DataFrame(
+        {
+            "id": [f"r{k}" for k in range(rows)],
+            "patient": [f"p{k // 2}" for k in range(rows)],
+            "label": labels,
+            "good": expit(labels + rng.normal(size=rows) - 1),
+            "bad": rng.uniform(size=rows),
+        }
+    )
+
+
+def test_one_test_part_gives_each_models_figures_and_their_paired_differences() -> None:
+    table = table_of(0)
+    labels, groups = table["label"].to_numpy(float), table["patient"].to_numpy(np.str_)
+    results = compare_models([table], "bad", seed=5)
+    draws = {
+        name: bootstrap.bootstrap(
+            labels, groups, 5, partial(weighted_metrics, labels, table[name].to_numpy())
+        )
+        for name in ("good", "bad")
+    }
+    for name, result in results.items():
+        assert (result["n"], result["events"]) == (120, 30)
+        assert result["auroc"]["value"] == pytest.approx(roc_auc_score(labels, table[name]))
+        for metric in METRICS:
+            score, paired = result[metric], result["minus_reference"][metric]
+            ends = np.quantile(draws[name][metric], [0.025, 0.975])
+            assert (score["low"], score["high"]) == pytest.approx(tuple(ends))
+            ends = np.quantile(draws[name][metric] - draws["bad"][metric], [0.025, 0.975])
+            assert (paired["low"], paired["high"]) == pytest.approx(tuple(ends))
+    assert "sd" not in results["good"]["auroc"]
+    json.dumps(results, allow_nan=False)
+
+
+def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> None:
+    tables = [table_of(seed) for seed in range(3)]
+    result = compare_models(tables, "bad", seed=0)["good"]
+    scores = [roc_auc_score(t["label"], t["good"]) for t in tables]
+    others = [roc_auc_score(t["label"], t["bad"]) for t in tables]
+    assert result["auroc"]["value"] == pytest.approx(np.mean(scores))
+    assert result["auroc"]["sd"] == pytest.approx(np.std(scores, ddof=1))
+    gain = result["minus_reference"]["auroc"]
+    assert gain["value"] == pytest.approx(np.mean(scores) - np.mean(others))
+    assert gain["low"] < gain["value"] < gain["high"]
+    assert (result["n"], result["events"]) == (360, 90)
+
+
+def test_a_patient_of_several_splits_is_drawn_once_so_repeating_a_split_proves_nothing() -> None:
+    once = compare_models([table_of(1)], "bad", seed=0)["good"]
+    thrice = compare_models([table_of(1)] * 3, "bad", seed=0)["good"]
+    for one, three in (
+        (once["auroc"], thrice["auroc"]),
+        (once["minus_reference"]["auroc"], thrice["minus_reference"]["auroc"]),
+    ):
+        assert three["low"] == pytest.approx(one["low"])
+        assert three["high"] == pytest.approx(one["high"])
+
+
+def test_splits_of_other_patients_make_the_interval_narrower() -> None:
+    tables = [table_of(seed) for seed in range(4)]
+    for k, table in enumerate(tables):
+        table["patient"] += f"_{k}"
+    one, four = (
+        compare_models(few, "bad", seed=0)["good"]["auroc"] for few in (tables[:1], tables)
+    )
+    assert four["high"] - four["low"] < 0.7 * (one["high"] - one["low"])
+
+
+def test_few_events_in_a_split_leave_no_interval_without_ends(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    tables = [table_of(seed, rows=24) for seed in range(3)]
+    for table in tables:
+        table["label"] = (np.arange(24) < 2).astype(int)  # two rows of one patient
+    results = compare_models(tables, "bad", seed=0)
+    for figures in (results["good"], results["good"]["minus_reference"]):
+        for metric in ("auroc", "auprc", "brier"):
+            assert figures[metric]["low"] <= figures[metric]["value"] <= figures[metric]["high"]
+    assert not recwarn.list
+
+
+def test_many_rows_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = [table_of(seed) for seed in range(2)]
+    whole = compare_models(tables, "bad", seed=0)
+    monkeypatch.setattr(bootstrap, "CHUNK_CELLS", 7 * 240)
+    sizes: list[int] = []
+
+    def seen(labels: Any, risk: Any, weights: Any) -> Any:
+        sizes.append(len(weights))
+        return weighted_metrics(labels, risk, weights)
+
+    monkeypatch.setattr(comparison, "weighted_metrics", seen)
+    chunks = compare_models(tables, "bad", seed=0)
+    assert max(sizes) == 7
+    for metric in ("auroc", "log_loss"):
+        assert chunks["good"][metric] == pytest.approx(whole["good"][metric])
+
+
+def test_pooled_intervals_cover_the_true_mean_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "REPLICATES", 200)
+    # Normal scores d apart have AUROC Phi(d / sqrt(2)): 0.7602 for d = 1, 0.6381 for d = 0.5.
+    truth, covered, repeats = 0.7602 - 0.6381, 0, 120
+    for repeat in range(repeats):
+        rng = np.random.default_rng(repeat)
+        patients = rng.permutation(400).astype(str)
+        labels = (np.arange(400) % 3 == 0).astype(int)
+        scores = {d: expit(d * labels + rng.normal(size=400)) for d in (1.0, 0.5)}
+        whole = pd.DataFrame(
+            {"id": patients, "patient": patients, "label": labels}
+            | {"good": scores[1.0], "bad": scores[0.5]}
+        )
+        tables = [whole.sample(200, random_state=repeat + k, ignore_index=True) for k in (0, 1)]
+        paired = compare_models(tables, "bad", repeat)["good"]["minus_reference"]["auroc"]
+        covered += paired["low"] <= truth <= paired["high"]
+    assert 0.89 <= covered / repeats <= 0.99
+
+
+def test_the_table_has_a_line_a_model() -> None:
+    results = compare_models([table_of(k) for k in range(2)], "bad", seed=0)
+    results["good"]["seconds_an_epoch"] = 12.3
+    table = comparison_table(results, "bad").set_index("model")
+    assert list(table) == [
+        *("test AUROC [95 %]", "sd of AUROC", "minus bad [95 %]"),
+        *("AUPRC", "sd of AUPRC", "Brier", "sd of Brier", "s an epoch"),
+    ]
+    assert table.loc["bad", "minus bad [95 %]"] == ""
+    assert table.loc["bad", "s an epoch"] == ""
+    assert table.loc["good", "s an epoch"] == "12"
+    start = f"{results['good']['auroc']['value']:.3f} ["
+    assert str(table.loc["good", "test AUROC [95 %]"]).startswith(start)
+    assert counts_sentence(results) == "test parts, joined: 240 rows, 60 events"
+
+
+def test_the_sentences_name_reference_and_best_model() -> None:
+    results = compare_models([table_of(0)], "bad", seed=0)
+    first, second = comparison_sentences(results, "bad")
+    assert first.startswith(f"bad: test AUROC {results['bad']['auroc']['value']:.3f} [")
+    assert "(test part: 120 rows, 30 events)" in first
+    assert second.startswith("The highest AUROC has good: ")
+    assert "includes zero" not in second
+    assert comparison_sentences(results, "good")[1] == "No other model has a higher AUROC."
+    close = table_of(0).assign(bad=lambda table: table["good"])
+    close.loc[close["label"].idxmax(), "bad"] = 0.0  # one event is missed
+    undecided = compare_models([close], "bad", seed=0)
+    assert undecided["good"]["minus_reference"]["auroc"]["value"] > 0
+    assert "an interval that includes zero" in comparison_sentences(undecided, "bad")[1]
+
+
+def write(folder: Path, seed: int) -> None:
+    results = compare_models([table_of(seed)], "bad", seed=0)
+    write_comparison(
+        folder,
+        "ablation",
+        results,
+        "bad",
+        title="What text adds: Death <b>",
+        sentences=["One more sentence."],
+        card={"Seed": "0"},
+    )
+
+
+def test_a_comparison_is_written_as_numbers_picture_and_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        write(tmp_path, 0)
+    results = json.loads((tmp_path / "ablation.json").read_text())
+    assert results == compare_models([table_of(0)], "bad", seed=0)
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "ablation.html").read_text()
+    read = Page(page)
+    assert read.open == []
+    assert len(read.images()) == 1
+    assert "What text adds: Death <b>" in read.text
+    assert "One more sentence." in read.text
+    assert f"{results['good']['auroc']['value']:.3f} [" in read.text
+    assert read.text.index("SHA-256 of the code") > read.text.index("Side by side")
+    assert f"results: {tmp_path}" in caplog.text
+    assert "test part: 120 rows" in caplog.text
+
+
+def test_another_result_is_moved_aside_and_the_same_one_is_not(tmp_path: Path) -> None:
+    write(tmp_path, 0)
+    before = (tmp_path / "ablation.json").read_bytes()
+    write(tmp_path, 0)
+    assert len(list(tmp_path.iterdir())) == 3
+    write(tmp_path, 1)
+    assert (tmp_path / "ablation.1.json").read_bytes() == before
+    assert (tmp_path / "ablation.1.html").exists()
+    assert (tmp_path / "ablation.1.png").exists()
+    assert (tmp_path / "ablation.json").read_bytes() != before

@@ -1,0 +1,109 @@
+"""Pictures: they show what they name, in one style."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+
+from cohorts import make_cohort, ones, simulate
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
+from medgemma_clinical.evaluation.metrics import net_benefit
+from medgemma_clinical.evaluation.plots import (
+    MODEL,
+    new_figure,
+    plot_calibration,
+    plot_decision_curve,
+    plot_learning,
+    plot_roc,
+    plot_style,
+    report_images,
+    to_image,
+)
+from medgemma_clinical.evaluation.report_tables import percent
+
+
+@pytest.fixture(scope="module")
+def judged() -> tuple[Cohort, CohortFigures]:
+    cohort = make_cohort(simulate(np.random.default_rng(2), 600))
+    return cohort, cohort_figures(cohort, 0.3, 0)
+
+
+def lines_of(figure: Figure) -> dict[str, np.ndarray]:
+    lines = [line for axes in figure.axes for line in axes.lines]
+    return {str(line.get_label()): np.array(line.get_data(), dtype=float) for line in lines}
+
+
+def test_the_roc_curve_marks_the_threshold(judged: tuple[Cohort, CohortFigures]) -> None:
+    cohort, figures = judged
+    figure, alt = plot_roc(cohort, figures)
+    alarm, event = cohort.probability >= 0.3, cohort.labels == 1
+    point = [100 * alarm[~event].mean(), 100 * alarm[event].mean()]
+    assert lines_of(figure)["chosen threshold"].ravel() == pytest.approx(point)
+    assert "threshold of 30 % risk" in alt
+    assert figures.auroc.text() in alt
+
+
+def test_the_decision_curve_stands_beside_treating_all(
+    judged: tuple[Cohort, CohortFigures],
+) -> None:
+    cohort, figures = judged
+    figure, alt = plot_decision_curve(cohort, figures)
+    lines = lines_of(figure)
+    at, everyone = lines["treat all"]
+    expected = net_benefit(cohort.labels, np.ones(600), at / 100, ones(600))[0]
+    assert everyone == pytest.approx(100 * expected)
+    model = net_benefit(cohort.labels, cohort.probability, at / 100, ones(600))[0]
+    assert lines["model [95 %]"][1] == pytest.approx(100 * model)
+    above = at[100 * model > np.maximum(everyone, 0) + 1e-9]
+    assert f"lies above both between {percent(above[0] / 100)} and" in alt
+
+
+def test_the_calibration_curve_shows_observed_over_predicted(
+    judged: tuple[Cohort, CohortFigures],
+) -> None:
+    cohort, figures = judged
+    figure, alt = plot_calibration(cohort, figures)
+    predicted, observed = lines_of(figure)["observed [95 %]"]
+    assert len(predicted) == 10
+    assert predicted.mean() == pytest.approx(100 * cohort.probability.mean(), abs=0.5)
+    assert observed.mean() == pytest.approx(100 * cohort.labels.mean(), abs=0.5)
+    assert f"{predicted[-1]:.0f} % predicted, {observed[-1]:.0f} % observed" in alt
+
+
+def test_the_learning_curve_marks_the_epoch_that_was_kept_and_bears_missing_numbers() -> None:
+    history: list[dict[str, Any]] = [
+        {"epoch": k, "train_loss": 1.0, "val_loss": 1.0, "val_auroc": 0.6, "improved": k in (1, 3)}
+        for k in range(1, 6)
+    ]
+    history[1]["val_auroc"] = None
+    figure, alt = plot_learning(history)
+    auroc, kept = figure.axes[1].lines
+    assert math.isnan(np.array(auroc.get_ydata(), dtype=float)[1])
+    assert kept.get_xdata() == [3, 3]
+    assert "epoch 3 was kept" in alt
+
+
+def test_without_a_history_there_is_no_learning_curve(
+    judged: tuple[Cohort, CohortFigures],
+) -> None:
+    assert set(report_images(*judged, [])) == {"roc", "precision", "calibration", "decision_curve"}
+
+
+def test_a_picture_has_the_same_bytes_each_time_and_leaves_users_words_alone() -> None:
+    sources = []
+    for _ in range(2):
+        with plot_style():
+            figure, (axes,) = new_figure()
+            axes.plot([0, 1], [0, 1], color=MODEL, label="cost $x$ and $y$")
+            axes.set_xlabel("cost $x$")
+            sources.append(to_image(figure, "alt").source)
+    assert sources[0] == sources[1]
+    assert axes.xaxis.label.get_parse_math() is False
+    assert not axes.spines["top"].get_visible()
+    assert same_color(figure.get_facecolor(), "white")
+    assert Figure().subplots().spines["top"].get_visible() is not False, "nothing leaks"

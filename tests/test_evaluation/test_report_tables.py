@@ -1,0 +1,132 @@
+"""Tables of figures: in words, for the page and the console."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation.calibration import log_odds
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
+from medgemma_clinical.evaluation.report_tables import (
+    baseline_table,
+    flow_table,
+    percent,
+    result_sentence,
+    results_table,
+    split_table,
+    subgroup_table,
+    threshold_table,
+    written_figures,
+)
+
+
+@pytest.fixture(scope="module")
+def figures() -> CohortFigures:
+    labels, risk, groups = simulate(np.random.default_rng(0), 400)
+    other = expit(log_odds(risk) + np.random.default_rng(1).normal(size=400))
+    return cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0"), (0.00123, "0.12"), (0.0456, "4.6"), (0.876, "88"), (1, "100")]
+)
+def test_shares_are_written_with_two_digits(share: float, text: str) -> None:
+    assert percent(share) == f"{text}\N{NO-BREAK SPACE}%"
+
+
+def test_the_console_table_holds_model_and_baselines_of_both_parts(figures: CohortFigures) -> None:
+    other = cohort_figures(
+        make_cohort(simulate(np.random.default_rng(9), 100), last_value=np.full(100, 0.5)), 0.3, 0
+    )
+    text = results_table("stage 1", {"validation": other, "test": figures})
+    head, model, baseline, *rest = text.splitlines()
+    assert "validation AUROC [95 %]" in head
+    assert "test AUPRC" in head
+    assert model.split()[:3] == ["stage", "1", f"{other.auroc.value:.3f}"]
+    assert figures.auroc.text() in model
+    assert figures.baselines["last value"].estimates["auroc"].text() in baseline
+    assert rest == [f"test part: 400 rows, {figures.events} events"]
+
+
+def test_the_console_says_what_recalibration_changed() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(1), 300, slope=2.5)
+    plain = make_cohort((labels, risk, groups))
+    mended = Cohort(labels, expit(0.4 * log_odds(risk)), groups, groups, plain.subgroups, {}, risk)
+    found = cohort_figures(mended, 0.3, 0)
+    assert found.before is not None
+    slopes = [each["calibration_slope"].text() for each in (found.before, found.estimates)]
+    text = results_table("model", {"validation": found, "test": found})
+    assert f"Calibration slope: {slopes[0]} -> {slopes[1]}" in text
+
+
+def test_the_console_has_no_raw_keys_and_no_zeros(figures: CohortFigures) -> None:
+    parts = {"validation": figures, "test": figures}
+    reports = {"reports": 40, "parse_share": 0.0, "true_number_share": None, "numbers_stated": 0}
+    text = results_table("stage 3", parts, reports)  # type: ignore[arg-type]
+    assert "_" not in text
+    assert "Reports written: 40" in text
+    assert f"Reports of the expected form: {percent(0)}" in text
+    assert "Numbers stated" not in text
+    assert "Stated numbers" not in text
+
+
+def test_the_result_is_one_sentence(figures: CohortFigures) -> None:
+    text = result_sentence(figures)
+    assert text.startswith(f"Test AUROC {figures.auroc.text()} on 400 rows")
+    assert figures.baselines["last value"].differences["auroc"].text("+.3f") in text
+    assert text.count(". ") == 0
+    alone = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 50)), 0.3, 0)
+    assert result_sentence(alone).endswith("events.")
+
+
+def test_written_reports_are_told_in_words() -> None:
+    reports = {"reports": 1385.0, "parse_share": 0.9, "true_number_share": float("nan")}
+    assert written_figures(reports) == {
+        "Reports written": "1,385",
+        "Reports of the expected form": "90\N{NO-BREAK SPACE}%",
+    }
+
+
+def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
+    table = baseline_table(figures).set_index("Model")
+    assert table.loc["this model", "AUROC, difference"] == ""
+    difference = figures.baselines["last value"].differences["brier"]
+    assert table.loc["last value", "Brier, difference"] == difference.text("+.4f")
+
+
+def test_the_threshold_table_names_the_threshold(figures: CohortFigures) -> None:
+    table = threshold_table(figures).set_index("Figure")
+    assert "at least 30 %" in str(table.loc["Alarms (%)", "Meaning"])
+    assert table.loc["PPV (%)", "Value [95 %]"] == figures.estimates["ppv"].text(".1f", 100)
+
+
+def test_subgroups_are_shown_if_one_can_be_judged(figures: CohortFigures) -> None:
+    table = subgroup_table(figures)
+    assert table is not None
+    assert table["Group"].tolist() == ["size: few", "size: many"]
+    assert table["AUROC [95 %]"].tolist()[0] == "too few"
+    few = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0)
+    assert few.subgroups
+    assert subgroup_table(few) is None
+
+
+def test_parts_of_the_split_are_counted() -> None:
+    labels, groups = np.array([1.0, 0, 0, 1, 0]), np.array(["a", "a", "b", "c", "d"])
+    split = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4])}
+    table = split_table(labels, groups, split)
+    assert table.to_numpy().tolist() == [
+        ["training", "3", "2", "1 (33\N{NO-BREAK SPACE}%)"],
+        ["validation", "1", "1", "1 (100\N{NO-BREAK SPACE}%)"],
+        ["test", "1", "1", "0 (0\N{NO-BREAK SPACE}%)"],
+    ]
+
+
+def test_the_flow_has_the_pages_words() -> None:
+    flow = pd.DataFrame({"rule": ["died"], "removed": [3], "left": [7], "more": [0]})
+    table = flow_table(flow)
+    assert table is not None
+    assert table.to_dict("records") == [{"Left out": "died", "Rows": 3, "Rows left": 7}]
+    assert flow_table(None) is None
