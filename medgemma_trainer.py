@@ -211,7 +211,6 @@ def solver_name(text: str) -> str:
 
 if __name__ == "__main__":
     build_parser().parse_args()  # answers --help and wrong flags before torch loads
-
 import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -312,10 +311,9 @@ def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
     """
     kind = DATASETS[args.dataset]
     source = getattr(args, kind.source_flag)
-    if source is None:
-        raise InputError(
-            f"--dataset {args.dataset}: say where the data lie by --{kind.source_flag}"
-        )
+    if source is None or not source.exists():
+        problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
+        raise InputError(f"{problem}: give the data by --{kind.source_flag}")
     others = {option for each in DATASETS.values() for option in each.options} - {*kind.options}
     for option in sorted(others):
         if getattr(args, option) != build_parser().get_default(option):

@@ -13,6 +13,12 @@ import torch
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands import demo
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.models.checkpoints import HAI_DEF_NOTICE, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.stage import Stage
 
 CHECKPOINT = "./checkpoints_medgemma_dka/medgemma_trajectory_best.pt"
 COMMANDS = {  # as they stand in the README, made small
@@ -48,16 +54,28 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def rebuild(stage: str, data: Path) -> tuple[trainer.Stage, trainer.Data, argparse.Namespace]:
-    words = arguments(stage, data)
-    args = trainer.resolve(trainer.build_parser().parse_args(words))
-    loaded = trainer.load_data(args)
-    build = trainer.trajectory_stage if stage == "trajectory" else trainer.llm_stage
-    return build(args, loaded), loaded, args
+def load_data(words: list[str]) -> tuple[argparse.Namespace, Data]:
+    args = trainer.complete(trainer.build_parser().parse_args(words))
+    prompts = trainer.prompt_options(args)
+    dataset = trainer.read_dataset(args)
+    samples = args.max_samples
+    return args, prepare_data(dataset, max_samples=samples, seed=args.seed, prompts=prompts)
+
+
+def read_config(runs: Path, stage: str) -> dict[str, Any]:
+    if stage == "trajectory":
+        return read_trajectory(runs / TRAJECTORY_FILE).config
+    return dict(read(runs / stage / "best" / "config.json"))
+
+
+def rebuild(stage: str, data: Path) -> tuple[Stage, Data]:
+    args, loaded = load_data(arguments(stage, data))
+    return trainer.make_stage(args, loaded), loaded
 
 
 def test_the_run_folder_holds_exactly_what_is_promised(runs: Path) -> None:
-    assert {p.name for p in runs.iterdir()} == {trainer.TRAJECTORY_FILE, *COMMANDS}
+    shown = {p.name for p in runs.iterdir() if not p.name.startswith(".")}
+    assert shown == {TRAJECTORY_FILE, *COMMANDS}
     for stage, extra in FILES.items():
         names = {p.name for p in (runs / stage).iterdir()}
         logs = {name for name in names if name.startswith("train_") and name.endswith(".log")}
@@ -73,8 +91,8 @@ def test_the_run_folder_holds_exactly_what_is_promised(runs: Path) -> None:
     for stage in ("classification", "generative"):
         best = runs / stage / "best"
         names = {p.name for p in best.iterdir()}
-        assert names == {"adapter", "modules.safetensors", "config.json", "NOTICE"}
-        assert (best / "NOTICE").read_text() == trainer.HAI_DEF_NOTICE
+        assert names == {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE"}
+        assert (best / "NOTICE").read_text() == HAI_DEF_NOTICE
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
@@ -92,15 +110,17 @@ def test_history_has_a_line_an_epoch_and_marks_the_winner(runs: Path, stage: str
 def test_the_winner_reloaded_scores_what_metrics_json_says(
     runs: Path, stage: str, dka_file: Path
 ) -> None:
-    built, data, _ = rebuild(stage, dka_file)
+    built, data = rebuild(stage, dka_file)
     torch.manual_seed(99)  # nothing of a fresh initialisation may survive the loading
-    for parameter in trainer.trainable(built.model):
+    for parameter in built.trainable_parameters().values():
         torch.nn.init.normal_(parameter)
     built.load(runs / stage)
     for part in ("val", "test"):
-        scored = trainer.evaluate(built.model, built.loaders[part], torch.device("cpu"))
+        scored = evaluate(built.model, built.loaders[part], torch.device("cpu"))
         saved = pd.read_csv(runs / stage / f"predictions_{part}.csv", dtype={"id": str})
-        assert np.array_equal(scored.probability, saved["probability"])
+        rule = DecisionRule.from_config(read_config(runs, stage))
+        risk = scored.with_rule(rule).probability
+        assert np.array_equal(risk, saved["probability"])
         assert np.array_equal(data.dataset.ids[scored.rows], saved["id"])
         assert np.array_equal(scored.labels, saved["label"])
 
@@ -149,7 +169,7 @@ def test_run_json_makes_the_run_repeatable(runs: Path, dka_file: Path) -> None:
 def test_the_stage_1_file_loads_safely_and_its_encoder_stays_frozen(runs: Path) -> None:
     from safetensors.torch import load_file
 
-    first = torch.load(runs / trainer.TRAJECTORY_FILE, weights_only=True)
+    first = torch.load(runs / TRAJECTORY_FILE, weights_only=True)
     assert first["config"]["features"] == ["Anion gap"]
     for stage in ("classification", "generative"):
         modules = load_file(runs / stage / "best" / "modules.safetensors")
@@ -174,7 +194,7 @@ def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
 def test_the_log_holds_summary_epochs_and_table(runs: Path) -> None:
     (log,) = (runs / "trajectory").glob("train_*.log")
     text = log.read_text()
-    for piece in ("rows 160, patients 160", "train: 128 rows", "epoch 3/3", "logistic regression"):
+    for piece in ("rows 160, patients 160", "train 128 rows", "epoch 3/3", "logistic regression"):
         assert piece in text
 
 
@@ -207,9 +227,7 @@ def test_a_second_run_sets_the_first_aside_and_overwrites_nothing(
     assert (folder / "trajectory.1" / "metrics.json").read_bytes() == kept[
         folder / "trajectory" / "metrics.json"
     ]
-    assert (folder / "medgemma_trajectory_best.1.pt").read_bytes() == kept[
-        folder / trainer.TRAJECTORY_FILE
-    ]
+    assert (folder / "medgemma_trajectory_best.1.pt").read_bytes() == kept[folder / TRAJECTORY_FILE]
     assert read(folder / "trajectory" / "run.json")["seed"] == 5
     assert not list((folder / "trajectory").glob("*.log"))
 
@@ -241,7 +259,7 @@ def test_a_label_that_copies_the_last_sign_is_learned_in_stages_1_and_2(
     data = sign_file()
     words = ["--trajectory_only", "--trajectory_epochs", "6"]
     assert learn(tmp_path, data, "trajectory", *words) > 0.95
-    encoder = ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
+    encoder = ["--ode_checkpoint", str(tmp_path / "run" / TRAJECTORY_FILE)]
     assert learn(tmp_path, data, "classification", *encoder, *FAST_ADAPTER) > 0.95
 
 
@@ -260,10 +278,9 @@ def test_freeze_ode_keeps_the_encoder_as_it_began(
     words: list[str], dka_file: Path, tmp_path: Path
 ) -> None:
     folder = stage_1(tmp_path, dka_file, "run", *words)
-    saved = trainer.read_trajectory(folder / trainer.TRAJECTORY_FILE)["encoder"]
-    command = ["--trajectory_only", "--data_path", str(dka_file)]
-    args = trainer.resolve(trainer.build_parser().parse_args(command))
-    fresh = trainer.make_encoder(args, trainer.load_data(args)).state_dict()
+    saved = read_trajectory(folder / TRAJECTORY_FILE).encoder
+    args, data = load_data(["--trajectory_only", "--data_path", str(dka_file)])
+    fresh = trainer.make_encoder(args, data).state_dict()
     weights = [name for name in fresh if name.endswith(("weight", "bias"))]
     assert weights
     for name in weights:
@@ -280,10 +297,11 @@ def test_the_demo_runs_the_three_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer, "DEMO_FLAGS", "--max_samples 60 --trajectory_epochs 1 --epochs 1")
+    small = {"max_samples": 60, "trajectory_epochs": 1, "epochs": 1}
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **small})
     assert trainer.main(["--demo"]) == 0
     out = capsys.readouterr().out
     for stage in COMMANDS:
         assert (tmp_path / "checkpoints_medgemma_demo" / stage / "metrics.json").is_file()
-        assert f"\nstage {stage} -> " in out  # plain lines, no logger's name in front
+        assert f"\nstage {stage}, trainable" in out  # plain lines, no logger's name in front
     assert out.count("python medgemma_trainer.py") == 3

@@ -1,0 +1,209 @@
+"""What a finished run says: no patient unless asked, scikit-learn's figures, Platt's fit."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn import metrics
+
+import medgemma_trainer as trainer
+from conftest import sign_table
+from medgemma_clinical.evaluation.decision import youden_threshold
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def marked_table(rows: int) -> pd.DataFrame:
+    """A table whose ids, contexts and values can be found wherever they turn up."""
+    table = sign_table(rows, seed=3)
+    table["clinical_trajectory"] += " -> 7.41703 (49.31h)"
+    table.loc[7, "clinical_trajectory"] += " -> 987.654 (777.25h)"  # the extreme of all rows
+    table["subject_id"] = [f"MARKERID{i}" for i in range(rows)]
+    ages = np.random.default_rng(0).integers(20, 90, rows)
+    table["clinical_context"] = [f"{a}-year-old man, MARKERCONTEXT{i}" for i, a in enumerate(ages)]
+    return table
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Command and folder of a finished stage 1 on a marked table."""
+    place = tmp_path_factory.mktemp("marked")
+    marked_table(300).to_csv(place / "signs.csv", index=False)
+    words = ["--trajectory_only", "--data_path", str(place / "signs.csv")]
+    words += ["--trajectory_epochs", "2", "--output_dir", str(place / "run")]
+    assert trainer.main(words) == 0
+    return words, place / "run" / "trajectory"
+
+
+def test_no_file_of_a_run_holds_a_context_a_value_or_beside_predictions_an_id(
+    marked: tuple[list[str], Path],
+) -> None:
+    _, folder = marked
+    for path in folder.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert "MARKERCONTEXT" not in text
+        for value in ("7.41703", "987.6", "987.7", "777.2", "777.3"):
+            assert value not in text.replace(",", ""), "an extreme is one patient's value"
+        if not path.name.startswith("predictions_"):
+            assert "MARKERID" not in text, path.name
+        if path.name == "report.html":
+            assert str(folder.parent) not in text
+
+
+def test_the_page_says_what_was_asked_of_whom(marked: tuple[list[str], Path]) -> None:
+    _, folder = marked
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    for piece in (
+        "Will care have to be escalated?",
+        "age: 60 to 74",
+        "No weights of MedGemma",
+        "logistic regression with context",
+    ):
+        assert piece in text
+    mix = read(folder / "run.json")["data"]["case_mix"]
+    assert mix["rows"] == 240
+    assert 40 < mix["age_median"] < 70
+
+
+def test_the_threshold_is_validations_and_its_shares_are_scikit_learns(
+    marked: tuple[list[str], Path],
+) -> None:
+    _, folder = marked
+    found = read(folder / "metrics.json")
+    test, val = (pd.read_csv(folder / f"predictions_{part}.csv") for part in ("test", "val"))
+    threshold = youden_threshold(val["label"].to_numpy(), val["probability"].to_numpy())
+    assert found["threshold"] == threshold
+    alarm = (test["probability"] >= threshold).astype(int)
+    expected = {
+        "sensitivity": metrics.recall_score(test["label"], alarm),
+        "specificity": metrics.recall_score(test["label"], alarm, pos_label=0),
+        "ppv": metrics.precision_score(test["label"], alarm),
+        "npv": metrics.precision_score(test["label"], alarm, pos_label=0),
+    }
+    for name, value in expected.items():
+        assert found["test"][name]["value"] == pytest.approx(value, abs=1e-6)
+        assert found["test"][name]["low"] <= value <= found["test"][name]["high"]
+    assert {"calibration_slope", "brier_skill"} < set(found["validation"])
+
+
+def test_ten_patients_are_named_where_that_is_asked_for(marked: tuple[list[str], Path]) -> None:
+    words, folder = marked
+    place = folder.parent.parent / "named"
+    words = [*words, "--report_patients", "--log_file", "none", "--output_dir", str(place)]
+    assert trainer.main(words) == 0
+    text = (place / "trajectory" / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r"MARKERID\d+", text)) == 10
+    assert "MARKERCONTEXT" not in text
+
+
+def test_a_smaller_sample_is_said_in_log_and_flow(
+    dka_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--trajectory_only", "--data_path", str(dka_file), "--trajectory_epochs", "1"]
+    words += ["--output_dir", str(tmp_path), "--max_samples", "90"]
+    assert trainer.main(words) == 0
+    assert "90 of 160 patients drawn (--max_samples)" in capsys.readouterr().out
+    page = (tmp_path / "trajectory" / "report.html").read_text(encoding="utf-8")
+    row = page[page.index("--max_samples 90") :][:400]
+    assert ">70<" in row.replace(" ", "").replace("\n", "")
+    assert ">90<" in row.replace(" ", "").replace("\n", "")
+
+
+def run_calibrated(folder: Path, how: str, *flags: str) -> dict[str, Any]:
+    """Run a stage on risks that no two patients share; return its figures."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(300) % 3 == 0).astype(int)
+    last = 20 - 4 * labels + 4 * rng.normal(size=300)
+    series = [f"20 (0h) -> {value:.4f} (6h)" for value in last]
+    table = {"clinical_trajectory": series, "label_escalation": labels, "id": range(300)}
+    pd.DataFrame(table).to_csv(folder / "data.csv", index=False)
+    words = ["--data_path", str(folder / "data.csv"), "--calibrate", how, "--log_file", "none"]
+    words += ["--output_dir", str(folder / how), "--trajectory_epochs", "8", "--epochs", "1"]
+    assert trainer.main([*words, *flags]) == 0
+    stage = "trajectory" if "--trajectory_only" in flags else "classification"
+    figures: dict[str, Any] = read(folder / how / stage / "metrics.json")
+    return figures
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """Folder and figures of the same stage 1, as it is and recalibrated."""
+    place = tmp_path_factory.mktemp("calibrated")
+    return place, {
+        how: run_calibrated(place, how, "--trajectory_only") for how in ("none", "platt")
+    }
+
+
+def test_recalibration_changes_risks_and_not_the_order_of_patients(
+    calibrated: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    _, figures = calibrated
+    plain, mended = figures["none"], figures["platt"]
+    assert plain["calibration"] == {"method": "none"}
+    for part in ("validation", "test"):
+        before = mended["calibration"][f"{part} before"]
+        for name in ("auroc", "brier", "calibration_slope", "log_loss"):
+            assert before[name] == pytest.approx(plain[part][name])
+        assert mended[part]["auroc"] == plain[part]["auroc"]
+        for name in ("sensitivity", "specificity", "ppv", "alarms"):  # at thresholds of their own
+            assert before[name] == mended[part][name]
+    assert mended["validation"]["calibration_slope"]["value"] == pytest.approx(1, abs=1e-4)
+
+
+def test_the_fit_lies_with_the_weights_and_makes_the_predictions(
+    calibrated: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    place, figures = calibrated
+    known = figures["platt"]["calibration"]
+    config = torch.load(place / "platt" / TRAJECTORY_FILE, weights_only=True)["config"]
+    threshold = figures["platt"]["threshold"]
+    line = {"slope": known["slope"], "intercept": known["intercept"], "threshold": threshold}
+    assert config["decision"] == line
+    raw, new = (
+        pd.read_csv(place / how / "trajectory" / "predictions_test.csv")["probability"]
+        for how in ("none", "platt")
+    )
+    logit = known["intercept"] + known["slope"] * np.log(raw / (1 - raw))
+    np.testing.assert_allclose(new, 1 / (1 + np.exp(-logit)), atol=1e-6)
+
+
+def test_the_page_shows_recalibration_where_there_was_one(
+    calibrated: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    place, figures = calibrated
+    with_fit, without = (
+        (place / how / "trajectory" / "report.html").read_text() for how in ("platt", "none")
+    )
+    slopes = [figures[how]["test"]["calibration_slope"]["value"] for how in ("none", "platt")]
+    rows = with_fit[with_fit.index("Before and after") :]
+    assert rows.index(f"{slopes[0]:.3f}") < rows.index(f"{slopes[1]:.3f}")
+    assert "Before and after" not in without
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "classification"])
+def test_new_predictions_are_recalibrated_as_the_runs_own(
+    stage: str, calibrated: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path
+) -> None:
+    place, figures = calibrated
+    found = figures["platt"]
+    if stage == "classification":
+        encoder = ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE)]
+        found = run_calibrated(place, "platt", "--model_name", "tiny", *encoder)
+    out = tmp_path / "new.csv"
+    words = ["--predict", "--checkpoint", str(place / "platt" / stage)]
+    words += ["--predictions", str(out), "--data_path", str(place / "data.csv")]
+    assert trainer.main(words) == 0
+    saved = pd.read_csv(place / "platt" / stage / "predictions_test.csv", dtype={"id": str})
+    new = pd.read_csv(out, dtype={"id": str}).set_index("id").loc[saved["id"]]
+    np.testing.assert_allclose(new["probability"], saved["probability"], atol=1e-6)
+    alarm = (new["probability"] >= found["threshold"]).astype(int)
+    assert new["prediction"].tolist() == alarm.tolist()
+    assert 0 < alarm.sum() < len(alarm)
