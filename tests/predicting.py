@@ -1,0 +1,82 @@
+"""Predictions by the command line: files to score, and what the program says of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+
+STAGES = ("trajectory", "classification", "generative")
+SERIES = "clinical_trajectory"
+MARKER = "ZYXWMARKER"
+"""Stands in cells that no message may show."""
+
+
+def write_data(table: pd.DataFrame, path: Path, **description: Any) -> Path:
+    """Write a data file and the sample's description beside it, or one changed in some words."""
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False)
+    words = {**json.loads(SAMPLE.with_suffix(".json").read_text()), **description}
+    path.with_suffix(".json").write_text(json.dumps(words))
+    return path
+
+
+def command(checkpoint: Path, data: Path, out: Path, *more: str) -> list[str]:
+    """Return the command line that predicts a DKA file."""
+    words = ["--predict", "--checkpoint", str(checkpoint), "--data_path", str(data)]
+    return [*words, "--predictions", str(out), *more]
+
+
+def predicted(checkpoint: Path, data: Path, out: Path, *more: str) -> pd.DataFrame:
+    """Predict a DKA file and return what was written."""
+    assert trainer.main(command(checkpoint, data, out, *more)) == 0
+    return read_predictions(out)
+
+
+def read_predictions(out: Path) -> pd.DataFrame:
+    """Read a file of predictions, empty texts as such."""
+    kinds = {"id": str, "problem": str, "report": str}
+    return pd.read_csv(out, dtype=kinds).fillna({"problem": "", "report": ""})
+
+
+def refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], *expected: str, out: Path | None = None
+) -> bool:
+    """Expect code 2, one line, and nothing written; return whether it names all of ``expected``."""
+    capsys.readouterr()
+    assert trainer.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert out is None or not list(out.parent.glob(f"{out.stem}*"))
+    sys.stdout.write(error)  # shown where the test fails
+    return all(text in error for text in expected)
+
+
+def spoil(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[int, str]]:
+    """Return 30 rows of which some cannot be scored, and what must be said of each.
+
+    They have no labels: a report for each command would take most of a test's time.
+    """
+    bad = table.head(30).drop(columns="label_escalation")
+    cells = {
+        3: (SERIES, f"24 (0h) -> {MARKER} (2h)", f"column {SERIES}: piece 2 is not of the form"),
+        4: (SERIES, "", f"column {SERIES}: is empty"),
+        9: (SERIES, f"24 ({MARKER}h)", f"column {SERIES}: piece 1 is not of the form"),
+        10: (SERIES, "1e99 (0h)", f"column {SERIES}: holds a number that is too large"),
+        11: ("subject_id", "", "column subject_id: is empty"),
+        12: (SERIES, "24 (0h) -> 22 (900000h)", "two observations lie more than 720000 h apart"),
+        29: (SERIES, "24 (0h) ->", f"column {SERIES}: piece 2 is not of the form"),
+    }
+    for row, (column, content, _) in cells.items():
+        bad.loc[row, column] = content
+    bad["clinical_context"] = f"54-year-old {MARKER}"
+    return bad, {row: problem for row, (_, _, problem) in cells.items()}

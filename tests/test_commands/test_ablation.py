@@ -1,0 +1,261 @@
+"""What text and soft prompt add: which runs are made, by which flags, and how they are compared."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import medgemma_clinical.commands.several_runs as several_runs
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+from finished_runs import write_run
+from medgemma_clinical.commands.ablation import (
+    REFERENCE,
+    VARIANTS,
+    run_ablation,
+    variant_arguments,
+)
+from medgemma_clinical.files import InputError
+
+DATASET: Any = SimpleNamespace(outcome="Death")
+
+
+def arguments(folder: Path, **changes: Any) -> Namespace:
+    """The flags that ``--ablation`` looks at."""
+    flags: dict[str, Any] = {
+        "ablation": True,
+        "freeze_ode": False,
+        "max_len": 9,
+        "mode": "classification",
+        "ode_checkpoint": None,
+        "output_dir": folder,
+        "resume": False,
+        "seed": 0,
+        "series_text": "all",
+        "soft_prompt": "on",
+        "trajectory_only": False,
+    }
+    return Namespace(**{**flags, **changes})
+
+
+class FakeTraining:
+    """Writes finished runs in place of training, and counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.read: list[Namespace] = []
+        self.made: list[Namespace] = []
+
+    def read_data(self, args: Namespace) -> Any:
+        self.read.append(args)
+        return DATASET
+
+    def train(self, args: Namespace, dataset: Any) -> int:
+        assert dataset is DATASET
+        self.made.append(args)
+        write_run(several_runs.stage_folder(args), len(self.made))
+        return 0
+
+
+@pytest.fixture
+def unbegun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run was begun before."""
+    monkeypatch.setattr(several_runs, "run_progress", lambda args, dataset: "none")
+
+
+def test_each_variant_differs_by_its_own_switches_alone(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    made = {name: variant_arguments(name, args) for name in VARIANTS}
+    switches = {
+        name: (own.trajectory_only, own.soft_prompt, own.series_text, own.ode_checkpoint)
+        for name, own in made.items()
+    }
+    encoder = tmp_path / "medgemma_trajectory_best.pt"
+    assert switches == {
+        "stage 1 alone": (True, "on", "all", None),
+        "text alone": (False, "off", "all", None),
+        "soft prompt alone": (False, "on", "none", encoder),
+        "text + soft prompt": (False, "on", "all", encoder),
+    }
+    assert all((own.max_len, own.ablation, own.seed) == (9, False, 0) for own in made.values())
+    folders = [several_runs.stage_folder(own).relative_to(tmp_path) for own in made.values()]
+    assert [folder.as_posix() for folder in folders] == [
+        "trajectory",
+        "ablation/text_alone/classification",
+        "ablation/soft_prompt_alone/classification",
+        "ablation/text_soft_prompt/classification",
+    ]
+    assert vars(args) == vars(arguments(tmp_path)), "the command's own arguments stay"
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_every_variant_stands_beside_stage_1_and_the_baselines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = FakeTraining()
+    with caplog.at_level(logging.INFO):
+        assert run_ablation(arguments(tmp_path), set(), fake.read_data, fake.train) == 0
+    assert (len(fake.read), len(fake.made)) == (1, 4)
+    results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    assert list(results) == [*VARIANTS, "last value"]
+    table = pd.read_csv(tmp_path / "ablation" / "predictions_test.csv", dtype={"id": str})
+    assert list(table) == ["id", "patient", "label", *VARIANTS, "last value"]
+    reference = roc_auc_score(table["label"], table[REFERENCE])
+    for name, own in zip(VARIANTS, fake.made, strict=True):
+        folder = several_runs.stage_folder(own)
+        predictions = pd.read_csv(folder / "predictions_test.csv")
+        auroc = roc_auc_score(predictions["label"], predictions["probability"])
+        assert results[name]["auroc"]["value"] == pytest.approx(auroc)
+        difference = results[name]["minus_reference"]["auroc"]
+        assert difference["value"] == pytest.approx(auroc - reference)
+        assert results[name]["seconds_an_epoch"] == 1.0  # the median of 0, 1 and 2
+        assert f"{name}: test AUROC " in caplog.text
+    page = (tmp_path / "ablation" / "ablation.html").read_text()
+    assert "What text and soft prompt add: Death" in page
+    assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_variants_are_left_and_stopped_ones_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def progress(args: Namespace, _: Any) -> str:
+        if args.soft_prompt == "off":
+            return "part"
+        return "all" if several_runs.stage_folder(args).exists() else "none"
+
+    monkeypatch.setattr(several_runs, "run_progress", progress)
+    fake = FakeTraining()
+    write_run(tmp_path / "trajectory")
+    with caplog.at_level(logging.INFO):
+        assert run_ablation(arguments(tmp_path), set(), fake.read_data, fake.train) == 0
+    assert [own.resume for own in fake.made] == [True, False, False]
+    assert "stage 1 alone: already there" in caplog.text
+    assert "text alone: continued" in caplog.text
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_a_variant_that_fails_ends_the_command_with_its_code(tmp_path: Path) -> None:
+    fake = FakeTraining()
+
+    def fails(args: Namespace, dataset: Any) -> int:
+        return 143 if args.soft_prompt == "off" else fake.train(args, dataset)
+
+    assert run_ablation(arguments(tmp_path), set(), fake.read_data, fails) == 143
+    assert len(fake.made) == 1
+    assert not (tmp_path / "ablation" / "ablation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "changes", "problem"),
+    [
+        ("--mode", {}, "--ablation and --mode do not go together"),
+        ("--soft_prompt", {}, "--ablation and --soft_prompt do not go together"),
+        ("--freeze_ode", {}, "--ablation and --freeze_ode do not go together"),
+        ("--ode_checkpoint", {}, "--ablation and --ode_checkpoint do not go together"),
+        ("--trajectory_only", {}, "--ablation and --trajectory_only do not go together"),
+        ("--series_text", {"series_text": "none"}, "leaves no text to compare with"),
+    ],
+)
+def test_flags_that_the_variants_set_are_refused(
+    given: str, changes: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    fake = FakeTraining()
+    with pytest.raises(InputError, match=problem):
+        run_ablation(
+            arguments(tmp_path, **changes), {"--ablation", given}, fake.read_data, fake.train
+        )
+    assert not fake.read
+
+
+# --------------------------------------------------------------------------- by the command line
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Run the ablation once on the first sample stays; return its flags and output folder."""
+    folder = tmp_path_factory.mktemp("ablation")
+    data = folder / "data.csv"
+    pd.read_csv(SAMPLE, nrows=100).to_csv(data, index=False)
+    words = ["--ablation", "--data_path", str(data), "--model_name", "tiny", "--epochs", "1"]
+    words += ["--trajectory_epochs", "2", "--output_dir", str(folder / "run")]
+    # Flags of stages 2 and 3 alone do not stop the variant of stage 1.
+    words += ["--gradient_accumulation", "2", "--max_text_tokens", "400", "--log_file", "none"]
+    assert trainer.main(words) == 0
+    return words, folder / "run"
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((folder / "ablation" / "ablation.json").read_text())
+    return results
+
+
+def test_the_variants_are_trained_and_their_baselines_compared(
+    ablation: tuple[list[str], Path],
+) -> None:
+    _, folder = ablation
+    results = read_results(folder)
+    assert list(results)[:4] == list(VARIANTS)
+    assert {"logistic regression", "number of observations"} < set(results)
+    for own in (variant_arguments(name, arguments(folder)) for name in VARIANTS):
+        place = several_runs.stage_folder(own)
+        flags = json.loads((place / "run.json").read_text())["arguments"]
+        assert flags["trajectory_only"] == own.trajectory_only
+        assert (flags["soft_prompt"], flags["series_text"]) == (own.soft_prompt, own.series_text)
+        assert bool(flags["ode_checkpoint"]) == bool(own.ode_checkpoint)
+
+
+def test_the_ablation_makes_what_is_missing_and_no_more(
+    ablation: tuple[list[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words, folder = ablation
+    before, made, run_stage = read_results(folder), [], trainer.run_stage
+
+    def counted(stage: Any, *rest: Any) -> Any:
+        made.append(stage.name)
+        return run_stage(stage, *rest)
+
+    monkeypatch.setattr(trainer, "run_stage", counted)
+    assert trainer.main(words) == 0
+    shown = capsys.readouterr().out
+    assert made == []
+    assert read_results(folder) == before
+    assert shown.count("already there") == 4
+    assert len([line for line in shown.splitlines() if line.strip()]) < 20, "one screen"
+    (folder / "ablation" / "soft_prompt_alone" / "classification" / "metrics.json").unlink()
+    assert trainer.main(words) == 0
+    assert made == ["classification"]
+    after = read_results(folder)
+    for result in (before, after):
+        del result["soft prompt alone"]["seconds_an_epoch"]
+    assert after == before
+
+
+def test_other_flags_data_or_another_stage_1_make_a_variant_anew(
+    ablation: tuple[list[str], Path],
+) -> None:
+    words, _ = ablation
+    args = trainer.complete(trainer.build_parser().parse_args(words))
+    own = variant_arguments("soft prompt alone", args)
+    dataset = trainer.read_dataset(own)
+    assert several_runs.run_progress(own, dataset) == "all"
+    other = Namespace(**{**vars(own), "head_lr": 1e-2})
+    assert several_runs.run_progress(other, dataset) == "none"
+    fewer = dataset.subset(np.arange(len(dataset) - 1))
+    assert several_runs.run_progress(own, fewer) == "none"
+    content = own.ode_checkpoint.read_bytes()
+    try:
+        own.ode_checkpoint.write_bytes(content + b" ")
+        assert several_runs.run_progress(own, dataset) == "none"
+    finally:
+        own.ode_checkpoint.write_bytes(content)
+    assert several_runs.run_progress(own, dataset) == "all"

@@ -1,0 +1,103 @@
+"""Finished runs side by side: only those that were tested on the same patients."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from finished_runs import write_run
+from medgemma_clinical.commands.compare import join_predictions, read_predictions, run_compare
+from medgemma_clinical.files import InputError
+
+
+def test_predictions_are_read_with_ids_and_patients_as_text(tmp_path: Path) -> None:
+    table = read_predictions("model", write_run(tmp_path / "run"))
+    assert list(table) == ["id", "patient", "label", "model", "last value"]
+    assert table["id"].tolist()[:2] == ["000", "001"]
+    assert table["patient"].tolist()[:3] == ["NA", "NA", "p1"]
+
+
+def test_joined_runs_keep_the_baselines_of_the_first(tmp_path: Path) -> None:
+    folders = {name: write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))}
+    joined = join_predictions(folders)
+    assert list(joined) == ["id", "patient", "label", "a", "b", "last value"]
+    first = pd.read_csv(folders["a"] / "predictions_test.csv")
+    assert joined["last value"].tolist() == first["last value"].tolist()
+    assert joined["b"].tolist() != joined["a"].tolist()
+
+
+def test_the_table_shows_each_run_and_its_difference_to_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
+    with caplog.at_level(logging.INFO):
+        assert run_compare(runs, seed=0) == 0
+    assert f"minus {runs[0]}" in caplog.text
+    for run in runs:
+        table = pd.read_csv(run / "predictions_test.csv")
+        score = roc_auc_score(table["label"], table["probability"])
+        (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith(str(run))]
+        assert f"{score:.3f} [" in row
+    assert "last value" in caplog.text
+    assert "60 rows, 20 events" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda table: table.assign(id=table["id"] + "x"), "different patients"),
+        (lambda table: table.assign(label=1 - table["label"]), "other labels"),
+        (lambda table: table.iloc[1:], "different patients"),
+        (lambda table: table.drop(columns="patient"), "no column patient"),
+        (lambda table: table.drop(columns="probability"), "no column probability"),
+        (None, "no predictions_test.csv"),
+    ],
+    ids=["other ids", "other labels", "fewer rows", "no patient", "no probability", "no file"],
+)
+def test_runs_that_were_not_tested_alike_are_refused(
+    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame] | None, problem: str
+) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    path = runs[1] / "predictions_test.csv"
+    table = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+    if change is None:
+        path.unlink()
+    else:
+        change(table).to_csv(path, index=False)
+    with pytest.raises(InputError, match=problem):
+        run_compare(runs, seed=0)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b")]
+    (runs[1] / "predictions_test.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a table of predictions"):
+        run_compare(runs, seed=0)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_known_by_number_are_compared_on_the_same_data_only(
+    tmp_path: Path, named: bool
+) -> None:
+    data = {"named": named}
+    one = write_run(tmp_path / "a", data=data)
+    same = write_run(tmp_path / "b", data=data)
+    other = write_run(tmp_path / "c", data={**data, "rows_sha256": "other"})
+    assert run_compare([one, same], seed=0) == 0
+    if named:
+        assert run_compare([one, other], seed=0) == 0
+    else:
+        with pytest.raises(InputError, match="their data name no patients"):
+            run_compare([one, other], seed=0)
+
+
+def test_two_different_folders_are_needed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    for runs in ([run], [run, tmp_path / "x" / ".." / "a"]):
+        with pytest.raises(InputError, match="two different folders"):
+            run_compare(runs, seed=0)

@@ -1,0 +1,292 @@
+"""The same command with several seeds: each with its own split and stage 1, pooled at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import medgemma_clinical.commands.several_runs as several_runs
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+from finished_runs import write_run
+from medgemma_clinical.commands.seeds import run_seeds, seed_arguments
+from medgemma_clinical.files import InputError
+
+DATASET: Any = SimpleNamespace(outcome="Death")
+
+
+def arguments(folder: Path, **changes: Any) -> Namespace:
+    """The flags that ``--seeds`` looks at."""
+    flags: dict[str, Any] = {
+        "ablation": False,
+        "data_dir": None,
+        "data_path": Path("data.csv"),
+        "mode": "classification",
+        "ode_checkpoint": None,
+        "output_dir": folder,
+        "seed": 3,
+        "seeds": 2,
+        "trajectory_only": True,
+    }
+    return Namespace(**{**flags, **changes})
+
+
+def no_ablation(*_: Any) -> int:
+    raise AssertionError("no ablation was asked for")
+
+
+@pytest.fixture
+def unbegun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run was begun before."""
+    monkeypatch.setattr(several_runs, "run_progress", lambda args, dataset: "none")
+
+
+def fake_train(made: list[Namespace], **changes: Any) -> Callable[[Namespace, Any], int]:
+    """Return a training that writes a finished run and takes down its arguments."""
+
+    def train(args: Namespace, dataset: Any) -> int:
+        assert dataset is DATASET
+        made.append(args)
+        logging.getLogger("medgemma_trainer").info("a line of the run itself")
+        write_run(several_runs.stage_folder(args), args.seed, **changes)
+        return 0
+
+    return train
+
+
+def test_every_seed_has_its_folder_its_number_and_its_stage_1() -> None:
+    place = Path("s1/seed_{seed}/x.pt")
+    args = arguments(Path("out"), ode_checkpoint=place, log_file="run_{seed}.log", epochs=4)
+    own = seed_arguments(7, args)
+    assert (own.seed, own.seeds, own.output_dir) == (7, None, Path("out/seed_7"))
+    assert own.ode_checkpoint == Path("s1/seed_7/x.pt")
+    assert (own.log_file, own.epochs, own.data_path) == ("run_7.log", 4, Path("data.csv"))
+    assert args.ode_checkpoint == place, "the command's own arguments stay"
+
+
+def test_one_stage_1_for_all_splits_is_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, trajectory_only=False, ode_checkpoint=Path("stage1.pt"))
+    with pytest.raises(InputError, match=r"write \{seed\}"):
+        run_seeds(args, set(), lambda _: DATASET, fake_train([]), no_ablation)
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Namespace] = []
+    with caplog.at_level(logging.INFO):
+        code = run_seeds(
+            arguments(tmp_path), set(), lambda _: DATASET, fake_train(made), no_ablation
+        )
+    assert code == 0
+    assert [(args.seed, args.seeds) for args in made] == [(3, None), (4, None)]
+    folders = [tmp_path / f"seed_{seed}" / "trajectory" for seed in (3, 4)]
+    tables = [pd.read_csv(folder / "predictions_test.csv") for folder in folders]
+    scores = [roc_auc_score(table["label"], table["probability"]) for table in tables]
+    pooled = json.loads((tmp_path / "seeds_trajectory.json").read_text())["trajectory"]["auroc"]
+    assert pooled["value"] == pytest.approx(np.mean(scores))
+    assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
+    figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+    best = 3 + int(np.argmax([each["validation"]["auroc"]["value"] for each in figures]))
+    page = (tmp_path / "seeds_trajectory.html").read_text()
+    for text in (page, caplog.text):
+        assert f"Best by validation: seed {best} " in text
+    assert "Stage 1, trajectory alone, seeds 3 to 4: Death" in page
+    assert f"standard deviation over splits {pooled['sd']:.3f}" in page
+    assert (tmp_path / "seeds_trajectory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_the_console_gets_a_line_a_run_and_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medgemma_clinical.commands.command_line import start_logging
+
+    handlers = logging.root.handlers[:]
+    try:
+        start_logging()
+        run_seeds(arguments(tmp_path), set(), lambda _: DATASET, fake_train([]), no_ablation)
+    finally:
+        logging.root.handlers[:] = handlers
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert not any("a line of the run itself" in line for line in lines)
+    assert [line.split(":")[0] for line in lines[:2]] == ["seed 3", "seed 4"]
+    assert "test AUROC 0." in lines[0]
+    assert len(lines) <= 9, lines
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_the_data_are_read_once_unless_each_seed_has_its_own(tmp_path: Path) -> None:
+    for path, expected in (("data.csv", ["data.csv"]), ("d_{seed}.csv", ["d_3.csv", "d_4.csv"])):
+        read: list[str] = []
+
+        def keep(args: Namespace, read: list[str] = read) -> Any:
+            read.append(args.data_path.name)
+            return DATASET
+
+        args = arguments(tmp_path / path, data_path=Path(path))
+        assert run_seeds(args, set(), keep, fake_train([]), no_ablation) == 0
+        assert read == expected
+
+
+def test_finished_runs_are_left_and_stopped_ones_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made: list[Namespace] = []
+    args = arguments(tmp_path, seeds=3, resume=True)
+    write_run(tmp_path / "seed_3" / "trajectory", 3)
+    known = {3: "all", 4: "part", 5: "none"}
+    monkeypatch.setattr(several_runs, "run_progress", lambda own, _: known[own.seed])
+    with caplog.at_level(logging.INFO):
+        run_seeds(args, set(), lambda _: DATASET, fake_train(made), no_ablation)
+    assert [(own.seed, own.resume) for own in made] == [(4, True), (5, False)]
+    assert caplog.text.count("already there") == 1
+    assert "seed 4: continued" in caplog.text
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_a_run_that_fails_ends_the_command_with_its_code_and_its_name(tmp_path: Path) -> None:
+    def fails(args: Namespace, dataset: Any) -> int:
+        return 7 if args.seed == 4 else fake_train([])(args, dataset)
+
+    args = arguments(tmp_path, seeds=3)
+    assert run_seeds(args, set(), lambda _: DATASET, fails, no_ablation) == 7
+    assert not (tmp_path / "seed_5").exists()
+    assert not (tmp_path / "seeds_trajectory.json").exists()
+
+    def refuses(args: Namespace, dataset: Any) -> int:
+        raise InputError("the test part has no event", "cell")
+
+    with pytest.raises(InputError, match=r"^seed 3: the test part has no event$") as refused:
+        run_seeds(args, set(), lambda _: DATASET, refuses, no_ablation)
+    assert refused.value.value == "cell"
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_an_earlier_result_that_differs_is_moved_aside(tmp_path: Path) -> None:
+    run_seeds(arguments(tmp_path), set(), lambda _: DATASET, fake_train([]), no_ablation)
+    before = (tmp_path / "seeds_trajectory.json").read_bytes()
+    args = arguments(tmp_path, seed=5)
+    run_seeds(args, set(), lambda _: DATASET, fake_train([]), no_ablation)
+    assert (tmp_path / "seeds_trajectory.1.json").read_bytes() == before
+    assert (tmp_path / "seeds_trajectory.1.html").exists()
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_baselines_that_some_split_lacks_are_not_pooled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(args: Namespace, dataset: Any) -> int:
+        name = "with context" if args.seed == 4 else "last value"
+        return fake_train([], baseline=name)(args, dataset)
+
+    with caplog.at_level(logging.INFO):
+        run_seeds(arguments(tmp_path), set(), lambda _: DATASET, train, no_ablation)
+    assert "not in every split, so not pooled: last value, with context" in caplog.text
+    assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == ["trajectory"]
+
+
+def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(tmp_path: Path) -> None:
+    read: list[Namespace] = []
+    seen: list[tuple[int, bool]] = []
+
+    def keep(args: Namespace) -> Any:
+        read.append(args)
+        return DATASET
+
+    def ablation(args: Namespace, given: set[str], own_read: Any, train: Any) -> int:
+        assert own_read(args) is DATASET
+        assert given == {"--ablation", "--seeds"}
+        seen.append((args.seed, args.ablation))
+        folder = write_run(args.output_dir / "ablation", args.seed)
+        table = pd.read_csv(folder / "predictions_test.csv")
+        table["text alone"] = 1 - table["probability"]
+        table = table.rename(columns={"probability": "stage 1 alone"})
+        table.to_csv(folder / "predictions_test.csv", index=False)
+        return 0
+
+    args = arguments(tmp_path, ablation=True)
+    assert run_seeds(args, {"--ablation", "--seeds"}, keep, fake_train([]), ablation) == 0
+    assert (len(read), seen) == (1, [(3, True), (4, True)])
+    results = json.loads((tmp_path / "seeds_ablation.json").read_text())
+    assert set(results) == {"last value", "stage 1 alone", "text alone"}
+    gain = results["text alone"]["minus_reference"]["auroc"]
+    assert gain["low"] <= gain["value"] <= gain["high"]
+    page = (tmp_path / "seeds_ablation.html").read_text()
+    assert "What text and soft prompt add, seeds 3 to 4: Death" in page
+
+
+# --------------------------------------------------------------------------- by the command line
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """Run two seeds of stage 1 on one given split; return the flags and the output folder."""
+    folder = tmp_path_factory.mktemp("seeds")
+    table = pd.read_csv(SAMPLE, nrows=100)
+    table["split"] = (["train"] * 6 + ["val", "test"] * 2) * 10
+    table.to_csv(folder / "data.csv", index=False)
+    words = ["--trajectory_only", "--data_path", str(folder / "data.csv"), "--log_file", "none"]
+    words += ["--trajectory_epochs", "2", "--seed", "3", "--seeds=2"]
+    words += ["--output_dir", str(folder / "out")]
+    assert trainer.main(words) == 0
+    return words, folder / "out"
+
+
+def test_the_command_line_runs_each_seed_once(
+    seeds: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, folder = seeds
+    places = [folder / f"seed_{seed}" / "trajectory" for seed in (3, 4)]
+    run = [json.loads((place / "run.json").read_text())["arguments"] for place in places]
+    assert [flags["seed"] for flags in run] == [3, 4]
+    before = [(place / "predictions_test.csv").stat().st_mtime_ns for place in places]
+    assert trainer.main(words) == 0
+    assert capsys.readouterr().out.count("already there") == 2
+    assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
+    pooled = json.loads((folder / "seeds_trajectory.json").read_text())
+    assert {"trajectory", "logistic regression"} < set(pooled)
+
+
+def test_runs_of_the_same_split_are_compared_by_the_command_line(
+    seeds: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [str(seeds[1] / f"seed_{seed}" / "trajectory") for seed in (3, 4)]
+    capsys.readouterr()
+    assert trainer.main(["--compare", *places]) == 0
+    shown = capsys.readouterr().out
+    for place in places:
+        test = json.loads((Path(place) / "metrics.json").read_text())["test"]
+        (row,) = [line for line in shown.splitlines() if line.strip().startswith(place)]
+        assert f"{test['auroc']['value']:.3f} [" in row
+    assert "20 rows" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--seeds", "2", "--demo"], "--demo and --seeds"),
+        (["--seeds", "2", "--dry_run"], "--dry_run and --seeds"),
+        (["--predict", "--seeds", "2"], "--predict and --seeds"),
+        (["--predict", "--ablation"], "--predict and --ablation"),
+        (["--ablation", "--seeds", "2", "--demo"], "--demo and --ablation and --seeds"),
+        (["--compare", "a", "b", "--output_dir", "c"], "no use for --output_dir"),
+        (["--seeds", "2", "--ode_checkpoint", "stage1.pt"], "{seed}"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main(words) == 2
+    assert problem in capsys.readouterr().err
