@@ -1,18 +1,23 @@
 """Hand-written MIMIC-IV folders for tests and benchmark: admissions by hours, any form of file.
 
-No real patient. Hours count from the first of January 2150; every table has the columns of
-MIMIC-IV 3.1, those that nobody reads as well.
+No real patient. Hours count from the first of January 2150; every table has all columns of
+MIMIC-IV 3.1, also those that are never read.
 """
 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.data.mimic.extraction import OUTCOMES, Extraction, extract
+
+DEMO = Path(__file__).parent / "data" / "mimic_iv_demo"
 EPOCH = pd.Timestamp("2150-01-01")
 GAP, BICARBONATE, CHLORIDE, CREATININE, GLUCOSE, PH, SODIUM = (
     *(50868, 50882, 50902, 50912, 50931, 50820),
@@ -86,7 +91,7 @@ class Mini:
         code: str = "E1010",
         version: int = 10,
     ) -> Mini:
-        """Add an admission, and its patient where he is new; a patient is the admission's own."""
+        """Add an admission, and its patient where new; each has its own unless given."""
         subject = 10_000 + hadm if subject is None else subject
         if subject not in [row["subject_id"] for row in self.rows["hosp/patients"]]:
             patient = {
@@ -145,6 +150,15 @@ class Mini:
             self.lab(hadm, hour, value)
         return self
 
+    def settling(self, hadm: int) -> Mini:
+        """Add two open gaps within the window of 12 h and a closed one after it: no event."""
+        return self.gaps(hadm, (1, 20), (4, 18), (40, 9))
+
+    def trio(self, hadm: int, hour: float, sodium: float, **words: Any) -> Mini:
+        """Add sodium, chloride 100 and bicarbonate 20, drawn together."""
+        self.lab(hadm, hour, sodium, SODIUM, **words).lab(hadm, hour, 100, CHLORIDE, **words)
+        return self.lab(hadm, hour, 20, BICARBONATE, **words)
+
     def icu(self, hadm: int, start: float, end: float | None) -> Mini:
         """Add a stay in intensive care."""
         subject = next(
@@ -157,7 +171,7 @@ class Mini:
         return self
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        """Give the tables, cells as text."""
+        """Return the tables, cells as text."""
         made = {name: pd.DataFrame(rows).astype(str) for name, rows in self.rows.items()}
         if made["icu/icustays"].empty:  # a hospital has an intensive care unit
             other = {"subject_id": "1", "hadm_id": "1", "stay_id": "1", "first_careunit": "TSICU"}
@@ -206,5 +220,54 @@ def write_tables(folder: Path, tables: dict[str, pd.DataFrame], form: str = ".cs
 
 
 def shuffled(table: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Give the same rows in another order."""
+    """Return the same rows in another order."""
     return table.iloc[np.random.default_rng(seed).permutation(len(table))]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """The rows of an extraction, by admission, and their description."""
+
+    rows: pd.DataFrame
+    description: dict[str, Any]
+
+    @property
+    def csv(self) -> str:
+        return self.rows.to_csv()
+
+    def removed(self) -> dict[str, int]:
+        return {r["rule"]: r["removed"] for r in self.description["flow"] if r["removed"]}
+
+    def series(self, hadm: int) -> str:
+        return str(self.rows.loc[hadm, "clinical_trajectory"])
+
+    def context(self, hadm: int) -> str:
+        return str(self.rows.loc[hadm, "clinical_context"])
+
+    def labels(self, hadm: int) -> list[int | None]:
+        """Return death, icu and unresolved, None where unknown."""
+        cells: list[Any] = [self.rows.loc[hadm, f"label_{name}"] for name in OUTCOMES]
+        return [None if pd.isna(cell) else int(cell) for cell in cells]
+
+    def inputs(self) -> dict[int, tuple[str, str]]:
+        return {hadm: (self.series(hadm), self.context(hadm)) for hadm in self.rows.index}
+
+
+def extracted(
+    folder: Path, outcome: Iterable[str] = tuple(OUTCOMES), processes: int = 1, **request: Any
+) -> Extracted:
+    """Extract all adults of a folder, unless another cohort is requested."""
+    wanted = {"cohort": "all", "out": folder / "unused.csv", **request}
+    rows, description = extract(Extraction(folder, outcome=tuple(outcome), **wanted), processes)
+    return Extracted(rows.set_index("hadm_id"), description)
+
+
+def with_storing_times(tables: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFrame]:
+    """Return the demo with storing times, most soon after, some hours after."""
+    labs = tables["hosp/labevents"].copy()
+    rng = np.random.default_rng(seed)
+    chart = pd.to_datetime(labs["charttime"])
+    delay = rng.exponential(1.5, len(labs)) * np.where(rng.random(len(labs)) < 0.1, 8, 1)
+    stored = (chart + pd.to_timedelta(delay, unit="h")).dt.floor("s")
+    labs["storetime"] = stored.astype(str)
+    return {**tables, "hosp/labevents": labs}

@@ -1,0 +1,214 @@
+"""The demo of MIMIC-IV: counted by another, slow reading; the same rows from any form of file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from medgemma_clinical.data.mimic import reading, tables
+from medgemma_clinical.data.mimic.extraction import OUTCOMES
+from mimic_files import (
+    BICARBONATE,
+    CHLORIDE,
+    DEMO,
+    GAP,
+    SODIUM,
+    extracted,
+    read_tables,
+    shuffled,
+    with_storing_times,
+    write_tables,
+)
+
+POTASSIUM = 50971
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict[str, pd.DataFrame]:
+    return read_tables(DEMO)
+
+
+class Slow:
+    """The rules again, admission by admission and value by value, on tables of text."""
+
+    def __init__(self, demo: dict[str, pd.DataFrame]) -> None:
+        self.admissions: list[Any] = demo["hosp/admissions"].to_dict("records")
+        self.patients = demo["hosp/patients"].set_index("subject_id").to_dict("index")
+        self.icu = demo["icu/icustays"].to_dict("records")
+        labs = demo["hosp/labevents"]
+        self.labs = labs[labs["itemid"] == str(GAP)].to_dict("records")
+
+    @staticmethod
+    def span(admission: dict[str, str]) -> tuple[pd.Timestamp, pd.Timestamp]:
+        end = admission["deathtime"] or admission["dischtime"]
+        if admission["dischtime"] and end[:10] > admission["dischtime"][:10]:
+            end = admission["dischtime"]
+        return pd.Timestamp(admission["admittime"]), pd.Timestamp(end)
+
+    def values(self, admission: dict[str, str]) -> list[tuple[pd.Timestamp, float]]:
+        start, end = self.span(admission)
+        subject = admission["subject_id"]
+        others = [a for a in self.admissions if a["subject_id"] == subject]
+        found = []
+        for lab in (each for each in self.labs if each["subject_id"] == subject):
+            at = pd.Timestamp(lab["charttime"])
+            if lab["hadm_id"] == "":
+                holding = [a for a in others if self.span(a)[0] <= at <= self.span(a)[1]]
+                mine = holding == [admission]
+            else:
+                mine = lab["hadm_id"] == admission["hadm_id"]
+                mine = mine and start - pd.Timedelta("24h") <= at <= end
+            if mine:
+                found.append((at, float(lab["valuenum"])))
+        return sorted(found)
+
+    def judge(self, admission: dict[str, str], window: float, horizon: float) -> Any:
+        """Return why it is left out, or death, icu, unresolved."""
+        start, end = self.span(admission)
+        patient = self.patients[admission["subject_id"]]
+        if int(patient["anchor_age"]) + start.year - int(patient["anchor_year"]) < 18:
+            return "under 18"
+        values = self.values(admission)
+        if not values:
+            return "no value"
+        time = values[0][0] + pd.Timedelta(window, "h")
+        until = time + pd.Timedelta(horizon, "h")
+        if end <= time:
+            return "died" if admission["deathtime"] else "discharged by"
+        if sum(at <= time for at, _ in values) < 2:
+            return "fewer"
+        died = admission["deathtime"] != "" and end <= until
+        stays = [s for s in self.icu if s["hadm_id"] == admission["hadm_id"]]
+        begun = [pd.Timestamp(s["intime"]) for s in stays]
+        left = [pd.Timestamp(s["outtime"]) for s in stays]
+        there = any(a <= time < b for a, b in zip(begun, left, strict=True))
+        icu = None if there else int(any(time < a <= until for a in begun))
+        return int(died), icu, self.unresolved(values, time, until, end, died=died)
+
+    @staticmethod
+    def unresolved(
+        values: list[tuple[pd.Timestamp, float]],
+        time: pd.Timestamp,
+        until: pd.Timestamp,
+        end: pd.Timestamp,
+        *,
+        died: bool,
+    ) -> int | None:
+        """Walk through the values as a nurse does: is the gap closed now, was it ever?"""
+        lowest: dict[pd.Timestamp, float] = {}
+        for at, value in values:
+            lowest[at] = min(value, lowest.get(at, value))
+        ever = reopened = seen = False
+        for at, value in sorted(lowest.items()):
+            if at > until:
+                break
+            if at > time:
+                reopened |= ever and value > 12
+                seen = True
+                ever |= value <= 12
+            else:
+                ever = value <= 12
+        if ever:
+            return int(reopened)
+        return 1 if died or (seen and end >= until) else None
+
+
+@pytest.mark.parametrize(("window", "horizon"), [(12.0, 72.0), (30.0, 24.0)])
+def test_the_demo_is_counted_as_a_slow_independent_reading_counts_it(
+    window: float, horizon: float, demo: dict[str, pd.DataFrame]
+) -> None:
+    slow = Slow(demo)
+    truth = {int(row["hadm_id"]): slow.judge(row, window, horizon) for row in slow.admissions}
+    result = extracted(DEMO, ["death"], window_hours=window, horizon_hours=horizon)
+    kept = {hadm: parts for hadm, parts in truth.items() if isinstance(parts, tuple)}
+    assert {hadm: tuple(result.labels(hadm)) for hadm in result.rows.index} == kept
+    reasons = pd.Series([r for r in truth.values() if isinstance(r, str)]).value_counts()
+    assert sorted(result.removed().values()) == sorted(reasons)
+    for rule, removed in result.removed().items():
+        assert removed == next(n for reason, n in reasons.items() if str(reason) in rule)
+    assert {parts[1] for parts in kept.values()} == {None, 0, 1}
+    assert {parts[2] for parts in kept.values()} == {None, 0, 1}
+
+
+def test_the_demos_rows_of_escalation_are_those_whose_outcome_is_known() -> None:
+    result, every = extracted(DEMO), extracted(DEMO, ["death"])
+    parts = every.rows[[f"label_{name}" for name in OUTCOMES]]
+    event = (parts == 1).any(axis=1)
+    known = event | parts["label_unresolved"].notna()
+    assert result.rows.index.tolist() == every.rows.index[known].tolist()
+    assert result.rows["label_escalation"].tolist() == event[known].tolist()
+    events = result.rows["label_escalation"].sum()
+    assert (len(every.rows), len(result.rows), events) == (87, 77, 64)
+
+
+def test_the_demos_coded_admissions(demo: dict[str, pd.DataFrame]) -> None:
+    """Four are coded: too few to train on, but the rows are there."""
+    code = demo["hosp/diagnoses_icd"]["icd_code"]
+    coded = demo["hosp/diagnoses_icd"][code.str.match("2501|E(08|09|10|11|13)1")]["hadm_id"]
+    result = extracted(DEMO, ["death"], cohort="dka")
+    flow = result.description["flow"]
+    assert set(result.rows.index) <= set(coded.astype(int))
+    assert flow[1]["left"] == coded.nunique() == 4
+    assert len(result.rows) == 4 - sum(rule["removed"] for rule in flow[2:])
+
+
+def test_the_demos_own_gap_mostly_includes_potassium(demo: dict[str, pd.DataFrame]) -> None:
+    """As the definition of the reported gap says."""
+    labs = demo["hosp/labevents"].astype({"itemid": int, "valuenum": float})
+    drawn = labs.pivot_table("valuenum", ["subject_id", "charttime"], "itemid", "first")
+    drawn = drawn[[GAP, SODIUM, CHLORIDE, BICARBONATE, POTASSIUM]].dropna()
+    without = drawn[SODIUM] - drawn[CHLORIDE] - drawn[BICARBONATE]
+    with_potassium = (drawn[GAP] - without - drawn[POTASSIUM]).abs() <= 1
+    assert len(drawn) == 2851
+    assert with_potassium.mean() == pytest.approx(0.81, abs=5e-3)
+    assert ((drawn[GAP] - without).abs() <= 0.5).mean() == pytest.approx(0.19, abs=5e-3)
+
+
+# --------------------------------------------------------------------------- same rows
+
+
+def test_csv_gzip_parquet_and_any_order_of_rows_give_the_same(
+    demo: dict[str, pd.DataFrame], tmp_path: Path
+) -> None:
+    pytest.importorskip("pyarrow")
+    stored = with_storing_times(demo, 0)
+    forms = {".csv": "csv", ".csv.gz": "gz", ".parquet": "parquet"}
+    folders = [write_tables(tmp_path / name, stored, form) for form, name in forms.items()]
+    mixed = {name: shuffled(table, 1) for name, table in stored.items()}
+    folders.append(write_tables(tmp_path / "mixed", mixed))
+    first, *others = (extracted(folder, compute_gap="missing") for folder in folders)
+    assert len(first.rows) > 50
+    for other in others:
+        assert other.csv == first.csv
+        for key in ("flow", "definitions", "values"):
+            assert other.description[key] == first.description[key]
+
+
+@pytest.mark.parametrize("form", [".csv", ".csv.gz"])
+def test_chunks_and_processes_change_nothing(
+    form: str,
+    demo: dict[str, pd.DataFrame],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chunks far shorter than a table, some of them cut within quotes, and three processes."""
+    stored = with_storing_times(demo, 2)
+    stored["hosp/labevents"]["comments"] = 'a ""high"" value,\nsaid so'
+    folder = write_tables(tmp_path, stored, form)
+    whole = extracted(folder)
+    for module in (tables, reading):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 2**18)
+    cut = extracted(folder, processes=3)
+    assert cut.csv == whole.csv
+    assert cut.description == whole.description
+
+
+def test_the_hashes_are_those_of_the_files() -> None:
+    hashes = extracted(DEMO).description["tables_sha256"]
+    for name, digest in hashes.items():
+        assert hashlib.sha256((DEMO / f"{name}.csv.gz").read_bytes()).hexdigest() == digest
+    assert set(hashes) == set(tables.TABLES)

@@ -1,0 +1,176 @@
+"""MIMIC-IV: nothing after the prediction time changes a letter of what a model reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mimic_files import (
+    BICARBONATE,
+    CHLORIDE,
+    DEMO,
+    GAP,
+    GLUCOSE,
+    SODIUM,
+    extracted,
+    read_tables,
+    shuffled,
+    with_storing_times,
+    write_tables,
+)
+
+Tables = dict[str, pd.DataFrame]
+PARTS_OF_GAP = (SODIUM, CHLORIDE, BICARBONATE)
+
+
+def owners(tables: Tables) -> pd.Series:
+    """The admission of each value: named, or the last one begun where the value lies within it."""
+    labs, admissions = tables["hosp/labevents"], tables["hosp/admissions"]
+    begun = admissions[["subject_id", "hadm_id"]].assign(
+        at=pd.to_datetime(admissions["admittime"]), end=pd.to_datetime(admissions["dischtime"])
+    )
+    rows = labs[["subject_id"]].assign(at=pd.to_datetime(labs["charttime"]), row=labs.index)
+    pairs = pd.merge_asof(rows.sort_values("at"), begun.sort_values("at"), "at", by="subject_id")
+    inside = pairs["hadm_id"].where(pairs["at"] <= pairs["end"], "").set_axis(pairs["row"])
+    return labs["hadm_id"].where(labs["hadm_id"] != "", inside)
+
+
+def prediction_times(tables: Tables, items: tuple[int, ...], window: float) -> pd.Series:
+    """When each admission of the demo is asked by items drawn together, by its hadm_id."""
+    labs = tables["hosp/labevents"]
+    labs = labs.assign(hadm_id=owners(tables))[labs["itemid"].isin([str(i) for i in items])]
+    chart, stored = (pd.to_datetime(labs[name]) for name in ("charttime", "storetime"))
+    keys = [labs["hadm_id"], chart]
+    first = stored.groupby([*keys, labs["itemid"]]).min().unstack()
+    known = first.dropna().max(axis=1).reset_index(name="known")
+    timely = known[known["known"] <= known["charttime"] + pd.Timedelta(window, "h")]
+    times = timely.groupby("hadm_id")["charttime"].min() + pd.Timedelta(window, "h")
+    return times.drop("", errors="ignore")
+
+
+def later(times: pd.Series, rng: np.random.Generator) -> pd.Series:
+    """Move times by up to four days."""
+    return times + pd.to_timedelta(rng.integers(0, 96, len(times)), unit="h")
+
+
+def altered(tables: Tables, times: pd.Series, rng: np.random.Generator) -> Tables:
+    """Change everything that is charted, stored or happens after the prediction time."""
+    result = {name: table.copy() for name, table in tables.items()}
+    labs = result["hosp/labevents"]
+    then = pd.to_datetime(owners(tables).map(times))
+    chart, stored = (pd.to_datetime(labs[name]) for name in ("charttime", "storetime"))
+    late = (chart > then) | (stored > then)
+    labs.loc[late, "valuenum"] = rng.integers(1, 400, int(late.sum())).astype(str)
+    labs.loc[late, "charttime"] = later(chart, rng)[late].astype(str)
+    labs.loc[late, "storetime"] = later(stored, rng)[late].astype(str)
+    result["hosp/labevents"] = labs[~late | (rng.random(len(labs)) < 0.7)]
+    stays = result["icu/icustays"]
+    then = pd.to_datetime(stays["hadm_id"].map(times))
+    out = pd.to_datetime(stays["outtime"]) > then
+    longer = later(pd.to_datetime(stays["outtime"]), rng)
+    stays.loc[out, "outtime"] = longer[out].astype(str)
+    begins = pd.to_datetime(stays["intime"]) > then
+    stays.loc[begins, "intime"] = longer[begins].astype(str)
+    result["icu/icustays"] = stays[~begins | (rng.random(len(stays)) < 0.5)]
+    admissions = result["hosp/admissions"]
+    then = pd.to_datetime(admissions["hadm_id"].map(times))
+    open_end = pd.to_datetime(admissions["dischtime"]) > then
+    open_end &= ~(pd.to_datetime(admissions["deathtime"].replace("", None)) <= then)
+    begun = pd.to_datetime(admissions["admittime"])
+    following = begun.sort_values().groupby(admissions["subject_id"]).shift(-1)
+    end = then + pd.to_timedelta(rng.integers(1, 150, len(admissions)), unit="h")
+    # A patient who comes again has left alive before.
+    between = then + (following - then) * rng.random(len(admissions))
+    end = end.where(following.isna(), between.dt.floor("s"))
+    open_end &= following.isna() | (end > then)
+    dies = (rng.random(len(admissions)) < 0.5) & following.isna().to_numpy()
+    admissions.loc[open_end, "dischtime"] = end[open_end].astype(str)
+    admissions.loc[open_end, "deathtime"] = np.where(dies, end.astype(str), "")[open_end]
+    admissions.loc[open_end, "hospital_expire_flag"] = np.where(dies, "1", "0")[open_end]
+    patients = result["hosp/patients"]
+    patients["dod"] = rng.permutation(patients["dod"])
+    codes = result["hosp/diagnoses_icd"]
+    codes["seq_num"] = rng.permutation(codes["seq_num"])
+    return {name: shuffled(table, int(rng.integers(2**31))) for name, table in result.items()}
+
+
+def without_some_gaps(tables: Tables) -> Tables:
+    """Take the reported gap from every other patient."""
+    labs = tables["hosp/labevents"]
+    odd = labs["subject_id"].astype(int) % 2 == 1
+    return {**tables, "hosp/labevents": labs[~odd | (labs["itemid"] != str(GAP))]}
+
+
+def all_in_ketoacidosis(tables: Tables) -> Tables:
+    """Sugar for all who are measured, and the code for every other admission."""
+    labs, codes = (tables[name].copy() for name in ("hosp/labevents", "hosp/diagnoses_icd"))
+    labs.loc[labs["itemid"] == str(GLUCOSE), "valuenum"] = "300"
+    coded = (codes["seq_num"] == "1") & (codes["hadm_id"].astype(int) % 2 == 1)
+    codes.loc[coded, ["icd_code", "icd_version"]] = ["E1010", "10"]
+    return {**tables, "hosp/labevents": labs, "hosp/diagnoses_icd": codes}
+
+
+REQUESTS: list[dict[str, Any]] = [
+    {"outcome": ["death"]},
+    {},
+    {"outcome": ["icu"]},
+    {"outcome": ["unresolved"], "compute_gap": "always"},
+    {"outcome": ["death"], "compute_gap": "missing"},
+    {"outcome": ["death"], "compute_gap": "always"},
+    {"outcome": ["death"], "item": "bicarbonate"},
+    {"outcome": ["death"], "cohort": "biochemical", "window_hours": 72.0},
+    {"outcome": ["death"], "cohort": "dka"},
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Tables, Path]]:
+    """The demo's tables and their folder, by whether some gaps are missing."""
+    whole = all_in_ketoacidosis(with_storing_times(read_tables(DEMO), 0))
+    both = {False: whole, True: without_some_gaps(whole)}
+    return {
+        lacking: (tables, write_tables(tmp_path_factory.mktemp("mimic"), tables))
+        for lacking, tables in both.items()
+    }
+
+
+@pytest.mark.parametrize("number", range(len(REQUESTS)))
+def test_nothing_after_the_prediction_time_changes_a_letter(
+    number: int, demo: dict[bool, tuple[Tables, Path]], tmp_path: Path
+) -> None:
+    """Values and their times, order of diagnoses, transfers, deaths and discharges of the demo.
+
+    Which rows there are depends on the future alone where their outcome is unknown.
+    """
+    request = REQUESTS[number]
+    tables, folder = demo["compute_gap" in request]
+    times = asked_at(tables, request)
+    changed = altered(tables, times, np.random.default_rng(number))
+    before = extracted(folder, **request)
+    after = extracted(write_tables(tmp_path, changed), **request)
+    inputs, now = before.inputs(), after.inputs()
+    both = inputs.keys() & now.keys()
+    assert len(both) > 5
+    assert {hadm: now[hadm] for hadm in both} == {hadm: inputs[hadm] for hadm in both}
+    assert request.get("outcome") != ["death"] or inputs.keys() == now.keys()
+    assert after.csv != before.csv, "the labels did change"
+
+
+def asked_at(tables: Tables, request: dict[str, Any]) -> pd.Series:
+    """When each admission is asked, found without the code under test."""
+    window = request.get("window_hours", 12.0)
+    items = (BICARBONATE,) if "item" in request else (GAP,)
+    computed = prediction_times(tables, PARTS_OF_GAP, window)
+    times = prediction_times(tables, items, window)
+    if request.get("compute_gap") == "always":
+        return computed
+    if request.get("compute_gap") == "missing":
+        labs = tables["hosp/labevents"]
+        known = pd.to_datetime(labs["storetime"])[labs["itemid"] == str(GAP)]
+        known = known.groupby(owners(tables)).min()
+        return computed.where(~(known.reindex(computed.index) <= computed), times)
+    return times

@@ -1,0 +1,207 @@
+"""MIMIC-IV: death, intensive care and an anion gap that stays open, within the horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mimic_files import Extracted, Mini, extracted
+
+Case = Callable[[Mini, int], Mini]
+MINUTE = 1 / 60
+
+
+def open_gaps(mini: Mini, hadm: int, *later: tuple[float, float]) -> Mini:
+    """Two open gaps within the window, then others."""
+    return mini.gaps(hadm, (1, 20), (4, 18), *later)
+
+
+CASES: dict[str, tuple[Case, list[int | None]]] = {
+    # Admissions asked at 13 h, looked at until 85 h; then death, icu, unresolved.
+    "closed": (lambda m, h: m.admit(h).settling(h), [0, 0, 0]),
+    "closed at the edge of the horizon": (
+        lambda m, h: open_gaps(m.admit(h), h, (85, 12)),
+        [0, 0, 0],
+    ),
+    "closed a minute too late": (
+        lambda m, h: open_gaps(m.admit(h), h, (80, 13), (85 + MINUTE, 9)),
+        [0, 0, 1],
+    ),
+    "never quite closed": (lambda m, h: open_gaps(m.admit(h), h, (40, 12.1)), [0, 0, 1]),
+    "reopened": (lambda m, h: m.admit(h).settling(h).gaps(h, (60, 12.5)), [0, 0, 1]),
+    "reopened too late": (lambda m, h: m.admit(h).settling(h).gaps(h, (86, 20)), [0, 0, 0]),
+    "open and closed at one time": (
+        lambda m, h: m.admit(h).settling(h).gaps(h, (40, 13)),
+        [0, 0, 0],
+    ),
+    "open and closed at one later time": (
+        lambda m, h: m.admit(h).settling(h).gaps(h, (60, 9), (60, 13)),
+        [0, 0, 0],
+    ),
+    "closed before, stays closed": (
+        lambda m, h: m.admit(h).gaps(h, (1, 20), (4, 11), (40, 9)),
+        [0, 0, 0],
+    ),
+    "closed before, never measured again": (
+        lambda m, h: m.admit(h).gaps(h, (1, 20), (4, 11)),
+        [0, 0, 0],
+    ),
+    "closed before, reopened": (
+        lambda m, h: m.admit(h).gaps(h, (1, 20), (4, 11), (40, 13)),
+        [0, 0, 1],
+    ),
+    "closed by a value that was not stored by then": (
+        lambda m, h: open_gaps(m.admit(h), h).lab(h, 12.9, 10, stored=15.0),
+        [0, 0, 0],
+    ),
+    "discharged with an open gap": (
+        lambda m, h: open_gaps(m.admit(h, 0, 60), h, (40, 13)),
+        [0, 0, None],
+    ),
+    "discharged with an open gap at the edge": (
+        lambda m, h: open_gaps(m.admit(h, 0, 85), h, (40, 13)),
+        [0, 0, 1],
+    ),
+    "discharged with a closed gap": (lambda m, h: m.admit(h, 0, 60).settling(h), [0, 0, 0]),
+    "open, not measured again": (lambda m, h: open_gaps(m.admit(h), h), [0, 0, None]),
+    "a value after the discharge": (
+        lambda m, h: open_gaps(m.admit(h, 0, 60), h, (61, 9)),
+        [0, 0, None],
+    ),
+    "died in the horizon, gap open": (
+        lambda m, h: open_gaps(m.admit(h, 0, 50, death=50.0), h),
+        [1, 0, 1],
+    ),
+    "died in the horizon, gap closed": (
+        lambda m, h: m.admit(h, 0, 50, death=50.0).settling(h),
+        [1, 0, 0],
+    ),
+    "died at the edge": (lambda m, h: m.admit(h, 0, 85, death=85.0).settling(h), [1, 0, 0]),
+    "died a minute after it": (
+        lambda m, h: m.admit(h, 0, 99, death=85 + MINUTE).settling(h),
+        [0, 0, 0],
+    ),
+    "died, only the flag says so": (
+        lambda m, h: m.admit(h, 0, 50, expired=1).settling(h),
+        [1, 0, 0],
+    ),
+    "died later on the day of the recorded discharge, gap open": (
+        lambda m, h: m.admit(h, 0, 12, death=15.9).settling(h),
+        [1, 0, 1],
+    ),
+    "to intensive care": (lambda m, h: m.admit(h).settling(h).icu(h, 30, 60), [0, 1, 0]),
+    "to intensive care at the edge": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 85, None),
+        [0, 1, 0],
+    ),
+    "to intensive care too late": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 85.02, 99),
+        [0, 0, 0],
+    ),
+    "in intensive care from the moment on": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 13, 60),
+        [0, None, 0],
+    ),
+    "in intensive care, and back again": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 2, 20).icu(h, 50, 60),
+        [0, None, 0],
+    ),
+    "left intensive care before, and back": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 2, 13).icu(h, 50, 60),
+        [0, 1, 0],
+    ),
+    "left intensive care before": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 2, 13),
+        [0, 0, 0],
+    ),
+    "in intensive care without an end": (
+        lambda m, h: m.admit(h).settling(h).icu(h, 2, None),
+        [0, None, 0],
+    ),
+    "another admission's intensive care and death": (
+        lambda m, h: (
+            m.admit(h, 0, 50)
+            .settling(h)
+            .admit(h + 1000, 52, 70, subject=10_000 + h, death=70.0)
+            .icu(h + 1000, 53, 70)
+        ),
+        [0, 0, 0],
+    ),
+}
+NUMBERED = {name: number for number, name in enumerate(CASES, 1)}
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases in one folder, an admission each."""
+    mini = Mini()
+    for name, (case, _) in CASES.items():
+        case(mini, NUMBERED[name])
+    return mini.write(tmp_path_factory.mktemp("mimic"))
+
+
+@pytest.fixture(scope="module")
+def by_death(hospital: Path) -> Extracted:
+    """Rows whatever else is unknown."""
+    return extracted(hospital, ["death"])
+
+
+@pytest.fixture(scope="module")
+def escalation(hospital: Path) -> Extracted:
+    return extracted(hospital)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_component_and_their_union(
+    name: str, by_death: Extracted, escalation: Extracted
+) -> None:
+    components = CASES[name][1]
+    hadm = NUMBERED[name]
+    assert by_death.labels(hadm) == components
+    assert by_death.rows.loc[hadm, "label_escalation"] == components[0]
+    death, icu, unresolved = components
+    if unresolved is None and 1 not in (death, icu):
+        assert hadm not in escalation.rows.index
+    else:
+        assert escalation.rows.loc[hadm, "label_escalation"] == int(1 in components)
+
+
+def test_admissions_of_unknown_outcome_are_counted(escalation: Extracted) -> None:
+    removed = {rule: n for rule, n in escalation.removed().items() if rule.startswith("outcome")}
+    assert removed == {
+        "outcome not known: discharged within the horizon with an open gap": 1,
+        "outcome not known: anion gap not measured after the prediction time": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ("death", {1: 1, 2: 0, 3: 0, 4: 0, 5: 0}),
+        ("icu", {1: 0, 2: 1, 3: 0, 5: 0}),
+        ("unresolved", {1: 0, 2: 0, 3: 1, 4: 0}),
+        ("death,icu", {1: 1, 2: 1, 3: 0, 4: 0, 5: 0}),
+        ("death,unresolved", {1: 1, 2: 0, 3: 1, 4: 0}),
+        ("death,icu,unresolved", {1: 1, 2: 1, 3: 1, 4: 0}),
+    ],
+)
+def test_each_component_can_be_chosen(
+    outcome: str, expected: dict[int, int], tmp_path: Path
+) -> None:
+    mini = Mini().admit(1, 0, 50, death=50.0).settling(1)
+    mini.admit(2).settling(2).icu(2, 30, 60)
+    mini.admit(3).settling(3).gaps(3, (60, 14))
+    mini.admit(4).settling(4).icu(4, 2, 60)
+    mini.admit(5, 0, 60).gaps(5, (1, 20), (4, 18), (40, 13))
+    result = extracted(mini.write(tmp_path), outcome.split(","))
+    assert result.rows["label_escalation"].to_dict() == expected
+
+
+def test_the_horizon_is_respected(tmp_path: Path) -> None:
+    mini = Mini().admit(1, 0, 50, death=50.0).settling(1)
+    mini.admit(2, 0, 30, death=30.0).settling(2)
+    result = extracted(mini.write(tmp_path), ["death"], horizon_hours=20.0)
+    assert result.rows["label_death"].to_dict() == {1: 0, 2: 1}
+    assert result.description["question"] == "Will the patient die in hospital within 20 hours?"

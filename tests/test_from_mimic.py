@@ -1,0 +1,146 @@
+"""The command from_mimic: flags, files, exit codes, and what reads its output."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dataset_format
+from dataset_format import MIMICtrajectoryDataset
+from mimic_files import DEMO, Mini
+
+ROOT = Path(dataset_format.__file__).parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Mini().admit(1).settling(1).admit(2, age=10).write(tmp_path / "mimic")
+
+
+def words(folder: Path, out: Path, *more: str) -> list[str]:
+    return ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all", *more]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--item 5", "no such item"),
+        ("--window_hours 0", "window_hours"),
+        ("--outcome sepsis", "escalation"),
+        ("--outcome ,", "escalation"),
+        ("--cohort none", "cohort"),
+        ("--compute_gap never", "compute_gap"),
+        ("--out out.txt", "csv"),
+        ("--windows 3", "unrecognized"),
+    ],
+)
+def test_a_wrong_flag_ends_with_2_and_one_line(
+    flags: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder.parent / "out.csv"
+    try:
+        code = dataset_format.main(words(folder, out, *flags.split()))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.fullmatch(r"error: .+\n", error)
+    assert expected in error
+    assert not list(out.parent.glob("out*"))
+
+
+def test_a_table_is_never_written_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = folder / "hosp" / "labevents.csv"
+    content = table.read_bytes()
+    assert dataset_format.main(words(folder, table)) == 2
+    assert "choose another name" in capsys.readouterr().err
+    assert table.read_bytes() == content
+
+
+def test_every_flag_reaches_the_extraction(folder: Path) -> None:
+    out = folder.parent / "out.csv"
+    flags = "--compute_gap --outcome unresolved,death --window_hours 10 --horizon_hours 30"
+    more = [*flags.split(), "--min_observations", "1", "--item", "Anion Gap"]
+    assert dataset_format.main(words(folder, out, *more)) == 0
+    assert json.loads(out.with_suffix(".json").read_text())["arguments"] == {
+        "cohort": "all",
+        "item": "Anion Gap",
+        "window_hours": 10.0,
+        "horizon_hours": 30.0,
+        "min_observations": 1,
+        "outcome": ["death", "unresolved"],
+        "compute_gap": "missing",
+    }
+
+
+def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_terminal(
+    folder: Path,
+) -> None:
+    out = folder.parent / "a.csv"
+    command = [sys.executable, str(ROOT / "dataset_format.py"), *words(folder, out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 rows of 1 patients, 0 events" in done.stdout
+    for path in (out, out.with_suffix(".json")):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_data_set_reads_series_question_and_flow(folder: Path) -> None:
+    out = folder.parent / "out.csv"
+    assert dataset_format.main(words(folder, out)) == 0
+    facts = json.loads(out.with_suffix(".json").read_text())
+    dataset = MIMICtrajectoryDataset(out)
+    assert dataset.asked()["Prediction time"] == facts["prediction_time"]
+    assert dataset.asked()["Horizon"] == "72 hours from then on"
+    assert dataset.outcome == facts["outcome"]
+    assert dataset.limits(0) == tuple(facts["plausible"])
+    assert dataset.prompt(0) == (
+        "50-year-old woman, not in intensive care, 13 h since admission. Anion gap (mEq/L): "
+        f"20 (0h) -> 18 (3h). {facts['question']}\n"
+    )
+    assert dataset.flow is not None
+    assert dataset.flow.to_dict("records") == facts["flow"]
+    assert dataset.sexes().tolist() == ["woman"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "dka_training_data.csv"
+    assert dataset_format.main(words(DEMO, out)) == 0
+    return out
+
+
+def test_rows_of_one_patient_are_in_one_part_of_every_split(demo: Path) -> None:
+    dataset, subjects = MIMICtrajectoryDataset(demo), pd.read_csv(demo)["subject_id"].to_numpy()
+    assert dataset.groups.tolist() == [str(subject) for subject in subjects]
+    assert len(set(subjects)) < len(subjects)
+    for seed in range(10):
+        split = dataset.split(seed)
+        assert sorted(np.concatenate(list(split.values()))) == list(range(len(subjects)))
+        patients = [set(subjects[rows]) for rows in split.values()]
+        assert sum(map(len, patients)) == len(set.union(*patients))
+
+
+def test_stage_1_trains_on_the_file(demo: Path, tmp_path: Path) -> None:
+    import medgemma_trainer
+
+    flags = ["--trajectory_only", "--dataset", "dka", "--data_path", str(demo)]
+    flags += ["--output_dir", str(tmp_path / "run"), "--log_file", "none"]
+    assert medgemma_trainer.main([*flags, "--trajectory_epochs", "1"]) == 0
+    folder = tmp_path / "run" / "trajectory"
+    run = json.loads((folder / "run.json").read_text())
+    assert sum(part["n"] for part in run["split"].values()) == len(pd.read_csv(demo))
+    tested = pd.read_csv(folder / "predictions_test.csv")
+    others = pd.read_csv(folder / "predictions_val.csv")
+    assert set(tested["patient"]).isdisjoint(others["patient"])
+    page = (folder / "report.html").read_text()
+    assert "fewer than 2 values known within the window" in page
+    assert "12 hours after the first value of each admission" in page
