@@ -328,10 +328,14 @@ class ClinicalODERNN(nn.Module):
         field, update = self.field, self.update
         if type(field) is not VectorField or type(update) is not nn.GRUCell or not update.bias:
             return None
-        layers = field.inner, field.outer
-        if any(type(layer) is not nn.Linear for layer in layers):  # parametrised, for example
+        inner, outer = field.inner, field.outer
+        if type(inner) is not nn.Linear or type(outer) is not nn.Linear:
             return None
-        altered = any(map(_is_altered, (field, update, *layers)))
+        square = inner.weight.shape == outer.weight.shape == (self.hidden_dim, self.hidden_dim)
+        has_bias = [layer.bias is not None for layer in (inner, outer)]
+        if not square or has_bias != [True, False]:
+            return None
+        altered = any(map(_is_altered, (field, inner, outer, update)))
         return None if altered else (field, update)
 
 

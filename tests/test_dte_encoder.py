@@ -237,9 +237,9 @@ class HalvingCell(nn.GRUCell):
         return super().forward(inputs, hx) / 2
 
 
-class Tripled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 3 * weight
+class TriplingLayer(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
 
 
 def with_other_field(encoder: ClinicalODERNN) -> None:
@@ -255,8 +255,17 @@ def with_own_forward(encoder: ClinicalODERNN) -> None:
 
 
 def with_other_layer(encoder: ClinicalODERNN) -> None:
-    field, _ = stock_modules(encoder)
-    nn.utils.parametrize.register_parametrization(field.inner, "weight", Tripled())
+    stock_modules(encoder)[0].inner.__class__ = TriplingLayer
+
+
+def with_layers_of_other_shape(encoder: ClinicalODERNN) -> None:
+    torch.manual_seed(5)
+    encoder.field.inner = nn.Linear(6, 20).double()
+    encoder.field.outer = nn.Linear(20, 6, bias=False).double()
+
+
+def with_outer_bias(encoder: ClinicalODERNN) -> None:
+    stock_modules(encoder)[0].outer.bias = nn.Parameter(torch.full((6,), 0.5).double())
 
 
 def with_field_hook(encoder: ClinicalODERNN) -> None:
@@ -276,6 +285,7 @@ def with_layer_hook(encoder: ClinicalODERNN) -> None:
     "alter",
     [
         *(with_other_field, with_other_cell, with_own_forward, with_other_layer),
+        *(with_layers_of_other_shape, with_outer_bias),
         *(with_field_hook, with_cell_hook, with_layer_hook),
     ],
 )
