@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+SYNTHETIC = Path(__file__).parent / "data" / "srtr_saf"
+"""Made-up tables as SRTR delivers them, with the expected reason or label of each registration."""
+
 EPOCH = pd.Timestamp("1960-01-01")
 LISTED = 20000
 """Listing day of hand-written registrations: 2014-10-04."""
@@ -36,8 +39,8 @@ DATE_FORMATS = {
 }
 
 
-def candidate(px: int, organ: str = "liver", **columns: Any) -> dict[str, Any]:
-    """Give a CAND row of an adult who still waits on day 1000."""
+def candidate(px: int, organ: str = "liver", /, **columns: Any) -> dict[str, Any]:
+    """Return a CAND row of an adult who still waits on day 1000."""
     return {
         "PX_ID": px,
         "PERS_ID": px + 500_000,
@@ -62,7 +65,7 @@ def candidate(px: int, organ: str = "liver", **columns: Any) -> dict[str, Any]:
 
 
 def history_row(px: int, day: int, organ: str = "liver", **columns: Any) -> dict[str, Any]:
-    """Give a STATHIST row that begins so many days after ``LISTED``."""
+    """Return a STATHIST row that begins so many days after ``LISTED``."""
     measured = (
         {"CANHX_STAT_CD": 6215, "CANHX_SRTR_LAB_MELD": 6215}
         if organ == "liver"
@@ -72,12 +75,31 @@ def history_row(px: int, day: int, organ: str = "liver", **columns: Any) -> dict
 
 
 def filler(organ: str = "liver", events: int = 12) -> tuple[list[Any], list[Any]]:
-    """Give registrations without which no data set may be read: events and others alike."""
+    """Return registrations without which no data set may be read: events and others alike."""
     soon = LISTED + (100 if organ == "liver" else 400)
     removed = {"CAN_REM_CD": 8, "CAN_REM_DT": soon, "CAN_DEATH_DT": soon, "CAN_ENDWLFU": soon}
     ids = range(900_000, 900_000 + 2 * events)
     cand = [candidate(px, organ, **(removed if px % 2 else {})) for px in ids]
     return cand, [history_row(px, 0, organ) for px in ids]
+
+
+def removed(code: float | None, day: int, px: int = 1, **more: Any) -> dict[str, Any]:
+    """Return a registration that is removed so many days after listing."""
+    end = {"CAN_REM_CD": code, "CAN_REM_DT": LISTED + day, "CAN_ENDWLFU": LISTED + day}
+    return candidate(px, **{**end, **more})
+
+
+def synthetic_tables(organ: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the tables of ``SYNTHETIC`` with dates as SAS days."""
+    found = []
+    for name in ("cand", "stathist"):
+        table = pd.read_sas(SYNTHETIC / f"{name}_{SUFFIX[organ]}.sas7bdat", encoding="latin-1")
+        for column in table:
+            if table[column].dtype.kind == "M":
+                table[column] = (table[column] - EPOCH).dt.days
+        found.append(table)
+    cand, history = found
+    return cand, history
 
 
 def random_tables(
@@ -88,9 +110,9 @@ def random_tables(
     ``history_rows`` is the mean of their number a registration, 9 for a liver and 3 for a kidney
     where it is not given.
 
-    Who dies within the horizon is, for ``risk="MELD"``, exactly who shows a MELD above 25 (kidney:
-    a GFR below 8) at the landmark; for ``"shuffled"`` the same number of others; for ``"graded"``
-    the risk climbs with that MELD (falls with that GFR) and never passes one half.
+    For ``risk="MELD"`` those die within the horizon whose MELD is above 25 (kidney: GFR below 8) at
+    the landmark; for ``"shuffled"`` the same number of others; for ``"graded"`` the risk climbs
+    with that MELD (falls with that GFR) up to one half.
     """
     rng = np.random.default_rng(seed)
     landmark = 90 if organ == "liver" else 365
