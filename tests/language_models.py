@@ -125,7 +125,7 @@ def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path
     return folder
 
 
-def encoder_for(dataset: MIMICtrajectoryDataset) -> ClinicalODERNN:
+def encoder_for(dataset: TrajectoryDataset) -> ClinicalODERNN:
     """An encoder with random weights and the normaliser of all patients."""
     torch.manual_seed(3)
     encoder = ClinicalODERNN(1)

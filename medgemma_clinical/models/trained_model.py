@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def _checked_config(place: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def load_trained_model(
     path: Path,
-    encoders: dict[str, type],
+    encoders: Mapping[str, type],
     model_name: str | None = None,
     quantization: str | None = None,
     precision: str | None = None,
@@ -164,7 +165,7 @@ def load_trained_model(
 
 
 def _build_classifier(
-    place: Path, checkpoint: TrajectoryCheckpoint, encoders: dict[str, type]
+    place: Path, checkpoint: TrajectoryCheckpoint, encoders: Mapping[str, type]
 ) -> TrajectoryClassifier:
     try:
         width = checkpoint.head["attention.weight"].shape[1]
@@ -182,7 +183,7 @@ def _build_classifier(
 def _build_llm(
     place: Path,
     config: dict[str, Any],
-    encoders: dict[str, type],
+    encoders: Mapping[str, type],
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrajectoryLLM:
@@ -224,7 +225,7 @@ def _build_llm(
     return model
 
 
-def build_encoder(config: dict[str, Any], encoders: dict[str, type], width: int) -> Encoder:
+def build_encoder(config: dict[str, Any], encoders: Mapping[str, type], width: int) -> Encoder:
     """Rebuild an encoder whose weights are still to be loaded.
 
     Args:
@@ -253,7 +254,7 @@ def prompts_of(config: dict[str, Any]) -> PromptOptions:
 
 def load_stage1_encoder(
     path: Path,
-    encoders: dict[str, type],
+    encoders: Mapping[str, type],
     solver: str,
     time_scale: float | None,
     data: Data,
@@ -299,7 +300,8 @@ def check_held_out(path: Path, checkpoint: TrajectoryCheckpoint, data: Data) -> 
         InputError: their number, and how to avoid it.
     """
     named = bool(checkpoint.config["named"])
-    trained = data.count_overlap(checkpoint.train_patients, named)
+    same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
+    trained = data.count_overlap(checkpoint.train_patients, named, same_rows=same_rows)
     if trained:
         held_out = np.concatenate([data.split["val"], data.split["test"]])
         count = len(np.unique(data.dataset.groups[held_out]))
@@ -307,7 +309,6 @@ def check_held_out(path: Path, checkpoint: TrajectoryCheckpoint, data: Data) -> 
             f"{path}: {trained} of {count} held-out patients trained this encoder: use the same "
             "--seed and --max_samples, and the data of stage 1"
         )
-    same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
     if not same_rows and not (named and data.dataset.named):
         logger.warning(
             "%s was trained on another data file, and patients without names are compared by their "

@@ -223,12 +223,11 @@ def test_an_encoder_that_the_program_lacks_is_named(run: Path) -> None:
 # ------------------------------------------------------------------------------- stage 1's encoder
 
 
-def many(rows: int = 60, **columns: Any) -> MIMICtrajectoryDataset:
-    """Patients whose series all differ."""
+def many(**columns: Any) -> MIMICtrajectoryDataset:
+    """Sixty patients whose series all differ."""
     rng = np.random.default_rng(5)
     series = [
-        " -> ".join(f"{rng.uniform(8, 30):.3f} ({t}h)" for t in range(0, 12, 3))
-        for _ in range(rows)
+        " -> ".join(f"{rng.uniform(8, 30):.3f} ({t}h)" for t in range(0, 12, 3)) for _ in range(60)
     ]
     return MIMICtrajectoryDataset(table_of(series, **columns))
 
@@ -288,7 +287,7 @@ def test_patients_of_another_file_pass_with_a_warning_where_they_have_no_names(
     load_stage1_encoder(path, ENCODERS, "rk4", None, data_of(patients()))
     assert "make sure that none of its training patients is held out" in caplog.text
     caplog.clear()
-    path = save_stage1(tmp_path, drawn(many(**{"subject_id": [f"x{k}" for k in range(60)]}), 0))
+    path = save_stage1(tmp_path, drawn(many(subject_id=[f"x{k}" for k in range(60)]), 0))
     load_stage1_encoder(path, ENCODERS, "rk4", None, data_of(patients()))
     assert caplog.text == ""
 
