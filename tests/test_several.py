@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from dataset_format import InputError
+from medgemma_clinical.files import InputError
 from trajectories import LABEL, SERIES
 
 ROWS, TRAIN, VAL = 700, 440, 80
@@ -50,96 +50,105 @@ def write(path: Path, rule: Callable[[np.random.Generator, int], tuple[str, str]
     return path
 
 
-def test_auroc(data: Path, folder: Path, *flags: str) -> float:
+def stage_1_auroc(data: Path, folder: Path, *flags: str) -> float:
+    """Train stage 1 and return its test AUROC."""
     words = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(folder)]
-    words += ["--trajectory_epochs", "25", "--patience", "6", "--log_file", "none", *flags]
+    words += ["--trajectory_epochs", "20", "--patience", "5", "--log_file", "none", *flags]
     assert trainer.main(words) == 0
     figures = json.loads((folder / "trajectory" / "metrics.json").read_text())
     return float(figures["test"]["auroc"]["value"])
 
 
-test_auroc.__test__ = False  # type: ignore[attr-defined]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file in which the second series tells the label."""
+    return write(tmp_path_factory.mktemp("several") / "data.csv", by_second_series)
 
 
-@pytest.mark.parametrize("rule", [by_second_series, by_interval])
-def test_what_only_a_second_series_or_the_time_between_two_tells_is_learned(
-    rule: Callable[[np.random.Generator, int], tuple[str, str]], tmp_path: Path
-) -> None:
-    data = write(tmp_path / "data.csv", rule)
-    assert test_auroc(data, tmp_path / "both") > 0.9
-    if rule is by_interval:  # neither series alone says anything
-        assert 0.35 < test_auroc(data, tmp_path / "other", "--series", "lactate") < 0.65
-    assert 0.35 < test_auroc(data, tmp_path / "one", "--series", "anion gap") < 0.65
+@pytest.fixture(scope="module")
+def checkpoint(data: Path) -> Path:
+    """Stage 1 on both series, after one epoch."""
+    stage_1_auroc(data, data.parent / "run", "--trajectory_epochs", "1")
+    return data.parent / "run" / "medgemma_trajectory_best.pt"
+
+
+def test_what_only_a_second_series_tells_is_learned(data: Path, tmp_path: Path) -> None:
+    assert stage_1_auroc(data, tmp_path / "both") > 0.9
+    assert 0.35 < stage_1_auroc(data, tmp_path / "one", "--series", "anion gap") < 0.65
+
+
+def test_what_only_the_time_between_two_series_tells_is_learned(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.csv", by_interval)
+    assert stage_1_auroc(data, tmp_path / "both") > 0.9
+    for name in ("lactate", "anion gap"):  # neither series alone says anything
+        assert 0.35 < stage_1_auroc(data, tmp_path / name, "--series", name) < 0.65
 
 
 def parsed(*words: str) -> trainer.argparse.Namespace:
-    return trainer.resolve(trainer.build_parser().parse_args([*words]))
+    return trainer.complete(trainer.build_parser().parse_args([*words]))
 
 
 def test_a_series_that_the_training_part_never_measures_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "data.csv", by_second_series)
     table = pd.read_csv(data)
     table["trajectory_ph"] = np.where(table["split"] == "test", "7.4 (0h)", "")
-    table.to_csv(data, index=False)
-    words = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(tmp_path / "run")]
+    other = tmp_path / "data.csv"
+    table.to_csv(other, index=False)
+    words = ["--trajectory_only", "--data_path", str(other), "--output_dir", str(tmp_path / "run")]
     assert trainer.main(words) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "never measures ph" in error
     assert '--series "Anion gap,lactate"' in error
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "trajectory").exists()
 
 
-def test_the_flags_reach_the_data_set(tmp_path: Path) -> None:
-    data = write(tmp_path / "data.csv", by_second_series)
+def test_the_flags_reach_the_data_set_and_the_prompt(data: Path) -> None:
     words = ["--data_path", str(data), "--series", "lactate, Anion gap", "--max_len", "2"]
-    dataset = trainer.load_data(parsed(*words, "--series_text", "last")).dataset
+    args = parsed(*words, "--series_text", "last")
+    dataset = trainer.read_dataset(args)
     assert dataset.features == ("lactate", "Anion gap")
     assert dataset.lengths.max() == 2
-    assert dataset.prompt(0).startswith("Last values: ")
+    assert dataset.prompt(0, trainer.prompt_options(args)).startswith("Last values: ")
 
 
 def test_series_are_chosen_in_dka_files_only(tmp_path: Path) -> None:
     words = ["--dataset", "srtr", "--data_dir", str(tmp_path), "--series", "GFR"]
-    with pytest.raises(InputError, match="--series: for --dataset dka only"):
-        trainer.load_data(parsed(*words))
+    with pytest.raises(InputError, match="--series: not for --dataset srtr"):
+        trainer.read_dataset(parsed(*words))
+
+
+def stage_2(data: Path, checkpoint: Path, folder: Path, *flags: str) -> int:
+    """Start stage 2 with an encoder from stage 1."""
+    words = ["--data_path", str(data), "--ode_checkpoint", str(checkpoint), "--model_name", "tiny"]
+    return trainer.main([*words, "--output_dir", str(folder), *flags])
 
 
 def test_a_checkpoint_of_other_series_is_refused_with_what_differs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "data.csv", by_second_series)
-    test_auroc(data, tmp_path / "run", "--trajectory_epochs", "1")
-    checkpoint = str(tmp_path / "run" / trainer.TRAJECTORY_FILE)
-    words = ["--data_path", str(data), "--ode_checkpoint", checkpoint, "--model_name", "tiny"]
-    words += ["--series", "lactate", "--output_dir", str(tmp_path / "other")]
-    assert trainer.main(words) == 2
+    assert stage_2(data, checkpoint, tmp_path, "--series", "lactate") == 2
     error = capsys.readouterr().err
     assert "trained on features ['Anion gap', 'lactate'], the data have ['lactate']" in error
 
 
 def test_a_checkpoint_of_other_units_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "data.csv", by_second_series)
-    test_auroc(data, tmp_path / "run", "--trajectory_epochs", "1")
-    text = data.read_text().replace("[mmol/L]", "[mg/dL]", 1)
-    data.write_text(text)
-    words = ["--data_path", str(data), "--model_name", "tiny", "--output_dir", str(tmp_path / "x")]
-    words += ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
-    assert trainer.main(words) == 2
+    other = tmp_path / "data.csv"
+    other.write_text(data.read_text().replace("[mmol/L]", "[mg/dL]", 1))
+    assert stage_2(other, checkpoint, tmp_path) == 2
     assert "trained on units ['mEq/L', 'mmol/L'], the data have" in capsys.readouterr().err
 
 
 def test_a_shorter_view_of_the_same_rows_does_not_hide_another_split(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = write(tmp_path / "data.csv", by_second_series)
-    pd.read_csv(data).drop(columns="split").to_csv(data, index=False)
-    test_auroc(data, tmp_path / "run", "--trajectory_epochs", "1")
-    words = ["--data_path", str(data), "--model_name", "tiny", "--output_dir", str(tmp_path / "x")]
-    words += ["--ode_checkpoint", str(tmp_path / "run" / trainer.TRAJECTORY_FILE)]
-    assert trainer.main([*words, "--seed", "3", "--max_len", "3"]) == 2
-    assert "trained on another split of the same data" in capsys.readouterr().err
+    plain = tmp_path / "data.csv"
+    pd.read_csv(data).drop(columns="split").to_csv(plain, index=False)
+    stage_1_auroc(plain, tmp_path / "run", "--trajectory_epochs", "1")
+    checkpoint = tmp_path / "run" / "medgemma_trajectory_best.pt"
+    capsys.readouterr()
+    assert stage_2(plain, checkpoint, tmp_path / "x", "--seed", "3", "--max_len", "3") == 2
+    assert "held-out patients trained this encoder" in capsys.readouterr().err

@@ -59,7 +59,7 @@ class Data:
         }
 
     def training_patients(self) -> NDArray[np.int64]:
-        """Return hashes of the patients that train, by name where they have one and by their rows.
+        """Return hashes of the patients that train, by name (or row number) and by their rows.
 
         Texts do not enter: the same patient with another context is the same patient.
 
@@ -67,24 +67,26 @@ class Data:
             Sorted unique hashes, of 8 bytes each.
         """
         train = self.split["train"]
-        hashes = [row_hashes(self.dataset, train)]
-        hashes[0] = hashes[0][hashes[0] != 0]
-        if self.dataset.named:
-            hashes.append(patient_hashes(self.dataset, train))
-        return np.unique(np.concatenate(hashes))
+        rows = row_hashes(self.dataset, train)
+        names = patient_hashes(self.dataset, train)
+        return np.unique(np.concatenate([rows[rows != 0], names]))
 
-    def count_overlap(self, trained: NDArray[np.int64], other_named: bool) -> int:
+    def count_overlap(
+        self, trained: NDArray[np.int64], other_named: bool, *, same_rows: bool = False
+    ) -> int:
         """Count the held-out patients (val and test) that are among ``trained``.
 
-        Patients are compared by name where both data sets name them, otherwise by their rows;
-        rows that this split's own training part holds as well identify nobody.
+        Patients are compared by name where both data sets name them, and by row number where both
+        are the same file, however much of its series is read; otherwise by their rows. Rows that
+        this split's own training part holds as well identify nobody.
 
         Args:
             trained: of the other data, as from ``training_patients``.
             other_named: whether the other data name their patients.
+            same_rows: whether the other data have the same ``rows_sha256``.
         """
         held_out = np.concatenate([self.split["val"], self.split["test"]])
-        if self.dataset.named and other_named:
+        if same_rows or (self.dataset.named and other_named):
             known = np.isin(patient_hashes(self.dataset, held_out), trained)
         else:
             rows = row_hashes(self.dataset, held_out)

@@ -93,13 +93,22 @@ def test_a_shorter_history_is_the_same_row() -> None:
     assert overlap(whole, short) == overlap(whole, data_of(table, 1)) > 10
 
 
+def test_rows_of_the_same_file_are_known_by_number_however_little_of_them_is_read() -> None:
+    table = patients(100, seed=1, observations=12, named=False)
+    whole, short, again = data_of(table, 0), data_of(table, 1, max_len=2), data_of(table, 0)
+    moved = len(held_out(short) & set(whole.dataset.groups[whole.split["train"]]))
+    trained = whole.training_patients()
+    assert short.rows_sha256 == whole.rows_sha256
+    assert short.count_overlap(trained, False, same_rows=True) == moved > 10
+    assert again.count_overlap(trained, False, same_rows=True) == 0
+
+
 def test_the_hash_of_training_patients_is_sorted_unique_and_names_nobody() -> None:
     data = data_of(patients(100, seed=1))
     hashes = data.training_patients()
     assert hashes.dtype == np.int64
     assert (np.diff(hashes) > 0).all()
     assert len(hashes) == 2 * 80  # by name and by rows
-    assert len(data_of(patients(100, seed=1, named=False)).training_patients()) == 80
 
 
 def test_the_description_of_data_is_plain_and_rebuilds_their_reading() -> None:

@@ -1,0 +1,115 @@
+"""Flags that leave out a part of the input: each changes that part alone."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import medgemma_trainer as trainer
+from language_models import body_inputs, patients
+from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.models.language_model import tiny_language_model
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+from medgemma_clinical.training.stage import Stage
+
+ROWS = [3, 1, 9]
+
+
+def arguments(*flags: str) -> Namespace:
+    """Parse flags as the program does."""
+    return trainer.complete(trainer.build_parser().parse_args(flags))
+
+
+def built(*flags: str) -> Stage:
+    """Make stage 2 of the tiny model from flags."""
+    args = arguments("--model_name", "tiny", *flags)
+    data = prepare_data(patients(), max_samples=0, seed=0, prompts=trainer.prompt_options(args))
+    return trainer.make_stage(args, data)
+
+
+def decoder_inputs(stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
+    """Return text ids, embeddings and mask of some rows, as they reach the decoder."""
+    batch = stage.loaders["train"].collate_fn(ROWS)
+    model = stage.model.eval()
+    assert isinstance(model, TrajectoryLLM)
+    with body_inputs(model) as seen:
+        model(batch)
+    return batch["input_ids"], seen[0]["inputs_embeds"], seen[0]["attention_mask"]
+
+
+def test_without_soft_prompt_the_decoder_reads_the_same_text_and_nothing_else() -> None:
+    ids, both, mask = decoder_inputs(built())
+    stage = built("--soft_prompt", "off")
+    same, alone, text_mask = decoder_inputs(stage)
+    assert torch.equal(ids, same)
+    for row in range(len(ROWS)):
+        soft = int(mask[row].sum() - text_mask[row].sum())
+        assert soft == min(8, int(patients().lengths[ROWS[row]]))
+        kept = both[row, mask[row].bool()]
+        text = alone[row, text_mask[row].bool()]
+        assert torch.equal(torch.cat([kept[:1], kept[1 + soft :]]), text)
+    assert {name for name, _ in stage.model.named_children()} == {"llm", "head"}
+    assert set(stage.learning_rates) == {"llm", "head"}, "no encoder to train"
+    assert stage.config["encoder"] is None
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_number_of_soft_tokens_changes_nothing_but_their_number(number: int) -> None:
+    ids, eight, mask = decoder_inputs(built())
+    same, few, few_mask = decoder_inputs(built("--num_prefix_tokens", str(number)))
+    assert torch.equal(ids, same)
+    for row in range(len(ROWS)):
+        length = int(patients().lengths[ROWS[row]])
+        dropped = min(8, length) - min(number, length)
+        whole, part = eight[row, mask[row].bool()], few[row, few_mask[row].bool()]
+        torch.testing.assert_close(torch.cat([whole[:1], whole[1 + dropped :]]), part)
+
+
+@pytest.mark.parametrize(
+    ("series", "context"),
+    [("all", "none"), ("main", "full"), ("last", "full"), ("none", "full"), ("none", "none")],
+)
+def test_text_options_change_the_text_alone(series: str, context: str) -> None:
+    _, soft, _ = decoder_inputs(built())
+    ids, embeddings, _ = decoder_inputs(built("--series_text", series, "--text_context", context))
+    text = tiny_language_model()[1].decode(ids[1])
+    assert ("known diabetes" in text) == (context == "full")
+    assert ("->" in text) == (series in ("all", "main"))
+    assert ("Last values" in text) == (series == "last")
+    tokens = min(8, int(patients().lengths[ROWS[1]]))
+    assert torch.equal(soft[1, : 1 + tokens], embeddings[1, : 1 + tokens])
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--mode", "classification"], False),
+        (["--mode", "generative"], True),
+        (["--mode", "generative", "--trajectory_only"], False),
+    ],
+)
+def test_only_a_model_that_writes_reads_what_it_would_have_to_compute(
+    flags: list[str], expected: bool
+) -> None:
+    assert trainer.prompt_options(arguments(*flags)).computed == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--trajectory_only", "--soft_prompt", "off"], "no use for --soft_prompt off"),
+        (["--trajectory_only", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
+        (["--soft_prompt", "off", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
+        (["--soft_prompt", "off", "--freeze_ode"], "no use for --freeze_ode"),
+    ],
+)
+def test_flags_that_contradict_a_stage_are_refused(
+    flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trainer.main(flags) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
