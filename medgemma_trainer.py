@@ -653,19 +653,19 @@ def train_step(state: TrainState, loss: float, terms: int) -> None:
     norm = float(clip_grad_norm_(state.parameters, LARGEST_NORM))
     if math.isfinite(all_loss) and math.isfinite(norm):
         state.optimizer.step()
+        state.schedule.step()
         progress_.loss, progress_.terms = progress_.loss + all_loss, progress_.terms + all_terms
         progress_.skipped_in_a_row = 0
     else:
         progress_.skipped += 1
         progress_.skipped_in_a_row += 1
     state.optimizer.zero_grad()
-    state.schedule.step()
     state.average.update()
     if progress_.skipped_in_a_row == MOST_SKIPPED:
         raise NonFiniteLossError(
             f"the loss is {all_loss / all_terms}, its gradient {norm} in epoch "
             f"{state.stopping.epoch + 1}, the {MOST_SKIPPED}th time in a row: lower the learning "
-            "rates or look for extreme values; the best epoch so far is kept"
+            "rates or look for extreme values; what earlier epochs reached is kept"
         )
 
 
