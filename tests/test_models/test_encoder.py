@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from dte_encoder import ClinicalODERNN
 from encoders import make_batch, make_encoder
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.encoder import (
     Encoder,
     PlannedEncoder,
+    check_gaps,
     collate_with_plan,
     encode,
 )
@@ -42,6 +44,9 @@ class FewSeries:
         rows = torch.as_tensor(indices)
         times, values, observed = (tensor[rows] for tensor in make_batch((5, 1, 3, 2)))
         return {"times": times, "values": values, "observed": observed, "index": rows}
+
+    def longest_gap(self) -> float:
+        return 20_000.5
 
 
 def test_protocols_tell_encoders_apart() -> None:
@@ -73,3 +78,10 @@ def test_an_encoder_without_plan_gets_the_batch_as_it_is() -> None:
     batch: Any = collate_with_plan(dataset, encoder)([0, 1])  # type: ignore[arg-type]
     assert "plan" not in batch
     assert torch.equal(encode(encoder, batch), batch["values"].mean(2, keepdim=True))
+
+
+def test_a_gap_beyond_the_encoders_longest_is_an_input_error() -> None:
+    dataset: Any = FewSeries()
+    check_gaps(make_encoder(time_scale=2.1), dataset)
+    with pytest.raises(InputError, match=r"20000.* h .*--time_scale"):
+        check_gaps(make_encoder(time_scale=2.0), dataset)
