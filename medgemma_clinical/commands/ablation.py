@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from argparse import Namespace
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
 from medgemma_clinical.commands.compare import join_predictions
 from medgemma_clinical.commands.several_runs import Read, Train, run_or_continue, stage_folder
 from medgemma_clinical.distributed import processes
@@ -33,7 +34,9 @@ SET_FLAGS = frozenset(
 """Flags that the variants set themselves."""
 
 
-def run_ablation(args: Namespace, given: set[str], read: Read, train: Train) -> int:
+def run_ablation(
+    args: Namespace, given: set[str], read: Read, train: Train, *, seed_title: str = ""
+) -> int:
     """Train and test every variant on one split and seed, and compare them.
 
     A variant that was made before by the same arguments and data is not made again.
@@ -43,6 +46,8 @@ def run_ablation(args: Namespace, given: set[str], read: Read, train: Train) -> 
         given: flags that the user typed.
         read: reads the data, once.
         train: trains a variant.
+        seed_title: stands before the name of each variant, as one of several seeds, whose own
+            table is then not printed.
 
     Returns:
         0, or the exit code of the variant that failed.
@@ -55,10 +60,11 @@ def run_ablation(args: Namespace, given: set[str], read: Read, train: Train) -> 
     for name in VARIANTS:
         own = variant_arguments(name, args)
         folders[name] = stage_folder(own)
-        if code := run_or_continue(name, own, dataset, train):
+        if code := run_or_continue(f"{seed_title}{name}", own, dataset, train):
             return code
     if processes().is_main_process:
-        write_results(folders, dataset.outcome, args)
+        with quiet_console() if seed_title else contextlib.nullcontext():
+            write_results(folders, dataset.outcome, args)
     return EXIT_DONE
 
 

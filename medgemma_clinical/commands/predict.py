@@ -24,6 +24,7 @@ from medgemma_clinical.evaluation.report import (
     PAGE_MARK,
     STAGE_TITLES,
     ReportContent,
+    headline,
     write_report,
 )
 from medgemma_clinical.evaluation.report_tables import shift_table
@@ -58,7 +59,7 @@ def predict(
     args: Namespace,
     given: set[str],
     datasets: Mapping[str, type[TrajectoryDataset]],
-    encoders: dict[str, type],
+    encoders: Mapping[str, type],
 ) -> int:
     """Write a prediction for each row of the input; the output is whole or absent.
 
@@ -307,9 +308,12 @@ def report_cohort(
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)
+    counts = {"rows with a label": f"{rows:,}", "events": f"{events:,}"}
+    lines = counts | {name: figure for name, figure, _ in headline(figures)}
     logger.info(
-        "%s\nThese figures flatter the model if it was trained on some of these patients.\n"
+        "\n%s\n\n%s\nThese figures flatter the model if it was trained on some of these patients.\n"
         "report: %s",
+        "\n".join(f"{name + ':':<20}{figure}" for name, figure in lines.items()),
         sentences,
         path,
     )

@@ -29,7 +29,9 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 logger = logging.getLogger(__name__)
 
-Ablation = Callable[[Namespace, set[str], Read, Train], int]
+Ablation = Callable[..., int]
+"""Takes arguments, typed flags, reader and training, and the keyword ``seed_title``."""
+
 SEED = "{seed}"
 """Stands in a flag's value for the number of the seed."""
 
@@ -66,9 +68,9 @@ def run_seeds(
         own = seed_arguments(seed, args)
         dataset = dataset if dataset and one_source else read(own)
         if args.ablation:
-            logger.info("seed %d", seed)
             folders[seed] = own.output_dir / "ablation"
-            code = ablation(own, given, _already(dataset), train)
+            title = f"seed {seed}, "
+            code = ablation(own, given, _already(dataset), train, seed_title=title)
         else:
             folders[seed] = stage_folder(own)
             code = run_or_continue(f"seed {seed}", own, dataset, train)

@@ -24,6 +24,7 @@ from medgemma_clinical.commands.ablation import (
     run_ablation,
     variant_arguments,
 )
+from medgemma_clinical.commands.command_line import start_logging
 from medgemma_clinical.files import InputError
 
 DATASET: Any = SimpleNamespace(outcome="Death")
@@ -121,6 +122,23 @@ def test_every_variant_stands_beside_stage_1_and_the_baselines(
     page = (tmp_path / "ablation" / "ablation.html").read_text()
     assert "What text and soft prompt add: Death" in page
     assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("unbegun")
+@pytest.mark.parametrize(("title", "shown"), [("", True), ("seed 3, ", False)])
+def test_of_several_seeds_only_the_pooled_table_is_printed(
+    title: str, shown: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake, handlers = FakeTraining(), logging.root.handlers[:]
+    try:
+        start_logging()
+        run_ablation(arguments(tmp_path), set(), fake.read_data, fake.train, seed_title=title)
+    finally:
+        logging.root.handlers[:] = handlers
+    out = capsys.readouterr().out
+    assert [f"{title}{name}: test AUROC" in out for name in VARIANTS] == [True] * 4
+    assert ("minus stage 1 alone" in out) == shown
+    assert (tmp_path / "ablation" / "ablation.html").exists()
 
 
 def test_finished_variants_are_left_and_stopped_ones_continued(

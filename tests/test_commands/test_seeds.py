@@ -205,8 +205,11 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(tmp_path: 
         read.append(args)
         return DATASET
 
-    def ablation(args: Namespace, given: set[str], own_read: Any, train: Any) -> int:
+    def ablation(
+        args: Namespace, given: set[str], own_read: Any, train: Any, *, seed_title: str
+    ) -> int:
         assert own_read(args) is DATASET
+        assert seed_title == f"seed {args.seed}, "
         assert given == {"--ablation", "--seeds"}
         seen.append((args.seed, args.ablation))
         folder = write_run(args.output_dir / "ablation", args.seed)
