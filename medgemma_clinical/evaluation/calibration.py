@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit, logit
+from scipy.special import logit
 
 from medgemma_clinical.evaluation.bootstrap import Figures
 
@@ -95,7 +95,8 @@ def fit_logistic(
     last_good, best = fitted, np.full(len(weights), -np.inf)
     change = np.full(len(weights), np.inf)
     for _ in range(NEWTON_STEPS):
-        risk = expit(fitted[:, :1] + fitted[:, 1:] * odds)  # (R, n)
+        # (R, n); expit, by its tanh: half of the time of scipy's, and most of a bootstrap is here
+        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * odds) / 2)
         of_label = np.where(labels == 1, risk, 1 - risk).clip(np.finfo(np.float64).tiny)
         likelihood = (weights * np.log(of_label)).sum(axis=1)
         worse = likelihood < best - NEWTON_PRECISION * np.abs(best)

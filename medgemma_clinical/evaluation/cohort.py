@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -191,7 +191,8 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
     Raises:
         ValueError: the labels hold one class only.
     """
-    labels, groups = cohort.labels, cohort.groups
+    labels, groups = cohort.labels, np.unique(cohort.groups, return_inverse=True)[1]
+    cohort = replace(cohort, groups=groups)  # numbers are counted faster than names
     plan = _Plan.of(cohort, threshold)
     replicates = bootstrap(labels, groups, seed, plan.figures)
     values = plan.figures(np.ones((1, len(labels))))

@@ -1,25 +1,24 @@
-"""How often the 95 % intervals of a report hold the truth, for each kind of figure.
+"""The share of 95 % intervals that hold the true value, by kind of figure.
 
 Usage:
     python tests/benchmarks/intervals.py --sets 2000 --rows 1000
 
-Draws so many data sets from a population whose figures are known, with one and with two rows a
-patient, makes the intervals as a run does, and prints the share of data sets in which they hold the
-true value, with its standard error.
+Draws data sets from a population whose figures are known, with one and with two rows a patient,
+computes the intervals as a run does, and prints the share of data sets in which they hold the true
+value, with its standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import pandas as pd
+from common import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from cohorts import coverage  # noqa: E402  (found only now)
+from cohorts import coverage  # noqa: E402  (needs the path above)
 
 
 def main() -> None:
@@ -29,8 +28,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     columns = {
-        f"{a_patient} a patient": coverage(args.sets, args.rows, a_patient, args.seed)
-        for a_patient in (1, 2)
+        f"{rows_a_patient} rows a patient": coverage(
+            args.sets, args.rows, rows_a_patient, args.seed
+        )
+        for rows_a_patient in (1, 2)
     }
     table = pd.DataFrame(columns)
     sys.stdout.write(f"{table.map('{:.3f}'.format).to_string()}\n")

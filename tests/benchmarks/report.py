@@ -1,11 +1,11 @@
-"""How long and how much memory a report on many patients takes.
+"""How long the figures and the report of many patients take, and how much memory.
 
 Usage:
     python tests/benchmarks/report.py --patients 100000
 
-Draws labels, risks of a model and of six baselines, and subgroups, writes the report in a fresh
-process, prints seconds (passed, and of the processor) and that process's peak memory; in turn with
-a tenth of the patients, so that the growth can be seen.
+Draws labels, risks of a model and of six baselines, and subgroups; computes the figures and writes
+the report in a fresh process; prints seconds (wall clock and processor) and the peak memory of that
+process. Runs a tenth of the patients in turn, to show the growth.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import machine, peak_mib, spread
+from common import ROOT, machine, peak_mib, spread
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 BASELINES = 6
 
 
 def measure(patients: int) -> dict[str, float]:
-    """Write a report in this process; give seconds and MiB, imports apart."""
+    """Write a report in this process; return seconds and MiB, imports apart."""
     sys.path.insert(0, str(ROOT))
-    import medgemma_trainer as trainer
-    from dataset_format import AGE_BANDS, OBSERVATION_BANDS, banded
+    from medgemma_clinical.data.case_mix import AGE_BANDS, OBSERVATION_BANDS, banded
+    from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+    from medgemma_clinical.evaluation.report import ReportContent, write_report
 
     rng = np.random.default_rng(0)
-    told = -2 + rng.normal(size=patients)
-    labels = (rng.random(patients) < 1 / (1 + np.exp(-told))).astype(float)
+    odds = -2 + rng.normal(size=patients)
+    labels = (rng.random(patients) < 1 / (1 + np.exp(-odds))).astype(float)
     ids = np.arange(patients).astype(str)
     observations = banded(rng.integers(1, 30, patients), OBSERVATION_BANDS)
     ages = banded(rng.uniform(18, 95, patients), AGE_BANDS)
-    others = {
-        f"baseline {k}": 1 / (1 + np.exp(-told - 0.5 * rng.normal(size=patients)))
+    baselines = {
+        f"baseline {k}": 1 / (1 + np.exp(-odds - 0.5 * rng.normal(size=patients)))
         for k in range(BASELINES)
     }
     subgroups = pd.DataFrame({"observations": observations, "age": ages})
-    cohort = trainer.Cohort(labels, 1 / (1 + np.exp(-told)), ids, ids, subgroups, others)
+    cohort = Cohort(labels, 1 / (1 + np.exp(-odds)), ids, ids, subgroups, baselines)
     history = [
         {"epoch": k, "train_loss": 1 / k, "val_loss": 1 / k, "val_auroc": 0.7, "improved": True}
         for k in range(1, 20)
     ]
-    page = trainer.Told("Benchmark", "Event", {}, {}, {}, history=history)
+    content = ReportContent("Benchmark", "Event", {}, {}, {}, history=history)
     before, start, busy = peak_mib(), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"
-        trainer.write_report(path, cohort, page, threshold=0.15, seed=0)
+        write_report(path, cohort, cohort_figures(cohort, 0.15, 0), content)
         size = path.stat().st_size
     return {
         "seconds": time.perf_counter() - start,
@@ -74,23 +74,21 @@ def main() -> int:
         sys.stdout.write(json.dumps(measure(arguments.measure)) + "\n")
         return 0
     sizes = (arguments.patients // 10, arguments.patients)
-    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
+    runs: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for _ in range(arguments.repeats):
         for size in sizes:
             command = [sys.executable, __file__, "--measure", str(size)]
             result = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[size].append(json.loads(result.stdout.splitlines()[-1]))
-    for size, each in found.items():
-        told = {key: spread([run[key] for run in each]) for key in each[0]}
+            runs[size].append(json.loads(result.stdout.splitlines()[-1]))
+    for size, each in runs.items():
+        shown = {key: spread([run[key] for run in each]) for key in each[0]}
         sys.stdout.write(
-            f"{size:,} patients: {told['seconds']} s, of the processor {told['cpu_seconds']}; peak "
-            f"{told['peak_mib']} MiB, {told['imports_and_data_mib']} of it imports and data; "
-            f"{told['file_kib']} KiB of file\n"
+            f"{size:,} patients: {shown['seconds']} s, processor {shown['cpu_seconds']} s; peak "
+            f"{shown['peak_mib']} MiB, of them {shown['imports_and_data_mib']} imports and data; "
+            f"file {shown['file_kib']} KiB\n"
         )
-    small, large = (statistics.median(run["cpu_seconds"] for run in found[s]) for s in sizes)
-    sys.stdout.write(
-        f"ten times the patients take {large / small:.1f} times the processor's time\n"
-    )
+    small, large = (statistics.median(run["cpu_seconds"] for run in runs[s]) for s in sizes)
+    sys.stdout.write(f"ten times the patients take {large / small:.1f} times the processor time\n")
     sys.stdout.write(
         f"{machine('numpy', 'pandas', 'scikit-learn')}; medians (least to most) of "
         f"{arguments.repeats}\n"
