@@ -255,15 +255,16 @@ NOTES = [f"note {k}" for k in range(60)]
 
 @pytest.mark.parametrize("columns", [NAMED, {}])
 @pytest.mark.parametrize(
-    ("contexts", "seed", "most"), [(False, 1, 0), (True, 1, 0), (False, 0, 30)]
+    ("contexts", "seed", "most", "rows"),
+    [(False, 1, 0, 60), (True, 1, 0, 60), (False, 0, 30, 60), (True, 0, 0, 50)],
 )
 def test_patients_who_trained_are_never_held_out_whatever_the_file(
-    tmp_path: Path, columns: dict[str, Any], contexts: bool, seed: int, most: int
+    tmp_path: Path, columns: dict[str, Any], contexts: bool, seed: int, most: int, rows: int
 ) -> None:
-    """The same patients in another split, with other contexts, or in a sample of them."""
+    """Another split, other contexts, a sample of the patients, a file with fewer of them."""
     path = save_stage1(tmp_path, drawn(many(**columns), 0))
     other = many(**columns, **({"clinical_context": NOTES} if contexts else {}))
-    data = drawn(other, seed, most)
+    data = drawn(other.subset(np.arange(rows)), seed, most)
     count = sum(len(data.split[part]) for part in ("val", "test"))
     with pytest.raises(
         InputError, match=rf"\d+ of {count} held-out patients trained this encoder: use the same"

@@ -1,0 +1,142 @@
+"""Stages 2 and 3 as the script wires them: parts that learn, batches, what is monitored."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import medgemma_trainer as trainer
+from language_models import CPU, patients
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.stage import Stage
+
+MODES = ("classification", "generative")
+
+
+def arguments(*flags: str) -> Namespace:
+    """Parse flags as the program does."""
+    return trainer.complete(trainer.build_parser().parse_args(["--model_name", "tiny", *flags]))
+
+
+def data_for(args: Namespace) -> Data:
+    options = trainer.prompt_options(args)
+    return prepare_data(patients(), max_samples=0, seed=0, prompts=options)
+
+
+def built(*flags: str) -> Stage:
+    """Make a stage of the tiny model from flags."""
+    args = arguments(*flags)
+    return trainer.make_stage(args, data_for(args))
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, Path]:
+    """An untrained stage 1, and its file."""
+    folder = tmp_path_factory.mktemp("run")
+    stage = built("--trajectory_only")
+    stage.save(folder / "trajectory", stage.config)
+    return stage, folder / TRAJECTORY_FILE
+
+
+def started(seed: int) -> dict[str, Tensor]:
+    """Return the weights that stage 2 adds to the base model, as they begin."""
+    state = built("--mode", "classification", "--seed", str(seed)).model.state_dict()
+    return {name: weight for name, weight in state.items() if "base_layer" not in name}
+
+
+def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
+    first, again, other = started(0), started(0), started(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    for part in ("lora_A", "projection.linear", "encoder.field"):
+        names = [name for name in first if part in name and "weight" in name]
+        assert names
+        assert not any(torch.equal(first[name], other[name]) for name in names)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("encoder", ["learns", "frozen", "of stage 1"])
+def test_a_stage_trains_its_parts_and_no_others(
+    mode: str, encoder: str, stage1: tuple[Stage, Path]
+) -> None:
+    flags = {"learns": [], "frozen": ["--freeze_ode"]}.get(
+        encoder, ["--ode_checkpoint", str(stage1[1])]
+    )
+    stage = built("--mode", mode, *flags)
+    learning = {n.split(".")[0] for n, p in stage.model.named_parameters() if p.requires_grad}
+    expected = {"projection", "llm"} | ({"head"} if mode == "classification" else set())
+    assert learning == expected | ({"encoder", "trajectory_head"} if encoder == "learns" else set())
+    grouped = [id(p) for group in stage.parameter_groups() for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in stage.model.parameters() if p.requires_grad)
+
+
+def test_stage_2_reads_no_answer_and_stage_3_monitors_its_loss() -> None:
+    classification, generative = (built("--mode", mode) for mode in MODES)
+    assert (classification.monitor, classification.higher_is_better) == ("val_auroc", True)
+    assert (generative.monitor, generative.higher_is_better) == ("val_loss", False)
+    for stage, answered in ((classification, False), (generative, True)):
+        batch = next(iter(stage.loaders["val"]))
+        ends = batch["verdict"] + 1 == batch["text_mask"].sum(1)
+        assert bool(ends.all()) != answered
+
+
+def test_a_new_stage_2_predicts_what_stage_1_does(stage1: tuple[Stage, Path]) -> None:
+    stage = built("--mode", "classification", "--ode_checkpoint", str(stage1[1]))
+    one = evaluate(stage1[0].model, stage1[0].loaders["test"], CPU)
+    two = evaluate(stage.model, stage.loaders["test"], CPU)
+    np.testing.assert_allclose(two.logit, one.logit, atol=1e-6)
+    assert float(np.std(one.logit)) > 0
+
+
+def test_a_frozen_encoder_is_not_asked_again_within_an_epoch(stage1: tuple[Stage, Path]) -> None:
+    stage = built("--mode", "generative", "--ode_checkpoint", str(stage1[1]))
+    calls: list[int] = []
+    stage.model.get_submodule("encoder").register_forward_hook(lambda *_: calls.append(1))
+    evaluate(stage.model, stage.loaders["val"], CPU)
+    assert calls == []
+    assert "states" not in next(iter(built("--mode", "generative").loaders["val"]))
+
+
+def test_more_soft_tokens_than_observations_cost_nothing() -> None:
+    model = built("--mode", "classification", "--num_prefix_tokens", "4096").model
+    assert isinstance(model, TrajectoryLLM)
+    assert model.tokens == max(patients().lengths)
+
+
+def test_layers_are_recomputed_where_the_flag_asks_for_it() -> None:
+    for flags, on in (([], False), (["--gradient_checkpointing"], True)):
+        model = built("--mode", "classification", *flags).model
+        assert isinstance(model, TrajectoryLLM)
+        assert model.body.gradient_checkpointing == on
+
+
+@pytest.mark.parametrize("name", ["fp16", "float16", "half"])
+def test_float16_is_refused_with_its_reason(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        arguments("--precision", name)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "float16 overflows" in message
+    assert "bf16" in message
+    assert message.count("\n") == 1
+
+
+def test_a_written_verdict_is_the_decision_of_the_row(tmp_path: Path) -> None:
+    stage = built("--mode", "generative")
+    assert stage.after_test is not None
+    predictions = evaluate(stage.model, stage.loaders["test"], CPU)
+    threshold = float(np.median(predictions.probability))
+    decided = predictions.with_rule(DecisionRule(threshold=threshold))
+    assert decided.alarms.tolist() != predictions.alarms.tolist(), "the threshold must matter"
+    stage.after_test(decided, tmp_path)
+    reports = pd.read_json(tmp_path / "generations_test.jsonl", lines=True)
+    assert reports["verdict"].tolist() == decided.alarms.astype(int).tolist()
