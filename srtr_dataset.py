@@ -62,7 +62,7 @@ LATEST_IN_TEXT = 8
 
 
 class TooFewEventsError(InputError):
-    """A cohort without enough events to learn from; it may still be scored."""
+    """A cohort without enough events to learn from; without labels it may still be scored."""
 
 
 class SRTRTrajectoryDataset(TrajectoryDataset):
@@ -184,8 +184,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Set registrations, flow and labels.
 
         Raises:
+            TooFewEventsError: too few events are left, and labels are required.
             InputError: no registration is left.
-            TooFewEventsError: too few events are left.
         """
         removed = judged["reason"].value_counts(sort=False).drop("")
         flow = removed.rename_axis("rule").reset_index(name="removed")
@@ -196,7 +196,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         if len(self) and (events >= FEWEST_EVENTS or not require_labels):
             return
         taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
-        kind = TooFewEventsError if len(self) else InputError
+        kind = TooFewEventsError if require_labels else InputError
         raise kind(
             f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
             f"{FEWEST_EVENTS if require_labels else 0} are needed; of {len(judged)} the rules "
