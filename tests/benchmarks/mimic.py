@@ -1,4 +1,4 @@
-"""How fast and with how much memory from_mimic reads labevents, beside plain pandas.
+"""Time and memory of from_mimic on a large labevents, beside plain pandas.
 
 Usage:
     python tests/benchmarks/mimic.py --rows 20000000 [--form .csv.gz] [--cohort dka]
@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from common import machine, spread  # noqa: E402
 
@@ -40,6 +40,7 @@ A_BLOCK = 200_000
 LABS_A_STAY = 120
 """Rows of labevents for each admission, in MIMIC-IV 3.1 about 290."""
 
+COMMAND = [sys.executable, str(ROOT / "dataset_format.py"), "from_mimic"]
 PLAIN = "import sys, pandas; print(len(pandas.read_csv(sys.argv[1])))"
 
 
@@ -106,7 +107,7 @@ def write_labevents(file: Any, rows: int, stays: int) -> None:
 
 
 def write_folder(folder: Path, rows: int, form: str) -> Path:
-    """Write all tables; give the path of labevents."""
+    """Write all tables; return the path of labevents."""
     stays = max(200, rows // LABS_A_STAY)
     write_small_tables(folder, stays)
     path = folder / "hosp" / f"labevents{form}"
@@ -120,7 +121,7 @@ def write_folder(folder: Path, rows: int, form: str) -> Path:
 
 
 def memory_mib(process: int) -> float:
-    """Give what a process and its children hold now; pages that they share count once a share."""
+    """Return what a process and its children hold now; shared pages count by share."""
     children = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(process)], capture_output=True, text=True
     ).stdout.split()
@@ -136,13 +137,13 @@ def memory_mib(process: int) -> float:
 
 
 def processor_seconds() -> float:
-    """Give what all processes that were started and have ended took."""
+    """Return the processor time of all processes that were started here and have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Run a command; give its seconds, those of the processor, and the most memory seen in MiB."""
+    """Run a command; return its seconds, those of the processor, and its peak memory in MiB."""
     start, before, most = time.perf_counter(), processor_seconds(), 0.0
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output)
@@ -164,47 +165,51 @@ def main() -> int:
     parser.add_argument("--cohort", choices=("dka", "all"), default="dka")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (3)")
     options = parser.parse_args()
-    script = str(ROOT / "dataset_format.py")
     with tempfile.TemporaryDirectory() as place:
+        sizes = (options.rows // 10, options.rows)
+        outputs = {rows: Path(place) / f"rows_{rows}.csv" for rows in sizes}
         commands, paths = {}, {}
-        for rows in (options.rows // 10, options.rows):
-            folder, out = Path(place) / f"mimic_{rows}", Path(place) / f"rows_{rows}.csv"
+        for rows in sizes:
+            folder = Path(place) / f"mimic_{rows}"
             paths[rows] = write_folder(folder, rows, options.form)
-            command = [sys.executable, script, "from_mimic", "--mimic_dir", str(folder)]
-            command += ["--out", str(out), "--cohort", options.cohort]
-            commands[f"from_mimic, {rows:,} rows"] = command
-        small, large = commands
+            command = [*COMMAND, "--mimic_dir", str(folder), "--out", str(outputs[rows])]
+            commands[f"from_mimic, {rows:,} rows"] = [*command, "--cohort", options.cohort]
         commands["pandas"] = [sys.executable, "-c", PLAIN, str(paths[options.rows])]
-        commands["imports"] = [sys.executable, script, "from_mimic", "--help"]
+        commands["imports"] = [*COMMAND, "--help"]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         for _ in range(options.repeats):
             for name, command in commands.items():
                 found[name].append(measure(command))
-        made = json.loads(out.with_suffix(".json").read_text())["rows"]["rows"]
-        sys.stdout.write(
-            f"labevents{options.form} of {paths[options.rows].stat().st_size / 2**20:,.0f} MiB; "
-            f"{made} rows made\n"
-        )
-    median = {}
-    for name, runs in found.items():
-        told = {key: spread([run[key] for run in runs]) for key in runs[0]}
-        median[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        sys.stdout.write(
-            f"{name:30s} {told['seconds']} s, of the processor {told['processor s']}; "
-            f"{told['MiB']} MiB\n"
-        )
-    shares = {key: median[large][key] / median["pandas"][key] for key in median[large]}
-    work = [
-        median[name]["processor s"] - median["imports"]["processor s"] for name in (small, large)
-    ]
+        description = json.loads(outputs[options.rows].with_suffix(".json").read_text())
+        size = paths[options.rows].stat().st_size / 2**20
+    made = description["rows"]["rows"]
+    sys.stdout.write(f"labevents{options.form} of {size:,.0f} MiB; {made} rows made\n")
+    show(found, options.rows)
     sys.stdout.write(
-        f"from_mimic takes {shares['seconds']:.2f} of plain pandas' time, "
-        f"{shares['processor s']:.2f} of its processor's and {shares['MiB']:.2f} of its memory, "
-        f"{options.rows / median[large]['seconds']:,.0f} rows a second; beyond the imports ten "
-        f"times the rows take {work[1] / work[0]:.1f} times the processor's seconds\n"
         f"{machine('pandas', 'numpy', 'pyarrow')}; medians (least to most) of {options.repeats}\n"
     )
     return 0
+
+
+def show(found: dict[str, list[dict[str, float]]], rows: int) -> None:
+    """Print each command's figures, and how from_mimic compares and grows."""
+    median = {}
+    for name, runs in found.items():
+        shown = {key: spread([run[key] for run in runs]) for key in runs[0]}
+        median[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        sys.stdout.write(
+            f"{name:30s} {shown['seconds']} s, of the processor {shown['processor s']}; "
+            f"{shown['MiB']} MiB\n"
+        )
+    small, large, plain, imports = (median[name] for name in found)
+    shares = {key: large[key] / plain[key] for key in large}
+    work = [each["processor s"] - imports["processor s"] for each in (small, large)]
+    sys.stdout.write(
+        f"from_mimic takes {shares['seconds']:.2f} of plain pandas' time, "
+        f"{shares['processor s']:.2f} of its processor's and {shares['MiB']:.2f} of its memory, "
+        f"{rows / large['seconds']:,.0f} rows a second; beyond the imports ten times the rows take "
+        f"{work[1] / work[0]:.1f} times the processor's seconds\n"
+    )
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
     python tests/benchmarks/srtr.py [--organ both]      # folders of growing size, read one by one
     python tests/benchmarks/srtr.py --train 6000        # stage 1 with its defaults on one folder
 
-Each folder is written as CSV and read in processes of their own, each ``--repeats`` times in turn
-with the others. Time should grow as the number of registrations does, memory by what the cohort
-keeps. In the folder to train on the risk climbs with
-the last MELD (liver) or falls with the GFR (kidney) and is drawn at random: no real world.
+Each folder is written as CSV and read in processes of their own, ``--repeats`` times in turn with
+the others. Time should grow as the number of registrations does, memory by what the cohort keeps.
+In the folder to train on the risk climbs with the last MELD (liver) or falls with the GFR (kidney)
+and is drawn at random.
 """
 
 import argparse
@@ -44,7 +44,7 @@ print(len(dataset), len(dataset.times), seconds, idle, peak)
 
 
 def run(code: str, *words: str) -> list[str]:
-    """Run code in a fresh process, whose memory is its own alone; give the words it prints."""
+    """Run code in a fresh process, for its own peak memory; return the words it prints."""
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.split()
