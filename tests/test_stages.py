@@ -1,8 +1,7 @@
-"""Stages 2 and 3 as the script wires them: parts that learn, batches, what is monitored."""
+"""Stages as the script wires them: parts that learn, their rates, batches, what is monitored."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,46 +10,29 @@ import pytest
 import torch
 from torch import Tensor
 
-import medgemma_trainer as trainer
 from language_models import CPU, patients
-from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.stage import Stage
+from stages import STAGE_1, stage_of_patients
 
 MODES = ("classification", "generative")
-
-
-def arguments(*flags: str) -> Namespace:
-    """Parse flags as the program does."""
-    return trainer.complete(trainer.build_parser().parse_args(["--model_name", "tiny", *flags]))
-
-
-def data_for(args: Namespace) -> Data:
-    options = trainer.prompt_options(args)
-    return prepare_data(patients(), max_samples=0, seed=0, prompts=options)
-
-
-def built(*flags: str) -> Stage:
-    """Make a stage of the tiny model from flags."""
-    args = arguments(*flags)
-    return trainer.make_stage(args, data_for(args))
 
 
 @pytest.fixture(scope="module")
 def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, Path]:
     """An untrained stage 1, and its file."""
     folder = tmp_path_factory.mktemp("run")
-    stage = built("--trajectory_only")
+    stage = stage_of_patients(STAGE_1)
     stage.save(folder / "trajectory", stage.config)
     return stage, folder / TRAJECTORY_FILE
 
 
 def started(seed: int) -> dict[str, Tensor]:
     """Return the weights that stage 2 adds to the base model, as they begin."""
-    state = built("--mode", "classification", "--seed", str(seed)).model.state_dict()
+    state = stage_of_patients("--mode", "classification", "--seed", str(seed)).model.state_dict()
     return {name: weight for name, weight in state.items() if "base_layer" not in name}
 
 
@@ -71,7 +53,7 @@ def test_a_stage_trains_its_parts_and_no_others(
     flags = {"learns": [], "frozen": ["--freeze_ode"]}.get(
         encoder, ["--ode_checkpoint", str(stage1[1])]
     )
-    stage = built("--mode", mode, *flags)
+    stage = stage_of_patients("--mode", mode, *flags)
     learning = {n.split(".")[0] for n, p in stage.model.named_parameters() if p.requires_grad}
     expected = {"projection", "llm"} | ({"head"} if mode == "classification" else set())
     assert learning == expected | ({"encoder", "trajectory_head"} if encoder == "learns" else set())
@@ -79,8 +61,34 @@ def test_a_stage_trains_its_parts_and_no_others(
     assert sorted(grouped) == sorted(id(p) for p in stage.model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((STAGE_1, "--encoder_lr", "0.5"), {"encoder": 0.5, "head": 0.5}),
+        (
+            ("--encoder_lr", "0.5", "--projection_lr", "0.4", "--adapter_lr", "0.3"),
+            {"encoder": 0.5, "trajectory_head": 0.5, "projection": 0.4, "llm": 0.3, "head": 1e-3},
+        ),
+        (
+            ("--freeze_ode", "--head_lr", "0.2"),
+            {"projection": 1e-3, "llm": 2e-4, "head": 0.2},
+        ),
+        (("--mode", "generative", "--soft_prompt", "off"), {"llm": 2e-4}),
+    ],
+)
+def test_each_part_learns_at_the_rate_of_its_flag(
+    flags: tuple[str, ...], expected: dict[str, float]
+) -> None:
+    stage = stage_of_patients(*flags)
+    parts = {id(p): name.split(".")[0] for name, p in stage.model.named_parameters()}
+    found = {
+        (parts[id(p)], group["lr"]) for group in stage.parameter_groups() for p in group["params"]
+    }
+    assert sorted(found) == sorted(expected.items())
+
+
 def test_stage_2_reads_no_answer_and_stage_3_monitors_its_loss() -> None:
-    classification, generative = (built("--mode", mode) for mode in MODES)
+    classification, generative = (stage_of_patients("--mode", mode) for mode in MODES)
     assert (classification.monitor, classification.higher_is_better) == ("val_auroc", True)
     assert (generative.monitor, generative.higher_is_better) == ("val_loss", False)
     for stage, answered in ((classification, False), (generative, True)):
@@ -90,48 +98,28 @@ def test_stage_2_reads_no_answer_and_stage_3_monitors_its_loss() -> None:
 
 
 def test_a_new_stage_2_predicts_what_stage_1_does(stage1: tuple[Stage, Path]) -> None:
-    stage = built("--mode", "classification", "--ode_checkpoint", str(stage1[1]))
+    stage = stage_of_patients("--mode", "classification", "--ode_checkpoint", str(stage1[1]))
     one = evaluate(stage1[0].model, stage1[0].loaders["test"], CPU)
     two = evaluate(stage.model, stage.loaders["test"], CPU)
     np.testing.assert_allclose(two.logit, one.logit, atol=1e-6)
     assert float(np.std(one.logit)) > 0
 
 
-def test_a_frozen_encoder_is_not_asked_again_within_an_epoch(stage1: tuple[Stage, Path]) -> None:
-    stage = built("--mode", "generative", "--ode_checkpoint", str(stage1[1]))
-    calls: list[int] = []
-    stage.model.get_submodule("encoder").register_forward_hook(lambda *_: calls.append(1))
-    evaluate(stage.model, stage.loaders["val"], CPU)
-    assert calls == []
-    assert "states" not in next(iter(built("--mode", "generative").loaders["val"]))
-
-
 def test_more_soft_tokens_than_observations_cost_nothing() -> None:
-    model = built("--mode", "classification", "--num_prefix_tokens", "4096").model
+    model = stage_of_patients("--mode", "classification", "--num_prefix_tokens", "4096").model
     assert isinstance(model, TrajectoryLLM)
     assert model.tokens == max(patients().lengths)
 
 
 def test_layers_are_recomputed_where_the_flag_asks_for_it() -> None:
     for flags, on in (([], False), (["--gradient_checkpointing"], True)):
-        model = built("--mode", "classification", *flags).model
+        model = stage_of_patients("--mode", "classification", *flags).model
         assert isinstance(model, TrajectoryLLM)
         assert model.body.gradient_checkpointing == on
 
 
-@pytest.mark.parametrize("name", ["fp16", "float16", "half"])
-def test_float16_is_refused_with_its_reason(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        arguments("--precision", name)
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert "float16 overflows" in message
-    assert "bf16" in message
-    assert message.count("\n") == 1
-
-
 def test_a_written_verdict_is_the_decision_of_the_row(tmp_path: Path) -> None:
-    stage = built("--mode", "generative")
+    stage = stage_of_patients("--mode", "generative")
     assert stage.after_test is not None
     predictions = evaluate(stage.model, stage.loaders["test"], CPU)
     threshold = float(np.median(predictions.probability))

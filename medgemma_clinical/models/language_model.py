@@ -192,10 +192,14 @@ def _hash_once(path: Path, size: int, changed: int) -> str | None:
 def cached_revision(name: str) -> str | None:
     """Return the commit of a hub model in the cache; None for a folder and for ``tiny``."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     if name == TINY or os.path.isdir(name):
         return None
-    file = try_to_load_from_cache(name, "config.json")
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no hub id: loading refuses it with advice
+        return None
     return Path(file).parent.name if isinstance(file, str) else None
 
 

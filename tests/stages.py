@@ -1,0 +1,35 @@
+"""Stages as the script wires them from flags."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import medgemma_trainer as trainer
+from language_models import patients
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.training.stage import Stage
+
+STAGE_1 = "--trajectory_only"
+TINY = ("--model_name", "tiny", "--lora_dropout", "0")
+
+
+def arguments(*flags: str) -> Namespace:
+    """Parse flags as the program does."""
+    return trainer.complete(trainer.build_parser().parse_args(flags))
+
+
+def data_for(args: Namespace, dataset: TrajectoryDataset | None = None) -> Data:
+    """Prepare a data set, or what the flags name, as a run does."""
+    return prepare_data(
+        trainer.read_dataset(args) if dataset is None else dataset,
+        max_samples=args.max_samples,
+        seed=args.seed,
+        prompts=trainer.prompt_options(args),
+    )
+
+
+def stage_of_patients(*flags: str) -> Stage:
+    """Wire a stage of the tiny model, without dropout, over the sixteen patients."""
+    args = arguments(*TINY, *flags)
+    return trainer.make_stage(args, data_for(args, patients()))
