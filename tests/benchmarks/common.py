@@ -1,6 +1,6 @@
-"""What the benchmarks share: the machine in a line, a process's own peak memory, medians.
+"""What the benchmarks share: the machine in a line, the peak memory of a process, medians.
 
-Imports nothing large: processes that are measured begin with what their parent holds.
+Imports nothing large: a measured process begins with the memory of its parent.
 """
 
 import os
@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+
 
 def machine(*packages: str, threads: int | None = None) -> str:
-    """Name all that figures depend on: processor, cores, threads, load, versions."""
+    """Return what figures depend on: processor, cores, threads, load, versions."""
     cores = f"{os.cpu_count()} cores" + (f", {threads} threads" if threads else "")
     versions = ", ".join(f"{name} {installed(name)}" for name in packages)
     return (
@@ -31,7 +34,7 @@ def installed(package: str) -> str:
 
 
 def processor() -> str:
-    """Name the processor, as precisely as the system tells."""
+    """Return the name of the processor, as precisely as the system knows it."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text().splitlines():
@@ -41,7 +44,7 @@ def processor() -> str:
 
 
 def peak_mib() -> float:
-    """Give this process's own peak: Linux hands getrusage's figure down from the parent."""
+    """Return the peak memory of this process: Linux passes getrusage's figure on to children."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
@@ -51,6 +54,6 @@ def peak_mib() -> float:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Give the median, and in brackets the least and the most."""
+    """Return the median and, in brackets, the least and the most."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"

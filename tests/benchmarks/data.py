@@ -1,18 +1,16 @@
-"""How long, and with how much memory, large data are read, from their files and from the cache.
+"""Measure the time and memory of reading large data.
 
-Usage:
     python tests/benchmarks/data.py                                  # both kinds, the sizes below
     python tests/benchmarks/data.py --rows 200000 --series 9 --registrations 0
 
-Writes made-up data of a size and of a tenth of it: DKA files (3 to 8 observations a series; further
-series are measured at the times of the first, or missing, or at times of their own) and folders of
-liver registrations with 13 history rows each. Of each it prints seconds (that pass, and of the
-processor: beside other work the first are longer) and peak memory of reading it, of reading it with
---cache_dir for the first time, and again, every one in a process of its own. The three must give
-data of the same hash.
+Writes synthetic data of a size and of a tenth of it: DKA files (3 to 8 observations a series;
+further series are measured at the times of the first, or missing, or at times of their own) and
+folders of liver registrations with 13 history rows each. Reads each in a process of its own and
+prints elapsed seconds, processor seconds (other work on the machine lengthens the elapsed ones
+only) and peak memory.
 
-Peak memory is the kernel's own (``resource``). A process inherits that of whoever started it, so
-this one imports nothing large; each process tells with what it began.
+Peak memory is the kernel's own (``resource``). A process inherits that of its parent, so this one
+imports nothing large, and each process reports what it began with.
 """
 
 import argparse
@@ -25,15 +23,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import machine, spread
+from common import ROOT, machine, spread
 
-ROOT = Path(__file__).resolve().parents[2]
 HISTORY_ROWS = 13
-MOST_SECONDS, MOST_GB = 60.0, {"dka": 1.5, "srtr": 4.0}
-"""What reading the larger size may take, with a cache for the first time too; 10^9 bytes."""
+MOST_SECONDS, MOST_GB = 60.0, {"dka": 1.6, "srtr": 4.0}
+"""Most that reading the larger size may take; a GB is 10^9 bytes."""
 
 BEGAN_SMALL = 64.0
-"""MiB that a process may begin with: more was its parent's."""
+"""Most MiB that a process may begin with: more is its parent's."""
 
 
 def peak_mib() -> float:
@@ -42,7 +39,7 @@ def peak_mib() -> float:
 
 
 def write_dka(path: Path, rows: int, series: int) -> int:
-    """Write ``rows`` patients; give the number of values, each of which must be read."""
+    """Write ``rows`` patients; return the number of values, each of which must be read."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -71,7 +68,7 @@ def write_dka(path: Path, rows: int, series: int) -> int:
 
 
 def write_srtr(folder: Path, registrations: int) -> int:
-    """Write liver registrations; give the number of history rows."""
+    """Write liver registrations; return the number of history rows."""
     sys.path.insert(0, str(ROOT / "tests"))
     from srtr_files import random_tables, write_folder
 
@@ -81,14 +78,14 @@ def write_srtr(folder: Path, registrations: int) -> int:
 
 
 def flags(kind: str, place: Path) -> list[str]:
-    """Give the trainer's flags that read what was written."""
+    """Return the trainer's flags that read the written data."""
     if kind == "dka":
         return ["--data_path", str(place / "data.csv")]
     return ["--dataset", "srtr", "--organ", "liver", "--data_dir", str(place)]
 
 
 def measure(words: list[str]) -> dict[str, Any]:
-    """Read data in this process; give seconds and MiB."""
+    """Read data in this process; return seconds and MiB."""
     import time
 
     began = peak_mib()
@@ -97,15 +94,14 @@ def measure(words: list[str]) -> dict[str, Any]:
 
     import medgemma_trainer as trainer
 
-    args = trainer.resolve(trainer.build_parser().parse_args(words))
+    args = trainer.build_parser().parse_args(words)
     imports = peak_mib()
     start, work = time.perf_counter(), time.process_time()
-    read = trainer.read_cached(args) if args.cache_dir else trainer.read_data(args)
+    dataset = trainer.read_dataset(args)
     seconds, work = time.perf_counter() - start, time.process_time() - work
-    values = int((~np.isnan(read.dataset.values)).sum())
+    values = int((~np.isnan(dataset.values)).sum())
     return {
-        **{"rows": len(read.dataset), "values": values, "sha256": read.fingerprint},
-        **{"seconds": seconds, "work": work},
+        **{"rows": len(dataset), "values": values, "seconds": seconds, "work": work},
         **{"began": began, "imports": imports, "peak": peak_mib()},
     }
 
@@ -118,63 +114,43 @@ def apart(*words: str) -> dict[str, Any]:
     return result
 
 
-def compare(kind: str, size: int, series: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Write data of one size, read them in three ways, print.
+def time_reading(kind: str, size: int, series: int, repeats: int) -> dict[str, float]:
+    """Write data of one size and read them; print and return the medians.
 
     Returns:
-        Of each way: median seconds that passed and of the processor, and the most GB.
+        Median of elapsed seconds and of processor seconds, and the most GB.
     """
     with tempfile.TemporaryDirectory() as name:
-        place, cache = Path(name) / "data", Path(name) / "cache"
-        place.mkdir()
-        written = apart("--write", kind, str(place), str(size), str(series))["written"]
-        bytes_ = sum(path.stat().st_size for path in place.iterdir())
-        words = flags(kind, place)
-        ways: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(repeats):
-            for path in cache.iterdir() if cache.exists() else ():
-                path.unlink()
-            keep = ["--cache_dir", str(cache)]
-            for way, more in (("files", []), ("first with cache", keep), ("from cache", keep)):
-                ways.setdefault(way, []).append(apart("--measure", *words, *more))
-        runs = [run for each in ways.values() for run in each]
-        if len({run["sha256"] for run in runs}) > 1:
-            raise RuntimeError("the cache gives other data")
-        if kind == "dka" and (runs[0]["rows"], runs[0]["values"]) != (size, written):
-            raise RuntimeError(f"{size} rows, {written} values written, {runs[0]} read")
-        if max(run["began"] for run in runs) > BEGAN_SMALL:
-            raise RuntimeError("a process began with another's memory")
-        held = sum(path.stat().st_size for path in cache.iterdir())
-    unit = "values" if kind == "dka" else "history rows"
-    line = f"{kind} {size:,} ({written:,} {unit}, {bytes_ / 2**20:,.0f} MiB; "
-    sys.stdout.write(f"{line}cache {held / 2**20:,.0f} MiB)\n")
-    found = {}
-    for way, each in ways.items():
-        times = {key: [run[key] for run in each] for key in ("seconds", "work")}
-        peak, imports = max(run["peak"] for run in each), each[0]["imports"]
-        sys.stdout.write(
-            f"  {way:18s}{spread(times['seconds'])} s, of the processor {spread(times['work'])}; "
-            f"peak {peak:,.0f} MiB, imports {imports:,.0f}\n"
-        )
-        medians = {key: statistics.median(values) for key, values in times.items()}
-        found[way] = {**medians, "GB": peak * 2**20 / 1e9}
+        place = Path(name)
+        written = apart("--write", kind, name, str(size), str(series))["written"]
+        mib = sum(path.stat().st_size for path in place.iterdir()) / 2**20
+        runs = [apart("--measure", *flags(kind, place)) for _ in range(repeats)]
+    if kind == "dka" and (runs[0]["rows"], runs[0]["values"]) != (size, written):
+        raise RuntimeError(f"{size} rows, {written} values written, {runs[0]} read")
+    if max(run["began"] for run in runs) > BEGAN_SMALL:
+        raise RuntimeError("a process began with another's memory")
+    seconds, work = ([run[key] for run in runs] for key in ("seconds", "work"))
+    peak, unit = max(run["peak"] for run in runs), "values" if kind == "dka" else "history rows"
+    sys.stdout.write(
+        f"{kind} {size:,} ({written:,} {unit}, {mib:,.0f} MiB): {spread(seconds)} s, processor "
+        f"{spread(work)}; peak {peak:,.0f} MiB, imports {runs[0]['imports']:,.0f}\n"
+    )
     sys.stdout.flush()
-    return found
+    return {
+        "seconds": statistics.median(seconds),
+        "work": statistics.median(work),
+        "GB": peak * 2**20 / 1e9,
+    }
 
 
-def judge(
-    kind: str, small: dict[str, dict[str, float]], large: dict[str, dict[str, float]]
-) -> None:
-    """Print what the larger size took beside what it may take, and how it grew."""
-    for way in ("files", "first with cache"):
-        seconds, size = large[way]["seconds"], large[way]["GB"]
-        reached = seconds <= MOST_SECONDS and size <= MOST_GB[kind]
-        sys.stdout.write(
-            f"  {way}: {seconds:.1f} s of {MOST_SECONDS:.0f}, {size:.2f} GB of {MOST_GB[kind]}: "
-            f"{'reached' if reached else 'MISSED'}\n"
-        )
-    growth = large["files"]["work"] / small["files"]["work"]
-    sys.stdout.write(f"  ten times the data take {growth:.1f} times the processor's time\n")
+def judge(kind: str, small: dict[str, float], large: dict[str, float]) -> None:
+    """Print the larger size beside its limits, and the growth."""
+    reached = large["seconds"] <= MOST_SECONDS and large["GB"] <= MOST_GB[kind]
+    sys.stdout.write(
+        f"  {large['seconds']:.1f} s of {MOST_SECONDS:.0f}, {large['GB']:.2f} GB of "
+        f"{MOST_GB[kind]}: {'reached' if reached else 'MISSED'}; ten times the data take "
+        f"{large['work'] / small['work']:.1f} times the processor's time\n"
+    )
 
 
 def main() -> int:
@@ -187,8 +163,8 @@ def main() -> int:
     for kind, size in (("dka", arguments.rows), ("srtr", arguments.registrations)):
         if not size:
             continue
-        small = compare(kind, max(1, size // 10), arguments.series, arguments.repeats)
-        judge(kind, small, compare(kind, size, arguments.series, arguments.repeats))
+        small = time_reading(kind, max(1, size // 10), arguments.series, arguments.repeats)
+        judge(kind, small, time_reading(kind, size, arguments.series, arguments.repeats))
     sys.stdout.write(
         f"{machine('numpy', 'pandas', 'torch')}; medians (least to most) of {arguments.repeats}\n"
     )

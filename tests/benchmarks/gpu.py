@@ -1,22 +1,21 @@
-"""What a GPU makes of stage 1, and of stages 2 and 3 with a model of MedGemma-4B's shape.
+"""Measure stage 1 on a GPU, and stages 2 and 3 with a model in the shape of MedGemma-4B.
 
     python tests/benchmarks/gpu.py [--batch_size 16] [--steps 20] [--peak_tflops 989]
 
 Stage 1 at batch 16 and 256, sample data: batches lie on the device with their plans. Milliseconds a
-step (forward, backward, weights moved and averaged); how often, at least, the host waits for the
-device in a step, which shall be never, and where eight of them are read; the share of the time in
-which the device works.
+step (forward, backward, weights moved and averaged), how often, at least, the host waits for the
+device in a step, and the share of the time in which the device works.
 
 Stages 2 and 3: random weights of the 4B text shape in NF4, written to a temporary folder (8 GB) and
 loaded as any model; computed in bf16 and in float32. Seconds a step, tokens a second, peak memory
-of the steps, and operations a second: 4 for each weight and token, forward and back, since of a
-frozen weight no derivative is taken; those between tokens are left out. With ``--peak_tflops`` of
-the card (dense bf16: 989 of an H100 SXM, 312 of an A100, by NVIDIA's data sheets) also bf16's share
-of it. The byte tokenizer makes rows several times as long as Gemma's own; where they do not fit,
-take ``--gradient_checkpointing`` or a smaller ``--batch_size``.
+of the steps, and operations a second: 4 for each weight and token, forward and back, since a frozen
+weight needs no derivative; attention is not counted. With ``--peak_tflops`` of the card (dense
+bf16: 989 of an H100 SXM, 312 of an A100, by NVIDIA's data sheets) also bf16's share of it. The byte
+tokenizer makes rows several times as long as Gemma's; where they do not fit, use
+``--gradient_checkpointing`` or a smaller ``--batch_size``.
 
-Without a GPU all of it runs on the processor, but for waits and work of the device; take fewer
-``--layers`` and a smaller ``--width``, a multiple of 8, there. So far nothing else was tried.
+Without a GPU all of it runs on the processor, except waits and work of the device; use fewer
+``--layers`` and a smaller ``--width``, a multiple of 8, there.
 """
 
 import argparse
@@ -38,18 +37,24 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import machine, peak_mib, spread
+from common import SAMPLE, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.models.language_model import tiny_language_model
+from medgemma_clinical.models.trajectory_llm import IGNORED, TextBatch, TrajectoryLLM
+from medgemma_clinical.training.stage import Stage
+from medgemma_clinical.training.train_state import set_up_training
 
-DEVICE = trainer.default_device()
+DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
 REPEATS = 3
-"""Times that all steps are taken; what is printed of them is the median, least and most."""
+"""Times that all steps are taken; the median, the least and the most are printed."""
 
 
 def wait() -> None:
-    """Let the device end what it was given."""
+    """Wait until the device has finished."""
     if ON_GPU:
         torch.cuda.synchronize()
 
@@ -60,7 +65,7 @@ def say(text: str) -> None:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Give the time until the device has done the work."""
+    """Return the seconds until the device has done the work."""
     wait()
     began = time.perf_counter()
     work()
@@ -81,7 +86,7 @@ def waits(work: Callable[[], Any]) -> int:
 
 
 def device_seconds(work: Callable[[], Any]) -> float:
-    """Give how long the device works: kernels, copies and fills, one after the other."""
+    """Return the seconds in which the device works: kernels, copies and fills."""
     for _ in range(2):  # the first time the profiler itself warms up
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             seconds(work)
@@ -92,57 +97,56 @@ def device_seconds(work: Callable[[], Any]) -> float:
 class Steps:
     """Training steps of a stage on batches that lie on the device, again and again."""
 
-    def __init__(self, stage: trainer.Stage, most: int) -> None:
-        self.learner = trainer.begin(stage, DEVICE)
-        self.learner.model.train()
+    def __init__(self, stage: Stage, most: int) -> None:
+        self.state = set_up_training(stage, DEVICE)
+        self.state.model.train()
         made = itertools.islice(stage.loaders["train"], most)
-        self.batches = list(made)
+        self.batches = [to_device(batch, DEVICE) for batch in made]
         self.turn: Iterator[Any] = itertools.cycle(self.batches)
-
-    def step(self) -> None:
-        output = self.learner.model(next(self.turn))
-        output.loss.backward()
-        trainer.take_step(self.learner, 1, output.loss.detach(), output.terms)
-
-    def read(self) -> None:
-        trainer.read_steps(self.learner)
 
     def take(self, count: int = 1) -> None:
         for _ in range(count):
-            self.step()
-            if len(self.learner.tried) == trainer.STEPS_UNREAD:
-                self.read()
-        self.read()
+            output = self.state.model(next(self.turn))
+            output.loss.backward()
+            trainer.train_step(self.state, float(output.loss.detach()), output.terms)
 
 
 def arguments_of(*words: str) -> argparse.Namespace:
-    """Read flags as the program does."""
-    known = ("--data_path", str(trainer.SAMPLE_DATA), *words)
-    return trainer.resolve(trainer.build_parser().parse_args(known))
+    """Parse flags as the program does."""
+    return trainer.complete(trainer.build_parser().parse_args(["--data_path", str(SAMPLE), *words]))
+
+
+def data_of(args: argparse.Namespace) -> Data:
+    """Read and split the sample data as the program does."""
+    return prepare_data(
+        trainer.read_dataset(args),
+        max_samples=args.max_samples,
+        seed=args.seed,
+        prompts=trainer.prompt_options(args),
+    )
 
 
 def measure_stage_1(batch_size: int, most: int) -> None:
-    """Time stage 1, and tell where it waits."""
+    """Time stage 1, and count where the host waits."""
     args = arguments_of("--trajectory_only", "--batch_size", str(batch_size))
-    steps = Steps(trainer.trajectory_stage(args, trainer.load_data(args)), most)
+    steps = Steps(trainer.trajectory_stage(args, data_of(args)), most)
     count = len(steps.batches)
     steps.take(count)  # each shape once
     turns = [seconds(partial(steps.take, count)) for _ in range(REPEATS)]
     took = statistics.median(turns)
     each = spread([1000 * turn / count for turn in turns], 2)
-    told = f"stage 1, batch {batch_size}: {each} ms a step"
+    text = f"stage 1, batch {batch_size}: {each} ms a step"
     if ON_GPU:
-        told += f", the host waits {waits(steps.step)} times in a step and {waits(steps.read)} "
-        told += "times where it is read, the device works "
-        told += f"{device_seconds(partial(steps.take, count)) / took:.0%} of the time"
-    say(told)
+        text += f", the host waits {waits(steps.take)} times in a step, the device works "
+        text += f"{device_seconds(partial(steps.take, count)) / took:.0%} of the time"
+    say(text)
 
 
 def save_model(folder: Path, layers: int, width: int) -> None:
-    """Write a Gemma 3 of MedGemma-4B's shape with random weights, or a part of it."""
+    """Write a Gemma 3 in the shape of MedGemma-4B with random weights, or a part of it."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    tiny, tokenizer = trainer.tiny_language_model()
+    tiny, tokenizer = tiny_language_model()
     sizes: dict[str, Any] = {"vocab_size": 262_208, "hidden_size": width, "head_dim": 256}
     sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": layers, "layer_types": None}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.02}
@@ -153,12 +157,12 @@ def save_model(folder: Path, layers: int, width: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def operations(model: trainer.TrajectoryLLM, batch: trainer.TextBatch) -> tuple[int, float]:
-    """Give the tokens of a batch, and the operations of a training step with it."""
+def operations(model: TrajectoryLLM, batch: TextBatch) -> tuple[int, float]:
+    """Return the tokens of a batch, and the operations of a training step with it."""
     linear = [each for each in model.body.modules() if isinstance(each, nn.Linear)]
     inside = sum(each.in_features * each.out_features for each in linear)
     tokens = int(batch["text_mask"].sum() + batch["states_mask"].sum()) + len(batch["index"])
-    answers = int((batch["targets"] != trainer.IGNORED).sum())
+    answers = int((batch["targets"] != IGNORED).sum())
     outputs = model.llm.config.vocab_size * model.llm.config.hidden_size
     return tokens, 4.0 * (tokens * inside + answers * outputs)
 
@@ -170,9 +174,9 @@ def measure_llm(mode: str, precision: str, folder: Path, arguments: argparse.Nam
     words += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
     # Of these four fifths train.
     args = arguments_of(*words, "--max_samples", str(2 * arguments.steps * arguments.batch_size))
-    stage = trainer.llm_stage(args, trainer.load_data(args))
+    stage = trainer.make_stage(args, data_of(args))
     steps = Steps(stage, arguments.steps)
-    assert isinstance(stage.model, trainer.TrajectoryLLM)
+    assert isinstance(stage.model, TrajectoryLLM)
     done = [operations(stage.model, batch) for batch in steps.batches]
     steps.take(len(done))
     if ON_GPU:
@@ -214,7 +218,7 @@ def main() -> None:
                     measure_llm(mode, precision, Path(place), arguments)
                 except torch.OutOfMemoryError:
                     say(f"{mode}, NF4, {precision}, batch {arguments.batch_size}: out of memory")
-                gc.collect()  # this model goes before the next one comes
+                gc.collect()  # frees this model before the next one is loaded
                 if ON_GPU:
                     torch.cuda.empty_cache()
 

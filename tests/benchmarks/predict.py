@@ -1,12 +1,12 @@
-"""Predictions a second and peak memory of a trained model on many new rows.
+"""Measure predictions a second and peak memory of a trained model on many new rows.
 
     python tests/benchmarks/predict.py [--rows 200000] [--labels]
     python tests/benchmarks/predict.py --checkpoint RUN/classification --rows 2000
 
-Without --checkpoint stage 1 is trained for one epoch on the sample data first. The rows are those
-of the sample data over and over, each a patient of his own, as CSV without labels, or with them to
-see what the figures cost. Scores a tenth of the rows and all of them in turn, each in a fresh
-process, and prints rows a second (imports and loading apart) and the peak memory of the process.
+Without --checkpoint stage 1 is first trained for one epoch on the sample data. The rows are those
+of the sample data, repeated, each a patient, as CSV without labels, or with labels to see what the
+figures cost. Scores a tenth of the rows and all of them in turn, each in a fresh process, and
+prints rows a second (without imports and loading) and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common import machine, peak_mib, spread
+from common import SAMPLE, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands import predict
+from medgemma_clinical.models.trained_model import TrainedModel
 
 
 def train_one(folder: Path) -> Path:
-    """Train stage 1 for an epoch; give its folder."""
+    """Train stage 1 for an epoch; return its folder."""
     words = ["--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none"]
-    words += ["--data_path", str(trainer.SAMPLE_DATA), "--output_dir", str(folder)]
+    words += ["--data_path", str(SAMPLE), "--output_dir", str(folder)]
     if trainer.main(words):
         raise RuntimeError("stage 1 could not be trained")
     return folder / "trajectory"
@@ -46,9 +48,9 @@ def write_rows(path: Path, data: Path, rows: int, labels: bool) -> None:
     if not labels:
         table = table.drop(columns="label_escalation")
     for start in range(0, rows, len(table)):
-        piece = table.head(rows - start).copy()
-        piece["subject_id"] = np.arange(start, start + len(piece))
-        piece.to_csv(path, index=False, mode="a", header=start == 0)
+        chunk = table.head(rows - start).copy()
+        chunk["subject_id"] = np.arange(start, start + len(chunk))
+        chunk.to_csv(path, index=False, mode="a", header=start == 0)
     name = data.name.removesuffix(".gz").removesuffix(".csv")
     shutil.copy(data.with_name(f"{name}.json"), path.with_suffix(".json"))
 
@@ -57,16 +59,16 @@ def measure(checkpoint: str, data: str, out: str, threads: int) -> None:
     """Score the rows in this process; print seconds and MiB."""
     torch.set_num_threads(threads)
     before, loaded = peak_mib(), 0.0
-    load = trainer.load_winner
+    load = predict.load_trained_model
 
-    def timed(*arguments: object) -> trainer.Winner:
+    def timed(*arguments: object) -> TrainedModel:
         nonlocal loaded
         start = time.perf_counter()
-        winner = load(*arguments)  # type: ignore[arg-type]
+        trained = load(*arguments)  # type: ignore[arg-type]
         loaded = time.perf_counter() - start
-        return winner
+        return trained
 
-    trainer.load_winner = timed  # type: ignore[assignment]
+    predict.load_trained_model = timed  # type: ignore[assignment]
     words = ["--predict", "--checkpoint", checkpoint, "--data_path", data, "--predictions", out]
     start = time.perf_counter()
     if trainer.main(words):
@@ -79,8 +81,10 @@ def measure(checkpoint: str, data: str, out: str, threads: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=200_000, help="rows of the larger file")
-    parser.add_argument("--checkpoint", type=Path, help="a stage's folder; stage 1 is trained else")
-    parser.add_argument("--data", type=Path, default=trainer.SAMPLE_DATA)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder of a stage; without it stage 1 is trained"
+    )
+    parser.add_argument("--data", type=Path, default=SAMPLE)
     parser.add_argument("--labels", action="store_true", help="with labels, so with figures")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="scorings of each file (3)")
@@ -105,11 +109,11 @@ def main() -> int:
                 result = subprocess.run(command, check=True, capture_output=True, text=True)
                 found[rows].append(json.loads(result.stdout.splitlines()[-1]))
     for rows, each in found.items():
-        told = {key: spread([run[key] for run in each]) for key in each[0]}
+        shown = {key: spread([run[key] for run in each]) for key in each[0]}
         rate = spread([rows / run["s"] for run in each], 0)
         sys.stdout.write(
-            f"{rows:,} rows: {told['s']} s, {rate} a second, loading {told['load_s']} s; peak "
-            f"{told['mib']} MiB, {told['imports_mib']} of it imports\n"
+            f"{rows:,} rows: {shown['s']} s, {rate} a second, loading {shown['load_s']} s; peak "
+            f"{shown['mib']} MiB, {shown['imports_mib']} of it imports\n"
         )
     few, many = (statistics.median(run["s"] for run in found[rows]) for rows in sizes)
     sys.stdout.write(

@@ -1,11 +1,11 @@
-"""Stage 1 from file to figures on made-up patients of two sizes, and what larger ones would take.
+"""Time stage 1 from file to report on synthetic patients of two sizes, and extrapolate.
 
     python tests/benchmarks/scale.py [--rows 20000 200000] [--batch_size 256] [--threads 1]
 
-Each size is read, trained for one epoch, scored and reported by the program as a user runs it, in
+The program reads, trains for one epoch, scores and reports as a user runs it, each size in
 processes of its own, both sizes in turn. Prints seconds of each part and peak memory; then, by the
-slope between the medians of the two sizes, what 1, 10 and 100 million patients would take: an
-extrapolation, not a measurement. ``--threads`` holds for every library.
+slope between the medians of the two sizes, an extrapolation to 1, 10 and 100 million patients.
+``--threads`` applies to every library.
 """
 
 import argparse
@@ -19,17 +19,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import machine, peak_mib, spread
+from common import ROOT, machine, peak_mib, spread
 
 from data import apart
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("reading", "an epoch", "figures")
 LARGER = (1_000_000, 10_000_000, 100_000_000)
 
 
 def run(words: list[str], folder: Path) -> dict[str, float]:
-    """Run stage 1 for an epoch in this process; give seconds of its parts and MiB."""
+    """Run stage 1 for an epoch in this process; return seconds of its parts and MiB."""
     import time
 
     sys.path.insert(0, str(ROOT))
@@ -50,7 +49,7 @@ def run(words: list[str], folder: Path) -> dict[str, float]:
 
         setattr(trainer, name, call)
 
-    for name in ("load_data", "run_stage", "write_results"):
+    for name in ("read_dataset", "fit", "write_results"):
         marked(name)
     code = trainer.main([*words, "--output_dir", str(folder)])
     if code:
@@ -78,9 +77,9 @@ def measure(data: Path, arguments: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-def told(label: str, figures: dict[str, float]) -> str:
+def line(label: str, figures: dict[str, float]) -> str:
     parts = "".join(f"{figures[part]:12,.1f}" for part in PARTS)
-    return f"{label:>26}{parts}{figures['MiB'] / 1024:12,.2f}\n"
+    return f"{label:>28}{parts}{figures['MiB'] / 1024:12,.2f}\n"
 
 
 def main() -> int:
@@ -111,13 +110,13 @@ def main() -> int:
         for runs in found.values()
     )
     sys.stdout.write(
-        f"\n{'seconds; patients':>26}{''.join(f'{part:>12}' for part in PARTS)}{'peak GiB':>12}\n"
-        f"{told(f'{few:,}', small)}{told(f'{many:,}', large)}"
+        f"\n{'seconds; patients':>28}{''.join(f'{part:>12}' for part in PARTS)}{'peak GiB':>12}\n"
+        f"{line(f'{few:,}', small)}{line(f'{many:,}', large)}"
     )
     slope = {key: (large[key] - small[key]) / (many - few) for key in small}
     for rows in LARGER:
         further = {key: large[key] + slope[key] * (rows - many) for key in large}
-        sys.stdout.write(told(f"{rows:,} (on paper)", further))
+        sys.stdout.write(line(f"{rows:,} (extrapolated)", further))
     speed = 1 / slope["an epoch"]
     sys.stdout.write(
         f"{speed:,.0f} patients a second of an epoch, validation included; batch "
