@@ -216,7 +216,7 @@ def test_a_lone_registration_is_scored_as_in_company(tmp_path: Path) -> None:
     """1 means no dialysis where the training data hold CAN_DIAL's codes."""
     cand, rows = filler("kidney")
     rows = [{**row, "CANHX_DIAL": 1 + row["PX_ID"] % 3} for row in rows]
-    new = [candidate(1, "kidney", CAN_ENDWLFU=LISTED + 400, CAN_DIAL_DT=None)]
+    new = [candidate(1, "kidney", CAN_ENDWLFU=LISTED + 400, CAN_DIAL_DT=LISTED - 50)]
     own = [history_row(1, 0, "kidney", CANHX_DIAL=1)]
     company = SRTRTrajectoryDataset(write_folder(tmp_path / "all", cand, rows, "kidney"))
     config = {

@@ -31,6 +31,26 @@ CODES_ONLY = {2, 3, 4, 5, 998, 999}
 """Cells that only codes hold; 998 and 999 are unknown."""
 
 
+class HistoryKeeper:
+    """Keeps of each chunk the rows of a cohort that began by the landmark.
+
+    Attributes:
+        dialysis_cells: distinct cells of the dialysis column, also of rows that are not kept.
+    """
+
+    def __init__(self, landmark: int, listed: pd.Series, dialysis_column: str) -> None:
+        """Keep the rows of registrations in ``listed``, the day of listing by PX_ID."""
+        self.landmark, self.listed, self.dialysis_column = landmark, listed, dialysis_column
+        self.dialysis_cells: set[float] = set()
+
+    def __call__(self, chunk: pd.DataFrame) -> pd.DataFrame:
+        """Return the kept rows with ``day``, days since listing."""
+        self.dialysis_cells.update(chunk[self.dialysis_column].dropna().unique())
+        # NaN, and so left out, outside the cohort and for an impossible date.
+        day = chunk["CANHX_BEGIN_DT"] - chunk["PX_ID"].map(self.listed)
+        return chunk.assign(day=day)[day <= self.landmark]
+
+
 def read_history(
     file: SafFile,
     definition: CohortDefinition,
@@ -61,27 +81,15 @@ def read_history(
     """
     features = definition.organ.features
     dialysis = next(f for f in features if f.name == DIALYSIS.name)
-    cells_seen: set[float] = set()
-
-    def keep(chunk: pd.DataFrame) -> pd.DataFrame:
-        cells_seen.update(chunk[dialysis.column].dropna().unique())
-        day = chunk["CANHX_BEGIN_DT"] - chunk["PX_ID"].map(
-            listed
-        )  # NaN outside the cohort and for a bad date
-        return chunk.assign(day=day)[day <= definition.landmark]
-
+    keep = HistoryKeeper(definition.landmark, listed, dialysis.column)
     costs = {f.column: f"the history holds no {f.name}" for f in features}
     keys = {"PX_ID": "", "CANHX_BEGIN_DT": "", "CANHX_BEGIN_TM": "the file orders rows of a day"}
     rows = read_saf(file, {**keys, **costs}, keep).sort_values("CANHX_BEGIN_TM", kind="stable")
     start = rows["day"].where(rows["day"] <= 0).groupby(rows["PX_ID"]).transform("max")
     rows = rows[~(rows["day"] < start)]
-    source = _dialysis_source(file, dialysis, cells_seen, dialysis_source, dated=dated)
-    values = {
-        f.name: _dialysis_values(rows[f.column], source)
-        if f is dialysis
-        else f.decode(rows[f.column])
-        for f in features
-    }
+    source = _dialysis_source(file, dialysis, keep.dialysis_cells, dialysis_source, dated=dated)
+    values = {f.name: f.decode(rows[f.column]) for f in features}
+    values[dialysis.name] = rows[dialysis.column].map(DIALYSIS_VALUES.get(source, {})).astype(float)
     for feature in features:
         unread = int((rows[feature.column].notna() & values[feature.name].isna()).sum())
         if unread:
@@ -112,11 +120,6 @@ def _dialysis_source(
     if cells == {1}:
         logger.warning("%s: holds 1 alone, yes or CAN_DIAL's no: not used", where)
     return DATES if dated else NOWHERE
-
-
-def _dialysis_values(column: pd.Series, source: str) -> pd.Series:
-    values: pd.Series = column.map(DIALYSIS_VALUES.get(source, {})).astype(float)
-    return values
 
 
 def one_row_a_day(
