@@ -212,10 +212,10 @@ def test_recalibration_stands_before_and_after(tmp_path: Path) -> None:
     figures = cohort_figures(mended, 0.3, 0)
     assert figures.before is not None
     slopes = [each["calibration_slope"].text() for each in (figures.before, figures.estimates)]
-    text = Page(write_page(mended, tmp_path)).text.split("before and after")[-1]
+    text = Page(write_page(mended, tmp_path)).text.split("Before and after")[-1]
     assert text.index("As trained") < text.index("Recalibrated")
     assert 0 < text.index(slopes[0]) < text.index(slopes[1])
-    assert "before and after" not in write_page(plain, tmp_path)
+    assert "Before and after" not in write_page(plain, tmp_path)
 
 
 def test_the_case_mix_of_another_cohort_stands_beside_the_development(page: str) -> None:
