@@ -808,7 +808,6 @@ def run_stage(
     options = ResultOptions(args.calibrate, args.seed, args.report_patients)
     figures = write_results(stage, data, folder, state, facts, options)
     track(figures, state.average.steps)
-    logger.info("%s", peak_memory())
 
 
 def make_stage(args: argparse.Namespace, data: Data) -> Stage:

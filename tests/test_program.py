@@ -280,7 +280,9 @@ def test_freeze_ode_keeps_the_encoder_as_it_began(
     folder = stage_1(tmp_path, dka_file, "run", *words)
     saved = read_trajectory(folder / TRAJECTORY_FILE).encoder
     args, data = load_data(["--trajectory_only", "--data_path", str(dka_file)])
-    fresh = trainer.make_encoder(args, data).state_dict()
+    encoder = trainer.make_encoder(args, data)
+    assert isinstance(encoder, torch.nn.Module)
+    fresh = encoder.state_dict()
     weights = [name for name in fresh if name.endswith(("weight", "bias"))]
     assert weights
     for name in weights:

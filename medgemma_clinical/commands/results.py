@@ -33,6 +33,7 @@ from medgemma_clinical.evaluation.report_tables import (
 from medgemma_clinical.files import write_json, write_text
 from medgemma_clinical.models.checkpoints import licence
 from medgemma_clinical.models.generation import save_reports, write_reports
+from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
@@ -127,25 +128,38 @@ def write_results(
         return {}
     if reports:
         write_json(folder / "metrics.json", {**metrics, "reports": reports})
-    content = ReportContent(
-        title=f"{STAGE_TITLES[stage.name]}: {data.dataset.outcome}",
-        outcome=data.dataset.outcome,
-        question=data.dataset.asked(),
-        data=describe_data(data),
-        card=model_card(stage, state.stopping.best_epoch, figures["val"], facts),
-        flow=flow_table(data.dataset.flow),
-        split=split_table(data.dataset.labels, data.dataset.groups, data.split),
-        history=state.progress.history or None,
-        reports=reports,
-    )
+    content = report_content(stage, data, state, figures["val"], facts, reports)
     path = folder / "report.html"
     list_patients = options.list_patients
     write_report(path, cohorts["test"], figures["test"], content, list_patients=list_patients)
     named = {SCORED[part]: each for part, each in figures.items()}
-    logger.info("\n%s", result_sentence(figures["test"]))
-    logger.info("\n%s", results_table(stage.name, named, reports))
-    logger.info("\nreport: %s", path)
+    logger.info("\n%s\n", result_sentence(figures["test"]))
+    logger.info("%s\n", results_table(stage.name, named, reports))
+    logger.info("report: %s; %s", path, peak_memory())
     return plain_figures(figures)
+
+
+def report_content(
+    stage: Stage,
+    data: Data,
+    state: TrainState,
+    validation: CohortFigures,
+    facts: dict[str, Any],
+    reports: dict[str, Any] | None,
+) -> ReportContent:
+    """Return what a page says beside its figures; arguments as in ``write_results``."""
+    dataset = data.dataset
+    return ReportContent(
+        title=f"{STAGE_TITLES[stage.name]}: {dataset.outcome}",
+        outcome=dataset.outcome,
+        question=dataset.asked(),
+        data=describe_data(data),
+        card=model_card(stage, state.stopping.best_epoch, validation, facts),
+        flow=flow_table(dataset.flow),
+        split=split_table(dataset.labels, dataset.groups, data.split),
+        history=state.progress.history or None,
+        reports=reports,
+    )
 
 
 def make_cohorts(

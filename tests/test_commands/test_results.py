@@ -25,7 +25,8 @@ def marked_table(rows: int) -> pd.DataFrame:
     """A table whose ids, contexts and values can be found wherever they turn up."""
     table = sign_table(rows, seed=3)
     table["clinical_trajectory"] += " -> 7.41703 (49.31h)"
-    table.loc[7, "clinical_trajectory"] += " -> 987.654 (777.25h)"  # the extreme of all rows
+    extreme = pd.Series({7: " -> 987.654 (777.25h)"}).reindex(table.index, fill_value="")
+    table["clinical_trajectory"] += extreme
     table["subject_id"] = [f"MARKERID{i}" for i in range(rows)]
     ages = np.random.default_rng(0).integers(20, 90, rows)
     table["clinical_context"] = [f"{a}-year-old man, MARKERCONTEXT{i}" for i, a in enumerate(ages)]
