@@ -554,8 +554,7 @@ def fit(
     """Train with early stopping; leave the model as the best epoch, which lies in ``folder``.
 
     The state is kept before the first step, before each validation, at the end, every
-    ``save_every`` steps and when a signal comes. Of several processes each takes a share of every
-    batch, and the first one writes.
+    ``save_every`` steps and when a signal comes. Processes share each batch; the first one writes.
 
     Args:
         stage: what learns from what.

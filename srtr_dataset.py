@@ -371,8 +371,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 # --------------------------------------------------------------------------- the command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return 0 when the folder can be used, 2 when not."""
+def build_parser() -> Parser:
+    """Return the parser of the command line."""
     parser = Parser(
         prog="srtr_dataset.py", description="Check a folder of SRTR files.", allow_abbrev=False
     )
@@ -386,7 +386,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--horizon_days", type=int, help="days looked ahead; 365 kidney, 90 liver")
     add("--transplant", choices=TRANSPLANT_CHOICES, default="negative")
     add("--show_values", action="store_true", help=SHOW_VALUES)
-    arguments = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 when the folder can be used, 2 when not."""
+    arguments = vars(build_parser().parse_args(argv))
     del arguments["command"]
     shown = arguments.pop("show_values")
     start_logging()
