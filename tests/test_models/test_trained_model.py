@@ -21,6 +21,7 @@ from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, file_hash, json_hash
+from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -143,10 +144,6 @@ def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
         load_trained_model(tmp_path, ENCODERS)
 
 
-def change_head(best: Path) -> None:
-    rehash(best, trajectory_head=False)
-
-
 def widen_encoder(best: Path) -> None:
     config = json.loads((best / CONFIG).read_text())
     rehash(best, encoder={**config["encoder"], "hidden_dim": HUGE})
@@ -158,25 +155,41 @@ def widen_adapter(best: Path) -> None:
     rehash(best)
 
 
-@pytest.mark.parametrize("change", [change_head, widen_encoder, widen_adapter])
-def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_given(
-    change: Callable[[Path], None], run: Path
-) -> None:
-    change(run / "generative" / "best")
+def test_parts_that_the_weights_do_not_have_are_refused(run: Path) -> None:
+    rehash(run / "generative" / "best", trajectory_head=False)
     with pytest.raises(InputError, match="damaged, or not made from this base model") as caught:
         load_trained_model(run / "generative", ENCODERS)
     assert "\n" not in str(caught.value)
 
 
-def test_a_stage_1_file_of_another_size_is_refused_before_memory_is_given(run: Path) -> None:
+def never(*_: Any, **__: Any) -> None:
+    """Stand for what would give memory to a size that no weight has."""
+    pytest.fail("memory was given")
+
+
+@pytest.mark.parametrize("change", [widen_encoder, widen_adapter])
+def test_a_size_that_no_weight_has_gets_no_memory(
+    change: Callable[[Path], None], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(run / "generative" / "best")
+    encoders: dict[str, Any] = dict(ENCODERS)
+    if change is widen_encoder:
+        encoders["ode_rnn"] = never
+    monkeypatch.setattr(trained_model, "add_lora", never)
+    with pytest.raises(InputError, match="damaged, or not made from this base model"):
+        load_trained_model(run / "generative", encoders)
+
+
+def test_a_stage_1_size_that_no_weight_has_gets_no_memory(run: Path) -> None:
     file = run / TRAJECTORY_FILE
     content = torch.load(file, weights_only=True)
     content["config"]["encoder"]["hidden_dim"] = HUGE
     torch.save(content, file)
+    encoders: dict[str, Any] = {"ode_rnn": never}
     with pytest.raises(InputError, match="its weights do not fit"):
-        load_trained_model(file, ENCODERS)
+        load_trained_model(file, encoders)
     with pytest.raises(InputError, match="its weights do not fit"):
-        load_stage1_encoder(file, ENCODERS, "rk4", None, data_of(patients()))
+        load_stage1_encoder(file, encoders, "rk4", None, data_of(patients()))
 
 
 def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]) -> None:
