@@ -248,7 +248,6 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
     [
         ("loss", 3, 3, 0),
         ("gradient", 3, 12, 1),
-        ("interrupt", 130, 3, 0),
         ("interrupt", 130, 12, 1),
     ],
 )
