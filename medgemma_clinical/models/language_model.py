@@ -25,11 +25,8 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 MULTIMODAL_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
 """Place of the text model's weights within a multimodal Gemma 3 checkpoint."""
 
-DTYPES = {
-    **{"fp32": torch.float32, "bf16": torch.bfloat16},
-    **{"float32": torch.float32, "bfloat16": torch.bfloat16},
-}
-"""Of each ``--precision`` and of each name in a checkpoint. Gemma 3 overflows in float16."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of each ``--precision``. Gemma 3 overflows in float16."""
 
 
 def hush_libraries() -> None:

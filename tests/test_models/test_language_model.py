@@ -27,7 +27,7 @@ from language_models import (
     save_text_checkpoint,
     text_config,
 )
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, one_line
 from medgemma_clinical.models.language_model import (
     LORA_TARGETS,
     add_lora,
@@ -72,7 +72,7 @@ def refusal(name: str | Path) -> str:
         load_language_model(str(name), "none", torch.float32, CPU)
     text = str(caught.value)
     assert "\n" not in text
-    assert str(name) in text
+    assert one_line(str(name)) in text
     return text
 
 
@@ -235,6 +235,14 @@ def test_a_model_that_cannot_be_fetched_ends_in_one_line_of_advice(
     text = refusal(MEDGEMMA)
     check_advice(text)
     assert ("gated" in text) == (kind != "network")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a/b/c", "x" * 300])
+def test_a_name_that_is_no_hub_id_has_no_revision_and_is_refused_in_one_line(name: str) -> None:
+    assert cached_revision(name) is None
+    text = refusal(name)
+    assert text.startswith("--model_name ")
+    assert "\n" not in text
 
 
 # ------------------------------------------------------------------------------- 4-bit weights

@@ -81,7 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "base_model": "tiny",
             "base_revision": None,
             "quantization": "none",
-            "precision": "float32",
+            "precision": "fp32",
             "prompts": asdict(PROMPTS),
             "max_text_tokens": None,
             "decision": RULE.to_config(),
@@ -208,7 +208,7 @@ def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]
         ({"decision": {"slope": -1.0, "intercept": 0.0, "threshold": 0.5}}, "slope is not above 0"),
         ({"decision": {"slope": 1.0}}, "lacks a number"),
         ({"base_model": None}, "not a hub id, not tiny, and no folder"),
-        ({"precision": "float16"}, "damaged"),
+        ({"precision": "fp16"}, "damaged"),
     ],
 )
 def test_an_unsound_configuration_is_refused(
