@@ -80,8 +80,7 @@ def test_what_only_a_second_series_tells_is_learned(data: Path, tmp_path: Path) 
 def test_what_only_the_time_between_two_series_tells_is_learned(tmp_path: Path) -> None:
     data = write(tmp_path / "data.csv", by_interval)
     assert stage_1_auroc(data, tmp_path / "both") > 0.9
-    for name in ("lactate", "anion gap"):  # neither series alone says anything
-        assert 0.35 < stage_1_auroc(data, tmp_path / name, "--series", name) < 0.65
+    assert 0.35 < stage_1_auroc(data, tmp_path / "one", "--series", "lactate") < 0.65
 
 
 def parsed(*words: str) -> trainer.argparse.Namespace:

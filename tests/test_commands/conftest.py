@@ -29,7 +29,7 @@ def runs(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = ["--data_path", str(data), "--output_dir", str(place), "--log_file", "none"]
     small += ["--batch_size", "8", "--encoder_lr", "0.05"]
     assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *small]) == 0
-    small += ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01"]
+    small += ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
     small += ["--ode_checkpoint", str(place / "medgemma_trajectory_best.pt")]
     for mode in STAGES[1:]:
         assert trainer.main(["--mode", mode, *small]) == 0
