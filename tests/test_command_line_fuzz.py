@@ -185,6 +185,7 @@ def test_random_command_lines_give_one_line_and_no_traceback(world: Callable[[],
         before = listing(Path(".."))
         ending = run(words)
         assert "Traceback" not in ending.out + ending.err, words
+        assert "a fault of the program" not in ending.err, words
         if ending.end in ("parser 2", 2, 3):
             assert re.fullmatch(r"error: [^\n]+\n", ending.err), (words, ending.err)
             assert len(ending.err.splitlines()) == 1, (words, ending.err)

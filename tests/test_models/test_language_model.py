@@ -237,12 +237,10 @@ def test_a_model_that_cannot_be_fetched_ends_in_one_line_of_advice(
     assert ("gated" in text) == (kind != "network")
 
 
-@pytest.mark.parametrize("name", ["a\nb", "a/b/c", "x" * 300])
-def test_a_name_that_is_no_hub_id_has_no_revision_and_is_refused_in_one_line(name: str) -> None:
+@pytest.mark.parametrize("name", ["a/b/c", "-a", "x" * 300])
+def test_a_name_that_is_no_hub_id_has_no_revision_and_is_refused(name: str) -> None:
     assert cached_revision(name) is None
-    text = refusal(name)
-    assert text.startswith("--model_name ")
-    assert "\n" not in text
+    assert "not a hub id" in refusal(name)
 
 
 # ------------------------------------------------------------------------------- 4-bit weights
