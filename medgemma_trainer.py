@@ -28,6 +28,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -311,7 +312,7 @@ def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
     """
     kind = DATASETS[args.dataset]
     source = getattr(args, kind.source_flag)
-    if source is None or not source.exists():
+    if source is None or not os.path.exists(source):  # False also for a name that is too long
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
     others = {option for each in DATASETS.values() for option in each.options} - {*kind.options}

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from medgemma_clinical.data.trajectories import Batch
+from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.encoder import Encoder, encode
 from medgemma_clinical.models.trajectory import (
     Output,
@@ -336,7 +337,7 @@ class LLMWriter(TrajectoryLLM):
             (B, at most ``most``) int64 ids.
 
         Raises:
-            FloatingPointError: the model's states are not finite.
+            RunFault: the model's states are not finite.
         """
         from transformers import GenerationConfig
 
@@ -361,5 +362,5 @@ def _check_and_pack(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     multiplies row by row and in bfloat16 copies the whole vocabulary's weights for each.
     """
     if not bool(inputs[0].isfinite().all()):
-        raise FloatingPointError("the language model's states are not finite: no report is written")
+        raise RunFault("the language model's states are not finite: no report is written")
     return (inputs[0].clone(memory_format=torch.contiguous_format),)

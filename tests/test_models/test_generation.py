@@ -24,6 +24,7 @@ from language_models import (
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.generation import report_tokens, save_reports, write_reports
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
@@ -112,7 +113,7 @@ def test_a_report_costs_its_prompt_once_and_then_one_position_a_token(parts: Par
 def test_states_that_are_not_finite_end_the_writing_of_reports() -> None:
     _, model, collate = classifier_and_writer()
     model.body.get_parameter("norm.weight").data[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(RunFault, match="not finite"):
         model.write(collate.with_verdicts(ROWS, VERDICTS), 3, eos=[-1], pad=0)
 
 
