@@ -34,7 +34,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.checks import implausible_series, log_check, unusual_spans
+from medgemma_clinical.data.checks import log_check, unusual_spans
 from medgemma_clinical.data.description import (
     MAIN_COLUMN,
     Description,
@@ -45,11 +45,9 @@ from medgemma_clinical.data.description import (
 from medgemma_clinical.data.mimic import extraction
 from medgemma_clinical.data.mimic.extraction import COHORTS, GAPS, OUTCOMES, Extraction
 from medgemma_clinical.data.series_cells import (
-    Observations,
     TableCells,
     join_series,
     rows_out_of_order,
-    sort_by_time,
 )
 from medgemma_clinical.data.splits import PARTS
 from medgemma_clinical.data.tables import (
@@ -190,16 +188,16 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     def _read_labels(self, cells: TableCells, *, required: bool) -> None:
         table = cells.table
         text = column_text(table, LABEL) if LABEL in table else pd.Series("", index=table.index)
-        labels = pd.to_numeric(text.where(text != ""), errors="coerce").to_numpy(np.float64)
-        empty = (text == "").to_numpy()
-        wrong = ~np.isin(labels, [0, 1]) & ~empty
+        labels = pd.to_numeric(text, errors="coerce").astype(float)
+        wrong = ~labels.isin([0, 1]) & (text != "")
         if cells.whole:
             cells.reject(wrong, LABEL, "must be 0 or 1")
         unknown = f"have a {LABEL} that is neither 0 nor 1: taken as unknown"
         cells.findings.counts[unknown] += int(wrong.sum())
         self.labels = np.where(wrong, np.nan, labels)
         if required:
-            cells.reject(empty, LABEL, "is empty: each row to learn from needs a label 0 or 1")
+            problem = "is empty: each row to learn from needs a label 0 or 1"
+            cells.reject(text == "", LABEL, problem)
 
     def _read_patients(self, cells: TableCells) -> None:
         table, patients = cells.table, patients_of(cells.table)
@@ -229,40 +227,25 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series = [cells.parse(column) for column in columns]
         if findings.problems:  # a row with one bad series is left out whole
             good = ~cells.table.index.isin(list(findings.problems))
-            series = [each.choose(good[each.owner]) for each in series]
+            series = [each.take(good[each.owner]) for each in series]
         unsorted = np.unique(np.concatenate([rows_out_of_order(each) for each in series]))
         findings.counts["were not in time order; sorted"] += len(unsorted)
-        joined = join_series([sort_by_time(each) for each in series])
+        joined = join_series(series)
         del series  # as large as what they are joined to
         lengths = np.bincount(joined.owner, minlength=rows)
         if not (may_lack and cells.whole):
             column = columns[0] if len(columns) == 1 else MAIN_COLUMN
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
             cells.reject(lengths == 0, column, problem)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
         # An array's integers hold no more than its length, whatever max_len was given.
         most = min(self.reading["max_len"], len(joined.owner))
-        recent = np.arange(len(joined.owner)) >= offsets[joined.owner + 1] - most
-        if not recent.all():
-            longer = f"are longer than {most} observations: the most recent are kept"
-            findings.counts[longer] += int((lengths > most).sum())
-            self._count_lost(joined, recent, rows, findings)
+        longer = f"are longer than {most} observations: the most recent are kept"
+        findings.counts[longer] += int((lengths > most).sum())
+        recent = np.arange(len(joined.owner)) >= np.cumsum(lengths)[joined.owner] - most
         self.times, self.values = joined.times[recent], joined.values[recent]
         self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, most))])
         if not lengths.all():
             self._leave_out(np.flatnonzero(lengths == 0), cells)
-
-    def _count_lost(
-        self, joined: Observations, recent: NDArray[np.bool_], rows: int, findings: Findings
-    ) -> None:
-        """Count the rows that lose every value of a series with their older observations."""
-        for name, column in zip(self.features, joined.values.T, strict=True):
-            measured = ~np.isnan(column)
-            before = np.bincount(joined.owner[measured], minlength=rows) > 0
-            after = np.bincount(joined.owner[measured & recent], minlength=rows) > 0
-            if lost := int((before & ~after).sum()):
-                text = f"lose every value of {name}: raise --max_len to keep them"
-                findings.counts[text] += lost
 
     def _leave_out(self, rows: NDArray[np.int64], cells: TableCells) -> None:
         """Drop rows that hold no value of the chosen series, or have a problem."""
@@ -282,20 +265,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     ) -> Iterator[ScoringRows]:
         """Read a DKA file ``most`` rows at a time, as a checkpoint's data were read.
 
-        Args:
-            source: the file.
-            config: of the checkpoint.
-            findings: gets the problems of rows that cannot be read.
-            most: rows at a time.
-
         Raises:
             InputError: the file lacks a series of the checkpoint, gives it another meaning, or
                 cannot be read.
         """
         found = Description.beside(source)
         total = 0
-        for number, chunk in enumerate(read_chunks(source, findings, most)):
-            table = chunk.table
+        for number, (table, read) in enumerate(read_chunks(source, findings, most)):
             if number == 0:
                 check_same_meaning(table, found, config, source)
             if table.empty:
@@ -312,7 +288,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             places = np.flatnonzero(~table.index.isin(list(findings.problems)))
             ids, numbers = ids_of(table).to_numpy(), table.index.to_numpy()
-            yield ScoringRows(ids, numbers, dataset, places, chunk.read)
+            yield ScoringRows(ids, numbers, dataset, places, read)
         if total == 0:
             raise InputError(f"{source}: no rows below the header: nothing to read")
 
@@ -532,7 +508,7 @@ def check(file: Path, series: Sequence[str] | None, max_len: int | None) -> int:
     unknown = np.isnan(dataset.labels)
     if unknown.any() and not unknown.all():  # names the row that lacks its label
         dataset = MIMICtrajectoryDataset(file, max_len, series=series)
-    log_check(dataset, [*implausible_series(dataset), *unusual_spans(dataset)])
+    log_check(dataset, unusual_spans(dataset))
     return 0
 
 

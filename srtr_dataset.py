@@ -29,8 +29,8 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.case_mix import UNKNOWN
-from medgemma_clinical.data.checks import implausible_series, log_check, summarize
+from medgemma_clinical.data.case_mix import UNKNOWN, people_of
+from medgemma_clinical.data.checks import log_check
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
     NO_ROW,
@@ -86,7 +86,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         registrations: all in the organ's file, by PX_ID: ``reason`` ("" where kept), ``label``.
         ages_and_dialysis: (N, 2) years: age at listing, NaN where unknown; on dialysis by the
             landmark, 0 where not begun, NaN where the table has no CAN_DIAL_DT.
-        sex_words: (N,) ``woman``, ``man`` or ``not known``.
+        sexes: (N,) ``woman``, ``man`` or ``not known``.
 
     Raises:
         InputError: files that cannot be read, no registration left, or fewer than ten events.
@@ -98,12 +98,12 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len")
     outcome = "Death or too sick for transplant"
     fixed_features = True  # SRTR's own kidney history holds no laboratory value
-    row_columns = (*TrajectoryDataset.row_columns, "ages_and_dialysis", "sex_words")
+    row_columns = (*TrajectoryDataset.row_columns, "ages_and_dialysis", "sexes")
 
     parts = None
     flow: pd.DataFrame
     ages_and_dialysis: NDArray[np.float64]
-    sex_words: NDArray[np.str_]
+    sexes: NDArray[np.str_]
 
     def __init__(
         self,
@@ -159,13 +159,12 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Read both tables and fill the arrays; return the source of dialysis."""
         definition = self.definition
         cand_file = find_table(folder, f"cand_{self._organ.suffix}")
-        history_file = find_table(folder, f"stathist_{self._organ.suffix}")
         dated = "CAN_DIAL_DT" in cand_file.columns
         cand = read_candidates(cand_file)
         judged = judge(cand, definition, require_labels=require_labels)
         cohort = cand[judged["reason"] == ""]
         rows, dialysis = read_history(
-            history_file,
+            find_table(folder, f"stathist_{self._organ.suffix}"),
             definition,
             cohort["CAN_LISTING_DT"],
             dated=dated,
@@ -177,11 +176,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         judged["label"] = judged["label"].where(judged["reason"] == "")
         self._keep(judged, require_labels=require_labels)
         self._fill(cohort, rows.groupby("PX_ID").tail(max_len), dated=dated)
-        self._log(history_file.path)
         return dialysis
 
     def _keep(self, judged: pd.DataFrame, *, require_labels: bool) -> None:
-        """Set registrations, flow and labels.
+        """Set registrations, flow and labels, and log the flow.
 
         Raises:
             TooFewEventsError: too few events are left, and labels are required.
@@ -192,43 +190,32 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.flow = flow.assign(left=len(judged) - flow["removed"].cumsum())
         self.registrations = judged
         self.labels = judged.loc[judged["reason"] == "", "label"].to_numpy(np.float64)
-        events = int(np.nansum(self.labels))
-        if len(self) and (events >= FEWEST_EVENTS or not require_labels):
-            return
-        taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
-        kind = TooFewEventsError if require_labels else InputError
-        raise kind(
-            f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-            f"{FEWEST_EVENTS if require_labels else 0} are needed; of {len(judged)} the rules "
-            f"took: {taken}"
-        )
+        logger.info("%s: %d registrations", self.source, len(judged))
+        for rule, count, left in self.flow.itertuples(index=False, name=None):
+            logger.info("  %6d out, %7d left: %s", count, left, rule)
+        events, needed = int(np.nansum(self.labels)), FEWEST_EVENTS if require_labels else 0
+        if not len(self) or events < needed:
+            taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
+            kind = TooFewEventsError if require_labels else InputError
+            raise kind(
+                f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
+                f"{needed} are needed; of {len(judged)} the rules took: {taken}"
+            )
 
     def _fill(self, cohort: pd.DataFrame, rows: pd.DataFrame, *, dated: bool) -> None:
         """Set the arrays of the contract; both tables are sorted by PX_ID."""
-        definition = self.definition
         self.times = rows["day"].to_numpy(np.float64) * HOURS_A_DAY
         self.values = rows[list(self.features)].to_numpy(np.float64)
         self.offsets = np.concatenate([[0], rows.groupby("PX_ID").size().cumsum()])
         self.ids = cohort.index.to_numpy().astype(np.str_)
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
-        self.contexts = contexts(cohort, definition)
-        dialysed = cohort["CAN_LISTING_DT"] + definition.landmark - cohort["CAN_DIAL_DT"]
+        self.contexts = contexts(cohort, self.definition)
+        dialysed = cohort["CAN_LISTING_DT"] + self.definition.landmark - cohort["CAN_DIAL_DT"]
         # No date means not on dialysis where the table has the column.
         years = dialysed.clip(lower=0).fillna(0 if dated else np.nan) / DAYS_A_YEAR
         self.ages_and_dialysis = np.column_stack([cohort["age"], years])
         words = cohort["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna(UNKNOWN)
-        self.sex_words = words.to_numpy().astype(np.str_)
-
-    def _log(self, history: Path) -> None:
-        """Log the flow, and the series that nobody has."""
-        logger.info("%s: %d registrations", self.source, len(self.registrations))
-        for rule, removed, left in self.flow.itertuples(index=False, name=None):
-            logger.info("  %6d out, %7d left: %s", removed, left, rule)
-        never = np.array(self.features)[np.isnan(self.values).all(axis=0)]
-        if len(never):
-            kidney = "; SRTR's own kidney history holds no laboratory value"
-            note = kidney if self.definition.organ_name == "kidney" else ""
-            logger.info("%s: never measured: %s%s", history, ", ".join(never), note)
+        self.sexes = words.to_numpy().astype(np.str_)
 
     @classmethod
     def scoring_rows(
@@ -270,23 +257,11 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Return the plausible range of a feature in a living adult."""
         return self._organ.features[feature].low, self._organ.features[feature].high
 
-    def plausible(self, feature: int) -> tuple[float, float]:
-        """Return the plausible range of a feature in a living adult."""
-        return self.limits(feature)
-
-    def ages(self) -> NDArray[np.float64]:
-        """Return the age at listing in years, (N,), NaN where unknown."""
-        ages: NDArray[np.float64] = self.ages_and_dialysis[:, 0]
-        return ages
-
-    def sexes(self) -> NDArray[np.str_]:
-        """Return ``woman``, ``man`` or ``not known`` for each registration, (N,)."""
-        return self.sex_words
-
     def people(self) -> pd.DataFrame:
         """Return what reports distinguish rows by: as every data set's, and the organ."""
         organ = pd.Categorical([self.definition.organ_name] * len(self))
-        return super().people().assign(organ=organ)
+        people = people_of(self.lengths, self.ages_and_dialysis[:, 0], self.sexes)
+        return people.assign(organ=organ)
 
     def asked(self) -> dict[str, str]:
         """Return what is predicted, when, and the meaning of a transplant."""
@@ -404,17 +379,13 @@ def check(data_dir: Path, **reading: Any) -> int:
     Raises:
         InputError: the folder cannot be used.
     """
+    unfit = None
     try:
         dataset = SRTRTrajectoryDataset(data_dir, **reading)
     except TooFewEventsError as error:
         dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
-        for line in summarize(dataset):
-            logger.info(line)
-        for line in implausible_series(dataset):
-            logger.warning("warning: %s", line)
-        logger.warning("fit to predict on, not to train on: %s", error)
-        return 0
-    log_check(dataset, implausible_series(dataset))
+        unfit = str(error)
+    log_check(dataset, unfit=unfit)
     return 0
 
 

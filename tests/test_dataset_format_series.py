@@ -477,12 +477,3 @@ def test_columns_that_are_not_read_are_named(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO):
         MIMICtrajectoryDataset(THREE.assign(age=1, hadm_id=2))
     assert "DataFrame: columns not read: age, hadm_id" in caplog.messages
-
-
-def test_series_that_max_len_takes_away_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    table = table_of(["1 (0h)", "1 (9h)"], trajectory_x=["5 (1h) -> 6 (2h)", "5 (1h) -> 6 (2h)"])
-    with caplog.at_level(logging.INFO):
-        MIMICtrajectoryDataset(table, 2)
-    assert "DataFrame: 1 rows lose every value of Anion gap: raise --max_len to keep them" in (
-        caplog.messages
-    )

@@ -108,7 +108,7 @@ def test_the_data_set_reads_series_question_and_flow(folder: Path) -> None:
     )
     assert dataset.flow is not None
     assert dataset.flow.to_dict("records") == facts["flow"]
-    assert dataset.sexes().tolist() == ["woman"]
+    assert dataset.people()["sex"].tolist() == ["woman"]
 
 
 @pytest.fixture(scope="module")

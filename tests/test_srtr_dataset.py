@@ -364,7 +364,7 @@ def test_baselines_see_what_their_name_says(
         np.testing.assert_array_equal(meld, shown)
         np.testing.assert_array_equal(table["last MELD"].to_numpy()[:, 0], shown)
     np.testing.assert_allclose(age, cand["CAN_AGE_IN_MONTHS_AT_LISTING"] / 12)
-    np.testing.assert_array_equal(dataset.ages(), age)
+    np.testing.assert_array_equal(dataset.people()["age"], age)
     assert set(dataset.people()["organ"]) == {organ}
 
 
@@ -372,16 +372,6 @@ def test_a_table_without_dates_of_dialysis_leaves_its_years_unknown(tmp_path: Pa
     cand, rows = filler("kidney")
     dataset = SRTRTrajectoryDataset(write_folder(tmp_path, cand, rows, "kidney"))
     assert np.isnan(dataset.ages_and_dialysis[:, 1]).all()
-
-
-def test_unmeasured_series_stay_and_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    dataset = SRTRTrajectoryDataset(SYNTHETIC)
-    assert dataset.features[:2] == ("creatinine", "albumin")
-    assert np.isnan(dataset.values[:, :2]).all()
-    lines = [r.getMessage() for r in caplog.records if "never measured" in r.getMessage()]
-    assert len(lines) == 1
-    assert "creatinine, albumin" in lines[0]
 
 
 def test_the_question_follows_landmark_horizon_and_transplants(tmp_path: Path) -> None:

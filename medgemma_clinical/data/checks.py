@@ -18,22 +18,27 @@ USUAL_SPAN_HOURS = (0.5, 24 * 60)
 """A median series shorter or longer than this was probably not written in hours."""
 
 
-def log_check(dataset: TrajectoryDataset, suspicions: Sequence[str]) -> None:
+def log_check(
+    dataset: TrajectoryDataset, suspicions: Sequence[str] = (), unfit: str | None = None
+) -> None:
     """Log the summary of a data set, what looks wrong, and whether it is fit to train on.
 
     Args:
         dataset: as read, labels not required.
-        suspicions: sentences about values that look wrong.
+        suspicions: sentences about what looks wrong beside implausible values.
+        unfit: why no model can be trained, where that is known already.
 
     Raises:
         InputError: the rows are labelled, and no model can be trained on them.
     """
     for line in summarize(dataset):
         logger.info(line)
-    for line in suspicions:
+    for line in [*implausible_series(dataset), *suspicions]:
         logger.warning("warning: %s", line)
     if np.isnan(dataset.labels).all():
-        logger.info("no row has a label: fit to predict on, not to train on")
+        unfit = unfit or "no row has a label"
+    if unfit:
+        logger.info("%s: fit to predict on, not to train on", unfit)
         return
     dataset.check_measured(dataset.split(seed=0)["train"])
     logger.info("fit to train on")
@@ -42,14 +47,13 @@ def log_check(dataset: TrajectoryDataset, suspicions: Sequence[str]) -> None:
 def summarize(dataset: TrajectoryDataset) -> list[str]:
     """Describe a data set in lines: sizes, events, observations, spans, values."""
     known = dataset.labels[~np.isnan(dataset.labels)]
-    spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
     share = f" ({known.mean():.1%})" if len(known) else ""
     lines = [
         f"rows {len(dataset):,}, patients {len(np.unique(dataset.groups)):,}",
         f"outcome {dataset.outcome!r}: {int(known.sum()):,} events in {len(known):,} labelled rows"
         f"{share}",
         f"observations a row: {_quartiles(dataset.lengths)}",
-        f"span in hours: {_quartiles(spans)}",
+        f"span in hours: {_quartiles(_spans(dataset))}",
     ]
     return lines + [_summarize_feature(dataset, f) for f in range(len(dataset.features))]
 
@@ -60,15 +64,19 @@ def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
     measured = ~np.isnan(dataset.values[:, f])
     if not measured.any():
         return f"{titled}: never measured"
-    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)[measured]
-    counts = np.bincount(owner)
-    patients = len(np.unique(dataset.groups[np.unique(owner)]))
-    share = patients / len(np.unique(dataset.groups))
+    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
+    rows, counts = np.unique(owner[measured], return_counts=True)
+    share = len(np.unique(dataset.groups[rows])) / len(np.unique(dataset.groups))
     return (
         f"{titled}: {_quartiles(dataset.values[measured, f])}; in {share:.1%} of the patients, "
-        f"{np.median(counts[counts > 0]):g} values a row that has any, "
+        f"{np.median(counts):g} values a row that has any, "
         f"{count_implausible(dataset, f):,} implausible"
     )
+
+
+def _spans(dataset: TrajectoryDataset) -> NDArray[np.float64]:
+    """Return the hours from the first to the last observation of each series, (N,)."""
+    return dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
 
 
 def _quartiles(numbers: NDArray[Any]) -> str:
@@ -85,7 +93,7 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         if count := count_implausible(dataset, f):
             low, high = dataset.plausible(f)
-            measured = int((~np.isnan(dataset.values[:, f])).sum())
+            measured = np.count_nonzero(~np.isnan(dataset.values[:, f]))
             found.append(
                 f"{name}: {count:,} of {measured:,} values lie outside {low:g} to "
                 f"{high:g}{with_space(unit)}: is the unit right?"
@@ -102,11 +110,9 @@ def count_implausible(dataset: TrajectoryDataset, feature: int) -> int:
 
 def unusual_spans(dataset: TrajectoryDataset) -> list[str]:
     """Name a median series that is too short or too long for times in hours."""
-    several = dataset.lengths > 1
-    if not several.any():
-        return []
-    starts, ends = dataset.offsets[:-1][several], dataset.offsets[1:][several] - 1
-    span = float(np.median(dataset.times[ends] - dataset.times[starts]))
-    if USUAL_SPAN_HOURS[0] <= span <= USUAL_SPAN_HOURS[1]:
+    spans = _spans(dataset)[dataset.lengths > 1]
+    span = np.median(spans) if len(spans) else np.nan
+    low, high = USUAL_SPAN_HOURS
+    if not (span < low or span > high):
         return []
     return [f"the median series spans {span:.3g} h: are its times written in hours?"]

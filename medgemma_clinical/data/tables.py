@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import gzip
 import io
@@ -10,8 +9,7 @@ import itertools
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +46,19 @@ class Findings:
         self.counts: Counter[str] = Counter()
         self.notes: dict[str, None] = {}
 
+    def add_problem(
+        self, row: int, problem: str, *, column: str = "", value: object = None
+    ) -> None:
+        """Note why a row cannot be read, unless another reason is noted.
+
+        Raises:
+            InputError: the findings are strict.
+        """
+        if self.strict:
+            place = f", column {column}" if column else ""
+            raise InputError(f"{self.source}, row {row}{place}: {problem}", value)
+        self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
+
     def log(self) -> None:
         """Log notes and counts; problems are the caller's to report."""
         for note in self.notes:
@@ -57,33 +68,23 @@ class Findings:
                 logger.info("%s: %d rows %s", self.source, rows, text)
 
 
-@dataclass(frozen=True)
-class TableChunk:
-    """Some rows of a file.
-
-    Attributes:
-        table: the rows, their index the row numbers.
-        read: bytes of the file up to their end.
-    """
-
-    table: pd.DataFrame
-    read: int
-
-
 def read_table(path: Path) -> pd.DataFrame:
     """Read a file as text, CSV (also within gzip) or Parquet; the index holds the row numbers.
 
     Raises:
         InputError: the file is missing, empty, damaged, or its rows do not fit its header.
     """
-    with contextlib.closing(read_chunks(path, Findings(str(path)))) as chunks:
-        return next(chunks).table
+    ((table, _),) = read_chunks(path, Findings(str(path)))
+    return table
 
 
 def read_chunks(
     path: Path, findings: Findings, most: int | None = None
-) -> Generator[TableChunk, None, None]:
-    """Read a file at most ``most`` rows at a time, or all at once; yield at least one chunk.
+) -> Iterator[tuple[pd.DataFrame, int]]:
+    """Read a file at most ``most`` rows at a time, or all at once.
+
+    Yields:
+        Once at least: rows, their index the row numbers; and the bytes of the file up to their end.
 
     Raises:
         InputError: as ``read_table``; for a row that does not fit its header only if the findings
@@ -93,8 +94,8 @@ def read_chunks(
         if path.suffix.lower() == ".parquet":
             yield from _parquet_chunks(path, most)
         else:
-            with path.open("rb") as file, _decoded(path, file) as text:
-                yield from _csv_chunks(path, file, text, findings, most)
+            with path.open("rb") as file:
+                yield from _csv_chunks(path, file, findings, most)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except UnicodeError as error:
@@ -105,69 +106,45 @@ def read_chunks(
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
-def _decoded(path: Path, file: BinaryIO) -> io.TextIOWrapper:
-    """Return the text of an open file, compressed or not."""
-    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    return io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
-
-
 def _csv_chunks(
-    path: Path, file: BinaryIO, text: Iterable[str], findings: Findings, most: int | None
-) -> Iterator[TableChunk]:
-    """Yield rows and their numbers, the header being 1; blank rows are left out.
-
-    Args:
-        path: named in errors.
-        file: its bytes; their position says how much is read.
-        text: its text.
-        findings: gets the problems of single rows.
-        most: rows a chunk.
-    """
+    path: Path, file: BinaryIO, findings: Findings, most: int | None
+) -> Iterator[tuple[pd.DataFrame, int]]:
+    """Yield rows and their numbers, the header being 1; blank rows are left out."""
+    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+    text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
     rows = _numbered_rows(path, text)
     _, names = next(rows, (0, None))
     if names is None:
         raise InputError(f"{path}: the file is empty")
     header = [name.strip() for name in names]
     _check_separator(path, header)
-    for first in itertools.count():
+    width = len(header)
+    while True:
         numbers, cells = [], []
         for number, row in itertools.islice(rows, most):
-            if any(row[len(header) :]):
-                _note_long_row(path, number, len(row), len(header), findings)
-            row[len(header) :] = []
-            row += [""] * (len(header) - len(row))
+            if any(row[width:]):
+                problem = f"{len(row)} fields where the header has {width}"
+                findings.add_problem(number, f'{problem}: put texts with commas in quotes "')
             numbers.append(number)
-            cells.append(row)
-        if numbers or first == 0:
-            yield TableChunk(
-                pd.DataFrame(cells, columns=header, index=numbers, dtype=object), file.tell()
-            )
+            cells.append(row[:width] + [""] * (width - len(row)))
+        table = pd.DataFrame(cells, columns=header, index=numbers, dtype=object)
+        yield table, file.tell()
         if most is None or len(numbers) < most:
             return
-
-
-def _note_long_row(path: Path, number: int, found: int, expected: int, findings: Findings) -> None:
-    problem = f'{found} fields where the header has {expected}: put texts with commas in quotes "'
-    if findings.strict:
-        raise InputError(f"{path}, row {number}: {problem}")
-    findings.problems[number] = problem
 
 
 def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of a CSV that are not blank, with their numbers.
 
-    Below the header a misplaced quote is an error: otherwise it swallows all rows up to the next
-    one, or to the end.
+    Strict: a misplaced quote otherwise swallows all rows up to the next one, or to the end.
     """
     csv.field_size_limit(LONGEST_FIELD)
-    lines, number, strict = iter(text), 0, False
-    readers = [csv.reader(lines, skipinitialspace=True, strict=s) for s in (False, True)]
+    number = 0
     try:
-        while (cells := next(readers[strict], None)) is not None:
+        for cells in csv.reader(text, skipinitialspace=True, strict=True):
             number += 1
             if any(map(str.strip, cells)):
                 yield number, cells
-                strict = True
     except csv.Error as error:
         raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
 
@@ -182,7 +159,7 @@ def _check_separator(path: Path, header: list[str]) -> None:
             )
 
 
-def _parquet_chunks(path: Path, most: int | None) -> Iterator[TableChunk]:
+def _parquet_chunks(path: Path, most: int | None) -> Iterator[tuple[pd.DataFrame, int]]:
     """Yield rows and their numbers, the first being 0."""
     try:
         import pyarrow  # not among the requirements: needed for Parquet alone
@@ -190,21 +167,17 @@ def _parquet_chunks(path: Path, most: int | None) -> Iterator[TableChunk]:
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        if most is None:
-            yield TableChunk(plain_columns(pd.read_parquet(path, engine="pyarrow")), 0)
-            return
-        whole, done, size = parquet.ParquetFile(path), 0, path.stat().st_size
-        for batch in whole.iter_batches(most):
+        file, done, size = parquet.ParquetFile(path), 0, path.stat().st_size
+        rows = file.metadata.num_rows
+        for batch in file.iter_batches(most) if most and rows else [file.read()]:
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
-            table = plain_columns(table).set_index(pd.RangeIndex(done, done + len(table)))
+            table = table.rename(columns=str.strip)
+            table = table.set_index(pd.RangeIndex(done, done + len(table)))
             done += len(table)
-            yield TableChunk(table, size * done // whole.metadata.num_rows)
-        if not done:
-            yield TableChunk(plain_columns(whole.schema_arrow.empty_table().to_pandas()), size)
+            yield table, size * done // max(rows, 1)
     except pyarrow.ArrowException as error:
-        problem = "not a whole Parquet file, or one with a column twice"
-        raise InputError(f"{path}: {problem}") from error
+        raise InputError(f"{path}: not a whole Parquet file, or one with a column twice") from error
 
 
 def plain_columns(table: pd.DataFrame) -> pd.DataFrame:

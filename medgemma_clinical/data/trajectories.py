@@ -20,9 +20,18 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data import case_mix, splits, summaries, texts
+from medgemma_clinical.data.case_mix import ages_of, bands_of, case_mix_of, people_of, sexes_of
+from medgemma_clinical.data.splits import draw_split, given_split
+from medgemma_clinical.data.summaries import context_facts, summary_features
 from medgemma_clinical.data.tables import Findings
-from medgemma_clinical.data.texts import WHOLE_PROMPT, Clause, PromptOptions, ReportScore
+from medgemma_clinical.data.texts import (
+    WHOLE_PROMPT,
+    Clause,
+    PromptOptions,
+    ReportScore,
+    clause_text,
+    score_report,
+)
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
@@ -115,11 +124,7 @@ class TrajectoryDataset:
     # ------------------------------------------------------------------ what a subclass brings
 
     def limits(self, feature: int) -> tuple[float, float] | None:
-        """Return the declared lowest and highest plausible value of a feature, None if undeclared.
-
-        Args:
-            feature: its position.
-        """
+        """Return the declared plausible range of a feature, None where none is declared."""
         raise NotImplementedError
 
     def series_text(self, i: int, options: PromptOptions) -> str:
@@ -141,7 +146,7 @@ class TrajectoryDataset:
 
         Args:
             source: file or folder.
-            config: of the checkpoint: features, units, outcome, question, reading.
+            config: of the checkpoint; ``Data.description`` is part of it.
             findings: gets the problems of rows that cannot be read.
             most: rows at a time.
 
@@ -197,9 +202,8 @@ class TrajectoryDataset:
         Raises:
             InputError: its name, and how to go on without it.
         """
-        rows = self.rows_of(train)
-        counts = np.count_nonzero(~np.isnan(self.values[rows]), axis=0)
-        never = [name for name, count in zip(self.features, counts, strict=True) if count == 0]
+        unmeasured = np.isnan(self.values[self.rows_of(train)]).all(axis=0)
+        never = [self.features[f] for f in np.flatnonzero(unmeasured)]
         if never and not self.fixed_features:
             rest = ",".join(name for name in self.features if name not in never)
             raise InputError(
@@ -268,18 +272,10 @@ class TrajectoryDataset:
         drawn = np.random.default_rng(seed).choice(patients, size=most, replace=False)
         sample = self.subset(np.flatnonzero(np.isin(self.groups, drawn)))
         rule = (f"not drawn (--max_samples {most})", len(self) - len(sample), len(sample))
-        before = pd.DataFrame(columns=list(FLOW_COLUMNS)) if self.flow is None else self.flow
-        sample.flow = pd.DataFrame(
-            [*before.itertuples(index=False, name=None), rule], columns=list(FLOW_COLUMNS)
-        )
-        logger.info(
-            "%s: %d of %d patients drawn (--max_samples), with %d of %d rows",
-            self.source,
-            most,
-            len(patients),
-            len(sample),
-            len(self),
-        )
+        drawing = pd.DataFrame([rule], columns=list(FLOW_COLUMNS))
+        sample.flow = drawing if self.flow is None else pd.concat([self.flow, drawing])
+        drawn_of = f"{most} of {len(patients)} patients drawn (--max_samples)"
+        logger.info("%s: %s, with %d of %d rows", self.source, drawn_of, len(sample), len(self))
         return sample
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
@@ -295,8 +291,8 @@ class TrajectoryDataset:
             InputError: a part would lack patients with or without an event.
         """
         if self.parts is not None:
-            return splits.given_split(self.groups, self.labels, self.parts, self.source)
-        return splits.draw_split(self.groups, self.labels, seed, self.source)
+            return given_split(self.groups, self.labels, self.parts, self.source)
+        return draw_split(self.groups, self.labels, seed, self.source)
 
     # ------------------------------------------------------------------ texts
 
@@ -315,13 +311,13 @@ class TrajectoryDataset:
         if np.isnan(self.labels[i]):
             raise ValueError(f"series {i} has no label, so there is no report to learn")
         verdict = "yes" if self.labels[i] == 1 else "no"
-        findings = "".join(map(texts.clause_text, self.report_clauses(i)))
+        findings = "".join(map(clause_text, self.report_clauses(i)))
         return f"{self.outcome}: {verdict}. {findings}."
 
     def score_report(self, i: int, text: str) -> ReportScore:
         """Compare a written report with the numbers of series ``i``, each in its place."""
         names = [*self.features, *self.units]
-        return texts.score_report(text, self.outcome, self.report_clauses(i), names)
+        return score_report(text, self.outcome, self.report_clauses(i), names)
 
     def asked(self) -> dict[str, str]:
         """Return in words what is predicted, when, and from what."""
@@ -342,13 +338,9 @@ class TrajectoryDataset:
 
     # ------------------------------------------------------------------ tables
 
-    def summary_features(self) -> pd.DataFrame:
-        """Return statistics of each series, N rows; see ``summaries.summary_features``."""
-        return summaries.summary_features(self.times, self.values, self.lengths, self.features)
-
     def context_facts(self, train: NDArray[np.int64]) -> pd.DataFrame:
         """Return words and numbers of the contexts, N rows; see ``summaries.context_facts``."""
-        return summaries.context_facts(self.contexts.tolist(), train)
+        return context_facts(self.contexts.tolist(), train)
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Return what each simple model beside the encoder may see, N rows each.
@@ -356,50 +348,46 @@ class TrajectoryDataset:
         The number of observations alone detects leaks: a good model of it shows that sampling
         gives the outcome away.
         """
-        table = self.summary_features()
+        table = summary_features(self.times, self.values, self.lengths, self.features)
         return {
             "last value": table[[f"{name} last" for name in self.features]],
             "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
         }
 
-    def ages(self) -> NDArray[np.float64]:
-        """Return the age of each row in years, (N,), NaN where unknown."""
-        return case_mix.ages_of(self.contexts.tolist())
-
-    def sexes(self) -> NDArray[np.str_]:
-        """Return ``woman``, ``man`` or ``not known`` for each row, (N,)."""
-        return case_mix.sexes_of(self.contexts.tolist())
-
     def people(self) -> pd.DataFrame:
         """Return what reports distinguish rows by: N rows, see ``case_mix.people_of``."""
-        return case_mix.people_of(self.lengths, self.ages(), self.sexes())
+        texts = self.contexts.tolist()
+        return people_of(self.lengths, ages_of(texts), sexes_of(texts))
 
     def subgroups(self) -> pd.DataFrame:
         """Return the subgroups of each row that a report looks at; see ``case_mix.bands_of``."""
-        return case_mix.bands_of(self.people())
+        return bands_of(self.people())
 
     def case_mix(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Describe the patients of some rows, at least one; see ``case_mix.case_mix_of``."""
-        return case_mix.case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows])
+        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows])
 
     # ------------------------------------------------------------------ hashes
 
     def fingerprint(self) -> str:
         """Return a hash of all that a run can learn from: series, labels, patients, text, split."""
-        digest = hashlib.sha256()
-        for array in (self.times, self.values, self.offsets, self.labels):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        for column in (self.ids, self.groups, self.contexts, self.parts):
-            digest.update(json.dumps([] if column is None else column.tolist()).encode())
-        return digest.hexdigest()
+        numbers = (self.times, self.values, self.offsets, self.labels)
+        return hash_columns(numbers, (self.ids, self.groups, self.contexts, self.parts))
 
     def row_fingerprint(self) -> str:
         """Return a hash of who is in the data, whichever series and texts are read."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.labels).tobytes())
-        for column in (self.ids, self.groups, self.parts):
-            digest.update(json.dumps([] if column is None else column.tolist()).encode())
-        return digest.hexdigest()
+        return hash_columns((self.labels,), (self.ids, self.groups, self.parts))
+
+
+def hash_columns(numbers: Sequence[NDArray[Any]], texts: Sequence[NDArray[Any] | None]) -> str:
+    """Return the SHA-256 of columns in their order, None being an empty one."""
+    digest = hashlib.sha256()
+    for array in numbers:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for column in texts:
+        digest.update(json.dumps([] if column is None else column.tolist()).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -428,9 +416,7 @@ class ScoringRows:
         """
         if not bad.any():
             return self
-        numbers = self.numbers[self.places[bad]].tolist()
-        if findings.strict:
-            raise InputError(f"{findings.source}, row {numbers[0]}: {problem}")
-        findings.problems.update(dict.fromkeys(numbers, problem))
+        for number in self.numbers[self.places[bad]].tolist():
+            findings.add_problem(number, problem)
         good = np.flatnonzero(~bad)
         return replace(self, dataset=self.dataset.subset(good), places=self.places[good])

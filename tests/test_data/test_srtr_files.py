@@ -27,7 +27,7 @@ def read(folder: Path, table: str = "cand_liin", columns: Any = None) -> pd.Data
     if columns is None:
         history = {"PX_ID": "", "CANHX_BEGIN_DT": ""}
         columns = CAND_COLUMNS if table.startswith("cand") else history
-    return read_saf(find_table(folder, table), columns)
+    return pd.concat(read_saf(find_table(folder, table), columns), ignore_index=True)
 
 
 def refusal(folder: Path, table: str = "cand_liin") -> str:
@@ -141,7 +141,7 @@ def dates_of(*cells: object, column: str = "CAN_LISTING_DT") -> list[str | None]
     """How a column is read: ISO dates, None for empty, "bad" for cells that are no date."""
     decoded = decode(pd.Series(cells, name=column, dtype=object))
     found: list[str | None] = []
-    for day, unread in zip(decoded.values, decoded.unread, strict=True):
+    for day, unread in zip(*decoded, strict=True):
         date = None if np.isnan(day) else f"{EPOCH + pd.Timedelta(days=day):%Y-%m-%d}"
         found.append("bad" if unread else date)
     return found
@@ -168,10 +168,10 @@ def test_two_digit_years_are_in_the_past() -> None:
 
 
 def test_words_numbers_and_codes_with_labels_are_read() -> None:
-    assert decode(pd.Series(["ki: Kidney", "LI"], name="WL_ORG")).values.tolist() == ["KI", "LI"]
-    flags = decode(pd.Series(["Y", "N", "1: yes", ".", "maybe"], name="CANHX_DIAL"))
-    np.testing.assert_array_equal(flags.values, [1, 0, 1, np.nan, np.nan])
-    assert flags.unread.tolist() == [False] * 4 + [True]
+    assert decode(pd.Series(["ki: Kidney", "LI"], name="WL_ORG"))[0].tolist() == ["KI", "LI"]
+    flags, unread = decode(pd.Series(["Y", "N", "1: yes", ".", "maybe"], name="CANHX_DIAL"))
+    np.testing.assert_array_equal(flags, [1, 0, 1, np.nan, np.nan])
+    assert unread.tolist() == [False] * 4 + [True]
 
 
 def test_a_removal_that_is_no_code_is_refused(folder: Path) -> None:

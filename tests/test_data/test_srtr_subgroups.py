@@ -19,7 +19,8 @@ def test_organ_age_and_sex_are_those_of_the_registration(organ: str) -> None:
     groups = dataset.subgroups()
     assert list(groups) == ["observations", "age", "sex", "organ"]
     assert set(groups["organ"]) == {organ}
-    for context, sex, age in zip(dataset.contexts, dataset.sexes(), dataset.ages(), strict=True):
+    people = dataset.people()
+    for context, sex, age in zip(dataset.contexts, people["sex"], people["age"], strict=True):
         words = {"man": "man", "woman": "woman", "patient": UNKNOWN}
         assert words[re.findall(r"\b(?:wo)?man\b|\bpatient\b", context.lower())[0]] == sex
         assert np.isnan(age) or context.startswith(str(int(age)))

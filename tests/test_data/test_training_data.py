@@ -129,4 +129,3 @@ def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read(
     assert len(sample.dataset) == sum(map(len, sample.split.values())) == 60
     assert sample.data_sha256 == whole.data_sha256
     assert sample.rows_sha256 == whole.rows_sha256
-    assert sample.description()["train_sha256"] != whole.description()["train_sha256"]

@@ -79,7 +79,7 @@ def read_candidates(file: SafFile) -> pd.DataFrame:
     Raises:
         InputError: as ``read_saf``, or a PX_ID with two different rows.
     """
-    cand = read_saf(file, CAND_COLUMNS)
+    cand = pd.concat(read_saf(file, CAND_COLUMNS), ignore_index=True)
     keyed = cand[["PX_ID", "PERS_ID"]].abs().lt(np.inf).all(axis=1)
     if not keyed.all():
         logger.warning("%s: %d rows without PX_ID or PERS_ID: left out", file.path, (~keyed).sum())

@@ -6,7 +6,8 @@ Days count from 1960-01-01, as in SAS.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ FIRST_DIALYSIS_YEAR = 1960
 """Maintenance dialysis began. Source: Scribner 1960, the arteriovenous shunt."""
 
 REGISTRY_YEAR = 1987
+REGISTRY_DAY = (EPOCH.replace(year=REGISTRY_YEAR) - EPOCH).days
 """The registry began in October; listings before are rare, but real."""
 
 MOST_BAD_DATES = 0.01
@@ -49,51 +51,38 @@ MOST_BAD_DATES = 0.01
 BAD_DATE = "BAD_DATE"
 """Further column of a read table: whether a date of the row is impossible."""
 
-NO_CODE = "is neither a code nor code: label: export the codes, they decide who had an event"
-
 
 @dataclass
 class DateCheck:
-    """Counts a table's impossible dates, and those before the registry began.
+    """Counts of a table's dates that are impossible, or earlier than the registry.
 
     Attributes:
         path: of the table.
         rows: read so far.
-        bad_rows: with an impossible date.
-        early_rows: with a date before the registry, which a few may have.
-        bad_cells: by column.
-        place: column, data row from 1 and content of the first suspicious cell.
+        suspicious_rows: with such a date; a few early ones are real.
+        impossible: cells by column.
+        first: column, data row from 1 and content of the first suspicious cell.
     """
 
     path: Path
     rows: int = 0
-    bad_rows: int = 0
-    early_rows: int = 0
-    bad_cells: dict[str, int] = field(default_factory=dict)
-    place: tuple[str, int, str] | None = None
+    suspicious_rows: int = 0
+    impossible: Counter[str] = field(default_factory=Counter)
+    first: tuple[str, int, str] | None = None
 
-    def add(self, cells: pd.DataFrame, decoded: dict[str, Decoded]) -> NDArray[np.bool_]:
-        """Count a chunk; return which of its rows hold an impossible date, (n,)."""
-        bad, early = np.zeros((2, len(cells)), dtype=bool)
-        for name, column in decoded.items():
-            if not name.endswith(DATE_ENDINGS):
-                continue
-            first = EPOCH.replace(year=REGISTRY_YEAR)
-            before = column.values < (first - EPOCH).days
-            before &= name != "CAN_DIAL_DT"  # dialysis may begin decades before listing
-            bad |= column.unread
-            early |= before
-            if column.unread.any():
-                count = int(column.unread.sum())
-                self.bad_cells[name] = self.bad_cells.get(name, 0) + count
-            suspicious = np.flatnonzero(column.unread | before)
-            if len(suspicious) and self.place is None:
-                k = int(suspicious[0])
-                self.place = name, self.rows + k + 1, str(cells[name].iloc[k])
+    def add(self, cells: pd.DataFrame, values: pd.DataFrame, unread: pd.DataFrame) -> None:
+        """Count a chunk, given as it was stored and as ``decode`` reads it."""
+        dates = [name for name in map(str, values) if name.endswith(DATE_ENDINGS)]
+        # Dialysis may begin decades before listing.
+        early = values[dates].drop(columns="CAN_DIAL_DT", errors="ignore") < REGISTRY_DAY
+        suspicious = unread[dates] | early.reindex(columns=dates, fill_value=False)
+        if self.first is None and suspicious.any(axis=None):
+            row, column = np.argwhere(suspicious.to_numpy())[0]
+            content = str(cells[dates[column]].iloc[row])
+            self.first = dates[column], self.rows + int(row) + 1, content
         self.rows += len(cells)
-        self.bad_rows += int(bad.sum())
-        self.early_rows += int((early & ~bad).sum())
-        return bad
+        self.suspicious_rows += int(suspicious.any(axis=1).sum())
+        self.impossible.update({name: int(unread[name].sum()) for name in dates})
 
     def finish(self) -> None:
         """Log what was counted.
@@ -101,41 +90,28 @@ class DateCheck:
         Raises:
             InputError: too many rows hold impossible or very early dates.
         """
-        wrong = self.bad_rows + self.early_rows
-        if self.place and wrong > MOST_BAD_DATES * self.rows:
-            column, row, content = self.place
+        if self.first and self.suspicious_rows > MOST_BAD_DATES * self.rows:
+            column, row, content = self.first
             raise InputError(
                 f"{self.path}, column {column}, data row {row}: is no date of a known form, or not "
-                f"from {REGISTRY_YEAR} (dialysis: {FIRST_DIALYSIS_YEAR}) to now, one of {wrong} "
-                f"such rows among {self.rows}; numbers must be days since 1960-01-01",
+                f"from {REGISTRY_YEAR} (dialysis: {FIRST_DIALYSIS_YEAR}) to now, one of "
+                f"{self.suspicious_rows} such rows among {self.rows}; numbers must be days since "
+                "1960-01-01",
                 content,
             )
-        for name, count in self.bad_cells.items():
+        for name, count in (+self.impossible).items():
             message = "%s, column %s: %d impossible dates: their rows are left out"
             logger.warning(message, self.path, name, count)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """A column: ``values`` (n,), and ``unread`` (n,) bool, the cells that hold something else."""
-
-    values: NDArray[Any]
-    unread: NDArray[np.bool_]
-
-
-def read_saf(
-    file: SafFile,
-    costs: dict[str, str],
-    keep: Callable[[pd.DataFrame], pd.DataFrame] = lambda chunk: chunk,
-) -> pd.DataFrame:
+def read_saf(file: SafFile, costs: dict[str, str]) -> Iterator[pd.DataFrame]:
     """Read the used columns of a table, a chunk at a time; log which it has and lacks.
 
     Args:
         file: from ``find_table``.
         costs: what the absence of each column costs, empty for required ones.
-        keep: takes from each decoded chunk what is needed later.
 
-    Returns:
+    Yields:
         A column for each of ``costs``, as ``decode`` reads it, all NaN where the file lacks it;
         and ``BAD_DATE``.
 
@@ -154,41 +130,42 @@ def read_saf(
             )
         logger.info("  no %s: %s", name, costs[name])
     dates = DateCheck(path)
-    kept = []
-    for cells in read_chunks(path, list(spelling), CHUNK_ROWS):
-        cells = cells.rename(columns=spelling).reindex(columns=list(costs))
+    for chunk in read_chunks(path, list(spelling), CHUNK_ROWS):
+        cells = chunk.rename(columns=spelling).reindex(columns=list(costs))
         decoded = {name: decode(cells[name]) for name in costs}
-        _check_numbers(cells, decoded, path, dates.rows)
-        bad = dates.add(cells, decoded)
-        chunk = pd.DataFrame({name: column.values for name, column in decoded.items()})
-        kept.append(keep(chunk.assign(**{BAD_DATE: bad})))
+        values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
+        unread = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
+        _check_numbers(cells, unread, path, dates.rows)
+        dates.add(cells, values, unread)
+        values[BAD_DATE] = unread.filter(regex=f"({'|'.join(DATE_ENDINGS)})$").any(axis=1)
+        yield values
     if dates.rows == 0:
         raise InputError(f"{path}: no rows below the header")
     dates.finish()
-    return pd.concat(kept, ignore_index=True)
 
 
-def _check_numbers(
-    cells: pd.DataFrame, decoded: dict[str, Decoded], path: Path, rows_before: int
-) -> None:
+def _check_numbers(cells: pd.DataFrame, unread: pd.DataFrame, path: Path, rows_before: int) -> None:
     """Log cells that are no numbers, and refuse removals that are no codes."""
-    for name, column in decoded.items():
-        if name.endswith(DATE_ENDINGS) or not column.unread.any():
+    for name, bad in unread.items():
+        if str(name).endswith(DATE_ENDINGS) or not bad.any():
             continue
-        first = int(column.unread.argmax())
+        first = int(bad.to_numpy().argmax())
         where = f"{path}, column {name}, data row {rows_before + first + 1}"
         if name == "CAN_REM_CD":
-            raise InputError(f"{where}: {NO_CODE}", str(cells[name].iloc[first]))
-        count = int(column.unread.sum())
-        logger.warning("%s: %d cells are no numbers: taken as missing", where, count)
+            raise InputError(
+                f"{where}: is neither a code nor code: label: export the codes, they decide who "
+                "had an event",
+                str(cells[name].iloc[first]),
+            )
+        logger.warning("%s: %d cells are no numbers: taken as missing", where, bad.sum())
 
 
-def decode(cells: pd.Series) -> Decoded:
+def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Decode a column of any storage by way of its distinct cells, which are few.
 
     Returns:
-        Dates in days since 1960-01-01, words in capitals, all else as numbers, Y and N as 1 and 0;
-        NaN where a cell is empty.
+        (n,) dates in days since 1960-01-01, words in capitals, all else as numbers, Y and N as 1
+        and 0, NaN where a cell is empty or unread; and (n,) which cells hold something else.
     """
     place, distinct = pd.factorize(cells)
     known = pd.Series(distinct)
@@ -203,9 +180,7 @@ def decode(cells: pd.Series) -> Decoded:
         number = pd.to_numeric(known.replace({"Y": "1", "N": "0"}), errors="coerce")
         value = pd.Series(number, dtype=float)
     unread = known.notna() & value.isna()
-    return Decoded(
-        value.reindex(place).to_numpy(), unread.reindex(place, fill_value=False).to_numpy()
-    )
+    return value.reindex(place).to_numpy(), unread.reindex(place, fill_value=False).to_numpy()
 
 
 def _days(cells: pd.Series, first_year: int) -> pd.Series:

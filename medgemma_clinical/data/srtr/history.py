@@ -31,26 +31,6 @@ CODES_ONLY = {2, 3, 4, 5, 998, 999}
 """Cells that only codes hold; 998 and 999 are unknown."""
 
 
-class HistoryKeeper:
-    """Keeps of each chunk the rows of a cohort that began by the landmark.
-
-    Attributes:
-        dialysis_cells: distinct cells of the dialysis column, also of rows that are not kept.
-    """
-
-    def __init__(self, landmark: int, listed: pd.Series, dialysis_column: str) -> None:
-        """Keep the rows of registrations in ``listed``, the day of listing by PX_ID."""
-        self.landmark, self.listed, self.dialysis_column = landmark, listed, dialysis_column
-        self.dialysis_cells: set[float] = set()
-
-    def __call__(self, chunk: pd.DataFrame) -> pd.DataFrame:
-        """Return the kept rows with ``day``, days since listing."""
-        self.dialysis_cells.update(chunk[self.dialysis_column].dropna().unique())
-        # NaN, and so left out, outside the cohort and for an impossible date.
-        day = chunk["CANHX_BEGIN_DT"] - chunk["PX_ID"].map(self.listed)
-        return chunk.assign(day=day)[day <= self.landmark]
-
-
 def read_history(
     file: SafFile,
     definition: CohortDefinition,
@@ -81,13 +61,19 @@ def read_history(
     """
     features = definition.organ.features
     dialysis = next(f for f in features if f.name == DIALYSIS.name)
-    keep = HistoryKeeper(definition.landmark, listed, dialysis.column)
     costs = {f.column: f"the history holds no {f.name}" for f in features}
     keys = {"PX_ID": "", "CANHX_BEGIN_DT": "", "CANHX_BEGIN_TM": "the file orders rows of a day"}
-    rows = read_saf(file, {**keys, **costs}, keep).sort_values("CANHX_BEGIN_TM", kind="stable")
+    kept = []
+    dialysis_cells: set[float] = set()
+    for chunk in read_saf(file, {**keys, **costs}):
+        dialysis_cells.update(chunk[dialysis.column].dropna().unique())
+        # NaN, and so left out, outside the cohort and for an impossible date.
+        day = chunk["CANHX_BEGIN_DT"] - chunk["PX_ID"].map(listed)
+        kept.append(chunk.assign(day=day)[day <= definition.landmark])
+    rows = pd.concat(kept, ignore_index=True).sort_values("CANHX_BEGIN_TM", kind="stable")
     start = rows["day"].where(rows["day"] <= 0).groupby(rows["PX_ID"]).transform("max")
     rows = rows[~(rows["day"] < start)]
-    source = _dialysis_source(file, dialysis, keep.dialysis_cells, dialysis_source, dated=dated)
+    source = _dialysis_source(file, dialysis, dialysis_cells, dialysis_source, dated=dated)
     values = {f.name: f.decode(rows[f.column]) for f in features}
     values[dialysis.name] = rows[dialysis.column].map(DIALYSIS_VALUES.get(source, {})).astype(float)
     for feature in features:
