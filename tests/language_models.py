@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import ClinicalODERNN
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+from medgemma_clinical.files import file_hash, json_hash
+from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, encoder_config
 from medgemma_clinical.models.language_model import (
     add_lora,
     embedding_rms,
@@ -80,6 +83,34 @@ def patients() -> MIMICtrajectoryDataset:
 def data_of(dataset: TrajectoryDataset) -> Data:
     """The data set, split, with whole prompts."""
     return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions())
+
+
+def llm_config(
+    model: TrajectoryLLM, stage: str, data: Data, *, base: str = "tiny", **more: Any
+) -> dict[str, Any]:
+    """What a checkpoint of stage 2 or 3 says of its model."""
+    assert model.encoder is not None
+    return {
+        "stage": stage,
+        "encoder": encoder_config("ode_rnn", model.encoder),
+        "trajectory_head": model.trajectory_head is not None,
+        "num_prefix_tokens": model.tokens,
+        "base_model": base,
+        "base_revision": None,
+        "quantization": "none",
+        "precision": "fp32",
+        "max_text_tokens": None,
+        **data.description(),
+        **more,
+    }
+
+
+def rehash(best: Path, **changes: Any) -> None:
+    """Change a configuration and write all hashes anew, as a person who means harm can."""
+    config = json.loads((best / CONFIG).read_text()) | changes
+    config.pop("config_sha256")
+    config["files_sha256"] = {name: file_hash(best / name) for name in HASHED_FILES}
+    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
 
 
 def text_config(hidden: int = 64) -> Gemma3TextConfig:

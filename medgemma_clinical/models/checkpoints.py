@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -36,6 +37,11 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 CHECKPOINT_FORMAT = 4
 """Rises when the program and its older checkpoints no longer fit each other."""
+
+CONFIG_KEYS = frozenset(
+    ("stage", "encoder", "dataset", "reading", "features", "units", "outcome", "question")
+)
+"""Keys of every checkpoint's configuration."""
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
@@ -81,11 +87,8 @@ def licence(base_model: str | None) -> str:
 class TrajectoryCheckpoint:
     """Content of a stage 1 file.
 
-    Attributes:
-        config: of the model and its data, plain types.
-        encoder: state dict of the encoder.
-        head: state dict of the head.
-        train_patients: (n,) int64, sorted hashes of the patients that trained.
+    encoder and head are state dicts; train_patients (n,) int64, sorted hashes of the patients that
+    trained.
     """
 
     config: dict[str, Any]
@@ -103,16 +106,26 @@ def encoder_config(name: str, encoder: Encoder) -> dict[str, Any]:
 
 
 def check_format(place: Path, found: object) -> None:
-    """Refuse a checkpoint of another version of the program.
-
-    Raises:
-        InputError: naming both formats.
-    """
+    """Refuse a checkpoint of another version of the program."""
     if found != CHECKPOINT_FORMAT:
         raise InputError(
             f"{place}: checkpoint format {found}, this program reads {CHECKPOINT_FORMAT}: train "
             "again, or use the version that made it"
         )
+
+
+def check_config(place: Path, config: dict[str, Any]) -> None:
+    """Refuse a configuration that is incomplete, or whose decision rule is unsound."""
+    if missing := CONFIG_KEYS - set(config):
+        raise InputError(f"{place}: damaged: its configuration lacks {min(missing)}")
+    try:
+        DecisionRule.from_config(config)
+    except ValueError as error:
+        raise InputError(f"{place}: damaged: {error}") from error
+
+
+def _unfit(place: Path) -> InputError:
+    return InputError(f"{place}: damaged, or not made from this base model: its weights do not fit")
 
 
 # ------------------------------------------------------------------ stage 1
@@ -152,43 +165,37 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         InputError: missing, damaged, not a stage 1 file, or of another format.
     """
     try:
-        archive = path.read_bytes()
-        _check_archive(archive)
-        content = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # torch.load compares no checksums
+                raise ValueError(damaged)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        check_format(path, content.pop("format"))
+        trained = content.pop("train_patients").numpy()
+        checkpoint = TrajectoryCheckpoint(**content, train_patients=trained)
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such stage 1 checkpoint: run --trajectory_only first"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind
         raise InputError(f"{path}: not a stage 1 checkpoint, or damaged") from error
-    if not isinstance(content, dict) or "format" not in content:
-        raise InputError(f"{path}: not a stage 1 checkpoint of this program")
-    check_format(path, content.pop("format"))
-    try:
-        trained = content.pop("train_patients").numpy()
-        return TrajectoryCheckpoint(**content, train_patients=trained)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a whole stage 1 checkpoint") from error
-
-
-def _check_archive(content: bytes) -> None:
-    """Refuse damaged or inflated archives: ``torch.load`` compares neither checksums nor sizes."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        inflated = sum(entry.file_size for entry in archive.infolist()) > len(content)
-        if inflated or archive.testzip():
-            raise ValueError("the archive is damaged")
+    check_config(path, checkpoint.config)
+    return checkpoint
 
 
 def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
     """Load a stage 1 file into ``model``, every key.
 
     Raises:
-        InputError: see ``read_trajectory``.
-        RuntimeError: the weights do not fit the model.
+        InputError: see ``read_trajectory``, or the weights do not fit the model.
     """
     checkpoint = read_trajectory(path)
-    model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
-    model.head.load_state_dict(checkpoint.head)
+    try:
+        model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
+        model.head.load_state_dict(checkpoint.head)
+    except RuntimeError as error:
+        raise _unfit(path) from error
 
 
 # ------------------------------------------------------------------ stages 2 and 3
@@ -222,7 +229,6 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
 
 
 def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
-    """Return all parts beside the language model: encoder, projection and heads."""
     return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
 
 
@@ -253,18 +259,20 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
     """Load the best model of stage 2 or 3 into ``model``, every key of adapter and modules.
 
     Raises:
-        InputError: see ``read_config``.
-        RuntimeError: the weights do not fit the model.
+        InputError: see ``read_config``, or the weights do not fit the model.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     read_config(folder)
-    _modules(model).load_state_dict(load_file(folder / MODULE_WEIGHTS))
-    found = set_peft_model_state_dict(model.llm, load_file(folder / ADAPTER_WEIGHTS))
-    missing = [key for key in found.missing_keys if "lora_" in key]
-    if missing or found.unexpected_keys:
-        raise RuntimeError(f"{[*missing, *found.unexpected_keys][0]} does not fit the adapter")
+    try:
+        _modules(model).load_state_dict(load_file(folder / MODULE_WEIGHTS))
+        found = set_peft_model_state_dict(model.llm, load_file(folder / ADAPTER_WEIGHTS))
+        missing = [key for key in found.missing_keys if "lora_" in key]
+        if missing or found.unexpected_keys:
+            raise RuntimeError([*missing, *found.unexpected_keys][0])
+    except RuntimeError as error:
+        raise _unfit(folder) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -276,17 +284,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: a file is missing or changed, or the folder has another format.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         check_format(folder, config.get("format"))
-        content = {key: value for key, value in config.items() if key != "config_sha256"}
-        expected = {CONFIG: config["config_sha256"], **config["files_sha256"]}
-        found = {name: file_hash(folder / name) for name in HASHED_FILES}
-        found[CONFIG] = json_hash(content)
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        expected = {CONFIG: config.pop("config_sha256"), **config["files_sha256"]}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
         raise InputError(f"{folder}: damaged: {CONFIG} cannot be read") from error
+    found = {CONFIG: json_hash(config), **{name: file_hash(folder / name) for name in HASHED_FILES}}
     for name, digest in found.items():
         if digest is None or digest != expected.get(name):
             raise InputError(f"{folder}: damaged: {name} is missing or not as it was written")
-    return content
+    check_config(folder, config)
+    return config

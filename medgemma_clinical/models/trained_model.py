@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from medgemma_clinical.data.training_data import Data
@@ -21,12 +19,11 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CONFIG,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
     load_llm,
+    load_trajectory,
     read_config,
     read_trajectory,
 )
@@ -40,14 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-CONFIG_KEYS = frozenset(
-    ("stage", "encoder", "dataset", "reading", "features", "units", "outcome", "question")
-)
-"""Keys of every checkpoint's configuration."""
-
-UNFIT = (OSError, KeyError, TypeError, ValueError, RuntimeError, MemoryError, SafetensorError)
-"""What weights raise that are not those of the model that their configuration describes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +55,13 @@ class TrainedModel:
 
     @property
     def rule(self) -> DecisionRule:
-        """Return how a logit becomes a probability and a prediction."""
+        """How a logit becomes a probability and a prediction."""
         return DecisionRule.from_config(self.config)
 
     @property
     def prompts(self) -> PromptOptions:
-        """Return the options of the prompts that trained the model."""
-        return prompts_of(self.config)
+        """The options of the prompts that trained the model, of stages 2 and 3."""
+        return PromptOptions(**self.config["prompts"])
 
 
 def checkpoint_place(path: Path) -> Path:
@@ -86,7 +75,7 @@ def checkpoint_place(path: Path) -> Path:
         return path
     if (path / "best").is_dir():
         return path / "best"
-    if (path / CONFIG).is_file() and (path / MODULE_WEIGHTS).is_file():
+    if (path / MODULE_WEIGHTS).is_file():
         return path
     if path.is_dir() and path.absolute().name == "trajectory" and beside.is_file():
         return beside
@@ -107,20 +96,7 @@ def read_trained_config(path: Path) -> dict[str, Any]:
         InputError: no checkpoint there, damaged, or of another format.
     """
     place = checkpoint_place(path)
-    return _checked_config(
-        place, read_trajectory(place).config if place.is_file() else read_config(place)
-    )
-
-
-def _checked_config(place: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Refuse a configuration that is incomplete, or whose decision rule is unsound."""
-    try:
-        if missing := CONFIG_KEYS - set(config):
-            raise ValueError(f"its configuration lacks {min(missing)}")
-        DecisionRule.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{place}: damaged: {error}") from error
-    return config
+    return read_trajectory(place).config if place.is_file() else read_config(place)
 
 
 def load_trained_model(
@@ -143,113 +119,64 @@ def load_trained_model(
         InputError: no checkpoint there, damaged, or its base model cannot be loaded.
     """
     place = checkpoint_place(path)
-    model: TrajectoryClassifier | TrajectoryLLM
+    config = read_trained_config(place)
     if place.is_file():
-        checkpoint = read_trajectory(place)
-        config, tokenizer = _checked_config(place, checkpoint.config), None
-        model = _build_classifier(place, checkpoint, encoders)
-    else:
-        config = read_trained_config(place)
-        try:
-            base, tokenizer = load_language_model(
-                model_name or str(config["base_model"]),
-                quantization or config["quantization"],
-                DTYPES[precision or config["precision"]],
-                default_device(),
-                config["base_revision"] if model_name is None else None,
-            )
-        except KeyError as error:
-            raise InputError(f"{place}: damaged: its configuration lacks {error}") from error
-        model = _build_llm(place, config, encoders, base, tokenizer)
+        classifier = TrajectoryClassifier(build_encoder(config["encoder"], encoders), 0.5)
+        load_trajectory(classifier, place)
+        return TrainedModel(classifier.to(default_device()).eval(), config, None)
+    base, tokenizer = load_language_model(
+        model_name or str(config["base_model"]),
+        quantization or config["quantization"],
+        DTYPES[precision or config["precision"]],
+        default_device(),
+        config["base_revision"] if model_name is None else None,
+    )
+    model = build_llm(place, config, encoders, base, tokenizer)
+    load_llm(model, place)
     return TrainedModel(model.to(default_device()).eval(), config, tokenizer)
 
 
-def _build_classifier(
-    place: Path, checkpoint: TrajectoryCheckpoint, encoders: Mapping[str, type]
-) -> TrajectoryClassifier:
-    try:
-        width = checkpoint.head["attention.weight"].shape[1]
-        encoder = build_encoder(checkpoint.config["encoder"], encoders, width)
-        model = TrajectoryClassifier(encoder, prevalence=0.5)
-        model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
-        model.head.load_state_dict(checkpoint.head)
-    except InputError:
-        raise
-    except UNFIT as error:
-        raise InputError(f"{place}: damaged: its weights do not fit: train again") from error
-    return model
-
-
-def _build_llm(
+def build_llm(
     place: Path,
     config: dict[str, Any],
     encoders: Mapping[str, type],
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrajectoryLLM:
-    """Rebuild the model of stage 2 or 3 around its base model, and load its weights."""
-    try:
-        adapter = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        lora = load_file(place / ADAPTER_WEIGHTS)
-        ranks = {tensor.shape[0] for name, tensor in lora.items() if "lora_A" in name}
-        if ranks != {adapter["r"]}:  # before memory is given to a rank that no weight has
-            raise ValueError(f"the adapter's rank is {adapter['r']}, its weights are of another")
-        encoder = None
-        if config["encoder"] is not None:
-            width = load_file(place / MODULE_WEIGHTS)["projection.linear.weight"].shape[1]
-            encoder = build_encoder(config["encoder"], encoders, width)
-        head = None
-        if encoder is not None and config["trajectory_head"]:
-            head = PooledHead(encoder.hidden_dim, prevalence=0.5)
-        yes, no, shared = verdict_words(tokenizer)
-        parts: dict[str, Any] = {
-            "trajectory_head": head,
-            "tokens": config["num_prefix_tokens"],
-            "scale": 1.0,  # a buffer: read with the weights
-            "bos": int(tokenizer.bos_token_id),
-            "verdict": (yes[shared], no[shared]),
-        }
-        adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
-        model: TrajectoryLLM = (
-            LLMWriter(encoder, adapted, **parts)
-            if config["stage"] == "generative"
-            else LLMClassifier(encoder, adapted, prevalence=0.5, **parts)
-        )
-        load_llm(model, place)
-    except InputError:
-        raise
-    except UNFIT as error:
-        raise InputError(
-            f"{place}: damaged, or not made from this base model: its weights do not fit"
-        ) from error
-    return model
+    """Rebuild the model of stage 2 or 3 whose weights are still to be loaded."""
+    adapter = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
+    encoder = config["encoder"] and build_encoder(config["encoder"], encoders)
+    head = PooledHead(encoder.hidden_dim, 0.5) if config["trajectory_head"] else None
+    yes, no, shared = verdict_words(tokenizer)
+    parts: dict[str, Any] = {
+        "trajectory_head": head,
+        "tokens": config["num_prefix_tokens"],
+        "scale": 1.0,  # a buffer: read with the weights
+        "bos": int(tokenizer.bos_token_id),
+        "verdict": (yes[shared], no[shared]),
+    }
+    if config["stage"] == "generative":
+        return LLMWriter(encoder, adapted, **parts)
+    return LLMClassifier(encoder, adapted, prevalence=0.5, **parts)
 
 
-def build_encoder(config: dict[str, Any], encoders: Mapping[str, type], width: int) -> Encoder:
+def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encoder:
     """Rebuild an encoder whose weights are still to be loaded.
 
     Args:
         config: see ``encoder_config``.
         encoders: class of each registered name.
-        width: H of the weights that read its states.
 
     Raises:
         InputError: no encoder of that name is registered.
-        ValueError: the states would have another width.
     """
     options = dict(config)
     name = options.pop("name")
     if name not in encoders:
         raise InputError(f"the checkpoint's encoder {name} is none of {', '.join(encoders)}")
-    if options["hidden_dim"] != width:  # before memory is given to a size that no weight has
-        raise ValueError(f"hidden_dim is {options['hidden_dim']}, the weights read {width} states")
     encoder: Encoder = encoders[name](**options)
     return encoder
-
-
-def prompts_of(config: dict[str, Any]) -> PromptOptions:
-    """Return the prompt options of a stage 2 or 3 configuration."""
-    return PromptOptions(**config["prompts"])
 
 
 def load_stage1_encoder(
@@ -275,7 +202,7 @@ def load_stage1_encoder(
         InputError: the encoder reads other features, or patients who trained it are held out here.
     """
     checkpoint = read_trajectory(path)
-    config = _checked_config(path, checkpoint.config)
+    config = checkpoint.config
     description = data.description()
     for key in ("features", "units", "outcome"):
         if config[key] != description[key]:
@@ -289,7 +216,8 @@ def load_stage1_encoder(
     options = config["encoder"]
     if "solver" in options:
         options = {**options, "solver": solver}
-    model = _build_classifier(path, replace(checkpoint, config={"encoder": options}), encoders)
+    model = TrajectoryClassifier(build_encoder(options, encoders), 0.5)
+    load_trajectory(model, path)
     return model.encoder, checkpoint.head
 
 

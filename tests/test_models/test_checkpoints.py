@@ -6,8 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import struct
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,12 @@ from language_models import (
     classifier_and_writer,
     data_of,
     encoder_for,
+    llm_config,
     patients,
+    rehash,
     save_text_checkpoint,
 )
-from medgemma_clinical.files import InputError, file_hash, json_hash
+from medgemma_clinical.files import InputError, json_hash
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -49,8 +49,6 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 DATA = data_of(patients())
 KINDS = {"classifier": "classification", "writer": "generative"}
-HEADER = struct.pack("<Q", 2 * 2**30) + b"{" + b" " * 1000
-"""The beginning of a safetensors file that claims a header of 2 GiB."""
 
 
 class Code:
@@ -69,18 +67,6 @@ def new_classifier(seed: int) -> TrajectoryClassifier:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return model
-
-
-def llm_config(model: TrajectoryLLM, stage: str, base: str = "tiny") -> dict[str, Any]:
-    assert model.encoder is not None
-    return {
-        "stage": stage,
-        "encoder": encoder_config("ode_rnn", model.encoder),
-        "base_model": base,
-        "base_revision": None,
-        "quantization": "none",
-        **DATA.description(),
-    }
 
 
 def disturb(model: TrajectoryLLM, seed: int) -> TrajectoryLLM:
@@ -113,7 +99,7 @@ def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Traject
     llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
     model = disturb(classifier_and_writer(base=llm, residual=True).classifier, 0)
     folder = tmp_path_factory.mktemp("run") / "best"
-    save_llm(folder, model, llm_config(model, "classification", str(base)))
+    save_llm(folder, model, llm_config(model, "classification", DATA, base=str(base)))
     return model, folder
 
 
@@ -121,14 +107,6 @@ def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Traject
 def best(saved: tuple[TrajectoryLLM, Path], tmp_path: Path) -> Path:
     """A copy of the stage 2 folder that a test may change."""
     return Path(shutil.copytree(saved[1], tmp_path / "best"))
-
-
-def rehash(best: Path) -> None:
-    """Write the hashes of a changed folder anew, as a person who means harm can."""
-    config = json.loads((best / CONFIG).read_text())
-    config.pop("config_sha256")
-    config["files_sha256"] = {name: file_hash(best / name) for name in HASHED_FILES}
-    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
 
 
 # ------------------------------------------------------------------------------- stage 1
@@ -149,13 +127,11 @@ def test_a_stage_1_file_knows_who_trained_and_names_nobody(stage1: Path) -> None
     assert b"patient 0" not in stage1.read_bytes()
 
 
-@pytest.mark.parametrize("place", ["top", "config", "encoder", "format", "plain pickle"])
+@pytest.mark.parametrize("place", ["config", "format", "plain pickle"])
 def test_code_in_a_stage_1_file_does_not_run(place: str, stage1: Path, tmp_path: Path) -> None:
     code, content = Code(tmp_path / "ran"), torch.load(stage1, weights_only=True)
     if place == "plain pickle":
         stage1.write_bytes(pickle.dumps(code))
-    elif place == "top":
-        torch.save({**content, "more": code}, stage1)
     elif place == "format":
         torch.save({**content, "format": code}, stage1)
     else:
@@ -163,20 +139,6 @@ def test_code_in_a_stage_1_file_does_not_run(place: str, stage1: Path, tmp_path:
     with pytest.raises(InputError, match="not a stage 1 checkpoint"):
         read_trajectory(stage1)
     assert not (tmp_path / "ran").exists()
-
-
-def test_an_archive_that_inflates_to_something_huge_is_refused(stage1: Path) -> None:
-    small = stage1.with_suffix(".zip")
-    with (
-        zipfile.ZipFile(stage1) as whole,
-        zipfile.ZipFile(small, "w", zipfile.ZIP_DEFLATED) as packed,
-    ):
-        for entry in whole.infolist():
-            packed.writestr(entry.filename, whole.read(entry))
-        packed.writestr("archive/data/99", bytes(2**26))
-    assert small.stat().st_size < 2**20
-    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
-        read_trajectory(small)
 
 
 def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) -> None:
@@ -187,7 +149,7 @@ def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) 
     with pytest.raises(InputError, match=r"checkpoint format 3, this program reads \d+: train"):
         read_trajectory(stage1)
     torch.save({key: content[key] for key in content if key != "head"}, stage1)
-    with pytest.raises(InputError, match="not a whole stage 1 checkpoint"):
+    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
         read_trajectory(stage1)
 
 
@@ -199,7 +161,7 @@ def test_a_reloaded_model_gives_the_same_logits_to_the_last_bit(kind: str, tmp_p
     parts = classifier_and_writer(residual=True)
     model, batch = disturb(getattr(parts, kind), 0), parts.collate(range(6))
     expected = model(batch)
-    save_llm(tmp_path / "best", model, llm_config(model, KINDS[kind]))
+    save_llm(tmp_path / "best", model, llm_config(model, KINDS[kind], DATA))
     assert torch.equal(model(batch).logit, expected.logit), "saving changed the model"
     fresh = disturb(getattr(classifier_and_writer(residual=True), kind), 9)
     assert not (fresh(batch).logit == expected.logit).any()
@@ -279,16 +241,14 @@ def test_further_files_and_a_hubs_links_do_not_matter(
 
 
 @pytest.mark.parametrize("name", HASHED_FILES)
-@pytest.mark.parametrize("damage", ["missing", "cut", "changed"])
-def test_a_damaged_file_is_named(name: str, damage: str, best: Path) -> None:
+def test_a_damaged_file_is_named(name: str, best: Path) -> None:
     content = (best / name).read_bytes()
-    (best / name).unlink()
-    if damage == "cut":
-        (best / name).write_bytes(content[:-7])
-    if damage == "changed":
-        (best / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(InputError, match=f"damaged: {name} is missing or not as it was written"):
-        read_config(best)
+    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), None):
+        (best / name).unlink() if damaged is None else (best / name).write_bytes(damaged)
+        with pytest.raises(
+            InputError, match=f"damaged: {name} is missing or not as it was written"
+        ):
+            read_config(best)
 
 
 def unhashed(best: Path) -> None:
@@ -309,17 +269,12 @@ def older(best: Path) -> None:
     (best / CONFIG).write_text(json.dumps(config))
 
 
-def deep(best: Path) -> None:
-    (best / CONFIG).write_text("[" * 100_000)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (unhashed, "config.json is missing or not as it was written"),
         (unlisted, "modules.safetensors is missing or not as it was written"),
         (older, "checkpoint format None, this program reads"),
-        (deep, "config.json cannot be read"),
     ],
 )
 def test_a_changed_configuration_is_refused(
@@ -348,16 +303,15 @@ def test_every_key_must_fit_the_model(
 ) -> None:
     change(best, name)
     rehash(best)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match="its weights do not fit"):
         load_llm(saved[0], best)
 
 
 @pytest.mark.parametrize("name", [MODULE_WEIGHTS, ADAPTER_WEIGHTS])
-@pytest.mark.parametrize("content", ["code", "header"])
-def test_code_and_huge_headers_in_weights_are_refused(
-    name: str, content: str, best: Path, saved: tuple[TrajectoryLLM, Path], tmp_path: Path
+def test_code_in_weights_does_not_run(
+    name: str, best: Path, saved: tuple[TrajectoryLLM, Path], tmp_path: Path
 ) -> None:
-    harm = pickle.dumps({"weights": Code(tmp_path / "ran")}) if content == "code" else HEADER
+    harm = pickle.dumps({"weights": Code(tmp_path / "ran")})
     (best / name).write_bytes(harm)
     (best / "adapter" / "adapter_model.bin").write_bytes(harm)
     rehash(best)
@@ -366,24 +320,19 @@ def test_code_and_huge_headers_in_weights_are_refused(
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", [TRAJECTORY_FILE, *HASHED_FILES, CONFIG])
-def test_any_bit_that_is_turned_is_noticed(name: str, stage1: Path, best: Path) -> None:
-    """At places spread over each file; padding of an archive may be anything."""
-    file = stage1 if name == TRAJECTORY_FILE else best / name
+def test_any_bit_that_is_turned_in_a_stage_1_file_is_noticed(stage1: Path) -> None:
+    """At places spread over the file; padding of an archive may be anything."""
 
     def read() -> str:
-        if file == stage1:
-            checkpoint = read_trajectory(stage1)
-            return repr((checkpoint.config, checkpoint.encoder, checkpoint.head))
-        return repr(read_config(best))
+        checkpoint = read_trajectory(stage1)
+        return repr((checkpoint.config, checkpoint.encoder, checkpoint.head))
 
-    whole, content, noticed = read(), file.read_bytes(), 0
+    whole, content, noticed = read(), stage1.read_bytes(), 0
     for k in range(24):
         at = k * (len(content) - 1) // 23
-        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << k % 8]) + content[at + 1 :])
+        stage1.write_bytes(content[:at] + bytes([content[at] ^ 1 << k % 8]) + content[at + 1 :])
         try:
             assert read() == whole
-            assert file == stage1
         except InputError:
             noticed += 1
-    assert noticed >= (12 if file == stage1 else 24)
+    assert noticed >= 12

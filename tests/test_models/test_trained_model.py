@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import ClinicalODERNN
-from language_models import classifier_and_writer, data_of, encoder_for, patients
+from language_models import (
+    classifier_and_writer,
+    data_of,
+    encoder_for,
+    llm_config,
+    patients,
+    rehash,
+)
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.files import InputError, file_hash, json_hash
-from medgemma_clinical.models import trained_model
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
-    CONFIG,
-    HASHED_FILES,
     TRAJECTORY_FILE,
     encoder_config,
     read_trajectory,
@@ -44,7 +46,6 @@ from trajectories import table_of
 ENCODERS = {"ode_rnn": ClinicalODERNN}
 RULE = DecisionRule(slope=1.5, intercept=-0.2, threshold=0.3)
 PROMPTS = PromptOptions(series="last", context=False)
-HUGE = 10**9
 
 
 def save_stage1(folder: Path, data: Data) -> Path:
@@ -64,29 +65,15 @@ def save_stage1(folder: Path, data: Data) -> Path:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run's folder with all three stages, and the logits of their models for one batch."""
-    run = tmp_path_factory.mktemp("run")
-    data = data_of(patients())
+    run, data = tmp_path_factory.mktemp("run"), data_of(patients())
     (run / "trajectory").mkdir()
     save_stage1(run, data)
     parts = classifier_and_writer(residual=True)
     batch = parts.collate(range(6))
     logits = {}
     for stage, model in (("classification", parts.classifier), ("generative", parts.writer)):
-        assert model.encoder is not None
-        config = {
-            "stage": stage,
-            "encoder": encoder_config("ode_rnn", model.encoder),
-            "trajectory_head": True,
-            "num_prefix_tokens": model.tokens,
-            "base_model": "tiny",
-            "base_revision": None,
-            "quantization": "none",
-            "precision": "fp32",
-            "prompts": asdict(PROMPTS),
-            "max_text_tokens": None,
-            "decision": RULE.to_config(),
-            **data.description(),
-        }
+        decision, prompts = RULE.to_config(), asdict(PROMPTS)
+        config = llm_config(model, stage, data, decision=decision, prompts=prompts)
         (run / stage).mkdir()
         save_llm(run / stage / "best", model, config)
         logits[stage] = model(batch).logit
@@ -97,14 +84,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def run(saved: dict[str, Any], tmp_path: Path) -> Path:
     """A copy of the run that a test may change."""
     return Path(shutil.copytree(saved["run"], tmp_path / "run"))
-
-
-def rehash(best: Path, **changes: Any) -> None:
-    """Change a configuration and write all hashes anew."""
-    config = json.loads((best / CONFIG).read_text()) | changes
-    config.pop("config_sha256")
-    config["files_sha256"] = {name: file_hash(best / name) for name in HASHED_FILES}
-    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
 
 
 # ------------------------------------------------------------------------------- loading
@@ -144,52 +123,11 @@ def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
         load_trained_model(tmp_path, ENCODERS)
 
 
-def widen_encoder(best: Path) -> None:
-    config = json.loads((best / CONFIG).read_text())
-    rehash(best, encoder={**config["encoder"], "hidden_dim": HUGE})
-
-
-def widen_adapter(best: Path) -> None:
-    adapter = json.loads((best / ADAPTER_CONFIG).read_text())
-    (best / ADAPTER_CONFIG).write_text(json.dumps({**adapter, "r": HUGE}))
-    rehash(best)
-
-
 def test_parts_that_the_weights_do_not_have_are_refused(run: Path) -> None:
     rehash(run / "generative" / "best", trajectory_head=False)
     with pytest.raises(InputError, match="damaged, or not made from this base model") as caught:
         load_trained_model(run / "generative", ENCODERS)
     assert "\n" not in str(caught.value)
-
-
-def never(*_: Any, **__: Any) -> None:
-    """Stand for what would give memory to a size that no weight has."""
-    pytest.fail("memory was given")
-
-
-@pytest.mark.parametrize("change", [widen_encoder, widen_adapter])
-def test_a_size_that_no_weight_has_gets_no_memory(
-    change: Callable[[Path], None], run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change(run / "generative" / "best")
-    encoders: dict[str, Any] = dict(ENCODERS)
-    if change is widen_encoder:
-        encoders["ode_rnn"] = never
-    monkeypatch.setattr(trained_model, "add_lora", never)
-    with pytest.raises(InputError, match="damaged, or not made from this base model"):
-        load_trained_model(run / "generative", encoders)
-
-
-def test_a_stage_1_size_that_no_weight_has_gets_no_memory(run: Path) -> None:
-    file = run / TRAJECTORY_FILE
-    content = torch.load(file, weights_only=True)
-    content["config"]["encoder"]["hidden_dim"] = HUGE
-    torch.save(content, file)
-    encoders: dict[str, Any] = {"ode_rnn": never}
-    with pytest.raises(InputError, match="its weights do not fit"):
-        load_trained_model(file, encoders)
-    with pytest.raises(InputError, match="its weights do not fit"):
-        load_stage1_encoder(file, encoders, "rk4", None, data_of(patients()))
 
 
 def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]) -> None:
@@ -202,25 +140,11 @@ def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]
     assert torch.equal(trained.model(saved["batch"]).logit, saved["classification"])
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"decision": {"slope": -1.0, "intercept": 0.0, "threshold": 0.5}}, "slope is not above 0"),
-        ({"decision": {"slope": 1.0}}, "lacks a number"),
-        ({"base_model": None}, "not a hub id, not tiny, and no folder"),
-        ({"precision": "fp16"}, "damaged"),
-    ],
-)
-def test_an_unsound_configuration_is_refused(
-    changes: dict[str, Any], reason: str, run: Path
-) -> None:
-    rehash(run / "classification" / "best", **changes)
-    with pytest.raises(InputError, match=reason) as caught:
-        load_trained_model(run / "classification", ENCODERS)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_configuration_without_a_needed_key_is_refused(run: Path) -> None:
+def test_an_unsound_or_incomplete_configuration_is_refused(run: Path) -> None:
+    decision = {"slope": -1.0, "intercept": 0.0, "threshold": 0.5}
+    rehash(run / "classification" / "best", decision=decision)
+    with pytest.raises(InputError, match="slope is not above 0"):
+        read_trained_config(run / "classification")
     content = torch.load(run / TRAJECTORY_FILE, weights_only=True)
     del content["config"]["reading"]
     torch.save(content, run / TRAJECTORY_FILE)
@@ -266,10 +190,14 @@ NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
 NOTES = [f"note {k}" for k in range(60)]
 
 
-@pytest.mark.parametrize("columns", [NAMED, {}])
 @pytest.mark.parametrize(
-    ("contexts", "seed", "most", "rows"),
-    [(False, 1, 0, 60), (True, 1, 0, 60), (False, 0, 30, 60), (True, 0, 0, 50)],
+    ("columns", "contexts", "seed", "most", "rows"),
+    [
+        (NAMED, True, 1, 0, 60),
+        ({}, True, 1, 0, 60),
+        (NAMED, False, 0, 30, 60),
+        ({}, True, 0, 0, 50),
+    ],
 )
 def test_patients_who_trained_are_never_held_out_whatever_the_file(
     tmp_path: Path, columns: dict[str, Any], contexts: bool, seed: int, most: int, rows: int
@@ -321,10 +249,3 @@ def test_another_time_scale_is_refused(tmp_path: Path) -> None:
     load_stage1_encoder(path, ENCODERS, "rk4", 72.0, data)
     with pytest.raises(InputError, match=r"its --time_scale is 72\.0: leave the flag out"):
         load_stage1_encoder(path, ENCODERS, "rk4", 24.0, data)
-
-
-def test_the_tables_of_these_tests_differ_only_in_what_they_say() -> None:
-    plain, named = many(), many(**NAMED, clinical_context=NOTES)
-    assert np.array_equal(plain.values, named.values)
-    assert (plain.named, named.named) == (False, True)
-    assert pd.Series(named.groups).is_unique
