@@ -165,15 +165,10 @@ def report_content(
 def make_cohorts(
     predictions: dict[str, Predictions], baselines: Baselines, data: Data
 ) -> dict[str, Cohort]:
-    """Return the cohort of each scored part, with the probabilities before recalibration."""
-    rule = predictions["val"].rule
-    plain = fit_decision_rule(predictions["val"].labels, predictions["val"].logit, "none")
+    """Return the cohort of each scored part."""
     return {
         part: Cohort.from_predictions(
-            data.dataset,
-            each,
-            {name: risks[part] for name, risks in baselines.items()},
-            each.with_rule(plain) if rule.recalibrates else None,
+            data.dataset, each, {name: risks[part] for name, risks in baselines.items()}
         )
         for part, each in predictions.items()
     }

@@ -30,7 +30,7 @@ class Estimate:
     high: float | None = None
 
     def to_json(self) -> dict[str, float | None]:
-        """Return ``{"value": ..., "low": ..., "high": ...}``."""
+        """Return value, low and high by name."""
         return asdict(self)
 
     def above(self, limit: float) -> bool:
@@ -77,13 +77,12 @@ def draw_weights(
     if not all(rows.any() for rows in needed):
         raise ValueError("the rows need both labels 0 and 1: with one class no figure is defined")
     names, patient = np.unique(groups, return_inverse=True)
-    patients = len(names)
+    chances = np.full(len(names), 1 / len(names))
     rng = np.random.default_rng(seed)
-    equal_chance = np.full(patients, 1 / patients)
     size = max(1, CHUNK_CELLS // len(labels))
     left = REPLICATES
     while left:
-        drawn = rng.multinomial(patients, equal_chance, size=min(size, left)).astype(np.float64)
+        drawn = rng.multinomial(len(names), chances, size=min(size, left)).astype(np.float64)
         weights = drawn[:, patient]
         weights = weights[np.all([weights[:, rows].any(axis=1) for rows in needed], axis=0)]
         left -= len(weights)
@@ -103,8 +102,8 @@ def bootstrap(
         labels: (n,) of 0 and 1.
         groups: (n,) patient of each row.
         seed: of the draws.
-        statistics: takes weights (r, n) and returns values (r,) by name.
-        split: as in ``draw_weights``.
+        statistics: takes weights (r, n), returns values (r,) by name.
+        split: as for ``draw_weights``.
 
     Returns:
         (REPLICATES,) values by name.
@@ -113,55 +112,28 @@ def bootstrap(
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
-def estimate(value: float, replicates: NDArray[np.float64]) -> Estimate:
+def estimate(
+    value: float, replicates: NDArray[np.float64], patients: int | None = None
+) -> Estimate:
     """Return a figure with its percentile interval.
 
-    Undefined replicates are left out; more than 5 % of them leave no interval.
+    Undefined replicates are left out; more than 5 % of them leave no interval. A share of 0 or 1,
+    whose replicates do not vary, gets the exact interval.
 
-    Source: Efron and Tibshirani 1993, percentile method.
+    Source: Efron and Tibshirani 1993, percentile method; Clopper and Pearson 1934.
 
     Args:
         value: on all rows, NaN where undefined.
         replicates: (R,) of the bootstrap, NaN where undefined.
+        patients: of a share, the independent patients behind it; None for other figures.
     """
     if not math.isfinite(value):
         return Estimate(None)
+    if patients is not None and value in (0.0, 1.0):
+        reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / patients)
+        return Estimate(value, max(0.0, value - reach), min(1.0, value + reach))
     known = replicates[np.isfinite(replicates)]
     if len(known) < CONFIDENCE * len(replicates):
         return Estimate(value)
     low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Estimate(value, float(low), float(high))
-
-
-def share_estimate(value: float, replicates: NDArray[np.float64], patients: int) -> Estimate:
-    """Return ``estimate``, with an exact interval for shares of 0 and 1, whose draws do not vary.
-
-    Source: Clopper and Pearson 1934.
-
-    Args:
-        value: of the share on all rows, NaN where undefined.
-        replicates: (R,) of the bootstrap.
-        patients: number of independent patients behind the share.
-    """
-    if value not in (0.0, 1.0):
-        return estimate(value, replicates)
-    reach = 1 - ((1 - CONFIDENCE) / 2) ** (1 / patients)
-    return Estimate(value, 0.0, reach) if value == 0 else Estimate(value, 1 - reach, 1.0)
-
-
-def estimates(
-    values: Figures, replicates: Figures, share_patients: dict[Any, int]
-) -> dict[Any, Estimate]:
-    """Join values (1,) and replicates (R,) of the same names to estimates.
-
-    Args:
-        values: figures on all rows.
-        replicates: figures under the bootstrap's draws.
-        share_patients: for figures that are shares, the patients behind them.
-    """
-    return {
-        name: share_estimate(float(value[0]), replicates[name], share_patients[name])
-        if name in share_patients
-        else estimate(float(value[0]), replicates[name])
-        for name, value in values.items()
-    }

@@ -10,7 +10,7 @@ from scipy.special import logit
 
 from medgemma_clinical.evaluation.bootstrap import Figures
 
-NEWTON_STEPS, NEWTON_PRECISION, LONGEST_STEP = 40, 1e-9, 2.0
+NEWTON_STEPS, NEWTON_PRECISION, LONGEST_STEP = 40, 1e-9, 1.0
 EQUAL_LOG_ODDS = 1e-9
 """Log-odds whose relative spread is smaller count as equal: the spread is rounding."""
 
@@ -47,12 +47,12 @@ def weighted_calibration(
     odds = log_odds(probability)
     mean, spread = odds.mean(), odds.std()
     equal = spread <= EQUAL_LOG_ODDS * (1 + abs(mean))
-    if equal:
-        spread = 1.0
-    scaled, all_rows = (odds - mean) / spread, np.ones((1, len(labels)))
+    scaled = np.zeros_like(odds) if equal else (odds - mean) / spread
+    all_rows = np.ones((1, len(labels)))
     prevalence_alone = np.array([log_odds(labels.mean()), 0.0])
     start = fit_logistic(labels, scaled, all_rows, prevalence_alone, fit_slope=True)[0]
     fitted = fit_logistic(labels, scaled, weights, start, fit_slope=True)
+    slope = fitted[:, 1] / spread
     unchanged = np.array([mean, spread])  # the model's log-odds, expressed on the scaled logit
     unchanged[0] = fit_logistic(labels, scaled, all_rows, unchanged, fit_slope=False)[0, 0]
     in_the_large = fit_logistic(labels, scaled, weights, unchanged, fit_slope=False)[:, 0] - mean
@@ -60,7 +60,6 @@ def weighted_calibration(
     prevalence = share @ labels
     with np.errstate(divide="ignore", invalid="ignore"):
         skill = 1 - share @ (probability - labels) ** 2 / (prevalence * (1 - prevalence))
-    slope = np.full(len(fitted), np.nan) if equal else fitted[:, 1] / spread
     return {
         "calibration_slope": slope,
         "calibration_intercept": fitted[:, 0] - slope * mean,
@@ -79,7 +78,7 @@ def fit_logistic(
 ) -> NDArray[np.float64]:
     """Fit log-odds = a + b * odds by maximum likelihood, for all weightings at once.
 
-    Newton's method; a step that lowers the likelihood is halved.
+    Newton's method with steps of limited length.
 
     Args:
         labels: (n,) of 0 and 1.
@@ -92,44 +91,24 @@ def fit_logistic(
         (R, 2) a and b; NaN where no finite fit exists (classes that ``odds`` separates).
     """
     fitted = np.tile(start, (len(weights), 1))
-    last_good, best = fitted, np.full(len(weights), -np.inf)
-    change = np.full(len(weights), np.inf)
+    steps = np.zeros_like(fitted)
     for _ in range(NEWTON_STEPS):
         # (R, n); expit, by its tanh: half of the time of scipy's, and most of a bootstrap is here
         risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * odds) / 2)
-        of_label = np.where(labels == 1, risk, 1 - risk).clip(np.finfo(np.float64).tiny)
-        likelihood = (weights * np.log(of_label)).sum(axis=1)
-        worse = likelihood < best - NEWTON_PRECISION * np.abs(best)
-        last_good = np.where(worse[:, None], last_good, fitted)
-        best = np.where(worse, best, likelihood)
-        steps = _newton_steps(labels, odds, weights, risk, fit_slope=fit_slope)
-        forward = fitted + steps.clip(-LONGEST_STEP, LONGEST_STEP)
-        fitted = np.where(worse[:, None], (last_good + fitted) / 2, forward)
-        change = np.where(worse, np.inf, np.abs(steps).max(axis=1))
-        if not (change > NEWTON_PRECISION).any():  # NaN compares false and stays NaN
+        residual, curvature = weights * (labels - risk), weights * risk * (1 - risk)
+        g0, h00 = residual.sum(axis=1), curvature.sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if fit_slope:
+                g1, h01, h11 = residual @ odds, curvature @ odds, curvature @ odds**2
+                steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
+                steps /= (h00 * h11 - h01**2)[:, None]
+            else:
+                steps[:, 0] = g0 / h00
+        fitted = fitted + steps.clip(-LONGEST_STEP, LONGEST_STEP)
+        if not (np.abs(steps) > NEWTON_PRECISION).any():  # NaN compares false and stays NaN
             break
-    fitted[~(change <= NEWTON_PRECISION)] = np.nan
+    fitted[(np.abs(steps) > NEWTON_PRECISION).any(axis=1)] = np.nan
     return fitted
-
-
-def _newton_steps(
-    labels: NDArray[Any],
-    odds: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    risk: NDArray[np.float64],
-    *,
-    fit_slope: bool,
-) -> NDArray[np.float64]:
-    """Return Newton's step (R, 2) of the logistic likelihood at predicted ``risk`` (R, n)."""
-    residual, curvature = weights * (labels - risk), weights * risk * (1 - risk)
-    g0, h00 = residual.sum(axis=1), curvature.sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if not fit_slope:
-            return np.stack([g0 / h00, np.zeros_like(g0)], axis=1)
-        g1, h01, h11 = residual @ odds, curvature @ odds, curvature @ odds**2
-        steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
-        scaled: NDArray[np.float64] = steps / (h00 * h11 - h01**2)[:, None]
-    return scaled
 
 
 def calibration_bins(

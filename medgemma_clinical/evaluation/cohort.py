@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimates
+from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
 from medgemma_clinical.evaluation.calibration import calibration_bins, weighted_calibration
+from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics import (
     Share,
     net_benefit,
@@ -42,7 +44,6 @@ class Cohort:
         subgroups: n rows of ordered categories, may have no column.
         baselines: probabilities (n,) of each simple model on the same rows, may be empty.
         uncalibrated: (n,) probabilities before recalibration, None without recalibration.
-        uncalibrated_threshold: chosen for ``uncalibrated``.
     """
 
     labels: NDArray[np.float64]
@@ -52,7 +53,6 @@ class Cohort:
     subgroups: pd.DataFrame
     baselines: dict[str, NDArray[np.float64]]
     uncalibrated: NDArray[np.float64] | None = None
-    uncalibrated_threshold: float = 0.5
 
     @classmethod
     def from_predictions(
@@ -60,7 +60,6 @@ class Cohort:
         dataset: TrajectoryDataset,
         predictions: Predictions,
         baselines: dict[str, NDArray[np.float64]],
-        uncalibrated: Predictions | None = None,
     ) -> Cohort:
         """Collect what a data set knows of the predicted rows.
 
@@ -68,9 +67,11 @@ class Cohort:
             dataset: which ``predictions.rows`` points into.
             predictions: of one part.
             baselines: probabilities (n,) of each simple model for the same rows.
-            uncalibrated: the same log-odds under the rule without recalibration, if another.
         """
         rows = predictions.rows
+        uncalibrated = None
+        if predictions.rule.recalibrates:
+            uncalibrated = DecisionRule().probability(predictions.logit)
         return cls(
             predictions.labels,
             predictions.probability,
@@ -78,8 +79,7 @@ class Cohort:
             dataset.ids[rows],
             dataset.subgroups().iloc[rows],
             baselines,
-            None if uncalibrated is None else uncalibrated.probability,
-            0.5 if uncalibrated is None else uncalibrated.rule.threshold,
+            uncalibrated,
         )
 
 
@@ -127,7 +127,7 @@ class CohortFigures:
         benefit: net benefit at each of ``BENEFIT_RISKS``.
         bins: of the calibration curve, by rising risk.
         subgroups: those that have any row.
-        before: ``estimates`` before recalibration, None without recalibration.
+        before: ``estimates`` before recalibration, None without; the alarms are the same.
     """
 
     n: int
@@ -191,131 +191,113 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
     Raises:
         ValueError: the labels hold one class only.
     """
-    labels, groups = cohort.labels, np.unique(cohort.groups, return_inverse=True)[1]
-    cohort = replace(cohort, groups=groups)  # numbers are counted faster than names
-    plan = _Plan.of(cohort, threshold)
-    replicates = bootstrap(labels, groups, seed, plan.figures)
-    values = plan.figures(np.ones((1, len(labels))))
-    known = estimates(values, replicates, plan.share_patients())
+    labels, risk = cohort.labels, cohort.probability
+    groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
+    bins = calibration_bins(labels, risk)
+    subgroups: dict[tuple[str, str], Any] = {
+        (str(name), str(level)): rows
+        for name, column in cohort.subgroups.items()
+        for level, rows in column.groupby(column, observed=True).indices.items()
+    }
+    judged = {
+        key: rows
+        for key, rows in subgroups.items()
+        if rarer_patients(labels[rows], groups[rows]) >= FEWEST_PATIENTS
+    }
+    shares: dict[Any, Share] = {
+        ("model", name): share for name, share in threshold_shares(labels, risk, threshold).items()
+    }
+    shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
+    known = _estimates(cohort, groups, shares, judged, seed)
 
     def under(*prefix: str) -> dict[Any, Estimate]:
         """Return the estimates whose names begin so, by the rest of the name."""
         return {key[-1]: each for key, each in known.items() if key[:-1] == prefix}
 
-    aurocs = under("subgroup")
+    model, before, aurocs = under("model"), under("before"), under("subgroup")
     return CohortFigures(
         n=len(labels),
         events=int(labels.sum()),
-        patients=len(np.unique(groups)),
+        patients=int(groups.max()) + 1,
         rarer=rarer_patients(labels, groups),
         threshold=threshold,
-        estimates=under("model"),
+        estimates=model,
         baselines={
             name: BaselineFigures(under("baseline", name), under("difference", name))
             for name in cohort.baselines
         },
         benefit=tuple(under("benefit").values()),
         bins=tuple(
-            CalibrationBin(float(cohort.probability[rows].mean()), int(rows.sum()), observed)
-            for rows, observed in zip(plan.bins, under("bin").values(), strict=True)
+            CalibrationBin(float(risk[rows].mean()), int(rows.sum()), observed)
+            for rows, observed in zip(bins, under("bin").values(), strict=True)
         ),
         subgroups=tuple(
             Subgroup(
-                *key,
-                rows=len(rows),
-                events=int(labels[rows].sum()),
-                risk=float(cohort.probability[rows].mean()),
-                auroc=aurocs.get(key),
+                *key, len(rows), int(labels[rows].sum()), float(risk[rows].mean()), aurocs.get(key)
             )
-            for key, rows in plan.subgroups.items()
+            for key, rows in subgroups.items()
         ),
-        before=under("before") or None,
+        before=model | before if before else None,
     )
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is computed under each draw of patients; names are tuples, as ("model", "auroc").
-
-    ``models``: probabilities (n,) that get all figures; ``shares``: of those and of the bins;
-    ``bins``: rows (n,) bool; ``subgroups``: positions of the rows, by column and level; ``judged``:
-    those with patients enough of both classes.
-    """
-
-    cohort: Cohort
-    models: dict[str, NDArray[np.float64]]
-    shares: dict[Any, Share]
-    bins: list[NDArray[np.bool_]]
-    subgroups: dict[tuple[str, str], NDArray[np.int64]]
-    judged: dict[tuple[str, str], NDArray[np.int64]]
-
-    @classmethod
-    def of(cls, cohort: Cohort, threshold: float) -> _Plan:
-        labels = cohort.labels
-        models, thresholds = {"model": cohort.probability}, {"model": threshold}
-        if cohort.uncalibrated is not None:
-            models["before"] = cohort.uncalibrated
-            thresholds["before"] = cohort.uncalibrated_threshold
-        shares: dict[Any, Share] = {
-            (model, name): share
-            for model, risk in models.items()
-            for name, share in threshold_shares(labels, risk, thresholds[model]).items()
-        }
-        bins = calibration_bins(labels, cohort.probability)
-        shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
-        subgroups = subgroup_rows(cohort.subgroups)
-        judged = {
-            key: rows
-            for key, rows in subgroups.items()
-            if rarer_patients(labels[rows], cohort.groups[rows]) >= FEWEST_PATIENTS
-        }
-        return cls(cohort, models, shares, bins, subgroups, judged)
-
-    def figures(self, weights: NDArray[np.float64]) -> Figures:
-        """Compute all figures under weights (R, n)."""
-        labels = self.cohort.labels
-        result: Figures = {}
-        for model, risk in self.models.items():
-            metrics = weighted_metrics(labels, risk, weights)
-            metrics |= weighted_calibration(labels, risk, weights)
-            result |= {(model, name): values for name, values in metrics.items()}
-        result |= weighted_shares(self.shares, weights)
-        for baseline, risk in self.cohort.baselines.items():
-            for name, values in weighted_metrics(labels, risk, weights).items():
-                result["baseline", baseline, name] = values
-                result["difference", baseline, name] = result["model", name] - values
-        benefit = net_benefit(labels, self.cohort.probability, BENEFIT_RISKS, weights)
-        result |= {("benefit", k): values for k, values in enumerate(benefit.T)}
-        for key, rows in self.judged.items():
-            risk = self.cohort.probability[rows]
-            inside = weighted_metrics(labels[rows], risk, weights[:, rows])
-            result["subgroup", key] = inside["auroc"]
-        return result
-
-    def share_patients(self) -> dict[Any, int]:
-        """Return the patients behind each share; an AUROC is one of the rarer outcome's patients.
-
-        An AUROC of 0 or 1 rests on as many pairs of patients as have the rarer outcome.
-        """
-        labels, groups = self.cohort.labels, self.cohort.groups
-        rarer = rarer_patients(labels, groups)
-        patients = {key: len(np.unique(groups[rows])) for key, (_, rows) in self.shares.items()}
-        patients |= {(model, "auroc"): rarer for model in self.models}
-        patients |= {("baseline", name, "auroc"): rarer for name in self.cohort.baselines}
-        for key, rows in self.judged.items():
-            patients["subgroup", key] = rarer_patients(labels[rows], groups[rows])
-        return patients
-
-
-def subgroup_rows(table: pd.DataFrame) -> dict[tuple[str, str], NDArray[np.int64]]:
-    """Return the positions of the rows of each group that has any, by column and level.
+def _estimates(
+    cohort: Cohort,
+    groups: NDArray[np.int64],
+    shares: dict[Any, Share],
+    judged: dict[tuple[str, str], Any],
+    seed: int,
+) -> dict[Any, Estimate]:
+    """Return all estimates; names are tuples, as ("model", "auroc").
 
     Args:
-        table: n rows of categories.
+        cohort: the rows.
+        groups: (n,) number of each row's patient.
+        shares: by name.
+        judged: positions of the rows of each subgroup that gets an AUROC.
+        seed: of the bootstrap.
     """
-    return {
-        (str(column), str(level)): rows
-        for column in table
-        for level in table[column].cat.categories
-        if len(rows := np.flatnonzero(table[column] == level))
+    labels = cohort.labels
+    # An AUROC of 0 or 1 rests on as many pairs of patients as have the rarer outcome.
+    aurocs = [("model",), ("before",), *(("baseline", name) for name in cohort.baselines)]
+    patients: dict[Any, int] = {
+        **{name: len(np.unique(groups[among])) for name, (_, among) in shares.items()},
+        **{(*model, "auroc"): rarer_patients(labels, groups) for model in aurocs},
+        **{
+            ("subgroup", key): rarer_patients(labels[rows], groups[rows])
+            for key, rows in judged.items()
+        },
     }
+    statistics = partial(_weighted_figures, cohort, shares, judged)
+    replicates = bootstrap(labels, groups, seed, statistics)
+    return {
+        name: estimate(float(value[0]), replicates[name], patients.get(name))
+        for name, value in statistics(np.ones((1, len(labels)))).items()
+    }
+
+
+def _weighted_figures(
+    cohort: Cohort,
+    shares: dict[Any, Share],
+    judged: dict[tuple[str, str], Any],
+    weights: NDArray[np.float64],
+) -> Figures:
+    """Compute all figures under weights (R, n)."""
+    labels, model_risk = cohort.labels, cohort.probability
+    result: Figures = {}
+    for model, risk in (("model", model_risk), ("before", cohort.uncalibrated)):
+        if risk is not None:
+            scores = weighted_metrics(labels, risk, weights)
+            scores |= weighted_calibration(labels, risk, weights)
+            result |= {(model, name): values for name, values in scores.items()}
+    result |= weighted_shares(shares, weights)
+    for baseline, risk in cohort.baselines.items():
+        for name, values in weighted_metrics(labels, risk, weights).items():
+            result["baseline", baseline, name] = values
+            result["difference", baseline, name] = result["model", name] - values
+    benefit = net_benefit(labels, model_risk, BENEFIT_RISKS, weights)
+    result |= {("benefit", k): values for k, values in enumerate(benefit.T)}
+    for key, rows in judged.items():
+        inside = weighted_metrics(labels[rows], model_risk[rows], weights[:, rows])
+        result["subgroup", key] = inside["auroc"]
+    return result

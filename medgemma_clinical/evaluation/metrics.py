@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation.bootstrap import Figures
 
-ACCURACY_THRESHOLD = 0.5
 METRICS = ("auroc", "auprc", "accuracy", "brier", "log_loss")
 
 Share = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -38,9 +37,8 @@ def weighted_metrics(
     events = ordered * labels[order]
     others = ordered - events
     if len(first_of_ties) < len(order):
-        events, others = (
-            np.add.reduceat(counts, first_of_ties, axis=1) for counts in (events, others)
-        )
+        events = np.add.reduceat(events, first_of_ties, axis=1)
+        others = np.add.reduceat(others, first_of_ties, axis=1)
     hits, false_alarms = events.cumsum(axis=1), others.cumsum(axis=1)  # by falling threshold
     pairs_in_order = (others * (hits - events / 2)).sum(axis=1)
     share = weights / weights.sum(axis=1, keepdims=True)
@@ -53,7 +51,7 @@ def weighted_metrics(
     return {
         "auroc": auroc,
         "auprc": auprc,
-        "accuracy": share @ ((probability >= ACCURACY_THRESHOLD) == labels),
+        "accuracy": share @ ((probability >= 0.5) == labels),
         "brier": share @ (probability - labels) ** 2,
         "log_loss": share @ -np.log(likelihood.clip(smallest, 1 - smallest)),
     }

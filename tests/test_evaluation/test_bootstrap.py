@@ -13,7 +13,6 @@ from medgemma_clinical.evaluation.bootstrap import (
     Estimate,
     draw_weights,
     estimate,
-    share_estimate,
 )
 from medgemma_clinical.evaluation.metrics import weighted_metrics
 
@@ -84,10 +83,10 @@ def test_undefined_replicates_are_left_out_and_too_many_leave_no_interval() -> N
 def test_shares_of_none_and_all_get_exact_intervals() -> None:
     still = np.ones(1000)
     # 10 of 10: Clopper and Pearson give 0.3085 as the upper limit of the complement.
-    assert share_estimate(1.0, still, 10).low == pytest.approx(1 - 0.3085, abs=1e-4)
-    assert share_estimate(0.0, still * 0, 10).high == pytest.approx(0.3085, abs=1e-4)
-    assert share_estimate(0.5, np.linspace(0, 1, 1000), 10).low == pytest.approx(0.025)
-    assert share_estimate(float("nan"), still, 0) == Estimate(None)
+    assert estimate(1.0, still, 10).low == pytest.approx(1 - 0.3085, abs=1e-4)
+    assert estimate(0.0, still * 0, 10).high == pytest.approx(0.3085, abs=1e-4)
+    assert estimate(0.5, np.linspace(0, 1, 1000), 10).low == pytest.approx(0.025)
+    assert estimate(float("nan"), still, 0) == Estimate(None)
 
 
 def test_an_estimate_is_written_with_its_interval_or_a_dash() -> None:

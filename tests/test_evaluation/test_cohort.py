@@ -168,8 +168,8 @@ def test_the_json_of_a_baseline_holds_its_metrics() -> None:
 def test_figures_before_recalibration_stand_beside_those_after() -> None:
     labels, risk, groups = simulate(np.random.default_rng(1), 500, slope=2.5)
     logit, rows = log_odds(risk), np.arange(500)
-    raw = Predictions(0.5, labels, logit, rows, DecisionRule(threshold=0.4))
-    mended = raw.with_rule(DecisionRule(0.4, 0.0, float(expit(0.4 * np.log(0.4 / 0.6)))))
+    rule = DecisionRule(0.4, 0.0, float(expit(0.4 * np.log(0.4 / 0.6))))  # as 0.4 before
+    mended = Predictions(0.5, labels, logit, rows, rule)
 
     class Dataset:
         ids = np.arange(500).astype(str)
@@ -179,7 +179,7 @@ def test_figures_before_recalibration_stand_beside_those_after() -> None:
 
     dataset: Any = Dataset()
     dataset.groups = groups
-    cohort = Cohort.from_predictions(dataset, mended, {}, uncalibrated=raw)
+    cohort = Cohort.from_predictions(dataset, mended, {})
     figures = cohort_figures(cohort, mended.rule.threshold, 3)
     plain = cohort_figures(make_cohort((labels, risk, groups)), 0.4, 3)
     before = figures.before_json()

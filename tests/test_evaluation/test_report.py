@@ -206,9 +206,7 @@ def test_sections_without_content_are_left_out(tmp_path: Path, page: str) -> Non
 def test_recalibration_stands_before_and_after(tmp_path: Path) -> None:
     labels, risk, groups = simulate(np.random.default_rng(1), 300, slope=2.5)
     plain = make_cohort((labels, risk, groups))
-    mended = Cohort(
-        labels, expit(0.4 * log_odds(risk)), groups, groups, plain.subgroups, {}, risk, 0.4
-    )
+    mended = Cohort(labels, expit(0.4 * log_odds(risk)), groups, groups, plain.subgroups, {}, risk)
     figures = cohort_figures(mended, 0.3, 0)
     assert figures.before is not None
     slopes = [each["calibration_slope"].text() for each in (figures.before, figures.estimates)]
