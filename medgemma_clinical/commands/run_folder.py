@@ -173,7 +173,7 @@ def begin_run(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
 
 def _make_folder(folder: Path, facts: dict[str, Any], moves: dict[Path, Path]) -> None:
     """Move an earlier result aside, make the folder and write ``run.json``."""
-    with SIGNALS.deferred(), _output_errors(folder):
+    with _output_errors(folder):
         _clean_up(folder)
         for path, aside in moves.items():
             path.rename(aside)
