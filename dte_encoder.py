@@ -35,7 +35,6 @@ from medgemma_clinical.models.encoder_plan import (
     Plan,
     SolverConfig,
     build_plan,
-    check_shapes,
 )
 from medgemma_clinical.models.fused_rk4 import full_precision, fused_states
 
@@ -167,8 +166,8 @@ class ClinicalODERNN(nn.Module):
             observed: (..., F) bool; only these entries count.
 
         Raises:
-            ValueError: wrong shapes or dtype, nothing observed at all, or a value that is observed
-                but not finite.
+            ValueError: wrong shapes or dtype, nothing observed at all, or an observed value that
+                is not finite.
         """
         if values.shape != observed.shape or values.shape[-1] != self.input_dim:
             raise ValueError(
@@ -177,24 +176,18 @@ class ClinicalODERNN(nn.Module):
             )
         if observed.dtype != torch.bool:
             raise ValueError(f"observed must be bool, got {observed.dtype}")
-        flat = values.reshape(-1, self.input_dim).double()
-        mask = observed.reshape(-1, self.input_dim)
-        count = mask.sum(0)
-        if not bool(count.any()):
+        if not bool(observed.any()):
             raise ValueError("nothing was observed in the training split")
-        bad = mask & ~flat.isfinite()
+        bad = (observed & ~values.isfinite()).reshape(-1, self.input_dim).any(0)
         if bool(bad.any()):
-            row, feature = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"value {flat[row, feature].item()} of feature {feature} is observed but not finite"
-            )
-        count = count.clamp(min=1)  # a feature that is never measured is masked: any scale will do
-        mean = torch.where(mask, flat, 0.0).sum(0) / count
-        std = (torch.where(mask, flat - mean, 0.0).square().sum(0) / count).sqrt()
+            raise ValueError(f"a value of feature {int(bad.nonzero()[0])} is not finite")
+        known = torch.where(observed, values.double(), math.nan).reshape(-1, self.input_dim)
+        mean = known.nanmean(0)
+        std = (known - mean).square().nanmean(0).sqrt()
         # A constant feature stays at zero; rounding alone leaves it a spread of 1e-16 of its mean.
-        std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)
-        self.value_mean.copy_(mean)
-        self.value_std.copy_(std)
+        # One that is never measured is masked: any scale will do.
+        self.value_mean.copy_(mean.nan_to_num(nan=0.0))
+        self.value_std.copy_(torch.where(std > 1e-9 * mean.abs(), std, 1.0))
 
     def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
         """Encode a padded batch.
@@ -219,7 +212,6 @@ class ClinicalODERNN(nn.Module):
         The plan is made on the host: made ahead from tensors that are still there, nothing waits
         for the device.
         """
-        check_shapes(times, values, observed, self.input_dim)
         return build_plan(times, values, observed, self._solver_config)
 
     def run(self, plan: Plan) -> Tensor:
@@ -235,7 +227,8 @@ class ClinicalODERNN(nn.Module):
         Raises:
             ValueError: the plan is another encoder's.
         """
-        self._check_plan(plan)
+        if plan.config != self._solver_config:
+            raise ValueError(f"a plan of {plan.config}, this encoder has {self._solver_config}")
         device = self.value_mean.device
         plan = plan.to(device)
         read = functional.relu(self.read(self.inputs(plan)))  # (P, R)
@@ -313,15 +306,13 @@ class ClinicalODERNN(nn.Module):
     def _solver_config(self) -> SolverConfig:
         longest_step = MAX_SCALED_STEP if self.solver == "rk4" else math.inf
         return SolverConfig(
-            self.solver, self.time_scale, longest_step, MAX_SCALED_GAP, self.value_mean.dtype
+            n_features=self.input_dim,
+            solver=self.solver,
+            time_scale=self.time_scale,
+            longest_step=longest_step,
+            longest_gap=MAX_SCALED_GAP,
+            dtype=self.value_mean.dtype,
         )
-
-    def _check_plan(self, plan: Plan) -> None:
-        n_features = plan.last_value.shape[1]
-        if n_features != self.input_dim:
-            raise ValueError(f"a plan of {n_features} features for input_dim {self.input_dim}")
-        if plan.config != self._solver_config:
-            raise ValueError(f"a plan of {plan.config}, this encoder has {self._solver_config}")
 
     def _stock_modules(self) -> tuple[VectorField, nn.GRUCell] | None:
         """Return field and update if they are exactly what the fast path computes, else None."""

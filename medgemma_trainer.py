@@ -435,7 +435,7 @@ def llm_stage(
     """
     encode_all(model, parts.collate, default_device())
     if args.gradient_checkpointing:
-        set_checkpointing(model.llm, on=True)
+        set_checkpointing(model.llm)
     rates = {
         "encoder": args.encoder_lr,
         "trajectory_head": args.encoder_lr,

@@ -462,7 +462,7 @@ def test_extreme_values_are_clipped_and_ordinary_ones_are_not() -> None:
         (
             torch.tensor([[1.0, 2.0], [1.0, math.nan]]),
             torch.ones(2, 2, dtype=torch.bool),
-            "value nan of feature 1 is observed but not finite",
+            "a value of feature 1 is not finite",
         ),
     ],
     ids=["nothing observed", "features", "shapes", "not bool", "nan"],

@@ -26,9 +26,10 @@ FEATURE_INPUTS, TIME_INPUTS = 3, 3
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """How an encoder cuts time into solver steps.
+    """What an encoder reads, and how it cuts time into solver steps.
 
     Attributes:
+        n_features: F.
         solver: name of the solver.
         time_scale: hours that are one unit of the equation's time.
         longest_step: in units of ``time_scale``; infinite where one call covers a whole gap.
@@ -36,6 +37,7 @@ class SolverConfig:
         dtype: of the planned numbers, that of the encoder's weights.
     """
 
+    n_features: int
     solver: str
     time_scale: float
     longest_step: float
@@ -77,21 +79,13 @@ class Plan:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on a device, as ``Tensor.to`` does."""
-        if self.rows.device == torch.device(device):
-            return self
+        members = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=non_blocking)
-            for name, tensor in self._tensors().items()
+            name: member.to(device, non_blocking=non_blocking)
+            for name, member in members.items()
+            if isinstance(member, Tensor)
         }
         return replace(self, **moved)
-
-    def numel(self) -> int:
-        """Return how many numbers the tensors hold."""
-        return sum(tensor.numel() for tensor in self._tensors().values())
-
-    def _tensors(self) -> dict[str, Tensor]:
-        members = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: member for name, member in members.items() if isinstance(member, Tensor)}
 
 
 def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverConfig) -> Plan:
@@ -104,10 +98,11 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
         config: of the encoder.
 
     Raises:
-        ValueError: ``observed`` is not bool, padding in front of an observation, a patient without
-            observation, decreasing or endless times, a gap longer than the encoder accepts, or a
-            value that is observed but not finite.
+        ValueError: wrong shapes or types, padding in front of an observation, a patient without
+            observation, decreasing or endless times, a gap longer than the encoder accepts, a
+            value that is observed but not finite, or ``times`` that require a derivative.
     """
+    check_shapes(times, values, observed, config.n_features)
     hours, seen = _on_host(times.double()), _on_host(observed)
     gaps = check_series(hours, values, observed, config)
     present = np.logical_or.reduce(seen, axis=2)
@@ -125,9 +120,10 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
     dt = np.repeat(dt[row, number], steps[row, number])[np.argsort(step, kind="stable")]
     order = np.argsort(arrival, kind="stable")  # from patient after patient to step after step
     row, number = row[order], number[order]
-    time_features, last_index = build_time_features(
+    time_features, index = build_time_features(
         patients[row], number, hours, seen, config.time_scale
     )
+    last = torch.from_numpy(index).to(values.device)
     return Plan(
         shape=(len(hours), hours.shape[1]),
         config=config,
@@ -136,7 +132,7 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
         dt=torch.from_numpy(dt).to(config.dtype),
         rows=torch.from_numpy(row),
         observation_index=torch.from_numpy(patients[row] * hours.shape[1] + number),
-        last_value=_gather(values, torch.from_numpy(last_index)).to(config.dtype),
+        last_value=values.to(config.dtype).take(last.clamp(min=0)).masked_fill(last < 0, math.nan),
         time_features=torch.from_numpy(time_features).to(config.dtype),
     )
 
@@ -190,10 +186,10 @@ def build_time_features(
 def check_series(
     hours: NDArray[np.float64], values: Tensor, observed: Tensor, config: SolverConfig
 ) -> NDArray[np.float64]:
-    """Return the hours in front of each observation, (B, L), zero in padding and at the first.
+    """Refuse series without meaning, by the first fault's value and place.
 
-    Raises:
-        ValueError: a series has no meaning; the message names the first fault with its place.
+    Returns:
+        The hours in front of each observation, (B, L), zero in padding and at the first.
     """
     seen = _on_host(observed)
     present = np.logical_or.reduce(seen, axis=2)
@@ -215,11 +211,7 @@ def check_series(
 
 
 def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: int) -> None:
-    """Check that the tensors of a batch fit each other.
-
-    Raises:
-        ValueError: a shape or type is wrong, or ``times`` requires a derivative.
-    """
+    """Refuse tensors that do not fit each other, and times that require a derivative."""
     if times.ndim != 2 or 0 in times.shape:
         raise ValueError(f"times must be (B, L) and not empty, got {tuple(times.shape)}")
     shape = (*times.shape, n_features)
@@ -230,13 +222,6 @@ def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: in
         raise ValueError(f"observed must be bool, got {observed.dtype}")
     if times.requires_grad and torch.is_grad_enabled():
         raise ValueError("the states have no derivative by times: call times.detach()")
-
-
-def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """Return the values at flat places (P, F), NaN where the place is -1."""
-    index = index.to(values.device)
-    floating = values if values.is_floating_point() else values.double()
-    return floating.take(index.clamp(min=0)).masked_fill(index < 0, math.nan)
 
 
 def _refuse(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +20,6 @@ TINY = "tiny"
 """Name of the built-in random model."""
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MULTIMODAL_KEYS = {r"^(model\.)?language_model\.(model\.)?": "model."}
-"""Place of the text model's weights within a multimodal Gemma 3 checkpoint."""
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
 
@@ -89,11 +84,12 @@ def _read_model(
         if config.model_type not in ("gemma3", "gemma3_text"):
             raise InputError(f"--model_name {name}: a {config.model_type} model: give a Gemma 3")
         multimodal = hasattr(config, "text_config")
+        text_keys = {r"^(model\.)?language_model\.(model\.)?": "model."}
         model, found = transformers.Gemma3ForCausalLM.from_pretrained(
             name,
             **source,
             config=config.text_config if multimodal else config,
-            key_mapping=MULTIMODAL_KEYS if multimodal else None,
+            key_mapping=text_keys if multimodal else None,
             quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
             dtype=dtype,
             device_map={"": device},
@@ -101,7 +97,7 @@ def _read_model(
             output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
-    except (InputError, torch.OutOfMemoryError):
+    except InputError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "CUDA" in str(error):
@@ -150,24 +146,14 @@ def nf4_config(dtype: torch.dtype) -> Any:
 def loading_advice(name: str, error: Exception) -> str:
     """Return one line on a failed download or load, with what to do."""
     text = " ".join(str(error).split())[:200]
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"--model_name {name}: no space left on the disk to keep it"
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        return f"--model_name {name}: no folder with a model: it holds no config.json"
-    if not isinstance(error, OSError):
-        return f"--model_name {name}: its files are damaged or do not fit together: {text}"
     if os.path.isdir(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return f"--model_name {name}: not a hub id, not tiny, and no folder with a model: {text}"
-    gated = re.search(r"gated|restricted|log in", text, re.IGNORECASE)
-    problem = (
-        "access to this gated model is not granted"
-        if gated
-        else "cannot be fetched from the hub (no network, no such model, or no access)"
-    )
+        return (
+            f"--model_name {name}: not a hub id, not tiny, and no folder with a whole model: {text}"
+        )
     return (
-        f"--model_name {name}: {problem}: accept its licence at https://huggingface.co/{name}, "
-        "then run: hf auth login (huggingface-cli login in older versions); --model_name tiny "
-        "needs neither licence nor download"
+        f"--model_name {name}: cannot be loaded from the hub ({text}): accept its licence at "
+        f"https://huggingface.co/{name}, then run: hf auth login (huggingface-cli login in older "
+        "versions); --model_name tiny needs neither licence nor download"
     )
 
 
@@ -177,13 +163,7 @@ def base_content_hash(name: str) -> str | None:
         return None
     endings = (".json", ".safetensors", ".model", ".jinja")
     files = [p for p in Path(name).iterdir() if p.suffix in endings and p.is_file()]
-    return json_hash({p.name: _hash_once(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files})
-
-
-@cache
-def _hash_once(path: Path, size: int, changed: int) -> str | None:
-    """Hash gigabytes once a process, as long as size and time of change stay."""
-    return file_hash(path)
+    return json_hash({p.name: file_hash(p) for p in files})
 
 
 def cached_revision(name: str) -> str | None:
@@ -252,16 +232,13 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, dropout: float) ->
     return adapted
 
 
-def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
-    """Switch whether layers are computed again in the backward pass instead of kept.
+def set_checkpointing(model: PreTrainedModel) -> None:
+    """Have layers computed again in the backward pass instead of kept.
 
     The reentrant kind of checkpoint fails where embeddings come from outside of the model.
     """
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{prefix}_checkpointing_disable")()
+    getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import to_device
@@ -39,7 +40,7 @@ class TextCollator:
     Attributes:
         options: of the prompts.
         prompt_ids: ids of each row's prompt, N lists.
-        answer_ids: ids of each row's report from its verdict on, N lists; none without ``answers``.
+        answer_ids: ids of each report from its verdict on, N lists, empty without ``answers``.
         stem: ids of the words before the verdict.
         words: ids of the verdicts "no." and "yes." behind the stem.
         verdict: ids of the tokens that tell yes from no.
@@ -98,7 +99,7 @@ class TextCollator:
                 "tokens with one observation a series: raise it, or shorten the prompts by "
                 "--series_text or --text_context"
             )
-        self.answer_ids = self._read_answers() if answers else []
+        self.answer_ids = self._read_answers() if answers else [[] for _ in self.prompt_ids]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # A context that spells "<bos>" stays text.
@@ -106,7 +107,6 @@ class TextCollator:
         return list(plain["input_ids"])
 
     def _read_prompts(self, most_tokens: int | None) -> list[list[int]]:
-        """Tokenise all prompts; take the oldest observations from those that are too long."""
         turns = len(self.before) + len(self.behind)
         prompts = self._ids([self._prompt(i, self.options) for i in range(len(self.dataset))])
         room = math.inf if most_tokens is None else most_tokens - turns
@@ -122,12 +122,10 @@ class TextCollator:
         return prompts
 
     def _prompt(self, i: int, options: PromptOptions) -> str:
-        """Return the text of row ``i``, trimmed where it is a turn of a chat."""
         prompt = self.dataset.prompt(i, options)
-        return prompt.strip() if self.before else prompt
+        return prompt.strip() if self.before else prompt  # a chat's template trims a turn
 
     def _read_answers(self) -> list[list[int]]:
-        """Tokenise all reports from their verdict on."""
         labels = self.dataset.labels.astype(int).tolist()
         heads = [f"{self.dataset.outcome}: {('no', 'yes')[label]}." for label in labels]
         rest = [self.dataset.report(i).removeprefix(head) for i, head in enumerate(heads)]
@@ -136,14 +134,12 @@ class TextCollator:
 
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each row's text, (N,)."""
-        answers = self.answer_ids or [[]] * len(self.prompt_ids)
-        pairs = zip(self.prompt_ids, answers, strict=True)
+        pairs = zip(self.prompt_ids, self.answer_ids, strict=True)
         return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
 
     def __call__(self, indices: Sequence[int]) -> TextBatch:
         """Return the batch of B positions: prompt, words before the verdict, answer if known."""
-        answers = [self.answer_ids[i] if self.answer_ids else [] for i in indices]
-        return self._batch(indices, answers, trained=True)
+        return self._batch(indices, [self.answer_ids[i] for i in indices], trained=True)
 
     def with_verdicts(self, indices: Sequence[int], verdicts: NDArray[np.bool_]) -> TextBatch:
         """Return the batch that generation continues: its text ends behind the verdict.
@@ -210,21 +206,15 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
 @torch.no_grad()
 def encode_all(model: TrajectoryLLM, collate: TextCollator, device: torch.device) -> None:
-    """Encode every row once where encoder and head are frozen; the batches then bring the states.
+    """Encode every row once where encoder and head are frozen, moved to ``device``.
 
-    Args:
-        model: whose encoder moves to ``device``.
-        collate: keeps the states on the CPU.
-        device: of the computation.
+    The collator keeps the states on the CPU; its batches then bring them along.
     """
     encoder, head = model.encoder, model.trajectory_head
-    if encoder is None:
+    modules = nn.ModuleList(m for m in (encoder, head) if isinstance(m, nn.Module))
+    if encoder is None or any(p.requires_grad for p in modules.parameters()):
         return
-    for name, module in model.named_children():
-        if name in ("encoder", "trajectory_head"):
-            if any(p.requires_grad for p in module.parameters()):
-                return
-            module.to(device).eval()
+    modules.to(device).eval()
     parts = []
     for start in range(0, len(collate.dataset), ENCODED_ROWS):
         rows = range(start, min(start + ENCODED_ROWS, len(collate.dataset)))

@@ -44,12 +44,7 @@ class PooledHead(nn.Module):
     """Read one logit from a series of states: their attention-weighted mean beside the last."""
 
     def __init__(self, hidden_dim: int, prevalence: float) -> None:
-        """Start near the training part's risk.
-
-        Args:
-            hidden_dim: H.
-            prevalence: share of events in the training part, within (0, 1).
-        """
+        """Start near ``prevalence``, the training part's share of events, within (0, 1)."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
@@ -74,12 +69,7 @@ class TrajectoryClassifier(nn.Module):
     """Stage 1: encoder and head alone."""
 
     def __init__(self, encoder: Encoder, prevalence: float) -> None:
-        """Join the encoder with a new ``PooledHead``.
-
-        Args:
-            encoder: a module that keeps the ``Encoder`` protocol.
-            prevalence: share of events in the training part, within (0, 1).
-        """
+        """Join the encoder with a new ``PooledHead``, which see for ``prevalence``."""
         super().__init__()
         self.encoder = encoder
         self.head = PooledHead(encoder.hidden_dim, prevalence)

@@ -89,13 +89,7 @@ class SoftPrompt(nn.Module):
     scale: Tensor
 
     def __init__(self, hidden_dim: int, width: int, scale: float) -> None:
-        """Make the projection.
-
-        Args:
-            hidden_dim: H.
-            width: D of the language model.
-            scale: root mean square of the scaled token embeddings.
-        """
+        """Project from ``hidden_dim`` to ``width``; ``scale`` is the RMS of scaled embeddings."""
         super().__init__()
         self.linear = nn.Linear(hidden_dim, width)
         self.register_buffer("scale", torch.tensor(scale))
@@ -109,14 +103,7 @@ class SoftPrompt(nn.Module):
 def latest_states(
     encoder: Encoder, head: PooledHead | None, batch: Batch, tokens: int
 ) -> TrajectoryStates:
-    """Encode a batch and keep the states after each patient's latest observations.
-
-    Args:
-        encoder: of the series.
-        head: stage 1's; None where no logit is wanted.
-        batch: series of B patients.
-        tokens: P.
-    """
+    """Encode a batch and keep the states after each patient's latest ``tokens`` observations."""
     states = encode(encoder, batch)  # (B, L, H)
     present = batch["observed"].any(dim=2)
     logit = head(states, present) if head else states.new_zeros(len(states))
@@ -182,13 +169,7 @@ class TrajectoryLLM(nn.Module):
     def embed(
         self, batch: TextBatch, trajectory: TrajectoryStates | None, *, left: bool = False
     ) -> DecoderInput:
-        """Lay out <bos> [soft tokens] [text] without holes.
-
-        Args:
-            batch: series and text.
-            trajectory: of the batch.
-            left: padding in front, for generation, instead of behind.
-        """
+        """Lay out <bos> [soft tokens] [text] without holes; ``left`` puts the padding in front."""
         embedding = self.llm.get_input_embeddings()
         text = embedding(batch["input_ids"])  # (B, T, D)
         first = batch["input_ids"].new_full((len(text), 1), self.bos)
@@ -238,14 +219,7 @@ class LLMClassifier(TrajectoryLLM):
     def __init__(
         self, encoder: Encoder | None, llm: PreTrainedModel, *, prevalence: float, **parts: Any
     ) -> None:
-        """Start at the trajectory head's logit, or, without one, at the training part's risk.
-
-        Args:
-            encoder: as for ``TrajectoryLLM``.
-            llm: as for ``TrajectoryLLM``.
-            prevalence: share of events in the training part, within (0, 1).
-            parts: as for ``TrajectoryLLM``.
-        """
+        """Start at the trajectory head's logit, or, without one, at ``prevalence``, in (0, 1)."""
         super().__init__(encoder, llm, **parts)
         self.head = nn.Linear(llm.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)

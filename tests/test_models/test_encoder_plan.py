@@ -13,7 +13,6 @@ from torch import Tensor
 import dte_encoder
 from dte_encoder import ClinicalODERNN
 from encoders import gradients, in_single, inputs_of, make_batch, make_encoder
-from medgemma_clinical.models.encoder_plan import Plan
 
 # ---------------------------------------------------------------- steps
 
@@ -157,7 +156,9 @@ def test_a_plan_of_an_encoder_with_another_clock_is_refused(
 def test_a_plan_of_another_dtype_or_number_of_features_is_refused() -> None:
     encoder = make_encoder()
     plan = encoder.plan(*make_batch())
-    with pytest.raises(ValueError, match="a plan of 2 features for input_dim 3"):
+    with pytest.raises(
+        ValueError, match=r"a plan of .*n_features=2.*, this encoder has .*n_features=3"
+    ):
         make_encoder(3).run(plan)
     with pytest.raises(ValueError, match=r"a plan of .*float64.*, this encoder has .*float32"):
         encoder.float().run(plan)
@@ -175,16 +176,11 @@ def test_with_a_plan_nothing_is_read_back_from_the_device() -> None:
         encoder(*elsewhere)
 
 
-def test_a_plan_moves_as_a_whole_and_counts_its_numbers() -> None:
-    plan = make_encoder().plan(*make_batch((5, 1, 3)))
-    assert plan.to("cpu") is plan
-    moved = plan.to("meta", non_blocking=True)
+def test_a_plan_moves_as_a_whole() -> None:
+    moved = make_encoder().plan(*make_batch((5, 1, 3))).to("meta", non_blocking=True)
     tensors = [member for member in vars(moved).values() if isinstance(member, Tensor)]
     assert len(tensors) == 5
     assert all(tensor.is_meta for tensor in tensors)
-    observations, steps = 9, len(plan.dt)
-    assert plan.numel() == moved.numel() == observations * (1 + 1 + 2 + 9) + steps
-    assert isinstance(moved, Plan)
 
 
 # ---------------------------------------------------------------- refusals

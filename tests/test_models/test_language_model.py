@@ -152,7 +152,7 @@ def test_a_weight_of_another_shape_is_refused(folders: dict[str, Path], tmp_path
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 64)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    assert "damaged or do not fit together" in refusal(folder)
+    assert "no folder with a whole model" in refusal(folder)
 
 
 @pytest.mark.parametrize("kind", ["bert", "gemma2", "gemma3n"])
@@ -166,8 +166,8 @@ def test_a_model_that_is_no_gemma_3_is_refused(tmp_path: Path, kind: str) -> Non
 @pytest.mark.parametrize(
     ("present", "reason"),
     [
-        ("nothing", "no folder with a model"),
-        ("config", "no folder with a model"),
+        ("nothing", "no folder with a whole model"),
+        ("config", "no folder with a whole model"),
         ("no tokenizer", "tokenizer files are missing or damaged"),
     ],
 )
@@ -437,7 +437,8 @@ def test_recomputed_layers_change_no_gradient() -> None:
     found = []
     for on in (False, True):
         model, _, collate = classifier_and_writer()
-        set_checkpointing(model.llm, on=on)
+        if on:
+            set_checkpointing(model.llm)
         assert model.body.gradient_checkpointing == on
         model.train()(collate(range(8))).loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
