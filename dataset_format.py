@@ -93,11 +93,10 @@ def check_header(table: pd.DataFrame, source: str, *, labelled: bool) -> None:
     """
     for name in (MAIN_COLUMN, LABEL) if labelled else (MAIN_COLUMN,):
         if name not in table:
-            there = list_columns(table.columns, name)
+            there = list_columns(list(table.columns))
             raise InputError(f"{source}, row 1, column {name}: no such column: {there}")
-    for name in COLUMNS:
-        if list(table.columns).count(name) > 1:
-            raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
+    for name in table.columns[table.columns.duplicated()].intersection(list(COLUMNS)):
+        raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
 
 
 def patients_of(table: pd.DataFrame) -> pd.Series:
@@ -301,11 +300,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     def asked(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
-        described = {
-            "Prediction time": self.description.prediction_time,
-            "Horizon": self.description.horizon,
-        }
-        return {**super().asked(), **{key: text for key, text in described.items() if text}}
+        asked = super().asked()
+        asked["Prediction time"] = self.description.prediction_time or asked["Prediction time"]
+        asked["Horizon"] = self.description.horizon or asked["Horizon"]
+        return asked
 
     # ------------------------------------------------------------------ texts
 
@@ -313,27 +311,22 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Return series with unit: value and hour of each observation, or of the last alone."""
         measured = {f: (times, values) for f, times, values in self.measured(i)}
         if options.series == "last":
-            last = (self._last_value(f, measured) for f in range(len(self.features)))
-            return f"Last values: {', '.join(last)}. "
+            last = dict.fromkeys(self.features, "not measured")
+            for f, (times, values) in measured.items():
+                value = f"{plain(values[-1])}{with_space(self.units[f])}"
+                last[self.features[f]] = f"{value} ({plain(times[-1])}h)"
+            return f"Last values: {', '.join(' '.join(pair) for pair in last.items())}. "
         sentences = []
         for f in [self.main] if options.series == "main" else range(len(self.features)):
             unit = f" ({self.units[f]})" if self.units[f] else ""
-            times, values = measured.get(f, ((), ()))
             first = 0 if options.latest is None else -options.latest
-            pairs = zip(values[first:], times[first:], strict=True)
-            shown = " -> ".join(f"{plain(v)} ({plain(t)}h)" for v, t in pairs) or "not measured"
+            pairs = zip(*(column[first:] for column in measured.get(f, ())), strict=True)
+            shown = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
             sentences.append(f"{self.features[f]}{unit}: {shown}. ")
             if options.computed and f == self.main and f in measured:
                 change = change_clause(self.units[f], *measured[f])
                 sentences.append(f"{clause_text(change)}. ")
         return "".join(sentences)
-
-    def _last_value(self, f: int, measured: dict[int, tuple[Any, Any]]) -> str:
-        if f not in measured:
-            return f"{self.features[f]} not measured"
-        times, values = measured[f]
-        value = f"{plain(values[-1])}{with_space(self.units[f])}"
-        return f"{self.features[f]} {value} ({plain(times[-1])}h)"
 
     def report_clauses(self, i: int) -> list[Clause]:
         """Return the main series in full, of the others first, last and direction."""
@@ -391,20 +384,11 @@ def main_clauses(
     start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> list[Clause]:
     """Return the main series in full: first, last, lowest, highest."""
-    places = {
-        f"{start}first ": 0,
-        ", last ": -1,
-        ", lowest ": int(values.argmin()),
-        ", highest ": int(values.argmax()),
-    }
+    low, high = int(values.argmin()), int(values.argmax())
+    places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
+    at = f"{with_space(unit)} at "
     return [
-        [
-            words,
-            Number(plain(values[k])),
-            f"{with_space(unit)} at ",
-            Number(plain(times[k])),
-            " h",
-        ]
+        [words, Number(plain(values[k])), at, Number(plain(times[k])), " h"]
         for words, k in places.items()
     ]
 
@@ -526,14 +510,8 @@ def make_from_mimic(request: Extraction) -> int:
         problem = "the machine has too little memory: choose a smaller cohort"
         raise RunFault(problem) from error
     extraction.write_rows(rows, description, request.out)
-    counts = description["rows"]
-    logger.info(
-        "%s: %d rows of %d patients, %d events",
-        request.out,
-        counts["rows"],
-        counts["patients"],
-        counts["events"],
-    )
+    counts = [description["rows"][name] for name in ("rows", "patients", "events")]
+    logger.info("%s: %d rows of %d patients, %d events", request.out, *counts)
     return 0
 
 

@@ -223,11 +223,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     ) -> Iterator[ScoringRows]:
         """Read a folder as the checkpoint's was, also registrations without a known outcome.
 
-        Args:
-            source: folder with the SAF tables.
-            config: of the checkpoint: ``features``, ``units``, ``question``, ``reading``.
-            findings: not used: a table is read whole or refused.
-            most: rows at a time.
+        A table is read whole or refused: nothing is noted in ``findings``.
 
         Raises:
             InputError: the folder lacks the checkpoint's organ, or cannot be read.
@@ -237,12 +233,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             dataset = cls(source, **config["reading"], require_labels=False)
         except InputError as error:
             raise InputError(f"{error} (the checkpoint was trained on {organ})") from error
-        for key in ("features", "units"):
-            if config[key] != (known := list(getattr(dataset, key))):
-                raise InputError(
-                    f"the checkpoint has {key} {config[key]}, this program reads {known}: train "
-                    "the checkpoint anew"
-                )
+        if (config["features"], config["units"]) != (list(dataset.features), list(dataset.units)):
+            raise InputError("the checkpoint has other features than this program: train it anew")
         dataset.question = config["question"]
         for start in range(0, len(dataset), most):
             numbers = np.arange(start, min(start + most, len(dataset)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -263,9 +262,3 @@ def test_options_of_the_prompt_leave_the_data_set_as_it_is() -> None:
     assert dataset.prompt(0, PromptOptions(latest=9)) == whole
     assert dataset.prompt(0, PromptOptions(context=False)) == whole.removeprefix(f"{context}. ")
     assert dataset.prompt(0) == whole
-
-
-@pytest.mark.parametrize("options", [{"series": "some"}, {"latest": 0}])
-def test_unknown_options_of_the_prompt_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"got {next(iter(options.values()))!r}"):
-        PromptOptions(**options)

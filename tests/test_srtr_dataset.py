@@ -243,7 +243,7 @@ def test_scoring_refuses_another_organ_and_other_series(tmp_path: Path) -> None:
     dataset = SRTRTrajectoryDataset(write_folder(tmp_path, *filler()), "liver")
     config = {"reading": dataset.reading, "features": ["MELD"], "units": list(dataset.units)}
     rows = SRTRTrajectoryDataset.scoring_rows(tmp_path, config, Findings("x"), 10)
-    with pytest.raises(InputError, match="the checkpoint has features"):
+    with pytest.raises(InputError, match="the checkpoint has other features"):
         next(rows)
     config["reading"] = {**dataset.reading, "organ": "kidney"}
     rows = SRTRTrajectoryDataset.scoring_rows(tmp_path, config, Findings("x"), 10)

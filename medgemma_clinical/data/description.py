@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ MAIN_COLUMN = "clinical_trajectory"
 SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 """A column of one more series: its name, and its unit if it has one."""
 
-MOST_NAMES, LONGEST_NAME = 20, 40
-"""Columns that an error lists, and characters of each."""
+MOST_NAMES = 20
+"""Columns that an error lists."""
 
 
 @dataclass(frozen=True)
@@ -151,25 +150,24 @@ def find_series(
             found[comparable(series.name)] = series
     if chosen is None:
         return list(found.values())
-    by_column = {**found, comparable(MAIN_COLUMN): main}
+    wanted = [comparable(name) for name in chosen]
     for name in chosen:
-        if comparable(name) not in by_column:
+        if comparable(name) not in found:
             known = ", ".join(series.name for series in found.values())
             raise InputError(f"{source}: --series {name}: no such series among: {known}")
-    wanted = [by_column[comparable(name)] for name in chosen]
     if len(set(wanted)) < len(wanted) or not wanted:
         raise InputError(f"{source}: --series: name each series once, and one at least")
-    return wanted
+    return [found[name] for name in wanted]
 
 
 def _parse_column_name(column: str, source: str) -> Series:
     """Read the name and the unit of a further series from the name of its column."""
     match = SERIES_COLUMN.fullmatch(column)
-    name = " ".join(match[1].replace("_", " ").split()) if match else ""
-    unit = (match[2] or "").strip() if match else ""
-    unit = "" if unit == "1" else unit  # UCUM's way to write that there is none
-    is_number = re.fullmatch(NUMBER, name) or re.fullmatch(NUMBER, unit)
-    if not name or "," in name or is_number:
+    name, unit = match.groups("") if match else ("", "")
+    name, unit = " ".join(name.replace("_", " ").split()), unit.strip()
+    if unit == "1":  # UCUM's way to write that there is none
+        unit = ""
+    if not name or "," in name or re.fullmatch(NUMBER, name) or re.fullmatch(NUMBER, unit):
         raise InputError(
             f"{source}, row 1, column {' '.join(column.split())}: write trajectory_NAME or "
             "trajectory_NAME [unit], in words without comma"
@@ -177,17 +175,9 @@ def _parse_column_name(column: str, source: str) -> Series:
     return Series(column, name, unit)
 
 
-def list_columns(names: Iterable[object], wanted: str) -> str:
-    """Return the columns of a table for an error about one that is missing.
-
-    Args:
-        names: of the columns; not shown where they seem to be a patient's cells.
-        wanted: the missing one.
-    """
-    columns = [str(name) for name in names]
+def list_columns(columns: Sequence[str]) -> str:
+    """Return the columns of a table for an error, unless they seem to be a patient's cells."""
     if any("->" in name or re.match(rf"\s*{NUMBER}", name) for name in columns):
         return "the first row seems to hold data: is the header missing?"
-    shown = ", ".join(name[:LONGEST_NAME] for name in columns[:MOST_NAMES])
     more = f" and {len(columns) - MOST_NAMES} more" if len(columns) > MOST_NAMES else ""
-    close = difflib.get_close_matches(wanted, columns, 1)
-    return f"the columns are {shown}{more}" + (f": rename {close[0]}?" if close else "")
+    return f"the columns are {', '.join(columns[:MOST_NAMES])}{more}"

@@ -173,7 +173,7 @@ def _parquet_chunks(path: Path, most: int | None) -> Iterator[tuple[pd.DataFrame
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
             table = table.rename(columns=str.strip)
-            table = table.set_index(pd.RangeIndex(done, done + len(table)))
+            table.index += done
             done += len(table)
             yield table, size * done // max(rows, 1)
     except pyarrow.ArrowException as error:
@@ -182,10 +182,8 @@ def _parquet_chunks(path: Path, most: int | None) -> Iterator[tuple[pd.DataFrame
 
 def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table with rows numbered from 0 and stripped column names; a named index stays."""
-    table = table.rename(columns=lambda name: str(name).strip())
-    named = [n for n in table.index.names if isinstance(n, str) and n not in table]
-    index = table.index.to_frame(index=False)[named]
-    return pd.concat([index, table.reset_index(drop=True)], axis=1)
+    nameless = list(table.index.names) == [None]
+    return table.reset_index(drop=nameless).rename(columns=lambda name: str(name).strip())
 
 
 def column_text(table: pd.DataFrame, name: str) -> pd.Series:

@@ -35,13 +35,6 @@ class PromptOptions:
     computed: bool = False
     latest: int | None = None
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.series not in SERIES_TEXT:
-            raise ValueError(f"series must be one of {SERIES_TEXT}, got {self.series!r}")
-        if self.latest is not None and self.latest < 1:
-            raise ValueError(f"latest must be positive or None, got {self.latest}")
-
 
 WHOLE_PROMPT = PromptOptions()
 """The default: context and all series, nothing computed."""
@@ -78,15 +71,15 @@ def clause_text(clause: Clause) -> str:
 
 def clause_pattern(clause: Clause) -> str:
     """Return a regular expression for a clause with any numbers (groups) and any chosen words."""
-    return "".join(map(_part_pattern, clause))
-
-
-def _part_pattern(part: str | Number | Choice) -> str:
-    if isinstance(part, Number):
-        return f"({NUMBER})"
-    if isinstance(part, Choice):
-        return f"(?:{'|'.join(map(re.escape, part.among))})"
-    return re.escape(part)
+    pattern = ""
+    for part in clause:
+        if isinstance(part, Number):
+            pattern += f"({NUMBER})"
+        elif isinstance(part, Choice):
+            pattern += f"(?:{'|'.join(map(re.escape, part.among))})"
+        else:
+            pattern += re.escape(part)
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -120,9 +113,8 @@ def score_report(
     patterns = [clause_pattern(clause) for clause in clauses]
     true = 0
     for clause, pattern in zip(clauses, patterns, strict=True):
-        written = re.search(pattern.removeprefix(re.escape(", ")), text)
         numbers = [part.text for part in clause if isinstance(part, Number)]
-        if written:
+        if written := re.search(pattern.removeprefix(re.escape(", ")), text):
             true += sum(a == b for a, b in zip(numbers, written.groups(), strict=True))
     head = rf"{re.escape(outcome)}: (yes|no)"
     verdict = re.match(rf"{head}\b", text)

@@ -92,8 +92,6 @@ def test_a_named_index_becomes_a_column_and_a_nameless_one_goes() -> None:
         "name",
         "value",
     ]
-    twice = table.assign(name="column")
-    assert plain_columns(twice)["name"].tolist() == ["column"] * 2
 
 
 def test_findings_are_logged_without_those_that_concern_no_row(

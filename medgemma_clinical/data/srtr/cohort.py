@@ -58,11 +58,11 @@ class CohortDefinition:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.organ_name not in ORGANS:
-            raise InputError(f"--organ {self.organ_name}: must be one of {', '.join(ORGANS)}")
-        if self.transplant not in TRANSPLANT_CHOICES:
-            choices = ", ".join(TRANSPLANT_CHOICES)
-            raise InputError(f"--transplant {self.transplant}: must be one of {choices}")
+        wordings = {"organ": self.organ_name, "transplant": self.transplant}
+        choices = {"organ": tuple(ORGANS), "transplant": TRANSPLANT_CHOICES}
+        for name, word in wordings.items():
+            if word not in choices[name]:
+                raise InputError(f"--{name} {word}: must be one of {', '.join(choices[name])}")
         for name, days, least in (("landmark", self.landmark, 0), ("horizon", self.horizon, 1)):
             if not least <= days <= LONGEST_DAYS:
                 raise InputError(f"--{name}_days {days}: must be from {least} to {LONGEST_DAYS}")
