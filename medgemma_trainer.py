@@ -225,7 +225,6 @@ from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.commands.results import ResultOptions, write_generations, write_results
 from medgemma_clinical.commands.run_folder import (
     begin_run,
-    check_resumable,
     checkpoint_store,
     describe_stop,
     finish_run,
@@ -761,7 +760,9 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
     )
     facts = run_facts(args, data)
     if args.resume:
-        check_resumable(folder, facts)  # before minutes go into loading a model
+        with resume_run(folder, facts) as left:  # before minutes go into loading a model
+            if not left:
+                return EXIT_DONE
     stage = make_stage(args, data)
     if args.dry_run:
         dry_run(stage, data, args)
