@@ -89,10 +89,10 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
     """Return the test figures of all models, a line each."""
     lines = []
     for name, result in results.items():
-        line = {"model": name, "test AUROC [95 %]": _text(result["auroc"])}
+        line = {"model": name, "test AUROC [95 %]": _estimate(result["auroc"]).text()}
         if "sd" in result["auroc"]:
             line["sd of AUROC"] = f"{result['auroc']['sd']:.3f}"
-        difference = _text(result["minus_reference"]["auroc"], "+.3f")
+        difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
         line[f"minus {reference} [95 %]"] = "" if name == reference else difference
         for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
             line[title] = f"{result[metric]['value']:{form}}"
@@ -113,18 +113,18 @@ def counts_sentence(results: Results) -> str:
 
 def comparison_sentences(results: Results, reference: str) -> list[str]:
     """Return the result in words: the reference, and the model with the highest AUROC."""
-    score = results[reference]["auroc"]
-    spread = f", standard deviation over splits {score['sd']:.3f}" if "sd" in score else ""
-    first = f"{reference}: test AUROC {_text(score)}{spread} ({counts_sentence(results)})."
+    score = _estimate(results[reference]["auroc"])
+    first = f"{reference}: test AUROC {score.text()} ({counts_sentence(results)})."
     best = max(results, key=lambda model: results[model]["auroc"]["value"])
     if best == reference:
         return [first, "No other model has a higher AUROC."]
-    difference = _estimate(results[best]["minus_reference"]["auroc"])
-    remark = "" if difference.above(0) else ", an interval that includes zero"
+    score, difference = (
+        _estimate(scores["auroc"]) for scores in (results[best], results[best]["minus_reference"])
+    )
     return [
         first,
-        f"The highest AUROC has {best}: {_text(results[best]['auroc'])}; paired difference "
-        f"{difference.text('+.3f')}{remark}.",
+        f"The highest AUROC has {best}: {score.text()}; paired difference "
+        f"{difference.text('+.3f')}.",
     ]
 
 
@@ -180,7 +180,3 @@ def write_comparison(
 
 def _estimate(score: dict[str, Any]) -> Estimate:
     return Estimate(score["value"], score["low"], score["high"])
-
-
-def _text(score: dict[str, Any], form: str = ".3f") -> str:
-    return _estimate(score).text(form)

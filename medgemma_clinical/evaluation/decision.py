@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -41,10 +41,11 @@ class DecisionRule:
             return cls()
         try:
             rule = cls(**{field.name: float(stored[field.name]) for field in fields(cls)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"decision rule {stored!r} lacks a number") from error
-        if not all(map(math.isfinite, asdict(rule).values())) or rule.slope <= 0:
-            raise ValueError(f"decision rule {stored!r} is not finite, or its slope is not above 0")
+            sound = rule.slope > 0 and all(map(math.isfinite, asdict(rule).values()))
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise ValueError(f"decision rule {stored!r}: not three finite numbers, slope above 0")
         return rule
 
     def to_config(self) -> dict[str, float]:
@@ -75,23 +76,19 @@ def fit_decision_rule(
         logit: (n,) float64, log-odds of the model.
         calibrate: ``platt``, or ``none`` to leave the log-odds as they are.
     """
-    slope, intercept = _platt(labels, logit) if calibrate == "platt" else (1.0, 0.0)
-    probability = DecisionRule(slope, intercept).probability(logit)
-    return DecisionRule(slope, intercept, youden_threshold(labels, probability))
-
-
-def _platt(labels: NDArray[np.float64], logit: NDArray[np.float64]) -> tuple[float, float]:
-    """Fit slope and intercept; warn and keep the log-odds where no increasing fit exists."""
-    fit = weighted_calibration(labels, expit(logit), np.ones((1, len(labels))))
-    slope = float(fit["calibration_slope"][0])
-    if slope > 0:
-        return slope, float(fit["calibration_intercept"][0])
-    if slope <= 0:
-        reason = "in the validation part higher risks have fewer events"
-    else:
-        reason = "the validation part's events are separated completely, or all risks are equal"
-    logger.warning("not recalibrated: %s", reason)
-    return 1.0, 0.0
+    rule = DecisionRule()
+    if calibrate == "platt":
+        fit = weighted_calibration(labels, rule.probability(logit), np.ones((1, len(labels))))
+        slope, intercept = fit["calibration_slope"].item(), fit["calibration_intercept"].item()
+        if slope > 0:
+            rule = DecisionRule(slope, intercept)
+        else:  # NaN too
+            logger.warning(
+                "not recalibrated: on the validation part events do not become more frequent with "
+                "the risk (slope %.3g), or the risks separate them completely",
+                slope,
+            )
+    return replace(rule, threshold=youden_threshold(labels, rule.probability(logit)))
 
 
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:

@@ -6,13 +6,13 @@ import base64
 import contextlib
 import io
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -31,16 +31,12 @@ STYLE = {
     "axes.edgecolor": INK,
     "axes.grid": True,
     "axes.labelcolor": INK,
-    "axes.labelsize": 10,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "figure.facecolor": "white",
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.fontsize": 9,
     "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "legend.labelcolor": INK,
     "lines.markersize": 3,
     "svg.fonttype": "none",
     "svg.hashsalt": "medgemma",  # the same picture has the same bytes
@@ -52,8 +48,6 @@ STYLE = {
 }
 MOST_POINTS = 400
 """Points of a curve that are drawn."""
-
-FEWEST_EPOCHS_WITHOUT_MARKERS = 15
 
 
 @dataclass(frozen=True)
@@ -74,13 +68,14 @@ def report_images(
         figures: of the cohort.
         history: one object an epoch; without any there is no learning curve.
     """
+    plots = {
+        "roc": plot_roc,
+        "precision": plot_precision_recall,
+        "calibration": plot_calibration,
+        "decision_curve": plot_decision_curve,
+    }
     with plot_style():
-        images = {
-            "roc": to_image(*plot_roc(cohort, figures)),
-            "precision": to_image(*plot_precision_recall(cohort, figures)),
-            "calibration": to_image(*plot_calibration(cohort, figures)),
-            "decision_curve": to_image(*plot_decision_curve(cohort, figures)),
-        }
+        images = {name: to_image(*plot(cohort, figures)) for name, plot in plots.items()}
         if history:
             images["learning"] = to_image(*plot_learning(history))
     return images
@@ -94,22 +89,17 @@ def plot_style() -> Iterator[None]:
 
 
 def new_figure(
-    panels: int = 1,
-    heights: Sequence[float] | None = None,
-    size: tuple[float, float] = (4, 3.7),
-    *,
-    sharex: bool = True,
+    heights: Sequence[float] = (1,), size: tuple[float, float] = (4, 3.7), *, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with panels below each other, and their axes.
 
     Args:
-        panels: how many.
         heights: of the panels, relative to each other.
         size: width and height of the figure in inches.
         sharex: whether the panels have one x axis.
     """
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(panels, 1, sharex=sharex, squeeze=False, height_ratios=heights)
+    axes = figure.subplots(len(heights), 1, sharex=sharex, squeeze=False, height_ratios=heights)
     return figure, list(axes[:, 0])
 
 
@@ -182,14 +172,12 @@ def _thinned(count: int) -> NDArray[np.int64]:
 
 def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     """Return observed shares over predicted risks with a histogram, and its text alternative."""
-    figure, (axes, below) = new_figure(2, (4, 1))
-    risks = [100 * each.risk for each in figures.bins]
-    shares = [100 * (each.observed.value or 0) for each in figures.bins]
-    ends = [100 * (each.observed.high or 0) for each in figures.bins]
-    top = min(100.0, 1.05 * max(*risks, *shares, *ends))
+    figure, (axes, below) = new_figure((4, 1))
+    risks = 100 * np.array([each.risk for each in figures.bins])
+    shares, low, high = _percentages([each.observed for each in figures.bins])
+    top = min(100.0, 1.05 * np.nanmax([risks, shares, high]))
     axes.plot([0, 100], [0, 100], ":", color=INK, linewidth=1, label="as predicted")
-    for risk, each in zip(risks, figures.bins, strict=True):
-        _plot_interval(axes, each.observed, risk, scale=100)
+    axes.vlines(risks, low, high, color=MODEL)
     axes.plot(risks, shares, "o-", color=MODEL, linewidth=1, markersize=5, label="observed [95 %]")
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
     below.hist(100 * cohort.probability, bins=40, range=(0, top), color=MODEL, alpha=0.5)
@@ -203,9 +191,10 @@ def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, st
     return figure, f"Calibration curve, bins of about equal size by rising risk: {pairs}."
 
 
-def _plot_interval(axes: Axes, estimate: Estimate, x: float, scale: float) -> None:
-    if estimate.low is not None and estimate.high is not None:
-        axes.plot([x, x], [scale * estimate.low, scale * estimate.high], color=MODEL)
+def _percentages(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
+    """Return value, low and high, (3, k), times 100; NaN where undefined."""
+    numbers = [(each.value, each.low, each.high) for each in estimates]
+    return 100 * np.array(numbers, dtype=np.float64).T
 
 
 def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
@@ -214,11 +203,7 @@ def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure,
     prevalence = figures.prevalence
     highest = min(0.99, max(2 * prevalence, float(np.quantile(cohort.probability, 0.99))))
     risks = BENEFIT_RISKS[: max(5, round(100 * highest))]
-    curve = figures.benefit[: len(risks)]
-    value, low, high = (
-        100 * np.array([getattr(each, end) for each in curve], dtype=float)
-        for end in ("value", "low", "high")
-    )
+    value, low, high = _percentages(figures.benefit[: len(risks)])
     everyone = 100 * (prevalence - (1 - prevalence) * risks / (1 - risks))
     axes.axhline(0, color=INK, linestyle=":", linewidth=1, label="treat none")
     axes.plot(100 * risks, everyone, "--", color=OTHER, label="treat all")
@@ -228,15 +213,11 @@ def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure,
     axes.set(xlabel="threshold risk, %", ylim=(-0.25 * ceiling, ceiling))
     axes.set_ylabel("net benefit, true alarms per 100 rows")
     add_legend(figure)
-    above = risks[value > np.maximum(everyone, 0) + 1e-9]
-    where = "nowhere"
-    if len(above):
-        everywhere = len(above) == round(100 * (above[-1] - above[0])) + 1
-        where = f"between {percent(above[0])} and {percent(above[-1])}"
-        where += "" if everywhere else ", not everywhere there"
+    above = value > np.maximum(everyone, 0) + 1e-9
     return figure, (
         "Decision curve: net benefit of the model over the threshold risk, beside treating all and "
-        f"treating none. The model lies above both {where}."
+        f"treating none. The model lies above both at {above.sum()} of {len(risks)} threshold "
+        f"risks from {percent(risks[0])} to {percent(risks[-1])}."
     )
 
 
@@ -247,26 +228,22 @@ def plot_learning(history: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
         history: one object an epoch with epoch, train_loss, val_loss, val_auroc, improved; a number
             may be None.
     """
-    figure, (upper, lower) = new_figure(2, (1, 1))
-    epochs = [line["epoch"] for line in history]
-    kept = [line["epoch"] for line in history if line["improved"]][-1]
-    curves = {
-        key: [math.nan if line[key] is None else line[key] for line in history]
-        for key in ("train_loss", "val_loss", "val_auroc")
-    }
-    marker = "o" if len(epochs) < FEWEST_EPOCHS_WITHOUT_MARKERS else ""
-    upper.plot(epochs, curves["train_loss"], "--", color=OTHER, label="training", marker=marker)
-    upper.plot(epochs, curves["val_loss"], color=MODEL, label="validation", marker=marker)
-    lower.plot(epochs, curves["val_auroc"], color=MODEL, marker=marker)
+    figure, (upper, lower) = new_figure((1, 1))
+    table = pd.DataFrame(history).set_index("epoch")
+    kept = table.index[table["improved"]][-1]
+    curves = table[["train_loss", "val_loss", "val_auroc"]].astype(float)
+    upper.plot(curves["train_loss"], "o--", color=OTHER, label="training")
+    upper.plot(curves["val_loss"], "o-", color=MODEL, label="validation")
+    lower.plot(curves["val_auroc"], "o-", color=MODEL)
     for axes in (upper, lower):
         axes.axvline(kept, color=INK, linestyle=":", linewidth=1)
     upper.set(ylabel="loss")
     lower.set(xlabel="epoch (dotted: the one kept)", ylabel="validation AUROC")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     add_legend(figure)
-    last = {key: values[-1] for key, values in curves.items()}
+    last = curves.iloc[-1]
     return figure, (
-        f"Learning curve of {len(epochs)} epochs; epoch {kept} was kept. In the last epoch the "
+        f"Learning curve of {len(table)} epochs; epoch {kept} was kept. In the last epoch the "
         f"training loss was {last['train_loss']:.3f}, the validation loss {last['val_loss']:.3f}, "
         f"the validation AUROC {last['val_auroc']:.3f}."
     )
@@ -279,20 +256,16 @@ def plot_comparison(results: dict[str, dict[str, Any]], reference: str) -> Figur
         results: from ``compare_models``.
         reference: the model that the others are compared with.
     """
-    height = 0.5 * len(results) + 2
-    figure, panels = new_figure(2, size=(5.5, height), sharex=False)
+    figure, panels = new_figure((1, 1), (5.5, 0.5 * len(results) + 2), sharex=False)
     names = list(results)[::-1]
     aurocs = [results[name]["auroc"] for name in names]
     differences = [results[name]["minus_reference"]["auroc"] for name in names]
-    titles = ("test AUROC", f"AUROC minus {reference}, paired")
+    titles = ("test AUROC [95 %]", f"AUROC minus {reference}, paired [95 %]")
     for axes, scores, title in zip(panels, (aurocs, differences), titles, strict=True):
-        for place, score in enumerate(scores):
-            axes.plot([score["low"], score["high"]], [place, place], color=MODEL)
-            axes.plot(score["value"], place, "o", color=MODEL, markersize=4)
+        table = pd.DataFrame(scores)
+        axes.hlines(names, table["low"], table["high"], color=MODEL)
+        axes.plot(table["value"], names, "o", color=MODEL, markersize=4)
         axes.set_xlabel(title)
-        axes.set_yticks(range(len(names)), names)
         axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
-    panels[0].plot([], [], "o-", color=MODEL, markersize=4, label="value and 95 % interval")
     panels[1].axvline(0, color=INK, linewidth=1)
-    add_legend(figure)
     return figure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,14 @@ from medgemma_clinical.evaluation.cohort import FEWEST_PATIENTS, Cohort, CohortF
 from medgemma_clinical.evaluation.plots import report_images
 from medgemma_clinical.evaluation.report_tables import percent
 from medgemma_clinical.files import write_text
+
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
 
 PAGE_MARK = "MedGemma Clinical Fine-Tuning"
 """The generator that the beginning of every page names."""
@@ -104,15 +111,15 @@ def write_report(
         verdict=verdict,
         cards=headline(figures),
         images=report_images(cohort, figures, content.history or []),
-        discrimination=report_tables.discrimination_table(figures),
-        calibration=report_tables.calibration_table(figures),
+        discrimination=report_tables.figure_table(figures, report_tables.DISCRIMINATION),
+        calibration=report_tables.figure_table(figures, report_tables.CALIBRATION),
         recalibration=report_tables.recalibration_table(figures),
-        at_threshold=report_tables.threshold_table(figures),
+        at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,
         fewest_patients=FEWEST_PATIENTS,
-        written=report_tables.written_figures(content.reports or {}),
+        written=report_tables.written_figures(content.reports),
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)
@@ -121,22 +128,11 @@ def write_report(
 
 def render(name: str, **content: Any) -> str:
     """Fill the page ``templates/NAME.html.j2``; every value is escaped."""
-    return _pages().get_template(f"{name}.html.j2").render(page_mark=PAGE_MARK, **content) + "\n"
-
-
-@cache
-def _pages() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    return PAGES.get_template(f"{name}.html.j2").render(page_mark=PAGE_MARK, **content) + "\n"
 
 
 def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
-    """Return the four figures at the top: name, value with interval, and what to compare with."""
+    """Return the four figures at the top: name, value with interval, what to compare with."""
     known = figures.estimates
     return [
         ("AUROC", known["auroc"].text(), "0.5 is chance, 1 is perfect"),
@@ -153,9 +149,8 @@ def judge(figures: CohortFigures, outcome: str) -> Verdict:
         figures: of the cohort.
         outcome: the event in a few words.
     """
-    enough = figures.rarer >= FEWEST_PATIENTS
     ranking = _ranking_sentence(figures, outcome)
-    if not enough:
+    if figures.rarer < FEWEST_PATIENTS:
         ranking = (
             f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome: too few "
             f"to judge a model. {ranking}"
@@ -163,7 +158,7 @@ def judge(figures: CohortFigures, outcome: str) -> Verdict:
     calibrated, calibration = _calibration_sentence(figures)
     best = figures.best_baseline
     better = best is not None and figures.baselines[best].differences["auroc"].above(0)
-    good = enough and figures.auroc.above(0.5) and better and calibrated
+    good = figures.auroc.above(0.5) and better and calibrated
     return Verdict(good, [ranking, _baseline_sentence(figures), calibration])
 
 
@@ -189,24 +184,19 @@ def _baseline_sentence(figures: CohortFigures) -> str:
         return "No baseline was scored on these rows, so what the model adds is unknown."
     baseline = figures.baselines[name]
     difference = baseline.differences["auroc"]
-    remark = ""
-    if difference.above(0):
-        word = "better"
-    elif difference.below(0):
-        word = "worse"
-    else:
-        word, remark = "not shown to be better", ", an interval that includes zero"
+    word = "not shown to be better"
+    if difference.above(0) or difference.below(0):
+        word = "better" if difference.above(0) else "worse"
     return (
         f"It is {word} than its best baseline, {name} (AUROC {baseline.estimates['auroc'].text()}):"
-        f" the paired difference is {difference.text('+.3f')}{remark}."
+        f" the paired difference is {difference.text('+.3f')}."
     )
 
 
 def _calibration_sentence(figures: CohortFigures) -> tuple[bool, str]:
     """Return whether the risks are calibrated as far as the rows show, and the sentence."""
-    slope, large = (
-        figures.estimates[name] for name in ("calibration_slope", "calibration_in_the_large")
-    )
+    slope = figures.estimates["calibration_slope"]
+    large = figures.estimates["calibration_in_the_large"]
     if figures.rarer < FEWEST_PATIENTS or slope.low is None or large.low is None:
         return False, "These rows cannot show whether the predicted risks are calibrated."
     faults = []

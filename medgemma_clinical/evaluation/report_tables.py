@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.evaluation.bootstrap import NO_VALUE, Estimate
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 
 TOO_FEW = "too few"
 """Stands in place of a subgroup's AUROC; the page shows such rows in grey."""
+
+Lines = tuple[tuple[str, str, str, str], ...]
+"""Key, name, format and meaning of figures."""
+
+DISCRIMINATION: Lines = (
+    ("auroc", "AUROC", ".3f", "area under the ROC curve; 0.5 is chance"),
+    ("auprc", "AUPRC", ".3f", "average precision; chance is the prevalence, {prevalence:.3f}"),
+    ("accuracy", "Accuracy at 0.5", ".3f", "rows on the right side of a risk of 0.5"),
+)
+CALIBRATION: Lines = (
+    ("calibration_slope", "Slope", ".3f", "1 is ideal; below 1 the risks are too extreme"),
+    ("calibration_intercept", "Intercept", ".3f", "log-odds; 0 is ideal"),
+    (
+        "calibration_in_the_large",
+        "Calibration in the large",
+        ".3f",
+        "log-odds with the slope held at 1; below 0 the risks are too high on average",
+    ),
+    ("brier", "Brier score", ".4f", "mean squared error of the risk"),
+    (
+        "brier_skill",
+        "Brier skill",
+        ".3f",
+        "gain over the prevalence as everyone's risk; 1 is perfect",
+    ),
+    ("log_loss", "Log-loss", ".4f", "mean of -log(risk given to what happened)"),
+)
+AT_THRESHOLD: Lines = (  # in percent
+    ("sensitivity", "Sensitivity (%)", ".1f", "rows with the event that have an alarm"),
+    ("specificity", "Specificity (%)", ".1f", "rows without the event that have no alarm"),
+    ("ppv", "PPV (%)", ".1f", "alarms that have the event"),
+    ("npv", "NPV (%)", ".1f", "rows without alarm that do not have the event"),
+    ("alarms", "Alarms (%)", ".1f", "rows with a risk of at least {threshold:.3g} %"),
+)
 
 COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
 """Metrics of a model beside its baselines: key, name, format."""
@@ -35,64 +68,14 @@ def percent(value: float) -> str:
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
-def discrimination_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return how well the model ranks."""
-    known = figures.estimates
-    return _with_meanings(
-        ("AUROC", known["auroc"].text(), "area under the ROC curve; 0.5 is chance"),
-        (
-            "AUPRC",
-            known["auprc"].text(),
-            f"average precision; chance is the prevalence, {figures.prevalence:.3f}",
-        ),
-        ("Accuracy at 0.5", known["accuracy"].text(), "rows on the right side of a risk of 0.5"),
-    )
-
-
-def calibration_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return how well predicted risks agree with observed shares."""
-    known = figures.estimates
-    return _with_meanings(
-        (
-            "Slope",
-            known["calibration_slope"].text(),
-            "1 is ideal; below 1 the risks are too extreme",
-        ),
-        ("Intercept", known["calibration_intercept"].text(), "log-odds; 0 is ideal"),
-        (
-            "Calibration in the large",
-            known["calibration_in_the_large"].text(),
-            "log-odds with the slope held at 1; below 0 the risks are too high on average",
-        ),
-        ("Brier score", known["brier"].text(".4f"), "mean squared error of the risk"),
-        (
-            "Brier skill",
-            known["brier_skill"].text(),
-            "improvement over the prevalence as everyone's risk; 1 is perfect, 0 is none",
-        ),
-        ("Log-loss", known["log_loss"].text(".4f"), "mean of -log(risk given to what happened)"),
-    )
-
-
-def threshold_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return what an alarm at the decision rule's threshold means."""
-    meanings = {
-        "sensitivity": ("Sensitivity", "rows with the event that have an alarm"),
-        "specificity": ("Specificity", "rows without the event that have no alarm"),
-        "ppv": ("PPV", "alarms that have the event"),
-        "npv": ("NPV", "rows without alarm that do not have the event"),
-        "alarms": ("Alarms", f"rows with a risk of at least {100 * figures.threshold:.3g} %"),
-    }
-    return _with_meanings(
-        *(
-            (f"{name} (%)", figures.estimates[key].text(".1f", 100), meaning)
-            for key, (name, meaning) in meanings.items()
-        )
-    )
-
-
-def _with_meanings(*lines: tuple[str, str, str]) -> pd.DataFrame:
-    return pd.DataFrame(lines, columns=["Figure", "Value [95 %]", "Meaning"])
+def figure_table(figures: CohortFigures, lines: Lines, scale: float = 1) -> pd.DataFrame:
+    """Return the figures that ``lines`` name, times ``scale``, with their meanings."""
+    words = {"prevalence": figures.prevalence, "threshold": 100 * figures.threshold}
+    cells = [
+        (name, figures.estimates[key].text(form, scale), meaning.format(**words))
+        for key, name, form, meaning in lines
+    ]
+    return pd.DataFrame(cells, columns=["Figure", "Value [95 %]", "Meaning"])
 
 
 def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
@@ -109,13 +92,12 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
     """Return model and baselines, with the paired differences model less baseline."""
     lines = [{"Model": "this model", **_compared(figures.estimates)}]
-    lines[0] |= {"AUROC, difference": "", "Brier, difference": ""}
     for name, baseline in figures.baselines.items():
         line = {"Model": name, **_compared(baseline.estimates)}
         line["AUROC, difference"] = baseline.differences["auroc"].text("+.3f")
         line["Brier, difference"] = baseline.differences["brier"].text("+.4f")
         lines.append(line)
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).fillna("")
 
 
 def _compared(known: dict[str, Estimate]) -> dict[str, str]:
@@ -167,13 +149,11 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
         "women": "Women",
         "observations": "Observations a row, median [quartiles]",
     }
-    return pd.DataFrame(
-        {
-            "": list(lines.values()),
-            "Development": [_case_mix_cell(development, name) for name in lines],
-            "These rows": [_case_mix_cell(cohort, name) for name in lines],
-        }
-    )
+    cells = [
+        (title, _case_mix_cell(development, name), _case_mix_cell(cohort, name))
+        for name, title in lines.items()
+    ]
+    return pd.DataFrame(cells, columns=["", "Development", "These rows"])
 
 
 def _case_mix_cell(mix: dict[str, float], name: str) -> str:
@@ -193,13 +173,13 @@ def split_table(
     Args:
         labels: (N,) of 0 and 1.
         groups: (N,) patient of each row.
-        split: positions by part.
+        split: positions of train, val and test.
     """
     lines = []
     for part, rows in split.items():
         events = f"{labels[rows].sum():,.0f} ({percent(labels[rows].mean())})"
         patients = len(np.unique(groups[rows]))
-        lines.append((PART_NAMES.get(part, part), f"{len(rows):,}", f"{patients:,}", events))
+        lines.append((PART_NAMES[part], f"{len(rows):,}", f"{patients:,}", events))
     return pd.DataFrame(lines, columns=["Part", "Rows", "Patients", "Events"])
 
 
@@ -209,17 +189,15 @@ def flow_table(flow: pd.DataFrame | None) -> pd.DataFrame | None:
     Args:
         flow: columns ``rule``, ``removed``, ``left``.
     """
-    if flow is None:
-        return None
-    columns = {"rule": "Left out", "removed": "Rows", "left": "Rows left"}
-    return flow[list(columns)].rename(columns=columns)
+    names = {"rule": "Left out", "removed": "Rows", "left": "Rows left"}
+    return None if flow is None else flow.rename(columns=names)
 
 
-def written_figures(reports: dict[str, float]) -> dict[str, str]:
-    """Return the figures of written reports in words; those that are unknown are left out.
+def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
+    """Return the figures of written reports in words.
 
     Args:
-        reports: the object ``reports`` of metrics.json.
+        reports: the object ``reports`` of metrics.json, if any were written.
     """
     names = {
         "reports": ("Reports written", "{:,.0f}".format),
@@ -228,24 +206,7 @@ def written_figures(reports: dict[str, float]) -> dict[str, str]:
         "numbers_stated": ("Numbers stated", "{:,.0f}".format),
         "verdict_auroc": ("AUROC of the verdict's probability", "{:.3f}".format),
     }
-    return {
-        name: form(reports[key])
-        for key, (name, form) in names.items()
-        if reports.get(key) is not None and math.isfinite(reports[key])
-    }
-
-
-def result_sentence(figures: CohortFigures) -> str:
-    """Return the result on the test part in one sentence."""
-    text = f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows with {figures.events:,} events"
-    name = figures.best_baseline
-    if name is None:
-        return f"{text}."
-    baseline = figures.baselines[name]
-    return (
-        f"{text}; the best baseline, {name}, has {baseline.estimates['auroc'].text()}: paired "
-        f"difference {baseline.differences['auroc'].text('+.3f')}."
-    )
+    return {name: form(reports[key]) for key, (name, form) in names.items()} if reports else {}
 
 
 def results_table(
@@ -259,16 +220,10 @@ def results_table(
         reports: figures of the test part's written reports, if any were written.
     """
     test = figures["test"]
-    lines = [
-        _results_line(name, {part: each.estimates for part, each in figures.items()}),
-        *(
-            _results_line(
-                baseline,
-                {part: each.baselines[baseline].estimates for part, each in figures.items()},
-            )
-            for baseline in test.baselines
-        ),
-    ]
+    lines = [_results_line(name, {part: each.estimates for part, each in figures.items()})]
+    for baseline in test.baselines:
+        scores = {part: each.baselines[baseline].estimates for part, each in figures.items()}
+        lines.append(_results_line(baseline, scores))
     further = [f"test part: {test.n:,} rows, {test.events:,} events"]
     if test.before is not None:
         further.append("recalibrated on the validation part; on the test part:")
@@ -276,8 +231,7 @@ def results_table(
             f"  {title}: {test.before[key].text()} -> {test.estimates[key].text()}"
             for key, title in RECALIBRATED.items()
         ]
-    written = written_figures(reports or {})
-    further += [f"{title}: {value}" for title, value in written.items() if value != "0"]
+    further += [f"{title}: {value}" for title, value in written_figures(reports).items()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])
 
 
@@ -285,6 +239,5 @@ def _results_line(name: str, parts: dict[str, dict[str, Estimate]]) -> dict[str,
     line = {"model": name}
     line |= {f"{part} AUROC [95 %]": known["auroc"].text() for part, known in parts.items()}
     for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
-        value = parts["test"][metric].value
-        line[f"test {title}"] = NO_VALUE if value is None else f"{value:.3f}"
+        line[f"test {title}"] = f"{parts['test'][metric].value:.3f}"
     return line

@@ -105,7 +105,7 @@ def test_an_estimate_is_written_with_its_interval_or_a_dash() -> None:
 
 def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "REPLICATES", 200)
-    shares = coverage(100, 400, rows_a_patient=4, seed=1)
-    # 100 data sets tell a share of 0.95 to 0.022; draws of rows cover the share of alarms to 0.76.
-    assert all(share >= 0.88 for share in shares.values()), shares
+    shares = coverage(60, 400, rows_a_patient=4, seed=1)
+    # 60 data sets tell a share of 0.95 to 0.03; draws of rows cover the share of alarms to 0.76.
+    assert all(share >= 0.85 for share in shares.values()), shares
     assert 0.925 <= np.mean(list(shares.values())) <= 0.975, shares

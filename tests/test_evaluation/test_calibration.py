@@ -25,7 +25,7 @@ def logistic_fit(odds: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return fit.coef_[0, 0], fit.intercept_[0]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_calibration_is_an_unpenalised_logistic_fit(seed: int) -> None:
     labels, risk, _ = simulate(np.random.default_rng(seed), 300, slope=0.5 + seed)
     odds = np.log(risk / (1 - risk))
@@ -68,8 +68,7 @@ def test_separated_classes_have_no_slope() -> None:
     assert np.isnan(found["calibration_slope"][0])
 
 
-@pytest.mark.parametrize("risk", [0.01, 0.137219873, 0.3])
-@pytest.mark.parametrize("noise", [0.0, 1e-13])
+@pytest.mark.parametrize(("risk", "noise"), [(0.3, 0.0), (0.137219873, 1e-13)])
 def test_equal_risks_have_no_slope(risk: float, noise: float) -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random(150) < 0.2).astype(float)

@@ -135,13 +135,6 @@ def test_shares_of_none_and_all_get_exact_intervals_by_patients() -> None:
     assert silent.estimates["ppv"] == Estimate(None)
 
 
-def test_an_overconfident_model_has_a_slope_below_one() -> None:
-    cohort = make_cohort(simulate(np.random.default_rng(1), 800, slope=2.5))
-    slope = cohort_figures(cohort, 0.5, 0).estimates["calibration_slope"]
-    assert slope.value == pytest.approx(0.4, abs=0.1)
-    assert slope.below(1)
-
-
 def test_the_json_of_a_part_is_whole_and_has_no_numbers_that_json_lacks() -> None:
     labels = np.repeat([0.0, 1.0], 20)
     cohort = make_cohort((labels, np.linspace(0.1, 0.9, 40), np.arange(40).astype(str)))

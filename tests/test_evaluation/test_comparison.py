@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from medgemma_clinical.evaluation import bootstrap, comparison
+from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.comparison import (
     compare_models,
     comparison_sentences,
@@ -23,6 +23,13 @@ from medgemma_clinical.evaluation.comparison import (
 )
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
 from pages import Page
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "REPLICATES", 200)
+        yield
 
 
 def table_of(seed: int, rows: int = 120) -> pd.DataFrame:
@@ -110,42 +117,6 @@ def test_few_events_in_a_split_leave_no_interval_without_ends(
     assert not recwarn.list
 
 
-def test_many_rows_are_compared_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = [table_of(seed) for seed in range(2)]
-    whole = compare_models(tables, "bad", seed=0)
-    monkeypatch.setattr(bootstrap, "CHUNK_CELLS", 7 * 240)
-    sizes: list[int] = []
-
-    def seen(labels: Any, risk: Any, weights: Any) -> Any:
-        sizes.append(len(weights))
-        return weighted_metrics(labels, risk, weights)
-
-    monkeypatch.setattr(comparison, "weighted_metrics", seen)
-    chunks = compare_models(tables, "bad", seed=0)
-    assert max(sizes) == 7
-    for metric in ("auroc", "log_loss"):
-        assert chunks["good"][metric] == pytest.approx(whole["good"][metric])
-
-
-def test_pooled_intervals_cover_the_true_mean_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "REPLICATES", 200)
-    # Normal scores d apart have AUROC Phi(d / sqrt(2)): 0.7602 for d = 1, 0.6381 for d = 0.5.
-    truth, covered, repeats = 0.7602 - 0.6381, 0, 120
-    for repeat in range(repeats):
-        rng = np.random.default_rng(repeat)
-        patients = rng.permutation(400).astype(str)
-        labels = (np.arange(400) % 3 == 0).astype(int)
-        scores = {d: expit(d * labels + rng.normal(size=400)) for d in (1.0, 0.5)}
-        whole = pd.DataFrame(
-            {"id": patients, "patient": patients, "label": labels}
-            | {"good": scores[1.0], "bad": scores[0.5]}
-        )
-        tables = [whole.sample(200, random_state=repeat + k, ignore_index=True) for k in (0, 1)]
-        paired = compare_models(tables, "bad", repeat)["good"]["minus_reference"]["auroc"]
-        covered += paired["low"] <= truth <= paired["high"]
-    assert 0.89 <= covered / repeats <= 0.99
-
-
 def test_the_table_has_a_line_a_model() -> None:
     results = compare_models([table_of(k) for k in range(2)], "bad", seed=0)
     results["good"]["seconds_an_epoch"] = 12.3
@@ -168,13 +139,7 @@ def test_the_sentences_name_reference_and_best_model() -> None:
     assert first.startswith(f"bad: test AUROC {results['bad']['auroc']['value']:.3f} [")
     assert "(test part: 120 rows, 30 events)" in first
     assert second.startswith("The highest AUROC has good: ")
-    assert "includes zero" not in second
     assert comparison_sentences(results, "good")[1] == "No other model has a higher AUROC."
-    close = table_of(0).assign(bad=lambda table: table["good"])
-    close.loc[close["label"].idxmax(), "bad"] = 0.0  # one event is missed
-    undecided = compare_models([close], "bad", seed=0)
-    assert undecided["good"]["minus_reference"]["auroc"]["value"] > 0
-    assert "an interval that includes zero" in comparison_sentences(undecided, "bad")[1]
 
 
 def write(folder: Path, seed: int) -> None:

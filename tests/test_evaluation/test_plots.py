@@ -59,8 +59,8 @@ def test_the_decision_curve_stands_beside_treating_all(
     assert everyone == pytest.approx(100 * expected)
     model = net_benefit(cohort.labels, cohort.probability, at / 100, ones(600))[0]
     assert lines["model [95 %]"][1] == pytest.approx(100 * model)
-    above = at[100 * model > np.maximum(everyone, 0) + 1e-9]
-    assert f"lies above both between {percent(above[0] / 100)} and" in alt
+    above = (100 * model > np.maximum(everyone, 0) + 1e-9).sum()
+    assert f"lies above both at {above} of {len(at)} threshold risks from {percent(0.01)}" in alt
 
 
 def test_the_calibration_curve_shows_observed_over_predicted(

@@ -11,14 +11,14 @@ from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.report_tables import (
+    AT_THRESHOLD,
     baseline_table,
+    figure_table,
     flow_table,
     percent,
-    result_sentence,
     results_table,
     split_table,
     subgroup_table,
-    threshold_table,
     written_figures,
 )
 
@@ -62,32 +62,21 @@ def test_the_console_says_what_recalibration_changed() -> None:
     assert f"Calibration slope: {slopes[0]} -> {slopes[1]}" in text
 
 
-def test_the_console_has_no_raw_keys_and_no_zeros(figures: CohortFigures) -> None:
-    parts = {"validation": figures, "test": figures}
-    reports = {"reports": 40, "parse_share": 0.0, "true_number_share": None, "numbers_stated": 0}
-    text = results_table("stage 3", parts, reports)  # type: ignore[arg-type]
-    assert "_" not in text
-    assert "Reports written: 40" in text
-    assert f"Reports of the expected form: {percent(0)}" in text
-    assert "Numbers stated" not in text
-    assert "Stated numbers" not in text
-
-
-def test_the_result_is_one_sentence(figures: CohortFigures) -> None:
-    text = result_sentence(figures)
-    assert text.startswith(f"Test AUROC {figures.auroc.text()} on 400 rows")
-    assert figures.baselines["last value"].differences["auroc"].text("+.3f") in text
-    assert text.count(". ") == 0
-    alone = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 50)), 0.3, 0)
-    assert result_sentence(alone).endswith("events.")
-
-
-def test_written_reports_are_told_in_words() -> None:
-    reports = {"reports": 1385.0, "parse_share": 0.9, "true_number_share": float("nan")}
-    assert written_figures(reports) == {
+def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
+    reports = {
+        **{"reports": 1385, "parse_share": 0.9, "true_number_share": 0.75},
+        **{"numbers_stated": 4000, "verdict_auroc": 0.7},
+    }
+    lines = {
         "Reports written": "1,385",
         "Reports of the expected form": "90\N{NO-BREAK SPACE}%",
+        "Stated numbers that are the patient's": "75\N{NO-BREAK SPACE}%",
+        "Numbers stated": "4,000",
+        "AUROC of the verdict's probability": "0.700",
     }
+    assert written_figures(reports) == lines
+    text = results_table("stage 3", {"validation": figures, "test": figures}, reports)
+    assert text.splitlines()[-5:] == [f"{name}: {value}" for name, value in lines.items()]
 
 
 def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
@@ -98,7 +87,7 @@ def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
 
 
 def test_the_threshold_table_names_the_threshold(figures: CohortFigures) -> None:
-    table = threshold_table(figures).set_index("Figure")
+    table = figure_table(figures, AT_THRESHOLD, scale=100).set_index("Figure")
     assert "at least 30 %" in str(table.loc["Alarms (%)", "Meaning"])
     assert table.loc["PPV (%)", "Value [95 %]"] == figures.estimates["ppv"].text(".1f", 100)
 
@@ -125,7 +114,7 @@ def test_parts_of_the_split_are_counted() -> None:
 
 
 def test_the_flow_has_the_pages_words() -> None:
-    flow = pd.DataFrame({"rule": ["died"], "removed": [3], "left": [7], "more": [0]})
+    flow = pd.DataFrame({"rule": ["died"], "removed": [3], "left": [7]})
     table = flow_table(flow)
     assert table is not None
     assert table.to_dict("records") == [{"Left out": "died", "Rows": 3, "Rows left": 7}]
