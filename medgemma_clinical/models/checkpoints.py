@@ -219,7 +219,9 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
         remove(temporary / "adapter" / "README.md")  # a form that nobody has filled in
-        _sort_targets(temporary / ADAPTER_CONFIG)
+        adapter = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        adapter["target_modules"].sort()  # a set, written in any order
+        write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
         write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
         write_text(temporary / "README.md", model_card(config))
@@ -230,12 +232,6 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
 
 def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
-
-
-def _sort_targets(path: Path) -> None:
-    """Sort the adapted modules in PEFT's file: they are a set, written in any order."""
-    adapter = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**adapter, "target_modules": sorted(adapter["target_modules"])})
 
 
 def model_card(config: dict[str, Any]) -> str:

@@ -104,9 +104,10 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
     """
     check_shapes(times, values, observed, config.n_features)
     hours, seen = _on_host(times.double()), _on_host(observed)
-    gaps = check_series(hours, values, observed, config)
-    present = np.logical_or.reduce(seen, axis=2)
-    steps = present * np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1)
+    gaps = check_series(hours, values, seen, config)
+    steps = seen.any(axis=2) * np.maximum(
+        np.ceil(gaps / (config.longest_step * config.time_scale)), 1
+    )
     steps = steps.astype(np.int64)  # (B, L), to each observation from the one before
     dt = gaps / (np.maximum(steps, 1) * config.time_scale)
 
@@ -184,21 +185,20 @@ def build_time_features(
 
 
 def check_series(
-    hours: NDArray[np.float64], values: Tensor, observed: Tensor, config: SolverConfig
+    hours: NDArray[np.float64], values: Tensor, seen: NDArray[np.bool_], config: SolverConfig
 ) -> NDArray[np.float64]:
     """Refuse series without meaning, by the first fault's value and place.
 
     Returns:
         The hours in front of each observation, (B, L), zero in padding and at the first.
     """
-    seen = _on_host(observed)
     present = np.logical_or.reduce(seen, axis=2)
     follows = np.ones_like(present)  # the place in front is no padding
     follows[:, 1:] = present[:, :-1]
     gaps = np.zeros_like(hours)
     with np.errstate(invalid="ignore", over="ignore"):  # times in padding may be anything
         np.subtract(hours[:, 1:], hours[:, :-1], out=gaps[:, 1:], where=present[:, 1:])
-    not_finite = _on_host(observed & ~values.isfinite())
+    not_finite = seen & ~_on_host(values.isfinite())
 
     _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
     _refuse(present & ~follows, "padding in front of the observation at {place}")

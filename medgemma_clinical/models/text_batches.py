@@ -85,11 +85,11 @@ class TextCollator:
         self.bos = int(tokenizer.bos_token_id)
         self.before, self.behind, turn_end = chat_turns(tokenizer)
         self.eos = [int(tokenizer.eos_token_id), *turn_end]
-        yes, no, shared = verdict_words(tokenizer)
-        self.stem = self._ids([f"{dataset.outcome}:"])[0] + yes[:shared]
+        shared, no, yes = verdict_words(tokenizer)
+        self.stem = self._ids([f"{dataset.outcome}:"])[0] + shared
         stop = self._ids(["."])[0]
-        self.words = no[shared:] + stop, yes[shared:] + stop
-        self.verdict = yes[shared], no[shared]
+        self.words = no + stop, yes + stop
+        self.verdict = yes[0], no[0]
         self.sample = self._ids([f"{dataset.question} 0123456789 -> (h) .,"])[0]
         self.prompt_ids = self._read_prompts(most_tokens)
         if self.too_long and refuse_long:
@@ -180,11 +180,11 @@ class TextCollator:
         return batch
 
 
-def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
-    """Return the ids of yes and of no, and the number of ids that both begin with."""
-    yes, no = tokenizer([" yes", " no"], add_special_tokens=False)["input_ids"]
-    shared = next(k for k, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b)
-    return list(yes), list(no), shared
+def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
+    """Return the ids that " no" and " yes" begin with, and the rest of each."""
+    no, yes = tokenizer([" no", " yes"], add_special_tokens=False)["input_ids"]
+    shared = next(k for k, (a, b) in enumerate(zip(no, yes, strict=False)) if a != b)
+    return no[:shared], no[shared:], yes[shared:]
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:

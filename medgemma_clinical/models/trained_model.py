@@ -148,13 +148,13 @@ def build_llm(
     adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
     encoder = config["encoder"] and build_encoder(config["encoder"], encoders)
     head = PooledHead(encoder.hidden_dim, 0.5) if config["trajectory_head"] else None
-    yes, no, shared = verdict_words(tokenizer)
+    _, no, yes = verdict_words(tokenizer)
     parts: dict[str, Any] = {
         "trajectory_head": head,
         "tokens": config["num_prefix_tokens"],
         "scale": 1.0,  # a buffer: read with the weights
         "bos": int(tokenizer.bos_token_id),
-        "verdict": (yes[shared], no[shared]),
+        "verdict": (yes[0], no[0]),
     }
     if config["stage"] == "generative":
         return LLMWriter(encoder, adapted, **parts)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.errors
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
@@ -40,7 +37,6 @@ from medgemma_clinical.models.language_model import (
 )
 
 MEDGEMMA = "google/medgemma-4b-pt"
-ROOT = Path(__file__).parents[2]
 LICENCE = "https://huggingface.co/google/medgemma-4b-pt"
 LAYOUTS = {"hub": "language_model.model.", "new": "model.language_model."}
 """Names of the language weights: Google's published files, and transformers' own since 4.52."""
@@ -99,8 +95,7 @@ def test_a_text_only_checkpoint_gives_its_own_logits(folders: dict[str, Path]) -
     assert not torch.equal(logits, load(folders["hub"])(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("kind", ["text", *LAYOUTS])
+@pytest.mark.parametrize(("kind", "quantization"), [("text", "none"), ("hub", "nf4")])
 def test_only_the_frozen_text_model_is_loaded(
     folders: dict[str, Path], kind: str, quantization: str
 ) -> None:
@@ -134,8 +129,10 @@ def test_the_tiny_model_is_always_the_same_and_leaves_the_generator_alone() -> N
 # ------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("kind", ["text", *LAYOUTS])
-@pytest.mark.parametrize("lost", ["layers.1.mlp.up_proj.weight", "embed_tokens.weight"])
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [("text", "layers.1.mlp.up_proj.weight"), ("hub", "embed_tokens.weight")],
+)
 def test_a_checkpoint_that_lacks_a_weight_is_refused(
     folders: dict[str, Path], tmp_path: Path, kind: str, lost: str
 ) -> None:
@@ -155,12 +152,9 @@ def test_a_weight_of_another_shape_is_refused(folders: dict[str, Path], tmp_path
     assert "no folder with a whole model" in refusal(folder)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gemma2", "gemma3n"])
-def test_a_model_that_is_no_gemma_3_is_refused(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    text = refusal(tmp_path)
-    assert kind in text
-    assert "give a Gemma 3" in text
+def test_a_model_that_is_no_gemma_3_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n"}))
+    assert "a gemma3n model: give a Gemma 3" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -201,40 +195,18 @@ def test_the_tiny_model_is_not_quantised() -> None:
         load_language_model("tiny", "nf4", torch.float32, CPU)
 
 
-def hub_errors() -> dict[str, Exception]:
-    """Build what is raised for a gated model without licence, as the libraries word it."""
-    error = huggingface_hub.errors.GatedRepoError.__new__(huggingface_hub.errors.GatedRepoError)
-    detail = f"401 Client Error.\n\nCannot access gated repo for url {LICENCE}/resolve/main/x.json."
-    Exception.__init__(error, detail)
-    wrapped = OSError(
-        f"You are trying to access a gated repo.\nMake sure to have access to it at {LICENCE}.\n"
-        f"{detail}\nAccess to model google/medgemma-4b-pt is restricted. You must have access to "
-        "it and be authenticated to access it. Please log in."
-    )
-    network = OSError(
-        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find "
-        "them in the cached files.\nCheck your internet connection."
-    )
-    return {"gated": error, "wrapped": wrapped, "network": network}
-
-
-def check_advice(text: str) -> None:
-    assert LICENCE in text
-    assert "hf auth login" in text
-    assert "--model_name tiny" in text
-
-
-@pytest.mark.parametrize("kind", hub_errors())
 def test_a_model_that_cannot_be_fetched_ends_in_one_line_of_advice(
-    monkeypatch: pytest.MonkeyPatch, kind: str
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise hub_errors()[kind]
+        raise OSError(
+            f"You are trying to access a gated repo.\nMake sure to have access: {LICENCE}"
+        )
 
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     text = refusal(MEDGEMMA)
-    check_advice(text)
-    assert ("gated" in text) == (kind != "network")
+    for words in ("a gated repo. Make sure", LICENCE, "hf auth login", "--model_name tiny"):
+        assert words in text
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "-a", "x" * 300])
@@ -246,13 +218,10 @@ def test_a_name_that_is_no_hub_id_has_no_revision_and_is_refused(name: str) -> N
 # ------------------------------------------------------------------------------- 4-bit weights
 
 
-@pytest.mark.parametrize("kind", ["text", *LAYOUTS])
-def test_nf4_quantises_every_projection_twice_and_nothing_else(
-    folders: dict[str, Path], kind: str
-) -> None:
+def test_nf4_quantises_every_projection_twice_and_nothing_else(folders: dict[str, Path]) -> None:
     import bitsandbytes
 
-    model = load(folders[kind], "nf4", torch.bfloat16)
+    model = load(folders["hub"], "nf4", torch.bfloat16)
     quantised = {
         n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)
     }
@@ -295,12 +264,11 @@ def gradients(model: Any, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
     return hidden.detach(), [g for g in (inputs.grad, *(p.grad for p in learning)) if g is not None]
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_an_evaluation_between_changes_neither_states_nor_gradients(
-    folders: dict[str, Path], quantization: str
+    folders: dict[str, Path],
 ) -> None:
     """On a CPU bitsandbytes may repack weights when it evaluates; no gradient passes those."""
-    model = adapted(folders["text"], quantization, torch.float32)
+    model = adapted(folders["text"], "nf4", torch.float32)
     inputs = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
     hidden, before = gradients(model, inputs)
     with torch.no_grad():
@@ -317,8 +285,7 @@ def test_an_evaluation_between_changes_neither_states_nor_gradients(
 # ------------------------------------------------------------------------------- LoRA
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("kind", ["text", "hub"])
+@pytest.mark.parametrize(("kind", "quantization"), [("text", "none"), ("hub", "nf4")])
 def test_lora_lies_on_the_seven_projections_of_each_layer_and_nowhere_else(
     folders: dict[str, Path], kind: str, quantization: str
 ) -> None:
@@ -331,23 +298,11 @@ def test_lora_lies_on_the_seven_projections_of_each_layer_and_nowhere_else(
     assert (config.r, config.lora_alpha, config.bias) == (8, 16, "none")
 
 
-@pytest.mark.parametrize("rank", [8, 3])
-def test_the_adapter_has_as_many_parameters_as_the_formula_says(rank: int) -> None:
-    base, _ = tiny_language_model()
-    c = base.config
-    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attention = 2 * (c.hidden_size + queries) + 2 * (c.hidden_size + keys)
-    expected = c.num_hidden_layers * rank * (attention + 3 * (c.hidden_size + c.intermediate_size))
-    llm = add_lora(base.requires_grad_(False), rank, 16, 0.0)
-    assert sum(p.numel() for p in llm.parameters() if p.requires_grad) == expected
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_adapter_is_float32_seeded_and_changes_nothing_at_first(
-    folders: dict[str, Path], quantization: str
+    folders: dict[str, Path],
 ) -> None:
     def weights(seed: int) -> dict[str, Tensor]:
-        model = adapted(folders["text"], quantization, torch.bfloat16, seed)
+        model = adapted(folders["text"], "nf4", torch.bfloat16, seed)
         return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     first, again, other = weights(0), weights(0), weights(1)
@@ -360,28 +315,21 @@ def test_the_adapter_is_float32_seeded_and_changes_nothing_at_first(
             assert not torch.equal(weight, other[name])
 
 
-GEMMA = {"270M": (640, 2048, 18, 4, 1, 256), "4B": (2560, 10240, 34, 8, 4, 256)}
-"""Width, inner width, layers, heads, key heads, width of a head. Source: Gemma 3's config.json."""
-
-LORA_PARAMETERS = {"270M": 1_898_496, "4B": 14_901_248}
-
-
-@pytest.mark.parametrize("size", GEMMA)
-def test_the_adapter_of_every_gemma_3_has_the_known_size(size: str) -> None:
-    width, inner, layers, heads, keys, head = GEMMA[size]
+def test_the_adapter_of_gemma_3_4b_has_the_known_size() -> None:
+    """Sizes of the model: Gemma 3's config.json."""
     config = transformers.Gemma3TextConfig(
         vocab_size=262_208,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        head_dim=head,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
     )
     with torch.device("meta"):  # shapes without weights
         base = transformers.Gemma3ForCausalLM(config).requires_grad_(False)
         llm = add_lora(base, 8, 16, 0.0)
-    assert sum(p.numel() for p in llm.parameters() if p.requires_grad) == LORA_PARAMETERS[size]
+    assert sum(p.numel() for p in llm.parameters() if p.requires_grad) == 14_901_248
 
 
 def test_embedding_rms_is_that_of_the_scaled_embeddings() -> None:
@@ -414,8 +362,10 @@ def train(parts: Parts, kind: str, steps: int = 3) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("quantization", "dtype"), [("none", "float32"), ("nf4", "bfloat16")])
-@pytest.mark.parametrize("kind", ["classifier", "writer"])
+@pytest.mark.parametrize(
+    ("kind", "quantization", "dtype"),
+    [("classifier", "nf4", "bfloat16"), ("writer", "none", "float32")],
+)
 def test_training_changes_what_learns_and_no_bit_of_the_base(
     folders: dict[str, Path], kind: str, quantization: str, dtype: str
 ) -> None:
@@ -497,25 +447,19 @@ def test_the_hash_of_a_folder_follows_its_model_files_alone(
     assert cached_revision("tiny") is cached_revision(str(folder)) is None
 
 
-HASH = "0123456789abcdef0123456789abcdef01234567"
-
-
 def test_a_hub_model_loads_in_silence_from_the_cache_and_its_commit_is_known(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    cache = tmp_path / "hub" / "models--google--medgemma-4b-pt"
-    shutil.copytree(folders["hub"], cache / "snapshots" / HASH)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cache = tmp_path / "models--google--medgemma-4b-pt"
+    shutil.copytree(folders["hub"], cache / "snapshots" / commit)
     (cache / "refs").mkdir()
-    (cache / "refs" / "main").write_text(HASH)
-    code = (
-        "import sys, torch\n"
-        "from medgemma_clinical.models.language_model import *\n"
-        "name, out = sys.argv[1:]\n"
-        "base, _ = load_language_model(name, 'nf4', torch.bfloat16, torch.device('cpu'))\n"
-        "add_lora(base, 8, 16, 0.0).save_pretrained(out, save_embedding_layers=False)\n"
-        f"assert cached_revision(name) == {HASH!r}\n"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code, MEDGEMMA, str(tmp_path / "adapter")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    base, _ = load_language_model(MEDGEMMA, "nf4", torch.bfloat16, CPU)
+    add_lora(base, 8, 16, 0.0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert cached_revision(MEDGEMMA) == commit
+    assert tuple(capfd.readouterr()) == ("", "")

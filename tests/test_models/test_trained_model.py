@@ -143,7 +143,7 @@ def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]
 def test_an_unsound_or_incomplete_configuration_is_refused(run: Path) -> None:
     decision = {"slope": -1.0, "intercept": 0.0, "threshold": 0.5}
     rehash(run / "classification" / "best", decision=decision)
-    with pytest.raises(InputError, match="slope is not above 0"):
+    with pytest.raises(InputError, match="damaged: decision rule"):
         read_trained_config(run / "classification")
     content = torch.load(run / TRAJECTORY_FILE, weights_only=True)
     del content["config"]["reading"]
