@@ -194,15 +194,17 @@ def metrics_json(
     calibration: dict[str, Any] = {"method": calibrate}
     if rule.recalibrates:
         calibration |= {"slope": rule.slope, "intercept": rule.intercept}
-        calibration |= {f"{SCORED[part]} before": f.before_json() for part, f in figures.items()}
+        calibration |= {
+            f"{SCORED[part]} before": f.to_json(f.before) for part, f in figures.items()
+        }
     return {
         "stage": stage.name,
         "selected_epoch": best_epoch,
         "threshold": rule.threshold,
         "calibration": calibration,
-        **{SCORED[part]: each.to_json() for part, each in figures.items()},
+        **{SCORED[part]: each.to_json(each.estimates) for part, each in figures.items()},
         "baselines": {
-            name: {SCORED[part]: each.baselines_json(name) for part, each in figures.items()}
+            name: {SCORED[part]: f.to_json(f.baselines[name]) for part, f in figures.items()}
             for name in figures["test"].baselines
         },
     }

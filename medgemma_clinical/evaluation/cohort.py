@@ -84,28 +84,10 @@ class Cohort:
 
 
 @dataclass(frozen=True)
-class BaselineFigures:
-    """Metrics of a simple model, and the paired differences model less baseline, by metric."""
-
-    estimates: dict[str, Estimate]
-    differences: dict[str, Estimate]
-
-
-@dataclass(frozen=True)
-class CalibrationBin:
-    """Rows of similar risk: their mean predicted risk, number, and observed share of events."""
-
-    risk: float
-    rows: int
-    observed: Estimate
-
-
-@dataclass(frozen=True)
 class Subgroup:
     """One level of a subgroup column; ``auroc`` is None with too few patients of a class."""
 
-    column: str
-    level: str
+    name: str
     rows: int
     events: int
     risk: float
@@ -123,11 +105,12 @@ class CohortFigures:
         rarer: patients that have the outcome that fewer patients have.
         threshold: at which sensitivity and the other shares are taken.
         estimates: metrics, calibration and shares by name, in the order of metrics.json.
-        baselines: by name, of each simple model.
+        baselines: metrics of each simple model by its name.
+        differences: metrics of the model minus those of each simple model, paired.
         benefit: net benefit at each of ``BENEFIT_RISKS``.
-        bins: of the calibration curve, by rising risk.
+        bins: calibration curve, the observed share of events by mean predicted risk.
         subgroups: those that have any row.
-        before: ``estimates`` before recalibration, None without; the alarms are the same.
+        before: ``estimates`` before recalibration, empty without; the alarms are the same.
     """
 
     n: int
@@ -136,11 +119,12 @@ class CohortFigures:
     rarer: int
     threshold: float
     estimates: dict[str, Estimate]
-    baselines: dict[str, BaselineFigures]
-    benefit: tuple[Estimate, ...]
-    bins: tuple[CalibrationBin, ...]
-    subgroups: tuple[Subgroup, ...]
-    before: dict[str, Estimate] | None = None
+    baselines: dict[str, dict[str, Estimate]]
+    differences: dict[str, dict[str, Estimate]]
+    benefit: list[Estimate]
+    bins: dict[float, Estimate]
+    subgroups: list[Subgroup]
+    before: dict[str, Estimate]
 
     @property
     def prevalence(self) -> float:
@@ -155,22 +139,11 @@ class CohortFigures:
     @property
     def best_baseline(self) -> str | None:
         """Name of the baseline with the largest AUROC on these rows, None without baselines."""
-        known = {name: each.estimates["auroc"].value or 0 for name, each in self.baselines.items()}
+        known = {name: each["auroc"].value or 0 for name, each in self.baselines.items()}
         return max(known, key=known.__getitem__, default=None)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the part's object in metrics.json: n, events, and each estimate by name."""
-        return self._with_counts(self.estimates)
-
-    def baselines_json(self, name: str) -> dict[str, Any]:
-        """Return the object of one baseline in metrics.json: n, events, and each metric."""
-        return self._with_counts(self.baselines[name].estimates)
-
-    def before_json(self) -> dict[str, Any] | None:
-        """Return ``to_json`` as before recalibration, None without recalibration."""
-        return None if self.before is None else self._with_counts(self.before)
-
-    def _with_counts(self, estimates: dict[str, Estimate]) -> dict[str, Any]:
+    def to_json(self, estimates: dict[str, Estimate]) -> dict[str, Any]:
+        """Return an object of metrics.json: n, events, and each of the estimates by name."""
         shown = {name: each.to_json() for name, each in estimates.items()}
         return {"n": self.n, "events": self.events, **shown}
 
@@ -194,8 +167,8 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
     labels, risk = cohort.labels, cohort.probability
     groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
     bins = calibration_bins(labels, risk)
-    subgroups: dict[tuple[str, str], Any] = {
-        (str(name), str(level)): rows
+    subgroups: dict[str, Any] = {
+        f"{name}: {level}": rows
         for name, column in cohort.subgroups.items()
         for level, rows in column.groupby(column, observed=True).indices.items()
     }
@@ -222,22 +195,21 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
         rarer=rarer_patients(labels, groups),
         threshold=threshold,
         estimates=model,
-        baselines={
-            name: BaselineFigures(under("baseline", name), under("difference", name))
-            for name in cohort.baselines
-        },
-        benefit=tuple(under("benefit").values()),
-        bins=tuple(
-            CalibrationBin(float(risk[rows].mean()), int(rows.sum()), observed)
-            for rows, observed in zip(bins, under("bin").values(), strict=True)
-        ),
-        subgroups=tuple(
+        baselines={name: under("baseline", name) for name in cohort.baselines},
+        differences={name: under("difference", name) for name in cohort.baselines},
+        benefit=list(under("benefit").values()),
+        bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
+        subgroups=[
             Subgroup(
-                *key, len(rows), int(labels[rows].sum()), float(risk[rows].mean()), aurocs.get(key)
+                name,
+                rows=len(rows),
+                events=int(labels[rows].sum()),
+                risk=float(risk[rows].mean()),
+                auroc=aurocs.get(name),
             )
-            for key, rows in subgroups.items()
-        ),
-        before=model | before if before else None,
+            for name, rows in subgroups.items()
+        ],
+        before=model | before if before else {},
     )
 
 
@@ -245,7 +217,7 @@ def _estimates(
     cohort: Cohort,
     groups: NDArray[np.int64],
     shares: dict[Any, Share],
-    judged: dict[tuple[str, str], Any],
+    judged: dict[str, Any],
     seed: int,
 ) -> dict[Any, Estimate]:
     """Return all estimates; names are tuples, as ("model", "auroc").
@@ -279,7 +251,7 @@ def _estimates(
 def _weighted_figures(
     cohort: Cohort,
     shares: dict[Any, Share],
-    judged: dict[tuple[str, str], Any],
+    judged: dict[str, Any],
     weights: NDArray[np.float64],
 ) -> Figures:
     """Compute all figures under weights (R, n)."""

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,8 +173,8 @@ def _thinned(count: int) -> NDArray[np.int64]:
 def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     """Return observed shares over predicted risks with a histogram, and its text alternative."""
     figure, (axes, below) = new_figure((4, 1))
-    risks = 100 * np.array([each.risk for each in figures.bins])
-    shares, low, high = _percentages([each.observed for each in figures.bins])
+    risks = 100 * np.array(list(figures.bins))
+    shares, low, high = _percentages(figures.bins.values())
     top = min(100.0, 1.05 * np.nanmax([risks, shares, high]))
     axes.plot([0, 100], [0, 100], ":", color=INK, linewidth=1, label="as predicted")
     axes.vlines(risks, low, high, color=MODEL)
@@ -191,7 +191,7 @@ def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, st
     return figure, f"Calibration curve, bins of about equal size by rising risk: {pairs}."
 
 
-def _percentages(estimates: Sequence[Estimate]) -> NDArray[np.float64]:
+def _percentages(estimates: Iterable[Estimate]) -> NDArray[np.float64]:
     """Return value, low and high, (3, k), times 100; NaN where undefined."""
     numbers = [(each.value, each.low, each.high) for each in estimates]
     return 100 * np.array(numbers, dtype=np.float64).T

@@ -157,7 +157,7 @@ def judge(figures: CohortFigures, outcome: str) -> Verdict:
         )
     calibrated, calibration = _calibration_sentence(figures)
     best = figures.best_baseline
-    better = best is not None and figures.baselines[best].differences["auroc"].above(0)
+    better = best is not None and figures.differences[best]["auroc"].above(0)
     good = figures.auroc.above(0.5) and better and calibrated
     return Verdict(good, [ranking, _baseline_sentence(figures), calibration])
 
@@ -182,14 +182,13 @@ def _baseline_sentence(figures: CohortFigures) -> str:
     name = figures.best_baseline
     if name is None:
         return "No baseline was scored on these rows, so what the model adds is unknown."
-    baseline = figures.baselines[name]
-    difference = baseline.differences["auroc"]
+    score, difference = figures.baselines[name]["auroc"], figures.differences[name]["auroc"]
     word = "not shown to be better"
     if difference.above(0) or difference.below(0):
         word = "better" if difference.above(0) else "worse"
     return (
-        f"It is {word} than its best baseline, {name} (AUROC {baseline.estimates['auroc'].text()}):"
-        f" the paired difference is {difference.text('+.3f')}."
+        f"It is {word} than its best baseline, {name} (AUROC {score.text()}): the paired "
+        f"difference is {difference.text('+.3f')}."
     )
 
 

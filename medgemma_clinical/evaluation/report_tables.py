@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 
 TOO_FEW = "too few"
@@ -80,7 +79,7 @@ def figure_table(figures: CohortFigures, lines: Lines, scale: float = 1) -> pd.D
 
 def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
     """Return the figures before and after recalibration, None without recalibration."""
-    if figures.before is None:
+    if not figures.before:
         return None
     lines = [
         (name, figures.before[key].text(), figures.estimates[key].text())
@@ -91,17 +90,14 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
 
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
     """Return model and baselines, with the paired differences model less baseline."""
-    lines = [{"Model": "this model", **_compared(figures.estimates)}]
-    for name, baseline in figures.baselines.items():
-        line = {"Model": name, **_compared(baseline.estimates)}
-        line["AUROC, difference"] = baseline.differences["auroc"].text("+.3f")
-        line["Brier, difference"] = baseline.differences["brier"].text("+.4f")
+    lines = []
+    for name, known in {"this model": figures.estimates, **figures.baselines}.items():
+        line = {"Model": name} | {title: known[key].text(form) for key, title, form in COMPARED}
+        if difference := figures.differences.get(name):
+            line["AUROC, difference"] = difference["auroc"].text("+.3f")
+            line["Brier, difference"] = difference["brier"].text("+.4f")
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
-
-
-def _compared(known: dict[str, Estimate]) -> dict[str, str]:
-    return {name: known[key].text(form) for key, name, form in COMPARED}
 
 
 def subgroup_table(figures: CohortFigures) -> pd.DataFrame | None:
@@ -110,7 +106,7 @@ def subgroup_table(figures: CohortFigures) -> pd.DataFrame | None:
         return None
     lines = [
         {
-            "Group": f"{group.column}: {group.level}",
+            "Group": group.name,
             "Rows": f"{group.rows:,}",
             "Events": f"{group.events:,}",
             "Observed": percent(group.events / group.rows),
@@ -220,12 +216,17 @@ def results_table(
         reports: figures of the test part's written reports, if any were written.
     """
     test = figures["test"]
-    lines = [_results_line(name, {part: each.estimates for part, each in figures.items()})]
-    for baseline in test.baselines:
-        scores = {part: each.baselines[baseline].estimates for part, each in figures.items()}
-        lines.append(_results_line(baseline, scores))
+    scores = {part: {name: each.estimates, **each.baselines} for part, each in figures.items()}
+    lines = []
+    for model, on_test in scores["test"].items():
+        line = {"model": model}
+        for part, known in scores.items():
+            line[f"{part} AUROC [95 %]"] = known[model]["auroc"].text()
+        for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
+            line[f"test {title}"] = f"{on_test[metric].value:.3f}"
+        lines.append(line)
     further = [f"test part: {test.n:,} rows, {test.events:,} events"]
-    if test.before is not None:
+    if test.before:
         further.append("recalibrated on the validation part; on the test part:")
         further += [
             f"  {title}: {test.before[key].text()} -> {test.estimates[key].text()}"
@@ -233,11 +234,3 @@ def results_table(
         ]
     further += [f"{title}: {value}" for title, value in written_figures(reports).items()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])
-
-
-def _results_line(name: str, parts: dict[str, dict[str, Estimate]]) -> dict[str, str]:
-    line = {"model": name}
-    line |= {f"{part} AUROC [95 %]": known["auroc"].text() for part, known in parts.items()}
-    for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
-        line[f"test {title}"] = f"{parts['test'][metric].value:.3f}"
-    return line

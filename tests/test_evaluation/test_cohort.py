@@ -59,13 +59,13 @@ def test_figures_and_paired_differences_are_those_of_their_draws() -> None:
     figures = cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 7)
     draws = bootstrap(labels, groups, 7, partial(weighted_metrics, labels, risk))
     other_draws = bootstrap(labels, groups, 7, partial(weighted_metrics, labels, other))
-    baseline = figures.baselines["last value"]
+    baseline, differences = figures.baselines["last value"], figures.differences["last value"]
     for name in METRICS:
         value, low, high = ends(figures.estimates[name])
         assert (low, high) == percentiles(draws[name])
-        assert ends(baseline.estimates[name])[1:] == percentiles(other_draws[name])
-        difference = ends(baseline.differences[name])
-        assert difference[0] == pytest.approx(value - ends(baseline.estimates[name])[0])
+        assert ends(baseline[name])[1:] == percentiles(other_draws[name])
+        difference = ends(differences[name])
+        assert difference[0] == pytest.approx(value - ends(baseline[name])[0])
         assert difference[1:] == percentiles(draws[name] - other_draws[name])
     assert figures.auroc.value == pytest.approx(metrics.roc_auc_score(labels, risk))
     alarm = risk >= 0.3
@@ -92,7 +92,7 @@ def test_a_subgroup_has_the_interval_of_its_own_draws() -> None:
 
     draws = bootstrap(cohort.labels, cohort.groups, 0, inside)["auroc"]
     few, many = figures.subgroups  # a level without rows is left out
-    assert (few.level, few.rows, few.auroc) == ("few", 15, None)
+    assert (few.name, few.rows, few.auroc) == ("size: few", 15, None)
     value, low, high = ends(many.auroc)
     assert value == pytest.approx(metrics.roc_auc_score(labels, risk))
     assert (low, high) == percentiles(draws)
@@ -107,7 +107,7 @@ def test_few_patients_with_many_rows_are_not_called_sure() -> None:
     cohort = make_cohort((labels, np.where(labels == 1, 0.9, 0.1), groups), same=labels)
     figures = cohort_figures(cohort, 0.5, 0)
     assert figures.rarer == rarer_patients(labels, groups) == 1
-    for score in (figures.auroc, figures.baselines["same"].estimates["auroc"]):
+    for score in (figures.auroc, figures.baselines["same"]["auroc"]):
         assert score.value == 1
         assert score.low == pytest.approx(0.025)  # one pair of patients tells no more
     assert [group.auroc for group in figures.subgroups] == [None, None]
@@ -118,7 +118,7 @@ def test_a_perfect_subgroup_has_an_exact_interval() -> None:
     risk = np.where(labels == 1, 0.8, 0.2)
     risk[:10] = 0.5  # outside the subgroup "many"
     figures = cohort_figures(make_cohort((labels, risk, np.arange(60).astype(str))), 0.4, 0)
-    (many,) = [group for group in figures.subgroups if group.level == "many"]
+    (many,) = [group for group in figures.subgroups if group.name == "size: many"]
     value, low, _ = ends(many.auroc)
     assert value == 1
     assert low == pytest.approx(0.025 ** (1 / 22))  # 22 of its patients have the rarer outcome
@@ -138,7 +138,8 @@ def test_shares_of_none_and_all_get_exact_intervals_by_patients() -> None:
 def test_the_json_of_a_part_is_whole_and_has_no_numbers_that_json_lacks() -> None:
     labels = np.repeat([0.0, 1.0], 20)
     cohort = make_cohort((labels, np.linspace(0.1, 0.9, 40), np.arange(40).astype(str)))
-    content = cohort_figures(cohort, 0.5, 0).to_json()
+    figures = cohort_figures(cohort, 0.5, 0)
+    content = figures.to_json(figures.estimates)
     json.dumps(content, allow_nan=False)
     assert list(content) == [
         *("n", "events", "auroc", "auprc", "accuracy", "brier", "log_loss"),
@@ -152,10 +153,10 @@ def test_the_json_of_a_part_is_whole_and_has_no_numbers_that_json_lacks() -> Non
 def test_the_json_of_a_baseline_holds_its_metrics() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 200)
     figures = cohort_figures(make_cohort((labels, risk, groups), count=noisy(risk, 1)), 0.3, 0)
-    content = figures.baselines_json("count")
+    content = figures.to_json(figures.baselines["count"])
     assert list(content) == ["n", "events", *METRICS]
     assert content["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(labels, noisy(risk, 1)))
-    assert figures.before_json() is None
+    assert figures.before == {}
 
 
 def test_figures_before_recalibration_stand_beside_those_after() -> None:
@@ -175,10 +176,9 @@ def test_figures_before_recalibration_stand_beside_those_after() -> None:
     cohort = Cohort.from_predictions(dataset, mended, {})
     figures = cohort_figures(cohort, mended.rule.threshold, 3)
     plain = cohort_figures(make_cohort((labels, risk, groups)), 0.4, 3)
-    before = figures.before_json()
-    assert before is not None
-    assert before == {key: pytest.approx(value) for key, value in plain.to_json().items()}
-    after = figures.to_json()
+    before, after = figures.to_json(figures.before), figures.to_json(figures.estimates)
+    expected = plain.to_json(plain.estimates)
+    assert before == {key: pytest.approx(value) for key, value in expected.items()}
     for name in ("auroc", "sensitivity", "ppv", "alarms"):  # the order and the alarms stay
         assert after[name] == pytest.approx(before[name])
     assert after["log_loss"]["value"] < before["log_loss"]["value"] - 0.02

@@ -47,7 +47,7 @@ def test_the_console_table_holds_model_and_baselines_of_both_parts(figures: Coho
     assert "test AUPRC" in head
     assert model.split()[:3] == ["stage", "1", f"{other.auroc.value:.3f}"]
     assert figures.auroc.text() in model
-    assert figures.baselines["last value"].estimates["auroc"].text() in baseline
+    assert figures.baselines["last value"]["auroc"].text() in baseline
     assert rest == [f"test part: 400 rows, {figures.events} events"]
 
 
@@ -56,7 +56,6 @@ def test_the_console_says_what_recalibration_changed() -> None:
     plain = make_cohort((labels, risk, groups))
     mended = Cohort(labels, expit(0.4 * log_odds(risk)), groups, groups, plain.subgroups, {}, risk)
     found = cohort_figures(mended, 0.3, 0)
-    assert found.before is not None
     slopes = [each["calibration_slope"].text() for each in (found.before, found.estimates)]
     text = results_table("model", {"validation": found, "test": found})
     assert f"Calibration slope: {slopes[0]} -> {slopes[1]}" in text
@@ -82,7 +81,7 @@ def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
 def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
     table = baseline_table(figures).set_index("Model")
     assert table.loc["this model", "AUROC, difference"] == ""
-    difference = figures.baselines["last value"].differences["brier"]
+    difference = figures.differences["last value"]["brier"]
     assert table.loc["last value", "Brier, difference"] == difference.text("+.4f")
 
 
