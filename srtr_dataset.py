@@ -76,7 +76,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         max_len: only the most recent so many observations of a registration are kept.
         transplant: meaning of a transplant within the horizon: ``negative`` (label 0, a competing
             event) or ``exclude`` (left out).
-        dialysis: where dialysis is read, one of ``history.DIALYSIS_SOURCES``; None decides by the
+        dialysis: where dialysis is read, ``history.FLAGS`` or another of these; None decides by the
             whole history table. A checkpoint keeps the training data's in ``reading``.
         require_labels: leave out registrations whose label is unknown, and refuse folders with too
             few events; False where new patients are scored.

@@ -92,12 +92,6 @@ def test_the_rate_has_one_significant_figure_however_small(last: str, rate: str)
     assert f", {rate} mEq/L an hour: " in dataset.report(0)
 
 
-@pytest.mark.parametrize("label", [0, 1])
-def test_a_report_begins_with_its_verdict(label: int) -> None:
-    report = described("24 (0h)", label, Description()).report(0)
-    assert report.startswith(f"Escalation: {'yes' if label else 'no'}. ")
-
-
 @pytest.mark.parametrize(
     ("series", "word"),
     [
@@ -147,21 +141,9 @@ def test_a_report_is_scored_number_by_number(change: tuple[str, str], score: Rep
     assert OWN.score_report(0, OWN.report(0).replace(*change)) == score
 
 
-def test_a_number_with_another_unit_is_not_the_patients_own() -> None:
-    score = OWN.score_report(0, OWN.report(0).replace("first 24 mEq/L", "first 24 mg/dL"))
-    assert (score.verdict, score.parses, score.stated) == (1, False, 10)
-    assert score.true in (8, 9)  # its time may count or not
-
-
 def test_true_numbers_at_the_wrong_place_do_not_count() -> None:
     swapped = OWN.report(0).replace("first 24", "first 12.5").replace("last 12.5", "last 24")
     assert OWN.score_report(0, swapped).true == 8
-
-
-def test_the_report_of_another_patient_is_not_true() -> None:
-    other = described("7 (1h) -> 9 (3.5h) -> 8 (9h)", 1, Description())
-    score = OWN.score_report(0, other.report(0))
-    assert (score.parses, score.stated, score.true) == (True, 10, 0)
 
 
 def test_a_number_repeated_is_true_once() -> None:
@@ -174,12 +156,9 @@ def test_a_number_repeated_is_true_once() -> None:
     ("text", "verdict", "stated"),
     [
         ("", None, 0),
-        ("\n\0 (((", None, 0),
         ("5 5 5", None, 3),
         ("Escalation: yes", 1, 0),
         ("Escalation: no", 0, 0),
-        ("no", None, 0),
-        ("Escalation:", None, 0),
         ("The patient. Escalation: yes.", None, 0),
     ],
 )
@@ -208,15 +187,6 @@ def test_digits_and_signs_within_names_and_units_are_no_stated_numbers(
     assert dataset.score_report(0, wrong) == ReportScore(1, True, 10, 9)
 
 
-@pytest.mark.parametrize("series", ["24 (0h)", "5 (1h) -> 3 (1h)", "1e-7 (0h) -> -2e5 (3.25h)"])
-def test_every_own_report_is_wholly_true(series: str) -> None:
-    dataset = described(series, 0, Description())
-    score = dataset.score_report(0, dataset.report(0))
-    assert score.parses
-    assert score.verdict == 0
-    assert score.stated == score.true > 8
-
-
 def test_the_own_reports_of_random_series_are_wholly_true() -> None:
     rng = np.random.default_rng(4)
     dataset = dataset_of([random_text(rng) for _ in range(200)])
@@ -225,11 +195,6 @@ def test_the_own_reports_of_random_series_are_wholly_true() -> None:
         assert score.parses
         assert score.verdict == i % 2
         assert score.stated == score.true > 8
-
-
-def test_a_report_that_lacks_its_rate_does_not_parse() -> None:
-    score = OWN.score_report(0, OWN.report(0).replace(", -2 mEq/L an hour", ""))
-    assert (score.parses, score.stated) == (False, 9)
 
 
 def test_within_no_time_there_is_no_rate() -> None:

@@ -406,8 +406,7 @@ LATER: dict[str, Callable[..., pd.DataFrame]] = {
 }
 
 
-@pytest.mark.parametrize("organ", ORGAN_NAMES)
-@pytest.mark.parametrize("how", LATER)
+@pytest.mark.parametrize(("organ", "how"), list(zip(ORGAN_NAMES * 2, LATER, strict=True)))
 def test_history_after_the_landmark_changes_no_input(
     organ: str, how: str, random_cohort: Any, tmp_path: Path
 ) -> None:

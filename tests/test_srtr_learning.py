@@ -15,9 +15,9 @@ from srtr_files import random_tables, write_folder
 def test_what_meld_decides_is_learned_and_chance_is_not(
     risk: str, low: float, high: float, tmp_path: Path
 ) -> None:
-    folder = write_folder(tmp_path / "saf", *random_tables(1500, "liver", seed=11, risk=risk))
+    folder = write_folder(tmp_path / "saf", *random_tables(900, "liver", seed=11, risk=risk))
     flags = f"--trajectory_only --dataset srtr --organ liver --data_dir {folder} --log_file none"
-    words = [*flags.split(), "--trajectory_epochs", "8", "--output_dir", str(tmp_path / "out")]
+    words = [*flags.split(), "--trajectory_epochs", "6", "--output_dir", str(tmp_path / "out")]
     assert medgemma_trainer.main(words) == 0
     stage = tmp_path / "out" / "trajectory"
     figures = json.loads((stage / "metrics.json").read_text())

@@ -15,7 +15,6 @@ from medgemma_clinical.files import InputError
 logger = logging.getLogger(__name__)
 
 FLAGS, CODES, DATES, NOWHERE = "history flags", "history codes", "dialysis date", "nowhere"
-DIALYSIS_SOURCES = (FLAGS, CODES, DATES, NOWHERE)
 """Where dialysis is read: from a column of the history that holds 0 and 1, or codes as CAN_DIAL
 has them; from CAN_DIAL_DT; from nowhere."""
 
@@ -49,7 +48,7 @@ def read_history(
         definition: organ and landmark.
         listed: day of listing by PX_ID.
         dated: whether CAND has CAN_DIAL_DT.
-        dialysis_source: one of ``DIALYSIS_SOURCES``, as the training data were read; None decides
+        dialysis_source: ``FLAGS`` or another of these, as the training data were read; None decides
             by the whole table, so that no registration's value depends on the others kept.
 
     Returns:
