@@ -14,8 +14,6 @@ NEWTON_STEPS, NEWTON_PRECISION, LONGEST_STEP = 40, 1e-9, 1.0
 EQUAL_LOG_ODDS = 1e-9
 """Log-odds whose relative spread is smaller count as equal: the spread is rounding."""
 
-FEWEST_BINS, MOST_BINS, RARER_ROWS_A_BIN = 2, 10, 5
-
 
 def log_odds(probability: NDArray[Any]) -> NDArray[np.float64]:
     """Return the logit of probabilities (n,), those of 0 and 1 moved by float64's precision."""
@@ -126,7 +124,7 @@ def calibration_bins(
         The rows (n,) of each bin that has any, by rising risk.
     """
     rarer = min(labels.sum(), (1 - labels).sum())
-    count = int(np.clip(rarer // RARER_ROWS_A_BIN, FEWEST_BINS, MOST_BINS))
+    count = int(np.clip(rarer // 5, 2, 10))
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, count + 1)))
     places = np.searchsorted(edges, probability, side="right") - 1
     places = np.clip(places, 0, max(len(edges) - 2, 0))

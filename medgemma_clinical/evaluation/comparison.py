@@ -47,41 +47,34 @@ def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) ->
     labels = joined["label"].to_numpy(dtype=float)
     groups = joined["patient"].to_numpy(dtype=np.str_)
     split = joined.index.get_level_values(0).to_numpy()
-    risks = {
-        str(model): [table[model].to_numpy() for table in tables]
-        for model in joined.columns.drop(TESTED)
-    }
+    parts = [split == part for part in range(len(tables))]
+    risks = {str(model): joined[model].to_numpy() for model in joined.columns.drop(TESTED)}
 
     def by_split(weights: NDArray[np.float64]) -> Figures:
         """Return (splits, R) values of each model and metric."""
         figures: Figures = {}
-        for model, parts in risks.items():
-            scored = [
-                weighted_metrics(labels[split == k], part, weights[:, split == k])
-                for k, part in enumerate(parts)
-            ]
-            figures |= {(model, m): np.stack([each[m] for each in scored]) for m in METRICS}
+        for model, risk in risks.items():
+            scores = [weighted_metrics(labels[p], risk[p], weights[:, p]) for p in parts]
+            figures |= {(model, m): np.stack([each[m] for each in scores]) for m in METRICS}
         return figures
 
     def means(weights: NDArray[np.float64]) -> Figures:
         return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
 
     draws = bootstrap(labels, groups, seed, means, split)
-    values = {name: each[:, 0] for name, each in by_split(np.ones((1, len(labels)))).items()}
-    counts = {"n": len(labels), "events": int(labels.sum())}
+    values = by_split(np.ones((1, len(labels))))
     results: Results = {}
     for model in risks:
-        results[model] = dict(counts)
-        paired = {}
+        scores, paired = {}, {}
         for metric in METRICS:
             here, other = (model, metric), (reference, metric)
-            score = estimate(float(values[here].mean()), draws[here]).to_json()
+            scores[metric] = estimate(values[here].mean(), draws[here]).to_json()
             if len(tables) > 1:
-                score["sd"] = float(values[here].std(ddof=1))
-            results[model][metric] = score
-            difference = float((values[here] - values[other]).mean())
+                scores[metric]["sd"] = values[here].std(ddof=1)
+            difference = (values[here] - values[other]).mean()
             paired[metric] = estimate(difference, draws[here] - draws[other]).to_json()
-        results[model]["minus_reference"] = paired
+        counts = {"n": len(labels), "events": int(labels.sum())}
+        results[model] = {**counts, **scores, "minus_reference": paired}
     return results
 
 

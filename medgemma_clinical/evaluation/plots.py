@@ -28,23 +28,17 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font t
 INK, GRID, MODEL, OTHER = "#1f2933", "#d9dee3", "#0b6fa4", "#b4531f"
 STYLE = {
     "axes.axisbelow": True,
-    "axes.edgecolor": INK,
     "axes.grid": True,
-    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "font.size": 9,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.markersize": 3,
     "svg.fonttype": "none",
     "svg.hashsalt": "medgemma",  # the same picture has the same bytes
     "text.parse_math": False,  # a dollar sign in a user's words stays one
-    "xtick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.color": INK,
-    "ytick.labelsize": 9,
 }
 MOST_POINTS = 400
 """Points of a curve that are drawn."""

@@ -118,9 +118,9 @@ def subgroup_table(figures: CohortFigures) -> pd.DataFrame | None:
     return pd.DataFrame(lines)
 
 
-def largest_errors(cohort: Cohort, most: int = 10) -> pd.DataFrame:
-    """Return the rows whose risk is farthest from the label: id, label and probability only."""
-    order = np.argsort(-np.abs(cohort.labels - cohort.probability), kind="stable")[:most]
+def largest_errors(cohort: Cohort) -> pd.DataFrame:
+    """Return the ten rows whose risk is farthest from the label: id, label and probability only."""
+    order = np.argsort(-np.abs(cohort.labels - cohort.probability), kind="stable")[:10]
     return pd.DataFrame(
         {
             "id": cohort.ids[order],
@@ -226,11 +226,7 @@ def results_table(
             line[f"test {title}"] = f"{on_test[metric].value:.3f}"
         lines.append(line)
     further = [f"test part: {test.n:,} rows, {test.events:,} events"]
-    if test.before:
-        further.append("recalibrated on the validation part; on the test part:")
-        further += [
-            f"  {title}: {test.before[key].text()} -> {test.estimates[key].text()}"
-            for key, title in RECALIBRATED.items()
-        ]
+    if (recalibration := recalibration_table(test)) is not None:
+        further.append(recalibration.to_string(index=False))
     further += [f"{title}: {value}" for title, value in written_figures(reports).items()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])
