@@ -61,17 +61,9 @@ class Cohort:
         predictions: Predictions,
         baselines: dict[str, NDArray[np.float64]],
     ) -> Cohort:
-        """Collect what a data set knows of the predicted rows.
-
-        Args:
-            dataset: which ``predictions.rows`` points into.
-            predictions: of one part.
-            baselines: probabilities (n,) of each simple model for the same rows.
-        """
-        rows = predictions.rows
-        uncalibrated = None
-        if predictions.rule.recalibrates:
-            uncalibrated = DecisionRule().probability(predictions.logit)
+        """Collect what a data set knows of the rows of ``predictions``."""
+        rows, rule = predictions.rows, predictions.rule
+        uncalibrated = DecisionRule().probability(predictions.logit) if rule.recalibrates else None
         return cls(
             predictions.labels,
             predictions.probability,
@@ -158,7 +150,7 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
 
     Args:
         cohort: the rows.
-        threshold: chosen on the validation part.
+        threshold: of the decision rule.
         seed: of the bootstrap.
 
     Raises:
@@ -222,12 +214,7 @@ def _estimates(
 ) -> dict[Any, Estimate]:
     """Return all estimates; names are tuples, as ("model", "auroc").
 
-    Args:
-        cohort: the rows.
-        groups: (n,) number of each row's patient.
-        shares: by name.
-        judged: positions of the rows of each subgroup that gets an AUROC.
-        seed: of the bootstrap.
+    ``judged`` holds the positions of the rows of each subgroup that gets an AUROC.
     """
     labels = cohort.labels
     # An AUROC of 0 or 1 rests on as many pairs of patients as have the rarer outcome.

@@ -133,16 +133,8 @@ def write_comparison(
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
-    An earlier result that differs is moved aside first.
-
-    Args:
-        folder: where to.
-        name: of the files.
-        results: from ``compare_models``.
-        reference: the model that the others are compared with.
-        title: of the page.
-        sentences: more of them for the page, after those of the result.
-        card: lines about how the comparison was made.
+    An earlier result that differs is moved aside first. The page has the ``sentences`` after those
+    of the result, and ``card`` says how the comparison was made.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}

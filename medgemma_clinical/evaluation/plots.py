@@ -55,13 +55,7 @@ class Image:
 def report_images(
     cohort: Cohort, figures: CohortFigures, history: Sequence[dict[str, Any]]
 ) -> dict[str, Image]:
-    """Draw a report's pictures: roc, precision, calibration, decision_curve and learning.
-
-    Args:
-        cohort: the rows that are judged.
-        figures: of the cohort.
-        history: one object an epoch; without any there is no learning curve.
-    """
+    """Draw a report's pictures by name; without a history there is no learning curve."""
     plots = {
         "roc": plot_roc,
         "precision": plot_precision_recall,
@@ -85,13 +79,7 @@ def plot_style() -> Iterator[None]:
 def new_figure(
     heights: Sequence[float] = (1,), size: tuple[float, float] = (4, 3.7), *, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure with panels below each other, and their axes.
-
-    Args:
-        heights: of the panels, relative to each other.
-        size: width and height of the figure in inches.
-        sharex: whether the panels have one x axis.
-    """
+    """Return a figure, ``size`` inches, and its axes below each other with relative heights."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=sharex, squeeze=False, height_ratios=heights)
     return figure, list(axes[:, 0])
@@ -125,9 +113,8 @@ def plot_roc(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     axes.set_ylabel("sensitivity, % of events")
     add_legend(figure)
     return figure, (
-        f"ROC curve: AUROC {figures.auroc.text()}. At the chosen threshold of "
-        f"{100 * figures.threshold:.3g} % risk the model finds {percent(found)} of the events with "
-        f"an alarm in {percent(1 - spared)} of the rows without event."
+        f"ROC curve: AUROC {figures.auroc.text()}. At the chosen threshold the model finds "
+        f"{percent(found)} of the events with an alarm in {percent(1 - spared)} of the other rows."
     )
 
 
@@ -244,12 +231,7 @@ def plot_learning(history: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
 
 
 def plot_comparison(results: dict[str, dict[str, Any]], reference: str) -> Figure:
-    """Return AUROC and paired difference of each model with their intervals.
-
-    Args:
-        results: from ``compare_models``.
-        reference: the model that the others are compared with.
-    """
+    """Return AUROC and paired difference of each model with their intervals."""
     figure, panels = new_figure((1, 1), (5.5, 0.5 * len(results) + 2), sharex=False)
     names = list(results)[::-1]
     aurocs = [results[name]["auroc"] for name in names]

@@ -93,12 +93,7 @@ def write_report(
 ) -> str:
     """Write a report: one file that needs neither network nor script.
 
-    Args:
-        path: of the file.
-        cohort: the rows that are judged.
-        figures: of the cohort.
-        content: what else the page says.
-        list_patients: list the ten largest errors, by id, label and probability.
+    ``list_patients`` adds the ten largest errors, by id, label and probability.
 
     Returns:
         The sentences of the verdict.
@@ -143,12 +138,7 @@ def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
 
 
 def judge(figures: CohortFigures, outcome: str) -> Verdict:
-    """Put the figures into words: discrimination, gain over the best baseline, calibration.
-
-    Args:
-        figures: of the cohort.
-        outcome: the event in a few words.
-    """
+    """Put the figures into words: discrimination, gain over the best baseline, calibration."""
     ranking = _ranking_sentence(figures, outcome)
     if figures.rarer < FEWEST_PATIENTS:
         ranking = (

@@ -180,21 +180,13 @@ def split_table(
 
 
 def flow_table(flow: pd.DataFrame | None) -> pd.DataFrame | None:
-    """Return the rules that left rows out, in a page's words; None where none are known.
-
-    Args:
-        flow: columns ``rule``, ``removed``, ``left``.
-    """
+    """Return a data set's flow (columns rule, removed, left) in a page's words."""
     names = {"rule": "Left out", "removed": "Rows", "left": "Rows left"}
     return None if flow is None else flow.rename(columns=names)
 
 
 def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
-    """Return the figures of written reports in words.
-
-    Args:
-        reports: the object ``reports`` of metrics.json, if any were written.
-    """
+    """Return the figures of written reports, as in metrics.json, in words."""
     names = {
         "reports": ("Reports written", "{:,.0f}".format),
         "parse_share": ("Reports of the expected form", percent),
@@ -208,13 +200,7 @@ def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
 def results_table(
     name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
 ) -> str:
-    """Return the final table of a run: model and baselines, validation and test.
-
-    Args:
-        name: of the model, its first cell.
-        figures: of the parts ``validation`` and ``test``.
-        reports: figures of the test part's written reports, if any were written.
-    """
+    """Return the final table of a run: model and baselines, ``validation`` and ``test``."""
     test = figures["test"]
     scores = {part: {name: each.estimates, **each.baselines} for part, each in figures.items()}
     lines = []

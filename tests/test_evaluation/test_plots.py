@@ -44,7 +44,7 @@ def test_the_roc_curve_marks_the_threshold(judged: tuple[Cohort, CohortFigures])
     alarm, event = cohort.probability >= 0.3, cohort.labels == 1
     point = [100 * alarm[~event].mean(), 100 * alarm[event].mean()]
     assert lines_of(figure)["chosen threshold"].ravel() == pytest.approx(point)
-    assert "threshold of 30 % risk" in alt
+    assert f"finds {percent(alarm[event].mean())} of the events" in alt
     assert figures.auroc.text() in alt
 
 
