@@ -215,17 +215,10 @@ class ClinicalODERNN(nn.Module):
         return build_plan(times, values, observed, self._solver_config)
 
     def run(self, plan: Plan) -> Tensor:
-        """Encode a planned batch.
-
-        Args:
-            plan: from ``plan`` of an encoder with as many features, the same solver, time scale
-                and dtype.
-
-        Returns:
-            As ``forward``.
+        """Encode a planned batch as ``forward`` does.
 
         Raises:
-            ValueError: the plan is another encoder's.
+            ValueError: the plan is of an encoder with other features, solver, time scale or dtype.
         """
         if plan.config != self._solver_config:
             raise ValueError(f"a plan of {plan.config}, this encoder has {self._solver_config}")

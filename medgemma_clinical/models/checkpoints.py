@@ -139,11 +139,8 @@ def save_trajectory(
 ) -> None:
     """Write stage 1's best model; plain types and tensors only.
 
-    Args:
-        path: of the file.
-        model: encoder and head.
-        config: what rebuilds the model, and what it was trained on; plain types.
-        train_patients: see ``Data.training_patients``.
+    ``config`` rebuilds the model and says what it was trained on; for ``train_patients`` see
+    ``Data.training_patients``.
     """
     content = {
         "format": CHECKPOINT_FORMAT,
@@ -202,15 +199,10 @@ def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
 
 
 def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None:
-    """Write the best model of stage 2 or 3 as a folder.
+    """Write the best model of stage 2 or 3, all but its base weights, in place of ``folder``.
 
     Encoder, projection and heads lie beside the adapter: a head inside an adapter's
     ``modules_to_save`` is easily lost.
-
-    Args:
-        folder: replaced as a whole where it exists.
-        model: of which all but the base weights are written.
-        config: what rebuilds the model, and what it was trained on; plain types.
     """
     from safetensors.torch import save_file
 

@@ -63,12 +63,7 @@ class PlannedEncoder(Encoder, Protocol):
 def collate_with_plan(
     dataset: TrajectoryDataset, encoder: Encoder
 ) -> Callable[[Sequence[int]], Batch]:
-    """Return a collate function whose batches bring the encoder's plan along as ``plan``.
-
-    Args:
-        dataset: makes the batches.
-        encoder: plans them; one without ``plan`` gets the batches as they are.
-    """
+    """Return a collate function whose batches bring the plan along of an encoder that plans."""
     if not isinstance(encoder, PlannedEncoder):
         return dataset.collate
 
@@ -88,11 +83,7 @@ def encode(encoder: Encoder, batch: Batch) -> Tensor:
 
 
 def check_gaps(encoder: Encoder, dataset: TrajectoryDataset) -> None:
-    """Check that an encoder accepts the longest gap of a data set.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Raise an ``InputError`` where an encoder does not accept the longest gap of a data set."""
     longest = dataset.longest_gap()
     if longest > encoder.longest_gap_hours:
         raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")

@@ -69,13 +69,7 @@ def write_reports(
 def save_reports(
     path: Path, dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions
 ) -> dict[str, Any]:
-    """Write reports as JSON lines (id, text, target, verdict, probability) and score them.
-
-    Args:
-        path: of the file.
-        dataset: of the reports' patients, labelled.
-        texts: the written report of each position.
-        predictions: of the same positions.
+    """Write reports, by position, as JSON lines (id, text, target, verdict, probability).
 
     Returns:
         Number of reports, share of the expected form, share of the stated numbers that are the

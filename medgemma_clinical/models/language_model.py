@@ -66,8 +66,10 @@ def load_language_model(
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
     model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision)
     _check_loaded(name, missing, tokenizer)
-    if quantization == "nf4":
-        _check_quantized(name, model)
+    for module in model.modules():
+        # 4-bit weights that are repacked for fast CPU inference lose bits and gradients.
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -83,13 +85,11 @@ def _read_model(
         config = transformers.AutoConfig.from_pretrained(name, **source)
         if config.model_type not in ("gemma3", "gemma3_text"):
             raise InputError(f"--model_name {name}: a {config.model_type} model: give a Gemma 3")
-        multimodal = hasattr(config, "text_config")
-        text_keys = {r"^(model\.)?language_model\.(model\.)?": "model."}
         model, found = transformers.Gemma3ForCausalLM.from_pretrained(
             name,
             **source,
-            config=config.text_config if multimodal else config,
-            key_mapping=text_keys if multimodal else None,
+            config=getattr(config, "text_config", config),
+            key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
             quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
             dtype=dtype,
             device_map={"": device},
@@ -118,20 +118,8 @@ def _check_loaded(name: str, missing: set[str], tokenizer: PreTrainedTokenizerBa
         raise InputError(f"--model_name {name}: its tokenizer files are missing or damaged")
 
 
-def _check_quantized(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model in which nothing was quantised; keep 4-bit weights as they are on a CPU."""
-    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
-    if not layers:
-        raise InputError(f"--quantization nf4: no layer of {name} was quantised")
-    for layer in layers:  # repacked for fast CPU inference, weights would lose bits and gradients
-        layer.support_avx512bf16_for_cpu = False
-
-
 def nf4_config(dtype: torch.dtype) -> Any:
-    """Return the 4-bit NormalFloat settings: double quantisation, computation in ``dtype``.
-
-    Source: Dettmers et al. 2023, "QLoRA".
-    """
+    """Return the settings of QLoRA. Source: Dettmers et al. 2023, "QLoRA"."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

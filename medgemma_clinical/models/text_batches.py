@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import to_device
@@ -38,7 +39,6 @@ class TextCollator:
     the prompt as a user's turn in its own chat template.
 
     Attributes:
-        options: of the prompts.
         prompt_ids: ids of each row's prompt, N lists.
         answer_ids: ids of each report from its verdict on, N lists, empty without ``answers``.
         stem: ids of the words before the verdict.
@@ -46,7 +46,7 @@ class TextCollator:
         verdict: ids of the tokens that tell yes from no.
         sample: ids as they stand in every kind of prompt.
         before, behind: ids of the chat template around a prompt.
-        pad, bos, eos: ids of the tokenizer; several may end an answer.
+        eos: ids that end an answer.
         states: ``TrajectoryStates`` of all N rows, from a frozen encoder; see ``encode_all``.
         shortened: number of prompts that lost their oldest observations to ``most_tokens``.
         too_long: rows whose prompt is longer all the same, where that is no error.
@@ -139,32 +139,20 @@ class TextCollator:
 
     def __call__(self, indices: Sequence[int]) -> TextBatch:
         """Return the batch of B positions: prompt, words before the verdict, answer if known."""
-        return self._batch(indices, [self.answer_ids[i] for i in indices], trained=True)
+        return self._batch(indices, [self.answer_ids[i] for i in indices])
 
     def with_verdicts(self, indices: Sequence[int], verdicts: NDArray[np.bool_]) -> TextBatch:
-        """Return the batch that generation continues: its text ends behind the verdict.
+        """Return the batch that generation continues behind ``verdicts``, (B,) bool."""
+        return self._batch(indices, [self.words[int(verdict)] for verdict in verdicts])
 
-        Args:
-            indices: B positions in the data set.
-            verdicts: (B,) bool, whether the report says yes.
-        """
-        words = [self.words[int(verdict)] for verdict in verdicts]
-        return self._batch(indices, words, trained=False)
-
-    def _batch(
-        self, indices: Sequence[int], answers: list[list[int]], *, trained: bool
-    ) -> TextBatch:
-        rows = [
-            self.prompt_ids[i] + self.stem + answer
-            for i, answer in zip(indices, answers, strict=True)
-        ]
-        longest = max(map(len, rows))
-        starts = torch.tensor([len(self.prompt_ids[i]) + len(self.stem) for i in indices])
-        lengths = torch.tensor([len(row) for row in rows])
-        input_ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])
-        place = torch.arange(longest)
-        text_mask = place < lengths[:, None]
-        answer = (place >= starts[:, None]) & text_mask & trained
+    def _batch(self, indices: Sequence[int], answers: list[list[int]]) -> TextBatch:
+        texts = [self.prompt_ids[i] + self.stem for i in indices]
+        rows = [torch.tensor(text + answer) for text, answer in zip(texts, answers, strict=True)]
+        starts = torch.tensor([len(text) for text in texts])
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        place = torch.arange(input_ids.shape[1])
+        text_mask = place < torch.tensor([len(row) for row in rows])[:, None]
+        answer = (place >= starts[:, None]) & text_mask
         batch = TextBatch(
             **self.dataset.collate(indices),
             input_ids=input_ids,

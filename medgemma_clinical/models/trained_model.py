@@ -89,9 +89,6 @@ def checkpoint_place(path: Path) -> Path:
 def read_trained_config(path: Path) -> dict[str, Any]:
     """Return a checkpoint's configuration without loading a language model.
 
-    Args:
-        path: a stage's folder, its ``best``, or stage 1's file.
-
     Raises:
         InputError: no checkpoint there, damaged, or of another format.
     """
@@ -162,11 +159,7 @@ def build_llm(
 
 
 def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encoder:
-    """Rebuild an encoder whose weights are still to be loaded.
-
-    Args:
-        config: see ``encoder_config``.
-        encoders: class of each registered name.
+    """Rebuild an encoder whose weights are still to be loaded, from an ``encoder_config``.
 
     Raises:
         InputError: no encoder of that name is registered.
@@ -186,7 +179,7 @@ def load_stage1_encoder(
     time_scale: float | None,
     data: Data,
 ) -> tuple[Encoder, dict[str, Tensor]]:
-    """Rebuild stage 1's encoder for a stage with a language model.
+    """Rebuild stage 1's encoder for a run with a language model on ``data``.
 
     Args:
         path: stage 1's file.

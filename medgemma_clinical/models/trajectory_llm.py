@@ -299,13 +299,7 @@ class LLMWriter(TrajectoryLLM):
 
     @torch.no_grad()
     def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
-        """Continue texts greedily, batched.
-
-        Args:
-            batch: texts that end where the model is to go on.
-            most: tokens to write at most.
-            eos: ids that end a report.
-            pad: id that fills finished rows.
+        """Continue texts greedily up to a token of ``eos``, finished rows by ``pad``.
 
         Returns:
             (B, at most ``most``) int64 ids.
