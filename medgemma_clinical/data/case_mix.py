@@ -69,14 +69,11 @@ def bands_of(people: pd.DataFrame) -> pd.DataFrame:
         N rows; ordered categories ``observations`` and, where anything is known of them, ``age``
         (years) and ``sex``; other columns as they are.
     """
-    columns: dict[str, Any] = {
-        "observations": banded(people["observations"].to_numpy(), OBSERVATION_BANDS)
-    }
-    if people["age"].notna().any():
-        columns["age"] = banded(people["age"].to_numpy(), AGE_BANDS)
-    unknown = [] if (people["sex"] != UNKNOWN).any() else ["sex"]
-    rest = people.drop(columns=["observations", "age", *unknown])
-    return pd.DataFrame(columns, index=people.index).join(rest)
+    table = people.assign(
+        observations=banded(people["observations"].to_numpy(), OBSERVATION_BANDS),
+        age=banded(people["age"].to_numpy(), AGE_BANDS),
+    )
+    return table.drop(columns=[n for n in ("age", "sex") if (table[n] == UNKNOWN).all()])
 
 
 def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:
@@ -101,15 +98,11 @@ def case_mix_of(
         (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known sexes);
         unknown ones are left out.
     """
-    mix = {"rows": float(len(people)), "patients": float(len(np.unique(groups)))}
-    for name in ("observations", "age"):
-        if len(column := people[name].dropna()):
-            quartiles = np.quantile(column, [0.25, 0.5, 0.75]).tolist()
-            for place, quartile in zip(("q1", "median", "q3"), quartiles, strict=True):
-                mix[f"{name}_{place}"] = quartile
-    if not np.isnan(labels).all():
-        mix["prevalence"] = float(np.nanmean(labels))
     known = people["sex"][people["sex"] != UNKNOWN]
-    if len(known):
-        mix["women"] = float((known == "woman").mean())
-    return mix
+    mix: dict[str, Any] = {"rows": len(people), "patients": len(np.unique(groups))}
+    for name in ("observations", "age"):
+        for place, share in (("q1", 0.25), ("median", 0.5), ("q3", 0.75)):
+            mix[f"{name}_{place}"] = people[name].quantile(share)
+    mix["prevalence"] = pd.Series(labels).mean()
+    mix["women"] = (known == "woman").mean()
+    return {name: float(figure) for name, figure in mix.items() if pd.notna(figure)}

@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ SEPARATORS = {";": "';'", "\t": "tabs"}
 """Wrong separators that are recognised, as errors name them."""
 
 
+@dataclass
 class Findings:
     """What shows while a file is read, whole or in chunks, and is logged once at its end.
 
@@ -38,13 +40,11 @@ class Findings:
         notes: what there is to say of the file; an ordered set.
     """
 
-    def __init__(self, source: str, *, strict: bool = True) -> None:
-        """Begin with nothing found."""
-        self.source = source
-        self.strict = strict
-        self.problems: dict[int, str] = {}
-        self.counts: Counter[str] = Counter()
-        self.notes: dict[str, None] = {}
+    source: str
+    strict: bool = True
+    problems: dict[int, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, None] = field(default_factory=dict)
 
     def add_problem(
         self, row: int, problem: str, *, column: str = "", value: object = None
