@@ -208,12 +208,18 @@ def test_a_few_impossible_dates_are_counted_and_their_rows_marked(
     assert str(cell) not in caplog.text
 
 
+def test_a_listing_before_the_registry_is_plausible(tmp_path: Path) -> None:
+    table = read(with_dates(tmp_path, [9000]))
+    assert not table[BAD_DATE].any()
+    assert table["CAN_LISTING_DT"].iloc[0] == 9000  # 1984
+
+
 @pytest.mark.parametrize("cell", ["soon", 1.8e9, 9000])
-def test_many_impossible_dates_refuse_the_table(cell: Any, tmp_path: Path) -> None:
+def test_many_impossible_or_early_dates_refuse_the_table(cell: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read(with_dates(tmp_path, [LISTED, *[cell] * 3]))
     text = str(caught.value)
     assert "column CAN_LISTING_DT, data row 2: is no date of a known form" in text
-    assert "from 1987 (dialysis: 1960) to now, one of 3 such rows among 200" in text
+    assert "not from 1987 (dialysis: 1960) to now, one of 3 such rows among 200" in text
     assert str(cell) not in text
     assert caught.value.value is not None

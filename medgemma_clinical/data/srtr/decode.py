@@ -35,11 +35,15 @@ BEHIND = r"([ T]\d{1,2})?\s*:.*$"
 """The label behind a code, and the time of day behind a date."""
 
 DATE_FORMS = ("%Y-%m-%d", "%m/%d/%Y", "%m/%d/%y", "%d%b%Y", "%d%b%y")
-FIRST_YEAR = 1987
-"""The registry began in October. Days since 1970, read as days since 1960, show by their years."""
+FIRST_YEAR = 1968
+"""Regional waiting lists, from which listings were taken over, are not older (believed)."""
 
 FIRST_DIALYSIS_YEAR = 1960
 """Maintenance dialysis began. Source: Scribner 1960, the arteriovenous shunt."""
+
+REGISTRY_YEAR = 1987
+REGISTRY_DAY = (EPOCH.replace(year=REGISTRY_YEAR) - EPOCH).days
+"""The registry began in October; listings before are rare, but real."""
 
 MOST_BAD_DATES = 0.01
 """Share of a table's rows above which its dates are taken for another kind of number."""
@@ -50,47 +54,50 @@ BAD_DATE = "BAD_DATE"
 
 @dataclass
 class DateCheck:
-    """Counts of a table's impossible dates.
+    """Counts of a table's dates that are impossible, or earlier than the registry.
 
     Attributes:
         path: of the table.
         rows: read so far.
-        bad_rows: with such a date.
+        suspicious_rows: with such a date; a few early ones are real.
         impossible: cells by column.
-        first: column, data row from 1 and content of the first such cell.
+        first: column, data row from 1 and content of the first suspicious cell.
     """
 
     path: Path
     rows: int = 0
-    bad_rows: int = 0
+    suspicious_rows: int = 0
     impossible: Counter[str] = field(default_factory=Counter)
     first: tuple[str, int, str] | None = None
 
-    def add(self, cells: pd.DataFrame, unread: pd.DataFrame) -> pd.Series:
-        """Count a chunk; return which rows hold an impossible date."""
-        dates = [name for name in map(str, cells) if name.endswith(DATE_ENDINGS)]
-        bad = unread[dates].any(axis=1)
-        if self.first is None and bad.any():
-            row, column = np.argwhere(unread[dates].to_numpy())[0]
+    def add(self, cells: pd.DataFrame, values: pd.DataFrame, unread: pd.DataFrame) -> pd.Series:
+        """Count a chunk, as stored and as decoded; return which rows hold an impossible date."""
+        dates = [name for name in map(str, values) if name.endswith(DATE_ENDINGS)]
+        # Dialysis may begin decades before listing.
+        early = values[dates].drop(columns="CAN_DIAL_DT", errors="ignore") < REGISTRY_DAY
+        suspicious = unread[dates] | early.reindex(columns=dates, fill_value=False)
+        if self.first is None and suspicious.any(axis=None):
+            row, column = np.argwhere(suspicious.to_numpy())[0]
             content = str(cells[dates[column]].iloc[row])
             self.first = dates[column], self.rows + int(row) + 1, content
         self.rows += len(cells)
-        self.bad_rows += int(bad.sum())
+        self.suspicious_rows += int(suspicious.any(axis=1).sum())
         self.impossible.update({name: int(unread[name].sum()) for name in dates})
-        return bad
+        return unread[dates].any(axis=1)
 
     def finish(self) -> None:
         """Log what was counted.
 
         Raises:
-            InputError: too many rows hold impossible dates.
+            InputError: too many rows hold impossible or very early dates.
         """
-        if self.first and self.bad_rows > MOST_BAD_DATES * self.rows:
+        if self.first and self.suspicious_rows > MOST_BAD_DATES * self.rows:
             column, row, content = self.first
             raise InputError(
-                f"{self.path}, column {column}, data row {row}: is no date of a known form from "
-                f"{FIRST_YEAR} (dialysis: {FIRST_DIALYSIS_YEAR}) to now, one of {self.bad_rows} "
-                f"such rows among {self.rows}; numbers must be days since 1960-01-01",
+                f"{self.path}, column {column}, data row {row}: is no date of a known form, or not "
+                f"from {REGISTRY_YEAR} (dialysis: {FIRST_DIALYSIS_YEAR}) to now, one of "
+                f"{self.suspicious_rows} such rows among {self.rows}; numbers must be days since "
+                "1960-01-01",
                 content,
             )
         for name, count in (+self.impossible).items():
@@ -130,7 +137,8 @@ def read_saf(file: SafFile, costs: dict[str, str]) -> Iterator[pd.DataFrame]:
         values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
         unread = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
         _check_numbers(cells, unread, path, dates.rows)
-        yield values.assign(**{BAD_DATE: dates.add(cells, unread)})
+        bad = dates.add(cells, values, unread)
+        yield values.assign(**{BAD_DATE: bad})
     if dates.rows == 0:
         raise InputError(f"{path}: no rows below the header")
     dates.finish()
@@ -176,7 +184,10 @@ def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
 
 
 def _days(cells: pd.Series, first_year: int) -> pd.Series:
-    """Read dates of any form as days since 1960-01-01, NaN outside ``first_year`` to now."""
+    """Read dates of any form as days since 1960-01-01, NaN outside ``first_year`` to now.
+
+    SAS days and Unix days overlap, so size cannot tell the epoch: ``DateCheck`` looks at years.
+    """
     now = pd.Timestamp.now()
     days = pd.Series(pd.to_numeric(cells, errors="coerce"), dtype=float) // 1
     text = cells[days.isna()].astype(str)
