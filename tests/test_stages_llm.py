@@ -103,17 +103,6 @@ def test_a_frozen_encoder_encodes_each_row_once_before_training(
     trainer.train_epoch(stage, state, seed=0)
     trainer.validate(stage, state)
     assert rows == [16]
-    assert isinstance(stage.model, TrajectoryLLM)
-    batch: Any = stage.loaders["test"].collate_fn([3, 12, 7])
-    known = stage.model.trajectory(batch)
-    for name in ("states", "states_mask", "trajectory_logit"):
-        del batch[name]
-    fresh = stage.model.trajectory(batch)
-    assert known is not None
-    assert fresh is not None
-    assert torch.equal(known.mask, fresh.mask)
-    torch.testing.assert_close(known.states[known.mask], fresh.states[fresh.mask])
-    torch.testing.assert_close(known.logit, fresh.logit)
 
 
 def test_an_encoder_that_learns_encodes_each_batch_anew() -> None:

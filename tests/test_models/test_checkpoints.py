@@ -48,7 +48,6 @@ from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 DATA = data_of(patients())
-KINDS = {"classifier": "classification", "writer": "generative"}
 
 
 class Code:
@@ -156,14 +155,13 @@ def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) 
 # ------------------------------------------------------------------------------- stages 2 and 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_reloaded_model_gives_the_same_logits_to_the_last_bit(kind: str, tmp_path: Path) -> None:
+def test_a_reloaded_model_gives_the_same_logits_to_the_last_bit(tmp_path: Path) -> None:
     parts = classifier_and_writer(residual=True)
-    model, batch = disturb(getattr(parts, kind), 0), parts.collate(range(6))
+    model, batch = disturb(parts.writer, 0), parts.collate(range(6))
     expected = model(batch)
-    save_llm(tmp_path / "best", model, llm_config(model, KINDS[kind], DATA))
+    save_llm(tmp_path / "best", model, llm_config(model, "generative", DATA))
     assert torch.equal(model(batch).logit, expected.logit), "saving changed the model"
-    fresh = disturb(getattr(classifier_and_writer(residual=True), kind), 9)
+    fresh = disturb(classifier_and_writer(residual=True).writer, 9)
     assert not (fresh(batch).logit == expected.logit).any()
     load_llm(fresh, tmp_path / "best")
     found = fresh(batch)
