@@ -51,7 +51,6 @@ from medgemma_clinical.commands.command_line import (
     check_flags,
     names,
     number,
-    precision_name,
     run_command,
     start_logging,
 )
@@ -183,7 +182,12 @@ def add_model_flags(parser: Parser) -> None:
         choices=("nf4", "none"),
         help="nf4 on CUDA, none elsewhere, when not given",
     )
-    add("--precision", type=precision_name, default="auto", help="auto, bf16 or fp32")
+    add(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="float16 overflows in Gemma 3",
+    )
     add("--soft_prompt", choices=("on", "off"), default="on", help="off: the LLM reads text alone")
     add(
         "--num_prefix_tokens",
@@ -222,7 +226,7 @@ from medgemma_clinical.commands.announce import announce, describe_texts, log_pa
 from medgemma_clinical.commands.compare import run_compare
 from medgemma_clinical.commands.demo import run_demo
 from medgemma_clinical.commands.predict import predict
-from medgemma_clinical.commands.results import ResultOptions, write_generations, write_results
+from medgemma_clinical.commands.results import write_generations, write_results
 from medgemma_clinical.commands.run_folder import (
     begin_run,
     checkpoint_store,
@@ -806,8 +810,7 @@ def run_stage(
         resume=args.resume,
         save_every=args.save_every,
     )
-    options = ResultOptions(args.calibrate, args.seed, args.report_patients)
-    figures = write_results(stage, data, folder, state, facts, options)
+    figures = write_results(stage, data, folder, state, facts, args)
     track(figures, state.average.steps)
 
 
@@ -866,12 +869,12 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
         if args.compare:
             return run_compare(args.compare, args.seed)
         if args.seeds:
-            return run_seeds(args, given, read_dataset, train, run_ablation)
+            return run_seeds(args, read_dataset, train)
         if args.ablation:
-            return run_ablation(args, given, read_dataset, train)
+            return run_ablation(args, read_dataset(args), train)
         if args.predict:
             return predict(args, given, DATASETS, ENCODERS)
-        return run_demo(args, given, train) if args.demo else train(args)
+        return run_demo(args, train) if args.demo else train(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

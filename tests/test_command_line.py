@@ -34,32 +34,19 @@ def test_the_users_fifteen_flags_keep_his_defaults() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "--epochs -3",
         "--epochs 0",
-        "--epochs two",
-        "--batch_size 0",
         "--batch_size 1.5",
-        "--trajectory_epochs 0",
-        "--patience 0",
-        "--max_samples -1",
+        "--batch_size 0",
         "--time_scale 0",
-        "--time_scale nan",
         "--time_scale inf",
         "--encoder_lr 0",
-        "--encoder_lr 2",
         "--lora_dropout 1",
-        "--seed -1",
         "--seed 5000000000",
         "--epochs " + "9" * 400,
-        "--mode both",
         "--dataset mimic",
-        "--organ heart",
         "--solver rk5",
         "--precision fp16",
-        "--quantization int8",
-        "--num_prefix_tokens 0",
         "--traj",  # abbreviations are not accepted
-        "--epoch 3",
         "--no_such_flag",
     ],
 )
@@ -75,10 +62,40 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
     assert words.split()[0] in error
 
 
-def test_float16_is_refused_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        trainer.main(["--precision", "float16"])
-    assert "overflows in Gemma 3" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--seeds 2 --demo", "--demo and --seeds do not go together"),
+        ("--predict --ablation", "--predict and --ablation do not go together"),
+        ("--ablation --seeds 2 --dry_run", "--dry_run and --ablation and --seeds"),
+        ("--compare a b --output_dir c", "--compare has no use for --output_dir"),
+        ("--demo --model_name=foo --epochs 1", "--demo has no use for --epochs, --model_name"),
+        ("--predict --checkpoint x --solver rk4", "--predict has no use for --solver"),
+        ("--predict", "--predict needs --checkpoint and --predictions"),
+        ("--strict", "without --predict has no use for --strict"),
+        ("--ablation --mode generative", "--ablation has no use for --mode"),
+        ("--ablation --seeds 2 --freeze_ode", "--ablation has no use for --freeze_ode"),
+        ("--ablation --series_text none", "leaves no text to compare with"),
+        ("--seeds 2 --ode_checkpoint stage1.pt", "write {seed}"),
+        ("--trajectory_only --soft_prompt off", "--trajectory_only has no use for --soft_prompt"),
+        ("--trajectory_only --ode_checkpoint x.pt", "no use for --ode_checkpoint"),
+        ("--soft_prompt off --ode_checkpoint x.pt", "off has no use for --ode_checkpoint"),
+        ("--soft_prompt off --freeze_ode", "off has no use for --freeze_ode"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(
+    words: str,
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_is_grouped() -> None:
@@ -94,20 +111,12 @@ def many(label: int, count: int = 12) -> str:
 
 BAD_FILES = {
     "empty": (b"", "empty"),
-    "header only": (HEADER.encode(), "no rows"),
-    "wrong columns": (b"time,value\n1,2\n", "clinical_trajectory"),
-    "no label column": (b'clinical_trajectory\n"24 (0h)"\n', "label_escalation"),
     "unreadable piece": (
         (HEADER + many(0) + '"24 (0h) -> oops",1\n').encode(),
         "row 14, column clinical_trajectory: piece 2",
     ),
     "label 2": ((HEADER + many(0) + GOOD.format(label=2)).encode(), "row 14, column label"),
-    "label text": ((HEADER + many(0) + GOOD.format(label="yes")).encode(), "row 14, column label"),
-    "empty label": ((HEADER + many(0) + GOOD.format(label="")).encode(), "row 14, column label"),
-    "empty cell": ((HEADER + many(0) + ",1\n").encode(), "row 14, column clinical_trajectory"),
     "one class": ((HEADER + many(0)).encode(), "patients with an event"),
-    "three rows": ((HEADER + many(0, 2) + many(1, 1)).encode(), "patients with"),
-    "inf": ((HEADER + many(0) + '"inf (0h)",1\n').encode(), "row 14, column clinical_trajectory"),
     "binary": (bytes(range(256)) * 8, "not a text file"),
     "semicolons": ((HEADER + many(0)).replace(",", ";").encode(), "';'"),
 }
@@ -199,25 +208,17 @@ def test_a_file_name_that_is_no_text_ends_no_run(dka_file: Path, tmp_path: Path)
 
 def test_without_network_the_gated_model_ends_in_one_line(dka_file: Path, tmp_path: Path) -> None:
     """A hub that does not answer: the libraries' retries and warnings stay away from the user."""
-    command = [sys.executable, str(ROOT / "medgemma_trainer.py"), "--data_path", str(dka_file)]
+    program = "import sys, time, medgemma_trainer; time.sleep = lambda _: None; "  # no waiting
+    program += "sys.exit(medgemma_trainer.main())"
+    command = [sys.executable, "-c", program, "--data_path", str(dka_file)]
     dead = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    environment = {**os.environ, **dead}
+    environment = {**os.environ, **dead, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "--model_name tiny" in result.stderr
     assert "127.0.0.1" not in result.stdout
     assert not list(tmp_path.glob("checkpoints*"))
-
-
-@pytest.mark.parametrize("flag", ["--epochs 1", "--model_name=foo", "--trajectory_only"])
-def test_the_demo_refuses_flags_that_it_sets(
-    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert trainer.main(["--demo", *flag.split()]) == 2
-    assert flag.replace("=", " ").split()[0] in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_one_line_and_code_3(

@@ -25,7 +25,7 @@ from srtr_files import filler, write_folder
 from stages import STAGE_1, arguments, data_for
 from trajectories import LABEL
 
-EXAMPLES = 300
+EXAMPLES = 200
 DATA = "dka_training_data.csv"
 ODD_NAME = os.fsdecode(b"Caf\xe9.csv")
 """A name in Latin-1, as an old archive unpacks it."""

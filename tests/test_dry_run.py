@@ -65,16 +65,15 @@ def test_a_dry_run_takes_the_longest_rows_and_whole_steps(flags: tuple[str, ...]
 
 
 @pytest.mark.parametrize(
-    ("fault", "place"),
+    "fault",
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "GPU"),
-        (MemoryError(), "machine"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "machine"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
 def test_too_little_memory_ends_with_what_to_do(
     fault: Exception,
-    place: str,
     dka_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -88,7 +87,7 @@ def test_too_little_memory_ends_with_what_to_do(
     assert trainer.main(words) == 3
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"the {place} has too little memory" in error
+    assert "has too little memory" in error
     known = trainer.build_parser().format_help()
     flags = {word.strip(",.") for word in error.split() if word.startswith("--")}
     assert {"--batch_size", "--gradient_accumulation", "--gradient_checkpointing"} <= flags

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 import pytest
 import torch
 from torch import Tensor
 
 import medgemma_trainer as trainer
 from language_models import body_inputs, patients
-from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
+from stages import arguments, stage_of_patients
 
 ROWS = [3, 1, 9]
-
-
-def arguments(*flags: str) -> Namespace:
-    """Parse flags as the program does."""
-    return trainer.complete(trainer.build_parser().parse_args(flags))
-
-
-def built(*flags: str) -> Stage:
-    """Make stage 2 of the tiny model from flags."""
-    args = arguments("--model_name", "tiny", *flags)
-    data = prepare_data(patients(), max_samples=0, seed=0, prompts=trainer.prompt_options(args))
-    return trainer.make_stage(args, data)
 
 
 def decoder_inputs(stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,8 +27,8 @@ def decoder_inputs(stage: Stage) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_without_soft_prompt_the_decoder_reads_the_same_text_and_nothing_else() -> None:
-    ids, both, mask = decoder_inputs(built())
-    stage = built("--soft_prompt", "off")
+    ids, both, mask = decoder_inputs(stage_of_patients())
+    stage = stage_of_patients("--soft_prompt", "off")
     same, alone, text_mask = decoder_inputs(stage)
     assert torch.equal(ids, same)
     for row in range(len(ROWS)):
@@ -56,10 +42,10 @@ def test_without_soft_prompt_the_decoder_reads_the_same_text_and_nothing_else() 
     assert stage.config["encoder"] is None
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_the_number_of_soft_tokens_changes_nothing_but_their_number(number: int) -> None:
-    ids, eight, mask = decoder_inputs(built())
-    same, few, few_mask = decoder_inputs(built("--num_prefix_tokens", str(number)))
+def test_the_number_of_soft_tokens_changes_nothing_but_their_number() -> None:
+    number = 3
+    ids, eight, mask = decoder_inputs(stage_of_patients())
+    same, few, few_mask = decoder_inputs(stage_of_patients("--num_prefix_tokens", str(number)))
     assert torch.equal(ids, same)
     for row in range(len(ROWS)):
         length = int(patients().lengths[ROWS[row]])
@@ -70,11 +56,13 @@ def test_the_number_of_soft_tokens_changes_nothing_but_their_number(number: int)
 
 @pytest.mark.parametrize(
     ("series", "context"),
-    [("all", "none"), ("main", "full"), ("last", "full"), ("none", "full"), ("none", "none")],
+    [("all", "none"), ("main", "full"), ("last", "full"), ("none", "none")],
 )
 def test_text_options_change_the_text_alone(series: str, context: str) -> None:
-    _, soft, _ = decoder_inputs(built())
-    ids, embeddings, _ = decoder_inputs(built("--series_text", series, "--text_context", context))
+    _, soft, _ = decoder_inputs(stage_of_patients())
+    ids, embeddings, _ = decoder_inputs(
+        stage_of_patients("--series_text", series, "--text_context", context)
+    )
     text = tiny_language_model()[1].decode(ids[1])
     assert ("known diabetes" in text) == (context == "full")
     assert ("->" in text) == (series in ("all", "main"))
@@ -95,21 +83,3 @@ def test_only_a_model_that_writes_reads_what_it_would_have_to_compute(
     flags: list[str], expected: bool
 ) -> None:
     assert trainer.prompt_options(arguments(*flags)).computed == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "problem"),
-    [
-        (["--trajectory_only", "--soft_prompt", "off"], "no use for --soft_prompt off"),
-        (["--trajectory_only", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
-        (["--soft_prompt", "off", "--ode_checkpoint", "x.pt"], "no use for --ode_checkpoint"),
-        (["--soft_prompt", "off", "--freeze_ode"], "no use for --freeze_ode"),
-    ],
-)
-def test_flags_that_contradict_a_stage_are_refused(
-    flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert trainer.main(flags) == 2
-    error = capsys.readouterr().err
-    assert problem in error
-    assert error.count("\n") == 1

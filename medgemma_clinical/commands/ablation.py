@@ -13,10 +13,11 @@ import numpy as np
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
 from medgemma_clinical.commands.compare import join_predictions
-from medgemma_clinical.commands.several_runs import Read, Train, run_or_continue, stage_folder
+from medgemma_clinical.commands.several_runs import Train, run_or_continue, stage_folder
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
-from medgemma_clinical.files import InputError, write_text
+from medgemma_clinical.files import write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 REFERENCE = "stage 1 alone"
@@ -28,14 +29,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """The models that are compared, each with the flags that make it."""
 
-SET_FLAGS = frozenset(
-    {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
-)
-"""Flags that the variants set themselves."""
-
 
 def run_ablation(
-    args: Namespace, given: set[str], read: Read, train: Train, *, seed_title: str = ""
+    args: Namespace, dataset: TrajectoryDataset, train: Train, seed_title: str = ""
 ) -> int:
     """Train and test every variant on one split and seed, and compare them.
 
@@ -43,8 +39,7 @@ def run_ablation(
 
     Args:
         args: of the command line.
-        given: flags that the user typed.
-        read: reads the data, once.
+        dataset: of all variants.
         train: trains a variant.
         seed_title: stands before the name of each variant, as one of several seeds, whose own
             table is then not printed.
@@ -53,10 +48,9 @@ def run_ablation(
         0, or the exit code of the variant that failed.
 
     Raises:
-        InputError: a flag that the variants set themselves, or see ``train``.
+        InputError: see ``train``.
     """
-    check_flags(args, given)
-    dataset, folders = read(args), {}
+    folders = {}
     for name in VARIANTS:
         own = variant_arguments(name, args)
         folders[name] = stage_folder(own)
@@ -68,26 +62,10 @@ def run_ablation(
     return EXIT_DONE
 
 
-def check_flags(args: Namespace, given: set[str]) -> None:
-    """Check that no flag contradicts a variant.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    if taken := sorted(given & SET_FLAGS):
-        raise InputError(f"--ablation and {taken[0]} do not go together")
-    if args.series_text == "none":
-        raise InputError("--ablation: --series_text none leaves no text to compare with")
-
-
 def variant_arguments(name: str, args: Namespace) -> Namespace:
     """Return the arguments of a variant.
 
     Stage 1 lies in the output folder itself, each other variant in a folder below ``ablation``.
-
-    Args:
-        name: key of ``VARIANTS``.
-        args: of the ablation.
     """
     place: dict[str, Any] = {}
     if name != REFERENCE:
@@ -98,13 +76,7 @@ def variant_arguments(name: str, args: Namespace) -> Namespace:
 
 
 def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> None:
-    """Compare the variants with stage 1 and with the baselines; write ``ablation/``.
-
-    Args:
-        folders: stage folder of each variant.
-        outcome: the event in a few words.
-        args: of the ablation.
-    """
+    """Compare the variants with stage 1 and with the baselines; write ``ablation/``."""
     place = args.output_dir / "ablation"
     table = join_predictions(folders)
     results = compare_models([table], REFERENCE, args.seed)

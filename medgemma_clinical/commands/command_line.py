@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import io
 import logging
 import logging.handlers
@@ -30,7 +29,22 @@ LESS_MEMORY = (
     "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
     "or shorten the text by --series_text or --max_text_tokens"
 )
-LARGEST_COUNT = 10**9
+WAYS = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds", "--resume")
+"""Flags that say what to do; the last three go together, the others alone."""
+
+ALLOWED_FLAGS: dict[str, set[str]] = {
+    "--compare": {"--seed"},
+    "--demo": {"--output_dir", "--seed", "--log_file"},
+    "--predict": {
+        *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
+        *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
+        "--show_values",
+    },
+}
+"""All that these ways read."""
+
+VARIED_FLAGS = {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
+"""Flags that the variants of ``--ablation`` set."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -50,43 +64,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type, low: float, high: float = math.inf, *, open_low: bool = False
+    kind: type, low: float, high: float = sys.float_info.max, *, open_low: bool = False
 ) -> Callable[[str], Any]:
     """Return an argparse type for finite numbers from ``low`` to ``high``."""
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
-            finite = math.isfinite(float(value))
-        except (ValueError, OverflowError):
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (open_low and value == low):
+            limit = "" if high == sys.float_info.max else f" and at most {high:g}"
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number of kind {kind.__name__}"
-            ) from None
-        if not finite or not low <= value <= high or (open_low and value == low):
-            relation = "above" if open_low else "at least"
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be {relation} {low:g}{limit}")
+                f"{text!r} is not {kind.__name__} {'above' if open_low else 'from'} {low:g}{limit}"
+            )
         return value
 
     return convert
 
 
-POSITIVE, WHOLE = number(int, 1, LARGEST_COUNT), number(int, 0, LARGEST_COUNT)
+POSITIVE, WHOLE = number(int, 1, 10**9), number(int, 0, 10**9)
 RATE = number(float, 0, 1, open_low=True)
 
 
 def names(text: str) -> list[str]:
     """Split a comma-separated list of names."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def precision_name(text: str) -> str:
-    """Check the name of a precision; used as an argparse type."""
-    if text in ("fp16", "float16", "half"):
-        raise argparse.ArgumentTypeError("float16 overflows in Gemma 3: use bf16 or fp32")
-    if text not in ("auto", "bf16", "fp32"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, bf16, fp32")
-    return text
 
 
 class RunLog(logging.handlers.MemoryHandler):
@@ -143,15 +146,14 @@ def start_logging(*, first: bool = True) -> None:
 @contextlib.contextmanager
 def quiet_console() -> Iterator[None]:
     """Keep messages below a warning from the console; a run's log file still gets them."""
-    console = next((h for h in logging.root.handlers if h.get_name() == "console"), None)
-    level = console.level if console else logging.NOTSET
+    consoles = [each for each in logging.root.handlers if each.get_name() == "console"]
     try:
-        if console:
+        for console in consoles:
             console.setLevel(logging.WARNING)
         yield
     finally:
-        if console:
-            console.setLevel(level)
+        for console in consoles:
+            console.setLevel(logging.NOTSET)
 
 
 def forgiving(stream: TextIO) -> TextIO:
@@ -194,10 +196,8 @@ def describe_fault(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, RunFault):
         return text
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
-        return f"the GPU has too little memory: {LESS_MEMORY}"
-    if isinstance(error, MemoryError) or re.search("allocate memory|not enough memory", text):
-        return f"the machine has too little memory: {LESS_MEMORY}"
+    if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", text):
+        return f"the GPU or the machine has too little memory: {LESS_MEMORY}"
     if isinstance(error, OSError):
         return _describe_os_error(error)
     if re.search("gloo|NCCL|[Cc]onnection", text) and "WORLD_SIZE" in os.environ:
@@ -211,17 +211,12 @@ def describe_fault(error: Exception) -> str:
 
 
 def _describe_os_error(error: OSError) -> str:
-    """Tell a disk's errors from a network's."""
-    if error.filename is None:
+    """Tell a disk's errors from a network's, which have no number of the system or no file."""
+    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         kind = type(error).__name__
-        network = isinstance(error, (ConnectionError, TimeoutError)) or error.errno is None
-        if network or error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
-            return f"the network or a server fails ({kind}): try again, or work offline"
-        return f"{error.strerror} ({kind}): make room, or choose another place"
-    denied = error.errno in (errno.EACCES, errno.EPERM)
-    advice = "get the right to use it" if denied else "make room"
-    place = one_line(str(error.filename))
-    return f"{place}: {error.strerror}: {advice}, or choose another place"
+        return f"the network or a server fails ({kind}): try again, or work offline"
+    place = one_line(str(error.filename or type(error).__name__))
+    return f"{place}: {error.strerror}: make room, get the right to it, or choose another place"
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
@@ -234,24 +229,31 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     Raises:
         InputError: naming those that do not.
     """
-    ways = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds", "--resume")
-    chosen = [flag for flag in ways if flag in given]
-    repeatable = {"--ablation", "--seeds", "--resume"}  # several runs, each begun or resumed
-    if len(chosen) > 1 and not repeatable.issuperset(chosen):
+    chosen = [flag for flag in WAYS if flag in given]
+    if len(chosen) > 1 and not set(WAYS[-3:]).issuperset(chosen):
         raise InputError(f"{' and '.join(chosen)} do not go together")
-    if "--compare" in given and (unused := sorted(given - {"--compare", "--seed"})):
-        raise InputError(f"--compare has no use for {', '.join(unused)}: leave it out")
-    if args.predict:
-        return
-    if unused := sorted(given & {"--checkpoint", "--predictions", "--strict"}):
-        raise InputError(f"{unused[0]} goes with --predict only: leave it out")
+    for way, allowed in ALLOWED_FLAGS.items():
+        if way in given:
+            _check_unused(way, given - allowed - {way})
+    stored = {"--checkpoint", "--predictions"}
+    if not args.predict:
+        _check_unused("a command without --predict", given & {*stored, "--strict"})
+    elif missing := sorted(stored - given):
+        raise InputError(f"--predict needs {' and '.join(missing)}")
+    if args.ablation:
+        _check_unused("--ablation", given & VARIED_FLAGS)
+        if args.series_text == "none":
+            raise InputError("--ablation: --series_text none leaves no text to compare with")
     off = args.soft_prompt == "off"
     if args.trajectory_only:
-        unused = [*(["--soft_prompt off"] if off else []), *sorted(given & {"--ode_checkpoint"})]
-    else:
-        unused = sorted(given & {"--ode_checkpoint", "--freeze_ode"}) if off else []
+        _check_unused("--trajectory_only", given & {"--ode_checkpoint"})
+        _check_unused("--trajectory_only", {"--soft_prompt off"} if off else set())
+        if "--epochs" in given:
+            logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
+    elif off:
+        _check_unused("--soft_prompt off", given & {"--ode_checkpoint", "--freeze_ode"})
+
+
+def _check_unused(way: str, unused: set[str]) -> None:
     if unused:
-        stage = "--trajectory_only" if args.trajectory_only else "--soft_prompt off"
-        raise InputError(f"{stage} has no use for {', '.join(unused)}: leave it out")
-    if args.trajectory_only and "--epochs" in given:
-        logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
+        raise InputError(f"{way} has no use for {', '.join(sorted(unused))}: leave it out")

@@ -30,7 +30,7 @@ def run_compare(runs: list[Path], seed: int) -> int:
     Raises:
         InputError: a run is named twice or has no result, or they were tested on other patients.
     """
-    if len({run.resolve() for run in runs}) < len(runs) or len(runs) < 2:
+    if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
     folders = {str(run): run for run in runs}
     reference = str(runs[0])
@@ -40,41 +40,29 @@ def run_compare(runs: list[Path], seed: int) -> int:
     return EXIT_DONE
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table of test predictions, with ids and patients as text.
+def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
+    """Read the test predictions of a folder, with ids and patients as text.
 
-    Raises:
-        InputError: there is none, or it lacks a column.
-    """
-    try:
-        table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{path.parent}: no {path.name}: name the folder of a finished stage"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a table of predictions: run that stage again") from error
-    if missing := [column for column in TESTED if column not in table]:
-        raise InputError(f"{path}: no column {missing[0]}: was it written by this program?")
-    return table
-
-
-def read_predictions(name: str, folder: Path) -> pd.DataFrame:
-    """Read the test predictions of a stage.
+    Args:
+        folder: of a stage, or of an ablation.
+        model: new name of the column ``probability`` that a stage has.
 
     Returns:
-        The columns ``TESTED``, then the probabilities of the model under ``name`` and those of each
-        baseline.
+        The columns ``TESTED``, then the probabilities of each model and baseline.
 
     Raises:
-        InputError: there is no whole result.
+        InputError: there is no such table.
     """
     path = folder / "predictions_test.csv"
-    table = read_table(path)
-    if "probability" not in table:
-        raise InputError(f"{path}: no column probability: was it written by this program?")
-    baselines = table.columns.drop([*TESTED, "probability"])
-    return table[[*TESTED, "probability", *baselines]].rename(columns={"probability": name})
+    try:
+        table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
+        if model != "probability":
+            table = table.rename(columns={"probability": model}, errors="raise")
+        return table[[*TESTED, *table.columns.drop(TESTED)]]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: no test predictions: name the folder of a finished stage"
+        ) from error
 
 
 def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
@@ -89,7 +77,7 @@ def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
     Raises:
         InputError: they were not tested on the same patients.
     """
-    tables = {name: read_predictions(name, folder) for name, folder in folders.items()}
+    tables = {name: read_predictions(folder, name) for name, folder in folders.items()}
     reference, first = next(iter(tables.items()))
     for name, table in tables.items():
         _check_named_patients(reference, folders[reference], name, folders[name])

@@ -1,23 +1,27 @@
-"""Score new rows with a trained model: ``--predict``."""
+"""Score new rows with a trained model, and judge it where they have labels: ``--predict``."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
-from medgemma_clinical.commands.predict_rows import PredictionTally, count_implausible, score_rows
+import numpy as np
+import pandas as pd
+
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.predict_rows import count_implausible, score_rows
+from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
-from medgemma_clinical.evaluation.cohort import cohort_figures
+from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.report import (
     CARD,
     INTERVALS,
@@ -44,15 +48,11 @@ TRAJECTORY_ROWS, TEXT_ROWS = 20_000, 2_000
 TRAJECTORY_BATCH, TEXT_BATCH = 256, 32
 """Rows a batch without ``--batch_size``."""
 
-PREDICT_FLAGS = frozenset(
-    f"--{name}"
-    for name in (
-        *("predict", "checkpoint", "predictions", "strict", "dataset", "organ", "data_path"),
-        *("data_dir", "model_name", "quantization", "precision", "batch_size", "seed"),
-        "show_values",
-    )
+HEADERS = (
+    "id,probability,prediction,problem\n",
+    "id,probability,prediction,report,problem\n",
 )
-"""Flags that ``--predict`` reads; the checkpoint decides all else."""
+"""First lines of files of predictions."""
 
 
 def predict(
@@ -72,19 +72,20 @@ def predict(
     Raises:
         InputError: a flag, the checkpoint, the input, or the place of the output is wrong.
     """
-    check_flags(given)
     if processes().num_processes > 1:
         raise InputError("--predict runs in one process: start it by python, not accelerate")
-    request = given_only(args, given)
+    # What was not typed is the checkpoint's to decide, whatever the default of the training.
+    typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
+    request = Namespace(**{**typed, "seed": args.seed})
     config = read_trained_config(request.checkpoint)
     if config["dataset"] not in datasets:
         raise InputError(
-            f"--checkpoint {request.checkpoint}: trained on data of the kind {config['dataset']}, "
-            f"this program reads {', '.join(datasets)}"
+            f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
+            "this program does not have"
         )
     dataset = datasets[config["dataset"]]
     source = find_source(request, config, dataset)
-    check_output(request.predictions, source, request.checkpoint)
+    check_output(request.predictions)
     findings = Findings(str(source), strict=bool(request.strict))
     text = config["stage"] != "trajectory"
     chunks = dataset.scoring_rows(source, config, findings, TEXT_ROWS if text else TRAJECTORY_ROWS)
@@ -97,47 +98,11 @@ def predict(
         request.precision,
     )
     batch_size = request.batch_size or (TEXT_BATCH if text else TRAJECTORY_BATCH)
-    tally = PredictionTally()
     chunks = show_progress(itertools.chain([first], chunks), source)
-    try:
-        write_predictions(request.predictions, chunks, trained, findings, tally, batch_size)
-    except KeyboardInterrupt as stop:
-        logger.error("interrupted: no predictions were written")
-        return getattr(stop, "code", EXIT_INTERRUPTED)
+    tally = write_predictions(request.predictions, chunks, trained, findings, batch_size)
     log_summary(tally, findings, trained, request.predictions)
-    try:
-        report_cohort(tally, trained, first.dataset, request)
-    except KeyboardInterrupt as stop:
-        logger.error("interrupted: the predictions are written, their figures are not")
-        return getattr(stop, "code", EXIT_INTERRUPTED)
+    report_labelled(tally, trained, first.dataset, request)
     return EXIT_DONE
-
-
-def check_flags(given: set[str]) -> None:
-    """Check that all flags are of use to ``--predict``, and none is missing.
-
-    Raises:
-        InputError: naming the flags.
-    """
-    needed = {
-        "--checkpoint": "a run's stage folder or its .pt",
-        "--predictions": "the CSV to write",
-    }
-    missing = [f"{flag} ({meaning})" for flag, meaning in needed.items() if flag not in given]
-    also = f"; also missing: {' and '.join(missing)}" if missing else ""
-    if unused := sorted(given - PREDICT_FLAGS):
-        raise InputError(
-            f"--predict has no use for {', '.join(unused)}: leave it out; the checkpoint holds the "
-            f"choices of the training{also}"
-        )
-    if missing:
-        raise InputError(f"--predict needs {' and '.join(missing)}")
-
-
-def given_only(args: Namespace, given: set[str]) -> Namespace:
-    """Return the arguments with None for flags that were not typed: the checkpoint has those."""
-    absent = {flag.removeprefix("--"): None for flag in PREDICT_FLAGS - given - {"--seed"}}
-    return Namespace(**{**vars(args), **absent})
 
 
 def find_source(
@@ -150,60 +115,44 @@ def find_source(
     """
     trained = {"dataset": config["dataset"], "organ": config["reading"].get("organ")}
     for name, value in trained.items():
-        asked = getattr(request, name)
-        if asked not in (None, value):
+        if getattr(request, name) not in (None, value):
             raise InputError(
-                f"--{name} {asked}: the checkpoint was trained on {value or config['dataset']}"
+                f"--{name} {getattr(request, name)}: the checkpoint was trained on "
+                f"{value or config['dataset']}"
             )
-    kind = f"the checkpoint was trained on --dataset {config['dataset']}"
-    flag = dataset.source_flag
-    for other in ("data_path", "data_dir"):
-        if other != flag and getattr(request, other) is not None:
-            raise InputError(f"--{other}: {kind}: give the rows by --{flag}")
-    source: Path | None = getattr(request, flag)
-    if source is None:
-        raise InputError(f"--predict needs --{flag} (the rows to score): {kind}")
+    typed = [name for name in ("data_path", "data_dir") if getattr(request, name) is not None]
+    if typed != [dataset.source_flag]:
+        raise InputError(
+            f"--predict: the checkpoint was trained on --dataset {config['dataset']}: give the "
+            f"rows to score by --{dataset.source_flag} alone"
+        )
+    source: Path = getattr(request, dataset.source_flag)
     return source
 
 
-def check_output(out: Path, source: Path, checkpoint: Path) -> None:
-    """Check that predictions, and the report beside them, replace nothing of another origin.
+def check_output(out: Path) -> None:
+    """Check that predictions, and the report beside them, replace earlier ones alone.
 
     Raises:
         InputError: naming the file or folder in the way.
     """
-    flag = f"--predictions {out}"
-    if out.suffix != ".csv":
-        raise InputError(f"{flag}: give the name of a .csv file")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise InputError(f"{flag}: give a file in a folder that exists")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"{flag}: that is the file to read: choose another")
-    for taken in (source, checkpoint):
-        if taken.is_dir() and out.resolve().is_relative_to(taken.resolve()):
-            raise InputError(f"{flag}: lies within {taken}: choose another folder")
-    if {"run.json", "metrics.json"} & set(os.listdir(out.absolute().parent)):
-        raise InputError(f"{flag}: lies in a run's own folder: choose another")
-    if out.exists() and not _begins_with(out, "id,probability,prediction"):
-        raise InputError(f"{flag}: exists and is no file of predictions: choose another name")
+    if out.suffix != ".csv" or not out.absolute().parent.is_dir():
+        raise InputError(f"--predictions {out}: give a .csv file in a folder that exists")
     page = report_path(out)
-    if page.is_dir():
-        raise InputError(f"{flag}: its report would be {page}, which is a folder")
-    if page.exists() and PAGE_MARK not in _beginning(page):
-        raise InputError(
-            f"{flag}: its report would replace {page}, which this program did not write: choose "
-            "another name"
-        )
+    own = {out: _beginning(out).startswith(HEADERS), page: PAGE_MARK in _beginning(page)}
+    for path in own:
+        if path.exists() and not own[path]:
+            raise InputError(
+                f"--predictions {out}: {path} was not written by --predict: choose another name"
+            )
 
 
 def _beginning(path: Path) -> str:
-    """Return the first 2,000 characters of a text file."""
+    """Return the first 2,000 characters of a text file, nothing of what is no file."""
+    if not path.is_file():
+        return ""
     with path.open(encoding="utf-8", errors="replace") as file:
         return file.read(2000)
-
-
-def _begins_with(path: Path, text: str) -> bool:
-    return _beginning(path).startswith(text)
 
 
 def report_path(predictions: Path) -> Path:
@@ -219,18 +168,49 @@ def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[Scori
     from tqdm import tqdm
 
     size = source.stat().st_size if source.is_file() else None
+    unit = "B" if size else " rows"
     terminal, last = sys.stderr.isatty(), time.monotonic()
-    unit = {"unit": "B", "unit_scale": True} if size else {"unit": " rows"}
-    with tqdm(desc="predicting", total=size, leave=False, disable=not terminal, **unit) as bar:
-        done = 0
+    with tqdm(
+        None, "predicting", size, leave=False, disable=not terminal, unit=unit, unit_scale=True
+    ) as bar:
         for rows in chunks:
             yield rows
-            bar.update(rows.read - done)
-            done = rows.read
+            bar.update(rows.read - bar.n)
             if not terminal and time.monotonic() - last >= SECONDS_A_LINE:
                 last = time.monotonic()
-                share = f"{100 * done / size:.0f} %" if size else f"{done:,} rows"
+                share = f"{100 * rows.read / size:.0f} %" if size else f"{rows.read:,} rows"
                 logger.info("predicting: %s", share)
+
+
+@dataclass
+class PredictionTally:
+    """Counts of scored rows; nothing is kept of rows without a label.
+
+    Attributes:
+        rows: of the input.
+        scored: rows with a probability.
+        positive: rows at or above the threshold.
+        labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, and
+            label, probability, and a hash of the patient, which has eight bytes whatever the name.
+    """
+
+    rows: int = 0
+    scored: int = 0
+    positive: int = 0
+    labelled: list[pd.DataFrame] = field(default_factory=list)
+
+    def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
+        """Count the lines that were written of some rows, all of ``rows.dataset`` with a score."""
+        dataset = rows.dataset
+        self.rows += len(lines)
+        self.scored += len(rows.places)
+        self.positive += int(lines["prediction"].sum())
+        table = dataset.people().assign(
+            label=dataset.labels,
+            probability=lines["probability"].to_numpy()[rows.places],
+            patient=pd.util.hash_array(dataset.groups.astype(object)),
+        )
+        self.labelled.append(table.dropna(subset=["label"]).reset_index(drop=True))
 
 
 def write_predictions(
@@ -238,14 +218,14 @@ def write_predictions(
     chunks: Iterable[ScoringRows],
     trained: TrainedModel,
     findings: Findings,
-    tally: PredictionTally,
     batch_size: int,
-) -> None:
+) -> PredictionTally:
     """Score rows chunk by chunk; the file appears when the last one is written.
 
     Raises:
         InputError: a row cannot be scored and the findings are strict, or another run writes here.
     """
+    tally = PredictionTally()
     with (
         locked(path),
         atomic(path) as temporary,
@@ -257,6 +237,7 @@ def write_predictions(
             lines.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scored)
         remove(report_path(path))  # that of the predictions that are replaced
+    return tally
 
 
 def log_summary(
@@ -264,33 +245,33 @@ def log_summary(
 ) -> None:
     """Log what was found in the input and what was written."""
     findings.log()
-    threshold = trained.rule.threshold
     if "decision" not in trained.config:
         logger.warning(
-            "the checkpoint has no threshold, since its run was not finished: %g is used", threshold
+            "the checkpoint has no threshold, since its run was not finished: %g is used",
+            trained.rule.threshold,
         )
     logger.info(
-        "%s rows: %s scored, %s of them at or above the threshold %g; %s with a problem",
-        f"{tally.rows:,}",
-        f"{tally.scored:,}",
-        f"{tally.positive:,}",
-        threshold,
-        f"{tally.rows - tally.scored:,}",
+        f"{tally.rows:,} rows: {tally.scored:,} scored, {tally.positive:,} of them at or above the "
+        f"threshold {trained.rule.threshold:g}; {tally.rows - tally.scored:,} with a problem"
     )
     logger.info("predictions: %s; %s", path, peak_memory())
 
 
-def report_cohort(
+def report_labelled(
     tally: PredictionTally, trained: TrainedModel, dataset: TrajectoryDataset, request: Namespace
 ) -> None:
-    """Write and print how good the predictions are, where labels are known."""
-    rows, events = tally.labelled, tally.events
-    if events in (0, rows):
-        if rows:
-            logger.info("%s labelled rows of one class only: no figures", f"{rows:,}")
+    """Write and print how good the predictions are, where labels of both classes are known."""
+    people = pd.concat(tally.labelled, ignore_index=True)
+    labels, probability, groups = (
+        people.pop(name).to_numpy() for name in ("label", "probability", "patient")
+    )
+    if len(np.unique(labels)) < 2:
+        if len(labels):
+            logger.info(f"{len(labels):,} labelled rows of one class only: no figures")
         return
     config = trained.config
-    cohort, mix = tally.cohort()
+    # No id is kept, so none can be named.
+    cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
     figures = cohort_figures(cohort, trained.rule.threshold, request.seed)
     content = ReportContent(
         title=f"{STAGE_TITLES[config['stage']]}, on other rows: {config['outcome']}",
@@ -300,20 +281,21 @@ def report_cohort(
             "Source": Path(dataset.source).name,
             "Rows read": f"{tally.rows:,}",
             "Rows scored": f"{tally.scored:,}",
-            "Scored rows with a label": f"{rows:,}, judged here",
+            "Scored rows with a label": f"{len(labels):,}, judged here",
             "Missing values": "masked, never filled in",
         },
         card=model_card(config, request),
-        shift=shift_table(config["case_mix"], mix),
+        shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups)),
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)
-    counts = {"rows with a label": f"{rows:,}", "events": f"{events:,}"}
-    lines = counts | {name: figure for name, figure, _ in headline(figures)}
+    lines = [f"{name + ':':<20}{figure}" for name, figure, _ in headline(figures)]
     logger.info(
-        "\n%s\n\n%s\nThese figures flatter the model if it was trained on some of these patients.\n"
-        "report: %s",
-        "\n".join(f"{name + ':':<20}{figure}" for name, figure in lines.items()),
+        "\n%s rows with a label, %s events\n%s\n\n%s\n"
+        "These figures flatter the model if it was trained on some of these patients.\nreport: %s",
+        f"{figures.n:,}",
+        f"{figures.events:,}",
+        "\n".join(lines),
         sentences,
         path,
     )

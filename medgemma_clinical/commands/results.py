@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
 from medgemma_clinical.evaluation.baselines import baseline_tables, fit_baselines
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
-from medgemma_clinical.evaluation.decision import fit_decision_rule
+from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.evaluation.report import (
     CARD,
@@ -61,40 +61,18 @@ Baselines = dict[str, dict[str, NDArray[np.float64]]]
 """Probabilities of each simple model, by part."""
 
 
-@dataclass(frozen=True)
-class ResultOptions:
-    """Choices of the user that results depend on.
-
-    Attributes:
-        calibrate: ``platt`` recalibrates on the validation part, ``none`` does not.
-        seed: of the bootstrap.
-        list_patients: the report names the ten largest errors.
-    """
-
-    calibrate: str
-    seed: int
-    list_patients: bool
-
-
 def write_results(
     stage: Stage,
     data: Data,
     folder: Path,
     state: TrainState,
     facts: dict[str, Any],
-    options: ResultOptions,
+    args: Namespace,
 ) -> dict[str, float]:
     """Score validation and, once, test with the best model; write and log all results.
 
-    Each process must call; the first one writes.
-
-    Args:
-        stage: its model holds the best weights.
-        data: of the run.
-        folder: of the stage.
-        state: of the finished training.
-        facts: of the run, as ``run_facts``.
-        options: of the user.
+    The stage's model holds the best weights; ``facts`` are those of ``run_facts``. Each process
+    must call; the first one writes.
 
     Returns:
         The figures without intervals, for a tracker; none in the other processes.
@@ -104,7 +82,7 @@ def write_results(
         part: evaluate(stage.model, stage.loaders[part], device, f"{stage.name}: {name}")
         for part, name in SCORED.items()
     }
-    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, options.calibrate)
+    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, args.calibrate)
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
     if first:
         stage.save(folder, {**stage.config, "decision": rule.to_config()})
@@ -112,11 +90,11 @@ def write_results(
         baselines = fit_baselines(tables, data.dataset.labels, data.split)
         cohorts = make_cohorts(predictions, baselines, data)
         figures = {
-            part: cohort_figures(cohort, rule.threshold, options.seed)
+            part: cohort_figures(cohort, rule.threshold, args.seed)
             for part, cohort in cohorts.items()
         }
         best = state.stopping.best_epoch
-        metrics = metrics_json(stage, best, figures, predictions["val"], options.calibrate)
+        metrics = metrics_json(stage, best, figures, rule, args.calibrate)
         for part, each in predictions.items():
             path = folder / f"predictions_{part}.csv"
             write_text(path, predictions_csv(each, part, baselines, data))
@@ -130,13 +108,18 @@ def write_results(
     content = report_content(stage, data, state, figures["val"], facts, reports)
     path = folder / "report.html"
     sentences = write_report(
-        path, cohorts["test"], figures["test"], content, list_patients=options.list_patients
+        path, cohorts["test"], figures["test"], content, list_patients=args.report_patients
     )
     named = {SCORED[part]: each for part, each in figures.items()}
     logger.info("\n%s\n", sentences)
     logger.info("%s\n", results_table(stage.name, named, reports))
     logger.info("report: %s; %s", path, peak_memory())
-    return plain_figures(figures)
+    return {
+        f"{part}_{name}": each.value
+        for part, own in named.items()
+        for name, each in own.estimates.items()
+        if each.value is not None
+    }
 
 
 def report_content(
@@ -153,7 +136,12 @@ def report_content(
         title=f"{STAGE_TITLES[stage.name]}: {dataset.outcome}",
         outcome=dataset.outcome,
         question=dataset.asked(),
-        data=describe_data(data),
+        data={
+            "Source": Path(dataset.source).name,
+            "Kind": dataset.kind,
+            "Used": f"{len(dataset):,} rows of {len(np.unique(dataset.groups)):,} patients",
+            "Missing values": "masked, never filled in",
+        },
         card=model_card(stage, state.stopping.best_epoch, validation, facts),
         flow=flow_table(dataset.flow),
         split=split_table(dataset.labels, dataset.groups, data.split),
@@ -178,19 +166,10 @@ def metrics_json(
     stage: Stage,
     best_epoch: int,
     figures: dict[str, CohortFigures],
-    validation: Predictions,
+    rule: DecisionRule,
     calibrate: str,
 ) -> dict[str, Any]:
-    """Return the content of ``metrics.json``, written reports apart.
-
-    Args:
-        stage: of the run.
-        best_epoch: by validation.
-        figures: of each scored part.
-        validation: its predictions, which hold the decision rule.
-        calibrate: the user's choice.
-    """
-    rule = validation.rule
+    """Return the content of ``metrics.json``, written reports apart."""
     calibration: dict[str, Any] = {"method": calibrate}
     if rule.recalibrates:
         calibration |= {"slope": rule.slope, "intercept": rule.intercept}
@@ -259,17 +238,6 @@ def write_generations(
     return save_reports(folder / "generations_test.jsonl", collate.dataset, texts, predictions)
 
 
-def describe_data(data: Data) -> dict[str, str]:
-    """Return the lines of a page on the data."""
-    dataset = data.dataset
-    return {
-        "Source": Path(dataset.source).name,
-        "Kind": dataset.kind,
-        "Used": f"{len(dataset):,} rows of {len(np.unique(dataset.groups)):,} patients",
-        "Missing values": "masked, never filled in",
-    }
-
-
 def model_card(
     stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
 ) -> dict[str, str]:
@@ -291,14 +259,4 @@ def model_card(
         "Commit": facts["git_commit"] or "not known",
         "SHA-256 of the data": facts["data"]["data_sha256"],
         "SHA-256 of the code": facts["code_sha256"],
-    }
-
-
-def plain_figures(figures: dict[str, CohortFigures]) -> dict[str, float]:
-    """Return ``test_auroc`` and the like, without intervals."""
-    return {
-        f"{SCORED[part]}_{name}": each.value
-        for part, own in figures.items()
-        for name, each in own.estimates.items()
-        if each.value is not None
     }

@@ -6,15 +6,13 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.commands.ablation import REFERENCE
+from medgemma_clinical.commands.ablation import REFERENCE, run_ablation
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.compare import read_predictions, read_table
+from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.several_runs import (
-    Read,
     Train,
     read_auroc,
     run_or_continue,
@@ -29,26 +27,19 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 logger = logging.getLogger(__name__)
 
-Ablation = Callable[..., int]
-"""Takes arguments, typed flags, reader and training, and the keyword ``seed_title``."""
-
 SEED = "{seed}"
 """Stands in a flag's value for the number of the seed."""
 
 
-def run_seeds(
-    args: Namespace, given: set[str], read: Read, train: Train, ablation: Ablation
-) -> int:
+def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
     """Run the same command with each seed, which has a split of its own, and pool the tests.
 
     A run that was made before by the same arguments and data is not made again.
 
     Args:
         args: of the command line; seeds count from ``--seed`` on.
-        given: flags that the user typed.
         read: reads the data, once unless ``{seed}`` stands in their path.
         train: trains one run.
-        ablation: ``run_ablation``, for ``--seeds`` with ``--ablation``.
 
     Returns:
         0, or the exit code of the run that failed.
@@ -69,8 +60,7 @@ def run_seeds(
         dataset = dataset if dataset and one_source else read(own)
         if args.ablation:
             folders[seed] = own.output_dir / "ablation"
-            title = f"seed {seed}, "
-            code = ablation(own, given, _already(dataset), train, seed_title=title)
+            code = run_ablation(own, dataset, train, f"seed {seed}, ")
         else:
             folders[seed] = stage_folder(own)
             code = run_or_continue(f"seed {seed}", own, dataset, train)
@@ -81,23 +71,15 @@ def run_seeds(
     return EXIT_DONE
 
 
-def _already(dataset: TrajectoryDataset) -> Read:
-    """Return a reader of data that are read."""
-    return lambda _: dataset
-
-
 def seed_arguments(seed: int, args: Namespace) -> Namespace:
     """Return the arguments of one seed's run: its number, its folder, ``{seed}`` filled in."""
-    filled = {name: _fill(value, seed) for name, value in vars(args).items()}
-    place = args.output_dir / f"seed_{seed}"
-    return Namespace(**{**filled, "seed": seed, "seeds": None, "output_dir": place})
-
-
-def _fill(value: Any, seed: int) -> Any:
-    """Put the seed's number into a text or path."""
-    if isinstance(value, (str, Path)):
-        return type(value)(str(value).replace(SEED, str(seed)))
-    return value
+    filled = {
+        name: type(value)(str(value).replace(SEED, str(seed)))
+        for name, value in vars(args).items()
+        if isinstance(value, (str, Path))
+    }
+    own = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
+    return Namespace(**{**vars(args), **filled, **own})
 
 
 def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
@@ -106,17 +88,17 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     Args:
         folders: stage folder, or folder of the ablation, of each seed.
         outcome: the event in a few words.
-        args: of the command.
+        args: of the command line.
     """
     if args.ablation:
         reference, name = REFERENCE, "seeds_ablation"
         title = "What text and soft prompt add"
-        tables = [read_table(folder / "predictions_test.csv") for folder in folders.values()]
+        tables = [read_predictions(folder) for folder in folders.values()]
         sentences = []
     else:
         stage = next(iter(folders.values())).name
         reference, name, title = stage, f"seeds_{stage}", STAGE_TITLES[stage]
-        tables = [read_predictions(stage, folder) for folder in folders.values()]
+        tables = [read_predictions(folder, stage) for folder in folders.values()]
         sentences = [best_by_validation(folders)]
     results = compare_models(_shared_models(tables), reference, args.seed)
     first, last = min(folders), max(folders)

@@ -18,9 +18,6 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[Namespace], TrajectoryDataset]
-"""Reads the data that the flags name."""
-
 Train = Callable[[Namespace, TrajectoryDataset], int]
 """Trains and tests one stage on data that are read; returns an exit code."""
 
@@ -35,12 +32,6 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
     """Train one run, continue it where it was stopped, or leave it where it is finished.
 
     The console gets one line; the lines of the run itself go to its log file.
-
-    Args:
-        title: of the run in that line.
-        args: of the run.
-        dataset: its data.
-        train: trains and tests it.
 
     Returns:
         The run's exit code.
@@ -76,11 +67,6 @@ def run_progress(args: Namespace, dataset: TrajectoryDataset) -> str:
 
 
 def read_auroc(folder: Path, part: str) -> Estimate:
-    """Return the AUROC of a finished stage from ``metrics.json``.
-
-    Args:
-        folder: of the stage.
-        part: ``validation`` or ``test``.
-    """
+    """Return the AUROC of a finished stage, ``part`` being ``validation`` or ``test``."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return Estimate(**metrics[part]["auroc"])

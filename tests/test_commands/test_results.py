@@ -112,14 +112,16 @@ def test_a_smaller_sample_is_said_in_log_and_flow(
     words += ["--output_dir", str(tmp_path), "--max_samples", "90"]
     assert trainer.main(words) == 0
     assert "90 of 160 patients drawn (--max_samples)" in capsys.readouterr().out
+    split = read(tmp_path / "trajectory" / "run.json")["split"]
+    assert sum(part["n"] for part in split.values()) == 90
     page = (tmp_path / "trajectory" / "report.html").read_text(encoding="utf-8")
     row = page[page.index("--max_samples 90") :][:400]
     assert ">70<" in row.replace(" ", "").replace("\n", "")
     assert ">90<" in row.replace(" ", "").replace("\n", "")
 
 
-def run_calibrated(folder: Path, how: str, *flags: str) -> dict[str, Any]:
-    """Run a stage on risks that no two patients share; return its figures."""
+def run_calibrated(folder: Path, how: str) -> dict[str, Any]:
+    """Run stage 1 on risks that no two patients share; return its figures."""
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(300) % 3 == 0).astype(int)
     last = 20 - 4 * labels + 4 * rng.normal(size=300)
@@ -127,10 +129,9 @@ def run_calibrated(folder: Path, how: str, *flags: str) -> dict[str, Any]:
     table = {"clinical_trajectory": series, "label_escalation": labels, "id": range(300)}
     pd.DataFrame(table).to_csv(folder / "data.csv", index=False)
     words = ["--data_path", str(folder / "data.csv"), "--calibrate", how, "--log_file", "none"]
-    words += ["--output_dir", str(folder / how), "--trajectory_epochs", "8", "--epochs", "1"]
-    assert trainer.main([*words, *flags]) == 0
-    stage = "trajectory" if "--trajectory_only" in flags else "classification"
-    figures: dict[str, Any] = read(folder / how / stage / "metrics.json")
+    words += ["--output_dir", str(folder / how), "--trajectory_epochs", "8", "--trajectory_only"]
+    assert trainer.main(words) == 0
+    figures: dict[str, Any] = read(folder / how / "trajectory" / "metrics.json")
     return figures
 
 
@@ -138,9 +139,7 @@ def run_calibrated(folder: Path, how: str, *flags: str) -> dict[str, Any]:
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
     """Folder and figures of the same stage 1, as it is and recalibrated."""
     place = tmp_path_factory.mktemp("calibrated")
-    return place, {
-        how: run_calibrated(place, how, "--trajectory_only") for how in ("none", "platt")
-    }
+    return place, {how: run_calibrated(place, how) for how in ("none", "platt")}
 
 
 def test_recalibration_changes_risks_and_not_the_order_of_patients(
@@ -189,22 +188,17 @@ def test_the_page_shows_recalibration_where_there_was_one(
     assert "Before and after" not in without
 
 
-@pytest.mark.parametrize("stage", ["trajectory", "classification"])
 def test_new_predictions_are_recalibrated_as_the_runs_own(
-    stage: str, calibrated: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path
+    calibrated: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path
 ) -> None:
     place, figures = calibrated
-    found = figures["platt"]
-    if stage == "classification":
-        encoder = ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE)]
-        found = run_calibrated(place, "platt", "--model_name", "tiny", *encoder)
     out = tmp_path / "new.csv"
-    words = ["--predict", "--checkpoint", str(place / "platt" / stage)]
+    words = ["--predict", "--checkpoint", str(place / "platt" / "trajectory")]
     words += ["--predictions", str(out), "--data_path", str(place / "data.csv")]
     assert trainer.main(words) == 0
-    saved = pd.read_csv(place / "platt" / stage / "predictions_test.csv", dtype={"id": str})
+    saved = pd.read_csv(place / "platt/trajectory/predictions_test.csv", dtype={"id": str})
     new = pd.read_csv(out, dtype={"id": str}).set_index("id").loc[saved["id"]]
     np.testing.assert_allclose(new["probability"], saved["probability"], atol=1e-6)
-    alarm = (new["probability"] >= found["threshold"]).astype(int)
+    alarm = (new["probability"] >= figures["platt"]["threshold"]).astype(int)
     assert new["prediction"].tolist() == alarm.tolist()
     assert 0 < alarm.sum() < len(alarm)
