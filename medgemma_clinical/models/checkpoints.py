@@ -38,11 +38,6 @@ TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 CHECKPOINT_FORMAT = 4
 """Rises when the program and its older checkpoints no longer fit each other."""
 
-CONFIG_KEYS = frozenset(
-    ("stage", "encoder", "dataset", "reading", "features", "units", "outcome", "question")
-)
-"""Keys of every checkpoint's configuration."""
-
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
@@ -114,10 +109,8 @@ def check_format(place: Path, found: object) -> None:
         )
 
 
-def check_config(place: Path, config: dict[str, Any]) -> None:
-    """Refuse a configuration that is incomplete, or whose decision rule is unsound."""
-    if missing := CONFIG_KEYS - set(config):
-        raise InputError(f"{place}: damaged: its configuration lacks {min(missing)}")
+def check_decision(place: Path, config: dict[str, Any]) -> None:
+    """Refuse a decision rule that is not sound."""
     try:
         DecisionRule.from_config(config)
     except ValueError as error:
@@ -177,7 +170,7 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind
         raise InputError(f"{path}: not a stage 1 checkpoint, or damaged") from error
-    check_config(path, checkpoint.config)
+    check_decision(path, checkpoint.config)
     return checkpoint
 
 
@@ -281,5 +274,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name, digest in found.items():
         if digest is None or digest != expected.get(name):
             raise InputError(f"{folder}: damaged: {name} is missing or not as it was written")
-    check_config(folder, config)
+    check_decision(folder, config)
     return config
