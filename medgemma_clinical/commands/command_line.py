@@ -235,10 +235,10 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     for way, allowed in ALLOWED_FLAGS.items():
         if way in given:
             _check_unused(way, given - allowed - {way})
-    stored = {"--checkpoint", "--predictions"}
+    needed = {"--checkpoint", "--predictions"}
     if not args.predict:
-        _check_unused("a command without --predict", given & {*stored, "--strict"})
-    elif missing := sorted(stored - given):
+        _check_unused("a command without --predict", given & {*needed, "--strict"})
+    elif missing := sorted(needed - given):
         raise InputError(f"--predict needs {' and '.join(missing)}")
     if args.ablation:
         _check_unused("--ablation", given & VARIED_FLAGS)
