@@ -763,25 +763,22 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
         dataset, max_samples=args.max_samples, seed=args.seed, prompts=prompt_options(args)
     )
     facts = run_facts(args, data)
-    if args.resume:
-        with resume_run(folder, facts) as left:  # before minutes go into loading a model
-            if not left:
-                return EXIT_DONE
-    stage = make_stage(args, data)
-    if args.dry_run:
-        dry_run(stage, data, args)
-        return EXIT_DONE
     before = folder_identity(folder)
     try:
-        with resume_run(folder, facts) if args.resume else begin_run(folder, facts) as left:
-            if args.resume and not left:
+        with resume_run(folder, facts) if args.resume else nullcontext(True) as left:
+            if not left:
                 return EXIT_DONE
-            if log and processes().is_main_process:
-                RUN_LOG.open(log)
-            numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
-            with tracking(args.report_to, tracker_folder(folder), numbers) as track:
-                run_stage(stage, data, folder, facts, args, track)
-            finish_run(folder)
+            stage = make_stage(args, data)
+            if args.dry_run:
+                dry_run(stage, data, args)
+                return EXIT_DONE
+            with nullcontext() if args.resume else begin_run(folder, facts):
+                if log and processes().is_main_process:
+                    RUN_LOG.open(log)
+                numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
+                with tracking(args.report_to, tracker_folder(folder), numbers) as track:
+                    run_stage(stage, data, folder, facts, args, track)
+                finish_run(folder)
     except KeyboardInterrupt as stop:
         began = args.resume or folder_identity(folder) != before
         logger.error("%s", describe_stop(folder, began=began))

@@ -224,6 +224,10 @@ def resume_run(folder: Path, facts: dict[str, Any]) -> Iterator[bool]:
         processes().wait_for_everyone()
         if done:
             logger.info("%s: that run is finished: nothing left to do", folder)
+        known = read_run(folder) or facts
+        for key in ("versions", "code_sha256"):
+            if known[key] != facts[key]:
+                logger.warning("%s differ from the start of the run: last bits may differ", key)
         yield not done
 
 
@@ -246,9 +250,6 @@ def check_resumable(folder: Path, facts: dict[str, Any]) -> None:
             "command, or start a new run without --resume"
         )
     check_results(folder, known)
-    for key in ("versions", "code_sha256"):
-        if known[key] != facts[key]:
-            logger.warning("%s differ from the start of the run: last bits may differ", key)
 
 
 def is_complete(folder: Path) -> bool:
