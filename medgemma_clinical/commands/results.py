@@ -26,6 +26,7 @@ from medgemma_clinical.evaluation.report import (
 )
 from medgemma_clinical.evaluation.report_tables import (
     flow_table,
+    result_sentence,
     results_table,
     split_table,
 )
@@ -107,11 +108,11 @@ def write_results(
         write_json(folder / "metrics.json", {**metrics, "reports": reports})
     content = report_content(stage, data, state, figures["val"], facts, reports)
     path = folder / "report.html"
-    sentences = write_report(
+    write_report(
         path, cohorts["test"], figures["test"], content, list_patients=args.report_patients
     )
     named = {SCORED[part]: each for part, each in figures.items()}
-    logger.info("\n%s\n", sentences)
+    logger.info("\n%s\n", result_sentence(figures["test"]))
     logger.info("%s\n", results_table(stage.name, named, reports))
     logger.info("report: %s; %s", path, peak_memory())
     return {

@@ -197,6 +197,18 @@ def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
     return {name: form(reports[key]) for key, (name, form) in names.items()} if reports else {}
 
 
+def result_sentence(figures: CohortFigures) -> str:
+    """Return the result on the test part in one sentence, beside the best baseline's."""
+    text = f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows with {figures.events:,} events"
+    name = figures.best_baseline
+    if name is None:
+        return f"{text}."
+    return (
+        f"{text}; the best baseline, {name}, has {figures.baselines[name]['auroc'].text()}: paired "
+        f"difference {figures.differences[name]['auroc'].text('+.3f')}."
+    )
+
+
 def results_table(
     name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
 ) -> str:
@@ -214,5 +226,6 @@ def results_table(
     further = [f"test part: {test.n:,} rows, {test.events:,} events"]
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
-    further += [f"{title}: {value}" for title, value in written_figures(reports).items()]
+    written = written_figures(reports)
+    further += [f"{title}: {value}" for title, value in written.items() if value != "0"]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])

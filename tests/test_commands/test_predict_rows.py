@@ -67,7 +67,7 @@ def test_predictions_are_those_of_the_run(
 def test_reports_are_those_of_the_run(runs: Path, scored: dict[str, pd.DataFrame]) -> None:
     out = scored["generative"]
     assert list(out) == ["id", "probability", "prediction", "report", "problem"]
-    assert ",".join(out) + "\n" in predict.HEADERS, "a second run replaces the file"
+    assert ",".join(map(str, out)) + "\n" in predict.HEADERS, "a second run replaces the file"
     lines = (runs / "generative" / "generations_test.jsonl").read_text().splitlines()
     own = {line["id"]: line["text"] for line in map(json.loads, lines)}
     written = out.set_index("id")["report"]

@@ -18,6 +18,7 @@ from medgemma_clinical.evaluation.report_tables import (
     figure_table,
     flow_table,
     percent,
+    result_sentence,
     results_table,
     split_table,
     subgroup_table,
@@ -120,3 +121,21 @@ def test_the_flow_has_the_pages_words() -> None:
     assert table is not None
     assert table.to_dict("records") == [{"Left out": "died", "Rows": 3, "Rows left": 7}]
     assert flow_table(None) is None
+
+
+def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigures) -> None:
+    sentence = result_sentence(figures)
+    best = figures.best_baseline
+    assert best is not None
+    assert sentence.startswith(f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows")
+    assert f"{best}, has {figures.baselines[best]['auroc'].text()}" in sentence
+    assert figures.differences[best]["auroc"].text("+.3f") in sentence
+
+
+def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
+    reports = {"reports": 3, "parse_share": 0.0, "true_number_share": 0.0, "numbers_stated": 0}
+    table = results_table(
+        "model", {"validation": figures, "test": figures}, {**reports, "verdict_auroc": 0.5}
+    )
+    assert "Reports written: 3" in table
+    assert "Numbers stated" not in table
