@@ -38,7 +38,7 @@ NAN = float("nan")
 
 
 def rows_of(dataset: MIMICtrajectoryDataset, i: int) -> list[tuple[float, ...]]:
-    """Give time and values of each observation."""
+    """Time and values of each observation."""
     rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
     return [
         (t, *v) for t, v in zip(dataset.times[rows].tolist(), dataset.values[rows], strict=True)

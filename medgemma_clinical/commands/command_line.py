@@ -68,16 +68,18 @@ def number(
 ) -> Callable[[str], Any]:
     """Return an argparse type for finite numbers from ``low`` to ``high``."""
 
+    noun = "a whole number" if kind is int else "a number"
+    limit = "" if high == sys.float_info.max else f" to {high:g}"
+
     def convert(text: str) -> Any:
+        """Convert one value of the flag."""
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high or (open_low and value == low):
-            limit = "" if high == sys.float_info.max else f" and at most {high:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {kind.__name__} {'above' if open_low else 'from'} {low:g}{limit}"
-            )
+            start = f"{'above' if open_low else 'from'} {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {noun} {start}{limit}")
         return value
 
     return convert
@@ -211,7 +213,7 @@ def describe_fault(error: Exception) -> str:
 
 
 def _describe_os_error(error: OSError) -> str:
-    """Tell a disk's errors from a network's, which have no number of the system or no file."""
+    """Describe an error of the disk, or of the network, which has no number or no file."""
     if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
         kind = type(error).__name__
         return f"the network or a server fails ({kind}): try again, or work offline"

@@ -75,6 +75,7 @@ def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[
     works = True
 
     def attempt(action: Callable[[], None]) -> None:
+        """Run an action of the tracker, unless an earlier one has failed."""
         nonlocal works
         try:
             if works:

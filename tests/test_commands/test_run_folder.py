@@ -17,6 +17,7 @@ import pytest
 from medgemma_clinical.commands import run_folder
 from medgemma_clinical.commands.run_folder import (
     begin_run,
+    check_resumable,
     checkpoint_store,
     describe_stop,
     differences,
@@ -350,6 +351,8 @@ def test_a_finished_run_knows_each_of_its_files(finished: Path) -> None:
             path.write_bytes(spoiled) if spoiled is not None else path.unlink()
             refused(finished, FACTS, f"finished, but {path} is missing or was changed")
         path.write_bytes(content)
+        check_resumable(finished, FACTS)  # whole again
+        assert is_complete(finished)
 
 
 # --------------------------------------------------------------------------- several runs

@@ -63,7 +63,7 @@ def load(folder: Path, quantization: str = "none", dtype: torch.dtype = torch.fl
 
 
 def refusal(name: str | Path) -> str:
-    """Give the refusal's text, which must be one line that names the model."""
+    """Return the refusal's text, which must be one line that names the model."""
     with pytest.raises(InputError) as caught:
         load_language_model(str(name), "none", torch.float32, CPU)
     text = str(caught.value)
@@ -255,7 +255,7 @@ def adapted(folder: Path | str, quantization: str, dtype: torch.dtype, seed: int
 
 
 def gradients(model: Any, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Give hidden states, then gradients of inputs and adapter, of a pass in training mode."""
+    """Return hidden states, then gradients of inputs and adapter, of a pass in training mode."""
     model.train().zero_grad()
     inputs = inputs.clone().requires_grad_()
     hidden = model.get_base_model().model(inputs_embeds=inputs, use_cache=False).last_hidden_state

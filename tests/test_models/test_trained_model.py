@@ -214,7 +214,8 @@ def test_the_same_patients_in_the_same_split_pass_with_other_contexts(
 ) -> None:
     path = save_stage1(tmp_path, drawn(many(**columns), 0))
     data = drawn(many(**columns, clinical_context=NOTES), 0)
-    load_stage1_encoder(path, ENCODERS, "rk4", None, data)
+    encoder, _ = load_stage1_encoder(path, ENCODERS, "rk4", None, data)
+    assert encoder.config["hidden_dim"] == encoder.hidden_dim
 
 
 def test_patients_of_another_file_pass_with_a_warning_where_they_have_no_names(
