@@ -488,11 +488,7 @@ def check(file: Path, series: Sequence[str] | None, max_len: int | None) -> int:
     Raises:
         InputError: the file cannot be used.
     """
-    dataset = MIMICtrajectoryDataset(file, max_len, series=series, require_labels=False)
-    unknown = np.isnan(dataset.labels)
-    if unknown.any() and not unknown.all():  # names the row that lacks its label
-        dataset = MIMICtrajectoryDataset(file, max_len, series=series)
-    log_check(dataset)
+    log_check(MIMICtrajectoryDataset(file, max_len, series=series, require_labels=False))
     return 0
 
 

@@ -23,7 +23,7 @@ n patients in one step, R inputs of the update.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,7 @@ class ClinicalODERNN(nn.Module):
         ValueError: a size, scale or tolerance that is not positive, or an unknown solver.
     """
 
+    name: ClassVar[str] = "ode_rnn"
     value_mean: Tensor
     value_std: Tensor
 

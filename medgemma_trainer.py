@@ -32,7 +32,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,8 +295,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("medgemma_trainer")
 
-DEFAULT_ENCODER = "ode_rnn"
-ENCODERS: dict[str, type] = {DEFAULT_ENCODER: ClinicalODERNN}
+DEFAULT_ENCODER = ClinicalODERNN
+ENCODERS: dict[str, type] = {ClinicalODERNN.name: ClinicalODERNN}
 
 LARGEST_NORM = 1.0
 """Gradients of a larger norm are scaled down to it."""
@@ -318,7 +318,8 @@ def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
     if source is None or not os.path.exists(source):  # False also for a name that is too long
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
-    others = {option for each in DATASETS.values() for option in each.options} - {*kind.options}
+    known = {*kind.options, kind.source_flag}
+    others = {o for each in DATASETS.values() for o in (*each.options, each.source_flag)} - known
     for option in sorted(others):
         if getattr(args, option) != build_parser().get_default(option):
             raise InputError(f"--{option}: not for --dataset {args.dataset}: leave it out")
@@ -344,7 +345,7 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
     model = TrajectoryClassifier(encoder, data.prevalence())
     config = {
         "stage": "trajectory",
-        "encoder": encoder_config(DEFAULT_ENCODER, encoder),
+        "encoder": encoder_config(encoder),
         **data.description(),
     }
     patients = data.training_patients()
@@ -412,12 +413,14 @@ def generative_stage(args: argparse.Namespace, data: Data) -> Stage:
     parts = make_llm_parts(args, data, answers=True)
     model = LLMWriter(parts.encoder, parts.llm, **parts.keywords())
     most = report_tokens(parts.collate)
-    stage = llm_stage(args, data, model, parts, {"report_tokens": most})
-    stage.monitor, stage.higher_is_better = "val_loss", False
-    stage.after_test = lambda predictions, folder: write_generations(
-        model, parts.collate, parts.tokenizer, predictions, most, folder
+    return replace(
+        llm_stage(args, data, model, parts, {"report_tokens": most}),
+        monitor="val_loss",
+        higher_is_better=False,
+        after_test=lambda predictions, folder: write_generations(
+            model, parts.collate, parts.tokenizer, predictions, most, folder
+        ),
     )
-    return stage
 
 
 def llm_stage(
@@ -491,7 +494,7 @@ def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> di
         "base_class": type(model.llm.get_base_model()).__name__,
         "quantization": args.quantization,
         "precision": args.precision,
-        "encoder": None if encoder is None else encoder_config(DEFAULT_ENCODER, encoder),
+        "encoder": None if encoder is None else encoder_config(encoder),
         "trajectory_head": model.trajectory_head is not None,
         "num_prefix_tokens": model.tokens,
         "prompts": asdict(data.prompts),
@@ -531,7 +534,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> Encoder:
     seed_everything(args.seed)
     dataset = data.dataset
     scale = args.time_scale or dataset.time_scale
-    encoder = ENCODERS[DEFAULT_ENCODER](len(dataset.features), time_scale=scale, solver=args.solver)
+    encoder = DEFAULT_ENCODER(len(dataset.features), time_scale=scale, solver=args.solver)
     dataset.check_measured(data.split["train"])
     values = torch.from_numpy(dataset.values[dataset.rows_of(data.split["train"])]).float()
     try:
@@ -745,14 +748,11 @@ def write_history(state: TrainState, folder: Path) -> None:
 
 
 def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) -> int:
-    """Run one stage from the user's data to its results, or resume it.
+    """Run one stage from the user's data to its results, or resume it; return the exit code.
 
     Args:
         args: of the command line, from ``complete``.
         dataset: where the caller has read the data already.
-
-    Returns:
-        The exit code.
     """
     RUN_LOG.begin()
     check_tracker(args.report_to)
@@ -762,8 +762,7 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
     data = prepare_data(
         dataset, max_samples=args.max_samples, seed=args.seed, prompts=prompt_options(args)
     )
-    facts = run_facts(args, data)
-    before = folder_identity(folder)
+    facts, before = run_facts(args, data), folder_identity(folder)
     try:
         with resume_run(folder, facts) if args.resume else nullcontext(True) as left:
             if not left:
@@ -772,6 +771,7 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
             if args.dry_run:
                 dry_run(stage, data, args)
                 return EXIT_DONE
+            facts = run_facts(args, data)  # the hub's revision is known once its model is there
             with nullcontext() if args.resume else begin_run(folder, facts):
                 if log and processes().is_main_process:
                     RUN_LOG.open(log)

@@ -191,7 +191,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.registrations = judged
         self.labels = judged.loc[judged["reason"] == "", "label"].to_numpy(np.float64)
         logger.info("%s: %d registrations", self.source, len(judged))
-        for rule, count, left in self.flow.itertuples(index=False, name=None):
+        for rule, count, left in self.flow[self.flow["removed"] > 0].itertuples(index=False):
             logger.info("  %6d out, %7d left: %s", count, left, rule)
         events, needed = int(np.nansum(self.labels)), FEWEST_EVENTS if require_labels else 0
         if not len(self) or events < needed:

@@ -92,7 +92,7 @@ def llm_config(
     assert model.encoder is not None
     return {
         "stage": stage,
-        "encoder": encoder_config("ode_rnn", model.encoder),
+        "encoder": encoder_config(model.encoder),
         "trajectory_head": model.trajectory_head is not None,
         "num_prefix_tokens": model.tokens,
         "base_model": base,

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +11,14 @@ from pathlib import Path
 import pytest
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands.command_line import describe_fault
 
 ROOT = Path(trainer.__file__).parent
 GOOD = '"24 (0h) -> 20 (2h)",{label}\n'
 HEADER = "clinical_trajectory,label_escalation\n"
 
 
-def test_the_users_fifteen_flags_keep_his_defaults() -> None:
+def test_the_fifteen_flags_of_the_card_keep_their_defaults() -> None:
     args = trainer.build_parser().parse_args([])
     assert args.mode == "classification"
     assert args.dataset == "dka"
@@ -236,3 +239,40 @@ def test_a_full_disk_is_one_line_and_code_3(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No space left on device" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset"),
+        TimeoutError("slow"),
+        socket.gaierror(-2, "Name or service not known"),
+        OSError(errno.ENETUNREACH, "Network is unreachable"),
+        ssl.SSLError("bad certificate"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_network_that_fails_is_no_full_disk(error: OSError) -> None:
+    text = describe_fault(error)
+    assert "the network or a server fails" in text
+    assert "make room" not in text
+
+
+def test_a_disk_that_fails_is_no_network() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "run.json")
+    assert describe_fault(full).startswith("run.json: No space left on device: make room")
+    assert "network" not in describe_fault(OSError("cannot load shared object"))
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [("--dataset dka --data_dir X", "--data_dir"), ("--dataset srtr --data_path X", "--data_path")],
+)
+def test_a_flag_of_the_other_kind_of_data_is_refused(
+    words: str, flag: str, dka_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rest = (
+        ["--data_path", str(dka_file)] if "dka" in words else ["--data_dir", str(dka_file.parent)]
+    )
+    assert trainer.main(["--trajectory_only", *words.split(), *rest]) == 2
+    assert f"{flag}: not for --dataset" in capsys.readouterr().err

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import medgemma_trainer as trainer
 from language_models import CPU, patients
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -135,3 +137,47 @@ def test_a_written_verdict_is_the_decision_of_the_row(tmp_path: Path) -> None:
     stage.after_test(decided, tmp_path)
     reports = pd.read_json(tmp_path / "generations_test.jsonl", lines=True)
     assert reports["verdict"].tolist() == decided.alarms.astype(int).tolist()
+
+
+class GapEncoder(nn.Module):
+    """A second encoder, by the protocol alone: a GRU that reads values and gaps."""
+
+    name: ClassVar[str] = "gap_gru"
+    longest_gap_hours = float("inf")
+
+    def __init__(self, input_dim: int, hidden_dim: int = 8, **options: Any) -> None:
+        super().__init__()
+        self.input_dim, self.hidden_dim, self.options = input_dim, hidden_dim, options
+        self.cell = nn.GRU(input_dim + 1, hidden_dim, batch_first=True)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {"input_dim": self.input_dim, "hidden_dim": self.hidden_dim, **self.options}
+
+    def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
+        assert values[observed].isfinite().all()
+
+    def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
+        states: Tensor = self.cell(torch.cat([values, times[:, :, None].log1p()], dim=2))[0]
+        return states * observed.any(dim=2, keepdim=True)
+
+
+def test_another_encoder_is_one_class_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trainer, "DEFAULT_ENCODER", GapEncoder)
+    monkeypatch.setitem(trainer.ENCODERS, GapEncoder.name, GapEncoder)
+    stage = stage_of_patients(STAGE_1)
+    assert isinstance(stage.model.encoder, GapEncoder)
+    stage.save(tmp_path / "trajectory", stage.config)
+    monkeypatch.setattr(trainer, "DEFAULT_ENCODER", trainer.ClinicalODERNN)
+    later = stage_of_patients("--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE))
+    assert isinstance(later.model.encoder, GapEncoder)
+    assert later.config["encoder"]["name"] == "gap_gru"
+
+
+def test_a_solver_that_differs_from_stage_1_is_said(
+    stage1: tuple[Stage, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    stage_of_patients("--ode_checkpoint", str(stage1[1]), "--solver", "euler")
+    assert "trained with --solver rk4, now euler" in caplog.text

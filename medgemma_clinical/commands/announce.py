@@ -19,6 +19,15 @@ from medgemma_clinical.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 
+PARTS = {
+    "encoder": "encoder",
+    "trajectory_head": "stage 1's head",
+    "projection": "projection",
+    "llm": "LoRA adapter",
+    "head": "head",
+}
+"""Names of a model's trainable parts."""
+
 
 def announce(stage: Stage, data: Data, args: Namespace) -> None:
     """Log data, split, model and length of the training."""
@@ -34,8 +43,8 @@ def announce(stage: Stage, data: Data, args: Namespace) -> None:
         part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)
         for part in rates
     }
-    shown = (f"{part} {n:,} at {rates[part]:g}" for part, n in learns.items() if n)
-    logger.info("stage %s, trainable parameters and rates: %s", stage.name, ", ".join(shown))
+    shown = (f"{PARTS[part]} {n:,} at rate {rates[part]:g}" for part, n in learns.items() if n)
+    logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(shown))
     for line in stage.describe():
         logger.info(line)
     logger.info(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import logging.handlers
 import math
 import os
 import re
+import socket
+import ssl
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -45,6 +48,9 @@ ALLOWED_FLAGS: dict[str, set[str]] = {
 
 VARIED_FLAGS = {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
 """Flags that the variants of ``--ablation`` set."""
+
+
+NETWORK_ERRORS = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -213,12 +219,13 @@ def describe_fault(error: Exception) -> str:
 
 
 def _describe_os_error(error: OSError) -> str:
-    """Describe an error of the disk, or of the network, which has no number or no file."""
-    if error.errno is None or isinstance(error, ConnectionError | TimeoutError):
+    """Describe an error of the disk or of the network."""
+    if isinstance(error, NETWORK_ERRORS) or error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         kind = type(error).__name__
         return f"the network or a server fails ({kind}): try again, or work offline"
     place = one_line(str(error.filename or type(error).__name__))
-    return f"{place}: {error.strerror}: make room, get the right to it, or choose another place"
+    problem = error.strerror or one_line(str(error))
+    return f"{place}: {problem}: make room, get the right to it, or choose another place"
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:

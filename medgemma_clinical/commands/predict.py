@@ -84,7 +84,7 @@ def predict(
             "this program does not have"
         )
     dataset = datasets[config["dataset"]]
-    source = find_source(request, config, dataset)
+    source = find_source(request, config, datasets)
     check_output(request.predictions)
     findings = Findings(str(source), strict=bool(request.strict))
     text = config["stage"] != "trajectory"
@@ -106,22 +106,22 @@ def predict(
 
 
 def find_source(
-    request: Namespace, config: dict[str, Any], dataset: type[TrajectoryDataset]
+    request: Namespace, config: dict[str, Any], datasets: Mapping[str, type[TrajectoryDataset]]
 ) -> Path:
     """Return the file or folder to read, which must be of the checkpoint's kind.
 
     Raises:
         InputError: naming the difference, or the flag that is missing.
     """
-    trained = {"dataset": config["dataset"], "organ": config["reading"].get("organ")}
-    for name, value in trained.items():
-        if getattr(request, name) not in (None, value):
-            raise InputError(
-                f"--{name} {getattr(request, name)}: the checkpoint was trained on "
-                f"{value or config['dataset']}"
-            )
-    typed = [name for name in ("data_path", "data_dir") if getattr(request, name) is not None]
-    if typed != [dataset.source_flag]:
+    trained = {"dataset": config["dataset"], **config["reading"]}
+    dataset = datasets[config["dataset"]]
+    for name in ("dataset", *(option for each in datasets.values() for option in each.options)):
+        value = getattr(request, name, None)
+        if value not in (None, trained.get(name)):
+            made = trained.get(name, f"--dataset {config['dataset']}")
+            raise InputError(f"--{name} {value}: the checkpoint was trained on {made}")
+    sources = {each.source_flag for each in datasets.values()}
+    if [name for name in sources if getattr(request, name) is not None] != [dataset.source_flag]:
         raise InputError(
             f"--predict: the checkpoint was trained on --dataset {config['dataset']}: give the "
             f"rows to score by --{dataset.source_flag} alone"

@@ -49,13 +49,16 @@ def score_rows(
     verdicts = probability >= rule.threshold
     lines = pd.DataFrame({"probability": probability}, index=rows.places)
     lines["prediction"] = pd.Series(verdicts.astype(int), index=rows.places, dtype="Int64")
+    finite = np.isfinite(logit)
     if isinstance(trained.model, LLMWriter):
         lines["report"] = ""
         if text is not None:
             most = trained.config["report_tokens"]
-            written = write_reports(trained.model, text, trained.tokenizer, batches, verdicts, most)
-            lines["report"] = [written[i] for i in range(len(lines))]
-    finite = np.isfinite(logit)
+            sound = [[i for i in batch if finite[i]] for batch in batches]
+            written = write_reports(
+                trained.model, text, trained.tokenizer, filter(None, sound), verdicts, most
+            )
+            lines["report"] = [written.get(i, "") for i in range(len(lines))]
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     lines = lines[finite].reindex(range(len(rows.ids)))
     lines.insert(0, "id", rows.ids)

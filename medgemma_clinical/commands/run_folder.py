@@ -32,6 +32,9 @@ from medgemma_clinical.training.signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
+RUN_FORMAT = 2
+"""Of ``run.json``; rises when runs of older versions can no longer be resumed."""
+
 RESULTS = (
     *("metrics.json", "history.jsonl", "report.html", "generations_test.jsonl"),
     *("predictions_val.csv", "predictions_test.csv"),
@@ -76,6 +79,7 @@ def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
     """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split."""
     stage_1, language_model = args.ode_checkpoint, not args.trajectory_only
     facts = {
+        "format": RUN_FORMAT,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": versions(),
         "git_commit": git_commit(),
@@ -114,8 +118,12 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         content = {key: value for key, value in run.items() if key != "facts_sha256"}
         if run["facts_sha256"] != json_hash(content):
             raise ValueError("its hash differs")
+        if run.get("format") != RUN_FORMAT:
+            raise InputError(f"{path}: of another version: start again without --resume")
     except FileNotFoundError:
         return None
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged: start again without --resume") from error
     return run
@@ -331,7 +339,7 @@ def describe_stop(folder: Path, *, began: bool) -> str:
     """
     if not began:
         return "interrupted before the first step: nothing was changed"
-    best = (folder / "best").exists() or (folder.parent / TRAJECTORY_FILE).exists()
+    best = any(path.exists() for path in (folder / "best", *stage_paths(folder)[2:]))
     figures = (folder / "metrics.json").exists()
     return "; ".join(
         [

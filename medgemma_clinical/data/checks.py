@@ -28,8 +28,8 @@ def log_check(dataset: TrajectoryDataset, unfit: str | None = None) -> None:
         logger.info(line)
     for line in implausible_series(dataset):
         logger.warning("warning: %s", line)
-    if np.isnan(dataset.labels).all():
-        unfit = unfit or "no row has a label"
+    if unlabelled := int(np.isnan(dataset.labels).sum()):
+        unfit = unfit or f"{unlabelled:,} of {len(dataset):,} rows have no label"
     if unfit:
         logger.info("%s: fit to predict on, not to train on", unfit)
         return
@@ -63,8 +63,7 @@ def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
     share = len(np.unique(dataset.groups[rows])) / len(np.unique(dataset.groups))
     return (
         f"{titled}: {_quartiles(dataset.values[measured, f])}; in {share:.1%} of the patients, "
-        f"{np.median(counts):g} values a row that has any, "
-        f"{count_implausible(dataset, f):,} implausible"
+        f"{np.median(counts):g} values a row with any"
     )
 
 

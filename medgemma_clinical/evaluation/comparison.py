@@ -92,7 +92,7 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
             if "sd" in result[metric]:
                 line[f"sd of {title}"] = f"{result[metric]['sd']:{form}}"
         if "seconds_an_epoch" in result:
-            line["s an epoch"] = f"{result['seconds_an_epoch']:.0f}"
+            line["s an epoch"] = f"{result['seconds_an_epoch']:.3g}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
 

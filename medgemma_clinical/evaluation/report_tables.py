@@ -194,7 +194,8 @@ def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
         "numbers_stated": ("Numbers stated", "{:,.0f}".format),
         "verdict_auroc": ("AUROC of the verdict's probability", "{:.3f}".format),
     }
-    return {name: form(reports[key]) for key, (name, form) in names.items()} if reports else {}
+    known = reports or {}
+    return {name: form(known[key]) for key, (name, form) in names.items() if key in known}
 
 
 def result_sentence(figures: CohortFigures) -> str:
@@ -226,6 +227,6 @@ def results_table(
     further = [f"test part: {test.n:,} rows, {test.events:,} events"]
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
-    written = written_figures(reports)
-    further += [f"{title}: {value}" for title, value in written.items() if value != "0"]
+    shown = {key: value for key, value in (reports or {}).items() if value}
+    further += [f"{title}: {value}" for title, value in written_figures(shown).items()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])

@@ -43,7 +43,7 @@ ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
-"""Files that decide a prediction; others beside them are nobody's concern."""
+"""Files that decide a prediction; other files beside them do not matter."""
 
 HAI_DEF_NOTICE = (
     "HAI-DEF is provided under and subject to the HAI-DEF Terms of Use found at "
@@ -60,7 +60,8 @@ A LoRA adapter and the modules beside it, trained on {base} ({revision}).
 - Outcome: {outcome}
 - Series: {series}
 - Trained on: {kind} data whose SHA-256 is {data}
-- To predict: `python medgemma_trainer.py --predict --checkpoint FOLDER --data_path FILE`
+- To predict: `python medgemma_trainer.py --predict --checkpoint FOLDER --predictions FILE` and the
+  flag that names the rows
 
 Research on the question above, on data like those of the training part. Not a medical device, not
 for clinical use. Figures with their intervals are in report.html and metrics.json of the run.
@@ -95,9 +96,9 @@ class TrajectoryCheckpoint:
 # ------------------------------------------------------------------ configuration
 
 
-def encoder_config(name: str, encoder: Encoder) -> dict[str, Any]:
+def encoder_config(encoder: Encoder) -> dict[str, Any]:
     """Return what rebuilds an encoder: its registered name and its constructor's keywords."""
-    return {"name": name, **encoder.config}
+    return {"name": encoder.name, **encoder.config}
 
 
 def check_format(place: Path, found: object) -> None:
@@ -203,7 +204,7 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
     with atomic(folder) as temporary:
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
-        remove(temporary / "adapter" / "README.md")  # a form that nobody has filled in
+        remove(temporary / "adapter" / "README.md")  # an empty template
         adapter = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         adapter["target_modules"].sort()  # a set, written in any order
         write_json(temporary / ADAPTER_CONFIG, adapter)

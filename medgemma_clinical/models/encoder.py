@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class Encoder(Protocol):
     """A module that turns irregular series into one state per observation.
 
-    An encoder is an ``nn.Module`` whose class accepts its own ``config`` as keywords.
+    An encoder is an ``nn.Module``. Its class takes ``(n_features, *, time_scale, solver)`` and, to
+    be rebuilt, its own ``config`` as keywords; ``name`` is its key among the registered encoders.
     Letters: B patients, L observations of the longest, F features, H state.
     """
 
+    name: ClassVar[str]
     hidden_dim: int
 
     @property

@@ -207,7 +207,8 @@ def load_stage1_encoder(
         raise InputError(f"{path}: its --time_scale is {stored}: leave the flag out")
     check_held_out(path, checkpoint, data)
     options = config["encoder"]
-    if "solver" in options:
+    if options.get("solver", solver) != solver:
+        logger.warning("%s: trained with --solver %s, now %s", path, options["solver"], solver)
         options = {**options, "solver": solver}
     model = TrajectoryClassifier(build_encoder(options, encoders), 0.5)
     load_trajectory(model, path)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -179,7 +180,8 @@ def set_up_training(stage: Stage, device: torch.device) -> TrainState:
         # The precision is the model's own, whatever accelerate's configuration says.
         accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         shared = accelerator.prepare_model(model)
-        torch.manual_seed(torch.initial_seed() + processes().process_index)
+        seeds = np.random.SeedSequence([torch.initial_seed(), processes().process_index])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
     parameters = list(stage.trainable_parameters().values())
     optimizer = make_optimizer(stage)
     return TrainState(

@@ -14,14 +14,12 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
-from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import predict
 from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, command, predicted, read_predictions, refused, write_data
-from srtr_dataset import SRTRTrajectoryDataset
 
 # --------------------------------------------------------------------------- places
 
@@ -31,7 +29,7 @@ from srtr_dataset import SRTRTrajectoryDataset
     [
         ("srtr", {"organ": "kidney", "data_dir": Path("d")}, ["--organ kidney", "on liver"]),
         ("srtr", {"dataset": "dka", "data_dir": Path("d")}, ["--dataset dka", "on srtr"]),
-        ("dka", {"organ": "liver", "data_path": Path("x.csv")}, ["--organ liver", "on dka"]),
+        ("dka", {"organ": "liver", "data_path": Path("x.csv")}, ["on --dataset dka"]),
         ("srtr", {"data_path": Path("x.csv")}, ["on --dataset srtr", "--data_dir alone"]),
         ("dka", {"data_path": Path("x"), "data_dir": Path("d")}, ["--data_path alone"]),
         ("dka", {}, ["on --dataset dka", "--data_path alone"]),
@@ -41,11 +39,10 @@ def test_data_of_another_kind_than_the_checkpoints_are_refused(
     kind: str, flags: dict[str, Any], expected: list[str]
 ) -> None:
     reading = {"srtr": {"organ": "liver"}, "dka": {}}[kind]
-    dataset = {"srtr": SRTRTrajectoryDataset, "dka": MIMICtrajectoryDataset}[kind]
     names = ("dataset", "organ", "data_path", "data_dir")
     request = Namespace(**{**dict.fromkeys(names), **flags})
     with pytest.raises(InputError) as error:
-        find_source(request, {"dataset": kind, "reading": reading}, dataset)
+        find_source(request, {"dataset": kind, "reading": reading}, trainer.DATASETS)
     assert all(text in str(error.value) for text in expected)
 
 

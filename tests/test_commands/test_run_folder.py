@@ -37,6 +37,7 @@ from toy_stage import small_checkpoint
 
 def facts_of(**arguments: Any) -> dict[str, Any]:
     return {
+        "format": run_folder.RUN_FORMAT,
         "arguments": {"seed": 0, "output_dir": "a", "deterministic": False, **arguments},
         "versions": {"torch": "2.5"},
         "code_sha256": "c",
@@ -398,6 +399,20 @@ def test_a_stop_is_described_by_what_was_reached(finished: Path, stopped: Path) 
     assert "no weights yet" in text
     assert "test figures are written" in text
     assert "--resume" not in text
+
+
+def test_the_weights_of_stage_1_are_not_those_of_a_later_stage(stopped: Path) -> None:
+    later = stopped.with_name("classification")
+    later.mkdir()
+    assert (stopped.parent / TRAJECTORY_FILE).exists()
+    assert "no weights yet" in describe_stop(later, began=True)
+
+
+def test_a_run_of_an_older_version_is_refused_as_such(stopped: Path) -> None:
+    write_run(stopped, {key: value for key, value in FACTS.items() if key != "format"})
+    with pytest.raises(InputError, match="of another version: start again without --resume"):
+        read_run(stopped)
+    assert progress_of(stopped, FACTS) == "none"
 
 
 def test_run_json_is_plain_and_hashes_its_content(stopped: Path) -> None:

@@ -24,7 +24,7 @@ def test_an_unlabelled_data_set_is_fit_to_predict_on(caplog: pytest.LogCaptureFi
     dataset.labels = np.array([np.nan])
     with caplog.at_level(logging.INFO):
         log_check(dataset)
-    assert caplog.messages[-1] == "no row has a label: fit to predict on, not to train on"
+    assert caplog.messages[-1] == "1 of 1 rows have no label: fit to predict on, not to train on"
 
 
 def test_too_few_events_are_refused() -> None:

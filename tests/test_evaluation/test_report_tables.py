@@ -139,3 +139,4 @@ def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
     )
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
+    assert "Reports of the expected form" not in table

@@ -82,7 +82,7 @@ def stage1(tmp_path: Path) -> Path:
     """A stage 1 file."""
     path = tmp_path / TRAJECTORY_FILE
     model = new_classifier(1)
-    config = {"stage": "trajectory", "encoder": encoder_config("ode_rnn", model.encoder)}
+    config = {"stage": "trajectory", "encoder": encoder_config(model.encoder)}
     save_trajectory(path, model, {**config, **DATA.description()}, DATA.training_patients())
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from medgemma_clinical.models.encoder import (
 class MeanEncoder(nn.Module):
     """The smallest encoder: the mean of the values, without a plan."""
 
+    name: ClassVar[str] = "mean"
     hidden_dim, longest_gap_hours = 1, float("inf")
 
     @property

@@ -54,7 +54,7 @@ def save_stage1(folder: Path, data: Data) -> Path:
     model = TrajectoryClassifier(encoder_for(data.dataset), data.prevalence())
     config = {
         "stage": "trajectory",
-        "encoder": encoder_config("ode_rnn", model.encoder),
+        "encoder": encoder_config(model.encoder),
         "decision": RULE.to_config(),
         **data.description(),
     }

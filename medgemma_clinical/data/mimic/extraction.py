@@ -208,7 +208,8 @@ def _log_flow(flow: list[dict[str, Any]], admissions: int, request: Extraction) 
         )
     logger.info("%s: %d admissions", request.mimic_dir, admissions)
     for rule in flow:
-        logger.info("  %6d out, %7d left: %s", rule["removed"], rule["left"], rule["rule"])
+        if rule["removed"]:
+            logger.info("  %6d out, %7d left: %s", rule["removed"], rule["left"], rule["rule"])
     logger.warning("cohort %s: %s", request.cohort, COHORTS[request.cohort])
 
 

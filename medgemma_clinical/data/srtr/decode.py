@@ -26,7 +26,7 @@ EPOCH = pd.Timestamp("1960-01-01")
 """Day 0 of SAS dates, and of Stata's."""
 
 CHUNK_ROWS = 100_000
-"""Rows in memory before those that nobody needs are dropped."""
+"""Rows that are read at a time; those of no use are dropped."""
 
 EMPTY = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
 """A cell without content; .A to .Z are SAS's special missing values."""
