@@ -148,7 +148,7 @@ def check_output(out: Path) -> None:
 
 
 def _beginning(path: Path) -> str:
-    """Return the first 2,000 characters of a text file, nothing of what is no file."""
+    """Return the first 2,000 characters of a text file; empty without a file."""
     if not path.is_file():
         return ""
     with path.open(encoding="utf-8", errors="replace") as file:

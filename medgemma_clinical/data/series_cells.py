@@ -100,7 +100,7 @@ def join_series(series: list[Observations]) -> Observations:
 
 def _repeats(series: Observations) -> NDArray[np.int64]:
     """Number the observations of a row that share one time: 0, 1, ..."""
-    # groupby.cumcount is one line, and half a gigabyte at a million rows.
+    # Not groupby.cumcount, which needs too much memory for a million rows.
     number = np.arange(len(series.owner))
     same = (np.diff(series.owner, prepend=-1) == 0) & (np.diff(series.times, prepend=0) == 0)
     return number - np.maximum.accumulate(np.where(same, 0, number))

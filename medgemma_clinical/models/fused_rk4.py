@@ -27,7 +27,7 @@ with n = W_n x + b_n::
 The factors of g are therefore known for all steps before the backward pass begins.
 
 tanh(x) is computed as 2 sigmoid(2x) - 1, the inner 2 being a factor of the products: on some
-processors torch's tanh costs four times its sigmoid.
+processors torch's tanh is much slower than its sigmoid.
 
 Source: the discrete adjoint of a Runge-Kutta method, Hager 2000, "Runge-Kutta methods in optimal
 control and the transformed adjoint system"; the cell is that of ``nn.GRUCell``.

@@ -34,7 +34,7 @@ class SignalHandler:
 
     Within ``deferred`` a signal only sets a flag, which the loop reads after each step, so that
     state and weights agree; elsewhere SIGTERM and SIGINT raise at once. A second one of them ends
-    the process without further ado.
+    the process at once.
     """
 
     def __init__(self) -> None:
