@@ -20,7 +20,7 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from faults import main as fault_trials
 from faults import result_of
-from medgemma_clinical.commands import results
+from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.commands.run_folder import checkpoint_store, read_run
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
@@ -456,3 +456,27 @@ def test_sixty_epochs_leak_neither_files_nor_memory(
     assert after[0] == files
     assert after[1] - objects < 10 * 30  # of the log, some an epoch; of a graph, hundreds
     assert after[2] - resident < 8 * 2**20
+
+
+def test_the_revision_that_loading_brings_into_the_cache_is_the_runs_own(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run with a hub model downloads it: before that no revision is known."""
+    cache: list[str] = []
+    load = trainer.load_language_model
+
+    def download(*given: Any) -> Any:
+        cache.append("commit")
+        return load(*given)
+
+    monkeypatch.setattr(trainer, "load_language_model", download)
+    revision = lambda name: cache[0] if cache else None  # noqa: E731
+    monkeypatch.setattr(run_folder, "cached_revision", revision)
+    words = command("classification", data, tmp_path / "run", "--epochs", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(3, send(signal.SIGTERM), patch)
+        assert trainer.main(words) == 143
+    run = read_run(tmp_path / "run" / "classification")
+    assert run is not None
+    assert run["base_revision"] == "commit"
+    assert trainer.main([*words, "--resume"]) == 0
