@@ -127,7 +127,7 @@ def test_the_table_has_a_line_a_model() -> None:
     ]
     assert table.loc["bad", "minus bad [95 %]"] == ""
     assert table.loc["bad", "s an epoch"] == ""
-    assert table.loc["good", "s an epoch"] == "12"
+    assert table.loc["good", "s an epoch"] == "12.3"
     start = f"{results['good']['auroc']['value']:.3f} ["
     assert str(table.loc["good", "test AUROC [95 %]"]).startswith(start)
     assert counts_sentence(results) == "test parts, joined: 240 rows, 60 events"
