@@ -28,7 +28,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
+    MIN_CELL,
     SHOW_VALUES,
+    WHOLE,
     Parser,
     names,
     run_command,
@@ -49,6 +51,7 @@ from medgemma_clinical.data.series_cells import (
     join_series,
     rows_out_of_order,
 )
+from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.splits import PARTS
 from medgemma_clinical.data.tables import (
     Findings,
@@ -446,6 +449,7 @@ def build_parser() -> Parser:
     add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
     add("--series", type=names, metavar="NAME,NAME", help="read these series only")
     add("--max_len", type=int, help="most recent observations kept of a row")
+    add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     make = commands.add_parser(
         "from_mimic", help="make a file from MIMIC-IV tables", allow_abbrev=False
@@ -482,13 +486,14 @@ def outcomes(text: str) -> tuple[str, ...]:
     return tuple(name for name in OUTCOMES if name in chosen)
 
 
-def check(file: Path, series: Sequence[str] | None, max_len: int | None) -> int:
+def check(file: Path, series: Sequence[str] | None, max_len: int | None, min_cell: int) -> int:
     """Log what a file holds, what looks wrong, and what the file is fit for.
 
     Raises:
         InputError: the file cannot be used.
     """
-    log_check(MIMICtrajectoryDataset(file, max_len, series=series, require_labels=False))
+    dataset = MIMICtrajectoryDataset(file, max_len, series=series, require_labels=False)
+    log_check(dataset, min_cell)
     return 0
 
 

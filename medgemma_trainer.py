@@ -41,6 +41,7 @@ from medgemma_clinical.commands.command_line import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
     LESS_MEMORY,
+    MIN_CELL,
     POSITIVE,
     RATE,
     RUN_LOG,
@@ -54,6 +55,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
+from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -97,6 +99,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
     add("--report_patients", action="store_true", help="ten largest errors by id in report.html")
+    add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--dry_run", action="store_true", help="take two steps, measure memory, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
     add(
@@ -535,7 +538,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> Encoder:
     dataset = data.dataset
     scale = args.time_scale or dataset.time_scale
     encoder = DEFAULT_ENCODER(len(dataset.features), time_scale=scale, solver=args.solver)
-    dataset.check_measured(data.split["train"])
+    dataset.check_measured(data.split["train"], data.min_cell)
     values = torch.from_numpy(dataset.values[dataset.rows_of(data.split["train"])]).float()
     try:
         encoder.fit_normalizer(values, ~values.isnan())
@@ -760,7 +763,11 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
     log = log_path(args, folder)
     dataset = read_dataset(args) if dataset is None else dataset
     data = prepare_data(
-        dataset, max_samples=args.max_samples, seed=args.seed, prompts=prompt_options(args)
+        dataset,
+        max_samples=args.max_samples,
+        seed=args.seed,
+        prompts=prompt_options(args),
+        min_cell=args.min_cell,
     )
     facts, before = run_facts(args, data), folder_identity(folder)
     try:
@@ -864,7 +871,7 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     check_flags(args, given)
     with SIGNALS.installed(), deterministic_kernels(args.deterministic):
         if args.compare:
-            return run_compare(args.compare, args.seed)
+            return run_compare(args.compare, args.seed, args.min_cell)
         if args.seeds:
             return run_seeds(args, read_dataset, train)
         if args.ablation:

@@ -24,13 +24,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
+    MIN_CELL,
     SHOW_VALUES,
+    WHOLE,
     Parser,
     run_command,
     start_logging,
 )
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import log_check
+from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
     NO_ROW,
@@ -179,7 +182,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         return dialysis
 
     def _keep(self, judged: pd.DataFrame, *, require_labels: bool) -> None:
-        """Set registrations, flow and labels, and log the flow.
+        """Set registrations, flow and labels.
 
         Raises:
             TooFewEventsError: too few events are left, and labels are required.
@@ -190,9 +193,6 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.flow = flow.assign(left=len(judged) - flow["removed"].cumsum())
         self.registrations = judged
         self.labels = judged.loc[judged["reason"] == "", "label"].to_numpy(np.float64)
-        logger.info("%s: %d registrations", self.source, len(judged))
-        for rule, count, left in self.flow[self.flow["removed"] > 0].itertuples(index=False):
-            logger.info("  %6d out, %7d left: %s", count, left, rule)
         events, needed = int(np.nansum(self.labels)), FEWEST_EVENTS if require_labels else 0
         if not len(self) or events < needed:
             taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
@@ -352,6 +352,7 @@ def build_parser() -> Parser:
     add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
     add("--horizon_days", type=int, help="days looked ahead; 365 kidney, 90 liver")
     add("--transplant", choices=TRANSPLANT_CHOICES, default="negative")
+    add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     return parser
 
@@ -365,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(lambda: check(**arguments), show_values=shown)
 
 
-def check(data_dir: Path, **reading: Any) -> int:
+def check(data_dir: Path, min_cell: int, **reading: Any) -> int:
     """Log what a folder holds, what looks wrong, and what it is fit for.
 
     Raises:
@@ -377,7 +378,7 @@ def check(data_dir: Path, **reading: Any) -> int:
     except TooFewEventsError as error:
         dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
         unfit = str(error)
-    log_check(dataset, unfit=unfit)
+    log_check(dataset, min_cell, unfit=unfit)
     return 0
 
 

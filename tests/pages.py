@@ -27,7 +27,7 @@ def write_page(
     cohort: Cohort, folder: Path, content: ReportContent | None = None, **options: Any
 ) -> str:
     path = folder / "report.html"
-    figures = cohort_figures(cohort, 0.3, 0)
+    figures = cohort_figures(cohort, 0.3, 0, 0)
     write_report(path, cohort, figures, content or make_content(), **options)
     return path.read_text(encoding="utf-8")
 

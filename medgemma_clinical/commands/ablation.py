@@ -14,6 +14,7 @@ import numpy as np
 from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
 from medgemma_clinical.commands.compare import join_predictions
 from medgemma_clinical.commands.several_runs import Train, run_or_continue, stage_folder
+from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
@@ -79,7 +80,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
     """Compare the variants with stage 1 and with the baselines; write ``ablation/``."""
     place = args.output_dir / "ablation"
     table = join_predictions(folders)
-    results = compare_models([table], REFERENCE, args.seed)
+    results = compare_models([table], REFERENCE, args.seed, args.min_cell)
     for name, folder in folders.items():
         results[name]["seconds_an_epoch"] = seconds_an_epoch(folder)
     write_text(place / "predictions_test.csv", table.to_csv(index=False))
@@ -90,7 +91,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         REFERENCE,
         title=f"What text and soft prompt add: {outcome}",
         sentences=[],
-        card={"Seed": str(args.seed)},
+        card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
     )
 
 

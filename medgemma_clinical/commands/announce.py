@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.checks import summarize
+from medgemma_clinical.data.small_cells import is_small
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device
+from medgemma_clinical.evaluation.cohort import rarer_patients
+from medgemma_clinical.evaluation.report_tables import counts_text
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.training.stage import Stage
@@ -31,13 +34,16 @@ PARTS = {
 
 def announce(stage: Stage, data: Data, args: Namespace) -> None:
     """Log data, split, model and length of the training."""
-    for line in summarize(data.dataset):
+    dataset = data.dataset
+    parts = {}
+    for part, rows in data.split.items():
+        hidden = is_small(rarer_patients(dataset.labels[rows], dataset.groups[rows]), data.min_cell)
+        parts[part] = len(rows), None if hidden else int(dataset.labels[rows].sum())
+    events_shown = all(events is not None for _, events in parts.values())
+    for line in summarize(dataset, data.min_cell, events=events_shown):
         logger.info(line)
-    parts = (
-        f"{part} {len(rows):,} rows, {int(data.dataset.labels[rows].sum()):,} events"
-        for part, rows in data.split.items()
-    )
-    logger.info("split: %s", "; ".join(parts))
+    texts = (f"{part} {counts_text(*counts)}" for part, counts in parts.items())
+    logger.info("split: %s", "; ".join(texts))
     rates: dict[str, float] = stage.learning_rates
     learns = {
         part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)

@@ -28,6 +28,9 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 SHOW_VALUES = "an error about a cell shows what the cell holds"
 """Help of the flag ``--show_values``."""
 
+MIN_CELL = "counts of fewer patients are hidden (0 = none)"
+"""Help of the flag ``--min_cell``."""
+
 LESS_MEMORY = (
     "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
     "or shorten the text by --series_text or --max_text_tokens"
@@ -36,12 +39,12 @@ WAYS = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds"
 """Flags that say what to do; the last three go together, the others alone."""
 
 ALLOWED_FLAGS: dict[str, set[str]] = {
-    "--compare": {"--seed"},
+    "--compare": {"--seed", "--min_cell"},
     "--demo": {"--output_dir", "--seed", "--log_file"},
     "--predict": {
         *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
         *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
-        "--show_values",
+        *("--show_values", "--min_cell"),
     },
 }
 """All that these ways read."""

@@ -20,12 +20,13 @@ from medgemma_clinical.files import InputError
 logger = logging.getLogger(__name__)
 
 
-def run_compare(runs: list[Path], seed: int) -> int:
+def run_compare(runs: list[Path], seed: int, fewest: int) -> int:
     """Print the test figures of finished stages and their paired differences to the first.
 
     Args:
         runs: stage folders that were tested on the same patients.
         seed: of the bootstrap.
+        fewest: patients of the smallest cell that is shown.
 
     Raises:
         InputError: a run is named twice or has no result, or they were tested on other patients.
@@ -34,7 +35,7 @@ def run_compare(runs: list[Path], seed: int) -> int:
         raise InputError("--compare: name at least two different folders of stages")
     folders = {str(run): run for run in runs}
     reference = str(runs[0])
-    results = compare_models([join_predictions(folders)], reference, seed)
+    results = compare_models([join_predictions(folders)], reference, seed, fewest)
     table = comparison_table(results, reference).to_string(index=False)
     logger.info("%s\n%s", table, counts_sentence(results))
     return EXIT_DONE

@@ -18,8 +18,9 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.predict_rows import count_implausible, score_rows
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
+from medgemma_clinical.data.small_cells import counting_rule, flow_lines
 from medgemma_clinical.data.tables import Findings
-from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.report import (
@@ -31,7 +32,7 @@ from medgemma_clinical.evaluation.report import (
     headline,
     write_report,
 )
-from medgemma_clinical.evaluation.report_tables import shift_table
+from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, shift_table
 from medgemma_clinical.files import InputError, atomic, locked, remove
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
@@ -76,7 +77,7 @@ def predict(
         raise InputError("--predict runs in one process: start it by python, not accelerate")
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
     typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
-    request = Namespace(**{**typed, "seed": args.seed})
+    request = Namespace(**{**typed, "seed": args.seed, "min_cell": args.min_cell})
     config = read_trained_config(request.checkpoint)
     if config["dataset"] not in datasets:
         raise InputError(
@@ -100,7 +101,8 @@ def predict(
     batch_size = request.batch_size or (TEXT_BATCH if text else TRAJECTORY_BATCH)
     chunks = show_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request.predictions, chunks, trained, findings, batch_size)
-    log_summary(tally, findings, trained, request.predictions)
+    flow = first.dataset.flow
+    log_summary(tally, findings, trained, request.predictions, flow, request.min_cell)
     report_labelled(tally, trained, first.dataset, request)
     return EXIT_DONE
 
@@ -212,6 +214,15 @@ class PredictionTally:
         )
         self.labelled.append(table.dropna(subset=["label"]).reset_index(drop=True))
 
+    def flow(self) -> pd.DataFrame:
+        """Return how the rows came to those that are judged, see ``TrajectoryDataset.flow``."""
+        labelled = sum(map(len, self.labelled))
+        lines = [
+            ("without a score", self.rows - self.scored, self.scored),
+            ("without a label", self.scored - labelled, labelled),
+        ]
+        return pd.DataFrame(lines, columns=list(FLOW_COLUMNS))
+
 
 def write_predictions(
     path: Path,
@@ -241,10 +252,17 @@ def write_predictions(
 
 
 def log_summary(
-    tally: PredictionTally, findings: Findings, trained: TrainedModel, path: Path
+    tally: PredictionTally,
+    findings: Findings,
+    trained: TrainedModel,
+    path: Path,
+    flow: pd.DataFrame | None,
+    fewest: int,
 ) -> None:
-    """Log what was found in the input and what was written."""
+    """Log what was found in the input, how its rows came about, and what was written."""
     findings.log()
+    for line in [] if flow is None else flow_lines(flow, fewest):
+        logger.info(line)
     if "decision" not in trained.config:
         logger.warning(
             "the checkpoint has no threshold, since its run was not finished: %g is used",
@@ -272,29 +290,28 @@ def report_labelled(
     config = trained.config
     # No id is kept, so none can be named.
     cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
-    figures = cohort_figures(cohort, trained.rule.threshold, request.seed)
+    fewest = request.min_cell
+    figures = cohort_figures(cohort, trained.rule.threshold, request.seed, fewest)
     content = ReportContent(
         title=f"{STAGE_TITLES[config['stage']]}, on other rows: {config['outcome']}",
         outcome=config["outcome"],
         question=dataset.asked(),
         data={
             "Source": Path(dataset.source).name,
-            "Rows read": f"{tally.rows:,}",
-            "Rows scored": f"{tally.scored:,}",
-            "Scored rows with a label": f"{len(labels):,}, judged here",
+            "Judged": f"{len(labels):,} rows with a score and a label",
             "Missing values": "masked, never filled in",
         },
+        flow=flow_table(tally.flow(), fewest),
         card=model_card(config, request),
-        shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups)),
+        shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)
     lines = [f"{name + ':':<20}{figure}" for name, figure, _ in headline(figures)]
     logger.info(
-        "\n%s rows with a label, %s events\n%s\n\n%s\n"
+        "\nrows with a label: %s\n%s\n\n%s\n"
         "These figures flatter the model if it was trained on some of these patients.\nreport: %s",
-        f"{figures.n:,}",
-        f"{figures.events:,}",
+        counts_text(figures.n, figures.events),
         "\n".join(lines),
         sentences,
         path,
@@ -314,6 +331,7 @@ def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:
         "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
         "Checkpoint": str(request.checkpoint),
         "Intervals": INTERVALS,
+        "Small cells": counting_rule(request.min_cell),
         "Seed": f"{request.seed}, of the intervals",
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "SHA-256 of its training data": config["data_sha256"],

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
 from medgemma_clinical.evaluation.baselines import baseline_tables, fit_baselines
@@ -87,11 +88,11 @@ def write_results(
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
     if first:
         stage.save(folder, {**stage.config, "decision": rule.to_config()})
-        tables = baseline_tables(data.dataset, data.split["train"])
+        tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
         baselines = fit_baselines(tables, data.dataset.labels, data.split)
         cohorts = make_cohorts(predictions, baselines, data)
         figures = {
-            part: cohort_figures(cohort, rule.threshold, args.seed)
+            part: cohort_figures(cohort, rule.threshold, args.seed, data.min_cell)
             for part, cohort in cohorts.items()
         }
         best = state.stopping.best_epoch
@@ -132,7 +133,7 @@ def report_content(
     reports: dict[str, Any] | None,
 ) -> ReportContent:
     """Return what a page says beside its figures; arguments as in ``write_results``."""
-    dataset = data.dataset
+    dataset, fewest = data.dataset, data.min_cell
     return ReportContent(
         title=f"{STAGE_TITLES[stage.name]}: {dataset.outcome}",
         outcome=dataset.outcome,
@@ -140,12 +141,12 @@ def report_content(
         data={
             "Source": Path(dataset.source).name,
             "Kind": dataset.kind,
-            "Used": f"{len(dataset):,} rows of {len(np.unique(dataset.groups)):,} patients",
+            "Used": f"{len(dataset):,} rows of {count_text(dataset.n_patients, fewest)} patients",
             "Missing values": "masked, never filled in",
         },
         card=model_card(stage, state.stopping.best_epoch, validation, facts),
-        flow=flow_table(dataset.flow),
-        split=split_table(dataset.labels, dataset.groups, data.split),
+        flow=flow_table(dataset.flow, fewest),
+        split=split_table(dataset.labels, dataset.groups, data.split, fewest),
         history=state.progress.history or None,
         reports=reports,
     )
@@ -254,6 +255,7 @@ def model_card(
         "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
         "Validation AUROC": validation.auroc.text(),
         "Intervals": INTERVALS,
+        "Small cells": counting_rule(validation.fewest),
         "Seed": str(facts["seed"]),
         "Licence": licence(base),
         "Versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),

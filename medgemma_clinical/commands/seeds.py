@@ -18,6 +18,7 @@ from medgemma_clinical.commands.several_runs import (
     run_or_continue,
     stage_folder,
 )
+from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
@@ -100,7 +101,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         reference, name, title = stage, f"seeds_{stage}", STAGE_TITLES[stage]
         tables = [read_predictions(folder, stage) for folder in folders.values()]
         sentences = [best_by_validation(folders)]
-    results = compare_models(_shared_models(tables), reference, args.seed)
+    results = compare_models(_shared_models(tables), reference, args.seed, args.min_cell)
     first, last = min(folders), max(folders)
     write_comparison(
         args.output_dir,
@@ -111,6 +112,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         sentences=sentences,
         card={
             "Seeds": f"{first} to {last}",
+            "Small cells": counting_rule(args.min_cell),
             "Not in the intervals": (
                 "how much training and split move a figure, which the standard deviation over "
                 "splits shows; the intervals hold the models as trained"

@@ -61,7 +61,11 @@ def run_progress(args: Namespace, dataset: TrajectoryDataset) -> str:
     """Return how far an earlier run of the same command has come: ``none``, ``part`` or ``all``."""
     # The prompts are flags, which are compared by themselves.
     data = prepare_data(
-        dataset, max_samples=args.max_samples, seed=args.seed, prompts=PromptOptions()
+        dataset,
+        max_samples=args.max_samples,
+        seed=args.seed,
+        prompts=PromptOptions(),
+        min_cell=args.min_cell,
     )
     return progress_of(stage_folder(args), run_facts(args, data))
 

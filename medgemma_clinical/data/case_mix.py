@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import count_patients, is_small
+
 AGE_BANDS = {
     "under 18": 18.0,
     "18 to 39": 40.0,
@@ -84,25 +86,33 @@ def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:
 
 
 def case_mix_of(
-    people: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[Any]
+    people: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[Any], fewest: int
 ) -> dict[str, float]:
-    """Describe n rows by counts, shares and quartiles.
+    """Describe n rows by counts, shares and quartiles, but for those of a few patients.
 
     Args:
         people: as from ``TrajectoryDataset.people``.
         labels: (n,), NaN where unknown.
         groups: (n,) patient of each row.
+        fewest: patients of the smallest cell that is shown.
 
     Returns:
         ``rows``, ``patients``, ``prevalence`` (share of known labels), ``observations`` and ``age``
         (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known sexes);
         unknown ones are left out.
     """
-    known = people["sex"][people["sex"] != UNKNOWN]
-    mix: dict[str, Any] = {"rows": len(people), "patients": len(np.unique(groups))}
+    patients = len(np.unique(groups))
+    mix: dict[str, Any] = {"rows": len(people)}
+    if not is_small(patients, fewest):
+        mix["patients"] = patients
     for name in ("observations", "age"):
-        for place, share in (("q1", 0.25), ("median", 0.5), ("q3", 0.75)):
-            mix[f"{name}_{place}"] = people[name].quantile(share)
-    mix["prevalence"] = pd.Series(labels).mean()
-    mix["women"] = (known == "woman").mean()
+        known = people[name].notna().to_numpy()
+        if not is_small(count_patients(groups, known), fewest):
+            for place, share in (("q1", 0.25), ("median", 0.5), ("q3", 0.75)):
+                mix[f"{name}_{place}"] = people[name].quantile(share)
+    if not any(is_small(count_patients(groups, labels == k), fewest) for k in (0, 1)):
+        mix["prevalence"] = pd.Series(labels).mean()
+    sexes = people["sex"].to_numpy()
+    if not any(is_small(count_patients(groups, sexes == sex), fewest) for sex in SEXES):
+        mix["women"] = pd.Series(sexes[sexes != UNKNOWN] == "woman").mean()
     return {name: float(figure) for name, figure in mix.items() if pd.notna(figure)}

@@ -8,51 +8,67 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import count_patients, count_text, flow_lines, is_small
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
 
-def log_check(dataset: TrajectoryDataset, unfit: str | None = None) -> None:
+def log_check(dataset: TrajectoryDataset, fewest: int, unfit: str | None = None) -> None:
     """Log the summary of a data set, what looks wrong, and whether it is fit to train on.
 
     Args:
         dataset: as read, labels not required.
+        fewest: patients of the smallest cell that is shown.
         unfit: why no model can be trained, where that is known already.
 
     Raises:
         InputError: the rows are labelled, and no model can be trained on them.
     """
-    for line in summarize(dataset):
+    for line in summarize(dataset, fewest):
         logger.info(line)
-    for line in implausible_series(dataset):
+    for line in implausible_series(dataset, fewest):
         logger.warning("warning: %s", line)
     if unlabelled := int(np.isnan(dataset.labels).sum()):
-        unfit = unfit or f"{unlabelled:,} of {len(dataset):,} rows have no label"
+        without = count_text(unlabelled, fewest)
+        unfit = unfit or f"{without} of {len(dataset):,} rows have no label"
     if unfit:
         logger.info("%s: fit to predict on, not to train on", unfit)
         return
-    dataset.check_measured(dataset.split(seed=0)["train"])
+    dataset.check_measured(dataset.split(seed=0)["train"], fewest)
     logger.info("fit to train on")
 
 
-def summarize(dataset: TrajectoryDataset) -> list[str]:
-    """Describe a data set in lines: sizes, events, observations, spans, values."""
-    known = dataset.labels[~np.isnan(dataset.labels)]
+def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -> list[str]:
+    """Describe a data set in lines: flow, sizes, events, observations, spans, values.
+
+    Args:
+        dataset: as read.
+        fewest: patients of the smallest cell that is shown.
+        events: False hides the number of events all the same, for it would tell that of a part.
+    """
+    labelled = ~np.isnan(dataset.labels)
+    known, groups = dataset.labels[labelled], dataset.groups[labelled]
     spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
     share = f" ({known.mean():.1%})" if len(known) else ""
-    lines = [
-        f"rows {len(dataset):,}, patients {len(np.unique(dataset.groups)):,}",
-        f"outcome {dataset.outcome!r}: {int(known.sum()):,} events in {len(known):,} labelled rows"
-        f"{share}",
-        f"observations a row: {_quartiles(dataset.lengths)}",
-        f"span in hours: {_quartiles(spans)}",
+    counted = f"{int(known.sum()):,} events in {len(known):,} labelled rows{share}"
+    if not events or any(is_small(count_patients(groups, known == k), fewest) for k in (0, 1)):
+        counted = f"{count_text(len(known), fewest)} labelled rows, number of events not shown"
+    lines = [] if dataset.flow is None else flow_lines(dataset.flow, fewest)
+    lines += [
+        f"rows {len(dataset):,}, patients {count_text(dataset.n_patients, fewest)}",
+        f"outcome {dataset.outcome!r}: {counted}",
     ]
-    return lines + [_summarize_feature(dataset, f) for f in range(len(dataset.features))]
+    if not is_small(dataset.n_patients, fewest):
+        lines += [
+            f"observations a row: {_quartiles(dataset.lengths)}",
+            f"span in hours: {_quartiles(spans)}",
+        ]
+    return lines + [_summarize_feature(dataset, f, fewest) for f in range(len(dataset.features))]
 
 
-def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
+def _summarize_feature(dataset: TrajectoryDataset, f: int, fewest: int) -> str:
     name, unit = dataset.features[f], dataset.units[f]
     titled = f"{name} in {unit}" if unit else name
     measured = ~np.isnan(dataset.values[:, f])
@@ -60,9 +76,14 @@ def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
         return f"{titled}: never measured"
     owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
     rows, counts = np.unique(owner[measured], return_counts=True)
-    share = len(np.unique(dataset.groups[rows])) / len(np.unique(dataset.groups))
+    patients, everyone = count_patients(dataset.groups, rows), dataset.n_patients
+    if is_small(patients, fewest):
+        return f"{titled}: in fewer than {fewest} patients"
+    share = f"{patients / everyone:.1%} of the patients"
+    if is_small(everyone - patients, fewest):
+        share = f"all patients but fewer than {fewest}"
     return (
-        f"{titled}: {_quartiles(dataset.values[measured, f])}; in {share:.1%} of the patients, "
+        f"{titled}: {_quartiles(dataset.values[measured, f])}; in {share}, "
         f"{np.median(counts):g} values a row with any"
     )
 
@@ -75,16 +96,17 @@ def _quartiles(numbers: NDArray[Any]) -> str:
     )
 
 
-def implausible_series(dataset: TrajectoryDataset) -> list[str]:
+def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:
     """Name the series that hold values outside their plausible range."""
     found = []
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         if count := count_implausible(dataset, f):
             low, high = dataset.plausible(f)
             measured = np.count_nonzero(~np.isnan(dataset.values[:, f]))
+            shown = f"{count_text(count, fewest)} of {measured:,} values"
             found.append(
-                f"{name}: {count:,} of {measured:,} values lie outside {low:g} to "
-                f"{high:g}{with_space(unit)}: is the unit right?"
+                f"{name}: {shown} lie outside {low:g} to {high:g}{with_space(unit)}: is the unit "
+                "right?"
             )
     return found
 

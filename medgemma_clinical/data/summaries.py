@@ -57,13 +57,17 @@ def summary_features(
     return pd.DataFrame(columns, index=range(len(lengths)))
 
 
-def context_facts(contexts: Sequence[str], train: NDArray[np.int64]) -> pd.DataFrame:
+def context_facts(
+    contexts: Sequence[str], train: NDArray[np.int64], groups: NDArray[np.str_], fewest: int
+) -> pd.DataFrame:
     """Return the words and numbers of the contexts as columns.
 
     Args:
         contexts: N texts.
         train: positions of the training part; what is rare there, and words that each context
             there holds, are left out.
+        groups: (N,) the patient of each text.
+        fewest: patients of the training part that must have a word or number.
 
     Returns:
         N rows; each number under its word (``54-year-old``, ``76 kg``, ``BMI 27``), NaN where
@@ -71,10 +75,12 @@ def context_facts(contexts: Sequence[str], train: NDArray[np.int64]) -> pd.DataF
     """
     rows = [facts_of(context) for context in contexts]
     counts = Counter(name for i in train for name in rows[i])
+    patients = Counter(name for _, name in {(groups[i], name) for i in train for name in rows[i]})
     kept = sorted(
         name
         for name, count in counts.items()
         if count >= RAREST_FACT * len(train)
+        and patients[name] >= fewest
         and (count < len(train) or name.endswith(NUMBER_ENDING))
     )
     chosen = [{name: row[name] for name in kept if name in row} for row in rows]

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
+from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Findings:
             logger.info("%s: %s", self.source, note)
         for text, rows in self.counts.items():
             if rows:
-                logger.info("%s: %d rows %s", self.source, rows, text)
+                logger.info("%s: %s rows %s", self.source, count_text(rows, FEWEST), text)
 
 
 def read_table(path: Path) -> pd.DataFrame:

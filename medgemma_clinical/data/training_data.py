@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 
 IDENTIFYING_VALUES = 3
@@ -28,6 +29,7 @@ class Data:
         prompts: what a prompt holds.
         data_sha256: hash of all that was read, before ``--max_samples``.
         rows_sha256: hash of labels, ids, patients and given split, before ``--max_samples``.
+        min_cell: patients of the smallest cell that any output shows; 0 shows all.
     """
 
     dataset: TrajectoryDataset
@@ -35,6 +37,7 @@ class Data:
     prompts: PromptOptions
     data_sha256: str
     rows_sha256: str
+    min_cell: int
 
     def prevalence(self) -> float:
         """Return the share of events in the training part."""
@@ -53,7 +56,7 @@ class Data:
             "named": dataset.named,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "case_mix": dataset.case_mix(self.split["train"]),
+            "case_mix": dataset.case_mix(self.split["train"], self.min_cell),
         }
 
     def training_patients(self) -> NDArray[np.int64]:
@@ -123,7 +126,12 @@ def _hash(*parts: bytes) -> int:
 
 
 def prepare_data(
-    dataset: TrajectoryDataset, *, max_samples: int, seed: int, prompts: PromptOptions
+    dataset: TrajectoryDataset,
+    *,
+    max_samples: int,
+    seed: int,
+    prompts: PromptOptions,
+    min_cell: int = FEWEST,
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
 
@@ -132,4 +140,4 @@ def prepare_data(
     """
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
-    return Data(sample, sample.split(seed), prompts, data_sha256, rows_sha256)
+    return Data(sample, sample.split(seed), prompts, data_sha256, rows_sha256, min_cell)

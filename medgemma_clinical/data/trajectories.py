@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.case_mix import ages_of, bands_of, case_mix_of, people_of, sexes_of
+from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import draw_split, given_split
 from medgemma_clinical.data.summaries import context_facts, summary_features
 from medgemma_clinical.data.tables import Findings
@@ -196,20 +197,43 @@ class TrajectoryDataset:
             if present.any():
                 yield f, self.times[rows][present], values[present]
 
-    def check_measured(self, train: NDArray[np.int64]) -> None:
-        """Refuse a series of the user's choice that the training part never measures.
+    def check_measured(self, train: NDArray[np.int64], fewest: int) -> None:
+        """Refuse a series that the training part never measures, or in a few patients alone.
+
+        The weights keep the mean of each series: of one patient it is the patient's own value.
+
+        Args:
+            train: positions of the training part.
+            fewest: patients that a series needs.
 
         Raises:
             InputError: its name, and how to go on without it.
         """
-        unmeasured = np.isnan(self.values[self.rows_of(train)]).all(axis=0)
-        never = [self.features[f] for f in np.flatnonzero(unmeasured)]
-        if never and not self.fixed_features:
-            rest = ",".join(name for name in self.features if name not in never)
+        measured = ~np.isnan(self.values[self.rows_of(train)])
+        groups = np.repeat(self.groups[train], self.lengths[train])
+        patients = [count_patients(groups, column) for column in measured.T]
+        never = [name for name, n in zip(self.features, patients, strict=True) if n == 0]
+        few = [n for n, k in zip(self.features, patients, strict=True) if is_small(k, fewest)]
+        if self.fixed_features:  # the format's own, which nobody has chosen
+            never, without = [], "go on"
+        else:
+            rest = ",".join(name for name in self.features if name not in {*never, *few})
+            without = f'go on without it by --series "{rest}"'
+        if never:
             raise InputError(
-                f"{self.source}: the training part never measures {', '.join(never)}: go on "
-                f'without it by --series "{rest}"'
+                f"{self.source}: the training part never measures {', '.join(never)}: {without}"
             )
+        if few:
+            raise InputError(
+                f"{self.source}: fewer than {fewest} patients of the training part have "
+                f"{', '.join(few)}, and the weights would keep their values: {without}"
+                f"{' by' if self.fixed_features else ', or allow it by'} --min_cell 0"
+            )
+
+    @property
+    def n_patients(self) -> int:
+        """Number of different patients."""
+        return len(np.unique(self.groups))
 
     def collate(self, indices: Sequence[int]) -> Batch:
         """Pad the chosen series to one batch, in the given order.
@@ -338,9 +362,9 @@ class TrajectoryDataset:
 
     # ------------------------------------------------------------------ tables
 
-    def context_facts(self, train: NDArray[np.int64]) -> pd.DataFrame:
+    def context_facts(self, train: NDArray[np.int64], fewest: int) -> pd.DataFrame:
         """Return words and numbers of the contexts, N rows; see ``summaries.context_facts``."""
-        return context_facts(self.contexts.tolist(), train)
+        return context_facts(self.contexts.tolist(), train, self.groups, fewest)
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Return what each simple model beside the encoder may see, N rows each.
@@ -364,9 +388,9 @@ class TrajectoryDataset:
         """Return the subgroups of each row that a report looks at; see ``case_mix.bands_of``."""
         return bands_of(self.people())
 
-    def case_mix(self, rows: NDArray[np.int64]) -> dict[str, float]:
+    def case_mix(self, rows: NDArray[np.int64], fewest: int) -> dict[str, float]:
         """Describe the patients of some rows, at least one; see ``case_mix.case_mix_of``."""
-        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows])
+        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows], fewest)
 
     # ------------------------------------------------------------------ hashes
 

@@ -20,7 +20,7 @@ LOGISTIC, BOOSTING = "logistic regression", "gradient boosting"
 
 
 def baseline_tables(
-    dataset: TrajectoryDataset, train_rows: NDArray[np.int64]
+    dataset: TrajectoryDataset, train_rows: NDArray[np.int64], fewest: int
 ) -> dict[str, pd.DataFrame]:
     """Return the inputs of each baseline by its name, N rows each.
 
@@ -30,9 +30,10 @@ def baseline_tables(
     Args:
         dataset: all rows.
         train_rows: positions of the training part, which decides what a context contributes.
+        fewest: patients there who must have a word or number of a context.
     """
     tables = dict(dataset.baseline_inputs())
-    facts = dataset.context_facts(train_rows)
+    facts = dataset.context_facts(train_rows, fewest)
     if not facts.empty:
         tables[f"{LOGISTIC} with context"] = tables[LOGISTIC].join(facts)
     logistic = {name: table for name, table in tables.items() if name.startswith(LOGISTIC)}

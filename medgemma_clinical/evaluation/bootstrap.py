@@ -29,9 +29,12 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    def to_json(self) -> dict[str, float | None]:
-        """Return value, low and high by name."""
-        return asdict(self)
+    def to_json(self, digits: int | None = None) -> dict[str, float | None]:
+        """Return value, low and high by name, rounded to so many decimals where these are given."""
+        numbers = asdict(self)
+        if digits is None:
+            return numbers
+        return {name: x if x is None else round(x, digits) for name, x in numbers.items()}
 
     def above(self, limit: float) -> bool:
         """Return whether the whole interval is known and above ``limit``."""

@@ -10,6 +10,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import (
+    RISK_EDGES,
+    RiskBands,
+    any_small,
+    is_small,
+    merge_bands,
+    risk_bands,
+)
 from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
 from medgemma_clinical.evaluation.calibration import calibration_bins, weighted_calibration
 from medgemma_clinical.evaluation.decision import DecisionRule
@@ -25,11 +33,15 @@ from medgemma_clinical.evaluation.predictions import Predictions
 if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
 
-BENEFIT_RISKS = np.arange(1, 100) / 100
+BENEFIT_RISKS = RISK_EDGES
 """Threshold risks of the decision curve."""
 
 FEWEST_PATIENTS = 10
 """Patients with and patients without the event that a judgement needs."""
+
+UNKNOWN = Estimate(None)
+REVEAL_EVENTS = ("accuracy", "brier_skill")
+"""Figures from which the number of events can be computed."""
 
 
 @dataclass(frozen=True)
@@ -88,40 +100,44 @@ class Subgroup:
 
 @dataclass(frozen=True)
 class CohortFigures:
-    """Every figure of a cohort, all intervals from the same draws of patients.
+    """Every figure of a cohort that may be shown, all intervals from the same draws of patients.
 
     Attributes:
         n: rows.
-        events: rows with label 1.
+        events: rows with label 1; None where few patients have the event, or lack it.
         patients: number of different patients.
-        rarer: patients that have the outcome that fewer patients have.
+        rarer: patients that have the outcome that fewer patients have; None as for ``events``.
+        fewest: patients of the smallest cell that is shown; 0 shows all.
         threshold: at which sensitivity and the other shares are taken.
         estimates: metrics, calibration and shares by name, in the order of metrics.json.
         baselines: metrics of each simple model by its name.
         differences: metrics of the model minus those of each simple model, paired.
-        benefit: net benefit at each of ``BENEFIT_RISKS``.
+        benefit: net benefit at each of ``BENEFIT_RISKS``; unknown where it would show small cells.
+        bands: the risks as finely as a curve may show them.
         bins: calibration curve, the observed share of events by mean predicted risk.
-        subgroups: those that have any row.
+        subgroups: those that have any row; neighbours with few patients are one.
         before: ``estimates`` before recalibration, empty without; the alarms are the same.
     """
 
     n: int
-    events: int
+    events: int | None
     patients: int
-    rarer: int
+    rarer: int | None
+    fewest: int
     threshold: float
     estimates: dict[str, Estimate]
     baselines: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
     benefit: list[Estimate]
+    bands: RiskBands
     bins: dict[float, Estimate]
     subgroups: list[Subgroup]
     before: dict[str, Estimate]
 
     @property
-    def prevalence(self) -> float:
-        """Share of rows with the event."""
-        return self.events / self.n
+    def prevalence(self) -> float | None:
+        """Share of rows with the event; None where their number is not shown."""
+        return None if self.events is None else self.events / self.n
 
     @property
     def auroc(self) -> Estimate:
@@ -135,8 +151,13 @@ class CohortFigures:
         return max(known, key=known.__getitem__, default=None)
 
     def to_json(self, estimates: dict[str, Estimate]) -> dict[str, Any]:
-        """Return an object of metrics.json: n, events, and each of the estimates by name."""
-        shown = {name: each.to_json() for name, each in estimates.items()}
+        """Return an object of metrics.json: n, events, and each of the estimates by name.
+
+        Where events are hidden, figures have three decimals: all of an AUROC's tell the number of
+        its pairs.
+        """
+        digits = 3 if self.events is None else None
+        shown = {name: each.to_json(digits) for name, each in estimates.items()}
         return {"n": self.n, "events": self.events, **shown}
 
 
@@ -145,25 +166,24 @@ def rarer_patients(labels: NDArray[Any], groups: NDArray[Any]) -> int:
     return min(len(np.unique(groups[labels == label])) for label in (0, 1))
 
 
-def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures:
+def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> CohortFigures:
     """Compute every figure of a cohort with its 95 % interval, from one bootstrap.
 
     Args:
         cohort: the rows.
         threshold: of the decision rule.
         seed: of the bootstrap.
+        fewest: patients of the smallest cell that is shown, see ``small_cells``; 0 shows all.
 
     Raises:
         ValueError: the labels hold one class only.
     """
     labels, risk = cohort.labels, cohort.probability
     groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
-    bins = calibration_bins(labels, risk)
-    subgroups: dict[str, Any] = {
-        f"{name}: {level}": rows
-        for name, column in cohort.subgroups.items()
-        for level, rows in column.groupby(column, observed=True).indices.items()
-    }
+    hidden = is_small(rarer_patients(labels, groups), fewest)
+    bands = risk_bands(risk, labels, groups, fewest, threshold)
+    bins = [] if hidden else calibration_bins(labels, bands.order(risk))
+    subgroups = {} if hidden else subgroup_rows(cohort.subgroups, labels, groups, fewest)
     judged = {
         key: rows
         for key, rows in subgroups.items()
@@ -174,22 +194,27 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
     }
     shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
     known = _estimates(cohort, groups, shares, judged, seed)
+    known |= dict.fromkeys(hidden_figures(cohort, groups, threshold, fewest) & set(known), UNKNOWN)
 
     def under(*prefix: str) -> dict[Any, Estimate]:
         """Return the estimates whose names begin so, by the rest of the name."""
         return {key[-1]: each for key, each in known.items() if key[:-1] == prefix}
 
     model, before, aurocs = under("model"), under("before"), under("subgroup")
+    shown = [bands.edges is None or edge in bands.edges for edge in BENEFIT_RISKS]
+    benefit = under("benefit").values()
     return CohortFigures(
         n=len(labels),
-        events=int(labels.sum()),
+        events=None if hidden else int(labels.sum()),
         patients=int(groups.max()) + 1,
-        rarer=rarer_patients(labels, groups),
+        rarer=None if hidden else rarer_patients(labels, groups),
+        fewest=fewest,
         threshold=threshold,
         estimates=model,
         baselines={name: under("baseline", name) for name in cohort.baselines},
         differences={name: under("difference", name) for name in cohort.baselines},
-        benefit=list(under("benefit").values()),
+        benefit=[each if ok else UNKNOWN for each, ok in zip(benefit, shown, strict=True)],
+        bands=bands,
         bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
         subgroups=[
             Subgroup(
@@ -203,6 +228,70 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int) -> CohortFigures
         ],
         before=model | before if before else {},
     )
+
+
+def subgroup_rows(
+    subgroups: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[np.int64], fewest: int
+) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each subgroup by its name; neighbours with small cells are one.
+
+    Args:
+        subgroups: n rows of ordered categories.
+        labels: (n,) of 0 and 1.
+        groups: (n,) number of each row's patient.
+        fewest: patients that a cell needs.
+    """
+    found: dict[str, NDArray[np.int64]] = {}
+    for name, column in subgroups.items():
+        levels = column.cat.remove_unused_categories().cat
+        codes = levels.codes.to_numpy().astype(np.int64)
+        merged = merge_bands(codes, len(levels.categories), labels, groups, fewest)
+        if merged.any() or len(merged) == 1:  # else all are one, the cohort itself
+            place = merged[codes]
+            for k in range(merged.max() + 1):
+                level = " or ".join(levels.categories[merged == k].astype(str))
+                found[f"{name}: {level}"] = np.flatnonzero(place == k)
+    return found
+
+
+def hides_accuracy(
+    labels: NDArray[np.float64], risk: NDArray[np.float64], groups: NDArray[Any], fewest: int
+) -> bool:
+    """Return whether the accuracy at 0.5 would show that few patients are, or are not, wrong."""
+    wrong = (risk >= 0.5) != (labels == 1)
+    return any_small(wrong.astype(np.int64), groups, 2, fewest)
+
+
+def hidden_figures(
+    cohort: Cohort, groups: NDArray[np.int64], threshold: float, fewest: int
+) -> set[tuple[str, ...]]:
+    """Return the names of the estimates that would show a small cell."""
+    labels = cohort.labels
+    few_events = is_small(rarer_patients(labels, groups), fewest)
+    models: dict[tuple[str, ...], Any] = {
+        ("model",): cohort.probability,
+        ("before",): cohort.uncalibrated,
+    }
+    models |= {("baseline", name): risk for name, risk in cohort.baselines.items()}
+    hidden: set[tuple[str, ...]] = set()
+    for model, risk in models.items():
+        if risk is None:
+            continue
+        if few_events:
+            hidden |= {(*model, figure) for figure in REVEAL_EVENTS}
+        if hides_accuracy(labels, risk, groups, fewest):
+            hidden.add((*model, "accuracy"))
+    alarm = cohort.probability >= threshold
+    if any_small(2 * (labels == 1) + alarm, groups, 4, fewest):
+        hidden |= {("model", share) for share in threshold_shares(labels, labels, 0.5)}
+    # A difference and one of its two figures give the other.
+    paired = {
+        ("difference", name, key[-1])
+        for key in hidden
+        for name in cohort.baselines
+        if key[0] == "model" or key[:-1] == ("baseline", name)
+    }
+    return hidden | paired
 
 
 def _estimates(

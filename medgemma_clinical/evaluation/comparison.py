@@ -12,10 +12,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import is_small
 from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
+from medgemma_clinical.evaluation.cohort import UNKNOWN, hides_accuracy, rarer_patients
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
 from medgemma_clinical.evaluation.plots import plot_comparison, plot_style, to_image
 from medgemma_clinical.evaluation.report import INTERVALS, render
+from medgemma_clinical.evaluation.report_tables import counts_text
 from medgemma_clinical.files import atomic, move_aside, write_text
 from medgemma_clinical.provenance import code_hash
 
@@ -28,7 +31,9 @@ Results = dict[str, dict[str, Any]]
 """By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference."""
 
 
-def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) -> Results:
+def compare_models(
+    tables: Sequence[pd.DataFrame], reference: str, seed: int, fewest: int
+) -> Results:
     """Score the same models on one test part, or on those of several splits.
 
     Of several splits each figure is the mean, and its interval that of the mean: patients are drawn
@@ -38,10 +43,12 @@ def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) ->
         tables: one a split: the columns ``TESTED``, then the probabilities of each model.
         reference: the model that the others are compared with, paired.
         seed: of the bootstrap.
+        fewest: patients of the smallest cell that is shown.
 
     Returns:
-        By model n, events, each metric with its interval (over several splits also its standard
-        deviation ``sd``), and ``minus_reference``: the paired differences.
+        By model n, events (None where they are not shown), each metric with its interval (over
+        several splits also its standard deviation ``sd``), and ``minus_reference``: the paired
+        differences.
     """
     joined = pd.concat(tables, keys=range(len(tables)))
     labels = joined["label"].to_numpy(dtype=float)
@@ -61,6 +68,7 @@ def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) ->
     def means(weights: NDArray[np.float64]) -> Figures:
         return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
 
+    few_events = any(is_small(rarer_patients(labels[p], groups[p]), fewest) for p in parts)
     draws = bootstrap(labels, groups, seed, means, split)
     values = by_split(np.ones((1, len(labels))))
     results: Results = {}
@@ -73,7 +81,10 @@ def compare_models(tables: Sequence[pd.DataFrame], reference: str, seed: int) ->
                 scores[metric]["sd"] = values[here].std(ddof=1)
             difference = (values[here] - values[other]).mean()
             paired[metric] = estimate(difference, draws[here] - draws[other]).to_json()
-        counts = {"n": len(labels), "events": int(labels.sum())}
+        hidden = few_events or hides_accuracy(labels, risks[model], groups, fewest)
+        for each in (scores, paired) if hidden else ():
+            each["accuracy"] = UNKNOWN.to_json()
+        counts = {"n": len(labels), "events": None if few_events else int(labels.sum())}
         results[model] = {**counts, **scores, "minus_reference": paired}
     return results
 
@@ -101,7 +112,7 @@ def counts_sentence(results: Results) -> str:
     """Return on how many rows and events a comparison rests."""
     first = next(iter(results.values()))
     parts = "test parts, joined" if "sd" in first["auroc"] else "test part"
-    return f"{parts}: {first['n']:,} rows, {first['events']:,} events"
+    return f"{parts}: {counts_text(first['n'], first['events'])}"
 
 
 def comparison_sentences(results: Results, reference: str) -> list[str]:

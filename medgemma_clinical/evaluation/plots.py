@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from medgemma_clinical.data.small_cells import risk_bands
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import BENEFIT_RISKS, Cohort, CohortFigures
 from medgemma_clinical.evaluation.report_tables import percent
@@ -55,13 +56,20 @@ class Image:
 def report_images(
     cohort: Cohort, figures: CohortFigures, history: Sequence[dict[str, Any]]
 ) -> dict[str, Image]:
-    """Draw a report's pictures by name; without a history there is no learning curve."""
-    plots = {
+    """Draw a report's pictures by name; without a history there is no learning curve.
+
+    Where the number of events is not shown, no picture shows it either.
+    """
+    plots: dict[str, Any] = {
         "roc": plot_roc,
         "precision": plot_precision_recall,
         "calibration": plot_calibration,
         "decision_curve": plot_decision_curve,
     }
+    if figures.events is None:
+        plots = {}
+    elif all(each.value is None for each in figures.benefit):
+        del plots["decision_curve"]
     with plot_style():
         images = {name: to_image(*plot(cohort, figures)) for name, plot in plots.items()}
         if history:
@@ -106,22 +114,25 @@ def plot_roc(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
         false_alarms, sensitivity, _ = roc_curve(cohort.labels, risk)
         few = _thinned(len(sensitivity))
         axes.plot(100 * false_alarms[few], 100 * sensitivity[few], **look)
-    found, spared = (figures.estimates[name].value or 0 for name in ("sensitivity", "specificity"))
-    point = 100 * (1 - spared), 100 * found
-    axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="chosen threshold")
+    alt = f"ROC curve: AUROC {figures.auroc.text()}."
+    found, spared = (figures.estimates[name].value for name in ("sensitivity", "specificity"))
+    if found is not None and spared is not None:
+        point = 100 * (1 - spared), 100 * found
+        axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="chosen threshold")
+        alt += (
+            f" At the chosen threshold the model finds {percent(found)} of the events with an "
+            f"alarm in {percent(1 - spared)} of the other rows."
+        )
     axes.set(xlabel="false alarms, % of rows without event", xlim=(-1, 101), ylim=(-1, 101))
     axes.set_ylabel("sensitivity, % of events")
     add_legend(figure)
-    return figure, (
-        f"ROC curve: AUROC {figures.auroc.text()}. At the chosen threshold the model finds "
-        f"{percent(found)} of the events with an alarm in {percent(1 - spared)} of the other rows."
-    )
+    return figure, alt
 
 
 def plot_precision_recall(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     """Return precision over sensitivity beside the prevalence, and its text alternative."""
     figure, (axes,) = new_figure()
-    prevalence = figures.prevalence
+    prevalence = figures.prevalence or 0.0
     axes.axhline(100 * prevalence, color=INK, linestyle=":", linewidth=1, label="prevalence")
     for risk, look in _model_and_baseline(cohort, figures):
         precision, recall, _ = precision_recall_curve(cohort.labels, risk)
@@ -138,12 +149,17 @@ def plot_precision_recall(cohort: Cohort, figures: CohortFigures) -> tuple[Figur
 
 def _model_and_baseline(
     cohort: Cohort, figures: CohortFigures
-) -> Iterator[tuple[NDArray[np.float64], dict[str, Any]]]:
-    """Yield the risks of the best baseline, if any, and of the model, each with its line's look."""
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    """Yield the best baseline's risks, if any, and the model's, each with its line's look.
+
+    The risks are numbers of their bands, whose order is all that such a curve shows.
+    """
     if name := figures.best_baseline:
         look = {"color": OTHER, "linestyle": "--", "linewidth": 1.5, "label": "best baseline"}
-        yield cohort.baselines[name], look
-    yield cohort.probability, {"color": MODEL, "linewidth": 2, "label": "model"}
+        groups = np.unique(cohort.groups, return_inverse=True)[1]
+        risk = cohort.baselines[name]
+        yield risk_bands(risk, cohort.labels, groups, figures.fewest).place, look
+    yield figures.bands.place, {"color": MODEL, "linewidth": 2, "label": "model"}
 
 
 def _thinned(count: int) -> NDArray[np.int64]:
@@ -161,9 +177,12 @@ def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, st
     axes.vlines(risks, low, high, color=MODEL)
     axes.plot(risks, shares, "o-", color=MODEL, linewidth=1, markersize=5, label="observed [95 %]")
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
-    below.hist(100 * cohort.probability, bins=40, range=(0, top), color=MODEL, alpha=0.5)
-    below.set(xlabel="predicted risk, %", ylabel="rows")
-    below.locator_params(axis="y", nbins=2)
+    edges = np.linspace(0, top, 41)
+    if figures.bands.edges is not None:
+        edges = 100 * np.array([0, *figures.bands.edges, 1])
+    below.hist(100 * cohort.probability, edges.tolist(), density=True, color=MODEL, alpha=0.5)
+    below.set(xlabel="predicted risk, %", ylabel="share of rows")
+    below.set_yticks([])
     add_legend(figure)
     pairs = "; ".join(
         f"{risk:.0f} % predicted, {share:.0f} % observed"
@@ -181,13 +200,16 @@ def _percentages(estimates: Iterable[Estimate]) -> NDArray[np.float64]:
 def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     """Return net benefit over threshold risk, and its text alternative."""
     figure, (axes,) = new_figure()
-    prevalence = figures.prevalence
+    prevalence = figures.prevalence or 0.0
     highest = min(0.99, max(2 * prevalence, float(np.quantile(cohort.probability, 0.99))))
     risks = BENEFIT_RISKS[: max(5, round(100 * highest))]
     value, low, high = _percentages(figures.benefit[: len(risks)])
     everyone = 100 * (prevalence - (1 - prevalence) * risks / (1 - risks))
     axes.axhline(0, color=INK, linestyle=":", linewidth=1, label="treat none")
     axes.plot(100 * risks, everyone, "--", color=OTHER, label="treat all")
+    shown = np.isfinite(value)  # others would show small cells
+    risks, value, everyone = risks[shown], value[shown], everyone[shown]
+    low, high = low[shown], high[shown]
     axes.fill_between(100 * risks, low, high, color=MODEL, alpha=0.18, linewidth=0)
     axes.plot(100 * risks, value, color=MODEL, linewidth=2, label="model [95 %]")
     ceiling = 110 * prevalence

@@ -131,7 +131,7 @@ def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
     known = figures.estimates
     return [
         ("AUROC", known["auroc"].text(), "0.5 is chance, 1 is perfect"),
-        ("AUPRC", known["auprc"].text(), f"chance is {figures.prevalence:.3f}"),
+        ("AUPRC", known["auprc"].text(), f"chance is {report_tables.percent(figures.prevalence)}"),
         ("Calibration slope", known["calibration_slope"].text(".2f"), "1 is ideal"),
         ("Brier skill", known["brier_skill"].text(), "0 is no better than the average risk"),
     ]
@@ -140,16 +140,22 @@ def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
 def judge(figures: CohortFigures, outcome: str) -> Verdict:
     """Put the figures into words: discrimination, gain over the best baseline, calibration."""
     ranking = _ranking_sentence(figures, outcome)
-    if figures.rarer < FEWEST_PATIENTS:
+    if too_few_patients(figures):
+        rarer = f"fewer than {figures.fewest}" if figures.rarer is None else figures.rarer
         ranking = (
-            f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome: too few "
-            f"to judge a model. {ranking}"
+            f"Only {rarer} of {figures.patients} patients have the rarer outcome: too few to judge "
+            f"a model. {ranking}"
         )
     calibrated, calibration = _calibration_sentence(figures)
     best = figures.best_baseline
     better = best is not None and figures.differences[best]["auroc"].above(0)
     good = figures.auroc.above(0.5) and better and calibrated
     return Verdict(good, [ranking, _baseline_sentence(figures), calibration])
+
+
+def too_few_patients(figures: CohortFigures) -> bool:
+    """Return whether too few patients have, or lack, the event to judge a model."""
+    return figures.rarer is None or figures.rarer < FEWEST_PATIENTS
 
 
 def _ranking_sentence(figures: CohortFigures, outcome: str) -> str:
@@ -186,7 +192,7 @@ def _calibration_sentence(figures: CohortFigures) -> tuple[bool, str]:
     """Return whether the risks are calibrated as far as the rows show, and the sentence."""
     slope = figures.estimates["calibration_slope"]
     large = figures.estimates["calibration_in_the_large"]
-    if figures.rarer < FEWEST_PATIENTS or slope.low is None or large.low is None:
+    if too_few_patients(figures) or slope.low is None or large.low is None:
         return False, "These rows cannot show whether the predicted risks are calibrated."
     faults = []
     if slope.below(1):

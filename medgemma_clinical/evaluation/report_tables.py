@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.data.small_cells import count_patients, count_text, is_small, merge_flow
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, rarer_patients
 
 TOO_FEW = "too few"
 """Stands in place of a subgroup's AUROC; the page shows such rows in grey."""
@@ -18,7 +20,7 @@ Lines = tuple[tuple[str, str, str, str], ...]
 
 DISCRIMINATION: Lines = (
     ("auroc", "AUROC", ".3f", "area under the ROC curve; 0.5 is chance"),
-    ("auprc", "AUPRC", ".3f", "average precision; chance is the prevalence, {prevalence:.3f}"),
+    ("auprc", "AUPRC", ".3f", "average precision; chance is the prevalence, {prevalence}"),
     ("accuracy", "Accuracy at 0.5", ".3f", "rows on the right side of a risk of 0.5"),
 )
 CALIBRATION: Lines = (
@@ -61,15 +63,17 @@ RECALIBRATED = {
 PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
-def percent(value: float) -> str:
-    """Write a share, of small ones two digits."""
+def percent(value: float | None) -> str:
+    """Write a share, of small ones two digits; a dash where it is not shown."""
+    if value is None:
+        return NO_VALUE
     number = f"{100 * value:.0f}" if value >= 0.1 or value == 0 else f"{100 * value:.2g}"
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def figure_table(figures: CohortFigures, lines: Lines, scale: float = 1) -> pd.DataFrame:
     """Return the figures that ``lines`` name, times ``scale``, with their meanings."""
-    words = {"prevalence": figures.prevalence, "threshold": 100 * figures.threshold}
+    words = {"prevalence": percent(figures.prevalence), "threshold": 100 * figures.threshold}
     cells = [
         (name, figures.estimates[key].text(form, scale), meaning.format(**words))
         for key, name, form, meaning in lines
@@ -162,7 +166,10 @@ def _case_mix_cell(mix: dict[str, float], name: str) -> str:
 
 
 def split_table(
-    labels: NDArray[np.float64], groups: NDArray[Any], split: dict[str, NDArray[np.int64]]
+    labels: NDArray[np.float64],
+    groups: NDArray[Any],
+    split: dict[str, NDArray[np.int64]],
+    fewest: int,
 ) -> pd.DataFrame:
     """Return rows, patients and events of each part.
 
@@ -170,19 +177,21 @@ def split_table(
         labels: (N,) of 0 and 1.
         groups: (N,) patient of each row.
         split: positions of train, val and test.
+        fewest: patients of the smallest cell that is shown.
     """
     lines = []
     for part, rows in split.items():
         events = f"{labels[rows].sum():,.0f} ({percent(labels[rows].mean())})"
-        patients = len(np.unique(groups[rows]))
-        lines.append((PART_NAMES[part], f"{len(rows):,}", f"{patients:,}", events))
+        shown = NO_VALUE if is_small(rarer_patients(labels[rows], groups[rows]), fewest) else events
+        patients = count_text(count_patients(groups, rows), fewest)
+        lines.append((PART_NAMES[part], f"{len(rows):,}", patients, shown))
     return pd.DataFrame(lines, columns=["Part", "Rows", "Patients", "Events"])
 
 
-def flow_table(flow: pd.DataFrame | None) -> pd.DataFrame | None:
+def flow_table(flow: pd.DataFrame | None, fewest: int) -> pd.DataFrame | None:
     """Return a data set's flow (columns rule, removed, left) in a page's words."""
     names = {"rule": "Left out", "removed": "Rows", "left": "Rows left"}
-    return None if flow is None else flow.rename(columns=names)
+    return None if flow is None else merge_flow(flow, fewest).rename(columns=names)
 
 
 def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
@@ -198,9 +207,14 @@ def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
     return {name: form(known[key]) for key, (name, form) in names.items() if key in known}
 
 
+def counts_text(rows: int, events: int | None) -> str:
+    """Return rows and events in words; ``events`` is None where they are not shown."""
+    return f"{rows:,} rows, {'events not shown' if events is None else f'{events:,} events'}"
+
+
 def result_sentence(figures: CohortFigures) -> str:
     """Return the result on the test part in one sentence, beside the best baseline's."""
-    text = f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows with {figures.events:,} events"
+    text = f"Test AUROC {figures.auroc.text()} on {counts_text(figures.n, figures.events)}"
     name = figures.best_baseline
     if name is None:
         return f"{text}."
@@ -222,9 +236,10 @@ def results_table(
         for part, known in scores.items():
             line[f"{part} AUROC [95 %]"] = known[model]["auroc"].text()
         for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
-            line[f"test {title}"] = f"{on_test[metric].value:.3f}"
+            value = on_test[metric].value
+            line[f"test {title}"] = NO_VALUE if value is None else f"{value:.3f}"
         lines.append(line)
-    further = [f"test part: {test.n:,} rows, {test.events:,} events"]
+    further = [f"test part: {counts_text(test.n, test.events)}"]
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
     shown = {key: value for key, value in (reports or {}).items() if value}

@@ -53,7 +53,7 @@ def measure(patients: int) -> dict[str, float]:
     before, start, busy = peak_mib(), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"
-        write_report(path, cohort, cohort_figures(cohort, 0.15, 0), content)
+        write_report(path, cohort, cohort_figures(cohort, 0.15, 0, 0), content)
         size = path.stat().st_size
     return {
         "seconds": time.perf_counter() - start,

@@ -36,7 +36,7 @@ def test_the_table_shows_each_run_and_its_difference_to_the_first(
 ) -> None:
     runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
     with caplog.at_level(logging.INFO):
-        assert run_compare(runs, seed=0) == 0
+        assert run_compare(runs, seed=0, fewest=0) == 0
     assert f"minus {runs[0]}" in caplog.text
     for run in runs:
         table = pd.read_csv(run / "predictions_test.csv")
@@ -70,7 +70,7 @@ def test_runs_that_were_not_tested_alike_are_refused(
     else:
         change(table).to_csv(path, index=False)
     with pytest.raises(InputError, match=problem):
-        run_compare(runs, seed=0)
+        run_compare(runs, seed=0, fewest=0)
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -81,16 +81,16 @@ def test_rows_known_by_number_are_compared_on_the_same_data_only(
     one = write_run(tmp_path / "a", data=data)
     same = write_run(tmp_path / "b", data=data)
     other = write_run(tmp_path / "c", data={**data, "rows_sha256": "other"})
-    assert run_compare([one, same], seed=0) == 0
+    assert run_compare([one, same], seed=0, fewest=0) == 0
     if named:
-        assert run_compare([one, other], seed=0) == 0
+        assert run_compare([one, other], seed=0, fewest=0) == 0
     else:
         with pytest.raises(InputError, match="their data name no patients"):
-            run_compare([one, other], seed=0)
+            run_compare([one, other], seed=0, fewest=0)
 
 
 def test_two_different_folders_are_needed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a")
     for runs in ([run], [run, tmp_path / "x" / ".." / "a"]):
         with pytest.raises(InputError, match="two different folders"):
-            run_compare(runs, seed=0)
+            run_compare(runs, seed=0, fewest=0)

@@ -44,7 +44,7 @@ def test_case_mix_counts_known_values_only() -> None:
             "clinical_context": ["50-year-old man", "60-year-old man", "70-year-old woman", ""],
         }
     )
-    mix = MIMICtrajectoryDataset(table).case_mix(np.arange(3))
+    mix = MIMICtrajectoryDataset(table).case_mix(np.arange(3), 0)
     assert mix == pytest.approx(
         {
             "rows": 3,
@@ -59,7 +59,7 @@ def test_case_mix_counts_known_values_only() -> None:
             "women": 1 / 3,
         }
     )
-    assert set(MIMICtrajectoryDataset(table).case_mix(np.array([3]))) == {
+    assert set(MIMICtrajectoryDataset(table).case_mix(np.array([3]), 0)) == {
         *("rows", "patients", "prevalence"),
         *("observations_q1", "observations_median", "observations_q3"),
     }

@@ -94,12 +94,12 @@ def test_context_facts_are_numbers_by_their_word_and_the_other_words() -> None:
         }
     )
     dataset = MIMICtrajectoryDataset(table)
-    facts = dataset.context_facts(np.arange(120))
+    facts = dataset.context_facts(np.arange(120), 0)
     numbers = ["year (number)", "kg (number)", "bmi (number)"]
     assert set(facts.columns) == {*numbers, "old", "woman", "man"}
     assert facts[numbers].to_numpy()[0].tolist() == [54, 76, 27.5]
     assert facts.loc[:3, "woman"].tolist() == [1, 0, 0, 0]
     assert facts.loc[2:3, "year (number)"].isna().all()
     # What counts as rare is decided by the training part alone.
-    assert "rare" in dataset.context_facts(np.arange(100, 120))
-    assert "rare" not in dataset.context_facts(np.arange(100))
+    assert "rare" in dataset.context_facts(np.arange(100, 120), 0)
+    assert "rare" not in dataset.context_facts(np.arange(100), 0)

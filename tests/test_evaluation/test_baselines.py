@@ -19,7 +19,7 @@ def dataset(dka_file: Path) -> MIMICtrajectoryDataset:
 
 def test_baselines_learn_from_the_training_part_only(dataset: MIMICtrajectoryDataset) -> None:
     split = dataset.split(0)
-    tables = baseline_tables(dataset, split["train"])
+    tables = baseline_tables(dataset, split["train"], 0)
     before = fit_baselines(tables, dataset.labels, split)
     held_out = np.concatenate([split["val"], split["test"]])
     labels = dataset.labels.copy()
@@ -34,7 +34,7 @@ def test_baselines_learn_from_the_training_part_only(dataset: MIMICtrajectoryDat
 
 def test_the_last_value_baseline_ranks_by_the_last_value(dataset: MIMICtrajectoryDataset) -> None:
     split = dataset.split(0)
-    tables = baseline_tables(dataset, split["train"])
+    tables = baseline_tables(dataset, split["train"], 0)
     last = dataset.values[dataset.offsets[1:] - 1, 0][split["test"]]
     risk = fit_baselines({"last value": tables["last value"]}, dataset.labels, split)
     ranks = pd.Series(last).rank(), pd.Series(risk["last value"]["test"]).rank()
@@ -53,13 +53,13 @@ def test_contexts_get_baselines_of_their_own() -> None:
     )
     dataset = MIMICtrajectoryDataset(table)
     split = dataset.split(0)
-    tables = baseline_tables(dataset, split["train"])
+    tables = baseline_tables(dataset, split["train"], 0)
     assert list(tables)[-2:] == ["gradient boosting", "gradient boosting with context"]
     risks = fit_baselines(tables, dataset.labels, split)
     with_context = risks["logistic regression with context"]["test"]
     test = dataset.labels[split["test"]]
     assert with_context[test == 1].min() > with_context[test == 0].max()
-    assert list(baseline_tables(MIMICtrajectoryDataset(table.iloc[:, :2]), split["train"])) == [
+    assert list(baseline_tables(MIMICtrajectoryDataset(table.iloc[:, :2]), split["train"], 0)) == [
         *("last value", "number of observations", "logistic regression", "gradient boosting"),
     ]
 

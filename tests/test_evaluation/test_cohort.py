@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit
 from sklearn import metrics
@@ -15,7 +18,12 @@ from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import cohort as cohort_module
 from medgemma_clinical.evaluation.bootstrap import Estimate, bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
-from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures, rarer_patients
+from medgemma_clinical.evaluation.cohort import (
+    BENEFIT_RISKS,
+    Cohort,
+    cohort_figures,
+    rarer_patients,
+)
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
 from medgemma_clinical.evaluation.predictions import Predictions
@@ -48,7 +56,7 @@ def test_all_figures_come_from_one_bootstrap(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cohort_module, "bootstrap", counted)
     labels, risk, groups = simulate(np.random.default_rng(0), 200, rows_a_patient=2)
     cohort = make_cohort((labels, risk, groups), last_value=noisy(risk, 1), count=noisy(risk, 2))
-    figures = cohort_figures(cohort, 0.3, 0)
+    figures = cohort_figures(cohort, 0.3, 0, 0)
     assert len(calls) == 1
     assert set(figures.baselines) == {"last value", "count"}
 
@@ -56,7 +64,7 @@ def test_all_figures_come_from_one_bootstrap(monkeypatch: pytest.MonkeyPatch) ->
 def test_figures_and_paired_differences_are_those_of_their_draws() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 400, rows_a_patient=2)
     other = noisy(risk, 1)
-    figures = cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 7)
+    figures = cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 7, 0)
     draws = bootstrap(labels, groups, 7, partial(weighted_metrics, labels, risk))
     other_draws = bootstrap(labels, groups, 7, partial(weighted_metrics, labels, other))
     baseline, differences = figures.baselines["last value"], figures.differences["last value"]
@@ -83,7 +91,7 @@ def test_figures_and_paired_differences_are_those_of_their_draws() -> None:
 
 def test_a_subgroup_has_the_interval_of_its_own_draws() -> None:
     cohort = make_cohort(simulate(np.random.default_rng(2), 600))
-    figures = cohort_figures(cohort, 0.3, 0)
+    figures = cohort_figures(cohort, 0.3, 0, 0)
     rows = np.flatnonzero(cohort.subgroups["size"] == "many")
     labels, risk = cohort.labels[rows], cohort.probability[rows]
 
@@ -105,7 +113,7 @@ def test_few_patients_with_many_rows_are_not_called_sure() -> None:
     labels = np.repeat([1.0, 0.0], [12, 30])
     groups = np.array(["one"] * 12 + [str(k) for k in range(30)])  # twelve rows, one patient
     cohort = make_cohort((labels, np.where(labels == 1, 0.9, 0.1), groups), same=labels)
-    figures = cohort_figures(cohort, 0.5, 0)
+    figures = cohort_figures(cohort, 0.5, 0, 0)
     assert figures.rarer == rarer_patients(labels, groups) == 1
     for score in (figures.auroc, figures.baselines["same"]["auroc"]):
         assert score.value == 1
@@ -117,7 +125,7 @@ def test_a_perfect_subgroup_has_an_exact_interval() -> None:
     labels = np.tile([1.0, 0.0], 30)
     risk = np.where(labels == 1, 0.8, 0.2)
     risk[:10] = 0.5  # outside the subgroup "many"
-    figures = cohort_figures(make_cohort((labels, risk, np.arange(60).astype(str))), 0.4, 0)
+    figures = cohort_figures(make_cohort((labels, risk, np.arange(60).astype(str))), 0.4, 0, 0)
     (many,) = [group for group in figures.subgroups if group.name == "size: many"]
     value, low, _ = ends(many.auroc)
     assert value == 1
@@ -126,19 +134,19 @@ def test_a_perfect_subgroup_has_an_exact_interval() -> None:
 
 def test_shares_of_none_and_all_get_exact_intervals_by_patients() -> None:
     labels, risk = np.repeat([1.0, 0.0], [10, 30]), np.repeat([0.9, 0.1], [10, 30])
-    single = cohort_figures(make_cohort((labels, risk, np.arange(40).astype(str))), 0.5, 0)
+    single = cohort_figures(make_cohort((labels, risk, np.arange(40).astype(str))), 0.5, 0, 0)
     assert single.estimates["sensitivity"].low == pytest.approx(1 - 0.3085, abs=1e-4)
     pairs = make_cohort((labels, risk, (np.arange(40) // 2).astype(str)))
-    paired = cohort_figures(pairs, 0.5, 0)
+    paired = cohort_figures(pairs, 0.5, 0, 0)
     assert paired.estimates["sensitivity"].low == pytest.approx(0.025 ** (1 / 5))
-    silent = cohort_figures(pairs, 0.95, 0)
+    silent = cohort_figures(pairs, 0.95, 0, 0)
     assert silent.estimates["ppv"] == Estimate(None)
 
 
 def test_the_json_of_a_part_is_whole_and_has_no_numbers_that_json_lacks() -> None:
     labels = np.repeat([0.0, 1.0], 20)
     cohort = make_cohort((labels, np.linspace(0.1, 0.9, 40), np.arange(40).astype(str)))
-    figures = cohort_figures(cohort, 0.5, 0)
+    figures = cohort_figures(cohort, 0.5, 0, 0)
     content = figures.to_json(figures.estimates)
     json.dumps(content, allow_nan=False)
     assert list(content) == [
@@ -152,7 +160,7 @@ def test_the_json_of_a_part_is_whole_and_has_no_numbers_that_json_lacks() -> Non
 
 def test_the_json_of_a_baseline_holds_its_metrics() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 200)
-    figures = cohort_figures(make_cohort((labels, risk, groups), count=noisy(risk, 1)), 0.3, 0)
+    figures = cohort_figures(make_cohort((labels, risk, groups), count=noisy(risk, 1)), 0.3, 0, 0)
     content = figures.to_json(figures.baselines["count"])
     assert list(content) == ["n", "events", *METRICS]
     assert content["auroc"]["value"] == pytest.approx(metrics.roc_auc_score(labels, noisy(risk, 1)))
@@ -174,8 +182,8 @@ def test_figures_before_recalibration_stand_beside_those_after() -> None:
     dataset: Any = Dataset()
     dataset.groups = groups
     cohort = Cohort.from_predictions(dataset, mended, {})
-    figures = cohort_figures(cohort, mended.rule.threshold, 3)
-    plain = cohort_figures(make_cohort((labels, risk, groups)), 0.4, 3)
+    figures = cohort_figures(cohort, mended.rule.threshold, 3, 0)
+    plain = cohort_figures(make_cohort((labels, risk, groups)), 0.4, 3, 0)
     before, after = figures.to_json(figures.before), figures.to_json(figures.estimates)
     expected = plain.to_json(plain.estimates)
     assert before == {key: pytest.approx(value) for key, value in expected.items()}
@@ -187,5 +195,95 @@ def test_figures_before_recalibration_stand_beside_those_after() -> None:
 def test_the_best_baseline_is_the_one_with_the_largest_auroc() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 300)
     cohort = make_cohort((labels, risk, groups), flat=np.full(300, 0.5), good=noisy(risk, 0, 0.1))
-    assert cohort_figures(cohort, 0.3, 0).best_baseline == "good"
-    assert cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0).best_baseline is None
+    assert cohort_figures(cohort, 0.3, 0, 0).best_baseline == "good"
+    assert cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 0).best_baseline is None
+
+
+# ------------------------------------------------------------------- small cells
+
+
+def few_events_cohort(events: int, rows: int = 200) -> Cohort:
+    rng = np.random.default_rng(4)
+    labels = (np.arange(rows) < events).astype(float)
+    risk = np.clip(0.2 + 0.2 * labels + 0.1 * rng.normal(size=rows), 0.01, 0.99)
+    return make_cohort((labels, risk, np.arange(rows).astype(str)), last_value=noisy(risk, 2))
+
+
+def test_the_number_of_a_few_events_is_hidden_with_all_that_reveals_it() -> None:
+    figures = cohort_figures(few_events_cohort(10), 0.3, 0, 11)
+    assert figures.events is None
+    assert figures.rarer is None
+    assert figures.prevalence is None
+    assert figures.subgroups == []
+    assert figures.bins == {}
+    assert all(each.value is None for each in figures.benefit)
+    hidden = {"accuracy", "brier_skill", "sensitivity", "specificity", "ppv", "npv", "alarms"}
+    assert {name for name, each in figures.estimates.items() if each.value is None} == hidden
+    assert figures.baselines["last value"]["accuracy"].value is None
+    assert figures.differences["last value"]["accuracy"].value is None
+    assert figures.to_json(figures.estimates)["events"] is None
+    shown = cohort_figures(few_events_cohort(10), 0.3, 0, 10)
+    assert shown.events == 10
+    assert shown.auroc == figures.auroc, "what reveals nothing stays the same"
+
+
+def test_a_threshold_that_leaves_a_few_events_without_alarm_shows_no_share() -> None:
+    cohort = few_events_cohort(60)
+    event, risk = cohort.labels == 1, cohort.probability
+    missed = np.sort(risk[event])[4]  # four events lie below
+    figures = cohort_figures(cohort, float(missed), 0, 11)
+    for share in ("sensitivity", "specificity", "ppv", "npv", "alarms"):
+        assert figures.estimates[share].value is None
+    assert figures.events == 60
+    labels, risk, groups = simulate(np.random.default_rng(1), 300)
+    shown = cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 11).estimates
+    assert shown["sensitivity"].value == pytest.approx((risk >= 0.3)[labels == 1].mean())
+
+
+def test_the_accuracy_is_hidden_where_a_few_rows_are_wrong() -> None:
+    labels = np.repeat([0.0, 1.0], 50)
+    risk = np.where(labels == 1, 0.8, 0.2) + np.linspace(0, 0.1, 100)
+    risk[:3] = 0.9
+    cohort = make_cohort((labels, risk, np.arange(100).astype(str)))
+    assert cohort_figures(cohort, 0.5, 0, 11).estimates["accuracy"].value is None
+    assert cohort_figures(cohort, 0.5, 0, 3).estimates["accuracy"].value == pytest.approx(0.97)
+
+
+def test_subgroups_with_a_few_patients_join_their_neighbours() -> None:
+    rng = np.random.default_rng(6)
+    labels, risk, groups = simulate(rng, 300)
+    cohort = make_cohort((labels, risk, groups))
+    age = pd.cut(np.arange(300) % 100, [-1, 2, 40, 70, 100], labels=["a", "b", "c", "d"])
+    columns = pd.DataFrame({"age": age, "place": pd.Categorical(["x"] * 300)})
+    cohort = replace(cohort, subgroups=columns)
+    figures = cohort_figures(cohort, 0.3, 0, 11)
+    assert [group.name for group in figures.subgroups] == [
+        "age: a or b",
+        "age: c",
+        "age: d",
+        "place: x",
+    ]
+    ages = figures.subgroups[:3]
+    assert sum(group.rows for group in ages) == 300
+    assert sum(group.events for group in ages) == figures.events
+    assert all(min(g.events, g.rows - g.events) >= 11 for g in figures.subgroups)
+    halves = pd.Categorical(np.where(np.arange(300) < 3, "few", "many"))
+    alone = replace(cohort, subgroups=pd.DataFrame({"half": halves}))
+    assert cohort_figures(alone, 0.3, 0, 11).subgroups == [], "one band is the cohort itself"
+
+
+def test_no_two_points_of_the_calibration_and_decision_curves_lie_a_few_patients_apart() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(8), 400)
+    cohort = make_cohort((labels, risk, groups))
+    figures = cohort_figures(cohort, 0.3, 0, 11)
+    assert len(figures.bins) > 2
+    place = figures.bands.place
+    for band in np.unique(place):
+        for label in (0, 1):
+            assert not 0 < int((labels[place == band] == label).sum()) < 11
+    known = [k for k, each in enumerate(figures.benefit) if each.value is not None]
+    assert len(known) > 3
+    alarms = [risk >= BENEFIT_RISKS[k] for k in known]
+    for more, fewer in itertools.pairwise(alarms):
+        for label in (0, 1):
+            assert not 0 < int((labels[more & ~fewer] == label).sum()) < 11

@@ -50,7 +50,7 @@ def table_of(seed: int, rows: int = 120) -> pd.DataFrame:
 def test_one_test_part_gives_each_models_figures_and_their_paired_differences() -> None:
     table = table_of(0)
     labels, groups = table["label"].to_numpy(float), table["patient"].to_numpy(np.str_)
-    results = compare_models([table], "bad", seed=5)
+    results = compare_models([table], "bad", seed=5, fewest=0)
     draws = {
         name: bootstrap.bootstrap(
             labels, groups, 5, partial(weighted_metrics, labels, table[name].to_numpy())
@@ -72,7 +72,7 @@ def test_one_test_part_gives_each_models_figures_and_their_paired_differences() 
 
 def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> None:
     tables = [table_of(seed) for seed in range(3)]
-    result = compare_models(tables, "bad", seed=0)["good"]
+    result = compare_models(tables, "bad", seed=0, fewest=0)["good"]
     scores = [roc_auc_score(t["label"], t["good"]) for t in tables]
     others = [roc_auc_score(t["label"], t["bad"]) for t in tables]
     assert result["auroc"]["value"] == pytest.approx(np.mean(scores))
@@ -84,8 +84,8 @@ def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> 
 
 
 def test_a_patient_of_several_splits_is_drawn_once_so_repeating_a_split_proves_nothing() -> None:
-    once = compare_models([table_of(1)], "bad", seed=0)["good"]
-    thrice = compare_models([table_of(1)] * 3, "bad", seed=0)["good"]
+    once = compare_models([table_of(1)], "bad", seed=0, fewest=0)["good"]
+    thrice = compare_models([table_of(1)] * 3, "bad", seed=0, fewest=0)["good"]
     for one, three in (
         (once["auroc"], thrice["auroc"]),
         (once["minus_reference"]["auroc"], thrice["minus_reference"]["auroc"]),
@@ -99,7 +99,8 @@ def test_splits_of_other_patients_make_the_interval_narrower() -> None:
     for k, table in enumerate(tables):
         table["patient"] += f"_{k}"
     one, four = (
-        compare_models(few, "bad", seed=0)["good"]["auroc"] for few in (tables[:1], tables)
+        compare_models(few, "bad", seed=0, fewest=0)["good"]["auroc"]
+        for few in (tables[:1], tables)
     )
     assert four["high"] - four["low"] < 0.7 * (one["high"] - one["low"])
 
@@ -110,7 +111,7 @@ def test_few_events_in_a_split_leave_no_interval_without_ends(
     tables = [table_of(seed, rows=24) for seed in range(3)]
     for table in tables:
         table["label"] = (np.arange(24) < 2).astype(int)  # two rows of one patient
-    results = compare_models(tables, "bad", seed=0)
+    results = compare_models(tables, "bad", seed=0, fewest=0)
     for figures in (results["good"], results["good"]["minus_reference"]):
         for metric in ("auroc", "auprc", "brier"):
             assert figures[metric]["low"] <= figures[metric]["value"] <= figures[metric]["high"]
@@ -118,7 +119,7 @@ def test_few_events_in_a_split_leave_no_interval_without_ends(
 
 
 def test_the_table_has_a_line_a_model() -> None:
-    results = compare_models([table_of(k) for k in range(2)], "bad", seed=0)
+    results = compare_models([table_of(k) for k in range(2)], "bad", seed=0, fewest=0)
     results["good"]["seconds_an_epoch"] = 12.3
     table = comparison_table(results, "bad").set_index("model")
     assert list(table) == [
@@ -134,7 +135,7 @@ def test_the_table_has_a_line_a_model() -> None:
 
 
 def test_the_sentences_name_reference_and_best_model() -> None:
-    results = compare_models([table_of(0)], "bad", seed=0)
+    results = compare_models([table_of(0)], "bad", seed=0, fewest=0)
     first, second = comparison_sentences(results, "bad")
     assert first.startswith(f"bad: test AUROC {results['bad']['auroc']['value']:.3f} [")
     assert "(test part: 120 rows, 30 events)" in first
@@ -143,7 +144,7 @@ def test_the_sentences_name_reference_and_best_model() -> None:
 
 
 def write(folder: Path, seed: int) -> None:
-    results = compare_models([table_of(seed)], "bad", seed=0)
+    results = compare_models([table_of(seed)], "bad", seed=0, fewest=0)
     write_comparison(
         folder,
         "ablation",
@@ -161,7 +162,7 @@ def test_a_comparison_is_written_as_numbers_picture_and_page(
     with caplog.at_level("INFO"):
         write(tmp_path, 0)
     results = json.loads((tmp_path / "ablation.json").read_text())
-    assert results == compare_models([table_of(0)], "bad", seed=0)
+    assert results == compare_models([table_of(0)], "bad", seed=0, fewest=0)
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "ablation.html").read_text()
     read = Page(page)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from cohorts import make_cohort, ones, simulate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
@@ -30,7 +31,7 @@ from medgemma_clinical.evaluation.report_tables import percent
 @pytest.fixture(scope="module")
 def judged() -> tuple[Cohort, CohortFigures]:
     cohort = make_cohort(simulate(np.random.default_rng(2), 600))
-    return cohort, cohort_figures(cohort, 0.3, 0)
+    return cohort, cohort_figures(cohort, 0.3, 0, 0)
 
 
 def lines_of(figure: Figure) -> dict[str, np.ndarray]:
@@ -107,3 +108,33 @@ def test_a_picture_has_the_same_bytes_each_time_and_leaves_users_words_alone() -
     assert not axes.spines["top"].get_visible()
     assert same_color(figure.get_facecolor(), "white")
     assert Figure().subplots().spines["top"].get_visible() is not False, "nothing leaks"
+
+
+def test_no_step_of_a_curve_holds_a_few_patients() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(2), 600)
+    cohort = make_cohort((labels, risk, groups), other=np.random.default_rng(3).random(600))
+    figures = cohort_figures(cohort, 0.3, 0, 11)
+    roc, _ = plot_roc(cohort, figures)
+    for name in ("model", "best baseline"):
+        false_alarms, found = lines_of(roc)[name] / 100
+        steps = [np.diff(false_alarms) * (labels == 0).sum(), np.diff(found) * labels.sum()]
+        for counts in np.abs(np.round(steps)).ravel():
+            assert counts == 0 or counts >= 11
+        assert len(found) > 5
+    calibration, _ = plot_calibration(cohort, figures)
+    bars = calibration.axes[1].patches
+    assert all(isinstance(bar, Rectangle) for bar in bars)
+    edges = np.array([bar.get_x() for bar in bars if isinstance(bar, Rectangle)] + [100.0]) / 100
+    assert figures.bands.edges is not None
+    assert edges[1:-1] == pytest.approx(figures.bands.edges)
+    counts, _ = np.histogram(risk, edges)
+    assert not [count for count in counts if 0 < count < 11]
+
+
+def test_without_a_shown_number_of_events_nothing_is_drawn_that_shows_it() -> None:
+    labels = (np.arange(300) < 8).astype(float)
+    risk = np.linspace(0.9, 0.1, 300)
+    cohort = make_cohort((labels, risk, np.arange(300).astype(str)))
+    history = [{"epoch": 1, "train_loss": 1, "val_loss": 1, "val_auroc": 0.5, "improved": True}]
+    assert set(report_images(cohort, cohort_figures(cohort, 0.5, 0, 11), history)) == {"learning"}
+    assert len(report_images(cohort, cohort_figures(cohort, 0.5, 0, 0), history)) == 5

@@ -27,7 +27,7 @@ from pages import OUTCOME, Page, make_content, write_page
 
 
 def verdict_of(cohort: Cohort) -> Verdict:
-    return judge(cohort_figures(cohort, 0.3, 0), "Death")
+    return judge(cohort_figures(cohort, 0.3, 0, 0), "Death")
 
 
 def words_of(cohort: Cohort) -> str:
@@ -74,7 +74,7 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     assert "Of two rows, one with the event (Death)" in text
     assert "It is not shown to be better than its best baseline, other model" in text
     close = make_cohort((labels, risk, groups), other_model=noisy)  # ahead, but by chance
-    gain = cohort_figures(close, 0.3, 0).differences["other model"]["auroc"]
+    gain = cohort_figures(close, 0.3, 0, 0).differences["other model"]["auroc"]
     assert gain.low is not None
     assert gain.value is not None
     assert gain.low < 0 < gain.value
@@ -209,7 +209,7 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
 ) -> None:
     labels, risk, groups = simulate(np.random.default_rng(1), 300, slope=2.5)
     mended = replace(make_cohort((labels, expit(0.4 * log_odds(risk)), groups)), uncalibrated=risk)
-    figures = cohort_figures(mended, 0.3, 0)
+    figures = cohort_figures(mended, 0.3, 0, 0)
     slopes = [each["calibration_slope"].text() for each in (figures.before, figures.estimates)]
     reports = dict.fromkeys(("reports", "numbers_stated", "verdict_auroc"), 40.0)
     reports |= {"parse_share": 0.975, "true_number_share": 0.5}

@@ -30,7 +30,7 @@ from medgemma_clinical.evaluation.report_tables import (
 def figures() -> CohortFigures:
     labels, risk, groups = simulate(np.random.default_rng(0), 400)
     other = expit(log_odds(risk) + np.random.default_rng(1).normal(size=400))
-    return cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 0)
+    return cohort_figures(make_cohort((labels, risk, groups), last_value=other), 0.3, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,10 @@ def test_shares_are_written_with_two_digits(share: float, text: str) -> None:
 
 def test_the_console_table_holds_model_and_baselines_of_both_parts(figures: CohortFigures) -> None:
     other = cohort_figures(
-        make_cohort(simulate(np.random.default_rng(9), 100), last_value=np.full(100, 0.5)), 0.3, 0
+        make_cohort(simulate(np.random.default_rng(9), 100), last_value=np.full(100, 0.5)),
+        0.3,
+        0,
+        0,
     )
     text = results_table("stage 1", {"validation": other, "test": figures})
     head, model, baseline, *rest = text.splitlines()
@@ -58,7 +61,7 @@ def test_the_console_says_what_recalibration_changed() -> None:
     labels, risk, groups = simulate(np.random.default_rng(1), 300, slope=2.5)
     plain = make_cohort((labels, risk, groups))
     mended = Cohort(labels, expit(0.4 * log_odds(risk)), groups, groups, plain.subgroups, {}, risk)
-    found = cohort_figures(mended, 0.3, 0)
+    found = cohort_figures(mended, 0.3, 0, 0)
     slopes = [each["calibration_slope"].text() for each in (found.before, found.estimates)]
     text = results_table("model", {"validation": found, "test": found})
     assert re.search(rf"Calibration slope +{re.escape(slopes[0])} +{re.escape(slopes[1])}", text)
@@ -99,7 +102,7 @@ def test_subgroups_are_shown_if_one_can_be_judged(figures: CohortFigures) -> Non
     assert table is not None
     assert table["Group"].tolist() == ["size: few", "size: many"]
     assert table["AUROC [95 %]"].tolist()[0] == "too few"
-    few = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0)
+    few = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0, 0)
     assert few.subgroups
     assert subgroup_table(few) is None
 
@@ -107,7 +110,7 @@ def test_subgroups_are_shown_if_one_can_be_judged(figures: CohortFigures) -> Non
 def test_parts_of_the_split_are_counted() -> None:
     labels, groups = np.array([1.0, 0, 0, 1, 0]), np.array(["a", "a", "b", "c", "d"])
     split = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4])}
-    table = split_table(labels, groups, split)
+    table = split_table(labels, groups, split, 0)
     assert table.to_numpy().tolist() == [
         ["training", "3", "2", "1 (33\N{NO-BREAK SPACE}%)"],
         ["validation", "1", "1", "1 (100\N{NO-BREAK SPACE}%)"],
@@ -117,10 +120,10 @@ def test_parts_of_the_split_are_counted() -> None:
 
 def test_the_flow_has_the_pages_words() -> None:
     flow = pd.DataFrame({"rule": ["died"], "removed": [3], "left": [7]})
-    table = flow_table(flow)
+    table = flow_table(flow, 0)
     assert table is not None
-    assert table.to_dict("records") == [{"Left out": "died", "Rows": 3, "Rows left": 7}]
-    assert flow_table(None) is None
+    assert table.to_dict("records") == [{"Left out": "died", "Rows": "3", "Rows left": "7"}]
+    assert flow_table(None, 0) is None
 
 
 def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigures) -> None:

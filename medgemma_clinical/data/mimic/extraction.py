@@ -50,6 +50,7 @@ from medgemma_clinical.data.mimic.windows import (
     known_inputs,
     of_stay,
 )
+from medgemma_clinical.data.small_cells import FEWEST, count_text, flow_lines
 from medgemma_clinical.files import InputError, atomic
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def _read_labevents(
     converted = convert_units(values, series_items, str(path))
     left_out = left_out + converted.left_out
     for reason, count in left_out.items():
-        logger.info("%s: %d values %s", path, count, reason)
+        logger.info("%s: %s values %s", path, count_text(count, FEWEST), reason)
     return Labs(converted.table, converted.series_unit, left_out, stored)
 
 
@@ -206,10 +207,8 @@ def _log_flow(flow: list[dict[str, Any]], admissions: int, request: Extraction) 
         raise InputError(
             f"--mimic_dir {request.mimic_dir}: of {admissions} admissions none is left: {removed}"
         )
-    logger.info("%s: %d admissions", request.mimic_dir, admissions)
-    for rule in flow:
-        if rule["removed"]:
-            logger.info("  %6d out, %7d left: %s", rule["removed"], rule["left"], rule["rule"])
+    for line in flow_lines(pd.DataFrame(flow), FEWEST):
+        logger.info(line)
     logger.warning("cohort %s: %s", request.cohort, COHORTS[request.cohort])
 
 
