@@ -51,7 +51,7 @@ from medgemma_clinical.data.series_cells import (
     join_series,
     rows_out_of_order,
 )
-from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.splits import PARTS
 from medgemma_clinical.data.tables import (
     Findings,
@@ -506,13 +506,14 @@ def make_from_mimic(request: Extraction) -> int:
     """
     extraction.check_target(request)
     try:
-        rows, description = extraction.extract(request, extraction.usable_cores())
+        table, description = extraction.extract(request, extraction.usable_cores())
     except (MemoryError, BrokenExecutor) as error:
         problem = "the machine has too little memory: choose a smaller cohort"
         raise RunFault(problem) from error
-    extraction.write_rows(rows, description, request.out)
-    counts = [description["rows"][name] for name in ("rows", "patients", "events")]
-    logger.info("%s: %d rows of %d patients, %d events", request.out, *counts)
+    extraction.write_rows(table, description, request.out)
+    rows = description["rows"]
+    counts = [count_text(rows[name], FEWEST) for name in ("rows", "patients", "events")]
+    logger.info("%s: %s rows of %s patients, %s events", request.out, *counts)
     return 0
 
 

@@ -235,3 +235,23 @@ def test_an_interrupted_report_leaves_the_predictions_and_no_page_of_others(
     assert f"predictions: {out}" in capsys.readouterr().out
     assert len(pd.read_csv(out)) == len(table)
     assert not out.with_suffix(".report.html").exists(), "the page of other predictions"
+
+
+def test_the_page_on_labelled_rows_shows_no_small_cell(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = table["label_escalation"].astype(int)
+    few = pd.concat([table[events == 1].head(7), table[events == 0].head(60)])
+    few.iloc[-3:, few.columns.get_loc(SERIES)] = "oops"
+    data, out = write_data(few, tmp_path / "few.csv"), tmp_path / "out.csv"
+    assert trainer.main(command(runs / "trajectory", data, out)) == 0
+    assert "rows with a label: 64 rows, events not shown" in capsys.readouterr().out
+    page = out.with_suffix(".report.html").read_text()
+    assert "without a score; without a label" in page
+    assert "<td>fewer than 11</td>" in page
+    assert "ROC curve: not drawn" in page
+    assert trainer.main(command(runs / "trajectory", data, out, "--min_cell", "0")) == 0
+    assert "rows with a label: 64 rows, 7 events" in capsys.readouterr().out
+    page = out.with_suffix(".report.html").read_text()
+    assert "<td>3</td>" in page
+    assert "ROC curve: not drawn" not in page

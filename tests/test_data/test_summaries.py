@@ -103,3 +103,9 @@ def test_context_facts_are_numbers_by_their_word_and_the_other_words() -> None:
     # What counts as rare is decided by the training part alone.
     assert "rare" in dataset.context_facts(np.arange(100, 120), 0)
     assert "rare" not in dataset.context_facts(np.arange(100), 0)
+    # A word of a few patients is no input, however many rows they have.
+    assert "bmi (number)" in dataset.context_facts(np.arange(120), 30)
+    assert "bmi (number)" not in dataset.context_facts(np.arange(120), 31)
+    one_patient = MIMICtrajectoryDataset(table.assign(subject_id=np.arange(120) // 4 * 4))
+    assert "kg (number)" in one_patient.context_facts(np.arange(120), 30)
+    assert "kg (number)" not in one_patient.context_facts(np.arange(120), 31)
