@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.files import InputError
 from trajectories import LABEL, SERIES, dataset_of
 from visits import cohort
 
@@ -155,3 +156,21 @@ def test_the_fingerprint_of_rows_ignores_series_and_contexts() -> None:
     assert fingerprint(**same) == fingerprint()
     assert fingerprint(subject_id=["x", "y"]) != fingerprint()
     assert fingerprint(**{LABEL: [1, 1]}) != fingerprint()
+
+
+def test_a_series_of_a_few_training_patients_is_refused_also_where_the_format_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = 40
+    rare = ["5 (0h)"] * 12 + [""] * (rows - 12)
+    patients = [str(k % 3 if k < 12 else k) for k in range(rows)]
+    dataset = dataset_of(["1 (0h)"] * rows, **{"trajectory_rare": rare, "subject_id": patients})
+    train = np.arange(rows)
+    dataset.check_measured(train, 0)
+    dataset.check_measured(train, 3)
+    with pytest.raises(InputError, match='fewer than 4 patients .* rare.*--series "Anion gap"'):
+        dataset.check_measured(train, 4)
+    monkeypatch.setattr(MIMICtrajectoryDataset, "fixed_features", True)
+    with pytest.raises(InputError, match="fewer than 4 patients .*: go on by --min_cell 0"):
+        dataset.check_measured(train, 4)
+    dataset.check_measured(train[12:], 4)  # of a fixed series nobody's value is kept
