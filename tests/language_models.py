@@ -82,7 +82,7 @@ def patients() -> MIMICtrajectoryDataset:
 
 def data_of(dataset: TrajectoryDataset) -> Data:
     """The data set, split, with whole prompts."""
-    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions())
+    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions(), min_cell=0)
 
 
 def llm_config(

@@ -26,6 +26,7 @@ def data_for(args: Namespace, dataset: TrajectoryDataset | None = None) -> Data:
         max_samples=args.max_samples,
         seed=args.seed,
         prompts=trainer.prompt_options(args),
+        min_cell=0,
     )
 
 

@@ -26,7 +26,7 @@ COMMANDS = {  # as they stand in the README, made small
     "classification": f"--mode classification --dataset dka --ode_checkpoint {CHECKPOINT}",
     "generative": f"--mode generative --dataset dka --ode_checkpoint {CHECKPOINT}",
 }
-SMALL = "--epochs 2 --model_name tiny --batch_size 8"
+SMALL = "--epochs 2 --model_name tiny --batch_size 8 --min_cell 0"
 FILES = {
     "trajectory": set(),
     "classification": {"best"},
@@ -58,8 +58,8 @@ def load_data(words: list[str]) -> tuple[argparse.Namespace, Data]:
     args = trainer.complete(trainer.build_parser().parse_args(words))
     prompts = trainer.prompt_options(args)
     dataset = trainer.read_dataset(args)
-    samples = args.max_samples
-    return args, prepare_data(dataset, max_samples=samples, seed=args.seed, prompts=prompts)
+    reading = {"max_samples": args.max_samples, "seed": args.seed, "min_cell": args.min_cell}
+    return args, prepare_data(dataset, prompts=prompts, **reading)
 
 
 def read_config(runs: Path, stage: str) -> dict[str, Any]:

@@ -214,20 +214,18 @@ class TrajectoryDataset:
         patients = [count_patients(groups, column) for column in measured.T]
         never = [name for name, n in zip(self.features, patients, strict=True) if n == 0]
         few = [n for n, k in zip(self.features, patients, strict=True) if is_small(k, fewest)]
-        if self.fixed_features:  # the format's own, which nobody has chosen
-            never, without = [], "go on"
-        else:
-            rest = ",".join(name for name in self.features if name not in {*never, *few})
-            without = f'go on without it by --series "{rest}"'
-        if never:
+        rest = ",".join(name for name in self.features if name not in {*never, *few})
+        without = f'go on without it by --series "{rest}"'
+        if never and not self.fixed_features:  # which nobody has chosen
             raise InputError(
                 f"{self.source}: the training part never measures {', '.join(never)}: {without}"
             )
         if few:
+            allow = "allow it by --min_cell 0"
+            advice = allow if self.fixed_features or not rest else f"{without}, or {allow}"
             raise InputError(
                 f"{self.source}: fewer than {fewest} patients of the training part have "
-                f"{', '.join(few)}, and the weights would keep their values: {without}"
-                f"{' by' if self.fixed_features else ', or allow it by'} --min_cell 0"
+                f"{', '.join(few)}, and the weights would keep their values: {advice}"
             )
 
     @property

@@ -35,6 +35,7 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
         "ablation": True,
         "freeze_ode": False,
         "max_len": 9,
+        "min_cell": 0,
         "mode": "classification",
         "ode_checkpoint": None,
         "output_dir": folder,

@@ -39,7 +39,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
     place = tmp_path_factory.mktemp("marked")
     marked_table(300).to_csv(place / "signs.csv", index=False)
     words = ["--trajectory_only", "--data_path", str(place / "signs.csv")]
-    words += ["--trajectory_epochs", "2", "--output_dir", str(place / "run")]
+    words += ["--trajectory_epochs", "2", "--output_dir", str(place / "run"), "--min_cell", "0"]
     assert trainer.main(words) == 0
     return words, place / "run" / "trajectory"
 

@@ -32,6 +32,7 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
         "ablation": False,
         "data_dir": None,
         "data_path": Path("data.csv"),
+        "min_cell": 0,
         "mode": "classification",
         "ode_checkpoint": None,
         "output_dir": folder,

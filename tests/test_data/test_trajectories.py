@@ -168,9 +168,9 @@ def test_a_series_of_a_few_training_patients_is_refused_also_where_the_format_br
     train = np.arange(rows)
     dataset.check_measured(train, 0)
     dataset.check_measured(train, 3)
-    with pytest.raises(InputError, match='fewer than 4 patients .* rare.*--series "Anion gap"'):
+    with pytest.raises(InputError, match=r'fewer than 4 patients .* rare.*--series "Anion gap"'):
         dataset.check_measured(train, 4)
     monkeypatch.setattr(MIMICtrajectoryDataset, "fixed_features", True)
-    with pytest.raises(InputError, match="fewer than 4 patients .*: go on by --min_cell 0"):
+    with pytest.raises(InputError, match=r"fewer than 4 patients .*: allow it by --min_cell 0"):
         dataset.check_measured(train, 4)
     dataset.check_measured(train[12:], 4)  # of a fixed series nobody's value is kept
