@@ -52,6 +52,9 @@ def test_a_small_test_part_shows_no_number_of_events(tmp_path: Path) -> None:
     auroc = test["auroc"]["value"]
     assert auroc == round(auroc, 3), "all its digits would tell the number of pairs"
     page = (tmp_path / "trajectory" / "report.html").read_text()
+    (split,) = re.findall(r"Split by patient.*?</table>", page, re.DOTALL)
+    counts = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<td>.*?</td>", split)]
+    assert counts[2::3][1:] == ["\N{EN DASH}"] * 2, "events of validation and test"
     assert "fewer than 11" in page
     assert "ROC curve: not drawn" in page
     assert "(--min_cell 11)" in page

@@ -18,7 +18,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.predict_rows import count_implausible, score_rows
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
-from medgemma_clinical.data.small_cells import counting_rule, flow_lines
+from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
@@ -285,7 +285,8 @@ def report_labelled(
     )
     if len(np.unique(labels)) < 2:
         if len(labels):
-            logger.info(f"{len(labels):,} labelled rows of one class only: no figures")
+            count = count_text(len(labels), request.min_cell)
+            logger.info("%s labelled rows of one class only: no figures", count)
         return
     config = trained.config
     # No id is kept, so none can be named.

@@ -150,14 +150,14 @@ def test_figures_are_those_of_the_labelled_rows(
     bad = mixed.index[1]
     mixed.loc[bad, SERIES] = "oops"
     out = tmp_path / "out.csv"
-    lines = predicted(runs / "trajectory", write_data(mixed, tmp_path / "mixed.csv"), out)
+    data = write_data(mixed, tmp_path / "mixed.csv")
+    lines = predicted(runs / "trajectory", data, out, "--min_cell", "0")
     known = (mixed["label_escalation"] != "") & lines["probability"].notna()
     labels = mixed.loc[known, "label_escalation"].astype(int)
     score = roc_auc_score(labels, lines.loc[known, "probability"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert (
-        f"{int(known.sum())} rows with a label, {labels.sum()} events AUROC: {score:.3f} [" in shown
-    )
+    counts = f"{int(known.sum())} rows, {labels.sum()} events"
+    assert f"rows with a label: {counts} AUROC: {score:.3f} [" in shown
     page = out.with_suffix(".report.html").read_text()
     config = read_trained_config(runs / "trajectory")
     assert f"{100 * config['decision']['threshold']:.3g} %" in page
@@ -166,7 +166,7 @@ def test_figures_are_those_of_the_labelled_rows(
     (row,) = re.findall(r"<tr>\s*<th[^>]*>Rows</th>(.*?)</tr>", page, re.DOTALL)
     expected = [f"{config['case_mix']['rows']:,.0f}", f"{int(known.sum()):,}"]
     assert expected == re.findall(r"<td>\s*(.*?)\s*</td>", row, re.DOTALL)
-    assert f"{int(known.sum()):,}, judged here" in page
+    assert f"{int(known.sum()):,} rows with a score and a label" in page
     assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
     few = write_data(table.head(3).assign(label_escalation="0"), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)

@@ -17,7 +17,7 @@ from sklearn import metrics
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import cohort as cohort_module
 from medgemma_clinical.evaluation.bootstrap import Estimate, bootstrap
-from medgemma_clinical.evaluation.calibration import log_odds
+from medgemma_clinical.evaluation.calibration import calibration_bins, log_odds
 from medgemma_clinical.evaluation.cohort import (
     BENEFIT_RISKS,
     Cohort,
@@ -276,8 +276,11 @@ def test_no_two_points_of_the_calibration_and_decision_curves_lie_a_few_patients
     labels, risk, groups = simulate(np.random.default_rng(8), 400)
     cohort = make_cohort((labels, risk, groups))
     figures = cohort_figures(cohort, 0.3, 0, 11)
-    assert len(figures.bins) > 2
     place = figures.bands.place
+    bins = calibration_bins(labels, place.astype(float))
+    assert len(bins) > 2
+    assert list(figures.bins) == pytest.approx([risk[rows].mean() for rows in bins])
+    assert not any(0 < (labels[rows] == k).sum() < 11 for rows in bins for k in (0, 1))
     for band in np.unique(place):
         for label in (0, 1):
             assert not 0 < int((labels[place == band] == label).sum()) < 11

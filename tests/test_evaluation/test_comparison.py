@@ -186,3 +186,24 @@ def test_another_result_is_moved_aside_and_the_same_one_is_not(tmp_path: Path) -
     assert (tmp_path / "ablation.1.html").exists()
     assert (tmp_path / "ablation.1.png").exists()
     assert (tmp_path / "ablation.json").read_bytes() != before
+
+
+def test_few_events_of_any_split_are_not_counted_in_a_comparison() -> None:
+    table = table_of(0)
+    patients = table.loc[table["label"] == 1, "patient"].nunique()
+    shown = compare_models([table], "bad", seed=0, fewest=patients)["good"]
+    assert shown["events"] == 30
+    hidden = compare_models([table], "bad", seed=0, fewest=patients + 1)
+    assert hidden["good"]["events"] is None
+    assert hidden["good"]["accuracy"] == {"value": None, "low": None, "high": None}
+    assert hidden["good"]["minus_reference"]["accuracy"]["value"] is None
+    assert hidden["good"]["auroc"] == shown["auroc"]
+    assert counts_sentence(hidden) == "test part: 120 rows, events not shown"
+    small = table_of(1, rows=40)
+    both = compare_models([table, small], "bad", seed=0, fewest=patients)
+    assert both["good"]["events"] is None, "with the others' events the sum tells the split's"
+    few_wrong = table.assign(good=abs(table["label"] - 1.0 * (table.index < 3)))
+    results = compare_models([few_wrong], "bad", seed=0, fewest=11)
+    assert results["good"]["events"] == 30
+    assert results["good"]["accuracy"]["value"] is None
+    assert results["bad"]["accuracy"]["value"] is not None
