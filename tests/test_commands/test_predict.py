@@ -242,7 +242,7 @@ def test_the_page_on_labelled_rows_shows_no_small_cell(
 ) -> None:
     events = table["label_escalation"].astype(int)
     few = pd.concat([table[events == 1].head(7), table[events == 0].head(60)])
-    few.iloc[-3:, few.columns.get_loc(SERIES)] = "oops"
+    few.loc[few.index[-3:], SERIES] = "oops"
     data, out = write_data(few, tmp_path / "few.csv"), tmp_path / "out.csv"
     assert trainer.main(command(runs / "trajectory", data, out)) == 0
     assert "rows with a label: 64 rows, events not shown" in capsys.readouterr().out

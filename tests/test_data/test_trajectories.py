@@ -164,7 +164,7 @@ def test_a_series_of_a_few_training_patients_is_refused_also_where_the_format_br
     rows = 40
     rare = ["5 (0h)"] * 12 + [""] * (rows - 12)
     patients = [str(k % 3 if k < 12 else k) for k in range(rows)]
-    dataset = dataset_of(["1 (0h)"] * rows, **{"trajectory_rare": rare, "subject_id": patients})
+    dataset = dataset_of(["1 (0h)"] * rows, trajectory_rare=rare, subject_id=patients)
     train = np.arange(rows)
     dataset.check_measured(train, 0)
     dataset.check_measured(train, 3)
