@@ -25,7 +25,6 @@ Letters: B patients, L observations, F features, H state, P soft tokens, D width
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -40,7 +39,6 @@ from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands.command_line import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
-    LESS_MEMORY,
     MIN_CELL,
     POSITIVE,
     RATE,
@@ -219,7 +217,6 @@ def solver_name(text: str) -> str:
 
 if __name__ == "__main__":
     build_parser().parse_args()  # answers --help and wrong flags before torch loads
-import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
@@ -245,6 +242,7 @@ from medgemma_clinical.commands.seeds import run_seeds
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import (
+    check_gpu,
     default_device,
     processes,
     progress,
@@ -253,7 +251,7 @@ from medgemma_clinical.distributed import (
     without_sync,
 )
 from medgemma_clinical.evaluation.predictions import Predictions
-from medgemma_clinical.files import InputError, write_text
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     encoder_config,
@@ -279,6 +277,7 @@ from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.checkpoint_store import CheckpointStore
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import batches_of, make_loaders
+from medgemma_clinical.training.memory import keep_longest, rehearse
 from medgemma_clinical.training.resume import capture_checkpoint, resume_training
 from medgemma_clinical.training.seeds import deterministic_kernels, seed_everything
 from medgemma_clinical.training.signals import SIGNALS
@@ -303,9 +302,6 @@ ENCODERS: dict[str, type] = {ClinicalODERNN.name: ClinicalODERNN}
 
 LARGEST_NORM = 1.0
 """Gradients of a larger norm are scaled down to it."""
-
-TRIAL_BATCHES = 2
-"""Batches that are scored before a run begins, so that a fault shows early."""
 
 # --------------------------------------------------------------------------- data
 
@@ -468,6 +464,7 @@ def llm_stage(
         load=lambda folder: load_llm(model, folder / "best"),
         accumulate=args.gradient_accumulation,
         describe=lambda: describe_texts(parts.collate, model.tokens, data.split["train"]),
+        save_memory=None if args.gradient_checkpointing else lambda: set_checkpointing(model.llm),
     )
 
 
@@ -633,6 +630,7 @@ def train_epoch(
     shown = progress(loader, f"{stage.name} {epoch}/{stage.epochs}", total, done)
     for count, batch in enumerate(shown, done + 1):
         steps = count % stage.accumulate == 0 or count == total
+        state.progress.see(batch)
         with nullcontext() if steps else without_sync(state.model):
             output = state.model(to_device(batch, device))
             output.loss.backward()
@@ -660,22 +658,16 @@ def train_step(state: TrainState, loss: float, terms: int) -> None:
         if parameter.grad is not None:  # to the mean over all terms, as of one large batch
             parameter.grad.div_(all_terms / processes().num_processes)
     norm = float(clip_grad_norm_(state.parameters, LARGEST_NORM))
-    if math.isfinite(all_loss) and math.isfinite(norm):
+    taken = math.isfinite(all_loss) and math.isfinite(norm)
+    if taken:
         state.optimizer.step()
         state.schedule.step()
-        progress_.loss, progress_.terms = progress_.loss + all_loss, progress_.terms + all_terms
-        progress_.skipped_in_a_row = 0
-    else:
-        progress_.skipped += 1
-        progress_.skipped_in_a_row += 1
+    progress_.end_step(all_loss, all_terms, taken=taken)
     state.optimizer.zero_grad()
     state.average.update()
     if progress_.skipped_in_a_row == MOST_SKIPPED:
-        raise NonFiniteLossError(
-            f"the loss is {all_loss / all_terms}, its gradient {norm} in epoch "
-            f"{state.stopping.epoch + 1}, the {MOST_SKIPPED}th time in a row: lower the learning "
-            "rates or look for extreme values; what earlier epochs reached is kept"
-        )
+        epoch = state.stopping.epoch + 1
+        raise progress_.skipped_too_often(all_loss / all_terms, norm, epoch)
 
 
 def validate(stage: Stage, state: TrainState) -> Predictions:
@@ -713,7 +705,7 @@ def end_epoch(
         state.set_best()
         save_best(stage, state, folder)
     progress_.history.append({**figures, "improved": improved})
-    write_history(state, folder)
+    progress_.write_history(folder)
     track({name: x for name, x in figures.items() if x is not None}, state.average.steps)
     logger.info(
         "epoch %d/%d: train loss %.4f, val loss %.4f, val AUROC %.4f, %.1f s%s%s",
@@ -726,6 +718,7 @@ def end_epoch(
         f", {progress_.skipped} steps skipped" if progress_.skipped else "",
         ", best so far" if improved else "",
     )
+    progress_.warn_of_skipped(stopping.epoch, stage.steps_per_epoch)
     if stopping.exhausted:
         logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
     over = stopping.exhausted or stopping.epoch == stage.epochs
@@ -737,14 +730,7 @@ def save_best(stage: Stage, state: TrainState, folder: Path) -> None:
     if state.best and processes().is_main_process:
         with swapped_weights(state.parameters, state.best):
             stage.save(folder, stage.config)
-        write_history(state, folder)
-
-
-def write_history(state: TrainState, folder: Path) -> None:
-    """Write ``history.jsonl``, an object an epoch."""
-    if processes().is_main_process:
-        lines = [json.dumps(line) + "\n" for line in state.progress.history]
-        write_text(folder / "history.jsonl", "".join(lines))
+        state.progress.write_history(folder)
 
 
 # --------------------------------------------------------------------------- one run
@@ -803,8 +789,7 @@ def run_stage(
 ) -> None:
     """Train a stage in its folder, score the best epoch, write and show the results."""
     announce(stage, data, args)
-    device = default_device()
-    evaluate(stage.model.to(device), stage.loaders["val"], device, most_batches=TRIAL_BATCHES)
+    rehearse(stage, data.dataset.lengths)
     state = fit(
         stage,
         folder,
@@ -830,14 +815,11 @@ def make_stage(args: argparse.Namespace, data: Data) -> Stage:
 def dry_run(stage: Stage, data: Data, args: argparse.Namespace) -> None:
     """Take two steps on the longest rows and score two batches; measure, keep nothing."""
     announce(stage, data, args)
-    batches = batches_of(stage.loaders["train"])
-    lengths = data.dataset.lengths if batches.lengths is None else batches.lengths
-    longest = np.argsort(-lengths[batches.rows], kind="stable")
-    batches.rows = batches.rows[longest[: 2 * stage.accumulate * batches.batch_size]]
+    rehearse(stage, data.dataset.lengths)
+    keep_longest(stage, data.dataset.lengths, steps=2)
     state, watch = set_up_training(stage, default_device()), Stopwatch()
     train_epoch(stage, state, args.seed)
     seconds = watch.lap() / state.average.steps
-    evaluate(stage.model, stage.loaders["val"], default_device(), most_batches=TRIAL_BATCHES)
     logger.info(
         "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written",
         state.average.steps,
@@ -845,9 +827,6 @@ def dry_run(stage: Stage, data: Data, args: argparse.Namespace) -> None:
         state.progress.mean_loss,
         peak_memory(),
     )
-    if torch.cuda.is_available():
-        held = torch.cuda.mem_get_info()[1]
-        logger.info("the GPU has %.0f MiB; where that is too little: %s", held / 2**20, LESS_MEMORY)
 
 
 # --------------------------------------------------------------------------- main
@@ -872,6 +851,8 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     with SIGNALS.installed(), deterministic_kernels(args.deterministic):
         if args.compare:
             return run_compare(args.compare, args.seed, args.min_cell)
+        if not args.demo:
+            check_gpu()
         if args.seeds:
             return run_seeds(args, read_dataset, train)
         if args.ablation:
@@ -882,7 +863,7 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 wrong input, 3 a fault, 130 or 143 ended by a signal."""
+    """Run the command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = complete(build_parser().parse_args(words))
     given = {word.split("=")[0] for word in words if word.startswith("--")}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+
+GPU = "/dev/nvidia0"
+"""Linux shows the first NVIDIA GPU here, whatever torch thinks of it."""
 
 SECONDS_A_LINE = 60.0
 """Without a terminal, long work logs its progress so often."""
@@ -34,6 +40,25 @@ def default_device() -> torch.device:
     """Return the GPU of this process, or the CPU."""
     device: torch.device = processes().device
     return device
+
+
+def check_gpu() -> None:
+    """Refuse the CPU of a machine whose GPU torch cannot use, unless the GPU is hidden on purpose.
+
+    Raises:
+        InputError: saying how torch and the driver come to fit.
+    """
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    unused = torch.version.cuda and not torch.cuda.is_available()
+    if unused and not hidden and os.path.exists(GPU):
+        raise InputError(
+            f"torch for CUDA {torch.version.cuda} cannot use this machine's NVIDIA GPU: see what "
+            "nvidia-smi says; install a newer driver (CUDA 13 needs 580 or later), or torch for an "
+            "older one (pip install --force-reinstall torch --index-url "
+            "https://download.pytorch.org/whl/cu126), or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
 
 
 def gather(items: list[Any]) -> list[Any]:

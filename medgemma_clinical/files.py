@@ -164,11 +164,14 @@ def locked(path: Path) -> Iterator[None]:
     A run that dies frees its lock.
 
     Raises:
-        InputError: another run holds the lock.
+        InputError: another run holds the lock, or a link lies in its place.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
+    place = path.with_name(f".{path.name}.lock")
+    if place.is_symlink():  # some versions of filelock would make the file that it points to
+        raise InputError(f"{place}: a link: remove it, or choose another place")
+    lock = FileLock(place, timeout=0, mode=0o600)
     try:
         lock.acquire()
     except Timeout as error:

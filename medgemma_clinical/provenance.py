@@ -41,8 +41,10 @@ def peak_memory() -> str:
     """Describe the most memory that the process, and its GPU, have held."""
     import torch
 
-    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0
-    shown = f", GPU {gpu:,.0f} MiB" if gpu else ""
+    shown = ""
+    if torch.cuda.is_available():
+        used, size = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        shown = f", GPU {used / 2**20:,.0f} of {size / 2**20:,.0f} MiB"
     try:
         import resource
     except ImportError:  # not on Windows

@@ -1,6 +1,7 @@
 """What a user types: flags, their table in the README, and everything that can be wrong."""
 
 import errno
+import logging
 import os
 import socket
 import ssl
@@ -9,9 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.command_line import describe_fault
+from medgemma_clinical.commands.command_line import (
+    RUN_LOG,
+    describe_fault,
+    run_command,
+    start_logging,
+)
+from medgemma_clinical.files import RunFault
+from medgemma_clinical.training import train_state
 
 ROOT = Path(trainer.__file__).parent
 GOOD = '"24 (0h) -> 20 (2h)",{label}\n'
@@ -233,7 +242,7 @@ def test_a_full_disk_is_one_line_and_code_3(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(trainer, "write_text", full)
+    monkeypatch.setattr(train_state, "write_text", full)
     words = ["--trajectory_only", "--data_path", str(dka_file), "--log_file", "none"]
     assert trainer.main([*words, "--output_dir", str(tmp_path / "run")]) == 3
     error = capsys.readouterr().err
@@ -261,7 +270,86 @@ def test_a_network_that_fails_is_no_full_disk(error: OSError) -> None:
 def test_a_disk_that_fails_is_no_network() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "run.json")
     assert describe_fault(full).startswith("run.json: No space left on device: make room")
-    assert "network" not in describe_fault(OSError("cannot load shared object"))
+
+
+CELL = "Jane Doe 77.123456"
+"""Of a patient, in the text of an exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (
+            ValueError(f"CUDA {CELL}"),
+            "a fault of the program, ValueError in test_command_line.py, ",
+        ),
+        (KeyError(f"out of memory {CELL}"), "a fault of the program, KeyError in "),
+        (OSError(f"no space left: {CELL}"), "a fault of the program, OSError in "),
+        (OSError(errno.EIO, CELL, "run.json"), "run.json: Input/output error: "),
+        (OSError(errno.ENOMEM, CELL), "has too little memory"),
+        (MemoryError(CELL), "has too little memory"),
+        (torch.OutOfMemoryError(f"CUDA out of memory {CELL}"), "has too little memory"),
+        (torch.AcceleratorError(f"device-side assert {CELL}"), "the GPU or its driver fails (Acc"),
+        (RuntimeError(f"CUDA error: an illegal access {CELL}"), "nvidia-smi says; --show_values"),
+        (RuntimeError(f"shapes {CELL}"), "a fault of the program, RuntimeError in "),
+        (RecursionError(CELL), "a fault of the program, RecursionError in "),
+        (RunFault("the loss is nan"), "the loss is nan"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_a_fault_is_named_by_type_and_place_and_never_by_its_text(
+    error: Exception, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise error
+
+    start_logging()
+    assert run_command(fail) == 3
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert shown in text
+    assert "Jane" not in text
+
+
+def test_no_text_steers_a_terminal_or_names_a_folder_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging()
+    logger = logging.getLogger("any")
+    logger.info(
+        "series \x1b[31mred\x1b]0;title\x07 \u202e\r in /home/Jane Doe/a b/data.csv: 1/2\nnext"
+    )
+    logger.error("--data_path (/home/jane/x.csv), /srv/jane/y.csv; https://huggingface.co/google/m")
+    RUN_LOG.open(tmp_path / "own.log")
+    RUN_LOG.begin()
+    console = capsys.readouterr()
+    written = (tmp_path / "own.log").read_text()
+    for text in (console.out, console.err, written):
+        assert text.replace("\n", "").isprintable()
+    assert "\\x1b[31mred" in console.out
+    assert "in /home/Jane Doe/a b/data.csv: 1/2\nnext" in console.out
+    assert "in data.csv: 1/2\nnext" in written
+    assert "--data_path (x.csv), y.csv; https://huggingface.co/google/m" in written
+    assert "ane" not in written
+
+
+def test_libraries_send_nothing_about_the_user(tmp_path: Path) -> None:
+    program = (
+        "import os, medgemma_trainer, huggingface_hub.constants as hub; "
+        "print(hub.HF_HUB_DISABLE_TELEMETRY, *(os.environ[n] for n in ('DO_NOT_TRACK', "
+        "'MLFLOW_DISABLE_TELEMETRY', 'WANDB_ERROR_REPORTING')))"
+    )
+    removed = ("TELEMETRY", "DO_NOT_TRACK", "ERROR_REPORTING")
+    clean = {k: v for k, v in os.environ.items() if not any(word in k for word in removed)}
+    environment = {**clean, "PYTHONPATH": str(ROOT), "WANDB_ERROR_REPORTING": "chosen"}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.stdout.split() == ["True", "1", "true", "chosen"]
 
 
 @pytest.mark.parametrize(

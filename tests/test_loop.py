@@ -21,6 +21,7 @@ from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trajectory import Output, TrajectoryClassifier
+from medgemma_clinical.training import memory
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import batches_of
 from medgemma_clinical.training.optimizer import warmup_cosine
@@ -173,7 +174,7 @@ def test_the_test_part_is_read_once_and_only_after_training(
         events.append("trained")
         return state
 
-    for module in (trainer, results):
+    for module in (trainer, memory, results):
         monkeypatch.setattr(module, "evaluate", seen)
     monkeypatch.setattr(trainer, "fit", training)
     assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
@@ -266,12 +267,16 @@ def test_a_fault_in_training_keeps_the_last_good_state(
     assert trainer.main(words) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert error.removeprefix("error: ") in (tmp_path / "own.log").read_text()
+    text = error.removeprefix("error: ").replace(f"{tmp_path}/", "")  # no folder stands in a log
+    assert text in (tmp_path / "own.log").read_text()
     if fault == "interrupt":
         assert "no test figures" in error
         assert "best weights so far are in" in error
     else:
-        assert f"epoch {epochs_done + 1}, the 5th time in a row" in error
+        assert f"epoch {epochs_done + 1}, the 5th time in a row, in batches " in error
+        assert "extreme values in the data" in error
+        assert "the attention of this GPU" in error
+        assert "learning rate" not in error
     folder = tmp_path / "run" / "trajectory"
     best = tmp_path / "run" / TRAJECTORY_FILE
     assert best.exists() == bool(epochs_done)
@@ -291,9 +296,19 @@ def test_a_step_without_a_number_is_left_out_and_counted(
     dka_file: Path,
     tmp_path: Path,
     recwarn: pytest.WarningsRecorder,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     faulty.fault_at, faulty.faults, faulty.fault = 1, MOST_SKIPPED - 1, fault
-    assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
+    words = stage_1(dka_file, tmp_path / "run")
+    assert trainer.main(words) == 0
+    printed = capsys.readouterr().out
+    stage, data = make(words)
+    batches_of(stage.loaders["train"]).set_epoch(0, 1)
+    rows = list(batches_of(stage.loaders["train"]))[: MOST_SKIPPED - 1]
+    lengths = sorted({int(data.dataset.lengths[batch].max()) for batch in rows})
+    assert printed.count(" were skipped") == 1
+    assert "epoch 1: 4 of 8 steps (50.0 %) were skipped" in printed
+    assert f"in batches {', '.join(map(str, lengths))} tokens (without text: observ" in printed
     history = history_of(tmp_path / "run")
     assert [row["skipped_steps"] for row in history] == [4, 0, 0]
     assert [row["step"] for row in history] == [STEPS, 2 * STEPS, 3 * STEPS]

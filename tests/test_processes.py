@@ -70,6 +70,25 @@ def run(processes: int, words: list[str], folder: Path, before: str = "") -> str
     return out
 
 
+LITTLE_MEMORY = """
+import torch
+from medgemma_clinical.training import memory
+def rehearse(stage, lengths):
+    on_gpu(stage, lengths)
+    memory.make_fit(stage, lengths, torch.device("cpu"))
+    on = stage.model.body.gradient_checkpointing
+    pathlib.Path({folder!r}, "on." + os.environ["RANK"]).write_text(str(on))
+on_gpu, trainer.rehearse = trainer.rehearse, rehearse
+forward = trainer.LLMClassifier.forward
+def little(model, batch):
+    if os.environ["RANK"] == "1" and model.training and not model.body.gradient_checkpointing:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return forward(model, batch)
+trainer.LLMClassifier.forward = little
+"""
+"""Gives the second process room for a training step with checkpointing alone."""
+
+
 @pytest.mark.parametrize(("stage", "before"), [("classification", FAILS), ("generative", "")])
 def test_two_processes_equal_one(stage: str, before: str, dka_file: Path, tmp_path: Path) -> None:
     """With ``FAILS`` both leave the step out, as one process does."""
@@ -100,6 +119,15 @@ def test_two_processes_equal_one(stage: str, before: str, dka_file: Path, tmp_pa
         lines = [[json.loads(line) for line in text.splitlines()] for text in reports]
         for key in ("id", "text", "target", "verdict"):
             assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+
+
+def test_processes_switch_checkpointing_on_together(dka_file: Path, tmp_path: Path) -> None:
+    words = ["--data_path", str(dka_file), "--log_file", "none", "--batch_size", "8"]
+    words += ["--mode", "classification", "--model_name", "tiny", "--epochs", "1"]
+    before = LITTLE_MEMORY.format(folder=str(tmp_path))
+    printed = run(2, [*words, "--output_dir", str(tmp_path / "run")], tmp_path, before)
+    assert [(tmp_path / f"on.{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+    assert printed.count("--gradient_checkpointing is now on") == 1, "one process speaks"
 
 
 def test_when_a_process_dies_the_other_ends_and_the_run_resumes(

@@ -135,16 +135,18 @@ def saved_steps(patch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "number"),
+    ("stage", "number", "sent"),
     [
-        *(("trajectory", number) for number in (1, BATCHES, BATCHES + 1, 14)),
-        ("classification", 5),
-        ("generative", BATCHES + 3),
+        *(("trajectory", number, signal.SIGTERM) for number in (1, BATCHES, BATCHES + 1)),
+        ("trajectory", 14, signal.SIGHUP),
+        ("classification", 5, signal.SIGTERM),
+        ("generative", BATCHES + 3, signal.SIGTERM),
     ],
 )
 def test_a_run_that_is_stopped_resumes_to_the_same_result(
     stage: str,
     number: int,
+    sent: int,
     data: Path,
     undisturbed: dict[str, Path],
     tmp_path: Path,
@@ -153,8 +155,8 @@ def test_a_run_that_is_stopped_resumes_to_the_same_result(
 ) -> None:
     words = command(stage, data, tmp_path / "run")
     with monkeypatch.context() as patch:
-        at_batch(number, send(signal.SIGTERM), patch)
-        assert trainer.main(words) == 143
+        at_batch(number, send(sent), patch)
+        assert trainer.main(words) == 128 + sent
     assert "with --resume continues" in one_line(capsys)
     torch.manual_seed(number)  # whatever the generators hold by now
     assert trainer.main([*words, "--resume"]) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands.command_line import check_log_file
 from medgemma_clinical.data.checks import summarize
 from medgemma_clinical.data.small_cells import is_small
 from medgemma_clinical.data.training_data import Data
@@ -84,13 +85,14 @@ def log_path(args: Namespace, folder: Path) -> Path | None:
     """Return the path of the run's log, None for none.
 
     Raises:
-        InputError: no file can be written there.
+        InputError: no file can be written there, or what lies there is no log of this program.
     """
     if args.log_file == "none" or args.dry_run:
         return None
     if args.log_file == "auto":
         return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
     path = Path(args.log_file)
-    if path.is_dir() or not path.parent.is_dir():
+    if not path.parent.is_dir():
         raise InputError(f"--log_file {path}: give a file in a folder that exists")
+    check_log_file(path)
     return path

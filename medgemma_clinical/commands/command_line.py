@@ -13,11 +13,12 @@ import os
 import re
 import socket
 import ssl
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import IO, Any, NoReturn, TextIO
 
 from medgemma_clinical.files import InputError, RunFault, one_line
 
@@ -54,6 +55,23 @@ VARIED_FLAGS = {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_promp
 
 
 NETWORK_ERRORS = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+
+LOG_MARK = "# log of medgemma_clinical\n"
+"""First line of a log file; only a file that begins so is appended to."""
+
+FOLDERS = re.compile(r"""(?<![^\s"'(=])/(?:[^/\n:;"']*[^/\s:;"']/)+""")
+"""The folders of an absolute path, whose names may hold spaces."""
+
+NO_USAGE_DATA = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+}
+"""Settings by which the libraries send nothing about the user to their makers."""
+
+for _name, _value in NO_USAGE_DATA.items():  # read when those libraries are imported
+    os.environ.setdefault(_name, _value)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -103,34 +121,89 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+class PlainFormatter(logging.Formatter):
+    """Escape what could steer a terminal; the program's own line breaks stay."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message without unprintable characters."""
+        return plain(super().format(record))
+
+
+class LogFormatter(PlainFormatter):
+    """Show absolute paths without their folders, which may name a user."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message with the last name of each path."""
+        return FOLDERS.sub("", super().format(record))
+
+
+def plain(text: str) -> str:
+    """Escape unprintable characters except line breaks."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
 class RunLog(logging.handlers.MemoryHandler):
     """Hold the lines of a run until its log file is known, then write them there."""
 
     def __init__(self) -> None:
         """Start empty, without a file."""
         super().__init__(capacity=1, flushLevel=logging.NOTSET)
+        self.file: IO[str] | None = None
 
     def begin(self) -> None:
         """Close the file of the run before, and hold lines again."""
         with contextlib.suppress(OSError):  # a log on a full disk ends no run
-            if self.target:
-                self.target.close()
+            if self.file:
+                self.file.close()
+        self.file = None
         self.setTarget(None)
         self.buffer.clear()
 
     def open(self, path: Path) -> None:
-        """Write the held lines, and all that follow, to a file.
+        """Write the held lines, and all that follow, to a new file or an earlier log.
 
         Raises:
-            InputError: the file cannot be written.
+            InputError: the file cannot be written, or is no log of this program.
         """
+        check_log_file(path)
+        mode = "a" if path.exists() else "x"
         try:
-            target = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            file = self.file = open(  # noqa: SIM115  (closed by ``begin``)
+                path, mode, encoding="utf-8", errors="backslashreplace", opener=_open_no_link
+            )
+            if mode == "x":
+                file.write(LOG_MARK)
         except OSError as error:
             raise InputError(f"--log_file {path}: {error.strerror}") from error
-        target.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        target = logging.StreamHandler(file)
+        target.setFormatter(LogFormatter("%(asctime)s %(message)s"))
         self.setTarget(target)
         self.flush()
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)  # not on Windows
+
+
+def check_log_file(path: Path) -> None:
+    """Check that a log file is new, or an earlier log of this program under one name.
+
+    Raises:
+        InputError: a link, a folder, a device, or a file that something else began.
+    """
+    if not os.path.lexists(path):
+        return
+    found, own = path.lstat(), False
+    try:
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            with path.open("rb") as file:
+                own = file.read(len(LOG_MARK)) == LOG_MARK.encode()
+    except OSError as error:
+        raise InputError(f"--log_file {path}: {error.strerror}") from error
+    if not own:
+        raise InputError(
+            f"--log_file {path}: exists and is no log of this program: choose a new name, or none"
+        )
 
 
 RUN_LOG = RunLog()
@@ -144,12 +217,12 @@ def start_logging(*, first: bool = True) -> None:
     """
     logging.raiseExceptions = False  # a log that cannot be written shows no line of it elsewhere
     console = logging.StreamHandler(forgiving(sys.stdout))
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(PlainFormatter("%(message)s"))
     console.addFilter(lambda record: first and record.levelno < logging.ERROR)
     console.set_name("console")
     errors = logging.StreamHandler(sys.stderr)
     errors.setLevel(logging.ERROR)
-    errors.setFormatter(logging.Formatter("error: %(message)s"))
+    errors.setFormatter(PlainFormatter("error: %(message)s"))
     RUN_LOG.begin()
     logging.basicConfig(level=logging.INFO, handlers=[console, errors, RUN_LOG], force=True)
 
@@ -182,7 +255,7 @@ def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
         show_values: show the content of a cell that an error is about, and tracebacks of faults.
 
     Returns:
-        0 done; 2 wrong input; 3 a fault; 130 or 143 ended by a signal.
+        0 done; 2 wrong input; 3 a fault; 129, 130 or 143 ended by a signal.
     """
     own_mask = os.umask(0o077)  # files hold patients: for their owner alone
     try:
@@ -196,38 +269,44 @@ def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
     except Exception as error:
         logger.error("%s", describe_fault(error))
         if show_values:
-            traceback.print_exc()
+            sys.stderr.write(plain(traceback.format_exc()))
         return EXIT_FAULT
     finally:
         os.umask(own_mask)
 
 
 def describe_fault(error: Exception) -> str:
-    """Return one line on an error that the user's input did not cause."""
-    text = str(error).strip().partition("\n")[0]
+    """Return one line on an error that the user's input did not cause.
+
+    The text of an exception may hold a patient's cell: only its type and place are shown.
+    """
     if isinstance(error, RunFault):
-        return text
-    if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", text):
+        return str(error)
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if full or re.search("(out of|allocate|enough) memory", text):
         return f"the GPU or the machine has too little memory: {LESS_MEMORY}"
-    if isinstance(error, OSError):
+    if isinstance(error, NETWORK_ERRORS) or (isinstance(error, OSError) and error.errno):
         return _describe_os_error(error)
     if re.search("gloo|NCCL|[Cc]onnection", text) and "WORLD_SIZE" in os.environ:
         return "another process of this run has ended: go on by --resume"
-    if "CUDA" in text or "NVIDIA" in text:
-        return f"the GPU or its driver fails: {text}: see what nvidia-smi says"
-    # An exception's text may hold a patient's cell; the place never does.
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return f"a fault of the program, {type(error).__name__} in {place}: please report it"
+    what = f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"
+    if type(error).__name__ == "AcceleratorError" or re.search("CUDA|CUBLAS|NVIDIA", text):
+        return (
+            f"the GPU or its driver fails ({what}): see what nvidia-smi says; --show_values shows "
+            "the text of the error"
+        )
+    return f"a fault of the program, {what}: please report it"
 
 
 def _describe_os_error(error: OSError) -> str:
-    """Describe an error of the disk or of the network."""
+    """Describe an error of the disk or of the network by its kind and file."""
     if isinstance(error, NETWORK_ERRORS) or error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
         kind = type(error).__name__
         return f"the network or a server fails ({kind}): try again, or work offline"
     place = one_line(str(error.filename or type(error).__name__))
-    problem = error.strerror or one_line(str(error))
+    problem = os.strerror(error.errno or 0)
     return f"{place}: {problem}: make room, get the right to it, or choose another place"
 
 

@@ -6,11 +6,16 @@ import base64
 import contextlib
 import io
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib as mpl
+try:
+    import matplotlib as mpl
+except UnicodeDecodeError as _error:  # it reads a matplotlibrc of the working folder
+    sys.stderr.write("error: matplotlibrc: not UTF-8: rename it, or start in another folder\n")
+    raise SystemExit(2) from _error
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -79,8 +84,10 @@ def report_images(
 
 @contextlib.contextmanager
 def plot_style() -> Iterator[None]:
-    """Draw in the style of this program within the block."""
-    with mpl.rc_context(STYLE):
+    """Draw in the style of this program within the block, whatever a ``matplotlibrc`` says."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What happens on SIGTERM, SIGINT (Ctrl-C) and SIGUSR1."""
+"""What happens on SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR1."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import FrameType
 
 from medgemma_clinical.distributed import sum_over_processes
 
-ENDING = (signal.SIGTERM, signal.SIGINT)
-KEEPING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not on Windows
+ENDING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+KEEPING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # as SIGHUP, not on Windows
 KNOWN = (*ENDING, *KEEPING)
 
 ECHO_SECONDS = 10.0
@@ -30,10 +30,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class SignalHandler:
-    """End the run on SIGTERM and SIGINT, keep its state on SIGUSR1.
+    """End the run on SIGTERM, SIGINT and SIGHUP, keep its state on SIGUSR1.
 
     Within ``deferred`` a signal only sets a flag, which the loop reads after each step, so that
-    state and weights agree; elsewhere SIGTERM and SIGINT raise at once. A second one of them ends
+    state and weights agree; elsewhere those of ``ENDING`` raise at once. A second one of them ends
     the process at once.
     """
 
@@ -80,7 +80,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT wait for the end of a block.
+        """Let the signals that end a run wait for the end of a block.
 
         Raises:
             Stopped: at the end of the block, where one has come to this process.

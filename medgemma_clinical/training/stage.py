@@ -35,6 +35,7 @@ class Stage:
         describe: returns lines for the log on what the model reads.
         after_test: further work of the best model on the test part, from its predictions and the
             folder of the stage; returns figures for the report.
+        save_memory: lets a step take less memory and more time; None where nothing is left to do.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     accumulate: int = 1
     describe: Callable[[], list[str]] = list
     after_test: Callable[[Predictions, Path], dict[str, Any]] | None = None
+    save_memory: Callable[[], None] | None = None
 
     @property
     def steps_per_epoch(self) -> int:

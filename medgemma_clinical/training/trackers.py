@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from unittest import mock
 
 from medgemma_clinical.files import InputError
 
@@ -25,6 +26,9 @@ WANDB_SETTINGS = {
     "x_disable_meta": True,
 }
 """Weights & Biases would take along the terminal's text, the command line and the code."""
+
+MLFLOW_TAGS = {"mlflow.user": "", "mlflow.source.name": "medgemma_trainer.py"}
+"""MLflow would take along the user's name and the path of the program."""
 
 
 def check_tracker(name: str) -> None:
@@ -68,8 +72,13 @@ def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[
         project_config=ProjectConfiguration(logging_dir=str(folder)),
     )
     try:
-        options = {"wandb": {"dir": str(folder), "settings": WANDB_SETTINGS}}
-        accelerator.init_trackers(PROJECT, dict(numbers), options)
+        options = {
+            "wandb": {"dir": str(folder), "settings": WANDB_SETTINGS},
+            "mlflow": {"tags": MLFLOW_TAGS},
+        }
+        # TensorBoard names its files by the machine.
+        with mock.patch("socket.gethostname", return_value="host"):
+            accelerator.init_trackers(PROJECT, dict(numbers), options)
     except Exception as error:  # each tracker has errors of its own
         raise InputError(f"--report_to {name}: cannot start: {_first_line(error)}") from error
     works = True

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +20,26 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.files import RunFault
+from medgemma_clinical.files import RunFault, write_text
 from medgemma_clinical.training.optimizer import make_optimizer, make_schedule
 from medgemma_clinical.training.stage import Stage
+
+logger = logging.getLogger(__name__)
 
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
 
 MOST_SKIPPED = 5
 """Steps in a row whose loss or gradient is not finite, after which training stops."""
+
+WARNED_SHARE = 0.01
+"""An epoch with a larger share of skipped steps gets a warning."""
+
+SKIPPED_ADVICE = (
+    "look for extreme values in the data; where batches of some lengths fail and others do not, "
+    "the attention of this GPU and this version of torch fails: try another version, --precision "
+    "fp32, or another --batch_size"
+)
 
 
 class NonFiniteLossError(RunFault):
@@ -116,6 +131,8 @@ class Progress:
         skipped_in_a_row: the latest of them without a step between.
         history: objects of ``history.jsonl``.
         over: training has ended.
+        length: of the longest batch of the step under way, in tokens, or observations without text.
+        skipped_lengths: the same of each skipped step of the epoch.
     """
 
     batches: int = 0
@@ -126,11 +143,57 @@ class Progress:
     skipped_in_a_row: int = 0
     history: list[dict[str, object]] = field(default_factory=list)
     over: bool = False
+    length: int = 0
+    skipped_lengths: list[int] = field(default_factory=list)
 
     @property
     def mean_loss(self) -> float:
         """Mean loss over the terms of the epoch so far, NaN where there are none."""
         return self.loss / self.terms if self.terms else math.nan
+
+    def see(self, batch: Mapping[str, Any]) -> None:
+        """Note the length of a batch of the step under way: the columns of its longest part."""
+        tensors = [part for part in batch.values() if isinstance(part, Tensor) and part.ndim > 1]
+        self.length = max([self.length, *(part.shape[1] for part in tensors)])
+
+    def end_step(self, loss: float, terms: float, *, taken: bool) -> None:
+        """Count a step: its loss over so many terms, or that it was skipped."""
+        if taken:
+            self.loss, self.terms = self.loss + loss, self.terms + terms
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            self.skipped_lengths.append(self.length)
+        self.length = 0
+
+    def skipped_too_often(self, loss: float, norm: float, epoch: int) -> NonFiniteLossError:
+        """Return the error after ``MOST_SKIPPED`` skipped steps in a row."""
+        return NonFiniteLossError(
+            f"the loss is {loss}, its gradient {norm} in epoch {epoch}, the {MOST_SKIPPED}th time "
+            f"in a row, {self._skipped_batches()}; what earlier epochs reached is kept"
+        )
+
+    def warn_of_skipped(self, epoch: int, steps: int) -> None:
+        """Log a warning where more than ``WARNED_SHARE`` of an epoch's steps were skipped."""
+        if self.skipped > WARNED_SHARE * steps:
+            share = 100 * self.skipped / steps
+            logger.warning(
+                "epoch %d: %d of %d steps (%.1f %%) were skipped since loss or gradient was not "
+                "finite, %s",
+                *(epoch, self.skipped, steps, share),
+                self._skipped_batches(),
+            )
+
+    def _skipped_batches(self) -> str:
+        lengths = ", ".join(map(str, sorted(set(self.skipped_lengths))))
+        return f"in batches {lengths} tokens (without text: observations) long: {SKIPPED_ADVICE}"
+
+    def write_history(self, folder: Path) -> None:
+        """Write ``history.jsonl``, an object an epoch, by the first of several processes."""
+        if processes().is_main_process:
+            lines = [json.dumps(line) + "\n" for line in self.history]
+            write_text(folder / "history.jsonl", "".join(lines))
 
     def next_epoch(self, *, over: bool) -> Progress:
         """Return the progress at the start of the next epoch."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -98,12 +100,14 @@ def test_an_existing_output_stays_when_the_run_fails(
     assert trainer.main(command(runs / "trajectory", cut, out)) == 2
     assert out.read_text() == earlier
 
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def closed(*_: Any) -> None:
+        assert list(tmp_path.glob(".out.csv*.partial")), "half a file is there"
+        os.kill(os.getpid(), signal.SIGHUP)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "count_implausible", interrupted)
-        assert trainer.main(command(runs / "trajectory", data, out)) == 130
+        patch.setattr(predict, "count_implausible", closed)
+        assert trainer.main(command(runs / "trajectory", data, out)) == 129
+    assert not list(tmp_path.glob(".*.partial"))
     assert out.read_text() == earlier
     visible = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
     assert visible == {"bad.csv", "bad.csv.gz", "bad.json", "out.csv"}

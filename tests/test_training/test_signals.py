@@ -24,7 +24,9 @@ def handler() -> Iterator[SignalHandler]:
         yield handler
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_an_end_comes_at_once(handler: SignalHandler, number: int, code: int) -> None:
     with pytest.raises(Stopped) as stop:
         send(number)
@@ -111,19 +113,20 @@ def test_a_signal_to_another_process_is_pending_here(
         handler.obey(signal.SIGTERM)
 
 
-def test_an_ignored_signal_stays_ignored() -> None:
-    """As nohup, or a shell's ``&``, has asked."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_ignored_signal_stays_ignored(number: int) -> None:
+    """As a shell's ``&``, or nohup, has asked."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         handler = SignalHandler()
         with handler.installed():
-            send(signal.SIGINT)
+            send(number)
             assert handler.pending() == 0
             with pytest.raises(Stopped):
                 send(signal.SIGTERM)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_the_handlers_before_are_back_afterwards() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.machinery
 import importlib.util
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,26 @@ def test_tensorboard_writes_the_figures(tmp_path: Path) -> None:
         (1, 0.5),
         (2, 0.75),
     ]
+
+
+def test_tensorboards_files_do_not_name_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(socket, "gethostname", lambda: "ward-7-pc")
+    with tracking("tensorboard", tmp_path, {"seed": 3}) as track:
+        track({"val_auroc": 0.5}, 1)
+    assert [path for path in tmp_path.rglob("*") if "tfevents" in path.name]
+    assert not [path for path in tmp_path.rglob("*") if "ward-7-pc" in path.name]
+    assert socket.gethostname() == "ward-7-pc"
+
+
+def test_mlflow_gets_neither_the_user_nor_a_path(recorder: Recorder, tmp_path: Path) -> None:
+    with tracking("mlflow", tmp_path, {}):
+        pass
+    tags = recorder.kwargs["mlflow"]["tags"]
+    assert tags.keys() == {"mlflow.user", "mlflow.source.name"}
+    assert not any("/" in tag or getpass.getuser() in tag for tag in tags.values())
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])

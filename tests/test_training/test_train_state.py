@@ -77,6 +77,24 @@ def test_the_next_epoch_starts_at_zero_but_for_history_and_skips_in_a_row() -> N
     assert math.isnan(following.mean_loss), "an epoch without a step has no training loss"
 
 
+@pytest.mark.parametrize(("skipped", "warned"), [(0, False), (2, False), (3, True)])
+def test_more_than_one_percent_of_skipped_steps_is_a_warning(
+    skipped: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    progress = Progress()
+    for step in range(200):
+        for length in (3, 320 - step % 2, 5):  # three batches a step
+            progress.see({"facts": torch.zeros(2, 2), "ids": torch.zeros(2, length), "plan": None})
+        progress.end_step(1.0, 2.0, taken=step >= skipped)
+    progress.warn_of_skipped(4, 200)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+    if warned:
+        text = caplog.messages[0]
+        assert text.startswith("epoch 4: 3 of 200 steps (1.5 %) were skipped")
+        assert "in batches 319, 320 tokens" in text
+        assert "attention" in text
+
+
 def test_several_processes_draw_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each process's dropout would leave out the same units."""
 

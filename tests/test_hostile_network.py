@@ -1,0 +1,67 @@
+"""With a local model no stage and no prediction opens a connection or asks for a name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import SAMPLE
+from language_models import save_text_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+GUARDED = """
+import socket, sys
+
+def guard(place, name):
+    def refuse(*arguments, **_):
+        seen.append((name, arguments))
+        raise OSError(101, "guarded")
+    setattr(place, name, refuse)
+
+seen = []
+for name in ("connect", "connect_ex", "sendto"):
+    guard(socket.socket, name)
+for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+    guard(socket, name)
+
+import torch
+import medgemma_trainer as trainer
+from medgemma_clinical.evaluation import bootstrap
+
+torch.set_num_threads(1)
+bootstrap.REPLICATES = 20
+data, model, run = sys.argv[1:]
+shared = ["--data_path", data, "--output_dir", run, "--max_samples", "150", "--batch_size", "8"]
+text = [*shared, "--model_name", model, "--epochs", "1", "--ode_checkpoint"]
+text += [f"{run}/medgemma_trajectory_best.pt"]
+score = ["--predict", "--data_path", data, "--predictions"]
+for words in (
+    [*shared, "--trajectory_only", "--trajectory_epochs", "1"],
+    [*text, "--mode", "classification"],
+    [*text, "--mode", "generative"],
+    [*score, f"{run}/out.csv", "--checkpoint", f"{run}/classification"],
+):
+    assert trainer.main(words) == 0, words
+print("attempts:", seen)
+"""
+
+
+def test_all_stages_and_prediction_use_no_network(tmp_path: Path) -> None:
+    model = save_text_checkpoint(tmp_path / "model")
+    data = tmp_path / "data.csv"
+    data.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:151]))
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")}
+    words = [str(path) for path in (data, model, tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "attempts: []"
