@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from medgemma_clinical.files import file_hash, json_hash
 from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, encoder_config
 from medgemma_clinical.models.language_model import (
     add_lora,
+    base_facts,
     embedding_rms,
     load_language_model,
     tiny_language_model,
@@ -86,7 +88,7 @@ def data_of(dataset: TrajectoryDataset) -> Data:
 
 
 def llm_config(
-    model: TrajectoryLLM, stage: str, data: Data, *, base: str = "tiny", **more: Any
+    model: TrajectoryLLM, stage: str, data: Data, *, base: str | Path = "tiny", **more: Any
 ) -> dict[str, Any]:
     """What a checkpoint of stage 2 or 3 says of its model."""
     assert model.encoder is not None
@@ -95,11 +97,13 @@ def llm_config(
         "encoder": encoder_config(model.encoder),
         "trajectory_head": model.trajectory_head is not None,
         "num_prefix_tokens": model.tokens,
-        "base_model": base,
-        "base_revision": None,
+        **base_facts(str(base)),
+        "base_class": "Gemma3ForCausalLM",
         "quantization": "none",
         "precision": "fp32",
+        "prompts": asdict(data.prompts),
         "max_text_tokens": None,
+        "report_tokens": 60,
         **data.description(),
         **more,
     }

@@ -312,7 +312,7 @@ def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:
             "flatter it."
         ),
         "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
-        "Checkpoint": str(request.checkpoint),
+        "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
         "Intervals": INTERVALS,
         "Seed": f"{request.seed}, of the intervals",
         "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),

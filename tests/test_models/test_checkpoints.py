@@ -43,7 +43,7 @@ from medgemma_clinical.models.checkpoints import (
     save_llm,
     save_trajectory,
 )
-from medgemma_clinical.models.language_model import load_language_model
+from medgemma_clinical.models.language_model import base_content_hash, load_language_model
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -98,7 +98,7 @@ def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Traject
     llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
     model = disturb(classifier_and_writer(base=llm, residual=True).classifier, 0)
     folder = tmp_path_factory.mktemp("run") / "best"
-    save_llm(folder, model, llm_config(model, "classification", DATA, base=str(base)))
+    save_llm(folder, model, llm_config(model, "classification", DATA, base=base))
     return model, folder
 
 
@@ -195,8 +195,10 @@ def test_its_card_names_question_series_and_base_model_and_no_path(
     for text in (DATA.dataset.question, "Anion gap (mEq/L)", base.name, "not\nfor clinical use"):
         assert text in card
     assert "HAI-DEF" in card
-    assert str(base) not in card
-    assert read_config(saved[1])["base_model"] == str(base)
+    assert read_config(saved[1])["base_model"] == base.name
+    assert str(base_content_hash(str(base))) in card
+    files = [path for path in saved[1].rglob("*") if path.is_file()]
+    assert not [path for path in files if str(base).encode() in path.read_bytes()]
     assert "patient 0" not in card + (saved[1] / CONFIG).read_text()
 
 
@@ -313,7 +315,7 @@ def test_code_in_weights_does_not_run(
     (best / name).write_bytes(harm)
     (best / "adapter" / "adapter_model.bin").write_bytes(harm)
     rehash(best)
-    with pytest.raises(Exception, match=r"[Hh]eader"):
+    with pytest.raises(InputError, match="its weights do not fit"):
         load_llm(saved[0], best)
     assert not (tmp_path / "ran").exists()
 
