@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -158,6 +159,26 @@ def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path
     renamed = {re.sub(r"^language_model\.model\.", prefix, k): v for k, v in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def bring_code(folder: Path, ran: Path, *, whole: bool = True) -> None:
+    """Let a model's folder name code of its own, which would make the file ``ran``.
+
+    Args:
+        folder: of a model.
+        ran: the mark.
+        whole: the kinds of model and tokenizer stay known ones, which need no code.
+    """
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    classes = {f"Auto{x}": f"own.{x}" for x in ("Config", "ModelForCausalLM")}
+    config = {**json.loads((folder / "config.json").read_text()), "auto_map": classes}
+    config |= {} if whole else {"model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    own: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | own
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "own.py", folder / "custom_generate" / "generate.py")
 
 
 def encoder_for(dataset: TrajectoryDataset) -> ClinicalODERNN:

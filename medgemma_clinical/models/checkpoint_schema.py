@@ -30,7 +30,7 @@ LONGEST_CONTEXT = 131_072
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections of a language layer that an adapter changes."""
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 """Name of a model of the hub; the built-in ``tiny`` has the same form."""
 
 SHOWN = 40

@@ -290,8 +290,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> Any:
-    """Return the configuration of a folder's adapter."""
+    """Return the configuration of a folder's adapter.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
     try:
         return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder}: damaged: {ADAPTER_CONFIG} cannot be read") from error

@@ -162,7 +162,7 @@ def base_place(place: Path, config: dict[str, Any]) -> str:
     try:
         run = json.loads((place.parent / "run.json").read_text(encoding="utf-8"))
         folder = str(run["arguments"]["model_name"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         folder = ""
     if os.path.isdir(folder):
         return folder

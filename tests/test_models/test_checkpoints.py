@@ -152,6 +152,43 @@ def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) 
         read_trajectory(stage1)
 
 
+@pytest.mark.parametrize(
+    "patients",
+    [
+        torch.zeros(3),
+        torch.zeros(3, 1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int64).expand(10**12),
+        [1, 2],
+    ],
+    ids=["float", "two axes", "endless", "list"],
+)
+def test_patients_that_trained_are_a_list_of_hashes(patients: Any, stage1: Path) -> None:
+    content = torch.load(stage1, weights_only=True)
+    torch.save({**content, "train_patients": patients}, stage1)
+    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
+        read_trajectory(stage1)
+
+
+@pytest.mark.parametrize("weights", [[], {1: torch.ones(2)}, {"attention.weight": "x"}])
+def test_weights_of_another_type_do_not_fit(weights: Any, stage1: Path) -> None:
+    content = torch.load(stage1, weights_only=True)
+    torch.save({**content, "head": weights}, stage1)
+    with pytest.raises(InputError, match="its weights do not fit"):
+        load_trajectory(new_classifier(2), stage1)
+
+
+def test_facts_of_a_stage_1_file_are_checked(stage1: Path) -> None:
+    content = torch.load(stage1, weights_only=True)
+    for changes, problem in (
+        ({"encoder": {"name": "ode_rnn", "hidden_dim": 10**9}}, r"encoder\.hidden_dim 1000000000"),
+        ({"case_mix": {"rows": torch.ones(1)}}, "case_mix"),
+        ({"stage": "generative"}, "stage 'generative'"),
+    ):
+        torch.save({**content, "config": {**content["config"], **changes}}, stage1)
+        with pytest.raises(InputError, match=f"{TRAJECTORY_FILE}: damaged: {problem}"):
+            read_trajectory(stage1)
+
+
 # ------------------------------------------------------------------------------- stages 2 and 3
 
 
@@ -267,6 +304,25 @@ def older(best: Path) -> None:
     config = json.loads((best / CONFIG).read_text())
     config.pop("format")
     (best / CONFIG).write_text(json.dumps(config))
+
+
+def test_facts_of_a_folder_are_checked_before_anything_is_built(best: Path) -> None:
+    rehash(best, num_prefix_tokens=10**9)
+    with pytest.raises(InputError, match="damaged: num_prefix_tokens 1000000000: expected a whole"):
+        read_config(best)
+    rehash(best, num_prefix_tokens=4)
+    adapter = json.loads((best / ADAPTER_CONFIG).read_text())
+    (best / ADAPTER_CONFIG).write_text(json.dumps({**adapter, "r": 10**9}))
+    rehash(best)
+    with pytest.raises(InputError, match=r"adapter_config\.json: damaged: r 1000000000: expected"):
+        read_config(best)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"format": 5, "files_sha256": 3}', "{"])
+def test_a_configuration_that_is_no_object_is_refused(text: str, best: Path) -> None:
+    (best / CONFIG).write_text(text)
+    with pytest.raises(InputError, match=r"damaged: config\.json cannot be read"):
+        read_config(best)
 
 
 @pytest.mark.parametrize(
