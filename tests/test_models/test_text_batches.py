@@ -173,7 +173,7 @@ TEMPLATE = """{{ bos_token }}
 """
 """Gemma 3's own, without images and without its checks."""
 
-ENDLESS = "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}"
+ENDLESS = 4 * "{% for i in range(99999) %}" + 4 * "{% endfor %}"
 
 
 def chat_tokenizer(template: str, *tokens: str) -> PreTrainedTokenizerBase:
