@@ -55,6 +55,7 @@ from medgemma_clinical.commands.command_line import (
 )
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
+from medgemma_clinical.models.checkpoint_schema import LORA_RANK, PREFIX_TOKENS
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
 DATASETS: dict[str, type[MIMICtrajectoryDataset] | type[SRTRTrajectoryDataset]] = {
@@ -192,13 +193,13 @@ def add_model_flags(parser: Parser) -> None:
     add("--soft_prompt", choices=("on", "off"), default="on", help="off: the LLM reads text alone")
     add(
         "--num_prefix_tokens",
-        type=number(int, 1, 4096),
+        type=number(int, *PREFIX_TOKENS),
         default=8,
         help="soft tokens: the latest states",
     )
     add("--projection_lr", type=RATE, default=1e-3, help="learning rate of the projection")
     add("--adapter_lr", type=RATE, default=2e-4, help="learning rate of the LoRA adapter")
-    add("--lora_rank", type=number(int, 1, 1024), default=8, help="LoRA r")
+    add("--lora_rank", type=number(int, *LORA_RANK), default=8, help="LoRA r")
     add("--lora_alpha", type=POSITIVE, default=16, help="LoRA alpha")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.05, help="LoRA dropout")
 
@@ -264,7 +265,7 @@ from medgemma_clinical.models.encoder import Encoder, check_gaps, collate_with_p
 from medgemma_clinical.models.generation import report_tokens
 from medgemma_clinical.models.language_model import (
     add_lora,
-    cached_revision,
+    base_facts,
     embedding_rms,
     load_language_model,
     set_checkpointing,
@@ -489,8 +490,7 @@ def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> di
     encoder = model.encoder
     return {
         "stage": args.mode,
-        "base_model": args.model_name,
-        "base_revision": cached_revision(args.model_name),
+        **base_facts(args.model_name),
         "base_class": type(model.llm.get_base_model()).__name__,
         "quantization": args.quantization,
         "precision": args.precision,

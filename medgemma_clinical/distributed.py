@@ -33,6 +33,8 @@ def processes() -> PartialState:
     import torch
     from accelerate import PartialState
 
+    # NVIDIA's containers ask for TF32, with ten bits, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    torch.set_float32_matmul_precision("highest")
     return PartialState(cpu=not torch.cuda.is_available())
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from medgemma_clinical.files import file_hash, json_hash
 from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, encoder_config
 from medgemma_clinical.models.language_model import (
     add_lora,
+    base_facts,
     embedding_rms,
     load_language_model,
     tiny_language_model,
@@ -86,7 +89,7 @@ def data_of(dataset: TrajectoryDataset) -> Data:
 
 
 def llm_config(
-    model: TrajectoryLLM, stage: str, data: Data, *, base: str = "tiny", **more: Any
+    model: TrajectoryLLM, stage: str, data: Data, *, base: str | Path = "tiny", **more: Any
 ) -> dict[str, Any]:
     """What a checkpoint of stage 2 or 3 says of its model."""
     assert model.encoder is not None
@@ -95,11 +98,13 @@ def llm_config(
         "encoder": encoder_config(model.encoder),
         "trajectory_head": model.trajectory_head is not None,
         "num_prefix_tokens": model.tokens,
-        "base_model": base,
-        "base_revision": None,
+        **base_facts(str(base)),
+        "base_class": "Gemma3ForCausalLM",
         "quantization": "none",
         "precision": "fp32",
+        "prompts": asdict(data.prompts),
         "max_text_tokens": None,
+        "report_tokens": 60,
         **data.description(),
         **more,
     }
@@ -154,6 +159,26 @@ def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path
     renamed = {re.sub(r"^language_model\.model\.", prefix, k): v for k, v in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def bring_code(folder: Path, ran: Path, *, whole: bool = True) -> None:
+    """Let a model's folder name code of its own, which would make the file ``ran``.
+
+    Args:
+        folder: of a model.
+        ran: the mark.
+        whole: the kinds of model and tokenizer stay known ones, which need no code.
+    """
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    classes = {f"Auto{x}": f"own.{x}" for x in ("Config", "ModelForCausalLM")}
+    config = {**json.loads((folder / "config.json").read_text()), "auto_map": classes}
+    config |= {} if whole else {"model_type": "own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    own: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | own
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "custom_generate").mkdir()
+    shutil.copy(folder / "own.py", folder / "custom_generate" / "generate.py")
 
 
 def encoder_for(dataset: TrajectoryDataset) -> ClinicalODERNN:

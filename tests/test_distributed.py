@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,15 @@ import medgemma_trainer as trainer
 from medgemma_clinical import distributed
 from medgemma_clinical.distributed import check_gpu
 from medgemma_clinical.files import InputError
+
+ROOT = Path(__file__).parent.parent
+PRECISIONS = """
+import torch
+from medgemma_clinical.distributed import processes
+print(torch.get_float32_matmul_precision())
+processes()
+print(torch.get_float32_matmul_precision())
+"""
 
 
 @pytest.fixture
@@ -73,3 +85,10 @@ def test_what_needs_no_gpu_goes_on(
     assert trainer.main(["--demo"]) == 0
     assert trainer.main(["--compare", str(tmp_path)]) == 2
     assert "NVIDIA" not in capsys.readouterr().err
+
+
+def test_products_in_float32_keep_all_bits_where_a_container_asks_for_fewer() -> None:
+    asked = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    command = [sys.executable, "-c", PRECISIONS]
+    done = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["high", "highest"]

@@ -164,6 +164,7 @@ def test_run_json_makes_the_run_repeatable(runs: Path, dka_file: Path) -> None:
         "test": 16,
     }
     assert len(facts["data"]["data_sha256"]) == 64
+    assert facts["float32_matmul_precision"] == "highest"
 
 
 def test_the_stage_1_file_loads_safely_and_its_encoder_stays_frozen(runs: Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
 
 from medgemma_clinical.files import InputError, RunFault, one_line
+from medgemma_clinical.models.checkpoint_schema import LARGEST_COUNT
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def number(
     return convert
 
 
-POSITIVE, WHOLE = number(int, 1, 10**9), number(int, 0, 10**9)
+POSITIVE, WHOLE = number(int, 1, LARGEST_COUNT), number(int, 0, LARGEST_COUNT)
 RATE = number(float, 0, 1, open_low=True)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -33,12 +35,19 @@ def run_compare(runs: list[Path], seed: int, fewest: int) -> int:
     """
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
-    folders = {str(run): run for run in runs}
-    reference = str(runs[0])
+    folders = dict(zip(short_names(runs), runs, strict=True))
+    reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
     table = comparison_table(results, reference).to_string(index=False)
     logger.info("%s\n%s", table, counts_sentence(results))
     return EXIT_DONE
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """Return the path of each folder below the last one that holds them all."""
+    places = [os.path.abspath(run) for run in runs]
+    shared = os.path.commonpath([os.path.dirname(place) for place in places])
+    return [Path(os.path.relpath(place, shared)).as_posix() for place in places]
 
 
 def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:

@@ -330,7 +330,7 @@ def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:
             "flatter it."
         ),
         "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
-        "Checkpoint": str(request.checkpoint),
+        "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
         "Intervals": INTERVALS,
         "Small cells": counting_rule(request.min_cell),
         "Seed": f"{request.seed}, of the intervals",

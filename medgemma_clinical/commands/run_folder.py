@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, processes
 from medgemma_clinical.files import (
@@ -24,6 +26,7 @@ from medgemma_clinical.files import (
     remove,
     write_json,
 )
+from medgemma_clinical.models.checkpoint_schema import check_data
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import base_content_hash, cached_revision
 from medgemma_clinical.provenance import code_hash, git_commit, versions
@@ -76,8 +79,14 @@ def checkpoint_store(folder: Path) -> CheckpointStore:
 
 
 def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
-    """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split."""
+    """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split.
+
+    Raises:
+        InputError: the data have a name or a text that no checkpoint may hold.
+    """
     stage_1, language_model = args.ode_checkpoint, not args.trajectory_only
+    description = data.description()
+    check_data(data.dataset.source, description)  # a checkpoint will be refused for the same
     facts = {
         "format": RUN_FORMAT,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
@@ -90,7 +99,8 @@ def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
         "base_revision": cached_revision(args.model_name) if language_model else None,
         "base_sha256": base_content_hash(args.model_name) if language_model else None,
         "device": str(default_device()),
-        "data": data.description(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "data": description,
         "split": {
             part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
             for part, rows in data.split.items()

@@ -136,7 +136,8 @@ def best_by_validation(folders: dict[int, Path]) -> str:
     """Return a sentence on the seed whose run has the highest validation AUROC."""
     aurocs = {s: read_auroc(folder, "validation").value or 0.0 for s, folder in folders.items()}
     best = max(aurocs, key=aurocs.__getitem__)
+    place = "/".join(folders[best].parts[-2:])
     return (
-        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {folders[best]}. Each seed "
-        "has a validation part of its own, so chance has its share."
+        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {place}. Each seed has a "
+        "validation part of its own, so chance has its share."
     )

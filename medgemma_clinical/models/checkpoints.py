@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -30,18 +28,20 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
+from medgemma_clinical.models.checkpoint_schema import check_adapter, check_config
 from medgemma_clinical.models.encoder import Encoder
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
+LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
 
@@ -105,17 +105,9 @@ def check_format(place: Path, found: object) -> None:
     """Refuse a checkpoint of another version of the program."""
     if found != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{place}: checkpoint format {found}, this program reads {CHECKPOINT_FORMAT}: train "
-            "again, or use the version that made it"
+            f"{place}: checkpoint format {found!s:.20}, this program reads {CHECKPOINT_FORMAT}: "
+            "train again, or use the version that made it"
         )
-
-
-def check_decision(place: Path, config: dict[str, Any]) -> None:
-    """Refuse a decision rule that is not sound."""
-    try:
-        DecisionRule.from_config(config)
-    except ValueError as error:
-        raise InputError(f"{place}: damaged: {error}") from error
 
 
 def _unfit(place: Path) -> InputError:
@@ -135,7 +127,11 @@ def save_trajectory(
 
     ``config`` rebuilds the model and says what it was trained on; for ``train_patients`` see
     ``Data.training_patients``.
+
+    Raises:
+        InputError: the configuration would be refused when it is read.
     """
+    check_config(path, config, ("trajectory",))
     content = {
         "format": CHECKPOINT_FORMAT,
         "config": config,
@@ -161,8 +157,10 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
                 raise ValueError(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
         check_format(path, content.pop("format"))
-        trained = content.pop("train_patients").numpy()
-        checkpoint = TrajectoryCheckpoint(**content, train_patients=trained)
+        trained = content.pop("train_patients")
+        if trained.ndim != 1 or trained.dtype != torch.int64 or not trained.is_contiguous():
+            raise ValueError("train_patients")
+        checkpoint = TrajectoryCheckpoint(**content, train_patients=trained.numpy())
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such stage 1 checkpoint: run --trajectory_only first"
@@ -171,7 +169,7 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind
         raise InputError(f"{path}: not a stage 1 checkpoint, or damaged") from error
-    check_decision(path, checkpoint.config)
+    check_config(path, checkpoint.config, ("trajectory",))
     return checkpoint
 
 
@@ -185,7 +183,7 @@ def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
     try:
         model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
         model.head.load_state_dict(checkpoint.head)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise _unfit(path) from error
 
 
@@ -196,9 +194,14 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
     """Write the best model of stage 2 or 3, all but its base weights, in place of ``folder``.
 
     Encoder, projection and heads lie beside the adapter: a head inside an adapter's
-    ``modules_to_save`` is easily lost.
+    ``modules_to_save`` is easily lost. Of a base model in a folder no path is written.
+
+    Raises:
+        InputError: the configuration would be refused when it is read.
     """
     from safetensors.torch import save_file
+
+    check_config(folder, config, LLM_STAGES)
 
     state = {name: tensor.contiguous() for name, tensor in _modules(model).state_dict().items()}
     with atomic(folder) as temporary:
@@ -207,6 +210,7 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         remove(temporary / "adapter" / "README.md")  # an empty template
         adapter = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         adapter["target_modules"].sort()  # a set, written in any order
+        adapter["base_model_name_or_path"] = config["base_model"]
         write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
         write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
@@ -221,13 +225,14 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
 
 
 def model_card(config: dict[str, Any]) -> str:
-    """Return the README of a trained model; a base model's folder is named without its path."""
-    base = config["base_model"]
+    """Return the README of a trained model."""
+    base, files = config["base_model"], config["base_sha256"]
+    revision = f"SHA-256 of its files {files}" if files else f"revision {config['base_revision']}"
     units = zip(config["features"], config["units"], strict=True)
     return MODEL_CARD.format(
         title="Written reports" if config["stage"] == "generative" else "Classification",
-        base=Path(base).name if os.path.isdir(base) else base,
-        revision=f"revision {config['base_revision'] or 'unknown'}, {config['quantization']}",
+        base=base,
+        revision=f"{revision}, {config['quantization']}",
         question=config["question"],
         outcome=config["outcome"],
         series=", ".join(f"{name} ({unit})" if unit else name for name, unit in units),
@@ -244,6 +249,7 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
         InputError: see ``read_config``, or the weights do not fit the model.
     """
     from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     read_config(folder)
@@ -253,7 +259,7 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
         missing = [key for key in found.missing_keys if "lora_" in key]
         if missing or found.unexpected_keys:
             raise RuntimeError([*missing, *found.unexpected_keys][0])
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise _unfit(folder) from error
 
 
@@ -263,17 +269,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     Further files, and links to files, do not matter.
 
     Raises:
-        InputError: a file is missing or changed, or the folder has another format.
+        InputError: a file is missing or changed, the folder has another format, or its
+            configurations are not as ``check_config`` and ``check_adapter`` expect.
     """
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         check_format(folder, config.get("format"))
         expected = {CONFIG: config.pop("config_sha256"), **config["files_sha256"]}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: damaged: {CONFIG} cannot be read") from error
     found = {CONFIG: json_hash(config), **{name: file_hash(folder / name) for name in HASHED_FILES}}
     for name, digest in found.items():
         if digest is None or digest != expected.get(name):
             raise InputError(f"{folder}: damaged: {name} is missing or not as it was written")
-    check_decision(folder, config)
+    check_config(folder, config, LLM_STAGES)
+    check_adapter(folder / ADAPTER_CONFIG, read_adapter(folder))
     return config
+
+
+def read_adapter(folder: Path) -> Any:
+    """Return the configuration of a folder's adapter.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{folder}: damaged: {ADAPTER_CONFIG} cannot be read") from error

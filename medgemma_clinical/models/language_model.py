@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medgemma_clinical.files import InputError, file_hash, json_hash
+from medgemma_clinical.files import InputError, RunFault, file_hash, json_hash, one_line
+from medgemma_clinical.models.checkpoint_schema import HUB_ID, LORA_TARGETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 TINY = "tiny"
 """Name of the built-in random model."""
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
+
+PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+"""Endings of files of weights that are not read."""
+
+MACHINE_FAULT = re.compile(r"CUDA|cuBLAS|CUBLAS|cuDNN|CUDNN|bitsandbytes|\blib(cu|nv)\w*\.so")
+"""In the texts of errors that no file of a model has caused."""
 
 
 def hush_libraries() -> None:
@@ -41,8 +51,9 @@ def load_language_model(
     dtype: torch.dtype,
     device: torch.device,
     revision: str | None = None,
+    origin: str = "--model_name",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a Gemma 3 text model and its tokenizer, frozen.
+    """Load a Gemma 3 text model and its tokenizer, frozen; log its name before.
 
     Of a multimodal checkpoint (MedGemma-4B) only the language model is read.
 
@@ -52,10 +63,13 @@ def load_language_model(
         dtype: of computation, and of the weights where they are not quantised.
         device: of the weights.
         revision: commit of a hub model; None takes the latest.
+        origin: what names the model, for the log.
 
     Raises:
         InputError: no access, no such model, not a Gemma 3, or weights that do not fit it.
+        RunFault: the weights cannot be quantised on this machine.
     """
+    logger.info("language model: %s, named by %s", describe_base(name, revision), origin)
     hush_libraries()
     # On Hopper cards cuDNN's attention has given NaN gradients for masked batches.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -80,30 +94,93 @@ def _read_model(
     import transformers
     from safetensors import SafetensorError
 
+    check_folder(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, **source)
-        if config.model_type not in ("gemma3", "gemma3_text"):
-            raise InputError(f"--model_name {name}: a {config.model_type} model: give a Gemma 3")
-        model, found = transformers.Gemma3ForCausalLM.from_pretrained(
-            name,
-            **source,
-            config=getattr(config, "text_config", config),
-            key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
-            quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "CUDA" in str(error):
-            raise  # the card's fault and no file's
-        raise InputError(loading_advice(name, error)) from error
+    with _weights_report() as report:
+        try:
+            config = transformers.AutoConfig.from_pretrained(name, **source)
+            if config.model_type not in ("gemma3", "gemma3_text"):
+                raise InputError(
+                    f"--model_name {name}: a {config.model_type} model: give a Gemma 3"
+                )
+            model, found = transformers.Gemma3ForCausalLM.from_pretrained(
+                name,
+                **source,
+                config=getattr(config, "text_config", config),
+                key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
+                quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
+                dtype=dtype,
+                device_map={"": device},
+                use_safetensors=True,
+                attn_implementation="sdpa",  # else config.json may name code of the hub
+                output_loading_info=True,
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
+        except InputError:
+            raise
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            check_machine(name, error, "".join(report))
+            raise InputError(loading_advice(name, error)) from error
     return model, found["missing_keys"], tokenizer
+
+
+def check_folder(name: str) -> None:
+    """Refuse a folder whose weights are pickled, or those of an adapter.
+
+    Raises:
+        InputError: naming the folder.
+    """
+    if not os.path.isdir(name):
+        return
+    if Path(name, "adapter_config.json").exists():
+        raise InputError(f"--model_name {name}: an adapter: give the base model that it changes")
+    endings = {path.suffix for path in Path(name).iterdir()}
+    if endings & PICKLED and ".safetensors" not in endings:
+        raise InputError(
+            f"--model_name {name}: its weights are pickled, which can run code, and are not read: "
+            "convert them to .safetensors"
+        )
+
+
+def check_machine(name: str, error: Exception, report: str) -> None:
+    """Raise what is the fault of the card or of bitsandbytes, and of no file.
+
+    Args:
+        name: of the model.
+        error: of the loading libraries.
+        report: of transformers on single weights; it swallows their errors.
+
+    Raises:
+        RunFault: the weights cannot be quantised.
+    """
+    if "OutOfMemoryError" in report:
+        raise torch.OutOfMemoryError("out of memory while the weights are quantised") from error
+    if MACHINE_FAULT.search(report.replace(name, "")):
+        raise RunFault(
+            "bitsandbytes cannot quantise the weights: see what python -m bitsandbytes says, or "
+            "take --quantization none"
+        ) from error
+    kinds = (torch.OutOfMemoryError, torch.AcceleratorError)
+    if isinstance(error, kinds) or MACHINE_FAULT.search(str(error).replace(name, "")):
+        raise error
+
+
+@contextlib.contextmanager
+def _weights_report() -> Iterator[list[str]]:
+    """Collect transformers' report on the weights of a model, which is not shown."""
+    lines: list[str] = []
+    source, handler = logging.getLogger("transformers.modeling_utils"), logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    before = source.level, source.propagate
+    source.addHandler(handler)
+    source.setLevel(logging.WARNING)
+    source.propagate = False
+    try:
+        yield lines
+    finally:
+        source.removeHandler(handler)
+        source.setLevel(before[0])
+        source.propagate = before[1]
 
 
 def _check_loaded(name: str, missing: set[str], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,7 +211,7 @@ def nf4_config(dtype: torch.dtype) -> Any:
 def loading_advice(name: str, error: Exception) -> str:
     """Return one line on a failed download or load, with what to do."""
     text = " ".join(str(error).split())[:200]
-    if os.path.isdir(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if os.path.isdir(name) or "/" not in name or not HUB_ID.fullmatch(name):
         return (
             f"--model_name {name}: not a hub id, not tiny, and no folder with a whole model: {text}"
         )
@@ -143,6 +220,30 @@ def loading_advice(name: str, error: Exception) -> str:
         f"https://huggingface.co/{name}, then run: hf auth login (huggingface-cli login in older "
         "versions); --model_name tiny needs neither licence nor download"
     )
+
+
+def base_name(name: str) -> str:
+    """Return the name of a model as others may see it: of a folder without its path."""
+    return one_line(os.path.basename(os.path.abspath(name))) if os.path.isdir(name) else name
+
+
+def describe_base(name: str, revision: str | None) -> str:
+    """Return name and place of a model that is about to be loaded."""
+    if name == TINY:
+        return "tiny, built in"
+    if os.path.isdir(name):
+        return f"{base_name(name)}, a folder"
+    known = revision or cached_revision(name)
+    return f"{name}, revision {known or 'the latest'}"
+
+
+def base_facts(name: str) -> dict[str, str | None]:
+    """Return what a checkpoint says of its base model, without the path of a folder."""
+    return {
+        "base_model": base_name(name),
+        "base_sha256": base_content_hash(name),
+        "base_revision": cached_revision(name),
+    }
 
 
 def base_content_hash(name: str) -> str | None:

@@ -27,6 +27,9 @@ from medgemma_clinical.models.trajectory_llm import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+START, END = "<start_of_turn>", "<end_of_turn>"
+"""Tokens of a chat with Gemma."""
+
 ENCODED_ROWS = 512
 """Rows that a frozen encoder reads at a time."""
 
@@ -36,7 +39,7 @@ class TextCollator:
 
     Prompt, the words before the verdict, the verdict and the rest are tokenised apart, so that the
     verdict lies on the same token boundary whatever surrounds it. An instruction-tuned model gets
-    the prompt as a user's turn in its own chat template.
+    the prompt as a user's turn of a chat with Gemma.
 
     Attributes:
         prompt_ids: ids of each row's prompt, N lists.
@@ -45,7 +48,7 @@ class TextCollator:
         words: ids of the verdicts "no." and "yes." behind the stem.
         verdict: ids of the tokens that tell yes from no.
         sample: ids as they stand in every kind of prompt.
-        before, behind: ids of the chat template around a prompt.
+        before, behind: ids of the turns around a prompt.
         eos: ids that end an answer.
         states: ``TrajectoryStates`` of all N rows, from a frozen encoder; see ``encode_all``.
         shortened: number of prompts that lost their oldest observations to ``most_tokens``.
@@ -123,7 +126,7 @@ class TextCollator:
 
     def _prompt(self, i: int, options: PromptOptions) -> str:
         prompt = self.dataset.prompt(i, options)
-        return prompt.strip() if self.before else prompt  # a chat's template trims a turn
+        return prompt.strip() if self.before else prompt  # as Gemma's template does
 
     def _read_answers(self) -> list[list[int]]:
         labels = self.dataset.labels.astype(int).tolist()
@@ -178,18 +181,20 @@ def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
     """Return the ids in front of and behind a user's words, and those that end the answer.
 
-    All empty where the tokenizer has no chat template: the model reads plain text.
+    The turns are Gemma's own, as they stand here: a tokenizer's chat template is a program, and is
+    not run. All are empty where the tokenizer has no chat template or not the tokens of the turns:
+    the model reads plain text.
+
+    Source: Gemma's formatting, https://ai.google.dev/gemma/docs/core/prompt-structure.
     """
     if not tokenizer.chat_template:
         return [], [], []
-    place = "PLACE"
-    turns = [{"role": "user", "content": place}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    before, behind = text.split(place)
-    before = before.removeprefix(tokenizer.bos_token)  # stands in front of the soft tokens
-    ids = tokenizer([before, behind], add_special_tokens=False)["input_ids"]
-    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    return ids[0], ids[1], [] if end in (None, tokenizer.unk_token_id) else [end]
+    turns = [f"{START}user\n", f"{END}\n{START}model\n"]
+    before, behind = tokenizer(turns, add_special_tokens=False)["input_ids"]
+    start, end = tokenizer.convert_tokens_to_ids([START, END])
+    if [before[0], behind[0]] != [start, end] or tokenizer.unk_token_id in (start, end):
+        return [], [], []
+    return before, behind, [end]
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,13 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.encoder import Encoder
-from medgemma_clinical.models.language_model import DTYPES, add_lora, load_language_model
+from medgemma_clinical.models.language_model import (
+    DTYPES,
+    add_lora,
+    base_content_hash,
+    base_name,
+    load_language_model,
+)
 from medgemma_clinical.models.text_batches import verdict_words
 from medgemma_clinical.models.trajectory import PooledHead, TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
@@ -108,7 +115,8 @@ def load_trained_model(
     Args:
         path: a stage's folder, its ``best``, or stage 1's file.
         encoders: class of each registered name.
-        model_name: where the base model lies now; None takes the stored place.
+        model_name: where the base model lies now; None takes the hub's, or the place that the
+            run's ``run.json`` knows.
         quantization: of the base model; None takes the stored one.
         precision: ``bf16`` or ``fp32``; None takes the stored one.
 
@@ -121,16 +129,73 @@ def load_trained_model(
         classifier = TrajectoryClassifier(build_encoder(config["encoder"], encoders), 0.5)
         load_trajectory(classifier, place)
         return TrainedModel(classifier.to(default_device()).eval(), config, None)
+    name = model_name or base_place(place, config)
+    check_base(place, config, name)
     base, tokenizer = load_language_model(
-        model_name or str(config["base_model"]),
+        name,
         quantization or config["quantization"],
         DTYPES[precision or config["precision"]],
         default_device(),
         config["base_revision"] if model_name is None else None,
+        origin="the checkpoint" if model_name is None else "--model_name",
     )
     model = build_llm(place, config, encoders, base, tokenizer)
     load_llm(model, place)
     return TrainedModel(model.to(default_device()).eval(), config, tokenizer)
+
+
+def base_place(place: Path, config: dict[str, Any]) -> str:
+    """Return where the base model of a checkpoint lies: the hub's id, or a folder of this machine.
+
+    A checkpoint holds no path; the ``run.json`` beside ``best`` does.
+
+    Args:
+        place: folder of the trained model.
+        config: its configuration.
+
+    Raises:
+        InputError: the base model is a folder whose place is not known.
+    """
+    base = str(config["base_model"])
+    if config["base_sha256"] is None:
+        return base
+    try:
+        run = json.loads((place.parent / "run.json").read_text(encoding="utf-8"))
+        folder = str(run["arguments"]["model_name"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        folder = ""
+    if os.path.isdir(folder):
+        return folder
+    raise InputError(
+        f"{place}: its base model is a folder named {base}, whose place is not known here: give it "
+        "by --model_name"
+    )
+
+
+def check_base(place: Path, config: dict[str, Any], name: str) -> None:
+    """Refuse a base model of other content than the checkpoint's; warn where none is known.
+
+    Args:
+        place: folder of the trained model.
+        config: its configuration.
+        name: of the base model: hub id, folder or ``tiny``.
+
+    Raises:
+        InputError: both are folders, and their files differ.
+    """
+    base, stored, found = config["base_model"], config["base_sha256"], base_content_hash(name)
+    if stored and found and stored != found:
+        raise InputError(
+            f"--model_name {name}: another base model than {base}, on which {place} was trained: "
+            "its files differ"
+        )
+    if base != name and not (stored and found):
+        logger.warning(
+            "%s was trained on %s: make sure that %s is the same model",
+            place,
+            base,
+            base_name(name),
+        )
 
 
 def build_llm(
@@ -162,13 +227,16 @@ def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encod
     """Rebuild an encoder whose weights are still to be loaded, from an ``encoder_config``.
 
     Raises:
-        InputError: no encoder of that name is registered.
+        InputError: no encoder of that name is registered, or it does not take these keywords.
     """
     options = dict(config)
     name = options.pop("name")
     if name not in encoders:
         raise InputError(f"the checkpoint's encoder {name} is none of {', '.join(encoders)}")
-    encoder: Encoder = encoders[name](**options)
+    try:
+        encoder: Encoder = encoders[name](**options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the checkpoint's encoder {name}: {error}") from error
     return encoder
 
 

@@ -37,11 +37,12 @@ def test_the_table_shows_each_run_and_its_difference_to_the_first(
     runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
     with caplog.at_level(logging.INFO):
         assert run_compare(runs, seed=0, fewest=0) == 0
-    assert f"minus {runs[0]}" in caplog.text
+    assert "minus a [95 %]" in caplog.text
+    assert str(tmp_path) not in caplog.text
     for run in runs:
         table = pd.read_csv(run / "predictions_test.csv")
         score = roc_auc_score(table["label"], table["probability"])
-        (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith(str(run))]
+        (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith(f"{run.name} ")]
         assert f"{score:.3f} [" in row
     assert "last value" in caplog.text
     assert "60 rows, 20 events" in caplog.text

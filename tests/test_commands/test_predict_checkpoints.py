@@ -58,7 +58,7 @@ def falling_slope(folder: Path) -> None:
         (cut_weights, "modules.safetensors is missing or not as it was written"),
         (no_base, "--model_name no/such_model"),
         (other_data, "trained on --dataset sepsis"),
-        (falling_slope, "damaged: decision rule"),
+        (falling_slope, "damaged: decision.slope -1.0"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_line(

@@ -267,6 +267,7 @@ def test_runs_of_the_same_split_are_compared_by_the_command_line(
     shown = capsys.readouterr().out
     for place in places:
         test = json.loads((Path(place) / "metrics.json").read_text())["test"]
-        (row,) = [line for line in shown.splitlines() if line.strip().startswith(place)]
+        name = Path(place).relative_to(two_seeds[1]).as_posix()
+        (row,) = [line for line in shown.splitlines() if line.strip().startswith(name)]
         assert f"{test['auroc']['value']:.3f} [" in row
     assert "20 rows" in shown

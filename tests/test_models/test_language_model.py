@@ -19,17 +19,20 @@ from language_models import (
     CPU,
     LAYERS,
     Parts,
+    bring_code,
     classifier_and_writer,
     save_multimodal_checkpoint,
     save_text_checkpoint,
     text_config,
 )
-from medgemma_clinical.files import InputError, one_line
+from medgemma_clinical.files import InputError, RunFault, one_line
 from medgemma_clinical.models.language_model import (
     LORA_TARGETS,
     add_lora,
     base_content_hash,
+    base_facts,
     cached_revision,
+    describe_base,
     embedding_rms,
     load_language_model,
     set_checkpointing,
@@ -401,29 +404,111 @@ def test_recomputed_layers_change_no_gradient() -> None:
 # ------------------------------------------------------------------------------- the machine
 
 
+@pytest.mark.parametrize("whole", [True, False])
 def test_code_that_a_model_folder_brings_never_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: bool, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    auto_map = {"AutoConfig": "code.Config"}
-    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto_map}))
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    folder = shutil.copytree(folders["text"], tmp_path / "model")
+    bring_code(folder, tmp_path / "ran", whole=whole)
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    refusal(folder)
+    if whole:
+        load(folder)
+    else:
+        assert "custom code" in refusal(folder)
     assert not (tmp_path / "ran").exists()
 
 
+def test_attention_is_torchs_whatever_the_folder_names(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["text"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["attn_implementation"] = "someone/kernel"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).config._attn_implementation == "sdpa"
+
+
+def test_pickled_weights_and_adapters_are_no_base_model(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["text"], tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/other"}')
+    assert "an adapter: give the base model" in refusal(folder)
+    (folder / "adapter_config.json").unlink()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    load(folder)
+    (folder / "model.safetensors").unlink()
+    assert "its weights are pickled, which can run code, and are not read" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        torch.OutOfMemoryError("Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError("device-side assert triggered"),
+        RuntimeError("Attempted to use bitsandbytes native library functionality"),
+        OSError("libcudart.so.13: cannot open shared object file"),
+        ImportError("Using 4-bit quantization requires bitsandbytes"),
+        AttributeError("function 'cquantize_blockwise_fp16_nf4' not found"),
+    ],
+    ids=lambda error: str(error)[:20],
+)
 def test_a_fault_of_the_card_is_not_blamed_on_the_files(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    error: Exception, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+        raise error
 
     monkeypatch.setattr(transformers.Gemma3ForCausalLM, "from_pretrained", fail)
-    with pytest.raises(RuntimeError, match="no kernel image") as caught:
+    with pytest.raises(type(error)) as caught:
         load(folders["text"])
-    assert not isinstance(caught.value, InputError)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "text"),
+    [
+        (torch.OutOfMemoryError("2 GiB"), torch.OutOfMemoryError, "out of memory"),
+        (RuntimeError("CUDA error: invalid argument"), RunFault, "take --quantization none"),
+    ],
+)
+def test_a_fault_while_weights_are_quantised_is_one_of_the_machine(
+    error: Exception,
+    expected: type[Exception],
+    text: str,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The loading library swallows such an error and raises one without its cause."""
+    import bitsandbytes.functional
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes.functional, "quantize_4bit", fail)
+        with pytest.raises(expected, match=text):
+            load(folders["text"], "nf4")
+    assert tuple(capfd.readouterr()) == ("", "")
+    load(folders["text"], "nf4")
+
+
+def test_a_folder_is_named_by_its_name_alone_and_before_it_is_loaded(
+    folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"), pytest.raises(InputError):
+        load_language_model(str(tmp_path), "none", torch.float32, CPU, origin="the checkpoint")
+    assert f"language model: {tmp_path.name}, a folder, named by the checkpoint" in caplog.text
+    assert str(tmp_path) not in caplog.text
+    digest = base_content_hash(str(folders["text"]))
+    known = {"base_model": folders["text"].name, "base_sha256": digest, "base_revision": None}
+    assert base_facts(str(folders["text"])) == known
+    assert base_facts(MEDGEMMA)["base_model"] == MEDGEMMA
+    assert describe_base("tiny", None) == "tiny, built in"
+    assert describe_base(MEDGEMMA, "0" * 40) == f"{MEDGEMMA}, revision {'0' * 40}"
+    assert describe_base("no/such", None) == "no/such, revision the latest"
 
 
 def test_attention_by_cudnn_is_switched_off() -> None:

@@ -15,7 +15,13 @@ from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import text_batches
 from medgemma_clinical.models.language_model import tiny_language_model
-from medgemma_clinical.models.text_batches import TextCollator, encode_all
+from medgemma_clinical.models.text_batches import (
+    END,
+    START,
+    TextCollator,
+    chat_turns,
+    encode_all,
+)
 from medgemma_clinical.models.trajectory_llm import IGNORED, TextBatch
 from trajectories import table_of
 
@@ -141,20 +147,46 @@ def test_a_limit_that_no_prompt_meets_is_refused() -> None:
         )
 
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
-    "{{ m['content'] | trim }}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
+TEMPLATE = """{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'assistant') -%}
+        {%- set role = "model" -%}
+    {%- else -%}
+        {%- set role = message['role'] -%}
+    {%- endif -%}
+    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{'<start_of_turn>model\n'}}
+{%- endif -%}
+"""
+"""Gemma 3's own, without images and without its checks."""
+
+ENDLESS = 4 * "{% for i in range(99999) %}" + 4 * "{% endfor %}"
+
+
+def chat_tokenizer(template: str, *tokens: str) -> PreTrainedTokenizerBase:
+    """The tiny model's tokenizer with a chat template and further tokens."""
+    tokenizer = copy.deepcopy(tiny_language_model()[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def test_an_instruction_tuned_model_reads_a_users_turn() -> None:
     dataset, plain = patients(), tiny_language_model()[1]
-    tokenizer = copy.deepcopy(plain)
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]}
-    )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = chat_tokenizer(TEMPLATE, START, END)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     collate = TextCollator(dataset, tokenizer, WHOLE, answers=True)
     text = tokenizer.decode(collate.prompt_ids[3])
@@ -173,6 +205,21 @@ def test_an_instruction_tuned_model_reads_a_users_turn() -> None:
     asked = batch["input_ids"][0, : int(batch["verdict"][0]) + 1]
     assert tokenizer.decode(asked) == f"{text}{dataset.outcome}: "
     assert TextCollator(dataset, plain, WHOLE, answers=True).before == []
+
+
+def test_a_chat_template_is_not_run() -> None:
+    tokenizer = chat_tokenizer(TEMPLATE, START, END)
+    turns = [{"role": "user", "content": "  Anion gap: 24 \n"}]
+    own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    before, behind, end = chat_turns(chat_tokenizer(ENDLESS, START, END))
+    words = tokenizer("Anion gap: 24", add_special_tokens=False)["input_ids"]
+    assert [tokenizer.bos_token_id, *before, *words, *behind] == own
+    assert end == [tokenizer.convert_tokens_to_ids(END)]
+
+
+@pytest.mark.parametrize("tokens", [(), (START,), (END,)])
+def test_without_the_tokens_of_the_turns_the_text_is_plain(tokens: tuple[str, ...]) -> None:
+    assert chat_turns(chat_tokenizer(TEMPLATE, *tokens)) == ([], [], [])
 
 
 def test_prompt_options_are_those_of_the_collator_and_not_of_the_data_set(

@@ -15,17 +15,19 @@ import torch
 from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import ClinicalODERNN
 from language_models import (
+    CPU,
     classifier_and_writer,
     data_of,
     encoder_for,
     llm_config,
     patients,
     rehash,
+    save_text_checkpoint,
 )
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     TRAJECTORY_FILE,
@@ -34,6 +36,7 @@ from medgemma_clinical.models.checkpoints import (
     save_llm,
     save_trajectory,
 )
+from medgemma_clinical.models.language_model import load_language_model
 from medgemma_clinical.models.trained_model import (
     checkpoint_place,
     load_stage1_encoder,
@@ -143,13 +146,82 @@ def test_an_adapter_names_no_place_to_load_from(run: Path, saved: dict[str, Any]
 def test_an_unsound_decision_rule_is_refused(run: Path) -> None:
     decision = {"slope": -1.0, "intercept": 0.0, "threshold": 0.5}
     rehash(run / "classification" / "best", decision=decision)
-    with pytest.raises(InputError, match="damaged: decision rule"):
+    with pytest.raises(InputError, match=r"damaged: decision\.slope -1\.0: expected a finite"):
         read_trained_config(run / "classification")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"), [({"width": 3}, "unexpected keyword"), ({"solver": "x"}, "solver 'x'")]
+)
+def test_an_encoder_with_other_keywords_is_refused(
+    changes: dict[str, Any], problem: str, run: Path
+) -> None:
+    content = torch.load(run / TRAJECTORY_FILE, weights_only=True)
+    content["config"]["encoder"] |= changes
+    torch.save(content, run / TRAJECTORY_FILE)
+    with pytest.raises(InputError, match=f"the checkpoint's encoder ode_rnn: .*{problem}"):
+        load_trained_model(run / TRAJECTORY_FILE, ENCODERS)
 
 
 def test_an_encoder_that_the_program_lacks_is_named(run: Path) -> None:
     with pytest.raises(InputError, match="encoder ode_rnn is none of gru_d"):
         load_trained_model(run / TRAJECTORY_FILE, {"gru_d": ClinicalODERNN})
+
+
+# ------------------------------------------------------------------------------- the base model
+
+
+@pytest.fixture
+def on_folder(tmp_path: Path) -> tuple[Path, Path]:
+    """A stage folder whose base model is a folder, and that folder."""
+    base, data = save_text_checkpoint(tmp_path / "models" / "gemma"), data_of(patients())
+    llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
+    model = classifier_and_writer(base=llm).classifier
+    stage = tmp_path / "run" / "classification"
+    stage.mkdir(parents=True)
+    save_llm(stage / "best", model, llm_config(model, "classification", data, base=base))
+    write_json(stage / "run.json", {"arguments": {"model_name": str(base)}})
+    return stage, base
+
+
+def test_the_place_of_a_base_model_is_known_to_its_run_alone(
+    on_folder: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stage, base = on_folder
+    with caplog.at_level("INFO"):
+        expected = load_trained_model(stage, ENCODERS)
+    assert "language model: gemma, a folder, named by the checkpoint" in caplog.text
+    assert str(tmp_path) not in caplog.text
+    shared = stage.rename(tmp_path / "shared") / "best"
+    (shared.parent / "run.json").unlink()
+    with pytest.raises(
+        InputError, match=r"its base model is a folder named gemma, .* give it by --model_name"
+    ):
+        load_trained_model(shared, ENCODERS)
+    found = load_trained_model(shared, ENCODERS, model_name=str(base))
+    state = expected.model.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in found.model.state_dict().items())
+    assert "make sure" not in caplog.text
+
+
+def test_a_base_model_of_other_content_is_refused(
+    on_folder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stage, base = on_folder
+    other = save_text_checkpoint(tmp_path / "other", seed=9)
+    with pytest.raises(InputError, match="another base model than gemma"):
+        load_trained_model(stage, ENCODERS, model_name=str(other))
+    shutil.copy(other / "model.safetensors", base)
+    with pytest.raises(InputError, match="another base model than gemma"):
+        load_trained_model(stage, ENCODERS)
+
+
+def test_a_base_model_that_cannot_be_compared_is_warned_of(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rehash(run / "classification" / "best", base_model="google/medgemma-4b-pt")
+    load_trained_model(run / "classification", ENCODERS, model_name="tiny")
+    assert "was trained on google/medgemma-4b-pt: make sure that tiny is the same" in caplog.text
 
 
 # ------------------------------------------------------------------------------- stage 1's encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,9 +27,12 @@ def test_every_generator_repeats() -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_deterministic_kernels_are_on_within_the_block_alone(wanted: bool) -> None:
+    memory: Any = torch.utils.deterministic
     with deterministic_kernels(wanted):
         assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert memory.fill_uninitialized_memory != wanted
     assert not torch.are_deterministic_algorithms_enabled()
+    assert memory.fill_uninitialized_memory
     with pytest.raises(ZeroDivisionError), deterministic_kernels(wanted):
         raise ZeroDivisionError
     assert not torch.are_deterministic_algorithms_enabled()
