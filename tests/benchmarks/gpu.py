@@ -1,62 +1,164 @@
-"""Measure stage 1 on a GPU, and stages 2 and 3 with a model in the shape of MedGemma-4B.
+"""The first session on a card, in ten minutes: does everything work on CUDA, how fast, how large?
 
-    python tests/benchmarks/gpu.py [--batch_size 16] [--steps 20] [--peak_tflops 989]
+    python tests/benchmarks/gpu.py [--peak_tflops 989]
+    python tests/benchmarks/gpu.py --toy            # two narrow layers, also without a GPU
 
-Stage 1 at batch 16 and 256, sample data: batches lie on the device with their plans. Milliseconds a
-step (forward, backward, weights moved and averaged), how often, at least, the host waits for the
-device in a step, and the share of the time in which the device works.
+Needs no network and no weights: random ones in the shape of MedGemma-4B are written to a temporary
+folder (8 GB, TMPDIR says where). Each step runs in a process of its own, so that a fault of the
+card, an exhausted memory or a step that hangs leaves the others alone. A step passes, fails or is
+skipped; what deserves a look without being a failure is a finding. At the end stands a table to
+paste into docs/hardware.md. Exit code 1 where a step failed.
 
-Stages 2 and 3: random weights of the 4B text shape in NF4, written to a temporary folder (8 GB) and
-loaded as any model; computed in bf16 and in float32. Seconds a step, tokens a second, peak memory
-of the steps, and operations a second: 4 for each weight and token, forward and back, since a frozen
-weight needs no derivative; attention is not counted. With ``--peak_tflops`` of the card (dense
-bf16: 989 of an H100 SXM, 312 of an A100, by NVIDIA's data sheets) also bf16's share of it. The byte
-tokenizer makes rows several times as long as Gemma's; where they do not fit, use
-``--gradient_checkpointing`` or a smaller ``--batch_size``.
+Where the ten minutes go (estimated for an A100 or H100; not run there yet):
 
-Without a GPU all of it runs on the processor, except waits and work of the device; use fewer
-``--layers`` and a smaller ``--width``, a multiple of 8, there.
+- writing the weights: half a minute;
+- gradients with cuDNN off and on, two layers: half a minute;
+- three stages, a prediction and two dry runs through the program in NF4: four minutes; each of
+  these five loads the 8 GB, a step of training takes below a second;
+- speed and memory of stages 2 and 3: two minutes; each loads once for both ways;
+- reports, resuming (two layers) and stage 1: two minutes.
+
+With ``--peak_tflops`` (dense bfloat16 by the data sheet: 989 of an H100 SXM, 312 of an A100) the
+share of it that training reaches is printed. The byte tokenizer makes prompts two to three times as
+long as Gemma's.
 """
 
+from __future__ import annotations
+
 import argparse
-import gc
-import itertools
-import statistics
+import contextlib
+import io
+import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import SAMPLE, machine, peak_mib, spread
+import gpu_attention  # noqa: E402  (the places of these are told before)
+import gpu_speed  # noqa: E402
+import gpu_steps  # noqa: E402
+import torch  # noqa: E402
+from common import machine  # noqa: E402
+from gpu_plan import Plan, Result, SkippedError, on_gpu  # noqa: E402
 
-import medgemma_trainer as trainer
-from medgemma_clinical.data.training_data import Data, prepare_data
-from medgemma_clinical.distributed import default_device, to_device
-from medgemma_clinical.models.language_model import tiny_language_model
-from medgemma_clinical.models.trajectory_llm import IGNORED, TextBatch, TrajectoryLLM
-from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.train_state import set_up_training
+from medgemma_clinical.distributed import processes  # noqa: E402
 
-DEVICE = default_device()
-ON_GPU = DEVICE.type == "cuda"
-REPEATS = 3
-"""Times that all steps are taken; the median, the least and the most are printed."""
+FORK = multiprocessing.get_context("fork")
+"""Children begin with everything imported; this process itself never touches the card."""
+
+LONGEST = 600.0
+"""Seconds after which a step counts as hanging."""
+
+TAIL = 40
+"""Lines of a failed step's output that are shown."""
+
+Step = Callable[[Plan], Result]
 
 
-def wait() -> None:
-    """Wait until the device has finished."""
-    if ON_GPU:
-        torch.cuda.synchronize()
+def describe_machine(plan: Plan) -> Result:
+    """Describe card, driver and versions."""
+    on = machine("torch", "transformers", "peft", "bitsandbytes")
+    if not on_gpu():
+        return Result(f"no GPU; {on}")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1]
+    memory = torch.cuda.mem_get_info()[1] / 2**30
+    processes()  # sets what the program sets
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return Result(
+        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} ({memory:.1f} GiB), driver "
+        f"{''.join(driver) or 'unknown'}, CUDA {torch.version.cuda}, cuDNN "
+        f"{torch.backends.cudnn.version()}; {on}",
+        () if exact else ("products in float32 are computed in TF32",),
+    )
+
+
+STEPS: dict[str, Step] = {
+    "Machine": describe_machine,
+    "Random weights": gpu_steps.write_models,
+    "Gradients, cuDNN attention off": gpu_attention.gradients_without_cudnn,
+    "Gradients, cuDNN attention on": gpu_attention.gradients_with_cudnn,
+    "Stage 1 trained": gpu_steps.train_stage_1,
+    "Stage 2 trained": gpu_steps.train_stage_2,
+    "Stage 2 predicts": gpu_steps.predict_stage_2,
+    "Stage 3 trained": gpu_steps.train_stage_3,
+    "Stage 2, dry run": gpu_steps.dry_run_stage_2,
+    "Stage 3, dry run": gpu_steps.dry_run_stage_3,
+    "Stage 2, speed and memory": gpu_speed.measure_stage_2,
+    "Stage 3, speed and memory": gpu_speed.measure_stage_3,
+    "Reports in a batch and one by one": gpu_steps.compare_reports,
+    "Stage 2 resumed": gpu_steps.resume_stage_2,
+    "Stage 3 resumed": gpu_steps.resume_stage_3,
+    "Stage 1, speed": gpu_speed.measure_stage_1,
+    "Two processes": gpu_steps.compare_processes,
+}
+"""In the order of importance: what a first session must know comes first."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended: ``passed``, ``failed`` or ``skipped``; its figures or the reason."""
+
+    state: str
+    figures: str
+    findings: tuple[str, ...] = ()
+    trace: str = ""
+    seconds: float = 0.0
+
+
+def attempt(step: Step, plan: Plan) -> Outcome:
+    """Take a step; whatever goes wrong in it is an outcome."""
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            result = step(plan)
+    except SkippedError as reason:
+        return Outcome("skipped", str(reason))
+    except BaseException as error:
+        tail = "\n".join(output.getvalue().splitlines()[-TAIL:])
+        reason_ = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome("failed", reason_[:300], trace=f"{tail}\n{traceback.format_exc()}")
+    return Outcome("passed", result.figures, result.findings)
+
+
+def run_apart(step: Step, plan: Plan) -> Outcome:
+    """Take a step in a process of its own."""
+
+    def work(sender: Connection) -> None:
+        sender.send(attempt(step, plan))
+
+    began = time.perf_counter()
+    receiver, sender = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=work, args=(sender,))
+    child.start()
+    sender.close()
+    try:
+        known = receiver.poll(LONGEST)
+        outcome = receiver.recv() if known else Outcome("failed", f"hangs: {LONGEST:.0f} s")
+    except EOFError:
+        child.join()
+        outcome = Outcome("failed", f"the process ended with {child.exitcode}")
+    child.kill()
+    child.join()
+    return replace(outcome, seconds=time.perf_counter() - began)
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """Return the Markdown table of all steps."""
+    lines = ["| Step | Result | Figures |", "|---|---|---|"]
+    for name, outcome in outcomes.items():
+        figures = outcome.figures.replace("|", "/")
+        lines.append(f"| {name} | {outcome.state}, {outcome.seconds:.0f} s | {figures} |")
+    return "\n".join(lines)
 
 
 def say(text: str) -> None:
@@ -64,164 +166,30 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Return the seconds until the device has done the work."""
-    wait()
-    began = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - began
-
-
-def waits(work: Callable[[], Any]) -> int:
-    """Count how often the host waits for the device within the work."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(each.message) for each in said)
-
-
-def device_seconds(work: Callable[[], Any]) -> float:
-    """Return the seconds in which the device works: kernels, copies and fills."""
-    for _ in range(2):  # the first time the profiler itself warms up
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            seconds(work)
-    found = [each for each in seen.key_averages() if each.device_type == DeviceType.CUDA]
-    return sum(each.self_device_time_total for each in found) / 1e6
-
-
-class Steps:
-    """Training steps of a stage on batches that lie on the device, again and again."""
-
-    def __init__(self, stage: Stage, most: int) -> None:
-        self.state = set_up_training(stage, DEVICE)
-        self.state.model.train()
-        made = itertools.islice(stage.loaders["train"], most)
-        self.batches = [to_device(batch, DEVICE) for batch in made]
-        self.turn: Iterator[Any] = itertools.cycle(self.batches)
-
-    def take(self, count: int = 1) -> None:
-        for _ in range(count):
-            output = self.state.model(next(self.turn))
-            output.loss.backward()
-            trainer.train_step(self.state, float(output.loss.detach()), output.terms)
-
-
-def arguments_of(*words: str) -> argparse.Namespace:
-    """Parse flags as the program does."""
-    return trainer.complete(trainer.build_parser().parse_args(["--data_path", str(SAMPLE), *words]))
-
-
-def data_of(args: argparse.Namespace) -> Data:
-    """Read and split the sample data as the program does."""
-    return prepare_data(
-        trainer.read_dataset(args),
-        max_samples=args.max_samples,
-        seed=args.seed,
-        prompts=trainer.prompt_options(args),
-    )
-
-
-def measure_stage_1(batch_size: int, most: int) -> None:
-    """Time stage 1, and count where the host waits."""
-    args = arguments_of("--trajectory_only", "--batch_size", str(batch_size))
-    steps = Steps(trainer.trajectory_stage(args, data_of(args)), most)
-    count = len(steps.batches)
-    steps.take(count)  # each shape once
-    turns = [seconds(partial(steps.take, count)) for _ in range(REPEATS)]
-    took = statistics.median(turns)
-    each = spread([1000 * turn / count for turn in turns], 2)
-    text = f"stage 1, batch {batch_size}: {each} ms a step"
-    if ON_GPU:
-        text += f", the host waits {waits(steps.take)} times in a step, the device works "
-        text += f"{device_seconds(partial(steps.take, count)) / took:.0%} of the time"
-    say(text)
-
-
-def save_model(folder: Path, layers: int, width: int) -> None:
-    """Write a Gemma 3 in the shape of MedGemma-4B with random weights, or a part of it."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    tiny, tokenizer = tiny_language_model()
-    sizes: dict[str, Any] = {"vocab_size": 262_208, "hidden_size": width, "head_dim": 256}
-    sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": layers, "layer_types": None}
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.02}
-    config = Gemma3TextConfig(**{**tiny.config.to_dict(), **sizes})
-    with DEVICE:
-        model = Gemma3ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def operations(model: TrajectoryLLM, batch: TextBatch) -> tuple[int, float]:
-    """Return the tokens of a batch, and the operations of a training step with it."""
-    linear = [each for each in model.body.modules() if isinstance(each, nn.Linear)]
-    inside = sum(each.in_features * each.out_features for each in linear)
-    tokens = int(batch["text_mask"].sum() + batch["states_mask"].sum()) + len(batch["index"])
-    answers = int((batch["targets"] != IGNORED).sum())
-    outputs = model.llm.config.vocab_size * model.llm.config.hidden_size
-    return tokens, 4.0 * (tokens * inside + answers * outputs)
-
-
-def measure_llm(mode: str, precision: str, folder: Path, arguments: argparse.Namespace) -> None:
-    """Time a stage with a language model."""
-    words = ["--mode", mode, "--model_name", str(folder), "--quantization", "nf4", "--freeze_ode"]
-    words += ["--precision", precision, "--batch_size", str(arguments.batch_size)]
-    words += ["--gradient_checkpointing"] * arguments.gradient_checkpointing
-    # Of these four fifths train.
-    args = arguments_of(*words, "--max_samples", str(2 * arguments.steps * arguments.batch_size))
-    stage = trainer.make_stage(args, data_of(args))
-    steps = Steps(stage, arguments.steps)
-    assert isinstance(stage.model, TrajectoryLLM)
-    done = [operations(stage.model, batch) for batch in steps.batches]
-    steps.take(len(done))
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-    turns = [seconds(partial(steps.take, len(done))) for _ in range(REPEATS)]
-    took = statistics.median(turns)
-    tokens, work = (sum(each) for each in zip(*done, strict=True))
-    rate = work / took / 1e12
-    known = arguments.peak_tflops and precision == "bf16"
-    share = f", {rate / arguments.peak_tflops:.1%} of the card's" if known else ""
-    peak = torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else peak_mib()
-    say(
-        f"{mode}, NF4, {precision}, batch {arguments.batch_size}: "
-        f"{spread([turn / len(done) for turn in turns], 3)} s a step of {len(done)}, "
-        f"{tokens / took:,.0f} tokens a second, {rate:.2f} teraflop a second"
-        f"{share}, peak {peak:,.0f} MiB"
-    )
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--layers", type=int, default=34)
-    parser.add_argument("--width", type=int, default=2560)
+    parser.add_argument("--toy", action="store_true", help="two narrow layers, also without a GPU")
     parser.add_argument("--peak_tflops", type=float)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    arguments = parser.parse_args()
-    card = torch.cuda.get_device_name() if ON_GPU else "no GPU"
-    on = machine("torch", "transformers", "bitsandbytes", threads=torch.get_num_threads())
-    say(f"{card}; {on}; {arguments.layers} layers")
-    for size in (16, 256):
-        measure_stage_1(size, arguments.steps)
+    arguments = parser.parse_args(argv)
+    if torch.version.cuda is None:  # else importing it would touch the card
+        import peft  # noqa: F401  (once, not in each step)
+    outcomes = {}
     with tempfile.TemporaryDirectory() as place:
-        save_model(Path(place), arguments.layers, arguments.width)
-        for mode in ("classification", "generative"):
-            for precision in ("bf16", "fp32"):
-                try:
-                    measure_llm(mode, precision, Path(place), arguments)
-                except torch.OutOfMemoryError:
-                    say(f"{mode}, NF4, {precision}, batch {arguments.batch_size}: out of memory")
-                gc.collect()  # frees this model before the next one is loaded
-                if ON_GPU:
-                    torch.cuda.empty_cache()
+        plan = Plan(Path(place), arguments.toy, arguments.peak_tflops)
+        for name, step in STEPS.items():
+            outcomes[name] = outcome = run_apart(step, plan)
+            if outcome.trace:
+                say(outcome.trace)
+            say(f"{name}: {outcome.state}, {outcome.seconds:.1f} s: {outcome.figures}")
+    say(f"\n{table(outcomes)}")
+    findings = [text for outcome in outcomes.values() for text in outcome.findings]
+    if findings:
+        say("\nFindings:\n" + "\n".join(f"- {text}" for text in findings))
+    failed = [name for name, outcome in outcomes.items() if outcome.state == "failed"]
+    if failed:
+        say("\nFailed: " + ", ".join(failed))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
