@@ -217,17 +217,17 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
         bands=bands,
         bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
         subgroups=[
-            Subgroup(
-                name,
-                rows=len(rows),
-                events=int(labels[rows].sum()),
-                risk=float(risk[rows].mean()),
-                auroc=aurocs.get(name),
-            )
+            _subgroup(name, labels[rows], risk[rows], aurocs.get(name))
             for name, rows in subgroups.items()
         ],
         before=model | before if before else {},
     )
+
+
+def _subgroup(
+    name: str, labels: NDArray[np.float64], risk: NDArray[np.float64], auroc: Estimate | None
+) -> Subgroup:
+    return Subgroup(name, len(labels), int(labels.sum()), float(risk.mean()), auroc)
 
 
 def subgroup_rows(
