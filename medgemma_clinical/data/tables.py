@@ -9,10 +9,10 @@ import itertools
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import pandas as pd
 
@@ -20,8 +20,18 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-LONGEST_FIELD = 2**31 - 1
-"""Characters of a CSV field; a series of 20,000 observations is one field."""
+LONGEST_ROW = 2**26
+"""Characters of a row; 20,000 observations of a hundred series have fewer."""
+
+MOST_COLUMNS = 10_000
+"""Columns of a table; the widest clinical tables have hundreds."""
+
+MOST_EXPANSION = 100
+"""Times that a file may grow when it is unpacked; tables of patients grow up to 20 times. What is
+no longer than ``LONGEST_ROW`` may grow more."""
+
+BATCH_ROWS = 2**16
+"""Rows of Parquet that are checked at a time."""
 
 SEPARATORS = {";": "';'", "\t": "tabs"}
 """Wrong separators that are recognised, as errors name them."""
@@ -106,16 +116,65 @@ def read_chunks(
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
+class _BoundedBytes(io.BufferedIOBase):
+    """The bytes of a CSV, unpacked, as a TextIOWrapper reads them; an endless line ends in an error.
+
+    Raises:
+        csv.Error: from ``read1``, a line is longer than ``LONGEST_ROW``.
+        InputError: from ``read1``, as ``check_expansion``.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        """Read ``file``, gzipped or not, which is ``path`` in errors."""
+        self.path, self.file = path, file
+        gzipped = path.suffix.lower() == ".gz"
+        self.stream: Any = gzip.GzipFile(fileobj=file) if gzipped else file
+        self.unpacked = self.line = 0
+
+    def readable(self) -> bool:
+        """Return that this can be read."""
+        return True
+
+    def read1(self, size: int = -1) -> bytes:
+        """Return the next bytes."""
+        content: bytes = self.stream.read1(size)
+        self.unpacked += len(content)
+        end = max(content.rfind(b"\n"), content.rfind(b"\r"))
+        self.line = len(content) - 1 - end + (self.line if end < 0 else 0)
+        if self.line > LONGEST_ROW:
+            raise csv.Error(f"longer than {LONGEST_ROW >> 20} MiB")
+        check_expansion(self.path, self.unpacked, self.file.tell())
+        return content
+
+
+def check_expansion(path: Path, unpacked: int, packed: int) -> None:
+    """Refuse a file that is made to fill the memory.
+
+    Args:
+        path: named in the error.
+        unpacked: characters or bytes so far.
+        packed: bytes that they were unpacked from.
+
+    Raises:
+        InputError: they are far more.
+    """
+    if unpacked > max(LONGEST_ROW, MOST_EXPANSION * packed):
+        raise InputError(
+            f"{path}: unpacks to more than {MOST_EXPANSION} times its size: no table of patients "
+            "does: make the file again"
+        )
+
+
 def _csv_chunks(
     path: Path, file: BinaryIO, findings: Findings, most: int | None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     """Yield rows and their numbers, the header being 1; blank rows are left out."""
-    opened: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    text = io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+    text = io.TextIOWrapper(_BoundedBytes(path, file), encoding="utf-8-sig", newline="")
     rows = _numbered_rows(path, text)
     _, names = next(rows, (0, None))
     if names is None:
         raise InputError(f"{path}: the file is empty")
+    _check_width(path, len(names))
     header = [name.strip() for name in names]
     _check_separator(path, header)
     width = len(header)
@@ -133,12 +192,12 @@ def _csv_chunks(
             return
 
 
-def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+def _numbered_rows(path: Path, text: TextIO) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows of a CSV that are not blank, with their numbers.
 
     Strict: a misplaced quote otherwise swallows all rows up to the next one, or to the end.
     """
-    csv.field_size_limit(LONGEST_FIELD)
+    csv.field_size_limit(LONGEST_ROW)
     number = 0
     try:
         for cells in csv.reader(text, skipinitialspace=True, strict=True):
@@ -147,6 +206,11 @@ def _numbered_rows(path: Path, text: Iterable[str]) -> Iterator[tuple[int, list[
                 yield number, cells
     except csv.Error as error:
         raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
+
+
+def _check_width(path: Path, columns: int) -> None:
+    if columns > MOST_COLUMNS:
+        raise InputError(f"{path}: {columns:,} columns: leave {MOST_COLUMNS:,} at most")
 
 
 def _check_separator(path: Path, header: list[str]) -> None:
@@ -166,18 +230,66 @@ def _parquet_chunks(path: Path, most: int | None) -> Iterator[tuple[pd.DataFrame
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    size, done = path.stat().st_size, 0
     try:
-        file, done, size = parquet.ParquetFile(path), 0, path.stat().st_size
-        rows = file.metadata.num_rows
-        for batch in file.iter_batches(most) if most and rows else [file.read()]:
+        metadata = parquet.read_metadata(path)
+        _check_width(path, metadata.num_columns)
+        groups = map(metadata.row_group, range(metadata.num_row_groups))
+        check_expansion(path, sum(group.total_byte_size for group in groups), size)
+        columns = map(metadata.schema.column, range(metadata.num_columns))
+        texts = [column.path for column in columns]  # numbers among them stay numbers
+        file = parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts)
+        blocks = _checked_blocks(path, file, most or BATCH_ROWS)
+        if most is None or not metadata.num_rows:
+            blocks = iter([pyarrow.concat_tables([*blocks] or [file.schema_arrow.empty_table()])])
+        for block in blocks:
             # A pandas index stays a column; integers stay integers beside missing ones.
-            table = batch.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
             table = table.rename(columns=str.strip)
             table.index += done
             done += len(table)
-            yield table, size * done // max(rows, 1)
+            yield table, size * done // max(metadata.num_rows, 1)
+    except MemoryError:  # pyarrow's own is one of its exceptions too
+        raise
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a whole Parquet file, or one with a column twice") from error
+
+
+def _checked_blocks(path: Path, file: Any, most: int) -> Iterator[Any]:
+    """Yield rows as pyarrow's tables; a text that many rows share is measured before it is copied.
+
+    Args:
+        path: of the file.
+        file: a ParquetFile that reads texts as dictionaries.
+        most: rows at a time.
+
+    Yields:
+        All columns; nested ones, and bytes of a fixed length, without their content: no series.
+
+    Raises:
+        InputError: a text is longer than ``LONGEST_ROW``, or as ``check_expansion``.
+    """
+    import pyarrow
+    from pyarrow import compute, types
+
+    known = {each.name: each.type for each in file.schema_arrow}
+    left_out = [n for n, t in known.items() if types.is_nested(t) or types.is_fixed_size_binary(t)]
+    kept = [name for name in known if name not in left_out] if left_out else None
+    expanded, size = 0, path.stat().st_size
+    for batch in file.iter_batches(most, columns=kept):
+        arrays = [pyarrow.nulls(batch.num_rows) for _ in left_out]
+        expanded += batch.num_rows * batch.num_columns
+        for column, name in zip(batch.columns, batch.schema.names, strict=True):
+            if types.is_dictionary(column.type):
+                lengths = compute.binary_length(column.dictionary)
+                if (compute.max(lengths).as_py() or 0) > LONGEST_ROW:
+                    problem = f"holds a text longer than {LONGEST_ROW >> 20} MiB"
+                    raise InputError(f"{path}, column {name}: {problem}")
+                expanded += compute.sum(lengths.take(column.indices)).as_py() or 0
+            check_expansion(path, expanded, size)
+            arrays.append(column)
+        plain = [x.dictionary_decode() if types.is_dictionary(x.type) else x for x in arrays]
+        yield pyarrow.table(plain, names=[*left_out, *batch.schema.names])
 
 
 def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
