@@ -9,7 +9,7 @@ import itertools
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -117,7 +117,7 @@ def read_chunks(
 
 
 class _BoundedBytes(io.BufferedIOBase):
-    """The bytes of a CSV, unpacked, as a TextIOWrapper reads them; an endless line ends in an error.
+    """The bytes of a CSV, unpacked, for a TextIOWrapper; an endless line ends in an error.
 
     Raises:
         csv.Error: from ``read1``, a line is longer than ``LONGEST_ROW``.
@@ -169,7 +169,8 @@ def _csv_chunks(
     path: Path, file: BinaryIO, findings: Findings, most: int | None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     """Yield rows and their numbers, the header being 1; blank rows are left out."""
-    text = io.TextIOWrapper(_BoundedBytes(path, file), encoding="utf-8-sig", newline="")
+    content: Any = _BoundedBytes(path, file)
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
     rows = _numbered_rows(path, text)
     _, names = next(rows, (0, None))
     if names is None:
@@ -230,66 +231,82 @@ def _parquet_chunks(path: Path, most: int | None) -> Iterator[tuple[pd.DataFrame
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    size, done = path.stat().st_size, 0
     try:
-        metadata = parquet.read_metadata(path)
-        _check_width(path, metadata.num_columns)
-        groups = map(metadata.row_group, range(metadata.num_row_groups))
-        check_expansion(path, sum(group.total_byte_size for group in groups), size)
-        columns = map(metadata.schema.column, range(metadata.num_columns))
-        texts = [column.path for column in columns]  # numbers among them stay numbers
-        file = parquet.ParquetFile(path, metadata=metadata, read_dictionary=texts)
-        blocks = _checked_blocks(path, file, most or BATCH_ROWS)
-        if most is None or not metadata.num_rows:
-            blocks = iter([pyarrow.concat_tables([*blocks] or [file.schema_arrow.empty_table()])])
+        rows, done, size = parquet.read_metadata(path).num_rows, 0, path.stat().st_size
+        blocks = parquet_blocks(path, most or BATCH_ROWS)
+        if most is None or not rows:
+            empty = parquet.read_schema(path).empty_table()
+            blocks = iter([pyarrow.concat_tables([*blocks] or [empty])])
         for block in blocks:
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
             table = table.rename(columns=str.strip)
             table.index += done
             done += len(table)
-            yield table, size * done // max(metadata.num_rows, 1)
+            yield table, size * done // max(rows, 1)
     except MemoryError:  # pyarrow's own is one of its exceptions too
         raise
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a whole Parquet file, or one with a column twice") from error
 
 
-def _checked_blocks(path: Path, file: Any, most: int) -> Iterator[Any]:
-    """Yield rows as pyarrow's tables; a text that many rows share is measured before it is copied.
+def parquet_blocks(path: Path, most: int, columns: Sequence[str] | None = None) -> Iterator[Any]:
+    """Read a Parquet file; a text that many rows share is measured before it is copied.
 
     Args:
         path: of the file.
-        file: a ParquetFile that reads texts as dictionaries.
         most: rows at a time.
+        columns: to read; None for all.
 
     Yields:
-        All columns; nested ones, and bytes of a fixed length, without their content: no series.
+        Rows as a pyarrow Table. Nested columns, and bytes of a fixed length, come without their
+        content: no series is one, and they may expand to anything.
 
     Raises:
-        InputError: a text is longer than ``LONGEST_ROW``, or as ``check_expansion``.
+        InputError: more columns than ``MOST_COLUMNS``, a text longer than ``LONGEST_ROW``, or as
+            ``check_expansion``.
     """
     import pyarrow
-    from pyarrow import compute, types
+    from pyarrow import parquet, types
 
+    metadata, size = parquet.read_metadata(path), path.stat().st_size
+    _check_width(path, metadata.num_columns)
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    check_expansion(path, sum(group.total_byte_size for group in groups), size)
+    leaves = map(metadata.schema.column, range(metadata.num_columns))
+    paths = [leaf.path for leaf in leaves]  # numbers among them stay numbers
+    file = parquet.ParquetFile(path, metadata=metadata, read_dictionary=paths)
     known = {each.name: each.type for each in file.schema_arrow}
-    left_out = [n for n, t in known.items() if types.is_nested(t) or types.is_fixed_size_binary(t)]
-    kept = [name for name in known if name not in left_out] if left_out else None
-    expanded, size = 0, path.stat().st_size
-    for batch in file.iter_batches(most, columns=kept):
-        arrays = [pyarrow.nulls(batch.num_rows) for _ in left_out]
+    wanted = list(known) if columns is None else columns
+    odd = {n for n, t in known.items() if types.is_nested(t) or types.is_fixed_size_binary(t)}
+    left_out = [name for name in wanted if name in odd]
+    if left_out:
+        columns = [name for name in wanted if name not in odd]
+    expanded = 0
+    for batch in file.iter_batches(most, columns=columns):
         expanded += batch.num_rows * batch.num_columns
         for column, name in zip(batch.columns, batch.schema.names, strict=True):
             if types.is_dictionary(column.type):
-                lengths = compute.binary_length(column.dictionary)
-                if (compute.max(lengths).as_py() or 0) > LONGEST_ROW:
-                    problem = f"holds a text longer than {LONGEST_ROW >> 20} MiB"
-                    raise InputError(f"{path}, column {name}: {problem}")
-                expanded += compute.sum(lengths.take(column.indices)).as_py() or 0
+                expanded += _text_length(path, name, column)
             check_expansion(path, expanded, size)
-            arrays.append(column)
-        plain = [x.dictionary_decode() if types.is_dictionary(x.type) else x for x in arrays]
-        yield pyarrow.table(plain, names=[*left_out, *batch.schema.names])
+        plain = [x.dictionary_decode() if types.is_dictionary(x.type) else x for x in batch.columns]
+        plain += [pyarrow.nulls(batch.num_rows) for _ in left_out]
+        yield pyarrow.table(plain, names=[*batch.schema.names, *left_out])
+
+
+def _text_length(path: Path, name: str, column: Any) -> int:
+    """Return the bytes of a column of texts when each row has its own.
+
+    Raises:
+        InputError: one is longer than ``LONGEST_ROW``.
+    """
+    from pyarrow import compute
+
+    lengths = compute.binary_length(column.dictionary)
+    if (compute.max(lengths).as_py() or 0) > LONGEST_ROW:
+        problem = f"holds a text longer than {LONGEST_ROW >> 20} MiB"
+        raise InputError(f"{path}, column {name[:200]}: {problem}")
+    return compute.sum(lengths.take(column.indices)).as_py() or 0
 
 
 def plain_columns(table: pd.DataFrame) -> pd.DataFrame:

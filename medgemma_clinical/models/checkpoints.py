@@ -26,6 +26,7 @@ from medgemma_clinical.files import (
     atomic,
     file_hash,
     json_hash,
+    read_json,
     remove,
     write_json,
     write_text,
@@ -205,7 +206,7 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
         remove(temporary / "adapter" / "README.md")  # an empty template
-        adapter = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        adapter = read_json(temporary / ADAPTER_CONFIG)
         adapter["target_modules"].sort()  # a set, written in any order
         write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
@@ -266,7 +267,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: a file is missing or changed, or the folder has another format.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(folder / CONFIG)
         check_format(folder, config.get("format"))
         expected = {CONFIG: config.pop("config_sha256"), **config["files_sha256"]}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:

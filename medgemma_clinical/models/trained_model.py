@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     MODULE_WEIGHTS,
@@ -141,7 +140,7 @@ def build_llm(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrajectoryLLM:
     """Rebuild the model of stage 2 or 3 whose weights are still to be loaded."""
-    adapter = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapter = read_json(place / ADAPTER_CONFIG)
     adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
     encoder = config["encoder"] and build_encoder(config["encoder"], encoders)
     head = PooledHead(encoder.hidden_dim, 0.5) if config["trajectory_head"] else None
