@@ -517,9 +517,7 @@ def make_from_mimic(request: Extraction) -> int:
 
 
 def end_by_signal(number: int, _: FrameType | None) -> NoReturn:
-    """Exit, so that worker processes end and half-written files go; further signals wait for it."""
-    for each in ENDING:
-        signal.signal(each, signal.SIG_IGN)
+    """Exit, so that worker processes end and half-written files go."""
     sys.exit(128 + number)
 
 

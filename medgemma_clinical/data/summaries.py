@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.texts import NUMBER
 
 CONTEXT_NUMBER = re.compile(
-    rf"(?:(?<![^\W\d_])([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?"
+    rf"(?:(?<![^\W\d_])([^\W\d_]++)[ :=]++)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?"
 )
 """A number in a context with the word before or behind it. A word is tried from its first letter
 alone: from each letter on, a long word would take the square of its length."""

@@ -235,3 +235,17 @@ def test_an_interrupted_report_leaves_the_predictions_and_no_page_of_others(
     assert f"predictions: {out}" in capsys.readouterr().out
     assert len(pd.read_csv(out)) == len(table)
     assert not out.with_suffix(".report.html").exists(), "the page of other predictions"
+
+
+def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ["=HYPERLINK(1)", "+A1", "-x", "@x", "-5", "+1e3", "a=b", "7", "x"]
+    rows = table.head(9).drop(columns="label_escalation").assign(id=ids)
+    data, out = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new.csv"
+    assert predicted(runs / "trajectory", data, out)["id"].tolist() == ids
+    warning = "4 ids begin like a formula: a spreadsheet would run them: import the column as text"
+    assert capsys.readouterr().out.count(warning) == 1
+    data = write_data(rows.tail(5), tmp_path / "rows.csv")
+    predicted(runs / "trajectory", data, out)
+    assert "formula" not in capsys.readouterr().out

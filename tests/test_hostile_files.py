@@ -1,0 +1,302 @@
+"""Files made to harm: bombs, forged names, deep JSON, faults that hold a cell, signals."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dataset_format
+import srtr_dataset
+from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.commands.several_runs import read_auroc
+from medgemma_clinical.data.mimic import extraction, reading
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.checkpoints import CONFIG, read_config
+from mimic_files import DEMO, Mini
+
+ROOT = Path(dataset_format.__file__).parent
+HEADER = b"clinical_trajectory,label_escalation\n"
+ROWS = b"".join(b'"24 (0h) -> %d (2h)",%d\n' % (k, k % 2) for k in range(40))
+SECRET = "98765"
+"""Stands in a patient's cell; no message may repeat it."""
+
+DEEP = "[" * 100_000
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str], *expected: str) -> bool:
+    """Return whether one error line was written, with all of ``expected`` and without the cell."""
+    output = capsys.readouterr()
+    sys.stdout.write(output.err)  # shown where the test fails
+    shown = output.out + output.err
+    return (
+        re.fullmatch(r"error: .+\n", output.err) is not None
+        and all(text in output.err for text in expected)
+        and not re.search(rf"{SECRET}|Traceback", shown)
+    )
+
+
+# --------------------------------------------------------------------------- bombs
+
+
+CHECK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)
+import dataset_format
+code = dataset_format.main(["check", sys.argv[1]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
+
+
+def check_apart(path: Path) -> tuple[int, str, int]:
+    """Check a file in a process of its own; return code, errors, and peak memory in MiB."""
+    command = [sys.executable, "-c", CHECK, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr, int(done.stdout.rpartition("peak ")[2])
+
+
+def zeros(folder: Path) -> Path:
+    """Write 1 MB of gzip for 1 GB of zeros."""
+    path = folder / "data.csv.gz"
+    path.write_bytes(gzip.compress(HEADER) + gzip.compress(bytes(10**8)) * 10)
+    return path
+
+
+def shared_text(folder: Path) -> Path:
+    """Write 2 KB of Parquet for 60 GB of text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    place = pyarrow.array([0]).take(pyarrow.array([0] * 60_000))
+    text = pyarrow.DictionaryArray.from_arrays(place, pyarrow.array(["1 (0h) -> " * 100_000]))
+    path = folder / "data.parquet"
+    columns = {"clinical_trajectory": text, "label_escalation": place}
+    parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+    return path
+
+
+def wide(folder: Path) -> Path:
+    """Write a header of a million columns."""
+    path = folder / "data.csv"
+    names = ",".join(f"c{k}" for k in range(10**6))
+    path.write_bytes(HEADER.strip() + f",{names}\n".encode() + ROWS)
+    return path
+
+
+@pytest.mark.parametrize("bomb", [zeros, shared_text, wide])
+def test_a_bomb_is_refused_before_it_fills_the_memory(
+    bomb: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    path = bomb(tmp_path)
+    code, errors, peak = check_apart(path)
+    assert code == 2
+    assert re.fullmatch(r"error: .+\n", errors)
+    assert str(path) in errors
+    assert len(errors) < 500
+    assert peak < 500
+
+
+@pytest.mark.parametrize("table", ["labevents", "patients"])
+@pytest.mark.parametrize("content", [bytes(10**6), b'"' + b"1,2\n" * 10**6])
+def test_a_bomb_among_mimics_tables_is_refused(
+    content: bytes,
+    table: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Mini().admit(1).settling(1).write(tmp_path / "mimic")
+    plain = folder / "hosp" / f"{table}.csv"
+    header = plain.read_bytes().partition(b"\n")[0]
+    plain.unlink()
+    bomb = gzip.compress(header + b"\n") + gzip.compress(content) * 200
+    plain.with_suffix(".csv.gz").write_bytes(bomb)
+    code = dataset_format.main(from_mimic(folder, tmp_path / "out.csv"))
+    assert code == 2
+    assert one_error_line(capsys, f"{table}.csv.gz")
+
+
+# --------------------------------------------------------------------------- names
+
+
+def test_names_of_columns_and_series_forge_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, title = tmp_path / "data.csv", "\x1b]0;owned\x07"
+    others = f'a{title},"x\nerror: forged","{SECRET} (0h) -> 1 (1h)",{"b" * 10**6}'
+    path.write_bytes(f"{others},".encode() + HEADER + b",,,,".join([b"", *ROWS.splitlines(True)]))
+    assert dataset_format.main(["check", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "columns not read: a\\x1b]0;owned\\x07, x\\nerror: forged, bbb" in shown
+    assert "and 1 more" in shown
+    assert SECRET not in shown
+    assert "\x1b" not in shown
+    assert len(shown) < 3_000
+    path.with_suffix(".json").write_text(json.dumps({"series": f"Gap{title}"}))
+    assert dataset_format.main(["check", str(path)]) == 2
+    assert one_error_line(capsys, r"data.json, key series: ", r"Gap\x1b]0;owned\x07")
+
+
+# --------------------------------------------------------------------------- JSON
+
+
+def test_a_deep_description_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(HEADER + ROWS)
+    path.with_suffix(".json").write_text(f'{{"series": {DEEP}')
+    assert dataset_format.main(["check", str(path)]) == 2
+    assert one_error_line(capsys, "data.json: not a description of data.csv")
+    assert dataset_format.main(from_mimic(DEMO, path)) == 2
+    assert one_error_line(capsys, "data.json, exists and is not an earlier output")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        (CONFIG, read_config),
+        ("run.json", read_run),
+        ("metrics.json", lambda folder: read_auroc(folder, "test")),
+    ],
+)
+@pytest.mark.parametrize("content", [DEEP, "{", '{"test": {}}'])
+def test_a_deep_or_damaged_file_of_a_run_is_refused(
+    content: str, name: str, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="damaged"):
+        read(tmp_path)
+
+
+# --------------------------------------------------------------------------- faults
+
+
+def from_mimic(folder: Path, out: Path) -> list[str]:
+    return ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all"]
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise ValueError(f"could not convert {SECRET}")
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError(f"Unable to allocate {SECRET}")
+
+
+def broken_in_a_worker(*_: Any, **__: Any) -> Any:
+    if reading._worker:
+        broken()
+    return keep_chunk(*_, **__)
+
+
+keep_chunk = reading._keep_chunk
+
+PLACES: dict[str, tuple[Any, str, list[str], Callable[[list[str]], int]]] = {
+    "check": (dataset_format, "log_check", ["check", "DATA"], dataset_format.main),
+    "a data set": (
+        dataset_format,
+        "MIMICtrajectoryDataset",
+        ["check", "DATA"],
+        dataset_format.main,
+    ),
+    "a request": (extraction.Extraction, "__post_init__", ["MIMIC"], dataset_format.main),
+    "an extraction": (extraction, "make_rows", ["MIMIC"], dataset_format.main),
+    "an output": (extraction, "write_rows", ["MIMIC"], dataset_format.main),
+    "SRTR": (
+        srtr_dataset,
+        "SRTRTrajectoryDataset",
+        ["check", "--data_dir", "DATA"],
+        srtr_dataset.main,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [broken, out_of_memory])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_that_holds_a_cell_shows_its_kind_alone(
+    place: str,
+    fault: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module, name, words, main = PLACES[place]
+    path = tmp_path / "data.csv"
+    path.write_bytes(HEADER + ROWS)
+    monkeypatch.setattr(module, name, fault)
+    command = [str(path) if word == "DATA" else word for word in words]
+    if words == ["MIMIC"]:
+        command = from_mimic(DEMO, tmp_path / "out.csv")
+    assert main(command) == 3
+    kind = "ValueError in test_hostile_files.py, line " if fault is broken else "too little memory"
+    assert one_error_line(capsys, kind)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_fault_in_a_worker_shows_its_kind_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reading, "_keep_chunk", broken_in_a_worker)
+    monkeypatch.setattr(reading, "GZIP_RATIO", 10**9)  # workers however small the table is
+    monkeypatch.setattr(extraction, "usable_cores", lambda: 2)
+    assert dataset_format.main(from_mimic(DEMO, tmp_path / "out.csv")) == 3
+    assert one_error_line(capsys, "ValueError in ")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- signals
+
+
+SLOW = """
+import pathlib, runpy, sys, time
+import pandas
+def to_csv(self, path, **_):
+    pathlib.Path(path).write_text("id,half")
+    time.sleep(60)
+pandas.DataFrame.to_csv = to_csv
+sys.argv = ["dataset_format.py", *sys.argv[1:]]
+runpy.run_path("dataset_format.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
+@pytest.mark.parametrize(
+    ("numbers", "ignored", "code"),
+    [
+        ([signal.SIGHUP], False, 129),
+        ([signal.SIGTERM], False, 143),
+        ([signal.SIGHUP, signal.SIGTERM], True, 143),
+    ],
+    ids=["a closed terminal", "a scheduler", "nohup"],
+)
+def test_a_signal_leaves_no_half_written_file(
+    numbers: list[signal.Signals], ignored: bool, code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SLOW, *from_mimic(DEMO, tmp_path / "out.csv")]
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.csv*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()), "the file is being written"
+    for number in numbers:
+        time.sleep(0.2)
+        os.kill(child.pid, number)
+    _, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (code, "")
+    assert not list(tmp_path.iterdir())
