@@ -21,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -43,6 +44,7 @@ from medgemma_clinical.data.description import (
     comparable,
     find_series,
     list_columns,
+    list_unread,
 )
 from medgemma_clinical.data.mimic import extraction
 from medgemma_clinical.data.mimic.extraction import COHORTS, GAPS, OUTCOMES, Extraction
@@ -80,6 +82,9 @@ logger = logging.getLogger(__name__)
 LABEL = "label_escalation"
 COLUMNS = (MAIN_COLUMN, LABEL, "subject_id", "id", "clinical_context", "split")
 """Columns of the format beside those of further series."""
+
+ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+"""Signals that end a command: a scheduler's, and a closed terminal's, which Windows lacks."""
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64
 """Observations kept of one series, and of the union of several."""
@@ -182,7 +187,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self._read_labels(cells, required=require_labels)
         self._read_patients(cells)
         if unread := [str(name) for name in table if name not in {*COLUMNS, *columns}]:
-            cells.findings.notes[f"columns not read: {', '.join(unread)}"] = None
+            cells.findings.notes[f"columns not read: {list_unread(unread)}"] = None
         self._read_series(cells, columns, may_lack=bool(series))
         if cells.whole:
             cells.findings.log()
@@ -517,7 +522,13 @@ def make_from_mimic(request: Extraction) -> int:
     return 0
 
 
+def end_by_signal(number: int, _: FrameType | None) -> NoReturn:
+    """Exit, so that worker processes end and half-written files go."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
-    # An exit, so that worker processes end and half-written files go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for ending in ENDING:
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(ending, end_by_signal)
     sys.exit(main())

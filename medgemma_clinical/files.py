@@ -12,6 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+LARGEST_JSON = 2**24
+"""Bytes of a JSON file; the largest that the program writes have a hundred times fewer."""
+
 PARTIAL, REPLACED = ".partial", ".old"
 """Endings of hidden names: a file that is being written, and a folder that it replaces."""
 
@@ -137,6 +140,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write an indented JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file in UTF-8.
+
+    Raises:
+        OSError: the file cannot be read.
+        json.JSONDecodeError: its content cannot: no JSON, no UTF-8, too large or nested too deeply.
+    """
+    with path.open("rb") as file:
+        content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise json.JSONDecodeError(f"more than {LARGEST_JSON >> 20} MiB", "", 0)
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise json.JSONDecodeError(type(error).__name__, "", 0) from error
 
 
 def names_aside(paths: Iterable[Path]) -> dict[Path, Path]:

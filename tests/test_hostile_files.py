@@ -1,163 +1,302 @@
-"""Files that lie in the way, planted or by mishap: none is changed, none ends a run late."""
+"""Files made to harm: bombs, forged names, deep JSON, faults that hold a cell, signals."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import medgemma_trainer as trainer
-from medgemma_clinical.commands.command_line import LOG_MARK
-from medgemma_clinical.files import InputError, locked
+import dataset_format
+import srtr_dataset
+from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.commands.several_runs import read_auroc
+from medgemma_clinical.data.mimic import extraction, reading
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.checkpoints import CONFIG, read_config
+from mimic_files import DEMO, Mini
 
-ROOT = Path(trainer.__file__).parent
+ROOT = Path(dataset_format.__file__).parent
+HEADER = b"clinical_trajectory,label_escalation\n"
+ROWS = b"".join(b'"24 (0h) -> %d (2h)",%d\n' % (k, k % 2) for k in range(40))
+SECRET = "98765"
+"""Stands in a patient's cell; no message may repeat it."""
 
-
-@pytest.fixture
-def data(dka_file: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "data.csv"
-    path.write_bytes(dka_file.read_bytes())
-    return path
-
-
-def words(data: Path, log: Path) -> list[str]:
-    flags = ["--trajectory_only", "--trajectory_epochs", "1", "--data_path", str(data)]
-    return [*flags, "--output_dir", str(data.parent / "run"), "--log_file", str(log)]
-
-
-def plant(kind: str, data: Path) -> Path:
-    """Put something where the log is to be written; return the place."""
-    log = data.parent / "own.log"
-    match kind:
-        case "the data":
-            return data
-        case "a link":
-            log.symlink_to(data)
-        case "a link to nothing":
-            log.symlink_to(data.parent / "elsewhere")
-        case "a link to a log":
-            (data.parent / "first.log").write_text(LOG_MARK)
-            log.symlink_to(data.parent / "first.log")
-        case "a second name":
-            log.write_text(LOG_MARK)
-            os.link(log, data.parent / "first.log")
-        case "an empty file":
-            log.touch()
-        case "a pipe":
-            os.mkfifo(log)
-        case "a folder":
-            log.mkdir()
-        case "a device":
-            return Path(os.devnull)
-    return log
+DEEP = "[" * 100_000
 
 
-LINKS = ("a link", "a link to nothing", "a link to a log", "a second name")
+def one_error_line(capsys: pytest.CaptureFixture[str], *expected: str) -> bool:
+    """Return whether one error line was written, with all of ``expected`` and without the cell."""
+    output = capsys.readouterr()
+    sys.stdout.write(output.err)  # shown where the test fails
+    shown = output.out + output.err
+    return (
+        re.fullmatch(r"error: .+\n", output.err) is not None
+        and all(text in output.err for text in expected)
+        and not re.search(rf"{SECRET}|Traceback", shown)
+    )
 
 
-@pytest.mark.parametrize(
-    "kind", ["the data", *LINKS, "an empty file", "a pipe", "a folder", "a device"]
-)
-def test_a_log_goes_into_nothing_but_a_log(
-    kind: str, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = plant(kind, data)
-    before = sorted(data.parent.iterdir())
-    content = {path: path.read_bytes() for path in before if path.is_file()}
-    assert trainer.main(words(data, log)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith(f"error: --log_file {log}: ")
-    assert sorted(data.parent.iterdir()) == before
-    assert all(path.read_bytes() == text for path, text in content.items())
+# --------------------------------------------------------------------------- bombs
 
 
-def test_a_new_log_is_for_its_owner_alone_and_the_next_run_appends(data: Path) -> None:
-    log = data.parent / "own.log"
-    for runs in (1, 2):
-        assert trainer.main(words(data, log)) == 0
-        text = log.read_text()
-        assert text.startswith(LOG_MARK)
-        assert text.count(LOG_MARK) == 1
-        assert text.count("epoch 1/1") == runs
-    assert log.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_log_names_no_folder_and_the_console_does(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    user = data.parent / "Jane Doe" / "study"
-    user.mkdir(parents=True)
-    data = data.rename(user / "data.csv")
-    assert trainer.main(words(data, user / "own.log")) == 0
-    text = (user / "own.log").read_text()
-    assert "report: report.html; peak memory" in text
-    assert "Jane" not in text
-    assert str(data.parent.parent.parent) not in text
-    assert f"report: {user}/run/trajectory/report.html; peak memory" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("target", ["kept", "missing"])
-def test_a_link_in_the_place_of_a_lock_is_refused(target: str, tmp_path: Path) -> None:
-    (tmp_path / "kept").write_text("kept")
-    (tmp_path / ".run.lock").symlink_to(tmp_path / target)
-    with pytest.raises(InputError, match=r"\.run\.lock: a link"), locked(tmp_path / "run"):
-        pytest.fail("the lock is not taken")
-    assert (tmp_path / "kept").read_text() == "kept"
-    assert not (tmp_path / "missing").exists()
-
-
-def test_a_link_in_the_place_of_a_lock_ends_a_run_with_one_line(
-    data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = data.parent / "run"
-    run.mkdir()
-    (run / ".trajectory.lock").symlink_to(data.parent / "elsewhere")
-    assert trainer.main(words(data, data.parent / "own.log")) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert [path.name for path in run.iterdir()] == [".trajectory.lock"]
-    assert not (data.parent / "elsewhere").exists()
-
-
-HOSTILE_STYLE = """
-text.usetex: True
-svg.fonttype: path
-font.size: 400
-figure.dpi: banana
-savefig.format: nonsense
-savefig.bbox: tight
-axes.prop_cycle: cycler("linestyle", ["-", ":"])
-no.such.key: 1
+CHECK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)
+import dataset_format
+code = dataset_format.main(["check", sys.argv[1]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
 """
 
 
-def start(folder: Path, data: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "medgemma_trainer.py"), *words(data, folder / "own.log")]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def check_apart(path: Path) -> tuple[int, str, int]:
+    """Check a file in a process of its own; return code, errors, and peak memory in MiB."""
+    command = [sys.executable, "-c", CHECK, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr, int(done.stdout.rpartition("peak ")[2])
 
 
-def test_a_matplotlibrc_in_the_working_folder_changes_no_picture(data: Path) -> None:
-    pages = []
-    for name, style in (("plain", ""), ("hostile", HOSTILE_STYLE)):
-        folder = data.parent / name
-        folder.mkdir()
-        (folder / "matplotlibrc").write_text(style)
-        done = start(folder, data.rename(folder / "data.csv"))
-        assert done.returncode == 0, done.stderr[-2000:]
-        data = (folder / "data.csv").rename(data)
-        page = (data.parent / name / "run" / "trajectory" / "report.html").read_text()
-        pages.append([line for line in page.splitlines() if "data:image/svg" in line])
-    assert pages[0]
-    assert pages[0] == pages[1]
+def zeros(folder: Path) -> Path:
+    """Write 1 MB of gzip for 1 GB of zeros."""
+    path = folder / "data.csv.gz"
+    path.write_bytes(gzip.compress(HEADER) + gzip.compress(bytes(10**8)) * 10)
+    return path
 
 
-def test_a_matplotlibrc_that_is_no_text_is_refused_before_training(data: Path) -> None:
-    (data.parent / "matplotlibrc").write_bytes(b"# Caf\xe9\n")
-    done = start(data.parent, data)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: matplotlibrc: not UTF-8")
-    assert "Traceback" not in done.stderr
-    assert not (data.parent / "run").exists()
+def shared_text(folder: Path) -> Path:
+    """Write 2 KB of Parquet for 60 GB of text."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    place = pyarrow.array([0]).take(pyarrow.array([0] * 60_000))
+    text = pyarrow.DictionaryArray.from_arrays(place, pyarrow.array(["1 (0h) -> " * 100_000]))
+    path = folder / "data.parquet"
+    columns = {"clinical_trajectory": text, "label_escalation": place}
+    parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+    return path
+
+
+def wide(folder: Path) -> Path:
+    """Write a header of a million columns."""
+    path = folder / "data.csv"
+    names = ",".join(f"c{k}" for k in range(10**6))
+    path.write_bytes(HEADER.strip() + f",{names}\n".encode() + ROWS)
+    return path
+
+
+@pytest.mark.parametrize("bomb", [zeros, shared_text, wide])
+def test_a_bomb_is_refused_before_it_fills_the_memory(
+    bomb: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    path = bomb(tmp_path)
+    code, errors, peak = check_apart(path)
+    assert code == 2
+    assert re.fullmatch(r"error: .+\n", errors)
+    assert str(path) in errors
+    assert len(errors) < 500
+    assert peak < 500
+
+
+@pytest.mark.parametrize("table", ["labevents", "patients"])
+@pytest.mark.parametrize("content", [bytes(10**6), b'"' + b"1,2\n" * 10**6])
+def test_a_bomb_among_mimics_tables_is_refused(
+    content: bytes,
+    table: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Mini().admit(1).settling(1).write(tmp_path / "mimic")
+    plain = folder / "hosp" / f"{table}.csv"
+    header = plain.read_bytes().partition(b"\n")[0]
+    plain.unlink()
+    bomb = gzip.compress(header + b"\n") + gzip.compress(content) * 200
+    plain.with_suffix(".csv.gz").write_bytes(bomb)
+    code = dataset_format.main(from_mimic(folder, tmp_path / "out.csv"))
+    assert code == 2
+    assert one_error_line(capsys, f"{table}.csv.gz")
+
+
+# --------------------------------------------------------------------------- names
+
+
+def test_names_of_columns_and_series_forge_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, title = tmp_path / "data.csv", "\x1b]0;owned\x07"
+    others = f'a{title},"x\nerror: forged","{SECRET} (0h) -> 1 (1h)",{"b" * 10**6}'
+    path.write_bytes(f"{others},".encode() + HEADER + b",,,,".join([b"", *ROWS.splitlines(True)]))
+    assert dataset_format.main(["check", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "columns not read: a\\x1b]0;owned\\x07, x\\nerror: forged, bbb" in shown
+    assert "and 1 more" in shown
+    assert SECRET not in shown
+    assert "\x1b" not in shown
+    assert len(shown) < 3_000
+    path.with_suffix(".json").write_text(json.dumps({"series": f"Gap{title}"}))
+    assert dataset_format.main(["check", str(path)]) == 2
+    assert one_error_line(capsys, r"data.json, key series: ", r"Gap\x1b]0;owned\x07")
+
+
+# --------------------------------------------------------------------------- JSON
+
+
+def test_a_deep_description_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "data.csv"
+    path.write_bytes(HEADER + ROWS)
+    path.with_suffix(".json").write_text(f'{{"series": {DEEP}')
+    assert dataset_format.main(["check", str(path)]) == 2
+    assert one_error_line(capsys, "data.json: not a description of data.csv")
+    assert dataset_format.main(from_mimic(DEMO, path)) == 2
+    assert one_error_line(capsys, "data.json, exists and is not an earlier output")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        (CONFIG, read_config),
+        ("run.json", read_run),
+        ("metrics.json", lambda folder: read_auroc(folder, "test")),
+    ],
+)
+@pytest.mark.parametrize("content", [DEEP, "{", '{"test": {}}'])
+def test_a_deep_or_damaged_file_of_a_run_is_refused(
+    content: str, name: str, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="damaged"):
+        read(tmp_path)
+
+
+# --------------------------------------------------------------------------- faults
+
+
+def from_mimic(folder: Path, out: Path) -> list[str]:
+    return ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all"]
+
+
+def broken(*_: Any, **__: Any) -> None:
+    raise ValueError(f"could not convert {SECRET}")
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError(f"Unable to allocate {SECRET}")
+
+
+def broken_in_a_worker(*_: Any, **__: Any) -> Any:
+    if reading._worker:
+        broken()
+    return keep_chunk(*_, **__)
+
+
+keep_chunk = reading._keep_chunk
+
+PLACES: dict[str, tuple[Any, str, list[str], Callable[[list[str]], int]]] = {
+    "check": (dataset_format, "log_check", ["check", "DATA"], dataset_format.main),
+    "a data set": (
+        dataset_format,
+        "MIMICtrajectoryDataset",
+        ["check", "DATA"],
+        dataset_format.main,
+    ),
+    "a request": (extraction.Extraction, "__post_init__", ["MIMIC"], dataset_format.main),
+    "an extraction": (extraction, "make_rows", ["MIMIC"], dataset_format.main),
+    "an output": (extraction, "write_rows", ["MIMIC"], dataset_format.main),
+    "SRTR": (
+        srtr_dataset,
+        "SRTRTrajectoryDataset",
+        ["check", "--data_dir", "DATA"],
+        srtr_dataset.main,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [broken, out_of_memory])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_that_holds_a_cell_shows_its_kind_alone(
+    place: str,
+    fault: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module, name, words, main = PLACES[place]
+    path = tmp_path / "data.csv"
+    path.write_bytes(HEADER + ROWS)
+    monkeypatch.setattr(module, name, fault)
+    command = [str(path) if word == "DATA" else word for word in words]
+    if words == ["MIMIC"]:
+        command = from_mimic(DEMO, tmp_path / "out.csv")
+    assert main(command) == 3
+    kind = "ValueError in test_hostile_files.py, line " if fault is broken else "too little memory"
+    assert one_error_line(capsys, kind)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_fault_in_a_worker_shows_its_kind_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reading, "_keep_chunk", broken_in_a_worker)
+    monkeypatch.setattr(reading, "GZIP_RATIO", 10**9)  # workers however small the table is
+    monkeypatch.setattr(extraction, "usable_cores", lambda: 2)
+    assert dataset_format.main(from_mimic(DEMO, tmp_path / "out.csv")) == 3
+    assert one_error_line(capsys, "ValueError in ")
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- signals
+
+
+SLOW = """
+import pathlib, runpy, sys, time
+import pandas
+def to_csv(self, path, **_):
+    pathlib.Path(path).write_text("id,half")
+    time.sleep(60)
+pandas.DataFrame.to_csv = to_csv
+sys.argv = ["dataset_format.py", *sys.argv[1:]]
+runpy.run_path("dataset_format.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
+@pytest.mark.parametrize(
+    ("numbers", "ignored", "code"),
+    [
+        ([signal.SIGHUP], False, 129),
+        ([signal.SIGTERM], False, 143),
+        ([signal.SIGHUP, signal.SIGTERM], True, 143),
+    ],
+    ids=["a closed terminal", "a scheduler", "nohup"],
+)
+def test_a_signal_leaves_no_half_written_file(
+    numbers: list[signal.Signals], ignored: bool, code: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SLOW, *from_mimic(DEMO, tmp_path / "out.csv")]
+    before = signal.getsignal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.csv*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert list(tmp_path.iterdir()), "the file is being written"
+    for number in numbers:
+        time.sleep(0.2)
+        os.kill(child.pid, number)
+    _, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (code, "")
+    assert not list(tmp_path.iterdir())

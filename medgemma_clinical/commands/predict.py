@@ -20,6 +20,7 @@ from medgemma_clinical.commands.predict_rows import count_implausible, score_row
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines
 from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
@@ -192,6 +193,7 @@ class PredictionTally:
         rows: of the input.
         scored: rows with a probability.
         positive: rows at or above the threshold.
+        formulas: rows whose id a spreadsheet would run.
         labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, and
             label, probability, and a hash of the patient, which has eight bytes whatever the name.
     """
@@ -199,6 +201,7 @@ class PredictionTally:
     rows: int = 0
     scored: int = 0
     positive: int = 0
+    formulas: int = 0
     labelled: list[pd.DataFrame] = field(default_factory=list)
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
@@ -207,6 +210,7 @@ class PredictionTally:
         self.rows += len(lines)
         self.scored += len(rows.places)
         self.positive += int(lines["prediction"].sum())
+        self.formulas += sum(map(is_formula, lines["id"]))
         table = dataset.people().assign(
             label=dataset.labels,
             probability=lines["probability"].to_numpy()[rows.places],
@@ -267,6 +271,11 @@ def log_summary(
         logger.warning(
             "the checkpoint has no threshold, since its run was not finished: %g is used",
             trained.rule.threshold,
+        )
+    if tally.formulas:
+        logger.warning(
+            f"{tally.formulas:,} ids begin like a formula: a spreadsheet would run them: import "
+            "the column as text"
         )
     logger.info(
         f"{tally.rows:,} rows: {tally.scored:,} scored, {tally.positive:,} of them at or above the "

@@ -23,6 +23,7 @@ from medgemma_clinical.files import (
     locked,
     names_aside,
     partial_path,
+    read_json,
     remove,
     write_json,
 )
@@ -124,7 +125,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / "run.json"
     try:
-        run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        run: dict[str, Any] = read_json(path)
         content = {key: value for key, value in run.items() if key != "facts_sha256"}
         if run["facts_sha256"] != json_hash(content):
             raise ValueError("its hash differs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.bootstrap import Estimate
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +70,14 @@ def run_progress(args: Namespace, dataset: TrajectoryDataset) -> str:
 
 
 def read_auroc(folder: Path, part: str) -> Estimate:
-    """Return the AUROC of a finished stage, ``part`` being ``validation`` or ``test``."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return Estimate(**metrics[part]["auroc"])
+    """Return the AUROC of a finished stage, ``part`` being ``validation`` or ``test``.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / "metrics.json"
+    try:
+        return Estimate(**read_json(path)[part]["auroc"])
+    except (ValueError, KeyError, TypeError) as error:
+        problem = "damaged: delete the folder of this stage, and start again"
+        raise InputError(f"{path}: {problem}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -12,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.texts import NUMBER
+from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS
-from medgemma_clinical.files import InputError, file_hash
+from medgemma_clinical.files import InputError, file_hash, one_line, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +22,11 @@ MAIN_COLUMN = "clinical_trajectory"
 SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 """A column of one more series: its name, and its unit if it has one."""
 
-MOST_NAMES = 20
-"""Columns that an error lists."""
+MOST_NAMES, MOST_UNREAD = 20, 10
+"""Names that an error lists, and columns that are not read which the log lists."""
+
+LONGEST_NAME, LONGEST_SENTENCE = 200, 2_000
+"""Characters of a name (a series, a unit, an outcome) and of any other text."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,17 @@ class Description:
         """Read the description of the data file ``path``, or return the default.
 
         Raises:
-            InputError: the JSON file exists and cannot be read.
+            InputError: the JSON file exists and cannot be read, or holds a text that is too long or
+            not printable, or an outcome that a spreadsheet would take for a formula.
         """
         file = description_path(path)
         if not file.is_file():
             return cls()
         try:
-            content = dict(json.loads(file.read_text(encoding="utf-8")).items())
+            content = dict(read_json(file).items())
             description = cls._from_json(content)
+        except InputError as error:
+            raise InputError(f"{file}, {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{file}: not a description of {path.name}: expected a JSON object with texts "
@@ -86,16 +91,41 @@ class Description:
         """Check and convert the known keys of a description."""
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         plausible = _rising(known.pop("plausible", cls.plausible))
-        limits = {comparable(k): _rising(v) for k, v in known.pop("limits", {}).items()}
+        ranges = known.pop("limits", {})
+        limits = {comparable(name): _rising(pair) for name, pair in ranges.items()}
         flow = tuple({key: rule[key] for key in FLOW_COLUMNS} for rule in known.pop("flow", ()))
         for key, text in known.items():
             if not isinstance(text, str) or not (text or key in OPTIONAL_TEXTS):
                 raise ValueError(f"{key} must be a text")
+            check_text(f"key {key}", text, LONGEST_NAME if key in NAMES else LONGEST_SENTENCE)
+        for name in ranges:
+            check_text("key limits", name, LONGEST_NAME)
+        for rule in flow:
+            check_text("key flow", rule["rule"], LONGEST_SENTENCE)
+        if known.get("outcome", "").startswith(FORMULA_STARTS):
+            problem = "a spreadsheet would take it for a formula: begin it with a letter"
+            raise InputError(f"key outcome: {problem}")
         return cls(**known, plausible=plausible, limits=limits, flow=flow)
 
 
+NAMES = ("series", "unit", "outcome")
+"""Texts of a description that are no sentences."""
+
 OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon")
 """Texts of a description that may be empty; a pH has no unit."""
+
+
+def check_text(place: str, text: str, longest: int) -> None:
+    """Refuse a text that is too long, or that could forge lines of a log or a terminal's title.
+
+    Raises:
+        InputError: names the place; shows the beginning of the text, escaped.
+    """
+    if len(text) > longest:
+        raise InputError(f"{place}: longer than {longest:,} characters: shorten it")
+    if not text.isprintable():
+        problem = "holds a line break, a no-break space or another character that is not printable"
+        raise InputError(f"{place}: {problem}: {text[:LONGEST_NAME]}")
 
 
 def description_path(path: Path) -> Path:
@@ -153,7 +183,7 @@ def find_series(
     wanted = [comparable(name) for name in chosen]
     for name in chosen:
         if comparable(name) not in found:
-            known = ", ".join(series.name for series in found.values())
+            known = join_names([series.name for series in found.values()])
             raise InputError(f"{source}: --series {name}: no such series among: {known}")
     if len(set(wanted)) < len(wanted) or not wanted:
         raise InputError(f"{source}: --series: name each series once, and one at least")
@@ -167,17 +197,35 @@ def _parse_column_name(column: str, source: str) -> Series:
     name, unit = " ".join(name.replace("_", " ").split()), unit.strip()
     if unit == "1":  # UCUM's way to write that there is none
         unit = ""
+    place = f"{source}, row 1, column {' '.join(column[:LONGEST_NAME].split())}"
+    for text in (name, unit):
+        check_text(place, text, LONGEST_NAME)
     if not name or "," in name or re.fullmatch(NUMBER, name) or re.fullmatch(NUMBER, unit):
         raise InputError(
-            f"{source}, row 1, column {' '.join(column.split())}: write trajectory_NAME or "
-            "trajectory_NAME [unit], in words without comma"
+            f"{place}: write trajectory_NAME or trajectory_NAME [unit], in words without comma"
         )
     return Series(column, name, unit)
 
 
 def list_columns(columns: Sequence[str]) -> str:
     """Return the columns of a table for an error, unless they seem to be a patient's cells."""
-    if any("->" in name or re.match(rf"\s*{NUMBER}", name) for name in columns):
+    if any(map(_seems_cell, columns)):
         return "the first row seems to hold data: is the header missing?"
-    more = f" and {len(columns) - MOST_NAMES} more" if len(columns) > MOST_NAMES else ""
-    return f"the columns are {', '.join(columns[:MOST_NAMES])}{more}"
+    return f"the columns are {join_names(columns)}"
+
+
+def list_unread(columns: Sequence[str]) -> str:
+    """Return columns that are not read for the log; those that seem to be cells are counted."""
+    named = [one_line(name) for name in columns if not _seems_cell(name)][:MOST_UNREAD]
+    return join_names(named, others=len(columns) - len(named))
+
+
+def join_names(names: Sequence[str], others: int = 0) -> str:
+    """Return the first of some names, shortened, and the number of all others."""
+    shown = [name[:LONGEST_NAME] for name in names[:MOST_NAMES]]
+    others += len(names) - len(shown)
+    return ", ".join(shown) + (f" and {others:,} more" if others else "")
+
+
+def _seems_cell(name: str) -> bool:
+    return "->" in name or re.match(rf"\s*{NUMBER}", name) is not None

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.texts import NUMBER
 
-CONTEXT_NUMBER = re.compile(rf"(?:([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?")
-"""A number in a context with the word before or behind it."""
+CONTEXT_NUMBER = re.compile(
+    rf"(?:(?<![^\W\d_])([^\W\d_]++)[ :=]++)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?"
+)
+"""A number in a context with the word before or behind it. A word is tried from its first letter
+alone: from each letter on, a long word would take the square of its length."""
 
 NUMBER_ENDING = " (number)"
 """Ending of the column of a context's number; columns of words have none."""

@@ -11,6 +11,9 @@ import numpy as np
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 """A decimal number, as regular expression without groups."""
 
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of a cell that a spreadsheet takes for a formula."""
+
 DIRECTIONS = ("level", "rising", "falling")
 """Words for a change by its sign: 0, 1 and -1 as index."""
 
@@ -126,6 +129,11 @@ def score_report(
         stated=len(re.findall(NUMBER, re.sub(named, "", text))),
         true=true,
     )
+
+
+def is_formula(cell: str) -> bool:
+    """Return whether a spreadsheet would run a cell as a formula; a number such as -5 is none."""
+    return cell.startswith(FORMULA_STARTS) and re.fullmatch(NUMBER, cell) is None
 
 
 def plain(number: float) -> str:

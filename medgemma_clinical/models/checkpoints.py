@@ -8,7 +8,6 @@ language model), config.json, README.md, NOTICE.
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from medgemma_clinical.files import (
     atomic,
     file_hash,
     json_hash,
+    read_json,
     remove,
     write_json,
     write_text,
@@ -208,7 +208,7 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         temporary.mkdir()
         model.llm.save_pretrained(temporary / "adapter", save_embedding_layers=False)
         remove(temporary / "adapter" / "README.md")  # an empty template
-        adapter = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        adapter = read_json(temporary / ADAPTER_CONFIG)
         adapter["target_modules"].sort()  # a set, written in any order
         adapter["base_model_name_or_path"] = config["base_model"]
         write_json(temporary / ADAPTER_CONFIG, adapter)
@@ -273,7 +273,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             configurations are not as ``check_config`` and ``check_adapter`` expect.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(folder / CONFIG)
         check_format(folder, config.get("format"))
         expected = {CONFIG: config.pop("config_sha256"), **config["files_sha256"]}
     except InputError:
@@ -296,6 +296,6 @@ def read_adapter(folder: Path) -> Any:
         InputError: the file is missing or damaged.
     """
     try:
-        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(folder / ADAPTER_CONFIG)
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder}: damaged: {ADAPTER_CONFIG} cannot be read") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -17,14 +16,14 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import (
-    ADAPTER_CONFIG,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
     load_llm,
     load_trajectory,
+    read_adapter,
     read_config,
     read_trajectory,
 )
@@ -160,9 +159,9 @@ def base_place(place: Path, config: dict[str, Any]) -> str:
     if config["base_sha256"] is None:
         return base
     try:
-        run = json.loads((place.parent / "run.json").read_text(encoding="utf-8"))
+        run = read_json(place.parent / "run.json")
         folder = str(run["arguments"]["model_name"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         folder = ""
     if os.path.isdir(folder):
         return folder
@@ -206,7 +205,7 @@ def build_llm(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrajectoryLLM:
     """Rebuild the model of stage 2 or 3 whose weights are still to be loaded."""
-    adapter = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    adapter = read_adapter(place)
     adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
     encoder = config["encoder"] and build_encoder(config["encoder"], encoders)
     head = PooledHead(encoder.hidden_dim, 0.5) if config["trajectory_head"] else None

@@ -259,3 +259,17 @@ def test_the_page_on_labelled_rows_shows_no_small_cell(
     page = out.with_suffix(".report.html").read_text()
     assert "<td>3</td>" in page
     assert "ROC curve: not drawn" not in page
+
+
+def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = ["=HYPERLINK(1)", "+A1", "-x", "@x", "-5", "+1e3", "a=b", "7", "x"]
+    rows = table.head(9).drop(columns="label_escalation").assign(id=ids)
+    data, out = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new.csv"
+    assert predicted(runs / "trajectory", data, out)["id"].tolist() == ids
+    warning = "4 ids begin like a formula: a spreadsheet would run them: import the column as text"
+    assert capsys.readouterr().out.count(warning) == 1
+    data = write_data(rows.tail(5), tmp_path / "rows.csv")
+    predicted(runs / "trajectory", data, out)
+    assert "formula" not in capsys.readouterr().out

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.description import Description, list_columns
+from medgemma_clinical.data.description import Description, list_columns, list_unread
 from medgemma_clinical.files import InputError, file_hash
 from trajectories import table_of
 
@@ -101,3 +101,66 @@ def test_a_first_row_of_cells_is_not_listed(first: str) -> None:
 def test_at_most_twenty_columns_are_listed() -> None:
     assert list_columns(["age", "label"]) == "the columns are age, label"
     assert list_columns([f"c{k}" for k in range(50)]).endswith("c19 and 30 more")
+
+
+@pytest.mark.parametrize(
+    ("content", "place", "problem"),
+    [
+        ({"series": "Gap\x1b]0;title\x07"}, "key series", r"not printable: Gap\x1b]0;title\x07"),
+        ({"unit": "mEq/L\r"}, "key unit", r"not printable: mEq/L\r"),
+        ({"question": "Will\u202e it?"}, "key question", r"Will\u202e it?"),
+        ({"outcome": "Death\n2026 forged"}, "key outcome", r"Death\n2026 forged"),
+        ({"prediction_time": "a\x00"}, "key prediction_time", r"a\x00"),
+        ({"horizon": "\ud800"}, "key horizon", r"\ud800"),
+        ({"limits": {"x\x1b[2J": [1, 2]}}, "key limits", r"x\x1b[2J"),
+        ({"flow": [{"rule": "a\x9b", "removed": 1, "left": 2}]}, "key flow", r"a\x9b"),
+        ({"series": "x" * 201}, "key series", "longer than 200 characters"),
+        ({"question": "x" * 2_001}, "key question", "longer than 2,000 characters"),
+        ({"limits": {"x" * 201: [1, 2]}}, "key limits", "longer than 200 characters"),
+        ({"outcome": "=HYPERLINK(1)"}, "key outcome", "a spreadsheet would take it for a formula"),
+        ({"outcome": "+x"}, "key outcome", "formula"),
+        ({"outcome": "-x"}, "key outcome", "formula"),
+        ({"outcome": "@x"}, "key outcome", "formula"),
+    ],
+)
+def test_a_text_that_could_forge_a_line_or_fill_the_log_is_refused_escaped(
+    content: dict[str, object], place: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        Description.beside(tmp_path / "data.csv")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'data.json'}, {place}: ")
+    assert problem in message
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "trajectory_a\x1b[2J",
+        "trajectory_a [m\x07]",
+        f"trajectory_{'a' * 201}",
+        f"trajectory_a [{'b' * 201}]",
+    ],
+)
+def test_a_column_that_could_forge_a_line_or_fill_the_log_is_refused_escaped(name: str) -> None:
+    with pytest.raises(InputError, match=r"^DataFrame, row 1, column trajectory_a") as caught:
+        MIMICtrajectoryDataset(table_of(["1 (0h)"], **{name: ["2 (0h)"]}))
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 500
+
+
+def test_unread_columns_are_ten_names_at_most_and_no_cells() -> None:
+    assert list_unread(["age", "sex"]) == "age, sex"
+    assert list_unread([f"c{k}" for k in range(1_000)]).endswith("c9 and 990 more")
+    text = list_unread(["24 (0h) -> 20 (2h)", "98765", "a\x1b[2J", "x" * 999])
+    assert text == f"a\\x1b[2J, {'x' * 200} and 2 more"
+
+
+def test_a_file_of_very_many_series_is_not_listed_whole(tmp_path: Path) -> None:
+    many = {f"trajectory_s{k}": ["1 (0h)"] for k in range(500)}
+    with pytest.raises(InputError, match=r"no such series among: .* and 481 more"):
+        MIMICtrajectoryDataset(table_of(["1 (0h)"], **many), series=["none"])

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import re
+import time
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.case_mix import AGE
+from medgemma_clinical.data.description import SERIES_COLUMN
+from medgemma_clinical.data.series_cells import CELL
+from medgemma_clinical.data.srtr.decode import BEHIND
+from medgemma_clinical.data.summaries import CONTEXT_NUMBER
+from medgemma_clinical.data.texts import NUMBER
 from trajectories import LABEL, SERIES, dataset_of, one_series
 
 THREE_SERIES = pd.DataFrame(
@@ -109,3 +120,44 @@ def test_context_facts_are_numbers_by_their_word_and_the_other_words() -> None:
     one_patient = MIMICtrajectoryDataset(table.assign(subject_id=np.arange(120) // 4 * 4))
     assert "kg (number)" in one_patient.context_facts(np.arange(120), 30)
     assert "kg (number)" not in one_patient.context_facts(np.arange(120), 31)
+
+
+FROM_EACH_LETTER = re.compile(rf"(?:([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?")
+"""The plain form of CONTEXT_NUMBER, which takes the square of a word's length."""
+
+PIECES = [*"aeE\u00e95 0.-+ :=%_\n", "year", "BMI 27", "1e5", " kg", "54-year-old "]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=15).map("".join))
+def test_the_numbers_of_a_context_are_those_of_the_plain_form(text: str) -> None:
+    assert CONTEXT_NUMBER.findall(text) == FROM_EACH_LETTER.findall(text)
+
+
+def seconds(search: Callable[[str], object], text: str) -> float:
+    def once() -> float:
+        start = time.process_time()
+        search(text)
+        return time.process_time() - start
+
+    return min(once() for _ in range(5))
+
+
+SEARCHES: dict[str, tuple[Callable[[str], object], str, str]] = {
+    "a word of a context": (CONTEXT_NUMBER.findall, "", "a"),
+    "words of a context": (CONTEXT_NUMBER.findall, "", "ab ="),
+    "spaces of a context": (CONTEXT_NUMBER.findall, "a", " "),
+    "a number of a cell": (CELL.fullmatch, "", "1"),
+    "spaces of a cell": (CELL.fullmatch, "1", " "),
+    "pieces of a cell": (CELL.fullmatch, "1", " (0h) -> 1"),
+    "spaces of an age": (AGE.search, "aged", " "),
+    "words of a column": (SERIES_COLUMN.fullmatch, "trajectory_", "a [ "),
+    "spaces of a column": (SERIES_COLUMN.fullmatch, "trajectory_a", " "),
+    "spaces of an SRTR cell": (lambda text: re.sub(BEHIND, "", text), " 1", " "),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_time_of_a_search_grows_with_the_text_not_with_its_square(name: str) -> None:
+    search, start, piece = SEARCHES[name]
+    short, long = (seconds(search, start + piece * count + "!") for count in (5_000, 20_000))
+    assert long < 8 * max(short, 1e-4), "four times as long a text: its square would take 16 times"

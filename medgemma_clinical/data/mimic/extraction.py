@@ -51,7 +51,7 @@ from medgemma_clinical.data.mimic.windows import (
     of_stay,
 )
 from medgemma_clinical.data.small_cells import FEWEST, count_text, flow_lines
-from medgemma_clinical.files import InputError, atomic
+from medgemma_clinical.files import InputError, atomic, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def check_target(request: Extraction) -> None:
 
 def _made_by_extraction(description: Path) -> bool:
     try:
-        return MADE_BY in json.loads(description.read_text(encoding="utf-8"))
+        return MADE_BY in read_json(description)
     except (ValueError, OSError, TypeError):
         return False
 

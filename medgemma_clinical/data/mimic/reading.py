@@ -148,9 +148,11 @@ _worker: list[tuple[Table, Keeper]] = []
 
 
 def _begin_worker(table: Table, keep: Keeper) -> None:
-    """Prepare a worker: Ctrl-C is for its parent, and it ends when the parent does."""
+    """Prepare a worker: signals of the terminal are for its parent, with which it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker[:] = [(table, keep)]
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
+from medgemma_clinical.data.tables import LONGEST_ROW, check_expansion, parquet_blocks
 from medgemma_clinical.files import InputError
 
 CHUNK_BYTES = 2**24
@@ -202,13 +203,18 @@ def _csv_chunks(
     path: Path, raw: HashingFile, stream: Any, text: bytes, place: int | None
 ) -> Iterator[TableChunk]:
     """Cut a CSV behind its header at the ends of rows; the header is line 1."""
-    line = 2
+    line, unpacked = 2, len(text)
     while True:
         more = stream.read(CHUNK_BYTES)
         text += more
+        unpacked += len(more)
+        check_expansion(path, unpacked, raw.count)
         if not more and text and not text.endswith(b"\n"):
             raise InputError(f"{path}: it ends without a line break, within a row: copy it again")
         cut = last_row_end(text) if more else len(text)
+        if not cut and len(text) > LONGEST_ROW:
+            problem = f"a row longer than {LONGEST_ROW >> 20} MiB, or a quote without its other"
+            raise InputError(f"{path}, line {line}: {problem}: copy it again")
         if cut:
             yield TableChunk(text[:cut], line, raw.count, place)
         line += text.count(b"\n", 0, cut)
@@ -244,16 +250,18 @@ def open_parquet(path: Path, name: str) -> tuple[Table, Iterator[TableChunk]]:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file: copy it again") from error
-    table = select_columns(path, name, list(file.schema_arrow.names))
+    table, count = select_columns(path, name, file.schema_arrow.names), file.metadata.num_rows
 
     def chunks() -> Iterator[TableChunk]:
         """Yield so many rows at a time, with the share of the file's bytes up to their end."""
         done, size = 0, path.stat().st_size
         try:
-            for batch in file.iter_batches(CHUNK_BYTES // 64, columns=list(table.types)):
-                rows = batch.to_pandas(ignore_metadata=True, strings_to_categorical=True)
+            for block in parquet_blocks(path, CHUNK_BYTES // 64, list(table.types)):
+                rows = block.to_pandas(ignore_metadata=True, strings_to_categorical=True)
                 done += len(rows)
-                yield TableChunk(rows, done - len(rows), size * done // file.metadata.num_rows)
+                yield TableChunk(rows, done - len(rows), size * done // count)
+        except MemoryError:  # pyarrow's own is one of its exceptions too
+            raise
         except (pyarrow.ArrowException, OSError) as error:
             raise InputError(f"{path}: not a whole Parquet file: copy it again") from error
 

@@ -32,8 +32,9 @@ CHUNK_ROWS = 100_000
 EMPTY = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
 """A cell without content; .A to .Z are SAS's special missing values."""
 
-BEHIND = r"([ T]\d{1,2})?\s*:.*$"
-"""The label behind a code, and the time of day behind a date."""
+BEHIND = r"(?:[ T]\d{1,2}\s*|(?<!\s)\s*):.*$"
+"""The label behind a code, and the time of day behind a date. Spaces are tried from the first one
+alone: from each on, many would take the square of their number."""
 
 DATE_FORMS = ("%Y-%m-%d", "%m/%d/%Y", "%m/%d/%y", "%d%b%Y", "%d%b%y")
 FIRST_YEAR = 1968

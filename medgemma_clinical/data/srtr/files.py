@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data.tables import parquet_blocks
 from medgemma_clinical.files import InputError
 
 
@@ -65,6 +66,8 @@ def read_chunks(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd
         yield from READERS[path.suffix.lower()](path, columns, rows)
     except ModuleNotFoundError as error:
         raise InputError(f"{path}: Parquet needs a package: pip install pyarrow") from error
+    except (InputError, MemoryError):
+        raise
     except Exception as error:  # on a broken file pandas' readers raise any exception
         raise InputError(
             f"{path}: not readable to its end as {path.suffix[1:].lower()} "
@@ -103,11 +106,8 @@ def _stata(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.Data
 
 
 def _parquet(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    import pyarrow.parquet  # not among the requirements: only a folder of Parquet needs it
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(rows, columns=columns):
-            yield batch.to_pandas(ignore_metadata=True)  # a pandas index stays a column
+    for block in parquet_blocks(path, rows, columns):
+        yield block.to_pandas(ignore_metadata=True)  # a pandas index stays a column
 
 
 READERS = {".sas7bdat": _sas, ".csv": _csv, ".dta": _stata, ".parquet": _parquet}
