@@ -284,8 +284,9 @@ def describe_fault(error: Exception) -> str:
     if isinstance(error, RunFault):
         return str(error)
     text = str(error) if isinstance(error, RuntimeError) else ""
-    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    if full or re.search("(out of|allocate|enough) memory", text):
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return "the machine has too little memory: read fewer rows or series, or free some"
+    if re.search("(out of|allocate|enough) memory", text):
         return f"the GPU or the machine has too little memory: {LESS_MEMORY}"
     if isinstance(error, NETWORK_ERRORS) or (isinstance(error, OSError) and error.errno):
         return _describe_os_error(error)
