@@ -257,9 +257,8 @@ def subgroup_rows(
 def hides_accuracy(
     labels: NDArray[np.float64], risk: NDArray[np.float64], groups: NDArray[Any], fewest: int
 ) -> bool:
-    """Return whether the accuracy at 0.5 would show that few patients are, or are not, wrong."""
-    wrong = (risk >= 0.5) != (labels == 1)
-    return any_small(wrong.astype(np.int64), groups, 2, fewest)
+    """Return whether the accuracy at 0.5 would tell of a few patients with or without alarm."""
+    return any_small(2 * (labels == 1) + (risk >= 0.5), groups, 4, fewest)
 
 
 def hidden_figures(

@@ -143,8 +143,8 @@ def plot_precision_recall(cohort: Cohort, figures: CohortFigures) -> tuple[Figur
     axes.axhline(100 * prevalence, color=INK, linestyle=":", linewidth=1, label="prevalence")
     for risk, look in _model_and_baseline(cohort, figures):
         precision, recall, _ = precision_recall_curve(cohort.labels, risk)
-        few = _thinned(len(recall))
-        axes.step(100 * recall[few], 100 * precision[few], where="post", **look)
+        few = _thinned(len(recall) - 1)  # the last point, at no alarm, is a convention
+        axes.plot(100 * recall[few], 100 * precision[few], **look)
     axes.set(xlabel="sensitivity, % of events", xlim=(-1, 101), ylim=(-1, 101))
     axes.set_ylabel("events among alarms (PPV), %")
     add_legend(figure)
@@ -161,12 +161,17 @@ def _model_and_baseline(
 
     The risks are numbers of their bands, whose order is all that such a curve shows.
     """
+    marker = "" if figures.bands.edges is None else "o"  # few points, which lines connect
     if name := figures.best_baseline:
         look = {"color": OTHER, "linestyle": "--", "linewidth": 1.5, "label": "best baseline"}
         groups = np.unique(cohort.groups, return_inverse=True)[1]
         risk = cohort.baselines[name]
-        yield risk_bands(risk, cohort.labels, groups, figures.fewest).place, look
-    yield figures.bands.place, {"color": MODEL, "linewidth": 2, "label": "model"}
+        yield (
+            risk_bands(risk, cohort.labels, groups, figures.fewest).place,
+            {**look, "marker": marker},
+        )
+    look = {"color": MODEL, "linewidth": 2, "label": "model"}
+    yield figures.bands.place, {**look, "marker": marker}
 
 
 def _thinned(count: int) -> NDArray[np.int64]:
@@ -188,7 +193,7 @@ def plot_calibration(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, st
     if figures.bands.edges is not None:
         edges = 100 * np.array([0, *figures.bands.edges, 1])
     below.hist(100 * cohort.probability, edges.tolist(), density=True, color=MODEL, alpha=0.5)
-    below.set(xlabel="predicted risk, %", ylabel="share of rows")
+    below.set(xlabel="predicted risk, %", ylabel="rows")
     below.set_yticks([])
     add_legend(figure)
     pairs = "; ".join(

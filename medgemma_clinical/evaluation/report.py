@@ -113,6 +113,7 @@ def write_report(
         baselines=report_tables.baseline_table(figures),
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,
+        fewest=figures.fewest,
         fewest_patients=FEWEST_PATIENTS,
         written=report_tables.written_figures(content.reports),
         errors=report_tables.largest_errors(cohort) if list_patients else None,
