@@ -152,12 +152,3 @@ def test_a_matplotlibrc_in_the_working_folder_changes_no_picture(data: Path) -> 
         pages.append([line for line in page.splitlines() if "data:image/svg" in line])
     assert pages[0]
     assert pages[0] == pages[1]
-
-
-def test_a_matplotlibrc_that_is_no_text_is_refused_before_training(data: Path) -> None:
-    (data.parent / "matplotlibrc").write_bytes(b"# Caf\xe9\n")
-    done = start(data.parent, data)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: matplotlibrc: not UTF-8")
-    assert "Traceback" not in done.stderr
-    assert not (data.parent / "run").exists()

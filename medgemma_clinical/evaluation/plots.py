@@ -6,16 +6,11 @@ import base64
 import contextlib
 import io
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-try:
-    import matplotlib as mpl
-except UnicodeDecodeError as _error:  # it reads a matplotlibrc of the working folder
-    sys.stderr.write("error: matplotlibrc: not UTF-8: rename it, or start in another folder\n")
-    raise SystemExit(2) from _error
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
