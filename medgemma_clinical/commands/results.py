@@ -117,10 +117,10 @@ def write_results(
     logger.info("%s\n", results_table(stage.name, named, reports))
     logger.info("report: %s; %s", path, peak_memory())
     return {
-        f"{part}_{name}": each.value
-        for part, own in named.items()
-        for name, each in own.estimates.items()
-        if each.value is not None
+        f"{part}_{name}": each["value"]
+        for part in named
+        for name, each in metrics[part].items()
+        if isinstance(each, dict) and each["value"] is not None
     }
 
 

@@ -45,6 +45,7 @@ def test_checkpointing_comes_on_where_the_longest_batch_does_not_fit(
 ) -> None:
     caplog.set_level("INFO")
     stage = stage_of_patients(*FLAGS)
+    caplog.clear()
     tries = limit_memory(stage)
     make_fit(stage, LENGTHS, CPU)
     assert checkpointing(stage.model)
@@ -63,6 +64,7 @@ def test_checkpointing_comes_on_where_the_longest_batch_does_not_fit(
 def test_a_batch_that_fits_switches_nothing_on(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     stage = stage_of_patients(*FLAGS)
+    caplog.clear()
     make_fit(stage, LENGTHS, CPU)
     assert not checkpointing(stage.model)
     assert not caplog.records
