@@ -359,6 +359,7 @@ def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
         patience=args.patience,
         monitor="val_auroc",
         higher_is_better=True,
+        hides_events=data.hides_events,
         config=config,
         save=lambda folder, config: save_trajectory(
             folder.parent / TRAJECTORY_FILE, model, config, patients
@@ -460,11 +461,14 @@ def llm_stage(
         patience=args.patience,
         monitor="val_auroc",
         higher_is_better=True,
+        hides_events=data.hides_events,
         config=config,
         save=lambda folder, config: save_llm(folder / "best", model, config),
         load=lambda folder: load_llm(model, folder / "best"),
         accumulate=args.gradient_accumulation,
-        describe=lambda: describe_texts(parts.collate, model.tokens, data.split["train"]),
+        describe=lambda: describe_texts(
+            parts.collate, model.tokens, data.split["train"], data.min_cell
+        ),
         save_memory=None if args.gradient_checkpointing else lambda: set_checkpointing(model.llm),
     )
 
@@ -701,6 +705,8 @@ def end_epoch(
         "seconds": round(progress_.seconds, 3),
     }
     improved = stopping.improved(figures[stage.monitor])
+    if stage.hides_events:
+        figures["val_auroc"] = round(figures["val_auroc"], 2)
     if improved:
         state.set_best()
         save_best(stage, state, folder)

@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import check_log_file
 from medgemma_clinical.data.checks import summarize
-from medgemma_clinical.data.small_cells import is_small
+from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device
-from medgemma_clinical.evaluation.cohort import rarer_patients
 from medgemma_clinical.evaluation.report_tables import counts_text
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.text_batches import TextCollator
@@ -35,16 +34,14 @@ PARTS = {
 
 def announce(stage: Stage, data: Data, args: Namespace) -> None:
     """Log data, split, model and length of the training."""
-    dataset = data.dataset
-    parts = {}
-    for part, rows in data.split.items():
-        hidden = is_small(rarer_patients(dataset.labels[rows], dataset.groups[rows]), data.min_cell)
-        parts[part] = len(rows), None if hidden else int(dataset.labels[rows].sum())
-    events_shown = all(events is not None for _, events in parts.values())
-    for line in summarize(dataset, data.min_cell, events=events_shown):
+    dataset, hidden = data.dataset, data.hides_events
+    for line in summarize(dataset, data.min_cell, events=not hidden):
         logger.info(line)
-    texts = (f"{part} {counts_text(*counts)}" for part, counts in parts.items())
-    logger.info("split: %s", "; ".join(texts))
+    parts = []
+    for part, rows in data.split.items():
+        events = None if hidden else int(dataset.labels[rows].sum())
+        parts.append(f"{part} {counts_text(len(rows), events)}")
+    logger.info("split: %s", "; ".join(parts))
     rates: dict[str, float] = stage.learning_rates
     learns = {
         part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)
@@ -63,13 +60,16 @@ def announce(stage: Stage, data: Data, args: Namespace) -> None:
     )
 
 
-def describe_texts(collate: TextCollator, tokens: int, train: NDArray[np.int64]) -> list[str]:
+def describe_texts(
+    collate: TextCollator, tokens: int, train: NDArray[np.int64], fewest: int
+) -> list[str]:
     """Describe the tokens of a patient and the padding of a batch.
 
     Args:
         collate: of all rows.
         tokens: P.
         train: positions of the training part.
+        fewest: patients of the smallest cell that is shown.
     """
     lengths = collate.lengths()
     lines = [
@@ -77,7 +77,8 @@ def describe_texts(collate: TextCollator, tokens: int, train: NDArray[np.int64])
         f"{lengths[train].max()}"
     ]
     if collate.shortened:
-        lines.append(f"{collate.shortened} prompts were too long and lost their oldest values")
+        count = count_text(collate.shortened, fewest)
+        lines.append(f"{count} prompts were too long and lost their oldest values")
     return lines
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.predict_rows import count_implausible, score_rows
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
-from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines
+from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
@@ -292,15 +292,15 @@ def report_labelled(
     labels, probability, groups = (
         people.pop(name).to_numpy() for name in ("label", "probability", "patient")
     )
-    if len(np.unique(labels)) < 2:
+    fewest = request.min_cell
+    if len(np.unique(labels)) < 2 or is_small(len(np.unique(groups)), fewest):
         if len(labels):
-            count = count_text(len(labels), request.min_cell)
-            logger.info("%s labelled rows of one class only: no figures", count)
+            count = count_text(len(labels), fewest)
+            logger.info("labelled rows: %s, too few, or of one class only: no figures", count)
         return
     config = trained.config
     # No id is kept, so none can be named.
     cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
-    fewest = request.min_cell
     figures = cohort_figures(cohort, trained.rule.threshold, request.seed, fewest)
     content = ReportContent(
         title=f"{STAGE_TITLES[config['stage']]}, on other rows: {config['outcome']}",

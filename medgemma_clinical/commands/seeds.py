@@ -134,7 +134,10 @@ def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
 
 def best_by_validation(folders: dict[int, Path]) -> str:
     """Return a sentence on the seed whose run has the highest validation AUROC."""
-    aurocs = {s: read_auroc(folder, "validation").value or 0.0 for s, folder in folders.items()}
+    known = {seed: read_auroc(folder, "validation").value for seed, folder in folders.items()}
+    aurocs = {seed: value for seed, value in known.items() if value is not None}
+    if not aurocs:
+        return "Best by validation: not shown, few patients have the event (--min_cell)."
     best = max(aurocs, key=aurocs.__getitem__)
     place = "/".join(folders[best].parts[-2:])
     return (

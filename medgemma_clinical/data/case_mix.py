@@ -107,12 +107,13 @@ def case_mix_of(
         mix["patients"] = patients
     for name in ("observations", "age"):
         known = people[name].notna().to_numpy()
-        if not is_small(count_patients(groups, known), fewest):
+        if known.any() and count_patients(groups, known) >= 4 * fewest:
+            numbers = people[name].to_numpy(dtype=np.float64)[known]
             for place, share in (("q1", 0.25), ("median", 0.5), ("q3", 0.75)):
-                mix[f"{name}_{place}"] = people[name].quantile(share)
+                mix[f"{name}_{place}"] = np.quantile(numbers, share, method="inverted_cdf")
     if not any(is_small(count_patients(groups, labels == k), fewest) for k in (0, 1)):
         mix["prevalence"] = pd.Series(labels).mean()
     sexes = people["sex"].to_numpy()
-    if not any(is_small(count_patients(groups, sexes == sex), fewest) for sex in SEXES):
+    if not any(is_small(count_patients(groups, sexes == sex), fewest) for sex in (*SEXES, UNKNOWN)):
         mix["women"] = pd.Series(sexes[sexes != UNKNOWN] == "woman").mean()
     return {name: float(figure) for name, figure in mix.items() if pd.notna(figure)}

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients, count_text, flow_lines, is_small
+from medgemma_clinical.data.small_cells import (
+    count_patients,
+    count_text,
+    flow_lines,
+    is_small,
+    rarer_patients,
+)
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
@@ -53,17 +59,20 @@ def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -
     spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
     share = f" ({known.mean():.1%})" if len(known) else ""
     counted = f"{int(known.sum()):,} events in {len(known):,} labelled rows{share}"
-    if not events or any(is_small(count_patients(groups, known == k), fewest) for k in (0, 1)):
-        counted = f"{count_text(len(known), fewest)} labelled rows, number of events not shown"
+    if not events or is_small(rarer_patients(known, groups), fewest):
+        counted = "number of events not shown"
+    elif is_small(len(dataset) - len(known), fewest):
+        counted = f"{int(known.sum()):,} events"
     lines = [] if dataset.flow is None else flow_lines(dataset.flow, fewest)
     lines += [
         f"rows {len(dataset):,}, patients {count_text(dataset.n_patients, fewest)}",
         f"outcome {dataset.outcome!r}: {counted}",
     ]
-    if not is_small(dataset.n_patients, fewest):
+    patients = dataset.n_patients
+    if not is_small(patients, fewest):
         lines += [
-            f"observations a row: {_quartiles(dataset.lengths)}",
-            f"span in hours: {_quartiles(spans)}",
+            f"observations a row: {_quartiles(dataset.lengths, patients, fewest)}",
+            f"span in hours: {_quartiles(spans, patients, fewest)}",
         ]
     return lines + [_summarize_feature(dataset, f, fewest) for f in range(len(dataset.features))]
 
@@ -83,17 +92,22 @@ def _summarize_feature(dataset: TrajectoryDataset, f: int, fewest: int) -> str:
     if is_small(everyone - patients, fewest):
         share = f"all patients but fewer than {fewest}"
     return (
-        f"{titled}: {_quartiles(dataset.values[measured, f])}; in {share}, "
+        f"{titled}: {_quartiles(dataset.values[measured, f], patients, fewest)}; in {share}, "
         f"{np.median(counts):g} values a row with any"
     )
 
 
-def _quartiles(numbers: NDArray[Any]) -> str:
-    # No extremes: they are single patients' values.
-    low, q1, median, q3, high = np.quantile(numbers, [0.01, 0.25, 0.5, 0.75, 0.99])
-    return (
-        f"median {median:.4g}, quartiles {q1:.4g} to {q3:.4g}, 98 % within {low:.4g} to {high:.4g}"
-    )
+def _quartiles(numbers: NDArray[Any], patients: int, fewest: int) -> str:
+    """Describe numbers of so many patients by quantiles, each with ``fewest`` patients beyond."""
+    beyond = max(0.01, fewest / patients)
+    shares = [beyond, 0.25, 0.5, 0.75, 1 - beyond]
+    # Values that occur: between two of them a quantile would tell how many lie above.
+    low, q1, median, q3, high = np.quantile(numbers, shares, method="inverted_cdf")
+    text = f"median {median:.4g}"
+    if beyond <= 0.25:
+        text += f", quartiles {q1:.4g} to {q3:.4g}"
+        text += f", {100 * (1 - 2 * beyond):.0f} % within {low:.4g} to {high:.4g}"
+    return text
 
 
 def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:

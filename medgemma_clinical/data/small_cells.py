@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 FEWEST = 11
 """Default of ``--min_cell``. Source: CMS cell size suppression policy, no cell of 1 to 10."""
 
-RISK_EDGES = np.arange(1, 100) / 100
-"""Limits of the bands into which risks are cut before small ones are merged."""
+PERCENT = np.arange(1, 100) / 100
+"""Risks, and shares of the rows, at which bands begin before small ones are merged."""
 
 Patients = tuple[set[int], set[int]]
 """Patients without and with the event."""
@@ -38,14 +38,39 @@ def counting_rule(fewest: int) -> str:
     if fewest == 0:
         return "shown (--min_cell 0): check the data use agreement before this page is shared"
     return (
-        f"counts of 1 to {fewest - 1} patients, and figures that give them away, are hidden (a "
-        f"dash); bands and steps of curves are merged up to {fewest} patients (--min_cell {fewest})"
+        f"counts of fewer than {fewest} patients, and figures that give them away, are hidden; "
+        f"groups and steps of curves are merged up to {fewest} patients (--min_cell {fewest})"
     )
 
 
 def count_patients(groups: NDArray[np.generic], rows: NDArray[np.generic]) -> int:
     """Count the different patients of some rows: ``groups`` (n,), ``rows`` a mask or positions."""
     return len(np.unique(groups[rows]))
+
+
+def rarer_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) -> int:
+    """Count the patients that have the outcome (label 0 or 1) that fewer patients have."""
+    return min(count_patients(groups, labels == label) for label in (0, 1))
+
+
+def has_few_events(
+    labels: NDArray[np.float64],
+    groups: NDArray[np.generic],
+    split: dict[str, NDArray[np.int64]],
+    fewest: int,
+) -> bool:
+    """Return whether few patients of some part have the event, or lack it.
+
+    Parts are stratified, so that the events of one tell those of the others.
+
+    Args:
+        labels: (N,) of 0 and 1.
+        groups: (N,) patient of each row.
+        split: positions of each part.
+        fewest: patients that a cell needs.
+    """
+    parts = split.values()
+    return any(is_small(rarer_patients(labels[rows], groups[rows]), fewest) for rows in parts)
 
 
 def any_small(
@@ -114,9 +139,10 @@ class RiskBands:
     place: NDArray[np.int64]
     edges: NDArray[np.float64] | None
 
-    def order(self, risk: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return numbers (n,) that sort rows as finely as ``risk`` (n,) may."""
-        return risk if self.edges is None else self.place.astype(np.float64)
+    @property
+    def filled(self) -> int:
+        """Number of bands that have rows."""
+        return len(np.unique(self.place))
 
 
 def risk_bands(
@@ -126,7 +152,7 @@ def risk_bands(
     fewest: int,
     threshold: float | None = None,
 ) -> RiskBands:
-    """Cut risks at ``RISK_EDGES`` and at a threshold, and merge the bands.
+    """Cut risks at whole percents, at their own percentiles and at a threshold; merge the bands.
 
     Args:
         risk: (n,) within 0 and 1.
@@ -137,7 +163,8 @@ def risk_bands(
     """
     if fewest == 0:
         return RiskBands(np.unique(risk, return_inverse=True)[1], None)
-    edges = np.unique([*RISK_EDGES, *([] if threshold is None else [threshold])])
+    given = [] if threshold is None else [threshold]
+    edges = np.unique([*PERCENT, *np.quantile(risk, PERCENT), *given])
     bands = np.digitize(risk, edges)
     sides = [np.arange(len(edges) + 1)]
     if threshold is not None:
@@ -178,7 +205,10 @@ def merge_flow(flow: pd.DataFrame, fewest: int) -> pd.DataFrame:
         before = lines.pop()
         lines.append((f"{before[0]}; {rule}", before[1] + removed, left))
         small = is_small(lines[-1][1], fewest)
-    shown = [(rule, count_text(removed, fewest), f"{left:,}") for rule, removed, left in lines]
+    shown = [
+        (rule, count_text(removed, fewest), count_text(left, fewest))
+        for rule, removed, left in lines
+    ]
     return pd.DataFrame(shown, columns=["rule", "removed", "left"])
 
 

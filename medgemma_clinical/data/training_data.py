@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.data.small_cells import FEWEST, has_few_events
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 
 IDENTIFYING_VALUES = 3
@@ -43,9 +43,18 @@ class Data:
         """Return the share of events in the training part."""
         return float(self.dataset.labels[self.split["train"]].mean())
 
+    @property
+    def hides_events(self) -> bool:
+        """Whether the numbers of events are not shown, see ``small_cells.has_few_events``."""
+        dataset = self.dataset
+        return has_few_events(dataset.labels, dataset.groups, self.split, self.min_cell)
+
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
         dataset = self.dataset
+        case_mix = dataset.case_mix(self.split["train"], self.min_cell)
+        if self.hides_events:
+            case_mix.pop("prevalence", None)
         return {
             "dataset": dataset.name,
             "reading": dataset.reading,
@@ -56,7 +65,7 @@ class Data:
             "named": dataset.named,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "case_mix": dataset.case_mix(self.split["train"], self.min_cell),
+            "case_mix": case_mix,
         }
 
     def training_patients(self) -> NDArray[np.int64]:

@@ -11,11 +11,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import (
-    RISK_EDGES,
+    PERCENT,
     RiskBands,
     any_small,
     is_small,
     merge_bands,
+    rarer_patients,
     risk_bands,
 )
 from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
@@ -33,15 +34,14 @@ from medgemma_clinical.evaluation.predictions import Predictions
 if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
 
-BENEFIT_RISKS = RISK_EDGES
-"""Threshold risks of the decision curve."""
 
 FEWEST_PATIENTS = 10
 """Patients with and patients without the event that a judgement needs."""
 
 UNKNOWN = Estimate(None)
-REVEAL_EVENTS = ("accuracy", "brier_skill")
-"""Figures from which the number of events can be computed."""
+
+DECIMALS = 4
+"""Of the figures in metrics.json where small cells are hidden: all digits of one tell counts."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class Subgroup:
 class CohortFigures:
     """Every figure of a cohort that may be shown, all intervals from the same draws of patients.
 
+    Where few patients have the event, or lack it, each figure is unknown: AUROC, Brier score and
+    calibration together tell their number.
+
     Attributes:
         n: rows.
         events: rows with label 1; None where few patients have the event, or lack it.
@@ -112,7 +115,7 @@ class CohortFigures:
         estimates: metrics, calibration and shares by name, in the order of metrics.json.
         baselines: metrics of each simple model by its name.
         differences: metrics of the model minus those of each simple model, paired.
-        benefit: net benefit at each of ``BENEFIT_RISKS``; unknown where it would show small cells.
+        benefit: net benefit by threshold risk, at those that show no small cell.
         bands: the risks as finely as a curve may show them.
         bins: calibration curve, the observed share of events by mean predicted risk.
         subgroups: those that have any row; neighbours with few patients are one.
@@ -128,7 +131,7 @@ class CohortFigures:
     estimates: dict[str, Estimate]
     baselines: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
-    benefit: list[Estimate]
+    benefit: dict[float, Estimate]
     bands: RiskBands
     bins: dict[float, Estimate]
     subgroups: list[Subgroup]
@@ -151,19 +154,10 @@ class CohortFigures:
         return max(known, key=known.__getitem__, default=None)
 
     def to_json(self, estimates: dict[str, Estimate]) -> dict[str, Any]:
-        """Return an object of metrics.json: n, events, and each of the estimates by name.
-
-        Where events are hidden, figures have three decimals: all of an AUROC's tell the number of
-        its pairs.
-        """
-        digits = 3 if self.events is None else None
+        """Return an object of metrics.json: n, events, and each of the estimates by name."""
+        digits = DECIMALS if self.fewest else None
         shown = {name: each.to_json(digits) for name, each in estimates.items()}
         return {"n": self.n, "events": self.events, **shown}
-
-
-def rarer_patients(labels: NDArray[Any], groups: NDArray[Any]) -> int:
-    """Count the patients that have the outcome (label 0 or 1) that fewer patients have."""
-    return min(len(np.unique(groups[labels == label])) for label in (0, 1))
 
 
 def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> CohortFigures:
@@ -182,8 +176,11 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
     groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
     hidden = is_small(rarer_patients(labels, groups), fewest)
     bands = risk_bands(risk, labels, groups, fewest, threshold)
-    bins = [] if hidden else calibration_bins(labels, bands.order(risk))
-    subgroups = {} if hidden else subgroup_rows(cohort.subgroups, labels, groups, fewest)
+    if bands.edges is None:
+        bins, at = calibration_bins(labels, risk), PERCENT
+    else:
+        bins, at = [bands.place == place for place in np.unique(bands.place)], bands.edges
+    subgroups = subgroup_rows(cohort.subgroups, labels, groups, fewest)
     judged = {
         key: rows
         for key, rows in subgroups.items()
@@ -193,16 +190,15 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
         ("model", name): share for name, share in threshold_shares(labels, risk, threshold).items()
     }
     shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
-    known = _estimates(cohort, groups, shares, judged, seed)
-    known |= dict.fromkeys(hidden_figures(cohort, groups, threshold, fewest) & set(known), UNKNOWN)
+    known = _estimates(cohort, groups, shares, judged, at, seed)
+    unshown = hidden_figures(cohort, groups, threshold, fewest)
+    known |= dict.fromkeys([name for name in known if hidden or name in unshown], UNKNOWN)
 
     def under(*prefix: str) -> dict[Any, Estimate]:
         """Return the estimates whose names begin so, by the rest of the name."""
         return {key[-1]: each for key, each in known.items() if key[:-1] == prefix}
 
     model, before, aurocs = under("model"), under("before"), under("subgroup")
-    shown = [bands.edges is None or edge in bands.edges for edge in BENEFIT_RISKS]
-    benefit = under("benefit").values()
     return CohortFigures(
         n=len(labels),
         events=None if hidden else int(labels.sum()),
@@ -213,12 +209,15 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
         estimates=model,
         baselines={name: under("baseline", name) for name in cohort.baselines},
         differences={name: under("difference", name) for name in cohort.baselines},
-        benefit=[each if ok else UNKNOWN for each, ok in zip(benefit, shown, strict=True)],
+        benefit={} if hidden else under("benefit"),
         bands=bands,
-        bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
+        bins={
+            float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins) if not hidden
+        },
         subgroups=[
             _subgroup(name, labels[rows], risk[rows], aurocs.get(name))
             for name, rows in subgroups.items()
+            if not hidden
         ],
         before=model | before if before else {},
     )
@@ -264,9 +263,8 @@ def hides_accuracy(
 def hidden_figures(
     cohort: Cohort, groups: NDArray[np.int64], threshold: float, fewest: int
 ) -> set[tuple[str, ...]]:
-    """Return the names of the estimates that would show a small cell."""
+    """Return the names of the estimates that would show a cell of few patients with alarm."""
     labels = cohort.labels
-    few_events = is_small(rarer_patients(labels, groups), fewest)
     models: dict[tuple[str, ...], Any] = {
         ("model",): cohort.probability,
         ("before",): cohort.uncalibrated,
@@ -274,11 +272,7 @@ def hidden_figures(
     models |= {("baseline", name): risk for name, risk in cohort.baselines.items()}
     hidden: set[tuple[str, ...]] = set()
     for model, risk in models.items():
-        if risk is None:
-            continue
-        if few_events:
-            hidden |= {(*model, figure) for figure in REVEAL_EVENTS}
-        if hides_accuracy(labels, risk, groups, fewest):
+        if risk is not None and hides_accuracy(labels, risk, groups, fewest):
             hidden.add((*model, "accuracy"))
     alarm = cohort.probability >= threshold
     if any_small(2 * (labels == 1) + alarm, groups, 4, fewest):
@@ -298,11 +292,13 @@ def _estimates(
     groups: NDArray[np.int64],
     shares: dict[Any, Share],
     judged: dict[str, Any],
+    at: NDArray[np.float64],
     seed: int,
 ) -> dict[Any, Estimate]:
     """Return all estimates; names are tuples, as ("model", "auroc").
 
-    ``judged`` holds the positions of the rows of each subgroup that gets an AUROC.
+    ``judged`` holds the positions of the rows of each subgroup that gets an AUROC, ``at`` the
+    threshold risks of the net benefit.
     """
     labels = cohort.labels
     # An AUROC of 0 or 1 rests on as many pairs of patients as have the rarer outcome.
@@ -315,7 +311,7 @@ def _estimates(
             for key, rows in judged.items()
         },
     }
-    statistics = partial(_weighted_figures, cohort, shares, judged)
+    statistics = partial(_weighted_figures, cohort, shares, judged, at)
     replicates = bootstrap(labels, groups, seed, statistics)
     return {
         name: estimate(float(value[0]), replicates[name], patients.get(name))
@@ -327,6 +323,7 @@ def _weighted_figures(
     cohort: Cohort,
     shares: dict[Any, Share],
     judged: dict[str, Any],
+    at: NDArray[np.float64],
     weights: NDArray[np.float64],
 ) -> Figures:
     """Compute all figures under weights (R, n)."""
@@ -342,8 +339,8 @@ def _weighted_figures(
         for name, values in weighted_metrics(labels, risk, weights).items():
             result["baseline", baseline, name] = values
             result["difference", baseline, name] = result["model", name] - values
-    benefit = net_benefit(labels, model_risk, BENEFIT_RISKS, weights)
-    result |= {("benefit", k): values for k, values in enumerate(benefit.T)}
+    benefit = net_benefit(labels, model_risk, at, weights)
+    result |= {("benefit", p): values for p, values in zip(at.tolist(), benefit.T, strict=True)}
     for key, rows in judged.items():
         inside = weighted_metrics(labels[rows], model_risk[rows], weights[:, rows])
         result["subgroup", key] = inside["auroc"]

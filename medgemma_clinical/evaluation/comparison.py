@@ -12,9 +12,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import is_small
-from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
-from medgemma_clinical.evaluation.cohort import UNKNOWN, hides_accuracy, rarer_patients
+from medgemma_clinical.data.small_cells import is_small, rarer_patients
+from medgemma_clinical.evaluation.bootstrap import (
+    NO_VALUE,
+    Estimate,
+    Figures,
+    bootstrap,
+    estimate,
+)
+from medgemma_clinical.evaluation.cohort import DECIMALS, UNKNOWN, hides_accuracy
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
 from medgemma_clinical.evaluation.plots import plot_comparison, plot_style, to_image
 from medgemma_clinical.evaluation.report import INTERVALS, render
@@ -69,22 +75,29 @@ def compare_models(
         return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
 
     few_events = any(is_small(rarer_patients(labels[p], groups[p]), fewest) for p in parts)
+    if few_events:
+        unknown = dict.fromkeys(METRICS, UNKNOWN.to_json())
+        counts = {"n": len(labels), "events": None}
+        return {model: {**counts, **unknown, "minus_reference": unknown} for model in risks}
     draws = bootstrap(labels, groups, seed, means, split)
     values = by_split(np.ones((1, len(labels))))
+    unshown = {m for m in risks if hides_accuracy(labels, risks[m], groups, fewest)}
+    digits = DECIMALS if fewest else None
     results: Results = {}
     for model in risks:
         scores, paired = {}, {}
         for metric in METRICS:
             here, other = (model, metric), (reference, metric)
-            scores[metric] = estimate(values[here].mean(), draws[here]).to_json()
+            scores[metric] = estimate(values[here].mean(), draws[here]).to_json(digits)
             if len(tables) > 1:
                 scores[metric]["sd"] = values[here].std(ddof=1)
             difference = (values[here] - values[other]).mean()
-            paired[metric] = estimate(difference, draws[here] - draws[other]).to_json()
-        hidden = few_events or hides_accuracy(labels, risks[model], groups, fewest)
-        for each in (scores, paired) if hidden else ():
-            each["accuracy"] = UNKNOWN.to_json()
-        counts = {"n": len(labels), "events": None if few_events else int(labels.sum())}
+            paired[metric] = estimate(difference, draws[here] - draws[other]).to_json(digits)
+        if model in unshown:
+            scores["accuracy"] = UNKNOWN.to_json()
+        if {model, reference} & unshown:
+            paired["accuracy"] = UNKNOWN.to_json()
+        counts = {"n": len(labels), "events": int(labels.sum())}
         results[model] = {**counts, **scores, "minus_reference": paired}
     return results
 
@@ -99,7 +112,8 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
         line[f"minus {reference} [95 %]"] = "" if name == reference else difference
         for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
-            line[title] = f"{result[metric]['value']:{form}}"
+            value = result[metric]["value"]
+            line[title] = NO_VALUE if value is None else f"{value:{form}}"
             if "sd" in result[metric]:
                 line[f"sd of {title}"] = f"{result[metric]['sd']:{form}}"
         if "seconds_an_epoch" in result:
@@ -117,6 +131,8 @@ def counts_sentence(results: Results) -> str:
 
 def comparison_sentences(results: Results, reference: str) -> list[str]:
     """Return the result in words: the reference, and the model with the highest AUROC."""
+    if results[reference]["events"] is None:
+        return [f"{counts_sentence(results)}, and so no figure (--min_cell)."]
     score = _estimate(results[reference]["auroc"])
     first = f"{reference}: test AUROC {score.text()} ({counts_sentence(results)})."
     best = max(results, key=lambda model: results[model]["auroc"]["value"])

@@ -21,7 +21,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 
 from medgemma_clinical.data.small_cells import risk_bands
 from medgemma_clinical.evaluation.bootstrap import Estimate
-from medgemma_clinical.evaluation.cohort import BENEFIT_RISKS, Cohort, CohortFigures
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.report_tables import percent
 
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font that it looks for
@@ -44,6 +44,9 @@ STYLE = {
 MOST_POINTS = 400
 """Points of a curve that are drawn."""
 
+FEWEST_BANDS = 3
+"""Bands of risk that a curve needs; through fewer it would contradict the figures."""
+
 
 @dataclass(frozen=True)
 class Image:
@@ -58,7 +61,7 @@ def report_images(
 ) -> dict[str, Image]:
     """Draw a report's pictures by name; without a history there is no learning curve.
 
-    Where the number of events is not shown, no picture shows it either.
+    Risks that may be shown in fewer than ``FEWEST_BANDS`` bands make no curve.
     """
     plots: dict[str, Any] = {
         "roc": plot_roc,
@@ -66,10 +69,8 @@ def report_images(
         "calibration": plot_calibration,
         "decision_curve": plot_decision_curve,
     }
-    if figures.events is None:
+    if figures.bands.edges is not None and figures.bands.filled < FEWEST_BANDS:
         plots = {}
-    elif all(each.value is None for each in figures.benefit):
-        del plots["decision_curve"]
     with plot_style():
         images = {name: to_image(*plot(cohort, figures)) for name, plot in plots.items()}
         if history:
@@ -209,16 +210,19 @@ def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure,
     figure, (axes,) = new_figure()
     prevalence = figures.prevalence or 0.0
     highest = min(0.99, max(2 * prevalence, float(np.quantile(cohort.probability, 0.99))))
-    risks = BENEFIT_RISKS[: max(5, round(100 * highest))]
-    value, low, high = _percentages(figures.benefit[: len(risks)])
+    known = {risk: each for risk, each in figures.benefit.items() if risk <= max(0.05, highest)}
+    risks = np.array(list(known))
+    value, low, high = _percentages(known.values())
     everyone = 100 * (prevalence - (1 - prevalence) * risks / (1 - risks))
     axes.axhline(0, color=INK, linestyle=":", linewidth=1, label="treat none")
     axes.plot(100 * risks, everyone, "--", color=OTHER, label="treat all")
-    shown = np.isfinite(value)  # others would show small cells
-    risks, value, everyone = risks[shown], value[shown], everyone[shown]
-    low, high = low[shown], high[shown]
-    axes.fill_between(100 * risks, low, high, color=MODEL, alpha=0.18, linewidth=0)
-    axes.plot(100 * risks, value, color=MODEL, linewidth=2, label="model [95 %]")
+    axes.set_xlim(0, 100 * highest)
+    if figures.bands.edges is None:
+        axes.fill_between(100 * risks, low, high, color=MODEL, alpha=0.18, linewidth=0)
+        axes.plot(100 * risks, value, color=MODEL, linewidth=2, label="model [95 %]")
+    else:  # between these risks nothing may be shown
+        axes.vlines(100 * risks, low, high, color=MODEL)
+        axes.plot(100 * risks, value, "o", color=MODEL, label="model [95 %]")
     ceiling = 110 * prevalence
     axes.set(xlabel="threshold risk, %", ylim=(-0.25 * ceiling, ceiling))
     axes.set_ylabel("net benefit, true alarms per 100 rows")
@@ -267,7 +271,7 @@ def plot_comparison(results: dict[str, dict[str, Any]], reference: str) -> Figur
     differences = [results[name]["minus_reference"]["auroc"] for name in names]
     titles = ("test AUROC [95 %]", f"AUROC minus {reference}, paired [95 %]")
     for axes, scores, title in zip(panels, (aurocs, differences), titles, strict=True):
-        table = pd.DataFrame(scores)
+        table = pd.DataFrame(scores).astype(float)
         axes.hlines(names, table["low"], table["high"], color=MODEL)
         axes.plot(table["value"], names, "o", color=MODEL, markersize=4)
         axes.set_xlabel(title)

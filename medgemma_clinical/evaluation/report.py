@@ -114,6 +114,8 @@ def write_report(
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,
         fewest=figures.fewest,
+        judged=figures.events is not None,
+        has_grey=any(group.auroc is None for group in figures.subgroups),
         fewest_patients=FEWEST_PATIENTS,
         written=report_tables.written_figures(content.reports),
         errors=report_tables.largest_errors(cohort) if list_patients else None,
@@ -130,6 +132,8 @@ def render(name: str, **content: Any) -> str:
 def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
     """Return the four figures at the top: name, value with interval, what to compare with."""
     known = figures.estimates
+    if figures.events is None:
+        return []
     return [
         ("AUROC", known["auroc"].text(), "0.5 is chance, 1 is perfect"),
         ("AUPRC", known["auprc"].text(), f"chance is {report_tables.percent(figures.prevalence)}"),
@@ -140,23 +144,19 @@ def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
 
 def judge(figures: CohortFigures, outcome: str) -> Verdict:
     """Put the figures into words: discrimination, gain over the best baseline, calibration."""
+    if figures.rarer is None:
+        return Verdict(False, [report_tables.few_events_sentence(figures.n, figures.fewest)])
     ranking = _ranking_sentence(figures, outcome)
-    if too_few_patients(figures):
-        rarer = f"fewer than {figures.fewest}" if figures.rarer is None else figures.rarer
+    if figures.rarer < FEWEST_PATIENTS:
         ranking = (
-            f"Only {rarer} of {figures.patients} patients have the rarer outcome: too few to judge "
-            f"a model. {ranking}"
+            f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome: too few "
+            f"to judge a model. {ranking}"
         )
     calibrated, calibration = _calibration_sentence(figures)
     best = figures.best_baseline
     better = best is not None and figures.differences[best]["auroc"].above(0)
     good = figures.auroc.above(0.5) and better and calibrated
     return Verdict(good, [ranking, _baseline_sentence(figures), calibration])
-
-
-def too_few_patients(figures: CohortFigures) -> bool:
-    """Return whether too few patients have, or lack, the event to judge a model."""
-    return figures.rarer is None or figures.rarer < FEWEST_PATIENTS
 
 
 def _ranking_sentence(figures: CohortFigures, outcome: str) -> str:
@@ -193,7 +193,8 @@ def _calibration_sentence(figures: CohortFigures) -> tuple[bool, str]:
     """Return whether the risks are calibrated as far as the rows show, and the sentence."""
     slope = figures.estimates["calibration_slope"]
     large = figures.estimates["calibration_in_the_large"]
-    if too_few_patients(figures) or slope.low is None or large.low is None:
+    few = figures.rarer is None or figures.rarer < FEWEST_PATIENTS
+    if few or slope.low is None or large.low is None:
         return False, "These rows cannot show whether the predicted risks are calibrated."
     faults = []
     if slope.below(1):

@@ -8,9 +8,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients, count_text, is_small, merge_flow
+from medgemma_clinical.data.small_cells import (
+    count_patients,
+    count_text,
+    has_few_events,
+    merge_flow,
+)
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
-from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, rarer_patients
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 
 TOO_FEW = "too few"
 """Stands in place of a subgroup's AUROC; the page shows such rows in grey."""
@@ -161,7 +166,7 @@ def _case_mix_cell(mix: dict[str, float], name: str) -> str:
         low, middle, high = (mix[f"{name}_{place}"] for place in ("q1", "median", "q3"))
         return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
     if name not in mix:
-        return "not known"
+        return "not known, or not shown"
     return f"{mix[name]:,.0f}" if name in ("rows", "patients") else percent(mix[name])
 
 
@@ -180,11 +185,12 @@ def split_table(
         fewest: patients of the smallest cell that is shown.
     """
     lines = []
+    hidden = has_few_events(labels, groups, split, fewest)
     for part, rows in split.items():
         events = f"{labels[rows].sum():,.0f} ({percent(labels[rows].mean())})"
-        shown = NO_VALUE if is_small(rarer_patients(labels[rows], groups[rows]), fewest) else events
         patients = count_text(count_patients(groups, rows), fewest)
-        lines.append((PART_NAMES[part], f"{len(rows):,}", patients, shown))
+        shown = NO_VALUE if hidden else events
+        lines.append((PART_NAMES[part], count_text(len(rows), fewest), patients, shown))
     return pd.DataFrame(lines, columns=["Part", "Rows", "Patients", "Events"])
 
 
@@ -212,8 +218,18 @@ def counts_text(rows: int, events: int | None) -> str:
     return f"{rows:,} rows, {'events not shown' if events is None else f'{events:,} events'}"
 
 
+def few_events_sentence(rows: int, fewest: int) -> str:
+    """Return why no figure of some rows is shown."""
+    return (
+        f"Fewer than {fewest} of the patients of these {rows:,} rows have, or lack, the event: no "
+        "figure is shown (--min_cell)."
+    )
+
+
 def result_sentence(figures: CohortFigures) -> str:
     """Return the result on the test part in one sentence, beside the best baseline's."""
+    if figures.events is None:
+        return f"Test part: {few_events_sentence(figures.n, figures.fewest)}"
     text = f"Test AUROC {figures.auroc.text()} on {counts_text(figures.n, figures.events)}"
     name = figures.best_baseline
     if name is None:

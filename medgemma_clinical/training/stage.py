@@ -31,6 +31,8 @@ class Stage:
         config: of the checkpoint, plain types; the decision rule joins it with the results.
         save: writes the model's weights and a config as the best, for the folder of the stage.
         load: reads the best of the folder of the stage back into ``model``.
+        hides_events: few patients of the validation part have the event: its AUROC is written with
+            two decimals, since more would tell their number.
         accumulate: batches whose gradients make one optimizer step.
         describe: returns lines for the log on what the model reads.
         after_test: further work of the best model on the test part, from its predictions and the
@@ -49,6 +51,7 @@ class Stage:
     config: dict[str, Any]
     save: Callable[[Path, dict[str, Any]], None]
     load: Callable[[Path], None]
+    hides_events: bool = False
     accumulate: int = 1
     describe: Callable[[], list[str]] = list
     after_test: Callable[[Predictions, Path], dict[str, Any]] | None = None
