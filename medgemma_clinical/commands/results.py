@@ -118,9 +118,14 @@ def write_results(
     logger.info("\n%s\n", result_sentence(figures["test"]))
     logger.info("%s\n", results_table(stage.name, named, reports))
     logger.info("report: %s; %s", path, peak_memory())
+    return figures_for_tracker(metrics)
+
+
+def figures_for_tracker(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the known figures of both parts from the content of ``metrics.json``."""
     return {
         f"{part}_{name}": each["value"]
-        for part in named
+        for part in SCORED.values()
         for name, each in metrics[part].items()
         if isinstance(each, dict) and each["value"] is not None
     }

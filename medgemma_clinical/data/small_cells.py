@@ -139,11 +139,6 @@ class RiskBands:
     place: NDArray[np.int64]
     edges: NDArray[np.float64] | None
 
-    @property
-    def filled(self) -> int:
-        """Number of bands that have rows."""
-        return len(np.unique(self.place))
-
 
 def risk_bands(
     risk: NDArray[np.float64],

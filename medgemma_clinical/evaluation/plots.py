@@ -45,7 +45,7 @@ MOST_POINTS = 400
 """Points of a curve that are drawn."""
 
 FEWEST_BANDS = 3
-"""Bands of risk that a curve needs; through fewer it would contradict the figures."""
+"""Bands of risk that a curve needs."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def report_images(
 ) -> dict[str, Image]:
     """Draw a report's pictures by name; without a history there is no learning curve.
 
-    Risks that may be shown in fewer than ``FEWEST_BANDS`` bands make no curve.
+    Without ``FEWEST_BANDS`` bands of risk, two of them with events, there is no curve: it would
+    contradict the figures.
     """
     plots: dict[str, Any] = {
         "roc": plot_roc,
@@ -69,7 +70,9 @@ def report_images(
         "calibration": plot_calibration,
         "decision_curve": plot_decision_curve,
     }
-    if figures.bands.edges is not None and figures.bands.filled < FEWEST_BANDS:
+    place, edges = figures.bands.place, figures.bands.edges
+    filled, with_events = np.unique(place), np.unique(place[cohort.labels == 1])
+    if edges is not None and (len(filled) < FEWEST_BANDS or len(with_events) < 2):
         plots = {}
     with plot_style():
         images = {name: to_image(*plot(cohort, figures)) for name, plot in plots.items()}

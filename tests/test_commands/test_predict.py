@@ -253,12 +253,17 @@ def test_the_page_on_labelled_rows_shows_no_small_cell(
     page = out.with_suffix(".report.html").read_text()
     assert "without a score; without a label" in page
     assert "<td>fewer than 11</td>" in page
-    assert "ROC curve: not drawn" in page
+    assert "no figure is shown (--min_cell)" in page
+    assert "AUROC" not in page
     assert trainer.main(command(runs / "trajectory", data, out, "--min_cell", "0")) == 0
     assert "rows with a label: 64 rows, 7 events" in capsys.readouterr().out
     page = out.with_suffix(".report.html").read_text()
     assert "<td>3</td>" in page
-    assert "ROC curve: not drawn" not in page
+    assert "ROC curve" in page
+    tiny = write_data(few.head(10), tmp_path / "tiny.csv")
+    assert trainer.main(command(runs / "trajectory", tiny, out)) == 0
+    assert "labelled rows: fewer than 11, too few" in capsys.readouterr().out
+    assert not out.with_suffix(".report.html").exists()
 
 
 def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(

@@ -49,12 +49,12 @@ def test_case_mix_counts_known_values_only() -> None:
         {
             "rows": 3,
             "patients": 2,
-            "observations_q1": 1.5,
+            "observations_q1": 1,
             "observations_median": 2,
-            "observations_q3": 2.5,
-            "age_q1": 55,
+            "observations_q3": 3,
+            "age_q1": 50,
             "age_median": 60,
-            "age_q3": 65,
+            "age_q3": 70,
             "prevalence": 1 / 3,
             "women": 1 / 3,
         }
@@ -63,3 +63,21 @@ def test_case_mix_counts_known_values_only() -> None:
         *("rows", "patients", "prevalence"),
         *("observations_q1", "observations_median", "observations_q3"),
     }
+
+
+def test_no_quartile_and_no_share_of_a_few_patients_is_told() -> None:
+    rows = 60
+    sexes = ["woman"] * 30 + ["man"] * 29 + [""]
+    table = pd.DataFrame(
+        {
+            "clinical_trajectory": ["1 (0h)"] * rows,
+            "label_escalation": [0, 1] * 30,
+            "clinical_context": [f"{20 + k}-year-old {sex}" for k, sex in enumerate(sexes)],
+        }
+    )
+    mix = MIMICtrajectoryDataset(table).case_mix(np.arange(rows), 11)
+    assert "women" not in mix, "with the men's it tells that one is neither"
+    assert (mix["age_q1"], mix["age_median"], mix["age_q3"]) == (34, 49, 64), "values that occur"
+    few = MIMICtrajectoryDataset(table).case_mix(np.arange(43), 11)
+    assert not [name for name in few if name.startswith("age")]
+    assert "age_median" in MIMICtrajectoryDataset(table).case_mix(np.arange(44), 11)

@@ -79,7 +79,8 @@ def test_risk_bands_keep_the_threshold_where_its_cells_allow(
     assert bands.edges is not None
     assert (np.diff(bands.place[np.argsort(risk)]) >= 0).all(), "risks keep their order"
     allowed = not any_small(2 * (labels == 1) + (risk >= threshold), groups, 4, FEWEST)
-    assert (threshold in bands.edges) == allowed or bool(np.isclose(threshold, bands.edges).any())
+    if allowed:
+        assert threshold in bands.edges
     for edge in bands.edges:  # an edge cuts between two bands and through none
         assert not set(bands.place[risk < edge]) & set(bands.place[risk >= edge])
     if not any_small((labels == 1).astype(int), groups, 2, FEWEST):
@@ -91,7 +92,6 @@ def test_without_a_limit_each_risk_is_a_band() -> None:
     bands = risk_bands(risk, np.array([0.0, 1, 0, 1]), np.arange(4), 0)
     assert bands.place.tolist() == [1, 0, 1, 2]
     assert bands.edges is None
-    assert bands.order(risk) is risk
 
 
 def flow_of(*removed: int) -> pd.DataFrame:
@@ -109,6 +109,7 @@ def flow_of(*removed: int) -> pd.DataFrame:
         ((20, 3, 3), [("rule 0; rule 1; rule 2", "26", "974")]),
         ((20, 0, 3), [("rule 0; rule 1; rule 2", "23", "977")]),
         ((0, 3), [("rule 0; rule 1", "fewer than 11", "997")]),
+        ((20, 975), [("rule 0", "20", "980"), ("rule 1", "975", "fewer than 11")]),
     ],
 )
 def test_rules_that_remove_a_few_join_their_neighbours(

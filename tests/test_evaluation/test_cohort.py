@@ -17,9 +17,8 @@ from sklearn import metrics
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import cohort as cohort_module
 from medgemma_clinical.evaluation.bootstrap import Estimate, bootstrap
-from medgemma_clinical.evaluation.calibration import calibration_bins, log_odds
+from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import (
-    BENEFIT_RISKS,
     Cohort,
     cohort_figures,
     rarer_patients,
@@ -209,22 +208,18 @@ def few_events_cohort(events: int, rows: int = 200) -> Cohort:
     return make_cohort((labels, risk, np.arange(rows).astype(str)), last_value=noisy(risk, 2))
 
 
-def test_the_number_of_a_few_events_is_hidden_with_all_that_reveals_it() -> None:
+def test_a_part_with_a_few_events_shows_no_figure() -> None:
     figures = cohort_figures(few_events_cohort(10), 0.3, 0, 11)
     assert figures.events is None
     assert figures.rarer is None
     assert figures.prevalence is None
     assert figures.subgroups == []
     assert figures.bins == {}
-    assert all(each.value is None for each in figures.benefit)
-    hidden = {"accuracy", "brier_skill", "sensitivity", "specificity", "ppv", "npv", "alarms"}
-    assert {name for name, each in figures.estimates.items() if each.value is None} == hidden
-    assert figures.baselines["last value"]["accuracy"].value is None
-    assert figures.differences["last value"]["accuracy"].value is None
+    assert figures.benefit == {}
+    shown = [figures.estimates, *figures.baselines.values(), *figures.differences.values()]
+    assert all(each == Estimate(None) for estimates in shown for each in estimates.values())
     assert figures.to_json(figures.estimates)["events"] is None
-    shown = cohort_figures(few_events_cohort(10), 0.3, 0, 10)
-    assert shown.events == 10
-    assert shown.auroc == figures.auroc, "what reveals nothing stays the same"
+    assert cohort_figures(few_events_cohort(10), 0.3, 0, 10).events == 10
 
 
 def test_a_threshold_that_leaves_a_few_events_without_alarm_shows_no_share() -> None:
@@ -277,16 +272,32 @@ def test_no_two_points_of_the_calibration_and_decision_curves_lie_a_few_patients
     cohort = make_cohort((labels, risk, groups))
     figures = cohort_figures(cohort, 0.3, 0, 11)
     place = figures.bands.place
-    bins = calibration_bins(labels, place.astype(float))
+    bins = [place == band for band in np.unique(place)]
     assert len(bins) > 2
     assert list(figures.bins) == pytest.approx([risk[rows].mean() for rows in bins])
-    assert not any(0 < (labels[rows] == k).sum() < 11 for rows in bins for k in (0, 1))
     for band in np.unique(place):
         for label in (0, 1):
             assert not 0 < int((labels[place == band] == label).sum()) < 11
-    known = [k for k, each in enumerate(figures.benefit) if each.value is not None]
-    assert len(known) > 3
-    alarms = [risk >= BENEFIT_RISKS[k] for k in known]
+    assert len(figures.benefit) > 3
+    alarms = [risk >= threshold for threshold in figures.benefit]
     for more, fewer in itertools.pairwise(alarms):
         for label in (0, 1):
             assert not 0 < int((labels[more & ~fewer] == label).sum()) < 11
+
+
+def test_figures_are_rounded_where_all_their_digits_would_tell_counts() -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(8), 300))
+    rounded, whole = (
+        figures.to_json(figures.estimates)["auroc"]["value"]
+        for figures in (cohort_figures(cohort, 0.3, 0, fewest) for fewest in (11, 0))
+    )
+    assert rounded == round(whole, 4) != whole
+
+
+def test_a_rare_outcome_keeps_its_bands_and_bins() -> None:
+    rng = np.random.default_rng(3)
+    risk = 0.002 * rng.lognormal(size=40_000).clip(0, 4)
+    labels = (rng.random(40_000) < risk).astype(float)
+    groups = np.arange(40_000).astype(str)
+    figures = cohort_figures(make_cohort((labels, risk, groups)), 0.004, 0, 11)
+    assert len(figures.bins) > 4

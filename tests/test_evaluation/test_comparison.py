@@ -188,22 +188,32 @@ def test_another_result_is_moved_aside_and_the_same_one_is_not(tmp_path: Path) -
     assert (tmp_path / "ablation.json").read_bytes() != before
 
 
-def test_few_events_of_any_split_are_not_counted_in_a_comparison() -> None:
+def test_few_events_of_any_split_show_no_figure_of_a_comparison(tmp_path: Path) -> None:
     table = table_of(0)
     patients = table.loc[table["label"] == 1, "patient"].nunique()
-    shown = compare_models([table], "bad", seed=0, fewest=patients)["good"]
-    assert shown["events"] == 30
+    assert compare_models([table], "bad", seed=0, fewest=patients)["good"]["events"] == 30
     hidden = compare_models([table], "bad", seed=0, fewest=patients + 1)
-    assert hidden["good"]["events"] is None
-    assert hidden["good"]["accuracy"] == {"value": None, "low": None, "high": None}
-    assert hidden["good"]["minus_reference"]["accuracy"]["value"] is None
-    assert hidden["good"]["auroc"] == shown["auroc"]
-    assert counts_sentence(hidden) == "test part: 120 rows, events not shown"
+    unknown = {"value": None, "low": None, "high": None}
+    for result in hidden.values():
+        assert result["events"] is None
+        assert all(result[m] == result["minus_reference"][m] == unknown for m in METRICS)
+    sentence = "test part: 120 rows, events not shown"
+    assert counts_sentence(hidden) == sentence
+    assert comparison_sentences(hidden, "bad") == [f"{sentence}, and so no figure (--min_cell)."]
+    write_comparison(tmp_path, "c", hidden, "bad", title="t", sentences=[], card={})
+    assert "not shown" in (tmp_path / "c.html").read_text()
     small = table_of(1, rows=40)
     both = compare_models([table, small], "bad", seed=0, fewest=patients)
-    assert both["good"]["events"] is None, "with the others' events the sum tells the split's"
+    assert both["good"]["events"] is None, "with the others' the mean tells the split's"
+
+
+def test_an_accuracy_of_few_alarms_is_hidden_also_from_the_difference_to_it() -> None:
+    table = table_of(0)
     few_wrong = table.assign(good=abs(table["label"] - 1.0 * (table.index < 3)))
-    results = compare_models([few_wrong], "bad", seed=0, fewest=11)
+    results = compare_models([few_wrong], "good", seed=0, fewest=11)
     assert results["good"]["events"] == 30
     assert results["good"]["accuracy"]["value"] is None
     assert results["bad"]["accuracy"]["value"] is not None
+    assert results["bad"]["minus_reference"]["accuracy"]["value"] is None
+    auroc = results["bad"]["auroc"]["value"]
+    assert auroc == round(auroc, 4)

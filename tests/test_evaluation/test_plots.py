@@ -131,10 +131,36 @@ def test_no_step_of_a_curve_holds_a_few_patients() -> None:
     assert not [count for count in counts if 0 < count < 11]
 
 
-def test_without_a_shown_number_of_events_nothing_is_drawn_that_shows_it() -> None:
-    labels = (np.arange(300) < 8).astype(float)
+HISTORY = [{"epoch": 1, "train_loss": 1, "val_loss": 1, "val_auroc": 0.5, "improved": True}]
+
+
+@pytest.mark.parametrize("events", [8, 11, 20])
+def test_a_few_events_make_no_curve(events: int) -> None:
+    labels = (np.arange(300) < events).astype(float)
     risk = np.linspace(0.9, 0.1, 300)
+    risk[:2] = 0.95
     cohort = make_cohort((labels, risk, np.arange(300).astype(str)))
-    history = [{"epoch": 1, "train_loss": 1, "val_loss": 1, "val_auroc": 0.5, "improved": True}]
-    assert set(report_images(cohort, cohort_figures(cohort, 0.5, 0, 11), history)) == {"learning"}
-    assert len(report_images(cohort, cohort_figures(cohort, 0.5, 0, 0), history)) == 5
+    assert set(report_images(cohort, cohort_figures(cohort, 0.5, 0, 11), HISTORY)) == {"learning"}
+    assert len(report_images(cohort, cohort_figures(cohort, 0.5, 0, 0), HISTORY)) == 5
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_events_just_enough_draw_without_fault(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(300) < rng.integers(11, 40)).astype(float)
+    risk = np.clip(rng.uniform(0.005, 0.06, 300) + 0.3 * labels * rng.random(300), 0, 1)
+    risk[0] = 0.5
+    cohort = make_cohort((labels, risk, np.arange(300).astype(str)))
+    images = report_images(cohort, cohort_figures(cohort, 0.1, 0, 11), HISTORY)
+    assert len(images) in (1, 5)
+
+
+def test_a_coarse_decision_curve_counts_the_risks_that_it_shows() -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(2), 600))
+    figures = cohort_figures(cohort, 0.3, 0, 11)
+    figure, alt = plot_decision_curve(cohort, figures)
+    at, value = lines_of(figure)["model [95 %]"]
+    assert at / 100 == pytest.approx([risk for risk in figures.benefit if risk <= at.max() / 100])
+    expected = net_benefit(cohort.labels, cohort.probability, at / 100, ones(600))[0]
+    assert value == pytest.approx(100 * expected)
+    assert f"of {len(at)} threshold" in alt

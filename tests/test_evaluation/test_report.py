@@ -195,11 +195,18 @@ def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
     card = {"Model": "ODE-RNN", "Intervals": INTERVALS, "SHA-256 of the data": "c0ffee"}
     text = Page(write_page(few, tmp_path, make_content(history=None, card=card))).text
     for words in (
-        *("Subgroups", "Learning curve", "Case mix", "Written reports", "Largest errors"),
+        *(
+            "The same model in subgroups",
+            "Learning curve",
+            "Case mix",
+            "Written reports",
+            "Largest errors",
+        ),
         *("Split by", "Before and after"),
     ):
         assert words not in text
     assert "None was scored on these rows" in text
+    assert "No subgroup has enough patients" in text
     assert text.index("c0ffee") > text.index("Model card") > text.index("Baselines")
     assert "1,000 draws of patients" in text
 
