@@ -176,10 +176,8 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
     groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
     hidden = is_small(rarer_patients(labels, groups), fewest)
     bands = risk_bands(risk, labels, groups, fewest, threshold)
-    if bands.edges is None:
-        bins, at = calibration_bins(labels, risk), PERCENT
-    else:
-        bins, at = [bands.place == place for place in np.unique(bands.place)], bands.edges
+    at = PERCENT if bands.edges is None else bands.edges
+    bins = _bins(labels, risk, bands)
     subgroups = subgroup_rows(cohort.subgroups, labels, groups, fewest)
     judged = {
         key: rows
@@ -221,6 +219,15 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
         ],
         before=model | before if before else {},
     )
+
+
+def _bins(
+    labels: NDArray[np.float64], risk: NDArray[np.float64], bands: RiskBands
+) -> list[NDArray[np.bool_]]:
+    """Return the rows (n,) of each bin of the calibration curve."""
+    if bands.edges is None:
+        return calibration_bins(labels, risk)
+    return [bands.place == place for place in np.unique(bands.place)]
 
 
 def _subgroup(
