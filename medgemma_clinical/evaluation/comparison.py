@@ -74,11 +74,8 @@ def compare_models(
     def means(weights: NDArray[np.float64]) -> Figures:
         return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
 
-    few_events = any(is_small(rarer_patients(labels[p], groups[p]), fewest) for p in parts)
-    if few_events:
-        unknown = dict.fromkeys(METRICS, UNKNOWN.to_json())
-        counts = {"n": len(labels), "events": None}
-        return {model: {**counts, **unknown, "minus_reference": unknown} for model in risks}
+    if any(is_small(rarer_patients(labels[p], groups[p]), fewest) for p in parts):
+        return _unknown_results(list(risks), len(labels))
     draws = bootstrap(labels, groups, seed, means, split)
     values = by_split(np.ones((1, len(labels))))
     unshown = {m for m in risks if hides_accuracy(labels, risks[m], groups, fewest)}
@@ -90,7 +87,7 @@ def compare_models(
             here, other = (model, metric), (reference, metric)
             scores[metric] = estimate(values[here].mean(), draws[here]).to_json(digits)
             if len(tables) > 1:
-                scores[metric]["sd"] = values[here].std(ddof=1)
+                scores[metric]["sd"] = Estimate(values[here].std(ddof=1)).to_json(digits)["value"]
             difference = (values[here] - values[other]).mean()
             paired[metric] = estimate(difference, draws[here] - draws[other]).to_json(digits)
         if model in unshown:
@@ -100,6 +97,12 @@ def compare_models(
         counts = {"n": len(labels), "events": int(labels.sum())}
         results[model] = {**counts, **scores, "minus_reference": paired}
     return results
+
+
+def _unknown_results(models: Sequence[str], rows: int) -> Results:
+    unknown = dict.fromkeys(METRICS, UNKNOWN.to_json())
+    counts = {"n": rows, "events": None}
+    return {model: {**counts, **unknown, "minus_reference": unknown} for model in models}
 
 
 def comparison_table(results: Results, reference: str) -> pd.DataFrame:
