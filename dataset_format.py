@@ -73,7 +73,7 @@ from medgemma_clinical.data.texts import (
     with_space,
 )
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
-from medgemma_clinical.files import InputError, RunFault
+from medgemma_clinical.files import InputError, RunFault, one_line
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "TrajectoryDataset", "main"]
 
@@ -169,7 +169,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             self.source = findings.source if findings else "DataFrame"
             table = source if findings else plain_columns(source)
         else:
-            self.source, table = str(source), read_table(Path(source))
+            self.source, table = one_line(str(source)), read_table(Path(source))
             description = description or Description.beside(Path(source))
         self.description = description or Description()
         self.question, self.outcome = self.description.question, self.description.outcome

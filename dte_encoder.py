@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.encoder_plan import (
     FEATURE_INPUTS,
     TIME_INPUTS,
@@ -285,15 +286,18 @@ class ClinicalODERNN(nn.Module):
 
         scale = dt.unsqueeze(1)
         grid = None if n_steps is None else torch.linspace(0, 1, n_steps + 1).to(state)
-        trajectory: Tensor = torchdiffeq.odeint(
-            lambda _, h: scale * self.field(h),
-            state,
-            state.new_tensor([0.0, 1.0]),
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.solver,
-            options=None if grid is None else {"grid_constructor": lambda *_: grid},
-        )
+        try:
+            trajectory: Tensor = torchdiffeq.odeint(
+                lambda _, h: scale * self.field(h),
+                state,
+                state.new_tensor([0.0, 1.0]),
+                rtol=self.rtol,
+                atol=self.atol,
+                method=self.solver,
+                options=None if grid is None else {"grid_constructor": lambda *_: grid},
+            )
+        except AssertionError as error:  # an adaptive solver's step has become zero
+            raise RunFault(f"the solver {self.solver} cannot follow the states: use rk4") from error
         return trajectory[1]
 
     @property

@@ -48,7 +48,7 @@ from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import Choice, Clause, Number, PromptOptions, direction, plain
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, one_line
 
 __all__ = ["ORGANS", "InputError", "SRTRTrajectoryDataset", "main"]
 
@@ -131,7 +131,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         max_len = MAX_LEN if max_len is None else max_len
         if max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
-        self.source = str(data_dir)
+        self.source = one_line(str(data_dir))
         self.features = tuple(feature.name for feature in self._organ.features)
         self.units = tuple(feature.unit for feature in self._organ.features)
         self.main = self.features.index(self._organ.main)

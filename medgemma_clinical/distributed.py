@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import sys
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GPU = "/dev/nvidia0"
-"""Linux shows the first NVIDIA GPU here, whatever torch thinks of it."""
+GPUS = "/dev/nvidia[0-9]*"
+"""Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
 
 SECONDS_A_LINE = 60.0
 """Without a terminal, long work logs its progress so often."""
@@ -54,7 +55,7 @@ def check_gpu() -> None:
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     unused = torch.version.cuda and not torch.cuda.is_available()
-    if unused and not hidden and os.path.exists(GPU):
+    if unused and not hidden and glob.glob(GPUS):
         raise InputError(
             f"torch for CUDA {torch.version.cuda} cannot use this machine's NVIDIA GPU: see what "
             "nvidia-smi says; install a newer driver (CUDA 13 needs 580 or later), or torch for an "

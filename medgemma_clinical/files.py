@@ -189,8 +189,9 @@ def locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     place = path.with_name(f".{path.name}.lock")
-    if place.is_symlink():  # some versions of filelock would make the file that it points to
-        raise InputError(f"{place}: a link: remove it, or choose another place")
+    # Some versions of filelock would make the file that a link points to.
+    if os.path.lexists(place) and (place.is_symlink() or not place.is_file()):
+        raise InputError(f"{place}: a link, or no file: remove it, or choose another place")
     lock = FileLock(place, timeout=0, mode=0o600)
     try:
         lock.acquire()

@@ -382,17 +382,17 @@ def test_the_check_prints_a_line_a_series(
 ) -> None:
     table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
     (tmp_path / "data.json").write_text('{"limits": {"Blood_Urea": [1, 5.5]}}')
-    assert checked(table, tmp_path) == 0
+    assert checked(table, tmp_path, "--min_cell", "5") == 0
     output = capsys.readouterr().out
     assert "Anion gap in mEq/L: median 20, quartiles 7 to 24" in output
     assert "glucose in mg/dL: median 250" in output
     assert re.search(
-        r"Blood urea: median 5.5.* in 33.3% of the patients, 2 values a row with any",
+        r"Blood urea: median 5, .* in 33.3% of the patients, 2 values a row with any",
         output,
     )
     assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5: is the unit right?" in output
     assert output.count("warning") == 1
-    assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1") == 0
+    assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1", "--min_cell", "5") == 0
     output = capsys.readouterr().out
     assert "Blood urea" not in output
     assert "within 1 to 1" in output
@@ -419,7 +419,7 @@ def test_the_share_of_patients_counts_patients_not_rows(
     table = table_of(["1 (0h)"] * 40, subject_id=[str(k // 2) for k in range(40)])
     table["label_escalation"] = [k // 2 % 2 for k in range(40)]
     table["trajectory_x"] = ["5 (1h)" if k % 2 else "" for k in range(40)]
-    assert checked(table, tmp_path) == 0
+    assert checked(table, tmp_path, "--min_cell", "5") == 0
     assert re.search(r"x: median 5.* in 100.0% of the patients", capsys.readouterr().out)
 
 

@@ -31,9 +31,9 @@ def unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(distributed, "GPU", str(tmp_path / "nvidia0"))
-    (tmp_path / "nvidia0").touch()
-    return tmp_path / "nvidia0"
+    monkeypatch.setattr(distributed, "GPUS", str(tmp_path / "nvidia[0-9]*"))
+    (tmp_path / "nvidia3").touch()
+    return tmp_path / "nvidia3"
 
 
 @pytest.mark.usefixtures("unusable_gpu")

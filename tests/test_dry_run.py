@@ -90,5 +90,8 @@ def test_too_little_memory_ends_with_what_to_do(
     assert "has too little memory" in error
     known = trainer.build_parser().format_help()
     flags = {word.strip(",.") for word in error.split() if word.startswith("--")}
-    assert {"--batch_size", "--gradient_accumulation", "--gradient_checkpointing"} <= flags
+    if isinstance(fault, MemoryError):
+        assert "read fewer rows" in error
+    else:
+        assert {"--batch_size", "--gradient_accumulation", "--gradient_checkpointing"} <= flags
     assert all(flag in known for flag in flags)

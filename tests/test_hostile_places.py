@@ -104,7 +104,10 @@ def test_a_log_names_no_folder_and_the_console_does(
 def test_a_link_in_the_place_of_a_lock_is_refused(target: str, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
     (tmp_path / ".run.lock").symlink_to(tmp_path / target)
-    with pytest.raises(InputError, match=r"\.run\.lock: a link"), locked(tmp_path / "run"):
+    with (
+        pytest.raises(InputError, match=r"\.run\.lock: a link, or no file"),
+        locked(tmp_path / "run"),
+    ):
         pytest.fail("the lock is not taken")
     assert (tmp_path / "kept").read_text() == "kept"
     assert not (tmp_path / "missing").exists()
@@ -152,3 +155,32 @@ def test_a_matplotlibrc_in_the_working_folder_changes_no_picture(data: Path) -> 
         pages.append([line for line in page.splitlines() if "data:image/svg" in line])
     assert pages[0]
     assert pages[0] == pages[1]
+
+
+def test_a_log_does_not_stand_where_a_result_comes(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = data.parent / "run" / "trajectory"
+    folder.mkdir(parents=True)
+    assert trainer.main(words(data, folder / "metrics.json")) == 2
+    assert "--log_file" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+
+
+def test_a_pipe_in_the_place_of_the_data_is_refused(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = data.with_name("pipe.csv")
+    os.mkfifo(pipe)
+    assert trainer.main(words(pipe, data.parent / "own.log")) == 2
+    assert f"{pipe}: not a file" in capsys.readouterr().err
+
+
+def test_a_line_break_in_a_file_name_makes_no_line(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = data.rename(data.with_name("x\nerror: forged.csv"))
+    assert trainer.main(words(forged, data.parent / "own.log")) == 0
+    shown = capsys.readouterr().out + (data.parent / "own.log").read_text()
+    assert "error: forged" in shown
+    assert not [line for line in shown.splitlines() if line.startswith("error: forged")]

@@ -95,5 +95,7 @@ def log_path(args: Namespace, folder: Path) -> Path | None:
     path = Path(args.log_file)
     if not path.parent.is_dir():
         raise InputError(f"--log_file {path}: give a file in a folder that exists")
+    if path.suffix != ".log" and path.absolute().parent == folder.absolute():
+        raise InputError(f"--log_file {path}: a result may be written there: name it NAME.log")
     check_log_file(path)
     return path

@@ -126,7 +126,9 @@ class PlainFormatter(logging.Formatter):
     """Escape what could steer a terminal; the program's own line breaks stay."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the message without unprintable characters."""
+        """Return the message without unprintable characters; a path is one line."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(one_line(str(x)) if isinstance(x, Path) else x for x in record.args)
         return plain(super().format(record))
 
 

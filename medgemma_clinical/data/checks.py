@@ -100,6 +100,8 @@ def _summarize_feature(dataset: TrajectoryDataset, f: int, fewest: int) -> str:
 def _quartiles(numbers: NDArray[Any], patients: int, fewest: int) -> str:
     """Describe numbers of so many patients by quantiles, each with ``fewest`` patients beyond."""
     beyond = max(0.01, fewest / patients)
+    if beyond > 0.5:
+        return "too few patients for a median"
     shares = [beyond, 0.25, 0.5, 0.75, 1 - beyond]
     # Values that occur: between two of them a quantile would tell how many lie above.
     low, q1, median, q3, high = np.quantile(numbers, shares, method="inverted_cdf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -24,6 +25,9 @@ SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\
 
 MOST_NAMES, MOST_UNREAD = 20, 10
 """Names that an error lists, and columns that are not read which the log lists."""
+
+MOST_ROWS = 10**12
+"""Rows that a flow may count."""
 
 LONGEST_NAME, LONGEST_SENTENCE = 200, 2_000
 """Characters of a name (a series, a unit, an outcome) and of any other text."""
@@ -67,8 +71,10 @@ class Description:
             not printable, or an outcome that a spreadsheet would take for a formula.
         """
         file = description_path(path)
-        if not file.is_file():
+        if not os.path.lexists(file):
             return cls()
+        if not file.is_file():
+            raise InputError(f"{file}: not a file: remove it, or describe {path.name} there")
         try:
             content = dict(read_json(file).items())
             description = cls._from_json(content)
@@ -102,6 +108,8 @@ class Description:
             check_text("key limits", name, LONGEST_NAME)
         for rule in flow:
             check_text("key flow", rule["rule"], LONGEST_SENTENCE)
+            if not all(_is_count(rule[key]) for key in ("removed", "left")):
+                raise ValueError("flow must count rows")
         if known.get("outcome", "").startswith(FORMULA_STARTS):
             problem = "a spreadsheet would take it for a formula: begin it with a letter"
             raise InputError(f"key outcome: {problem}")
@@ -132,6 +140,10 @@ def description_path(path: Path) -> Path:
     """Return the place of the description of a data file."""
     name = path.name[:-3] if path.suffix.lower() == ".gz" else path.name
     return path.with_name(name).with_suffix(".json")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < MOST_ROWS
 
 
 def _rising(pair: Sequence[float]) -> tuple[float, float]:

@@ -101,6 +101,8 @@ def read_chunks(
         InputError: as ``read_table``; for a row that does not fit its header only if the findings
             are strict.
     """
+    if path.exists() and not path.is_file():  # a pipe can be read once, and may never end
+        raise InputError(f"{path}: not a file")
     try:
         if path.suffix.lower() == ".parquet":
             yield from _parquet_chunks(path, most)

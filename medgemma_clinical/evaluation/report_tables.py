@@ -256,6 +256,8 @@ def results_table(
             line[f"test {title}"] = NO_VALUE if value is None else f"{value:.3f}"
         lines.append(line)
     further = [f"test part: {counts_text(test.n, test.events)}"]
+    if test.fewest:
+        further.append(f"{NO_VALUE}: undefined, or hidden by --min_cell {test.fewest}")
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
     shown = {key: value for key, value in (reports or {}).items() if value}

@@ -179,7 +179,11 @@ ENCODER: Table = {
 }
 """Of ``encoder_config``; another encoder has further keywords, of plain types."""
 
-DECISION: Table = {"slope": POSITIVE, "intercept": FINITE, "threshold": FINITE}
+DECISION: Table = {
+    "slope": real(0, 1e6, above=True),
+    "intercept": real(-1e6, 1e6),
+    "threshold": real(-1, 2),  # Youden's may lie outside of the risks
+}
 
 PROMPTS: Table = {
     "series": one_of(*SERIES_TEXT),

@@ -153,6 +153,8 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError("torch compresses nothing")
             if damaged := archive.testzip():  # torch.load compares no checksums
                 raise ValueError(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -173,6 +175,17 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
     return checkpoint
 
 
+def check_floating(weights: dict[str, Tensor]) -> None:
+    """Check that weights are floating-point numbers: others would be converted in silence.
+
+    Raises:
+        ValueError: naming one that is not.
+    """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}")
+
+
 def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
     """Load a stage 1 file into ``model``, every key.
 
@@ -181,9 +194,10 @@ def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
     """
     checkpoint = read_trajectory(path)
     try:
+        check_floating({**checkpoint.encoder, **checkpoint.head})
         model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
         model.head.load_state_dict(checkpoint.head)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise _unfit(path) from error
 
 
@@ -254,12 +268,14 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
 
     read_config(folder)
     try:
-        _modules(model).load_state_dict(load_file(folder / MODULE_WEIGHTS))
-        found = set_peft_model_state_dict(model.llm, load_file(folder / ADAPTER_WEIGHTS))
+        modules, adapter = load_file(folder / MODULE_WEIGHTS), load_file(folder / ADAPTER_WEIGHTS)
+        check_floating({**modules, **adapter})
+        _modules(model).load_state_dict(modules)
+        found = set_peft_model_state_dict(model.llm, adapter)
         missing = [key for key in found.missing_keys if "lora_" in key]
         if missing or found.unexpected_keys:
             raise RuntimeError([*missing, *found.unexpected_keys][0])
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise _unfit(folder) from error
 
 

@@ -27,10 +27,15 @@ TINY = "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
 
+LARGEST_MODEL = {"num_hidden_layers": 256, "hidden_size": 2**15, "vocab_size": 2**20}
+"""Sizes far beyond those of Gemma 3's largest model."""
+
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 """Endings of files of weights that are not read."""
 
-MACHINE_FAULT = re.compile(r"CUDA|cuBLAS|CUBLAS|cuDNN|CUDNN|bitsandbytes|\blib(cu|nv)\w*\.so")
+MACHINE_FAULT = re.compile(
+    r"CUDA|quantize_blockwise|cuBLAS|CUBLAS|cuDNN|CUDNN|bitsandbytes|\blib(cu|nv)\w*\.so"
+)
 """In the texts of errors that no file of a model has caused."""
 
 
@@ -92,12 +97,12 @@ def _read_model(
 ) -> tuple[PreTrainedModel, set[str], PreTrainedTokenizerBase]:
     """Return model, keys without weights, and tokenizer; no code of a checkpoint ever runs."""
     import transformers
-    from safetensors import SafetensorError
 
     check_folder(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with _weights_report() as report:
         try:
+            check_sizes(name, transformers.PretrainedConfig.get_config_dict(name, **source)[0])
             config = transformers.AutoConfig.from_pretrained(name, **source)
             if config.model_type not in ("gemma3", "gemma3_text"):
                 raise InputError(
@@ -118,10 +123,26 @@ def _read_model(
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
         except InputError:
             raise
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # the libraries raise anything on files of another kind
             check_machine(name, error, "".join(report))
             raise InputError(loading_advice(name, error)) from error
     return model, found["missing_keys"], tokenizer
+
+
+def check_sizes(name: str, facts: dict[str, Any]) -> None:
+    """Refuse a model that no Gemma 3 comes near in size, or that brings its own quantisation.
+
+    ``facts`` is the content of config.json; libraries build from it before they check.
+
+    Raises:
+        InputError: naming what is out of bounds.
+    """
+    for key, most in LARGEST_MODEL.items():
+        size = dict(facts.get("text_config") or facts).get(key, 1)  # else the library's default
+        if type(size) is not int or not 1 <= size <= most:
+            raise InputError(f"--model_name {name}: config.json: {key} must be 1 to {most:,}")
+    if facts.get("quantization_config") is not None:
+        raise InputError(f"--model_name {name}: quantised already: give the original weights")
 
 
 def check_folder(name: str) -> None:

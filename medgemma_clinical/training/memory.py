@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 TRIAL_BATCHES = 2
 """Batches of the validation part that are scored before a run begins."""
 
+CUBLAS_FULL = "CUBLAS_STATUS_ALLOC_FAILED"
+
 KEPT_COPIES = 5
 """Of the weights that learn: two moments, the average, the best, what processes exchange."""
 
@@ -75,7 +77,10 @@ def _fits(stage: Stage, batch: Any, device: torch.device) -> bool:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             _pass_batch(stage, to_device(batch, device))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            # cuBLAS has a message of its own where its workspace does not fit.
+            if not isinstance(error, torch.OutOfMemoryError) and CUBLAS_FULL not in str(error):
+                raise
             failed = 1.0
     stage.model.zero_grad()
     torch.cuda.empty_cache()

@@ -181,7 +181,10 @@ class Progress:
             logger.warning(
                 "epoch %d: %d of %d steps (%.1f %%) were skipped since loss or gradient was not "
                 "finite, %s",
-                *(epoch, self.skipped, steps, share),
+                epoch,
+                self.skipped,
+                steps,
+                share,
                 self._skipped_batches(),
             )
 

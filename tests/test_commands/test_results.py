@@ -130,6 +130,7 @@ def run_calibrated(folder: Path, how: str) -> dict[str, Any]:
     pd.DataFrame(table).to_csv(folder / "data.csv", index=False)
     words = ["--data_path", str(folder / "data.csv"), "--calibrate", how, "--log_file", "none"]
     words += ["--output_dir", str(folder / how), "--trajectory_epochs", "8", "--trajectory_only"]
+    words += ["--min_cell", "0"]
     assert trainer.main(words) == 0
     figures: dict[str, Any] = read(folder / how / "trajectory" / "metrics.json")
     return figures

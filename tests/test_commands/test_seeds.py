@@ -237,7 +237,7 @@ def two_seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path
     table["split"] = (["train"] * 6 + ["val", "test"] * 2) * 10
     table.to_csv(folder / "data.csv", index=False)
     words = ["--trajectory_only", "--data_path", str(folder / "data.csv"), "--log_file", "none"]
-    words += ["--trajectory_epochs", "2", "--seed", "3", "--seeds=2"]
+    words += ["--trajectory_epochs", "2", "--seed", "3", "--seeds=2", "--min_cell", "0"]
     words += ["--output_dir", str(folder / "out")]
     assert trainer.main(words) == 0
     return words, folder / "out"
@@ -263,7 +263,7 @@ def test_runs_of_the_same_split_are_compared_by_the_command_line(
 ) -> None:
     places = [str(two_seeds[1] / f"seed_{seed}" / "trajectory") for seed in (3, 4)]
     capsys.readouterr()
-    assert trainer.main(["--compare", *places]) == 0
+    assert trainer.main(["--compare", *places, "--min_cell", "0"]) == 0
     shown = capsys.readouterr().out
     for place in places:
         test = json.loads((Path(place) / "metrics.json").read_text())["test"]

@@ -54,6 +54,7 @@ def test_quantiles_have_enough_patients_beyond_and_are_values_that_occur() -> No
     few = "\n".join(summarize(dataset_of(values[:43]), 11))
     assert "median 484;" in few
     assert "quartiles" not in few
+    assert "too few patients for a median" in "\n".join(summarize(dataset_of(values[:21]), 11))
     assert "median 484, quartiles" in "\n".join(summarize(dataset_of(values[:44]), 11))
 
 

@@ -25,6 +25,9 @@ from trajectories import table_of
         '{"plausible": ["a", "b"]}',
         '{"plausible": 3}',
         '{"plausible": [60, 3]}',
+        '{"flow": [{"rule": "a", "removed": 0, "left": "abc"}]}',
+        '{"flow": [{"rule": "a", "removed": -5, "left": 1}]}',
+        '{"flow": [{"rule": "a", "removed": true, "left": 1000000000000000000000}]}',
         "\xff",
     ],
 )
@@ -164,3 +167,10 @@ def test_a_file_of_very_many_series_is_not_listed_whole(tmp_path: Path) -> None:
     many = {f"trajectory_s{k}": ["1 (0h)"] for k in range(500)}
     with pytest.raises(InputError, match=r"no such series among: .* and 481 more"):
         MIMICtrajectoryDataset(table_of(["1 (0h)"], **many), series=["none"])
+
+
+@pytest.mark.parametrize("target", ["missing", "/dev/zero"])
+def test_a_description_that_is_no_file_is_not_passed_over(target: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").symlink_to(target)
+    with pytest.raises(InputError, match=r"data\.json: not a file"):
+        Description.beside(tmp_path / "data.csv")

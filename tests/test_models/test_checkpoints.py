@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -392,3 +393,28 @@ def test_any_bit_that_is_turned_in_a_stage_1_file_is_noticed(stage1: Path) -> No
         except InputError:
             noticed += 1
     assert noticed >= 12
+
+
+def test_a_stage_1_file_that_unpacks_is_refused_before_it_does(stage1: Path) -> None:
+    members = zipfile.ZipFile(stage1)
+    packed = stage1.with_name("packed.pt")
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in members.namelist():
+            archive.writestr(name, members.read(name))
+    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
+        read_trajectory(packed)
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(
+    saved: tuple[TrajectoryLLM, Path], best: Path, stage1: Path
+) -> None:
+    content = torch.load(stage1, weights_only=True)
+    content["head"] = {name: tensor.long() for name, tensor in content["head"].items()}
+    torch.save(content, stage1)
+    with pytest.raises(InputError, match="do not fit"):
+        load_trajectory(new_classifier(0), stage1)
+    weights = load_file(best / MODULE_WEIGHTS)
+    save_file({name: tensor.long() for name, tensor in weights.items()}, best / MODULE_WEIGHTS)
+    rehash(best)
+    with pytest.raises(InputError, match="do not fit"):
+        load_llm(saved[0], best)

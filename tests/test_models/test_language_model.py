@@ -206,7 +206,7 @@ def test_a_model_that_cannot_be_fetched_ends_in_one_line_of_advice(
             f"You are trying to access a gated repo.\nMake sure to have access: {LICENCE}"
         )
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.PretrainedConfig, "get_config_dict", fail)
     text = refusal(MEDGEMMA)
     for words in ("a gated repo. Make sure", LICENCE, "hf auth login", "--model_name tiny"):
         assert words in text
@@ -548,3 +548,31 @@ def test_a_hub_model_loads_in_silence_from_the_cache_and_its_commit_is_known(
     add_lora(base, 8, 16, 0.0).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     assert cached_revision(MEDGEMMA) == commit
     assert tuple(capfd.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_hidden_layers": 10**8, "layer_types": None}, "num_hidden_layers must be 1 to 256"),
+        ({"hidden_size": -5}, "hidden_size"),
+        ({"num_attention_heads": "x"}, "num_attention_heads"),
+        ({"hidden_activation": "__import__"}, "__import__"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
+    ],
+)
+def test_a_base_model_of_absurd_facts_is_refused_in_one_line(
+    change: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    folder = save_text_checkpoint(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(InputError, match=problem) as caught:
+        load_language_model(str(folder), "none", torch.float32, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = save_text_checkpoint(tmp_path / "base")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="--model_name"):
+        load_language_model(str(folder), "none", torch.float32, CPU)

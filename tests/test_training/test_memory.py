@@ -102,3 +102,24 @@ def test_a_process_that_has_room_follows_one_that_has_not(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "sum_over_processes", lambda own: [own + next(others)])
     make_fit(stage, LENGTHS, CPU)
     assert checkpointing(stage.model)
+
+
+@pytest.mark.parametrize(
+    ("text", "caught"), [("CUBLAS_STATUS_ALLOC_FAILED when calling", True), ("another", False)]
+)
+def test_a_workspace_of_cublas_that_does_not_fit_counts_as_memory(text: str, caught: bool) -> None:
+    stage = stage_of_patients(*FLAGS)
+    forward = stage.model.forward
+
+    def full(batch: object) -> object:
+        if not checkpointing(stage.model):
+            raise RuntimeError(text)
+        return forward(batch)
+
+    stage.model.forward = full
+    if caught:
+        make_fit(stage, LENGTHS, CPU)
+        assert checkpointing(stage.model)
+    else:
+        with pytest.raises(RuntimeError, match=text):
+            make_fit(stage, LENGTHS, CPU)
