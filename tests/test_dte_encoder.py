@@ -27,6 +27,7 @@ from encoders import (
     same_weights,
     stock_modules,
 )
+from medgemma_clinical.files import RunFault
 from problems import (
     CONSTANT_DRIFT,
     DRIFT,
@@ -494,3 +495,12 @@ def test_bad_configurations_are_refused_with_their_value(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ClinicalODERNN(**{"input_dim": 2, "hidden_dim": 6, **kwargs})
+
+
+def test_a_solver_that_cannot_follow_the_states_ends_in_one_line() -> None:
+    encoder = same_weights(make_encoder(), "dopri5")
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.fill_(math.nan)
+    with pytest.raises(RunFault, match="solver dopri5 cannot follow the states: use rk4"):
+        encoder(*make_batch())
