@@ -435,7 +435,7 @@ def test_a_tracker_gets_each_epoch_and_the_final_figures_as_numbers_alone(
 
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
-    words = stage_1(dka_file, tmp_path / "run", "--report_to", "wandb")
+    words = stage_1(dka_file, tmp_path / "run", "--report_to", "wandb", "--min_cell", "0")
     assert trainer.main(words) == 0
     numbers, *epochs, final = sent
     history = history_of(tmp_path / "run")

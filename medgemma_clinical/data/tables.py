@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import logging
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -101,7 +102,7 @@ def read_chunks(
         InputError: as ``read_table``; for a row that does not fit its header only if the findings
             are strict.
     """
-    if path.exists() and not path.is_file():  # a pipe can be read once, and may never end
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be read once, and may never end
         raise InputError(f"{path}: not a file")
     try:
         if path.suffix.lower() == ".parquet":
