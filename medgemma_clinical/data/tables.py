@@ -102,7 +102,8 @@ def read_chunks(
         InputError: as ``read_table``; for a row that does not fit its header only if the findings
             are strict.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe can be read once, and may never end
+    # A pipe may never end. A name that is too long, of which ``Path.exists`` raises, is no file.
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: not a file")
     try:
         if path.suffix.lower() == ".parquet":
