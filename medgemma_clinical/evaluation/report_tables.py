@@ -222,7 +222,7 @@ def few_events_sentence(rows: int, fewest: int) -> str:
     """Return why no figure of some rows is shown."""
     return (
         f"Fewer than {fewest} of the patients of these {rows:,} rows have, or lack, the event: no "
-        "figure is shown (--min_cell)."
+        "figure is shown (--min_cell 0 shows all, where the data use agreement allows it)."
     )
 
 

@@ -253,7 +253,7 @@ def test_the_page_on_labelled_rows_shows_no_small_cell(
     page = out.with_suffix(".report.html").read_text()
     assert "without a score; without a label" in page
     assert "<td>fewer than 11</td>" in page
-    assert "no figure is shown (--min_cell)" in page
+    assert "no figure is shown (--min_cell 0 shows all" in page
     assert "AUROC" not in page
     assert trainer.main(command(runs / "trajectory", data, out, "--min_cell", "0")) == 0
     assert "rows with a label: 64 rows, 7 events" in capsys.readouterr().out
