@@ -189,7 +189,7 @@ def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
         assert line["target"].startswith(f"Escalation: {'yes' if label else 'no'}. Anion gap:")
     reports = read(folder / "metrics.json")["reports"]
     assert reports["reports"] == len(lines)
-    assert reports["verdict_auroc"] == read(folder / "metrics.json")["test"]["auroc"]["value"]
+    assert set(reports) == {"reports", "parse_share", "true_number_share", "numbers_stated"}
 
 
 def test_the_log_holds_summary_epochs_and_table(runs: Path) -> None:

@@ -106,8 +106,6 @@ def write_results(
     if not first:
         return {}
     if reports:
-        if figures["test"].events is None:
-            reports.pop("verdict_auroc")
         write_json(folder / "metrics.json", {**metrics, "reports": reports})
     content = report_content(stage, data, state, figures["val"], facts, reports)
     path = folder / "report.html"

@@ -207,7 +207,6 @@ def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
         "parse_share": ("Reports of the expected form", percent),
         "true_number_share": ("Stated numbers that are the patient's", percent),
         "numbers_stated": ("Numbers stated", "{:,.0f}".format),
-        "verdict_auroc": ("AUROC of the verdict's probability", "{:.3f}".format),
     }
     known = reports or {}
     return {name: form(known[key]) for key, (name, form) in names.items() if key in known}

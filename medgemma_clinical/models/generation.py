@@ -73,7 +73,7 @@ def save_reports(
 
     Returns:
         Number of reports, share of the expected form, share of the stated numbers that are the
-        patient's own, their number, AUROC of the predicted risk.
+        patient's own, their number.
     """
     lines, scores = [], []
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
@@ -94,5 +94,4 @@ def save_reports(
         "parse_share": sum(score.parses for score in scores) / len(scores),
         "true_number_share": sum(score.true for score in scores) / max(stated, 1),
         "numbers_stated": stated,
-        "verdict_auroc": predictions.auroc(),
     }

@@ -218,7 +218,7 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     mended = replace(make_cohort((labels, expit(0.4 * log_odds(risk)), groups)), uncalibrated=risk)
     figures = cohort_figures(mended, 0.3, 0, 0)
     slopes = [each["calibration_slope"].text() for each in (figures.before, figures.estimates)]
-    reports = dict.fromkeys(("reports", "numbers_stated", "verdict_auroc"), 40.0)
+    reports = dict.fromkeys(("reports", "numbers_stated"), 40.0)
     reports |= {"parse_share": 0.975, "true_number_share": 0.5}
     source = write_page(mended, tmp_path, make_content(reports=reports), list_patients=True)
     text = Page(source).text.split("Before and after")[-1]

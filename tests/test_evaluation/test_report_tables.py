@@ -70,18 +70,17 @@ def test_the_console_says_what_recalibration_changed() -> None:
 def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
     reports = {
         **{"reports": 1385, "parse_share": 0.9, "true_number_share": 0.75},
-        **{"numbers_stated": 4000, "verdict_auroc": 0.7},
+        "numbers_stated": 4000,
     }
     lines = {
         "Reports written": "1,385",
         "Reports of the expected form": "90\N{NO-BREAK SPACE}%",
         "Stated numbers that are the patient's": "75\N{NO-BREAK SPACE}%",
         "Numbers stated": "4,000",
-        "AUROC of the verdict's probability": "0.700",
     }
     assert written_figures(reports) == lines
     text = results_table("stage 3", {"validation": figures, "test": figures}, reports)
-    assert text.splitlines()[-5:] == [f"{name}: {value}" for name, value in lines.items()]
+    assert text.splitlines()[-4:] == [f"{name}: {value}" for name, value in lines.items()]
 
 
 def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
@@ -137,9 +136,7 @@ def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigure
 
 def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
     reports = {"reports": 3, "parse_share": 0.0, "true_number_share": 0.0, "numbers_stated": 0}
-    table = results_table(
-        "model", {"validation": figures, "test": figures}, {**reports, "verdict_auroc": 0.5}
-    )
+    table = results_table("model", {"validation": figures, "test": figures}, reports)
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
     assert "Reports of the expected form" not in table
