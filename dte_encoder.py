@@ -297,7 +297,9 @@ class ClinicalODERNN(nn.Module):
                 options=None if grid is None else {"grid_constructor": lambda *_: grid},
             )
         except AssertionError as error:  # an adaptive solver's step has become zero
-            raise RunFault(f"the solver {self.solver} cannot follow the states: use rk4") from error
+            raise RunFault(
+                f"the solver {self.solver} cannot follow the states: train with rk4"
+            ) from error
         return trajectory[1]
 
     @property

@@ -706,20 +706,24 @@ def end_epoch(
     }
     improved = stopping.improved(figures[stage.monitor])
     if stage.hides_events:
-        figures["val_auroc"] = round(figures["val_auroc"], 2)
+        figures |= dict.fromkeys(("train_loss", "val_loss", "val_auroc"))
     if improved:
         state.set_best()
         save_best(stage, state, folder)
     progress_.history.append({**figures, "improved": improved})
     progress_.write_history(folder)
     track({name: x for name, x in figures.items() if x is not None}, state.average.steps)
+    scores = (
+        "losses and AUROC not shown (--min_cell)"
+        if stage.hides_events
+        else f"train loss {progress_.mean_loss:.4f}, val loss {predictions.loss:.4f}, "
+        f"val AUROC {figures['val_auroc']:.4f}"
+    )
     logger.info(
-        "epoch %d/%d: train loss %.4f, val loss %.4f, val AUROC %.4f, %.1f s%s%s",
+        "epoch %d/%d: %s, %.1f s%s%s",
         stopping.epoch,
         stage.epochs,
-        progress_.mean_loss,
-        predictions.loss,
-        figures["val_auroc"],
+        scores,
         progress_.seconds,
         f", {progress_.skipped} steps skipped" if progress_.skipped else "",
         ", best so far" if improved else "",

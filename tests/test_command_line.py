@@ -15,6 +15,7 @@ import torch
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.command_line import (
     RUN_LOG,
+    PlainFormatter,
     describe_fault,
     run_command,
     start_logging,
@@ -364,3 +365,9 @@ def test_a_flag_of_the_other_kind_of_data_is_refused(
     )
     assert trainer.main(["--trajectory_only", *words.split(), *rest]) == 2
     assert f"{flag}: not for --dataset" in capsys.readouterr().err
+
+
+def test_a_no_break_space_stays_a_space_and_a_path_one_line() -> None:
+    text = "63\N{NO-BREAK SPACE}%% of %s"
+    record = logging.LogRecord("x", logging.INFO, "x", 1, text, (Path("a\nerror: b"),), None)
+    assert PlainFormatter().format(record) == "63 % of a\\nerror: b"

@@ -502,5 +502,5 @@ def test_a_solver_that_cannot_follow_the_states_ends_in_one_line() -> None:
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.fill_(math.nan)
-    with pytest.raises(RunFault, match="solver dopri5 cannot follow the states: use rk4"):
+    with pytest.raises(RunFault, match="solver dopri5 cannot follow the states: train with rk4"):
         encoder(*make_batch())

@@ -13,6 +13,9 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 
 SHARED = ("report.html", "metrics.json", "history.jsonl")
@@ -62,10 +65,12 @@ def test_a_part_with_a_few_events_tells_their_number_nowhere(tmp_path: Path) -> 
     mix = read_trajectory(tmp_path / TRAJECTORY_FILE).config["case_mix"]
     assert "prevalence" not in mix
     lines = (tmp_path / "trajectory" / "history.jsonl").read_text().splitlines()
-    aurocs = [json.loads(line)["val_auroc"] for line in lines]
-    assert aurocs == [round(auroc, 2) for auroc in aurocs]
+    for line in map(json.loads, lines):
+        assert line["train_loss"] is line["val_loss"] is line["val_auroc"] is None
+    assert "losses and AUROC not shown" in shared
+    assert "Learning curve" not in page
     for file in (tmp_path / "tracker").rglob("events*"):
-        assert b"test_auroc" not in file.read_bytes()
+        assert not re.search(b"test_auroc|val_loss|val_auroc|train_loss", file.read_bytes())
 
 
 def test_the_flag_shows_all_counts_and_says_so(tmp_path: Path) -> None:
@@ -143,3 +148,25 @@ def test_a_shared_checkpoint_tells_no_count_of_a_few(tmp_path: Path) -> None:
     mix = read_trajectory(tmp_path / TRAJECTORY_FILE).config["case_mix"]
     assert "women" not in mix
     assert mix["rows"] > 100
+
+
+def test_a_drawn_split_tells_no_part_by_the_other_and_a_given_one_shows_what_is_enough(
+    tmp_path: Path,
+) -> None:
+    table = pd.read_csv(SAMPLE, nrows=1500)
+    event = table["label_escalation"] == 1
+    parts = np.where(np.arange(1500) % 3 == 0, "test", "train").astype(object)
+    parts[np.flatnonzero(event)[:54:6]] = "val"
+    parts[np.flatnonzero(~event)[:60]] = "val"
+    assert train(table.assign(split=parts), tmp_path) == 0
+    metrics = metrics_of(tmp_path)
+    assert metrics["validation"]["events"] is None
+    assert metrics["test"]["events"] > 20
+    assert not re.findall(r"(?:train|val) [\d,]+ rows, \d", texts_of(tmp_path))
+    few, others = np.flatnonzero(event), np.flatnonzero(~event)
+    split = {"val": np.r_[few[:5], others[:40]], "test": np.r_[few[5:40], others[40:90]]}
+    data = Data(MIMICtrajectoryDataset(table), split, PromptOptions(), "", "", 11)
+    assert data.hides_events
+    assert data.hides_figures
+    data.dataset.parts = np.array(["val"] * 1500)
+    assert not data.hides_figures

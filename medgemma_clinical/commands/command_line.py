@@ -141,8 +141,8 @@ class LogFormatter(PlainFormatter):
 
 
 def plain(text: str) -> str:
-    """Escape unprintable characters except line breaks."""
-    return "\n".join(map(one_line, text.split("\n")))
+    """Escape unprintable characters except line breaks; no-break spaces become spaces."""
+    return "\n".join(map(one_line, text.replace("\xa0", " ").split("\n")))
 
 
 class RunLog(logging.handlers.MemoryHandler):

@@ -92,7 +92,9 @@ def write_results(
         baselines = fit_baselines(tables, data.dataset.labels, data.split)
         cohorts = make_cohorts(predictions, baselines, data)
         figures = {
-            part: cohort_figures(cohort, rule.threshold, args.seed, data.min_cell)
+            part: cohort_figures(
+                cohort, rule.threshold, args.seed, data.min_cell, hide=data.hides_figures
+            )
             for part, cohort in cohorts.items()
         }
         best = state.stopping.best_epoch
@@ -152,7 +154,7 @@ def report_content(
         card=model_card(stage, state.stopping.best_epoch, validation, facts),
         flow=flow_table(dataset.flow, fewest),
         split=split_table(dataset.labels, dataset.groups, data.split, fewest),
-        history=state.progress.history or None,
+        history=None if data.hides_events else state.progress.history or None,
         reports=reports,
     )
 
@@ -178,7 +180,7 @@ def metrics_json(
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``, written reports apart."""
     calibration: dict[str, Any] = {"method": calibrate}
-    if rule.recalibrates:
+    if rule.recalibrates and figures["val"].events is not None:
         calibration |= {"slope": rule.slope, "intercept": rule.intercept}
         calibration |= {
             f"{SCORED[part]} before": f.to_json(f.before) for part, f in figures.items()

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients, is_small
+from medgemma_clinical.data.small_cells import count_patients, is_small, patient_quantiles
 
 AGE_BANDS = {
     "under 18": 18.0,
@@ -109,8 +109,9 @@ def case_mix_of(
         known = people[name].notna().to_numpy()
         if known.any() and count_patients(groups, known) >= 4 * fewest:
             numbers = people[name].to_numpy(dtype=np.float64)[known]
-            for place, share in (("q1", 0.25), ("median", 0.5), ("q3", 0.75)):
-                mix[f"{name}_{place}"] = np.quantile(numbers, share, method="inverted_cdf")
+            quartiles = patient_quantiles(numbers, groups[known], (0.25, 0.5, 0.75))
+            for place, number in zip(("q1", "median", "q3"), quartiles, strict=True):
+                mix[f"{name}_{place}"] = number
     if not any(is_small(count_patients(groups, labels == k), fewest) for k in (0, 1)):
         mix["prevalence"] = pd.Series(labels).mean()
     sexes = people["sex"].to_numpy()

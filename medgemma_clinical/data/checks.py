@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import (
-    count_patients,
     count_text,
     flow_lines,
     is_small,
+    patient_quantiles,
     rarer_patients,
 )
 from medgemma_clinical.data.texts import with_space
@@ -68,43 +68,46 @@ def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -
         f"rows {len(dataset):,}, patients {count_text(dataset.n_patients, fewest)}",
         f"outcome {dataset.outcome!r}: {counted}",
     ]
-    patients = dataset.n_patients
-    if not is_small(patients, fewest):
+    patient = np.unique(dataset.groups, return_inverse=True)[1]  # numbers are counted faster
+    if not is_small(dataset.n_patients, fewest):
         lines += [
-            f"observations a row: {_quartiles(dataset.lengths, patients, fewest)}",
-            f"span in hours: {_quartiles(spans, patients, fewest)}",
+            f"observations a row: {_quartiles(dataset.lengths, patient, fewest)}",
+            f"span in hours: {_quartiles(spans, patient, fewest)}",
         ]
-    return lines + [_summarize_feature(dataset, f, fewest) for f in range(len(dataset.features))]
+    features = range(len(dataset.features))
+    return lines + [_summarize_feature(dataset, patient, f, fewest) for f in features]
 
 
-def _summarize_feature(dataset: TrajectoryDataset, f: int, fewest: int) -> str:
+def _summarize_feature(
+    dataset: TrajectoryDataset, patient: NDArray[np.int64], f: int, fewest: int
+) -> str:
     name, unit = dataset.features[f], dataset.units[f]
     titled = f"{name} in {unit}" if unit else name
     measured = ~np.isnan(dataset.values[:, f])
     if not measured.any():
         return f"{titled}: never measured"
     owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
-    rows, counts = np.unique(owner[measured], return_counts=True)
-    patients, everyone = count_patients(dataset.groups, rows), dataset.n_patients
+    counts = np.unique(owner[measured], return_counts=True)[1]
+    owners = patient[owner[measured]]
+    patients, everyone = len(np.unique(owners)), dataset.n_patients
     if is_small(patients, fewest):
         return f"{titled}: in fewer than {fewest} patients"
     share = f"{patients / everyone:.1%} of the patients"
     if is_small(everyone - patients, fewest):
         share = f"all patients but fewer than {fewest}"
     return (
-        f"{titled}: {_quartiles(dataset.values[measured, f], patients, fewest)}; in {share}, "
+        f"{titled}: {_quartiles(dataset.values[measured, f], owners, fewest)}; in {share}, "
         f"{np.median(counts):g} values a row with any"
     )
 
 
-def _quartiles(numbers: NDArray[Any], patients: int, fewest: int) -> str:
-    """Describe numbers of so many patients by quantiles, each with ``fewest`` patients beyond."""
-    beyond = max(0.01, fewest / patients)
+def _quartiles(numbers: NDArray[Any], groups: NDArray[np.int64], fewest: int) -> str:
+    """Describe the patients' numbers by quantiles, each with ``fewest`` patients beyond."""
+    beyond = max(0.01, fewest / len(np.unique(groups)))
     if beyond > 0.5:
         return "too few patients for a median"
     shares = [beyond, 0.25, 0.5, 0.75, 1 - beyond]
-    # Values that occur: between two of them a quantile would tell how many lie above.
-    low, q1, median, q3, high = np.quantile(numbers, shares, method="inverted_cdf")
+    low, q1, median, q3, high = patient_quantiles(numbers, groups, shares)
     text = f"median {median:.4g}"
     if beyond <= 0.25:
         text += f", quartiles {q1:.4g} to {q3:.4g}"

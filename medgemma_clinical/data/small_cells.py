@@ -7,6 +7,7 @@ so that no sum or difference of what is shown gives a small cell away.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +126,25 @@ def _joined(one: tuple[int, Patients], other: tuple[int, Patients]) -> tuple[int
 
 def _is_whole(band: tuple[int, Patients], fewest: int) -> bool:
     return not any(is_small(len(patients), fewest) for patients in band[1])
+
+
+def patient_quantiles(
+    numbers: NDArray[np.float64], groups: NDArray[np.generic], shares: Sequence[float]
+) -> list[float]:
+    """Return quantiles of numbers in which each patient counts once, however many they have.
+
+    Each quantile is a number that occurs: between two of them it would tell how many lie above.
+
+    Args:
+        numbers: (n,), at least one.
+        groups: (n,) the patient of each number.
+        shares: of the patients, within 0 and 1.
+    """
+    _, patient, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.argsort(numbers, kind="stable")
+    below = np.cumsum(1 / counts[patient[order]])
+    places = np.searchsorted(below, np.asarray(shares) * len(counts) - 1e-9)
+    return numbers[order][np.minimum(places, len(numbers) - 1)].tolist()
 
 
 @dataclass(frozen=True)

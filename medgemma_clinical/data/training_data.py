@@ -49,6 +49,11 @@ class Data:
         dataset = self.dataset
         return has_few_events(dataset.labels, dataset.groups, self.split, self.min_cell)
 
+    @property
+    def hides_figures(self) -> bool:
+        """Whether no figure of any part is shown: in a drawn split one tells the others' events."""
+        return self.hides_events and self.dataset.parts is None
+
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
         dataset = self.dataset

@@ -44,6 +44,10 @@ class Estimate:
         """Return whether the whole interval is known and below ``limit``."""
         return self.high is not None and self.high < limit
 
+    def value_text(self, form: str) -> str:
+        """Write the value without its interval; a dash where undefined."""
+        return NO_VALUE if self.value is None else f"{self.value:{form}}"
+
     def text(self, form: str = ".3f", scale: float = 1) -> str:
         """Write ``value [low, high]``, each times ``scale``; a dash where undefined."""
         if self.value is None:

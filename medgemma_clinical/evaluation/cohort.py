@@ -160,7 +160,9 @@ class CohortFigures:
         return {"n": self.n, "events": self.events, **shown}
 
 
-def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> CohortFigures:
+def cohort_figures(
+    cohort: Cohort, threshold: float, seed: int, fewest: int, *, hide: bool = False
+) -> CohortFigures:
     """Compute every figure of a cohort with its 95 % interval, from one bootstrap.
 
     Args:
@@ -168,13 +170,14 @@ def cohort_figures(cohort: Cohort, threshold: float, seed: int, fewest: int) -> 
         threshold: of the decision rule.
         seed: of the bootstrap.
         fewest: patients of the smallest cell that is shown, see ``small_cells``; 0 shows all.
+        hide: show no figure, as where few patients have the event.
 
     Raises:
         ValueError: the labels hold one class only.
     """
     labels, risk = cohort.labels, cohort.probability
     groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
-    hidden = is_small(rarer_patients(labels, groups), fewest)
+    hidden = hide or is_small(rarer_patients(labels, groups), fewest)
     bands = risk_bands(risk, labels, groups, fewest, threshold)
     at = PERCENT if bands.edges is None else bands.edges
     bins = _bins(labels, risk, bands)

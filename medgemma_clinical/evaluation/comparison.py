@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import is_small, rarer_patients
 from medgemma_clinical.evaluation.bootstrap import (
-    NO_VALUE,
     Estimate,
     Figures,
     bootstrap,
@@ -75,10 +74,14 @@ def compare_models(
         return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
 
     if any(is_small(rarer_patients(labels[p], groups[p]), fewest) for p in parts):
-        return _unknown_results(list(risks), len(labels))
+        return _unknown_results(list(risks), len(labels), several=len(tables) > 1)
     draws = bootstrap(labels, groups, seed, means, split)
     values = by_split(np.ones((1, len(labels))))
-    unshown = {m for m in risks if hides_accuracy(labels, risks[m], groups, fewest)}
+    unshown = {
+        model
+        for model, risk in risks.items()
+        if any(hides_accuracy(labels[p], risk[p], groups[p], fewest) for p in parts)
+    }
     digits = DECIMALS if fewest else None
     results: Results = {}
     for model in risks:
@@ -99,8 +102,8 @@ def compare_models(
     return results
 
 
-def _unknown_results(models: Sequence[str], rows: int) -> Results:
-    unknown = dict.fromkeys(METRICS, UNKNOWN.to_json())
+def _unknown_results(models: Sequence[str], rows: int, *, several: bool) -> Results:
+    unknown = dict.fromkeys(METRICS, UNKNOWN.to_json() | ({"sd": None} if several else {}))
     counts = {"n": rows, "events": None}
     return {model: {**counts, **unknown, "minus_reference": unknown} for model in models}
 
@@ -111,14 +114,13 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
     for name, result in results.items():
         line = {"model": name, "test AUROC [95 %]": _estimate(result["auroc"]).text()}
         if "sd" in result["auroc"]:
-            line["sd of AUROC"] = f"{result['auroc']['sd']:.3f}"
+            line["sd of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
         line[f"minus {reference} [95 %]"] = "" if name == reference else difference
         for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
-            value = result[metric]["value"]
-            line[title] = NO_VALUE if value is None else f"{value:{form}}"
+            line[title] = _estimate(result[metric]).value_text(form)
             if "sd" in result[metric]:
-                line[f"sd of {title}"] = f"{result[metric]['sd']:{form}}"
+                line[f"sd of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
         if "seconds_an_epoch" in result:
             line["s an epoch"] = f"{result['seconds_an_epoch']:.3g}"
         lines.append(line)

@@ -251,8 +251,7 @@ def results_table(
         for part, known in scores.items():
             line[f"{part} AUROC [95 %]"] = known[model]["auroc"].text()
         for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
-            value = on_test[metric].value
-            line[f"test {title}"] = NO_VALUE if value is None else f"{value:.3f}"
+            line[f"test {title}"] = on_test[metric].value_text(".3f")
         lines.append(line)
     further = [f"test part: {counts_text(test.n, test.events)}"]
     if test.fewest:

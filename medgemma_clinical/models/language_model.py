@@ -27,7 +27,11 @@ TINY = "tiny"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
 
-LARGEST_MODEL = {"num_hidden_layers": 256, "hidden_size": 2**15, "vocab_size": 2**20}
+LARGEST_MODEL = {
+    **{"num_hidden_layers": 256, "hidden_size": 2**15, "intermediate_size": 2**18},
+    **{"num_attention_heads": 2**10, "num_key_value_heads": 2**10, "head_dim": 2**12},
+    "vocab_size": 2**20,
+}
 """Sizes far beyond those of Gemma 3's largest model."""
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
@@ -121,7 +125,7 @@ def _read_model(
                 output_loading_info=True,
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
-        except InputError:
+        except (InputError, MemoryError):
             raise
         except Exception as error:  # the libraries raise anything on files of another kind
             check_machine(name, error, "".join(report))

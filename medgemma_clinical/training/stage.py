@@ -31,8 +31,8 @@ class Stage:
         config: of the checkpoint, plain types; the decision rule joins it with the results.
         save: writes the model's weights and a config as the best, for the folder of the stage.
         load: reads the best of the folder of the stage back into ``model``.
-        hides_events: few patients of the validation part have the event: its AUROC is written with
-            two decimals, since more would tell their number.
+        hides_events: few patients of some part have the event: losses and AUROC, which tell their
+            number, are not written.
         accumulate: batches whose gradients make one optimizer step.
         describe: returns lines for the log on what the model reads.
         after_test: further work of the best model on the test part, from its predictions and the

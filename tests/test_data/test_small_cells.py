@@ -13,6 +13,7 @@ from medgemma_clinical.data.small_cells import (
     is_small,
     merge_bands,
     merge_flow,
+    patient_quantiles,
     risk_bands,
 )
 
@@ -131,3 +132,10 @@ def test_lines_of_a_flow_leave_out_rules_that_remove_nothing() -> None:
         ["20", "out,", "980", "left:", "rule", "1"],
         ["30", "out,", "950", "left:", "rule", "3"],
     ]
+
+
+def test_a_patient_with_many_numbers_counts_once_in_a_quantile() -> None:
+    numbers = np.r_[np.arange(99.0), np.full(400, 97.3)]
+    groups = np.r_[np.arange(99), np.full(400, 99)]
+    assert patient_quantiles(numbers, groups, (0.01, 0.25, 0.5, 0.75)) == [0, 24, 49, 74]
+    assert patient_quantiles(np.arange(1.0, 6), np.arange(5), (0.2, 0.5, 1.0)) == [1, 3, 5]

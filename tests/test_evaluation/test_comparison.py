@@ -217,3 +217,14 @@ def test_an_accuracy_of_few_alarms_is_hidden_also_from_the_difference_to_it() ->
     assert results["bad"]["minus_reference"]["accuracy"]["value"] is None
     auroc = results["bad"]["auroc"]["value"]
     assert auroc == round(auroc, 4)
+
+
+def test_an_accuracy_hidden_in_one_split_is_hidden_in_the_mean_of_several() -> None:
+    first, second = table_of(0), table_of(1)
+    first = first.assign(good=abs(first["label"] - 1.0 * (first.index < 3)))
+    results = compare_models([first, second], "bad", seed=0, fewest=11)
+    assert results["good"]["accuracy"]["value"] is None
+    hidden = compare_models([first, second.head(40)], "bad", seed=0, fewest=11)
+    assert hidden["good"]["auroc"]["sd"] is None
+    assert counts_sentence(hidden).startswith("test parts, joined")
+    assert "sd of AUROC" in comparison_table(hidden, "bad")
