@@ -47,6 +47,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stage_1(data: Path, folder: Path, *words: str) -> list[str]:
     shared = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(folder)]
+    shared += ["--min_cell", "0"]
     return [*shared, "--log_file", "none", "--trajectory_epochs", "3", *words]
 
 
@@ -435,7 +436,7 @@ def test_a_tracker_gets_each_epoch_and_the_final_figures_as_numbers_alone(
 
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
     monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
-    words = stage_1(dka_file, tmp_path / "run", "--report_to", "wandb", "--min_cell", "0")
+    words = stage_1(dka_file, tmp_path / "run", "--report_to", "wandb")
     assert trainer.main(words) == 0
     numbers, *epochs, final = sent
     history = history_of(tmp_path / "run")

@@ -54,7 +54,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(stage: str, data: Path, folder: Path, *flags: str) -> list[str]:
     words = [*STAGES[stage], "--data_path", str(data), "--output_dir", str(folder)]
-    return [*words, "--model_name", "tiny", "--batch_size", "8", "--log_file", "none", *flags]
+    return [
+        *words,
+        "--model_name",
+        "tiny",
+        "--batch_size",
+        "8",
+        "--log_file",
+        "none",
+        "--min_cell",
+        "0",
+        *flags,
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,11 @@ class RiskBands:
     place: NDArray[np.int64]
     edges: NDArray[np.float64] | None
 
+    @property
+    def thresholds(self) -> NDArray[np.float64]:
+        """Risks from which on alarms may be counted."""
+        return PERCENT if self.edges is None else self.edges
+
 
 def risk_bands(
     risk: NDArray[np.float64],

@@ -11,7 +11,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import (
-    PERCENT,
     RiskBands,
     any_small,
     is_small,
@@ -179,8 +178,7 @@ def cohort_figures(
     groups = np.unique(cohort.groups, return_inverse=True)[1]  # counted faster than names
     hidden = hide or is_small(rarer_patients(labels, groups), fewest)
     bands = risk_bands(risk, labels, groups, fewest, threshold)
-    at = PERCENT if bands.edges is None else bands.edges
-    bins = _bins(labels, risk, bands)
+    bins = [] if hidden else _bins(labels, risk, bands)
     subgroups = subgroup_rows(cohort.subgroups, labels, groups, fewest)
     judged = {
         key: rows
@@ -191,7 +189,7 @@ def cohort_figures(
         ("model", name): share for name, share in threshold_shares(labels, risk, threshold).items()
     }
     shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
-    known = _estimates(cohort, groups, shares, judged, at, seed)
+    known = _estimates(cohort, groups, shares, judged, bands.thresholds, seed)
     unshown = hidden_figures(cohort, groups, threshold, fewest)
     known |= dict.fromkeys([name for name in known if hidden or name in unshown], UNKNOWN)
 
@@ -212,9 +210,7 @@ def cohort_figures(
         differences={name: under("difference", name) for name in cohort.baselines},
         benefit={} if hidden else under("benefit"),
         bands=bands,
-        bins={
-            float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins) if not hidden
-        },
+        bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
         subgroups=[
             _subgroup(name, labels[rows], risk[rows], aurocs.get(name))
             for name, rows in subgroups.items()

@@ -26,7 +26,16 @@ def runs(table: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of each stage on the tiny model, made by the command line."""
     place = tmp_path_factory.mktemp("runs")
     data = write_data(table, place / "train.csv")
-    small = ["--data_path", str(data), "--output_dir", str(place), "--log_file", "none"]
+    small = [
+        "--data_path",
+        str(data),
+        "--output_dir",
+        str(place),
+        "--log_file",
+        "none",
+        "--min_cell",
+        "0",
+    ]
     small += ["--batch_size", "8", "--encoder_lr", "0.05"]
     assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *small]) == 0
     small += ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
