@@ -25,6 +25,7 @@ def data(dka_file: Path, tmp_path: Path) -> Path:
 
 def words(data: Path, log: Path) -> list[str]:
     flags = ["--trajectory_only", "--trajectory_epochs", "1", "--data_path", str(data)]
+    flags += ["--min_cell", "0"]
     return [*flags, "--output_dir", str(data.parent / "run"), "--log_file", str(log)]
 
 

@@ -77,11 +77,7 @@ def compare_models(
         return _unknown_results(list(risks), len(labels), several=len(tables) > 1)
     draws = bootstrap(labels, groups, seed, means, split)
     values = by_split(np.ones((1, len(labels))))
-    unshown = {
-        model
-        for model, risk in risks.items()
-        if any(hides_accuracy(labels[p], risk[p], groups[p], fewest) for p in parts)
-    }
+    unshown = _hidden_accuracies(risks, labels, groups, parts, fewest)
     digits = DECIMALS if fewest else None
     results: Results = {}
     for model in risks:
@@ -100,6 +96,21 @@ def compare_models(
         counts = {"n": len(labels), "events": int(labels.sum())}
         results[model] = {**counts, **scores, "minus_reference": paired}
     return results
+
+
+def _hidden_accuracies(
+    risks: dict[str, NDArray[np.float64]],
+    labels: NDArray[np.float64],
+    groups: NDArray[np.str_],
+    parts: Sequence[NDArray[np.bool_]],
+    fewest: int,
+) -> set[str]:
+    """Return the models whose accuracy is hidden in some part, and so in the mean over all."""
+    return {
+        model
+        for model, risk in risks.items()
+        if any(hides_accuracy(labels[p], risk[p], groups[p], fewest) for p in parts)
+    }
 
 
 def _unknown_results(models: Sequence[str], rows: int, *, several: bool) -> Results:
