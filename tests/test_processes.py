@@ -89,21 +89,17 @@ trainer.LLMClassifier.forward = little
 """Gives the second process room for a training step with checkpointing alone."""
 
 
+def shared_words(data: Path, batch: int) -> list[str]:
+    words = ["--data_path", str(data), "--batch_size", str(batch)]
+    return [*words, "--min_cell", "0", "--log_file", "none"]
+
+
 @pytest.mark.parametrize(("stage", "before"), [("classification", FAILS), ("generative", "")])
 def test_two_processes_equal_one(stage: str, before: str, dka_file: Path, tmp_path: Path) -> None:
     """With ``FAILS`` both leave the step out, as one process does."""
     printed = {}
     for processes, batch in ((1, 8), (2, 4)):
-        words = [
-            "--data_path",
-            str(dka_file),
-            "--min_cell",
-            "0",
-            "--log_file",
-            "none",
-            "--batch_size",
-            str(batch),
-        ]
+        words = shared_words(dka_file, batch)
         words += ["--output_dir", str(tmp_path / str(processes)), *STAGES[stage].split()]
         printed[processes] = run(processes, words, tmp_path, before)
     one, two = (tmp_path / str(k) / stage for k in (1, 2))
@@ -131,16 +127,7 @@ def test_two_processes_equal_one(stage: str, before: str, dka_file: Path, tmp_pa
 
 
 def test_processes_switch_checkpointing_on_together(dka_file: Path, tmp_path: Path) -> None:
-    words = [
-        "--data_path",
-        str(dka_file),
-        "--min_cell",
-        "0",
-        "--log_file",
-        "none",
-        "--batch_size",
-        "8",
-    ]
+    words = shared_words(dka_file, 8)
     words += ["--mode", "classification", "--model_name", "tiny", "--epochs", "1"]
     before = LITTLE_MEMORY.format(folder=str(tmp_path))
     printed = run(2, [*words, "--output_dir", str(tmp_path / "run")], tmp_path, before)
@@ -152,16 +139,7 @@ def test_when_a_process_dies_the_other_ends_and_the_run_resumes(
     dka_file: Path, tmp_path: Path
 ) -> None:
     """The one that writes dies; ``faults.py`` kills either, at any time."""
-    words = [
-        "--data_path",
-        str(dka_file),
-        "--min_cell",
-        "0",
-        "--log_file",
-        "none",
-        "--batch_size",
-        "4",
-    ]
+    words = shared_words(dka_file, 4)
     words += ["--trajectory_only", "--trajectory_epochs", "2", "--save_every", "2", "--output_dir"]
     run(2, [*words, str(tmp_path / "whole")], tmp_path, DRAWS)
     began = time.monotonic()
