@@ -72,7 +72,8 @@ def report_images(
     }
     place, edges = figures.bands.place, figures.bands.edges
     filled, with_events = np.unique(place), np.unique(place[cohort.labels == 1])
-    if edges is not None and (len(filled) < FEWEST_BANDS or len(with_events) < 2):
+    coarse = edges is not None and (len(filled) < FEWEST_BANDS or len(with_events) < 2)
+    if figures.events is None or coarse:
         plots = {}
     with plot_style():
         images = {name: to_image(*plot(cohort, figures)) for name, plot in plots.items()}
@@ -138,7 +139,8 @@ def plot_roc(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
 def plot_precision_recall(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     """Return precision over sensitivity beside the prevalence, and its text alternative."""
     figure, (axes,) = new_figure()
-    prevalence = figures.prevalence or 0.0
+    prevalence = figures.prevalence
+    assert prevalence is not None  # else ``report_images`` draws no curve
     axes.axhline(100 * prevalence, color=INK, linestyle=":", linewidth=1, label="prevalence")
     for risk, look in _model_and_baseline(cohort, figures):
         precision, recall, _ = precision_recall_curve(cohort.labels, risk)
@@ -211,7 +213,8 @@ def _percentages(estimates: Iterable[Estimate]) -> NDArray[np.float64]:
 def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
     """Return net benefit over threshold risk, and its text alternative."""
     figure, (axes,) = new_figure()
-    prevalence = figures.prevalence or 0.0
+    prevalence = figures.prevalence
+    assert prevalence is not None  # else ``report_images`` draws no curve
     highest = min(0.99, max(2 * prevalence, float(np.quantile(cohort.probability, 0.99))))
     known = {risk: each for risk, each in figures.benefit.items() if risk <= max(0.05, highest)}
     risks = np.array(list(known))

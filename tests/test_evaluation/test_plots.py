@@ -164,3 +164,10 @@ def test_a_coarse_decision_curve_counts_the_risks_that_it_shows() -> None:
     expected = net_benefit(cohort.labels, cohort.probability, at / 100, ones(600))[0]
     assert value == pytest.approx(100 * expected)
     assert f"of {len(at)} threshold" in alt
+
+
+def test_where_another_part_hides_the_figures_nothing_is_drawn_of_this_one() -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(2), 600))
+    figures = cohort_figures(cohort, 0.3, 0, 11, hide=True)
+    assert figures.events is None
+    assert set(report_images(cohort, figures, HISTORY)) == {"learning"}
