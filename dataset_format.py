@@ -17,12 +17,11 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -38,6 +37,8 @@ from medgemma_clinical.commands.command_line import (
     start_logging,
 )
 from medgemma_clinical.data.checks import log_check
+from medgemma_clinical.data.database.flags import TableRequest
+from medgemma_clinical.data.database.output import Made, make_file
 from medgemma_clinical.data.description import (
     MAIN_COLUMN,
     Description,
@@ -46,14 +47,12 @@ from medgemma_clinical.data.description import (
     list_columns,
     list_unread,
 )
-from medgemma_clinical.data.mimic import extraction
-from medgemma_clinical.data.mimic.extraction import COHORTS, GAPS, OUTCOMES, Extraction
 from medgemma_clinical.data.series_cells import (
     TableCells,
     join_series,
     rows_out_of_order,
 )
-from medgemma_clinical.data.small_cells import FEWEST, count_text
+from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.splits import PARTS
 from medgemma_clinical.data.tables import (
     Findings,
@@ -73,7 +72,7 @@ from medgemma_clinical.data.texts import (
     with_space,
 )
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
-from medgemma_clinical.files import InputError, RunFault, one_line
+from medgemma_clinical.files import InputError, one_line
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "TrajectoryDataset", "main"]
 
@@ -429,22 +428,42 @@ def short_clause(
 # --------------------------------------------------------------------------- commands
 
 
+@dataclass(frozen=True)
+class Source:
+    """A command that makes a DKA file from tables.
+
+    Attributes:
+        help: what it makes, in a line.
+        request: its flags, as fields.
+        make: returns the rows and their description.
+    """
+
+    help: str
+    request: type[TableRequest]
+    make: Callable[[Any], Made]
+
+
+SOURCES: dict[str, Source] = {}
+"""Each source of tables is a module of its own and a line here."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when it is done, 2 for wrong input, 3 for a fault."""
-    parser = build_parser()
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(build_parser().parse_args(argv))
+    command = arguments.pop("command")
     start_logging()
-    if arguments.pop("command") == "from_mimic":
-        return run_command(lambda: make_from_mimic(Extraction(**arguments)))
-    shown = arguments.pop("show_values")
-    return run_command(lambda: check(**arguments), show_values=shown)
+    if command == "check":
+        shown = arguments.pop("show_values")
+        return run_command(lambda: check(**arguments), show_values=shown)
+    source = SOURCES[command]
+    return run_command(lambda: make_file(source.request(**arguments), source.make))
 
 
 def build_parser() -> Parser:
-    """Build the parser of both commands."""
+    """Build the parser of all commands."""
     parser = Parser(
         prog="dataset_format.py",
-        description="Check a DKA trajectory file, or make one from MIMIC-IV.",
+        description="Check a DKA trajectory file, or make one from clinical tables.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -456,39 +475,44 @@ def build_parser() -> Parser:
     add("--max_len", type=int, help="most recent observations kept of a row")
     add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--show_values", action="store_true", help=SHOW_VALUES)
-    make = commands.add_parser(
-        "from_mimic", help="make a file from MIMIC-IV tables", allow_abbrev=False
-    )
-    add = make.add_argument
-    add("--mimic_dir", type=Path, required=True, help="folder of MIMIC-IV with hosp/ and icu/")
-    add("--out", type=Path, required=True, help="CSV to write; a JSON description comes beside it")
-    add("--cohort", choices=tuple(COHORTS), help="admissions to take")
-    add("--item", help="itemid of the series, or its name in d_labitems")
-    add("--window_hours", type=float, help="from the first value to the prediction time")
-    add("--horizon_hours", type=float, help="hours looked ahead from then on")
-    add("--min_observations", type=int, help="values known within the window, at least")
-    add("--outcome", type=outcomes, help="escalation, or some of death,icu,unresolved")
-    add(
-        "--compute_gap",
-        nargs="?",
-        const="missing",
-        choices=tuple(GAPS),
-        help="anion gap from Na, Cl, HCO3: where none is reported, or always",
-    )
-    defaults = {each.name: each.default for each in fields(Extraction)}
-    make.set_defaults(**{name: value for name, value in defaults.items() if value is not MISSING})
+    for name, source in SOURCES.items():
+        add_flags(commands.add_parser(name, help=source.help, allow_abbrev=False), source.request)
     return parser
 
 
-def outcomes(text: str) -> tuple[str, ...]:
-    """Read the components of the outcome from the text of a flag."""
-    chosen = names(text)
-    if chosen == ["escalation"]:
-        return tuple(OUTCOMES)
-    if not chosen or not set(chosen) <= set(OUTCOMES):
-        known = ", ".join(OUTCOMES)
-        raise argparse.ArgumentTypeError(f"{text}: escalation, or some of {known} between commas")
-    return tuple(name for name in OUTCOMES if name in chosen)
+def add_flags(parser: argparse.ArgumentParser, request: type[TableRequest]) -> None:
+    """Add the fields of a request as flags."""
+    types = get_type_hints(request)
+    for field in fields(request):
+        about = field.metadata
+        words: dict[str, Any] = {"help": about["help"], "required": field.default is MISSING}
+        words["default"] = None if words["required"] else field.default
+        if types[field.name] is bool:
+            parser.add_argument(f"--{field.name}", **{**words, "action": "store_true"})
+            continue
+        if about["separated"]:
+            words["type"] = lambda text: tuple(names(text))
+        elif about["repeated"]:
+            words["action"] = Repeated
+        else:
+            kinds = [kind for kind in (Path, float, int, str) if kind in _kinds(types[field.name])]
+            words["type"] = kinds[0]
+        if about["alone"] is not None:
+            words |= {"nargs": "?", "const": about["alone"]}
+        parser.add_argument(f"--{field.name}", **words)
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a hint such as ``float | None`` allows."""
+    return get_args(hint) or (hint,)
+
+
+class Repeated(argparse.Action):
+    """Collect the values of a flag that may be given several times, as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add a value."""
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
 
 
 def check(file: Path, series: Sequence[str] | None, max_len: int | None, min_cell: int) -> int:
@@ -502,28 +526,8 @@ def check(file: Path, series: Sequence[str] | None, max_len: int | None, min_cel
     return 0
 
 
-def make_from_mimic(request: Extraction) -> int:
-    """Write a DKA file from MIMIC-IV, and log what became of the admissions.
-
-    Raises:
-        InputError: the tables cannot be used, or the file cannot stand at its place.
-        RunFault: the machine has too little memory.
-    """
-    extraction.check_target(request)
-    try:
-        table, description = extraction.extract(request, extraction.usable_cores())
-    except (MemoryError, BrokenExecutor) as error:
-        problem = "the machine has too little memory: choose a smaller cohort"
-        raise RunFault(problem) from error
-    extraction.write_rows(table, description, request.out)
-    rows = description["rows"]
-    counts = [count_text(rows[name], FEWEST) for name in ("rows", "patients", "events")]
-    logger.info("%s: %s rows of %s patients, %s events", request.out, *counts)
-    return 0
-
-
 def end_by_signal(number: int, _: FrameType | None) -> NoReturn:
-    """Exit, so that worker processes end and half-written files go."""
+    """Exit, so that half-written and spilt files go."""
     sys.exit(128 + number)
 
 

@@ -1,0 +1,13 @@
+-- A number in the fewest digits that read back as the same: 24, 4.08.
+CREATE MACRO plain(x) AS CASE
+    WHEN abs(x) >= 1e15 THEN CAST(x AS VARCHAR)
+    WHEN x = trunc(x) THEN CAST(CAST(x AS BIGINT) AS VARCHAR)
+    WHEN abs(x) >= 1e-4 THEN CAST(x AS VARCHAR)
+    ELSE rtrim(CAST(CAST(x AS DECIMAL(38, 20)) AS VARCHAR), '0')
+END;
+
+CREATE MACRO hours_between(early, late) AS date_diff('second', early, late) / 3600;
+
+-- One observation of the DKA format: 24 (2.5h).
+CREATE MACRO observation(value, hours) AS
+    plain(value) || ' (' || plain(round_even(hours, 2)) || 'h)';

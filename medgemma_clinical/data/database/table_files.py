@@ -1,0 +1,305 @@
+"""Table files (CSV, CSV in gzip, Parquet) as tables of a database; damage is named by its place."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import glob
+import gzip
+import hashlib
+import itertools
+import sys
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from medgemma_clinical.data.database.connection import Database
+from medgemma_clinical.data.tables import check_expansion
+from medgemma_clinical.files import InputError
+
+FORMS = (".csv", ".csv.gz", ".parquet")
+READ_BYTES = 2**20
+
+LONGEST_WORD = 300
+"""Characters kept of a word: a unit, a code, a ward."""
+
+COPY_AGAIN = "copy the table again"
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is read.
+
+    Attributes:
+        form: ``number``, ``whole`` number, ``time`` or ``word``.
+        may_be_empty: whether a cell may lack a value; a word that does is an empty text.
+        optional: whether the file may lack the column; its cells are empty then.
+    """
+
+    form: str
+    may_be_empty: bool = False
+    optional: bool = False
+
+    def typed(self, raw: str) -> str:
+        """Return SQL for the value of a raw cell, NULL where there is none."""
+        if self.form == "word":
+            return f"coalesce(trim(left({raw}::VARCHAR, {LONGEST_WORD})), '')"
+        if self.form == "time":
+            return f"date_trunc('second', TRY_CAST({raw} AS TIMESTAMP))"
+        return f"TRY_CAST({raw} AS DOUBLE)"  # BIGINT would round 1.5 in silence
+
+    def problems(self, raw: str) -> dict[str, str]:
+        """Return SQL for each problem that a raw cell may have, by its words."""
+        typed = self.typed(raw)
+        found = {}
+        if self.form != "word":
+            found[f"no {self.form}"] = f"{typed} IS NULL AND trim({raw}::VARCHAR) != ''"
+        if self.form == "whole":
+            found["no whole number"] = f"{typed} % 1 != 0"
+        if not self.may_be_empty:
+            found["empty"] = f"coalesce(trim({raw}::VARCHAR), '') = ''"
+        return found
+
+
+KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))
+KEY_OR_EMPTY, NUMBER_OR_EMPTY, TIME_OR_EMPTY, WORD_OR_EMPTY = (
+    Column(form, may_be_empty=True) for form in ("whole", "number", "time", "word")
+)
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A table file, read once from beginning to end and found whole.
+
+    Attributes:
+        path: of the file.
+        header: names of all its columns.
+        sha256: of the file.
+        line_end: of a CSV.
+    """
+
+    path: Path
+    header: list[str]
+    sha256: str
+    line_end: str
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether rows have numbers from 0, not lines from 1."""
+        return self.path.suffix.lower() == ".parquet"
+
+    def raw(self, name: str) -> str:
+        """Return SQL for a column's raw cell."""
+        return f'"{self.header.index(name)}"' if name in self.header else "NULL"
+
+    def rows(self) -> str:
+        """Return SQL for the raw rows: columns named by their place, and ``file_row_number``."""
+        place = "'" + glob.escape(str(self.path)).replace("'", "''") + "'"
+        if self.is_parquet:
+            names = [*(f'"{k}"' for k in range(len(self.header))), "file_row_number"]
+            return f"read_parquet({place}, file_row_number = true) AS t({', '.join(names)})"
+        columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
+        line_end = self.line_end.replace("\r", "\\r").replace("\n", "\\n")
+        return (
+            f"read_csv({place}, columns = {{{columns}}}, auto_detect = false, header = true, "
+            f"delim = ',', quote = '\"', escape = '\"', new_line = '{line_end}', "
+            "strict_mode = true, store_rejects = true, rejects_limit = 100)"
+        )
+
+    def check_columns(self, columns: Mapping[str, Column], hint: str) -> None:
+        """Check that the file has the columns once each.
+
+        Args:
+            columns: by name.
+            hint: what to do about a missing one.
+
+        Raises:
+            InputError: names the first that is missing or there twice.
+        """
+        for name, column in columns.items():
+            if name not in self.header and not column.optional:
+                raise InputError(f"{self.path}: no column {name} among {len(self.header)}: {hint}")
+            if self.header.count(name) > 1:
+                raise InputError(f"{self.path}: the column {name} is there twice")
+
+
+def open_table(
+    database: Database, path: Path, columns: Mapping[str, Column], hint: str
+) -> TableFile:
+    """Read a file once, to know that it is whole, and check its columns.
+
+    DuckDB checks no sum of a gzip file, and takes a CSV cut within its last cell for whole.
+
+    Raises:
+        InputError: the file is damaged, or lacks a column.
+    """
+    if path.suffix.lower() == ".parquet":
+        file = _open_parquet(database, path)
+    else:
+        with readable(path), path.open("rb") as stream:
+            file = _open_csv(path, stream)
+    file.check_columns(columns, hint)
+    return file
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one line.
+
+    Raises:
+        InputError: naming the file, never its content.
+    """
+    import duckdb
+
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise InputError(f"{path}: not a whole gzip file: {COPY_AGAIN}") from None
+    except UnicodeError:
+        raise InputError(f"{path}: not a text file in UTF-8: {COPY_AGAIN}") from None
+    except OSError as error:
+        problem = error.strerror or "damaged"
+        raise InputError(f"{path}: cannot be read: {problem}") from None
+    except (duckdb.InvalidInputException, duckdb.IOException, duckdb.ConversionException):
+        kind = "Parquet file" if path.suffix.lower() == ".parquet" else "CSV"
+        raise InputError(f"{path}: not a whole {kind}: {COPY_AGAIN}") from None
+
+
+class _HashingFile:
+    """A file that is hashed and counted while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Begin before the first byte."""
+        self.file, self.digest, self.count = file, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        """Read as any file does."""
+        content = self.file.read(size)
+        self.digest.update(content)
+        self.count += len(content)
+        return content
+
+
+def _open_csv(path: Path, stream: BinaryIO) -> TableFile:
+    raw = _HashingFile(stream)
+    text: Any = gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw  # type: ignore[call-overload]
+    block = start = text.read(READ_BYTES)
+    unpacked, end = 0, b""
+    with _progress_bar(f"checking {path.name}", path.stat().st_size) as bar:
+        while block:
+            unpacked, end = unpacked + len(block), block[-1:]
+            check_expansion(path, unpacked, raw.count)
+            bar.update(raw.count - bar.n)
+            block = text.read(READ_BYTES)
+    if end not in (b"", b"\n", b"\r"):
+        raise InputError(f"{path}: it ends without a line break, within a row: {COPY_AGAIN}")
+    first, _, _ = start.partition(b"\n")
+    names = next(csv.reader([first.decode("utf-8-sig", "replace").strip()]), [])
+    line_end = "\r\n" if first.endswith(b"\r") else "\n"
+    return TableFile(path, [name.strip() for name in names], raw.digest.hexdigest(), line_end)
+
+
+def _open_parquet(database: Database, path: Path) -> TableFile:
+    with readable(path):
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        place = {"path": glob.escape(str(path))}
+        rows, packed = database.row(
+            "SELECT num_rows, file_size_bytes FROM parquet_file_metadata($path)", place
+        )
+        described = database.frame("DESCRIBE SELECT * FROM read_parquet($path)", place)
+    header = described["column_name"].tolist()
+    check_expansion(path, rows * len(header), packed)
+    return TableFile(path, header, digest, "")
+
+
+def load_table(
+    database: Database,
+    name: str,
+    file: TableFile,
+    columns: Mapping[str, Column],
+    keep: str = "true",
+) -> None:
+    """Make a table of the rows of a file.
+
+    Args:
+        database: that gets the table.
+        name: of the table.
+        file: that was found whole.
+        columns: to read, by name; others are never looked at.
+        keep: SQL condition on the first two columns; cells of other rows are not checked, except
+            those of these two columns.
+
+    Raises:
+        InputError: rows that do not fit the header, or a cell of another type, by file, line (of
+            Parquet: row) and column.
+    """
+    problems = {
+        (column_name, words): f"({sql})"
+        for column_name, column in columns.items()
+        if column_name in file.header
+        for words, sql in column.problems(file.raw(column_name)).items()
+    }
+    keys = [sql for (column, _), sql in problems.items() if column in list(columns)[:2]]
+    numbered = "\n".join(f"WHEN {sql} THEN {k}" for k, sql in enumerate(problems.values()))
+    typed = ",\n".join(f"{c.typed(file.raw(n))} AS {n}" for n, c in columns.items())
+    with readable(file.path):
+        database.run(
+            f"CREATE TABLE {name} AS SELECT {typed}, CASE {numbered} END AS problem\n"
+            f"FROM {file.rows()} WHERE ({keep}) OR {' OR '.join(keys)}",
+            title=f"reading {file.path.name}",
+        )
+        _check_rejects(database, file)
+    (first,) = database.row(f"SELECT min(problem) FROM {name}")
+    if first is not None:
+        (column, words), sql = list(problems.items())[int(first)]
+        where = f"{file.path}, {_find_row(database, file, sql)}, column {column}"
+        raise InputError(f"{where}: {words}: {COPY_AGAIN}")
+    database.run(f"ALTER TABLE {name} DROP COLUMN problem")
+
+
+def _check_rejects(database: Database, file: TableFile) -> None:
+    """Refuse a CSV with rows that DuckDB left out in silence."""
+    if file.is_parquet:
+        return
+    found = database.frame("SELECT line, error_type FROM reject_errors ORDER BY line LIMIT 1")
+    database.run("DROP TABLE reject_errors; DROP TABLE reject_scans")
+    for line, kind in found.itertuples(index=False):
+        words = {
+            "TOO MANY COLUMNS": "more fields than the header has",
+            "MISSING COLUMNS": "fewer fields than the header has",
+            "UNQUOTED VALUE": "a quote without its other",
+            "INVALID ENCODING": "no text in UTF-8",
+            "LINE SIZE OVER MAXIMUM": "a row longer than 2 MB, or a quote without its other",
+        }
+        problem = words.get(kind, "the row cannot be read")
+        raise InputError(f"{file.path}, line {line}: {problem}: {COPY_AGAIN}")
+
+
+def _find_row(database: Database, file: TableFile, condition: str) -> str:
+    """Return the place of the first row that meets a condition."""
+    if file.is_parquet:
+        (number,) = database.row(
+            f"SELECT min(file_row_number) FROM {file.rows()} WHERE {condition}"
+        )
+        return f"row {number}"
+    database.run("SET threads = 1")  # rows come in the order of the file
+    (number,) = database.row(
+        "SELECT min(number) FROM "
+        f"(SELECT *, row_number() OVER () AS number FROM {file.rows()}) WHERE {condition}"
+    )
+    opened = gzip.open if file.path.suffix.lower() == ".gz" else open
+    with opened(file.path, "rt", encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text)
+        rows = (reader.line_num for row in reader if row)
+        return f"line {next(itertools.islice(rows, number, None))}"
+
+
+def _progress_bar(title: str, size: int) -> Any:
+    """Return a progress bar over bytes, silent where stderr is no terminal."""
+    from tqdm import tqdm
+
+    silent = not sys.stderr.isatty()
+    return tqdm(desc=title, total=size, unit="B", unit_scale=True, leave=False, disable=silent)
