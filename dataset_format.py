@@ -47,6 +47,8 @@ from medgemma_clinical.data.description import (
     list_columns,
     list_unread,
 )
+from medgemma_clinical.data.mimic.extraction import extract
+from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.data.series_cells import (
     TableCells,
     join_series,
@@ -443,7 +445,9 @@ class Source:
     make: Callable[[Any], Made]
 
 
-SOURCES: dict[str, Source] = {}
+SOURCES = {
+    "from_mimic": Source("make a file from MIMIC-IV tables", Extraction, extract),
+}
 """Each source of tables is a module of its own and a line here."""
 
 

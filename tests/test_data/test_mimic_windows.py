@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from medgemma_clinical.data.mimic.admissions import keep_ketoacidosis
 
 from medgemma_clinical.data.case_mix import ages_of
-from medgemma_clinical.data.mimic.admissions import keep_ketoacidosis
 from medgemma_clinical.data.mimic.tables import TABLES
 from medgemma_clinical.data.summaries import NUMBER_ENDING, facts_of
 from mimic_files import (

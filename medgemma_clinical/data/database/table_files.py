@@ -48,18 +48,19 @@ class Column:
             return f"coalesce(trim(left({raw}::VARCHAR, {LONGEST_WORD})), '')"
         if self.form == "time":
             return f"date_trunc('second', TRY_CAST({raw} AS TIMESTAMP))"
-        return f"TRY_CAST({raw} AS DOUBLE)"  # BIGINT would round 1.5 in silence
+        number = f"TRY_CAST({raw} AS DOUBLE)"
+        return f"TRY_CAST({number} AS BIGINT)" if self.form == "whole" else number
 
     def problems(self, raw: str) -> dict[str, str]:
         """Return SQL for each problem that a raw cell may have, by its words."""
-        typed = self.typed(raw)
-        found = {}
-        if self.form != "word":
-            found[f"no {self.form}"] = f"{typed} IS NULL AND trim({raw}::VARCHAR) != ''"
-        if self.form == "whole":
-            found["no whole number"] = f"{typed} % 1 != 0"
-        if not self.may_be_empty:
-            found["empty"] = f"coalesce(trim({raw}::VARCHAR), '') = ''"
+        filled = f"coalesce(trim({raw}::VARCHAR), '') != ''"
+        found = {} if self.may_be_empty else {"empty": f"NOT {filled}"}
+        if self.form == "whole":  # BIGINT alone would round 1.5 in silence
+            found["no whole number"] = (
+                f"{filled} AND coalesce(TRY_CAST({raw} AS DOUBLE) % 1 != 0, true)"
+            )
+        elif self.form != "word":
+            found[f"no {self.form}"] = f"{filled} AND {self.typed(raw)} IS NULL"
         return found
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.mimic.request import GAP_ITEM
+from medgemma_clinical.data.description import comparable
+from medgemma_clinical.data.mimic.request import ALL_SERIES, ALWAYS, COMPUTED_GAP, GAP_ITEM
 from medgemma_clinical.files import InputError
 
 EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}
@@ -56,52 +56,81 @@ ANALYTES = {item: analyte for analyte in CHEMISTRY for item in analyte.items}
 GAP_COMPONENTS = (50983, 50902, 50882)
 """Serum sodium, chloride and bicarbonate: the gap is the first less the others."""
 
-DIGITS = 6
-"""Decimals of converted and computed values, as exact as any laboratory prints."""
-
 
 @dataclass(frozen=True)
-class ConvertedValues:
-    """Values in one unit for each item: ``table``; the series' unit; counts of those left out."""
+class Series:
+    """A series of the rows.
 
-    table: pd.DataFrame
-    series_unit: str
-    left_out: Counter[str]
+    Attributes:
+        name: in texts and columns.
+        items: itemids of its values.
+        sources: itemids that have to be read for it; they may not lose a value.
+        unit: of its values, "" where it has none, None where the table has to tell it.
+        plausible: lowest and highest value of a living patient, None where nobody knows.
+    """
+
+    name: str
+    items: tuple[int, ...]
+    sources: tuple[int, ...]
+    unit: str | None
+    plausible: tuple[float, float] | None
 
 
-def convert_units(values: pd.DataFrame, series_items: Sequence[int], path: str) -> ConvertedValues:
-    """Convert the values of each item to one unit; values of other units are left out.
+def series_of(analyte: Analyte, compute_gap: str, items: tuple[int, ...] = ()) -> Series:
+    """Return the series of an analyte; of some of its items where they are given."""
+    items = items or analyte.items
+    if analyte is not ANION_GAP:
+        return Series(analyte.name, items, items, analyte.unit, analyte.plausible)
+    if compute_gap == ALWAYS:
+        # Another quantity than the reported gap: no model of one may pass for one of the other.
+        name = f"{analyte.name} without potassium"
+        return Series(name, (COMPUTED_GAP,), GAP_COMPONENTS, analyte.unit, analyte.plausible)
+    gaps = (GAP_ITEM, COMPUTED_GAP)  # of each admission only the one that it uses is an input
+    return Series(analyte.name, gaps, items, analyte.unit, analyte.plausible)
 
-    Args:
-        values: columns ``item``, ``value``, and ``unit`` as written, empty where there is none.
-        series_items: items of the series, which may not lose a value; the first gives its unit.
-        path: of the table, for errors.
+
+def choose_series(names: Sequence[str], compute_gap: str) -> list[Series]:
+    """Return the series of some analytes by name, or of all, the anion gap first.
 
     Raises:
-        InputError: an item of the series has an unknown unit, or several that nothing converts.
+        InputError: no such analyte, or one twice.
     """
-    factor = np.full(len(values), np.nan)
-    left_out: Counter[str] = Counter()
-    main = series_items[0]
-    series_unit = ANALYTES[main].unit if main in ANALYTES else ""
-    for item in np.unique(values["item"]).tolist():
-        rows = np.flatnonzero(values["item"] == item)
-        units = values["unit"].iloc[rows].astype(str)
-        spelling = {unit.lower(): unit for unit in sorted(set(units), reverse=True)}
-        factors = _factors(item, spelling)
-        if item in series_items:
-            _check_units(item, spelling, factors, path)
-        if item == main and item not in ANALYTES:
-            series_unit = spelling[next(iter(factors))]
-        factor[rows] = units.str.lower().map(factors).to_numpy(np.float64)
-        if missing := int(np.isnan(factor[rows]).sum()):
-            name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
-            left_out[f"of {name} in no unit or an unknown one"] = missing
-    converted = values["value"] * factor
-    converted = converted.where(factor == 1, converted.round(DIGITS))
-    known = ~np.isnan(factor)
-    table = values.assign(value=converted)[known].reset_index(drop=True)
-    return ConvertedValues(table, series_unit, left_out)
+    known = {comparable(analyte.name): analyte for analyte in CHEMISTRY}
+    wanted = list(known) if list(names) == [ALL_SERIES] else [comparable(name) for name in names]
+    for name, shown in zip(wanted, names, strict=False):
+        if name not in known:
+            all_names = ", ".join(analyte.name for analyte in CHEMISTRY)
+            raise InputError(f"--series {shown}: no such series: all, or some of {all_names}")
+    if len(set(wanted)) < len(wanted):
+        raise InputError("--series: name each series once")
+    return [series_of(known[name], compute_gap) for name in wanted]
+
+
+def find_factors(units: pd.DataFrame, series: Sequence[Series], path: str) -> pd.DataFrame:
+    """Find the factors that convert the values of each item to one unit.
+
+    Args:
+        units: ``item``, ``unit`` as written, empty where there is none, ``count`` of its values.
+        series: whose values may not be left out.
+        path: of the table, for errors.
+
+    Returns:
+        ``item``, ``unit``, ``factor``, ``count``; a factor of NaN where a unit is unknown.
+
+    Raises:
+        InputError: an item of a series has an unknown unit, or several that nothing converts.
+    """
+    sources = {item for each in series for item in each.sources}
+    factors = pd.Series(np.nan, index=units.index)
+    for item in units["item"].unique().tolist():
+        rows = units["item"] == item
+        written = units.loc[rows, "unit"]
+        spelling = {unit.lower(): unit for unit in sorted(set(written), reverse=True)}
+        known = _factors(item, spelling)
+        if item in sources:
+            _check_units(item, spelling, known, path)
+        factors[rows] = written.str.lower().map(known)
+    return units.assign(factor=factors.astype(float))
 
 
 def _factors(item: int, spelling: dict[str, str]) -> dict[str, float]:

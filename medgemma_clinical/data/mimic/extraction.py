@@ -1,262 +1,276 @@
-"""From the tables of MIMIC-IV to rows of the DKA format, and the files that hold them."""
+"""From the tables of a hospital to rows of the DKA format: the steps, each a file of SQL."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
-import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
-from medgemma_clinical.data.mimic.admissions import SmallTables, find_item
-from medgemma_clinical.data.mimic.analytes import ANALYTES, GAP_COMPONENTS, convert_units
-from medgemma_clinical.data.mimic.outcome import NOT_MEASURED, OPEN_AT_DISCHARGE, combine, judge
-from medgemma_clinical.data.mimic.reading import read_table
+from medgemma_clinical.data.database import connection
+from medgemma_clinical.data.database.connection import Database, open_database
+from medgemma_clinical.data.database.flags import usable_cores
+from medgemma_clinical.data.database.output import Made, apply_rules
+from medgemma_clinical.data.mimic.analytes import (
+    ANALYTES,
+    ANION_GAP,
+    Series,
+    find_factors,
+)
+from medgemma_clinical.data.mimic.description import Origin, describe_rows
 from medgemma_clinical.data.mimic.request import (
-    ALWAYS,
-    COHORTS,
+    COMPUTED_GAP,
+    EXCLUDE,
     GAP_ITEM,
-    GAPS,
-    OUTCOMES,
-    REPORTED,
+    CohortRequest,
     Extraction,
 )
-from medgemma_clinical.data.mimic.rows import (
-    MADE_BY,
-    Candidates,
-    Item,
-    Origin,
-    describe_rows,
-    make_rows,
-)
-from medgemma_clinical.data.mimic.tables import find_table
-from medgemma_clinical.data.mimic.values import (
-    LabKeeper,
-    Stays,
-    computed_gaps,
-    join_values,
-    sort_values,
-)
-from medgemma_clinical.data.mimic.windows import (
-    find_windows,
-    in_ketoacidosis,
-    known_inputs,
-    of_stay,
-)
-from medgemma_clinical.data.small_cells import FEWEST, count_text, flow_lines
-from medgemma_clinical.files import InputError, atomic, read_json
+from medgemma_clinical.data.mimic.tables import MimicTables
+from medgemma_clinical.data.small_cells import FEWEST, count_text
 
 logger = logging.getLogger(__name__)
 
-__all__ = [
-    "COHORTS",
-    "GAPS",
-    "OUTCOMES",
-    "Extraction",
-    "check_target",
-    "extract",
-    "usable_cores",
-    "write_rows",
-]
+FAR_OUT = 10.0
+"""Without limits for an item, a value is suspicious so many interquartile ranges outside."""
 
-ADULT_YEARS = 18
-LABEVENTS = "hosp/labevents"
+STEPS = Path(__file__).parent
+MACROS = Path(connection.__file__).with_name("macros.sql")
 
 
-def extract(request: Extraction, processes: int) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Build the rows of the DKA file from MIMIC-IV.
+class Hospital(Protocol):
+    """The tables of a hospital, in the form that MIMIC-IV gives them."""
 
-    Args:
-        request: cohort, series, times and outcome.
-        processes: number of processes that parse labevents; they end with this one.
+    name: str
+    """Of the folder, for messages."""
+    source: str
+    """Of the data, with their terms."""
+    command: str
+    """That reads them."""
+    hashes: dict[str, str]
+    """SHA-256 of each file that was read."""
+    labs_path: Path
+    """Of the laboratory values, for messages."""
+    has_storing_times: bool
+    """Whether values have times of storing."""
+    cohorts: dict[str, str]
+    """Definition of each cohort."""
 
-    Returns:
-        The rows by ascending patient and admission, and the description beside them, whose
-        ``rows`` counts ``rows``, ``patients``, ``events`` and ``computed_gaps``.
+    def load_admissions(self) -> None:
+        """Make the tables patients, admissions, icustays and ketoacidosis."""
+
+    def choose_series(self) -> list[Series]:
+        """Return the series that are asked for, the main one first."""
+
+    def load_labs(self, items: set[int]) -> None:
+        """Make the table labs of these items, of patients in the table wanted."""
+
+
+def extract(request: Extraction) -> Made:
+    """Make rows of the DKA format from MIMIC-IV.
 
     Raises:
         InputError: the tables cannot be read, or no admission is left.
     """
-    tables = SmallTables(request.mimic_dir)
-    number, name = find_item(request.item, tables)
-    adult = tables.admissions["age"] >= ADULT_YEARS  # NaN compares false
-    rules = {"under 18 at admission, or of unknown age": ~adult}
-    if request.cohort == "dka":
-        rules["not coded as diabetic ketoacidosis"] = ~tables.admissions["coded"]
-    series_items: tuple[int, ...] = (number,)
-    if number == GAP_ITEM and request.compute_gap == ALWAYS:
-        # Another quantity than the reported gap: no model of one may pass for one of the other.
-        series_items, name = GAP_COMPONENTS, f"{name} without potassium"
-    wanted = ~pd.DataFrame(rules).any(axis=1)
-    labs = _read_labevents(tables, wanted, series_items, processes)
-    item = Item(number, name, labs.unit)
-    found = _find_candidates(tables, labs.values, item, request)
-    left, flow = _apply_rules(rules | _further_rules(found, request))
-    _log_flow(flow, len(left), request)
-    rows = make_rows(found, left, item, request)
-    origin = Origin(flow, labs.left_out, labs.stored, tables.hashes)
-    return rows, describe_rows(rows, found, item, origin, request)
+    return make_cohort(request, MimicTables)
 
 
-@dataclass(frozen=True)
-class Labs:
-    """What labevents holds: ``values``, the series' ``unit``, and for ``Origin`` the rest."""
-
-    values: pd.DataFrame
-    unit: str
-    left_out: Counter[str]
-    stored: bool
-
-
-def _read_labevents(
-    tables: SmallTables, wanted: pd.Series, series_items: Sequence[int], processes: int
-) -> Labs:
-    """Read the series and the other chemistry of the wanted admissions, in one unit each."""
-    table = tables.admissions
-    subject, hadm = table["subject_id"].to_numpy(), table["hadm_id"].to_numpy()
-    start, end = table["start"].to_numpy(), table["end"].to_numpy()
-    keeper = LabKeeper(
-        {*series_items, *ANALYTES}, Stays(subject, hadm, start, end, wanted.to_numpy())
-    )
-    path = find_table(tables.folder, LABEVENTS)
-    read = read_table(tables.folder, LABEVENTS, keeper, processes)
-    tables.hashes[LABEVENTS] = read.sha256
-    if not read.kept:
-        raise InputError(f"{path}: no rows below the header")
-    stored = "storetime" in read.header
-    if not stored:
-        logger.warning("%s: no column storetime: values count as known when charted", path)
-    values, left_out = join_values(read.kept)
-    converted = convert_units(values, series_items, str(path))
-    left_out = left_out + converted.left_out
-    for reason, count in left_out.items():
-        logger.info("%s: %s values %s", path, count_text(count, FEWEST), reason)
-    return Labs(converted.table, converted.series_unit, left_out, stored)
-
-
-def _find_candidates(
-    tables: SmallTables, values: pd.DataFrame, item: Item, request: Extraction
-) -> Candidates:
-    """Find for each admission its prediction time, what is known then, and what follows."""
-    table = tables.admissions
-    if request.compute_gap != REPORTED:
-        values = sort_values(pd.concat([values, computed_gaps(values)], ignore_index=True))
-    windows = find_windows(values, item.number, request, len(table))
-    inputs = known_inputs(values, windows)
-    gaps = values[values["item"] == of_stay(values, windows.gap_item)]
-    judged = judge(table, tables.icu, gaps, windows, request)
-    gap_item = of_stay(inputs, windows.gap_item)
-    of_series = inputs["item"] == (gap_item if item.number == GAP_ITEM else item.number)
-    return Candidates(table, inputs[of_series], inputs, windows, judged)
-
-
-def _further_rules(found: Candidates, request: Extraction) -> dict[str, pd.Series]:
-    """Return the rules that need values: by name, in their order, (A,) bool of those removed."""
-    table, time = found.admissions, found.windows.time
-    observations = found.series.groupby("stay").size().reindex(table.index, fill_value=0)
-    rules = {
-        "no value of the series known within a window of the admission": time.isna(),
-        "prediction time before the admission": time < table["start"],
-        "died by the prediction time": table["death"] <= time,
-        "discharged by the prediction time": ~(table["end"] > time),
-        f"fewer than {request.min_observations} values known within the window": (
-            observations < request.min_observations
-        ),
-    }
-    if request.cohort == "biochemical":
-        sick = in_ketoacidosis(found.inputs, found.windows, len(table))
-        rules["not in ketoacidosis by what is known within the window"] = ~sick
-    if request.outcome == ("icu",):
-        rules["in intensive care at the prediction time"] = found.judged["unit"].notna()
-    label = combine(found.judged, request.outcome)
-    for reason in (OPEN_AT_DISCHARGE, NOT_MEASURED):
-        rules[reason] = label.isna() & (found.judged["why"] == reason)
-    return rules
-
-
-def _apply_rules(rules: dict[str, pd.Series]) -> tuple[pd.Series, list[dict[str, Any]]]:
-    """Remove each admission by the first rule that applies.
+def make_cohort(request: Any, hospital: Callable[[Database, Any], Hospital]) -> Made:
+    """Make rows of the DKA format from the tables of a hospital.
 
     Returns:
-        (A,) bool of those left; ``rule``, ``removed`` and ``left`` of each rule.
-    """
-    left = pd.Series(True, index=next(iter(rules.values())).index)
-    flow = []
-    for rule, applies in rules.items():
-        removed = int((left & applies).sum())
-        left &= ~applies
-        flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
-    return left, flow
-
-
-def _log_flow(flow: list[dict[str, Any]], admissions: int, request: Extraction) -> None:
-    """Log how the admissions became rows, and the cohort's definition.
+        The rows by ascending patient and admission, and the description beside them.
 
     Raises:
-        InputError: none is left.
+        InputError: the tables cannot be read, or no admission is left.
     """
-    if not flow[-1]["left"]:
-        removed = "; ".join(f"{r['rule']} {r['removed']}" for r in flow if r["removed"])
-        raise InputError(
-            f"--mimic_dir {request.mimic_dir}: of {admissions} admissions none is left: {removed}"
+    threads = request.threads or usable_cores()
+    with open_database(request.out.parent, request.memory_limit, threads) as database:
+        database.run(MACROS.read_text())
+        return _Cohort(database, request, hospital(database, request)).make()
+
+
+class _Cohort:
+    """The steps that make a cohort, in their order.
+
+    Args:
+        database: that holds the tables.
+        request: cohort, series, times and outcome.
+        hospital: whose tables are read.
+    """
+
+    def __init__(self, database: Database, request: CohortRequest, hospital: Hospital) -> None:
+        """Hold what the steps need."""
+        self.database, self.request, self.hospital = database, request, hospital
+
+    def make(self) -> Made:
+        """Run all steps."""
+        self._set_variables()
+        self.hospital.load_admissions()
+        self._run("stays")
+        series = self.hospital.choose_series()
+        left_out = self._read_values(series)
+        main, *others = self._convert(series, left_out)
+        self._log_values(left_out)
+        for step in ("windows", "outcome", "rules"):
+            self._run(step)
+        flow = self._apply_rules()
+        self._run("rows")
+        series = [self._with_limits(main), *others]
+        rows = self._rows(series)
+        hospital = self.hospital
+        origin = Origin(
+            hospital.source,
+            hospital.command,
+            hospital.cohorts[self.request.cohort],
+            flow,
+            left_out,
+            hospital.has_storing_times,
+            hospital.hashes,
         )
-    for line in flow_lines(pd.DataFrame(flow), FEWEST):
-        logger.info(line)
-    logger.warning("cohort %s: %s", request.cohort, COHORTS[request.cohort])
+        return rows, describe_rows(series, self._counts(rows), origin, self.request)
 
+    def _run(self, step: str) -> None:
+        self.database.run((STEPS / f"{step}.sql").read_text())
 
-def check_target(request: Extraction) -> None:
-    """Check that the output can be written, before minutes are spent on reading.
-
-    Raises:
-        InputError: another ending, no writable folder, or a file of another origin is there.
-    """
-    out = request.out
-    if out.suffix != ".csv":
-        raise InputError(f"--out {out}: must end in .csv")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: no folder {out.parent}: make it first")
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        problem = f"cannot be written to ({error.strerror}): choose another folder"
-        raise InputError(f"--out {out}: {out.parent} {problem}") from None
-    description = out.with_suffix(".json")
-    if not out.exists() and not description.exists():
-        return
-    if not _made_by_extraction(description):
-        raise InputError(
-            f"--out {out}: this file, or {description.name}, exists and is not an earlier output "
-            "of this command: choose another name"
+    def _set_variables(self) -> None:
+        request = self.request
+        self.database.set(
+            cohort=request.cohort,
+            window_length=request.window,
+            horizon_length=request.horizon,
+            min_observations=request.min_observations,
+            outcome=request.parts,
+            discharged=request.discharged,
+            compute_gap=request.compute_gap,
+            reported_gap=GAP_ITEM,
+            computed_gap=COMPUTED_GAP,
         )
 
+    def _read_values(self, series: list[Series]) -> dict[str, int]:
+        """Make the tables analytes, series_items and converted.
 
-def _made_by_extraction(description: Path) -> bool:
-    try:
-        return MADE_BY in read_json(description)
-    except (ValueError, OSError, TypeError):
-        return False
+        Returns:
+            Counts of values by the reason for which they were left out or resolved.
+        """
+        names = [(item, a.name, f" ({a.unit})" if a.unit else "") for item, a in ANALYTES.items()]
+        names.append((COMPUTED_GAP, ANION_GAP.name, f" ({ANION_GAP.unit})"))
+        self.database.add(
+            "analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"])
+        )
+        items = [(k, item) for k, each in enumerate(series) for item in each.items]
+        self.database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
+        self.database.set(main_is_gap=COMPUTED_GAP in series[0].items)
+        sources = {item for each in series for item in each.sources}
+        self.hospital.load_labs(sources | set(ANALYTES))
+        self._run("values")
+        counts = self.database.frame("FROM value_counts").iloc[0]
+        return {str(reason): int(count) for reason, count in counts.items() if count}
 
+    def _convert(self, series: list[Series], left_out: dict[str, int]) -> list[Series]:
+        """Make the table converted, with the computed gaps; count values without a known unit.
 
-def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> None:
-    """Write the CSV and the description beside it: both or none.
+        Returns:
+            The series, each with its unit.
+        """
+        units = self.database.frame(
+            "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
+        )
+        factors = find_factors(units, series, str(self.hospital.labs_path))
+        known = factors["factor"].notna()
+        self.database.add("factors", factors[known])
+        self._run("gaps")
+        for item, count in factors[~known].groupby("item")["count"].sum().items():
+            name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
+            left_out[f"of {name} in no unit or an unknown one"] = int(count)
+        spelled = factors[known].groupby("item")["unit"].min()
+        return [
+            replace(each, unit=spelled.get(each.items[0], "")) if each.unit is None else each
+            for each in series
+        ]
 
-    The description is renamed first: a table without it would be read as another series.
-    """
-    with atomic(out) as csv_file, atomic(out.with_suffix(".json")) as json_file:
-        rows.to_csv(csv_file, index=False, lineterminator="\n")
-        digest = hashlib.sha256(csv_file.read_bytes()).hexdigest()
-        text = json.dumps({**description, "csv_sha256": digest}, indent=2, ensure_ascii=False)
-        json_file.write_text(f"{text}\n", encoding="utf-8")
+    def _log_values(self, left_out: dict[str, int]) -> None:
+        for reason, count in left_out.items():
+            shown = count_text(count, FEWEST)
+            logger.info("%s: %s values %s", self.hospital.labs_path, shown, reason)
 
+    def _with_limits(self, main: Series) -> Series:
+        """Return the main series with plausible limits: far outside the quartiles if unknown."""
+        if main.plausible:
+            return main
+        q1, q3 = self.database.row(
+            "SELECT quantile_cont(value, 0.25), quantile_cont(value, 0.75) "
+            "FROM inputs JOIN series_items USING (item) WHERE position = 0"
+        )
+        reach = FAR_OUT * max(q3 - q1, abs(q3), 1.0)
+        return replace(main, plausible=(round(q1 - reach, 3), round(q3 + reach, 3)))
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def _apply_rules(self) -> list[dict[str, Any]]:
+        """Make the table kept, and log how the admissions became rows."""
+        request, rules = self.request, self.database.frame("FROM rules ORDER BY stay")
+        words = {
+            "not_adult": "under 18 at admission, or of unknown age",
+            "not_coded": "not coded as diabetic ketoacidosis",
+            "no_value": "no value of the series known within a window of the admission",
+            "before_admission": "prediction time before the admission",
+            "dead": "died by the prediction time",
+            "gone": "discharged by the prediction time",
+            "too_few": f"fewer than {request.min_observations} values known within the window",
+            "no_ketoacidosis": "not in ketoacidosis by what is known within the window",
+            "in_intensive_care": "in intensive care at the prediction time",
+            "excluded_discharge": "discharged alive within the horizon (--discharged exclude)",
+            "not_measured": (
+                "outcome not known: in hospital for the whole horizon, anion gap not measured again"
+            ),
+        }
+        asked = {
+            "not_coded": request.cohort == "dka",
+            "no_ketoacidosis": request.cohort == "biochemical",
+            "in_intensive_care": request.parts == ["icu"],
+            "excluded_discharge": request.discharged == EXCLUDE,
+            "not_measured": "unresolved" in request.parts,
+        }
+        never = [name for name, applies in asked.items() if not applies]
+        candidates = rules.set_index("stay").drop(columns=never).rename(columns=words)
+        left, flow = apply_rules(candidates, self.hospital.name)
+        self.database.add("kept", left[left].index.to_frame())
+        logger.warning("cohort %s: %s", request.cohort, self.hospital.cohorts[request.cohort])
+        return flow
+
+    def _rows(self, series: list[Series]) -> pd.DataFrame:
+        """Return the rows, with a column for each series."""
+        columns, joins = [], []
+        for k, each in enumerate(series):
+            unit = f" [{each.unit}]" if each.unit else ""
+            name = f"trajectory_{each.name}{unit}" if k else "clinical_trajectory"
+            columns.append(f'cell_{k}.cell AS "{name}"')
+            joins.append(
+                f"LEFT JOIN (FROM cells WHERE position = {k}) AS cell_{k} "
+                f"ON cell_{k}.stay = facts.stay"
+            )
+        rows = self.database.frame(
+            f"SELECT subject_id, hadm_id, {', '.join(columns)}, "
+            "facts.* EXCLUDE (stay, subject_id, hadm_id) "
+            f"FROM facts {' '.join(joins)} ORDER BY facts.stay"
+        )
+        flags = [name for name in map(str, rows) if name.startswith(("label_", "static_sex"))]
+        return rows.astype(dict.fromkeys(flags, "Int8"))
+
+    def _counts(self, rows: pd.DataFrame) -> dict[str, int]:
+        """Count what the description says of the rows."""
+        computed, discharged = self.database.row(
+            "SELECT count(*) FILTER (gap_item = getvariable('computed_gap')), "
+            "count(*) FILTER (discharged_alive) "
+            "FROM kept JOIN windows USING (stay) JOIN outcomes USING (stay)"
+        )
+        shown = count_text(discharged, FEWEST)
+        logger.info("discharged alive within the horizon: %s rows, not escalated by that", shown)
+        return {
+            "rows": len(rows),
+            "patients": int(rows["subject_id"].nunique()),
+            "events": int(rows["label_escalation"].sum()),
+            "discharged_alive": discharged,
+            "computed_gaps": computed,
+        }

@@ -5,16 +5,17 @@ The definitions go into the description beside the extracted file, letter by let
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
-from medgemma_clinical.files import InputError
+from medgemma_clinical.data.database.flags import TableRequest, flag
 
 GAP_ITEM = 50868
 """Item of the anion gap that the laboratory reports. Source: d_labitems of MIMIC-IV."""
+
+COMPUTED_GAP = -1
+"""Item of the computed anion gap, which MIMIC-IV does not have."""
 
 LONGEST_HOURS = 1e6
 """114 years: no window or horizon is longer."""
@@ -63,8 +64,9 @@ OUTCOMES = {
         "keep or regain an anion gap above 12 mEq/L",
         "of a gap above 12 mEq/L at the prediction time: no value at or below 12 within the "
         "horizon, or one and a later value above it; of a closed one: a value above 12 within the "
-        "horizon. Whoever dies with an open gap counts 1. Not known (empty) where an open gap is "
-        "not measured again, or is not seen to close before a discharge within the horizon",
+        "horizon. A death with an open gap counts 1. A discharge alive with a gap that was open "
+        "all along counts 0: a competing event. Not known (empty) where the patient is in hospital "
+        "for the whole horizon and the gap is not measured in it",
     ),
 }
 """The components of escalation, which is any of them."""
@@ -88,66 +90,88 @@ GAPS = {
 """Definition of the anion gap for each choice of whose gap is computed."""
 
 
-@dataclass(frozen=True)
-class Extraction:
-    """A request for rows from MIMIC-IV.
+NOT_ESCALATED, EXCLUDE = "not_escalated", "exclude"
+DISCHARGED = {
+    NOT_ESCALATED: (
+        "a patient who is discharged alive within the horizon, without an event before, counts as "
+        "not escalated: a competing event"
+    ),
+    EXCLUDE: (
+        "patients who are discharged alive within the horizon are left out, whatever happened "
+        "before: the cohort is chosen by what follows the prediction time"
+    ),
+}
+"""Definition of what a discharge alive within the horizon means, for each choice."""
 
-    Attributes:
-        mimic_dir: folder with hosp/ and icu/.
-        out: CSV to write.
-        cohort: one of ``COHORTS``.
-        item: itemid of the series, or its name in d_labitems.
-        window_hours: from the first value to the prediction time.
-        horizon_hours: from the prediction time on.
-        min_observations: least number of values known within the window.
-        outcome: names of ``OUTCOMES``; all of them are escalation.
-        compute_gap: one of ``GAPS``.
+ALL_SERIES, ESCALATED = "all", "escalation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortRequest(TableRequest):
+    """A request for rows from the tables of a hospital: cohort, series, times, outcome.
 
     Raises:
         InputError: an impossible value, named with its flag.
     """
 
-    mimic_dir: Path
-    out: Path
-    cohort: str = "dka"
-    item: str = str(GAP_ITEM)
-    window_hours: float = 12.0
-    horizon_hours: float = 72.0
-    min_observations: int = 2
-    outcome: tuple[str, ...] = tuple(OUTCOMES)
-    compute_gap: str = REPORTED
+    cohort: str = flag("admissions to take", "dka", choices=tuple(COHORTS))
+    series: tuple[str, ...] = flag(
+        "series by name, between commas, the first gives the prediction time; or all",
+        (),
+        separated=True,
+    )
+    window_hours: float = flag("from the first value to the prediction time", 12.0)
+    horizon_hours: float = flag("hours looked ahead from then on", 72.0)
+    min_observations: int = flag("values of the first series within the window, at least", 2)
+    outcome: tuple[str, ...] = flag(
+        "escalation, or some of death,icu,unresolved",
+        (ESCALATED,),
+        choices=(ESCALATED, *OUTCOMES),
+        separated=True,
+    )
+    discharged: str = flag(
+        "whether a discharge alive within the horizon is no event, or leaves the row out",
+        NOT_ESCALATED,
+        choices=tuple(DISCHARGED),
+    )
+    compute_gap: str = flag(
+        "anion gap from Na, Cl, HCO3: always, where none is reported, or never",
+        ALWAYS,
+        choices=tuple(GAPS),
+        alone=MISSING,
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
+        super().__post_init__()
         for name in ("window_hours", "horizon_hours"):
-            hours = getattr(self, name)
-            if not 0 < hours <= LONGEST_HOURS:  # NaN compares false
-                raise InputError(f"--{name} {hours}: must be a number above 0")
-        if self.min_observations < 1:
-            raise InputError(f"--min_observations {self.min_observations}: must be at least 1")
-        _check_choice("cohort", self.cohort, tuple(COHORTS))
-        _check_choice("compute_gap", self.compute_gap, tuple(GAPS))
-        if not self.outcome:
-            raise InputError("--outcome: must be escalation, or some of " + ", ".join(OUTCOMES))
-        for name in self.outcome:
-            _check_choice("outcome", name, tuple(OUTCOMES))
+            right = 0 < getattr(self, name) <= LONGEST_HOURS  # NaN compares false
+            self._check(right, name, f"must be a number above 0, at most {LONGEST_HOURS:g}")
+        self._check(self.min_observations >= 1, "min_observations", "must be at least 1")
+        whole = ESCALATED in self.outcome and len(self.outcome) > 1
+        self._check(bool(self.outcome) and not whole, "outcome", "name escalation, or its parts")
 
     @property
-    def window(self) -> np.timedelta64:
+    def window(self) -> timedelta:
         """The window in whole seconds."""
-        return np.timedelta64(round(self.window_hours * 3600), "s")
+        return timedelta(seconds=round(self.window_hours * 3600))
 
     @property
-    def horizon(self) -> np.timedelta64:
+    def horizon(self) -> timedelta:
         """The horizon in whole seconds."""
-        return np.timedelta64(round(self.horizon_hours * 3600), "s")
+        return timedelta(seconds=round(self.horizon_hours * 3600))
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the outcome, in the order of ``OUTCOMES``."""
+        return [name for name in OUTCOMES if {name, ESCALATED} & set(self.outcome)]
 
     @property
     def outcome_text(self) -> OutcomeText:
         """The texts of the chosen outcome."""
-        if set(self.outcome) == set(OUTCOMES):
+        if len(self.parts) == len(OUTCOMES):
             return ESCALATION
-        chosen = [OUTCOMES[name] for name in self.outcome]
+        chosen = [OUTCOMES[name] for name in self.parts]
         return OutcomeText(
             outcome=" or ".join(text.outcome for text in chosen),
             question=" or ".join(text.question for text in chosen),
@@ -155,6 +179,15 @@ class Extraction:
         )
 
 
-def _check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"--{flag} {value}: must be one of {', '.join(choices)}")
+@dataclass(frozen=True, kw_only=True)
+class Extraction(CohortRequest):
+    """A request for rows from MIMIC-IV."""
+
+    mimic_dir: Path = flag("folder of MIMIC-IV with hosp/ and icu/")
+    item: str = flag("itemid of the series, or its name in d_labitems", str(GAP_ITEM))
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        other = self.item != str(GAP_ITEM)
+        self._check(not (self.series and other), "item", "does not go with --series")

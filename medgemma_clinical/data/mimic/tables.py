@@ -1,43 +1,40 @@
-"""The tables of MIMIC-IV: columns that are read, where the files lie, and their rows in chunks."""
+"""The tables of MIMIC-IV: where the files lie, which columns are read, and the series by item."""
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import gzip
-import hashlib
+import logging
 import os
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import pandas as pd
-
-from medgemma_clinical.data.tables import LONGEST_ROW, check_expansion, parquet_blocks
+from medgemma_clinical.data.database.connection import Database
+from medgemma_clinical.data.database.table_files import (
+    FORMS,
+    KEY,
+    KEY_OR_EMPTY,
+    NUMBER,
+    NUMBER_OR_EMPTY,
+    TIME,
+    TIME_OR_EMPTY,
+    WORD_OR_EMPTY,
+    Column,
+    TableFile,
+    load_table,
+    open_table,
+)
+from medgemma_clinical.data.description import comparable
+from medgemma_clinical.data.mimic.analytes import ANALYTES, Series, choose_series, series_of
+from medgemma_clinical.data.mimic.request import COHORTS, Extraction
 from medgemma_clinical.files import InputError
 
-CHUNK_BYTES = 2**24
-"""Text of a table that each process holds and parses at a time."""
+logger = logging.getLogger(__name__)
 
-FORMS = (".csv", ".csv.gz", ".parquet")
 MIMIC_VERSIONS = "this reads MIMIC-IV 2.x and 3.x, whose folder holds hosp/ and icu/"
 
-
-@dataclass(frozen=True)
-class CellType:
-    """How a cell is read: as ``number``, ``whole`` number, ``time`` or ``word``; may be empty."""
-
-    form: str
-    may_be_empty: bool = False
-
-
-KEY, NUMBER, TIME, WORD = (CellType(form) for form in ("whole", "number", "time", "word"))
-KEY_OR_EMPTY, NUMBER_OR_EMPTY, TIME_OR_EMPTY, WORD_OR_EMPTY = (
-    CellType(form, may_be_empty=True) for form in ("whole", "number", "time", "word")
+OPTIONAL_WORD, OPTIONAL_TIME = (
+    replace(column, optional=True) for column in (WORD_OR_EMPTY, TIME_OR_EMPTY)
 )
-TABLES: dict[str, dict[str, CellType]] = {
+TABLES: dict[str, dict[str, Column]] = {
     "hosp/patients": {
         "subject_id": KEY,
         "gender": WORD_OR_EMPTY,
@@ -62,69 +59,139 @@ TABLES: dict[str, dict[str, CellType]] = {
     "hosp/d_labitems": {
         "itemid": KEY,
         "label": WORD_OR_EMPTY,
-        "fluid": WORD_OR_EMPTY,
-        "category": WORD_OR_EMPTY,
+        "fluid": OPTIONAL_WORD,
+        "category": OPTIONAL_WORD,
     },
     "hosp/labevents": {
         "itemid": KEY,
         "subject_id": KEY,
         "hadm_id": KEY_OR_EMPTY,
         "charttime": TIME,
-        "storetime": TIME_OR_EMPTY,
+        "storetime": OPTIONAL_TIME,
         "valuenum": NUMBER_OR_EMPTY,
         "valueuom": WORD_OR_EMPTY,
     },
 }
 """Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""
 
-LAB_KEYS = ("itemid", "subject_id")
-"""Columns of labevents that decide whether a row is needed."""
+UNIQUE = {"hosp/patients": "subject_id", "hosp/admissions": "hadm_id", "hosp/d_labitems": "itemid"}
+"""Columns that hold each value once."""
 
-OPTIONAL_COLUMNS = {"storetime", "fluid", "category"}
-"""Columns without which a table is still read; every other one is required."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A found table: its file, all its columns in order, and the types of those to read."""
-
-    path: Path
-    header: list[str]
-    types: dict[str, CellType]
+KETOACIDOSIS = """
+    regexp_matches(upper(replace(icd_code, '.', '')), '^2501') AND icd_version = 9
+    OR regexp_matches(upper(replace(icd_code, '.', '')), '^E(08|09|10|11|13)1') AND icd_version = 10
+"""
+"""Codes by ICD version. Source: ICD-9-CM and ICD-10-CM; E08.0 and E11.0 are the hyperosmolar
+state."""
 
 
-@dataclass(frozen=True)
-class TableChunk:
-    """Some rows of a table.
+class MimicTables:
+    """The folder of MIMIC-IV as tables of a database.
+
+    Args:
+        database: that gets the tables.
+        request: names the folder and the series.
 
     Attributes:
-        rows: CSV text; the length of it alone, where another process reads it; or a DataFrame.
-        first: number of the first row: a line of a CSV from 1, a row of Parquet from 0.
-        read: bytes of the file up to the end of these rows.
-        place: of the text's first byte in the file, None within gzip.
+        name: of the folder, for messages.
+        source: of the data, with their terms.
+        command: that reads them.
+        cohorts: definition of each cohort.
+        hashes: SHA-256 of each table that was read.
+        labs_path: of labevents.
+        has_storing_times: whether labevents has them.
     """
 
-    rows: bytes | int | pd.DataFrame
-    first: int
-    read: int
-    place: int | None = None
+    source = "MIMIC-IV (PhysioNet), under its data use agreement"
+    command = "from_mimic"
+    cohorts = COHORTS
 
+    def __init__(self, database: Database, request: Extraction) -> None:
+        """Find all files, so that the absence of one shows before minutes are spent."""
+        self.database, self.request = database, request
+        self.name = f"--mimic_dir {request.mimic_dir}"
+        self.hashes: dict[str, str] = {}
+        self.paths = {name: find_table(request.mimic_dir, name) for name in TABLES}
+        self.labs_path = self.paths["hosp/labevents"]
+        self.has_storing_times = True
 
-class HashingFile:
-    """A file that is hashed while it is read once, from its beginning to its end."""
+    def load_admissions(self) -> None:
+        """Make patients, admissions, icustays, ketoacidosis and d_labitems."""
+        for name in ("hosp/patients", "hosp/admissions", "icu/icustays", "hosp/d_labitems"):
+            table = name.partition("/")[2]
+            self._load(name, table)
+            self._check_table(name, table)
+        self._load("hosp/diagnoses_icd", "diagnoses_icd")
+        self.database.run(
+            f"CREATE TABLE ketoacidosis AS SELECT hadm_id FROM diagnoses_icd WHERE {KETOACIDOSIS}"
+        )
 
-    mode = "rb"
+    def choose_series(self) -> list[Series]:
+        """Return the series that are asked for, the main one first."""
+        if self.request.series:
+            return choose_series(self.request.series, self.request.compute_gap)
+        return [self._find_item(self.request.item)]
 
-    def __init__(self, file: BinaryIO) -> None:
-        """Begin before the first byte."""
-        self.file, self.digest, self.count = file, hashlib.sha256(), 0
+    def load_labs(self, items: set[int]) -> None:
+        """Make labs of the values of some items, of patients with a wanted admission."""
+        file = self._open("hosp/labevents")
+        keys = [
+            TABLES["hosp/labevents"][name].typed(file.raw(name))
+            for name in ("itemid", "subject_id")
+        ]
+        chosen = ", ".join(map(str, sorted(items)))
+        keep = f"{keys[0]} IN ({chosen}) AND {keys[1]} IN (SELECT subject_id FROM wanted)"
+        load_table(self.database, "labs", file, TABLES["hosp/labevents"], keep)
+        self.has_storing_times = "storetime" in file.header
+        if not self.has_storing_times:
+            problem = "no column storetime: values count as known when charted"
+            logger.warning("%s: %s", file.path, problem)
+            self.database.run("UPDATE labs SET storetime = charttime")
 
-    def read(self, size: int = -1) -> bytes:
-        """Read as any file does."""
-        content = self.file.read(size)
-        self.digest.update(content)
-        self.count += len(content)
-        return content
+    def _open(self, name: str) -> TableFile:
+        path, header = self.paths[name], ""
+        file = open_table(self.database, path, {}, "")
+        if "row_id" in {column.lower() for column in file.header}:
+            header = "these are columns of MIMIC-III: "
+        file.check_columns(TABLES[name], f"{header}{MIMIC_VERSIONS}")
+        self.hashes[name] = file.sha256
+        return file
+
+    def _load(self, name: str, table: str) -> None:
+        load_table(self.database, table, self._open(name), TABLES[name])
+
+    def _check_table(self, name: str, table: str) -> None:
+        """Refuse a table without rows, or with a key twice."""
+        key = UNIQUE.get(name, "1")
+        rows, different = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
+        if not rows:
+            raise InputError(f"{self.paths[name]}: no rows below the header")
+        if name in UNIQUE and different < rows:
+            raise InputError(
+                f"{self.paths[name]}, column {key}: a value is there more than once: copy the "
+                "table again"
+            )
+
+    def _find_item(self, wanted: str) -> Series:
+        """Find an item by number or name.
+
+        Raises:
+            InputError: it is not in d_labitems, or several items bear its name.
+        """
+        items = self.database.frame("SELECT * FROM d_labitems ORDER BY itemid")
+        named = items["label"].map(comparable) == comparable(wanted)
+        found = items[(items["itemid"].astype(str) == wanted.strip()) | named]
+        if len(found) != 1:
+            several = "; ".join(
+                ", ".join(text for text in (str(item), fluid, category) if text)
+                for item, fluid, category in found[["itemid", "fluid", "category"]].values
+            )
+            problem = f"several, name one by its itemid: {several}" if several else "no such item"
+            raise InputError(f"{self.paths['hosp/d_labitems']}: --item {wanted}: {problem}")
+        item = int(found["itemid"].iloc[0])
+        if item in ANALYTES:
+            return series_of(ANALYTES[item], self.request.compute_gap, (item,))
+        return Series(str(found["label"].iloc[0]), (item,), (item,), None, None)
 
 
 def find_table(folder: Path, name: str) -> Path:
@@ -146,123 +213,3 @@ def find_table(folder: Path, name: str) -> Path:
         problem = f"is there {len(found)} times: leave one" if found else "is missing"
         raise InputError(f"--mimic_dir {folder}: the table {name} ({', '.join(FORMS)}) {problem}")
     return found[0]
-
-
-def select_columns(path: Path, name: str, header: list[str]) -> Table:
-    """Return the columns to read, checked against those that are there.
-
-    Raises:
-        InputError: a required column is missing, or a column is there twice.
-    """
-    wanted = TABLES[name]
-    missing = [c for c in wanted if c not in header and c not in OPTIONAL_COLUMNS]
-    if missing:
-        third = "row_id" in {column.lower() for column in header}
-        hint = "these are columns of MIMIC-III: " if third else ""
-        raise InputError(
-            f"{path}: no column {missing[0]} among {len(header)}: {hint}{MIMIC_VERSIONS}"
-        )
-    if twice := [column for column in wanted if header.count(column) > 1]:
-        raise InputError(f"{path}: the column {twice[0]} is there twice")
-    return Table(path, header, {c: wanted[c] for c in wanted if c in header})
-
-
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into one line.
-
-    Raises:
-        InputError: naming the file, never its content.
-    """
-    try:
-        yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: not a whole gzip file: copy it again") from error
-    except UnicodeError as error:
-        raise InputError(f"{path}: not a text file in UTF-8: copy it again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
-
-
-def open_csv(path: Path, name: str, raw: HashingFile) -> tuple[Table, Iterator[TableChunk]]:
-    """Open a CSV, gzipped or not: its columns, and its rows in chunks.
-
-    Raises:
-        InputError: as ``select_columns``; from the chunks where the last row is cut off.
-    """
-    gzipped = path.suffix == ".gz"
-    stream: Any = gzip.GzipFile(fileobj=raw) if gzipped else raw  # type: ignore[call-overload]
-    header, _, rest = stream.read(CHUNK_BYTES).partition(b"\n")
-    columns = next(csv.reader([header.decode("utf-8-sig", "replace").strip()]), [])
-    place = None if gzipped else len(header) + 1
-    table = select_columns(path, name, [column.strip() for column in columns])
-    return table, _csv_chunks(path, raw, stream, rest, place)
-
-
-def _csv_chunks(
-    path: Path, raw: HashingFile, stream: Any, text: bytes, place: int | None
-) -> Iterator[TableChunk]:
-    """Cut a CSV behind its header at the ends of rows; the header is line 1."""
-    line, unpacked = 2, len(text)
-    while True:
-        more = stream.read(CHUNK_BYTES)
-        text += more
-        unpacked += len(more)
-        check_expansion(path, unpacked, raw.count)
-        if not more and text and not text.endswith(b"\n"):
-            raise InputError(f"{path}: it ends without a line break, within a row: copy it again")
-        cut = last_row_end(text) if more else len(text)
-        if not cut and len(text) > LONGEST_ROW:
-            problem = f"a row longer than {LONGEST_ROW >> 20} MiB, or a quote without its other"
-            raise InputError(f"{path}, line {line}: {problem}: copy it again")
-        if cut:
-            yield TableChunk(text[:cut], line, raw.count, place)
-        line += text.count(b"\n", 0, cut)
-        place = None if place is None else place + cut
-        text = text[cut:]
-        if not more:
-            return
-
-
-def last_row_end(text: bytes) -> int:
-    """Return the place behind the last line break outside quotes, 0 where there is none."""
-    cut = text.rfind(b"\n") + 1
-    quotes = text.count(b'"', 0, cut)
-    while quotes % 2 and cut:
-        earlier = text.rfind(b"\n", 0, cut - 1) + 1
-        quotes -= text.count(b'"', earlier, cut)
-        cut = earlier
-    return cut
-
-
-def open_parquet(path: Path, name: str) -> tuple[Table, Iterator[TableChunk]]:
-    """Open a Parquet file: its columns, and its rows in chunks, counted from 0.
-
-    Raises:
-        InputError: as ``select_columns``, or the file is damaged, or pyarrow is not installed.
-    """
-    try:
-        import pyarrow  # not among the requirements: only a folder of Parquet needs it
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a whole Parquet file: copy it again") from error
-    table, count = select_columns(path, name, file.schema_arrow.names), file.metadata.num_rows
-
-    def chunks() -> Iterator[TableChunk]:
-        """Yield so many rows at a time, with the share of the file's bytes up to their end."""
-        done, size = 0, path.stat().st_size
-        try:
-            for block in parquet_blocks(path, CHUNK_BYTES // 64, list(table.types)):
-                rows = block.to_pandas(ignore_metadata=True, strings_to_categorical=True)
-                done += len(rows)
-                yield TableChunk(rows, done - len(rows), size * done // count)
-        except MemoryError:  # pyarrow's own is one of its exceptions too
-            raise
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{path}: not a whole Parquet file: copy it again") from error
-
-    return table, chunks()

@@ -1,0 +1,95 @@
+"""The description beside rows of a hospital: texts of the data set, definitions, counts, origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from medgemma_clinical.data.database.output import describe_origin
+from medgemma_clinical.data.mimic.analytes import Series
+from medgemma_clinical.data.mimic.request import (
+    DISCHARGED,
+    GAPS,
+    OUTCOMES,
+    CohortRequest,
+    OutcomeText,
+)
+from medgemma_clinical.data.texts import plain
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows come from.
+
+    Attributes:
+        source: of the data, with their terms.
+        command: that made the rows.
+        cohort: its definition.
+        flow: ``rule``, ``removed`` and ``left`` of each rule.
+        values: counts of values by the reason for which they were left out or resolved.
+        has_storing_times: whether values have times of storing.
+        hashes: SHA-256 of each table.
+    """
+
+    source: str
+    command: str
+    cohort: str
+    flow: list[dict[str, Any]]
+    values: dict[str, int]
+    has_storing_times: bool
+    hashes: dict[str, str]
+
+
+def describe_rows(
+    series: list[Series], counts: dict[str, int], origin: Origin, request: CohortRequest
+) -> dict[str, Any]:
+    """Describe the rows for their readers.
+
+    Args:
+        series: the main one first, each with its unit.
+        counts: of rows, patients, events and more.
+        origin: of the rows.
+        request: that was made.
+    """
+    window, horizon = plain(request.window_hours), plain(request.horizon_hours)
+    stored = "charted and stored by then" if origin.has_storing_times else "charted by then"
+    main, *others = series
+    text = request.outcome_text
+    return {
+        "series": _as_title(main.name),
+        "unit": main.unit,
+        "question": _question(text, horizon),
+        "outcome": text.outcome,
+        "labels": {
+            f"label_{name}": {"outcome": each.outcome, "question": _question(each, horizon)}
+            for name, each in OUTCOMES.items()
+        },
+        "plausible": main.plausible,
+        "limits": {each.name: each.plausible for each in others},
+        "prediction_time": (
+            f"{window} hours after the first value of each admission, for whoever is then in "
+            f"hospital; only values {stored} are read"
+        ),
+        "horizon": f"{horizon} hours from then on",
+        "flow": origin.flow,
+        "rows": counts,
+        "values": dict(sorted(origin.values.items())),
+        "definitions": {
+            "cohort": origin.cohort,
+            "anion_gap": GAPS[request.compute_gap],
+            "discharge": DISCHARGED[request.discharged],
+            "label_escalation": text.definition,
+            **{f"label_{name}": outcome.definition for name, outcome in OUTCOMES.items()},
+        },
+        "source": origin.source,
+        **describe_origin(request, origin.command, origin.hashes),
+    }
+
+
+def _question(text: OutcomeText, horizon: str) -> str:
+    return f"Will the patient {text.question} within {horizon} hours?"
+
+
+def _as_title(name: str) -> str:
+    """Return a name with a capital at its beginning; pH stays as it is."""
+    return name if name[1:] != name[1:].lower() else name[:1].upper() + name[1:]
