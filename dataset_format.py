@@ -535,8 +535,13 @@ def end_by_signal(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-if __name__ == "__main__":
+def end_on_signals() -> None:
+    """Let the signals of a scheduler and of a closed terminal end the command."""
     for ending in ENDING:
         if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(ending, end_by_signal)
+
+
+if __name__ == "__main__":
+    end_on_signals()
     sys.exit(main())

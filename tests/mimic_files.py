@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.mimic.extraction import OUTCOMES, Extraction, extract
+from medgemma_clinical.data.mimic.extraction import extract
+from medgemma_clinical.data.mimic.request import OUTCOMES, REPORTED, Extraction
 
 DEMO = Path(__file__).parent / "data" / "mimic_iv_demo"
 EPOCH = pd.Timestamp("2150-01-01")
@@ -253,12 +254,15 @@ class Extracted:
         return {hadm: (self.series(hadm), self.context(hadm)) for hadm in self.rows.index}
 
 
-def extracted(
-    folder: Path, outcome: Iterable[str] = tuple(OUTCOMES), processes: int = 1, **request: Any
-) -> Extracted:
-    """Extract all adults of a folder, unless another cohort is requested."""
-    wanted = {"cohort": "all", "out": folder / "unused.csv", **request}
-    rows, description = extract(Extraction(folder, outcome=tuple(outcome), **wanted), processes)
+def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request: Any) -> Extracted:
+    """Extract all adults of a folder by the reported gap, unless another cohort is requested."""
+    wanted = {
+        "cohort": "all",
+        "compute_gap": REPORTED,
+        "out": folder.parent / "unused.csv",
+        **request,
+    }
+    rows, description = extract(Extraction(mimic_dir=folder, outcome=tuple(outcome), **wanted))
     return Extracted(rows.set_index("hadm_id"), description)
 
 

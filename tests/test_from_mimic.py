@@ -26,7 +26,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def words(folder: Path, out: Path, *more: str) -> list[str]:
-    return ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all", *more]
+    command = ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all"]
+    return [*command, "--compute_gap", "reported", *more]
 
 
 @pytest.mark.parametrize(
@@ -69,14 +70,17 @@ def test_every_flag_reaches_the_extraction(folder: Path) -> None:
     out = folder.parent / "out.csv"
     flags = "--compute_gap --outcome unresolved,death --window_hours 10 --horizon_hours 30"
     more = [*flags.split(), "--min_observations", "1", "--item", "Anion Gap"]
+    more += ["--discharged", "exclude", "--threads", "1", "--memory_limit", "300MB"]
     assert dataset_format.main(words(folder, out, *more)) == 0
     assert json.loads(out.with_suffix(".json").read_text())["arguments"] == {
         "cohort": "all",
+        "series": [],
+        "discharged": "exclude",
         "item": "Anion Gap",
         "window_hours": 10.0,
         "horizon_hours": 30.0,
         "min_observations": 1,
-        "outcome": ["death", "unresolved"],
+        "outcome": ["unresolved", "death"],
         "compute_gap": "missing",
     }
 

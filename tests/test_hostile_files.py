@@ -20,7 +20,8 @@ import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several_runs import read_auroc
-from medgemma_clinical.data.mimic import extraction, reading, tables
+from medgemma_clinical.data.database import output, table_files
+from medgemma_clinical.data.mimic import extraction
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config
 from mimic_files import DEMO, Mini
@@ -122,16 +123,15 @@ def test_a_bomb_among_mimics_tables_is_refused(
     assert one_error_line(capsys, f"{table}.csv.gz: unpacks to more than 100 times its size")
 
 
-def test_an_open_quote_in_a_table_of_mimic_does_not_fill_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_open_quote_in_a_table_of_mimic_is_named_by_its_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """DuckDB leaves out in silence all rows behind it."""
     folder = Mini().admit(1).settling(1).write(tmp_path / "mimic")
     with (folder / "hosp" / "labevents.csv").open("a") as file:
         file.write('"' + f"{SECRET},1\n" * 10_000)
-    monkeypatch.setattr(tables, "CHUNK_BYTES", 1_000)
-    monkeypatch.setattr(tables, "LONGEST_ROW", 10_000)
     assert dataset_format.main(from_mimic(folder, tmp_path / "out.csv")) == 2
-    assert one_error_line(capsys, "labevents.csv, line ", "a quote without its other")
+    assert one_error_line(capsys, "labevents.csv, line 5: a quote without its other")
 
 
 # --------------------------------------------------------------------------- names
@@ -200,14 +200,6 @@ def out_of_memory(*_: Any, **__: Any) -> None:
     raise MemoryError(f"Unable to allocate {SECRET}")
 
 
-def broken_in_a_worker(*_: Any, **__: Any) -> Any:
-    if reading._worker:
-        broken()
-    return keep_chunk(*_, **__)
-
-
-keep_chunk = reading._keep_chunk
-
 PLACES: dict[str, tuple[Any, str, list[str], Callable[[list[str]], int]]] = {
     "check": (dataset_format, "log_check", ["check", "DATA"], dataset_format.main),
     "a data set": (
@@ -217,8 +209,9 @@ PLACES: dict[str, tuple[Any, str, list[str], Callable[[list[str]], int]]] = {
         dataset_format.main,
     ),
     "a request": (extraction.Extraction, "__post_init__", ["MIMIC"], dataset_format.main),
-    "an extraction": (extraction, "make_rows", ["MIMIC"], dataset_format.main),
-    "an output": (extraction, "write_rows", ["MIMIC"], dataset_format.main),
+    "a table": (table_files, "_check_rejects", ["MIMIC"], dataset_format.main),
+    "an extraction": (extraction, "describe_rows", ["MIMIC"], dataset_format.main),
+    "an output": (output, "write_rows", ["MIMIC"], dataset_format.main),
     "SRTR": (
         srtr_dataset,
         "SRTRTrajectoryDataset",
@@ -248,17 +241,7 @@ def test_a_fault_that_holds_a_cell_shows_its_kind_alone(
     kind = "ValueError in test_hostile_files.py, line " if fault is broken else "too little memory"
     assert one_error_line(capsys, kind)
     assert not list(tmp_path.glob("*out*"))
-
-
-def test_a_fault_in_a_worker_shows_its_kind_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(reading, "_keep_chunk", broken_in_a_worker)
-    monkeypatch.setattr(reading, "GZIP_RATIO", 10**9)  # workers however small the table is
-    monkeypatch.setattr(extraction, "usable_cores", lambda: 2)
-    assert dataset_format.main(from_mimic(DEMO, tmp_path / "out.csv")) == 3
-    assert one_error_line(capsys, "ValueError in ")
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.glob(".spill*"))
 
 
 # --------------------------------------------------------------------------- signals

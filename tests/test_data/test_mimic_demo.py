@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.mimic import reading, tables
-from medgemma_clinical.data.mimic.extraction import OUTCOMES
+from medgemma_clinical.data.mimic.request import OUTCOMES
+from medgemma_clinical.data.mimic.tables import TABLES
 from mimic_files import (
     BICARBONATE,
     CHLORIDE,
@@ -112,9 +112,12 @@ class Slow:
                 ever |= value <= 12
             else:
                 ever = value <= 12
-        if ever:
-            return int(reopened)
-        return 1 if died or (seen and end >= until) else None
+        stays = not died and end >= until
+        if reopened:
+            return 1
+        if stays and not seen:
+            return None
+        return int(not ever and (died or stays))
 
 
 @pytest.mark.parametrize(("window", "horizon"), [(12.0, 72.0), (30.0, 24.0)])
@@ -134,15 +137,16 @@ def test_the_demo_is_counted_as_a_slow_independent_reading_counts_it(
     assert {parts[2] for parts in kept.values()} == {None, 0, 1}
 
 
-def test_the_demos_rows_of_escalation_are_those_whose_outcome_is_known() -> None:
+def test_the_demos_rows_of_escalation_are_those_whose_gap_is_known() -> None:
+    """Whatever the other parts say: a row kept for its event alone would be chosen by it."""
     result, every = extracted(DEMO), extracted(DEMO, ["death"])
     parts = every.rows[[f"label_{name}" for name in OUTCOMES]]
     event = (parts == 1).any(axis=1)
-    known = event | parts["label_unresolved"].notna()
+    known = parts["label_unresolved"].notna()
     assert result.rows.index.tolist() == every.rows.index[known].tolist()
     assert result.rows["label_escalation"].tolist() == event[known].tolist()
     events = result.rows["label_escalation"].sum()
-    assert (len(every.rows), len(result.rows), events) == (87, 77, 64)
+    assert (len(every.rows), len(result.rows), events) == (87, 86, 64)
 
 
 def test_the_demos_coded_admissions(demo: dict[str, pd.DataFrame]) -> None:
@@ -189,26 +193,21 @@ def test_csv_gzip_parquet_and_any_order_of_rows_give_the_same(
 
 
 @pytest.mark.parametrize("form", [".csv", ".csv.gz"])
-def test_chunks_and_processes_change_nothing(
-    form: str,
-    demo: dict[str, pd.DataFrame],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_threads_and_memory_change_nothing(
+    form: str, demo: dict[str, pd.DataFrame], tmp_path: Path
 ) -> None:
-    """Chunks far shorter than a table, some of them cut within quotes, and three processes."""
     stored = with_storing_times(demo, 2)
     stored["hosp/labevents"]["comments"] = 'a ""high"" value,\nsaid so'
     folder = write_tables(tmp_path, stored, form)
-    whole = extracted(folder)
-    for module in (tables, reading):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 2**18)
-    cut = extracted(folder, processes=3)
-    assert cut.csv == whole.csv
-    assert cut.description == whole.description
+    request: Any = {"series": ("all",), "compute_gap": "missing"}
+    small = extracted(folder, threads=1, memory_limit="200MB", **request)
+    large = extracted(folder, threads=2, memory_limit="2GB", **request)
+    assert small.csv == large.csv
+    assert small.description == large.description
 
 
 def test_the_hashes_are_those_of_the_files() -> None:
     hashes = extracted(DEMO).description["tables_sha256"]
     for name, digest in hashes.items():
         assert hashlib.sha256((DEMO / f"{name}.csv.gz").read_bytes()).hexdigest() == digest
-    assert set(hashes) == set(tables.TABLES)
+    assert set(hashes) == set(TABLES)

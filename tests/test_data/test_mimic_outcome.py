@@ -46,6 +46,10 @@ CASES: dict[str, tuple[Case, list[int | None]]] = {
     ),
     "closed before, never measured again": (
         lambda m, h: m.admit(h).gaps(h, (1, 20), (4, 11)),
+        [0, 0, None],
+    ),
+    "closed before, never measured again, discharged": (
+        lambda m, h: m.admit(h, 0, 60).gaps(h, (1, 20), (4, 11)),
         [0, 0, 0],
     ),
     "closed before, reopened": (
@@ -53,12 +57,12 @@ CASES: dict[str, tuple[Case, list[int | None]]] = {
         [0, 0, 1],
     ),
     "closed by a value that was not stored by then": (
-        lambda m, h: open_gaps(m.admit(h), h).lab(h, 12.9, 10, stored=15.0),
+        lambda m, h: open_gaps(m.admit(h), h).lab(h, 12.9, 10, stored=15.0).gaps(h, (80, 9)),
         [0, 0, 0],
     ),
     "discharged with an open gap": (
         lambda m, h: open_gaps(m.admit(h, 0, 60), h, (40, 13)),
-        [0, 0, None],
+        [0, 0, 0],
     ),
     "discharged with an open gap at the edge": (
         lambda m, h: open_gaps(m.admit(h, 0, 85), h, (40, 13)),
@@ -66,9 +70,21 @@ CASES: dict[str, tuple[Case, list[int | None]]] = {
     ),
     "discharged with a closed gap": (lambda m, h: m.admit(h, 0, 60).settling(h), [0, 0, 0]),
     "open, not measured again": (lambda m, h: open_gaps(m.admit(h), h), [0, 0, None]),
+    "open, not measured again, in intensive care later": (
+        lambda m, h: open_gaps(m.admit(h), h).icu(h, 30, 60),
+        [0, 1, None],
+    ),
+    "discharged with a gap that had closed and reopened": (
+        lambda m, h: m.admit(h, 0, 60).settling(h).gaps(h, (50, 13)),
+        [0, 0, 1],
+    ),
+    "to intensive care, then discharged": (
+        lambda m, h: open_gaps(m.admit(h, 0, 60), h).icu(h, 30, 40),
+        [0, 1, 0],
+    ),
     "a value after the discharge": (
-        lambda m, h: open_gaps(m.admit(h, 0, 60), h, (61, 9)),
-        [0, 0, None],
+        lambda m, h: m.admit(h, 0, 60).settling(h).gaps(h, (61, 30)),
+        [0, 0, 0],
     ),
     "died in the horizon, gap open": (
         lambda m, h: open_gaps(m.admit(h, 0, 50, death=50.0), h),
@@ -161,8 +177,7 @@ def test_each_component_and_their_union(
     hadm = NUMBERED[name]
     assert by_death.labels(hadm) == components
     assert by_death.rows.loc[hadm, "label_escalation"] == components[0]
-    death, icu, unresolved = components
-    if unresolved is None and 1 not in (death, icu):
+    if components[2] is None:
         assert hadm not in escalation.rows.index
     else:
         assert escalation.rows.loc[hadm, "label_escalation"] == int(1 in components)
@@ -171,8 +186,7 @@ def test_each_component_and_their_union(
 def test_admissions_of_unknown_outcome_are_counted(escalation: Extracted) -> None:
     removed = {rule: n for rule, n in escalation.removed().items() if rule.startswith("outcome")}
     assert removed == {
-        "outcome not known: discharged within the horizon with an open gap": 1,
-        "outcome not known: anion gap not measured after the prediction time": 2,
+        "outcome not known: in hospital for the whole horizon, anion gap not measured again": 3,
     }
 
 
@@ -181,10 +195,10 @@ def test_admissions_of_unknown_outcome_are_counted(escalation: Extracted) -> Non
     [
         ("death", {1: 1, 2: 0, 3: 0, 4: 0, 5: 0}),
         ("icu", {1: 0, 2: 1, 3: 0, 5: 0}),
-        ("unresolved", {1: 0, 2: 0, 3: 1, 4: 0}),
+        ("unresolved", {1: 0, 2: 0, 3: 1, 4: 0, 5: 0}),
         ("death,icu", {1: 1, 2: 1, 3: 0, 4: 0, 5: 0}),
-        ("death,unresolved", {1: 1, 2: 0, 3: 1, 4: 0}),
-        ("death,icu,unresolved", {1: 1, 2: 1, 3: 1, 4: 0}),
+        ("death,unresolved", {1: 1, 2: 0, 3: 1, 4: 0, 5: 0}),
+        ("death,icu,unresolved", {1: 1, 2: 1, 3: 1, 4: 0, 5: 0}),
     ],
 )
 def test_each_component_can_be_chosen(
@@ -197,6 +211,29 @@ def test_each_component_can_be_chosen(
     mini.admit(5, 0, 60).gaps(5, (1, 20), (4, 18), (40, 13))
     result = extracted(mini.write(tmp_path), outcome.split(","))
     assert result.rows["label_escalation"].to_dict() == expected
+
+
+DISCHARGED = ("discharged with", "closed before, never measured again, d", "to intensive care, t")
+
+
+@pytest.mark.parametrize("outcome", ["escalation", "death"])
+def test_discharges_alive_are_counted_or_left_out_whatever_else_happened(
+    outcome: str, hospital: Path
+) -> None:
+    """But for a discharge at the horizon's edge, which is not within it."""
+    counted = extracted(hospital, [outcome])
+    excluded = extracted(hospital, [outcome], discharged="exclude")
+    left_out = set(counted.rows.index) - set(excluded.rows.index)
+    alive = {NUMBERED[name] for name in CASES if name.startswith(DISCHARGED)}
+    alive -= {NUMBERED["discharged with an open gap at the edge"]}
+    alive |= {NUMBERED["a value after the discharge"]}
+    alive |= {NUMBERED["another admission's intensive care and death"]}
+    assert left_out == alive
+    assert counted.description["rows"]["discharged_alive"] == len(alive)
+    assert excluded.description["rows"]["discharged_alive"] == 0
+    rule = "discharged alive within the horizon (--discharged exclude)"
+    assert excluded.removed()[rule] == len(alive)
+    assert "competing event" in counted.description["definitions"]["discharge"]
 
 
 def test_the_horizon_is_respected(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from medgemma_clinical.data.mimic.admissions import keep_ketoacidosis
 
 from medgemma_clinical.data.case_mix import ages_of
-from medgemma_clinical.data.mimic.tables import TABLES
+from medgemma_clinical.data.database.connection import open_database
+from medgemma_clinical.data.mimic.tables import KETOACIDOSIS
 from medgemma_clinical.data.summaries import NUMBER_ENDING, facts_of
 from mimic_files import (
     BICARBONATE,
@@ -81,7 +81,7 @@ def test_a_table_without_storing_times_takes_charting_times_and_warns(
     tables["hosp/labevents"] = tables["hosp/labevents"].drop(columns="storetime")
     result = extracted(write_tables(tmp_path, tables))
     assert result.series(1) == "20 (0h) -> 18 (12h)"
-    assert "no storetime" in result.description["prediction_time"]
+    assert "only values charted by then" in result.description["prediction_time"]
     assert "no column storetime" in caplog.text
 
 
@@ -173,17 +173,19 @@ CODES = [
 ]
 
 
-def test_the_codes_of_ketoacidosis() -> None:
+def test_the_codes_of_ketoacidosis(tmp_path: Path) -> None:
     codes, versions, inside = zip(*CODES, strict=True)
     cells = pd.DataFrame(
         {
-            "hadm_id": [float(k) for k in range(len(CODES))],
+            "hadm_id": range(len(CODES)),
             "icd_code": codes,
             "icd_version": [float(version) for version in versions],
         }
     )
-    kept = keep_ketoacidosis(cells, TABLES["hosp/diagnoses_icd"])
-    assert kept.index.tolist() == [k for k, wanted in enumerate(inside) if wanted]
+    with open_database(tmp_path, "100MB", 1) as database:
+        database.add("codes", cells)
+        kept = database.frame(f"FROM codes WHERE {KETOACIDOSIS} ORDER BY hadm_id")
+    assert kept["hadm_id"].tolist() == [k for k, wanted in enumerate(inside) if wanted]
 
 
 def test_the_coded_cohort_says_that_it_is_chosen_in_hindsight(

@@ -53,6 +53,7 @@ class Database:
                     bar.update(max(self._connection.query_progress(), 0.0) - bar.n)
             except BaseException:  # a signal: the query's thread would run on
                 self._connection.interrupt()
+                wait([query])
                 raise
         try:
             return query.result()

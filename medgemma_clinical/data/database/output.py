@@ -108,10 +108,12 @@ def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[
         removed = int((left & applies).sum())
         left &= ~applies
         flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
+    lines = flow_lines(pd.DataFrame(flow), FEWEST)
     if not left.any():
-        removed_by = "; ".join(f"{r['rule']} {r['removed']}" for r in flow if r["removed"])
-        raise InputError(f"{source}: of {len(left)} candidates none is left: {removed_by}")
-    for line in flow_lines(pd.DataFrame(flow), FEWEST):
+        removed_by = "; ".join(" ".join(line.split()) for line in lines)
+        counted = count_text(len(left), FEWEST)
+        raise InputError(f"{source}: of {counted} candidates none is left: {removed_by}")
+    for line in lines:
         logger.info(line)
     return left, flow
 

@@ -78,13 +78,11 @@ class TableFile:
         path: of the file.
         header: names of all its columns.
         sha256: of the file.
-        line_end: of a CSV.
     """
 
     path: Path
     header: list[str]
     sha256: str
-    line_end: str
 
     @property
     def is_parquet(self) -> bool:
@@ -102,10 +100,9 @@ class TableFile:
             names = [*(f'"{k}"' for k in range(len(self.header))), "file_row_number"]
             return f"read_parquet({place}, file_row_number = true) AS t({', '.join(names)})"
         columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
-        line_end = self.line_end.replace("\r", "\\r").replace("\n", "\\n")
         return (
             f"read_csv({place}, columns = {{{columns}}}, auto_detect = false, header = true, "
-            f"delim = ',', quote = '\"', escape = '\"', new_line = '{line_end}', "
+            "delim = ',', quote = '\"', escape = '\"', "
             "strict_mode = true, store_rejects = true, rejects_limit = 100)"
         )
 
@@ -163,7 +160,7 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         problem = error.strerror or "damaged"
         raise InputError(f"{path}: cannot be read: {problem}") from None
-    except (duckdb.InvalidInputException, duckdb.IOException, duckdb.ConversionException):
+    except (csv.Error, duckdb.InvalidInputException, duckdb.IOException):
         kind = "Parquet file" if path.suffix.lower() == ".parquet" else "CSV"
         raise InputError(f"{path}: not a whole {kind}: {COPY_AGAIN}") from None
 
@@ -198,8 +195,7 @@ def _open_csv(path: Path, stream: BinaryIO) -> TableFile:
         raise InputError(f"{path}: it ends without a line break, within a row: {COPY_AGAIN}")
     first, _, _ = start.partition(b"\n")
     names = next(csv.reader([first.decode("utf-8-sig", "replace").strip()]), [])
-    line_end = "\r\n" if first.endswith(b"\r") else "\n"
-    return TableFile(path, [name.strip() for name in names], raw.digest.hexdigest(), line_end)
+    return TableFile(path, [name.strip() for name in names], raw.digest.hexdigest())
 
 
 def _open_parquet(database: Database, path: Path) -> TableFile:
@@ -213,7 +209,7 @@ def _open_parquet(database: Database, path: Path) -> TableFile:
         described = database.frame("DESCRIBE SELECT * FROM read_parquet($path)", place)
     header = described["column_name"].tolist()
     check_expansion(path, rows * len(header), packed)
-    return TableFile(path, header, digest, "")
+    return TableFile(path, header, digest)
 
 
 def load_table(
@@ -271,7 +267,7 @@ def _check_rejects(database: Database, file: TableFile) -> None:
         words = {
             "TOO MANY COLUMNS": "more fields than the header has",
             "MISSING COLUMNS": "fewer fields than the header has",
-            "UNQUOTED VALUE": "a quote without its other",
+            "UNQUOTED VALUE": "a quote without its other, or line ends of two kinds",
             "INVALID ENCODING": "no text in UTF-8",
             "LINE SIZE OVER MAXIMUM": "a row longer than 2 MB, or a quote without its other",
         }

@@ -1,4 +1,4 @@
-"""From MIMIC-IV to files: what may be requested, where it may be written, whole or not at all."""
+"""The DKA file of a command: where it may be written, whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.mimic.extraction import (
-    OUTCOMES,
-    Extraction,
-    check_target,
-    extract,
-    write_rows,
-)
+from medgemma_clinical.data.database.output import apply_rules, check_target, write_rows
+from medgemma_clinical.data.mimic.extraction import extract
+from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.files import InputError
 from mimic_files import Mini
 
@@ -25,59 +21,28 @@ MADE: dict[str, Any] = {"made_by": "a test", "series": "Anion gap"}
 
 
 @pytest.mark.parametrize(
-    ("request_", "problem"),
-    [
-        ({"window_hours": 0.0}, "--window_hours 0"),
-        ({"window_hours": float("nan")}, "--window_hours nan"),
-        ({"horizon_hours": -1.0}, "--horizon_hours -1"),
-        ({"horizon_hours": 2e6}, "--horizon_hours"),
-        ({"min_observations": 0}, "--min_observations 0"),
-        ({"cohort": "none"}, "--cohort none: must be one of dka, all, biochemical"),
-        ({"compute_gap": "never"}, "--compute_gap never"),
-        ({"outcome": ("sepsis",)}, "--outcome sepsis"),
-        ({"outcome": ()}, "--outcome"),
-    ],
-)
-def test_an_impossible_request_is_refused_with_its_flag(
-    request_: dict[str, Any], problem: str, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=problem):
-        Extraction(tmp_path, tmp_path / "out.csv", **request_)
-
-
-def test_the_texts_of_several_outcomes_are_joined(tmp_path: Path) -> None:
-    chosen = Extraction(tmp_path, tmp_path, outcome=("death", "icu")).outcome_text
-    assert chosen.outcome == "In-hospital death or ICU admission"
-    assert Extraction(tmp_path, tmp_path).outcome_text.outcome == "Escalation"
-
-
-def target(out: Path) -> None:
-    check_target(Extraction(out.parent, out))
-
-
-@pytest.mark.parametrize(
     ("name", "problem"),
     [("out.txt", "must end in .csv"), ("no/such/out.csv", "no folder")],
 )
 def test_a_place_that_cannot_be_written_is_refused(name: str, problem: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=problem):
-        target(tmp_path / name)
+        check_target(tmp_path / name)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody may write to")
 def test_a_folder_without_the_right_to_write_is_refused() -> None:
     with pytest.raises(InputError, match="cannot be written to"):
-        target(Path("/proc/out.csv"))
+        check_target(Path("/proc/out.csv"))
 
 
 def test_files_of_another_origin_are_not_replaced(tmp_path: Path) -> None:
     for name in ("a.csv", "b.json"):
         (tmp_path / name).write_text("{}")
         with pytest.raises(InputError, match="choose another name"):
-            target((tmp_path / name).with_suffix(".csv"))
+            check_target((tmp_path / name).with_suffix(".csv"))
     write_rows(ROWS, MADE, tmp_path / "c.csv")
-    target(tmp_path / "c.csv")
-    target(tmp_path / "new.csv")
+    check_target(tmp_path / "c.csv")
+    check_target(tmp_path / "new.csv")
 
 
 def test_both_files_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,15 +77,42 @@ def test_the_description_is_there_before_the_table(
 
 
 def test_the_description_names_the_rows_and_no_path_of_the_machine(tmp_path: Path) -> None:
-    folder = Mini().admit(1).settling(1).write(tmp_path / "mimic")
-    request = Extraction(folder, tmp_path / "out.csv", cohort="all")
-    rows, description = extract(request, 1)
+    mini = Mini().admit(1).trio(1, 1, 140).trio(1, 4, 138).trio(1, 40, 129)
+    folder = mini.write(tmp_path / "mimic")
+    request = Extraction(mimic_dir=folder, out=tmp_path / "out.csv", cohort="all", threads=1)
+    rows, description = extract(request)
     write_rows(rows, description, request.out)
     text = request.out.with_suffix(".json").read_text()
     assert str(tmp_path) not in text
     written = json.loads(text)
-    assert written["rows"] == {"rows": 1, "patients": 1, "events": 0, "computed_gaps": 0}
-    assert written["arguments"]["outcome"] == list(OUTCOMES)
-    columns = ["subject_id", "hadm_id", "clinical_trajectory", "clinical_context"]
-    columns += ["label_escalation", *(f"label_{name}" for name in OUTCOMES)]
-    assert list(pd.read_csv(request.out).columns) == columns
+    counts = {"rows": 1, "patients": 1, "events": 0, "discharged_alive": 0, "computed_gaps": 1}
+    assert written["rows"] == counts
+    assert written["arguments"]["outcome"] == ["escalation"]
+    assert not {"threads", "memory_limit", "out", "mimic_dir"} & written["arguments"].keys()
+    assert list(pd.read_csv(request.out).columns) == [
+        "subject_id",
+        "hadm_id",
+        "clinical_trajectory",
+        "prediction_hours",
+        "clinical_context",
+        "static_age [years]",
+        "static_sex_male",
+        "label_escalation",
+        "label_death",
+        "label_icu",
+        "label_unresolved",
+    ]
+
+
+def test_each_candidate_is_removed_by_the_first_rule_that_applies() -> None:
+    rules = pd.DataFrame({"first": [True, True, False], "second": [True, False, False]})
+    left, flow = apply_rules(rules, "table")
+    assert left.tolist() == [False, False, True]
+    assert [(rule["removed"], rule["left"]) for rule in flow] == [(2, 1), (0, 1)]
+
+
+def test_a_cohort_of_nobody_is_refused_without_small_counts() -> None:
+    rules = pd.DataFrame({"few": [True] * 3 + [False] * 27, "many": [True] * 30})
+    with pytest.raises(InputError, match="table: of 30 candidates none is left") as caught:
+        apply_rules(rules, "table")
+    assert "3 out" not in str(caught.value)
