@@ -266,7 +266,8 @@ class _Cohort:
             "FROM kept JOIN windows USING (stay) JOIN outcomes USING (stay)"
         )
         shown = count_text(discharged, FEWEST)
-        logger.info("discharged alive within the horizon: %s rows, not escalated by that", shown)
+        if self.request.discharged != EXCLUDE:
+            logger.info("%s rows: discharged alive within the horizon, no event by that", shown)
         return {
             "rows": len(rows),
             "patients": int(rows["subject_id"].nunique()),
