@@ -55,6 +55,7 @@ from medgemma_clinical.data.series_cells import (
     rows_out_of_order,
 )
 from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.data.sources import long_table, meds
 from medgemma_clinical.data.splits import PARTS
 from medgemma_clinical.data.tables import (
     Findings,
@@ -438,15 +439,29 @@ class Source:
         help: what it makes, in a line.
         request: its flags, as fields.
         make: returns the rows and their description.
+        list_codes: prints what the tables hold, where the flag ``--list_codes`` asks for that.
     """
 
     help: str
     request: type[TableRequest]
     make: Callable[[Any], Made]
+    list_codes: Callable[[Any], int] | None = None
+
+    def run(self, arguments: dict[str, Any]) -> int:
+        """Make the file, or print the codes."""
+        if self.list_codes and arguments["list_codes"]:
+            return self.list_codes(self.request(**arguments))
+        return make_file(self.request(**arguments), self.make)
 
 
 SOURCES = {
     "from_mimic": Source("make a file from MIMIC-IV tables", Extraction, extract),
+    "from_meds": Source(
+        "make one of events in MEDS form", meds.MedsRequest, meds.make_meds, meds.list_codes
+    ),
+    "from_long": Source(
+        "make one of a table with one value a row", long_table.LongRequest, long_table.make_long
+    ),
 }
 """Each source of tables is a module of its own and a line here."""
 
@@ -459,8 +474,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "check":
         shown = arguments.pop("show_values")
         return run_command(lambda: check(**arguments), show_values=shown)
-    source = SOURCES[command]
-    return run_command(lambda: make_file(source.request(**arguments), source.make))
+    return run_command(lambda: SOURCES[command].run(arguments))
 
 
 def build_parser() -> Parser:

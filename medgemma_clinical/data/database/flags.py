@@ -69,8 +69,8 @@ class TableRequest:
     def __post_init__(self) -> None:
         """Check the values."""
         for field in dataclasses.fields(self):
-            if choices := field.metadata.get("choices"):
-                value = getattr(self, field.name)
+            value = getattr(self, field.name)
+            if (choices := field.metadata.get("choices")) and value != field.default:
                 for each in value if field.metadata["separated"] else [value]:
                     self._check(each in choices, field.name, f"must be one of {', '.join(choices)}")
         limit = SIZE.fullmatch(self.memory_limit.strip())

@@ -11,3 +11,6 @@ CREATE MACRO hours_between(early, late) AS date_diff('second', early, late) / 36
 -- One observation of the DKA format: 24 (2.5h).
 CREATE MACRO observation(value, hours) AS
     plain(value) || ' (' || plain(round_even(hours, 2)) || 'h)';
+
+-- A computed number without the digits that arithmetic leaves: 91.8816, not 91.88159999999999.
+CREATE MACRO tidy(x) AS CAST(format('{:.10g}', x) AS DOUBLE);

@@ -27,13 +27,20 @@ LONGEST_WORD = 300
 
 COPY_AGAIN = "copy the table again"
 
+ONE, ZERO = "('1', '1.0', 'true')", "('0', '0.0', 'false')"
+"""Cells of a label, in small letters, as SQL."""
+
+ZONE = r":\d\d(\.\d+)?\s*(Z|UTC|[+-]\d\d(:?\d\d)?)$"
+"""End of a time that has a zone; DuckDB drops the zone in silence."""
+
 
 @dataclass(frozen=True)
 class Column:
     """How a column is read.
 
     Attributes:
-        form: ``number``, ``whole`` number, ``time`` or ``word``.
+        form: ``number``, ``whole`` number, ``time`` (in full seconds), ``instant`` (a time with its
+            fraction of a second), ``label`` (0 or 1) or ``word``.
         may_be_empty: whether a cell may lack a value; a word that does is an empty text.
         optional: whether the file may lack the column; its cells are empty then.
     """
@@ -48,6 +55,11 @@ class Column:
             return f"coalesce(trim(left({raw}::VARCHAR, {LONGEST_WORD})), '')"
         if self.form == "time":
             return f"date_trunc('second', TRY_CAST({raw} AS TIMESTAMP))"
+        if self.form == "instant":
+            return f"TRY_CAST({raw}::VARCHAR AS TIMESTAMP)"
+        if self.form == "label":
+            cell = f"lower(trim({raw}::VARCHAR))"
+            return f"CASE WHEN {cell} IN {ONE} THEN 1 WHEN {cell} IN {ZERO} THEN 0 END"
         number = f"TRY_CAST({raw} AS DOUBLE)"
         return f"TRY_CAST({number} AS BIGINT)" if self.form == "whole" else number
 
@@ -60,11 +72,19 @@ class Column:
                 f"{filled} AND coalesce(TRY_CAST({raw} AS DOUBLE) % 1 != 0, true)"
             )
         elif self.form != "word":
-            found[f"no {self.form}"] = f"{filled} AND {self.typed(raw)} IS NULL"
+            words = {"label": "neither 0 nor 1", "instant": "no time such as 2150-01-31 08:30:00"}
+            problem = words.get(self.form, f"no {self.form}")
+            found[problem] = f"{filled} AND {self.typed(raw)} IS NULL"
+        if self.form == "instant":
+            number = f"TRY_CAST({raw}::VARCHAR AS DOUBLE) IS NOT NULL"
+            found = {"a number, no time (from_long has --time_unit)": number, **found}
+            found["a time with a zone"] = f"regexp_matches({raw}::VARCHAR, '{ZONE}')"
         return found
 
 
-KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))
+KEY, NUMBER, TIME, WORD, INSTANT = (
+    Column(form) for form in ("whole", "number", "time", "word", "instant")
+)
 KEY_OR_EMPTY, NUMBER_OR_EMPTY, TIME_OR_EMPTY, WORD_OR_EMPTY = (
     Column(form, may_be_empty=True) for form in ("whole", "number", "time", "word")
 )
@@ -78,11 +98,13 @@ class TableFile:
         path: of the file.
         header: names of all its columns.
         sha256: of the file.
+        floats: columns of a Parquet file with 32 bits a number.
     """
 
     path: Path
     header: list[str]
     sha256: str
+    floats: frozenset[str] = frozenset()
 
     @property
     def is_parquet(self) -> bool:
@@ -91,7 +113,10 @@ class TableFile:
 
     def raw(self, name: str) -> str:
         """Return SQL for a column's raw cell."""
-        return f'"{self.header.index(name)}"' if name in self.header else "NULL"
+        if name not in self.header:
+            return "NULL"
+        cell = f'"{self.header.index(name)}"'
+        return f"{cell}::VARCHAR" if name in self.floats else cell  # 4.1, not 4.0999999
 
     def rows(self) -> str:
         """Return SQL for the raw rows: columns named by their place, and ``file_row_number``."""
@@ -209,7 +234,13 @@ def _open_parquet(database: Database, path: Path) -> TableFile:
         described = database.frame("DESCRIBE SELECT * FROM read_parquet($path)", place)
     header = described["column_name"].tolist()
     check_expansion(path, rows * len(header), packed)
-    return TableFile(path, header, digest)
+    floats = described["column_name"][described["column_type"] == "FLOAT"]
+    return TableFile(path, header, digest, frozenset(floats))
+
+
+def quoted(name: str) -> str:
+    """Return SQL for a column's name."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def load_table(
@@ -218,6 +249,7 @@ def load_table(
     file: TableFile,
     columns: Mapping[str, Column],
     keep: str = "true",
+    advice: str = COPY_AGAIN,
 ) -> None:
     """Make a table of the rows of a file.
 
@@ -228,6 +260,7 @@ def load_table(
         columns: to read, by name; others are never looked at.
         keep: SQL condition on the first two columns; cells of other rows are not checked, except
             those of these two columns.
+        advice: what to do about a wrong cell.
 
     Raises:
         InputError: rows that do not fit the header, or a cell of another type, by file, line (of
@@ -241,7 +274,7 @@ def load_table(
     }
     keys = [sql for (column, _), sql in problems.items() if column in list(columns)[:2]]
     numbered = "\n".join(f"WHEN {sql} THEN {k}" for k, sql in enumerate(problems.values()))
-    typed = ",\n".join(f"{c.typed(file.raw(n))} AS {n}" for n, c in columns.items())
+    typed = ",\n".join(f"{c.typed(file.raw(n))} AS {quoted(n)}" for n, c in columns.items())
     with readable(file.path):
         database.run(
             f"CREATE TABLE {name} AS SELECT {typed}, CASE {numbered} END AS problem\n"
@@ -253,7 +286,7 @@ def load_table(
     if first is not None:
         (column, words), sql = list(problems.items())[int(first)]
         where = f"{file.path}, {_find_row(database, file, sql)}, column {column}"
-        raise InputError(f"{where}: {words}: {COPY_AGAIN}")
+        raise InputError(f"{where}: {words}: {advice}")
     database.run(f"ALTER TABLE {name} DROP COLUMN problem")
 
 

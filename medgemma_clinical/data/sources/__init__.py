@@ -1,0 +1,1 @@
+"""Event tables with labels (MEDS, long tables) as rows of the DKA format."""
