@@ -55,7 +55,7 @@ class Mini:
         return self
 
     def write_meds(self, folder: Path) -> Path:
-        """Write the events in shards of one subject each."""
+        """Write the events in a shard for each part of the split."""
         events = pd.DataFrame(self.events)
         table = pd.DataFrame(
             {
@@ -66,10 +66,10 @@ class Mini:
             }
         )
         (folder / "metadata").mkdir(parents=True)
-        for subject, shard in table.groupby("subject_id"):
-            place = folder / "data" / self.splits.get(int(str(subject)), "train")
-            place.mkdir(parents=True, exist_ok=True)
-            shard.to_parquet(place / f"{subject}.parquet", index=False)
+        for part, shard in table.groupby(table["subject_id"].map(self.splits).fillna("train")):
+            place = folder / "data" / str(part)
+            place.mkdir(parents=True)
+            shard.to_parquet(place / "0.parquet", index=False)
         splits = pd.DataFrame(list(self.splits.items()), columns=["subject_id", "split"])
         splits.to_parquet(folder / "metadata" / "subject_splits.parquet")
         (folder / "task" / "deep").mkdir(parents=True)

@@ -118,6 +118,27 @@ def test_every_flag_of_from_mimic_stands_with_its_default() -> None:
         assert default == known[flag], flag
 
 
+@pytest.mark.parametrize("command", ["from_meds", "from_long"])
+def test_every_flag_of_events_stands_with_its_default(command: str) -> None:
+    sections = re.split(r"^## Flags of ", text_of(DOCS / "events.md"), flags=re.MULTILINE)
+    both, own = (next(s for s in sections if s.startswith(name)) for name in ("both", command))
+    assert table(both + own) == defaults(subparsers(dataset_format.build_parser())[command])
+
+
+def test_the_way_from_meds_to_a_checked_file_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    page = text_of(DOCS / "events.md").split("## From a long table")[0]
+    found = list(commands(page, "dataset_format.py"))
+    assert [words[0] for words in found] == ["from_meds", "from_meds", "check"]
+    for words in found:
+        assert dataset_format.main(words) == 0
+    dataset = dataset_format.MIMICtrajectoryDataset(tmp_path / "icu_mortality.csv")
+    assert len(dataset.features) == 9
+
+
 @pytest.mark.parametrize("script", PARSERS)
 def test_commands_of_the_pages_parse(script: str) -> None:
     found = [words for page in PAGES for words in commands(text_of(page), script)]

@@ -48,7 +48,7 @@ def test_an_item_that_is_a_number_needs_a_name(tmp_path: Path) -> None:
 
 def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path: Path) -> None:
     mini = Mini().ask(1, 30).measure(1, 12, 15, stored=30).measure(1, 13, 16, stored=30.01)
-    table = mini.measure(1, 14, 17).long()
+    table = mini.measure(1, 14, 17).measure(1, 31, 18, stored=29).long()
     table.loc[2, "storetime"] = pd.NaT
     labels = mini.label_table("label", "Int64")
     assert long(table, tmp_path, labels)["clinical_trajectory"][0] == "15 (6h)"

@@ -162,13 +162,13 @@ def test_a_damaged_shard_is_named_and_nothing_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = simple().write_meds(tmp_path / "meds")
-    shard = folder / "data" / "tuning" / "2.parquet"
+    shard = folder / "data" / "tuning" / "0.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
     words = ["from_meds", "--meds_dir", str(folder), "--labels", str(folder / "task")]
     words += ["--series", GAP_SERIES, "--out", str(tmp_path / "out.csv")]
     assert dataset_format.main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"2\.parquet: not a whole Parquet file", error)
+    assert re.search(r"0\.parquet: not a whole Parquet file", error)
     assert [path.name for path in tmp_path.iterdir()] == ["meds"]
 
 
