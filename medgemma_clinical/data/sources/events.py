@@ -49,7 +49,9 @@ class EventRequest(TableRequest):
     labels: Path = flag("who is asked about, when, and the answer")
     series: tuple[str, ...] = flag("'NAME [unit]=CODE', the main series first", (), repeated=True)
     window_hours: float = flag("hours up to the prediction time that are read", 24.0)
-    hours_from: str = flag("where hours begin", "window", choices=("window", "first"))
+    hours_from: str = flag(
+        "hours begin with it: window or first", "window", choices=("window", "first")
+    )
     min_observations: int = flag("fewest values of the main series in the window", 1)
     outcome: str = flag("what label 1 means", "Event")
     question: str = flag("the question about a patient; by default made of --outcome", "")

@@ -70,11 +70,15 @@ class LongRequest(EventRequest):
     table: Path = flag("one value a row: CSV, CSV in gzip or Parquet")
     labels: Path = flag("subject_id, prediction_time and label: CSV, CSV in gzip or Parquet")
     columns: tuple[str, ...] = flag("names of columns: subject_id=patient,...", (), separated=True)
-    time_unit: str = flag("unit of times that are numbers", "", choices=tuple(MICROSECONDS))
-    equal_times: str = flag(
-        "values of a series at one time", "keep", choices=("keep", "last", "mean")
+    time_unit: str = flag(
+        "minutes, hours or days of numeric times", "", choices=tuple(MICROSECONDS)
     )
-    factor: tuple[str, ...] = flag("'ITEM:UNIT=NUMBER' turns a unit", (), repeated=True)
+    equal_times: str = flag(
+        "of values at one time: keep, last or mean", "keep", choices=("keep", "last", "mean")
+    )
+    factor: tuple[str, ...] = flag(
+        "'ITEM:UNIT=NUMBER' multiplies values in UNIT", (), repeated=True
+    )
 
     def mapped(self) -> dict[str, str]:
         """Return the columns that are named by their role.
