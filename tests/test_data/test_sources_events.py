@@ -104,7 +104,7 @@ def test_labels_that_are_not_known_are_left_out(make: Make) -> None:
 
 def test_nothing_left_says_by_which_rule(make: Make) -> None:
     mini = Mini().ask(1, 30).ask(2, 30).measure(1, 40, 15)
-    expected = "at any time 1; no value of anion gap in the window 1"
+    expected = "no value of any series at any time; no value of anion gap in the window"
     with pytest.raises(InputError, match=expected):
         make(mini)
 
