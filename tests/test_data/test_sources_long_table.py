@@ -65,7 +65,10 @@ def test_without_storing_times_the_output_says_so(
         _, description = make_long(request)
     assert "no storetime: values count as known when measured" in caplog.text
     assert "stored" not in description["prediction_time"]
-    assert "stored" in make_long(long_request(mini, tmp_path))[1]["prediction_time"]
+    assert make_long(long_request(mini, tmp_path))[1]["prediction_time"] == (
+        "given with each label; of the 24 hours up to then, both ends included, values that were "
+        "stored by then are read"
+    )
 
 
 @pytest.mark.parametrize(

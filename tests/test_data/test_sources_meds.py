@@ -188,7 +188,7 @@ def test_codes_are_listed_and_small_counts_hidden(
     for subject in range(12):
         mini.measure(subject, 1, 15).measure(subject, 2, 15)
         for hour in range(3 if subject < 10 else 0):
-            mini.measure(subject, hour, 1, "LAB//rare")
+            mini.measure(subject, hour, 1, "LAB//ra\nre")
     folder = mini.write_meds(tmp_path / "meds")
     codes = pd.DataFrame({"code": [GAP], "description": ["Anion gap"], "valueuom": [["mEq/L"]]})
     codes.to_parquet(folder / "metadata" / "codes.parquet")
@@ -197,7 +197,7 @@ def test_codes_are_listed_and_small_counts_hidden(
     assert [" ".join(line.split()) for line in lines] == [
         "events subjects code, unit, description",
         "24 12 LAB//gap mEq/L Anion gap",
-        "fewer than 11 LAB//rare",
+        r"fewer than 11 LAB//ra\nre",
     ]
 
 

@@ -286,13 +286,13 @@ def _describe(
     )
     reach = FAR_OUT * max(q3 - q1, abs(q3), 1.0)
     asks = "the event" if request.outcome == "Event" else f"the outcome {request.outcome!r}"
-    window = f"the {plain(request.window_hours)} hours up to then, both ends included"
+    window = f"of the {plain(request.window_hours)} hours up to then, both ends included"
     return {
         "series": main.name,
         "unit": main.unit,
         "question": request.question or f"Will {asks} occur?",
         "outcome": request.outcome,
         "plausible": (round(q1 - reach, 3), round(q3 + reach, 3)),
-        "prediction_time": f"given with each label; {known} of {window}, are read",
+        "prediction_time": f"given with each label; {window}, {known} are read",
         "horizon": "given by the labels",
     }

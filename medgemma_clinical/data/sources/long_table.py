@@ -139,7 +139,7 @@ def make_long(request: LongRequest) -> Made:
             dataclasses.replace(each, unit=units.get(each.name, each.unit)) for each in wanted
         ]
         series = series or list_items(database, table, units)
-        known = "values measured and stored within" if "storetime" in names else "values"
+        known = "values that were stored by then" if "storetime" in names else "values"
         rows, description = make_rows(database, request, series, known)
     hashes = {request.table.name: table.sha256, f"labels/{request.labels.name}": labels.sha256}
     origin = describe_origin(request, "from_long", hashes)

@@ -34,7 +34,7 @@ from medgemma_clinical.data.sources.events import (
     parse_series,
     run_steps,
 )
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def make_meds(request: MedsRequest) -> Made:
             "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
             "GROUP BY name, position ORDER BY position"
         ).itertuples(index=False):
-            logger.info("series %s: %s", name, join_names(codes))
+            logger.info("series %s: %s", name, one_line(join_names(codes)))
         cut_windows(database, request)
         run_steps(database, "meds.sql")
         about = describe_subjects(database, context)
@@ -250,5 +250,5 @@ def list_codes(request: MedsRequest) -> int:
     for code, events, subjects, words in found.itertuples(index=False):
         shown = count_text(subjects, FEWEST)
         events = f"{events:,}" if subjects >= FEWEST else ""
-        logger.info("%15s %15s  %s", events, shown, f"{code}  {words}".rstrip())
+        logger.info("%15s %15s  %s", events, shown, one_line(f"{code}  {words}".rstrip()))
     return 0
