@@ -77,6 +77,7 @@ def test_the_first_series_decides_and_a_name_given_twice_joins(make: Make) -> No
         "15 (6h) -> 7 (8h) -> 8 (9h)",
         "15 (6h) -> 16 (7h)",
     ]
+    assert make(mini, series=joined, min_observations=3)["subject_id"].tolist() == ["1"]
     rows = make(mini, series=("x=other thing", *SERIES[:1]))
     assert rows["subject_id"].tolist() == ["1"]
     assert list(rows)[3:5] == ["clinical_trajectory", "trajectory_anion gap [mEq/L]"]
