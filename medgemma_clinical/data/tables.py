@@ -50,6 +50,7 @@ class Findings:
             names the column, never the content of a patient's cell.
         counts: rows by what there is to say of them.
         notes: what there is to say of the file; an ordered set.
+        warnings: what seems to be a mistake in the file; an ordered set.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Findings:
     problems: dict[int, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
 
     def add_problem(
         self, row: int, problem: str, *, column: str = "", value: object = None
@@ -72,9 +74,11 @@ class Findings:
         self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
 
     def log(self) -> None:
-        """Log notes and counts; problems are the caller's to report."""
+        """Log notes, warnings and counts; problems are the caller's to report."""
         for note in self.notes:
             logger.info("%s: %s", self.source, note)
+        for warning in self.warnings:
+            logger.warning("warning: %s: %s", self.source, warning)
         for text, rows in self.counts.items():
             if rows:
                 logger.info("%s: %s rows %s", self.source, count_text(rows, FEWEST), text)
@@ -225,7 +229,7 @@ def _check_separator(path: Path, header: list[str]) -> None:
         if sum(cell.count(separator) for cell in header) > len(header) - 1:
             raise InputError(
                 f"{path}, row 1: the columns seem to be separated by {name}: save the file as CSV "
-                "separated by commas"
+                "separated by commas, with points in decimal numbers"
             )
 
 
