@@ -65,6 +65,8 @@ def test_a_missing_column_is_asked_about() -> None:
         "did you mean label_death? rename it to label_escalation, or give --label_column "
         "label_death; the columns are label_death"
     )
+    expected = "did you mean label_death? the columns are label_death"
+    assert describe_missing(table, "lable_death") == expected
     table = pd.DataFrame({"gap": [CELL], "age": [1]})
     assert "did you mean gap?" in describe_missing(table, "clinical_trajectory")
     assert describe_missing(table[["age"]], "clinical_trajectory") == "the columns are age"

@@ -68,9 +68,10 @@ def describe_missing(table: pd.DataFrame, target: str) -> str:
             return f"a table of one value a row is converted by from_long; {there}"
     if not near:
         return there
-    return (
-        f"did you mean {list_unread(near)}? rename it to {target}{_by_flag(near, target)}; {there}"
-    )
+    asked = f"did you mean {list_unread(near)}?"
+    if target not in ALIASES:  # a label that the user has named
+        return f"{asked} {there}"
+    return f"{asked} rename it to {target}{_by_flag(near, target)}; {there}"
 
 
 def _by_flag(near: Sequence[str], target: str) -> str:
