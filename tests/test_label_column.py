@@ -43,6 +43,7 @@ def test_a_label_of_another_name_goes_from_training_to_prediction(
     out = tmp_path / "out.csv"
     assert len(predicted(place / "trajectory", data, out, "--min_cell", "0")) == 120
     assert f"120 rows, {table['label_death'].sum()} events" in capsys.readouterr().out
+    assert trainer.main(words(data, place, *DEATH, "--resume", "--allow_duplicates")) == 0
     expected = "--label_column was label_death, is label_escalation"
     assert refused(capsys, words(data, place, "--resume"), "patients with an event")
     table.assign(label_escalation=table["label_death"]).to_csv(data, index=False)

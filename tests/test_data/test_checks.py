@@ -74,6 +74,7 @@ def test_a_split_tells_no_small_cell(caplog: pytest.LogCaptureFixture) -> None:
     assert "test 20 rows, 20 patients; number of events not shown" in text
     assert not re.search(r"\d events", text)
     assert "fewer than 11 patients of the test part have, or lack, the event" in text
+    assert "fewer than 250 patients" in "\n".join(checked(caplog, dataset_of(SOUND), 250))
     text = "\n".join(checked(caplog, dataset_of(SOUND[:90]), 11))
     assert "split drawn by --seed 0: not shown, a part has fewer than 11 patients" in text
     assert "test 10" not in text

@@ -79,7 +79,8 @@ def test_a_long_table_is_recognised() -> None:
 
 def test_columns_that_seem_to_be_cells_are_not_shown() -> None:
     table = pd.DataFrame({"24 (0h)": [CELL], "98765": [CELL]})
-    assert "98765" not in describe_missing(table, "clinical_trajectory")
+    text = describe_missing(table, "clinical_trajectory")
+    assert text == "the first row seems to hold data: is the header missing?"
     assert describe_unread(table, ["24 (0h)", "98765"], ["clinical_context"]) == []
 
 
@@ -92,6 +93,7 @@ def test_unread_columns_are_asked_about_once_a_kind() -> None:
         "trajectory_glucose, trajectory_lactate",
     ]
     assert describe_unread(table, ["context", "age"], ["split"]) == []
+    assert len(describe_unread(pd.DataFrame({"note": [CELL]}), ["note"], ["clinical_context"])) == 1
     mixed = table.assign(glucose=["x", CELL, CELL])
     assert describe_unread(mixed, ["glucose"], []) == []
 
