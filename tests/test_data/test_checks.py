@@ -74,7 +74,6 @@ def test_a_split_tells_no_small_cell(caplog: pytest.LogCaptureFixture) -> None:
     assert "test 20 rows, 20 patients; number of events not shown" in text
     assert not re.search(r"\d events", text)
     assert "fewer than 11 patients of the test part have, or lack, the event" in text
-    assert "fewer than 250 patients" in "\n".join(checked(caplog, dataset_of(SOUND), 250))
     text = "\n".join(checked(caplog, dataset_of(SOUND[:90]), 11))
     assert "split drawn by --seed 0: not shown, a part has fewer than 11 patients" in text
     assert "test 10" not in text
@@ -85,6 +84,7 @@ def test_an_unlabelled_data_set_is_ready_to_predict_on(caplog: pytest.LogCapture
     dataset.labels[:] = np.nan
     messages = checked(caplog, dataset)
     assert messages[-1] == "ready to predict on, no labels to train on"
+    assert "fewer than 250 patients: figures" in "\n".join(checked(caplog, dataset, 250))
     dataset.labels[20:] = 0
     end = "ready to predict on, 20 of 200 rows have no label to train on"
     assert checked(caplog, dataset)[-1] == end
