@@ -107,6 +107,12 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
         ["row 1", "separated by ';'"],
     ),
     "semicolons": (text().replace(b",", b";"), ["row 1", "separated by ';'"]),
+    "semicolons behind quotes": (
+        b'\n"clinical_trajectory";"label_escalation"\n"24 (0h)";0\n',
+        ["row 1", "separated by ';': .* with points"],
+    ),
+    "tabs behind quotes": (b'"clinical_trajectory"\t"a"\n', ["row 1", "separated by tabs"]),
+    "a name behind quotes": (b'"clinical_trajectory"x,a\n', ["row 1", "check its quotes"]),
     "tabs": (text().replace(b",", b"\t"), ["row 1", "separated by tabs"]),
     "more fields in a late row": (text(f'"24 (0h)",1,{SECRET}\n'), ["(row|line) 22", "quotes"]),
     "more fields in the first row": (first(f'"24 (0h)",1,{SECRET}\n'), ["(row|line) 2", "quotes"]),
