@@ -108,7 +108,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     ),
     "semicolons": (text().replace(b",", b";"), ["row 1", "separated by ';'"]),
     "semicolons behind quotes": (
-        b'\n"clinical_trajectory";"label_escalation"\n"24 (0h)";0\n',
+        b'"clinical_trajectory";"label_escalation"\n"24 (0h)";0\n',
         ["row 1", "separated by ';': .* with points"],
     ),
     "tabs behind quotes": (b'"clinical_trajectory"\t"a"\n', ["row 1", "separated by tabs"]),
