@@ -201,7 +201,9 @@ def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:
         if count := count_implausible(dataset, f):
             low, high = dataset.plausible(f)
             measured = np.count_nonzero(~np.isnan(dataset.values[:, f]))
-            shown = f"{count_text(count, fewest)} of {measured:,} values"
+            few = is_small(measured - count, fewest)
+            told = f"all but fewer than {fewest}" if few else count_text(count, fewest)
+            shown = f"{told} of {measured:,} values"
             most = count >= MOST_IMPLAUSIBLE * measured
             advice = "most of them: convert the unit" if most else "is the unit right?"
             found.append(

@@ -114,6 +114,11 @@ def test_suspicions_name_the_series() -> None:
     ]
 
 
+def test_a_few_plausible_values_are_no_more_told_than_a_few_others() -> None:
+    (line,) = implausible_series(dataset_of(["240 (0h)"] * 30 + ["20 (0h)"] * 5), 11)
+    assert line.startswith("Anion gap: all but fewer than 11 of 35 values lie outside")
+
+
 def test_quantiles_have_enough_patients_beyond_and_are_values_that_occur() -> None:
     values = [f"{k * k} (0h)" for k in range(1, 401)]
     text = "\n".join(summarize(dataset_of(values), 11))
