@@ -200,7 +200,7 @@ def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         if count := count_implausible(dataset, f):
             low, high = dataset.plausible(f)
-            measured = np.count_nonzero(~np.isnan(dataset.values[:, f]))
+            measured = int(np.count_nonzero(~np.isnan(dataset.values[:, f])))
             few = is_small(measured - count, fewest)
             told = f"all but fewer than {fewest}" if few else count_text(count, fewest)
             shown = f"{told} of {measured:,} values"
