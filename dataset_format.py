@@ -55,6 +55,7 @@ from medgemma_clinical.data.series_cells import (
     rows_out_of_order,
 )
 from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
 from medgemma_clinical.data.splits import PARTS
 from medgemma_clinical.data.tables import (
     Findings,
@@ -447,6 +448,7 @@ class Source:
 
 SOURCES = {
     "from_mimic": Source("make a file from MIMIC-IV tables", Extraction, extract),
+    "from_eicu": Source("make a file from eICU tables", EicuRequest, extract_eicu),
 }
 """Each source of tables is a module of its own and a line here."""
 
