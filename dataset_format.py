@@ -3,6 +3,7 @@
 Usage:
     python dataset_format.py check dka_training_data.csv     # validate a file, print its summary
     python dataset_format.py from_mimic --mimic_dir DIR --out dka_training_data.csv   # make one
+    python dataset_format.py from_eicu --eicu_dir DIR --out eicu.csv                  # make one
 
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
 ``label_escalation`` (0 or 1). Each column ``trajectory_NAME [unit]`` is a further series of the

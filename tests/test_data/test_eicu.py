@@ -33,7 +33,7 @@ class Mini:
         self, stay: int, hospital: int, start: int = 60, end: int = 9 * DAY, **more: Any
     ) -> Mini:
         """Add a stay in a unit; each hospital stay has a patient of its own unless given."""
-        row = {"patientunitstayid": stay, "patienthealthsystemstayid": hospital}
+        row: dict[str, Any] = {"patientunitstayid": stay, "patienthealthsystemstayid": hospital}
         row |= {"uniquepid": f"001-{hospital}", "gender": "Female", "age": "50"}
         row |= {"hospitaladmitoffset": -start, "hospitaldischargeoffset": 10 * DAY - start}
         row |= {"hospitaldischargestatus": "Alive", "unittype": "MICU", "unitstaytype": "admit"}
@@ -104,6 +104,10 @@ def series(rows: pd.DataFrame, hospital: int) -> str:
     return str(rows.loc[hospital, "clinical_trajectory"])
 
 
+def context(rows: pd.DataFrame, hospital: int) -> str:
+    return str(rows.loc[hospital, "clinical_context"])
+
+
 def removed(description: dict[str, Any]) -> dict[str, int]:
     return {rule["rule"]: rule["removed"] for rule in description["flow"] if rule["removed"]}
 
@@ -115,8 +119,8 @@ def test_unit_stays_of_a_hospital_stay_share_its_clock(tmp_path: Path) -> None:
     eicu = Mini().unit(1, 9, 60, 300).unit(2, 9, 300).lab(1, 60, 20).lab(2, 360, 18)
     rows, _ = made(eicu.lab(2, 2 * DAY, 9).write(tmp_path))
     assert series(rows, 9) == "20 (0h) -> 18 (5h)"
-    assert ", MICU, 12 h since admission" in rows.loc[9, "clinical_context"]
-    assert rows.loc[9, ["label_death", "label_unresolved"]].tolist() == [0, 0]
+    assert ", MICU, 12 h since admission" in context(rows, 9)
+    assert rows[["label_death", "label_unresolved"]].values.tolist() == [[0, 0]]
 
 
 def test_a_value_of_two_unit_stays_counts_once(tmp_path: Path) -> None:
@@ -138,8 +142,8 @@ def test_an_admission_begins_with_the_first_unit_stay(tmp_path: Path) -> None:
 def test_a_step_down_unit_is_no_intensive_care(tmp_path: Path) -> None:
     eicu = Mini().unit(1, 8, unitstaytype="stepdown/other").settling(1).unit(2, 8, 2 * DAY)
     rows, _ = made(eicu.unit(3, 9, unittype="Neuro ICU").settling(3).write(tmp_path))
-    assert "not in intensive care" in rows.loc[8, "clinical_context"]
-    assert "Neuro ICU" in rows.loc[9, "clinical_context"]
+    assert "not in intensive care" in context(rows, 8)
+    assert "Neuro ICU" in context(rows, 9)
     assert rows["label_icu"].fillna(-1).tolist() == [1, -1]
 
 
@@ -148,14 +152,14 @@ def test_intensive_care_ends_with_the_discharge_from_the_unit(tmp_path: Path) ->
     rows, _ = made(eicu.write(tmp_path))
     assert [", MICU," in context for context in rows["clinical_context"]] == [False, False]
     rows, _ = made(Mini().unit(1, 8, 60, 13 * 60 + 1).settling(1).write(tmp_path))
-    assert ", MICU," in rows.loc[8, "clinical_context"]
+    assert ", MICU," in context(rows, 8)
 
 
 def test_ages_and_sexes(tmp_path: Path) -> None:
     """Each hospital stay of a patient has its own age; only those above 89 are not known."""
     eicu = Mini()
     for stay, age in enumerate(("88", "> 89", "86", "> 89", "17", ""), 1):
-        patient = {"uniquepid": "002-1" if stay < 4 else f"002-{stay}", "age": age}
+        patient: dict[str, Any] = {"uniquepid": "002-1" if stay < 4 else f"002-{stay}", "age": age}
         eicu.unit(stay, stay, gender="Male" if stay == 4 else "Female", **patient).settling(stay)
     rows, description = made(eicu.write(tmp_path))
     assert rows["subject_id"].tolist() == ["002-1"] * 3 + ["002-4"]
@@ -174,7 +178,10 @@ def test_death_is_the_discharge_of_the_dead(tmp_path: Path) -> None:
     """Where the status is not known, nobody knows whether the patient died."""
     eicu = Mini()
     for stay, status in enumerate(("Expired", "Alive", ""), 1):
-        leaves = {"hospitaldischargeoffset": 3 * DAY, "hospitaldischargestatus": status}
+        leaves: dict[str, Any] = {
+            "hospitaldischargeoffset": 3 * DAY,
+            "hospitaldischargestatus": status,
+        }
         eicu.unit(stay, stay, **leaves).settling(stay)
     rows, description = made(eicu.write(tmp_path))
     assert rows["label_death"].tolist() == [1, 0]
@@ -257,21 +264,16 @@ def test_a_wrong_table_is_named_by_its_place(
         made(folder)
 
 
-def test_the_demo() -> None:
-    """Counts; and the same rows from every form, order, number of threads and limit of memory."""
-    rows, description = made(DEMO, out=Path("unused.csv"))
-    assert {k: description["rows"][k] for k in ("rows", "patients", "events")} == {
-        "rows": 33,
-        "patients": 26,
-        "events": 7,
-    }
+@pytest.mark.parametrize(
+    ("request_", "counts"),
+    [({}, (33, 26, 7)), ({"compute_gap": "always", "series": ("all",)}, (40, 30, 3))],
+)
+def test_the_demo_has_so_many_rows_patients_and_events(
+    request_: dict[str, Any], counts: tuple[int, ...], tmp_path: Path
+) -> None:
+    rows, description = made(DEMO, out=tmp_path / "o.csv", **request_)
+    assert tuple(description["rows"][k] for k in ("rows", "patients", "events")) == counts
     assert rows["subject_id"].is_monotonic_increasing
-    _, description = made(DEMO, out=Path("unused.csv"), compute_gap="always", series=("all",))
-    assert {k: description["rows"][k] for k in ("rows", "patients", "events")} == {
-        "rows": 40,
-        "patients": 30,
-        "events": 3,
-    }
 
 
 @pytest.mark.parametrize(
