@@ -3,6 +3,7 @@
 Usage:
     python dataset_format.py check dka_training_data.csv     # validate a file, print its summary
     python dataset_format.py from_mimic --mimic_dir DIR --out dka_training_data.csv   # make one
+    python dataset_format.py from_eicu --eicu_dir DIR --out eicu.csv                  # make one
 
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
 ``label_escalation`` (0 or 1; ``--label_column`` names another). Each column
@@ -57,6 +58,7 @@ from medgemma_clinical.data.series_cells import (
     rows_out_of_order,
 )
 from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
 from medgemma_clinical.data.splits import PARTS, describe_equal_rows, row_keys
 from medgemma_clinical.data.tables import (
     Findings,
@@ -515,6 +517,7 @@ class Source:
 
 SOURCES = {
     "from_mimic": Source("make a file from MIMIC-IV tables", Extraction, extract),
+    "from_eicu": Source("make a file from eICU tables", EicuRequest, extract_eicu),
 }
 """Each source of tables is a module of its own and a line here."""
 

@@ -7,8 +7,8 @@ Writes a synthetic MIMIC-IV whose labevents has so many rows (all columns of MIM
 of the rows is chemistry that is read, half of all name no admission; 1 admission in 200 is coded
 as ketoacidosis) and another of a tenth. Then, ``--repeats`` times in turn, each in a fresh process:
 the command on the smaller and on the larger, so that the growth can be seen; pandas.read_csv of the
-larger table in chunks, which keeps nothing; and the command's imports. Writing needs pyarrow. Memory is the sum of what
-all processes of the command hold at their worst moment, seen every 50 ms.
+larger table in chunks, which keeps nothing; and the command's imports. Writing needs pyarrow.
+Memory is the sum of what all processes of the command hold at their worst moment, seen every 50 ms.
 """
 
 from __future__ import annotations

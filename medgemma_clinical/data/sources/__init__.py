@@ -1,0 +1,1 @@
+"""Commands that make a DKA file from tables, a module each."""
