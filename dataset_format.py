@@ -3,14 +3,16 @@
 Usage:
     python dataset_format.py check dka_training_data.csv     # validate a file, print its summary
     python dataset_format.py from_mimic --mimic_dir DIR --out dka_training_data.csv   # make one
-    python dataset_format.py from_meds --help    # or of events in MEDS form
-    python dataset_format.py from_long --help    # or of a table with one value a row
+    python dataset_format.py from_eicu --eicu_dir DIR --out eicu.csv                  # make one
+    python dataset_format.py from_meds --help          # make one of events in MEDS form
+    python dataset_format.py from_long --help          # make one of a table with a value a row
 
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
-``label_escalation`` (0 or 1). Each column ``trajectory_NAME [unit]`` is a further series of the
-same form with its own times; ``subject_id`` (or ``id``), ``clinical_context`` and ``split`` are
-used when present. A JSON file of the same name beside it may say what the series and the outcome
-are (see ``Description``); without one they are the anion gap in mEq/L and escalation of care.
+``label_escalation`` (0 or 1; ``--label_column`` names another). Each column
+``trajectory_NAME [unit]`` is a further series of the same form with its own times;
+``subject_id`` (or ``id``), ``clinical_context`` and ``split`` are used when present. A JSON file of
+the same name beside it may say what the series and the outcome are (see ``Description``); without
+one they are the anion gap in mEq/L and escalation of care.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -38,17 +40,18 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.checks import log_check
+from medgemma_clinical.data.checks import log_check, log_refusal
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.data.database.output import Made, make_file
 from medgemma_clinical.data.description import (
+    LABEL,
     MAIN_COLUMN,
     Description,
     comparable,
     find_series,
-    list_columns,
     list_unread,
 )
+from medgemma_clinical.data.dka.columns import describe_missing, describe_unread, patient_column
 from medgemma_clinical.data.mimic.extraction import extract
 from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.data.series_cells import (
@@ -58,7 +61,8 @@ from medgemma_clinical.data.series_cells import (
 )
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.sources import long_table, meds
-from medgemma_clinical.data.splits import PARTS
+from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
+from medgemma_clinical.data.splits import PARTS, describe_equal_rows, row_keys
 from medgemma_clinical.data.tables import (
     Findings,
     column_text,
@@ -83,9 +87,8 @@ __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "TrajectoryDat
 
 logger = logging.getLogger(__name__)
 
-LABEL = "label_escalation"
-COLUMNS = (MAIN_COLUMN, LABEL, "subject_id", "id", "clinical_context", "split")
-"""Columns of the format beside those of further series."""
+COLUMNS = (MAIN_COLUMN, "subject_id", "id", "clinical_context", "split")
+"""Columns of the format beside the label and those of further series."""
 
 ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
 """Signals that end a command: a scheduler's, and a closed terminal's, which Windows lacks."""
@@ -97,17 +100,23 @@ MAX_LEN, MAX_LEN_SEVERAL = 20, 64
 # --------------------------------------------------------------------------- columns
 
 
-def check_header(table: pd.DataFrame, source: str, *, labelled: bool) -> None:
+def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table that lacks a column or has one twice.
 
+    Args:
+        table: as read.
+        source: named in errors.
+        label: column of the labels.
+        labelled: whether the table needs it.
+
     Raises:
-        InputError: names the column and lists those that are there.
+        InputError: names the column, near misses and all columns that are there.
     """
-    for name in (MAIN_COLUMN, LABEL) if labelled else (MAIN_COLUMN,):
+    for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
         if name not in table:
-            there = list_columns(list(table.columns))
-            raise InputError(f"{source}, row 1, column {name}: no such column: {there}")
-    for name in table.columns[table.columns.duplicated()].intersection(list(COLUMNS)):
+            advice = describe_missing(table, name)
+            raise InputError(f"{source}, row 1, column {name}: no such column: {advice}")
+    for name in table.columns[table.columns.duplicated()].intersection([*COLUMNS, label]):
         raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
 
 
@@ -141,6 +150,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         require_labels: refuse rows without label; False where new patients are scored.
         series: names of the series to read, the main one first; rows without any value of them
             are left out. None reads all.
+        label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
+        allow_duplicates: accept a split that has equal rows in two parts.
         findings: of a file of which ``source`` is one chunk, from ``read_chunks``. Nothing is
             logged then, ``split`` is not read, wrong labels count as unknown, and rows that cannot
             be read are noted and left out, possibly all, unless the findings are strict.
@@ -153,8 +164,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     name = "dka"
     kind = "DKA format"
     source_flag = "data_path"
-    options = ("series", "max_len")
+    options = ("series", "max_len", "label_column", "allow_duplicates")
+    row_columns = (*TrajectoryDataset.row_columns, "numbers")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
+    leak: str = ""  # why the patients are not those of another column
 
     def __init__(
         self,
@@ -164,6 +177,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         description: Description | None = None,
         require_labels: bool = True,
         series: Sequence[str] | None = None,
+        label_column: str | None = None,
+        allow_duplicates: bool | None = None,
         findings: Findings | None = None,
     ) -> None:
         """Read, check and sort the whole source."""
@@ -175,40 +190,44 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         else:
             self.source, table = one_line(str(source)), read_table(Path(source))
             description = description or Description.beside(Path(source))
-        self.description = description or Description()
+        label = label_column or LABEL
+        self.description = (description or Description()).for_label(label)
         self.question, self.outcome = self.description.question, self.description.outcome
         if self.description.flow:
             self.flow = pd.DataFrame(self.description.flow, columns=list(FLOW_COLUMNS))
-        check_header(table, self.source, labelled=require_labels)
+        chosen = findings is None and label != LABEL
+        check_header(table, self.source, label, labelled=require_labels or chosen)
         if table.empty:
             raise InputError(f"{self.source}: no rows below the header: nothing to read")
         found = find_series(table, self.description, series, self.source)
         self.features = tuple(each.name for each in found)
         self.units = tuple(each.unit for each in found)
         columns = [each.column for each in found]
-        self.reading = {"max_len": max_len or (MAX_LEN if len(found) == 1 else MAX_LEN_SEVERAL)}
+        most = max_len or (MAX_LEN if len(found) == 1 else MAX_LEN_SEVERAL)
+        self.reading = {"max_len": most, "label_column": label}
+        self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
         cells = TableCells(table, findings or Findings(self.source), whole=findings is None)
-        self._read_labels(cells, required=require_labels)
+        self._read_labels(cells, label, required=require_labels)
         self._read_patients(cells)
-        if unread := [str(name) for name in table if name not in {*COLUMNS, *columns}]:
-            cells.findings.notes[f"columns not read: {list_unread(unread)}"] = None
+        self._note_unread(cells, [*COLUMNS, label, *columns])
         self._read_series(cells, columns, may_lack=bool(series))
         if cells.whole:
+            self.warnings = tuple(cells.findings.warnings)
             cells.findings.log()
 
-    def _read_labels(self, cells: TableCells, *, required: bool) -> None:
+    def _read_labels(self, cells: TableCells, label: str, *, required: bool) -> None:
         table = cells.table
-        text = column_text(table, LABEL) if LABEL in table else pd.Series("", index=table.index)
+        text = column_text(table, label) if label in table else pd.Series("", index=table.index)
         labels = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = ~labels.isin([0, 1]) & (text != "")
         if cells.whole:
-            cells.reject(wrong, LABEL, "must be 0 or 1")
-        unknown = f"have a {LABEL} that is neither 0 nor 1: taken as unknown"
+            cells.reject(wrong, label, "must be 0 or 1")
+        unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
         cells.findings.counts[unknown] += int(wrong.sum())
         self.labels = np.where(wrong, np.nan, labels)
         if required:
             problem = "is empty: each row to learn from needs a label 0 or 1"
-            cells.reject(text == "", LABEL, problem)
+            cells.reject(text == "", label, problem)
 
     def _read_patients(self, cells: TableCells) -> None:
         table, patients = cells.table, patients_of(cells.table)
@@ -218,6 +237,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             cells.reject(patients == "", column, "is empty: name the patient of each row")
         else:
             cells.findings.notes["no column subject_id: each row is a patient of its own"] = None
+        self._find_patient_column(cells, patients)
         self.groups = patients.to_numpy(dtype=np.str_)
         self.ids = ids_of(table).to_numpy(dtype=np.str_)
         self.contexts = np.full(len(table), "", dtype=object)
@@ -231,6 +251,36 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             problem = "puts a patient (subject_id) on another side than an earlier row does"
             cells.reject(moved, "split", problem)
             self.parts = parts.to_numpy(dtype=np.str_)
+
+    def _find_patient_column(self, cells: TableCells, patients: pd.Series) -> None:
+        """Warn of a column that seems to name the patients; note where it contradicts them."""
+        name = patient_column(cells.table)
+        if name is None:
+            return
+        values = column_text(cells.table, name)
+        later = (values != "") & (patients != patients.groupby(values).transform("first"))
+        shown = list_unread([name])
+        advice = "rename it to subject_id if it names the patient or their stay, else remove it"
+        if later.any():
+            self.leak = (
+                f"{self.source}, row {patients.index[later][0]}, column {shown}: holds a value of "
+                f"an earlier row, so that a patient may lie on two sides of the split: {advice}"
+            )
+        if later.any() or not self.named:
+            cells.findings.warnings[f"column {shown} is not read: {advice}"] = None
+
+    def _note_unread(self, cells: TableCells, read: Sequence[str]) -> None:
+        """Name the columns that are not read; warn of those that seem to be meant."""
+        table = cells.table
+        if unread := [str(name) for name in table if name not in read]:
+            cells.findings.notes[f"columns not read: {list_unread(unread)}"] = None
+            label = [LABEL] if self.reading["label_column"] not in table else []
+            absent = [
+                *label,
+                *(name for name in ("clinical_context", "split") if name not in table),
+            ]
+            warnings = describe_unread(table, unread, absent)
+            cells.findings.warnings |= dict.fromkeys(warnings)
 
     def _read_series(self, cells: TableCells, columns: list[str], *, may_lack: bool) -> None:
         """Set times, values and offsets; leave out rows without a value where they may lack it."""
@@ -270,6 +320,22 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             column = getattr(self, name)
             setattr(self, name, None if column is None else np.delete(column, rows))
 
+    def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
+        """Divide the rows as every data set does, unless a patient seems to lie in two parts.
+
+        Raises:
+            InputError: a column that is not read gives patients several rows, or equal rows lie in
+                two parts; or as ``TrajectoryDataset.split``.
+        """
+        if self.leak:
+            raise InputError(self.leak)
+        split = super().split(seed)
+        if not self.allow_duplicates:
+            keys = row_keys(self.times, self.values, self.offsets, self.labels, self.contexts)
+            if problem := describe_equal_rows(keys, split, self.numbers):
+                raise InputError(f"{self.source}: {problem}, or accept them by --allow_duplicates")
+        return split
+
     @classmethod
     def scoring_rows(
         cls, source: Path, config: dict[str, Any], findings: Findings, most: int
@@ -280,7 +346,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             InputError: the file lacks a series of the checkpoint, gives it another meaning, or
                 cannot be read.
         """
-        found = Description.beside(source)
+        found, label = Description.beside(source), config["reading"].get("label_column", LABEL)
         total = 0
         for number, (table, read) in enumerate(read_chunks(source, findings, most)):
             if number == 0:
@@ -291,11 +357,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset = cls(
                 table,
                 config["reading"]["max_len"],
-                description=replace(found, question=config["question"]),
+                description=found,
                 require_labels=False,
                 series=config["features"],
+                label_column=label,
                 findings=findings,
             )
+            dataset.question = config["question"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             places = np.flatnonzero(~table.index.isin(list(findings.problems)))
             ids, numbers = ids_of(table).to_numpy(), table.index.to_numpy()
@@ -364,7 +432,8 @@ def check_same_meaning(
     Raises:
         InputError: names the difference.
     """
-    check_header(table, str(source), labelled=False)
+    label = config["reading"].get("label_column", LABEL)
+    check_header(table, str(source), label, labelled=False)
     found = {comparable(s.name): s for s in find_series(table, description, None, str(source))}
     where = "the JSON file beside it"
     for name, unit in zip(config["features"], config["units"], strict=True):
@@ -382,10 +451,11 @@ def check_same_meaning(
                 f"unit, the file has {series.unit or 'none'}: convert the values, or correct the "
                 f"unit in the column's name or {where}"
             )
-    if description.outcome != config["outcome"]:
+    outcome = description.for_label(label).outcome
+    if outcome != config["outcome"]:
         raise InputError(
-            f"{source}: the checkpoint predicts {config['outcome']}, the file's outcome is "
-            f"{description.outcome}: correct it in {where}"
+            f"{source}: the checkpoint predicts {config['outcome']}, the file's outcome of "
+            f"{label} is {outcome}: correct it in {where}"
         )
 
 
@@ -464,6 +534,7 @@ SOURCES = {
     "from_long": Source(
         "make one of a table with one value a row", long_table.LongRequest, long_table.make_long
     ),
+    "from_eicu": Source("make a file from eICU tables", EicuRequest, extract_eicu),
 }
 """Each source of tables is a module of its own and a line here."""
 
@@ -493,6 +564,8 @@ def build_parser() -> Parser:
     add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
     add("--series", type=names, metavar="NAME,NAME", help="read these series only")
     add("--max_len", type=int, help="most recent observations kept of a row")
+    add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
+    add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
     add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     for name, source in SOURCES.items():
@@ -535,14 +608,14 @@ class Repeated(argparse.Action):
         setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
 
 
-def check(file: Path, series: Sequence[str] | None, max_len: int | None, min_cell: int) -> int:
-    """Log what a file holds, what looks wrong, and what the file is fit for.
+def check(file: Path, min_cell: int, **reading: Any) -> int:
+    """Log what a file holds, the split it gives, what looks wrong, and whether it is ready.
 
     Raises:
         InputError: the file cannot be used.
     """
-    dataset = MIMICtrajectoryDataset(file, max_len, series=series, require_labels=False)
-    log_check(dataset, min_cell)
+    with log_refusal():
+        log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False), min_cell)
     return 0
 
 

@@ -53,6 +53,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
+from medgemma_clinical.data.description import LABEL
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.models.checkpoint_schema import LORA_RANK, PREFIX_TOKENS
@@ -128,6 +129,8 @@ def add_data_flags(parser: Parser) -> None:
         default="negative",
         help="SRTR: a transplant within the horizon is label 0, or left out",
     )
+    add("--label_column", default=LABEL, metavar="NAME", help="DKA: column of 0 and 1 to learn")
+    add("--allow_duplicates", action="store_true", help="DKA: allow equal rows across the split")
     add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
     add(
         "--max_len",

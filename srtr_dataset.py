@@ -32,7 +32,7 @@ from medgemma_clinical.commands.command_line import (
     start_logging,
 )
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
-from medgemma_clinical.data.checks import log_check
+from medgemma_clinical.data.checks import log_check, log_refusal
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
@@ -373,12 +373,13 @@ def check(data_dir: Path, min_cell: int, **reading: Any) -> int:
         InputError: the folder cannot be used.
     """
     unfit = None
-    try:
-        dataset = SRTRTrajectoryDataset(data_dir, **reading)
-    except TooFewEventsError as error:
-        dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
-        unfit = str(error)
-    log_check(dataset, min_cell, unfit=unfit)
+    with log_refusal():
+        try:
+            dataset = SRTRTrajectoryDataset(data_dir, **reading)
+        except TooFewEventsError as error:
+            dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
+            unfit = f"not to train on: {error}"
+        log_check(dataset, min_cell, unfit=unfit)
     return 0
 
 

@@ -33,9 +33,11 @@ class InputError(ValueError):
         self.value = value
 
     def message(self, *, show_value: bool) -> str:
-        """Return the text, with the cell's content where that is asked for and known."""
-        shown = show_value and self.value is not None
-        return f"{self}: it holds {self.value!r}" if shown else str(self)
+        """Return the text, with the cell's content where that is asked for, or how to ask."""
+        if self.value is None:
+            return str(self)
+        shown = f": it holds {self.value!r}" if show_value else " (--show_values shows the cell)"
+        return f"{self}{shown}"
 
 
 class RunFault(RuntimeError):

@@ -250,8 +250,11 @@ class Extracted:
         cells: list[Any] = [self.rows.loc[hadm, f"label_{name}"] for name in OUTCOMES]
         return [None if pd.isna(cell) else int(cell) for cell in cells]
 
-    def inputs(self) -> dict[int, tuple[str, str]]:
-        return {hadm: (self.series(hadm), self.context(hadm)) for hadm in self.rows.index}
+    def inputs(self) -> dict[int, tuple[str, ...]]:
+        """Every column but the labels, as text, of each admission."""
+        columns = [name for name in self.rows if not str(name).startswith("label_")]
+        cells = self.rows[columns].astype(str).itertuples()
+        return {hadm: tuple(row) for hadm, *row in cells}
 
 
 def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request: Any) -> Extracted:

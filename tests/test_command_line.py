@@ -83,8 +83,15 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
         ("--ablation --seeds 2 --dry_run", "--dry_run and --ablation and --seeds"),
         ("--compare a b --output_dir c", "--compare has no use for --output_dir"),
         ("--demo --model_name=foo --epochs 1", "--demo has no use for --epochs, --model_name"),
-        ("--predict --checkpoint x --solver rk4", "--predict has no use for --solver"),
-        ("--predict", "--predict needs --checkpoint and --predictions"),
+        (
+            "--predict --checkpoint x --predictions y.csv --data_path z.csv --solver rk4",
+            "--predict has no use for --solver",
+        ),
+        ("--predict", "needs --checkpoint RUN/STAGE, --predictions FILE.csv, --data_path FILE or"),
+        (
+            "--predict --checkpoint x --data_dir y --output_dir z",
+            "--predict needs --predictions FILE.csv; it has no use for --output_dir: leave it out",
+        ),
         ("--strict", "without --predict has no use for --strict"),
         ("--ablation --mode generative", "--ablation has no use for --mode"),
         ("--ablation --seeds 2 --freeze_ode", "--ablation has no use for --freeze_ode"),

@@ -131,7 +131,7 @@ def test_whole_floats_are_names_without_a_point() -> None:
 def test_constructor_keywords_are_the_trainers_flags() -> None:
     not_given: dict[str, Any] = dict.fromkeys(MIMICtrajectoryDataset.options)
     dataset = MIMICtrajectoryDataset(table_of(["1 (0h)", "2 (0h)"]), **not_given)
-    assert dataset.reading == {"max_len": 20}
+    assert dataset.reading == {"max_len": 20, "label_column": LABEL}
 
 
 # --------------------------------------------------------------------------- rows to be scored
@@ -201,7 +201,7 @@ def test_rows_that_are_left_out_later_are_noted_by_their_number(new_rows: Path) 
         ({"features": ["glucose", "lactate"]}, r"reads lactate, .* add a column 'trajectory_lact"),
         ({"units": ["mmol/L", "mEq/L"]}, r"column trajectory_Glucose \[mg/dL\]: .* in mmol/L unit"),
         ({"units": ["mg/dL", ""]}, "reads Anion Gap in no unit, the file has mEq/L"),
-        ({"outcome": "Stroke"}, "predicts Stroke, the file's outcome is Escalation"),
+        ({"outcome": "Stroke"}, "predicts Stroke, the file's outcome of label_escalation is Esc"),
     ],
 )
 def test_a_file_of_another_meaning_is_not_scored(
@@ -216,3 +216,70 @@ def test_a_header_alone_holds_nothing_to_score(tmp_path: Path) -> None:
     path.write_text(f"{SERIES},trajectory_Glucose [mg/dL]\n")
     with pytest.raises(InputError, match="no rows below the header"):
         scored(path, 100)
+
+
+# --------------------------------------------------------------------------- label and patient
+
+
+@pytest.mark.parametrize("name", ["patient_id", "HADM_ID", "stay_id", "person_id", "mrn"])
+def test_rows_of_one_patient_under_another_name_are_not_split(name: str) -> None:
+    table = table_of(["1 (0h)"] * 6).assign(**{name: ["7", "", "8", "", "7", "9"]})
+    dataset = MIMICtrajectoryDataset(table)
+    with pytest.raises(InputError, match=rf"row 4, column {name}: holds a value .* subject_id"):
+        dataset.split(0)
+    with pytest.raises(InputError, match=f"row 4, column {name}"):
+        MIMICtrajectoryDataset(table.assign(id=list("abcdef"))).split(0)
+    MIMICtrajectoryDataset(table.assign(subject_id=list("abcdef"))).split(0)
+    assert not MIMICtrajectoryDataset(table.assign(id=list("abcdaf"))).leak
+
+
+def test_names_that_all_differ_are_asked_about(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = dataset_of(["1 (0h)"] * 6, patient_id=list("abcdef"))
+    dataset.split(0)
+    (text,) = dataset.warnings
+    assert text.startswith("column patient_id is not read: rename it to subject_id")
+    assert f"warning: DataFrame: {text}" in caplog.messages
+    assert dataset_of(["1 (0h)"] * 6, id=list("abcdef"), hadm_id=list("ghijkl")).warnings == ()
+
+
+def test_near_misses_among_unread_columns_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = dataset_of(["1 (0h)"], context="x", glucose="90 (0h)", age=54)
+    assert len(dataset.warnings) == 2
+    assert (
+        sum(message.startswith("warning: DataFrame: not read: ") for message in caplog.messages)
+        == 2
+    )
+    assert dataset_of(["1 (0h)"], clinical_context="x", context="x").warnings == ()
+    table = pd.DataFrame({SERIES: ["1 (0h)"], "label_death": [1]})
+    (text,) = MIMICtrajectoryDataset(table, require_labels=False).warnings
+    assert "did you mean label_escalation? rename it, or give --label_column label_death" in text
+    table[LABEL] = 0
+    assert MIMICtrajectoryDataset(table, label_column="label_death").warnings == ()
+
+
+def test_any_column_of_0_and_1_is_the_label() -> None:
+    table = table_of(["1 (0h)"] * 3, label_death=[1, 1, 0])
+    dataset = MIMICtrajectoryDataset(table, label_column="label_death")
+    assert dataset.labels.tolist() == [1, 1, 0]
+    assert (dataset.outcome, dataset.question) == ("Death", "Will the outcome Death occur?")
+    assert dataset.reading["label_column"] == "label_death"
+    assert MIMICtrajectoryDataset(table).labels.tolist() == [0, 1, 0]
+    for required in (True, False):
+        with pytest.raises(InputError, match=r"column death: no such column: .* label_death"):
+            MIMICtrajectoryDataset(table, label_column="death", require_labels=required)
+    with pytest.raises(InputError, match="row 1, column label_death: must be 0 or 1"):
+        MIMICtrajectoryDataset(table.assign(label_death=[1, 2, 0]), label_column="label_death")
+
+
+def test_rows_to_score_are_judged_by_the_checkpoints_label(new_rows: Path) -> None:
+    table = pd.read_csv(new_rows).assign(label_death=1, label_escalation=0)
+    table.to_csv(new_rows, index=False)
+    change = {"outcome": "Death", "reading": {"max_len": 2, "label_column": "label_death"}}
+    (rows,), _ = scored(new_rows, 100, **change)
+    assert rows.dataset.labels.tolist() == [1, 1, 1]
+    assert rows.dataset.question == "And then?"
+    with pytest.raises(InputError, match="predicts Escalation, the file's outcome of label_death"):
+        scored(new_rows, 100, reading=change["reading"])
+    table.drop(columns="label_death").to_csv(new_rows, index=False)
+    (rows,), _ = scored(new_rows, 100, **change)
+    assert np.isnan(rows.dataset.labels).all()

@@ -59,7 +59,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "header only": (HEADER.encode(), ["no rows"]),
     "wrong columns": (
         b"age,clinical_trajectorie\n98765,1\n",
-        ["row 1", TRAJECTORY, "age, clinical_trajectorie"],
+        ["row 1", TRAJECTORY, "did you mean clinical_trajectorie", "age, clinical_trajectorie"],
     ),
     "no label column": (b'clinical_trajectory\n"98765 (0h)"\n', ["row 1", LABEL]),
     "no header": (
@@ -77,8 +77,13 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "a piece without arrow": (text(f'"1 (0h) {SECRET} (4h)",0\n'), ["row 22", "piece 1"]),
     "an arrow at the end": (text(f'"{SECRET} (0h) ->",0\n'), ["row 22", TRAJECTORY, "piece 2"]),
     "words": (first(f"patient {SECRET},0\n"), ["row 2", TRAJECTORY, "piece 1"]),
-    "minutes": (text(f'"{SECRET} (30min)",0\n'), ["row 22", TRAJECTORY, "piece 1"]),
-    "a decimal comma": (text(f'"{SECRET},5 (0h)",0\n'), ["row 22", TRAJECTORY, "piece 1"]),
+    "minutes": (text(f'"{SECRET} (30min)",0\n'), ["row 22", TRAJECTORY, "piece 1 is in minutes"]),
+    "a decimal comma": (text(f'"{SECRET},5 (0h)",0\n'), ["row 22", TRAJECTORY, "piece 1", "comma"]),
+    "a date": (text(f'"{SECRET} (2150-01-01)",0\n'), ["row 22", TRAJECTORY, "piece 1", "a date"]),
+    "another arrow": (
+        text(f'"1 (0h) \u2192 {SECRET} (1h)",0\n'),
+        ["row 22", "piece 1", r"U\+2192"],
+    ),
     "two bad rows": (text('"x",0\n', '"1 (0h)",0\n', '"y",0\n'), ["row 22", r"\b2\b.*rows"]),
     "label 2": (text('"24 (0h)",2\n'), ["row 22", LABEL, "0 or 1"]),
     "label 0.5": (text('"24 (0h)",0.5\n'), ["row 22", LABEL, "0 or 1"]),
@@ -102,6 +107,12 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
         ["row 1", "separated by ';'"],
     ),
     "semicolons": (text().replace(b",", b";"), ["row 1", "separated by ';'"]),
+    "semicolons behind quotes": (
+        b'"clinical_trajectory";"label_escalation"\n"24 (0h)";0\n',
+        ["row 1", "separated by ';': .* with points"],
+    ),
+    "tabs behind quotes": (b'"clinical_trajectory"\t"a"\n', ["row 1", "separated by tabs"]),
+    "a name behind quotes": (b'"clinical_trajectory"x,a\n', ["row 1", "check its quotes"]),
     "tabs": (text().replace(b",", b"\t"), ["row 1", "separated by tabs"]),
     "more fields in a late row": (text(f'"24 (0h)",1,{SECRET}\n'), ["(row|line) 22", "quotes"]),
     "more fields in the first row": (first(f'"24 (0h)",1,{SECRET}\n'), ["(row|line) 2", "quotes"]),
@@ -174,7 +185,7 @@ def test_the_command_ends_with_2_and_one_line_for_a_bad_file(
     assert dataset_format.main(["check", str(path)]) == 2
     output = capsys.readouterr()
     assert re.fullmatch(r"error: .+\n", output.err)
-    assert "fit to train" not in output.out
+    assert output.out.endswith("not ready\n")
     assert SECRET not in output.out + output.err
 
 
@@ -295,14 +306,16 @@ def test_a_file_without_any_label_is_fit_to_predict_on(
         output = capsys.readouterr()
         assert output.err == ""
         assert "rows 3, patients 3" in output.out
-        assert output.out.endswith("rows have no label: fit to predict on, not to train on\n")
+        assert output.out.endswith("\nready to predict on, with warnings, no labels to train on\n")
+        assert "split" not in output.out
     path.write_text(content + '"24 (0h) -> 20",\n')
     assert dataset_format.main(["check", str(path)]) == 2
     assert "row 5, column clinical_trajectory: piece 2" in capsys.readouterr().err
     path.write_text(content + '"24 (0h)",1\n')
     words = ["check", str(path), "--min_cell", "0"]
     assert dataset_format.main(words) == 0  # as --predict reads it
-    assert "3 of 4 rows have no label: fit to predict on" in capsys.readouterr().out
+    end = "\nready to predict on, with warnings, 3 of 4 rows have no label to train on\n"
+    assert capsys.readouterr().out.endswith(end)
 
 
 def test_the_content_of_a_refused_cell_is_shown_on_request_only(
@@ -311,7 +324,9 @@ def test_the_content_of_a_refused_cell_is_shown_on_request_only(
     path = tmp_path / "bad.csv"
     path.write_bytes(text(f'"{SECRET},5 (0h)",0\n'))
     assert dataset_format.main(["check", str(path)]) == 2
-    assert SECRET not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert SECRET not in error
+    assert error.endswith(" (--show_values shows the cell)\n")
     assert dataset_format.main(["check", "--show_values", str(path)]) == 2
     assert f"it holds '{SECRET},5 (0h)'" in capsys.readouterr().err
 
@@ -329,7 +344,9 @@ def test_the_command_summarises_the_sample_data() -> None:
     assert "14.0%" in result.stdout
     assert "In-hospital death" in result.stdout
     assert "Serum bicarbonate in mmol/L" in result.stdout
+    assert "train 3,080 rows, 3,080 patients, 431 events; val 385 rows" in result.stdout
     assert "warning" not in result.stdout
+    assert result.stdout.endswith("\nready\n")
 
 
 def test_a_users_mistake_gives_no_traceback(tmp_path: Path) -> None:
@@ -356,7 +373,8 @@ def test_the_command_warns_of_units_that_look_wrong(
     assert dataset_format.main(["check", str(path)]) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    lines = [line for line in output.out.splitlines() if line.startswith("warning:")]
+    lines = [line for line in output.out.splitlines() if "lie outside" in line]
+    assert all(line.startswith("warning: ") for line in lines)
     assert len(lines) == len(warnings)
     for pattern, line in zip(warnings, lines, strict=True):
         assert re.search(pattern, line), line

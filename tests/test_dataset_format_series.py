@@ -382,7 +382,9 @@ def test_the_check_prints_a_line_a_series(
 ) -> None:
     table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
     (tmp_path / "data.json").write_text('{"limits": {"Blood_Urea": [1, 5.5]}}')
-    assert checked(table, tmp_path, "--min_cell", "5") == 0
+    assert checked(table, tmp_path, "--min_cell", "5") == 2
+    assert "are equal in series, context and label" in capsys.readouterr().err
+    assert checked(table, tmp_path, "--min_cell", "5", "--allow_duplicates") == 0
     output = capsys.readouterr().out
     assert "Anion gap in mEq/L: median 7, quartiles 7 to 20" in output
     assert "glucose in mg/dL: median 90" in output
@@ -390,9 +392,12 @@ def test_the_check_prints_a_line_a_series(
         r"Blood urea: median 5, .* in 33.3% of the patients, 2 values a row with any",
         output,
     )
-    assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5: is the unit right?" in output
-    assert output.count("warning") == 1
-    assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1", "--min_cell", "5") == 0
+    assert (
+        "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5: most of them: convert the unit"
+    ) in output
+    assert output.count("warning: Blood") == output.count("lie outside") == 1
+    words = ("--min_cell", "5", "--allow_duplicates")
+    assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1", *words) == 0
     output = capsys.readouterr().out
     assert "Blood urea" not in output
     assert "within 1 to 1" in output

@@ -64,7 +64,7 @@ def test_the_cpu_is_right_where_there_is_no_gpu_or_none_is_wanted(
         "--dry_run",
         "--ablation",
         "--seeds 2",
-        "--predict --checkpoint x --predictions y.csv",
+        "--predict --checkpoint x --predictions y.csv --data_path z.csv",
     ],
 )
 def test_every_command_that_computes_refuses(

@@ -139,6 +139,16 @@ def test_the_way_from_meds_to_a_checked_file_runs_as_it_stands(
     assert len(dataset.features) == 9
 
 
+def test_every_flag_of_from_eicu_stands_with_its_default() -> None:
+    known = defaults(subparsers(dataset_format.build_parser())["from_eicu"])
+    listed = table(text_of(DOCS / "eicu.md"))
+    assert listed.keys() == known.keys()
+    assert listed.pop("--outcome") == "`escalation`"
+    assert listed.pop("--series") == "the anion gap"
+    for flag, default in listed.items():
+        assert default == known[flag], flag
+
+
 @pytest.mark.parametrize("script", PARSERS)
 def test_commands_of_the_pages_parse(script: str) -> None:
     found = [words for page in PAGES for words in commands(text_of(page), script)]
@@ -183,7 +193,7 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
-    linked = re.findall(r"\]\(medgemma_clinical/docs/(\w+\.md)", text_of(README))
+    linked = re.findall(r"\]\(medgemma_clinical/docs/([\w-]+\.md)", text_of(README))
     assert {page.name for page in DOCS.glob("*.md")} == {*linked}
 
 

@@ -490,7 +490,9 @@ def test_check_prints_what_a_user_must_know(
         assert (f"{count:>15} out, {left:>9} left: {rule}" in text) == (count > 0)
     assert "no CANHX_GFR: the history holds no GFR" in text
     assert "observations a row" in text
-    assert text.endswith("fit to train on\n")
+    assert "split drawn by --seed 0: train " in text
+    assert "fewer than 10 patients of the test part have, or lack, the event" in text
+    assert text.endswith("\nready, with warnings\n")
 
 
 def test_check_warns_of_implausible_values(
@@ -513,7 +515,7 @@ def test_check_says_that_a_folder_without_events_is_fit_to_predict_on(
     assert srtr_dataset.main(words) == 0
     out = capsys.readouterr().out
     assert "rows 5, patients 5" in out
-    assert "fit to predict on, not to train on" in out
+    assert "\nready to predict on, with warnings, not to train on: " in out
 
 
 @pytest.mark.parametrize(

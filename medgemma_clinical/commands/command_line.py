@@ -327,14 +327,14 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     chosen = [flag for flag in WAYS if flag in given]
     if len(chosen) > 1 and not set(WAYS[-3:]).issuperset(chosen):
         raise InputError(f"{' and '.join(chosen)} do not go together")
+    if args.predict:
+        _check_predict(given)
     for way, allowed in ALLOWED_FLAGS.items():
         if way in given:
             _check_unused(way, given - allowed - {way})
-    needed = {"--checkpoint", "--predictions"}
     if not args.predict:
-        _check_unused("a command without --predict", given & {*needed, "--strict"})
-    elif missing := sorted(needed - given):
-        raise InputError(f"--predict needs {' and '.join(missing)}")
+        needed = {"--checkpoint", "--predictions", "--strict"}
+        _check_unused("a command without --predict", given & needed)
     if args.ablation:
         _check_unused("--ablation", given & VARIED_FLAGS)
         if args.series_text == "none":
@@ -347,6 +347,20 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
     elif off:
         _check_unused("--soft_prompt off", given & {"--ode_checkpoint", "--freeze_ode"})
+
+
+def _check_predict(given: set[str]) -> None:
+    """Check that a prediction has all flags; name those in its way in the same line."""
+    needed = {
+        "--checkpoint RUN/STAGE": {"--checkpoint"},
+        "--predictions FILE.csv": {"--predictions"},
+        "--data_path FILE or --data_dir FOLDER": {"--data_path", "--data_dir"},
+    }
+    missing = [flag for flag, names_ in needed.items() if not names_ & given]
+    unused = sorted(given - ALLOWED_FLAGS["--predict"] - {"--predict"})
+    if missing:
+        without = f"; it has no use for {', '.join(unused)}: leave it out" if unused else ""
+        raise InputError(f"--predict needs {', '.join(missing)}{without}")
 
 
 def _check_unused(way: str, unused: set[str]) -> None:

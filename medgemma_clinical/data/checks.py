@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import (
+    count_patients,
     count_text,
     flow_lines,
+    has_few_events,
     is_small,
     patient_quantiles,
     rarer_patients,
 )
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
+SEED = 0
+"""Of the split that is shown; the default of ``--seed``."""
+
+FEWEST_PATIENTS, FEWEST_TEST_EVENTS = 100, 10
+"""Patients, and patients of the test part with and without the event, below which a check warns:
+with fewer, hardly any difference between models is larger than its interval."""
+
+MOST_IMPLAUSIBLE = 0.5
+"""Share of a series' values from which on its unit is taken for wrong."""
+
+
+@contextlib.contextmanager
+def log_refusal() -> Iterator[None]:
+    """Log the verdict on data that cannot be used.
+
+    Raises:
+        InputError: that of the block.
+    """
+    try:
+        yield
+    except InputError:
+        logger.info("not ready")
+        raise
+
 
 def log_check(dataset: TrajectoryDataset, fewest: int, unfit: str | None = None) -> None:
-    """Log the summary of a data set, what looks wrong, and whether it is fit to train on.
+    """Log summary and split of a data set, what looks wrong, and whether it is ready.
 
     Args:
         dataset: as read, labels not required.
@@ -32,18 +61,68 @@ def log_check(dataset: TrajectoryDataset, fewest: int, unfit: str | None = None)
     Raises:
         InputError: the rows are labelled, and no model can be trained on them.
     """
-    for line in summarize(dataset, fewest):
-        logger.info(line)
-    for line in implausible_series(dataset, fewest):
-        logger.warning("warning: %s", line)
     if unlabelled := int(np.isnan(dataset.labels).sum()):
-        without = count_text(unlabelled, fewest)
-        unfit = unfit or f"{without} of {len(dataset):,} rows have no label"
-    if unfit:
-        logger.info("%s: fit to predict on, not to train on", unfit)
-        return
-    dataset.check_measured(dataset.split(seed=0)["train"], fewest)
-    logger.info("fit to train on")
+        share = f"{count_text(unlabelled, fewest)} of {len(dataset):,} rows have no label"
+        no_label = "no labels" if unlabelled == len(dataset) else share
+        unfit = unfit or f"{no_label} to train on"
+    split, problem = {}, None
+    try:
+        split = {} if unfit else dataset.split(SEED)
+        if split:
+            dataset.check_measured(split["train"], fewest)
+    except InputError as error:  # the summary tells why
+        problem = error
+    hidden = bool(split) and has_few_events(dataset.labels, dataset.groups, split, fewest)
+    for line in summarize(dataset, fewest, events=not hidden):
+        logger.info(line)
+    if split:
+        logger.info(describe_split(dataset, split, fewest, events=not hidden))
+    warnings = [*implausible_series(dataset, fewest), *_too_few(dataset, split, fewest)]
+    for line in warnings:
+        logger.warning("warning: %s", line)
+    if problem:
+        raise problem
+    ready = "ready to predict on" if unfit else "ready"
+    with_warnings = ", with warnings" if warnings or dataset.warnings else ""
+    logger.info("%s%s%s", ready, with_warnings, f", {unfit}" if unfit else "")
+
+
+def describe_split(
+    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], fewest: int, *, events: bool
+) -> str:
+    """Return rows, patients and events of each part, or that a part is too small to be shown.
+
+    Args:
+        dataset: with labels.
+        split: positions of each part.
+        fewest: patients of the smallest cell that is shown.
+        events: whether the numbers of events are shown; those of one part tell the others'.
+    """
+    how = f"drawn by --seed {SEED}" if dataset.parts is None else "of the column split"
+    patients = {part: count_patients(dataset.groups, rows) for part, rows in split.items()}
+    if any(is_small(count, fewest) for count in patients.values()):
+        return f"split {how}: not shown, a part has fewer than {fewest} patients"
+    shown = []
+    for part, rows in split.items():
+        counted = f"{part} {len(rows):,} rows, {patients[part]:,} patients"
+        shown.append(counted + (f", {int(dataset.labels[rows].sum()):,} events" if events else ""))
+    hidden = "" if events else "; number of events not shown"
+    return f"split {how}: {'; '.join(shown)}{hidden}"
+
+
+def _too_few(
+    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], fewest: int
+) -> list[str]:
+    """Warn of few patients; not by limits below ``fewest``, which would tell hidden numbers."""
+    warnings = []
+    if dataset.n_patients < (limit := max(FEWEST_PATIENTS, fewest)):
+        warnings.append(f"fewer than {limit} patients: figures of a model will be undecided")
+    if split:
+        rows, limit = split["test"], max(FEWEST_TEST_EVENTS, fewest)
+        if rarer_patients(dataset.labels[rows], dataset.groups[rows]) < limit:
+            few = f"fewer than {limit} patients of the test part have, or lack, the event"
+            warnings.append(f"{few}: its figures will be undecided")
+    return warnings
 
 
 def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -> list[str]:
@@ -121,11 +200,14 @@ def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         if count := count_implausible(dataset, f):
             low, high = dataset.plausible(f)
-            measured = np.count_nonzero(~np.isnan(dataset.values[:, f]))
-            shown = f"{count_text(count, fewest)} of {measured:,} values"
+            measured = int(np.count_nonzero(~np.isnan(dataset.values[:, f])))
+            few = is_small(measured - count, fewest)
+            told = f"all but fewer than {fewest}" if few else count_text(count, fewest)
+            shown = f"{told} of {measured:,} values"
+            most = count >= MOST_IMPLAUSIBLE * measured
+            advice = "most of them: convert the unit" if most else "is the unit right?"
             found.append(
-                f"{name}: {shown} lie outside {low:g} to {high:g}{with_space(unit)}: is the unit "
-                "right?"
+                f"{name}: {shown} lie outside {low:g} to {high:g}{with_space(unit)}: {advice}"
             )
     return found
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from medgemma_clinical.files import InputError, file_hash, one_line, read_json
 logger = logging.getLogger(__name__)
 
 MAIN_COLUMN = "clinical_trajectory"
+
+LABEL = "label_escalation"
+"""Default of ``--label_column``."""
 
 SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 """A column of one more series: its name, and its unit if it has one."""
@@ -38,7 +42,7 @@ class Description:
     """What the series and the label of a DKA file mean, for texts and checks.
 
     Read from a JSON object in a file of the same name beside the data (``data.csv``,
-    ``data.json``); absent keys keep these defaults, other keys are ignored.
+    ``data.json``); absent keys keep these defaults, keys that are not known are refused.
 
     Attributes:
         series: name of the main series as a clinician writes it.
@@ -50,6 +54,7 @@ class Description:
         prediction_time: when the question is asked, in words; empty where unknown.
         horizon: how far the question looks ahead, in words; empty where unknown.
         flow: ``rule``, ``removed``, ``left`` of each rule by which data came to their rows.
+        labels: ``outcome`` and ``question`` of further label columns, by the column's name.
     """
 
     series: str = "Anion gap"
@@ -61,6 +66,27 @@ class Description:
     prediction_time: str = ""
     horizon: str = ""
     flow: tuple[dict[str, Any], ...] = ()
+    labels: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def for_label(self, column: str) -> Description:
+        """Return the description with the outcome of a label column as its own.
+
+        A column without an entry in ``labels`` is no outcome that the file describes, but for
+        ``label_escalation``: the outcome has the column's name then.
+
+        Raises:
+            InputError: the name is no text for a report.
+        """
+        told = self.labels.get(column)
+        if column == LABEL:
+            return replace(self, **(told or {}))
+        words = column.removeprefix("label_").replace("_", " ").strip() or column
+        outcome = words[:1].upper() + words[1:]
+        _check_outcome(f"--label_column {column}", outcome)
+        question = f"Will the outcome {outcome} occur?"
+        horizon = self.horizon if told else ""
+        named = replace(self, outcome=outcome, question=question, horizon=horizon)
+        return replace(named, **(told or {}))
 
     @classmethod
     def beside(cls, path: Path) -> Description:
@@ -95,25 +121,25 @@ class Description:
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> Description:
         """Check and convert the known keys of a description."""
+        check_keys("", content, [*(f.name for f in fields(cls)), *ORIGIN])
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
         plausible = _rising(known.pop("plausible", cls.plausible))
         ranges = known.pop("limits", {})
         limits = {comparable(name): _rising(pair) for name, pair in ranges.items()}
         flow = tuple({key: rule[key] for key in FLOW_COLUMNS} for rule in known.pop("flow", ()))
-        for key, text in known.items():
-            if not isinstance(text, str) or not (text or key in OPTIONAL_TEXTS):
-                raise ValueError(f"{key} must be a text")
-            check_text(f"key {key}", text, LONGEST_NAME if key in NAMES else LONGEST_SENTENCE)
+        labels = {name: dict(texts) for name, texts in known.pop("labels", {}).items()}
+        _check_texts("", known)
+        for name, texts in labels.items():
+            check_text("key labels", name, LONGEST_NAME)
+            check_keys(f"labels.{name}.", texts, ("outcome", "question"))
+            _check_texts(f"labels.{name}.", texts)
         for name in ranges:
             check_text("key limits", name, LONGEST_NAME)
         for rule in flow:
             check_text("key flow", rule["rule"], LONGEST_SENTENCE)
             if not all(_is_count(rule[key]) for key in ("removed", "left")):
                 raise ValueError("flow must count rows")
-        if known.get("outcome", "").startswith(FORMULA_STARTS):
-            problem = "a spreadsheet would take it for a formula: begin it with a letter"
-            raise InputError(f"key outcome: {problem}")
-        return cls(**known, plausible=plausible, limits=limits, flow=flow)
+        return cls(**known, plausible=plausible, limits=limits, flow=flow, labels=labels)
 
 
 NAMES = ("series", "unit", "outcome")
@@ -121,6 +147,47 @@ NAMES = ("series", "unit", "outcome")
 
 OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon")
 """Texts of a description that may be empty; a pH has no unit."""
+
+ORIGIN = (
+    *("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256"),
+    *("versions", "csv_sha256", "licence", "license", "citation", "note"),
+)
+"""Keys that say where data come from, for people."""
+
+
+def check_keys(within: str, content: dict[str, Any], known: Sequence[str]) -> None:
+    """Refuse a key that nothing reads: a misspelt one would leave a default in silence.
+
+    Raises:
+        InputError: names the key and the one that is meant.
+    """
+    for key in [key for key in content if key not in known]:
+        near = difflib.get_close_matches(key[:LONGEST_NAME], known, 1)
+        advice = f"did you mean {near[0]}?" if near else f"the keys are {join_names(known)}"
+        raise InputError(f"key {within}{key[:LONGEST_NAME]}: no such key: {advice}")
+
+
+def _check_texts(within: str, texts: dict[str, Any]) -> None:
+    """Check names and sentences, each under its key.
+
+    Raises:
+        InputError: as ``check_text``, or an outcome that a spreadsheet would take for a formula.
+        ValueError: no text.
+    """
+    for key, text in texts.items():
+        if not isinstance(text, str) or not (text or key in OPTIONAL_TEXTS):
+            raise ValueError(f"{key} must be a text")
+        place = f"key {within}{key}"
+        check_text(place, text, LONGEST_NAME if key in NAMES else LONGEST_SENTENCE)
+        if key == "outcome":
+            _check_outcome(place, text)
+
+
+def _check_outcome(place: str, outcome: str) -> None:
+    check_text(place, outcome, LONGEST_NAME)
+    if outcome.startswith(FORMULA_STARTS):
+        problem = "a spreadsheet would take it for a formula: begin it with a letter"
+        raise InputError(f"{place}: {problem}")
 
 
 def check_text(place: str, text: str, longest: int) -> None:
@@ -221,14 +288,14 @@ def _parse_column_name(column: str, source: str) -> Series:
 
 def list_columns(columns: Sequence[str]) -> str:
     """Return the columns of a table for an error, unless they seem to be a patient's cells."""
-    if any(map(_seems_cell, columns)):
+    if any(map(seems_cell, columns)):
         return "the first row seems to hold data: is the header missing?"
     return f"the columns are {join_names(columns)}"
 
 
 def list_unread(columns: Sequence[str]) -> str:
     """Return columns that are not read for the log; those that seem to be cells are counted."""
-    named = [one_line(name) for name in columns if not _seems_cell(name)][:MOST_UNREAD]
+    named = [one_line(name) for name in columns if not seems_cell(name)][:MOST_UNREAD]
     return join_names(named, others=len(columns) - len(named))
 
 
@@ -239,5 +306,6 @@ def join_names(names: Sequence[str], others: int = 0) -> str:
     return ", ".join(shown) + (f" and {others:,} more" if others else "")
 
 
-def _seems_cell(name: str) -> bool:
+def seems_cell(name: str) -> bool:
+    """Return whether the name of a column looks like a patient's cell."""
     return "->" in name or re.match(rf"\s*{NUMBER}", name) is not None

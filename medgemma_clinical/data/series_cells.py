@@ -49,11 +49,39 @@ class Observations:
         return Observations(self.owner[chosen], self.times[chosen], self.values[chosen])
 
 
+UNICODE_ARROW = "\u2192"
+DATE = re.compile(r"\(\s*(?:\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d{1,2}:\d{2})")
+UNIT = re.compile(rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*(?:([a-zA-Z]{{1,9}})\s*)?\)\s*")
+"""What stands in place of hours: a date or a time of day, or a number in another unit or none."""
+
+CONVERSIONS = {
+    "": "has no unit of time: write h behind the hours",
+    **dict.fromkeys(("hours", "hour", "hrs", "hr", "h"), "has a word for hours: write h"),
+    **dict.fromkeys(("minutes", "minute", "mins", "min", "m"), "is in minutes: divide by 60"),
+    **dict.fromkeys(("seconds", "second", "sec", "s"), "is in seconds: divide by 3600"),
+    **dict.fromkeys(("days", "day", "d"), "is in days: multiply by 24"),
+}
+"""What to do about units of time."""
+
+
 def describe_unreadable(text: str) -> str:
-    """Return which observation of an unreadable cell has the wrong form, without its content."""
+    """Return which observation of an unreadable cell has the wrong form, and how to convert it.
+
+    Never returns the content.
+    """
     pieces = enumerate(text.split(ARROW), 1)
-    k = next(k for k, piece in pieces if not re.fullmatch(OBSERVATION, piece))
-    return f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
+    k, piece = next((k, p) for k, p in pieces if not re.fullmatch(OBSERVATION, p))
+    if UNICODE_ARROW in piece:
+        problem = "holds the arrow U+2192: write -> between observations"
+    elif re.fullmatch(OBSERVATION, piece.replace(",", ".")):
+        problem = "holds a comma in a number: write a decimal point, no separator of thousands"
+    elif DATE.search(piece):
+        problem = "holds a date or a time of day: write the hours since the first observation"
+    elif (match := UNIT.fullmatch(piece)) and (unit := match.group(1) or "").lower() in CONVERSIONS:
+        problem = CONVERSIONS[unit.lower()]
+    else:
+        return f"piece {k} is not of the form VALUE (HOURSh), as 24 (0h)"
+    return f"piece {k} {problem}, as 24 (0h) -> 20.5 (2h)"
 
 
 def parse_cells(text: pd.Series) -> Observations:

@@ -50,6 +50,7 @@ class Findings:
             names the column, never the content of a patient's cell.
         counts: rows by what there is to say of them.
         notes: what there is to say of the file; an ordered set.
+        warnings: what seems to be a mistake in the file; an ordered set.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Findings:
     problems: dict[int, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
 
     def add_problem(
         self, row: int, problem: str, *, column: str = "", value: object = None
@@ -72,9 +74,11 @@ class Findings:
         self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
 
     def log(self) -> None:
-        """Log notes and counts; problems are the caller's to report."""
+        """Log notes, warnings and counts; problems are the caller's to report."""
         for note in self.notes:
             logger.info("%s: %s", self.source, note)
+        for warning in self.warnings:
+            logger.warning("warning: %s: %s", self.source, warning)
         for text, rows in self.counts.items():
             if rows:
                 logger.info("%s: %s rows %s", self.source, count_text(rows, FEWEST), text)
@@ -204,13 +208,23 @@ def _numbered_rows(path: Path, text: TextIO) -> Iterator[tuple[int, list[str]]]:
     Strict: a misplaced quote otherwise swallows all rows up to the next one, or to the end.
     """
     csv.field_size_limit(LONGEST_ROW)
-    number = 0
+    number, header = 0, ""
+
+    def lines() -> Iterator[str]:
+        nonlocal header
+        for line in text:
+            header = header or line.strip()
+            yield line
+
     try:
-        for cells in csv.reader(text, skipinitialspace=True, strict=True):
+        for cells in csv.reader(lines(), skipinitialspace=True, strict=True):
             number += 1
             if any(map(str.strip, cells)):
                 yield number, cells
     except csv.Error as error:
+        for separator in SEPARATORS if number == 0 else ():
+            if f'"{separator}' in header:
+                raise _wrong_separator(path, separator) from error
         raise InputError(f"{path}, row {number + 1}: {error}: check its quotes") from error
 
 
@@ -221,12 +235,16 @@ def _check_width(path: Path, columns: int) -> None:
 
 def _check_separator(path: Path, header: list[str]) -> None:
     """Refuse a header in which another separator is more frequent than the comma."""
-    for separator, name in SEPARATORS.items():
+    for separator in SEPARATORS:
         if sum(cell.count(separator) for cell in header) > len(header) - 1:
-            raise InputError(
-                f"{path}, row 1: the columns seem to be separated by {name}: save the file as CSV "
-                "separated by commas"
-            )
+            raise _wrong_separator(path, separator)
+
+
+def _wrong_separator(path: Path, separator: str) -> InputError:
+    return InputError(
+        f"{path}, row 1: the columns seem to be separated by {SEPARATORS[separator]}: save the "
+        "file as CSV separated by commas, with points in decimal numbers"
+    )
 
 
 def _parquet_chunks(path: Path, most: int | None) -> Iterator[tuple[pd.DataFrame, int]]:

@@ -10,10 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import FEWEST, has_few_events
+from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
-
-IDENTIFYING_VALUES = 3
-"""A row with fewer measured values does not identify its patient: other patients share them."""
 
 LATEST_OBSERVATIONS = 5
 """Observations that identify a row; the latest, since ``--max_len`` cuts the others off."""

@@ -92,6 +92,7 @@ class TrajectoryDataset:
         fixed_features: the features belong to the format: one that is never measured is no mistake.
         named: whether the data name their patients; else each row is one, known by its number.
         flow: how the data came to their rows, ``FLOW_COLUMNS``; None where unknown.
+        warnings: what seems to be a mistake in the source, as logged when it was read.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,7 @@ class TrajectoryDataset:
     main: int = 0
     named: bool = True
     flow: pd.DataFrame | None = None
+    warnings: tuple[str, ...] = ()
 
     times: NDArray[np.float64]
     values: NDArray[np.float64]

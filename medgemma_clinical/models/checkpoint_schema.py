@@ -151,6 +151,7 @@ DATA: Table = {
     "dataset": NAME,
     "reading": {
         "max_len": COUNT,
+        "label_column": maybe(words(200)),
         "organ": maybe(NAME),
         "landmark_days": maybe(DAYS),
         "horizon_days": maybe(COUNT),

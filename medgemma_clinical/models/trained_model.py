@@ -269,6 +269,9 @@ def load_stage1_encoder(
             raise InputError(
                 f"{path}: trained on {key} {config[key]}, the data have {description[key]}"
             )
+    column = config["reading"].get("label_column")
+    if column not in (None, description["reading"].get("label_column")):
+        raise InputError(f"{path}: trained on --label_column {column}: give the same")
     stored = config["encoder"].get("time_scale")
     if time_scale not in (None, stored):
         raise InputError(f"{path}: its --time_scale is {stored}: leave the flag out")

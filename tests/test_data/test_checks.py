@@ -3,33 +3,101 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import numpy as np
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.checks import implausible_series, log_check, summarize
+from medgemma_clinical.data.checks import implausible_series, log_check, log_refusal, summarize
 from trajectories import dataset_of, table_of
 
+SOUND = ["20 (0h) -> 21 (4h)"] * 200
+FEW_EVENTS = "warning: fewer than 10 patients of the test part have, or lack, the event: "
 
-def test_a_labelled_data_set_is_fit_to_train_on(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = dataset_of(["20 (0h) -> 21 (4h)"] * 20)
+
+def checked(
+    caplog: pytest.LogCaptureFixture, dataset: MIMICtrajectoryDataset, fewest: int = 0
+) -> list[str]:
+    """Return what the check says of a data set."""
+    caplog.clear()
     with caplog.at_level(logging.INFO):
-        log_check(dataset, 0)
-    assert caplog.messages[-1] == "fit to train on"
+        log_check(dataset, fewest)
+    return caplog.messages
 
 
-def test_an_unlabelled_data_set_is_fit_to_predict_on(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = dataset_of(["20 (0h) -> 21 (4h)"])
-    dataset.labels = np.array([np.nan])
-    with caplog.at_level(logging.INFO):
-        log_check(dataset, 0)
-    assert caplog.messages[-1] == "1 of 1 rows have no label: fit to predict on, not to train on"
+def test_a_sound_data_set_is_ready(caplog: pytest.LogCaptureFixture) -> None:
+    *_, split, verdict = checked(caplog, dataset_of(SOUND))
+    assert split == (
+        "split drawn by --seed 0: train 160 rows, 160 patients, 80 events; val 20 rows, 20 "
+        "patients, 10 events; test 20 rows, 20 patients, 10 events"
+    )
+    assert verdict == "ready"
 
 
-def test_too_few_events_are_refused() -> None:
+def test_few_patients_and_few_events_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    messages = checked(caplog, dataset_of(SOUND[:98]))
+    assert "warning: fewer than 100 patients: figures of a model will be undecided" in messages
+    assert any(line.startswith(FEW_EVENTS) for line in messages)
+    assert messages[-1] == "ready, with warnings"
+    messages = checked(caplog, dataset_of(SOUND[:100]))
+    assert not any("fewer than 100 patients" in line for line in messages)
+    messages = checked(caplog, dataset_of(SOUND, label_escalation=[1] * 90 + [0] * 110))
+    assert next(line for line in messages if "warning" in line).startswith(FEW_EVENTS)
+
+
+def test_a_warning_of_the_reader_counts(caplog: pytest.LogCaptureFixture) -> None:
+    assert checked(caplog, dataset_of(SOUND, context="54 years"))[-1] == "ready, with warnings"
+
+
+def test_a_series_that_is_mostly_implausible_is_a_wrong_unit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    messages = checked(caplog, dataset_of(["180 (0h) -> 21 (4h)"] * 200))
+    assert (
+        "warning: Anion gap: 200 of 400 values lie outside -5 to 60 mEq/L: most of them: convert "
+        "the unit"
+    ) in messages
+    assert messages[-1] == "ready, with warnings"
+
+
+def test_a_given_split_is_shown_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    split = ["train"] * 80 + ["val"] * 60 + ["test"] * 60
+    messages = checked(caplog, dataset_of(SOUND, split=split), 11)
+    (line,) = (line for line in messages if line.startswith("split"))
+    assert line.startswith("split of the column split: train 80 rows, 80 patients, 40 events; val")
+
+
+def test_a_split_tells_no_small_cell(caplog: pytest.LogCaptureFixture) -> None:
+    """Parts are stratified: the events of all rows, or of one part, tell those of the others."""
+    text = "\n".join(checked(caplog, dataset_of(SOUND), 11))
+    assert "test 20 rows, 20 patients; number of events not shown" in text
+    assert not re.search(r"\d events", text)
+    assert "fewer than 11 patients of the test part have, or lack, the event" in text
+    text = "\n".join(checked(caplog, dataset_of(SOUND[:90]), 11))
+    assert "split drawn by --seed 0: not shown, a part has fewer than 11 patients" in text
+    assert "test 10" not in text
+
+
+def test_an_unlabelled_data_set_is_ready_to_predict_on(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = dataset_of(SOUND)
+    dataset.labels[:] = np.nan
+    messages = checked(caplog, dataset)
+    assert messages[-1] == "ready to predict on, no labels to train on"
+    assert "fewer than 250 patients: figures" in "\n".join(checked(caplog, dataset, 250))
+    dataset.labels[20:] = 0
+    end = "ready to predict on, 20 of 200 rows have no label to train on"
+    assert checked(caplog, dataset)[-1] == end
+    assert not any(line.startswith("split") for line in caplog.messages)
+
+
+def test_too_few_events_are_refused_behind_the_summary(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InputError, match="1 patients with an event"):
+        checked(caplog, dataset_of(["20 (0h)"] * 3))
+    assert "rows 3, patients 3" in caplog.messages
+    with caplog.at_level(logging.INFO), pytest.raises(InputError), log_refusal():
         log_check(dataset_of(["20 (0h)"] * 3), 0)
+    assert caplog.messages[-1] == "not ready"
 
 
 def test_no_extreme_stands_in_the_summary() -> None:
@@ -44,6 +112,11 @@ def test_suspicions_name_the_series() -> None:
     assert implausible_series(dataset, 0) == [
         "Anion gap: 1 of 3 values lie outside -5 to 60 mEq/L: is the unit right?"
     ]
+
+
+def test_a_few_plausible_values_are_no_more_told_than_a_few_others() -> None:
+    (line,) = implausible_series(dataset_of(["240 (0h)"] * 30 + ["20 (0h)"] * 5), 11)
+    assert line.startswith("Anion gap: all but fewer than 11 of 35 values lie outside")
 
 
 def test_quantiles_have_enough_patients_beyond_and_are_values_that_occur() -> None:

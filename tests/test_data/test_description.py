@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,3 +175,56 @@ def test_a_description_that_is_no_file_is_not_passed_over(target: str, tmp_path:
     (tmp_path / "data.json").symlink_to(target)
     with pytest.raises(InputError, match=r"data\.json: not a file"):
         Description.beside(tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"serie": "Lactate"}, "key serie: no such key: did you mean series?"),
+        ({"Outcome": "Death"}, "key Outcome: no such key: did you mean outcome?"),
+        ({"zzz": 1}, "key zzz: no such key: the keys are series, unit, question"),
+        ({"a\x1b[2J": 1}, r"key a\x1b[2J: no such key"),
+        (
+            {"labels": {"label_death": {"outcom": "x"}}},
+            "labels.label_death.outcom: no such key: did",
+        ),
+        (
+            {"labels": {"label_death": {"outcome": "=x"}}},
+            "key labels.label_death.outcome: a spreads",
+        ),
+        ({"labels": {"label_death": {"outcome": 3}}}, "not a description"),
+        ({"labels": ["label_death"]}, "not a description"),
+    ],
+)
+def test_a_key_that_nothing_reads_is_refused(content: object, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        Description.beside(tmp_path / "data.csv")
+    assert problem in str(caught.value)
+
+
+def test_keys_of_origin_are_known(tmp_path: Path) -> None:
+    keys = ("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256")
+    content = {key: {"any": 1} for key in (*keys, "versions", "licence")}
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    assert Description.beside(tmp_path / "data.csv") == Description()
+
+
+def test_another_label_is_never_called_by_the_outcome_of_label_escalation() -> None:
+    told = Description(
+        outcome="ICU", question="ICU?", horizon="24 h", labels={"b": {"outcome": "B"}}
+    )
+    assert told.for_label("label_escalation") == told
+    death = told.for_label("label_death")
+    assert (death.outcome, death.question) == ("Death", "Will the outcome Death occur?")
+    assert death.horizon == ""
+    both = told.for_label("b")
+    assert (both.outcome, both.question) == ("B", "Will the outcome B occur?")
+    assert both.horizon == "24 h"
+    assert told.for_label("label_ICU_stay").outcome == "ICU stay"
+    assert told.for_label("label_").outcome == "Label_"
+    entry = replace(told, labels={"label_death": {"outcome": "Died", "question": "Dies?"}})
+    assert entry.for_label("label_death").question == "Dies?"
+    for name in ("=cmd", "a\x1b[2J", "x" * 201):
+        with pytest.raises(InputError, match="--label_column"):
+            told.for_label(name)

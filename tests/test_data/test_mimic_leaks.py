@@ -122,6 +122,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"outcome": ["death"], "compute_gap": "missing"},
     {"outcome": ["death"], "compute_gap": "always"},
     {"outcome": ["death"], "item": "bicarbonate"},
+    {"outcome": ["death"], "series": ("all",), "compute_gap": "always"},
     {"outcome": ["death"], "cohort": "biochemical", "window_hours": 72.0},
     {"outcome": ["death"], "cohort": "dka"},
 ]

@@ -7,6 +7,7 @@ import pytest
 
 from medgemma_clinical.data import series_cells
 from medgemma_clinical.data.texts import plain
+from medgemma_clinical.files import InputError
 from trajectories import dataset_of, one_series, random_text
 
 
@@ -58,3 +59,30 @@ def test_a_space_of_any_kind_counts_as_a_space() -> None:
     # A spreadsheet or a web page brings no-break spaces that nobody sees.
     dataset = dataset_of(["24\u00a0(0h)\u00a0-> 20\u2009(2\u202fh)", "1 (0h)"])
     assert one_series(dataset, 0) == ([0.0, 2.0], [24.0, 20.0])
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        ("24 (0h) \u2192 20 (2h)", "piece 1 holds the arrow U+2192: write ->"),
+        ("24 (0h) -> 24,5 (0h)", "piece 2 holds a comma in a number: write a decimal point"),
+        ("24 (0,5h)", "piece 1 holds a comma in a number"),
+        ("24 (2150-01-01)", "piece 1 holds a date or a time of day: write the hours"),
+        ("24 (2150-01-01 10:30)", "piece 1 holds a date"),
+        ("24 (31.12.2150)", "piece 1 holds a date"),
+        ("24 (10:30)", "piece 1 holds a date or a time of day"),
+        ("24 (0)", "piece 1 has no unit of time: write h"),
+        ("24 (0 hours)", "piece 1 has a word for hours: write h"),
+        ("24 (1.25 Hrs)", "piece 1 has a word for hours: write h"),
+        ("24 (0h) -> 20 (30min)", "piece 2 is in minutes: divide by 60"),
+        ("24 (2 days)", "piece 1 is in days: multiply by 24"),
+        ("24 (2 moons)", "piece 1 is not of the form VALUE (HOURSh), as 24 (0h)"),
+        ("a -> b", "piece 1 is not of the form VALUE (HOURSh), as 24 (0h)"),
+    ],
+)
+def test_a_usual_mistake_gets_its_conversion(cell: str, problem: str) -> None:
+    text = series_cells.describe_unreadable(cell)
+    assert text.startswith(problem)
+    assert text.isascii()
+    with pytest.raises(InputError, match=r"row 0, column clinical_trajectory: piece"):
+        dataset_of([cell])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import SAMPLE
 from dataset_format import InputError, MIMICtrajectoryDataset
-from trajectories import dataset_of
+from medgemma_clinical.data.splits import row_keys
+from trajectories import dataset_of, table_of
 from visits import cohort
 
 
@@ -74,3 +78,67 @@ def test_a_given_split_needs_patients_with_and_without_an_event_in_each_part() -
     )
     with pytest.raises(InputError, match=r"column split: train .* lacks patients with or without"):
         MIMICtrajectoryDataset(table).split(0)
+
+
+# --------------------------------------------------------------------------- equal rows
+
+PARTS = ["train", "train", "val", "val", "test", "test"]
+ROWS = [f"{k} (0h) -> 20 (2h) -> 18 (4h)" for k in range(6)]
+LABELS = [0, 1, 0, 1, 0, 1]
+
+
+def with_copy(cell: str, at: int = 3, **columns: Any) -> MIMICtrajectoryDataset:
+    """Return six patients of whom one has another cell than their own."""
+    return dataset_of([*ROWS[:at], cell, *ROWS[at + 1 :]], split=PARTS, **columns)
+
+
+def test_equal_rows_in_two_parts_are_refused_unless_allowed() -> None:
+    pattern = r"rows 1 and 3 are equal .* \(1 such pairs\): remove .* by --allow_duplicates"
+    with pytest.raises(InputError, match=pattern):
+        with_copy(ROWS[1]).split(0)
+    table = table_of([*ROWS[:3], ROWS[1], *ROWS[4:]], split=PARTS)
+    MIMICtrajectoryDataset(table, allow_duplicates=True).split(0)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        with_copy(ROWS[1], label_escalation=[0, 1, 1, 0, 0, 1]),
+        with_copy(ROWS[1], clinical_context=["a", "b", "c", "d", "e", "f"]),
+        with_copy("1 (0h) -> 20 (2h) -> 18 (4.5h)"),
+        with_copy("1 (0h) -> 18 (2h) -> 20 (4h)"),
+        with_copy(ROWS[1], trajectory_x=["", "1 (0h)", "", "2 (0h)", "", ""]),
+        with_copy(ROWS[1], trajectory_x=["", "1 (0h)", "", "1 (2h)", "", ""]),
+    ],
+    ids=["label", "context", "time", "order", "value", "time of a value"],
+)
+def test_rows_that_differ_in_what_is_read_are_not_equal(dataset: MIMICtrajectoryDataset) -> None:
+    dataset.split(0)
+
+
+def test_equal_rows_in_one_part_leak_nothing() -> None:
+    rows, parts = [*ROWS, ROWS[0]], [*PARTS, "train"]
+    dataset_of(rows, label_escalation=[*LABELS, 0], split=parts).split(0)
+
+
+def test_rows_of_few_values_may_be_equal() -> None:
+    dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS).split(0)
+    with pytest.raises(InputError, match="are equal"):
+        dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS, trajectory_x=["1 (9h)"] * 6).split(0)
+
+
+def test_equal_rows_are_numbered_as_in_the_file_also_when_rows_were_left_out() -> None:
+    table = table_of(["", *ROWS, "", ROWS[1]], split=["train", *PARTS, "train", "test"])
+    table["label_escalation"] = [0, *LABELS, 0, 1]
+    dataset = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"), series=["Anion gap"])
+    with pytest.raises(InputError, match="rows 2 and 8 are equal"):
+        dataset.subset(np.arange(len(dataset))[::-1]).split(0)
+
+
+@pytest.mark.parametrize("name", ["bicarbonate.csv", "chemistry.csv.gz"])
+def test_the_sample_data_hold_no_equal_rows(name: str) -> None:
+    dataset = MIMICtrajectoryDataset(SAMPLE.with_name(f"physionet2012_{name}"))
+    arrays = (dataset.times, dataset.values, dataset.offsets, dataset.labels, dataset.contexts)
+    keys = row_keys(*arrays)
+    keys = keys[keys != 0]
+    assert len(np.unique(keys)) == len(keys) > 2_900

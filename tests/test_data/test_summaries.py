@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.case_mix import AGE
 from medgemma_clinical.data.description import SERIES_COLUMN
-from medgemma_clinical.data.series_cells import CELL
+from medgemma_clinical.data.series_cells import CELL, DATE, UNIT
 from medgemma_clinical.data.srtr.decode import BEHIND
 from medgemma_clinical.data.summaries import CONTEXT_NUMBER
 from medgemma_clinical.data.texts import NUMBER
@@ -149,6 +149,11 @@ SEARCHES: dict[str, tuple[Callable[[str], object], str, str]] = {
     "a number of a cell": (CELL.fullmatch, "", "1"),
     "spaces of a cell": (CELL.fullmatch, "1", " "),
     "pieces of a cell": (CELL.fullmatch, "1", " (0h) -> 1"),
+    "days of a date": (DATE.search, "1 (", "1"),
+    "spaces of a date": (DATE.search, "1 (", " "),
+    "numbers of a unit": (UNIT.fullmatch, "1 (", "1"),
+    "spaces of a unit": (UNIT.fullmatch, "1 (1", " "),
+    "letters of a unit": (UNIT.fullmatch, "1 (1", "m"),
     "spaces of an age": (AGE.search, "aged", " "),
     "words of a column": (SERIES_COLUMN.fullmatch, "trajectory_", "a [ "),
     "spaces of a column": (SERIES_COLUMN.fullmatch, "trajectory_a", " "),

@@ -28,8 +28,10 @@ def patients(rows: int, seed: int, *, observations: int = 6, named: bool = True)
     return pd.DataFrame(table)
 
 
-def data_of(table: pd.DataFrame, seed: int = 0, *, max_len: int = 20, most: int = 0) -> Data:
-    dataset = MIMICtrajectoryDataset(table, max_len)
+def data_of(
+    table: pd.DataFrame, seed: int = 0, *, max_len: int = 20, most: int = 0, **reading: Any
+) -> Data:
+    dataset = MIMICtrajectoryDataset(table, max_len, **reading)
     return prepare_data(dataset, max_samples=most, seed=seed, prompts=PromptOptions())
 
 
@@ -84,7 +86,8 @@ def test_rows_that_many_patients_share_identify_nobody() -> None:
     few = pd.DataFrame({SERIES: ["24 (0h) -> 20 (2h)"] * 60, LABEL: [k % 2 for k in range(60)]})
     assert overlap(data_of(few, 0), data_of(few, 1)) == 0
     twins = pd.concat([patients(50, seed=1, named=False)] * 2, ignore_index=True)
-    assert overlap(data_of(twins, 0), data_of(twins, 0)) == 0
+    same = data_of(twins, 0, allow_duplicates=True)
+    assert overlap(same, same) == 0
 
 
 def test_a_shorter_history_is_the_same_row() -> None:
@@ -115,7 +118,7 @@ def test_the_description_of_data_is_plain_and_rebuilds_their_reading() -> None:
     data = data_of(patients(100, seed=1), max_len=4)
     description = json.loads(json.dumps(data.description()))
     assert description["dataset"] == "dka"
-    assert description["reading"] == {"max_len": 4}
+    assert description["reading"] == {"max_len": 4, "label_column": LABEL}
     assert description["features"] == ["Anion gap"]
     assert description["named"] is True
     assert description["case_mix"]["patients"] == 80

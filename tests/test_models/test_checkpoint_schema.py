@@ -107,6 +107,7 @@ def test_what_the_program_writes_is_accepted(written: dict[str, Any]) -> None:
         ("case_mix", {"rows": ENDLESS}, "(a dict): expected at most 100 finite numbers"),
         ("reading", [], "(a list): expected an object"),
         ("reading.max_len", -1, "-1: expected a whole number from 1 to 1000000000"),
+        ("reading.label_column", 3, "3: expected a printable text of at most 200 characters"),
         ("reading.more", [1], "(a list): expected true, false, a finite number or a printable"),
         ("prompts.latest", 1.5, "1.5: expected a whole number"),
         ("prompts.series", "every", "'every': expected one of all, main, last, none"),

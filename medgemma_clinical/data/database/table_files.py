@@ -148,6 +148,24 @@ class TableFile:
                 raise InputError(f"{self.path}: the column {name} is there twice")
 
 
+def find_file(folder: Path, name: str, flag: str) -> Path:
+    """Find the file of a table in one of its forms.
+
+    Args:
+        folder: that the flag names.
+        name: of the table, such as ``hosp/patients``.
+        flag: for the error.
+
+    Raises:
+        InputError: it is missing or present twice.
+    """
+    found = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
+    if len(found) != 1:
+        problem = f"is there {len(found)} times: leave one" if found else "is missing"
+        raise InputError(f"{flag} {folder}: the table {name} ({', '.join(FORMS)}) {problem}")
+    return found[0]
+
+
 def open_table(
     database: Database, path: Path, columns: Mapping[str, Column], hint: str
 ) -> TableFile:

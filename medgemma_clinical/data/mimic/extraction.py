@@ -59,7 +59,10 @@ class Hospital(Protocol):
     """Definition of each cohort."""
 
     def load_admissions(self) -> None:
-        """Make the tables patients, admissions, icustays and ketoacidosis."""
+        """Make the tables patients, admissions, icustays and ketoacidosis.
+
+        The last holds hadm_id of each code, and when it was entered, NULL for codes of discharge.
+        """
 
     def choose_series(self) -> list[Series]:
         """Return the series that are asked for, the main one first."""

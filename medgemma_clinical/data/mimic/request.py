@@ -50,8 +50,8 @@ OUTCOMES = {
     "death": OutcomeText(
         "In-hospital death",
         "die in hospital",
-        "death in this hospital admission within the horizon (deathtime; the time of discharge "
-        "where only hospital_expire_flag says so). Whoever is discharged alive counts 0",
+        "death in this hospital admission within the horizon (its time, or the time of discharge "
+        "where only that is known). Whoever is discharged alive counts 0",
     ),
     "icu": OutcomeText(
         "ICU admission",
@@ -78,11 +78,11 @@ ESCALATION = OutcomeText(
 REPORTED, MISSING, ALWAYS = "reported", "missing", "always"
 GAPS = {
     REPORTED: (
-        "as the laboratory reports it (item 50868), in MIMIC-IV mostly with potassium and so about "
-        "4 mEq/L above sodium - chloride - bicarbonate"
+        "as the laboratory reports it: in MIMIC-IV (item 50868) mostly with potassium and so about "
+        "4 mEq/L above sodium - chloride - bicarbonate, in eICU so in some hospitals"
     ),
     MISSING: (
-        "as the laboratory reports it (item 50868; mostly with potassium), and sodium - chloride - "
+        "as the laboratory reports it (often with potassium), and sodium - chloride - "
         "bicarbonate in admissions without a reported one"
     ),
     ALWAYS: "sodium - chloride - bicarbonate, without potassium as in guidelines, for everyone",

@@ -21,7 +21,8 @@ chemistry AS (
 SELECT
     stay,
     NOT coalesce(age >= 18, false) AS not_adult,
-    getvariable('cohort') = 'dka' AND NOT coded AS not_coded,
+    getvariable('cohort') = 'dka' AND NOT (coded AND coalesce(coded_at <= time, true))
+        AS not_coded,
     first IS NULL AS no_value,
     coalesce(time < begins, false) AS before_admission,
     coalesce(stays.death <= time, false) AS dead,

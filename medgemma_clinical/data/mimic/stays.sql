@@ -27,7 +27,9 @@ SELECT
     subject_id, hadm_id, admittime AS begins, coalesce(death, dischtime) AS ends, death,
     upper(gender) AS sex, age_is_least,
     CASE WHEN age_is_least THEN 90 + least(since, 0) ELSE anchor_age + since END AS age,
-    hadm_id IN (SELECT hadm_id FROM ketoacidosis) AS coded
+    hadm_id IN (SELECT hadm_id FROM ketoacidosis) AS coded,
+    -- NULL where the code has no time: it is given at discharge.
+    (SELECT min(entered) FROM ketoacidosis WHERE ketoacidosis.hadm_id = aged.hadm_id) AS coded_at
 FROM aged;
 
 -- The admissions whose laboratory values are read.

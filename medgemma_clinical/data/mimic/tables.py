@@ -9,7 +9,6 @@ from pathlib import Path
 
 from medgemma_clinical.data.database.connection import Database
 from medgemma_clinical.data.database.table_files import (
-    FORMS,
     KEY,
     KEY_OR_EMPTY,
     NUMBER,
@@ -19,6 +18,7 @@ from medgemma_clinical.data.database.table_files import (
     WORD_OR_EMPTY,
     Column,
     TableFile,
+    find_file,
     load_table,
     open_table,
 )
@@ -123,7 +123,8 @@ class MimicTables:
             self._check_table(name, table)
         self._load("hosp/diagnoses_icd", "diagnoses_icd")
         self.database.run(
-            f"CREATE TABLE ketoacidosis AS SELECT hadm_id FROM diagnoses_icd WHERE {KETOACIDOSIS}"
+            "CREATE TABLE ketoacidosis AS SELECT hadm_id, NULL::TIMESTAMP AS entered "
+            f"FROM diagnoses_icd WHERE {KETOACIDOSIS}"
         )
 
     def choose_series(self) -> list[Series]:
@@ -208,8 +209,4 @@ def find_table(folder: Path, name: str) -> Path:
         kind = "MIMIC-III" if {"admissions", "d_labitems", "icustays"} & names else "not MIMIC-IV"
         kind = "MIMIC-IV before 2.0" if "core" in names else kind
         raise InputError(f"--mimic_dir {folder}: no folder {module}/ ({kind}?): {MIMIC_VERSIONS}")
-    found = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
-    if len(found) != 1:
-        problem = f"is there {len(found)} times: leave one" if found else "is missing"
-        raise InputError(f"--mimic_dir {folder}: the table {name} ({', '.join(FORMS)}) {problem}")
-    return found[0]
+    return find_file(folder, name, "--mimic_dir")

@@ -1,1 +1,1 @@
-"""Event tables with labels (MEDS, long tables) as rows of the DKA format."""
+"""Commands that make a DKA file from tables, a module each."""

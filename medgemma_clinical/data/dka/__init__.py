@@ -1,0 +1,1 @@
+"""Reading the DKA format: the names of its columns."""

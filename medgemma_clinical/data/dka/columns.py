@@ -1,0 +1,123 @@
+"""Columns of a DKA file that are not read and look as if they should be."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+
+from medgemma_clinical.data.description import (
+    LABEL,
+    LONGEST_NAME,
+    MAIN_COLUMN,
+    list_columns,
+    list_unread,
+    seems_cell,
+)
+from medgemma_clinical.data.series_cells import CELL
+
+PATIENT = "subject_id"
+
+ALIASES = {
+    MAIN_COLUMN: {"trajectory", "trajectories", "series", "timeseries"},
+    LABEL: {"label", "labels", "outcome", "target", "event", "y"},
+    PATIENT: {
+        *("subject", "patient", "patientid", "person", "personid", "pid", "id", "mrn", "uniquepid"),
+        *("hadmid", "admissionid", "stayid", "icustayid", "encounterid", "visitid"),
+        *("patientunitstayid", "patienthealthsystemstayid"),
+    },
+    "clinical_context": {"context", "clinicalnote", "clinicaltext", "note", "notes", "text"},
+}
+"""Other names of columns, as ``_squeeze`` writes them. Sources: MIMIC-IV, eICU, OMOP."""
+
+LEAST_LIKENESS = 0.85
+"""Of two names by ``difflib``, so that one is a misspelling of the other."""
+
+SAMPLE_ROWS = 20
+"""Rows by which a column is taken for a series."""
+
+LONG_TABLE = ({"item", "itemid", "code"}, {"value", "valuenum", "numericvalue"})
+"""Columns of a table with one row a measurement: one of each set."""
+
+
+def is_near_miss(name: str, target: str) -> bool:
+    """Return whether a column's name seems to mean the column ``target``."""
+    word, wanted = _squeeze(name), _squeeze(target)
+    if word in ALIASES.get(target, ()) or (target == LABEL and word.startswith("label")):
+        return True
+    return bool(difflib.get_close_matches(word, [wanted], 1, LEAST_LIKENESS))
+
+
+def _squeeze(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name[:LONGEST_NAME].lower())
+
+
+def describe_missing(table: pd.DataFrame, target: str) -> str:
+    """Return what to do about a column that is missing: near misses, then all columns."""
+    columns = [str(name) for name in table]
+    there = list_columns(columns)
+    if any(map(seems_cell, columns)):
+        return there
+    near = [name for name in columns if is_near_miss(name, target)]
+    if target == MAIN_COLUMN:
+        near = near or _series_columns(table, columns)
+        words = {_squeeze(name) for name in columns}
+        if not near and all(words & kind for kind in LONG_TABLE):
+            return f"a table of one value a row is converted by from_long; {there}"
+    if not near:
+        return there
+    asked = f"did you mean {list_unread(near)}?"
+    if target not in ALIASES:  # a label that the user has named
+        return f"{asked} {there}"
+    return f"{asked} rename it to {target}{_by_flag(near, target)}; {there}"
+
+
+def _by_flag(near: Sequence[str], target: str) -> str:
+    return f", or give --label_column {list_unread(near[:1])}" if target == LABEL else ""
+
+
+def describe_unread(table: pd.DataFrame, unread: Sequence[str], absent: Sequence[str]) -> list[str]:
+    """Return a warning of each kind of column that seems to be left unread by mistake.
+
+    Args:
+        table: as read.
+        unread: its columns that are not read.
+        absent: columns of the format that the table lacks.
+    """
+    rest = [name for name in unread if not seems_cell(name)]
+    warnings = []
+    for target in absent:
+        if near := [name for name in rest if is_near_miss(name, target)]:
+            meant = f"did you mean {target}? rename it{_by_flag(near, target)}"
+            warnings.append(f"not read: column {list_unread(near)}: {meant}")
+            rest = [name for name in rest if name not in near]
+    if series := _series_columns(table, rest):
+        names = list_unread([f"trajectory_{name}" for name in series])
+        meant = f"the cells look like series: rename to {names}"
+        warnings.append(f"not read: column {list_unread(series)}: {meant}")
+    return warnings
+
+
+def _series_columns(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    """Return those columns whose first cells all are series."""
+    found = []
+    for k, name in enumerate(map(str, table.columns)):
+        if name in names and not name.lower().startswith("trajectory"):
+            cells = [c for c in table.iloc[:SAMPLE_ROWS, k] if isinstance(c, str) and c.strip()]
+            if cells and all(map(CELL.fullmatch, cells)):
+                found.append(name)
+    return found
+
+
+def patient_column(table: pd.DataFrame) -> str | None:
+    """Return the column that seems to name the patients of a table without ``subject_id``.
+
+    Of several the one with the fewest values: that of the patient, not of the stay.
+    """
+    names = [str(name) for name in table if name not in (PATIENT, "id")]
+    if PATIENT in table or table.columns.duplicated().any():
+        return None
+    near = [name for name in names if not seems_cell(name) and is_near_miss(name, PATIENT)]
+    return min(near, key=lambda name: table[name].nunique(), default=None)

@@ -1,0 +1,112 @@
+"""The command from_eicu: eICU's tables in the form of MIMIC-IV's, for the same cohort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from medgemma_clinical.data.database.connection import Database
+from medgemma_clinical.data.database.flags import flag
+from medgemma_clinical.data.database.output import Made
+from medgemma_clinical.data.database.table_files import Column, find_file, load_table, open_table
+from medgemma_clinical.data.mimic.analytes import ANION_GAP, CHEMISTRY, Series, choose_series
+from medgemma_clinical.data.mimic.extraction import make_cohort
+from medgemma_clinical.data.mimic.request import COHORTS, CohortRequest
+
+STEPS = Path(__file__).parent
+
+TABLES = {
+    "patient": (
+        *("patientunitstayid", "patienthealthsystemstayid", "uniquepid", "gender", "age"),
+        *("hospitaladmitoffset", "hospitaldischargeoffset", "hospitaldischargestatus"),
+        *("unittype", "unitstaytype", "unitdischargeoffset"),
+    ),
+    "admissionDx": ("patientunitstayid", "admitdxenteredoffset", "admitdxpath"),
+    "lab": (
+        *("labname", "patientunitstayid", "labresultoffset", "labresultrevisedoffset"),
+        *("labresult", "labmeasurenamesystem"),
+    ),
+}
+"""Columns that are read. Source: eicu-crd.mit.edu, version 2.0; an offset is minutes from the
+admission to the unit."""
+
+ITEMS = {analyte.name.replace("urea nitrogen", "BUN"): analyte.items[0] for analyte in CHEMISTRY}
+"""MIMIC-IV's item of each labname. Others mean something else: bedside glucose is a finger prick,
+HCO3 and Total CO2 are computed by the blood gas machine."""
+
+STAYS = (
+    "eICU holds patients of its units alone: an admission begins with the first stay in one; left "
+    "out are hospital stays of unknown hospitaldischargestatus"
+)
+DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
+    "dka": "adult admissions with APACHE's admission diagnosis of diabetic ketoacidosis, entered "
+    f"by the prediction time; {STAYS}"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EicuRequest(CohortRequest):
+    """A request for rows from eICU."""
+
+    eicu_dir: Path = flag("folder of eICU with patient, admissionDx and lab")
+
+
+class EicuTables:
+    """The folder of eICU as tables of a database: a ``Hospital``."""
+
+    source = "eICU Collaborative Research Database (PhysioNet), under its data use agreement"
+    command = "from_eicu"
+    cohorts = DEFINITIONS
+    has_storing_times = True
+
+    def __init__(self, database: Database, request: EicuRequest) -> None:
+        """Find all files."""
+        self.database, self.request = database, request
+        self.name = f"--eicu_dir {request.eicu_dir}"
+        self.hashes: dict[str, str] = {}
+        self.paths = {name: find_file(request.eicu_dir, name, "--eicu_dir") for name in TABLES}
+        self.labs_path = self.paths["lab"]
+
+    def load_admissions(self) -> None:
+        """Make patients, admissions, icustays and ketoacidosis."""
+        self._load("patient")
+        self._load("admissionDx")
+        self.database.run((STEPS / "eicu_admissions.sql").read_text())
+
+    def choose_series(self) -> list[Series]:
+        """Return the series that are asked for, the main one first."""
+        return choose_series(self.request.series or (ANION_GAP.name,), self.request.compute_gap)
+
+    def load_labs(self, items: set[int]) -> None:
+        """Make labs of the values of some items, of patients with a wanted admission."""
+        self.database.add("items", pd.DataFrame(ITEMS.items(), columns=["labname", "itemid"]))
+        self._load(
+            "lab",
+            "{labname} IN (FROM items SELECT labname) AND {patientunitstayid} IN "
+            "(SELECT patientunitstayid FROM unit_stays SEMI JOIN wanted USING (subject_id))",
+        )
+        self.database.run((STEPS / "eicu_labs.sql").read_text())
+
+    def _load(self, name: str, keep: str = "true") -> None:
+        columns = {column: _kind(column) for column in TABLES[name]}
+        file = open_table(self.database, self.paths[name], columns, "this reads eICU 2.0")
+        self.hashes[name] = file.sha256
+        cells = {column: kind.typed(file.raw(column)) for column, kind in columns.items()}
+        load_table(self.database, name, file, columns, keep.format(**cells))
+
+
+def _kind(column: str) -> Column:
+    if column.endswith(("stayid", "offset")):
+        return Column("whole")
+    return Column("number" if column == "labresult" else "word", may_be_empty=True)
+
+
+def extract_eicu(request: EicuRequest) -> Made:
+    """Make rows of the DKA format from eICU.
+
+    Raises:
+        InputError: the tables cannot be read, or no admission is left.
+    """
+    return make_cohort(request, EicuTables)

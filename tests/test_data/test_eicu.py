@@ -1,0 +1,412 @@
+"""eICU in the form of MIMIC-IV: clock, units, values, diagnosis; leaks; forms of files."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
+from medgemma_clinical.files import InputError
+
+DEMO = Path(__file__).parents[1] / "data" / "eicu_demo"
+NAMES = ("patient", "admissionDx", "lab")
+DAY = 24 * 60
+KETOACIDOSIS = "admission diagnosis|All Diagnosis|Non-operative|Diagnosis|Metabolic/Endocrine|"
+KETOACIDOSIS += "Diabetic ketoacidosis"
+
+Tables = dict[str, pd.DataFrame]
+
+
+class Mini:
+    """An eICU that grows by single rows; minutes are those since the hospital's admission."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+        self.begins: dict[int, int] = {}
+
+    def unit(
+        self, stay: int, hospital: int, start: int = 60, end: int = 9 * DAY, **more: Any
+    ) -> Mini:
+        """Add a stay in a unit; each hospital stay has a patient of its own unless given."""
+        row: dict[str, Any] = {"patientunitstayid": stay, "patienthealthsystemstayid": hospital}
+        row |= {"uniquepid": f"001-{hospital}", "gender": "Female", "age": "50"}
+        row |= {"hospitaladmitoffset": -start, "hospitaldischargeoffset": 10 * DAY - start}
+        row |= {"hospitaldischargestatus": "Alive", "unittype": "MICU", "unitstaytype": "admit"}
+        row |= {"unitdischargeoffset": end - start}
+        self.tables["patient"].append(row | more)
+        self.begins[stay] = start
+        return self
+
+    def lab(
+        self,
+        stay: int,
+        minute: int,
+        value: float | str,
+        name: str = "anion gap",
+        unit: str = "",
+        revised: int | None = None,
+    ) -> Mini:
+        """Add a value; revised half an hour after it is drawn unless given."""
+        begin = self.begins[stay]
+        row = {"labname": name, "patientunitstayid": stay, "labresultoffset": minute - begin}
+        row |= {"labresultrevisedoffset": (minute + 30 if revised is None else revised) - begin}
+        self.tables["lab"].append(row | {"labresult": value, "labmeasurenamesystem": unit})
+        return self
+
+    def settling(self, stay: int, start: int = 60) -> Mini:
+        """Add two open gaps within the window and a closed one after it: no event."""
+        return self.lab(stay, start, 20).lab(stay, start + 180, 18).lab(stay, start + 2 * DAY, 9)
+
+    def diagnosis(self, stay: int, minute: int, path: str = KETOACIDOSIS) -> Mini:
+        """Add APACHE's admission diagnosis, entered at a minute."""
+        offset = minute - self.begins[stay]
+        row = {"patientunitstayid": stay, "admitdxenteredoffset": offset}
+        self.tables["admissionDx"].append(row | {"admitdxpath": path})
+        return self
+
+    def write(self, folder: Path) -> Path:
+        if not self.tables["admissionDx"]:
+            self.diagnosis(min(self.begins), 0, "other")
+        return write(folder, {name: pd.DataFrame(rows) for name, rows in self.tables.items()})
+
+
+def write(folder: Path, tables: Tables, form: str = ".csv") -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, table in tables.items():
+        path = folder / f"{name}{form}"
+        if form == ".parquet":
+            table.to_parquet(path)
+        elif form == ".csv.gz":
+            path.write_bytes(gzip.compress(table.to_csv(index=False).encode(), 1, mtime=0))
+        else:
+            table.to_csv(path, index=False)
+    return folder
+
+
+def read_demo() -> Tables:
+    read: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+    return {name: pd.read_csv(DEMO / f"{name}.csv.gz", **read) for name in NAMES}
+
+
+def made(folder: Path, **request: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows by hospital stay and their description, of the reported gap of all adults."""
+    wanted = {"cohort": "all", "compute_gap": "reported", "out": folder / "o.csv", **request}
+    rows, description = extract_eicu(EicuRequest(eicu_dir=folder, **wanted))
+    return rows.set_index("hadm_id"), description
+
+
+def series(rows: pd.DataFrame, hospital: int) -> str:
+    return str(rows.loc[hospital, "clinical_trajectory"])
+
+
+def context(rows: pd.DataFrame, hospital: int) -> str:
+    return str(rows.loc[hospital, "clinical_context"])
+
+
+def removed(description: dict[str, Any]) -> dict[str, int]:
+    return {rule["rule"]: rule["removed"] for rule in description["flow"] if rule["removed"]}
+
+
+# --------------------------------------------------------------------------- clock and units
+
+
+def test_unit_stays_of_a_hospital_stay_share_its_clock(tmp_path: Path) -> None:
+    eicu = Mini().unit(1, 9, 60, 300).unit(2, 9, 300).lab(1, 60, 20).lab(2, 360, 18)
+    rows, _ = made(eicu.lab(2, 2 * DAY, 9).write(tmp_path))
+    assert series(rows, 9) == "20 (0h) -> 18 (5h)"
+    assert ", MICU, 12 h since admission" in context(rows, 9)
+    assert rows[["label_death", "label_unresolved"]].values.tolist() == [[0, 0]]
+
+
+def test_a_value_of_two_unit_stays_counts_once(tmp_path: Path) -> None:
+    eicu = Mini().unit(1, 9, 60, 300).unit(2, 9, 300).settling(1).lab(2, 60, 21)
+    eicu.lab(2, 60, 20, revised=300).lab(2, 240, 18, revised=999)  # known from the first on
+    rows, _ = made(eicu.write(tmp_path))
+    assert series(rows, 9) == "20 (0h) -> 21 (0h) -> 18 (3h)"
+
+
+def test_an_admission_begins_with_the_first_unit_stay(tmp_path: Path) -> None:
+    """Before it nobody knew that the patient would come to a unit: all would be ICU admissions."""
+    eicu = Mini().unit(1, 8, 2 * DAY).settling(1, 2 * DAY - 721).unit(2, 9, 2 * DAY)
+    rows, description = made(eicu.settling(2, 2 * DAY - 719).write(tmp_path), min_observations=1)
+    assert rows.index.tolist() == [9]
+    assert removed(description) == {"prediction time before the admission": 1}
+    assert "begins with the first stay" in description["definitions"]["cohort"]
+
+
+def test_a_step_down_unit_is_no_intensive_care(tmp_path: Path) -> None:
+    eicu = Mini().unit(1, 8, unitstaytype="stepdown/other").settling(1).unit(2, 8, 2 * DAY)
+    rows, _ = made(eicu.unit(3, 9, unittype="Neuro ICU").settling(3).write(tmp_path))
+    assert "not in intensive care" in context(rows, 8)
+    assert "Neuro ICU" in context(rows, 9)
+    assert rows["label_icu"].fillna(-1).tolist() == [1, -1]
+
+
+def test_intensive_care_ends_with_the_discharge_from_the_unit(tmp_path: Path) -> None:
+    eicu = Mini().unit(1, 8, 60, 13 * 60).settling(1).unit(2, 9, 60, 13 * 60 - 1).settling(2)
+    rows, _ = made(eicu.write(tmp_path))
+    assert [", MICU," in context for context in rows["clinical_context"]] == [False, False]
+    rows, _ = made(Mini().unit(1, 8, 60, 13 * 60 + 1).settling(1).write(tmp_path))
+    assert ", MICU," in context(rows, 8)
+
+
+def test_ages_and_sexes(tmp_path: Path) -> None:
+    """Each hospital stay of a patient has its own age; only those above 89 are not known."""
+    eicu = Mini()
+    for stay, age in enumerate(("88", "> 89", "86", "> 89", "17", ""), 1):
+        patient: dict[str, Any] = {"uniquepid": "002-1" if stay < 4 else f"002-{stay}", "age": age}
+        eicu.unit(stay, stay, gender="Male" if stay == 4 else "Female", **patient).settling(stay)
+    rows, description = made(eicu.write(tmp_path))
+    assert rows["subject_id"].tolist() == ["002-1"] * 3 + ["002-4"]
+    assert rows["static_age [years]"].tolist() == [88, 90, 86, 90]
+    assert rows["static_sex_male"].tolist() == [0, 0, 0, 1]
+    assert [text.partition(",")[0] for text in rows["clinical_context"]] == [
+        "88-year-old woman",
+        "Over 89-year-old woman",
+        "86-year-old woman",
+        "Over 89-year-old man",
+    ]
+    assert removed(description) == {"under 18 at admission, or of unknown age": 2}
+
+
+def test_death_is_the_discharge_of_the_dead(tmp_path: Path) -> None:
+    """Where the status is not known, nobody knows whether the patient died."""
+    eicu = Mini()
+    for stay, status in enumerate(("Expired", "Alive", ""), 1):
+        leaves: dict[str, Any] = {
+            "hospitaldischargeoffset": 3 * DAY,
+            "hospitaldischargestatus": status,
+        }
+        eicu.unit(stay, stay, **leaves).settling(stay)
+    rows, description = made(eicu.write(tmp_path))
+    assert rows["label_death"].tolist() == [1, 0]
+    assert description["rows"]["discharged_alive"] == 1
+    assert description["flow"][0]["left"] == 2
+    assert "unknown hospitaldischargestatus" in description["definitions"]["cohort"]
+
+
+# --------------------------------------------------------------------------- values
+
+
+def test_names_of_the_laboratory_become_series(tmp_path: Path) -> None:
+    """Finger pricks and what the blood gas machine computes are other quantities."""
+    eicu = Mini().unit(1, 9).settling(1).lab(1, 90, 30, "BUN", "mg/dL")
+    for name in ("glucose", "bedside glucose"):
+        eicu.lab(1, 100, len(name), name, "mg/dL")
+    for name in ("bicarbonate", "HCO3", "Total CO2"):
+        eicu.lab(1, 110, len(name), name, "mmol/L")
+    eicu.lab(1, 120, 7.1, "pH")
+    rows, description = made(eicu.write(tmp_path), series=("all",))
+    cells = rows.filter(like="trajectory").loc[9].dropna().to_dict()
+    assert cells == {
+        "clinical_trajectory": "20 (0h) -> 18 (3h)",
+        "trajectory_bicarbonate [mEq/L]": "11 (0.83h)",
+        "trajectory_glucose [mg/dL]": "7 (0.67h)",
+        "trajectory_pH": "7.1 (1h)",
+        "trajectory_urea nitrogen [mg/dL]": "30 (0.5h)",
+    }
+    assert description["unit"] == "mEq/L"
+
+
+def test_a_value_is_known_when_it_is_revised_and_never_before_it_is_drawn(tmp_path: Path) -> None:
+    eicu = Mini().unit(1, 9).settling(1).lab(1, 300, 25, revised=13 * 60 + 1)
+    rows, _ = made(eicu.lab(1, 400, 26, revised=100).write(tmp_path))
+    assert series(rows, 9) == "20 (0h) -> 18 (3h) -> 26 (5.67h)"
+
+
+# --------------------------------------------------------------------------- the diagnosis
+
+
+def test_a_diagnosis_counts_from_its_entry_on(tmp_path: Path) -> None:
+    eicu = Mini()
+    for stay, entered in enumerate((13 * 60, 13 * 60 + 1), 1):
+        eicu.unit(stay, stay).settling(stay).diagnosis(stay, entered)
+    eicu.unit(3, 3).settling(3).diagnosis(3, 61, f"{KETOACIDOSIS}|not")
+    rows, description = made(eicu.write(tmp_path), cohort="dka")
+    assert rows.index.tolist() == [1]
+    assert removed(description) == {"not coded as diabetic ketoacidosis": 2}
+    definition = description["definitions"]["cohort"]
+    assert "entered by the prediction time" in definition
+    assert "discharge:" not in definition
+
+
+# --------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "content", "expected"),
+    [
+        ("lab", "labresultoffset", "1.5", r"lab\.csv, line 2, column labresultoffset: no whole"),
+        ("lab", "labresult", "high", r"lab\.csv, line 2, column labresult: no number"),
+        ("patient", "hospitaladmitoffset", "", r"patient\.csv, line 2, column hosp.*: empty"),
+        ("patient", "uniquepid", None, r"patient\.csv: no column uniquepid among 10: .*eICU"),
+        ("admissionDx", None, None, r"--eicu_dir .*: the table admissionDx .* is missing"),
+    ],
+)
+def test_a_wrong_table_is_named_by_its_place(
+    name: str, column: str | None, content: str | None, expected: str, tmp_path: Path
+) -> None:
+    folder = Mini().unit(1, 9).settling(1).write(tmp_path)
+    table = pd.read_csv(folder / f"{name}.csv", dtype=str)
+    if column is None:
+        (folder / f"{name}.csv").unlink()
+    elif content is None:
+        table.drop(columns=column).to_csv(folder / f"{name}.csv", index=False)
+    else:
+        table.loc[0, column] = content
+        table.to_csv(folder / f"{name}.csv", index=False)
+    with pytest.raises(InputError, match=expected):
+        made(folder)
+
+
+@pytest.mark.parametrize(
+    ("request_", "counts"),
+    [({}, (33, 26, 7)), ({"compute_gap": "always", "series": ("all",)}, (40, 30, 3))],
+)
+def test_the_demo_has_so_many_rows_patients_and_events(
+    request_: dict[str, Any], counts: tuple[int, ...], tmp_path: Path
+) -> None:
+    rows, description = made(DEMO, out=tmp_path / "o.csv", **request_)
+    assert tuple(description["rows"][k] for k in ("rows", "patients", "events")) == counts
+    assert rows["subject_id"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize(
+    ("form", "limits"),
+    [
+        (".csv", {"threads": 1, "memory_limit": "200MB"}),
+        (".csv.gz", {"threads": 2, "memory_limit": "2GB"}),
+        (".parquet", {"threads": 2, "memory_limit": "2GB"}),
+    ],
+)
+def test_the_same_rows_from_every_form_order_and_machine(
+    form: str, limits: dict[str, Any], tmp_path: Path
+) -> None:
+    request: dict[str, Any] = {"compute_gap": "missing", "series": ("all",)}
+    expected, _ = made(DEMO, out=tmp_path / "o.csv", threads=2, memory_limit="2GB", **request)
+    tables = {name: table.sample(frac=1, random_state=1) for name, table in read_demo().items()}
+    rows, _ = made(write(tmp_path / "other", tables, form), **limits, **request)
+    assert rows.to_csv() == expected.to_csv()
+
+
+# --------------------------------------------------------------------------- leaks
+
+
+def times_of(tables: Tables, *names: str) -> pd.Series:
+    """When each hospital stay is asked, found without the code under test; minutes on its clock."""
+    stays = tables["patient"].set_index("patientunitstayid")
+    labs = tables["lab"][tables["lab"]["labname"].isin(names)]
+    own = stays.loc[labs["patientunitstayid"]]
+    begin = -own["hospitaladmitoffset"].astype(int).to_numpy()
+    table = pd.DataFrame(
+        {
+            "hospital": own["patienthealthsystemstayid"].to_numpy(),
+            "chart": labs["labresultoffset"].astype(int).to_numpy() + begin,
+            "revised": labs["labresultrevisedoffset"].astype(int).to_numpy() + begin,
+            "name": labs["labname"].to_numpy(),
+        }
+    )
+    inside = (
+        -stays["hospitaladmitoffset"].astype(int).groupby(stays["patienthealthsystemstayid"]).max()
+    )
+    table = table[table["chart"] >= table["hospital"].map(inside) - DAY]
+    table["known"] = table[["chart", "revised"]].max(axis=1)
+    drawn = table.groupby(["hospital", "chart", "name"])["known"].min().unstack().dropna()
+    known = drawn.max(axis=1).reset_index(name="known")
+    timely = known[known["known"] <= known["chart"] + 720]
+    return timely.groupby("hospital")["chart"].min() + 720
+
+
+def altered(tables: Tables, times: pd.Series, rng: np.random.Generator) -> Tables:
+    """Change all that is drawn, revised, entered or happens after the prediction time."""
+    patient, diagnoses, labs = (tables[name].copy() for name in NAMES)
+    stays = patient.set_index("patientunitstayid")
+    begin = -stays["hospitaladmitoffset"].astype(int)
+    then = stays["patienthealthsystemstayid"].map(times) - begin  # minutes from the unit on
+
+    def later(offsets: pd.Series) -> pd.Series:
+        return (offsets.astype(int) + rng.integers(0, 4 * DAY, len(offsets))).astype(str)
+
+    limit = labs["patientunitstayid"].map(then)
+    drawn, revised = (labs[f"labresult{word}"].astype(int) for word in ("offset", "revisedoffset"))
+    late = (drawn > limit) | (revised > limit)
+    labs.loc[late, "labresult"] = rng.integers(1, 400, int(late.sum())).astype(str)
+    labs.loc[late, "labresultoffset"] = later(drawn)[late]
+    labs.loc[late, "labresultrevisedoffset"] = later(revised)[late]
+    labs = labs[~late | (rng.random(len(labs)) < 0.7)]
+
+    limit = diagnoses["patientunitstayid"].map(then)
+    late = diagnoses["admitdxenteredoffset"].astype(int) > limit
+    diagnoses.loc[late, "admitdxpath"] = rng.choice([KETOACIDOSIS, "other"], int(late.sum()))
+    diagnoses.loc[late, "admitdxenteredoffset"] = later(diagnoses["admitdxenteredoffset"])[late]
+
+    limit = patient["patientunitstayid"].map(then)
+    leaves = patient["unitdischargeoffset"].astype(int) > limit
+    patient.loc[leaves, "unitdischargeoffset"] = later(patient["unitdischargeoffset"])[leaves]
+    hospital = patient["patienthealthsystemstayid"]
+    ends = patient["hospitaldischargeoffset"].astype(int) > limit
+    ends &= patient["hospitaldischargestatus"] != ""
+    end = times + rng.integers(1, 150 * 60, len(times))
+    dies = pd.Series(rng.random(len(times)) < 0.5, times.index)
+    moved = hospital.map(end) + patient["hospitaladmitoffset"].astype(int)
+    patient.loc[ends, "hospitaldischargeoffset"] = moved[ends].astype(int).astype(str)
+    status = np.where(hospital.map(dies).fillna(False), "Expired", "Alive")
+    patient.loc[ends, "hospitaldischargestatus"] = status[ends]
+    # A further stay in a unit begins later: its offsets, and those of its values, count from it.
+    asked_within = (then >= 0).groupby(stays["patienthealthsystemstayid"]).transform("any")
+    shift = pd.Series(rng.integers(1, 3 * DAY, len(stays)), stays.index)
+    shift = shift.where((then < 0) & asked_within, 0)
+    for table, columns in (
+        (patient, ("hospitaladmitoffset", "hospitaldischargeoffset")),
+        (labs, ("labresultoffset", "labresultrevisedoffset")),
+        (diagnoses, ("admitdxenteredoffset",)),
+    ):
+        for column in columns:
+            moved = table[column].astype(int) - table["patientunitstayid"].map(shift)
+            table[column] = moved.astype(int).astype(str)
+    result = {"patient": patient, "admissionDx": diagnoses, "lab": labs}
+    return {name: table.sample(frac=1, random_state=rng) for name, table in result.items()}
+
+
+def with_ketoacidosis(tables: Tables, rng: np.random.Generator) -> Tables:
+    """Let every other diagnosis be ketoacidosis, entered within the first two days."""
+    diagnoses = tables["admissionDx"].copy()
+    chosen = rng.random(len(diagnoses)) < 0.5
+    diagnoses.loc[chosen, "admitdxpath"] = KETOACIDOSIS
+    offsets = rng.integers(0, 2 * DAY, len(diagnoses)).astype(str)
+    diagnoses.loc[chosen, "admitdxenteredoffset"] = offsets[chosen]
+    return {**tables, "admissionDx": diagnoses}
+
+
+PARTS_OF_GAP = ("sodium", "chloride", "bicarbonate")
+
+
+@pytest.mark.parametrize(
+    ("names", "request_"),
+    [
+        (("anion gap",), {"outcome": ("death",)}),
+        (("anion gap",), {"outcome": ("death",), "cohort": "dka", "min_observations": 1}),
+        (("anion gap",), {}),
+        (PARTS_OF_GAP, {"outcome": ("death",), "compute_gap": "always", "series": ("all",)}),
+        (PARTS_OF_GAP, {"outcome": ("icu",), "compute_gap": "always", "min_observations": 1}),
+    ],
+)
+def test_nothing_after_the_prediction_time_changes_a_letter(
+    names: tuple[str, ...], request_: dict[str, Any], tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(len(request_))
+    tables = with_ketoacidosis(read_demo(), rng)
+    changed = altered(tables, times_of(tables, *names), rng)
+    before, _ = made(write(tmp_path / "before", tables), **request_)
+    after, _ = made(write(tmp_path / "after", changed), **request_)
+    inputs = [column for column in before if not str(column).startswith("label_")]
+    both = before.index.intersection(after.index)
+    assert len(both) > 10
+    assert after.loc[both, inputs].to_csv() == before.loc[both, inputs].to_csv()
+    assert request_.get("outcome") != ("death",) or before.index.equals(after.index)
+    assert after.to_csv() != before.to_csv(), "the labels did change"
