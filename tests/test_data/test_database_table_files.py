@@ -56,10 +56,11 @@ def test_csv_gzip_and_parquet_are_read_alike(database: Database, tmp_path: Path)
         "windows.csv": TEXT.replace("\n", "\r\n").encode("utf-8-sig"),
         "within quotes.csv": TEXT.replace("so", "s\no").encode(),
         "blank lines.csv": TEXT.replace("\n", "\n\n", 3).encode(),
-        "[od]d *'name.csv": TEXT.encode(),
+        "[o]d *'name.csv": TEXT.encode(),
         "packed.csv.gz": gzip.compress(TEXT.encode()),
     }
     tables = []
+    (tmp_path / "od *'name.csv").write_text("a pattern would match this")
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
         tables.append(read(database, tmp_path / name))
@@ -134,11 +135,13 @@ def test_damage_is_named_by_its_place(
     assert SECRET not in text
 
 
-def test_the_line_counts_line_breaks_within_quotes(database: Database, tmp_path: Path) -> None:
+def test_the_line_counts_line_breaks_within_quotes_and_blank_lines(
+    database: Database, tmp_path: Path
+) -> None:
     path = tmp_path / "t.csv"
     text = edit("so", "s\n\no", 100)(edit("74.5", "x")(TEXT))
-    path.write_text(text)
-    with pytest.raises(InputError, match="line 302, column value"):
+    path.write_text(text.replace("\n", "\n\n", 1))
+    with pytest.raises(InputError, match="line 303, column value"):
         read(database, path)
 
 

@@ -215,6 +215,25 @@ def test_a_computed_gap_is_known_when_its_last_component_is(run: Run) -> None:
     assert result.labels(2) == [0, 0, 0], "131 - 100 - 20 = 11: closed, an outcome all the same"
 
 
+def test_of_several_values_at_one_time_the_one_known_first_is_computed_with(run: Run) -> None:
+    mini = Mini().admit(1).trio(1, 1, 140).trio(1, 3, 138).trio(1, 30, 131)
+    mini.lab(1, 3, 150, SODIUM, stored=6.0).lab(1, 1, 99, SODIUM, stored=1.5)
+    assert run(mini, compute_gap="always").series(1) == "-21 (0h) -> 18 (2h)"
+
+
+def test_another_series_has_computed_gaps_beside_it_where_none_is_reported_in_time(
+    run: Run,
+) -> None:
+    """1: never reported. 2: reported after the prediction time, by a wrong storing time before."""
+    mini = Mini()
+    for hadm in (1, 2):
+        mini.admit(hadm).trio(hadm, 1, 140).trio(hadm, 3, 138).trio(hadm, 30, 131)
+    mini.lab(2, 20, 25, stored=2.0)
+    result = run(mini, compute_gap="missing", item="bicarbonate")
+    assert "anion gap 18 (mEq/L)" in result.context(1)
+    assert result.context(2) == result.context(1)
+
+
 def test_a_reported_gap_after_the_prediction_time_does_not_change_the_computed_series(
     run: Run,
 ) -> None:

@@ -16,6 +16,7 @@ from medgemma_clinical.data.mimic.tables import KETOACIDOSIS
 from medgemma_clinical.data.summaries import NUMBER_ENDING, facts_of
 from mimic_files import (
     BICARBONATE,
+    CHLORIDE,
     EPOCH,
     GAP,
     GLUCOSE,
@@ -229,7 +230,7 @@ def test_the_biochemical_cohort_is_known_within_the_window(run: Run) -> None:
 
 def test_the_context_holds_what_is_known_and_nothing_later(run: Run) -> None:
     mini = Mini().admit(1, gender="M").settling(1).icu(1, 10, 50).icu(1, 51, 60)
-    mini.lab(1, 0.5, 111, SODIUM)  # before the window
+    mini.lab(1, 0.5, 111, SODIUM).lab(1, 0.5, 90, CHLORIDE)  # before the window
     mini.lab(1, 1, 131, SODIUM).lab(1, 6, 140, SODIUM).lab(1, 12.5, 150, SODIUM)
     mini.lab(1, 6, 7.25, PH).lab(1, 7, 300, GLUCOSE).lab(1, 8, 280, 50809)
     mini.lab(1, 6, 40, 51221, unit="%")  # no chemistry
