@@ -49,7 +49,7 @@ class Description:
         unit: unit of its values, empty where it has none.
         question: the question about a patient, a sentence.
         outcome: what label 1 means, in a word or two; a report begins with it.
-        plausible: lowest and highest value that a living patient shows.
+        plausible: lowest and highest value that a living patient shows; None where nobody knows.
         limits: the same for further series, by name.
         prediction_time: when the question is asked, in words; empty where unknown.
         horizon: how far the question looks ahead, in words; empty where unknown.
@@ -61,7 +61,7 @@ class Description:
     unit: str = "mEq/L"
     question: str = "Will care have to be escalated?"
     outcome: str = "Escalation"
-    plausible: tuple[float, float] = (-5.0, 60.0)
+    plausible: tuple[float, float] | None = (-5.0, 60.0)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     prediction_time: str = ""
     horizon: str = ""
@@ -123,7 +123,8 @@ class Description:
         """Check and convert the known keys of a description."""
         check_keys("", content, [*(f.name for f in fields(cls)), *ORIGIN])
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        plausible = _rising(known.pop("plausible", cls.plausible))
+        pair = known.pop("plausible", cls.plausible)
+        plausible = None if pair is None else _rising(pair)
         ranges = known.pop("limits", {})
         limits = {comparable(name): _rising(pair) for name, pair in ranges.items()}
         flow = tuple({key: rule[key] for key in FLOW_COLUMNS} for rule in known.pop("flow", ()))

@@ -8,6 +8,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
@@ -228,3 +229,14 @@ def test_another_label_is_never_called_by_the_outcome_of_label_escalation() -> N
     for name in ("=cmd", "a\x1b[2J", "x" * 201):
         with pytest.raises(InputError, match="--label_column"):
             told.for_label(name)
+
+
+def test_a_series_of_unknown_limits_is_judged_by_its_own_quartiles(tmp_path: Path) -> None:
+    """As that of an event table: the limits of an anion gap would call it implausible."""
+    cells = [f"{900 + k} (0h) -> {905 + k} (1h)" for k in range(12)]
+    table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": [0, 1] * 6})
+    path = tmp_path / "data.csv"
+    table.to_csv(path, index=False)
+    path.with_suffix(".json").write_text('{"series": "Platelets", "plausible": null}')
+    low, high = MIMICtrajectoryDataset(path).plausible(0)
+    assert -5 < low < 900 < 920 < high

@@ -67,6 +67,10 @@ class Database:
                 raise RunFault(f"{problem}: make room, or raise the limit") from None
             raise
 
+    def run_file(self, path: Path) -> None:
+        """Run the statements of a file, with a progress bar named after it."""
+        self.run(path.read_text(encoding="utf-8"), title=path.stem)
+
     def frame(self, sql: str, values: Mapping[str, Any] | None = None) -> pd.DataFrame:
         """Return the rows of a query."""
         table: pd.DataFrame = self.run(sql, values).df()
@@ -114,6 +118,8 @@ def open_database(folder: Path, memory_limit: str, threads: int) -> Iterator[Dat
             connection.execute("SET enable_progress_bar = true")
             connection.execute("SET enable_progress_bar_print = false")
             connection.execute("SET TimeZone = 'UTC'")
-            yield Database(connection)
+            database = Database(connection)
+            database.run_file(Path(__file__).with_name("macros.sql"))
+            yield database
         finally:
             connection.close()

@@ -58,7 +58,7 @@ GAP_COMPONENTS = (50983, 50902, 50882)
 
 
 @dataclass(frozen=True)
-class Series:
+class ItemSeries:
     """A series of the rows.
 
     Attributes:
@@ -76,20 +76,20 @@ class Series:
     plausible: tuple[float, float] | None
 
 
-def series_of(analyte: Analyte, compute_gap: str, items: tuple[int, ...] = ()) -> Series:
+def series_of(analyte: Analyte, compute_gap: str, items: tuple[int, ...] = ()) -> ItemSeries:
     """Return the series of an analyte; of some of its items where they are given."""
     items = items or analyte.items
     if analyte is not ANION_GAP:
-        return Series(analyte.name, items, items, analyte.unit, analyte.plausible)
+        return ItemSeries(analyte.name, items, items, analyte.unit, analyte.plausible)
     if compute_gap == ALWAYS:
         # Another quantity than the reported gap: no model of one may pass for one of the other.
         name = f"{analyte.name} without potassium"
-        return Series(name, (COMPUTED_GAP,), GAP_COMPONENTS, analyte.unit, analyte.plausible)
+        return ItemSeries(name, (COMPUTED_GAP,), GAP_COMPONENTS, analyte.unit, analyte.plausible)
     gaps = (GAP_ITEM, COMPUTED_GAP)  # of each admission only the one that it uses is an input
-    return Series(analyte.name, gaps, items, analyte.unit, analyte.plausible)
+    return ItemSeries(analyte.name, gaps, items, analyte.unit, analyte.plausible)
 
 
-def choose_series(names: Sequence[str], compute_gap: str) -> list[Series]:
+def choose_series(names: Sequence[str], compute_gap: str) -> list[ItemSeries]:
     """Return the series of some analytes by name, or of all, the anion gap first.
 
     Raises:
@@ -106,7 +106,7 @@ def choose_series(names: Sequence[str], compute_gap: str) -> list[Series]:
     return [series_of(known[name], compute_gap) for name in wanted]
 
 
-def find_factors(units: pd.DataFrame, series: Sequence[Series], path: str) -> pd.DataFrame:
+def find_factors(units: pd.DataFrame, series: Sequence[ItemSeries], path: str) -> pd.DataFrame:
     """Find the factors that convert the values of each item to one unit.
 
     Args:

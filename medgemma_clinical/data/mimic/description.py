@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medgemma_clinical.data.database.output import describe_origin
-from medgemma_clinical.data.mimic.analytes import Series
+from medgemma_clinical.data.mimic.analytes import ItemSeries
 from medgemma_clinical.data.mimic.request import (
     DISCHARGED,
     GAPS,
@@ -41,7 +41,7 @@ class Origin:
 
 
 def describe_rows(
-    series: list[Series], counts: dict[str, int], origin: Origin, request: CohortRequest
+    series: list[ItemSeries], counts: dict[str, int], origin: Origin, request: CohortRequest
 ) -> dict[str, Any]:
     """Describe the rows for their readers.
 

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 
 import pandas as pd
 
-from medgemma_clinical.data.database import connection
 from medgemma_clinical.data.database.connection import Database, open_database
 from medgemma_clinical.data.database.flags import usable_cores
 from medgemma_clinical.data.database.output import Made, apply_rules
 from medgemma_clinical.data.mimic.analytes import (
     ANALYTES,
     ANION_GAP,
-    Series,
+    ItemSeries,
     find_factors,
 )
 from medgemma_clinical.data.mimic.description import Origin, describe_rows
@@ -33,11 +32,7 @@ from medgemma_clinical.data.small_cells import FEWEST, count_text
 
 logger = logging.getLogger(__name__)
 
-FAR_OUT = 10.0
-"""Without limits for an item, a value is suspicious so many interquartile ranges outside."""
-
 STEPS = Path(__file__).parent
-MACROS = Path(connection.__file__).with_name("macros.sql")
 
 
 class Hospital(Protocol):
@@ -64,7 +59,7 @@ class Hospital(Protocol):
         The last holds hadm_id of each code, and when it was entered, NULL for codes of discharge.
         """
 
-    def choose_series(self) -> list[Series]:
+    def choose_series(self) -> list[ItemSeries]:
         """Return the series that are asked for, the main one first."""
 
     def load_labs(self, items: set[int]) -> None:
@@ -91,7 +86,6 @@ def make_cohort(request: Any, hospital: Callable[[Database, Any], Hospital]) -> 
     """
     threads = request.threads or usable_cores()
     with open_database(request.out.parent, request.memory_limit, threads) as database:
-        database.run(MACROS.read_text())
         return _Cohort(database, request, hospital(database, request)).make()
 
 
@@ -115,13 +109,12 @@ class _Cohort:
         self._run("stays")
         series = self.hospital.choose_series()
         left_out = self._read_values(series)
-        main, *others = self._convert(series, left_out)
+        series = self._convert(series, left_out)
         self._log_values(left_out)
         for step in ("windows", "outcome", "rules"):
             self._run(step)
         flow = self._apply_rules()
         self._run("rows")
-        series = [self._with_limits(main), *others]
         rows = self._rows(series)
         hospital = self.hospital
         origin = Origin(
@@ -136,7 +129,7 @@ class _Cohort:
         return rows, describe_rows(series, self._counts(rows), origin, self.request)
 
     def _run(self, step: str) -> None:
-        self.database.run((STEPS / f"{step}.sql").read_text())
+        self.database.run_file(STEPS / f"{step}.sql")
 
     def _set_variables(self) -> None:
         request = self.request
@@ -152,7 +145,7 @@ class _Cohort:
             computed_gap=COMPUTED_GAP,
         )
 
-    def _read_values(self, series: list[Series]) -> dict[str, int]:
+    def _read_values(self, series: list[ItemSeries]) -> dict[str, int]:
         """Make the tables analytes, series_items and converted.
 
         Returns:
@@ -172,7 +165,7 @@ class _Cohort:
         counts = self.database.frame("FROM value_counts").iloc[0]
         return {str(reason): int(count) for reason, count in counts.items() if count}
 
-    def _convert(self, series: list[Series], left_out: dict[str, int]) -> list[Series]:
+    def _convert(self, series: list[ItemSeries], left_out: dict[str, int]) -> list[ItemSeries]:
         """Make the table converted, with the computed gaps; count values without a known unit.
 
         Returns:
@@ -198,17 +191,6 @@ class _Cohort:
         for reason, count in left_out.items():
             shown = count_text(count, FEWEST)
             logger.info("%s: %s values %s", self.hospital.labs_path, shown, reason)
-
-    def _with_limits(self, main: Series) -> Series:
-        """Return the main series with plausible limits: far outside the quartiles if unknown."""
-        if main.plausible:
-            return main
-        q1, q3 = self.database.row(
-            "SELECT quantile_cont(value, 0.25), quantile_cont(value, 0.75) "
-            "FROM inputs JOIN series_items USING (item) WHERE position = 0"
-        )
-        reach = FAR_OUT * max(q3 - q1, abs(q3), 1.0)
-        return replace(main, plausible=(round(q1 - reach, 3), round(q3 + reach, 3)))
 
     def _apply_rules(self) -> list[dict[str, Any]]:
         """Make the table kept, and log how the admissions became rows."""
@@ -242,7 +224,7 @@ class _Cohort:
         logger.warning("cohort %s: %s", request.cohort, self.hospital.cohorts[request.cohort])
         return flow
 
-    def _rows(self, series: list[Series]) -> pd.DataFrame:
+    def _rows(self, series: list[ItemSeries]) -> pd.DataFrame:
         """Return the rows, with a column for each series."""
         columns, joins = [], []
         for k, each in enumerate(series):

@@ -23,7 +23,7 @@ from medgemma_clinical.data.database.table_files import (
     open_table,
 )
 from medgemma_clinical.data.description import comparable
-from medgemma_clinical.data.mimic.analytes import ANALYTES, Series, choose_series, series_of
+from medgemma_clinical.data.mimic.analytes import ANALYTES, ItemSeries, choose_series, series_of
 from medgemma_clinical.data.mimic.request import COHORTS, Extraction
 from medgemma_clinical.files import InputError
 
@@ -127,7 +127,7 @@ class MimicTables:
             f"FROM diagnoses_icd WHERE {KETOACIDOSIS}"
         )
 
-    def choose_series(self) -> list[Series]:
+    def choose_series(self) -> list[ItemSeries]:
         """Return the series that are asked for, the main one first."""
         if self.request.series:
             return choose_series(self.request.series, self.request.compute_gap)
@@ -173,7 +173,7 @@ class MimicTables:
                 "table again"
             )
 
-    def _find_item(self, wanted: str) -> Series:
+    def _find_item(self, wanted: str) -> ItemSeries:
         """Find an item by number or name.
 
         Raises:
@@ -192,7 +192,7 @@ class MimicTables:
         item = int(found["itemid"].iloc[0])
         if item in ANALYTES:
             return series_of(ANALYTES[item], self.request.compute_gap, (item,))
-        return Series(str(found["label"].iloc[0]), (item,), (item,), None, None)
+        return ItemSeries(str(found["label"].iloc[0]), (item,), (item,), None, None)
 
 
 def find_table(folder: Path, name: str) -> Path:

@@ -11,7 +11,7 @@ from medgemma_clinical.data.database.connection import Database
 from medgemma_clinical.data.database.flags import flag
 from medgemma_clinical.data.database.output import Made
 from medgemma_clinical.data.database.table_files import Column, find_file, load_table, open_table
-from medgemma_clinical.data.mimic.analytes import ANION_GAP, CHEMISTRY, Series, choose_series
+from medgemma_clinical.data.mimic.analytes import ANION_GAP, CHEMISTRY, ItemSeries, choose_series
 from medgemma_clinical.data.mimic.extraction import make_cohort
 from medgemma_clinical.data.mimic.request import COHORTS, CohortRequest
 
@@ -73,9 +73,9 @@ class EicuTables:
         """Make patients, admissions, icustays and ketoacidosis."""
         self._load("patient")
         self._load("admissionDx")
-        self.database.run((STEPS / "eicu_admissions.sql").read_text())
+        self.database.run_file(STEPS / "eicu_admissions.sql")
 
-    def choose_series(self) -> list[Series]:
+    def choose_series(self) -> list[ItemSeries]:
         """Return the series that are asked for, the main one first."""
         return choose_series(self.request.series or (ANION_GAP.name,), self.request.compute_gap)
 
@@ -87,7 +87,7 @@ class EicuTables:
             "{labname} IN (FROM items SELECT labname) AND {patientunitstayid} IN "
             "(SELECT patientunitstayid FROM unit_stays SEMI JOIN wanted USING (subject_id))",
         )
-        self.database.run((STEPS / "eicu_labs.sql").read_text())
+        self.database.run_file(STEPS / "eicu_labs.sql")
 
     def _load(self, name: str, keep: str = "true") -> None:
         columns = {column: _kind(column) for column in TABLES[name]}

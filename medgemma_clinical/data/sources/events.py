@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 
 TITLE = re.compile(r"\s*([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 LONGEST_WINDOW = 10**6
+STEPS = Path(__file__).parent
 
 MOST_AT_MIDNIGHT = 0.1
 """Share of events at midnight above which they seem to have dates in place of times."""
-
-FAR_OUT = 10.0
-"""A value is suspicious so many interquartile ranges outside the quartiles."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class EventRequest(TableRequest):
 
 
 @dataclass(frozen=True)
-class Series:
+class CodedSeries:
     """A series, or a fact of the context: name, unit (or empty) and codes of its events.
 
     A trailing ``*`` of a code stands for any ending.
@@ -102,7 +100,7 @@ def match_sql(cell: str, codes: Iterable[str]) -> str:
     return f"({' OR '.join(tests)})"
 
 
-def parse_series(name: str, texts: Iterable[str], *, code_needed: bool = True) -> list[Series]:
+def parse_series(name: str, texts: Iterable[str], *, code_needed: bool = True) -> list[CodedSeries]:
     """Read the values of a flag; a name that is given twice joins its codes.
 
     Args:
@@ -113,24 +111,24 @@ def parse_series(name: str, texts: Iterable[str], *, code_needed: bool = True) -
     Raises:
         InputError: a value of another form, or two units of one series.
     """
-    found: dict[str, Series] = {}
+    found: dict[str, CodedSeries] = {}
     for text in texts:
         title, _, code = map(str.strip, text.partition("="))
         match = TITLE.fullmatch(title)
         if not match or (code_needed and not code):
             raise InputError(f"--{name} {text}: write 'NAME [unit]=CODE'")
-        series = Series(match[1], match[2] or "", (code or match[1],))
+        series = CodedSeries(match[1], match[2] or "", (code or match[1],))
         check_title(f"--{name} {text}", series)
-        earlier = found.get(comparable(series.name), Series(series.name, series.unit, ()))
+        earlier = found.get(comparable(series.name), CodedSeries(series.name, series.unit, ()))
         if earlier.unit != series.unit:
             problem = f"earlier {series.name} has {earlier.unit or 'no unit'}: give one unit"
             raise InputError(f"--{name} {text}: {problem}")
-        joined = Series(earlier.name, earlier.unit, earlier.codes + series.codes)
+        joined = CodedSeries(earlier.name, earlier.unit, earlier.codes + series.codes)
         found[comparable(series.name)] = joined
     return list(found.values())
 
 
-def check_title(place: str, series: Series) -> None:
+def check_title(place: str, series: CodedSeries) -> None:
     """Refuse a name or unit that a column of the DKA format cannot have.
 
     Raises:
@@ -144,7 +142,7 @@ def check_title(place: str, series: Series) -> None:
 
 
 def name_codes(
-    database: Database, wanted: Mapping[str, Sequence[Series]], known: Callable[[], list[str]]
+    database: Database, wanted: Mapping[str, Sequence[CodedSeries]], known: Callable[[], list[str]]
 ) -> None:
     """Make the table ``named``: which code of ``record`` belongs to which series.
 
@@ -185,12 +183,6 @@ def _check_known(place: str, code: str, known: list[str]) -> None:
 # --------------------------------------------------------------------------- rows
 
 
-def run_steps(database: Database, name: str) -> None:
-    """Run a file of SQL, by its path from this module."""
-    steps = (Path(__file__).parent / name).read_text(encoding="utf-8")
-    database.run(steps, title="cutting windows")
-
-
 def cut_windows(database: Database, request: EventRequest, equal_times: str = "keep") -> None:
     """Make the tables of ``events.sql``; warn where events seem to have dates without a time.
 
@@ -205,7 +197,7 @@ def cut_windows(database: Database, request: EventRequest, equal_times: str = "k
         raise InputError(f"{request.labels}: {problem}")
     width = round(request.window_hours * 3_600_000_000)
     database.set(width=width, hours_from=request.hours_from, equal_times=equal_times)
-    run_steps(database, "events.sql")
+    database.run_file(STEPS / "events.sql")
     midnight, events = database.row(
         "SELECT count(*) FILTER (time = date_trunc('day', time)), count(*) FROM event"
     )
@@ -220,7 +212,7 @@ def cut_windows(database: Database, request: EventRequest, equal_times: str = "k
 def make_rows(
     database: Database,
     request: EventRequest,
-    series: Sequence[Series],
+    series: Sequence[CodedSeries],
     known: str,
     about: pd.DataFrame | None = None,
     parts: pd.Series | None = None,
@@ -270,21 +262,13 @@ def make_rows(
         rows["split"] = asked["subject"].map(parts)
     patients, events = rows["subject_id"].nunique(), rows["label_escalation"].sum()
     return rows.reset_index(drop=True), {
-        **_describe(database, request, main, known),
+        **_describe(request, main, known),
         "flow": flow,
         "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},
     }
 
 
-def _describe(
-    database: Database, request: EventRequest, main: Series, known: str
-) -> dict[str, Any]:
-    q1, q3 = database.row(
-        "SELECT quantile_cont(value, 0.25), quantile_cont(value, 0.75) "
-        "FROM (SELECT unnest(found) AS value FROM observed WHERE series = $main)",
-        {"main": main.name},
-    )
-    reach = FAR_OUT * max(q3 - q1, abs(q3), 1.0)
+def _describe(request: EventRequest, main: CodedSeries, known: str) -> dict[str, Any]:
     asks = "the event" if request.outcome == "Event" else f"the outcome {request.outcome!r}"
     window = f"of the {plain(request.window_hours)} hours up to then, both ends included"
     return {
@@ -292,7 +276,7 @@ def _describe(
         "unit": main.unit,
         "question": request.question or f"Will {asks} occur?",
         "outcome": request.outcome,
-        "plausible": (round(q1 - reach, 3), round(q3 + reach, 3)),
+        "plausible": None,
         "prediction_time": f"given with each label; {window}, {known} are read",
         "horizon": "given by the labels",
     }

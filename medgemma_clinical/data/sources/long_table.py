@@ -27,15 +27,14 @@ from medgemma_clinical.data.database.table_files import (
 from medgemma_clinical.data.description import join_names, list_columns
 from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
+    CodedSeries,
     EventRequest,
-    Series,
     check_title,
     cut_windows,
     make_rows,
     match_sql,
     name_codes,
     parse_series,
-    run_steps,
 )
 from medgemma_clinical.files import InputError
 
@@ -125,7 +124,6 @@ def make_long(request: LongRequest) -> Made:
     mapped, factors = request.mapped(), request.factors()
     threads = request.threads or usable_cores()
     with open_database(request.out.parent, request.memory_limit, threads) as database:
-        run_steps(database, "../database/macros.sql")
         table = open_table(database, request.table, {}, "")
         labels = open_table(database, request.labels, {}, "")
         names = find_columns(table, ROLES, mapped)
@@ -244,7 +242,7 @@ def load_values(
     database: Database,
     file: TableFile,
     names: dict[str, str],
-    wanted: Sequence[Series],
+    wanted: Sequence[CodedSeries],
     request: LongRequest,
 ) -> None:
     """Make the view ``record``: values of subjects with a label, of items that are asked for."""
@@ -280,7 +278,7 @@ def load_values(
 
 
 def name_items(
-    database: Database, file: TableFile, names: dict[str, str], wanted: Sequence[Series]
+    database: Database, file: TableFile, names: dict[str, str], wanted: Sequence[CodedSeries]
 ) -> None:
     """Make the table ``named``: the series of each item, which is its own if none is wanted."""
 
@@ -290,7 +288,8 @@ def name_items(
             return [*database.frame(f"SELECT DISTINCT {item} AS item FROM {file.rows()}")["item"]]
 
     items = database.frame("SELECT DISTINCT code FROM record ORDER BY code")["code"]
-    name_codes(database, {"series": wanted or [Series(code, "", (code,)) for code in items]}, known)
+    wanted = wanted or [CodedSeries(code, "", (code,)) for code in items]
+    name_codes(database, {"series": wanted}, known)
 
 
 def convert_units(
@@ -345,7 +344,7 @@ def count_left_out(database: Database, file: TableFile) -> dict[str, int]:
     return counts
 
 
-def list_items(database: Database, file: TableFile, units: Mapping[str, str]) -> list[Series]:
+def list_items(database: Database, file: TableFile, units: Mapping[str, str]) -> list[CodedSeries]:
     """Return all items as series, the one with most values in the windows first.
 
     Raises:
@@ -354,7 +353,7 @@ def list_items(database: Database, file: TableFile, units: Mapping[str, str]) ->
     found = database.frame(
         "SELECT series FROM trajectory GROUP BY series ORDER BY sum(observations) DESC, series"
     )
-    series = [Series(name, units.get(name, ""), (name,)) for name in found["series"]]
+    series = [CodedSeries(name, units.get(name, ""), (name,)) for name in found["series"]]
     if not 1 <= len(series) <= MOST_SERIES:
         problem = f"{len(series):,} items have values in the windows, and 1 to {MOST_SERIES} may be"
         raise InputError(f"{file.path}: {problem}: choose by --series")

@@ -25,14 +25,14 @@ from medgemma_clinical.data.database.table_files import (
 from medgemma_clinical.data.description import join_names
 from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
+    STEPS,
+    CodedSeries,
     EventRequest,
-    Series,
     cut_windows,
     make_rows,
     match_sql,
     name_codes,
     parse_series,
-    run_steps,
 )
 from medgemma_clinical.files import InputError, one_line
 
@@ -97,7 +97,6 @@ def make_meds(request: MedsRequest) -> Made:
     hashes: dict[str, str] = {}
     threads = request.threads or usable_cores()
     with open_database(request.out.parent, request.memory_limit, threads) as database:
-        run_steps(database, "../database/macros.sql")
         load_labels(database, request.labels, hashes)
         load_events(database, request.meds_dir, [*series, *context], hashes)
         wanted = {"series": series, "context": context}
@@ -108,7 +107,7 @@ def make_meds(request: MedsRequest) -> Made:
         ).itertuples(index=False):
             logger.info("series %s: %s", name, one_line(join_names(codes)))
         cut_windows(database, request)
-        run_steps(database, "meds.sql")
+        database.run_file(STEPS / "meds.sql")
         about = describe_subjects(database, context)
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
         rows, description = make_rows(database, request, series, "events", about, parts)
@@ -162,7 +161,7 @@ def load_labels(database: Database, place: Path, hashes: dict[str, str]) -> None
 
 
 def load_events(
-    database: Database, folder: Path, wanted: Sequence[Series], hashes: dict[str, str]
+    database: Database, folder: Path, wanted: Sequence[CodedSeries], hashes: dict[str, str]
 ) -> None:
     """Make the table ``record``: events of subjects with a label, of codes that are wanted."""
     database.run(
@@ -183,7 +182,7 @@ def load_events(
         )
 
 
-def describe_subjects(database: Database, context: Sequence[Series]) -> pd.DataFrame:
+def describe_subjects(database: Database, context: Sequence[CodedSeries]) -> pd.DataFrame:
     """Return the context in words and the static columns, by the number of the question."""
     about = database.frame("FROM described ORDER BY number").set_index("number")
     facts = database.frame("SELECT number, name, plain(value) AS value FROM fact")
