@@ -88,13 +88,16 @@ def test_a_signal_ends_a_query_at_once(
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "begun\n"
-    time.sleep(0.5)
-    begun = time.monotonic()
-    child.send_signal(number)
-    _, errors = child.communicate(timeout=60)
-    assert time.monotonic() - begun < 10
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "begun\n"
+        time.sleep(0.5)
+        begun = time.monotonic()
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)
+        assert time.monotonic() - begun < 10
+    finally:
+        child.kill()
     assert (child.returncode, errors) == (code, line)
     assert not list(tmp_path.iterdir())
 
