@@ -176,7 +176,8 @@ def main() -> int:
             folder = Path(place) / f"mimic_{rows}"
             paths[rows] = write_folder(folder, rows, options.form)
             command = [*COMMAND, "--mimic_dir", str(folder), "--out", str(outputs[rows])]
-            commands[f"from_mimic, {rows:,} rows"] = [*command, "--cohort", options.cohort]
+            flags = ["--cohort", options.cohort, "--compute_gap", "reported"]
+            commands[f"from_mimic, {rows:,} rows"] = [*command, *flags]
         commands["pandas"] = [sys.executable, "-c", PLAIN, str(paths[options.rows])]
         commands["imports"] = [*COMMAND, "--help"]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}

@@ -33,9 +33,27 @@ def test_tables_beyond_the_limit_lie_in_a_private_folder_that_goes(tmp_path: Pat
 def test_a_query_that_needs_more_memory_ends_with_one_line(tmp_path: Path) -> None:
     with (
         open_database(tmp_path, "20MB", 2) as database,
-        pytest.raises(RunFault, match="more memory than --memory_limit allows: raise it"),
+        pytest.raises(RunFault, match="more memory than --memory_limit, or more room"),
     ):
         database.run("SELECT list(i) FROM range(20_000_000) AS t(i)")
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from medgemma_clinical.data.database.connection import open_database
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+with open_database(Path(sys.argv[1]), "60MB", 1) as database:
+    database.run(sys.argv[2])
+"""
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_table(tmp_path: Path) -> None:
+    """A limit of the size of files stands for it."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), SPILLING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "RunFault: the tables need more memory than --memory_limit, or more room" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_and_tables_reach_sql(tmp_path: Path) -> None:

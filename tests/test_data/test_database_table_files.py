@@ -104,6 +104,7 @@ BAD: dict[str, tuple[Callable[[str], str], str]] = {
     "no time": (edit("2150-01-01 00:58:00", ""), ", line 300, column time: empty:"),
     "half a key": (edit("3,", f"3.{SECRET},"), ", line 300, column item: no whole number:"),
     "a word for a key": (edit("3,", f"x{SECRET},"), ", line 300, column item: no whole number:"),
+    "too long a key": (edit("3,", "3" * 20 + ","), ", line 300, column item: no whole number:"),
     "no key": (edit("3,", ","), ", line 300, column item: empty:"),
     "more fields": (edit("mEq/L", f"mEq,{SECRET}"), ", line 300: more fields than the header has"),
     "fewer fields": (edit("mEq/L,", ""), ", line 300: fewer fields than the header has"),
@@ -191,6 +192,33 @@ def test_a_bad_cell_of_parquet_is_named_by_its_row(
     pd.DataFrame({**good, column: values}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(InputError, match=problem):
         read(database, tmp_path / "t.parquet")
+
+
+def test_nan_is_an_empty_cell_and_no_large_number(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + "1,,2,2150-01-01,NaN,mg,\n1,,2,2150-01-01,1,mg,\n")
+    assert read(database, path)["value"].isna().sum() == 1
+    database.run(
+        f"COPY (SELECT 1 AS item, 2 AS subject, '2150-01-01' AS time, 'nan'::DOUBLE AS "
+        f"value, 'mg' AS unit) TO '{tmp_path}/t.parquet'"
+    )
+    assert read(database, tmp_path / "t.parquet")["value"].isna().all()
+
+
+def test_damage_within_a_parquet_file_is_the_files(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    columns = {"item": range(500), "subject": 1, "time": "2150-01-01", "value": 1.5, "unit": ""}
+    pd.DataFrame(columns).to_parquet(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(40, len(whole) - 8, 97):
+        path.write_bytes(whole[:place] + bytes(20) + whole[place + 20 :])
+        try:
+            read(database, path)
+        except InputError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 10
 
 
 def test_a_cut_parquet_is_refused(database: Database, tmp_path: Path) -> None:

@@ -131,11 +131,14 @@ def test_a_value_of_two_unit_stays_counts_once(tmp_path: Path) -> None:
 
 
 def test_an_admission_begins_with_the_first_unit_stay(tmp_path: Path) -> None:
-    """Before it nobody knew that the patient would come to a unit: all would be ICU admissions."""
-    eicu = Mini().unit(1, 8, 2 * DAY).settling(1, 2 * DAY - 721).unit(2, 9, 2 * DAY)
-    rows, description = made(eicu.settling(2, 2 * DAY - 719).write(tmp_path), min_observations=1)
+    """A value drawn before the first stay is known when the stay begins, for the window of 12 h."""
+    eicu = Mini().unit(1, 8, 2 * DAY).lab(1, 2 * DAY - 721, 20).unit(2, 9, 2 * DAY)
+    eicu.settling(2, 2 * DAY - 719)
+    rows, description = made(eicu.write(tmp_path), min_observations=1)
     assert rows.index.tolist() == [9]
-    assert removed(description) == {"prediction time before the admission": 1}
+    rule = "no value of the series known within a window of the admission"
+    assert removed(description) == {rule: 1}
+    assert "0 h since admission" in context(rows, 9)
     assert "begins with the first stay" in description["definitions"]["cohort"]
 
 
@@ -158,11 +161,11 @@ def test_intensive_care_ends_with_the_discharge_from_the_unit(tmp_path: Path) ->
 def test_ages_and_sexes(tmp_path: Path) -> None:
     """Each hospital stay of a patient has its own age; only those above 89 are not known."""
     eicu = Mini()
-    for stay, age in enumerate(("88", "> 89", "86", "> 89", "17", ""), 1):
-        patient: dict[str, Any] = {"uniquepid": "002-1" if stay < 4 else f"002-{stay}", "age": age}
-        eicu.unit(stay, stay, gender="Male" if stay == 4 else "Female", **patient).settling(stay)
+    for stay, age in enumerate(("88", "> 89", "86", "", "> 89", "17", ""), 1):
+        patient: dict[str, Any] = {"uniquepid": "002-1" if stay < 5 else f"002-{stay}", "age": age}
+        eicu.unit(stay, stay, gender="Male" if stay == 5 else "Female", **patient).settling(stay)
     rows, description = made(eicu.write(tmp_path))
-    assert rows["subject_id"].tolist() == ["002-1"] * 3 + ["002-4"]
+    assert rows["subject_id"].tolist() == ["002-1"] * 3 + ["002-5"]
     assert rows["static_age [years]"].tolist() == [88, 90, 86, 90]
     assert rows["static_sex_male"].tolist() == [0, 0, 0, 1]
     assert [text.partition(",")[0] for text in rows["clinical_context"]] == [
@@ -171,7 +174,8 @@ def test_ages_and_sexes(tmp_path: Path) -> None:
         "86-year-old woman",
         "Over 89-year-old man",
     ]
-    assert removed(description) == {"under 18 at admission, or of unknown age": 2}
+    assert removed(description) == {"under 18 at admission, or of unknown age": 1}
+    assert "unknown hospitaldischargestatus or age" in description["definitions"]["cohort"]
 
 
 def test_death_is_the_discharge_of_the_dead(tmp_path: Path) -> None:
@@ -215,8 +219,18 @@ def test_names_of_the_laboratory_become_series(tmp_path: Path) -> None:
 
 def test_a_value_is_known_when_it_is_revised_and_never_before_it_is_drawn(tmp_path: Path) -> None:
     eicu = Mini().unit(1, 9).settling(1).lab(1, 300, 25, revised=13 * 60 + 1)
-    rows, _ = made(eicu.lab(1, 400, 26, revised=100).write(tmp_path))
+    eicu.lab(1, 400, 26, revised=100).lab(1, 500, 27).tables["lab"][-1][
+        "labresultrevisedoffset"
+    ] = ""
+    rows, _ = made(eicu.write(tmp_path))
     assert series(rows, 9) == "20 (0h) -> 18 (3h) -> 26 (5.67h)"
+
+
+def test_a_value_filed_under_a_later_unit_stay_is_not_known_before_it(tmp_path: Path) -> None:
+    """The value would tell that the patient comes to that unit."""
+    eicu = Mini().unit(1, 9, 60, 600).settling(1).unit(2, 9, 2000)
+    rows, _ = made(eicu.lab(2, 700, 30).write(tmp_path))
+    assert series(rows, 9) == "20 (0h) -> 18 (3h)"
 
 
 # --------------------------------------------------------------------------- the diagnosis
@@ -266,7 +280,7 @@ def test_a_wrong_table_is_named_by_its_place(
 
 @pytest.mark.parametrize(
     ("request_", "counts"),
-    [({}, (33, 26, 7)), ({"compute_gap": "always", "series": ("all",)}, (40, 30, 3))],
+    [({}, (35, 28, 7)), ({"compute_gap": "always", "series": ("all",)}, (42, 32, 3))],
 )
 def test_the_demo_has_so_many_rows_patients_and_events(
     request_: dict[str, Any], counts: tuple[int, ...], tmp_path: Path
@@ -307,7 +321,7 @@ def times_of(tables: Tables, *names: str) -> pd.Series:
         {
             "hospital": own["patienthealthsystemstayid"].to_numpy(),
             "chart": labs["labresultoffset"].astype(int).to_numpy() + begin,
-            "revised": labs["labresultrevisedoffset"].astype(int).to_numpy() + begin,
+            "revised": labs["labresultrevisedoffset"].astype(int).clip(lower=0).to_numpy() + begin,
             "name": labs["labname"].to_numpy(),
         }
     )
@@ -323,7 +337,10 @@ def times_of(tables: Tables, *names: str) -> pd.Series:
 
 
 def altered(tables: Tables, times: pd.Series, rng: np.random.Generator) -> Tables:
-    """Change all that is drawn, revised, entered or happens after the prediction time."""
+    """Change all that is drawn, revised, entered or happens after the prediction time.
+
+    Some of the stays that begin after it are deleted, with the values that are filed under them.
+    """
     patient, diagnoses, labs = (tables[name].copy() for name in NAMES)
     stays = patient.set_index("patientunitstayid")
     begin = -stays["hospitaladmitoffset"].astype(int)
@@ -334,7 +351,7 @@ def altered(tables: Tables, times: pd.Series, rng: np.random.Generator) -> Table
 
     limit = labs["patientunitstayid"].map(then)
     drawn, revised = (labs[f"labresult{word}"].astype(int) for word in ("offset", "revisedoffset"))
-    late = (drawn > limit) | (revised > limit)
+    late = (drawn > limit) | (revised > limit) | (limit < 0)
     labs.loc[late, "labresult"] = rng.integers(1, 400, int(late.sum())).astype(str)
     labs.loc[late, "labresultoffset"] = later(drawn)[late]
     labs.loc[late, "labresultrevisedoffset"] = later(revised)[late]
@@ -370,6 +387,8 @@ def altered(tables: Tables, times: pd.Series, rng: np.random.Generator) -> Table
             moved = table[column].astype(int) - table["patientunitstayid"].map(shift)
             table[column] = moved.astype(int).astype(str)
     result = {"patient": patient, "admissionDx": diagnoses, "lab": labs}
+    gone = then.index[(then < 0) & asked_within & (rng.random(len(then)) < 0.5)]
+    result = {name: table[~table["patientunitstayid"].isin(gone)] for name, table in result.items()}
     return {name: table.sample(frac=1, random_state=rng) for name, table in result.items()}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mimic_files import Extracted, Mini, extracted
+from mimic_files import Extracted, Mini, extracted, write_tables
 
 Case = Callable[[Mini, int], Mini]
 MINUTE = 1 / 60
@@ -234,6 +234,18 @@ def test_discharges_alive_are_counted_or_left_out_whatever_else_happened(
     rule = "discharged alive within the horizon (--discharged exclude)"
     assert excluded.removed()[rule] == len(alive)
     assert "competing event" in counted.description["definitions"]["discharge"]
+
+
+def test_of_two_units_at_one_time_the_order_of_the_rows_does_not_decide(tmp_path: Path) -> None:
+    tables = Mini().admit(1).settling(1).icu(1, 2, 60).icu(1, 2, 70).tables()
+    tables["icu/icustays"]["first_careunit"] = ["CCU", "MICU"]
+    contexts = []
+    for name, rows in (("one", slice(None)), ("other", slice(None, None, -1))):
+        icu = tables["icu/icustays"].iloc[rows]
+        folder = write_tables(tmp_path / name, {**tables, "icu/icustays": icu})
+        contexts.append(extracted(folder, ["death"]).context(1))
+    assert contexts[0] == contexts[1]
+    assert "MICU" in contexts[0]
 
 
 def test_the_horizon_is_respected(tmp_path: Path) -> None:

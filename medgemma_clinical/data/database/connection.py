@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -57,15 +56,14 @@ class Database:
                 raise
         try:
             return query.result()
-        except duckdb.OutOfMemoryException:
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            # A full disk is either; a damaged table is an IOException as well.
+            if isinstance(error, duckdb.IOException) and "Could not write" not in str(error):
+                raise
             raise RunFault(
-                "the tables need more memory than --memory_limit allows: raise it"
+                "the tables need more memory than --memory_limit, or more room than the disk of "
+                "--out has: raise the limit, or make room"
             ) from None
-        except duckdb.IOException as error:
-            if re.search("space|write", str(error)):
-                problem = "the disk of --out is too full for what exceeds --memory_limit"
-                raise RunFault(f"{problem}: make room, or raise the limit") from None
-            raise
 
     def run_file(self, path: Path) -> None:
         """Run the statements of a file, with a progress bar named after it."""

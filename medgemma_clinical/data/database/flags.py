@@ -12,7 +12,7 @@ from typing import Any
 
 from medgemma_clinical.files import InputError
 
-SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*([KMGT]i?B)", re.IGNORECASE)
+SIZE = re.compile(r"[0-9]{1,6}(\.[0-9]+)?\s*([KMGT]i?B)", re.IGNORECASE)
 
 
 def flag(

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ import pandas as pd
 
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.data.small_cells import FEWEST, count_text, flow_lines
-from medgemma_clinical.files import InputError, atomic, read_json
+from medgemma_clinical.files import InputError, atomic, partial_path, read_json
 from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,8 @@ def check_target(out: Path) -> None:
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: no folder {out.parent}: make it first")
     try:
-        tempfile.TemporaryFile(dir=out.parent).close()
+        partial_path(out).touch()
+        partial_path(out).unlink()
     except OSError as error:
         problem = f"cannot be written to ({error.strerror}): choose another folder"
         raise InputError(f"--out {out}: {out.parent} {problem}") from None

@@ -8,6 +8,7 @@ import glob
 import gzip
 import hashlib
 import itertools
+import os
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from medgemma_clinical.files import InputError
 
 FORMS = (".csv", ".csv.gz", ".parquet")
 READ_BYTES = 2**20
+
+LARGEST_WHOLE = 10**10
+"""Bound of a key, and of an offset in minutes, which a timestamp holds."""
 
 LONGEST_WORD = 300
 """Characters kept of a word: a unit, a code, a ward."""
@@ -60,17 +64,19 @@ class Column:
         if self.form == "label":
             cell = f"lower(trim({raw}::VARCHAR))"
             return f"CASE WHEN {cell} IN {ONE} THEN 1 WHEN {cell} IN {ZERO} THEN 0 END"
-        number = f"TRY_CAST({raw} AS DOUBLE)"
+        # NaN is above every number in DuckDB.
+        number = f"nullif(TRY_CAST({raw} AS DOUBLE), 'nan'::DOUBLE)"
         return f"TRY_CAST({number} AS BIGINT)" if self.form == "whole" else number
 
     def problems(self, raw: str) -> dict[str, str]:
         """Return SQL for each problem that a raw cell may have, by its words."""
-        filled = f"coalesce(trim({raw}::VARCHAR), '') != ''"
+        empty = "('', 'nan')" if self.form in ("number", "whole") else "('')"
+        filled = f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty}"
         found = {} if self.may_be_empty else {"empty": f"NOT {filled}"}
         if self.form == "whole":  # BIGINT alone would round 1.5 in silence
-            found["no whole number"] = (
-                f"{filled} AND coalesce(TRY_CAST({raw} AS DOUBLE) % 1 != 0, true)"
-            )
+            number = f"TRY_CAST({raw} AS DOUBLE)"
+            wrong = f"{number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}"
+            found["no whole number"] = f"{filled} AND coalesce({wrong}, true)"
         elif self.form != "word":
             words = {"label": "neither 0 nor 1", "instant": "no time such as 2150-01-31 08:30:00"}
             problem = words.get(self.form, f"no {self.form}")
@@ -148,6 +154,21 @@ class TableFile:
                 raise InputError(f"{self.path}: the column {name} is there twice")
 
 
+def check_rows(database: Database, table: str, path: Path, key: str = "") -> None:
+    """Refuse a table without rows, or with a key twice.
+
+    Raises:
+        InputError: names the file.
+    """
+    different = f"count(DISTINCT {key})" if key else "count(*)"
+    rows, keys = database.row(f"SELECT count(*), {different} FROM {table}")
+    if not rows:
+        raise InputError(f"{path}: no rows below the header")
+    if keys < rows:
+        problem = "a value appears more than once"
+        raise InputError(f"{path}, column {key}: {problem}: {COPY_AGAIN}")
+
+
 def find_file(folder: Path, name: str, flag: str) -> Path:
     """Find the file of a table in one of its forms.
 
@@ -159,6 +180,8 @@ def find_file(folder: Path, name: str, flag: str) -> Path:
     Raises:
         InputError: it is missing or present twice.
     """
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for an overlong name too
+        raise InputError(f"{flag} {folder}: no such folder")
     found = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
     if len(found) != 1:
         problem = f"is there {len(found)} times: leave one" if found else "is missing"
@@ -203,7 +226,11 @@ def readable(path: Path) -> Iterator[None]:
     except OSError as error:
         problem = error.strerror or "damaged"
         raise InputError(f"{path}: cannot be read: {problem}") from None
-    except (csv.Error, duckdb.InvalidInputException, duckdb.IOException):
+    except (csv.Error, duckdb.Error) as error:
+        # Of a damaged Parquet file DuckDB raises its base class.
+        damage = (csv.Error, duckdb.InvalidInputException, duckdb.IOException)
+        if not isinstance(error, damage) and type(error) is not duckdb.Error:
+            raise
         kind = "Parquet file" if path.suffix.lower() == ".parquet" else "CSV"
         raise InputError(f"{path}: not a whole {kind}: {COPY_AGAIN}") from None
 

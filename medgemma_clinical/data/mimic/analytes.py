@@ -96,7 +96,8 @@ def choose_series(names: Sequence[str], compute_gap: str) -> list[ItemSeries]:
         InputError: no such analyte, or one twice.
     """
     known = {comparable(analyte.name): analyte for analyte in CHEMISTRY}
-    wanted = list(known) if list(names) == [ALL_SERIES] else [comparable(name) for name in names]
+    wanted = [comparable(name) for name in names]
+    wanted = list(known) if wanted == [ALL_SERIES] else wanted
     for name, shown in zip(wanted, names, strict=False):
         if name not in known:
             all_names = ", ".join(analyte.name for analyte in CHEMISTRY)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from medgemma_clinical.data.database.output import describe_origin
 from medgemma_clinical.data.mimic.analytes import ItemSeries
+from medgemma_clinical.data.mimic.hospital import Hospital
 from medgemma_clinical.data.mimic.request import (
     DISCHARGED,
     GAPS,
@@ -17,42 +17,22 @@ from medgemma_clinical.data.mimic.request import (
 from medgemma_clinical.data.texts import plain
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where rows come from.
-
-    Attributes:
-        source: of the data, with their terms.
-        command: that made the rows.
-        cohort: its definition.
-        flow: ``rule``, ``removed`` and ``left`` of each rule.
-        values: counts of values by the reason for which they were left out or resolved.
-        has_storing_times: whether values have times of storing.
-        hashes: SHA-256 of each table.
-    """
-
-    source: str
-    command: str
-    cohort: str
-    flow: list[dict[str, Any]]
-    values: dict[str, int]
-    has_storing_times: bool
-    hashes: dict[str, str]
-
-
 def describe_rows(
-    series: list[ItemSeries], counts: dict[str, int], origin: Origin, request: CohortRequest
+    hospital: Hospital,
+    series: list[ItemSeries],
+    counts: dict[str, Any],
+    request: CohortRequest,
 ) -> dict[str, Any]:
     """Describe the rows for their readers.
 
     Args:
+        hospital: whose tables were read.
         series: the main one first, each with its unit.
-        counts: of rows, patients, events and more.
-        origin: of the rows.
+        counts: ``flow``, ``rows`` and ``values`` of the description.
         request: that was made.
     """
     window, horizon = plain(request.window_hours), plain(request.horizon_hours)
-    stored = "charted and stored by then" if origin.has_storing_times else "charted by then"
+    stored = "charted and stored by then" if hospital.has_storing_times else "charted by then"
     main, *others = series
     text = request.outcome_text
     return {
@@ -67,22 +47,20 @@ def describe_rows(
         "plausible": main.plausible,
         "limits": {each.name: each.plausible for each in others},
         "prediction_time": (
-            f"{window} hours after the first value of each admission, for whoever is then in "
+            f"{window} hours after the first value of each admission, for patients who are then in "
             f"hospital; only values {stored} are read"
         ),
         "horizon": f"{horizon} hours from then on",
-        "flow": origin.flow,
-        "rows": counts,
-        "values": dict(sorted(origin.values.items())),
+        **counts,
         "definitions": {
-            "cohort": origin.cohort,
+            "cohort": hospital.cohorts[request.cohort],
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
             "label_escalation": text.definition,
             **{f"label_{name}": outcome.definition for name, outcome in OUTCOMES.items()},
         },
-        "source": origin.source,
-        **describe_origin(request, origin.command, origin.hashes),
+        "source": hospital.source,
+        **describe_origin(request, hospital.command, hospital.hashes),
     }
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
 
@@ -19,7 +19,8 @@ from medgemma_clinical.data.mimic.analytes import (
     ItemSeries,
     find_factors,
 )
-from medgemma_clinical.data.mimic.description import Origin, describe_rows
+from medgemma_clinical.data.mimic.description import describe_rows
+from medgemma_clinical.data.mimic.hospital import Hospital
 from medgemma_clinical.data.mimic.request import (
     COMPUTED_GAP,
     EXCLUDE,
@@ -33,37 +34,6 @@ from medgemma_clinical.data.small_cells import FEWEST, count_text
 logger = logging.getLogger(__name__)
 
 STEPS = Path(__file__).parent
-
-
-class Hospital(Protocol):
-    """The tables of a hospital, in the form that MIMIC-IV gives them."""
-
-    name: str
-    """Of the folder, for messages."""
-    source: str
-    """Of the data, with their terms."""
-    command: str
-    """That reads them."""
-    hashes: dict[str, str]
-    """SHA-256 of each file that was read."""
-    labs_path: Path
-    """Of the laboratory values, for messages."""
-    has_storing_times: bool
-    """Whether values have times of storing."""
-    cohorts: dict[str, str]
-    """Definition of each cohort."""
-
-    def load_admissions(self) -> None:
-        """Make the tables patients, admissions, icustays and ketoacidosis.
-
-        The last holds hadm_id of each code, and when it was entered, NULL for codes of discharge.
-        """
-
-    def choose_series(self) -> list[ItemSeries]:
-        """Return the series that are asked for, the main one first."""
-
-    def load_labs(self, items: set[int]) -> None:
-        """Make the table labs of these items, of patients in the table wanted."""
 
 
 def extract(request: Extraction) -> Made:
@@ -116,17 +86,9 @@ class _Cohort:
         flow = self._apply_rules()
         self._run("rows")
         rows = self._rows(series)
-        hospital = self.hospital
-        origin = Origin(
-            hospital.source,
-            hospital.command,
-            hospital.cohorts[self.request.cohort],
-            flow,
-            left_out,
-            hospital.has_storing_times,
-            hospital.hashes,
-        )
-        return rows, describe_rows(series, self._counts(rows), origin, self.request)
+        counts = {"rows": self._counts(rows), "values": dict(sorted(left_out.items()))}
+        described = describe_rows(self.hospital, series, {"flow": flow, **counts}, self.request)
+        return rows, described
 
     def _run(self, step: str) -> None:
         self.database.run_file(STEPS / f"{step}.sql")
@@ -139,7 +101,6 @@ class _Cohort:
             horizon_length=request.horizon,
             min_observations=request.min_observations,
             outcome=request.parts,
-            discharged=request.discharged,
             compute_gap=request.compute_gap,
             reported_gap=GAP_ITEM,
             computed_gap=COMPUTED_GAP,
@@ -252,7 +213,7 @@ class _Cohort:
         )
         shown = count_text(discharged, FEWEST)
         if self.request.discharged != EXCLUDE:
-            logger.info("%s rows: discharged alive within the horizon, no event by that", shown)
+            logger.info("discharged alive within the horizon, which is no event: %s rows", shown)
         return {
             "rows": len(rows),
             "patients": int(rows["subject_id"].nunique()),

@@ -12,7 +12,7 @@ FROM stays JOIN windows USING (stay);
 CREATE TABLE intensive_care AS
 SELECT
     stay,
-    last(first_careunit ORDER BY intime, outtime)
+    last(first_careunit ORDER BY intime, first_careunit)
         FILTER (intime <= time AND NOT coalesce(outtime <= time, false)) AS unit,
     coalesce(bool_or(intime > time AND intime <= until), false) AS admitted
 FROM windows
@@ -56,7 +56,7 @@ SELECT
     CASE WHEN unit IS NULL THEN coalesce(admitted, false) END AS icu,
     CASE
         WHEN reopened THEN true
-        -- In hospital for the whole horizon without a gap: nobody knows.
+        -- In hospital for the whole horizon, and the gap is not measured: unknown.
         WHEN NOT (measured_again OR died OR discharged_alive) THEN NULL
         WHEN closed THEN false
         -- A discharge alive is a competing event: no escalation can follow it in this admission.

@@ -51,22 +51,22 @@ OUTCOMES = {
         "In-hospital death",
         "die in hospital",
         "death in this hospital admission within the horizon (its time, or the time of discharge "
-        "where only that is known). Whoever is discharged alive counts 0",
+        "where only that is known). A discharge alive counts 0",
     ),
     "icu": OutcomeText(
         "ICU admission",
         "be admitted to an intensive care unit",
-        "a stay in intensive care that begins within the horizon, in this admission; not asked of "
-        "whoever is in intensive care at the prediction time (empty)",
+        "a stay in intensive care that begins within the horizon, in this admission; not asked "
+        "of a patient who is in intensive care at the prediction time (empty)",
     ),
     "unresolved": OutcomeText(
         "Anion gap not resolved",
         "keep or regain an anion gap above 12 mEq/L",
         "of a gap above 12 mEq/L at the prediction time: no value at or below 12 within the "
         "horizon, or one and a later value above it; of a closed one: a value above 12 within the "
-        "horizon. A death with an open gap counts 1. A discharge alive with a gap that was open "
-        "all along counts 0: a competing event. Not known (empty) where the patient is in hospital "
-        "for the whole horizon and the gap is not measured in it",
+        "horizon. A death with a gap that is not known to be closed counts 1. A discharge alive "
+        "with a gap that was open all along counts 0: a competing event. Not known (empty) where "
+        "the patient is in hospital for the whole horizon and the gap is not measured in it",
     ),
 }
 """The components of escalation, which is any of them."""

@@ -1,4 +1,5 @@
--- The rules that remove admissions, in their order: a column each, true where it applies.
+-- The rules that remove admissions, in their order: a column each, true where it applies. The request
+-- decides which of the rules are used.
 CREATE TABLE rules AS
 WITH
 -- Values of the main series within the window.
@@ -21,18 +22,16 @@ chemistry AS (
 SELECT
     stay,
     NOT coalesce(age >= 18, false) AS not_adult,
-    getvariable('cohort') = 'dka' AND NOT (coded AND coalesce(coded_at <= time, true))
-        AS not_coded,
+    NOT (coded AND coalesce(coded_at <= time, true)) AS not_coded,
     first IS NULL AS no_value,
     coalesce(time < begins, false) AS before_admission,
     coalesce(stays.death <= time, false) AS dead,
     NOT coalesce(ends > time, false) AS gone,
     coalesce(observations, 0) < getvariable('min_observations') AS too_few,
-    getvariable('cohort') = 'biochemical' AND NOT coalesce(in_ketoacidosis, false)
-        AS no_ketoacidosis,
-    getvariable('outcome') = ['icu'] AND unit IS NOT NULL AS in_intensive_care,
-    getvariable('discharged') = 'exclude' AND discharged_alive AS excluded_discharge,
-    list_contains(getvariable('outcome'), 'unresolved') AND unresolved IS NULL AS not_measured
+    NOT coalesce(in_ketoacidosis, false) AS no_ketoacidosis,
+    unit IS NOT NULL AS in_intensive_care,
+    discharged_alive AS excluded_discharge,
+    unresolved IS NULL AS not_measured
 FROM stays
 JOIN windows USING (stay)
 JOIN outcomes USING (stay)

@@ -18,6 +18,7 @@ from medgemma_clinical.data.database.table_files import (
     WORD_OR_EMPTY,
     Column,
     TableFile,
+    check_rows,
     find_file,
     load_table,
     open_table,
@@ -86,21 +87,7 @@ state."""
 
 
 class MimicTables:
-    """The folder of MIMIC-IV as tables of a database.
-
-    Args:
-        database: that gets the tables.
-        request: names the folder and the series.
-
-    Attributes:
-        name: of the folder, for messages.
-        source: of the data, with their terms.
-        command: that reads them.
-        cohorts: definition of each cohort.
-        hashes: SHA-256 of each table that was read.
-        labs_path: of labevents.
-        has_storing_times: whether labevents has them.
-    """
+    """The folder of MIMIC-IV as tables of a database: a ``Hospital``."""
 
     source = "MIMIC-IV (PhysioNet), under its data use agreement"
     command = "from_mimic"
@@ -120,8 +107,9 @@ class MimicTables:
         for name in ("hosp/patients", "hosp/admissions", "icu/icustays", "hosp/d_labitems"):
             table = name.partition("/")[2]
             self._load(name, table)
-            self._check_table(name, table)
+            check_rows(self.database, table, self.paths[name], UNIQUE.get(name, ""))
         self._load("hosp/diagnoses_icd", "diagnoses_icd")
+        check_rows(self.database, "diagnoses_icd", self.paths["hosp/diagnoses_icd"])
         self.database.run(
             "CREATE TABLE ketoacidosis AS SELECT hadm_id, NULL::TIMESTAMP AS entered "
             f"FROM diagnoses_icd WHERE {KETOACIDOSIS}"
@@ -160,18 +148,6 @@ class MimicTables:
 
     def _load(self, name: str, table: str) -> None:
         load_table(self.database, table, self._open(name), TABLES[name])
-
-    def _check_table(self, name: str, table: str) -> None:
-        """Refuse a table without rows, or with a key twice."""
-        key = UNIQUE.get(name, "1")
-        rows, different = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
-        if not rows:
-            raise InputError(f"{self.paths[name]}: no rows below the header")
-        if name in UNIQUE and different < rows:
-            raise InputError(
-                f"{self.paths[name]}, column {key}: a value is there more than once: copy the "
-                "table again"
-            )
 
     def _find_item(self, wanted: str) -> ItemSeries:
         """Find an item by number or name.

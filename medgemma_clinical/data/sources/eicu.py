@@ -10,7 +10,13 @@ import pandas as pd
 from medgemma_clinical.data.database.connection import Database
 from medgemma_clinical.data.database.flags import flag
 from medgemma_clinical.data.database.output import Made
-from medgemma_clinical.data.database.table_files import Column, find_file, load_table, open_table
+from medgemma_clinical.data.database.table_files import (
+    Column,
+    check_rows,
+    find_file,
+    load_table,
+    open_table,
+)
 from medgemma_clinical.data.mimic.analytes import ANION_GAP, CHEMISTRY, ItemSeries, choose_series
 from medgemma_clinical.data.mimic.extraction import make_cohort
 from medgemma_clinical.data.mimic.request import COHORTS, CohortRequest
@@ -38,7 +44,7 @@ HCO3 and Total CO2 are computed by the blood gas machine."""
 
 STAYS = (
     "eICU holds patients of its units alone: an admission begins with the first stay in one; left "
-    "out are hospital stays of unknown hospitaldischargestatus"
+    "out are hospital stays of unknown hospitaldischargestatus or age"
 )
 DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
     "dka": "adult admissions with APACHE's admission diagnosis of diabetic ketoacidosis, entered "
@@ -95,11 +101,16 @@ class EicuTables:
         self.hashes[name] = file.sha256
         cells = {column: kind.typed(file.raw(column)) for column, kind in columns.items()}
         load_table(self.database, name, file, columns, keep.format(**cells))
+        if name != "lab":
+            key = "patientunitstayid" if name == "patient" else ""
+            check_rows(self.database, name, file.path, key)
 
 
 def _kind(column: str) -> Column:
     if column.endswith(("stayid", "offset")):
-        return Column("whole")
+        return Column("whole", may_be_empty=column == "labresultrevisedoffset")
+    if column == "uniquepid":
+        return Column("word")
     return Column("number" if column == "labresult" else "word", may_be_empty=True)
 
 

@@ -2,7 +2,7 @@
 
 -- Unit stays on the clock of their hospital stay: offsets count from the admission to the unit. The
 -- base date is arbitrary; between hospital stays of a patient as many years pass as in their ages.
--- Where nobody knows whether the patient left alive, the stay is left out.
+-- Hospital stays of unknown discharge status or unknown age are left out.
 CREATE TABLE unit_stays AS
 SELECT
     *, uniquepid AS subject_id, patienthealthsystemstayid AS hadm_id,
@@ -10,17 +10,16 @@ SELECT
     CASE WHEN age LIKE '>%' THEN 90 ELSE TRY_CAST(age AS INTEGER) END AS years,
     min(years) OVER (PARTITION BY uniquepid) AS anchor_age,
     min(years) OVER (PARTITION BY patienthealthsystemstayid) - anchor_age AS years_since,
-    TIMESTAMP '2000-07-01' + to_years(coalesce(years_since, 0)) - to_minutes(hospitaladmitoffset)
-        AS intime
-FROM patient WHERE hospitaldischargestatus != '';
+    TIMESTAMP '2000-07-01' + to_years(years_since) - to_minutes(hospitaladmitoffset) AS intime
+FROM patient WHERE hospitaldischargestatus != '' AND years IS NOT NULL;
 
 CREATE VIEW patients AS
 SELECT
     subject_id, min(left(gender, 1)) AS gender, min(anchor_age) AS anchor_age, 2000 AS anchor_year
 FROM unit_stays GROUP BY subject_id;
 
--- An admission begins with the first stay in a unit: before it nobody could know that the patient
--- would come into this data base.
+-- An admission begins with the first stay in a unit: before it the data base does not know the
+-- patient.
 CREATE VIEW admissions AS
 SELECT
     subject_id, hadm_id, min(intime) AS admittime,
