@@ -216,8 +216,8 @@ def test_a_computed_gap_is_known_when_its_last_component_is(run: Run) -> None:
 
 def test_of_several_values_at_one_time_the_one_known_first_is_computed_with(run: Run) -> None:
     mini = Mini().admit(1).trio(1, 1, 140).trio(1, 3, 138).trio(1, 30, 131)
-    mini.lab(1, 3, 150, SODIUM, stored=6.0).lab(1, 1, 99, SODIUM, stored=1.5)
-    assert run(mini, compute_gap="always").series(1) == "-21 (0h) -> 18 (2h)"
+    mini.lab(1, 1, 99, SODIUM, stored=6.0).lab(1, 3, 150, SODIUM, stored=3.5)
+    assert run(mini, compute_gap="always").series(1) == "20 (0h) -> 30 (2h)"
 
 
 def test_another_series_has_computed_gaps_beside_it_where_none_is_reported_in_time(
