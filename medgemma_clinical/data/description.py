@@ -51,7 +51,7 @@ class Description:
         unit: unit of its values, empty where it has none.
         question: the question about a patient, a sentence.
         outcome: what label 1 means, in a word or two; a report begins with it.
-        plausible: lowest and highest value that a living patient shows; None where nobody knows,
+        plausible: lowest and highest value that a living patient shows; None where unknown,
             and where the JSON names another series without them.
         limits: the same for further series, by name.
         prediction_time: when the question is asked, in words; empty where unknown.
@@ -259,7 +259,7 @@ def _is_count(value: object) -> bool:
 
 
 def _rising(key: str, pair: Any) -> tuple[float, float] | None:
-    """Return two numbers, or None where nobody knows them."""
+    """Return two numbers, or None where they are unknown."""
     if pair is None:
         return None
     numbers = isinstance(pair, list) and all(type(number) in (int, float) for number in pair)

@@ -94,7 +94,7 @@ def has_few_events(
 ) -> bool:
     """Return whether few patients of some part have the event, or lack it.
 
-    Parts are stratified, so that the events of one tell those of the others.
+    Parts are stratified, so that the events of one reveal those of the others.
 
     Args:
         labels: (N,) of 0 and 1.
@@ -165,7 +165,7 @@ def patient_quantiles(
 ) -> list[float]:
     """Return quantiles of numbers in which each patient counts once, however many they have.
 
-    Each quantile is a number that occurs: between two of them it would tell how many lie above.
+    Each quantile is a number that occurs: between two of them it would reveal how many lie above.
 
     Args:
         numbers: (n,), at least one.
