@@ -48,10 +48,16 @@ from medgemma_clinical.data.description import (
     MAIN_COLUMN,
     Description,
     comparable,
+    describe_unused,
     find_series,
     list_unread,
 )
-from medgemma_clinical.data.dka.columns import describe_missing, describe_unread, patient_column
+from medgemma_clinical.data.dka.columns import (
+    describe_missing,
+    describe_unread,
+    is_made,
+    patient_column,
+)
 from medgemma_clinical.data.mimic.extraction import extract
 from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.data.series_cells import (
@@ -167,7 +173,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     options = ("series", "max_len", "label_column", "allow_duplicates")
     row_columns = (*TrajectoryDataset.row_columns, "numbers")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
-    leak: str = ""  # why the patients are not those of another column
+    leak: str = ""  # which other column seems to name the patients
 
     def __init__(
         self,
@@ -183,13 +189,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     ) -> None:
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
-            raise InputError(f"max_len must be positive, got {max_len}")
+            raise InputError(f"--max_len {max_len}: must be at least 1")
+        if label_column is not None and not label_column.strip():
+            raise InputError("--label_column is empty: name a column of 0 and 1")
+        warnings: list[str] = []
         if isinstance(source, pd.DataFrame):
             self.source = findings.source if findings else "DataFrame"
             table = source if findings else plain_columns(source)
         else:
             self.source, table = one_line(str(source)), read_table(Path(source))
             description = description or Description.beside(Path(source))
+            warnings += description.warnings(Path(source))
         label = label_column or LABEL
         self.description = (description or Description()).for_label(label)
         self.question, self.outcome = self.description.question, self.description.outcome
@@ -207,6 +217,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.reading = {"max_len": most, "label_column": label}
         self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
         cells = TableCells(table, findings or Findings(self.source), whole=findings is None)
+        if cells.whole:
+            warnings += describe_unused(table, self.description, self.source)
+            cells.findings.warnings |= dict.fromkeys(warnings)
         self._read_labels(cells, label, required=require_labels)
         self._read_patients(cells)
         self._note_unread(cells, [*COLUMNS, label, *columns])
@@ -218,7 +231,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     def _read_labels(self, cells: TableCells, label: str, *, required: bool) -> None:
         table = cells.table
         text = column_text(table, label) if label in table else pd.Series("", index=table.index)
-        labels = pd.to_numeric(text, errors="coerce").astype(float)
+        words = text.str.lower().replace({"false": "0", "true": "1"})  # as pandas writes them
+        labels = pd.to_numeric(words, errors="coerce").astype(float)
         wrong = ~labels.isin([0, 1]) & (text != "")
         if cells.whole:
             cells.reject(wrong, label, "must be 0 or 1")
@@ -236,7 +250,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             column = "subject_id" if "subject_id" in table else "id"
             cells.reject(patients == "", column, "is empty: name the patient of each row")
         else:
-            cells.findings.notes["no column subject_id: each row is a patient of its own"] = None
+            warning = "no column subject_id: each row is a patient of its own"
+            cells.findings.warnings[warning] = None
         self._find_patient_column(cells, patients)
         self.groups = patients.to_numpy(dtype=np.str_)
         self.ids = ids_of(table).to_numpy(dtype=np.str_)
@@ -248,7 +263,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             parts = column_text(table, "split").str.lower().replace("validation", "val")
             cells.reject(~parts.isin(PARTS), "split", "must be train, val or test")
             moved = parts != parts.groupby(patients).transform("first")
-            problem = "puts a patient (subject_id) on another side than an earlier row does"
+            problem = "puts a patient (subject_id) in another part than an earlier row does"
             cells.reject(moved, "split", problem)
             self.parts = parts.to_numpy(dtype=np.str_)
 
@@ -263,8 +278,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         advice = "rename it to subject_id if it names the patient or their stay, else remove it"
         if later.any():
             self.leak = (
-                f"{self.source}, row {patients.index[later][0]}, column {shown}: holds a value of "
-                f"an earlier row, so that a patient may lie on two sides of the split: {advice}"
+                f"{self.source}, row {patients.index[later][0]}, column {shown}: repeats the value "
+                f"of an earlier row, so one patient may be in two parts of the split: {advice}"
             )
         if later.any() or not self.named:
             cells.findings.warnings[f"column {shown} is not read: {advice}"] = None
@@ -273,7 +288,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Name the columns that are not read; warn of those that seem to be meant."""
         table = cells.table
         if unread := [str(name) for name in table if name not in read]:
-            cells.findings.notes[f"columns not read: {list_unread(unread)}"] = None
+            if unknown := [name for name in unread if not is_made(name)]:
+                cells.findings.notes[f"columns not read: {list_unread(unknown)}"] = None
             label = [LABEL] if self.reading["label_column"] not in table else []
             absent = [
                 *label,
@@ -347,6 +363,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 cannot be read.
         """
         found, label = Description.beside(source), config["reading"].get("label_column", LABEL)
+        findings.warnings |= dict.fromkeys(found.warnings(source))
         total = 0
         for number, (table, read) in enumerate(read_chunks(source, findings, most)):
             if number == 0:

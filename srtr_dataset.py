@@ -367,19 +367,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(data_dir: Path, min_cell: int, **reading: Any) -> int:
-    """Log what a folder holds, what looks wrong, and what it is fit for.
+    """Log what a folder holds, what looks wrong, and what it can be used for.
 
     Raises:
         InputError: the folder cannot be used.
     """
-    unfit = None
+    obstacle = None
     with log_refusal():
         try:
             dataset = SRTRTrajectoryDataset(data_dir, **reading)
         except TooFewEventsError as error:
             dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
-            unfit = f"not to train on: {error}"
-        log_check(dataset, min_cell, unfit=unfit)
+            obstacle = f"not to train on: {error}"
+        log_check(dataset, min_cell, obstacle=obstacle)
     return 0
 
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +144,16 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, object_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Return the content of a JSON file in UTF-8.
+
+    Args:
+        path: of the file.
+        object_hook: makes each object of its pairs of key and value; by default a dictionary.
 
     Raises:
         OSError: the file cannot be read.
+        InputError: as ``object_hook``.
         json.JSONDecodeError: its content cannot: no JSON, no UTF-8, too large or nested too deeply.
     """
     with path.open("rb") as file:
@@ -156,7 +161,9 @@ def read_json(path: Path) -> Any:
     if len(content) > LARGEST_JSON:
         raise json.JSONDecodeError(f"more than {LARGEST_JSON >> 20} MiB", "", 0)
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), object_pairs_hook=object_hook)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise json.JSONDecodeError(type(error).__name__, "", 0) from error
 

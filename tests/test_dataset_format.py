@@ -64,13 +64,15 @@ def test_id_names_the_rows_and_stands_in_for_a_missing_subject_id() -> None:
     assert (alone.groups.tolist(), alone.ids.tolist()) == (["x", "y"], ["x", "y"])
 
 
-def test_without_subject_each_row_is_its_own_patient_and_it_is_said_once(
+def test_without_subject_each_row_is_its_own_patient_and_one_warning_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    with caplog.at_level(logging.INFO):
-        dataset = dataset_of(["1 (0h)"] * 30)
+    dataset = dataset_of(["1 (0h)"] * 30)
     assert len(set(dataset.groups)) == 30
-    assert sum("subject_id" in message for message in caplog.messages) == 1
+    warning = "no column subject_id: each row is a patient of its own"
+    assert dataset.warnings == (warning,)
+    assert caplog.messages == [f"warning: DataFrame: {warning}"]
+    assert dataset_of(["1 (0h)"], id="a").warnings == ()
 
 
 def test_contexts_are_read_and_may_be_empty() -> None:
@@ -101,6 +103,22 @@ def test_a_known_label_is_checked_even_where_none_is_required() -> None:
     table = pd.DataFrame({SERIES: ["1 (0h)"], LABEL: [3]})
     with pytest.raises(InputError, match=f"row 0, column {LABEL}"):
         MIMICtrajectoryDataset(table, require_labels=False)
+
+
+def test_labels_may_be_written_as_pandas_writes_booleans() -> None:
+    words = ["True", "FALSE", "true", "false", "1", "0.0"]
+    dataset = dataset_of(["1 (0h)"] * 6, label_escalation=words)
+    assert dataset.labels.tolist() == [1, 0, 1, 0, 1, 0]
+    assert dataset_of(["1 (0h)"] * 2, label_escalation=[True, False]).labels.tolist() == [1, 0]
+    for word in ("yes", "truer", "t"):
+        with pytest.raises(InputError, match="must be 0 or 1"):
+            dataset_of(["1 (0h)"], label_escalation=[word])
+
+
+@pytest.mark.parametrize("flags", [{"label_column": ""}, {"label_column": " "}, {"max_len": 0}])
+def test_an_impossible_flag_is_named(flags: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^--{next(iter(flags))} "):
+        MIMICtrajectoryDataset(table_of(["1 (0h)"]), **flags)
 
 
 def test_a_file_and_its_data_frame_give_the_same_data_set(tmp_path: Path) -> None:
@@ -221,11 +239,11 @@ def test_a_header_alone_holds_nothing_to_score(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- label and patient
 
 
-@pytest.mark.parametrize("name", ["patient_id", "HADM_ID", "stay_id", "person_id", "mrn"])
+@pytest.mark.parametrize("name", ["patient_id", "HADM_ID", "stay_id", "MRN_hash", "record_id"])
 def test_rows_of_one_patient_under_another_name_are_not_split(name: str) -> None:
     table = table_of(["1 (0h)"] * 6).assign(**{name: ["7", "", "8", "", "7", "9"]})
     dataset = MIMICtrajectoryDataset(table)
-    with pytest.raises(InputError, match=rf"row 4, column {name}: holds a value .* subject_id"):
+    with pytest.raises(InputError, match=rf"row 4, column {name}: repeats the value .* subject_id"):
         dataset.split(0)
     with pytest.raises(InputError, match=f"row 4, column {name}"):
         MIMICtrajectoryDataset(table.assign(id=list("abcdef"))).split(0)
@@ -236,21 +254,21 @@ def test_rows_of_one_patient_under_another_name_are_not_split(name: str) -> None
 def test_names_that_all_differ_are_asked_about(caplog: pytest.LogCaptureFixture) -> None:
     dataset = dataset_of(["1 (0h)"] * 6, patient_id=list("abcdef"))
     dataset.split(0)
-    (text,) = dataset.warnings
+    _, text = dataset.warnings
     assert text.startswith("column patient_id is not read: rename it to subject_id")
     assert f"warning: DataFrame: {text}" in caplog.messages
     assert dataset_of(["1 (0h)"] * 6, id=list("abcdef"), hadm_id=list("ghijkl")).warnings == ()
 
 
 def test_near_misses_among_unread_columns_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = dataset_of(["1 (0h)"], context="x", glucose="90 (0h)", age=54)
+    dataset = dataset_of(["1 (0h)"], context="x", glucose="90 (0h)", age=54, id="a")
     assert len(dataset.warnings) == 2
     assert (
         sum(message.startswith("warning: DataFrame: not read: ") for message in caplog.messages)
         == 2
     )
-    assert dataset_of(["1 (0h)"], clinical_context="x", context="x").warnings == ()
-    table = pd.DataFrame({SERIES: ["1 (0h)"], "label_death": [1]})
+    assert dataset_of(["1 (0h)"], clinical_context="x", context="x", id="a").warnings == ()
+    table = pd.DataFrame({SERIES: ["1 (0h)"], "label_death": [1], "id": ["a"]})
     (text,) = MIMICtrajectoryDataset(table, require_labels=False).warnings
     assert "did you mean label_escalation? rename it, or give --label_column label_death" in text
     table[LABEL] = 0

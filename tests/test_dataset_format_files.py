@@ -84,7 +84,10 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
         text(f'"1 (0h) \u2192 {SECRET} (1h)",0\n'),
         ["row 22", "piece 1", r"U\+2192"],
     ),
-    "two bad rows": (text('"x",0\n', '"1 (0h)",0\n', '"y",0\n'), ["row 22", r"\b2\b.*rows"]),
+    "two bad rows": (
+        text('"x",0\n', '"1 (0h)",0\n', '"y",0\n'),
+        ["row 22", "fewer than 11 such rows"],
+    ),
     "label 2": (text('"24 (0h)",2\n'), ["row 22", LABEL, "0 or 1"]),
     "label 0.5": (text('"24 (0h)",0.5\n'), ["row 22", LABEL, "0 or 1"]),
     "label as text": (text(f'"24 (0h)",yes{SECRET}\n'), ["row 22", LABEL, "0 or 1"]),
@@ -129,7 +132,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "empty subject_id": (one_cell("subject_id", "{}", 5, " "), ["row 7", "subject_id", "empty"]),
     "bad split": (one_cell("split", "train", 5, SECRET), ["row 7", "split", "train, val or test"]),
     "empty split": (one_cell("split", "train", 5, ""), ["row 7", "split", "train, val or test"]),
-    "patient on two sides": (TWO_SIDES, ["row 6", "split", "subject_id"]),
+    "patient on two sides": (TWO_SIDES, ["row 6", "split", "in another part"]),
     "a part without both classes": (
         with_column("split", ["train"] * 10 + ["val"] * 9 + ["test"]),
         ["split", "test"],
@@ -314,8 +317,8 @@ def test_a_file_without_any_label_is_fit_to_predict_on(
     path.write_text(content + '"24 (0h)",1\n')
     words = ["check", str(path), "--min_cell", "0"]
     assert dataset_format.main(words) == 0  # as --predict reads it
-    end = "\nready to predict on, with warnings, 3 of 4 rows have no label to train on\n"
-    assert capsys.readouterr().out.endswith(end)
+    end = "with warnings, not to train on: 3 of 4 rows have no label: fill or remove these rows\n"
+    assert capsys.readouterr().out.endswith(f"\nready to predict on, {end}")
 
 
 def test_the_content_of_a_refused_cell_is_shown_on_request_only(
@@ -361,7 +364,10 @@ def test_a_users_mistake_gives_no_traceback(tmp_path: Path) -> None:
     ("content", "warnings"),
     [
         (text(), []),
-        (text('"240 (0h) -> 200 (2h)",0\n', '"-20 (0h)",0\n'), ["fewer than 11 of 43 .* mEq/L"]),
+        (
+            text('"240 (0h) -> 200 (2h)",0\n', '"-20 (0h)",0\n'),
+            ["Anion gap: values of fewer than 11 patients lie .* mEq/L"],
+        ),
     ],
     ids=["nothing wrong", "values"],
 )
@@ -397,11 +403,13 @@ def test_the_summary_states_sizes_observations_and_spans(
     path = tmp_path / "data.csv"
     path.write_bytes(with_column("subject_id", cells) + b'99,"1 (0h) -> 2 (1h) -> 3 (50h)",1\n')
     dataset_format.main(["check", str(path), "--min_cell", "2"])
+    assert "number of events not shown" in capsys.readouterr().out, "a part would have one event"
+    dataset_format.main(["check", str(path), "--min_cell", "1"])
     output = capsys.readouterr().out
     assert "rows 21, patients 11" in output
     assert "11 events in 21 labelled rows (52.4%)" in output
-    assert re.search(r"observations a row: median 2, .* 64 % within 2 to 2\n", output)
-    assert re.search(r"span in hours: median 2.5, .* 64 % within 2.5 to 2.5\n", output)
+    assert re.search(r"observations a row: median 2, .* 82 % within 2 to 2\n", output)
+    assert re.search(r"span in hours: median 2.5, .* 82 % within 2.5 to 2.5\n", output)
     assert "50" not in output, "no extreme: it is one patient's"
 
 

@@ -415,7 +415,7 @@ def test_without_limits_what_lies_far_outside_the_quartiles_is_suspicious(
         trajectory_x=[f"{100 + k % 10} (0h)" for k in range(rows - 1)] + ["1000 (0h)"],
     )
     assert checked(table, tmp_path) == 0
-    assert "warning: x: fewer than 11 of 60 values lie outside 5" in capsys.readouterr().out
+    assert "warning: x: values of fewer than 11 patients lie outside 5" in capsys.readouterr().out
 
 
 def test_the_share_of_patients_counts_patients_not_rows(
@@ -449,5 +449,14 @@ def test_a_patient_in_the_index_of_a_table_is_found(tmp_path: Path) -> None:
 
 def test_columns_that_are_not_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        MIMICtrajectoryDataset(THREE.assign(age=1, hadm_id=2))
-    assert "DataFrame: columns not read: age, hadm_id" in caplog.messages
+        MIMICtrajectoryDataset(THREE.assign(age=1, hospital=2))
+    assert "DataFrame: columns not read: age, hospital" in caplog.messages
+
+
+def test_columns_that_the_commands_write_for_readers_are_not_listed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = ("hadm_id", "prediction_time", "prediction_hours", "static_age [years]", "label_death")
+    with caplog.at_level(logging.INFO):
+        MIMICtrajectoryDataset(THREE.assign(**dict.fromkeys(names, 1)))
+    assert not any("not read" in message for message in caplog.messages)

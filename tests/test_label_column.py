@@ -68,9 +68,8 @@ def test_a_doubled_file_is_refused_in_check_and_in_training(
     ):
         capsys.readouterr()
         assert main(command) == 2
-        assert (
-            "row 122, column patient_id: holds a value of an earlier row" in capsys.readouterr().err
-        )
+        problem = "row 122, column patient_id: repeats the value of an earlier row"
+        assert problem in capsys.readouterr().err
     pd.concat([table, table]).drop(columns="patient_id").to_csv(data, index=False)
     for command, main in (
         (check, dataset_format.main),

@@ -1,4 +1,4 @@
-"""What ``check`` says of a data set: a summary, suspicions, and what the data are fit for."""
+"""What ``check`` says of a data set: a summary, suspicions, and what the data can be used for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from medgemma_clinical.data.small_cells import (
     count_text,
     flow_lines,
     has_few_events,
+    hides_events,
     is_small,
     patient_quantiles,
     rarer_patients,
+    share_text,
 )
+from medgemma_clinical.data.splits import is_rare_when_drawn
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
@@ -33,7 +36,7 @@ FEWEST_PATIENTS, FEWEST_TEST_EVENTS = 100, 10
 with fewer, hardly any difference between models is larger than its interval."""
 
 MOST_IMPLAUSIBLE = 0.5
-"""Share of a series' values from which on its unit is taken for wrong."""
+"""Share of a series' values from which on its unit counts as wrong."""
 
 
 @contextlib.contextmanager
@@ -50,29 +53,28 @@ def log_refusal() -> Iterator[None]:
         raise
 
 
-def log_check(dataset: TrajectoryDataset, fewest: int, unfit: str | None = None) -> None:
+def log_check(dataset: TrajectoryDataset, fewest: int, obstacle: str | None = None) -> None:
     """Log summary and split of a data set, what looks wrong, and whether it is ready.
 
     Args:
         dataset: as read, labels not required.
         fewest: patients of the smallest cell that is shown.
-        unfit: why no model can be trained, where that is known already.
+        obstacle: why no model can be trained, where that is known already.
 
     Raises:
         InputError: the rows are labelled, and no model can be trained on them.
     """
-    if unlabelled := int(np.isnan(dataset.labels).sum()):
-        share = f"{count_text(unlabelled, fewest)} of {len(dataset):,} rows have no label"
-        no_label = "no labels" if unlabelled == len(dataset) else share
-        unfit = unfit or f"{no_label} to train on"
-    split, problem = {}, None
+    labels, groups = dataset.labels, dataset.groups
+    obstacle = obstacle or _describe_unlabelled(np.isnan(labels), groups, fewest)
+    split, problem, hidden = {}, None, False
     try:
-        split = {} if unfit else dataset.split(SEED)
+        split = {} if obstacle else dataset.split(SEED)
         if split:
+            hidden = has_few_events(labels, groups, split, fewest)
             dataset.check_measured(split["train"], fewest)
-    except InputError as error:  # the summary tells why
+    except InputError as error:  # raised below the summary, which shows why
         problem = error
-    hidden = bool(split) and has_few_events(dataset.labels, dataset.groups, split, fewest)
+        hidden = hidden or is_rare_when_drawn(labels, groups, fewest)
     for line in summarize(dataset, fewest, events=not hidden):
         logger.info(line)
     if split:
@@ -82,9 +84,21 @@ def log_check(dataset: TrajectoryDataset, fewest: int, unfit: str | None = None)
         logger.warning("warning: %s", line)
     if problem:
         raise problem
-    ready = "ready to predict on" if unfit else "ready"
+    ready = "ready to predict on" if obstacle else "ready"
     with_warnings = ", with warnings" if warnings or dataset.warnings else ""
-    logger.info("%s%s%s", ready, with_warnings, f", {unfit}" if unfit else "")
+    logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
+
+
+def _describe_unlabelled(
+    unlabelled: NDArray[np.bool_], groups: NDArray[np.str_], fewest: int
+) -> str | None:
+    """Return why rows without a label, (N,), keep a model from being trained."""
+    if not unlabelled.any():
+        return None
+    if unlabelled.all():
+        return "no labels to train on"
+    rows = share_text(unlabelled, groups, fewest, "rows")
+    return f"not to train on: {rows} have no label: fill or remove these rows"
 
 
 def describe_split(
@@ -96,7 +110,7 @@ def describe_split(
         dataset: with labels.
         split: positions of each part.
         fewest: patients of the smallest cell that is shown.
-        events: whether the numbers of events are shown; those of one part tell the others'.
+        events: whether the numbers of events are shown; those of one part reveal the others'.
     """
     how = f"drawn by --seed {SEED}" if dataset.parts is None else "of the column split"
     patients = {part: count_patients(dataset.groups, rows) for part, rows in split.items()}
@@ -104,8 +118,9 @@ def describe_split(
         return f"split {how}: not shown, a part has fewer than {fewest} patients"
     shown = []
     for part, rows in split.items():
-        counted = f"{part} {len(rows):,} rows, {patients[part]:,} patients"
-        shown.append(counted + (f", {int(dataset.labels[rows].sum()):,} events" if events else ""))
+        counted = f"{part} {_plural(len(rows), 'row')}, {_plural(patients[part], 'patient')}"
+        happened = _plural(int(dataset.labels[rows].sum()), "event")
+        shown.append(counted + (f", {happened}" if events else ""))
     hidden = "" if events else "; number of events not shown"
     return f"split {how}: {'; '.join(shown)}{hidden}"
 
@@ -113,7 +128,7 @@ def describe_split(
 def _too_few(
     dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], fewest: int
 ) -> list[str]:
-    """Warn of few patients; not by limits below ``fewest``, which would tell hidden numbers."""
+    """Warn of few patients; not by limits below ``fewest``, which would reveal hidden numbers."""
     warnings = []
     if dataset.n_patients < (limit := max(FEWEST_PATIENTS, fewest)):
         warnings.append(f"fewer than {limit} patients: figures of a model will be undecided")
@@ -125,33 +140,40 @@ def _too_few(
     return warnings
 
 
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -> list[str]:
     """Describe a data set in lines: flow, sizes, events, observations, spans, values.
 
     Args:
         dataset: as read.
         fewest: patients of the smallest cell that is shown.
-        events: False hides the number of events all the same, for it would tell that of a part.
+        events: False hides the number of events all the same, as it would reveal that of a part.
     """
     labelled = ~np.isnan(dataset.labels)
     known, groups = dataset.labels[labelled], dataset.groups[labelled]
     spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
-    share = f" ({known.mean():.1%})" if len(known) else ""
-    counted = f"{int(known.sum()):,} events in {len(known):,} labelled rows{share}"
-    if not events or is_small(rarer_patients(known, groups), fewest):
+    counted = _plural(int(known.sum()), "event")
+    if not len(known):
+        counted = "no labels"
+    elif not events or hides_events(known, groups, fewest):
         counted = "number of events not shown"
-    elif is_small(len(dataset) - len(known), fewest):
-        counted = f"{int(known.sum()):,} events"
+    elif not is_small(count_patients(dataset.groups, ~labelled), fewest):
+        counted += f" in {_plural(len(known), 'labelled row')} ({known.mean():.1%})"
     lines = [] if dataset.flow is None else flow_lines(dataset.flow, fewest)
     lines += [
-        f"rows {len(dataset):,}, patients {count_text(dataset.n_patients, fewest)}",
+        f"rows {count_text(len(dataset), fewest)}, "
+        f"patients {count_text(dataset.n_patients, fewest)}",
         f"outcome {dataset.outcome!r}: {counted}",
     ]
     patient = np.unique(dataset.groups, return_inverse=True)[1]  # numbers are counted faster
     if not is_small(dataset.n_patients, fewest):
+        beyond = fewest / dataset.n_patients
         lines += [
-            f"observations a row: {_quartiles(dataset.lengths, patient, fewest)}",
-            f"span in hours: {_quartiles(spans, patient, fewest)}",
+            f"observations a row: {_quartiles(dataset.lengths, patient, beyond)}",
+            f"span in hours: {_quartiles(spans, patient, beyond)}",
         ]
     features = range(len(dataset.features))
     return lines + [_summarize_feature(dataset, patient, f, fewest) for f in features]
@@ -171,18 +193,19 @@ def _summarize_feature(
     patients, everyone = len(np.unique(owners)), dataset.n_patients
     if is_small(patients, fewest):
         return f"{titled}: in fewer than {fewest} patients"
-    share = f"{patients / everyone:.1%} of the patients"
+    share, least = f"{patients / everyone:.1%} of the patients", patients
     if is_small(everyone - patients, fewest):
-        share = f"all patients but fewer than {fewest}"
+        # The share within the quantiles must not reveal the number of the other patients.
+        share, least = f"all patients but fewer than {fewest}", max(1, everyone - fewest + 1)
     return (
-        f"{titled}: {_quartiles(dataset.values[measured, f], owners, fewest)}; in {share}, "
+        f"{titled}: {_quartiles(dataset.values[measured, f], owners, fewest / least)}; in {share}, "
         f"{np.median(counts):g} values a row with any"
     )
 
 
-def _quartiles(numbers: NDArray[Any], groups: NDArray[np.int64], fewest: int) -> str:
-    """Describe the patients' numbers by quantiles, each with ``fewest`` patients beyond."""
-    beyond = max(0.01, fewest / len(np.unique(groups)))
+def _quartiles(numbers: NDArray[Any], groups: NDArray[np.int64], beyond: float) -> str:
+    """Describe the patients' numbers by quantiles, each with a share of the patients beyond."""
+    beyond = max(0.01, beyond)
     if beyond > 0.5:
         return "too few patients for a median"
     shares = [beyond, 0.25, 0.5, 0.75, 1 - beyond]
@@ -197,23 +220,18 @@ def _quartiles(numbers: NDArray[Any], groups: NDArray[np.int64], fewest: int) ->
 def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:
     """Name the series that hold values outside their plausible range."""
     found = []
+    patient = np.unique(dataset.groups, return_inverse=True)[1]  # numbers are counted faster
+    patient = np.repeat(patient, dataset.lengths)
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
-        if count := count_implausible(dataset, f):
-            low, high = dataset.plausible(f)
-            measured = int(np.count_nonzero(~np.isnan(dataset.values[:, f])))
-            few = is_small(measured - count, fewest)
-            told = f"all but fewer than {fewest}" if few else count_text(count, fewest)
-            shown = f"{told} of {measured:,} values"
-            most = count >= MOST_IMPLAUSIBLE * measured
+        low, high = dataset.plausible(f)
+        measured = ~np.isnan(dataset.values[:, f])
+        values, owners = dataset.values[measured, f], patient[measured]
+        outside = (values < low) | (values > high)
+        if outside.any():
+            shown = share_text(outside, owners, fewest, "values")
+            most = outside.mean() >= MOST_IMPLAUSIBLE
             advice = "most of them: convert the unit" if most else "is the unit right?"
             found.append(
                 f"{name}: {shown} lie outside {low:g} to {high:g}{with_space(unit)}: {advice}"
             )
     return found
-
-
-def count_implausible(dataset: TrajectoryDataset, feature: int) -> int:
-    """Count the values of a feature outside its plausible range."""
-    low, high = dataset.plausible(feature)
-    values = dataset.values[:, feature]
-    return int(((values < low) | (values > high)).sum())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,11 +13,10 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data.series_cells import LARGEST_VALUE
 from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json
-
-logger = logging.getLogger(__name__)
 
 MAIN_COLUMN = "clinical_trajectory"
 
@@ -32,6 +31,9 @@ MOST_NAMES, MOST_UNREAD = 20, 10
 
 MOST_ROWS = 10**12
 """Rows that a flow may count."""
+
+LEAST_LIKENESS = 0.85
+"""Of two names by ``difflib``, so that one is a misspelling of the other."""
 
 LONGEST_NAME, LONGEST_SENTENCE = 200, 2_000
 """Characters of a name (a series, a unit, an outcome) and of any other text."""
@@ -49,12 +51,14 @@ class Description:
         unit: unit of its values, empty where it has none.
         question: the question about a patient, a sentence.
         outcome: what label 1 means, in a word or two; a report begins with it.
-        plausible: lowest and highest value that a living patient shows; None where nobody knows.
+        plausible: lowest and highest value that a living patient shows; None where unknown,
+            and where the JSON names another series without them.
         limits: the same for further series, by name.
         prediction_time: when the question is asked, in words; empty where unknown.
         horizon: how far the question looks ahead, in words; empty where unknown.
         flow: ``rule``, ``removed``, ``left`` of each rule by which data came to their rows.
         labels: ``outcome`` and ``question`` of further label columns, by the column's name.
+        csv_sha256: SHA-256 of the table that it was written with; empty where unknown.
     """
 
     series: str = "Anion gap"
@@ -67,6 +71,7 @@ class Description:
     horizon: str = ""
     flow: tuple[dict[str, Any], ...] = ()
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    csv_sha256: str = ""
 
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column as its own.
@@ -77,24 +82,23 @@ class Description:
         Raises:
             InputError: the name is no text for a report.
         """
-        told = self.labels.get(column)
+        entry = self.labels.get(column)
         if column == LABEL:
-            return replace(self, **(told or {}))
+            return replace(self, **(entry or {}))
         words = column.removeprefix("label_").replace("_", " ").strip() or column
         outcome = words[:1].upper() + words[1:]
         _check_outcome(f"--label_column {column}", outcome)
         question = f"Will the outcome {outcome} occur?"
-        horizon = self.horizon if told else ""
+        horizon = self.horizon if entry else ""
         named = replace(self, outcome=outcome, question=question, horizon=horizon)
-        return replace(named, **(told or {}))
+        return replace(named, **(entry or {}))
 
     @classmethod
     def beside(cls, path: Path) -> Description:
         """Read the description of the data file ``path``, or return the default.
 
         Raises:
-            InputError: the JSON file exists and cannot be read, or holds a text that is too long or
-            not printable, or an outcome that a spreadsheet would take for a formula.
+            InputError: the JSON file exists and cannot be read, or a key has a wrong value.
         """
         file = description_path(path)
         if not os.path.lexists(file):
@@ -102,58 +106,98 @@ class Description:
         if not file.is_file():
             raise InputError(f"{file}: not a file: remove it, or describe {path.name} there")
         try:
-            content = dict(read_json(file).items())
-            description = cls._from_json(content)
+            content = read_json(file, _read_object)
+            if not isinstance(content, dict):
+                raise TypeError
+            return cls._from_json(content)
         except InputError as error:
             raise InputError(f"{file}, {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise InputError(
-                f"{file}: not a description of {path.name}: expected a JSON object with texts "
-                "series, unit, question, outcome, two rising numbers plausible, and limits with "
-                "two rising numbers for each further series"
+                f"{file}: not a description of {path.name}: write a JSON object in UTF-8, such as "
+                '{"series": "Lactate", "unit": "mmol/L", "outcome": "Death"}'
             ) from error
-        if "csv_sha256" in content and content["csv_sha256"] != file_hash(path):
-            logger.warning(
-                "%s was made with another %s: check that it describes this one", file, path.name
-            )
-        return description
 
     @classmethod
     def _from_json(cls, content: dict[str, Any]) -> Description:
         """Check and convert the known keys of a description."""
         check_keys("", content, [*(f.name for f in fields(cls)), *ORIGIN])
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        pair = known.pop("plausible", cls.plausible)
-        plausible = None if pair is None else _rising(pair)
-        ranges = known.pop("limits", {})
-        limits = {comparable(name): _rising(pair) for name, pair in ranges.items()}
-        flow = tuple({key: rule[key] for key in FLOW_COLUMNS} for rule in known.pop("flow", ()))
-        labels = {name: dict(texts) for name, texts in known.pop("labels", {}).items()}
+        ranges = _object_of("limits", known.pop("limits", {}))
+        labels = _object_of("labels", known.pop("labels", {}))
+        flow = known.pop("flow", [])
+        pair = known.pop("plausible", None)
         _check_texts("", known)
+        if "series" in known and "unit" not in known:
+            raise InputError("key series: give unit beside it, empty where there is none")
         for name, texts in labels.items():
             check_text("key labels", name, LONGEST_NAME)
-            check_keys(f"labels.{name}.", texts, ("outcome", "question"))
+            check_keys(f"labels.{name}.", _object_of(f"labels.{name}", texts), LABEL_KEYS)
             _check_texts(f"labels.{name}.", texts)
         for name in ranges:
             check_text("key limits", name, LONGEST_NAME)
-        for rule in flow:
-            check_text("key flow", rule["rule"], LONGEST_SENTENCE)
-            if not all(_is_count(rule[key]) for key in ("removed", "left")):
-                raise ValueError("flow must count rows")
-        return cls(**known, plausible=plausible, limits=limits, flow=flow, labels=labels)
+        if "series" in known or "plausible" in content:
+            known["plausible"] = _rising("plausible", pair)
+        limits = {comparable(name): _rising(f"limits.{name}", ranges[name]) for name in ranges}
+        known["limits"] = {name: pair for name, pair in limits.items() if pair}
+        known["flow"] = tuple(map(_read_rule, flow if isinstance(flow, list) else [None]))
+        return cls(**known, labels=labels)
+
+    def warnings(self, path: Path) -> list[str]:
+        """Return the warning that the description of ``path`` was written with another table."""
+        if self.csv_sha256 in ("", file_hash(path)):
+            return []
+        name = description_path(path).name
+        return [f"{name} was made with another {path.name}: check that it describes this one"]
 
 
 NAMES = ("series", "unit", "outcome")
 """Texts of a description that are no sentences."""
 
-OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon")
+OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
 """Texts of a description that may be empty; a pH has no unit."""
+
+LABEL_KEYS = ("outcome", "question")
+"""Keys of an entry of ``labels``."""
 
 ORIGIN = (
     *("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256"),
-    *("versions", "csv_sha256", "licence", "license", "citation", "note"),
+    *("versions", "licence", "license", "citation", "note"),
 )
 """Keys that say where data come from, for people."""
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dictionary of a JSON object.
+
+    Raises:
+        InputError: a key stands twice.
+    """
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise InputError(f"key {twice[:LONGEST_NAME]}: stands twice: remove one")
+    return content
+
+
+def _object_of(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"key {key[:LONGEST_NAME]}: give an object, as {{name: value}}")
+    return value
+
+
+def _read_rule(rule: Any) -> dict[str, Any]:
+    """Check a rule of ``flow``.
+
+    Raises:
+        InputError: another form, or as ``check_text``.
+    """
+    texts = isinstance(rule, dict) and isinstance(rule.get("rule"), str)
+    if not texts or not all(_is_count(rule.get(key)) for key in ("removed", "left")):
+        form = '[{"rule": "under 18", "removed": 3, "left": 97}]'
+        raise InputError(f"key flow: give a list of rules with counts of rows, as {form}")
+    check_text("key flow", rule["rule"], LONGEST_SENTENCE)
+    return {key: rule[key] for key in FLOW_COLUMNS}
 
 
 def check_keys(within: str, content: dict[str, Any], known: Sequence[str]) -> None:
@@ -172,13 +216,13 @@ def _check_texts(within: str, texts: dict[str, Any]) -> None:
     """Check names and sentences, each under its key.
 
     Raises:
-        InputError: as ``check_text``, or an outcome that a spreadsheet would take for a formula.
-        ValueError: no text.
+        InputError: as ``check_text``, no text, or an outcome that a spreadsheet would take for a
+            formula.
     """
     for key, text in texts.items():
-        if not isinstance(text, str) or not (text or key in OPTIONAL_TEXTS):
-            raise ValueError(f"{key} must be a text")
         place = f"key {within}{key}"
+        if not isinstance(text, str) or not (text or key in OPTIONAL_TEXTS):
+            raise InputError(f"{place}: give a text")
         check_text(place, text, LONGEST_NAME if key in NAMES else LONGEST_SENTENCE)
         if key == "outcome":
             _check_outcome(place, text)
@@ -214,11 +258,14 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < MOST_ROWS
 
 
-def _rising(pair: Sequence[float]) -> tuple[float, float]:
-    low, high = map(float, pair)
-    if not low < high:
-        raise ValueError("two rising numbers are needed")
-    return low, high
+def _rising(key: str, pair: Any) -> tuple[float, float] | None:
+    """Return two numbers, or None where they are unknown."""
+    if pair is None:
+        return None
+    numbers = isinstance(pair, list) and all(type(number) in (int, float) for number in pair)
+    if not numbers or len(pair) != 2 or not -LARGEST_VALUE <= pair[0] < pair[1] <= LARGEST_VALUE:
+        raise InputError(f"key {key}: give two rising numbers, as [3, 60], or null")
+    return float(pair[0]), float(pair[1])
 
 
 def comparable(name: str) -> str:
@@ -268,6 +315,29 @@ def find_series(
     if len(set(wanted)) < len(wanted) or not wanted:
         raise InputError(f"{source}: --series: name each series once, and one at least")
     return [found[name] for name in wanted]
+
+
+def describe_unused(table: pd.DataFrame, description: Description, source: str) -> list[str]:
+    """Return a warning of each key of ``limits`` and ``labels`` that means no column of a table.
+
+    Args:
+        table: as read.
+        description: of the table.
+        source: named in errors.
+    """
+    further = [comparable(s.name) for s in find_series(table, description, None, source)[1:]]
+    columns = list(map(str, table.columns))
+    warnings = []
+    for key, names, known, what in (
+        ("limits", description.limits, further, "series beside the main one"),
+        ("labels", description.labels, columns, "column"),
+    ):
+        for name in [name for name in names if name not in known][:MOST_UNREAD]:
+            shown = [each[:LONGEST_NAME] for each in known]
+            near = difflib.get_close_matches(name, shown, 1, LEAST_LIKENESS)
+            meant = f": did you mean {list_unread(near)}?" if near else ""
+            warnings.append(f"key {key}.{name} of the JSON file: no such {what}{meant}")
+    return warnings
 
 
 def _parse_column_name(column: str, source: str) -> Series:

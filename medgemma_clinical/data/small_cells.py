@@ -54,6 +54,38 @@ def rarer_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) -> 
     return min(count_patients(groups, labels == label) for label in (0, 1))
 
 
+def share_text(
+    chosen: NDArray[np.bool_], groups: NDArray[np.generic], fewest: int, noun: str
+) -> str:
+    """Write how many of some rows or values are chosen, or that few patients have, or lack, them.
+
+    Args:
+        chosen: (n,) which ones.
+        groups: (n,) patient of each.
+        fewest: patients of the smallest cell that is shown.
+        noun: what they are, in the plural.
+    """
+    few = f"{noun} of fewer than {fewest} patients"
+    if is_small(count_patients(groups, chosen), fewest):
+        return few
+    if is_small(count_patients(groups, ~chosen), fewest):
+        return f"all but {few}"
+    return f"{int(chosen.sum()):,} of {len(chosen):,} {noun}"
+
+
+def hides_events(labels: NDArray[np.float64], groups: NDArray[np.generic], fewest: int) -> bool:
+    """Return whether a number of events is not shown: few patients, or few with, or without, it.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        groups: (n,) patient of each row.
+        fewest: patients that a cell needs.
+    """
+    return is_small(len(np.unique(groups)), fewest) or is_small(
+        rarer_patients(labels, groups), fewest
+    )
+
+
 def has_few_events(
     labels: NDArray[np.float64],
     groups: NDArray[np.generic],
@@ -62,7 +94,7 @@ def has_few_events(
 ) -> bool:
     """Return whether few patients of some part have the event, or lack it.
 
-    Parts are stratified, so that the events of one tell those of the others.
+    Parts are stratified, so that the events of one reveal those of the others.
 
     Args:
         labels: (N,) of 0 and 1.
@@ -133,7 +165,7 @@ def patient_quantiles(
 ) -> list[float]:
     """Return quantiles of numbers in which each patient counts once, however many they have.
 
-    Each quantile is a number that occurs: between two of them it would tell how many lie above.
+    Each quantile is a number that occurs: between two of them it would reveal how many lie above.
 
     Args:
         numbers: (n,), at least one.

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import FEWEST, count_text, is_small, rarer_patients
 from medgemma_clinical.files import InputError
 
 PARTS = ("train", "val", "test")
@@ -51,7 +52,7 @@ def draw_split(
         order = rng.permutation(np.flatnonzero(event == outcome))
         if len(order) < len(PARTS):
             raise InputError(
-                f"{source}: {len(order)} patients {name} an event: train, val and test "
+                f"{source}: fewer than {len(PARTS)} patients {name} an event: train, val and test "
                 "need at least one each: add such patients"
             )
         held_out = max(1, round(HELD_OUT_SHARE * len(order)))
@@ -73,10 +74,23 @@ def given_split(
     for name, rows in split.items():
         if len(np.unique(event[owner[rows]])) < 2:
             raise InputError(
-                f"{source}, column split: {name} ({len(rows)} rows) lacks patients "
-                "with or without an event: each of train, val, test needs both"
+                f"{source}, column split: {name} lacks patients with or without an event: each of "
+                "train, val, test needs both"
             )
     return split
+
+
+def is_rare_when_drawn(
+    labels: NDArray[np.float64], groups: NDArray[np.generic], fewest: int
+) -> bool:
+    """Return whether few patients of a held-out part of a drawn split have the event, or lack it.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        groups: (n,) patient of each row.
+        fewest: patients that a cell needs.
+    """
+    return is_small(rarer_patients(labels, groups), round(fewest / HELD_OUT_SHARE))
 
 
 def row_keys(
@@ -124,6 +138,6 @@ def describe_equal_rows(
     pair = sorted(numbers[[first["row"][other].iloc[0], rows["row"][other].iloc[0]]])
     return (
         f"rows {pair[0]} and {pair[1]} are equal in series, context and label, and lie in two "
-        f"parts of the split ({int(other.sum()):,} such pairs): remove the copies, or give the "
-        "rows of a patient one subject_id"
+        f"parts of the split ({count_text(int(other.sum()), FEWEST)} such pairs): remove the "
+        "copies, or give the rows of a patient one subject_id"
     )

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import implausible_series, log_check, log_refusal, summarize
-from trajectories import dataset_of, table_of
+from trajectories import table_of
 
 SOUND = ["20 (0h) -> 21 (4h)"] * 200
 FEW_EVENTS = "warning: fewer than 10 patients of the test part have, or lack, the event: "
+
+
+def dataset_of(series: list[str], **columns: Any) -> MIMICtrajectoryDataset:
+    """Return a data set whose rows are named patients."""
+    patients = [f"p{k}" for k in range(len(series))]
+    table = table_of(series, **{"subject_id": patients, **columns})
+    return MIMICtrajectoryDataset(table, require_labels=False)
 
 
 def checked(
@@ -85,14 +93,18 @@ def test_an_unlabelled_data_set_is_ready_to_predict_on(caplog: pytest.LogCapture
     messages = checked(caplog, dataset)
     assert messages[-1] == "ready to predict on, no labels to train on"
     assert "fewer than 250 patients: figures" in "\n".join(checked(caplog, dataset, 250))
+    assert "outcome 'Escalation': no labels" in caplog.messages
     dataset.labels[20:] = 0
-    end = "ready to predict on, 20 of 200 rows have no label to train on"
-    assert checked(caplog, dataset)[-1] == end
+    end = "ready to predict on, not to train on: {} have no label: fill or remove these rows"
+    assert checked(caplog, dataset, 11)[-1] == end.format("20 of 200 rows")
+    assert checked(caplog, dataset, 21)[-1] == end.format("rows of fewer than 21 patients")
+    dataset.labels[:190] = np.nan
+    assert checked(caplog, dataset, 11)[-1] == end.format("all but rows of fewer than 11 patients")
     assert not any(line.startswith("split") for line in caplog.messages)
 
 
 def test_too_few_events_are_refused_behind_the_summary(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(InputError, match="1 patients with an event"):
+    with pytest.raises(InputError, match="fewer than 3 patients with an event"):
         checked(caplog, dataset_of(["20 (0h)"] * 3))
     assert "rows 3, patients 3" in caplog.messages
     with caplog.at_level(logging.INFO), pytest.raises(InputError), log_refusal():
@@ -114,9 +126,54 @@ def test_suspicions_name_the_series() -> None:
     ]
 
 
-def test_a_few_plausible_values_are_no_more_told_than_a_few_others() -> None:
+def test_implausible_values_of_few_patients_are_not_counted() -> None:
+    cells = ["240 (0h) -> 241 (1h) -> 242 (2h)"] * 5 + ["20 (0h)"] * 30
+    (line,) = implausible_series(dataset_of(cells), 11)
+    assert line.startswith("Anion gap: values of fewer than 11 patients lie outside -5 to 60 mEq/L")
     (line,) = implausible_series(dataset_of(["240 (0h)"] * 30 + ["20 (0h)"] * 5), 11)
-    assert line.startswith("Anion gap: all but fewer than 11 of 35 values lie outside")
+    assert line.startswith("Anion gap: all but values of fewer than 11 patients lie outside")
+    (line,) = implausible_series(dataset_of(["240 (0h)"] * 11 + ["20 (0h)"] * 30), 11)
+    assert line.startswith("Anion gap: 11 of 41 values lie outside")
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_file_of_one_patient_tells_no_count_of_patients_or_events(count: int) -> None:
+    rows = ["20 (0h)"] * count
+    text = "\n".join(summarize(dataset_of(rows, subject_id="a", label_escalation=1), 11))
+    assert "patients fewer than 11\noutcome 'Escalation': number of events not shown" in text
+    assert ("rows fewer than 11" in text) == (count == 1)
+
+
+def test_events_are_hidden_where_no_split_can_be_made(caplog: pytest.LogCaptureFixture) -> None:
+    dataset = dataset_of(SOUND, split=["train"] * 198 + ["val", "test"])
+    for fewest, hidden in ((0, False), (10, False), (11, True)):
+        with pytest.raises(InputError, match="column split"):
+            checked(caplog, dataset, fewest)
+        line = next(line for line in caplog.messages if line.startswith("outcome"))
+        assert ("not shown" in line) == hidden, line
+    dataset.labels[:] = 0
+    with pytest.raises(InputError, match="column split"):
+        checked(caplog, dataset, 12)
+    assert "outcome 'Escalation': 0 events in 200 labelled rows (0.0%)" in caplog.messages
+
+
+def test_the_share_within_quantiles_does_not_reveal_the_few_patients_without_a_series() -> None:
+    def line_of(missing: int) -> str:
+        lactate = [f"{k}.5 (0h)" for k in range(60 - missing)] + [""] * missing
+        return summarize(dataset_of(SOUND[:60], trajectory_lactate=lactate), 11)[-1]
+
+    for missing in (1, 5, 10):
+        assert "56 % within" in line_of(missing), "11 of 50 on each side, of 50 at least"
+        assert "in all patients but fewer than 11" in line_of(missing)
+    assert "63 % within" in line_of(0)
+
+
+def test_a_count_of_one_is_singular(caplog: pytest.LogCaptureFixture) -> None:
+    split = ["train", "train", "val", "val", "test", "test"]
+    (line,) = (
+        m for m in checked(caplog, dataset_of(SOUND[:6], split=split)) if "column split" in m
+    )
+    assert line.endswith("test 2 rows, 2 patients, 1 event")
 
 
 def test_quantiles_have_enough_patients_beyond_and_are_values_that_occur() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.database.output import apply_rules, check_target, write_rows
+from medgemma_clinical.data.database.flags import TableRequest
+from medgemma_clinical.data.database.output import apply_rules, check_target, make_file, write_rows
 from medgemma_clinical.data.mimic.extraction import extract
 from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.files import InputError
@@ -102,6 +105,39 @@ def test_the_description_names_the_rows_and_no_path_of_the_machine(tmp_path: Pat
         "label_icu",
         "label_unresolved",
     ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "patients", "split", "expected"),
+    [
+        ([1] * 36 + [0] * 4, 40, None, "40 rows of 40 patients, number of events not shown"),
+        ([1] * 28, 2, None, "28 rows of fewer than 11 patients, number of events not shown"),
+        ([0] * 3, 3, None, "fewer than 11 rows of fewer than 11 patients, number of events not sh"),
+        ([0] * 40, 40, None, "40 rows of 40 patients, 0 events"),
+        ([1] * 109 + [0] * 200, 309, None, "309 rows of 309 patients, number of events not shown"),
+        ([1] * 110 + [0] * 200, 310, None, "310 rows of 310 patients, 110 events"),
+        ([1, 0] * 33, 66, (22, 22, 22), "66 rows of 66 patients, 33 events"),
+        ([1, 0] * 33, 66, (26, 20, 20), "66 rows of 66 patients, number of events not shown"),
+        ([0] * 60 + [1] * 6, 66, (60, 3, 3), "66 rows of 66 patients, number of events not shown"),
+    ],
+)
+def test_the_log_counts_no_events_that_reveal_a_few_patients(
+    labels: list[int],
+    patients: int,
+    split: tuple[int, int, int] | None,
+    expected: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rows = pd.DataFrame({"label_escalation": labels})
+    rows["subject_id"] = [k % patients for k in range(len(rows))]
+    if split:
+        rows["split"] = np.repeat(["train", "val", "test"], split)
+    counts = {"rows": len(rows), "patients": patients, "events": sum(labels)}
+    request = TableRequest(out=tmp_path / "out.csv")
+    with caplog.at_level(logging.INFO):
+        assert make_file(request, lambda _: (rows, {"rows": counts})) == 0
+    assert caplog.messages[-1].startswith(f"{request.out}: {expected}")
 
 
 def test_each_candidate_is_removed_by_the_first_rule_that_applies() -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.description import Description, list_columns, list_unread
+from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.files import InputError, file_hash
 from trajectories import table_of
 
@@ -23,13 +24,7 @@ from trajectories import table_of
         "{",
         "[]",
         "null",
-        '{"series": 5}',
-        '{"plausible": ["a", "b"]}',
-        '{"plausible": 3}',
-        '{"plausible": [60, 3]}',
-        '{"flow": [{"rule": "a", "removed": 0, "left": "abc"}]}',
-        '{"flow": [{"rule": "a", "removed": -5, "left": 1}]}',
-        '{"flow": [{"rule": "a", "removed": true, "left": 1000000000000000000000}]}',
+        "3",
         "\xff",
     ],
 )
@@ -38,6 +33,43 @@ def test_a_broken_description_is_refused_in_one_line(content: str, tmp_path: Pat
     path.with_suffix(".json").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=r"data\.json: not a description of data\.csv"):
         Description.beside(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"series": 5}', "series: give a text"),
+        ('{"question": ""}', "question: give a text"),
+        ('{"csv_sha256": 5}', "csv_sha256: give a text"),
+        ('{"series": "Lactate"}', "series: give unit beside it, empty where there is none"),
+        ('{"plausible": ["a", "b"]}', "plausible: give two rising numbers, as"),
+        ('{"plausible": 3}', "plausible: give two"),
+        ('{"plausible": [60, 3]}', "plausible: give two"),
+        ('{"plausible": [0, 1, 2]}', "plausible: give two"),
+        ('{"plausible": [0, Infinity]}', "plausible: give two"),
+        ('{"plausible": [NaN, 1]}', "plausible: give two"),
+        ('{"plausible": [false, true]}', "plausible: give two"),
+        ('{"limits": {"x": [-1e999, 1]}}', "limits.x: give two"),
+        ('{"limits": {"x": [0, 1%s]}}' % ("0" * 400), "limits.x: give two"),
+        ('{"limits": [1, 2]}', "limits: give an object"),
+        ('{"labels": ["label_death"]}', "labels: give an object"),
+        ('{"labels": {"label_death": "x"}}', "labels.label_death: give an object"),
+        ('{"labels": {"label_death": {"outcome": 3}}}', "labels.label_death.outcome: give a text"),
+        ('{"flow": 3}', "flow: give a list of rules"),
+        ('{"flow": [3]}', "flow: give a list"),
+        ('{"flow": [{"rule": "a", "removed": 0}]}', "flow: give a list"),
+        ('{"flow": [{"rule": "a", "removed": 0, "left": "abc"}]}', "flow: give a list"),
+        ('{"flow": [{"rule": "a", "removed": -5, "left": 1}]}', "flow: give a list"),
+        ('{"flow": [{"rule": "a", "removed": true, "left": 1%s}]}' % ("0" * 20), "flow: give"),
+        ('{"unit": "a", "unit": "b"}', "unit: stands twice"),
+        ('{"limits": {"x": [1, 2], "x": [1, 3]}}', "x: stands twice"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(content: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        Description.beside(tmp_path / "data.csv")
+    assert str(caught.value).startswith(f"{tmp_path / 'data.json'}, key {problem}")
 
 
 def test_the_default_description_is_the_anion_gap() -> None:
@@ -54,7 +86,7 @@ def test_limits_that_are_no_ranges_are_refused(limits: str, tmp_path: Path) -> N
 def test_the_description_of_a_file_in_capitals_is_found(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "DATA.CSV.GZ", "wt") as file:
         file.write(table_of(["24 (0h)"]).to_csv(index=False))
-    (tmp_path / "DATA.json").write_text('{"series": "Gap"}')
+    (tmp_path / "DATA.json").write_text('{"series": "Gap", "unit": ""}')
     assert MIMICtrajectoryDataset(tmp_path / "DATA.CSV.GZ").features[0] == "Gap"
 
 
@@ -77,15 +109,44 @@ def test_a_description_beside_the_file_is_used_and_its_absence_means_the_default
 def test_a_description_of_another_file_brings_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "data.csv"
-    path.write_text("a")
+    path, table = tmp_path / "data.csv", table_of(["24 (0h)"], subject_id="a")
+    table.to_csv(path, index=False)
     path.with_suffix(".json").write_text(json.dumps({"csv_sha256": file_hash(path)}))
-    with caplog.at_level(logging.WARNING):
-        Description.beside(path)
-        assert caplog.messages == []
-        path.write_text("b")
-        Description.beside(path)
-    assert "was made with another data.csv" in caplog.messages[0]
+    assert MIMICtrajectoryDataset(path).warnings == ()
+    table.assign(subject_id="b").to_csv(path, index=False)
+    (text,) = MIMICtrajectoryDataset(path).warnings
+    assert text == "data.json was made with another data.csv: check that it describes this one"
+    assert caplog.messages == [f"warning: {path}: {text}"]
+    config: dict[str, Any] = {"features": ["Anion gap"], "units": ["mEq/L"]}
+    config |= {"outcome": "Escalation", "question": "?", "reading": {"max_len": 20}}
+    findings = Findings(str(path), strict=False)
+    assert list(MIMICtrajectoryDataset.scoring_rows(path, config, findings, 9))
+    assert [*findings.warnings] == [text]
+
+
+def test_keys_of_columns_that_the_file_lacks_are_warnings() -> None:
+    description = Description(
+        limits={"lactat": (0, 9), "lactate": (0, 9), "anion gap": (0, 9)},
+        labels={"label_deth": {"outcome": "Death"}, "label_icu": {}, "label_death": {}},
+    )
+    columns = {"trajectory_Lactate": ["1 (0h)"], "label_death": [1], "subject_id": ["a"]}
+    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"], **columns), description=description)
+    none = "of the JSON file: no such"
+    assert dataset.warnings == (
+        f"key limits.lactat {none} series beside the main one: did you mean lactate?",
+        f"key limits.anion gap {none} series beside the main one",
+        f"key labels.label_deth {none} column: did you mean label_death?",
+        f"key labels.label_icu {none} column",
+    )
+
+
+def test_another_series_has_no_limits_of_the_anion_gap(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"series": "Lactate", "unit": "", "limits": {"x": null, "y": [1, 2]}}')
+    description = Description.beside(path)
+    assert (description.plausible, description.limits) == (None, {"y": (1, 2)})
+    path.write_text("{}")
+    assert Description.beside(path).plausible == (-5, 60)
 
 
 def test_limits_are_found_whatever_the_spelling_of_the_series() -> None:
@@ -193,8 +254,6 @@ def test_a_description_that_is_no_file_is_not_passed_over(target: str, tmp_path:
             {"labels": {"label_death": {"outcome": "=x"}}},
             "key labels.label_death.outcome: a spreads",
         ),
-        ({"labels": {"label_death": {"outcome": 3}}}, "not a description"),
-        ({"labels": ["label_death"]}, "not a description"),
     ],
 )
 def test_a_key_that_nothing_reads_is_refused(content: object, problem: str, tmp_path: Path) -> None:
@@ -212,23 +271,23 @@ def test_keys_of_origin_are_known(tmp_path: Path) -> None:
 
 
 def test_another_label_is_never_called_by_the_outcome_of_label_escalation() -> None:
-    told = Description(
+    description = Description(
         outcome="ICU", question="ICU?", horizon="24 h", labels={"b": {"outcome": "B"}}
     )
-    assert told.for_label("label_escalation") == told
-    death = told.for_label("label_death")
+    assert description.for_label("label_escalation") == description
+    death = description.for_label("label_death")
     assert (death.outcome, death.question) == ("Death", "Will the outcome Death occur?")
     assert death.horizon == ""
-    both = told.for_label("b")
+    both = description.for_label("b")
     assert (both.outcome, both.question) == ("B", "Will the outcome B occur?")
     assert both.horizon == "24 h"
-    assert told.for_label("label_ICU_stay").outcome == "ICU stay"
-    assert told.for_label("label_").outcome == "Label_"
-    entry = replace(told, labels={"label_death": {"outcome": "Died", "question": "Dies?"}})
+    assert description.for_label("label_ICU_stay").outcome == "ICU stay"
+    assert description.for_label("label_").outcome == "Label_"
+    entry = replace(description, labels={"label_death": {"outcome": "Died", "question": "Dies?"}})
     assert entry.for_label("label_death").question == "Dies?"
     for name in ("=cmd", "a\x1b[2J", "x" * 201):
         with pytest.raises(InputError, match="--label_column"):
-            told.for_label(name)
+            description.for_label(name)
 
 
 def test_a_series_of_unknown_limits_is_judged_by_its_own_quartiles(tmp_path: Path) -> None:
@@ -237,6 +296,6 @@ def test_a_series_of_unknown_limits_is_judged_by_its_own_quartiles(tmp_path: Pat
     table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": [0, 1] * 6})
     path = tmp_path / "data.csv"
     table.to_csv(path, index=False)
-    path.with_suffix(".json").write_text('{"series": "Platelets", "plausible": null}')
+    path.with_suffix(".json").write_text('{"series": "Platelets", "unit": "", "plausible": null}')
     low, high = MIMICtrajectoryDataset(path).plausible(0)
     assert -5 < low < 900 < 920 < high

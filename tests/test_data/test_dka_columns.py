@@ -32,6 +32,15 @@ CELL = "24 (0h) -> 20 (2h)"
         ("person_id", "subject_id"),
         ("MRN", "subject_id"),
         ("subjectid", "subject_id"),
+        ("record_id", "subject_id"),
+        ("study_id", "subject_id"),
+        ("participant_id", "subject_id"),
+        ("case_id", "subject_id"),
+        ("pat_id", "subject_id"),
+        ("patnr", "subject_id"),
+        ("encounter", "subject_id"),
+        ("MRN_hash", "subject_id"),
+        ("person_source_value", "subject_id"),
         ("context", "clinical_context"),
         ("clinical_note", "clinical_context"),
         ("splits", "split"),
@@ -42,7 +51,10 @@ def test_a_near_miss_means_one_column(name: str, target: str) -> None:
     assert [each for each in targets if is_near_miss(name, each)] == [target]
 
 
-@pytest.mark.parametrize("name", ["age", "sex", "hospital_id", "glucose", "", "Unnamed: 0", "bmi"])
+@pytest.mark.parametrize(
+    "name",
+    ["age", "hospital_id", "glucose", "", "Unnamed: 0", "patient_age", "n_patients", "inpatient"],
+)
 def test_other_columns_mean_none(name: str) -> None:
     targets = ("clinical_trajectory", "label_escalation", "subject_id", "clinical_context", "split")
     assert not any(is_near_miss(name, each) for each in targets)
@@ -50,7 +62,8 @@ def test_other_columns_mean_none(name: str) -> None:
 
 def test_names_of_any_length_are_compared_at_once() -> None:
     start = time.monotonic()
-    assert not is_near_miss("subject" * 1_000_000, "subject_id")
+    assert not is_near_miss("clinical" * 1_000_000, "clinical_trajectory")
+    assert is_near_miss("subject" * 1_000_000, "subject_id")
     assert time.monotonic() - start < 1
 
 
@@ -108,4 +121,6 @@ def test_the_patient_is_the_column_with_the_fewest_values() -> None:
     table = pd.DataFrame({"stay_id": np.arange(4), "patient_id": [1, 1, 2, 2], "id": list("abcd")})
     assert patient_column(table) == "patient_id"
     assert patient_column(table[["id"]]) is None
+    assert patient_column(table[["id"]].assign(study_id="A")) is None
+    assert patient_column(table[["id"]].assign(study_id=[1, 1, 2, 2])) == "study_id"
     assert patient_column(table.assign(subject_id=1)) is None

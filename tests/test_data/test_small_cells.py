@@ -15,6 +15,7 @@ from medgemma_clinical.data.small_cells import (
     merge_flow,
     patient_quantiles,
     risk_bands,
+    share_text,
 )
 
 FEWEST = 11
@@ -139,3 +140,11 @@ def test_a_patient_with_many_numbers_counts_once_in_a_quantile() -> None:
     groups = np.r_[np.arange(99), np.full(400, 99)]
     assert patient_quantiles(numbers, groups, (0.01, 0.25, 0.5, 0.75)) == [0, 23, 48, 73]
     assert patient_quantiles(np.arange(1.0, 6), np.arange(5), (0.2, 0.5, 1.0)) == [1, 3, 5]
+
+
+def test_a_share_of_few_patients_is_not_counted() -> None:
+    chosen, groups = np.arange(40) < 15, np.arange(40) // 3
+    assert share_text(chosen, groups, 5, "rows") == "15 of 40 rows"
+    assert share_text(chosen, groups, 6, "rows") == "rows of fewer than 6 patients"
+    assert share_text(~chosen, groups, 6, "rows") == "all but rows of fewer than 6 patients"
+    assert share_text(chosen, groups, 0, "rows") == "15 of 40 rows"

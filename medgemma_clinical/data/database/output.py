@@ -12,10 +12,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.database.flags import TableRequest
-from medgemma_clinical.data.small_cells import FEWEST, count_text, flow_lines
+from medgemma_clinical.data.description import LABEL
+from medgemma_clinical.data.small_cells import (
+    FEWEST,
+    count_text,
+    flow_lines,
+    has_few_events,
+    hides_events,
+)
+from medgemma_clinical.data.splits import PARTS, is_rare_when_drawn
 from medgemma_clinical.files import InputError, atomic, partial_path, read_json
 from medgemma_clinical.provenance import code_hash
 
@@ -39,9 +48,21 @@ def make_file(request: TableRequest, make: Callable[[Any], Made]) -> int:
     table, description = make(request)
     write_rows(table, description, request.out)
     rows = description["rows"]
-    counts = [count_text(rows[name], FEWEST) for name in ("rows", "patients", "events")]
-    logger.info("%s: %s rows of %s patients, %s events", request.out, *counts)
+    counts = [count_text(rows[name], FEWEST) for name in ("rows", "patients")]
+    events = "number of events not shown" if _hides_events(table) else f"{rows['events']:,} events"
+    logger.info("%s: %s rows of %s patients, %s", request.out, *counts, events)
     return 0
+
+
+def _hides_events(table: pd.DataFrame) -> bool:
+    """Return whether the number of events gives a small cell away, of all rows or of a part."""
+    labels, groups = table[LABEL].to_numpy(np.float64), table["subject_id"].to_numpy()
+    if "split" in table:
+        split = {part: np.flatnonzero(table["split"] == part) for part in PARTS}
+        few = has_few_events(labels, groups, split, FEWEST)
+    else:
+        few = is_rare_when_drawn(labels, groups, FEWEST)
+    return few or hides_events(labels, groups, FEWEST)
 
 
 def check_target(out: Path) -> None:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from medgemma_clinical.data.description import (
     LABEL,
+    LEAST_LIKENESS,
     LONGEST_NAME,
     MAIN_COLUMN,
     list_columns,
@@ -24,16 +25,21 @@ ALIASES = {
     MAIN_COLUMN: {"trajectory", "trajectories", "series", "timeseries"},
     LABEL: {"label", "labels", "outcome", "target", "event", "y"},
     PATIENT: {
-        *("subject", "patient", "patientid", "person", "personid", "pid", "id", "mrn", "uniquepid"),
-        *("hadmid", "admissionid", "stayid", "icustayid", "encounterid", "visitid"),
-        *("patientunitstayid", "patienthealthsystemstayid"),
+        *("pid", "id", "patid", "patnr", "uniquepid", "recordid", "studyid", "caseid"),
+        *("hadmid", "admissionid", "stayid", "icustayid", "encounter", "encounterid", "visitid"),
     },
     "clinical_context": {"context", "clinicalnote", "clinicaltext", "note", "notes", "text"},
 }
-"""Other names of columns, as ``_squeeze`` writes them. Sources: MIMIC-IV, eICU, OMOP."""
+"""Other names of columns, as ``_squeeze`` writes them. Sources: MIMIC-IV, eICU, OMOP, REDCap."""
 
-LEAST_LIKENESS = 0.85
-"""Of two names by ``difflib``, so that one is a misspelling of the other."""
+PATIENT_WORDS = re.compile("mrn|(?<!in)(?<!out)patient|subject|person|participant")
+"""Words in the name of a column of patients, such as ``MRN_hash``."""
+
+ATTRIBUTES = (
+    *("age", "sex", "gender", "race", "weight", "height", "type", "class", "status", "group"),
+    *("count", "patients", "subjects", "persons", "participants"),
+)
+"""Endings of columns that say something about a patient, or count patients: ``patient_age``."""
 
 SAMPLE_ROWS = 20
 """Rows by which a column is taken for a series."""
@@ -47,11 +53,19 @@ def is_near_miss(name: str, target: str) -> bool:
     word, wanted = _squeeze(name), _squeeze(target)
     if word in ALIASES.get(target, ()) or (target == LABEL and word.startswith("label")):
         return True
+    if target == PATIENT and PATIENT_WORDS.search(word) and not word.endswith(ATTRIBUTES):
+        return True
     return bool(difflib.get_close_matches(word, [wanted], 1, LEAST_LIKENESS))
 
 
 def _squeeze(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name[:LONGEST_NAME].lower())
+
+
+def is_made(name: str) -> bool:
+    """Return whether our commands write a column of this name that the data set does not read."""
+    known = name in ("hadm_id", "prediction_time", "prediction_hours")
+    return known or name.startswith(("static_", "label_"))
 
 
 def describe_missing(table: pd.DataFrame, target: str) -> str:
@@ -114,10 +128,12 @@ def _series_columns(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
 def patient_column(table: pd.DataFrame) -> str | None:
     """Return the column that seems to name the patients of a table without ``subject_id``.
 
-    Of several the one with the fewest values: that of the patient, not of the stay.
+    Of several the one with the fewest values: that of the patient, not of the stay. A column of one
+    value alone names the study.
     """
     names = [str(name) for name in table if name not in (PATIENT, "id")]
     if PATIENT in table or table.columns.duplicated().any():
         return None
     near = [name for name in names if not seems_cell(name) and is_near_miss(name, PATIENT)]
-    return min(near, key=lambda name: table[name].nunique(), default=None)
+    values = {name: table[name].nunique() for name in near}
+    return min((name for name in near if values[name] > 1), key=values.__getitem__, default=None)
