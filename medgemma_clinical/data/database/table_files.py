@@ -68,15 +68,20 @@ class Column:
         number = f"nullif(TRY_CAST({raw} AS DOUBLE), 'nan'::DOUBLE)"
         return f"TRY_CAST({number} AS BIGINT)" if self.form == "whole" else number
 
+    def is_no_key(self, raw: str) -> str:
+        """Return SQL for whether a raw cell cannot be a key, or is empty; cheap on all rows."""
+        if self.form != "whole":
+            return f"{self.typed(raw)} = ''"
+        number = f"TRY_CAST({raw} AS DOUBLE)"
+        return f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
+
     def problems(self, raw: str) -> dict[str, str]:
         """Return SQL for each problem that a raw cell may have, by its words."""
         empty = "('', 'nan')" if self.form in ("number", "whole") else "('')"
         filled = f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty}"
         found = {} if self.may_be_empty else {"empty": f"NOT {filled}"}
         if self.form == "whole":  # BIGINT alone would round 1.5 in silence
-            number = f"TRY_CAST({raw} AS DOUBLE)"
-            wrong = f"{number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}"
-            found["no whole number"] = f"{filled} AND coalesce({wrong}, true)"
+            found["no whole number"] = f"{filled} AND {self.is_no_key(raw)}"
         elif self.form != "word":
             words = {"label": "neither 0 nor 1", "instant": "no time such as 2150-01-31 08:30:00"}
             problem = words.get(self.form, f"no {self.form}")
@@ -317,7 +322,7 @@ def load_table(
         if column_name in file.header
         for words, sql in column.problems(file.raw(column_name)).items()
     }
-    keys = [sql for (column, _), sql in problems.items() if column in list(columns)[:2]]
+    keys = [c.is_no_key(file.raw(n)) for n, c in list(columns.items())[:2] if n in file.header]
     numbered = "\n".join(f"WHEN {sql} THEN {k}" for k, sql in enumerate(problems.values()))
     typed = ",\n".join(f"{c.typed(file.raw(n))} AS {quoted(n)}" for n, c in columns.items())
     with readable(file.path):
