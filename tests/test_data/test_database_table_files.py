@@ -99,11 +99,11 @@ def edit(old: str, new: str, place: int = 300) -> Callable[[str], str]:
 
 
 BAD: dict[str, tuple[Callable[[str], str], str]] = {
-    "a word for a number": (edit("74.5", SECRET + "x"), ", line 300, column value: no number:"),
-    "a word for a time": (edit("2150-", SECRET), ", line 300, column time: no time:"),
+    "a word for a number": (edit("74.5", SECRET + "x"), ", line 300, column value: not a number:"),
+    "a word for a time": (edit("2150-", SECRET), ", line 300, column time: not a time:"),
     "no time": (edit("2150-01-01 00:58:00", ""), ", line 300, column time: empty:"),
-    "half a key": (edit("3,", f"3.{SECRET},"), ", line 300, column item: no whole number:"),
-    "a word for a key": (edit("3,", f"x{SECRET},"), ", line 300, column item: no whole number:"),
+    "half a key": (edit("3,", f"3.{SECRET},"), ", line 300, column item: not a whole number:"),
+    "a word for a key": (edit("3,", f"x{SECRET},"), ", line 300, column item: not a whole number:"),
     "no key": (edit("3,", ","), ", line 300, column item: empty:"),
     "more fields": (edit("mEq/L", f"mEq,{SECRET}"), ", line 300: more fields than the header has"),
     "fewer fields": (edit("mEq/L,", ""), ", line 300: fewer fields than the header has"),
@@ -113,9 +113,9 @@ BAD: dict[str, tuple[Callable[[str], str], str]] = {
     "line ends of two kinds": (edit('twice"', 'twice"\r'), ", line 300: "),
     "old line ends": (lambda text: text.replace("\n", "\r"), ": not a whole CSV"),
     "a cut last cell": (lambda text: text[:-3], ": it ends without a line break"),
-    "nothing": (lambda text: "", ": no column item among 0: a hint"),
+    "nothing": (lambda text: "", ": the file is empty"),
     "no column": (edit("value", "valu", 1), ": no column value among 7: a hint"),
-    "a column twice": (edit("other", "item", 1), ": the column item is there twice"),
+    "a column twice": (edit("other", "item", 1), ": the column item appears twice"),
 }
 
 
@@ -178,10 +178,10 @@ def test_a_damaged_gzip_is_refused(
 @pytest.mark.parametrize(
     ("column", "values", "problem"),
     [
-        ("item", ["1", "x", "2"], "row 1, column item: no whole number"),
-        ("item", [1.0, 2.0, 2.5], "row 2, column item: no whole number"),
+        ("item", ["1", "x", "2"], "row 1, column item: not a whole number"),
+        ("item", [1.0, 2.0, 2.5], "row 2, column item: not a whole number"),
         ("subject", [1, None, 2], "row 1, column subject: empty"),
-        ("time", ["2150-01-01", "2150-01-01", "soon"], "row 2, column time: no time"),
+        ("time", ["2150-01-01", "2150-01-01", "soon"], "row 2, column time: not a time"),
     ],
 )
 def test_a_bad_cell_of_parquet_is_named_by_its_row(

@@ -90,11 +90,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a word for a number": (
         replace_once("hosp/labevents", ",20,mEq/L", f",x{SECRET},mEq/L"),
-        ["labevents.csv, line 2", "valuenum", "no number"],
+        ["labevents.csv, line 2", "valuenum", "not a number"],
     ),
     "a word for a time": (
         replace_once("hosp/labevents", moment(4), SECRET + "th"),
-        ["labevents.csv, line 3", "charttime", "no time"],
+        ["labevents.csv, line 3", "charttime", "not a time"],
     ),
     "no time": (
         replace_once("hosp/labevents", moment(4), ""),
@@ -173,7 +173,7 @@ def test_a_bad_cell_far_down_is_named_by_its_line(tmp_path: Path) -> None:
     folder = mini.lab(1, 7.25, 17).write(tmp_path)
     path = folder / "hosp" / "labevents.csv"
     path.write_text(path.read_text().replace(moment(7.25), "soon"))
-    assert "labevents.csv, line 205, column charttime: no time" in refusal(folder)
+    assert "labevents.csv, line 205, column charttime: not a time" in refusal(folder)
     assert "soon" in path.read_text().split("\n")[204]
 
 

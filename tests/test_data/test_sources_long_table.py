@@ -126,7 +126,7 @@ def test_a_series_must_have_the_unit_of_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("factor", "expected"),
     [
-        (f"{GLUCOSE}:mmol=18", "no value has this item and this unit"),
+        (f"{GLUCOSE}:mmol=18", "no value in a window has this item and this unit: there is mg/dL"),
         ("glucose=18", "write 'ITEM:UNIT=NUMBER'"),
         ("glucose:mmol/L=x", "write 'ITEM:UNIT=NUMBER'"),
     ],
@@ -181,11 +181,11 @@ def test_a_number_counts_before_a_text_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "expected"),
     [
-        ("value", "<0.1", "line 3, column value: no number"),
-        ("charttime", "31.01.2150", "line 3, column charttime: no time such as"),
+        ("value", "<0.1", "line 3, column value: not a number: of '<0.1' write half"),
+        ("charttime", "31.01.2150", "line 3, column charttime: not a time such as"),
         ("charttime", "2150-01-01 12:00:00+02:00", "column charttime: a time with a zone"),
         ("charttime", "2150-01-01T12:00:00Z", "column charttime: a time with a zone"),
-        ("charttime", "720", "a number, no time (from_long has --time_unit)"),
+        ("charttime", "720", "write the local time of one zone, or give --time_unit for numbers"),
         ("charttime", "", "line 3, column charttime: empty"),
         ("subject_id", "", "line 3, column subject_id: empty"),
     ],
@@ -227,7 +227,7 @@ def test_times_may_be_numbers(unit: str, hours: float, tmp_path: Path) -> None:
 def test_a_time_that_is_no_finite_number_is_refused(tmp_path: Path) -> None:
     table, labels = simple().long(stored=False), simple().label_table("label", "Int64")
     table["charttime"], labels["prediction_time"] = ["1", "nan", "3"], 4
-    with pytest.raises(InputError, match="column charttime: a time that is no finite number"):
+    with pytest.raises(InputError, match="line 3, column charttime: a time that is not a finite number"):
         long(table, tmp_path, labels, time_unit="hours")
 
 
