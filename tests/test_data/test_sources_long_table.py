@@ -227,7 +227,9 @@ def test_times_may_be_numbers(unit: str, hours: float, tmp_path: Path) -> None:
 def test_a_time_that_is_no_finite_number_is_refused(tmp_path: Path) -> None:
     table, labels = simple().long(stored=False), simple().label_table("label", "Int64")
     table["charttime"], labels["prediction_time"] = ["1", "nan", "3"], 4
-    with pytest.raises(InputError, match="line 3, column charttime: a time that is not a finite number"):
+    with pytest.raises(
+        InputError, match="line 3, column charttime: a time that is not a finite number"
+    ):
         long(table, tmp_path, labels, time_unit="hours")
 
 

@@ -83,14 +83,15 @@ class Column:
         """Return SQL for each problem that a raw cell may have, by its words."""
         filled = f"coalesce(trim({raw}::VARCHAR), '') != ''"
         found = {} if self.may_be_empty else {"empty": f"NOT {filled}"}
+        wrong = f"{filled} AND {self.typed(raw)} IS NULL"
         if self.form in ("time", "instant"):
-            found["a time with a zone"] = f"regexp_matches(trim({raw}::VARCHAR), '{ZONE}')"
-        if self.form == "whole":  # BIGINT alone would round 1.5 in silence
-            found[WRONG["whole"]] = (
-                f"{filled} AND coalesce(TRY_CAST({raw} AS DOUBLE) % 1 != 0, true)"
+            found["a time with a zone"] = (
+                f"{wrong} AND regexp_matches(trim({raw}::VARCHAR), '{ZONE}')"
             )
-        elif self.form in WRONG:
-            found[WRONG[self.form]] = f"{filled} AND {self.typed(raw)} IS NULL"
+        if self.form == "whole":  # BIGINT alone would round 1.5 in silence
+            wrong = f"{filled} AND coalesce(TRY_CAST({raw} AS DOUBLE) % 1 != 0, true)"
+        if self.form in WRONG:
+            found[WRONG[self.form]] = wrong
         return found
 
     def advise(self, problem: str) -> str:

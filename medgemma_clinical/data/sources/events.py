@@ -280,14 +280,15 @@ def check_subjects(
 def make_trajectories(
     database: Database, request: EventRequest, equal_times: str = "keep"
 ) -> pd.DataFrame:
-    """Return number (of the prediction), series, observations, hours and text of each trajectory."""
+    """Return each trajectory: number (of its prediction), series, observations, hours, text."""
     database.set(most=MOST_PAIRS, hours_from=request.hours_from, equal_times=equal_times)
     database.run_file(STEPS / "events.sql")
     found = []
     for first, last in database.frame("FROM batch ORDER BY first").values.tolist() or [[0, 0]]:
         database.set(first=first, last=last)
         database.run_file(STEPS / "trajectories.sql")
-        found.append(database.frame("FROM trajectory"))
+        trajectories = database.frame("FROM trajectory")
+        found.append(trajectories.astype({"text": object}))  # a copy shares the texts
     return pd.concat(found, ignore_index=True)
 
 
@@ -318,8 +319,11 @@ def make_rows(
     labels = database.frame(
         "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"
     ).set_index("number")
-    of_main = trajectories[trajectories["series"] == main.name].set_index("number")
-    counts = of_main["observations"].reindex(labels.index)
+    by_series = {
+        each.name: trajectories[trajectories["series"] == each.name].set_index("number")
+        for each in series
+    }
+    counts = by_series[main.name]["observations"].reindex(labels.index)
     rules = {"label not known": labels["label"].isna()}
     if parts is not None:
         rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
@@ -328,16 +332,14 @@ def make_rows(
     rules[f"{few} of {main.name} in the window"] = ~counts.ge(fewest)
     left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
     labels = labels[left]
-    texts = trajectories.pivot(index="number", columns="series", values="text")
-    texts = texts.reindex(index=labels.index, columns=[each.name for each in series])
-    texts.columns = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
+    columns = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
     rows = pd.DataFrame(
         {
             "id": labels["subject"] + " " + labels["shown"],
             "subject_id": labels["subject"],
             "prediction_time": labels["shown"],
-            **texts,
-            "prediction_hours": of_main["hours"],
+            **{c: by_series[each.name]["text"] for c, each in zip(columns, series, strict=True)},
+            "prediction_hours": by_series[main.name]["hours"],
             **({} if static is None else static),
             "label_escalation": labels["label"].astype("Int8"),
         },
