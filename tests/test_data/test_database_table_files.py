@@ -18,6 +18,7 @@ from medgemma_clinical.data.database.table_files import (
     TIME,
     TIME_OR_EMPTY,
     WORD_OR_EMPTY,
+    Column,
     load_table,
     open_table,
 )
@@ -100,7 +101,7 @@ def edit(old: str, new: str, place: int = 300) -> Callable[[str], str]:
 
 BAD: dict[str, tuple[Callable[[str], str], str]] = {
     "a word for a number": (edit("74.5", SECRET + "x"), ", line 300, column value: not a number:"),
-    "a word for a time": (edit("2150-", SECRET), ", line 300, column time: not a time:"),
+    "a word for a time": (edit("2150-", SECRET), ", line 300, column time: not a time"),
     "no time": (edit("2150-01-01 00:58:00", ""), ", line 300, column time: empty:"),
     "half a key": (edit("3,", f"3.{SECRET},"), ", line 300, column item: not a whole number:"),
     "a word for a key": (edit("3,", f"x{SECRET},"), ", line 300, column item: not a whole number:"),
@@ -191,6 +192,65 @@ def test_a_bad_cell_of_parquet_is_named_by_its_row(
     pd.DataFrame({**good, column: values}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(InputError, match=problem):
         read(database, tmp_path / "t.parquet")
+
+
+ODD_TIMES = [
+    *("2150-01-01 09:30 PM", "2150-01-01 09:30:00 EST", "2150-01-01 09:30 America/New_York"),
+    *("2150-01-01 09:30:00+02:00", "2150-01-01T09:30:00Z", "2150-01-01 soon", "epoch", "infinity"),
+]
+
+
+@pytest.mark.parametrize("form", ["time", "instant"])
+@pytest.mark.parametrize("cell", ODD_TIMES)
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_time_with_a_zone_or_words_is_refused(
+    form: str, cell: str, ending: str, database: Database, tmp_path: Path
+) -> None:
+    table, path = pd.DataFrame({"time": ["2150-01-01 9:30", cell]}), tmp_path / f"t.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    columns = {"time": Column(form)}
+    file = open_table(database, path, columns, "")
+    with pytest.raises(InputError, match=r"(line 3|row 1), column time: (a time with|not a time)"):
+        load_table(database, "cells", file, columns)
+
+
+def test_typed_times_and_plain_texts_are_read(database: Database, tmp_path: Path) -> None:
+    texts = ["2150-01-01", "2150-01-01 9:30", "2150-01-01T09:30:00", " 2150-01-01 09:30:00.25 "]
+    times = pd.to_datetime(pd.Series(texts).str.strip(), format="mixed").astype("datetime64[us]")
+    pd.DataFrame({"text": texts, "typed": times}).to_parquet(tmp_path / "t.parquet")
+    columns = {"text": Column("instant"), "typed": Column("instant")}
+    load_table(
+        database, "cells", open_table(database, tmp_path / "t.parquet", columns, ""), columns
+    )
+    assert database.row("SELECT count(*), bool_and(text = typed) FROM cells") == (4, True)
+
+
+def test_an_id_loses_the_point_that_pandas_writes(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id\n10001.0\n001\n1.5\na.0\n")
+    columns = {"id": Column("id")}
+    load_table(database, "cells", open_table(database, tmp_path / "t.csv", columns, ""), columns)
+    assert database.frame("FROM cells")["id"].tolist() == ["10001", "001", "1.5", "a.0"]
+
+
+@pytest.mark.parametrize(("separator", "words"), [(";", "';'"), ("\t", "tabs")])
+def test_another_separator_is_named(
+    separator: str, words: str, database: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(TEXT.replace(",", separator))
+    with pytest.raises(InputError, match=f"row 1: the columns seem to be separated by {words}"):
+        read(database, path)
+
+
+def test_wrong_cells_are_counted_from_eleven_on(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(TEXT.replace(",2150-01-01 00:58:00,", ",soon,"))
+    with pytest.raises(InputError, match=r"line 60, column time: not a time .*: copy") as caught:
+        read(database, path)
+    assert " rows" not in str(caught.value)
+    path.write_text(TEXT.replace(",2150-01-01 00:5", ",soon"))
+    with pytest.raises(InputError, match=r"line 52, column time: not a time .* in 80 rows: copy"):
+        read(database, path)
 
 
 def test_a_cut_parquet_is_refused(database: Database, tmp_path: Path) -> None:

@@ -79,7 +79,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["labevents.csv", "within a row"],
     ),
     "a cut last cell": (edit("hosp/admissions", lambda t: t[:-1]), ["without a line break"]),
-    "an empty file": (edit("hosp/admissions", lambda t: ""), ["admissions.csv", "no column"]),
+    "an empty file": (
+        edit("hosp/admissions", lambda t: ""),
+        ["admissions.csv", "the file is empty"],
+    ),
     "a header alone": (
         edit("hosp/admissions", lambda t: t.split("\n")[0] + "\n"),
         ["admissions.csv", "no rows"],
@@ -102,11 +105,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "half an itemid": (
         replace_once("hosp/labevents", ",50868,", ",50868.5,"),
-        ["labevents.csv, line 2", "itemid", "no whole"],
+        ["labevents.csv, line 2", "itemid", "not a whole"],
     ),
     "a subject that is a word": (
         replace_once("hosp/admissions", "10001,", f"p{SECRET},"),
-        ["admissions.csv, line 2", "subject_id", "no whole"],
+        ["admissions.csv, line 2", "subject_id", "not a whole"],
     ),
     "more fields": (
         edit("hosp/admissions", lambda t: t.rstrip("\n") + f",{SECRET}\n"),

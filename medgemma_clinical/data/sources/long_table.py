@@ -69,7 +69,9 @@ LEAST_LIKENESS = 0.7
 MOST_SERIES = 100
 LABEL = Column("label", may_be_empty=True, advice="write 0, 1, or nothing where it is not known")
 NUMBER = Column(
-    "number", may_be_empty=True, advice="of '<0.1' write half of the limit, or leave the cell empty"
+    "number",
+    may_be_empty=True,
+    advice="of 'below a limit' write half of it, or leave the cell empty",
 )
 
 
