@@ -256,8 +256,8 @@ def test_a_number_counts_before_a_text_beside_it(tmp_path: Path) -> None:
         ("charttime", "2150-01-01 12:00:00+02:00", "column charttime: a time with a zone"),
         ("charttime", "2150-01-01T12:00:00Z", "column charttime: a time with a zone"),
         ("charttime", "720", "write the local time of one zone, or give --time_unit for numbers"),
-        ("charttime", "", "line 3, column charttime: empty"),
-        ("subject_id", "", "line 3, column subject_id: empty"),
+        ("charttime", "", "line 3, column charttime: empty: fill the cell"),
+        ("subject_id", "", "line 3, column subject_id: empty: fill the cell"),
     ],
 )
 def test_a_wrong_cell_is_named_by_its_place_and_not_shown(
