@@ -546,10 +546,12 @@ class Source:
 SOURCES = {
     "from_mimic": Source("make a file from MIMIC-IV tables", Extraction, extract),
     "from_meds": Source(
-        "make one of events in MEDS form", meds.MedsRequest, meds.make_meds, meds.list_codes
+        "make a file from events in MEDS form", meds.MedsRequest, meds.make_meds, meds.list_codes
     ),
     "from_long": Source(
-        "make one of a table with one value a row", long_table.LongRequest, long_table.make_long
+        "make a file from a table with one value a row",
+        long_table.LongRequest,
+        long_table.make_long,
     ),
     "from_eicu": Source("make a file from eICU tables", EicuRequest, extract_eicu),
 }
@@ -590,13 +592,20 @@ def build_parser() -> Parser:
     return parser
 
 
+METAVARS = {Path: "PATH", float: "NUMBER", int: "NUMBER"}
+"""Values of flags in ``--help``, by type; others have the name of their flag."""
+
+
 def add_flags(parser: argparse.ArgumentParser, request: type[TableRequest]) -> None:
     """Add the fields of a request as flags."""
     types = get_type_hints(request)
     for field in fields(request):
         about = field.metadata
-        words: dict[str, Any] = {"help": about["help"], "required": field.default is MISSING}
-        words["default"] = None if words["required"] else field.default
+        default = None if field.default is MISSING else field.default
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        by_default = "" if shown in (None, "") or shown is False else f" (default: {shown})"
+        words: dict[str, Any] = {"help": about["help"] + by_default, "default": default}
+        words["required"] = field.default is MISSING
         if types[field.name] is bool:
             parser.add_argument(f"--{field.name}", **{**words, "action": "store_true"})
             continue
@@ -606,7 +615,9 @@ def add_flags(parser: argparse.ArgumentParser, request: type[TableRequest]) -> N
             words["action"] = Repeated
         else:
             kinds = [kind for kind in (Path, float, int, str) if kind in _kinds(types[field.name])]
-            words["type"] = kinds[0]
+            words |= {"type": kinds[0], "metavar": METAVARS.get(kinds[0])}
+        if about["choices"]:
+            words["metavar"] = f"{{{','.join(about['choices'])}}}"
         if about["alone"] is not None:
             words |= {"nargs": "?", "const": about["alone"]}
         parser.add_argument(f"--{field.name}", **words)

@@ -186,7 +186,7 @@ def _csv_chunks(
         raise InputError(f"{path}: the file is empty")
     _check_width(path, len(names))
     header = [name.strip() for name in names]
-    _check_separator(path, header)
+    check_separator(path, header)
     width = len(header)
     while True:
         numbers, cells = [], []
@@ -233,7 +233,7 @@ def _check_width(path: Path, columns: int) -> None:
         raise InputError(f"{path}: {columns:,} columns: leave {MOST_COLUMNS:,} at most")
 
 
-def _check_separator(path: Path, header: list[str]) -> None:
+def check_separator(path: Path, header: list[str]) -> None:
     """Refuse a header in which another separator is more frequent than the comma."""
     for separator in SEPARATORS:
         if sum(cell.count(separator) for cell in header) > len(header) - 1:

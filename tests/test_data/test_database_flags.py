@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from medgemma_clinical.data.database.flags import usable_cores
 from medgemma_clinical.data.mimic.request import ALWAYS, OUTCOMES, Extraction
 from medgemma_clinical.files import InputError
 
@@ -39,6 +40,12 @@ def test_an_impossible_request_is_refused_with_its_flag(
 ) -> None:
     with pytest.raises(InputError, match=problem):
         request_of(**values)
+
+
+@pytest.mark.parametrize("threads", [0, 100_000])
+def test_threads_are_at_most_the_cores(threads: int) -> None:
+    assert request_of(threads=threads).threads == usable_cores()
+    assert request_of(threads=1).threads == 1
 
 
 def test_the_gap_is_computed_unless_another_is_asked_for() -> None:

@@ -18,6 +18,7 @@ from medgemma_clinical.data.database.table_files import (
     TIME,
     TIME_OR_EMPTY,
     WORD_OR_EMPTY,
+    Column,
     load_table,
     open_table,
 )
@@ -99,12 +100,12 @@ def edit(old: str, new: str, place: int = 300) -> Callable[[str], str]:
 
 
 BAD: dict[str, tuple[Callable[[str], str], str]] = {
-    "a word for a number": (edit("74.5", SECRET + "x"), ", line 300, column value: no number:"),
-    "a word for a time": (edit("2150-", SECRET), ", line 300, column time: no time:"),
+    "a word for a number": (edit("74.5", SECRET + "x"), ", line 300, column value: not a number:"),
+    "a word for a time": (edit("2150-", SECRET), ", line 300, column time: not a time"),
     "no time": (edit("2150-01-01 00:58:00", ""), ", line 300, column time: empty:"),
-    "half a key": (edit("3,", f"3.{SECRET},"), ", line 300, column item: no whole number:"),
-    "a word for a key": (edit("3,", f"x{SECRET},"), ", line 300, column item: no whole number:"),
-    "too long a key": (edit("3,", "3" * 20 + ","), ", line 300, column item: no whole number:"),
+    "half a key": (edit("3,", f"3.{SECRET},"), ", line 300, column item: not a whole number:"),
+    "a word for a key": (edit("3,", f"x{SECRET},"), ", line 300, column item: not a whole number:"),
+    "too long a key": (edit("3,", "3" * 20 + ","), ", line 300, column item: not a whole number:"),
     "no key": (edit("3,", ","), ", line 300, column item: empty:"),
     "more fields": (edit("mEq/L", f"mEq,{SECRET}"), ", line 300: more fields than the header has"),
     "fewer fields": (edit("mEq/L,", ""), ", line 300: fewer fields than the header has"),
@@ -114,9 +115,9 @@ BAD: dict[str, tuple[Callable[[str], str], str]] = {
     "line ends of two kinds": (edit('twice"', 'twice"\r'), ", line 300: "),
     "old line ends": (lambda text: text.replace("\n", "\r"), ": not a whole CSV"),
     "a cut last cell": (lambda text: text[:-3], ": it ends without a line break"),
-    "nothing": (lambda text: "", ": no column item among 0: a hint"),
+    "nothing": (lambda text: "", ": the file is empty"),
     "no column": (edit("value", "valu", 1), ": no column value among 7: a hint"),
-    "a column twice": (edit("other", "item", 1), ": the column item is there twice"),
+    "a column twice": (edit("other", "item", 1), ": the column item appears twice"),
 }
 
 
@@ -179,10 +180,10 @@ def test_a_damaged_gzip_is_refused(
 @pytest.mark.parametrize(
     ("column", "values", "problem"),
     [
-        ("item", ["1", "x", "2"], "row 1, column item: no whole number"),
-        ("item", [1.0, 2.0, 2.5], "row 2, column item: no whole number"),
+        ("item", ["1", "x", "2"], "row 1, column item: not a whole number"),
+        ("item", [1.0, 2.0, 2.5], "row 2, column item: not a whole number"),
         ("subject", [1, None, 2], "row 1, column subject: empty"),
-        ("time", ["2150-01-01", "2150-01-01", "soon"], "row 2, column time: no time"),
+        ("time", ["2150-01-01", "2150-01-01", "soon"], "row 2, column time: not a time"),
     ],
 )
 def test_a_bad_cell_of_parquet_is_named_by_its_row(
@@ -219,6 +220,65 @@ def test_damage_within_a_parquet_file_is_the_files(database: Database, tmp_path:
             assert str(path) in str(error)  # noqa: PT017
             refused += 1
     assert refused > 10
+
+
+ODD_TIMES = [
+    *("2150-01-01 09:30 PM", "2150-01-01 09:30:00 EST", "2150-01-01 09:30 America/New_York"),
+    *("2150-01-01 09:30:00+02:00", "2150-01-01T09:30:00Z", "2150-01-01 soon", "epoch", "infinity"),
+]
+
+
+@pytest.mark.parametrize("form", ["time", "instant"])
+@pytest.mark.parametrize("cell", ODD_TIMES)
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_time_with_a_zone_or_words_is_refused(
+    form: str, cell: str, ending: str, database: Database, tmp_path: Path
+) -> None:
+    table, path = pd.DataFrame({"time": ["2150-01-01 9:30", cell]}), tmp_path / f"t.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    columns = {"time": Column(form)}
+    file = open_table(database, path, columns, "")
+    with pytest.raises(InputError, match=r"(line 3|row 1), column time: (a time with|not a time)"):
+        load_table(database, "cells", file, columns)
+
+
+def test_typed_times_and_plain_texts_are_read(database: Database, tmp_path: Path) -> None:
+    texts = ["2150-01-01", "2150-01-01 9:30", "2150-01-01T09:30:00", " 2150-01-01 09:30:00.25 "]
+    times = pd.to_datetime(pd.Series(texts).str.strip(), format="mixed").astype("datetime64[us]")
+    pd.DataFrame({"text": texts, "typed": times}).to_parquet(tmp_path / "t.parquet")
+    columns = {"text": Column("instant"), "typed": Column("instant")}
+    load_table(
+        database, "cells", open_table(database, tmp_path / "t.parquet", columns, ""), columns
+    )
+    assert database.row("SELECT count(*), bool_and(text = typed) FROM cells") == (4, True)
+
+
+def test_an_id_loses_the_point_that_pandas_writes(database: Database, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id\n10001.0\n001\n1.5\na.0\n")
+    columns = {"id": Column("id")}
+    load_table(database, "cells", open_table(database, tmp_path / "t.csv", columns, ""), columns)
+    assert database.frame("FROM cells")["id"].tolist() == ["10001", "001", "1.5", "a.0"]
+
+
+@pytest.mark.parametrize(("separator", "words"), [(";", "';'"), ("\t", "tabs")])
+def test_another_separator_is_named(
+    separator: str, words: str, database: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(TEXT.replace(",", separator))
+    with pytest.raises(InputError, match=f"row 1: the columns seem to be separated by {words}"):
+        read(database, path)
+
+
+def test_wrong_cells_are_counted_from_eleven_on(database: Database, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(TEXT.replace(",2150-01-01 00:58:00,", ",soon,"))
+    with pytest.raises(InputError, match=r"line 60, column time: not a time .*: copy") as caught:
+        read(database, path)
+    assert " rows" not in str(caught.value)
+    path.write_text(TEXT.replace(",2150-01-01 00:5", ",soon"))
+    with pytest.raises(InputError, match=r"line 52, column time: not a time .* in 80 rows: copy"):
+        read(database, path)
 
 
 def test_a_cut_parquet_is_refused(database: Database, tmp_path: Path) -> None:

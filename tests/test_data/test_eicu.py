@@ -255,8 +255,8 @@ def test_a_diagnosis_counts_from_its_entry_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "column", "content", "expected"),
     [
-        ("lab", "labresultoffset", "1.5", r"lab\.csv, line 2, column labresultoffset: no whole"),
-        ("lab", "labresult", "high", r"lab\.csv, line 2, column labresult: no number"),
+        ("lab", "labresultoffset", "1.5", r"lab\.csv, line 2, column labresultoffset: not a whole"),
+        ("lab", "labresult", "high", r"lab\.csv, line 2, column labresult: not a number"),
         ("patient", "hospitaladmitoffset", "", r"patient\.csv, line 2, column hosp.*: empty"),
         ("patient", "uniquepid", None, r"patient\.csv: no column uniquepid among 10: .*eICU"),
         ("admissionDx", None, None, r"--eicu_dir .*: the table admissionDx .* is missing"),

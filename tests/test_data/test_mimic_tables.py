@@ -79,7 +79,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["labevents.csv", "within a row"],
     ),
     "a cut last cell": (edit("hosp/admissions", lambda t: t[:-1]), ["without a line break"]),
-    "an empty file": (edit("hosp/admissions", lambda t: ""), ["admissions.csv", "no column"]),
+    "an empty file": (
+        edit("hosp/admissions", lambda t: ""),
+        ["admissions.csv", "the file is empty"],
+    ),
     "a header alone": (
         edit("hosp/admissions", lambda t: t.split("\n")[0] + "\n"),
         ["admissions.csv", "no rows"],
@@ -90,11 +93,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a word for a number": (
         replace_once("hosp/labevents", ",20,mEq/L", f",x{SECRET},mEq/L"),
-        ["labevents.csv, line 2", "valuenum", "no number"],
+        ["labevents.csv, line 2", "valuenum", "not a number"],
     ),
     "a word for a time": (
         replace_once("hosp/labevents", moment(4), SECRET + "th"),
-        ["labevents.csv, line 3", "charttime", "no time"],
+        ["labevents.csv, line 3", "charttime", "not a time"],
     ),
     "no time": (
         replace_once("hosp/labevents", moment(4), ""),
@@ -102,11 +105,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "half an itemid": (
         replace_once("hosp/labevents", ",50868,", ",50868.5,"),
-        ["labevents.csv, line 2", "itemid", "no whole"],
+        ["labevents.csv, line 2", "itemid", "not a whole"],
     ),
     "a subject that is a word": (
         replace_once("hosp/admissions", "10001,", f"p{SECRET},"),
-        ["admissions.csv, line 2", "subject_id", "no whole"],
+        ["admissions.csv, line 2", "subject_id", "not a whole"],
     ),
     "more fields": (
         edit("hosp/admissions", lambda t: t.rstrip("\n") + f",{SECRET}\n"),
@@ -173,7 +176,7 @@ def test_a_bad_cell_far_down_is_named_by_its_line(tmp_path: Path) -> None:
     folder = mini.lab(1, 7.25, 17).write(tmp_path)
     path = folder / "hosp" / "labevents.csv"
     path.write_text(path.read_text().replace(moment(7.25), "soon"))
-    assert "labevents.csv, line 205, column charttime: no time" in refusal(folder)
+    assert "labevents.csv, line 205, column charttime: not a time" in refusal(folder)
     assert "soon" in path.read_text().split("\n")[204]
 
 

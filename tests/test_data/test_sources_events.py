@@ -16,6 +16,8 @@ import pytest
 import dataset_format
 from dataset_format import MIMICtrajectoryDataset
 from event_files import GAP, GAP_SERIES, GLUCOSE, GLUCOSE_SERIES, Mini, long, meds, moment
+from medgemma_clinical.data.database.connection import Database
+from medgemma_clinical.data.sources import events as shared
 from medgemma_clinical.data.sources.events import parse_series
 from medgemma_clinical.files import InputError
 
@@ -94,7 +96,9 @@ def test_rows_are_named_by_subject_and_prediction_time(make: Make) -> None:
 
 
 def test_one_subject_twice_at_one_time_is_refused(make: Make) -> None:
-    with pytest.raises(InputError, match="stand twice"):
+    with pytest.raises(
+        InputError, match=r"(line 2|row 0): subject_id and prediction_time appear twice"
+    ):
         make(Mini().ask(1, 30, 0).ask(1, 30, 1).measure(1, 12, 15))
 
 
@@ -104,10 +108,10 @@ def test_labels_that_are_not_known_are_left_out(make: Make) -> None:
 
 
 def test_nothing_left_says_by_which_rule(make: Make) -> None:
-    mini = Mini().ask(1, 30).ask(2, 30).measure(1, 40, 15)
-    expected = "no value of any series at any time; no value of anion gap in the window"
+    mini = Mini().ask(1, 30).ask(2, 30).measure(1, 20, 100, GLUCOSE).measure(9, 1, 15)
+    expected = "from the first window to the last; no value of anion gap in the window"
     with pytest.raises(InputError, match=expected):
-        make(mini)
+        make(mini, series=SERIES)
 
 
 def test_a_code_that_is_not_there_is_refused_with_the_nearest(make: Make) -> None:
@@ -124,6 +128,15 @@ def test_dates_without_a_time_are_warned_of(make: Make, caplog: pytest.LogCaptur
         assert "midnight" not in caplog.text
         make(Mini().ask(1, 30).measure(1, 12, 15).measure(1, 24, 16))
     assert "midnight: a date without a time counts as known from the beginning" in caplog.text
+
+
+def test_storing_times_at_midnight_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        long(Mini().ask(1, 30).measure(1, 12, 15, stored=24), tmp_path)
+    assert "midnight" in caplog.text
+    assert all(each.getMessage().startswith("warning: ") for each in caplog.records)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +194,59 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         "data/train/0.parquet",
         "labels: task/deep/0.parquet",
     }
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "@x", "-a", "+1"])
+def test_a_subject_that_seems_a_formula_is_refused(cell: str, tmp_path: Path) -> None:
+    mini = Mini().ask(1, 30).measure(1, 12, 15)
+    table = mini.long().assign(subject_id=cell)
+    labels = mini.label_table("label", "Int64").assign(subject_id=cell)
+    with pytest.raises(InputError, match=r"labels.csv: a subject begins with =, \+, - or @"):
+        long(table, tmp_path, labels)
+    negative = long(table.assign(subject_id=-7), tmp_path, labels.assign(subject_id=-7))
+    assert negative["subject_id"].tolist() == ["-7"]
+
+
+def test_batches_of_subjects_change_no_byte(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    mini = random_events(np.random.default_rng(4))
+    whole = make(mini, series=SERIES)
+    monkeypatch.setattr(shared, "MOST_PAIRS", 100)
+    assert make(mini, series=SERIES).to_csv() == whole.to_csv()
+
+
+def test_only_events_from_the_first_window_to_the_last_are_kept(tmp_path: Path) -> None:
+    mini = Mini().ask(1, 30).ask(1, 80)
+    for hour in (5.9, 6, 40, 80, 80.1):
+        mini.measure(1, hour, hour)
+    seen: list[float] = []
+    run_file = Database.run_file
+
+    def look(database: Database, path: Path) -> None:
+        if path.stem == "events":
+            seen.extend(database.frame("SELECT value FROM record ORDER BY value")["value"])
+        run_file(database, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Database, "run_file", look)
+        meds(mini.write_meds(tmp_path / "meds"))
+        long(mini, tmp_path)
+    assert seen == [6, 40, 80] * 2
+
+
+def test_subjects_with_other_names_are_refused_or_warned_of(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    mini = Mini().ask(1, 30).ask(2, 30).ask(3, 30)
+    expected = "no subject of --labels has a value in --table|no event of any subject with a label"
+    with pytest.raises(InputError, match=expected):
+        make(mini.measure(9, 12, 15))
+    mini.measure(1, 12, 15)
+    with caplog.at_level(logging.WARNING):
+        make(mini)
+        assert "subjects with a label have no value in their windows: are" in caplog.text
+        caplog.clear()
+        make(mini.measure(2, 12, 15))
+    assert "are subjects" not in caplog.text
 
 
 # --------------------------------------------------------------------------- leaks
@@ -284,3 +350,17 @@ def test_threads_memory_and_the_order_of_rows_change_no_byte(command: str, tmp_p
             folder.mkdir()
             made.append(long(events, folder, equal_times="keep", series=SERIES, **limits))
     assert made[0].to_csv() == made[1].to_csv()
+
+
+@pytest.mark.parametrize("command", ["from_meds", "from_long"])
+def test_help_names_defaults_and_choices(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        dataset_format.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--hours_from {window,first} zero of the hours" in text
+    assert (
+        "--window_hours NUMBER length of the window before the prediction time, in hours " in text
+    )
+    assert "(default: 24.0)" in text
+    assert "default: None" not in text
+    assert "default: )" not in text

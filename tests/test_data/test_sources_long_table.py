@@ -123,10 +123,46 @@ def test_a_series_must_have_the_unit_of_the_table(tmp_path: Path) -> None:
         long(simple(), tmp_path, series=(GAP, f"glucose [mmol/L]={GLUCOSE}"))
 
 
+def test_a_series_of_converted_values_alone_needs_its_unit(tmp_path: Path) -> None:
+    factor = (f"{GLUCOSE}:mg/dL=0.0555",)
+    for series in ((), (GAP, GLUCOSE)):
+        with pytest.raises(
+            InputError, match=r"are converted: give its unit by --series '.* \[unit"
+        ):
+            long(simple(), tmp_path, factor=factor, series=series)
+    rows = long(simple(), tmp_path, factor=factor, series=(GAP, f"glucose [mmol/L]={GLUCOSE}"))
+    assert rows["trajectory_glucose [mmol/L]"][0] == "5.55 (7h)"
+
+
+def test_items_of_other_case_are_one_series(tmp_path: Path) -> None:
+    mini = (
+        Mini().ask(1, 30).measure(1, 12, 4, "Sodium", unit="").measure(1, 13, 5, "sodium", unit="")
+    )
+    rows = long(mini.measure(1, 14, 6, "SODIUM", unit=""), tmp_path)
+    assert rows["clinical_trajectory"][0] == "4 (6h) -> 5 (7h) -> 6 (8h)"
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ((f"{GLUCOSE}:mg/dL=2", f"{GLUCOSE}: mg/dL=3"), "appears twice"),
+        ((f"{GLUCOSE}:mmol/L=18", f"{GLUCOSE}:mg/dL=2"), "is to have this unit: leave"),
+    ],
+)
+def test_factors_that_contradict_are_refused(
+    factors: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=expected):
+        long(mixed(), tmp_path, factor=factors, series=(GAP, f"glucose [mg/dL]={GLUCOSE}"))
+
+
 @pytest.mark.parametrize(
     ("factor", "expected"),
     [
-        (f"{GLUCOSE}:mmol=18", "no value has this item and this unit"),
+        (f"{GLUCOSE}:mg/dL=0", "a number above 0"),
+        (f"{GLUCOSE}:mg/dL=-1", "a number above 0"),
+        (f"{GLUCOSE}:mg/dL=inf", "a number above 0"),
+        (f"{GLUCOSE}:mmol=18", "no value in a window has this item and this unit: there is mg/dL"),
         ("glucose=18", "write 'ITEM:UNIT=NUMBER'"),
         ("glucose:mmol/L=x", "write 'ITEM:UNIT=NUMBER'"),
     ],
@@ -158,6 +194,14 @@ def test_columns_have_the_names_that_are_given(tmp_path: Path) -> None:
         ({}, {"columns": ("value=valu",)}, "no column valu: did you mean --columns value=value"),
         ({}, {"columns": ("unit=units",)}, "no column units: did you mean --columns unit=unit"),
         ({}, {"columns": ("values=value",)}, "--columns values=value: write ROLE=COLUMN"),
+        ({}, {"columns": ("time=",)}, "--columns time=: write ROLE=COLUMN"),
+        ({"unit": "units"}, {}, "--columns unit=units? --columns unit= says that there is none"),
+        ({"storetime": "store_time"}, {}, "did you mean --columns storetime=store_time?"),
+        ({"storetime": "StoreTime"}, {}, "did you mean --columns storetime=StoreTime?"),
+        ({"subject_id": "hadm_id"}, {}, "did you mean --columns subject_id=hadm_id?"),
+        ({"value": "valued", "item": "values"}, {"columns": ("item=values",)}, "value=valued?"),
+        ({}, {"columns": ("time=charttime", "time=storetime")}, "time appears twice"),
+        ({}, {"columns": ("time=storetime",)}, "the column storetime is both time and storetime"),
     ],
 )
 def test_a_column_that_is_missing_is_named_with_the_nearest(
@@ -166,6 +210,32 @@ def test_a_column_that_is_missing_is_named_with_the_nearest(
     labels = simple().label_table("label", "Int64")
     with pytest.raises(InputError, match=re.escape(expected)):
         long(simple().long().rename(columns=renamed), tmp_path, labels, **flags)
+
+
+def test_a_near_column_may_be_said_not_to_be_it(tmp_path: Path) -> None:
+    table = simple().long(stored=False).rename(columns={"unit": "units"})
+    rows = long(table, tmp_path, simple().label_table("label", "Int64"), columns=("unit=",))
+    assert f"trajectory_{GLUCOSE}" in rows
+
+
+def test_a_text_beside_the_number_is_not_taken_for_the_unit(tmp_path: Path) -> None:
+    table = simple().long(unit=False).rename(columns={"value": "valuenum"}).assign(value="text")
+    assert len(long(table, tmp_path, simple().label_table("label", "Int64"))) == 2
+
+
+def test_labels_may_name_their_subject_apart(tmp_path: Path) -> None:
+    table = simple().long().rename(columns={"subject_id": "patient"})
+    labels = simple().label_table("label", "Int64").rename(columns={"subject_id": "person"})
+    with pytest.raises(InputError, match=r"did you mean --columns labels.subject_id=person\?"):
+        long(table, tmp_path, labels, columns=("subject_id=patient",))
+    columns = ("subject_id=patient", "labels.subject_id=person")
+    assert len(long(table, tmp_path, labels, columns=columns)) == 2
+
+
+def test_ids_that_pandas_made_numbers_are_the_same_subject(tmp_path: Path) -> None:
+    table = simple().long().astype({"subject_id": float})
+    rows = long(table, tmp_path, simple().label_table("label", "Int64"))
+    assert rows["subject_id"].tolist() == ["1", "2"]
 
 
 def test_a_number_counts_before_a_text_beside_it(tmp_path: Path) -> None:
@@ -181,13 +251,13 @@ def test_a_number_counts_before_a_text_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "expected"),
     [
-        ("value", "<0.1", "line 3, column value: no number"),
-        ("charttime", "31.01.2150", "line 3, column charttime: no time such as"),
+        ("value", "<0.1", "line 3, column value: not a number: of 'below a limit' write half"),
+        ("charttime", "31.01.2150", "line 3, column charttime: not a time such as"),
         ("charttime", "2150-01-01 12:00:00+02:00", "column charttime: a time with a zone"),
         ("charttime", "2150-01-01T12:00:00Z", "column charttime: a time with a zone"),
-        ("charttime", "720", "a number, no time (from_long has --time_unit)"),
-        ("charttime", "", "line 3, column charttime: empty"),
-        ("subject_id", "", "line 3, column subject_id: empty"),
+        ("charttime", "720", "write the local time of one zone, or give --time_unit for numbers"),
+        ("charttime", "", "line 3, column charttime: empty: fill the cell"),
+        ("subject_id", "", "line 3, column subject_id: empty: fill the cell"),
     ],
 )
 def test_a_wrong_cell_is_named_by_its_place_and_not_shown(
@@ -227,7 +297,9 @@ def test_times_may_be_numbers(unit: str, hours: float, tmp_path: Path) -> None:
 def test_a_time_that_is_no_finite_number_is_refused(tmp_path: Path) -> None:
     table, labels = simple().long(stored=False), simple().label_table("label", "Int64")
     table["charttime"], labels["prediction_time"] = ["1", "nan", "3"], 4
-    with pytest.raises(InputError, match="column charttime: a time that is no finite number"):
+    with pytest.raises(
+        InputError, match="line 3, column charttime: a time that is not a finite number"
+    ):
         long(table, tmp_path, labels, time_unit="hours")
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import dataset_format
-from event_files import EPOCH, GAP, GAP_SERIES, MEDS_DEMO, Mini, meds
+from event_files import EPOCH, GAP, GAP_SERIES, MEDS_DEMO, Mini, meds, write_table
 from medgemma_clinical.data.sources.meds import MedsRequest, make_meds
 from medgemma_clinical.files import InputError
 
@@ -74,6 +74,57 @@ def test_a_time_with_a_zone_is_refused(tmp_path: Path) -> None:
     table.to_parquet(folder / "task" / "deep" / "0.parquet")
     with pytest.raises(InputError, match="row 0, column prediction_time: a time with a zone"):
         meds(folder)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_labels_without_an_answer_are_refused_with_their_columns(
+    ending: str, tmp_path: Path
+) -> None:
+    folder = simple().write_meds(tmp_path / "meds")
+    name = "boolean_value" if ending == "csv" else "answer"
+    labels = write_table(simple().label_table(name, "boolean"), tmp_path / f"labels.{ending}")
+    expected = f"no Parquet file with a column of boolean_value.* prediction_time, {name}"
+    with pytest.raises(InputError, match=expected):
+        meds(folder, labels=labels)
+
+
+def test_a_fact_with_the_name_of_an_automatic_column_is_refused(tmp_path: Path) -> None:
+    folder = simple().write_meds(tmp_path / "meds")
+    for name in ("age [years]", "Sex_male"):
+        with pytest.raises(InputError, match=r"--context .*: age and sex are in the context"):
+            meds(folder, context=(f"{name}={GAP}",))
+
+
+@pytest.mark.parametrize(
+    ("series", "expected"),
+    [
+        ("glucose=LAB//1*", "LAB//1//mg/dL, LAB//1//mmol/L are in mg/dL, mmol/L: name codes"),
+        ("glucose [mmol/L]=LAB//1//mg/dL", "are in mg/dL, the series is in mmol/L"),
+        ("glucose [MG/DL]=LAB//1//mg/dL", ""),
+        ("glucose=LAB//1//mg/dL", ""),
+        ("glucose [mmol/L]=LAB//gap", ""),
+    ],
+)
+def test_codes_of_another_unit_are_refused(series: str, expected: str, tmp_path: Path) -> None:
+    mini = simple().measure(1, 13, 90, "LAB//1//mg/dL").measure(1, 14, 5, "LAB//1//mmol/L")
+    folder = mini.write_meds(tmp_path / "meds")
+    if not expected:
+        assert len(meds(folder, (series,)))
+        return
+    with pytest.raises(InputError, match=expected):
+        meds(folder, (series,))
+    if "[" in series:
+        with pytest.raises(InputError, match=expected):
+            meds(folder, context=(series,))
+
+
+def test_nothing_is_logged_before_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = simple().write_meds(tmp_path / "meds")
+    with caplog.at_level("INFO"), pytest.raises(InputError, match="none is left"):
+        meds(folder, min_observations=9)
+    assert not caplog.records
 
 
 def test_the_context_holds_person_values_and_presence(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ class Database:
 
     def row(self, sql: str, values: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """Return the one row of a query."""
-        row: tuple[Any, ...] = self.run(sql, values).fetchone()
+        row: tuple[Any, ...]
+        (row,) = self.run(sql, values).fetchall()  # to the end: an open result blocks ``add``
         return row
 
     def add(self, name: str, table: pd.DataFrame) -> None:

@@ -56,7 +56,7 @@ class TableRequest:
     Attributes:
         out: CSV to write; its description comes beside it.
         memory_limit: of DuckDB's tables.
-        threads: of DuckDB.
+        threads: of DuckDB; the number of usable cores in place of 0 and of any larger number.
 
     Raises:
         InputError: an impossible value, named with its flag.
@@ -64,7 +64,7 @@ class TableRequest:
 
     out: Path = flag("CSV to write; a JSON description comes beside it")
     memory_limit: str = flag("memory for tables; the rest goes to a private folder", "400MB")
-    threads: int = flag("threads that read; by default all cores", 0)
+    threads: int = flag("threads that read, at most the cores; 0 for all cores", 0)
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -76,6 +76,8 @@ class TableRequest:
         limit = SIZE.fullmatch(self.memory_limit.strip())
         self._check(limit is not None, "memory_limit", "must be a size such as 500MB or 2GB")
         self._check(self.threads >= 0, "threads", "must be at least 1, or 0 for all cores")
+        cores = usable_cores()
+        object.__setattr__(self, "threads", min(self.threads or cores, cores))
 
     def _check(self, right: bool, name: str, problem: str) -> None:
         """Refuse the value of a flag.

@@ -14,3 +14,7 @@ CREATE MACRO observation(value, hours) AS
 
 -- A computed number without the digits that arithmetic leaves: 91.8816, not 91.88159999999999.
 CREATE MACRO tidy(x) AS CAST(format('{:.10g}', x) AS DOUBLE);
+
+-- Whether a code is the wanted one, or begins like it up to its star.
+CREATE MACRO is_code(code, wanted) AS
+    CASE WHEN ends_with(wanted, '*') THEN starts_with(code, left(wanted, -1)) ELSE code = wanted END;

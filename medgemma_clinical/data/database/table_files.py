@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medgemma_clinical.data.database.connection import Database
-from medgemma_clinical.data.tables import check_expansion
+from medgemma_clinical.data.small_cells import FEWEST, is_small
+from medgemma_clinical.data.tables import check_expansion, check_separator
 from medgemma_clinical.files import InputError
 
 FORMS = (".csv", ".csv.gz", ".parquet")
@@ -34,8 +35,14 @@ COPY_AGAIN = "copy the table again"
 ONE, ZERO = "('1', '1.0', 'true')", "('0', '0.0', 'false')"
 """Cells of a label, in small letters, as SQL."""
 
-ZONE = r":\d\d(\.\d+)?\s*(Z|UTC|[+-]\d\d(:?\d\d)?)$"
-"""End of a time that has a zone; DuckDB drops the zone in silence."""
+MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
+"""A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
+
+ZONE = r":\d\d(\.\d+)?\s*([A-Z]{3,4}|Z|[+-]\d\d(:?\d\d)?|[A-Za-z]+/[A-Za-z_/]+)$"
+"""End of a time that has a zone."""
+
+MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_000_000}
+"""Units of times that are numbers, counted from an arbitrary day."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +51,37 @@ class Column:
 
     Attributes:
         form: ``number``, ``whole`` number, ``time`` (in full seconds), ``instant`` (a time with its
-            fraction of a second), ``label`` (0 or 1) or ``word``.
+            fraction of a second), a unit of ``MICROSECONDS`` (a time that is a number), ``label``
+            (0 or 1), ``word``, or ``id`` (a word; 10001.0 is read as 10001).
         may_be_empty: whether a cell may lack a value; a word that does is an empty text.
         optional: whether the file may lack the column; its cells are empty then.
+        advice: what to do about a wrong cell.
     """
 
     form: str
     may_be_empty: bool = False
     optional: bool = False
+    advice: str = ""
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL where there is none."""
+        word = f"coalesce(trim(left({raw}::VARCHAR, {LONGEST_WORD})), '')"
         if self.form == "word":
-            return f"coalesce(trim(left({raw}::VARCHAR, {LONGEST_WORD})), '')"
-        if self.form == "time":
-            return f"date_trunc('second', TRY_CAST({raw} AS TIMESTAMP))"
-        if self.form == "instant":
-            return f"TRY_CAST({raw}::VARCHAR AS TIMESTAMP)"
+            return word
+        if self.form == "id":
+            return f"regexp_replace({word}, '^(\\d+)\\.0$', '\\1')"
+        if self.form in ("time", "instant"):
+            is_time = f"regexp_full_match(trim({raw}::VARCHAR), '{MOMENT}')"
+            time = f"CASE WHEN {is_time} THEN TRY_CAST({raw}::VARCHAR AS TIMESTAMP) END"
+            return f"date_trunc('second', {time})" if self.form == "time" else time
         if self.form == "label":
             cell = f"lower(trim({raw}::VARCHAR))"
             return f"CASE WHEN {cell} IN {ONE} THEN 1 WHEN {cell} IN {ZERO} THEN 0 END"
         # NaN is above every number in DuckDB.
         number = f"nullif(TRY_CAST({raw} AS DOUBLE), 'nan'::DOUBLE)"
+        if self.form in MICROSECONDS:
+            passed = f"round({number} * {MICROSECONDS[self.form]})"
+            return f"make_timestamp(TRY_CAST({passed} AS BIGINT))"
         return f"TRY_CAST({number} AS BIGINT)" if self.form == "whole" else number
 
     def is_no_key(self, raw: str) -> str:
@@ -80,18 +96,34 @@ class Column:
         empty = "('', 'nan')" if self.form in ("number", "whole") else "('')"
         filled = f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty}"
         found = {} if self.may_be_empty else {"empty": f"NOT {filled}"}
+        wrong = f"{filled} AND {self.typed(raw)} IS NULL"
+        if self.form in ("time", "instant"):
+            found["a time with a zone"] = (
+                f"{wrong} AND regexp_matches(trim({raw}::VARCHAR), '{ZONE}')"
+            )
         if self.form == "whole":  # BIGINT alone would round 1.5 in silence
-            found["no whole number"] = f"{filled} AND {self.is_no_key(raw)}"
-        elif self.form != "word":
-            words = {"label": "neither 0 nor 1", "instant": "no time such as 2150-01-31 08:30:00"}
-            problem = words.get(self.form, f"no {self.form}")
-            found[problem] = f"{filled} AND {self.typed(raw)} IS NULL"
-        if self.form == "instant":
-            number = f"TRY_CAST({raw}::VARCHAR AS DOUBLE) IS NOT NULL"
-            found = {"a number, no time (from_long has --time_unit)": number, **found}
-            found["a time with a zone"] = f"regexp_matches({raw}::VARCHAR, '{ZONE}')"
+            wrong = f"{filled} AND {self.is_no_key(raw)}"
+        if self.form in WRONG:
+            found[WRONG[self.form]] = wrong
         return found
 
+    def advise(self, problem: str) -> str:
+        """Return what to do about a problem; a table that was copied has none."""
+        if problem == "empty" and self.advice:
+            return "fill the cell, or remove the row"
+        return self.advice or COPY_AGAIN
+
+
+NO_TIME = "not a time such as 2150-01-31 08:30:00"
+WRONG = {
+    "number": "not a number",
+    "whole": "not a whole number",
+    "label": "neither 0 nor 1",
+    "time": NO_TIME,
+    "instant": NO_TIME,
+    **dict.fromkeys(MICROSECONDS, "a time that is not a finite number"),
+}
+"""What is wrong with a cell of each form."""
 
 KEY, NUMBER, TIME, WORD, INSTANT = (
     Column(form) for form in ("whole", "number", "time", "word", "instant")
@@ -150,13 +182,13 @@ class TableFile:
             hint: what to do about a missing one.
 
         Raises:
-            InputError: names the first that is missing or there twice.
+            InputError: names the first that is missing or appears twice.
         """
         for name, column in columns.items():
             if name not in self.header and not column.optional:
                 raise InputError(f"{self.path}: no column {name} among {len(self.header)}: {hint}")
             if self.header.count(name) > 1:
-                raise InputError(f"{self.path}: the column {name} is there twice")
+                raise InputError(f"{self.path}: the column {name} appears twice: remove one")
 
 
 def check_rows(database: Database, table: str, path: Path, key: str = "") -> None:
@@ -266,11 +298,15 @@ def _open_csv(path: Path, stream: BinaryIO) -> TableFile:
             check_expansion(path, unpacked, raw.count)
             bar.update(raw.count - bar.n)
             block = text.read(READ_BYTES)
-    if end not in (b"", b"\n", b"\r"):
+    if not unpacked:
+        raise InputError(f"{path}: the file is empty")
+    if end not in (b"\n", b"\r"):
         raise InputError(f"{path}: it ends without a line break, within a row: {COPY_AGAIN}")
     first, _, _ = start.partition(b"\n")
     names = next(csv.reader([first.decode("utf-8-sig", "replace").strip()]), [])
-    return TableFile(path, [name.strip() for name in names], raw.digest.hexdigest())
+    header = [name.strip() for name in names]
+    check_separator(path, header)
+    return TableFile(path, header, raw.digest.hexdigest())
 
 
 def _open_parquet(database: Database, path: Path) -> TableFile:
@@ -299,7 +335,7 @@ def load_table(
     file: TableFile,
     columns: Mapping[str, Column],
     keep: str = "true",
-    advice: str = COPY_AGAIN,
+    join: str = "",
 ) -> None:
     """Make a table of the rows of a file.
 
@@ -310,7 +346,7 @@ def load_table(
         columns: to read, by name; others are never looked at.
         keep: SQL condition on the first two columns; cells of other rows are not checked, except
             those of these two columns.
-        advice: what to do about a wrong cell.
+        join: SQL of a join whose columns ``keep`` may use.
 
     Raises:
         InputError: rows that do not fit the header, or a cell of another type, by file, line (of
@@ -328,15 +364,19 @@ def load_table(
     with readable(file.path):
         database.run(
             f"CREATE TABLE {name} AS SELECT {typed}, CASE {numbered} END AS problem\n"
-            f"FROM {file.rows()} WHERE ({keep}) OR {' OR '.join(keys)}",
+            f"FROM {file.rows()} {join} WHERE ({keep}) OR {' OR '.join(keys)}",
             title=f"reading {file.path.name}",
         )
         _check_rejects(database, file)
-    (first,) = database.row(f"SELECT min(problem) FROM {name}")
+    first, count = database.row(
+        f"SELECT min(problem), count(*) FILTER (problem = (SELECT min(problem) FROM {name})) "
+        f"FROM {name}"
+    )
     if first is not None:
         (column, words), sql = list(problems.items())[int(first)]
-        where = f"{file.path}, {_find_row(database, file, sql)}, column {column}"
-        raise InputError(f"{where}: {words}: {advice}")
+        where = f"{file.path}, {find_row(database, file, sql)}, column {column}"
+        others = "" if is_small(count, FEWEST) else f" in {count:,} rows"
+        raise InputError(f"{where}: {words}{others}: {columns[column].advise(words)}")
     database.run(f"ALTER TABLE {name} DROP COLUMN problem")
 
 
@@ -358,7 +398,7 @@ def _check_rejects(database: Database, file: TableFile) -> None:
         raise InputError(f"{file.path}, line {line}: {problem}: {COPY_AGAIN}")
 
 
-def _find_row(database: Database, file: TableFile, condition: str) -> str:
+def find_row(database: Database, file: TableFile, condition: str) -> str:
     """Return the place of the first row that meets a condition."""
     if file.is_parquet:
         (number,) = database.row(

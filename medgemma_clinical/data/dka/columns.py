@@ -48,14 +48,14 @@ LONG_TABLE = ({"item", "itemid", "code"}, {"value", "valuenum", "numericvalue"})
 """Columns of a table with one row a measurement: one of each set."""
 
 
-def is_near_miss(name: str, target: str) -> bool:
+def is_near_miss(name: str, target: str, likeness: float = LEAST_LIKENESS) -> bool:
     """Return whether a column's name seems to mean the column ``target``."""
     word, wanted = _squeeze(name), _squeeze(target)
     if word in ALIASES.get(target, ()) or (target == LABEL and word.startswith("label")):
         return True
     if target == PATIENT and PATIENT_WORDS.search(word) and not word.endswith(ATTRIBUTES):
         return True
-    return bool(difflib.get_close_matches(word, [wanted], 1, LEAST_LIKENESS))
+    return bool(difflib.get_close_matches(word, [wanted], 1, likeness))
 
 
 def _squeeze(name: str) -> str:

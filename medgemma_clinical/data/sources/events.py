@@ -15,10 +15,12 @@ import pandas as pd
 from medgemma_clinical.data.database.connection import Database
 from medgemma_clinical.data.database.flags import TableRequest, flag
 from medgemma_clinical.data.database.output import Made, apply_rules
+from medgemma_clinical.data.database.table_files import Column, TableFile, find_row, readable
 from medgemma_clinical.data.description import (
     LONGEST_NAME,
     LONGEST_SENTENCE,
     MAIN_COLUMN,
+    SERIES_COLUMN,
     check_text,
     comparable,
 )
@@ -28,12 +30,15 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-TITLE = re.compile(r"\s*([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 LONGEST_WINDOW = 10**6
 STEPS = Path(__file__).parent
+SUBJECT = Column("id", advice="give each row its subject")
 
 MOST_AT_MIDNIGHT = 0.1
 """Share of events at midnight above which they seem to have dates in place of times."""
+
+MOST_PAIRS = 200_000
+"""Pairs of a prediction and an event of its subject that are joined at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +49,22 @@ class EventRequest(TableRequest):
         InputError: an impossible value, named with its flag.
     """
 
-    labels: Path = flag("who is asked about, when, and the answer")
-    series: tuple[str, ...] = flag("'NAME [unit]=CODE', the main series first", (), repeated=True)
-    window_hours: float = flag("hours up to the prediction time that are read", 24.0)
+    labels: Path = flag("labels: subjects, prediction times and answers")
+    series: tuple[str, ...] = flag(
+        "'NAME [unit]=CODE', repeatable; the first one is the main series", (), repeated=True
+    )
+    window_hours: float = flag("length of the window before the prediction time, in hours", 24.0)
     hours_from: str = flag(
-        "hours begin with it: window or first", "window", choices=("window", "first")
+        "zero of the hours: opening of the window, or first observation of the row",
+        "window",
+        choices=("window", "first"),
     )
     min_observations: int = flag("fewest values of the main series in the window", 1)
-    outcome: str = flag("what label 1 means", "Event")
-    question: str = flag("the question about a patient; by default made of --outcome", "")
+    outcome: str = flag("meaning of label 1, in a word or two", "Event")
+    question: str = flag("question about a patient; without it one is made of --outcome", "")
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Refuse an impossible value."""
         super().__post_init__()
         in_range = 0 < self.window_hours <= LONGEST_WINDOW
         self._check(in_range, "window_hours", f"must be above 0 and at most {LONGEST_WINDOW:,}")
@@ -86,20 +95,6 @@ class CodedSeries:
         return f"{self.name} [{self.unit}]" if self.unit else self.name
 
 
-def is_match(code: str, wanted: str) -> bool:
-    """Return whether a code is the wanted one, or begins like it up to its ``*``."""
-    return code.startswith(wanted[:-1]) if wanted.endswith("*") else code == wanted
-
-
-def match_sql(cell: str, codes: Iterable[str]) -> str:
-    """Return SQL for whether a cell holds one of some codes."""
-    tests = ["false"]
-    for code in codes:
-        text = "'" + code.removesuffix("*").replace("'", "''") + "'"
-        tests.append(f"starts_with({cell}, {text})" if code.endswith("*") else f"{cell} = {text}")
-    return f"({' OR '.join(tests)})"
-
-
 def parse_series(name: str, texts: Iterable[str], *, code_needed: bool = True) -> list[CodedSeries]:
     """Read the values of a flag; a name that is given twice joins its codes.
 
@@ -114,7 +109,7 @@ def parse_series(name: str, texts: Iterable[str], *, code_needed: bool = True) -
     found: dict[str, CodedSeries] = {}
     for text in texts:
         title, _, code = map(str.strip, text.partition("="))
-        match = TITLE.fullmatch(title)
+        match = SERIES_COLUMN.fullmatch(f"trajectory_{title}")
         if not match or (code_needed and not code):
             raise InputError(f"--{name} {text}: write 'NAME [unit]=CODE'")
         series = CodedSeries(match[1], match[2] or "", (code or match[1],))
@@ -142,64 +137,229 @@ def check_title(place: str, series: CodedSeries) -> None:
 
 
 def name_codes(
-    database: Database, wanted: Mapping[str, Sequence[CodedSeries]], known: Callable[[], list[str]]
+    database: Database,
+    wanted: Mapping[str, Sequence[CodedSeries]],
+    list_codes: Callable[[], list[str]],
 ) -> None:
     """Make the table ``named``: which code of ``record`` belongs to which series.
 
     Args:
-        database: with the events of subjects with a label.
+        database: with the table ``record``.
         wanted: series by the flag that names them.
-        known: returns the codes of all events.
+        list_codes: returns the codes of all events.
 
     Raises:
         InputError: a wanted code has no event of any subject.
     """
-    codes = database.frame("SELECT DISTINCT code FROM record ORDER BY code")["code"].tolist()
-    rows = []
-    for name, group in wanted.items():
-        for position, series in enumerate(group):
-            for code in series.codes:
-                matching = [each for each in codes if is_match(each, code)]
-                rows += [(each, name, series.name, series.unit, position) for each in matching]
-                if not matching:
-                    _check_known(f"--{name} {series.title}={code}", code, known())
-    columns = ["code", "kind", "name", "unit", "position"]
-    named = pd.DataFrame(rows, columns=columns).drop_duplicates()
-    database.add("named", named.astype(dict.fromkeys(columns[:-1], "string")))
+    rows = [
+        (kind, series.name, series.unit, position, series.title, code)
+        for kind, group in wanted.items()
+        for position, series in enumerate(group)
+        for code in series.codes
+    ]
+    columns = ["kind", "name", "unit", "position", "title", "code"]
+    database.add("wanted", pd.DataFrame(rows, columns=columns))
+    database.run(
+        "CREATE TABLE named AS SELECT DISTINCT found.code, kind::VARCHAR AS kind, "
+        "name::VARCHAR AS name, unit::VARCHAR AS unit, position::INTEGER AS position "
+        "FROM wanted JOIN (SELECT DISTINCT code FROM record) AS found "
+        "ON is_code(found.code, wanted.code::VARCHAR)"
+    )
+    absent = (
+        "SELECT kind, title, code FROM wanted WHERE NOT EXISTS "
+        "(FROM {table} AS found WHERE is_code(found.code, wanted.code::VARCHAR))"
+    )
+    unseen = database.frame(absent.format(table="named"))
+    if unseen.empty:
+        return
+    codes = list_codes()
+    database.add("existing", pd.DataFrame({"code": codes}, dtype="string"))
+    for kind, title, code in database.frame(absent.format(table="existing")).values.tolist():
+        near = " or ".join(difflib.get_close_matches(code, codes, 3))
+        problem = "no event has this code" + (near and f": did you mean {near}?")
+        raise InputError(f"--{kind} {title}={code}: {problem}")
+    for kind, title, code in unseen.values.tolist():
+        problem = "no subject with a label has an event of this code in a window"
+        logger.warning("warning: --%s %s=%s: %s", kind, title, code, problem)
 
 
-def _check_known(place: str, code: str, known: list[str]) -> None:
-    """Warn that a code has no event of a subject with a label.
+# --------------------------------------------------------------------------- labels and events
+
+
+def add_windows(database: Database, request: EventRequest) -> None:
+    """Make the tables of ``windows.sql``.
 
     Raises:
-        InputError: it has no event at all.
+        InputError: a subject's name that a spreadsheet would take for a formula.
     """
-    if not any(is_match(each, code) for each in known):
-        near = " or ".join(difflib.get_close_matches(code, known, 3))
-        raise InputError(f"{place}: no event has this code" + (near and f": did you mean {near}?"))
-    logger.warning("%s: no subject with a label has an event of this code", place)
+    (formulas,) = database.row(
+        "SELECT count(*) FROM label WHERE subject[1] IN ('=', '+', '@') "
+        "OR regexp_matches(subject, '^-') AND TRY_CAST(subject AS DOUBLE) IS NULL"
+    )
+    if formulas:
+        problem = "a subject begins with =, +, - or @, as a formula of a spreadsheet: rename it"
+        raise InputError(f"{request.labels}: {problem}")
+    database.set(width=round(request.window_hours * 3_600_000_000))
+    database.run_file(STEPS / "windows.sql")
+
+
+def check_labels(database: Database, file: TableFile, subject: str, time: str) -> None:
+    """Refuse labels of which two have one subject and one time.
+
+    Args:
+        database: with the table ``label``, to which the file was added last.
+        file: of the labels.
+        subject: SQL for the subject of a raw row.
+        time: SQL for its prediction time.
+
+    Raises:
+        InputError: names the first row.
+    """
+    repeated = "(SELECT (subject, prediction_time) FROM label GROUP BY ALL HAVING count(*) > 1)"
+    if database.row(f"SELECT count(*) FROM {repeated}") != (0,):
+        row = find_row(database, file, f"({subject}, {time}) IN {repeated}")
+        problem = "subject_id and prediction_time appear twice: keep one label of each"
+        raise InputError(f"{file.path}, {row}: {problem}")
+
+
+def event_filter(subject: str, code: str, time: str, wanted: Iterable[str]) -> dict[str, str]:
+    """Return SQL by which ``load_table`` keeps the events of some codes within a subject's span.
+
+    Args:
+        subject: SQL for the subject of a raw row.
+        code: SQL for its code.
+        time: SQL for its time; an event without one is kept.
+        wanted: codes; none stands for all.
+    """
+    texts = ["'" + each.replace("'", "''") + "'" for each in dict.fromkeys(wanted)]
+    codes = " OR ".join(f"is_code({code}, {text})" for text in texts) or "true"
+    return {
+        "keep": f"closes IS NOT NULL AND ({codes}) "
+        f"AND coalesce({time} BETWEEN opens AND closes, true)",
+        "join": f"LEFT JOIN span ON subject = {subject}",
+    }
+
+
+def check_subjects(
+    database: Database, files: Iterable[TableFile], subject: str, problem: str
+) -> None:
+    """Warn where most subjects with a label have no event in their windows.
+
+    Args:
+        database: with the tables ``span`` and ``record``.
+        files: of the events.
+        subject: name of their column of subjects.
+        problem: of files in which no subject has a label.
+
+    Raises:
+        InputError: no event is of a subject with a label.
+    """
+    measured, labelled = database.row(
+        "SELECT (SELECT count(DISTINCT subject) FROM record), (SELECT count(*) FROM span)"
+    )
+    if 2 * measured >= labelled:
+        return
+    if not measured:
+        for file in files:
+            cell = SUBJECT.typed(file.raw(subject))
+            with readable(file.path):
+                (events,) = database.row(
+                    f"SELECT count(*) FROM {file.rows()} WHERE {cell} IN (SELECT subject FROM span)"
+                )
+            if events:
+                break
+        else:
+            raise InputError(problem)
+    logger.warning(
+        "warning: %s of %s subjects with a label have no value in their windows: are subjects "
+        "named alike in events and labels?",
+        *(count_text(number, FEWEST) for number in (labelled - measured, labelled)),
+    )
+
+
+def make_trajectories(
+    database: Database, request: EventRequest, equal_times: str = "keep"
+) -> pd.DataFrame:
+    """Return each trajectory: number (of its prediction), series, observations, hours, text."""
+    database.set(most=MOST_PAIRS, hours_from=request.hours_from, equal_times=equal_times)
+    database.run_file(STEPS / "events.sql")
+    found = []
+    for first, last in database.frame("FROM batch ORDER BY first").values.tolist() or [[0, 0]]:
+        database.set(first=first, last=last)
+        database.run_file(STEPS / "trajectories.sql")
+        trajectories = database.frame("FROM trajectory")
+        found.append(trajectories.astype({"text": object}))  # a copy shares the texts
+    return pd.concat(found, ignore_index=True)
 
 
 # --------------------------------------------------------------------------- rows
 
 
-def cut_windows(database: Database, request: EventRequest, equal_times: str = "keep") -> None:
-    """Make the tables of ``events.sql``; warn where events seem to have dates without a time.
+def make_rows(
+    database: Database,
+    request: EventRequest,
+    series: Sequence[CodedSeries],
+    trajectories: pd.DataFrame,
+    usable: str,
+    static: pd.DataFrame | None = None,
+    parts: pd.Series | None = None,
+) -> Made:
+    """Return the rows of the DKA format and their description, but for its origin.
 
-    Raises:
-        InputError: two labels of one subject at one time.
+    Args:
+        database: in which trajectories were made.
+        request: of the command.
+        series: the main one first.
+        trajectories: of ``make_trajectories``.
+        usable: which events of a window are read, in words.
+        static: context and static columns by the number of the prediction.
+        parts: of the split by subject; a subject in none is left out.
     """
-    (twice,) = database.row(
-        "SELECT count(*) - count(DISTINCT (subject, prediction_time)) FROM label"
+    main, fewest = series[0], request.min_observations
+    labels = database.frame(
+        "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"
+    ).set_index("number")
+    by_series = {
+        each.name: trajectories[trajectories["series"] == each.name].set_index("number")
+        for each in series
+    }
+    counts = by_series[main.name]["observations"].reindex(labels.index)
+    rules = {"label not known": labels["label"].isna()}
+    if parts is not None:
+        rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
+    rules["no value of any series from the first window to the last"] = ~labels["measured"]
+    few = "no value" if fewest == 1 else f"fewer than {fewest} values"
+    rules[f"{few} of {main.name} in the window"] = ~counts.ge(fewest)
+    left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
+    labels = labels[left]
+    columns = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
+    rows = pd.DataFrame(
+        {
+            "id": labels["subject"] + " " + labels["shown"],
+            "subject_id": labels["subject"],
+            "prediction_time": labels["shown"],
+            **{c: by_series[each.name]["text"] for c, each in zip(columns, series, strict=True)},
+            "prediction_hours": by_series[main.name]["hours"],
+            **({} if static is None else static),
+            "label_escalation": labels["label"].astype("Int8"),
+        },
+        index=labels.index,
     )
-    if twice:
-        problem = "a subject_id and prediction_time stand twice: keep one label of each"
-        raise InputError(f"{request.labels}: {problem}")
-    width = round(request.window_hours * 3_600_000_000)
-    database.set(width=width, hours_from=request.hours_from, equal_times=equal_times)
-    database.run_file(STEPS / "events.sql")
+    if parts is not None:
+        rows["split"] = labels["subject"].map(parts)
+    patients, events = rows["subject_id"].nunique(), rows["label_escalation"].sum()
+    _warn_of_midnight(database)
+    return rows.reset_index(drop=True), {
+        **_describe(request, main, usable),
+        "flow": flow,
+        "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},
+    }
+
+
+def _warn_of_midnight(database: Database) -> None:
     midnight, events = database.row(
-        "SELECT count(*) FILTER (time = date_trunc('day', time)), count(*) FROM event"
+        "SELECT count(*) FILTER (date_trunc('day', time) = time OR date_trunc('day', known) = "
+        "known), count(*) FROM event"
     )
     if midnight > MOST_AT_MIDNIGHT * events:
         logger.warning(
@@ -209,66 +369,7 @@ def cut_windows(database: Database, request: EventRequest, equal_times: str = "k
         )
 
 
-def make_rows(
-    database: Database,
-    request: EventRequest,
-    series: Sequence[CodedSeries],
-    known: str,
-    about: pd.DataFrame | None = None,
-    parts: pd.Series | None = None,
-) -> Made:
-    """Return the rows of the DKA format and their description, but for its origin.
-
-    Args:
-        database: in which windows were cut.
-        request: of the command.
-        series: the main one first.
-        known: which events of a window are read, in words.
-        about: context and static columns by the number of the question.
-        parts: of the split by subject; a subject in none is left out.
-    """
-    main, fewest = series[0], request.min_observations
-    asked = database.frame(
-        "SELECT *, plain(round_even(hours_between(start, prediction_time), 2)) AS hours, "
-        "subject IN (SELECT subject FROM event) AS measured "
-        "FROM asked JOIN clock USING (number) ORDER BY number"
-    ).set_index("number")
-    found = database.frame("FROM trajectory").set_index("number")
-    counts = found.loc[found["series"] == main.name, "observations"].reindex(asked.index)
-    rules = {"label not known": asked["label"].isna()}
-    if parts is not None:
-        rules["subject in no part of the split"] = ~asked["subject"].isin(parts.index)
-    rules["no value of any series at any time"] = ~asked["measured"]
-    few = "no value" if fewest == 1 else f"fewer than {fewest} values"
-    rules[f"{few} of {main.name} in the window"] = ~counts.ge(fewest)
-    left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
-    asked = asked[left]
-    texts = found.pivot(columns="series", values="text")
-    texts = texts.reindex(index=asked.index, columns=[each.name for each in series])
-    texts.columns = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
-    rows = pd.DataFrame(
-        {
-            "id": asked["subject"] + " " + asked["shown"],
-            "subject_id": asked["subject"],
-            "prediction_time": asked["shown"],
-            **texts,
-            "prediction_hours": asked["hours"],
-            **({} if about is None else about),
-            "label_escalation": asked["label"].astype("Int8"),
-        },
-        index=asked.index,
-    )
-    if parts is not None:
-        rows["split"] = asked["subject"].map(parts)
-    patients, events = rows["subject_id"].nunique(), rows["label_escalation"].sum()
-    return rows.reset_index(drop=True), {
-        **_describe(request, main, known),
-        "flow": flow,
-        "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},
-    }
-
-
-def _describe(request: EventRequest, main: CodedSeries, known: str) -> dict[str, Any]:
+def _describe(request: EventRequest, main: CodedSeries, usable: str) -> dict[str, Any]:
     asks = "the event" if request.outcome == "Event" else f"the outcome {request.outcome!r}"
     window = f"of the {plain(request.window_hours)} hours up to then, both ends included"
     return {
@@ -277,6 +378,6 @@ def _describe(request: EventRequest, main: CodedSeries, known: str) -> dict[str,
         "question": request.question or f"Will {asks} occur?",
         "outcome": request.outcome,
         "plausible": None,
-        "prediction_time": f"given with each label; {window}, {known} are read",
+        "prediction_time": f"given with each label; {window}, {usable} are read",
         "horizon": "given by the labels",
     }

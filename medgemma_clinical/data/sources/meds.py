@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,9 @@ from pathlib import Path
 import pandas as pd
 
 from medgemma_clinical.data.database.connection import Database, open_database
-from medgemma_clinical.data.database.flags import flag, usable_cores
+from medgemma_clinical.data.database.flags import flag
 from medgemma_clinical.data.database.output import Made, describe_origin
 from medgemma_clinical.data.database.table_files import (
-    INSTANT,
     WORD,
     Column,
     TableFile,
@@ -22,15 +22,19 @@ from medgemma_clinical.data.database.table_files import (
     open_table,
     readable,
 )
-from medgemma_clinical.data.description import join_names
+from medgemma_clinical.data.description import comparable, join_names, list_columns
 from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
     STEPS,
+    SUBJECT,
     CodedSeries,
     EventRequest,
-    cut_windows,
+    add_windows,
+    check_labels,
+    check_subjects,
+    event_filter,
     make_rows,
-    match_sql,
+    make_trajectories,
     name_codes,
     parse_series,
 )
@@ -39,19 +43,22 @@ from medgemma_clinical.files import InputError, one_line
 logger = logging.getLogger(__name__)
 
 OPTIONAL_WORD = Column("word", may_be_empty=True, optional=True)
+TIME = Column("instant", advice="write the local time of one zone as a timestamp without zone")
 EVENTS = {
-    "subject_id": WORD,
+    "subject_id": SUBJECT,
     "code": WORD,
-    "time": Column("instant", may_be_empty=True),
+    "time": dataclasses.replace(TIME, may_be_empty=True),
     "numeric_value": Column("number", may_be_empty=True, optional=True),
 }
 """Source: MEDS 0.4.1, DataSchema."""
 
+YES_OR_NO = "ask a question with yes or no"
+ANSWER = Column("label", may_be_empty=True, optional=True, advice=YES_OR_NO)
 ANSWERS = ("boolean_value", "integer_value", "float_value")
 LABELS = {
-    "subject_id": WORD,
-    "prediction_time": INSTANT,
-    **dict.fromkeys(ANSWERS, Column("label", may_be_empty=True, optional=True)),
+    "subject_id": SUBJECT,
+    "prediction_time": TIME,
+    **dict.fromkeys(ANSWERS, ANSWER),
     "categorical_value": OPTIONAL_WORD,
 }
 """Source: MEDS 0.4.1, LabelSchema; a label fills one of the last four."""
@@ -62,6 +69,9 @@ PARTS = {"train": "train", "tuning": "val", "held_out": "test"}
 SPLITS = "metadata/subject_splits.parquet"
 HINT = "is it a table of MEDS?"
 
+AUTOMATIC = ("age", "sex male")
+"""Names of the static columns that ``meds.sql`` makes of the person."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MedsRequest(EventRequest):
@@ -71,15 +81,21 @@ class MedsRequest(EventRequest):
         InputError: an impossible value, named with its flag.
     """
 
-    meds_dir: Path = flag("folder with data/ and metadata/")
+    meds_dir: Path = flag("folder of MEDS with data/ and metadata/")
     out: Path = flag("CSV to write; a JSON description comes beside it", None)
-    labels: Path = flag("labels in MEDS form, as ACES writes them: Parquet file or folder", None)
-    context: tuple[str, ...] = flag("'NAME [unit]=CODE' in the context", (), repeated=True)
-    no_splits: bool = flag("ignore metadata/subject_splits.parquet", False)
+    labels: Path = flag(
+        "labels in MEDS form, as ACES writes them: Parquet file, or folder of such files", None
+    )
+    context: tuple[str, ...] = flag(
+        "'NAME [unit]=CODE', repeatable; a fact of the context", (), repeated=True
+    )
+    no_splits: bool = flag(
+        "leave the split to the trainer; ignore metadata/subject_splits.parquet", False
+    )
     list_codes: bool = flag("print all codes with their counts, make no file", False)
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Refuse an impossible value."""
         super().__post_init__()
         for name in ("out", "labels", "series"):
             if not (getattr(self, name) or self.list_codes):
@@ -92,25 +108,36 @@ def make_meds(request: MedsRequest) -> Made:
     Raises:
         InputError: the tables or flags cannot be used.
     """
-    series = parse_series("series", request.series)
-    context = parse_series("context", request.context)
-    hashes: dict[str, str] = {}
-    threads = request.threads or usable_cores()
-    with open_database(request.out.parent, request.memory_limit, threads) as database:
+    wanted = {
+        "series": parse_series("series", request.series),
+        "context": parse_series("context", request.context),
+    }
+    for each in wanted["context"]:
+        if comparable(each.name) in AUTOMATIC:
+            problem = "age and sex are in the context by themselves: give another name"
+            raise InputError(f"--context {each.title}: {problem}")
+    folder, hashes = request.meds_dir, dict[str, str]()
+    with open_database(request.out.parent, request.memory_limit, request.threads) as database:
         load_labels(database, request.labels, hashes)
-        load_events(database, request.meds_dir, [*series, *context], hashes)
-        wanted = {"series": series, "context": context}
-        name_codes(database, wanted, lambda: [*count_codes(database, request.meds_dir)["code"]])
+        add_windows(database, request)
+        load_events(database, folder, [*wanted["series"], *wanted["context"]], hashes)
+        files = (file for _, file in open_files(database, folder / "data", EVENTS))
+        problem = "no event of any subject with a label: are subject_id alike in both?"
+        check_subjects(database, files, "subject_id", f"{folder}: {problem}")
+        name_codes(database, wanted, lambda: [*count_codes(database, folder)["code"]])
+        check_units(database)
+        trajectories = make_trajectories(database, request)
+        database.run_file(STEPS / "meds.sql")
+        static = describe_subjects(database, wanted["context"])
+        parts = None if request.no_splits else read_parts(database, folder, hashes)
+        rows, description = make_rows(
+            database, request, wanted["series"], trajectories, "events", static, parts
+        )
         for name, codes in database.frame(
             "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
             "GROUP BY name, position ORDER BY position"
         ).itertuples(index=False):
             logger.info("series %s: %s", name, one_line(join_names(codes)))
-        cut_windows(database, request)
-        database.run_file(STEPS / "meds.sql")
-        about = describe_subjects(database, context)
-        parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
-        rows, description = make_rows(database, request, series, "events", about, parts)
     return rows, description | describe_origin(request, "from_meds", hashes)
 
 
@@ -142,54 +169,82 @@ def load_labels(database: Database, place: Path, hashes: dict[str, str]) -> None
     )
     answers = ", ".join(ANSWERS)
     for name, file in open_files(database, place, LABELS):
+        if not (file.is_parquet and {*file.header} & {*ANSWERS, "categorical_value"}):
+            problem = f"no Parquet file with a column of {answers}"
+            raise InputError(f"{file.path}: {problem}: {list_columns(file.header)}")
         hashes[f"labels: {name}"] = file.sha256
-        load_table(database, "loaded", file, LABELS, advice="ask a question with yes or no")
-        classes, twice = database.row(
+        load_table(database, "answers", file, LABELS)
+        classes, several = database.row(
             "SELECT bool_or(categorical_value != ''), "
-            f"bool_or(len(list_filter([{answers}], lambda x: x IS NOT NULL)) > 1) FROM loaded"
+            f"bool_or(len(list_filter([{answers}], lambda x: x IS NOT NULL)) > 1) FROM answers"
         )
         if classes:
-            problem = "names of classes are no label 0 or 1: ask a question with yes or no"
+            problem = f"names of classes are not a label 0 or 1: {YES_OR_NO}"
             raise InputError(f"{file.path}, column categorical_value: {problem}")
-        if twice:
+        if several:
             raise InputError(f"{file.path}: a label fills two of {answers}: leave one")
         database.run(
             "INSERT INTO label SELECT subject_id, prediction_time, "
-            f"replace(prediction_time::VARCHAR, ' ', 'T'), coalesce({answers}) FROM loaded; "
-            "DROP TABLE loaded"
+            f"replace(prediction_time::VARCHAR, ' ', 'T'), coalesce({answers}) FROM answers; "
+            "DROP TABLE answers"
         )
+        cells = (LABELS[name].typed(file.raw(name)) for name in ("subject_id", "prediction_time"))
+        check_labels(database, file, *cells)
 
 
 def load_events(
     database: Database, folder: Path, wanted: Sequence[CodedSeries], hashes: dict[str, str]
 ) -> None:
-    """Make the table ``record``: events of subjects with a label, of codes that are wanted."""
+    """Make the table ``record``: events of wanted codes in the windows, and birth and sex."""
     database.run(
-        "CREATE TABLE factor (code VARCHAR, unit VARCHAR, factor DOUBLE);"  # codes hold the unit
         "CREATE TABLE record (subject VARCHAR, code VARCHAR, time TIMESTAMP, known TIMESTAMP, "
-        "value DOUBLE, unit VARCHAR)"
+        "value DOUBLE)"
     )
-    codes = [*PERSON, *(code for each in wanted for code in each.codes)]
+    codes = [code for each in wanted for code in each.codes]
     for name, file in open_files(database, folder / "data", EVENTS):
         hashes[name] = file.sha256
-        subject, code = (WORD.typed(file.raw(column)) for column in ("subject_id", "code"))
-        keep = f"{subject} IN (SELECT subject FROM label) AND {match_sql(code, codes)}"
-        load_table(database, "loaded", file, EVENTS, keep)
+        subject, code, time = (
+            EVENTS[column].typed(file.raw(column)) for column in ("subject_id", "code", "time")
+        )
+        kept = event_filter(subject, code, time, codes)
+        kept["keep"] += f" OR closes IS NOT NULL AND {code} IN {PERSON}"
+        load_table(database, "loaded", file, EVENTS, **kept)
         database.run(
             "INSERT INTO record SELECT subject_id, code, time, time, "
-            "CASE WHEN isfinite(numeric_value) THEN numeric_value END, NULL FROM loaded; "
+            "CASE WHEN isfinite(numeric_value) THEN numeric_value END FROM loaded; "
             "DROP TABLE loaded"
         )
 
 
+def check_units(database: Database) -> None:
+    """Refuse a series, or a fact with a unit, whose codes end in another unit: LAB//50868//mEq/L.
+
+    Raises:
+        InputError: names codes and units.
+    """
+    for kind, name, unit, codes in database.frame(
+        "SELECT kind, name, unit, list(code ORDER BY code) "
+        "FROM (SELECT *, lower(split_part(code, '//', -1)) AS ending FROM named) "
+        "WHERE len(split(code, '//')) > 2 AND (kind = 'series' OR unit != '') "
+        "GROUP BY kind, name, unit, position "
+        "HAVING count(DISTINCT ending) > 1 OR unit != '' AND min(ending) != lower(unit) "
+        "ORDER BY kind DESC, position"
+    ).itertuples(index=False):
+        endings = join_names(sorted({code.rpartition("//")[2] for code in codes}))
+        raise InputError(
+            f"--{kind} {name}: the codes {join_names(codes)} are in {endings}"
+            f"{unit and f', the series is in {unit}'}: name codes of one unit, and that one"
+        )
+
+
 def describe_subjects(database: Database, context: Sequence[CodedSeries]) -> pd.DataFrame:
-    """Return the context in words and the static columns, by the number of the question."""
-    about = database.frame("FROM described ORDER BY number").set_index("number")
+    """Return the context in words and the static columns, by the number of the prediction."""
+    static = database.frame("FROM context ORDER BY number").set_index("number")
     facts = database.frame("SELECT number, name, plain(value) AS value FROM fact")
     values = facts.pivot(index="number", columns="name", values="value")
     for each in context:
-        about[f"static_{each.title}"] = values.get(each.name)
-    return about.replace("", None).dropna(axis="columns", how="all")
+        static[f"static_{each.title}"] = values.get(each.name)
+    return static.replace("", None).dropna(axis="columns", how="all")
 
 
 def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
@@ -199,7 +254,7 @@ def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.S
         InputError: another part, or a subject in two.
     """
     path = folder / SPLITS
-    columns = {"subject_id": WORD, "split": WORD}
+    columns = {"subject_id": SUBJECT, "split": WORD}
     if not path.is_file():
         raise InputError(f"{path}: no such file: --no_splits lets the trainer split")
     file = open_table(database, path, columns, HINT)
@@ -216,7 +271,9 @@ def count_codes(database: Database, folder: Path) -> pd.DataFrame:
     """Return code, events and subjects, the most frequent first; a subject lies in one file."""
     database.run("CREATE OR REPLACE TABLE counted (code VARCHAR, events BIGINT, subjects BIGINT)")
     for _, file in open_files(database, folder / "data", EVENTS):
-        subject, code = (WORD.typed(file.raw(column)) for column in ("subject_id", "code"))
+        subject, code = (
+            EVENTS[column].typed(file.raw(column)) for column in ("subject_id", "code")
+        )
         with readable(file.path):
             database.run(
                 f"INSERT INTO counted SELECT {code}, count(*), count(DISTINCT {subject}) "
@@ -234,15 +291,14 @@ def count_codes(database: Database, folder: Path) -> pd.DataFrame:
 def list_codes(request: MedsRequest) -> int:
     """Log each code with events, subjects, unit and description; counts of few are hidden."""
     spill, path = Path(tempfile.gettempdir()), request.meds_dir / "metadata" / "codes.parquet"
-    threads = request.threads or usable_cores()
-    with open_database(spill, request.memory_limit, threads) as database:
+    with open_database(spill, request.memory_limit, request.threads) as database:
         found = count_codes(database, request.meds_dir).assign(words="")
         if path.is_file():
             file = open_table(database, path, CODES, HINT)
-            load_table(database, "about", file, CODES)
+            load_table(database, "meanings", file, CODES)
             words = database.frame(
                 "SELECT code, min(trim(replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || "
-                "description)) AS words FROM about GROUP BY code"
+                "description)) AS words FROM meanings GROUP BY code"
             )
             found = found.drop(columns="words").merge(words, "left", "code").fillna({"words": ""})
     logger.info("%15s %15s  code, unit, description", "events", "subjects")

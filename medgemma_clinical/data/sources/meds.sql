@@ -1,5 +1,5 @@
 -- What the context says of a subject at each prediction time; each step is one rule.
--- Read: asked (of events.sql), record (subject, code, time, value),
+-- Read: prediction (of windows.sql), record (subject, code, time, value),
 -- named (code, kind, name, unit, position).
 
 -- named: codes of birth and sex. Source: MEDS 0.4.1, birth_code; GENDER as converters write it.
@@ -13,7 +13,7 @@ INSERT INTO named VALUES
 CREATE TABLE fact AS
 SELECT number, name, any_value(named.unit) AS unit, any_value(position) AS position,
     last(value ORDER BY time NULLS FIRST, value) FILTER (value IS NOT NULL) AS value
-FROM asked
+FROM prediction
 JOIN record USING (subject)
 JOIN named USING (code)
 WHERE kind = 'context'
@@ -26,15 +26,15 @@ SELECT number,
     date_sub('year', min(time) FILTER (name = 'birth'), any_value(prediction_time)) AS age,
     CASE WHEN count(DISTINCT name) FILTER (name != 'birth') = 1
         THEN min(name) FILTER (name != 'birth') END AS sex
-FROM asked
+FROM prediction
 JOIN record USING (subject)
 JOIN named USING (code)
 WHERE kind = 'person'
     AND (time IS NULL OR time <= prediction_time)
 GROUP BY number;
 
--- described: person and facts in words; of an age above 89 no more is said, as by from_mimic.
-CREATE TABLE described AS
+-- context: person and facts in words; of an age above 89 no more is said, as by from_mimic.
+CREATE TABLE context AS
 SELECT number,
     concat_ws(', ',
         CASE
@@ -46,7 +46,7 @@ SELECT number,
     ) AS clinical_context,
     CASE WHEN age > 89 THEN '90' ELSE age::VARCHAR END AS "static_age [years]",
     CASE sex WHEN 'man' THEN '1' WHEN 'woman' THEN '0' END AS static_sex_male
-FROM asked
+FROM prediction
 LEFT JOIN person USING (number)
 LEFT JOIN (
     SELECT number,

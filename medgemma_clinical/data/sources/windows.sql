@@ -1,0 +1,17 @@
+-- Labels become windows; each step is one rule.
+-- Read: label (subject, prediction_time, shown, label).
+
+-- prediction: a label with its window, which ends at the prediction time.
+CREATE TABLE prediction AS
+SELECT
+    row_number() OVER (ORDER BY TRY_CAST(subject AS HUGEINT), subject, prediction_time) AS number,
+    dense_rank() OVER (ORDER BY TRY_CAST(subject AS HUGEINT), subject) AS person,
+    *,
+    prediction_time - to_microseconds(getvariable('width')) AS opens
+FROM label;
+
+-- span: from the first window's beginning to the last prediction time; no other event is kept.
+CREATE TABLE span AS
+SELECT subject, any_value(person) AS person, min(opens) AS opens, max(prediction_time) AS closes
+FROM prediction
+GROUP BY subject;
