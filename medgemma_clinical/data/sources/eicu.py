@@ -7,16 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from medgemma_clinical.data.database import table_files
 from medgemma_clinical.data.database.connection import Database
 from medgemma_clinical.data.database.flags import flag
 from medgemma_clinical.data.database.output import Made
-from medgemma_clinical.data.database.table_files import (
-    Column,
-    check_rows,
-    find_file,
-    load_table,
-    open_table,
-)
 from medgemma_clinical.data.mimic.analytes import ANION_GAP, CHEMISTRY, ItemSeries, choose_series
 from medgemma_clinical.data.mimic.extraction import make_cohort
 from medgemma_clinical.data.mimic.request import COHORTS, CohortRequest
@@ -37,6 +31,8 @@ TABLES = {
 }
 """Columns that are read. Source: eicu-crd.mit.edu, version 2.0; an offset is minutes from the
 admission to the unit."""
+
+HINT, UNIQUE = "this reads eICU 2.0", {"patient": "patientunitstayid"}
 
 ITEMS = {analyte.name.replace("urea nitrogen", "BUN"): analyte.items[0] for analyte in CHEMISTRY}
 """MIMIC-IV's item of each labname. Others mean something else: bedside glucose is a finger prick,
@@ -72,7 +68,9 @@ class EicuTables:
         self.database, self.request = database, request
         self.name = f"--eicu_dir {request.eicu_dir}"
         self.hashes: dict[str, str] = {}
-        self.paths = {name: find_file(request.eicu_dir, name, "--eicu_dir") for name in TABLES}
+        self.paths = {
+            name: table_files.find_file(request.eicu_dir, name, "--eicu_dir") for name in TABLES
+        }
         self.labs_path = self.paths["lab"]
 
     def load_admissions(self) -> None:
@@ -97,21 +95,19 @@ class EicuTables:
 
     def _load(self, name: str, keep: str = "true") -> None:
         columns = {column: _kind(column) for column in TABLES[name]}
-        file = open_table(self.database, self.paths[name], columns, "this reads eICU 2.0")
+        file = table_files.open_table(self.database, self.paths[name], columns, HINT)
         self.hashes[name] = file.sha256
         cells = {column: kind.typed(file.raw(column)) for column, kind in columns.items()}
-        load_table(self.database, name, file, columns, keep.format(**cells))
+        table_files.load_table(self.database, name, file, columns, keep.format(**cells))
         if name != "lab":
-            key = "patientunitstayid" if name == "patient" else ""
-            check_rows(self.database, name, file.path, key)
+            table_files.check_rows(self.database, name, file.path, UNIQUE.get(name, ""))
 
 
-def _kind(column: str) -> Column:
+def _kind(column: str) -> table_files.Column:
     if column.endswith(("stayid", "offset")):
-        return Column("whole", may_be_empty=column == "labresultrevisedoffset")
-    if column == "uniquepid":
-        return Column("word")
-    return Column("number" if column == "labresult" else "word", may_be_empty=True)
+        return table_files.Column("whole", may_be_empty=column == "labresultrevisedoffset")
+    form = "number" if column == "labresult" else "word"
+    return table_files.Column(form, may_be_empty=column != "uniquepid")
 
 
 def extract_eicu(request: EicuRequest) -> Made:
