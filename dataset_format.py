@@ -40,7 +40,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.checks import log_check, log_refusal
+from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.data.database.output import Made, make_file
 from medgemma_clinical.data.description import (
@@ -203,6 +203,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         label = label_column or LABEL
         self.description = (description or Description()).for_label(label)
         self.question, self.outcome = self.description.question, self.description.outcome
+        self.assumed_time_scale = self.description.time_scale is None
+        self.time_scale = self.description.time_scale or self.time_scale
         if self.description.flow:
             self.flow = pd.DataFrame(self.description.flow, columns=list(FLOW_COLUMNS))
         chosen = findings is None and label != LABEL
@@ -316,8 +318,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             cells.reject(lengths == 0, column, problem)
         # An array's integers hold no more than its length, whatever max_len was given.
         most = min(self.reading["max_len"], len(joined.owner))
-        longer = f"are longer than {most} observations: the most recent are kept"
-        findings.counts[longer] += int((lengths > most).sum())
+        if not cells.whole:
+            longer = f"are longer than {most} observations: the most recent are kept"
+            findings.counts[longer] += int((lengths > most).sum())
+        elif (lengths > most).any():
+            some = lengths > 0
+            findings.notes[describe_cut(lengths[some], self.groups[some], most)] = None
         recent = np.arange(len(joined.owner)) >= np.cumsum(lengths)[joined.owner] - most
         self.times, self.values = joined.times[recent], joined.values[recent]
         self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, most))])

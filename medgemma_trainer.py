@@ -177,7 +177,7 @@ def add_model_flags(parser: Parser) -> None:
     add(
         "--time_scale",
         type=number(float, 0, open_low=True),
-        help="ODE-RNN time normalization in hours; 72.0 (DKA), 8760 (kidney), 2160 (liver)",
+        help="ODE-RNN time normalization in hours; JSON or 72.0 (DKA), 8760 (kidney), 2160 (liver)",
     )
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
     add = parser.add_argument_group("language model").add_argument
@@ -540,7 +540,7 @@ def make_encoder(args: argparse.Namespace, data: Data) -> Encoder:
     """
     seed_everything(args.seed)
     dataset = data.dataset
-    scale = args.time_scale or dataset.time_scale
+    scale = data.time_scale(args.time_scale)
     encoder = DEFAULT_ENCODER(len(dataset.features), time_scale=scale, solver=args.solver)
     dataset.check_measured(data.split["train"], data.min_cell)
     values = torch.from_numpy(dataset.values[dataset.rows_of(data.split["train"])]).float()

@@ -32,7 +32,7 @@ from medgemma_clinical.commands.command_line import (
     start_logging,
 )
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
-from medgemma_clinical.data.checks import log_check, log_refusal
+from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
@@ -178,6 +178,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         judged.loc[~judged.index.isin(cohort.index) & (judged["reason"] == ""), "reason"] = NO_ROW
         judged["label"] = judged["label"].where(judged["reason"] == "")
         self._keep(judged, require_labels=require_labels)
+        lengths = rows.groupby("PX_ID").size().to_numpy()
+        if require_labels and (lengths > max_len).any():
+            groups = cohort["PERS_ID"].to_numpy()
+            logger.info("%s: %s", self.source, describe_cut(lengths, groups, max_len))
         self._fill(cohort, rows.groupby("PX_ID").tail(max_len), dated=dated)
         return dialysis
 

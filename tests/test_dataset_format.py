@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data.description import Description
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import ScoringRows
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
@@ -37,8 +38,25 @@ def test_only_the_most_recent_observations_are_kept(caplog: pytest.LogCaptureFix
     assert one_series(dataset, 0) == ([2.0, 3.0, 4.0], [12.0, 13.0, 14.0])
     assert dataset.offsets.tolist() == [0, 3, 5, 8]
     notices = [m for m in caplog.messages if "most recent" in m]
-    assert len(notices) == 1
-    assert "fewer than 11 rows" in notices[0]
+    assert notices == [
+        "DataFrame: fewer than 11 of fewer than 11 patients lose observations, as rows are longer "
+        "than 3: the most recent are kept; a larger --max_len keeps more"
+    ]
+
+
+def test_the_time_scale_is_the_descriptions_or_the_formats() -> None:
+    table = table_of(["1 (0h)"])
+    dataset = MIMICtrajectoryDataset(table)
+    assert (dataset.time_scale, dataset.assumed_time_scale) == (72.0, True)
+    dataset = MIMICtrajectoryDataset(table, description=Description(time_scale=8760.0))
+    assert (dataset.time_scale, dataset.assumed_time_scale) == (8760.0, False)
+
+
+def test_rows_without_a_value_lose_none(caplog: pytest.LogCaptureFixture) -> None:
+    table = table_of(["1 (0h) -> 2 (1h)"] * 20 + [""] * 20, trajectory_x=["1 (0h)"] * 40)
+    with caplog.at_level(logging.INFO):
+        MIMICtrajectoryDataset(table, 1, series=["Anion gap"])
+    assert any("20 of 20 patients lose observations" in line for line in caplog.messages)
 
 
 def test_a_quiet_file_brings_no_notice(caplog: pytest.LogCaptureFixture) -> None:

@@ -138,7 +138,7 @@ def test_the_most_recent_of_the_union_are_kept(caplog: pytest.LogCaptureFixture)
     assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
     assert rows_of(dataset, 0)[-1][::2] == (59.5, 59)
     assert rows_of(dataset, 0)[0][0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
-    assert any("1 rows are longer than 64" in message for message in caplog.messages)
+    assert any("as rows are longer than 64: " in message for message in caplog.messages)
     assert MIMICtrajectoryDataset(table, 7).lengths.tolist() == [7, 1]
     assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]
 

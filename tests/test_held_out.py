@@ -148,6 +148,19 @@ def test_another_clock_than_stage_1s_is_refused(
     assert "its --time_scale is 72.0: leave the flag out" in capsys.readouterr().err
 
 
+def test_a_new_encoder_has_the_datas_clock_and_a_loaded_one_its_own(
+    checkpoint: Path, dka_file: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.csv"
+    data.write_bytes(dka_file.read_bytes())
+    data.with_suffix(".json").write_text('{"time_scale": 24}')
+    loaded = ["--ode_checkpoint", str(checkpoint)]
+    for flags, scale in (([], 24.0), (["--time_scale", "9"], 9.0), (loaded, 72.0)):
+        args = arguments("--data_path", str(data), *flags)
+        encoder: Any = trainer.make_encoder_and_head(args, data_for(args))[0]
+        assert encoder.time_scale == scale
+
+
 def test_a_loaded_encoder_is_the_saved_one_and_learns_no_more(
     checkpoint: Path, dka_file: Path
 ) -> None:

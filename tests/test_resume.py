@@ -317,8 +317,10 @@ def test_best_weights_and_history_come_back_from_the_checkpoint(data: Path, tmp_
 def test_another_command_or_other_data_are_refused_and_nothing_changes(
     stopped: list[str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    moved, other = tmp_path / "moved.csv", tmp_path / "other.csv"
+    moved, other, slow = (tmp_path / f"{name}.csv" for name in ("moved", "other", "slow"))
     shutil.copy(data, moved)
+    shutil.copy(data, slow)
+    slow.with_suffix(".json").write_text('{"time_scale": 9}')
     other.write_text(data.read_text().replace(" (2.43h)", " (2.44h)"))
     assert other.read_text() != data.read_text()
     before = contents(tmp_path / "run")
@@ -326,6 +328,7 @@ def test_another_command_or_other_data_are_refused_and_nothing_changes(
         (["--seed", "1"], "--seed was 0, is 1"),
         (["--encoder_lr", "0.01"], "--encoder_lr was 0.002, is 0.01"),
         (["--data_path", str(other)], "the data are not the same"),
+        (["--data_path", str(slow)], "the time scale was 72.0, is 9.0"),
         (["--output_dir", str(tmp_path / "new")], "no run was begun"),
     ):
         capsys.readouterr()

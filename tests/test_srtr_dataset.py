@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -168,11 +169,16 @@ def test_nobody_left_and_too_few_events_show_the_flow(tmp_path: Path) -> None:
     assert len(SRTRTrajectoryDataset(tmp_path, "liver", require_labels=False)) == 18
 
 
-def test_only_the_latest_rows_are_kept(tmp_path: Path) -> None:
+def test_only_the_latest_rows_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cand, rows = filler()
     rows += [history_row(1, day, CANHX_SRTR_LAB_MELD=6210 + day) for day in range(20)]
     write_folder(tmp_path, [*cand, candidate(1)], rows)
-    dataset = SRTRTrajectoryDataset(tmp_path, "liver", max_len=5)
+    with caplog.at_level(logging.INFO):
+        dataset = SRTRTrajectoryDataset(tmp_path, "liver", max_len=5)
+        SRTRTrajectoryDataset(tmp_path, "liver", max_len=5, require_labels=False)  # to be scored
+        SRTRTrajectoryDataset(tmp_path, "liver", max_len=20)
+    (line,) = (each for each in caplog.messages if "lose observations" in each)
+    assert "fewer than 11 of 25 patients lose observations, as rows are longer than 5" in line
     i = dataset.ids.tolist().index("1")
     assert dataset.lengths[i] == 5
     assert dataset.times[dataset.offsets[i]] == 15 * 24

@@ -103,6 +103,7 @@ def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
         "device": str(default_device()),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "data": description,
+        "time_scale": args.time_scale or data.dataset.time_scale,
         "split": {
             part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
             for part, rows in data.split.items()
@@ -151,6 +152,8 @@ def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     ]
     if known["data"] != facts["data"] and not found:
         found.append("the data are not the same")
+    if known.get("time_scale", facts["time_scale"]) != facts["time_scale"] and not found:
+        found.append(f"the time scale was {known['time_scale']}, is {facts['time_scale']}")
     if known["stage_1_sha256"] != facts["stage_1_sha256"]:
         found.append("--ode_checkpoint is another file")
     if any(known[key] != facts[key] for key in ("base_revision", "base_sha256")):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import (
+    FEWEST,
     count_patients,
     count_text,
     flow_lines,
@@ -34,6 +35,9 @@ SEED = 0
 FEWEST_PATIENTS, FEWEST_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
 with fewer, hardly any difference between models is larger than its interval."""
+
+LONGEST_SPAN = 10
+"""Median span in time scales beyond which a time scale that nobody chose does not fit."""
 
 MOST_IMPLAUSIBLE = 0.5
 """Share of a series' values from which on its unit counts as wrong."""
@@ -80,6 +84,7 @@ def log_check(dataset: TrajectoryDataset, fewest: int, obstacle: str | None = No
     if split:
         logger.info(describe_split(dataset, split, fewest, events=not hidden))
     warnings = [*implausible_series(dataset, fewest), *_too_few(dataset, split, fewest)]
+    warnings += describe_long_spans(dataset, fewest)
     for line in warnings:
         logger.warning("warning: %s", line)
     if problem:
@@ -154,7 +159,6 @@ def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -
     """
     labelled = ~np.isnan(dataset.labels)
     known, groups = dataset.labels[labelled], dataset.groups[labelled]
-    spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
     counted = _plural(int(known.sum()), "event")
     if not len(known):
         counted = "no labels"
@@ -173,7 +177,7 @@ def summarize(dataset: TrajectoryDataset, fewest: int, *, events: bool = True) -
         beyond = fewest / dataset.n_patients
         lines += [
             f"observations a row: {_quartiles(dataset.lengths, patient, beyond)}",
-            f"span in hours: {_quartiles(spans, patient, beyond)}",
+            f"span in hours: {_quartiles(_spans(dataset), patient, beyond)}",
         ]
     features = range(len(dataset.features))
     return lines + [_summarize_feature(dataset, patient, f, fewest) for f in features]
@@ -215,6 +219,54 @@ def _quartiles(numbers: NDArray[Any], groups: NDArray[np.int64], beyond: float) 
         text += f", quartiles {q1:.4g} to {q3:.4g}"
         text += f", {100 * (1 - 2 * beyond):.0f} % within {low:.4g} to {high:.4g}"
     return text
+
+
+def _spans(dataset: TrajectoryDataset) -> NDArray[np.float64]:
+    """Return the hours from the first to the last observation of each row, (N,)."""
+    return dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
+
+
+def describe_long_spans(dataset: TrajectoryDataset, fewest: int) -> list[str]:
+    """Warn of a time scale that nobody chose and that is far below the span of most rows.
+
+    Args:
+        dataset: as read.
+        fewest: patients of the smallest cell that is shown; a median needs as many on both sides.
+    """
+    if not dataset.assumed_time_scale or dataset.n_patients < max(1, 2 * fewest):
+        return []
+    (median,) = patient_quantiles(_spans(dataset), dataset.groups, [0.5])
+    scale, better = dataset.time_scale, f"{float(f'{median:.2g}'):.0f}"
+    if median <= LONGEST_SPAN * scale:
+        return []
+    return [
+        f"the median span of a row, {median:,.0f} h, is beyond {LONGEST_SPAN} time scales of "
+        f"{scale:g} h, which makes very many solver steps: train with --time_scale {better}, or "
+        f'write "time_scale": {better} in the JSON file beside the data'
+    ]
+
+
+def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], most: int) -> str:
+    """Describe how many patients lose observations by ``--max_len``, and how to keep them.
+
+    Args:
+        lengths: (N,) observations of each row as it stands in the file.
+        groups: (N,) patient of each row.
+        most: observations that are kept; some row has more.
+    """
+    patient = np.unique(groups, return_inverse=True)[1]  # numbers are counted faster
+    everyone, losing = int(patient.max()) + 1, count_patients(patient, lengths > most)
+    shown = count_text(losing, FEWEST)
+    if not is_small(losing, FEWEST) and is_small(everyone - losing, FEWEST):
+        shown = f"all but fewer than {FEWEST}"
+    longer = "a larger --max_len"
+    share = 1 - FEWEST / everyone  # not 1: the longest row is a patient's own number
+    if share > 0 and (better := patient_quantiles(lengths, patient, [min(0.99, share)])[0]) > most:
+        longer = f"--max_len {better}"
+    return (
+        f"{shown} of {count_text(everyone, FEWEST)} patients lose observations, as rows are longer "
+        f"than {most}: the most recent are kept; {longer} keeps more"
+    )
 
 
 def implausible_series(dataset: TrajectoryDataset, fewest: int) -> list[str]:

@@ -59,6 +59,7 @@ class Description:
         flow: ``rule``, ``removed``, ``left`` of each rule by which data came to their rows.
         labels: ``outcome`` and ``question`` of further label columns, by the column's name.
         csv_sha256: SHA-256 of the table that it was written with; empty where unknown.
+        time_scale: hours that are one unit of time to the encoder; None leaves the format's.
     """
 
     series: str = "Anion gap"
@@ -72,6 +73,7 @@ class Description:
     flow: tuple[dict[str, Any], ...] = ()
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)
     csv_sha256: str = ""
+    time_scale: float | None = None
 
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column as its own.
@@ -127,6 +129,7 @@ class Description:
         labels = _object_of("labels", known.pop("labels", {}))
         flow = known.pop("flow", [])
         pair = known.pop("plausible", None)
+        hours = _hours("time_scale", known.pop("time_scale")) if "time_scale" in known else None
         _check_texts("", known)
         if "series" in known and "unit" not in known:
             raise InputError("key series: give unit beside it, empty where there is none")
@@ -141,7 +144,7 @@ class Description:
         limits = {comparable(name): _rising(f"limits.{name}", ranges[name]) for name in ranges}
         known["limits"] = {name: pair for name, pair in limits.items() if pair}
         known["flow"] = tuple(map(_read_rule, flow if isinstance(flow, list) else [None]))
-        return cls(**known, labels=labels)
+        return cls(**known, labels=labels, time_scale=hours)
 
     def warnings(self, path: Path) -> list[str]:
         """Return the warning that the description of ``path`` was written with another table."""
@@ -266,6 +269,12 @@ def _rising(key: str, pair: Any) -> tuple[float, float] | None:
     if not numbers or len(pair) != 2 or not -LARGEST_VALUE <= pair[0] < pair[1] <= LARGEST_VALUE:
         raise InputError(f"key {key}: give two rising numbers, as [3, 60], or null")
     return float(pair[0]), float(pair[1])
+
+
+def _hours(key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value <= LARGEST_VALUE:
+        raise InputError(f"key {key}: give hours, a number above 0")
+    return float(value)
 
 
 def comparable(name: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -161,7 +162,7 @@ def _is_whole(band: tuple[int, Patients], fewest: int) -> bool:
 
 
 def patient_quantiles(
-    numbers: NDArray[np.float64], groups: NDArray[np.generic], shares: Sequence[float]
+    numbers: NDArray[Any], groups: NDArray[np.generic], shares: Sequence[float]
 ) -> list[float]:
     """Return quantiles of numbers in which each patient counts once, however many they have.
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.checks import describe_long_spans
 from medgemma_clinical.data.small_cells import FEWEST, has_few_events
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+
+logger = logging.getLogger(__name__)
 
 LATEST_OBSERVATIONS = 5
 """Observations that identify a row; the latest, since ``--max_len`` cuts the others off."""
@@ -40,6 +44,18 @@ class Data:
     def prevalence(self) -> float:
         """Return the share of events in the training part."""
         return float(self.dataset.labels[self.split["train"]].mean())
+
+    def time_scale(self, given: float | None) -> float:
+        """Return hours that are a new encoder's unit of time; warn where they do not fit the data.
+
+        Args:
+            given: the user's choice, None where the flag is left out.
+        """
+        if given is not None:
+            return given
+        for line in describe_long_spans(self.dataset, self.min_cell):
+            logger.warning("warning: %s: %s", self.dataset.source, line)
+        return self.dataset.time_scale
 
     @property
     def hides_events(self) -> bool:

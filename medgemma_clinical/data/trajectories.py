@@ -85,6 +85,7 @@ class TrajectoryDataset:
         question: the question about a series, a sentence.
         outcome: the event in a few words; a report begins with it.
         time_scale: hours that are one unit of time to the encoder.
+        assumed_time_scale: whether it is the format's default, which may not fit the data.
         source: where the data come from, as errors name it.
         reading: the arguments that decide what a row is and which of its observations are kept;
             plain types. A checkpoint stores them to read other data in the same way.
@@ -108,6 +109,7 @@ class TrajectoryDataset:
     question: str
     outcome: str
     time_scale: float
+    assumed_time_scale: bool = False
     source: str
     reading: dict[str, Any]
     main: int = 0

@@ -47,6 +47,7 @@ def facts_of(**arguments: Any) -> dict[str, Any]:
         "base_sha256": None,
         "device": "cpu",
         "data": {"data_sha256": "d"},
+        "time_scale": 72.0,
     }
 
 
@@ -269,6 +270,7 @@ def test_a_run_that_never_began_is_not_resumed_and_nothing_is_made(folder: Path)
         ({"data": {}}, "the data are not the same"),
         ({"stage_1_sha256": "x"}, "--ode_checkpoint is another file"),
         ({"base_revision": "x"}, "--model_name m holds another model or revision"),
+        ({"time_scale": 9.0}, "the time scale was 72.0, is 9.0"),
         ({"base_sha256": "x"}, "--model_name m holds another model or revision"),
         ({"processes": 2}, "begun with 1 processes, now 2"),
     ],

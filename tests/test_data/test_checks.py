@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.checks import implausible_series, log_check, log_refusal, summarize
+from medgemma_clinical.data.checks import (
+    describe_cut,
+    describe_long_spans,
+    implausible_series,
+    log_check,
+    log_refusal,
+    summarize,
+)
+from medgemma_clinical.data.description import Description
 from trajectories import table_of
 
 SOUND = ["20 (0h) -> 21 (4h)"] * 200
@@ -196,3 +204,64 @@ def test_rows_without_a_label_are_not_counted_by_the_others() -> None:
     assert "'Escalation': 48 events" in text
     assert "97" not in text
     assert "48 events in 97 labelled rows" in "\n".join(summarize(dataset, 0))
+
+
+def years(hours: float, rows: int = 200, **description: Any) -> MIMICtrajectoryDataset:
+    """Return a data set whose rows, but for a tenth, span so many hours."""
+    short = rows // 10
+    series = [f"20 (0h) -> 21 ({hours}h)"] * (rows - short) + ["20 (0h) -> 21 (4h)"] * short
+    table = table_of(series, subject_id=[f"p{k}" for k in range(rows)])
+    return MIMICtrajectoryDataset(table, description=Description(**description))
+
+
+def test_spans_far_beyond_an_assumed_time_scale_are_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (line,) = describe_long_spans(years(43_812.5), 11)
+    assert line == (
+        "the median span of a row, 43,812 h, is beyond 10 time scales of 72 h, which makes very "
+        'many solver steps: train with --time_scale 44000, or write "time_scale": 44000 in the '
+        "JSON file beside the data"
+    )
+    messages = checked(caplog, years(43_812.5), 11)
+    assert f"warning: {line}" in messages
+    assert messages[-1] == "ready, with warnings"
+    assert len(describe_long_spans(years(721), 11)) == 1
+    assert describe_long_spans(years(720), 11) == []
+
+
+def test_a_time_scale_of_the_description_brings_no_warning() -> None:
+    assert describe_long_spans(years(43_812.5, time_scale=72.0), 11) == []
+
+
+def test_a_median_span_of_few_patients_is_not_shown() -> None:
+    assert len(describe_long_spans(years(9_000, 22), 11)) == 1
+    assert describe_long_spans(years(9_000, 21), 11) == []
+    assert len(describe_long_spans(years(9_000, 21), 0)) == 1
+
+
+def cut(lengths: list[int], rows_a_patient: int = 1) -> str:
+    """Describe rows cut to 20 observations."""
+    groups = np.arange(len(lengths)) // rows_a_patient
+    return describe_cut(np.array(lengths), groups, 20)
+
+
+def test_who_loses_observations_is_counted_by_patient() -> None:
+    end = "as rows are longer than 20: the most recent are kept"
+    assert cut([48] * 30 + [20] * 70) == (
+        f"30 of 100 patients lose observations, {end}; --max_len 48 keeps more"
+    )
+    assert cut([48] * 60 + [20] * 140, 2).startswith("30 of 100 patients")
+
+
+def test_few_patients_who_lose_or_keep_observations_are_not_counted() -> None:
+    text = cut([48] * 10 + [20] * 90)
+    assert text.startswith("fewer than 11 of 100 patients lose observations")
+    assert text.endswith("a larger --max_len keeps more")
+    assert cut([48] * 90 + [20] * 10).startswith("all but fewer than 11 of 100 patients")
+    assert cut([48] * 100).startswith("100 of 100 patients")
+    assert cut([48] * 5).startswith("fewer than 11 of fewer than 11 patients")
+
+
+def test_the_longest_row_of_few_patients_is_not_told() -> None:
+    assert "kept; --max_len 48 keeps more" in cut([777] * 10 + [48] * 30 + [20] * 70)

@@ -106,6 +106,18 @@ def test_a_description_beside_the_file_is_used_and_its_absence_means_the_default
     assert given.outcome == "Stroke"
 
 
+def test_a_time_scale_is_a_number_of_hours(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"time_scale": 8760}')
+    assert Description.beside(path).time_scale == 8760.0
+    path.write_text("{}")
+    assert Description.beside(path).time_scale is None
+    for wrong in ("0", "-1", "NaN", "Infinity", f"1{400 * '0'}", "true", '"72"', "null", "[72]"):
+        path.write_text(f'{{"time_scale": {wrong}}}')
+        with pytest.raises(InputError, match="key time_scale: give hours, a number above 0"):
+            Description.beside(path)
+
+
 def test_a_description_of_another_file_brings_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

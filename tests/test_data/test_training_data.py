@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.description import Description
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from trajectories import LABEL, SERIES
@@ -132,3 +133,19 @@ def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read(
     assert len(sample.dataset) == sum(map(len, sample.split.values())) == 60
     assert sample.data_sha256 == whole.data_sha256
     assert sample.rows_sha256 == whole.rows_sha256
+
+
+def test_a_new_encoders_time_scale_is_the_users_or_the_datas(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    table = patients(100, seed=1)
+    table[SERIES] = table[SERIES].str.replace("(20h)", "(20000h)")
+    given = data_of(table, description=Description(time_scale=9.0))
+    assert (given.time_scale(None), given.time_scale(5.0)) == (9.0, 5.0)
+    silent = data_of(table)
+    assert silent.time_scale(5.0) == 5.0
+    assert caplog.messages == []
+    assert silent.time_scale(None) == 72.0
+    (line,) = caplog.messages
+    assert line.startswith("warning: DataFrame: the median span of a row, 20,000 h, is beyond")
+    assert "--time_scale 20000" in line
