@@ -66,7 +66,7 @@ class ItemSeries:
         items: itemids of its values.
         sources: itemids that have to be read for it; they may not lose a value.
         unit: of its values, "" where it has none, None where the table has to tell it.
-        plausible: lowest and highest value of a living patient, None where nobody knows.
+        plausible: lowest and highest value of a living patient, None where unknown.
     """
 
     name: str

@@ -1,6 +1,6 @@
 -- The prediction time of each admission, and the values known by then.
 
--- A value opens a window only if it is stored within the window: otherwise nobody could know at the
+-- A value opens a window only if it is stored within the window: otherwise it is not known at the
 -- prediction time when that is.
 CREATE TABLE opening AS
 SELECT
