@@ -274,7 +274,7 @@ from medgemma_clinical.models.language_model import (
     set_checkpointing,
 )
 from medgemma_clinical.models.text_batches import TextCollator, encode_all
-from medgemma_clinical.models.trained_model import load_stage1_encoder
+from medgemma_clinical.models.trained_model import load_stage1_encoder, stage1_risks
 from medgemma_clinical.models.trajectory import PooledHead, TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
@@ -453,7 +453,6 @@ def llm_stage(
         "llm": args.adapter_lr,
         "head": args.head_lr,
     }
-    config = {**llm_config(args, data, model), **further}
 
     return Stage(
         name=args.mode,
@@ -465,7 +464,8 @@ def llm_stage(
         monitor="val_auroc",
         higher_is_better=True,
         hides_events=data.hides_events,
-        config=config,
+        config={**llm_config(args, data, model), **further},
+        stage1=stage1_risks(args.ode_checkpoint, parts.collate),
         save=lambda folder, config: save_llm(folder / "best", model, config),
         load=lambda folder: load_llm(model, folder / "best"),
         accumulate=args.gradient_accumulation,

@@ -50,7 +50,8 @@ def test_a_part_with_a_few_events_tells_their_number_nowhere(tmp_path: Path) -> 
     assert not re.findall(r"\d[\d,]* events", shared)
     metrics = metrics_of(tmp_path)
     for part in ("validation", "test"):
-        figures = [metrics[part], *(each[part] for each in metrics["baselines"].values())]
+        beside = [*metrics["baselines"].values(), *metrics["differences"].values()]
+        figures = [metrics[part], *(each[part] for each in beside)]
         for known in figures:
             unknown = [each for each in known.values() if isinstance(each, dict)]
             assert all(each == {"value": None, "low": None, "high": None} for each in unknown)

@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 SCORED = {"val": "validation", "test": "test"}
 """Parts of the split that are scored, and their names in ``metrics.json``."""
 
+STAGE_1 = "stage 1 (trajectory)"
+"""Stands among the baselines of stages 2 and 3."""
+
 GENERATION_BATCH = 16
 
 LIMITS = (
@@ -60,7 +63,7 @@ LIMITS = (
 )
 
 Baselines = dict[str, dict[str, NDArray[np.float64]]]
-"""Probabilities of each simple model, by part."""
+"""Probabilities of each simple model, and of stage 1, by part."""
 
 
 def write_results(
@@ -88,8 +91,7 @@ def write_results(
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
     if first:
         stage.save(folder, {**stage.config, "decision": rule.to_config()})
-        tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
-        baselines = fit_baselines(tables, data.dataset.labels, data.split)
+        baselines = compared_models(stage, data, predictions)
         cohorts = make_cohorts(predictions, baselines, data)
         figures = {
             part: cohort_figures(
@@ -159,6 +161,15 @@ def report_content(
     )
 
 
+def compared_models(stage: Stage, data: Data, predictions: dict[str, Predictions]) -> Baselines:
+    """Return the stage 1 that the stage builds on, if any, and the fitted simple models."""
+    tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
+    simple = fit_baselines(tables, data.dataset.labels, data.split)
+    if stage.stage1 is None:
+        return simple
+    return {STAGE_1: {part: stage.stage1[p.rows] for part, p in predictions.items()}, **simple}
+
+
 def make_cohorts(
     predictions: dict[str, Predictions], baselines: Baselines, data: Data
 ) -> dict[str, Cohort]:
@@ -194,6 +205,10 @@ def metrics_json(
         "baselines": {
             name: {SCORED[part]: f.to_json(f.baselines[name]) for part, f in figures.items()}
             for name in figures["test"].baselines
+        },
+        "differences": {
+            name: {SCORED[part]: f.to_json(f.differences[name]) for part, f in figures.items()}
+            for name in figures["test"].differences
         },
     }
 

@@ -242,7 +242,10 @@ def result_sentence(figures: CohortFigures) -> str:
 def results_table(
     name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
 ) -> str:
-    """Return the final table of a run: model and baselines, ``validation`` and ``test``."""
+    """Return the final table of a run: model and baselines, ``validation`` and ``test``.
+
+    The paired differences, the model minus each baseline, are those of the test AUROC.
+    """
     test = figures["test"]
     scores = {part: {name: each.estimates, **each.baselines} for part, each in figures.items()}
     lines = []
@@ -250,6 +253,8 @@ def results_table(
         line = {"model": model}
         for part, known in scores.items():
             line[f"{part} AUROC [95 %]"] = known[model]["auroc"].text()
+        difference = test.differences.get(model)
+        line[f"{name} minus it [95 %]"] = difference["auroc"].text("+.3f") if difference else ""
         for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
             line[f"test {title}"] = on_test[metric].value_text(".3f")
         lines.append(line)

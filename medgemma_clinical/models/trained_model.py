@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medgemma_clinical.data.training_data import Data
@@ -35,7 +36,7 @@ from medgemma_clinical.models.language_model import (
     base_name,
     load_language_model,
 )
-from medgemma_clinical.models.text_batches import verdict_words
+from medgemma_clinical.models.text_batches import TextCollator, verdict_words
 from medgemma_clinical.models.trajectory import PooledHead, TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
 
@@ -283,6 +284,19 @@ def load_stage1_encoder(
     model = TrajectoryClassifier(build_encoder(options, encoders), 0.5)
     load_trajectory(model, path)
     return model.encoder, checkpoint.head
+
+
+def stage1_risks(path: Path | None, collate: TextCollator) -> NDArray[np.float64] | None:
+    """Return the probability (N,) that stage 1 itself gives each row, None without a stage 1.
+
+    Args:
+        path: stage 1's file, whose decision rule makes probabilities.
+        collate: holds the logits of its head.
+    """
+    if path is None or collate.states is None:
+        return None
+    rule = DecisionRule.from_config(read_trajectory(path).config)
+    return rule.probability(collate.states.logit.double().numpy())
 
 
 def check_held_out(path: Path, checkpoint: TrajectoryCheckpoint, data: Data) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -37,6 +39,7 @@ class Stage:
         describe: returns lines for the log on what the model reads.
         after_test: further work of the best model on the test part, from its predictions and the
             folder of the stage; returns figures for the report.
+        stage1: (N,) probability of each row by the stage 1 that the stage builds on, None without.
         save_memory: lets a step take less memory and more time; None where nothing is left to do.
     """
 
@@ -55,6 +58,7 @@ class Stage:
     accumulate: int = 1
     describe: Callable[[], list[str]] = list
     after_test: Callable[[Predictions, Path], dict[str, Any]] | None = None
+    stage1: NDArray[np.float64] | None = None
     save_memory: Callable[[], None] | None = None
 
     @property

@@ -13,8 +13,10 @@ from sklearn import metrics
 
 import medgemma_trainer as trainer
 from conftest import sign_table
+from medgemma_clinical.commands.results import STAGE_1
 from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from stages import stage_of_patients
 
 
 def read(path: Path) -> Any:
@@ -203,3 +205,41 @@ def test_new_predictions_are_recalibrated_as_the_runs_own(
     alarm = (new["probability"] >= figures["platt"]["threshold"]).astype(int)
     assert new["prediction"].tolist() == alarm.tolist()
     assert 0 < alarm.sum() < len(alarm)
+
+
+def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(
+    calibrated: tuple[Path, dict[str, dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, figures = calibrated
+    words = ["--data_path", str(place / "data.csv"), "--output_dir", str(place / "later")]
+    words += ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE), "--model_name", "tiny"]
+    words += ["--epochs", "1", "--head_lr", "1", "--log_file", "none", "--min_cell", "0"]
+    assert trainer.main(words) == 0
+    folder = place / "later" / "classification"
+    found = read(folder / "metrics.json")
+    for part, name in (("val", "validation"), ("test", "test")):
+        table = pd.read_csv(folder / f"predictions_{part}.csv")
+        own = pd.read_csv(place / "platt" / "trajectory" / f"predictions_{part}.csv")
+        assert table["id"].tolist() == own["id"].tolist()
+        np.testing.assert_allclose(table[STAGE_1], own["probability"], atol=1e-6)
+        for metric in ("auroc", "brier"):
+            beside = found["baselines"][STAGE_1][name][metric]["value"]
+            assert beside == pytest.approx(figures["platt"][name][metric]["value"], abs=1e-6)
+        auroc = metrics.roc_auc_score(table["label"], table["probability"])
+        gain = auroc - metrics.roc_auc_score(own["label"], own["probability"])
+        difference = found["differences"][STAGE_1][name]["auroc"]
+        assert difference["value"] == pytest.approx(gain, abs=1e-9)
+        assert gain != 0, "the sign must show"
+        assert difference["low"] <= gain <= difference["high"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    (line,) = re.findall(r"stage 1 \(trajectory\) .*", capsys.readouterr().out.split("\n\n")[-2])
+    row = page[page.index(f'<th scope="row">{STAGE_1}') :]
+    for text in (line, re.sub("<[^>]+>", "", row[: row.index("</tr>")])):
+        assert f"{gain:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]" in text
+
+
+@pytest.mark.parametrize(
+    "flags", [["--soft_prompt", "off"], ["--freeze_ode"], [], ["--trajectory_only"]]
+)
+def test_no_stage_1_stands_beside_a_stage_that_builds_on_none(flags: list[str]) -> None:
+    assert stage_of_patients(*flags).stage1 is None

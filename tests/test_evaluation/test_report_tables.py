@@ -54,6 +54,7 @@ def test_the_console_table_holds_model_and_baselines_of_both_parts(figures: Coho
     assert model.split()[:3] == ["stage", "1", f"{other.auroc.value:.3f}"]
     assert figures.auroc.text() in model
     assert figures.baselines["last value"]["auroc"].text() in baseline
+    assert figures.differences["last value"]["auroc"].text("+.3f") in baseline
     assert rest == [f"test part: 400 rows, {figures.events} events"]
 
 
