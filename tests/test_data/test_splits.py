@@ -92,6 +92,11 @@ def with_copy(cell: str, at: int = 3, **columns: Any) -> MIMICtrajectoryDataset:
     return dataset_of([*ROWS[:at], cell, *ROWS[at + 1 :]], split=PARTS, **columns)
 
 
+def sizes(dataset: MIMICtrajectoryDataset) -> list[int]:
+    """Rows of train, val and test."""
+    return [len(rows) for rows in dataset.split(0).values()]
+
+
 def test_equal_rows_in_two_parts_are_refused_unless_allowed() -> None:
     pattern = (
         r"rows 1 and 3 are equal .* \(fewer than 11 such pairs\): remove .* by --allow_duplicates"
@@ -99,7 +104,7 @@ def test_equal_rows_in_two_parts_are_refused_unless_allowed() -> None:
     with pytest.raises(InputError, match=pattern):
         with_copy(ROWS[1]).split(0)
     table = table_of([*ROWS[:3], ROWS[1], *ROWS[4:]], split=PARTS)
-    MIMICtrajectoryDataset(table, allow_duplicates=True).split(0)
+    assert sizes(MIMICtrajectoryDataset(table, allow_duplicates=True)) == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -115,16 +120,16 @@ def test_equal_rows_in_two_parts_are_refused_unless_allowed() -> None:
     ids=["label", "context", "time", "order", "value", "time of a value"],
 )
 def test_rows_that_differ_in_what_is_read_are_not_equal(dataset: MIMICtrajectoryDataset) -> None:
-    dataset.split(0)
+    assert sizes(dataset) == [2, 2, 2]
 
 
 def test_equal_rows_in_one_part_leak_nothing() -> None:
     rows, parts = [*ROWS, ROWS[0]], [*PARTS, "train"]
-    dataset_of(rows, label_escalation=[*LABELS, 0], split=parts).split(0)
+    assert sizes(dataset_of(rows, label_escalation=[*LABELS, 0], split=parts)) == [3, 2, 2]
 
 
 def test_rows_of_few_values_may_be_equal() -> None:
-    dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS).split(0)
+    assert sizes(dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS)) == [2, 2, 2]
     with pytest.raises(InputError, match="are equal"):
         dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS, trajectory_x=["1 (9h)"] * 6).split(0)
 
