@@ -7,7 +7,7 @@ MIMIC-IV 3.1, also those that are never read.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,10 @@ class Extracted:
         columns = [name for name in self.rows if not str(name).startswith("label_")]
         cells = self.rows[columns].astype(str).itertuples()
         return {hadm: tuple(row) for hadm, *row in cells}
+
+
+Run = Callable[..., Extracted]
+"""Writes the tables of a ``Mini`` and extracts them."""
 
 
 def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request: Any) -> Extracted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,10 @@ from mimic_files import (
     GLUCOSE,
     PH,
     SODIUM,
-    Extracted,
     Mini,
-    extracted,
+    Run,
     read_tables,
 )
-
-Run = Callable[..., Extracted]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def write_and_extract(mini: Mini, **request: Any) -> Extracted:
-        return extracted(mini.write(tmp_path / "mimic"), **request)
-
-    return write_and_extract
 
 
 def patient() -> Mini:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,21 +15,11 @@ from mimic_files import (
     GLUCOSE,
     PH,
     SODIUM,
-    Extracted,
     Mini,
-    extracted,
+    Run,
 )
 
-Run = Callable[..., Extracted]
 HEMATOCRIT = 51221
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def write_and_extract(mini: Mini, **request: Any) -> Extracted:
-        return extracted(mini.write(tmp_path), **request)
-
-    return write_and_extract
 
 
 # --------------------------------------------------------------------------- whose value it is

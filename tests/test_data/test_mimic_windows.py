@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,11 @@ from mimic_files import (
     GLUCOSE,
     PH,
     SODIUM,
-    Extracted,
     Mini,
+    Run,
     extracted,
     write_tables,
 )
-
-Run = Callable[..., Extracted]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def write_and_extract(mini: Mini, **request: Any) -> Extracted:
-        return extracted(mini.write(tmp_path), **request)
-
-    return write_and_extract
-
 
 # --------------------------------------------------------------------------- prediction time
 

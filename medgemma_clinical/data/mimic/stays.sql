@@ -35,4 +35,4 @@ FROM aged;
 -- The admissions whose laboratory values are read.
 CREATE TABLE wanted AS
 SELECT stay, subject_id FROM stays
-WHERE age >= 18 AND (coded OR getvariable('cohort') != 'dka');
+WHERE coded OR getvariable('cohort') != 'dka';
