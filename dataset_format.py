@@ -17,15 +17,14 @@ one they are the anion gap in mEq/L and escalation of care.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -36,6 +35,7 @@ from medgemma_clinical.commands.command_line import (
     SHOW_VALUES,
     WHOLE,
     Parser,
+    add_flags,
     names,
     run_command,
     start_logging,
@@ -53,10 +53,13 @@ from medgemma_clinical.data.description import (
     list_unread,
 )
 from medgemma_clinical.data.dka.columns import (
-    describe_missing,
+    COLUMNS,
+    check_header,
     describe_unread,
+    ids_of,
     is_made,
     patient_column,
+    patients_of,
 )
 from medgemma_clinical.data.mimic.extraction import extract
 from medgemma_clinical.data.mimic.request import Extraction
@@ -77,13 +80,13 @@ from medgemma_clinical.data.tables import (
     read_table,
 )
 from medgemma_clinical.data.texts import (
-    Choice,
     Clause,
-    Number,
     PromptOptions,
+    change_clause,
     clause_text,
-    direction,
+    main_clauses,
     plain,
+    short_clause,
     with_space,
 )
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
@@ -93,50 +96,11 @@ __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "TrajectoryDat
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = (MAIN_COLUMN, "subject_id", "id", "clinical_context", "split")
-"""Columns of the format beside the label and those of further series."""
-
 ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
 """Signals that end a command: a scheduler's, and a closed terminal's, which Windows lacks."""
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64
 """Observations kept of one series, and of the union of several."""
-
-
-# --------------------------------------------------------------------------- columns
-
-
-def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
-    """Refuse a table that lacks a column or has one twice.
-
-    Args:
-        table: as read.
-        source: named in errors.
-        label: column of the labels.
-        labelled: whether the table needs it.
-
-    Raises:
-        InputError: names the column, near misses and all columns that are there.
-    """
-    for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
-        if name not in table:
-            advice = describe_missing(table, name)
-            raise InputError(f"{source}, row 1, column {name}: no such column: {advice}")
-    for name in table.columns[table.columns.duplicated()].intersection([*COLUMNS, label]):
-        raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
-
-
-def patients_of(table: pd.DataFrame) -> pd.Series:
-    """Return the patient of each row: subject_id, or id, or the row's number."""
-    for name in ("subject_id", "id"):
-        if name in table:
-            return column_text(table, name)
-    return pd.Series(table.index.astype(str), index=table.index)
-
-
-def ids_of(table: pd.DataFrame) -> pd.Series:
-    """Return the name of each row in prediction files: id, or its patient."""
-    return column_text(table, "id") if "id" in table else patients_of(table)
 
 
 # --------------------------------------------------------------------------- data set
@@ -482,47 +446,6 @@ def check_same_meaning(
         )
 
 
-# --------------------------------------------------------------------------- clauses of a report
-
-
-def main_clauses(
-    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
-) -> list[Clause]:
-    """Return the main series in full: first, last, lowest, highest."""
-    low, high = int(values.argmin()), int(values.argmax())
-    places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
-    at = f"{with_space(unit)} at "
-    return [
-        [words, Number(plain(values[k])), at, Number(plain(times[k])), " h"]
-        for words, k in places.items()
-    ]
-
-
-def change_clause(
-    unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
-) -> list[str | Number | Choice]:
-    """Return net change, rate (one significant figure) and direction of a series."""
-    change, span = values[-1] - values[0], times[-1] - times[0]
-    unit = with_space(unit)
-    net = Number(plain(round(change, 6)))
-    if span <= 0:  # within no time there is no rate
-        return ["Net change ", net, f"{unit}: ", direction(change)]
-    rate = Number(plain(float(f"{change / span:.1g}")))
-    return ["Net change ", net, f"{unit}, ", rate, f"{unit} an hour: ", direction(change)]
-
-
-def short_clause(
-    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
-) -> Clause:
-    """Return first value, last value and direction of a series."""
-    at = f"{with_space(unit)} at "
-    first: Clause = [Number(plain(values[0])), at, Number(plain(times[0]))]
-    last: Clause = [Number(plain(values[-1])), at, Number(plain(times[-1]))]
-    if len(values) == 1:
-        return [f"{start}only ", *first, " h"]
-    return [f"{start}from ", *first, " h to ", *last, " h, ", direction(values[-1] - values[0])]
-
-
 # --------------------------------------------------------------------------- commands
 
 
@@ -596,50 +519,6 @@ def build_parser() -> Parser:
     for name, source in SOURCES.items():
         add_flags(commands.add_parser(name, help=source.help, allow_abbrev=False), source.request)
     return parser
-
-
-METAVARS = {Path: "PATH", float: "NUMBER", int: "NUMBER"}
-"""Values of flags in ``--help``, by type; others have the name of their flag."""
-
-
-def add_flags(parser: argparse.ArgumentParser, request: type[TableRequest]) -> None:
-    """Add the fields of a request as flags."""
-    types = get_type_hints(request)
-    for field in fields(request):
-        about = field.metadata
-        default = None if field.default is MISSING else field.default
-        shown = ",".join(default) if isinstance(default, tuple) else default
-        by_default = "" if shown in (None, "") or shown is False else f" (default: {shown})"
-        words: dict[str, Any] = {"help": about["help"] + by_default, "default": default}
-        words["required"] = field.default is MISSING
-        if types[field.name] is bool:
-            parser.add_argument(f"--{field.name}", **{**words, "action": "store_true"})
-            continue
-        if about["separated"]:
-            words["type"] = lambda text: tuple(names(text))
-        elif about["repeated"]:
-            words["action"] = Repeated
-        else:
-            kinds = [kind for kind in (Path, float, int, str) if kind in _kinds(types[field.name])]
-            words |= {"type": kinds[0], "metavar": METAVARS.get(kinds[0])}
-        if about["choices"]:
-            words["metavar"] = f"{{{','.join(about['choices'])}}}"
-        if about["alone"] is not None:
-            words |= {"nargs": "?", "const": about["alone"]}
-        parser.add_argument(f"--{field.name}", **words)
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """Return the types that a hint such as ``float | None`` allows."""
-    return get_args(hint) or (hint,)
-
-
-class Repeated(argparse.Action):
-    """Collect the values of a flag that may be given several times, as a tuple."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Add a value."""
-        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
 
 
 def check(file: Path, min_cell: int, **reading: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import io
 import logging
@@ -18,8 +19,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn, TextIO
+from typing import IO, Any, NoReturn, TextIO, get_type_hints
 
+from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.files import InputError, RunFault, one_line
 from medgemma_clinical.models.checkpoint_schema import LARGEST_COUNT
 
@@ -120,6 +122,45 @@ RATE = number(float, 0, 1, open_low=True)
 def names(text: str) -> list[str]:
     """Split a comma-separated list of names."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+METAVARS = {Path: "PATH", float: "NUMBER", int: "NUMBER"}
+"""Values of flags in ``--help``, by type; others have the name of their flag."""
+
+
+def add_flags(parser: argparse.ArgumentParser, request: type[TableRequest]) -> None:
+    """Add the fields of a request as flags."""
+    types = get_type_hints(request)
+    for field in dataclasses.fields(request):
+        about = field.metadata
+        default = None if field.default is dataclasses.MISSING else field.default
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        by_default = "" if shown in (None, "") or shown is False else f" (default: {shown})"
+        words: dict[str, Any] = {"help": about["help"] + by_default, "default": default}
+        words["required"] = field.default is dataclasses.MISSING
+        if types[field.name] is bool:
+            parser.add_argument(f"--{field.name}", **{**words, "action": "store_true"})
+            continue
+        if about["separated"]:
+            words["type"] = lambda text: tuple(names(text))
+        elif about["repeated"]:
+            words["action"] = Repeated
+        else:
+            kind = types[field.name]
+            words |= {"type": kind, "metavar": METAVARS.get(kind)}
+        if about["choices"]:
+            words["metavar"] = f"{{{','.join(about['choices'])}}}"
+        if about["alone"] is not None:
+            words |= {"nargs": "?", "const": about["alone"]}
+        parser.add_argument(f"--{field.name}", **words)
+
+
+class Repeated(argparse.Action):
+    """Collect the values of a flag that may be given several times, as a tuple."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Add a value."""
+        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
 
 
 class PlainFormatter(logging.Formatter):

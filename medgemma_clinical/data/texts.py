@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 """A decimal number, as regular expression without groups."""
@@ -83,6 +84,44 @@ def clause_pattern(clause: Clause) -> str:
         else:
             pattern += re.escape(part)
     return pattern
+
+
+def main_clauses(
+    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+) -> list[Clause]:
+    """Return the main series in full: first, last, lowest, highest."""
+    low, high = int(values.argmin()), int(values.argmax())
+    places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
+    at = f"{with_space(unit)} at "
+    return [
+        [words, Number(plain(values[k])), at, Number(plain(times[k])), " h"]
+        for words, k in places.items()
+    ]
+
+
+def change_clause(
+    unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+) -> list[str | Number | Choice]:
+    """Return net change, rate (one significant figure) and direction of a series."""
+    change, span = values[-1] - values[0], times[-1] - times[0]
+    unit = with_space(unit)
+    net = Number(plain(round(change, 6)))
+    if span <= 0:  # within no time there is no rate
+        return ["Net change ", net, f"{unit}: ", direction(change)]
+    rate = Number(plain(float(f"{change / span:.1g}")))
+    return ["Net change ", net, f"{unit}, ", rate, f"{unit} an hour: ", direction(change)]
+
+
+def short_clause(
+    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+) -> Clause:
+    """Return first value, last value and direction of a series."""
+    at = f"{with_space(unit)} at "
+    first: Clause = [Number(plain(values[0])), at, Number(plain(times[0]))]
+    last: Clause = [Number(plain(values[-1])), at, Number(plain(times[-1]))]
+    if len(values) == 1:
+        return [f"{start}only ", *first, " h"]
+    return [f"{start}from ", *first, " h to ", *last, " h, ", direction(values[-1] - values[0])]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Columns of a DKA file that are not read and look as if they should be."""
+"""Columns of a DKA file: those that are read, and those that look as if they should be."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from medgemma_clinical.data.description import (
     seems_cell,
 )
 from medgemma_clinical.data.series_cells import CELL
+from medgemma_clinical.data.tables import column_text
+from medgemma_clinical.files import InputError
 
 PATIENT = "subject_id"
+
+COLUMNS = (MAIN_COLUMN, PATIENT, "id", "clinical_context", "split")
+"""Columns of the format beside the label and those of further series."""
 
 ALIASES = {
     MAIN_COLUMN: {"trajectory", "trajectories", "series", "timeseries"},
@@ -137,3 +142,36 @@ def patient_column(table: pd.DataFrame) -> str | None:
     near = [name for name in names if not seems_cell(name) and is_near_miss(name, PATIENT)]
     values = {name: table[name].nunique() for name in near}
     return min((name for name in near if values[name] > 1), key=values.__getitem__, default=None)
+
+
+def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
+    """Refuse a table that lacks a column or has one twice.
+
+    Args:
+        table: as read.
+        source: named in errors.
+        label: column of the labels.
+        labelled: whether the table needs it.
+
+    Raises:
+        InputError: names the column, near misses and all columns that are there.
+    """
+    for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
+        if name not in table:
+            advice = describe_missing(table, name)
+            raise InputError(f"{source}, row 1, column {name}: no such column: {advice}")
+    for name in table.columns[table.columns.duplicated()].intersection([*COLUMNS, label]):
+        raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
+
+
+def patients_of(table: pd.DataFrame) -> pd.Series:
+    """Return the patient of each row: subject_id, or id, or the row's number."""
+    for name in ("subject_id", "id"):
+        if name in table:
+            return column_text(table, name)
+    return pd.Series(table.index.astype(str), index=table.index)
+
+
+def ids_of(table: pd.DataFrame) -> pd.Series:
+    """Return the name of each row in prediction files: id, or its patient."""
+    return column_text(table, "id") if "id" in table else patients_of(table)
