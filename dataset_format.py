@@ -43,15 +43,6 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.data.database.output import Made, make_file
-from medgemma_clinical.data.description import (
-    LABEL,
-    MAIN_COLUMN,
-    Description,
-    comparable,
-    describe_unused,
-    find_series,
-    list_unread,
-)
 from medgemma_clinical.data.dka.columns import (
     COLUMNS,
     check_header,
@@ -61,13 +52,22 @@ from medgemma_clinical.data.dka.columns import (
     patient_column,
     patients_of,
 )
-from medgemma_clinical.data.mimic.extraction import extract
-from medgemma_clinical.data.mimic.request import Extraction
-from medgemma_clinical.data.series_cells import (
+from medgemma_clinical.data.dka.description import (
+    LABEL,
+    MAIN_COLUMN,
+    Description,
+    comparable,
+    describe_unused,
+    find_series,
+    list_unread,
+)
+from medgemma_clinical.data.dka.series_cells import (
     TableCells,
     join_series,
     rows_out_of_order,
 )
+from medgemma_clinical.data.mimic.extraction import extract
+from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.sources import long_table, meds
 from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu

@@ -53,7 +53,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.description import LABEL
+from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.models.checkpoint_schema import LORA_RANK, PREFIX_TOKENS

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.case_mix import AGE
-from medgemma_clinical.data.description import SERIES_COLUMN
-from medgemma_clinical.data.series_cells import CELL, DATE, UNIT
+from medgemma_clinical.data.dka.description import SERIES_COLUMN
+from medgemma_clinical.data.dka.series_cells import CELL, DATE, UNIT
 from medgemma_clinical.data.srtr.decode import BEHIND
 from medgemma_clinical.data.summaries import CONTEXT_NUMBER
 from medgemma_clinical.data.texts import NUMBER

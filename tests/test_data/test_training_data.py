@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.description import Description
+from medgemma_clinical.data.dka.description import Description
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from trajectories import LABEL, SERIES

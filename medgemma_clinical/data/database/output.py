@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.database.flags import TableRequest
-from medgemma_clinical.data.description import LABEL
+from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.small_cells import (
     FEWEST,
     count_text,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from medgemma_clinical.data.description import (
+from medgemma_clinical.data.dka.description import (
     LABEL,
     LEAST_LIKENESS,
     LONGEST_NAME,
@@ -17,7 +17,7 @@ from medgemma_clinical.data.description import (
     list_unread,
     seems_cell,
 )
-from medgemma_clinical.data.series_cells import CELL
+from medgemma_clinical.data.dka.series_cells import CELL
 from medgemma_clinical.data.tables import column_text
 from medgemma_clinical.files import InputError
 

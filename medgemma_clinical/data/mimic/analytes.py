@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.description import comparable
+from medgemma_clinical.data.dka.description import comparable
 from medgemma_clinical.data.mimic.request import ALL_SERIES, ALWAYS, COMPUTED_GAP, GAP_ITEM
 from medgemma_clinical.files import InputError
 

@@ -23,7 +23,7 @@ from medgemma_clinical.data.database.table_files import (
     load_table,
     open_table,
 )
-from medgemma_clinical.data.description import comparable
+from medgemma_clinical.data.dka.description import comparable
 from medgemma_clinical.data.mimic.analytes import ANALYTES, ItemSeries, choose_series, series_of
 from medgemma_clinical.data.mimic.request import COHORTS, Extraction
 from medgemma_clinical.files import InputError

@@ -16,7 +16,7 @@ from medgemma_clinical.data.database.connection import Database
 from medgemma_clinical.data.database.flags import TableRequest, flag
 from medgemma_clinical.data.database.output import Made, apply_rules
 from medgemma_clinical.data.database.table_files import Column, TableFile, find_row, readable
-from medgemma_clinical.data.description import (
+from medgemma_clinical.data.dka.description import (
     LONGEST_NAME,
     LONGEST_SENTENCE,
     MAIN_COLUMN,

@@ -25,8 +25,8 @@ from medgemma_clinical.data.database.table_files import (
     quoted,
     readable,
 )
-from medgemma_clinical.data.description import comparable, join_names, list_columns
 from medgemma_clinical.data.dka.columns import is_near_miss
+from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
 from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
     SUBJECT,

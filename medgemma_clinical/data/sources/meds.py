@@ -22,7 +22,7 @@ from medgemma_clinical.data.database.table_files import (
     open_table,
     readable,
 )
-from medgemma_clinical.data.description import comparable, join_names, list_columns
+from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
 from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
     STEPS,

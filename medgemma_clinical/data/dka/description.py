@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.series_cells import LARGEST_VALUE
+from medgemma_clinical.data.dka.series_cells import LARGEST_VALUE
 from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json
