@@ -68,6 +68,7 @@ from medgemma_clinical.data.dka.series_cells import (
 )
 from medgemma_clinical.data.mimic.extraction import extract
 from medgemma_clinical.data.mimic.request import Extraction
+from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.sources import long_table, meds
 from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
@@ -89,7 +90,7 @@ from medgemma_clinical.data.texts import (
     short_clause,
     with_space,
 )
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "TrajectoryDataset", "main"]

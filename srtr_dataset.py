@@ -33,6 +33,7 @@ from medgemma_clinical.commands.command_line import (
 )
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
+from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
@@ -47,7 +48,7 @@ from medgemma_clinical.data.srtr.files import find_table
 from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import Choice, Clause, Number, PromptOptions, direction, plain
-from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
 __all__ = ["ORGANS", "InputError", "SRTRTrajectoryDataset", "main"]

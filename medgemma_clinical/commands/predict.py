@@ -18,10 +18,11 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.predict_rows import count_implausible, score_rows
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
+from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.report import (

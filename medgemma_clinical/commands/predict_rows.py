@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
-from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.text_batches import TextCollator

@@ -79,6 +79,10 @@ class Data:
             "reading": dataset.reading,
             "features": list(dataset.features),
             "units": list(dataset.units),
+            "inputs": {
+                "facts": list(dataset.fact_names),
+                "prediction_time": dataset.prediction_hours is not None,
+            },
             "outcome": dataset.outcome,
             "question": dataset.question,
             "named": dataset.named,
@@ -159,13 +163,27 @@ def prepare_data(
     max_samples: int,
     seed: int,
     prompts: PromptOptions,
+    facts: bool = True,
+    prediction_time: bool = True,
     min_cell: int = FEWEST,
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
+
+    Args:
+        dataset: as read.
+        max_samples: most patients.
+        seed: of drawing and split.
+        prompts: what a prompt holds.
+        facts: whether a model reads the facts that the training part may tell.
+        prediction_time: whether a model reads the prediction time.
+        min_cell: patients of the smallest cell that any output shows.
 
     Raises:
         InputError: a part of the split would lack patients with or without an event.
     """
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
-    return Data(sample, sample.split(seed), prompts, data_sha256, rows_sha256, min_cell)
+    split = sample.split(seed)
+    names = sample.choose_facts(split["train"], min_cell) if facts else []
+    sample = sample.with_inputs(names, prediction_time=prediction_time)
+    return Data(sample, split, prompts, data_sha256, rows_sha256, min_cell)

@@ -12,18 +12,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.case_mix import ages_of, bands_of, case_mix_of, people_of, sexes_of
+from medgemma_clinical.data.facts import choose_facts, context_table, frequent_words
+from medgemma_clinical.data.ragged import RaggedSeries
 from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import draw_split, given_split
-from medgemma_clinical.data.summaries import context_facts, summary_features
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
@@ -36,7 +36,7 @@ from medgemma_clinical.data.texts import (
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from medgemma_clinical.data.scoring import ScoringRows
 
 logger = logging.getLogger(__name__)
 
@@ -47,41 +47,21 @@ FLOW_COLUMNS = ("rule", "removed", "left")
 """Columns of ``flow``: a rule, the rows that it removed, the rows left after it."""
 
 
-class Batch(TypedDict):
-    """Padded series: B patients, L observations, F features.
-
-    times (B, L) float32 hours since the patient's first observation, zero in padding;
-    values (B, L, F) float32 raw units, zero where not measured; observed (B, L, F) bool, all False
-    in padding rows; labels (B,) float32, NaN where unknown; index (B,) int64 into the data set;
-    plan: what an encoder that plans computes ahead of these series.
-    """
-
-    times: Tensor
-    values: Tensor
-    observed: Tensor
-    labels: Tensor
-    index: Tensor
-    plan: NotRequired[Any]
-
-
-class TrajectoryDataset:
+class TrajectoryDataset(RaggedSeries):
     """N irregular series with labels, patients and text; subclasses bring the clinical words.
 
-    Attributes:
+    Attributes, beside those of ``RaggedSeries``:
         name: the data set's key among the program's data sets, ``--dataset``.
         kind: the data's format, in a report's words.
         source_flag: the trainer's flag for the place of the data, without dashes.
         options: the trainer's flags that the constructor takes as keywords, None where not given.
-        times: (all observations,) float64 hours, not decreasing within a series.
-        values: (all observations, F) float64 raw units, NaN where not measured.
-        offsets: (N + 1,) int64; series i has rows ``offsets[i]:offsets[i + 1]``.
-        labels: (N,) float64 of 0 and 1, NaN where unknown.
         ids: (N,) str, the name of a row in prediction files.
         groups: (N,) str, the patient; the rows of a patient are in one part of a split.
         contexts: (N,) str, what else an LLM may read, may be empty.
+        statics: (N, number of ``static_names``) float64, declared facts, NaN where unknown.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
-        features: F names.
         units: F units, empty where a feature has none.
+        static_names: names of the declared facts.
         question: the question about a series, a sentence.
         outcome: the event in a few words; a report begins with it.
         time_scale: hours that are one unit of time to the encoder.
@@ -101,11 +81,17 @@ class TrajectoryDataset:
     source_flag: ClassVar[str]
     options: ClassVar[tuple[str, ...]]
     fixed_features: ClassVar[bool] = False
-    row_columns: ClassVar[tuple[str, ...]] = ("labels", "ids", "groups", "contexts", "parts")
+    reads_contexts: ClassVar[bool] = True
+    """Whether words and numbers of the contexts are facts beside the declared ones."""
+
+    row_columns: ClassVar[tuple[str, ...]] = (
+        *RaggedSeries.row_columns,
+        *("ids", "groups", "contexts", "parts", "statics"),
+    )
     """Attributes with one entry a series; a subclass that has more names them too."""
 
-    features: tuple[str, ...]
     units: tuple[str, ...]
+    static_names: tuple[str, ...] = ()
     question: str
     outcome: str
     time_scale: float
@@ -117,14 +103,11 @@ class TrajectoryDataset:
     flow: pd.DataFrame | None = None
     warnings: tuple[str, ...] = ()
 
-    times: NDArray[np.float64]
-    values: NDArray[np.float64]
-    offsets: NDArray[np.int64]
-    labels: NDArray[np.float64]
     ids: NDArray[np.str_]
     groups: NDArray[np.str_]
     contexts: NDArray[np.object_]
     parts: NDArray[np.str_] | None
+    statics: NDArray[np.float64] | None = None
 
     # ------------------------------------------------------------------ what a subclass brings
 
@@ -174,33 +157,6 @@ class TrajectoryDataset:
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
 
-    def __len__(self) -> int:
-        """Return N."""
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Observations a series, (N,)."""
-        return np.diff(self.offsets)
-
-    def longest_gaps(self) -> NDArray[np.float64]:
-        """Return the longest time between two observations of each series in hours, (N,)."""
-        gaps = np.diff(self.times, prepend=self.times[:1])
-        gaps[self.offsets[:-1]] = 0.0  # nothing precedes the first observation of a series
-        return np.maximum.reduceat(gaps, self.offsets[:-1]) if len(self) else np.empty(0)
-
-    def longest_gap(self) -> float:
-        """Return the longest time between two observations of one series, in hours."""
-        return float(self.longest_gaps().max())
-
-    def measured(self, i: int) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
-        """Yield position, times and values of each feature of series ``i`` that was measured."""
-        rows = slice(self.offsets[i], self.offsets[i + 1])
-        for f, values in enumerate(self.values[rows].T):
-            present = ~np.isnan(values)
-            if present.any():
-                yield f, self.times[rows][present], values[present]
-
     def check_measured(self, train: NDArray[np.int64], fewest: int) -> None:
         """Refuse a series that the training part never measures, or in a few patients alone.
 
@@ -237,55 +193,7 @@ class TrajectoryDataset:
         """Number of different patients."""
         return len(np.unique(self.groups))
 
-    def collate(self, indices: Sequence[int]) -> Batch:
-        """Pad the chosen series to one batch, in the given order.
-
-        Args:
-            indices: B positions in the data set.
-
-        Returns:
-            A ``Batch``; its L is the longest chosen series.
-        """
-        import torch  # loading takes a second that checking a file, and --help, need not wait
-
-        index = np.asarray(indices, dtype=np.int64)
-        positions, present = self._positions(index)
-        rows = np.where(present, positions, positions[:, :1])  # padding repeats the first: hour 0
-        times = self.times[rows] - self.times[positions[:, :1]]
-        values = self.values[rows].astype(np.float32)  # (B, L, F)
-        observed = ~np.isnan(values) & present[..., None]
-        return Batch(
-            times=torch.from_numpy(times.astype(np.float32)),
-            values=torch.from_numpy(np.where(observed, values, np.float32(0))),
-            observed=torch.from_numpy(observed),
-            labels=torch.from_numpy(self.labels[index].astype(np.float32)),
-            index=torch.from_numpy(index),
-        )
-
-    def _positions(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return flat rows (B, L) from the start of each chosen series, and which belong to it."""
-        starts = self.offsets[index][:, None]
-        lengths = self.offsets[index + 1][:, None] - starts
-        steps = np.arange(lengths.max(initial=0))
-        return starts + steps, steps < lengths
-
-    def rows_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the flat rows of the chosen series, joined."""
-        positions, present = self._positions(index)
-        return positions[present]
-
     # ------------------------------------------------------------------ choice of rows
-
-    def subset(self, indices: NDArray[np.int64]) -> Self:
-        """Return a data set of the chosen series only, in the given order."""
-        chosen = copy.copy(self)
-        rows = self.rows_of(indices)
-        chosen.times, chosen.values = self.times[rows], self.values[rows]
-        chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
-        for name in self.row_columns:
-            column = getattr(self, name)
-            setattr(chosen, name, None if column is None else column[indices])
-        return chosen
 
     def sample_patients(self, most: int, seed: int) -> Self:
         """Return all series of at most ``most`` patients, drawn by ``seed``; 0 means all.
@@ -362,11 +270,43 @@ class TrajectoryDataset:
             "Series": ", ".join(inputs),
         }
 
-    # ------------------------------------------------------------------ tables
+    # ------------------------------------------------------------------ what a head reads
 
-    def context_facts(self, train: NDArray[np.int64], fewest: int) -> pd.DataFrame:
-        """Return words and numbers of the contexts, N rows; see ``summaries.context_facts``."""
-        return context_facts(self.contexts.tolist(), train, self.groups, fewest)
+    def choose_facts(self, train: NDArray[np.int64], fewest: int) -> list[str]:
+        """Return the names of the facts that a model may learn from.
+
+        Args:
+            train: positions of the training part, which alone decides.
+            fewest: patients that a fact needs, see ``facts.choose_facts``.
+        """
+        part = self.subset(train)
+        words = frequent_words(part.contexts.tolist()) if self.reads_contexts else []
+        table = part.fact_table([*self.static_names, *words])
+        return choose_facts(table, part.groups, fewest)
+
+    def fact_table(self, names: Sequence[str]) -> pd.DataFrame:
+        """Return facts of each row by their names, N rows; NaN where unknown."""
+        words = [name for name in names if name not in self.static_names]
+        table = context_table(self.contexts.tolist(), words)
+        if self.statics is not None:
+            table[list(self.static_names)] = self.statics
+        return table[list(names)]
+
+    def with_inputs(self, facts: Sequence[str], *, prediction_time: bool) -> Self:
+        """Return the same rows with what a model reads beside the series.
+
+        Args:
+            facts: names of the facts.
+            prediction_time: whether the prediction time is read, where it is known.
+        """
+        chosen = copy.copy(self)
+        chosen.fact_names, chosen.facts = tuple(facts), self.fact_table(facts).to_numpy()
+        chosen._summaries = None
+        if not prediction_time:
+            chosen.prediction_hours = None
+        return chosen
+
+    # ------------------------------------------------------------------ tables
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Return what each simple model beside the encoder may see, N rows each.
@@ -374,7 +314,7 @@ class TrajectoryDataset:
         The number of observations alone detects leaks: a good model of it shows that sampling
         gives the outcome away.
         """
-        table = summary_features(self.times, self.values, self.lengths, self.features)
+        table = pd.DataFrame(self.summaries(), columns=self.summary_names())
         return {
             "last value": table[[f"{name} last" for name in self.features]],
             "number of observations": pd.DataFrame({"count": self.lengths}),
@@ -398,7 +338,8 @@ class TrajectoryDataset:
 
     def fingerprint(self) -> str:
         """Return a hash of all that a run can learn from: series, labels, patients, text, split."""
-        numbers = (self.times, self.values, self.offsets, self.labels)
+        numbers = [self.times, self.values, self.offsets, self.labels]
+        numbers += [x for x in (self.statics, self.prediction_hours) if x is not None]
         return hash_columns(numbers, (self.ids, self.groups, self.contexts, self.parts))
 
     def row_fingerprint(self) -> str:
@@ -414,35 +355,3 @@ def hash_columns(numbers: Sequence[NDArray[Any]], texts: Sequence[NDArray[Any] |
     for column in texts:
         digest.update(json.dumps([] if column is None else column.tolist()).encode())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class ScoringRows:
-    """Some rows to be scored, in the input's order.
-
-    Attributes:
-        ids: (n,) the name of each row.
-        numbers: (n,) its number in the file.
-        dataset: the m of them that can be read.
-        places: (m,) positions of those among the n.
-        read: bytes or rows of the input up to here.
-    """
-
-    ids: NDArray[Any]
-    numbers: NDArray[np.int64]
-    dataset: TrajectoryDataset
-    places: NDArray[np.int64]
-    read: int
-
-    def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> ScoringRows:
-        """Return the rows without those of the data set that ``bad`` (m,) marks; note why.
-
-        Raises:
-            InputError: there are such rows, and the findings are strict.
-        """
-        if not bad.any():
-            return self
-        for number in self.numbers[self.places[bad]].tolist():
-            findings.add_problem(number, problem)
-        good = np.flatnonzero(~bad)
-        return replace(self, dataset=self.dataset.subset(good), places=self.places[good])

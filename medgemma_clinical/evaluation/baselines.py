@@ -33,9 +33,9 @@ def baseline_tables(
         fewest: patients there who must have a word or number of a context.
     """
     tables = dict(dataset.baseline_inputs())
-    facts = dataset.context_facts(train_rows, fewest)
+    facts = dataset.fact_table(dataset.choose_facts(train_rows, fewest))
     if not facts.empty:
-        tables[f"{LOGISTIC} with context"] = tables[LOGISTIC].join(facts)
+        tables[f"{LOGISTIC} with facts"] = tables[LOGISTIC].join(facts)
     logistic = {name: table for name, table in tables.items() if name.startswith(LOGISTIC)}
     return tables | {name.replace(LOGISTIC, BOOSTING): table for name, table in logistic.items()}
 

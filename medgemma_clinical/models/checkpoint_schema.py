@@ -146,6 +146,10 @@ PLAIN = or_null(
         lambda value: any(rule.holds(value) for rule in (YES_NO, FINITE, NAME)),
     )
 )
+FACTS = Rule(
+    "a list of at most 10000 names",
+    lambda value: isinstance(value, list) and len(value) <= 10_000 and all_of(words(200), value),
+)
 
 DATA: Table = {
     "dataset": NAME,
@@ -160,6 +164,7 @@ DATA: Table = {
     },
     "features": some(words(200), 10_000),
     "units": some(words(100, empty=True), 10_000),
+    "inputs": {"facts": FACTS, "prediction_time": YES_NO},
     "outcome": words(200),
     "question": words(2000),
     "named": YES_NO,

@@ -11,7 +11,8 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.models.encoder_plan import Plan
 
 if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
+    from medgemma_clinical.data.ragged import Batch
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 
 @runtime_checkable

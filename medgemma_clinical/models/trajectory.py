@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgemma_clinical.data.trajectories import Batch
+from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.models.encoder import Encoder, encode
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from medgemma_clinical.data.trajectories import Batch
+from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.encoder import Encoder, encode
 from medgemma_clinical.models.trajectory import (

@@ -38,8 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
+from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.data.training_data import prepare_data
-from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.models.encoder import encode
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.training.checkpoint_store import CheckpointStore

@@ -1,0 +1,87 @@
+"""Facts of a patient: declared columns, and the words and numbers of the contexts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.small_cells import count_patients, is_small
+from medgemma_clinical.data.texts import NUMBER
+
+CONTEXT_NUMBER = re.compile(
+    rf"(?:(?<![^\W\d_])([^\W\d_]++)[ :=]++)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?"
+)
+"""A number in a context with the word before or behind it. A word is tried from its first letter
+alone: from each letter on, a long word would take the square of its length."""
+
+NUMBER_ENDING = " (number)"
+"""Ending of the name of a context's number; names of words have none."""
+
+RAREST_WORD = 0.01
+"""Share of the training contexts that must hold a word or number for it to become a fact."""
+
+
+def facts_of(context: str) -> dict[str, float]:
+    """Return the words of a text, and its numbers by the word behind or before them."""
+    facts = {word.lower(): 1.0 for word in re.findall(r"[^\W\d_]{2,}", context)}
+    for before, value, behind in re.findall(CONTEXT_NUMBER, context):
+        if word := (behind or before).lower():
+            facts.pop(word, None)
+            facts[word + NUMBER_ENDING] = float(value)
+    return facts
+
+
+def context_table(contexts: Sequence[str], names: Sequence[str]) -> pd.DataFrame:
+    """Return chosen words and numbers of the contexts, one column a name.
+
+    Args:
+        contexts: N texts; an empty one says nothing.
+        names: keys of ``facts_of``.
+
+    Returns:
+        N rows; each number under its word (``54-year-old``, ``76 kg``, ``BMI 27``), NaN where
+        absent; 1 or 0 for each other word, NaN where the context is empty.
+    """
+    rows = [facts_of(context) for context in contexts]
+    chosen = [{name: row[name] for name in names if name in row} for row in rows]
+    table = pd.DataFrame(chosen, columns=list(names), index=range(len(contexts)), dtype=float)
+    words = [name for name in names if not name.endswith(NUMBER_ENDING)]
+    told = np.array([bool(row) for row in rows], dtype=bool)
+    table.loc[told, words] = table.loc[told, words].fillna(0.0)
+    return table
+
+
+def frequent_words(contexts: Sequence[str]) -> list[str]:
+    """Return, sorted, the words and numbers that at least ``RAREST_WORD`` of some contexts hold."""
+    counts = pd.Series([name for text in contexts for name in facts_of(text)], dtype=object)
+    shares = counts.value_counts() / max(len(contexts), 1)
+    return sorted(shares.index[shares >= RAREST_WORD])
+
+
+def choose_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> list[str]:
+    """Return the names of the facts that a model may learn from.
+
+    The weights keep mean and spread of each fact: of one patient they are the patient's own value,
+    and of a fact with two values they give the number of patients with each.
+
+    Args:
+        table: facts of the n rows of the training part, NaN where unknown.
+        groups: (n,) the patient of each row.
+        fewest: patients that must have the fact, and each of its values where there are two.
+
+    Returns:
+        Names of columns, without those of one value alone.
+    """
+    chosen = []
+    for name in table:
+        column = table[name].to_numpy()
+        values = np.unique(column[~np.isnan(column)])
+        cells = [column == value for value in values] if len(values) == 2 else [~np.isnan(column)]
+        small = any(is_small(count_patients(groups, cell), fewest) for cell in cells)
+        if len(values) > 1 and not small:
+            chosen.append(str(name))
+    return chosen
