@@ -6,6 +6,9 @@ observation a GRU cell updates it::
     dh/dt = f(h)                               for the hours that pass
     h     = GRU(relu(W inputs of the observation), h)
 
+``dynamics`` replaces the equation by an exponential decay towards a learned state, or by nothing:
+the state is held, and the update alone reads the gaps.
+
 Source: Rubanova, Chen, Duvenaud 2019, "Latent ODEs for Irregularly-Sampled Time Series".
 
 Each patient is integrated over their own gaps although the whole batch advances together:
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medgemma_clinical.files import RunFault
+from medgemma_clinical.models.checkpoint_schema import DYNAMICS
 from medgemma_clinical.models.encoder_plan import (
     FEATURE_INPUTS,
     TIME_INPUTS,
@@ -70,6 +74,25 @@ class VectorField(nn.Module):
         return derivative
 
 
+class Decay(nn.Module):
+    """The solution of dh/dt = r (target - h) with a learned target and rate r > 0 a component.
+
+    Source: Che et al. 2018, "Recurrent Neural Networks for Multivariate Time Series with Missing
+    Values" (GRU-D), whose states decay towards zero.
+    """
+
+    def __init__(self, hidden_dim: int) -> None:
+        """Start at a target of zero and a rate of 0.7 per ``time_scale``."""
+        super().__init__()
+        self.target = nn.Parameter(torch.zeros(hidden_dim))
+        self.raw_rate = nn.Parameter(torch.zeros(hidden_dim))
+
+    def forward(self, state: Tensor, dt: Tensor) -> Tensor:
+        """Return the states (n, H) after ``dt`` (n,), in units of ``time_scale``."""
+        kept = torch.exp(-functional.softplus(self.raw_rate) * dt.unsqueeze(1))
+        return self.target + kept * (state - self.target)
+
+
 def rk4_step(field: nn.Module, state: Tensor, dt: Tensor) -> Tensor:
     """Return the states (n, H) after one classical Runge-Kutta step, each row's of its own length.
 
@@ -101,13 +124,16 @@ class ClinicalODERNN(nn.Module):
         atol: absolute tolerance of torchdiffeq's solvers.
         field: the right-hand side, any module from states (n, H) to derivatives (n, H) per
             ``time_scale``; a new ``VectorField`` if None. Not part of ``config``.
+        dynamics: ``ode`` follows the field; ``decay`` is a ``Decay`` in closed form; ``none`` holds
+            the state. The last two need no solver.
 
     Attributes:
         fused: whether rk4 may use the fast path where field and update are the stock modules. It
             has no second derivative.
 
     Raises:
-        ValueError: a size, scale or tolerance that is not positive, or an unknown solver.
+        ValueError: a size, scale or tolerance that is not positive, an unknown solver or unknown
+            dynamics, or a field beside other dynamics than ``ode``.
     """
 
     name: ClassVar[str] = "ode_rnn"
@@ -124,6 +150,7 @@ class ClinicalODERNN(nn.Module):
         rtol: float = 1e-3,
         atol: float = 1e-4,
         field: nn.Module | None = None,
+        dynamics: str = "ode",
     ) -> None:
         """Make the layers; weights come from torch's global generator."""
         super().__init__()
@@ -133,7 +160,10 @@ class ClinicalODERNN(nn.Module):
             raise ValueError(f"time_scale must be a positive number of hours, got {time_scale}")
         if not (0 < rtol < math.inf and 0 < atol < math.inf):
             raise ValueError(f"rtol {rtol} and atol {atol} must be positive")
+        if dynamics not in DYNAMICS or (field is not None and dynamics != "ode"):
+            raise ValueError(f"dynamics {dynamics!r}: one of {', '.join(DYNAMICS)}; a field is ode")
         check_solver(solver)
+        self.dynamics = dynamics
         self.input_dim = input_dim
         self.hidden_dim = hidden_dim
         self.time_scale = float(time_scale)
@@ -141,7 +171,10 @@ class ClinicalODERNN(nn.Module):
         self.rtol = float(rtol)
         self.atol = float(atol)
         self.fused = True
-        self.field = VectorField(hidden_dim) if field is None else field
+        if field is None:
+            stock = {"ode": VectorField, "decay": Decay}.get(dynamics)
+            field = nn.Identity() if stock is None else stock(hidden_dim)
+        self.field = field
         self.read = nn.Linear((1 + FEATURE_INPUTS) * input_dim + TIME_INPUTS, INPUT_WIDTH)
         self.update: nn.Module = nn.GRUCell(INPUT_WIDTH, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
@@ -151,7 +184,7 @@ class ClinicalODERNN(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """The keywords that rebuild this encoder, but for a ``field`` of the caller's own."""
-        names = ("input_dim", "hidden_dim", "time_scale", "solver", "rtol", "atol")
+        names = ("input_dim", "hidden_dim", "time_scale", "solver", "rtol", "atol", "dynamics")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -191,30 +224,37 @@ class ClinicalODERNN(nn.Module):
         self.value_mean.copy_(mean.nan_to_num(nan=0.0))
         self.value_std.copy_(torch.where(std > 1e-9 * mean.abs(), std, 1.0))
 
-    def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
+    def forward(
+        self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None
+    ) -> Tensor:
         """Encode a padded batch.
 
         Args:
             times: (B, L) hours, not decreasing over a patient's observations.
             values: (B, L, F) raw units; the entries at unobserved places do not matter.
             observed: (B, L, F) bool; rows that are all False are padding behind the series.
+            until: (B,) hours to which the state is carried behind the last observation.
 
         Returns:
-            (B, L, H) layer-normalised state after each observation, zero in padding rows.
+            (B, L, H) layer-normalised state after each observation, zero in padding rows; with
+            ``until`` (B, L + 1, H), the last column holding the states carried there.
 
         Raises:
             ValueError: wrong shapes, decreasing times, a value that is not finite at an observed
-                place, a patient without observation, or a derivative by times.
+                place, a patient without observation, an end before the last observation, or a
+                derivative by times.
         """
-        return self.run(self.plan(times, values, observed))
+        return self.run(self.plan(times, values, observed, until))
 
-    def plan(self, times: Tensor, values: Tensor, observed: Tensor) -> Plan:
+    def plan(
+        self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None
+    ) -> Plan:
         """Check a batch and plan its pass; arguments and errors as in ``forward``.
 
         The plan is made on the host: made ahead from tensors that are still there, nothing waits
         for the device.
         """
-        return build_plan(times, values, observed, self._solver_config)
+        return build_plan(times, values, observed, self._solver_config, until)
 
     def run(self, plan: Plan) -> Tensor:
         """Encode a planned batch as ``forward`` does.
@@ -229,10 +269,12 @@ class ClinicalODERNN(nn.Module):
         read = functional.relu(self.read(self.inputs(plan)))  # (P, R)
         with full_precision(device):
             # Under autocast the layer's output is narrower than the weights.
-            states = self._run_steps(read.to(self.value_mean.dtype), plan)  # (P, H)
-            states = self.norm(states)
+            raw = self._run_steps(read.to(self.value_mean.dtype), plan)  # (P, H)
+            states = self.norm(raw)
+            carried = self.norm(self._carry(raw, plan))  # (B, H)
         result = states.new_zeros(plan.shape[0] * plan.shape[1], self.hidden_dim)
-        return result.index_copy(0, plan.observation_index, states).view(*plan.shape, -1)
+        result = result.index_copy(0, plan.observation_index, states).view(*plan.shape, -1)
+        return result if plan.carry is None else torch.cat([result, carried.unsqueeze(1)], dim=1)
 
     def inputs(self, plan: Plan) -> Tensor:
         """Return what the input layer reads of each observation, (P, 4F + 3).
@@ -266,8 +308,20 @@ class ClinicalODERNN(nn.Module):
                 state = state.index_copy(0, rows, updated[-1])
         return torch.cat(updated)
 
+    def _carry(self, states: Tensor, plan: Plan) -> Tensor:
+        """Return each patient's state (B, H) at the end of the series, from states (P, H)."""
+        state = states.index_select(0, plan.last)
+        for dt in () if plan.carry is None else plan.carry:
+            state = self._advance(state, dt)
+        return state
+
     def _advance(self, state: Tensor, dt: Tensor) -> Tensor:
         """Return the states (n, H) after ``dt`` (n,), each row by its own number of steps."""
+        if self.dynamics == "none":
+            return state
+        if isinstance(self.field, Decay):
+            decayed: Tensor = self.field(state, dt)
+            return decayed
         if self.solver == "rk4":
             return rk4_step(self.field, state, dt)
         if not is_fixed_step(self.solver):
@@ -304,7 +358,8 @@ class ClinicalODERNN(nn.Module):
 
     @property
     def _solver_config(self) -> SolverConfig:
-        longest_step = MAX_SCALED_STEP if self.solver == "rk4" else math.inf
+        steps = self.solver == "rk4" and self.dynamics == "ode"
+        longest_step = MAX_SCALED_STEP if steps else math.inf
         return SolverConfig(
             n_features=self.input_dim,
             solver=self.solver,

@@ -56,7 +56,12 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
-from medgemma_clinical.models.checkpoint_schema import LORA_RANK, PREFIX_TOKENS
+from medgemma_clinical.models.checkpoint_schema import (
+    DYNAMICS,
+    LORA_RANK,
+    MEMBERS,
+    PREFIX_TOKENS,
+)
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
 DATASETS: dict[str, type[MIMICtrajectoryDataset] | type[SRTRTrajectoryDataset]] = {
@@ -180,6 +185,15 @@ def add_model_flags(parser: Parser) -> None:
         help="ODE-RNN time normalization in hours; JSON or 72.0 (DKA), 8760 (kidney), 2160 (liver)",
     )
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
+    add("--dynamics", choices=DYNAMICS, help="between observations: ODE, decay, or nothing; ode")
+    add("--members", type=number(int, *MEMBERS), help="encoders whose logits are averaged; 1")
+    add("--facts", choices=("on", "off"), default="on", help="facts of the patient are inputs")
+    add(
+        "--prediction_time",
+        choices=("on", "off"),
+        default="on",
+        help="carry the state to the prediction time, where it is known",
+    )
     add = parser.add_argument_group("language model").add_argument
     add("--model_name", default=DEFAULT_MODEL, help="a Gemma 3: hub id, folder, or tiny")
     add(
@@ -258,13 +272,14 @@ from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
-    encoder_config,
     load_llm,
     load_trajectory,
+    read_trajectory,
     save_llm,
     save_trajectory,
+    stage1_config,
 )
-from medgemma_clinical.models.encoder import Encoder, check_gaps, collate_with_plan
+from medgemma_clinical.models.encoder import check_gaps, collate_with_plan
 from medgemma_clinical.models.generation import report_tokens
 from medgemma_clinical.models.language_model import (
     add_lora,
@@ -274,8 +289,11 @@ from medgemma_clinical.models.language_model import (
     set_checkpointing,
 )
 from medgemma_clinical.models.text_batches import TextCollator, encode_all
-from medgemma_clinical.models.trained_model import load_stage1_encoder, stage1_risks
-from medgemma_clinical.models.trajectory import PooledHead, TrajectoryClassifier
+from medgemma_clinical.models.trained_model import load_stage1, stage1_risks
+from medgemma_clinical.models.trajectory import (
+    TrajectoryClassifier,
+    fit_member,
+)
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.checkpoint_store import CheckpointStore
@@ -344,20 +362,17 @@ def prompt_options(args: argparse.Namespace) -> PromptOptions:
 
 def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Wire stage 1: encoder and head, no language model."""
-    encoder = make_encoder(args, data)
-    model = TrajectoryClassifier(encoder, data.prevalence())
-    config = {
-        "stage": "trajectory",
-        "encoder": encoder_config(encoder),
-        **data.description(),
-    }
+    model = make_stage1(args, data)
+    config = {"stage": "trajectory", **stage1_config(model), **data.description()}
     patients = data.training_patients()
 
     return Stage(
         name="trajectory",
         model=model,
-        learning_rates={"encoder": args.encoder_lr, "head": args.encoder_lr},
-        loaders=make_loaders(data.split, args.batch_size, collate_with_plan(data.dataset, encoder)),
+        learning_rates={"members": args.encoder_lr},
+        loaders=make_loaders(
+            data.split, args.batch_size, collate_with_plan(data.dataset, model.encoder)
+        ),
         epochs=args.trajectory_epochs,
         patience=args.patience,
         monitor="val_auroc",
@@ -376,8 +391,7 @@ class LLMParts:
     """What stages 2 and 3 build their model from.
 
     Attributes:
-        encoder: None where the language model reads text alone.
-        head: stage 1's; None where its logit is not added.
+        stage1: None where the language model reads text alone.
         llm: with a new LoRA adapter.
         tokenizer: of the language model.
         collate: tokenised prompts, and reports for stage 3.
@@ -385,8 +399,7 @@ class LLMParts:
         tokens: P.
     """
 
-    encoder: Encoder | None
-    head: PooledHead | None
+    stage1: TrajectoryClassifier | None
     llm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     collate: TextCollator
@@ -396,7 +409,6 @@ class LLMParts:
     def keywords(self) -> dict[str, Any]:
         """Return the keywords of ``TrajectoryLLM``."""
         return {
-            "trajectory_head": self.head,
             "tokens": self.tokens,
             "scale": self.scale,
             "bos": self.collate.bos,
@@ -408,14 +420,14 @@ def classification_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Wire stage 2: soft prompt and text, a linear head on the language model's last position."""
     parts = make_llm_parts(args, data, answers=False)
     prevalence = data.prevalence()
-    model = LLMClassifier(parts.encoder, parts.llm, prevalence=prevalence, **parts.keywords())
+    model = LLMClassifier(parts.stage1, parts.llm, prevalence=prevalence, **parts.keywords())
     return llm_stage(args, data, model, parts, {})
 
 
 def generative_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Wire stage 3: soft prompt and text, the language model writes verdict and report."""
     parts = make_llm_parts(args, data, answers=True)
-    model = LLMWriter(parts.encoder, parts.llm, **parts.keywords())
+    model = LLMWriter(parts.stage1, parts.llm, **parts.keywords())
     most = report_tokens(parts.collate)
     return replace(
         llm_stage(args, data, model, parts, {"report_tokens": most}),
@@ -447,8 +459,7 @@ def llm_stage(
     if args.gradient_checkpointing:
         set_checkpointing(model.llm)
     rates = {
-        "encoder": args.encoder_lr,
-        "trajectory_head": args.encoder_lr,
+        "stage1": args.encoder_lr,
         "projection": args.projection_lr,
         "llm": args.adapter_lr,
         "head": args.head_lr,
@@ -477,8 +488,8 @@ def llm_stage(
 
 
 def make_llm_parts(args: argparse.Namespace, data: Data, *, answers: bool) -> LLMParts:
-    """Make encoder, head, adapted language model and tokenised texts of stage 2 or 3."""
-    encoder, head = make_encoder_and_head(args, data)  # before minutes go into the language model
+    """Make stage 1, adapted language model and tokenised texts of stage 2 or 3."""
+    stage1 = stage1_of(args, data)  # before minutes go into the language model
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     base, tokenizer = load_language_model(
         args.model_name, args.quantization, dtype, default_device()
@@ -489,20 +500,19 @@ def make_llm_parts(args: argparse.Namespace, data: Data, *, answers: bool) -> LL
     seed_everything(args.seed)
     llm = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
     tokens = min(args.num_prefix_tokens, int(data.dataset.lengths.max()))
-    return LLMParts(encoder, head, llm, tokenizer, collate, scale, tokens)
+    return LLMParts(stage1, llm, tokenizer, collate, scale, tokens)
 
 
 def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> dict[str, Any]:
     """Return the checkpoint's configuration: base model, what the model reads, its data."""
-    encoder = model.encoder
+    without: dict[str, Any] = {"encoder": None, "members": 0}
     return {
         "stage": args.mode,
         **base_facts(args.model_name),
         "base_class": type(model.llm.get_base_model()).__name__,
         "quantization": args.quantization,
         "precision": args.precision,
-        "encoder": None if encoder is None else encoder_config(encoder),
-        "trajectory_head": model.trajectory_head is not None,
+        **(without if model.stage1 is None else stage1_config(model.stage1)),
         "num_prefix_tokens": model.tokens,
         "prompts": asdict(data.prompts),
         "max_text_tokens": args.max_text_tokens,
@@ -510,46 +520,41 @@ def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> di
     }
 
 
-def make_encoder_and_head(
-    args: argparse.Namespace, data: Data
-) -> tuple[Encoder | None, PooledHead | None]:
-    """Return encoder and head for a language model, both None where it reads text alone.
+def stage1_of(args: argparse.Namespace, data: Data) -> TrajectoryClassifier | None:
+    """Return the stage 1 of a language model, None where it reads text alone.
 
-    Those of a stage 1 file are frozen. Without a file both learn; a frozen random encoder has
-    nothing that a head could add.
+    That of a file is frozen; without a file a new one learns.
     """
     if args.soft_prompt == "off":
-        return None, None
-    if args.ode_checkpoint:
-        encoder, weights = load_stage1_encoder(
-            args.ode_checkpoint, ENCODERS, args.solver, args.time_scale, data
-        )
-        head = PooledHead(encoder.hidden_dim, data.prevalence())
-        head.load_state_dict(weights)
-        check_gaps(encoder, data.dataset)
-        return encoder.requires_grad_(False), head.requires_grad_(False)
-    encoder = make_encoder(args, data)
-    return encoder, None if args.freeze_ode else PooledHead(encoder.hidden_dim, data.prevalence())
+        return None
+    if args.ode_checkpoint is None:
+        return make_stage1(args, data)
+    model = load_stage1(args.ode_checkpoint, ENCODERS, vars(args), data)
+    check_gaps(model.encoder, data.dataset)
+    return model.requires_grad_(False)
 
 
-def make_encoder(args: argparse.Namespace, data: Data) -> Encoder:
-    """Make a new encoder, its normaliser fitted to the training part.
+def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
+    """Make members of new weights, their scales fitted to the training part.
 
     Raises:
         InputError: the training part cannot be normalised, or a gap is too long.
     """
-    seed_everything(args.seed)
-    dataset = data.dataset
+    dataset, train = data.dataset, data.split["train"]
+    dataset.check_measured(train, data.min_cell)
     scale = data.time_scale(args.time_scale)
-    encoder = DEFAULT_ENCODER(len(dataset.features), time_scale=scale, solver=args.solver)
-    dataset.check_measured(data.split["train"], data.min_cell)
-    values = torch.from_numpy(dataset.values[dataset.rows_of(data.split["train"])]).float()
-    try:
-        encoder.fit_normalizer(values, ~values.isnan())
-    except ValueError as error:
-        raise InputError(f"{error} (features: {', '.join(dataset.features)})") from error
-    check_gaps(encoder, data.dataset)
-    return encoder.requires_grad_(not args.freeze_ode)
+    members = []
+    for member in range(args.members or 1):
+        seed_everything((args.seed + member) % 2**32)
+        encoder = DEFAULT_ENCODER(
+            len(dataset.features),
+            time_scale=scale,
+            solver=args.solver,
+            dynamics=args.dynamics or DYNAMICS[0],
+        ).requires_grad_(not args.freeze_ode)
+        members.append(fit_member(encoder, dataset, train, data.prevalence()))
+    check_gaps(members[0].encoder, dataset)
+    return TrajectoryClassifier(members)
 
 
 # --------------------------------------------------------------------------- the one loop
@@ -766,6 +771,9 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
         max_samples=args.max_samples,
         seed=args.seed,
         prompts=prompt_options(args),
+        inputs=args.ode_checkpoint and read_trajectory(args.ode_checkpoint).config["inputs"],
+        facts=args.facts == "on",
+        prediction_time=args.prediction_time == "on",
         min_cell=args.min_cell,
     )
     facts, before = run_facts(args, data), folder_identity(folder)

@@ -23,8 +23,8 @@ from medgemma_clinical.training.stage import Stage
 logger = logging.getLogger(__name__)
 
 PARTS = {
-    "encoder": "encoder",
-    "trajectory_head": "stage 1's head",
+    "members": "encoder and head",
+    "stage1": "stage 1",
     "projection": "projection",
     "llm": "LoRA adapter",
     "head": "head",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.loaders import LengthBatches
 
@@ -39,7 +41,8 @@ def score_rows(
     Raises:
         InputError: a row cannot be scored, and the findings are strict.
     """
-    rows = _without_long_gaps(rows, trained, findings)
+    dataset = rows.dataset.with_inputs(**trained.config["inputs"])
+    rows = _without_long_gaps(replace(rows, dataset=dataset), trained, findings)
     rows, text = _without_long_texts(rows, trained, findings)
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
@@ -69,8 +72,12 @@ def score_rows(
 
 def _without_long_gaps(rows: ScoringRows, trained: TrainedModel, findings: Findings) -> ScoringRows:
     """Leave out rows with a gap between two observations that the encoder does not accept."""
-    longest = float(getattr(trained.model.encoder, "longest_gap_hours", np.inf))
-    problem = f"two observations lie more than {longest:g} h apart"
+    model = trained.model
+    stage1 = model if isinstance(model, TrajectoryClassifier) else model.stage1
+    if stage1 is None:
+        return rows
+    longest = stage1.encoder.longest_gap_hours
+    problem = f"more than {longest:g} h pass without an observation"
     return rows.without(rows.dataset.longest_gaps() > longest, problem, findings)
 
 

@@ -21,6 +21,9 @@ alone: from each letter on, a long word would take the square of its length."""
 NUMBER_ENDING = " (number)"
 """Ending of the name of a context's number; names of words have none."""
 
+CONTEXT_FACT = re.compile(rf"(?:[^\W\d_]|%)+(?:{re.escape(NUMBER_ENDING)})?")
+"""Name of a word or number of a context; a declared fact has an underscore or a space in it."""
+
 RAREST_WORD = 0.01
 """Share of the training contexts that must hold a word or number for it to become a fact."""
 

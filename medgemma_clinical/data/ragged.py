@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.summaries import SINCE_LAST, STATISTICS, summary_features
+from medgemma_clinical.data.summaries import SINCE_LAST, summary_features, summary_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,10 @@ class RaggedSeries:
             if present.any():
                 yield f, self.times[rows][present], values[present]
 
+    def known_facts(self) -> NDArray[np.float64]:
+        """Return the facts (N, K); K is 0 before they are chosen."""
+        return np.empty((len(self), 0)) if self.facts is None else self.facts
+
     def prediction_times(self) -> NDArray[np.float64]:
         """Return when each question is asked (N,), the last observation where it is unknown."""
         last = self.times[self.offsets[1:] - 1]
@@ -110,8 +114,7 @@ class RaggedSeries:
 
     def summary_names(self) -> list[str]:
         """Return the S names of the columns of ``summaries``."""
-        names = [f"{name} {statistic}" for name in self.features for statistic in STATISTICS]
-        return names if self.prediction_hours is None else [*names, SINCE_LAST]
+        return summary_names(self.features, prediction_time=self.prediction_hours is not None)
 
     def summaries(self) -> NDArray[np.float64]:
         """Return the statistics of each series (N, S), computed once.
@@ -152,7 +155,7 @@ class RaggedSeries:
             observed=torch.from_numpy(observed),
             prediction_hours=tensor(self.prediction_times()[index] - self.times[positions[:, 0]]),
             summaries=tensor(self.summaries()[index]),
-            facts=tensor(np.empty((len(index), 0)) if self.facts is None else self.facts[index]),
+            facts=tensor(self.known_facts()[index]),
             labels=tensor(self.labels[index]),
             index=torch.from_numpy(index),
         )

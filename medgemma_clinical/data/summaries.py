@@ -47,3 +47,9 @@ def summary_features(
         for statistic in STATISTICS:
             columns[f"{name} {statistic}"] = table[statistic].reindex(range(len(lengths)))
     return pd.DataFrame(columns, index=range(len(lengths)))
+
+
+def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str]:
+    """Return the names of all summaries of series, see ``RaggedSeries.summaries``."""
+    names = [f"{name} {statistic}" for name in features for statistic in STATISTICS]
+    return [*names, SINCE_LAST] if prediction_time else names

@@ -163,6 +163,7 @@ def prepare_data(
     max_samples: int,
     seed: int,
     prompts: PromptOptions,
+    inputs: dict[str, Any] | None = None,
     facts: bool = True,
     prediction_time: bool = True,
     min_cell: int = FEWEST,
@@ -174,16 +175,21 @@ def prepare_data(
         max_samples: most patients.
         seed: of drawing and split.
         prompts: what a prompt holds.
-        facts: whether a model reads the facts that the training part may tell.
-        prediction_time: whether a model reads the prediction time.
+        inputs: what a stage 1 reads beside the series, as in ``Data.description``; None chooses.
+        facts: whether the facts that the training part may tell are chosen.
+        prediction_time: whether the prediction time is read where it is known.
         min_cell: patients of the smallest cell that any output shows.
 
     Raises:
-        InputError: a part of the split would lack patients with or without an event.
+        InputError: a part of the split would lack patients with or without an event, or the data
+            lack one of ``inputs``.
     """
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
-    names = sample.choose_facts(split["train"], min_cell) if facts else []
-    sample = sample.with_inputs(names, prediction_time=prediction_time)
+    if inputs is None:
+        names = sample.choose_facts(split["train"], min_cell) if facts else []
+        known = sample.prediction_hours is not None
+        inputs = {"facts": names, "prediction_time": prediction_time and known}
+    sample = sample.with_inputs(**inputs)
     return Data(sample, split, prompts, data_sha256, rows_sha256, min_cell)

@@ -20,7 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.case_mix import ages_of, bands_of, case_mix_of, people_of, sexes_of
-from medgemma_clinical.data.facts import choose_facts, context_table, frequent_words
+from medgemma_clinical.data.facts import CONTEXT_FACT, choose_facts, context_table, frequent_words
 from medgemma_clinical.data.ragged import RaggedSeries
 from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import draw_split, given_split
@@ -297,8 +297,24 @@ class TrajectoryDataset(RaggedSeries):
 
         Args:
             facts: names of the facts.
-            prediction_time: whether the prediction time is read, where it is known.
+            prediction_time: whether the prediction time is read.
+
+        Raises:
+            InputError: the data do not have a declared fact, or no prediction time.
         """
+        lacking = [
+            name
+            for name in facts
+            if name not in self.static_names
+            and not (self.reads_contexts and CONTEXT_FACT.fullmatch(name))
+        ]
+        if prediction_time and self.prediction_hours is None:
+            lacking.append("prediction_hours")
+        if lacking:
+            raise InputError(
+                f"{self.source}: the model reads {', '.join(lacking)}: add the columns, their "
+                "cells empty where unknown"
+            )
         chosen = copy.copy(self)
         chosen.fact_names, chosen.facts = tuple(facts), self.fact_table(facts).to_numpy()
         chosen._summaries = None

@@ -20,9 +20,13 @@ from medgemma_clinical.files import InputError
 LARGEST_COUNT = 10**9
 """Largest count that a flag or a checkpoint may name."""
 
+DYNAMICS = ("ode", "decay", "none")
+"""What happens to a state between two observations, ``--dynamics``."""
+
+MEMBERS = (1, 100)
 PREFIX_TOKENS = (1, 4096)
 LORA_RANK = (1, 1024)
-"""Bounds of ``--num_prefix_tokens`` and ``--lora_rank``."""
+"""Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
 
 LONGEST_CONTEXT = 131_072
 """Tokens that a Gemma 3 reads at most. Source: Gemma 3 technical report, 2025."""
@@ -182,8 +186,9 @@ ENCODER: Table = {
     "solver": maybe(NAME),
     "rtol": maybe(TOLERANCE),
     "atol": maybe(TOLERANCE),
+    "dynamics": maybe(NAME),
 }
-"""Of ``encoder_config``; another encoder has further keywords, of plain types."""
+"""Of an encoder; another encoder has further keywords, of plain types."""
 
 DECISION: Table = {
     "slope": real(0, 1e6, above=True),
@@ -208,14 +213,16 @@ LANGUAGE_MODEL: Table = {
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),
 }
+STAGE_1: Table = {"encoder": ENCODER, "members": whole(*MEMBERS)}
+"""Of ``stage1_config``."""
+
 SOFT_PROMPT: Table = {
-    "encoder": ENCODER,
-    "trajectory_head": YES_NO,
+    **STAGE_1,
     "num_prefix_tokens": whole(*PREFIX_TOKENS),
 }
 TEXT_ALONE: Table = {
     "encoder": ABSENT,
-    "trajectory_head": Rule("false", lambda value: value is False),
+    "members": whole(0, 0),
     "num_prefix_tokens": whole(0, 0),
 }
 REPORTS: Table = {"report_tokens": whole(1, LONGEST_CONTEXT)}
@@ -243,7 +250,7 @@ def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
     _check(where, {"stage": one_of(*stages)}, config)
     check_data(where, config)
     if config["stage"] == "trajectory":
-        _check(where, {"encoder": ENCODER}, config)
+        _check(where, STAGE_1, config)
     else:
         _check(where, LANGUAGE_MODEL, config)
         _check_further(where, "prompts", config["prompts"], PROMPTS, NONE)

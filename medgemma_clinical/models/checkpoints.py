@@ -1,8 +1,8 @@
 """Trained weights on the disk: written whole, read without running anything they may carry.
 
-Stage 1 is one file: encoder with its normaliser, head, configuration, hashes of the patients that
-trained. Stages 2 and 3 are a folder: adapter/ (PEFT), modules.safetensors (all parts beside the
-language model), config.json, README.md, NOTICE.
+Stage 1 is one file: encoders with their normalisers, heads, configuration, hashes of the patients
+that trained. Stages 2 and 3 are a folder: adapter/ (PEFT), modules.safetensors (all parts beside
+the language model), config.json, README.md, NOTICE.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.models.checkpoint_schema import check_adapter, check_config
-from medgemma_clinical.models.encoder import Encoder
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -83,22 +82,22 @@ def licence(base_model: str | None) -> str:
 class TrajectoryCheckpoint:
     """Content of a stage 1 file.
 
-    encoder and head are state dicts; train_patients (n,) int64, sorted hashes of the patients that
-    trained.
+    weights is the state dict of a ``TrajectoryClassifier``; train_patients (n,) int64, sorted
+    hashes of the patients that trained.
     """
 
     config: dict[str, Any]
-    encoder: dict[str, Tensor]
-    head: dict[str, Tensor]
+    weights: dict[str, Tensor]
     train_patients: NDArray[np.int64]
 
 
 # ------------------------------------------------------------------ configuration
 
 
-def encoder_config(encoder: Encoder) -> dict[str, Any]:
-    """Return what rebuilds an encoder: its registered name and its constructor's keywords."""
-    return {"name": encoder.name, **encoder.config}
+def stage1_config(stage1: TrajectoryClassifier) -> dict[str, Any]:
+    """Return what rebuilds stage 1: its encoders' name and keywords, and the number of members."""
+    encoder = stage1.encoder
+    return {"encoder": {"name": encoder.name, **encoder.config}, "members": len(stage1.members)}
 
 
 def check_format(place: Path, found: object) -> None:
@@ -135,8 +134,7 @@ def save_trajectory(
     content = {
         "format": CHECKPOINT_FORMAT,
         "config": config,
-        "encoder": model.get_submodule("encoder").state_dict(),
-        "head": model.head.state_dict(),
+        "weights": model.state_dict(),
         "train_patients": torch.from_numpy(train_patients),
     }
     buffer = io.BytesIO()  # a full disk is then an OSError as everywhere
@@ -194,9 +192,8 @@ def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
     """
     checkpoint = read_trajectory(path)
     try:
-        check_floating({**checkpoint.encoder, **checkpoint.head})
-        model.get_submodule("encoder").load_state_dict(checkpoint.encoder)
-        model.head.load_state_dict(checkpoint.head)
+        check_floating(checkpoint.weights)
+        model.load_state_dict(checkpoint.weights)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise _unfit(path) from error
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class Encoder(Protocol):
     """A module that turns irregular series into one state per observation.
 
-    An encoder is an ``nn.Module``. Its class takes ``(n_features, *, time_scale, solver)`` and, to
-    be rebuilt, its own ``config`` as keywords; ``name`` is its key among the registered encoders.
+    An encoder is an ``nn.Module``. Its class takes ``(n_features, *, time_scale, solver,
+    dynamics)`` and, to be rebuilt, its own ``config`` as keywords; ``name`` is its key among the
+    registered encoders.
     Letters: B patients, L observations of the longest, F features, H state.
     """
 
@@ -45,8 +46,11 @@ class Encoder(Protocol):
         """Fit the scale of each feature to the training split, (..., F) each."""
         ...
 
-    def __call__(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
-        """Return the states (B, L, H) of a padded batch, zero in padding rows."""
+    def __call__(self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor) -> Tensor:
+        """Return the states (B, L + 1, H) of a padded batch, zero in padding rows.
+
+        The last column is the state at the hours ``until`` (B,), not before the last observation.
+        """
         ...
 
 
@@ -54,12 +58,12 @@ class Encoder(Protocol):
 class PlannedEncoder(Encoder, Protocol):
     """An encoder that prepares a batch on the host before its pass."""
 
-    def plan(self, times: Tensor, values: Tensor, observed: Tensor) -> Plan:
+    def plan(self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor) -> Plan:
         """Return everything that ``run`` needs of a batch."""
         ...
 
     def run(self, plan: Plan) -> Tensor:
-        """Return the states (B, L, H) of a planned batch."""
+        """Return the states (B, L + 1, H) of a planned batch."""
         ...
 
 
@@ -72,17 +76,22 @@ def collate_with_plan(
 
     def collate(indices: Sequence[int]) -> Batch:
         batch = dataset.collate(indices)
-        batch["plan"] = encoder.plan(batch["times"], batch["values"], batch["observed"])
+        batch["plan"] = encoder.plan(*series_of(batch))
         return batch
 
     return collate
 
 
+def series_of(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what an encoder reads of a batch."""
+    return batch["times"], batch["values"], batch["observed"], batch["prediction_hours"]
+
+
 def encode(encoder: Encoder, batch: Batch) -> Tensor:
-    """Return the states (B, L, H) of a batch, by its plan where it brings one along."""
+    """Return the states (B, L + 1, H) of a batch, by its plan where it brings one along."""
     if "plan" in batch and isinstance(encoder, PlannedEncoder):
         return encoder.run(batch["plan"])
-    return encoder(batch["times"], batch["values"], batch["observed"])
+    return encoder(*series_of(batch))
 
 
 def check_gaps(encoder: Encoder, dataset: TrajectoryDataset) -> None:

@@ -65,6 +65,9 @@ class Plan:
         time_features: (P, 3F + 3): for each feature whether it is measured now, whether it was
             measured before, and the scaled log hours since then (zero where never); then scaled
             log gap, scaled log hours since the first observation, log count.
+        last: (B,) int64, which of the P observations is each patient's last.
+        carry: (C, B) length of each patient's steps from the last observation to the end of the
+            series, in units of ``time_scale``, zero once it is reached; None without an end.
     """
 
     shape: tuple[int, int]
@@ -76,6 +79,8 @@ class Plan:
     observation_index: Tensor
     last_value: Tensor
     time_features: Tensor
+    last: Tensor
+    carry: Tensor | None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on a device, as ``Tensor.to`` does."""
@@ -88,7 +93,9 @@ class Plan:
         return replace(self, **moved)
 
 
-def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverConfig) -> Plan:
+def build_plan(
+    times: Tensor, values: Tensor, observed: Tensor, config: SolverConfig, until: Tensor | None
+) -> Plan:
     """Check a batch and plan its steps, on the host except for the gathered values.
 
     Args:
@@ -96,19 +103,20 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
         values: (B, L, F) raw units; the entries at unobserved places do not matter.
         observed: (B, L, F) bool; rows that are all False are padding behind the series.
         config: of the encoder.
+        until: (B,) hours at which each series ends, None at its last observation.
 
     Raises:
         ValueError: wrong shapes or types, padding in front of an observation, a patient without
-            observation, decreasing or endless times, a gap longer than the encoder accepts, a
-            value that is observed but not finite, or ``times`` that require a derivative.
+            observation, decreasing or endless times, a gap longer than the encoder accepts, an end
+            before the last observation, a value that is observed but not finite, or ``times`` that
+            require a derivative.
     """
     check_shapes(times, values, observed, config.n_features)
     hours, seen = _on_host(times.double()), _on_host(observed)
     gaps = check_series(hours, values, seen, config)
-    steps = seen.any(axis=2) * np.maximum(
-        np.ceil(gaps / (config.longest_step * config.time_scale)), 1
-    )
-    steps = steps.astype(np.int64)  # (B, L), to each observation from the one before
+    carry = None if until is None else plan_carry(_on_host(until.double()), hours, seen, config)
+    # (B, L), to each observation from the one before
+    steps = seen.any(axis=2) * np.maximum(count_steps(gaps, config), 1)
     dt = gaps / (np.maximum(steps, 1) * config.time_scale)
 
     done = steps.cumsum(axis=1)
@@ -124,7 +132,9 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
     time_features, index = build_time_features(
         patients[row], number, hours, seen, config.time_scale
     )
-    last = torch.from_numpy(index).to(values.device)
+    latest = torch.from_numpy(index).to(values.device)
+    last = np.empty(len(hours), dtype=np.int64)
+    last[patients[row]] = np.arange(len(row))  # a patient's later observations stand behind
     return Plan(
         shape=(len(hours), hours.shape[1]),
         config=config,
@@ -133,9 +143,43 @@ def build_plan(times: Tensor, values: Tensor, observed: Tensor, config: SolverCo
         dt=torch.from_numpy(dt).to(config.dtype),
         rows=torch.from_numpy(row),
         observation_index=torch.from_numpy(patients[row] * hours.shape[1] + number),
-        last_value=values.to(config.dtype).take(last.clamp(min=0)).masked_fill(last < 0, math.nan),
+        last_value=values.to(config.dtype)
+        .take(latest.clamp(min=0))
+        .masked_fill(latest < 0, math.nan),
         time_features=torch.from_numpy(time_features).to(config.dtype),
+        last=torch.from_numpy(last),
+        carry=None if carry is None else torch.from_numpy(carry).to(config.dtype),
     )
+
+
+def count_steps(gaps: NDArray[np.float64], config: SolverConfig) -> NDArray[np.int64]:
+    """Return the number of solver steps of each gap in hours, none where no time passes."""
+    return np.ceil(gaps / (config.longest_step * config.time_scale)).astype(np.int64)
+
+
+def plan_carry(
+    until: NDArray[np.float64],
+    hours: NDArray[np.float64],
+    seen: NDArray[np.bool_],
+    config: SolverConfig,
+) -> NDArray[np.float64]:
+    """Return ``Plan.carry`` (C, B) to the ends ``until`` (B,) of series; see ``build_plan``."""
+    rows = np.arange(len(hours))
+    last = seen.any(axis=2).sum(axis=1) - 1
+    waits = until - hours[rows, last]
+    early = ~(waits >= 0)  # or not a number
+    _refuse(
+        early[:, None],
+        "the end {value} h of {place} is before its last observation",
+        until[:, None],
+    )
+    too_long = waits > config.longest_gap * config.time_scale
+    _refuse(
+        too_long[:, None], "the end {value} h of {place} needs a larger time_scale", until[:, None]
+    )
+    steps = np.where(waits > 0, np.maximum(count_steps(waits, config), 1), 0)
+    numbers = np.arange(steps.max(initial=0))[:, None]  # (C, 1)
+    return np.where(numbers < steps, waits / (np.maximum(steps, 1) * config.time_scale), 0.0)
 
 
 def build_time_features(
@@ -227,7 +271,7 @@ def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: in
 def _refuse(
     bad: NDArray[np.bool_], message: str, source: NDArray[Any] | Tensor | None = None
 ) -> None:
-    """Raise with the first True place of ``bad`` (B, L) or (B, L, F), and the number there."""
+    """Raise with the first True place of ``bad`` (B,), (B, L) or (B, L, F), and the number there."""
     if not bad.any():
         return
     place = np.argwhere(bad)[0].tolist()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
@@ -199,19 +198,18 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
 @torch.no_grad()
 def encode_all(model: TrajectoryLLM, collate: TextCollator, device: torch.device) -> None:
-    """Encode every row once where encoder and head are frozen, moved to ``device``.
+    """Encode every row once where stage 1 is frozen, moved to ``device``.
 
     The collator keeps the states on the CPU; its batches then bring them along.
     """
-    encoder, head = model.encoder, model.trajectory_head
-    modules = nn.ModuleList(m for m in (encoder, head) if isinstance(m, nn.Module))
-    if encoder is None or any(p.requires_grad for p in modules.parameters()):
+    stage1 = model.stage1
+    if stage1 is None or any(p.requires_grad for p in stage1.parameters()):
         return
-    modules.to(device).eval()
+    stage1.to(device).eval()
     parts = []
     for start in range(0, len(collate.dataset), ENCODED_ROWS):
         rows = range(start, min(start + ENCODED_ROWS, len(collate.dataset)))
         batch = to_device(collate.dataset.collate(rows), device)
-        parts.append(latest_states(encoder, head, batch, model.tokens))
+        parts.append(latest_states(stage1, batch, model.tokens))
     columns = zip(*parts, strict=True)
     collate.states = TrajectoryStates(*(torch.cat(tensors).cpu() for tensors in columns))

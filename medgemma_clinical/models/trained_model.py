@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device
@@ -37,7 +37,11 @@ from medgemma_clinical.models.language_model import (
     load_language_model,
 )
 from medgemma_clinical.models.text_batches import TextCollator, verdict_words
-from medgemma_clinical.models.trajectory import PooledHead, TrajectoryClassifier
+from medgemma_clinical.models.trajectory import (
+    TrajectoryClassifier,
+    TrajectoryHead,
+    TrajectoryMember,
+)
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
 
 if TYPE_CHECKING:
@@ -126,7 +130,7 @@ def load_trained_model(
     place = checkpoint_place(path)
     config = read_trained_config(place)
     if place.is_file():
-        classifier = TrajectoryClassifier(build_encoder(config["encoder"], encoders), 0.5)
+        classifier = build_stage1(config, encoders)
         load_trajectory(classifier, place)
         return TrainedModel(classifier.to(default_device()).eval(), config, None)
     name = model_name or base_place(place, config)
@@ -208,23 +212,39 @@ def build_llm(
     """Rebuild the model of stage 2 or 3 whose weights are still to be loaded."""
     adapter = read_adapter(place)
     adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
-    encoder = config["encoder"] and build_encoder(config["encoder"], encoders)
-    head = PooledHead(encoder.hidden_dim, 0.5) if config["trajectory_head"] else None
+    stage1 = build_stage1(config, encoders) if config["encoder"] else None
     _, no, yes = verdict_words(tokenizer)
     parts: dict[str, Any] = {
-        "trajectory_head": head,
         "tokens": config["num_prefix_tokens"],
         "scale": 1.0,  # a buffer: read with the weights
         "bos": int(tokenizer.bos_token_id),
         "verdict": (yes[0], no[0]),
     }
     if config["stage"] == "generative":
-        return LLMWriter(encoder, adapted, **parts)
-    return LLMClassifier(encoder, adapted, prevalence=0.5, **parts)
+        return LLMWriter(stage1, adapted, **parts)
+    return LLMClassifier(stage1, adapted, prevalence=0.5, **parts)
+
+
+def build_stage1(config: dict[str, Any], encoders: Mapping[str, type]) -> TrajectoryClassifier:
+    """Rebuild stage 1, whose weights are still to be loaded, from a checkpoint's configuration.
+
+    Raises:
+        InputError: as ``build_encoder``.
+    """
+    inputs = config["inputs"]
+    summaries = len(summary_names(config["features"], prediction_time=inputs["prediction_time"]))
+    members = []
+    for _ in range(config["members"]):
+        encoder = build_encoder(config["encoder"], encoders)
+        head = TrajectoryHead(
+            encoder.hidden_dim, 0.5, summaries=summaries, facts=len(inputs["facts"])
+        )
+        members.append(TrajectoryMember(encoder, head))
+    return TrajectoryClassifier(members)
 
 
 def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encoder:
-    """Rebuild an encoder whose weights are still to be loaded, from an ``encoder_config``.
+    """Rebuild an encoder whose weights are still to be loaded, from its name and keywords.
 
     Raises:
         InputError: no encoder of that name is registered, or it does not take these keywords.
@@ -240,27 +260,21 @@ def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encod
     return encoder
 
 
-def load_stage1_encoder(
-    path: Path,
-    encoders: Mapping[str, type],
-    solver: str,
-    time_scale: float | None,
-    data: Data,
-) -> tuple[Encoder, dict[str, Tensor]]:
-    """Rebuild stage 1's encoder for a run with a language model on ``data``.
+def load_stage1(
+    path: Path, encoders: Mapping[str, type], given: Mapping[str, Any], data: Data
+) -> TrajectoryClassifier:
+    """Load stage 1 for a run with a language model on ``data``, which reads the same inputs.
 
     Args:
         path: stage 1's file.
         encoders: class of each registered name.
-        solver: of this run.
-        time_scale: the user's, None where the flag is left out.
-        data: of this run.
-
-    Returns:
-        The encoder, and the state dict of its head.
+        given: the run's ``solver``, ``facts`` and ``prediction_time``; its ``time_scale``,
+            ``dynamics`` and ``members``, None where the flag is left out.
+        data: of this run, with the inputs of stage 1.
 
     Raises:
-        InputError: the encoder reads other features, or patients who trained it are held out here.
+        InputError: stage 1 reads other features, was made by other flags, or patients who trained
+            it are held out here.
     """
     checkpoint = read_trajectory(path)
     config = checkpoint.config
@@ -273,17 +287,22 @@ def load_stage1_encoder(
     column = config["reading"].get("label_column")
     if column not in (None, description["reading"].get("label_column")):
         raise InputError(f"{path}: trained on --label_column {column}: give the same")
-    stored = config["encoder"].get("time_scale")
-    if time_scale not in (None, stored):
-        raise InputError(f"{path}: its --time_scale is {stored}: leave the flag out")
-    check_held_out(path, checkpoint, data)
     options = config["encoder"]
+    stored = {"members": config["members"], **options}
+    for name in ("time_scale", "dynamics", "members"):
+        if given[name] not in (None, stored.get(name)):
+            raise InputError(f"{path}: its --{name} is {stored.get(name)}: leave the flag out")
+    for name in ("facts", "prediction_time"):
+        if given[name] == "off" and config["inputs"][name]:
+            raise InputError(f"{path}: trained with --{name} on: leave the flag out")
+    check_held_out(path, checkpoint, data)
+    solver = given["solver"]
     if options.get("solver", solver) != solver:
         logger.warning("%s: trained with --solver %s, now %s", path, options["solver"], solver)
-        options = {**options, "solver": solver}
-    model = TrajectoryClassifier(build_encoder(options, encoders), 0.5)
+        config = {**config, "encoder": {**options, "solver": solver}}
+    model = build_stage1(config, encoders)
     load_trajectory(model, path)
-    return model.encoder, checkpoint.head
+    return model
 
 
 def stage1_risks(path: Path | None, collate: TextCollator) -> NDArray[np.float64] | None:

@@ -15,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.encoder import Encoder, encode
 from medgemma_clinical.models.trajectory import (
     Output,
-    PooledHead,
+    TrajectoryClassifier,
     classification_output,
     log_odds,
 )
@@ -40,7 +39,7 @@ class TrajectoryStates(NamedTuple):
     """The part of an encoder's output that a language model reads.
 
     states (B, P, H): after the latest P observations; mask (B, P) bool, False where a patient has
-    fewer; logit (B,): log-odds of stage 1's head, zero where there is none.
+    fewer; logit (B,): stage 1's log-odds.
     """
 
     states: Tensor
@@ -100,31 +99,27 @@ class SoftPrompt(nn.Module):
         return self.scale * functional.rms_norm(projected, projected.shape[-1:])
 
 
-def latest_states(
-    encoder: Encoder, head: PooledHead | None, batch: Batch, tokens: int
-) -> TrajectoryStates:
+def latest_states(stage1: TrajectoryClassifier, batch: Batch, tokens: int) -> TrajectoryStates:
     """Encode a batch and keep the states after each patient's latest ``tokens`` observations."""
-    states = encode(encoder, batch)  # (B, L, H)
+    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B)
     present = batch["observed"].any(dim=2)
-    logit = head(states, present) if head else states.new_zeros(len(states))
     place = present.sum(1)[:, None] - tokens + torch.arange(tokens, device=states.device)
     row = torch.arange(len(states), device=states.device)[:, None]
-    return TrajectoryStates(states[row, place.clamp(min=0)], place >= 0, logit)
+    return TrajectoryStates(states[row, place.clamp(min=0)], place >= 0, logits.mean(dim=0))
 
 
 class TrajectoryLLM(nn.Module):
-    """Encoder, soft prompt and adapted language model; the stages add their readout.
+    """Stage 1, soft prompt and adapted language model; the stages add their readout.
 
-    The logit of ``trajectory_head`` is added to the language model's, which so has to learn only
-    what text and dynamics add to stage 1.
+    The logit of stage 1 is added to the language model's, which so has to learn only what text and
+    dynamics add to it.
     """
 
     def __init__(
         self,
-        encoder: Encoder | None,
+        stage1: TrajectoryClassifier | None,
         llm: PreTrainedModel,
         *,
-        trajectory_head: PooledHead | None = None,
         tokens: int,
         scale: float,
         bos: int,
@@ -133,21 +128,20 @@ class TrajectoryLLM(nn.Module):
         """Join the parts.
 
         Args:
-            encoder: gives one state per observation; None where the LLM reads text alone.
+            stage1: gives states and a logit; None where the LLM reads text alone.
             llm: a Gemma 3 text model with LoRA layers; its base weights are frozen.
-            trajectory_head: stage 1's head; None where its logit is not to be added.
             tokens: P.
             scale: root mean square of the scaled token embeddings.
             bos: id of the token that begins every input.
             verdict: ids of the tokens that tell yes from no.
         """
         super().__init__()
-        self.encoder = encoder
-        self.trajectory_head = trajectory_head
+        self.stage1 = stage1
         self.llm = llm
         width = llm.config.hidden_size
-        self.projection = None if encoder is None else SoftPrompt(encoder.hidden_dim, width, scale)
-        self.tokens = 0 if encoder is None else tokens
+        hidden = None if stage1 is None else stage1.encoder.hidden_dim
+        self.projection = None if hidden is None else SoftPrompt(hidden, width, scale)
+        self.tokens = 0 if stage1 is None else tokens
         self.bos = bos
         self.verdict = verdict
 
@@ -158,13 +152,13 @@ class TrajectoryLLM(nn.Module):
         return body
 
     def trajectory(self, batch: TextBatch) -> TrajectoryStates | None:
-        """Return the encoder's states, from the batch where known; None without an encoder."""
-        if self.encoder is None:
+        """Return stage 1's states, from the batch where known; None without stage 1."""
+        if self.stage1 is None:
             return None
         if "states" in batch:
             known = batch["states"], batch["states_mask"], batch["trajectory_logit"]
             return TrajectoryStates(*known)
-        return latest_states(self.encoder, self.trajectory_head, batch, self.tokens)
+        return latest_states(self.stage1, batch, self.tokens)
 
     def embed(
         self, batch: TextBatch, trajectory: TrajectoryStates | None, *, left: bool = False
@@ -217,13 +211,18 @@ class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
     def __init__(
-        self, encoder: Encoder | None, llm: PreTrainedModel, *, prevalence: float, **parts: Any
+        self,
+        stage1: TrajectoryClassifier | None,
+        llm: PreTrainedModel,
+        *,
+        prevalence: float,
+        **parts: Any,
     ) -> None:
-        """Start at the trajectory head's logit, or, without one, at ``prevalence``, in (0, 1)."""
-        super().__init__(encoder, llm, **parts)
+        """Start at stage 1's logit, or, without it, at ``prevalence``, within (0, 1)."""
+        super().__init__(stage1, llm, **parts)
         self.head = nn.Linear(llm.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, 0.0 if self.trajectory_head else log_odds(prevalence))
+        nn.init.constant_(self.head.bias, 0.0 if stage1 else log_odds(prevalence))
 
     def forward(self, batch: TextBatch) -> Output:
         """Return the binary cross-entropy (sum over B) and the logit of each patient."""
