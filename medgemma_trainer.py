@@ -56,12 +56,7 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
-from medgemma_clinical.models.checkpoint_schema import (
-    DYNAMICS,
-    LORA_RANK,
-    MEMBERS,
-    PREFIX_TOKENS,
-)
+from medgemma_clinical.models.checkpoint_schema import DYNAMICS, LORA_RANK, MEMBERS, PREFIX_TOKENS
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
 DATASETS: dict[str, type[MIMICtrajectoryDataset] | type[SRTRTrajectoryDataset]] = {
@@ -69,6 +64,7 @@ DATASETS: dict[str, type[MIMICtrajectoryDataset] | type[SRTRTrajectoryDataset]] 
     "srtr": SRTRTrajectoryDataset,
 }
 DEFAULT_MODEL = "google/medgemma-4b-pt"
+SWITCH = ("on", "off")
 
 # --------------------------------------------------------------------------- flags
 
@@ -187,13 +183,8 @@ def add_model_flags(parser: Parser) -> None:
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
     add("--dynamics", choices=DYNAMICS, help="between observations: ODE, decay, or nothing; ode")
     add("--members", type=number(int, *MEMBERS), help="encoders whose logits are averaged; 1")
-    add("--facts", choices=("on", "off"), default="on", help="facts of the patient are inputs")
-    add(
-        "--prediction_time",
-        choices=("on", "off"),
-        default="on",
-        help="carry the state to the prediction time, where it is known",
-    )
+    add("--facts", choices=SWITCH, default="on", help="facts of the patient are inputs")
+    add("--prediction_time", choices=SWITCH, default="on", help="carry the state to it, if known")
     add = parser.add_argument_group("language model").add_argument
     add("--model_name", default=DEFAULT_MODEL, help="a Gemma 3: hub id, folder, or tiny")
     add(
@@ -207,7 +198,7 @@ def add_model_flags(parser: Parser) -> None:
         default="auto",
         help="float16 overflows in Gemma 3",
     )
-    add("--soft_prompt", choices=("on", "off"), default="on", help="off: the LLM reads text alone")
+    add("--soft_prompt", choices=SWITCH, default="on", help="off: the LLM reads text alone")
     add(
         "--num_prefix_tokens",
         type=number(int, *PREFIX_TOKENS),
@@ -290,10 +281,7 @@ from medgemma_clinical.models.language_model import (
 )
 from medgemma_clinical.models.text_batches import TextCollator, encode_all
 from medgemma_clinical.models.trained_model import load_stage1, stage1_risks
-from medgemma_clinical.models.trajectory import (
-    TrajectoryClassifier,
-    fit_member,
-)
+from medgemma_clinical.models.trajectory import TrajectoryClassifier, fit_member
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.checkpoint_store import CheckpointStore

@@ -271,7 +271,7 @@ def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: in
 def _refuse(
     bad: NDArray[np.bool_], message: str, source: NDArray[Any] | Tensor | None = None
 ) -> None:
-    """Raise with the first True place of ``bad`` (B,), (B, L) or (B, L, F), and the number there."""
+    """Raise with the first True place of ``bad`` (B, ...), and the number there."""
     if not bad.any():
         return
     place = np.argwhere(bad)[0].tolist()
