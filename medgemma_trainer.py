@@ -243,12 +243,13 @@ from medgemma_clinical.commands.run_folder import (
     finish_run,
     folder_identity,
     resume_run,
+    run_data,
     run_facts,
     stage_name,
     tracker_folder,
 )
 from medgemma_clinical.commands.seeds import run_seeds
-from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import (
     check_gpu,
@@ -265,7 +266,6 @@ from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     load_llm,
     load_trajectory,
-    read_trajectory,
     save_llm,
     save_trajectory,
     stage1_config,
@@ -754,16 +754,7 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
     folder = args.output_dir / stage_name(args)
     log = log_path(args, folder)
     dataset = read_dataset(args) if dataset is None else dataset
-    data = prepare_data(
-        dataset,
-        max_samples=args.max_samples,
-        seed=args.seed,
-        prompts=prompt_options(args),
-        inputs=args.ode_checkpoint and read_trajectory(args.ode_checkpoint).config["inputs"],
-        facts=args.facts == "on",
-        prediction_time=args.prediction_time == "on",
-        min_cell=args.min_cell,
-    )
+    data = run_data(args, dataset, prompt_options(args))
     facts, before = run_facts(args, data), folder_identity(folder)
     try:
         with resume_run(folder, facts) if args.resume else nullcontext(True) as left:
