@@ -181,8 +181,8 @@ def add_model_flags(parser: Parser) -> None:
         help="ODE-RNN time normalization in hours; JSON or 72.0 (DKA), 8760 (kidney), 2160 (liver)",
     )
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
-    add("--dynamics", choices=DYNAMICS, help="between observations: ODE, decay, or nothing; ode")
-    add("--members", type=number(int, *MEMBERS), help="encoders whose logits are averaged; 1")
+    add("--dynamics", choices=DYNAMICS, default="ode", help="between two observations")
+    add("--members", type=number(int, *MEMBERS), default=1, help="encoders, averaged")
     add("--facts", choices=SWITCH, default="on", help="facts of the patient are inputs")
     add("--prediction_time", choices=SWITCH, default="on", help="carry the state to it, if known")
     add = parser.add_argument_group("language model").add_argument
@@ -532,13 +532,13 @@ def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
     dataset.check_measured(train, data.min_cell)
     scale = data.time_scale(args.time_scale)
     members = []
-    for member in range(args.members or 1):
+    for member in range(args.members):
         seed_everything((args.seed + member) % 2**32)
         encoder = DEFAULT_ENCODER(
             len(dataset.features),
             time_scale=scale,
             solver=args.solver,
-            dynamics=args.dynamics or DYNAMICS[0],
+            dynamics=args.dynamics,
         ).requires_grad_(not args.freeze_ode)
         members.append(fit_member(encoder, dataset, train, data.prevalence()))
     check_gaps(members[0].encoder, dataset)

@@ -33,7 +33,7 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
     """The flags that ``--ablation`` looks at."""
     flags: dict[str, Any] = {
         "ablation": True,
-        "dynamics": None,
+        "dynamics": "ode",
         "facts": "on",
         "freeze_ode": False,
         "max_len": 9,
@@ -88,10 +88,10 @@ def test_each_variant_differs_by_its_own_switches_alone(tmp_path: Path) -> None:
     }
     stage1 = {name: (own.dynamics, own.facts) for name, own in made.items() if own.trajectory_only}
     assert stage1 == {
-        "stage 1 alone": (None, "on"),
+        "stage 1 alone": ("ode", "on"),
         "stage 1, states decay": ("decay", "on"),
         "stage 1, states held": ("none", "on"),
-        "stage 1, no facts": (None, "off"),
+        "stage 1, no facts": ("ode", "off"),
     }
     assert all((own.max_len, own.ablation, own.seed) == (9, False, 0) for own in made.values())
     folders = [several_runs.stage_folder(own).relative_to(tmp_path) for own in made.values()]
