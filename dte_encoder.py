@@ -271,10 +271,10 @@ class ClinicalODERNN(nn.Module):
             # Under autocast the layer's output is narrower than the weights.
             raw = self._run_steps(read.to(self.value_mean.dtype), plan)  # (P, H)
             states = self.norm(raw)
-            carried = self.norm(self._carry(raw, plan))  # (B, H)
+            ends = None if plan.carry is None else self.norm(self._carry(raw, plan, plan.carry))
         result = states.new_zeros(plan.shape[0] * plan.shape[1], self.hidden_dim)
         result = result.index_copy(0, plan.observation_index, states).view(*plan.shape, -1)
-        return result if plan.carry is None else torch.cat([result, carried.unsqueeze(1)], dim=1)
+        return result if ends is None else torch.cat([result, ends.unsqueeze(1)], dim=1)
 
     def inputs(self, plan: Plan) -> Tensor:
         """Return what the input layer reads of each observation, (P, 4F + 3).
@@ -308,10 +308,10 @@ class ClinicalODERNN(nn.Module):
                 state = state.index_copy(0, rows, updated[-1])
         return torch.cat(updated)
 
-    def _carry(self, states: Tensor, plan: Plan) -> Tensor:
-        """Return each patient's state (B, H) at the end of the series, from states (P, H)."""
+    def _carry(self, states: Tensor, plan: Plan, steps: Tensor) -> Tensor:
+        """Return each patient's state (B, H) after ``steps`` (C, B), from all states (P, H)."""
         state = states.index_select(0, plan.last)
-        for dt in () if plan.carry is None else plan.carry:
+        for dt in steps:
             state = self._advance(state, dt)
         return state
 
