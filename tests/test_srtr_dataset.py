@@ -45,11 +45,14 @@ def synthetic() -> dict[str, SRTRTrajectoryDataset]:
 def inputs(dataset: SRTRTrajectoryDataset) -> dict[str, tuple[Any, ...]]:
     """All that a model is shown of each registration, exactly."""
     result = {}
+    assert dataset.statics is not None
+    assert dataset.prediction_hours is not None
     simple = pd.concat(dataset.baseline_inputs().values(), axis=1).to_numpy()
     for i, name in enumerate(dataset.ids):
         rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
         series = dataset.times[rows].tobytes(), dataset.values[rows].tobytes()
-        result[name] = (*series, dataset.prompt(i), simple[i].tobytes())
+        beside = dataset.statics[i].tobytes(), dataset.prediction_hours[i]
+        result[name] = (*series, dataset.prompt(i), simple[i].tobytes(), *beside)
     return result
 
 
@@ -358,7 +361,7 @@ def test_baselines_see_what_their_name_says(
 def test_a_table_without_dates_of_dialysis_leaves_its_years_unknown(tmp_path: Path) -> None:
     cand, rows = filler("kidney")
     dataset = SRTRTrajectoryDataset(write_folder(tmp_path, cand, rows, "kidney"))
-    assert np.isnan(dataset.ages_and_dialysis[:, 1]).all()
+    assert dataset.fact_table(["dialysis [years]"]).isna().all(axis=None)
 
 
 def test_the_question_follows_landmark_horizon_and_transplants(tmp_path: Path) -> None:

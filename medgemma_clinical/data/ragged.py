@@ -101,12 +101,22 @@ class RaggedSeries:
             if present.any():
                 yield f, self.times[rows][present], values[present]
 
-    def prediction_times(self) -> NDArray[np.float64]:
-        """Return when each question is asked (N,), the last observation where it is unknown."""
-        last = self.times[self.offsets[1:] - 1]
+    def prediction_times(
+        self, rows: NDArray[np.int64] | slice = slice(None)
+    ) -> NDArray[np.float64]:
+        """Return when each question is asked, the last observation where it is unknown.
+
+        Args:
+            rows: n positions; all N where left out.
+
+        Returns:
+            (n,) hours on the clock of ``times``.
+        """
+        last = self.times[self.offsets[1:][rows] - 1]
         if self.prediction_hours is None:
             return last
-        return np.where(np.isnan(self.prediction_hours), last, self.prediction_hours)
+        hours = self.prediction_hours[rows]
+        return np.where(np.isnan(hours), last, hours)
 
     def summary_names(self) -> list[str]:
         """Return the S names of the columns of ``summaries``."""
@@ -150,7 +160,7 @@ class RaggedSeries:
             times=tensor(times),
             values=torch.from_numpy(np.where(observed, values, np.float32(0))),
             observed=torch.from_numpy(observed),
-            prediction_hours=tensor(self.prediction_times()[index] - self.times[positions[:, 0]]),
+            prediction_hours=tensor(self.prediction_times(index) - self.times[positions[:, 0]]),
             summaries=tensor(self.summaries()[index]),
             facts=tensor(np.empty((len(index), 0)) if self.facts is None else self.facts[index]),
             labels=tensor(self.labels[index]),
