@@ -199,6 +199,25 @@ def test_reading_is_no_loop_over_registrations(tmp_path: Path) -> None:
     assert seconds[1] < 15 * seconds[0] + 0.5
 
 
+# ------------------------------------------------------------------- facts, prediction time
+
+
+@pytest.mark.parametrize("organ", ORGAN_NAMES)
+def test_each_registration_is_asked_at_its_landmark_with_the_candidates_facts(
+    organ: str, synthetic: dict[str, SRTRTrajectoryDataset]
+) -> None:
+    dataset, chosen = synthetic[organ], np.array([3, 0])
+    assert dataset.prediction_hours is not None
+    assert set(dataset.prediction_hours) == {24 * ORGANS[organ].days}
+    names = dataset.choose_facts(np.arange(len(dataset)), 0)
+    assert set(names) <= set(dataset.static_names)  # no word of the contexts
+    assert "BMI [kg/m2]" in names
+    part = dataset.subset(chosen).with_inputs(names, prediction_time=True)
+    np.testing.assert_array_equal(part.facts, dataset.fact_table(names).to_numpy()[chosen])
+    waits = 24 * ORGANS[organ].days - dataset.times[dataset.offsets[chosen + 1] - 1]
+    np.testing.assert_array_equal(part.summaries()[:, -1], waits)
+
+
 # ------------------------------------------------------------------- scoring
 
 

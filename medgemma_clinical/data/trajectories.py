@@ -174,8 +174,9 @@ class TrajectoryDataset(RaggedSeries):
             asked = count_patients(self.groups[train], ~np.isnan(self.prediction_hours[train]))
             if asked < max(1, fewest):
                 raise InputError(
-                    f"{self.source}: fewer than {max(1, fewest)} patients of the training part "
-                    "have a prediction time: fill the column prediction_hours, or remove it"
+                    f"{self.source}: {f'fewer than {fewest}' if asked else 'no'} patients of the "
+                    "training part have a prediction time: fill the column prediction_hours, or "
+                    "remove it"
                 )
         measured = ~np.isnan(self.values[self.rows_of(train)])
         groups = np.repeat(self.groups[train], self.lengths[train])
@@ -267,13 +268,13 @@ class TrajectoryDataset(RaggedSeries):
             f"{name} ({unit})" if unit else name
             for name, unit in zip(self.features, self.units, strict=True)
         )
+        moment = "after the last observation of each row"
+        if self.prediction_hours is not None:
+            moment = "at the hour that is given with each row"
         return {
             "Question": self.question,
             "Outcome (label 1)": self.outcome,
-            "Prediction time": (
-                "after the last observation of each row; the file does not say how that moment "
-                "was chosen"
-            ),
+            "Prediction time": f"{moment}; the file does not say how that moment was chosen",
             "Horizon": "fixed by the labels; the file does not say it",
             "Series": ", ".join(inputs),
         }
