@@ -9,10 +9,11 @@ Usage:
 
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
 ``label_escalation`` (0 or 1; ``--label_column`` names another). Each column
-``trajectory_NAME [unit]`` is a further series of the same form with its own times;
-``subject_id`` (or ``id``), ``clinical_context`` and ``split`` are used when present. A JSON file of
-the same name beside it may say what the series and the outcome are (see ``Description``); without
-one they are the anion gap in mEq/L and escalation of care.
+``trajectory_NAME [unit]`` is a further series of the same form with its own times, each column
+``static_NAME [unit]`` a fact; ``subject_id`` (or ``id``), ``clinical_context``,
+``prediction_hours`` and ``split`` are used when present. A JSON file of the same name beside it may
+say what the series and the outcome are (see ``Description``); without one they are the anion gap in
+mEq/L and escalation of care.
 """
 
 from __future__ import annotations
@@ -60,6 +61,13 @@ from medgemma_clinical.data.dka.description import (
     describe_unused,
     find_series,
     list_unread,
+)
+from medgemma_clinical.data.dka.facts import (
+    check_inputs,
+    drop_unread,
+    read_prediction_hours,
+    read_statics,
+    static_columns,
 )
 from medgemma_clinical.data.dka.series_cells import (
     TableCells,
@@ -189,7 +197,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             cells.findings.warnings |= dict.fromkeys(warnings)
         self._read_labels(cells, label, required=require_labels)
         self._read_patients(cells)
-        self._note_unread(cells, [*COLUMNS, label, *columns])
+        self.static_names = tuple(static_columns(table))
+        self.statics = read_statics(cells, self.static_names)
+        self._note_unread(cells, [*COLUMNS, label, *columns, *self.static_names])
         self._read_series(cells, columns, may_lack=bool(series))
         if cells.whole:
             self.warnings = tuple(cells.findings.warnings)
@@ -260,15 +270,16 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             label = [LABEL] if self.reading["label_column"] not in table else []
             absent = [
                 *label,
-                *(name for name in ("clinical_context", "split") if name not in table),
+                *(n for n in ("clinical_context", "prediction_hours", "split") if n not in table),
             ]
             warnings = describe_unread(table, unread, absent)
             cells.findings.warnings |= dict.fromkeys(warnings)
 
     def _read_series(self, cells: TableCells, columns: list[str], *, may_lack: bool) -> None:
-        """Set times, values and offsets; leave out rows without a value where they may lack it."""
+        """Set times, values, offsets and prediction times; leave out rows that may lack values."""
         rows, findings = len(cells.table), cells.findings
         series = [cells.parse(column) for column in columns]
+        self.prediction_hours = read_prediction_hours(cells, series)
         if findings.problems:  # a row with one bad series is left out whole
             good = ~cells.table.index.isin(list(findings.problems))
             series = [each.take(good[each.owner]) for each in series]
@@ -305,7 +316,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.offsets = np.delete(self.offsets, rows)
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(self, name, None if column is None else np.delete(column, rows))
+            setattr(self, name, None if column is None else np.delete(column, rows, axis=0))
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
         """Divide the rows as every data set does, unless a patient seems to lie in two parts.
@@ -330,8 +341,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Read a DKA file ``most`` rows at a time, as a checkpoint's data were read.
 
         Raises:
-            InputError: the file lacks a series of the checkpoint, gives it another meaning, or
-                cannot be read.
+            InputError: the file lacks a series or a fact of the checkpoint, gives it another
+                meaning, or cannot be read.
         """
         found, label = Description.beside(source), config["reading"].get("label_column", LABEL)
         findings.warnings |= dict.fromkeys(found.warnings(source))
@@ -343,7 +354,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 continue
             total += len(table)
             dataset = cls(
-                table,
+                drop_unread(table, config["inputs"]),
                 config["reading"]["max_len"],
                 description=found,
                 require_labels=False,
@@ -415,7 +426,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 def check_same_meaning(
     table: pd.DataFrame, description: Description, config: dict[str, Any], source: Path
 ) -> None:
-    """Refuse a file that lacks a series of a checkpoint, or has another unit or outcome.
+    """Refuse a file that lacks an input of a checkpoint, or has another unit or outcome.
 
     Raises:
         InputError: names the difference.
@@ -439,6 +450,7 @@ def check_same_meaning(
                 f"unit, the file has {series.unit or 'none'}: convert the values, or correct the "
                 f"unit in the column's name or {where}"
             )
+    check_inputs(table, config["inputs"], source)
     outcome = description.for_label(label).outcome
     if outcome != config["outcome"]:
         raise InputError(

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
     MIN_CELL,
@@ -37,12 +36,16 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
+    AGE,
+    DIALYSIS_YEARS,
+    MALE,
     NO_ROW,
     TRANSPLANT_CHOICES,
     CohortDefinition,
     contexts,
     judge,
     read_candidates,
+    statics,
 )
 from medgemma_clinical.data.srtr.files import find_table
 from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
@@ -55,7 +58,7 @@ __all__ = ["ORGANS", "InputError", "SRTRTrajectoryDataset", "main"]
 
 logger = logging.getLogger(__name__)
 
-HOURS_A_DAY, DAYS_A_YEAR = 24.0, 365.25
+HOURS_A_DAY = 24.0
 FEWEST_EVENTS = 10
 
 MAX_LEN = 50
@@ -88,9 +91,6 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     Attributes:
         flow: how many registrations each rule removed; columns rule, removed, left.
         registrations: all in the organ's file, by PX_ID: ``reason`` ("" where kept), ``label``.
-        ages_and_dialysis: (N, 2) years: age at listing, NaN where unknown; on dialysis by the
-            landmark, 0 where not begun, NaN where the table has no CAN_DIAL_DT.
-        sexes: (N,) ``woman``, ``man`` or ``not known``.
 
     Raises:
         InputError: files that cannot be read, no registration left, or fewer than ten events.
@@ -102,12 +102,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len")
     outcome = "Death or too sick for transplant"
     fixed_features = True  # SRTR's own kidney history holds no laboratory value
-    row_columns = (*TrajectoryDataset.row_columns, "ages_and_dialysis", "sexes")
+    reads_contexts = False  # which say what the statics say
 
     parts = None
     flow: pd.DataFrame
-    ages_and_dialysis: NDArray[np.float64]
-    sexes: NDArray[np.str_]
 
     def __init__(
         self,
@@ -215,12 +213,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.ids = cohort.index.to_numpy().astype(np.str_)
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         self.contexts = contexts(cohort, self.definition)
-        dialysed = cohort["CAN_LISTING_DT"] + self.definition.landmark - cohort["CAN_DIAL_DT"]
-        # No date means not on dialysis where the table has the column.
-        years = dialysed.clip(lower=0).fillna(0 if dated else np.nan) / DAYS_A_YEAR
-        self.ages_and_dialysis = np.column_stack([cohort["age"], years])
-        words = cohort["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna(UNKNOWN)
-        self.sexes = words.to_numpy().astype(np.str_)
+        known = statics(cohort, self.definition, dated=dated)
+        self.static_names, self.statics = tuple(map(str, known)), known.to_numpy()
+        self.prediction_hours = np.full(len(self), self.definition.landmark * HOURS_A_DAY)
 
     @classmethod
     def scoring_rows(
@@ -257,7 +252,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     def people(self) -> pd.DataFrame:
         """Return what reports distinguish rows by: as every data set's, and the organ."""
         organ = pd.Categorical([self.definition.organ_name] * len(self))
-        people = people_of(self.lengths, self.ages_and_dialysis[:, 0], self.sexes)
+        known = self.fact_table([AGE, MALE])
+        sexes = known[MALE].map({1: "man", 0: "woman"}).fillna(UNKNOWN).to_numpy().astype(np.str_)
+        people = people_of(self.lengths, known[AGE].to_numpy(), sexes)
         return people.assign(organ=organ)
 
     def asked(self) -> dict[str, str]:
@@ -283,11 +280,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         Source: MELD, Kamath 2001; age and years of dialysis, as in Hart 2016.
         """
         inputs = super().baseline_inputs()
-        person = pd.DataFrame(self.ages_and_dialysis, columns=["age", "years of dialysis"])
         if self.definition.organ_name == "kidney":
-            return {**inputs, "age and years of dialysis": person}
+            return {**inputs, "age and years of dialysis": self.fact_table([AGE, DIALYSIS_YEARS])}
         meld = inputs["logistic regression"][["MELD last"]]
-        return {**inputs, "last MELD": meld, "last MELD and age": meld.join(person["age"])}
+        return {**inputs, "last MELD": meld, "last MELD and age": meld.join(self.fact_table([AGE]))}
 
     # ------------------------------------------------------------------ texts
 

@@ -174,6 +174,7 @@ def test_constructor_keywords_are_the_trainers_flags() -> None:
 
 
 CONFIG: dict[str, Any] = {
+    "inputs": {"facts": [], "prediction_time": False},
     "features": ["glucose", "Anion Gap"],
     "units": ["mg/dL", "mEq/L"],
     "outcome": "Escalation",

@@ -458,5 +458,5 @@ def test_columns_that_the_commands_write_for_readers_are_not_listed(
 ) -> None:
     names = ("hadm_id", "prediction_time", "prediction_hours", "static_age [years]", "label_death")
     with caplog.at_level(logging.INFO):
-        MIMICtrajectoryDataset(THREE.assign(**dict.fromkeys(names, 1)))
+        MIMICtrajectoryDataset(THREE.assign(**dict.fromkeys(names, 9)))
     assert not any("not read" in message for message in caplog.messages)

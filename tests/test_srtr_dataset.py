@@ -45,11 +45,14 @@ def synthetic() -> dict[str, SRTRTrajectoryDataset]:
 def inputs(dataset: SRTRTrajectoryDataset) -> dict[str, tuple[Any, ...]]:
     """All that a model is shown of each registration, exactly."""
     result = {}
+    assert dataset.statics is not None
+    assert dataset.prediction_hours is not None
     simple = pd.concat(dataset.baseline_inputs().values(), axis=1).to_numpy()
     for i, name in enumerate(dataset.ids):
         rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
         series = dataset.times[rows].tobytes(), dataset.values[rows].tobytes()
-        result[name] = (*series, dataset.prompt(i), simple[i].tobytes())
+        beside = dataset.statics[i].tobytes(), dataset.prediction_hours[i]
+        result[name] = (*series, dataset.prompt(i), simple[i].tobytes(), *beside)
     return result
 
 
@@ -194,6 +197,25 @@ def test_reading_is_no_loop_over_registrations(tmp_path: Path) -> None:
         SRTRTrajectoryDataset(folder, "liver")
         seconds.append(time.process_time() - start)
     assert seconds[1] < 15 * seconds[0] + 0.5
+
+
+# ------------------------------------------------------------------- facts, prediction time
+
+
+@pytest.mark.parametrize("organ", ORGAN_NAMES)
+def test_each_registration_is_asked_at_its_landmark_with_the_candidates_facts(
+    organ: str, synthetic: dict[str, SRTRTrajectoryDataset]
+) -> None:
+    dataset, chosen = synthetic[organ], np.array([3, 0])
+    assert dataset.prediction_hours is not None
+    assert set(dataset.prediction_hours) == {24 * ORGANS[organ].days}
+    names = dataset.choose_facts(np.arange(len(dataset)), 0)
+    assert set(names) <= set(dataset.static_names)  # no word of the contexts
+    assert "BMI [kg/m2]" in names
+    part = dataset.subset(chosen).with_inputs(names, prediction_time=True)
+    np.testing.assert_array_equal(part.facts, dataset.fact_table(names).to_numpy()[chosen])
+    waits = 24 * ORGANS[organ].days - dataset.times[dataset.offsets[chosen + 1] - 1]
+    np.testing.assert_array_equal(part.summaries()[:, -1], waits)
 
 
 # ------------------------------------------------------------------- scoring
@@ -358,7 +380,7 @@ def test_baselines_see_what_their_name_says(
 def test_a_table_without_dates_of_dialysis_leaves_its_years_unknown(tmp_path: Path) -> None:
     cand, rows = filler("kidney")
     dataset = SRTRTrajectoryDataset(write_folder(tmp_path, cand, rows, "kidney"))
-    assert np.isnan(dataset.ages_and_dialysis[:, 1]).all()
+    assert dataset.fact_table(["dialysis [years]"]).isna().all(axis=None)
 
 
 def test_the_question_follows_landmark_horizon_and_transplants(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.facts import unusable_facts
 from medgemma_clinical.data.small_cells import (
     FEWEST,
     count_patients,
@@ -85,6 +86,8 @@ def log_check(dataset: TrajectoryDataset, fewest: int, obstacle: str | None = No
         logger.info(describe_split(dataset, split, fewest, events=not hidden))
     warnings = [*implausible_series(dataset, fewest), *_too_few(dataset, split, fewest)]
     warnings += describe_long_spans(dataset, fewest)
+    if split:
+        warnings += describe_unusable_facts(dataset, split["train"], fewest)
     for line in warnings:
         logger.warning("warning: %s", line)
     if problem:
@@ -244,6 +247,21 @@ def describe_long_spans(dataset: TrajectoryDataset, fewest: int) -> list[str]:
         f"{scale:g} h, which makes very many solver steps: train with --time_scale {better}, or "
         f'write "time_scale": {better} in the JSON file beside the data'
     ]
+
+
+def describe_unusable_facts(
+    dataset: TrajectoryDataset, train: NDArray[np.int64], fewest: int
+) -> list[str]:
+    """Warn of declared facts that no model reads.
+
+    Args:
+        dataset: as read.
+        train: positions of the training part.
+        fewest: patients that a fact needs, see ``facts.unusable_facts``.
+    """
+    part = dataset.subset(train)
+    unusable = unusable_facts(part.fact_table(part.static_names), part.groups, fewest)
+    return [f"the fact {name} is not read: {reason}" for name, reason in unusable.items()]
 
 
 def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], most: int) -> str:

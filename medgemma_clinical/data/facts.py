@@ -65,8 +65,8 @@ def frequent_words(contexts: Sequence[str]) -> list[str]:
     return sorted(shares.index[shares >= RAREST_WORD])
 
 
-def choose_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> list[str]:
-    """Return the names of the facts that a model may learn from.
+def unusable_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> dict[str, str]:
+    """Return the facts that a model may not learn from, and why.
 
     The weights keep mean and spread of each fact: of one patient they are the patient's own value,
     and of a fact with two values they give the number of patients with each.
@@ -75,16 +75,16 @@ def choose_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> 
         table: facts of the n rows of the training part, NaN where unknown.
         groups: (n,) the patient of each row.
         fewest: patients that must have the fact, and each of its values where there are two.
-
-    Returns:
-        Names of columns, without those of one value alone.
     """
-    chosen = []
-    for name in table:
+    unusable = {}
+    for name in map(str, table):
         column = table[name].to_numpy()
-        values = np.unique(column[~np.isnan(column)])
-        cells = [column == value for value in values] if len(values) == 2 else [~np.isnan(column)]
-        small = any(is_small(count_patients(groups, cell), fewest) for cell in cells)
-        if len(values) > 1 and not small:
-            chosen.append(str(name))
-    return chosen
+        known = ~np.isnan(column)
+        values = np.unique(column[known])
+        cells = [column == value for value in values] if len(values) == 2 else []
+        if len(values) < 2:
+            unusable[name] = "the training part knows one value of it at most"
+        elif any(is_small(count_patients(groups, cell), fewest) for cell in (known, *cells)):
+            which = "one of its two values" if cells else "it"
+            unusable[name] = f"fewer than {fewest} patients of the training part have {which}"
+    return unusable

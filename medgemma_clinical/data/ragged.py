@@ -1,4 +1,4 @@
-"""Irregular series as flat arrays, and the batches made of them.
+"""Irregular series as flat arrays, their statistics, and the batches made of them.
 
 N series lie one behind another in ``times`` (hours) and ``values`` (raw units), cut by ``offsets``.
 Letters: N series, B a batch of them, L observations, F features, S summaries, K facts.
@@ -11,12 +11,58 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
-
-from medgemma_clinical.data.summaries import SINCE_LAST, summary_features, summary_names
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+STATISTICS = ("first", "last", "min", "max", "mean", "count", "span", "slope")
+"""Of each feature: values and mean in raw units, span in hours, least-squares slope an hour."""
+
+SINCE_LAST = "hours since the last observation"
+"""Name of the column of hours from the last observation to the prediction time."""
+
+
+def summary_features(
+    times: NDArray[np.float64],
+    values: NDArray[np.float64],
+    lengths: NDArray[np.int64],
+    features: Sequence[str],
+) -> pd.DataFrame:
+    """Return statistics of each series.
+
+    Args:
+        times: (all observations,) hours.
+        values: (all observations, F) raw units, NaN where not measured.
+        lengths: (N,) observations of each series, in order.
+        features: F names.
+
+    Returns:
+        N rows; per feature the columns of ``STATISTICS``, NaN where never measured.
+    """
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    columns = {}
+    for f, name in enumerate(features):
+        measured = ~np.isnan(values[:, f])
+        long = pd.DataFrame({"t": times[measured], "v": values[measured, f]})
+        by_owner = long.groupby(owner[measured])
+        table = by_owner["v"].agg(["first", "last", "min", "max", "mean", "count"])
+        centred = long - by_owner.transform("mean")
+        product = (centred["t"] * centred["v"]).groupby(owner[measured]).sum()
+        square = centred["t"].pow(2).groupby(owner[measured]).sum()
+        table["span"] = by_owner["t"].max() - by_owner["t"].min()
+        table["slope"] = (product / square).where(table["span"] > 0, 0.0)  # 0 / 0 within no time
+        for statistic in STATISTICS:
+            columns[f"{name} {statistic}"] = table[statistic].reindex(range(len(lengths)))
+    return pd.DataFrame(columns, index=range(len(lengths)))
+
+
+def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str]:
+    """Return the names of all summaries of series, see ``RaggedSeries.summaries``."""
+    names = [f"{name} {statistic}" for name in features for statistic in STATISTICS]
+    return [*names, SINCE_LAST] if prediction_time else names
 
 
 class Batch(TypedDict):
@@ -105,12 +151,22 @@ class RaggedSeries:
         """Return the facts (N, K); K is 0 before they are chosen."""
         return np.empty((len(self), 0)) if self.facts is None else self.facts
 
-    def prediction_times(self) -> NDArray[np.float64]:
-        """Return when each question is asked (N,), the last observation where it is unknown."""
-        last = self.times[self.offsets[1:] - 1]
+    def prediction_times(
+        self, rows: NDArray[np.int64] | slice = slice(None)
+    ) -> NDArray[np.float64]:
+        """Return when each question is asked, the last observation where it is unknown.
+
+        Args:
+            rows: n positions; all N where left out.
+
+        Returns:
+            (n,) hours on the clock of ``times``.
+        """
+        last = self.times[self.offsets[1:][rows] - 1]
         if self.prediction_hours is None:
             return last
-        return np.where(np.isnan(self.prediction_hours), last, self.prediction_hours)
+        hours = self.prediction_hours[rows]
+        return np.where(np.isnan(hours), last, hours)
 
     def summary_names(self) -> list[str]:
         """Return the S names of the columns of ``summaries``."""
@@ -153,7 +209,7 @@ class RaggedSeries:
             times=tensor(times),
             values=torch.from_numpy(np.where(observed, values, np.float32(0))),
             observed=torch.from_numpy(observed),
-            prediction_hours=tensor(self.prediction_times()[index] - self.times[positions[:, 0]]),
+            prediction_hours=tensor(self.prediction_times(index) - self.times[positions[:, 0]]),
             summaries=tensor(self.summaries()[index]),
             facts=tensor(self.known_facts()[index]),
             labels=tensor(self.labels[index]),

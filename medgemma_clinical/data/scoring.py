@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.facts import NUMBER_ENDING
 from medgemma_clinical.data.tables import Findings
 
 if TYPE_CHECKING:
@@ -44,3 +45,17 @@ class ScoringRows:
             findings.add_problem(number, problem)
         good = np.flatnonzero(~bad)
         return replace(self, dataset=self.dataset.subset(good), places=self.places[good])
+
+
+def count_unknown_facts(dataset: TrajectoryDataset, findings: Findings) -> None:
+    """Count the rows that lack a number which a model reads; a word says nothing where absent.
+
+    Args:
+        dataset: with the facts of ``with_inputs``.
+        findings: get the counts.
+    """
+    assert dataset.facts is not None
+    for name, column in zip(dataset.fact_names, dataset.facts.T, strict=True):
+        if name in dataset.static_names or name.endswith(NUMBER_ENDING):
+            lacking = f"lack the fact {name}: taken as unknown"
+            findings.counts[lacking] += int(np.isnan(column).sum())

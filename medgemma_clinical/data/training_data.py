@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.checks import describe_long_spans
+from medgemma_clinical.data.checks import describe_long_spans, describe_unusable_facts
 from medgemma_clinical.data.small_cells import FEWEST, has_few_events
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
@@ -189,6 +189,8 @@ def prepare_data(
     split = sample.split(seed)
     if inputs is None:
         names = sample.choose_facts(split["train"], min_cell) if facts else []
+        for line in describe_unusable_facts(sample, split["train"], min_cell) if facts else []:
+            logger.warning("warning: %s: %s", sample.source, line)
         known = sample.prediction_hours is not None
         inputs = {"facts": names, "prediction_time": prediction_time and known}
     sample = sample.with_inputs(**inputs)

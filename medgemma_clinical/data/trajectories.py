@@ -20,7 +20,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.case_mix import ages_of, bands_of, case_mix_of, people_of, sexes_of
-from medgemma_clinical.data.facts import CONTEXT_FACT, choose_facts, context_table, frequent_words
+from medgemma_clinical.data.facts import (
+    CONTEXT_FACT,
+    context_table,
+    frequent_words,
+    unusable_facts,
+)
 from medgemma_clinical.data.ragged import RaggedSeries
 from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import draw_split, given_split
@@ -160,7 +165,8 @@ class TrajectoryDataset(RaggedSeries):
     def check_measured(self, train: NDArray[np.int64], fewest: int) -> None:
         """Refuse a series that the training part never measures, or in a few patients alone.
 
-        The weights keep the mean of each series: of one patient it is the patient's own value.
+        The weights keep the mean of each series: of one patient it is the patient's own value. The
+        same holds for the prediction time.
 
         Args:
             train: positions of the training part.
@@ -169,6 +175,14 @@ class TrajectoryDataset(RaggedSeries):
         Raises:
             InputError: its name, and how to go on without it.
         """
+        if self.prediction_hours is not None:
+            asked = count_patients(self.groups[train], ~np.isnan(self.prediction_hours[train]))
+            if asked < max(1, fewest):
+                raise InputError(
+                    f"{self.source}: {f'fewer than {fewest}' if asked else 'no'} patients of the "
+                    "training part have a prediction time: fill the column prediction_hours, or "
+                    "remove it"
+                )
         measured = ~np.isnan(self.values[self.rows_of(train)])
         groups = np.repeat(self.groups[train], self.lengths[train])
         patients = [count_patients(groups, column) for column in measured.T]
@@ -259,13 +273,13 @@ class TrajectoryDataset(RaggedSeries):
             f"{name} ({unit})" if unit else name
             for name, unit in zip(self.features, self.units, strict=True)
         )
+        moment = "after the last observation of each row"
+        if self.prediction_hours is not None:
+            moment = "at the hour that is given with each row"
         return {
             "Question": self.question,
             "Outcome (label 1)": self.outcome,
-            "Prediction time": (
-                "after the last observation of each row; the file does not say how that moment "
-                "was chosen"
-            ),
+            "Prediction time": f"{moment}; the file does not say how that moment was chosen",
             "Horizon": "fixed by the labels; the file does not say it",
             "Series": ", ".join(inputs),
         }
@@ -277,17 +291,20 @@ class TrajectoryDataset(RaggedSeries):
 
         Args:
             train: positions of the training part, which alone decides.
-            fewest: patients that a fact needs, see ``facts.choose_facts``.
+            fewest: patients that a fact needs, see ``facts.unusable_facts``.
         """
         part = self.subset(train)
         words = frequent_words(part.contexts.tolist()) if self.reads_contexts else []
         table = part.fact_table([*self.static_names, *words])
-        return choose_facts(table, part.groups, fewest)
+        unusable = unusable_facts(table, part.groups, fewest)
+        return [name for name in map(str, table) if name not in unusable]
 
     def fact_table(self, names: Sequence[str]) -> pd.DataFrame:
         """Return facts of each row by their names, N rows; NaN where unknown."""
         words = [name for name in names if name not in self.static_names]
-        table = context_table(self.contexts.tolist(), words)
+        table = pd.DataFrame(index=range(len(self)))
+        if words:
+            table = context_table(self.contexts.tolist(), words)
         if self.statics is not None:
             table[list(self.static_names)] = self.statics
         return table[list(names)]

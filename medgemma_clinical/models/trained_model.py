@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.summaries import summary_names
+from medgemma_clinical.data.ragged import summary_names
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device

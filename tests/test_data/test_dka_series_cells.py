@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medgemma_clinical.data import series_cells
+from medgemma_clinical.data.dka import series_cells
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError
 from trajectories import dataset_of, one_series, random_text

@@ -86,6 +86,13 @@ def test_facts_are_columns_beside_the_context(run: Run) -> None:
     assert rows["prediction_hours"].tolist() == [10.5] * 3
 
 
+def test_the_prediction_time_is_rounded_as_the_hours_of_the_series(run: Run) -> None:
+    mini = patient().lab(1, 11.507, 7.3, PH, stored=11.507)
+    rows = run(mini, window_hours=10.508, series=("anion gap", "pH")).rows
+    assert rows["trajectory_pH"].tolist() == ["7.25 (4h) -> 7.3 (10.51h)"]
+    assert rows["prediction_hours"].tolist() == [10.51]
+
+
 @pytest.mark.parametrize(
     ("series", "problem"),
     [

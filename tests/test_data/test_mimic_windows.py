@@ -11,8 +11,8 @@ import pytest
 
 from medgemma_clinical.data.case_mix import ages_of
 from medgemma_clinical.data.database.connection import open_database
+from medgemma_clinical.data.facts import NUMBER_ENDING, facts_of
 from medgemma_clinical.data.mimic.tables import KETOACIDOSIS
-from medgemma_clinical.data.summaries import NUMBER_ENDING, facts_of
 from mimic_files import (
     BICARBONATE,
     CHLORIDE,

@@ -10,7 +10,13 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, ORGANS
-from medgemma_clinical.data.srtr.cohort import CohortDefinition, contexts, judge, read_candidates
+from medgemma_clinical.data.srtr.cohort import (
+    CohortDefinition,
+    contexts,
+    judge,
+    read_candidates,
+    statics,
+)
 from medgemma_clinical.data.srtr.decode import BAD_DATE
 from medgemma_clinical.data.srtr.files import find_table
 from medgemma_clinical.files import InputError
@@ -225,6 +231,49 @@ def test_the_context_is_what_was_known_at_listing() -> None:
         "the liver waiting list for 90 days",
         "Patient, on the liver waiting list for 90 days",
     ]
+
+
+KIDNEY = CohortDefinition("kidney", 365, 365, "negative")
+
+
+def facts(definition: CohortDefinition = KIDNEY, *, dated: bool = True, **columns: Any) -> Row:
+    """Return the known facts of a candidate."""
+    table = statics(table_of(candidate(1, **columns)), definition, dated=dated)
+    return {str(name): value for name, value in table.iloc[0].items() if not np.isnan(value)}
+
+
+def test_facts_are_the_columns_of_the_candidate_as_numbers() -> None:
+    person: Row = {"CAN_AGE_IN_MONTHS_AT_LISTING": 690, "CAN_GENDER": "M", "CAN_ABO": "A2"}
+    assert facts(**person, CAN_DIAB=3, CAN_PREV_TX=1, CAN_DIAL_DT=LISTED - 365.25) == {
+        "age at listing [years]": 57.5,
+        "male": 1,
+        "BMI [kg/m2]": 25.5,
+        "diabetes": 1,
+        "type 1 diabetes": 0,
+        "earlier transplant": 1,
+        **{"blood group A": 1, "blood group B": 0, "blood group AB": 0, "blood group O": 0},
+        "dialysis [years]": pytest.approx(1 + 365 / 365.25),
+    }
+    names = ("CAN_AGE_IN_MONTHS_AT_LISTING", "CAN_GENDER", "CAN_PREV_TX")
+    nothing: Row = dict.fromkeys(names)
+    assert facts(LIVER, **nothing, CAN_DIAB=998, CAN_ABO="UNK", CAN_BMI=900) == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "known"),
+    [(1, (0, 0)), (2, (1, 1)), (3, (1, 0)), (4, (1, 0)), (5, (1, None)), (998, (None, None))],
+)
+def test_a_code_of_diabetes_is_its_presence_and_its_type(code: int, known: Any) -> None:
+    found = facts(CAN_DIAB=code)
+    assert (found.get("diabetes"), found.get("type 1 diabetes")) == known
+
+
+def test_years_of_dialysis_end_at_the_landmark_and_a_later_start_is_none() -> None:
+    for day in (None, LISTED + 365, LISTED + 366, LISTED + 2000):
+        assert facts(CAN_DIAL_DT=day)["dialysis [years]"] == 0
+    assert facts(CAN_DIAL_DT=LISTED + 364)["dialysis [years]"] == pytest.approx(1 / 365.25)
+    assert "dialysis [years]" not in facts(dated=False, CAN_DIAL_DT=None)
+    assert "dialysis [years]" not in facts(LIVER, CAN_DIAL_DT=LISTED)
 
 
 def test_each_organ_has_its_own_defaults() -> None:

@@ -17,14 +17,15 @@ from medgemma_clinical.data.dka.description import (
     list_unread,
     seems_cell,
 )
+from medgemma_clinical.data.dka.facts import HOURS, STATIC
 from medgemma_clinical.data.dka.series_cells import CELL
 from medgemma_clinical.data.tables import column_text
 from medgemma_clinical.files import InputError
 
 PATIENT = "subject_id"
 
-COLUMNS = (MAIN_COLUMN, PATIENT, "id", "clinical_context", "split")
-"""Columns of the format beside the label and those of further series."""
+COLUMNS = (MAIN_COLUMN, PATIENT, "id", "clinical_context", HOURS, "split")
+"""Columns of the format beside the label and those of further series and of facts."""
 
 ALIASES = {
     MAIN_COLUMN: {"trajectory", "trajectories", "series", "timeseries"},
@@ -69,8 +70,7 @@ def _squeeze(name: str) -> str:
 
 def is_made(name: str) -> bool:
     """Return whether our commands write a column of this name that the data set does not read."""
-    known = name in ("hadm_id", "prediction_time", "prediction_hours")
-    return known or name.startswith(("static_", "label_"))
+    return name in ("hadm_id", "prediction_time") or name.startswith("label_")
 
 
 def describe_missing(table: pd.DataFrame, target: str) -> str:
@@ -112,6 +112,9 @@ def describe_unread(table: pd.DataFrame, unread: Sequence[str], absent: Sequence
             meant = f"did you mean {target}? rename it{_by_flag(near, target)}"
             warnings.append(f"not read: column {list_unread(near)}: {meant}")
             rest = [name for name in rest if name not in near]
+    if facts := [name for name in rest if re.match("static[_ -]", name, re.IGNORECASE)]:
+        shown = list_unread(facts)
+        warnings.append(f"not read: column {shown}: a fact's name begins with {STATIC}: rename it")
     if series := _series_columns(table, rest):
         names = list_unread([f"trajectory_{name}" for name in series])
         meant = f"the cells look like series: rename to {names}"
@@ -136,7 +139,7 @@ def patient_column(table: pd.DataFrame) -> str | None:
     Of several the one with the fewest values: that of the patient, not of the stay. A column of one
     value alone names the study.
     """
-    names = [str(name) for name in table if name not in (PATIENT, "id")]
+    names = [n for n in map(str, table) if n not in (PATIENT, "id") and not n.startswith(STATIC)]
     if PATIENT in table or table.columns.duplicated().any():
         return None
     near = [name for name in names if not seems_cell(name) and is_near_miss(name, PATIENT)]
@@ -160,8 +163,9 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
         if name not in table:
             advice = describe_missing(table, name)
             raise InputError(f"{source}, row 1, column {name}: no such column: {advice}")
-    for name in table.columns[table.columns.duplicated()].intersection([*COLUMNS, label]):
-        raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
+    for name in map(str, table.columns[table.columns.duplicated()]):
+        if name in (*COLUMNS, label) or name.startswith(STATIC):
+            raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")
 
 
 def patients_of(table: pd.DataFrame) -> pd.Series:

@@ -54,7 +54,7 @@ LEFT JOIN other_chemistry USING (stay);
 CREATE TABLE facts AS
 SELECT
     stay, subject_id, hadm_id,
-    hours_between(first, time) AS prediction_hours,
+    round_even(hours_between(first, time), 2) AS prediction_hours,  -- as the series' hours
     context AS clinical_context,
     age AS "static_age [years]",
     CASE sex WHEN 'M' THEN 1 WHEN 'F' THEN 0 END AS static_sex_male,

@@ -27,6 +27,12 @@ GRADES = {1: "none", 2: "slight", 3: "marked"}
 DIABETES = {1: "no diabetes", 2: "type 1 diabetes", 3: "type 2 diabetes", 4: "diabetes"}
 """5 is of unknown type, 998 unknown. Source: OPTN form codes (believed for CAN_DIAB of the SAF)."""
 
+ANY_DIABETES, TYPE_1 = {1: 0, 2: 1, 3: 1, 4: 1, 5: 1}, {1: 0, 2: 1, 3: 0, 4: 0}
+"""Values of each code of ``DIABETES`` as facts."""
+
+BLOOD_GROUPS = {"A": "A", "A1": "A", "A2": "A", "B": "B", "AB": "AB", "O": "O"}
+LEAST_BMI, LARGEST_BMI = 10, 80
+
 LARGEST_VALUE = 1e6
 """No laboratory value is larger; beyond it a cell counts as not measured."""
 
@@ -44,7 +50,9 @@ CAND_COLUMNS = {
     "CAN_DIAL_DT": "dialysis is known from the history alone, its years not at all",
     "CAN_GFR": "GFR is known from the history alone",
     "CAN_GFR_DT": "CAN_GFR is undated, so it is not used",
-    **dict.fromkeys((*TEXT_COLUMNS[2:], "CAN_BMI", "CAN_DIAB", "CAN_PREV_TX"), "the text lacks it"),
+    **dict.fromkeys(
+        (*TEXT_COLUMNS[2:], "CAN_BMI", "CAN_DIAB", "CAN_PREV_TX"), "text and facts lack it"
+    ),
 }
 """Columns of CAND_* and what their absence costs; empty where they are required."""
 

@@ -12,14 +12,19 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.srtr.codes import (
     ADVERSE,
+    ANY_DIABETES,
+    BLOOD_GROUPS,
     CAND_COLUMNS,
     DEATHS,
     DIABETES,
     DIED,
     ERROR,
     KNOWN,
+    LARGEST_BMI,
+    LEAST_BMI,
     ORGANS,
     TRANSPLANT,
+    TYPE_1,
     Organ,
 )
 from medgemma_clinical.data.srtr.decode import BAD_DATE, read_saf
@@ -32,6 +37,11 @@ logger = logging.getLogger(__name__)
 ADULT_YEARS, OLDEST_YEARS = 18, 120
 NO_ROW = "no history row by the landmark"
 TRANSPLANT_CHOICES = ("negative", "exclude")
+
+AGE, MALE, DIALYSIS_YEARS = "age at listing [years]", "male", "dialysis [years]"
+"""Facts that reports and baselines read too."""
+
+DAYS_A_YEAR = 365.25
 
 LONGEST_DAYS = 36_500
 """A landmark or horizon of a hundred years."""
@@ -170,10 +180,10 @@ def contexts(cohort: pd.DataFrame, definition: CohortDefinition) -> NDArray[np.o
     text = cohort["age"].map(lambda age: "" if np.isnan(age) else f"{int(age)}-year-old ")
     text += cohort["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna("patient")
     text = text.str[:1].str.upper() + text.str[1:]
-    blood, bmi = cohort["CAN_ABO"], cohort["CAN_BMI"]
+    blood = cohort["CAN_ABO"]
     facts = [
-        "blood group " + blood.where(blood.isin(["A", "A1", "A2", "B", "O", "AB"])).astype(object),
-        bmi.where(bmi.between(10, 80)).map(lambda b: f"BMI {plain(b)} kg/m2", na_action="ignore"),
+        "blood group " + blood.where(blood.isin(BLOOD_GROUPS)).astype(object),
+        _plausible_bmi(cohort).map(lambda b: f"BMI {plain(b)} kg/m2", na_action="ignore"),
         cohort["CAN_DIAB"].map(DIABETES),
         cohort["CAN_PREV_TX"].map({0: "no earlier transplant", 1: "earlier transplant"}),
     ]
@@ -181,3 +191,35 @@ def contexts(cohort: pd.DataFrame, definition: CohortDefinition) -> NDArray[np.o
         text += (", " + fact.astype(object)).fillna("")
     waited = f", on the {definition.organ_name} waiting list for {definition.landmark} days"
     return (text + waited).to_numpy(object)
+
+
+def statics(cohort: pd.DataFrame, definition: CohortDefinition, *, dated: bool) -> pd.DataFrame:
+    """Return what was known of the candidates at the landmark as numbers, NaN where unknown.
+
+    A dialysis that begins after the landmark reads exactly as none: 0 years.
+
+    Args:
+        cohort: from ``read_candidates``.
+        definition: organ and landmark.
+        dated: whether the table has CAN_DIAL_DT; without it the years are unknown.
+    """
+    blood = cohort["CAN_ABO"].map(BLOOD_GROUPS)
+    facts = {
+        AGE: cohort["age"],
+        MALE: cohort["CAN_GENDER"].map({"M": 1, "F": 0}),
+        "BMI [kg/m2]": _plausible_bmi(cohort),
+        "diabetes": cohort["CAN_DIAB"].map(ANY_DIABETES),
+        "type 1 diabetes": cohort["CAN_DIAB"].map(TYPE_1),
+        "earlier transplant": cohort["CAN_PREV_TX"].map({0: 0, 1: 1}),
+    }
+    for group in ("A", "B", "AB", "O"):
+        facts[f"blood group {group}"] = (blood == group).where(blood.notna())
+    if definition.organ_name == "kidney":
+        dialysed = cohort["CAN_LISTING_DT"] + definition.landmark - cohort["CAN_DIAL_DT"]
+        years = dialysed.clip(lower=0).fillna(0 if dated else np.nan) / DAYS_A_YEAR
+        facts[DIALYSIS_YEARS] = years
+    return pd.DataFrame(facts).astype(float)
+
+
+def _plausible_bmi(cohort: pd.DataFrame) -> pd.Series:
+    return cohort["CAN_BMI"].where(cohort["CAN_BMI"].between(LEAST_BMI, LARGEST_BMI))

@@ -1,4 +1,4 @@
-"""Tests of the tables that simple models read: statistics of series, facts of contexts."""
+"""Tests of the tables that simple models read: statistics of series; the time of searches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.case_mix import AGE
 from medgemma_clinical.data.dka.description import SERIES_COLUMN
 from medgemma_clinical.data.dka.series_cells import CELL, DATE, UNIT
+from medgemma_clinical.data.facts import CONTEXT_NUMBER
 from medgemma_clinical.data.srtr.decode import BEHIND
-from medgemma_clinical.data.summaries import CONTEXT_NUMBER
-from medgemma_clinical.data.texts import NUMBER
 from trajectories import LABEL, SERIES, dataset_of, one_series
 
 THREE_SERIES = pd.DataFrame(
@@ -93,44 +90,6 @@ def test_summary_features_hold_eight_numbers_of_every_series() -> None:
     assert (table.loc[1, "Blood urea span"], table.loc[0, "glucose span"]) == (3, 0.5)
     assert (table.loc[1, "Blood urea count"], table.loc[1, "glucose count"]) == (2, 1)
     assert table.loc[2, ["glucose last", "Blood urea mean"]].isna().all()
-
-
-def test_context_facts_are_numbers_by_their_word_and_the_other_words() -> None:
-    contexts = ["54-year-old woman, 76 kg, BMI 27.5", "61-year-old man, 80 kg", "man", ""] * 30
-    table = pd.DataFrame(
-        {
-            "clinical_trajectory": ["1 (0h)"] * 120,
-            "label_escalation": [0, 1] * 60,
-            "clinical_context": [*contexts[:-1], "rare"],
-        }
-    )
-    dataset = MIMICtrajectoryDataset(table)
-    facts = dataset.context_facts(np.arange(120), 0)
-    numbers = ["year (number)", "kg (number)", "bmi (number)"]
-    assert set(facts.columns) == {*numbers, "old", "woman", "man"}
-    assert facts[numbers].to_numpy()[0].tolist() == [54, 76, 27.5]
-    assert facts.loc[:3, "woman"].tolist() == [1, 0, 0, 0]
-    assert facts.loc[2:3, "year (number)"].isna().all()
-    # What counts as rare is decided by the training part alone.
-    assert "rare" in dataset.context_facts(np.arange(100, 120), 0)
-    assert "rare" not in dataset.context_facts(np.arange(100), 0)
-    # A word of a few patients is no input, however many rows they have.
-    assert "bmi (number)" in dataset.context_facts(np.arange(120), 30)
-    assert "bmi (number)" not in dataset.context_facts(np.arange(120), 31)
-    one_patient = MIMICtrajectoryDataset(table.assign(subject_id=np.arange(120) // 4 * 4))
-    assert "kg (number)" in one_patient.context_facts(np.arange(120), 30)
-    assert "kg (number)" not in one_patient.context_facts(np.arange(120), 31)
-
-
-FROM_EACH_LETTER = re.compile(rf"(?:([^\W\d_]+)[ :=]+)?({NUMBER})(?:[ -]?([^\W\d_]+|%))?")
-"""The plain form of CONTEXT_NUMBER, which takes the square of a word's length."""
-
-PIECES = [*"aeE\u00e95 0.-+ :=%_\n", "year", "BMI 27", "1e5", " kg", "54-year-old "]
-
-
-@given(st.lists(st.sampled_from(PIECES), max_size=15).map("".join))
-def test_the_numbers_of_a_context_are_those_of_the_plain_form(text: str) -> None:
-    assert CONTEXT_NUMBER.findall(text) == FROM_EACH_LETTER.findall(text)
 
 
 def seconds(search: Callable[[str], object], text: str) -> float:
