@@ -168,15 +168,9 @@ def plan_carry(
     last = seen.any(axis=2).sum(axis=1) - 1
     waits = until - hours[rows, last]
     early = ~(waits >= 0)  # or not a number
-    _refuse(
-        early[:, None],
-        "the end {value} h of {place} is before its last observation",
-        until[:, None],
-    )
+    _refuse(early, "the end {value} h of {place} is before its last observation", until)
     too_long = waits > config.longest_gap * config.time_scale
-    _refuse(
-        too_long[:, None], "the end {value} h of {place} needs a larger time_scale", until[:, None]
-    )
+    _refuse(too_long, "the end {value} h of {place} needs a larger time_scale", until)
     steps = np.where(waits > 0, np.maximum(count_steps(waits, config), 1), 0)
     numbers = np.arange(steps.max(initial=0))[:, None]  # (C, 1)
     return np.where(numbers < steps, waits / (np.maximum(steps, 1) * config.time_scale), 0.0)
