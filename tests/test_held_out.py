@@ -44,12 +44,17 @@ def test_the_normaliser_sees_the_training_part_alone() -> None:
     before = scales(table)
     assert before
     changed = table.copy()
-    changed.loc[np.concatenate([split["val"], split["test"]]), SERIES] = "900 (0h) -> -900 (5h)"
+    held_out = np.concatenate([split["val"], split["test"]])
+    changed.loc[held_out, SERIES] = "900 (0h) -> -900 (5h)"
+    changed.loc[held_out, "clinical_context"] = "visit 900, transferred"
     after = scales(changed)
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed.loc[split["train"][0], SERIES] = "900 (0h)"
+    changed.loc[split["train"][0], "clinical_context"] = "visit 900"
     touched = scales(changed)
-    assert any(not torch.equal(before[name], touched[name]) for name in before)
+    moved = {name for name in before if not torch.equal(before[name], touched[name])}
+    for part in ("encoder.value_mean", "summary_scaler.mean", "fact_scaler.mean"):
+        assert any(part in name for name in moved), part
 
 
 # --------------------------------------------------------------------------- stage 1's patients
