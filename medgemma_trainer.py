@@ -181,8 +181,8 @@ def add_model_flags(parser: Parser) -> None:
         help="ODE-RNN time normalization in hours; JSON or 72.0 (DKA), 8760 (kidney), 2160 (liver)",
     )
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
-    add("--dynamics", choices=DYNAMICS, help="between observations: ODE, decay, or nothing; ode")
-    add("--members", type=number(int, *MEMBERS), help="encoders whose logits are averaged; 1")
+    add("--dynamics", choices=DYNAMICS, default="ode", help="between two observations")
+    add("--members", type=number(int, *MEMBERS), default=1, help="encoders, averaged")
     add("--facts", choices=SWITCH, default="on", help="facts of the patient are inputs")
     add("--prediction_time", choices=SWITCH, default="on", help="carry the state to it, if known")
     add = parser.add_argument_group("language model").add_argument
@@ -243,12 +243,13 @@ from medgemma_clinical.commands.run_folder import (
     finish_run,
     folder_identity,
     resume_run,
+    run_data,
     run_facts,
     stage_name,
     tracker_folder,
 )
 from medgemma_clinical.commands.seeds import run_seeds
-from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import (
     check_gpu,
@@ -265,7 +266,6 @@ from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     load_llm,
     load_trajectory,
-    read_trajectory,
     save_llm,
     save_trajectory,
     stage1_config,
@@ -532,13 +532,13 @@ def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
     dataset.check_measured(train, data.min_cell)
     scale = data.time_scale(args.time_scale)
     members = []
-    for member in range(args.members or 1):
+    for member in range(args.members):
         seed_everything((args.seed + member) % 2**32)
         encoder = DEFAULT_ENCODER(
             len(dataset.features),
             time_scale=scale,
             solver=args.solver,
-            dynamics=args.dynamics or DYNAMICS[0],
+            dynamics=args.dynamics,
         ).requires_grad_(not args.freeze_ode)
         members.append(fit_member(encoder, dataset, train, data.prevalence()))
     check_gaps(members[0].encoder, dataset)
@@ -754,16 +754,7 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
     folder = args.output_dir / stage_name(args)
     log = log_path(args, folder)
     dataset = read_dataset(args) if dataset is None else dataset
-    data = prepare_data(
-        dataset,
-        max_samples=args.max_samples,
-        seed=args.seed,
-        prompts=prompt_options(args),
-        inputs=args.ode_checkpoint and read_trajectory(args.ode_checkpoint).config["inputs"],
-        facts=args.facts == "on",
-        prediction_time=args.prediction_time == "on",
-        min_cell=args.min_cell,
-    )
+    data = run_data(args, dataset, prompt_options(args))
     facts, before = run_facts(args, data), folder_identity(folder)
     try:
         with resume_run(folder, facts) if args.resume else nullcontext(True) as left:

@@ -1,4 +1,4 @@
-"""Train and compare what text and soft prompt add to stage 1: ``--ablation``."""
+"""Train and compare what each part adds: dynamics, facts, text, soft prompt: ``--ablation``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 REFERENCE = "stage 1 alone"
 VARIANTS: dict[str, dict[str, Any]] = {
     REFERENCE: {"trajectory_only": True},
+    "stage 1, states decay": {"trajectory_only": True, "dynamics": "decay"},
+    "stage 1, states held": {"trajectory_only": True, "dynamics": "none"},
+    "stage 1, no facts": {"trajectory_only": True, "facts": "off"},
     "text alone": {"mode": "classification", "soft_prompt": "off"},
     "soft prompt alone": {"mode": "classification", "series_text": "none"},
     "text + soft prompt": {"mode": "classification"},
@@ -89,7 +92,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         "ablation",
         results,
         REFERENCE,
-        title=f"What text and soft prompt add: {outcome}",
+        title=f"What each part adds: {outcome}",
         sentences=[],
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
     )

@@ -18,6 +18,7 @@ from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.report_tables import counts_text
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ def announce(stage: Stage, data: Data, args: Namespace) -> None:
         events = None if hidden else int(dataset.labels[rows].sum())
         parts.append(f"{part} {counts_text(len(rows), events)}")
     logger.info("split: %s", "; ".join(parts))
+    if not isinstance(stage.model, TrajectoryLLM) or stage.model.stage1 is not None:
+        until = "last observation" if dataset.prediction_hours is None else "prediction time"
+        facts = ", ".join(dataset.fact_names) or "none"
+        logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
     rates: dict[str, float] = stage.learning_rates
     learns = {
         part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)

@@ -53,7 +53,10 @@ ALLOWED_FLAGS: dict[str, set[str]] = {
 }
 """All that these ways read."""
 
-VARIED_FLAGS = {"--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"}
+VARIED_FLAGS = {
+    *("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"),
+    *("--dynamics", "--facts"),
+}
 """Flags that the variants of ``--ablation`` set."""
 
 
@@ -387,7 +390,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         if "--epochs" in given:
             logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
     elif off:
-        _check_unused("--soft_prompt off", given & {"--ode_checkpoint", "--freeze_ode"})
+        stage1 = {"--ode_checkpoint", "--freeze_ode", "--dynamics", "--members", "--facts"}
+        _check_unused("--soft_prompt off", given & {*stage1, "--prediction_time"})
 
 
 def _check_predict(given: set[str]) -> None:

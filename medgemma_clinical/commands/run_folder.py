@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import default_device, processes
 from medgemma_clinical.files import (
     InputError,
@@ -28,7 +30,7 @@ from medgemma_clinical.files import (
     write_json,
 )
 from medgemma_clinical.models.checkpoint_schema import check_data
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.language_model import base_content_hash, cached_revision
 from medgemma_clinical.provenance import code_hash, git_commit, versions
 from medgemma_clinical.training.checkpoint_store import CheckpointStore
@@ -78,6 +80,25 @@ def checkpoint_store(folder: Path) -> CheckpointStore:
 
 
 # --------------------------------------------------------------------------- what a run is
+
+
+def run_data(args: Namespace, dataset: TrajectoryDataset, prompts: PromptOptions) -> Data:
+    """Return what a run learns from; a stage 1 that it builds on decides what is read.
+
+    Raises:
+        InputError: as ``prepare_data``, or stage 1's file cannot be read.
+    """
+    stage_1 = args.ode_checkpoint
+    return prepare_data(
+        dataset,
+        max_samples=args.max_samples,
+        seed=args.seed,
+        prompts=prompts,
+        inputs=read_trajectory(stage_1).config["inputs"] if stage_1 else None,
+        facts=args.facts == "on",
+        prediction_time=args.prediction_time == "on",
+        min_cell=args.min_cell,
+    )
 
 
 def run_facts(args: Namespace, data: Data) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     """
     if args.ablation:
         reference, name = REFERENCE, "seeds_ablation"
-        title = "What text and soft prompt add"
+        title = "What each part adds"
         tables = [read_predictions(folder) for folder in folders.values()]
         sentences = []
     else:

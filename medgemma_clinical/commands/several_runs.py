@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, RUN_LOG, quiet_console
-from medgemma_clinical.commands.run_folder import progress_of, run_facts, stage_name
+from medgemma_clinical.commands.run_folder import progress_of, run_data, run_facts, stage_name
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.files import InputError, read_json
@@ -59,13 +58,7 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
 def run_progress(args: Namespace, dataset: TrajectoryDataset) -> str:
     """Return how far an earlier run of the same command has come: ``none``, ``part`` or ``all``."""
     # The prompts are flags, which are compared by themselves.
-    data = prepare_data(
-        dataset,
-        max_samples=args.max_samples,
-        seed=args.seed,
-        prompts=PromptOptions(),
-        min_cell=args.min_cell,
-    )
+    data = run_data(args, dataset, PromptOptions())
     return progress_of(stage_folder(args), run_facts(args, data))
 
 

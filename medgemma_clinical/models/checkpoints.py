@@ -58,6 +58,7 @@ A LoRA adapter and the modules beside it, trained on {base} ({revision}).
 - Question: {question}
 - Outcome: {outcome}
 - Series: {series}
+- Facts: {facts}
 - Trained on: {kind} data whose SHA-256 is {data}
 - To predict: `python medgemma_trainer.py --predict --checkpoint FOLDER --predictions FILE` and the
   flag that names the rows
@@ -247,6 +248,7 @@ def model_card(config: dict[str, Any]) -> str:
         question=config["question"],
         outcome=config["outcome"],
         series=", ".join(f"{name} ({unit})" if unit else name for name, unit in units),
+        facts=", ".join(config["inputs"]["facts"]) or "none",
         kind=config["dataset"],
         data=config["data_sha256"],
         licence=licence(base),

@@ -18,6 +18,7 @@ from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
+from medgemma_clinical.models.checkpoint_schema import DYNAMICS, MEMBERS
 from medgemma_clinical.models.checkpoints import (
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
@@ -268,8 +269,8 @@ def load_stage1(
     Args:
         path: stage 1's file.
         encoders: class of each registered name.
-        given: the run's ``solver``, ``facts`` and ``prediction_time``; its ``time_scale``,
-            ``dynamics`` and ``members``, None where the flag is left out.
+        given: the run's ``solver``, ``time_scale``, ``dynamics``, ``members``, ``facts`` and
+            ``prediction_time``; a flag at its default contradicts nothing.
         data: of this run, with the inputs of stage 1.
 
     Raises:
@@ -289,8 +290,9 @@ def load_stage1(
         raise InputError(f"{path}: trained on --label_column {column}: give the same")
     options = config["encoder"]
     stored = {"members": config["members"], **options}
-    for name in ("time_scale", "dynamics", "members"):
-        if given[name] not in (None, stored.get(name)):
+    defaults = {"time_scale": None, "dynamics": DYNAMICS[0], "members": MEMBERS[0]}
+    for name, default in defaults.items():
+        if given[name] not in (default, stored.get(name)):
             raise InputError(f"{path}: its --{name} is {stored.get(name)}: leave the flag out")
     for name in ("facts", "prediction_time"):
         if given[name] == "off" and config["inputs"][name]:

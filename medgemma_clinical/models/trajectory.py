@@ -104,10 +104,10 @@ class TrajectoryHead(nn.Module):
         self.wide = nn.Linear(2 * summaries, 1, bias=False)
         nn.init.zeros_(self.wide.weight)
         self.fact_scaler = MaskedScaler(facts)
-        self.facts: nn.Sequential | None = None
+        self.facts: nn.Module | None = None
         if facts:
-            first, last = nn.Linear(2 * facts, FACT_WIDTH), nn.Linear(FACT_WIDTH, 1, bias=False)
-            self.facts = nn.Sequential(first, nn.ReLU(), last)
+            inner, outer = nn.Linear(2 * facts, FACT_WIDTH), nn.Linear(FACT_WIDTH, 1, bias=False)
+            self.facts = nn.Sequential(inner, nn.ReLU(), outer)
 
     def fit_normalizer(self, summaries: Tensor, facts: Tensor) -> None:
         """Fit the scales to the training part: summaries (n, S) and facts (n, K)."""

@@ -1,4 +1,4 @@
-"""What text and soft prompt add: which runs are made, by which flags, and how they are compared."""
+"""What each part adds: which runs are made, by which flags, and how they are compared."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
     """The flags that ``--ablation`` looks at."""
     flags: dict[str, Any] = {
         "ablation": True,
+        "dynamics": "ode",
+        "facts": "on",
         "freeze_ode": False,
         "max_len": 9,
         "min_cell": 0,
@@ -77,14 +79,27 @@ def test_each_variant_differs_by_its_own_switches_alone(tmp_path: Path) -> None:
     encoder = tmp_path / "medgemma_trajectory_best.pt"
     assert switches == {
         "stage 1 alone": (True, "on", "all", None),
+        "stage 1, states decay": (True, "on", "all", None),
+        "stage 1, states held": (True, "on", "all", None),
+        "stage 1, no facts": (True, "on", "all", None),
         "text alone": (False, "off", "all", None),
         "soft prompt alone": (False, "on", "none", encoder),
         "text + soft prompt": (False, "on", "all", encoder),
+    }
+    stage1 = {name: (own.dynamics, own.facts) for name, own in made.items() if own.trajectory_only}
+    assert stage1 == {
+        "stage 1 alone": ("ode", "on"),
+        "stage 1, states decay": ("decay", "on"),
+        "stage 1, states held": ("none", "on"),
+        "stage 1, no facts": ("ode", "off"),
     }
     assert all((own.max_len, own.ablation, own.seed) == (9, False, 0) for own in made.values())
     folders = [several_runs.stage_folder(own).relative_to(tmp_path) for own in made.values()]
     assert [folder.as_posix() for folder in folders] == [
         "trajectory",
+        "ablation/stage_1_states_decay/trajectory",
+        "ablation/stage_1_states_held/trajectory",
+        "ablation/stage_1_no_facts/trajectory",
         "ablation/text_alone/classification",
         "ablation/soft_prompt_alone/classification",
         "ablation/text_soft_prompt/classification",
@@ -99,7 +114,7 @@ def test_every_variant_stands_beside_stage_1_and_the_baselines(
     fake = FakeTraining()
     with caplog.at_level(logging.INFO):
         assert run_ablation(arguments(tmp_path), DATASET, fake.train) == 0
-    assert len(fake.made) == 4
+    assert len(fake.made) == len(VARIANTS)
     results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
     assert list(results) == [*VARIANTS, "last value"]
     table = pd.read_csv(tmp_path / "ablation" / "predictions_test.csv", dtype={"id": str})
@@ -115,7 +130,7 @@ def test_every_variant_stands_beside_stage_1_and_the_baselines(
         assert results[name]["seconds_an_epoch"] == 1.0  # the median of 0, 1 and 2
         assert f"{name}: test AUROC " in caplog.text
     page = (tmp_path / "ablation" / "ablation.html").read_text()
-    assert "What text and soft prompt add: Death" in page
+    assert "What each part adds: Death" in page
     assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -131,7 +146,7 @@ def test_of_several_seeds_only_the_pooled_table_is_printed(
     finally:
         logging.root.handlers[:] = handlers
     out = capsys.readouterr().out
-    assert [f"{title}{name}: test AUROC" in out for name in VARIANTS] == [True] * 4
+    assert [f"{title}{name}: test AUROC" in out for name in VARIANTS] == [True] * len(VARIANTS)
     assert ("minus stage 1 alone" in out) == shown
     assert (tmp_path / "ablation" / "ablation.html").exists()
 
@@ -149,7 +164,7 @@ def test_finished_variants_are_left_and_stopped_ones_continued(
     write_run(tmp_path / "trajectory")
     with caplog.at_level(logging.INFO):
         assert run_ablation(arguments(tmp_path), DATASET, fake.train) == 0
-    assert [own.resume for own in fake.made] == [True, False, False]
+    assert [own.resume for own in fake.made] == [False] * 3 + [True, False, False]
     assert "stage 1 alone: already there" in caplog.text
     assert "text alone: continued" in caplog.text
 
@@ -162,7 +177,7 @@ def test_a_variant_that_fails_ends_the_command_with_its_code(tmp_path: Path) -> 
         return 143 if args.soft_prompt == "off" else fake.train(args, dataset)
 
     assert run_ablation(arguments(tmp_path), DATASET, fails) == 143
-    assert len(fake.made) == 1
+    assert len(fake.made) == 4
     assert not (tmp_path / "ablation" / "ablation.json").exists()
 
 
@@ -193,12 +208,13 @@ def test_the_variants_are_trained_and_their_baselines_compared(
 ) -> None:
     _, folder = ablation
     results = read_results(folder)
-    assert list(results)[:4] == list(VARIANTS)
+    assert list(results)[: len(VARIANTS)] == list(VARIANTS)
     assert {"logistic regression", "number of observations"} < set(results)
     for own in (variant_arguments(name, arguments(folder)) for name in VARIANTS):
         place = several_runs.stage_folder(own)
         flags = json.loads((place / "run.json").read_text())["arguments"]
         assert flags["trajectory_only"] == own.trajectory_only
+        assert (flags["dynamics"], flags["facts"]) == (own.dynamics, own.facts)
         assert (flags["soft_prompt"], flags["series_text"]) == (own.soft_prompt, own.series_text)
         assert bool(flags["ode_checkpoint"]) == bool(own.ode_checkpoint)
 
@@ -220,8 +236,8 @@ def test_the_ablation_makes_what_is_missing_and_no_more(
     shown = capsys.readouterr().out
     assert made == []
     assert read_results(folder) == before
-    assert shown.count("already there") == 4
-    assert len([line for line in shown.splitlines() if line.strip()]) < 20, "one screen"
+    assert shown.count("already there") == len(VARIANTS)
+    assert len([line for line in shown.splitlines() if line.strip()]) < 25, "one screen"
     (folder / "ablation" / "soft_prompt_alone" / "classification" / "metrics.json").unlink()
     assert trainer.main(words) == 0
     assert made == ["classification"]

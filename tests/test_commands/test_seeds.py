@@ -223,7 +223,7 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     gain = results["text alone"]["minus_reference"]["auroc"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     page = (tmp_path / "seeds_ablation.html").read_text()
-    assert "What text and soft prompt add, seeds 3 to 4: Death" in page
+    assert "What each part adds, seeds 3 to 4: Death" in page
 
 
 # --------------------------------------------------------------------------- by the command line
