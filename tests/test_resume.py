@@ -29,7 +29,7 @@ from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.signals import KNOWN
 
 STAGES = {
-    "trajectory": ["--trajectory_only", "--trajectory_epochs", "4"],
+    "trajectory": ["--trajectory_only", "--trajectory_epochs", "4", "--members", "2"],
     "classification": ["--mode", "classification", "--epochs", "3", "--gradient_accumulation", "2"],
     "generative": ["--mode", "generative", "--epochs", "2"],
 }

@@ -16,7 +16,7 @@ from language_models import CPU, patients
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
-from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+from medgemma_clinical.models.trajectory_llm import LLMClassifier, TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.stage import Stage
 from stages import STAGE_1, stage_of_patients
@@ -29,6 +29,9 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, Path]:
     """An untrained stage 1, and its file."""
     folder = tmp_path_factory.mktemp("run")
     stage = stage_of_patients(STAGE_1, "--members", "2")
+    for name, weight in stage.model.named_parameters():
+        if "wide" in name:  # a new one says nothing
+            torch.nn.init.normal_(weight)
     stage.save(folder / "trajectory", stage.config)
     return stage, folder / TRAJECTORY_FILE
 
@@ -124,6 +127,66 @@ def test_a_new_stage_2_predicts_what_stage_1_does(stage1: tuple[Stage, Path]) ->
     two = evaluate(stage.model, stage.loaders["test"], CPU)
     np.testing.assert_allclose(two.logit, one.logit, atol=1e-6)
     assert float(np.std(one.logit)) > 0
+    assert isinstance(stage.model, LLMClassifier)
+    assert isinstance(stage.model.stage1, TrajectoryClassifier)
+    assert len(stage.model.stage1.members) == 2
+    assert stage.config["inputs"] == {"facts": ["bmi", "prior admissions"], "prediction_time": True}
+
+
+def test_a_stage_without_stage_1_reads_no_facts_and_no_prediction_time() -> None:
+    """Else a file that lacks them would be refused for nothing."""
+    config = stage_of_patients("--soft_prompt", "off").config
+    assert config["inputs"] == {"facts": [], "prediction_time": False}
+
+
+@pytest.mark.parametrize(
+    ("flags", "inputs"),
+    [
+        (("--facts", "off"), {"facts": [], "prediction_time": True}),
+        (
+            ("--prediction_time", "off"),
+            {"facts": ["bmi", "prior admissions"], "prediction_time": False},
+        ),
+    ],
+)
+def test_stage_1_decides_what_stage_2_reads(
+    flags: tuple[str, str], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    one = stage_of_patients(STAGE_1, *flags)
+    one.save(tmp_path / "trajectory", one.config)
+    loaded = ("--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE))
+    for more in ((), flags):
+        stage = stage_of_patients(*loaded, *more)
+        assert stage.config["inputs"] == one.config["inputs"] == inputs
+    batch = stage.loaders["test"].collate_fn([13, 15])  # type: ignore[arg-type]
+    assert batch["facts"].shape == (2, len(inputs["facts"]))
+    last = batch["times"].amax(dim=1)
+    assert torch.equal(batch["prediction_hours"], last) != inputs["prediction_time"]
+
+
+# --------------------------------------------------------------------------- members
+
+
+def test_the_first_member_is_the_single_run_and_the_second_that_of_the_next_seed() -> None:
+    flags = ("--dynamics", "decay")
+    both = stage_of_patients(STAGE_1, "--members", "2", "--seed", "4", *flags).model.state_dict()
+    for member, seed in enumerate(("4", "5")):
+        alone = stage_of_patients(STAGE_1, "--seed", seed, *flags).model.state_dict()
+        for name, tensor in alone.items():
+            assert torch.equal(both[name.replace("members.0", f"members.{member}")], tensor), name
+    learning = [name for name in alone if "head.facts.0.weight" in name or "read.weight" in name]
+    assert len(learning) == 2
+    assert not any(
+        torch.equal(both[name], both[name.replace("members.0", "members.1")]) for name in learning
+    )
+
+
+def test_the_seed_behind_the_last_is_the_first() -> None:
+    last = stage_of_patients(STAGE_1, "--seed", str(2**32 - 1), "--members", "2").model
+    first = stage_of_patients(STAGE_1, "--seed", "0").model.get_parameter(
+        "members.0.head.attention.weight"
+    )
+    assert torch.equal(last.get_parameter("members.1.head.attention.weight"), first)
 
 
 def test_more_soft_tokens_than_observations_cost_nothing() -> None:

@@ -238,9 +238,9 @@ def drawn(dataset: MIMICtrajectoryDataset, seed: int, most: int = 0) -> Data:
 
 
 def load(path: Path, data: Data, **flags: Any) -> TrajectoryClassifier:
-    """Load stage 1 for a run whose command line has some flags."""
-    unset = dict.fromkeys(("time_scale", "dynamics", "members"))
-    given = {"solver": "rk4", "facts": "on", "prediction_time": "on", **unset, **flags}
+    """Load stage 1 for a run whose command line has some flags beside the defaults."""
+    given = {"solver": "rk4", "time_scale": None, "dynamics": "ode", "members": 1}
+    given |= {"facts": "on", "prediction_time": "on", **flags}
     return load_stage1(path, ENCODERS, given, data)
 
 
@@ -318,7 +318,7 @@ def test_an_encoder_of_other_data_is_refused(tmp_path: Path, key: str) -> None:
     [
         ("time_scale", 72.0, 24.0, r"72\.0"),
         ("dynamics", "ode", "decay", "ode"),
-        ("members", 2, 1, "2"),
+        ("members", 2, 3, "2"),
     ],
 )
 def test_a_flag_that_differs_from_stage_1_is_refused(
