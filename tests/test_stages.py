@@ -158,7 +158,7 @@ def test_stage_1_decides_what_stage_2_reads(
     for more in ((), flags):
         stage = stage_of_patients(*loaded, *more)
         assert stage.config["inputs"] == one.config["inputs"] == inputs
-    batch = stage.loaders["test"].collate_fn([13, 15])  # type: ignore[arg-type]
+    batch = stage.loaders["test"].collate_fn([13, 15])
     assert batch["facts"].shape == (2, len(inputs["facts"]))
     last = batch["times"].amax(dim=1)
     assert torch.equal(batch["prediction_hours"], last) != inputs["prediction_time"]
