@@ -89,8 +89,8 @@ class Decay(nn.Module):
 
     def forward(self, state: Tensor, dt: Tensor) -> Tensor:
         """Return the states (n, H) after ``dt`` (n,), in units of ``time_scale``."""
-        kept = torch.exp(-functional.softplus(self.raw_rate) * dt.unsqueeze(1))
-        return self.target + kept * (state - self.target)
+        passed = torch.expm1(-functional.softplus(self.raw_rate) * dt.unsqueeze(1))  # 0 to -1
+        return state + passed * (state - self.target)
 
 
 def rk4_step(field: nn.Module, state: Tensor, dt: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class ClinicalODERNN(nn.Module):
         Raises:
             ValueError: wrong shapes, decreasing times, a value that is not finite at an observed
                 place, a patient without observation, an end before the last observation, or a
-                derivative by times.
+                derivative by times or ends.
         """
         return self.run(self.plan(times, values, observed, until))
 
@@ -300,9 +300,8 @@ class ClinicalODERNN(nn.Module):
             strict=True,
         )
         updated = []
-        for step, (dt, rows, inputs) in enumerate(steps):
-            if step:  # no time passes before the first observation
-                state = self._advance(state[: len(dt)], dt)
+        for dt, rows, inputs in steps:
+            state = self._advance(state[: len(dt)], dt)  # no time passes in the first step
             if len(rows):
                 updated.append(self.update(inputs, state.index_select(0, rows)))
                 state = state.index_copy(0, rows, updated[-1])

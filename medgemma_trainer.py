@@ -493,18 +493,19 @@ def make_llm_parts(args: argparse.Namespace, data: Data, *, answers: bool) -> LL
 
 def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> dict[str, Any]:
     """Return the checkpoint's configuration: base model, what the model reads, its data."""
-    without: dict[str, Any] = {"encoder": None, "members": 0}
+    unread: dict[str, Any] = {"facts": [], "prediction_time": False}
+    without: dict[str, Any] = {"encoder": None, "members": 0, "inputs": unread}
     return {
         "stage": args.mode,
         **base_facts(args.model_name),
         "base_class": type(model.llm.get_base_model()).__name__,
         "quantization": args.quantization,
         "precision": args.precision,
-        **(without if model.stage1 is None else stage1_config(model.stage1)),
         "num_prefix_tokens": model.tokens,
         "prompts": asdict(data.prompts),
         "max_text_tokens": args.max_text_tokens,
         **data.description(),
+        **(without if model.stage1 is None else stage1_config(model.stage1)),
     }
 
 

@@ -74,7 +74,7 @@ def alone(batch: Batch, i: int) -> Batch:
     return times, values, observed
 
 
-def gradients(encoder: ClinicalODERNN, batch: Batch) -> dict[str, Tensor]:
+def gradients(encoder: ClinicalODERNN, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Derivatives of a random combination of the states (their sum would be constant)."""
     encoder.zero_grad()
     states = encoder(*batch)

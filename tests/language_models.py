@@ -29,7 +29,8 @@ from dte_encoder import ClinicalODERNN
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.files import file_hash, json_hash
-from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, encoder_config
+from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, stage1_config
+from medgemma_clinical.models.encoder import series_of
 from medgemma_clinical.models.language_model import (
     add_lora,
     base_facts,
@@ -38,7 +39,7 @@ from medgemma_clinical.models.language_model import (
     tiny_language_model,
 )
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import PooledHead
+from medgemma_clinical.models.trajectory import TrajectoryClassifier, fit_member
 from medgemma_clinical.models.trajectory_llm import (
     LLMClassifier,
     LLMWriter,
@@ -65,7 +66,11 @@ GEMMA_GENERATION = {
 
 
 def patients() -> MIMICtrajectoryDataset:
-    """Sixteen patients of different lengths, half with an event, with their own split."""
+    """Sixteen patients of different lengths, half with an event, with their own split.
+
+    Two facts of each are declared, some unknown, and the question is asked hours behind the last
+    observation, or at an unknown time.
+    """
     rng = np.random.default_rng(0)
     rows = []
     for k, length in enumerate(LENGTHS):
@@ -80,7 +85,14 @@ def patients() -> MIMICtrajectoryDataset:
                 "split": "train" if k < 8 else "val" if k < 12 else "test",
             }
         )
-    return MIMICtrajectoryDataset(pd.DataFrame(rows))
+    dataset = MIMICtrajectoryDataset(pd.DataFrame(rows))
+    dataset.static_names = "bmi", "prior admissions"
+    dataset.statics = rng.normal([27, 2], [4, 1], size=(len(rows), 2))
+    dataset.statics[2::5, 0] = dataset.statics[1::3, 1] = np.nan
+    ends = dataset.times[dataset.offsets[1:] - 1]
+    dataset.prediction_hours = ends + rng.integers(0, 30, size=len(rows))
+    dataset.prediction_hours[4::6] = np.nan
+    return dataset
 
 
 def data_of(dataset: TrajectoryDataset) -> Data:
@@ -92,11 +104,10 @@ def llm_config(
     model: TrajectoryLLM, stage: str, data: Data, *, base: str | Path = "tiny", **more: Any
 ) -> dict[str, Any]:
     """What a checkpoint of stage 2 or 3 says of its model."""
-    assert model.encoder is not None
+    assert model.stage1 is not None
     return {
         "stage": stage,
-        "encoder": encoder_config(model.encoder),
-        "trajectory_head": model.trajectory_head is not None,
+        **stage1_config(model.stage1),
         "num_prefix_tokens": model.tokens,
         **base_facts(str(base)),
         "base_class": "Gemma3ForCausalLM",
@@ -181,13 +192,14 @@ def bring_code(folder: Path, ran: Path, *, whole: bool = True) -> None:
     shutil.copy(folder / "own.py", folder / "custom_generate" / "generate.py")
 
 
-def encoder_for(dataset: TrajectoryDataset) -> ClinicalODERNN:
-    """An encoder with random weights and the normaliser of all patients."""
-    torch.manual_seed(3)
-    encoder = ClinicalODERNN(1)
-    batch = dataset.collate(range(len(dataset)))
-    encoder.fit_normalizer(batch["values"], batch["observed"])
-    return encoder
+def stage1_for(dataset: TrajectoryDataset, members: int = 1) -> TrajectoryClassifier:
+    """A stage 1 with random weights and the scales of all patients."""
+    rows, built = np.arange(len(dataset)), []
+    for member in range(members):
+        torch.manual_seed(3 + member)
+        built.append(fit_member(ClinicalODERNN(len(dataset.features)), dataset, rows, 0.3))
+        nn.init.normal_(built[-1].head.wide.weight, std=0.1)  # a new one says nothing
+    return TrajectoryClassifier(built)
 
 
 def disturb_adapter(llm: nn.Module, size: float = 0.05) -> None:
@@ -199,7 +211,7 @@ def disturb_adapter(llm: nn.Module, size: float = 0.05) -> None:
 
 
 class Parts(NamedTuple):
-    """Models of stages 2 and 3 that share encoder, projection and language model."""
+    """Models of stages 2 and 3 that share stage 1, projection and language model."""
 
     classifier: LLMClassifier
     writer: LLMWriter
@@ -210,13 +222,14 @@ def classifier_and_writer(
     dtype: torch.dtype = torch.float32,
     base: PreTrainedModel | None = None,
     *,
-    residual: bool = False,
+    new: bool = False,
+    members: int = 1,
 ) -> Parts:
     """Stage 2 and stage 3 models on the same parts, and the collator with answers.
 
-    ``residual`` adds the logit of a stage 1 head, as a run with --ode_checkpoint does.
+    The classifier's head has learned, unless it is ``new``: then it says nothing.
     """
-    dataset = patients()
+    dataset = data_of(patients()).dataset
     tiny, tokenizer = load_language_model("tiny", "none", dtype, CPU)
     base = base or tiny
     collate = TextCollator(dataset, tokenizer, PromptOptions(), answers=True)
@@ -224,15 +237,13 @@ def classifier_and_writer(
     torch.manual_seed(5)
     llm = add_lora(base, 8, 16, 0.0)
     disturb_adapter(llm)
-    encoder = encoder_for(dataset)
+    stage1 = stage1_for(dataset, members)
     layout: dict[str, Any] = {"tokens": PREFIX, "scale": scale, "bos": collate.bos}
-    if residual:
-        torch.manual_seed(6)
-        layout["trajectory_head"] = PooledHead(encoder.hidden_dim, 0.3)
-    classifier = LLMClassifier(encoder, llm, verdict=collate.verdict, prevalence=0.3, **layout)
-    if not residual:  # a head that has learned; a new one says nothing
-        torch.nn.init.normal_(classifier.head.weight)
-    writer = LLMWriter(encoder, llm, verdict=collate.verdict, **layout)
+    torch.manual_seed(7)
+    classifier = LLMClassifier(stage1, llm, verdict=collate.verdict, prevalence=0.3, **layout)
+    if not new:
+        nn.init.normal_(classifier.head.weight)
+    writer = LLMWriter(stage1, llm, verdict=collate.verdict, **layout)
     writer.projection = classifier.projection
     return Parts(classifier.eval(), writer.eval(), collate)
 
@@ -256,10 +267,13 @@ def plain_sequence(model: TrajectoryLLM, batch: TextBatch, row: int) -> Tensor:
     """Lay out one row by hand: (1, S, D) of <bos>, its soft tokens, its text; no padding."""
     embedding = model.llm.get_input_embeddings()
     length = int(batch["observed"][row].any(1).sum())
-    series = [batch[key][row : row + 1, :length] for key in ("times", "values", "observed")]
-    assert model.encoder is not None
+    times, values, observed, _ = (part[row : row + 1] for part in series_of(batch))
+    series = times[:, :length], values[:, :length], observed[:, :length]
+    assert isinstance(model.stage1, TrajectoryClassifier)
     assert model.projection is not None
-    states = model.encoder(*series)[:, -PREFIX:]  # (1, up to P, H)
+    encoder = model.stage1.encoder
+    assert isinstance(encoder, ClinicalODERNN)
+    states = encoder(*series)[:, -PREFIX:]  # (1, up to P, H)
     soft = model.projection.linear(states)
     soft = soft / soft.square().mean(-1, keepdim=True).sqrt() * model.projection.scale
     text = batch["input_ids"][row : row + 1, batch["text_mask"][row]]

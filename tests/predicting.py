@@ -73,7 +73,7 @@ def spoil(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[int, str]]:
         9: (SERIES, f"24 ({MARKER}h)", f"column {SERIES}: piece 1 is not of the form"),
         10: (SERIES, "1e99 (0h)", f"column {SERIES}: holds a number that is too large"),
         11: ("subject_id", "", "column subject_id: is empty"),
-        12: (SERIES, "24 (0h) -> 22 (900000h)", "two observations lie more than 720000 h apart"),
+        12: (SERIES, "24 (0h) -> 22 (900000h)", "more than 720000 h pass without an observation"),
         29: (SERIES, "24 (0h) ->", f"column {SERIES}: piece 2 is not of the form"),
     }
     for row, (column, content, _) in cells.items():

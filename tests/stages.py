@@ -6,7 +6,8 @@ from argparse import Namespace
 
 import medgemma_trainer as trainer
 from language_models import patients
-from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.commands.run_folder import run_data
+from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.training.stage import Stage
 
@@ -21,13 +22,9 @@ def arguments(*flags: str) -> Namespace:
 
 def data_for(args: Namespace, dataset: TrajectoryDataset | None = None) -> Data:
     """Prepare a data set, or what the flags name, as a run does."""
-    return prepare_data(
-        trainer.read_dataset(args) if dataset is None else dataset,
-        max_samples=args.max_samples,
-        seed=args.seed,
-        prompts=trainer.prompt_options(args),
-        min_cell=0,
-    )
+    args.min_cell = 0
+    read = trainer.read_dataset(args) if dataset is None else dataset
+    return run_data(args, read, trainer.prompt_options(args))
 
 
 def stage_of_patients(*flags: str) -> Stage:

@@ -18,7 +18,7 @@ from language_models import CPU
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.evaluate import evaluate
 from stages import STAGE_1, TINY, arguments, data_for
 from trajectories import SERIES
@@ -30,25 +30,31 @@ TOO_LONG = "20 (0h) -> 21 (900000h)"
 # --------------------------------------------------------------------------- the normaliser
 
 
-def encoder_buffers(table: pd.DataFrame) -> dict[str, Tensor]:
-    """Return what a new encoder has fitted to a table."""
+def scales(table: pd.DataFrame) -> dict[str, Tensor]:
+    """Return what a new stage 1 has fitted to a table: scales of values, summaries and facts."""
     args = arguments(STAGE_1)
-    encoder: Any = trainer.make_encoder(args, data_for(args, MIMICtrajectoryDataset(table)))
-    return dict(encoder.named_buffers())
+    data = data_for(args, MIMICtrajectoryDataset(table))
+    assert data.dataset.fact_names
+    return dict(trainer.make_stage1(args, data).named_buffers())
 
 
 def test_the_normaliser_sees_the_training_part_alone() -> None:
     table = cohort()
     split = MIMICtrajectoryDataset(table).split(0)
-    before = encoder_buffers(table)
+    before = scales(table)
     assert before
     changed = table.copy()
-    changed.loc[np.concatenate([split["val"], split["test"]]), SERIES] = "900 (0h) -> -900 (5h)"
-    after = encoder_buffers(changed)
+    held_out = np.concatenate([split["val"], split["test"]])
+    changed.loc[held_out, SERIES] = "900 (0h) -> -900 (5h)"
+    changed.loc[held_out, "clinical_context"] = "visit 900, transferred"
+    after = scales(changed)
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed.loc[split["train"][0], SERIES] = "900 (0h)"
-    touched = encoder_buffers(changed)
-    assert any(not torch.equal(before[name], touched[name]) for name in before)
+    changed.loc[split["train"][0], "clinical_context"] = "visit 900"
+    touched = scales(changed)
+    moved = {name for name in before if not torch.equal(before[name], touched[name])}
+    for part in ("encoder.value_mean", "summary_scaler.mean", "fact_scaler.mean"):
+        assert any(part in name for name in moved), part
 
 
 # --------------------------------------------------------------------------- stage 1's patients
@@ -157,23 +163,21 @@ def test_a_new_encoder_has_the_datas_clock_and_a_loaded_one_its_own(
     loaded = ["--ode_checkpoint", str(checkpoint)]
     for flags, scale in (([], 24.0), (["--time_scale", "9"], 9.0), (loaded, 72.0)):
         args = arguments("--data_path", str(data), *flags)
-        encoder: Any = trainer.make_encoder_and_head(args, data_for(args))[0]
-        assert encoder.time_scale == scale
+        stage1: Any = trainer.stage1_of(args, data_for(args))
+        assert stage1.encoder.time_scale == scale
 
 
-def test_a_loaded_encoder_is_the_saved_one_and_learns_no_more(
+def test_a_loaded_stage_1_is_the_saved_one_and_learns_no_more(
     checkpoint: Path, dka_file: Path
 ) -> None:
     args = arguments("--ode_checkpoint", str(checkpoint), "--data_path", str(dka_file))
-    encoder, head = trainer.make_encoder_and_head(args, data_for(args))
-    saved = trainer.trajectory_stage(args, data_for(args))
-    saved.load(checkpoint.parent / "trajectory")
-    assert head is not None
-    loaded: dict[str, Any] = {"encoder": encoder, "head": head}
-    for name, module in loaded.items():
-        state = saved.model.get_submodule(name).state_dict()
-        assert all(torch.equal(tensor, state[key]) for key, tensor in module.state_dict().items())
-        assert not any(p.requires_grad for p in module.parameters())
+    loaded = trainer.stage1_of(args, data_for(args))
+    assert loaded is not None
+    saved = read_trajectory(checkpoint).weights
+    state = loaded.state_dict()
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in state.items())
+    assert not any(p.requires_grad for p in loaded.parameters())
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -186,7 +190,7 @@ def test_a_gap_that_the_encoder_cannot_hold_is_refused(
     flags = ["--ode_checkpoint", str(checkpoint)] if loaded else []
     args = arguments("--data_path", str(tmp_path / "long.csv"), *flags)
     with pytest.raises(InputError, match=r"gap of 900000 h in the data needs a larger --time_s"):
-        trainer.make_encoder_and_head(args, data_for(args))
+        trainer.stage1_of(args, data_for(args))
 
 
 # --------------------------------------------------------------------------- batches

@@ -208,10 +208,8 @@ def test_patience_ends_a_run_early_and_the_best_epoch_is_kept(
     saved = read_trajectory(tmp_path / "run" / TRAJECTORY_FILE)
     stage, _ = make(words)
     names = list(stage.trainable_parameters())
-    tensors = {f"encoder.{k}": t for k, t in saved.encoder.items()}
-    tensors |= {f"head.{k}": t for k, t in saved.head.items()}
     for name, second in zip(names, weights[1], strict=True):
-        assert torch.equal(tensors[name], second), name
+        assert torch.equal(saved.weights[name], second), name
 
 
 # --------------------------------------------------------------------------- what fails
@@ -232,7 +230,7 @@ class Faulty(TrajectoryClassifier):
         if Faulty.fault == "interrupt":
             raise KeyboardInterrupt
         if Faulty.fault == "gradient":  # finite loss, infinite slope
-            zero = self.head.output.bias.sum() * 0
+            zero = self.get_parameter("members.0.head.output.bias").sum() * 0
             return output._replace(loss=output.loss + zero.sqrt())
         return output._replace(loss=output.loss * math.nan)
 
@@ -283,7 +281,7 @@ def test_a_fault_in_training_keeps_the_last_good_state(
     assert best.exists() == bool(epochs_done)
     if epochs_done:
         saved = read_trajectory(best)
-        for tensor in (*saved.encoder.values(), *saved.head.values()):
+        for tensor in saved.weights.values():
             assert torch.isfinite(tensor).all()
         assert len(history_of(tmp_path / "run")) == epochs_done
     assert not (folder / "metrics.json").exists()

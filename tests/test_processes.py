@@ -26,11 +26,11 @@ trainer.train_step = die
 """
 DRAWS = """
 from torch.nn.functional import dropout
-from medgemma_clinical.models.trajectory import PooledHead
-forward = PooledHead.forward
-def waver(head, states, present):
-    return forward(head, dropout(states, 0.3, head.training), present)
-PooledHead.forward = waver
+from medgemma_clinical.models.trajectory import TrajectoryHead
+forward = TrajectoryHead.forward
+def waver(head, states, batch):
+    return forward(head, dropout(states, 0.3, head.training), batch)
+TrajectoryHead.forward = waver
 """
 """Makes stage 1 draw random numbers as it learns, each process its own, as LoRA's dropout does."""
 FAILS = """

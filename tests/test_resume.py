@@ -29,7 +29,7 @@ from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.signals import KNOWN
 
 STAGES = {
-    "trajectory": ["--trajectory_only", "--trajectory_epochs", "4"],
+    "trajectory": ["--trajectory_only", "--trajectory_epochs", "4", "--members", "2"],
     "classification": ["--mode", "classification", "--epochs", "3", "--gradient_accumulation", "2"],
     "generative": ["--mode", "generative", "--epochs", "2"],
 }
@@ -301,13 +301,13 @@ def test_best_weights_and_history_come_back_from_the_checkpoint(data: Path, tmp_
         assert trainer.main(words) == 143
         history = tmp_path / "run" / "trajectory" / "history.jsonl"
         best = tmp_path / "run" / TRAJECTORY_FILE
-        written, weights = history.read_bytes(), read_trajectory(best).encoder
+        written, weights = history.read_bytes(), read_trajectory(best).weights
         assert written.count(b"\n") == 2
         history.write_text("damaged")
         best.write_text("damaged")
         assert trainer.main([*words, "--resume"]) == 143
     assert history.read_bytes() == written
-    again = read_trajectory(best).encoder
+    again = read_trajectory(best).weights
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 

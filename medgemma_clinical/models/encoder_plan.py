@@ -112,6 +112,8 @@ def build_plan(
             require a derivative.
     """
     check_shapes(times, values, observed, config.n_features)
+    if until is not None:
+        check_ends(until, len(times))
     hours, seen = _on_host(times.double()), _on_host(observed)
     gaps = check_series(hours, values, seen, config)
     carry = None if until is None else plan_carry(_on_host(until.double()), hours, seen, config)
@@ -168,15 +170,9 @@ def plan_carry(
     last = seen.any(axis=2).sum(axis=1) - 1
     waits = until - hours[rows, last]
     early = ~(waits >= 0)  # or not a number
-    _refuse(
-        early[:, None],
-        "the end {value} h of {place} is before its last observation",
-        until[:, None],
-    )
+    _refuse(early, "the end {value} h of {place} is before its last observation", until)
     too_long = waits > config.longest_gap * config.time_scale
-    _refuse(
-        too_long[:, None], "the end {value} h of {place} needs a larger time_scale", until[:, None]
-    )
+    _refuse(too_long, "the end {value} h of {place} needs a larger time_scale", until)
     steps = np.where(waits > 0, np.maximum(count_steps(waits, config), 1), 0)
     numbers = np.arange(steps.max(initial=0))[:, None]  # (C, 1)
     return np.where(numbers < steps, waits / (np.maximum(steps, 1) * config.time_scale), 0.0)
@@ -266,6 +262,14 @@ def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: in
         raise ValueError(f"observed must be bool, got {observed.dtype}")
     if times.requires_grad and torch.is_grad_enabled():
         raise ValueError("the states have no derivative by times: call times.detach()")
+
+
+def check_ends(until: Tensor, patients: int) -> None:
+    """Refuse ends of series of another shape, or that require a derivative."""
+    if tuple(until.shape) != (patients,):
+        raise ValueError(f"until must be {(patients,)}, got {tuple(until.shape)}")
+    if until.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the states have no derivative by until: call until.detach()")
 
 
 def _refuse(

@@ -152,9 +152,9 @@ class Progress:
         return self.loss / self.terms if self.terms else math.nan
 
     def see(self, batch: Mapping[str, Any]) -> None:
-        """Note the length of a batch of the step under way: the columns of its longest part."""
-        tensors = [part for part in batch.values() if isinstance(part, Tensor) and part.ndim > 1]
-        self.length = max([self.length, *(part.shape[1] for part in tensors)])
+        """Note the length of a batch of the step under way: of its texts, or of its series."""
+        parts = [batch[name].shape[1] for name in ("times", "input_ids") if name in batch]
+        self.length = max([self.length, *parts])
 
     def end_step(self, loss: float, terms: float, *, taken: bool) -> None:
         """Count a step: its loss over so many terms, or that it was skipped."""

@@ -40,7 +40,7 @@ from common import SAMPLE, machine
 import medgemma_trainer as trainer
 from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.data.training_data import prepare_data
-from medgemma_clinical.models.encoder import encode
+from medgemma_clinical.models.encoder import encode, series_of
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.training.checkpoint_store import CheckpointStore
 from medgemma_clinical.training.resume import capture_checkpoint
@@ -73,7 +73,7 @@ def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[],
     def states_of(batch: Batch, *, planned: bool) -> Tensor:
         if planned:
             return encode(encoder, batch)
-        return encoder(batch["times"], batch["values"], batch["observed"])
+        return encoder(*series_of(batch))
 
     with torch.no_grad():
         for batch in [*train, *held_out]:

@@ -36,6 +36,7 @@ import medgemma_trainer as trainer
 from medgemma_clinical.commands.results import GENERATION_BATCH
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.models.text_batches import encode_all
 from medgemma_clinical.models.trajectory_llm import (
     IGNORED,
     VERDICT_WEIGHT,
@@ -57,10 +58,10 @@ REPORT_TOKENS = 64
 
 
 def build(mode: str, arguments: argparse.Namespace) -> tuple[Any, Stage]:
-    """Return model and stage as a run with a frozen encoder has them."""
+    """Return model and stage as a run with a frozen stage 1 has them."""
     words = ["--data_path", str(arguments.data), "--max_samples", str(ROWS), "--mode", mode]
     words += ["--model_name", arguments.model_name, "--precision", arguments.precision]
-    words += ["--lora_dropout", "0", "--freeze_ode", "--series_text", arguments.series_text]
+    words += ["--lora_dropout", "0", "--series_text", arguments.series_text]
     args = trainer.complete(trainer.build_parser().parse_args(words))
     data = prepare_data(
         trainer.read_dataset(args),
@@ -69,13 +70,16 @@ def build(mode: str, arguments: argparse.Namespace) -> tuple[Any, Stage]:
         prompts=trainer.prompt_options(args),
     )
     stage = trainer.make_stage(args, data)
-    stage.model.to(default_device())
-    return stage.model, stage
+    model: Any = stage.model.to(default_device())
+    model.stage1.requires_grad_(False)
+    collate: Any = stage.loaders["train"].collate_fn
+    encode_all(model, collate, default_device())
+    return model, stage
 
 
 def plain_loss(model: Any, batch: TextBatch) -> tuple[Tensor, int]:
     """Return loss and terms with everything computed and kept."""
-    trajectory = latest_states(model.encoder, model.trajectory_head, batch, model.tokens)
+    trajectory = latest_states(model.stage1, batch, model.tokens)
     sequence = model.embed(batch, trajectory)
     result = model.llm(
         inputs_embeds=sequence.embeddings,

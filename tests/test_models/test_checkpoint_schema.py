@@ -33,7 +33,7 @@ ENDLESS = 10**5000
 @pytest.fixture(scope="module")
 def written() -> dict[str, Any]:
     """What a checkpoint of stage 3 says."""
-    model = classifier_and_writer(residual=True).writer
+    model = classifier_and_writer().writer
     config = llm_config(model, "generative", data_of(patients()))
     rule = {"slope": 1.5, "intercept": -0.2, "threshold": 0.3}
     plain: dict[str, Any] = json.loads(json.dumps({**config, "decision": rule}))
@@ -70,7 +70,7 @@ def test_what_the_program_writes_is_accepted(written: dict[str, Any]) -> None:
     assert accepts(written)
     assert accepts({**written, "stage": "trajectory"}, ("trajectory",))
     assert accepts({**written, "further": ENDLESS}), "nothing reads that key"
-    alone = {"encoder": None, "trajectory_head": False, "num_prefix_tokens": 0}
+    alone = {"encoder": None, "members": 0, "num_prefix_tokens": 0}
     assert accepts({**written, **alone})
     own = {"name": "own", "width": 3, "kind": "wide", "fast": True}
     assert accepts({**written, "encoder": own})
@@ -88,7 +88,11 @@ def test_what_the_program_writes_is_accepted(written: dict[str, Any]) -> None:
         ("num_prefix_tokens", 0, "0: expected a whole number from 1 to 4096"),
         ("report_tokens", 10**9, "expected a whole number from 1 to 131072"),
         ("max_text_tokens", 0, "0: expected a whole number from 1 to 1000000000, or null"),
-        ("trajectory_head", 1, "1: expected true or false"),
+        ("members", 101, "101: expected a whole number from 1 to 100"),
+        ("members", True, "True: expected a whole number from 1 to 100"),
+        ("inputs.facts", "bmi", "'bmi': expected a list of at most 10000 names"),
+        ("inputs.facts", ["a\nb"], "(a list): expected a list of at most 10000 names"),
+        ("inputs.prediction_time", 1, "1: expected true or false"),
         ("named", "yes", "'yes': expected true or false"),
         ("quantization", "int8", "expected one of nf4, none"),
         ("precision", ["fp32"], "(a list): expected one of bf16, fp32"),
@@ -118,6 +122,7 @@ def test_what_the_program_writes_is_accepted(written: dict[str, Any]) -> None:
         ("encoder.input_dim", 2, "2: expected a whole number from 1 to 1"),
         ("encoder.time_scale", math.inf, "inf: expected a finite number above 0"),
         ("encoder.time_scale", 10**400, "(an endless number): expected a finite number above 0"),
+        ("encoder.dynamics", 1, "1: expected a printable text"),
         ("encoder.rtol", 1e-30, "1e-30: expected a finite number from 1e-09 to 1"),
         ("encoder.more", {}, "(a dict): expected true, false, a finite number or a printable"),
         ("decision", None, "None: expected an object"),
@@ -136,7 +141,9 @@ def test_a_fact_of_another_type_or_out_of_bounds_is_one_line(
     assert expected in text
 
 
-@pytest.mark.parametrize("key", ["num_prefix_tokens", "encoder", "reading", "prompts", "question"])
+@pytest.mark.parametrize(
+    "key", ["num_prefix_tokens", "encoder", "members", "inputs", "reading", "prompts", "question"]
+)
 def test_a_missing_fact_is_named(written: dict[str, Any], key: str) -> None:
     text = refusal({name: value for name, value in written.items() if name != key})
     missing = {"encoder": "encoder is missing"}
@@ -150,9 +157,9 @@ def test_a_configuration_that_is_no_object_is_refused(config: Any) -> None:
 
 def test_text_alone_has_no_encoder_and_no_soft_token(written: dict[str, Any]) -> None:
     assert "num_prefix_tokens 4: expected a whole number from 0 to 0" in refusal(
-        {**written, "encoder": None, "trajectory_head": False}
+        {**written, "encoder": None, "members": 0}
     )
-    assert "trajectory_head True: expected false" in refusal({**written, "encoder": None})
+    assert "members 1: expected a whole number from 0 to 0" in refusal({**written, "encoder": None})
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,12 @@ def test_data_that_no_checkpoint_may_describe_are_named_by_their_file() -> None:
 
 def test_bounds_are_those_of_the_flags() -> None:
     parser = trainer.build_parser()
-    for flag, most in (("--num_prefix_tokens", 4096), ("--lora_rank", 1024), ("--max_len", 10**9)):
+    for flag, most in (
+        ("--num_prefix_tokens", 4096),
+        ("--lora_rank", 1024),
+        ("--members", 100),
+        ("--max_len", 10**9),
+    ):
         parser.parse_args([flag, str(most)])
         with pytest.raises(SystemExit):
             parser.parse_args([flag, str(most + 1)])

@@ -22,11 +22,11 @@ from language_models import (
     CPU,
     classifier_and_writer,
     data_of,
-    encoder_for,
     llm_config,
     patients,
     rehash,
     save_text_checkpoint,
+    stage1_for,
 )
 from medgemma_clinical.files import InputError, json_hash
 from medgemma_clinical.models.checkpoints import (
@@ -36,13 +36,13 @@ from medgemma_clinical.models.checkpoints import (
     HASHED_FILES,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
-    encoder_config,
     load_llm,
     load_trajectory,
     read_config,
     read_trajectory,
     save_llm,
     save_trajectory,
+    stage1_config,
 )
 from medgemma_clinical.models.language_model import base_content_hash, load_language_model
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
@@ -62,7 +62,7 @@ class Code:
 
 
 def new_classifier(seed: int) -> TrajectoryClassifier:
-    model = TrajectoryClassifier(encoder_for(DATA.dataset), 0.3)
+    model = stage1_for(DATA.dataset, members=2)
     torch.manual_seed(seed)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -83,8 +83,8 @@ def stage1(tmp_path: Path) -> Path:
     """A stage 1 file."""
     path = tmp_path / TRAJECTORY_FILE
     model = new_classifier(1)
-    config = {"stage": "trajectory", "encoder": encoder_config(model.encoder)}
-    save_trajectory(path, model, {**config, **DATA.description()}, DATA.training_patients())
+    config = {"stage": "trajectory", **stage1_config(model), **DATA.description()}
+    save_trajectory(path, model, config, DATA.training_patients())
     return path
 
 
@@ -97,7 +97,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrajectoryLLM, Path]:
     """A stage 2 model on the text-only checkpoint, and its folder."""
     llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
-    model = disturb(classifier_and_writer(base=llm, residual=True).classifier, 0)
+    model = disturb(classifier_and_writer(base=llm, members=2).classifier, 0)
     folder = tmp_path_factory.mktemp("run") / "best"
     save_llm(folder, model, llm_config(model, "classification", DATA, base=base))
     return model, folder
@@ -124,6 +124,8 @@ def test_a_stage_1_file_knows_who_trained_and_names_nobody(stage1: Path) -> None
     checkpoint = read_trajectory(stage1)
     assert np.array_equal(checkpoint.train_patients, DATA.training_patients())
     assert checkpoint.config["features"] == ["Anion gap"]
+    inputs = {"facts": ["bmi", "prior admissions"], "prediction_time": True}
+    assert (checkpoint.config["inputs"], checkpoint.config["members"]) == (inputs, 2)
     assert b"patient 0" not in stage1.read_bytes()
 
 
@@ -148,7 +150,7 @@ def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) 
     torch.save({**content, "format": 3}, stage1)
     with pytest.raises(InputError, match=r"checkpoint format 3, this program reads \d+: train"):
         read_trajectory(stage1)
-    torch.save({key: content[key] for key in content if key != "head"}, stage1)
+    torch.save({key: content[key] for key in content if key != "weights"}, stage1)
     with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
         read_trajectory(stage1)
 
@@ -173,7 +175,7 @@ def test_patients_that_trained_are_a_list_of_hashes(patients: Any, stage1: Path)
 @pytest.mark.parametrize("weights", [[], {1: torch.ones(2)}, {"attention.weight": "x"}])
 def test_weights_of_another_type_do_not_fit(weights: Any, stage1: Path) -> None:
     content = torch.load(stage1, weights_only=True)
-    torch.save({**content, "head": weights}, stage1)
+    torch.save({**content, "weights": weights}, stage1)
     with pytest.raises(InputError, match="its weights do not fit"):
         load_trajectory(new_classifier(2), stage1)
 
@@ -194,12 +196,12 @@ def test_facts_of_a_stage_1_file_are_checked(stage1: Path) -> None:
 
 
 def test_a_reloaded_model_gives_the_same_logits_to_the_last_bit(tmp_path: Path) -> None:
-    parts = classifier_and_writer(residual=True)
+    parts = classifier_and_writer(members=2)
     model, batch = disturb(parts.writer, 0), parts.collate(range(6))
     expected = model(batch)
     save_llm(tmp_path / "best", model, llm_config(model, "generative", DATA))
     assert torch.equal(model(batch).logit, expected.logit), "saving changed the model"
-    fresh = disturb(classifier_and_writer(residual=True).writer, 9)
+    fresh = disturb(classifier_and_writer(members=2).writer, 9)
     assert not (fresh(batch).logit == expected.logit).any()
     load_llm(fresh, tmp_path / "best")
     found = fresh(batch)
@@ -219,7 +221,7 @@ def test_a_trained_model_holds_only_what_was_learned(saved: tuple[TrajectoryLLM,
     model, best = saved
     modules = load_file(best / MODULE_WEIGHTS)
     assert set(modules) == {k for k in model.state_dict() if not k.startswith("llm.")}
-    parts = {"encoder", "trajectory_head", "projection", "head"}
+    parts = {"stage1", "projection", "head"}
     assert {k.split(".")[0] for k in modules} == parts
     adapter = load_file(best / ADAPTER_WEIGHTS)
     assert len(adapter) == 2 * 7 * 2
@@ -272,7 +274,7 @@ def test_further_files_and_a_hubs_links_do_not_matter(
         (best / name).rename(blobs / str(number))
         (best / name).symlink_to(os.path.relpath(blobs / str(number), (best / name).parent))
     assert read_config(best) == read_config(saved[1])
-    fresh = disturb(classifier_and_writer(residual=True).classifier, 9)
+    fresh = disturb(classifier_and_writer(members=2).classifier, 9)
     load_llm(fresh, best)
     head = fresh.get_submodule("head").state_dict()
     assert torch.equal(head["weight"], saved[0].get_submodule("head").state_dict()["weight"])
@@ -319,7 +321,7 @@ def test_facts_of_a_folder_are_checked_before_anything_is_built(best: Path) -> N
         read_config(best)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"format": 5, "files_sha256": 3}', "{"])
+@pytest.mark.parametrize("text", ["[]", "3", '{"format": 6, "files_sha256": 3}', "{"])
 def test_a_configuration_that_is_no_object_is_refused(text: str, best: Path) -> None:
     (best / CONFIG).write_text(text)
     with pytest.raises(InputError, match=r"damaged: config\.json cannot be read"):
@@ -382,7 +384,7 @@ def test_any_bit_that_is_turned_in_a_stage_1_file_is_noticed(stage1: Path) -> No
 
     def read() -> str:
         checkpoint = read_trajectory(stage1)
-        return repr((checkpoint.config, checkpoint.encoder, checkpoint.head))
+        return repr((checkpoint.config, checkpoint.weights))
 
     whole, content, noticed = read(), stage1.read_bytes(), 0
     for k in range(24):
@@ -409,7 +411,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(
     saved: tuple[TrajectoryLLM, Path], best: Path, stage1: Path
 ) -> None:
     content = torch.load(stage1, weights_only=True)
-    content["head"] = {name: tensor.long() for name, tensor in content["head"].items()}
+    content["weights"] = {name: tensor.long() for name, tensor in content["weights"].items()}
     torch.save(content, stage1)
     with pytest.raises(InputError, match="do not fit"):
         load_trajectory(new_classifier(0), stage1)

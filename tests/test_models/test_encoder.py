@@ -34,8 +34,8 @@ class MeanEncoder(nn.Module):
     def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
         pass
 
-    def forward(self, times: Tensor, values: Tensor, observed: Tensor) -> Tensor:
-        return values.mean(2, keepdim=True)
+    def forward(self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor) -> Tensor:
+        return torch.cat([values.mean(2), until[:, None]], dim=1).unsqueeze(2)
 
 
 class FewSeries:
@@ -44,7 +44,9 @@ class FewSeries:
     def collate(self, indices: Sequence[int]) -> dict[str, Any]:
         rows = torch.as_tensor(indices)
         times, values, observed = (tensor[rows] for tensor in make_batch((5, 1, 3, 2)))
-        return {"times": times, "values": values, "observed": observed, "index": rows}
+        until = times.max(1).values + torch.tensor([0.0, 3.0, 30.0, 1.5])[rows]
+        series = {"times": times, "values": values, "observed": observed}
+        return {**series, "prediction_hours": until, "index": rows}
 
     def longest_gap(self) -> float:
         return 20_000.5
@@ -78,7 +80,9 @@ def test_an_encoder_without_plan_gets_the_batch_as_it_is() -> None:
     encoder, dataset = MeanEncoder(), FewSeries()
     batch: Any = collate_with_plan(dataset, encoder)([0, 1])  # type: ignore[arg-type]
     assert "plan" not in batch
-    assert torch.equal(encode(encoder, batch), batch["values"].mean(2, keepdim=True))
+    states = encode(encoder, batch)[..., 0]
+    assert torch.equal(states[:, :-1], batch["values"].mean(2))
+    assert torch.equal(states[:, -1], batch["prediction_hours"])
 
 
 def test_a_gap_beyond_the_encoders_longest_is_an_input_error() -> None:

@@ -172,9 +172,11 @@ def test_with_a_plan_nothing_is_read_back_from_the_device() -> None:
 
 
 def test_a_plan_moves_as_a_whole() -> None:
-    moved = make_encoder().plan(*make_batch((5, 1, 3))).to("meta", non_blocking=True)
+    times, values, observed = make_batch((5, 1, 3))
+    plan = make_encoder().plan(times, values, observed, times.amax(1) + 3)
+    moved = plan.to("meta", non_blocking=True)
     tensors = [member for member in vars(moved).values() if isinstance(member, Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 7
     assert all(tensor.is_meta for tensor in tensors)
 
 

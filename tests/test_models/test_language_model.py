@@ -373,13 +373,13 @@ def test_training_changes_what_learns_and_no_bit_of_the_base(
     folders: dict[str, Path], kind: str, quantization: str, dtype: str
 ) -> None:
     base = load(folders["hub"], quantization, getattr(torch, dtype))
-    parts = classifier_and_writer(base=base, residual=True)
+    parts = classifier_and_writer(base=base, new=True)
     before = bits(getattr(parts, kind))
     model = train(parts, kind)
     after = bits(model)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {n for n in before if not torch.equal(before[n], after[n])} == learning
-    modules = {"llm", "projection", "encoder", "trajectory_head"}
+    modules = {"llm", "projection", "stage1"}
     modules |= {"head"} if kind == "classifier" else set()
     assert {n.split(".")[0] for n in learning} == modules
     if quantization == "nf4":

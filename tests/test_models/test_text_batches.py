@@ -239,17 +239,18 @@ def test_prompt_options_are_those_of_the_collator_and_not_of_the_data_set(
 def test_a_frozen_encoder_is_asked_once_and_its_states_equal_fresh_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, _, collate = classifier_and_writer(residual=True)
+    model, _, collate = classifier_and_writer(members=2)
     rows = [3, 12, 7]
     fresh = model.trajectory(collate(rows))
     assert "states" not in collate(rows)
     encode_all(model, collate, CPU)
     assert collate.states is None, "a part that learns is asked every time"
-    assert model.trajectory_head is not None
-    model.get_submodule("encoder").requires_grad_(False)
+    for member in ("0", "1"):
+        model.get_submodule(f"stage1.members.{member}.encoder").requires_grad_(False)
+    model.get_submodule("stage1.members.0.head").requires_grad_(False)
     encode_all(model, collate, CPU)
-    assert collate.states is None, "the head still learns"
-    model.trajectory_head.requires_grad_(False)
+    assert collate.states is None, "a head still learns"
+    model.get_submodule("stage1").requires_grad_(False)
     monkeypatch.setattr(text_batches, "ENCODED_ROWS", 5)
     encode_all(model, collate, CPU)
     known = model.trajectory(collate(rows))
@@ -259,6 +260,8 @@ def test_a_frozen_encoder_is_asked_once_and_its_states_equal_fresh_ones(
     torch.testing.assert_close(known.states[known.mask], fresh.states[fresh.mask])
     torch.testing.assert_close(known.logit, fresh.logit)
     calls: list[int] = []
-    model.get_submodule("encoder").register_forward_hook(lambda *_: calls.append(1))
+    model.get_submodule("stage1.members.0.encoder").register_forward_hook(
+        lambda *_: calls.append(1)
+    )
     model(collate(rows)).loss.backward()
     assert calls == []

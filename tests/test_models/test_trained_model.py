@@ -1,4 +1,4 @@
-"""Trained models rebuilt from their folders, and stage 1's encoder for the next stage."""
+"""Trained models rebuilt from their folders, and stage 1 for the next stage."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from language_models import (
     CPU,
     classifier_and_writer,
     data_of,
-    encoder_for,
     llm_config,
     patients,
     rehash,
     save_text_checkpoint,
+    stage1_for,
 )
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
@@ -31,15 +31,14 @@ from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     TRAJECTORY_FILE,
-    encoder_config,
-    read_trajectory,
     save_llm,
     save_trajectory,
+    stage1_config,
 )
 from medgemma_clinical.models.language_model import load_language_model
 from medgemma_clinical.models.trained_model import (
     checkpoint_place,
-    load_stage1_encoder,
+    load_stage1,
     load_trained_model,
     read_trained_config,
 )
@@ -51,13 +50,13 @@ RULE = DecisionRule(slope=1.5, intercept=-0.2, threshold=0.3)
 PROMPTS = PromptOptions(series="last", context=False)
 
 
-def save_stage1(folder: Path, data: Data) -> Path:
+def save_stage1(folder: Path, data: Data, members: int = 2) -> Path:
     """Write a stage 1 file of a data set, untrained."""
     folder.mkdir(exist_ok=True)
-    model = TrajectoryClassifier(encoder_for(data.dataset), data.prevalence())
+    model = stage1_for(data.dataset, members)
     config = {
         "stage": "trajectory",
-        "encoder": encoder_config(model.encoder),
+        **stage1_config(model),
         "decision": RULE.to_config(),
         **data.description(),
     }
@@ -71,7 +70,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     run, data = tmp_path_factory.mktemp("run"), data_of(patients())
     (run / "trajectory").mkdir()
     save_stage1(run, data)
-    parts = classifier_and_writer(residual=True)
+    parts = classifier_and_writer(members=2)
     batch = parts.collate(range(6))
     logits = {}
     for stage, model in (("classification", parts.classifier), ("generative", parts.writer)):
@@ -103,12 +102,10 @@ def test_a_model_is_rebuilt_to_the_last_bit(stage: str, saved: dict[str, Any]) -
 
 @pytest.mark.parametrize("place", ["trajectory", TRAJECTORY_FILE])
 def test_stage_1_is_found_by_its_folder_and_by_its_file(place: str, saved: dict[str, Any]) -> None:
-    dataset = patients()
+    dataset = data_of(patients()).dataset
     trained = load_trained_model(saved["run"] / place, ENCODERS)
-    expected = TrajectoryClassifier(encoder_for(dataset), 0.5)
-    expected.head.load_state_dict(read_trajectory(saved["run"] / TRAJECTORY_FILE).head)
     batch = dataset.collate(range(6))
-    assert torch.equal(trained.model(batch).logit, expected(batch).logit)
+    assert torch.equal(trained.model(batch).logit, stage1_for(dataset, 2)(batch).logit)
     assert (trained.tokenizer, trained.rule) == (None, RULE)
 
 
@@ -127,7 +124,7 @@ def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_parts_that_the_weights_do_not_have_are_refused(run: Path) -> None:
-    rehash(run / "generative" / "best", trajectory_head=False)
+    rehash(run / "generative" / "best", members=1)
     with pytest.raises(InputError, match="damaged, or not made from this base model") as caught:
         load_trained_model(run / "generative", ENCODERS)
     assert "\n" not in str(caught.value)
@@ -224,7 +221,7 @@ def test_a_base_model_that_cannot_be_compared_is_warned_of(
     assert "was trained on google/medgemma-4b-pt: make sure that tiny is the same" in caplog.text
 
 
-# ------------------------------------------------------------------------------- stage 1's encoder
+# ------------------------------------------------------------------------------- stage 1 by itself
 
 
 def many(**columns: Any) -> MIMICtrajectoryDataset:
@@ -240,17 +237,22 @@ def drawn(dataset: MIMICtrajectoryDataset, seed: int, most: int = 0) -> Data:
     return prepare_data(dataset, max_samples=most, seed=seed, prompts=PromptOptions())
 
 
-def test_the_encoder_is_the_one_that_was_trained(tmp_path: Path) -> None:
-    data = drawn(many(), 0)
-    path = save_stage1(tmp_path, data)
-    encoder, head = load_stage1_encoder(path, ENCODERS, "euler", None, data)
+def load(path: Path, data: Data, **flags: Any) -> TrajectoryClassifier:
+    """Load stage 1 for a run whose command line has some flags beside the defaults."""
+    given = {"solver": "rk4", "time_scale": None, "dynamics": "ode", "members": 1}
+    given |= {"facts": "on", "prediction_time": "on", **flags}
+    return load_stage1(path, ENCODERS, given, data)
+
+
+def test_stage_1_is_the_one_that_was_trained(tmp_path: Path) -> None:
+    data = data_of(patients())
+    stage1 = load(save_stage1(tmp_path, data), data, solver="euler")
+    expected = stage1_for(data.dataset, 2)
     batch = data.dataset.collate(range(5))
-    expected = encoder_for(data.dataset)
-    expected.solver = "euler"
-    times = batch["times"], batch["values"], batch["observed"]
-    assert torch.equal(encoder(*times), expected(*times))
-    assert encoder.config["solver"] == "euler"
-    assert all(torch.equal(head[k], read_trajectory(path).head[k]) for k in head)
+    expected.get_submodule("members.0.encoder").solver = "euler"  # type: ignore[assignment]
+    expected.get_submodule("members.1.encoder").solver = "euler"  # type: ignore[assignment]
+    assert torch.equal(stage1(batch).logit, expected(batch).logit)
+    assert stage1.encoder.config["solver"] == "euler"
 
 
 NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
@@ -277,7 +279,7 @@ def test_patients_who_trained_are_never_held_out_whatever_the_file(
     with pytest.raises(
         InputError, match=rf"\d+ of {count} held-out patients trained this encoder: use the same"
     ):
-        load_stage1_encoder(path, ENCODERS, "rk4", None, data)
+        load(path, data)
 
 
 @pytest.mark.parametrize("columns", [NAMED, {}])
@@ -286,7 +288,7 @@ def test_the_same_patients_in_the_same_split_pass_with_other_contexts(
 ) -> None:
     path = save_stage1(tmp_path, drawn(many(**columns), 0))
     data = drawn(many(**columns, clinical_context=NOTES), 0)
-    encoder, _ = load_stage1_encoder(path, ENCODERS, "rk4", None, data)
+    encoder = load(path, data).encoder
     assert encoder.config["hidden_dim"] == encoder.hidden_dim
 
 
@@ -294,11 +296,11 @@ def test_patients_of_another_file_pass_with_a_warning_where_they_have_no_names(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save_stage1(tmp_path, drawn(many(), 0))
-    load_stage1_encoder(path, ENCODERS, "rk4", None, data_of(patients()))
+    load(path, data_of(patients()))
     assert "make sure that none of its training patients is held out" in caplog.text
     caplog.clear()
     path = save_stage1(tmp_path, drawn(many(subject_id=[f"x{k}" for k in range(60)]), 0))
-    load_stage1_encoder(path, ENCODERS, "rk4", None, data_of(patients()))
+    load(path, data_of(patients()))
     assert caplog.text == ""
 
 
@@ -308,12 +310,36 @@ def test_an_encoder_of_other_data_is_refused(tmp_path: Path, key: str) -> None:
     other = many()
     setattr(other, key, "Death" if key == "outcome" else ("Lactate",))
     with pytest.raises(InputError, match=f"trained on {key} .*, the data have "):
-        load_stage1_encoder(path, ENCODERS, "rk4", None, drawn(other, 0))
+        load(path, drawn(other, 0))
 
 
-def test_another_time_scale_is_refused(tmp_path: Path) -> None:
-    data = drawn(many(), 0)
+@pytest.mark.parametrize(
+    ("flag", "same", "other", "stored"),
+    [
+        ("time_scale", 72.0, 24.0, r"72\.0"),
+        ("dynamics", "ode", "decay", "ode"),
+        ("members", 2, 3, "2"),
+    ],
+)
+def test_a_flag_that_differs_from_stage_1_is_refused(
+    tmp_path: Path, flag: str, same: Any, other: Any, stored: str
+) -> None:
+    data = data_of(patients())
     path = save_stage1(tmp_path, data)
-    load_stage1_encoder(path, ENCODERS, "rk4", 72.0, data)
-    with pytest.raises(InputError, match=r"its --time_scale is 72\.0: leave the flag out"):
-        load_stage1_encoder(path, ENCODERS, "rk4", 24.0, data)
+    load(path, data, **{flag: same})
+    with pytest.raises(InputError, match=rf"its --{flag} is {stored}: leave the flag out"):
+        load(path, data, **{flag: other})
+
+
+@pytest.mark.parametrize("flag", ["facts", "prediction_time"])
+def test_an_input_of_stage_1_cannot_be_left_out(tmp_path: Path, flag: str) -> None:
+    data = data_of(patients())
+    path = save_stage1(tmp_path, data)
+    with pytest.raises(InputError, match=f"trained with --{flag} on: leave the flag out"):
+        load(path, data, **{flag: "off"})
+    without: dict[str, Any] = {"facts": [], "prediction_time": True}
+    without |= {"prediction_time": False} if flag == "prediction_time" else {}
+    bare = prepare_data(
+        patients(), max_samples=0, seed=0, prompts=PromptOptions(), inputs=without, min_cell=0
+    )
+    load(save_stage1(tmp_path / "bare", bare), bare, **{flag: "off"})

@@ -21,9 +21,10 @@ from language_models import (
 )
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.models import trajectory_llm
+from medgemma_clinical.models.encoder import encode
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import PooledHead
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import (
     IGNORED,
     VERDICT_WEIGHT,
@@ -57,6 +58,11 @@ def questions(parts: Parts) -> TextCollator:
     """Batches of stage 2: prompt and the words before the verdict, no answer."""
     tokenizer = tiny_language_model()[1]
     return TextCollator(parts.collate.dataset, tokenizer, PromptOptions(), answers=False)
+
+
+def stage1_of(model: TrajectoryLLM) -> TrajectoryClassifier:
+    assert isinstance(model.stage1, TrajectoryClassifier)
+    return model.stage1
 
 
 def changed(batch: TextBatch, key: str, value: Tensor) -> TextBatch:
@@ -94,19 +100,17 @@ def test_soft_tokens_are_the_normalised_projections_of_states() -> None:
 def test_the_latest_states_are_kept_in_their_order_and_fewer_where_there_are_fewer(
     parts: Parts, batch: TextBatch
 ) -> None:
-    encoder = parts.classifier.encoder
-    assert encoder is not None
-    head = PooledHead(encoder.hidden_dim, 0.3)
-    states, mask, logit = latest_states(encoder, head, batch, PREFIX)
+    stage1 = stage1_of(parts.classifier)
+    encoder = stage1.encoder
+    states, mask, logit = latest_states(stage1, batch, PREFIX)
     assert states.shape == (len(ROWS), PREFIX, encoder.hidden_dim)
-    for row in range(len(ROWS)):
+    for row, patient in enumerate(ROWS):
         length = int(batch["observed"][row].any(1).sum())
-        series = [batch[key][row : row + 1, :length] for key in ("times", "values", "observed")]
-        alone = encoder(*series)
+        alone = parts.collate.dataset.collate([patient])
+        own = encode(encoder, alone)[0, :-1]  # the last is the state at the prediction time
         assert mask[row].tolist() == [k >= PREFIX - length for k in range(PREFIX)]
-        torch.testing.assert_close(states[row, mask[row]], alone[0, -PREFIX:])
-        torch.testing.assert_close(logit[row : row + 1], head(alone, series[2].any(dim=2)))
-    assert latest_states(encoder, None, batch, PREFIX).logit.tolist() == [0.0] * len(ROWS)
+        torch.testing.assert_close(states[row, mask[row]], own[-PREFIX:])
+        torch.testing.assert_close(logit[row : row + 1], stage1(alone).logit)
 
 
 def test_the_projection_is_as_wide_as_the_language_model() -> None:
@@ -189,6 +193,8 @@ def test_company_order_and_batch_size_change_no_logit(parts: Parts, kind: str) -
 def test_prompt_and_trajectory_each_change_the_logit(
     parts: Parts, batch: TextBatch, kind: str, key: str
 ) -> None:
+    model = getattr(parts, kind)
+    before = model(batch).logit
     moved = batch[key].clone()  # type: ignore[literal-required]
     if key == "input_ids":
         moved[:, 0] += 1  # the first letter of the prompt, far from the readout
@@ -196,8 +202,9 @@ def test_prompt_and_trajectory_each_change_the_logit(
         moved[:, 1:] *= 3
         if key == "values":
             moved[:, 0] += 5
-    model = getattr(parts, kind)
-    before = model(batch).logit
+        else:  # the wait behind the last observation stays
+            later = (moved - batch["times"]).max(dim=1).values
+            batch = changed(batch, "prediction_hours", batch["prediction_hours"] + later)
     after = model(changed(batch, key, moved)).logit
     rows = [k for k, i in enumerate(ROWS) if key != "times" or i != 0]  # patient 0 has one time
     assert bool(((after - before).abs()[rows] > 1e-4).all())
@@ -208,14 +215,14 @@ def test_the_classifier_reads_the_last_position(parts: Parts, questions: TextCol
     logits = model(batch).logit
     for row in range(len(ROWS)):
         hidden = model.body(inputs_embeds=plain_sequence(model, batch, row)).last_hidden_state
-        expected = model.head(hidden[0, -1])
+        expected = model.head(hidden[0, -1]) + stage1_of(model)(batch).logit[row]
         torch.testing.assert_close(logits[row : row + 1], expected, rtol=0, atol=1e-5)
 
 
-def test_a_new_classifier_says_everyones_risk(parts: Parts, batch: TextBatch) -> None:
-    model = parts.classifier
+def test_a_new_classifier_of_text_alone_says_everyones_risk(parts: Parts, batch: TextBatch) -> None:
+    llm = parts.classifier.llm
     fresh = LLMClassifier(
-        model.encoder, model.llm, prevalence=0.2, tokens=PREFIX, scale=1.0, bos=2, verdict=(5, 6)
+        None, llm, prevalence=0.2, tokens=PREFIX, scale=1.0, bos=2, verdict=(5, 6)
     ).eval()
     torch.testing.assert_close(fresh(batch).logit.sigmoid(), torch.full((len(ROWS),), 0.2))
 
@@ -303,7 +310,7 @@ def plain_loss(parts: Parts, batch: TextBatch) -> tuple[Tensor, int]:
 
 
 def test_stage_3_loss_and_gradients_equal_those_of_full_logits() -> None:
-    parts = classifier_and_writer(residual=True)
+    parts = classifier_and_writer()
     batch, projection = parts.collate(ROWS), parts.writer.projection
     assert projection is not None
     output = parts.writer(batch)
@@ -316,18 +323,18 @@ def test_stage_3_loss_and_gradients_equal_those_of_full_logits() -> None:
 
 
 def test_stage_1_s_logit_is_added_to_both_verdicts() -> None:
-    classifier, writer, collate = classifier_and_writer(residual=True)
+    classifier, writer, collate = classifier_and_writer(new=True, members=2)
     batch = collate(ROWS)
     added = writer.trajectory(batch)
     assert added is not None
     assert float(added.logit.detach().abs().min()) > 0.01
-    with_it = writer(batch).logit
-    writer.trajectory_head = None
-    torch.testing.assert_close(with_it - writer(batch).logit, added.logit, rtol=1e-4, atol=1e-5)
+    assert torch.equal(added.logit, stage1_of(writer)(batch).logit)
+    known = {"states": added.states, "states_mask": added.mask}
+    silent: TextBatch = {**batch, **known, "trajectory_logit": torch.zeros(len(ROWS))}  # type: ignore[typeddict-item]
+    said = writer(batch).logit - writer(silent).logit
+    torch.testing.assert_close(said, added.logit, rtol=1e-4, atol=1e-5)
     # Stage 2 starts there exactly.
-    own = classifier.trajectory(batch)
-    assert own is not None
-    assert torch.equal(classifier(batch).logit, own.logit)
+    assert torch.equal(classifier(batch).logit, added.logit)
 
 
 def test_the_verdict_is_read_before_the_report(
@@ -339,6 +346,7 @@ def test_the_verdict_is_read_before_the_report(
     for row in range(len(ROWS)):
         logits = model.llm(inputs_embeds=plain_sequence(model, asked, row)).logits[0, -1]
         odds = logits[collate.verdict[0]] - logits[collate.verdict[1]]
+        odds = odds + stage1_of(model)(asked).logit[row]
         assert output.logit[row].item() == pytest.approx(odds.item(), abs=1e-5)
 
 

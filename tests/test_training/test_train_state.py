@@ -84,7 +84,8 @@ def test_more_than_one_percent_of_skipped_steps_is_a_warning(
     progress = Progress()
     for step in range(200):
         for length in (3, 320 - step % 2, 5):  # three batches a step
-            progress.see({"facts": torch.zeros(2, 2), "ids": torch.zeros(2, length), "plan": None})
+            series = {"times": torch.zeros(2, 2), "summaries": torch.zeros(2, 900), "plan": None}
+            progress.see({**series, "input_ids": torch.zeros(2, length)})
         progress.end_step(1.0, 2.0, taken=step >= skipped)
     progress.warn_of_skipped(4, 200)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
