@@ -51,6 +51,7 @@ def test_a_part_with_a_few_events_tells_their_number_nowhere(tmp_path: Path) -> 
     metrics = metrics_of(tmp_path)
     for part in ("validation", "test"):
         beside = [*metrics["baselines"].values(), *metrics["differences"].values()]
+        beside += [metrics["combined"], metrics["combined_minus_blend"]]
         figures = [metrics[part], *(each[part] for each in beside)]
         for known in figures:
             unknown = [each for each in known.values() if isinstance(each, dict)]

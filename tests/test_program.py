@@ -150,6 +150,7 @@ def test_metrics_are_scikit_learns_on_the_saved_predictions(runs: Path, stage: s
         "number of observations",
         "logistic regression",
         "gradient boosting",
+        "blend",
     ]
     for scores in figures["baselines"].values():
         assert scores["test"]["n"] == figures["test"]["n"]

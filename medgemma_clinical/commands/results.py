@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
-from medgemma_clinical.evaluation.baselines import baseline_tables, fit_baselines
+from medgemma_clinical.evaluation.baselines import (
+    COMBINED,
+    baseline_tables,
+    fit_baselines,
+    richest_blend,
+)
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
 from medgemma_clinical.evaluation.predictions import Predictions
@@ -101,9 +106,8 @@ def write_results(
         }
         best = state.stopping.best_epoch
         metrics = metrics_json(stage, best, figures, rule, args.calibrate)
-        for part, each in predictions.items():
-            path = folder / f"predictions_{part}.csv"
-            write_text(path, predictions_csv(each, part, baselines, data))
+        for part, cohort in cohorts.items():
+            write_text(folder / f"predictions_{part}.csv", predictions_csv(cohort))
         write_json(folder / "metrics.json", metrics)
     # Generation takes long; the figures above are safe by now.
     reports = stage.after_test(predictions["test"], folder) if stage.after_test else None
@@ -164,7 +168,7 @@ def report_content(
 def compared_models(stage: Stage, data: Data, predictions: dict[str, Predictions]) -> Baselines:
     """Return the stage 1 that the stage builds on, if any, and the fitted simple models."""
     tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
-    simple = fit_baselines(tables, data.dataset.labels, data.split)
+    simple = fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
     if stage.stage1 is None:
         return simple
     return {STAGE_1: {part: stage.stage1[p.rows] for part, p in predictions.items()}, **simple}
@@ -210,19 +214,26 @@ def metrics_json(
             name: {SCORED[part]: f.to_json(f.differences[name]) for part, f in figures.items()}
             for name in figures["test"].differences
         },
+        COMBINED: {
+            "blend": richest_blend(figures["test"].baselines),
+            **{SCORED[part]: f.to_json(f.combined) for part, f in figures.items()},
+        },
+        "combined_minus_blend": {
+            SCORED[part]: f.to_json(f.combined_minus_blend) for part, f in figures.items()
+        },
     }
 
 
-def predictions_csv(predictions: Predictions, part: str, baselines: Baselines, data: Data) -> str:
-    """Return a part's predictions: id, label, probability, patient, each baseline."""
-    rows = predictions.rows
+def predictions_csv(cohort: Cohort) -> str:
+    """Return a part's predictions: id, label, probability, patient, each baseline, combined."""
     table = pd.DataFrame(
         {
-            "id": data.dataset.ids[rows],
-            "label": predictions.labels.astype(int),
-            "probability": predictions.probability,
-            "patient": data.dataset.groups[rows],
-            **{name: risks[part] for name, risks in baselines.items()},
+            "id": cohort.ids,
+            "label": cohort.labels.astype(int),
+            "probability": cohort.probability,
+            "patient": cohort.groups,
+            **cohort.baselines,
+            COMBINED: cohort.combined,
         }
     )
     return table.to_csv(index=False)

@@ -18,6 +18,7 @@ from medgemma_clinical.data.small_cells import (
     rarer_patients,
     risk_bands,
 )
+from medgemma_clinical.evaluation.baselines import COMBINED, blend_risks, richest_blend
 from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
 from medgemma_clinical.evaluation.calibration import calibration_bins, weighted_calibration
 from medgemma_clinical.evaluation.decision import DecisionRule
@@ -64,6 +65,15 @@ class Cohort:
     subgroups: pd.DataFrame
     baselines: dict[str, NDArray[np.float64]]
     uncalibrated: NDArray[np.float64] | None = None
+
+    @property
+    def combined(self) -> NDArray[np.float64] | None:
+        """The model and the richest blend of simple models as one: (n,) probabilities.
+
+        The model's logit is that of ``probability``, after recalibration. None without a blend.
+        """
+        blend = richest_blend(self.baselines)
+        return None if blend is None else blend_risks(self.probability, self.baselines[blend])
 
     @classmethod
     def from_predictions(
@@ -114,6 +124,8 @@ class CohortFigures:
         estimates: metrics, calibration and shares by name, in the order of metrics.json.
         baselines: metrics of each simple model by its name.
         differences: metrics of the model minus those of each simple model, paired.
+        combined: metrics of ``Cohort.combined``; empty, as the next, without a blend.
+        combined_minus_blend: those metrics minus the blend's own, paired.
         benefit: net benefit by threshold risk, at those that show no small cell.
         bands: the risks as finely as a curve may show them.
         bins: calibration curve, the observed share of events by mean predicted risk.
@@ -130,6 +142,8 @@ class CohortFigures:
     estimates: dict[str, Estimate]
     baselines: dict[str, dict[str, Estimate]]
     differences: dict[str, dict[str, Estimate]]
+    combined: dict[str, Estimate]
+    combined_minus_blend: dict[str, Estimate]
     benefit: dict[float, Estimate]
     bands: RiskBands
     bins: dict[float, Estimate]
@@ -151,6 +165,11 @@ class CohortFigures:
         """Name of the baseline with the largest AUROC on these rows, None without baselines."""
         known = {name: each["auroc"].value or 0 for name, each in self.baselines.items()}
         return max(known, key=known.__getitem__, default=None)
+
+    @property
+    def others(self) -> dict[str, dict[str, Estimate]]:
+        """Metrics that stand beside the model's: the baselines' and, last, the combined model's."""
+        return self.baselines | ({COMBINED: self.combined} if self.combined else {})
 
     def to_json(self, estimates: dict[str, Estimate]) -> dict[str, Any]:
         """Return an object of metrics.json: n, events, and each of the estimates by name."""
@@ -208,6 +227,8 @@ def cohort_figures(
         estimates=model,
         baselines={name: under("baseline", name) for name in cohort.baselines},
         differences={name: under("difference", name) for name in cohort.baselines},
+        combined=under(COMBINED),
+        combined_minus_blend=under("combined minus blend"),
         benefit={} if hidden else under("benefit"),
         bands=bands,
         bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
@@ -274,6 +295,7 @@ def hidden_figures(
     models: dict[tuple[str, ...], Any] = {
         ("model",): cohort.probability,
         ("before",): cohort.uncalibrated,
+        (COMBINED,): cohort.combined,
     }
     models |= {("baseline", name): risk for name, risk in cohort.baselines.items()}
     hidden: set[tuple[str, ...]] = set()
@@ -284,12 +306,14 @@ def hidden_figures(
     if any_small(2 * (labels == 1) + alarm, groups, 4, fewest):
         hidden |= {("model", share) for share in threshold_shares(labels, labels, 0.5)}
     # A difference and one of its two figures give the other.
-    paired = {
+    paired: set[tuple[str, ...]] = {
         ("difference", name, key[-1])
         for key in hidden
         for name in cohort.baselines
         if key[0] == "model" or key[:-1] == ("baseline", name)
     }
+    added = (COMBINED,), ("baseline", richest_blend(cohort.baselines))
+    paired |= {("combined minus blend", key[-1]) for key in hidden if key[:-1] in added}
     return hidden | paired
 
 
@@ -308,10 +332,11 @@ def _estimates(
     """
     labels = cohort.labels
     # An AUROC of 0 or 1 rests on as many pairs of patients as have the rarer outcome.
-    aurocs = [("model",), ("before",), *(("baseline", name) for name in cohort.baselines)]
+    models: list[tuple[str, ...]] = [("model",), ("before",), (COMBINED,)]
+    models += [("baseline", name) for name in cohort.baselines]
     patients: dict[Any, int] = {
         **{name: len(np.unique(groups[among])) for name, (_, among) in shares.items()},
-        **{(*model, "auroc"): rarer_patients(labels, groups) for model in aurocs},
+        **{(*model, "auroc"): rarer_patients(labels, groups) for model in models},
         **{
             ("subgroup", key): rarer_patients(labels[rows], groups[rows])
             for key, rows in judged.items()
@@ -345,6 +370,11 @@ def _weighted_figures(
         for name, values in weighted_metrics(labels, risk, weights).items():
             result["baseline", baseline, name] = values
             result["difference", baseline, name] = result["model", name] - values
+    if (combined := cohort.combined) is not None:
+        blend = richest_blend(cohort.baselines)
+        for name, values in weighted_metrics(labels, combined, weights).items():
+            result[COMBINED, name] = values
+            result["combined minus blend", name] = values - result["baseline", blend, name]
     benefit = net_benefit(labels, model_risk, at, weights)
     result |= {("benefit", p): values for p, values in zip(at.tolist(), benefit.T, strict=True)}
     for key, rows in judged.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import is_small, rarer_patients
+from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.bootstrap import (
     Estimate,
     Figures,
@@ -33,7 +35,8 @@ TESTED = ["id", "patient", "label"]
 """Columns of a table of test predictions that say what was tested; each other one is a model."""
 
 Results = dict[str, dict[str, Any]]
-"""By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference."""
+"""By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference; of the
+combined model also minus_blend."""
 
 
 def compare_models(
@@ -53,7 +56,7 @@ def compare_models(
     Returns:
         By model n, events (None where they are not shown), each metric with its interval (over
         several splits also its standard deviation ``sd``), and ``minus_reference``: the paired
-        differences.
+        differences. The combined model has ``minus_blend`` too, see ``Cohort.combined``.
     """
     joined = pd.concat(tables, keys=range(len(tables)))
     labels = joined["label"].to_numpy(dtype=float)
@@ -79,23 +82,42 @@ def compare_models(
     values = by_split(np.ones((1, len(labels))))
     unshown = _hidden_accuracies(risks, labels, groups, parts, fewest)
     digits = DECIMALS if fewest else None
+    minus = partial(_differences, values, draws, unshown, digits)
     results: Results = {}
     for model in risks:
-        scores, paired = {}, {}
+        scores = {}
         for metric in METRICS:
-            here, other = (model, metric), (reference, metric)
-            scores[metric] = estimate(values[here].mean(), draws[here]).to_json(digits)
+            here = values[model, metric]
+            scores[metric] = estimate(here.mean(), draws[model, metric]).to_json(digits)
             if len(tables) > 1:
-                scores[metric]["sd"] = Estimate(values[here].std(ddof=1)).to_json(digits)["value"]
-            difference = (values[here] - values[other]).mean()
-            paired[metric] = estimate(difference, draws[here] - draws[other]).to_json(digits)
+                scores[metric]["sd"] = Estimate(here.std(ddof=1)).to_json(digits)["value"]
         if model in unshown:
             scores["accuracy"] = UNKNOWN.to_json()
-        if {model, reference} & unshown:
-            paired["accuracy"] = UNKNOWN.to_json()
         counts = {"n": len(labels), "events": int(labels.sum())}
-        results[model] = {**counts, **scores, "minus_reference": paired}
+        results[model] = {**counts, **scores, "minus_reference": minus(model, reference)}
+    blend = richest_blend(risks)
+    if COMBINED in risks and blend:
+        results[COMBINED]["minus_blend"] = minus(COMBINED, blend)
     return results
+
+
+def _differences(
+    values: Figures,
+    draws: Figures,
+    unshown: set[str],
+    digits: int | None,
+    model: str,
+    other: str,
+) -> dict[str, Any]:
+    """Return the paired differences of two models, means over the splits."""
+    paired = {}
+    for metric in METRICS:
+        one, two = (model, metric), (other, metric)
+        difference = (values[one] - values[two]).mean()
+        paired[metric] = estimate(difference, draws[one] - draws[two]).to_json(digits)
+    if {model, other} & unshown:
+        paired["accuracy"] = UNKNOWN.to_json()
+    return paired
 
 
 def _hidden_accuracies(
@@ -146,21 +168,34 @@ def counts_sentence(results: Results) -> str:
 
 
 def comparison_sentences(results: Results, reference: str) -> list[str]:
-    """Return the result in words: the reference, and the model with the highest AUROC."""
+    """Return the result in words: the reference, the model with the highest AUROC, the combined.
+
+    The combined model holds a model that is compared, and so is none of those.
+    """
     if results[reference]["events"] is None:
         return [f"{counts_sentence(results)}, and so no figure (--min_cell)."]
     score = _estimate(results[reference]["auroc"])
     first = f"{reference}: test AUROC {score.text()} ({counts_sentence(results)})."
-    best = max(results, key=lambda model: results[model]["auroc"]["value"])
-    if best == reference:
-        return [first, "No other model has a higher AUROC."]
-    score, difference = (
-        _estimate(scores["auroc"]) for scores in (results[best], results[best]["minus_reference"])
-    )
+    models = [model for model in results if model != COMBINED]
+    best = max(models, key=lambda model: results[model]["auroc"]["value"])
+    second = "No other model has a higher AUROC."
+    if best != reference:
+        score, difference = (
+            _estimate(each["auroc"]) for each in (results[best], results[best]["minus_reference"])
+        )
+        second = (
+            f"The highest AUROC has {best}: {score.text()}; paired difference "
+            f"{difference.text('+.3f')}."
+        )
+    gain = results.get(COMBINED, {}).get("minus_blend")
+    if not gain:
+        return [first, second]
+    blend = richest_blend(results)
     return [
         first,
-        f"The highest AUROC has {best}: {score.text()}; paired difference "
-        f"{difference.text('+.3f')}.",
+        second,
+        f"{COMBINED} (the mean of the logits of {reference} and {blend}) minus {blend} alone: "
+        f"paired difference {_estimate(gain['auroc']).text('+.3f')}.",
     ]
 
 

@@ -111,6 +111,7 @@ def write_report(
         recalibration=report_tables.recalibration_table(figures),
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
+        combined=report_tables.combined_sentence(figures),
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,
         fewest=figures.fewest,

@@ -14,6 +14,7 @@ from medgemma_clinical.data.small_cells import (
     has_few_events,
     merge_flow,
 )
+from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 
@@ -98,9 +99,9 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
 
 
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return model and baselines, with the paired differences model less baseline."""
+    """Return model, baselines and combined model; paired differences model less baseline."""
     lines = []
-    for name, known in {"this model": figures.estimates, **figures.baselines}.items():
+    for name, known in {"this model": figures.estimates, **figures.others}.items():
         line = {"Model": name} | {title: known[key].text(form) for key, title, form in COMPARED}
         if difference := figures.differences.get(name):
             line["AUROC, difference"] = difference["auroc"].text("+.3f")
@@ -239,15 +240,30 @@ def result_sentence(figures: CohortFigures) -> str:
     )
 
 
+def combined_sentence(figures: CohortFigures) -> str | None:
+    """Return what the model adds to the blend of simple models; None where that is not known."""
+    if not figures.combined or figures.events is None:
+        return None
+    gain = figures.combined_minus_blend
+    word = "is not shown to add to"
+    if gain["auroc"].above(0) or gain["auroc"].below(0):
+        word = "adds to" if gain["auroc"].above(0) else "takes from"
+    return (
+        f"The model {word} what the tables say: {COMBINED} (the mean of its logit and that of "
+        f"{richest_blend(figures.baselines)}) minus that blend alone, paired: AUROC "
+        f"{gain['auroc'].text('+.3f')}, Brier score {gain['brier'].text('+.4f')}."
+    )
+
+
 def results_table(
     name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
 ) -> str:
-    """Return the final table of a run: model and baselines, ``validation`` and ``test``.
+    """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 
     The paired differences, the model minus each baseline, are those of the test AUROC.
     """
     test = figures["test"]
-    scores = {part: {name: each.estimates, **each.baselines} for part, each in figures.items()}
+    scores = {part: {name: each.estimates, **each.others} for part, each in figures.items()}
     lines = []
     for model, on_test in scores["test"].items():
         line = {"model": model}
@@ -259,6 +275,8 @@ def results_table(
             line[f"test {title}"] = on_test[metric].value_text(".3f")
         lines.append(line)
     further = [f"test part: {counts_text(test.n, test.events)}"]
+    if sentence := combined_sentence(test):
+        further.append(sentence)
     if test.fewest:
         further.append(f"{NO_VALUE}: undefined, or hidden by --min_cell {test.fewest}")
     if (recalibration := recalibration_table(test)) is not None:

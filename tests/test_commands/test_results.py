@@ -68,7 +68,7 @@ def test_the_page_says_what_was_asked_of_whom(marked: tuple[list[str], Path]) ->
         "Will care have to be escalated?",
         "age: 60 to 74",
         "No weights of MedGemma",
-        "logistic regression with context",
+        "logistic regression with facts",
     ):
         assert piece in text
     mix = read(folder / "run.json")["data"]["case_mix"]

@@ -184,12 +184,12 @@ def test_baselines_that_some_split_lacks_are_not_pooled(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def train(args: Namespace, dataset: Any) -> int:
-        name = "with context" if args.seed == 4 else "last value"
+        name = "with facts" if args.seed == 4 else "last value"
         return fake_train([], baseline=name)(args, dataset)
 
     with caplog.at_level(logging.INFO):
         run_seeds(arguments(tmp_path), lambda _: DATASET, train)
-    assert "not in every split, so not pooled: last value, with context" in caplog.text
+    assert "not in every split, so not pooled: last value, with facts" in caplog.text
     assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == ["trajectory"]
 
 
