@@ -128,7 +128,7 @@ def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal() -> None:
     crossed = np.where(labels[:, None] == 1, 1, -1) * np.sign(noise[:, :1] * noise[:, 1:2])
     signal = np.hstack([noise[:, :2], crossed + 0.5 * noise[:, 2:3]])
     plain = np.hstack([3 * labels[:, None] + noise[:, :1]])
-    for make, setting, inputs, larger in (
+    for make, setting, inputs, _ in (
         (tuned_regression, "logisticregression__C", plain, 1),
         (tuned_trees, "max_leaf_nodes", signal, 1),
     ):
