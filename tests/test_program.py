@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import expit
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import demo
 from medgemma_clinical.commands.results import STAGE_1
 from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.models.checkpoints import HAI_DEF_NOTICE, TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.evaluate import evaluate
@@ -152,6 +154,15 @@ def test_metrics_are_scikit_learns_on_the_saved_predictions(runs: Path, stage: s
         "gradient boosting",
         "blend",
     ]
+    saved = pd.read_csv(runs / stage / "predictions_test.csv")
+    assert list(saved)[4:] == [*figures["baselines"], "combined"]
+    logits = log_odds(saved["probability"].to_numpy()) + log_odds(saved["blend"].to_numpy())
+    np.testing.assert_allclose(saved["combined"], expit(logits / 2))
+    assert figures["combined"]["blend"] == "blend"
+    combined = roc_auc_score(saved["label"], saved["combined"])
+    assert figures["combined"]["test"]["auroc"]["value"] == pytest.approx(combined)
+    gain = combined - roc_auc_score(saved["label"], saved["blend"])
+    assert figures["combined_minus_blend"]["test"]["auroc"]["value"] == pytest.approx(gain)
     for scores in figures["baselines"].values():
         assert scores["test"]["n"] == figures["test"]["n"]
 

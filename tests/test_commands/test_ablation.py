@@ -209,7 +209,10 @@ def test_the_variants_are_trained_and_their_baselines_compared(
     _, folder = ablation
     results = read_results(folder)
     assert list(results)[: len(VARIANTS)] == list(VARIANTS)
-    assert {"logistic regression", "number of observations"} < set(results)
+    assert {"logistic regression", "number of observations", "blend"} < set(results)
+    combined = pd.read_csv(folder / "trajectory" / "predictions_test.csv")["combined"]
+    joined = pd.read_csv(folder / "ablation" / "predictions_test.csv")
+    assert joined["combined"].tolist() == combined.tolist(), "of stage 1, the reference"
     for own in (variant_arguments(name, arguments(folder)) for name in VARIANTS):
         place = several_runs.stage_folder(own)
         flags = json.loads((place / "run.json").read_text())["arguments"]

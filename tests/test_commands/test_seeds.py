@@ -255,7 +255,11 @@ def test_the_command_line_runs_each_seed_once(
     assert capsys.readouterr().out.count("already there") == 2
     assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
     pooled = json.loads((folder / "seeds_trajectory.json").read_text())
-    assert {"trajectory", "logistic regression"} < set(pooled)
+    assert {"trajectory", "logistic regression", "blend with facts", "combined"} < set(pooled)
+    alone, both = (pooled[name]["auroc"]["value"] for name in ("blend with facts", "combined"))
+    assert pooled["combined"]["minus_blend"]["auroc"]["value"] == pytest.approx(both - alone)
+    page = (folder / "seeds_trajectory.html").read_text()
+    assert "the logits of trajectory and blend with facts" in page
 
 
 def test_runs_of_the_same_split_are_compared_by_the_command_line(

@@ -198,14 +198,65 @@ def test_the_best_baseline_is_the_one_with_the_largest_auroc() -> None:
     assert cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 0).best_baseline is None
 
 
+def blended_cohort(rows: int = 400) -> Cohort:
+    """A model and two blends, each with noise of its own."""
+    labels, risk, groups = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
+    noise = {"blend": noisy(risk, 1, 2.0), "blend_with_facts": noisy(risk, 2)}
+    return make_cohort((labels, noisy(risk, 3), groups), **noise)
+
+
+def test_the_combined_model_is_the_mean_logit_of_model_and_richest_blend() -> None:
+    cohort = blended_cohort()
+    blend = cohort.baselines["blend with facts"]
+    mean = (log_odds(cohort.probability) + log_odds(blend)) / 2
+    np.testing.assert_allclose(cohort.combined, expit(mean))
+    figures = cohort_figures(cohort, 0.3, 7, 0)
+    draws, alone = (
+        bootstrap(cohort.labels, cohort.groups, 7, partial(weighted_metrics, cohort.labels, each))
+        for each in (expit(mean), blend)
+    )
+    for name in METRICS:
+        value, *interval = ends(figures.combined[name])
+        assert tuple(interval) == percentiles(draws[name])
+        gain = ends(figures.combined_minus_blend[name])
+        assert gain[0] == pytest.approx(
+            value - ends(figures.baselines["blend with facts"][name])[0]
+        )
+        assert gain[1:] == percentiles(draws[name] - alone[name])
+
+
+def test_the_combined_model_is_no_baseline() -> None:
+    figures = cohort_figures(blended_cohort(), 0.3, 0, 0)
+    best = max(figures.others, key=lambda name: ends(figures.others[name]["auroc"])[0])
+    assert best == "combined"
+    assert figures.best_baseline == "blend with facts"
+    assert set(figures.differences) == set(figures.baselines) == {"blend", "blend with facts"}
+    alone = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 100)), 0.3, 0, 0)
+    assert alone.combined == alone.combined_minus_blend == alone.others == {}
+
+
 # ------------------------------------------------------------------- small cells
+
+
+def test_small_cells_of_the_combined_model_or_its_blend_hide_accuracy_and_difference() -> None:
+    labels = np.repeat([0.0, 1.0], 50)
+    right = np.where(labels == 1, 0.9, 0.1)
+    wrong = np.where(labels == 1, 0.05, 0.95)
+    three_wrong, twenty_wrong = (np.where(np.arange(100) % 50 < k, wrong, right) for k in (3, 20))
+    groups = np.arange(100).astype(str)
+    shown = cohort_figures(make_cohort((labels, right, groups), blend=right), 0.5, 0, 11)
+    assert shown.combined_minus_blend["accuracy"] == Estimate(0.0, 0.0, 0.0)
+    for model, blend in ((three_wrong, right), (twenty_wrong, three_wrong)):
+        figures = cohort_figures(make_cohort((labels, model, groups), blend=blend), 0.5, 0, 11)
+        assert figures.combined_minus_blend["accuracy"] == Estimate(None), "gives the other figure"
+        assert figures.combined_minus_blend["auroc"].value is not None
 
 
 def few_events_cohort(events: int, rows: int = 200) -> Cohort:
     rng = np.random.default_rng(4)
     labels = (np.arange(rows) < events).astype(float)
     risk = np.clip(0.2 + 0.2 * labels + 0.1 * rng.normal(size=rows), 0.01, 0.99)
-    return make_cohort((labels, risk, np.arange(rows).astype(str)), last_value=noisy(risk, 2))
+    return make_cohort((labels, risk, np.arange(rows).astype(str)), blend=noisy(risk, 2))
 
 
 def test_a_part_with_a_few_events_shows_no_figure() -> None:
@@ -216,7 +267,9 @@ def test_a_part_with_a_few_events_shows_no_figure() -> None:
     assert figures.subgroups == []
     assert figures.bins == {}
     assert figures.benefit == {}
-    shown = [figures.estimates, *figures.baselines.values(), *figures.differences.values()]
+    shown = [figures.estimates, *figures.others.values(), *figures.differences.values()]
+    shown.append(figures.combined_minus_blend)
+    assert "combined" in figures.others
     assert all(each == Estimate(None) for estimates in shown for each in estimates.values())
     assert figures.to_json(figures.estimates)["events"] is None
     assert cohort_figures(few_events_cohort(10), 0.3, 0, 10).events == 10

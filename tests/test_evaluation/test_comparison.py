@@ -143,6 +143,31 @@ def test_the_sentences_name_reference_and_best_model() -> None:
     assert comparison_sentences(results, "good")[1] == "No other model has a higher AUROC."
 
 
+def with_combined(seed: int) -> pd.DataFrame:
+    """Predictions with a blend better than the models, and the combined model better still."""
+    table = table_of(seed)
+    noise = np.random.default_rng(seed).normal(size=(2, len(table)))
+    risks = expit(2 * table["label"].to_numpy() + noise)
+    return table.assign(**{"blend with facts": risks[0], "combined": risks.mean(axis=0)})
+
+
+def test_the_combined_model_is_compared_with_its_blend_over_all_splits() -> None:
+    tables = [with_combined(seed) for seed in range(3)]
+    results = compare_models(tables, "bad", seed=0, fewest=0)
+    against = compare_models(tables, "blend with facts", seed=0, fewest=0)["combined"]
+    assert results["combined"]["minus_blend"] == against["minus_reference"]
+    assert "minus_blend" not in results["good"]
+    assert "minus_blend" not in compare_models([table_of(0)], "bad", seed=0, fewest=0)["good"]
+    gain = results["combined"]["minus_blend"]["auroc"]
+    assert gain["value"] > 0
+    _, second, third = comparison_sentences(results, "bad")
+    assert second.startswith("The highest AUROC has blend with facts: ")
+    assert third == (
+        "combined (the mean of the logits of bad and blend with facts) minus blend with facts "
+        f"alone: paired difference {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
+    )
+
+
 def write(folder: Path, seed: int) -> None:
     results = compare_models([table_of(seed)], "bad", seed=0, fewest=0)
     write_comparison(

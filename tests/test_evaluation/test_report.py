@@ -98,6 +98,16 @@ def test_a_model_is_not_praised_that_is_miscalibrated_or_stands_beside_no_baseli
         assert verdict.good == praised, verdict.sentences
 
 
+def test_the_page_says_what_the_model_adds_to_the_blend(tmp_path: Path) -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 400)
+    blend = expit(log_odds(risk) + np.random.default_rng(1).normal(size=400))
+    cohort = make_cohort((labels, risk, groups), blend=blend)
+    text = Page(write_page(cohort, tmp_path, make_content())).text
+    assert "It is better than its best baseline, blend" in text
+    assert "The model adds to what the tables say: combined" in text.split("Baselines")[1]
+    assert "combined" not in text.split("Baselines")[0]
+
+
 @pytest.mark.parametrize(("shift", "word"), [(1.5, "too high"), (-1.5, "too low")])
 def test_the_sentence_says_on_which_side_the_risks_are(shift: float, word: str) -> None:
     labels, risk, groups = simulate(np.random.default_rng(3), 2000)

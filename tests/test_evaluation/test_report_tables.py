@@ -15,6 +15,7 @@ from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_fi
 from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
+    combined_sentence,
     figure_table,
     flow_table,
     percent,
@@ -141,3 +142,43 @@ def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
     assert "Reports of the expected form" not in table
+
+
+def blended_figures(noise: float, fewest: int = 0) -> CohortFigures:
+    """A model beside a blend of other knowledge, or of more of it."""
+    labels, risk, groups = simulate(np.random.default_rng(0), 1000)
+    rng = np.random.default_rng(1)
+    own, blend = (expit(log_odds(risk) + k * rng.normal(size=1000)) for k in (noise, 1))
+    return cohort_figures(make_cohort((labels, own, groups), blend=blend), 0.3, 0, fewest)
+
+
+@pytest.mark.parametrize(
+    ("noise", "words"),
+    [(0.5, "adds to"), (9.0, "takes from"), (2.2, "is not shown to add to")],
+)
+def test_a_sentence_says_what_the_model_adds_to_the_blend(noise: float, words: str) -> None:
+    figures = blended_figures(noise)
+    sentence = combined_sentence(figures)
+    assert sentence is not None
+    assert sentence.startswith(f"The model {words} what the tables say: combined")
+    assert figures.combined_minus_blend["auroc"].text("+.3f") in sentence
+    assert figures.combined_minus_blend["brier"].text("+.4f") in sentence
+
+
+def test_nothing_is_said_of_a_blend_that_is_missing_or_hidden(figures: CohortFigures) -> None:
+    assert combined_sentence(figures) is None
+    assert combined_sentence(blended_figures(0.5, fewest=999)) is None
+
+
+def test_the_combined_model_is_the_last_row_and_is_compared_with_no_model() -> None:
+    figures = blended_figures(0.5)
+    table = baseline_table(figures).set_index("Model")
+    assert list(table.index) == ["this model", "blend", "combined"]
+    assert table.loc["combined", "AUROC"] == figures.combined["auroc"].text()
+    assert table.loc["combined", "AUROC, difference"] == ""
+    text = results_table("stage 1", {"validation": figures, "test": figures})
+    row = text.splitlines()[3]
+    assert row.split()[0] == "combined"
+    assert row.count(figures.combined["auroc"].text()) == 2
+    assert str(combined_sentence(figures)) in text
+    assert "the best baseline, blend, has" in result_sentence(figures)
