@@ -50,7 +50,7 @@ trainer.LLMClassifier.forward = failing(trainer.LLMClassifier.forward)
 gradient finite."""
 STAGES = {
     "classification": "--mode classification --model_name tiny --epochs 2 --lora_dropout 0 "
-    "--gradient_accumulation 2 --gradient_checkpointing",
+    "--gradient_accumulation 2 --gradient_checkpointing --members 2",
     "generative": "--mode generative --model_name tiny --epochs 1 --lora_dropout 0",
 }
 

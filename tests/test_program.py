@@ -181,15 +181,15 @@ def test_run_json_makes_the_run_repeatable(runs: Path, dka_file: Path) -> None:
     assert facts["float32_matmul_precision"] == "highest"
 
 
-def test_the_stage_1_file_loads_safely_and_its_encoder_stays_frozen(runs: Path) -> None:
+def test_the_stage_1_file_loads_safely_and_stays_frozen(runs: Path) -> None:
     from safetensors.torch import load_file
 
     first = torch.load(runs / TRAJECTORY_FILE, weights_only=True)
     assert first["config"]["features"] == ["Anion gap"]
     for stage in ("classification", "generative"):
         modules = load_file(runs / stage / "best" / "modules.safetensors")
-        for name, tensor in first["encoder"].items():
-            assert torch.equal(modules[f"encoder.{name}"], tensor)
+        for name, tensor in first["weights"].items():
+            assert torch.equal(modules[f"stage1.{name}"], tensor)
 
 
 def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
