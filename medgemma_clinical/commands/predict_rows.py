@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.scoring import ScoringRows, count_unknown_facts
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import default_device, to_device
@@ -42,6 +42,7 @@ def score_rows(
         InputError: a row cannot be scored, and the findings are strict.
     """
     dataset = rows.dataset.with_inputs(**trained.config["inputs"])
+    count_unknown_facts(dataset, findings)
     rows = _without_long_gaps(replace(rows, dataset=dataset), trained, findings)
     rows, text = _without_long_texts(rows, trained, findings)
     lengths = rows.dataset.lengths if text is None else text.lengths()
