@@ -136,6 +136,7 @@ def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal() -> None:
         assert chosen[0] < chosen[1], setting
 
 
+@pytest.mark.filterwarnings("error::sklearn.exceptions.FitFailedWarning")
 def test_a_column_that_some_fold_lacks_is_left_out_of_the_trees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

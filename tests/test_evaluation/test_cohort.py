@@ -209,7 +209,7 @@ def test_the_combined_model_is_the_mean_logit_of_model_and_richest_blend() -> No
     cohort = blended_cohort()
     blend = cohort.baselines["blend with facts"]
     mean = (log_odds(cohort.probability) + log_odds(blend)) / 2
-    np.testing.assert_allclose(cohort.combined, expit(mean))
+    assert cohort.combined == pytest.approx(expit(mean))
     figures = cohort_figures(cohort, 0.3, 7, 0)
     draws, alone = (
         bootstrap(cohort.labels, cohort.groups, 7, partial(weighted_metrics, cohort.labels, each))
