@@ -11,8 +11,8 @@ intervals over the patients of all splits, seconds an epoch, and the peak memory
 
 import argparse
 import contextlib
-import io
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -89,10 +89,11 @@ def train_rival(
     name: str, data: Path, seed: int, epochs: int, hours: float
 ) -> tuple[NDArray[np.float64], float]:
     """Return the risks of the test part and the seconds an epoch."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         classes = needed("pypots.classification", "pypots")
         parts = rival_parts(MIMICtrajectoryDataset(data), seed, hours)
         kind, sizes = RIVALS[name]
+        patience = min(PATIENCE, epochs)
         torch.manual_seed(seed)
         _, steps, features = parts["train"]["X"].shape
         model = getattr(classes, kind)(
@@ -101,17 +102,17 @@ def train_rival(
             n_classes=2,
             **sizes,
             epochs=epochs,
-            patience=PATIENCE,
+            patience=patience,
             device="cpu",
             verbose=False,
         )
         began = time.perf_counter()
         model.fit(parts["train"], parts["val"])
         seconds = time.perf_counter() - began
-        waited = PATIENCE - model.patience
+        waited = patience - model.patience
         done = model.best_epoch + waited
         # PyPOTS goes on with the best weights so far where training fails.
-        if done < epochs and waited < PATIENCE:
+        if done < epochs and waited < patience:
             raise RuntimeError(f"{name}: training failed in epoch {done + 1}")
         risks = model.predict_proba({"X": parts["test"]["X"]})[:, 1]
     return np.asarray(risks, dtype=np.float64), seconds / done
