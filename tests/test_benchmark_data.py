@@ -116,7 +116,7 @@ def rows(count: int) -> MIMICtrajectoryDataset:
 
 
 def test_the_grid_holds_the_mean_of_each_step_of_a_common_clock() -> None:
-    late = pd.DataFrame({"clinical_trajectory": ["1 (0h) -> 3 (0.5h) -> 5 (3h)", "9 (2h)"]})
+    late = pd.DataFrame({"clinical_trajectory": ["1 (-2h) -> 3 (-1.5h) -> 5 (1h)", "9 (0h)"]})
     late["label_escalation"] = [0, 1]
     grid = rivals.on_grid(MIMICtrajectoryDataset(late), 1.0)[..., 0]
     nan = np.nan
