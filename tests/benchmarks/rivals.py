@@ -38,7 +38,7 @@ FACTS, NO_FACTS = "stage 1", "stage 1 without facts"
 OURS = {
     FACTS: [],
     NO_FACTS: ["--facts", "off"],
-    "stage 1, five members": ["--members", "5"],
+    "five members of stage 1": ["--members", "5"],
 }
 """Flags of the trainer."""
 
