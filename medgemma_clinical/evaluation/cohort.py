@@ -204,9 +204,8 @@ def cohort_figures(
         for key, rows in subgroups.items()
         if rarer_patients(labels[rows], groups[rows]) >= FEWEST_PATIENTS
     }
-    shares: dict[Any, Share] = {
-        ("model", name): share for name, share in threshold_shares(labels, risk, threshold).items()
-    }
+    at_threshold = threshold_shares(labels, risk, threshold)
+    shares: dict[Any, Share] = {("model", name): share for name, share in at_threshold.items()}
     shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
     known = _estimates(cohort, groups, shares, judged, bands.thresholds, seed)
     unshown = hidden_figures(cohort, groups, threshold, fewest)

@@ -3,6 +3,7 @@
 Imports nothing large: a measured process begins with the memory of its parent.
 """
 
+import importlib
 import os
 import platform
 import resource
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
@@ -31,6 +33,14 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
+
+
+def needed(module: str, package: str) -> ModuleType:
+    """Return a module of a package that only benchmarks use, or stop with how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install {package}") from error
 
 
 def processor() -> str:

@@ -10,10 +10,7 @@ Prints AUROC and the paired difference to the ODE, with intervals over patients 
 """
 
 import argparse
-import contextlib
 import copy
-import io
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import stage1
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
@@ -61,24 +59,6 @@ def thinned(dataset: MIMICtrajectoryDataset, share: float, seed: int) -> MIMICtr
     return fewer
 
 
-def train(data: Path, seed: int, dynamics: str, place: Path) -> dict[str, float]:
-    """Train stage 1 in ``place``; return its test AUROC, validation AUROC, seconds an epoch."""
-    words = ["--trajectory_only", "--data_path", str(data), "--seed", str(seed)]
-    words += ["--dynamics", dynamics, "--log_file", "none", "--output_dir", str(place)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = trainer.main(words)
-    if code:
-        raise SystemExit(code)
-    folder = place / "trajectory"
-    metrics = json.loads((folder / "metrics.json").read_text())
-    lines = (folder / "history.jsonl").read_text().splitlines()
-    return {
-        "test": metrics["test"]["auroc"]["value"],
-        "validation": metrics["validation"]["auroc"]["value"],
-        "seconds": float(np.median([json.loads(line)["seconds"] for line in lines])),
-    }
-
-
 def score(place: Path, dataset: MIMICtrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[Any]:
     """Return the risk of some rows under the model in ``place``."""
     trained = load_trained_model(place / "trajectory", trainer.ENCODERS)
@@ -103,7 +83,8 @@ def one_split(dataset: MIMICtrajectoryDataset, data: Path, seed: int) -> dict[st
     }
     for dynamics in DYNAMICS:
         with tempfile.TemporaryDirectory() as folder:
-            sys.stderr.write(f"{seed} {dynamics}: {train(data, seed, dynamics, Path(folder))}\n")
+            metrics = stage1.train(data, seed, Path(folder), "--dynamics", dynamics)
+            sys.stderr.write(f"{seed} {dynamics}: {metrics['seconds_an_epoch']:.2f} s an epoch\n")
             for name, share in KEPT.items():
                 fewer = thinned(dataset, share, seed)
                 tables[name][dynamics] = score(Path(folder), fewer, test)

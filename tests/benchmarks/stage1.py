@@ -2,10 +2,10 @@
 
     python tests/benchmarks/stage1.py [--data FILE.csv] [--seeds 5] [flags of the trainer]
 
-Each seed is a run of its own, as a user starts it with ``--seeds``; the test part of its split is
-scored once, by the best epoch on its validation part. Prints the pooled test AUROC of stage 1, the
-baselines and the combined model with 95 % intervals (patients are drawn once for all splits), the
-paired differences to stage 1, and those to the blend of the simple models.
+Each seed is a run of its own; the test part of its split is scored once, by the best epoch on its
+validation part. Prints the pooled test AUROC of stage 1, the baselines and the combined model with
+95 % intervals (patients are drawn once for all splits), the paired differences to stage 1, and
+those to the blend of the simple models.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,18 @@ from medgemma_clinical.evaluation.comparison import compare_models, comparison_t
 STAGE, BLEND = "stage 1", "blend with facts"
 
 
+def train(data: Path, seed: int, place: Path, *flags: str) -> dict[str, Any]:
+    """Run stage 1 in a folder; return its metrics and the median ``seconds_an_epoch``."""
+    words = ["--trajectory_only", "--data_path", str(data), "--seed", str(seed), *flags]
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = trainer.main([*words, "--log_file", "none", "--output_dir", str(place)])
+    if code:
+        raise SystemExit(code)
+    folder = place / "trajectory"
+    metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return {**metrics, "seconds_an_epoch": seconds_an_epoch(folder)}
+
+
 def main() -> None:
     """Run the splits and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -39,29 +52,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments, flags = parser.parse_known_args()
     torch.set_num_threads(arguments.threads)
-    began = time.perf_counter()
-    words = ["--trajectory_only", "--data_path", str(arguments.data), *flags]
-    with tempfile.TemporaryDirectory() as place:
-        words += ["--seeds", str(arguments.seeds), "--log_file", "none", "--output_dir", place]
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = trainer.main(words)
-        if code:
-            raise SystemExit(code)
-        folders = [Path(place, f"seed_{seed}", "trajectory") for seed in range(arguments.seeds)]
-        tables = [read_predictions(folder, STAGE) for folder in folders]
-        metrics = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-        seconds = np.median([seconds_an_epoch(folder) for folder in folders])
+    began, metrics, tables = time.perf_counter(), [], []
+    for seed in range(arguments.seeds):
+        with tempfile.TemporaryDirectory() as place:
+            metrics.append(train(arguments.data, seed, Path(place), *flags))
+            tables.append(read_predictions(Path(place, "trajectory"), STAGE))
+        auroc = metrics[-1]["test"]["auroc"]["value"]
+        sys.stderr.write(
+            f"split {seed}: {STAGE} {auroc:.4f}, epoch {metrics[-1]['selected_epoch']}\n"
+        )
     on = machine("torch", "scikit-learn", threads=arguments.threads)
     sys.stdout.write(f"{arguments.data.name} {' '.join(flags)}; {on}\n")
     for reference in (STAGE, BLEND):
         if reference in tables[0]:
             results = compare_models(tables, reference, 0, 0)
             sys.stdout.write(f"{comparison_table(results, reference).to_string(index=False)}\n\n")
-    validation = [each["validation"]["auroc"]["value"] for each in metrics]
-    epochs = [each["selected_epoch"] for each in metrics]
+    validation = np.mean([each["validation"]["auroc"]["value"] for each in metrics])
+    seconds = np.median([each["seconds_an_epoch"] for each in metrics])
     sys.stdout.write(
-        f"{STAGE}: validation AUROC, mean {np.mean(validation):.4f}; best epochs {epochs}; "
-        f"{seconds:.2f} s an epoch; {time.perf_counter() - began:.0f} s in all\n"
+        f"{STAGE}: validation AUROC, mean {validation:.4f}; {seconds:.2f} s an epoch; "
+        f"{time.perf_counter() - began:.0f} s in all\n"
     )
 
 
