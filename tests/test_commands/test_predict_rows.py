@@ -133,11 +133,12 @@ def test_bad_rows_are_kept_with_their_problem(
 
 def test_a_row_with_too_many_fields_is_kept_with_its_problem(runs: Path, tmp_path: Path) -> None:
     data = write_data(pd.DataFrame({"id": [], SERIES: []}), tmp_path / "bad.csv")
-    data.write_text(f"id,{SERIES}\na,24 (0h)\n\nb,24 (0h),22 (1h)\nc,24 (0h)\n")
+    header = f"id,{SERIES},clinical_context"
+    data.write_text(f"{header}\na,24 (0h),\n\nb,24 (0h),,22 (1h)\nc,24 (0h),\n")
     out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
     assert out["id"].tolist() == ["a", "b", "c"]
     assert out["probability"].isna().tolist() == [False, True, False]
-    assert "3 fields where the header has 2" in out["problem"][1]
+    assert "4 fields where the header has 3" in out["problem"][1]
 
 
 @pytest.mark.parametrize("row", [3, 11, 12])
@@ -249,7 +250,7 @@ def test_a_file_without_ids_names_rows_as_the_run_does(
     runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_rows(monkeypatch, 4)
-    data = write_data(table.head(10)[[SERIES]], tmp_path / "plain.csv")
+    data = write_data(table.head(10)[[SERIES, "clinical_context"]], tmp_path / "plain.csv")
     out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
     assert out["id"].tolist() == [str(k) for k in range(2, 12)]
 
@@ -293,8 +294,8 @@ def test_several_series_are_read_by_name_and_others_ignored(
     place = ["--output_dir", str(tmp_path), "--log_file", "none"]
     place += ["--trajectory_only", "--trajectory_epochs", "1", "--data_path", str(data)]
     assert trainer.main([*place, "--series", "lactate,pH"]) == 0
-    other = few[[few.columns[0], "trajectory_pH", SERIES, "trajectory_lactate [mmol/L]"]]
-    other = other.assign(age="50", **{"trajectory_K": "4 (0h)"})
+    columns = [few.columns[0], "trajectory_pH", SERIES, "trajectory_lactate [mmol/L]"]
+    other = few[[*columns, "clinical_context"]].assign(age="50", **{"trajectory_K": "4 (0h)"})
     new = write_data(other, tmp_path / "new.csv")
     out = predicted(tmp_path / "trajectory", new, tmp_path / "out.csv").set_index("id")
     own = pd.read_csv(tmp_path / "trajectory" / "predictions_test.csv", dtype={"id": str})
