@@ -86,7 +86,7 @@ def patients() -> MIMICtrajectoryDataset:
             }
         )
     dataset = MIMICtrajectoryDataset(pd.DataFrame(rows))
-    dataset.static_names = "bmi", "prior admissions"
+    dataset.static_names = "static_bmi [kg/m2]", "static_admissions"
     dataset.statics = rng.normal([27, 2], [4, 1], size=(len(rows), 2))
     dataset.statics[2::5, 0] = dataset.statics[1::3, 1] = np.nan
     ends = dataset.times[dataset.offsets[1:] - 1]

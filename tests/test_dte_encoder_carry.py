@@ -103,6 +103,9 @@ def test_a_wait_takes_as_many_steps_as_a_gap_of_its_length() -> None:
     assert (plan.carry > 0).sum(0).tolist() == [1, 13, 0, 5]
     torch.testing.assert_close(plan.carry.sum(0), WAITS / 10)
     assert float(plan.carry.max()) <= dte_encoder.MAX_SCALED_STEP + 1e-12
+    plan = encoder.plan(*batch, until=ends_of(batch))
+    assert plan.carry is not None
+    assert plan.carry.shape == (0, 4), "nobody waits"
     plan = make_encoder(solver="dopri5").plan(*batch, until=ends_of(batch) + WAITS)
     assert plan.carry is not None
     assert plan.carry.shape == (1, 4)

@@ -130,7 +130,10 @@ def test_a_new_stage_2_predicts_what_stage_1_does(stage1: tuple[Stage, Path]) ->
     assert isinstance(stage.model, LLMClassifier)
     assert isinstance(stage.model.stage1, TrajectoryClassifier)
     assert len(stage.model.stage1.members) == 2
-    assert stage.config["inputs"] == {"facts": ["bmi", "prior admissions"], "prediction_time": True}
+    assert stage.config["inputs"] == {
+        "facts": ["static_bmi [kg/m2]", "static_admissions"],
+        "prediction_time": True,
+    }
 
 
 def test_a_stage_without_stage_1_reads_no_facts_and_no_prediction_time() -> None:
@@ -145,7 +148,7 @@ def test_a_stage_without_stage_1_reads_no_facts_and_no_prediction_time() -> None
         (("--facts", "off"), {"facts": [], "prediction_time": True}),
         (
             ("--prediction_time", "off"),
-            {"facts": ["bmi", "prior admissions"], "prediction_time": False},
+            {"facts": ["static_bmi [kg/m2]", "static_admissions"], "prediction_time": False},
         ),
     ],
 )

@@ -124,7 +124,7 @@ def test_a_stage_1_file_knows_who_trained_and_names_nobody(stage1: Path) -> None
     checkpoint = read_trajectory(stage1)
     assert np.array_equal(checkpoint.train_patients, DATA.training_patients())
     assert checkpoint.config["features"] == ["Anion gap"]
-    inputs = {"facts": ["bmi", "prior admissions"], "prediction_time": True}
+    inputs = {"facts": ["static_bmi [kg/m2]", "static_admissions"], "prediction_time": True}
     assert (checkpoint.config["inputs"], checkpoint.config["members"]) == (inputs, 2)
     assert b"patient 0" not in stage1.read_bytes()
 

@@ -67,11 +67,12 @@ def test_a_scale_is_that_of_what_is_known() -> None:
 
 def test_a_constant_and_an_unknown_column_are_centred_and_not_magnified() -> None:
     """Rounding alone leaves a constant column a spread of 1e-16 of its mean."""
-    scaler, third = MaskedScaler(3), 1e6 / 3
-    scaler.fit(torch.tensor([[0.1, third, math.nan]] * 7))
+    scaler = MaskedScaler(3)
+    row = torch.tensor([[-7 / 3, 1e6 / 3, math.nan]], dtype=torch.float64)
+    scaler.fit(row.expand(21, -1))
     assert scaler.std.tolist() == [1.0, 1.0, 1.0]
     assert scaler.mean[2] == 0.0
-    read = scaler(torch.tensor([[0.1, third, math.nan]]))
+    read = scaler(row.float())
     torch.testing.assert_close(read[:, :2], torch.zeros(1, 2), rtol=0, atol=0.1)
     assert read[0, 2:].tolist() == [0.0, 1.0, 1.0, 0.0]
 
