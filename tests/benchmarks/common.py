@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
@@ -67,3 +68,17 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     """Return the median and, in brackets, the least and the most."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def freeze_stage1(stage: Any) -> None:
+    """Freeze stage 1 and encode each row ahead, as a run with ``--ode_checkpoint`` does.
+
+    Args:
+        stage: ``Stage`` 2 or 3; its model moves to the default device.
+    """
+    from medgemma_clinical.distributed import default_device
+    from medgemma_clinical.models.text_batches import encode_all
+
+    model = stage.model.to(default_device())
+    model.stage1.requires_grad_(False)
+    encode_all(model, stage.loaders["train"].collate_fn, default_device())

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import spread
+from common import freeze_stage1, spread
 from gpu_plan import Plan, Result, arguments_of, data_of, on_gpu
 from memory import GIB, MIB, RESERVED, Sizes, measure
 from torch import nn
@@ -132,9 +132,10 @@ def measure_stage_3(plan: Plan) -> Result:
 def measure_llm(plan: Plan, mode: str) -> Result:
     computed = measure(arguments_of().precision) if on_gpu() and not plan.toy else None
     words = ["--mode", mode, "--model_name", str(plan.model), "--quantization", "nf4"]
-    args = arguments_of(*words, "--freeze_ode", "--max_samples", "500")
+    args = arguments_of(*words, "--max_samples", "500")
     data = data_of(args)
     stage = trainer.make_stage(args, data)
+    freeze_stage1(stage)
     assert isinstance(stage.model, TrajectoryLLM)
     collate: Any = stage.loaders["train"].collate_fn
     longest = int(collate.lengths()[data.split["train"]].max()) + stage.model.tokens + 1

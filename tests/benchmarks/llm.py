@@ -30,13 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common import SAMPLE, machine, peak_mib, spread
+from common import SAMPLE, freeze_stage1, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.results import GENERATION_BATCH
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.distributed import default_device, to_device
-from medgemma_clinical.models.text_batches import encode_all
 from medgemma_clinical.models.trajectory_llm import (
     IGNORED,
     VERDICT_WEIGHT,
@@ -70,16 +69,14 @@ def build(mode: str, arguments: argparse.Namespace) -> tuple[Any, Stage]:
         prompts=trainer.prompt_options(args),
     )
     stage = trainer.make_stage(args, data)
-    model: Any = stage.model.to(default_device())
-    model.stage1.requires_grad_(False)
-    collate: Any = stage.loaders["train"].collate_fn
-    encode_all(model, collate, default_device())
-    return model, stage
+    freeze_stage1(stage)
+    return stage.model, stage
 
 
 def plain_loss(model: Any, batch: TextBatch) -> tuple[Tensor, int]:
     """Return loss and terms with everything computed and kept."""
     trajectory = latest_states(model.stage1, batch, model.tokens)
+    added = trajectory.logit
     sequence = model.embed(batch, trajectory)
     result = model.llm(
         inputs_embeds=sequence.embeddings,
@@ -89,15 +86,17 @@ def plain_loss(model: Any, batch: TextBatch) -> tuple[Tensor, int]:
     row = torch.arange(len(sequence.text_start), device=sequence.text_start.device)
     verdict = sequence.text_start + batch["verdict"]
     if isinstance(model, LLMClassifier):
-        logit = model.head(result.hidden_states[-1][row, verdict].float()).squeeze(1)
+        logit = model.head(result.hidden_states[-1][row, verdict].float()).squeeze(1) + added
         labels = batch["labels"]
         loss = functional.binary_cross_entropy_with_logits(logit, labels, reduction="sum")
         return loss, len(labels)
     targets = torch.full(sequence.mask.shape, IGNORED, device=row.device)
     rows, places = (batch["targets"] != IGNORED).nonzero(as_tuple=True)
     targets[rows, sequence.text_start[rows] + places] = batch["targets"][rows, places]
+    logits = result.logits[:, :-1].float()
+    logits[row, verdict, model.verdict[0]] += added
     losses = functional.cross_entropy(
-        result.logits[:, :-1].float().flatten(0, 1),
+        logits.flatten(0, 1),
         targets[:, 1:].flatten(),
         reduction="none",
         ignore_index=IGNORED,
