@@ -156,6 +156,7 @@ def report_content(
             "Kind": dataset.kind,
             "Used": f"{len(dataset):,} rows of {count_text(dataset.n_patients, fewest)} patients",
             "Missing values": "masked, never filled in",
+            "Facts": ", ".join(dataset.fact_names) or "none are read",
         },
         card=model_card(stage, state.stopping.best_epoch, validation, facts),
         flow=flow_table(dataset.flow, fewest),
@@ -273,6 +274,13 @@ def write_generations(
     return save_reports(folder / "generations_test.jsonl", collate.dataset, texts, predictions)
 
 
+def describe_stage1(config: dict[str, Any]) -> str:
+    """Return encoder, dynamics and number of members of a checkpoint's stage 1 in words."""
+    dynamics = config["encoder"].get("dynamics")
+    how = f", dynamics {dynamics}" if dynamics else ""
+    return f"encoder {config['encoder']['name']}{how}, members {config['members']}"
+
+
 def model_card(
     stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
 ) -> dict[str, str]:
@@ -283,7 +291,8 @@ def model_card(
     return {
         **CARD,
         "Limits": LIMITS,
-        "Model": base or "ODE-RNN with attention-pooled head",
+        "Model": base or "stage 1 alone",
+        **({"Stage 1": describe_stage1(stage.config)} if stage.config["encoder"] else {}),
         "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
         "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
         "Validation AUROC": validation.auroc.text(),
