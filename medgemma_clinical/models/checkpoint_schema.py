@@ -23,7 +23,7 @@ LARGEST_COUNT = 10**9
 DYNAMICS = ("ode", "decay", "none")
 """What happens to a state between two observations, ``--dynamics``."""
 
-MEMBERS = (1, 100)
+MEMBERS = (1, 32)
 PREFIX_TOKENS = (1, 4096)
 LORA_RANK = (1, 1024)
 """Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
@@ -181,7 +181,7 @@ DATA: Table = {
 ENCODER: Table = {
     "name": NAME,
     "input_dim": maybe(whole(1, 10_000)),
-    "hidden_dim": maybe(whole(1, 4096)),
+    "hidden_dim": maybe(whole(1, 1024)),
     "time_scale": maybe(POSITIVE),
     "solver": maybe(NAME),
     "rtol": maybe(TOLERANCE),

@@ -88,8 +88,8 @@ def test_what_the_program_writes_is_accepted(written: dict[str, Any]) -> None:
         ("num_prefix_tokens", 0, "0: expected a whole number from 1 to 4096"),
         ("report_tokens", 10**9, "expected a whole number from 1 to 131072"),
         ("max_text_tokens", 0, "0: expected a whole number from 1 to 1000000000, or null"),
-        ("members", 101, "101: expected a whole number from 1 to 100"),
-        ("members", True, "True: expected a whole number from 1 to 100"),
+        ("members", 101, "101: expected a whole number from 1 to 32"),
+        ("members", True, "True: expected a whole number from 1 to 32"),
         ("inputs.facts", "bmi", "'bmi': expected a list of at most 10000 names"),
         ("inputs.facts", ["a\nb"], "(a list): expected a list of at most 10000 names"),
         ("inputs.prediction_time", 1, "1: expected true or false"),
@@ -118,7 +118,7 @@ def test_what_the_program_writes_is_accepted(written: dict[str, Any]) -> None:
         ("prompts.more", 1, "1: expected no such key"),
         ("encoder", 7, "7: expected an object"),
         ("encoder.name", None, "None: expected a printable text"),
-        ("encoder.hidden_dim", 10**6, "expected a whole number from 1 to 4096"),
+        ("encoder.hidden_dim", 10**6, "expected a whole number from 1 to 1024"),
         ("encoder.input_dim", 2, "2: expected a whole number from 1 to 1"),
         ("encoder.time_scale", math.inf, "inf: expected a finite number above 0"),
         ("encoder.time_scale", 10**400, "(an endless number): expected a finite number above 0"),
@@ -192,7 +192,7 @@ def test_bounds_are_those_of_the_flags() -> None:
     for flag, most in (
         ("--num_prefix_tokens", 4096),
         ("--lora_rank", 1024),
-        ("--members", 100),
+        ("--members", 32),
         ("--max_len", 10**9),
     ):
         parser.parse_args([flag, str(most)])
