@@ -269,9 +269,9 @@ class ClinicalODERNN(nn.Module):
         read = functional.relu(self.read(self.inputs(plan)))  # (P, R)
         with full_precision(device):
             # Under autocast the layer's output is narrower than the weights.
-            raw = self._run_steps(read.to(self.value_mean.dtype), plan)  # (P, H)
+            raw, final = self._run_steps(read.to(self.value_mean.dtype), plan)  # (P, H), (B, H)
             states = self.norm(raw)
-            ends = None if plan.carry is None else self.norm(self._carry(raw, plan, plan.carry))
+            ends = None if plan.ends is None else self.norm(final.index_select(0, plan.ends))
         result = states.new_zeros(plan.shape[0] * plan.shape[1], self.hidden_dim)
         result = result.index_copy(0, plan.observation_index, states).view(*plan.shape, -1)
         return result if ends is None else torch.cat([result, ends.unsqueeze(1)], dim=1)
@@ -285,8 +285,16 @@ class ClinicalODERNN(nn.Module):
         z = ((plan.last_value - self.value_mean) / self.value_std).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
         return torch.cat([z.nan_to_num(nan=0.0), plan.time_features], dim=1)
 
-    def _run_steps(self, read: Tensor, plan: Plan) -> Tensor:
-        """Return the state (P, H) after each observation, from the update's inputs (P, R)."""
+    def _run_steps(self, read: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Run all steps of a plan.
+
+        Args:
+            read: (P, R) inputs of the update.
+            plan: of the batch.
+
+        Returns:
+            The state after each observation (P, H), and the last state in each row (B, H).
+        """
         stock = self._stock_modules() if self.fused and self.solver == "rk4" else None
         if stock is not None:
             field, update = stock
@@ -299,20 +307,14 @@ class ClinicalODERNN(nn.Module):
             read.split(plan.n_observed),
             strict=True,
         )
-        updated = []
+        updated, ended = [], []
         for dt, rows, inputs in steps:
+            ended.append(state[len(dt) :])
             state = self._advance(state[: len(dt)], dt)  # no time passes in the first step
             if len(rows):
                 updated.append(self.update(inputs, state.index_select(0, rows)))
                 state = state.index_copy(0, rows, updated[-1])
-        return torch.cat(updated)
-
-    def _carry(self, states: Tensor, plan: Plan, steps: Tensor) -> Tensor:
-        """Return each patient's state (B, H) after ``steps`` (C, B), from all states (P, H)."""
-        state = states.index_select(0, plan.last)
-        for dt in steps:
-            state = self._advance(state, dt)
-        return state
+        return torch.cat(updated), torch.cat([state, *reversed(ended)])
 
     def _advance(self, state: Tensor, dt: Tensor) -> Tensor:
         """Return the states (n, H) after ``dt`` (n,), each row by its own number of steps."""

@@ -51,7 +51,8 @@ class Plan:
 
     The patients are sorted by their number of steps, so that those active in a step are the first
     rows of the state. Observations stand in the order of the steps that end at them, and within a
-    step by row. Step 0 ends at every patient's first observation; no time passes in it.
+    step by row. Step 0 ends at every patient's first observation; no time passes in it. The last
+    steps of a patient may lead behind the last observation, to the end of the series.
 
     Attributes:
         shape: (B, L) of the batch.
@@ -65,9 +66,8 @@ class Plan:
         time_features: (P, 3F + 3): for each feature whether it is measured now, whether it was
             measured before, and the scaled log hours since then (zero where never); then scaled
             log gap, scaled log hours since the first observation, log count.
-        last: (B,) int64, which of the P observations is each patient's last.
-        carry: (C, B) length of each patient's steps from the last observation to the end of the
-            series, in units of ``time_scale``, zero once it is reached; None without an end.
+        ends: (B,) int64, the row of the state of each patient, which stays behind the patient's
+            last step; None where no end of the series was given.
     """
 
     shape: tuple[int, int]
@@ -79,8 +79,7 @@ class Plan:
     observation_index: Tensor
     last_value: Tensor
     time_features: Tensor
-    last: Tensor
-    carry: Tensor | None
+    ends: Tensor | None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on a device, as ``Tensor.to`` does."""
@@ -116,32 +115,36 @@ def build_plan(
         check_ends(until, len(times))
     hours, seen = _on_host(times.double()), _on_host(observed)
     gaps = check_series(hours, values, seen, config)
-    carry = None if until is None else plan_carry(_on_host(until.double()), hours, seen, config)
-    # (B, L), to each observation from the one before
-    steps = seen.any(axis=2) * np.maximum(count_steps(gaps, config), 1)
+    present = np.logical_or.reduce(seen, axis=2)  # (B, L)
+    waits = np.zeros(len(hours))
+    if until is not None:
+        waits = check_waits(_on_host(until.double()), hours, present, config)
+    # (B, L + 1) each: to each observation from the one before, then to the end of the series.
+    gaps = np.column_stack([gaps, waits])
+    counts = np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1)
+    steps = (counts * np.column_stack([present, waits > 0])).astype(np.int64)
     dt = gaps / (np.maximum(steps, 1) * config.time_scale)
 
     done = steps.cumsum(axis=1)
     patients = np.argsort(-done[:, -1], kind="stable")  # by row of the state
     done, steps, dt = done[patients], steps[patients], dt[patients]
-    row, number = steps.nonzero()  # (P,) each, patient after patient
-    arrival = done[row, number] - 1  # the step that ends at the observation
     total = done[:, -1]
     step = np.arange(total.sum()) - np.repeat(total.cumsum() - total, total)  # (N,)
-    dt = np.repeat(dt[row, number], steps[row, number])[np.argsort(step, kind="stable")]
+    dt = np.repeat(dt.ravel(), steps.ravel())[np.argsort(step, kind="stable")]
+    row, number = present[patients].nonzero()  # (P,) each, patient after patient
+    arrival = done[row, number] - 1  # the step that ends at the observation
     order = np.argsort(arrival, kind="stable")  # from patient after patient to step after step
     row, number = row[order], number[order]
     time_features, index = build_time_features(
         patients[row], number, hours, seen, config.time_scale
     )
     latest = torch.from_numpy(index).to(values.device)
-    last = np.empty(len(hours), dtype=np.int64)
-    last[patients[row]] = np.arange(len(row))  # a patient's later observations stand behind
+    n_active = np.bincount(step)
     return Plan(
         shape=(len(hours), hours.shape[1]),
         config=config,
-        n_active=np.bincount(step).tolist(),
-        n_observed=np.bincount(arrival).tolist(),
+        n_active=n_active.tolist(),
+        n_observed=np.bincount(arrival, minlength=len(n_active)).tolist(),
         dt=torch.from_numpy(dt).to(config.dtype),
         rows=torch.from_numpy(row),
         observation_index=torch.from_numpy(patients[row] * hours.shape[1] + number),
@@ -149,33 +152,27 @@ def build_plan(
         .take(latest.clamp(min=0))
         .masked_fill(latest < 0, math.nan),
         time_features=torch.from_numpy(time_features).to(config.dtype),
-        last=torch.from_numpy(last),
-        carry=None if carry is None else torch.from_numpy(carry).to(config.dtype),
+        ends=None if until is None else torch.from_numpy(np.argsort(patients)),
     )
 
 
-def count_steps(gaps: NDArray[np.float64], config: SolverConfig) -> NDArray[np.int64]:
-    """Return the number of solver steps of each gap in hours, none where no time passes."""
-    return np.ceil(gaps / (config.longest_step * config.time_scale)).astype(np.int64)
-
-
-def plan_carry(
+def check_waits(
     until: NDArray[np.float64],
     hours: NDArray[np.float64],
-    seen: NDArray[np.bool_],
+    present: NDArray[np.bool_],
     config: SolverConfig,
 ) -> NDArray[np.float64]:
-    """Return ``Plan.carry`` (C, B) to the ends ``until`` (B,) of series; see ``build_plan``."""
-    rows = np.arange(len(hours))
-    last = seen.any(axis=2).sum(axis=1) - 1
-    waits = until - hours[rows, last]
+    """Return the hours from each last observation to the end ``until`` of the series, (B,) each.
+
+    Raises:
+        ValueError: an end before the last observation, or too long after it.
+    """
+    waits = until - hours[np.arange(len(hours)), present.sum(axis=1) - 1]
     early = ~(waits >= 0)  # or not a number
     _refuse(early, "the end {value} h of {place} is before its last observation", until)
     too_long = waits > config.longest_gap * config.time_scale
     _refuse(too_long, "the end {value} h of {place} needs a larger time_scale", until)
-    steps = np.where(waits > 0, np.maximum(count_steps(waits, config), 1), 0)
-    numbers = np.arange(steps.max(initial=0))[:, None]  # (C, 1)
-    return np.where(numbers < steps, waits / (np.maximum(steps, 1) * config.time_scale), 0.0)
+    return waits
 
 
 def build_time_features(

@@ -51,8 +51,10 @@ from medgemma_clinical.models.encoder_plan import Plan
 
 def fused_states(
     plan: Plan, read: Tensor, field: tuple[Tensor, Tensor, Tensor], update: nn.GRUCell
-) -> Tensor:
-    """Return the state (P, H) after each observation; it can be differentiated once.
+) -> tuple[Tensor, Tensor]:
+    """Return the state (P, H) after each observation, and the last one in each row (B, H).
+
+    Both can be differentiated once.
 
     Args:
         plan: the steps, on the device of the weights.
@@ -61,7 +63,9 @@ def fused_states(
         update: the cell, with biases.
     """
     cell = update.weight_ih, update.bias_ih, update.weight_hh, update.bias_hh
-    states: Tensor = _FusedPass.apply(plan, torch.is_grad_enabled(), read, *field, *cell)
+    states: tuple[Tensor, Tensor] = _FusedPass.apply(
+        plan, torch.is_grad_enabled(), read, *field, *cell
+    )
     return states
 
 
@@ -77,8 +81,10 @@ class _FusedPass(torch.autograd.Function):
     """Runge-Kutta steps and updates over a whole plan; see the module."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, grad_enabled: bool, read: Tensor, *weights: Tensor) -> Tensor:
-        """Return the states (P, H); ``weights`` are W1, b1, W2, W_ih, b_ih, W_hh, b_hh."""
+    def forward(
+        ctx: Any, plan: Plan, grad_enabled: bool, read: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return all states and the last ones; ``weights``: W1, b1, W2, W_ih, b_ih, W_hh, b_hh."""
         inner, bias, outer, into, into_bias, recurrent, recurrent_bias = weights
         keep = grad_enabled and any(ctx.needs_input_grad)
         n_first, *sizes = plan.n_active
@@ -89,6 +95,7 @@ class _FusedPass(torch.autograd.Function):
         gates = torch.addmm(into_bias, read, into.t())
         cells, proposals = torch.empty_like(gates), 2 * gates[:, 2 * width :]
         entering, states = torch.empty_like(proposals), torch.empty_like(proposals)
+        final = gates.new_zeros(n_first, width)
         stages = gates.new_empty(5, sum(sizes) if keep else max(sizes, default=0), width)
         with torch.inference_mode():  # its calls are cheaper than those under no_grad
             _run_forward(
@@ -96,20 +103,20 @@ class _FusedPass(torch.autograd.Function):
                 _kept_buffers(stages, dt, sizes) if keep else _reused_buffers(stages, dt, sizes),
                 gates,
                 (mixing.t(), inner.t(), outer.t(), recurrent.t(), bias, recurrent_bias),
-                (cells, entering, proposals, states),
+                (cells, entering, proposals, states, final),
             )
         if keep:
             ctx.plan = plan
             matrices = mixing, inner, outer, into, recurrent
             ctx.save_for_backward(dt, read, cells, entering, proposals, stages, *matrices)
-        return states
+        return states, final
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``read`` and of the weights; ``grad`` is (P, H)."""
+    def backward(ctx: Any, grad: Tensor, final_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``read`` and of the weights, from (P, H) and (B, H)."""
         with full_precision(grad.device):  # the caller may be inside autocast
-            return None, None, *_run_backward(ctx.plan, grad, *ctx.saved_tensors)
+            return None, None, *_run_backward(ctx.plan, grad, final_grad, *ctx.saved_tensors)
 
 
 def _split(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -154,10 +161,10 @@ def _run_forward(
         weights: M, W1, W2 and W_hh, each transposed, then b1 and b_hh.
         results: (P, 3H) for r, z and n of the cell; then (P, H) each: for the state in front of an
             observation, for the cell's proposal, where twice its gates stand, and for the state
-            after the observation.
+            after the observation; (B, H) zeros, which become the last state in each row.
     """
     mixing, inner, outer, recurrent, bias, recurrent_bias = weights
-    cells, entering, proposals, states = results
+    cells, entering, proposals, states, state = results
     width = len(bias)
     # Begins as the term that the cell's product is added to, ends as r, z and n.
     torch.add(gates, recurrent_bias, out=cells)
@@ -165,7 +172,7 @@ def _run_forward(
     n.copy_(recurrent_bias[2 * width :])
     pieces = cells, reset_and_keep, *reset_and_keep.chunk(2, dim=1), n, entering, proposals, states
     updates = _split(plan.n_observed, plan.rows, *pieces)
-    state, minus_one = gates.new_zeros(plan.n_active[0], width), gates.new_full((), -1.0)
+    minus_one = gates.new_full((), -1.0)
     for step, size in enumerate(plan.n_active):
         if step:
             _rk4_forward(state[:size], *next(buffers), inner, bias, mixing, outer)
@@ -201,11 +208,13 @@ def _update_forward(state: Tensor, recurrent: Tensor, rows: Tensor, *arguments: 
     state.index_copy_(0, rows, new)
 
 
-def _run_backward(plan: Plan, grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of the update's inputs and of the weights, from that of the states."""
+def _run_backward(
+    plan: Plan, grad: Tensor, final_grad: Tensor, *saved: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the update's inputs and of the weights, from those of the states."""
     dt, read, cells, entering, proposals, stages, *matrices = saved
     mixing, inner, outer, into, recurrent = matrices
-    n_first, *sizes = plan.n_active
+    sizes = plan.n_active[1:]
     wide, minus_half = _widen(dt, len(inner))
     stages, start = stages[:4], stages[4]
     # First the factors of g; after the loop d1 .. d4, each (M, H), and da, dr, dz, dn, g z.
@@ -217,7 +226,7 @@ def _run_backward(plan: Plan, grad: Tensor, *saved: Tensor) -> tuple[Tensor, ...
         steps = _split(sizes, *factors.unbind(), behind)
         updates = _split(plan.n_observed, plan.rows, grad, cell, of_state, cell[:, 4])
         solver = mixing, outer * (2 / 3), inner
-        g = grad.new_zeros(n_first, len(inner))
+        g = final_grad.clone()
         for step in reversed(range(len(plan.n_active))):
             if plan.n_observed[step]:
                 _update_backward(g, recurrent, *updates[step])

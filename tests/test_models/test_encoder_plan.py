@@ -176,7 +176,7 @@ def test_a_plan_moves_as_a_whole() -> None:
     plan = make_encoder().plan(times, values, observed, times.amax(1) + 3)
     moved = plan.to("meta", non_blocking=True)
     tensors = [member for member in vars(moved).values() if isinstance(member, Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 6
     assert all(tensor.is_meta for tensor in tensors)
 
 
