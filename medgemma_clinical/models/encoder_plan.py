@@ -120,10 +120,8 @@ def build_plan(
     if until is not None:
         waits = check_waits(_on_host(until.double()), hours, present, config)
     # (B, L + 1) each: to each observation from the one before, then to the end of the series.
-    gaps = np.column_stack([gaps, waits])
-    counts = np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1)
-    steps = (counts * np.column_stack([present, waits > 0])).astype(np.int64)
-    dt = gaps / (np.maximum(steps, 1) * config.time_scale)
+    stops = np.column_stack([present, waits > 0])
+    steps, dt = cut_gaps(np.column_stack([gaps, waits]), stops, config)
 
     done = steps.cumsum(axis=1)
     patients = np.argsort(-done[:, -1], kind="stable")  # by row of the state
@@ -154,6 +152,21 @@ def build_plan(
         time_features=torch.from_numpy(time_features).to(config.dtype),
         ends=None if until is None else torch.from_numpy(np.argsort(patients)),
     )
+
+
+def cut_gaps(
+    gaps: NDArray[np.float64], stops: NDArray[np.bool_], config: SolverConfig
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return number and scaled length of the solver steps of gaps in hours, (B, L + 1) each.
+
+    Args:
+        gaps: (B, L + 1).
+        stops: (B, L + 1) whether something is behind the gap, which takes a step then, however
+            short it is.
+        config: of the encoder.
+    """
+    steps = np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1) * stops
+    return steps.astype(np.int64), gaps / (np.maximum(steps, 1) * config.time_scale)
 
 
 def check_waits(
