@@ -529,8 +529,8 @@ def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
     Raises:
         InputError: the training part cannot be normalised, or a gap is too long.
     """
-    dataset, train = data.dataset, data.split["train"]
-    dataset.check_measured(train, data.min_cell)
+    dataset = data.dataset
+    dataset.check_measured(data.split["train"], data.min_cell)
     scale = data.time_scale(args.time_scale)
     members = []
     for member in range(args.members):
@@ -541,7 +541,7 @@ def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
             solver=args.solver,
             dynamics=args.dynamics,
         ).requires_grad_(not args.freeze_ode)
-        members.append(fit_member(encoder, dataset, train, data.prevalence()))
+        members.append(fit_member(encoder, data))
     check_gaps(members[0].encoder, dataset)
     return TrajectoryClassifier(members)
 

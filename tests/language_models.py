@@ -194,10 +194,11 @@ def bring_code(folder: Path, ran: Path, *, whole: bool = True) -> None:
 
 def stage1_for(dataset: TrajectoryDataset, members: int = 1) -> TrajectoryClassifier:
     """A stage 1 with random weights and the scales of all patients."""
-    rows, built = np.arange(len(dataset)), []
+    split, built = {"train": np.flatnonzero(~np.isnan(dataset.labels))}, []
+    data = Data(dataset, split, PromptOptions(), "", "", min_cell=0)
     for member in range(members):
         torch.manual_seed(3 + member)
-        built.append(fit_member(ClinicalODERNN(len(dataset.features)), dataset, rows, 0.3))
+        built.append(fit_member(ClinicalODERNN(len(dataset.features)), data))
         nn.init.normal_(built[-1].head.wide.weight, std=0.1)  # a new one says nothing
     return TrajectoryClassifier(built)
 

@@ -209,7 +209,8 @@ def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
 def test_the_log_holds_summary_epochs_and_table(runs: Path) -> None:
     (log,) = (runs / "trajectory").glob("train_*.log")
     text = log.read_text()
-    for piece in ("rows 160, patients 160", "train 128 rows", "epoch 3/3", "logistic regression"):
+    reads = "stage 1 reads the series up to the last observation, and facts: "
+    for piece in ("rows 160, patients 160", "train 128 rows", reads, "epoch 3/3", "blend"):
         assert piece in text
 
 
@@ -219,6 +220,20 @@ def stage_1(tmp_path: Path, data: Path, name: str, *words: str) -> Path:
     shared += ["--log_file", "none", "--trajectory_epochs", "2"]
     assert trainer.main([*shared, *words]) == 0
     return folder
+
+
+@pytest.mark.parametrize(("flags", "times"), [([], 1), (["--facts", "off"], 0)])
+def test_a_fact_that_is_not_read_is_told_once(
+    flags: list[str],
+    times: int,
+    dka_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path / "data.csv"
+    pd.read_csv(dka_file, dtype=str).assign(static_study="1").to_csv(data, index=False)
+    stage_1(tmp_path, data, "run", *flags)
+    assert capsys.readouterr().out.count("the fact static_study is not read: ") == times
 
 
 @pytest.fixture(scope="module")

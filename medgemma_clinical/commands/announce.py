@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import check_log_file
-from medgemma_clinical.data.checks import summarize
+from medgemma_clinical.data.checks import describe_unusable_facts, summarize
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device
@@ -44,8 +44,11 @@ def announce(stage: Stage, data: Data, args: Namespace) -> None:
         parts.append(f"{part} {counts_text(len(rows), events)}")
     logger.info("split: %s", "; ".join(parts))
     if not isinstance(stage.model, TrajectoryLLM) or stage.model.stage1 is not None:
-        until = "last observation" if dataset.prediction_hours is None else "prediction time"
+        until = "last observation" if dataset.hours_read is None else "prediction time"
         facts = ", ".join(dataset.fact_names) or "none"
+        unusable = describe_unusable_facts(dataset, data.split["train"], data.min_cell)
+        for line in unusable if args.facts == "on" else []:
+            logger.warning("warning: %s: %s", dataset.source, line)
         logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
     rates: dict[str, float] = stage.learning_rates
     learns = {

@@ -21,6 +21,7 @@ from medgemma_clinical.commands.several_runs import (
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
 from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
@@ -126,6 +127,9 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
 def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     """Leave out models that are missing in some split, and log their names."""
     shared = [name for name in tables[0] if all(name in table for table in tables)]
+    blends = {richest_blend(list(map(str, table))) for table in tables}
+    if len(blends) > 1:  # the combined models hold different ones
+        shared = [name for name in shared if name != COMBINED]
     others = sorted({str(name) for table in tables for name in table} - set(shared))
     if others:
         logger.info("not in every split, so not pooled: %s", ", ".join(others))

@@ -238,7 +238,8 @@ def describe_long_spans(dataset: TrajectoryDataset, fewest: int) -> list[str]:
     """
     if not dataset.assumed_time_scale or dataset.n_patients < max(1, 2 * fewest):
         return []
-    (median,) = patient_quantiles(_spans(dataset), dataset.groups, [0.5])
+    spans = dataset.prediction_times() - dataset.times[dataset.offsets[:-1]]
+    (median,) = patient_quantiles(spans, dataset.groups, [0.5])
     scale, better = dataset.time_scale, f"{float(f'{median:.2g}'):.0f}"
     if median <= LONGEST_SPAN * scale:
         return []

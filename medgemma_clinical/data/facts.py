@@ -24,6 +24,9 @@ NUMBER_ENDING = " (number)"
 CONTEXT_FACT = re.compile(rf"(?:[^\W\d_]|%)+(?:{re.escape(NUMBER_ENDING)})?")
 """Name of a word or number of a context; a declared fact has an underscore or a space in it."""
 
+LARGEST_NUMBER, LONGEST_WORD, MOST_WORDS = 1e9, 100, 1_000
+"""Larger numbers, longer words, and words that are less frequent than so many are no facts."""
+
 RAREST_WORD = 0.01
 """Share of the training contexts that must hold a word or number for it to become a fact."""
 
@@ -32,7 +35,8 @@ def facts_of(context: str) -> dict[str, float]:
     """Return the words of a text, and its numbers by the word behind or before them."""
     facts = {word.lower(): 1.0 for word in re.findall(r"[^\W\d_]{2,}", context)}
     for before, value, behind in re.findall(CONTEXT_NUMBER, context):
-        if word := (behind or before).lower():
+        word = (behind or before).lower()
+        if word and abs(float(value)) <= LARGEST_NUMBER:
             facts.pop(word, None)
             facts[word + NUMBER_ENDING] = float(value)
     return facts
@@ -60,31 +64,50 @@ def context_table(contexts: Sequence[str], names: Sequence[str]) -> pd.DataFrame
 
 def frequent_words(contexts: Sequence[str]) -> list[str]:
     """Return, sorted, the words and numbers that at least ``RAREST_WORD`` of some contexts hold."""
-    counts = pd.Series([name for text in contexts for name in facts_of(text)], dtype=object)
-    shares = counts.value_counts() / max(len(contexts), 1)
-    return sorted(shares.index[shares >= RAREST_WORD])
+    names = [name for text in contexts for name in facts_of(text) if len(name) <= LONGEST_WORD]
+    counts = pd.Series(names, dtype=object).value_counts()
+    return sorted(counts.index[counts >= RAREST_WORD * len(contexts)][:MOST_WORDS])
+
+
+def few_patients(column: NDArray[np.float64], groups: NDArray[np.str_], fewest: int) -> str | None:
+    """Return what too few patients have of a column, in words; None where nothing.
+
+    The weights keep mean and spread of each column. Of one patient they are the patient's own
+    value; where nearly all patients share a value, they give the values of the others away.
+
+    Args:
+        column: (n,) float64, NaN where unknown.
+        groups: (n,) the patient of each row.
+        fewest: patients that the column needs, and that must have another value than the most
+            frequent one; of two values each.
+    """
+    known = ~np.isnan(column)
+    values, counts = np.unique(column[known], return_counts=True)
+    if is_small(count_patients(groups, known), fewest):
+        return "it"
+    usual = column == values[counts.argmax()] if len(values) else known
+    others = known & ~usual
+    if len(values) == 2:
+        few = any(is_small(count_patients(groups, cell), fewest) for cell in (usual, others))
+        return "one of its two values" if few else None
+    shared = count_patients(groups, usual) >= fewest
+    few = shared and is_small(count_patients(groups, others), fewest)
+    return "a value but the most frequent one" if few else None
 
 
 def unusable_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> dict[str, str]:
     """Return the facts that a model may not learn from, and why.
 
-    The weights keep mean and spread of each fact: of one patient they are the patient's own value,
-    and of a fact with two values they give the number of patients with each.
-
     Args:
         table: facts of the n rows of the training part, NaN where unknown.
         groups: (n,) the patient of each row.
-        fewest: patients that must have the fact, and each of its values where there are two.
+        fewest: patients that a fact needs, see ``few_patients``.
     """
     unusable = {}
     for name in map(str, table):
         column = table[name].to_numpy()
-        known = ~np.isnan(column)
-        values = np.unique(column[known])
-        cells = [column == value for value in values] if len(values) == 2 else []
-        if len(values) < 2:
+        if len(np.unique(column[~np.isnan(column)])) < 2:
             unusable[name] = "the training part knows one value of it at most"
-        elif any(is_small(count_patients(groups, cell), fewest) for cell in (known, *cells)):
-            which = "one of its two values" if cells else "it"
+        elif which := few_patients(column, groups, fewest):
             unusable[name] = f"fewer than {fewest} patients of the training part have {which}"
     return unusable

@@ -98,7 +98,8 @@ class RaggedSeries:
         facts: (N, number of ``fact_names``) float64, the facts that a model reads, NaN where
             unknown; None before they are chosen.
         prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
-            where unknown, None where the data do not say it or a model does not read it.
+            where unknown, None where the data do not say it.
+        reads_prediction_time: whether a model reads the hours, where the data say them.
         features: F names.
         fact_names: K names of the facts that a model reads.
     """
@@ -108,6 +109,7 @@ class RaggedSeries:
 
     features: tuple[str, ...]
     fact_names: tuple[str, ...] = ()
+    reads_prediction_time: bool = True
 
     times: NDArray[np.float64]
     values: NDArray[np.float64]
@@ -147,6 +149,11 @@ class RaggedSeries:
             if present.any():
                 yield f, self.times[rows][present], values[present]
 
+    @property
+    def hours_read(self) -> NDArray[np.float64] | None:
+        """The ``prediction_hours`` that a model reads, None without."""
+        return self.prediction_hours if self.reads_prediction_time else None
+
     def known_facts(self) -> NDArray[np.float64]:
         """Return the facts (N, K); K is 0 before they are chosen."""
         return np.empty((len(self), 0)) if self.facts is None else self.facts
@@ -163,14 +170,14 @@ class RaggedSeries:
             (n,) hours on the clock of ``times``.
         """
         last = self.times[self.offsets[1:][rows] - 1]
-        if self.prediction_hours is None:
+        if self.hours_read is None:
             return last
-        hours = self.prediction_hours[rows]
+        hours = self.hours_read[rows]
         return np.where(np.isnan(hours), last, hours)
 
     def summary_names(self) -> list[str]:
         """Return the S names of the columns of ``summaries``."""
-        return summary_names(self.features, prediction_time=self.prediction_hours is not None)
+        return summary_names(self.features, prediction_time=self.hours_read is not None)
 
     def summaries(self) -> NDArray[np.float64]:
         """Return the statistics of each series (N, S), computed once.
@@ -180,8 +187,8 @@ class RaggedSeries:
         """
         if self._summaries is None:
             table = summary_features(self.times, self.values, self.lengths, self.features)
-            if self.prediction_hours is not None:
-                table[SINCE_LAST] = self.prediction_hours - self.times[self.offsets[1:] - 1]
+            if self.hours_read is not None:
+                table[SINCE_LAST] = self.hours_read - self.times[self.offsets[1:] - 1]
             self._summaries = table.to_numpy()
         return self._summaries
 

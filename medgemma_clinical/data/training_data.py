@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.checks import describe_long_spans, describe_unusable_facts
+from medgemma_clinical.data.checks import describe_long_spans
 from medgemma_clinical.data.small_cells import FEWEST, has_few_events
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class Data:
             "units": list(dataset.units),
             "inputs": {
                 "facts": list(dataset.fact_names),
-                "prediction_time": dataset.prediction_hours is not None,
+                "prediction_time": dataset.hours_read is not None,
             },
             "outcome": dataset.outcome,
             "question": dataset.question,
@@ -189,9 +190,12 @@ def prepare_data(
     split = sample.split(seed)
     if inputs is None:
         names = sample.choose_facts(split["train"], min_cell) if facts else []
-        for line in describe_unusable_facts(sample, split["train"], min_cell) if facts else []:
-            logger.warning("warning: %s: %s", sample.source, line)
         known = sample.prediction_hours is not None
         inputs = {"facts": names, "prediction_time": prediction_time and known}
+    elif not {*inputs["facts"]} <= {*sample.static_names} and not any(sample.contexts):
+        raise InputError(
+            f"{sample.source}: stage 1 reads facts of the context, which no row has: fill the "
+            "column clinical_context"
+        )
     sample = sample.with_inputs(**inputs)
     return Data(sample, split, prompts, data_sha256, rows_sha256, min_cell)

@@ -175,13 +175,13 @@ class TrajectoryDataset(RaggedSeries):
         Raises:
             InputError: its name, and how to go on without it.
         """
-        if self.prediction_hours is not None:
-            asked = count_patients(self.groups[train], ~np.isnan(self.prediction_hours[train]))
+        if self.hours_read is not None:
+            asked = count_patients(self.groups[train], ~np.isnan(self.hours_read[train]))
             if asked < max(1, fewest):
                 raise InputError(
                     f"{self.source}: {f'fewer than {fewest}' if asked else 'no'} patients of the "
                     "training part have a prediction time: fill the column prediction_hours, or "
-                    "remove it"
+                    "leave it unread by --prediction_time off"
                 )
         measured = ~np.isnan(self.values[self.rows_of(train)])
         groups = np.repeat(self.groups[train], self.lengths[train])
@@ -335,8 +335,7 @@ class TrajectoryDataset(RaggedSeries):
         chosen = copy.copy(self)
         chosen.fact_names, chosen.facts = tuple(facts), self.fact_table(facts).to_numpy()
         chosen._summaries = None
-        if not prediction_time:
-            chosen.prediction_hours = None
+        chosen.reads_prediction_time = prediction_time
         return chosen
 
     # ------------------------------------------------------------------ tables
@@ -373,7 +372,9 @@ class TrajectoryDataset(RaggedSeries):
         """Return a hash of all that a run can learn from: series, labels, patients, text, split."""
         numbers = [self.times, self.values, self.offsets, self.labels]
         numbers += [x for x in (self.statics, self.prediction_hours) if x is not None]
-        return hash_columns(numbers, (self.ids, self.groups, self.contexts, self.parts))
+        texts = [self.ids, self.groups, self.contexts, self.parts]
+        texts += [np.array(self.static_names)] if self.static_names else []
+        return hash_columns(numbers, texts)
 
     def row_fingerprint(self) -> str:
         """Return a hash of who is in the data, whichever series and texts are read."""

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from medgemma_clinical.data.small_cells import rarer_patients
 from medgemma_clinical.evaluation.calibration import log_odds
@@ -95,7 +95,7 @@ def fit_baselines(
         else:
             model = tuned_regression(folds)
         inputs = table.to_numpy()
-        with threadpool_limits(1 + len(train) // ROWS_A_THREAD, "openmp"):
+        with threadpool_limits(min(openmp_threads(), 1 + len(train) // ROWS_A_THREAD), "openmp"):
             model.fit(inputs[train], labels[train])
         result[name] = {
             part: model.predict_proba(inputs[split[part]])[:, 1] for part in ("val", "test")
@@ -105,6 +105,12 @@ def fit_baselines(
         blended = {part: blend_risks(*(risks[part] for risks in pair)) for part in ("val", "test")}
         result[name.replace(BOOSTING, BLEND)] = blended
     return result
+
+
+def openmp_threads() -> int:
+    """Return the threads that the trees may take, as the environment allows."""
+    pools = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"]
+    return max(pools, default=1)
 
 
 def draw_folds(labels: NDArray[np.float64], groups: NDArray[Any]) -> Folds:

@@ -9,18 +9,17 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medgemma_clinical.data.facts import few_patients
 from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.encoder import Encoder, encode
+from medgemma_clinical.models.encoder import Encoder, PlannedEncoder, encode, series_of
 
 if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.data.training_data import Data
 
 FACT_WIDTH = 32
 """Width of the network of the facts."""
@@ -67,12 +66,17 @@ class MaskedScaler(nn.Module):
 
     @torch.no_grad()
     def fit(self, table: Tensor) -> None:
-        """Fit mean and standard deviation of each column of (n, C), NaN being unknown."""
+        """Fit mean and standard deviation of each column of (n, C), NaN being unknown.
+
+        A column without any known entry reads as zero ever after.
+        """
         table = table.double()
+        unknown = table.isnan().all(0)
         mean = table.nanmean(0).nan_to_num(nan=0.0)
         std = (table - mean).square().nanmean(0).sqrt()
+        std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-9 * mean.abs(), std, 1.0))  # NaN compares false
+        self.std.copy_(std.masked_fill(unknown, math.inf))
 
     def forward(self, table: Tensor) -> Tensor:
         """Return (B, 2C) for (B, C): z-scores, zero where unknown, and 1 where known."""
@@ -148,29 +152,31 @@ class TrajectoryMember(nn.Module):
         return states, self.head(states, batch)
 
 
-def fit_member(
-    encoder: Encoder, dataset: TrajectoryDataset, train: NDArray[np.int64], prevalence: float
-) -> TrajectoryMember:
+def fit_member(encoder: Encoder, data: Data) -> TrajectoryMember:
     """Join an encoder with a new head, the scales of both fitted to the training part.
+
+    Summaries that few patients have are not read: their scales would tell of these patients.
 
     Args:
         encoder: new; its normaliser is fitted.
-        dataset: all rows.
-        train: positions of the training part.
-        prevalence: its share of events, within (0, 1).
+        data: of the run.
 
     Raises:
         InputError: a series cannot be normalised.
     """
+    dataset, train = data.dataset, data.split["train"]
     values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
     try:
         encoder.fit_normalizer(values, ~values.isnan())
     except ValueError as error:
         raise InputError(f"{error} (features: {', '.join(dataset.features)})") from error
     summaries = torch.from_numpy(dataset.summaries()[train])
+    for column in summaries.T:
+        if few_patients(column.numpy(), dataset.groups[train], data.min_cell):
+            column.fill_(math.nan)
     facts = torch.from_numpy(dataset.known_facts()[train])
     sizes = {"summaries": summaries.shape[1], "facts": facts.shape[1]}
-    head = TrajectoryHead(encoder.hidden_dim, prevalence, **sizes)
+    head = TrajectoryHead(encoder.hidden_dim, data.prevalence(), **sizes)
     head.fit_normalizer(summaries, facts)
     return TrajectoryMember(encoder, head)
 
@@ -195,13 +201,15 @@ class TrajectoryClassifier(nn.Module):
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the first member's states (B, L + 1, H) and all members' logits (N, B)."""
+        if "plan" not in batch and isinstance(self.encoder, PlannedEncoder):
+            batch = {**batch, "plan": self.encoder.plan(*series_of(batch))}
         outputs = [member(batch) for member in self.members]
         return outputs[0][0], torch.stack([logit for _, logit in outputs])
 
     def forward(self, batch: Batch) -> Output:
         """Return the members' mean binary cross-entropy (sum over B) and mean logit.
 
-        Each member learns from its own loss, as if alone.
+        Each member learns from its own loss; the loss of the averaged prediction is lower.
         """
         logits = self.read(batch)[1]  # (N, B)
         labels = batch["labels"].expand_as(logits)

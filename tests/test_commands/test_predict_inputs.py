@@ -100,3 +100,21 @@ def test_text_alone_asks_for_no_input_of_stage_1(
     data = write_data(bare, tmp_path / "rows.csv")
     out = predicted(place / "text" / "classification", data, tmp_path / "out.csv")
     assert out["problem"].tolist() == [""] * 9
+
+
+def test_rows_that_lack_a_fact_are_counted(
+    place: Path, asked: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = asked.head(9).assign(**{FACTS[1]: ["", "", *["1"] * 7]})
+    predicted(place / "trajectory", write_data(rows, tmp_path / "a.csv"), tmp_path / "out.csv")
+    assert f"lack the fact {FACTS[1]}: taken as unknown" in capsys.readouterr().out
+
+
+def test_a_stage_upon_stage_1_needs_the_contexts_that_it_reads(
+    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_data(table.drop(columns="clinical_context"), tmp_path / "bare.csv")
+    words = ["--data_path", str(data), "--output_dir", str(tmp_path / "run"), *TINY]
+    words += ["--ode_checkpoint", str(runs / TRAJECTORY_FILE), "--log_file", "none"]
+    assert trainer.main(words) == 2
+    assert "stage 1 reads facts of the context, which no row has" in capsys.readouterr().err

@@ -193,6 +193,26 @@ def test_baselines_that_some_split_lacks_are_not_pooled(
     assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == ["trajectory"]
 
 
+@pytest.mark.usefixtures("unbegun")
+def test_a_combined_model_of_different_blends_is_not_pooled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def train(args: Namespace, dataset: Any) -> int:
+        code = fake_train([], baseline="blend")(args, dataset)
+        path = args.output_dir / "trajectory" / "predictions_test.csv"
+        table = pd.read_csv(path, dtype={"id": str})
+        if args.seed == 4:
+            table["blend with facts"] = table["blend"]
+        table.assign(combined=table["blend"]).to_csv(path, index=False)
+        return code
+
+    with caplog.at_level(logging.INFO):
+        run_seeds(arguments(tmp_path), lambda _: DATASET, train)
+    assert "so not pooled: blend with facts, combined" in caplog.text
+    results = json.loads((tmp_path / "seeds_trajectory.json").read_text())
+    assert list(results) == ["trajectory", "blend"]
+
+
 def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -214,8 +214,8 @@ def test_what_a_model_does_not_read_keeps_no_row_from_being_scored(tmp_path: Pat
 @pytest.mark.parametrize(
     ("lacking", "expected"),
     [
-        (["static_x"], "reads the facts static_x, which the file lacks: add columns"),
-        (["static_x", "static_age [years]"], r"the facts static_age \[years\], static_x, which"),
+        (["static_x"], "reads static_x, which the file lacks: add such columns"),
+        (["static_x", "static_age [years]"], r"reads static_age \[years\], static_x, which"),
         (["clinical_context"], r"facts of the context \(kg \(number\)\).* a column clinical_cont"),
         (["prediction_hours"], "reads the prediction time.* add a column prediction_hours, with"),
     ],
@@ -236,3 +236,22 @@ def test_a_fact_in_another_unit_is_told_as_such(unit: str, shown: str, tmp_path:
     expected = f"reads static_age in years, the file has {shown}: convert the values"
     with pytest.raises(InputError, match=expected):
         scored(tmp_path / "new.csv", table)
+
+
+def test_a_label_is_no_fact() -> None:
+    table = table_of(TWO, static_died=[0, 1])
+    problem = "row 1, column static_died: begins with static_, so it is a fact"
+    with pytest.raises(InputError, match=problem):
+        MIMICtrajectoryDataset(table, label_column="static_died")
+
+
+def test_the_page_says_the_hour_that_a_model_leaves_unread() -> None:
+    dataset = rows_with(prediction_hours=["50", "60"]).with_inputs([], prediction_time=False)
+    assert dataset.asked()["Prediction time"].startswith("at the hour that is given with each row")
+    assert dataset.prediction_times().tolist() != [50.0, 60.0]
+    assert len(dataset.summary_names()) == 8
+
+
+def test_the_names_of_facts_are_part_of_the_hash_of_the_data() -> None:
+    one, other = rows_with(static_a=[1, 2]), rows_with(static_b=[1, 2])
+    assert one.fingerprint() != other.fingerprint()

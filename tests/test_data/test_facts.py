@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from string import ascii_lowercase as LETTERS
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.checks import log_check
-from medgemma_clinical.data.facts import CONTEXT_NUMBER, context_table, facts_of, unusable_facts
+from medgemma_clinical.data.checks import describe_unusable_facts, log_check
+from medgemma_clinical.data.facts import (
+    CONTEXT_NUMBER,
+    context_table,
+    facts_of,
+    frequent_words,
+    unusable_facts,
+)
 from medgemma_clinical.data.texts import NUMBER, PromptOptions
 from medgemma_clinical.data.training_data import prepare_data
 from trajectories import table_of
@@ -114,7 +121,15 @@ def test_each_value_of_a_fact_of_two_needs_enough_patients() -> None:
     assert unusable(values, 4) == few
     assert unusable([1 - value for value in values], 4) == few
     assert unusable(values, 3, [*range(9), 20, 20, 21]) != ""
-    assert unusable([*values, 2.0], 4) == ""  # of three values no mean and spread give a number
+
+
+def test_where_most_patients_share_a_value_enough_must_have_another() -> None:
+    few = "fewer than 4 patients of the training part have a value but the most frequent one"
+    values = [0.0] * 9 + [5.0, 10.0, 20.0]
+    assert unusable(values, 4) == few
+    assert unusable(values, 3) == unusable(values, 0) == unusable([*values, 1.0], 4) == ""
+    assert unusable(values, 3, [*range(9), 20, 20, 21]) != ""
+    assert unusable(values[6:], 4) == "", "three patients alone share the value: none is given away"
 
 
 def test_a_fact_of_one_value_or_none_teaches_nothing() -> None:
@@ -134,9 +149,13 @@ def test_the_values_of_a_fact_that_is_read_are_those_of_enough_patients(
         if not np.isnan(value):
             patients.setdefault(value, set()).add(patient)
     enough = len(set().union(*patients.values())) >= fewest
+    values, groups = [value for value, _ in rows], [patient for _, patient in rows]
     if len(patients) == 2:
         enough = min(map(len, patients.values())) >= fewest
-    values, groups = [value for value, _ in rows], [patient for _, patient in rows]
+    elif patients:
+        usual = max(sorted(patients), key=values.count)
+        others = set().union(*(each for value, each in patients.items() if value != usual))
+        enough &= len(patients[usual]) < fewest or len(others) >= fewest
     assert (unusable(values, fewest, groups) == "") == (len(patients) > 1 and enough)
 
 
@@ -157,21 +176,17 @@ OTHER_LINES = (
 )
 
 
-def test_declared_facts_come_before_words_and_are_left_out_by_name_once(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_declared_facts_come_before_words_and_are_left_out_by_name() -> None:
     dataset = dataset_of(**DECLARED, clinical_context=["man", "woman"] * 60)
     options: dict[str, Any] = {"max_samples": 0, "seed": 0, "prompts": PromptOptions()}
     data = prepare_data(dataset, **options)
-    expected = [f"warning: DataFrame: {line}" for line in (RARE_LINE, *OTHER_LINES)]
-    assert caplog.messages == expected
+    unusable = describe_unusable_facts(dataset, data.split["train"], 11)
+    assert unusable == [RARE_LINE, *OTHER_LINES]
     assert data.dataset.fact_names == ("static_age [years]", "man", "woman")
     assert data.description()["inputs"]["facts"] == list(data.dataset.fact_names)
     assert data.dataset.facts is not None
     assert data.dataset.facts[:2].tolist() == [[20, 1, 0], [21, 0, 1]]
-    caplog.clear()
     assert prepare_data(dataset, **options, facts=False).dataset.fact_names == ()
-    assert caplog.messages == []
 
 
 def test_the_check_names_the_facts_that_are_not_read(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,3 +195,10 @@ def test_the_check_names_the_facts_that_are_not_read(caplog: pytest.LogCaptureFi
     for line in (RARE_LINE, *OTHER_LINES):
         assert f"warning: {line}" in caplog.messages
     assert caplog.messages[-1] == "ready, with warnings"
+
+
+def test_endless_numbers_and_words_are_no_facts() -> None:
+    assert facts_of("weight 1e999 kg, height 180 cm") == facts_of("weight kg, height 180 cm")
+    assert frequent_words(["x" * 101, "x" * 100]) == ["x" * 100]
+    many = [" ".join(f"{a}{b}{c}" for a in LETTERS for b in LETTERS for c in "xy")] * 3
+    assert len(frequent_words(many)) == 1000

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from threadpoolctl import threadpool_limits
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation import baselines
@@ -14,6 +15,7 @@ from medgemma_clinical.evaluation.baselines import (
     baseline_tables,
     draw_folds,
     fit_baselines,
+    openmp_threads,
     richest_blend,
     tuned_regression,
     tuned_trees,
@@ -149,3 +151,8 @@ def test_a_column_that_some_fold_lacks_is_left_out_of_the_trees(
     for risks in fit_baselines(tables, labels, np.arange(80), split).values():
         assert np.isfinite(risks["test"]).all()
         assert ((risks["test"] > 0.5) == (labels[70:] == 1)).all()
+
+
+def test_no_more_threads_are_taken_than_the_environment_allows() -> None:
+    with threadpool_limits(1, "openmp"):
+        assert openmp_threads() == 1

@@ -235,6 +235,15 @@ def test_the_combined_model_is_no_baseline() -> None:
     assert alone.combined == alone.combined_minus_blend == alone.others == {}
 
 
+def test_a_perfect_combined_model_has_an_exact_interval() -> None:
+    labels = np.repeat([0.0, 1.0], 30)
+    risk = np.where(labels == 1, 0.9, 0.1)
+    cohort = make_cohort((labels, risk, np.arange(60).astype(str)), blend=risk)
+    combined = cohort_figures(cohort, 0.5, 0, 0).combined["auroc"]
+    assert combined.value == combined.high == 1.0
+    assert 0.8 < ends(combined)[1] < 0.95
+
+
 # ------------------------------------------------------------------- small cells
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dte_encoder import ClinicalODERNN
 from language_models import data_of, patients, stage1_for
 from medgemma_clinical.data.ragged import Batch
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.encoder import collate_with_plan, encode
 from medgemma_clinical.models.trajectory import (
@@ -25,6 +27,7 @@ from medgemma_clinical.models.trajectory import (
     classification_output,
     fit_member,
 )
+from trajectories import dataset_of
 
 LENGTHS = (5, 1, 3)
 SUMMARIES, FACTS = 4, 3
@@ -70,11 +73,13 @@ def test_a_constant_and_an_unknown_column_are_centred_and_not_magnified() -> Non
     scaler = MaskedScaler(3)
     row = torch.tensor([[-7 / 3, 1e6 / 3, math.nan]], dtype=torch.float64)
     scaler.fit(row.expand(21, -1))
-    assert scaler.std.tolist() == [1.0, 1.0, 1.0]
+    assert scaler.std.tolist() == [1.0, 1.0, math.inf]
     assert scaler.mean[2] == 0.0
     read = scaler(row.float())
     torch.testing.assert_close(read[:, :2], torch.zeros(1, 2), rtol=0, atol=0.1)
     assert read[0, 2:].tolist() == [0.0, 1.0, 1.0, 0.0]
+    later = scaler(torch.tensor([[0.0, 0.0, 7.0]]))
+    assert later[0, 2] == 0.0, "what training never saw moves no logit"
 
 
 def test_an_extreme_entry_is_clipped() -> None:
@@ -194,7 +199,7 @@ def test_a_member_has_the_scales_of_the_training_part() -> None:
     data = data_of(patients())
     train = data.split["train"]
     encoder = ClinicalODERNN(1)
-    member = fit_member(encoder, data.dataset, train, 0.3)
+    member = fit_member(encoder, data)
     assert member.encoder is encoder
     own = data.dataset.subset(train)
     torch.testing.assert_close(encoder.value_mean[0].item(), float(np.nanmean(own.values)))
@@ -209,11 +214,26 @@ def test_a_member_has_the_scales_of_the_training_part() -> None:
 
 
 def test_a_series_without_scale_names_the_features() -> None:
-    dataset = data_of(patients()).dataset
-    dataset.values = dataset.values.copy()
-    dataset.values[0] = np.inf
+    data = data_of(patients())
+    data.dataset.values = np.full_like(data.dataset.values, np.inf)
     with pytest.raises(InputError, match=r"feature 0 is not finite \(features: Anion gap\)"):
-        fit_member(ClinicalODERNN(1), dataset, np.arange(16), 0.3)
+        fit_member(ClinicalODERNN(1), data)
+
+
+def test_summaries_of_few_patients_leave_nothing_in_the_weights() -> None:
+    texts = [*["3 (0h)"] * 9, "3 (0h) -> 8 (5h)", *["3 (0h)"] * 10]
+    dataset = dataset_of(texts)
+    split = {"train": np.arange(20)}
+    shown, hidden = (
+        fit_member(ClinicalODERNN(1), Data(dataset, split, PromptOptions(), "", "", fewest)).head
+        for fewest in (0, 5)
+    )
+    span = dataset.summary_names().index("Anion gap span")
+    assert float(shown.summary_scaler.mean[span]) == 5 / 20
+    assert not hidden.summary_scaler.mean[span]
+    assert hidden.summary_scaler.std[span] == math.inf
+    first = dataset.summary_names().index("Anion gap first")
+    assert float(hidden.summary_scaler.mean[first]) == 3
 
 
 def test_the_head_reads_the_state_at_the_prediction_time() -> None:
@@ -278,3 +298,21 @@ def test_a_batch_with_and_without_its_plan_gives_the_same_logits(members: int) -
     for k, row in enumerate(ROWS):
         alone = model(dataset.collate([row])).logit
         torch.testing.assert_close(alone, together.logit[k : k + 1], rtol=0, atol=1e-5)
+
+
+def test_a_batch_without_a_plan_is_planned_once_for_all_members(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = data_of(patients())
+    model, batch = stage1_for(data.dataset, members=3), data.dataset.collate(ROWS)
+    planned = collate_with_plan(data.dataset, model.encoder)(ROWS)
+    plans: list[int] = []
+    original = ClinicalODERNN.plan
+
+    def counting(*arguments: Tensor) -> object:
+        plans.append(1)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ClinicalODERNN, "plan", counting)
+    assert torch.equal(model(batch).logit, model(planned).logit)
+    assert len(plans) == 1

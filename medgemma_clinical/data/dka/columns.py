@@ -163,6 +163,11 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
         if name not in table:
             advice = describe_missing(table, name)
             raise InputError(f"{source}, row 1, column {name}: no such column: {advice}")
+    if label.startswith(STATIC):
+        raise InputError(
+            f"{source}, row 1, column {label}: begins with {STATIC}, so it is a fact that models "
+            "read, and cannot be the label: rename it"
+        )
     for name in map(str, table.columns[table.columns.duplicated()]):
         if name in (*COLUMNS, label) or name.startswith(STATIC):
             raise InputError(f"{source}, row 1, column {name}: appears twice: remove one")

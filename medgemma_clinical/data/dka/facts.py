@@ -117,7 +117,7 @@ def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: Path) -> N
     lacking = [name for name in inputs["facts"] if name not in table]
     statics = [name for name in lacking if name.startswith(STATIC)]
     for name, unit in map(_name_and_unit, statics):
-        if name in there:
+        if name in there and there[name] != unit:
             raise InputError(
                 f"{source}: the checkpoint reads {name} in {unit or 'no unit'}, the file has "
                 f"{there[name] or 'none'}: convert the values, or correct the unit in the column's "
@@ -125,7 +125,7 @@ def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: Path) -> N
             )
     words = [name for name in lacking if not name.startswith(STATIC)]
     if statics:
-        what, columns = f"the facts {join_names(statics)}", "columns of these names"
+        what, columns = join_names(statics), "such columns"
     elif words and "clinical_context" not in table:
         what, columns = f"facts of the context ({join_names(words)})", "a column clinical_context"
     elif inputs["prediction_time"] and HOURS not in table:
