@@ -1,7 +1,7 @@
 """Synthetic SRTR folders: time and peak memory of reading them, or stage 1 beside its baselines.
 
     python tests/benchmarks/srtr.py [--organ both]      # folders of growing size, read one by one
-    python tests/benchmarks/srtr.py --train 6000        # stage 1 with its defaults on one folder
+    python tests/benchmarks/srtr.py --train 6000 [flags of the trainer]    # stage 1 on one folder
 
 Each folder is written as CSV and read in processes of their own, ``--repeats`` times in turn with
 the others. Time should grow as the number of registrations does, memory by what the cohort keeps.
@@ -50,12 +50,12 @@ def run(code: str, *words: str) -> list[str]:
     return done.stdout.split()
 
 
-def train(organ: str, registrations: int) -> None:
-    """Train stage 1 with its defaults and pass on what it prints."""
+def train(organ: str, registrations: int, flags: list[str]) -> None:
+    """Train stage 1 and pass on what it prints."""
     with tempfile.TemporaryDirectory() as place:
         run(WRITE, place, organ, str(registrations), "graded")
         words = ["--trajectory_only", "--dataset", "srtr", "--organ", organ, "--data_dir", place]
-        words += ["--output_dir", f"{place}/run", "--log_file", "none"]
+        words += ["--output_dir", f"{place}/run", "--log_file", "none", *flags]
         command = [sys.executable, str(ROOT / "medgemma_trainer.py"), *words]
         subprocess.run(command, cwd=place, check=True)
 
@@ -94,11 +94,11 @@ def main() -> None:
     parser.add_argument("--organ", choices=("kidney", "liver", "both"), default="both")
     parser.add_argument("--train", type=int, metavar="REGISTRATIONS")
     parser.add_argument("--repeats", type=int, default=3, help="readings of each folder (3)")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     organs = ("kidney", "liver") if options.organ == "both" else (options.organ,)
     if options.train:
         for organ in organs:
-            train(organ, options.train)
+            train(organ, options.train, flags)
         return
     for organ in organs:
         growth(organ, options.registrations, options.repeats)
