@@ -182,7 +182,7 @@ def add_model_flags(parser: Parser) -> None:
     )
     add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
     add("--dynamics", choices=DYNAMICS, default="ode", help="between two observations")
-    add("--members", type=number(int, *MEMBERS), default=1, help="encoders, averaged")
+    add("--members", type=number(int, *MEMBERS), default=1, help="encoders that are averaged")
     add("--facts", choices=SWITCH, default="on", help="facts of the patient are inputs")
     add("--prediction_time", choices=SWITCH, default="on", help="carry the state to it, if known")
     add = parser.add_argument_group("language model").add_argument
