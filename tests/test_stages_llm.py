@@ -13,6 +13,7 @@ from torch import Tensor
 import medgemma_trainer as trainer
 from language_models import CPU, body_inputs
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.encoder_plan import Plan
 from medgemma_clinical.models.trajectory import Output
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
@@ -92,13 +93,13 @@ def test_a_frozen_encoder_encodes_each_row_once_before_training(
     stage.save(tmp_path / "trajectory", stage.config)
     file = str(tmp_path / TRAJECTORY_FILE)
     rows: list[int] = []
-    passed = trainer.ClinicalODERNN.forward
+    run = trainer.ClinicalODERNN.run
 
-    def counted(encoder: Any, times: Tensor, *rest: Tensor) -> Tensor:
-        rows.append(len(times))
-        return passed(encoder, times, *rest)
+    def counted(encoder: Any, plan: Plan) -> Tensor:
+        rows.append(plan.shape[0])
+        return run(encoder, plan)
 
-    monkeypatch.setattr(trainer.ClinicalODERNN, "forward", counted)
+    monkeypatch.setattr(trainer.ClinicalODERNN, "run", counted)
     stage = stage_of_patients("--ode_checkpoint", file)
     assert rows == [16]
     state = set_up_training(stage, CPU)

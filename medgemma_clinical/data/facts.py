@@ -92,7 +92,7 @@ def few_patients(column: NDArray[np.float64], groups: NDArray[np.str_], fewest: 
         return "one of its two values" if few else None
     shared = count_patients(groups, usual) >= fewest
     few = shared and is_small(count_patients(groups, others), fewest)
-    return "a value but the most frequent one" if few else None
+    return "a value other than the most frequent one" if few else None
 
 
 def unusable_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> dict[str, str]:

@@ -124,7 +124,7 @@ def test_each_value_of_a_fact_of_two_needs_enough_patients() -> None:
 
 
 def test_where_most_patients_share_a_value_enough_must_have_another() -> None:
-    few = "fewer than 4 patients of the training part have a value but the most frequent one"
+    few = "fewer than 4 patients of the training part have a value other than the most frequent one"
     values = [0.0] * 9 + [5.0, 10.0, 20.0]
     assert unusable(values, 4) == few
     assert unusable(values, 3) == unusable(values, 0) == unusable([*values, 1.0], 4) == ""
