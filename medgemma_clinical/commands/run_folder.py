@@ -83,7 +83,7 @@ def checkpoint_store(folder: Path) -> CheckpointStore:
 
 
 def run_data(args: Namespace, dataset: TrajectoryDataset, prompts: PromptOptions) -> Data:
-    """Return what a run learns from; a stage 1 that it builds on decides what is read.
+    """Prepare the data of a run; the stage 1 below a language model decides the inputs.
 
     Raises:
         InputError: as ``prepare_data``, or stage 1's file cannot be read.

@@ -70,7 +70,7 @@ def frequent_words(contexts: Sequence[str]) -> list[str]:
 
 
 def few_patients(column: NDArray[np.float64], groups: NDArray[np.str_], fewest: int) -> str | None:
-    """Return what too few patients have of a column, in words; None where nothing.
+    """Describe the part of a column that too few patients have; None without such a part.
 
     The weights keep mean and spread of each column. Of one patient they are the patient's own
     value; where nearly all patients share a value, they give the values of the others away.

@@ -176,7 +176,7 @@ def prepare_data(
         max_samples: most patients.
         seed: of drawing and split.
         prompts: what a prompt holds.
-        inputs: what a stage 1 reads beside the series, as in ``Data.description``; None chooses.
+        inputs: of a stage 1 beside the series, as in ``Data.description``; None chooses them.
         facts: whether the facts that the training part may tell are chosen.
         prediction_time: whether the prediction time is read where it is known.
         min_cell: patients of the smallest cell that any output shows.

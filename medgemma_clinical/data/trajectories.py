@@ -284,7 +284,7 @@ class TrajectoryDataset(RaggedSeries):
             "Series": ", ".join(inputs),
         }
 
-    # ------------------------------------------------------------------ what a head reads
+    # ------------------------------------------------------------------ inputs beside the series
 
     def choose_facts(self, train: NDArray[np.int64], fewest: int) -> list[str]:
         """Return the names of the facts that a model may learn from.
@@ -310,7 +310,7 @@ class TrajectoryDataset(RaggedSeries):
         return table[list(names)]
 
     def with_inputs(self, facts: Sequence[str], *, prediction_time: bool) -> Self:
-        """Return the same rows with what a model reads beside the series.
+        """Return the same rows with the inputs of a model beside the series.
 
         Args:
             facts: names of the facts.

@@ -96,7 +96,7 @@ class TrajectoryCheckpoint:
 
 
 def stage1_config(stage1: TrajectoryClassifier) -> dict[str, Any]:
-    """Return what rebuilds stage 1: its encoders' name and keywords, and the number of members."""
+    """Return the keys that rebuild stage 1: encoder with its keywords, number of members."""
     encoder = stage1.encoder
     return {"encoder": {"name": encoder.name, **encoder.config}, "members": len(stage1.members)}
 

@@ -53,7 +53,7 @@ def log_odds(prevalence: float) -> float:
 
 
 class MaskedScaler(nn.Module):
-    """Standardise columns of which some entries are unknown; say which ones are known."""
+    """Standardise columns with unknown entries, and mark the known ones."""
 
     mean: Tensor
     std: Tensor
@@ -85,7 +85,7 @@ class MaskedScaler(nn.Module):
 
 
 class TrajectoryHead(nn.Module):
-    """Add up what states, summaries and facts say: one logit a patient.
+    """Add the terms of states, summaries and facts to one logit a patient.
 
     The states are read as their attention-weighted mean beside the state at the prediction time,
     the summaries by a linear term that starts at zero, the facts by a small network.
