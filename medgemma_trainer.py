@@ -56,7 +56,14 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
-from medgemma_clinical.models.checkpoint_schema import DYNAMICS, LORA_RANK, MEMBERS, PREFIX_TOKENS
+from medgemma_clinical.models.checkpoint_schema import (
+    BASE_WEIGHTS,
+    DYNAMICS,
+    LORA_RANK,
+    MEMBERS,
+    PREFIX_TOKENS,
+    SOFT_PROMPTS,
+)
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
 DATASETS: dict[str, type[MIMICtrajectoryDataset] | type[SRTRTrajectoryDataset]] = {
@@ -87,7 +94,9 @@ def build_parser() -> Parser:
         help="stage 2 or 3",
     )
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
-    add("--ablation", action="store_true", help="train and compare what text and soft prompt add")
+    add("--ablation", action="store_true", help="train and compare models that lack one part each")
+    add("--arms", type=names, metavar="NAME,NAME", help="--ablation: these alone")
+    add("--reference", default="stage 1", metavar="NAME", help="--ablation: compared with the rest")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
     add("--seeds", type=POSITIVE, metavar="N", help="the same with N seeds from --seed on, pooled")
     add("--predict", action="store_true", help="score new rows with a trained model")
@@ -198,7 +207,11 @@ def add_model_flags(parser: Parser) -> None:
         default="auto",
         help="float16 overflows in Gemma 3",
     )
-    add("--soft_prompt", choices=SWITCH, default="on", help="off: the LLM reads text alone")
+    add("--base_weights", choices=BASE_WEIGHTS, default="pretrained", help="random: a control")
+    add("--soft_prompt", choices=SOFT_PROMPTS, default="on", help="shuffled: of others, a control")
+    add(
+        "--stage1_logit", choices=SWITCH, default="on", help="stage 1's logit is added to the LLM's"
+    )
     add(
         "--num_prefix_tokens",
         type=number(int, *PREFIX_TOKENS),
@@ -383,39 +396,28 @@ class LLMParts:
         llm: with a new LoRA adapter.
         tokenizer: of the language model.
         collate: tokenised prompts, and reports for stage 3.
-        scale: root mean square of the scaled token embeddings.
-        tokens: P.
+        keywords: of ``TrajectoryLLM``.
     """
 
     stage1: TrajectoryClassifier | None
     llm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     collate: TextCollator
-    scale: float
-    tokens: int
-
-    def keywords(self) -> dict[str, Any]:
-        """Return the keywords of ``TrajectoryLLM``."""
-        return {
-            "tokens": self.tokens,
-            "scale": self.scale,
-            "bos": self.collate.bos,
-            "verdict": self.collate.verdict,
-        }
+    keywords: dict[str, Any]
 
 
 def classification_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Wire stage 2: soft prompt and text, a linear head on the language model's last position."""
     parts = make_llm_parts(args, data, answers=False)
     prevalence = data.prevalence()
-    model = LLMClassifier(parts.stage1, parts.llm, prevalence=prevalence, **parts.keywords())
+    model = LLMClassifier(parts.stage1, parts.llm, prevalence=prevalence, **parts.keywords)
     return llm_stage(args, data, model, parts, {})
 
 
 def generative_stage(args: argparse.Namespace, data: Data) -> Stage:
     """Wire stage 3: soft prompt and text, the language model writes verdict and report."""
     parts = make_llm_parts(args, data, answers=True)
-    model = LLMWriter(parts.stage1, parts.llm, **parts.keywords())
+    model = LLMWriter(parts.stage1, parts.llm, **parts.keywords)
     most = report_tokens(parts.collate)
     return replace(
         llm_stage(args, data, model, parts, {"report_tokens": most}),
@@ -465,6 +467,7 @@ def llm_stage(
         hides_events=data.hides_events,
         config={**llm_config(args, data, model), **further},
         stage1=stage1_risks(args.ode_checkpoint, parts.collate),
+        tokens=parts.collate.mean_tokens(data.split["train"], model.tokens),
         save=lambda folder, config: save_llm(folder / "best", model, config),
         load=lambda folder: load_llm(model, folder / "best"),
         accumulate=args.gradient_accumulation,
@@ -480,15 +483,22 @@ def make_llm_parts(args: argparse.Namespace, data: Data, *, answers: bool) -> LL
     stage1 = stage1_of(args, data)  # before minutes go into the language model
     dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
     base, tokenizer = load_language_model(
-        args.model_name, args.quantization, dtype, default_device()
+        args.model_name, args.quantization, dtype, default_device(), weights=args.base_weights
     )
     most = args.max_text_tokens
     collate = TextCollator(data.dataset, tokenizer, data.prompts, answers=answers, most_tokens=most)
-    scale = embedding_rms(base, collate.sample)
+    longest = int(data.dataset.lengths.max())
+    keywords = {
+        "tokens": 0 if args.soft_prompt == "off" else min(args.num_prefix_tokens, longest),
+        "scale": embedding_rms(base, collate.sample),
+        "bos": collate.bos,
+        "verdict": collate.verdict,
+        "stage1_logit": args.stage1_logit == "on",
+        "shuffled": args.soft_prompt == "shuffled",
+    }
     seed_everything(args.seed)
     llm = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    tokens = min(args.num_prefix_tokens, int(data.dataset.lengths.max()))
-    return LLMParts(stage1, llm, tokenizer, collate, scale, tokens)
+    return LLMParts(stage1, llm, tokenizer, collate, keywords)
 
 
 def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> dict[str, Any]:
@@ -499,9 +509,13 @@ def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> di
         "stage": args.mode,
         **base_facts(args.model_name),
         "base_class": type(model.llm.get_base_model()).__name__,
+        "base_weights": args.base_weights,
         "quantization": args.quantization,
         "precision": args.precision,
+        "soft_prompt": args.soft_prompt,
         "num_prefix_tokens": model.tokens,
+        "stage1_logit": model.adds_stage1,
+        "residual_weight": model.residual_weight,
         "prompts": asdict(data.prompts),
         "max_text_tokens": args.max_text_tokens,
         **data.description(),
@@ -514,10 +528,8 @@ def stage1_of(args: argparse.Namespace, data: Data) -> TrajectoryClassifier | No
 
     That of a file is frozen; without a file a new one learns.
     """
-    if args.soft_prompt == "off":
-        return None
     if args.ode_checkpoint is None:
-        return make_stage1(args, data)
+        return None if args.soft_prompt == "off" else make_stage1(args, data)
     model = load_stage1(args.ode_checkpoint, ENCODERS, vars(args), data)
     check_gaps(model.encoder, data.dataset)
     return model.requires_grad_(False)
@@ -772,7 +784,7 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
                 numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
                 with tracking(args.report_to, tracker_folder(folder), numbers) as track:
                     run_stage(stage, data, folder, facts, args, track)
-                finish_run(folder)
+                finish_run(folder, stage.tokens)
     except KeyboardInterrupt as stop:
         began = args.resume or folder_identity(folder) != before
         logger.error("%s", describe_stop(folder, began=began))

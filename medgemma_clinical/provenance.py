@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import subprocess
@@ -37,6 +38,42 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
+def reset_peak_memory() -> None:
+    """Forget the peak so far, so that the next one is of the run that begins here.
+
+    The peak of the process itself can be reset on Linux alone.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float | None:
+    """Return the most memory that the GPU has held, without one the process, in MiB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _host_peak_mib()
+
+
+def _host_peak_mib() -> float | None:
+    """Return the peak of the process; None on Windows."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def peak_memory() -> str:
     """Describe the most memory that the process, and its GPU, have held."""
     import torch
@@ -45,10 +82,5 @@ def peak_memory() -> str:
     if torch.cuda.is_available():
         used, size = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
         shown = f", GPU {used / 2**20:,.0f} of {size / 2**20:,.0f} MiB"
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return f"peak memory unknown{shown}"
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-    return f"peak memory {host:,.0f} MiB{shown}"
+    host = _host_peak_mib()
+    return f"peak memory {'unknown' if host is None else f'{host:,.0f} MiB'}{shown}"

@@ -41,5 +41,6 @@ def write_run(
     lines = [json.dumps({"epoch": k + 1, "seconds": float(k)}) for k in range(3)]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
     content = {"data": {"named": True, "rows_sha256": "a", **(data or {})}}
+    content["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
     run_folder.write_run(folder, {"format": run_folder.RUN_FORMAT, **content})
     return folder

@@ -1,4 +1,4 @@
-"""Train and compare what each part adds: dynamics, facts, text, soft prompt: ``--ablation``."""
+"""Train and compare models that each lack one part: ``--ablation``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +14,73 @@ import numpy as np
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
 from medgemma_clinical.commands.compare import join_predictions
+from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several_runs import Train, run_or_continue, stage_folder
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.baselines import (
+    BLEND,
+    BOOSTING,
+    FACTS_ALONE,
+    LOGISTIC,
+    WITH_FACTS,
+)
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
-from medgemma_clinical.files import write_text
+from medgemma_clinical.files import InputError, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
-REFERENCE = "stage 1 alone"
-VARIANTS: dict[str, dict[str, Any]] = {
-    REFERENCE: {"trajectory_only": True},
-    "stage 1, states decay": {"trajectory_only": True, "dynamics": "decay"},
-    "stage 1, states held": {"trajectory_only": True, "dynamics": "none"},
-    "stage 1, no facts": {"trajectory_only": True, "facts": "off"},
-    "text alone": {"mode": "classification", "soft_prompt": "off"},
-    "soft prompt alone": {"mode": "classification", "series_text": "none"},
-    "text + soft prompt": {"mode": "classification"},
+STAGE_1 = "stage 1"
+ON_STAGE_1 = {"ode_checkpoint": TRAJECTORY_FILE}
+SOFT_PROMPT = {**ON_STAGE_1, "series_text": "none", "stage1_logit": "off"}
+
+ARMS: dict[str, dict[str, Any]] = {
+    STAGE_1: {"trajectory_only": True},
+    "stage 1 without facts": {"trajectory_only": True, "facts": "off"},
+    "states decay": {"trajectory_only": True, "dynamics": "decay"},
+    "states held": {"trajectory_only": True, "dynamics": "none"},
+    "facts as text": {"soft_prompt": "off", "series_text": "none"},
+    "text": {"soft_prompt": "off"},
+    "text + logit": {**ON_STAGE_1, "soft_prompt": "off"},
+    "soft prompt": SOFT_PROMPT,
+    "soft prompt + logit": {**ON_STAGE_1, "series_text": "none"},
+    "text + soft prompt + logit": ON_STAGE_1,
+    "soft prompt of another patient": {**SOFT_PROMPT, "soft_prompt": "shuffled"},
+    "soft prompt + random weights": {**SOFT_PROMPT, "base_weights": "random"},
 }
-"""The models that are compared, each with the flags that make it."""
+"""The models that are compared, each with the flags that make it; of stage 2 unless they say
+otherwise. A path is below the output folder."""
+
+BASELINES = [
+    FACTS_ALONE,
+    *(name + facts for name in (LOGISTIC, BOOSTING, BLEND) for facts in ("", WITH_FACTS)),
+]
+"""Simple models that can be the reference too."""
 
 
 def run_ablation(
     args: Namespace, dataset: TrajectoryDataset, train: Train, seed_title: str = ""
 ) -> int:
-    """Train and test every variant on one split and seed, and compare them.
+    """Train and test the chosen arms on one split and seed, and compare them.
 
-    A variant that was made before by the same arguments and data is not made again.
+    An arm that was made before by the same arguments and data is not made again.
 
     Args:
         args: of the command line.
-        dataset: of all variants.
-        train: trains a variant.
-        seed_title: stands before the name of each variant, as one of several seeds, whose own
-            table is then not printed.
+        dataset: of all arms.
+        train: trains an arm.
+        seed_title: stands before the name of each arm, as one of several seeds, whose own table is
+            then not printed.
 
     Returns:
-        0, or the exit code of the variant that failed.
+        0, or the exit code of the arm that failed.
 
     Raises:
-        InputError: see ``train``.
+        InputError: see ``chosen_arms`` and ``train``.
     """
     folders = {}
-    for name in VARIANTS:
-        own = variant_arguments(name, args)
+    for name in chosen_arms(args.arms, args.reference):
+        own = arm_arguments(name, args)
         folders[name] = stage_folder(own)
         if code := run_or_continue(f"{seed_title}{name}", own, dataset, train):
             return code
@@ -66,39 +90,69 @@ def run_ablation(
     return EXIT_DONE
 
 
-def variant_arguments(name: str, args: Namespace) -> Namespace:
-    """Return the arguments of a variant.
+def chosen_arms(names: Collection[str] | None, reference: str) -> list[str]:
+    """Return the arms to make, in the order of ``ARMS``.
 
-    Stage 1 lies in the output folder itself, each other variant in a folder below ``ablation``.
+    Stage 1 is always one of them, since others build on it and its baselines are compared, and so
+    is the reference.
+
+    Args:
+        names: of the command line; None for all.
+        reference: an arm, or a baseline.
+
+    Raises:
+        InputError: naming one that does not exist.
     """
-    place: dict[str, Any] = {}
-    if name != REFERENCE:
-        place["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
-    if "soft prompt" in name:
-        place["ode_checkpoint"] = args.output_dir / TRAJECTORY_FILE
-    return Namespace(**{**vars(args), "ablation": False, **VARIANTS[name], **place})
+    if unknown := sorted(set(names or ()) - set(ARMS)):
+        raise InputError(f"--arms {', '.join(unknown)}: choose of {', '.join(ARMS)}")
+    if reference not in [*ARMS, *BASELINES]:
+        raise InputError(f"--reference {reference}: choose of {', '.join([*ARMS, *BASELINES])}")
+    chosen = {STAGE_1, reference, *(ARMS if names is None else names)}
+    return [name for name in ARMS if name in chosen]
+
+
+def arm_arguments(name: str, args: Namespace) -> Namespace:
+    """Return the arguments of an arm.
+
+    Stage 1 lies in the output folder itself, each other arm in a folder below ``ablation``.
+    """
+    own: dict[str, Any] = {"mode": "classification", **ARMS[name]}
+    if name != STAGE_1:
+        own["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
+    if "ode_checkpoint" in own:
+        own["ode_checkpoint"] = args.output_dir / own["ode_checkpoint"]
+    return Namespace(**{**vars(args), "ablation": False, **own})
 
 
 def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> None:
-    """Compare the variants with stage 1 and with the baselines; write ``ablation/``."""
+    """Compare the arms with the reference and with the baselines; write ``ablation/``."""
     place = args.output_dir / "ablation"
     table = join_predictions(folders)
-    results = compare_models([table], REFERENCE, args.seed, args.min_cell)
+    if args.reference not in table:
+        raise InputError(f"--reference {args.reference}: no such baseline, the data have no facts")
+    results = compare_models([table], args.reference, args.seed, args.min_cell)
     for name, folder in folders.items():
-        results[name]["seconds_an_epoch"] = seconds_an_epoch(folder)
+        results[name] |= cost_of(folder)
     write_text(place / "predictions_test.csv", table.to_csv(index=False))
     write_comparison(
         place,
         "ablation",
         results,
-        REFERENCE,
+        args.reference,
         title=f"What each part adds: {outcome}",
         sentences=[],
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
     )
 
 
-def seconds_an_epoch(folder: Path) -> float:
-    """Return the median time of an epoch with its validation."""
+def cost_of(folder: Path) -> dict[str, float | None]:
+    """Return what a finished stage cost.
+
+    Returns:
+        Median seconds of an epoch with its validation; mean tokens that a language model reads of
+        a training patient; peak memory in MiB.
+    """
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(np.median([json.loads(line)["seconds"] for line in lines]))
+    seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
+    cost = (read_run(folder) or {})["cost"]
+    return {"seconds_an_epoch": seconds, **cost}

@@ -55,9 +55,9 @@ ALLOWED_FLAGS: dict[str, set[str]] = {
 
 VARIED_FLAGS = {
     *("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"),
-    *("--dynamics", "--facts"),
+    *("--dynamics", "--facts", "--stage1_logit", "--base_weights"),
 }
-"""Flags that the variants of ``--ablation`` set."""
+"""Flags that the arms of ``--ablation`` set."""
 
 
 NETWORK_ERRORS = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
@@ -383,15 +383,23 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         _check_unused("--ablation", given & VARIED_FLAGS)
         if args.series_text == "none":
             raise InputError("--ablation: --series_text none leaves no text to compare with")
+    else:
+        _check_unused("a command without --ablation", given & {"--arms", "--reference"})
     off = args.soft_prompt == "off"
     if args.trajectory_only:
         _check_unused("--trajectory_only", given & {"--ode_checkpoint"})
-        _check_unused("--trajectory_only", {"--soft_prompt off"} if off else set())
+        unread = {"--soft_prompt", "--stage1_logit", "--base_weights"}
+        _check_unused("--trajectory_only", given & unread)
         if "--epochs" in given:
             logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
-    elif off:
-        stage1 = {"--ode_checkpoint", "--freeze_ode", "--dynamics", "--members", "--facts"}
-        _check_unused("--soft_prompt off", given & {*stage1, "--prediction_time"})
+    elif off and args.ode_checkpoint is None:
+        stage1 = {"--freeze_ode", "--dynamics", "--members", "--facts", "--prediction_time"}
+        _check_unused("--soft_prompt off without --ode_checkpoint", given & stage1)
+    elif args.stage1_logit == "off":
+        if off:
+            raise InputError("--soft_prompt off --stage1_logit off: leave --ode_checkpoint out")
+        if args.ode_checkpoint is None:
+            raise InputError("--stage1_logit off: give a trained stage 1 by --ode_checkpoint")
 
 
 def _check_predict(given: set[str]) -> None:

@@ -86,6 +86,11 @@ def predict(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
+    if config.get("soft_prompt") == "shuffled":
+        raise InputError(
+            f"--checkpoint {request.checkpoint}: a control of --ablation, which reads the soft "
+            "tokens of other patients: take a model trained with --soft_prompt on or off"
+        )
     dataset = datasets[config["dataset"]]
     source = find_source(request, config, datasets)
     check_output(request.predictions)

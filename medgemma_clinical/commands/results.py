@@ -21,7 +21,11 @@ from medgemma_clinical.evaluation.baselines import (
     richest_blend,
 )
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
-from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
+from medgemma_clinical.evaluation.decision import (
+    DecisionRule,
+    fit_decision_rule,
+    fit_residual_weight,
+)
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.evaluation.report import (
     CARD,
@@ -39,6 +43,7 @@ from medgemma_clinical.evaluation.report_tables import (
 from medgemma_clinical.files import write_json, write_text
 from medgemma_clinical.models.checkpoints import licence
 from medgemma_clinical.models.generation import save_reports, write_reports
+from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import LengthBatches
@@ -49,7 +54,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from medgemma_clinical.models.text_batches import TextCollator
-    from medgemma_clinical.models.trajectory_llm import LLMWriter
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,7 @@ def write_results(
         part: evaluate(stage.model, stage.loaders[part], device, f"{stage.name}: {name}")
         for part, name in SCORED.items()
     }
+    raw = weigh_language_model(stage, raw)
     rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, args.calibrate)
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
     if first:
@@ -125,6 +130,34 @@ def write_results(
     logger.info("%s\n", results_table(stage.name, named, reports))
     logger.info("report: %s; %s", path, peak_memory())
     return figures_for_tracker(metrics)
+
+
+def weigh_language_model(stage: Stage, raw: dict[str, Predictions]) -> dict[str, Predictions]:
+    """Choose on the validation part how much the language model adds to stage 1's logit.
+
+    Model and configuration of the stage take the weight. Without stage 1's logit nothing changes.
+
+    Args:
+        stage: with the weights of its best epoch.
+        raw: predictions of each scored part with the whole of the language model's logit.
+
+    Returns:
+        The predictions with the weight.
+    """
+    model, val = stage.model, raw["val"]
+    if not isinstance(model, TrajectoryLLM) or not model.adds_stage1:
+        return raw
+    weight = fit_residual_weight(val.labels, val.offset, val.logit)
+    model.residual_weight = stage.config["residual_weight"] = weight
+    logger.info("language model's weight beside stage 1: %s", describe_weight(weight))
+    return {part: each.with_residual_weight(weight) for part, each in raw.items()}
+
+
+def describe_weight(weight: float) -> str:
+    """Return the weight of a language model's logit beside stage 1's in words."""
+    if weight == 0:
+        return "0: the language model adds nothing here, the predictions are those of stage 1"
+    return f"{weight:g}, chosen on the validation part"
 
 
 def figures_for_tracker(metrics: dict[str, Any]) -> dict[str, float]:
@@ -195,6 +228,7 @@ def metrics_json(
     calibrate: str,
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``, written reports apart."""
+    adds_stage1 = stage.config.get("stage1_logit", False)
     calibration: dict[str, Any] = {"method": calibrate}
     if rule.recalibrates and figures["val"].events is not None:
         calibration |= {"slope": rule.slope, "intercept": rule.intercept}
@@ -205,6 +239,7 @@ def metrics_json(
         "stage": stage.name,
         "selected_epoch": best_epoch,
         "threshold": rule.threshold,
+        **({"residual_weight": stage.config["residual_weight"]} if adds_stage1 else {}),
         "calibration": calibration,
         **{SCORED[part]: each.to_json(each.estimates) for part, each in figures.items()},
         "baselines": {
@@ -281,6 +316,14 @@ def describe_stage1(config: dict[str, Any]) -> str:
     return f"encoder {config['encoder']['name']}{how}, members {config['members']}"
 
 
+def describe_model(config: dict[str, Any]) -> str:
+    """Return the base model of a checkpoint, and its weight beside stage 1's logit, in words."""
+    base: str = config.get("base_model") or "stage 1 alone"
+    if not config.get("stage1_logit"):
+        return base
+    return f"{base}; its weight beside stage 1: {describe_weight(config['residual_weight'])}"
+
+
 def model_card(
     stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
 ) -> dict[str, str]:
@@ -291,7 +334,7 @@ def model_card(
     return {
         **CARD,
         "Limits": LIMITS,
-        "Model": base or "stage 1 alone",
+        "Model": describe_model(stage.config),
         **({"Stage 1": describe_stage1(stage.config)} if stage.config["encoder"] else {}),
         "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
         "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",

@@ -32,7 +32,7 @@ from medgemma_clinical.files import (
 from medgemma_clinical.models.checkpoint_schema import check_data
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.language_model import base_content_hash, cached_revision
-from medgemma_clinical.provenance import code_hash, git_commit, versions
+from medgemma_clinical.provenance import code_hash, git_commit, peak_mib, versions
 from medgemma_clinical.training.checkpoint_store import CheckpointStore
 from medgemma_clinical.training.signals import SIGNALS
 
@@ -50,7 +50,7 @@ RESULTS = (
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
     *("report_patients", "show_values", "seeds", "ablation", "resume", "save_every"),
-    "allow_duplicates",
+    *("allow_duplicates", "arms", "reference"),
 }
 """Flags that do not change a result; files are known by their content."""
 
@@ -305,8 +305,13 @@ def is_complete(folder: Path) -> bool:
     return "results_sha256" in (read_run(folder) or {})
 
 
-def finish_run(folder: Path) -> None:
-    """Add the hashes of all results to ``run.json``; the training checkpoints are removed."""
+def finish_run(folder: Path, tokens: float) -> None:
+    """Add cost and hashes of all results to ``run.json``; the training checkpoints are removed.
+
+    Args:
+        folder: of the stage.
+        tokens: of a patient, mean over the training part.
+    """
     if not processes().is_main_process:
         return
     paths = [*(folder / name for name in RESULTS), *sorted((folder / "best").rglob("*"))]
@@ -315,7 +320,8 @@ def finish_run(folder: Path) -> None:
     hashes = {p.relative_to(folder.parent).as_posix(): file_hash(p) for p in paths if p.is_file()}
     run = read_run(folder)
     assert run is not None
-    write_run(folder, {**run, "results_sha256": hashes})
+    cost = {"tokens": tokens, "memory_mib": peak_mib()}
+    write_run(folder, {**run, "cost": cost, "results_sha256": hashes})
     remove(checkpoint_store(folder).folder)
 
 

@@ -7,9 +7,10 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands.ablation import REFERENCE, run_ablation
+from medgemma_clinical.commands.ablation import run_ablation
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.several_runs import (
@@ -22,9 +23,14 @@ from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
-from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from medgemma_clinical.evaluation.comparison import (
+    COSTS,
+    Results,
+    compare_models,
+    write_comparison,
+)
 from medgemma_clinical.evaluation.report import STAGE_TITLES
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 logger = logging.getLogger(__name__)
@@ -93,7 +99,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         args: of the command line.
     """
     if args.ablation:
-        reference, name = REFERENCE, "seeds_ablation"
+        reference, name = args.reference, "seeds_ablation"
         title = "What each part adds"
         tables = [read_predictions(folder) for folder in folders.values()]
         sentences = []
@@ -103,6 +109,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         tables = [read_predictions(folder, stage) for folder in folders.values()]
         sentences = [best_by_validation(folders)]
     results = compare_models(_shared_models(tables), reference, args.seed, args.min_cell)
+    if args.ablation:
+        add_costs(results, list(folders.values()))
     first, last = min(folders), max(folders)
     write_comparison(
         args.output_dir,
@@ -122,6 +130,14 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     )
     for sentence in sentences:
         logger.info("%s", sentence)
+
+
+def add_costs(results: Results, folders: list[Path]) -> None:
+    """Add to each arm what it cost, the mean over the ablations in ``folders``."""
+    ablations = [read_json(folder / "ablation.json") for folder in folders]
+    for name, arm in ablations[0].items():
+        for cost in COSTS.keys() & arm.keys():
+            results[name][cost] = float(np.mean([each[name][cost] for each in ablations]))
 
 
 def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -13,6 +13,7 @@ from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.files import InputError, read_json
+from medgemma_clinical.provenance import reset_peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
             done = run_progress(args, dataset)
             if done != "all":
                 own = Namespace(**{**vars(args), "resume": done == "part"})
+                reset_peak_memory()
                 code = train(own, dataset)
     except InputError as error:
         raise InputError(f"{title}: {error}", error.value) from error

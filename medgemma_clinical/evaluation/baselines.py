@@ -27,6 +27,7 @@ LOGISTIC, BOOSTING = "logistic regression", "gradient boosting"
 BLEND = "blend"
 """The mean of the logits of logistic regression and boosted trees."""
 WITH_FACTS = " with facts"
+FACTS_ALONE = "facts alone"
 COMBINED = "combined"
 """The mean of the logits of the model that is judged and of the blend that knows the most."""
 
@@ -48,8 +49,8 @@ def baseline_tables(
 ) -> dict[str, pd.DataFrame]:
     """Return the inputs of each baseline by its name, N rows each.
 
-    The tables of the data set, each ``logistic regression`` also with the patients' facts, and
-    those tables again for boosted trees.
+    The tables of the data set, the patients' facts, each ``logistic regression`` also with them,
+    and those tables again for boosted trees.
 
     Args:
         dataset: all rows.
@@ -59,6 +60,7 @@ def baseline_tables(
     tables = dict(dataset.baseline_inputs())
     facts = dataset.fact_table(dataset.choose_facts(train_rows, fewest))
     if not facts.empty:
+        tables[FACTS_ALONE] = facts
         tables[LOGISTIC + WITH_FACTS] = tables[LOGISTIC].join(facts)
     logistic = {name: table for name, table in tables.items() if name.startswith(LOGISTIC)}
     return tables | {name.replace(LOGISTIC, BOOSTING): table for name, table in logistic.items()}

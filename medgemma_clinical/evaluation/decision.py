@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from medgemma_clinical.evaluation.calibration import weighted_calibration
 
 logger = logging.getLogger(__name__)
+
+
+RESIDUAL_WEIGHTS = np.linspace(0, 1, 11)
+"""Weights of a language model's logit beside stage 1's that are tried on the validation part."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,26 @@ def fit_decision_rule(
                 slope,
             )
     return replace(rule, threshold=youden_threshold(labels, rule.probability(logit)))
+
+
+def fit_residual_weight(
+    labels: NDArray[np.float64], offset: NDArray[np.float64], logit: NDArray[np.float64]
+) -> float:
+    """Choose the weight of what a language model adds to stage 1, on the validation part.
+
+    The weight has the lowest loss. Where its AUROC is not above that of stage 1 the weight is 0, so
+    that on this part a language model never harms.
+
+    Args:
+        labels: (n,) of 0 and 1, both there.
+        offset: (n,) log-odds of stage 1.
+        logit: (n,) log-odds with all that the language model adds.
+    """
+    tried = [offset + weight * (logit - offset) for weight in RESIDUAL_WEIGHTS]
+    losses = [np.logaddexp(0, np.where(labels == 1, -each, each)).mean() for each in tried]
+    best = int(np.argmin(losses))  # of equal losses the smallest weight
+    improves = roc_auc_score(labels, tried[best]) > roc_auc_score(labels, offset)
+    return float(RESIDUAL_WEIGHTS[best]) if improves else 0.0
 
 
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:

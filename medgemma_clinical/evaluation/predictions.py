@@ -20,6 +20,7 @@ class Predictions:
         labels: (n,) float64 of 0 and 1.
         logit: (n,) float64, log-odds of the event as the model gives them.
         rows: (n,) int64, positions in the data set.
+        offset: (n,) float64, the share of ``logit`` that stage 1 gives; zero where it gives none.
         rule: makes probabilities of the log-odds.
     """
 
@@ -27,6 +28,7 @@ class Predictions:
     labels: NDArray[np.float64]
     logit: NDArray[np.float64]
     rows: NDArray[np.int64]
+    offset: NDArray[np.float64]
     rule: DecisionRule = field(default_factory=DecisionRule)
 
     @property
@@ -42,6 +44,10 @@ class Predictions:
     def auroc(self) -> float:
         """Return the area under the ROC curve; both labels must be there."""
         return float(roc_auc_score(self.labels, self.probability))
+
+    def with_residual_weight(self, weight: float) -> Predictions:
+        """Return the predictions with all of the log-odds but stage 1's share weighted."""
+        return replace(self, logit=self.offset + weight * (self.logit - self.offset))
 
     def with_rule(self, rule: DecisionRule) -> Predictions:
         """Return the same log-odds under another rule."""

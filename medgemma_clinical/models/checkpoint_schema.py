@@ -23,6 +23,12 @@ LARGEST_COUNT = 10**9
 DYNAMICS = ("ode", "decay", "none")
 """What happens to a state between two observations, ``--dynamics``."""
 
+SOFT_PROMPTS = ("on", "off", "shuffled")
+"""Whose states become soft tokens, ``--soft_prompt``: the patient's, none, another row's."""
+
+BASE_WEIGHTS = ("pretrained", "random")
+"""What the language model knows before training, ``--base_weights``."""
+
 MEMBERS = (1, 32)
 PREFIX_TOKENS = (1, 4096)
 LORA_RANK = (1, 1024)
@@ -208,18 +214,19 @@ LANGUAGE_MODEL: Table = {
     "base_sha256": or_null(SHA256),
     "base_revision": or_null(digits(40)),
     "base_class": one_of("Gemma3ForCausalLM"),
+    "base_weights": one_of(*BASE_WEIGHTS),
     "quantization": one_of("nf4", "none"),
     "precision": one_of("bf16", "fp32"),
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),
+    "soft_prompt": one_of(*SOFT_PROMPTS),
+    "num_prefix_tokens": whole(0, PREFIX_TOKENS[1]),
+    "stage1_logit": YES_NO,
+    "residual_weight": real(0, 1),
 }
 STAGE_1: Table = {"encoder": ENCODER, "members": whole(*MEMBERS)}
 """Of ``stage1_config``."""
 
-SOFT_PROMPT: Table = {
-    **STAGE_1,
-    "num_prefix_tokens": whole(*PREFIX_TOKENS),
-}
 TEXT_ALONE: Table = {
     "encoder": ABSENT,
     "members": whole(0, 0),
@@ -254,7 +261,7 @@ def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
     else:
         _check(where, LANGUAGE_MODEL, config)
         _check_further(where, "prompts", config["prompts"], PROMPTS, NONE)
-        _check(where, TEXT_ALONE if config.get("encoder") is None else SOFT_PROMPT, config)
+        _check(where, TEXT_ALONE if config.get("encoder") is None else STAGE_1, config)
         name = config["base_model"]
         if config["base_sha256"] is None and not HUB_ID.fullmatch(name):
             raise _wrong(where, "base_model", name, "the id of a model of the hub")

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,7 @@ def load_language_model(
     dtype: torch.dtype,
     device: torch.device,
     revision: str | None = None,
+    weights: str = "pretrained",
     origin: str = "--model_name",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a Gemma 3 text model and its tokenizer, frozen; log its name before.
@@ -72,6 +74,7 @@ def load_language_model(
         dtype: of computation, and of the weights where they are not quantised.
         device: of the weights.
         revision: commit of a hub model; None takes the latest.
+        weights: ``pretrained``, or ``random`` for always the same random ones, as a control.
         origin: what names the model, for the log.
 
     Raises:
@@ -87,7 +90,7 @@ def load_language_model(
             raise InputError("--quantization nf4: not for the tiny model: use none")
         model, tokenizer = tiny_language_model()
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
-    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision)
+    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision, weights)
     _check_loaded(name, missing, tokenizer)
     for module in model.modules():
         # 4-bit weights that are repacked for fast CPU inference lose bits and gradients.
@@ -97,14 +100,20 @@ def load_language_model(
 
 
 def _read_model(
-    name: str, quantization: str, dtype: torch.dtype, device: torch.device, revision: str | None
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None,
+    weights: str,
 ) -> tuple[PreTrainedModel, set[str], PreTrainedTokenizerBase]:
     """Return model, keys without weights, and tokenizer; no code of a checkpoint ever runs."""
     import transformers
 
     check_folder(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    with _weights_report() as report:
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with scratch as folder, _weights_report() as report:
         try:
             check_sizes(name, transformers.PretrainedConfig.get_config_dict(name, **source)[0])
             config = transformers.AutoConfig.from_pretrained(name, **source)
@@ -112,10 +121,13 @@ def _read_model(
                 raise InputError(
                     f"--model_name {name}: a {config.model_type} model: give a Gemma 3"
                 )
+            text_config = getattr(config, "text_config", config)
+            if weights == "random":
+                write_random_model(folder, text_config, dtype)
             model, found = transformers.Gemma3ForCausalLM.from_pretrained(
-                name,
+                folder if weights == "random" else name,
                 **source,
-                config=getattr(config, "text_config", config),
+                config=text_config,
                 key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
                 quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
                 dtype=dtype,
@@ -131,6 +143,15 @@ def _read_model(
             check_machine(name, error, "".join(report))
             raise InputError(loading_advice(name, error)) from error
     return model, found["missing_keys"], tokenizer
+
+
+def write_random_model(folder: str, config: Any, dtype: torch.dtype) -> None:
+    """Write a model of a shape with random weights, always the same, to be read as any other."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
 
 
 def check_sizes(name: str, facts: dict[str, Any]) -> None:

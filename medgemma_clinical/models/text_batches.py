@@ -139,6 +139,11 @@ class TextCollator:
         pairs = zip(self.prompt_ids, self.answer_ids, strict=True)
         return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
 
+    def mean_tokens(self, rows: NDArray[np.int64], soft: int) -> float:
+        """Return the mean tokens of some rows, with at most ``soft`` soft tokens each."""
+        soft_tokens = np.minimum(self.dataset.lengths, soft)
+        return float((1 + soft_tokens + self.lengths())[rows].mean())
+
     def __call__(self, indices: Sequence[int]) -> TextBatch:
         """Return the batch of B positions: prompt, words before the verdict, answer if known."""
         return self._batch(indices, [self.answer_ids[i] for i in indices])

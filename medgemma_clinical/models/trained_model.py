@@ -142,6 +142,7 @@ def load_trained_model(
         DTYPES[precision or config["precision"]],
         default_device(),
         config["base_revision"] if model_name is None else None,
+        weights=config["base_weights"],
         origin="the checkpoint" if model_name is None else "--model_name",
     )
     model = build_llm(place, config, encoders, base, tokenizer)
@@ -220,6 +221,9 @@ def build_llm(
         "scale": 1.0,  # a buffer: read with the weights
         "bos": int(tokenizer.bos_token_id),
         "verdict": (yes[0], no[0]),
+        "stage1_logit": config["stage1_logit"],
+        "shuffled": config["soft_prompt"] == "shuffled",
+        "residual_weight": config["residual_weight"],
     }
     if config["stage"] == "generative":
         return LLMWriter(stage1, adapted, **parts)

@@ -33,12 +33,13 @@ class Output(NamedTuple):
 
     loss: scalar float32, a sum over ``terms`` (patients, or answer tokens), so that no mean depends
     on how rows fall into batches; terms: their number, weights included; logit (B,): log-odds of
-    the event, float32.
+    the event, float32; offset (B,): the share of it that is stage 1's, None where there is none.
     """
 
     loss: Tensor
     terms: int
     logit: Tensor
+    offset: Tensor | None = None
 
 
 def classification_output(logit: Tensor, labels: Tensor) -> Output:

@@ -113,6 +113,10 @@ class TrajectoryLLM(nn.Module):
 
     The logit of stage 1 is added to the language model's, which so has to learn only what text and
     dynamics add to it.
+
+    Attributes:
+        residual_weight: of the language model's logit beside stage 1's; 1 while training, then
+            chosen on the validation part.
     """
 
     def __init__(
@@ -124,26 +128,36 @@ class TrajectoryLLM(nn.Module):
         scale: float,
         bos: int,
         verdict: tuple[int, int],
+        stage1_logit: bool = True,
+        shuffled: bool = False,
+        residual_weight: float = 1.0,
     ) -> None:
         """Join the parts.
 
         Args:
             stage1: gives states and a logit; None where the LLM reads text alone.
             llm: a Gemma 3 text model with LoRA layers; its base weights are frozen.
-            tokens: P.
+            tokens: P; 0 for no soft prompt.
             scale: root mean square of the scaled token embeddings.
             bos: id of the token that begins every input.
             verdict: ids of the tokens that tell yes from no.
+            stage1_logit: add the logit of stage 1, where there is one.
+            shuffled: read the soft tokens of the next row of the batch, as a control.
+            residual_weight: see the class.
         """
         super().__init__()
         self.stage1 = stage1
         self.llm = llm
-        width = llm.config.hidden_size
-        hidden = None if stage1 is None else stage1.encoder.hidden_dim
-        self.projection = None if hidden is None else SoftPrompt(hidden, width, scale)
         self.tokens = 0 if stage1 is None else tokens
+        self.projection: SoftPrompt | None = None
+        if stage1 is not None and tokens:
+            width = llm.config.hidden_size
+            self.projection = SoftPrompt(stage1.encoder.hidden_dim, width, scale)
         self.bos = bos
         self.verdict = verdict
+        self.adds_stage1 = stage1_logit and stage1 is not None
+        self.shuffled = shuffled
+        self.residual_weight = residual_weight
 
     @property
     def body(self) -> nn.Module:
@@ -157,8 +171,19 @@ class TrajectoryLLM(nn.Module):
             return None
         if "states" in batch:
             known = batch["states"], batch["states_mask"], batch["trajectory_logit"]
-            return TrajectoryStates(*known)
-        return latest_states(self.stage1, batch, self.tokens)
+            result = TrajectoryStates(*known)
+        else:
+            result = latest_states(self.stage1, batch, self.tokens)
+        if not self.shuffled:
+            return result
+        others = result.mask.roll(1, dims=0) & (len(result.mask) > 1)  # no row reads its own
+        return TrajectoryStates(result.states.roll(1, dims=0), others, result.logit)
+
+    def offset(self, trajectory: TrajectoryStates | None, hidden: Tensor) -> Tensor:
+        """Return stage 1's share (B,) of the logit, zero where it has none."""
+        if trajectory is None or not self.adds_stage1:
+            return hidden.new_zeros(len(hidden), dtype=torch.float32)
+        return trajectory.logit
 
     def embed(
         self, batch: TextBatch, trajectory: TrajectoryStates | None, *, left: bool = False
@@ -222,16 +247,16 @@ class LLMClassifier(TrajectoryLLM):
         super().__init__(stage1, llm, **parts)
         self.head = nn.Linear(llm.config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, 0.0 if stage1 else log_odds(prevalence))
+        nn.init.constant_(self.head.bias, 0.0 if self.adds_stage1 else log_odds(prevalence))
 
     def forward(self, batch: TextBatch) -> Output:
         """Return the binary cross-entropy (sum over B) and the logit of each patient."""
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
-        logit = self.head(at_verdict(hidden, text_start, batch)).squeeze(1)  # (B,)
-        if trajectory is not None:
-            logit = logit + trajectory.logit
-        return classification_output(logit, batch["labels"])
+        residual = self.head(at_verdict(hidden, text_start, batch)).squeeze(1)  # (B,)
+        offset = self.offset(trajectory, hidden)
+        output = classification_output(offset + self.residual_weight * residual, batch["labels"])
+        return output._replace(offset=offset)
 
 
 def answer_loss(
@@ -277,9 +302,7 @@ class LLMWriter(TrajectoryLLM):
         """
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
-        added = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        if trajectory is not None:
-            added = trajectory.logit
+        offset = self.offset(trajectory, hidden)
         row, place = (batch["targets"] != IGNORED).nonzero(as_tuple=True)  # (N,) each
         is_verdict = place == batch["verdict"][row] + 1
         weight = self.llm.get_output_embeddings().weight
@@ -287,14 +310,14 @@ class LLMWriter(TrajectoryLLM):
             hidden[row, text_start[row] + place - 1],  # a state predicts the token behind it
             weight,
             batch["targets"][row, place],
-            added[row] * is_verdict,
+            offset[row] * is_verdict,
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
             self.verdict[0],
         )
         words = weight[list(self.verdict)].float()  # (2, D)
         yes, no = functional.linear(at_verdict(hidden, text_start, batch), words).unbind(1)
         terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
-        return Output(loss, terms, yes - no + added)
+        return Output(loss, terms, offset + self.residual_weight * (yes - no), offset)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:

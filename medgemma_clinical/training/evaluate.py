@@ -41,9 +41,23 @@ def evaluate(
     for batch in progress(batches, title, total) if title else batches:
         output = model(to_device(batch, device))
         logit = output.logit.double().cpu().numpy()
-        columns = batch["index"].numpy(), batch["labels"].double().numpy(), logit
+        offset = torch.zeros_like(output.logit) if output.offset is None else output.offset
+        columns = (
+            batch["index"].numpy(),
+            batch["labels"].double().numpy(),
+            logit,
+            offset.double().cpu().numpy(),
+        )
         results.append((float(output.loss), int(output.terms), columns))
     losses, terms, columns = zip(*gather(results), strict=True)
-    rows, labels, logits = (np.concatenate(column) for column in zip(*columns, strict=True))
+    rows, labels, logits, offsets = (
+        np.concatenate(column) for column in zip(*columns, strict=True)
+    )
     order = np.argsort(rows)
-    return Predictions(sum(losses) / sum(terms), labels[order], logits[order], rows[order])
+    return Predictions(
+        loss=sum(losses) / sum(terms),
+        labels=labels[order],
+        logit=logits[order],
+        rows=rows[order],
+        offset=offsets[order],
+    )

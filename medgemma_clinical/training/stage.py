@@ -40,6 +40,7 @@ class Stage:
         after_test: further work of the best model on the test part, from its predictions and the
             folder of the stage; returns figures for the report.
         stage1: (N,) probability of each row by the stage 1 that the stage builds on, None without.
+        tokens: that a language model reads of a patient, mean over the training part.
         save_memory: lets a step take less memory and more time; None where nothing is left to do.
     """
 
@@ -59,6 +60,7 @@ class Stage:
     describe: Callable[[], list[str]] = list
     after_test: Callable[[Predictions, Path], dict[str, Any]] | None = None
     stage1: NDArray[np.float64] | None = None
+    tokens: float = 0.0
     save_memory: Callable[[], None] | None = None
 
     @property

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.ablation import seconds_an_epoch
+from medgemma_clinical.commands.ablation import cost_of
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.evaluation.comparison import compare_models, comparison_table
 
@@ -41,7 +41,7 @@ def train(data: Path, seed: int, place: Path, *flags: str) -> dict[str, Any]:
         raise SystemExit(code)
     folder = place / "trajectory"
     metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-    return {**metrics, "seconds_an_epoch": seconds_an_epoch(folder)}
+    return {**metrics, **cost_of(folder)}
 
 
 def main() -> None:

@@ -19,10 +19,10 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from finished_runs import write_run
 from medgemma_clinical.commands.ablation import (
-    REFERENCE,
-    VARIANTS,
+    ARMS,
+    STAGE_1,
+    arm_arguments,
     run_ablation,
-    variant_arguments,
 )
 from medgemma_clinical.commands.command_line import start_logging
 
@@ -33,6 +33,8 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
     """The flags that ``--ablation`` looks at."""
     flags: dict[str, Any] = {
         "ablation": True,
+        "arms": None,
+        "base_weights": "pretrained",
         "dynamics": "ode",
         "facts": "on",
         "freeze_ode": False,
@@ -41,10 +43,12 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
         "mode": "classification",
         "ode_checkpoint": None,
         "output_dir": folder,
+        "reference": "stage 1",
         "resume": False,
         "seed": 0,
         "series_text": "all",
         "soft_prompt": "on",
+        "stage1_logit": "on",
         "trajectory_only": False,
     }
     return Namespace(**{**flags, **changes})
@@ -69,58 +73,65 @@ def unbegun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(several_runs, "run_progress", lambda args, dataset: "none")
 
 
-def test_each_variant_differs_by_its_own_switches_alone(tmp_path: Path) -> None:
+def test_each_arm_differs_by_its_own_switches_alone(tmp_path: Path) -> None:
     args = arguments(tmp_path)
-    made = {name: variant_arguments(name, args) for name in VARIANTS}
-    switches = {
-        name: (own.trajectory_only, own.soft_prompt, own.series_text, own.ode_checkpoint)
-        for name, own in made.items()
-    }
+    made = {name: arm_arguments(name, args) for name in ARMS}
     encoder = tmp_path / "medgemma_trajectory_best.pt"
-    assert switches == {
-        "stage 1 alone": (True, "on", "all", None),
-        "stage 1, states decay": (True, "on", "all", None),
-        "stage 1, states held": (True, "on", "all", None),
-        "stage 1, no facts": (True, "on", "all", None),
-        "text alone": (False, "off", "all", None),
-        "soft prompt alone": (False, "on", "none", encoder),
-        "text + soft prompt": (False, "on", "all", encoder),
+    stage_1: dict[str, Any] = {"trajectory_only": True}
+    on_stage_1: dict[str, Any] = {"ode_checkpoint": encoder}
+    alone = {**on_stage_1, "series_text": "none", "stage1_logit": "off"}
+    changed: dict[str, dict[str, Any]] = {
+        "stage 1": stage_1,
+        "stage 1 without facts": {**stage_1, "facts": "off"},
+        "states decay": {**stage_1, "dynamics": "decay"},
+        "states held": {**stage_1, "dynamics": "none"},
+        "facts as text": {"soft_prompt": "off", "series_text": "none"},
+        "text": {"soft_prompt": "off"},
+        "text + logit": {**on_stage_1, "soft_prompt": "off"},
+        "soft prompt": alone,
+        "soft prompt + logit": {**on_stage_1, "series_text": "none"},
+        "text + soft prompt + logit": on_stage_1,
+        "soft prompt of another patient": {**alone, "soft_prompt": "shuffled"},
+        "soft prompt + random weights": {**alone, "base_weights": "random"},
     }
-    stage1 = {name: (own.dynamics, own.facts) for name, own in made.items() if own.trajectory_only}
-    assert stage1 == {
-        "stage 1 alone": ("ode", "on"),
-        "stage 1, states decay": ("decay", "on"),
-        "stage 1, states held": ("none", "on"),
-        "stage 1, no facts": ("ode", "off"),
-    }
+    own_folder = {"ablation": False, "output_dir": None}
+    for name, own in made.items():
+        flags = {**vars(args), **changed[name], **own_folder}
+        assert {**vars(own), "output_dir": None} == flags, name
+    assert list(made) == list(changed)
     assert all((own.max_len, own.ablation, own.seed) == (9, False, 0) for own in made.values())
     folders = [several_runs.stage_folder(own).relative_to(tmp_path) for own in made.values()]
     assert [folder.as_posix() for folder in folders] == [
         "trajectory",
-        "ablation/stage_1_states_decay/trajectory",
-        "ablation/stage_1_states_held/trajectory",
-        "ablation/stage_1_no_facts/trajectory",
-        "ablation/text_alone/classification",
-        "ablation/soft_prompt_alone/classification",
-        "ablation/text_soft_prompt/classification",
+        "ablation/stage_1_without_facts/trajectory",
+        "ablation/states_decay/trajectory",
+        "ablation/states_held/trajectory",
+        "ablation/facts_as_text/classification",
+        "ablation/text/classification",
+        "ablation/text_logit/classification",
+        "ablation/soft_prompt/classification",
+        "ablation/soft_prompt_logit/classification",
+        "ablation/text_soft_prompt_logit/classification",
+        "ablation/soft_prompt_of_another_patient/classification",
+        "ablation/soft_prompt_random_weights/classification",
     ]
     assert vars(args) == vars(arguments(tmp_path)), "the command's own arguments stay"
 
 
 @pytest.mark.usefixtures("unbegun")
-def test_every_variant_stands_beside_stage_1_and_the_baselines(
+def test_every_arm_stands_beside_stage_1_and_the_baselines(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fake = FakeTraining()
     with caplog.at_level(logging.INFO):
         assert run_ablation(arguments(tmp_path), DATASET, fake.train) == 0
-    assert len(fake.made) == len(VARIANTS)
+    assert len(fake.made) == len(ARMS)
     results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
-    assert list(results) == [*VARIANTS, "last value"]
+    assert list(results) == [*ARMS, "last value"]
     table = pd.read_csv(tmp_path / "ablation" / "predictions_test.csv", dtype={"id": str})
-    assert list(table) == ["id", "patient", "label", *VARIANTS, "last value"]
-    reference = roc_auc_score(table["label"], table[REFERENCE])
-    for name, own in zip(VARIANTS, fake.made, strict=True):
+    assert list(table) == ["id", "patient", "label", *ARMS, "last value"]
+    reference = roc_auc_score(table["label"], table[STAGE_1])
+    for name, own in zip(ARMS, fake.made, strict=True):
         folder = several_runs.stage_folder(own)
         predictions = pd.read_csv(folder / "predictions_test.csv")
         auroc = roc_auc_score(predictions["label"], predictions["probability"])
@@ -146,12 +157,12 @@ def test_of_several_seeds_only_the_pooled_table_is_printed(
     finally:
         logging.root.handlers[:] = handlers
     out = capsys.readouterr().out
-    assert [f"{title}{name}: test AUROC" in out for name in VARIANTS] == [True] * len(VARIANTS)
+    assert [f"{title}{name}: test AUROC" in out for name in ARMS] == [True] * len(ARMS)
     assert ("minus stage 1 alone" in out) == shown
     assert (tmp_path / "ablation" / "ablation.html").exists()
 
 
-def test_finished_variants_are_left_and_stopped_ones_continued(
+def test_finished_arms_are_left_and_stopped_ones_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def progress(args: Namespace, _: Any) -> str:
@@ -170,7 +181,7 @@ def test_finished_variants_are_left_and_stopped_ones_continued(
 
 
 @pytest.mark.usefixtures("unbegun")
-def test_a_variant_that_fails_ends_the_command_with_its_code(tmp_path: Path) -> None:
+def test_a_arm_that_fails_ends_the_command_with_its_code(tmp_path: Path) -> None:
     fake = FakeTraining()
 
     def fails(args: Namespace, dataset: Any) -> int:
@@ -192,7 +203,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]
     pd.read_csv(SAMPLE, nrows=60).to_csv(data, index=False)
     words = ["--ablation", "--data_path", str(data), "--model_name", "tiny", "--epochs", "1"]
     words += ["--trajectory_epochs", "2", "--output_dir", str(folder / "run")]
-    # Flags of stages 2 and 3 alone do not stop the variant of stage 1.
+    # Flags of stages 2 and 3 alone do not stop the arm of stage 1.
     words += ["--gradient_accumulation", "2", "--max_text_tokens", "400", "--log_file", "none"]
     assert trainer.main(words) == 0
     return words, folder / "run"
@@ -203,17 +214,17 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def test_the_variants_are_trained_and_their_baselines_compared(
+def test_the_arms_are_trained_and_their_baselines_compared(
     ablation: tuple[list[str], Path],
 ) -> None:
     _, folder = ablation
     results = read_results(folder)
-    assert list(results)[: len(VARIANTS)] == list(VARIANTS)
+    assert list(results)[: len(ARMS)] == list(ARMS)
     assert {"logistic regression", "number of observations", "blend"} < set(results)
     combined = pd.read_csv(folder / "trajectory" / "predictions_test.csv")["combined"]
     joined = pd.read_csv(folder / "ablation" / "predictions_test.csv")
     assert joined["combined"].tolist() == combined.tolist(), "of stage 1, the reference"
-    for own in (variant_arguments(name, arguments(folder)) for name in VARIANTS):
+    for own in (arm_arguments(name, arguments(folder)) for name in ARMS):
         place = several_runs.stage_folder(own)
         flags = json.loads((place / "run.json").read_text())["arguments"]
         assert flags["trajectory_only"] == own.trajectory_only
@@ -239,7 +250,7 @@ def test_the_ablation_makes_what_is_missing_and_no_more(
     shown = capsys.readouterr().out
     assert made == []
     assert read_results(folder) == before
-    assert shown.count("already there") == len(VARIANTS)
+    assert shown.count("already there") == len(ARMS)
     assert len([line for line in shown.splitlines() if line.strip()]) < 30, "one screen"
     (folder / "ablation" / "soft_prompt_alone" / "classification" / "metrics.json").unlink()
     assert trainer.main(words) == 0
@@ -250,12 +261,12 @@ def test_the_ablation_makes_what_is_missing_and_no_more(
     assert after == before
 
 
-def test_other_flags_data_or_another_stage_1_make_a_variant_anew(
+def test_other_flags_data_or_another_stage_1_make_a_arm_anew(
     ablation: tuple[list[str], Path],
 ) -> None:
     words, _ = ablation
     args = trainer.complete(trainer.build_parser().parse_args(words))
-    own = variant_arguments("soft prompt alone", args)
+    own = arm_arguments("soft prompt alone", args)
     dataset = trainer.read_dataset(own)
     assert several_runs.run_progress(own, dataset) == "all"
     other = Namespace(**{**vars(own), "head_lr": 1e-2})

@@ -87,7 +87,7 @@ def finished(folder: Path) -> Path:
         tracker = folder.parent / "tracker" / "trajectory"
         tracker.mkdir(parents=True)
         (tracker / "events").write_text("of the earlier run")
-        finish_run(folder)
+        finish_run(folder, 12.0)
     return folder
 
 
@@ -109,7 +109,7 @@ def test_a_run_holds_its_folder_and_leaves_its_facts(folder: Path) -> None:
     with begin_run(folder, FACTS):
         assert not is_complete(folder)
         run_steps(folder)
-        finish_run(folder)
+        finish_run(folder, 12.0)
     run = read_run(folder)
     assert run is not None
     assert {key: run[key] for key in FACTS} == FACTS
@@ -372,7 +372,7 @@ def test_progress_is_none_part_or_all(folder: Path, caplog: pytest.LogCaptureFix
             path.write_bytes(b"damaged")
         assert progress_of(folder, FACTS) == "none"
         assert "no checkpoint is whole" in caplog.text
-        finish_run(folder)
+        finish_run(folder, 12.0)
     assert progress_of(folder, FACTS) == "all"
     (folder / "history.jsonl").unlink()
     assert progress_of(folder, FACTS) == "none"

@@ -170,7 +170,7 @@ def test_figures_before_recalibration_stand_beside_those_after() -> None:
     labels, risk, groups = simulate(np.random.default_rng(1), 500, slope=2.5)
     logit, rows = log_odds(risk), np.arange(500)
     rule = DecisionRule(0.4, 0.0, float(expit(0.4 * np.log(0.4 / 0.6))))  # as 0.4 before
-    mended = Predictions(0.5, labels, logit, rows, rule)
+    mended = Predictions(0.5, labels, logit, rows, np.zeros(500), rule)
 
     class Dataset:
         ids = np.arange(500).astype(str)

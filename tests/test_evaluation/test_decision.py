@@ -126,7 +126,7 @@ def test_an_unsound_stored_rule_is_refused(stored: Any) -> None:
 
 def test_predictions_follow_their_rule() -> None:
     labels, logit = np.array([0.0, 1, 0, 1]), np.array([-2.0, -1, 0, 1])
-    raw = Predictions(0.5, labels, logit, np.arange(4))
+    raw = Predictions(0.5, labels, logit, np.arange(4), np.zeros(4))
     assert raw.probability == pytest.approx(expit(logit))
     assert raw.auroc() == 0.75
     moved = raw.with_rule(DecisionRule(2.0, 1.0, 0.2))

@@ -163,7 +163,7 @@ def write_and_save(parts: Parts, path: Path, rows: NDArray[np.int64]) -> dict[st
     _, model, collate = parts
     dataset = collate.dataset
     logit = 4 * dataset.labels[rows] - 2 + 0.01 * rows
-    predictions = Predictions(0.0, dataset.labels[rows], logit, rows)
+    predictions = Predictions(0.0, dataset.labels[rows], logit, rows, np.zeros(len(rows)))
     verdicts = dataset.labels == 1
     tokenizer = tiny_language_model()[1]
     batches = [rows[:5].tolist(), rows[5:].tolist()]
