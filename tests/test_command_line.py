@@ -99,8 +99,18 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
         ("--seeds 2 --ode_checkpoint stage1.pt", "write {seed}"),
         ("--trajectory_only --soft_prompt off", "--trajectory_only has no use for --soft_prompt"),
         ("--trajectory_only --ode_checkpoint x.pt", "no use for --ode_checkpoint"),
-        ("--soft_prompt off --ode_checkpoint x.pt", "off has no use for --ode_checkpoint"),
-        ("--soft_prompt off --freeze_ode", "off has no use for --freeze_ode"),
+        ("--trajectory_only --stage1_logit off", "no use for --stage1_logit"),
+        ("--trajectory_only --base_weights random", "no use for --base_weights"),
+        ("--soft_prompt off --freeze_ode", "without --ode_checkpoint has no use for --freeze_ode"),
+        ("--stage1_logit off", "give a trained stage 1 by --ode_checkpoint"),
+        (
+            "--soft_prompt off --stage1_logit off --ode_checkpoint x.pt",
+            "--soft_prompt off --stage1_logit off: leave --ode_checkpoint out",
+        ),
+        ("--arms text", "a command without --ablation has no use for --arms"),
+        ("--reference text", "a command without --ablation has no use for --reference"),
+        ("--ablation --stage1_logit off", "--ablation has no use for --stage1_logit"),
+        ("--ablation --base_weights random", "--ablation has no use for --base_weights"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 import medgemma_trainer as trainer
 from language_models import body_inputs, patients
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
-from stages import arguments, stage_of_patients
+from stages import STAGE_1, arguments, stage_of_patients
 
 ROWS = [3, 1, 9]
 
@@ -40,6 +43,32 @@ def test_without_soft_prompt_the_decoder_reads_the_same_text_and_nothing_else() 
     assert {name for name, _ in stage.model.named_children()} == {"llm", "head"}
     assert set(stage.learning_rates) == {"llm", "head"}, "no encoder to train"
     assert stage.config["encoder"] is None
+
+
+def test_text_and_stage_1s_logit_go_without_soft_tokens(tmp_path: Path) -> None:
+    first = stage_of_patients(STAGE_1)
+    first.save(tmp_path / "trajectory", first.config)
+    file = str(tmp_path / TRAJECTORY_FILE)
+    stage = stage_of_patients("--soft_prompt", "off", "--ode_checkpoint", file)
+    text = decoder_inputs(stage_of_patients("--soft_prompt", "off"))
+    assert all(map(torch.equal, text, decoder_inputs(stage)))
+    batch = stage.loaders["train"].collate_fn(ROWS)
+    torch.testing.assert_close(stage.model(batch).logit, first.model.eval()(batch).logit)
+    assert {name for name, _ in stage.model.named_children()} == {"stage1", "llm", "head"}
+    assert (stage.config["num_prefix_tokens"], stage.config["stage1_logit"]) == (0, True)
+    assert stage.stage1 is not None
+    whole = stage_of_patients("--stage1_logit", "off", "--ode_checkpoint", file)
+    assert (whole.config["num_prefix_tokens"], whole.config["stage1_logit"]) == (8, False)
+    output = whole.model(whole.loaders["train"].collate_fn(ROWS))
+    torch.testing.assert_close(output.logit, output.logit[:1].expand(len(ROWS)))
+
+
+def test_a_control_reads_soft_tokens_of_another_row_and_says_so() -> None:
+    stage = stage_of_patients("--soft_prompt", "shuffled")
+    assert isinstance(stage.model, TrajectoryLLM)
+    assert stage.model.shuffled
+    assert stage.config["shuffled"] is True
+    assert stage_of_patients().config["shuffled"] is False
 
 
 def test_the_number_of_soft_tokens_changes_nothing_but_their_number() -> None:

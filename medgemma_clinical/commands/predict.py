@@ -86,7 +86,7 @@ def predict(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
-    if config.get("soft_prompt") == "shuffled":
+    if config.get("shuffled"):
         raise InputError(
             f"--checkpoint {request.checkpoint}: a control of --ablation, which reads the soft "
             "tokens of other patients: take a model trained with --soft_prompt on or off"

@@ -137,7 +137,8 @@ def add_costs(results: Results, folders: list[Path]) -> None:
     ablations = [read_json(folder / "ablation.json") for folder in folders]
     for name, arm in ablations[0].items():
         for cost in COSTS.keys() & arm.keys():
-            results[name][cost] = float(np.mean([each[name][cost] for each in ablations]))
+            known = [each[name][cost] for each in ablations]
+            results[name][cost] = None if None in known else float(np.mean(known))
 
 
 def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:

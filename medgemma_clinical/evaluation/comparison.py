@@ -178,7 +178,7 @@ def counts_sentence(results: Results) -> str:
 def comparison_sentences(results: Results, reference: str) -> list[str]:
     """Return the result in words: the reference, the model with the highest AUROC, the combined.
 
-    The combined model holds a model that is compared, and so is none of those.
+    The combined model holds the first model and a blend, and so is none of those.
     """
     if results[reference]["events"] is None:
         return [f"{counts_sentence(results)}, and so no figure (--min_cell)."]

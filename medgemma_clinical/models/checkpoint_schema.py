@@ -219,7 +219,7 @@ LANGUAGE_MODEL: Table = {
     "precision": one_of("bf16", "fp32"),
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),
-    "soft_prompt": one_of(*SOFT_PROMPTS),
+    "shuffled": YES_NO,
     "num_prefix_tokens": whole(0, PREFIX_TOKENS[1]),
     "stage1_logit": YES_NO,
     "residual_weight": real(0, 1),

@@ -222,7 +222,7 @@ def build_llm(
         "bos": int(tokenizer.bos_token_id),
         "verdict": (yes[0], no[0]),
         "stage1_logit": config["stage1_logit"],
-        "shuffled": config["soft_prompt"] == "shuffled",
+        "shuffled": config["shuffled"],
         "residual_weight": config["residual_weight"],
     }
     if config["stage"] == "generative":

@@ -22,9 +22,11 @@ from medgemma_clinical.commands.ablation import (
     ARMS,
     STAGE_1,
     arm_arguments,
+    chosen_arms,
     run_ablation,
 )
 from medgemma_clinical.commands.command_line import start_logging
+from medgemma_clinical.files import InputError
 
 DATASET: Any = SimpleNamespace(outcome="Death")
 
@@ -138,11 +140,47 @@ def test_every_arm_stands_beside_stage_1_and_the_baselines(
         assert results[name]["auroc"]["value"] == pytest.approx(auroc)
         difference = results[name]["minus_reference"]["auroc"]
         assert difference["value"] == pytest.approx(auroc - reference)
-        assert results[name]["seconds_an_epoch"] == 1.0  # the median of 0, 1 and 2
+        cost = {"seconds_an_epoch": 1.0, "tokens": 12.0}  # the median of 0, 1 and 2
+        assert cost.items() <= results[name].items()
+        assert results[name]["memory_mib"] == 100.0 + list(ARMS).index(name) + 1
         assert f"{name}: test AUROC " in caplog.text
     page = (tmp_path / "ablation" / "ablation.html").read_text()
     assert "What each part adds: Death" in page
     assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_chosen_arms_are_made_with_stage_1_and_compared_with_the_named_reference(
+    tmp_path: Path,
+) -> None:
+    fake = FakeTraining()
+    args = arguments(tmp_path, arms=["text", "soft prompt"], reference="facts as text")
+    assert run_ablation(args, DATASET, fake.train) == 0
+    arms = ["stage 1", "facts as text", "text", "soft prompt"]
+    results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    assert list(results) == [*arms, "last value"]
+    aurocs = {name: result["auroc"]["value"] for name, result in results.items()}
+    for name, result in results.items():
+        gain = aurocs[name] - aurocs["facts as text"]
+        assert result["minus_reference"]["auroc"]["value"] == pytest.approx(gain)
+    page = (tmp_path / "ablation" / "ablation.html").read_text()
+    assert "minus facts as text" in page
+
+
+def test_the_reference_may_be_a_baseline_but_nothing_unknown() -> None:
+    assert chosen_arms(["text"], "blend with facts") == ["stage 1", "text"]
+    assert chosen_arms(None, "facts alone") == list(ARMS)
+    with pytest.raises(InputError, match="--arms words: choose of stage 1, "):
+        chosen_arms(["words", "text"], "stage 1")
+    with pytest.raises(InputError, match=r"--reference words: choose of stage 1, .*blend"):
+        chosen_arms(None, "words")
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_a_reference_that_the_data_do_not_have_is_named(tmp_path: Path) -> None:
+    args = arguments(tmp_path, arms=["text"], reference="facts alone")
+    with pytest.raises(InputError, match="--reference facts alone: no such baseline"):
+        run_ablation(args, DATASET, FakeTraining().train)
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -158,7 +196,7 @@ def test_of_several_seeds_only_the_pooled_table_is_printed(
         logging.root.handlers[:] = handlers
     out = capsys.readouterr().out
     assert [f"{title}{name}: test AUROC" in out for name in ARMS] == [True] * len(ARMS)
-    assert ("minus stage 1 alone" in out) == shown
+    assert ("minus stage 1" in out) == shown
     assert (tmp_path / "ablation" / "ablation.html").exists()
 
 
@@ -175,9 +213,9 @@ def test_finished_arms_are_left_and_stopped_ones_continued(
     write_run(tmp_path / "trajectory")
     with caplog.at_level(logging.INFO):
         assert run_ablation(arguments(tmp_path), DATASET, fake.train) == 0
-    assert [own.resume for own in fake.made] == [False] * 3 + [True, False, False]
-    assert "stage 1 alone: already there" in caplog.text
-    assert "text alone: continued" in caplog.text
+    assert [own.resume for own in fake.made] == [False] * 3 + [True] * 3 + [False] * 5
+    assert "stage 1: already there" in caplog.text
+    assert "text: continued" in caplog.text
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -224,12 +262,15 @@ def test_the_arms_are_trained_and_their_baselines_compared(
     combined = pd.read_csv(folder / "trajectory" / "predictions_test.csv")["combined"]
     joined = pd.read_csv(folder / "ablation" / "predictions_test.csv")
     assert joined["combined"].tolist() == combined.tolist(), "of stage 1, the reference"
-    for own in (arm_arguments(name, arguments(folder)) for name in ARMS):
+    for name in ARMS:
+        own = arm_arguments(name, arguments(folder))
         place = several_runs.stage_folder(own)
         flags = json.loads((place / "run.json").read_text())["arguments"]
         assert flags["trajectory_only"] == own.trajectory_only
         assert (flags["dynamics"], flags["facts"]) == (own.dynamics, own.facts)
         assert (flags["soft_prompt"], flags["series_text"]) == (own.soft_prompt, own.series_text)
+        assert results[name]["memory_mib"] > 0
+        assert bool(results[name]["tokens"]) == (not own.trajectory_only)
         assert bool(flags["ode_checkpoint"]) == bool(own.ode_checkpoint)
 
 
@@ -251,13 +292,13 @@ def test_the_ablation_makes_what_is_missing_and_no_more(
     assert made == []
     assert read_results(folder) == before
     assert shown.count("already there") == len(ARMS)
-    assert len([line for line in shown.splitlines() if line.strip()]) < 30, "one screen"
-    (folder / "ablation" / "soft_prompt_alone" / "classification" / "metrics.json").unlink()
+    assert len([line for line in shown.splitlines() if line.strip()]) < 40, "one screen"
+    (folder / "ablation" / "soft_prompt" / "classification" / "metrics.json").unlink()
     assert trainer.main(words) == 0
     assert made == ["classification"]
     after = read_results(folder)
     for result in (before, after):
-        del result["soft prompt alone"]["seconds_an_epoch"]
+        del result["soft prompt"]["seconds_an_epoch"], result["soft prompt"]["memory_mib"]
     assert after == before
 
 
@@ -266,7 +307,7 @@ def test_other_flags_data_or_another_stage_1_make_a_arm_anew(
 ) -> None:
     words, _ = ablation
     args = trainer.complete(trainer.build_parser().parse_args(words))
-    own = arm_arguments("soft prompt alone", args)
+    own = arm_arguments("soft prompt", args)
     dataset = trainer.read_dataset(own)
     assert several_runs.run_progress(own, dataset) == "all"
     other = Namespace(**{**vars(own), "head_lr": 1e-2})

@@ -52,6 +52,10 @@ def falling_slope(folder: Path) -> None:
     change_config(folder, decision={"slope": -1.0, "intercept": 0.0, "threshold": 0.5})
 
 
+def control(folder: Path) -> None:
+    change_config(folder, shuffled=True)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -59,6 +63,7 @@ def falling_slope(folder: Path) -> None:
         (no_base, "--model_name no/such_model"),
         (other_data, "trained on --dataset sepsis"),
         (falling_slope, "damaged: decision.slope -1.0"),
+        (control, "a control of --ablation, which reads the soft tokens of other patients"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_line(
@@ -71,6 +76,23 @@ def test_a_checkpoint_that_cannot_be_used_is_one_line(
     folder, out = copy_of(runs, "classification", tmp_path), tmp_path / "out.csv"
     damage(folder)
     assert refused(capsys, command(folder, runs / "train.csv", out), expected, out=out)
+
+
+@pytest.mark.parametrize("stage", ["classification", "generative"])
+def test_the_weight_of_the_language_model_lies_with_the_weights(
+    stage: str, runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    folder = copy_of(runs, stage, tmp_path)
+    data = write_data(table.head(12).drop(columns="label_escalation"), tmp_path / "few.csv")
+    logits = []
+    for weight in (0.0, 0.5, 1.0):
+        change_config(folder, residual_weight=weight)
+        risk = predicted(folder, data, tmp_path / f"{weight}.csv")["probability"]
+        logits.append(np.log(risk / (1 - risk)))
+    np.testing.assert_allclose(logits[1], (logits[0] + logits[2]) / 2, atol=1e-5)
+    assert not np.allclose(logits[0], logits[2], atol=1e-4)
+    alone = predicted(tmp_path / FILE, data, tmp_path / "stage_1.csv")["probability"]
+    np.testing.assert_allclose(logits[0], np.log(alone / (1 - alone)), atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["trajectory", "generative"])

@@ -13,9 +13,11 @@ from sklearn import metrics
 
 import medgemma_trainer as trainer
 from conftest import sign_table
-from medgemma_clinical.commands.results import STAGE_1
+from medgemma_clinical.commands.results import STAGE_1, weigh_language_model
 from medgemma_clinical.evaluation.decision import youden_threshold
+from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from stages import stage_of_patients
 
 
@@ -214,7 +216,7 @@ def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(
     words = ["--data_path", str(place / "data.csv"), "--output_dir", str(place / "later")]
     words += ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE), "--model_name", "tiny"]
     words += ["--epochs", "1", "--head_lr", "1", "--log_file", "none", "--min_cell", "0"]
-    assert trainer.main(words) == 0
+    assert trainer.main([*words, "--stage1_logit", "off"]) == 0
     folder = place / "later" / "classification"
     found = read(folder / "metrics.json")
     for part, name in (("val", "validation"), ("test", "test")):
@@ -236,6 +238,55 @@ def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(
     row = page[page.index(f'<th scope="row">{STAGE_1}') :]
     for text in (line, re.sub("<[^>]+>", "", row[: row.index("</tr>")])):
         assert f"{gain:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]" in text
+
+
+def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(
+    calibrated: tuple[Path, dict[str, dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place, figures = calibrated
+    words = ["--data_path", str(place / "data.csv"), "--output_dir", str(tmp_path)]
+    words += ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE), "--model_name", "tiny"]
+    words += ["--epochs", "1", "--head_lr", "1", "--log_file", "none", "--min_cell", "0"]
+    assert trainer.main(words) == 0
+    said = "weight beside stage 1: 0: the language model adds nothing here"
+    assert said in capsys.readouterr().out
+    folder = tmp_path / "classification"
+    found = read(folder / "metrics.json")
+    assert found["residual_weight"] == 0
+    assert read(folder / "best" / "config.json")["residual_weight"] == 0
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "the language model adds nothing here" in page
+    for name in ("validation", "test"):
+        stage_1 = figures["platt"][name]["auroc"]["value"]
+        assert found[name]["auroc"]["value"] == pytest.approx(stage_1, abs=1e-6)
+    out = tmp_path / "new.csv"
+    words = ["--predict", "--checkpoint", str(folder), "--predictions", str(out)]
+    assert trainer.main([*words, "--data_path", str(place / "data.csv")]) == 0
+    saved = pd.read_csv(folder / "predictions_test.csv", dtype={"id": str})
+    new = pd.read_csv(out, dtype={"id": str}).set_index("id").loc[saved["id"]]
+    np.testing.assert_allclose(new["probability"], saved["probability"], atol=1e-6)
+
+
+def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labels, offset = np.array([0.0, 1, 0, 1, 0, 1]), np.zeros(6)
+    logit = np.array([-1.0, 3, -1, 3, 2, -2])
+    raw = Predictions(0.5, labels, logit, np.arange(6), offset)
+    stage = stage_of_patients("--freeze_ode")
+    assert isinstance(stage.model, TrajectoryLLM)
+    with caplog.at_level("INFO"):
+        weighted = weigh_language_model(stage, {"val": raw, "test": raw})
+    weight = stage.model.residual_weight
+    assert 0 < weight < 1
+    assert stage.config["residual_weight"] == weight
+    assert f"weight beside stage 1: {weight:g}, chosen on the validation part" in caplog.text
+    for part in ("val", "test"):
+        assert weighted[part].logit == pytest.approx(weight * logit)
+    alone = stage_of_patients("--soft_prompt", "off")
+    assert weigh_language_model(alone, {"val": raw})["val"] is raw
 
 
 @pytest.mark.parametrize(

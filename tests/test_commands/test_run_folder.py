@@ -114,6 +114,8 @@ def test_a_run_holds_its_folder_and_leaves_its_facts(folder: Path) -> None:
     assert run is not None
     assert {key: run[key] for key in FACTS} == FACTS
     assert set(run["results_sha256"]) == {"trajectory/history.jsonl", TRAJECTORY_FILE}
+    assert run["cost"]["tokens"] == 12.0
+    assert run["cost"]["memory_mib"] > 1
     assert is_complete(folder)
     assert not checkpoint_store(folder).folder.exists()
 

@@ -36,6 +36,7 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
         "mode": "classification",
         "ode_checkpoint": None,
         "output_dir": folder,
+        "reference": "text",
         "seed": 3,
         "seeds": 2,
         "trajectory_only": True,
@@ -229,9 +230,11 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
         seen.append((args.seed, args.ablation))
         folder = write_run(args.output_dir / "ablation", args.seed)
         table = pd.read_csv(folder / "predictions_test.csv")
-        table["text alone"] = 1 - table["probability"]
-        table = table.rename(columns={"probability": "stage 1 alone"})
+        table["text"] = 1 - table["probability"]
+        table = table.rename(columns={"probability": "stage 1"})
         table.to_csv(folder / "predictions_test.csv", index=False)
+        costs = {"stage 1": {"tokens": args.seed, "memory_mib": None}, "last value": {}}
+        (folder / "ablation.json").write_text(json.dumps({**costs, "text": {"tokens": 70}}))
         return 0
 
     monkeypatch.setattr(seeds, "run_ablation", ablation)
@@ -239,8 +242,10 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     assert run_seeds(args, keep, fake_train([])) == 0
     assert (len(read), seen) == (1, [(3, True), (4, True)])
     results = json.loads((tmp_path / "seeds_ablation.json").read_text())
-    assert set(results) == {"last value", "stage 1 alone", "text alone"}
-    gain = results["text alone"]["minus_reference"]["auroc"]
+    assert set(results) == {"last value", "stage 1", "text"}
+    assert [results[name].get("tokens") for name in ("stage 1", "text")] == [3.5, 70]
+    assert results["text"]["minus_reference"]["auroc"]["value"] == 0, "the reference"
+    gain = results["stage 1"]["minus_reference"]["auroc"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     page = (tmp_path / "seeds_ablation.html").read_text()
     assert "What each part adds, seeds 3 to 4: Death" in page

@@ -144,7 +144,7 @@ def test_the_sentences_name_reference_and_best_model() -> None:
 
 
 def with_combined(seed: int) -> pd.DataFrame:
-    """Predictions with a blend better than the models, and the combined model better still."""
+    """Predictions with a blend better than the models; the first is part of the combined."""
     table = table_of(seed)
     noise = np.random.default_rng(seed).normal(size=(2, len(table)))
     risks = expit(2 * table["label"].to_numpy() + noise)
@@ -163,7 +163,7 @@ def test_the_combined_model_is_compared_with_its_blend_over_all_splits() -> None
     _, second, third = comparison_sentences(results, "bad")
     assert second.startswith("The highest AUROC has blend with facts: ")
     assert third == (
-        "combined (the mean of the logits of bad and blend with facts) minus blend with facts "
+        "combined (the mean of the logits of good and blend with facts) minus blend with facts "
         f"alone: paired difference {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
     )
 

@@ -13,8 +13,10 @@ from sklearn.metrics import log_loss
 from cohorts import ones, simulate
 from medgemma_clinical.evaluation.calibration import weighted_calibration
 from medgemma_clinical.evaluation.decision import (
+    RESIDUAL_WEIGHTS,
     DecisionRule,
     fit_decision_rule,
+    fit_residual_weight,
     youden_threshold,
 )
 from medgemma_clinical.evaluation.predictions import Predictions
@@ -133,3 +135,35 @@ def test_predictions_follow_their_rule() -> None:
     assert moved.probability == pytest.approx(expit(1 + 2 * logit))
     assert moved.alarms.tolist() == [False, True, True, True]
     assert moved.auroc() == raw.auroc()
+
+
+def test_the_residual_weight_has_the_lowest_loss_of_the_grid() -> None:
+    rng = np.random.default_rng(0)
+    offset, residual = rng.normal(size=(2, 4000))
+    labels = (rng.random(4000) < expit(offset + 0.4 * residual)).astype(float)
+    assert fit_residual_weight(labels, offset, offset + residual) == pytest.approx(0.4, abs=0.11)
+    assert fit_residual_weight(labels, offset, offset + 0.4 * residual) >= 0.9
+    losses = [log_loss(labels, expit(offset + w * residual)) for w in RESIDUAL_WEIGHTS]
+    best = RESIDUAL_WEIGHTS[int(np.argmin(losses))]
+    assert fit_residual_weight(labels, offset, offset + residual) == best
+
+
+def test_a_residual_that_does_not_order_patients_better_counts_nothing() -> None:
+    rng = np.random.default_rng(1)
+    offset = rng.normal(size=2000)
+    labels = (rng.random(2000) < expit(offset)).astype(float)
+    noise = offset + rng.normal(size=2000)
+    assert fit_residual_weight(labels, offset, noise) == 0
+    assert fit_residual_weight(labels, offset, -offset) == 0
+    # A better loss is no better order: that is what --calibrate is for.
+    timid = labels, offset / 2, offset
+    assert log_loss(labels, expit(offset)) < log_loss(labels, expit(offset / 2))
+    assert fit_residual_weight(*timid) == 0
+    assert fit_residual_weight(labels, offset, offset) == 0
+
+
+def test_predictions_take_a_weight_for_all_but_stage_1s_share() -> None:
+    labels, logit, offset = np.array([0.0, 1]), np.array([1.0, 3.0]), np.array([0.5, -1.0])
+    raw = Predictions(0.5, labels, logit, np.arange(2), offset)
+    assert raw.with_residual_weight(0.25).logit == pytest.approx([0.625, 0.0])
+    assert raw.with_residual_weight(1).logit.tolist() == logit.tolist()

@@ -321,7 +321,7 @@ def test_facts_of_a_folder_are_checked_before_anything_is_built(best: Path) -> N
         read_config(best)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"format": 6, "files_sha256": 3}', "{"])
+@pytest.mark.parametrize("text", ["[]", "3", '{"format": 7, "files_sha256": 3}', "{"])
 def test_a_configuration_that_is_no_object_is_refused(text: str, best: Path) -> None:
     (best / CONFIG).write_text(text)
     with pytest.raises(InputError, match=r"damaged: config\.json cannot be read"):

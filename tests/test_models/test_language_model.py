@@ -576,3 +576,24 @@ def test_an_empty_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="--model_name"):
         load_language_model(str(folder), "none", torch.float32, CPU)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_random_weights_have_the_shape_of_the_model_and_are_always_the_same(
+    quantization: str, folders: dict[str, Path]
+) -> None:
+    def random_model() -> Any:
+        folder = str(folders["hub"])
+        return load_language_model(folder, quantization, torch.float32, CPU, weights="random")[0]
+
+    torch.manual_seed(1)
+    one = random_model()
+    torch.manual_seed(2)
+    two, trained = random_model().state_dict(), load(folders["hub"], quantization).state_dict()
+    assert not any(parameter.requires_grad for parameter in one.parameters())
+    for name in [name for name in trained if name.endswith("weight")]:
+        assert torch.equal(one.state_dict()[name], two[name])
+        assert two[name].shape == trained[name].shape
+    matrices = [name for name in trained if name.endswith("q_proj.weight")]
+    assert len(matrices) == LAYERS
+    assert not any(torch.equal(two[name], trained[name]) for name in matrices)

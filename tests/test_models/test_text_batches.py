@@ -265,3 +265,10 @@ def test_a_frozen_encoder_is_asked_once_and_its_states_equal_fresh_ones(
     )
     model(collate(rows)).loss.backward()
     assert calls == []
+
+
+def test_the_mean_tokens_of_rows_are_those_that_reach_the_decoder(questions: TextCollator) -> None:
+    model = classifier_and_writer().classifier
+    batch = questions(ROWS)
+    reached = model.embed(batch, model.trajectory(batch)).mask.sum() / len(ROWS)
+    assert questions.mean_tokens(np.array(ROWS), model.tokens) == pytest.approx(float(reached))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -374,3 +375,82 @@ def test_a_batch_without_answers_gives_the_verdict_and_no_loss(
     output = parts.writer(questions(ROWS))
     assert (output.loss.item(), output.terms) == (0.0, 0)
     torch.testing.assert_close(output.logit, parts.writer(batch).logit, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------- stage 1's logit, controls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_counts_for_the_language_models_share_alone(
+    kind: str, batch: TextBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = getattr(classifier_and_writer(), kind)
+    whole = model(batch)
+    assert whole.offset is not None
+    torch.testing.assert_close(whole.offset, stage1_of(model)(batch).logit)
+    for weight in (0.0, 0.3):
+        monkeypatch.setattr(model, "residual_weight", weight)
+        expected = whole.offset + weight * (whole.logit - whole.offset)
+        torch.testing.assert_close(model(batch).logit, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_stage_1s_logit_the_answer_is_the_language_models(
+    kind: str, batch: TextBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = getattr(classifier_and_writer(), kind)
+    whole = model(batch)
+    monkeypatch.setattr(model, "adds_stage1", False)
+    alone = model(batch)
+    assert not alone.offset.any()
+    torch.testing.assert_close(alone.logit, whole.logit - whole.offset)
+    assert not torch.equal(alone.loss, whole.loss)
+
+
+def test_without_stage_1s_logit_the_head_starts_at_the_prevalence(
+    parts: Parts, batch: TextBatch
+) -> None:
+    model = parts.classifier
+    words: dict[str, Any] = {
+        "tokens": PREFIX,
+        "scale": 1.0,
+        "bos": model.bos,
+        "verdict": model.verdict,
+    }
+    new = LLMClassifier(model.stage1, model.llm, prevalence=0.3, stage1_logit=False, **words)
+    torch.testing.assert_close(new(batch).logit.sigmoid(), torch.full((len(ROWS),), 0.3))
+
+
+def test_a_shuffled_row_reads_the_soft_tokens_of_the_next_and_all_else_of_its_own(
+    batch: TextBatch,
+) -> None:
+    model = classifier_and_writer().classifier
+    own = model.trajectory(batch)
+    model.shuffled = True
+    other = model.trajectory(batch)
+    assert own is not None
+    assert other is not None
+    for row in range(len(ROWS)):
+        assert torch.equal(other.states[row], own.states[row - 1])
+        assert torch.equal(other.mask[row], own.mask[row - 1])
+    assert torch.equal(other.logit, own.logit)
+
+
+def test_a_shuffled_row_that_is_alone_reads_no_soft_token(parts: Parts) -> None:
+    model = classifier_and_writer().classifier
+    model.shuffled = True
+    alone = parts.collate([3])
+    trajectory = model.trajectory(alone)
+    assert model.embed(alone, trajectory).mask.sum() == 1 + alone["text_mask"].sum()
+
+
+def test_a_stage_1_without_soft_tokens_gives_its_logit_alone(
+    parts: Parts, batch: TextBatch
+) -> None:
+    model = parts.classifier
+    words: dict[str, Any] = {"tokens": 0, "scale": 1.0, "bos": model.bos, "verdict": model.verdict}
+    new = LLMClassifier(model.stage1, model.llm, prevalence=0.3, **words)
+    assert new.projection is None
+    trajectory = new.trajectory(batch)
+    assert new.embed(batch, trajectory).mask.sum() == len(ROWS) + batch["text_mask"].sum()
+    torch.testing.assert_close(new(batch).logit, stage1_of(new)(batch).logit)
