@@ -20,6 +20,7 @@ from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.models.checkpoints import HAI_DEF_NOTICE, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.stage import Stage
 
@@ -118,12 +119,14 @@ def test_the_winner_reloaded_scores_what_metrics_json_says(
     for parameter in built.trainable_parameters().values():
         torch.nn.init.normal_(parameter)
     built.load(runs / stage)
+    if isinstance(built.model, TrajectoryLLM):
+        built.model.residual_weight = read_config(runs, stage)["residual_weight"]
     for part in ("val", "test"):
         scored = evaluate(built.model, built.loaders[part], torch.device("cpu"))
         saved = pd.read_csv(runs / stage / f"predictions_{part}.csv", dtype={"id": str})
         rule = DecisionRule.from_config(read_config(runs, stage))
         risk = scored.with_rule(rule).probability
-        assert np.array_equal(risk, saved["probability"])
+        np.testing.assert_allclose(risk, saved["probability"], rtol=1e-6)
         assert np.array_equal(data.dataset.ids[scored.rows], saved["id"])
         assert np.array_equal(scored.labels, saved["label"])
 
