@@ -122,12 +122,13 @@ def test_each_arm_differs_by_its_own_switches_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unbegun")
 def test_every_arm_stands_beside_stage_1_and_the_baselines(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = FakeTraining()
+    fake, forgotten = FakeTraining(), []
+    monkeypatch.setattr(several_runs, "reset_peak_memory", lambda: forgotten.append(1))
     with caplog.at_level(logging.INFO):
         assert run_ablation(arguments(tmp_path), DATASET, fake.train) == 0
-    assert len(fake.made) == len(ARMS)
+    assert len(fake.made) == len(ARMS) == len(forgotten), "each arm has a peak of its own"
     results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
     assert list(results) == [*ARMS, "last value"]
     table = pd.read_csv(tmp_path / "ablation" / "predictions_test.csv", dtype={"id": str})
@@ -300,6 +301,8 @@ def test_the_ablation_makes_what_is_missing_and_no_more(
     for result in (before, after):
         del result["soft prompt"]["seconds_an_epoch"], result["soft prompt"]["memory_mib"]
     assert after == before
+    assert trainer.main([*words, "--reference", "text", "--arms", "text"]) == 0
+    assert made == ["classification"], "finished arms serve every comparison"
 
 
 def test_other_flags_data_or_another_stage_1_make_a_arm_anew(
