@@ -1,4 +1,4 @@
-"""The data that benchmarks build: tests/benchmarks/nafld.py, and the grid of rivals.py."""
+"""The data that benchmarks build: nafld.py, splits.py, and the grid of rivals.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 import common
 import nafld
 import rivals
+import splits
 
 from dataset_format import MIMICtrajectoryDataset
 
@@ -180,3 +181,15 @@ def test_a_rival_that_fails_in_silence_is_no_result(
     monkeypatch.setattr(Rival, "trained", 2, raising=False)
     with pytest.raises(RuntimeError, match="GRU-D: training failed in epoch 3"):
         rivals.train_rival("GRU-D", file, 0, 50, 1.0)
+
+
+def test_the_large_test_parts_hold_each_patient_once_and_the_events_evenly() -> None:
+    one, other = (splits.split_rows(common.SAMPLE, seed, 400) for seed in (0, 1))
+    assert one["subject_id"].is_unique
+    assert one["split"].value_counts().to_dict() == {"train": 200, "test": 140, "val": 60}
+    events = one[splits.LABEL].astype(int).groupby(one["split"]).sum()
+    whole = pd.read_csv(common.SAMPLE)[splits.LABEL].mean()
+    for part, rows in one["split"].value_counts().items():
+        assert events[part] == pytest.approx(whole * rows, abs=1.5)
+    assert set(one["subject_id"]) != set(other["subject_id"])
+    assert one.equals(splits.split_rows(common.SAMPLE, 0, 400))
