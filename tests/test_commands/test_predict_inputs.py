@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands import results
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
@@ -33,7 +34,7 @@ def asked(table: pd.DataFrame) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def place(asked: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two members of stage 1, and stage 2 upon them."""
+    """A folder with two members of stage 1, and models upon them, some by half of their weight."""
     place = tmp_path_factory.mktemp("inputs")
     data = write_data(asked, place / "train.csv")
     words = ["--data_path", str(data), "--output_dir", str(place), "--log_file", "none"]
@@ -42,16 +43,21 @@ def place(asked: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path
     upon = [*TINY, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bootstrap, "REPLICATES", 20)
+        patch.setattr(results, "fit_residual_weight", lambda *_: 0.5)
         for flags in (
             stage1,
             upon,
             [*TINY, "--soft_prompt", "off", "--output_dir", f"{place}/text"],
+            [*upon, "--soft_prompt", "off", "--output_dir", f"{place}/logit"],
+            [*upon, "--stage1_logit", "off", "--output_dir", f"{place}/alone"],
         ):
             assert trainer.main([*words, *flags]) == 0
     return place
 
 
-@pytest.mark.parametrize("stage", ["trajectory", "classification"])
+@pytest.mark.parametrize(
+    "stage", ["trajectory", "classification", "logit/classification", "alone/classification"]
+)
 def test_the_risks_are_those_of_the_run(
     stage: str, place: Path, asked: pd.DataFrame, tmp_path: Path
 ) -> None:
