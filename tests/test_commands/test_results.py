@@ -272,9 +272,9 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(
 def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    labels, offset = np.array([0.0, 1, 0, 1, 0, 1]), np.zeros(6)
-    logit = np.array([-1.0, 3, -1, 3, 2, -2])
-    raw = Predictions(0.5, labels, logit, np.arange(6), offset)
+    labels, offset = np.tile([0.0, 1, 0, 1, 0, 1], 100), np.zeros(600)
+    logit = np.tile([-1.0, 3, -1, 3, 2, -2], 100)
+    raw = Predictions(0.5, labels, logit, np.arange(600), offset)
     stage = stage_of_patients("--freeze_ode")
     assert isinstance(stage.model, TrajectoryLLM)
     with caplog.at_level("INFO"):

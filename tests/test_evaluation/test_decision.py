@@ -137,15 +137,32 @@ def test_predictions_follow_their_rule() -> None:
     assert moved.auroc() == raw.auroc()
 
 
-def test_the_residual_weight_has_the_lowest_loss_of_the_grid() -> None:
+def residual_of(rows: int, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw labels by ``offset + share * residual``; return them, offset and the whole logit."""
     rng = np.random.default_rng(0)
-    offset, residual = rng.normal(size=(2, 4000))
-    labels = (rng.random(4000) < expit(offset + 0.4 * residual)).astype(float)
-    assert fit_residual_weight(labels, offset, offset + residual) == pytest.approx(0.4, abs=0.11)
-    assert fit_residual_weight(labels, offset, offset + 0.4 * residual) >= 0.9
-    losses = [log_loss(labels, expit(offset + w * residual)) for w in RESIDUAL_WEIGHTS]
-    best = RESIDUAL_WEIGHTS[int(np.argmin(losses))]
-    assert fit_residual_weight(labels, offset, offset + residual) == best
+    offset, residual = rng.normal(size=(2, rows))
+    labels = (rng.random(rows) < expit(offset + share * residual)).astype(float)
+    return labels, offset, offset + residual
+
+
+def test_the_residual_weight_is_the_smallest_within_a_standard_error_of_the_lowest_loss() -> None:
+    labels, offset, logit = residual_of(4000, share=0.5)
+    risks = expit([offset + w * (logit - offset) for w in RESIDUAL_WEIGHTS])
+    losses = -np.log(np.where(labels == 1, risks, 1 - risks))
+    best = int(losses.mean(axis=1).argmin())
+    assert RESIDUAL_WEIGHTS[best] == pytest.approx(0.5, abs=0.11)
+    gaps = losses - losses[best]
+    close = gaps.mean(axis=1) <= gaps.std(axis=1, ddof=1) / np.sqrt(len(labels))
+    expected = RESIDUAL_WEIGHTS[np.flatnonzero(close)[0]]
+    assert 0 < expected < RESIDUAL_WEIGHTS[best]
+    assert fit_residual_weight(labels, offset, logit) == expected
+
+
+def test_many_rows_leave_the_whole_of_a_sound_residual_and_few_rows_nothing() -> None:
+    assert fit_residual_weight(*residual_of(40_000, share=1.0)) >= 0.9
+    labels, offset, logit = residual_of(40_000, share=0.05)
+    few = slice(0, 200)
+    assert fit_residual_weight(labels[few], offset[few], logit[few]) == 0
 
 
 def test_a_residual_that_does_not_order_patients_better_counts_nothing() -> None:
