@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,21 @@ def test_text_and_stage_1s_logit_go_without_soft_tokens(tmp_path: Path) -> None:
     assert (whole.config["num_prefix_tokens"], whole.config["stage1_logit"]) == (8, False)
     output = whole.model(whole.loaders["train"].collate_fn(ROWS))
     torch.testing.assert_close(output.logit, output.logit[:1].expand(len(ROWS)))
+
+
+def test_a_control_of_random_weights_asks_for_them_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    load: Any = trainer.load_language_model
+
+    def counted(*args: Any, weights: str) -> Any:
+        asked.append(weights)
+        return load(*args, weights=weights)
+
+    monkeypatch.setattr(trainer, "load_language_model", counted)
+    configs = [stage_of_patients(*flags).config for flags in ((), ("--base_weights", "random"))]
+    assert asked == ["pretrained", "random"] == [config["base_weights"] for config in configs]
 
 
 def test_a_control_reads_soft_tokens_of_another_row_and_says_so() -> None:

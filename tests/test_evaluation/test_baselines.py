@@ -67,9 +67,10 @@ def test_facts_get_baselines_of_their_own() -> None:
     split = dataset.split(0)
     tables = baseline_tables(dataset, split["train"], 0)
     assert list(tables)[-2:] == ["gradient boosting", "gradient boosting with facts"]
+    assert list(tables["facts alone"]) == ["year (number)"], "and no series"
     risks = fit_baselines(tables, dataset.labels, dataset.groups, split)
     test = dataset.labels[split["test"]]
-    for name in ("logistic regression with facts", "blend with facts"):
+    for name in ("facts alone", "logistic regression with facts", "blend with facts"):
         known = risks[name]["test"]
         assert known[test == 1].min() > known[test == 0].max(), name
     assert list(baseline_tables(MIMICtrajectoryDataset(table.iloc[:, :2]), split["train"], 0)) == [
