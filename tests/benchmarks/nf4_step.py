@@ -62,6 +62,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2, help="of a batch")
     parser.add_argument("--max_text_tokens", type=int, default=256)
     parser.add_argument("--precision", default="auto")
+    modes = ["classification", "generative"]
+    parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
     parser.add_argument("--toy", action="store_true", help="two narrow layers")
     arguments = parser.parse_args()
     sys.stdout.write(machine("torch", "transformers", "peft", "bitsandbytes") + "\n")
@@ -75,7 +77,7 @@ def main() -> int:
         writer.join()
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         sys.stdout.write(f"random weights: {size / 1e9:.1f} GB\n")
-        for mode in ("classification", "generative"):
+        for mode in arguments.modes:
             sys.stdout.write("\n".join(dry_run(mode, Path(folder), arguments)) + "\n")
             sys.stdout.flush()
     return 0
