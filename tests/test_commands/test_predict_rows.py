@@ -14,6 +14,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.commands import predict, predict_rows
+from medgemma_clinical.evaluation import decision
 from predicting import (
     MARKER,
     SERIES,
@@ -85,8 +86,10 @@ def test_each_report_gives_the_verdict_of_its_prediction(
 
 
 def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Whatever a tiny model has learned, each verdict is taken for about half of the rows.
+    monkeypatch.setattr(decision, "youden_threshold", lambda _, risks: float(np.median(risks)))
     few = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=80, dtype=str)
     data = write_data(few, tmp_path / "train.csv")
     words = ["--mode", "generative", "--series", "serum bicarbonate,potassium,pH", "--min_cell"]
