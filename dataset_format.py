@@ -92,7 +92,7 @@ from medgemma_clinical.data.texts import (
     Clause,
     PromptOptions,
     change_clause,
-    clause_text,
+    computed_sentences,
     main_clauses,
     plain,
     short_clause,
@@ -402,9 +402,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             pairs = zip(*(column[first:] for column in measured.get(f, ())), strict=True)
             shown = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
             sentences.append(f"{self.features[f]}{unit}: {shown}. ")
-            if options.computed and f == self.main and f in measured:
-                change = change_clause(self.units[f], *measured[f])
-                sentences.append(f"{clause_text(change)}. ")
+            if options.computed and f in measured:
+                sentences += computed_sentences(self.units[f], *measured[f], main=f == self.main)
         return "".join(sentences)
 
     def report_clauses(self, i: int) -> list[Clause]:

@@ -298,14 +298,21 @@ def test_the_prompt_holds_the_series_that_were_chosen(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", SERIES_TEXT)
-def test_what_a_report_computes_follows_the_values_of_the_main_series(choice: str) -> None:
+def test_what_a_report_computes_follows_the_values_of_each_series(choice: str) -> None:
     dataset = MIMICtrajectoryDataset(THREE)
     prompt = dataset.prompt(0, PromptOptions(series=choice, computed=True))
     values = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
-    sentence = "Net change -4 mEq/L, -2 mEq/L an hour: falling. "
+    sentence = (
+        "lowest 20 mEq/L at 2 h, highest 24 mEq/L at 0 h. "
+        "Net change -4 mEq/L, -2 mEq/L an hour: falling. "
+    )
     expected = PROMPTS[choice].replace(values, values + sentence)
+    expected = expected.replace("250 (2.5h). ", "250 (2.5h). falling. ")
     assert prompt == expected + "Will care have to be escalated?\n"
     assert (sentence in prompt) == (choice in ("all", "main"))
+    only = "glucose (mg/dL): 90 (4h). Blood urea: 6 (1h) -> 5 (4h). falling. "
+    other = dataset.prompt(1, PromptOptions(series=choice, computed=True))
+    assert (only in other) == (choice == "all")
 
 
 def test_a_report_states_the_main_series_in_full_and_first_and_last_of_the_others() -> None:

@@ -79,7 +79,7 @@ def test_a_writer_finds_what_it_would_have_to_compute_in_its_prompt() -> None:
     computing = PromptOptions(computed=True)
     shortened = PromptOptions(computed=True, latest=1)
     for i in range(100):
-        computed = dataset.report(i)[dataset.report(i).index("Net change") :]
+        computed = dataset.report(i)[dataset.report(i).index("lowest") :]
         assert computed in dataset.prompt(i, computing)
         assert computed in dataset.prompt(i, shortened)  # of the whole series, not of its end
 

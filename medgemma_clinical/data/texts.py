@@ -124,6 +124,17 @@ def short_clause(
     return [f"{start}from ", *first, " h to ", *last, " h, ", direction(values[-1] - values[0])]
 
 
+def computed_sentences(
+    unit: str, times: NDArray[np.float64], values: NDArray[np.float64], *, main: bool
+) -> list[str]:
+    """Return what a report computes from a series, in its words, as sentences of a prompt."""
+    if not main:  # its report has a direction behind two values or more
+        return [f"{direction(values[-1] - values[0]).text}. "] if len(values) > 1 else []
+    extremes = "".join(map(clause_text, main_clauses("", unit, times, values)[2:]))
+    change = clause_text(change_clause(unit, times, values))
+    return [f"{extremes.removeprefix(', ')}. ", f"{change}. "]
+
+
 @dataclass(frozen=True)
 class ReportScore:
     """How true a written report is.

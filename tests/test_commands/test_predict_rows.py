@@ -14,6 +14,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.commands import predict, predict_rows
+from medgemma_clinical.evaluation import decision
 from predicting import (
     MARKER,
     SERIES,
@@ -82,6 +83,32 @@ def test_each_report_gives_the_verdict_of_its_prediction(
     words = out["prediction"].map({0: f"{outcome}: no", 1: f"{outcome}: yes"})
     assert [r.startswith(w) for r, w in zip(out["report"], words, strict=True)] == [True] * 100
     assert words.nunique() == 2
+
+
+def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever a tiny model has learned, each verdict is taken for about half of the rows.
+    monkeypatch.setattr(decision, "youden_threshold", lambda _, risks: float(np.median(risks)))
+    few = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=80, dtype=str)
+    data = write_data(few, tmp_path / "train.csv")
+    words = ["--mode", "generative", "--series", "serum bicarbonate,potassium,pH", "--min_cell"]
+    words += ["0", "--data_path", str(data), "--output_dir", str(tmp_path), "--log_file", "none"]
+    words += ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
+    assert trainer.main(words) == 0
+    folder = tmp_path / "generative"
+    threshold = json.loads((folder / "metrics.json").read_text())["threshold"]
+    out = predicted(folder, data, tmp_path / "out.csv")
+    assert out["prediction"].nunique() == 2
+    assert (out["prediction"] == (out["probability"] >= threshold)).all()
+    told = out["report"].str.extract("^In-hospital death: (yes|no)")[0]
+    assert (told == out["prediction"].map({0: "no", 1: "yes"})).all()
+    lines = pd.read_json(folder / "generations_test.jsonl", lines=True, dtype={"id": str})
+    assert lines["target"].str.contains("potassium: .*ph: ", regex=True).all()
+    told = lines["text"].str.extract("^In-hospital death: (yes|no)")[0]
+    assert (told == lines["verdict"].map({0: "no", 1: "yes"})).all()
+    assert (lines["verdict"] == (lines["probability"] >= threshold)).all()
+    assert lines["verdict"].tolist() == out.set_index("id")["prediction"][lines["id"]].tolist()
 
 
 def test_labels_may_be_missing_wrong_or_absent_however_strict(

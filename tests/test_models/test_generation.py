@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import SAMPLE
+from dataset_format import Description, MIMICtrajectoryDataset
 from language_models import (
     Parts,
     classifier_and_writer,
@@ -193,3 +196,29 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
     figures = write_and_save(parts, tmp_path / "reports.jsonl", rows)
     assert figures["true_number_share"] < 0.5
     assert 0.5 < figures["parse_share"] < 1  # a single observation has no rate, so another form
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong", "parses"),
+    [
+        (("", ""), 0, True),
+        (("4.4 mEq/L at 10.62", "4.5 mEq/L at 10.62"), 1, True),
+        (("4 mEq/L at 33.12 h", "4 mEq/L at 33.2 h"), 1, True),
+        (("0.7 mg/dL", "0.07 mg/dL"), 1, True),
+        ((" creatinine: from", " creatinine: only"), 4, False),
+    ],
+)
+def test_a_wrong_number_of_a_later_series_counts_as_one(
+    change: tuple[str, str], wrong: int, parses: bool, tmp_path: Path
+) -> None:
+    names = ["serum bicarbonate", "potassium", "creatinine"]
+    table = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=1, dtype=str)
+    description = Description(series="Serum bicarbonate", unit="mmol/L", outcome="Death")
+    dataset = MIMICtrajectoryDataset(table, description=description, series=names)
+    predictions = Predictions(0.0, dataset.labels, np.array([-2.0]), np.array([0]))
+    text = dataset.report(0).replace(*change)
+    assert (text == dataset.report(0)) == (not wrong)
+    figures = save_reports(tmp_path / "reports.jsonl", dataset, {0: text}, predictions)
+    assert figures["numbers_stated"] == 18
+    assert figures["true_number_share"] == (18 - wrong) / 18
+    assert figures["parse_share"] == parses
