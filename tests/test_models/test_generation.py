@@ -215,7 +215,7 @@ def test_a_wrong_number_of_a_later_series_counts_as_one(
     table = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=1, dtype=str)
     description = Description(series="Serum bicarbonate", unit="mmol/L", outcome="Death")
     dataset = MIMICtrajectoryDataset(table, description=description, series=names)
-    predictions = Predictions(0.0, dataset.labels, np.array([-2.0]), np.array([0]))
+    predictions = Predictions(0.0, dataset.labels, np.array([-2.0]), np.array([0]), np.zeros(1))
     text = dataset.report(0).replace(*change)
     assert (text == dataset.report(0)) == (not wrong)
     figures = save_reports(tmp_path / "reports.jsonl", dataset, {0: text}, predictions)
