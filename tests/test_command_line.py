@@ -102,6 +102,7 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
         ("--trajectory_only --stage1_logit off", "no use for --stage1_logit"),
         ("--trajectory_only --base_weights random", "no use for --base_weights"),
         ("--soft_prompt off --freeze_ode", "without --ode_checkpoint has no use for --freeze_ode"),
+        ("--soft_prompt off --stage1_logit off", "without --ode_checkpoint has no use for"),
         ("--stage1_logit off", "give a trained stage 1 by --ode_checkpoint"),
         (
             "--soft_prompt off --stage1_logit off --ode_checkpoint x.pt",

@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
-from medgemma_clinical.commands.compare import join_predictions
+from medgemma_clinical.commands.compare import join_predictions, read_predictions
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several_runs import Train, run_or_continue, stage_folder
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation.baselines import (
-    BLEND,
-    BOOSTING,
-    FACTS_ALONE,
-    LOGISTIC,
-    WITH_FACTS,
+from medgemma_clinical.evaluation.comparison import (
+    TESTED,
+    Results,
+    compare_models,
+    write_comparison,
 )
-from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
-from medgemma_clinical.files import InputError, write_text
+from medgemma_clinical.files import InputError, read_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE_1 = "stage 1"
@@ -51,12 +49,6 @@ ARMS: dict[str, dict[str, Any]] = {
 """The models that are compared, each with the flags that make it; of stage 2 unless they say
 otherwise. A path is below the output folder."""
 
-BASELINES = [
-    FACTS_ALONE,
-    *(name + facts for name in (LOGISTIC, BOOSTING, BLEND) for facts in ("", WITH_FACTS)),
-]
-"""Simple models that can be the reference too."""
-
 
 def run_ablation(
     args: Namespace, dataset: TrajectoryDataset, train: Train, seed_title: str = ""
@@ -76,7 +68,7 @@ def run_ablation(
         0, or the exit code of the arm that failed.
 
     Raises:
-        InputError: see ``chosen_arms`` and ``train``.
+        InputError: see ``chosen_arms``, ``check_reference`` and ``train``.
     """
     folders = {}
     for name in chosen_arms(args.arms, args.reference):
@@ -84,6 +76,8 @@ def run_ablation(
         folders[name] = stage_folder(own)
         if code := run_or_continue(f"{seed_title}{name}", own, dataset, train):
             return code
+        if name == STAGE_1:
+            check_reference(args.reference, folders[name])
     if processes().is_main_process:
         with quiet_console() if seed_title else contextlib.nullcontext():
             write_results(folders, dataset.outcome, args)
@@ -94,21 +88,31 @@ def chosen_arms(names: Collection[str] | None, reference: str) -> list[str]:
     """Return the arms to make, in the order of ``ARMS``.
 
     Stage 1 is always one of them, since others build on it and its baselines are compared, and so
-    is the reference.
+    is the reference, if it is an arm.
 
     Args:
         names: of the command line; None for all.
         reference: an arm, or a baseline.
 
     Raises:
-        InputError: naming one that does not exist.
+        InputError: naming an arm that does not exist.
     """
     if unknown := sorted(set(names or ()) - set(ARMS)):
-        raise InputError(f"--arms {', '.join(unknown)}: choose of {', '.join(ARMS)}")
-    if reference not in [*ARMS, *BASELINES]:
-        raise InputError(f"--reference {reference}: choose of {', '.join([*ARMS, *BASELINES])}")
+        raise InputError(f"--arms {', '.join(unknown)}: choose from {', '.join(ARMS)}")
     chosen = {STAGE_1, reference, *(ARMS if names is None else names)}
     return [name for name in ARMS if name in chosen]
+
+
+def check_reference(name: str, stage_1: Path) -> None:
+    """Check that the reference is an arm, or a baseline of a finished stage 1.
+
+    Raises:
+        InputError: naming all that it can be.
+    """
+    processes().wait_for_everyone()  # the first one writes the predictions
+    choices = [*ARMS, *read_predictions(stage_1, STAGE_1).columns.drop([*TESTED, STAGE_1])]
+    if name not in choices:
+        raise InputError(f"--reference {name}: choose from {', '.join(choices)}")
 
 
 def arm_arguments(name: str, args: Namespace) -> Namespace:
@@ -128,11 +132,10 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
     """Compare the arms with the reference and with the baselines; write ``ablation/``."""
     place = args.output_dir / "ablation"
     table = join_predictions(folders)
-    if args.reference not in table:
-        raise InputError(f"--reference {args.reference}: no such baseline, the data have no facts")
     results = compare_models([table], args.reference, args.seed, args.min_cell)
     for name, folder in folders.items():
-        results[name] |= cost_of(folder)
+        results[name] |= {**cost_of(folder), "residual_weight": weight_of(folder)}
+    place.mkdir(exist_ok=True)
     write_text(place / "predictions_test.csv", table.to_csv(index=False))
     write_comparison(
         place,
@@ -140,7 +143,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         results,
         args.reference,
         title=f"What each part adds: {outcome}",
-        sentences=[],
+        sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
     )
 
@@ -154,5 +157,20 @@ def cost_of(folder: Path) -> dict[str, float | None]:
     """
     lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
-    cost = (read_run(folder) or {})["cost"]
-    return {"seconds_an_epoch": seconds, **cost}
+    run = read_run(folder)
+    assert run is not None
+    return {"seconds_an_epoch": seconds, **run["cost"]}
+
+
+def weight_of(folder: Path) -> float | None:
+    """Return the weight of a finished stage's language model beside stage 1; None without one."""
+    weight: float | None = read_json(folder / "metrics.json").get("residual_weight")
+    return weight
+
+
+def unused_sentences(results: Results) -> list[str]:
+    """Return a sentence on the arms whose language model has no weight, if there are any."""
+    unused = [name for name, each in results.items() if each.get("residual_weight") == 0]
+    if not unused:
+        return []
+    return [f"Weight 0, the language model adds nothing to stage 1: {', '.join(unused)}."]

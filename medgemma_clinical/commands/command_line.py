@@ -394,7 +394,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
     elif off and args.ode_checkpoint is None:
         stage1 = {"--freeze_ode", "--dynamics", "--members", "--facts", "--prediction_time"}
-        _check_unused("--soft_prompt off without --ode_checkpoint", given & stage1)
+        unread = stage1 | {"--stage1_logit"}
+        _check_unused("--soft_prompt off without --ode_checkpoint", given & unread)
     elif args.stage1_logit == "off":
         if off:
             raise InputError("--soft_prompt off --stage1_logit off: leave --ode_checkpoint out")

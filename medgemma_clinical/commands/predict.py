@@ -86,10 +86,10 @@ def predict(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
-    if config.get("shuffled"):
+    if config.get("shuffled") or config.get("base_weights") == "random":
         raise InputError(
-            f"--checkpoint {request.checkpoint}: a control of --ablation, which reads the soft "
-            "tokens of other patients: take a model trained with --soft_prompt on or off"
+            f"--checkpoint {request.checkpoint}: a control of --ablation, with soft tokens of "
+            "other patients or random weights: take another model"
         )
     dataset = datasets[config["dataset"]]
     source = find_source(request, config, datasets)

@@ -41,7 +41,11 @@ from medgemma_clinical.evaluation.report_tables import (
     split_table,
 )
 from medgemma_clinical.files import write_json, write_text
-from medgemma_clinical.models.checkpoints import licence
+from medgemma_clinical.models.checkpoints import (
+    describe_language_model,
+    describe_weight,
+    licence,
+)
 from medgemma_clinical.models.generation import save_reports, write_reports
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
@@ -149,15 +153,8 @@ def weigh_language_model(stage: Stage, raw: dict[str, Predictions]) -> dict[str,
         return raw
     weight = fit_residual_weight(val.labels, val.offset, val.logit)
     model.residual_weight = stage.config["residual_weight"] = weight
-    logger.info("language model's weight beside stage 1: %s", describe_weight(weight))
+    logger.info("weight of the language model beside stage 1: %s", describe_weight(stage.config))
     return {part: each.with_residual_weight(weight) for part, each in raw.items()}
-
-
-def describe_weight(weight: float) -> str:
-    """Return the weight of a language model's logit beside stage 1's in words."""
-    if weight == 0:
-        return "0: the language model adds nothing here, the predictions are those of stage 1"
-    return f"{weight:g}, chosen on the validation part"
 
 
 def figures_for_tracker(metrics: dict[str, Any]) -> dict[str, float]:
@@ -316,14 +313,6 @@ def describe_stage1(config: dict[str, Any]) -> str:
     return f"encoder {config['encoder']['name']}{how}, members {config['members']}"
 
 
-def describe_model(config: dict[str, Any]) -> str:
-    """Return the base model of a checkpoint, and its weight beside stage 1's logit, in words."""
-    base: str = config.get("base_model") or "stage 1 alone"
-    if not config.get("stage1_logit"):
-        return base
-    return f"{base}; its weight beside stage 1: {describe_weight(config['residual_weight'])}"
-
-
 def model_card(
     stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
 ) -> dict[str, str]:
@@ -334,7 +323,8 @@ def model_card(
     return {
         **CARD,
         "Limits": LIMITS,
-        "Model": describe_model(stage.config),
+        "Model": "stage 1 alone" if base is None else describe_language_model(stage.config),
+        **({} if base is None else {"Weight beside stage 1": describe_weight(stage.config)}),
         **({"Stage 1": describe_stage1(stage.config)} if stage.config["encoder"] else {}),
         "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
         "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",

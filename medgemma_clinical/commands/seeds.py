@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands.ablation import run_ablation
+from medgemma_clinical.commands.ablation import run_ablation, unused_sentences
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.several_runs import (
@@ -24,7 +24,7 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.comparison import (
-    COSTS,
+    RUN_FIGURES,
     Results,
     compare_models,
     write_comparison,
@@ -110,7 +110,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         sentences = [best_by_validation(folders)]
     results = compare_models(_shared_models(tables), reference, args.seed, args.min_cell)
     if args.ablation:
-        add_costs(results, list(folders.values()))
+        add_run_figures(results, list(folders.values()))
+        sentences = unused_sentences(results)
     first, last = min(folders), max(folders)
     write_comparison(
         args.output_dir,
@@ -132,11 +133,11 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         logger.info("%s", sentence)
 
 
-def add_costs(results: Results, folders: list[Path]) -> None:
-    """Add to each arm what it cost, the mean over the ablations in ``folders``."""
+def add_run_figures(results: Results, folders: list[Path]) -> None:
+    """Add to each arm its cost and weight, the mean over the ablations in ``folders``."""
     ablations = [read_json(folder / "ablation.json") for folder in folders]
     for name, arm in ablations[0].items():
-        for cost in COSTS.keys() & arm.keys():
+        for cost in RUN_FIGURES.keys() & arm.keys():
             known = [each[name][cost] for each in ablations]
             results[name][cost] = None if None in known else float(np.mean(known))
 

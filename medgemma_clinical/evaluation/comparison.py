@@ -34,12 +34,13 @@ logger = logging.getLogger(__name__)
 TESTED = ["id", "patient", "label"]
 """Columns of a table of test predictions that say what was tested; each other one is a model."""
 
-COSTS = {
+RUN_FIGURES = {
     "seconds_an_epoch": ("s an epoch", ".3g"),
     "tokens": ("tokens", ".0f"),
     "memory_mib": ("MiB", ",.0f"),
+    "residual_weight": ("weight", ".2g"),
 }
-"""Figures of what a model cost, where they are known: title and form of each."""
+"""What a model cost, and the weight of its language model, where known: title and form."""
 
 Results = dict[str, dict[str, Any]]
 """By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference; of the
@@ -161,7 +162,7 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
             line[title] = _estimate(result[metric]).value_text(form)
             if "sd" in result[metric]:
                 line[f"sd of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
-        for cost, (title, form) in COSTS.items():
+        for cost, (title, form) in RUN_FIGURES.items():
             if result.get(cost) is not None:
                 line[title] = f"{result[cost]:{form}}"
         lines.append(line)
@@ -198,11 +199,11 @@ def comparison_sentences(results: Results, reference: str) -> list[str]:
     gain = results.get(COMBINED, {}).get("minus_blend")
     if not gain:
         return [first, second]
-    blend, combined = richest_blend(results), next(iter(results))
+    blend, first_model = richest_blend(results), next(iter(results))
     return [
         first,
         second,
-        f"{COMBINED} (the mean of the logits of {combined} and {blend}) minus {blend} alone: "
+        f"{COMBINED} (the mean of the logits of {first_model} and {blend}) minus {blend} alone: "
         f"paired difference {_estimate(gain['auroc']).text('+.3f')}.",
     ]
 

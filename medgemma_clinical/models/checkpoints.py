@@ -55,6 +55,7 @@ MODEL_CARD = """\
 
 A LoRA adapter and the modules beside it, trained on {base} ({revision}).
 
+- Weight of the language model beside stage 1: {weight}
 - Question: {question}
 - Outcome: {outcome}
 - Series: {series}
@@ -236,6 +237,25 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
 
 
+def describe_language_model(config: dict[str, Any]) -> str:
+    """Return the base model of stage 2 or 3, and what makes it a control, in words."""
+    words = [str(config["base_model"])]
+    if config["base_weights"] == "random":
+        words.append("with random weights in place of its own, a control")
+    if config["shuffled"]:
+        words.append("with soft tokens of other patients, a control")
+    return ", ".join(words)
+
+
+def describe_weight(config: dict[str, Any]) -> str:
+    """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
+    if not config["stage1_logit"]:
+        return "stage 1's logit is not added"
+    if config["residual_weight"] == 0:
+        return "0: the language model adds nothing here, the predictions are those of stage 1"
+    return f"{config['residual_weight']:g}, chosen on the validation part"
+
+
 def model_card(config: dict[str, Any]) -> str:
     """Return the README of a trained model."""
     base, files = config["base_model"], config["base_sha256"]
@@ -243,7 +263,8 @@ def model_card(config: dict[str, Any]) -> str:
     units = zip(config["features"], config["units"], strict=True)
     return MODEL_CARD.format(
         title="Written reports" if config["stage"] == "generative" else "Classification",
-        base=base,
+        base=describe_language_model(config),
+        weight=describe_weight(config),
         revision=f"{revision}, {config['quantization']}",
         question=config["question"],
         outcome=config["outcome"],

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +73,7 @@ def load_language_model(
         dtype: of computation, and of the weights where they are not quantised.
         device: of the weights.
         revision: commit of a hub model; None takes the latest.
-        weights: ``pretrained``, or ``random`` for always the same random ones, as a control.
+        weights: ``pretrained``, or ``random`` for a control, which is not quantised.
         origin: what names the model, for the log.
 
     Raises:
@@ -90,8 +89,12 @@ def load_language_model(
             raise InputError("--quantization nf4: not for the tiny model: use none")
         model, tokenizer = tiny_language_model()
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
-    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision, weights)
+    random = weights == "random"
+    kept = "none" if random else quantization
+    model, missing, tokenizer = _read_model(name, kept, dtype, device, revision)
     _check_loaded(name, missing, tokenizer)
+    if random:
+        draw_weights(model)
     for module in model.modules():
         # 4-bit weights that are repacked for fast CPU inference lose bits and gradients.
         if type(module).__name__ == "Linear4bit":
@@ -100,20 +103,14 @@ def load_language_model(
 
 
 def _read_model(
-    name: str,
-    quantization: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    revision: str | None,
-    weights: str,
+    name: str, quantization: str, dtype: torch.dtype, device: torch.device, revision: str | None
 ) -> tuple[PreTrainedModel, set[str], PreTrainedTokenizerBase]:
     """Return model, keys without weights, and tokenizer; no code of a checkpoint ever runs."""
     import transformers
 
     check_folder(name)
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-    with scratch as folder, _weights_report() as report:
+    with _weights_report() as report:
         try:
             check_sizes(name, transformers.PretrainedConfig.get_config_dict(name, **source)[0])
             config = transformers.AutoConfig.from_pretrained(name, **source)
@@ -121,13 +118,10 @@ def _read_model(
                 raise InputError(
                     f"--model_name {name}: a {config.model_type} model: give a Gemma 3"
                 )
-            text_config = getattr(config, "text_config", config)
-            if weights == "random":
-                write_random_model(folder, text_config, dtype)
             model, found = transformers.Gemma3ForCausalLM.from_pretrained(
-                folder if weights == "random" else name,
+                name,
                 **source,
-                config=text_config,
+                config=getattr(config, "text_config", config),
                 key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
                 quantization_config=nf4_config(dtype) if quantization == "nf4" else None,
                 dtype=dtype,
@@ -145,13 +139,19 @@ def _read_model(
     return model, found["missing_keys"], tokenizer
 
 
-def write_random_model(folder: str, config: Any, dtype: torch.dtype) -> None:
-    """Write a model of a shape with random weights, always the same, to be read as any other."""
-    from transformers import AutoModelForCausalLM
+@torch.no_grad()
+def draw_weights(model: PreTrainedModel) -> None:
+    """Replace the weights by random ones, always the same, as a Gemma 3 has before training.
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    Matrices are normal with the standard deviation of the model's configuration; norms, which
+    multiply by 1 + weight, are zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for weights in model.parameters():
+        drawn = torch.zeros(weights.shape)
+        if weights.ndim > 1:
+            drawn.normal_(0, model.config.initializer_range, generator=generator)
+        weights.copy_(drawn)
 
 
 def check_sizes(name: str, facts: dict[str, Any]) -> None:

@@ -142,7 +142,6 @@ def load_trained_model(
         DTYPES[precision or config["precision"]],
         default_device(),
         config["base_revision"] if model_name is None else None,
-        weights=config["base_weights"],
         origin="the checkpoint" if model_name is None else "--model_name",
     )
     model = build_llm(place, config, encoders, base, tokenizer)

@@ -142,7 +142,7 @@ class TrajectoryLLM(nn.Module):
             bos: id of the token that begins every input.
             verdict: ids of the tokens that tell yes from no.
             stage1_logit: add the logit of stage 1, where there is one.
-            shuffled: read the soft tokens of the next row of the batch, as a control.
+            shuffled: read the soft tokens of the row before in the batch, as a control.
             residual_weight: see the class.
         """
         super().__init__()

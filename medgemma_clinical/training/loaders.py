@@ -21,7 +21,8 @@ class LengthBatches(Sampler[list[int]]):
     """Positions in batches, the rows of a batch of about equal length where lengths are given.
 
     Training: shuffled, then sorted by length within runs of ``BUCKET`` batches, then the batches
-    shuffled. Otherwise sorted throughout, since no result depends on the order.
+    shuffled. Otherwise sorted throughout: no result depends on the order, except the control of
+    shuffled soft tokens.
 
     Of several processes each gets its share of every training batch, which is then as many times
     larger, or, for evaluation, every so many-th batch.

@@ -168,20 +168,49 @@ def test_chosen_arms_are_made_with_stage_1_and_compared_with_the_named_reference
     assert "minus facts as text" in page
 
 
-def test_the_reference_may_be_a_baseline_but_nothing_unknown() -> None:
-    assert chosen_arms(["text"], "blend with facts") == ["stage 1", "text"]
-    assert chosen_arms(None, "facts alone") == list(ARMS)
-    with pytest.raises(InputError, match="--arms words: choose of stage 1, "):
+@pytest.mark.usefixtures("unbegun")
+def test_the_reference_may_be_a_baseline(tmp_path: Path) -> None:
+    args = arguments(tmp_path, arms=["stage 1"], reference="last value")
+    fake = FakeTraining()
+    assert run_ablation(args, DATASET, fake.train) == 0
+    results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    assert (list(results), len(fake.made)) == (["stage 1", "last value"], 1)
+    assert results["last value"]["minus_reference"]["auroc"]["value"] == 0
+
+
+def test_an_unknown_arm_is_refused_before_all_training() -> None:
+    assert chosen_arms(["text"], "blend") == ["stage 1", "text"]
+    assert chosen_arms(None, "stage 1") == list(ARMS)
+    with pytest.raises(InputError, match="--arms words: choose from stage 1, "):
         chosen_arms(["words", "text"], "stage 1")
-    with pytest.raises(InputError, match=r"--reference words: choose of stage 1, .*blend"):
-        chosen_arms(None, "words")
 
 
 @pytest.mark.usefixtures("unbegun")
-def test_a_reference_that_the_data_do_not_have_is_named(tmp_path: Path) -> None:
-    args = arguments(tmp_path, arms=["text"], reference="facts alone")
-    with pytest.raises(InputError, match="--reference facts alone: no such baseline"):
-        run_ablation(args, DATASET, FakeTraining().train)
+def test_a_reference_that_the_data_do_not_have_is_refused_after_stage_1(tmp_path: Path) -> None:
+    args, fake = arguments(tmp_path, arms=["text"], reference="facts alone"), FakeTraining()
+    with pytest.raises(InputError, match=r"facts alone: choose from stage 1, .*, last value$"):
+        run_ablation(args, DATASET, fake.train)
+    assert [own.trajectory_only for own in fake.made] == [True]
+
+
+@pytest.mark.usefixtures("unbegun")
+def test_the_table_says_where_the_language_model_has_no_weight(tmp_path: Path) -> None:
+    fake = FakeTraining()
+
+    def train(args: Namespace, dataset: Any) -> int:
+        fake.train(args, dataset)
+        path = several_runs.stage_folder(args) / "metrics.json"
+        weight = {"none": 0.0, "all": 0.5}[args.series_text]
+        path.write_text(json.dumps({**json.loads(path.read_text()), "residual_weight": weight}))
+        return 0
+
+    args = arguments(tmp_path, arms=["soft prompt + logit", "text + soft prompt + logit"])
+    assert run_ablation(args, DATASET, train) == 0
+    page = (tmp_path / "ablation" / "ablation.html").read_text()
+    said = "Weight 0, the language model adds nothing to stage 1: soft prompt + logit."
+    assert said in page
+    results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    assert results["text + soft prompt + logit"]["residual_weight"] == 0.5
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -220,7 +249,7 @@ def test_finished_arms_are_left_and_stopped_ones_continued(
 
 
 @pytest.mark.usefixtures("unbegun")
-def test_a_arm_that_fails_ends_the_command_with_its_code(tmp_path: Path) -> None:
+def test_an_arm_that_fails_ends_the_command_with_its_code(tmp_path: Path) -> None:
     fake = FakeTraining()
 
     def fails(args: Namespace, dataset: Any) -> int:
@@ -305,7 +334,7 @@ def test_the_ablation_makes_what_is_missing_and_no_more(
     assert made == ["classification"], "finished arms serve every comparison"
 
 
-def test_other_flags_data_or_another_stage_1_make_a_arm_anew(
+def test_other_flags_data_or_another_stage_1_make_an_arm_anew(
     ablation: tuple[list[str], Path],
 ) -> None:
     words, _ = ablation

@@ -56,6 +56,10 @@ def control(folder: Path) -> None:
     change_config(folder, shuffled=True)
 
 
+def random_control(folder: Path) -> None:
+    change_config(folder, base_weights="random")
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -63,7 +67,8 @@ def control(folder: Path) -> None:
         (no_base, "--model_name no/such_model"),
         (other_data, "trained on --dataset sepsis"),
         (falling_slope, "damaged: decision.slope -1.0"),
-        (control, "a control of --ablation, which reads the soft tokens of other patients"),
+        (control, "a control of --ablation, with soft tokens of other patients"),
+        (random_control, "a control of --ablation, with soft tokens of other patients or random"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_one_line(

@@ -250,14 +250,16 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(
     words += ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE), "--model_name", "tiny"]
     words += ["--epochs", "1", "--head_lr", "1", "--log_file", "none", "--min_cell", "0"]
     assert trainer.main(words) == 0
-    said = "weight beside stage 1: 0: the language model adds nothing here"
+    said = "language model beside stage 1: 0: the language model adds nothing here"
     assert said in capsys.readouterr().out
     folder = tmp_path / "classification"
     found = read(folder / "metrics.json")
     assert found["residual_weight"] == 0
     assert read(folder / "best" / "config.json")["residual_weight"] == 0
     page = (folder / "report.html").read_text(encoding="utf-8")
+    card = (folder / "best" / "README.md").read_text(encoding="utf-8")
     assert "the language model adds nothing here" in page
+    assert "beside stage 1: 0: the language model adds nothing here" in card
     for name in ("validation", "test"):
         stage_1 = figures["platt"][name]["auroc"]["value"]
         assert found[name]["auroc"]["value"] == pytest.approx(stage_1, abs=1e-6)
@@ -282,7 +284,9 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(
     weight = stage.model.residual_weight
     assert 0 < weight < 1
     assert stage.config["residual_weight"] == weight
-    assert f"weight beside stage 1: {weight:g}, chosen on the validation part" in caplog.text
+    assert (
+        f"language model beside stage 1: {weight:g}, chosen on the validation part" in caplog.text
+    )
     for part in ("val", "test"):
         assert weighted[part].logit == pytest.approx(weight * logit)
     alone = stage_of_patients("--soft_prompt", "off")

@@ -233,7 +233,10 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
         table["text"] = 1 - table["probability"]
         table = table.rename(columns={"probability": "stage 1"})
         table.to_csv(folder / "predictions_test.csv", index=False)
-        costs = {"stage 1": {"tokens": args.seed, "memory_mib": None}, "last value": {}}
+        costs = {
+            "stage 1": {"tokens": args.seed, "memory_mib": None, "residual_weight": 0.0},
+            "last value": {},
+        }
         (folder / "ablation.json").write_text(json.dumps({**costs, "text": {"tokens": 70}}))
         return 0
 
@@ -248,6 +251,7 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     gain = results["stage 1"]["minus_reference"]["auroc"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     page = (tmp_path / "seeds_ablation.html").read_text()
+    assert "adds nothing to stage 1: stage 1." in page
     assert "What each part adds, seeds 3 to 4: Death" in page
 
 

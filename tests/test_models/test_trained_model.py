@@ -28,7 +28,6 @@ from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, write_json
-from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     TRAJECTORY_FILE,
@@ -111,23 +110,6 @@ def test_a_model_reads_what_it_read_in_training(key: str, run: Path, saved: dict
         output = changed(batch)
     assert not torch.allclose(output.logit, before, atol=1e-3)
     assert bool(output.offset.any()) == (key != "stage1_logit")
-
-
-def test_a_control_of_random_weights_is_rebuilt_on_random_weights(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def load(*args: Any, weights: str, **words: Any) -> Any:
-        asked.append(weights)
-        return load_language_model(*args, **words)
-
-    monkeypatch.setattr(trained_model, "load_language_model", load)
-    best = run / "classification" / "best"
-    load_trained_model(best, ENCODERS)
-    rehash(best, base_weights="random")
-    load_trained_model(best, ENCODERS)
-    assert asked == ["pretrained", "random"]
 
 
 @pytest.mark.parametrize("place", ["trajectory", TRAJECTORY_FILE])

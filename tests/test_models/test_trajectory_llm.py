@@ -421,7 +421,7 @@ def test_without_stage_1s_logit_the_head_starts_at_the_prevalence(
     torch.testing.assert_close(new(batch).logit.sigmoid(), torch.full((len(ROWS),), 0.3))
 
 
-def test_a_shuffled_row_reads_the_soft_tokens_of_the_next_and_all_else_of_its_own(
+def test_a_shuffled_row_reads_the_soft_tokens_of_the_row_before_and_all_else_of_its_own(
     batch: TextBatch,
 ) -> None:
     model = classifier_and_writer().classifier
