@@ -40,6 +40,7 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands.ablation import seconds_an_epoch
 from medgemma_clinical.commands.compare import read_predictions
+from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
@@ -52,6 +53,7 @@ from medgemma_clinical.evaluation.comparison import TESTED, compare_models, comp
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE1, TEXT, BOTH = "stage 1", "language model on the context", "language model on stage 1"
+PARSED = "regression on the program's words and numbers"
 WORDS, WORDS_SERIES = "regression on words", "regression on words and series"
 FACTS, FACTS_SERIES = "regression on true facts", "regression on true facts and series"
 
@@ -273,7 +275,9 @@ def rivals(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     facts = pd.get_dummies(pd.DataFrame(known_facts(table)), columns=["unit"]).astype(float)
     series = dataset.baseline_inputs()[LOGISTIC].reset_index(drop=True)
     texts = pd.DataFrame({"text": written["clinical_context"]})
+    parsed = dataset.fact_table(dataset.choose_facts(train, FEWEST))
     inputs = {
+        PARSED: (parsed, tuned_regression(folds)),
         WORDS: (texts, words_regression([], folds)),
         WORDS_SERIES: (texts.join(series), words_regression(list(map(str, series)), folds)),
         FACTS: (facts, tuned_regression(folds)),
