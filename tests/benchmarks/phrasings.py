@@ -38,7 +38,7 @@ from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands.ablation import seconds_an_epoch
+from medgemma_clinical.commands.ablation import cost_of
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.evaluation.baselines import (
@@ -343,7 +343,7 @@ def main() -> None:
         sys.stdout.write(f"{comparison_table(results, reference).to_string(index=False)}\n\n")
     for place in ("context", "both"):
         folders = [arguments.out / place / f"seed_{seed}" / "classification" for seed in seeds]
-        seconds = np.median([seconds_an_epoch(folder) for folder in folders])
+        seconds = np.median([cost_of(folder)["seconds_an_epoch"] for folder in folders])
         sys.stdout.write(f"{place}: {seconds:.0f} s an epoch\n")
     sys.stdout.write(f"{time.perf_counter() - began:.0f} s in all\n")
 
