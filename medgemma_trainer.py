@@ -95,8 +95,8 @@ def build_parser() -> Parser:
     )
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
     add("--ablation", action="store_true", help="train and compare models that lack one part each")
-    add("--arms", type=names, metavar="NAME,NAME", help="--ablation: these alone")
-    add("--reference", default="stage 1", metavar="NAME", help="--ablation: compared with the rest")
+    add("--arms", type=names, metavar="NAME,NAME", help="--ablation: make these arms alone")
+    add("--reference", default="stage 1", metavar="NAME", help="--ablation: arm or baseline")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
     add("--seeds", type=POSITIVE, metavar="N", help="the same with N seeds from --seed on, pooled")
     add("--predict", action="store_true", help="score new rows with a trained model")
@@ -208,7 +208,7 @@ def add_model_flags(parser: Parser) -> None:
         help="float16 overflows in Gemma 3",
     )
     add("--base_weights", choices=BASE_WEIGHTS, default="pretrained", help="random: a control")
-    add("--soft_prompt", choices=SOFT_PROMPTS, default="on", help="shuffled: of others, a control")
+    add("--soft_prompt", choices=SOFT_PROMPTS, default="on", help="shuffled: soft tokens of others")
     add(
         "--stage1_logit", choices=SWITCH, default="on", help="stage 1's logit is added to the LLM's"
     )
