@@ -38,6 +38,7 @@ from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     load_llm,
     load_trajectory,
+    model_card,
     read_config,
     read_trajectory,
     save_llm,
@@ -240,6 +241,20 @@ def test_its_card_names_question_series_and_base_model_and_no_path(
     files = [path for path in saved[1].rglob("*") if path.is_file()]
     assert not [path for path in files if str(base).encode() in path.read_bytes()]
     assert "patient 0" not in card + (saved[1] / CONFIG).read_text()
+
+
+def test_a_card_tells_controls_and_the_weight_of_the_language_model(
+    saved: tuple[TrajectoryLLM, Path],
+) -> None:
+    config = read_config(saved[1])
+    told = model_card(config)
+    assert "control" not in told
+    assert "beside stage 1: 1, chosen on the validation part" in told
+    other = {"base_weights": "random", "shuffled": True, "stage1_logit": False}
+    control = model_card({**config, **other})
+    assert "with random weights in place of its own, a control" in control
+    assert "with soft tokens of other patients, a control" in control
+    assert "beside stage 1: stage 1's logit is not added" in control
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
