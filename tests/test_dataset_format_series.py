@@ -310,7 +310,7 @@ def test_what_a_report_computes_follows_the_values_of_each_series(choice: str) -
     expected = expected.replace("250 (2.5h). ", "250 (2.5h). falling. ")
     assert prompt == expected + "Will care have to be escalated?\n"
     assert (sentence in prompt) == (choice in ("all", "main"))
-    only = "glucose (mg/dL): 90 (4h). Blood urea: 6 (1h) -> 5 (4h). falling. "
+    only = "glucose (mg/dL): 90 (4h). only one value. Blood urea: 6 (1h) -> 5 (4h). falling. "
     other = dataset.prompt(1, PromptOptions(series=choice, computed=True))
     assert (only in other) == (choice == "all")
 

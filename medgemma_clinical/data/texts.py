@@ -128,8 +128,9 @@ def computed_sentences(
     unit: str, times: NDArray[np.float64], values: NDArray[np.float64], *, main: bool
 ) -> list[str]:
     """Return what a report computes from a series, in its words, as sentences of a prompt."""
-    if not main:  # its report has a direction behind two values or more
-        return [f"{direction(values[-1] - values[0]).text}. "] if len(values) > 1 else []
+    if not main:
+        one = len(values) == 1
+        return ["only one value. " if one else f"{direction(values[-1] - values[0]).text}. "]
     extremes = "".join(map(clause_text, main_clauses("", unit, times, values)[2:]))
     change = clause_text(change_clause(unit, times, values))
     return [f"{extremes.removeprefix(', ')}. ", f"{change}. "]
