@@ -4,21 +4,18 @@
         [--train 800] [--val 900] [--seeds 0,1] [--arms NAME,NAME] [--results FILE.jsonl]
 
 Each split trains a stage 1, then every arm for one epoch on top of it. The arms that the program
-does not have are subclasses and functions of this file. The test part is never scored. Each arm is
-appended to the results file when it ends; a second call trains only what is missing there.
+does not have are in fusion_ways.py. The test part is never scored. Each arm is appended to the
+results file when it ends; a second call trains only what is missing there.
 """
 
 import argparse
 import contextlib
-import copy
-import dataclasses
 import io
 import json
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,36 +25,27 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import clip_grad_norm_
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
+from fusion_ways import CrossAttending, MarginWriter, warm_up, weighed, with_summary
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.run_folder import run_data
-from medgemma_clinical.data.texts import direction, plain
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.evaluation.comparison import compare_models
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.language_model import TINY, tiny_language_model
-from medgemma_clinical.models.trajectory import Output
+from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.trajectory_llm import (
-    VERDICT_WEIGHT,
     LLMClassifier,
     LLMWriter,
     TextBatch,
 )
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import batches_of, make_loaders
-from medgemma_clinical.training.optimizer import make_schedule
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.train_state import set_up_training, swapped_weights
 
@@ -69,83 +57,6 @@ ARMS = {2: [BASE, CAPTIONS, CROSS, WORDS, OTHER], 3: [BASE, MARGIN]}
 
 MODES = {2: ("classification", "none"), 3: ("generative", "all")}
 """Mode of each stage, and the series in its text."""
-
-EVERY_LAYERS = 4
-"""Decoder layers from one cross-attention to the next."""
-
-GATE_SPEED = 20.0
-"""Factor on a gate's parameter: one short epoch of small steps must be able to open the gate."""
-
-WEIGHTS = np.linspace(0, 1, 11)
-"""Candidates for the weight of the language model's residual logit."""
-
-
-class GatedCrossAttention(nn.Module):
-    """Let decoder layers read the encoder's states; gates that start at zero change nothing.
-
-    Source: Alayrac et al. 2022, "Flamingo"; without its feed-forward layers.
-    """
-
-    def __init__(self, hidden_dim: int, width: int, layers: int) -> None:
-        super().__init__()
-        self.attentions = nn.ModuleList(
-            nn.MultiheadAttention(width, 4, kdim=hidden_dim, vdim=hidden_dim, batch_first=True)
-            for _ in range(layers)
-        )
-        self.gates = nn.Parameter(torch.zeros(layers))
-
-    def forward(self, layer: int, hidden: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        """Return hidden states (B, S, D) with what a layer reads of states (B, P, H) added."""
-        size = hidden.float().square().mean(dim=-1, keepdim=True).sqrt()
-        query = hidden.float() / size
-        read, _ = self.attentions[layer](
-            query, states, states, key_padding_mask=~mask, need_weights=False
-        )
-        read = functional.rms_norm(read, read.shape[-1:]) * size.detach()
-        return hidden + (torch.tanh(GATE_SPEED * self.gates[layer]) * read).to(hidden.dtype)
-
-
-class CrossAttending(LLMClassifier):
-    """Stage 2 with gated cross-attention in the place of soft tokens."""
-
-    def __init__(self, *parts: Any, **keywords: Any) -> None:
-        super().__init__(*parts, **keywords)
-        layers: Any = self.body.layers
-        chosen = layers[EVERY_LAYERS - 1 :: EVERY_LAYERS] or layers[-1:]
-        assert self.stage1 is not None
-        hidden, width = self.stage1.encoder.hidden_dim, self.llm.config.hidden_size
-        # The projection's name, and so its learning rate.
-        self.projection = GatedCrossAttention(hidden, width, len(chosen))  # type: ignore[assignment]
-        for number, layer in enumerate(chosen):
-            layer.register_forward_hook(self.reader(number))
-
-    def reader(self, number: int) -> Callable[..., Tensor]:
-        """Return the hook of a layer."""
-
-        def add(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            states, mask, *_ = self.read_states
-            return self.projection(number, output, states, mask)  # type: ignore[misc]
-
-        return add
-
-    def read(self, batch: TextBatch, trajectory: Any) -> tuple[Tensor, Tensor]:
-        self.read_states = trajectory
-        return super().read(batch, None)
-
-
-class MarginWriter(LLMWriter):
-    """Stage 3 with a pairwise margin: each event of a batch above each other row."""
-
-    def forward(self, batch: TextBatch) -> Output:
-        output = super().forward(batch)
-        labels = batch["labels"] == 1
-        if not self.training or labels.all() or not labels.any():
-            return output
-        between = output.logit[labels][:, None] - output.logit[~labels]
-        # As heavy as the verdict itself.
-        margin = VERDICT_WEIGHT * len(labels) * functional.softplus(-between).mean()
-        return output._replace(loss=output.loss + margin)
-
 
 # --------------------------------------------------------------------------- data
 
@@ -165,40 +76,14 @@ def with_split(data: Path, sizes: dict[str, int], seed: int, copy_to: Path) -> P
     return copy_to
 
 
-def caption(dataset: TrajectoryDataset, i: int) -> str:
-    """Return what the projection learns to say of a patient's series."""
-    clauses = []
-    for feature, _, values in dataset.measured(i):
-        figures = {"first": values[0], "last": values[-1]}
-        figures |= {"lowest": values.min(), "highest": values.max()}
-        stated = ", ".join(f"{word} {plain(value)}" for word, value in figures.items())
-        trend = direction(values[-1] - values[0]).text
-        clauses.append(f"{dataset.features[feature]} {stated}, {trend}")
-    return "; ".join(clauses)
-
-
-def with_summary(data: Data, logits: NDArray[np.float64]) -> Data:
-    """Return the data with each series' mean and spread and stage 1's risk behind the context."""
-    dataset = copy.copy(data.dataset)
-    contexts = []
-    for i, context in enumerate(dataset.contexts):
-        words = [context.rstrip(". ")]
-        for feature, _, values in dataset.measured(i):
-            mean, spread = plain(round(values.mean(), 1)), plain(round(values.std(), 1))
-            words.append(f"{dataset.features[feature]} mean {mean}, spread {spread}")
-        contexts.append(". ".join([*words, f"Estimated risk {expit(logits[i]):.0%}"]))
-    dataset.contexts = np.array(contexts, dtype=object)
-    return dataclasses.replace(data, dataset=dataset)
-
-
 # --------------------------------------------------------------------------- training
 
 
-def quiet_main(words: list[str]) -> None:
+def train_stage1(words: list[str]) -> None:
     """Train stage 1 without a look at the test part."""
     no_results = mock.patch.object(trainer, "write_results", return_value={})
     with contextlib.redirect_stdout(io.StringIO()), no_results:
-        if code := trainer.main([*words, "--log_file", "none"]):
+        if code := trainer.main(["--trajectory_only", *words, "--log_file", "none"]):
             raise SystemExit(code)
 
 
@@ -212,48 +97,6 @@ def stage1_logits(args: argparse.Namespace, data: Data) -> NDArray[np.float64]:
         stage1.to(default_device()).eval()(batch).logit.double().cpu().numpy()
     )
     return logits
-
-
-def warm_up(stage: Stage, args: argparse.Namespace, dataset: TrajectoryDataset) -> None:
-    """Train the projection alone, an epoch, so that the language model says each caption.
-
-    The loss is over the tokens that captions use: the whole vocabulary would cost more than the
-    rest of the step.
-    """
-    from transformers import AutoTokenizer
-
-    model: Any = stage.model.to(default_device()).train()
-    tiny = args.model_name == TINY
-    tokenizer = tiny_language_model()[1] if tiny else AutoTokenizer.from_pretrained(args.model_name)
-    texts = [caption(dataset, i) for i in range(len(dataset))]
-    ids = [torch.tensor(x) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    used = torch.cat(ids).unique()
-    weight = model.llm.get_output_embeddings().weight[used.to(default_device())]
-    others = [p for n, p in model.named_parameters() if p.requires_grad and "projection" not in n]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    loader = stage.loaders["train"]
-    optimizer = torch.optim.AdamW(model.projection.parameters(), lr=args.projection_lr)
-    schedule, losses = make_schedule(optimizer, len(loader)), []
-    for rows in batches_of(loader):
-        chosen = [ids[i] for i in rows]
-        padded = pad_sequence(chosen, batch_first=True, padding_value=-1)
-        text = {"input_ids": padded.clamp(min=0), "text_mask": padded >= 0}
-        batch = to_device({**loader.collate_fn(rows), **text}, default_device())
-        hidden, start = model.read(batch, model.trajectory(batch))
-        row, place = batch["text_mask"].nonzero(as_tuple=True)
-        logits = functional.linear(hidden[row, start[row] + place - 1], weight).float()
-        targets = torch.searchsorted(used, padded[padded >= 0]).to(logits.device)
-        loss = functional.cross_entropy(logits, targets)
-        loss.backward()
-        clip_grad_norm_(model.projection.parameters(), trainer.LARGEST_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    sys.stderr.write(f"captions: loss {losses[0]:.3f}, at the end {np.mean(losses[-5:]):.3f}\n")
-    for parameter in others:
-        parameter.requires_grad_(True)
 
 
 def train_arm(arm: str, args: argparse.Namespace, data: Data) -> dict[str, Any]:
@@ -308,7 +151,7 @@ def one_split(options: argparse.Namespace, seed: int) -> None:
         sizes = {"train": options.train, "val": options.val, "test": options.test}
         data_path = with_split(options.data, sizes, seed, Path(place, "data.csv"))
         shared = ["--data_path", str(data_path), "--seed", str(seed), "--output_dir", place]
-        quiet_main(["--trajectory_only", *shared])
+        train_stage1(shared)
         words = [*shared, "--mode", mode, "--series_text", series, "--epochs", "1"]
         words += ["--ode_checkpoint", str(Path(place, TRAJECTORY_FILE)), "--lora_dropout", "0"]
         words += ["--model_name", options.model_name, "--precision", options.precision]
@@ -352,21 +195,6 @@ def read_results(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["stage"] == options.stage]
 
 
-def weighed(table: pd.DataFrame, seed: int) -> NDArray[np.float64]:
-    """Return logits with the residual weighed; each half's weight is chosen on the other half."""
-    names, patient = np.unique(table["patient"], return_inverse=True)
-    half = (np.random.default_rng(seed).permutation(len(names)) % 2)[patient]
-    label, offset = table["label"].to_numpy(), table[STAGE1].to_numpy()
-    candidates = offset + WEIGHTS[:, None] * (table[BASE].to_numpy() - offset)
-    result, chosen = np.empty(len(table)), []
-    for here in (half == 0, half == 1):
-        losses = [log_loss(label[~here], expit(logit[~here])) for logit in candidates]
-        chosen.append(int(np.argmin(losses)))
-        result[here] = candidates[chosen[-1], here]
-    sys.stdout.write(f"seed {seed}: residual weights {WEIGHTS[chosen].round(1).tolist()}\n")
-    return result
-
-
 def split_table(entries: list[dict[str, Any]], seed: int) -> pd.DataFrame:
     """Return patient, label and the probability of each arm for the validation rows of a split."""
     known = {entry["arm"]: entry for entry in entries if entry["seed"] == seed}
@@ -374,7 +202,10 @@ def split_table(entries: list[dict[str, Any]], seed: int) -> pd.DataFrame:
     rows = pd.DataFrame({name: known[BASE][name] for name in ("id", "patient", "label")})
     if OTHER in logits:
         logits[MEAN] = logits[[BASE, OTHER]].mean(axis=1)
-    logits[WEIGHED] = weighed(rows.join(logits), seed)
+    offset, logit = logits[STAGE1].to_numpy(), logits[BASE].to_numpy()
+    label, patients = rows["label"].to_numpy(), rows["patient"].to_numpy()
+    logits[WEIGHED], chosen = weighed(label, offset, logit, patients, seed)
+    sys.stdout.write(f"seed {seed}: residual weights {chosen}\n")
     return rows.join(expit(logits))
 
 
