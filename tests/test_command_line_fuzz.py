@@ -48,7 +48,7 @@ TEXTS = {
 }
 BEGINNINGS = [
     *[""] * 10,
-    *[STAGE_1] * 6,
+    *[STAGE_1] * 9,
     f"{STAGE_1} --dry_run",
     f"{STAGE_1} --dataset srtr --data_dir srtr",
     f"{STAGE_1} --seeds 2",

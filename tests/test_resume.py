@@ -479,11 +479,11 @@ def test_the_revision_that_loading_brings_into_the_cache_is_the_runs_own(
 ) -> None:
     """The first run with a hub model downloads it: before that no revision is known."""
     cache: list[str] = []
-    load = trainer.load_language_model
+    load: Any = trainer.load_language_model
 
-    def download(*given: Any) -> Any:
+    def download(*given: Any, **words: Any) -> Any:
         cache.append("commit")
-        return load(*given)
+        return load(*given, **words)
 
     monkeypatch.setattr(trainer, "load_language_model", download)
     revision = lambda name: cache[0] if cache else None  # noqa: E731
