@@ -46,8 +46,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "soft prompt of another patient": {**SOFT_PROMPT, "soft_prompt": "shuffled"},
     "soft prompt + random weights": {**SOFT_PROMPT, "base_weights": "random"},
 }
-"""The models that are compared, each with the flags that make it; of stage 2 unless they say
-otherwise. A path is below the output folder."""
+"""The compared models, each with its flags; without ``trajectory_only`` a model of stage 2. A path
+lies below the output folder."""
 
 
 def run_ablation(
@@ -107,7 +107,7 @@ def check_reference(name: str, stage_1: Path) -> None:
     """Check that the reference is an arm, or a baseline of a finished stage 1.
 
     Raises:
-        InputError: naming all that it can be.
+        InputError: naming all arms and baselines.
     """
     processes().wait_for_everyone()  # the first one writes the predictions
     choices = [*ARMS, *read_predictions(stage_1, STAGE_1).columns.drop([*TESTED, STAGE_1])]
@@ -149,7 +149,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
 
 
 def cost_of(folder: Path) -> dict[str, float | None]:
-    """Return what a finished stage cost.
+    """Return the cost of a finished stage.
 
     Returns:
         Median seconds of an epoch with its validation; mean tokens that a language model reads of

@@ -137,9 +137,9 @@ def add_run_figures(results: Results, folders: list[Path]) -> None:
     """Add to each arm its cost and weight, the mean over the ablations in ``folders``."""
     ablations = [read_json(folder / "ablation.json") for folder in folders]
     for name, arm in ablations[0].items():
-        for cost in RUN_FIGURES.keys() & arm.keys():
-            known = [each[name][cost] for each in ablations]
-            results[name][cost] = None if None in known else float(np.mean(known))
+        for figure in RUN_FIGURES.keys() & arm.keys():
+            known = [each[name][figure] for each in ablations]
+            results[name][figure] = None if None in known else float(np.mean(known))
 
 
 def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:

@@ -40,7 +40,7 @@ RUN_FIGURES = {
     "memory_mib": ("MiB", ",.0f"),
     "residual_weight": ("weight", ".2g"),
 }
-"""What a model cost, and the weight of its language model, where known: title and form."""
+"""Cost of a model, and weight of its language model, where they are known: title and form."""
 
 Results = dict[str, dict[str, Any]]
 """By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference; of the
@@ -162,9 +162,9 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
             line[title] = _estimate(result[metric]).value_text(form)
             if "sd" in result[metric]:
                 line[f"sd of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
-        for cost, (title, form) in RUN_FIGURES.items():
-            if result.get(cost) is not None:
-                line[title] = f"{result[cost]:{form}}"
+        for figure, (title, form) in RUN_FIGURES.items():
+            if result.get(figure) is not None:
+                line[title] = f"{result[figure]:{form}}"
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
 

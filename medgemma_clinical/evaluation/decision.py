@@ -98,7 +98,7 @@ def fit_decision_rule(
 def fit_residual_weight(
     labels: NDArray[np.float64], offset: NDArray[np.float64], logit: NDArray[np.float64]
 ) -> float:
-    """Choose the weight of what a language model adds to stage 1, on the validation part.
+    """Choose the weight of a language model's logit beside stage 1's, on the validation part.
 
     The weight is the smallest one whose loss is within a standard error of the lowest. Where its
     AUROC is not above that of stage 1 the weight is 0, so that on this part a language model never

@@ -27,7 +27,7 @@ SOFT_PROMPTS = ("on", "off", "shuffled")
 """Whose states become soft tokens, ``--soft_prompt``: the patient's, none, another row's."""
 
 BASE_WEIGHTS = ("pretrained", "random")
-"""What the language model knows before training, ``--base_weights``."""
+"""Weights of the language model before training, ``--base_weights``."""
 
 MEMBERS = (1, 32)
 PREFIX_TOKENS = (1, 4096)

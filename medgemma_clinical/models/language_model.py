@@ -89,11 +89,11 @@ def load_language_model(
             raise InputError("--quantization nf4: not for the tiny model: use none")
         model, tokenizer = tiny_language_model()
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
-    random = weights == "random"
-    kept = "none" if random else quantization
-    model, missing, tokenizer = _read_model(name, kept, dtype, device, revision)
+    if weights == "random":
+        quantization = "none"  # packed weights cannot be drawn
+    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision)
     _check_loaded(name, missing, tokenizer)
-    if random:
+    if weights == "random":
         draw_weights(model)
     for module in model.modules():
         # 4-bit weights that are repacked for fast CPU inference lose bits and gradients.

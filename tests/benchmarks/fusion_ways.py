@@ -17,10 +17,12 @@ from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
+import medgemma_trainer as trainer
 from medgemma_clinical.data.texts import direction, plain
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.evaluation.decision import RESIDUAL_WEIGHTS
 from medgemma_clinical.models.language_model import TINY, tiny_language_model
 from medgemma_clinical.models.trajectory import Output
 from medgemma_clinical.models.trajectory_llm import (
@@ -33,17 +35,11 @@ from medgemma_clinical.training.loaders import batches_of
 from medgemma_clinical.training.optimizer import make_schedule
 from medgemma_clinical.training.stage import Stage
 
-LARGEST_NORM = 1.0
-"""Of a gradient, as in training."""
-
 EVERY_LAYERS = 4
 """Decoder layers from one cross-attention to the next."""
 
 GATE_SPEED = 20.0
 """Factor on a gate's parameter: one short epoch of small steps must be able to open the gate."""
-
-WEIGHTS = np.linspace(0, 1, 11)
-"""Candidates for the weight of the language model's residual logit."""
 
 
 class GatedCrossAttention(nn.Module):
@@ -171,7 +167,7 @@ def warm_up(stage: Stage, args: argparse.Namespace, dataset: TrajectoryDataset) 
         targets = torch.searchsorted(used, padded[padded >= 0]).to(logits.device)
         loss = functional.cross_entropy(logits, targets)
         loss.backward()
-        clip_grad_norm_(model.projection.parameters(), LARGEST_NORM)
+        clip_grad_norm_(model.projection.parameters(), trainer.LARGEST_NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -202,11 +198,11 @@ def weighed(
     """
     names, patient = np.unique(patients, return_inverse=True)
     half = (np.random.default_rng(seed).permutation(len(names)) % 2)[patient]
-    candidates = offset + WEIGHTS[:, None] * (logit - offset)
+    candidates = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)
     result, chosen = np.empty(len(label)), []
     for here in (half == 0, half == 1):
         losses = [log_loss(label[~here], expit(each[~here])) for each in candidates]
         best = int(np.argmin(losses))
         result[here] = candidates[best, here]
-        chosen.append(round(float(WEIGHTS[best]), 1))
+        chosen.append(round(float(RESIDUAL_WEIGHTS[best]), 1))
     return result, chosen

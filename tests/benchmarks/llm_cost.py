@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, freeze_stage1, machine, spread
 
 import medgemma_trainer as trainer
-from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.commands.run_folder import run_data
 from medgemma_clinical.training.stage import Stage
 
 FILES = {"One": SAMPLE, "Nine": SAMPLE.with_name("physionet2012_chemistry.csv.gz")}
@@ -45,12 +45,7 @@ class Way:
         words = ["--data_path", str(path), "--max_samples", str(arguments.patients), *flags]
         words += ["--model_name", arguments.model_name, "--precision", arguments.precision]
         args = trainer.complete(trainer.build_parser().parse_args(words))
-        data = prepare_data(
-            trainer.read_dataset(args),
-            max_samples=args.max_samples,
-            seed=args.seed,
-            prompts=trainer.prompt_options(args),
-        )
+        data = run_data(args, trainer.read_dataset(args), trainer.prompt_options(args))
         self.stage: Stage = trainer.make_stage(args, data)
         self.model: Any = self.stage.model
         self.collate: Any = self.stage.loaders["train"].collate_fn
