@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = "medgemma_clinical"
 SCRIPTS = ("medgemma_trainer", "dte_encoder", "dataset_format", "srtr_dataset")
-ROOMS = ("data", "evaluation", "models", "training", "commands")
+ROOMS = ("data", "evaluation", "models", "training", "inference", "commands")
 """From below upwards; the files beside the rooms are lowest."""
 
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))

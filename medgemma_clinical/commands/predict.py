@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.predict_rows import count_implausible, score_rows
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
@@ -36,6 +35,7 @@ from medgemma_clinical.evaluation.report import (
 )
 from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, shift_table
 from medgemma_clinical.files import InputError, atomic, locked, remove
+from medgemma_clinical.inference.scoring import count_implausible, score_rows
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     load_trained_model,

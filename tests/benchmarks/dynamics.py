@@ -28,8 +28,8 @@ from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands.predict_rows import compute_logits
 from medgemma_clinical.evaluation.comparison import compare_models
+from medgemma_clinical.inference.scoring import compute_logits
 from medgemma_clinical.models.checkpoint_schema import DYNAMICS
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_clinical.training.loaders import LengthBatches

@@ -13,8 +13,9 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from medgemma_clinical.commands import predict, predict_rows
+from medgemma_clinical.commands import predict
 from medgemma_clinical.evaluation import decision
+from medgemma_clinical.inference import scoring
 from predicting import (
     MARKER,
     SERIES,
@@ -223,8 +224,8 @@ def test_a_score_that_is_no_number_is_a_problem_of_its_row(
         logit[3] = np.nan
         return logit
 
-    compute = predict_rows.compute_logits
-    monkeypatch.setattr(predict_rows, "compute_logits", broken)
+    compute = scoring.compute_logits
+    monkeypatch.setattr(scoring, "compute_logits", broken)
     data = write_data(table.head(9), tmp_path / "few.csv")
     out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
     assert out["probability"].isna().tolist() == [k == 3 for k in range(9)]

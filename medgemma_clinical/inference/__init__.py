@@ -1,0 +1,1 @@
+"""Trained models in use: scores of rows, reports, sharing, export."""
