@@ -336,20 +336,28 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Path, config: dict[str, Any], findings: Findings, most: int
+        cls, source: Path | pd.DataFrame, config: dict[str, Any], findings: Findings, most: int
     ) -> Iterator[ScoringRows]:
-        """Read a DKA file ``most`` rows at a time, as a checkpoint's data were read.
+        """Read a DKA file or DataFrame ``most`` rows at a time, as a checkpoint's data were read.
+
+        A DataFrame has no description beside it: its main series and its outcome are taken to be
+        those of the checkpoint.
 
         Raises:
             InputError: the file lacks a series or a fact of the checkpoint, gives it another
                 meaning, or cannot be read.
         """
-        found, label = Description.beside(source), config["reading"].get("label_column", LABEL)
-        findings.warnings |= dict.fromkeys(found.warnings(source))
+        label = config["reading"].get("label_column", LABEL)
+        if isinstance(source, pd.DataFrame):
+            whole = plain_columns(source)
+            found, chunks = described_by(config, whole), split_table(whole, most)
+        else:
+            found, chunks = Description.beside(source), read_chunks(source, findings, most)
+            findings.warnings |= dict.fromkeys(found.warnings(source))
         total = 0
-        for number, (table, read) in enumerate(read_chunks(source, findings, most)):
+        for number, (table, read) in enumerate(chunks):
             if number == 0:
-                check_same_meaning(table, found, config, source)
+                check_same_meaning(table, found, config, findings.source)
             if table.empty:
                 continue
             total += len(table)
@@ -368,7 +376,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             ids, numbers = ids_of(table).to_numpy(), table.index.to_numpy()
             yield ScoringRows(ids, numbers, dataset, places, read)
         if total == 0:
-            raise InputError(f"{source}: no rows below the header: nothing to read")
+            raise InputError(f"{findings.source}: no rows below the header: nothing to read")
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the range that the description declares for a feature, None where it does not."""
@@ -422,8 +430,30 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         return clauses
 
 
+def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
+    """Describe a DataFrame as a checkpoint's data: the main column is the series without its own.
+
+    Args:
+        config: of the checkpoint.
+        table: the DataFrame.
+    """
+    label = config["reading"].get("label_column", LABEL)
+    labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
+    own = {comparable(series.name) for series in find_series(table, Description(), None, "")[1:]}
+    for name, unit in zip(config["features"], config["units"], strict=True):
+        if comparable(name) not in own:
+            return Description(series=name, unit=unit, plausible=None, labels=labels)
+    return Description(labels=labels)
+
+
+def split_table(table: pd.DataFrame, most: int) -> Iterator[tuple[pd.DataFrame, int]]:
+    """Yield at most ``most`` rows of a table at a time, and the number of rows up to their end."""
+    for start in range(0, max(len(table), 1), most):
+        yield table.iloc[start : start + most], min(start + most, len(table))
+
+
 def check_same_meaning(
-    table: pd.DataFrame, description: Description, config: dict[str, Any], source: Path
+    table: pd.DataFrame, description: Description, config: dict[str, Any], source: str
 ) -> None:
     """Refuse a file that lacks an input of a checkpoint, or has another unit or outcome.
 
@@ -431,8 +461,8 @@ def check_same_meaning(
         InputError: names the difference.
     """
     label = config["reading"].get("label_column", LABEL)
-    check_header(table, str(source), label, labelled=False)
-    found = {comparable(s.name): s for s in find_series(table, description, None, str(source))}
+    check_header(table, source, label, labelled=False)
+    found = {comparable(s.name): s for s in find_series(table, description, None, source)}
     where = "the JSON file beside it"
     for name, unit in zip(config["features"], config["units"], strict=True):
         series = found.get(comparable(name))

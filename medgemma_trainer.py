@@ -29,13 +29,12 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands.command_line import (
     EXIT_DONE,
     EXIT_INTERRUPTED,
@@ -50,12 +49,22 @@ from medgemma_clinical.commands.command_line import (
     check_flags,
     names,
     number,
+    recorded,
     run_command,
     start_logging,
 )
-from medgemma_clinical.data.dka.description import LABEL
-from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT
+from medgemma_clinical.distributed import (
+    check_gpu,
+    default_device,
+    processes,
+    progress,
+    sum_over_processes,
+    to_device,
+    without_sync,
+)
+from medgemma_clinical.files import InputError, owner_only
+from medgemma_clinical.inference import trajectory_model
 from medgemma_clinical.models.checkpoint_schema import (
     BASE_WEIGHTS,
     DYNAMICS,
@@ -64,20 +73,73 @@ from medgemma_clinical.models.checkpoint_schema import (
     PREFIX_TOKENS,
     SOFT_PROMPTS,
 )
-from srtr_dataset import ORGANS, SRTRTrajectoryDataset
+from medgemma_clinical.training.signals import SIGNALS
 
-DATASETS: dict[str, type[MIMICtrajectoryDataset] | type[SRTRTrajectoryDataset]] = {
-    "dka": MIMICtrajectoryDataset,
-    "srtr": SRTRTrajectoryDataset,
-}
+if TYPE_CHECKING:  # torch takes seconds to load: functions import what they need of it
+    import pandas as pd
+
+    from medgemma_clinical.data.training_data import Data
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.evaluation.predictions import Predictions
+    from medgemma_clinical.inference.trajectory_model import Rows
+    from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+    from medgemma_clinical.training.stage import Stage
+    from medgemma_clinical.training.trackers import Track
+    from medgemma_clinical.training.train_state import TrainState
+
+logger = logging.getLogger("medgemma_trainer")
+
+
+class Registry(Mapping[str, type]):
+    """Classes by their name, each imported when it is asked for.
+
+    Args:
+        places: "module:Class" by name.
+    """
+
+    def __init__(self, places: dict[str, str]) -> None:
+        """Import nothing yet."""
+        self.places = places
+
+    def __getitem__(self, name: str) -> type:
+        """Return a class."""
+        module, _, attribute = self.places[name].partition(":")
+        found: type = getattr(import_module(module), attribute)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the names."""
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        """Return the number of classes."""
+        return len(self.places)
+
+
+DATASETS: Mapping[str, Any] = Registry(
+    {
+        "dka": "dataset_format:MIMICtrajectoryDataset",
+        "srtr": "srtr_dataset:SRTRTrajectoryDataset",
+    }
+)
+"""Class of each kind of data, by ``--dataset``."""
+
+ENCODERS: Mapping[str, Any] = Registry({"ode_rnn": "dte_encoder:ClinicalODERNN"})
+"""Class of each encoder, by its registered name; a new stage 1 takes the first."""
+
 DEFAULT_MODEL = "google/medgemma-4b-pt"
 SWITCH = ("on", "off")
+
+LARGEST_NORM = 1.0
+"""Gradients of a larger norm are scaled down to it."""
 
 # --------------------------------------------------------------------------- flags
 
 
 def build_parser() -> Parser:
     """Return the parser; every default of the program is written here or below, and only there."""
+    from medgemma_clinical.data.small_cells import FEWEST
+
     parser = Parser(
         prog="medgemma_trainer.py",
         description="Fine-tune MedGemma on irregular clinical series, in three stages.",
@@ -126,6 +188,9 @@ def build_parser() -> Parser:
 
 def add_data_flags(parser: Parser) -> None:
     """Add the flags of the data and of their texts."""
+    from medgemma_clinical.data.dka.description import LABEL
+    from srtr_dataset import ORGANS
+
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=tuple(DATASETS), default="dka", help="kind of data")
     add("--organ", choices=tuple(ORGANS), default="kidney", help="SRTR only")
@@ -237,100 +302,11 @@ def solver_name(text: str) -> str:
     return text
 
 
-if __name__ == "__main__":
-    build_parser().parse_args()  # answers --help and wrong flags before torch loads
-import torch
-from torch.nn.utils import clip_grad_norm_
-
-from dte_encoder import ClinicalODERNN
-from medgemma_clinical.commands.ablation import run_ablation
-from medgemma_clinical.commands.announce import announce, describe_texts, log_path
-from medgemma_clinical.commands.compare import run_compare
-from medgemma_clinical.commands.demo import run_demo
-from medgemma_clinical.commands.predict import predict
-from medgemma_clinical.commands.results import write_generations, write_results
-from medgemma_clinical.commands.run_folder import (
-    begin_run,
-    checkpoint_store,
-    describe_stop,
-    finish_run,
-    folder_identity,
-    resume_run,
-    run_data,
-    run_facts,
-    stage_name,
-    tracker_folder,
-)
-from medgemma_clinical.commands.seeds import run_seeds
-from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
-from medgemma_clinical.distributed import (
-    check_gpu,
-    default_device,
-    processes,
-    progress,
-    sum_over_processes,
-    to_device,
-    without_sync,
-)
-from medgemma_clinical.evaluation.predictions import Predictions
-from medgemma_clinical.files import InputError
-from medgemma_clinical.models.checkpoints import (
-    TRAJECTORY_FILE,
-    load_llm,
-    load_trajectory,
-    save_llm,
-    save_trajectory,
-    stage1_config,
-)
-from medgemma_clinical.models.encoder import check_gaps, collate_with_plan
-from medgemma_clinical.models.generation import report_tokens
-from medgemma_clinical.models.language_model import (
-    add_lora,
-    base_facts,
-    embedding_rms,
-    load_language_model,
-    set_checkpointing,
-)
-from medgemma_clinical.models.text_batches import TextCollator, encode_all
-from medgemma_clinical.models.trained_model import load_stage1, stage1_risks
-from medgemma_clinical.models.trajectory import TrajectoryClassifier, fit_member
-from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
-from medgemma_clinical.provenance import peak_memory
-from medgemma_clinical.training.checkpoint_store import CheckpointStore
-from medgemma_clinical.training.evaluate import evaluate
-from medgemma_clinical.training.loaders import batches_of, make_loaders
-from medgemma_clinical.training.memory import keep_longest, rehearse
-from medgemma_clinical.training.resume import capture_checkpoint, resume_training
-from medgemma_clinical.training.seeds import deterministic_kernels, seed_everything
-from medgemma_clinical.training.signals import SIGNALS
-from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.trackers import Track, check_tracker, tracking
-from medgemma_clinical.training.train_state import (
-    MOST_SKIPPED,
-    NonFiniteLossError,
-    Stopwatch,
-    TrainState,
-    set_up_training,
-    swapped_weights,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger("medgemma_trainer")
-
-DEFAULT_ENCODER = ClinicalODERNN
-ENCODERS: dict[str, type] = {ClinicalODERNN.name: ClinicalODERNN}
-
-LARGEST_NORM = 1.0
-"""Gradients of a larger norm are scaled down to it."""
-
 # --------------------------------------------------------------------------- data
 
 
 def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
-    """Read the user's data with the flags that its kind knows.
+    """Read the user's data with the flags that their kind knows.
 
     Raises:
         InputError: nothing to read, or a flag of another kind of data.
@@ -340,222 +316,26 @@ def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
     if source is None or not os.path.exists(source):  # False also for a name that is too long
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
+    return read_source(source, args)
+
+
+def read_source(source: Path | pd.DataFrame, args: argparse.Namespace) -> TrajectoryDataset:
+    """Read a file, a folder or a DataFrame with the flags that its kind of data knows.
+
+    Raises:
+        InputError: the data cannot be read, or a flag is of another kind of data.
+    """
+    kind = DATASETS[args.dataset]
     known = {*kind.options, kind.source_flag}
     others = {o for each in DATASETS.values() for o in (*each.options, each.source_flag)} - known
     for option in sorted(others):
         if getattr(args, option) != build_parser().get_default(option):
             raise InputError(f"--{option}: not for --dataset {args.dataset}: leave it out")
     options = {option: getattr(args, option) for option in kind.options}
-    return kind(source, **{name: value for name, value in options.items() if value is not None})
-
-
-def prompt_options(args: argparse.Namespace) -> PromptOptions:
-    """Return what prompts hold; a model that writes reports also reads what they compute."""
-    return PromptOptions(
-        series=args.series_text,
-        context=args.text_context == "full",
-        computed=args.mode == "generative" and not args.trajectory_only,
+    dataset: TrajectoryDataset = kind(
+        source, **{name: value for name, value in options.items() if value is not None}
     )
-
-
-# --------------------------------------------------------------------------- the three stages
-
-
-def trajectory_stage(args: argparse.Namespace, data: Data) -> Stage:
-    """Wire stage 1: encoder and head, no language model."""
-    model = make_stage1(args, data)
-    config = {"stage": "trajectory", **stage1_config(model), **data.description()}
-    patients = data.training_patients()
-
-    return Stage(
-        name="trajectory",
-        model=model,
-        learning_rates={"members": args.encoder_lr},
-        loaders=make_loaders(
-            data.split, args.batch_size, collate_with_plan(data.dataset, model.encoder)
-        ),
-        epochs=args.trajectory_epochs,
-        patience=args.patience,
-        monitor="val_auroc",
-        higher_is_better=True,
-        hides_events=data.hides_events,
-        config=config,
-        save=lambda folder, config: save_trajectory(
-            folder.parent / TRAJECTORY_FILE, model, config, patients
-        ),
-        load=lambda folder: load_trajectory(model, folder.parent / TRAJECTORY_FILE),
-    )
-
-
-@dataclass(frozen=True)
-class LLMParts:
-    """What stages 2 and 3 build their model from.
-
-    Attributes:
-        stage1: None where the language model reads text alone.
-        llm: with a new LoRA adapter.
-        tokenizer: of the language model.
-        collate: tokenised prompts, and reports for stage 3.
-        keywords: of ``TrajectoryLLM``.
-    """
-
-    stage1: TrajectoryClassifier | None
-    llm: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    collate: TextCollator
-    keywords: dict[str, Any]
-
-
-def classification_stage(args: argparse.Namespace, data: Data) -> Stage:
-    """Wire stage 2: soft prompt and text, a linear head on the language model's last position."""
-    parts = make_llm_parts(args, data, answers=False)
-    prevalence = data.prevalence()
-    model = LLMClassifier(parts.stage1, parts.llm, prevalence=prevalence, **parts.keywords)
-    return llm_stage(args, data, model, parts, {})
-
-
-def generative_stage(args: argparse.Namespace, data: Data) -> Stage:
-    """Wire stage 3: soft prompt and text, the language model writes verdict and report."""
-    parts = make_llm_parts(args, data, answers=True)
-    model = LLMWriter(parts.stage1, parts.llm, **parts.keywords)
-    most = report_tokens(parts.collate)
-    return replace(
-        llm_stage(args, data, model, parts, {"report_tokens": most}),
-        monitor="val_loss",
-        higher_is_better=False,
-        after_test=lambda predictions, folder: write_generations(
-            model, parts.collate, parts.tokenizer, predictions, most, folder
-        ),
-    )
-
-
-def llm_stage(
-    args: argparse.Namespace,
-    data: Data,
-    model: TrajectoryLLM,
-    parts: LLMParts,
-    further: dict[str, Any],
-) -> Stage:
-    """Wire what stages 2 and 3 share: rates, loaders, the best model on disk.
-
-    Args:
-        args: of the command line.
-        data: of the run.
-        model: of the stage.
-        parts: of the model.
-        further: entries of the checkpoint's configuration beside the shared ones.
-    """
-    encode_all(model, parts.collate, default_device())
-    if args.gradient_checkpointing:
-        set_checkpointing(model.llm)
-    rates = {
-        "stage1": args.encoder_lr,
-        "projection": args.projection_lr,
-        "llm": args.adapter_lr,
-        "head": args.head_lr,
-    }
-
-    return Stage(
-        name=args.mode,
-        model=model,
-        learning_rates={name: rates[name] for name, _ in model.named_children()},
-        loaders=make_loaders(data.split, args.batch_size, parts.collate, parts.collate.lengths()),
-        epochs=args.epochs,
-        patience=args.patience,
-        monitor="val_auroc",
-        higher_is_better=True,
-        hides_events=data.hides_events,
-        config={**llm_config(args, data, model), **further},
-        stage1=stage1_risks(args.ode_checkpoint, parts.collate),
-        tokens=parts.collate.mean_tokens(data.split["train"], model.tokens),
-        save=lambda folder, config: save_llm(folder / "best", model, config),
-        load=lambda folder: load_llm(model, folder / "best"),
-        accumulate=args.gradient_accumulation,
-        describe=lambda: describe_texts(
-            parts.collate, model.tokens, data.split["train"], data.min_cell
-        ),
-        save_memory=None if args.gradient_checkpointing else lambda: set_checkpointing(model.llm),
-    )
-
-
-def make_llm_parts(args: argparse.Namespace, data: Data, *, answers: bool) -> LLMParts:
-    """Make stage 1, adapted language model and tokenised texts of stage 2 or 3."""
-    stage1 = stage1_of(args, data)  # before minutes go into the language model
-    dtype = torch.float32 if args.precision == "fp32" else torch.bfloat16
-    base, tokenizer = load_language_model(
-        args.model_name, args.quantization, dtype, default_device(), weights=args.base_weights
-    )
-    most = args.max_text_tokens
-    collate = TextCollator(data.dataset, tokenizer, data.prompts, answers=answers, most_tokens=most)
-    longest = int(data.dataset.lengths.max())
-    keywords = {
-        "tokens": 0 if args.soft_prompt == "off" else min(args.num_prefix_tokens, longest),
-        "scale": embedding_rms(base, collate.sample),
-        "bos": collate.bos,
-        "verdict": collate.verdict,
-        "stage1_logit": args.stage1_logit == "on",
-        "shuffled": args.soft_prompt == "shuffled",
-    }
-    seed_everything(args.seed)
-    llm = add_lora(base, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    return LLMParts(stage1, llm, tokenizer, collate, keywords)
-
-
-def llm_config(args: argparse.Namespace, data: Data, model: TrajectoryLLM) -> dict[str, Any]:
-    """Return the checkpoint's configuration: base model, what the model reads, its data."""
-    unread: dict[str, Any] = {"facts": [], "prediction_time": False}
-    without: dict[str, Any] = {"encoder": None, "members": 0, "inputs": unread}
-    return {
-        "stage": args.mode,
-        **base_facts(args.model_name),
-        "base_class": type(model.llm.get_base_model()).__name__,
-        "base_weights": args.base_weights,
-        "quantization": args.quantization,
-        "precision": args.precision,
-        "num_prefix_tokens": model.tokens,
-        "shuffled": model.shuffled,
-        "stage1_logit": model.adds_stage1,
-        "residual_weight": model.residual_weight,
-        "prompts": asdict(data.prompts),
-        "max_text_tokens": args.max_text_tokens,
-        **data.description(),
-        **(without if model.stage1 is None else stage1_config(model.stage1)),
-    }
-
-
-def stage1_of(args: argparse.Namespace, data: Data) -> TrajectoryClassifier | None:
-    """Return the stage 1 of a language model, None where it reads text alone.
-
-    That of a file is frozen; without a file a new one learns.
-    """
-    if args.ode_checkpoint is None:
-        return None if args.soft_prompt == "off" else make_stage1(args, data)
-    model = load_stage1(args.ode_checkpoint, ENCODERS, vars(args), data)
-    check_gaps(model.encoder, data.dataset)
-    return model.requires_grad_(False)
-
-
-def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
-    """Make members of new weights, their scales fitted to the training part.
-
-    Raises:
-        InputError: the training part cannot be normalised, or a gap is too long.
-    """
-    dataset = data.dataset
-    dataset.check_measured(data.split["train"], data.min_cell)
-    scale = data.time_scale(args.time_scale)
-    members = []
-    for member in range(args.members):
-        seed_everything((args.seed + member) % 2**32)
-        encoder = DEFAULT_ENCODER(
-            len(dataset.features),
-            time_scale=scale,
-            solver=args.solver,
-            dynamics=args.dynamics,
-        ).requires_grad_(not args.freeze_ode)
-        members.append(fit_member(encoder, data))
-    check_gaps(members[0].encoder, dataset)
-    return TrajectoryClassifier(members)
+    return dataset
 
 
 # --------------------------------------------------------------------------- the one loop
@@ -563,24 +343,22 @@ def make_stage1(args: argparse.Namespace, data: Data) -> TrajectoryClassifier:
 
 def fit(
     stage: Stage,
-    folder: Path,
     seed: int,
-    store: CheckpointStore,
-    track: Track,
+    folder: Path | None = None,
+    track: Track = lambda figures, step: None,
     *,
     resume: bool = False,
     save_every: int = 0,
 ) -> TrainState:
-    """Train with early stopping; leave the model as the best epoch, which lies in ``folder``.
+    """Train with early stopping; leave the model with the weights of its best epoch.
 
-    The state is kept before the first step, before each validation, at the end, every
+    In a folder, the state is kept before the first step, before each validation, at the end, every
     ``save_every`` steps and when a signal comes. Processes share each batch; the first one writes.
 
     Args:
         stage: what learns from what.
-        folder: of the stage.
         seed: of the order of the rows.
-        store: of the states.
+        folder: of the stage, for the best weights, their history and the states; None keeps none.
         track: gets the figures of each epoch.
         resume: continue from the newest state.
         save_every: steps between states within an epoch, 0 for none.
@@ -589,10 +367,17 @@ def fit(
         NonFiniteLossError: the loss is no longer finite.
         Stopped: a signal came; the state is kept.
     """
+    from medgemma_clinical.commands.run_folder import checkpoint_store
+    from medgemma_clinical.training.resume import capture_checkpoint, resume_training
+    from medgemma_clinical.training.train_state import Stopwatch, copy_into, set_up_training
+
     state, watch = set_up_training(stage, default_device()), Stopwatch()
+    store = checkpoint_store(folder) if folder else None
 
     def save_state() -> None:
         state.progress.seconds += watch.lap()
+        if store is None:
+            return
         checkpoint = capture_checkpoint(stage, state)
         if processes().is_main_process:
             store.save(checkpoint)
@@ -603,7 +388,7 @@ def fit(
             save_state()
         SIGNALS.obey(signal)
 
-    if resume:
+    if resume and store:
         resume_training(stage, state, store.newest())
         save_best(stage, state, folder)
     else:
@@ -619,7 +404,7 @@ def fit(
     if not ended_before:
         save_state()
     processes().wait_for_everyone()  # the best model lies on the disk
-    stage.load(folder)
+    copy_into(state.parameters, state.best)
     return state
 
 
@@ -634,6 +419,8 @@ def train_epoch(
         seed: of the run; the order depends on it and the number of the epoch.
         after_step: called after each optimizer step.
     """
+    from medgemma_clinical.training.loaders import batches_of
+
     stage.model.train()
     loader, device = stage.loaders["train"], default_device()
     epoch, done, total = state.stopping.epoch + 1, state.progress.batches, len(loader)
@@ -665,6 +452,10 @@ def train_step(state: TrainState, loss: float, terms: int) -> None:
     Raises:
         NonFiniteLossError: ``MOST_SKIPPED`` steps in a row were skipped.
     """
+    from torch.nn.utils import clip_grad_norm_
+
+    from medgemma_clinical.training.train_state import MOST_SKIPPED
+
     progress_ = state.progress
     all_loss, all_terms = sum_over_processes(loss, terms)
     for parameter in state.parameters:
@@ -689,6 +480,9 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     Raises:
         NonFiniteLossError: the loss is not finite.
     """
+    from medgemma_clinical.training.evaluate import evaluate
+    from medgemma_clinical.training.train_state import NonFiniteLossError, swapped_weights
+
     with swapped_weights(state.parameters, state.average.weights):
         predictions = evaluate(
             stage.model, stage.loaders["val"], default_device(), f"{stage.name}: validation"
@@ -700,7 +494,7 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
 
 
 def end_epoch(
-    stage: Stage, state: TrainState, folder: Path, predictions: Predictions, track: Track
+    stage: Stage, state: TrainState, folder: Path | None, predictions: Predictions, track: Track
 ) -> None:
     """Keep the epoch's weights if they are the best so far, write its figures, begin the next."""
     progress_, stopping = state.progress, state.stopping
@@ -720,7 +514,8 @@ def end_epoch(
         state.set_best()
         save_best(stage, state, folder)
     progress_.history.append({**figures, "improved": improved})
-    progress_.write_history(folder)
+    if folder:
+        progress_.write_history(folder)
     track({name: x for name, x in figures.items() if x is not None}, state.average.steps)
     scores = (
         "losses and AUROC not shown (--min_cell)"
@@ -744,9 +539,11 @@ def end_epoch(
     state.progress = progress_.next_epoch(over=over)
 
 
-def save_best(stage: Stage, state: TrainState, folder: Path) -> None:
+def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
     """Write the weights of the best epoch, if there is one; of a resumed run its history too."""
-    if state.best and processes().is_main_process:
+    from medgemma_clinical.training.train_state import swapped_weights
+
+    if folder and state.best and processes().is_main_process:
         with swapped_weights(state.parameters, state.best):
             stage.save(folder, stage.config)
         state.progress.write_history(folder)
@@ -762,29 +559,21 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
         args: of the command line, from ``complete``.
         dataset: where the caller has read the data already.
     """
-    RUN_LOG.begin()
-    check_tracker(args.report_to)
+    from medgemma_clinical.commands.run_folder import (
+        describe_stop,
+        folder_identity,
+        given_stage1,
+        stage_name,
+    )
+
     folder = args.output_dir / stage_name(args)
-    log = log_path(args, folder)
+    before = folder_identity(folder)
+    RUN_LOG.begin()
+    check_output(args)
     dataset = read_dataset(args) if dataset is None else dataset
-    data = run_data(args, dataset, prompt_options(args))
-    facts, before = run_facts(args, data), folder_identity(folder)
+    stage1 = given_stage1(args)
     try:
-        with resume_run(folder, facts) if args.resume else nullcontext(True) as left:
-            if not left:
-                return EXIT_DONE
-            stage = make_stage(args, data)
-            if args.dry_run:
-                dry_run(stage, data, args)
-                return EXIT_DONE
-            facts = run_facts(args, data)  # the hub's revision is known once its model is there
-            with nullcontext() if args.resume else begin_run(folder, facts):
-                if log and processes().is_main_process:
-                    RUN_LOG.open(log)
-                numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
-                with tracking(args.report_to, tracker_folder(folder), numbers) as track:
-                    run_stage(stage, data, folder, facts, args, track)
-                finish_run(folder, stage.tokens)
+        train_model(args, dataset, stage1)
     except KeyboardInterrupt as stop:
         began = args.resume or folder_identity(folder) != before
         logger.error("%s", describe_stop(folder, began=began))
@@ -792,41 +581,104 @@ def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) ->
     return EXIT_DONE
 
 
+def train_model(
+    args: argparse.Namespace,
+    dataset: TrajectoryDataset,
+    stage1: TrajectoryCheckpoint | None,
+) -> TrajectoryModel | None:
+    """Train one stage in its folder, or in memory where ``args.output_dir`` is None.
+
+    Args:
+        args: of the command line, or of keywords.
+        dataset: to learn from.
+        stage1: the trained stage 1 that a language model reads.
+
+    Returns:
+        The trained model; None after a dry run, and where a resumed run was finished already.
+    """
+    from medgemma_clinical.commands.announce import log_path
+    from medgemma_clinical.commands.run_folder import (
+        begin_run,
+        finish_run,
+        resume_run,
+        run_data,
+        run_facts,
+        stage_name,
+        tracker_folder,
+    )
+    from medgemma_clinical.commands.stages import make_stage, prompt_options
+    from medgemma_clinical.training.trackers import tracking
+
+    data = run_data(args, dataset, prompt_options(args), stage1)
+    facts = run_facts(args, data, stage1)
+    if args.output_dir is None:
+        return run_stage(make_stage(args, data, ENCODERS, stage1), data, None, facts, args)
+    folder = args.output_dir / stage_name(args)
+    with resume_run(folder, facts) if args.resume else nullcontext(True) as left:
+        if not left:
+            return None
+        stage = make_stage(args, data, ENCODERS, stage1)
+        if args.dry_run:
+            dry_run(stage, data, args)
+            return None
+        facts = run_facts(args, data, stage1)  # the hub's revision is known with its model
+        with nullcontext() if args.resume else begin_run(folder, facts):
+            if (log := log_path(args, folder)) and processes().is_main_process:
+                RUN_LOG.open(log)
+            numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
+            with tracking(args.report_to, tracker_folder(folder), numbers) as track:
+                model = run_stage(stage, data, folder, facts, args, track)
+            finish_run(folder, stage.tokens)
+    return model
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Check that log and tracker of a run can be had, before minutes go into the data.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    from medgemma_clinical.commands.announce import log_path
+    from medgemma_clinical.commands.run_folder import stage_name
+    from medgemma_clinical.training.trackers import check_tracker
+
+    check_tracker(args.report_to)
+    if args.output_dir:
+        log_path(args, args.output_dir / stage_name(args))
+
+
 def run_stage(
     stage: Stage,
     data: Data,
-    folder: Path,
+    folder: Path | None,
     facts: dict[str, Any],
     args: argparse.Namespace,
-    track: Track,
-) -> None:
-    """Train a stage in its folder, score the best epoch, write and show the results."""
+    track: Track = lambda figures, step: None,
+) -> TrajectoryModel:
+    """Train a stage, score its best epoch, write and show the results; return the model."""
+    from medgemma_clinical.commands.announce import announce
+    from medgemma_clinical.commands.results import figures_for_tracker, write_results
+    from medgemma_clinical.models.trained_model import TrainedModel
+    from medgemma_clinical.training.memory import rehearse
+
     announce(stage, data, args)
     rehearse(stage, data.dataset.lengths)
-    state = fit(
-        stage,
-        folder,
-        args.seed,
-        checkpoint_store(folder),
-        track,
-        resume=args.resume,
-        save_every=args.save_every,
-    )
-    figures = write_results(stage, data, folder, state, facts, args)
-    track(figures, state.average.steps)
-
-
-def make_stage(args: argparse.Namespace, data: Data) -> Stage:
-    """Wire the stage that the flags choose."""
-    if args.trajectory_only:
-        return trajectory_stage(args, data)
-    return {"classification": classification_stage, "generative": generative_stage}[args.mode](
-        args, data
-    )
+    state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
+    metrics = write_results(stage, data, folder, state, facts, args)
+    if metrics:
+        track(figures_for_tracker(metrics), state.average.steps)
+    model: Any = stage.model.eval()
+    trained = TrainedModel(model, stage.config, stage.tokenizer, stage.train_patients)
+    return TrajectoryModel(trained, metrics)
 
 
 def dry_run(stage: Stage, data: Data, args: argparse.Namespace) -> None:
     """Take two steps on the longest rows and score two batches; measure, keep nothing."""
+    from medgemma_clinical.commands.announce import announce
+    from medgemma_clinical.provenance import peak_memory
+    from medgemma_clinical.training.memory import keep_longest, rehearse
+    from medgemma_clinical.training.train_state import Stopwatch, set_up_training
+
     announce(stage, data, args)
     rehearse(stage, data.dataset.lengths)
     keep_longest(stage, data.dataset.lengths, steps=2)
@@ -842,14 +694,112 @@ def dry_run(stage: Stage, data: Data, args: argparse.Namespace) -> None:
     )
 
 
+# --------------------------------------------------------------------------- from Python
+
+
+class TrajectoryModel(trajectory_model.TrajectoryModel):
+    """A trained model of stage 1, 2 or 3, in the manner of a fitted scikit-learn classifier.
+
+    ``TrajectoryModel.from_pretrained`` loads one, the functions below train one. See
+    medgemma_clinical/docs/python.md.
+    """
+
+    datasets, encoders = DATASETS, ENCODERS
+
+
+def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
+    """Train stage 1: encoder and head, no language model.
+
+    Args:
+        rows: a DataFrame or a file in the DKA format, or a data set.
+        **flags: those of the command line without dashes, with the same defaults, as in
+            ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
+
+    Returns:
+        The best model; its figures are in ``metrics``.
+
+    Raises:
+        TypeError: there is no such flag.
+        InputError: a flag or the data are wrong; the text says where, and what to do.
+    """
+    return fit_model({"trajectory_only": True}, rows, None, flags)
+
+
+def fit_classification(
+    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+) -> TrajectoryModel:
+    """Train stage 2: MedGemma reads soft prompt and text, a head gives a probability.
+
+    Args:
+        rows: as for ``fit_trajectory``.
+        encoder: a trained stage 1, or its file; stays frozen. None trains a new one with it.
+        **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
+
+    Returns:
+        The best model; its figures are in ``metrics``.
+
+    Raises:
+        TypeError: there is no such flag.
+        InputError: a flag, the data, stage 1 or the language model are wrong.
+    """
+    return fit_model({"mode": "classification"}, rows, encoder, flags)
+
+
+def fit_generative(
+    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+) -> TrajectoryModel:
+    """Train stage 3: MedGemma reads soft prompt and text, and writes a verdict with a report.
+
+    Arguments, result and errors are those of ``fit_classification``.
+    """
+    return fit_model({"mode": "generative"}, rows, encoder, flags)
+
+
+NOT_KEYWORDS = {
+    *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
+    *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
+    "show_values",
+}
+"""Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
+
+
+def fit_model(
+    stage: dict[str, Any],
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None,
+    flags: dict[str, Any],
+) -> TrajectoryModel:
+    """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
+    from medgemma_clinical.commands.run_folder import given_stage1, stage_name
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.training.seeds import deterministic_kernels
+
+    if unknown := sorted(NOT_KEYWORDS & flags.keys()):
+        raise TypeError(f"unexpected keyword {unknown[0]!r}")
+    in_memory = encoder if isinstance(encoder, trajectory_model.TrajectoryModel) else None
+    given = {} if encoder is None else {"ode_checkpoint": "encoder" if in_memory else encoder}
+    args, given_flags = build_parser().parse_keywords({**flags, **stage, **given})
+    check_flags(complete(args), given_flags)
+    check_gpu()
+    check_output(args)
+    if isinstance(rows, TrajectoryDataset):
+        dataset = rows
+    else:
+        dataset = read_source(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
+    with SIGNALS.installed(), deterministic_kernels(args.deterministic), recorded(), owner_only():
+        stage1 = in_memory.checkpoint() if in_memory else given_stage1(args)
+        model = train_model(args, dataset, stage1)
+    return model or TrajectoryModel.from_pretrained(args.output_dir / stage_name(args))
+
+
 # --------------------------------------------------------------------------- main
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the flags that depend on others or on the machine."""
+    """Fill in the flags that depend on the machine."""
+    import torch
+
     cuda = torch.cuda.is_available()
-    if args.output_dir is None:
-        args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
     if args.quantization is None:
         args.quantization = "nf4" if cuda and args.model_name != "tiny" else "none"
     if args.precision == "auto":
@@ -860,6 +810,13 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, given: set[str]) -> int:
     """Do what the command line asks for; return the exit code."""
+    from medgemma_clinical.commands.demo import run_demo
+    from medgemma_clinical.commands.predict import predict
+    from medgemma_clinical.commands.several.ablation import run_ablation
+    from medgemma_clinical.commands.several.compare import run_compare
+    from medgemma_clinical.commands.several.seeds import run_seeds
+    from medgemma_clinical.training.seeds import deterministic_kernels
+
     check_flags(args, given)
     with SIGNALS.installed(), deterministic_kernels(args.deterministic):
         if args.compare:
@@ -871,7 +828,7 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
         if args.ablation:
             return run_ablation(args, read_dataset(args), train)
         if args.predict:
-            return predict(args, given, DATASETS, ENCODERS)
+            return predict(args, given, TrajectoryModel)
         return run_demo(args, train) if args.demo else train(args)
 
 
@@ -879,6 +836,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = complete(build_parser().parse_args(words))
+    if args.output_dir is None:
+        args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
     given = {word.split("=")[0] for word in words if word.startswith("--")}
     start_logging(first=processes().is_main_process)
     try:

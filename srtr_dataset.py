@@ -219,7 +219,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Path, config: dict[str, Any], findings: Findings, most: int
+        cls, source: Any, config: dict[str, Any], findings: Findings, most: int
     ) -> Iterator[ScoringRows]:
         """Read a folder as the checkpoint's was, also registrations without a known outcome.
 

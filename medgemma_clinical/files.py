@@ -40,6 +40,16 @@ class InputError(ValueError):
         return f"{self}{shown}"
 
 
+@contextlib.contextmanager
+def owner_only() -> Iterator[None]:
+    """Let new files belong to their owner alone for the length of a block: they hold patients."""
+    own_mask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(own_mask)
+
+
 class RunFault(RuntimeError):
     """A fault of a run, not of its input; the text is one line for the user, exit code 3."""
 

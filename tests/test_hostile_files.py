@@ -19,7 +19,7 @@ import pytest
 import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.commands.several_runs import read_auroc
+from medgemma_clinical.commands.several.runs import read_auroc
 from medgemma_clinical.data.database import output, table_files
 from medgemma_clinical.data.mimic import extraction
 from medgemma_clinical.files import InputError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import logging
@@ -17,12 +18,12 @@ import ssl
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO, get_type_hints
 
 from medgemma_clinical.data.database.flags import TableRequest
-from medgemma_clinical.files import InputError, RunFault, one_line
+from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
 from medgemma_clinical.models.checkpoint_schema import LARGEST_COUNT
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,53 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line; keywords of Python are parsed as flags."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2."""
-        self.exit(EXIT_INPUT, f"error: {one_line(message)} (see --help)\n")
+        """Refuse wrong usage.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(message)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line; exit with code 2 where its usage is wrong."""
+        try:
+            return super().parse_args(args, namespace)
+        except InputError as error:
+            self.exit(EXIT_INPUT, f"error: {error} (see --help)\n")
+
+    def parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[argparse.Namespace, set[str]]:
+        """Parse keywords, whose names are those of the flags; None leaves a flag out.
+
+        Returns:
+            All flags with their values, and the flags that were given.
+
+        Raises:
+            TypeError: there is no such flag.
+            InputError: a value is wrong.
+        """
+        known = vars(super().parse_args([]))
+        words = []
+        for name, value in keywords.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f": did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"unexpected keyword {name!r}{hint}")
+            bare = known[name] is False  # a flag that takes no value
+            if value is None or (bare and value is False):
+                continue
+            words.append(f"--{name}" if bare and value is True else f"--{name}={_text(value)}")
+        given = {word.partition("=")[0] for word in words}
+        return super().parse_args(words), given
+
+
+def _text(value: Any) -> str:
+    """Return a Python value as a flag's text: a list by commas, true and false as on and off."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def number(
@@ -275,6 +318,32 @@ def start_logging(*, first: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Send the messages of the program to ``RUN_LOG``, and its warnings to stderr, from Python.
+
+    A caller who has set up logging keeps it.
+    """
+    own = [logging.getLogger(name) for name in ("medgemma_clinical", "medgemma_trainer")]
+    levels = [each.level for each in own]
+    warnings = logging.StreamHandler()
+    warnings.setLevel(logging.WARNING)
+    handlers = [RUN_LOG, *([] if logging.root.handlers else [warnings])]
+    RUN_LOG.begin()
+    try:
+        for each in own:
+            each.setLevel(logging.INFO)
+            for handler in handlers:
+                each.addHandler(handler)
+        yield
+    finally:
+        for each, level in zip(own, levels, strict=True):
+            each.setLevel(level)
+            for handler in handlers:
+                each.removeHandler(handler)
+        RUN_LOG.begin()
+
+
+@contextlib.contextmanager
 def quiet_console() -> Iterator[None]:
     """Keep messages below a warning from the console; a run's log file still gets them."""
     consoles = [each for each in logging.root.handlers if each.get_name() == "console"]
@@ -304,9 +373,9 @@ def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
     Returns:
         0 done; 2 wrong input; 3 a fault; 129, 130 or 143 ended by a signal.
     """
-    own_mask = os.umask(0o077)  # files hold patients: for their owner alone
     try:
-        return action()
+        with owner_only():
+            return action()
     except InputError as error:
         logger.error("%s", error.message(show_value=show_values))
         return EXIT_INPUT
@@ -318,8 +387,6 @@ def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
         if show_values:
             sys.stderr.write(plain(traceback.format_exc()))
         return EXIT_FAULT
-    finally:
-        os.umask(own_mask)
 
 
 def describe_fault(error: Exception) -> str:

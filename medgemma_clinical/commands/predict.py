@@ -35,21 +35,12 @@ from medgemma_clinical.evaluation.report import (
 )
 from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, shift_table
 from medgemma_clinical.files import InputError, atomic, locked, remove
-from medgemma_clinical.inference.scoring import count_implausible, score_rows
-from medgemma_clinical.models.trained_model import (
-    TrainedModel,
-    load_trained_model,
-    read_trained_config,
-)
+from medgemma_clinical.inference.scoring import count_implausible, score_rows, scoring_rows
+from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
+from medgemma_clinical.models.trained_model import TrainedModel, read_trained_config
 from medgemma_clinical.provenance import code_hash, git_commit, peak_memory, versions
 
 logger = logging.getLogger(__name__)
-
-TRAJECTORY_ROWS, TEXT_ROWS = 20_000, 2_000
-"""Rows of a file in memory at a time, of stage 1 and of those with a text for each row."""
-
-TRAJECTORY_BATCH, TEXT_BATCH = 256, 32
-"""Rows a batch without ``--batch_size``."""
 
 HEADERS = (
     "id,probability,prediction,problem\n",
@@ -58,19 +49,13 @@ HEADERS = (
 """First lines of files of predictions."""
 
 
-def predict(
-    args: Namespace,
-    given: set[str],
-    datasets: Mapping[str, type[TrajectoryDataset]],
-    encoders: Mapping[str, type],
-) -> int:
+def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]) -> int:
     """Write a prediction for each row of the input; the output is whole or absent.
 
     Args:
         args: of the command line.
         given: flags that the user typed, as in ``--batch_size``.
-        datasets: class of each data set by the name of ``--dataset``.
-        encoders: class of each encoder by its registered name.
+        model_class: loads the model; knows data sets and encoders.
 
     Raises:
         InputError: a flag, the checkpoint, the input, or the place of the output is wrong.
@@ -81,6 +66,7 @@ def predict(
     typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
     request = Namespace(**{**typed, "seed": args.seed, "min_cell": args.min_cell})
     config = read_trained_config(request.checkpoint)
+    datasets = model_class.datasets
     if config["dataset"] not in datasets:
         raise InputError(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
@@ -91,26 +77,23 @@ def predict(
             f"--checkpoint {request.checkpoint}: a control of --ablation, with soft tokens of "
             "other patients or random weights: take another model"
         )
-    dataset = datasets[config["dataset"]]
     source = find_source(request, config, datasets)
     check_output(request.predictions)
     findings = Findings(str(source), strict=bool(request.strict))
-    text = config["stage"] != "trajectory"
-    chunks = dataset.scoring_rows(source, config, findings, TEXT_ROWS if text else TRAJECTORY_ROWS)
+    chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
     first = next(chunks)  # faults of the input show before a language model is loaded
-    trained = load_trained_model(
+    model = model_class.from_pretrained(
         request.checkpoint,
-        encoders,
-        request.model_name,
-        request.quantization,
-        request.precision,
+        batch_size=request.batch_size,
+        model_name=request.model_name,
+        quantization=request.quantization,
+        precision=request.precision,
     )
-    batch_size = request.batch_size or (TEXT_BATCH if text else TRAJECTORY_BATCH)
     chunks = show_progress(itertools.chain([first], chunks), source)
-    tally = write_predictions(request.predictions, chunks, trained, findings, batch_size)
+    tally = write_predictions(request.predictions, chunks, model, findings)
     flow = first.dataset.flow
-    log_summary(tally, findings, trained, request.predictions, flow, request.min_cell)
-    report_labelled(tally, trained, first.dataset, request)
+    log_summary(tally, findings, model.trained, request.predictions, flow, request.min_cell)
+    report_labelled(tally, model.trained, first.dataset, request)
     return EXIT_DONE
 
 
@@ -237,9 +220,8 @@ class PredictionTally:
 def write_predictions(
     path: Path,
     chunks: Iterable[ScoringRows],
-    trained: TrainedModel,
+    model: TrajectoryModel,
     findings: Findings,
-    batch_size: int,
 ) -> PredictionTally:
     """Score rows chunk by chunk; the file appears when the last one is written.
 
@@ -253,7 +235,9 @@ def write_predictions(
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         for rows in chunks:
-            lines, scored = score_rows(rows, trained, findings, batch_size)
+            lines, scored = score_rows(
+                rows, model.trained, findings, model.batch_size, reports=True
+            )
             count_implausible(scored.dataset, findings)
             lines.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scored)

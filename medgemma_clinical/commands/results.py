@@ -46,7 +46,7 @@ from medgemma_clinical.models.checkpoints import (
     describe_weight,
     licence,
 )
-from medgemma_clinical.models.generation import save_reports, write_reports
+from medgemma_clinical.models.generation import score_reports, write_reports
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.evaluate import evaluate
@@ -82,18 +82,25 @@ Baselines = dict[str, dict[str, NDArray[np.float64]]]
 def write_results(
     stage: Stage,
     data: Data,
-    folder: Path,
+    folder: Path | None,
     state: TrainState,
     facts: dict[str, Any],
     args: Namespace,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Score validation and, once, test with the best model; write and log all results.
 
-    The stage's model holds the best weights; ``facts`` are those of ``run_facts``. Each process
-    must call; the first one writes.
+    The decision rule joins the stage's configuration. Each process must call; the first one writes.
+
+    Args:
+        stage: with the weights of its best epoch.
+        data: of the run.
+        folder: of the stage; None writes nothing.
+        state: of the training.
+        facts: as ``run_facts``.
+        args: of the command line.
 
     Returns:
-        The figures without intervals, for a tracker; none in the other processes.
+        The content of ``metrics.json``; empty in the other processes.
     """
     device, first = default_device(), processes().is_main_process
     raw = {
@@ -102,9 +109,10 @@ def write_results(
     }
     raw = weigh_language_model(stage, raw)
     rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, args.calibrate)
+    stage.config["decision"] = rule.to_config()
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
+    metrics: dict[str, Any] = {}
     if first:
-        stage.save(folder, {**stage.config, "decision": rule.to_config()})
         baselines = compared_models(stage, data, predictions)
         cohorts = make_cohorts(predictions, baselines, data)
         figures = {
@@ -113,27 +121,38 @@ def write_results(
             )
             for part, cohort in cohorts.items()
         }
-        best = state.stopping.best_epoch
-        metrics = metrics_json(stage, best, figures, rule, args.calibrate)
-        for part, cohort in cohorts.items():
-            write_text(folder / f"predictions_{part}.csv", predictions_csv(cohort))
-        write_json(folder / "metrics.json", metrics)
-    # Generation takes long; the figures above are safe by now.
-    reports = stage.after_test(predictions["test"], folder) if stage.after_test else None
+        metrics = metrics_json(stage, state.stopping.best_epoch, figures, rule, args.calibrate)
+        if folder:  # generation takes long: what is known by now is safe
+            write_figures(folder, stage, cohorts, metrics)
+    texts = stage.generate(predictions["test"]) if stage.generate else None
     if not first:
         return {}
-    if reports:
-        write_json(folder / "metrics.json", {**metrics, "reports": reports})
-    content = report_content(stage, data, state, figures["val"], facts, reports)
-    path = folder / "report.html"
-    write_report(
-        path, cohorts["test"], figures["test"], content, list_patients=args.report_patients
-    )
+    if texts is not None:
+        lines, metrics["reports"] = score_reports(data.dataset, texts, predictions["test"])
+        if folder:
+            write_text(folder / "generations_test.jsonl", lines)
+            write_json(folder / "metrics.json", metrics)
     named = {SCORED[part]: each for part, each in figures.items()}
     logger.info("\n%s\n", result_sentence(figures["test"]))
-    logger.info("%s\n", results_table(stage.name, named, reports))
-    logger.info("report: %s; %s", path, peak_memory())
-    return figures_for_tracker(metrics)
+    logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
+    if folder:
+        content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
+        path = folder / "report.html"
+        write_report(
+            path, cohorts["test"], figures["test"], content, list_patients=args.report_patients
+        )
+        logger.info("report: %s; %s", path, peak_memory())
+    return metrics
+
+
+def write_figures(
+    folder: Path, stage: Stage, cohorts: dict[str, Cohort], metrics: dict[str, Any]
+) -> None:
+    """Write the best model with its decision rule, the predictions of each part, the figures."""
+    stage.save(folder, stage.config)
+    for part, cohort in cohorts.items():
+        write_text(folder / f"predictions_{part}.csv", predictions_csv(cohort))
+    write_json(folder / "metrics.json", metrics)
 
 
 def weigh_language_model(stage: Stage, raw: dict[str, Predictions]) -> dict[str, Predictions]:
@@ -272,15 +291,14 @@ def predictions_csv(cohort: Cohort) -> str:
     return table.to_csv(index=False)
 
 
-def write_generations(
+def generate_reports(
     model: LLMWriter,
     collate: TextCollator,
     tokenizer: PreTrainedTokenizerBase,
     predictions: Predictions,
     most_tokens: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """Let stage 3's model write the reports of the predicted rows; write and score them.
+) -> dict[int, str]:
+    """Let stage 3's model write the reports of the predicted rows.
 
     Each process writes its share of the reports and must call.
 
@@ -290,20 +308,16 @@ def write_generations(
         tokenizer: of the language model.
         predictions: of the test part, under the decision rule.
         most_tokens: of a report.
-        folder: of the stage; gets ``generations_test.jsonl``.
 
     Returns:
-        The object ``reports`` of ``metrics.json``; empty in the other processes.
+        The report of each row, by its position in the data set.
     """
     verdicts = np.zeros(len(collate.dataset), dtype=bool)
     verdicts[predictions.rows] = predictions.alarms
     batches = LengthBatches(predictions.rows, GENERATION_BATCH, collate.lengths(), shuffle=False)
     shown = progress(batches, "writing reports", len(batches))
     written = write_reports(model, collate, tokenizer, shown, verdicts, most_tokens)
-    texts = dict(gather(list(written.items())))
-    if not processes().is_main_process:
-        return {}
-    return save_reports(folder / "generations_test.jsonl", collate.dataset, texts, predictions)
+    return dict(gather(list(written.items())))
 
 
 def describe_stage1(config: dict[str, Any]) -> str:

@@ -30,7 +30,11 @@ from medgemma_clinical.files import (
     write_json,
 )
 from medgemma_clinical.models.checkpoint_schema import check_data
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import (
+    TRAJECTORY_FILE,
+    TrajectoryCheckpoint,
+    read_trajectory,
+)
 from medgemma_clinical.models.language_model import base_content_hash, cached_revision
 from medgemma_clinical.provenance import code_hash, git_commit, peak_mib, versions
 from medgemma_clinical.training.checkpoint_store import CheckpointStore
@@ -82,32 +86,45 @@ def checkpoint_store(folder: Path) -> CheckpointStore:
 # --------------------------------------------------------------------------- what a run is
 
 
-def run_data(args: Namespace, dataset: TrajectoryDataset, prompts: PromptOptions) -> Data:
+def given_stage1(args: Namespace) -> TrajectoryCheckpoint | None:
+    """Read the trained stage 1 that a command names, None where it names none.
+
+    Raises:
+        InputError: as ``read_trajectory``.
+    """
+    return read_trajectory(args.ode_checkpoint) if args.ode_checkpoint else None
+
+
+def run_data(
+    args: Namespace,
+    dataset: TrajectoryDataset,
+    prompts: PromptOptions,
+    stage1: TrajectoryCheckpoint | None,
+) -> Data:
     """Prepare the data of a run; the stage 1 below a language model decides the inputs.
 
     Raises:
-        InputError: as ``prepare_data``, or stage 1's file cannot be read.
+        InputError: as ``prepare_data``.
     """
-    stage_1 = args.ode_checkpoint
     return prepare_data(
         dataset,
         max_samples=args.max_samples,
         seed=args.seed,
         prompts=prompts,
-        inputs=read_trajectory(stage_1).config["inputs"] if stage_1 else None,
+        inputs=stage1.config["inputs"] if stage1 else None,
         facts=args.facts == "on",
         prediction_time=args.prediction_time == "on",
         min_cell=args.min_cell,
     )
 
 
-def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
+def run_facts(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) -> dict[str, Any]:
     """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split.
 
     Raises:
         InputError: the data have a name or a text that no checkpoint may hold.
     """
-    stage_1, language_model = args.ode_checkpoint, not args.trajectory_only
+    language_model = not args.trajectory_only
     description = data.description()
     check_data(data.dataset.source, description)  # a checkpoint will be refused for the same
     facts = {
@@ -118,7 +135,7 @@ def run_facts(args: Namespace, data: Data) -> dict[str, Any]:
         "code_sha256": code_hash(),
         "processes": processes().num_processes,
         "seed": args.seed,
-        "stage_1_sha256": file_hash(stage_1) if stage_1 else None,
+        "stage_1_sha256": stage1.sha256 if stage1 else None,
         "base_revision": cached_revision(args.model_name) if language_model else None,
         "base_sha256": base_content_hash(args.model_name) if language_model else None,
         "device": str(default_device()),

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -133,12 +132,12 @@ class TrajectoryDataset(RaggedSeries):
 
     @classmethod
     def scoring_rows(
-        cls, source: Path, config: dict[str, Any], findings: Findings, most: int
+        cls, source: Any, config: dict[str, Any], findings: Findings, most: int
     ) -> Iterator[ScoringRows]:
         """Read rows to be scored, as a checkpoint's data were read, ``most`` at a time.
 
         Args:
-            source: file or folder.
+            source: file or folder, or what else a subclass reads.
             config: of the checkpoint; ``Data.description`` is part of it.
             findings: gets the problems of rows that cannot be read.
             most: rows at a time.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.scoring import ScoringRows, count_unknown_facts
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.distributed import to_device
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -23,8 +25,56 @@ from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.loaders import LengthBatches
 
 
+def scoring_rows(
+    source: Path | pd.DataFrame | TrajectoryDataset,
+    config: dict[str, Any],
+    datasets: Mapping[str, type[TrajectoryDataset]],
+    findings: Findings,
+    most: int,
+) -> Iterator[ScoringRows]:
+    """Read rows to be scored, ``most`` at a time; a data set is taken whole.
+
+    Args:
+        source: what the checkpoint's class of data reads, or a data set.
+        config: of the checkpoint.
+        datasets: class of each data set by its name.
+        findings: gets the problems of rows that cannot be read.
+        most: rows at a time.
+
+    Raises:
+        InputError: the rows are not those that the checkpoint reads, or cannot be read.
+    """
+    if not isinstance(source, TrajectoryDataset):
+        yield from datasets[config["dataset"]].scoring_rows(source, config, findings, most)
+        return
+    for key in ("features", "units"):
+        if (found := list(getattr(source, key))) != config[key]:
+            raise InputError(
+                f"{source.source}: its {key} are {found}, the model reads {config[key]}"
+            )
+    if source.outcome != config["outcome"]:
+        raise InputError(
+            f"{source.source}: its outcome is {source.outcome}, the model predicts "
+            f"{config['outcome']}"
+        )
+    places = np.arange(len(source))
+    yield ScoringRows(source.ids, places, source, places, len(source))
+
+
+def describe_source(source: Path | pd.DataFrame | TrajectoryDataset) -> str:
+    """Return the name of rows to be scored, for errors."""
+    if isinstance(source, TrajectoryDataset):
+        return source.source
+    return "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
+
+
 def score_rows(
-    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+    rows: ScoringRows,
+    trained: TrainedModel,
+    findings: Findings,
+    batch_size: int,
+    *,
+    reports: bool,
 ) -> tuple[pd.DataFrame, ScoringRows]:
     """Score those of some rows that can be scored.
 
@@ -34,6 +84,7 @@ def score_rows(
         findings: gets the problem of each row that cannot be scored; the problems of these rows
             are taken out of it.
         batch_size: rows a batch.
+        reports: whether stage 3 writes its reports, which takes far longer than its scores.
 
     Returns:
         The lines of the prediction file, one for each row of the input, and the rows with a score.
@@ -55,7 +106,7 @@ def score_rows(
     lines = pd.DataFrame({"probability": probability}, index=rows.places)
     lines["prediction"] = pd.Series(verdicts.astype(int), index=rows.places, dtype="Int64")
     finite = np.isfinite(logit)
-    if isinstance(trained.model, LLMWriter):
+    if reports and isinstance(trained.model, LLMWriter):
         lines["report"] = ""
         if text is not None:
             most = trained.config["report_tokens"]
@@ -114,9 +165,9 @@ def compute_logits(
     model: torch.nn.Module, collate: Any, batches: Iterable[list[int]], rows: int
 ) -> NDArray[np.float64]:
     """Return the log-odds (rows,) of the rows that ``batches`` hold and ``collate`` pads."""
-    logit = np.empty(rows)
+    logit, device = np.empty(rows), next(model.parameters()).device
     for indices in batches:
-        output = model(to_device(collate(indices), default_device()))
+        output = model(to_device(collate(indices), device))
         logit[indices] = output.logit.double().cpu().numpy()
     return logit
 

@@ -7,6 +7,7 @@ the language model), config.json, README.md, NOTICE.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from dataclasses import dataclass
@@ -82,15 +83,21 @@ def licence(base_model: str | None) -> str:
 
 @dataclass(frozen=True)
 class TrajectoryCheckpoint:
-    """Content of a stage 1 file.
+    """A trained stage 1, as its file holds it.
 
-    weights is the state dict of a ``TrajectoryClassifier``; train_patients (n,) int64, sorted
-    hashes of the patients that trained.
+    Attributes:
+        config: rebuilds the model and says what it was trained on.
+        weights: state dict of a ``TrajectoryClassifier``.
+        train_patients: (n,) int64, sorted hashes of the patients that trained.
+        place: the file, as errors name it.
+        sha256: of the file.
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     train_patients: NDArray[np.int64]
+    place: Path
+    sha256: str | None
 
 
 # ------------------------------------------------------------------ configuration
@@ -133,16 +140,24 @@ def save_trajectory(
         InputError: the configuration would be refused when it is read.
     """
     check_config(path, config, ("trajectory",))
+    content = trajectory_bytes(model, config, train_patients)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)  # a full disk is then an OSError as everywhere
+
+
+def trajectory_bytes(
+    model: TrajectoryClassifier, config: dict[str, Any], train_patients: NDArray[np.int64]
+) -> bytes:
+    """Return the content of a stage 1 file."""
     content = {
         "format": CHECKPOINT_FORMAT,
         "config": config,
         "weights": model.state_dict(),
         "train_patients": torch.from_numpy(train_patients),
     }
-    buffer = io.BytesIO()  # a full disk is then an OSError as everywhere
+    buffer = io.BytesIO()
     torch.save(content, buffer)
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_trajectory(path: Path) -> TrajectoryCheckpoint:
@@ -162,7 +177,9 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         trained = content.pop("train_patients")
         if trained.ndim != 1 or trained.dtype != torch.int64 or not trained.is_contiguous():
             raise ValueError("train_patients")
-        checkpoint = TrajectoryCheckpoint(**content, train_patients=trained.numpy())
+        checkpoint = TrajectoryCheckpoint(
+            **content, train_patients=trained.numpy(), place=path, sha256=file_hash(path)
+        )
     except FileNotFoundError as error:
         raise InputError(
             f"{path}: no such stage 1 checkpoint: run --trajectory_only first"
@@ -173,6 +190,20 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         raise InputError(f"{path}: not a stage 1 checkpoint, or damaged") from error
     check_config(path, checkpoint.config, ("trajectory",))
     return checkpoint
+
+
+def to_checkpoint(
+    model: TrajectoryClassifier, config: dict[str, Any], train_patients: NDArray[np.int64]
+) -> TrajectoryCheckpoint:
+    """Return a stage 1 in memory as if it had been read from a file."""
+    content = trajectory_bytes(model, config, train_patients)
+    return TrajectoryCheckpoint(
+        config,
+        model.state_dict(),
+        train_patients,
+        place=Path("the encoder"),
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
 
 
 def check_floating(weights: dict[str, Tensor]) -> None:
@@ -186,18 +217,17 @@ def check_floating(weights: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has dtype {tensor.dtype}")
 
 
-def load_trajectory(model: TrajectoryClassifier, path: Path) -> None:
-    """Load a stage 1 file into ``model``, every key.
+def load_trajectory(model: TrajectoryClassifier, checkpoint: TrajectoryCheckpoint) -> None:
+    """Load the weights of a trained stage 1 into ``model``, every key.
 
     Raises:
-        InputError: see ``read_trajectory``, or the weights do not fit the model.
+        InputError: the weights do not fit the model.
     """
-    checkpoint = read_trajectory(path)
     try:
         check_floating(checkpoint.weights)
         model.load_state_dict(checkpoint.weights)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise _unfit(path) from error
+        raise _unfit(checkpoint.place) from error
 
 
 # ------------------------------------------------------------------ stages 2 and 3

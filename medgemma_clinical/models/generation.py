@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import to_device
 from medgemma_clinical.evaluation.predictions import Predictions
-from medgemma_clinical.files import write_text
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
@@ -66,14 +64,15 @@ def write_reports(
     return texts
 
 
-def save_reports(
-    path: Path, dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions
-) -> dict[str, Any]:
-    """Write reports, by position, as JSON lines (id, text, target, verdict, probability).
+def score_reports(
+    dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions
+) -> tuple[str, dict[str, Any]]:
+    """Compare reports, by position, with the numbers of their rows.
 
     Returns:
-        Number of reports, share of the expected form, share of the stated numbers that are the
-        patient's own, their number.
+        The reports as JSON lines (id, text, target, verdict, probability). And the figures: number
+        of reports, share of the expected form, share of the stated numbers that are the patient's
+        own, their number.
     """
     lines, scores = [], []
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
@@ -87,9 +86,8 @@ def save_reports(
             "probability": float(probability),
         }
         lines.append(json.dumps(line) + "\n")
-    write_text(path, "".join(lines))
     stated = sum(score.stated for score in scores)
-    return {
+    return "".join(lines), {
         "reports": len(scores),
         "parse_share": sum(score.parses for score in scores) / len(scores),
         "true_number_share": sum(score.true for score in scores) / max(stated, 1),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.ragged import summary_names
@@ -20,6 +21,7 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoint_schema import DYNAMICS, MEMBERS
 from medgemma_clinical.models.checkpoints import (
+    LLM_STAGES,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
@@ -28,6 +30,7 @@ from medgemma_clinical.models.checkpoints import (
     read_adapter,
     read_config,
     read_trajectory,
+    to_checkpoint,
 )
 from medgemma_clinical.models.encoder import Encoder
 from medgemma_clinical.models.language_model import (
@@ -56,14 +59,27 @@ class TrainedModel:
     """A trained model ready to score.
 
     Attributes:
-        model: on the default device, in evaluation mode.
+        model: in evaluation mode.
         config: its checkpoint's.
         tokenizer: None for stage 1.
+        train_patients: of stage 1, see ``TrajectoryCheckpoint``; None for the others.
     """
 
     model: TrajectoryClassifier | TrajectoryLLM
     config: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train_patients: NDArray[np.int64] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights."""
+        return next(self.model.parameters()).device
+
+    def checkpoint(self) -> TrajectoryCheckpoint:
+        """Return a stage 1 as ``read_trajectory`` returns that of a file."""
+        assert isinstance(self.model, TrajectoryClassifier)
+        assert self.train_patients is not None
+        return to_checkpoint(self.model, self.config, self.train_patients)
 
     @property
     def rule(self) -> DecisionRule:
@@ -91,11 +107,29 @@ def checkpoint_place(path: Path) -> Path:
         return path
     if path.is_dir() and path.absolute().name == "trajectory" and beside.is_file():
         return beside
+    stages = [stage for stage in LLM_STAGES if (path / stage).exists()]
+    if (path / TRAJECTORY_FILE).is_file() and not stages:
+        return path / TRAJECTORY_FILE
     problem = "holds no trained model" if path.exists() else "no such file or folder"
     raise InputError(
         f"--checkpoint {path}: {problem}: name the folder trajectory, classification or "
         f"generative of a run, or its {TRAJECTORY_FILE}"
     )
+
+
+def read_metrics(path: Path) -> dict[str, Any] | None:
+    """Return the figures of the run that a checkpoint belongs to, None where they are not known.
+
+    Args:
+        path: as for ``load_trained_model``.
+    """
+    place = checkpoint_place(path)
+    folder = place.parent / "trajectory" if place.is_file() else place.parent
+    try:
+        metrics: dict[str, Any] = read_json(folder / "metrics.json")
+    except (OSError, ValueError):
+        return None
+    return metrics
 
 
 def read_trained_config(path: Path) -> dict[str, Any]:
@@ -114,6 +148,7 @@ def load_trained_model(
     model_name: str | None = None,
     quantization: str | None = None,
     precision: str | None = None,
+    device: torch.device | None = None,
 ) -> TrainedModel:
     """Load a trained model, every key of it.
 
@@ -124,29 +159,34 @@ def load_trained_model(
             run's ``run.json`` knows.
         quantization: of the base model; None takes the stored one.
         precision: ``bf16`` or ``fp32``; None takes the stored one.
+        device: of the weights; None takes the GPU if there is one.
 
     Raises:
         InputError: no checkpoint there, damaged, or its base model cannot be loaded.
     """
-    place = checkpoint_place(path)
-    config = read_trained_config(place)
+    place, device = checkpoint_place(path), device or default_device()
     if place.is_file():
-        classifier = build_stage1(config, encoders)
-        load_trajectory(classifier, place)
-        return TrainedModel(classifier.to(default_device()).eval(), config, None)
+        checkpoint = read_trajectory(place)
+        classifier = build_stage1(checkpoint.config, encoders)
+        load_trajectory(classifier, checkpoint)
+        patients = checkpoint.train_patients
+        return TrainedModel(
+            classifier.to(device).eval(), checkpoint.config, train_patients=patients
+        )
+    config = read_config(place)
     name = model_name or base_place(place, config)
     check_base(place, config, name)
     base, tokenizer = load_language_model(
         name,
         quantization or config["quantization"],
         DTYPES[precision or config["precision"]],
-        default_device(),
+        device,
         config["base_revision"] if model_name is None else None,
         origin="the checkpoint" if model_name is None else "--model_name",
     )
     model = build_llm(place, config, encoders, base, tokenizer)
     load_llm(model, place)
-    return TrainedModel(model.to(default_device()).eval(), config, tokenizer)
+    return TrainedModel(model.to(device).eval(), config, tokenizer)
 
 
 def base_place(place: Path, config: dict[str, Any]) -> str:
@@ -265,12 +305,15 @@ def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encod
 
 
 def load_stage1(
-    path: Path, encoders: Mapping[str, type], given: Mapping[str, Any], data: Data
+    checkpoint: TrajectoryCheckpoint,
+    encoders: Mapping[str, type],
+    given: Mapping[str, Any],
+    data: Data,
 ) -> TrajectoryClassifier:
     """Load stage 1 for a run with a language model on ``data``, which reads the same inputs.
 
     Args:
-        path: stage 1's file.
+        checkpoint: the trained stage 1.
         encoders: class of each registered name.
         given: the run's ``solver``, ``time_scale``, ``dynamics``, ``members``, ``facts`` and
             ``prediction_time``; a flag at its default contradicts nothing.
@@ -280,8 +323,7 @@ def load_stage1(
         InputError: stage 1 reads other features, was made by other flags, or patients who trained
             it are held out here.
     """
-    checkpoint = read_trajectory(path)
-    config = checkpoint.config
+    config, path = checkpoint.config, checkpoint.place
     description = data.description()
     for key in ("features", "units", "outcome"):
         if config[key] != description[key]:
@@ -300,36 +342,38 @@ def load_stage1(
     for name in ("facts", "prediction_time"):
         if given[name] == "off" and config["inputs"][name]:
             raise InputError(f"{path}: trained with --{name} on: leave the flag out")
-    check_held_out(path, checkpoint, data)
+    check_held_out(checkpoint, data)
     solver = given["solver"]
     if options.get("solver", solver) != solver:
         logger.warning("%s: trained with --solver %s, now %s", path, options["solver"], solver)
         config = {**config, "encoder": {**options, "solver": solver}}
     model = build_stage1(config, encoders)
-    load_trajectory(model, path)
+    load_trajectory(model, checkpoint)
     return model
 
 
-def stage1_risks(path: Path | None, collate: TextCollator) -> NDArray[np.float64] | None:
+def stage1_risks(
+    checkpoint: TrajectoryCheckpoint | None, collate: TextCollator
+) -> NDArray[np.float64] | None:
     """Return the probability (N,) that stage 1 itself gives each row, None without a stage 1.
 
     Args:
-        path: stage 1's file, whose decision rule makes probabilities.
+        checkpoint: its decision rule makes probabilities.
         collate: holds the logits of its head.
     """
-    if path is None or collate.states is None:
+    if checkpoint is None or collate.states is None:
         return None
-    rule = DecisionRule.from_config(read_trajectory(path).config)
+    rule = DecisionRule.from_config(checkpoint.config)
     return rule.probability(collate.states.logit.double().numpy())
 
 
-def check_held_out(path: Path, checkpoint: TrajectoryCheckpoint, data: Data) -> None:
+def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
     """Refuse an encoder that has seen patients of this run's validation or test part.
 
     Raises:
         InputError: their number, and how to avoid it.
     """
-    named = bool(checkpoint.config["named"])
+    named, path = bool(checkpoint.config["named"]), checkpoint.place
     same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
     trained = data.count_overlap(checkpoint.train_patients, named, same_rows=same_rows)
     if trained:

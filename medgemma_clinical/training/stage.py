@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from medgemma_clinical.evaluation.predictions import Predictions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHT_DECAY = 0.01
 
@@ -32,14 +35,15 @@ class Stage:
         higher_is_better: direction of ``monitor``.
         config: of the checkpoint, plain types; the decision rule joins it with the results.
         save: writes the model's weights and a config as the best, for the folder of the stage.
-        load: reads the best of the folder of the stage back into ``model``.
         hides_events: few patients of some part have the event: losses and AUROC, which tell their
             number, are not written.
         accumulate: batches whose gradients make one optimizer step.
         describe: returns lines for the log on what the model reads.
-        after_test: further work of the best model on the test part, from its predictions and the
-            folder of the stage; returns figures for the report.
+        generate: lets the best model write reports on the rows of predictions; returns them by
+            position in each process. None where the stage writes none.
         stage1: (N,) probability of each row by the stage 1 that the stage builds on, None without.
+        tokenizer: of the language model, None without.
+        train_patients: hashes of the patients that train, of stage 1; None for the others.
         tokens: that a language model reads of a patient, mean over the training part.
         save_memory: lets a step take less memory and more time; None where nothing is left to do.
     """
@@ -54,12 +58,13 @@ class Stage:
     higher_is_better: bool
     config: dict[str, Any]
     save: Callable[[Path, dict[str, Any]], None]
-    load: Callable[[Path], None]
     hides_events: bool = False
     accumulate: int = 1
     describe: Callable[[], list[str]] = list
-    after_test: Callable[[Predictions, Path], dict[str, Any]] | None = None
+    generate: Callable[[Predictions], dict[int, str]] | None = None
     stage1: NDArray[np.float64] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train_patients: NDArray[np.int64] | None = None
     tokens: float = 0.0
     save_memory: Callable[[], None] | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,7 +101,7 @@ def drop_unread(table: pd.DataFrame, inputs: dict[str, Any]) -> pd.DataFrame:
     return table.drop(columns=unread, errors="ignore")
 
 
-def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: Path) -> None:
+def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: str) -> None:
     """Refuse a file that lacks a column of what a checkpoint reads beside the series.
 
     Args:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
-from medgemma_clinical.commands.compare import join_predictions, read_predictions
 from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.commands.several_runs import Train, run_or_continue, stage_folder
+from medgemma_clinical.commands.several.compare import join_predictions, read_predictions
+from medgemma_clinical.commands.several.runs import Train, run_or_continue, stage_folder
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes

@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import medgemma_clinical.commands.several_runs as several_runs
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from finished_runs import write_run
-from medgemma_clinical.commands import seeds
-from medgemma_clinical.commands.seeds import run_seeds, seed_arguments
+from medgemma_clinical.commands.several import runs as several_runs
+from medgemma_clinical.commands.several import seeds
+from medgemma_clinical.commands.several.seeds import run_seeds, seed_arguments
 from medgemma_clinical.files import InputError
 
 DATASET: Any = SimpleNamespace(outcome="Death")

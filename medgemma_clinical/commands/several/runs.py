@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, RUN_LOG, quiet_console
-from medgemma_clinical.commands.run_folder import progress_of, run_data, run_facts, stage_name
+from medgemma_clinical.commands.run_folder import (
+    given_stage1,
+    progress_of,
+    run_data,
+    run_facts,
+    stage_name,
+)
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.bootstrap import Estimate
@@ -60,8 +66,9 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
 def run_progress(args: Namespace, dataset: TrajectoryDataset) -> str:
     """Return how far an earlier run of the same command has come: ``none``, ``part`` or ``all``."""
     # The prompts are flags, which are compared by themselves.
-    data = run_data(args, dataset, PromptOptions())
-    return progress_of(stage_folder(args), run_facts(args, data))
+    stage1 = given_stage1(args)
+    data = run_data(args, dataset, PromptOptions(), stage1)
+    return progress_of(stage_folder(args), run_facts(args, data, stage1))
 
 
 def read_auroc(folder: Path, part: str) -> Estimate:

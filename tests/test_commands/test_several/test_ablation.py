@@ -14,18 +14,18 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
-import medgemma_clinical.commands.several_runs as several_runs
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from finished_runs import write_run
-from medgemma_clinical.commands.ablation import (
+from medgemma_clinical.commands.command_line import start_logging
+from medgemma_clinical.commands.several import runs as several_runs
+from medgemma_clinical.commands.several.ablation import (
     ARMS,
     STAGE_1,
     arm_arguments,
     chosen_arms,
     run_ablation,
 )
-from medgemma_clinical.commands.command_line import start_logging
 from medgemma_clinical.files import InputError
 
 DATASET: Any = SimpleNamespace(outcome="Death")

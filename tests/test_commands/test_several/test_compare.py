@@ -11,7 +11,11 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from finished_runs import write_run
-from medgemma_clinical.commands.compare import join_predictions, read_predictions, run_compare
+from medgemma_clinical.commands.several.compare import (
+    join_predictions,
+    read_predictions,
+    run_compare,
+)
 from medgemma_clinical.files import InputError
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands.ablation import run_ablation, unused_sentences
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.several_runs import (
+from medgemma_clinical.commands.several.ablation import run_ablation, unused_sentences
+from medgemma_clinical.commands.several.compare import read_predictions
+from medgemma_clinical.commands.several.runs import (
     Train,
     read_auroc,
     run_or_continue,

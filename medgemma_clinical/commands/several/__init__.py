@@ -1,0 +1,1 @@
+"""Several runs of one command: made in turn, compared, pooled."""

@@ -1,0 +1,296 @@
+"""TrajectoryModel: a trained model of any stage, to be used from Python.
+
+Loads nothing heavy when it is imported: torch and pandas come with the first model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from medgemma_clinical.data.scoring import ScoringRows
+    from medgemma_clinical.data.tables import Findings
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+    from medgemma_clinical.models.trained_model import TrainedModel
+
+    Rows = pd.DataFrame | str | os.PathLike[str] | TrajectoryDataset
+    """Rows to score: a table in the format of the training data, its path, or a data set."""
+
+BATCH_ROWS = {"trajectory": 256, "classification": 32, "generative": 32}
+"""Rows a batch where the caller does not say."""
+
+MEMORY_ROWS = {"trajectory": 20_000, "classification": 2_000, "generative": 2_000}
+"""Rows of a file in memory at a time."""
+
+
+class TrajectoryModel:
+    """A trained model of stage 1, 2 or 3, in the manner of a fitted scikit-learn classifier.
+
+    Take ``medgemma_trainer.TrajectoryModel``, which knows the data sets and the encoders, and load
+    a model by ``from_pretrained`` or train one by ``fit_trajectory`` and its like.
+
+    Attributes:
+        trained: network, tokenizer and configuration.
+        metrics: the content of ``metrics.json``; None where it is not known.
+        batch_size: rows a batch.
+    """
+
+    datasets: ClassVar[Mapping[str, Any]]
+    encoders: ClassVar[Mapping[str, Any]]
+    _estimator_type = "classifier"
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        metrics: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        """Keep the parts; see the class."""
+        self.trained = trained
+        self.metrics = metrics
+        self.batch_size = batch_size or BATCH_ROWS[trained.config["stage"]]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        batch_size: int | None = None,
+        model_name: str | None = None,
+        quantization: str | None = None,
+        precision: str | None = None,
+    ) -> Self:
+        """Load a trained model.
+
+        Args:
+            checkpoint: a run's stage folder, stage 1's ``.pt``, a folder of ``save_pretrained``, or
+                the id of a hub repository, as in "user/name".
+            revision: branch, tag or commit of a hub repository.
+            device: as in ``torch.device``; None takes the GPU if there is one.
+            batch_size: rows a batch; None takes 256 for stage 1 and 32 for the others.
+            model_name: where the base model lies, if not where it lay in training.
+            quantization: of the base model, "nf4" or "none"; None takes that of the training.
+            precision: "bf16" or "fp32"; None takes that of the training.
+
+        Raises:
+            InputError: there is no trained model, or it cannot be loaded.
+        """
+        import torch
+
+        from medgemma_clinical.models.trained_model import load_trained_model, read_metrics
+
+        place = Path(checkpoint)
+        trained = load_trained_model(
+            place,
+            cls.encoders,
+            model_name,
+            quantization,
+            precision,
+            None if device is None else torch.device(device),
+        )
+        return cls(trained, read_metrics(place), batch_size)
+
+    def __repr__(self) -> str:
+        """Return stage, series, base model and data."""
+        config = self.config
+        lines = [
+            f"stage: {self.stage}",
+            f"outcome: {config['outcome']}",
+            f"series: {', '.join(config['features'])}",
+            f"facts: {', '.join(config['inputs']['facts']) or 'none'}",
+            *([f"base model: {config['base_model']}"] if "base_model" in config else []),
+            f"data: {config['dataset']}, SHA-256 {config['data_sha256'][:12]}",
+            f"device: {self.trained.device}",
+        ]
+        return f"{type(self).__name__}({'; '.join(lines)})"
+
+    # ------------------------------------------------------------------ what the model is
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's configuration."""
+        return self.trained.config
+
+    @property
+    def stage(self) -> str:
+        """``trajectory``, ``classification`` or ``generative``."""
+        return str(self.config["stage"])
+
+    @property
+    def threshold(self) -> float:
+        """The probability from which on ``predict`` says 1."""
+        return self.trained.rule.threshold
+
+    @property
+    def classes_(self) -> NDArray[np.int64]:
+        """The labels, in the order of ``predict_proba``'s columns."""
+        import numpy as np
+
+        return np.array([0, 1])
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Return True: there is no model that is not trained."""
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        """Return what scikit-learn asks of a classifier of two classes."""
+        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(multi_class=False),
+            input_tags=InputTags(two_d_array=False, string=True, allow_nan=True),
+        )
+
+    # ------------------------------------------------------------------ predictions
+
+    def predict_proba(self, rows: Rows) -> NDArray[np.float64]:
+        """Return the probabilities (N, 2) float64 of no event and of the event.
+
+        Args:
+            rows: a DataFrame or a file in the format of the training data, or a data set.
+
+        Raises:
+            InputError: a row cannot be scored; ``predictions`` scores the others.
+        """
+        import numpy as np
+
+        events = self._scored(rows)["probability"].to_numpy(dtype=np.float64)
+        return np.stack([1 - events, events], axis=1)
+
+    def predict(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights.
+
+        Args:
+            rows: as for ``predict_proba``.
+
+        Raises:
+            InputError: a row cannot be scored.
+        """
+        import numpy as np
+
+        return self._scored(rows)["prediction"].to_numpy(dtype=np.int64)
+
+    def predictions(self, rows: Rows) -> pd.DataFrame:
+        """Return what ``--predict`` writes: a line a row, also for one that cannot be scored.
+
+        Args:
+            rows: as for ``predict_proba``.
+
+        Returns:
+            N lines: id, probability, prediction, of stage 3 report, and problem, which is empty for
+            a row with a score.
+
+        Raises:
+            InputError: the whole input cannot be read.
+        """
+        return self._table(rows, strict=False, reports=self.stage == "generative")
+
+    def write_reports(self, rows: Rows) -> list[str]:
+        """Return the report of each row, N texts; their verdicts are those of ``predict``.
+
+        Args:
+            rows: as for ``predict_proba``.
+
+        Raises:
+            ValueError: the model is not of stage 3.
+            InputError: a row cannot be scored.
+        """
+        self._check_stage("generative", "write_reports")
+        return list(self._table(rows, strict=True, reports=True)["report"])
+
+    def risk_over_time(self, rows: Rows) -> pd.DataFrame:
+        """Return the risk after each observation, as if the question were asked there.
+
+        The model was trained on whole rows: a risk within a row was not what it learned to give.
+
+        Args:
+            rows: as for ``predict_proba``.
+
+        Returns:
+            A line for each observation of each row, in order: id, hours (float64, on the row's
+            clock), probability (float64). Where a row has a later prediction time, a line for that
+            follows. The last probability of a row is that of ``predict_proba``.
+
+        Raises:
+            ValueError: the model is not of stage 1.
+            InputError: a row cannot be scored.
+        """
+        import pandas as pd
+
+        from medgemma_clinical.inference.risk_over_time import risk_over_time
+
+        self._check_stage("trajectory", "risk_over_time")
+        chunks, findings = self._read(rows, strict=True)
+        tables = [
+            table
+            for chunk in chunks
+            for table in risk_over_time(chunk, self.trained, findings, self.batch_size)
+        ]
+        return pd.concat(tables, ignore_index=True)
+
+    def prompt_embeds(self, rows: Rows) -> list[Tensor]:
+        """Return what the language model reads of each row, as vectors: see docs/serving.md.
+
+        Args:
+            rows: as for ``predict_proba``.
+
+        Returns:
+            N tensors (S, D) in the language model's dtype, on the CPU.
+
+        Raises:
+            ValueError: the model is of stage 1.
+            InputError: a row cannot be read.
+        """
+        raise NotImplementedError
+
+    def _check_stage(self, needed: str, method: str) -> None:
+        if self.stage != needed:
+            raise ValueError(f"{method} needs a model of stage {needed}: this is {self.stage}")
+
+    def _scored(self, rows: Rows) -> pd.DataFrame:
+        return self._table(rows, strict=True, reports=False)
+
+    def _table(self, rows: Rows, *, strict: bool, reports: bool) -> pd.DataFrame:
+        import pandas as pd
+
+        from medgemma_clinical.inference.scoring import score_rows
+
+        chunks, findings = self._read(rows, strict=strict)
+        tables = [
+            score_rows(chunk, self.trained, findings, self.batch_size, reports=reports)[0]
+            for chunk in chunks
+        ]
+        return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+
+    def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
+        from medgemma_clinical.data.tables import Findings
+        from medgemma_clinical.inference.scoring import describe_source, scoring_rows
+
+        rows = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
+        findings = Findings(describe_source(rows), strict=strict)
+        most = MEMORY_ROWS[self.stage]
+        return scoring_rows(rows, self.config, self.datasets, findings, most), findings
+
+    # ------------------------------------------------------------------ keeping and sharing
+
+    def checkpoint(self) -> TrajectoryCheckpoint:
+        """Return a trained stage 1 as stages 2 and 3 read it.
+
+        Raises:
+            ValueError: the model is not of stage 1.
+        """
+        self._check_stage("trajectory", "encoder")
+        return self.trained.checkpoint()
