@@ -35,7 +35,7 @@ from medgemma_clinical.evaluation.report import (
 )
 from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, shift_table
 from medgemma_clinical.files import InputError, atomic, locked, remove
-from medgemma_clinical.inference.scoring import count_implausible, score_rows, scoring_rows
+from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.trained_model import TrainedModel, read_trained_config
 from medgemma_clinical.provenance import code_hash, git_commit, peak_memory, versions
@@ -235,9 +235,7 @@ def write_predictions(
         temporary.open("w", encoding="utf-8", newline="") as file,
     ):
         for rows in chunks:
-            lines, scored = score_rows(
-                rows, model.trained, findings, model.batch_size, reports=True
-            )
+            lines, scored = prediction_table(rows, model.trained, findings, model.batch_size)
             count_implausible(scored.dataset, findings)
             lines.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scored)

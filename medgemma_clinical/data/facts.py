@@ -54,12 +54,12 @@ def context_table(contexts: Sequence[str], names: Sequence[str]) -> pd.DataFrame
         absent; 1 or 0 for each other word, NaN where the context is empty.
     """
     rows = [facts_of(context) for context in contexts]
-    chosen = [{name: row[name] for name in names if name in row} for row in rows]
-    table = pd.DataFrame(chosen, columns=list(names), index=range(len(contexts)), dtype=float)
-    words = [name for name in names if not name.endswith(NUMBER_ENDING)]
+    cells = [row.get(name, np.nan) for row in rows for name in names]
+    table = np.array(cells, dtype=float).reshape(len(rows), len(names))
     told = np.array([bool(row) for row in rows], dtype=bool)
-    table.loc[told, words] = table.loc[told, words].fillna(0.0)
-    return table
+    words = np.array([not name.endswith(NUMBER_ENDING) for name in names], dtype=bool)
+    table[np.isnan(table) & told[:, None] & words] = 0.0
+    return pd.DataFrame(table, columns=list(names))
 
 
 def frequent_words(contexts: Sequence[str]) -> list[str]:

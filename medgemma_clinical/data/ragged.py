@@ -43,20 +43,40 @@ def summary_features(
         N rows; per feature the columns of ``STATISTICS``, NaN where never measured.
     """
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    columns = {}
-    for f, name in enumerate(features):
-        measured = ~np.isnan(values[:, f])
-        long = pd.DataFrame({"t": times[measured], "v": values[measured, f]})
-        by_owner = long.groupby(owner[measured])
-        table = by_owner["v"].agg(["first", "last", "min", "max", "mean", "count"])
-        centred = long - by_owner.transform("mean")
-        product = (centred["t"] * centred["v"]).groupby(owner[measured]).sum()
-        square = centred["t"].pow(2).groupby(owner[measured]).sum()
-        table["span"] = by_owner["t"].max() - by_owner["t"].min()
-        table["slope"] = (product / square).where(table["span"] > 0, 0.0)  # 0 / 0 within no time
-        for statistic in STATISTICS:
-            columns[f"{name} {statistic}"] = table[statistic].reindex(range(len(lengths)))
-    return pd.DataFrame(columns, index=range(len(lengths)))
+    columns: list[NDArray[np.float64]] = []
+    for values_of_one in values.T:
+        measured = ~np.isnan(values_of_one)
+        known = times[measured], values_of_one[measured], owner[measured]
+        columns.extend(_statistics(*known, len(lengths)))
+    names = summary_names(features, prediction_time=False)
+    return pd.DataFrame(np.stack(columns, axis=1), columns=names)
+
+
+def _statistics(
+    times: NDArray[np.float64], values: NDArray[np.float64], owner: NDArray[np.int64], rows: int
+) -> NDArray[np.float64]:
+    """Return ``STATISTICS`` of one feature, (8, rows), NaN where it is never measured.
+
+    Args:
+        times: (n,) hours, not decreasing within a series.
+        values: (n,) raw units.
+        owner: (n,) series of each, not decreasing.
+        rows: number of series.
+    """
+    count = np.bincount(owner, minlength=rows)
+    some = np.flatnonzero(count)
+    count = count[some]
+    starts = np.cumsum(count) - count
+    ends = starts + count - 1
+    means = [np.add.reduceat(x, starts) / count for x in (times, values)]
+    t, v = (x - np.repeat(m, count) for x, m in zip((times, values), means, strict=True))
+    span = times[ends] - times[starts]
+    square = np.where(span > 0, np.add.reduceat(t * t, starts), 1.0)
+    slope = np.where(span > 0, np.add.reduceat(t * v, starts) / square, 0.0)
+    low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    table = np.full((len(STATISTICS), rows), np.nan)
+    table[:, some] = values[starts], values[ends], low, high, means[1], count, span, slope
+    return table
 
 
 def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str]:

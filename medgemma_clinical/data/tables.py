@@ -344,4 +344,4 @@ def column_text(table: pd.DataFrame, name: str) -> pd.Series:
     if pd.api.types.is_float_dtype(column.dtype):
         whole = column.notna() & (column % 1 == 0) & (column.abs() < 2**53)
         column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
-    return column.astype(object).where(column.notna(), "").astype(str).str.strip()
+    return column.astype(str).where(column.notna(), "").str.strip()

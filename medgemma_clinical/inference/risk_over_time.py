@@ -44,9 +44,9 @@ def risk_over_time(
         beginnings, owner = beginnings_of(part)
         ids, numbers = rows.ids[start + owner], rows.numbers[start + owner]
         asked = ScoringRows(ids, numbers, beginnings, np.arange(len(owner)), rows.read)
-        lines, _ = score_rows(asked, trained, findings, batch_size, reports=False)
+        scores = score_rows(asked, trained, findings, batch_size)
         hours = beginnings.prediction_times()
-        yield pd.DataFrame({"id": ids, "hours": hours, "probability": lines["probability"]})
+        yield pd.DataFrame({"id": ids, "hours": hours, "probability": scores.probability})
 
 
 def beginnings_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,26 +68,35 @@ def describe_source(source: Path | pd.DataFrame | TrajectoryDataset) -> str:
     return "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of rows that can be scored.
+
+    Attributes:
+        rows: M rows with a score.
+        probability: (M,) float64, of the event.
+        alarms: (M,) bool, whether the decision rule predicts the event.
+        text: collator of the prompts, None for stage 1 and without rows.
+        positions: (M,) int64, places of the rows in ``text``.
+    """
+
+    rows: ScoringRows
+    probability: NDArray[np.float64]
+    alarms: NDArray[np.bool_]
+    text: TextCollator | None
+    positions: NDArray[np.int64]
+
+
 def score_rows(
-    rows: ScoringRows,
-    trained: TrainedModel,
-    findings: Findings,
-    batch_size: int,
-    *,
-    reports: bool,
-) -> tuple[pd.DataFrame, ScoringRows]:
+    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+) -> Scores:
     """Score those of some rows that can be scored.
 
     Args:
         rows: of the input, in its order.
         trained: the model, in evaluation mode.
-        findings: gets the problem of each row that cannot be scored; the problems of these rows
-            are taken out of it.
+        findings: gets the problem of each row that cannot be scored.
         batch_size: rows a batch.
-        reports: whether stage 3 writes its reports, which takes far longer than its scores.
-
-    Returns:
-        The lines of the prediction file, one for each row of the input, and the rows with a score.
 
     Raises:
         InputError: a row cannot be scored, and the findings are strict.
@@ -100,26 +109,57 @@ def score_rows(
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
     collate = rows.dataset.collate if text is None else text
     logit = compute_logits(trained.model, collate, batches, len(lengths))
-    rule = trained.rule
-    probability = rule.probability(logit)
-    verdicts = probability >= rule.threshold
-    lines = pd.DataFrame({"probability": probability}, index=rows.places)
-    lines["prediction"] = pd.Series(verdicts.astype(int), index=rows.places, dtype="Int64")
     finite = np.isfinite(logit)
-    if reports and isinstance(trained.model, LLMWriter):
-        lines["report"] = ""
-        if text is not None:
-            most = trained.config["report_tokens"]
-            sound = [[i for i in batch if finite[i]] for batch in batches]
-            written = write_reports(
-                trained.model, text, trained.tokenizer, filter(None, sound), verdicts, most
-            )
-            lines["report"] = [written.get(i, "") for i in range(len(lines))]
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
-    lines = lines[finite].reindex(range(len(rows.ids)))
+    probability = trained.rule.probability(logit[finite])
+    alarms = probability >= trained.rule.threshold
+    return Scores(rows, probability, alarms, text, np.flatnonzero(finite))
+
+
+def prediction_lines(scores: Scores, findings: Findings) -> pd.DataFrame:
+    """Return the lines of the prediction file, one for each row of the input.
+
+    Args:
+        scores: of the rows.
+        findings: the problems of these rows are taken out of them.
+    """
+    rows = scores.rows
+    lines = pd.DataFrame({"probability": scores.probability}, index=rows.places)
+    lines["prediction"] = pd.array(scores.alarms.astype(np.int64), dtype="Int64")
+    lines = lines.reindex(range(len(rows.ids)))
     lines.insert(0, "id", rows.ids)
     lines["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
-    return lines, rows
+    return lines
+
+
+def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
+    """Let stage 3 write the reports of scored rows, M texts."""
+    if scores.text is None:
+        return []
+    assert isinstance(trained.model, LLMWriter)
+    lengths = scores.text.lengths()
+    verdicts = np.zeros(len(lengths), dtype=bool)
+    verdicts[scores.positions] = scores.alarms
+    batches = LengthBatches(scores.positions, batch_size, lengths, shuffle=False)
+    most = trained.config["report_tokens"]
+    written = write_reports(trained.model, scores.text, trained.tokenizer, batches, verdicts, most)
+    return [written[i] for i in scores.positions.tolist()]
+
+
+def prediction_table(
+    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+) -> tuple[pd.DataFrame, ScoringRows]:
+    """Score some rows; return the lines of the prediction file and the rows with a score.
+
+    Arguments and errors are those of ``score_rows``; stage 3 adds a column of reports.
+    """
+    scores = score_rows(rows, trained, findings, batch_size)
+    lines = prediction_lines(scores, findings)
+    if isinstance(trained.model, LLMWriter):
+        reports = reports_of(scores, trained, batch_size)
+        texts = pd.Series(reports, index=scores.rows.places, dtype=object)
+        lines.insert(3, "report", texts.reindex(lines.index))
+    return lines, scores.rows
 
 
 def _without_long_gaps(rows: ScoringRows, trained: TrainedModel, findings: Findings) -> ScoringRows:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from medgemma_clinical.data.scoring import ScoringRows
     from medgemma_clinical.data.tables import Findings
     from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.inference.scoring import Scores
     from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
     from medgemma_clinical.models.trained_model import TrainedModel
 
@@ -167,7 +168,7 @@ class TrajectoryModel:
         """
         import numpy as np
 
-        events = self._scored(rows)["probability"].to_numpy(dtype=np.float64)
+        events = np.concatenate([scores.probability for scores in self._scores(rows)])
         return np.stack([1 - events, events], axis=1)
 
     def predict(self, rows: Rows) -> NDArray[np.int64]:
@@ -181,7 +182,7 @@ class TrajectoryModel:
         """
         import numpy as np
 
-        return self._scored(rows)["prediction"].to_numpy(dtype=np.int64)
+        return np.concatenate([scores.alarms for scores in self._scores(rows)]).astype(np.int64)
 
     def predictions(self, rows: Rows) -> pd.DataFrame:
         """Return what ``--predict`` writes: a line a row, also for one that cannot be scored.
@@ -196,7 +197,15 @@ class TrajectoryModel:
         Raises:
             InputError: the whole input cannot be read.
         """
-        return self._table(rows, strict=False, reports=self.stage == "generative")
+        import pandas as pd
+
+        from medgemma_clinical.inference.scoring import prediction_table
+
+        chunks, findings = self._read(rows, strict=False)
+        tables = [
+            prediction_table(chunk, self.trained, findings, self.batch_size)[0] for chunk in chunks
+        ]
+        return pd.concat(tables, ignore_index=True)
 
     def write_reports(self, rows: Rows) -> list[str]:
         """Return the report of each row, N texts; their verdicts are those of ``predict``.
@@ -208,8 +217,14 @@ class TrajectoryModel:
             ValueError: the model is not of stage 3.
             InputError: a row cannot be scored.
         """
+        from medgemma_clinical.inference.scoring import reports_of
+
         self._check_stage("generative", "write_reports")
-        return list(self._table(rows, strict=True, reports=True)["report"])
+        return [
+            text
+            for scores in self._scores(rows)
+            for text in reports_of(scores, self.trained, self.batch_size)
+        ]
 
     def risk_over_time(self, rows: Rows) -> pd.DataFrame:
         """Return the risk after each observation, as if the question were asked there.
@@ -260,20 +275,13 @@ class TrajectoryModel:
         if self.stage != needed:
             raise ValueError(f"{method} needs a model of stage {needed}: this is {self.stage}")
 
-    def _scored(self, rows: Rows) -> pd.DataFrame:
-        return self._table(rows, strict=True, reports=False)
-
-    def _table(self, rows: Rows, *, strict: bool, reports: bool) -> pd.DataFrame:
-        import pandas as pd
-
+    def _scores(self, rows: Rows) -> Iterator[Scores]:
+        """Score rows, all of which can be scored, some at a time."""
         from medgemma_clinical.inference.scoring import score_rows
 
-        chunks, findings = self._read(rows, strict=strict)
-        tables = [
-            score_rows(chunk, self.trained, findings, self.batch_size, reports=reports)[0]
-            for chunk in chunks
-        ]
-        return tables[0] if len(tables) == 1 else pd.concat(tables, ignore_index=True)
+        chunks, findings = self._read(rows, strict=True)
+        for chunk in chunks:
+            yield score_rows(chunk, self.trained, findings, self.batch_size)
 
     def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
         from medgemma_clinical.data.tables import Findings
