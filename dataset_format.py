@@ -206,8 +206,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             cells.findings.log()
 
     def _read_labels(self, cells: TableCells, label: str, *, required: bool) -> None:
-        table = cells.table
-        text = column_text(table, label) if label in table else pd.Series("", index=table.index)
+        if label not in cells.table:  # then none is required
+            self.labels = np.full(len(cells.table), np.nan)
+            return
+        text = column_text(cells.table, label)
         words = text.str.lower().replace({"false": "0", "true": "1"})  # as pandas writes them
         labels = pd.to_numeric(words, errors="coerce").astype(float)
         wrong = ~labels.isin([0, 1]) & (text != "")
@@ -231,7 +233,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             cells.findings.warnings[warning] = None
         self._find_patient_column(cells, patients)
         self.groups = patients.to_numpy(dtype=np.str_)
-        self.ids = ids_of(table).to_numpy(dtype=np.str_)
+        self.ids = ids_of(table, patients).to_numpy(dtype=np.str_)
         self.contexts = np.full(len(table), "", dtype=object)
         if "clinical_context" in table:
             self.contexts = column_text(table, "clinical_context").to_numpy(dtype=object)
@@ -373,8 +375,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset.question = config["question"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             places = np.flatnonzero(~table.index.isin(list(findings.problems)))
-            ids, numbers = ids_of(table).to_numpy(), table.index.to_numpy()
-            yield ScoringRows(ids, numbers, dataset, places, read)
+            ids = dataset.ids
+            if len(places) < len(table):
+                ids = ids_of(table, patients_of(table)).to_numpy(dtype=np.str_)
+            yield ScoringRows(ids, table.index.to_numpy(), dataset, places, read)
         if total == 0:
             raise InputError(f"{findings.source}: no rows below the header: nothing to read")
 

@@ -784,6 +784,9 @@ def fit_model(
     check_output(args)
     if isinstance(rows, TrajectoryDataset):
         dataset = rows
+        if read := sorted(set(dataset.options) & flags.keys()):
+            raise InputError(f"the data set has been read: leave {', '.join(read)} out")
+        args.dataset = dataset.name
     else:
         dataset = read_source(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
     with SIGNALS.installed(), deterministic_kernels(args.deterministic), recorded(), owner_only():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +139,17 @@ class TrajectoryModel:
         import numpy as np
 
         return np.array([0, 1])
+
+    def fit(self, rows: Rows, labels: Any = None) -> NoReturn:
+        """Refuse: scikit-learn looks for this method on a classifier.
+
+        Raises:
+            ValueError: always, with the functions that train.
+        """
+        raise ValueError(
+            "a trained model is not fitted again: fit_trajectory, fit_classification and "
+            "fit_generative train a new one; scikit-learn takes this one within FrozenEstimator"
+        )
 
     def __sklearn_is_fitted__(self) -> bool:
         """Return True: there is no model that is not trained."""

@@ -181,6 +181,6 @@ def patients_of(table: pd.DataFrame) -> pd.Series:
     return pd.Series(table.index.astype(str), index=table.index)
 
 
-def ids_of(table: pd.DataFrame) -> pd.Series:
-    """Return the name of each row in prediction files: id, or its patient."""
-    return column_text(table, "id") if "id" in table else patients_of(table)
+def ids_of(table: pd.DataFrame, patients: pd.Series) -> pd.Series:
+    """Return the name of each row in prediction files: id, or its patient, from ``patients_of``."""
+    return column_text(table, "id") if "id" in table else patients
