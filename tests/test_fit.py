@@ -161,9 +161,10 @@ def test_a_data_set_that_is_read_already_trains_a_model(tmp_path: Path) -> None:
     model = fit_trajectory(dataset, trajectory_epochs=1, min_cell=0)
     assert model.config["dataset"] == "srtr"
     assert model.predict_proba(dataset).shape == (len(dataset), 2)
-    lines = model.predictions(folder).set_index("id")["probability"]  # also of unknown outcome
+    lines = model.predictions(folder).set_index("id")["probability"]  # unknown outcomes too
     probability = model.predict_proba(dataset)[:, 1]
-    np.testing.assert_allclose(probability, lines[dataset.ids], atol=1e-6)
+    expected = lines.loc[dataset.ids.tolist()].to_numpy(dtype=np.float64)
+    np.testing.assert_allclose(probability, expected, atol=1e-6)
     with pytest.raises(InputError, match="the data set has been read: leave max_len out"):
         fit_trajectory(dataset, max_len=5)
 

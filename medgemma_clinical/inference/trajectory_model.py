@@ -166,6 +166,37 @@ class TrajectoryModel:
             input_tags=InputTags(two_d_array=False, string=True, allow_nan=True),
         )
 
+    def results(self, part: str = "test") -> pd.DataFrame:
+        """Return the figures of the model and of each baseline.
+
+        Args:
+            part: of the split, "test" or "validation".
+
+        Returns:
+            A row a model; auroc, auprc and brier, each with the ends of its 95 % interval, as in
+            auroc_low and auroc_high. NaN where few patients stand behind a figure.
+
+        Raises:
+            ValueError: the run of the checkpoint was not finished.
+        """
+        import pandas as pd
+
+        figures = self.config.get("figures")
+        if figures is None:
+            raise ValueError("no figures: the run of this checkpoint was not finished")
+        named = {self.stage: figures[part]}
+        named |= {name: parts[part] for name, parts in figures["baselines"].items()}
+        endings = {"value": "", "low": "_low", "high": "_high"}
+        rows = {
+            name: {
+                f"{figure}{ending}": each[figure][key]
+                for figure in ("auroc", "auprc", "brier")
+                for key, ending in endings.items()
+            }
+            for name, each in named.items()
+        }
+        return pd.DataFrame.from_dict(rows, orient="index", dtype=float)
+
     # ------------------------------------------------------------------ predictions
 
     def predict_proba(self, rows: Rows) -> NDArray[np.float64]:
@@ -304,6 +335,60 @@ class TrajectoryModel:
         return scoring_rows(rows, self.config, self.datasets, findings, most), findings
 
     # ------------------------------------------------------------------ keeping and sharing
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the model as a folder that ``from_pretrained`` reads, with its model card.
+
+        Args:
+            folder: new, or of an earlier model.
+
+        Raises:
+            InputError: the folder holds other files.
+        """
+        from medgemma_clinical.inference.hub import save_model
+
+        save_model(self.trained, Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the model with its card: never predictions, logs or ids; see docs/sharing.md.
+
+        Args:
+            repo_id: "user/name"; made where there is none.
+            private: whether the repository must be private.
+            revision: branch, made where there is none; None takes "main".
+            commit_message: one line.
+            token: of the hub; None takes that of the login.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            InputError: no login, no right to write, or a public repository where a private one is
+                asked for.
+        """
+        import tempfile
+
+        from medgemma_clinical.inference.hub import upload_checkpoint
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            self.save_pretrained(folder)
+            return upload_checkpoint(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+            )
 
     def checkpoint(self) -> TrajectoryCheckpoint:
         """Return a trained stage 1 as stages 2 and 3 read it.
