@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib
 import logging
 import os
 import sys
@@ -62,6 +63,41 @@ def check_gpu() -> None:
             "older one (pip install --force-reinstall torch --index-url "
             "https://download.pytorch.org/whl/cu126), or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
+
+
+def check_flash_attention(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse the kernels of flash-attn where they cannot run.
+
+    Where the package is missing, transformers would take a kernel of the hub, which is code.
+
+    Args:
+        dtype: of the computation.
+        device: of the weights.
+
+    Raises:
+        InputError: naming what is missing.
+    """
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type != "cuda":
+        lack = "an NVIDIA GPU, and this run takes the CPU"
+    elif dtype != torch.bfloat16:
+        lack = "--precision bf16"
+    elif not (is_flash_attn_2_available() and _imports("flash_attn")):
+        lack = "the package flash-attn, 2.3.3 or later and built for this torch"
+    else:
+        return
+    raise InputError(f"--attention flash_attention_2 needs {lack}: or leave the flag out")
+
+
+def _imports(package: str) -> bool:
+    """Return whether a package can be imported; one that was built for another torch cannot."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
 
 
 def gather(items: list[Any]) -> list[Any]:
