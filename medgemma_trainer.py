@@ -57,6 +57,7 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.distributed import (
     check_gpu,
+    check_launch,
     default_device,
     processes,
     progress,
@@ -785,6 +786,7 @@ def fit_model(
     given = {} if encoder is None else {"ode_checkpoint": "encoder" if in_memory else encoder}
     args, given_flags = build_parser().parse_keywords({**flags, **stage, **given})
     check_flags(complete(args), given_flags)
+    check_launch()
     check_gpu()
     check_output(args)
     if isinstance(rows, TrajectoryDataset):
@@ -826,6 +828,7 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     from medgemma_clinical.training.seeds import deterministic_kernels
 
     check_flags(args, given)
+    check_launch()
     with SIGNALS.installed(), deterministic_kernels(args.deterministic):
         if args.compare:
             return run_compare(args.compare, args.seed, args.min_cell)

@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 GPUS = "/dev/nvidia[0-9]*"
 """Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
 
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What accelerate's launcher sets for ways of training that cut a model into parts."""
+
 SECONDS_A_LINE = 60.0
 """Without a terminal, long work logs its progress so often."""
 
@@ -63,6 +70,21 @@ def check_gpu() -> None:
             "older one (pip install --force-reinstall torch --index-url "
             "https://download.pytorch.org/whl/cu126), or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
+
+
+def check_launch() -> None:
+    """Refuse a launch that asks to cut the model into parts: each process trains the whole one.
+
+    Raises:
+        InputError: naming what accelerate's configuration asks for.
+    """
+    for variable, way in SHARDING.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise InputError(
+                f"accelerate's configuration asks for {way}, and each process of this program "
+                "trains a whole model: give distributed_type: MULTI_GPU there (see "
+                "medgemma_clinical/docs/hardware.md)"
+            )
 
 
 def check_flash_attention(dtype: torch.dtype, device: torch.device) -> None:
