@@ -47,6 +47,7 @@ from medgemma_clinical.commands.command_line import (
     Help,
     Parser,
     check_flags,
+    check_quantization,
     names,
     number,
     recorded,
@@ -56,6 +57,7 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.distributed import (
     check_gpu,
+    check_launch,
     default_device,
     processes,
     progress,
@@ -66,11 +68,13 @@ from medgemma_clinical.distributed import (
 from medgemma_clinical.files import InputError, owner_only
 from medgemma_clinical.inference import trajectory_model
 from medgemma_clinical.models.checkpoint_schema import (
+    ATTENTIONS,
     BASE_WEIGHTS,
     DYNAMICS,
     LORA_RANK,
     MEMBERS,
     PREFIX_TOKENS,
+    QUANTIZATIONS,
     SOFT_PROMPTS,
 )
 from medgemma_clinical.training.signals import SIGNALS
@@ -263,7 +267,8 @@ def add_model_flags(parser: Parser) -> None:
     add("--model_name", default=DEFAULT_MODEL, help="a Gemma 3: hub id, folder, or tiny")
     add(
         "--quantization",
-        choices=("nf4", "none"),
+        type=check_quantization,
+        choices=QUANTIZATIONS,
         help="nf4 on CUDA, none elsewhere, when not given",
     )
     add(
@@ -272,6 +277,7 @@ def add_model_flags(parser: Parser) -> None:
         default="auto",
         help="float16 overflows in Gemma 3",
     )
+    add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="kernels of the LLM")
     add("--base_weights", choices=BASE_WEIGHTS, default="pretrained", help="random: a control")
     add("--soft_prompt", choices=SOFT_PROMPTS, default="on", help="shuffled: soft tokens of others")
     add(
@@ -780,6 +786,7 @@ def fit_model(
     given = {} if encoder is None else {"ode_checkpoint": "encoder" if in_memory else encoder}
     args, given_flags = build_parser().parse_keywords({**flags, **stage, **given})
     check_flags(complete(args), given_flags)
+    check_launch()
     check_gpu()
     check_output(args)
     if isinstance(rows, TrajectoryDataset):
@@ -821,6 +828,7 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     from medgemma_clinical.training.seeds import deterministic_kernels
 
     check_flags(args, given)
+    check_launch()
     with SIGNALS.installed(), deterministic_kernels(args.deterministic):
         if args.compare:
             return run_compare(args.compare, args.seed, args.min_cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib
 import logging
 import os
 import sys
@@ -23,6 +24,13 @@ logger = logging.getLogger(__name__)
 
 GPUS = "/dev/nvidia[0-9]*"
 """Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
+
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What accelerate's launcher sets for ways of training that cut a model into parts."""
 
 SECONDS_A_LINE = 60.0
 """Without a terminal, long work logs its progress so often."""
@@ -62,6 +70,56 @@ def check_gpu() -> None:
             "older one (pip install --force-reinstall torch --index-url "
             "https://download.pytorch.org/whl/cu126), or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
+
+
+def check_launch() -> None:
+    """Refuse a launch that asks to cut the model into parts: each process trains the whole one.
+
+    Raises:
+        InputError: naming what accelerate's configuration asks for.
+    """
+    for variable, way in SHARDING.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise InputError(
+                f"accelerate's configuration asks for {way}, and each process of this program "
+                "trains a whole model: give distributed_type: MULTI_GPU there (see "
+                "medgemma_clinical/docs/hardware.md)"
+            )
+
+
+def check_flash_attention(dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse the kernels of flash-attn where they cannot run.
+
+    Where the package is missing, transformers would take a kernel of the hub, which is code.
+
+    Args:
+        dtype: of the computation.
+        device: of the weights.
+
+    Raises:
+        InputError: naming what is missing.
+    """
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if device.type != "cuda":
+        lack = "an NVIDIA GPU, and this run takes the CPU"
+    elif dtype != torch.bfloat16:
+        lack = "--precision bf16"
+    elif not (is_flash_attn_2_available() and _imports("flash_attn")):
+        lack = "the package flash-attn, 2.3.3 or later and built for this torch"
+    else:
+        return
+    raise InputError(f"--attention flash_attention_2 needs {lack}: or leave the flag out")
+
+
+def _imports(package: str) -> bool:
+    """Return whether a package can be imported; one that was built for another torch cannot."""
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
 
 
 def gather(items: list[Any]) -> list[Any]:

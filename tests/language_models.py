@@ -53,6 +53,16 @@ PREFIX = 4
 LENGTHS = (1, 6, 2, 9, 3, 5, 4, 7, 1, 8, 2, 6, 3, 9, 5, 4)
 """Observations of each patient: fewer than, as many as, and more than the soft tokens."""
 
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+"""A small vision tower."""
+
 GEMMA_GENERATION = {
     "bos_token_id": 2,
     "cache_implementation": "hybrid",
@@ -133,6 +143,103 @@ def rehash(best: Path, **changes: Any) -> None:
     (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+"""Of the models that ``put_into_cache`` puts there."""
+
+LONG_CONTEXT = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+"""What Google's config.json says of Gemma 3 from 4B on, in words of before transformers 5."""
+
+
+class PublishedModel(NamedTuple):
+    """A model of the hub, and its layout with smaller widths and fewer layers.
+
+    name: hub id. text: entries of config.json on the language model, where they are not those of
+    ``save_published``. sight: whether it has a vision tower, and so names its language weights
+    with a prefix.
+    """
+
+    name: str
+    text: dict[str, Any]
+    sight: bool = False
+
+
+PUBLISHED = [
+    # 4B leaves out heads and their width, which are the library's defaults.
+    PublishedModel("google/medgemma-1.5-4b-it", {"hidden_size": 40, **LONG_CONTEXT}, sight=True),
+    PublishedModel(
+        "google/medgemma-27b-text-it",
+        # Heads narrower than hidden / heads, and a scale of its own.
+        {"hidden_size": 84, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+        | {"query_pre_attn_scalar": 21, **LONG_CONTEXT},
+    ),
+    PublishedModel(
+        "google/gemma-3-12b-pt",
+        {"hidden_size": 60, "num_attention_heads": 4, "num_key_value_heads": 2, **LONG_CONTEXT},
+        sight=True,
+    ),
+    PublishedModel(
+        "google/gemma-3-1b-it",
+        {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
+        | {"sliding_window": 8, "rope_scaling": None},
+    ),
+    PublishedModel(
+        "google/gemma-3-270m",
+        {"hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
+        | {"sliding_window": 8, "rope_scaling": None},
+    ),
+]
+"""Source: config.json of these models and of their text-only copies on the hub."""
+
+
+def save_published(folder: Path, model: PublishedModel) -> Path:
+    """Write a small checkpoint in the layout of a published one: configuration, names, shards."""
+    text = {
+        **{"model_type": "gemma3_text", "vocab_size": 259, "num_hidden_layers": 7},
+        **{"intermediate_size": 2 * model.text["hidden_size"], "rope_theta": 1000000.0},
+        **{"rope_local_base_freq": 10000.0, "sliding_window_pattern": 6, **model.text},
+    }
+    torch.manual_seed(6)
+    config = Gemma3TextConfig(**{**text, "initializer_range": 0.2})
+    if model.sight:
+        whole = Gemma3Config(
+            text_config=config.to_dict(), vision_config=VISION, mm_tokens_per_image=4
+        )
+        base: PreTrainedModel = Gemma3ForConditionalGeneration(whole)
+        words: dict[str, Any] = {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "mm_tokens_per_image": 4,
+            "model_type": "gemma3",
+            "text_config": text,
+            "vision_config": VISION,
+        }
+    else:
+        base, words = Gemma3ForCausalLM(config), {"architectures": ["Gemma3ForCausalLM"], **text}
+    base.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").exists()
+    tiny_language_model()[1].save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({**words, "torch_dtype": "bfloat16"}))
+    return folder
+
+
+def put_into_cache(cache: Path, name: str, folder: Path | None = None, **config: Any) -> None:
+    """Put a model into a cache as huggingface_hub keeps it: a folder's copy, or a config.json.
+
+    Without both the hub is known to have no config.json there.
+    """
+    place = cache / f"models--{name.replace('/', '--')}"
+    snapshot = place / "snapshots" / COMMIT
+    if folder:
+        shutil.copytree(folder, snapshot)
+    elif config:
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text(json.dumps(config))
+    else:
+        (place / ".no_exist" / COMMIT).mkdir(parents=True)
+        (place / ".no_exist" / COMMIT / "config.json").touch()
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT)
+
+
 def text_config(hidden: int = 64) -> Gemma3TextConfig:
     """The dimensions of the tiny model, or a wider one."""
     base = tiny_language_model()[0].config.to_dict()
@@ -149,17 +256,9 @@ def save_text_checkpoint(folder: Path, seed: int = 1) -> Path:
 
 def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path:
     """Write a Gemma 3 with a vision tower, its language weights named with ``prefix``."""
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
     config = Gemma3Config(
         text_config=text_config().to_dict(),
-        vision_config=vision,
+        vision_config=VISION,
         mm_tokens_per_image=4,
         boi_token_index=3,
         eoi_token_index=4,

@@ -27,7 +27,7 @@ BUILT_FROM_DATA = {"--time_scale", "--quantization", "--output_dir", "--max_len"
 }
 """Flags without a value of their own, whose default the pages state in words."""
 
-OTHERS = {"--help", "--num_processes", "--user", "--ask-password", "--dist"}
+OTHERS = {"--help", "--config_file", "--num_processes", "--user", "--ask-password", "--dist"}
 """The flag that every parser has, and those of accelerate, wget and pytest."""
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {

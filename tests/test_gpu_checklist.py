@@ -227,6 +227,18 @@ def test_float32_without_padding_keeps_one_matrix_a_head_and_layer() -> None:
     assert kept[300] - 2 * kept[200] + kept[100] == 2 * 8 * 4 * (300**2 - 2 * 200**2 + 100**2)
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_eager_attention_keeps_a_matrix_in_float32_and_in_bfloat16(padded: bool) -> None:
+    config = memory.text_config(2, hidden_size=64, intermediate_size=128, vocab_size=512)
+    model = memory.build(torch.bfloat16, config, "eager")
+    kept = {n: memory.measure_step(model, 1, n, padded=padded).kept for n in (100, 200, 300)}
+    squares = 300**2 - 2 * 200**2 + 100**2
+    assert kept[300] - 2 * kept[200] + kept[100] == 2 * 8 * (4 + 2) * squares
+    text = PAGE.read_text(encoding="utf-8")
+    layers, heads = (memory.SHAPES["4B"][k] for k in ("num_hidden_layers", "num_attention_heads"))
+    assert f"6 bytes instead of 4, {layers * heads * 6 * 1024 / 2**20:.1f} MiB a token" in text
+
+
 def test_the_page_shows_the_computed_tables() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for package, stated in re.findall(r"(torch|transformers|peft) (\d+\.\d+)[,)]", page):

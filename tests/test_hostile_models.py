@@ -110,7 +110,7 @@ def test_code_of_a_base_model_does_not_run_whatever_is_answered(
             assert trainer.main(words) == 0
             assert "language model: gemma, a folder" in capsys.readouterr().out
         else:
-            assert refused(capsys, words, "--model_name", "custom code")
+            assert refused(capsys, words, "--model_name", "only Gemma 3 models")
     assert not ran.exists()
 
 

@@ -70,9 +70,9 @@ def test_a_control_of_random_weights_asks_for_them_and_says_so(
     asked: list[str] = []
     load: Any = trainer.load_language_model
 
-    def counted(*args: Any, weights: str) -> Any:
+    def counted(*args: Any, weights: str, **more: Any) -> Any:
         asked.append(weights)
-        return load(*args, weights=weights)
+        return load(*args, weights=weights, **more)
 
     monkeypatch.setattr(trainer, "load_language_model", counted)
     configs = [stage_of_patients(*flags).config for flags in ((), ("--base_weights", "random"))]

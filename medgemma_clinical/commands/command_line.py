@@ -24,7 +24,7 @@ from typing import IO, Any, NoReturn, TextIO, get_type_hints
 
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
-from medgemma_clinical.models.checkpoint_schema import LARGEST_COUNT
+from medgemma_clinical.models.checkpoint_schema import INT8_REFUSED, LARGEST_COUNT
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ ALLOWED_FLAGS: dict[str, set[str]] = {
     "--predict": {
         *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
         *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
-        *("--show_values", "--min_cell"),
+        *("--show_values", "--min_cell", "--attention"),
     },
 }
 """All that these ways read."""
@@ -168,6 +168,13 @@ RATE = number(float, 0, 1, open_low=True)
 def names(text: str) -> list[str]:
     """Split a comma-separated list of names."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_quantization(text: str) -> str:
+    """Refuse 8-bit weights with the reason; used as an argparse type."""
+    if text == "int8":
+        raise argparse.ArgumentTypeError(INT8_REFUSED)
+    return text
 
 
 METAVARS = {Path: "PATH", float: "NUMBER", int: "NUMBER"}

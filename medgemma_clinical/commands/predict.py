@@ -64,7 +64,8 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
         raise InputError("--predict runs in one process: start it by python, not accelerate")
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
     typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
-    request = Namespace(**{**typed, "seed": args.seed, "min_cell": args.min_cell})
+    own = {name: getattr(args, name) for name in ("seed", "min_cell", "attention")}
+    request = Namespace(**{**typed, **own})
     config = read_trained_config(request.checkpoint)
     datasets = model_class.datasets
     if config["dataset"] not in datasets:
@@ -88,6 +89,7 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
         model_name=request.model_name,
         quantization=request.quantization,
         precision=request.precision,
+        attention=request.attention,
     )
     chunks = show_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request.predictions, chunks, model, findings)

@@ -206,6 +206,7 @@ def make_llm_parts(
         DTYPES[args.precision],
         default_device(),
         weights=args.base_weights,
+        attention=args.attention,
     )
     most, answers = args.max_text_tokens, args.mode == "generative"
     collate = TextCollator(data.dataset, tokenizer, data.prompts, answers=answers, most_tokens=most)

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
+from medgemma_clinical.models.checkpoint_schema import ATTENTIONS
+
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
@@ -71,6 +73,7 @@ class TrajectoryModel:
         model_name: str | None = None,
         quantization: str | None = None,
         precision: str | None = None,
+        attention: str = ATTENTIONS[0],
     ) -> Self:
         """Load a trained model.
 
@@ -83,6 +86,7 @@ class TrajectoryModel:
             model_name: where the base model lies, if not where it lay in training.
             quantization: of the base model, "nf4" or "none"; None takes that of the training.
             precision: "bf16" or "fp32"; None takes that of the training.
+            attention: "sdpa", "eager" or "flash_attention_2", as in transformers.
 
         Raises:
             InputError: there is no trained model, or it cannot be loaded.
@@ -99,6 +103,7 @@ class TrajectoryModel:
             quantization,
             precision,
             None if device is None else torch.device(device),
+            attention,
         )
         return cls(trained, read_metrics(place), batch_size)
 

@@ -29,6 +29,19 @@ SOFT_PROMPTS = ("on", "off", "shuffled")
 BASE_WEIGHTS = ("pretrained", "random")
 """Weights of the language model before training, ``--base_weights``."""
 
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+"""Kernels that compute attention, ``--attention``, by transformers' names."""
+
+QUANTIZATIONS = ("nf4", "none")
+"""Kinds of weights of the language model, ``--quantization``."""
+
+INT8_REFUSED = (
+    "int8 is known to make MedGemma write rubbish (Google-Health/medgemma issue 5), and "
+    "bitsandbytes computes it in float16, in which Gemma 3 overflows: use nf4, which takes half "
+    "the memory, or none"
+)
+"""Why ``--quantization int8`` is refused. Source: bitsandbytes 0.50, ``MatMul8bitLt``."""
+
 MEMBERS = (1, 32)
 PREFIX_TOKENS = (1, 4096)
 LORA_RANK = (1, 1024)
@@ -215,7 +228,7 @@ LANGUAGE_MODEL: Table = {
     "base_revision": or_null(digits(40)),
     "base_class": one_of("Gemma3ForCausalLM"),
     "base_weights": one_of(*BASE_WEIGHTS),
-    "quantization": one_of("nf4", "none"),
+    "quantization": one_of(*QUANTIZATIONS),
     "precision": one_of("bf16", "fp32"),
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),

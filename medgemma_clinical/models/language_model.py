@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from medgemma_clinical.distributed import check_flash_attention
 from medgemma_clinical.files import InputError, RunFault, file_hash, json_hash, one_line
-from medgemma_clinical.models.checkpoint_schema import HUB_ID, LORA_TARGETS
+from medgemma_clinical.models.checkpoint_schema import (
+    ATTENTIONS,
+    HUB_ID,
+    INT8_REFUSED,
+    LORA_TARGETS,
+    QUANTIZATIONS,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +33,11 @@ TINY = "tiny"
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
+
+GEMMA_3 = ("gemma3", "gemma3_text")
+"""What ``model_type`` says in config.json of a Gemma 3 with and without a vision tower."""
+
+NO_ARCHITECTURE = "no config.json names its architecture (GGUF files and adapters have none)"
 
 LARGEST_MODEL = {
     **{"num_hidden_layers": 256, "hidden_size": 2**15, "intermediate_size": 2**18},
@@ -62,6 +74,7 @@ def load_language_model(
     revision: str | None = None,
     weights: str = "pretrained",
     origin: str = "--model_name",
+    attention: str = ATTENTIONS[0],
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a Gemma 3 text model and its tokenizer, frozen; log its name before.
 
@@ -75,23 +88,32 @@ def load_language_model(
         revision: commit of a hub model; None takes the latest.
         weights: ``pretrained``, or ``random`` for a control, which is not quantised.
         origin: what names the model, for the log.
+        attention: one of ``ATTENTIONS``.
 
     Raises:
-        InputError: no access, no such model, not a Gemma 3, or weights that do not fit it.
+        InputError: no access, no such model, not a Gemma 3, weights that do not fit it, or a
+            quantisation or attention that cannot be used.
         RunFault: the weights cannot be quantised on this machine.
     """
     logger.info("language model: %s, named by %s", describe_base(name, revision), origin)
     hush_libraries()
+    if quantization not in QUANTIZATIONS:
+        reason = INT8_REFUSED if quantization == "int8" else f"give {' or '.join(QUANTIZATIONS)}"
+        raise InputError(f"--quantization {quantization}: {reason}")
+    if attention not in ATTENTIONS:  # transformers takes others for kernels of the hub
+        raise InputError(f"--attention {attention}: give one of {', '.join(ATTENTIONS)}")
+    if attention == "flash_attention_2":
+        check_flash_attention(dtype, device)
     # On Hopper cards cuDNN's attention has given NaN gradients for masked batches.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if name == TINY:
         if quantization == "nf4":
             raise InputError("--quantization nf4: not for the tiny model: use none")
-        model, tokenizer = tiny_language_model()
+        model, tokenizer = tiny_language_model(attention)
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
     if weights == "random":
         quantization = "none"  # packed weights cannot be drawn
-    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision)
+    model, missing, tokenizer = _read_model(name, quantization, dtype, device, revision, attention)
     _check_loaded(name, missing, tokenizer)
     if weights == "random":
         draw_weights(model)
@@ -103,7 +125,12 @@ def load_language_model(
 
 
 def _read_model(
-    name: str, quantization: str, dtype: torch.dtype, device: torch.device, revision: str | None
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None,
+    attention: str,
 ) -> tuple[PreTrainedModel, set[str], PreTrainedTokenizerBase]:
     """Return model, keys without weights, and tokenizer; no code of a checkpoint ever runs."""
     import transformers
@@ -112,12 +139,10 @@ def _read_model(
     source: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with _weights_report() as report:
         try:
-            check_sizes(name, transformers.PretrainedConfig.get_config_dict(name, **source)[0])
+            facts = transformers.PretrainedConfig.get_config_dict(name, **source)[0]
+            check_architecture(name, facts)
+            check_sizes(name, facts)
             config = transformers.AutoConfig.from_pretrained(name, **source)
-            if config.model_type not in ("gemma3", "gemma3_text"):
-                raise InputError(
-                    f"--model_name {name}: a {config.model_type} model: give a Gemma 3"
-                )
             model, found = transformers.Gemma3ForCausalLM.from_pretrained(
                 name,
                 **source,
@@ -127,7 +152,7 @@ def _read_model(
                 dtype=dtype,
                 device_map={"": device},
                 use_safetensors=True,
-                attn_implementation="sdpa",  # else config.json may name code of the hub
+                attn_implementation=attention,  # else config.json may name code of the hub
                 output_loading_info=True,
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **source)
@@ -152,6 +177,32 @@ def draw_weights(model: PreTrainedModel) -> None:
         if weights.ndim > 1:
             drawn.normal_(0, model.config.initializer_range, generator=generator)
         weights.copy_(drawn)
+
+
+def check_architecture(name: str, facts: dict[str, Any]) -> None:
+    """Refuse a model that is no Gemma 3, whether transformers knows its architecture or not.
+
+    Args:
+        name: of the model.
+        facts: content of config.json; empty where there is none.
+
+    Raises:
+        InputError: naming what was found.
+    """
+    if not facts and os.path.isdir(name):
+        return  # loading says that the folder is not whole
+    text = facts.get("text_config") or facts
+    if facts.get("model_type") not in GEMMA_3:
+        named = facts.get("model_type") or facts.get("architectures")
+        found = f"its config.json names {str(named)[:80]}" if named else NO_ARCHITECTURE
+    elif text.get("use_bidirectional_attention"):
+        found = "its config.json is of an embedding model, which reads text in both directions"
+    else:
+        return
+    raise InputError(
+        f"--model_name {name}: only Gemma 3 models: {found}: give google/medgemma-4b-pt, "
+        "google/medgemma-27b-text-it or another Gemma 3"
+    )
 
 
 def check_sizes(name: str, facts: dict[str, Any]) -> None:
@@ -315,7 +366,9 @@ def cached_revision(name: str) -> str | None:
     return Path(file).parent.name if isinstance(file, str) else None
 
 
-def tiny_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def tiny_language_model(
+    attention: str = ATTENTIONS[0],
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Build a two-layer Gemma 3 with random but always the same weights, and a byte tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -339,6 +392,7 @@ def tiny_language_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=1024,
         initializer_range=0.125,  # 1 / sqrt(64): the tied output can then be sure of a token
+        attn_implementation=attention,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

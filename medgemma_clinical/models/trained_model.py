@@ -19,7 +19,7 @@ from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
-from medgemma_clinical.models.checkpoint_schema import DYNAMICS, MEMBERS
+from medgemma_clinical.models.checkpoint_schema import ATTENTIONS, DYNAMICS, MEMBERS
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
     MODULE_WEIGHTS,
@@ -149,6 +149,7 @@ def load_trained_model(
     quantization: str | None = None,
     precision: str | None = None,
     device: torch.device | None = None,
+    attention: str = ATTENTIONS[0],
 ) -> TrainedModel:
     """Load a trained model, every key of it.
 
@@ -160,6 +161,7 @@ def load_trained_model(
         quantization: of the base model; None takes the stored one.
         precision: ``bf16`` or ``fp32``; None takes the stored one.
         device: of the weights; None takes the GPU if there is one.
+        attention: of the language model; a checkpoint holds none.
 
     Raises:
         InputError: no checkpoint there, damaged, or its base model cannot be loaded.
@@ -183,6 +185,7 @@ def load_trained_model(
         device,
         config["base_revision"] if model_name is None else None,
         origin="the checkpoint" if model_name is None else "--model_name",
+        attention=attention,
     )
     model = build_llm(place, config, encoders, base, tokenizer)
     load_llm(model, place)

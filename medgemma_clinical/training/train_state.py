@@ -37,8 +37,8 @@ WARNED_SHARE = 0.01
 
 SKIPPED_ADVICE = (
     "look for extreme values in the data; where batches of some lengths fail and others do not, "
-    "the attention of this GPU and this version of torch fails: try another version, --precision "
-    "fp32, or another --batch_size"
+    "the attention of this GPU and this version of torch fails: try --attention eager, another "
+    "version, --precision fp32, or another --batch_size"
 )
 
 

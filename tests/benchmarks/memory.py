@@ -1,4 +1,4 @@
-"""Compute, without a GPU, the memory of training steps in the shape of MedGemma-4B; print tables.
+"""Compute, without a GPU, the memory of training steps in Gemma 3's shapes; print tables.
 
     python tests/benchmarks/memory.py
 
@@ -6,7 +6,7 @@ The step runs on torch's meta device: tensors have shapes and no content, and ev
 lives is counted once, weights apart. "Kept" is what forward leaves for backward; "peak" is the most
 within the step, gradients of the adapter included. All layers are alike, so models of four and five
 layers are measured, and what the fifth adds is added for each further one. Then the rows that fit
-on several cards.
+on several cards. The attention is ``sdpa``.
 
 CPU and meta device choose other kernels than CUDA, so two are put in place of theirs:
 
@@ -49,7 +49,25 @@ from medgemma_clinical.models.trajectory_llm import answer_loss
 
 META = torch.device("meta")
 MIB, GIB = 2**20, 2**30
-LAYERS = 34
+SHAPES = {
+    "4B": {
+        **{"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34},
+        **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    },
+    "12B": {
+        **{"hidden_size": 3840, "intermediate_size": 15_360, "num_hidden_layers": 48},
+        **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},
+    },
+    "27B": {
+        **{"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62},
+        **{"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128},
+    },
+}
+"""Of Gemma 3's text part; MedGemma 4B and 1.5 4B have the first, MedGemma 27B the last.
+
+Source: transformers, ``models/gemma3/convert_gemma3_weights.py``."""
+
+LAYERS = SHAPES["4B"]["num_hidden_layers"]
 LENGTHS = (128, 256, 512, 1024)
 """Positions of a row: <bos>, soft tokens, text, padding."""
 
@@ -65,9 +83,9 @@ CASES = (
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CARDS = {
     "T4, 16 GB": (14.7, "fp32"),
+    "L4, 24 GB": (22.0, "bf16"),
     "A100, 40 GB": (39.4, "bf16"),
-    "A100, 80 GB": (79.1, "bf16"),
-    "H100, 80 GB": (79.1, "bf16"),
+    "A100 or H100, 80 GB": (79.1, "bf16"),
 }
 """GiB that torch has on a card, and the precision that the program chooses there."""
 
@@ -120,23 +138,22 @@ class LiveStorages(TorchDispatchMode):
 
 
 def text_config(layers: int = LAYERS, **sizes: int) -> Any:
-    """Return a configuration in the shape of MedGemma-4B's text part, some sizes changed."""
+    """Return a configuration in the shape of 4B, with so many layers and some sizes changed."""
     from transformers import Gemma3TextConfig
 
     tiny, _ = tiny_language_model()
-    shape: dict[str, Any] = {"vocab_size": 262_208, "hidden_size": 2560, "head_dim": 256}
-    shape |= {"intermediate_size": 10_240, "num_attention_heads": 8, "num_key_value_heads": 4}
-    shape |= {"num_hidden_layers": layers, "layer_types": None, "initializer_range": 0.02}
-    return Gemma3TextConfig(**{**tiny.config.to_dict(), **shape, **sizes})
+    known: dict[str, Any] = {**SHAPES["4B"], "vocab_size": 262_208, "num_hidden_layers": layers}
+    known |= {"layer_types": None, "initializer_range": 0.02}
+    return Gemma3TextConfig(**{**tiny.config.to_dict(), **known, **sizes})
 
 
-def build(dtype: torch.dtype, config: Any) -> Any:
+def build(dtype: torch.dtype, config: Any, attention: str = "sdpa") -> Any:
     """Return the language model with an adapter of rank 8, as the program makes it, on meta."""
     from transformers import Gemma3ForCausalLM
 
     config.layer_types[-1] = "full_attention"  # the whole model has both kinds
     with META:
-        model = Gemma3ForCausalLM._from_config(config, dtype=dtype)
+        model = Gemma3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
     return add_lora(model.requires_grad_(False), 8, 16, 0.05).train()
 
 
@@ -169,7 +186,7 @@ def kernels_of_cuda() -> Iterator[None]:
     """Put CUDA's kernels in place of those that keep something else on the meta device."""
 
     def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
-        return torch.native_dropout(x, p, training)[0]
+        return torch.native_dropout(x, p, training)[0] if p else x
 
     with (
         mock.patch.object(functional, "scaled_dot_product_attention", cuda_attention),
@@ -182,7 +199,8 @@ def measure_step(model: Any, rows: int, length: int, *, padded: bool) -> StepByt
     """Take a step of stage 2's language model and count its bytes."""
     shape = rows, length, model.config.hidden_size
     embeddings = torch.empty(shape, dtype=model.dtype, device=META, requires_grad=True)
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device=META) if padded else None
+    kind = torch.bool if model.config._attn_implementation == "sdpa" else model.dtype
+    mask = torch.ones(rows, 1, length, length, dtype=kind, device=META) if padded else None
     masks = {"full_attention": mask, "sliding_attention": mask}
     with kernels_of_cuda(), LiveStorages(model) as storages:
         body = model.get_base_model().model
@@ -230,7 +248,7 @@ def adapter_bytes(model: Any) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of training at one precision, in the shape of MedGemma-4B.
+    """Bytes of training in one shape at one precision.
 
     Attributes:
         weights: frozen, in NF4.
@@ -257,17 +275,22 @@ class Sizes:
         return max(self.per_token(checkpointing) * tokens, loss)
 
     def tokens(self, card: float, checkpointing: bool) -> int:
-        """Return the tokens of a step for which so many GiB suffice in stages 2 and 3."""
+        """Return the tokens of a step for which so many GiB suffice in stages 2 and 3, 0 if none.
+
+        Without room for the weights there is none.
+        """
         free = (card - RESERVED) * GIB - self.weights - COPIES * self.adapter - self.loss.peak
-        return int(free / self.per_token(checkpointing))
+        return max(0, int(free / self.per_token(checkpointing)))
 
 
-def measure(precision: str) -> Sizes:
+def measure(precision: str, shape: str = "4B") -> Sizes:
     """Measure models of four and five layers and add what each further layer adds."""
-    small, large = (build(DTYPES[precision], text_config(layers)) for layers in (4, 5))
+    sizes = dict(SHAPES[shape])
+    further = sizes.pop("num_hidden_layers") - 5
+    small, large = (build(DTYPES[precision], text_config(layers, **sizes)) for layers in (4, 5))
 
     def whole(four: int, five: int) -> int:
-        return five + (LAYERS - 5) * (five - four)
+        return five + further * (five - four)
 
     steps = {}
     for checkpointing, padded, length in CASES:
@@ -287,15 +310,19 @@ def measure(precision: str) -> Sizes:
     )
 
 
-def token_table(measured: dict[str, Sizes]) -> str:
-    """Return the table of the bytes a token."""
+Measured = dict[tuple[str, str], Sizes]
+"""By shape and precision."""
+
+
+def token_table(measured: Measured) -> str:
+    """Return the table of the bytes a token in the shape of 4B."""
     lines = [
         "| Precision | Checkpointing | Padding | Row | Kept, MiB a token | Peak, MiB a token |",
         "|---|---|---|---|---|---|",
     ]
     words = {True: "yes", False: "no"}
-    for precision, sizes in measured.items():
-        for (checkpointing, padded, length), step in sizes.steps.items():
+    for precision in DTYPES:
+        for (checkpointing, padded, length), step in measured["4B", precision].steps.items():
             kept, peak = (n / (ROWS * length * MIB) for n in (step.kept, step.peak))
             lines.append(
                 f"| {precision} | {words[checkpointing]} | {words[padded]} | {length:,} | "
@@ -304,38 +331,44 @@ def token_table(measured: dict[str, Sizes]) -> str:
     return "\n".join(lines)
 
 
-def fixed_table(measured: dict[str, Sizes]) -> str:
-    """Return the table of what does not depend on the tokens."""
+def shape_table(measured: Measured) -> str:
+    """Return the table of each shape: what does not depend on the tokens, and the peak a token."""
     lines = [
-        "| Precision | Weights in NF4 | Adapter, six copies | Stage 3's loss | Assumed |",
-        "|---|---|---|---|---|",
+        "| Shape | Precision | Weights in NF4 | Adapter, six copies | Stage 3's loss | Peak, MiB a "
+        "token, without / with checkpointing |",
+        "|---|---|---|---|---|---|",
     ]
-    for precision, sizes in measured.items():
+    for (shape, precision), sizes in measured.items():
+        peaks = " / ".join(f"{sizes.per_token(each) / MIB:.2f}" for each in (False, True))
         lines.append(
-            f"| {precision} | {sizes.weights / GIB:.2f} GiB | {COPIES * sizes.adapter / GIB:.2f} "
-            f"GiB | {sizes.loss.peak / GIB:.2f} GiB | {RESERVED} GiB |"
+            f"| {shape} | {precision} | {sizes.weights / GIB:.2f} GiB | "
+            f"{COPIES * sizes.adapter / GIB:.2f} GiB | {sizes.loss.peak / GIB:.2f} GiB | {peaks} |"
         )
     return "\n".join(lines)
 
 
-def card_table(measured: dict[str, Sizes]) -> str:
+def card_table(measured: Measured) -> str:
     """Return the table of what fits on each card, without / with checkpointing."""
     lengths = " | ".join(f"{length:,} tokens" for length in LENGTHS)
     lines = [
-        f"| Card | Precision | Tokens a step | Rows of {lengths} |",
-        "|---" * (3 + len(LENGTHS)) + "|",
+        f"| Card | Precision | Shape | Tokens a step | Rows of {lengths} |",
+        "|---" * (4 + len(LENGTHS)) + "|",
     ]
     for card, (memory, precision) in CARDS.items():
-        fit = [measured[precision].tokens(memory, checkpointing) for checkpointing in (False, True)]
-        rows = " | ".join(" / ".join(f"{n // length:,}" for n in fit) for length in LENGTHS)
-        lines.append(f"| {card} | {precision} | {fit[0]:,} / {fit[1]:,} | {rows} |")
+        for shape in SHAPES:
+            sizes = measured[shape, precision]
+            fit = [sizes.tokens(memory, checkpointing) for checkpointing in (False, True)]
+            cells = [" / ".join(f"{n // length:,}" for n in fit) for length in (1, *LENGTHS)]
+            lines.append(f"| {card} | {precision} | {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def tables() -> list[str]:
     """Return all tables as they stand in docs/hardware.md."""
-    measured = {precision: measure(precision) for precision in DTYPES}
-    return [token_table(measured), fixed_table(measured), card_table(measured)]
+    measured = {
+        (shape, precision): measure(precision, shape) for shape in SHAPES for precision in DTYPES
+    }
+    return [token_table(measured), shape_table(measured), card_table(measured)]
 
 
 def main() -> None:
