@@ -35,6 +35,9 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 QUANTIZATIONS = ("nf4", "none")
 """Kinds of weights of the language model, ``--quantization``."""
 
+PRECISIONS = ("bf16", "fp32")
+"""Of a checkpoint's language model."""
+
 INT8_REFUSED = (
     "int8 is known to make MedGemma write rubbish (Google-Health/medgemma issue 5), and "
     "bitsandbytes computes it in float16, in which Gemma 3 overflows: use nf4, which takes half "
@@ -229,7 +232,7 @@ LANGUAGE_MODEL: Table = {
     "base_class": one_of("Gemma3ForCausalLM"),
     "base_weights": one_of(*BASE_WEIGHTS),
     "quantization": one_of(*QUANTIZATIONS),
-    "precision": one_of("bf16", "fp32"),
+    "precision": one_of(*PRECISIONS),
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),
     "shuffled": YES_NO,
@@ -258,6 +261,23 @@ ADAPTER: Table = {
 }
 
 # ------------------------------------------------------------------ checks
+
+
+def check_loading(quantization: str | None, precision: str | None, attention: str) -> None:
+    """Check how a language model shall be loaded; None leaves the choice to the checkpoint.
+
+    Raises:
+        InputError: naming the choices.
+    """
+    if quantization == "int8":
+        raise InputError(f"quantization: {INT8_REFUSED}")
+    for name, value, choices in (
+        ("quantization", quantization, QUANTIZATIONS),
+        ("precision", precision, PRECISIONS),
+        ("attention", attention, ATTENTIONS),
+    ):
+        if value not in (None, *choices):
+            raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
 
 
 def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
