@@ -41,12 +41,15 @@ from medgemma_clinical.evaluation.report_tables import (
     split_table,
 )
 from medgemma_clinical.files import write_json, write_text
-from medgemma_clinical.models.checkpoints import (
-    describe_language_model,
-    describe_weight,
-    licence,
-)
 from medgemma_clinical.models.generation import save_reports, write_reports
+from medgemma_clinical.models.sharing.model_card import (
+    LIMITS,
+    card_figures,
+    describe_language_model,
+    describe_stage1,
+    describe_weight,
+)
+from medgemma_clinical.models.sharing.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.evaluate import evaluate
@@ -68,12 +71,6 @@ STAGE_1 = "stage 1 (trajectory)"
 """Stands among the baselines of stages 2 and 3."""
 
 GENERATION_BATCH = 16
-
-LIMITS = (
-    "One data set, split by patient: the figures do not transfer to another hospital or another "
-    "time. Where treatment shapes the label, the model predicts treatment as well as disease. One "
-    "test part of this size moves by chance: trust the intervals, not the point."
-)
 
 Baselines = dict[str, dict[str, NDArray[np.float64]]]
 """Probabilities of each simple model, and of stage 1, by part."""
@@ -104,7 +101,7 @@ def write_results(
     rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, args.calibrate)
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
     if first:
-        stage.save(folder, {**stage.config, "decision": rule.to_config()})
+        config = {**stage.config, "decision": rule.to_config()}
         baselines = compared_models(stage, data, predictions)
         cohorts = make_cohorts(predictions, baselines, data)
         figures = {
@@ -115,6 +112,7 @@ def write_results(
         }
         best = state.stopping.best_epoch
         metrics = metrics_json(stage, best, figures, rule, args.calibrate)
+        stage.save(folder, {**config, "figures": card_figures(metrics)})
         for part, cohort in cohorts.items():
             write_text(folder / f"predictions_{part}.csv", predictions_csv(cohort))
         write_json(folder / "metrics.json", metrics)
@@ -123,7 +121,9 @@ def write_results(
     if not first:
         return {}
     if reports:
-        write_json(folder / "metrics.json", {**metrics, "reports": reports})
+        metrics["reports"] = reports
+        write_json(folder / "metrics.json", metrics)
+        stage.save(folder, {**config, "figures": card_figures(metrics)})
     content = report_content(stage, data, state, figures["val"], facts, reports)
     path = folder / "report.html"
     write_report(
@@ -306,13 +306,6 @@ def write_generations(
     return save_reports(folder / "generations_test.jsonl", collate.dataset, texts, predictions)
 
 
-def describe_stage1(config: dict[str, Any]) -> str:
-    """Return encoder, dynamics and number of members of a checkpoint's stage 1 in words."""
-    dynamics = config["encoder"].get("dynamics")
-    how = f", dynamics {dynamics}" if dynamics else ""
-    return f"encoder {config['encoder']['name']}{how}, members {config['members']}"
-
-
 def model_card(
     stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
 ) -> dict[str, str]:
@@ -332,7 +325,7 @@ def model_card(
         "Intervals": INTERVALS,
         "Small cells": counting_rule(validation.fewest),
         "Seed": str(facts["seed"]),
-        "Licence": licence(base),
+        "Licence": licence(stage.config),
         "Versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
         "Commit": facts["git_commit"] or "not known",
         "SHA-256 of the data": facts["data"]["data_sha256"],
