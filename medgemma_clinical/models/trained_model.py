@@ -20,6 +20,7 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoint_schema import DYNAMICS, MEMBERS
 from medgemma_clinical.models.checkpoints import (
+    LLM_STAGES,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
@@ -91,6 +92,9 @@ def checkpoint_place(path: Path) -> Path:
         return path
     if path.is_dir() and path.absolute().name == "trajectory" and beside.is_file():
         return beside
+    shared = path / TRAJECTORY_FILE  # in a run's folder, one of several models
+    if shared.is_file() and not any((path / stage).is_dir() for stage in LLM_STAGES):
+        return shared
     problem = "holds no trained model" if path.exists() else "no such file or folder"
     raise InputError(
         f"--checkpoint {path}: {problem}: name the folder trajectory, classification or "
@@ -326,11 +330,26 @@ def stage1_risks(path: Path | None, collate: TextCollator) -> NDArray[np.float64
 def check_held_out(path: Path, checkpoint: TrajectoryCheckpoint, data: Data) -> None:
     """Refuse an encoder that has seen patients of this run's validation or test part.
 
+    A shared copy does not know who trained: it is refused on the data that trained it, whose split
+    may be another here; on other data a warning says that nobody has looked.
+
     Raises:
         InputError: their number, and how to avoid it.
     """
     named = bool(checkpoint.config["named"])
     same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
+    if not len(checkpoint.train_patients):
+        if same_rows:
+            raise InputError(
+                f"{path}: a shared copy, trained on these very data, does not know which patients "
+                "trained it: give the file of the run itself"
+            )
+        logger.warning(
+            "%s is a shared copy and does not know which patients trained it, so that a leak "
+            "cannot be found: make sure that none of them is held out here",
+            path,
+        )
+        return
     trained = data.count_overlap(checkpoint.train_patients, named, same_rows=same_rows)
     if trained:
         held_out = np.concatenate([data.split["val"], data.split["test"]])
