@@ -27,8 +27,11 @@ BUILT_FROM_DATA = {"--time_scale", "--quantization", "--output_dir", "--max_len"
 }
 """Flags without a value of their own, whose default the pages state in words."""
 
-OTHERS = {"--help", "--config_file", "--num_processes", "--user", "--ask-password", "--dist"}
-"""The flag that every parser has, and those of accelerate, wget and pytest."""
+OTHERS = {
+    *("--help", "--config_file", "--num_processes", "--user", "--ask-password", "--dist"),
+    "--local-dir",
+}
+"""The flag that every parser has, and those of accelerate, wget, pytest and hf."""
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "medgemma_trainer.py": medgemma_trainer.build_parser,

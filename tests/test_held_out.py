@@ -18,6 +18,7 @@ from language_models import CPU
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.hub import share_checkpoint
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.evaluate import evaluate
 from stages import STAGE_1, TINY, arguments, data_for
@@ -132,6 +133,32 @@ def test_stage_1_may_not_have_learned_from_patients_who_are_held_out(
     assert "held-out patients trained this encoder: use the same --seed and --max_samples" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_shared_copy_is_refused_on_the_data_that_trained_it(
+    checkpoint: Path, dka_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The copy does not know who trained, and the split may be another: here it is the same."""
+    share_checkpoint(checkpoint, tmp_path / "shared")
+    copy = tmp_path / "shared" / TRAJECTORY_FILE
+    words = [*TINY, "--ode_checkpoint", str(copy), "--data_path", str(dka_file)]
+    assert trainer.main([*words, "--output_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "a shared copy, trained on these very data, does not know which patients" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shared_copy_on_other_data_is_warned_of(
+    checkpoint: Path, dka_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    share_checkpoint(checkpoint, tmp_path / "shared")
+    copy = tmp_path / "shared" / TRAJECTORY_FILE
+    in_another_order(pd.read_csv(dka_file)).to_csv(tmp_path / "data.csv", index=False)
+    args = arguments("--ode_checkpoint", str(copy), "--data_path", str(tmp_path / "data.csv"))
+    assert trainer.stage1_of(args, data_for(args)) is not None
+    (line,) = [each for each in caplog.messages if "shared copy" in each]
+    assert "a leak cannot be found: make sure that none of them is held out here" in line
 
 
 def test_an_encoder_of_another_series_is_refused(

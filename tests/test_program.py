@@ -19,7 +19,9 @@ from medgemma_clinical.commands.results import STAGE_1
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.models.checkpoints import HAI_DEF_NOTICE, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.sharing.model_card import card_figures, model_card
+from medgemma_clinical.models.sharing.terms import NO_BASE
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.stage import Stage
@@ -96,7 +98,7 @@ def test_the_run_folder_holds_exactly_what_is_promised(runs: Path) -> None:
         best = runs / stage / "best"
         names = {p.name for p in best.iterdir()}
         assert names == {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE"}
-        assert (best / "NOTICE").read_text() == HAI_DEF_NOTICE
+        assert (best / "NOTICE").read_text() == NO_BASE.notice
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
@@ -207,6 +209,17 @@ def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
     reports = read(folder / "metrics.json")["reports"]
     assert reports["reports"] == len(lines)
     assert set(reports) == {"reports", "parse_share", "true_number_share", "numbers_stated"}
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_the_best_model_knows_its_figures_and_its_card_shows_them(runs: Path, stage: str) -> None:
+    config, metrics = read_config(runs, stage), read(runs / stage / "metrics.json")
+    assert config["figures"] == card_figures(metrics)
+    assert ("reports" in config["figures"]) == (stage == "generative")
+    if stage != "trajectory":
+        card = (runs / stage / "best" / "README.md").read_text(encoding="utf-8")
+        assert card == model_card(config)
+        assert f"{metrics['test']['auroc']['value']:.3f} [" in card
 
 
 def test_the_log_holds_summary_epochs_and_table(runs: Path) -> None:

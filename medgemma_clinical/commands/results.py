@@ -41,12 +41,15 @@ from medgemma_clinical.evaluation.report_tables import (
     split_table,
 )
 from medgemma_clinical.files import write_json, write_text
-from medgemma_clinical.models.checkpoints import (
-    describe_language_model,
-    describe_weight,
-    licence,
-)
 from medgemma_clinical.models.generation import score_reports, write_reports
+from medgemma_clinical.models.sharing.model_card import (
+    LIMITS,
+    card_figures,
+    describe_language_model,
+    describe_stage1,
+    describe_weight,
+)
+from medgemma_clinical.models.sharing.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.evaluate import evaluate
@@ -68,12 +71,6 @@ STAGE_1 = "stage 1 (trajectory)"
 """Stands among the baselines of stages 2 and 3."""
 
 GENERATION_BATCH = 16
-
-LIMITS = (
-    "One data set, split by patient: the figures do not transfer to another hospital or another "
-    "time. Where treatment shapes the label, the model predicts treatment as well as disease. One "
-    "test part of this size moves by chance: trust the intervals, not the point."
-)
 
 Baselines = dict[str, dict[str, NDArray[np.float64]]]
 """Probabilities of each simple model, and of stage 1, by part."""
@@ -122,6 +119,7 @@ def write_results(
             for part, cohort in cohorts.items()
         }
         metrics = metrics_json(stage, state.stopping.best_epoch, figures, rule, args.calibrate)
+        stage.config["figures"] = card_figures(metrics)
         if folder:  # generation takes long: what is known by now is safe
             write_figures(folder, stage, cohorts, metrics)
     texts = stage.generate(predictions["test"]) if stage.generate else None
@@ -129,9 +127,11 @@ def write_results(
         return {}
     if texts is not None:
         lines, metrics["reports"] = score_reports(data.dataset, texts, predictions["test"])
+        stage.config["figures"] = card_figures(metrics)
         if folder:
             write_text(folder / "generations_test.jsonl", lines)
             write_json(folder / "metrics.json", metrics)
+            stage.save(folder, stage.config)
     named = {SCORED[part]: each for part, each in figures.items()}
     logger.info("\n%s\n", result_sentence(figures["test"]))
     logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
@@ -320,13 +320,6 @@ def generate_reports(
     return dict(gather(list(written.items())))
 
 
-def describe_stage1(config: dict[str, Any]) -> str:
-    """Return encoder, dynamics and number of members of a checkpoint's stage 1 in words."""
-    dynamics = config["encoder"].get("dynamics")
-    how = f", dynamics {dynamics}" if dynamics else ""
-    return f"encoder {config['encoder']['name']}{how}, members {config['members']}"
-
-
 def model_card(
     stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
 ) -> dict[str, str]:
@@ -346,7 +339,7 @@ def model_card(
         "Intervals": INTERVALS,
         "Small cells": counting_rule(validation.fewest),
         "Seed": str(facts["seed"]),
-        "Licence": licence(base),
+        "Licence": licence(stage.config),
         "Versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
         "Commit": facts["git_commit"] or "not known",
         "SHA-256 of the data": facts["data"]["data_sha256"],

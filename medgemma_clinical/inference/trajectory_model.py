@@ -93,9 +93,10 @@ class TrajectoryModel:
         """
         import torch
 
+        from medgemma_clinical.inference.hub import find_checkpoint
         from medgemma_clinical.models.trained_model import load_trained_model, read_metrics
 
-        place = Path(checkpoint)
+        place = find_checkpoint(checkpoint, revision)
         trained = load_trained_model(
             place,
             cls.encoders,

@@ -35,9 +35,6 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 QUANTIZATIONS = ("nf4", "none")
 """Kinds of weights of the language model, ``--quantization``."""
 
-PRECISIONS = ("bf16", "fp32")
-"""Of a checkpoint's language model."""
-
 INT8_REFUSED = (
     "int8 is known to make MedGemma write rubbish (Google-Health/medgemma issue 5), and "
     "bitsandbytes computes it in float16, in which Gemma 3 overflows: use nf4, which takes half "
@@ -55,6 +52,16 @@ LONGEST_CONTEXT = 131_072
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections of a language layer that an adapter changes."""
+
+SCORED_PARTS = ("validation", "test")
+"""Parts of the split whose figures a checkpoint holds, under their names in ``metrics.json``."""
+
+RANKING_FIGURES = ("auroc", "auprc", "brier")
+CALIBRATION_FIGURES = ("calibration_slope", "calibration_intercept")
+"""Figures of a model that a checkpoint holds; of a baseline those of the first line alone."""
+
+MOST_BASELINES = 32
+"""Baselines whose figures a checkpoint holds at most."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 """Name of a model of the hub; the built-in ``tiny`` has the same form."""
@@ -172,6 +179,12 @@ PLAIN = or_null(
         lambda value: any(rule.holds(value) for rule in (YES_NO, FINITE, NAME)),
     )
 )
+BASELINES = Rule(
+    f"an object of at most {MOST_BASELINES} baselines by name",
+    lambda value: (
+        isinstance(value, dict) and len(value) <= MOST_BASELINES and all_of(words(100), value)
+    ),
+)
 FACTS = Rule(
     "a list of at most 10000 names",
     lambda value: isinstance(value, list) and len(value) <= 10_000 and all_of(words(200), value),
@@ -218,6 +231,29 @@ DECISION: Table = {
     "threshold": real(-1, 2),  # Youden's may lie outside of the risks
 }
 
+FIGURE: Table = dict.fromkeys(("value", "low", "high"), or_null(FINITE))
+"""Value and ends of the 95 % interval; null where hidden or not defined."""
+
+BASELINE_PART: Table = {
+    "n": COUNT,
+    "events": or_null(whole(0, LARGEST_COUNT)),
+    **dict.fromkeys(RANKING_FIGURES, FIGURE),
+}
+MODEL_PART: Table = {**BASELINE_PART, **dict.fromkeys(CALIBRATION_FIGURES, FIGURE)}
+
+RECALIBRATION: Table = {
+    "method": one_of("none", "platt"),
+    "slope": maybe(real(0, above=True)),
+    "intercept": maybe(FINITE),
+}
+WRITTEN: Table = {
+    "reports": COUNT,
+    "parse_share": real(0, 1),
+    "true_number_share": real(0, 1),
+    "numbers_stated": whole(0, LARGEST_COUNT),
+}
+"""Of stage 3's reports on the test part."""
+
 PROMPTS: Table = {
     "series": one_of(*SERIES_TEXT),
     "context": YES_NO,
@@ -232,7 +268,7 @@ LANGUAGE_MODEL: Table = {
     "base_class": one_of("Gemma3ForCausalLM"),
     "base_weights": one_of(*BASE_WEIGHTS),
     "quantization": one_of(*QUANTIZATIONS),
-    "precision": one_of(*PRECISIONS),
+    "precision": one_of("bf16", "fp32"),
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),
     "shuffled": YES_NO,
@@ -263,23 +299,6 @@ ADAPTER: Table = {
 # ------------------------------------------------------------------ checks
 
 
-def check_loading(quantization: str | None, precision: str | None, attention: str) -> None:
-    """Check how a language model shall be loaded; None leaves the choice to the checkpoint.
-
-    Raises:
-        InputError: naming the choices.
-    """
-    if quantization == "int8":
-        raise InputError(f"quantization: {INT8_REFUSED}")
-    for name, value, choices in (
-        ("quantization", quantization, QUANTIZATIONS),
-        ("precision", precision, PRECISIONS),
-        ("attention", attention, ATTENTIONS),
-    ):
-        if value not in (None, *choices):
-            raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
-
-
 def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
     """Check the configuration of a checkpoint of one of ``stages``.
 
@@ -307,6 +326,30 @@ def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
         _check(where, width, config["encoder"], "encoder.")
     if "decision" in config:  # it comes with the results
         _check(where, {"decision": DECISION}, config)
+    if "figures" in config:  # so do they
+        check_figures(where, config["figures"])
+
+
+def check_figures(where: str, figures: Any) -> None:
+    """Check the figures that a model card shows: these and no others.
+
+    Args:
+        where: the file, as errors name it.
+        figures: as from ``card_figures``.
+
+    Raises:
+        InputError: as ``check_config``.
+    """
+    table: Table = {
+        **dict.fromkeys(SCORED_PARTS, MODEL_PART),
+        "baselines": BASELINES,
+        "calibration": RECALIBRATION,
+    }
+    written = isinstance(figures, dict) and "reports" in figures
+    _check_all(where, {**table, "reports": WRITTEN} if written else table, figures, "figures.")
+    parts: Table = dict.fromkeys(SCORED_PARTS, BASELINE_PART)
+    for name, baseline in figures["baselines"].items():
+        _check_all(where, parts, baseline, f"figures.baselines.{name}.")
 
 
 def check_data(where: str, description: Any) -> None:
@@ -356,6 +399,16 @@ def _check(where: str, table: Table, facts: Any, within: str = "") -> None:
             _check(where, rule, facts[key], f"{name}.")
         elif not rule.holds(facts[key]):
             raise _wrong(where, name, facts[key], rule.expected)
+
+
+def _check_all(where: str, table: Table, facts: Any, within: str) -> None:
+    """Check a section and its sections, and that they have no further keys."""
+    _check(where, table, facts, within)
+    for key in facts.keys() - table.keys():
+        raise _wrong(where, f"a key of {within.rstrip('.')}", key, NONE.expected)
+    for key, rule in table.items():
+        if isinstance(rule, dict):
+            _check_all(where, rule, facts[key], f"{within}{key}.")
 
 
 def _wrong(where: str, name: str, value: Any, expected: str) -> InputError:

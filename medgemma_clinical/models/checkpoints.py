@@ -30,55 +30,23 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.models.checkpoint_schema import check_adapter, check_config
+from medgemma_clinical.models.sharing.model_card import model_card
+from medgemma_clinical.models.sharing.terms import terms_of
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-CHECKPOINT_FORMAT = 7
+CHECKPOINT_FORMAT = 8
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
+NOTICE, CARD = "NOTICE", "README.md"
 LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
-
-HAI_DEF_NOTICE = (
-    "HAI-DEF is provided under and subject to the HAI-DEF Terms of Use found at "
-    "https://developers.google.com/health-ai-developer-foundations/terms\n"
-)
-"""Must accompany a derivative of MedGemma. Source: HAI-DEF Terms of Use, distribution."""
-
-MODEL_CARD = """\
-# {title}
-
-A LoRA adapter and the modules beside it, trained on {base} ({revision}).
-
-- Weight of the language model beside stage 1: {weight}
-- Question: {question}
-- Outcome: {outcome}
-- Series: {series}
-- Facts: {facts}
-- Trained on: {kind} data whose SHA-256 is {data}
-- To predict: `python medgemma_trainer.py --predict --checkpoint FOLDER --predictions FILE` and the
-  flag that names the rows
-
-Research on the question above, on data like those of the training part. Not a medical device, not
-for clinical use. Figures with their intervals are in report.html and metrics.json of the run.
-
-{licence}
-"""
-
-
-def licence(base_model: str | None) -> str:
-    """Return the licence of a model's code and, where it has one, of its language model."""
-    code = "The code: Apache License 2.0."
-    if base_model is None:
-        return f"{code} No weights of MedGemma or another language model are part of this model."
-    notice = HAI_DEF_NOTICE.strip()
-    return f"{code} Where the language model is MedGemma or derived from it: {notice}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +56,8 @@ class TrajectoryCheckpoint:
     Attributes:
         config: rebuilds the model and says what it was trained on.
         weights: state dict of a ``TrajectoryClassifier``.
-        train_patients: (n,) int64, sorted hashes of the patients that trained.
+        train_patients: (n,) int64, sorted hashes of the patients that trained; none in a copy that
+            is shared.
         place: the file, as errors name it.
         sha256: of the file.
     """
@@ -139,20 +108,29 @@ def save_trajectory(
     Raises:
         InputError: the configuration would be refused when it is read.
     """
-    check_config(path, config, ("trajectory",))
-    content = trajectory_bytes(model, config, train_patients)
+    write_trajectory(path, to_checkpoint(model, config, train_patients))
+
+
+def write_trajectory(path: Path, checkpoint: TrajectoryCheckpoint) -> None:
+    """Write a stage 1 file.
+
+    Raises:
+        InputError: as ``save_trajectory``.
+    """
+    check_config(path, checkpoint.config, ("trajectory",))
+    content = trajectory_bytes(checkpoint.config, checkpoint.weights, checkpoint.train_patients)
     with atomic(path) as temporary:
         temporary.write_bytes(content)  # a full disk is then an OSError as everywhere
 
 
 def trajectory_bytes(
-    model: TrajectoryClassifier, config: dict[str, Any], train_patients: NDArray[np.int64]
+    config: dict[str, Any], weights: dict[str, Tensor], train_patients: NDArray[np.int64]
 ) -> bytes:
     """Return the content of a stage 1 file."""
     content = {
         "format": CHECKPOINT_FORMAT,
         "config": config,
-        "weights": model.state_dict(),
+        "weights": weights,
         "train_patients": torch.from_numpy(train_patients),
     }
     buffer = io.BytesIO()
@@ -196,14 +174,10 @@ def to_checkpoint(
     model: TrajectoryClassifier, config: dict[str, Any], train_patients: NDArray[np.int64]
 ) -> TrajectoryCheckpoint:
     """Return a stage 1 in memory as if it had been read from a file."""
-    content = trajectory_bytes(model, config, train_patients)
-    return TrajectoryCheckpoint(
-        config,
-        model.state_dict(),
-        train_patients,
-        place=Path("the encoder"),
-        sha256=hashlib.sha256(content).hexdigest(),
-    )
+    weights = model.state_dict()
+    content = trajectory_bytes(config, weights, train_patients)
+    digest = hashlib.sha256(content).hexdigest()
+    return TrajectoryCheckpoint(config, weights, train_patients, Path("the encoder"), digest)
 
 
 def check_floating(weights: dict[str, Tensor]) -> None:
@@ -256,8 +230,8 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         adapter["base_model_name_or_path"] = config["base_model"]
         write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
-        write_text(temporary / "NOTICE", HAI_DEF_NOTICE)
-        write_text(temporary / "README.md", model_card(config))
+        write_text(temporary / NOTICE, terms_of(config).notice)
+        write_text(temporary / CARD, model_card(config))
         hashes = {name: file_hash(temporary / name) for name in HASHED_FILES}
         content = {"format": CHECKPOINT_FORMAT, **config, "files_sha256": hashes}
         write_json(temporary / CONFIG, {**content, "config_sha256": json_hash(content)})
@@ -265,45 +239,6 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
 
 def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
-
-
-def describe_language_model(config: dict[str, Any]) -> str:
-    """Return the base model of stage 2 or 3, and what makes it a control, in words."""
-    words = [str(config["base_model"])]
-    if config["base_weights"] == "random":
-        words.append("with random weights in place of its own, a control")
-    if config["shuffled"]:
-        words.append("with soft tokens of other patients, a control")
-    return ", ".join(words)
-
-
-def describe_weight(config: dict[str, Any]) -> str:
-    """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
-    if not config["stage1_logit"]:
-        return "stage 1's logit is not added"
-    if config["residual_weight"] == 0:
-        return "0: the language model adds nothing here, the predictions are those of stage 1"
-    return f"{config['residual_weight']:g}, chosen on the validation part"
-
-
-def model_card(config: dict[str, Any]) -> str:
-    """Return the README of a trained model."""
-    base, files = config["base_model"], config["base_sha256"]
-    revision = f"SHA-256 of its files {files}" if files else f"revision {config['base_revision']}"
-    units = zip(config["features"], config["units"], strict=True)
-    return MODEL_CARD.format(
-        title="Written reports" if config["stage"] == "generative" else "Classification",
-        base=describe_language_model(config),
-        weight=describe_weight(config),
-        revision=f"{revision}, {config['quantization']}",
-        question=config["question"],
-        outcome=config["outcome"],
-        series=", ".join(f"{name} ({unit})" if unit else name for name, unit in units),
-        facts=", ".join(config["inputs"]["facts"]) or "none",
-        kind=config["dataset"],
-        data=config["data_sha256"],
-        licence=licence(base),
-    )
 
 
 def load_llm(model: TrajectoryLLM, folder: Path) -> None:

@@ -107,9 +107,9 @@ def checkpoint_place(path: Path) -> Path:
         return path
     if path.is_dir() and path.absolute().name == "trajectory" and beside.is_file():
         return beside
-    stages = [stage for stage in LLM_STAGES if (path / stage).exists()]
-    if (path / TRAJECTORY_FILE).is_file() and not stages:
-        return path / TRAJECTORY_FILE
+    shared = path / TRAJECTORY_FILE  # in a run's folder, one of several models
+    if shared.is_file() and not any((path / stage).is_dir() for stage in LLM_STAGES):
+        return shared
     problem = "holds no trained model" if path.exists() else "no such file or folder"
     raise InputError(
         f"--checkpoint {path}: {problem}: name the folder trajectory, classification or "
@@ -373,11 +373,26 @@ def stage1_risks(
 def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
     """Refuse an encoder that has seen patients of this run's validation or test part.
 
+    A shared copy does not know who trained: it is refused on the data that trained it, whose split
+    may be another here; on other data a warning says that nobody has looked.
+
     Raises:
         InputError: their number, and how to avoid it.
     """
     named, path = bool(checkpoint.config["named"]), checkpoint.place
     same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
+    if not len(checkpoint.train_patients):
+        if same_rows:
+            raise InputError(
+                f"{path}: a shared copy, trained on these very data, does not know which patients "
+                "trained it: give the file of the run itself"
+            )
+        logger.warning(
+            "%s is a shared copy and does not know which patients trained it, so that a leak "
+            "cannot be found: make sure that none of them is held out here",
+            path,
+        )
+        return
     trained = data.count_overlap(checkpoint.train_patients, named, same_rows=same_rows)
     if trained:
         held_out = np.concatenate([data.split["val"], data.split["test"]])

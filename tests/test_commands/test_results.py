@@ -17,6 +17,7 @@ from medgemma_clinical.commands.results import STAGE_1, weigh_language_model
 from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.sharing.model_card import card_figures
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from stages import stage_of_patients
 
@@ -178,6 +179,19 @@ def test_the_fit_lies_with_the_weights_and_makes_the_predictions(
     )
     logit = known["intercept"] + known["slope"] * np.log(raw / (1 - raw))
     np.testing.assert_allclose(new, 1 / (1 + np.exp(-logit)), atol=1e-6)
+
+
+def test_the_figures_of_the_card_lie_with_the_weights(
+    calibrated: tuple[Path, dict[str, dict[str, Any]]],
+) -> None:
+    place, figures = calibrated
+    for how in ("none", "platt"):
+        content = torch.load(place / how / TRAJECTORY_FILE, weights_only=True)
+        known = content["config"]["figures"]
+        assert known == card_figures(figures[how])
+        assert known["test"]["auroc"] == figures[how]["test"]["auroc"]
+        assert known["calibration"]["method"] == how
+        assert known["baselines"].keys() == figures[how]["baselines"].keys()
 
 
 def test_the_page_shows_recalibration_where_there_was_one(

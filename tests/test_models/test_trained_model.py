@@ -128,6 +128,15 @@ def test_a_folder_best_is_a_place_of_its_own(run: Path) -> None:
     assert read_trained_config(alone)["stage"] == "classification"
 
 
+def test_a_folder_of_stage_1_alone_is_its_model_and_a_runs_folder_is_none(run: Path) -> None:
+    alone = run / "shared"
+    alone.mkdir()
+    shutil.copy(run / TRAJECTORY_FILE, alone)
+    assert checkpoint_place(alone) == alone / TRAJECTORY_FILE
+    with pytest.raises(InputError, match="holds no trained model: name the folder trajectory"):
+        checkpoint_place(run)
+
+
 def test_a_place_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such file or folder: name the folder trajectory"):
         load_trained_model(tmp_path / "nowhere", ENCODERS)

@@ -1,0 +1,1 @@
+"""A trained model as others see it: terms and model card."""
