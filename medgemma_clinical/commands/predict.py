@@ -38,6 +38,7 @@ from medgemma_clinical.files import InputError, atomic, locked, remove
 from medgemma_clinical.inference.scoring import count_implausible, score_rows
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
+    check_no_control,
     load_trained_model,
     read_trained_config,
 )
@@ -86,11 +87,7 @@ def predict(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
-    if config.get("shuffled") or config.get("base_weights") == "random":
-        raise InputError(
-            f"--checkpoint {request.checkpoint}: a control of --ablation, with soft tokens of "
-            "other patients or random weights: take another model"
-        )
+    check_no_control(request.checkpoint, config)
     dataset = datasets[config["dataset"]]
     source = find_source(request, config, datasets)
     check_output(request.predictions)
