@@ -27,8 +27,10 @@ BUILT_FROM_DATA = {"--time_scale", "--quantization", "--output_dir", "--max_len"
 }
 """Flags without a value of their own, whose default the pages state in words."""
 
-OTHERS = {"--help", "--num_processes", "--user", "--ask-password", "--dist"}
-"""The flag that every parser has, and those of accelerate, wget and pytest."""
+OTHERS = {"--help", "--num_processes", "--user", "--ask-password", "--dist"} | {
+    *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile"),
+}
+"""The flag that every parser has, and those of accelerate, wget, pytest, vLLM and llama.cpp."""
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "medgemma_trainer.py": medgemma_trainer.build_parser,

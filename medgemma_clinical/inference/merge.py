@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medgemma_clinical.distributed import default_device, to_device
-from medgemma_clinical.files import InputError, RunFault, atomic, read_json, write_text
+from medgemma_clinical.files import InputError, RunFault, atomic, locked, read_json, write_text
 from medgemma_clinical.models.checkpoints import (
     CONFIG,
     HAI_DEF_NOTICE,
@@ -39,6 +39,7 @@ from medgemma_clinical.models.checkpoints import (
 from medgemma_clinical.models.language_model import base_facts
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.models.trained_model import (
+    TrainedModel,
     check_no_control,
     checkpoint_place,
     load_trained_model,
@@ -112,12 +113,14 @@ class ProofLogits(NamedTuple):
     """Logits at the last position of R rows, float32 on the CPU.
 
     words (R, V): over the vocabulary; own (R,): of the stage's readout; scale (R,): root mean
-    square of ``own`` over all states as long as the row's, which is what rounding grows with.
+    square of ``own`` over all states as long as the row's, which is what rounding grows with;
+    layers: of the language model.
     """
 
     words: Tensor
     own: Tensor
     scale: Tensor
+    layers: int
 
 
 def export_merged(
@@ -128,7 +131,7 @@ def export_merged(
 ) -> MergeProof:
     """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a folder.
 
-    The folder is read back and proves itself before it appears. One model is in memory at a time.
+    The folder is read back and proves itself before it appears.
 
     Args:
         checkpoint: a stage's folder, or its ``best``.
@@ -137,16 +140,18 @@ def export_merged(
         model_name: where the base model lies now, as for ``load_trained_model``.
 
     Raises:
-        InputError: nothing to merge there, or the folder is another one's.
+        InputError: nothing to merge there, or the folder is another one's or being written.
         RunFault: the folder that was read back computes other logits.
     """
     place = check_mergeable(checkpoint)
     check_export_folder(folder)
-    with atomic(folder) as temporary:
-        before = write_merged(temporary, place, encoders, model_name)
-        trained = load_trained_model(temporary, encoders)
-        assert isinstance(trained.model, TrajectoryLLM)
-        proof = compare(before, proof_logits(trained.model), trained.model)
+    trained = load_trained_model(place, encoders, model_name)
+    before = proof_logits(trained)
+    with locked(folder), atomic(folder) as temporary:
+        write_merged(temporary, place, trained)
+        del trained  # one model is in memory at a time
+        after = proof_logits(load_trained_model(temporary, encoders))
+        proof = compare(before, after)
         if not proof.holds:
             raise RunFault(
                 "the merged language model computes other logits than the trained one: they "
@@ -197,22 +202,18 @@ def check_export_folder(folder: Path) -> None:
         )
 
 
-def write_merged(
-    folder: Path, place: Path, encoders: Mapping[str, type], model_name: str | None
-) -> ProofLogits:
-    """Write the merged model and what stands beside it; return the trained model's logits.
+def write_merged(folder: Path, place: Path, trained: TrainedModel) -> None:
+    """Write the merged model and what stands beside it.
 
     Args:
         folder: to write.
         place: of the checkpoint.
-        encoders: class of each registered name.
-        model_name: where the base model lies now.
+        trained: loaded from there; its weights are changed.
     """
-    trained = load_trained_model(place, encoders, model_name)
-    assert isinstance(trained.model, TrajectoryLLM)
+    config, model = trained.config, trained.model
+    assert isinstance(model, TrajectoryLLM)
     assert trained.tokenizer is not None
-    config, logits = trained.config, proof_logits(trained.model)
-    merged = merge_adapter(cast("PeftModel", trained.model.llm), config["quantization"])
+    merged = merge_adapter(cast("PeftModel", model.llm), config["quantization"])
     for facts in (vars(merged.config), trained.tokenizer.init_kwargs):
         facts.pop("auto_map", None)  # names code that the base model brought, and is not read
     merged.generation_config = greedy_generation(trained.tokenizer, config.get("report_tokens"))
@@ -232,7 +233,6 @@ def write_merged(
     }
     write_config(folder, content)
     write_text(folder / "README.md", export_card(config, content["precision"]))
-    return logits
 
 
 @torch.no_grad()
@@ -329,8 +329,10 @@ def proof_batch(model: TrajectoryLLM) -> TextBatch:
 
 
 @torch.no_grad()
-def proof_logits(model: TrajectoryLLM) -> ProofLogits:
+def proof_logits(trained: TrainedModel) -> ProofLogits:
     """Compute the logits of the rows of the proof."""
+    model = trained.model
+    assert isinstance(model, TrajectoryLLM)
     batch = to_device(proof_batch(model), default_device())
     hidden, text_start = model.read(batch, model.trajectory(batch))
     states = at_verdict(hidden, text_start, batch)  # (R, D)
@@ -339,17 +341,17 @@ def proof_logits(model: TrajectoryLLM) -> ProofLogits:
     units = torch.eye(states.shape[1], device=states.device)
     readout = model.residual(units) - model.residual(torch.zeros_like(units[:1]))  # (D,)
     scale = readout.norm() * states.square().mean(dim=1).sqrt()
-    return ProofLogits(words.float().cpu(), own.cpu(), scale.cpu())
+    layers = model.llm.config.num_hidden_layers
+    return ProofLogits(words.float().cpu(), own.cpu(), scale.cpu(), layers)
 
 
-def compare(before: ProofLogits, after: ProofLogits, model: TrajectoryLLM) -> MergeProof:
+def compare(before: ProofLogits, after: ProofLogits) -> MergeProof:
     """Compare the logits of two models of equal shape, see ``MergeProof``."""
     words = (after.words - before.words).abs().amax(dim=1) / before.words.std(dim=1)
     difference = (after.own - before.own).abs()
     own = torch.where(difference == 0, 0.0, difference / before.scale)  # a silent head has scale 0
-    layers = model.llm.config.num_hidden_layers
     return MergeProof(
         words=float(words.amax()),
         own=float(own.amax()),
-        allowed=TOLERANCE * math.sqrt(layers),
+        allowed=TOLERANCE * math.sqrt(before.layers),
     )

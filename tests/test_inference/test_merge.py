@@ -226,7 +226,8 @@ def test_each_change_is_rounded_once(base: Path) -> None:
 
 
 def test_the_rows_of_the_proof_are_padded_and_the_same_each_time(stage: Path) -> None:
-    model = load_trained_model(stage, ENCODERS).model
+    trained = load_trained_model(stage, ENCODERS)
+    model = trained.model
     assert isinstance(model, TrajectoryLLM)
     batch, again = proof_batch(model), proof_batch(model)
     lengths = batch["text_mask"].sum(1)
@@ -238,13 +239,13 @@ def test_the_rows_of_the_proof_are_padded_and_the_same_each_time(stage: Path) ->
     assert batch["states_mask"].sum(1).unique().tolist() == [1, 2, 3, 4]
     assert batch["states_mask"][:, -1].all()  # the latest states stand last
     assert torch.allclose(batch["states"].std(-1, unbiased=False), torch.ones(()), atol=1e-3)
-    logits = proof_logits(model)
+    logits = proof_logits(trained)
     assert logits.words.shape == (PROOF_ROWS, model.llm.config.vocab_size)
     assert logits.own.shape == (PROOF_ROWS,)
     assert (logits.own.abs() < 4 * logits.scale).all()
     assert logits.own.square().mean() > 0.1 * logits.scale.square().mean()
     model.stage1 = None  # without soft tokens the logits are others
-    assert not torch.allclose(proof_logits(model).words, logits.words, atol=0.01)
+    assert not torch.allclose(proof_logits(trained).words, logits.words, atol=0.01)
 
 
 def spoil_merge(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
@@ -292,7 +293,7 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(
     with pytest.raises(RunFault, match=r"computes other logits .* nothing was written") as caught:
         export_merged(stages[kind], tmp_path / "out", ENCODERS)
     assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
 def test_a_fault_keeps_the_earlier_export(
@@ -305,7 +306,7 @@ def test_a_fault_keeps_the_earlier_export(
     with pytest.raises(RunFault):
         export_merged(stage, out, ENCODERS)
     assert (out / "config.json").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
 
 
 def test_a_head_that_says_nothing_has_no_difference(base: Path, tmp_path: Path) -> None:
