@@ -166,7 +166,9 @@ def build_parser() -> Parser:
     add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
     add("--seeds", type=POSITIVE, metavar="N", help="the same with N seeds from --seed on, pooled")
     add("--predict", action="store_true", help="score new rows with a trained model")
-    add("--checkpoint", type=Path, help="--predict: a run's stage folder, or stage 1's .pt")
+    add("--export", choices=("merged",), help="write stage 2 or 3 with LoRA merged, for servers")
+    add("--export_dir", type=Path, help="--export: the folder to write")
+    add("--checkpoint", type=Path, help="--predict, --export: a stage folder, or stage 1's .pt")
     add("--predictions", type=Path, help="--predict: the CSV to write")
     add("--strict", action="store_true", help="--predict: refuse a file with a row it cannot score")
     add_data_flags(parser)
@@ -764,7 +766,7 @@ def fit_generative(
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
     *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
-    "show_values",
+    *("show_values", "export", "export_dir"),
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
 
@@ -821,6 +823,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 def run(args: argparse.Namespace, given: set[str]) -> int:
     """Do what the command line asks for; return the exit code."""
     from medgemma_clinical.commands.demo import run_demo
+    from medgemma_clinical.commands.export import export
     from medgemma_clinical.commands.predict import predict
     from medgemma_clinical.commands.several.ablation import run_ablation
     from medgemma_clinical.commands.several.compare import run_compare
@@ -840,6 +843,8 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
             return run_ablation(args, read_dataset(args), train)
         if args.predict:
             return predict(args, given, TrajectoryModel)
+        if args.export:
+            return export(args, given, ENCODERS)
         return run_demo(args, train) if args.demo else train(args)
 
 

@@ -59,6 +59,7 @@ def test_the_fifteen_flags_of_the_card_keep_their_defaults() -> None:
         "--dataset mimic",
         "--solver rk5",
         "--precision fp16",
+        "--export gguf",
         "--traj",  # abbreviations are not accepted
         "--no_such_flag",
     ],
@@ -93,6 +94,18 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
             "--predict needs --predictions FILE.csv; it has no use for --output_dir: leave it out",
         ),
         ("--strict", "without --predict has no use for --strict"),
+        ("--checkpoint x", "without --predict or --export has no use for --checkpoint"),
+        ("--export merged", "--export needs --checkpoint RUN/STAGE, --export_dir DIR"),
+        (
+            "--export merged --checkpoint x --precision bf16",
+            "--export needs --export_dir DIR; it has no use for --precision: leave it out",
+        ),
+        (
+            "--export=merged --checkpoint x --export_dir y --data_path z",
+            "--export has no use for --data_path",
+        ),
+        ("--export_dir x", "without --export has no use for --export_dir"),
+        ("--export merged --predict", "--predict and --export do not go together"),
         ("--ablation --mode generative", "--ablation has no use for --mode"),
         ("--ablation --seeds 2 --freeze_ode", "--ablation has no use for --freeze_ode"),
         ("--ablation --series_text none", "leaves no text to compare with"),

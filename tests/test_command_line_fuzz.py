@@ -60,6 +60,7 @@ BEGINNINGS = [
     "--demo",
     *["--compare run/trajectory other/trajectory"] * 2,
     "--predict --checkpoint run/trajectory --data_path new.csv --predictions out.csv",
+    "--export merged --checkpoint run/trajectory --export_dir served",
     *[f"--predict --checkpoint {ENCODER} --predictions out.csv --data_path {ODD_NAME}"] * 2,
 ]
 """What leads to each of the program's ways; chance adds the rest of a command."""

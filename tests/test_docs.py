@@ -29,9 +29,9 @@ BUILT_FROM_DATA = {"--time_scale", "--quantization", "--output_dir", "--max_len"
 
 OTHERS = {
     *("--help", "--config_file", "--num_processes", "--user", "--ask-password", "--dist"),
-    "--local-dir",
+    *("--local-dir", "--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile"),
 }
-"""The flag that every parser has, and those of accelerate, wget, pytest and hf."""
+"""The flag of every parser, and those of accelerate, wget, pytest, hf, vLLM and llama.cpp."""
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "medgemma_trainer.py": medgemma_trainer.build_parser,

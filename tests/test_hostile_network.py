@@ -1,4 +1,4 @@
-"""With a local model no stage and no prediction opens a connection or asks for a name."""
+"""With a local model no stage, prediction or export opens a connection or asks for a name."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ for words in (
     [*text, "--mode", "classification"],
     [*text, "--mode", "generative"],
     [*score, f"{run}/out.csv", "--checkpoint", f"{run}/classification"],
+    ["--export", "merged", "--checkpoint", f"{run}/generative", "--export_dir", f"{run}/served"],
 ):
     assert trainer.main(words) == 0, words
 print("attempts:", seen)
 """
 
 
-def test_all_stages_and_prediction_use_no_network(tmp_path: Path) -> None:
+def test_all_stages_prediction_and_export_use_no_network(tmp_path: Path) -> None:
     model = save_text_checkpoint(tmp_path / "model")
     data = tmp_path / "data.csv"
     data.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:151]))

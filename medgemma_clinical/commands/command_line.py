@@ -40,12 +40,16 @@ LESS_MEMORY = (
     "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
     "or shorten the text by --series_text or --max_text_tokens"
 )
-WAYS = ("--predict", "--compare", "--demo", "--dry_run", "--ablation", "--seeds", "--resume")
+WAYS = (
+    *("--predict", "--export", "--compare", "--demo", "--dry_run"),
+    *("--ablation", "--seeds", "--resume"),
+)
 """Flags that say what to do; the last three go together, the others alone."""
 
 ALLOWED_FLAGS: dict[str, set[str]] = {
     "--compare": {"--seed", "--min_cell"},
     "--demo": {"--output_dir", "--seed", "--log_file"},
+    "--export": {"--checkpoint", "--export_dir", "--model_name", "--show_values"},
     "--predict": {
         *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
         *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
@@ -53,6 +57,16 @@ ALLOWED_FLAGS: dict[str, set[str]] = {
     },
 }
 """All that these ways read."""
+
+NEEDED_FLAGS: dict[str, dict[str, set[str]]] = {
+    "--predict": {
+        "--checkpoint RUN/STAGE": {"--checkpoint"},
+        "--predictions FILE.csv": {"--predictions"},
+        "--data_path FILE or --data_dir FOLDER": {"--data_path", "--data_dir"},
+    },
+    "--export": {"--checkpoint RUN/STAGE": {"--checkpoint"}, "--export_dir DIR": {"--export_dir"}},
+}
+"""What these ways cannot do without, and one flag of each that must be given."""
 
 VARIED_FLAGS = {
     *("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"),
@@ -445,14 +459,18 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     chosen = [flag for flag in WAYS if flag in given]
     if len(chosen) > 1 and not set(WAYS[-3:]).issuperset(chosen):
         raise InputError(f"{' and '.join(chosen)} do not go together")
-    if args.predict:
-        _check_predict(given)
+    for way, needed in NEEDED_FLAGS.items():
+        if way in given:
+            _check_needed(way, needed, given)
     for way, allowed in ALLOWED_FLAGS.items():
         if way in given:
             _check_unused(way, given - allowed - {way})
     if not args.predict:
-        needed = {"--checkpoint", "--predictions", "--strict"}
-        _check_unused("a command without --predict", given & needed)
+        _check_unused("a command without --predict", given & {"--predictions", "--strict"})
+    if not args.export:
+        _check_unused("a command without --export", given & {"--export_dir"})
+    if not (args.predict or args.export):
+        _check_unused("a command without --predict or --export", given & {"--checkpoint"})
     if args.ablation:
         _check_unused("--ablation", given & VARIED_FLAGS)
         if args.series_text == "none":
@@ -477,18 +495,13 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             raise InputError("--stage1_logit off: give a trained stage 1 by --ode_checkpoint")
 
 
-def _check_predict(given: set[str]) -> None:
-    """Check that a prediction has all flags; name those in its way in the same line."""
-    needed = {
-        "--checkpoint RUN/STAGE": {"--checkpoint"},
-        "--predictions FILE.csv": {"--predictions"},
-        "--data_path FILE or --data_dir FOLDER": {"--data_path", "--data_dir"},
-    }
+def _check_needed(way: str, needed: dict[str, set[str]], given: set[str]) -> None:
+    """Check that a way has all its flags; name those in its way in the same line."""
     missing = [flag for flag, names_ in needed.items() if not names_ & given]
-    unused = sorted(given - ALLOWED_FLAGS["--predict"] - {"--predict"})
+    unused = sorted(given - ALLOWED_FLAGS[way] - {way})
     if missing:
         without = f"; it has no use for {', '.join(unused)}: leave it out" if unused else ""
-        raise InputError(f"--predict needs {', '.join(missing)}{without}")
+        raise InputError(f"{way} needs {', '.join(missing)}{without}")
 
 
 def _check_unused(way: str, unused: set[str]) -> None:

@@ -37,7 +37,11 @@ from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, 
 from medgemma_clinical.files import InputError, atomic, locked, remove
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
-from medgemma_clinical.models.trained_model import TrainedModel, read_trained_config
+from medgemma_clinical.models.trained_model import (
+    TrainedModel,
+    check_no_control,
+    read_trained_config,
+)
 from medgemma_clinical.provenance import code_hash, git_commit, peak_memory, versions
 
 logger = logging.getLogger(__name__)
@@ -73,11 +77,7 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
-    if config.get("shuffled") or config.get("base_weights") == "random":
-        raise InputError(
-            f"--checkpoint {request.checkpoint}: a control of --ablation, with soft tokens of "
-            "other patients or random weights: take another model"
-        )
+    check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request.predictions)
     findings = Findings(str(source), strict=bool(request.strict))

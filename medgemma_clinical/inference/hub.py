@@ -28,6 +28,7 @@ from medgemma_clinical.models.checkpoints import (
     MODULE_WEIGHTS,
     NOTICE,
     TRAJECTORY_FILE,
+    is_merged,
     read_config,
     read_trajectory,
     save_llm,
@@ -105,9 +106,11 @@ def save_model(trained: TrainedModel, folder: Path) -> None:
         folder: new, or of an earlier model.
 
     Raises:
-        InputError: the folder holds other files.
+        InputError: the folder holds other files, or the model is an export.
     """
     check_replaceable(folder)
+    if is_merged(trained.config):
+        raise InputError("an export, which holds a whole language model: copy its folder instead")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with owner_only():
         if isinstance(trained.model, TrajectoryLLM):

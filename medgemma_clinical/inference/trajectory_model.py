@@ -94,9 +94,15 @@ class TrajectoryModel:
         import torch
 
         from medgemma_clinical.inference.hub import find_checkpoint
-        from medgemma_clinical.models.trained_model import load_trained_model, read_metrics
+        from medgemma_clinical.models.trained_model import (
+            check_no_control,
+            load_trained_model,
+            read_metrics,
+            read_trained_config,
+        )
 
         place = find_checkpoint(checkpoint, revision)
+        check_no_control(place, read_trained_config(place))
         trained = load_trained_model(
             place,
             cls.encoders,
@@ -314,10 +320,18 @@ class TrajectoryModel:
             N tensors (S, D) in the language model's dtype, on the CPU.
 
         Raises:
-            ValueError: the model is of stage 1.
-            InputError: a row cannot be read.
+            InputError: the model is of stage 1, or a row cannot be scored.
         """
-        raise NotImplementedError
+        from medgemma_clinical.inference.prompt_embeds import prompt_embeds
+
+        chunks, _ = self._read(rows, strict=True)
+        return [
+            vectors
+            for chunk in chunks
+            for vectors in prompt_embeds(
+                self.trained, chunk.dataset, range(len(chunk.dataset)), self.batch_size
+            )
+        ]
 
     def _check_stage(self, needed: str, method: str) -> None:
         if self.stage != needed:

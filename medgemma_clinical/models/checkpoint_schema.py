@@ -284,6 +284,18 @@ TEXT_ALONE: Table = {
     "members": whole(0, 0),
     "num_prefix_tokens": whole(0, 0),
 }
+MERGED: Table = {
+    "merged_from": {
+        "base_model": words(1024),
+        "base_sha256": or_null(SHA256),
+        "base_revision": or_null(digits(40)),
+        "quantization": one_of("nf4", "none"),
+        "precision": one_of("bf16", "fp32"),
+    },
+    "base_sha256": SHA256,
+}
+"""Of a model whose adapter is merged: from what, and the hash of what came of it."""
+
 REPORTS: Table = {"report_tokens": whole(1, LONGEST_CONTEXT)}
 
 ADAPTER: Table = {
@@ -319,6 +331,8 @@ def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
             raise _wrong(where, "base_model", name, "the id of a model of the hub")
     if config["stage"] == "generative":
         _check(where, REPORTS, config)
+    if "merged_from" in config:
+        _check(where, MERGED, config)
     if config["encoder"] is not None:
         _check_further(where, "encoder", config["encoder"], ENCODER, PLAIN)
         features = len(config["features"])

@@ -2,7 +2,8 @@
 
 Stage 1 is one file: encoders with their normalisers, heads, configuration, hashes of the patients
 that trained. Stages 2 and 3 are a folder: adapter/ (PEFT), modules.safetensors (all parts beside
-the language model), config.json, README.md, NOTICE.
+the language model), config.json, README.md, NOTICE. With a merged adapter the folder holds a whole
+language model in adapter's place.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ NOTICE, CARD = "NOTICE", "README.md"
 LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
+
+
+MERGED_MODEL = "language_model"
+"""Folder of the language model in which an adapter is merged, beside the modules."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +237,24 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         save_file(state, temporary / MODULE_WEIGHTS)
         write_text(temporary / NOTICE, terms_of(config).notice)
         write_text(temporary / CARD, model_card(config))
-        hashes = {name: file_hash(temporary / name) for name in HASHED_FILES}
-        content = {"format": CHECKPOINT_FORMAT, **config, "files_sha256": hashes}
-        write_json(temporary / CONFIG, {**content, "config_sha256": json_hash(content)})
+        write_config(temporary, config)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write the configuration of a stage 2 or 3 folder, with its hash and those of the files."""
+    hashes = {name: file_hash(folder / name) for name in hashed_files(config)}
+    content = {"format": CHECKPOINT_FORMAT, **config, "files_sha256": hashes}
+    write_json(folder / CONFIG, {**content, "config_sha256": json_hash(content)})
+
+
+def is_merged(config: Any) -> bool:
+    """Return whether a configuration says that the adapter is merged into the language model."""
+    return isinstance(config, dict) and "merged_from" in config
+
+
+def hashed_files(config: dict[str, Any]) -> tuple[str, ...]:
+    """Return the files that decide a prediction, beside a language model with its own hash."""
+    return (MODULE_WEIGHTS,) if is_merged(config) else HASHED_FILES
 
 
 def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
@@ -242,7 +262,7 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
 
 
 def load_llm(model: TrajectoryLLM, folder: Path) -> None:
-    """Load the best model of stage 2 or 3 into ``model``, every key of adapter and modules.
+    """Load the best model of stage 2 or 3 into ``model``, every key of modules and any adapter.
 
     Raises:
         InputError: see ``read_config``, or the weights do not fit the model.
@@ -251,11 +271,15 @@ def load_llm(model: TrajectoryLLM, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    read_config(folder)
+    config = read_config(folder)
     try:
-        modules, adapter = load_file(folder / MODULE_WEIGHTS), load_file(folder / ADAPTER_WEIGHTS)
-        check_floating({**modules, **adapter})
+        modules = load_file(folder / MODULE_WEIGHTS)
+        check_floating(modules)
         _modules(model).load_state_dict(modules)
+        if is_merged(config):
+            return
+        adapter = load_file(folder / ADAPTER_WEIGHTS)
+        check_floating(adapter)
         found = set_peft_model_state_dict(model.llm, adapter)
         missing = [key for key in found.missing_keys if "lora_" in key]
         if missing or found.unexpected_keys:
@@ -281,12 +305,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: damaged: {CONFIG} cannot be read") from error
-    found = {CONFIG: json_hash(config), **{name: file_hash(folder / name) for name in HASHED_FILES}}
+    files = {name: file_hash(folder / name) for name in hashed_files(config)}
+    found = {CONFIG: json_hash(config), **files}
     for name, digest in found.items():
         if digest is None or digest != expected.get(name):
             raise InputError(f"{folder}: damaged: {name} is missing or not as it was written")
     check_config(folder, config, LLM_STAGES)
-    check_adapter(folder / ADAPTER_CONFIG, read_adapter(folder))
+    if not is_merged(config):
+        check_adapter(folder / ADAPTER_CONFIG, read_adapter(folder))
     return config
 
 

@@ -22,9 +22,11 @@ from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoint_schema import ATTENTIONS, DYNAMICS, MEMBERS
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
+    MERGED_MODEL,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
+    is_merged,
     load_llm,
     load_trajectory,
     read_adapter,
@@ -142,6 +144,23 @@ def read_trained_config(path: Path) -> dict[str, Any]:
     return read_trajectory(place).config if place.is_file() else read_config(place)
 
 
+def check_no_control(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a control, which is trained to be compared with and never to be used.
+
+    Args:
+        path: of the checkpoint, as the user names it.
+        config: its configuration.
+
+    Raises:
+        InputError: it reads the soft tokens of other patients, or random weights.
+    """
+    if config.get("shuffled") or config.get("base_weights") == "random":
+        raise InputError(
+            f"--checkpoint {path}: a control of --ablation, with soft tokens of other patients or "
+            "random weights: take another model"
+        )
+
+
 def load_trained_model(
     path: Path,
     encoders: Mapping[str, type],
@@ -195,7 +214,7 @@ def load_trained_model(
 def base_place(place: Path, config: dict[str, Any]) -> str:
     """Return where the base model of a checkpoint lies: the hub's id, or a folder of this machine.
 
-    A checkpoint holds no path; the ``run.json`` beside ``best`` does.
+    A checkpoint holds no path; the ``run.json`` beside ``best`` does. A merged one holds the model.
 
     Args:
         place: folder of the trained model.
@@ -205,6 +224,8 @@ def base_place(place: Path, config: dict[str, Any]) -> str:
         InputError: the base model is a folder whose place is not known.
     """
     base = str(config["base_model"])
+    if is_merged(config):
+        return str(place / MERGED_MODEL)
     if config["base_sha256"] is None:
         return base
     try:
@@ -254,8 +275,11 @@ def build_llm(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrajectoryLLM:
     """Rebuild the model of stage 2 or 3 whose weights are still to be loaded."""
-    adapter = read_adapter(place)
-    adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
+    if is_merged(config):
+        adapted = base
+    else:
+        adapter = read_adapter(place)
+        adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
     stage1 = build_stage1(config, encoders) if config["encoder"] else None
     _, no, yes = verdict_words(tokenizer)
     parts: dict[str, Any] = {

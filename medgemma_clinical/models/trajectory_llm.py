@@ -136,7 +136,8 @@ class TrajectoryLLM(nn.Module):
 
         Args:
             stage1: gives states and a logit; None where the LLM reads text alone.
-            llm: a Gemma 3 text model with LoRA layers; its base weights are frozen.
+            llm: a Gemma 3 text model with LoRA layers, or with an adapter merged into its weights;
+                its base weights are frozen.
             tokens: P; 0 for no soft prompt.
             scale: root mean square of the scaled token embeddings.
             bos: id of the token that begins every input.
@@ -162,8 +163,12 @@ class TrajectoryLLM(nn.Module):
     @property
     def body(self) -> nn.Module:
         """Return the decoder without ``lm_head``."""
-        body: nn.Module = self.llm.get_base_model().model
+        body: nn.Module = self.llm.get_decoder()
         return body
+
+    def residual(self, states: Tensor) -> Tensor:
+        """Return the language model's share (B,) of the logit, from ``at_verdict`` (B, D)."""
+        raise NotImplementedError
 
     def trajectory(self, batch: TextBatch) -> TrajectoryStates | None:
         """Return stage 1's states, from the batch where known; None without stage 1."""
@@ -249,11 +254,16 @@ class LLMClassifier(TrajectoryLLM):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, 0.0 if self.adds_stage1 else log_odds(prevalence))
 
+    def residual(self, states: Tensor) -> Tensor:
+        """Return what the head reads in states (B, D): (B,) float32."""
+        residual: Tensor = self.head(states)
+        return residual.squeeze(1)
+
     def forward(self, batch: TextBatch) -> Output:
         """Return the binary cross-entropy (sum over B) and the logit of each patient."""
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
-        residual = self.head(at_verdict(hidden, text_start, batch)).squeeze(1)  # (B,)
+        residual = self.residual(at_verdict(hidden, text_start, batch))  # (B,)
         offset = self.offset(trajectory, hidden)
         output = classification_output(offset + self.residual_weight * residual, batch["labels"])
         return output._replace(offset=offset)
@@ -293,6 +303,12 @@ def answer_loss(
 class LLMWriter(TrajectoryLLM):
     """Stage 3: the language model writes the report; ``lm_head`` reads the answer's states only."""
 
+    def residual(self, states: Tensor) -> Tensor:
+        """Return the log-odds of yes against no in states (B, D): (B,) float32."""
+        words = self.llm.get_output_embeddings().weight[list(self.verdict)].float()  # (2, D)
+        yes, no = functional.linear(states, words).unbind(1)
+        return yes - no
+
     def forward(self, batch: TextBatch) -> Output:
         """Return the weighted cross-entropy (sum over answer tokens) and the verdict's log-odds.
 
@@ -305,19 +321,17 @@ class LLMWriter(TrajectoryLLM):
         offset = self.offset(trajectory, hidden)
         row, place = (batch["targets"] != IGNORED).nonzero(as_tuple=True)  # (N,) each
         is_verdict = place == batch["verdict"][row] + 1
-        weight = self.llm.get_output_embeddings().weight
         loss = answer_loss(
             hidden[row, text_start[row] + place - 1],  # a state predicts the token behind it
-            weight,
+            self.llm.get_output_embeddings().weight,
             batch["targets"][row, place],
             offset[row] * is_verdict,
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
             self.verdict[0],
         )
-        words = weight[list(self.verdict)].float()  # (2, D)
-        yes, no = functional.linear(at_verdict(hidden, text_start, batch), words).unbind(1)
+        residual = self.residual(at_verdict(hidden, text_start, batch))
         terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
-        return Output(loss, terms, offset + self.residual_weight * (yes - no), offset)
+        return Output(loss, terms, offset + self.residual_weight * residual, offset)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:

@@ -1,0 +1,87 @@
+"""Stages 2 and 3 on base models in folders, to be merged with their adapters."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Gemma3ForCausalLM
+
+from dte_encoder import ClinicalODERNN
+from language_models import (
+    CPU,
+    classifier_and_writer,
+    data_of,
+    disturb_adapter,
+    llm_config,
+    patients,
+    text_config,
+)
+from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.files import write_json
+from medgemma_clinical.models.checkpoints import save_llm
+from medgemma_clinical.models.language_model import (
+    DTYPES,
+    load_language_model,
+    tiny_language_model,
+)
+
+ENCODERS = {"ode_rnn": ClinicalODERNN}
+
+
+def save_base(folder: Path, *, lively: bool = False) -> Path:
+    """Write a text-only Gemma 3 of two layers.
+
+    Args:
+        folder: to write.
+        lively: what the model writes depends on what it reads; else it repeats its last token.
+    """
+    torch.manual_seed(1)
+    model = Gemma3ForCausalLM(text_config())
+    for name, weight in model.named_parameters():
+        if lively and re.search(r"post_\w+_layernorm", name):
+            weight.data.fill_(6.0)
+    model.save_pretrained(folder)
+    tiny_language_model()[1].save_pretrained(folder)
+    return folder
+
+
+def save_stage(
+    run: Path,
+    stage: str,
+    base: Path,
+    quantization: str = "none",
+    precision: str = "fp32",
+    *,
+    change: float = 0.05,
+    **more: Any,
+) -> Path:
+    """Write the folder of a trained stage.
+
+    Args:
+        run: its run folder.
+        stage: ``classification`` or ``generative``.
+        base: folder of its base model.
+        quantization: of the base model.
+        precision: of computation.
+        change: standard deviation of LoRA's B.
+        more: keys of the configuration.
+    """
+    dtype, data = DTYPES[precision], data_of(patients())
+    llm, _ = load_language_model(str(base), quantization, dtype, CPU)
+    parts = classifier_and_writer(dtype, base=llm)
+    model = parts.classifier if stage == "classification" else parts.writer
+    disturb_adapter(model.llm, change)
+    prompts = asdict(PromptOptions())
+    decision = DecisionRule(threshold=0.5).to_config()
+    words = {"quantization": quantization, "precision": precision, "prompts": prompts}
+    config = llm_config(model, stage, data, base=base, decision=decision, **{**words, **more})
+    folder = run / stage
+    folder.mkdir(parents=True)
+    save_llm(folder / "best", model, config)
+    write_json(folder / "run.json", {"arguments": {"model_name": str(base)}})
+    return folder

@@ -1,0 +1,195 @@
+"""Prompts as embeddings: what the trained model reads, and what a server continues as it does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from language_models import LENGTHS, PREFIX, data_of, patients, plain_sequence
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.merge import export_merged
+from medgemma_clinical.inference.prompt_embeds import prompt_embeds
+from medgemma_clinical.inference.scoring import compute_logits
+from medgemma_clinical.models.checkpoints import MERGED_MODEL
+from medgemma_clinical.models.generation import write_reports
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.trained_model import TrainedModel, load_trained_model
+from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
+from merged_models import ENCODERS, save_base, save_stage
+
+ROWS = [3, 0, 9, 1, 6]
+"""Patients of 9, 1, 8, 6 and 4 observations, in no order."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with stages 2 and 3 whose language model writes other things for other patients."""
+    place = tmp_path_factory.mktemp("run")
+    base = save_base(place / "gemma", lively=True)
+    for stage in ("classification", "generative"):
+        save_stage(place, stage, base, change=0.5)
+    return place
+
+
+def load(run: Path, stage: str) -> TrainedModel:
+    """Load a stage; the rule of stage 3 says yes for half of the rows, wherever they lie."""
+    trained = load_trained_model(run / stage, ENCODERS)
+    if stage == "generative":
+        risks = DecisionRule().probability(logits_of(trained))
+        decision = DecisionRule(threshold=float(np.median(risks[ROWS]))).to_config()
+        return replace(trained, config={**trained.config, "decision": decision})
+    return trained
+
+
+def collator(trained: TrainedModel) -> TextCollator:
+    assert trained.tokenizer is not None
+    dataset = data_of(patients()).dataset
+    return TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False)
+
+
+def logits_of(trained: TrainedModel) -> Any:
+    rows = len(LENGTHS)
+    return compute_logits(trained.model, collator(trained), [list(range(rows))], rows)
+
+
+def verdicts_of(trained: TrainedModel) -> Any:
+    return trained.rule.probability(logits_of(trained)) >= trained.rule.threshold
+
+
+def embedded(model: TrajectoryLLM, ids: list[int]) -> Tensor:
+    vectors: Tensor = model.llm.get_input_embeddings()(torch.tensor(ids))
+    return vectors
+
+
+# ------------------------------------------------------------------------------- what is read
+
+
+@torch.no_grad()
+def test_prompts_of_stage_2_are_what_the_model_reads_without_padding(run: Path) -> None:
+    trained = load(run, "classification")
+    assert isinstance(trained.model, TrajectoryLLM)
+    prompts = prompt_embeds(trained, patients(), ROWS, batch_size=2)
+    text = collator(trained)
+    for row, prompt in zip(ROWS, prompts, strict=True):
+        expected = plain_sequence(trained.model, text([row]), 0)[0]
+        assert prompt.shape == expected.shape
+        assert prompt.shape[0] == 1 + min(LENGTHS[row], PREFIX) + len(
+            text.prompt_ids[row] + text.stem
+        )
+        assert torch.allclose(prompt, expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_prompts_of_stage_3_end_with_the_verdict_of_the_decision_rule(run: Path) -> None:
+    trained = load(run, "generative")
+    assert isinstance(trained.model, LLMWriter)
+    text, verdicts = collator(trained), verdicts_of(trained)
+    assert 0 < verdicts[ROWS].sum() < len(ROWS)
+    greedy = logits_of(trained) > 0
+    assert (verdicts != greedy)[ROWS].any(), "the threshold must matter"
+    for row, prompt in zip(ROWS, prompt_embeds(trained, patients(), ROWS), strict=True):
+        batch = text.with_verdicts([row], verdicts[[row]])
+        assert torch.allclose(prompt, plain_sequence(trained.model, batch, 0)[0], atol=1e-4)
+        head = embedded(trained.model, text.stem + text.words[int(verdicts[row])])
+        assert torch.equal(prompt[-len(head) :], head)
+
+
+def test_embeddings_are_on_the_cpu_in_the_models_dtype_and_own_their_memory(run: Path) -> None:
+    trained = load_trained_model(run / "generative", ENCODERS, precision="bf16")
+    for prompt in prompt_embeds(trained, patients(), ROWS):
+        assert (prompt.dtype, prompt.device.type) == (torch.bfloat16, "cpu")
+        assert prompt.is_contiguous()
+        assert not prompt.requires_grad
+        assert prompt.untyped_storage().nbytes() == prompt.nbytes  # torch.save writes all of it
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_batch_changes_no_prompt(batch_size: int, run: Path) -> None:
+    trained = load(run, "generative")
+    some = prompt_embeds(trained, patients(), ROWS, batch_size=batch_size)
+    for a, b in zip(some, prompt_embeds(trained, patients(), ROWS, batch_size=3), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+@torch.no_grad()
+def test_plain_transformers_writes_our_reports_from_the_prompts(run: Path, tmp_path: Path) -> None:
+    trained = load(run, "generative")
+    assert isinstance(trained.model, LLMWriter)
+    assert trained.tokenizer is not None
+    text, verdicts = collator(trained), verdicts_of(trained)
+    most = trained.config["report_tokens"]
+    expected = write_reports(trained.model, text, trained.tokenizer, [ROWS], verdicts, most)
+    assert len(set(expected.values())) == len(ROWS), "rows must differ to prove anything"
+
+    export_merged(run / "generative", tmp_path / "out", ENCODERS)
+    llm = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / MERGED_MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / MERGED_MODEL)
+    outcome = trained.config["outcome"]
+    for row, prompt in zip(ROWS, prompt_embeds(trained, patients(), ROWS), strict=True):
+        mask = torch.ones(1, len(prompt), dtype=torch.long)
+        ids = llm.generate(inputs_embeds=prompt[None], attention_mask=mask)
+        report = tokenizer.decode(ids[0], skip_special_tokens=True)
+        head = f"{outcome}: {'yes' if verdicts[row] else 'no'}."
+        assert head + report == expected[row]
+
+
+def test_an_export_makes_the_same_prompts(run: Path, tmp_path: Path) -> None:
+    export_merged(run / "generative", tmp_path / "out", ENCODERS)
+    merged = load_trained_model(tmp_path / "out", ENCODERS)
+    pairs = zip(
+        prompt_embeds(merged, patients(), ROWS),
+        prompt_embeds(load_trained_model(run / "generative", ENCODERS), patients(), ROWS),
+        strict=True,
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+# ------------------------------------------------------------------------------- refused
+
+
+def changed(trained: TrainedModel, **config: Any) -> TrainedModel:
+    return replace(trained, config={**trained.config, **config})
+
+
+def test_rows_that_cannot_be_scored_are_refused(run: Path) -> None:
+    trained = load(run, "generative")
+    with pytest.raises(InputError, match=r"need \d+ tokens with one observation"):
+        prompt_embeds(changed(trained, max_text_tokens=10), patients(), ROWS)
+    dataset = patients()
+    dataset.times[dataset.offsets[4] - 1] = 1e7
+    with pytest.raises(InputError, match=r"a gap of .* h"):
+        prompt_embeds(trained, dataset, ROWS)
+    assert len(prompt_embeds(trained, dataset, ROWS[1:])) == 4  # row 3 alone has the gap
+    assert isinstance(trained.model, LLMWriter)
+    assert trained.model.stage1 is not None
+    trained.model.stage1.get_parameter("members.0.head.wide.weight").data.fill_(torch.nan)
+    with pytest.raises(InputError, match="row 0 of those given has no finite score"):
+        prompt_embeds(trained, patients(), ROWS)
+
+
+def test_stage_1_has_no_prompts(run: Path) -> None:
+    trained = load(run, "generative")
+    assert isinstance(trained.model, TrajectoryLLM)
+    assert trained.model.stage1 is not None
+    with pytest.raises(InputError, match="stage 1 has no language model"):
+        prompt_embeds(TrainedModel(trained.model.stage1, {}, None), patients(), ROWS)
+
+
+def test_a_data_set_that_lacks_an_input_is_refused(run: Path) -> None:
+    trained = load(run, "generative")
+    dataset = patients()
+    dataset.static_names = ()
+    inputs = {**trained.config["inputs"], "facts": ["static_bmi [kg/m2]"]}
+    with pytest.raises(InputError, match="add the columns"):
+        prompt_embeds(changed(trained, inputs=inputs), dataset, ROWS)
