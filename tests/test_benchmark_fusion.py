@@ -19,7 +19,7 @@ import common
 import fusion
 import fusion_ways
 
-import medgemma_trainer as trainer
+from medgemma_clinical.commands import stages as wiring
 from stages import arguments, data_for, stage_of_patients
 from trajectories import dataset_of
 
@@ -52,7 +52,7 @@ def test_the_words_hold_mean_spread_and_risk() -> None:
 
 
 def test_closed_gates_change_nothing_and_open_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LLMClassifier", fusion_ways.CrossAttending)
+    monkeypatch.setattr(wiring, "LLMClassifier", fusion_ways.CrossAttending)
     stage = stage_of_patients("--mode", "classification")
     model: Any = stage.model.eval()
     batch = stage.loaders["train"].collate_fn(PATIENTS)
@@ -79,7 +79,7 @@ def test_a_warm_up_moves_the_projection_alone() -> None:
 def test_a_margin_adds_the_mean_over_pairs_in_training_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer, "LLMWriter", fusion_ways.MarginWriter)
+    monkeypatch.setattr(wiring, "LLMWriter", fusion_ways.MarginWriter)
     stage = stage_of_patients("--mode", "generative")
     model: Any = stage.model.eval()
     batch = stage.loaders["train"].collate_fn(PATIENTS)

@@ -39,7 +39,7 @@ def test_the_fifteen_flags_of_the_card_keep_their_defaults() -> None:
     assert (args.trajectory_only, args.trajectory_epochs) == (False, 100)
     assert (args.ode_checkpoint, args.freeze_ode) == (None, False)
     assert args.time_scale is None
-    assert trainer.MIMICtrajectoryDataset.time_scale == 72.0
+    assert trainer.DATASETS["dka"].time_scale == 72.0
     assert (args.patience, args.log_file) == (10, "auto")
     assert args.model_name == "google/medgemma-4b-pt"
 

@@ -22,7 +22,7 @@ from conftest import sign_table
 from medgemma_clinical.commands import demo, predict
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from srtr_files import filler, write_folder
-from stages import STAGE_1, arguments, data_for
+from stages import STAGE_1, arguments, data_for, make_stage
 from trajectories import LABEL
 
 EXAMPLES = 200
@@ -136,7 +136,7 @@ def make_world(folder: Path) -> None:
     (folder / "folder").mkdir()
     write_folder(folder / "srtr", *filler("kidney"), "kidney")
     args = arguments(STAGE_1, "--data_path", str(folder / DATA))
-    stage = trainer.make_stage(args, data_for(args))
+    stage = make_stage(args, data_for(args))
     rows = pd.DataFrame({"id": range(20), "patient": range(20), "label": [0, 1] * 10})
     for name, scores in {"run": [0.2, 0.9, 0.4, 0.3], "other": [0.1, 0.8, 0.7, 0.6]}.items():
         (folder / name / "trajectory").mkdir(parents=True)
@@ -168,7 +168,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]
     def start(*_: Any, **__: Any) -> None:
         raise StartedError
 
-    for name in ("evaluate", "train_epoch"):
+    for name in ("validate", "train_epoch"):
         monkeypatch.setattr(trainer, name, start)
     monkeypatch.setattr(predict, "write_predictions", start)
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "data_path": made / DATA})

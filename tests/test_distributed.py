@@ -12,6 +12,7 @@ import torch
 
 import medgemma_trainer as trainer
 from medgemma_clinical import distributed
+from medgemma_clinical.commands import demo
 from medgemma_clinical.distributed import check_gpu
 from medgemma_clinical.files import InputError
 
@@ -81,7 +82,7 @@ def test_every_command_that_computes_refuses(
 def test_what_needs_no_gpu_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "run_demo", lambda *_: 0)
+    monkeypatch.setattr(demo, "run_demo", lambda *_: 0)
     assert trainer.main(["--demo"]) == 0
     assert trainer.main(["--compare", str(tmp_path)]) == 2
     assert "NVIDIA" not in capsys.readouterr().err

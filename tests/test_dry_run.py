@@ -13,7 +13,7 @@ from torch import nn
 import medgemma_trainer as trainer
 from language_models import patients
 from medgemma_clinical.training.loaders import batches_of
-from stages import STAGE_1, TINY, arguments, data_for
+from stages import STAGE_1, TINY, arguments, data_for, make_stage
 
 
 @pytest.mark.parametrize("flags", [(STAGE_1,), ("--mode", "generative", *TINY)])
@@ -46,7 +46,7 @@ def test_a_dry_run_takes_two_steps_measures_and_leaves_nothing(
 def test_a_dry_run_takes_the_longest_rows_and_whole_steps(flags: tuple[str, ...]) -> None:
     args = arguments(*TINY, *flags, "--batch_size", "1")
     data = data_for(args, patients())
-    stage = trainer.make_stage(args, data)
+    stage = make_stage(args, data)
     seen: list[int] = []
 
     def note(model: nn.Module, inputs: Any, _: Any) -> None:

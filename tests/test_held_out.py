@@ -14,14 +14,16 @@ from torch import Tensor
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
+from dte_encoder import ClinicalODERNN
 from language_models import CPU
+from medgemma_clinical.commands import stages as wiring
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import share_checkpoint
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.evaluate import evaluate
-from stages import STAGE_1, TINY, arguments, data_for
+from stages import STAGE_1, TINY, arguments, data_for, make_stage, stage1_of
 from trajectories import SERIES
 from visits import cohort
 
@@ -36,7 +38,7 @@ def scales(table: pd.DataFrame) -> dict[str, Tensor]:
     args = arguments(STAGE_1)
     data = data_for(args, MIMICtrajectoryDataset(table))
     assert data.dataset.fact_names
-    return dict(trainer.make_stage1(args, data).named_buffers())
+    return dict(wiring.make_stage1(args, data, trainer.ENCODERS).named_buffers())
 
 
 def test_the_normaliser_sees_the_training_part_alone() -> None:
@@ -81,7 +83,7 @@ def second_stage(
     def too_late(*_: Any) -> None:
         pytest.fail("minutes have gone into the language model")
 
-    monkeypatch.setattr(trainer, "load_language_model", too_late)
+    monkeypatch.setattr(wiring, "load_language_model", too_late)
 
     def start(data: Path, *flags: str) -> int:
         words = ["--ode_checkpoint", str(checkpoint), "--data_path", str(data), *flags]
@@ -190,7 +192,7 @@ def test_a_new_encoder_has_the_datas_clock_and_a_loaded_one_its_own(
     loaded = ["--ode_checkpoint", str(checkpoint)]
     for flags, scale in (([], 24.0), (["--time_scale", "9"], 9.0), (loaded, 72.0)):
         args = arguments("--data_path", str(data), *flags)
-        stage1: Any = trainer.stage1_of(args, data_for(args))
+        stage1: Any = stage1_of(args, data_for(args))
         assert stage1.encoder.time_scale == scale
 
 
@@ -198,7 +200,7 @@ def test_a_loaded_stage_1_is_the_saved_one_and_learns_no_more(
     checkpoint: Path, dka_file: Path
 ) -> None:
     args = arguments("--ode_checkpoint", str(checkpoint), "--data_path", str(dka_file))
-    loaded = trainer.stage1_of(args, data_for(args))
+    loaded = stage1_of(args, data_for(args))
     assert loaded is not None
     saved = read_trajectory(checkpoint).weights
     state = loaded.state_dict()
@@ -217,7 +219,7 @@ def test_a_gap_that_the_encoder_cannot_hold_is_refused(
     flags = ["--ode_checkpoint", str(checkpoint)] if loaded else []
     args = arguments("--data_path", str(tmp_path / "long.csv"), *flags)
     with pytest.raises(InputError, match=r"gap of 900000 h in the data needs a larger --time_s"):
-        trainer.stage1_of(args, data_for(args))
+        stage1_of(args, data_for(args))
 
 
 # --------------------------------------------------------------------------- batches
@@ -226,7 +228,7 @@ def test_a_gap_that_the_encoder_cannot_hold_is_refused(
 def scored(dka_file: Path, batch_size: int) -> Predictions:
     """Return a new stage 1's predictions of the validation part."""
     args = arguments(STAGE_1, "--data_path", str(dka_file), "--batch_size", str(batch_size))
-    stage = trainer.make_stage(args, data_for(args))
+    stage = make_stage(args, data_for(args))
     return evaluate(stage.model, stage.loaders["val"], CPU)
 
 
@@ -242,15 +244,15 @@ def test_stage_1_plans_each_batch_once_and_ahead(
     dka_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned: list[int] = []
-    plan = trainer.ClinicalODERNN.plan
+    plan = ClinicalODERNN.plan
 
     def planning(encoder: Any, *batch: Tensor) -> Any:
         planned.append(len(batch[0]))
         return plan(encoder, *batch)
 
-    monkeypatch.setattr(trainer.ClinicalODERNN, "plan", planning)
+    monkeypatch.setattr(ClinicalODERNN, "plan", planning)
     args = arguments(STAGE_1, "--data_path", str(dka_file))
-    stage = trainer.make_stage(args, data_for(args))
+    stage = make_stage(args, data_for(args))
     batches = list(stage.loaders["train"])
     assert planned == [16] * 8
     for batch in batches:

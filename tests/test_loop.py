@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import results
+from medgemma_clinical.commands import stages as wiring
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trajectory import Output, TrajectoryClassifier
-from medgemma_clinical.training import memory
+from medgemma_clinical.training import trackers
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import batches_of
 from medgemma_clinical.training.optimizer import warmup_cosine
@@ -32,6 +32,7 @@ from medgemma_clinical.training.train_state import (
     NonFiniteLossError,
     set_up_training,
 )
+from stages import make_stage
 from toy_stage import toy_stage
 
 CPU = torch.device("cpu")
@@ -58,9 +59,9 @@ def parse(*words: str) -> argparse.Namespace:
 def make(words: list[str]) -> tuple[Stage, Data]:
     args = parse(*words)
     dataset = trainer.read_dataset(args)
-    prompts = trainer.prompt_options(args)
+    prompts = wiring.prompt_options(args)
     data = prepare_data(dataset, max_samples=args.max_samples, seed=args.seed, prompts=prompts)
-    return trainer.make_stage(args, data), data
+    return make_stage(args, data), data
 
 
 def history_of(folder: Path) -> list[dict[str, Any]]:
@@ -71,13 +72,6 @@ def history_of(folder: Path) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------- what it computes
 
 
-class NoStore:
-    """Stands for a store of checkpoints; keeps nothing."""
-
-    def save(self, checkpoint: object) -> None:
-        pass
-
-
 def test_the_loop_is_clipped_adamw_on_the_schedule_with_averaged_weights(
     dka_file: Path, tmp_path: Path
 ) -> None:
@@ -85,8 +79,7 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_with_averaged_weights(
     words = stage_1(dka_file, tmp_path, "--trajectory_epochs", "2", "--encoder_lr", "0.05")
     stage, _ = make(words)
     (tmp_path / "trajectory").mkdir()
-    store: Any = NoStore()
-    trainer.fit(stage, tmp_path / "trajectory", 7, store, lambda figures, step: None)
+    trainer.fit(stage, 7, tmp_path / "trajectory")
 
     plain, data = make(words)
     parameters = list(plain.model.parameters())
@@ -175,8 +168,8 @@ def test_the_test_part_is_read_once_and_only_after_training(
         events.append("trained")
         return state
 
-    for module in (trainer, memory, results):
-        monkeypatch.setattr(module, "evaluate", seen)
+    for module in ("training.evaluate", "training.memory", "commands.results"):
+        monkeypatch.setattr(f"medgemma_clinical.{module}.evaluate", seen)
     monkeypatch.setattr(trainer, "fit", training)
     assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 0
     assert events.count("test") == 1
@@ -237,7 +230,7 @@ class Faulty(TrajectoryClassifier):
 
 @pytest.fixture
 def faulty(monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
-    monkeypatch.setattr(trainer, "TrajectoryClassifier", Faulty)
+    monkeypatch.setattr(wiring, "TrajectoryClassifier", Faulty)
     for name in ("fault_at", "faults", "fault"):
         monkeypatch.setattr(Faulty, name, getattr(Faulty, name))
     return Faulty
@@ -379,7 +372,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(
     def broken(*arguments: Any, **further: Any) -> Predictions:
         return replace(evaluate(*arguments, **further), loss=math.nan)
 
-    monkeypatch.setattr(trainer, "evaluate", broken)
+    monkeypatch.setattr("medgemma_clinical.training.evaluate.evaluate", broken)
     assert trainer.main(stage_1(dka_file, tmp_path / "run")) == 3
     assert "validation loss is nan in epoch 1" in capsys.readouterr().err
 
@@ -403,7 +396,7 @@ def test_a_tracker_that_fails_ends_no_run(
         end_training = log
 
     monkeypatch.setattr("accelerate.Accelerator", Failing)
-    monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
     words = stage_1(dka_file, tmp_path / "run", "--trajectory_epochs", "1")
     assert trainer.main([*words, "--report_to", "wandb"]) == 0
     captured = capsys.readouterr()
@@ -433,7 +426,7 @@ def test_a_tracker_gets_each_epoch_and_the_final_figures_as_numbers_alone(
             pass
 
     monkeypatch.setattr("accelerate.Accelerator", Recorder)
-    monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
+    monkeypatch.setattr(trackers, "check_tracker", lambda name: None)
     words = stage_1(dka_file, tmp_path / "run", "--report_to", "wandb")
     assert trainer.main(words) == 0
     numbers, *epochs, final = sent

@@ -34,6 +34,7 @@ TrajectoryHead.forward = waver
 """
 """Makes stage 1 draw random numbers as it learns, each process its own, as LoRA's dropout does."""
 FAILS = """
+from medgemma_clinical.models.trajectory_llm import LLMClassifier
 def failing(forward):
     trained = 0
     def fail(model, batch):
@@ -44,7 +45,7 @@ def failing(forward):
         bad = last and model.training and trained == 3
         return output._replace(loss=output.loss + float("nan")) if bad else output
     return fail
-trainer.LLMClassifier.forward = failing(trainer.LLMClassifier.forward)
+LLMClassifier.forward = failing(LLMClassifier.forward)
 """
 """Makes the loss of the third batch that trains NaN, in the last process alone, and leaves its
 gradient finite."""
@@ -72,19 +73,20 @@ def run(processes: int, words: list[str], folder: Path, before: str = "") -> str
 
 LITTLE_MEMORY = """
 import torch
+from medgemma_clinical.models.trajectory_llm import LLMClassifier
 from medgemma_clinical.training import memory
 def rehearse(stage, lengths):
     on_gpu(stage, lengths)
     memory.make_fit(stage, lengths, torch.device("cpu"))
     on = stage.model.body.gradient_checkpointing
     pathlib.Path({folder!r}, "on." + os.environ["RANK"]).write_text(str(on))
-on_gpu, trainer.rehearse = trainer.rehearse, rehearse
-forward = trainer.LLMClassifier.forward
+on_gpu, memory.rehearse = memory.rehearse, rehearse
+forward = LLMClassifier.forward
 def little(model, batch):
     if os.environ["RANK"] == "1" and model.training and not model.body.gradient_checkpointing:
         raise torch.OutOfMemoryError("CUDA out of memory")
     return forward(model, batch)
-trainer.LLMClassifier.forward = little
+LLMClassifier.forward = little
 """
 """Gives the second process room for a training step with checkpointing alone."""
 

@@ -15,16 +15,24 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import demo
+from medgemma_clinical.commands import stages as wiring
 from medgemma_clinical.commands.results import STAGE_1
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import (
+    TRAJECTORY_FILE,
+    load_llm,
+    load_trajectory,
+    read_trajectory,
+)
 from medgemma_clinical.models.sharing.model_card import card_figures, model_card
 from medgemma_clinical.models.sharing.terms import NO_BASE
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.stage import Stage
+from stages import make_stage
 
 CHECKPOINT = "./checkpoints_medgemma_dka/medgemma_trajectory_best.pt"
 COMMANDS = {  # as they stand in the README, made small
@@ -62,7 +70,7 @@ def read(path: Path) -> Any:
 
 def load_data(words: list[str]) -> tuple[argparse.Namespace, Data]:
     args = trainer.complete(trainer.build_parser().parse_args(words))
-    prompts = trainer.prompt_options(args)
+    prompts = wiring.prompt_options(args)
     dataset = trainer.read_dataset(args)
     reading = {"max_samples": args.max_samples, "seed": args.seed, "min_cell": args.min_cell}
     return args, prepare_data(dataset, prompts=prompts, **reading)
@@ -76,7 +84,7 @@ def read_config(runs: Path, stage: str) -> dict[str, Any]:
 
 def rebuild(stage: str, data: Path) -> tuple[Stage, Data]:
     args, loaded = load_data(arguments(stage, data))
-    return trainer.make_stage(args, loaded), loaded
+    return make_stage(args, loaded), loaded
 
 
 def test_the_run_folder_holds_exactly_what_is_promised(runs: Path) -> None:
@@ -120,8 +128,10 @@ def test_the_winner_reloaded_scores_what_metrics_json_says(
     torch.manual_seed(99)  # nothing of a fresh initialisation may survive the loading
     for parameter in built.trainable_parameters().values():
         torch.nn.init.normal_(parameter)
-    built.load(runs / stage)
+    if isinstance(built.model, TrajectoryClassifier):
+        load_trajectory(built.model, read_trajectory(runs / TRAJECTORY_FILE))
     if isinstance(built.model, TrajectoryLLM):
+        load_llm(built.model, runs / stage / "best")
         built.model.residual_weight = read_config(runs, stage)["residual_weight"]
     for part in ("val", "test"):
         scored = evaluate(built.model, built.loaders[part], torch.device("cpu"))
@@ -317,7 +327,7 @@ def test_freeze_ode_keeps_the_encoder_as_it_began(
 ) -> None:
     frozen = stage_1(tmp_path, dka_file, "run", "--freeze_ode")
     args, data = load_data(["--trajectory_only", "--data_path", str(dka_file)])
-    fresh = trainer.make_stage1(args, data).state_dict()
+    fresh = wiring.make_stage1(args, data, trainer.ENCODERS).state_dict()
     weights = [name for name in fresh if name.endswith(("weight", "bias"))]
     assert any(".encoder." in name for name in weights)
     assert any(".head." in name for name in weights)

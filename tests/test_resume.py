@@ -21,6 +21,7 @@ from conftest import SAMPLE
 from faults import main as fault_trials
 from faults import result_of
 from medgemma_clinical.commands import results, run_folder
+from medgemma_clinical.commands import stages as wiring
 from medgemma_clinical.commands.run_folder import checkpoint_store, read_run
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
@@ -209,7 +210,7 @@ def test_a_run_that_is_stopped_while_it_validates_or_writes_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = trainer if place in ("validate", "finish_run") else results
+    module = {"validate": trainer, "finish_run": run_folder}.get(place, results)
     words = command("trajectory", data, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(module, place, lambda *_, **__: send(signal.SIGINT)())
@@ -297,7 +298,7 @@ def test_best_weights_and_history_come_back_from_the_checkpoint(data: Path, tmp_
     """Of a run that ends between its last epoch and its results: no epoch writes them again."""
     words = command("trajectory", data, tmp_path / "run", "--trajectory_epochs", "2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "write_results", lambda *_: send(signal.SIGTERM)())
+        patch.setattr(results, "write_results", lambda *_: send(signal.SIGTERM)())
         assert trainer.main(words) == 143
         history = tmp_path / "run" / "trajectory" / "history.jsonl"
         best = tmp_path / "run" / TRAJECTORY_FILE
@@ -346,7 +347,7 @@ def test_two_runs_do_not_share_a_folder(
     before, run = contents(folder), read_run(folder)
     assert run is not None
     capsys.readouterr()
-    with trainer.resume_run(folder, run):
+    with run_folder.resume_run(folder, run):
         codes = [trainer.main(words) for words in (stopped, [*stopped, "--resume"])]
     assert codes == [2, 2]
     assert capsys.readouterr().err.count("another run is at work there") == 2
@@ -373,7 +374,15 @@ def test_resume_goes_with_training_alone(way: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("place", ["make_stage", "announce", "set_up_training", "tracking"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "commands.stages.make_stage",
+        "commands.announce.announce",
+        "training.train_state.set_up_training",
+        "training.trackers.tracking",
+    ],
+)
 def test_a_run_that_never_began_leaves_everything_as_it_was(
     place: str,
     stop: type[BaseException],
@@ -383,7 +392,7 @@ def test_a_run_that_never_began_leaves_everything_as_it_was(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = contents(tmp_path / "run")
-    monkeypatch.setattr(trainer, place, raising(stop))
+    monkeypatch.setattr(f"medgemma_clinical.{place}", raising(stop))
     capsys.readouterr()
     code = trainer.main([*stopped, "--log_file", "auto"])
     assert code == (130 if stop is KeyboardInterrupt else 3)
@@ -479,13 +488,13 @@ def test_the_revision_that_loading_brings_into_the_cache_is_the_runs_own(
 ) -> None:
     """The first run with a hub model downloads it: before that no revision is known."""
     cache: list[str] = []
-    load: Any = trainer.load_language_model
+    load: Any = wiring.load_language_model
 
     def download(*given: Any, **words: Any) -> Any:
         cache.append("commit")
         return load(*given, **words)
 
-    monkeypatch.setattr(trainer, "load_language_model", download)
+    monkeypatch.setattr(wiring, "load_language_model", download)
     revision = lambda name: cache[0] if cache else None  # noqa: E731
     monkeypatch.setattr(run_folder, "cached_revision", revision)
     words = command("classification", data, tmp_path / "run", "--epochs", "1")

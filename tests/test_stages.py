@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import medgemma_trainer as trainer
 from language_models import CPU, patients
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.generation import score_reports
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
@@ -205,15 +207,15 @@ def test_layers_are_recomputed_where_the_flag_asks_for_it() -> None:
         assert model.body.gradient_checkpointing == on
 
 
-def test_a_written_verdict_is_the_decision_of_the_row(tmp_path: Path) -> None:
+def test_a_written_verdict_is_the_decision_of_the_row() -> None:
     stage = stage_of_patients("--mode", "generative")
-    assert stage.after_test is not None
+    assert stage.generate is not None
     predictions = evaluate(stage.model, stage.loaders["test"], CPU)
     threshold = float(np.median(predictions.probability))
     decided = predictions.with_rule(DecisionRule(threshold=threshold))
     assert decided.alarms.tolist() != predictions.alarms.tolist(), "the threshold must matter"
-    stage.after_test(decided, tmp_path)
-    reports = pd.read_json(tmp_path / "generations_test.jsonl", lines=True)
+    lines, _ = score_reports(patients(), stage.generate(decided), decided)
+    reports = pd.read_json(io.StringIO(lines), lines=True)
     assert reports["verdict"].tolist() == decided.alarms.astype(int).tolist()
 
 
@@ -245,13 +247,15 @@ class GapEncoder(nn.Module):
 def test_another_encoder_is_one_class_and_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(trainer, "DEFAULT_ENCODER", GapEncoder)
-    monkeypatch.setitem(trainer.ENCODERS, GapEncoder.name, GapEncoder)
+    encoders: Any = trainer.ENCODERS
+    known = encoders.places
+    own = {GapEncoder.name: f"{__name__}:{GapEncoder.__name__}"}
+    monkeypatch.setattr(encoders, "places", own | known)  # a new stage 1 takes the first
     stage = stage_of_patients(STAGE_1)
     assert isinstance(stage.model, TrajectoryClassifier)
     assert isinstance(stage.model.encoder, GapEncoder)
     stage.save(tmp_path / "trajectory", stage.config)
-    monkeypatch.setattr(trainer, "DEFAULT_ENCODER", trainer.ClinicalODERNN)
+    monkeypatch.setattr(encoders, "places", known | own)
     later = stage_of_patients("--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE))
     assert isinstance(later.model, TrajectoryLLM)
     assert isinstance(later.model.stage1, TrajectoryClassifier)

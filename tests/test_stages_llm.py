@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import medgemma_trainer as trainer
+from dte_encoder import ClinicalODERNN
 from language_models import CPU, body_inputs
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.encoder_plan import Plan
@@ -93,13 +94,13 @@ def test_a_frozen_encoder_encodes_each_row_once_before_training(
     stage.save(tmp_path / "trajectory", stage.config)
     file = str(tmp_path / TRAJECTORY_FILE)
     rows: list[int] = []
-    run = trainer.ClinicalODERNN.run
+    run = ClinicalODERNN.run
 
     def counted(encoder: Any, plan: Plan) -> Tensor:
         rows.append(plan.shape[0])
         return run(encoder, plan)
 
-    monkeypatch.setattr(trainer.ClinicalODERNN, "run", counted)
+    monkeypatch.setattr(ClinicalODERNN, "run", counted)
     stage = stage_of_patients("--ode_checkpoint", file)
     assert rows == [16]
     state = set_up_training(stage, CPU)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import medgemma_trainer as trainer
 from language_models import body_inputs, patients
+from medgemma_clinical.commands import stages as wiring
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -68,13 +68,13 @@ def test_a_control_of_random_weights_asks_for_them_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
-    load: Any = trainer.load_language_model
+    load: Any = wiring.load_language_model
 
     def counted(*args: Any, weights: str, **more: Any) -> Any:
         asked.append(weights)
         return load(*args, weights=weights, **more)
 
-    monkeypatch.setattr(trainer, "load_language_model", counted)
+    monkeypatch.setattr(wiring, "load_language_model", counted)
     configs = [stage_of_patients(*flags).config for flags in ((), ("--base_weights", "random"))]
     assert asked == ["pretrained", "random"] == [config["base_weights"] for config in configs]
 
@@ -127,4 +127,4 @@ def test_text_options_change_the_text_alone(series: str, context: str) -> None:
 def test_only_a_model_that_writes_reads_what_it_would_have_to_compute(
     flags: list[str], expected: bool
 ) -> None:
-    assert trainer.prompt_options(arguments(*flags)).computed == expected
+    assert wiring.prompt_options(arguments(*flags)).computed == expected

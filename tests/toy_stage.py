@@ -52,9 +52,6 @@ def toy_stage(seed: int = 0, *, epochs: int = 3, accumulate: int = 1) -> Stage:
     def save(folder: Path, config: dict[str, Any]) -> None:
         torch.save(model.state_dict(), folder / "best.pt")
 
-    def load(folder: Path) -> None:
-        model.load_state_dict(torch.load(folder / "best.pt", weights_only=True))
-
     return Stage(
         name="toy",
         model=model,
@@ -66,7 +63,6 @@ def toy_stage(seed: int = 0, *, epochs: int = 3, accumulate: int = 1) -> Stage:
         higher_is_better=False,
         config={},
         save=save,
-        load=load,
         accumulate=accumulate,
     )
 

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands.stages import make_stage, prompt_options
 from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.models.encoder import encode, series_of
@@ -57,9 +58,9 @@ def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[],
         trainer.read_dataset(args),
         max_samples=round(patients / 0.8),
         seed=0,
-        prompts=trainer.prompt_options(args),
+        prompts=prompt_options(args),
     )
-    stage = trainer.trajectory_stage(args, data)
+    stage = make_stage(args, data, trainer.ENCODERS)
     assert isinstance(stage.model, TrajectoryClassifier)
     stage.patience = stage.epochs = 10**6
     state, store = set_up_training(stage, torch.device("cpu")), CheckpointStore(folder / "last")

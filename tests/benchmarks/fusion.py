@@ -32,7 +32,9 @@ from common import SAMPLE, machine
 from fusion_ways import CrossAttending, MarginWriter, warm_up, weighed, with_summary
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.run_folder import run_data
+from medgemma_clinical.commands import results
+from medgemma_clinical.commands import stages as wiring
+from medgemma_clinical.commands.run_folder import given_stage1, run_data
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.evaluation.comparison import compare_models
@@ -81,7 +83,7 @@ def with_split(data: Path, sizes: dict[str, int], seed: int, copy_to: Path) -> P
 
 def train_stage1(words: list[str]) -> None:
     """Train stage 1 without a look at the test part."""
-    no_results = mock.patch.object(trainer, "write_results", return_value={})
+    no_results = mock.patch.object(results, "write_results", return_value={})
     with contextlib.redirect_stdout(io.StringIO()), no_results:
         if code := trainer.main(["--trajectory_only", *words, "--log_file", "none"]):
             raise SystemExit(code)
@@ -90,7 +92,7 @@ def train_stage1(words: list[str]) -> None:
 @torch.no_grad()
 def stage1_logits(args: argparse.Namespace, data: Data) -> NDArray[np.float64]:
     """Return the log-odds of each row by stage 1, (N,)."""
-    stage1 = trainer.stage1_of(args, data)
+    stage1 = wiring.stage1_of(args, data, trainer.ENCODERS, given_stage1(args))
     assert stage1 is not None
     batch = to_device(data.dataset.collate(range(len(data.dataset))), default_device())
     logits: NDArray[np.float64] = (
@@ -108,10 +110,10 @@ def train_arm(arm: str, args: argparse.Namespace, data: Data) -> dict[str, Any]:
     classifier = CrossAttending if arm == CROSS else LLMClassifier
     writer = MarginWriter if arm == MARGIN else LLMWriter
     with (
-        mock.patch.object(trainer, "LLMClassifier", classifier),
-        mock.patch.object(trainer, "LLMWriter", writer),
+        mock.patch.object(wiring, "LLMClassifier", classifier),
+        mock.patch.object(wiring, "LLMWriter", writer),
     ):
-        stage = trainer.make_stage(args, data)
+        stage = wiring.make_stage(args, data, trainer.ENCODERS, given_stage1(args))
     began = time.perf_counter()
     if arm == CAPTIONS:
         warm_up(stage, args, data.dataset)
@@ -156,7 +158,8 @@ def one_split(options: argparse.Namespace, seed: int) -> None:
         words += ["--ode_checkpoint", str(Path(place, TRAJECTORY_FILE)), "--lora_dropout", "0"]
         words += ["--model_name", options.model_name, "--precision", options.precision]
         args = trainer.complete(trainer.build_parser().parse_args(words))
-        data = run_data(args, trainer.read_dataset(args), trainer.prompt_options(args))
+        dataset, prompts = trainer.read_dataset(args), wiring.prompt_options(args)
+        data = run_data(args, dataset, prompts, given_stage1(args))
         if STAGE1 not in done:
             logits = stage1_logits(args, data)[data.split["val"]]
             append(options, data, seed, STAGE1, logits, 0.0)

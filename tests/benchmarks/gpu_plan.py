@@ -15,6 +15,7 @@ import torch
 from common import SAMPLE
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands.stages import prompt_options
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.models.language_model import DTYPES
@@ -117,5 +118,5 @@ def data_of(args: argparse.Namespace) -> Data:
         trainer.read_dataset(args),
         max_samples=args.max_samples,
         seed=args.seed,
-        prompts=trainer.prompt_options(args),
+        prompts=prompt_options(args),
     )

@@ -20,6 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands.stages import make_stage
 from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.models.language_model import set_checkpointing
 from medgemma_clinical.models.trajectory_llm import IGNORED, TextBatch, TrajectoryLLM
@@ -107,7 +108,8 @@ def measure_stage_1(plan: Plan) -> Result:
     figures = []
     for size in (16, 256):
         args = arguments_of("--trajectory_only", "--batch_size", str(size))
-        steps = Steps(trainer.trajectory_stage(args, data_of(args)), 2 if plan.toy else STEPS)
+        stage = make_stage(args, data_of(args), trainer.ENCODERS)
+        steps = Steps(stage, 2 if plan.toy else STEPS)
         turns = steps.turns()
         text = f"batch {size}: {spread([1000 * turn for turn in turns], 2)} ms a step"
         if on_gpu():
@@ -134,7 +136,7 @@ def measure_llm(plan: Plan, mode: str) -> Result:
     words = ["--mode", mode, "--model_name", str(plan.model), "--quantization", "nf4"]
     args = arguments_of(*words, "--max_samples", "500")
     data = data_of(args)
-    stage = trainer.make_stage(args, data)
+    stage = make_stage(args, data, trainer.ENCODERS)
     freeze_stage1(stage)
     assert isinstance(stage.model, TrajectoryLLM)
     collate: Any = stage.loaders["train"].collate_fn

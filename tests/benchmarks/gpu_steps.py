@@ -32,6 +32,7 @@ from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
 from faults import launch, result_of
+from medgemma_clinical.commands.stages import make_stage
 from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import tiny_language_model
@@ -174,7 +175,7 @@ def compare_reports(plan: Plan) -> Result:
     """
     words = ["--mode", "generative", "--model_name", str(plan.shallow), "--quantization", "none"]
     args = arguments_of(*words, "--precision", "fp32", "--max_samples", "200")
-    stage = trainer.make_stage(args, data_of(args))
+    stage = make_stage(args, data_of(args), trainer.ENCODERS)
     model: Any = stage.model.to(default_device())
     for layer in model.body.layers:  # two random layers would only repeat their last token
         layer.post_attention_layernorm.weight.data.fill_(15.0)

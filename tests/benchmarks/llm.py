@@ -34,6 +34,7 @@ from common import SAMPLE, freeze_stage1, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.results import GENERATION_BATCH
+from medgemma_clinical.commands.stages import make_stage, prompt_options
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.distributed import default_device, to_device
 from medgemma_clinical.models.trajectory_llm import (
@@ -66,9 +67,9 @@ def build(mode: str, arguments: argparse.Namespace) -> tuple[Any, Stage]:
         trainer.read_dataset(args),
         max_samples=args.max_samples,
         seed=args.seed,
-        prompts=trainer.prompt_options(args),
+        prompts=prompt_options(args),
     )
-    stage = trainer.make_stage(args, data)
+    stage = make_stage(args, data, trainer.ENCODERS)
     freeze_stage1(stage)
     return stage.model, stage
 

@@ -26,6 +26,7 @@ from common import SAMPLE, freeze_stage1, machine, spread
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.run_folder import run_data
+from medgemma_clinical.commands.stages import make_stage, prompt_options
 from medgemma_clinical.training.stage import Stage
 
 FILES = {"One": SAMPLE, "Nine": SAMPLE.with_name("physionet2012_chemistry.csv.gz")}
@@ -45,8 +46,8 @@ class Way:
         words = ["--data_path", str(path), "--max_samples", str(arguments.patients), *flags]
         words += ["--model_name", arguments.model_name, "--precision", arguments.precision]
         args = trainer.complete(trainer.build_parser().parse_args(words))
-        data = run_data(args, trainer.read_dataset(args), trainer.prompt_options(args))
-        self.stage: Stage = trainer.make_stage(args, data)
+        data = run_data(args, trainer.read_dataset(args), prompt_options(args), None)
+        self.stage: Stage = make_stage(args, data, trainer.ENCODERS)
         self.model: Any = self.stage.model
         self.collate: Any = self.stage.loaders["train"].collate_fn
         if args.soft_prompt == "on":

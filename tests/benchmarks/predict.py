@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import predict
-from medgemma_clinical.models.trained_model import TrainedModel
 
 
 def train_one(folder: Path) -> Path:
@@ -59,16 +58,16 @@ def measure(checkpoint: str, data: str, out: str, threads: int) -> None:
     """Score the rows in this process; print seconds and MiB."""
     torch.set_num_threads(threads)
     before, loaded = peak_mib(), 0.0
-    load = predict.load_trained_model
+    load = trainer.TrajectoryModel.from_pretrained
 
-    def timed(*arguments: object) -> TrainedModel:
+    def timed(*arguments: Any, **keywords: Any) -> trainer.TrajectoryModel:
         nonlocal loaded
         start = time.perf_counter()
-        trained = load(*arguments)  # type: ignore[arg-type]
+        model = load(*arguments, **keywords)
         loaded = time.perf_counter() - start
-        return trained
+        return model
 
-    predict.load_trained_model = timed  # type: ignore[assignment]
+    trainer.TrajectoryModel.from_pretrained = timed  # type: ignore[method-assign]
     words = ["--predict", "--checkpoint", checkpoint, "--data_path", data, "--predictions", out]
     start = time.perf_counter()
     if trainer.main(words):

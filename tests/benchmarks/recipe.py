@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands import results
 from medgemma_clinical.models import trajectory
 from medgemma_clinical.training import stage
 
@@ -90,7 +91,7 @@ def one_run(arm: str, data: Path, seed: int) -> dict[str, float]:
     words = ["--trajectory_only", "--data_path", str(data), "--seed", str(seed), *ARMS[arm]]
     # The test part is for the end: the results are not written.
     with tempfile.TemporaryDirectory() as place, constants(arm):
-        no_results = mock.patch.object(trainer, "write_results", return_value={})
+        no_results = mock.patch.object(results, "write_results", return_value={})
         with contextlib.redirect_stdout(io.StringIO()), no_results:
             code = trainer.main([*words, "--log_file", "none", "--output_dir", place])
         if code:

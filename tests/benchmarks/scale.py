@@ -35,22 +35,24 @@ def run(words: list[str], folder: Path) -> dict[str, float]:
     import torch
 
     import medgemma_trainer as trainer
+    from medgemma_clinical.commands import results
 
     torch.set_num_threads(int(words.pop(0)))
     marks: list[float] = [time.perf_counter()]
 
-    def marked(name: str) -> None:
-        real = getattr(trainer, name)
+    def marked(module: Any, name: str) -> None:
+        real = getattr(module, name)
 
         def call(*given: Any, **named: Any) -> Any:
             result = real(*given, **named)
             marks.append(time.perf_counter())
             return result
 
-        setattr(trainer, name, call)
+        setattr(module, name, call)
 
-    for name in ("read_dataset", "fit", "write_results"):
-        marked(name)
+    marked(trainer, "read_dataset")
+    marked(trainer, "fit")
+    marked(results, "write_results")
     code = trainer.main([*words, "--output_dir", str(folder)])
     if code:
         raise SystemExit(code)

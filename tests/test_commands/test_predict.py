@@ -20,6 +20,7 @@ from medgemma_clinical.commands import predict
 from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, command, predicted, read_predictions, refused, write_data
 
@@ -88,7 +89,7 @@ def test_earlier_predictions_and_what_a_dead_run_left_are_replaced(
 def test_an_existing_output_stays_when_the_run_fails(
     runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "TRAJECTORY_ROWS", 4)
+    monkeypatch.setitem(MEMORY_ROWS, "trajectory", 4)
     few = table.head(20).copy()
     few.loc[15, SERIES] = "oops"
     data, out = write_data(few, tmp_path / "bad.csv"), tmp_path / "out.csv"
@@ -124,10 +125,10 @@ def test_two_runs_do_not_write_one_file(
     words, codes = command(runs / "trajectory", data, out), []
     score_rows = predict.score_rows
 
-    def meanwhile(*given: Any) -> Any:
+    def meanwhile(*given: Any, **keywords: Any) -> Any:
         monkeypatch.setattr(predict, "score_rows", score_rows)
         codes.append(trainer.main(words))
-        return score_rows(*given)
+        return score_rows(*given, **keywords)
 
     monkeypatch.setattr(predict, "score_rows", meanwhile)
     assert trainer.main(words) == 0
@@ -192,7 +193,7 @@ def test_figures_of_many_chunks_are_those_of_one(
 
     monkeypatch.setattr(predict, "cohort_figures", kept)
     for name, size in (("one", 10_000), ("many", 7)):
-        monkeypatch.setattr(predict, "TRAJECTORY_ROWS", size)
+        monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
     one, many = judged
     assert len(np.unique(many.groups)) == 17

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import predict
+from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from predicting import read_predictions, refused
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import LISTED, candidate, filler, history_row, random_tables, write_folder
@@ -35,7 +35,7 @@ def srtr_command(srtr: Path, data: Path, out: Path, *more: str) -> list[str]:
 def test_srtr_predictions_are_those_of_the_run(
     srtr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(predict, "TRAJECTORY_ROWS", 50)
+    monkeypatch.setitem(MEMORY_ROWS, "trajectory", 50)
     out = tmp_path / "out.csv"
     assert trainer.main(srtr_command(srtr, srtr / "data", out, "--organ", "liver")) == 0
     lines = read_predictions(out)

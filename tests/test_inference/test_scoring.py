@@ -16,6 +16,7 @@ from conftest import SAMPLE
 from medgemma_clinical.commands import predict
 from medgemma_clinical.evaluation import decision
 from medgemma_clinical.inference import scoring
+from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from predicting import (
     MARKER,
     SERIES,
@@ -40,8 +41,8 @@ def scored(runs: Path) -> dict[str, pd.DataFrame]:
 
 def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Let so many rows of a file be in memory at a time."""
-    monkeypatch.setattr(predict, "TRAJECTORY_ROWS", rows)
-    monkeypatch.setattr(predict, "TEXT_ROWS", rows)
+    for stage in STAGES:
+        monkeypatch.setitem(MEMORY_ROWS, stage, rows)
 
 
 # --------------------------------------------------------------------------- as the run
@@ -196,14 +197,14 @@ def test_a_text_that_is_too_long_is_a_problem_of_its_row(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    load = predict.load_trained_model
+    load = trainer.TrajectoryModel.from_pretrained
 
-    def with_a_limit(*given: Any) -> Any:
-        trained = load(*given)
-        trained.config["max_text_tokens"] = 400
-        return trained
+    def with_a_limit(*given: Any, **keywords: Any) -> Any:
+        model = load(*given, **keywords)
+        model.config["max_text_tokens"] = 400
+        return model
 
-    monkeypatch.setattr(predict, "load_trained_model", with_a_limit)
+    monkeypatch.setattr(trainer.TrajectoryModel, "from_pretrained", with_a_limit)
     few, out = table.head(6).copy(), tmp_path / "out.csv"
     few.loc[2, "clinical_context"] = "very " * 200
     data = write_data(few, tmp_path / "long.csv")

@@ -117,7 +117,7 @@ def test_a_reloaded_stage_1_model_gives_the_same_logits_to_the_last_bit(stage1: 
     batch = DATA.dataset.collate(range(len(DATA.dataset)))
     fresh, expected = new_classifier(2), new_classifier(1)(batch).logit
     assert not (fresh(batch).logit == expected).any()
-    load_trajectory(fresh, stage1)
+    load_trajectory(fresh, read_trajectory(stage1))
     assert torch.equal(fresh(batch).logit, expected)
 
 
@@ -178,7 +178,7 @@ def test_weights_of_another_type_do_not_fit(weights: Any, stage1: Path) -> None:
     content = torch.load(stage1, weights_only=True)
     torch.save({**content, "weights": weights}, stage1)
     with pytest.raises(InputError, match="its weights do not fit"):
-        load_trajectory(new_classifier(2), stage1)
+        load_trajectory(new_classifier(2), read_trajectory(stage1))
 
 
 def test_facts_of_a_stage_1_file_are_checked(stage1: Path) -> None:
@@ -412,7 +412,7 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(
     content["weights"] = {name: tensor.long() for name, tensor in content["weights"].items()}
     torch.save(content, stage1)
     with pytest.raises(InputError, match="do not fit"):
-        load_trajectory(new_classifier(0), stage1)
+        load_trajectory(new_classifier(0), read_trajectory(stage1))
     weights = load_file(best / MODULE_WEIGHTS)
     save_file({name: tensor.long() for name, tensor in weights.items()}, best / MODULE_WEIGHTS)
     rehash(best)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.generation import report_tokens, save_reports, write_reports
+from medgemma_clinical.models.generation import report_tokens, score_reports, write_reports
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TextBatch
@@ -161,7 +160,7 @@ def answers_of(shift: int, parts: Parts) -> Any:
     return write
 
 
-def write_and_save(parts: Parts, path: Path, rows: NDArray[np.int64]) -> dict[str, Any]:
+def write_and_score(parts: Parts, rows: NDArray[np.int64]) -> tuple[str, dict[str, Any]]:
     """Write and score the reports of ``rows``, whose predictions are perfect."""
     _, model, collate = parts
     dataset = collate.dataset
@@ -172,17 +171,17 @@ def write_and_save(parts: Parts, path: Path, rows: NDArray[np.int64]) -> dict[st
     batches = [rows[:5].tolist(), rows[5:].tolist()]
     most = report_tokens(collate)
     texts = write_reports(model, collate, tokenizer, batches, verdicts, most)
-    return save_reports(path, dataset, texts, predictions)
+    return score_reports(dataset, texts, predictions)
 
 
 def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, collate = parts
     dataset, rows = collate.dataset, np.arange(len(patients()))[::-1].copy()
     monkeypatch.setattr(model, "write", answers_of(0, parts))
-    figures = write_and_save(parts, tmp_path / "reports.jsonl", rows)
-    lines = [json.loads(x) for x in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    text, figures = write_and_score(parts, rows)
+    lines = [json.loads(line) for line in text.splitlines()]
     for line, i in zip(lines, rows.tolist(), strict=True):
         expected = dataset.report(i)
         probability = DecisionRule().probability(np.array(4 * dataset.labels[i] - 2 + 0.01 * i))
@@ -193,7 +192,7 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
     assert figures["parse_share"] == figures["true_number_share"] == 1
 
     monkeypatch.setattr(model, "write", answers_of(1, parts))  # each gets the report of another
-    figures = write_and_save(parts, tmp_path / "reports.jsonl", rows)
+    _, figures = write_and_score(parts, rows)
     assert figures["true_number_share"] < 0.5
     assert 0.5 < figures["parse_share"] < 1  # a single observation has no rate, so another form
 
@@ -209,7 +208,7 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
     ],
 )
 def test_a_wrong_number_of_a_later_series_counts_as_one(
-    change: tuple[str, str], wrong: int, parses: bool, tmp_path: Path
+    change: tuple[str, str], wrong: int, parses: bool
 ) -> None:
     names = ["serum bicarbonate", "potassium", "creatinine"]
     table = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=1, dtype=str)
@@ -218,7 +217,7 @@ def test_a_wrong_number_of_a_later_series_counts_as_one(
     predictions = Predictions(0.0, dataset.labels, np.array([-2.0]), np.array([0]), np.zeros(1))
     text = dataset.report(0).replace(*change)
     assert (text == dataset.report(0)) == (not wrong)
-    figures = save_reports(tmp_path / "reports.jsonl", dataset, {0: text}, predictions)
+    _, figures = score_reports(dataset, {0: text}, predictions)
     assert figures["numbers_stated"] == 18
     assert figures["true_number_share"] == (18 - wrong) / 18
     assert figures["parse_share"] == parses

@@ -31,6 +31,7 @@ from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     TRAJECTORY_FILE,
+    read_trajectory,
     save_llm,
     save_trajectory,
     stage1_config,
@@ -262,7 +263,7 @@ def load(path: Path, data: Data, **flags: Any) -> TrajectoryClassifier:
     """Load stage 1 for a run whose command line has some flags beside the defaults."""
     given = {"solver": "rk4", "time_scale": None, "dynamics": "ode", "members": 1}
     given |= {"facts": "on", "prediction_time": "on", **flags}
-    return load_stage1(path, ENCODERS, given, data)
+    return load_stage1(read_trajectory(path), ENCODERS, given, data)
 
 
 def test_stage_1_is_the_one_that_was_trained(tmp_path: Path) -> None:
