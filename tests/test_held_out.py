@@ -158,7 +158,7 @@ def test_a_shared_copy_on_other_data_is_warned_of(
     copy = tmp_path / "shared" / TRAJECTORY_FILE
     in_another_order(pd.read_csv(dka_file)).to_csv(tmp_path / "data.csv", index=False)
     args = arguments("--ode_checkpoint", str(copy), "--data_path", str(tmp_path / "data.csv"))
-    assert trainer.stage1_of(args, data_for(args)) is not None
+    assert stage1_of(args, data_for(args)) is not None
     (line,) = [each for each in caplog.messages if "shared copy" in each]
     assert "a leak cannot be found: make sure that none of them is held out here" in line
 

@@ -123,14 +123,14 @@ def test_two_runs_do_not_write_one_file(
     few = table.head(20).drop(columns="label_escalation")
     data, out = write_data(few, tmp_path / "few.csv"), tmp_path / "out.csv"
     words, codes = command(runs / "trajectory", data, out), []
-    score_rows = predict.score_rows
+    table_of = predict.prediction_table
 
     def meanwhile(*given: Any, **keywords: Any) -> Any:
-        monkeypatch.setattr(predict, "score_rows", score_rows)
+        monkeypatch.setattr(predict, "prediction_table", table_of)
         codes.append(trainer.main(words))
-        return score_rows(*given, **keywords)
+        return table_of(*given, **keywords)
 
-    monkeypatch.setattr(predict, "score_rows", meanwhile)
+    monkeypatch.setattr(predict, "prediction_table", meanwhile)
     assert trainer.main(words) == 0
     assert codes == [2]
     assert len(read_predictions(out)) == len(few)
