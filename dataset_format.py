@@ -39,8 +39,8 @@ from medgemma_clinical.commands.command_line import (
     add_flags,
     names,
     run_command,
-    start_logging,
 )
+from medgemma_clinical.commands.logs import start_logging
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.data.database.output import Made, make_file

@@ -16,7 +16,7 @@ The way of a batch: series -> ClinicalODERNN -> one state per observation; then
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
-This file holds the flags, the wiring of the three stages, the one training loop and ``main``. All
+This file holds the flags, the one training loop, ``TrajectoryModel`` for Python, and ``main``. All
 else is in ``medgemma_clinical``; its docs/developing.md says where.
 
 Letters: B patients, L observations, F features, H state, P soft tokens, D width of the LLM.
@@ -41,7 +41,6 @@ from medgemma_clinical.commands.command_line import (
     MIN_CELL,
     POSITIVE,
     RATE,
-    RUN_LOG,
     SHOW_VALUES,
     WHOLE,
     Help,
@@ -50,10 +49,9 @@ from medgemma_clinical.commands.command_line import (
     check_quantization,
     names,
     number,
-    recorded,
     run_command,
-    start_logging,
 )
+from medgemma_clinical.commands.logs import RUN_LOG, recorded, start_logging
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.distributed import (
     check_gpu,
@@ -87,6 +85,7 @@ if TYPE_CHECKING:  # torch takes seconds to load: functions import what they nee
     from medgemma_clinical.evaluation.predictions import Predictions
     from medgemma_clinical.inference.trajectory_model import Rows
     from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+    from medgemma_clinical.training.checkpoint_store import CheckpointStore
     from medgemma_clinical.training.stage import Stage
     from medgemma_clinical.training.trackers import Track
     from medgemma_clinical.training.train_state import TrainState
@@ -376,42 +375,37 @@ def fit(
         Stopped: a signal came; the state is kept.
     """
     from medgemma_clinical.commands.run_folder import checkpoint_store
-    from medgemma_clinical.training.resume import capture_checkpoint, resume_training
+    from medgemma_clinical.training.resume import resume_training
     from medgemma_clinical.training.train_state import Stopwatch, copy_into, set_up_training
 
     state, watch = set_up_training(stage, default_device()), Stopwatch()
     store = checkpoint_store(folder) if folder else None
 
-    def save_state() -> None:
+    def save() -> None:
         state.progress.seconds += watch.lap()
-        if store is None:
-            return
-        checkpoint = capture_checkpoint(stage, state)
-        if processes().is_main_process:
-            store.save(checkpoint)
+        save_state(stage, state, store)
 
     def after_step() -> None:
         signal = SIGNALS.pending()
         if signal or (save_every and state.average.steps % save_every == 0):
-            save_state()
+            save()
         SIGNALS.obey(signal)
 
     if resume and store:
         resume_training(stage, state, store.newest())
         save_best(stage, state, folder)
     else:
-        save_state()
+        save()
     ended_before = state.progress.over
     while not state.progress.over:
         with SIGNALS.deferred():
             train_epoch(stage, state, seed, after_step)
-            save_state()
+            save()
         predictions = validate(stage, state)
         state.progress.seconds += watch.lap()
         end_epoch(stage, state, folder, predictions, track)
     if not ended_before:
-        save_state()
-    processes().wait_for_everyone()  # the best model lies on the disk
+        save()
     copy_into(state.parameters, state.best)
     return state
 
@@ -555,6 +549,16 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
         with swapped_weights(state.parameters, state.best):
             stage.save(folder, stage.config)
         state.progress.write_history(folder)
+
+
+def save_state(stage: Stage, state: TrainState, store: CheckpointStore | None) -> None:
+    """Keep the state of the training, from which a run resumes, where there is a store."""
+    from medgemma_clinical.training.resume import capture_checkpoint
+
+    if store:
+        checkpoint = capture_checkpoint(stage, state)  # each process has its share
+        if processes().is_main_process:
+            store.save(checkpoint)
 
 
 # --------------------------------------------------------------------------- one run

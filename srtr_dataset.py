@@ -28,8 +28,8 @@ from medgemma_clinical.commands.command_line import (
     WHOLE,
     Parser,
     run_command,
-    start_logging,
 )
+from medgemma_clinical.commands.logs import start_logging
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.scoring import ScoringRows

@@ -13,13 +13,8 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.command_line import (
-    RUN_LOG,
-    PlainFormatter,
-    describe_fault,
-    run_command,
-    start_logging,
-)
+from medgemma_clinical.commands.command_line import describe_fault, run_command
+from medgemma_clinical.commands.logs import RUN_LOG, PlainFormatter, start_logging
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.training import train_state
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.command_line import LOG_MARK
+from medgemma_clinical.commands.logs import LOG_MARK
 from medgemma_clinical.files import InputError, locked
 
 ROOT = Path(trainer.__file__).parent

@@ -153,8 +153,17 @@ HEAVY = {"torch", "accelerate", "sklearn", "transformers", "matplotlib"}
 
 def test_help_loads_no_torch() -> None:
     modules = loaded("medgemma_trainer.py", "--help")
-    assert "dataset_format" in modules
-    assert not modules & HEAVY
+    assert "srtr_dataset" in modules, "its organs are choices"
+    assert not modules & {*HEAVY, "dataset_format"}
+
+
+@pytest.mark.parametrize(
+    "code", ["import medgemma_trainer", "from medgemma_trainer import TrajectoryModel"]
+)
+def test_importing_the_script_loads_neither_torch_nor_tables(code: str) -> None:
+    modules = loaded("-c", code)
+    assert "medgemma_clinical.inference.trajectory_model" in modules
+    assert not modules & {*HEAVY, "pandas", "dataset_format", "srtr_dataset"}
 
 
 def test_a_wrong_flag_is_refused_before_torch_is_loaded() -> None:

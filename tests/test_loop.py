@@ -117,6 +117,24 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_with_averaged_weights(
         torch.testing.assert_close(found.detach(), expected, rtol=0, atol=2e-5)
 
 
+def test_a_run_without_a_folder_ends_with_the_same_weights_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    kept, free = toy_stage(), toy_stage()
+    torch.manual_seed(1)
+    trainer.fit(kept, 7, tmp_path / "run")
+    torch.manual_seed(1)
+    trainer.fit(free, 7)
+    assert list(tmp_path.rglob("here/*")) == []
+    saved = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    for stage in (kept, free):
+        for name, tensor in stage.model.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+
+
 def copy(parameters: list[nn.Parameter], values: list[torch.Tensor]) -> None:
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands.command_line import check_log_file
+from medgemma_clinical.commands.logs import check_log_file
 from medgemma_clinical.data.checks import describe_unusable_facts, summarize
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.training_data import Data

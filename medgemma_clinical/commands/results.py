@@ -137,12 +137,17 @@ def write_results(
     logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
     if folder:
         content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
-        path = folder / "report.html"
-        write_report(
-            path, cohorts["test"], figures["test"], content, list_patients=args.report_patients
-        )
-        logger.info("report: %s; %s", path, peak_memory())
+        write_page(folder, cohorts["test"], figures["test"], content, args)
     return metrics
+
+
+def write_page(
+    folder: Path, cohort: Cohort, figures: CohortFigures, content: ReportContent, args: Namespace
+) -> None:
+    """Write ``report.html`` of the test part, and log its place."""
+    path = folder / "report.html"
+    write_report(path, cohort, figures, content, list_patients=args.report_patients)
+    logger.info("report: %s; %s", path, peak_memory())
 
 
 def write_figures(

@@ -44,6 +44,17 @@ def needed(module: str, package: str) -> ModuleType:
         raise SystemExit(f"{error}: pip install {package}") from error
 
 
+def import_program() -> None:
+    """Import what the functions of the program import when they run: figures are without it."""
+    import medgemma_trainer as trainer
+
+    dict(trainer.DATASETS)
+    dict(trainer.ENCODERS)
+    used = ("predict", "results", "stages", "several.seeds")
+    for module in (*(f"commands.{name}" for name in used), "training.memory", "training.resume"):
+        importlib.import_module(f"medgemma_clinical.{module}")
+
+
 def processor() -> str:
     """Return the name of the processor, as precisely as the system knows it."""
     information = Path("/proc/cpuinfo")

@@ -75,7 +75,8 @@ QUERY = """
 import sys
 from pathlib import Path
 import dataset_format
-from medgemma_clinical.commands.command_line import run_command, start_logging
+from medgemma_clinical.commands.command_line import (run_command)
+from medgemma_clinical.commands.logs import (start_logging)
 from medgemma_clinical.data.database.connection import open_database
 def query():
     with open_database(Path(sys.argv[1]), "50MB", 2) as database:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, quiet_console
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several.compare import join_predictions, read_predictions
 from medgemma_clinical.commands.several.runs import Train, run_or_continue, stage_folder

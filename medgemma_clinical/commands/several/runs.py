@@ -7,7 +7,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, RUN_LOG, quiet_console
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.logs import RUN_LOG, quiet_console
 from medgemma_clinical.commands.run_folder import (
     given_stage1,
     progress_of,

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from finished_runs import write_run
-from medgemma_clinical.commands.command_line import start_logging
+from medgemma_clinical.commands.logs import start_logging
 from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several.ablation import (
     ARMS,

@@ -108,7 +108,7 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
 def test_the_console_gets_a_line_a_run_and_the_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from medgemma_clinical.commands.command_line import start_logging
+    from medgemma_clinical.commands.logs import start_logging
 
     handlers = logging.root.handlers[:]
     try:
