@@ -217,7 +217,9 @@ def test_a_damaged_model_is_not_shared(run: Path, hub: Hub, tmp_path: Path) -> N
 # ------------------------------------------------------------------ from the hub
 
 
-def test_a_model_that_was_pushed_comes_back(run: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_model_that_was_pushed_comes_back(
+    run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for place in ("trajectory", "classification"):
         upload_checkpoint(run / place, ID)
         loaded = download_checkpoint(ID)
@@ -225,6 +227,9 @@ def test_a_model_that_was_pushed_comes_back(run: Path, hub: Hub, tmp_path: Path)
         found = predictions(run, loaded, tmp_path / f"new_{place}.csv")
         expected = predictions(run, run / place, tmp_path / f"{place}.csv")
         pd.testing.assert_frame_equal(found, expected)
+    shown = capsys.readouterr().out
+    assert "predictions: " in shown
+    assert "HTTP Request" not in shown
 
 
 def test_other_files_of_a_repository_are_not_downloaded(run: Path, hub: Hub) -> None:
