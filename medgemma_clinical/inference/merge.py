@@ -57,7 +57,7 @@ PROOF_ROWS = 32
 PROOF_TOKENS = (5, 48)
 """Rows of the proof, and the tokens of the shortest and of the longest."""
 
-TOLERANCE = 16 * 2.0**-8
+TOLERANCE = 24 * 2.0**-8
 """Largest difference of two logits that rounding explains, a share of the logits' spread (a bound
 in logits would depend on the size of a model's weights), times the root of the number of layers.
 bfloat16 rounds to 2^-8. Each layer adds such an error to the states; independent errors grow with
@@ -147,7 +147,8 @@ def export_merged(
     check_export_folder(folder)
     trained = load_trained_model(place, encoders, model_name)
     before = proof_logits(trained)
-    with locked(folder), atomic(folder) as temporary:
+    target = folder.absolute()  # a place such as "." has no name
+    with locked(target), atomic(target) as temporary:
         write_merged(temporary, place, trained)
         del trained  # one model is in memory at a time
         after = proof_logits(load_trained_model(temporary, encoders))
@@ -256,9 +257,9 @@ def merge_adapter(llm: PeftModel, quantization: str) -> PreTrainedModel:
     for module in llm.modules():
         if isinstance(module, LoraLayer):
             weight = module.get_base_layer().weight
-            change = module.get_delta_weight(llm.active_adapter)
+            change = module.get_delta_weight(llm.active_adapter).float()
             # In float32 and rounded once: bfloat16 would lose most of a small change.
-            weight.data = (weight.float() + change.float()).to(weight.dtype)
+            weight.data = change.add_(weight).to(weight.dtype)
     merged: PreTrainedModel = llm.unload()
     return merged
 

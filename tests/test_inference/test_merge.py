@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 
@@ -93,7 +93,7 @@ def test_the_exported_model_computes_what_the_trained_one_computes(
     out = tmp_path / "out"
     proof = export_merged(stage, out, ENCODERS)
     assert proof.holds
-    assert proof.allowed < 0.1
+    assert proof.allowed < 0.15
     assert max(proof.words, proof.own) < (1e-4 if kind == "float32" else proof.allowed)
     trained, merged = load_trained_model(stage, ENCODERS), load_trained_model(out, ENCODERS)
     assert isinstance(trained.model, TrajectoryLLM)
@@ -248,6 +248,14 @@ def test_the_rows_of_the_proof_are_padded_and_the_same_each_time(stage: Path) ->
     assert not torch.allclose(proof_logits(trained).words, logits.words, atol=0.01)
 
 
+def spoil_file(model: Any, folder: Path, more: dict[str, Any]) -> None:
+    """Write a model, and one of its matrices wrong."""
+    type(model).save_pretrained(model, folder, **more)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= -1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def spoil_merge(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     """Let the merge make one mistake."""
     right = merge.merge_adapter
@@ -267,6 +275,8 @@ def spoil_merge(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
             merged.config.tie_word_embeddings = False
         if fault == "not a number":
             merged.get_parameter("model.norm.weight").data[3] = torch.nan
+        if fault == "the file differs from the model":
+            merged.save_pretrained = lambda folder, **more: spoil_file(merged, folder, more)
         return merged
 
     monkeypatch.setattr(merge, "merge_adapter", wrong)
@@ -280,6 +290,7 @@ def spoil_merge(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
         "a scale is forgotten",
         "the head is no longer tied",
         "not a number",
+        "the file differs from the model",
     ],
 )
 def test_a_wrong_merge_is_refused_and_leaves_nothing(
@@ -348,7 +359,9 @@ def test_one_model_is_in_memory_at_a_time(
 # ------------------------------------------------------------------------------- places
 
 
-def test_an_earlier_export_is_replaced_and_nothing_else_is(stage: Path, tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_and_nothing_else_is(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     export_merged(stage, out, ENCODERS)
     (out / "note.txt").touch()
@@ -364,6 +377,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(stage: Path, tmp_path
         with pytest.raises(InputError, match=r"exists and is no earlier export: choose a new"):
             export_merged(stage, tmp_path / name, ENCODERS)
     assert written(other) == {"config.json"}
+    monkeypatch.chdir(out)
+    export_merged(stage, Path(), ENCODERS)
+    assert [path.name for path in tmp_path.glob(".*")] == [".out.lock"]
     with pytest.raises(InputError, match="give a folder within one that exists"):
         export_merged(stage, tmp_path / "absent" / "out", ENCODERS)
 
