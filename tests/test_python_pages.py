@@ -34,9 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     table = pd.read_csv(SAMPLE, nrows=400)
     table.head(300).to_csv(folder / "dka_training_data.csv", index=False)
-    table.tail(50).drop(columns="label_escalation").to_csv(
-        folder / "new_patients.csv", index=False
-    )
+    table.tail(50).drop(columns="label_escalation").to_csv(folder / "new_patients.csv", index=False)
     table.iloc[300:].to_csv(folder / "other_hospital.csv", index=False)
     return folder
 
