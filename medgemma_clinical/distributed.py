@@ -157,7 +157,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> Iterator[Any]:
-    """Yield items under a progress bar, or with a logged line a minute where no terminal is.
+    """Yield items under a progress bar; without terminal and notebook a line a minute is logged.
 
     Args:
         items: those that are left.
@@ -170,7 +170,7 @@ def progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> Ite
     if not processes().is_main_process:
         yield from items
         return
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook is no terminal
     last = time.monotonic()
     bar = tqdm(items, title, total=total, initial=done, leave=False, disable=not terminal)
     for number, item in enumerate(bar, done + 1):

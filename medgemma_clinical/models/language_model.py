@@ -62,7 +62,7 @@ def hush_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # A kernel that only speeds up inference on a CPU; retries of a download that fails anyway.
-    for library in ("bitsandbytes.backends.cpu.ops", "huggingface_hub", "httpx"):
+    for library in ("bitsandbytes.backends.cpu.ops", "huggingface_hub", "httpx", "httpx2"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
 
 

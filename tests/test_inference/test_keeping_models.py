@@ -1,0 +1,119 @@
+"""TrajectoryModel on the disk and on the hub: what is written loads again and predicts the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hub_server import Hub, hub_on_this_machine
+from language_models import patients
+from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.prompt_embeds import prompt_embeds
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_trainer import TrajectoryModel, fit_classification, fit_trajectory
+from predicting import STAGES
+
+ID = "jane/bicarbonate"
+LLM: dict[str, Any] = {"model_name": "tiny", "epochs": 1, "min_cell": 0, "batch_size": 8}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine."""
+    with hub_on_this_machine(tmp_path / "cache", monkeypatch) as served:
+        yield served
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_model_comes_back_from_a_folder_and_from_the_hub(
+    stage: str, runs: Path, table: pd.DataFrame, hub: Hub, tmp_path: Path
+) -> None:
+    rows = table.head(12)
+    model = TrajectoryModel.from_pretrained(runs / stage)
+    model.save_pretrained(tmp_path / "saved")
+    address = model.push_to_hub(ID, commit_message="First")
+    assert address.startswith(f"{hub.address}/{ID}/commit/")
+    assert hub.repositories[ID].private
+    for place in (tmp_path / "saved", ID):
+        again = TrajectoryModel.from_pretrained(place)
+        np.testing.assert_array_equal(again.predict_proba(rows), model.predict_proba(rows))
+        assert again.config["decision"] == model.config["decision"]
+        pd.testing.assert_frame_equal(again.results(), model.results())
+        assert again.metrics is None
+    for path in (tmp_path / "saved").rglob("*"):
+        assert not stat.S_IMODE(os.stat(path).st_mode) & 0o077, path
+    assert f'from_pretrained("{ID}")' in hub.files(ID)["README.md"].decode()
+    with pytest.raises(InputError, match="leave revision out"):
+        TrajectoryModel.from_pretrained(tmp_path / "saved", revision="main")
+    model.save_pretrained(tmp_path / "saved")  # in place of the earlier one
+    (tmp_path / "saved" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists and holds other files"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_a_name_that_is_neither_path_nor_repository_says_both(hub: Hub) -> None:
+    with pytest.raises(
+        InputError, match=r"no such file or folder here, and of the hub runs/trajec"
+    ):
+        TrajectoryModel.from_pretrained("runs/trajectory")
+
+
+def test_a_saved_stage_1_is_an_encoder_that_knows_its_patients_a_pushed_one_is_not(
+    table: pd.DataFrame, hub: Hub, tmp_path: Path
+) -> None:
+    model = fit_trajectory(table, trajectory_epochs=1, min_cell=0)
+    model.save_pretrained(tmp_path / "saved")
+    model.push_to_hub(ID)
+    assert len(read_trajectory(tmp_path / "saved" / TRAJECTORY_FILE).train_patients)
+    saved = TrajectoryModel.from_pretrained(tmp_path / "saved")
+    assert fit_classification(table, encoder=saved, **LLM).stage == "classification"
+    with pytest.raises(InputError, match="held-out patients trained this encoder"):
+        fit_classification(table, encoder=saved, seed=1, **LLM)
+    with pytest.raises(InputError, match="does not know which patients trained"):
+        fit_classification(table, encoder=TrajectoryModel.from_pretrained(ID), **LLM)
+
+
+def test_the_results_are_those_of_the_run(runs: Path) -> None:
+    for stage in STAGES:
+        model = TrajectoryModel.from_pretrained(runs / stage)
+        assert model.metrics is not None
+        for part in ("test", "validation"):
+            results = model.results(part)
+            assert results.index[0] == stage
+            own = model.metrics[part]["auroc"]
+            assert results.loc[stage, "auroc"] == own["value"]
+            assert results.loc[stage, "auroc_low"] == own["low"]
+            brier = model.metrics["baselines"]["logistic regression"][part]["brier"]
+            assert results.loc["logistic regression", "brier"] == brier["value"]
+            assert set(results.index[1:]) == set(model.metrics["baselines"])
+
+
+def test_prompts_are_embedded_in_the_order_of_the_rows(runs: Path, table: pd.DataFrame) -> None:
+    model = TrajectoryModel.from_pretrained(runs / "generative", batch_size=3)
+    rows = table.head(7)
+    found = model.prompt_embeds(rows)
+    (chunk,) = model._read(rows, strict=True)[0]
+    expected = prompt_embeds(model.trained, chunk.dataset, range(7))
+    assert len(found) == 7
+    assert len({len(each) for each in found}) > 1
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    stage_1 = TrajectoryModel.from_pretrained(runs / "trajectory")
+    with pytest.raises(InputError, match="stage 1 has no language model"):
+        stage_1.prompt_embeds(rows)
+
+
+def test_a_control_is_not_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    place = tmp_path / "control"
+    fit_classification(patients(), **LLM, output_dir=place, soft_prompt="shuffled")
+    with pytest.raises(InputError, match="a control of --ablation"):
+        TrajectoryModel.from_pretrained(place / "classification")
