@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import to_device
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.scoring import compute_logits
-from medgemma_clinical.models.encoder import check_gaps
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
@@ -51,22 +51,26 @@ def prompt_embeds(
         raise InputError("stage 1 has no language model, and no prompts: name stage 2 or 3")
     rows = dataset.subset(np.asarray(indices)).with_inputs(**trained.config["inputs"])
     if model.stage1 is not None:
-        check_gaps(model.stage1.encoder, rows)
+        longest = model.stage1.encoder.longest_gap_hours
+        problem = f"more than {longest:g} h pass without an observation"
+        check_rows(rows.longest_gaps() > longest, problem)
+    most = trained.config["max_text_tokens"]
     text = TextCollator(
         rows,
         trained.tokenizer,
         trained.prompts,
         answers=False,
-        most_tokens=trained.config["max_text_tokens"],
+        most_tokens=most,
+        refuse_long=False,
     )
+    too_long = np.isin(np.arange(len(rows)), text.too_long)
+    check_rows(too_long, f"its text is longer than {most} tokens")
     lengths = text.lengths()
     batches = list(LengthBatches(np.arange(len(rows)), batch_size, lengths, shuffle=False))
     writes, verdicts = isinstance(model, LLMWriter), np.zeros(len(rows), dtype=bool)
     if writes:
         logit = compute_logits(model, text, batches, len(rows))
-        if not np.isfinite(logit).all():
-            row = int(np.flatnonzero(~np.isfinite(logit))[0])
-            raise InputError(f"row {row} of those given has no finite score: leave the row out")
+        check_rows(~np.isfinite(logit), "no finite score: its values are too extreme")
         verdicts = trained.rule.probability(logit) >= trained.rule.threshold
     embedded: dict[int, Tensor] = {}
     for chosen in batches:
@@ -76,3 +80,10 @@ def prompt_embeds(
         for row, vectors, mask in zip(chosen, sequence.embeddings, sequence.mask, strict=True):
             embedded[row] = vectors[mask].cpu()
     return [embedded[row] for row in range(len(rows))]
+
+
+def check_rows(bad: NDArray[np.bool_], problem: str) -> None:
+    """Raise an ``InputError`` on the first row that ``bad`` (n,) marks, counted from 0."""
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise InputError(f"row {row} of those given: {problem}: leave the row out")

@@ -166,6 +166,17 @@ def test_text_alone_has_no_encoder_and_no_soft_token(written: dict[str, Any]) ->
     assert "members 1: expected a whole number from 0 to 0" in refusal({**written, "encoder": None})
 
 
+def test_a_merged_model_says_from_what_and_has_a_hash_of_its_own(written: dict[str, Any]) -> None:
+    keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
+    merged = {**written, "base_sha256": "0" * 64, "base_model": "language_model"}
+    merged["merged_from"] = {key: written[key] for key in keys}
+    assert accepts(merged)
+    assert refusal({**merged, "merged_from": True}).endswith("merged_from True: expected an object")
+    wrong = changed(merged, "merged_from.quantization", "int8")
+    assert "merged_from.quantization 'int8': expected one of nf4, none" in refusal(wrong)
+    assert "base_sha256 None: expected 64 hex" in refusal({**merged, "base_sha256": None})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
