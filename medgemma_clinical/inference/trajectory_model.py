@@ -324,13 +324,10 @@ class TrajectoryModel:
         """
         from medgemma_clinical.inference.prompt_embeds import prompt_embeds
 
-        chunks, _ = self._read(rows, strict=True)
         return [
             vectors
-            for chunk in chunks
-            for vectors in prompt_embeds(
-                self.trained, chunk.dataset, range(len(chunk.dataset)), self.batch_size
-            )
+            for scores in self._scores(rows)
+            for vectors in prompt_embeds(scores, self.trained, self.batch_size)
         ]
 
     def _check_stage(self, needed: str, method: str) -> None:

@@ -16,7 +16,6 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import export as export_command
 from medgemma_clinical.inference.merge import MergeProof
-from medgemma_clinical.inference.prompt_embeds import prompt_embeds
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import load_trained_model
 from merged_models import save_base, save_stage
@@ -163,27 +162,6 @@ def snippets(heading: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
 
 
-class Served:
-    """Stand in for ``TrajectoryModel`` where the script has none."""
-
-    def __init__(self, checkpoint: str) -> None:
-        self.checkpoint = Path(checkpoint)
-
-    from_pretrained = classmethod(lambda cls, checkpoint: cls(checkpoint))
-
-    def prompt_embeds(self, data: str) -> Any:
-        trained = load_trained_model(self.checkpoint, trainer.ENCODERS)
-        dataset = MIMICtrajectoryDataset(data, require_labels=False)
-        return prompt_embeds(trained, dataset, range(len(dataset)))
-
-    def predict(self, data: str) -> Any:
-        return predicted(self.checkpoint, Path(data), Path("served.csv"))["prediction"].to_numpy()
-
-    def predict_proba(self, data: str) -> Any:
-        risks = predicted(self.checkpoint, Path(data), Path("served.csv"))["probability"].to_numpy()
-        return np.stack([1 - risks, risks], axis=1)
-
-
 @pytest.fixture
 def served(
     runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,8 +171,6 @@ def served(
     Path("runs").symlink_to(runs)
     write_data(table.head(5).drop(columns="label_escalation"), Path("new_patients.csv"))
     assert trainer.main(command(Path("runs/generative"), Path("export"))) == 0
-    if not hasattr(trainer, "TrajectoryModel"):
-        monkeypatch.setattr(trainer, "TrajectoryModel", Served, raising=False)
     return {}
 
 

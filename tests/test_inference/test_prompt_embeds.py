@@ -13,11 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models import LENGTHS, PREFIX, data_of, patients, plain_sequence
+from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.merge import export_merged
 from medgemma_clinical.inference.prompt_embeds import prompt_embeds
-from medgemma_clinical.inference.scoring import compute_logits
+from medgemma_clinical.inference.scoring import compute_logits, score_rows
 from medgemma_clinical.models.checkpoints import MERGED_MODEL
 from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.text_batches import TextCollator
@@ -64,6 +67,20 @@ def verdicts_of(trained: TrainedModel) -> Any:
     return trained.rule.probability(logits_of(trained)) >= trained.rule.threshold
 
 
+def prompts_of(
+    trained: TrainedModel,
+    dataset: TrajectoryDataset,
+    rows: list[int] = ROWS,
+    batch_size: int = 32,
+) -> list[Tensor]:
+    """The prompts of some rows, in their order."""
+    places = np.arange(len(rows))
+    chosen = dataset.subset(np.asarray(rows))
+    asked = ScoringRows(chosen.ids, places, chosen, places, len(rows))
+    scores = score_rows(asked, trained, Findings("patients"), batch_size)
+    return prompt_embeds(scores, trained, batch_size)
+
+
 def embedded(model: TrajectoryLLM, ids: list[int]) -> Tensor:
     vectors: Tensor = model.llm.get_input_embeddings()(torch.tensor(ids))
     return vectors
@@ -76,7 +93,7 @@ def embedded(model: TrajectoryLLM, ids: list[int]) -> Tensor:
 def test_prompts_of_stage_2_are_what_the_model_reads_without_padding(run: Path) -> None:
     trained = load(run, "classification")
     assert isinstance(trained.model, TrajectoryLLM)
-    prompts = prompt_embeds(trained, patients(), ROWS, batch_size=2)
+    prompts = prompts_of(trained, patients(), batch_size=2)
     text = collator(trained)
     for row, prompt in zip(ROWS, prompts, strict=True):
         expected = plain_sequence(trained.model, text([row]), 0)[0]
@@ -95,7 +112,7 @@ def test_prompts_of_stage_3_end_with_the_verdict_of_the_decision_rule(run: Path)
     assert 0 < verdicts[ROWS].sum() < len(ROWS)
     greedy = logits_of(trained) > 0
     assert (verdicts != greedy)[ROWS].any(), "the threshold must matter"
-    for row, prompt in zip(ROWS, prompt_embeds(trained, patients(), ROWS), strict=True):
+    for row, prompt in zip(ROWS, prompts_of(trained, patients()), strict=True):
         batch = text.with_verdicts([row], verdicts[[row]])
         assert torch.allclose(prompt, plain_sequence(trained.model, batch, 0)[0], atol=1e-4)
         head = embedded(trained.model, text.stem + text.words[int(verdicts[row])])
@@ -104,7 +121,7 @@ def test_prompts_of_stage_3_end_with_the_verdict_of_the_decision_rule(run: Path)
 
 def test_embeddings_are_on_the_cpu_in_the_models_dtype_and_own_their_memory(run: Path) -> None:
     trained = load_trained_model(run / "generative", ENCODERS, precision="bf16")
-    for prompt in prompt_embeds(trained, patients(), ROWS):
+    for prompt in prompts_of(trained, patients()):
         assert (prompt.dtype, prompt.device.type) == (torch.bfloat16, "cpu")
         assert prompt.is_contiguous()
         assert not prompt.requires_grad
@@ -114,8 +131,8 @@ def test_embeddings_are_on_the_cpu_in_the_models_dtype_and_own_their_memory(run:
 @pytest.mark.parametrize("batch_size", [1, 16])
 def test_a_batch_changes_no_prompt(batch_size: int, run: Path) -> None:
     trained = load(run, "generative")
-    some = prompt_embeds(trained, patients(), ROWS, batch_size=batch_size)
-    for a, b in zip(some, prompt_embeds(trained, patients(), ROWS, batch_size=3), strict=True):
+    some = prompts_of(trained, patients(), batch_size=batch_size)
+    for a, b in zip(some, prompts_of(trained, patients(), batch_size=3), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 
@@ -136,7 +153,7 @@ def test_plain_transformers_writes_our_reports_from_the_prompts(run: Path, tmp_p
     llm = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / MERGED_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / MERGED_MODEL)
     outcome = trained.config["outcome"]
-    for row, prompt in zip(ROWS, prompt_embeds(trained, patients(), ROWS), strict=True):
+    for row, prompt in zip(ROWS, prompts_of(trained, patients()), strict=True):
         mask = torch.ones(1, len(prompt), dtype=torch.long)
         ids = llm.generate(inputs_embeds=prompt[None], attention_mask=mask)
         report = tokenizer.decode(ids[0], skip_special_tokens=True)
@@ -148,8 +165,8 @@ def test_an_export_makes_the_same_prompts(run: Path, tmp_path: Path) -> None:
     export_merged(run / "generative", tmp_path / "out", ENCODERS)
     merged = load_trained_model(tmp_path / "out", ENCODERS)
     pairs = zip(
-        prompt_embeds(merged, patients(), ROWS),
-        prompt_embeds(load_trained_model(run / "generative", ENCODERS), patients(), ROWS),
+        prompts_of(merged, patients()),
+        prompts_of(load_trained_model(run / "generative", ENCODERS), patients()),
         strict=True,
     )
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -164,26 +181,18 @@ def changed(trained: TrainedModel, **config: Any) -> TrainedModel:
 
 def test_rows_that_cannot_be_scored_are_refused(run: Path) -> None:
     trained = load(run, "generative")
-    with pytest.raises(InputError, match="row 0 of those given: its text is longer than 10 tokens"):
-        prompt_embeds(changed(trained, max_text_tokens=10), patients(), ROWS)
+    with pytest.raises(InputError, match="patients, row 0: its text is longer than 10 tokens"):
+        prompts_of(changed(trained, max_text_tokens=10), patients())
     dataset = patients()
     dataset.times[dataset.offsets[4] - 1] = 1e7
-    with pytest.raises(InputError, match="row 0 of those given: more than 720000 h pass"):
-        prompt_embeds(trained, dataset, ROWS)
-    assert len(prompt_embeds(trained, dataset, ROWS[1:])) == 4  # row 3 alone has the gap
+    with pytest.raises(InputError, match="patients, row 0: more than 720000 h pass"):
+        prompts_of(trained, dataset)
+    assert len(prompts_of(trained, dataset, ROWS[1:])) == 4  # row 3 alone has the gap
     assert isinstance(trained.model, LLMWriter)
     assert trained.model.stage1 is not None
     trained.model.stage1.get_parameter("members.0.head.wide.weight").data.fill_(torch.nan)
-    with pytest.raises(InputError, match="row 0 of those given: no finite score"):
-        prompt_embeds(trained, patients(), ROWS)
-
-
-def test_stage_1_has_no_prompts(run: Path) -> None:
-    trained = load(run, "generative")
-    assert isinstance(trained.model, TrajectoryLLM)
-    assert trained.model.stage1 is not None
-    with pytest.raises(InputError, match="stage 1 has no language model"):
-        prompt_embeds(TrainedModel(trained.model.stage1, {}, None), patients(), ROWS)
+    with pytest.raises(InputError, match="patients, row 0: no finite score"):
+        prompts_of(trained, patients())
 
 
 def test_a_data_set_that_lacks_an_input_is_refused(run: Path) -> None:
@@ -192,4 +201,4 @@ def test_a_data_set_that_lacks_an_input_is_refused(run: Path) -> None:
     dataset.static_names = ()
     inputs = {**trained.config["inputs"], "facts": ["static_bmi [kg/m2]"]}
     with pytest.raises(InputError, match="add the columns"):
-        prompt_embeds(changed(trained, inputs=inputs), dataset, ROWS)
+        prompts_of(changed(trained, inputs=inputs), dataset)
