@@ -45,7 +45,7 @@ WAYS = (
 
 ALLOWED_FLAGS: dict[str, set[str]] = {
     "--compare": {"--seed", "--min_cell"},
-    "--demo": {"--output_dir", "--seed", "--log_file"},
+    "--demo": {"--output_dir", "--seed", "--log_file", "--open"},
     "--export": {"--checkpoint", "--export_dir", "--model_name", "--show_values"},
     "--predict": {
         *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
@@ -304,6 +304,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             _check_unused(way, given - allowed - {way})
     if not args.predict:
         _check_unused("a command without --predict", given & {"--predictions", "--strict"})
+    if not args.demo:
+        _check_unused("a command without --demo", given & {"--open"})
     if not args.export:
         _check_unused("a command without --export", given & {"--export_dir"})
     if not (args.predict or args.export):
