@@ -37,6 +37,7 @@ from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, 
 from medgemma_clinical.files import InputError, atomic, locked, remove
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
+from medgemma_clinical.models.sharing.model_card import random_model_notice
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
@@ -304,10 +305,11 @@ def report_labelled(
         flow=flow_table(tally.flow(), fewest),
         card=model_card(config, request),
         shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
+        notice=random_model_notice(config),
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)
-    lines = [f"{name + ':':<20}{figure}" for name, figure, _ in headline(figures)]
+    lines = [f"{tile.name + ':':<20}{tile.figure}" for tile in headline(figures)]
     logger.info(
         "\nrows with a label: %s\n%s\n\n%s\n"
         "These figures flatter the model if it was trained on some of these patients.\nreport: %s",

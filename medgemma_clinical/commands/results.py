@@ -48,6 +48,7 @@ from medgemma_clinical.models.sharing.model_card import (
     describe_language_model,
     describe_stage1,
     describe_weight,
+    random_model_notice,
 )
 from medgemma_clinical.models.sharing.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
@@ -230,6 +231,7 @@ def report_content(
         split=split_table(dataset.labels, dataset.groups, data.split, fewest),
         history=None if data.hides_events else state.progress.history or None,
         reports=reports,
+        notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
     )
 
 

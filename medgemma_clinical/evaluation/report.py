@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medgemma_clinical.evaluation import report_tables
-from medgemma_clinical.evaluation.bootstrap import REPLICATES
+from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
 from medgemma_clinical.evaluation.cohort import FEWEST_PATIENTS, Cohort, CohortFigures
 from medgemma_clinical.evaluation.plots import report_images
 from medgemma_clinical.evaluation.report_tables import percent
@@ -40,6 +40,9 @@ CARD = {
 }
 """The first lines of each model card."""
 
+BETTER, UNDECIDED, WORSE = "verdict-better", "verdict-undecided", "verdict-worse"
+"""Classes of the colours in the style of each page."""
+
 INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients with all their rows; exact "
     "intervals for shares of 0 and 1"
@@ -61,6 +64,7 @@ class ReportContent:
         history: one object an epoch, as in history.jsonl.
         reports: figures of written reports.
         shift: from ``shift_table``.
+        notice: a banner above the result; empty for none.
     """
 
     title: str
@@ -73,6 +77,7 @@ class ReportContent:
     history: list[dict[str, Any]] | None = None
     reports: dict[str, float] | None = None
     shift: pd.DataFrame | None = None
+    notice: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,26 @@ class Verdict:
 
     good: bool
     sentences: list[str]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of a page, drawn on a scale.
+
+    Attributes:
+        name: of the figure.
+        figure: value with interval.
+        comparison: what to compare with.
+        style: class of its colour: on which side of the reference the interval lies.
+        place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
+            without an interval.
+    """
+
+    name: str
+    figure: str
+    comparison: str
+    style: str
+    place: dict[str, float]
 
 
 def write_report(
@@ -103,8 +128,9 @@ def write_report(
         "report",
         content=content,
         title=content.title,
+        notice=content.notice,
         verdict=verdict,
-        cards=headline(figures),
+        tiles=headline(figures),
         images=report_images(cohort, figures, content.history or []),
         discrimination=report_tables.figure_table(figures, report_tables.DISCRIMINATION),
         calibration=report_tables.figure_table(figures, report_tables.CALIBRATION),
@@ -113,10 +139,9 @@ def write_report(
         baselines=report_tables.baseline_table(figures),
         combined=report_tables.combined_sentence(figures),
         subgroups=report_tables.subgroup_table(figures),
-        too_few=report_tables.TOO_FEW,
+        few_subgroups=report_tables.few_subgroups(figures),
         fewest=figures.fewest,
         judged=figures.events is not None,
-        has_grey=any(group.auroc is None for group in figures.subgroups),
         fewest_patients=FEWEST_PATIENTS,
         written=report_tables.written_figures(content.reports),
         errors=report_tables.largest_errors(cohort) if list_patients else None,
@@ -130,17 +155,42 @@ def render(name: str, **content: Any) -> str:
     return PAGES.get_template(f"{name}.html.j2").render(page_mark=PAGE_MARK, **content) + "\n"
 
 
-def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
-    """Return the four figures at the top: name, value with interval, what to compare with."""
-    known = figures.estimates
-    if figures.events is None:
+def headline(figures: CohortFigures) -> list[Tile]:
+    """Return the figures at the top; none where no figure is shown."""
+    prevalence = figures.prevalence
+    if prevalence is None:
         return []
+    known, chance = figures.estimates, percent(prevalence)
+    slope = _tile("Calibration slope", known["calibration_slope"], "1 is ideal", 1, (0, 2), ".2f")
     return [
-        ("AUROC", known["auroc"].text(), "0.5 is chance, 1 is perfect"),
-        ("AUPRC", known["auprc"].text(), f"chance is {report_tables.percent(figures.prevalence)}"),
-        ("Calibration slope", known["calibration_slope"].text(".2f"), "1 is ideal"),
-        ("Brier skill", known["brier_skill"].text(), "0 is no better than the average risk"),
+        _tile("AUROC", known["auroc"], "0.5 is chance, 1 is perfect", 0.5, (0, 1)),
+        _tile("AUPRC", known["auprc"], f"chance is {chance}, 1 is perfect", prevalence, (0, 1)),
+        replace(slope, style="" if slope.style == UNDECIDED else WORSE),
+        _tile("Brier skill", known["brier_skill"], "0 is the average risk for all", 0, (-1, 1)),
     ]
+
+
+def _tile(
+    name: str,
+    score: Estimate,
+    comparison: str,
+    reference: float,
+    ends: tuple[float, float],
+    form: str = ".3f",
+) -> Tile:
+    """Draw a figure on the scale from one of ``ends`` to the other; more is better."""
+    numbers = {"low": score.low, "value": score.value, "high": score.high, "reference": reference}
+    start, end = ends
+    place = {
+        key: min(max(100 * (number - start) / (end - start), 0.0), 100.0)
+        for key, number in numbers.items()
+        if number is not None
+    }
+    style = UNDECIDED
+    if score.above(reference) or score.below(reference):
+        style = BETTER if score.above(reference) else WORSE
+    whole = len(place) == len(numbers)
+    return Tile(name, score.text(form), comparison, style, place if whole else {})
 
 
 def judge(figures: CohortFigures, outcome: str) -> Verdict:

@@ -21,6 +21,7 @@ from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, command, predicted, read_predictions, refused, write_data
 
@@ -177,6 +178,17 @@ def test_figures_are_those_of_the_labelled_rows(
     predicted(runs / "trajectory", few, out)
     assert "one class only" in capsys.readouterr().out
     assert not out.with_suffix(".report.html").exists(), "the report of other predictions"
+
+
+def test_the_page_of_a_run_with_the_random_model_says_so(
+    runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    data = write_data(table, tmp_path / "new.csv")
+    for stage in ("classification", "trajectory"):
+        out = tmp_path / f"{stage}.csv"
+        predicted(runs / stage, data, out)
+        page = out.with_suffix(".report.html").read_text()
+        assert (RANDOM_MODEL in page) == (stage == "classification")
 
 
 def test_figures_of_many_chunks_are_those_of_one(
