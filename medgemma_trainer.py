@@ -171,6 +171,8 @@ def build_parser() -> Parser:
     add("--checkpoint", type=Path, help="--predict, --export: a stage folder, or stage 1's .pt")
     add("--predictions", type=Path, help="--predict: the CSV to write")
     add("--strict", action="store_true", help="--predict: refuse a file with a row it cannot score")
+    add("--explain", action="store_true", help="--predict: a page of patients beside the CSV")
+    add("--patients", type=names, metavar="ID,ID", help="--explain: these rows, not the riskiest")
     add_data_flags(parser)
     add_training_flags(parser)
     add_model_flags(parser)
@@ -771,7 +773,7 @@ def fit_generative(
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
     *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
-    *("show_values", "export", "export_dir", "open"),
+    *("show_values", "export", "export_dir", "explain", "patients", "open"),
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
 

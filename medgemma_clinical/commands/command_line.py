@@ -50,7 +50,7 @@ ALLOWED_FLAGS: dict[str, set[str]] = {
     "--predict": {
         *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
         *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
-        *("--show_values", "--min_cell", "--attention"),
+        *("--show_values", "--min_cell", "--attention", "--explain", "--patients"),
     },
 }
 """All that these ways read."""
@@ -303,7 +303,10 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         if way in given:
             _check_unused(way, given - allowed - {way})
     if not args.predict:
-        _check_unused("a command without --predict", given & {"--predictions", "--strict"})
+        unread = {"--predictions", "--strict", "--explain"}
+        _check_unused("a command without --predict", given & unread)
+    if not args.explain:
+        _check_unused("a command without --explain", given & {"--patients"})
     if not args.demo:
         _check_unused("a command without --demo", given & {"--open"})
     if not args.export:

@@ -58,6 +58,7 @@ def test_data_of_another_kind_than_the_checkpoints_are_refused(
         ("out.csv", "id,label,probability,patient\n1,0,0.5,1\n", "was not written by --predict"),
         ("out.csv", "id,probability,prediction,clinical_trajectory\n", "was not written by"),
         ("out.report.html", "<p>someone else's</p>", "out.report.html was not written by"),
+        ("out.patients.html", "<p>someone else's</p>", "out.patients.html was not written by"),
     ],
 )
 def test_nothing_of_another_origin_is_written_over(
@@ -66,10 +67,10 @@ def test_nothing_of_another_origin_is_written_over(
     if content:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=problem):
-        check_output(tmp_path / name.replace(".report.html", ".csv"))
+        check_output(tmp_path / re.sub(r"\.(report|patients)\.html", ".csv", name))
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.report.html"])
+@pytest.mark.parametrize("name", ["out.csv", "out.report.html", "out.patients.html"])
 def test_a_folder_in_the_way_of_the_output_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=name):
