@@ -40,7 +40,7 @@ from medgemma_clinical.commands.command_line import (
     names,
     run_command,
 )
-from medgemma_clinical.commands.logs import start_logging
+from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.data.database.output import Made, make_file
@@ -537,11 +537,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when it is done, 2 for wrong input, 3 for a fault."""
     arguments = vars(build_parser().parse_args(argv))
     command = arguments.pop("command")
-    start_logging()
-    if command == "check":
-        shown = arguments.pop("show_values")
-        return run_command(lambda: check(**arguments), show_values=shown)
-    return run_command(lambda: SOURCES[command].run(arguments))
+    with command_logging():
+        if command == "check":
+            shown = arguments.pop("show_values")
+            return run_command(lambda: check(**arguments), show_values=shown)
+        return run_command(lambda: SOURCES[command].run(arguments))
 
 
 def build_parser() -> Parser:

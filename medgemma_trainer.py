@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from importlib import import_module
@@ -51,7 +52,7 @@ from medgemma_clinical.commands.command_line import (
     number,
     run_command,
 )
-from medgemma_clinical.commands.logs import RUN_LOG, recorded, start_logging
+from medgemma_clinical.commands.logs import RUN_LOG, command_logging, recorded
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.distributed import (
     check_gpu,
@@ -747,7 +748,7 @@ def fit_classification(
 
     Args:
         rows: as for ``fit_trajectory``.
-        encoder: a trained stage 1, or its file; stays frozen. None trains a new one with it.
+        encoder: a trained stage 1, or where it lies; stays frozen. None trains a new one with it.
         **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
 
     Returns:
@@ -770,12 +771,8 @@ def fit_generative(
     return fit_model({"mode": "generative"}, rows, encoder, flags)
 
 
-NOT_KEYWORDS = {
-    *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
-    *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
-    *("show_values", "export", "export_dir", "explain", "patients", "open"),
-}
-"""Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
+FITTING = threading.Lock()
+"""Held while a model is trained: random generators, signals and log belong to one run."""
 
 
 def fit_model(
@@ -785,30 +782,53 @@ def fit_model(
     flags: dict[str, Any],
 ) -> TrajectoryModel:
     """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
-    from medgemma_clinical.commands.run_folder import given_stage1, stage_name
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.commands.keywords import check_keywords, encoder_checkpoint
+    from medgemma_clinical.commands.run_folder import stage_name
     from medgemma_clinical.training.seeds import deterministic_kernels
 
-    if unknown := sorted(NOT_KEYWORDS & flags.keys()):
-        raise TypeError(f"unexpected keyword {unknown[0]!r}")
-    in_memory = encoder if isinstance(encoder, trajectory_model.TrajectoryModel) else None
-    given = {} if encoder is None else {"ode_checkpoint": "encoder" if in_memory else encoder}
+    check_keywords(flags)
+    given: dict[str, Any] = {} if encoder is None else {"ode_checkpoint": "encoder"}
     args, given_flags = build_parser().parse_keywords({**flags, **stage, **given})
     check_flags(complete(args), given_flags)
     check_launch()
     check_gpu()
     check_output(args)
-    if isinstance(rows, TrajectoryDataset):
-        dataset = rows
-        if read := sorted(set(dataset.options) & flags.keys()):
-            raise InputError(f"the data set has been read: leave {', '.join(read)} out")
-        args.dataset = dataset.name
-    else:
-        dataset = read_source(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
-    with SIGNALS.installed(), deterministic_kernels(args.deterministic), recorded(), owner_only():
-        stage1 = in_memory.checkpoint() if in_memory else given_stage1(args)
-        model = train_model(args, dataset, stage1)
+    if not FITTING.acquire(blocking=False):
+        raise RuntimeError("another model is being trained in this process: wait for its end")
+    try:
+        with (
+            SIGNALS.installed(kills=False),
+            deterministic_kernels(args.deterministic),
+            recorded(),
+            owner_only(),
+        ):
+            dataset = read_rows(rows, args, flags)
+            model = train_model(args, dataset, encoder_checkpoint(encoder, args))
+    except KeyboardInterrupt as stop:
+        if args.output_dir:
+            stop.add_note(f"resume=True continues the run in {args.output_dir}")
+        raise
+    finally:
+        FITTING.release()
     return model or TrajectoryModel.from_pretrained(args.output_dir / stage_name(args))
+
+
+def read_rows(rows: Rows, args: argparse.Namespace, flags: Mapping[str, Any]) -> TrajectoryDataset:
+    """Read what a model is to learn from; a data set has been read.
+
+    Raises:
+        InputError: the data cannot be read, or a flag comes too late for a data set.
+    """
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.inference.scoring import check_kind
+
+    check_kind(rows)
+    if not isinstance(rows, TrajectoryDataset):
+        return read_source(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
+    if read := sorted(set(rows.options) & flags.keys()):
+        raise InputError(f"the data set has been read: leave {', '.join(read)} out")
+    args.dataset = rows.name
+    return rows
 
 
 # --------------------------------------------------------------------------- main
@@ -862,11 +882,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output_dir is None:
         args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
     given = {word.split("=")[0] for word in words if word.startswith("--")}
-    start_logging(first=processes().is_main_process)
-    try:
+    with command_logging(first=processes().is_main_process):
         return run_command(lambda: run(args, given), show_values=args.show_values)
-    finally:
-        RUN_LOG.begin()
 
 
 def program() -> int:

@@ -29,7 +29,7 @@ from medgemma_clinical.commands.command_line import (
     Parser,
     run_command,
 )
-from medgemma_clinical.commands.logs import start_logging
+from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.scoring import ScoringRows
@@ -368,8 +368,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     del arguments["command"]
     shown = arguments.pop("show_values")
-    start_logging()
-    return run_command(lambda: check(**arguments), show_values=shown)
+    with command_logging():
+        return run_command(lambda: check(**arguments), show_values=shown)
 
 
 def check(data_dir: Path, min_cell: int, **reading: Any) -> int:

@@ -53,6 +53,22 @@ def default_device() -> torch.device:
     return device
 
 
+def find_device(name: str) -> torch.device:
+    """Return a device by its name, as in ``torch.device``.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InputError(f"device {name!r}: not on this machine: give cpu or cuda") from error
+    return device
+
+
 def check_gpu() -> None:
     """Refuse the CPU of a machine whose GPU torch cannot use, unless the GPU is hidden on purpose.
 

@@ -14,7 +14,7 @@ import torch
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.command_line import describe_fault, run_command
-from medgemma_clinical.commands.logs import RUN_LOG, PlainFormatter, start_logging
+from medgemma_clinical.commands.logs import RUN_LOG, PlainFormatter, command_logging, start_logging
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.training import train_state
 
@@ -403,3 +403,11 @@ def test_a_no_break_space_stays_a_space_and_a_path_one_line() -> None:
     text = "63\N{NO-BREAK SPACE}%% of %s"
     record = logging.LogRecord("x", logging.INFO, "x", 1, text, (Path("a\nerror: b"),), None)
     assert PlainFormatter().format(record) == "63 % of a\\nerror: b"
+
+
+def test_logging_of_a_caller_comes_back_after_a_command() -> None:
+    root = logging.root
+    before = root.handlers[:], root.level, logging.raiseExceptions
+    with command_logging():
+        assert RUN_LOG in root.handlers
+    assert (root.handlers[:], root.level, logging.raiseExceptions) == before

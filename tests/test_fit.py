@@ -169,6 +169,68 @@ def test_a_data_set_that_is_read_already_trains_a_model(tmp_path: Path) -> None:
         fit_trajectory(dataset, max_len=5)
 
 
+def test_an_encoder_may_be_named_as_a_model_is(
+    table: pd.DataFrame, place: Path, tmp_path: Path
+) -> None:
+    TrajectoryModel.from_pretrained(place / "trajectory").save_pretrained(tmp_path / "saved")
+    for encoder in (str(place / "trajectory"), place / TRAJECTORY_FILE, tmp_path / "saved"):
+        model = fit_classification(table, encoder=encoder, **LLM)
+        assert model.metrics is not None
+        assert model.metrics["stage"] == "classification"
+
+
+@pytest.mark.parametrize("flag", ["resume", "save_every", "report_patients"])
+def test_a_keyword_of_a_folder_needs_one(flag: str, table: pd.DataFrame) -> None:
+    with pytest.raises(InputError, match=f"{flag}: give output_dir too"):
+        fit_trajectory(table, **STAGE_1, **{flag: 1 if flag == "save_every" else True})
+
+
+@pytest.mark.parametrize("rows", [None, [1, 2], np.zeros(3), {"a": 1}])
+def test_rows_of_another_kind_are_refused(rows: Any) -> None:
+    with pytest.raises(InputError, match=f"rows of type {type(rows).__name__}: give a DataFrame"):
+        fit_trajectory(rows)
+
+
+def test_a_second_training_in_the_process_is_refused(table: pd.DataFrame) -> None:
+    with trainer.FITTING, pytest.raises(RuntimeError, match="another model is being trained"):
+        fit_trajectory(table, **STAGE_1)
+    assert not trainer.FITTING.locked()
+
+
+def test_an_interrupt_says_how_to_go_on_and_frees_the_way(
+    table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", stop)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            fit_trajectory(table, **STAGE_1, output_dir=tmp_path)
+    assert caught.value.__notes__ == [f"resume=True continues the run in {tmp_path}"]
+    model = fit_trajectory(table, **STAGE_1, output_dir=tmp_path, resume=True)
+    assert model.metrics is not None
+
+
+def test_what_the_data_lack_stands_in_the_log_and_hidden_figures_are_warned_of(
+    table: pd.DataFrame, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = table.drop(columns=["subject_id"], errors="ignore")
+    shown = {name: x for name, x in STAGE_1.items() if name != "min_cell"}
+    handlers = logging.root.handlers[:]
+    logging.root.handlers.clear()
+    try:
+        model = fit_trajectory(rows, **shown, output_dir=tmp_path)
+    finally:
+        logging.root.handlers[:] = handlers
+    (log,) = (tmp_path / "trajectory").glob("train_*.log")
+    assert "no column subject_id" in log.read_text()
+    assert model.results()["auroc"].isna().all()
+    error = capfd.readouterr().err
+    assert "no column subject_id" in error
+    assert "--min_cell" in error or "fewer than 11" in error
+
+
 def test_logging_of_the_caller_stays_as_it_was(
     table: pd.DataFrame, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,6 +132,21 @@ def start_logging(*, first: bool = True) -> None:
 
 
 @contextlib.contextmanager
+def command_logging(*, first: bool = True) -> Iterator[None]:
+    """Log as ``start_logging`` for the length of a command; a caller's own logging comes back."""
+    root = logging.root
+    before, level, raises = root.handlers[:], root.level, logging.raiseExceptions
+    root.handlers.clear()
+    start_logging(first=first)
+    try:
+        yield
+    finally:
+        RUN_LOG.begin()
+        root.handlers[:], logging.raiseExceptions = before, raises
+        root.setLevel(level)
+
+
+@contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Send the messages of the program to ``RUN_LOG``, and its warnings to stderr, from Python.
 

@@ -127,7 +127,8 @@ def write_results(
             write_json(folder / "metrics.json", metrics)
             stage.save(folder, stage.config)
     named = {SCORED[part]: each for part, each in figures.items()}
-    logger.info("\n%s\n", result_sentence(figures["test"]))
+    hidden = logging.WARNING if data.hides_figures else logging.INFO  # Python shows warnings
+    logger.log(hidden, "\n%s\n", result_sentence(figures["test"]))
     logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
     if folder:
         content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))

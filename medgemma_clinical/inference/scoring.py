@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,21 +46,48 @@ def scoring_rows(
     Raises:
         InputError: the rows are not those that the checkpoint reads, or cannot be read.
     """
+    check_kind(source)
     if not isinstance(source, TrajectoryDataset):
         yield from datasets[config["dataset"]].scoring_rows(source, config, findings, most)
         return
-    for key in ("features", "units"):
-        if (found := list(getattr(source, key))) != config[key]:
-            raise InputError(
-                f"{source.source}: its {key} are {found}, the model reads {config[key]}"
-            )
-    if source.outcome != config["outcome"]:
+    check_data_set(source, config)
+    asked, places = copy.copy(source), np.arange(len(source))
+    asked.question = config["question"]
+    yield ScoringRows(source.ids, places, asked, places, len(source))
+
+
+def check_kind(source: object) -> None:
+    """Check that rows are of a kind that can be read.
+
+    Raises:
+        InputError: naming the kind.
+    """
+    if not isinstance(source, (str, os.PathLike, pd.DataFrame, TrajectoryDataset)):
         raise InputError(
-            f"{source.source}: its outcome is {source.outcome}, the model predicts "
-            f"{config['outcome']}"
+            f"rows of type {type(source).__name__}: give a DataFrame, the path of a file or a "
+            "folder, or a data set"
         )
-    places = np.arange(len(source))
-    yield ScoringRows(source.ids, places, source, places, len(source))
+
+
+def check_data_set(dataset: TrajectoryDataset, config: dict[str, Any]) -> None:
+    """Check that a data set was read as the data of a checkpoint were.
+
+    Raises:
+        InputError: naming the difference.
+    """
+    read = {name: x for name, x in config["reading"].items() if name != "label_column"}
+    expected = {"features": config["features"], "units": config["units"], **read}
+    found = {"features": list(dataset.features), "units": list(dataset.units), **dataset.reading}
+    for name, value in {**expected, "outcome": config["outcome"]}.items():
+        own = dataset.outcome if name == "outcome" else found.get(name)
+        if own != value:
+            raise InputError(f"{dataset.source}: its {name}: {own}, the model reads {value}")
+    words = {*config["inputs"]["facts"]} - {*dataset.static_names}
+    if words and dataset.reads_contexts and not any(dataset.contexts):
+        raise InputError(
+            f"{dataset.source}: the model reads facts of the context, which no row has: fill "
+            "clinical_context"
+        )
 
 
 def describe_source(source: Path | pd.DataFrame | TrajectoryDataset) -> str:

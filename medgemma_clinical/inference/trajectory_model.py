@@ -60,7 +60,7 @@ class TrajectoryModel:
         """Keep the parts; see the class."""
         self.trained = trained
         self.metrics = metrics
-        self.batch_size = batch_size or BATCH_ROWS[trained.config["stage"]]
+        self.batch_size = BATCH_ROWS[trained.config["stage"]] if batch_size is None else batch_size
 
     @classmethod
     def from_pretrained(
@@ -91,16 +91,17 @@ class TrajectoryModel:
         Raises:
             InputError: there is no trained model, or it cannot be loaded.
         """
-        import torch
-
+        from medgemma_clinical.distributed import find_device
         from medgemma_clinical.inference.hub import find_checkpoint
         from medgemma_clinical.models.trained_model import (
+            check_loading,
             check_no_control,
             load_trained_model,
             read_metrics,
             read_trained_config,
         )
 
+        check_loading(quantization, precision, attention, batch_size)
         place = find_checkpoint(checkpoint, revision)
         check_no_control(place, read_trained_config(place))
         trained = load_trained_model(
@@ -109,7 +110,7 @@ class TrajectoryModel:
             model_name,
             quantization,
             precision,
-            None if device is None else torch.device(device),
+            None if device is None else find_device(device),
             attention,
         )
         return cls(trained, read_metrics(place), batch_size)
@@ -189,13 +190,15 @@ class TrajectoryModel:
             auroc_low and auroc_high. NaN where few patients stand behind a figure.
 
         Raises:
-            ValueError: the run of the checkpoint was not finished.
+            ValueError: another part, or the run of the checkpoint was not finished.
         """
         import pandas as pd
 
         figures = self.config.get("figures")
         if figures is None:
             raise ValueError("no figures: the run of this checkpoint was not finished")
+        if part not in ("test", "validation"):
+            raise ValueError(f"part {part!r}: choose test or validation")
         named = {self.stage: figures[part]}
         named |= {name: parts[part] for name, parts in figures["baselines"].items()}
         endings = {"value": "", "low": "_low", "high": "_high"}
@@ -344,8 +347,9 @@ class TrajectoryModel:
 
     def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
         from medgemma_clinical.data.tables import Findings
-        from medgemma_clinical.inference.scoring import describe_source, scoring_rows
+        from medgemma_clinical.inference.scoring import check_kind, describe_source, scoring_rows
 
+        check_kind(rows)
         rows = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
         findings = Findings(describe_source(rows), strict=strict)
         most = MEMORY_ROWS[self.stage]

@@ -35,6 +35,9 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 QUANTIZATIONS = ("nf4", "none")
 """Kinds of weights of the language model, ``--quantization``."""
 
+PRECISIONS = ("bf16", "fp32")
+"""Of a checkpoint's language model."""
+
 INT8_REFUSED = (
     "int8 is known to make MedGemma write rubbish (Google-Health/medgemma issue 5), and "
     "bitsandbytes computes it in float16, in which Gemma 3 overflows: use nf4, which takes half "
@@ -268,7 +271,7 @@ LANGUAGE_MODEL: Table = {
     "base_class": one_of("Gemma3ForCausalLM"),
     "base_weights": one_of(*BASE_WEIGHTS),
     "quantization": one_of(*QUANTIZATIONS),
-    "precision": one_of("bf16", "fp32"),
+    "precision": one_of(*PRECISIONS),
     "prompts": PROMPTS,
     "max_text_tokens": or_null(COUNT),
     "shuffled": YES_NO,
@@ -290,7 +293,7 @@ MERGED: Table = {
         "base_sha256": or_null(SHA256),
         "base_revision": or_null(digits(40)),
         "quantization": one_of("nf4", "none"),
-        "precision": one_of("bf16", "fp32"),
+        "precision": one_of(*PRECISIONS),
     },
     "base_sha256": SHA256,
 }

@@ -42,16 +42,22 @@ class SignalHandler:
         self.received = 0
         self._first = 0.0
         self._deferred = False
+        self._kills = True
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, *, kills: bool = True) -> Iterator[None]:
         """Handle signals for the length of a block, in a main thread.
 
         A signal that the parent has set to be ignored, as nohup does, stays ignored.
+
+        Args:
+            kills: whether a second signal ends the process; else it raises at once, as a notebook
+                needs, which keeps its other variables.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+        self._kills = kills
         before = {n: signal.getsignal(n) for n in KNOWN if signal.getsignal(n) != signal.SIG_IGN}
         for number in before:
             signal.signal(number, self._handle)
@@ -70,6 +76,8 @@ class SignalHandler:
         # A launcher passes on what the scheduler has sent to each process already.
         echo = ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0
         again = bool(self._first)
+        if again and not self._kills:
+            raise Stopped(number)
         if again and now - self._first >= echo:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

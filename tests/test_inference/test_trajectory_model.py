@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -95,11 +96,45 @@ def test_rows_of_other_series_are_refused(
     other = table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]})
     with pytest.raises(InputError, match=r"the checkpoint reads Serum bicarbonate in mmol/L unit"):
         model.predict_proba(other)
-    with pytest.raises(InputError, match=r"its features are \['Anion gap'\]"):
+    with pytest.raises(InputError, match=r"its features: \['Anion gap'\], the model"):
         model.predict_proba(MIMICtrajectoryDataset(table))
     outcome = Description(series="Serum bicarbonate", unit="mmol/L", outcome="Discharge")
-    with pytest.raises(InputError, match="its outcome is Discharge"):
+    with pytest.raises(InputError, match="its outcome: Discharge, the model reads"):
         model.predict_proba(MIMICtrajectoryDataset(table, description=outcome))
+
+
+def test_a_data_set_that_was_read_in_another_way_is_refused(
+    models: dict[str, TrajectoryModel], runs: Path, table: pd.DataFrame
+) -> None:
+    model = models["trajectory"]
+    described = Description.beside(runs / "train.csv")
+    short = MIMICtrajectoryDataset(table, max_len=2, description=described)
+    with pytest.raises(InputError, match="its max_len: 2, the model reads 20"):
+        model.predict_proba(short)
+    silent = table.drop(columns="clinical_context")
+    with pytest.raises(InputError, match="reads facts of the context, which no row has"):
+        model.predict_proba(MIMICtrajectoryDataset(silent, description=described))
+    for rows in (None, table[SERIES], table.to_numpy()):
+        with pytest.raises(InputError, match="give a DataFrame, the path of a file"):
+            model.predict_proba(rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"precision": "fp16"}, "precision 'fp16': choose from bf16, fp32"),
+        ({"quantization": "int8"}, "int8 is known to make MedGemma write rubbish"),
+        ({"attention": "fast"}, "attention 'fast': choose from"),
+        ({"device": "foo"}, "device 'foo': not on this machine"),
+        ({"batch_size": 0}, "batch_size 0: expected a whole number from 1"),
+    ],
+)
+def test_a_wrong_keyword_of_loading_is_named(
+    keywords: dict[str, Any], words: str, runs: Path
+) -> None:
+    for stage in STAGES[:2]:
+        with pytest.raises(InputError, match=words):
+            TrajectoryModel.from_pretrained(runs / stage, **keywords)
 
 
 def test_the_main_series_may_stand_under_its_own_name(
@@ -219,6 +254,11 @@ def test_the_figures_of_the_run_come_along(models: dict[str, TrajectoryModel]) -
         assert model.metrics is not None
         assert model.metrics["stage"] == stage
         assert model.threshold == model.metrics["threshold"]
+
+
+def test_results_have_two_parts(models: dict[str, TrajectoryModel]) -> None:
+    with pytest.raises(ValueError, match="choose test or validation"):
+        models["trajectory"].results("val")
 
 
 def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:

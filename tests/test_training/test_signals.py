@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -183,3 +184,13 @@ def test_a_second_end_comes_without_further_ado_unless_a_launcher_echoes_it(
         return 0
 
     assert exit_code_of(work) == code
+
+
+def test_a_second_signal_raises_where_the_process_must_live_on() -> None:
+    handler = SignalHandler()
+    with handler.installed(kills=False):
+        with contextlib.suppress(Stopped), handler.deferred():
+            send(signal.SIGINT)
+            with pytest.raises(Stopped):
+                send(signal.SIGINT)
+        assert handler.received == signal.SIGINT
