@@ -217,6 +217,7 @@ def report_content(
         split=split_table(dataset.labels, dataset.groups, data.split, fewest),
         history=None if data.hides_events else state.progress.history or None,
         reports=reports,
+        validation=validation.auroc,
     )
 
 

@@ -10,10 +10,11 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medgemma_clinical.evaluation import report_tables
-from medgemma_clinical.evaluation.bootstrap import REPLICATES
-from medgemma_clinical.evaluation.cohort import FEWEST_PATIENTS, Cohort, CohortFigures
+from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge
+from medgemma_clinical.evaluation.judgement.verdict import FEWEST_PATIENTS
 from medgemma_clinical.evaluation.plots import report_images
-from medgemma_clinical.evaluation.report_tables import percent
 from medgemma_clinical.files import write_text
 
 PAGES = Environment(
@@ -61,6 +62,7 @@ class ReportContent:
         history: one object an epoch, as in history.jsonl.
         reports: figures of written reports.
         shift: from ``shift_table``.
+        validation: AUROC of the part on which the model was chosen.
     """
 
     title: str
@@ -73,14 +75,7 @@ class ReportContent:
     history: list[dict[str, Any]] | None = None
     reports: dict[str, float] | None = None
     shift: pd.DataFrame | None = None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result in words; ``good`` if nothing in it speaks against the model."""
-
-    good: bool
-    sentences: list[str]
+    validation: Estimate | None = None
 
 
 def write_report(
@@ -96,22 +91,23 @@ def write_report(
     ``list_patients`` adds the ten largest errors, by id, label and probability.
 
     Returns:
-        The sentences of the verdict.
+        The result in words, a line for each finding.
     """
-    verdict = judge(figures, content.outcome)
+    judgement = judge(figures, content.outcome, content.validation)
     text = render(
         "report",
         content=content,
         title=content.title,
-        verdict=verdict,
+        judgement=judgement,
         cards=headline(figures),
         images=report_images(cohort, figures, content.history or []),
         discrimination=report_tables.figure_table(figures, report_tables.DISCRIMINATION),
         calibration=report_tables.figure_table(figures, report_tables.CALIBRATION),
+        calibration_details=report_tables.figure_table(figures, report_tables.CALIBRATION_DETAILS),
         recalibration=report_tables.recalibration_table(figures),
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
-        combined=report_tables.combined_sentence(figures),
+        combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,
         fewest=figures.fewest,
@@ -122,7 +118,7 @@ def write_report(
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)
-    return " ".join(verdict.sentences)
+    return "\n".join(judgement.lines())
 
 
 def render(name: str, **content: Any) -> str:
@@ -138,75 +134,10 @@ def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
     return [
         ("AUROC", known["auroc"].text(), "0.5 is chance, 1 is perfect"),
         ("AUPRC", known["auprc"].text(), f"chance is {report_tables.percent(figures.prevalence)}"),
-        ("Calibration slope", known["calibration_slope"].text(".2f"), "1 is ideal"),
-        ("Brier skill", known["brier_skill"].text(), "0 is no better than the average risk"),
+        (
+            "Calibration slope",
+            known["calibration_slope"].text(".2f"),
+            "spread of risks, 1 is ideal",
+        ),
+        ("Brier skill", known["brier_skill"].text(), "gain over one risk for all; 1 is perfect"),
     ]
-
-
-def judge(figures: CohortFigures, outcome: str) -> Verdict:
-    """Put the figures into words: discrimination, gain over the best baseline, calibration."""
-    if figures.rarer is None:
-        return Verdict(False, [report_tables.few_events_sentence(figures.n, figures.fewest)])
-    ranking = _ranking_sentence(figures, outcome)
-    if figures.rarer < FEWEST_PATIENTS:
-        ranking = (
-            f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome: too few "
-            f"to judge a model. {ranking}"
-        )
-    calibrated, calibration = _calibration_sentence(figures)
-    best = figures.best_baseline
-    better = best is not None and figures.differences[best]["auroc"].above(0)
-    good = figures.auroc.above(0.5) and better and calibrated
-    return Verdict(good, [ranking, _baseline_sentence(figures), calibration])
-
-
-def _ranking_sentence(figures: CohortFigures, outcome: str) -> str:
-    score = figures.auroc
-    if score.above(0.5) and score.value is not None:
-        return (
-            f"Of two rows, one with the event ({outcome}) and one without, the model gives the row "
-            f"with the event the higher risk {percent(score.value)} of the time "
-            f"(AUROC {score.text()})."
-        )
-    if score.below(0.5):
-        return f"This model is worse than chance: it ranks rows in reverse (AUROC {score.text()})."
-    return (
-        f"This model is not shown to be better than chance at telling rows with the event "
-        f"({outcome}) from rows without it (AUROC {score.text()}; the interval includes 0.5)."
-    )
-
-
-def _baseline_sentence(figures: CohortFigures) -> str:
-    name = figures.best_baseline
-    if name is None:
-        return "No baseline was scored on these rows, so what the model adds is unknown."
-    score, difference = figures.baselines[name]["auroc"], figures.differences[name]["auroc"]
-    word = "not shown to be better"
-    if difference.above(0) or difference.below(0):
-        word = "better" if difference.above(0) else "worse"
-    return (
-        f"It is {word} than its best baseline, {name} (AUROC {score.text()}): the paired "
-        f"difference is {difference.text('+.3f')}."
-    )
-
-
-def _calibration_sentence(figures: CohortFigures) -> tuple[bool, str]:
-    """Return whether the risks are calibrated as far as the rows show, and the sentence."""
-    slope = figures.estimates["calibration_slope"]
-    large = figures.estimates["calibration_in_the_large"]
-    few = figures.rarer is None or figures.rarer < FEWEST_PATIENTS
-    if few or slope.low is None or large.low is None:
-        return False, "These rows cannot show whether the predicted risks are calibrated."
-    faults = []
-    if slope.below(1):
-        faults.append("too extreme (high risks too high, low risks too low)")
-    elif slope.above(1):
-        faults.append("too close to the average")
-    if large.below(0):
-        faults.append("too high on average")
-    elif large.above(0):
-        faults.append("too low on average")
-    slope_text = f"calibration slope {slope.text('.2f')}"
-    if faults:
-        return False, f"Its risks are miscalibrated: {' and '.join(faults)} ({slope_text})."
-    return True, f"Its risks agree with the observed shares of events ({slope_text})."
