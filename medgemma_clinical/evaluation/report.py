@@ -33,6 +33,13 @@ STAGE_TITLES = {
     "classification": "Stage 2, classification",
     "generative": "Stage 3, written reports",
 }
+STAGE_NAMES = {
+    "trajectory": "stage 1",
+    "classification": "stage 2",
+    "generative": "stage 3",
+}
+"""Names of the models in tables of several."""
+
 CARD = {
     "Intended use": (
         "Research on the question above, on data like those of the training part. Not a medical "

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import quiet_console
-from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several.compare import join_predictions, read_predictions
-from medgemma_clinical.commands.several.runs import Train, run_or_continue, stage_folder
+from medgemma_clinical.commands.several.runs import (
+    Train,
+    run_figures,
+    run_or_continue,
+    stage_folder,
+)
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -26,7 +27,7 @@ from medgemma_clinical.evaluation.comparison import (
     compare_models,
     write_comparison,
 )
-from medgemma_clinical.files import InputError, read_json, write_text
+from medgemma_clinical.files import InputError, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE_1 = "stage 1"
@@ -135,7 +136,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
     table = join_predictions(folders)
     results = compare_models([table], args.reference, args.seed, args.min_cell)
     for name, folder in folders.items():
-        results[name] |= {**cost_of(folder), "residual_weight": weight_of(folder)}
+        results[name] |= run_figures(folder)
     place.mkdir(exist_ok=True)
     write_text(place / "predictions_test.csv", table.to_csv(index=False))
     write_comparison(
@@ -143,30 +144,10 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         "ablation",
         results,
         args.reference,
-        title=f"What each part adds: {outcome}",
+        title=f"What each part of the model adds: {outcome}",
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
     )
-
-
-def cost_of(folder: Path) -> dict[str, float | None]:
-    """Return the cost of a finished stage.
-
-    Returns:
-        Median seconds of an epoch with its validation; mean tokens that a language model reads of
-        a training patient; peak memory in MiB.
-    """
-    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
-    run = read_run(folder)
-    assert run is not None
-    return {"seconds_an_epoch": seconds, **run["cost"]}
-
-
-def weight_of(folder: Path) -> float | None:
-    """Return the weight of a finished stage's language model beside stage 1; None without one."""
-    weight: float | None = read_json(folder / "metrics.json").get("residual_weight")
-    return weight
 
 
 def unused_sentences(results: Results) -> list[str]:
@@ -174,4 +155,5 @@ def unused_sentences(results: Results) -> list[str]:
     unused = [name for name, each in results.items() if each.get("residual_weight") == 0]
     if not unused:
         return []
-    return [f"Weight 0, the language model adds nothing to stage 1: {', '.join(unused)}."]
+    models = ", ".join(unused)
+    return [f"The language model has weight 0, and so adds nothing to stage 1, in: {models}."]
