@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import is_small, rarer_patients
-from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
+from medgemma_clinical.evaluation.baselines import COMBINED, describe_baselines, richest_blend
 from medgemma_clinical.evaluation.bootstrap import (
     NO_VALUE,
     Estimate,
@@ -300,11 +300,12 @@ def write_comparison(
     title: str,
     sentences: Sequence[str],
     card: dict[str, str],
+    models: dict[str, str] | None = None,
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result, and ``card`` says how the comparison was made.
+    of the result; ``card`` says how the comparison was made, ``models`` what its models are.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -333,6 +334,7 @@ def write_comparison(
         comparison=table,
         meanings={name: meaning for name, meaning in MEANINGS.items() if name in table},
         image=image,
+        models={**(models or {}), **describe_baselines(results)},
         card={**card, "Intervals": INTERVALS, "SHA-256 of the code": code_hash()},
     )
     write_text(paths[".html"], page)

@@ -10,6 +10,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medgemma_clinical.evaluation import report_tables
+from medgemma_clinical.evaluation.baselines import describe_baselines
 from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge
@@ -114,6 +115,7 @@ def write_report(
         recalibration=report_tables.recalibration_table(figures),
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
+        models=describe_baselines(figures.others),
         combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,

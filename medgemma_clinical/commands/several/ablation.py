@@ -51,6 +51,27 @@ ARMS: dict[str, dict[str, Any]] = {
 """The compared models, each with its flags; without ``trajectory_only`` a model of stage 2. A path
 lies below the output folder."""
 
+ARM_MEANINGS = {
+    STAGE_1: "reads series and facts; no language model",
+    "stage 1 without facts": "reads the series alone",
+    "states decay": "stage 1 whose state decays between two observations, without the ODE",
+    "states held": "stage 1 whose state stays the same between two observations, without the ODE",
+    "facts as text": "a language model that reads the context of a patient, and no series",
+    "text": "a language model that reads context and series as text",
+    "text + logit": "the arm text, whose answer is added to that of stage 1",
+    "soft prompt": "a language model that reads the context, and the series as soft tokens",
+    "soft prompt + logit": "the arm soft prompt, whose answer is added to that of stage 1",
+    "text + soft prompt + logit": (
+        "a language model that reads the series as text and as soft tokens, whose answer is added "
+        "to that of stage 1"
+    ),
+    "soft prompt of another patient": (
+        "a control: the soft tokens are those of another patient, so that only the context can help"
+    ),
+    "soft prompt + random weights": "a control: a language model that has learned no language",
+}
+"""What the arms are, for their page."""
+
 
 def run_ablation(
     args: Namespace, dataset: TrajectoryDataset, train: Train, seed_title: str = ""
@@ -147,7 +168,13 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         title=f"What each part of the model adds: {outcome}",
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
+        models=arm_meanings(results),
     )
+
+
+def arm_meanings(results: Results) -> dict[str, str]:
+    """Return what the arms among the compared models are."""
+    return {name: meaning for name, meaning in ARM_MEANINGS.items() if name in results}
 
 
 def unused_sentences(results: Results) -> list[str]:

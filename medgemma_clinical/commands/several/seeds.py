@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.several.ablation import run_ablation, unused_sentences
+from medgemma_clinical.commands.several.ablation import arm_meanings, run_ablation, unused_sentences
 from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
@@ -126,10 +126,11 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             "Seeds": f"{first} to {last}",
             "Small cells": counting_rule(args.min_cell),
             "Not in the intervals": (
-                "how much training and split move a figure, which the standard deviation over "
-                "splits shows; the intervals hold the models as trained"
+                "the change of a figure with split and training, which the standard deviation "
+                "over the splits (sd) shows; the intervals treat the trained models as fixed"
             ),
         },
+        models=arm_meanings(results) if args.ablation else None,
     )
     for sentence in sentences:
         logger.info("%s", sentence)
@@ -163,6 +164,6 @@ def best_by_validation(folders: dict[int, Path]) -> str:
     best = max(aurocs, key=aurocs.__getitem__)
     place = "/".join(folders[best].parts[-2:])
     return (
-        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {place}. Each seed has a "
-        "validation part of its own, so chance has its share."
+        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {place}. Each seed has its "
+        "own validation part, so this choice is partly chance."
     )

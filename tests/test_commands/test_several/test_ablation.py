@@ -20,12 +20,14 @@ from finished_runs import write_run
 from medgemma_clinical.commands.logs import start_logging
 from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several.ablation import (
+    ARM_MEANINGS,
     ARMS,
     STAGE_1,
     arm_arguments,
     chosen_arms,
     run_ablation,
 )
+from medgemma_clinical.evaluation.baselines import describe_baselines
 from medgemma_clinical.files import InputError
 
 DATASET: Any = SimpleNamespace(outcome="Death")
@@ -147,6 +149,9 @@ def test_every_arm_stands_beside_stage_1_and_the_baselines(
         assert f"{name}: test AUROC " in caplog.text
     page = (tmp_path / "ablation" / "ablation.html").read_text()
     assert "What each part of the model adds: Death" in page
+    assert list(ARM_MEANINGS) == list(ARMS)
+    for name, meaning in {**ARM_MEANINGS, **describe_baselines(["last value"])}.items():
+        assert f"<dt>{name}</dt><dd>{meaning}</dd>" in page
     assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
