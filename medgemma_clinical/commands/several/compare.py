@@ -43,8 +43,7 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
     for name, run in folders.items():
-        if read_run(run):
-            results[name] |= run_figures(run)
+        results[name] |= known_figures(run)
     if output_dir is None:
         table = comparison_table(results, reference).to_string(index=False)
         logger.info("%s\n%s", table, counts_sentence(results))
@@ -60,6 +59,18 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
         card={"Seed": f"{seed}, of the intervals", "Small cells": counting_rule(fewest)},
     )
     return EXIT_DONE
+
+
+def known_figures(folder: Path) -> dict[str, float | None]:
+    """Return cost and weight of a finished stage; empty where the folder lacks the files of them.
+
+    Predictions can be compared without them, and other programs may have written the files.
+    """
+    try:
+        figures = run_figures(folder) if read_run(folder) else {}
+        return {name: None if each is None else float(each) for name, each in figures.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

@@ -110,16 +110,19 @@ def test_a_page_is_written_where_its_place_is_named_and_nowhere_else(
     run_compare(runs, seed=0, fewest=0)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
     (runs[1] / "run.json").unlink()
+    runs.append(write_run(tmp_path / "c", 2))
+    (runs[2] / "history.jsonl").write_text("[")
     with caplog.at_level(logging.INFO):
         run_compare(runs, seed=0, fewest=0, output_dir=tmp_path / "x" / "y")
     names = {path.name for path in (tmp_path / "x" / "y").iterdir()}
     assert names == {"compare.json", "compare.png", "compare.html"}
     page = (tmp_path / "x" / "y" / "compare.html").read_text()
-    assert "<title>2 finished models on the same test patients</title>" in page
+    assert "<title>3 finished models on the same test patients</title>" in page
     assert str(tmp_path) not in page
     results = json.loads((tmp_path / "x" / "y" / "compare.json").read_text())
     assert results["a"]["tokens"] == 12.0
-    assert "tokens" not in results["b"], "a copy without run.json"
+    for name in ("b", "c"):  # a copy without run.json, a damaged history
+        assert "tokens" not in results[name]
     verdict = verdict_beside(results["last value"])
     (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith("last value ")][-1:]
     assert f" {verdict} " in row
