@@ -66,7 +66,7 @@ def test_the_page_and_the_console_show_the_same_verdicts(tmp_path: Path) -> None
         assert line.endswith(f" {verdict}")
         (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', page, re.S)
         assert f'<span class="mark {verdict.style}">' in row
-        assert f"{verdict.symbol}</span> {verdict.words}</span>" in row
+        assert f"{verdict.symbol}</span>&nbsp;{verdict.words}</span>" in row
     assert seen == {BETTER, UNDECIDED, WORSE}
     assert console[1].endswith(f"{BETTER} than chance")
     combined = combined_finding(figures)

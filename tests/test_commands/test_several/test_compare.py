@@ -126,4 +126,4 @@ def test_a_page_is_written_where_its_place_is_named_and_nowhere_else(
     verdict = verdict_beside(results["last value"])
     (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith("last value ")][-1:]
     assert f" {verdict} " in row
-    assert f"</span> {verdict.words}</span>" in page
+    assert f"</span>&nbsp;{verdict.words}</span>" in page
