@@ -159,6 +159,7 @@ def build_parser() -> Parser:
         help="stage 2 or 3",
     )
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
+    add("--open", action="store_true", help="--demo: open its first page in the browser")
     add("--ablation", action="store_true", help="train and compare models that lack one part each")
     add("--arms", type=names, metavar="NAME,NAME", help="--ablation: make these arms alone")
     add("--reference", default="stage 1", metavar="NAME", help="--ablation: arm or baseline")
@@ -170,6 +171,8 @@ def build_parser() -> Parser:
     add("--checkpoint", type=Path, help="--predict, --export: a stage folder, or stage 1's .pt")
     add("--predictions", type=Path, help="--predict: the CSV to write")
     add("--strict", action="store_true", help="--predict: refuse a file with a row it cannot score")
+    add("--explain", action="store_true", help="--predict: a page of patients beside the CSV")
+    add("--patients", type=names, metavar="ID,ID", help="--explain: these rows, not the riskiest")
     add_data_flags(parser)
     add_training_flags(parser)
     add_model_flags(parser)
@@ -770,7 +773,7 @@ def fit_generative(
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
     *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
-    *("show_values", "export", "export_dir"),
+    *("show_values", "export", "export_dir", "explain", "patients", "open"),
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
 

@@ -287,6 +287,11 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     # ------------------------------------------------------------------ texts
 
+    def value_text(self, feature: int, value: float) -> str:
+        """Return a value with its unit, or the word of a state."""
+        known = self._organ.features[feature]
+        return known.text(value) if known.words else super().value_text(feature, value)
+
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return the latest values of each series with their days; of a state only its changes."""
         last_alone = options.series == "last"

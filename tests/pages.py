@@ -24,10 +24,14 @@ def make_content(**more: Any) -> ReportContent:
 
 
 def write_page(
-    cohort: Cohort, folder: Path, content: ReportContent | None = None, **options: Any
+    cohort: Cohort,
+    folder: Path,
+    content: ReportContent | None = None,
+    fewest: int = 0,
+    **options: Any,
 ) -> str:
     path = folder / "report.html"
-    figures = cohort_figures(cohort, 0.3, 0, 0)
+    figures = cohort_figures(cohort, 0.3, 0, fewest)
     write_report(path, cohort, figures, content or make_content(), **options)
     return path.read_text(encoding="utf-8")
 

@@ -88,7 +88,13 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
             "--predict --checkpoint x --data_dir y --output_dir z",
             "--predict needs --predictions FILE.csv; it has no use for --output_dir: leave it out",
         ),
+        ("--open", "a command without --demo has no use for --open"),
         ("--strict", "without --predict has no use for --strict"),
+        ("--explain", "without --predict has no use for --explain"),
+        (
+            "--predict --checkpoint x --predictions y.csv --data_path z.csv --patients 1",
+            "a command without --explain has no use for --patients",
+        ),
         ("--checkpoint x", "without --predict or --export has no use for --checkpoint"),
         ("--export merged", "--export needs --checkpoint RUN/STAGE, --export_dir DIR"),
         (

@@ -26,7 +26,12 @@ from medgemma_clinical.models.checkpoints import (
     load_trajectory,
     read_trajectory,
 )
-from medgemma_clinical.models.sharing.model_card import card_figures, model_card
+from medgemma_clinical.models.sharing.model_card import (
+    RANDOM_MODEL,
+    RANDOM_MODEL_UNREAD,
+    card_figures,
+    model_card,
+)
 from medgemma_clinical.models.sharing.terms import NO_BASE
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -347,6 +352,12 @@ def test_the_demo_runs_the_three_stages(
     assert trainer.main(["--demo"]) == 0
     out = capsys.readouterr().out
     for stage in COMMANDS:
-        assert (tmp_path / "checkpoints_medgemma_demo" / stage / "metrics.json").is_file()
+        place = tmp_path / "checkpoints_medgemma_demo" / stage
+        assert (place / "metrics.json").is_file()
+        page = (place / "report.html").read_text()
+        notice = RANDOM_MODEL_UNREAD if stage == "trajectory" else RANDOM_MODEL
+        assert page.index(notice) < page.index("The result in words")
+        assert "48 hours after admission to the ICU" in page
         assert f"\nstage {stage}, trainable" in out  # plain lines, no logger's name in front
     assert out.count("python medgemma_trainer.py") == 3
+    assert "checkpoints_medgemma_demo/generative/report.html" in out.strip().splitlines()[-1]

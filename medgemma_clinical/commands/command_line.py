@@ -45,12 +45,12 @@ WAYS = (
 
 ALLOWED_FLAGS: dict[str, set[str]] = {
     "--compare": {"--seed", "--min_cell", "--output_dir"},
-    "--demo": {"--output_dir", "--seed", "--log_file"},
+    "--demo": {"--output_dir", "--seed", "--log_file", "--open"},
     "--export": {"--checkpoint", "--export_dir", "--model_name", "--show_values"},
     "--predict": {
         *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
         *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
-        *("--show_values", "--min_cell", "--attention"),
+        *("--show_values", "--min_cell", "--attention", "--explain", "--patients"),
     },
 }
 """All that these ways read."""
@@ -303,7 +303,12 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         if way in given:
             _check_unused(way, given - allowed - {way})
     if not args.predict:
-        _check_unused("a command without --predict", given & {"--predictions", "--strict"})
+        unread = {"--predictions", "--strict", "--explain"}
+        _check_unused("a command without --predict", given & unread)
+    if not args.explain:
+        _check_unused("a command without --explain", given & {"--patients"})
+    if not args.demo:
+        _check_unused("a command without --demo", given & {"--open"})
     if not args.export:
         _check_unused("a command without --export", given & {"--export_dir"})
     if not (args.predict or args.export):

@@ -16,6 +16,12 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.patients import (
+    PatientChoice,
+    choose_patients,
+    explain_patients,
+    patients_path,
+)
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
@@ -37,6 +43,7 @@ from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, 
 from medgemma_clinical.files import InputError, atomic, locked, remove
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
+from medgemma_clinical.models.sharing.model_card import random_model_notice
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
@@ -68,7 +75,7 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
         raise InputError("--predict runs in one process: start it by python, not accelerate")
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
     typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
-    own = {name: getattr(args, name) for name in ("seed", "min_cell", "attention")}
+    own = {name: getattr(args, name) for name in ("seed", "min_cell", "attention", "explain")}
     request = Namespace(**{**typed, **own})
     config = read_trained_config(request.checkpoint)
     datasets = model_class.datasets
@@ -80,6 +87,7 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
     check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request.predictions)
+    choice = choose_patients(request)
     findings = Findings(str(source), strict=bool(request.strict))
     chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
     first = next(chunks)  # faults of the input show before a language model is loaded
@@ -92,10 +100,12 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
         attention=request.attention,
     )
     chunks = show_progress(itertools.chain([first], chunks), source)
-    tally = write_predictions(request.predictions, chunks, model, findings)
+    tally = write_predictions(request.predictions, chunks, model, findings, choice)
     flow = first.dataset.flow
     log_summary(tally, findings, model.trained, request.predictions, flow, request.min_cell)
     report_labelled(tally, model.trained, first.dataset, request)
+    if choice is not None:
+        explain_patients(choice, model, request)
     return EXIT_DONE
 
 
@@ -125,15 +135,15 @@ def find_source(
 
 
 def check_output(out: Path) -> None:
-    """Check that predictions, and the report beside them, replace earlier ones alone.
+    """Check that predictions, and the pages beside them, replace earlier ones alone.
 
     Raises:
         InputError: naming the file or folder in the way.
     """
     if out.suffix != ".csv" or not out.absolute().parent.is_dir():
         raise InputError(f"--predictions {out}: give a .csv file in a folder that exists")
-    page = report_path(out)
-    own = {out: _beginning(out).startswith(HEADERS), page: PAGE_MARK in _beginning(page)}
+    own = {out: _beginning(out).startswith(HEADERS)}
+    own |= {page: PAGE_MARK in _beginning(page) for page in (report_path(out), patients_path(out))}
     for path in own:
         if path.exists() and not own[path]:
             raise InputError(
@@ -224,11 +234,20 @@ def write_predictions(
     chunks: Iterable[ScoringRows],
     model: TrajectoryModel,
     findings: Findings,
+    choice: PatientChoice | None = None,
 ) -> PredictionTally:
     """Score rows chunk by chunk; the file appears when the last one is written.
 
+    Args:
+        path: of the file.
+        chunks: of the input.
+        model: scores.
+        findings: of the input.
+        choice: gets the rows of the page of patients; None where none is asked for.
+
     Raises:
-        InputError: a row cannot be scored and the findings are strict, or another run writes here.
+        InputError: a row cannot be scored and the findings are strict, the input lacks an id that
+            is asked for, or another run writes here.
     """
     tally = PredictionTally()
     with (
@@ -241,7 +260,12 @@ def write_predictions(
             count_implausible(scored.dataset, findings)
             lines.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scored)
-        remove(report_path(path))  # that of the predictions that are replaced
+            if choice is not None:
+                choice.add(lines, scored)
+        if choice is not None:
+            choice.check_found(findings.source)
+        for page in (report_path(path), patients_path(path)):
+            remove(page)  # those of the predictions that are replaced
     return tally
 
 
@@ -304,10 +328,11 @@ def report_labelled(
         flow=flow_table(tally.flow(), fewest),
         card=model_card(config, request),
         shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
+        notice=random_model_notice(config),
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)
-    lines = [f"{name + ':':<20}{figure}" for name, figure, _ in headline(figures)]
+    lines = [f"{tile.name + ':':<20}{tile.figure}" for tile in headline(figures)]
     logger.info(
         "\nrows with a label: %s\n%s\n\n%s\n"
         "These figures flatter the model if it was trained on some of these patients.\nreport: %s",

@@ -48,6 +48,7 @@ from medgemma_clinical.models.sharing.model_card import (
     describe_language_model,
     describe_stage1,
     describe_weight,
+    random_model_notice,
 )
 from medgemma_clinical.models.sharing.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
@@ -99,16 +100,9 @@ def write_results(
     Returns:
         The content of ``metrics.json``; empty in the other processes.
     """
-    device, first = default_device(), processes().is_main_process
-    raw = {
-        part: evaluate(stage.model, stage.loaders[part], device, f"{stage.name}: {name}")
-        for part, name in SCORED.items()
-    }
-    raw = weigh_language_model(stage, raw)
-    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, args.calibrate)
-    stage.config["decision"] = rule.to_config()
-    predictions = {part: each.with_rule(rule) for part, each in raw.items()}
-    metrics: dict[str, Any] = {}
+    first, metrics = processes().is_main_process, dict[str, Any]()
+    predictions = score_parts(stage, args.calibrate)
+    rule = predictions["val"].rule
     if first:
         baselines = compared_models(stage, data, predictions)
         cohorts = make_cohorts(predictions, baselines, data)
@@ -139,6 +133,26 @@ def write_results(
         content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
         write_page(folder, cohorts["test"], figures["test"], content, args)
     return metrics
+
+
+def score_parts(stage: Stage, calibrate: str) -> dict[str, Predictions]:
+    """Score validation and test; weight and decision rule come from validation alone.
+
+    Both join the stage's configuration.
+
+    Args:
+        stage: with the weights of its best epoch.
+        calibrate: way of recalibration.
+    """
+    device = default_device()
+    raw = {
+        part: evaluate(stage.model, stage.loaders[part], device, f"{stage.name}: {name}")
+        for part, name in SCORED.items()
+    }
+    raw = weigh_language_model(stage, raw)
+    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, calibrate)
+    stage.config["decision"] = rule.to_config()
+    return {part: each.with_rule(rule) for part, each in raw.items()}
 
 
 def write_page(
@@ -218,6 +232,7 @@ def report_content(
         history=None if data.hides_events else state.progress.history or None,
         reports=reports,
         validation=validation.auroc,
+        notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
     )
 
 

@@ -54,7 +54,7 @@ RESULTS = (
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
     *("report_patients", "show_values", "seeds", "ablation", "resume", "save_every"),
-    *("allow_duplicates", "arms", "reference"),
+    *("allow_duplicates", "arms", "reference", "explain", "patients", "open"),
 }
 """Flags that do not change a result; files are known by their content."""
 

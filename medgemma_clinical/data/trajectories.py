@@ -35,7 +35,9 @@ from medgemma_clinical.data.texts import (
     PromptOptions,
     ReportScore,
     clause_text,
+    plain,
     score_report,
+    with_space,
 )
 from medgemma_clinical.files import InputError
 
@@ -242,6 +244,16 @@ class TrajectoryDataset(RaggedSeries):
         return draw_split(self.groups, self.labels, seed, self.source)
 
     # ------------------------------------------------------------------ texts
+
+    def value_text(self, feature: int, value: float) -> str:
+        """Return a value of a feature with its unit."""
+        return f"{plain(value)}{with_space(self.units[feature])}"
+
+    def observation_text(self, place: int) -> str:
+        """Return what was measured in one row of ``values``: potassium 4.1 mmol/L."""
+        values = self.values[place].tolist()
+        known = [f for f, value in enumerate(values) if not np.isnan(value)]
+        return ", ".join(f"{self.features[f]} {self.value_text(f, values[f])}" for f in known)
 
     def prompt(self, i: int, options: PromptOptions = WHOLE_PROMPT) -> str:
         """Return the text that an LLM reads about series ``i``: context, series, question."""

@@ -34,10 +34,17 @@ from medgemma_clinical.evaluation.report_tables import percent
 
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font that it looks for
 
-INK, GRID, MODEL, OTHER = "#1f2933", "#d9dee3", "#0b6fa4", "#b4531f"
+INK, GRID, MODEL, OTHER = "#1d2430", "#d5dae2", "#0b6fa4", "#b4531f"
+PAPER = "#ffffff"
+DARK = {PAPER: "#14181f", INK: "#e8ebf0", GRID: "#3a4352", MODEL: "#6bb8ea", OTHER: "#f0a06a"}
+DARK |= {verdict.colour: verdict.dark for verdict in SCALE}
+"""The colours of a picture on a page, and those that replace them on a dark screen."""
+
 STYLE = {
     "axes.axisbelow": True,
+    "axes.edgecolor": INK,
     "axes.grid": True,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "font.size": 9,
@@ -47,8 +54,14 @@ STYLE = {
     "lines.markersize": 3,
     "svg.fonttype": "none",
     "svg.hashsalt": "medgemma",  # the same picture has the same bytes
+    "text.color": INK,
     "text.parse_math": False,  # a dollar sign in a user's words stays one
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
+SIZE = (4.0, 3.2)
+"""Inches of a report's picture; all have one height."""
+
 MOST_POINTS = 400
 """Points of a curve that are drawn."""
 
@@ -103,7 +116,7 @@ def plot_style() -> Iterator[None]:
 
 
 def new_figure(
-    heights: Sequence[float] = (1,), size: tuple[float, float] = (4, 3.7), *, sharex: bool = True
+    heights: Sequence[float] = (1,), size: tuple[float, float] = SIZE, *, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure, ``size`` inches, and its axes below each other with relative heights."""
     figure = Figure(figsize=size, layout="constrained")
@@ -117,11 +130,23 @@ def add_legend(figure: Figure) -> None:
 
 
 def to_image(figure: Figure, alt: str) -> Image:
-    """Turn a figure into an SVG image that a page holds inside itself."""
-    buffer = io.BytesIO()
+    """Turn a figure into an SVG image that a page holds inside itself, dark on a dark screen."""
+    buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    content = base64.b64encode(buffer.getvalue()).decode()
+    head, tag, body = buffer.getvalue().partition("<defs>")
+    assert tag  # matplotlib begins its content so
+    content = base64.b64encode(f"{head}<style>{_dark_rules()}</style>{tag}{body}".encode()).decode()
     return Image(f"data:image/svg+xml;base64,{content}", alt)
+
+
+def _dark_rules() -> str:
+    """Return the style that replaces the colours which matplotlib writes beside each shape."""
+    rules = "".join(
+        f'[style*="{part}: {light}"]{{{part}:{dark}!important}}'
+        for light, dark in DARK.items()
+        for part in ("fill", "stroke")
+    )
+    return f"@media screen and (prefers-color-scheme: dark){{{rules}}}"
 
 
 def plot_roc(cohort: Cohort, figures: CohortFigures) -> tuple[Figure, str]:
@@ -268,8 +293,11 @@ def plot_learning(history: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
     lower.plot(curves["val_auroc"], "o-", color=MODEL)
     for axes in (upper, lower):
         axes.axvline(kept, color=INK, linestyle=":", linewidth=1)
-    upper.set(ylabel="loss")
-    lower.set(xlabel="epoch (dotted: the one kept)", ylabel="validation AUROC")
+    # Whole axes: a change of a hundredth between epochs is noise and looks like it.
+    upper.set_ylabel("loss")
+    upper.set_ylim(bottom=0)
+    lowest = np.fmin(0.5, np.floor(10 * curves["val_auroc"].min()) / 10)
+    lower.set(xlabel="epoch (dotted: the one kept)", ylabel="val. AUROC", ylim=(lowest, 1))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     add_legend(figure)
     last = curves.iloc[-1]
@@ -324,6 +352,6 @@ def _look_of(verdict: Verdict) -> dict[str, Any]:
         "color": verdict.colour,
         "linestyle": "none",
         "marker": verdict.marker,
-        "markerfacecolor": verdict.colour if filled else "white",
+        "markerfacecolor": verdict.colour if filled else PAPER,
         "markersize": 6,
     }

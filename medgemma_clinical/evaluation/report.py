@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,17 @@ from medgemma_clinical.evaluation.baselines import describe_baselines
 from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge
-from medgemma_clinical.evaluation.judgement.verdict import FEWEST_PATIENTS
+from medgemma_clinical.evaluation.judgement.verdict import (
+    BETTER,
+    CHANCE,
+    FEW,
+    FEWEST_PATIENTS,
+    UNDECIDED,
+    WORSE,
+    judge_interval,
+)
 from medgemma_clinical.evaluation.plots import report_images
+from medgemma_clinical.evaluation.report_tables import percent
 from medgemma_clinical.files import write_text
 
 PAGES = Environment(
@@ -71,6 +80,7 @@ class ReportContent:
         reports: figures of written reports.
         shift: from ``shift_table``.
         validation: AUROC of the part on which the model was chosen.
+        notice: a banner above the result; empty for none.
     """
 
     title: str
@@ -84,6 +94,27 @@ class ReportContent:
     reports: dict[str, float] | None = None
     shift: pd.DataFrame | None = None
     validation: Estimate | None = None
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of a page, drawn on a scale.
+
+    Attributes:
+        name: of the figure.
+        figure: value with interval.
+        comparison: what to compare with.
+        style: class of its verdict's colour; empty for a slope whose interval includes 1.
+        place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
+            without an interval.
+    """
+
+    name: str
+    figure: str
+    comparison: str
+    style: str
+    place: dict[str, float]
 
 
 def write_report(
@@ -106,8 +137,9 @@ def write_report(
         "report",
         content=content,
         title=content.title,
+        notice=content.notice,
         judgement=judgement,
-        cards=headline(figures),
+        tiles=headline(figures),
         images=report_images(cohort, figures, content.history or []),
         discrimination=report_tables.figure_table(figures, report_tables.DISCRIMINATION),
         calibration=report_tables.figure_table(figures, report_tables.CALIBRATION),
@@ -118,10 +150,10 @@ def write_report(
         models=describe_baselines(figures.others),
         combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
-        too_few=report_tables.TOO_FEW,
+        few=FEW,
+        few_subgroups=report_tables.few_subgroups(figures),
         fewest=figures.fewest,
         judged=figures.events is not None,
-        has_grey=any(group.auroc is None for group in figures.subgroups),
         fewest_patients=FEWEST_PATIENTS,
         written=report_tables.written_figures(content.reports),
         errors=report_tables.largest_errors(cohort) if list_patients else None,
@@ -135,18 +167,46 @@ def render(name: str, **content: Any) -> str:
     return PAGES.get_template(f"{name}.html.j2").render(page_mark=PAGE_MARK, **content) + "\n"
 
 
-def headline(figures: CohortFigures) -> list[tuple[str, str, str]]:
-    """Return the four figures at the top: name, value with interval, what to compare with."""
-    known = figures.estimates
-    if figures.events is None:
+def headline(figures: CohortFigures) -> list[Tile]:
+    """Return the figures at the top; none where no figure is shown."""
+    prevalence = figures.prevalence
+    if prevalence is None:
         return []
-    return [
-        ("AUROC", known["auroc"].text(), "0.5 is chance, 1 is perfect"),
-        ("AUPRC", known["auprc"].text(), f"chance is {report_tables.percent(figures.prevalence)}"),
-        (
-            "Calibration slope",
-            known["calibration_slope"].text(".2f"),
-            "spread of risks, 1 is ideal",
+    known, chance = figures.estimates, percent(prevalence)
+    rarer = figures.rarer
+    slope = known["calibration_slope"]
+    tiles = [
+        _tile("AUROC", known["auroc"], rarer, "0.5 is chance, 1 is perfect", CHANCE, (0, 1)),
+        _tile(
+            "AUPRC", known["auprc"], rarer, f"chance is {chance}, 1 is perfect", prevalence, (0, 1)
         ),
-        ("Brier skill", known["brier_skill"].text(), "gain over one risk for all; 1 is perfect"),
+        _tile("Calibration slope", slope, rarer, "1 is ideal", 1, (0, 2), ".2f"),
+        _tile(
+            "Brier skill", known["brier_skill"], rarer, "0 is the average risk for all", 0, (-1, 1)
+        ),
     ]
+    of_slope = {BETTER.style: WORSE.style, UNDECIDED.style: ""}  # no slope is better than 1
+    tiles[2] = replace(tiles[2], style=of_slope.get(tiles[2].style, tiles[2].style))
+    return tiles
+
+
+def _tile(
+    name: str,
+    score: Estimate,
+    rarer: int | None,
+    comparison: str,
+    reference: float,
+    ends: tuple[float, float],
+    form: str = ".3f",
+) -> Tile:
+    """Draw a figure on the scale from one of ``ends`` to the other; more is better."""
+    numbers = {"low": score.low, "value": score.value, "high": score.high, "reference": reference}
+    start, end = ends
+    place = {
+        key: min(max(100 * (number - start) / (end - start), 0.0), 100.0)
+        for key, number in numbers.items()
+        if number is not None
+    }
+    style = judge_interval(score, rarer, reference).style
+    whole = len(place) == len(numbers)
+    return Tile(name, score.text(form), comparison, style, place if whole else {})

@@ -24,9 +24,6 @@ from medgemma_clinical.evaluation.judgement.sentences import (
 )
 from medgemma_clinical.evaluation.judgement.verdict import CHANCE, FEW, judge_interval
 
-TOO_FEW = FEW.words
-"""Stands in place of a subgroup's AUROC; the page shows such rows in grey."""
-
 Lines = tuple[tuple[str, str, str, str], ...]
 """Key, name, format and meaning of figures."""
 
@@ -133,7 +130,7 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
         (name, figures.before[key].text(), figures.estimates[key].text())
         for key, name in RECALIBRATED.items()
     ]
-    return pd.DataFrame(lines, columns=["", "As trained", "Recalibrated"])
+    return pd.DataFrame(lines, columns=["Figure", "As trained", "Recalibrated"])
 
 
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
@@ -155,9 +152,7 @@ def baseline_table(figures: CohortFigures) -> pd.DataFrame:
 
 
 def subgroup_table(figures: CohortFigures) -> pd.DataFrame | None:
-    """Return the subgroups, None where each has too few patients for an AUROC."""
-    if all(group.auroc is None for group in figures.subgroups):
-        return None
+    """Return the subgroups with enough patients for an AUROC, None if there are none."""
     lines = [
         {
             "Group": group.name,
@@ -165,11 +160,22 @@ def subgroup_table(figures: CohortFigures) -> pd.DataFrame | None:
             "Events": f"{group.events:,}",
             "Observed": percent(group.events / group.rows),
             "Mean risk": percent(group.risk),
-            "AUROC [95 %]": TOO_FEW if group.auroc is None else group.auroc.text(),
+            "AUROC [95 %]": group.auroc.text(),
         }
         for group in figures.subgroups
+        if group.auroc is not None
     ]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines) if lines else None
+
+
+def few_subgroups(figures: CohortFigures) -> str:
+    """Return the subgroups with too few patients for an AUROC in one line; empty if none has."""
+    few: dict[str, list[str]] = {}
+    for group in figures.subgroups:
+        if group.auroc is None:
+            column, _, level = group.name.partition(": ")
+            few.setdefault(column, []).append(f"{level} ({group.rows:,})")
+    return "; ".join(f"{column}: {', '.join(levels)}" for column, levels in few.items())
 
 
 def largest_errors(cohort: Cohort) -> pd.DataFrame:
@@ -203,7 +209,7 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
         (title, _case_mix_cell(development, name), _case_mix_cell(cohort, name))
         for name, title in lines.items()
     ]
-    return pd.DataFrame(cells, columns=["", "Development", "These rows"])
+    return pd.DataFrame(cells, columns=["Case mix", "Development", "These rows"])
 
 
 def _case_mix_cell(mix: dict[str, float], name: str) -> str:

@@ -26,9 +26,12 @@ def risk_over_time(
 ) -> Iterator[pd.DataFrame]:
     """Score each row as it was known after each of its observations.
 
+    With a language model each beginning of a row is a prompt of its own, so that a row costs a call
+    for each observation. Facts and context are those of the whole row.
+
     Args:
         rows: all of which can be read.
-        trained: of stage 1.
+        trained: of any stage.
         findings: strict.
         batch_size: rows a batch.
 

@@ -284,6 +284,8 @@ class TrajectoryModel:
         """Return the risk after each observation, as if the question were asked there.
 
         The model was trained on whole rows: a risk within a row was not what it learned to give.
+        Facts and context are those of the whole row. In stages 2 and 3 each observation costs a
+        call of the language model.
 
         Args:
             rows: as for ``predict_proba``.
@@ -294,14 +296,12 @@ class TrajectoryModel:
             follows. The last probability of a row is that of ``predict_proba``.
 
         Raises:
-            ValueError: the model is not of stage 1.
             InputError: a row cannot be scored.
         """
         import pandas as pd
 
         from medgemma_clinical.inference.risk_over_time import risk_over_time
 
-        self._check_stage("trajectory", "risk_over_time")
         chunks, findings = self._read(rows, strict=True)
         tables = [
             table

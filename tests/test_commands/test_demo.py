@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from medgemma_clinical.commands.demo import SAMPLE_DATA, run_demo
+from medgemma_clinical.commands.demo import SAMPLE_DATA, run_demo, webbrowser
+from medgemma_clinical.evaluation.report import STAGE_TITLES
 
 
 def arguments(folder: Path) -> Namespace:
@@ -19,6 +20,7 @@ def arguments(folder: Path) -> Namespace:
         "log_file": "auto",
         "mode": "classification",
         "ode_checkpoint": None,
+        "open": False,
         "output_dir": folder,
         "patience": 10,
         "quantization": "nf4",
@@ -57,6 +59,37 @@ def test_the_three_stages_are_run_with_the_encoder_of_the_first(
     assert f"--ode_checkpoint {encoder}" in commands[2]
     assert all("--max_samples 1000 " in command for command in commands)
     assert "True" not in "".join(commands)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_pages_are_listed_last_and_the_first_is_opened_where_that_is_asked_for(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[str] = []
+
+    def show(page: str) -> bool:
+        opened.append(page)
+        return True
+
+    monkeypatch.setattr(webbrowser, "open", show)
+    args = arguments(tmp_path)
+    args.open = asked
+    with caplog.at_level(logging.INFO):
+        assert run_demo(args, lambda _: 0) == 0
+    pages = [tmp_path / stage / "report.html" for stage in STAGE_TITLES]
+    listed = [f"{title}: {page}" for title, page in zip(STAGE_TITLES.values(), pages, strict=True)]
+    assert [text.strip() for text in caplog.messages[-4:]] == ["Pages to open:", *listed]
+    assert opened == ([pages[0].as_uri()] if asked else [])
+
+
+def test_a_machine_without_a_browser_is_said_and_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(webbrowser, "open", lambda page: False)
+    args = arguments(tmp_path)
+    args.open = True
+    assert run_demo(args, lambda _: 0) == 0
+    assert "no browser on this machine" in caplog.messages[-1]
 
 
 def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, command, predicted, read_predictions, refused, write_data
 
@@ -57,6 +58,7 @@ def test_data_of_another_kind_than_the_checkpoints_are_refused(
         ("out.csv", "id,label,probability,patient\n1,0,0.5,1\n", "was not written by --predict"),
         ("out.csv", "id,probability,prediction,clinical_trajectory\n", "was not written by"),
         ("out.report.html", "<p>someone else's</p>", "out.report.html was not written by"),
+        ("out.patients.html", "<p>someone else's</p>", "out.patients.html was not written by"),
     ],
 )
 def test_nothing_of_another_origin_is_written_over(
@@ -65,10 +67,10 @@ def test_nothing_of_another_origin_is_written_over(
     if content:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=problem):
-        check_output(tmp_path / name.replace(".report.html", ".csv"))
+        check_output(tmp_path / re.sub(r"\.(report|patients)\.html", ".csv", name))
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.report.html"])
+@pytest.mark.parametrize("name", ["out.csv", "out.report.html", "out.patients.html"])
 def test_a_folder_in_the_way_of_the_output_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(InputError, match=name):
@@ -177,6 +179,17 @@ def test_figures_are_those_of_the_labelled_rows(
     predicted(runs / "trajectory", few, out)
     assert "one class only" in capsys.readouterr().out
     assert not out.with_suffix(".report.html").exists(), "the report of other predictions"
+
+
+def test_the_page_of_a_run_with_the_random_model_says_so(
+    runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    data = write_data(table, tmp_path / "new.csv")
+    for stage in ("classification", "trajectory"):
+        out = tmp_path / f"{stage}.csv"
+        predicted(runs / stage, data, out)
+        page = out.with_suffix(".report.html").read_text()
+        assert (RANDOM_MODEL in page) == (stage == "classification")
 
 
 def test_figures_of_many_chunks_are_those_of_one(

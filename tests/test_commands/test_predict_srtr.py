@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands.patients import patients_path
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
+from pages import Page
 from predicting import read_predictions, refused
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import LISTED, candidate, filler, history_row, random_tables, write_folder
@@ -78,3 +80,25 @@ def test_another_organ_is_refused(
     kidney = write_folder(tmp_path / "kidney", *random_tables(50, "kidney", seed=1), "kidney")
     words = srtr_command(srtr, kidney, out)
     assert refused(capsys, words, "cand_liin", "trained on liver", out=out)
+
+
+def test_the_page_of_patients_shows_days_words_and_the_landmark(srtr: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    dataset = SRTRTrajectoryDataset(srtr / "data", "liver", require_labels=False)
+    names = [feature.name for feature in dataset._organ.features if feature.words]
+    states = dataset.values[:, [dataset.features.index(name) for name in names]]
+    rows = np.flatnonzero(np.add.reduceat(~np.isnan(states).all(axis=1), dataset.offsets[:-1]))
+    asked = str(dataset.ids[rows[0]])
+    words = srtr_command(srtr, srtr / "data", out, "--explain", "--patients", asked)
+    assert trainer.main(words) == 0
+    page = Page(patients_path(out).read_text())
+    probability = read_predictions(out).set_index("id")["probability"][asked]
+    ((alt, svg),) = page.images()
+    assert f"{100 * probability:.1f} % at day 90" in alt
+    assert ">days<" in svg
+    assert "Question asked at day 90" in page.text
+    known = [feature for feature in dataset._organ.features if feature.words]
+    shown = [
+        f"{feature.name} {word}" for feature in known for word in (feature.words or {}).values()
+    ]
+    assert any(words in page.text for words in shown)

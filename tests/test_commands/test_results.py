@@ -69,7 +69,7 @@ def test_the_page_says_what_was_asked_of_whom(marked: tuple[list[str], Path]) ->
     text = (folder / "report.html").read_text(encoding="utf-8")
     for piece in (
         "Will care have to be escalated?",
-        "age: 60 to 74",
+        "60 to 74",
         "No weights of MedGemma",
         "logistic regression with facts",
     ):

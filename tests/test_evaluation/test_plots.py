@@ -94,6 +94,21 @@ def test_the_learning_curve_marks_the_epoch_that_was_kept_and_bears_missing_numb
     assert "epoch 3 was kept" in alt
 
 
+def test_the_axes_of_the_learning_curve_hold_the_whole_scale() -> None:
+    history = [
+        {"epoch": k, "train_loss": 0.40, "val_loss": 0.41, "val_auroc": auroc, "improved": k == 1}
+        for k, auroc in enumerate((0.71, 0.72, None), 1)
+    ]
+    upper, lower = plot_learning(history)[0].axes
+    assert upper.get_ylim()[0] == 0
+    assert lower.get_ylim() == (0.5, 1)
+    history[1]["val_auroc"] = 0.37
+    assert plot_learning(history)[0].axes[1].get_ylim() == pytest.approx((0.3, 1))
+    for name in ("train_loss", "val_loss", "val_auroc"):
+        history[0][name] = None
+    assert plot_learning(history[:1])[0].axes[1].get_ylim() == (0.5, 1)
+
+
 def test_without_a_history_there_is_no_learning_curve(
     judged: tuple[Cohort, CohortFigures],
 ) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +18,7 @@ from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
-from medgemma_clinical.evaluation.judgement.verdict import BETTER, SCALE, UNDECIDED, WORSE
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, UNDECIDED, WORSE
 from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK
 from medgemma_clinical.evaluation.report_tables import results_table, shift_table
 from pages import OUTCOME, Page, make_content, write_page
@@ -145,15 +141,14 @@ def test_figures_of_the_page_are_scikit_learns(page: str) -> None:
     assert f"{metrics.average_precision_score(labels, risk):.3f} " in page
 
 
-def test_small_subgroups_are_grey_and_counted_in_patients(page: str) -> None:
-    pattern = r"<tr( class=\"grey\")?>\s*<th scope=\"row\">size: (\w+)</th>(.*?)</tr>"
-    rows = re.findall(pattern, page, re.S)
-    assert [(bool(grey), name) for grey, name, _ in rows] == [(True, "few"), (False, "many")]
-    assert "too few" in rows[0][2]
+def test_small_subgroups_share_a_line_and_are_counted_in_patients(page: str) -> None:
+    rows = re.findall(r"<th scope=\"row\">size: (\w+)</th>(.*?)</tr>", page, re.S)
+    assert [name for name, _ in rows] == ["many"]
     labels, risk, _ = simulate(np.random.default_rng(0), 400, rows_a_patient=2)
-    assert f"{metrics.roc_auc_score(labels[15:], risk[15:]):.3f} " in rows[1][2]
+    assert f"{metrics.roc_auc_score(labels[15:], risk[15:]):.3f} " in rows[0][1]
     text = Page(page).text
     assert "fewer than 10 patients with the event or fewer than 10 without it" in text
+    assert "(rows in brackets): size: few (15)." in text
 
 
 def test_the_case_mix_of_another_cohort_stands_beside_the_development(page: str) -> None:
@@ -201,60 +196,3 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     assert f"{mended.probability[worst[0]]:.3f}" in text
     assert "MARKER-patient" not in source
     assert "MARKER" not in page
-
-
-def luminance(colour: str) -> float:
-    """Return the relative luminance of ``#rrggbb``. Source: WCAG 2.1."""
-    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
-
-
-def test_letters_have_contrast_enough_in_light_and_dark(page: str) -> None:
-    blocks = re.findall(r":root \{(.*?)\}", page, re.S)
-    assert len(blocks) == 2
-    marks = re.findall(r"--verdict: (#\w{6})", page)
-    for number, block in enumerate(blocks):
-        colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
-        own = marks[len(SCALE) * number :][: len(SCALE)]
-        for ink in (*(colours[name] for name in ("ink", "soft", "link")), *own):
-            for ground in ("page", "panel"):
-                pair = sorted(luminance(colour) for colour in (ink, colours[ground]))
-                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-MEASURE = """<!DOCTYPE html><body><iframe width="{width}" height="900" srcdoc="{page}"></iframe>
-<pre id="found"></pre><script>
-addEventListener("load", () => {{
-  const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
-  const pictures = [...inside.querySelectorAll("img")].filter(p => p.naturalWidth > 0);
-  const boxes = pictures.map(p => p.getBoundingClientRect());
-  document.getElementById("found").textContent = JSON.stringify({{
-    wide: root.scrollWidth, seen: root.clientWidth,
-    pictures: boxes.filter(p => p.width > 200 && p.height > 150).length,
-    scale: Math.min(...pictures.map(p => p.getBoundingClientRect().width / p.naturalWidth)) }});
-}});
-</script>"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: not looked at")
-@pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_all_of_it(page: str, width: int, tmp_path: Path) -> None:
-    assert CHROMIUM is not None
-    outer = tmp_path / "outer.html"
-    outer.write_text(MEASURE.format(width=width, page=escape(page)), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--window-size=1300,1000", outer.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" not in result.stderr
-    match = re.search(r'<pre id="found">(.*?)</pre>', result.stdout)
-    assert match, result.stderr
-    found: dict[str, Any] = json.loads(match[1])
-    assert found["wide"] <= found["seen"]
-    assert found["seen"] >= width - 20
-    assert found["pictures"] == 5
-    assert found["scale"] > 0.8  # letters of 9 points keep 10 pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from medgemma_clinical.evaluation.judgement.sentences import combined_finding
 from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
+    few_subgroups,
     figure_table,
     flow_table,
     percent,
@@ -101,11 +103,15 @@ def test_the_threshold_table_names_the_threshold(figures: CohortFigures) -> None
 def test_subgroups_are_shown_if_one_can_be_judged(figures: CohortFigures) -> None:
     table = subgroup_table(figures)
     assert table is not None
-    assert table["Group"].tolist() == ["size: few", "size: many"]
-    assert table["AUROC [95 %]"].tolist()[0] == "too few to say"
+    assert table["Group"].tolist() == ["size: many"]
+    assert few_subgroups(figures) == "size: few (15)"
     few = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0, 0)
     assert few.subgroups
     assert subgroup_table(few) is None
+    level = few.subgroups[0]
+    names = ("size: few", "size: many", "sex: woman")
+    several = replace(few, subgroups=[replace(level, name=name) for name in names])
+    assert few_subgroups(several) == "size: few (15), many (15); sex: woman (15)"
 
 
 def test_parts_of_the_split_are_counted() -> None:

@@ -157,10 +157,11 @@ def test_the_risk_over_time_ends_at_the_prediction_and_knows_no_later_value(
     assert not np.allclose(risks["probability"][ends], again["probability"][ends])
 
 
+@pytest.mark.parametrize("stage", STAGES)
 def test_each_point_is_the_prediction_of_the_row_that_ends_there(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
+    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
 ) -> None:
-    model, row = models["trajectory"], table.iloc[[2]]
+    model, row = models[stage], table.iloc[[2]]
     cells = str(row[SERIES].iloc[0]).split(" -> ")
     assert len(cells) > 2
     risks = model.risk_over_time(row)
@@ -196,8 +197,6 @@ def test_methods_of_another_stage_say_so(
 ) -> None:
     with pytest.raises(ValueError, match="write_reports needs a model of stage generative"):
         models["classification"].write_reports(table)
-    with pytest.raises(ValueError, match="risk_over_time needs a model of stage trajectory"):
-        models["generative"].risk_over_time(table)
 
 
 def test_the_repr_says_stage_series_base_and_data(

@@ -19,7 +19,14 @@ from language_models import classifier_and_writer, data_of, llm_config, patients
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoint_schema import check_config, check_figures
 from medgemma_clinical.models.checkpoints import LLM_STAGES, stage1_config
-from medgemma_clinical.models.sharing.model_card import card_figures, code, model_card
+from medgemma_clinical.models.sharing.model_card import (
+    RANDOM_MODEL,
+    RANDOM_MODEL_UNREAD,
+    card_figures,
+    code,
+    model_card,
+    random_model_notice,
+)
 from medgemma_clinical.models.sharing.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
 
 DATA = data_of(patients())
@@ -177,6 +184,15 @@ def test_a_card_tells_controls_and_the_weight_of_the_language_model(
     assert "beside stage 1: stage 1's logit is not added" in control
     none = model_card({**written, "residual_weight": 0.0})
     assert "beside stage 1: 0: the language model adds nothing here" in none
+
+
+def test_a_run_with_the_random_model_has_a_notice(written: dict[str, Any]) -> None:
+    random = {**written, "base_model": "tiny", "base_sha256": None}
+    assert random_model_notice(random) == RANDOM_MODEL
+    assert random_model_notice({**random, "base_sha256": "c0ffee"}) == "", "a folder of this name"
+    assert random_model_notice(written, "tiny") == ""
+    assert random_model_notice({"stage": "trajectory"}, "tiny") == RANDOM_MODEL_UNREAD
+    assert random_model_notice({"stage": "trajectory"}) == ""
 
 
 def test_a_model_of_text_alone_has_no_soft_tokens(written: dict[str, Any]) -> None:

@@ -28,7 +28,8 @@ class Verdict:
         symbol: one character, which tells the levels apart without colour.
         marker: the symbol as matplotlib names it.
         style: class on a page, where ``page.html.j2`` gives its colour.
-        colour: the same on a white ground, for pictures.
+        colour: the same, on a white ground.
+        dark: the same, on a dark screen.
     """
 
     words: str
@@ -36,6 +37,7 @@ class Verdict:
     marker: str
     style: str
     colour: str
+    dark: str
 
     def __str__(self) -> str:
         """Return symbol and words."""
@@ -48,12 +50,16 @@ class Verdict:
         return f"{self.words} than {other}"
 
 
-BETTER = Verdict("better", "\N{BLACK UP-POINTING TRIANGLE}", "^", "verdict-better", "#17693a")
-UNDECIDED = Verdict(
-    "not shown to be better", "\N{WHITE DIAMOND}", "D", "verdict-undecided", "#855300"
+BETTER = Verdict(
+    "better", "\N{BLACK UP-POINTING TRIANGLE}", "^", "verdict-better", "#17693a", "#7ddc9f"
 )
-WORSE = Verdict("worse", "\N{BLACK DOWN-POINTING TRIANGLE}", "v", "verdict-worse", "#a3211f")
-FEW = Verdict("too few to say", "\N{WHITE CIRCLE}", "o", "verdict-few", "#566070")
+UNDECIDED = Verdict(
+    "not shown to be better", "\N{WHITE DIAMOND}", "D", "verdict-undecided", "#855300", "#ffc46b"
+)
+WORSE = Verdict(
+    "worse", "\N{BLACK DOWN-POINTING TRIANGLE}", "v", "verdict-worse", "#a3211f", "#ff9d94"
+)
+FEW = Verdict("too few to say", "\N{WHITE CIRCLE}", "o", "verdict-few", "#566070", "#a9b2c0")
 
 SCALE = (BETTER, UNDECIDED, WORSE, FEW)
 

@@ -30,6 +30,15 @@ PASSING_ON = (
     "allows before you pass it on."
 )
 
+RANDOM_MODEL = (
+    "The language model of this run is tiny and random. The page shows the path from data to "
+    "report; its figures say nothing about MedGemma."
+)
+RANDOM_MODEL_UNREAD = (
+    "A run for show (--model_name tiny): the page shows the path from data to report. Stage 1 "
+    "reads no language model."
+)
+
 MOST_NAMES = 50
 """Series or facts that a card names."""
 
@@ -190,6 +199,19 @@ def controls_of(config: dict[str, Any]) -> list[str]:
 def describe_language_model(config: dict[str, Any]) -> str:
     """Return the base model of stage 2 or 3, and what makes it a control, in words."""
     return ", ".join([str(config["base_model"]), *controls_of(config)])
+
+
+def random_model_notice(config: dict[str, Any], model_name: str = "") -> str:
+    """Return what a page says first of a run with the built-in random model; else nothing.
+
+    Args:
+        config: of a checkpoint of any stage.
+        model_name: of the run, which stage 1 does not read.
+    """
+    if config.get("base_model") == TINY and config["base_sha256"] is None:
+        return RANDOM_MODEL
+    unread = config.get("base_model") is None and model_name == TINY
+    return RANDOM_MODEL_UNREAD if unread else ""
 
 
 def describe_weight(config: dict[str, Any]) -> str:

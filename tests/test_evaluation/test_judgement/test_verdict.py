@@ -80,7 +80,7 @@ def test_of_no_use_is_said_only_where_the_intervals_exclude_a_use(
 
 
 def test_each_verdict_differs_by_words_symbol_and_colour() -> None:
-    for name in ("words", "symbol", "marker", "style", "colour"):
+    for name in ("words", "symbol", "marker", "style", "colour", "dark"):
         assert len({getattr(verdict, name) for verdict in SCALE}) == len(SCALE) == 4
     assert str(UNDECIDED) == f"{UNDECIDED.symbol} not shown to be better"
     assert UNDECIDED.than("chance") == "not shown to be better than chance"
@@ -88,9 +88,9 @@ def test_each_verdict_differs_by_words_symbol_and_colour() -> None:
 
 
 def test_the_page_has_the_colours_of_the_scale() -> None:
-    light = re.findall(r"\.(verdict-\w+) \{ --verdict: (#\w{6}); \}", PAGE.read_text())
-    assert dict(light[: len(SCALE)]) == {each.style: each.colour for each in SCALE}
-    assert [name for name, _ in light[len(SCALE) :]] == [each.style for each in SCALE], "dark"
+    found = re.findall(r"\.(verdict-\w+) \{ --verdict: (#\w{6}); \}", PAGE.read_text())
+    assert found[:4] == [(each.style, each.colour) for each in SCALE]
+    assert found[4:] == [(each.style, each.dark) for each in SCALE]
 
 
 def test_the_difference_of_two_parts_has_an_interval_of_both() -> None:

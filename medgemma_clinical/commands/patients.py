@@ -1,0 +1,133 @@
+"""The page of single patients beside predictions: which rows it shows, and how it is written."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.evaluation.patients.patient_page import PatientsContent, write_patients
+from medgemma_clinical.evaluation.report import STAGE_TITLES
+from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.explain import ScoredRow, explain
+from medgemma_clinical.inference.trajectory_model import TrajectoryModel
+from medgemma_clinical.provenance import git_commit, versions
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 12
+"""Rows with the highest risks that the page shows where none is asked for."""
+
+
+def patients_path(predictions: Path) -> Path:
+    """Return the path of the page of patients beside a file of predictions."""
+    return predictions.with_suffix(".patients.html")
+
+
+@dataclass
+class PatientChoice:
+    """The rows of the page, chosen while predictions are written; no other row is kept.
+
+    Attributes:
+        asked: ids that the user gives; None for the ``MOST_ROWS`` highest risks.
+        rows: chosen up to now.
+        found: ids among ``asked`` that the input holds, also without a score.
+    """
+
+    asked: Sequence[str] | None
+    rows: list[ScoredRow] = field(default_factory=list)
+    found: set[str] = field(default_factory=set)
+
+    def add(self, lines: pd.DataFrame, scored: ScoringRows) -> None:
+        """Choose among some rows.
+
+        Args:
+            lines: of the predictions.
+            scored: the rows with a score, ``scored.places`` being their lines.
+        """
+        ids = lines["id"].to_numpy()[scored.places]
+        risks = lines["probability"].to_numpy()[scored.places]
+        if self.asked is None:
+            chosen = np.argsort(-risks, kind="stable")[:MOST_ROWS]
+        else:
+            self.found |= set(lines["id"]) & set(self.asked)
+            chosen = np.flatnonzero(np.isin(ids, list(self.asked)))
+        reports = lines["report"].to_numpy()[scored.places] if "report" in lines else None
+        self.rows += [
+            ScoredRow(
+                id=str(ids[k]),
+                number=int(scored.numbers[scored.places[k]]),
+                dataset=scored.dataset.subset(np.array([k])),
+                probability=float(risks[k]),
+                report=None if reports is None else str(reports[k]),
+            )
+            for k in chosen.tolist()
+        ]
+        if self.asked is None:
+            self.rows = sorted(self.rows, key=lambda row: -row.probability)[:MOST_ROWS]
+        else:
+            self.rows.sort(key=lambda row: list(self.asked or ()).index(row.id))
+
+    def check_found(self, source: str) -> None:
+        """Check that the input holds each id that was asked for; no id is named.
+
+        Raises:
+            InputError: it does not.
+        """
+        places = [k for k, name in enumerate(self.asked or (), 1) if name not in self.found]
+        if places:
+            raise InputError(
+                f"--patients: {len(places)} of the {len(self.asked or ())} ids, the first of them "
+                f"at place {places[0]} of the list, stand in no row of {source}: give ids as the "
+                "predictions have them"
+            )
+
+    def sentence(self) -> str:
+        """Return how the rows were chosen."""
+        if self.asked is None:
+            return f"Shown are the rows with the highest risk, {MOST_ROWS} at most."
+        return "Shown are the rows that were asked for, as far as they have a score."
+
+
+def choose_patients(request: Namespace) -> PatientChoice | None:
+    """Return the empty choice that the flags ask for; None without ``--explain``.
+
+    Raises:
+        InputError: ``--patients`` names no id.
+    """
+    if request.patients is not None and not request.patients:
+        raise InputError("--patients names no id: give ID,ID, or leave the flag out")
+    return PatientChoice(request.patients) if request.explain else None
+
+
+def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Namespace) -> None:
+    """Write the page of the chosen rows, if one of them has a score."""
+    if not choice.rows:
+        logger.info("patients: no row to show has a score: no page")
+        return
+    logger.info("patients: explaining %d rows", len(choice.rows))
+    rows = [explain(row, model.trained, model.batch_size) for row in choice.rows]
+    config, dataset = model.config, choice.rows[0].dataset
+    base = config.get("base_model")
+    content = PatientsContent(
+        outcome=config["outcome"],
+        threshold=model.threshold,
+        chosen=choice.sentence(),
+        residual_weight=config.get("residual_weight"),
+        method={
+            **dataset.asked(),
+            "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
+            "Checkpoint": request.checkpoint.absolute().name,
+            "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+            "Commit": git_commit() or "not known",
+        },
+    )
+    path = patients_path(request.predictions)
+    write_patients(path, rows, content)
+    logger.info("patients: %s; the page holds patients' data: do not share it", path)

@@ -1,0 +1,157 @@
+"""Explain the risk of single rows: over time, by series, by soft prompt, and in stage 3's words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from medgemma_clinical.data.facts import NUMBER_ENDING
+from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.texts import plain
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import to_device
+from medgemma_clinical.evaluation.patients.explanation import Explanation
+from medgemma_clinical.evaluation.patients.report_marks import mark_numbers
+from medgemma_clinical.inference.risk_over_time import risk_over_time
+from medgemma_clinical.inference.scoring import score_rows
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.trained_model import TrainedModel
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A row with a score.
+
+    Attributes:
+        id: as in the predictions.
+        number: of the row in its file.
+        dataset: this row alone, with the inputs of the model.
+        probability: of the event.
+        report: of stage 3.
+    """
+
+    id: str
+    number: int
+    dataset: TrajectoryDataset
+    probability: float
+    report: str | None = None
+
+
+def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanation:
+    """Return what explains a row's risk.
+
+    With a language model each observation and each series costs one more call of it.
+
+    Args:
+        row: to explain.
+        trained: the model that scored the row, in evaluation mode.
+        batch_size: rows a batch.
+
+    Raises:
+        InputError: a beginning of the row has no finite score.
+    """
+    dataset, one = row.dataset, np.zeros(1, dtype=np.int64)
+    whole = ScoringRows(np.array([row.id]), np.array([row.number]), dataset, one, 1)
+    (curve,) = risk_over_time(whole, trained, Findings(dataset.source), batch_size)
+    marks = None
+    if row.report is not None:
+        names = [*dataset.features, *dataset.units]
+        marks = mark_numbers(row.report, dataset.outcome, dataset.report_clauses(0), names)
+    return Explanation(
+        id=row.id,
+        probability=row.probability,
+        features=dataset.features,
+        units=dataset.units,
+        times=dataset.times,
+        values=dataset.values,
+        observations=tuple(map(dataset.observation_text, range(len(dataset.times)))),
+        hours=curve["hours"].to_numpy(),
+        risks=curve["probability"].to_numpy(),
+        facts=facts_read(dataset, trained),
+        without=risks_without_series(dataset, trained, batch_size),
+        without_soft_prompt=risk_without_soft_prompt(dataset, trained),
+        report=marks,
+    )
+
+
+def facts_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
+    """Return the facts of the first row in words; of a context's words those that stand in it."""
+    shown, words = {}, []
+    for name, value in zip(dataset.fact_names, dataset.known_facts()[0], strict=True):
+        if name in dataset.static_names or name.endswith(NUMBER_ENDING):
+            label = name.removeprefix("static_")
+            shown[label] = "unknown" if np.isnan(value) else plain(value)
+        elif value == 1:
+            words.append(name)
+    if words:
+        shown["Words of the context"] = ", ".join(words)
+    reads_text = isinstance(trained.model, TrajectoryLLM) and trained.prompts.context
+    if reads_text and dataset.contexts[0]:
+        shown["Context that the language model reads"] = dataset.contexts[0]
+    return shown
+
+
+def risks_without_series(
+    dataset: TrajectoryDataset, trained: TrainedModel, batch_size: int
+) -> dict[str, float | None]:
+    """Score the first row with one measured series left out at a time, in the text too.
+
+    Observations of that series alone are left out whole.
+
+    Args:
+        dataset: one row with the inputs of the model.
+        trained: the model.
+        batch_size: rows a batch.
+
+    Returns:
+        The probability by the name of the series, None where such a row cannot be scored; empty
+        for a row with one series.
+    """
+    measured = [f for f, _, _ in dataset.measured(0)]
+    if len(measured) == 1:
+        return {}
+    copies = dataset.subset(np.zeros(len(measured), dtype=np.int64))
+    owner = np.repeat(np.arange(len(measured)), copies.lengths)
+    copies.values[np.arange(len(owner)), np.array(measured)[owner]] = np.nan
+    known = ~np.isnan(copies.values).all(axis=1)
+    copies.times, copies.values = copies.times[known], copies.values[known]
+    copies.offsets = np.concatenate([[0], np.cumsum(np.bincount(owner[known]))])
+    copies._summaries = None
+    places = np.arange(len(measured))
+    names = [dataset.features[f] for f in measured]
+    rows = ScoringRows(np.array(names), places, copies, places, len(places))
+    scores = score_rows(rows, trained, Findings(dataset.source, strict=False), batch_size)
+    scored = zip(scores.rows.places.tolist(), scores.probability.tolist(), strict=True)
+    return dict.fromkeys(names) | {names[place]: risk for place, risk in scored}
+
+
+@torch.no_grad()
+def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) -> float | None:
+    """Score the first row with its soft tokens removed; its text and stage 1's share stay.
+
+    Args:
+        dataset: one row with the inputs of the model.
+        trained: the model.
+
+    Returns:
+        The probability; None for a model without soft prompt.
+    """
+    model = trained.model
+    if not isinstance(model, TrajectoryLLM) or model.projection is None:
+        return None
+    assert trained.tokenizer is not None
+    most = trained.config["max_text_tokens"]
+    text = TextCollator(
+        dataset, trained.tokenizer, trained.prompts, answers=False, most_tokens=most
+    )
+    batch = to_device(text([0]), trained.device)
+    states = model.trajectory(batch)
+    assert states is not None
+    batch["states"], batch["trajectory_logit"] = states.states, states.logit
+    batch["states_mask"] = torch.zeros_like(states.mask)
+    logit = model(batch).logit.double().cpu().numpy()
+    return float(trained.rule.probability(logit)[0])

@@ -1,0 +1,48 @@
+"""Take the picture of a page for the README, in a headless Chromium.
+
+Usage:
+    python medgemma_trainer.py --trajectory_only --min_cell 0 --output_dir runs \\
+        --data_path tests/data/physionet2012_bicarbonate.csv
+    python tests/benchmarks/picture.py --page runs/trajectory/report.html --out .images/report.png
+
+Needs ``pip install playwright`` and a Chromium on the path (``apt install chromium``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+def take_picture(page: Path, out: Path, width: int, height: int) -> None:
+    """Write the upper ``height`` pixels of a page on a light screen of ``width`` pixels."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        path = next(filter(None, map(shutil.which, NAMES)), started.chromium.executable_path)
+        browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        view = browser.new_page(
+            viewport={"width": width, "height": height}, color_scheme="light", offline=True
+        )
+        view.goto(page.resolve().as_uri())
+        view.screenshot(path=out)
+        browser.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--page", type=Path, required=True, help="the HTML file")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--width", type=int, default=1120, help="pixels (1120)")
+    parser.add_argument("--height", type=int, default=960, help="pixels (960)")
+    arguments = parser.parse_args()
+    take_picture(arguments.page, arguments.out, arguments.width, arguments.height)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Explanations of single rows: the curve, series left out, the soft prompt, reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.evaluation.patients.explanation import Explanation
+from medgemma_clinical.inference.explain import ScoredRow, explain
+from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
+from medgemma_trainer import TrajectoryModel
+from predicting import SERIES, STAGES, write_data
+
+CHEMISTRY = SAMPLE.with_name("physionet2012_chemistry.csv.gz")
+THREE = ("Serum bicarbonate", "potassium", "ph")
+COLUMNS = (SERIES, "trajectory_potassium [mEq/L]", "trajectory_ph")
+
+
+def explained(model: TrajectoryModel, table: pd.DataFrame) -> list[Explanation]:
+    """Explain each row of a table as ``--explain`` does."""
+    findings = Findings("DataFrame", strict=False)
+    (rows,) = scoring_rows(table, model.config, model.datasets, findings, len(table))
+    lines, scored = prediction_table(rows, model.trained, findings, 32)
+    reports: Any = lines["report"] if "report" in lines else [None] * len(lines)
+    return [
+        explain(
+            ScoredRow(
+                str(lines["id"][k]),
+                k,
+                scored.dataset.subset(np.array([k])),
+                float(lines["probability"][k]),
+                reports[k],
+            ),
+            model.trained,
+            32,
+        )
+        for k in range(len(lines))
+    ]
+
+
+@pytest.fixture(scope="module")
+def models(runs: Path) -> dict[str, TrajectoryModel]:
+    """The model of each stage, of one series."""
+    return {stage: TrajectoryModel.from_pretrained(runs / stage) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def stays() -> pd.DataFrame:
+    """80 stays with three series; the second of them has a single one."""
+    table = pd.read_csv(CHEMISTRY, nrows=80, dtype=str).fillna("")
+    table.loc[1, list(COLUMNS[1:])] = ""
+    return table
+
+
+@pytest.fixture(scope="module")
+def several(stays: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> TrajectoryModel:
+    """A stage 1 of three series."""
+    place = tmp_path_factory.mktemp("several")
+    words = ["--trajectory_only", "--trajectory_epochs", "1", "--min_cell", "0", "--log_file"]
+    words += ["none", "--data_path", str(write_data(stays, place / "train.csv")), "--series"]
+    words += [",".join(THREE), "--output_dir", str(place), "--encoder_lr", "0.05"]
+    assert trainer.main(words) == 0
+    return TrajectoryModel.from_pretrained(place / "trajectory")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_last_point_of_the_curve_is_the_prediction(
+    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    rows = explained(models[stage], table.head(6))
+    predicted = models[stage].predict_proba(table.head(6))[:, 1]
+    for row, probability in zip(rows, predicted, strict=True):
+        assert row.risks[-1] == pytest.approx(probability, abs=1e-6)
+        assert row.risks[-1] == pytest.approx(row.probability, abs=1e-6)
+        assert len(row.hours) == len(row.risks) == len(row.times)
+        np.testing.assert_array_equal(row.hours, row.times)
+        assert row.without == {}, "a single series leaves nothing to score"
+
+
+def test_a_series_is_left_out_with_all_that_comes_of_it(
+    several: TrajectoryModel, stays: pd.DataFrame
+) -> None:
+    few = stays.head(5)
+    rows = explained(several, few)
+    assert rows[1].without == {}
+    checked = 0
+    for name, column in zip(THREE, COLUMNS, strict=True):
+        gone = several.predictions(few.assign(**{column: ""}))["probability"]
+        for k in (0, 2, 3, 4):
+            if name in rows[k].without:
+                assert rows[k].without[name] == pytest.approx(gone[k], abs=1e-6)
+                assert abs(gone[k] - rows[k].probability) > 1e-6
+                checked += 1
+    assert checked >= 8
+    measured = [cell for cell in few.loc[0, list(COLUMNS)] if cell]
+    assert len(rows[0].without) == len(measured)
+
+
+def test_a_row_that_cannot_be_scored_without_a_series_has_no_share(
+    several: TrajectoryModel, stays: pd.DataFrame
+) -> None:
+    row = stays.head(1).assign(
+        **{SERIES: "20 (0h) -> 21 (900000h)", COLUMNS[1]: "4 (450000h)", COLUMNS[2]: ""}
+    )
+    without = explained(several, row)[0].without
+    assert [risk is None for risk in without.values()] == [False, True]
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_without_soft_prompt_the_model_reads_the_text_alone(
+    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    """Compared with a model whose projection is taken out."""
+    rows = explained(models[stage], table.head(3))
+    llm: Any = models[stage].trained.model
+    projection, llm.projection = llm.projection, None
+    try:
+        expected = models[stage].predict_proba(table.head(3))[:, 1]
+        assert explained(models[stage], table.head(1))[0].without_soft_prompt is None
+    finally:
+        llm.projection = projection
+    for row, risk in zip(rows, expected, strict=True):
+        assert row.without_soft_prompt == pytest.approx(risk, rel=2e-5)
+        assert risk != pytest.approx(row.probability, rel=1e-4)
+    assert explained(models["trajectory"], table.head(1))[0].without_soft_prompt is None
+
+
+def test_facts_are_those_that_the_model_reads(
+    models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    row = table.head(1).assign(clinical_context="54-year-old woman of Rome, medical ICU")
+    facts = explained(models["trajectory"], row)[0].facts
+    assert facts["year (number)"] == "54"
+    assert "woman" in facts["Words of the context"]
+    assert "Rome" not in str(facts).title(), "a word that the model does not read"
+    told = explained(models["classification"], row)[0].facts
+    assert told["Context that the language model reads"].endswith("of Rome, medical ICU")
+
+
+def test_the_report_is_that_of_the_predictions_and_its_numbers_are_marked(
+    models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    model = models["generative"]
+    (row,) = explained(model, table.head(1))
+    assert row.report is not None
+    assert "".join(mark.text for mark in row.report) == model.write_reports(table.head(1))[0]
+    assert explained(models["classification"], table.head(1))[0].report is None
+
+
+def test_observations_are_told_with_unit(several: TrajectoryModel, stays: pd.DataFrame) -> None:
+    row = stays.head(1).assign(
+        **{SERIES: "20 (0h) -> 21.5 (3h)", COLUMNS[1]: "4 (3h)", COLUMNS[2]: ""}
+    )
+    told = explained(several, row)[0].observations
+    assert told == (
+        "Serum bicarbonate 20 mmol/L",
+        "Serum bicarbonate 21.5 mmol/L, potassium 4 mEq/L",
+    )

@@ -1,0 +1,190 @@
+"""Each page in a headless Chromium: phone and screen, light and dark, and on paper.
+
+Needs ``pip install playwright`` and a Chromium: the system's, or that of ``playwright install``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+
+from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation.calibration import log_odds
+from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from pages import make_content, write_page
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+LONGEST = 5000
+"""Pixels of a page's height on a screen of 1280."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("pages not looked at: playwright is missing (pip install playwright)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        own = started.chromium.executable_path
+        path = next(filter(None, map(shutil.which, NAMES)), own)
+        if not Path(path).exists():
+            pytest.skip("pages not looked at: no Chromium (apt install chromium)")
+        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def full_report(folder: Path) -> Path:
+    """A report with all sections of a stage, and with points on its curves."""
+    labels, risk, groups = simulate(np.random.default_rng(0), 1200, rows_a_patient=2)
+    rng = np.random.default_rng(1)
+    names = ("last value", "facts alone", "logistic regression", "gradient boosting", "blend")
+    others = {name: expit(log_odds(risk) + rng.normal(size=1200)) for name in names}
+    cohort = replace(
+        make_cohort((labels, risk, groups), **others),
+        uncalibrated=expit(2 * log_odds(risk)),
+        subgroups=pd.DataFrame(
+            {
+                name: pd.Categorical(rng.choice(levels, 1200), levels, ordered=True)
+                for name, levels in {
+                    "age": ["18 to 39", "40 to 59", "60 to 74", "75 or older"],
+                    "sex": ["woman", "man"],
+                }.items()
+            }
+        ),
+    )
+    parts = {"Source": "file.csv", "Facts": ", ".join(f"fact {k}" for k in range(20))}
+    content = make_content(
+        notice="The language model of this run is random.",
+        data=parts,
+        card={
+            f"Line {k}": "Words of the model card that fill a line or two. " * 2 for k in range(16)
+        },
+        split=pd.DataFrame({"Part": ["training"], "Rows": ["80"], "Patients": ["80"]}),
+        flow=pd.DataFrame({"Left out": ["no label"], "Rows": ["3"], "Rows left": ["80"]}),
+        reports={"reports": 40, "parse_share": 0.9, "true_number_share": 0.5, "numbers_stated": 9},
+    )
+    write_page(cohort, folder, content, fewest=11, list_patients=True)
+    return folder / "report.html"
+
+
+def comparison(folder: Path) -> Path:
+    labels, risk, groups = simulate(np.random.default_rng(0), 300)
+    ids = np.arange(300).astype(str)
+    table = pd.DataFrame({"id": ids, "patient": groups, "label": labels, "stage 1": risk})
+    table["logistic regression with facts"] = expit(log_odds(risk) / 2)
+    results = compare_models([table], "stage 1", seed=0, fewest=0)
+    write_comparison(
+        folder, "both", results, "stage 1", title="Two models", sentences=[], card={"Seed": "0"}
+    )
+    return folder / "both.html"
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {"report": full_report, "comparison": comparison}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def page(
+    request: pytest.FixtureRequest, browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bootstrap, "REPLICATES", 100)
+        return BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+MEASURE = """() => {
+  const root = document.documentElement, all = [...document.querySelectorAll("*")];
+  const shown = each => each.getClientRects().length > 0;
+  const numbers = text => text.match(/[\\d.]+/g).map(Number);
+  const light = rgb => rgb.slice(0, 3).map(c => c / 255)
+    .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, k) => sum + c * [0.2126, 0.7152, 0.0722][k], 0);
+  const ground = each => {
+    for (let at = each; at; at = at.parentElement) {
+      const colour = numbers(getComputedStyle(at).backgroundColor);
+      if (colour.length < 4 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const ratio = each => {
+    const pair = [light(numbers(getComputedStyle(each).color)), light(ground(each))];
+    return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+  };
+  const texts = all.filter(each => shown(each) && [...each.childNodes]
+    .some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim()));
+  const images = [...document.querySelectorAll("img")];
+  const hint = each => each.querySelector(".hint");
+  const cut = [...document.querySelectorAll(".scroll")]
+    .filter(each => each.scrollWidth > each.clientWidth + 1);
+  return {
+    wide: root.scrollWidth, seen: root.clientWidth, high: root.scrollHeight,
+    faint: texts.filter(each => ratio(each) < 4.5).map(each => each.outerHTML.slice(0, 99)),
+    texts: texts.length,
+    unhinted: cut.filter(each => !hint(each) || !shown(hint(each)))
+      .map(each => each.getAttribute("aria-label")),
+    broken: images.filter(each => each.naturalWidth === 0).length,
+    heights: images.map(each => Math.round(each.getBoundingClientRect().height)),
+    scale: Math.min(...images.map(each => each.getBoundingClientRect().width / each.naturalWidth)),
+    unnamed: images.filter(each => each.alt.length < 20).length + [...document
+      .querySelectorAll("svg")].filter(each => !each.getAttribute("aria-label")).length,
+  };
+}"""
+
+
+def look(browser: Any, page: Path, width: int, scheme: str) -> tuple[dict[str, Any], list[str]]:
+    """Return what a page measures, and what the console says."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
+    )
+    view, said = context.new_page(), []
+    view.on("console", lambda message: said.append(message.text))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.goto(page.as_uri())
+    measured: dict[str, Any] = view.evaluate(MEASURE)
+    context.close()
+    return measured, said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_page_is_readable_on_phone_and_screen_in_light_and_dark(
+    browser: Any, page: Path, width: int, scheme: str
+) -> None:
+    found, said = look(browser, page, width, scheme)
+    assert said == []
+    assert found["wide"] <= found["seen"] == width
+    assert found["unhinted"] == []
+    assert found["texts"] > 10
+    assert found["faint"] == []
+    assert found["broken"] == found["unnamed"] == 0
+    assert found["scale"] > 0.66  # letters of 9 points, 12 pixels, keep 8
+    if page.name == "report.html":
+        assert len(found["heights"]) == 5
+        assert len(set(found["heights"])) == 1
+    if width == 1280:
+        assert found["high"] < LONGEST
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_page_prints_dark_on_white_on_four_sheets_at_most(
+    browser: Any, page: Path, scheme: str
+) -> None:
+    context = browser.new_context(color_scheme=scheme)
+    view = context.new_page()
+    view.goto(page.as_uri())
+    printed = view.pdf(format="A4")
+    view.emulate_media(media="print")
+    assert view.evaluate("getComputedStyle(document.body).color") == "rgb(29, 36, 48)"
+    context.close()
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 4
