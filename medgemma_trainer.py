@@ -861,7 +861,8 @@ def run(args: argparse.Namespace, given: set[str]) -> int:
     check_launch()
     with SIGNALS.installed(), deterministic_kernels(args.deterministic):
         if args.compare:
-            return run_compare(args.compare, args.seed, args.min_cell)
+            place = args.output_dir if "--output_dir" in given else None
+            return run_compare(args.compare, args.seed, args.min_cell, place)
         if not args.demo:
             check_gpu()
         if args.seeds:

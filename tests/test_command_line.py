@@ -77,7 +77,7 @@ def test_a_wrong_flag_ends_with_code_2_and_one_line(
         ("--seeds 2 --demo", "--demo and --seeds do not go together"),
         ("--predict --ablation", "--predict and --ablation do not go together"),
         ("--ablation --seeds 2 --dry_run", "--dry_run and --ablation and --seeds"),
-        ("--compare a b --output_dir c", "--compare has no use for --output_dir"),
+        ("--compare a b --model_name c", "--compare has no use for --model_name"),
         ("--demo --model_name=foo --epochs 1", "--demo has no use for --epochs, --model_name"),
         (
             "--predict --checkpoint x --predictions y.csv --data_path z.csv --solver rk4",

@@ -44,7 +44,7 @@ WAYS = (
 """Flags that say what to do; the last three go together, the others alone."""
 
 ALLOWED_FLAGS: dict[str, set[str]] = {
-    "--compare": {"--seed", "--min_cell"},
+    "--compare": {"--seed", "--min_cell", "--output_dir"},
     "--demo": {"--output_dir", "--seed", "--log_file", "--open"},
     "--export": {"--checkpoint", "--export_dir", "--model_name", "--show_values"},
     "--predict": {

@@ -232,6 +232,7 @@ def report_content(
         split=split_table(dataset.labels, dataset.groups, data.split, fewest),
         history=None if data.hides_events else state.progress.history or None,
         reports=reports,
+        validation=validation.auroc,
         notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
     )
 

@@ -31,6 +31,23 @@ FACTS_ALONE = "facts alone"
 COMBINED = "combined"
 """The mean of the logits of the model that is judged and of the blend that knows the most."""
 
+MEANINGS = {
+    "last value": "knows the last value of each series alone",
+    "number of observations": (
+        "knows only how often a patient was measured; where it does well, the measuring itself "
+        "gives the outcome away"
+    ),
+    LOGISTIC: (
+        "a weighted sum of the first, last, lowest, highest and mean value, slope, count and span "
+        "of each series"
+    ),
+    BOOSTING: "decision trees on the same summaries",
+    BLEND: f"the mean of the log-odds of {LOGISTIC} and {BOOSTING}",
+    FACTS_ALONE: "a logistic regression on the facts of a patient, such as age, without any series",
+    COMBINED: "the mean of the log-odds of the model and of the blend that knows the most",
+}
+"""What the simple models are, for readers who are no statisticians."""
+
 FOLDS = 5
 FEWEST_TUNED = 100
 """Training patients with the event, and without it, from which on the settings are tuned: with
@@ -64,6 +81,18 @@ def baseline_tables(
         tables[LOGISTIC + WITH_FACTS] = tables[LOGISTIC].join(facts)
     logistic = {name: table for name, table in tables.items() if name.startswith(LOGISTIC)}
     return tables | {name.replace(LOGISTIC, BOOSTING): table for name, table in logistic.items()}
+
+
+def describe_baselines(names: Collection[str]) -> dict[str, str]:
+    """Return what the simple models among some names are; of a name not known nothing is said."""
+    found = {}
+    for name in names:
+        meaning = MEANINGS.get(name.removesuffix(WITH_FACTS))
+        if meaning and name.endswith(WITH_FACTS):
+            meaning += ", and of the facts of a patient, such as age"
+        if meaning:
+            found[name] = meaning
+    return found
 
 
 def fit_baselines(

@@ -22,8 +22,10 @@ from medgemma_clinical.evaluation.baselines import COMBINED, blend_risks, riches
 from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
 from medgemma_clinical.evaluation.calibration import calibration_bins, weighted_calibration
 from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.judgement.verdict import FEWEST_PATIENTS
 from medgemma_clinical.evaluation.metrics import (
     Share,
+    benefit_gain,
     net_benefit,
     threshold_shares,
     weighted_metrics,
@@ -33,10 +35,6 @@ from medgemma_clinical.evaluation.predictions import Predictions
 
 if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
-
-
-FEWEST_PATIENTS = 10
-"""Patients with and patients without the event that a judgement needs."""
 
 UNKNOWN = Estimate(None)
 
@@ -127,6 +125,8 @@ class CohortFigures:
         combined: metrics of ``Cohort.combined``; empty, as the next, without a blend.
         combined_minus_blend: those metrics minus the blend's own, paired.
         benefit: net benefit by threshold risk, at those that show no small cell.
+        benefit_gain: net benefit at ``threshold`` minus that of an alarm for all or for none,
+            whichever is larger.
         bands: the risks as finely as a curve may show them.
         bins: calibration curve, the observed share of events by mean predicted risk.
         subgroups: those that have any row; neighbours with few patients are one.
@@ -145,6 +145,7 @@ class CohortFigures:
     combined: dict[str, Estimate]
     combined_minus_blend: dict[str, Estimate]
     benefit: dict[float, Estimate]
+    benefit_gain: Estimate
     bands: RiskBands
     bins: dict[float, Estimate]
     subgroups: list[Subgroup]
@@ -198,7 +199,7 @@ def cohort_figures(
     hidden = hide or is_small(rarer_patients(labels, groups), fewest)
     bands = risk_bands(risk, labels, groups, fewest, threshold)
     bins = [] if hidden else _bins(labels, risk, bands)
-    subgroups = subgroup_rows(cohort.subgroups, labels, groups, fewest)
+    subgroups = {} if hidden else subgroup_rows(cohort.subgroups, labels, groups, fewest)
     judged = {
         key: rows
         for key, rows in subgroups.items()
@@ -207,7 +208,7 @@ def cohort_figures(
     at_threshold = threshold_shares(labels, risk, threshold)
     shares: dict[Any, Share] = {("model", name): share for name, share in at_threshold.items()}
     shares |= {("bin", k): (rows & (labels == 1), rows) for k, rows in enumerate(bins)}
-    known = _estimates(cohort, groups, shares, judged, bands.thresholds, seed)
+    known = _estimates(cohort, groups, shares, judged, bands.thresholds, threshold, seed)
     unshown = hidden_figures(cohort, groups, threshold, fewest)
     known |= dict.fromkeys([name for name in known if hidden or name in unshown], UNKNOWN)
 
@@ -229,12 +230,12 @@ def cohort_figures(
         combined=under(COMBINED),
         combined_minus_blend=under("combined minus blend"),
         benefit={} if hidden else under("benefit"),
+        benefit_gain=known["benefit gain",],
         bands=bands,
         bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
         subgroups=[
             _subgroup(name, labels[rows], risk[rows], aurocs.get(name))
             for name, rows in subgroups.items()
-            if not hidden
         ],
         before=model | before if before else {},
     )
@@ -304,6 +305,7 @@ def hidden_figures(
     alarm = cohort.probability >= threshold
     if any_small(2 * (labels == 1) + alarm, groups, 4, fewest):
         hidden |= {("model", share) for share in threshold_shares(labels, labels, 0.5)}
+        hidden.add(("benefit gain",))
     # A difference and one of its two figures give the other.
     paired: set[tuple[str, ...]] = {
         ("difference", name, key[-1])
@@ -322,12 +324,13 @@ def _estimates(
     shares: dict[Any, Share],
     judged: dict[str, Any],
     at: NDArray[np.float64],
+    threshold: float,
     seed: int,
 ) -> dict[Any, Estimate]:
     """Return all estimates; names are tuples, as ("model", "auroc").
 
     ``judged`` holds the positions of the rows of each subgroup that gets an AUROC, ``at`` the
-    threshold risks of the net benefit.
+    threshold risks of the net benefit, ``threshold`` that of the decision rule.
     """
     labels = cohort.labels
     # An AUROC of 0 or 1 rests on as many pairs of patients as have the rarer outcome.
@@ -341,7 +344,7 @@ def _estimates(
             for key, rows in judged.items()
         },
     }
-    statistics = partial(_weighted_figures, cohort, shares, judged, at)
+    statistics = partial(_weighted_figures, cohort, shares, judged, at, threshold)
     replicates = bootstrap(labels, groups, seed, statistics)
     return {
         name: estimate(float(value[0]), replicates[name], patients.get(name))
@@ -354,6 +357,7 @@ def _weighted_figures(
     shares: dict[Any, Share],
     judged: dict[str, Any],
     at: NDArray[np.float64],
+    threshold: float,
     weights: NDArray[np.float64],
 ) -> Figures:
     """Compute all figures under weights (R, n)."""
@@ -376,6 +380,7 @@ def _weighted_figures(
             result["combined minus blend", name] = values - result["baseline", blend, name]
     benefit = net_benefit(labels, model_risk, at, weights)
     result |= {("benefit", p): values for p, values in zip(at.tolist(), benefit.T, strict=True)}
+    result["benefit gain",] = benefit_gain(labels, model_risk, threshold, weights)
     for key, rows in judged.items():
         inside = weighted_metrics(labels[rows], model_risk[rows], weights[:, rows])
         result["subgroup", key] = inside["auroc"]

@@ -14,16 +14,24 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import is_small, rarer_patients
-from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
+from medgemma_clinical.evaluation.baselines import COMBINED, describe_baselines, richest_blend
 from medgemma_clinical.evaluation.bootstrap import (
+    NO_VALUE,
     Estimate,
     Figures,
     bootstrap,
     estimate,
 )
 from medgemma_clinical.evaluation.cohort import DECIMALS, UNKNOWN, hides_accuracy
+from medgemma_clinical.evaluation.judgement.sentences import Finding
+from medgemma_clinical.evaluation.judgement.verdict import (
+    FEW,
+    Verdict,
+    group_by_verdict,
+    judge_interval,
+)
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
-from medgemma_clinical.evaluation.plots import plot_comparison, plot_style, to_image
+from medgemma_clinical.evaluation.plots import plot_forest, plot_style, to_image
 from medgemma_clinical.evaluation.report import INTERVALS, render
 from medgemma_clinical.evaluation.report_tables import counts_text
 from medgemma_clinical.files import atomic, move_aside, write_text
@@ -42,9 +50,25 @@ RUN_FIGURES = {
 }
 """Cost of a model, and weight of its language model, where they are known: title and form."""
 
+MEANINGS = {
+    "test AUROC [95 %]": (
+        "how often a row with the event has a higher risk than one without; 0.5 is chance, 1 is "
+        "perfect"
+    ),
+    "sd of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
+    "verdict": "on the difference of AUROC to the reference",
+    "s an epoch": "seconds of training for one pass over the training part, with its validation",
+    "tokens": "tokens that the language model reads of a patient, on average",
+    "MiB": "peak memory of the GPU, without one that of the process",
+    "weight": "of the language model beside stage 1; 0 repeats stage 1",
+    "AUPRC": "share of true alarms, averaged over all thresholds; higher is better",
+    "Brier": "mean squared distance of risk and outcome; lower is better",
+}
+"""What the columns of ``comparison_table`` mean, for its page."""
+
 Results = dict[str, dict[str, Any]]
-"""By model: n, events, the metrics as ``{"value", "low", "high"}``, minus_reference; of the
-combined model also minus_blend."""
+"""By model: n, events, rarer_patients, the metrics as ``{"value", "low", "high"}``,
+minus_reference; of the combined model also minus_blend."""
 
 
 def compare_models(
@@ -62,9 +86,10 @@ def compare_models(
         fewest: patients of the smallest cell that is shown.
 
     Returns:
-        By model n, events (None where they are not shown), each metric with its interval (over
-        several splits also its standard deviation ``sd``), and ``minus_reference``: the paired
-        differences. The combined model has ``minus_blend`` too, see ``Cohort.combined``.
+        By model n, events and patients with the rarer outcome (None where they are not shown), each
+        metric with its interval (over several splits also its standard deviation ``sd``), and
+        ``minus_reference``: the paired differences. The combined model has ``minus_blend`` too, see
+        ``Cohort.combined``.
     """
     joined = pd.concat(tables, keys=range(len(tables)))
     labels = joined["label"].to_numpy(dtype=float)
@@ -90,23 +115,35 @@ def compare_models(
     values = by_split(np.ones((1, len(labels))))
     unshown = _hidden_accuracies(risks, labels, groups, parts, fewest)
     digits = DECIMALS if fewest else None
+    counts = {
+        "n": len(labels),
+        "events": int(labels.sum()),
+        "rarer_patients": rarer_patients(labels, groups),
+    }
     minus = partial(_differences, values, draws, unshown, digits)
     results: Results = {}
     for model in risks:
-        scores = {}
-        for metric in METRICS:
-            here = values[model, metric]
-            scores[metric] = estimate(here.mean(), draws[model, metric]).to_json(digits)
-            if len(tables) > 1:
-                scores[metric]["sd"] = Estimate(here.std(ddof=1)).to_json(digits)["value"]
+        scores = _scores(values, draws, digits, model)
         if model in unshown:
             scores["accuracy"] = UNKNOWN.to_json()
-        counts = {"n": len(labels), "events": int(labels.sum())}
         results[model] = {**counts, **scores, "minus_reference": minus(model, reference)}
     blend = richest_blend(risks)
     if COMBINED in risks and blend:
         results[COMBINED]["minus_blend"] = minus(COMBINED, blend)
     return results
+
+
+def _scores(
+    values: Figures, draws: Figures, digits: int | None, model: str
+) -> dict[str, dict[str, float | None]]:
+    """Return the metrics of a model, means over the splits; of several also their spread."""
+    scores = {}
+    for metric in METRICS:
+        here = values[model, metric]
+        scores[metric] = estimate(here.mean(), draws[model, metric]).to_json(digits)
+        if len(here) > 1:
+            scores[metric]["sd"] = Estimate(here.std(ddof=1)).to_json(digits)["value"]
+    return scores
 
 
 def _differences(
@@ -145,28 +182,39 @@ def _hidden_accuracies(
 
 def _unknown_results(models: Sequence[str], rows: int, *, several: bool) -> Results:
     unknown = dict.fromkeys(METRICS, UNKNOWN.to_json() | ({"sd": None} if several else {}))
-    counts = {"n": rows, "events": None}
+    counts = {"n": rows, "events": None, "rarer_patients": None}
     return {model: {**counts, **unknown, "minus_reference": unknown} for model in models}
 
 
+def verdict_beside(result: dict[str, Any], difference: str = "minus_reference") -> Verdict:
+    """Return the verdict on a model by its paired difference of AUROC."""
+    return judge_interval(_estimate(result[difference]["auroc"]), result["rarer_patients"])
+
+
 def comparison_table(results: Results, reference: str) -> pd.DataFrame:
-    """Return the test figures of all models, a line each."""
+    """Return the test figures of all models, a line each; the cost stands beside the gain."""
     lines = []
     for name, result in results.items():
-        line = {"model": name, "test AUROC [95 %]": _estimate(result["auroc"]).text()}
+        own = name == reference
+        line: dict[str, Any] = {
+            "model": name,
+            "test AUROC [95 %]": _estimate(result["auroc"]).text(),
+        }
         if "sd" in result["auroc"]:
             line["sd of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
-        line[f"minus {reference} [95 %]"] = "" if name == reference else difference
+        line[f"minus {reference} [95 %]"] = "" if own else difference
+        line["verdict"] = "" if own else verdict_beside(result)
+        for figure, (title, form) in RUN_FIGURES.items():
+            if any(each.get(figure) is not None for each in results.values()):
+                known = result.get(figure)
+                line[title] = "" if known is None else f"{known:{form}}"
         for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
             line[title] = _estimate(result[metric]).value_text(form)
             if "sd" in result[metric]:
                 line[f"sd of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
-        for figure, (title, form) in RUN_FIGURES.items():
-            if result.get(figure) is not None:
-                line[title] = f"{result[figure]:{form}}"
         lines.append(line)
-    return pd.DataFrame(lines).fillna("")
+    return pd.DataFrame(lines)
 
 
 def counts_sentence(results: Results) -> str:
@@ -176,36 +224,71 @@ def counts_sentence(results: Results) -> str:
     return f"{parts}: {counts_text(first['n'], first['events'])}"
 
 
-def comparison_sentences(results: Results, reference: str) -> list[str]:
-    """Return the result in words: the reference, the model with the highest AUROC, the combined.
+def comparison_findings(results: Results, reference: str) -> list[Finding | str]:
+    """Return the result in words: the reference, the model with the highest AUROC, all, combined.
 
-    The combined model holds the first model and a blend, and so is none of those.
+    The combined model holds the first model and a blend, and so is not the one with the highest
+    AUROC.
     """
     if results[reference]["events"] is None:
-        return [f"{counts_sentence(results)}, and so no figure (--min_cell)."]
+        hidden = f"{counts_sentence(results)}, and so no figure (--min_cell)."
+        return [Finding(FEW, FEW.words, hidden)]
     score = _estimate(results[reference]["auroc"])
-    first = f"{reference}: test AUROC {score.text()} ({counts_sentence(results)})."
+    found: list[Finding | str] = [
+        f"The reference is {reference}: test AUROC {score.text()} ({counts_sentence(results)})."
+    ]
     models = [model for model in results if model != COMBINED]
     best = max(models, key=lambda model: results[model]["auroc"]["value"])
-    second = "No other model has a higher AUROC."
-    if best != reference:
-        score, difference = (
-            _estimate(each["auroc"]) for each in (results[best], results[best]["minus_reference"])
-        )
-        second = (
-            f"The highest AUROC has {best}: {score.text()}; paired difference "
-            f"{difference.text('+.3f')}."
-        )
-    gain = results.get(COMBINED, {}).get("minus_blend")
-    if not gain:
-        return [first, second]
-    blend, first_model = richest_blend(results), next(iter(results))
-    return [
-        first,
-        second,
-        f"{COMBINED} (the mean of the logits of {first_model} and {blend}) minus {blend} alone: "
-        f"paired difference {_estimate(gain['auroc']).text('+.3f')}.",
+    found.append(
+        "No other model has a higher AUROC."
+        if best == reference
+        else _best_finding(results, best, reference)
+    )
+    verdicts = {
+        name: verdict_beside(result) for name, result in results.items() if name != reference
+    }
+    if groups := group_by_verdict(verdicts):
+        found.append(f"Beside {reference}: {groups}")
+    if "minus_blend" in results.get(COMBINED, {}):
+        found.append(_combined_finding(results))
+    return found
+
+
+def _best_finding(results: Results, best: str, reference: str) -> Finding:
+    """Return what the model with the highest AUROC gains, and at what cost."""
+    score, difference = (
+        _estimate(each["auroc"]) for each in (results[best], results[best]["minus_reference"])
+    )
+    verdict = verdict_beside(results[best])
+    text = (
+        f"{best} has the highest AUROC, {score.text()}, of {len(results)} models, which is partly "
+        f"chance; its paired difference is {difference.text('+.3f')}."
+    )
+    costs = [
+        f"{_cost(results[best], figure)} {title} ({reference}: {_cost(results[reference], figure)})"
+        for figure, (title, _) in RUN_FIGURES.items()
+        if figure != "residual_weight" and results[best].get(figure) is not None
     ]
+    if costs:
+        text += f" Cost: {', '.join(costs)}."
+    return Finding(verdict, verdict.than(reference), text)
+
+
+def _cost(result: dict[str, Any], figure: str) -> str:
+    known = result.get(figure)
+    return NO_VALUE if known is None else f"{known:{RUN_FIGURES[figure][1]}}"
+
+
+def _combined_finding(results: Results) -> Finding:
+    blend, first_model = richest_blend(results), next(iter(results))
+    gain = _estimate(results[COMBINED]["minus_blend"]["auroc"])
+    verdict = verdict_beside(results[COMBINED], "minus_blend")
+    return Finding(
+        verdict,
+        verdict.than(f"{blend} alone, if {first_model} is joined with it"),
+        f"{COMBINED} is the mean of the log-odds of {first_model} and {blend}. {COMBINED} minus "
+        f"{blend}: paired difference {gain.text('+.3f')}.",
+    )
 
 
 def write_comparison(
@@ -217,11 +300,12 @@ def write_comparison(
     title: str,
     sentences: Sequence[str],
     card: dict[str, str],
+    models: dict[str, str] | None = None,
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result, and ``card`` says how the comparison was made.
+    of the result; ``card`` says how the comparison was made, ``models`` what its models are.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -229,18 +313,28 @@ def write_comparison(
         for aside in move_aside(paths.values()):
             logger.info("an earlier result was moved to %s", aside)
     table = comparison_table(results, reference)
+    findings = comparison_findings(results, reference)
+    differences = {
+        name: (_estimate(result["minus_reference"]["auroc"]), verdict_beside(result))
+        for name, result in results.items()
+        if name != reference
+    }
     with plot_style():
-        figure = plot_comparison(results, reference)
+        figure, alt = plot_forest(differences, reference)
         with atomic(paths[".png"]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
-        alt = f"AUROC of {len(results)} models with intervals; the table above holds the numbers"
         image = to_image(figure, alt)
     page = render(
         "comparison",
         title=title,
-        sentences=[*comparison_sentences(results, reference), *sentences],
+        style=next((each.verdict.style for each in findings if isinstance(each, Finding)), ""),
+        findings=[*findings, *sentences],
+        reference=reference,
+        several=any("sd" in result["auroc"] for result in results.values()),
         comparison=table,
-        images={"comparison": image},
+        meanings={name: meaning for name, meaning in MEANINGS.items() if name in table},
+        image=image,
+        models={**(models or {}), **describe_baselines(results)},
         card={**card, "Intervals": INTERVALS, "SHA-256 of the code": code_hash()},
     )
     write_text(paths[".html"], page)

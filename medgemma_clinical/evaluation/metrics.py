@@ -120,3 +120,34 @@ def net_benefit(
     true_alarms, false_alarms = counts
     benefit: NDArray[np.float64] = true_alarms - false_alarms * risks / (1 - risks)
     return benefit / weights.sum(axis=1, keepdims=True)
+
+
+def benefit_gain(
+    labels: NDArray[Any],
+    probability: NDArray[Any],
+    threshold: float,
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Compute by how much alarms at a threshold beat both an alarm for all and for none.
+
+    The gain is the net benefit of the alarms minus the larger of the two others.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        probability: (n,) of the event; an alarm is a probability of at least ``threshold``.
+        threshold: from the decision rule.
+        weights: (R, n), how often each row counts.
+
+    Returns:
+        (R,); NaN where the threshold is no risk within (0, 1).
+    """
+    if not 0 < threshold < 1:
+        return np.full(len(weights), np.nan)
+    event, alarm = labels == 1, probability >= threshold
+    price = threshold / (1 - threshold)
+    share = weights / weights.sum(axis=1, keepdims=True)
+    prevalence = share @ event
+    everyone = prevalence - (1 - prevalence) * price
+    own = share @ (event & alarm) - share @ (~event & alarm) * price
+    gain: NDArray[np.float64] = own - np.maximum(everyone, 0)
+    return gain

@@ -6,7 +6,7 @@ import base64
 import contextlib
 import io
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -22,6 +23,13 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from medgemma_clinical.data.small_cells import risk_bands
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.judgement.verdict import (
+    BETTER,
+    SCALE,
+    WORSE,
+    Verdict,
+    group_by_verdict,
+)
 from medgemma_clinical.evaluation.report_tables import percent
 
 logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font that it looks for
@@ -29,6 +37,7 @@ logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font t
 INK, GRID, MODEL, OTHER = "#1d2430", "#d5dae2", "#0b6fa4", "#b4531f"
 PAPER = "#ffffff"
 DARK = {PAPER: "#14181f", INK: "#e8ebf0", GRID: "#3a4352", MODEL: "#6bb8ea", OTHER: "#f0a06a"}
+DARK |= {verdict.colour: verdict.dark for verdict in SCALE}
 """The colours of a picture on a page, and those that replace them on a dark screen."""
 
 STYLE = {
@@ -55,6 +64,9 @@ SIZE = (4.0, 3.2)
 
 MOST_POINTS = 400
 """Points of a curve that are drawn."""
+
+LEAST_DIFFERENCE = 0.05
+"""A forest plot reaches at least so far to both sides, so that noise looks small."""
 
 FEWEST_BANDS = 3
 """Bands of risk that a curve needs."""
@@ -296,18 +308,50 @@ def plot_learning(history: Sequence[dict[str, Any]]) -> tuple[Figure, str]:
     )
 
 
-def plot_comparison(results: dict[str, dict[str, Any]], reference: str) -> Figure:
-    """Return AUROC and paired difference of each model with their intervals."""
-    figure, panels = new_figure((1, 1), (5.5, 0.5 * len(results) + 2), sharex=False)
-    names = list(results)[::-1]
-    aurocs = [results[name]["auroc"] for name in names]
-    differences = [results[name]["minus_reference"]["auroc"] for name in names]
-    titles = ("test AUROC [95 %]", f"AUROC minus {reference}, paired [95 %]")
-    for axes, scores, title in zip(panels, (aurocs, differences), titles, strict=True):
-        table = pd.DataFrame(scores).astype(float)
-        axes.hlines(names, table["low"], table["high"], color=MODEL)
-        axes.plot(table["value"], names, "o", color=MODEL, markersize=4)
-        axes.set_xlabel(title)
-        axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
-    panels[1].axvline(0, color=INK, linewidth=1)
-    return figure
+def plot_forest(
+    differences: Mapping[str, tuple[Estimate, Verdict]], reference: str
+) -> tuple[Figure, str]:
+    """Return the paired differences of AUROC from a reference as a forest plot, and its text.
+
+    Args:
+        differences: of each other model, with the verdict on it, by the model's name.
+        reference: name of the model at zero.
+    """
+    names = [f"{reference} (reference)", *differences]
+    figure, (axes,) = new_figure(size=(5.5, 0.28 * len(names) + 1.5))
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.plot([0], [0], "s", color=INK, markersize=4)
+    shown, widest = set(), LEAST_DIFFERENCE
+    for row, (difference, verdict) in enumerate(differences.values(), start=1):
+        if difference.low is not None and difference.high is not None:
+            axes.hlines(row, difference.low, difference.high, color=verdict.colour)
+            widest = max(widest, -difference.low, difference.high)
+        if difference.value is not None:
+            axes.plot([difference.value], [row], **_look_of(verdict))
+            widest = max(widest, abs(difference.value))
+            shown.add(verdict)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) - 0.5, -0.5))
+    axes.set_xlabel(f"AUROC minus that of {reference}, paired [95 %]")
+    axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
+    if shown:
+        in_order = [verdict for verdict in SCALE if verdict in shown]
+        marks = [Line2D([], [], label=v.words, **_look_of(v)) for v in in_order]
+        figure.legend(handles=marks, loc="outside upper left", ncols=2)
+    groups = group_by_verdict({name: verdict for name, (_, verdict) in differences.items()})
+    return figure, (
+        f"Forest plot: paired difference of the AUROC of each model from that of {reference}, with "
+        f"95 % intervals. {groups or 'There is no other model.'} The table holds the numbers."
+    )
+
+
+def _look_of(verdict: Verdict) -> dict[str, Any]:
+    """Return the look of a verdict's mark, filled where the verdict is better or worse."""
+    filled = verdict in (BETTER, WORSE)
+    return {
+        "color": verdict.colour,
+        "linestyle": "none",
+        "marker": verdict.marker,
+        "markerfacecolor": verdict.colour if filled else PAPER,
+        "markersize": 6,
+    }

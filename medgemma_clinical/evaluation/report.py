@@ -10,8 +10,19 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medgemma_clinical.evaluation import report_tables
+from medgemma_clinical.evaluation.baselines import describe_baselines
 from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
-from medgemma_clinical.evaluation.cohort import FEWEST_PATIENTS, Cohort, CohortFigures
+from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge
+from medgemma_clinical.evaluation.judgement.verdict import (
+    BETTER,
+    CHANCE,
+    FEW,
+    FEWEST_PATIENTS,
+    UNDECIDED,
+    WORSE,
+    judge_interval,
+)
 from medgemma_clinical.evaluation.plots import report_images
 from medgemma_clinical.evaluation.report_tables import percent
 from medgemma_clinical.files import write_text
@@ -32,6 +43,13 @@ STAGE_TITLES = {
     "classification": "Stage 2, classification",
     "generative": "Stage 3, written reports",
 }
+STAGE_NAMES = {
+    "trajectory": "stage 1",
+    "classification": "stage 2",
+    "generative": "stage 3",
+}
+"""Names of the models in tables of several."""
+
 CARD = {
     "Intended use": (
         "Research on the question above, on data like those of the training part. Not a medical "
@@ -39,9 +57,6 @@ CARD = {
     )
 }
 """The first lines of each model card."""
-
-BETTER, UNDECIDED, WORSE = "verdict-better", "verdict-undecided", "verdict-worse"
-"""Classes of the colours in the style of each page."""
 
 INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients with all their rows; exact "
@@ -64,6 +79,7 @@ class ReportContent:
         history: one object an epoch, as in history.jsonl.
         reports: figures of written reports.
         shift: from ``shift_table``.
+        validation: AUROC of the part on which the model was chosen.
         notice: a banner above the result; empty for none.
     """
 
@@ -77,15 +93,8 @@ class ReportContent:
     history: list[dict[str, Any]] | None = None
     reports: dict[str, float] | None = None
     shift: pd.DataFrame | None = None
+    validation: Estimate | None = None
     notice: str = ""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result in words; ``good`` if nothing in it speaks against the model."""
-
-    good: bool
-    sentences: list[str]
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,7 @@ class Tile:
         name: of the figure.
         figure: value with interval.
         comparison: what to compare with.
-        style: class of its colour: on which side of the reference the interval lies.
+        style: class of its verdict's colour; empty for a slope whose interval includes 1.
         place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
             without an interval.
     """
@@ -121,24 +130,27 @@ def write_report(
     ``list_patients`` adds the ten largest errors, by id, label and probability.
 
     Returns:
-        The sentences of the verdict.
+        The result in words, a line for each finding.
     """
-    verdict = judge(figures, content.outcome)
+    judgement = judge(figures, content.outcome, content.validation)
     text = render(
         "report",
         content=content,
         title=content.title,
         notice=content.notice,
-        verdict=verdict,
+        judgement=judgement,
         tiles=headline(figures),
         images=report_images(cohort, figures, content.history or []),
         discrimination=report_tables.figure_table(figures, report_tables.DISCRIMINATION),
         calibration=report_tables.figure_table(figures, report_tables.CALIBRATION),
+        calibration_details=report_tables.figure_table(figures, report_tables.CALIBRATION_DETAILS),
         recalibration=report_tables.recalibration_table(figures),
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
-        combined=report_tables.combined_sentence(figures),
+        models=describe_baselines(figures.others),
+        combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
+        few=FEW,
         few_subgroups=report_tables.few_subgroups(figures),
         fewest=figures.fewest,
         judged=figures.events is not None,
@@ -147,7 +159,7 @@ def write_report(
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)
-    return " ".join(verdict.sentences)
+    return "\n".join(judgement.lines())
 
 
 def render(name: str, **content: Any) -> str:
@@ -161,18 +173,27 @@ def headline(figures: CohortFigures) -> list[Tile]:
     if prevalence is None:
         return []
     known, chance = figures.estimates, percent(prevalence)
-    slope = _tile("Calibration slope", known["calibration_slope"], "1 is ideal", 1, (0, 2), ".2f")
-    return [
-        _tile("AUROC", known["auroc"], "0.5 is chance, 1 is perfect", 0.5, (0, 1)),
-        _tile("AUPRC", known["auprc"], f"chance is {chance}, 1 is perfect", prevalence, (0, 1)),
-        replace(slope, style="" if slope.style == UNDECIDED else WORSE),
-        _tile("Brier skill", known["brier_skill"], "0 is the average risk for all", 0, (-1, 1)),
+    rarer = figures.rarer
+    slope = known["calibration_slope"]
+    tiles = [
+        _tile("AUROC", known["auroc"], rarer, "0.5 is chance, 1 is perfect", CHANCE, (0, 1)),
+        _tile(
+            "AUPRC", known["auprc"], rarer, f"chance is {chance}, 1 is perfect", prevalence, (0, 1)
+        ),
+        _tile("Calibration slope", slope, rarer, "1 is ideal", 1, (0, 2), ".2f"),
+        _tile(
+            "Brier skill", known["brier_skill"], rarer, "0 is the average risk for all", 0, (-1, 1)
+        ),
     ]
+    of_slope = {BETTER.style: WORSE.style, UNDECIDED.style: ""}  # no slope is better than 1
+    tiles[2] = replace(tiles[2], style=of_slope.get(tiles[2].style, tiles[2].style))
+    return tiles
 
 
 def _tile(
     name: str,
     score: Estimate,
+    rarer: int | None,
     comparison: str,
     reference: float,
     ends: tuple[float, float],
@@ -186,77 +207,6 @@ def _tile(
         for key, number in numbers.items()
         if number is not None
     }
-    style = UNDECIDED
-    if score.above(reference) or score.below(reference):
-        style = BETTER if score.above(reference) else WORSE
+    style = judge_interval(score, rarer, reference).style
     whole = len(place) == len(numbers)
     return Tile(name, score.text(form), comparison, style, place if whole else {})
-
-
-def judge(figures: CohortFigures, outcome: str) -> Verdict:
-    """Put the figures into words: discrimination, gain over the best baseline, calibration."""
-    if figures.rarer is None:
-        return Verdict(False, [report_tables.few_events_sentence(figures.n, figures.fewest)])
-    ranking = _ranking_sentence(figures, outcome)
-    if figures.rarer < FEWEST_PATIENTS:
-        ranking = (
-            f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome: too few "
-            f"to judge a model. {ranking}"
-        )
-    calibrated, calibration = _calibration_sentence(figures)
-    best = figures.best_baseline
-    better = best is not None and figures.differences[best]["auroc"].above(0)
-    good = figures.auroc.above(0.5) and better and calibrated
-    return Verdict(good, [ranking, _baseline_sentence(figures), calibration])
-
-
-def _ranking_sentence(figures: CohortFigures, outcome: str) -> str:
-    score = figures.auroc
-    if score.above(0.5) and score.value is not None:
-        return (
-            f"Of two rows, one with the event ({outcome}) and one without, the model gives the row "
-            f"with the event the higher risk {percent(score.value)} of the time "
-            f"(AUROC {score.text()})."
-        )
-    if score.below(0.5):
-        return f"This model is worse than chance: it ranks rows in reverse (AUROC {score.text()})."
-    return (
-        f"This model is not shown to be better than chance at telling rows with the event "
-        f"({outcome}) from rows without it (AUROC {score.text()}; the interval includes 0.5)."
-    )
-
-
-def _baseline_sentence(figures: CohortFigures) -> str:
-    name = figures.best_baseline
-    if name is None:
-        return "No baseline was scored on these rows, so what the model adds is unknown."
-    score, difference = figures.baselines[name]["auroc"], figures.differences[name]["auroc"]
-    word = "not shown to be better"
-    if difference.above(0) or difference.below(0):
-        word = "better" if difference.above(0) else "worse"
-    return (
-        f"It is {word} than its best baseline, {name} (AUROC {score.text()}): the paired "
-        f"difference is {difference.text('+.3f')}."
-    )
-
-
-def _calibration_sentence(figures: CohortFigures) -> tuple[bool, str]:
-    """Return whether the risks are calibrated as far as the rows show, and the sentence."""
-    slope = figures.estimates["calibration_slope"]
-    large = figures.estimates["calibration_in_the_large"]
-    few = figures.rarer is None or figures.rarer < FEWEST_PATIENTS
-    if few or slope.low is None or large.low is None:
-        return False, "These rows cannot show whether the predicted risks are calibrated."
-    faults = []
-    if slope.below(1):
-        faults.append("too extreme (high risks too high, low risks too low)")
-    elif slope.above(1):
-        faults.append("too close to the average")
-    if large.below(0):
-        faults.append("too high on average")
-    elif large.above(0):
-        faults.append("too low on average")
-    slope_text = f"calibration slope {slope.text('.2f')}"
-    if faults:
-        return False, f"Its risks are miscalibrated: {' and '.join(faults)} ({slope_text})."
-    return True, f"Its risks agree with the observed shares of events ({slope_text})."

@@ -14,41 +14,79 @@ from medgemma_clinical.data.small_cells import (
     has_few_events,
     merge_flow,
 )
-from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.judgement.sentences import (
+    caution_sentence,
+    combined_finding,
+    few_events_sentence,
+    judge_baseline,
+)
+from medgemma_clinical.evaluation.judgement.verdict import CHANCE, FEW, judge_interval
 
 Lines = tuple[tuple[str, str, str, str], ...]
 """Key, name, format and meaning of figures."""
 
 DISCRIMINATION: Lines = (
-    ("auroc", "AUROC", ".3f", "area under the ROC curve; 0.5 is chance"),
-    ("auprc", "AUPRC", ".3f", "average precision; chance is the prevalence, {prevalence}"),
-    ("accuracy", "Accuracy at 0.5", ".3f", "rows on the right side of a risk of 0.5"),
+    (
+        "auroc",
+        "AUROC",
+        ".3f",
+        "how often a row with the event has a higher risk than one without; 0.5 is chance",
+    ),
+    (
+        "auprc",
+        "AUPRC",
+        ".3f",
+        "share of true alarms, averaged over all thresholds; chance is the prevalence, "
+        "{prevalence}",
+    ),
+    ("accuracy", "Accuracy at 0.5", ".3f", "share of rows on the right side of a risk of 50 %"),
 )
 CALIBRATION: Lines = (
-    ("calibration_slope", "Slope", ".3f", "1 is ideal; below 1 the risks are too extreme"),
-    ("calibration_intercept", "Intercept", ".3f", "log-odds; 0 is ideal"),
+    (
+        "calibration_slope",
+        "Slope",
+        ".3f",
+        "spread of the risks: 1 is ideal; below 1 they are too extreme, above 1 too close to the "
+        "average",
+    ),
     (
         "calibration_in_the_large",
         "Calibration in the large",
         ".3f",
-        "log-odds with the slope held at 1; below 0 the risks are too high on average",
+        "level of the risks: 0 is ideal; below 0 they are too high on average, above 0 too low",
     ),
-    ("brier", "Brier score", ".4f", "mean squared error of the risk"),
     (
         "brier_skill",
         "Brier skill",
         ".3f",
-        "gain over the prevalence as everyone's risk; 1 is perfect",
+        "gain over giving everyone the average risk: 0 is none, 1 is perfect",
     ),
-    ("log_loss", "Log-loss", ".4f", "mean of -log(risk given to what happened)"),
 )
+CALIBRATION_DETAILS: Lines = (
+    (
+        "calibration_intercept",
+        "Intercept",
+        ".3f",
+        "log-odds of the event where the model says 50 %; 0 is ideal",
+    ),
+    ("brier", "Brier score", ".4f", "mean squared distance of risk and outcome; 0 is ideal"),
+    (
+        "log_loss",
+        "Log loss",
+        ".4f",
+        "mean of -ln(risk given to what happened): high where the model was sure and wrong; 0 is "
+        "ideal",
+    ),
+)
+"""Behind a fold of the page."""
+
 AT_THRESHOLD: Lines = (  # in percent
-    ("sensitivity", "Sensitivity (%)", ".1f", "rows with the event that have an alarm"),
-    ("specificity", "Specificity (%)", ".1f", "rows without the event that have no alarm"),
-    ("ppv", "PPV (%)", ".1f", "alarms that have the event"),
-    ("npv", "NPV (%)", ".1f", "rows without alarm that do not have the event"),
+    ("sensitivity", "Sensitivity (%)", ".1f", "of the rows with the event, those with an alarm"),
+    ("specificity", "Specificity (%)", ".1f", "of the rows without it, those without an alarm"),
+    ("ppv", "PPV (%)", ".1f", "of the rows with an alarm, those with the event"),
+    ("npv", "NPV (%)", ".1f", "of the rows without an alarm, those without the event"),
     ("alarms", "Alarms (%)", ".1f", "rows with a risk of at least {threshold:.3g} %"),
 )
 
@@ -56,10 +94,10 @@ COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Bri
 """Metrics of a model beside its baselines: key, name, format."""
 
 RECALIBRATED = {
-    "calibration_slope": "Calibration slope",
-    "calibration_in_the_large": "Calibration in the large",
-    "brier": "Brier score",
-    "log_loss": "Log-loss",
+    "calibration_slope": "Slope (1 is ideal)",
+    "calibration_in_the_large": "Calibration in the large (0 is ideal)",
+    "brier": "Brier score (0 is ideal)",
+    "log_loss": "Log loss (0 is ideal)",
 }
 """What recalibration is to mend; the order of the patients, and so the AUROC, stays."""
 
@@ -96,12 +134,18 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
 
 
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return model, baselines and combined model; paired differences model less baseline."""
+    """Return model, baselines and combined model; paired differences model less baseline.
+
+    The verdict is that on the model beside the baseline, by the difference of AUROC.
+    """
     lines = []
     for name, known in {"this model": figures.estimates, **figures.others}.items():
-        line = {"Model": name} | {title: known[key].text(form) for key, title, form in COMPARED}
+        line: dict[str, Any] = {"Model": name} | {
+            title: known[key].text(form) for key, title, form in COMPARED
+        }
         if difference := figures.differences.get(name):
             line["AUROC, difference"] = difference["auroc"].text("+.3f")
+            line["This model is"] = judge_baseline(figures, name)
             line["Brier, difference"] = difference["brier"].text("+.4f")
         lines.append(line)
     return pd.DataFrame(lines).fillna("")
@@ -224,14 +268,6 @@ def counts_text(rows: int, events: int | None) -> str:
     return f"{rows:,} rows, {'events not shown' if events is None else f'{events:,} events'}"
 
 
-def few_events_sentence(rows: int, fewest: int) -> str:
-    """Return why no figure of some rows is shown."""
-    return (
-        f"Fewer than {fewest} of the patients of these {rows:,} rows have, or lack, the event: no "
-        "figure is shown (--min_cell 0 shows all, where the data use agreement allows it)."
-    )
-
-
 def result_sentence(figures: CohortFigures) -> str:
     """Return the result on the test part in one sentence, beside the best baseline's."""
     if figures.events is None:
@@ -242,22 +278,8 @@ def result_sentence(figures: CohortFigures) -> str:
         return f"{text}."
     return (
         f"{text}; the best baseline, {name}, has {figures.baselines[name]['auroc'].text()}: paired "
-        f"difference {figures.differences[name]['auroc'].text('+.3f')}."
-    )
-
-
-def combined_sentence(figures: CohortFigures) -> str | None:
-    """Return what the model adds to the blend of simple models; None where that is not known."""
-    if not figures.combined or figures.events is None:
-        return None
-    gain = figures.combined_minus_blend
-    word = "is not shown to add to"
-    if gain["auroc"].above(0) or gain["auroc"].below(0):
-        word = "adds to" if gain["auroc"].above(0) else "takes from"
-    return (
-        f"The model {word} what the tables say: {COMBINED} (the mean of its logit and that of "
-        f"{richest_blend(figures.baselines)}) minus that blend alone, paired: AUROC "
-        f"{gain['auroc'].text('+.3f')}, Brier score {gain['brier'].text('+.4f')}."
+        f"difference {figures.differences[name]['auroc'].text('+.3f')}: "
+        f"{judge_baseline(figures, name)}."
     )
 
 
@@ -266,7 +288,8 @@ def results_table(
 ) -> str:
     """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 
-    The paired differences, the model minus each baseline, are those of the test AUROC.
+    The paired differences, the model minus each baseline, are those of the test AUROC; the last
+    column holds the verdict on the model beside chance and beside each baseline.
     """
     test = figures["test"]
     scores = {part: {name: each.estimates, **each.others} for part, each in figures.items()}
@@ -279,10 +302,15 @@ def results_table(
         line[f"{name} minus it [95 %]"] = difference["auroc"].text("+.3f") if difference else ""
         for metric, title in (("auprc", "AUPRC"), ("brier", "Brier"), ("accuracy", "accuracy")):
             line[f"test {title}"] = on_test[metric].value_text(".3f")
+        line[f"{name} is"] = str(judge_baseline(test, model)) if difference else ""
         lines.append(line)
+    own = judge_interval(test.auroc, test.rarer, CHANCE)
+    lines[0][f"{name} is"] = str(own) if own == FEW else f"{own} than chance"
     further = [f"test part: {counts_text(test.n, test.events)}"]
-    if sentence := combined_sentence(test):
-        further.append(sentence)
+    if combined := combined_finding(test):
+        further.append(str(combined))
+    if caution := caution_sentence(figures["validation"].auroc, test.auroc):
+        further.append(caution)
     if test.fewest:
         further.append(f"{NO_VALUE}: undefined, or hidden by --min_cell {test.fewest}")
     if (recalibration := recalibration_table(test)) is not None:

@@ -38,8 +38,8 @@ from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands.several.ablation import cost_of
 from medgemma_clinical.commands.several.compare import read_predictions
+from medgemma_clinical.commands.several.runs import cost_of
 from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,

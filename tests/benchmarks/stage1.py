@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.several.ablation import cost_of
 from medgemma_clinical.commands.several.compare import read_predictions
+from medgemma_clinical.commands.several.runs import cost_of
 from medgemma_clinical.evaluation.comparison import compare_models, comparison_table
 
 STAGE, BLEND = "stage 1", "blend with facts"

@@ -9,10 +9,16 @@ import pandas as pd
 import pytest
 from threadpoolctl import threadpool_limits
 
+from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.baselines import (
+    BLEND,
+    BOOSTING,
+    COMBINED,
+    WITH_FACTS,
     baseline_tables,
+    describe_baselines,
     draw_folds,
     fit_baselines,
     openmp_threads,
@@ -157,3 +163,15 @@ def test_a_column_that_some_fold_lacks_is_left_out_of_the_trees(
 def test_no_more_threads_are_taken_than_the_environment_allows() -> None:
     with threadpool_limits(1, "openmp"):
         assert openmp_threads() == 1
+
+
+def test_each_simple_model_of_the_dka_file_is_described() -> None:
+    dataset = MIMICtrajectoryDataset(SAMPLE)
+    tables = baseline_tables(dataset, np.arange(len(dataset)), 0)
+    blends = [name.replace(BOOSTING, BLEND) for name in tables if name.startswith(BOOSTING)]
+    names = [*tables, *blends, COMBINED]
+    described = describe_baselines([*names, "another model"])
+    assert list(described) == names
+    assert described[BLEND + WITH_FACTS].startswith(described[BLEND])
+    assert "facts" in described[BLEND + WITH_FACTS]
+    assert "facts" not in described[BLEND]

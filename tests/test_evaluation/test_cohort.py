@@ -24,7 +24,7 @@ from medgemma_clinical.evaluation.cohort import (
     rarer_patients,
 )
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
+from medgemma_clinical.evaluation.metrics import METRICS, benefit_gain, weighted_metrics
 from medgemma_clinical.evaluation.predictions import Predictions
 
 
@@ -86,6 +86,16 @@ def test_figures_and_paired_differences_are_those_of_their_draws() -> None:
     for name, share in expected.items():
         assert figures.estimates[name].value == pytest.approx(share)
     assert (figures.n, figures.events, figures.patients) == (400, labels.sum(), 200)
+
+
+def test_the_gain_in_net_benefit_has_the_interval_of_its_own_draws() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 400, rows_a_patient=2)
+    figures = cohort_figures(make_cohort((labels, risk, groups)), 0.3, 7, 0)
+
+    def gain(weights: Any) -> Any:
+        return {"gain": benefit_gain(labels, risk, 0.3, weights)}
+
+    assert ends(figures.benefit_gain)[1:] == percentiles(bootstrap(labels, groups, 7, gain)["gain"])
 
 
 def test_a_subgroup_has_the_interval_of_its_own_draws() -> None:

@@ -14,12 +14,22 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.comparison import (
+    MEANINGS,
     compare_models,
-    comparison_sentences,
+    comparison_findings,
     comparison_table,
     counts_sentence,
     write_comparison,
+)
+from medgemma_clinical.evaluation.judgement.sentences import Finding
+from medgemma_clinical.evaluation.judgement.verdict import (
+    BETTER,
+    FEW,
+    FEWEST_PATIENTS,
+    WORSE,
+    judge_interval,
 )
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
 from pages import Page
@@ -123,10 +133,12 @@ def test_the_table_has_a_line_a_model() -> None:
     results["good"]["seconds_an_epoch"] = 12.3
     table = comparison_table(results, "bad").set_index("model")
     assert list(table) == [
-        *("test AUROC [95 %]", "sd of AUROC", "minus bad [95 %]"),
-        *("AUPRC", "sd of AUPRC", "Brier", "sd of Brier", "s an epoch"),
+        *("test AUROC [95 %]", "sd of AUROC", "minus bad [95 %]", "verdict", "s an epoch"),
+        *("AUPRC", "sd of AUPRC", "Brier", "sd of Brier"),
     ]
     assert table.loc["bad", "minus bad [95 %]"] == ""
+    assert table.loc["bad", "verdict"] == ""
+    assert table.loc["good", "verdict"] == BETTER
     assert table.loc["bad", "s an epoch"] == ""
     assert table.loc["good", "s an epoch"] == "12.3"
     start = f"{results['good']['auroc']['value']:.3f} ["
@@ -134,13 +146,46 @@ def test_the_table_has_a_line_a_model() -> None:
     assert counts_sentence(results) == "test parts, joined: 240 rows, 60 events"
 
 
-def test_the_sentences_name_reference_and_best_model() -> None:
+def test_the_sentences_name_reference_best_model_and_each_verdict() -> None:
     results = compare_models([table_of(0)], "bad", seed=0, fewest=0)
-    first, second = comparison_sentences(results, "bad")
-    assert first.startswith(f"bad: test AUROC {results['bad']['auroc']['value']:.3f} [")
+    first, second, third = map(str, comparison_findings(results, "bad"))
+    score = results["bad"]["auroc"]["value"]
+    assert first.startswith(f"The reference is bad: test AUROC {score:.3f} [")
     assert "(test part: 120 rows, 30 events)" in first
-    assert second.startswith("The highest AUROC has good: ")
-    assert comparison_sentences(results, "good")[1] == "No other model has a higher AUROC."
+    assert second.startswith(f"{BETTER.symbol} Better than bad. good has the highest AUROC, ")
+    assert third == f"Beside bad: {BETTER}: good."
+    results = compare_models([table_of(0)], "good", seed=0, fewest=0)
+    first, second, third = map(str, comparison_findings(results, "good"))
+    assert second == "No other model has a higher AUROC."
+    assert third == f"Beside good: {WORSE}: bad."
+
+
+def test_the_cost_stands_beside_the_gain() -> None:
+    results = compare_models([table_of(0)], "bad", seed=0, fewest=0)
+    assert "Cost" not in str(comparison_findings(results, "bad")[1])
+    results["good"] |= {"seconds_an_epoch": 12.3, "tokens": 70.0, "memory_mib": None}
+    results["bad"] |= {"seconds_an_epoch": 3.0, "tokens": None, "residual_weight": None}
+    assert str(comparison_findings(results, "bad")[1]).endswith(
+        " Cost: 12.3 s an epoch (bad: 3), 70 tokens (bad: \N{EN DASH})."
+    )
+    table = comparison_table(results, "bad")
+    place = list(table).index("verdict")
+    assert list(table)[place + 1 :] == ["s an epoch", "tokens", "AUPRC", "Brier"]
+    assert not set(list(table)[2 : place + 3]) - {"minus bad [95 %]", *MEANINGS}
+
+
+def test_few_patients_decide_nothing_in_a_comparison() -> None:
+    few = table_of(0)
+    patients = few["patient"].unique()[: 2 * (FEWEST_PATIENTS - 1)]
+    few = few[few["patient"].isin(patients)]
+    events = few.groupby("patient")["label"].max().sum()
+    assert 0 < events < FEWEST_PATIENTS
+    few = few.assign(good=few["label"] * 0.8 + 0.1)
+    results = compare_models([few], "bad", seed=0, fewest=0)
+    assert results["good"]["rarer_patients"] == events
+    assert results["good"]["minus_reference"]["auroc"]["low"] > 0
+    assert comparison_table(results, "bad").set_index("model").loc["good", "verdict"] == FEW
+    assert str(comparison_findings(results, "bad")[1]).startswith(f"{FEW.symbol} Too few to say")
 
 
 def with_combined(seed: int) -> pd.DataFrame:
@@ -160,11 +205,14 @@ def test_the_combined_model_is_compared_with_its_blend_over_all_splits() -> None
     assert "minus_blend" not in compare_models([table_of(0)], "bad", seed=0, fewest=0)["good"]
     gain = results["combined"]["minus_blend"]["auroc"]
     assert gain["value"] > 0
-    _, second, third = comparison_sentences(results, "bad")
-    assert second.startswith("The highest AUROC has blend with facts: ")
-    assert third == (
-        "combined (the mean of the logits of good and blend with facts) minus blend with facts "
-        f"alone: paired difference {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
+    _, second, _, last = comparison_findings(results, "bad")
+    assert "blend with facts has the highest AUROC" in str(second)
+    assert isinstance(last, Finding)
+    assert last.verdict == judge_interval(Estimate(*gain.values()), 90)
+    assert last.text == (
+        "combined is the mean of the log-odds of good and blend with facts. combined minus blend "
+        f"with facts: paired difference {gain['value']:+.3f} [{gain['low']:+.3f}, "
+        f"{gain['high']:+.3f}]."
     )
 
 
@@ -196,7 +244,12 @@ def test_a_comparison_is_written_as_numbers_picture_and_page(
     assert "What text adds: Death <b>" in read.text
     assert "One more sentence." in read.text
     assert f"{results['good']['auroc']['value']:.3f} [" in read.text
-    assert read.text.index("SHA-256 of the code") > read.text.index("Side by side")
+    assert read.text.index("SHA-256 of the code") > read.text.index("Gain and cost")
+    assert '<section class="verdict verdict-better"' in page
+    assert f'<span class="mark {BETTER.style}">' in page.split("<tbody>")[1]
+    (row,) = [line for line in caplog.text.splitlines() if line.strip().startswith("good ")]
+    assert f" {BETTER} " in row
+    assert "Brier mean squared distance of risk and outcome" in read.text
     assert f"results: {tmp_path}" in caplog.text
     assert "test part: 120 rows" in caplog.text
 
@@ -224,7 +277,9 @@ def test_few_events_of_any_split_show_no_figure_of_a_comparison(tmp_path: Path) 
         assert all(result[m] == result["minus_reference"][m] == unknown for m in METRICS)
     sentence = "test part: 120 rows, events not shown"
     assert counts_sentence(hidden) == sentence
-    assert comparison_sentences(hidden, "bad") == [f"{sentence}, and so no figure (--min_cell)."]
+    assert list(map(str, comparison_findings(hidden, "bad"))) == [
+        f"{FEW.symbol} Too few to say. {sentence}, and so no figure (--min_cell)."
+    ]
     write_comparison(tmp_path, "c", hidden, "bad", title="t", sentences=[], card={})
     assert "not shown" in (tmp_path / "c.html").read_text()
     small = table_of(1, rows=40)

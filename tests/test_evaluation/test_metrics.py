@@ -10,6 +10,7 @@ from cohorts import ones, simulate
 from medgemma_clinical.evaluation.calibration import weighted_calibration
 from medgemma_clinical.evaluation.metrics import (
     METRICS,
+    benefit_gain,
     net_benefit,
     threshold_shares,
     weighted_metrics,
@@ -74,3 +75,20 @@ def test_net_benefit_by_hand() -> None:
     assert net_benefit(labels, risk, at, ones(5))[0] == pytest.approx(expected)
     everyone = net_benefit(labels, np.ones(5), at[:3], ones(5))[0]
     assert everyone == pytest.approx([0.4 - 0.6 / 9, 0.4 - 0.6 / 4, 0.4 - 0.6])
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.9])
+def test_the_gain_is_the_net_benefit_above_the_better_of_all_and_none(threshold: float) -> None:
+    rng = np.random.default_rng(6)
+    labels, risk, _ = simulate(rng, 80)
+    weights, at = rng.integers(1, 4, (3, 80)).astype(float), np.array([threshold])
+    own = net_benefit(labels, risk, at, weights)[:, 0]
+    everyone = net_benefit(labels, np.ones(80), at, weights)[:, 0]
+    expected = own - np.maximum(everyone, 0)
+    assert benefit_gain(labels, risk, threshold, weights) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -2.0, 5.0])
+def test_a_threshold_that_is_no_risk_has_no_gain(threshold: float) -> None:
+    labels = np.array([1.0, 0])
+    assert np.isnan(benefit_gain(labels, labels, threshold, ones(2))).all()

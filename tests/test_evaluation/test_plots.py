@@ -7,18 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cohorts import make_cohort, ones, simulate
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, FEW, UNDECIDED, WORSE
 from medgemma_clinical.evaluation.metrics import net_benefit
 from medgemma_clinical.evaluation.plots import (
+    LEAST_DIFFERENCE,
     MODEL,
     new_figure,
     plot_calibration,
     plot_decision_curve,
+    plot_forest,
     plot_learning,
     plot_roc,
     plot_style,
@@ -186,3 +191,42 @@ def test_where_another_part_hides_the_figures_nothing_is_drawn_of_this_one() -> 
     figures = cohort_figures(cohort, 0.3, 0, 11, hide=True)
     assert figures.events is None
     assert set(report_images(cohort, figures, HISTORY)) == {"learning"}
+
+
+def test_the_forest_plot_shows_each_difference_with_its_verdict() -> None:
+    differences = {
+        "a": (Estimate(0.03, 0.01, 0.05), BETTER),
+        "b": (Estimate(-0.002, -0.012, 0.008), UNDECIDED),
+        "c": (Estimate(-0.06, -0.08, -0.04), WORSE),
+        "d": (Estimate(0.01), FEW),
+        "e": (Estimate(None), FEW),
+    }
+    figure, alt = plot_forest(differences, "stage 1")
+    (axes,) = figure.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["stage 1 (reference)", *differences]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first model stands at the top"
+    lines = [each for each in axes.collections if isinstance(each, LineCollection)]
+    segments = [segment for each in lines for segment in each.get_segments()]
+    known = [(row, each) for row, (each, _) in enumerate(differences.values(), 1) if each.low]
+    for segment, (row, each) in zip(segments, known, strict=True):
+        assert segment.tolist() == [[each.low, row], [each.high, row]]
+    marks = axes.lines[2:]
+    shown = [pair for pair in differences.values() if pair[0].value is not None]
+    for mark, (each, verdict) in zip(marks, shown, strict=True):
+        assert np.array(mark.get_xdata()).tolist() == [each.value]
+        assert same_color(mark.get_color(), verdict.colour)
+        assert mark.get_marker() == verdict.marker
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == [verdict.words for verdict in (BETTER, UNDECIDED, WORSE, FEW)]
+    assert f"{BETTER}: a; {UNDECIDED}: b; {WORSE}: c; {FEW}: d, e." in alt
+    assert "from that of stage 1" in alt
+
+
+def test_the_forest_plot_makes_no_drama_of_noise_and_bears_a_model_alone() -> None:
+    figure, _ = plot_forest({"a": (Estimate(0.001, -0.002, 0.004), UNDECIDED)}, "b")
+    low, high = figure.axes[0].get_xlim()
+    assert low <= -LEAST_DIFFERENCE < LEAST_DIFFERENCE <= high
+    figure, alt = plot_forest({}, "b")
+    assert not figure.legends
+    assert "There is no other model." in alt

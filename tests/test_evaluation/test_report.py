@@ -16,18 +16,12 @@ from sklearn import metrics
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
-from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
-from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, Verdict, judge
-from medgemma_clinical.evaluation.report_tables import shift_table
+from medgemma_clinical.evaluation.cohort import cohort_figures
+from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, UNDECIDED, WORSE
+from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK
+from medgemma_clinical.evaluation.report_tables import results_table, shift_table
 from pages import OUTCOME, Page, make_content, write_page
-
-
-def verdict_of(cohort: Cohort) -> Verdict:
-    return judge(cohort_figures(cohort, 0.3, 0, 0), "Death")
-
-
-def words_of(cohort: Cohort) -> str:
-    return " ".join(verdict_of(cohort).sentences)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,94 +41,61 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_page(cohort, tmp_path_factory.mktemp("page"), make_content(shift=shift))
 
 
-# --------------------------------------------------------------------------- sentences
-
-
-def test_a_model_no_better_than_chance_is_not_called_useful() -> None:
-    rng = np.random.default_rng(0)
-    labels, risk, groups = simulate(rng, 500)
-    chance = rng.permutation(risk)
-    text = words_of(make_cohort((labels, chance, groups), last_value=risk))
-    assert "not shown to be better than chance" in text
-    assert "the interval includes 0.5" in text
-    assert "It is worse than its best baseline, last value" in text
-    assert "ranks rows in reverse" in words_of(make_cohort((labels, 1 - risk, groups)))
-
-
-def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
-    rng = np.random.default_rng(0)
-    labels, risk, groups = simulate(rng, 500)
-    noisy = expit(log_odds(risk) + 0.1 * rng.normal(size=500))
-    flat = np.full(500, 0.5)
-    text = words_of(make_cohort((labels, noisy, groups), number=flat, other_model=risk))
-    assert "Of two rows, one with the event (Death)" in text
-    assert "It is not shown to be better than its best baseline, other model" in text
-    close = make_cohort((labels, risk, groups), other_model=noisy)  # ahead, but by chance
-    gain = cohort_figures(close, 0.3, 0, 0).differences["other model"]["auroc"]
-    assert gain.low is not None
-    assert gain.value is not None
-    assert gain.low < 0 < gain.value
-    assert "It is not shown to be better than its best baseline, other model" in words_of(close)
-    verdict = verdict_of(make_cohort((labels, risk, groups), number=flat))
-    assert verdict.good
-    assert "It is better than its best baseline, number" in verdict.sentences[1]
-    assert "No baseline was scored" in words_of(make_cohort((labels, risk, groups)))
-
-
-def test_a_model_is_not_praised_that_is_miscalibrated_or_stands_beside_no_baseline() -> None:
-    labels, risk, groups = simulate(np.random.default_rng(0), 800)
-    sure = expit(3 * log_odds(risk))
-    flat = {"number": np.full(800, 0.5)}
-    for probability, baselines, praised in (
-        (risk, flat, True),
-        (sure, flat, False),
-        (risk, {}, False),
-    ):
-        verdict = verdict_of(make_cohort((labels, probability, groups), **baselines))
-        assert verdict.good == praised, verdict.sentences
-
-
-def test_the_page_says_what_the_model_adds_to_the_blend(tmp_path: Path) -> None:
+def test_the_page_and_the_console_show_the_same_verdicts(tmp_path: Path) -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 400)
-    blend = expit(log_odds(risk) + np.random.default_rng(1).normal(size=400))
-    cohort = make_cohort((labels, risk, groups), blend=blend)
-    text = Page(write_page(cohort, tmp_path, make_content())).text
-    assert "It is better than its best baseline, blend" in text
-    assert "The model adds to what the tables say: combined" in text.split("Baselines")[1]
-    assert "combined" not in text.split("Baselines")[0]
+    rng = np.random.default_rng(1)
+    others = {
+        "flat": np.full(400, 0.5),
+        "same": risk,
+        "blend": expit(log_odds(risk) + rng.normal(size=400)),
+        "truth": 0.3 * risk + 0.7 * labels,
+    }
+    cohort = make_cohort((labels, risk, groups), **others)
+    figures = cohort_figures(cohort, 0.3, 0, 0)
+    page = write_page(cohort, tmp_path, make_content())
+    console = results_table("model", {"validation": figures, "test": figures}).splitlines()
+    seen = set()
+    for name in others:
+        verdict = judge_baseline(figures, name)
+        seen.add(verdict)
+        (line,) = [line for line in console if line.strip().startswith(f"{name} ")]
+        assert line.endswith(f" {verdict}")
+        (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', page, re.S)
+        assert f'<span class="mark {verdict.style}">' in row
+        assert f"{verdict.symbol}</span>&nbsp;{verdict.words}</span>" in row
+    assert seen == {BETTER, UNDECIDED, WORSE}
+    assert console[1].endswith(f"{BETTER} than chance")
+    combined = combined_finding(figures)
+    assert combined is not None
+    assert str(combined) in console
+    top = Page(page).text.split("Question")[0]
+    for finding in (*judge(figures, OUTCOME).findings, combined):
+        assert " ".join(str(finding).split()) in Page(page).text
+    assert "Worse than the best baseline, truth." in top
+    assert '<section class="verdict verdict-worse"' in page
 
 
-@pytest.mark.parametrize(("shift", "word"), [(1.5, "too high"), (-1.5, "too low")])
-def test_the_sentence_says_on_which_side_the_risks_are(shift: float, word: str) -> None:
-    labels, risk, groups = simulate(np.random.default_rng(3), 2000)
-    moved = expit(log_odds(risk) + shift)
-    assert f"miscalibrated: {word} on average" in words_of(make_cohort((labels, moved, groups)))
+def test_the_page_and_the_console_point_out_that_validation_and_test_disagree(
+    tmp_path: Path,
+) -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 400)
+    cohort = make_cohort((labels, risk, groups))
+    found = cohort_figures(cohort, 0.3, 0, 0)
+    fit = cohort_figures(make_cohort((labels, 0.3 * risk + 0.7 * labels, groups)), 0.3, 0, 0)
+    words = "Validation and test disagree"
+    for validation, warned in ((fit, True), (found, False)):
+        page = write_page(cohort, tmp_path, make_content(validation=validation.auroc))
+        console = results_table("model", {"validation": validation, "test": found})
+        assert (words in Page(page).text, words in console) == (warned, warned)
 
 
-@pytest.mark.parametrize(
-    ("slope", "words"),
-    [
-        (2.5, "too extreme"),
-        (0.4, "too close to the average"),
-        (1.0, "Its risks agree with the observed shares"),
-    ],
-)
-def test_the_sentence_says_whether_risks_are_extreme(slope: float, words: str) -> None:
-    cohort = make_cohort(simulate(np.random.default_rng(1), 2000, slope=slope))
-    assert words in words_of(cohort)
-
-
-def test_few_events_judge_no_model() -> None:
-    labels, risk = np.zeros(60), np.linspace(0.1, 0.6, 60)
-    labels[-3:] = 1
-    groups = np.arange(60).astype(str)
-    verdict = verdict_of(make_cohort((labels, risk, groups), number=np.full(60, 0.5)))
-    assert not verdict.good
-    assert verdict.sentences[0].startswith("Only 3 of 60 patients")
-    assert "cannot show" in verdict.sentences[2]
-
-
-# --------------------------------------------------------------------------- the page
+def test_technical_measures_are_behind_a_fold(page: str) -> None:
+    folds = r"<details>.*?</details>"
+    folded = "".join(re.findall(folds, page, re.S))
+    assert "Log loss" in folded
+    assert "-ln(risk given to what happened)" in folded
+    assert "knows the last value of each series alone" in folded
+    assert "Log loss" not in re.sub(folds, "", page, flags=re.S)
 
 
 def test_the_page_is_whole_and_loads_nothing(page: str) -> None:

@@ -15,8 +15,9 @@ from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, FEW, SCALE, UNDECIDED, WORSE
 from medgemma_clinical.evaluation.plots import DARK, INK, MODEL, OTHER, PAPER
-from medgemma_clinical.evaluation.report import BETTER, UNDECIDED, WORSE, headline
+from medgemma_clinical.evaluation.report import headline
 from pages import Page, make_content, write_page
 
 
@@ -50,11 +51,13 @@ def contrast(one: str, other: str) -> float:
 def test_letters_and_marks_have_contrast_enough_in_light_and_dark(page: str) -> None:
     blocks = re.findall(r":root \{(.*?)\}", page, re.S)
     assert len(blocks) == 2
-    for block in blocks:
+    verdicts = [each.colour for each in SCALE], [each.dark for each in SCALE]
+    for block, marks in zip(blocks, verdicts, strict=True):
         colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
-        for ink in ("ink", "soft", "link", "good", "doubt", "model"):
+        inks = [colours[name] for name in ("ink", "soft", "link", "doubt", "model")]
+        for ink in (*inks, *marks):
             for ground in ("page", "panel"):
-                assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+                assert contrast(ink, colours[ground]) >= 4.5, (ink, ground)
 
 
 def test_pictures_have_contrast_enough_and_follow_a_dark_screen(page: str) -> None:
@@ -86,18 +89,20 @@ def test_headings_descend_by_one_and_the_result_comes_first(page: str) -> None:
 def test_tiles_show_on_which_side_of_the_reference_the_interval_lies() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 800)
     sure = headline(cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 0))
-    assert [tile.style for tile in sure] == [BETTER, BETTER, "", BETTER]
+    assert [tile.style for tile in sure] == [BETTER.style, BETTER.style, "", BETTER.style]
     auroc = sure[0].place
     assert auroc["reference"] == 50 < auroc["low"] < auroc["value"] < auroc["high"] < 100
     odds = log_odds(risk)
     extreme = headline(cohort_figures(make_cohort((labels, expit(4 * odds), groups)), 0.3, 0, 0))
-    assert extreme[2].style == WORSE
+    assert extreme[2].style == WORSE.style
     backwards = headline(cohort_figures(make_cohort((labels, 1 - risk, groups)), 0.3, 0, 0))
-    assert [tile.style for tile in backwards] == [WORSE] * 4
+    assert [tile.style for tile in backwards] == [WORSE.style] * 4
     assert backwards[2].place["low"] == 0, "beyond the scale: at its end"
     mixed = np.random.default_rng(1).permutation(risk)
     chance = headline(cohort_figures(make_cohort((labels, mixed, groups)), 0.3, 0, 0))
-    assert chance[0].style == UNDECIDED
+    assert chance[0].style == UNDECIDED.style
+    few = headline(cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0, 0))
+    assert [tile.style for tile in few] == [FEW.style] * 4
 
 
 def test_a_banner_stands_above_the_result_where_there_is_one(page: str, tmp_path: Path) -> None:
@@ -110,6 +115,6 @@ def test_a_banner_stands_above_the_result_where_there_is_one(page: str, tmp_path
 
 def test_a_table_that_may_be_cut_says_so_and_others_stack(page: str) -> None:
     assert page.count('class="scroll wide"') == page.count('class="hint"') == 2
-    assert page.count('class="stack"') == 3
+    assert page.count('class="stack"') == 4
     wide = page[page.index('class="scroll wide"') :]
     assert wide.index('class="hint"') < wide.index("<table>")

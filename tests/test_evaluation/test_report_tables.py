@@ -13,10 +13,10 @@ from scipy.special import expit
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
+from medgemma_clinical.evaluation.judgement.sentences import combined_finding
 from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
-    combined_sentence,
     few_subgroups,
     figure_table,
     flow_table,
@@ -68,7 +68,7 @@ def test_the_console_says_what_recalibration_changed() -> None:
     found = cohort_figures(mended, 0.3, 0, 0)
     slopes = [each["calibration_slope"].text() for each in (found.before, found.estimates)]
     text = results_table("model", {"validation": found, "test": found})
-    assert re.search(rf"Calibration slope +{re.escape(slopes[0])} +{re.escape(slopes[1])}", text)
+    assert re.search(rf"Slope \(1 is ideal\) +{re.escape(slopes[0])} +{re.escape(slopes[1])}", text)
 
 
 def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
@@ -158,24 +158,6 @@ def blended_figures(noise: float, fewest: int = 0) -> CohortFigures:
     return cohort_figures(make_cohort((labels, own, groups), blend=blend), 0.3, 0, fewest)
 
 
-@pytest.mark.parametrize(
-    ("noise", "words"),
-    [(0.5, "adds to"), (9.0, "takes from"), (2.2, "is not shown to add to")],
-)
-def test_a_sentence_says_what_the_model_adds_to_the_blend(noise: float, words: str) -> None:
-    figures = blended_figures(noise)
-    sentence = combined_sentence(figures)
-    assert sentence is not None
-    assert sentence.startswith(f"The model {words} what the tables say: combined")
-    assert figures.combined_minus_blend["auroc"].text("+.3f") in sentence
-    assert figures.combined_minus_blend["brier"].text("+.4f") in sentence
-
-
-def test_nothing_is_said_of_a_blend_that_is_missing_or_hidden(figures: CohortFigures) -> None:
-    assert combined_sentence(figures) is None
-    assert combined_sentence(blended_figures(0.5, fewest=999)) is None
-
-
 def test_the_combined_model_is_the_last_row_and_is_compared_with_no_model() -> None:
     figures = blended_figures(0.5)
     table = baseline_table(figures).set_index("Model")
@@ -186,5 +168,5 @@ def test_the_combined_model_is_the_last_row_and_is_compared_with_no_model() -> N
     row = text.splitlines()[3]
     assert row.split()[0] == "combined"
     assert row.count(figures.combined["auroc"].text()) == 2
-    assert str(combined_sentence(figures)) in text
+    assert str(combined_finding(figures)) in text
     assert "the best baseline, blend, has" in result_sentence(figures)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from argparse import Namespace
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import quiet_console
-from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several.compare import join_predictions, read_predictions
-from medgemma_clinical.commands.several.runs import Train, run_or_continue, stage_folder
+from medgemma_clinical.commands.several.runs import (
+    Train,
+    run_figures,
+    run_or_continue,
+    stage_folder,
+)
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -26,7 +27,7 @@ from medgemma_clinical.evaluation.comparison import (
     compare_models,
     write_comparison,
 )
-from medgemma_clinical.files import InputError, read_json, write_text
+from medgemma_clinical.files import InputError, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE_1 = "stage 1"
@@ -49,6 +50,27 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """The compared models, each with its flags; without ``trajectory_only`` a model of stage 2. A path
 lies below the output folder."""
+
+ARM_MEANINGS = {
+    STAGE_1: "reads series and facts; no language model",
+    "stage 1 without facts": "reads the series alone",
+    "states decay": "stage 1 whose state decays between two observations, without the ODE",
+    "states held": "stage 1 whose state stays the same between two observations, without the ODE",
+    "facts as text": "a language model that reads the context of a patient, and no series",
+    "text": "a language model that reads context and series as text",
+    "text + logit": "the arm text, whose answer is added to that of stage 1",
+    "soft prompt": "a language model that reads the context, and the series as soft tokens",
+    "soft prompt + logit": "the arm soft prompt, whose answer is added to that of stage 1",
+    "text + soft prompt + logit": (
+        "a language model that reads the series as text and as soft tokens, whose answer is added "
+        "to that of stage 1"
+    ),
+    "soft prompt of another patient": (
+        "a control: the soft tokens are those of another patient, so that only the context can help"
+    ),
+    "soft prompt + random weights": "a control: a language model that has learned no language",
+}
+"""What the arms are, for their page."""
 
 
 def run_ablation(
@@ -135,7 +157,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
     table = join_predictions(folders)
     results = compare_models([table], args.reference, args.seed, args.min_cell)
     for name, folder in folders.items():
-        results[name] |= {**cost_of(folder), "residual_weight": weight_of(folder)}
+        results[name] |= run_figures(folder)
     place.mkdir(exist_ok=True)
     write_text(place / "predictions_test.csv", table.to_csv(index=False))
     write_comparison(
@@ -143,30 +165,16 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         "ablation",
         results,
         args.reference,
-        title=f"What each part adds: {outcome}",
+        title=f"What each part of the model adds: {outcome}",
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
+        models=arm_meanings(results),
     )
 
 
-def cost_of(folder: Path) -> dict[str, float | None]:
-    """Return the cost of a finished stage.
-
-    Returns:
-        Median seconds of an epoch with its validation; mean tokens that a language model reads of
-        a training patient; peak memory in MiB.
-    """
-    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
-    run = read_run(folder)
-    assert run is not None
-    return {"seconds_an_epoch": seconds, **run["cost"]}
-
-
-def weight_of(folder: Path) -> float | None:
-    """Return the weight of a finished stage's language model beside stage 1; None without one."""
-    weight: float | None = read_json(folder / "metrics.json").get("residual_weight")
-    return weight
+def arm_meanings(results: Results) -> dict[str, str]:
+    """Return what the arms among the compared models are."""
+    return {name: meaning for name, meaning in ARM_MEANINGS.items() if name in results}
 
 
 def unused_sentences(results: Results) -> list[str]:
@@ -174,4 +182,5 @@ def unused_sentences(results: Results) -> list[str]:
     unused = [name for name, each in results.items() if each.get("residual_weight") == 0]
     if not unused:
         return []
-    return [f"Weight 0, the language model adds nothing to stage 1: {', '.join(unused)}."]
+    models = ", ".join(unused)
+    return [f"The language model has weight 0, and so adds nothing to stage 1, in: {models}."]

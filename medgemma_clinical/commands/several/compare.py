@@ -11,24 +11,28 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.commands.several.runs import run_figures
+from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.evaluation.comparison import (
     TESTED,
     compare_models,
     comparison_table,
     counts_sentence,
+    write_comparison,
 )
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
 
-def run_compare(runs: list[Path], seed: int, fewest: int) -> int:
+def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | None = None) -> int:
     """Print the test figures of finished stages and their paired differences to the first.
 
     Args:
         runs: stage folders that were tested on the same patients.
         seed: of the bootstrap.
         fewest: patients of the smallest cell that is shown.
+        output_dir: where ``compare.json``, ``.png`` and ``.html`` are written; None writes nothing.
 
     Raises:
         InputError: a run is named twice or has no result, or they were tested on other patients.
@@ -38,9 +42,35 @@ def run_compare(runs: list[Path], seed: int, fewest: int) -> int:
     folders = dict(zip(short_names(runs), runs, strict=True))
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
-    table = comparison_table(results, reference).to_string(index=False)
-    logger.info("%s\n%s", table, counts_sentence(results))
+    for name, run in folders.items():
+        results[name] |= known_figures(run)
+    if output_dir is None:
+        table = comparison_table(results, reference).to_string(index=False)
+        logger.info("%s\n%s", table, counts_sentence(results))
+        return EXIT_DONE
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_comparison(
+        output_dir,
+        "compare",
+        results,
+        reference,
+        title=f"{len(folders)} finished models on the same test patients",
+        sentences=[],
+        card={"Seed": f"{seed}, of the intervals", "Small cells": counting_rule(fewest)},
+    )
     return EXIT_DONE
+
+
+def known_figures(folder: Path) -> dict[str, float | None]:
+    """Return cost and weight of a finished stage; empty where the folder lacks the files of them.
+
+    Predictions can be compared without them, and other programs may have written the files.
+    """
+    try:
+        figures = run_figures(folder) if read_run(folder) else {}
+        return {name: None if each is None else float(each) for name, each in figures.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

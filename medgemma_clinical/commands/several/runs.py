@@ -1,17 +1,22 @@
-"""Train several runs of one command, each once: what ``--ablation`` and ``--seeds`` share."""
+"""Train several runs of one command, each once, and read their figures."""
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import RUN_LOG, quiet_console
 from medgemma_clinical.commands.run_folder import (
     given_stage1,
     progress_of,
+    read_run,
     run_data,
     run_facts,
     stage_name,
@@ -19,6 +24,7 @@ from medgemma_clinical.commands.run_folder import (
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.bootstrap import Estimate
+from medgemma_clinical.evaluation.comparison import RUN_FIGURES
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.provenance import reset_peak_memory
 
@@ -84,3 +90,32 @@ def read_auroc(folder: Path, part: str) -> Estimate:
     except (ValueError, KeyError, TypeError) as error:
         problem = "damaged: delete the folder of this stage, and start again"
         raise InputError(f"{path}: {problem}") from error
+
+
+def cost_of(folder: Path) -> dict[str, float | None]:
+    """Return the cost of a finished stage.
+
+    Returns:
+        Median seconds of an epoch with its validation; mean tokens that a language model reads of
+        a training patient; peak memory in MiB.
+    """
+    lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
+    run = read_run(folder)
+    assert run is not None
+    return {"seconds_an_epoch": seconds, **run["cost"]}
+
+
+def run_figures(folder: Path) -> dict[str, float | None]:
+    """Return the cost of a finished stage, and the weight of its language model beside stage 1."""
+    weight: float | None = read_json(folder / "metrics.json").get("residual_weight")
+    return {**cost_of(folder), "residual_weight": weight}
+
+
+def mean_figures(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the mean of cost and weight over runs of one model; None where some run lacks it."""
+    means: dict[str, float | None] = {}
+    for figure in RUN_FIGURES.keys() & runs[0].keys():
+        known = [run[figure] for run in runs]
+        means[figure] = None if None in known else float(np.mean(known))
+    return means

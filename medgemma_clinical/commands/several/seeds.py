@@ -7,15 +7,16 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.several.ablation import run_ablation, unused_sentences
+from medgemma_clinical.commands.several.ablation import arm_meanings, run_ablation, unused_sentences
 from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
+    mean_figures,
     read_auroc,
+    run_figures,
     run_or_continue,
     stage_folder,
 )
@@ -24,12 +25,11 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.comparison import (
-    RUN_FIGURES,
     Results,
     compare_models,
     write_comparison,
 )
-from medgemma_clinical.evaluation.report import STAGE_TITLES
+from medgemma_clinical.evaluation.report import STAGE_NAMES, STAGE_TITLES
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
@@ -100,34 +100,37 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     """
     if args.ablation:
         reference, name = args.reference, "seeds_ablation"
-        title = "What each part adds"
+        title = "What each part of the model adds"
         tables = [read_predictions(folder) for folder in folders.values()]
         sentences = []
     else:
         stage = next(iter(folders.values())).name
-        reference, name, title = stage, f"seeds_{stage}", STAGE_TITLES[stage]
-        tables = [read_predictions(folder, stage) for folder in folders.values()]
+        reference, name, title = STAGE_NAMES[stage], f"seeds_{stage}", STAGE_TITLES[stage]
+        tables = [read_predictions(folder, reference) for folder in folders.values()]
         sentences = [best_by_validation(folders)]
     results = compare_models(_shared_models(tables), reference, args.seed, args.min_cell)
     if args.ablation:
         add_run_figures(results, list(folders.values()))
         sentences = unused_sentences(results)
+    else:
+        results[reference] |= mean_figures([run_figures(each) for each in folders.values()])
     first, last = min(folders), max(folders)
     write_comparison(
         args.output_dir,
         name,
         results,
         reference,
-        title=f"{title}, seeds {first} to {last}: {outcome}",
+        title=f"{title}, in {len(folders)} splits of the data: {outcome}",
         sentences=sentences,
         card={
             "Seeds": f"{first} to {last}",
             "Small cells": counting_rule(args.min_cell),
             "Not in the intervals": (
-                "how much training and split move a figure, which the standard deviation over "
-                "splits shows; the intervals hold the models as trained"
+                "the change of a figure with split and training, which the standard deviation "
+                "over the splits (sd) shows; the intervals treat the trained models as fixed"
             ),
         },
+        models=arm_meanings(results) if args.ablation else None,
     )
     for sentence in sentences:
         logger.info("%s", sentence)
@@ -136,10 +139,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
 def add_run_figures(results: Results, folders: list[Path]) -> None:
     """Add to each arm its cost and weight, the mean over the ablations in ``folders``."""
     ablations = [read_json(folder / "ablation.json") for folder in folders]
-    for name, arm in ablations[0].items():
-        for figure in RUN_FIGURES.keys() & arm.keys():
-            known = [each[name][figure] for each in ablations]
-            results[name][figure] = None if None in known else float(np.mean(known))
+    for name in ablations[0]:
+        results[name] |= mean_figures([each[name] for each in ablations])
 
 
 def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
@@ -163,6 +164,6 @@ def best_by_validation(folders: dict[int, Path]) -> str:
     best = max(aurocs, key=aurocs.__getitem__)
     place = "/".join(folders[best].parts[-2:])
     return (
-        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {place}. Each seed has a "
-        "validation part of its own, so chance has its share."
+        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {place}. Each seed has its "
+        "own validation part, so this choice is partly chance."
     )

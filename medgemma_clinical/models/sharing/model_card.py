@@ -20,9 +20,10 @@ from medgemma_clinical.models.sharing.terms import licence, terms_of
 
 INTENDED_USE = "Research on the question above, on data like those of the training part."
 LIMITS = (
-    "One data set, split by patient: the figures do not transfer to another hospital or another "
-    "time. Where treatment shapes the label, the model predicts treatment as well as disease. One "
-    "test part of this size moves by chance: trust the intervals, not the point."
+    "The figures come from one data set that was split by patient. They do not transfer to another "
+    "hospital or another time. Where treatment shapes the label, the model predicts treatment as "
+    "well as disease. Figures of a test part of this size move by chance: read the interval, not "
+    "the value."
 )
 PASSING_ON = (
     "A model that was trained on patients may be personal data: see what the agreement of the data "

@@ -20,12 +20,14 @@ from finished_runs import write_run
 from medgemma_clinical.commands.logs import start_logging
 from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several.ablation import (
+    ARM_MEANINGS,
     ARMS,
     STAGE_1,
     arm_arguments,
     chosen_arms,
     run_ablation,
 )
+from medgemma_clinical.evaluation.baselines import describe_baselines
 from medgemma_clinical.files import InputError
 
 DATASET: Any = SimpleNamespace(outcome="Death")
@@ -146,7 +148,10 @@ def test_every_arm_stands_beside_stage_1_and_the_baselines(
         assert results[name]["memory_mib"] == 100.0 + list(ARMS).index(name) + 1
         assert f"{name}: test AUROC " in caplog.text
     page = (tmp_path / "ablation" / "ablation.html").read_text()
-    assert "What each part adds: Death" in page
+    assert "What each part of the model adds: Death" in page
+    assert list(ARM_MEANINGS) == list(ARMS)
+    for name, meaning in {**ARM_MEANINGS, **describe_baselines(["last value"])}.items():
+        assert f"<dt>{name}</dt><dd>{meaning}</dd>" in page
     assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -207,7 +212,7 @@ def test_the_table_says_where_the_language_model_has_no_weight(tmp_path: Path) -
     args = arguments(tmp_path, arms=["soft prompt + logit", "text + soft prompt + logit"])
     assert run_ablation(args, DATASET, train) == 0
     page = (tmp_path / "ablation" / "ablation.html").read_text()
-    said = "Weight 0, the language model adds nothing to stage 1: soft prompt + logit."
+    said = "has weight 0, and so adds nothing to stage 1, in: soft prompt + logit."
     assert said in page
     results = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
     assert results["text + soft prompt + logit"]["residual_weight"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from medgemma_clinical.commands.several.compare import (
     read_predictions,
     run_compare,
 )
+from medgemma_clinical.evaluation.comparison import verdict_beside
 from medgemma_clinical.files import InputError
 
 
@@ -99,3 +101,29 @@ def test_two_different_folders_are_needed(tmp_path: Path) -> None:
     for runs in ([run], [run, tmp_path / "x" / ".." / "a"]):
         with pytest.raises(InputError, match="two different folders"):
             run_compare(runs, seed=0, fewest=0)
+
+
+def test_a_page_is_written_where_its_place_is_named_and_nowhere_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
+    run_compare(runs, seed=0, fewest=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    (runs[1] / "run.json").unlink()
+    runs.append(write_run(tmp_path / "c", 2))
+    (runs[2] / "history.jsonl").write_text("[")
+    with caplog.at_level(logging.INFO):
+        run_compare(runs, seed=0, fewest=0, output_dir=tmp_path / "x" / "y")
+    names = {path.name for path in (tmp_path / "x" / "y").iterdir()}
+    assert names == {"compare.json", "compare.png", "compare.html"}
+    page = (tmp_path / "x" / "y" / "compare.html").read_text()
+    assert "<title>3 finished models on the same test patients</title>" in page
+    assert str(tmp_path) not in page
+    results = json.loads((tmp_path / "x" / "y" / "compare.json").read_text())
+    assert results["a"]["tokens"] == 12.0
+    for name in ("b", "c"):  # a copy without run.json, a damaged history
+        assert "tokens" not in results[name]
+    verdict = verdict_beside(results["last value"])
+    (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith("last value ")][-1:]
+    assert f" {verdict} " in row
+    assert f"</span>&nbsp;{verdict.words}</span>" in page

@@ -91,7 +91,7 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
     folders = [tmp_path / f"seed_{seed}" / "trajectory" for seed in (3, 4)]
     tables = [pd.read_csv(folder / "predictions_test.csv") for folder in folders]
     scores = [roc_auc_score(table["label"], table["probability"]) for table in tables]
-    pooled = json.loads((tmp_path / "seeds_trajectory.json").read_text())["trajectory"]["auroc"]
+    pooled = json.loads((tmp_path / "seeds_trajectory.json").read_text())["stage 1"]["auroc"]
     assert pooled["value"] == pytest.approx(np.mean(scores))
     assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
@@ -99,8 +99,18 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
     page = (tmp_path / "seeds_trajectory.html").read_text()
     for text in (page, caplog.text):
         assert f"Best by validation: seed {best} " in text
-    assert "Stage 1, trajectory alone, seeds 3 to 4: Death" in page
+    assert "Stage 1, trajectory alone, in 2 splits of the data: Death" in page
+    assert "<title>Stage 1, trajectory alone" in page
+    assert "seeds_trajectory" not in page
     assert f"{pooled['sd']:.3f}" in page
+    assert (
+        json.loads((tmp_path / "seeds_trajectory.json").read_text())["stage 1"].items()
+        >= {
+            "seconds_an_epoch": 1.0,
+            "tokens": 12.0,
+            "memory_mib": 103.5,
+        }.items()
+    )
     assert (tmp_path / "seeds_trajectory.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -191,7 +201,7 @@ def test_baselines_that_some_split_lacks_are_not_pooled(
     with caplog.at_level(logging.INFO):
         run_seeds(arguments(tmp_path), lambda _: DATASET, train)
     assert "not in every split, so not pooled: last value, with facts" in caplog.text
-    assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == ["trajectory"]
+    assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == ["stage 1"]
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -211,7 +221,7 @@ def test_a_combined_model_of_different_blends_is_not_pooled(
         run_seeds(arguments(tmp_path), lambda _: DATASET, train)
     assert "so not pooled: blend with facts, combined" in caplog.text
     results = json.loads((tmp_path / "seeds_trajectory.json").read_text())
-    assert list(results) == ["trajectory", "blend"]
+    assert list(results) == ["stage 1", "blend"]
 
 
 def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
@@ -251,8 +261,8 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     gain = results["stage 1"]["minus_reference"]["auroc"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     page = (tmp_path / "seeds_ablation.html").read_text()
-    assert "adds nothing to stage 1: stage 1." in page
-    assert "What each part adds, seeds 3 to 4: Death" in page
+    assert "adds nothing to stage 1, in: stage 1." in page
+    assert "What each part of the model adds, in 2 splits of the data: Death" in page
 
 
 # --------------------------------------------------------------------------- by the command line
@@ -284,11 +294,11 @@ def test_the_command_line_runs_each_seed_once(
     assert capsys.readouterr().out.count("already there") == 2
     assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
     pooled = json.loads((folder / "seeds_trajectory.json").read_text())
-    assert {"trajectory", "logistic regression", "blend with facts", "combined"} < set(pooled)
+    assert {"stage 1", "logistic regression", "blend with facts", "combined"} < set(pooled)
     alone, both = (pooled[name]["auroc"]["value"] for name in ("blend with facts", "combined"))
     assert pooled["combined"]["minus_blend"]["auroc"]["value"] == pytest.approx(both - alone)
     page = (folder / "seeds_trajectory.html").read_text()
-    assert "the logits of trajectory and blend with facts" in page
+    assert "the log-odds of stage 1 and blend with facts" in page
 
 
 def test_runs_of_the_same_split_are_compared_by_the_command_line(
