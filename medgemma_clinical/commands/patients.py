@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -95,6 +96,16 @@ class PatientChoice:
         return "Shown are the rows that were asked for, as far as they have a score."
 
 
+def kept_sentence(config: dict[str, Any]) -> str:
+    """Return what a model still reads where its soft tokens are removed."""
+    if not config.get("stage1_logit"):
+        return "The text stays."
+    return (
+        "The text and stage 1's log-odds stay; the weight of the language model's own log-odds "
+        f"beside them is {config['residual_weight']:g}."
+    )
+
+
 def choose_patients(request: Namespace) -> PatientChoice | None:
     """Return the empty choice that the flags ask for; None without ``--explain``.
 
@@ -119,7 +130,7 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
         outcome=config["outcome"],
         threshold=model.threshold,
         chosen=choice.sentence(),
-        residual_weight=config.get("residual_weight"),
+        kept=kept_sentence(config),
         method={
             **dataset.asked(),
             "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation
+from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
 from medgemma_clinical.evaluation.patients.patient_plot import plot_patient
 from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
@@ -22,14 +22,14 @@ class PatientsContent:
         outcome: the event in a few words.
         threshold: the probability from which on the event is predicted.
         chosen: how the rows were chosen, a sentence.
-        residual_weight: of the language model's log-odds beside stage 1's; None without stage 1.
+        kept: what stays when a row is scored without soft prompt, a sentence.
         method: lines of name and text: question, model, versions.
     """
 
     outcome: str
     threshold: float
     chosen: str
-    residual_weight: float | None
+    kept: str
     method: dict[str, str]
 
 
@@ -82,5 +82,5 @@ def _soft_prompt_lines(row: Explanation, without: float) -> dict[str, str]:
     return {
         "With soft prompt": f"{100 * row.probability:.1f} %",
         "Without": f"{100 * without:.1f} %",
-        "Difference": f"{change:+.1f} points",
+        "Difference": f"{signed(change, 1)} points",
     }
