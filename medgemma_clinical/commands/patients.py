@@ -18,6 +18,7 @@ from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import ScoredRow, explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
+from medgemma_clinical.models.sharing.model_card import random_model_notice
 from medgemma_clinical.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
         threshold=model.threshold,
         chosen=choice.sentence(),
         kept=kept_sentence(config),
+        warning=random_model_notice(config),
         method={
             **dataset.asked(),
             "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),

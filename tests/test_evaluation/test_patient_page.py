@@ -9,25 +9,11 @@ import numpy as np
 import pytest
 
 from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
-from medgemma_clinical.evaluation.patients.patient_page import PatientsContent, write_patients
+from medgemma_clinical.evaluation.patients.patient_page import write_patients
 from medgemma_clinical.evaluation.patients.report_marks import Mark
 from medgemma_clinical.evaluation.report import PAGE_MARK
-from pages import OUTCOME, Page
-
-ROW = Explanation(
-    id="<i>7</i> & $x$",
-    probability=0.4,
-    features=("lactate", "pH", "never"),
-    units=("mmol/L", "", "x"),
-    times=np.array([0.0, 5.0, 30.0]),
-    values=np.array([[2.0, np.nan, np.nan], [4.5, 7.2, np.nan], [np.nan, 7.3, np.nan]]),
-    observations=("lactate 2 mmol/L", "lactate 4.5 mmol/L, pH 7.2", "pH 7.3"),
-    hours=np.array([0.0, 5.0, 30.0, 48.0]),
-    risks=np.array([0.1, 0.35, 0.3, 0.4]),
-    facts={"age": "54"},
-    without={"lactate": 0.2, "pH": None},
-)
-CONTENT = PatientsContent(OUTCOME, 0.25, "Shown are all.", "The text stays.", {"Model": "Stage 1"})
+from pages import Page
+from patient_rows import CONTENT, ROW
 
 
 def page_of(tmp_path: Path, *rows: Explanation) -> str:

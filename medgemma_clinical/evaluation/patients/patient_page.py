@@ -13,6 +13,9 @@ from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.files import write_text
 
+NOTICE = "This page holds patients' data: do not share it. Only its owner can read the file."
+"""The banner of the page."""
+
 
 @dataclass(frozen=True)
 class PatientsContent:
@@ -23,6 +26,7 @@ class PatientsContent:
         threshold: the probability from which on the event is predicted.
         chosen: how the rows were chosen, a sentence.
         kept: what stays when a row is scored without soft prompt, a sentence.
+        warning: about the model; empty for none.
         method: lines of name and text: question, model, versions.
     """
 
@@ -31,6 +35,7 @@ class PatientsContent:
     chosen: str
     kept: str
     method: dict[str, str]
+    warning: str = ""
 
 
 def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsContent) -> None:
@@ -43,7 +48,7 @@ def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsCon
     """
     title = f"Patients: {content.outcome}"
     cards = [_card(row, content) for row in rows]
-    write_text(path, render("patients", title=title, cards=cards, content=content))
+    write_text(path, render("patients", title=title, notice=NOTICE, cards=cards, content=content))
 
 
 def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
