@@ -22,7 +22,10 @@ from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from medgemma_clinical.evaluation.patients.patient_page import write_patients
+from medgemma_clinical.evaluation.patients.report_marks import Mark
 from pages import make_content, write_page
+from patient_rows import CONTENT, ROW
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LONGEST = 5000
@@ -91,7 +94,29 @@ def comparison(folder: Path) -> Path:
     return folder / "both.html"
 
 
-BUILDERS: dict[str, Callable[[Path], Path]] = {"report": full_report, "comparison": comparison}
+def patients(folder: Path) -> Path:
+    """Two rows with all that a card can hold, one of them with many series."""
+    report = (Mark("pH "), Mark("7.2", True), Mark(" to "), Mark("8", False), Mark("."))
+    first = replace(ROW, report=report, without_soft_prompt=0.45)
+    names = tuple(f"series of a longer name {k}" for k in range(8))
+    many = replace(
+        first,
+        features=names,
+        units=("mmol/L",) * 8,
+        values=np.random.default_rng(0).normal(9, 1, (3, 8)),
+        observations=tuple(", ".join(f"{name} 9 mmol/L" for name in names) for _ in range(3)),
+        without=dict.fromkeys(names, 0.3),
+    )
+    path = folder / "out.patients.html"
+    write_patients(path, [first, many], replace(CONTENT, warning="The model is random."))
+    return path
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "report": full_report,
+    "comparison": comparison,
+    "patients": patients,
+}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)

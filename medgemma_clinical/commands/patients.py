@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import ScoredRow, explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
+from medgemma_clinical.models.sharing.model_card import random_model_notice
 from medgemma_clinical.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
@@ -95,6 +97,16 @@ class PatientChoice:
         return "Shown are the rows that were asked for, as far as they have a score."
 
 
+def kept_sentence(config: dict[str, Any]) -> str:
+    """Return what a model still reads where its soft tokens are removed."""
+    if not config.get("stage1_logit"):
+        return "The text stays."
+    return (
+        "The text and stage 1's log-odds stay; the weight of the language model's own log-odds "
+        f"beside them is {config['residual_weight']:g}."
+    )
+
+
 def choose_patients(request: Namespace) -> PatientChoice | None:
     """Return the empty choice that the flags ask for; None without ``--explain``.
 
@@ -119,7 +131,8 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
         outcome=config["outcome"],
         threshold=model.threshold,
         chosen=choice.sentence(),
-        residual_weight=config.get("residual_weight"),
+        kept=kept_sentence(config),
+        warning=random_model_notice(config),
         method={
             **dataset.asked(),
             "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),

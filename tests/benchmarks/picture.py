@@ -5,6 +5,15 @@ Usage:
         --data_path tests/data/physionet2012_bicarbonate.csv
     python tests/benchmarks/picture.py --page runs/trajectory/report.html --out .images/report.png
 
+    zcat tests/data/physionet2012_chemistry.csv.gz | head -400 > runs/few.csv
+    cp tests/data/physionet2012_chemistry.json runs/few.json
+    python medgemma_trainer.py --trajectory_only --trajectory_epochs 4 --output_dir runs/nine \\
+        --data_path tests/data/physionet2012_chemistry.csv.gz
+    python medgemma_trainer.py --predict --explain --patients 132929 --data_path runs/few.csv \\
+        --checkpoint runs/nine/trajectory --predictions runs/few_out.csv
+    python tests/benchmarks/picture.py --page runs/few_out.patients.html --height 1270 \\
+        --out .images/patients.png
+
 Needs ``pip install playwright`` and a Chromium on the path (``apt install chromium``).
 """
 

@@ -141,6 +141,7 @@ def test_the_page_of_each_stage_shows_what_the_stage_has(
     assert f"{100 * line['probability']:.1f} % at hour" in alt
     assert "Serum bicarbonate from" in alt
     assert ("soft tokens removed" in page.text) == (stage != "trajectory")
+    assert ("log-odds beside them is 1." in page.text) == (stage != "trajectory")
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":
         assert line["report"].partition(".")[0] in page.text

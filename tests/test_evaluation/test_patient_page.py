@@ -8,26 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation
-from medgemma_clinical.evaluation.patients.patient_page import PatientsContent, write_patients
+from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
+from medgemma_clinical.evaluation.patients.patient_page import write_patients
 from medgemma_clinical.evaluation.patients.report_marks import Mark
 from medgemma_clinical.evaluation.report import PAGE_MARK
-from pages import OUTCOME, Page
-
-ROW = Explanation(
-    id="<i>7</i> & $x$",
-    probability=0.4,
-    features=("lactate", "pH", "never"),
-    units=("mmol/L", "", "x"),
-    times=np.array([0.0, 5.0, 30.0]),
-    values=np.array([[2.0, np.nan, np.nan], [4.5, 7.2, np.nan], [np.nan, 7.3, np.nan]]),
-    observations=("lactate 2 mmol/L", "lactate 4.5 mmol/L, pH 7.2", "pH 7.3"),
-    hours=np.array([0.0, 5.0, 30.0, 48.0]),
-    risks=np.array([0.1, 0.35, 0.3, 0.4]),
-    facts={"age": "54"},
-    without={"lactate": 0.2, "pH": None},
-)
-CONTENT = PatientsContent(OUTCOME, 0.25, "Shown are all.", 0.5, {"Model": "Stage 1"})
+from pages import Page
+from patient_rows import CONTENT, ROW
 
 
 def page_of(tmp_path: Path, *rows: Explanation) -> str:
@@ -134,9 +120,13 @@ def test_a_share_is_the_change_of_the_log_odds_and_no_cause(tmp_path: Path) -> N
 
 def test_the_soft_prompt_is_compared_with_its_absence(tmp_path: Path) -> None:
     text = Page(page_of(tmp_path, replace(ROW, without_soft_prompt=0.45))).text
-    assert "scored again with its soft tokens removed" in text
-    assert "log-odds count 0.5 times" in text
+    assert "scored again with its soft tokens removed. The text stays." in text
     assert "With soft prompt 40.0 % Without 45.0 % Difference -5.0 points" in text
+
+
+def test_no_change_has_no_minus() -> None:
+    assert signed(-0.04, 1) == "+0.0"
+    assert signed(-0.06, 1) == "-0.1"
 
 
 def test_each_number_of_a_report_is_marked_in_words_too(tmp_path: Path) -> None:
@@ -146,3 +136,5 @@ def test_each_number_of_a_report_is_marked_in_words_too(tmp_path: Path) -> None:
     labels = [found["aria-label"] for tag, found in page.tags if tag == "span" and found]
     assert labels == ["right", "wrong"]
     assert "7.2 \N{CHECK MARK} to 8 \N{BALLOT X} ." in page.text
+    silent = Page(page_of(tmp_path, replace(ROW, report=(Mark("no."),)))).text
+    assert "The report states no number. no." in silent

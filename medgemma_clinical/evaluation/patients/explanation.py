@@ -24,6 +24,11 @@ LONGEST_IN_HOURS, LONGEST_IN_DAYS = 96.0, 3 * 8766.0
 """Spans of more hours are shown in days, and of yet more in years."""
 
 
+def signed(change: float, digits: int) -> str:
+    """Write a change with its sign; what rounds to zero is +0."""
+    return f"{round(change, digits) + 0.0:+.{digits}f}"
+
+
 @dataclass(frozen=True)
 class TimeUnit:
     """The unit of a time axis: its name in the singular, and its length in hours."""
@@ -93,7 +98,7 @@ class Explanation:
                 unit.text(self.hours[k]),
                 words[k],
                 f"{100 * self.risks[k]:.1f}",
-                NO_VALUE if k == 0 else f"{moved[k]:+.1f}",
+                NO_VALUE if k == 0 else signed(moved[k], 1),
             )
             for k in shown.tolist()
         ]
@@ -106,6 +111,6 @@ class Explanation:
         known = {name: risk for name, risk in self.without.items() if risk is not None}
         change = {name: own - log_odds(np.array([risk]))[0] for name, risk in known.items()}
         ordered = sorted(known, key=lambda name: -abs(change[name]))
-        lines = [(name, f"{change[name]:+.2f}", f"{100 * known[name]:.1f}") for name in ordered]
+        lines = [(name, signed(change[name], 2), f"{100 * known[name]:.1f}") for name in ordered]
         lines += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in known]
         return pd.DataFrame(lines, columns=["Series", "Share (log-odds)", "Risk without it (%)"])

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation
+from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
 from medgemma_clinical.evaluation.patients.patient_plot import plot_patient
 from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.files import write_text
+
+NOTICE = "This page holds patients' data: do not share it. Only its owner can read the file."
+"""The banner of the page."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +25,17 @@ class PatientsContent:
         outcome: the event in a few words.
         threshold: the probability from which on the event is predicted.
         chosen: how the rows were chosen, a sentence.
-        residual_weight: of the language model's log-odds beside stage 1's; None without stage 1.
+        kept: what stays when a row is scored without soft prompt, a sentence.
+        warning: about the model; empty for none.
         method: lines of name and text: question, model, versions.
     """
 
     outcome: str
     threshold: float
     chosen: str
-    residual_weight: float | None
+    kept: str
     method: dict[str, str]
+    warning: str = ""
 
 
 def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsContent) -> None:
@@ -43,7 +48,7 @@ def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsCon
     """
     title = f"Patients: {content.outcome}"
     cards = [_card(row, content) for row in rows]
-    write_text(path, render("patients", title=title, cards=cards, content=content))
+    write_text(path, render("patients", title=title, notice=NOTICE, cards=cards, content=content))
 
 
 def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
@@ -82,5 +87,5 @@ def _soft_prompt_lines(row: Explanation, without: float) -> dict[str, str]:
     return {
         "With soft prompt": f"{100 * row.probability:.1f} %",
         "Without": f"{100 * without:.1f} %",
-        "Difference": f"{change:+.1f} points",
+        "Difference": f"{signed(change, 1)} points",
     }

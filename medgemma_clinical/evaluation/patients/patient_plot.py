@@ -9,10 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from medgemma_clinical.data.texts import plain, with_space
 from medgemma_clinical.evaluation.patients.explanation import Explanation
-from medgemma_clinical.evaluation.plots import INK, MODEL, OTHER, new_figure
-
-WIDTH = 5.0
-"""Inches of the picture."""
+from medgemma_clinical.evaluation.plots import INK, MODEL, OTHER, SIZE, new_figure
 
 SERIES_HEIGHT, RISK_HEIGHT, MARGIN = 0.85, 1.5, 0.5
 """Inches of a series, of the curve of risks, and of the labels of time."""
@@ -28,7 +25,7 @@ def plot_patient(shown: Explanation, outcome: str, threshold: float) -> tuple[Fi
     """
     measured = [f for f in range(len(shown.features)) if not np.isnan(shown.values[:, f]).all()]
     heights = [SERIES_HEIGHT] * len(measured) + [RISK_HEIGHT]
-    figure, panels = new_figure(heights, (WIDTH, sum(heights) + MARGIN))
+    figure, panels = new_figure(heights, (SIZE[0], sum(heights) + MARGIN))
     unit, words = shown.time_unit, []
     for f, axes in zip(measured, panels, strict=False):
         known = ~np.isnan(shown.values[:, f])
@@ -42,7 +39,7 @@ def plot_patient(shown: Explanation, outcome: str, threshold: float) -> tuple[Fi
         if len(values) == 1:
             course = f"{plain(values[0])}{of} at {unit.name} {unit.text(times[0])}"
         words.append(f"{name} {course}")
-    _plot_risk(panels[-1], shown, outcome, threshold)
+    _plot_risk(panels[-1], shown, threshold)
     first, last = 100 * shown.risks[0], 100 * shown.risks[-1]
     return figure, (
         f"Series over time: {'; '.join(words)}. Below, the risk of {outcome}: {first:.1f} % at "
@@ -52,7 +49,7 @@ def plot_patient(shown: Explanation, outcome: str, threshold: float) -> tuple[Fi
     )
 
 
-def _plot_risk(axes: Axes, shown: Explanation, outcome: str, threshold: float) -> None:
+def _plot_risk(axes: Axes, shown: Explanation, threshold: float) -> None:
     """Draw the risk, which holds until the next observation, beside the threshold."""
     hours, risks = shown.hours / shown.time_unit.hours, 100 * shown.risks
     axes.axhline(100 * threshold, color=OTHER, linestyle="--", linewidth=1)
@@ -60,7 +57,7 @@ def _plot_risk(axes: Axes, shown: Explanation, outcome: str, threshold: float) -
     axes.plot(hours, risks, "o", color=MODEL, markersize=4)
     top = min(100.0, 1.15 * max(float(risks.max()), 200 * threshold))
     axes.set(ylim=(0, top), xlabel=f"{shown.time_unit.name}s")
-    _set_title(axes, f"Risk of {outcome}, % (dashed: threshold {100 * threshold:.1f} %)")
+    _set_title(axes, f"Risk, % (dashed: threshold {100 * threshold:.1f} %)")
 
 
 def _set_title(axes: Axes, text: str) -> None:
