@@ -93,8 +93,8 @@ class TrajectoryModel:
         """
         from medgemma_clinical.distributed import find_device
         from medgemma_clinical.inference.hub import find_checkpoint
+        from medgemma_clinical.models.checkpoints import check_loading
         from medgemma_clinical.models.trained_model import (
-            check_loading,
             check_no_control,
             load_trained_model,
             read_metrics,

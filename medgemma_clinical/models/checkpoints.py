@@ -30,7 +30,15 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
-from medgemma_clinical.models.checkpoint_schema import check_adapter, check_config
+from medgemma_clinical.models.checkpoint_schema import (
+    ATTENTIONS,
+    COUNT,
+    INT8_REFUSED,
+    PRECISIONS,
+    QUANTIZATIONS,
+    check_adapter,
+    check_config,
+)
 from medgemma_clinical.models.sharing.model_card import model_card
 from medgemma_clinical.models.sharing.terms import terms_of
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
@@ -90,6 +98,27 @@ def check_format(place: Path, found: object) -> None:
             f"{place}: checkpoint format {found!s:.20}, this program reads {CHECKPOINT_FORMAT}: "
             "train again, or use the version that made it"
         )
+
+
+def check_loading(
+    quantization: str | None, precision: str | None, attention: str, batch_size: int | None
+) -> None:
+    """Check how a trained model shall be loaded; None leaves a choice to the checkpoint.
+
+    Raises:
+        InputError: naming the choices.
+    """
+    if quantization == "int8":
+        raise InputError(f"quantization: {INT8_REFUSED}")
+    for name, value, choices in (
+        ("quantization", quantization, QUANTIZATIONS),
+        ("precision", precision, PRECISIONS),
+        ("attention", attention, ATTENTIONS),
+    ):
+        if value not in (None, *choices):
+            raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
+    if batch_size is not None and not COUNT.holds(batch_size):
+        raise InputError(f"batch_size {batch_size!r}: expected {COUNT.expected}")
 
 
 def _unfit(place: Path) -> InputError:

@@ -21,12 +21,8 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoint_schema import (
     ATTENTIONS,
-    COUNT,
     DYNAMICS,
-    INT8_REFUSED,
     MEMBERS,
-    PRECISIONS,
-    QUANTIZATIONS,
 )
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
@@ -167,27 +163,6 @@ def check_no_control(path: Path, config: dict[str, Any]) -> None:
             f"--checkpoint {path}: a control of --ablation, with soft tokens of other patients or "
             "random weights: take another model"
         )
-
-
-def check_loading(
-    quantization: str | None, precision: str | None, attention: str, batch_size: int | None
-) -> None:
-    """Check how a trained model shall be loaded; None leaves a choice to the checkpoint.
-
-    Raises:
-        InputError: naming the choices.
-    """
-    if quantization == "int8":
-        raise InputError(f"quantization: {INT8_REFUSED}")
-    for name, value, choices in (
-        ("quantization", quantization, QUANTIZATIONS),
-        ("precision", precision, PRECISIONS),
-        ("attention", attention, ATTENTIONS),
-    ):
-        if value not in (None, *choices):
-            raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
-    if batch_size is not None and not COUNT.holds(batch_size):
-        raise InputError(f"batch_size {batch_size!r}: expected {COUNT.expected}")
 
 
 def load_trained_model(
