@@ -217,11 +217,12 @@ def write_comparison(
     title: str,
     sentences: Sequence[str],
     card: dict[str, str],
+    notice: str = "",
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result, and ``card`` says how the comparison was made.
+    of the result, ``card`` says how the comparison was made, ``notice`` is a banner above all.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -238,6 +239,7 @@ def write_comparison(
     page = render(
         "comparison",
         title=title,
+        notice=notice,
         sentences=[*comparison_sentences(results, reference), *sentences],
         comparison=table,
         images={"comparison": image},

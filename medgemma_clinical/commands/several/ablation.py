@@ -16,7 +16,12 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several.compare import join_predictions, read_predictions
-from medgemma_clinical.commands.several.runs import Train, run_or_continue, stage_folder
+from medgemma_clinical.commands.several.runs import (
+    Train,
+    random_models_notice,
+    run_or_continue,
+    stage_folder,
+)
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -146,6 +151,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         title=f"What each part adds: {outcome}",
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
+        notice=random_models_notice(args),
     )
 
 

@@ -15,6 +15,7 @@ from medgemma_clinical.commands.several.ablation import run_ablation, unused_sen
 from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
+    random_models_notice,
     read_auroc,
     run_or_continue,
     stage_folder,
@@ -128,6 +129,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
                 "splits shows; the intervals hold the models as trained"
             ),
         },
+        notice=random_models_notice(args),
     )
     for sentence in sentences:
         logger.info("%s", sentence)
