@@ -22,6 +22,9 @@ from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from medgemma_clinical.evaluation.patients.explanation import Explanation
+from medgemma_clinical.evaluation.patients.patient_page import PatientsContent, write_patients
+from medgemma_clinical.evaluation.patients.report_marks import Mark
 from pages import make_content, write_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -91,7 +94,34 @@ def comparison(folder: Path) -> Path:
     return folder / "both.html"
 
 
-BUILDERS: dict[str, Callable[[Path], Path]] = {"report": full_report, "comparison": comparison}
+def patients(folder: Path) -> Path:
+    """One patient with two series, of stage 3."""
+    row = Explanation(
+        id="7",
+        probability=0.4,
+        features=("lactate", "pH"),
+        units=("mmol/L", ""),
+        times=np.array([0.0, 5.0, 30.0]),
+        values=np.array([[2.0, np.nan], [4.5, 7.2], [np.nan, 7.3]]),
+        observations=("lactate 2 mmol/L", "lactate 4.5 mmol/L, pH 7.2", "pH 7.3"),
+        hours=np.array([0.0, 5.0, 30.0, 48.0]),
+        risks=np.array([0.1, 0.35, 0.3, 0.4]),
+        facts={"age": "54", "Words of the context": "woman, medical intensive care unit"},
+        without={"lactate": 0.2, "pH": None},
+        without_soft_prompt=0.3,
+        report=(Mark("Lactate "), Mark("2", True), Mark(", then "), Mark("7", False)),
+    )
+    content = PatientsContent("Death", 0.25, "Shown are all.", 0.5, {"Model": "Stage 3"}, "Random.")
+    others = [replace(row, id=name) for name in ("8", "9")]
+    write_patients(folder / "out.patients.html", [row, *others], content)
+    return folder / "out.patients.html"
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "report": full_report,
+    "comparison": comparison,
+    "patients": patients,
+}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)

@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import ScoredRow, explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
+from medgemma_clinical.models.sharing.model_card import random_model_notice
 from medgemma_clinical.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
             "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
             "Commit": git_commit() or "not known",
         },
+        notice=random_model_notice(config),
     )
     path = patients_path(request.predictions)
     write_patients(path, rows, content)

@@ -51,6 +51,14 @@ def test_the_page_says_what_it_holds_and_what_its_figures_are_not(tmp_path: Path
     assert "http" not in source.replace("http-equiv", "")
 
 
+def test_a_banner_stands_above_the_rows_where_there_is_one(tmp_path: Path) -> None:
+    assert 'class="notice"' not in page_of(tmp_path, ROW)
+    path = tmp_path / "random.patients.html"
+    write_patients(path, [ROW], replace(CONTENT, notice="A random model."))
+    source = path.read_text(encoding="utf-8")
+    assert source.index("A random model.") < source.index("This page holds patients")
+
+
 def test_what_a_file_holds_stays_text(tmp_path: Path) -> None:
     told = replace(
         ROW, report=(Mark("<b>x</b> "), Mark("24", True)), facts={"<u>f</u>": "<u>v</u>"}

@@ -24,6 +24,7 @@ class PatientsContent:
         chosen: how the rows were chosen, a sentence.
         residual_weight: of the language model's log-odds beside stage 1's; None without stage 1.
         method: lines of name and text: question, model, versions.
+        notice: a banner above all; empty for none.
     """
 
     outcome: str
@@ -31,6 +32,7 @@ class PatientsContent:
     chosen: str
     residual_weight: float | None
     method: dict[str, str]
+    notice: str = ""
 
 
 def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsContent) -> None:
@@ -43,7 +45,8 @@ def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsCon
     """
     title = f"Patients: {content.outcome}"
     cards = [_card(row, content) for row in rows]
-    write_text(path, render("patients", title=title, cards=cards, content=content))
+    shown = {"title": title, "notice": content.notice, "cards": cards, "content": content}
+    write_text(path, render("patients", **shown))
 
 
 def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
