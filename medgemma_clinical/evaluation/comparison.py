@@ -301,11 +301,13 @@ def write_comparison(
     sentences: Sequence[str],
     card: dict[str, str],
     models: dict[str, str] | None = None,
+    notice: str = "",
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result; ``card`` says how the comparison was made, ``models`` what its models are.
+    of the result; ``card`` says how the comparison was made, ``models`` what its models are;
+    ``notice`` is a banner above all.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -327,6 +329,7 @@ def write_comparison(
     page = render(
         "comparison",
         title=title,
+        notice=notice,
         style=next((each.verdict.style for each in findings if isinstance(each, Finding)), ""),
         findings=[*findings, *sentences],
         reference=reference,

@@ -14,6 +14,7 @@ from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.commands.several.compare import join_predictions, read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
+    random_models_notice,
     run_figures,
     run_or_continue,
     stage_folder,
@@ -169,6 +170,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
         models=arm_meanings(results),
+        notice=random_models_notice(args),
     )
 
 

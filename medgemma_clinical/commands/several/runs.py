@@ -26,6 +26,8 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.comparison import RUN_FIGURES
 from medgemma_clinical.files import InputError, read_json
+from medgemma_clinical.models.language_model import TINY
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 from medgemma_clinical.provenance import reset_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,13 @@ def stage_folder(args: Namespace) -> Path:
     """Return the folder of the stage that the arguments choose."""
     folder: Path = args.output_dir / stage_name(args)
     return folder
+
+
+def random_models_notice(args: Namespace) -> str:
+    """Return what a page says first of runs with the built-in random model; else nothing."""
+    if args.model_name != TINY:
+        return ""
+    return RANDOM_MODEL_UNREAD if args.trajectory_only else RANDOM_MODEL
 
 
 def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:

@@ -15,6 +15,7 @@ from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
     mean_figures,
+    random_models_notice,
     read_auroc,
     run_figures,
     run_or_continue,
@@ -131,6 +132,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             ),
         },
         models=arm_meanings(results) if args.ablation else None,
+        notice=random_models_notice(args),
     )
     for sentence in sentences:
         logger.info("%s", sentence)

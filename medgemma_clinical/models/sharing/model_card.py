@@ -31,8 +31,8 @@ PASSING_ON = (
 )
 
 RANDOM_MODEL = (
-    "The language model of this run is tiny and random. The page shows the path from data to "
-    "report; its figures say nothing about MedGemma."
+    "The language model is tiny and random. This page shows the path from data to report; its "
+    "figures say nothing about MedGemma."
 )
 RANDOM_MODEL_UNREAD = (
     "A run for show (--model_name tiny): the page shows the path from data to report. Stage 1 "

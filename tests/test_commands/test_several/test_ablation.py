@@ -29,6 +29,7 @@ from medgemma_clinical.commands.several.ablation import (
 )
 from medgemma_clinical.evaluation.baselines import describe_baselines
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
 
 DATASET: Any = SimpleNamespace(outcome="Death")
 
@@ -45,6 +46,7 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
         "max_len": 9,
         "min_cell": 0,
         "mode": "classification",
+        "model_name": "google/medgemma-4b-pt",
         "ode_checkpoint": None,
         "output_dir": folder,
         "reference": "stage 1",
@@ -291,6 +293,7 @@ def test_the_arms_are_trained_and_their_baselines_compared(
     ablation: tuple[list[str], Path],
 ) -> None:
     _, folder = ablation
+    assert RANDOM_MODEL in (folder / "ablation" / "ablation.html").read_text()
     results = read_results(folder)
     assert list(results)[: len(ARMS)] == list(ARMS)
     assert {"logistic regression", "number of observations", "blend"} < set(results)

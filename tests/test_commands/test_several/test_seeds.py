@@ -22,6 +22,7 @@ from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several import seeds
 from medgemma_clinical.commands.several.seeds import run_seeds, seed_arguments
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 
 DATASET: Any = SimpleNamespace(outcome="Death")
 
@@ -34,6 +35,7 @@ def arguments(folder: Path, **changes: Any) -> Namespace:
         "data_path": Path("data.csv"),
         "min_cell": 0,
         "mode": "classification",
+        "model_name": "google/medgemma-4b-pt",
         "ode_checkpoint": None,
         "output_dir": folder,
         "reference": "text",
@@ -263,6 +265,16 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     page = (tmp_path / "seeds_ablation.html").read_text()
     assert "adds nothing to stage 1, in: stage 1." in page
     assert "What each part of the model adds, in 2 splits of the data: Death" in page
+
+
+def test_runs_with_the_random_model_have_a_notice(tmp_path: Path) -> None:
+    for model, stage1_alone, notice in (
+        ("tiny", False, RANDOM_MODEL),
+        ("tiny", True, RANDOM_MODEL_UNREAD),
+        ("google/medgemma-4b-pt", False, ""),
+    ):
+        args = arguments(tmp_path, model_name=model, trajectory_only=stage1_alone)
+        assert several_runs.random_models_notice(args) == notice
 
 
 # --------------------------------------------------------------------------- by the command line
