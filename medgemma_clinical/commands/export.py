@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.merge import PROOF_ROWS, export_merged
+from medgemma_clinical.inference.merge import export_merged
 from medgemma_clinical.models.checkpoints import MERGED_MODEL
 from medgemma_clinical.provenance import peak_memory
 
@@ -32,15 +32,7 @@ def export(args: Namespace, given: set[str], encoders: Mapping[str, type]) -> in
         raise InputError("--export runs in one process: start it by python, not accelerate")
     name = args.model_name if "--model_name" in given else None
     proof = export_merged(args.checkpoint, args.export_dir, encoders, name)
-    logger.info(
-        "proof: the folder was read back; largest difference to the trained model in %d rows: of "
-        "a logit over the vocabulary %.2g of their spread, of the stage's own logit %.2g of its "
-        "size (rounding explains %.2g)",
-        PROOF_ROWS,
-        proof.words,
-        proof.own,
-        proof.allowed,
-    )
+    logger.info("proof: the folder was read back; %s", proof.describe())
     logger.info("export: %s, its %s/ for other programs", args.export_dir, MERGED_MODEL)
     logger.info("%s; medgemma_clinical/docs/serving.md says how to serve it", peak_memory())
     return EXIT_DONE

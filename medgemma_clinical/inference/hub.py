@@ -91,9 +91,15 @@ def check_replaceable(folder: Path) -> None:
     """
     if not os.path.lexists(folder):
         return
-    files = {each.relative_to(folder).as_posix() for each in folder.rglob("*") if each.is_file()}
+    files = files_of(folder)
     if not folder.is_dir() or not files <= {*SHARED_FILES} or (files and CARD not in files):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
+
+
+def files_of(folder: Path) -> set[str]:
+    """Return the paths, within a folder, of all that is no folder there."""
+    places = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
+    return {each.relative_to(folder).as_posix() for each in places}
 
 
 def save_model(trained: TrainedModel, folder: Path) -> None:

@@ -9,21 +9,23 @@ The folder is a checkpoint like best/: the program loads it without the base mod
 
 from __future__ import annotations
 
-import logging
-import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from medgemma_clinical.distributed import to_device
 from medgemma_clinical.files import InputError, RunFault, atomic, locked, read_json, write_text
+from medgemma_clinical.inference.hub import files_of
+from medgemma_clinical.inference.merge_proof import (
+    MergeProof,
+    compare,
+    proof_logits,
+    tolerance,
+)
 from medgemma_clinical.models.checkpoints import (
     CARD,
     CONFIG,
@@ -35,7 +37,7 @@ from medgemma_clinical.models.checkpoints import (
     write_config,
 )
 from medgemma_clinical.models.language_model import base_facts
-from medgemma_clinical.models.sharing.model_card import describe_language_model, describe_weight
+from medgemma_clinical.models.sharing.model_card import code, describe_weight
 from medgemma_clinical.models.sharing.terms import licence, terms_of
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.models.trained_model import (
@@ -45,24 +47,18 @@ from medgemma_clinical.models.trained_model import (
     load_trained_model,
     read_trained_config,
 )
-from medgemma_clinical.models.trajectory_llm import TextBatch, TrajectoryLLM, at_verdict
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-PROOF_ROWS = 32
-PROOF_TOKENS = (5, 48)
-"""Rows of the proof, and the tokens of the shortest and of the longest."""
-
-TOLERANCE = 24 * 2.0**-8
-"""Largest difference of two logits that rounding explains, a share of the logits' spread (a bound
-in logits would depend on the size of a model's weights), times the root of the number of layers.
-bfloat16 rounds to 2^-8. Each layer adds such an error to the states; independent errors grow with
-the root of their number; the largest of millions lies five to six standard deviations out. The rest
-of the factor is room for the outliers among the states of a trained model."""
+EXPORTED_FILES = re.compile(
+    rf"{MODULE_WEIGHTS}|{CONFIG}|{CARD}|{NOTICE}|{MERGED_MODEL}/({NOTICE}|chat_template.jinja"
+    r"|model(-\d+-of-\d+)?.safetensors"
+    r"|(config|generation_config|tokenizer|tokenizer_config|model.safetensors.index).json)"
+)
+"""Names of all that an export may write."""
 
 EXPORT_CARD = """\
 # Language model with a merged adapter
@@ -87,42 +83,6 @@ Research on the question above. Not a medical device, not for clinical use.
 """
 
 
-@dataclass(frozen=True)
-class MergeProof:
-    """How far the logits of the merged model are from those of the trained one.
-
-    Attributes:
-        words: largest difference of a logit over the vocabulary, as a share of the row's standard
-            deviation.
-        own: largest difference of the logit of the stage's own readout, as a share of the row's
-            ``ProofLogits.scale``.
-        allowed: largest share that rounding explains.
-    """
-
-    words: float
-    own: float
-    allowed: float
-
-    @property
-    def holds(self) -> bool:
-        """Return whether rounding explains the differences; NaN does not."""
-        return self.words <= self.allowed and self.own <= self.allowed
-
-
-class ProofLogits(NamedTuple):
-    """Logits at the last position of R rows, float32 on the CPU.
-
-    words (R, V): over the vocabulary; own (R,): of the stage's readout; scale (R,): root mean
-    square of ``own`` over all states as long as the row's, which is what rounding grows with;
-    layers: of the language model.
-    """
-
-    words: Tensor
-    own: Tensor
-    scale: Tensor
-    layers: int
-
-
 def export_merged(
     checkpoint: Path,
     folder: Path,
@@ -135,7 +95,7 @@ def export_merged(
 
     Args:
         checkpoint: a stage's folder, or its ``best``.
-        folder: to write; replaces an earlier export.
+        folder: to write; replaces an earlier export that holds no further file.
         encoders: class of each registered name.
         model_name: where the base model lies now, as for ``load_trained_model``.
 
@@ -146,18 +106,20 @@ def export_merged(
     place = check_mergeable(checkpoint)
     check_export_folder(folder)
     trained = load_trained_model(place, encoders, model_name)
+    assert isinstance(trained.model, TrajectoryLLM)
     before = proof_logits(trained)
+    with cast("PeftModel", trained.model.llm).disable_adapter():
+        without = proof_logits(trained)
     target = folder.absolute()  # a place such as "." has no name
     with locked(target), atomic(target) as temporary:
         write_merged(temporary, place, trained)
         del trained  # one model is in memory at a time
-        after = proof_logits(load_trained_model(temporary, encoders))
-        proof = compare(before, after)
+        merged = load_trained_model(temporary, encoders)
+        proof = compare(before, without, proof_logits(merged), allowed=tolerance(merged))
         if not proof.holds:
             raise RunFault(
-                "the merged language model computes other logits than the trained one: they "
-                f"differ by {max(proof.words, proof.own):.2g} of their spread, rounding explains "
-                f"{proof.allowed:.2g}: nothing was written: please report it"
+                "the merged language model computes other logits than the trained one: "
+                f"{proof.describe()}: nothing was written: please report it"
             )
     return proof
 
@@ -184,7 +146,7 @@ def check_mergeable(checkpoint: Path) -> Path:
 
 
 def check_export_folder(folder: Path) -> None:
-    """Check that an export makes a new folder, or replaces an earlier export alone.
+    """Check that an export makes a new folder, or replaces an earlier export and no other file.
 
     Raises:
         InputError: naming what lies there.
@@ -200,6 +162,12 @@ def check_export_folder(folder: Path) -> None:
     if not own:
         raise InputError(
             f"--export_dir {folder}: exists and is no earlier export: choose a new name"
+        )
+    others = sorted(name for name in files_of(folder) if not EXPORTED_FILES.fullmatch(name))
+    if others:
+        raise InputError(
+            f"--export_dir {folder}: holds {others[0]}, which no export writes: move it away, or "
+            "choose a new name"
         )
 
 
@@ -288,71 +256,12 @@ def export_card(config: dict[str, Any], precision: str) -> str:
     files = config["base_sha256"]
     revision = f"SHA-256 of its files {files}" if files else f"revision {config['base_revision']}"
     return EXPORT_CARD.format(
-        base=describe_language_model(config),
+        base=code(str(config["base_model"])),
         revision=f"{revision}, {config['quantization']}",
         stage=config["stage"],
         precision=precision,
         weight=describe_weight(config),
-        question=config["question"],
-        outcome=config["outcome"],
+        question=code(config["question"]),
+        outcome=code(config["outcome"]),
         licence=licence(config),
-    )
-
-
-# --------------------------------------------------------------------------- proof
-
-
-def proof_batch(model: TrajectoryLLM) -> TextBatch:
-    """Make the rows of the proof: random words of the vocabulary behind random soft tokens.
-
-    The rows have different lengths and are padded, as batches of patients are; no data are needed.
-    """
-    generator = torch.Generator().manual_seed(0)
-    shortest, longest = PROOF_TOKENS
-    row = torch.arange(PROOF_ROWS)
-    lengths = shortest + row * (longest - shortest) // (PROOF_ROWS - 1)
-    ids = torch.randint(
-        model.llm.config.vocab_size, (PROOF_ROWS, longest), generator=generator
-    )  # (R, T)
-    batch: dict[str, Tensor] = {
-        "input_ids": ids,
-        "text_mask": torch.arange(longest) < lengths[:, None],
-        "verdict": lengths - 1,
-    }
-    if model.stage1 is not None:
-        width = model.stage1.encoder.hidden_dim
-        states = torch.randn(PROOF_ROWS, model.tokens, width, generator=generator)  # (R, P, H)
-        present = 1 + row % max(model.tokens, 1)
-        batch["states"] = functional.layer_norm(states, (width,))
-        batch["states_mask"] = torch.arange(model.tokens) >= model.tokens - present[:, None]
-        batch["trajectory_logit"] = torch.randn(PROOF_ROWS, generator=generator)
-    return cast(TextBatch, batch)
-
-
-@torch.no_grad()
-def proof_logits(trained: TrainedModel) -> ProofLogits:
-    """Compute the logits of the rows of the proof."""
-    model = trained.model
-    assert isinstance(model, TrajectoryLLM)
-    batch = to_device(proof_batch(model), trained.device)
-    hidden, text_start = model.read(batch, model.trajectory(batch))
-    states = at_verdict(hidden, text_start, batch)  # (R, D)
-    words = model.llm.get_output_embeddings()(states.to(hidden.dtype))  # (R, V)
-    own = model.residual(states)
-    units = torch.eye(states.shape[1], device=states.device)
-    readout = model.residual(units) - model.residual(torch.zeros_like(units[:1]))  # (D,)
-    scale = readout.norm() * states.square().mean(dim=1).sqrt()
-    layers = model.llm.config.num_hidden_layers
-    return ProofLogits(words.float().cpu(), own.cpu(), scale.cpu(), layers)
-
-
-def compare(before: ProofLogits, after: ProofLogits) -> MergeProof:
-    """Compare the logits of two models of equal shape, see ``MergeProof``."""
-    words = (after.words - before.words).abs().amax(dim=1) / before.words.std(dim=1)
-    difference = (after.own - before.own).abs()
-    own = torch.where(difference == 0, 0.0, difference / before.scale)  # a silent head has scale 0
-    return MergeProof(
-        words=float(words.amax()),
-        own=float(own.amax()),
-        allowed=TOLERANCE * math.sqrt(before.layers),
     )

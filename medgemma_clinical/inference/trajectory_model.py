@@ -118,12 +118,14 @@ class TrajectoryModel:
     def __repr__(self) -> str:
         """Return stage, series, base model and data."""
         config = self.config
+        base = config.get("merged_from", config).get("base_model")
+        merged = ", its adapter merged" if "merged_from" in config else ""
         lines = [
             f"stage: {self.stage}",
             f"outcome: {config['outcome']}",
             f"series: {', '.join(config['features'])}",
             f"facts: {', '.join(config['inputs']['facts']) or 'none'}",
-            *([f"base model: {config['base_model']}"] if "base_model" in config else []),
+            *([f"base model: {base}{merged}"] if base else []),
             f"data: {config['dataset']}, SHA-256 {config['data_sha256'][:12]}",
             f"device: {self.trained.device}",
         ]

@@ -15,7 +15,7 @@ import pytest
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import export as export_command
-from medgemma_clinical.inference.merge import MergeProof
+from medgemma_clinical.inference.merge_proof import MergeProof
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import load_trained_model
 from merged_models import save_base, save_stage
@@ -45,6 +45,7 @@ def test_an_export_predicts_as_the_run_does(
     shares = re.search(r"proof: .* 32 rows: .* vocabulary (\S+) of .* own logit (\S+) of", said)
     assert shares is not None
     assert max(map(float, shares.groups())) < 1e-4
+    assert "share of the adapter's effect found: 1.00 and 1.00" in said
     assert f"export: {tmp_path / 'out'}, its language_model/ for other programs" in said
     expected = predicted(runs / stage, data, tmp_path / "1.csv")
     found = predicted(tmp_path / "out", data, tmp_path / "2.csv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
 
@@ -26,19 +27,13 @@ from language_models import (
 )
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.inference import merge
-from medgemma_clinical.inference.merge import (
-    PROOF_ROWS,
-    MergeProof,
-    export_merged,
-    merge_adapter,
-    proof_batch,
-    proof_logits,
-)
+from medgemma_clinical.inference.merge import export_merged, merge_adapter
+from medgemma_clinical.inference.merge_proof import PROOF_ROWS, proof_batch, proof_logits
 from medgemma_clinical.models.checkpoints import MERGED_MODEL, save_llm
 from medgemma_clinical.models.language_model import add_lora, load_language_model
-from medgemma_clinical.models.trained_model import load_trained_model
+from medgemma_clinical.models.trained_model import load_trained_model, read_trained_config
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
-from merged_models import ENCODERS, llm_config, save_base, save_stage
+from merged_models import ENCODERS, llm_config, save_base, save_stage, spoil_merge
 
 KINDS = {
     "float32": ("none", "fp32"),
@@ -156,9 +151,21 @@ def test_the_settings_of_generation_are_those_of_our_reports(stage: Path, tmp_pa
 def test_the_readme_says_what_the_folder_is(stage: Path, tmp_path: Path) -> None:
     export_merged(stage, tmp_path / "out", ENCODERS)
     card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("gemma (SHA-256 of its files", "generative model", "fp32", "HAI-DEF Terms of Use"):
+    for part in (
+        "`gemma` (SHA-256 of its files",
+        "generative model",
+        "fp32",
+        "HAI-DEF Terms of Use",
+    ):
         assert part in card
     assert {"{", "}"}.isdisjoint(card)
+
+
+def test_words_of_a_checkpoint_are_no_markup_in_the_readme(stage: Path) -> None:
+    words = {key: f"<b>{key}</b> [x](http://y) `" for key in ("base_model", "question", "outcome")}
+    card = merge.export_card(read_trained_config(stage) | words, "fp32")
+    for text in words.values():
+        assert f"`` {text} ``" in card
 
 
 def test_a_model_of_text_alone_is_exported(base: Path, tmp_path: Path) -> None:
@@ -248,40 +255,6 @@ def test_the_rows_of_the_proof_are_padded_and_the_same_each_time(stage: Path) ->
     assert not torch.allclose(proof_logits(trained).words, logits.words, atol=0.01)
 
 
-def spoil_file(model: Any, folder: Path, more: dict[str, Any]) -> None:
-    """Write a model, and one of its matrices wrong."""
-    type(model).save_pretrained(model, folder, **more)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"] *= -1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def spoil_merge(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Let the merge make one mistake."""
-    right = merge.merge_adapter
-
-    def wrong(llm: Any, quantization: str) -> Any:
-        layers = [module for module in llm.modules() if isinstance(module, LoraLayer)]
-        if fault == "a layer is left out":
-            for module in layers[7:]:
-                module.lora_B["default"].weight.data.zero_()
-        if fault == "a scale is forgotten":
-            for module in layers:
-                module.scaling["default"] = 1.0
-        merged = right(llm, quantization)
-        if fault == "the head is no longer tied":
-            head = torch.nn.Linear(64, merged.config.vocab_size, bias=False)
-            merged.set_output_embeddings(head.to(merged.dtype))
-            merged.config.tie_word_embeddings = False
-        if fault == "not a number":
-            merged.get_parameter("model.norm.weight").data[3] = torch.nan
-        if fault == "the file differs from the model":
-            merged.save_pretrained = lambda folder, **more: spoil_file(merged, folder, more)
-        return merged
-
-    monkeypatch.setattr(merge, "merge_adapter", wrong)
-
-
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "NF4 in bfloat16"])
 @pytest.mark.parametrize(
     "fault",
@@ -331,14 +304,6 @@ def test_a_head_that_says_nothing_has_no_difference(base: Path, tmp_path: Path) 
     assert proof.holds
 
 
-@pytest.mark.parametrize(
-    ("words", "own", "holds"),
-    [(0.1, 0.1, True), (0.3, 0.1, False), (0.1, 0.3, False), (float("nan"), 0.1, False)],
-)
-def test_both_logits_must_agree(words: float, own: float, holds: bool) -> None:
-    assert MergeProof(words=words, own=own, allowed=0.2).holds == holds
-
-
 def test_one_model_is_in_memory_at_a_time(
     stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,9 +329,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(
 ) -> None:
     out = tmp_path / "out"
     export_merged(stage, out, ENCODERS)
-    (out / "note.txt").touch()
+    before = written(out)
     export_merged(stage, out, ENCODERS)
-    assert "note.txt" not in written(out)
+    assert written(out) == before
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
@@ -382,6 +347,34 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(
     assert [path.name for path in tmp_path.glob(".*")] == [".out.lock"]
     with pytest.raises(InputError, match="give a folder within one that exists"):
         export_merged(stage, tmp_path / "absent" / "out", ENCODERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "notes.txt", f"{MERGED_MODEL}/model.gguf", f"{MERGED_MODEL}/note.json"]
+)
+def test_what_a_person_put_into_an_export_is_not_deleted(
+    name: str, stage: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export_merged(stage, out, ENCODERS)
+    (out / name).symlink_to(tmp_path / "absent")
+    with pytest.raises(InputError, match=rf"holds {re.escape(name)}, which no export writes"):
+        export_merged(stage, out, ENCODERS)
+    assert (out / name).is_symlink()
+
+
+def test_all_files_of_an_export_are_known_as_such(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "gemma")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(base)
+    llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
+    llm.save_pretrained(tmp_path / "out" / MERGED_MODEL, max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "out" / MERGED_MODEL)
+    names = written(tmp_path / "out")
+    assert len([name for name in names if "-of-" in name]) > 1
+    assert f"{MERGED_MODEL}/chat_template.jinja" in names
+    assert [name for name in names if not merge.EXPORTED_FILES.fullmatch(name)] == []
 
 
 @pytest.mark.parametrize("key", ["shuffled", "base_weights"])

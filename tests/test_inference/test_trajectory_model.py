@@ -15,6 +15,7 @@ from sklearn.metrics import RocCurveDisplay, roc_auc_score
 
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.merge import export_merged
 from medgemma_trainer import TrajectoryModel
 from predicting import MARKER, SERIES, STAGES, predicted
 
@@ -247,6 +248,14 @@ def test_the_repr_says_stage_series_base_and_data(
         assert words in shown
     assert "base model" not in repr(models["trajectory"])
     assert str(runs) not in shown
+
+
+def test_the_repr_of_an_export_names_the_base_model_that_was_merged(
+    runs: Path, tmp_path: Path
+) -> None:
+    export_merged(runs / "classification", tmp_path / "out", TrajectoryModel.encoders)
+    shown = repr(TrajectoryModel.from_pretrained(tmp_path / "out"))
+    assert "; base model: tiny, its adapter merged; " in shown
 
 
 def test_the_figures_of_the_run_come_along(models: dict[str, TrajectoryModel]) -> None:
