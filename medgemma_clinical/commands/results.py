@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -112,12 +113,7 @@ def write_results(
     if first:
         baselines = compared_models(stage, data, predictions)
         cohorts = make_cohorts(predictions, baselines, data)
-        figures = {
-            part: cohort_figures(
-                cohort, rule.threshold, args.seed, data.min_cell, hide=data.hides_figures
-            )
-            for part, cohort in cohorts.items()
-        }
+        figures = judge_parts(cohorts, rule, data, args.seed)
         metrics = metrics_json(stage, state.stopping.best_epoch, figures, rule, args.calibrate)
         stage.config["figures"] = card_figures(metrics)
         if folder:  # generation takes long: what is known by now is safe
@@ -125,29 +121,40 @@ def write_results(
     texts = stage.generate(predictions["test"]) if stage.generate else None
     if not first:
         return {}
+    reports = None
     if texts is not None:
-        lines, metrics["reports"] = score_reports(data.dataset, texts, predictions["test"])
-        stage.config["figures"] = card_figures(metrics)
-        if folder:
-            write_text(folder / "generations_test.jsonl", lines)
-            write_json(folder / "metrics.json", metrics)
-            stage.save(folder, stage.config)
-    named = {SCORED[part]: each for part, each in figures.items()}
-    logger.info("\n%s\n", result_sentence(figures["test"]))
-    logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
+        reports, metrics["reports"] = score_reports(
+            data.dataset, texts, predictions["test"], data.min_cell
+        )
+        write_generations(folder, stage, reports, metrics)
+    log_results(stage, figures, metrics)
     if folder:
         content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
-        write_page(folder, cohorts["test"], figures["test"], content, args)
+        path, listed = folder / "report.html", args.report_patients
+        write_report(
+            path, cohorts["test"], figures["test"], content, list_patients=listed, reports=reports
+        )
+        logger.info("report: %s; %s", path, peak_memory())
     return metrics
 
 
-def write_page(
-    folder: Path, cohort: Cohort, figures: CohortFigures, content: ReportContent, args: Namespace
+def write_generations(
+    folder: Path | None, stage: Stage, reports: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> None:
-    """Write ``report.html`` of the test part, and log its place."""
-    path = folder / "report.html"
-    write_report(path, cohort, figures, content, list_patients=args.report_patients)
-    logger.info("report: %s; %s", path, peak_memory())
+    """Write the reports of the test part, and their figures to ``metrics.json`` and the model."""
+    stage.config["figures"] = card_figures(metrics)
+    if folder:
+        lines = [json.dumps(line) + "\n" for line in reports]
+        write_text(folder / "generations_test.jsonl", "".join(lines))
+        write_json(folder / "metrics.json", metrics)
+        stage.save(folder, stage.config)
+
+
+def log_results(stage: Stage, figures: dict[str, CohortFigures], metrics: dict[str, Any]) -> None:
+    """Log the result in a sentence, and the table of the model and all beside it."""
+    named = {SCORED[part]: each for part, each in figures.items()}
+    logger.info("\n%s\n", result_sentence(figures["test"]))
+    logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
 
 
 def write_figures(
@@ -238,6 +245,16 @@ def make_cohorts(
             data.dataset, each, {name: risks[part] for name, risks in baselines.items()}
         )
         for part, each in predictions.items()
+    }
+
+
+def judge_parts(
+    cohorts: dict[str, Cohort], rule: DecisionRule, data: Data, seed: int
+) -> dict[str, CohortFigures]:
+    """Return the figures of each scored part; the seed is the bootstrap's."""
+    return {
+        part: cohort_figures(cohort, rule.threshold, seed, data.min_cell, hide=data.hides_figures)
+        for part, cohort in cohorts.items()
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class ReportContent:
     flow: pd.DataFrame | None = None
     split: pd.DataFrame | None = None
     history: list[dict[str, Any]] | None = None
-    reports: dict[str, float] | None = None
+    reports: Mapping[str, float | None] | None = None
     shift: pd.DataFrame | None = None
 
 
@@ -90,10 +91,18 @@ def write_report(
     content: ReportContent,
     *,
     list_patients: bool = False,
+    reports: list[dict[str, Any]] | None = None,
 ) -> str:
     """Write a report: one file that needs neither network nor script.
 
-    ``list_patients`` adds the ten largest errors, by id, label and probability.
+    Args:
+        path: of the page.
+        cohort: the rows that are judged.
+        figures: of these rows.
+        content: what the page says beside them.
+        list_patients: add what names patients: the ten largest errors, by id, label and
+            probability, and three of ``reports``.
+        reports: lines of generations_test.jsonl, in the order of the rows.
 
     Returns:
         The sentences of the verdict.
@@ -119,6 +128,9 @@ def write_report(
         has_grey=any(group.auroc is None for group in figures.subgroups),
         fewest_patients=FEWEST_PATIENTS,
         written=report_tables.written_figures(content.reports),
+        examples=report_tables.example_reports(reports, cohort.labels)
+        if list_patients and reports
+        else None,
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -201,16 +202,56 @@ def flow_table(flow: pd.DataFrame | None, fewest: int) -> pd.DataFrame | None:
     return None if flow is None else merge_flow(flow, fewest).rename(columns=names)
 
 
-def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
-    """Return the figures of written reports, as in metrics.json, in words."""
+def written_figures(reports: Mapping[str, float | None] | None) -> dict[str, str]:
+    """Return the figures of written reports, as in metrics.json, in words; without unknown ones."""
+    whole = "{:,.0f}".format
     names = {
-        "reports": ("Reports written", "{:,.0f}".format),
+        "reports": ("Reports written", whole),
         "parse_share": ("Reports of the expected form", percent),
         "true_number_share": ("Stated numbers that are the patient's", percent),
-        "numbers_stated": ("Numbers stated", "{:,.0f}".format),
+        "numbers_stated": ("Numbers stated", whole),
+        "abnormal_values": ("Abnormal values", whole),
+        "abnormal_named_share": ("Abnormal values that are named", percent),
+        "abnormal_nameable_share": ("Abnormal values that the true reports name", percent),
+        "right_trend_share": ("Trends with the right direction and duration", percent),
+        "invented": ("Numbers and statements that the row does not hold", whole),
+        "inventing_share": ("Reports with any of these", percent),
     }
-    known = reports or {}
+    known = {key: value for key, value in (reports or {}).items() if value is not None}
     return {name: form(known[key]) for key, (name, form) in names.items() if key in known}
+
+
+def example_reports(
+    reports: list[dict[str, Any]], labels: NDArray[np.float64]
+) -> list[tuple[str, dict[str, str], str, str]]:
+    """Return the best, the median and the worst report by quality; they name patients.
+
+    Of equal ones the first counts, and a row is shown once.
+
+    Args:
+        reports: lines of generations_test.jsonl.
+        labels: (n,) of 0 and 1.
+
+    Returns:
+        Title, lines about the report, its text and the true report, of each.
+    """
+    quality = [line["quality"] for line in reports]
+    places = range(len(reports))
+    middle = sorted(places, key=quality.__getitem__)[(len(reports) - 1) // 2]
+    best, worst = max(places, key=quality.__getitem__), min(places, key=quality.__getitem__)
+    examples = []
+    for k, title in {worst: "Worst", middle: "Median", best: "Best"}.items():
+        line = reports[k]
+        about = {
+            "Row": f"{line['id']}, label {labels[k]:.0f}, probability {line['probability']:.3f}",
+            "Score": f"{line['quality']:.2f}",
+            "Form": "as expected" if line["parses"] else "not as expected",
+            "Abnormal values named": f"{line['named']} of {line['abnormal']}",
+            "Trends right": f"{line['right_trends']} of {line['trends']}",
+            "Invented": str(line["invented"]),
+        }
+        examples.append((title, about, line["text"], line["target"]))
+    return examples[::-1]
 
 
 def counts_text(rows: int, events: int | None) -> str:
@@ -256,7 +297,7 @@ def combined_sentence(figures: CohortFigures) -> str | None:
 
 
 def results_table(
-    name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
+    name: str, figures: dict[str, CohortFigures], reports: Mapping[str, float | None] | None = None
 ) -> str:
     """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 
@@ -281,6 +322,6 @@ def results_table(
         further.append(f"{NO_VALUE}: undefined, or hidden by --min_cell {test.fewest}")
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
-    shown = {key: value for key, value in (reports or {}).items() if value}
+    shown = {key: x for key, x in (reports or {}).items() if x}
     further += [f"{title}: {value}" for title, value in written_figures(shown).items()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])

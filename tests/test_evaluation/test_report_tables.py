@@ -16,6 +16,7 @@ from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
     combined_sentence,
+    example_reports,
     figure_table,
     flow_table,
     percent,
@@ -83,6 +84,47 @@ def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
     assert written_figures(reports) == lines
     text = results_table("stage 3", {"validation": figures, "test": figures}, reports)
     assert text.splitlines()[-4:] == [f"{name}: {value}" for name, value in lines.items()]
+
+
+def test_unknown_figures_of_reports_are_left_out() -> None:
+    unknown = dict.fromkeys(("abnormal_values", "abnormal_named_share"))
+    reports = {"reports": 40, **unknown, "right_trend_share": 0.5, "invented": 0}
+    assert written_figures(reports) == {
+        "Reports written": "40",
+        "Trends with the right direction and duration": "50\N{NO-BREAK SPACE}%",
+        "Numbers and statements that the row does not hold": "0",
+    }
+
+
+def examples_of(*qualities: float) -> list[tuple[str, str]]:
+    """Return title and row of the examples among reports of these qualities."""
+    judged = {"parses": True, "probability": 0.25}
+    judged |= dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 1)
+    texts = {"text": "written", "target": "true"}
+    lines = [
+        {"id": f"r{k}", "quality": each, **judged, **texts} for k, each in enumerate(qualities)
+    ]
+    examples = example_reports(lines, np.ones(len(lines)))
+    assert {example[2:] for example in examples} == {("written", "true")}
+    rows = [(title, about["Row"]) for title, about, *_ in examples]
+    assert all(row.endswith(", label 1, probability 0.250") for _, row in rows)
+    return [(title, row.partition(",")[0]) for title, row in rows]
+
+
+@pytest.mark.parametrize(
+    ("qualities", "expected"),
+    [
+        ((0.5, 0.9, 0.1, 0.6, 0.2), [("Best", "r1"), ("Median", "r0"), ("Worst", "r2")]),
+        ((0.5, 0.9, 0.1, 0.6), [("Best", "r1"), ("Median", "r0"), ("Worst", "r2")]),
+        ((0.1, 0.9, 0.9, 0.1, 0.5), [("Best", "r1"), ("Median", "r4"), ("Worst", "r0")]),
+        ((0.5, 0.9), [("Best", "r1"), ("Median", "r0")]),
+        ((0.5,), [("Best", "r0")]),
+    ],
+)
+def test_the_best_the_median_and_the_worst_report_are_examples(
+    qualities: tuple[float, ...], expected: list[tuple[str, str]]
+) -> None:
+    assert examples_of(*qualities) == expected
 
 
 def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
