@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands.earlier_stages import earlier_stages
 from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
@@ -68,13 +70,10 @@ logger = logging.getLogger(__name__)
 SCORED = {"val": "validation", "test": "test"}
 """Parts of the split that are scored, and their names in ``metrics.json``."""
 
-STAGE_1 = "stage 1 (trajectory)"
-"""Stands among the baselines of stages 2 and 3."""
-
 GENERATION_BATCH = 16
 
 Baselines = dict[str, dict[str, NDArray[np.float64]]]
-"""Probabilities of each simple model, and of stage 1, by part."""
+"""Probabilities of each simple model, and of earlier stages, by part."""
 
 
 def write_results(
@@ -111,8 +110,8 @@ def write_results(
     predictions = {part: each.with_rule(rule) for part, each in raw.items()}
     metrics: dict[str, Any] = {}
     if first:
-        baselines = compared_models(stage, data, predictions)
-        cohorts = make_cohorts(predictions, baselines, data)
+        earlier = earlier_stages(stage, folder, facts, data.dataset, predictions)
+        cohorts = make_cohorts(predictions, earlier.risks | simple_models(data), data)
         figures = judge_parts(cohorts, rule, data, args.seed)
         metrics = metrics_json(stage, state.stopping.best_epoch, figures, rule, args.calibrate)
         stage.config["figures"] = card_figures(metrics)
@@ -130,6 +129,7 @@ def write_results(
     log_results(stage, figures, metrics)
     if folder:
         content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
+        content = replace(content, unshown=earlier.unshown)
         path, listed = folder / "report.html", args.report_patients
         write_report(
             path, cohorts["test"], figures["test"], content, list_patients=listed, reports=reports
@@ -227,13 +227,10 @@ def report_content(
     )
 
 
-def compared_models(stage: Stage, data: Data, predictions: dict[str, Predictions]) -> Baselines:
-    """Return the stage 1 that the stage builds on, if any, and the fitted simple models."""
+def simple_models(data: Data) -> Baselines:
+    """Fit the simple models."""
     tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
-    simple = fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
-    if stage.stage1 is None:
-        return simple
-    return {STAGE_1: {part: stage.stage1[p.rows] for part, p in predictions.items()}, **simple}
+    return fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
 
 
 def make_cohorts(

@@ -31,6 +31,9 @@ FACTS_ALONE = "facts alone"
 COMBINED = "combined"
 """The mean of the logits of the model that is judged and of the blend that knows the most."""
 
+STAGE_1, STAGE_2 = "stage 1 (trajectory)", "stage 2 (classification)"
+"""Earlier stages, which stand among the baselines of the stages that build on them."""
+
 FOLDS = 5
 FEWEST_TUNED = 100
 """Training patients with the event, and without it, from which on the settings are tuned: with

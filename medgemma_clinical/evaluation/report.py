@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class ReportContent:
         split: from ``split_table``.
         history: one object an epoch, as in history.jsonl.
         reports: figures of written reports.
+        unshown: lines on earlier stages that cannot be set beside.
         shift: from ``shift_table``.
     """
 
@@ -73,6 +74,7 @@ class ReportContent:
     split: pd.DataFrame | None = None
     history: list[dict[str, Any]] | None = None
     reports: Mapping[str, float | None] | None = None
+    unshown: Sequence[str] = ()
     shift: pd.DataFrame | None = None
 
 
@@ -120,6 +122,8 @@ def write_report(
         recalibration=report_tables.recalibration_table(figures),
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
+        stages=report_tables.stage_table(figures),
+        stage_sentences=report_tables.stage_sentences(figures),
         combined=report_tables.combined_sentence(figures),
         subgroups=report_tables.subgroup_table(figures),
         too_few=report_tables.TOO_FEW,

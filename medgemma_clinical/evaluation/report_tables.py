@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,17 @@ from medgemma_clinical.data.small_cells import (
     has_few_events,
     merge_flow,
 )
-from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
+from medgemma_clinical.evaluation.baselines import COMBINED, STAGE_1, STAGE_2, richest_blend
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
-from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.cohort import FEWEST_PATIENTS, Cohort, CohortFigures
 
 TOO_FEW = "too few"
 """Stands in place of a subgroup's AUROC; the page shows such rows in grey."""
+
+EARLIER_STAGES = (STAGE_1, STAGE_2)
+
+SAME_RISKS = 1e-6
+"""Differences of AUROC and Brier score below which two models are one."""
 
 Lines = tuple[tuple[str, str, str, str], ...]
 """Key, name, format and meaning of figures."""
@@ -100,9 +105,42 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
 
 
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return model, baselines and combined model; paired differences model less baseline."""
+    """Return model, simple models and combined model; paired differences model less baseline."""
+    return _compared(figures, [name for name in figures.others if name not in EARLIER_STAGES])
+
+
+def stage_table(figures: CohortFigures) -> pd.DataFrame | None:
+    """Return model and earlier stages, with the paired differences; None without any."""
+    names = [name for name in EARLIER_STAGES if name in figures.baselines]
+    return _compared(figures, names) if names else None
+
+
+def stage_sentences(figures: CohortFigures) -> list[str]:
+    """Return a sentence on the model beside each earlier stage whose figures are shown."""
+    sentences = []
+    for name in [name for name in EARLIER_STAGES if name in figures.baselines]:
+        difference, brier = (figures.differences[name][key] for key in ("auroc", "brier"))
+        if difference.value is None or figures.rarer is None:
+            continue
+        ends = [difference.low, difference.high, brier.low, brier.high]
+        words = "This model is not shown to be better than"
+        if all(end is not None and abs(end) < SAME_RISKS for end in ends):
+            words = "This model gives the same risks as"
+        elif figures.rarer < FEWEST_PATIENTS:
+            words = "There are too few patients to compare this model with"
+        elif difference.above(0) or difference.below(0):
+            words = f"This model is {'better' if difference.above(0) else 'worse'} than"
+        sentences.append(
+            f"{words} {name}: AUROC {difference.text('+.3f')}, Brier score {brier.text('+.4f')}, "
+            "paired."
+        )
+    return sentences
+
+
+def _compared(figures: CohortFigures, names: Sequence[str]) -> pd.DataFrame:
     lines = []
-    for name, known in {"this model": figures.estimates, **figures.others}.items():
+    others = {name: figures.others[name] for name in names}
+    for name, known in {"this model": figures.estimates, **others}.items():
         line = {"Model": name} | {title: known[key].text(form) for key, title, form in COMPARED}
         if difference := figures.differences.get(name):
             line["AUROC, difference"] = difference["auroc"].text("+.3f")

@@ -10,6 +10,7 @@ import pytest
 from scipy.special import expit
 
 from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.report_tables import (
@@ -23,6 +24,8 @@ from medgemma_clinical.evaluation.report_tables import (
     result_sentence,
     results_table,
     split_table,
+    stage_sentences,
+    stage_table,
     subgroup_table,
     written_figures,
 )
@@ -184,6 +187,54 @@ def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
     assert "Reports of the expected form" not in table
+
+
+def beside_stage_1(rows: int, noise: float, fewest: int = 0) -> CohortFigures:
+    """A model of some noise beside a stage 1 of noise 1."""
+    labels, risk, groups = simulate(np.random.default_rng(0), rows)
+    rng = np.random.default_rng(1)
+    own, other = (expit(log_odds(risk) + k * rng.normal(size=rows)) for k in (noise, 1))
+    others = {STAGE_1: own if noise == 1 else other, "blend": other}
+    return cohort_figures(make_cohort((labels, own, groups), **others), 0.3, 0, fewest)
+
+
+@pytest.mark.parametrize(
+    ("rows", "noise", "words"),
+    [
+        (1000, 0.2, "This model is better than"),
+        (1000, 4.0, "This model is worse than"),
+        (1000, 1.05, "This model is not shown to be better than"),
+        (1000, 1.0, "This model gives the same risks as"),
+        (15, 0.2, "There are too few patients to compare this model with"),
+    ],
+)
+def test_a_sentence_sets_the_model_beside_each_earlier_stage(
+    rows: int, noise: float, words: str
+) -> None:
+    figures = beside_stage_1(rows, noise)
+    (sentence,) = stage_sentences(figures)
+    difference = figures.differences[STAGE_1]
+    assert sentence.startswith(f"{words} {STAGE_1}: AUROC {difference['auroc'].text('+.3f')}")
+    assert difference["brier"].text("+.4f") in sentence
+
+
+def test_earlier_stages_have_a_table_of_their_own() -> None:
+    figures = beside_stage_1(1000, 0.2)
+    stages, baselines = stage_table(figures), baseline_table(figures)
+    assert stages is not None
+    assert stages["Model"].tolist() == ["this model", STAGE_1]
+    difference = figures.differences[STAGE_1]["auroc"].text("+.3f")
+    assert stages["AUROC, difference"].tolist() == ["", difference]
+    assert baselines["Model"].tolist() == ["this model", "blend", "combined"]
+    text = results_table("stage 2", {"validation": figures, "test": figures})
+    assert f"{STAGE_1} " in text
+    assert difference in text
+
+
+def test_without_earlier_stages_or_shown_figures_nothing_is_said(figures: CohortFigures) -> None:
+    assert stage_table(figures) is None
+    assert stage_sentences(figures) == []
+    assert stage_sentences(beside_stage_1(1000, 0.2, fewest=999)) == []
 
 
 def blended_figures(noise: float, fewest: int = 0) -> CohortFigures:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.earlier_stages import changed_stage1
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.evaluation.comparison import (
     TESTED,
@@ -36,6 +37,8 @@ def run_compare(runs: list[Path], seed: int, fewest: int) -> int:
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
     folders = dict(zip(short_names(runs), runs, strict=True))
+    for line in changed_stage1(folders):
+        logger.warning("warning: %s", line)
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
     table = comparison_table(results, reference).to_string(index=False)
