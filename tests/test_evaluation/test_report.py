@@ -244,6 +244,13 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     assert "MARKER" not in page
 
 
+def test_a_page_says_which_earlier_stage_is_not_shown(tmp_path: Path) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 60))
+    line = "Stage 2 is not shown: <b>."
+    assert line in Page(write_page(cohort, tmp_path, make_content(unshown=[line]))).text
+    assert "Stages side by side" not in write_page(cohort, tmp_path, make_content())
+
+
 def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: Path) -> None:
     cohort = make_cohort(simulate(np.random.default_rng(0), 60))
     figures = {"reports": 60.0, "abnormal_values": 5.0, "abnormal_named_share": 0.75}

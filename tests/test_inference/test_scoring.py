@@ -138,6 +138,9 @@ def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
     words += ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
     assert trainer.main(words) == 0
     folder = tmp_path / "generative"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for line in ("1 is not shown: this model builds on none", "2 is not shown: this output folder"):
+        assert f"Stage {line}" in page
     threshold = json.loads((folder / "metrics.json").read_text())["threshold"]
     out = predicted(folder, data, tmp_path / "out.csv")
     assert out["prediction"].nunique() == 2
