@@ -91,6 +91,7 @@ from medgemma_clinical.data.tables import (
 from medgemma_clinical.data.texts import (
     Clause,
     PromptOptions,
+    Reference,
     change_clause,
     computed_sentences,
     main_clauses,
@@ -389,6 +390,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             return self.description.plausible
         return self.description.limits.get(name)
 
+    def reference(self, feature: int) -> Reference | None:
+        """Return the reference range that the description gives, None where it gives none."""
+        name = comparable(self.features[feature])
+        if name == comparable(self.description.series):
+            return self.description.reference
+        return self.description.references.get(name)
+
     def asked(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
         asked = super().asked()
@@ -423,14 +431,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         measured = {f: (times, values) for f, times, values in self.measured(i)}
         clauses: list[Clause] = []
         for f, (name, unit) in enumerate(zip(self.features, self.units, strict=True)):
-            start = f"{'' if f == 0 else '. '}{name}: "
-            if f not in measured:
-                clauses.append([f"{start}not measured"])
-            elif f == self.main:
-                clauses += main_clauses(start, unit, *measured[f])
-                clauses.append([". ", *change_clause(unit, *measured[f])])
-            else:
-                clauses.append(short_clause(start, unit, *measured[f]))
+            own: list[Clause] = [[f"{name}: not measured"]]
+            if f in measured and f == self.main:
+                own = main_clauses(name, unit, *measured[f])
+                own.append([". ", *change_clause(name, unit, *measured[f])])
+            elif f in measured:
+                own = [short_clause(name, unit, *measured[f])]
+            clauses += [[". " if f else "", *own[0]], *own[1:]]
         return clauses
 
 

@@ -179,7 +179,7 @@ def build_parser() -> Parser:
     add_model_flags(parser)
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
-    add("--report_patients", action="store_true", help="ten largest errors by id in report.html")
+    add("--report_patients", action="store_true", help="name patients in report.html")
     add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--dry_run", action="store_true", help="take two steps, measure memory, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")

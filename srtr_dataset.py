@@ -50,7 +50,18 @@ from medgemma_clinical.data.srtr.cohort import (
 from medgemma_clinical.data.srtr.files import find_table
 from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
 from medgemma_clinical.data.tables import Findings
-from medgemma_clinical.data.texts import Choice, Clause, Number, PromptOptions, direction, plain
+from medgemma_clinical.data.texts import (
+    END,
+    START,
+    Choice,
+    Clause,
+    Number,
+    PromptOptions,
+    Reference,
+    direction,
+    observation,
+    plain,
+)
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
@@ -102,6 +113,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len")
     outcome = "Death or too sick for transplant"
     fixed_features = True  # SRTR's own kidney history holds no laboratory value
+    report_hours = HOURS_A_DAY
     reads_contexts = False  # which say what the statics say
 
     parts = None
@@ -249,6 +261,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Return the plausible range of a feature in a living adult."""
         return self._organ.features[feature].low, self._organ.features[feature].high
 
+    def reference(self, feature: int) -> Reference | None:
+        """Return the reference range of a feature, None where adults have none of one source."""
+        return self._organ.features[feature].reference
+
     def people(self) -> pd.DataFrame:
         """Return what reports distinguish rows by: as every data set's, and the organ."""
         organ = pd.Categorical([self.definition.organ_name] * len(self))
@@ -320,21 +336,22 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         clauses: list[Clause] = []
         for f, times, values in self.measured(i):
             feature, days = self._organ.features[f], times / HOURS_A_DAY
-            first_day, last_day = Number(plain(days[0])), Number(plain(days[-1]))
             if feature.words:
                 among = tuple(feature.words.values())
                 state = Choice(feature.text(values[-1]), among)
-                clauses.append([f"last {feature.name} ", state, " at day ", last_day])
+                clauses.append(
+                    [f"last {feature.name} ", state, " at day ", Number(plain(days[-1]))]
+                )
                 continue
-            first, last = Number(plain(values[0])), Number(plain(values[-1]))
+            last = observation(feature.name, values[-1], " at day ", days[-1], END)
             if len(values) == 1:
-                clauses.append([f"only {feature.name} ", last, " at day ", last_day])
+                clauses.append([f"only {feature.name} ", *last])
                 continue
+            first = observation(feature.name, values[0], " at day ", days[0], START)
             clauses.append(
                 [
-                    *(f"first {feature.name} ", first, " at day ", first_day),
-                    *(f" and last {feature.name} ", last, " at day ", last_day, " "),
-                    direction(values[-1] - values[0]),
+                    *(f"first {feature.name} ", *first, f" and last {feature.name} ", *last, " "),
+                    direction(values[-1] - values[0], feature.name),
                 ]
             )
         clauses.append(["after ", Number(str(self.lengths[i])), " observations"])

@@ -16,7 +16,11 @@ ROWS, EVENTS = 60, 20
 
 
 def write_run(
-    folder: Path, seed: int = 0, data: dict[str, Any] | None = None, baseline: str = "last value"
+    folder: Path,
+    seed: int = 0,
+    data: dict[str, Any] | None = None,
+    baseline: str = "last value",
+    stage_1: str | None = None,
 ) -> Path:
     """Write the predictions, figures, history and data of a finished stage.
 
@@ -25,6 +29,7 @@ def write_run(
         seed: of the predictions.
         data: what ``run.json`` says of the data, beside the names of the patients.
         baseline: name of the one baseline.
+        stage_1: SHA-256 of the stage 1 that it reads.
     """
     folder.mkdir(parents=True)
     labels = np.tile([0, 0, 1], ROWS // 3)
@@ -40,7 +45,8 @@ def write_run(
     (folder / "metrics.json").write_text(json.dumps(metrics))
     lines = [json.dumps({"epoch": k + 1, "seconds": float(k)}) for k in range(3)]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
-    content = {"data": {"named": True, "rows_sha256": "a", **(data or {})}}
+    content: dict[str, Any] = {"data": {"named": True, "rows_sha256": "a", **(data or {})}}
+    content["stage_1_sha256"] = stage_1
     content["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
     run_folder.write_run(folder, {"format": run_folder.RUN_FORMAT, **content})
     return folder

@@ -16,10 +16,12 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import demo
 from medgemma_clinical.commands import stages as wiring
-from medgemma_clinical.commands.results import STAGE_1
 from medgemma_clinical.data.training_data import Data, prepare_data
+from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.models.checkpoint_schema import WRITTEN
 from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     load_llm,
@@ -168,6 +170,7 @@ def test_metrics_are_scikit_learns_on_the_saved_predictions(runs: Path, stage: s
             assert score[metric]["low"] <= score[metric]["value"] <= score[metric]["high"]
     assert list(figures["baselines"]) == [
         *([] if stage == "trajectory" else [STAGE_1]),
+        *([STAGE_2] if stage == "generative" else []),
         "last value",
         "number of observations",
         "logistic regression",
@@ -218,12 +221,40 @@ def test_generations_hold_a_line_for_each_test_patient(runs: Path) -> None:
     table = pd.read_csv(folder / "predictions_test.csv", dtype={"id": str})
     assert [line["id"] for line in lines] == table["id"].tolist()
     assert [line["probability"] for line in lines] == table["probability"].tolist()
-    assert set(lines[0]) == {"id", "text", "target", "verdict", "probability"}
+    judged = {"parses", "quality", "abnormal", "named", "trends", "right_trends", "invented"}
+    assert set(lines[0]) == {"id", "text", "target", "verdict", "probability"} | judged
     for line, label in zip(lines, table["label"], strict=True):
         assert line["target"].startswith(f"Escalation: {'yes' if label else 'no'}. Anion gap:")
     reports = read(folder / "metrics.json")["reports"]
     assert reports["reports"] == len(lines)
-    assert set(reports) == {"reports", "parse_share", "true_number_share", "numbers_stated"}
+    assert set(reports) == set(WRITTEN)
+
+
+@pytest.mark.parametrize(("stage", "earlier"), [("classification", 1), ("generative", 2)])
+def test_a_page_shows_the_stages_before_its_own(runs: Path, stage: str, earlier: int) -> None:
+    """With the paired difference, in the table and in a sentence; apart from the baselines."""
+    names = {STAGE_1: "trajectory", STAGE_2: "classification"}
+    page, differences = (runs / stage / "report.html").read_text(), read_differences(runs, stage)
+    section, baselines = page[page.index("Stages side by side") :].split("<h2>Baselines</h2>")
+    saved = pd.read_csv(runs / stage / "predictions_test.csv")
+    for name in list(names)[:earlier]:
+        own = pd.read_csv(runs / names[name] / "predictions_test.csv")
+        np.testing.assert_allclose(saved[name], own["probability"], atol=1e-6)
+        gain = roc_auc_score(saved["label"], saved["probability"])
+        gain -= roc_auc_score(saved["label"], own["probability"])
+        assert differences[name]["value"] == pytest.approx(gain, abs=1e-9)
+        difference = Estimate(**differences[name]).text("+.3f")
+        assert section.count(f" {name}: AUROC {difference}") == 1
+        assert f'<th scope="row">{name}' in section
+        assert f'<th scope="row">{name}' not in baselines
+    assert "is not shown:" not in page
+    page = (runs / "trajectory" / "report.html").read_text()
+    assert "Stages side by side" not in page
+
+
+def read_differences(runs: Path, stage: str) -> Any:
+    found = read(runs / stage / "metrics.json")["differences"]
+    return {name: each["test"]["auroc"] for name, each in found.items()}
 
 
 @pytest.mark.parametrize("stage", COMMANDS)

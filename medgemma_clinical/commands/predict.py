@@ -293,7 +293,7 @@ def log_summary(
         )
     logger.info(
         f"{tally.rows:,} rows: {tally.scored:,} scored, {tally.positive:,} of them at or above the "
-        f"threshold {trained.rule.threshold:g}; {tally.rows - tally.scored:,} with a problem"
+        f"threshold {trained.rule.threshold:g}; {tally.rows - tally.scored:,} without a score"
     )
     logger.info("predictions: %s; %s", path, peak_memory())
 

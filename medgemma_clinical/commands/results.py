@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands.several.earlier_stages import earlier_stages
 from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
@@ -68,13 +71,10 @@ logger = logging.getLogger(__name__)
 SCORED = {"val": "validation", "test": "test"}
 """Parts of the split that are scored, and their names in ``metrics.json``."""
 
-STAGE_1 = "stage 1 (trajectory)"
-"""Stands among the baselines of stages 2 and 3."""
-
 GENERATION_BATCH = 16
 
 Baselines = dict[str, dict[str, NDArray[np.float64]]]
-"""Probabilities of each simple model, and of stage 1, by part."""
+"""Probabilities of each simple model, and of earlier stages, by part."""
 
 
 def write_results(
@@ -104,14 +104,9 @@ def write_results(
     predictions = score_parts(stage, args.calibrate)
     rule = predictions["val"].rule
     if first:
-        baselines = compared_models(stage, data, predictions)
-        cohorts = make_cohorts(predictions, baselines, data)
-        figures = {
-            part: cohort_figures(
-                cohort, rule.threshold, args.seed, data.min_cell, hide=data.hides_figures
-            )
-            for part, cohort in cohorts.items()
-        }
+        earlier = earlier_stages(stage, folder, facts, data.dataset, predictions)
+        cohorts = make_cohorts(predictions, earlier.risks | simple_models(data), data)
+        figures = judge_parts(cohorts, rule, data, args.seed)
         metrics = metrics_json(stage, state.stopping.best_epoch, figures, rule, args.calibrate)
         stage.config["figures"] = card_figures(metrics)
         if folder:  # generation takes long: what is known by now is safe
@@ -119,20 +114,21 @@ def write_results(
     texts = stage.generate(predictions["test"]) if stage.generate else None
     if not first:
         return {}
+    reports = None
     if texts is not None:
-        lines, metrics["reports"] = score_reports(data.dataset, texts, predictions["test"])
-        stage.config["figures"] = card_figures(metrics)
-        if folder:
-            write_text(folder / "generations_test.jsonl", lines)
-            write_json(folder / "metrics.json", metrics)
-            stage.save(folder, stage.config)
-    named = {SCORED[part]: each for part, each in figures.items()}
-    hidden = logging.WARNING if data.hides_figures else logging.INFO  # Python shows warnings
-    logger.log(hidden, "\n%s\n", result_sentence(figures["test"]))
-    logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
+        reports, metrics["reports"] = score_reports(
+            data.dataset, texts, predictions["test"], data.min_cell
+        )
+        write_generations(folder, stage, reports, metrics)
+    log_results(stage, data, figures, metrics)
     if folder:
         content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
-        write_page(folder, cohorts["test"], figures["test"], content, args)
+        content = replace(content, unshown=earlier.unshown)
+        path, listed = folder / "report.html", args.report_patients
+        write_report(
+            path, cohorts["test"], figures["test"], content, list_patients=listed, reports=reports
+        )
+        logger.info("report: %s; %s", path, peak_memory())
     return metrics
 
 
@@ -156,13 +152,26 @@ def score_parts(stage: Stage, calibrate: str) -> dict[str, Predictions]:
     return {part: each.with_rule(rule) for part, each in raw.items()}
 
 
-def write_page(
-    folder: Path, cohort: Cohort, figures: CohortFigures, content: ReportContent, args: Namespace
+def write_generations(
+    folder: Path | None, stage: Stage, reports: list[dict[str, Any]], metrics: dict[str, Any]
 ) -> None:
-    """Write ``report.html`` of the test part, and log its place."""
-    path = folder / "report.html"
-    write_report(path, cohort, figures, content, list_patients=args.report_patients)
-    logger.info("report: %s; %s", path, peak_memory())
+    """Write the reports of the test part, and their figures to ``metrics.json`` and the model."""
+    stage.config["figures"] = card_figures(metrics)
+    if folder:
+        lines = [json.dumps(line) + "\n" for line in reports]
+        write_text(folder / "generations_test.jsonl", "".join(lines))
+        write_json(folder / "metrics.json", metrics)
+        stage.save(folder, stage.config)
+
+
+def log_results(
+    stage: Stage, data: Data, figures: dict[str, CohortFigures], metrics: dict[str, Any]
+) -> None:
+    """Log the result in a sentence, and the table of the model and all beside it."""
+    named = {SCORED[part]: each for part, each in figures.items()}
+    hidden = logging.WARNING if data.hides_figures else logging.INFO  # Python shows warnings
+    logger.log(hidden, "\n%s\n", result_sentence(figures["test"]))
+    logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
 
 
 def write_figures(
@@ -237,13 +246,10 @@ def report_content(
     )
 
 
-def compared_models(stage: Stage, data: Data, predictions: dict[str, Predictions]) -> Baselines:
-    """Return the stage 1 that the stage builds on, if any, and the fitted simple models."""
+def simple_models(data: Data) -> Baselines:
+    """Fit the simple models."""
     tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
-    simple = fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
-    if stage.stage1 is None:
-        return simple
-    return {STAGE_1: {part: stage.stage1[p.rows] for part, p in predictions.items()}, **simple}
+    return fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
 
 
 def make_cohorts(
@@ -255,6 +261,16 @@ def make_cohorts(
             data.dataset, each, {name: risks[part] for name, risks in baselines.items()}
         )
         for part, each in predictions.items()
+    }
+
+
+def judge_parts(
+    cohorts: dict[str, Cohort], rule: DecisionRule, data: Data, seed: int
+) -> dict[str, CohortFigures]:
+    """Return the figures of each scored part; the seed is the bootstrap's."""
+    return {
+        part: cohort_figures(cohort, rule.threshold, seed, data.min_cell, hide=data.hides_figures)
+        for part, cohort in cohorts.items()
     }
 
 

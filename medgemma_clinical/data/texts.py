@@ -18,6 +18,9 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 DIRECTIONS = ("level", "rising", "falling")
 """Words for a change by its sign: 0, 1 and -1 as index."""
 
+Reference = tuple[float | None, float | None]
+"""Lowest and highest value of a healthy adult; None where a side has no bound."""
+
 SERIES_TEXT = ("all", "main", "last", "none")
 """How much of the series a prompt holds: all in full, the main one, last values, nothing."""
 
@@ -44,28 +47,58 @@ WHOLE_PROMPT = PromptOptions()
 """The default: context and all series, nothing computed."""
 
 
+VALUE, TIME, START, END = "value", "time", "start", "end"
+"""Kinds of numbers: a value, the time of the value before it, and such a time that begins, or ends,
+the trend of a series."""
+
+
 @dataclass(frozen=True)
 class Number:
-    """A number within a clause of a report; its truth is checked."""
+    """A number within a clause of a report; its truth is checked.
+
+    Attributes:
+        text: as it is written.
+        kind: ``VALUE``, ``TIME``, ``START``, ``END``, or empty for any other number.
+        series: whose value or time the number is; empty for any other number.
+    """
 
     text: str
+    kind: str = ""
+    series: str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A word within a clause of a report whose place another word of ``among`` may take."""
+    """A word within a clause of a report whose place another word of ``among`` may take.
+
+    Attributes:
+        text: the word.
+        among: all words that may stand here.
+        trend: series whose trend the word states; empty for any other word.
+    """
 
     text: str
     among: tuple[str, ...]
+    trend: str = ""
 
 
 Clause = Sequence[str | Number | Choice]
 """One statement of a report: fixed words, numbers and chosen words in their order."""
 
 
-def direction(change: float) -> Choice:
-    """Return the word for a change of a value: level, rising or falling."""
-    return Choice(DIRECTIONS[int(np.sign(change))], DIRECTIONS)
+def direction(change: float, trend: str = "") -> Choice:
+    """Return the word for a change of a value: level, rising or falling.
+
+    Args:
+        change: of the value.
+        trend: the series, if time has passed.
+    """
+    return Choice(DIRECTIONS[int(np.sign(change))], DIRECTIONS, trend)
+
+
+def observation(series: str, value: float, at: str, time: float, kind: str) -> list[str | Number]:
+    """Return a value, the words ``at``, and its time of a kind such as ``START``."""
+    return [Number(plain(value), VALUE, series), at, Number(plain(time), kind, series)]
 
 
 def clause_text(clause: Clause) -> str:
@@ -73,34 +106,42 @@ def clause_text(clause: Clause) -> str:
     return "".join(part if isinstance(part, str) else part.text for part in clause)
 
 
-def clause_pattern(clause: Clause) -> str:
-    """Return a regular expression for a clause with any numbers (groups) and any chosen words."""
+def clause_pattern(clause: Clause, *, words: bool = False) -> str:
+    """Return a regular expression for a clause with any numbers and any chosen words.
+
+    Numbers are groups, and so are the words if ``words``.
+    """
     pattern = ""
     for part in clause:
         if isinstance(part, Number):
             pattern += f"({NUMBER})"
         elif isinstance(part, Choice):
-            pattern += f"(?:{'|'.join(map(re.escape, part.among))})"
+            pattern += f"({'' if words else '?:'}{'|'.join(map(re.escape, part.among))})"
         else:
             pattern += re.escape(part)
     return pattern
 
 
 def main_clauses(
-    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+    name: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> list[Clause]:
     """Return the main series in full: first, last, lowest, highest."""
     low, high = int(values.argmin()), int(values.argmax())
-    places = {f"{start}first ": 0, ", last ": -1, ", lowest ": low, ", highest ": high}
+    places = {
+        f"{name}: first ": (0, START),
+        ", last ": (-1, END),
+        ", lowest ": (low, TIME),
+        ", highest ": (high, TIME),
+    }
     at = f"{with_space(unit)} at "
     return [
-        [words, Number(plain(values[k])), at, Number(plain(times[k])), " h"]
-        for words, k in places.items()
+        [words, *observation(name, values[k], at, times[k], kind), " h"]
+        for words, (k, kind) in places.items()
     ]
 
 
 def change_clause(
-    unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+    name: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> list[str | Number | Choice]:
     """Return net change, rate (one significant figure) and direction of a series."""
     change, span = values[-1] - values[0], times[-1] - times[0]
@@ -109,19 +150,20 @@ def change_clause(
     if span <= 0:  # within no time there is no rate
         return ["Net change ", net, f"{unit}: ", direction(change)]
     rate = Number(plain(float(f"{change / span:.1g}")))
-    return ["Net change ", net, f"{unit}, ", rate, f"{unit} an hour: ", direction(change)]
+    return ["Net change ", net, f"{unit}, ", rate, f"{unit} an hour: ", direction(change, name)]
 
 
 def short_clause(
-    start: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
+    name: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> Clause:
     """Return first value, last value and direction of a series."""
     at = f"{with_space(unit)} at "
-    first: Clause = [Number(plain(values[0])), at, Number(plain(times[0]))]
-    last: Clause = [Number(plain(values[-1])), at, Number(plain(times[-1]))]
+    first: Clause = observation(name, values[0], at, times[0], START)
+    last: Clause = observation(name, values[-1], at, times[-1], END)
     if len(values) == 1:
-        return [f"{start}only ", *first, " h"]
-    return [f"{start}from ", *first, " h to ", *last, " h, ", direction(values[-1] - values[0])]
+        return [f"{name}: only ", *first, " h"]
+    word = direction(values[-1] - values[0], name if times[-1] > times[0] else "")
+    return [f"{name}: from ", *first, " h to ", *last, " h, ", word]
 
 
 def computed_sentences(
@@ -132,7 +174,7 @@ def computed_sentences(
         one = len(values) == 1
         return ["only one value. " if one else f"{direction(values[-1] - values[0]).text}. "]
     extremes = "".join(map(clause_text, main_clauses("", unit, times, values)[2:]))
-    change = clause_text(change_clause(unit, times, values))
+    change = clause_text(change_clause("", unit, times, values))
     return [f"{extremes.removeprefix(', ')}. ", f"{change}. "]
 
 

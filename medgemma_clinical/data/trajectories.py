@@ -33,6 +33,7 @@ from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,
     PromptOptions,
+    Reference,
     ReportScore,
     clause_text,
     plain,
@@ -89,6 +90,8 @@ class TrajectoryDataset(RaggedSeries):
     fixed_features: ClassVar[bool] = False
     reads_contexts: ClassVar[bool] = True
     """Whether words and numbers of the contexts are facts beside the declared ones."""
+    report_hours: ClassVar[float] = 1.0
+    """Hours that are one unit of time in reports."""
 
     row_columns: ClassVar[tuple[str, ...]] = (
         *RaggedSeries.row_columns,
@@ -120,6 +123,10 @@ class TrajectoryDataset(RaggedSeries):
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the declared plausible range of a feature, None where none is declared."""
         raise NotImplementedError
+
+    def reference(self, feature: int) -> Reference | None:
+        """Return the reference range of a feature in a healthy adult, None where unknown."""
+        return None
 
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return series ``i`` in words as ``options`` ask, ``series`` not being ``none``.

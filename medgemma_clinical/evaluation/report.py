@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class ReportContent:
         split: from ``split_table``.
         history: one object an epoch, as in history.jsonl.
         reports: figures of written reports.
+        unshown: lines on earlier stages that cannot be set beside.
         shift: from ``shift_table``.
         validation: AUROC of the part on which the model was chosen.
         notice: a banner above the result; empty for none.
@@ -91,7 +93,8 @@ class ReportContent:
     flow: pd.DataFrame | None = None
     split: pd.DataFrame | None = None
     history: list[dict[str, Any]] | None = None
-    reports: dict[str, float] | None = None
+    reports: Mapping[str, float | None] | None = None
+    unshown: Sequence[str] = ()
     shift: pd.DataFrame | None = None
     validation: Estimate | None = None
     notice: str = ""
@@ -124,10 +127,18 @@ def write_report(
     content: ReportContent,
     *,
     list_patients: bool = False,
+    reports: list[dict[str, Any]] | None = None,
 ) -> str:
     """Write a report: one file that needs neither network nor script.
 
-    ``list_patients`` adds the ten largest errors, by id, label and probability.
+    Args:
+        path: of the page.
+        cohort: the rows that are judged.
+        figures: of these rows.
+        content: what the page says beside them.
+        list_patients: add what names patients: the ten largest errors, by id, label and
+            probability, and three of ``reports``.
+        reports: lines of generations_test.jsonl, in the order of the rows.
 
     Returns:
         The result in words, a line for each finding.
@@ -147,6 +158,8 @@ def write_report(
         recalibration=report_tables.recalibration_table(figures),
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
+        stages=report_tables.stage_table(figures),
+        stage_sentences=report_tables.stage_sentences(figures),
         models=describe_baselines(figures.others),
         combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
@@ -156,6 +169,9 @@ def write_report(
         judged=figures.events is not None,
         fewest_patients=FEWEST_PATIENTS,
         written=report_tables.written_figures(content.reports),
+        examples=report_tables.example_reports(reports, cohort.labels)
+        if list_patients and reports
+        else None,
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from medgemma_clinical.data.small_cells import (
     has_few_events,
     merge_flow,
 )
+from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.judgement.sentences import (
@@ -23,6 +25,11 @@ from medgemma_clinical.evaluation.judgement.sentences import (
     judge_baseline,
 )
 from medgemma_clinical.evaluation.judgement.verdict import CHANCE, FEW, judge_interval
+
+EARLIER_STAGES = (STAGE_1, STAGE_2)
+
+SAME_RISKS = 1e-6
+"""Differences of AUROC and Brier score below which two models are one."""
 
 Lines = tuple[tuple[str, str, str, str], ...]
 """Key, name, format and meaning of figures."""
@@ -134,12 +141,41 @@ def recalibration_table(figures: CohortFigures) -> pd.DataFrame | None:
 
 
 def baseline_table(figures: CohortFigures) -> pd.DataFrame:
-    """Return model, baselines and combined model; paired differences model less baseline.
+    """Return model, simple models and combined model; paired differences model less baseline.
 
     The verdict is that on the model beside the baseline, by the difference of AUROC.
     """
+    return _compared(figures, [name for name in figures.others if name not in EARLIER_STAGES])
+
+
+def stage_table(figures: CohortFigures) -> pd.DataFrame | None:
+    """Return model and earlier stages, with the paired differences; None without any."""
+    names = [name for name in EARLIER_STAGES if name in figures.baselines]
+    return _compared(figures, names) if names else None
+
+
+def stage_sentences(figures: CohortFigures) -> list[str]:
+    """Return a sentence on the model beside each earlier stage whose figures are shown."""
+    sentences = []
+    for name in [name for name in EARLIER_STAGES if name in figures.baselines]:
+        difference, brier = (figures.differences[name][key] for key in ("auroc", "brier"))
+        if difference.value is None or figures.rarer is None:
+            continue
+        ends = [difference.low, difference.high, brier.low, brier.high]
+        verdict = judge_baseline(figures, name)
+        words = f"{verdict.symbol} {verdict.than(name).capitalize()}"
+        if all(end is not None and abs(end) < SAME_RISKS for end in ends):
+            words = f"{verdict.symbol} The same risks as those of {name}"
+        sentences.append(
+            f"{words}: AUROC {difference.text('+.3f')}, Brier score {brier.text('+.4f')}, paired."
+        )
+    return sentences
+
+
+def _compared(figures: CohortFigures, names: Sequence[str]) -> pd.DataFrame:
     lines = []
-    for name, known in {"this model": figures.estimates, **figures.others}.items():
+    others = {name: figures.others[name] for name in names}
+    for name, known in {"this model": figures.estimates, **others}.items():
         line: dict[str, Any] = {"Model": name} | {
             title: known[key].text(form) for key, title, form in COMPARED
         }
@@ -251,16 +287,56 @@ def flow_table(flow: pd.DataFrame | None, fewest: int) -> pd.DataFrame | None:
     return None if flow is None else merge_flow(flow, fewest).rename(columns=names)
 
 
-def written_figures(reports: dict[str, float] | None) -> dict[str, str]:
-    """Return the figures of written reports, as in metrics.json, in words."""
+def written_figures(reports: Mapping[str, float | None] | None) -> dict[str, str]:
+    """Return the figures of written reports, as in metrics.json, in words; without unknown ones."""
+    whole = "{:,.0f}".format
     names = {
-        "reports": ("Reports written", "{:,.0f}".format),
+        "reports": ("Reports written", whole),
         "parse_share": ("Reports of the expected form", percent),
         "true_number_share": ("Stated numbers that are the patient's", percent),
-        "numbers_stated": ("Numbers stated", "{:,.0f}".format),
+        "numbers_stated": ("Numbers stated", whole),
+        "abnormal_values": ("Abnormal values", whole),
+        "abnormal_named_share": ("Abnormal values that are named", percent),
+        "abnormal_nameable_share": ("Abnormal values that the true reports name", percent),
+        "right_trend_share": ("Trends with the right direction and duration", percent),
+        "invented": ("Numbers and statements that the row does not hold", whole),
+        "inventing_share": ("Reports with any of these", percent),
     }
-    known = reports or {}
+    known = {key: value for key, value in (reports or {}).items() if value is not None}
     return {name: form(known[key]) for key, (name, form) in names.items() if key in known}
+
+
+def example_reports(
+    reports: list[dict[str, Any]], labels: NDArray[np.float64]
+) -> list[tuple[str, dict[str, str], str, str]]:
+    """Return the best, the median and the worst report by quality; they name patients.
+
+    Of equal ones the first counts, and a row is shown once.
+
+    Args:
+        reports: lines of generations_test.jsonl.
+        labels: (n,) of 0 and 1.
+
+    Returns:
+        Title, lines about the report, its text and the true report, of each.
+    """
+    quality = [line["quality"] for line in reports]
+    places = range(len(reports))
+    middle = sorted(places, key=quality.__getitem__)[(len(reports) - 1) // 2]
+    best, worst = max(places, key=quality.__getitem__), min(places, key=quality.__getitem__)
+    examples = []
+    for k, title in {worst: "Worst", middle: "Median", best: "Best"}.items():
+        line = reports[k]
+        about = {
+            "Row": f"{line['id']}, label {labels[k]:.0f}, probability {line['probability']:.3f}",
+            "Score": f"{line['quality']:.2f}",
+            "Form": "as expected" if line["parses"] else "not as expected",
+            "Abnormal values named": f"{line['named']} of {line['abnormal']}",
+            "Trends right": f"{line['right_trends']} of {line['trends']}",
+            "Invented": str(line["invented"]),
+        }
+        examples.append((title, about, line["text"], line["target"]))
+    return examples[::-1]
 
 
 def counts_text(rows: int, events: int | None) -> str:
@@ -284,7 +360,7 @@ def result_sentence(figures: CohortFigures) -> str:
 
 
 def results_table(
-    name: str, figures: dict[str, CohortFigures], reports: dict[str, float] | None = None
+    name: str, figures: dict[str, CohortFigures], reports: Mapping[str, float | None] | None = None
 ) -> str:
     """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 
@@ -315,6 +391,6 @@ def results_table(
         further.append(f"{NO_VALUE}: undefined, or hidden by --min_cell {test.fewest}")
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
-    shown = {key: value for key, value in (reports or {}).items() if value}
+    shown = {key: x for key, x in (reports or {}).items() if x}
     further += [f"{title}: {value}" for title, value in written_figures(shown).items()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])

@@ -26,6 +26,9 @@ from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.loaders import LengthBatches
 
+NO_FORM = "the report does not have the expected form: do not rely on its text"
+"""Problem of a row whose written report does not parse."""
+
 
 def scoring_rows(
     source: Path | pd.DataFrame | TrajectoryDataset,
@@ -180,7 +183,8 @@ def prediction_table(
 ) -> tuple[pd.DataFrame, ScoringRows]:
     """Score some rows; return the lines of the prediction file and the rows with a score.
 
-    Arguments and errors are those of ``score_rows``; stage 3 adds a column of reports.
+    Arguments and errors are those of ``score_rows``. Stage 3 adds a column of reports; a row whose
+    report does not have the expected form keeps its score, and has a problem.
     """
     scores = score_rows(rows, trained, findings, batch_size)
     lines = prediction_lines(scores, findings)
@@ -188,6 +192,10 @@ def prediction_table(
         reports = reports_of(scores, trained, batch_size)
         texts = pd.Series(reports, index=scores.rows.places, dtype=object)
         lines.insert(3, "report", texts.reindex(lines.index))
+        dataset, places = scores.rows.dataset, scores.rows.places
+        parses = [dataset.score_report(i, text).parses for i, text in enumerate(reports)]
+        lines.loc[places[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
+        findings.counts[f"have a score, but {NO_FORM}"] += len(reports) - sum(parses)
     return lines, scores.rows
 
 

@@ -251,7 +251,7 @@ class TrajectoryModel:
 
         Returns:
             N lines: id, probability, prediction, of stage 3 report, and problem, which is empty for
-            a row with a score.
+            a row with a score and, in stage 3, a report of the expected form.
 
         Raises:
             InputError: the whole input cannot be read.

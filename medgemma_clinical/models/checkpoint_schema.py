@@ -254,6 +254,11 @@ WRITTEN: Table = {
     "parse_share": real(0, 1),
     "true_number_share": real(0, 1),
     "numbers_stated": whole(0, LARGEST_COUNT),
+    "abnormal_values": or_null(whole(0, LARGEST_COUNT)),
+    **dict.fromkeys(("abnormal_named_share", "abnormal_nameable_share"), or_null(real(0, 1))),
+    "right_trend_share": or_null(real(0, 1)),
+    "invented": whole(0, LARGEST_COUNT),
+    "inventing_share": real(0, 1),
 }
 """Of stage 3's reports on the test part."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.reports.review import ReportReview, review_report
+from medgemma_clinical.data.small_cells import any_small
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import to_device
 from medgemma_clinical.evaluation.predictions import Predictions
@@ -65,31 +66,74 @@ def write_reports(
 
 
 def score_reports(
-    dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions
-) -> tuple[str, dict[str, Any]]:
-    """Compare reports, by position, with the numbers of their rows.
+    dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions, fewest: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Judge reports, by position, by their rows.
+
+    Args:
+        dataset: of the rows.
+        texts: the reports by position.
+        predictions: of the rows.
+        fewest: patients of the smallest cell that is shown.
 
     Returns:
-        The reports as JSON lines (id, text, target, verdict, probability). And the figures: number
-        of reports, share of the expected form, share of the stated numbers that are the patient's
-        own, their number.
+        A line for each report: id, text, target, verdict, probability, and its ``ReportReview``.
+        And the figures of all, see ``report_figures``.
     """
-    lines, scores = [], []
+    lines, reviews = [], []
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
-        score = dataset.score_report(i, texts[i])
-        scores.append(score)
-        line = {
-            "id": str(dataset.ids[i]),
-            "text": texts[i],
-            "target": dataset.report(i),
-            "verdict": score.verdict,
-            "probability": float(probability),
-        }
-        lines.append(json.dumps(line) + "\n")
-    stated = sum(score.stated for score in scores)
-    return "".join(lines), {
-        "reports": len(scores),
-        "parse_share": sum(score.parses for score in scores) / len(scores),
-        "true_number_share": sum(score.true for score in scores) / max(stated, 1),
+        review = review_report(dataset, i, texts[i])
+        reviews.append(review)
+        lines.append(
+            {
+                "id": str(dataset.ids[i]),
+                "text": texts[i],
+                "target": dataset.report(i),
+                "verdict": review.score.verdict,
+                "probability": float(probability),
+                "parses": review.score.parses,
+                "quality": review.quality,
+                "abnormal": review.abnormal,
+                "named": review.named,
+                "trends": review.trends,
+                "right_trends": review.right_trends,
+                "invented": review.invented,
+            }
+        )
+    return lines, report_figures(reviews, dataset.groups[predictions.rows], fewest)
+
+
+def report_figures(
+    reviews: Sequence[ReportReview], groups: NDArray[Any], fewest: int
+) -> dict[str, Any]:
+    """Return the figures of n reports as they stand in ``metrics.json``.
+
+    Number of reports, share of the expected form; share of the stated numbers that are the
+    patient's own, their number; number of abnormal values, the shares of them that the reports
+    and the true reports name; share of the trends that are right; number of inventions, and share
+    of the reports with any. Figures of abnormal values are None without any, and where fewer than
+    ``fewest`` patients have, or lack, one; those of trends likewise.
+    """
+
+    def total(name: str) -> int:
+        return int(sum(getattr(review, name) for review in reviews))
+
+    def share(name: str, of: str) -> float | None:
+        having = np.array([getattr(review, of) > 0 for review in reviews])
+        hidden = any_small(having.astype(np.int64), groups, 2, fewest)
+        return None if hidden or not having.any() else total(name) / total(of)
+
+    stated = sum(review.score.stated for review in reviews)
+    named = share("named", "abnormal")
+    return {
+        "reports": len(reviews),
+        "parse_share": sum(review.score.parses for review in reviews) / len(reviews),
+        "true_number_share": sum(review.score.true for review in reviews) / max(stated, 1),
         "numbers_stated": stated,
+        "abnormal_values": None if named is None else total("abnormal"),
+        "abnormal_named_share": named,
+        "abnormal_nameable_share": share("nameable", "abnormal"),
+        "right_trend_share": share("right_trends", "trends"),
+        "invented": total("invented"),
+        "inventing_share": sum(review.invented > 0 for review in reviews) / len(reviews),
     }

@@ -13,7 +13,8 @@ from sklearn import metrics
 
 import medgemma_trainer as trainer
 from conftest import sign_table
-from medgemma_clinical.commands.results import STAGE_1, weigh_language_model
+from medgemma_clinical.commands.results import weigh_language_model
+from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE

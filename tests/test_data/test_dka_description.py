@@ -52,6 +52,18 @@ def test_a_broken_description_is_refused_in_one_line(content: str, tmp_path: Pat
         ('{"limits": {"x": [-1e999, 1]}}', "limits.x: give two"),
         ('{"limits": {"x": [0, 1%s]}}' % ("0" * 400), "limits.x: give two"),
         ('{"limits": [1, 2]}', "limits: give an object"),
+        ('{"reference": 3}', "reference: give two rising numbers, as"),
+        ('{"reference": [12, 3]}', "reference: give two"),
+        ('{"reference": [3, 3]}', "reference: give two"),
+        ('{"reference": [3]}', "reference: give two"),
+        ('{"reference": [null]}', "reference: give two"),
+        ('{"reference": [null, null]}', "reference: give two"),
+        ('{"reference": [null, 3, 4]}', "reference: give two"),
+        ('{"reference": [3, "4"]}', "reference: give two"),
+        ('{"reference": [null, NaN]}', "reference: give two"),
+        ('{"reference": [null, true]}', "reference: give two"),
+        ('{"references": {"x": [2, 1]}}', "references.x: give two"),
+        ('{"references": [1, 2]}', "references: give an object"),
         ('{"labels": ["label_death"]}', "labels: give an object"),
         ('{"labels": {"label_death": "x"}}', "labels.label_death: give an object"),
         ('{"labels": {"label_death": {"outcome": 3}}}', "labels.label_death.outcome: give a text"),
@@ -140,6 +152,7 @@ def test_a_description_of_another_file_brings_a_warning(
 def test_keys_of_columns_that_the_file_lacks_are_warnings() -> None:
     description = Description(
         limits={"lactat": (0, 9), "lactate": (0, 9), "anion gap": (0, 9)},
+        references={"ph": (7.35, None), "lactate": (None, 2)},
         labels={"label_deth": {"outcome": "Death"}, "label_icu": {}, "label_death": {}},
     )
     columns = {"trajectory_Lactate": ["1 (0h)"], "label_death": [1], "subject_id": ["a"]}
@@ -148,6 +161,7 @@ def test_keys_of_columns_that_the_file_lacks_are_warnings() -> None:
     assert dataset.warnings == (
         f"key limits.lactat {none} series beside the main one: did you mean lactate?",
         f"key limits.anion gap {none} series beside the main one",
+        f"key references.ph {none} series beside the main one",
         f"key labels.label_deth {none} column: did you mean label_death?",
         f"key labels.label_icu {none} column",
     )
@@ -169,6 +183,19 @@ def test_limits_are_found_whatever_the_spelling_of_the_series() -> None:
     assert [dataset.limits(f) for f in range(3)] == [(0, 9), (1, 2), None]
     dataset.features = ("anion GAP", *dataset.features[1:])  # as a checkpoint spells it
     assert dataset.limits(0) == dataset.plausible(0) == (0, 9)
+
+
+def test_a_reference_range_has_two_ends_or_one(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text('{"reference": [3, 12], "references": {"Blood_Urea": [null, 8], "x": null}}')
+    description = Description.beside(path)
+    assert [description.reference] == [(3, 12)]
+    assert description.references == {"blood urea": (None, 8)}
+    table = table_of(["1 (0h)"], trajectory_blood_urea=["1 (0h)"], trajectory_x=["1 (0h)"])
+    dataset = MIMICtrajectoryDataset(table, description=description)
+    assert [dataset.reference(f) for f in range(3)] == [(3, 12), (None, 8), None]
+    path.write_text("{}")
+    assert Description.beside(path) == Description()
 
 
 @pytest.mark.parametrize("first", ["98765", "24 (0h) -> 20 (2h)", " -3.5 ", "98765-a"])
@@ -195,6 +222,7 @@ def test_at_most_twenty_columns_are_listed() -> None:
         ({"flow": [{"rule": "a\x9b", "removed": 1, "left": 2}]}, "key flow", r"a\x9b"),
         ({"series": "x" * 201}, "key series", "longer than 200 characters"),
         ({"question": "x" * 2_001}, "key question", "longer than 2,000 characters"),
+        ({"references": {"x\x07": [1, 2]}}, "key references", r"x\x07"),
         ({"limits": {"x" * 201: [1, 2]}}, "key limits", "longer than 200 characters"),
         ({"outcome": "=HYPERLINK(1)"}, "key outcome", "a spreadsheet would take it for a formula"),
         ({"outcome": "+x"}, "key outcome", "formula"),

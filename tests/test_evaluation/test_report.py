@@ -188,6 +188,8 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     reports |= {"parse_share": 0.975, "true_number_share": 0.5}
     source = write_page(mended, tmp_path, make_content(reports=reports), list_patients=True)
     text = Page(source).text.split("Before and after")[-1]
+    assert "Abnormal values are not judged" in text
+    assert "Three reports" not in text
     assert text.index("As trained") < text.index("Recalibrated")
     assert 0 < text.index(slopes[0]) < text.index(slopes[1])
     assert "Reports of the expected form 98 %" in text
@@ -196,3 +198,33 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     assert f"{mended.probability[worst[0]]:.3f}" in text
     assert "MARKER-patient" not in source
     assert "MARKER" not in page
+
+
+def test_a_page_says_which_earlier_stage_is_not_shown(tmp_path: Path) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 60))
+    line = "Stage 2 is not shown: <b>."
+    assert line in Page(write_page(cohort, tmp_path, make_content(unshown=[line]))).text
+    assert "Stages side by side" not in write_page(cohort, tmp_path, make_content())
+
+
+def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: Path) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 60))
+    figures = {"reports": 60.0, "abnormal_values": 5.0, "abnormal_named_share": 0.75}
+    content = make_content(reports=figures)
+    counts = dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 2)
+    lines = [
+        {"id": f"MARKER-{k}", "quality": k / 60, "parses": k > 30, "probability": 0.5, **counts}
+        | {"text": f"MARKERTEXT{k} <b>", "target": f"MARKERTRUE{k}"}
+        for k in range(60)
+    ]
+    source = write_page(cohort, tmp_path, content, list_patients=True, reports=lines)
+    text = Page(source).text
+    assert "Abnormal values that are named 75 %" in text
+    assert "Abnormal values are not judged" not in text
+    assert "with the highest, the median and the lowest score" in text
+    assert re.findall(r"MARKERTEXT(\d+) <b>", text) == ["59", "29", "0"]
+    assert re.findall(r"MARKERTRUE(\d+)", text) == ["59", "29", "0"]
+    assert "not as expected" in text
+    without = write_page(cohort, tmp_path, content, list_patients=False, reports=lines)
+    assert "MARKER" not in without
+    assert "75" in Page(without).text

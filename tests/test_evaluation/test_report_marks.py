@@ -19,9 +19,9 @@ from medgemma_clinical.evaluation.patients.report_marks import mark_numbers
 
 HOURS, VALUES = np.array([0.0, 2.5, 8.0]), np.array([24.0, 16.0, 18.5])
 CLAUSES: list[Clause] = [
-    *main_clauses("Anion gap: ", "mEq/L", HOURS, VALUES),
-    [". ", *change_clause("mEq/L", HOURS, VALUES)],
-    short_clause(". PaCO2: ", "mmHg", HOURS, VALUES + 20),
+    *main_clauses("Anion gap", "mEq/L", HOURS, VALUES),
+    [". ", *change_clause("Anion gap", "mEq/L", HOURS, VALUES)],
+    [". ", *short_clause("PaCO2", "mmHg", HOURS, VALUES + 20)],
 ]
 NAMES = ["Anion gap", "PaCO2", "mEq/L", "mmHg"]
 OUTCOME = "Death in 30 days"

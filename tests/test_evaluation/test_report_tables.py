@@ -11,12 +11,14 @@ import pytest
 from scipy.special import expit
 
 from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding
 from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
+    example_reports,
     few_subgroups,
     figure_table,
     flow_table,
@@ -24,6 +26,8 @@ from medgemma_clinical.evaluation.report_tables import (
     result_sentence,
     results_table,
     split_table,
+    stage_sentences,
+    stage_table,
     subgroup_table,
     written_figures,
 )
@@ -87,6 +91,47 @@ def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
     assert text.splitlines()[-4:] == [f"{name}: {value}" for name, value in lines.items()]
 
 
+def test_unknown_figures_of_reports_are_left_out() -> None:
+    unknown = dict.fromkeys(("abnormal_values", "abnormal_named_share"))
+    reports = {"reports": 40, **unknown, "right_trend_share": 0.5, "invented": 0}
+    assert written_figures(reports) == {
+        "Reports written": "40",
+        "Trends with the right direction and duration": "50\N{NO-BREAK SPACE}%",
+        "Numbers and statements that the row does not hold": "0",
+    }
+
+
+def examples_of(*qualities: float) -> list[tuple[str, str]]:
+    """Return title and row of the examples among reports of these qualities."""
+    judged = {"parses": True, "probability": 0.25}
+    judged |= dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 1)
+    texts = {"text": "written", "target": "true"}
+    lines = [
+        {"id": f"r{k}", "quality": each, **judged, **texts} for k, each in enumerate(qualities)
+    ]
+    examples = example_reports(lines, np.ones(len(lines)))
+    assert {example[2:] for example in examples} == {("written", "true")}
+    rows = [(title, about["Row"]) for title, about, *_ in examples]
+    assert all(row.endswith(", label 1, probability 0.250") for _, row in rows)
+    return [(title, row.partition(",")[0]) for title, row in rows]
+
+
+@pytest.mark.parametrize(
+    ("qualities", "expected"),
+    [
+        ((0.5, 0.9, 0.1, 0.6, 0.2), [("Best", "r1"), ("Median", "r0"), ("Worst", "r2")]),
+        ((0.5, 0.9, 0.1, 0.6), [("Best", "r1"), ("Median", "r0"), ("Worst", "r2")]),
+        ((0.1, 0.9, 0.9, 0.1, 0.5), [("Best", "r1"), ("Median", "r4"), ("Worst", "r0")]),
+        ((0.5, 0.9), [("Best", "r1"), ("Median", "r0")]),
+        ((0.5,), [("Best", "r0")]),
+    ],
+)
+def test_the_best_the_median_and_the_worst_report_are_examples(
+    qualities: tuple[float, ...], expected: list[tuple[str, str]]
+) -> None:
+    assert examples_of(*qualities) == expected
+
+
 def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
     table = baseline_table(figures).set_index("Model")
     assert table.loc["this model", "AUROC, difference"] == ""
@@ -148,6 +193,54 @@ def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
     assert "Reports of the expected form" not in table
+
+
+def beside_stage_1(rows: int, noise: float, fewest: int = 0) -> CohortFigures:
+    """A model of some noise beside a stage 1 of noise 1."""
+    labels, risk, groups = simulate(np.random.default_rng(0), rows)
+    rng = np.random.default_rng(1)
+    own, other = (expit(log_odds(risk) + k * rng.normal(size=rows)) for k in (noise, 1))
+    others = {STAGE_1: own if noise == 1 else other, "blend": other}
+    return cohort_figures(make_cohort((labels, own, groups), **others), 0.3, 0, fewest)
+
+
+@pytest.mark.parametrize(
+    ("rows", "noise", "words"),
+    [
+        (1000, 0.2, "\N{BLACK UP-POINTING TRIANGLE} Better than"),
+        (1000, 4.0, "\N{BLACK DOWN-POINTING TRIANGLE} Worse than"),
+        (1000, 1.05, "\N{WHITE DIAMOND} Not shown to be better than"),
+        (1000, 1.0, "\N{WHITE DIAMOND} The same risks as those of"),
+        (15, 0.2, "\N{WHITE CIRCLE} Too few to say whether it is better than"),
+    ],
+)
+def test_a_sentence_sets_the_model_beside_each_earlier_stage(
+    rows: int, noise: float, words: str
+) -> None:
+    figures = beside_stage_1(rows, noise)
+    (sentence,) = stage_sentences(figures)
+    difference = figures.differences[STAGE_1]
+    assert sentence.startswith(f"{words} {STAGE_1}: AUROC {difference['auroc'].text('+.3f')}")
+    assert difference["brier"].text("+.4f") in sentence
+
+
+def test_earlier_stages_have_a_table_of_their_own() -> None:
+    figures = beside_stage_1(1000, 0.2)
+    stages, baselines = stage_table(figures), baseline_table(figures)
+    assert stages is not None
+    assert stages["Model"].tolist() == ["this model", STAGE_1]
+    difference = figures.differences[STAGE_1]["auroc"].text("+.3f")
+    assert stages["AUROC, difference"].tolist() == ["", difference]
+    assert baselines["Model"].tolist() == ["this model", "blend", "combined"]
+    text = results_table("stage 2", {"validation": figures, "test": figures})
+    assert f"{STAGE_1} " in text
+    assert difference in text
+
+
+def test_without_earlier_stages_or_shown_figures_nothing_is_said(figures: CohortFigures) -> None:
+    assert stage_table(figures) is None
+    assert stage_sentences(figures) == []
+    assert stage_sentences(beside_stage_1(1000, 0.2, fewest=999)) == []
 
 
 def blended_figures(noise: float, fewest: int = 0) -> CohortFigures:

@@ -16,6 +16,7 @@ from conftest import SAMPLE
 from medgemma_clinical.commands import predict
 from medgemma_clinical.evaluation import decision
 from medgemma_clinical.inference import scoring
+from medgemma_clinical.inference.scoring import NO_FORM
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from predicting import (
     MARKER,
@@ -55,7 +56,8 @@ def test_predictions_are_those_of_the_run(
     out = scored[stage]
     assert out["id"].tolist() == table["id"].tolist()  # the input's order
     assert list(out)[-1] == "problem"
-    assert (out["problem"] == "").all()
+    whole = "" if stage != "generative" else NO_FORM  # a random model writes no report
+    assert (out["problem"] == whole).all()
     known = out.set_index("id")["probability"]
     assert known.std() > 1e-4  # equal constants would prove nothing
     for part in ("val", "test"):
@@ -87,6 +89,43 @@ def test_each_report_gives_the_verdict_of_its_prediction(
     assert words.nunique() == 2
 
 
+def test_a_report_that_does_not_parse_is_a_problem_and_the_score_stays(
+    runs: Path,
+    table: pd.DataFrame,
+    tmp_path: Path,
+    scored: dict[str, pd.DataFrame],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = table.head(16).drop(columns="label_escalation")
+    few.loc[3, SERIES] = f"24 ({MARKER}h)"
+
+    def write(scores: scoring.Scores, *_: Any) -> list[str]:
+        """Write the true reports; that of each third row breaks off."""
+        dataset = scores.rows.dataset
+        dataset.labels = scores.alarms.astype(float)
+        texts = [dataset.report(i) for i in range(len(dataset))]
+        return [text[:-9] if k % 3 == 0 else text for k, text in enumerate(texts)]
+
+    monkeypatch.setattr(scoring, "reports_of", write)
+    data = write_data(few, tmp_path / "few.csv")
+    out = predicted(runs / "generative", data, tmp_path / "out.csv")
+    assert f"column {SERIES}" in out["problem"][3]
+    fine = out.drop(index=3)
+    assert fine["problem"].tolist() == [NO_FORM if k % 3 == 0 else "" for k in range(15)]
+    own = scored["generative"].head(16).drop(index=3)
+    assert np.abs(fine["probability"] - own["probability"]).max() < 1e-6
+    assert fine["prediction"].tolist() == own["prediction"].tolist()
+    shown = capsys.readouterr().out
+    assert f"fewer than 11 rows have a score, but {NO_FORM}" in shown
+    assert "16 rows: 15 scored" in shown
+    assert "1 without a score" in shown
+    strict = predicted(
+        runs / "generative", write_data(few.drop(index=3), data), tmp_path / "s.csv", "--strict"
+    )
+    assert (strict["problem"] == NO_FORM).sum() == 5, "the row can be scored"
+
+
 def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +138,9 @@ def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
     words += ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
     assert trainer.main(words) == 0
     folder = tmp_path / "generative"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for line in ("1 is not shown: this model builds on none", "2 is not shown: this output folder"):
+        assert f"Stage {line}" in page
     threshold = json.loads((folder / "metrics.json").read_text())["threshold"]
     out = predicted(folder, data, tmp_path / "out.csv")
     assert out["prediction"].nunique() == 2

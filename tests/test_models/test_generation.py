@@ -160,7 +160,9 @@ def answers_of(shift: int, parts: Parts) -> Any:
     return write
 
 
-def write_and_score(parts: Parts, rows: NDArray[np.int64]) -> tuple[str, dict[str, Any]]:
+def write_and_score(
+    parts: Parts, rows: NDArray[np.int64]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Write and score the reports of ``rows``, whose predictions are perfect."""
     _, model, collate = parts
     dataset = collate.dataset
@@ -171,7 +173,7 @@ def write_and_score(parts: Parts, rows: NDArray[np.int64]) -> tuple[str, dict[st
     batches = [rows[:5].tolist(), rows[5:].tolist()]
     most = report_tokens(collate)
     texts = write_reports(model, collate, tokenizer, batches, verdicts, most)
-    return score_reports(dataset, texts, predictions)
+    return score_reports(dataset, texts, predictions, 0)
 
 
 def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
@@ -180,14 +182,15 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
     _, model, collate = parts
     dataset, rows = collate.dataset, np.arange(len(patients()))[::-1].copy()
     monkeypatch.setattr(model, "write", answers_of(0, parts))
-    text, figures = write_and_score(parts, rows)
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines, figures = write_and_score(parts, rows)
+    lines = json.loads(json.dumps(lines))
     for line, i in zip(lines, rows.tolist(), strict=True):
         expected = dataset.report(i)
         probability = DecisionRule().probability(np.array(4 * dataset.labels[i] - 2 + 0.01 * i))
         ids = {"id": f"patient {i}", "text": expected, "target": expected}
         verdict = int(dataset.labels[i])
-        assert line == {**ids, "verdict": verdict, "probability": float(probability)}
+        found = {"verdict": verdict, "probability": float(probability), "parses": True}
+        assert line.items() >= {**ids, **found, "quality": 1.0, "invented": 0}.items()
     assert figures["reports"] == len(rows)
     assert figures["parse_share"] == figures["true_number_share"] == 1
 
@@ -217,7 +220,39 @@ def test_a_wrong_number_of_a_later_series_counts_as_one(
     predictions = Predictions(0.0, dataset.labels, np.array([-2.0]), np.array([0]), np.zeros(1))
     text = dataset.report(0).replace(*change)
     assert (text == dataset.report(0)) == (not wrong)
-    _, figures = score_reports(dataset, {0: text}, predictions)
+    _, figures = score_reports(dataset, {0: text}, predictions, 0)
     assert figures["numbers_stated"] == 18
     assert figures["true_number_share"] == (18 - wrong) / 18
     assert figures["parse_share"] == parses
+
+
+def test_figures_of_few_patients_with_or_without_an_abnormal_value_are_hidden() -> None:
+    """A number of abnormal values tells of those who have one, and of those who have none."""
+    description = Description(reference=(None, 30.0))
+    for abnormal, shown in ((0, False), (10, False), (11, True), (29, True), (30, False)):
+        cells = ["40 (0h) -> 20 (5h)" if k < abnormal else "20 (0h)" for k in range(40)]
+        table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": 0})
+        dataset = MIMICtrajectoryDataset(table, description=description)
+        texts = {k: dataset.report(k) for k in range(40)}
+        rows, none = np.arange(40), np.zeros(40)
+        predictions = Predictions(0.0, none, none, rows, none)
+        _, figures = score_reports(dataset, texts, predictions, 11)
+        assert (figures["abnormal_values"] == abnormal) == shown
+        assert figures["abnormal_named_share"] == (1 if shown else None)
+        assert figures["right_trend_share"] == (1 if shown else None)
+        assert figures["invented"] == figures["inventing_share"] == 0
+        _, figures = score_reports(dataset, texts, predictions, 0)
+        assert figures["abnormal_values"] == (abnormal or None)
+
+
+def test_inventions_are_counted_and_shared_by_reports() -> None:
+    table = pd.DataFrame({"clinical_trajectory": ["24 (0h)"] * 4, "label_escalation": 0})
+    dataset = MIMICtrajectoryDataset(table)
+    texts = {k: dataset.report(k) for k in range(4)}
+    texts[1] += " The patient smokes. The patient drinks."
+    none = np.zeros(4)
+    lines, figures = score_reports(
+        dataset, texts, Predictions(0.0, none, none, np.arange(4), none), 0
+    )
+    assert [line["invented"] for line in lines] == [0, 2, 0, 0]
+    assert (figures["invented"], figures["inventing_share"]) == (2, 0.25)

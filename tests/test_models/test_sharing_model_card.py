@@ -80,6 +80,12 @@ def written() -> dict[str, Any]:
         "parse_share": 0.975,
         "true_number_share": 0.5,
         "numbers_stated": 1200,
+        "abnormal_values": 60,
+        "abnormal_named_share": 0.6,
+        "abnormal_nameable_share": 0.9,
+        "right_trend_share": 0.7,
+        "invented": 12,
+        "inventing_share": 0.2,
     }
     more = {"base_model": "google/medgemma-4b-pt", "decision": DECISION, **HUB}
     figures = card_figures(metrics(reports=reports))
@@ -167,6 +173,8 @@ def test_a_card_says_what_a_reader_must_know(written: dict[str, Any]) -> None:
         "Probability from which on the event is predicted: 0.3141, chosen on the validation part",
         "beside stage 1: 1, chosen on the validation part",
         "40 of the test part, 97.5 % of the expected form; of the 1,200 numbers",
+        "20.0 % of the reports state something that the row does not hold; 60.0 % of the abnormal",
+        "values are named; 70.0 % of the trends are right",
         HAI_DEF_NOTICE,
     ):
         assert text in card, text
@@ -341,6 +349,9 @@ def test_figures_are_picked_and_accepted(written: dict[str, Any]) -> None:
             2,
             "figures.reports.parse_share 2: expected a finite number from 0",
         ),
+        ("reports.right_trend_share", 2, "right_trend_share 2: expected a finite number from 0"),
+        ("reports.invented", None, "figures.reports.invented None: expected a whole number"),
+        ("reports.more", 2, "a key of figures.reports 'more': expected no such key"),
         ("baselines", [], "figures.baselines (a list): expected an object of at most 32 baselines"),
         ("baselines", {str(k): 1 for k in range(33)}, "(a dict): expected an object of at most 32"),
         ("baselines", {"a\nb": {}}, "(a dict): expected an object of at most 32 baselines"),
@@ -361,3 +372,13 @@ def test_other_figures_are_refused(
     with pytest.raises(InputError, match=re.escape(expected)) as caught:
         check_config(PLACE, config, LLM_STAGES)
     assert len(str(caught.value)) < 300
+
+
+def test_a_card_is_silent_on_abnormal_values_that_nobody_judged(written: dict[str, Any]) -> None:
+    config = copy.deepcopy(written)
+    for name in ("abnormal_values", "abnormal_named_share", "right_trend_share"):
+        config["figures"]["reports"][name] = None
+    check_config(PLACE, config, LLM_STAGES)
+    card = model_card(config)
+    assert "20.0 % of the reports state something that the row does not hold\n" in card
+    assert "abnormal" not in card

@@ -1,1 +1,1 @@
-"""Several runs of one command: made in turn, compared, pooled."""
+"""Several runs: made in turn, compared, pooled, set side by side."""

@@ -11,6 +11,7 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.commands.several.earlier_stages import changed_stage1
 from medgemma_clinical.commands.several.runs import run_figures
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.evaluation.comparison import (
@@ -40,6 +41,8 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
     folders = dict(zip(short_names(runs), runs, strict=True))
+    for line in changed_stage1(folders):
+        logger.warning("warning: %s", line)
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
     for name, run in folders.items():

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data.dka.series_cells import LARGEST_VALUE
-from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER
+from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json
 
@@ -54,6 +54,9 @@ class Description:
         plausible: lowest and highest value that a living patient shows; None where unknown,
             and where the JSON names another series without them.
         limits: the same for further series, by name.
+        reference: reference range of the main series, None where unknown. Laboratories differ, so
+            the anion gap has none by default.
+        references: the same for further series, by name.
         prediction_time: when the question is asked, in words; empty where unknown.
         horizon: how far the question looks ahead, in words; empty where unknown.
         flow: ``rule``, ``removed``, ``left`` of each rule by which data came to their rows.
@@ -68,6 +71,8 @@ class Description:
     outcome: str = "Escalation"
     plausible: tuple[float, float] | None = (-5.0, 60.0)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
+    reference: Reference | None = None
+    references: dict[str, Reference] = field(default_factory=dict)
     prediction_time: str = ""
     horizon: str = ""
     flow: tuple[dict[str, Any], ...] = ()
@@ -125,7 +130,9 @@ class Description:
         """Check and convert the known keys of a description."""
         check_keys("", content, [*(f.name for f in fields(cls)), *ORIGIN])
         known = {f.name: content[f.name] for f in fields(cls) if f.name in content}
-        ranges = _object_of("limits", known.pop("limits", {}))
+        ranges = _named("limits", known.pop("limits", {}))
+        healthy = _named("references", known.pop("references", {}))
+        reference = _reference("reference", known.pop("reference", None))
         labels = _object_of("labels", known.pop("labels", {}))
         flow = known.pop("flow", [])
         pair = known.pop("plausible", None)
@@ -137,14 +144,14 @@ class Description:
             check_text("key labels", name, LONGEST_NAME)
             check_keys(f"labels.{name}.", _object_of(f"labels.{name}", texts), LABEL_KEYS)
             _check_texts(f"labels.{name}.", texts)
-        for name in ranges:
-            check_text("key limits", name, LONGEST_NAME)
         if "series" in known or "plausible" in content:
             known["plausible"] = _rising("plausible", pair)
         limits = {comparable(name): _rising(f"limits.{name}", ranges[name]) for name in ranges}
         known["limits"] = {name: pair for name, pair in limits.items() if pair}
+        bounds = {comparable(n): _reference(f"references.{n}", healthy[n]) for n in healthy}
+        known["references"] = {name: pair for name, pair in bounds.items() if pair}
         known["flow"] = tuple(map(_read_rule, flow if isinstance(flow, list) else [None]))
-        return cls(**known, labels=labels, time_scale=hours)
+        return cls(**known, labels=labels, time_scale=hours, reference=reference)
 
     def warnings(self, path: Path) -> list[str]:
         """Return the warning that the description of ``path`` was written with another table."""
@@ -187,6 +194,14 @@ def _object_of(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"key {key[:LONGEST_NAME]}: give an object, as {{name: value}}")
     return value
+
+
+def _named(key: str, value: Any) -> dict[str, Any]:
+    """Return an object whose keys are names of series."""
+    content = _object_of(key, value)
+    for name in content:
+        check_text(f"key {key}", name, LONGEST_NAME)
+    return content
 
 
 def _read_rule(rule: Any) -> dict[str, Any]:
@@ -271,6 +286,23 @@ def _rising(key: str, pair: Any) -> tuple[float, float] | None:
     return float(pair[0]), float(pair[1])
 
 
+def _reference(key: str, pair: Any) -> Reference | None:
+    """Return the two ends of a reference range, or None where it is unknown.
+
+    Raises:
+        InputError: another form, or ends that do not rise.
+    """
+    if pair is None:
+        return None
+    known = [end for end in pair if end is not None] if isinstance(pair, list) else []
+    numbers = all(type(end) in (int, float) and abs(end) <= LARGEST_VALUE for end in known)
+    if not (numbers and known and len(pair) == 2 and known == sorted(set(known))):
+        form = "two rising numbers, as [3.5, 5.1], one of which may be null, as [null, 2]"
+        raise InputError(f"key {key}: give {form}; or null")
+    low, high = (None if end is None else float(end) for end in pair)
+    return low, high
+
+
 def _hours(key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value <= LARGEST_VALUE:
         raise InputError(f"key {key}: give hours, a number above 0")
@@ -327,7 +359,7 @@ def find_series(
 
 
 def describe_unused(table: pd.DataFrame, description: Description, source: str) -> list[str]:
-    """Return a warning of each key of ``limits`` and ``labels`` that means no column of a table.
+    """Return a warning of each key that names no series, or no label column, of a table.
 
     Args:
         table: as read.
@@ -339,6 +371,7 @@ def describe_unused(table: pd.DataFrame, description: Description, source: str) 
     warnings = []
     for key, names, known, what in (
         ("limits", description.limits, further, "series beside the main one"),
+        ("references", description.references, further, "series beside the main one"),
         ("labels", description.labels, columns, "column"),
     ):
         for name in [name for name in names if name not in known][:MOST_UNREAD]:

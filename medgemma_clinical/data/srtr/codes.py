@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from medgemma_clinical.data.texts import plain
+from medgemma_clinical.data.texts import Reference, plain
 
 # Removal codes; all others count as removal for another reason. Source: SRTR SAF, CAN_REM_CD.
 DIED = 8
@@ -69,6 +69,7 @@ class Feature:
         high: highest plausible value.
         words: for values, where the series is a state or a grade.
         codes: value of each code, where the column is coded.
+        reference: lowest and highest value of a healthy adult, see ``CREATININE`` and the others.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Feature:
     high: float
     words: dict[int, str] | None = None
     codes: dict[int, int] | None = None
+    reference: Reference | None = None
 
     def decode(self, column: pd.Series) -> pd.Series:
         """Return the values of a column of STATHIST, NaN where nothing was measured."""
@@ -111,10 +113,19 @@ class Organ:
     features: tuple[Feature, ...]
 
 
+CREATININE, BILIRUBIN = (0.6, 1.2), (None, 1.0)
+"""Reference ranges in mg/dL. Source: MSD Manual, table Blood Tests."""
+ALBUMIN = (3.5, 5.5)
+"""In g/dL. Source: American Board of Internal Medicine, laboratory test reference ranges."""
+GFR = (60.0, None)
+"""In mL/min: from there on the GFR is not decreased. Source: KDIGO 2012, categories G1 and G2."""
+SODIUM = (135.0, 145.0)
+"""In mEq/L. Source: hyponatraemia, Spasovski 2014; hypernatraemia, Adrogué and Madias 2000."""
+
 LABORATORY = (
-    Feature("creatinine", "mg/dL", "CANHX_SERUM_CREAT", 0.1, 30),
-    Feature("albumin", "g/dL", "CANHX_ALBUMIN", 0.5, 7),
-    Feature("GFR", "mL/min", "CANHX_GFR", 0, 200),
+    Feature("creatinine", "mg/dL", "CANHX_SERUM_CREAT", 0.1, 30, reference=CREATININE),
+    Feature("albumin", "g/dL", "CANHX_ALBUMIN", 0.5, 7, reference=ALBUMIN),
+    Feature("GFR", "mL/min", "CANHX_GFR", 0, 200, reference=GFR),
 )
 DIALYSIS = Feature("dialysis", "0 or 1", "CANHX_DIAL", 0, 1, YES_NO)
 STATUS = Feature("status", "0 or 1", "CANHX_STAT_CD", 0, 1, STATUS_WORDS, STATUS_CODES)
@@ -122,9 +133,9 @@ CPRA = Feature("cPRA", "fraction", "CANHX_CPRA", 0, 1)
 LIVER_FEATURES = (
     *LABORATORY,
     replace(DIALYSIS, column="CANHX_DIAL_PRIOR_WEEK"),
-    Feature("bilirubin", "mg/dL", "CANHX_BILI", 0.1, 80),
+    Feature("bilirubin", "mg/dL", "CANHX_BILI", 0.1, 80, reference=BILIRUBIN),
     Feature("INR", "ratio", "CANHX_INR", 0.4, 20),
-    Feature("sodium", "mEq/L", "CANHX_SERUM_SODIUM", 100, 180),
+    Feature("sodium", "mEq/L", "CANHX_SERUM_SODIUM", 100, 180, reference=SODIUM),
     Feature("MELD", "score", "CANHX_SRTR_LAB_MELD", 6, 60, codes=MELD_CODES),
     Feature("ascites", "grade", "CANHX_ASCITES", 1, 3, GRADES),
     Feature("encephalopathy", "grade", "CANHX_ENCEPH", 1, 3, GRADES),

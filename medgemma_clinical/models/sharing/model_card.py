@@ -349,11 +349,18 @@ def _recalibration(calibration: dict[str, Any]) -> str:
 
 
 def _written(reports: dict[str, Any]) -> str:
-    return (
+    text = (
         f"{reports['reports']:,} of the test part, {100 * reports['parse_share']:.1f} % of the "
         f"expected form; of the {reports['numbers_stated']:,} numbers that they state "
-        f"{100 * reports['true_number_share']:.1f} % are the patient's"
+        f"{100 * reports['true_number_share']:.1f} % are the patient's; "
+        f"{100 * reports['inventing_share']:.1f} % of the reports state something that the row "
+        "does not hold"
     )
+    if (named := reports["abnormal_named_share"]) is not None:
+        text += f"; {100 * named:.1f} % of the abnormal values are named"
+    if (right := reports["right_trend_share"]) is not None:
+        text += f"; {100 * right:.1f} % of the trends are right"
+    return text
 
 
 # ------------------------------------------------------------------ use

@@ -18,7 +18,8 @@ from medgemma_clinical.commands.several.compare import (
     run_compare,
 )
 from medgemma_clinical.evaluation.comparison import verdict_beside
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, file_hash
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 
 def test_predictions_are_read_with_ids_and_patients_as_text(tmp_path: Path) -> None:
@@ -94,6 +95,38 @@ def test_rows_known_by_number_are_compared_on_the_same_data_only(
     else:
         with pytest.raises(InputError, match="their data name no patients"):
             run_compare([one, other], seed=0, fewest=0)
+
+
+def test_a_stage_1_that_was_trained_anew_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside the later stage, or among the compared ones in another folder."""
+    for place in ("old", "new"):
+        write_run(tmp_path / place / "trajectory")
+        (tmp_path / place / TRAJECTORY_FILE).write_text(place)
+    digests = {place: file_hash(tmp_path / place / TRAJECTORY_FILE) for place in ("old", "new")}
+    built = write_run(tmp_path / "old" / "classification", 1, stage_1=digests["old"])
+    alone = write_run(tmp_path / "old" / "generative", 2)
+
+    def warned(*runs: Path) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert run_compare(list(runs), seed=0, fewest=0) == 0
+        return caplog.messages
+
+    assert warned(tmp_path / "old" / "trajectory", built) == []
+    assert warned(built, alone) == []
+    (line,) = warned(tmp_path / "new" / "trajectory", built)
+    assert line.startswith(
+        "warning: old/classification reads another stage 1 than new/trajectory, which was trained "
+        "anew since"
+    )
+    (tmp_path / "old" / TRAJECTORY_FILE).write_text("trained anew")
+    for runs in ((built, alone), (tmp_path / "old" / "trajectory", built)):
+        (line,) = warned(*runs)
+        assert f"classification reads another stage 1 than the {TRAJECTORY_FILE} beside it" in line
+    (tmp_path / "old" / TRAJECTORY_FILE).unlink()
+    assert warned(built, alone) == []
 
 
 def test_two_different_folders_are_needed(tmp_path: Path) -> None:

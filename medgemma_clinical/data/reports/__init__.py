@@ -1,0 +1,1 @@
+"""What written reports are judged by."""
