@@ -40,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sign_table(60, seed=1).to_csv(place / "signs.csv", index=False)
     words = ["--mode", "classification", "--model_name", str(base), "--epochs", "2"]
     words += ["--data_path", str(place / "signs.csv"), "--min_cell", "0", "--log_file", "none"]
-    words += ["--batch_size", "8", "--adapter_lr", "0.002", "--precision", "fp32"]
+    words += ["--batch_size", "8", "--adapter_lr", "0.0007", "--precision", "fp32"]
     stages = {}
     for kind, precision in KINDS.items():
         stages[kind] = place / kind / "classification"
@@ -64,7 +64,13 @@ def test_a_trained_adapter_is_found_whole(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "fault", ["the adapter is lost", "the adapter is added twice", "a layer is left out"]
+    "fault",
+    [
+        "the adapter is lost",
+        "the adapter is added twice",
+        "a layer is left out",
+        "a scale is forgotten",
+    ],
 )
 def test_a_trained_adapter_that_is_not_whole_is_refused(
     fault: str,
