@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajector
 from medgemma_trainer import TrajectoryModel, fit_classification, fit_trajectory
 from predicting import STAGES
 
+PAGE = Path(__file__).parents[2] / "medgemma_clinical" / "docs" / "sharing.md"
 ID = "jane/bicarbonate"
 LLM: dict[str, Any] = {"model_name": "tiny", "epochs": 1, "min_cell": 0, "batch_size": 8}
 
@@ -56,6 +58,21 @@ def test_a_model_comes_back_from_a_folder_and_from_the_hub(
     (tmp_path / "saved" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="exists and holds other files"):
         model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_snippets_of_the_page_run_as_they_stand(
+    runs: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints_medgemma_dka").symlink_to(runs)
+    push, load = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(push, names)
+    repository = hub.repositories["user/name"]
+    assert repository.private
+    repository.refs["v1"] = repository.refs["main"]
+    exec(load, names)
+    assert names["model"].stage == "classification"
 
 
 def test_a_name_that_is_neither_path_nor_repository_says_both(hub: Hub) -> None:
