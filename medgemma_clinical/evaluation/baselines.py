@@ -91,7 +91,7 @@ def describe_baselines(names: Collection[str]) -> dict[str, str]:
     for name in names:
         meaning = MEANINGS.get(name.removesuffix(WITH_FACTS))
         if meaning and name.endswith(WITH_FACTS):
-            meaning += ", and of the facts of a patient, such as age"
+            meaning += "; here with the facts of a patient, such as age"
         if meaning:
             found[name] = meaning
     return found

@@ -324,8 +324,11 @@ def example_reports(
     places = range(len(reports))
     middle = sorted(places, key=quality.__getitem__)[(len(reports) - 1) // 2]
     best, worst = max(places, key=quality.__getitem__), min(places, key=quality.__getitem__)
+    titles = {worst: "Worst", middle: "Median", best: "Best"}
+    if quality[best] == quality[worst]:
+        titles = {best: "The first; all reports have this score"}
     examples = []
-    for k, title in {worst: "Worst", middle: "Median", best: "Best"}.items():
+    for k, title in titles.items():
         line = reports[k]
         about = {
             "Row": f"{line['id']}, label {labels[k]:.0f}, probability {line['probability']:.3f}",

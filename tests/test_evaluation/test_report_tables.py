@@ -123,7 +123,8 @@ def examples_of(*qualities: float) -> list[tuple[str, str]]:
         ((0.5, 0.9, 0.1, 0.6), [("Best", "r1"), ("Median", "r0"), ("Worst", "r2")]),
         ((0.1, 0.9, 0.9, 0.1, 0.5), [("Best", "r1"), ("Median", "r4"), ("Worst", "r0")]),
         ((0.5, 0.9), [("Best", "r1"), ("Median", "r0")]),
-        ((0.5,), [("Best", "r0")]),
+        ((0.5,), [("The first; all reports have this score", "r0")]),
+        ((0.5, 0.5, 0.5), [("The first; all reports have this score", "r0")]),
     ],
 )
 def test_the_best_the_median_and_the_worst_report_are_examples(

@@ -41,7 +41,8 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
     folders = dict(zip(short_names(runs), runs, strict=True))
-    for line in changed_stage1(folders):
+    changed = changed_stage1(folders)
+    for line in changed:
         logger.warning("warning: %s", line)
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
@@ -58,7 +59,7 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
         results,
         reference,
         title=f"{len(folders)} finished models on the same test patients",
-        sentences=[],
+        sentences=changed,
         card={"Seed": f"{seed}, of the intervals", "Small cells": counting_rule(fewest)},
     )
     return EXIT_DONE

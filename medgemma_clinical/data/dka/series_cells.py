@@ -171,7 +171,8 @@ class TableCells:
         """Read one series of every row; ``owner`` is the position in the table."""
         text = column_text(self.table, column)
         filled = text != ""
-        readable = text.str.fullmatch(CELL)
+        # Of Arrow's texts pandas would parse the pattern anew at each call.
+        readable = text.astype(object).str.fullmatch(CELL)
         unreadable = filled & ~readable
         self.reject(unreadable, column, map(describe_unreadable, text[unreadable]))
         parsed = parse_cells(text[readable])

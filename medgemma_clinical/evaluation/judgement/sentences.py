@@ -64,7 +64,7 @@ class Judgement:
     @property
     def verdict(self) -> Verdict:
         """The least favourable verdict of all findings: better only where each says better."""
-        order = (FEW, WORSE, UNDECIDED, BETTER)
+        order = (WORSE, FEW, UNDECIDED, BETTER)
         return min((finding.verdict for finding in self.findings), key=order.index)
 
     def lines(self) -> list[str]:
@@ -106,8 +106,8 @@ def _ranking(figures: CohortFigures, outcome: str) -> Finding:
     text = f"The interval of the AUROC, {score.text()}, includes 0.5, which is chance."
     if verdict == FEW:
         text = (
-            f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome, a "
-            f"judgement needs {FEWEST_PATIENTS}: AUROC {score.text()}, where 0.5 is chance."
+            f"Only {figures.rarer} of {figures.patients} patients have the rarer outcome; "
+            f"{FEWEST_PATIENTS} are needed for a judgement: AUROC {score.text()}, 0.5 is chance."
         )
     elif verdict == BETTER and score.value is not None:
         text = (
@@ -128,8 +128,8 @@ def judge_baseline(figures: CohortFigures, name: str) -> Verdict:
 def _beside_baseline(figures: CohortFigures) -> Finding:
     name = figures.best_baseline
     if name is None:
-        heading = UNDECIDED.than("a simpler model")
-        return Finding(UNDECIDED, heading, "No baseline was scored on these rows.")
+        heading = "not compared with a simpler model"
+        return Finding(UNDECIDED, heading, "Baselines belong to the training data of a run.")
     verdict = judge_baseline(figures, name)
     difference = figures.differences[name]["auroc"]
     text = (
@@ -158,11 +158,14 @@ def _calibration(figures: CohortFigures) -> Finding:
         faults.append("too high on average")
     elif large.above(0):
         faults.append("too low on average")
-    shown = f"calibration slope {slope.text('.2f')}, 1 is ideal"
+    shown = (
+        f"calibration slope {slope.text('.2f')}, 1 is ideal; calibration in the large "
+        f"{large.text('+.2f')}, 0 is ideal"
+    )
     if faults:
         text = f"Its risks are {' and '.join(faults)} ({shown})."
         return Finding(WORSE, WORSE.than("a calibrated model"), text)
-    text = f"Its risks agree with the observed shares of events ({shown})."
+    text = f"No miscalibration was found; errors within the intervals are possible ({shown})."
     return Finding(verdict, verdict.than(ONE_RISK), text)
 
 
@@ -175,7 +178,7 @@ def _usefulness(figures: CohortFigures) -> Finding:
             WORSE.than("a model of use"),
             f"Of no use as it stands: even the upper end of the AUROC, {figures.auroc.text()}, is "
             f"below {USEFUL_AUROC:g}, and at the chosen threshold, a risk of {risk}, its alarms "
-            f"are {UNDECIDED.than(FOR_ALL_OR_NONE)}.",
+            f"are {judge_interval(gain, figures.rarer).than(FOR_ALL_OR_NONE)}.",
         )
     verdict = judge_interval(gain, figures.rarer)
     text = (

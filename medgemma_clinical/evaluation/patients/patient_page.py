@@ -57,6 +57,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
         image = to_image(*plot_patient(row, content.outcome, content.threshold))
     alarm = row.probability >= content.threshold
     unit = row.time_unit
+    asked = "Question asked at" if row.hours[-1] > row.times[-1] else "Last observation"
     numbers = [mark.right for mark in row.report or () if mark.right is not None]
     return {
         "id": row.id,
@@ -65,7 +66,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
             f"Risk of {content.outcome}": f"{100 * row.probability:.1f} %",
             "Threshold": f"{100 * content.threshold:.1f} %",
             "Prediction": "1: the event" if alarm else "0: no event",
-            "Question asked at": f"{unit.name} {unit.text(row.hours[-1])}",
+            asked: f"{unit.name} {unit.text(row.hours[-1])}",
             "Observations": str(len(row.times)),
         },
         "image": image,

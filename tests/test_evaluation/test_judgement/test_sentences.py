@@ -140,7 +140,7 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     assert judgement.verdict == BETTER
     assert judgement.findings[1].heading == "better than the best baseline, number"
     alone = words_of(make_cohort((labels, risk, groups)))
-    assert "Not shown to be better than a simpler model. No baseline was scored" in alone
+    assert "Not compared with a simpler model. Baselines belong to the training data" in alone
 
 
 def test_a_model_is_not_praised_that_is_miscalibrated_or_stands_beside_no_baseline() -> None:
@@ -170,7 +170,7 @@ def test_the_sentence_says_on_which_side_the_risks_are(shift: float, word: str) 
     [
         (2.5, "too extreme"),
         (0.4, "too close to the average"),
-        (1.0, "Its risks agree with the observed shares"),
+        (1.0, "No miscalibration was found; errors within the intervals are possible"),
     ],
 )
 def test_the_sentence_says_whether_risks_are_extreme(slope: float, words: str) -> None:
