@@ -63,12 +63,12 @@ from medgemma_clinical.data.dka.description import (
     list_unread,
 )
 from medgemma_clinical.data.dka.facts import (
-    check_inputs,
     drop_unread,
     read_prediction_hours,
     read_statics,
     static_columns,
 )
+from medgemma_clinical.data.dka.same_meaning import check_same_meaning, described_by
 from medgemma_clinical.data.dka.series_cells import (
     TableCells,
     join_series,
@@ -87,6 +87,7 @@ from medgemma_clinical.data.tables import (
     plain_columns,
     read_chunks,
     read_table,
+    slice_table,
 )
 from medgemma_clinical.data.texts import (
     Clause,
@@ -353,7 +354,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         label = config["reading"].get("label_column", LABEL)
         if isinstance(source, pd.DataFrame):
             whole = plain_columns(source)
-            found, chunks = described_by(config, whole), split_table(whole, most)
+            found, chunks = described_by(config, whole), slice_table(whole, most)
         else:
             found, chunks = Description.beside(source), read_chunks(source, findings, most)
             findings.warnings |= dict.fromkeys(found.warnings(source))
@@ -439,64 +440,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 own = [short_clause(name, unit, *measured[f])]
             clauses += [[". " if f else "", *own[0]], *own[1:]]
         return clauses
-
-
-def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
-    """Describe a DataFrame as a checkpoint's data: the main column is the series without its own.
-
-    Args:
-        config: of the checkpoint.
-        table: the DataFrame.
-    """
-    label = config["reading"].get("label_column", LABEL)
-    labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
-    own = {comparable(series.name) for series in find_series(table, Description(), None, "")[1:]}
-    for name, unit in zip(config["features"], config["units"], strict=True):
-        if comparable(name) not in own:
-            return Description(series=name, unit=unit, plausible=None, labels=labels)
-    return Description(labels=labels)
-
-
-def split_table(table: pd.DataFrame, most: int) -> Iterator[tuple[pd.DataFrame, int]]:
-    """Yield at most ``most`` rows of a table at a time, and the number of rows up to their end."""
-    for start in range(0, max(len(table), 1), most):
-        yield table.iloc[start : start + most], min(start + most, len(table))
-
-
-def check_same_meaning(
-    table: pd.DataFrame, description: Description, config: dict[str, Any], source: str
-) -> None:
-    """Refuse a file that lacks an input of a checkpoint, or has another unit or outcome.
-
-    Raises:
-        InputError: names the difference.
-    """
-    label = config["reading"].get("label_column", LABEL)
-    check_header(table, source, label, labelled=False)
-    found = {comparable(s.name): s for s in find_series(table, description, None, source)}
-    where = "the JSON file beside it"
-    for name, unit in zip(config["features"], config["units"], strict=True):
-        series = found.get(comparable(name))
-        if series is None:
-            known = ", ".join(each.name for each in found.values())
-            column = f"trajectory_{name} [{unit}]" if unit else f"trajectory_{name}"
-            raise InputError(
-                f"{source}: the checkpoint reads {name}, the file holds {known}: add a column "
-                f"'{column}', or name the main series in {where}"
-            )
-        if series.unit != unit:
-            raise InputError(
-                f"{source}, column {series.column}: the checkpoint reads {name} in {unit or 'no'} "
-                f"unit, the file has {series.unit or 'none'}: convert the values, or correct the "
-                f"unit in the column's name or {where}"
-            )
-    check_inputs(table, config["inputs"], source)
-    outcome = description.for_label(label).outcome
-    if outcome != config["outcome"]:
-        raise InputError(
-            f"{source}: the checkpoint predicts {config['outcome']}, the file's outcome of "
-            f"{label} is {outcome}: correct it in {where}"
-        )
 
 
 # --------------------------------------------------------------------------- commands

@@ -338,6 +338,12 @@ def plain_columns(table: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index(drop=nameless).rename(columns=lambda name: str(name).strip())
 
 
+def slice_table(table: pd.DataFrame, most: int) -> Iterator[tuple[pd.DataFrame, int]]:
+    """Yield at most ``most`` rows of a table at a time, and the number of rows up to their end."""
+    for start in range(0, max(len(table), 1), most):
+        yield table.iloc[start : start + most], min(start + most, len(table))
+
+
 def column_text(table: pd.DataFrame, name: str) -> pd.Series:
     """Return a column as stripped text, empty where missing; whole floats as integers: 1.0 is 1."""
     column = table[name]
