@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,12 +33,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
 from medgemma_clinical.evaluation.metrics import METRICS, weighted_metrics
 from pages import Page
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_draws() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "REPLICATES", 200)
-        yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def table_of(seed: int, rows: int = 120) -> pd.DataFrame:

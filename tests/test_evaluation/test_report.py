@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -14,7 +13,6 @@ from scipy.special import expit
 from sklearn import metrics
 
 from cohorts import make_cohort, simulate
-from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
@@ -23,12 +21,7 @@ from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK
 from medgemma_clinical.evaluation.report_tables import results_table, shift_table
 from pages import OUTCOME, Page, make_content, write_page
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_draws() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "REPLICATES", 200)
-        yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 @pytest.fixture(scope="module")

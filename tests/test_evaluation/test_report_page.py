@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from scipy.special import expit
 
 from cohorts import make_cohort, simulate
-from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.verdict import BETTER, FEW, SCALE, UNDECIDED, WORSE
@@ -20,12 +18,7 @@ from medgemma_clinical.evaluation.plots import DARK, INK, MODEL, OTHER, PAPER
 from medgemma_clinical.evaluation.report import headline
 from pages import Page, make_content, write_page
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_draws() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "REPLICATES", 200)
-        yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from scipy.special import expit
 
 from cohorts import make_cohort, simulate
-from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
@@ -29,12 +27,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     Verdict,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def few_draws() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "REPLICATES", 200)
-        yield
+pytestmark = pytest.mark.usefixtures("few_draws")
 
 
 def judgement_of(cohort: Cohort) -> Judgement:
