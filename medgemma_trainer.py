@@ -814,7 +814,7 @@ def fit_model(
 
 
 def read_rows(rows: Rows, args: argparse.Namespace, flags: Mapping[str, Any]) -> TrajectoryDataset:
-    """Read what a model is to learn from; a data set has been read.
+    """Read the rows of a training; return a data set as given.
 
     Raises:
         InputError: the data cannot be read, or a flag comes too late for a data set.

@@ -1,4 +1,4 @@
-"""What the program says: messages to the terminal, and the log file of a run."""
+"""Messages of the program: to the terminal, and to the log file of a run."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def files_of(folder: Path) -> set[str]:
 def save_model(trained: TrainedModel, folder: Path) -> None:
     """Write a model of the memory as a folder that loads again, with its card.
 
-    Stage 1 keeps the hashes of the patients that trained, by which later stages find leaks.
+    Stage 1 keeps the hashes of its training patients: stages 2 and 3 find leaks by these hashes.
 
     Args:
         trained: of any stage.
@@ -221,7 +221,7 @@ def download_checkpoint(repo_id: str, revision: str | None = None) -> Path:
 
 
 def find_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None) -> Path:
-    """Return the place of a trained model: that of the disk, else that of the hub.
+    """Return the place of a trained model on the disk, or of its copy from the hub.
 
     Args:
         checkpoint: a path, or the id of a repository.

@@ -102,7 +102,7 @@ def describe_source(source: Path | pd.DataFrame | TrajectoryDataset) -> str:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of rows that can be scored.
+    """Probabilities and decisions of the rows with a score.
 
     Attributes:
         rows: M rows with a score.
@@ -122,7 +122,7 @@ class Scores:
 def score_rows(
     rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
 ) -> Scores:
-    """Score those of some rows that can be scored.
+    """Score rows; note the problem of each row without a score.
 
     Args:
         rows: of the input, in its order.

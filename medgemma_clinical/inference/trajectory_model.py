@@ -167,11 +167,11 @@ class TrajectoryModel:
         )
 
     def __sklearn_is_fitted__(self) -> bool:
-        """Return True: there is no model that is not trained."""
+        """Return True: every ``TrajectoryModel`` is trained."""
         return True
 
     def __sklearn_tags__(self) -> Any:
-        """Return what scikit-learn asks of a classifier of two classes."""
+        """Return the tags by which scikit-learn knows a classifier of two classes."""
         from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
 
         return Tags(
@@ -244,7 +244,7 @@ class TrajectoryModel:
         return np.concatenate([scores.alarms for scores in self._scores(rows)]).astype(np.int64)
 
     def predictions(self, rows: Rows) -> pd.DataFrame:
-        """Return what ``--predict`` writes: a line a row, also for one that cannot be scored.
+        """Return the table of ``--predict``: a line for each row, with or without a score.
 
         Args:
             rows: as for ``predict_proba``.
@@ -288,7 +288,7 @@ class TrajectoryModel:
     def risk_over_time(self, rows: Rows) -> pd.DataFrame:
         """Return the risk after each observation, as if the question were asked there.
 
-        The model was trained on whole rows: a risk within a row was not what it learned to give.
+        The model was trained on whole rows only, so that early risks can be miscalibrated.
         Facts and context are those of the whole row. In stages 2 and 3 each observation costs a
         call of the language model.
 
@@ -316,7 +316,7 @@ class TrajectoryModel:
         return pd.concat(tables, ignore_index=True)
 
     def prompt_embeds(self, rows: Rows) -> list[Tensor]:
-        """Return what the language model reads of each row, as vectors: see docs/serving.md.
+        """Return the language model's input of each row as vectors; see docs/serving.md.
 
         Args:
             rows: as for ``predict_proba``.

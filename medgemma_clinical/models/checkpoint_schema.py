@@ -348,7 +348,7 @@ def check_config(place: Path, config: Any, stages: tuple[str, ...]) -> None:
         _check(where, width, config["encoder"], "encoder.")
     if "decision" in config:  # it comes with the results
         _check(where, {"decision": DECISION}, config)
-    if "figures" in config:  # so do they
+    if "figures" in config:
         check_figures(where, config["figures"])
 
 

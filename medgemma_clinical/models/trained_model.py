@@ -401,8 +401,8 @@ def stage1_risks(
 def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
     """Refuse an encoder that has seen patients of this run's validation or test part.
 
-    A shared copy does not know who trained: it is refused on the data that trained it, whose split
-    may be another here; on other data a warning says that nobody has looked.
+    A shared copy holds no hashes of its training patients. The copy is refused on its own training
+    data, whose split may differ here; on other data a warning says that leaks cannot be found.
 
     Raises:
         InputError: their number, and how to avoid it.
