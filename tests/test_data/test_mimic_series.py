@@ -14,6 +14,7 @@ from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.files import InputError
 from mimic_files import (
     BICARBONATE,
+    CREATININE,
     DEMO,
     GLUCOSE,
     PH,
@@ -76,6 +77,24 @@ def test_all_series_are_read_by_the_data_set(tmp_path: Path) -> None:
     assert dataset.limits(1) == (3.0, 60.0)
     count = read_tables(DEMO)["hosp/labevents"]["itemid"].nunique()
     assert count == 10, "the demo's ten items"
+
+
+def test_each_series_has_the_reference_range_that_most_of_its_values_bear(run: Run) -> None:
+    """Ranges in another unit, reversed ones and missing ones do not count; of two ends one may."""
+    mini = Mini().admit(1).admit(2).settling(2)
+    ranges = [(8, 20), (8, 20), (10, 18), ("", ""), ("", ""), ("", "")]
+    for hour, (low, high) in enumerate(ranges):
+        mini.lab(1, hour, 20 - hour, ref_range_lower=low, ref_range_upper=high)
+    for hour, unit in enumerate(("umol/L", "umol/L", "mg/dL")):
+        factor = 88.4 if unit == "umol/L" else 1
+        ends: Any = {"ref_range_lower": 0.4 * factor, "ref_range_upper": 1.1 * factor}
+        mini.lab(1, hour, factor, CREATININE, unit=unit, **ends)
+    mini.lab(1, 1, 12, BICARBONATE, ref_range_lower=22)
+    mini.lab(1, 1, 200, GLUCOSE, ref_range_lower=105, ref_range_upper=70).lab(1, 1, 138, SODIUM)
+    series = ("anion gap", "creatinine", "glucose", "bicarbonate", "sodium")
+    described = run(mini, series=series, outcome=["death"]).description
+    assert described["reference"] == (8, 20)
+    assert described["references"] == {"creatinine": (0.4, 1.1), "bicarbonate": (22, None)}
 
 
 def test_facts_are_columns_beside_the_context(run: Run) -> None:

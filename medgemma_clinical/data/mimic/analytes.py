@@ -10,6 +10,7 @@ import pandas as pd
 
 from medgemma_clinical.data.dka.description import comparable
 from medgemma_clinical.data.mimic.request import ALL_SERIES, ALWAYS, COMPUTED_GAP, GAP_ITEM
+from medgemma_clinical.data.texts import Reference
 from medgemma_clinical.files import InputError
 
 EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}
@@ -67,6 +68,7 @@ class ItemSeries:
         sources: itemids that have to be read for it; they may not lose a value.
         unit: of its values, "" where it has none, None where the table has to tell it.
         plausible: lowest and highest value of a living patient, None where unknown.
+        reference: reference range that most values bear, None where they bear none.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ItemSeries:
     sources: tuple[int, ...]
     unit: str | None
     plausible: tuple[float, float] | None
+    reference: Reference | None = None
 
 
 def series_of(analyte: Analyte, compute_gap: str, items: tuple[int, ...] = ()) -> ItemSeries:

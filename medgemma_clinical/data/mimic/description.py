@@ -46,6 +46,8 @@ def describe_rows(
         },
         "plausible": main.plausible,
         "limits": {each.name: each.plausible for each in others},
+        "reference": main.reference,
+        "references": {each.name: each.reference for each in others if each.reference},
         "prediction_time": (
             f"{window} hours after the first value of each admission, for patients who are then in "
             f"hospital; only values {stored} are read"

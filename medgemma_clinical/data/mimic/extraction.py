@@ -30,6 +30,7 @@ from medgemma_clinical.data.mimic.request import (
 )
 from medgemma_clinical.data.mimic.tables import MimicTables
 from medgemma_clinical.data.small_cells import FEWEST, count_text
+from medgemma_clinical.data.texts import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class _Cohort:
         """Make the table converted, with the computed gaps; count values without a known unit.
 
         Returns:
-            The series, each with its unit.
+            The series, each with its unit and its reference range.
         """
         units = self.database.frame(
             "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
@@ -144,9 +145,19 @@ class _Cohort:
             left_out[f"of {name} in no unit or an unknown one"] = int(count)
         spelled = factors[known].groupby("item")["unit"].min()
         return [
-            replace(each, unit=spelled.get(each.items[0], "")) if each.unit is None else each
+            replace(
+                each,
+                unit=spelled.get(each.items[0], "") if each.unit is None else each.unit,
+                reference=self._reference(each.items),
+            )
             for each in series
         ]
+
+    def _reference(self, items: tuple[int, ...]) -> Reference | None:
+        """Return the reference range of the first of some items that has one."""
+        rows = self.database.run("FROM reference_ranges").fetchall()
+        ranges = {item: (low, high) for item, low, high in rows}
+        return next((ranges[item] for item in items if item in ranges), None)
 
     def _log_values(self, left_out: dict[str, int]) -> None:
         for reason, count in left_out.items():

@@ -1,3 +1,14 @@
+-- The reference range that most values of an item bear, of those already in the unit of its series.
+CREATE TABLE reference_ranges AS
+SELECT DISTINCT ON (item) item, low, high
+FROM (
+    SELECT item, low, high, count(*) AS count
+    FROM measured JOIN factors USING (item, unit)
+    WHERE factor = 1 AND (low < high OR (low IS NULL) <> (high IS NULL))
+    GROUP BY item, low, high
+)
+ORDER BY item, count DESC, low, high;
+
 -- Values in one unit for each item, from the tables measured and factors.
 CREATE TABLE converted AS
 SELECT

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 MIMIC_VERSIONS = "this reads MIMIC-IV 2.x and 3.x, whose folder holds hosp/ and icu/"
 
-OPTIONAL_WORD, OPTIONAL_TIME = (
-    replace(column, optional=True) for column in (WORD_OR_EMPTY, TIME_OR_EMPTY)
+OPTIONAL_WORD, OPTIONAL_TIME, OPTIONAL_NUMBER = (
+    replace(column, optional=True) for column in (WORD_OR_EMPTY, TIME_OR_EMPTY, NUMBER_OR_EMPTY)
 )
 TABLES: dict[str, dict[str, Column]] = {
     "hosp/patients": {
@@ -71,6 +71,8 @@ TABLES: dict[str, dict[str, Column]] = {
         "storetime": OPTIONAL_TIME,
         "valuenum": NUMBER_OR_EMPTY,
         "valueuom": WORD_OR_EMPTY,
+        "ref_range_lower": OPTIONAL_NUMBER,
+        "ref_range_upper": OPTIONAL_NUMBER,
     },
 }
 """Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""

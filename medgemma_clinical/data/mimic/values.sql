@@ -13,6 +13,7 @@ GROUP BY labs.rowid;
 CREATE TABLE placed AS
 SELECT
     itemid AS item, charttime AS chart, storetime AS stored, valuenum AS value, valueuom AS unit,
+    ref_range_lower AS low, ref_range_upper AS high,
     labs.hadm_id IS NOT NULL AS named,
     named_stay.stay IS NOT NULL AS of_patient,
     CASE
@@ -29,7 +30,7 @@ DROP TABLE around;
 -- A value is known when it is stored, and never before it is charted.
 CREATE TABLE measured AS
 SELECT
-    stay, item, chart, value, unit,
+    stay, item, chart, value, unit, low, high,
     CASE WHEN stored < chart THEN chart ELSE stored END AS known
 FROM placed SEMI JOIN wanted USING (stay);
 
