@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
-from medgemma_clinical.evaluation.patients.report_marks import Mark
+from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
 from pages import make_content, write_page
 from patient_rows import CONTENT, ROW
 
@@ -96,7 +96,7 @@ def comparison(folder: Path) -> Path:
 
 def patients(folder: Path) -> Path:
     """Two rows with all that a card can hold, one of them with many series."""
-    report = (Mark("pH "), Mark("7.2", True), Mark(" to "), Mark("8", False), Mark("."))
+    report = (Mark("pH "), Mark("7.2", RIGHT), Mark("7.3", ELSEWHERE), Mark("8", FOREIGN))
     first = replace(ROW, report=report, without_soft_prompt=0.45)
     names = tuple(f"series of a longer name {k}" for k in range(8))
     many = replace(
