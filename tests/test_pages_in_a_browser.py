@@ -20,6 +20,7 @@ from scipy.special import expit
 
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
@@ -68,6 +69,7 @@ def full_report(folder: Path) -> Path:
         ),
     )
     parts = {"Source": "file.csv", "Facts": ", ".join(f"fact {k}" for k in range(20))}
+    share = Estimate(0.5, 0.4, 0.6).to_json()
     content = make_content(
         notice="The language model of this run is random.",
         data=parts,
@@ -76,7 +78,7 @@ def full_report(folder: Path) -> Path:
         },
         split=pd.DataFrame({"Part": ["training"], "Rows": ["80"], "Patients": ["80"]}),
         flow=pd.DataFrame({"Left out": ["no label"], "Rows": ["3"], "Rows left": ["80"]}),
-        reports={"reports": 40, "parse_share": 0.9, "true_number_share": 0.5, "numbers_stated": 9},
+        reports={"reports": 40, "true_number_share": share, "numbers_stated": 9},
     )
     write_page(cohort, folder, content, fewest=11, list_patients=True)
     return folder / "report.html"
