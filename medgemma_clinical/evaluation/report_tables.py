@@ -295,15 +295,15 @@ def written_figures(reports: Mapping[str, Any] | None) -> dict[str, str]:
     """
     names = {
         "reports": "Reports written",
-        "parse_share": "Reports of the expected form (%)",
+        "parse_share": "Expected form (%)",
         "numbers_stated": "Numbers stated",
-        "true_number_share": "Stated numbers that are the patient's (%)",
+        "true_number_share": "True numbers (%)",
         "abnormal_values": "Abnormal values",
-        "abnormal_named_share": "Abnormal values that are named (%)",
-        "abnormal_nameable_share": "Abnormal values that the true reports name (%)",
-        "right_trend_share": "Trends with the right direction and duration (%)",
-        "invented": "Numbers and statements that the row does not hold",
-        "inventing_share": "Reports with any of these (%)",
+        "abnormal_named_share": "Named (%)",
+        "abnormal_nameable_share": "Nameable (%)",
+        "right_trend_share": "Trends right (%)",
+        "invented": "Invented",
+        "inventing_share": "Inventing reports (%)",
     }
     known = {key: value for key, value in (reports or {}).items() if value is not None}
     if "abnormal_values" not in known:

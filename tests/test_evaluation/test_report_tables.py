@@ -85,9 +85,9 @@ def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
     }
     lines = {
         "Reports written": "1,385",
-        "Reports of the expected form (%)": "90.0 [85.0, 94.0]",
+        "Expected form (%)": "90.0 [85.0, 94.0]",
         "Numbers stated": "4,000",
-        "Stated numbers that are the patient's (%)": "75.1 [70.0, 80.0]",
+        "True numbers (%)": "75.1 [70.0, 80.0]",
     }
     assert written_figures(reports) == lines
     text = results_table("stage 3", {"validation": figures, "test": figures}, reports)
@@ -103,7 +103,7 @@ def test_abnormal_values_that_are_not_judged_are_left_out_and_shares_of_nothing_
     assert written_figures(reports) == {
         "Reports written": "40",
         "Numbers stated": "0",
-        "Stated numbers that are the patient's (%)": "\N{EN DASH}",
+        "True numbers (%)": "\N{EN DASH}",
     }
 
 
@@ -212,7 +212,7 @@ def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
     table = results_table("model", {"validation": figures, "test": figures}, reports)
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
-    assert "Stated numbers that are the patient's (%): \N{EN DASH}" in table
+    assert "True numbers (%): \N{EN DASH}" in table
 
 
 def beside_stage_1(rows: int, noise: float, fewest: int = 0) -> CohortFigures:
