@@ -15,7 +15,8 @@ import pytest
 
 import dataset_format
 from dataset_format import MAX_LEN_SEVERAL, InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions, ReportScore
+from medgemma_clinical.data.reports.score import ReportScore
+from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
 from trajectories import LABEL, SERIES, random_text, table_of
 
 DATA = Path(dataset_format.__file__).parent / "tests" / "data"

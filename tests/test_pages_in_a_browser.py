@@ -20,10 +20,11 @@ from scipy.special import expit
 
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
-from medgemma_clinical.evaluation.patients.report_marks import Mark
+from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
 from pages import make_content, write_page
 from patient_rows import CONTENT, ROW
 
@@ -68,6 +69,7 @@ def full_report(folder: Path) -> Path:
         ),
     )
     parts = {"Source": "file.csv", "Facts": ", ".join(f"fact {k}" for k in range(20))}
+    share = Estimate(0.5, 0.4, 0.6).to_json()
     content = make_content(
         notice="The language model of this run is random.",
         data=parts,
@@ -76,7 +78,7 @@ def full_report(folder: Path) -> Path:
         },
         split=pd.DataFrame({"Part": ["training"], "Rows": ["80"], "Patients": ["80"]}),
         flow=pd.DataFrame({"Left out": ["no label"], "Rows": ["3"], "Rows left": ["80"]}),
-        reports={"reports": 40, "parse_share": 0.9, "true_number_share": 0.5, "numbers_stated": 9},
+        reports={"reports": 40, "true_number_share": share, "numbers_stated": 9},
     )
     write_page(cohort, folder, content, fewest=11, list_patients=True)
     return folder / "report.html"
@@ -96,7 +98,7 @@ def comparison(folder: Path) -> Path:
 
 def patients(folder: Path) -> Path:
     """Two rows with all that a card can hold, one of them with many series."""
-    report = (Mark("pH "), Mark("7.2", True), Mark(" to "), Mark("8", False), Mark("."))
+    report = (Mark("pH "), Mark("7.2", RIGHT), Mark("7.3", ELSEWHERE), Mark("8", FOREIGN))
     first = replace(ROW, report=report, without_soft_prompt=0.45)
     names = tuple(f"series of a longer name {k}" for k in range(8))
     many = replace(

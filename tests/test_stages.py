@@ -212,7 +212,7 @@ def test_a_written_verdict_is_the_decision_of_the_row() -> None:
     threshold = float(np.median(predictions.probability))
     decided = predictions.with_rule(DecisionRule(threshold=threshold))
     assert decided.alarms.tolist() != predictions.alarms.tolist(), "the threshold must matter"
-    lines, _ = score_reports(patients(), stage.generate(decided), decided, 0)
+    lines, _ = score_reports(patients(), stage.generate(decided), decided, 0, 0)
     assert [line["verdict"] for line in lines] == decided.alarms.astype(int).tolist()
 
 

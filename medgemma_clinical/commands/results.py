@@ -117,7 +117,7 @@ def write_results(
     reports = None
     if texts is not None:
         reports, metrics["reports"] = score_reports(
-            data.dataset, texts, predictions["test"], data.min_cell
+            data.dataset, texts, predictions["test"], data.min_cell, args.seed
         )
         write_generations(folder, stage, reports, metrics)
     log_results(stage, data, figures, metrics)

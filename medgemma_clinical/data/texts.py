@@ -178,52 +178,6 @@ def computed_sentences(
     return [f"{extremes.removeprefix(', ')}. ", f"{change}. "]
 
 
-@dataclass(frozen=True)
-class ReportScore:
-    """How true a written report is.
-
-    Attributes:
-        verdict: 1 for yes, 0 for no, None where the report begins with neither.
-        parses: whether the report has the expected form from beginning to end.
-        stated: how many numbers it states.
-        true: how many of them are the patient's, in their place.
-    """
-
-    verdict: int | None
-    parses: bool
-    stated: int
-    true: int
-
-
-def score_report(
-    text: str, outcome: str, clauses: Sequence[Clause], names: Sequence[str]
-) -> ReportScore:
-    """Compare a written report with the clauses of the true one, number by number.
-
-    Args:
-        text: the written report.
-        outcome: what label 1 means; a report begins with it.
-        clauses: of the true report.
-        names: of series and units, whose digits are no stated numbers (PaCO2, vitamin B12).
-    """
-    patterns = [clause_pattern(clause) for clause in clauses]
-    true = 0
-    for clause, pattern in zip(clauses, patterns, strict=True):
-        numbers = [part.text for part in clause if isinstance(part, Number)]
-        if written := re.search(pattern.removeprefix(re.escape(", ")), text):
-            true += sum(a == b for a, b in zip(numbers, written.groups(), strict=True))
-    head = rf"{re.escape(outcome)}: (yes|no)"
-    verdict = re.match(rf"{head}\b", text)
-    by_length = sorted({outcome, *names} - {""}, key=len, reverse=True)
-    named = "|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in by_length)
-    return ReportScore(
-        verdict=None if verdict is None else int(verdict[1] == "yes"),
-        parses=re.fullmatch(rf"{head}\. {''.join(patterns)}\.\s*", text) is not None,
-        stated=len(re.findall(NUMBER, re.sub(named, "", text))),
-        true=true,
-    )
-
-
 def is_formula(cell: str) -> bool:
     """Return whether a spreadsheet would run a cell as a formula; a number such as -5 is none."""
     return cell.startswith(FORMULA_STARTS) and re.fullmatch(NUMBER, cell) is None

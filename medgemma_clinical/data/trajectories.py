@@ -26,6 +26,7 @@ from medgemma_clinical.data.facts import (
     unusable_facts,
 )
 from medgemma_clinical.data.ragged import RaggedSeries
+from medgemma_clinical.data.reports.score import ReportScore, score_report
 from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import draw_split, given_split
 from medgemma_clinical.data.tables import Findings
@@ -34,10 +35,8 @@ from medgemma_clinical.data.texts import (
     Clause,
     PromptOptions,
     Reference,
-    ReportScore,
     clause_text,
     plain,
-    score_report,
     with_space,
 )
 from medgemma_clinical.files import InputError
@@ -136,7 +135,11 @@ class TrajectoryDataset(RaggedSeries):
         raise NotImplementedError
 
     def report_clauses(self, i: int) -> list[Clause]:
-        """Return the statements of a report behind its verdict; joined they are its text."""
+        """Return the statements of a report behind its verdict; joined they are its text.
+
+        The words at the beginning of a clause that a colon ends are the label under which it and
+        the clauses behind it are sought in a written report, see ``reports.score``.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -282,8 +285,11 @@ class TrajectoryDataset(RaggedSeries):
 
     def score_report(self, i: int, text: str) -> ReportScore:
         """Compare a written report with the numbers of series ``i``, each in its place."""
-        names = [*self.features, *self.units]
-        return score_report(text, self.outcome, self.report_clauses(i), names)
+        return score_report(text, self.outcome, self.report_clauses(i), self.report_names())
+
+    def report_names(self) -> list[str]:
+        """Return outcome, series and units: digits and points within them are only letters."""
+        return [self.outcome, *self.features, *self.units]
 
     def asked(self) -> dict[str, str]:
         """Return in words what is predicted, when, and from what."""

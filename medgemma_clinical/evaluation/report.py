@@ -93,7 +93,7 @@ class ReportContent:
     flow: pd.DataFrame | None = None
     split: pd.DataFrame | None = None
     history: list[dict[str, Any]] | None = None
-    reports: Mapping[str, float | None] | None = None
+    reports: Mapping[str, Any] | None = None
     unshown: Sequence[str] = ()
     shift: pd.DataFrame | None = None
     validation: Estimate | None = None

@@ -16,7 +16,7 @@ from medgemma_clinical.data.small_cells import (
     merge_flow,
 )
 from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
-from medgemma_clinical.evaluation.bootstrap import NO_VALUE
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE, Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.judgement.sentences import (
     caution_sentence,
@@ -287,23 +287,33 @@ def flow_table(flow: pd.DataFrame | None, fewest: int) -> pd.DataFrame | None:
     return None if flow is None else merge_flow(flow, fewest).rename(columns=names)
 
 
-def written_figures(reports: Mapping[str, float | None] | None) -> dict[str, str]:
-    """Return the figures of written reports, as in metrics.json, in words; without unknown ones."""
-    whole = "{:,.0f}".format
+def written_figures(reports: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the figures of written reports, as in metrics.json, in words.
+
+    A dash stands for a share of nothing, and for a hidden one; abnormal values that are not judged
+    are left out.
+    """
     names = {
-        "reports": ("Reports written", whole),
-        "parse_share": ("Reports of the expected form", percent),
-        "true_number_share": ("Stated numbers that are the patient's", percent),
-        "numbers_stated": ("Numbers stated", whole),
-        "abnormal_values": ("Abnormal values", whole),
-        "abnormal_named_share": ("Abnormal values that are named", percent),
-        "abnormal_nameable_share": ("Abnormal values that the true reports name", percent),
-        "right_trend_share": ("Trends with the right direction and duration", percent),
-        "invented": ("Numbers and statements that the row does not hold", whole),
-        "inventing_share": ("Reports with any of these", percent),
+        "reports": "Reports written",
+        "parse_share": "Expected form (%)",
+        "numbers_stated": "Numbers stated",
+        "true_number_share": "True numbers (%)",
+        "abnormal_values": "Abnormal values",
+        "abnormal_named_share": "Named (%)",
+        "abnormal_nameable_share": "Nameable (%)",
+        "right_trend_share": "Trends right (%)",
+        "invented": "Invented",
+        "inventing_share": "Inventing reports (%)",
     }
     known = {key: value for key, value in (reports or {}).items() if value is not None}
-    return {name: form(known[key]) for key, (name, form) in names.items() if key in known}
+    if "abnormal_values" not in known:
+        known = {key: value for key, value in known.items() if not key.startswith("abnormal")}
+    return {name: _written_figure(known[key]) for key, name in names.items() if key in known}
+
+
+def _written_figure(figure: dict[str, float | None] | float) -> str:
+    """Write a count, or a share with its interval in percent."""
+    return Estimate(**figure).text(".1f", 100) if isinstance(figure, dict) else f"{figure:,.0f}"
 
 
 def example_reports(
@@ -327,15 +337,18 @@ def example_reports(
     titles = {worst: "Worst", middle: "Median", best: "Best"}
     if quality[best] == quality[worst]:
         titles = {best: "The first; all reports have this score"}
+    judged = any(line["abnormal"] for line in reports)
     examples = []
     for k, title in titles.items():
         line = reports[k]
+        named = f"{line['named']} of {line['abnormal']}" if line["abnormal"] else "none to name"
+        trends = f"{line['right_trends']} of {line['trends']}" if line["trends"] else "no trend"
         about = {
             "Row": f"{line['id']}, label {labels[k]:.0f}, probability {line['probability']:.3f}",
             "Score": f"{line['quality']:.2f}",
             "Form": "as expected" if line["parses"] else "not as expected",
-            "Abnormal values named": f"{line['named']} of {line['abnormal']}",
-            "Trends right": f"{line['right_trends']} of {line['trends']}",
+            **({"Abnormal values named": named} if judged else {}),
+            "Trends right": trends,
             "Invented": str(line["invented"]),
         }
         examples.append((title, about, line["text"], line["target"]))
@@ -363,7 +376,7 @@ def result_sentence(figures: CohortFigures) -> str:
 
 
 def results_table(
-    name: str, figures: dict[str, CohortFigures], reports: Mapping[str, float | None] | None = None
+    name: str, figures: dict[str, CohortFigures], reports: Mapping[str, Any] | None = None
 ) -> str:
     """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 

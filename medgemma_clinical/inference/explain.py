@@ -57,10 +57,6 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
     dataset, one = row.dataset, np.zeros(1, dtype=np.int64)
     whole = ScoringRows(np.array([row.id]), np.array([row.number]), dataset, one, 1)
     (curve,) = risk_over_time(whole, trained, Findings(dataset.source), batch_size)
-    marks = None
-    if row.report is not None:
-        names = [*dataset.features, *dataset.units]
-        marks = mark_numbers(row.report, dataset.outcome, dataset.report_clauses(0), names)
     return Explanation(
         id=row.id,
         probability=row.probability,
@@ -74,7 +70,7 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
         facts=facts_read(dataset, trained),
         without=risks_without_series(dataset, trained, batch_size),
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
-        report=marks,
+        report=None if row.report is None else mark_numbers(dataset, 0, row.report),
     )
 
 

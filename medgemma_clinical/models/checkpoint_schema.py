@@ -249,16 +249,14 @@ RECALIBRATION: Table = {
     "slope": maybe(real(0, above=True)),
     "intercept": maybe(FINITE),
 }
+SHARE: Table = dict.fromkeys(("value", "low", "high"), or_null(real(0, 1)))
 WRITTEN: Table = {
     "reports": COUNT,
-    "parse_share": real(0, 1),
-    "true_number_share": real(0, 1),
     "numbers_stated": whole(0, LARGEST_COUNT),
     "abnormal_values": or_null(whole(0, LARGEST_COUNT)),
-    **dict.fromkeys(("abnormal_named_share", "abnormal_nameable_share"), or_null(real(0, 1))),
-    "right_trend_share": or_null(real(0, 1)),
     "invented": whole(0, LARGEST_COUNT),
-    "inventing_share": real(0, 1),
+    **dict.fromkeys(("parse_share", "true_number_share", "abnormal_named_share"), SHARE),
+    **dict.fromkeys(("abnormal_nameable_share", "right_trend_share", "inventing_share"), SHARE),
 }
 """Of stage 3's reports on the test part."""
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.reports.review import ReportReview, review_report
-from medgemma_clinical.data.small_cells import any_small
+from medgemma_clinical.data.small_cells import any_small, count_patients
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import to_device
+from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
+from medgemma_clinical.evaluation.cohort import DECIMALS, UNKNOWN
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
@@ -66,7 +69,11 @@ def write_reports(
 
 
 def score_reports(
-    dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions, fewest: int
+    dataset: TrajectoryDataset,
+    texts: dict[int, str],
+    predictions: Predictions,
+    fewest: int,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Judge reports, by position, by their rows.
 
@@ -75,6 +82,7 @@ def score_reports(
         texts: the reports by position.
         predictions: of the rows.
         fewest: patients of the smallest cell that is shown.
+        seed: of the bootstrap.
 
     Returns:
         A line for each report: id, text, target, verdict, probability, and its ``ReportReview``.
@@ -100,40 +108,75 @@ def score_reports(
                 "invented": review.invented,
             }
         )
-    return lines, report_figures(reviews, dataset.groups[predictions.rows], fewest)
+    groups = dataset.groups[predictions.rows]
+    return lines, report_figures(reviews, predictions.labels, groups, fewest, seed)
 
 
 def report_figures(
-    reviews: Sequence[ReportReview], groups: NDArray[Any], fewest: int
+    reviews: Sequence[ReportReview],
+    labels: NDArray[Any],
+    groups: NDArray[Any],
+    fewest: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Return the figures of n reports as they stand in ``metrics.json``.
 
-    Number of reports, share of the expected form; share of the stated numbers that are the
-    patient's own, their number; number of abnormal values, the shares of them that the reports
-    and the true reports name; share of the trends that are right; number of inventions, and share
-    of the reports with any. Figures of abnormal values are None without any, and where fewer than
-    ``fewest`` patients have, or lack, one; those of trends likewise.
+    Counts, and shares with their 95 % intervals from the draws of patients of the other figures.
+    Shares of nothing are None. So are those of abnormal values, and their number, where fewer than
+    ``fewest`` patients have, or lack, one; that of trends likewise.
+
+    Args:
+        reviews: of the reports.
+        labels: (n,) of 0 and 1, which the draws need.
+        groups: (n,) patient of each report.
+        fewest: patients of the smallest cell that is shown.
+        seed: of the bootstrap.
     """
 
-    def total(name: str) -> int:
-        return int(sum(getattr(review, name) for review in reviews))
+    def column(name: str) -> NDArray[np.float64]:
+        return np.array([attrgetter(name)(review) for review in reviews], dtype=np.float64)
 
-    def share(name: str, of: str) -> float | None:
-        having = np.array([getattr(review, of) > 0 for review in reviews])
-        hidden = any_small(having.astype(np.int64), groups, 2, fewest)
-        return None if hidden or not having.any() else total(name) / total(of)
-
-    stated = sum(review.score.stated for review in reviews)
-    named = share("named", "abnormal")
+    reports, stated = np.ones(len(reviews)), column("score.stated")
+    abnormal, trends, invented = map(column, ("abnormal", "trends", "invented"))
+    shares = {
+        "parse_share": (column("score.parses"), reports),
+        "true_number_share": (column("score.true"), stated),
+        "abnormal_named_share": (column("named"), abnormal),
+        "abnormal_nameable_share": (column("nameable"), abnormal),
+        "right_trend_share": (column("right_trends"), trends),
+        "inventing_share": (invented > 0, reports),
+    }
+    estimates = _estimate_shares(shares, labels, groups, seed)
+    for name, (_, of) in shares.items():
+        having = (of > 0).astype(np.int64)
+        if (of is abnormal or of is trends) and any_small(having, groups, 2, fewest):
+            estimates[name] = UNKNOWN
+    known = estimates["abnormal_named_share"] != UNKNOWN
+    digits = DECIMALS if fewest else None
     return {
         "reports": len(reviews),
-        "parse_share": sum(review.score.parses for review in reviews) / len(reviews),
-        "true_number_share": sum(review.score.true for review in reviews) / max(stated, 1),
-        "numbers_stated": stated,
-        "abnormal_values": None if named is None else total("abnormal"),
-        "abnormal_named_share": named,
-        "abnormal_nameable_share": share("nameable", "abnormal"),
-        "right_trend_share": share("right_trends", "trends"),
-        "invented": total("invented"),
-        "inventing_share": sum(review.invented > 0 for review in reviews) / len(reviews),
+        "numbers_stated": int(stated.sum()),
+        "abnormal_values": int(abnormal.sum()) if known else None,
+        "invented": int(invented.sum()),
+        **{name: each.to_json(digits) for name, each in estimates.items()},
+    }
+
+
+def _estimate_shares(
+    shares: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
+    labels: NDArray[Any],
+    groups: NDArray[Any],
+    seed: int,
+) -> dict[str, Estimate]:
+    """Return the ratio of two sums over n reports, with its interval, for each name."""
+
+    def ratios(weights: NDArray[np.float64]) -> Figures:
+        with np.errstate(invalid="ignore"):  # of nothing: NaN
+            return {name: (weights @ part) / (weights @ of) for name, (part, of) in shares.items()}
+
+    values = ratios(np.ones((1, len(labels))))
+    replicates = bootstrap(labels, groups, seed, ratios)
+    return {
+        name: estimate(float(values[name][0]), replicates[name], count_patients(groups, of > 0))
+        for name, (_, of) in shares.items()
     }

@@ -16,6 +16,7 @@ from medgemma_clinical.data.case_mix import AGE
 from medgemma_clinical.data.dka.description import SERIES_COLUMN
 from medgemma_clinical.data.dka.series_cells import CELL, DATE, UNIT
 from medgemma_clinical.data.facts import CONTEXT_NUMBER
+from medgemma_clinical.data.reports.score import STATED
 from medgemma_clinical.data.srtr.decode import BEHIND
 from trajectories import LABEL, SERIES, dataset_of, one_series
 
@@ -105,6 +106,8 @@ SEARCHES: dict[str, tuple[Callable[[str], object], str, str]] = {
     "a word of a context": (CONTEXT_NUMBER.findall, "", "a"),
     "words of a context": (CONTEXT_NUMBER.findall, "", "ab ="),
     "spaces of a context": (CONTEXT_NUMBER.findall, "a", " "),
+    "digits of a context": (STATED.findall, "", "1"),
+    "signs of a context": (STATED.findall, "", "1-"),
     "a number of a cell": (CELL.fullmatch, "", "1"),
     "spaces of a cell": (CELL.fullmatch, "1", " "),
     "pieces of a cell": (CELL.fullmatch, "1", " (0h) -> 1"),

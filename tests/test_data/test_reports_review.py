@@ -78,6 +78,7 @@ def test_the_true_report_is_right_in_all_that_it_states() -> None:
         (("lactate: from 4.5 at 0 h", "lactate: from 4.5 at 4 h"), 2),
         (("from 3 at 0 h to 4 at 3 h", "from 6 at 1 h to 4 at 3 h"), 3),
         ((" potassium", " sodium"), 2),
+        (("lactate: from 4.5 at 0 h", "lactate: from 4.50 at 0.0 h"), 3),
     ],
 )
 def test_an_abnormal_value_is_named_by_its_series_value_and_time(
@@ -98,6 +99,8 @@ def test_an_abnormal_value_is_named_by_its_series_value_and_time(
         (("lowest 12.5 mEq/L at 6 h", "lowest 12.5 mEq/L at 2 h"), 3),
         (("4 at 3 h, rising", "4 at 3 h, falling"), 2),
         (("4 at 3 h, rising", "4 at 2 h, rising"), 2),
+        (("4 at 3 h, rising", "4 at 3.0 h, rising"), 3),
+        (("mEq/L at 0 h, last", "mEq/L at 0 h. potassium: last"), 2),  # that of another series
         (("Net change", "Change"), 2),
     ],
 )
@@ -120,6 +123,9 @@ def test_within_no_time_there_is_no_trend() -> None:
         (("first 24", "first 25"), 1),
         (("first 24 mEq/L at 0 h", "first 20 mEq/L at 2 h"), 0),  # wrong, but of the row
         (("first 24 mEq/L at 0 h", "first 25 mEq/L at 7 h"), 2),
+        (("first 24", "first 24.00"), 0),
+        (("first 24", "first 54"), 0),  # the context says so, in another place
+        (("an hour: falling", "an hour: falling, last 9 mEq/L at 7 h"), 1),
         (("falling. ", "falling. The patient smokes. "), 1),
         (("falling. ", "falling. 5. "), 1),  # that of 12.5 is no number of the row
         (("falling. ", "falling. 54-year-old woman. "), 0),  # the context says so

@@ -10,7 +10,7 @@ import pytest
 
 from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
-from medgemma_clinical.evaluation.patients.report_marks import Mark
+from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
 from medgemma_clinical.evaluation.report import PAGE_MARK
 from pages import Page
 from patient_rows import CONTENT, ROW
@@ -39,7 +39,7 @@ def test_the_page_says_what_it_holds_and_what_its_figures_are_not(tmp_path: Path
 
 def test_what_a_file_holds_stays_text(tmp_path: Path) -> None:
     told = replace(
-        ROW, report=(Mark("<b>x</b> "), Mark("24", True)), facts={"<u>f</u>": "<u>v</u>"}
+        ROW, report=(Mark("<b>x</b> "), Mark("24", RIGHT)), facts={"<u>f</u>": "<u>v</u>"}
     )
     page = Page(page_of(tmp_path, told))
     assert not page.open
@@ -130,11 +130,17 @@ def test_no_change_has_no_minus() -> None:
 
 
 def test_each_number_of_a_report_is_marked_in_words_too(tmp_path: Path) -> None:
-    report = (Mark("pH "), Mark("7.2", True), Mark(" to "), Mark("8", False), Mark("."))
+    report = (Mark("pH "), Mark("7.2", RIGHT), Mark(" to "), Mark("8", FOREIGN), Mark("."))
     page = Page(page_of(tmp_path, replace(ROW, report=report)))
-    assert "1 of 2 numbers are right" in page.text
-    labels = [found["aria-label"] for tag, found in page.tags if tag == "span" and found]
-    assert labels == ["right", "wrong"]
+    counts = "Numbers: 1 right (\N{CHECK MARK}), 0 elsewhere in the row (?), 1 not of this row ("
+    assert counts in page.text
+    labels = [found["aria-label"] for tag, found in page.tags if "aria-label" in found]
+    assert labels[-2:] == ["right", "not of this row"]
     assert "7.2 \N{CHECK MARK} to 8 \N{BALLOT X} ." in page.text
+    other = Page(page_of(tmp_path, replace(ROW, report=(Mark("7.3", ELSEWHERE),))))
+    assert "7.3 ?" in other.text
+    assert [found["aria-label"] for _, found in other.tags if "aria-label" in found][-1] == (
+        "elsewhere in the row"
+    )
     silent = Page(page_of(tmp_path, replace(ROW, report=(Mark("no."),)))).text
     assert "The report states no number. no." in silent

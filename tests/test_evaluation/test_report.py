@@ -13,6 +13,7 @@ from scipy.special import expit
 from sklearn import metrics
 
 from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
@@ -177,15 +178,14 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     mended = replace(make_cohort((labels, expit(0.4 * log_odds(risk)), groups)), uncalibrated=risk)
     figures = cohort_figures(mended, 0.3, 0, 0)
     slopes = [each["calibration_slope"].text() for each in (figures.before, figures.estimates)]
-    reports = dict.fromkeys(("reports", "numbers_stated"), 40.0)
-    reports |= {"parse_share": 0.975, "true_number_share": 0.5}
+    reports = {"reports": 40, "parse_share": Estimate(0.975, 0.9, 0.99).to_json()}
     source = write_page(mended, tmp_path, make_content(reports=reports), list_patients=True)
     text = Page(source).text.split("Before and after")[-1]
     assert "Abnormal values are not judged" in text
     assert "Three reports" not in text
     assert text.index("As trained") < text.index("Recalibrated")
     assert 0 < text.index(slopes[0]) < text.index(slopes[1])
-    assert "Reports of the expected form 98 %" in text
+    assert "Expected form (%) 97.5 [90.0, 99.0]" in text
     worst = np.argsort(-np.abs(labels - mended.probability))[:10]
     assert re.findall(r"MARKER-row-(\d+)", text) == [str(i) for i in worst]
     assert f"{mended.probability[worst[0]]:.3f}" in text
@@ -202,7 +202,8 @@ def test_a_page_says_which_earlier_stage_is_not_shown(tmp_path: Path) -> None:
 
 def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: Path) -> None:
     cohort = make_cohort(simulate(np.random.default_rng(0), 60))
-    figures = {"reports": 60.0, "abnormal_values": 5.0, "abnormal_named_share": 0.75}
+    share = Estimate(0.75, 0.6, 0.9).to_json()
+    figures = {"reports": 60, "abnormal_values": 5, "abnormal_named_share": share}
     content = make_content(reports=figures)
     counts = dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 2)
     lines = [
@@ -212,12 +213,34 @@ def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: P
     ]
     source = write_page(cohort, tmp_path, content, list_patients=True, reports=lines)
     text = Page(source).text
-    assert "Abnormal values that are named 75 %" in text
+    assert "Named (%) 75.0 [60.0, 90.0]" in text
     assert "Abnormal values are not judged" not in text
     assert "with the highest, the median and the lowest score" in text
     assert re.findall(r"MARKERTEXT(\d+) <b>", text) == ["59", "29", "0"]
     assert re.findall(r"MARKERTRUE(\d+)", text) == ["59", "29", "0"]
-    assert "not as expected" in text
+    assert "Form: not as expected; Abnormal values named: 2 of 2" in text
     without = write_page(cohort, tmp_path, content, list_patients=False, reports=lines)
     assert "MARKER" not in without
     assert "75" in Page(without).text
+
+
+@pytest.mark.parametrize(("words", "folds"), [(9, 0), (60, 2)])
+def test_a_long_report_is_folded_behind_its_beginning(
+    words: int, folds: int, tmp_path: Path
+) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 60))
+    line = {"id": "1", "quality": 1.0, "parses": True, "probability": 0.5, "invented": 0}
+    line |= dict.fromkeys(("named", "abnormal", "right_trends", "trends"), 0)
+    line["text"] = line["target"] = " ".join(f"w{k}" for k in range(words))
+    content = make_content(reports={"reports": 60})
+
+    def section_of(line: dict[str, object]) -> Page:
+        page = write_page(cohort, tmp_path, content, list_patients=True, reports=[line] * 60)
+        return Page("<div>" + page.split('<div class="row texts">')[1].split("</section>")[0])
+
+    other = section_of(line | {"target": f"{line['text']} !"})
+    assert [tag for tag, _ in other.tags].count("details") == folds
+    assert re.findall(r"w(\d+)", other.text) == [str(k) for k in range(words)] * 2
+    same = section_of(line)
+    assert "True: the same, word for word" in same.text
+    assert [tag for tag, _ in same.tags].count("details") == folds // 2

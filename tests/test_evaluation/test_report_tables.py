@@ -12,6 +12,7 @@ from scipy.special import expit
 
 from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation.baselines import STAGE_1
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding
@@ -77,27 +78,32 @@ def test_the_console_says_what_recalibration_changed() -> None:
 
 def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
     reports = {
-        **{"reports": 1385, "parse_share": 0.9, "true_number_share": 0.75},
+        "reports": 1385,
+        "parse_share": Estimate(0.9, 0.85, 0.94).to_json(),
+        "true_number_share": Estimate(0.7512, 0.7, 0.8).to_json(),
         "numbers_stated": 4000,
     }
     lines = {
         "Reports written": "1,385",
-        "Reports of the expected form": "90\N{NO-BREAK SPACE}%",
-        "Stated numbers that are the patient's": "75\N{NO-BREAK SPACE}%",
+        "Expected form (%)": "90.0 [85.0, 94.0]",
         "Numbers stated": "4,000",
+        "True numbers (%)": "75.1 [70.0, 80.0]",
     }
     assert written_figures(reports) == lines
     text = results_table("stage 3", {"validation": figures, "test": figures}, reports)
     assert text.splitlines()[-4:] == [f"{name}: {value}" for name, value in lines.items()]
 
 
-def test_unknown_figures_of_reports_are_left_out() -> None:
-    unknown = dict.fromkeys(("abnormal_values", "abnormal_named_share"))
-    reports = {"reports": 40, **unknown, "right_trend_share": 0.5, "invented": 0}
+def test_abnormal_values_that_are_not_judged_are_left_out_and_shares_of_nothing_are_dashes() -> (
+    None
+):
+    unknown = Estimate(None).to_json()
+    shares = dict.fromkeys(("true_number_share", "abnormal_named_share"), unknown)
+    reports = {"reports": 40, "numbers_stated": 0, "abnormal_values": None, **shares}
     assert written_figures(reports) == {
         "Reports written": "40",
-        "Trends with the right direction and duration": "50\N{NO-BREAK SPACE}%",
-        "Numbers and statements that the row does not hold": "0",
+        "Numbers stated": "0",
+        "True numbers (%)": "\N{EN DASH}",
     }
 
 
@@ -114,6 +120,18 @@ def examples_of(*qualities: float) -> list[tuple[str, str]]:
     rows = [(title, about["Row"]) for title, about, *_ in examples]
     assert all(row.endswith(", label 1, probability 0.250") for _, row in rows)
     return [(title, row.partition(",")[0]) for title, row in rows]
+
+
+def test_an_example_without_abnormal_value_has_none_to_name() -> None:
+    line = {"id": "r", "quality": 1.0, "parses": True, "probability": 0.25, "invented": 0}
+    line |= {"text": "written", "target": "true", "named": 0, "right_trends": 0, "trends": 0}
+    lines = [line | {"abnormal": n, "quality": n} for n in range(3)]
+    examples = example_reports(lines, np.ones(3))
+    named = [about["Abnormal values named"] for _, about, *_ in examples]
+    assert named == ["0 of 2", "0 of 1", "none to name"]
+    assert examples[0][1]["Trends right"] == "no trend"
+    unjudged = example_reports([line | {"abnormal": 0}], np.ones(1))
+    assert "Abnormal values named" not in unjudged[0][1]
 
 
 @pytest.mark.parametrize(
@@ -189,11 +207,12 @@ def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigure
 
 
 def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
-    reports = {"reports": 3, "parse_share": 0.0, "true_number_share": 0.0, "numbers_stated": 0}
+    share = Estimate(None).to_json()
+    reports = {"reports": 3, "true_number_share": share, "numbers_stated": 0}
     table = results_table("model", {"validation": figures, "test": figures}, reports)
     assert "Reports written: 3" in table
     assert "Numbers stated" not in table
-    assert "Reports of the expected form" not in table
+    assert "True numbers (%): \N{EN DASH}" in table
 
 
 def beside_stage_1(rows: int, noise: float, fewest: int = 0) -> CohortFigures:

@@ -32,6 +32,7 @@ from medgemma_clinical.files import InputError, json_hash
 from medgemma_clinical.models.checkpoints import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CHECKPOINT_FORMAT,
     CONFIG,
     HASHED_FILES,
     MODULE_WEIGHTS,
@@ -319,7 +320,9 @@ def test_facts_of_a_folder_are_checked_before_anything_is_built(best: Path) -> N
         read_config(best)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"format": 8, "files_sha256": 3}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", json.dumps({"format": CHECKPOINT_FORMAT, "files_sha256": 3}), "{"]
+)
 def test_a_configuration_that_is_no_object_is_refused(text: str, best: Path) -> None:
     (best / CONFIG).write_text(text)
     with pytest.raises(InputError, match=r"damaged: config\.json cannot be read"):

@@ -23,11 +23,18 @@ from language_models import (
     patients,
     plain_sequence,
 )
+from medgemma_clinical.data.reports.review import ReportReview
+from medgemma_clinical.data.reports.score import ReportScore
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.generation import report_tokens, score_reports, write_reports
+from medgemma_clinical.models.generation import (
+    report_figures,
+    report_tokens,
+    score_reports,
+    write_reports,
+)
 from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TextBatch
@@ -173,7 +180,7 @@ def write_and_score(
     batches = [rows[:5].tolist(), rows[5:].tolist()]
     most = report_tokens(collate)
     texts = write_reports(model, collate, tokenizer, batches, verdicts, most)
-    return score_reports(dataset, texts, predictions, 0)
+    return score_reports(dataset, texts, predictions, 0, seed=0)
 
 
 def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
@@ -192,12 +199,14 @@ def test_reports_are_written_from_the_prompt_and_scored_against_the_patient(
         found = {"verdict": verdict, "probability": float(probability), "parses": True}
         assert line.items() >= {**ids, **found, "quality": 1.0, "invented": 0}.items()
     assert figures["reports"] == len(rows)
-    assert figures["parse_share"] == figures["true_number_share"] == 1
+    assert figures["parse_share"]["value"] == figures["true_number_share"]["value"] == 1
 
     monkeypatch.setattr(model, "write", answers_of(1, parts))  # each gets the report of another
     _, figures = write_and_score(parts, rows)
-    assert figures["true_number_share"] < 0.5
-    assert 0.5 < figures["parse_share"] < 1  # a single observation has no rate, so another form
+    assert figures["true_number_share"]["value"] < 0.5
+    assert (
+        0.5 < figures["parse_share"]["value"] < 1
+    )  # a single observation has no rate, so another form
 
 
 @pytest.mark.parametrize(
@@ -217,13 +226,10 @@ def test_a_wrong_number_of_a_later_series_counts_as_one(
     table = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=1, dtype=str)
     description = Description(series="Serum bicarbonate", unit="mmol/L", outcome="Death")
     dataset = MIMICtrajectoryDataset(table, description=description, series=names)
-    predictions = Predictions(0.0, dataset.labels, np.array([-2.0]), np.array([0]), np.zeros(1))
     text = dataset.report(0).replace(*change)
     assert (text == dataset.report(0)) == (not wrong)
-    _, figures = score_reports(dataset, {0: text}, predictions, 0)
-    assert figures["numbers_stated"] == 18
-    assert figures["true_number_share"] == (18 - wrong) / 18
-    assert figures["parse_share"] == parses
+    score = dataset.score_report(0, text)
+    assert (score.stated, score.true, score.parses) == (18, 18 - wrong, parses)
 
 
 def test_figures_of_few_patients_with_or_without_an_abnormal_value_are_hidden() -> None:
@@ -231,28 +237,63 @@ def test_figures_of_few_patients_with_or_without_an_abnormal_value_are_hidden() 
     description = Description(reference=(None, 30.0))
     for abnormal, shown in ((0, False), (10, False), (11, True), (29, True), (30, False)):
         cells = ["40 (0h) -> 20 (5h)" if k < abnormal else "20 (0h)" for k in range(40)]
-        table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": 0})
+        labels = np.arange(40, dtype=np.float64) % 2
+        table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": labels})
         dataset = MIMICtrajectoryDataset(table, description=description)
         texts = {k: dataset.report(k) for k in range(40)}
-        rows, none = np.arange(40), np.zeros(40)
-        predictions = Predictions(0.0, none, none, rows, none)
-        _, figures = score_reports(dataset, texts, predictions, 11)
+        predictions = Predictions(0.0, labels, np.zeros(40), np.arange(40), np.zeros(40))
+        _, figures = score_reports(dataset, texts, predictions, 11, seed=0)
         assert (figures["abnormal_values"] == abnormal) == shown
-        assert figures["abnormal_named_share"] == (1 if shown else None)
-        assert figures["right_trend_share"] == (1 if shown else None)
-        assert figures["invented"] == figures["inventing_share"] == 0
-        _, figures = score_reports(dataset, texts, predictions, 0)
+        for name in ("abnormal_named_share", "right_trend_share"):
+            assert figures[name]["value"] == (1 if shown else None)
+            assert (figures[name]["low"] is None) == (not shown)
+        assert figures["invented"] == figures["inventing_share"]["value"] == 0
+        _, figures = score_reports(dataset, texts, predictions, 0, seed=0)
         assert figures["abnormal_values"] == (abnormal or None)
 
 
 def test_inventions_are_counted_and_shared_by_reports() -> None:
-    table = pd.DataFrame({"clinical_trajectory": ["24 (0h)"] * 4, "label_escalation": 0})
+    table = pd.DataFrame({"clinical_trajectory": ["24 (0h)"] * 4, "label_escalation": [0, 1] * 2})
     dataset = MIMICtrajectoryDataset(table)
     texts = {k: dataset.report(k) for k in range(4)}
     texts[1] += " The patient smokes. The patient drinks."
-    none = np.zeros(4)
-    lines, figures = score_reports(
-        dataset, texts, Predictions(0.0, none, none, np.arange(4), none), 0
-    )
+    predictions = Predictions(0.0, dataset.labels, np.zeros(4), np.arange(4), np.zeros(4))
+    lines, figures = score_reports(dataset, texts, predictions, 0, seed=0)
     assert [line["invented"] for line in lines] == [0, 2, 0, 0]
-    assert (figures["invented"], figures["inventing_share"]) == (2, 0.25)
+    assert (figures["invented"], figures["inventing_share"]["value"]) == (2, 0.25)
+
+
+def reviews_of(stated: NDArray[np.int64], true: NDArray[np.int64]) -> list[ReportReview]:
+    """Return reviews of reports without abnormal values and trends."""
+    return [
+        ReportReview(ReportScore(1, True, n, right), n, 0, 0, 0, 0, 0, 0)
+        for n, right in zip(stated.tolist(), true.tolist(), strict=True)
+    ]
+
+
+def test_shares_of_reports_have_intervals_by_patient() -> None:
+    rng = np.random.default_rng(0)
+    stated = rng.integers(5, 20, 60)
+    true, labels, patients = rng.binomial(stated, 0.7), np.arange(60) % 2, np.arange(60)
+    figures = report_figures(reviews_of(stated, true), labels, patients, 0, seed=0)
+    share = figures["true_number_share"]
+    assert share["value"] == true.sum() / stated.sum()
+    error = np.std(true - share["value"] * stated) / stated.mean() / np.sqrt(60)  # of a ratio
+    assert share["high"] - share["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
+    assert figures["parse_share"]["value"] == figures["parse_share"]["high"] == 1
+    assert 0.9 < figures["parse_share"]["low"] < 1
+
+    reviews = reviews_of(stated, true)
+    again = report_figures(reviews * 2, np.tile(labels, 2), np.tile(patients, 2), 0, seed=0)
+    assert again["true_number_share"] == pytest.approx(share)
+    rounded = report_figures(reviews, labels, patients, 11, seed=0)
+    assert rounded["true_number_share"]["low"] == round(share["low"], 4)
+
+
+def test_a_share_of_nothing_is_none() -> None:
+    figures = report_figures(
+        reviews_of(np.zeros(4, int), np.zeros(4, int)), np.arange(4) % 2, np.arange(4), 0, seed=0
+    )
+    assert figures["true_number_share"] == dict.fromkeys(("value", "low", "high"))
+    assert figures["right_trend_share"] == dict.fromkeys(("value", "low", "high"))
+    assert (figures["numbers_stated"], figures["abnormal_values"]) == (0, None)

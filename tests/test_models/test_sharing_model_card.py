@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import medgemma_trainer as trainer
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
+from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoint_schema import check_config, check_figures
 from medgemma_clinical.models.checkpoints import LLM_STAGES, stage1_config
@@ -77,15 +78,15 @@ def written() -> dict[str, Any]:
     config = llm_config(classifier_and_writer().writer, "generative", DATA)
     reports = {
         "reports": 40,
-        "parse_share": 0.975,
-        "true_number_share": 0.5,
         "numbers_stated": 1200,
         "abnormal_values": 60,
-        "abnormal_named_share": 0.6,
-        "abnormal_nameable_share": 0.9,
-        "right_trend_share": 0.7,
         "invented": 12,
-        "inventing_share": 0.2,
+        "parse_share": Estimate(0.975, 0.9, 0.99).to_json(),
+        "true_number_share": Estimate(0.5, 0.4, 0.6).to_json(),
+        "abnormal_named_share": Estimate(0.6, 0.5, 0.7).to_json(),
+        "abnormal_nameable_share": Estimate(0.9, 0.8, 0.95).to_json(),
+        "right_trend_share": Estimate(0.7, 0.6, 0.8).to_json(),
+        "inventing_share": Estimate(0.2, 0.1, 0.3).to_json(),
     }
     more = {"base_model": "google/medgemma-4b-pt", "decision": DECISION, **HUB}
     figures = card_figures(metrics(reports=reports))
@@ -172,9 +173,10 @@ def test_a_card_says_what_a_reader_must_know(written: dict[str, Any]) -> None:
         "Recalibration: none",
         "Probability from which on the event is predicted: 0.3141, chosen on the validation part",
         "beside stage 1: 1, chosen on the validation part",
-        "40 of the test part, 97.5 % of the expected form; of the 1,200 numbers",
-        "20.0 % of the reports state something that the row does not hold; 60.0 % of the abnormal",
-        "values are named; 70.0 % of the trends are right",
+        "40 of the test part, 97.5 [90.0, 99.0] % of the expected form; of the 1,200 numbers",
+        "that they state 50.0 [40.0, 60.0] % are the patient's; 20.0 [10.0, 30.0] % of the reports",
+        "state something that the row does not hold; 60.0 [50.0, 70.0] % of the abnormal values",
+        "are named; 70.0 [60.0, 80.0] % of the trends are right",
         HAI_DEF_NOTICE,
     ):
         assert text in card, text
@@ -345,11 +347,11 @@ def test_figures_are_picked_and_accepted(written: dict[str, Any]) -> None:
         ("calibration.method", "isotonic", "expected one of none, platt"),
         ("calibration.slope", 0, "figures.calibration.slope 0: expected a finite number above 0"),
         (
-            "reports.parse_share",
+            "reports.parse_share.value",
             2,
-            "figures.reports.parse_share 2: expected a finite number from 0",
+            "figures.reports.parse_share.value 2: expected a finite number from 0",
         ),
-        ("reports.right_trend_share", 2, "right_trend_share 2: expected a finite number from 0"),
+        ("reports.right_trend_share", 2, "right_trend_share 2: expected an object"),
         ("reports.invented", None, "figures.reports.invented None: expected a whole number"),
         ("reports.more", 2, "a key of figures.reports 'more': expected no such key"),
         ("baselines", [], "figures.baselines (a list): expected an object of at most 32 baselines"),
@@ -376,9 +378,12 @@ def test_other_figures_are_refused(
 
 def test_a_card_is_silent_on_abnormal_values_that_nobody_judged(written: dict[str, Any]) -> None:
     config = copy.deepcopy(written)
-    for name in ("abnormal_values", "abnormal_named_share", "right_trend_share"):
-        config["figures"]["reports"][name] = None
+    reports = config["figures"]["reports"]
+    for name in ("true_number_share", "abnormal_named_share", "right_trend_share"):
+        reports[name] = Estimate(None).to_json()
+    reports |= {"abnormal_values": None, "numbers_stated": 0}
     check_config(PLACE, config, LLM_STAGES)
     card = model_card(config)
-    assert "20.0 % of the reports state something that the row does not hold\n" in card
+    assert "20.0 [10.0, 30.0] % of the reports state something that the row does not hold\n" in card
+    assert "numbers that they state" not in card
     assert "abnormal" not in card

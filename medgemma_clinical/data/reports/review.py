@@ -14,17 +14,20 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from medgemma_clinical.data.reports.score import (
+    ReportScore,
+    WrittenPart,
+    find_statements,
+    stated_numbers,
+    written_parts,
+)
 from medgemma_clinical.data.texts import (
     DIRECTIONS,
     END,
-    NUMBER,
     START,
     VALUE,
     Choice,
-    Clause,
     Number,
-    ReportScore,
-    clause_pattern,
     clause_text,
     plain,
 )
@@ -37,9 +40,6 @@ SEPARATOR = re.compile(r"[,;\n]|\.(?![0-9])")
 
 Observation = tuple[str, str, str]
 """Series, value and time, as a report writes them."""
-
-Written = tuple[Number | Choice, str]
-"""A part of the true report, and what a written report has in its place."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,12 @@ class ReportReview:
 def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview:
     """Judge a written report by series ``i`` of a data set, whose label may be unknown."""
     clauses = dataset.report_clauses(i)
+    statements = find_statements(text, clauses, dataset.report_names())
+    written = written_parts(clauses, statements)
     parts = [part for clause in clauses for part in clause if not isinstance(part, str)]
-    written = [pair for clause in clauses for pair in _written_parts(clause, text)]
     abnormal = abnormal_values(dataset, i)
-    stated, true = _observations(written), _observations([(part, part.text) for part in parts])
+    stated = _observations([(each.part, each.text) for each in written])
+    true = _observations([(part, part.text) for part in parts])
     trends = {part.trend for part in parts if isinstance(part, Choice)} - {""}
     right = {name for name in trends if _is_right(name, parts, written)}
     return ReportReview(
@@ -94,7 +96,7 @@ def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview
         nameable=sum(bool(each & true) for each in abnormal),
         trends=len(trends),
         right_trends=len(right),
-        invented=_count_invented(dataset, i, text, clauses, written),
+        invented=_count_invented(dataset, i, text, statements, written),
     )
 
 
@@ -115,19 +117,24 @@ def abnormal_values(dataset: TrajectoryDataset, i: int) -> list[set[Observation]
     return found
 
 
-def _written_parts(clause: Clause, text: str) -> list[Written]:
-    """Return what a text has in place of the numbers and words of a clause; empty without it."""
-    found = re.search(_pattern(clause, words=True), text)
-    parts = [part for part in clause if not isinstance(part, str)]
-    return list(zip(parts, found.groups(), strict=True)) if found else []
+def held_numbers(dataset: TrajectoryDataset, i: int) -> set[str]:
+    """Return the numbers of row ``i`` as ``plain`` writes them.
+
+    Values and times of its series, its facts, the numbers of its context and of its true report.
+    """
+    parts = itertools.chain.from_iterable(dataset.report_clauses(i))
+    context = dataset.contexts[i]
+    stated = stated_numbers(context, dataset.report_names())
+    known = [float(context[start:end]) for start, end in stated]
+    for _, times, values in dataset.measured(i):
+        known += [*values, *(times / dataset.report_hours)]
+    if dataset.statics is not None:
+        known += dataset.statics[i].tolist()
+    return {*map(plain, known), *(part.text for part in parts if isinstance(part, Number))}
 
 
-def _pattern(clause: Clause, *, words: bool) -> str:
-    return clause_pattern(clause, words=words).removeprefix(re.escape(", "))
-
-
-def _observations(written: list[Written]) -> set[Observation]:
-    """Return the values with their times among the parts of a report."""
+def _observations(written: list[tuple[Number | Choice, str]]) -> set[Observation]:
+    """Return the values with their times among parts of the true report and what is written."""
     return {
         (part.series, value, time)
         for (part, value), (_, time) in itertools.pairwise(written)
@@ -135,7 +142,7 @@ def _observations(written: list[Written]) -> set[Observation]:
     }
 
 
-def _is_right(name: str, parts: list[Number | Choice], written: list[Written]) -> bool:
+def _is_right(name: str, parts: list[Number | Choice], written: list[WrittenPart]) -> bool:
     """Return whether direction, begin and end of a series are written as they are."""
 
     def bears(part: Number | Choice) -> bool:
@@ -143,27 +150,29 @@ def _is_right(name: str, parts: list[Number | Choice], written: list[Written]) -
             return part.trend == name
         return part.series == name and part.kind in (START, END)
 
-    due = [part.text for part in parts if bears(part)]
-    return [word for part, word in written if bears(part) and word == part.text] == due
+    return sum(map(bears, parts)) == sum(bears(each.part) and each.right for each in written)
 
 
 def _count_invented(
-    dataset: TrajectoryDataset, i: int, text: str, clauses: list[Clause], written: list[Written]
+    dataset: TrajectoryDataset,
+    i: int,
+    text: str,
+    statements: list[re.Match[str] | None],
+    written: list[WrittenPart],
 ) -> int:
     """Count numbers, states and further statements of a report that its row does not hold."""
-    held = " ".join(["".join(map(clause_text, clauses)), dataset.contexts[i]])
-    numbers = {*re.findall(NUMBER, held)}
-    for _, times, values in dataset.measured(i):
-        numbers |= {plain(number) for number in (*values, *(times / dataset.report_hours))}
+    numbers = held_numbers(dataset, i)
     wrong = [
-        part
-        for part, word in written
-        if (isinstance(part, Number) and word not in numbers)
-        or (isinstance(part, Choice) and part.among != DIRECTIONS and word != part.text)
+        each
+        for each in written
+        if (isinstance(each.part, Number) and each.text not in numbers)
+        or (isinstance(each.part, Choice) and each.part.among != DIRECTIONS and not each.right)
     ]
-    rest = re.sub(rf"{re.escape(dataset.outcome)}: (?:yes|no)\b", "", text)
-    for clause in clauses:
-        rest = re.sub(_pattern(clause, words=False), "", rest)
+    rest = text
+    for start, end in sorted([each.span() for each in statements if each], reverse=True):
+        rest = rest[:start] + rest[end:]
+    rest = re.sub(rf"{re.escape(dataset.outcome)}: (?:yes|no)\b", "", rest)
+    held = " ".join([*map(clause_text, dataset.report_clauses(i)), dataset.contexts[i]])
     further = [" ".join(piece.split()) for piece in SEPARATOR.split(rest)]
     return len(wrong) + sum(not _is_held(piece, held) for piece in further)
 

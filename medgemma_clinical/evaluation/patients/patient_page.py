@@ -9,6 +9,7 @@ from typing import Any
 
 from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
 from medgemma_clinical.evaluation.patients.patient_plot import plot_patient
+from medgemma_clinical.evaluation.patients.report_marks import TRUTHS
 from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.files import write_text
@@ -58,7 +59,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
     alarm = row.probability >= content.threshold
     unit = row.time_unit
     asked = "Question asked at" if row.hours[-1] > row.times[-1] else "Last observation"
-    numbers = [mark.right for mark in row.report or () if mark.right is not None]
+    truths = [mark.truth for mark in row.report or () if mark.truth]
     return {
         "id": row.id,
         "risk": f"{100 * row.probability:.1f}\N{NO-BREAK SPACE}%",
@@ -78,8 +79,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
         if row.without_soft_prompt is None
         else _soft_prompt_lines(row, row.without_soft_prompt),
         "report": row.report,
-        "right": sum(numbers),
-        "stated": len(numbers),
+        "counts": [(truth, truths.count(truth)) for truth in TRUTHS] if truths else [],
     }
 
 

@@ -1,16 +1,40 @@
-"""The numbers of a written report, each marked as right or wrong against the series of its row.
+"""The numbers of a written report, each marked by the row that it is about.
 
-A number is right where the true report has the same number in the same place, which is the rule by
-which ``data.texts.score_report`` counts.
+Right is what ``data.reports.score.score_report`` counts as true: the true report has the same
+number in the same place. Of the others some are numbers of the row, and some are not: those that
+``data.reports.review`` calls invented.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from medgemma_clinical.data.texts import NUMBER, Clause, Number, clause_pattern
+from medgemma_clinical.data.reports.review import held_numbers
+from medgemma_clinical.data.reports.score import find_statements, stated_numbers, written_parts
+from medgemma_clinical.data.texts import plain
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, UNDECIDED, WORSE
+
+
+@dataclass(frozen=True)
+class Truth:
+    """How a number of a report relates to its row.
+
+    Attributes:
+        words: text alternative of the symbol.
+        symbol: behind the number.
+        style: class of the symbol's colour.
+    """
+
+    words: str
+    symbol: str
+    style: str
+
+
+RIGHT = Truth("right", "\N{CHECK MARK}", BETTER.style)
+ELSEWHERE = Truth("elsewhere in the row", "?", UNDECIDED.style)
+FOREIGN = Truth("not of this row", "\N{BALLOT X}", WORSE.style)
+TRUTHS = (RIGHT, ELSEWHERE, FOREIGN)
 
 
 @dataclass(frozen=True)
@@ -19,47 +43,28 @@ class Mark:
 
     Attributes:
         text: the piece as it stands there.
-        right: for a number, whether it is the patient's own in its place; None for words.
+        truth: of a number; None for words.
     """
 
     text: str
-    right: bool | None = None
+    truth: Truth | None = None
 
 
-def mark_numbers(
-    text: str, outcome: str, clauses: Sequence[Clause], names: Sequence[str]
-) -> tuple[Mark, ...]:
-    """Cut a written report into words and marked numbers; joined, the pieces are the report.
+def mark_numbers(dataset: TrajectoryDataset, i: int, text: str) -> tuple[Mark, ...]:
+    """Cut a written report on row ``i`` into words and marked numbers.
 
-    Args:
-        text: the written report.
-        outcome: what label 1 means.
-        clauses: of the true report.
-        names: of series and units, whose digits are no stated numbers (PaCO2, vitamin B12).
+    The pieces joined are the report.
     """
-    right = {start for clause in clauses for start in _true_starts(text, clause)}
+    clauses, names = dataset.report_clauses(i), dataset.report_names()
+    written = written_parts(clauses, find_statements(text, clauses, names))
+    right = {each.start for each in written if each.right}
+    held = held_numbers(dataset, i)
     marks, end = [], 0
-    for start, stop in _stated(text, [outcome, *names]):
+    for start, stop in stated_numbers(text, names):
         if start > end:
             marks.append(Mark(text[end:start]))
-        marks.append(Mark(text[start:stop], start in right))
+        number = text[start:stop]
+        other = ELSEWHERE if plain(float(number)) in held else FOREIGN
+        marks.append(Mark(number, RIGHT if start in right else other))
         end = stop
     return (*marks, Mark(text[end:])) if end < len(text) else tuple(marks)
-
-
-def _true_starts(text: str, clause: Clause) -> Iterator[int]:
-    """Yield where the true numbers of a clause stand in a written report."""
-    numbers = [part.text for part in clause if isinstance(part, Number)]
-    written = re.search(clause_pattern(clause).removeprefix(re.escape(", ")), text)
-    for k, number in enumerate(numbers, 1):
-        if written and written[k] == number:
-            yield written.start(k)
-
-
-def _stated(text: str, names: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each number of a text that is no part of one of the names."""
-    by_length = sorted(set(names) - {""}, key=len, reverse=True)
-    named = "|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in by_length)
-    masked = re.sub(named, lambda name: " " * len(name[0]), text)
-    for number in re.finditer(NUMBER, masked):
-        yield number.start(), number.end() - number[0].endswith(".")  # the end of a sentence

@@ -349,17 +349,20 @@ def _recalibration(calibration: dict[str, Any]) -> str:
 
 
 def _written(reports: dict[str, Any]) -> str:
-    text = (
-        f"{reports['reports']:,} of the test part, {100 * reports['parse_share']:.1f} % of the "
-        f"expected form; of the {reports['numbers_stated']:,} numbers that they state "
-        f"{100 * reports['true_number_share']:.1f} % are the patient's; "
-        f"{100 * reports['inventing_share']:.1f} % of the reports state something that the row "
-        "does not hold"
-    )
-    if (named := reports["abnormal_named_share"]) is not None:
-        text += f"; {100 * named:.1f} % of the abnormal values are named"
-    if (right := reports["right_trend_share"]) is not None:
-        text += f"; {100 * right:.1f} % of the trends are right"
+    def share(name: str) -> str:
+        return f"{Estimate(**reports[name]).text('.1f', 100)} %"
+
+    text = f"{reports['reports']:,} of the test part, {share('parse_share')} of the expected form; "
+    if reports["numbers_stated"]:
+        text += (
+            f"of the {reports['numbers_stated']:,} numbers that they state "
+            f"{share('true_number_share')} are the patient's; "
+        )
+    text += f"{share('inventing_share')} of the reports state something that the row does not hold"
+    if reports["abnormal_named_share"]["value"] is not None:
+        text += f"; {share('abnormal_named_share')} of the abnormal values are named"
+    if reports["right_trend_share"]["value"] is not None:
+        text += f"; {share('right_trend_share')} of the trends are right"
     return text
 
 
