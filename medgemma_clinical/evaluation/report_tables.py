@@ -19,12 +19,13 @@ from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.judgement.sentences import (
+    MODEL_IS,
     caution_sentence,
     combined_finding,
     few_events_sentence,
     judge_baseline,
 )
-from medgemma_clinical.evaluation.judgement.verdict import CHANCE, FEW, judge_interval
+from medgemma_clinical.evaluation.judgement.verdict import CHANCE, judge_interval
 
 EARLIER_STAGES = (STAGE_1, STAGE_2)
 
@@ -351,14 +352,19 @@ def result_sentence(figures: CohortFigures) -> str:
     """Return the result on the test part in one sentence, beside the best baseline's."""
     if figures.events is None:
         return f"Test part: {few_events_sentence(figures.n, figures.fewest)}"
-    text = f"Test AUROC {figures.auroc.text()} on {counts_text(figures.n, figures.events)}"
+    own = judge_interval(figures.auroc, figures.rarer, CHANCE)
+    text = (
+        f"Test AUROC {figures.auroc.text()} on {counts_text(figures.n, figures.events)}: "
+        f"{own.symbol} {own.sentence(MODEL_IS, 'chance')}"
+    )
     name = figures.best_baseline
     if name is None:
         return f"{text}."
+    verdict = judge_baseline(figures, name)
     return (
-        f"{text}; the best baseline, {name}, has {figures.baselines[name]['auroc'].text()}: paired "
-        f"difference {figures.differences[name]['auroc'].text('+.3f')}: "
-        f"{judge_baseline(figures, name)}."
+        f"{text}; the best baseline, {name}, has {figures.baselines[name]['auroc'].text()}, paired "
+        f"difference {figures.differences[name]['auroc'].text('+.3f')}: {verdict.symbol} "
+        f"{verdict.sentence(MODEL_IS, name)}."
     )
 
 
@@ -368,7 +374,7 @@ def results_table(
     """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 
     The paired differences, the model minus each baseline, are those of the test AUROC; the last
-    column holds the verdict on the model beside chance and beside each baseline.
+    column holds the verdict on the model beside each baseline.
     """
     test = figures["test"]
     scores = {part: {name: each.estimates, **each.others} for part, each in figures.items()}
@@ -383,8 +389,6 @@ def results_table(
             line[f"test {title}"] = on_test[metric].value_text(".3f")
         line[f"{name} is"] = str(judge_baseline(test, model)) if difference else ""
         lines.append(line)
-    own = judge_interval(test.auroc, test.rarer, CHANCE)
-    lines[0][f"{name} is"] = str(own) if own == FEW else f"{own} than chance"
     further = [f"test part: {counts_text(test.n, test.events)}"]
     if combined := combined_finding(test):
         further.append(str(combined))

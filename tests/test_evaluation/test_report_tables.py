@@ -15,6 +15,7 @@ from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding
+from medgemma_clinical.evaluation.judgement.verdict import BETTER
 from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
@@ -186,6 +187,10 @@ def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigure
     assert sentence.startswith(f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows")
     assert f"{best}, has {figures.baselines[best]['auroc'].text()}" in sentence
     assert figures.differences[best]["auroc"].text("+.3f") in sentence
+    assert f"events: {BETTER.symbol} this model is better than chance; the best" in sentence
+    assert sentence.endswith(f"{BETTER.symbol} this model is better than {best}.")
+    few = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0, 0)
+    assert result_sentence(few).endswith("too few to say whether this model is better than chance.")
 
 
 def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:

@@ -49,6 +49,17 @@ class Verdict:
             return f"{self.words} whether it is better than {other}"
         return f"{self.words} than {other}"
 
+    def sentence(self, subject: str, other: str) -> str:
+        """Return the verdict on a comparison as a sentence, in lower case and without its point.
+
+        Args:
+            subject: with its verb, as "this model is".
+            other: what it is compared with.
+        """
+        if self == FEW:
+            return f"{self.words} whether {subject} better than {other}"
+        return f"{subject} {self.words} than {other}"
+
 
 BETTER = Verdict(
     "better", "\N{BLACK UP-POINTING TRIANGLE}", "^", "verdict-better", "#17693a", "#7ddc9f"
