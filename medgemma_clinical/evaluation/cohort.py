@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 UNKNOWN = Estimate(None)
 
+SAME_RISK = 1e-6
+"""Difference of probabilities up to which they are equal, as of float32."""
+
 DECIMALS = 4
 """Of the figures in metrics.json where small cells are hidden: all digits of one tell counts."""
 
@@ -72,6 +75,15 @@ class Cohort:
         """
         blend = richest_blend(self.baselines)
         return None if blend is None else blend_risks(self.probability, self.baselines[blend])
+
+    @property
+    def same(self) -> list[str]:
+        """Names of the baselines that give each row the model's risk."""
+        return [
+            name
+            for name, risk in self.baselines.items()
+            if np.allclose(self.probability, risk, rtol=0, atol=SAME_RISK)
+        ]
 
     @classmethod
     def from_predictions(
@@ -121,6 +133,7 @@ class CohortFigures:
         threshold: at which sensitivity and the other shares are taken.
         estimates: metrics, calibration and shares by name, in the order of metrics.json.
         baselines: metrics of each simple model by its name.
+        same: names of the baselines that give each row the model's risk, see ``Cohort.same``.
         differences: metrics of the model minus those of each simple model, paired.
         combined: metrics of ``Cohort.combined``; empty, as the next, without a blend.
         combined_minus_blend: those metrics minus the blend's own, paired.
@@ -141,6 +154,7 @@ class CohortFigures:
     threshold: float
     estimates: dict[str, Estimate]
     baselines: dict[str, dict[str, Estimate]]
+    same: list[str]
     differences: dict[str, dict[str, Estimate]]
     combined: dict[str, Estimate]
     combined_minus_blend: dict[str, Estimate]
@@ -226,6 +240,7 @@ def cohort_figures(
         threshold=threshold,
         estimates=model,
         baselines={name: under("baseline", name) for name in cohort.baselines},
+        same=cohort.same,
         differences={name: under("difference", name) for name in cohort.baselines},
         combined=under(COMBINED),
         combined_minus_blend=under("combined minus blend"),
@@ -234,8 +249,7 @@ def cohort_figures(
         bands=bands,
         bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
         subgroups=[
-            _subgroup(name, labels[rows], risk[rows], aurocs.get(name))
-            for name, rows in subgroups.items()
+            _subgroup(key, cohort, rows, aurocs.get(key)) for key, rows in subgroups.items()
         ],
         before=model | before if before else {},
     )
@@ -251,9 +265,10 @@ def _bins(
 
 
 def _subgroup(
-    name: str, labels: NDArray[np.float64], risk: NDArray[np.float64], auroc: Estimate | None
+    name: str, cohort: Cohort, rows: NDArray[np.int64], auroc: Estimate | None
 ) -> Subgroup:
-    return Subgroup(name, len(labels), int(labels.sum()), float(risk.mean()), auroc)
+    labels, risk = cohort.labels[rows], cohort.probability[rows]
+    return Subgroup(name, len(rows), int(labels.sum()), float(risk.mean()), auroc)
 
 
 def subgroup_rows(

@@ -83,6 +83,7 @@ class ReportContent:
         shift: from ``shift_table``.
         validation: AUROC of the part on which the model was chosen.
         notice: a banner above the result; empty for none.
+        first: what the result in words begins with; empty for nothing.
     """
 
     title: str
@@ -98,6 +99,7 @@ class ReportContent:
     shift: pd.DataFrame | None = None
     validation: Estimate | None = None
     notice: str = ""
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,6 @@ def write_report(
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
         stages=report_tables.stage_table(figures),
-        stage_sentences=report_tables.stage_sentences(figures),
         models=describe_baselines(figures.others),
         combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
@@ -175,7 +176,7 @@ def write_report(
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)
-    return "\n".join(judgement.lines())
+    return "\n".join(filter(None, [content.first, *judgement.lines()]))
 
 
 def render(name: str, **content: Any) -> str:

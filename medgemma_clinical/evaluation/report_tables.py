@@ -29,9 +29,6 @@ from medgemma_clinical.evaluation.judgement.verdict import CHANCE, judge_interva
 
 EARLIER_STAGES = (STAGE_1, STAGE_2)
 
-SAME_RISKS = 1e-6
-"""Differences of AUROC and Brier score below which two models are one."""
-
 Lines = tuple[tuple[str, str, str, str], ...]
 """Key, name, format and meaning of figures."""
 
@@ -153,24 +150,6 @@ def stage_table(figures: CohortFigures) -> pd.DataFrame | None:
     """Return model and earlier stages, with the paired differences; None without any."""
     names = [name for name in EARLIER_STAGES if name in figures.baselines]
     return _compared(figures, names) if names else None
-
-
-def stage_sentences(figures: CohortFigures) -> list[str]:
-    """Return a sentence on the model beside each earlier stage whose figures are shown."""
-    sentences = []
-    for name in [name for name in EARLIER_STAGES if name in figures.baselines]:
-        difference, brier = (figures.differences[name][key] for key in ("auroc", "brier"))
-        if difference.value is None or figures.rarer is None:
-            continue
-        ends = [difference.low, difference.high, brier.low, brier.high]
-        verdict = judge_baseline(figures, name)
-        words = f"{verdict.symbol} {verdict.than(name).capitalize()}"
-        if all(end is not None and abs(end) < SAME_RISKS for end in ends):
-            words = f"{verdict.symbol} The same risks as those of {name}"
-        sentences.append(
-            f"{words}: AUROC {difference.text('+.3f')}, Brier score {brier.text('+.4f')}, paired."
-        )
-    return sentences
 
 
 def _compared(figures: CohortFigures, names: Sequence[str]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
-from medgemma_clinical.evaluation.judgement.verdict import BETTER, SCALE, UNDECIDED, WORSE
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, SAME, SCALE, UNDECIDED, WORSE
 from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK
 from medgemma_clinical.evaluation.report_tables import results_table, shift_table
 from pages import OUTCOME, Page, make_content, write_page
@@ -40,6 +40,7 @@ def test_the_page_and_the_console_show_the_same_verdicts(tmp_path: Path) -> None
     others = {
         "flat": np.full(400, 0.5),
         "same": risk,
+        "close": expit(log_odds(risk) + 0.1 * rng.normal(size=400)),
         "blend": expit(log_odds(risk) + rng.normal(size=400)),
         "truth": 0.3 * risk + 0.7 * labels,
     }
@@ -56,8 +57,8 @@ def test_the_page_and_the_console_show_the_same_verdicts(tmp_path: Path) -> None
         (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', page, re.S)
         assert f'<span class="mark {verdict.style}">' in row
         assert f"{verdict.symbol}</span>&nbsp;{verdict.words}</span>" in row
-    assert seen == {BETTER, UNDECIDED, WORSE}
-    assert not set(console[1]) & {each.symbol for each in SCALE}, "a model is beside no baseline"
+    assert seen == {BETTER, UNDECIDED, WORSE, SAME}
+    assert not any(str(each) in console[1] for each in SCALE), "a model is beside no baseline"
     combined = combined_finding(figures)
     assert combined is not None
     assert str(combined) in console

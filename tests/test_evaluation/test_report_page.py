@@ -106,6 +106,14 @@ def test_a_banner_stands_above_the_result_where_there_is_one(page: str, tmp_path
     assert banner.index("<h1>") < banner.index(shown) < banner.index("The result in words")
 
 
+def test_a_first_sentence_stands_at_the_head_of_the_result(page: str, tmp_path: Path) -> None:
+    few = make_cohort(simulate(np.random.default_rng(0), 60))
+    shown = write_page(few, tmp_path, make_content(first="All <is> stage 1."))
+    box = re.findall(r'<section class="verdict.*?</section>', shown, re.S)[0]
+    assert re.findall("<p>(.*?)</p>", box, re.S)[0] == "<strong>All &lt;is&gt; stage 1.</strong>"
+    assert "<p><strong>" not in page
+
+
 def test_a_table_that_may_be_cut_says_so_and_others_stack(page: str) -> None:
     assert page.count('class="scroll wide"') == page.count('class="hint"') == 2
     assert page.count('class="stack"') == 4

@@ -12,6 +12,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     CHANCE,
     FEW,
     FEWEST_PATIENTS,
+    SAME,
     UNDECIDED,
     USEFUL_AUROC,
     WORSE,
@@ -65,7 +66,7 @@ class Judgement:
     @property
     def verdict(self) -> Verdict:
         """The least favourable verdict of all findings: better only where each says better."""
-        order = (WORSE, FEW, UNDECIDED, BETTER)
+        order = (WORSE, FEW, UNDECIDED, SAME, BETTER)
         return min((finding.verdict for finding in self.findings), key=order.index)
 
     def lines(self) -> list[str]:
@@ -123,6 +124,8 @@ def _ranking(figures: CohortFigures, outcome: str) -> Finding:
 
 def judge_baseline(figures: CohortFigures, name: str) -> Verdict:
     """Return the verdict on the model beside one baseline, by the paired difference of AUROC."""
+    if name in figures.same:
+        return SAME
     return judge_interval(figures.differences[name]["auroc"], figures.rarer)
 
 
@@ -139,6 +142,8 @@ def _beside_baseline(figures: CohortFigures) -> Finding:
         f"{difference.text('+.3f')}"
     )
     text += ", which includes 0." if verdict == UNDECIDED else "."
+    if verdict == SAME:
+        text = "Both give each row the same risk."
     return Finding(verdict, verdict.sentence(MODEL_IS, f"the best baseline, {name}"), text)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medgemma_clinical.evaluation.bootstrap import Estimate
 
@@ -58,7 +58,7 @@ class Verdict:
         """
         if self == FEW:
             return f"{self.words} whether {subject} better than {other}"
-        return f"{subject} {self.words} than {other}"
+        return f"{subject} {self.words} {'as' if self == SAME else 'than'} {other}"
 
 
 BETTER = Verdict(
@@ -73,6 +73,9 @@ WORSE = Verdict(
 FEW = Verdict("too few to say", "\N{WHITE CIRCLE}", "o", "verdict-few", "#566070", "#a9b2c0")
 
 SCALE = (BETTER, UNDECIDED, WORSE, FEW)
+
+SAME = replace(UNDECIDED, words="the same", symbol="=")
+"""Beside a model that gives each row the same risk, which is no matter of an interval."""
 
 
 def judge_interval(

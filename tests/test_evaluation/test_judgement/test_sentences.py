@@ -23,6 +23,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
     FEW,
     FEWEST_PATIENTS,
+    SAME,
     SCALE,
     UNDECIDED,
     WORSE,
@@ -143,6 +144,16 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     assert "This model is not compared with a simpler one. Baselines are fitted when" in alone
 
 
+def test_a_model_that_repeats_the_best_baseline_is_told_to_be_the_same() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 500)
+    judgement = judgement_of(make_cohort((labels, risk, groups), other=risk))
+    assert str(judgement.findings[1]) == (
+        "= This model is the same as the best baseline, other. Both give each row the same risk."
+    )
+    assert judgement.verdict == SAME
+    assert SAME.style == UNDECIDED.style, "no praise"
+
+
 def test_a_model_is_not_praised_that_is_miscalibrated_or_stands_beside_no_baseline() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 800)
     sure = expit(3 * log_odds(risk))
@@ -229,7 +240,7 @@ def test_each_heading_is_a_sentence_with_a_subject_and_the_words_of_its_verdict(
     for noise in (0.0, 9.0):
         labels, risk, groups = simulate(np.random.default_rng(0), 400)
         own = expit(log_odds(risk) + noise * np.random.default_rng(1).normal(size=400))
-        for finding in judgement_of(make_cohort((labels, own, groups), blend=risk)).findings:
+        for finding in judgement_of(make_cohort((labels, own, groups), blend=risk**2)).findings:
             assert finding.verdict in SCALE
             assert subject.match(finding.heading)
             assert finding.verdict.words in finding.heading
