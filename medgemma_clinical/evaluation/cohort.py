@@ -41,6 +41,9 @@ UNKNOWN = Estimate(None)
 SAME_RISK = 1e-6
 """Difference of probabilities up to which they are equal, as of float32."""
 
+MOST_BINS = 10
+"""Points of a calibration curve whose bands are joined."""
+
 DECIMALS = 4
 """Of the figures in metrics.json where small cells are hidden: all digits of one tell counts."""
 
@@ -258,10 +261,15 @@ def cohort_figures(
 def _bins(
     labels: NDArray[np.float64], risk: NDArray[np.float64], bands: RiskBands
 ) -> list[NDArray[np.bool_]]:
-    """Return the rows (n,) of each bin of the calibration curve."""
+    """Return the rows (n,) of each bin of the calibration curve; more than ten bands are joined."""
     if bands.edges is None:
         return calibration_bins(labels, risk)
-    return [bands.place == place for place in np.unique(bands.place)]
+    places, sizes = np.unique(bands.place, return_counts=True)
+    joined = places
+    if len(places) > MOST_BINS:  # each band joins the tenth of the rows that holds its middle
+        joined = MOST_BINS * (2 * sizes.cumsum() - sizes) // (2 * len(risk))
+    of_row = joined[np.searchsorted(places, bands.place)]
+    return [of_row == each for each in np.unique(joined)]
 
 
 def _subgroup(

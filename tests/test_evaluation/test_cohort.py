@@ -357,6 +357,22 @@ def test_no_two_points_of_the_calibration_and_decision_curves_lie_a_few_patients
             assert not 0 < int((labels[more & ~fewer] == label).sum()) < 11
 
 
+@pytest.mark.parametrize("rows", [400, 1_500, 6_000])
+def test_a_calibration_curve_has_ten_points_at_most_each_of_whole_bands(rows: int) -> None:
+    labels, risk, groups = simulate(np.random.default_rng(8), rows)
+    figures = cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 11)
+    band = figures.bands.place
+    bands = np.unique(band).tolist()
+    assert (len(bands) > 10) == (rows > 400)
+    bins = cohort_module._bins(labels, risk, figures.bands)
+    assert list(figures.bins) == [risk[inside].mean() for inside in bins]
+    assert 5 <= len(bins) <= 10
+    assert (np.sum(bins, axis=0) == 1).all(), "each row lies in one bin"
+    held = [np.unique(band[inside]).tolist() for inside in bins]
+    assert list(itertools.chain(*held)) == bands, "no band lies in two bins"
+    assert max(inside.mean() for inside in bins) < 0.35
+
+
 def test_figures_are_rounded_where_all_their_digits_would_tell_counts() -> None:
     cohort = make_cohort(simulate(np.random.default_rng(8), 300))
     rounded, whole = (
