@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.case_mix import join_bands
 from medgemma_clinical.data.small_cells import (
     RiskBands,
     any_small,
@@ -298,7 +299,7 @@ def subgroup_rows(
         if merged.any() or len(merged) == 1:  # else all are one, the cohort itself
             place = merged[codes]
             for k in range(merged.max() + 1):
-                level = " or ".join(levels.categories[merged == k].astype(str))
+                level = join_bands(levels.categories[merged == k].astype(str).tolist())
                 found[f"{name}: {level}"] = np.flatnonzero(place == k)
     return found
 

@@ -217,9 +217,9 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
         "rows": "Rows",
         "patients": "Patients",
         "prevalence": "Prevalence of the event",
-        "age": "Age in years, median [quartiles]",
+        "age": "Age in years, median (quartiles)",
         "women": "Women",
-        "observations": "Observations a row, median [quartiles]",
+        "observations": "Observations a row, median (quartiles)",
     }
     cells = [
         (title, _case_mix_cell(development, name), _case_mix_cell(cohort, name))
@@ -231,7 +231,7 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
 def _case_mix_cell(mix: dict[str, float], name: str) -> str:
     if f"{name}_median" in mix:
         low, middle, high = (mix[f"{name}_{place}"] for place in ("q1", "median", "q3"))
-        return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+        return f"{middle:.3g} ({low:.3g} to {high:.3g})"
     if name not in mix:
         return "not known, or not shown"
     return f"{mix[name]:,.0f}" if name in ("rows", "patients") else percent(mix[name])

@@ -15,6 +15,7 @@ from scipy.special import expit
 from sklearn import metrics
 
 from cohorts import make_cohort, simulate
+from medgemma_clinical.data.case_mix import AGE_BANDS
 from medgemma_clinical.evaluation import cohort as cohort_module
 from medgemma_clinical.evaluation.bootstrap import Estimate, bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
@@ -320,14 +321,14 @@ def test_subgroups_with_a_few_patients_join_their_neighbours() -> None:
     rng = np.random.default_rng(6)
     labels, risk, groups = simulate(rng, 300)
     cohort = make_cohort((labels, risk, groups))
-    age = pd.cut(np.arange(300) % 100, [-1, 2, 40, 70, 100], labels=["a", "b", "c", "d"])
+    age = pd.cut(np.arange(300) % 100, [-1, 2, 40, 70, 100], labels=[*AGE_BANDS][:4])
     columns = pd.DataFrame({"age": age, "place": pd.Categorical(["x"] * 300)})
     cohort = replace(cohort, subgroups=columns)
     figures = cohort_figures(cohort, 0.3, 0, 11)
     assert [group.name for group in figures.subgroups] == [
-        "age: a or b",
-        "age: c",
-        "age: d",
+        "age: under 40",
+        "age: 40 to 59",
+        "age: 60 to 74",
         "place: x",
     ]
     ages = figures.subgroups[:3]

@@ -147,7 +147,7 @@ def test_small_subgroups_share_a_line_and_are_counted_in_patients(page: str) -> 
 
 def test_the_case_mix_of_another_cohort_stands_beside_the_development(page: str) -> None:
     text = Page(page).text
-    assert "Age in years, median [quartiles] 50 [40, 60] not known" in text
+    assert "Age in years, median (quartiles) 50 (40 to 60) not known" in text
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path) -> None:
