@@ -18,6 +18,7 @@ from medgemma_clinical.data.small_cells import (
 from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.judgement.sentences import (
     MODEL_IS,
     caution_sentence,
@@ -92,7 +93,7 @@ AT_THRESHOLD: Lines = (  # in percent
     ("specificity", "Specificity (%)", ".1f", "of the rows without it, those without an alarm"),
     ("ppv", "PPV (%)", ".1f", "of the rows with an alarm, those with the event"),
     ("npv", "NPV (%)", ".1f", "of the rows without an alarm, those without the event"),
-    ("alarms", "Alarms (%)", ".1f", "rows with a risk of at least {threshold:.3g} %"),
+    ("alarms", "Alarms (%)", ".1f", "rows with a risk of at least {threshold}"),
 )
 
 COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
@@ -119,7 +120,11 @@ def percent(value: float | None) -> str:
 
 def figure_table(figures: CohortFigures, lines: Lines, scale: float = 1) -> pd.DataFrame:
     """Return the figures that ``lines`` name, times ``scale``, with their meanings."""
-    words = {"prevalence": percent(figures.prevalence), "threshold": 100 * figures.threshold}
+    share = figures.prevalence
+    words = {
+        "prevalence": NO_VALUE if share is None else f"{share:.2g}",
+        "threshold": threshold_text(figures.threshold),
+    }
     cells = [
         (name, figures.estimates[key].text(form, scale), meaning.format(**words))
         for key, name, form, meaning in lines

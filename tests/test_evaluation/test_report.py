@@ -17,7 +17,7 @@ from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
 from medgemma_clinical.evaluation.judgement.verdict import BETTER, SAME, SCALE, UNDECIDED, WORSE
-from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK
+from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, write_report
 from medgemma_clinical.evaluation.report_tables import results_table, shift_table
 from pages import OUTCOME, Page, make_content, write_page
 
@@ -81,6 +81,16 @@ def test_the_page_and_the_console_point_out_that_validation_and_test_disagree(
         page = write_page(cohort, tmp_path, make_content(validation=validation.auroc))
         console = results_table("model", {"validation": validation, "test": found})
         assert (words in Page(page).text, words in console) == (warned, warned)
+
+
+def test_the_threshold_has_one_rounding_on_the_whole_page(tmp_path: Path) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 400))
+    path, figures = tmp_path / "page.html", cohort_figures(cohort, 0.07083, 0, 0)
+    write_report(path, cohort, figures, make_content())
+    page = Page(path.read_text(encoding="utf-8"))
+    shown = " ".join([page.text, *(alt for alt, _ in page.images())])
+    assert re.findall(r"a risk of (?:at least )?(7[.\d]*)\s%", shown) == ["7.1", "7.1"]
+    assert "7.08" not in shown
 
 
 def test_technical_measures_are_behind_a_fold(page: str) -> None:

@@ -142,7 +142,7 @@ def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
 
 def test_the_threshold_table_names_the_threshold(figures: CohortFigures) -> None:
     table = figure_table(figures, AT_THRESHOLD, scale=100).set_index("Figure")
-    assert "at least 30 %" in str(table.loc["Alarms (%)", "Meaning"])
+    assert "at least 30.0\N{NO-BREAK SPACE}%" in str(table.loc["Alarms (%)", "Meaning"])
     assert table.loc["PPV (%)", "Value [95 %]"] == figures.estimates["ppv"].text(".1f", 100)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import CohortFigures
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
     CHANCE,
@@ -178,7 +179,7 @@ def _calibration(figures: CohortFigures) -> Finding:
 
 def _usefulness(figures: CohortFigures) -> Finding:
     """Judge the alarms at the chosen threshold, by net benefit."""
-    gain, risk = figures.benefit_gain, f"{100 * figures.threshold:.3g}\N{NO-BREAK SPACE}%"
+    gain, risk = figures.benefit_gain, threshold_text(figures.threshold)
     if is_of_no_use(figures.auroc, gain, figures.rarer):
         return Finding(
             WORSE,

@@ -106,7 +106,7 @@ def test_usefulness_is_judged_by_the_gain_in_net_benefit(
     assert finding.verdict == verdict
     assert finding.heading == f"its alarms are {verdict.words} than an alarm for all or for none"
     assert Estimate(*gain).text("+.1f", 100) in finding.text
-    assert "a risk of 30\N{NO-BREAK SPACE}%" in finding.text
+    assert "a risk of 30.0\N{NO-BREAK SPACE}%" in finding.text
 
 
 def test_alarms_that_are_hidden_are_not_judged() -> None:
