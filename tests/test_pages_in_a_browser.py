@@ -18,7 +18,9 @@ import pandas as pd
 import pytest
 from scipy.special import expit
 
+import medgemma_trainer as trainer
 from cohorts import make_cohort, simulate
+from medgemma_clinical.commands import demo
 from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
@@ -114,8 +116,18 @@ def patients(folder: Path) -> Path:
     return path
 
 
+def demo_with_patients(folder: Path) -> Path:
+    """The page of stage 3 after a short demo with ``--report_patients``."""
+    short = {"max_samples": 200, "trajectory_epochs": 2, "epochs": 1, "report_patients": True}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **short})
+        assert trainer.main(["--demo", "--output_dir", str(folder), "--log_file", "none"]) == 0
+    return folder / "generative" / "report.html"
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "report": full_report,
+    "stage 3": demo_with_patients,
     "comparison": comparison,
     "patients": patients,
 }

@@ -19,6 +19,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
 from medgemma_clinical.evaluation.baselines import (
     COMBINED,
+    STAGE_1,
     baseline_tables,
     fit_baselines,
     richest_blend,
@@ -243,7 +244,16 @@ def report_content(
         reports=reports,
         validation=validation.auroc,
         notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
+        first=weight_sentence(stage.config, validation),
     )
+
+
+def weight_sentence(config: dict[str, Any], validation: CohortFigures) -> str:
+    """Return that the language model of stage 2 or 3 has no weight; empty where it has any."""
+    if config.get("residual_weight") != 0:
+        return ""
+    other = "" if STAGE_1 in validation.same else ", recalibrated in another way"
+    return f"The language model has weight 0: these are the predictions of stage 1{other}."
 
 
 def simple_models(data: Data) -> Baselines:

@@ -29,6 +29,9 @@ OBSERVATION_BANDS = {
 }
 """Subgroups of a report: each band with the number just above it."""
 
+BAND = re.compile(r"under (?P<end>\d+)|(?P<low>\d+)(?: to (?P<high>\d+)| or (?P<open>\w+))?")
+"""How such a band is named."""
+
 UNKNOWN = "not known"
 AGE = re.compile(r"\b([0-9]{1,3})[- ]years?[- ]old\b|\baged?[ :=]+([0-9]{1,3})\b", re.IGNORECASE)
 SEXES = {
@@ -85,6 +88,25 @@ def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:
     return pd.Categorical([names[k] for k in position], categories=names, ordered=True)
 
 
+def join_bands(names: Sequence[str]) -> str:
+    """Return the name of neighbouring subgroups as one; "18 to 39" and "40 to 59": "18 to 59".
+
+    Args:
+        names: at least one; bands named as in ``AGE_BANDS`` come first, in their order.
+    """
+    bands = [band for band in map(BAND.fullmatch, names) if band]
+    if len(bands) < 2:
+        return " or ".join(names)
+    first, last = bands[0], bands[-1]
+    if last["open"]:
+        joined = f"{first['low']} or {last['open']}" if first["low"] else "known"
+    elif first["low"]:
+        joined = f"{first['low']} to {last['high'] or last['low']}"
+    else:
+        joined = f"under {int(last['high']) + 1}"
+    return " or ".join([joined, *names[len(bands) :]])
+
+
 def case_mix_of(
     people: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[Any], fewest: int
 ) -> dict[str, float]:
@@ -98,7 +120,8 @@ def case_mix_of(
 
     Returns:
         ``rows``, ``patients``, ``prevalence`` (share of known labels), ``observations`` and ``age``
-        (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known sexes);
+        (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known sexes, of all
+        rows where the sex of a few patients is unknown: as in the subgroups, these join the men);
         unknown ones are left out.
     """
     patients = len(np.unique(groups))
@@ -115,6 +138,9 @@ def case_mix_of(
     if not any(is_small(count_patients(groups, labels == k), fewest) for k in (0, 1)):
         mix["prevalence"] = pd.Series(labels).mean()
     sexes = people["sex"].to_numpy()
-    if not any(is_small(count_patients(groups, sexes == sex), fewest) for sex in (*SEXES, UNKNOWN)):
-        mix["women"] = pd.Series(sexes[sexes != UNKNOWN] == "woman").mean()
+    women, unknown = sexes == "woman", sexes == UNKNOWN
+    few_unknown = is_small(count_patients(groups, unknown), fewest)
+    among = np.ones_like(unknown) if few_unknown else ~unknown
+    if not any(is_small(count_patients(groups, one), fewest) for one in (women, among & ~women)):
+        mix["women"] = pd.Series(women[among]).mean()
     return {name: float(figure) for name, figure in mix.items() if pd.notna(figure)}

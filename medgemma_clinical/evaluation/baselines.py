@@ -41,8 +41,15 @@ MEANINGS = {
         "a weighted sum of the first, last, lowest, highest and mean value, slope, count and span "
         "of each series"
     ),
-    BOOSTING: "decision trees on the same summaries",
+    BOOSTING: f"decision trees on the same summaries as {LOGISTIC}",
     BLEND: f"the mean of the log-odds of {LOGISTIC} and {BOOSTING}",
+    **{
+        model + WITH_FACTS: f"{model} that also reads the facts of a patient, such as age"
+        for model in (LOGISTIC, BOOSTING)
+    },
+    BLEND + WITH_FACTS: (
+        f"the mean of the log-odds of {LOGISTIC}{WITH_FACTS} and {BOOSTING}{WITH_FACTS}"
+    ),
     FACTS_ALONE: "a logistic regression on the facts of a patient, such as age, without any series",
     COMBINED: "the mean of the log-odds of the model and of the blend that knows the most",
 }
@@ -87,14 +94,7 @@ def baseline_tables(
 
 def describe_baselines(names: Collection[str]) -> dict[str, str]:
     """Return what the simple models among some names are; of a name not known nothing is said."""
-    found = {}
-    for name in names:
-        meaning = MEANINGS.get(name.removesuffix(WITH_FACTS))
-        if meaning and name.endswith(WITH_FACTS):
-            meaning += "; here with the facts of a patient, such as age"
-        if meaning:
-            found[name] = meaning
-    return found
+    return {name: MEANINGS[name] for name in names if name in MEANINGS}
 
 
 def fit_baselines(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.case_mix import join_bands
 from medgemma_clinical.data.small_cells import (
     RiskBands,
     any_small,
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 UNKNOWN = Estimate(None)
+
+SAME_RISK = 1e-6
+"""Difference of probabilities up to which they are equal, as of float32."""
+
+MOST_BINS = 10
+"""Points of a calibration curve whose bands are joined."""
 
 DECIMALS = 4
 """Of the figures in metrics.json where small cells are hidden: all digits of one tell counts."""
@@ -72,6 +79,15 @@ class Cohort:
         """
         blend = richest_blend(self.baselines)
         return None if blend is None else blend_risks(self.probability, self.baselines[blend])
+
+    @property
+    def same(self) -> list[str]:
+        """Names of the baselines that give each row the model's risk."""
+        return [
+            name
+            for name, risk in self.baselines.items()
+            if np.allclose(self.probability, risk, rtol=0, atol=SAME_RISK)
+        ]
 
     @classmethod
     def from_predictions(
@@ -121,6 +137,7 @@ class CohortFigures:
         threshold: at which sensitivity and the other shares are taken.
         estimates: metrics, calibration and shares by name, in the order of metrics.json.
         baselines: metrics of each simple model by its name.
+        same: names of the baselines that give each row the model's risk, see ``Cohort.same``.
         differences: metrics of the model minus those of each simple model, paired.
         combined: metrics of ``Cohort.combined``; empty, as the next, without a blend.
         combined_minus_blend: those metrics minus the blend's own, paired.
@@ -141,6 +158,7 @@ class CohortFigures:
     threshold: float
     estimates: dict[str, Estimate]
     baselines: dict[str, dict[str, Estimate]]
+    same: list[str]
     differences: dict[str, dict[str, Estimate]]
     combined: dict[str, Estimate]
     combined_minus_blend: dict[str, Estimate]
@@ -226,6 +244,7 @@ def cohort_figures(
         threshold=threshold,
         estimates=model,
         baselines={name: under("baseline", name) for name in cohort.baselines},
+        same=cohort.same,
         differences={name: under("difference", name) for name in cohort.baselines},
         combined=under(COMBINED),
         combined_minus_blend=under("combined minus blend"),
@@ -234,8 +253,7 @@ def cohort_figures(
         bands=bands,
         bins={float(risk[rows].mean()): under("bin")[k] for k, rows in enumerate(bins)},
         subgroups=[
-            _subgroup(name, labels[rows], risk[rows], aurocs.get(name))
-            for name, rows in subgroups.items()
+            _subgroup(key, cohort, rows, aurocs.get(key)) for key, rows in subgroups.items()
         ],
         before=model | before if before else {},
     )
@@ -244,16 +262,22 @@ def cohort_figures(
 def _bins(
     labels: NDArray[np.float64], risk: NDArray[np.float64], bands: RiskBands
 ) -> list[NDArray[np.bool_]]:
-    """Return the rows (n,) of each bin of the calibration curve."""
+    """Return the rows (n,) of each bin of the calibration curve; more than ten bands are joined."""
     if bands.edges is None:
         return calibration_bins(labels, risk)
-    return [bands.place == place for place in np.unique(bands.place)]
+    places, sizes = np.unique(bands.place, return_counts=True)
+    joined = places
+    if len(places) > MOST_BINS:  # each band joins the tenth of the rows that holds its middle
+        joined = MOST_BINS * (2 * sizes.cumsum() - sizes) // (2 * len(risk))
+    of_row = joined[np.searchsorted(places, bands.place)]
+    return [of_row == each for each in np.unique(joined)]
 
 
 def _subgroup(
-    name: str, labels: NDArray[np.float64], risk: NDArray[np.float64], auroc: Estimate | None
+    name: str, cohort: Cohort, rows: NDArray[np.int64], auroc: Estimate | None
 ) -> Subgroup:
-    return Subgroup(name, len(labels), int(labels.sum()), float(risk.mean()), auroc)
+    labels, risk = cohort.labels[rows], cohort.probability[rows]
+    return Subgroup(name, len(rows), int(labels.sum()), float(risk.mean()), auroc)
 
 
 def subgroup_rows(
@@ -275,7 +299,7 @@ def subgroup_rows(
         if merged.any() or len(merged) == 1:  # else all are one, the cohort itself
             place = merged[codes]
             for k in range(merged.max() + 1):
-                level = " or ".join(levels.categories[merged == k].astype(str))
+                level = join_bands(levels.categories[merged == k].astype(str).tolist())
                 found[f"{name}: {level}"] = np.flatnonzero(place == k)
     return found
 

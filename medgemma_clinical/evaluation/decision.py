@@ -95,6 +95,12 @@ def fit_decision_rule(
     return replace(rule, threshold=youden_threshold(labels, rule.probability(logit)))
 
 
+def threshold_text(threshold: float) -> str:
+    """Write a threshold risk in percent, in one rounding wherever a page names it."""
+    number = f"{100 * threshold:.1f}" if threshold >= 0.01 else f"{100 * threshold:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
 def fit_residual_weight(
     labels: NDArray[np.float64], offset: NDArray[np.float64], logit: NDArray[np.float64]
 ) -> float:

@@ -23,6 +23,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from medgemma_clinical.data.small_cells import risk_bands
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
     SCALE,
@@ -273,7 +274,7 @@ def plot_decision_curve(cohort: Cohort, figures: CohortFigures) -> tuple[Figure,
     return figure, (
         "Decision curve: net benefit of the model over the threshold risk, beside treating all and "
         f"treating none. The model lies above both at {above.sum()} of {len(risks)} threshold "
-        f"risks from {percent(risks[0])} to {percent(risks[-1])}."
+        f"risks from {threshold_text(risks[0])} to {threshold_text(risks[-1])}."
     )
 
 

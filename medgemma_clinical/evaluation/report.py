@@ -22,10 +22,10 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     FEWEST_PATIENTS,
     UNDECIDED,
     WORSE,
+    Verdict,
     judge_interval,
 )
 from medgemma_clinical.evaluation.plots import report_images
-from medgemma_clinical.evaluation.report_tables import percent
 from medgemma_clinical.files import write_text
 
 PAGES = Environment(
@@ -83,6 +83,7 @@ class ReportContent:
         shift: from ``shift_table``.
         validation: AUROC of the part on which the model was chosen.
         notice: a banner above the result; empty for none.
+        first: what the result in words begins with; empty for nothing.
     """
 
     title: str
@@ -98,6 +99,7 @@ class ReportContent:
     shift: pd.DataFrame | None = None
     validation: Estimate | None = None
     notice: str = ""
+    first: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Tile:
         name: of the figure.
         figure: value with interval.
         comparison: what to compare with.
-        style: class of its verdict's colour; empty for a slope whose interval includes 1.
+        verdict: on the figure beside what it is compared with; None for a slope whose interval
+            includes 1.
         place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
             without an interval.
     """
@@ -116,7 +119,7 @@ class Tile:
     name: str
     figure: str
     comparison: str
-    style: str
+    verdict: Verdict | None
     place: dict[str, float]
 
 
@@ -159,7 +162,6 @@ def write_report(
         at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
         baselines=report_tables.baseline_table(figures),
         stages=report_tables.stage_table(figures),
-        stage_sentences=report_tables.stage_sentences(figures),
         models=describe_baselines(figures.others),
         combined=combined_finding(figures),
         subgroups=report_tables.subgroup_table(figures),
@@ -175,7 +177,7 @@ def write_report(
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)
-    return "\n".join(judgement.lines())
+    return "\n".join(filter(None, [content.first, *judgement.lines()]))
 
 
 def render(name: str, **content: Any) -> str:
@@ -188,21 +190,19 @@ def headline(figures: CohortFigures) -> list[Tile]:
     prevalence = figures.prevalence
     if prevalence is None:
         return []
-    known, chance = figures.estimates, percent(prevalence)
-    rarer = figures.rarer
+    known, rarer = figures.estimates, figures.rarer
+    chance = f"chance is {prevalence:.2g}, 1 is perfect"
     slope = known["calibration_slope"]
     tiles = [
         _tile("AUROC", known["auroc"], rarer, "0.5 is chance, 1 is perfect", CHANCE, (0, 1)),
-        _tile(
-            "AUPRC", known["auprc"], rarer, f"chance is {chance}, 1 is perfect", prevalence, (0, 1)
-        ),
+        _tile("AUPRC", known["auprc"], rarer, chance, prevalence, (0, 1)),
         _tile("Calibration slope", slope, rarer, "1 is ideal", 1, (0, 2), ".2f"),
         _tile(
             "Brier skill", known["brier_skill"], rarer, "0 is the average risk for all", 0, (-1, 1)
         ),
     ]
-    of_slope = {BETTER.style: WORSE.style, UNDECIDED.style: ""}  # no slope is better than 1
-    tiles[2] = replace(tiles[2], style=of_slope.get(tiles[2].style, tiles[2].style))
+    of_slope = {BETTER: WORSE, UNDECIDED: None, WORSE: WORSE, FEW: FEW}  # none is better than 1
+    tiles[2] = replace(tiles[2], verdict=of_slope[judge_interval(slope, rarer, 1)])
     return tiles
 
 
@@ -223,6 +223,6 @@ def _tile(
         for key, number in numbers.items()
         if number is not None
     }
-    style = judge_interval(score, rarer, reference).style
+    verdict = judge_interval(score, rarer, reference)
     whole = len(place) == len(numbers)
-    return Tile(name, score.text(form), comparison, style, place if whole else {})
+    return Tile(name, score.text(form), comparison, verdict, place if whole else {})

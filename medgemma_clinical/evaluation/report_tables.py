@@ -18,18 +18,17 @@ from medgemma_clinical.data.small_cells import (
 from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE, Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.judgement.sentences import (
+    MODEL_IS,
     caution_sentence,
     combined_finding,
     few_events_sentence,
     judge_baseline,
 )
-from medgemma_clinical.evaluation.judgement.verdict import CHANCE, FEW, judge_interval
+from medgemma_clinical.evaluation.judgement.verdict import CHANCE, judge_interval
 
 EARLIER_STAGES = (STAGE_1, STAGE_2)
-
-SAME_RISKS = 1e-6
-"""Differences of AUROC and Brier score below which two models are one."""
 
 Lines = tuple[tuple[str, str, str, str], ...]
 """Key, name, format and meaning of figures."""
@@ -94,7 +93,7 @@ AT_THRESHOLD: Lines = (  # in percent
     ("specificity", "Specificity (%)", ".1f", "of the rows without it, those without an alarm"),
     ("ppv", "PPV (%)", ".1f", "of the rows with an alarm, those with the event"),
     ("npv", "NPV (%)", ".1f", "of the rows without an alarm, those without the event"),
-    ("alarms", "Alarms (%)", ".1f", "rows with a risk of at least {threshold:.3g} %"),
+    ("alarms", "Alarms (%)", ".1f", "rows with a risk of at least {threshold}"),
 )
 
 COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
@@ -121,7 +120,11 @@ def percent(value: float | None) -> str:
 
 def figure_table(figures: CohortFigures, lines: Lines, scale: float = 1) -> pd.DataFrame:
     """Return the figures that ``lines`` name, times ``scale``, with their meanings."""
-    words = {"prevalence": percent(figures.prevalence), "threshold": 100 * figures.threshold}
+    share = figures.prevalence
+    words = {
+        "prevalence": NO_VALUE if share is None else f"{share:.2g}",
+        "threshold": threshold_text(figures.threshold),
+    }
     cells = [
         (name, figures.estimates[key].text(form, scale), meaning.format(**words))
         for key, name, form, meaning in lines
@@ -152,24 +155,6 @@ def stage_table(figures: CohortFigures) -> pd.DataFrame | None:
     """Return model and earlier stages, with the paired differences; None without any."""
     names = [name for name in EARLIER_STAGES if name in figures.baselines]
     return _compared(figures, names) if names else None
-
-
-def stage_sentences(figures: CohortFigures) -> list[str]:
-    """Return a sentence on the model beside each earlier stage whose figures are shown."""
-    sentences = []
-    for name in [name for name in EARLIER_STAGES if name in figures.baselines]:
-        difference, brier = (figures.differences[name][key] for key in ("auroc", "brier"))
-        if difference.value is None or figures.rarer is None:
-            continue
-        ends = [difference.low, difference.high, brier.low, brier.high]
-        verdict = judge_baseline(figures, name)
-        words = f"{verdict.symbol} {verdict.than(name).capitalize()}"
-        if all(end is not None and abs(end) < SAME_RISKS for end in ends):
-            words = f"{verdict.symbol} The same risks as those of {name}"
-        sentences.append(
-            f"{words}: AUROC {difference.text('+.3f')}, Brier score {brier.text('+.4f')}, paired."
-        )
-    return sentences
 
 
 def _compared(figures: CohortFigures, names: Sequence[str]) -> pd.DataFrame:
@@ -237,9 +222,9 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
         "rows": "Rows",
         "patients": "Patients",
         "prevalence": "Prevalence of the event",
-        "age": "Age in years, median [quartiles]",
+        "age": "Age in years, median (quartiles)",
         "women": "Women",
-        "observations": "Observations a row, median [quartiles]",
+        "observations": "Observations a row, median (quartiles)",
     }
     cells = [
         (title, _case_mix_cell(development, name), _case_mix_cell(cohort, name))
@@ -251,7 +236,7 @@ def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.D
 def _case_mix_cell(mix: dict[str, float], name: str) -> str:
     if f"{name}_median" in mix:
         low, middle, high = (mix[f"{name}_{place}"] for place in ("q1", "median", "q3"))
-        return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+        return f"{middle:.3g} ({low:.3g} to {high:.3g})"
     if name not in mix:
         return "not known, or not shown"
     return f"{mix[name]:,.0f}" if name in ("rows", "patients") else percent(mix[name])
@@ -364,14 +349,19 @@ def result_sentence(figures: CohortFigures) -> str:
     """Return the result on the test part in one sentence, beside the best baseline's."""
     if figures.events is None:
         return f"Test part: {few_events_sentence(figures.n, figures.fewest)}"
-    text = f"Test AUROC {figures.auroc.text()} on {counts_text(figures.n, figures.events)}"
+    own = judge_interval(figures.auroc, figures.rarer, CHANCE)
+    text = (
+        f"Test AUROC {figures.auroc.text()} on {counts_text(figures.n, figures.events)}: "
+        f"{own.symbol} {own.sentence(MODEL_IS, 'chance')}"
+    )
     name = figures.best_baseline
     if name is None:
         return f"{text}."
+    verdict = judge_baseline(figures, name)
     return (
-        f"{text}; the best baseline, {name}, has {figures.baselines[name]['auroc'].text()}: paired "
-        f"difference {figures.differences[name]['auroc'].text('+.3f')}: "
-        f"{judge_baseline(figures, name)}."
+        f"{text}; the best baseline, {name}, has {figures.baselines[name]['auroc'].text()}, paired "
+        f"difference {figures.differences[name]['auroc'].text('+.3f')}: {verdict.symbol} "
+        f"{verdict.sentence(MODEL_IS, name)}."
     )
 
 
@@ -381,7 +371,7 @@ def results_table(
     """Return the final table of a run: model and all beside it, ``validation`` and ``test``.
 
     The paired differences, the model minus each baseline, are those of the test AUROC; the last
-    column holds the verdict on the model beside chance and beside each baseline.
+    column holds the verdict on the model beside each baseline.
     """
     test = figures["test"]
     scores = {part: {name: each.estimates, **each.others} for part, each in figures.items()}
@@ -396,8 +386,6 @@ def results_table(
             line[f"test {title}"] = on_test[metric].value_text(".3f")
         line[f"{name} is"] = str(judge_baseline(test, model)) if difference else ""
         lines.append(line)
-    own = judge_interval(test.auroc, test.rarer, CHANCE)
-    lines[0][f"{name} is"] = str(own) if own == FEW else f"{own} than chance"
     further = [f"test part: {counts_text(test.n, test.events)}"]
     if combined := combined_finding(test):
         further.append(str(combined))

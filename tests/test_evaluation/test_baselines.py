@@ -16,6 +16,7 @@ from medgemma_clinical.evaluation.baselines import (
     BLEND,
     BOOSTING,
     COMBINED,
+    LOGISTIC,
     WITH_FACTS,
     baseline_tables,
     describe_baselines,
@@ -172,6 +173,9 @@ def test_each_simple_model_of_the_dka_file_is_described() -> None:
     names = [*tables, *blends, COMBINED]
     described = describe_baselines([*names, "another model"])
     assert list(described) == names
-    assert described[BLEND + WITH_FACTS].startswith(described[BLEND])
-    assert "facts" in described[BLEND + WITH_FACTS]
-    assert "facts" not in described[BLEND]
+    for name, meaning in described.items():
+        assert meaning != name
+        assert ("facts" in meaning) == ("facts" in name), meaning
+    both = f"{LOGISTIC + WITH_FACTS} and {BOOSTING + WITH_FACTS}"
+    assert described[BLEND + WITH_FACTS].endswith(f"log-odds of {both}")
+    assert described[BOOSTING + WITH_FACTS].startswith(f"{BOOSTING} that also reads the facts")

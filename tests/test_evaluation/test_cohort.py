@@ -15,6 +15,7 @@ from scipy.special import expit
 from sklearn import metrics
 
 from cohorts import make_cohort, simulate
+from medgemma_clinical.data.case_mix import AGE_BANDS
 from medgemma_clinical.evaluation import cohort as cohort_module
 from medgemma_clinical.evaluation.bootstrap import Estimate, bootstrap
 from medgemma_clinical.evaluation.calibration import log_odds
@@ -320,14 +321,14 @@ def test_subgroups_with_a_few_patients_join_their_neighbours() -> None:
     rng = np.random.default_rng(6)
     labels, risk, groups = simulate(rng, 300)
     cohort = make_cohort((labels, risk, groups))
-    age = pd.cut(np.arange(300) % 100, [-1, 2, 40, 70, 100], labels=["a", "b", "c", "d"])
+    age = pd.cut(np.arange(300) % 100, [-1, 2, 40, 70, 100], labels=[*AGE_BANDS][:4])
     columns = pd.DataFrame({"age": age, "place": pd.Categorical(["x"] * 300)})
     cohort = replace(cohort, subgroups=columns)
     figures = cohort_figures(cohort, 0.3, 0, 11)
     assert [group.name for group in figures.subgroups] == [
-        "age: a or b",
-        "age: c",
-        "age: d",
+        "age: under 40",
+        "age: 40 to 59",
+        "age: 60 to 74",
         "place: x",
     ]
     ages = figures.subgroups[:3]
@@ -355,6 +356,22 @@ def test_no_two_points_of_the_calibration_and_decision_curves_lie_a_few_patients
     for more, fewer in itertools.pairwise(alarms):
         for label in (0, 1):
             assert not 0 < int((labels[more & ~fewer] == label).sum()) < 11
+
+
+@pytest.mark.parametrize("rows", [400, 1_500, 6_000])
+def test_a_calibration_curve_has_ten_points_at_most_each_of_whole_bands(rows: int) -> None:
+    labels, risk, groups = simulate(np.random.default_rng(8), rows)
+    figures = cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 11)
+    band = figures.bands.place
+    bands = np.unique(band).tolist()
+    assert (len(bands) > 10) == (rows > 400)
+    bins = cohort_module._bins(labels, risk, figures.bands)
+    assert list(figures.bins) == [risk[inside].mean() for inside in bins]
+    assert 5 <= len(bins) <= 10
+    assert (np.sum(bins, axis=0) == 1).all(), "each row lies in one bin"
+    held = [np.unique(band[inside]).tolist() for inside in bins]
+    assert list(itertools.chain(*held)) == bands, "no band lies in two bins"
+    assert max(inside.mean() for inside in bins) < 0.35
 
 
 def test_figures_are_rounded_where_all_their_digits_would_tell_counts() -> None:

@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.decision import (
     DecisionRule,
     fit_decision_rule,
     fit_residual_weight,
+    threshold_text,
     youden_threshold,
 )
 from medgemma_clinical.evaluation.predictions import Predictions
@@ -184,3 +185,10 @@ def test_predictions_take_a_weight_for_all_but_stage_1s_share() -> None:
     raw = Predictions(0.5, labels, logit, np.arange(2), offset)
     assert raw.with_residual_weight(0.25).logit == pytest.approx([0.625, 0.0])
     assert raw.with_residual_weight(1).logit.tolist() == logit.tolist()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "text"), [(0.07083, "7.1"), (0.2, "20.0"), (0.16091, "16.1"), (0.00456, "0.46")]
+)
+def test_a_threshold_has_one_decimal_and_two_digits_at_least(threshold: float, text: str) -> None:
+    assert threshold_text(threshold) == f"{text}\N{NO-BREAK SPACE}%"

@@ -17,8 +17,8 @@ from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
-from medgemma_clinical.evaluation.judgement.verdict import BETTER, UNDECIDED, WORSE
-from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, SAME, SCALE, UNDECIDED, WORSE
+from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, write_report
 from medgemma_clinical.evaluation.report_tables import results_table, shift_table
 from pages import OUTCOME, Page, make_content, write_page
 
@@ -41,6 +41,7 @@ def test_the_page_and_the_console_show_the_same_verdicts(tmp_path: Path) -> None
     others = {
         "flat": np.full(400, 0.5),
         "same": risk,
+        "close": expit(log_odds(risk) + 0.1 * rng.normal(size=400)),
         "blend": expit(log_odds(risk) + rng.normal(size=400)),
         "truth": 0.3 * risk + 0.7 * labels,
     }
@@ -57,15 +58,15 @@ def test_the_page_and_the_console_show_the_same_verdicts(tmp_path: Path) -> None
         (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', page, re.S)
         assert f'<span class="mark {verdict.style}">' in row
         assert f"{verdict.symbol}</span>&nbsp;{verdict.words}</span>" in row
-    assert seen == {BETTER, UNDECIDED, WORSE}
-    assert console[1].endswith(f"{BETTER} than chance")
+    assert seen == {BETTER, UNDECIDED, WORSE, SAME}
+    assert not any(str(each) in console[1] for each in SCALE), "a model is beside no baseline"
     combined = combined_finding(figures)
     assert combined is not None
     assert str(combined) in console
     top = Page(page).text.split("Question")[0]
     for finding in (*judge(figures, OUTCOME).findings, combined):
         assert " ".join(str(finding).split()) in Page(page).text
-    assert "Worse than the best baseline, truth." in top
+    assert "This model is worse than the best baseline, truth." in top
     assert '<section class="verdict verdict-worse"' in page
 
 
@@ -81,6 +82,16 @@ def test_the_page_and_the_console_point_out_that_validation_and_test_disagree(
         page = write_page(cohort, tmp_path, make_content(validation=validation.auroc))
         console = results_table("model", {"validation": validation, "test": found})
         assert (words in Page(page).text, words in console) == (warned, warned)
+
+
+def test_the_threshold_has_one_rounding_on_the_whole_page(tmp_path: Path) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 400))
+    path, figures = tmp_path / "page.html", cohort_figures(cohort, 0.07083, 0, 0)
+    write_report(path, cohort, figures, make_content())
+    page = Page(path.read_text(encoding="utf-8"))
+    shown = " ".join([page.text, *(alt for alt, _ in page.images())])
+    assert re.findall(r"a risk of (?:at least )?(7[.\d]*)\s%", shown) == ["7.1", "7.1"]
+    assert "7.08" not in shown
 
 
 def test_technical_measures_are_behind_a_fold(page: str) -> None:
@@ -147,7 +158,7 @@ def test_small_subgroups_share_a_line_and_are_counted_in_patients(page: str) -> 
 
 def test_the_case_mix_of_another_cohort_stands_beside_the_development(page: str) -> None:
     text = Page(page).text
-    assert "Age in years, median [quartiles] 50 [40, 60] not known" in text
+    assert "Age in years, median (quartiles) 50 (40 to 60) not known" in text
 
 
 def test_sections_without_content_are_left_out(tmp_path: Path) -> None:

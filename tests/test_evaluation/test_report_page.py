@@ -82,20 +82,29 @@ def test_headings_descend_by_one_and_the_result_comes_first(page: str) -> None:
 def test_tiles_show_on_which_side_of_the_reference_the_interval_lies() -> None:
     labels, risk, groups = simulate(np.random.default_rng(0), 800)
     sure = headline(cohort_figures(make_cohort((labels, risk, groups)), 0.3, 0, 0))
-    assert [tile.style for tile in sure] == [BETTER.style, BETTER.style, "", BETTER.style]
+    assert [tile.verdict for tile in sure] == [BETTER, BETTER, None, BETTER]
+    assert f"chance is {labels.mean():.2f}, " in sure[1].comparison
     auroc = sure[0].place
     assert auroc["reference"] == 50 < auroc["low"] < auroc["value"] < auroc["high"] < 100
     odds = log_odds(risk)
     extreme = headline(cohort_figures(make_cohort((labels, expit(4 * odds), groups)), 0.3, 0, 0))
-    assert extreme[2].style == WORSE.style
+    assert extreme[2].verdict == WORSE
     backwards = headline(cohort_figures(make_cohort((labels, 1 - risk, groups)), 0.3, 0, 0))
-    assert [tile.style for tile in backwards] == [WORSE.style] * 4
+    assert [tile.verdict for tile in backwards] == [WORSE] * 4
     assert backwards[2].place["low"] == 0, "beyond the scale: at its end"
     mixed = np.random.default_rng(1).permutation(risk)
     chance = headline(cohort_figures(make_cohort((labels, mixed, groups)), 0.3, 0, 0))
-    assert chance[0].style == UNDECIDED.style
+    assert chance[0].verdict == UNDECIDED
     few = headline(cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0, 0))
-    assert [tile.style for tile in few] == [FEW.style] * 4
+    assert [tile.verdict for tile in few] == [FEW] * 4
+
+
+def test_tiles_show_the_symbol_of_their_verdict_and_read_its_words_out(page: str) -> None:
+    tiles = page[page.index('class="tiles"') : page.index("Square brackets")]
+    shown = re.findall(r'<b><span class="mark (\S+)"><span aria-hidden="true">(.)</span>', tiles)
+    assert shown == [(BETTER.style, BETTER.symbol)] * 3
+    assert tiles.count(f'<span class="unseen">{BETTER.words}:</span>') == 3
+    assert '<div class="">Calibration slope <b>' in tiles
 
 
 def test_a_banner_stands_above_the_result_where_there_is_one(page: str, tmp_path: Path) -> None:
@@ -104,6 +113,14 @@ def test_a_banner_stands_above_the_result_where_there_is_one(page: str, tmp_path
     banner = write_page(few, tmp_path, make_content(notice="A <random> model."))
     shown = '<p class="notice" role="note">A &lt;random&gt; model.</p>'
     assert banner.index("<h1>") < banner.index(shown) < banner.index("The result in words")
+
+
+def test_a_first_sentence_stands_at_the_head_of_the_result(page: str, tmp_path: Path) -> None:
+    few = make_cohort(simulate(np.random.default_rng(0), 60))
+    shown = write_page(few, tmp_path, make_content(first="All <is> stage 1."))
+    box = re.findall(r'<section class="verdict.*?</section>', shown, re.S)[0]
+    assert re.findall("<p>(.*?)</p>", box, re.S)[0] == "<strong>All &lt;is&gt; stage 1.</strong>"
+    assert "<p><strong>" not in page
 
 
 def test_a_table_that_may_be_cut_says_so_and_others_stack(page: str) -> None:

@@ -15,7 +15,8 @@ from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
-from medgemma_clinical.evaluation.judgement.sentences import combined_finding
+from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge_baseline
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, SAME, UNDECIDED
 from medgemma_clinical.evaluation.report_tables import (
     AT_THRESHOLD,
     baseline_table,
@@ -27,7 +28,6 @@ from medgemma_clinical.evaluation.report_tables import (
     result_sentence,
     results_table,
     split_table,
-    stage_sentences,
     stage_table,
     subgroup_table,
     written_figures,
@@ -160,7 +160,7 @@ def test_differences_stand_beside_the_baselines(figures: CohortFigures) -> None:
 
 def test_the_threshold_table_names_the_threshold(figures: CohortFigures) -> None:
     table = figure_table(figures, AT_THRESHOLD, scale=100).set_index("Figure")
-    assert "at least 30 %" in str(table.loc["Alarms (%)", "Meaning"])
+    assert "at least 30.0\N{NO-BREAK SPACE}%" in str(table.loc["Alarms (%)", "Meaning"])
     assert table.loc["PPV (%)", "Value [95 %]"] == figures.estimates["ppv"].text(".1f", 100)
 
 
@@ -204,6 +204,10 @@ def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigure
     assert sentence.startswith(f"Test AUROC {figures.auroc.text()} on {figures.n:,} rows")
     assert f"{best}, has {figures.baselines[best]['auroc'].text()}" in sentence
     assert figures.differences[best]["auroc"].text("+.3f") in sentence
+    assert f"events: {BETTER.symbol} this model is better than chance; the best" in sentence
+    assert sentence.endswith(f"{BETTER.symbol} this model is better than {best}.")
+    few = cohort_figures(make_cohort(simulate(np.random.default_rng(0), 15)), 0.3, 0, 0)
+    assert result_sentence(few).endswith("too few to say whether this model is better than chance.")
 
 
 def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
@@ -224,24 +228,28 @@ def beside_stage_1(rows: int, noise: float, fewest: int = 0) -> CohortFigures:
     return cohort_figures(make_cohort((labels, own, groups), **others), 0.3, 0, fewest)
 
 
-@pytest.mark.parametrize(
-    ("rows", "noise", "words"),
-    [
-        (1000, 0.2, "\N{BLACK UP-POINTING TRIANGLE} Better than"),
-        (1000, 4.0, "\N{BLACK DOWN-POINTING TRIANGLE} Worse than"),
-        (1000, 1.05, "\N{WHITE DIAMOND} Not shown to be better than"),
-        (1000, 1.0, "\N{WHITE DIAMOND} The same risks as those of"),
-        (15, 0.2, "\N{WHITE CIRCLE} Too few to say whether it is better than"),
-    ],
-)
-def test_a_sentence_sets_the_model_beside_each_earlier_stage(
-    rows: int, noise: float, words: str
+@pytest.mark.parametrize(("rows", "fewest"), [(1000, 0), (15, 0), (1000, 999)])
+def test_a_model_that_repeats_another_row_by_row_is_the_same_however_few_rows_there_are(
+    rows: int, fewest: int
 ) -> None:
-    figures = beside_stage_1(rows, noise)
-    (sentence,) = stage_sentences(figures)
-    difference = figures.differences[STAGE_1]
-    assert sentence.startswith(f"{words} {STAGE_1}: AUROC {difference['auroc'].text('+.3f')}")
-    assert difference["brier"].text("+.4f") in sentence
+    figures = beside_stage_1(rows, 1, fewest)
+    table = stage_table(figures)
+    assert table is not None
+    assert table["This model is"].tolist() == ["", SAME]
+    assert str(SAME) == "= the same"
+    console = results_table("stage 2", {"validation": figures, "test": figures}).splitlines()
+    (line,) = [line for line in console if line.strip().startswith(STAGE_1)]
+    assert line.endswith(" = the same")
+
+
+def test_a_model_of_the_same_order_but_other_risks_is_not_the_same() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 400)
+    moved = expit(log_odds(risk) + 1e-4)
+    cohort = make_cohort((labels, risk, groups), moved=moved, rounded=risk.astype(np.float32))
+    figures = cohort_figures(cohort, 0.3, 0, 0)
+    assert figures.differences["moved"]["auroc"].value == 0
+    assert figures.same == ["rounded"]
+    assert judge_baseline(figures, "moved") == UNDECIDED
 
 
 def test_earlier_stages_have_a_table_of_their_own() -> None:
@@ -257,10 +265,8 @@ def test_earlier_stages_have_a_table_of_their_own() -> None:
     assert difference in text
 
 
-def test_without_earlier_stages_or_shown_figures_nothing_is_said(figures: CohortFigures) -> None:
+def test_without_earlier_stages_there_is_no_table_of_them(figures: CohortFigures) -> None:
     assert stage_table(figures) is None
-    assert stage_sentences(figures) == []
-    assert stage_sentences(beside_stage_1(1000, 0.2, fewest=999)) == []
 
 
 def blended_figures(noise: float, fewest: int = 0) -> CohortFigures:

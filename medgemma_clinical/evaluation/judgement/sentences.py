@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import CohortFigures
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
     CHANCE,
     FEW,
     FEWEST_PATIENTS,
+    SAME,
     UNDECIDED,
     USEFUL_AUROC,
     WORSE,
@@ -22,7 +24,8 @@ from medgemma_clinical.evaluation.judgement.verdict import (
 )
 
 FOR_ALL_OR_NONE = "an alarm for all or for none"
-ONE_RISK = "giving everyone the average risk"
+ONE_RISK = "the average risk for everyone"
+MODEL_IS, RISKS_ARE, ALARMS_ARE = "this model is", "its risks are", "its alarms are"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Finding:
 
     Attributes:
         verdict: on the scale.
-        heading: begins with the words of the verdict, as "worse than chance".
+        heading: the verdict as a sentence, as "this model is worse than chance".
         text: sentences.
     """
 
@@ -64,7 +67,7 @@ class Judgement:
     @property
     def verdict(self) -> Verdict:
         """The least favourable verdict of all findings: better only where each says better."""
-        order = (WORSE, FEW, UNDECIDED, BETTER)
+        order = (WORSE, FEW, UNDECIDED, SAME, BETTER)
         return min((finding.verdict for finding in self.findings), key=order.index)
 
     def lines(self) -> list[str]:
@@ -117,19 +120,22 @@ def _ranking(figures: CohortFigures, outcome: str) -> Finding:
         )
     elif verdict == WORSE:
         text = f"The model ranks rows in reverse (AUROC {score.text()}; 0.5 is chance)."
-    return Finding(verdict, verdict.than("chance"), text)
+    return Finding(verdict, verdict.sentence(MODEL_IS, "chance"), text)
 
 
 def judge_baseline(figures: CohortFigures, name: str) -> Verdict:
     """Return the verdict on the model beside one baseline, by the paired difference of AUROC."""
+    if name in figures.same:
+        return SAME
     return judge_interval(figures.differences[name]["auroc"], figures.rarer)
 
 
 def _beside_baseline(figures: CohortFigures) -> Finding:
     name = figures.best_baseline
     if name is None:
-        heading = "not compared with a simpler model"
-        return Finding(UNDECIDED, heading, "Baselines belong to the training data of a run.")
+        heading = "this model is not compared with a simpler one"
+        text = "Baselines are fitted when a model is trained; the report of that run shows them."
+        return Finding(UNDECIDED, heading, text)
     verdict = judge_baseline(figures, name)
     difference = figures.differences[name]["auroc"]
     text = (
@@ -137,7 +143,9 @@ def _beside_baseline(figures: CohortFigures) -> Finding:
         f"{difference.text('+.3f')}"
     )
     text += ", which includes 0." if verdict == UNDECIDED else "."
-    return Finding(verdict, verdict.than(f"the best baseline, {name}"), text)
+    if verdict == SAME:
+        text = "Both give each row the same risk."
+    return Finding(verdict, verdict.sentence(MODEL_IS, f"the best baseline, {name}"), text)
 
 
 def _calibration(figures: CohortFigures) -> Finding:
@@ -148,7 +156,7 @@ def _calibration(figures: CohortFigures) -> Finding:
     verdict = judge_interval(skill, figures.rarer)
     if FEW in (verdict, *(judge_interval(each, figures.rarer) for each in (slope, large))):
         text = "These rows cannot show whether the predicted risks agree with the observed shares."
-        return Finding(FEW, FEW.than(ONE_RISK), text)
+        return Finding(FEW, FEW.sentence(RISKS_ARE, ONE_RISK), text)
     faults = []
     if slope.below(1):
         faults.append("too extreme (high risks too high, low risks too low)")
@@ -163,22 +171,22 @@ def _calibration(figures: CohortFigures) -> Finding:
         f"{large.text('+.2f')}, 0 is ideal"
     )
     if faults:
-        text = f"Its risks are {' and '.join(faults)} ({shown})."
-        return Finding(WORSE, WORSE.than("a calibrated model"), text)
+        heading = WORSE.sentence(RISKS_ARE, "those of a calibrated model")
+        return Finding(WORSE, heading, f"They are {' and '.join(faults)} ({shown}).")
     text = f"No miscalibration was found; errors within the intervals are possible ({shown})."
-    return Finding(verdict, verdict.than(ONE_RISK), text)
+    return Finding(verdict, verdict.sentence(RISKS_ARE, ONE_RISK), text)
 
 
 def _usefulness(figures: CohortFigures) -> Finding:
     """Judge the alarms at the chosen threshold, by net benefit."""
-    gain, risk = figures.benefit_gain, f"{100 * figures.threshold:.3g}\N{NO-BREAK SPACE}%"
+    gain, risk = figures.benefit_gain, threshold_text(figures.threshold)
     if is_of_no_use(figures.auroc, gain, figures.rarer):
         return Finding(
             WORSE,
-            WORSE.than("a model of use"),
-            f"Of no use as it stands: even the upper end of the AUROC, {figures.auroc.text()}, is "
-            f"below {USEFUL_AUROC:g}, and at the chosen threshold, a risk of {risk}, its alarms "
-            f"are {judge_interval(gain, figures.rarer).than(FOR_ALL_OR_NONE)}.",
+            "this model is of no use as it stands",
+            f"Even the upper end of the AUROC, {figures.auroc.text()}, is below {USEFUL_AUROC:g}, "
+            f"and at the chosen threshold, a risk of {risk}, "
+            f"{judge_interval(gain, figures.rarer).sentence(ALARMS_ARE, FOR_ALL_OR_NONE)}.",
         )
     verdict = judge_interval(gain, figures.rarer)
     text = (
@@ -189,7 +197,7 @@ def _usefulness(figures: CohortFigures) -> Finding:
         text = "The alarms at the chosen threshold are not shown"
     elif verdict == UNDECIDED:
         text += ": this includes 0"
-    return Finding(verdict, verdict.than(FOR_ALL_OR_NONE), f"{text}.")
+    return Finding(verdict, verdict.sentence(ALARMS_ARE, FOR_ALL_OR_NONE), f"{text}.")
 
 
 def caution_sentence(validation: Estimate | None, test: Estimate) -> str | None:
@@ -214,10 +222,15 @@ def combined_finding(figures: CohortFigures) -> Finding | None:
         return None
     gain = figures.combined_minus_blend
     verdict = judge_interval(gain["auroc"], figures.rarer)
+    headings = {
+        BETTER: f"this model adds to the {blend}",
+        UNDECIDED: f"this model is not shown to add to the {blend}",
+        WORSE: f"this model makes the {blend} worse",
+        FEW: f"{FEW.words} whether this model adds to the {blend}",
+    }
     return Finding(
         verdict,
-        f"{verdict.than(f'{blend} alone')}, if joined with it",
-        f"{COMBINED} is the mean of the log-odds of this model and of {blend}. {COMBINED} minus "
-        f"{blend}, paired: AUROC {gain['auroc'].text('+.3f')}, Brier score "
-        f"{gain['brier'].text('+.4f')}.",
+        headings[verdict],
+        f"Both together ({COMBINED}: the mean of their log-odds) minus the {blend} alone, paired: "
+        f"AUROC {gain['auroc'].text('+.3f')}, Brier score {gain['brier'].text('+.4f')}.",
     )

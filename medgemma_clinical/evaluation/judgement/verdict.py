@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medgemma_clinical.evaluation.bootstrap import Estimate
 
@@ -49,6 +49,17 @@ class Verdict:
             return f"{self.words} whether it is better than {other}"
         return f"{self.words} than {other}"
 
+    def sentence(self, subject: str, other: str) -> str:
+        """Return the verdict on a comparison as a sentence, in lower case and without its point.
+
+        Args:
+            subject: with its verb, as "this model is".
+            other: what it is compared with.
+        """
+        if self == FEW:
+            return f"{self.words} whether {subject} better than {other}"
+        return f"{subject} {self.words} {'as' if self == SAME else 'than'} {other}"
+
 
 BETTER = Verdict(
     "better", "\N{BLACK UP-POINTING TRIANGLE}", "^", "verdict-better", "#17693a", "#7ddc9f"
@@ -62,6 +73,9 @@ WORSE = Verdict(
 FEW = Verdict("too few to say", "\N{WHITE CIRCLE}", "o", "verdict-few", "#566070", "#a9b2c0")
 
 SCALE = (BETTER, UNDECIDED, WORSE, FEW)
+
+SAME = replace(UNDECIDED, words="the same", symbol="=")
+"""Beside a model that gives each row the same risk, which is no matter of an interval."""
 
 
 def judge_interval(

@@ -35,7 +35,7 @@ RANDOM_MODEL = (
     "figures say nothing about MedGemma."
 )
 RANDOM_MODEL_UNREAD = (
-    "A run for show (--model_name tiny): the page shows the path from data to report. Stage 1 "
+    "Demonstration run (--model_name tiny): the page shows the path from data to report. Stage 1 "
     "reads no language model."
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from medgemma_clinical.evaluation.judgement.sentences import (
 from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
     FEW,
+    FEWEST_PATIENTS,
+    SAME,
     SCALE,
     UNDECIDED,
     WORSE,
@@ -51,9 +54,9 @@ def test_a_model_no_better_than_chance_is_not_called_useful() -> None:
     labels, risk, groups = simulate(rng, 500)
     chance = rng.permutation(risk)
     text = words_of(make_cohort((labels, chance, groups), last_value=risk))
-    assert f"{UNDECIDED.symbol} Not shown to be better than chance." in text
+    assert f"{UNDECIDED.symbol} This model is not shown to be better than chance." in text
     assert "includes 0.5, which is chance" in text
-    assert f"{WORSE.symbol} Worse than the best baseline, last value." in text
+    assert f"{WORSE.symbol} This model is worse than the best baseline, last value." in text
     assert "ranks rows in reverse" in words_of(make_cohort((labels, 1 - risk, groups)))
 
 
@@ -71,15 +74,19 @@ def test_the_ranking_is_judged_by_its_interval(
     auroc: tuple[float, float, float], verdict: Verdict
 ) -> None:
     ranking = with_auroc(*auroc).findings[0]
-    assert (ranking.verdict, ranking.heading) == (verdict, f"{verdict.words} than chance")
+    assert (ranking.verdict, ranking.heading) == (
+        verdict,
+        f"this model is {verdict.words} than chance",
+    )
 
 
 def test_an_undecided_model_is_not_called_of_no_use() -> None:
     for auroc in ((0.750, 0.250, 1.000), (0.681, 0.485, 0.850), (0.55, 0.49, 0.6)):
         assert "no use" not in " ".join(with_auroc(*auroc).lines())
-    useless = with_auroc(0.52, 0.45, 0.59, gain=(-0.01, -0.02, 0.0))
-    assert useless.findings[3].verdict == WORSE
-    assert "Of no use as it stands: even the upper end" in useless.findings[3].text
+    useless = with_auroc(0.52, 0.45, 0.59, gain=(-0.01, -0.02, 0.0)).findings[3]
+    assert (useless.verdict, useless.heading) == (WORSE, "this model is of no use as it stands")
+    assert useless.text.startswith("Even the upper end")
+    assert "its alarms are not shown to be better than an alarm for all" in useless.text
     gains = with_auroc(0.52, 0.45, 0.59, gain=(0.01, 0.001, 0.02))
     assert "no use" not in " ".join(gains.lines())
 
@@ -97,9 +104,9 @@ def test_usefulness_is_judged_by_the_gain_in_net_benefit(
 ) -> None:
     finding = with_auroc(0.7, 0.65, 0.75, gain=gain).findings[3]
     assert finding.verdict == verdict
-    assert finding.heading == f"{verdict.words} than an alarm for all or for none"
+    assert finding.heading == f"its alarms are {verdict.words} than an alarm for all or for none"
     assert Estimate(*gain).text("+.1f", 100) in finding.text
-    assert "a risk of 30\N{NO-BREAK SPACE}%" in finding.text
+    assert "a risk of 30.0\N{NO-BREAK SPACE}%" in finding.text
 
 
 def test_alarms_that_are_hidden_are_not_judged() -> None:
@@ -122,18 +129,29 @@ def test_a_model_that_is_not_better_than_its_best_baseline_is_told_so() -> None:
     flat = np.full(500, 0.5)
     text = words_of(make_cohort((labels, noisy, groups), number=flat, other_model=risk))
     assert "Of two rows, one with the event (Death)" in text
-    assert "Not shown to be better than the best baseline, other model." in text
+    undecided = "This model is not shown to be better than the best baseline, other model."
+    assert undecided in text
     close = make_cohort((labels, risk, groups), other_model=noisy)  # ahead, but by chance
     gain = cohort_figures(close, 0.3, 0, 0).differences["other model"]["auroc"]
     assert gain.low is not None
     assert gain.value is not None
     assert gain.low < 0 < gain.value
-    assert "Not shown to be better than the best baseline, other model." in words_of(close)
+    assert undecided in words_of(close)
     judgement = judgement_of(make_cohort((labels, risk, groups), number=flat))
     assert judgement.verdict == BETTER
-    assert judgement.findings[1].heading == "better than the best baseline, number"
+    assert judgement.findings[1].heading == ("this model is better than the best baseline, number")
     alone = words_of(make_cohort((labels, risk, groups)))
-    assert "Not compared with a simpler model. Baselines belong to the training data" in alone
+    assert "This model is not compared with a simpler one. Baselines are fitted when" in alone
+
+
+def test_a_model_that_repeats_the_best_baseline_is_told_to_be_the_same() -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 500)
+    judgement = judgement_of(make_cohort((labels, risk, groups), other=risk))
+    assert str(judgement.findings[1]) == (
+        "= This model is the same as the best baseline, other. Both give each row the same risk."
+    )
+    assert judgement.verdict == SAME
+    assert SAME.style == UNDECIDED.style, "no praise"
 
 
 def test_a_model_is_not_praised_that_is_miscalibrated_or_stands_beside_no_baseline() -> None:
@@ -154,8 +172,8 @@ def test_the_sentence_says_on_which_side_the_risks_are(shift: float, word: str) 
     labels, risk, groups = simulate(np.random.default_rng(3), 2000)
     moved = expit(log_odds(risk) + shift)
     calibration = judgement_of(make_cohort((labels, moved, groups))).findings[2]
-    assert calibration.heading == "worse than a calibrated model"
-    assert f"Its risks are {word} on average" in calibration.text
+    assert calibration.heading == "its risks are worse than those of a calibrated model"
+    assert f"They are {word} on average" in calibration.text
 
 
 @pytest.mark.parametrize(
@@ -217,13 +235,15 @@ def test_the_caution_is_the_last_line_of_the_result() -> None:
     assert judge(figures, "Death", figures.auroc).caution == ""
 
 
-def test_each_heading_begins_with_words_of_the_scale() -> None:
+def test_each_heading_is_a_sentence_with_a_subject_and_the_words_of_its_verdict() -> None:
+    subject = re.compile("(?:this model is|its (?:risks|alarms) are) ")
     for noise in (0.0, 9.0):
         labels, risk, groups = simulate(np.random.default_rng(0), 400)
         own = expit(log_odds(risk) + noise * np.random.default_rng(1).normal(size=400))
-        for finding in judgement_of(make_cohort((labels, own, groups), blend=risk)).findings:
+        for finding in judgement_of(make_cohort((labels, own, groups), blend=risk**2)).findings:
             assert finding.verdict in SCALE
-            assert finding.heading.startswith(finding.verdict.words)
+            assert subject.match(finding.heading)
+            assert finding.verdict.words in finding.heading
             assert str(finding).startswith(f"{finding.verdict.symbol} {finding.title} ")
 
 
@@ -235,13 +255,22 @@ def blended_figures(noise: float, fewest: int = 0) -> CohortFigures:
     return cohort_figures(make_cohort((labels, own, groups), blend=blend), 0.3, 0, fewest)
 
 
-@pytest.mark.parametrize(("noise", "verdict"), [(0.5, BETTER), (9.0, WORSE), (2.0, UNDECIDED)])
-def test_a_finding_says_what_the_model_adds_to_the_blend(noise: float, verdict: Verdict) -> None:
+@pytest.mark.parametrize(
+    ("noise", "few", "verdict", "heading"),
+    [
+        (0.5, False, BETTER, "this model adds to the blend"),
+        (2.0, False, UNDECIDED, "this model is not shown to add to the blend"),
+        (9.0, False, WORSE, "this model makes the blend worse"),
+        (0.5, True, FEW, "too few to say whether this model adds to the blend"),
+    ],
+)
+def test_a_finding_says_whether_the_model_adds_to_the_blend(
+    noise: float, few: bool, verdict: Verdict, heading: str
+) -> None:
     figures = blended_figures(noise)
-    finding = combined_finding(figures)
+    finding = combined_finding(replace(figures, rarer=FEWEST_PATIENTS - 1) if few else figures)
     assert finding is not None
-    assert finding.verdict == verdict
-    assert finding.heading == f"{verdict.words} than blend alone, if joined with it"
+    assert (finding.verdict, finding.heading) == (verdict, heading)
     assert figures.combined_minus_blend["auroc"].text("+.3f") in finding.text
     assert figures.combined_minus_blend["brier"].text("+.4f") in finding.text
 

@@ -87,6 +87,19 @@ def test_each_verdict_differs_by_words_symbol_and_colour() -> None:
     assert FEW.than("chance") == "too few to say whether it is better than chance"
 
 
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (BETTER, "its alarms are better than chance"),
+        (UNDECIDED, "its alarms are not shown to be better than chance"),
+        (WORSE, "its alarms are worse than chance"),
+        (FEW, "too few to say whether its alarms are better than chance"),
+    ],
+)
+def test_a_comparison_is_a_sentence_with_a_subject(verdict: Verdict, words: str) -> None:
+    assert verdict.sentence("its alarms are", "chance") == words
+
+
 def test_the_page_has_the_colours_of_the_scale() -> None:
     found = re.findall(r"\.(verdict-\w+) \{ --verdict: (#\w{6}); \}", PAGE.read_text())
     assert found[:4] == [(each.style, each.colour) for each in SCALE]
