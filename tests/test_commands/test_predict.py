@@ -21,6 +21,7 @@ from conftest import SAMPLE
 from medgemma_clinical.commands import predict
 from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import share_checkpoint
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
@@ -235,7 +236,7 @@ def test_the_report_says_first_how_many_judged_patients_trained(
         warned = rows is not others
         assert (sentence in result_of(page)[: len("100 ") + len(sentence)]) == warned
         assert (sentence in shown.partition("than chance")[0]) == warned
-        title = f"In-hospital death: stage {1 + STAGES.index(stage)} on the rows of cohort.csv"
+        title = f"In-hospital death: {STAGE_NAMES[stage]} on the rows of cohort.csv"
         assert f"<title>{title}</title>" in page.read_text()
 
 
