@@ -21,6 +21,7 @@ from conftest import SAMPLE
 from medgemma_clinical.commands import predict
 from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import share_checkpoint
@@ -181,7 +182,7 @@ def test_figures_are_those_of_the_labelled_rows(
     assert f"rows with a label: {counts} AUROC: {score:.3f} [" in shown
     page = out.with_suffix(".report.html").read_text()
     config = read_trained_config(runs / "trajectory")
-    assert f"{100 * config['decision']['threshold']:.3g} %" in page
+    assert f"a risk of {threshold_text(config['decision']['threshold'])}" in page
     assert f"AUROC {score:.3f} [" in page
     assert "Case mix" in page
     (row,) = re.findall(r"<tr>\s*<th[^>]*>Rows</th>(.*?)</tr>", page, re.DOTALL)
