@@ -45,7 +45,9 @@ def write_run(
     (folder / "metrics.json").write_text(json.dumps(metrics))
     lines = [json.dumps({"epoch": k + 1, "seconds": float(k)}) for k in range(3)]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
-    content: dict[str, Any] = {"data": {"named": True, "rows_sha256": "a", **(data or {})}}
+    content: dict[str, Any] = {
+        "data": {"named": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}
+    }
     content["stage_1_sha256"] = stage_1
     content["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
     run_folder.write_run(folder, {"format": run_folder.RUN_FORMAT, **content})

@@ -59,7 +59,7 @@ def test_no_file_but_run_json_holds_a_path(place: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert trainer.main(["--compare", str(out / "trajectory"), str(out / "classification")]) == 0
     shown = capsys.readouterr().out
-    assert "minus trajectory" in shown
+    assert "stage 1 (trajectory alone)" in shown
     assert str(place) not in shown
     assert files_with(str(place), out) == {"run.json"}
     assert files_with(str(place), place / "seeds") == {"run.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.patients import (
@@ -22,31 +24,41 @@ from medgemma_clinical.commands.patients import (
     explain_patients,
     patients_path,
 )
+from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
+from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+from medgemma_clinical.evaluation.judgement.overlap import Overlap, find_overlap
 from medgemma_clinical.evaluation.report import (
     CARD,
     INTERVALS,
     PAGE_MARK,
+    STAGE_NAMES,
     STAGE_TITLES,
     ReportContent,
     headline,
     write_report,
 )
 from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, shift_table
-from medgemma_clinical.files import InputError, atomic, locked, remove
+from medgemma_clinical.files import InputError, atomic, file_hash, locked, remove
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
+from medgemma_clinical.models.checkpoints import (
+    TRAJECTORY_FILE,
+    TrajectoryCheckpoint,
+    read_trajectory,
+)
 from medgemma_clinical.models.sharing.model_card import random_model_notice
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
+    checkpoint_place,
     read_trained_config,
 )
 from medgemma_clinical.provenance import code_hash, git_commit, peak_memory, versions
@@ -196,7 +208,8 @@ class PredictionTally:
         positive: rows at or above the threshold.
         formulas: rows whose id a spreadsheet would run.
         labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, and
-            label, probability, and a hash of the patient, which has eight bytes whatever the name.
+            label, probability, and the hashes that training patients are known by: of the patient
+            and of the row.
     """
 
     rows: int = 0
@@ -212,12 +225,16 @@ class PredictionTally:
         self.scored += len(rows.places)
         self.positive += int(lines["prediction"].sum())
         self.formulas += sum(map(is_formula, lines["id"]))
-        table = dataset.people().assign(
-            label=dataset.labels,
-            probability=lines["probability"].to_numpy()[rows.places],
-            patient=pd.util.hash_array(dataset.groups.astype(object)),
+        labelled = np.flatnonzero(~np.isnan(dataset.labels))
+        table = dataset.people().iloc[labelled].reset_index(drop=True)
+        self.labelled.append(
+            table.assign(
+                label=dataset.labels[labelled],
+                probability=lines["probability"].to_numpy()[rows.places[labelled]],
+                patient=patient_hashes(dataset, labelled),
+                row=row_hashes(dataset, labelled),
+            )
         )
-        self.labelled.append(table.dropna(subset=["label"]).reset_index(drop=True))
 
     def flow(self) -> pd.DataFrame:
         """Return how the rows came to those that are judged, see ``TrajectoryDataset.flow``."""
@@ -303,8 +320,8 @@ def report_labelled(
 ) -> None:
     """Write and print how good the predictions are, where labels of both classes are known."""
     people = pd.concat(tally.labelled, ignore_index=True)
-    labels, probability, groups = (
-        people.pop(name).to_numpy() for name in ("label", "probability", "patient")
+    labels, probability, groups, rows = (
+        people.pop(name).to_numpy() for name in ("label", "probability", "patient", "row")
     )
     fewest = request.min_cell
     if len(np.unique(labels)) < 2 or is_small(len(np.unique(groups)), fewest):
@@ -313,34 +330,72 @@ def report_labelled(
             logger.info("labelled rows: %s, too few, or of one class only: no figures", count)
         return
     config = trained.config
+    overlap = training_overlap(groups, rows, config, dataset, request)
     # No id is kept, so none can be named.
     cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
     figures = cohort_figures(cohort, trained.rule.threshold, request.seed, fewest)
     content = ReportContent(
-        title=f"{STAGE_TITLES[config['stage']]}, on other rows: {config['outcome']}",
+        title=f"{config['outcome']}: {STAGE_NAMES[config['stage']]} on the rows of "
+        f"{Path(dataset.source).name}",
         outcome=config["outcome"],
         question=dataset.asked(),
         data={
             "Source": Path(dataset.source).name,
             "Judged": f"{len(labels):,} rows with a score and a label",
+            "Training patients": overlap.sentence,
             "Missing values": "masked, never filled in",
         },
         flow=flow_table(tally.flow(), fewest),
         card=model_card(config, request),
         shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
         notice=random_model_notice(config),
+        first=overlap.sentence if overlap.flatters else "",
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)
     lines = [f"{tile.name + ':':<20}{tile.figure}" for tile in headline(figures)]
     logger.info(
-        "\nrows with a label: %s\n%s\n\n%s\n"
-        "These figures flatter the model if it was trained on some of these patients.\nreport: %s",
+        "\nrows with a label: %s\n%s\n\n%s\nreport: %s",
         counts_text(figures.n, figures.events),
         "\n".join(lines),
         sentences,
         path,
     )
+
+
+def training_overlap(
+    patients: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    config: dict[str, Any],
+    dataset: TrajectoryDataset,
+    request: Namespace,
+) -> Overlap:
+    """Compare the judged patients with those that trained the checkpoint; arguments as there."""
+    stage1 = read_stage1(request.checkpoint)
+    return find_overlap(
+        patients,
+        rows,
+        stage1.train_patients if stage1 else np.empty(0, np.int64),
+        named=dataset.named and stage1 is not None and bool(stage1.config["named"]),
+        learner="the model" if config["stage"] == "trajectory" else "the model's stage 1",
+        fewest=request.min_cell,
+    )
+
+
+def read_stage1(checkpoint: Path) -> TrajectoryCheckpoint | None:
+    """Read the stage 1 of a checkpoint, which alone holds hashes of training patients.
+
+    Returns:
+        The checkpoint itself; of stages 2 and 3 the file in the folder of the run, or None where
+        that is missing or not the one of ``run.json``.
+    """
+    place = checkpoint_place(checkpoint)
+    if place.is_file():
+        return read_trajectory(place)
+    beside, digest = place.parent.parent / TRAJECTORY_FILE, None
+    with contextlib.suppress(InputError):  # a damaged run.json hinders no prediction
+        digest = (read_run(place.parent) or {}).get("stage_1_sha256")
+    return read_trajectory(beside) if digest and file_hash(beside) == digest else None
 
 
 def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:
@@ -350,8 +405,7 @@ def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:
         **CARD,
         "Limits": (
             "The model was not changed for these rows: threshold and recalibration are those of "
-            "its own validation part. If it was trained on some of these patients, the figures "
-            "flatter it."
+            "its own validation part."
         ),
         "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
         "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path

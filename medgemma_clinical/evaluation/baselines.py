@@ -54,7 +54,7 @@ MEANINGS = {
     COMBINED: "the mean of the log-odds of the model and of the blend that knows the most",
 }
 """What the simple models are, for readers who are no statisticians."""
-STAGE_1, STAGE_2 = "stage 1 (trajectory)", "stage 2 (classification)"
+STAGE_1, STAGE_2 = "stage 1 (trajectory alone)", "stage 2 (classification)"
 """Earlier stages, which stand among the baselines of the stages that build on them."""
 
 FOLDS = 5

@@ -22,10 +22,11 @@ from medgemma_clinical.evaluation.bootstrap import (
     bootstrap,
     estimate,
 )
-from medgemma_clinical.evaluation.cohort import DECIMALS, UNKNOWN, hides_accuracy
+from medgemma_clinical.evaluation.cohort import DECIMALS, SAME_RISK, UNKNOWN, hides_accuracy
 from medgemma_clinical.evaluation.judgement.sentences import Finding
 from medgemma_clinical.evaluation.judgement.verdict import (
     FEW,
+    SAME,
     Verdict,
     group_by_verdict,
     judge_interval,
@@ -50,13 +51,17 @@ RUN_FIGURES = {
 }
 """Cost of a model, and weight of its language model, where they are known: title and form."""
 
+DIFFERENCE, BESIDE = "minus reference [95 %]", "beside reference it is"
+"""Columns of the paired difference of AUROC and of the verdict on it."""
+
 MEANINGS = {
     "test AUROC [95 %]": (
         "how often a row with the event has a higher risk than one without; 0.5 is chance, 1 is "
         "perfect"
     ),
     "sd of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
-    "verdict": "on the difference of AUROC to the reference",
+    DIFFERENCE: "AUROC of the model of the row minus that of the reference, patient by patient",
+    BESIDE: "the verdict on the model of the row, by this difference",
     "s an epoch": "seconds of training for one pass over the training part, with its validation",
     "tokens": "tokens that the language model reads of a patient, on average",
     "MiB": "peak memory of the GPU, without one that of the process",
@@ -68,7 +73,8 @@ MEANINGS = {
 
 Results = dict[str, dict[str, Any]]
 """By model: n, events, rarer_patients, the metrics as ``{"value", "low", "high"}``,
-minus_reference; of the combined model also minus_blend."""
+same (whether its risks are the reference's, row by row), minus_reference (paired differences); of
+the combined model also minus_blend, see ``Cohort.combined``."""
 
 
 def compare_models(
@@ -86,10 +92,8 @@ def compare_models(
         fewest: patients of the smallest cell that is shown.
 
     Returns:
-        By model n, events and patients with the rarer outcome (None where they are not shown), each
-        metric with its interval (over several splits also its standard deviation ``sd``), and
-        ``minus_reference``: the paired differences. The combined model has ``minus_blend`` too, see
-        ``Cohort.combined``.
+        See ``Results``. Figures that are not shown are None; over several splits each metric also
+        has its standard deviation ``sd``.
     """
     joined = pd.concat(tables, keys=range(len(tables)))
     labels = joined["label"].to_numpy(dtype=float)
@@ -97,6 +101,7 @@ def compare_models(
     split = joined.index.get_level_values(0).to_numpy()
     parts = [split == part for part in range(len(tables))]
     risks = {str(model): joined[model].to_numpy() for model in joined.columns.drop(TESTED)}
+    same = _same_risks(risks, reference)
 
     def by_split(weights: NDArray[np.float64]) -> Figures:
         """Return (splits, R) values of each model and metric."""
@@ -110,7 +115,7 @@ def compare_models(
         return {name: values.mean(axis=0) for name, values in by_split(weights).items()}
 
     if any(is_small(rarer_patients(labels[p], groups[p]), fewest) for p in parts):
-        return _unknown_results(list(risks), len(labels), several=len(tables) > 1)
+        return _unknown_results(same, len(labels), several=len(tables) > 1)
     draws = bootstrap(labels, groups, seed, means, split)
     values = by_split(np.ones((1, len(labels))))
     unshown = _hidden_accuracies(risks, labels, groups, parts, fewest)
@@ -126,7 +131,8 @@ def compare_models(
         scores = _scores(values, draws, digits, model)
         if model in unshown:
             scores["accuracy"] = UNKNOWN.to_json()
-        results[model] = {**counts, **scores, "minus_reference": minus(model, reference)}
+        paired = {"same": same[model], "minus_reference": minus(model, reference)}
+        results[model] = {**counts, **scores, **paired}
     blend = richest_blend(risks)
     if COMBINED in risks and blend:
         results[COMBINED]["minus_blend"] = minus(COMBINED, blend)
@@ -180,15 +186,28 @@ def _hidden_accuracies(
     }
 
 
-def _unknown_results(models: Sequence[str], rows: int, *, several: bool) -> Results:
+def _same_risks(risks: dict[str, NDArray[np.float64]], reference: str) -> dict[str, bool]:
+    """Return whether each model gives each row the risk of the reference."""
+    return {
+        model: np.allclose(risk, risks[reference], rtol=0, atol=SAME_RISK)
+        for model, risk in risks.items()
+    }
+
+
+def _unknown_results(same: dict[str, bool], rows: int, *, several: bool) -> Results:
     unknown = dict.fromkeys(METRICS, UNKNOWN.to_json() | ({"sd": None} if several else {}))
     counts = {"n": rows, "events": None, "rarer_patients": None}
-    return {model: {**counts, **unknown, "minus_reference": unknown} for model in models}
+    return {
+        model: {**counts, **unknown, "same": own, "minus_reference": unknown}
+        for model, own in same.items()
+    }
 
 
-def verdict_beside(result: dict[str, Any], difference: str = "minus_reference") -> Verdict:
-    """Return the verdict on a model by its paired difference of AUROC."""
-    return judge_interval(_estimate(result[difference]["auroc"]), result["rarer_patients"])
+def verdict_beside(result: dict[str, Any]) -> Verdict:
+    """Return the verdict on a model beside the reference, by its paired difference of AUROC."""
+    if result["same"]:
+        return SAME
+    return judge_interval(_estimate(result["minus_reference"]["auroc"]), result["rarer_patients"])
 
 
 def comparison_table(results: Results, reference: str) -> pd.DataFrame:
@@ -203,8 +222,8 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
         if "sd" in result["auroc"]:
             line["sd of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
-        line[f"minus {reference} [95 %]"] = "" if own else difference
-        line["verdict"] = "" if own else verdict_beside(result)
+        line[DIFFERENCE] = "" if own else difference
+        line[BESIDE] = "the reference" if own else verdict_beside(result)
         for figure, (title, form) in RUN_FIGURES.items():
             if any(each.get(figure) is not None for each in results.values()):
                 known = result.get(figure)
@@ -224,11 +243,18 @@ def counts_sentence(results: Results) -> str:
     return f"{parts}: {counts_text(first['n'], first['events'])}"
 
 
-def comparison_findings(results: Results, reference: str) -> list[Finding | str]:
-    """Return the result in words: the reference, the model with the highest AUROC, all, combined.
+def comparison_findings(
+    results: Results, reference: str, asked: Sequence[str] = ()
+) -> list[Finding | str]:
+    """Return the result in words: each model asked about, the highest AUROC, all, combined.
 
     The combined model holds the first model and a blend, and so is not the one with the highest
     AUROC.
+
+    Args:
+        results: of all models.
+        reference: the model that the others are compared with.
+        asked: models that have a finding each, whatever their AUROC.
     """
     if results[reference]["events"] is None:
         hidden = f"{counts_sentence(results)}, and so no figure (--min_cell)."
@@ -237,41 +263,43 @@ def comparison_findings(results: Results, reference: str) -> list[Finding | str]
     found: list[Finding | str] = [
         f"The reference is {reference}: test AUROC {score.text()} ({counts_sentence(results)})."
     ]
-    models = [model for model in results if model != COMBINED]
-    best = max(models, key=lambda model: results[model]["auroc"]["value"])
-    found.append(
-        "No other model has a higher AUROC."
-        if best == reference
-        else _best_finding(results, best, reference)
-    )
+    found += [_finding(results, model, reference, "Its AUROC is") for model in asked]
+    others = [model for model in results if model != COMBINED and not results[model]["same"]]
+    best = max([reference, *others], key=lambda model: results[model]["auroc"]["value"])
+    if best == reference:
+        apart = f", {COMBINED} apart" if COMBINED in results else ""
+        found.append(f"No other model has a higher AUROC{apart}.")
+    elif best not in asked:
+        highest = f"It has the highest AUROC of {len(results)} models, which is partly chance:"
+        found.append(_finding(results, best, reference, highest))
     verdicts = {
-        name: verdict_beside(result) for name, result in results.items() if name != reference
+        name: verdict_beside(result)
+        for name, result in results.items()
+        if name not in (reference, *asked)
     }
     if groups := group_by_verdict(verdicts):
-        found.append(f"Beside {reference}: {groups}")
+        found.append(f"The {'other ' if asked else ''}models beside {reference}: {groups}")
     if "minus_blend" in results.get(COMBINED, {}):
         found.append(_combined_finding(results))
     return found
 
 
-def _best_finding(results: Results, best: str, reference: str) -> Finding:
-    """Return what the model with the highest AUROC gains, and at what cost."""
-    score, difference = (
-        _estimate(each["auroc"]) for each in (results[best], results[best]["minus_reference"])
-    )
-    verdict = verdict_beside(results[best])
-    text = (
-        f"{best} has the highest AUROC, {score.text()}, of {len(results)} models, which is partly "
-        f"chance; its paired difference is {difference.text('+.3f')}."
-    )
+def _finding(results: Results, model: str, reference: str, beginning: str) -> Finding:
+    """Return what a model gains beside the reference, and at what cost; its AUROC comes first."""
+    result = results[model]
+    score, difference = (_estimate(each["auroc"]) for each in (result, result["minus_reference"]))
+    verdict = verdict_beside(result)
+    text = f"{beginning} {score.text()}; the paired difference is {difference.text('+.3f')}."
+    if verdict == SAME:
+        text = f"Both give each row the same risk: AUROC {score.text()}."
     costs = [
-        f"{_cost(results[best], figure)} {title} ({reference}: {_cost(results[reference], figure)})"
+        f"{_cost(result, figure)} {title} (reference: {_cost(results[reference], figure)})"
         for figure, (title, _) in RUN_FIGURES.items()
-        if figure != "residual_weight" and results[best].get(figure) is not None
+        if figure != "residual_weight" and result.get(figure) is not None
     ]
     if costs:
         text += f" Cost: {', '.join(costs)}."
-    return Finding(verdict, verdict.than(reference), text)
+    return Finding(verdict, verdict.sentence(f"{model} is", reference), text)
 
 
 def _cost(result: dict[str, Any], figure: str) -> str:
@@ -282,12 +310,12 @@ def _cost(result: dict[str, Any], figure: str) -> str:
 def _combined_finding(results: Results) -> Finding:
     blend, first_model = richest_blend(results), next(iter(results))
     gain = _estimate(results[COMBINED]["minus_blend"]["auroc"])
-    verdict = verdict_beside(results[COMBINED], "minus_blend")
+    verdict = judge_interval(gain, results[COMBINED]["rarer_patients"])
     return Finding(
         verdict,
-        verdict.than(f"{blend} alone, if {first_model} is joined with it"),
-        f"{COMBINED} is the mean of the log-odds of {first_model} and {blend}. {COMBINED} minus "
-        f"{blend}: paired difference {gain.text('+.3f')}.",
+        verdict.sentence(f"{first_model} joined with {blend} is", f"{blend} alone"),
+        f"{COMBINED} (the mean of their log-odds) minus {blend}: paired difference "
+        f"{gain.text('+.3f')}.",
     )
 
 
@@ -300,14 +328,15 @@ def write_comparison(
     title: str,
     sentences: Sequence[str],
     card: dict[str, str],
+    asked: Sequence[str] = (),
     models: dict[str, str] | None = None,
     notice: str = "",
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result; ``card`` says how the comparison was made, ``models`` what its models are;
-    ``notice`` is a banner above all.
+    of the result, in which the models ``asked`` about have a finding each; ``card`` says how the
+    comparison was made, ``models`` what its models are; ``notice`` is a banner above all.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -315,7 +344,7 @@ def write_comparison(
         for aside in move_aside(paths.values()):
             logger.info("an earlier result was moved to %s", aside)
     table = comparison_table(results, reference)
-    findings = comparison_findings(results, reference)
+    findings = comparison_findings(results, reference, asked)
     differences = {
         name: (_estimate(result["minus_reference"]["auroc"]), verdict_beside(result))
         for name, result in results.items()

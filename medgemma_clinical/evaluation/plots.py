@@ -16,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
@@ -26,6 +27,7 @@ from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
+    SAME,
     SCALE,
     WORSE,
     Verdict,
@@ -40,6 +42,9 @@ PAPER = "#ffffff"
 DARK = {PAPER: "#14181f", INK: "#e8ebf0", GRID: "#3a4352", MODEL: "#6bb8ea", OTHER: "#f0a06a"}
 DARK |= {verdict.colour: verdict.dark for verdict in SCALE}
 """The colours of a picture on a page, and those that replace them on a dark screen."""
+
+EQUALS = Path([(-1, 0.5), (1, 0.5), (-1, -0.5), (1, -0.5)], [Path.MOVETO, Path.LINETO] * 2)
+"""Mark of a model that is the same as the reference; matplotlib has none of this form."""
 
 STYLE = {
     "axes.axisbelow": True,
@@ -333,10 +338,10 @@ def plot_forest(
             shown.add(verdict)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) - 0.5, -0.5))
-    axes.set_xlabel(f"AUROC minus that of {reference}, paired [95 %]")
+    axes.set_xlabel("AUROC minus that of the reference [95 %]")
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
     if shown:
-        in_order = [verdict for verdict in SCALE if verdict in shown]
+        in_order = [verdict for verdict in (*SCALE, SAME) if verdict in shown]
         marks = [Line2D([], [], label=v.words, **_look_of(v)) for v in in_order]
         figure.legend(handles=marks, loc="outside upper left", ncols=2)
     groups = group_by_verdict({name: verdict for name, (_, verdict) in differences.items()})
@@ -352,7 +357,7 @@ def _look_of(verdict: Verdict) -> dict[str, Any]:
     return {
         "color": verdict.colour,
         "linestyle": "none",
-        "marker": verdict.marker,
+        "marker": EQUALS if verdict == SAME else verdict.marker,
         "markerfacecolor": verdict.colour if filled else PAPER,
         "markersize": 6,
     }

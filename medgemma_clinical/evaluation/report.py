@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from medgemma_clinical.evaluation import report_tables
-from medgemma_clinical.evaluation.baselines import describe_baselines
+from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2, describe_baselines
 from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge
@@ -45,11 +45,11 @@ STAGE_TITLES = {
     "generative": "Stage 3, written reports",
 }
 STAGE_NAMES = {
-    "trajectory": "stage 1",
-    "classification": "stage 2",
-    "generative": "stage 3",
+    "trajectory": STAGE_1,
+    "classification": STAGE_2,
+    "generative": "stage 3 (written reports)",
 }
-"""Names of the models in tables of several."""
+"""Names of the models among several, and within a sentence."""
 
 CARD = {
     "Intended use": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import re
+import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -16,15 +17,28 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
+from conftest import SAMPLE
 from medgemma_clinical.commands import predict
 from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.decision import threshold_text
+from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.hub import share_checkpoint
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
 from medgemma_clinical.models.trained_model import read_trained_config
-from predicting import SERIES, command, predicted, read_predictions, refused, write_data
+from pages import Page
+from predicting import (
+    SERIES,
+    STAGES,
+    command,
+    predicted,
+    read_predictions,
+    refused,
+    write_data,
+)
 
 # --------------------------------------------------------------------------- places
 
@@ -168,7 +182,7 @@ def test_figures_are_those_of_the_labelled_rows(
     assert f"rows with a label: {counts} AUROC: {score:.3f} [" in shown
     page = out.with_suffix(".report.html").read_text()
     config = read_trained_config(runs / "trajectory")
-    assert threshold_text(config["decision"]["threshold"]) in page
+    assert f"a risk of {threshold_text(config['decision']['threshold'])}" in page
     assert f"AUROC {score:.3f} [" in page
     assert "Case mix" in page
     (row,) = re.findall(r"<tr>\s*<th[^>]*>Rows</th>(.*?)</tr>", page, re.DOTALL)
@@ -180,6 +194,69 @@ def test_figures_are_those_of_the_labelled_rows(
     predicted(runs / "trajectory", few, out)
     assert "one class only" in capsys.readouterr().out
     assert not out.with_suffix(".report.html").exists(), "the report of other predictions"
+
+
+def result_of(page: Path) -> str:
+    """Return the words of the box at the top of a report."""
+    text = page.read_text()
+    start = text.index('<section class="verdict')
+    return Page(text[start : text.index("</section>", start) + len("</section>")]).text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_report_says_first_how_many_judged_patients_trained(
+    stage: str,
+    runs: Path,
+    table: pd.DataFrame,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of the run; other people under its identifiers, and under their own; no identifiers."""
+    monkeypatch.setitem(MEMORY_ROWS, stage, 30)
+    parts = [runs / stage / f"predictions_{part}.csv" for part in ("val", "test")]
+    held_out = pd.concat(pd.read_csv(path, dtype=str)["patient"] for path in parts)
+    trained = (~table["subject_id"].isin(held_out)).sum()
+    others = pd.read_csv(SAMPLE, dtype=str).iloc[200:300].assign(id=table["id"].to_numpy())
+    strangers = others.assign(subject_id=table["subject_id"].to_numpy())
+    learner = "the model" if stage == "trajectory" else "the model's stage 1"
+    for rows, sentence in (
+        (table, f"{trained} of these 100 patients trained {learner}: the figures flatter it."),
+        (
+            strangers,
+            f"{trained} of these 100 patients have the identifier of a patient who trained",
+        ),
+        (others, f"None of these patients has the identifier of a patient who trained {learner}."),
+        (table.drop(columns=["subject_id", "id"]), "of these 100 rows have the last values, hours"),
+    ):
+        out = tmp_path / "out.csv"
+        predicted(runs / stage, write_data(rows, tmp_path / "cohort.csv"), out, "--min_cell", "0")
+        shown = capsys.readouterr().out
+        page = out.with_suffix(".report.html")
+        assert sentence in Page(page.read_text()).text, "among the facts on the data"
+        warned = rows is not others
+        assert (sentence in result_of(page)[: len("100 ") + len(sentence)]) == warned
+        assert (sentence in shown.partition("than chance")[0]) == warned
+        title = f"In-hospital death: {STAGE_NAMES[stage]} on the rows of cohort.csv"
+        assert f"<title>{title}</title>" in page.read_text()
+
+
+def test_a_checkpoint_without_its_training_patients_says_so(
+    runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    """As a shared copy, and as a later stage beside another stage 1 or a damaged run.json."""
+    share_checkpoint(runs / "trajectory", tmp_path / "shared")
+    shutil.copytree(runs / "classification", tmp_path / "alone" / "classification")
+    shutil.copytree(tmp_path / "alone", tmp_path / "changed")
+    shutil.copy(tmp_path / "shared" / TRAJECTORY_FILE, tmp_path / "changed")
+    shutil.copytree(tmp_path / "alone", tmp_path / "damaged")
+    shutil.copy(runs / TRAJECTORY_FILE, tmp_path / "damaged")
+    (tmp_path / "damaged" / "classification" / "run.json").write_text("{")
+    data = write_data(table, tmp_path / "cohort.csv")
+    for checkpoint in (tmp_path / "shared", *sorted(tmp_path.glob("*/classification"))):
+        predicted(checkpoint, data, tmp_path / "out.csv")
+        result = result_of(tmp_path / "out.report.html")
+        assert result.startswith("The checkpoint does not hold its training patients: if these ")
 
 
 def test_the_page_of_a_run_with_the_random_model_says_so(

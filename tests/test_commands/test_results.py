@@ -250,7 +250,7 @@ def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(
         assert gain != 0, "the sign must show"
         assert difference["low"] <= gain <= difference["high"]
     page = (folder / "report.html").read_text(encoding="utf-8")
-    (line,) = re.findall(r"stage 1 \(trajectory\) .*", capsys.readouterr().out.split("\n\n")[-2])
+    (line,) = re.findall(rf"{re.escape(STAGE_1)} .*", capsys.readouterr().out.split("\n\n")[-2])
     row = page[page.index(f'<th scope="row">{STAGE_1}') :]
     for text in (line, re.sub("<[^>]+>", "", row[: row.index("</tr>")])):
         assert f"{gain:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
 from medgemma_clinical.evaluation import bootstrap
@@ -27,6 +27,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     BETTER,
     FEW,
     FEWEST_PATIENTS,
+    SAME,
     WORSE,
     judge_interval,
 )
@@ -127,12 +128,12 @@ def test_the_table_has_a_line_a_model() -> None:
     results["good"]["seconds_an_epoch"] = 12.3
     table = comparison_table(results, "bad").set_index("model")
     assert list(table) == [
-        *("test AUROC [95 %]", "sd of AUROC", "minus bad [95 %]", "verdict", "s an epoch"),
-        *("AUPRC", "sd of AUPRC", "Brier", "sd of Brier"),
+        *("test AUROC [95 %]", "sd of AUROC", "minus reference [95 %]", "beside reference it is"),
+        *("s an epoch", "AUPRC", "sd of AUPRC", "Brier", "sd of Brier"),
     ]
-    assert table.loc["bad", "minus bad [95 %]"] == ""
-    assert table.loc["bad", "verdict"] == ""
-    assert table.loc["good", "verdict"] == BETTER
+    assert table.loc["bad", "minus reference [95 %]"] == ""
+    assert table.loc["bad", "beside reference it is"] == "the reference"
+    assert table.loc["good", "beside reference it is"] == BETTER
     assert table.loc["bad", "s an epoch"] == ""
     assert table.loc["good", "s an epoch"] == "12.3"
     start = f"{results['good']['auroc']['value']:.3f} ["
@@ -146,12 +147,15 @@ def test_the_sentences_name_reference_best_model_and_each_verdict() -> None:
     score = results["bad"]["auroc"]["value"]
     assert first.startswith(f"The reference is bad: test AUROC {score:.3f} [")
     assert "(test part: 120 rows, 30 events)" in first
-    assert second.startswith(f"{BETTER.symbol} Better than bad. good has the highest AUROC, ")
-    assert third == f"Beside bad: {BETTER}: good."
+    best = (
+        f"{BETTER.symbol} Good is better than bad. It has the highest AUROC of 2 models, which is"
+    )
+    assert second.startswith(best)
+    assert third == f"The models beside bad: {BETTER}: good."
     results = compare_models([table_of(0)], "good", seed=0, fewest=0)
     first, second, third = map(str, comparison_findings(results, "good"))
     assert second == "No other model has a higher AUROC."
-    assert third == f"Beside good: {WORSE}: bad."
+    assert third == f"The models beside good: {WORSE}: bad."
 
 
 def test_the_cost_stands_beside_the_gain() -> None:
@@ -160,12 +164,12 @@ def test_the_cost_stands_beside_the_gain() -> None:
     results["good"] |= {"seconds_an_epoch": 12.3, "tokens": 70.0, "memory_mib": None}
     results["bad"] |= {"seconds_an_epoch": 3.0, "tokens": None, "residual_weight": None}
     assert str(comparison_findings(results, "bad")[1]).endswith(
-        " Cost: 12.3 s an epoch (bad: 3), 70 tokens (bad: \N{EN DASH})."
+        " Cost: 12.3 s an epoch (reference: 3), 70 tokens (reference: \N{EN DASH})."
     )
     table = comparison_table(results, "bad")
-    place = list(table).index("verdict")
+    place = list(table).index("beside reference it is")
     assert list(table)[place + 1 :] == ["s an epoch", "tokens", "AUPRC", "Brier"]
-    assert not set(list(table)[2 : place + 3]) - {"minus bad [95 %]", *MEANINGS}
+    assert not set(list(table)[1:]) - {*MEANINGS}
 
 
 def test_few_patients_decide_nothing_in_a_comparison() -> None:
@@ -178,8 +182,12 @@ def test_few_patients_decide_nothing_in_a_comparison() -> None:
     results = compare_models([few], "bad", seed=0, fewest=0)
     assert results["good"]["rarer_patients"] == events
     assert results["good"]["minus_reference"]["auroc"]["low"] > 0
-    assert comparison_table(results, "bad").set_index("model").loc["good", "verdict"] == FEW
-    assert str(comparison_findings(results, "bad")[1]).startswith(f"{FEW.symbol} Too few to say")
+    table = comparison_table(results, "bad").set_index("model")
+    assert table.loc["good", "beside reference it is"] == FEW
+    finding = (
+        f"{FEW.symbol} Too few to say whether good is better than bad. It has the highest AUROC"
+    )
+    assert str(comparison_findings(results, "bad")[1]).startswith(finding)
 
 
 def with_combined(seed: int) -> pd.DataFrame:
@@ -200,14 +208,73 @@ def test_the_combined_model_is_compared_with_its_blend_over_all_splits() -> None
     gain = results["combined"]["minus_blend"]["auroc"]
     assert gain["value"] > 0
     _, second, _, last = comparison_findings(results, "bad")
-    assert "blend with facts has the highest AUROC" in str(second)
+    assert "Blend with facts is better than bad. It has the highest AUROC" in str(second)
     assert isinstance(last, Finding)
     assert last.verdict == judge_interval(Estimate(*gain.values()), 90)
+    subject = "good joined with blend with facts is"
+    assert last.heading == last.verdict.sentence(subject, "blend with facts alone")
     assert last.text == (
-        "combined is the mean of the log-odds of good and blend with facts. combined minus blend "
-        f"with facts: paired difference {gain['value']:+.3f} [{gain['low']:+.3f}, "
-        f"{gain['high']:+.3f}]."
+        "combined (the mean of their log-odds) minus blend with facts: paired difference "
+        f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
     )
+
+
+def test_models_that_are_asked_about_have_a_finding_each_and_are_not_listed_again() -> None:
+    table = with_combined(0)
+    table = table.assign(worse=1 - table["good"])
+    results = compare_models([table], "good", seed=0, fewest=0)
+    found = list(map(str, comparison_findings(results, "good", asked=["bad", "worse"])))
+    for model, line in zip(("bad", "worse"), found[1:3], strict=True):
+        score = results[model]["auroc"]["value"]
+        heading = f"{WORSE.symbol} {model.capitalize()} is worse than good."
+        assert line.startswith(f"{heading} Its AUROC is {score:.3f} [")
+    groups = f"{BETTER}: blend with facts, combined."
+    assert found[4] == f"The other models beside good: {groups}"
+    few = compare_models(
+        [table[["id", "patient", "label", "good", "worse", "combined"]]], "good", 0, 0
+    )
+    assert "No other model has a higher AUROC, combined apart." in comparison_findings(few, "good")
+    one = comparison_findings(results, "good", asked=["blend with facts"])
+    assert " ".join(map(str, one)).count("Blend with facts is better than good.") == 1
+
+
+@pytest.mark.parametrize(("rows", "fewest"), [(120, 0), (12, 0), (120, 999)])
+def test_a_model_whose_risks_are_the_references_row_by_row_is_the_same(
+    rows: int, fewest: int, tmp_path: Path
+) -> None:
+    """However few the patients; another model of the same order is not, nor one of one split."""
+    tables = [table_of(seed, rows) for seed in range(2)]
+    tables = [each.assign(good=each["good"].round(2).clip(0.01, 0.99)) for each in tables]
+    tables = [
+        each.assign(
+            repeated=each["good"] + 1e-9 * each["label"],  # which breaks ties
+            moved=expit(logit(each["good"]) + 1e-4),
+            partly=each["good"] if k == 0 else each["bad"],
+        )
+        for k, each in enumerate(tables)
+    ]
+    results = compare_models(tables, "good", seed=0, fewest=fewest)
+    names = [name for name, result in results.items() if result["same"]]
+    assert names == ["good", "repeated"]
+    verdicts = comparison_table(results, "good").set_index("model")["beside reference it is"]
+    assert verdicts[["good", "repeated"]].tolist() == ["the reference", SAME]
+    assert not set(verdicts[["bad", "moved", "partly"]]) & {SAME, BETTER}
+    if fewest:
+        return
+    found = list(map(str, comparison_findings(results, "good", asked=["repeated"])))
+    first = "= Repeated is the same as good. Both give each row the same risk: AUROC "
+    assert found[1].startswith(first)
+    if rows == 120:
+        assert results["repeated"]["auroc"]["value"] > results["good"]["auroc"]["value"]
+        assert "No other model has a higher AUROC." in found
+    (line,) = [
+        line for line in map(str, comparison_findings(results, "good")) if "beside good" in line
+    ]
+    assert "= the same: repeated." in line
+    write_comparison(tmp_path, "c", results, "good", title="t", sentences=[], card={})
+    alt, picture = Page((tmp_path / "c.html").read_text()).images()[0]
+    assert "= the same: repeated." in alt
+    assert "the same" in picture
 
 
 def write(folder: Path, seed: int) -> None:

@@ -15,9 +15,10 @@ from matplotlib.patches import Rectangle
 from cohorts import make_cohort, ones, simulate
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
-from medgemma_clinical.evaluation.judgement.verdict import BETTER, FEW, UNDECIDED, WORSE
+from medgemma_clinical.evaluation.judgement.verdict import BETTER, FEW, SAME, UNDECIDED, WORSE
 from medgemma_clinical.evaluation.metrics import net_benefit
 from medgemma_clinical.evaluation.plots import (
+    EQUALS,
     LEAST_DIFFERENCE,
     MODEL,
     new_figure,
@@ -203,6 +204,7 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict() -> None:
         "c": (Estimate(-0.06, -0.08, -0.04), WORSE),
         "d": (Estimate(0.01), FEW),
         "e": (Estimate(None), FEW),
+        "f": (Estimate(0.0, 0.0, 0.0), SAME),
     }
     figure, alt = plot_forest(differences, "stage 1")
     (axes,) = figure.axes
@@ -211,7 +213,9 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict() -> None:
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first model stands at the top"
     lines = [each for each in axes.collections if isinstance(each, LineCollection)]
     segments = [segment for each in lines for segment in each.get_segments()]
-    known = [(row, each) for row, (each, _) in enumerate(differences.values(), 1) if each.low]
+    known = [
+        (row, each) for row, (each, _) in enumerate(differences.values(), 1) if each.low is not None
+    ]
     for segment, (row, each) in zip(segments, known, strict=True):
         assert segment.tolist() == [[each.low, row], [each.high, row]]
     marks = axes.lines[2:]
@@ -219,10 +223,10 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict() -> None:
     for mark, (each, verdict) in zip(marks, shown, strict=True):
         assert np.array(mark.get_xdata()).tolist() == [each.value]
         assert same_color(mark.get_color(), verdict.colour)
-        assert mark.get_marker() == verdict.marker
+        assert mark.get_marker() == (EQUALS if verdict == SAME else verdict.marker)
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == [verdict.words for verdict in (BETTER, UNDECIDED, WORSE, FEW)]
-    assert f"{BETTER}: a; {UNDECIDED}: b; {WORSE}: c; {FEW}: d, e." in alt
+    assert legend == [verdict.words for verdict in (BETTER, UNDECIDED, WORSE, FEW, SAME)]
+    assert f"{BETTER}: a; {UNDECIDED}: b; {WORSE}: c; {FEW}: d, e; = the same: f." in alt
     assert "from that of stage 1" in alt
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several.earlier_stages import changed_stage1
-from medgemma_clinical.commands.several.runs import run_figures
+from medgemma_clinical.commands.several.runs import random_models_notice, run_figures
 from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.evaluation.comparison import (
     TESTED,
@@ -21,6 +21,7 @@ from medgemma_clinical.evaluation.comparison import (
     counts_sentence,
     write_comparison,
 )
+from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
     """
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
-    folders = dict(zip(short_names(runs), runs, strict=True))
+    folders = dict(zip(model_names(runs), runs, strict=True))
     changed = changed_stage1(folders)
     for line in changed:
         logger.warning("warning: %s", line)
@@ -53,13 +54,18 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
         logger.info("%s\n%s", table, counts_sentence(results))
         return EXIT_DONE
     output_dir.mkdir(parents=True, exist_ok=True)
+    known = [read_run(run) or {} for run in runs]
+    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known if "data" in run)
+    title = f"{len(folders)} finished models on the same test patients"
     write_comparison(
         output_dir,
         "compare",
         results,
         reference,
-        title=f"{len(folders)} finished models on the same test patients",
+        asked=list(folders)[1:],
+        title=": ".join([title, *outcomes]),
         sentences=changed,
+        notice=random_models_notice(run.get("arguments", {}) for run in known),
         card={"Seed": f"{seed}, of the intervals", "Small cells": counting_rule(fewest)},
     )
     return EXIT_DONE
@@ -75,6 +81,15 @@ def known_figures(folder: Path) -> dict[str, float | None]:
         return {name: None if each is None else float(each) for name, each in figures.items()}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def model_names(runs: Sequence[Path]) -> list[str]:
+    """Return the stage of each folder in words; where two have the same, their short names."""
+    stages = [STAGE_NAMES.get(Path(os.path.abspath(run)).name) for run in runs]
+    return [
+        name if stage is None or stages.count(stage) > 1 else stage
+        for stage, name in zip(stages, short_names(runs), strict=True)
+    ]
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
@@ -112,6 +127,8 @@ def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
 def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
     """Join the test predictions of several stages, with the baselines of the first.
 
+    An earlier stage among these baselines is left out where it is one of the compared models.
+
     Args:
         folders: stage folder of each model, by the model's name; the first is the reference.
 
@@ -127,7 +144,8 @@ def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
         _check_named_patients(reference, folders[reference], name, folders[name])
         _check_same_rows(reference, first, name, table)
     models = [table[name] for name, table in tables.items()]
-    return pd.concat([first[TESTED], *models, first.drop(columns=[*TESTED, reference])], axis=1)
+    baselines = first[[name for name in first if name not in {*TESTED, *folders}]]
+    return pd.concat([first[TESTED], *models, baselines], axis=1)
 
 
 def _check_same_rows(reference: str, first: pd.DataFrame, name: str, table: pd.DataFrame) -> None:

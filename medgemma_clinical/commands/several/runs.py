@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,16 @@ def stage_folder(args: Namespace) -> Path:
     return folder
 
 
-def random_models_notice(args: Namespace) -> str:
-    """Return what a page says first of runs with the built-in random model; else nothing."""
-    if args.model_name != TINY:
+def random_models_notice(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Return what a page says first where some runs have the built-in random model; else nothing.
+
+    Args:
+        runs: the arguments of each; none where they are not known.
+    """
+    random = [run["trajectory_only"] for run in runs if run.get("model_name") == TINY]
+    if not random:
         return ""
-    return RANDOM_MODEL_UNREAD if args.trajectory_only else RANDOM_MODEL
+    return RANDOM_MODEL_UNREAD if all(random) else RANDOM_MODEL
 
 
 def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:

@@ -131,9 +131,10 @@ def difference_of_parts(one: Estimate, other: Estimate) -> Estimate:
 
 
 def group_by_verdict(verdicts: Mapping[str, Verdict]) -> str:
-    """Return the names that each verdict of the scale has in one sentence; empty without names."""
+    """Return the names that each verdict has in one sentence; empty without names."""
     found = {
-        verdict: [name for name, own in verdicts.items() if own == verdict] for verdict in SCALE
+        verdict: [name for name, own in verdicts.items() if own == verdict]
+        for verdict in (*SCALE, SAME)
     }
     groups = [f"{verdict}: {', '.join(names)}" for verdict, names in found.items() if names]
     return f"{'; '.join(groups)}." if groups else ""

@@ -172,7 +172,7 @@ def test_chosen_arms_are_made_with_stage_1_and_compared_with_the_named_reference
         gain = aurocs[name] - aurocs["facts as text"]
         assert result["minus_reference"]["auroc"]["value"] == pytest.approx(gain)
     page = (tmp_path / "ablation" / "ablation.html").read_text()
-    assert "minus facts as text" in page
+    assert "the reference is facts as text" in page
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -233,7 +233,7 @@ def test_of_several_seeds_only_the_pooled_table_is_printed(
         logging.root.handlers[:] = handlers
     out = capsys.readouterr().out
     assert [f"{title}{name}: test AUROC" in out for name in ARMS] == [True] * len(ARMS)
-    assert ("minus stage 1" in out) == shown
+    assert ("minus reference" in out) == shown
     assert (tmp_path / "ablation" / "ablation.html").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,21 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from finished_runs import write_run
+from medgemma_clinical.commands import run_folder
 from medgemma_clinical.commands.several.compare import (
     join_predictions,
+    model_names,
     read_predictions,
     run_compare,
 )
+from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.evaluation.comparison import verdict_beside
+from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError, file_hash
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.language_model import TINY
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
+from pages import Page
 
 
 def test_predictions_are_read_with_ids_and_patients_as_text(tmp_path: Path) -> None:
@@ -44,7 +52,8 @@ def test_the_table_shows_each_run_and_its_difference_to_the_first(
     runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
     with caplog.at_level(logging.INFO):
         assert run_compare(runs, seed=0, fewest=0) == 0
-    assert "minus a [95 %]" in caplog.text
+    (row,) = [line for line in caplog.text.splitlines() if line.strip().startswith("a ")]
+    assert " the reference " in row
     assert str(tmp_path) not in caplog.text
     for run in runs:
         table = pd.read_csv(run / "predictions_test.csv")
@@ -118,13 +127,13 @@ def test_a_stage_1_that_was_trained_anew_is_noticed(
     assert warned(built, alone) == []
     (line,) = warned(tmp_path / "new" / "trajectory", built)
     assert line.startswith(
-        "warning: old/classification reads another stage 1 than new/trajectory, which was trained "
-        "anew since"
+        "warning: stage 2 (classification) reads another stage 1 than stage 1 (trajectory alone), "
+        "which was trained anew since"
     )
     (tmp_path / "old" / TRAJECTORY_FILE).write_text("trained anew")
     for runs in ((built, alone), (tmp_path / "old" / "trajectory", built)):
         (line,) = warned(*runs)
-        assert f"classification reads another stage 1 than the {TRAJECTORY_FILE} beside it" in line
+        assert f"stage 2 (classification) reads another stage 1 than the {TRAJECTORY_FILE}" in line
     (tmp_path / "old" / TRAJECTORY_FILE).unlink()
     assert warned(built, alone) == []
 
@@ -150,7 +159,7 @@ def test_a_page_is_written_where_its_place_is_named_and_nowhere_else(
     names = {path.name for path in (tmp_path / "x" / "y").iterdir()}
     assert names == {"compare.json", "compare.png", "compare.html"}
     page = (tmp_path / "x" / "y" / "compare.html").read_text()
-    assert "<title>3 finished models on the same test patients</title>" in page
+    assert "<title>3 finished models on the same test patients: Death</title>" in page
     assert str(tmp_path) not in page
     results = json.loads((tmp_path / "x" / "y" / "compare.json").read_text())
     assert results["a"]["tokens"] == 12.0
@@ -160,3 +169,49 @@ def test_a_page_is_written_where_its_place_is_named_and_nowhere_else(
     (row,) = [x for x in caplog.text.splitlines() if x.strip().startswith("last value ")][-1:]
     assert f" {verdict} " in row
     assert f"</span>&nbsp;{verdict.words}</span>" in page
+
+
+def test_stages_are_called_by_their_names_and_by_their_folders_where_two_are_of_one_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [
+        tmp_path / name for name in ("old/trajectory", "old/classification", "old/generative")
+    ]
+    words = ["stage 1 (trajectory alone)", "stage 2 (classification)", "stage 3 (written reports)"]
+    assert model_names(places) == words
+    again = tmp_path / "new" / "trajectory"
+    assert model_names([*places, again]) == ["old/trajectory", *words[1:], "new/trajectory"]
+    assert model_names([places[0], tmp_path / "a"]) == [words[0], "a"]
+    places[0].mkdir(parents=True)
+    monkeypatch.chdir(places[0])
+    assert model_names([Path(), Path("../classification")]) == words[:2]
+
+
+def test_the_page_has_a_finding_on_each_run_and_the_banner_of_the_random_model(
+    tmp_path: Path,
+) -> None:
+    """Stage 1 is one of the baselines of stage 2, and a model of its own here."""
+    names = ("classification", "trajectory", "generative")
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(names)]
+    path = runs[0] / "predictions_test.csv"
+    table = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+    table.assign(**{STAGE_1: 1 - table["probability"]}).to_csv(path, index=False)
+    shutil.copy(path, runs[2] / path.name)
+    run_compare(runs, seed=0, fewest=0, output_dir=tmp_path)
+    page = Page((tmp_path / "compare.html").read_text()).text
+    reference = STAGE_NAMES["classification"]
+    results = json.loads((tmp_path / "compare.json").read_text())
+    assert list(results) == [*(STAGE_NAMES[name] for name in names), "last value"]
+    own = pd.read_csv(runs[1] / path.name)
+    score = roc_auc_score(own["label"], own["probability"])
+    assert results[STAGE_1]["auroc"]["value"] == pytest.approx(score)
+    sentence = verdict_beside(results[STAGE_1]).sentence(f"{STAGE_1} is", reference)
+    assert f"S{sentence[1:]}. Its AUROC is {score:.3f} [" in page
+    assert f"Stage 3 (written reports) is the same as {reference}." in page
+    assert RANDOM_MODEL not in page
+    run = run_folder.read_run(runs[1])
+    assert run is not None
+    tiny = {"model_name": TINY, "trajectory_only": False}
+    run_folder.write_run(runs[1], {**run, "arguments": tiny})
+    run_compare(runs, seed=0, fewest=0, output_dir=tmp_path)
+    assert RANDOM_MODEL in Page((tmp_path / "compare.html").read_text()).text

@@ -21,6 +21,7 @@ from finished_runs import write_run
 from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several import seeds
 from medgemma_clinical.commands.several.seeds import run_seeds, seed_arguments
+from medgemma_clinical.evaluation.baselines import STAGE_1
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 
@@ -93,7 +94,7 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
     folders = [tmp_path / f"seed_{seed}" / "trajectory" for seed in (3, 4)]
     tables = [pd.read_csv(folder / "predictions_test.csv") for folder in folders]
     scores = [roc_auc_score(table["label"], table["probability"]) for table in tables]
-    pooled = json.loads((tmp_path / "seeds_trajectory.json").read_text())["stage 1"]["auroc"]
+    pooled = json.loads((tmp_path / "seeds_trajectory.json").read_text())[STAGE_1]["auroc"]
     assert pooled["value"] == pytest.approx(np.mean(scores))
     assert pooled["sd"] == pytest.approx(np.std(scores, ddof=1))
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
@@ -106,7 +107,7 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
     assert "seeds_trajectory" not in page
     assert f"{pooled['sd']:.3f}" in page
     assert (
-        json.loads((tmp_path / "seeds_trajectory.json").read_text())["stage 1"].items()
+        json.loads((tmp_path / "seeds_trajectory.json").read_text())[STAGE_1].items()
         >= {
             "seconds_an_epoch": 1.0,
             "tokens": 12.0,
@@ -203,7 +204,7 @@ def test_baselines_that_some_split_lacks_are_not_pooled(
     with caplog.at_level(logging.INFO):
         run_seeds(arguments(tmp_path), lambda _: DATASET, train)
     assert "not in every split, so not pooled: last value, with facts" in caplog.text
-    assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == ["stage 1"]
+    assert list(json.loads((tmp_path / "seeds_trajectory.json").read_text())) == [STAGE_1]
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -223,7 +224,7 @@ def test_a_combined_model_of_different_blends_is_not_pooled(
         run_seeds(arguments(tmp_path), lambda _: DATASET, train)
     assert "so not pooled: blend with facts, combined" in caplog.text
     results = json.loads((tmp_path / "seeds_trajectory.json").read_text())
-    assert list(results) == ["stage 1", "blend"]
+    assert list(results) == [STAGE_1, "blend"]
 
 
 def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
@@ -274,7 +275,12 @@ def test_runs_with_the_random_model_have_a_notice(tmp_path: Path) -> None:
         ("google/medgemma-4b-pt", False, ""),
     ):
         args = arguments(tmp_path, model_name=model, trajectory_only=stage1_alone)
-        assert several_runs.random_models_notice(args) == notice
+        assert several_runs.random_models_notice([vars(args)]) == notice
+    alone, read = ({"model_name": "tiny", "trajectory_only": each} for each in (True, False))
+    other = {"model_name": "google/medgemma-4b-pt", "trajectory_only": False}
+    assert several_runs.random_models_notice([alone, other, read]) == RANDOM_MODEL
+    assert several_runs.random_models_notice([alone, alone]) == RANDOM_MODEL_UNREAD
+    assert several_runs.random_models_notice([other, {}]) == ""
 
 
 # --------------------------------------------------------------------------- by the command line
@@ -306,11 +312,11 @@ def test_the_command_line_runs_each_seed_once(
     assert capsys.readouterr().out.count("already there") == 2
     assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
     pooled = json.loads((folder / "seeds_trajectory.json").read_text())
-    assert {"stage 1", "logistic regression", "blend with facts", "combined"} < set(pooled)
+    assert {STAGE_1, "logistic regression", "blend with facts", "combined"} < set(pooled)
     alone, both = (pooled[name]["auroc"]["value"] for name in ("blend with facts", "combined"))
     assert pooled["combined"]["minus_blend"]["auroc"]["value"] == pytest.approx(both - alone)
     page = (folder / "seeds_trajectory.html").read_text()
-    assert "the log-odds of stage 1 and blend with facts" in page
+    assert "tage 1 (trajectory alone) joined with blend with facts is" in page
 
 
 def test_runs_of_the_same_split_are_compared_by_the_command_line(

@@ -1,0 +1,85 @@
+"""Patients that trained the model among those it is judged on, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from medgemma_clinical.evaluation.judgement.overlap import Overlap, find_overlap
+
+NAMES = np.arange(100, 140)
+"""Hashes of 40 patients; those of their rows are the negative numbers."""
+
+
+def overlap(trained: list[int], *, named: bool = True, fewest: int = 0) -> Overlap:
+    """Compare 40 patients of two rows each; the first patient's rows hold too few values."""
+    rows = np.concatenate([-NAMES, -NAMES - 1000])
+    rows[[0, 40]] = 0
+    return find_overlap(
+        np.tile(NAMES, 2),
+        rows,
+        np.array(trained, dtype=np.int64),
+        named=named,
+        learner="the model",
+        fewest=fewest,
+    )
+
+
+def trained_on(count: int) -> list[int]:
+    """Hashes of the first patients and of their first rows, but that of too few values."""
+    return [*range(100, 100 + count), *range(-99 - count, -100)]
+
+
+def test_patients_who_trained_are_counted_once_and_warned_of() -> None:
+    assert overlap(trained_on(30)) == Overlap(
+        "30 of these 40 patients trained the model: the figures flatter it.", flatters=True
+    )
+    assert overlap(trained_on(40)).sentence.startswith("All these 40 patients trained the model:")
+
+
+@pytest.mark.parametrize(
+    ("count", "start"),
+    [
+        (10, "Fewer than 11 of these 40 patients trained"),
+        (11, "11 of these 40 patients trained"),
+        (29, "29 of these 40 patients trained"),
+        (30, "All but fewer than 11 of these 40 patients trained"),
+        (40, "All these 40 patients trained"),
+    ],
+)
+def test_no_count_gives_a_few_patients_away(count: int, start: str) -> None:
+    assert overlap(trained_on(count), fewest=11).sentence.startswith(start)
+
+
+def test_equal_identifiers_without_an_equal_row_are_no_proof() -> None:
+    """Another hospital may count its patients alike."""
+    names = [hash_ for hash_ in trained_on(30) if hash_ > 0]
+    found = overlap(names)
+    assert found == Overlap(
+        "30 of these 40 patients have the identifier of a patient who trained the model: if they "
+        "are the same patients, the figures flatter it.",
+        flatters=True,
+    )
+    assert overlap([*names, -139]) == found, "a row of another patient is no proof either"
+    assert overlap([*names, -129]).sentence.startswith("30 of these 40 patients trained")
+
+
+def test_without_identifiers_rows_are_compared_and_those_of_few_values_are_not() -> None:
+    found = overlap([*trained_on(30), 0], named=False)
+    assert found.flatters
+    assert found.sentence.startswith("29 of these 80 rows have the last values, hours and outcome")
+    names = [hash_ for hash_ in trained_on(30) if hash_ > 0]
+    none = overlap([*names, 0], named=False)
+    assert not none.flatters
+    assert none.sentence.startswith("No row here has the last values, hours and outcome")
+    assert "rows of fewer than 3 values not at all" in none.sentence
+
+
+def test_patients_of_other_identifiers_raise_no_warning_and_an_unknown_training_does() -> None:
+    assert overlap([1, 2, -101]) == Overlap(
+        "None of these patients has the identifier of a patient who trained the model.",
+        flatters=False,
+    )
+    unknown = overlap([])
+    assert unknown.flatters
+    assert unknown.sentence.startswith("The checkpoint does not hold its training patients: if ")
