@@ -82,7 +82,11 @@ def full_report(folder: Path) -> Path:
         flow=pd.DataFrame({"Left out": ["no label"], "Rows": ["3"], "Rows left": ["80"]}),
         reports={"reports": 40, "true_number_share": share, "numbers_stated": 9},
     )
-    write_page(cohort, folder, content, fewest=11, list_patients=True)
+    text = "In-hospital death: no. " + "potassium: from 4.4 at 10.62 h to 4 at 33.12 h, falling. " * 8
+    line = {"parses": True, "probability": 0.5, "text": text, "target": text + "."}
+    line |= dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 1)
+    reports = [line | {"id": str(k), "quality": k / 1200} for k in range(1200)]
+    write_page(cohort, folder, content, fewest=11, list_patients=True, reports=reports)
     return folder / "report.html"
 
 
