@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from medgemma_clinical.data.facts import NUMBER_ENDING
+from medgemma_clinical.data.facts import NUMBER_ENDING, numbers_as_written
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import plain
@@ -80,15 +80,22 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
 
 def facts_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
     """Return the facts of the first row in words; of a context's words those that stand in it."""
-    shown, words = {}, []
+    shown, unknown, words = {}, [], []
+    written = numbers_as_written(dataset.contexts[0])
     for name, value in zip(dataset.fact_names, dataset.known_facts()[0], strict=True):
-        if name in dataset.static_names or name.endswith(NUMBER_ENDING):
+        if name in dataset.static_names:
             label = name.removeprefix("static_")
             shown[label] = "unknown" if np.isnan(value) else plain(value)
+        elif name.endswith(NUMBER_ENDING):
+            if np.isnan(value):
+                unknown.append(f"{name.removesuffix(NUMBER_ENDING)} unknown")
         elif value == 1:
             words.append(name)
+    numbers = [number for name, number in written.items() if name in dataset.fact_names]
+    if numbers or unknown:
+        shown["Numbers in the context"] = ", ".join(numbers + unknown)
     if words:
-        shown["Words of the context"] = ", ".join(words)
+        shown["Words in the context"] = ", ".join(words)
     reads_text = isinstance(trained.model, TrajectoryLLM) and trained.prompts.context
     if reads_text and dataset.contexts[0]:
         shown["Context that the language model reads"] = dataset.contexts[0]

@@ -137,8 +137,8 @@ def test_facts_are_those_that_the_model_reads(
 ) -> None:
     row = table.head(1).assign(clinical_context="54-year-old woman of Rome, medical ICU")
     facts = explained(models["trajectory"], row)[0].facts
-    assert facts["year (number)"] == "54"
-    assert "woman" in facts["Words of the context"]
+    assert facts["Numbers in the context"] == "54-year, kg unknown"
+    assert "woman" in facts["Words in the context"]
     assert "Rome" not in str(facts).title(), "a word that the model does not read"
     told = explained(models["classification"], row)[0].facts
     assert told["Context that the language model reads"].endswith("of Rome, medical ICU")
