@@ -103,8 +103,15 @@ def kept_sentence(config: dict[str, Any]) -> str:
         return "The text stays."
     return (
         "The text and stage 1's log-odds stay; the weight of the language model's own log-odds "
-        f"beside them is {config['residual_weight']:g}."
+        f"beside them is {config['residual_weight']:.3g}."
     )
+
+
+def unused_sentence(config: dict[str, Any]) -> str:
+    """Return that the predictions are stage 1's; empty where the language model has a weight."""
+    if config.get("residual_weight") != 0:
+        return ""
+    return "The language model has weight 0: these are the predictions of stage 1."
 
 
 def choose_patients(request: Namespace) -> PatientChoice | None:
@@ -132,6 +139,7 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
         threshold=model.threshold,
         chosen=choice.sentence(),
         kept=kept_sentence(config),
+        unused=unused_sentence(config),
         warning=random_model_notice(config),
         method={
             **dataset.asked(),
