@@ -15,10 +15,14 @@ ROW = Explanation(
     units=("mmol/L", "", "x"),
     times=np.array([0.0, 5.0, 30.0]),
     values=np.array([[2.0, np.nan, np.nan], [4.5, 7.2, np.nan], [np.nan, 7.3, np.nan]]),
+    references=((None, 2.0), (7.35, 7.45), None),
+    spreads=np.array([2.0, 0.1, np.nan]),
     observations=("lactate 2 mmol/L", "lactate 4.5 mmol/L, pH 7.2", "pH 7.3"),
     hours=np.array([0.0, 5.0, 30.0, 48.0]),
     risks=np.array([0.1, 0.35, 0.3, 0.4]),
     facts={"age": "54"},
     without={"lactate": 0.2, "pH": None},
 )
-CONTENT = PatientsContent(OUTCOME, 0.25, "Shown are all.", "The text stays.", {"Model": "Stage 1"})
+CONTENT = PatientsContent(
+    OUTCOME, 0.2532, "Shown are all.", "The text stays.", {"Model": "Stage 1"}
+)

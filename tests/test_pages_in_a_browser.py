@@ -31,8 +31,8 @@ from pages import make_content, write_page
 from patient_rows import CONTENT, ROW
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-LONGEST = 5000
-"""Pixels of a page's height on a screen of 1280."""
+LONGEST, CARD = 5000, 800
+"""Pixels of a page's height, and of a patient's, on a screen of 1280."""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,9 @@ def full_report(folder: Path) -> Path:
         flow=pd.DataFrame({"Left out": ["no label"], "Rows": ["3"], "Rows left": ["80"]}),
         reports={"reports": 40, "true_number_share": share, "numbers_stated": 9},
     )
-    text = "In-hospital death: no. " + "potassium: from 4.4 at 10.62 h to 4 at 33.12 h, falling. " * 8
+    text = (
+        "In-hospital death: no. " + "potassium: from 4.4 at 10.62 h to 4 at 33.12 h, falling. " * 8
+    )
     line = {"parses": True, "probability": 0.5, "text": text, "target": text + "."}
     line |= dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 1)
     reports = [line | {"id": str(k), "quality": k / 1200} for k in range(1200)]
@@ -111,6 +113,8 @@ def patients(folder: Path) -> Path:
         first,
         features=names,
         units=("mmol/L",) * 8,
+        references=((8, 10),) * 8,
+        spreads=np.ones(8),
         values=np.random.default_rng(0).normal(9, 1, (3, 8)),
         observations=tuple(", ".join(f"{name} 9 mmol/L" for name in names) for _ in range(3)),
         without=dict.fromkeys(names, 0.3),
@@ -127,6 +131,35 @@ def demo_with_patients(folder: Path) -> Path:
         patch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **short})
         assert trainer.main(["--demo", "--output_dir", str(folder), "--log_file", "none"]) == 0
     return folder / "generative" / "report.html"
+
+
+def twelve_patients(folder: Path) -> Path:
+    """Twelve rows of nine series and a soft prompt."""
+    numbers = np.random.default_rng(0)
+    names = ("serum bicarbonate", *(f"series {k}" for k in range(8)))
+    row = replace(
+        ROW,
+        features=names,
+        units=("mmol/L",) * 9,
+        times=np.arange(40.0),
+        values=numbers.normal(9, 1, (40, 9)),
+        references=((8, 10),) * 9,
+        spreads=np.ones(9),
+        observations=(", ".join(f"{name} 9 mmol/L" for name in names),) * 40,
+        hours=np.arange(40.0),
+        risks=numbers.uniform(0, 1, 40),
+        facts={
+            "numbers in the context": "54-year, 88 kg",
+            "words in the context": "icu, medical, woman",
+            "context that the language model reads": "54-year-old woman, medical ICU, 88 kg",
+        },
+        without=dict.fromkeys(names, 0.3),
+        without_soft_prompt=0.45,
+    )
+    path = folder / "twelve.patients.html"
+    rows = [replace(row, id=f"patient {k}") for k in range(12)]
+    write_patients(path, rows, replace(CONTENT, warning="The model is random."))
+    return path
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
@@ -231,3 +264,23 @@ def test_a_page_prints_dark_on_white_on_four_sheets_at_most(
     assert view.evaluate("getComputedStyle(document.body).color") == "rgb(29, 36, 48)"
     context.close()
     assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 4
+
+
+def test_twelve_patients_print_on_seven_sheets_and_each_is_seen_at_once(
+    browser: Any, tmp_path: Path
+) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    view = context.new_page()
+    view.goto(twelve_patients(tmp_path).as_uri())
+    heights = view.eval_on_selector_all(
+        "section.patient", "all => all.map(each => each.getBoundingClientRect().height)"
+    )
+    assert len(heights) == 12
+    assert max(heights) < CARD
+    printed = view.pdf(format="A4")
+    view.emulate_media(media="print")
+    assert view.evaluate("getComputedStyle(document.querySelector('.patient')).breakInside") == (
+        "avoid"
+    )
+    context.close()
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) <= 7

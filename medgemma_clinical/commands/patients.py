@@ -18,7 +18,7 @@ from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import ScoredRow, explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.sharing.model_card import random_model_notice
+from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
 from medgemma_clinical.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def kept_sentence(config: dict[str, Any]) -> str:
         return "The text stays."
     return (
         "The text and stage 1's log-odds stay; the weight of the language model's own log-odds "
-        f"beside them is {config['residual_weight']:g}."
+        f"beside them is {config['residual_weight']:.3g}."
     )
 
 
@@ -132,6 +132,7 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
         threshold=model.threshold,
         chosen=choice.sentence(),
         kept=kept_sentence(config),
+        unused=weight_0_sentence(config),
         warning=random_model_notice(config),
         method={
             **dataset.asked(),

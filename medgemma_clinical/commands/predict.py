@@ -54,7 +54,7 @@ from medgemma_clinical.models.checkpoints import (
     TrajectoryCheckpoint,
     read_trajectory,
 )
-from medgemma_clinical.models.sharing.model_card import random_model_notice
+from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
@@ -331,6 +331,7 @@ def report_labelled(
         return
     config = trained.config
     overlap = training_overlap(groups, rows, config, dataset, request)
+    first = (overlap.sentence if overlap.flatters else "", weight_0_sentence(config))
     # No id is kept, so none can be named.
     cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
     figures = cohort_figures(cohort, trained.rule.threshold, request.seed, fewest)
@@ -349,7 +350,7 @@ def report_labelled(
         card=model_card(config, request),
         shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
         notice=random_model_notice(config),
-        first=overlap.sentence if overlap.flatters else "",
+        first=" ".join(filter(None, first)),
     )
     path = report_path(request.predictions)
     sentences = write_report(path, cohort, figures, content)

@@ -53,6 +53,7 @@ from medgemma_clinical.models.sharing.model_card import (
     describe_stage1,
     describe_weight,
     random_model_notice,
+    weight_0_sentence,
 )
 from medgemma_clinical.models.sharing.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
@@ -250,10 +251,8 @@ def report_content(
 
 def weight_sentence(config: dict[str, Any], validation: CohortFigures) -> str:
     """Return that the language model of stage 2 or 3 has no weight; empty where it has any."""
-    if config.get("residual_weight") != 0:
-        return ""
-    other = "" if STAGE_1 in validation.same else ", recalibrated in another way"
-    return f"The language model has weight 0: these are the predictions of stage 1{other}."
+    same = STAGE_1 in validation.same
+    return weight_0_sentence(config, "" if same else ", recalibrated in another way")
 
 
 def simple_models(data: Data) -> Baselines:

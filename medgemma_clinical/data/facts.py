@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -34,12 +34,22 @@ RAREST_WORD = 0.01
 def facts_of(context: str) -> dict[str, float]:
     """Return the words of a text, and its numbers by the word behind or before them."""
     facts = {word.lower(): 1.0 for word in re.findall(r"[^\W\d_]{2,}", context)}
-    for before, value, behind in re.findall(CONTEXT_NUMBER, context):
-        word = (behind or before).lower()
-        if word and abs(float(value)) <= LARGEST_NUMBER:
-            facts.pop(word, None)
-            facts[word + NUMBER_ENDING] = float(value)
+    for word, number in _numbers_of(context):
+        facts.pop(word, None)
+        facts[word + NUMBER_ENDING] = float(number[2])
     return facts
+
+
+def numbers_as_written(context: str) -> dict[str, str]:
+    """Return each number of a text with its word as both stand there, by its name as a fact."""
+    return {word + NUMBER_ENDING: number[0] for word, number in _numbers_of(context)}
+
+
+def _numbers_of(context: str) -> Iterator[tuple[str, re.Match[str]]]:
+    for number in CONTEXT_NUMBER.finditer(context):
+        word = (number[3] or number[1] or "").lower()
+        if word and abs(float(number[2])) <= LARGEST_NUMBER:
+            yield word, number
 
 
 def context_table(contexts: Sequence[str], names: Sequence[str]) -> pd.DataFrame:

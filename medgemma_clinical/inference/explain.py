@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from medgemma_clinical.data.facts import NUMBER_ENDING
+from medgemma_clinical.data.facts import NUMBER_ENDING, numbers_as_written
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import plain
@@ -19,6 +20,7 @@ from medgemma_clinical.inference.risk_over_time import risk_over_time
 from medgemma_clinical.inference.scoring import score_rows
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
+from medgemma_clinical.models.trajectory import TrajectoryMember
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 
@@ -64,6 +66,8 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
         units=dataset.units,
         times=dataset.times,
         values=dataset.values,
+        references=tuple(map(dataset.reference, range(len(dataset.features)))),
+        spreads=training_spreads(dataset, trained),
         observations=tuple(map(dataset.observation_text, range(len(dataset.times)))),
         hours=curve["hours"].to_numpy(),
         risks=curve["probability"].to_numpy(),
@@ -76,19 +80,48 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
 
 def facts_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
     """Return the facts of the first row in words; of a context's words those that stand in it."""
-    shown, words = {}, []
+    shown, unknown, words = {}, [], []
+    written = numbers_as_written(dataset.contexts[0])
     for name, value in zip(dataset.fact_names, dataset.known_facts()[0], strict=True):
-        if name in dataset.static_names or name.endswith(NUMBER_ENDING):
+        if name in dataset.static_names:
             label = name.removeprefix("static_")
-            shown[label] = "unknown" if np.isnan(value) else plain(value)
+            shown[label] = "unknown" if np.isnan(value) else plain(float(f"{value:.6g}"))
+        elif name.endswith(NUMBER_ENDING):
+            if np.isnan(value):
+                unknown.append(f"{name.removesuffix(NUMBER_ENDING)} unknown")
         elif value == 1:
             words.append(name)
+    numbers = [number for name, number in written.items() if name in dataset.fact_names]
+    if numbers or unknown:
+        shown["numbers in the context"] = ", ".join(numbers + unknown)
     if words:
-        shown["Words of the context"] = ", ".join(words)
+        shown["words in the context"] = ", ".join(words)
     reads_text = isinstance(trained.model, TrajectoryLLM) and trained.prompts.context
     if reads_text and dataset.contexts[0]:
-        shown["Context that the language model reads"] = dataset.contexts[0]
+        shown["context that the language model reads"] = dataset.contexts[0]
     return shown
+
+
+def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArray[np.float64]:
+    """Return how far the last values of each series lie apart between training patients.
+
+    Args:
+        dataset: with the inputs of the model.
+        trained: the model, whose stage 1 keeps these scales for its summaries.
+
+    Returns:
+        (F,) standard deviations in raw units, NaN where unknown.
+    """
+    model = trained.model
+    stage1 = model.stage1 if isinstance(model, TrajectoryLLM) else model
+    if stage1 is None:
+        return np.full(len(dataset.features), np.nan)
+    member = stage1.members[0]
+    assert isinstance(member, TrajectoryMember)
+    spreads = member.head.summary_scaler.std.double().cpu().numpy()
+    names = dataset.summary_names()
+    last = spreads[[names.index(f"{name} last") for name in dataset.features]]
+    return np.where(np.isfinite(last), last, np.nan)
 
 
 def risks_without_series(
@@ -127,17 +160,19 @@ def risks_without_series(
 
 @torch.no_grad()
 def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) -> float | None:
-    """Score the first row with its soft tokens removed; its text and stage 1's share stay.
+    """Score the first row with its soft tokens removed; its text and stage 1's log-odds stay.
 
     Args:
         dataset: one row with the inputs of the model.
         trained: the model.
 
     Returns:
-        The probability; None for a model without soft prompt.
+        The probability; None for a model without soft prompt, or whose language model has weight 0.
     """
     model = trained.model
     if not isinstance(model, TrajectoryLLM) or model.projection is None:
+        return None
+    if model.residual_weight == 0:
         return None
     assert trained.tokenizer is not None
     most = trained.config["max_text_tokens"]

@@ -11,6 +11,7 @@ import pytest
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.patients import MOST_ROWS, patients_path
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
+from medgemma_clinical.models.sharing.model_card import weight_0_sentence
 from pages import Page
 from predicting import (
     MARKER,
@@ -25,7 +26,7 @@ from predicting import (
 
 def shown(page: Path) -> list[str]:
     """Return the ids that the page shows, in order."""
-    return re.findall(r'<section id="row-\d+">\s*<h2>(.*?)</h2>', page.read_text())
+    return re.findall(r'<section id="row-\d+" class="patient">\s*<h2>(.*?)</h2>', page.read_text())
 
 
 def marked(table: pd.DataFrame, rows: int) -> pd.DataFrame:
@@ -56,7 +57,7 @@ def test_rows_are_chosen_by_id_in_the_order_given(
     assert shown(page) == ["row 20", "row 3"]
     text = Page(page.read_text()).text
     for k in (20, 3):
-        assert f"row {k} ({100 * lines['probability'][k]:.1f} %)" in text
+        assert f"row {k} {100 * lines['probability'][k]:.1f} %" in text
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -140,11 +141,18 @@ def test_the_page_of_each_stage_shows_what_the_stage_has(
     ((alt, _),) = page.images()
     assert f"{100 * line['probability']:.1f} % at hour" in alt
     assert "Serum bicarbonate from" in alt
-    assert ("soft tokens removed" in page.text) == (stage != "trajectory")
+    assert ("Without it the risk is" in page.text) == (stage != "trajectory")
     assert ("log-odds beside them is 1." in page.text) == (stage != "trajectory")
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":
         assert line["report"].partition(".")[0] in page.text
+
+
+@pytest.mark.parametrize(("weight", "said"), [(0.0, True), (0.001, False), (None, False)])
+def test_a_language_model_of_weight_zero_is_named(weight: float | None, said: bool) -> None:
+    config = {} if weight is None else {"residual_weight": weight}
+    expected = "The language model has weight 0: these are the predictions of stage 1."
+    assert weight_0_sentence(config) == (expected if said else "")
 
 
 def test_an_id_of_markup_stays_text(runs: Path, table: pd.DataFrame, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_the_page_of_patients_shows_days_words_and_the_landmark(srtr: Path, tmp_
     ((alt, svg),) = page.images()
     assert f"{100 * probability:.1f} % at day 90" in alt
     assert ">days<" in svg
-    assert "Question asked at day 90" in page.text
+    assert "The question is asked at day 90." in page.text
     known = [feature for feature in dataset._organ.features if feature.words]
     shown = [
         f"{feature.name} {word}" for feature in known for word in (feature.words or {}).values()

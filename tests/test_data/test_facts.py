@@ -20,6 +20,7 @@ from medgemma_clinical.data.facts import (
     context_table,
     facts_of,
     frequent_words,
+    numbers_as_written,
     unusable_facts,
 )
 from medgemma_clinical.data.texts import NUMBER, PromptOptions
@@ -51,6 +52,17 @@ def test_facts_of_a_context_are_numbers_by_their_word_and_the_other_words() -> N
     assert facts.loc[:2, "woman"].tolist() == [1, 0, 0]
     assert facts.loc[:2, "old"].tolist() == [1, 1, 0]
     assert facts.loc[2, NUMBERS].isna().all()
+
+
+def test_numbers_as_written_are_those_of_the_facts_in_the_order_of_the_text() -> None:
+    text = f"{CONTEXTS[0]}, weight: 75 kg, 1e12 cells"
+    written = {"year": "54-year", "kg": "weight: 75 kg", "bmi": "BMI 27.5"}
+    written = {f"{word} (number)": number for word, number in written.items()}
+    assert numbers_as_written(text) == written
+    assert list(written) == list(numbers_as_written(text))
+    assert {name: facts_of(text)[name] for name in written} == dict(
+        zip(written, [54, 75, 27.5], strict=True)
+    )
 
 
 def test_an_empty_context_says_nothing_of_any_word() -> None:

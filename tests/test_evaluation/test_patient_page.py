@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
+from medgemma_clinical.evaluation.patients.patient_plot import axis_limits
 from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
 from medgemma_clinical.evaluation.report import PAGE_MARK
 from pages import Page
@@ -27,11 +29,14 @@ def test_the_page_says_what_it_holds_and_what_its_figures_are_not(tmp_path: Path
     text = Page(source).text
     assert PAGE_MARK in source[:2000]
     assert "This page holds patients' data: do not share it." in text
-    assert "Only its owner can read the file" in text
+    assert "It was written readable by its owner alone." in text
     assert "Only the last point of each curve is a prediction that the model was trained to" in text
-    assert "It shows no cause" in text
+    assert "Risks at early times are less accurate and can be too extreme." in text
+    assert "what the model's risk rests on, and no cause" in text
+    assert "removes the times at which this series alone was measured" in text
+    assert "the effects do not add up to the whole" in text
     assert "Not a medical device" in text
-    assert "Soft prompt" not in text
+    assert "oft prompt" not in text
     assert "Written report" not in text
     assert "<script" not in source
     assert "http" not in source.replace("http-equiv", "")
@@ -44,21 +49,76 @@ def test_what_a_file_holds_stays_text(tmp_path: Path) -> None:
     page = Page(page_of(tmp_path, told))
     assert not page.open
     assert "<i>7</i> & $x$" in page.text
-    assert "<u>f</u> <u>v</u>" in page.text
+    assert "<u>f</u>: <u>v</u>" in page.text
     assert "<b>x</b> 24" in page.text
     assert not {"i", "u"} & {tag for tag, _ in page.tags}
 
 
 def test_the_picture_shows_the_measured_series_and_the_risk_and_says_so(tmp_path: Path) -> None:
     ((alt, svg),) = Page(page_of(tmp_path, ROW)).images()
-    assert "lactate from 2 to 4.5 mmol/L in 2 values; pH from 7.2 to 7.3 in 2 values" in alt
-    assert "10.0 % at hour 0, 40.0 % at hour 48, highest 40.0 %; the threshold is 25.0 %" in alt
+    assert "lactate from 2 to 4.5 mmol/L in 2 values (reference up to 2); pH from 7.2 to" in alt
+    assert "7.3 in 2 values (reference 7.35 to 7.45). Below" in alt
+    assert "10.0 % at hour 0, 40.0 % at hour 48, highest 40.0 %; the threshold is 25.3 %" in alt
     assert "never" not in alt + svg
-    for words in ("lactate (mmol/L)", "pH", "dashed: threshold 25.0 %", "hours"):
+    for words in ("lactate", "mmol/L", "pH", "dashed: threshold", "25.3 %", "hours"):
         assert words in svg
     once = replace(ROW, values=np.where(np.arange(3)[:, None] == 1, ROW.values, np.nan))
     alt = Page(page_of(tmp_path, once)).images()[0][0]
     assert "pH 7.2 at hour 5" in alt
+
+
+def test_the_caption_says_what_axes_span_and_what_is_grey(tmp_path: Path) -> None:
+    axes, grey = "Axes span two standard deviations of patients or more", "Grey: reference range"
+    unknown = replace(ROW, spreads=np.full(3, np.nan), references=(None, None, (1.0, 2.0)))
+    for row, said in ((ROW, True), (unknown, False)):
+        text = Page(page_of(tmp_path, row)).text
+        assert (axes in text) == (grey in text) == said
+
+
+@pytest.mark.parametrize(
+    ("values", "reference", "spread", "limits"),
+    [
+        ([139, 141], None, 5.0, (134, 146)),  # a small change looks small
+        ([120, 150], None, 5.0, (117, 153)),  # a large one fills the panel
+        ([139, 141], (135, 145), 2.0, (134, 146)),
+        ([3, 4], (None, 1), 0.1, (0.7, 4.3)),
+        ([1, 1], None, 5.0, (0, 12)),  # no axis goes below zero for a count or a concentration
+        ([-2, -1], None, 5.0, (-7.5, 4.5)),
+        ([7, 7], None, np.nan, (6.3, 7.7)),
+        ([0, 0], None, np.nan, (0, 2)),
+    ],
+)
+def test_an_axis_shows_reference_range_and_two_standard_deviations(
+    values: list[float],
+    reference: tuple[float | None, float | None] | None,
+    spread: float,
+    limits: tuple[float, float],
+) -> None:
+    assert axis_limits(np.array(values), reference, spread) == pytest.approx(limits)
+
+
+def test_a_long_name_keeps_both_ends_in_the_picture(tmp_path: Path) -> None:
+    row = replace(ROW, features=("arterial pressure of oxygen, left", "pH", "never"))
+    ((alt, svg),) = Page(page_of(tmp_path, row)).images()
+    assert "arterial pressure of oxygen, left from 2" in alt
+    assert "arterial p\N{HORIZONTAL ELLIPSIS}gen, left" in svg
+
+
+def test_the_first_table_says_which_rows_reach_the_threshold(tmp_path: Path) -> None:
+    low = replace(ROW, id="low", probability=0.25, hours=ROW.times, risks=ROW.risks[:3])
+    text = Page(page_of(tmp_path, ROW, low)).text
+    assert "Row Risk Threshold of 25.3 % Last observation" in text
+    assert "$x$ 40.0 % reached hour 30 low 25.0 % not reached hour 30" in text
+    assert "The threshold of 25.3 % is reached: the event is predicted." in text
+    assert "The threshold of 25.3 % is not reached: no event is predicted." in text
+    assert text.count("the last at hour 30. The question is asked at hour 48.") == 1
+
+
+def test_the_threshold_has_one_rounding(tmp_path: Path) -> None:
+    write_patients(tmp_path / "page.html", [ROW], replace(CONTENT, threshold=0.07084))
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    ((alt, svg),) = page.images()
+    assert re.findall(r"\b7\.\d* %", page.text + alt + svg) == ["7.08 %"] * 4
 
 
 def test_the_same_row_gives_the_same_page(tmp_path: Path) -> None:
@@ -108,20 +168,30 @@ def test_a_long_series_shows_its_largest_changes_in_order(tmp_path: Path) -> Non
     assert "The largest changes" not in Page(page_of(tmp_path, ROW)).text
 
 
-def test_a_share_is_the_change_of_the_log_odds_and_no_cause(tmp_path: Path) -> None:
-    table = ROW.shares()
-    expected = np.log(0.4 / 0.6) - np.log(0.2 / 0.8)
+def test_an_effect_is_the_change_of_the_log_odds_and_no_cause(tmp_path: Path) -> None:
+    table = ROW.effects()
+    expected = np.log(0.2 / 0.8) - np.log(0.4 / 0.6)
     assert table.iloc[0].tolist() == ["lactate", f"{expected:+.2f}", "20.0"]
     assert table.iloc[1].tolist() == ["pH", "\N{EN DASH}", "\N{EN DASH}"]
-    assert "No cause is shown" in Page(page_of(tmp_path, ROW)).text
+    text = Page(page_of(tmp_path, ROW)).text
+    assert "Effect of leaving a series out Change of the log-odds of the risk; no cause" in text
     alone = Page(page_of(tmp_path, replace(ROW, without={}))).text
     assert "one series alone: without it there is nothing to score" in alone
 
 
 def test_the_soft_prompt_is_compared_with_its_absence(tmp_path: Path) -> None:
     text = Page(page_of(tmp_path, replace(ROW, without_soft_prompt=0.45))).text
-    assert "scored again with its soft tokens removed. The text stays." in text
-    assert "With soft prompt 40.0 % Without 45.0 % Difference -5.0 points" in text
+    assert "to score the row again without its soft tokens. The text stays." in text
+    assert "Soft prompt Without it the risk is 45.0 %, +5.0 points." in text
+
+
+def test_a_language_model_of_weight_zero_is_named_first_and_no_soft_prompt(tmp_path: Path) -> None:
+    path, sentence = tmp_path / "out.patients.html", "These are the predictions of stage 1."
+    write_patients(path, [ROW], replace(CONTENT, unused=sentence, warning="It is random."))
+    text = Page(path.read_text(encoding="utf-8")).text
+    assert f"{sentence} It is random. Shown are all." in text
+    assert text.count(sentence) == 2, "in the box, and in the card"
+    assert "oft prompt" not in text
 
 
 def test_no_change_has_no_minus() -> None:

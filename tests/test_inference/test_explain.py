@@ -103,7 +103,7 @@ def test_a_series_is_left_out_with_all_that_comes_of_it(
     assert len(rows[0].without) == len(measured)
 
 
-def test_a_row_that_cannot_be_scored_without_a_series_has_no_share(
+def test_a_row_that_cannot_be_scored_without_a_series_has_no_effect(
     several: TrajectoryModel, stays: pd.DataFrame
 ) -> None:
     row = stays.head(1).assign(
@@ -132,16 +132,41 @@ def test_without_soft_prompt_the_model_reads_the_text_alone(
     assert explained(models["trajectory"], table.head(1))[0].without_soft_prompt is None
 
 
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_a_language_model_of_weight_zero_leaves_nothing_to_remove(
+    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    llm: Any = models[stage].trained.model
+    weight, llm.residual_weight = llm.residual_weight, 0.0
+    try:
+        assert explained(models[stage], table.head(1))[0].without_soft_prompt is None
+    finally:
+        llm.residual_weight = weight
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_spread_is_that_of_the_last_values_of_training_patients(
+    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    model = models[stage]
+    (spread,) = explained(model, table.head(1))[0].spreads
+    dataset = trainer.DATASETS["dka"](table)
+    train = dataset.split(0)["train"]
+    place = dataset.summary_names().index(f"{dataset.features[0]} last")
+    last = dataset.summaries()[train, place]
+    assert spread == pytest.approx(last.std(), rel=1e-5)
+
+
 def test_facts_are_those_that_the_model_reads(
     models: dict[str, TrajectoryModel], table: pd.DataFrame
 ) -> None:
     row = table.head(1).assign(clinical_context="54-year-old woman of Rome, medical ICU")
     facts = explained(models["trajectory"], row)[0].facts
-    assert facts["year (number)"] == "54"
-    assert "woman" in facts["Words of the context"]
+    assert facts["numbers in the context"] == "54-year, kg unknown"
+    assert "woman" in facts["words in the context"]
     assert "Rome" not in str(facts).title(), "a word that the model does not read"
     told = explained(models["classification"], row)[0].facts
-    assert told["Context that the language model reads"].endswith("of Rome, medical ICU")
+    assert told["context that the language model reads"].endswith("of Rome, medical ICU")
 
 
 def test_the_report_is_that_of_the_predictions_and_its_numbers_are_marked(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.texts import plain
+from medgemma_clinical.data.texts import Reference, plain
 from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.patients.report_marks import Mark
@@ -52,6 +52,9 @@ class Explanation:
         units: F units, empty where a feature has none.
         times: (L,) float64 hours on the row's clock, not decreasing.
         values: (L, F) float64 raw units, NaN where not measured.
+        references: F reference ranges, None where unknown.
+        spreads: (F,) float64 standard deviation of the last values of training patients, raw units,
+            NaN where unknown.
         observations: L texts, what was measured at each time.
         hours: (n,) float64 hours of the points of the curve.
         risks: (n,) float64, the risk with what was known at each of them; the last one is
@@ -59,8 +62,8 @@ class Explanation:
         facts: name and value of each fact that was read, in words.
         without: the probability with one measured series left out, by its name; None where such a
             row cannot be scored.
-        without_soft_prompt: the probability without soft tokens, stage 1's share of the log-odds
-            kept; None for a model without soft prompt.
+        without_soft_prompt: the probability without soft tokens, stage 1's log-odds kept; None for
+            a model without soft prompt, or whose language model has weight 0.
         report: the report of stage 3 in pieces, its numbers marked; None for other stages.
     """
 
@@ -70,6 +73,8 @@ class Explanation:
     units: tuple[str, ...]
     times: NDArray[np.float64]
     values: NDArray[np.float64]
+    references: tuple[Reference | None, ...]
+    spreads: NDArray[np.float64]
     observations: tuple[str, ...]
     hours: NDArray[np.float64]
     risks: NDArray[np.float64]
@@ -105,12 +110,12 @@ class Explanation:
         names = [unit.name.capitalize(), "Observed", "Risk after (%)", "Change (points)"]
         return pd.DataFrame(lines, columns=names)
 
-    def shares(self) -> pd.DataFrame:
-        """Return the share of each series, the change of the log-odds by leaving it out."""
+    def effects(self) -> pd.DataFrame:
+        """Return the effect of leaving out each series, the largest first."""
         own = log_odds(np.array([self.probability]))[0]
         known = {name: risk for name, risk in self.without.items() if risk is not None}
-        change = {name: own - log_odds(np.array([risk]))[0] for name, risk in known.items()}
+        change = {name: log_odds(np.array([risk]))[0] - own for name, risk in known.items()}
         ordered = sorted(known, key=lambda name: -abs(change[name]))
         lines = [(name, signed(change[name], 2), f"{100 * known[name]:.1f}") for name in ordered]
         lines += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in known]
-        return pd.DataFrame(lines, columns=["Series", "Share (log-odds)", "Risk without it (%)"])
+        return pd.DataFrame(lines, columns=["Series", "Effect (log-odds)", "Risk without it (%)"])

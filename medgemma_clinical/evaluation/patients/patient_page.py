@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
 from medgemma_clinical.evaluation.patients.patient_plot import plot_patient
 from medgemma_clinical.evaluation.patients.report_marks import TRUTHS
@@ -14,7 +17,9 @@ from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.files import write_text
 
-NOTICE = "This page holds patients' data: do not share it. Only its owner can read the file."
+NOTICE = (
+    "This page holds patients' data: do not share it. It was written readable by its owner alone."
+)
 """The banner of the page."""
 
 
@@ -27,8 +32,9 @@ class PatientsContent:
         threshold: the probability from which on the event is predicted.
         chosen: how the rows were chosen, a sentence.
         kept: what stays when a row is scored without soft prompt, a sentence.
-        warning: about the model; empty for none.
         method: lines of name and text: question, model, versions.
+        unused: that the language model adds nothing, a sentence; empty where it adds something.
+        warning: about the model; empty for none.
     """
 
     outcome: str
@@ -36,6 +42,7 @@ class PatientsContent:
     chosen: str
     kept: str
     method: dict[str, str]
+    unused: str = ""
     warning: str = ""
 
 
@@ -48,45 +55,55 @@ def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsCon
         content: what the page says of all rows.
     """
     title = f"Patients: {content.outcome}"
-    cards = [_card(row, content) for row in rows]
-    write_text(path, render("patients", title=title, notice=NOTICE, cards=cards, content=content))
+    page = {
+        "cards": [_card(row, content) for row in rows],
+        "content": content,
+        "threshold": threshold_text(content.threshold),
+        "removes_soft_prompt": any(row.without_soft_prompt is not None for row in rows),
+    }
+    write_text(path, render("patients", title=title, notice=NOTICE, **page))
 
 
 def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
     """Return what the template shows of a row."""
     with plot_style():
         image = to_image(*plot_patient(row, content.outcome, content.threshold))
-    alarm = row.probability >= content.threshold
     unit = row.time_unit
-    asked = "Question asked at" if row.hours[-1] > row.times[-1] else "Last observation"
+    later = row.hours[-1] > row.times[-1]
     truths = [mark.truth for mark in row.report or () if mark.truth]
     return {
         "id": row.id,
         "risk": f"{100 * row.probability:.1f}\N{NO-BREAK SPACE}%",
-        "lines": {
-            f"Risk of {content.outcome}": f"{100 * row.probability:.1f} %",
-            "Threshold": f"{100 * content.threshold:.1f} %",
-            "Prediction": "1: the event" if alarm else "0: no event",
-            asked: f"{unit.name} {unit.text(row.hours[-1])}",
-            "Observations": str(len(row.times)),
-        },
+        "alarm": row.probability >= content.threshold,
+        "observations": len(row.times),
+        "last": f"{unit.name} {unit.text(row.times[-1])}",
+        "asked": f"{unit.name} {unit.text(row.hours[-1])}" if later else None,
         "image": image,
+        "caption": _caption(row),
         "facts": row.facts,
         "changes": row.changes(),
         "cut": len(row.hours) > MOST_CHANGES,
-        "shares": row.shares(),
-        "without_soft_prompt": None
-        if row.without_soft_prompt is None
-        else _soft_prompt_lines(row, row.without_soft_prompt),
+        "effects": row.effects(),
+        "without_soft_prompt": _soft_prompt_text(row),
         "report": row.report,
         "counts": [(truth, truths.count(truth)) for truth in TRUTHS] if truths else [],
     }
 
 
-def _soft_prompt_lines(row: Explanation, without: float) -> dict[str, str]:
-    change = 100 * (row.probability - without)
-    return {
-        "With soft prompt": f"{100 * row.probability:.1f} %",
-        "Without": f"{100 * without:.1f} %",
-        "Difference": f"{signed(change, 1)} points",
-    }
+def _caption(row: Explanation) -> str:
+    caption = "Each series, and the risk with what was known by then."
+    if not np.isnan(row.spreads).all():
+        caption += " Axes span two standard deviations of patients or more."
+    measured = np.flatnonzero(~np.isnan(row.values).all(axis=0))
+    return (
+        f"{caption} Grey: reference range." if any(row.references[f] for f in measured) else caption
+    )
+
+
+def _soft_prompt_text(row: Explanation) -> str:
+    """Return the risk without soft prompt beside the risk; empty where the row has none."""
+    if row.without_soft_prompt is None:
+        return ""
+    without = 100 * row.without_soft_prompt
+    change = signed(without - 100 * row.probability, 1)
+    return f"Without it the risk is {without:.1f} %, {change} points."

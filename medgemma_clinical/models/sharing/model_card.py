@@ -214,6 +214,18 @@ def random_model_notice(config: dict[str, Any], model_name: str = "") -> str:
     return RANDOM_MODEL_UNREAD if unread else ""
 
 
+def weight_0_sentence(config: dict[str, Any], recalibrated: str = "") -> str:
+    """Return what a page says first where the language model has no weight; else nothing.
+
+    Args:
+        config: of a checkpoint of any stage.
+        recalibrated: what the risks have otherwise than those of stage 1, where that is known.
+    """
+    if config.get("residual_weight") != 0:
+        return ""
+    return f"The language model has weight 0: these are the predictions of stage 1{recalibrated}."
+
+
 def describe_weight(config: dict[str, Any]) -> str:
     """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
     if not config["stage1_logit"]:
