@@ -58,9 +58,9 @@ def test_the_picture_shows_the_measured_series_and_the_risk_and_says_so(tmp_path
     ((alt, svg),) = Page(page_of(tmp_path, ROW)).images()
     assert "lactate from 2 to 4.5 mmol/L in 2 values (reference up to 2); pH from 7.2 to" in alt
     assert "7.3 in 2 values (reference 7.35 to 7.45). Below" in alt
-    assert "10.0 % at hour 0, 40.0 % at hour 48, highest 40.0 %; the threshold is 25.3 %" in alt
+    assert "10.0 % at hour 0, 40.0 % at hour 48, highest 40.0 %; the threshold is 25.3\N{NO-BREAK SPACE}%" in alt
     assert "never" not in alt + svg
-    for words in ("lactate", "mmol/L", "pH", "dashed: threshold", "25.3 %", "hours"):
+    for words in ("lactate", "mmol/L", "pH", "dashed: threshold", "25.3\N{NO-BREAK SPACE}%", "hours"):
         assert words in svg
     once = replace(ROW, values=np.where(np.arange(3)[:, None] == 1, ROW.values, np.nan))
     alt = Page(page_of(tmp_path, once)).images()[0][0]
@@ -118,7 +118,7 @@ def test_the_threshold_has_one_rounding(tmp_path: Path) -> None:
     write_patients(tmp_path / "page.html", [ROW], replace(CONTENT, threshold=0.07084))
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     ((alt, svg),) = page.images()
-    assert re.findall(r"\b7\.\d* %", page.text + alt + svg) == ["7.08 %"] * 4
+    assert re.findall(r"\b(7\.\d*)\s%", page.text + alt + svg) == ["7.1"] * 4
 
 
 def test_the_same_row_gives_the_same_page(tmp_path: Path) -> None:
