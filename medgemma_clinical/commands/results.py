@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.several.earlier_stages import earlier_stages
+from medgemma_clinical.data.facts import fact_groups
 from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
@@ -227,6 +228,8 @@ def report_content(
 ) -> ReportContent:
     """Return what a page says beside its figures; arguments as in ``write_results``."""
     dataset, fewest = data.dataset, data.min_cell
+    groups = fact_groups(dataset.fact_names)
+    facts_read = [f"{group}: {', '.join(names)}" for group, names in groups.items()]
     return ReportContent(
         title=f"{STAGE_TITLES[stage.name]}: {dataset.outcome}",
         outcome=dataset.outcome,
@@ -236,7 +239,7 @@ def report_content(
             "Kind": dataset.kind,
             "Used": f"{len(dataset):,} rows of {count_text(dataset.n_patients, fewest)} patients",
             "Missing values": "masked, never filled in",
-            "Facts": ", ".join(dataset.fact_names) or "none are read",
+            "Facts": "; ".join(facts_read) or "none are read",
         },
         card=model_card(stage, state.stopping.best_epoch, validation, facts),
         flow=flow_table(dataset.flow, fewest),

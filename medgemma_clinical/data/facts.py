@@ -52,6 +52,19 @@ def _numbers_of(context: str) -> Iterator[tuple[str, re.Match[str]]]:
             yield word, number
 
 
+def fact_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group the names of facts by their source, as a page shows them; no group is empty."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group = "words of the context"
+        if not CONTEXT_FACT.fullmatch(name):
+            group = "declared"
+        elif name.endswith(NUMBER_ENDING):
+            group = "numbers of the context, by their word"
+        groups.setdefault(group, []).append(name.removesuffix(NUMBER_ENDING))
+    return groups
+
+
 def context_table(contexts: Sequence[str], names: Sequence[str]) -> pd.DataFrame:
     """Return chosen words and numbers of the contexts, one column a name.
 

@@ -18,6 +18,7 @@ from medgemma_clinical.data.checks import describe_unusable_facts, log_check
 from medgemma_clinical.data.facts import (
     CONTEXT_NUMBER,
     context_table,
+    fact_groups,
     facts_of,
     frequent_words,
     numbers_as_written,
@@ -214,3 +215,13 @@ def test_endless_numbers_and_words_are_no_facts() -> None:
     assert frequent_words(["x" * 101, "x" * 100]) == ["x" * 100]
     many = [" ".join(f"{a}{b}{c}" for a in LETTERS for b in LETTERS for c in "xy")] * 3
     assert len(frequent_words(many)) == 1000
+
+
+def test_a_page_groups_facts_by_their_source() -> None:
+    names = ["static_age [years]", "years on dialysis", "man", "year (number)", "icu", "% (number)"]
+    assert fact_groups(names) == {
+        "declared": ["static_age [years]", "years on dialysis"],
+        "words of the context": ["man", "icu"],
+        "numbers of the context, by their word": ["year", "%"],
+    }
+    assert fact_groups([]) == {}
