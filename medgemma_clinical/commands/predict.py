@@ -34,7 +34,7 @@ from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import SECONDS_A_LINE, processes
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
-from medgemma_clinical.evaluation.judgement.overlap import Overlap, find_overlap
+from medgemma_clinical.evaluation.judgement.overlap import find_overlap
 from medgemma_clinical.evaluation.report import (
     CARD,
     INTERVALS,
@@ -49,11 +49,7 @@ from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, 
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, remove
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
-from medgemma_clinical.models.checkpoints import (
-    TRAJECTORY_FILE,
-    TrajectoryCheckpoint,
-    read_trajectory,
-)
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
@@ -330,7 +326,8 @@ def report_labelled(
             logger.info("labelled rows: %s, too few, or of one class only: no figures", count)
         return
     config = trained.config
-    overlap = training_overlap(groups, rows, config, dataset, request)
+    known, named = training_patients(trained, request.checkpoint)
+    overlap = find_overlap(groups, rows, known, named=named and dataset.named, fewest=fewest)
     first = (overlap.sentence if overlap.flatters else "", weight_0_sentence(config))
     # No id is kept, so none can be named.
     cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
@@ -364,39 +361,26 @@ def report_labelled(
     )
 
 
-def training_overlap(
-    patients: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    config: dict[str, Any],
-    dataset: TrajectoryDataset,
-    request: Namespace,
-) -> Overlap:
-    """Compare the judged patients with those that trained the checkpoint; arguments as there."""
-    stage1 = read_stage1(request.checkpoint)
-    return find_overlap(
-        patients,
-        rows,
-        stage1.train_patients if stage1 else np.empty(0, np.int64),
-        named=dataset.named and stage1 is not None and bool(stage1.config["named"]),
-        learner="the model" if config["stage"] == "trajectory" else "the model's stage 1",
-        fewest=request.min_cell,
-    )
+def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:
+    """Return hashes of the patients that trained a model, and whether they have identifiers.
 
-
-def read_stage1(checkpoint: Path) -> TrajectoryCheckpoint | None:
-    """Read the stage 1 of a checkpoint, which alone holds hashes of training patients.
+    Stage 1 alone holds them. Stages 2 and 3 have the same training part where their rows are those
+    of the stage 1 in the folder of their run.
 
     Returns:
-        The checkpoint itself; of stages 2 and 3 the file in the folder of the run, or None where
-        that is missing or not the one of ``run.json``.
+        No hashes where they are not known: of a shared model, or where stage 1 is missing, not the
+        one of ``run.json``, or damaged.
     """
-    place = checkpoint_place(checkpoint)
-    if place.is_file():
-        return read_trajectory(place)
-    beside, digest = place.parent.parent / TRAJECTORY_FILE, None
-    with contextlib.suppress(InputError):  # a damaged run.json hinders no prediction
-        digest = (read_run(place.parent) or {}).get("stage_1_sha256")
-    return read_trajectory(beside) if digest and file_hash(beside) == digest else None
+    if trained.train_patients is not None:
+        return trained.train_patients, bool(trained.config["named"])
+    place = checkpoint_place(checkpoint).absolute()
+    beside = place.parent.parent / TRAJECTORY_FILE
+    with contextlib.suppress(InputError, OSError):  # neither hinders a report
+        if file_hash(beside) == (read_run(place.parent) or {}).get("stage_1_sha256"):
+            stage1 = read_trajectory(beside)
+            if stage1.config["rows_sha256"] == trained.config["rows_sha256"]:
+                return stage1.train_patients, bool(stage1.config["named"])
+    return np.empty(0, np.int64), False
 
 
 def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:

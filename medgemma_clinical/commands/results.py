@@ -20,7 +20,6 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, gather, processes, progress
 from medgemma_clinical.evaluation.baselines import (
     COMBINED,
-    STAGE_1,
     baseline_tables,
     fit_baselines,
     richest_blend,
@@ -248,14 +247,8 @@ def report_content(
         reports=reports,
         validation=validation.auroc,
         notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
-        first=weight_sentence(stage.config, validation),
+        first=weight_0_sentence(stage.config),
     )
-
-
-def weight_sentence(config: dict[str, Any], validation: CohortFigures) -> str:
-    """Return that the language model of stage 2 or 3 has no weight; empty where it has any."""
-    same = STAGE_1 in validation.same
-    return weight_0_sentence(config, "" if same else ", recalibrated in another way")
 
 
 def simple_models(data: Data) -> Baselines:

@@ -151,7 +151,9 @@ def test_the_page_of_each_stage_shows_what_the_stage_has(
 @pytest.mark.parametrize(("weight", "said"), [(0.0, True), (0.001, False), (None, False)])
 def test_a_language_model_of_weight_zero_is_named(weight: float | None, said: bool) -> None:
     config = {} if weight is None else {"residual_weight": weight}
-    expected = "The language model has weight 0: these are the predictions of stage 1."
+    expected = (
+        "The language model has weight 0 and adds nothing: rows are ranked as by stage 1 alone."
+    )
     assert weight_0_sentence(config) == (expected if said else "")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import re
 import shutil
 import signal
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ from medgemma_clinical.commands.predict import check_output, find_source
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.report import STAGE_NAMES
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, file_hash
 from medgemma_clinical.inference.hub import share_checkpoint
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import (
+    TRAJECTORY_FILE,
+    read_trajectory,
+    write_trajectory,
+)
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
 from medgemma_clinical.models.trained_model import read_trained_config
 from pages import Page
@@ -219,15 +225,16 @@ def test_the_report_says_first_how_many_judged_patients_trained(
     trained = (~table["subject_id"].isin(held_out)).sum()
     others = pd.read_csv(SAMPLE, dtype=str).iloc[200:300].assign(id=table["id"].to_numpy())
     strangers = others.assign(subject_id=table["subject_id"].to_numpy())
-    learner = "the model" if stage == "trajectory" else "the model's stage 1"
+    pseudonyms = table.assign(subject_id=[f"pseudonym {k}" for k in range(100)])
     for rows, sentence in (
-        (table, f"{trained} of these 100 patients trained {learner}: the figures flatter it."),
+        (table, f"{trained} of these 100 patients trained the model: the figures flatter it."),
         (
             strangers,
             f"{trained} of these 100 patients have the identifier of a patient who trained",
         ),
-        (others, f"None of these patients has the identifier of a patient who trained {learner}."),
-        (table.drop(columns=["subject_id", "id"]), "of these 100 rows have the last values, hours"),
+        (others, "No patient here has the identifier, or the last values, of one who trained"),
+        (pseudonyms, "of these 100 patients have the last values, hours and outcome"),
+        (table.drop(columns=["subject_id", "id"]), "of these 100 patients have the last values"),
     ):
         out = tmp_path / "out.csv"
         predicted(runs / stage, write_data(rows, tmp_path / "cohort.csv"), out, "--min_cell", "0")
@@ -244,19 +251,42 @@ def test_the_report_says_first_how_many_judged_patients_trained(
 def test_a_checkpoint_without_its_training_patients_says_so(
     runs: Path, table: pd.DataFrame, tmp_path: Path
 ) -> None:
-    """As a shared copy, and as a later stage beside another stage 1 or a damaged run.json."""
+    """As a shared copy; as a later stage beside another stage 1 or a damaged file."""
     share_checkpoint(runs / "trajectory", tmp_path / "shared")
-    shutil.copytree(runs / "classification", tmp_path / "alone" / "classification")
-    shutil.copytree(tmp_path / "alone", tmp_path / "changed")
-    shutil.copy(tmp_path / "shared" / TRAJECTORY_FILE, tmp_path / "changed")
-    shutil.copytree(tmp_path / "alone", tmp_path / "damaged")
-    shutil.copy(runs / TRAJECTORY_FILE, tmp_path / "damaged")
+    whole = tmp_path / "whole"
+    shutil.copytree(runs / "classification", whole / "classification")
+    shutil.copy(runs / TRAJECTORY_FILE, whole)
+    for name in ("alone", "another", "garbage", "damaged", "other_rows"):
+        shutil.copytree(whole, tmp_path / name)
+    (tmp_path / "alone" / TRAJECTORY_FILE).unlink()
     (tmp_path / "damaged" / "classification" / "run.json").write_text("{")
+    other = read_trajectory(runs / TRAJECTORY_FILE)
+    fewer = replace(other, train_patients=other.train_patients[1:])
+    write_trajectory(tmp_path / "another" / TRAJECTORY_FILE, fewer)
+    (tmp_path / "garbage" / TRAJECTORY_FILE).write_bytes(b"no checkpoint")
+    other.config["rows_sha256"] = "0" * 64
+    write_trajectory(tmp_path / "other_rows" / TRAJECTORY_FILE, other)
+    for name in ("garbage", "other_rows"):
+        run = tmp_path / name / "classification" / "run.json"
+        content = json.loads(run.read_text())
+        content["stage_1_sha256"] = file_hash(tmp_path / name / TRAJECTORY_FILE)
+        run.write_text(json.dumps(content))
     data = write_data(table, tmp_path / "cohort.csv")
+    unknown = "The checkpoint does not hold its training patients: if these "
     for checkpoint in (tmp_path / "shared", *sorted(tmp_path.glob("*/classification"))):
         predicted(checkpoint, data, tmp_path / "out.csv")
+        known = checkpoint.parent == whole
         result = result_of(tmp_path / "out.report.html")
-        assert result.startswith("The checkpoint does not hold its training patients: if these ")
+        assert result.startswith(unknown) == (not known), checkpoint
+
+
+def test_a_checkpoint_finds_its_stage_1_from_any_folder(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trainer.TrajectoryModel.from_pretrained(runs / "classification").trained
+    for folder, name in (("classification", "."), ("classification", "best"), ("", "generative")):
+        monkeypatch.chdir(runs / folder)
+        assert len(predict.training_patients(model, Path(name))[0])
 
 
 def test_the_page_of_a_run_with_the_random_model_says_so(

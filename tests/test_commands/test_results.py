@@ -13,9 +13,8 @@ from sklearn import metrics
 
 import medgemma_trainer as trainer
 from conftest import sign_table
-from medgemma_clinical.commands.results import weigh_language_model, weight_sentence
+from medgemma_clinical.commands.results import weigh_language_model
 from medgemma_clinical.evaluation.baselines import STAGE_1
-from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -276,7 +275,7 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(
     card = (folder / "best" / "README.md").read_text(encoding="utf-8")
     assert "the language model adds nothing here" in page
     # Stage 1 was recalibrated, this stage was not.
-    first = "has weight 0: these are the predictions of stage 1, recalibrated in another way."
+    first = "has weight 0 and adds nothing: rows are ranked as by stage 1 alone."
     assert page.index("The result in words") < page.index(first) < page.index("than chance")
     assert "beside stage 1: 0: the language model adds nothing here" in card
     for name in ("validation", "test"):
@@ -288,21 +287,6 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(
     saved = pd.read_csv(folder / "predictions_test.csv", dtype={"id": str})
     new = pd.read_csv(out, dtype={"id": str}).set_index("id").loc[saved["id"]]
     np.testing.assert_allclose(new["probability"], saved["probability"], atol=1e-6)
-
-
-def test_a_weight_of_0_is_said_and_whether_the_risks_are_those_of_stage_1() -> None:
-    risk = np.tile([0.1, 0.3, 0.6], 20)
-    labels = np.tile([0.0, 1, 0, 1, 0], 12)
-    groups = np.arange(60).astype(str)
-    said = "The language model has weight 0: these are the predictions of stage 1"
-    for stage_1, ending in ((risk, "."), (risk / 2, ", recalibrated in another way.")):
-        cohort = Cohort(
-            labels, risk, groups, groups, pd.DataFrame(index=groups), {STAGE_1: stage_1}
-        )
-        figures = cohort_figures(cohort, 0.3, 0, 0)
-        assert weight_sentence({"residual_weight": 0.0}, figures) == said + ending
-        for config in ({"residual_weight": 0.25}, {"residual_weight": 1}, {}):
-            assert weight_sentence(config, figures) == ""
 
 
 def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(

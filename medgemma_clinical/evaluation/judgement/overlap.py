@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import is_small
+from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What is known of the patients that trained the model among those it is judged on.
+    """Patients that trained the model among those on whom it is judged.
 
     Attributes:
-        sentence: says so.
+        sentence: how many there are, or why the number is not known.
         flatters: whether the figures flatter the model, or may do so.
     """
 
@@ -30,21 +30,18 @@ def find_overlap(
     trained: NDArray[np.int64],
     *,
     named: bool,
-    learner: str,
     fewest: int,
 ) -> Overlap:
-    """Compare the judged patients with those that trained.
+    """Compare the judged patients with those that trained, by identifiers and by rows.
 
-    Identifiers are compared where both data sets have them, otherwise the rows. Equal identifiers
-    alone prove nothing, since two hospitals may count their patients alike: they do where a row is
-    equal, too.
+    Equal identifiers alone prove nothing, since two hospitals may count their patients alike: they
+    do where a row is equal, too.
 
     Args:
         patients: (n,) hash of the patient of each row, as from ``patient_hashes``.
         rows: (n,) hash of each row, as from ``row_hashes``.
         trained: hashes of both kinds, as from ``Data.training_patients``; empty where not known.
-        named: whether both data sets name their patients.
-        learner: what these patients trained, "the model" or a part of it.
+        named: whether both data sets have identifiers of patients.
         fewest: patients of the smallest cell that is shown.
     """
     if not len(trained):
@@ -54,43 +51,34 @@ def find_overlap(
             flatters=True,
         )
     same_row = np.isin(rows, trained) & (rows != 0)
-    if not named:
-        if not same_row.any():
-            return Overlap(
-                f"No row here has the last values, hours and outcome of a row that trained "
-                f"{learner}. Without identifiers no more can be compared, and rows of fewer than "
-                f"{IDENTIFYING_VALUES} values not at all.",
-                flatters=False,
-            )
+    same_name = np.isin(patients, trained) & named
+    if same_name.any():
+        part = _part(same_name, patients, fewest)
+        if (same_name & same_row).any():
+            return Overlap(f"{part} trained the model: the figures flatter it.", flatters=True)
+        found = "the identifier of a patient who trained the model"
+    elif same_row.any():
+        part = _part(same_row, patients, fewest)
+        found = "the last values, hours and outcome of a row that trained the model"
+    else:
+        compared = "the identifier, or the last values," if named else "the last values"
+        few = "compared by identifier alone" if named else "not compared"
         return Overlap(
-            f"{_part(int(same_row.sum()), len(rows), 'rows', fewest)} have the last values, hours "
-            f"and outcome of a row that trained {learner}: the figures flatter it.",
-            flatters=True,
+            f"No patient here has {compared} of one who trained the model. Rows of fewer than "
+            f"{IDENTIFYING_VALUES} values are {few}.",
+            flatters=False,
         )
-    same_name = np.isin(patients, trained)
-    if not same_name.any():
-        sentence = f"None of these patients has the identifier of a patient who trained {learner}."
-        return Overlap(sentence, flatters=False)
-    known, count = len(np.unique(patients[same_name])), len(np.unique(patients))
-    part = _part(known, count, "patients", fewest)
-    if (same_name & same_row).any():
-        return Overlap(f"{part} trained {learner}: the figures flatter it.", flatters=True)
-    return Overlap(
-        f"{part} have the identifier of a patient who trained {learner}: if they are the same "
-        "patients, the figures flatter it.",
-        flatters=True,
-    )
+    sentence = f"{part} have {found}: if they are the same patients, the figures flatter it."
+    return Overlap(sentence, flatters=True)
 
 
-def _part(known: int, count: int, noun: str, fewest: int) -> str:
-    """Write how many of the judged patients or rows are known; a few, or all but a few, in words.
-
-    Without identifiers each row is a patient.
-    """
+def _part(chosen: NDArray[np.bool_], patients: NDArray[np.int64], fewest: int) -> str:
+    """Write how many patients are chosen; a few, or all but a few, in words."""
+    known, count = count_patients(patients, chosen), len(np.unique(patients))
     if known == count:
-        return f"All these {count:,} {noun}"
+        return f"All these {count:,} patients"
     if is_small(known, fewest):
-        return f"Fewer than {fewest} of these {count:,} {noun}"
+        return f"Fewer than {fewest} of these {count:,} patients"
     if is_small(count - known, fewest):
-        return f"All but fewer than {fewest} of these {count:,} {noun}"
-    return f"{known:,} of these {count:,} {noun}"
+        return f"All but fewer than {fewest} of these {count:,} patients"
+    return f"{known:,} of these {count:,} patients"

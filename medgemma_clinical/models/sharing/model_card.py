@@ -214,16 +214,14 @@ def random_model_notice(config: dict[str, Any], model_name: str = "") -> str:
     return RANDOM_MODEL_UNREAD if unread else ""
 
 
-def weight_0_sentence(config: dict[str, Any], recalibrated: str = "") -> str:
+def weight_0_sentence(config: dict[str, Any]) -> str:
     """Return what a page says first where the language model has no weight; else nothing.
 
-    Args:
-        config: of a checkpoint of any stage.
-        recalibrated: what the risks have otherwise than those of stage 1, where that is known.
+    The risks may differ from those of stage 1, whose recalibration may be another.
     """
     if config.get("residual_weight") != 0:
         return ""
-    return f"The language model has weight 0: these are the predictions of stage 1{recalibrated}."
+    return "The language model has weight 0 and adds nothing: rows are ranked as by stage 1 alone."
 
 
 def describe_weight(config: dict[str, Any]) -> str:
@@ -231,7 +229,7 @@ def describe_weight(config: dict[str, Any]) -> str:
     if not config["stage1_logit"]:
         return "stage 1's logit is not added"
     if config["residual_weight"] == 0:
-        return "0: the language model adds nothing here, the predictions are those of stage 1"
+        return "0: the language model adds nothing here, rows are ranked as by stage 1 alone"
     return f"{config['residual_weight']:g}, chosen on the validation part"
 
 

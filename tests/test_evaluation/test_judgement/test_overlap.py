@@ -20,7 +20,6 @@ def overlap(trained: list[int], *, named: bool = True, fewest: int = 0) -> Overl
         rows,
         np.array(trained, dtype=np.int64),
         named=named,
-        learner="the model",
         fewest=fewest,
     )
 
@@ -64,20 +63,36 @@ def test_equal_identifiers_without_an_equal_row_are_no_proof() -> None:
     assert overlap([*names, -129]).sentence.startswith("30 of these 40 patients trained")
 
 
-def test_without_identifiers_rows_are_compared_and_those_of_few_values_are_not() -> None:
-    found = overlap([*trained_on(30), 0], named=False)
-    assert found.flatters
-    assert found.sentence.startswith("29 of these 80 rows have the last values, hours and outcome")
-    names = [hash_ for hash_ in trained_on(30) if hash_ > 0]
-    none = overlap([*names, 0], named=False)
-    assert not none.flatters
-    assert none.sentence.startswith("No row here has the last values, hours and outcome")
-    assert "rows of fewer than 3 values not at all" in none.sentence
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_are_compared_without_equal_identifiers_and_those_of_few_values_are_not(
+    named: bool,
+) -> None:
+    """The training file under new pseudonyms, and without any."""
+    rows = [*range(-129, -100), 0]
+    found = overlap(rows, named=named)
+    assert found == Overlap(
+        "29 of these 40 patients have the last values, hours and outcome of a row that trained the "
+        "model: if they are the same patients, the figures flatter it.",
+        flatters=True,
+    )
+    few = overlap([*range(-110, -100)], named=named, fewest=11)
+    assert few.sentence.startswith("Fewer than 11 of these 40 patients have the last values")
 
 
-def test_patients_of_other_identifiers_raise_no_warning_and_an_unknown_training_does() -> None:
-    assert overlap([1, 2, -101]) == Overlap(
-        "None of these patients has the identifier of a patient who trained the model.",
+def test_identifiers_are_not_compared_unless_both_data_sets_have_them() -> None:
+    """Without identifiers the patients are the numbers of the rows."""
+    none = overlap([hash_ for hash_ in trained_on(30) if hash_ > 0] + [0], named=False)
+    assert none == Overlap(
+        "No patient here has the last values of one who trained the model. Rows of fewer than 3 "
+        "values are not compared.",
+        flatters=False,
+    )
+
+
+def test_other_patients_raise_no_warning_and_an_unknown_training_does() -> None:
+    assert overlap([1, 2, -1]) == Overlap(
+        "No patient here has the identifier, or the last values, of one who trained the model. "
+        "Rows of fewer than 3 values are compared by identifier alone.",
         flatters=False,
     )
     unknown = overlap([])
