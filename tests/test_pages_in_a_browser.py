@@ -27,6 +27,7 @@ from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
 from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
+from medgemma_clinical.evaluation.report_tables import WRITTEN
 from pages import make_content, write_page
 from patient_rows import CONTENT, ROW
 
@@ -80,7 +81,11 @@ def full_report(folder: Path) -> Path:
         },
         split=pd.DataFrame({"Part": ["training"], "Rows": ["80"], "Patients": ["80"]}),
         flow=pd.DataFrame({"Left out": ["no label"], "Rows": ["3"], "Rows left": ["80"]}),
-        reports={"reports": 40, "true_number_share": share, "numbers_stated": 9},
+        reports={
+            "reports": 40,
+            "numbers_stated": 9,
+            **{key: share for key, *_ in WRITTEN if key.endswith("share")},
+        },
     )
     text = (
         "In-hospital death: no. " + "potassium: from 4.4 at 10.62 h to 4 at 33.12 h, falling. " * 8

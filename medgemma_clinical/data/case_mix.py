@@ -30,7 +30,7 @@ OBSERVATION_BANDS = {
 """Subgroups of a report: each band with the number just above it."""
 
 BAND = re.compile(r"under (?P<end>\d+)|(?P<low>\d+)(?: to (?P<high>\d+)| or (?P<open>\w+))?")
-"""How such a band is named."""
+"""Form of the name of such a band."""
 
 UNKNOWN = "not known"
 AGE = re.compile(r"\b([0-9]{1,3})[- ]years?[- ]old\b|\baged?[ :=]+([0-9]{1,3})\b", re.IGNORECASE)

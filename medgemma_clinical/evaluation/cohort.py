@@ -181,8 +181,15 @@ class CohortFigures:
 
     @property
     def best_baseline(self) -> str | None:
-        """Name of the baseline with the largest AUROC on these rows, None without baselines."""
-        known = {name: each["auroc"].value or 0 for name, each in self.baselines.items()}
+        """Name of the baseline with the largest AUROC on these rows, None without baselines.
+
+        One that gives each row the model's risk, as stage 1 at weight 0, is no rival.
+        """
+        known = {
+            name: each["auroc"].value or 0
+            for name, each in self.baselines.items()
+            if name not in self.same
+        }
         return max(known, key=known.__getitem__, default=None)
 
     @property

@@ -51,6 +51,8 @@ STAGE_NAMES = {
 }
 """Names of the models among several, and within a sentence."""
 
+PATIENTS_NOTICE = "This page names patients (--report_patients): do not share it."
+
 CARD = {
     "Intended use": (
         "Research on the question above, on data like those of the training part. Not a medical "
@@ -114,6 +116,7 @@ class Tile:
             includes 1.
         place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
             without an interval.
+        beyond: those of these that lie outside the scale, at whose end an arrow stands.
     """
 
     name: str
@@ -121,6 +124,7 @@ class Tile:
     comparison: str
     verdict: Verdict | None
     place: dict[str, float]
+    beyond: Sequence[str] = ()
 
 
 def write_report(
@@ -147,11 +151,13 @@ def write_report(
         The result in words, a line for each finding.
     """
     judgement = judge(figures, content.outcome, content.validation)
+    first = [*filter(None, [content.first, report_tables.written_sentence(content.reports)])]
+    notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     text = render(
         "report",
         content=content,
         title=content.title,
-        notice=content.notice,
+        notice=" ".join(filter(None, notices)),
         judgement=judgement,
         tiles=headline(figures),
         images=report_images(cohort, figures, content.history or []),
@@ -170,14 +176,15 @@ def write_report(
         fewest=figures.fewest,
         judged=figures.events is not None,
         fewest_patients=FEWEST_PATIENTS,
-        written=report_tables.written_figures(content.reports),
+        written=report_tables.written_table(content.reports),
+        first=first,
         examples=report_tables.example_reports(reports, cohort.labels)
         if list_patients and reports
         else None,
         errors=report_tables.largest_errors(cohort) if list_patients else None,
     )
     write_text(path, text)
-    return "\n".join(filter(None, [content.first, *judgement.lines()]))
+    return "\n".join([*first, *judgement.lines()])
 
 
 def render(name: str, **content: Any) -> str:
@@ -225,4 +232,5 @@ def _tile(
     }
     verdict = judge_interval(score, rarer, reference)
     whole = len(place) == len(numbers)
-    return Tile(name, score.text(form), comparison, verdict, place if whole else {})
+    beyond = [key for key, x in numbers.items() if x is not None and not start <= x <= end]
+    return Tile(name, score.text(form), comparison, verdict, place if whole else {}, beyond)

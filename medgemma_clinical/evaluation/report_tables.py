@@ -44,8 +44,8 @@ DISCRIMINATION: Lines = (
         "auprc",
         "AUPRC",
         ".3f",
-        "share of true alarms, averaged over all thresholds; chance is the prevalence, "
-        "{prevalence}",
+        "share of alarms that are right, averaged over the sensitivities; chance is the "
+        "prevalence, {prevalence}",
     ),
     ("accuracy", "Accuracy at 0.5", ".3f", "share of rows on the right side of a risk of 50 %"),
 )
@@ -98,6 +98,32 @@ AT_THRESHOLD: Lines = (  # in percent
 
 COMPARED = (("auroc", "AUROC", ".3f"), ("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f"))
 """Metrics of a model beside its baselines: key, name, format."""
+
+WRITTEN = (
+    ("reports", "Reports", "written for the rows of the test part"),
+    ("parse_share", "Expected form (%)", "reports of the form of the true ones from end to end"),
+    ("numbers_stated", "Numbers stated", "in all reports"),
+    ("true_number_share", "True numbers (%)", "of these, as in the true report in the same place"),
+    (
+        "abnormal_values",
+        "Abnormal values",
+        "highest value of a series above its reference range, lowest value below it",
+    ),
+    ("abnormal_named_share", "Abnormal named (%)", "of these, stated with their time"),
+    (
+        "abnormal_nameable_share",
+        "Abnormal nameable (%)",
+        "of these, stated by the true reports, which give first and last value of a further series",
+    ),
+    (
+        "right_trend_share",
+        "Trends right (%)",
+        "direction of a series with the times of its first and last value",
+    ),
+    ("invented", "Inventions", "numbers and statements that the row does not hold"),
+    ("inventing_share", "Reports with inventions (%)", "of all reports"),
+)
+"""Figures of written reports: key, name, meaning."""
 
 RECALIBRATED = {
     "calibration_slope": "Slope (1 is ideal)",
@@ -199,16 +225,18 @@ def few_subgroups(figures: CohortFigures) -> str:
     return "; ".join(f"{column}: {', '.join(levels)}" for column, levels in few.items())
 
 
-def largest_errors(cohort: Cohort) -> pd.DataFrame:
-    """Return the ten rows whose risk is farthest from the label: id, label and probability only."""
+def largest_errors(cohort: Cohort) -> list[tuple[str, str]]:
+    """Return the ten rows whose risk is farthest from the label: id, and both in words."""
     order = np.argsort(-np.abs(cohort.labels - cohort.probability), kind="stable")[:10]
-    return pd.DataFrame(
-        {
-            "id": cohort.ids[order],
-            "label": cohort.labels[order].astype(int),
-            "probability": [f"{risk:.3f}" for risk in cohort.probability[order]],
-        }
-    )
+    return [
+        (str(cohort.ids[k]), risk_beside_label(cohort.labels[k], cohort.probability[k]))
+        for k in order.tolist()
+    ]
+
+
+def risk_beside_label(label: float, risk: float) -> str:
+    """Write what happened and what was predicted."""
+    return f"{'with' if label else 'without'} the event, predicted risk {percent(risk)}"
 
 
 def shift_table(development: dict[str, float], cohort: dict[str, float]) -> pd.DataFrame:
@@ -272,28 +300,34 @@ def flow_table(flow: pd.DataFrame | None, fewest: int) -> pd.DataFrame | None:
     return None if flow is None else merge_flow(flow, fewest).rename(columns=names)
 
 
-def written_figures(reports: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the figures of written reports, as in metrics.json, in words.
+def written_table(reports: Mapping[str, Any] | None) -> pd.DataFrame | None:
+    """Return the figures of written reports, as in metrics.json, with their meanings.
 
     A dash stands for a share of nothing, and for a hidden one; abnormal values that are not judged
-    are left out.
+    are left out. None without reports.
     """
-    names = {
-        "reports": "Reports written",
-        "parse_share": "Expected form (%)",
-        "numbers_stated": "Numbers stated",
-        "true_number_share": "True numbers (%)",
-        "abnormal_values": "Abnormal values",
-        "abnormal_named_share": "Named (%)",
-        "abnormal_nameable_share": "Nameable (%)",
-        "right_trend_share": "Trends right (%)",
-        "invented": "Invented",
-        "inventing_share": "Inventing reports (%)",
-    }
     known = {key: value for key, value in (reports or {}).items() if value is not None}
     if "abnormal_values" not in known:
         known = {key: value for key, value in known.items() if not key.startswith("abnormal")}
-    return {name: _written_figure(known[key]) for key, name in names.items() if key in known}
+    lines = [
+        (name, _written_figure(known[key]), meaning)
+        for key, name, meaning in WRITTEN
+        if key in known
+    ]
+    return pd.DataFrame(lines, columns=["Figure", "Value [95 %]", "Meaning"]) if lines else None
+
+
+def written_sentence(reports: Mapping[str, Any] | None) -> str:
+    """Return what the box at the top says of written reports; empty without any."""
+    if not reports or not reports["reports"]:
+        return ""
+    expected, inventing = (
+        Estimate(**reports[key]).text(".1f", 100) for key in ("parse_share", "inventing_share")
+    )
+    return (
+        f"Of the {reports['reports']:,} written reports {expected} % have the expected form, and "
+        f"{inventing} % state something that their row does not hold."
+    )
 
 
 def _written_figure(figure: dict[str, float | None] | float) -> str:
@@ -321,7 +355,7 @@ def example_reports(
     best, worst = max(places, key=quality.__getitem__), min(places, key=quality.__getitem__)
     titles = {worst: "Worst", middle: "Median", best: "Best"}
     if quality[best] == quality[worst]:
-        titles = {best: "The first; all reports have this score"}
+        titles = {best: "The first of equal ones"}
     judged = any(line["abnormal"] for line in reports)
     examples = []
     for k, title in titles.items():
@@ -329,7 +363,7 @@ def example_reports(
         named = f"{line['named']} of {line['abnormal']}" if line["abnormal"] else "none to name"
         trends = f"{line['right_trends']} of {line['trends']}" if line["trends"] else "no trend"
         about = {
-            "Row": f"{line['id']}, label {labels[k]:.0f}, probability {line['probability']:.3f}",
+            "Row": f"{line['id']}, {risk_beside_label(labels[k], line['probability'])}",
             "Score": f"{line['quality']:.2f}",
             "Form": "as expected" if line["parses"] else "not as expected",
             **({"Abnormal values named": named} if judged else {}),
@@ -395,6 +429,6 @@ def results_table(
         further.append(f"{NO_VALUE}: undefined, or hidden by --min_cell {test.fewest}")
     if (recalibration := recalibration_table(test)) is not None:
         further.append(recalibration.to_string(index=False))
-    shown = {key: x for key, x in (reports or {}).items() if x}
-    further += [f"{title}: {value}" for title, value in written_figures(shown).items()]
+    if (written := written_table(reports)) is not None:
+        further += [f"{name}: {value}" for name, value, _ in written.values.tolist()]
     return "\n".join([pd.DataFrame(lines).to_string(index=False), *further])

@@ -18,8 +18,8 @@ from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
 from medgemma_clinical.evaluation.judgement.verdict import BETTER, SAME, SCALE, UNDECIDED, WORSE
-from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, write_report
-from medgemma_clinical.evaluation.report_tables import results_table, shift_table
+from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, PATIENTS_NOTICE, write_report
+from medgemma_clinical.evaluation.report_tables import results_table, risk_beside_label, shift_table
 from pages import OUTCOME, Page, make_content, write_page
 
 pytestmark = pytest.mark.usefixtures("few_draws")
@@ -189,7 +189,8 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     mended = replace(make_cohort((labels, expit(0.4 * log_odds(risk)), groups)), uncalibrated=risk)
     figures = cohort_figures(mended, 0.3, 0, 0)
     slopes = [each["calibration_slope"].text() for each in (figures.before, figures.estimates)]
-    reports = {"reports": 40, "parse_share": Estimate(0.975, 0.9, 0.99).to_json()}
+    share = Estimate(0.975, 0.9, 0.99).to_json()
+    reports = {"reports": 40, "parse_share": share, "inventing_share": share}
     source = write_page(mended, tmp_path, make_content(reports=reports), list_patients=True)
     text = Page(source).text.split("Before and after")[-1]
     assert "Abnormal values are not judged" in text
@@ -199,7 +200,9 @@ def test_a_page_with_all_sections_shows_recalibration_reports_and_the_ten_larges
     assert "Expected form (%) 97.5 [90.0, 99.0]" in text
     worst = np.argsort(-np.abs(labels - mended.probability))[:10]
     assert re.findall(r"MARKER-row-(\d+)", text) == [str(i) for i in worst]
-    assert f"{mended.probability[worst[0]]:.3f}" in text
+    k = worst[0]
+    words = risk_beside_label(labels[k], mended.probability[k])
+    assert words.replace("\N{NO-BREAK SPACE}", " ") in text
     assert "MARKER-patient" not in source
     assert "MARKER" not in page
 
@@ -214,7 +217,8 @@ def test_a_page_says_which_earlier_stage_is_not_shown(tmp_path: Path) -> None:
 def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: Path) -> None:
     cohort = make_cohort(simulate(np.random.default_rng(0), 60))
     share = Estimate(0.75, 0.6, 0.9).to_json()
-    figures = {"reports": 60, "abnormal_values": 5, "abnormal_named_share": share}
+    shares = ("parse_share", "inventing_share", "abnormal_named_share")
+    figures = {"reports": 60, "abnormal_values": 5, **dict.fromkeys(shares, share)}
     content = make_content(reports=figures)
     counts = dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 2)
     lines = [
@@ -224,7 +228,10 @@ def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: P
     ]
     source = write_page(cohort, tmp_path, content, list_patients=True, reports=lines)
     text = Page(source).text
-    assert "Named (%) 75.0 [60.0, 90.0]" in text
+    assert "Abnormal named (%) 75.0 [60.0, 90.0]" in text
+    first = "Of the 60 written reports 75.0 [60.0, 90.0] % have the expected form, and 75.0 [60.0, "
+    assert text.index(first) < text.index("than chance")
+    assert text.index(PATIENTS_NOTICE) < text.index(first)
     assert "Abnormal values are not judged" not in text
     assert "with the highest, the median and the lowest score" in text
     assert re.findall(r"MARKERTEXT(\d+) <b>", text) == ["59", "29", "0"]
@@ -232,6 +239,7 @@ def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: P
     assert "Form: not as expected; Abnormal values named: 2 of 2" in text
     without = write_page(cohort, tmp_path, content, list_patients=False, reports=lines)
     assert "MARKER" not in without
+    assert PATIENTS_NOTICE not in without
     assert "75" in Page(without).text
 
 
@@ -243,7 +251,9 @@ def test_a_long_report_is_folded_behind_its_beginning(
     line = {"id": "1", "quality": 1.0, "parses": True, "probability": 0.5, "invented": 0}
     line |= dict.fromkeys(("named", "abnormal", "right_trends", "trends"), 0)
     line["text"] = line["target"] = " ".join(f"w{k}" for k in range(words))
-    content = make_content(reports={"reports": 60})
+    share = Estimate(0.5).to_json()
+    figures = {"reports": 60, "parse_share": share, "inventing_share": share}
+    content = make_content(reports=figures)
 
     def section_of(line: dict[str, object]) -> Page:
         page = write_page(cohort, tmp_path, content, list_patients=True, reports=[line] * 60)

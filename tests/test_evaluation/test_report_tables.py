@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ from medgemma_clinical.evaluation.report_tables import (
     split_table,
     stage_table,
     subgroup_table,
-    written_figures,
+    written_table,
 )
 
 
@@ -84,14 +85,22 @@ def test_written_reports_are_told_in_words(figures: CohortFigures) -> None:
         "numbers_stated": 4000,
     }
     lines = {
-        "Reports written": "1,385",
+        "Reports": "1,385",
         "Expected form (%)": "90.0 [85.0, 94.0]",
         "Numbers stated": "4,000",
         "True numbers (%)": "75.1 [70.0, 80.0]",
     }
-    assert written_figures(reports) == lines
+    assert written_lines(reports) == lines
     text = results_table("stage 3", {"validation": figures, "test": figures}, reports)
     assert text.splitlines()[-4:] == [f"{name}: {value}" for name, value in lines.items()]
+
+
+def written_lines(reports: dict[str, Any]) -> dict[str, str]:
+    """Return value by figure; each has a meaning."""
+    table = written_table(reports)
+    assert table is not None
+    assert table["Meaning"].str.len().min() > 5
+    return dict(table[["Figure", "Value [95 %]"]].values.tolist())
 
 
 def test_abnormal_values_that_are_not_judged_are_left_out_and_shares_of_nothing_are_dashes() -> (
@@ -100,8 +109,8 @@ def test_abnormal_values_that_are_not_judged_are_left_out_and_shares_of_nothing_
     unknown = Estimate(None).to_json()
     shares = dict.fromkeys(("true_number_share", "abnormal_named_share"), unknown)
     reports = {"reports": 40, "numbers_stated": 0, "abnormal_values": None, **shares}
-    assert written_figures(reports) == {
-        "Reports written": "40",
+    assert written_lines(reports) == {
+        "Reports": "40",
         "Numbers stated": "0",
         "True numbers (%)": "\N{EN DASH}",
     }
@@ -118,7 +127,9 @@ def examples_of(*qualities: float) -> list[tuple[str, str]]:
     examples = example_reports(lines, np.ones(len(lines)))
     assert {example[2:] for example in examples} == {("written", "true")}
     rows = [(title, about["Row"]) for title, about, *_ in examples]
-    assert all(row.endswith(", label 1, probability 0.250") for _, row in rows)
+    assert all(
+        row.endswith(", with the event, predicted risk 25\N{NO-BREAK SPACE}%") for _, row in rows
+    )
     return [(title, row.partition(",")[0]) for title, row in rows]
 
 
@@ -141,8 +152,8 @@ def test_an_example_without_abnormal_value_has_none_to_name() -> None:
         ((0.5, 0.9, 0.1, 0.6), [("Best", "r1"), ("Median", "r0"), ("Worst", "r2")]),
         ((0.1, 0.9, 0.9, 0.1, 0.5), [("Best", "r1"), ("Median", "r4"), ("Worst", "r0")]),
         ((0.5, 0.9), [("Best", "r1"), ("Median", "r0")]),
-        ((0.5,), [("The first; all reports have this score", "r0")]),
-        ((0.5, 0.5, 0.5), [("The first; all reports have this score", "r0")]),
+        ((0.5,), [("The first of equal ones", "r0")]),
+        ((0.5, 0.5, 0.5), [("The first of equal ones", "r0")]),
     ],
 )
 def test_the_best_the_median_and_the_worst_report_are_examples(
@@ -210,12 +221,11 @@ def test_the_result_is_one_sentence_with_the_best_baseline(figures: CohortFigure
     assert result_sentence(few).endswith("too few to say whether this model is better than chance.")
 
 
-def test_the_console_shows_no_count_of_zero(figures: CohortFigures) -> None:
+def test_the_console_shows_what_the_page_shows_of_reports(figures: CohortFigures) -> None:
     share = Estimate(None).to_json()
     reports = {"reports": 3, "true_number_share": share, "numbers_stated": 0}
     table = results_table("model", {"validation": figures, "test": figures}, reports)
-    assert "Reports written: 3" in table
-    assert "Numbers stated" not in table
+    assert "Reports: 3\nNumbers stated: 0\n" in table
     assert "True numbers (%): \N{EN DASH}" in table
 
 

@@ -68,7 +68,7 @@ class ItemSeries:
         sources: itemids that have to be read for it; they may not lose a value.
         unit: of its values, "" where it has none, None where the table has to tell it.
         plausible: lowest and highest value of a living patient, None where unknown.
-        reference: reference range that most values bear, None where they bear none.
+        reference: the most frequent reference range beside its values, None where there is none.
     """
 
     name: str

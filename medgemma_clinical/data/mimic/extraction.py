@@ -25,6 +25,7 @@ from medgemma_clinical.data.mimic.request import (
     COMPUTED_GAP,
     EXCLUDE,
     GAP_ITEM,
+    REPORTED,
     CohortRequest,
     Extraction,
 )
@@ -154,7 +155,12 @@ class _Cohort:
         ]
 
     def _reference(self, items: tuple[int, ...]) -> Reference | None:
-        """Return the reference range of the first of some items that has one."""
+        """Return the reference range of the first of some items that has one.
+
+        A series that may hold computed gaps has none: they lack potassium.
+        """
+        if COMPUTED_GAP in items and self.request.compute_gap != REPORTED:
+            return None
         rows = self.database.run("FROM reference_ranges").fetchall()
         ranges = {item: (low, high) for item, low, high in rows}
         return next((ranges[item] for item in items if item in ranges), None)

@@ -1,4 +1,5 @@
--- The reference range that most values of an item bear, of those already in the unit of its series.
+-- The reference range that most often stands beside the values of an item, of those already in the
+-- unit of its series.
 CREATE TABLE reference_ranges AS
 SELECT DISTINCT ON (item) item, low, high
 FROM (

@@ -143,8 +143,6 @@ def _beside_baseline(figures: CohortFigures) -> Finding:
         f"{difference.text('+.3f')}"
     )
     text += ", which includes 0." if verdict == UNDECIDED else "."
-    if verdict == SAME:
-        text = "Both give each row the same risk."
     return Finding(verdict, verdict.sentence(MODEL_IS, f"the best baseline, {name}"), text)
 
 
@@ -155,7 +153,7 @@ def _calibration(figures: CohortFigures) -> Finding:
     skill = figures.estimates["brier_skill"]
     verdict = judge_interval(skill, figures.rarer)
     if FEW in (verdict, *(judge_interval(each, figures.rarer) for each in (slope, large))):
-        text = "These rows cannot show whether the predicted risks agree with the observed shares."
+        text = "Too few patients have, or lack, the event to judge the calibration."
         return Finding(FEW, FEW.sentence(RISKS_ARE, ONE_RISK), text)
     faults = []
     if slope.below(1):
@@ -173,7 +171,7 @@ def _calibration(figures: CohortFigures) -> Finding:
     if faults:
         heading = WORSE.sentence(RISKS_ARE, "those of a calibrated model")
         return Finding(WORSE, heading, f"They are {' and '.join(faults)} ({shown}).")
-    text = f"No miscalibration was found; errors within the intervals are possible ({shown})."
+    text = f"They agree with what happened, as far as these rows can show ({shown})."
     return Finding(verdict, verdict.sentence(RISKS_ARE, ONE_RISK), text)
 
 
@@ -190,8 +188,9 @@ def _usefulness(figures: CohortFigures) -> Finding:
         )
     verdict = judge_interval(gain, figures.rarer)
     text = (
-        f"At the chosen threshold, a risk of {risk}, its alarms gain {gain.text('+.1f', 100)} true "
-        "alarms per 100 rows over the better of the two, false alarms subtracted (net benefit)"
+        f"At the chosen threshold, a risk of {risk}, the net benefit (true alarms per 100 rows, "
+        "false ones subtracted) differs from that of the better of the two by "
+        f"{gain.text('+.1f', 100)}"
     )
     if gain.value is None:
         text = "The alarms at the chosen threshold are not shown"
@@ -201,17 +200,19 @@ def _usefulness(figures: CohortFigures) -> Finding:
 
 
 def caution_sentence(validation: Estimate | None, test: Estimate) -> str | None:
-    """Return a warning where the AUROC of both parts differs by more than their intervals allow."""
+    """Return a warning where the AUROC of both parts differs by more than chance usually makes."""
     if validation is None:
         return None
     difference = difference_of_parts(test, validation)
     if not (difference.above(0) or difference.below(0)):
         return None
+    reading = "The test figure may be high by luck: --seeds 5 repeats the run on other splits."
+    if difference.below(0):
+        reading = "The model was chosen on the validation part: the test part is the fair judge."
     return (
-        f"Validation and test disagree by more than their intervals allow: AUROC "
+        f"Validation and test disagree by more than chance usually makes: AUROC "
         f"{validation.text()} on the validation part, {test.text()} on the test part, difference "
-        f"{difference.text('+.3f')}. The model was chosen on the validation part: only the test "
-        "part is a fair judge."
+        f"{difference.text('+.3f')}. {reading}"
     )
 
 

@@ -43,12 +43,6 @@ class Verdict:
         """Return symbol and words."""
         return f"{self.symbol} {self.words}"
 
-    def than(self, other: str) -> str:
-        """Return the verdict on a comparison with ``other`` in words."""
-        if self == FEW:
-            return f"{self.words} whether it is better than {other}"
-        return f"{self.words} than {other}"
-
     def sentence(self, subject: str, other: str) -> str:
         """Return the verdict on a comparison as a sentence, in lower case and without its point.
 

@@ -20,7 +20,7 @@ from medgemma_clinical.models.sharing.terms import licence, terms_of
 
 INTENDED_USE = "Research on the question above, on data like those of the training part."
 LIMITS = (
-    "The figures come from one data set that was split by patient. They do not transfer to another "
+    "The figures come from one data set that was split by patient. They may not hold in another "
     "hospital or another time. Where treatment shapes the label, the model predicts treatment as "
     "well as disease. Figures of a test part of this size move by chance: read the interval, not "
     "the value."
