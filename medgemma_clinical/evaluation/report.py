@@ -115,8 +115,7 @@ class Tile:
         verdict: on the figure beside what it is compared with; None for a slope whose interval
             includes 1.
         place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
-            without an interval.
-        beyond: those of these that lie outside the scale, at whose end an arrow stands.
+            without an interval. What lies outside of 0 to 100 is cut off, and an arrow says so.
     """
 
     name: str
@@ -124,7 +123,6 @@ class Tile:
     comparison: str
     verdict: Verdict | None
     place: dict[str, float]
-    beyond: Sequence[str] = ()
 
 
 def write_report(
@@ -226,11 +224,10 @@ def _tile(
     numbers = {"low": score.low, "value": score.value, "high": score.high, "reference": reference}
     start, end = ends
     place = {
-        key: min(max(100 * (number - start) / (end - start), 0.0), 100.0)
+        key: 100 * (number - start) / (end - start)
         for key, number in numbers.items()
         if number is not None
     }
     verdict = judge_interval(score, rarer, reference)
     whole = len(place) == len(numbers)
-    beyond = [key for key, x in numbers.items() if x is not None and not start <= x <= end]
-    return Tile(name, score.text(form), comparison, verdict, place if whole else {}, beyond)
+    return Tile(name, score.text(form), comparison, verdict, place if whole else {})

@@ -243,6 +243,17 @@ def test_three_reports_stand_on_the_page_only_if_patients_are_listed(tmp_path: P
     assert "75" in Page(without).text
 
 
+def test_a_long_report_without_a_space_is_folded_too(tmp_path: Path) -> None:
+    cohort = make_cohort(simulate(np.random.default_rng(0), 60))
+    line = {"id": "1", "quality": 1.0, "parses": True, "probability": 0.5, "target": "true"}
+    line |= dict.fromkeys(("named", "abnormal", "right_trends", "trends", "invented"), 0)
+    share = Estimate(0.5).to_json()
+    content = make_content(reports={"reports": 60, "parse_share": share, "inventing_share": share})
+    lines = [line | {"text": "w" * 200}] * 60
+    page = write_page(cohort, tmp_path, content, list_patients=True, reports=lines)
+    assert f"<b>Written:</b> {'w' * 70}&nbsp;&hellip;</summary>" in page
+
+
 @pytest.mark.parametrize(("words", "folds"), [(9, 0), (60, 2)])
 def test_a_long_report_is_folded_behind_its_beginning(
     words: int, folds: int, tmp_path: Path

@@ -91,7 +91,7 @@ def test_tiles_show_on_which_side_of_the_reference_the_interval_lies() -> None:
     assert extreme[2].verdict == WORSE
     backwards = headline(cohort_figures(make_cohort((labels, 1 - risk, groups)), 0.3, 0, 0))
     assert [tile.verdict for tile in backwards] == [WORSE] * 4
-    assert backwards[2].place["low"] == 0, "beyond the scale: at its end"
+    assert backwards[2].place["high"] < 0, "beyond the scale"
     mixed = np.random.default_rng(1).permutation(risk)
     chance = headline(cohort_figures(make_cohort((labels, mixed, groups)), 0.3, 0, 0))
     assert chance[0].verdict == UNDECIDED
@@ -105,6 +105,14 @@ def test_tiles_show_the_symbol_of_their_verdict_and_read_its_words_out(page: str
     assert shown == [(BETTER.style, BETTER.symbol)] * 3
     assert tiles.count(f'<span class="unseen">{BETTER.words}:</span>') == 3
     assert '<div class="">Calibration slope <b>' in tiles
+
+
+def test_an_arrow_stands_where_an_interval_leaves_its_scale(page: str, tmp_path: Path) -> None:
+    labels, risk, groups = simulate(np.random.default_rng(0), 500)
+    backwards = write_page(make_cohort((labels, 1 - risk, groups)), tmp_path, make_content())
+    left, right = "&#9664;</text>", "&#9654;</text>"
+    assert (page.count(left), page.count(right)) == (0, 0)
+    assert (backwards.count(left), backwards.count(right)) == (2, 0), "slope and Brier skill"
 
 
 def test_a_banner_stands_above_the_result_where_there_is_one(page: str, tmp_path: Path) -> None:

@@ -225,6 +225,9 @@ def test_validation_and_test_that_disagree_are_pointed_out(test: Estimate, warne
     assert caution_sentence(None, test) is None
     if sentence:
         assert f"{VALIDATION.text()} on the validation part, {test.text()} on the test" in sentence
+        luck = (test.value or 0) > (VALIDATION.value or 0)
+        assert ("may be high by luck" in sentence) == luck
+        assert ("the test part is the fair judge" in sentence) == (not luck)
 
 
 def test_the_caution_is_the_last_line_of_the_result() -> None:
