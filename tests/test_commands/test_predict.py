@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.commands import predict
 from medgemma_clinical.commands.predict import check_output, find_source
+from medgemma_clinical.commands.run_folder import read_run, write_run
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.decision import threshold_text
 from medgemma_clinical.evaluation.report import STAGE_NAMES
@@ -267,10 +267,11 @@ def test_a_checkpoint_without_its_training_patients_says_so(
     other.config["rows_sha256"] = "0" * 64
     write_trajectory(tmp_path / "other_rows" / TRAJECTORY_FILE, other)
     for name in ("garbage", "other_rows"):
-        run = tmp_path / name / "classification" / "run.json"
-        content = json.loads(run.read_text())
-        content["stage_1_sha256"] = file_hash(tmp_path / name / TRAJECTORY_FILE)
-        run.write_text(json.dumps(content))
+        folder, digest = (
+            tmp_path / name / "classification",
+            file_hash(tmp_path / name / TRAJECTORY_FILE),
+        )
+        write_run(folder, {**(read_run(folder) or {}), "stage_1_sha256": digest})
     data = write_data(table, tmp_path / "cohort.csv")
     unknown = "The checkpoint does not hold its training patients: if these "
     for checkpoint in (tmp_path / "shared", *sorted(tmp_path.glob("*/classification"))):
