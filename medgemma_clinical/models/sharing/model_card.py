@@ -36,7 +36,7 @@ RANDOM_MODEL = (
 )
 RANDOM_MODEL_UNREAD = (
     "Demonstration run (--model_name tiny): the page shows the path from data to report. Stage 1 "
-    "reads no language model; its figures are those of a short training."
+    "reads no language model: its figures are its own."
 )
 
 MOST_NAMES = 50
