@@ -44,28 +44,29 @@ TESTED = ["id", "patient", "label"]
 """Columns of a table of test predictions that say what was tested; each other one is a model."""
 
 RUN_FIGURES = {
-    "seconds_an_epoch": ("s an epoch", ".3g"),
-    "tokens": ("tokens", ".0f"),
-    "memory_mib": ("MiB", ",.0f"),
-    "residual_weight": ("weight", ".2g"),
+    "seconds_an_epoch": ("Seconds an epoch", ".3g", "seconds an epoch"),
+    "tokens": ("Tokens", ".0f", "tokens"),
+    "memory_mib": ("Memory (MiB)", ",.0f", "MiB of memory"),
+    "residual_weight": ("Weight", ".2g", ""),
 }
-"""Cost of a model, and weight of its language model, where they are known: title and form."""
+"""Cost of a model, and weight of its language model, where they are known: title, form, and the
+unit in a sentence; empty for what is no cost."""
 
-DIFFERENCE, BESIDE = "minus reference [95 %]", "beside reference it is"
+DIFFERENCE, BESIDE = "Minus reference [95 %]", "Verdict"
 """Columns of the paired difference of AUROC and of the verdict on it."""
 
 MEANINGS = {
-    "test AUROC [95 %]": (
+    "Test AUROC [95 %]": (
         "how often a row with the event has a higher risk than one without; 0.5 is chance, 1 is "
         "perfect"
     ),
-    "sd of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
+    "SD of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
     DIFFERENCE: "AUROC of the model of the row minus that of the reference, patient by patient",
-    BESIDE: "the verdict on the model of the row, by this difference",
-    "s an epoch": "seconds of training for one pass over the training part, with its validation",
-    "tokens": "tokens that the language model reads of a patient, on average",
-    "MiB": "peak memory of the GPU, without one that of the process",
-    "weight": "of the language model beside stage 1; 0 repeats stage 1",
+    BESIDE: "on the model of the row beside the reference, by this difference",
+    "Seconds an epoch": "of training for one pass over the training part, with its validation",
+    "Tokens": "that the language model reads of a patient, on average",
+    "Memory (MiB)": "peak of the GPU, without one that of the process",
+    "Weight": "of the language model beside stage 1; 0 repeats stage 1",
     "AUPRC": "share of true alarms, averaged over all thresholds; higher is better",
     "Brier": "mean squared distance of risk and outcome; lower is better",
 }
@@ -216,22 +217,22 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
     for name, result in results.items():
         own = name == reference
         line: dict[str, Any] = {
-            "model": name,
-            "test AUROC [95 %]": _estimate(result["auroc"]).text(),
+            "Model": name,
+            "Test AUROC [95 %]": _estimate(result["auroc"]).text(),
         }
         if "sd" in result["auroc"]:
-            line["sd of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
+            line["SD of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
         line[DIFFERENCE] = "" if own else difference
         line[BESIDE] = "the reference" if own else verdict_beside(result)
-        for figure, (title, form) in RUN_FIGURES.items():
+        for figure, (title, form, _) in RUN_FIGURES.items():
             if any(each.get(figure) is not None for each in results.values()):
                 known = result.get(figure)
                 line[title] = "" if known is None else f"{known:{form}}"
         for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
             line[title] = _estimate(result[metric]).value_text(form)
             if "sd" in result[metric]:
-                line[f"sd of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
+                line[f"SD of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -248,8 +249,8 @@ def comparison_findings(
 ) -> list[Finding | str]:
     """Return the result in words: each model asked about, the highest AUROC, all, combined.
 
-    The combined model holds the first model and a blend, and so is not the one with the highest
-    AUROC.
+    The highest AUROC is that of models with risks of their own: the combined model holds the first
+    model and a blend.
 
     Args:
         results: of all models.
@@ -257,7 +258,7 @@ def comparison_findings(
         asked: models that have a finding each, whatever their AUROC.
     """
     if results[reference]["events"] is None:
-        hidden = f"{counts_sentence(results)}, and so no figure (--min_cell)."
+        hidden = f"No figure is shown (--min_cell): {counts_sentence(results)}."
         return [Finding(FEW, FEW.words, hidden)]
     score = _estimate(results[reference]["auroc"])
     found: list[Finding | str] = [
@@ -266,11 +267,14 @@ def comparison_findings(
     found += [_finding(results, model, reference, "Its AUROC is") for model in asked]
     others = [model for model in results if model != COMBINED and not results[model]["same"]]
     best = max([reference, *others], key=lambda model: results[model]["auroc"]["value"])
+    apart = f", {COMBINED} apart" if COMBINED in results.keys() - {reference} else ""
     if best == reference:
-        apart = f", {COMBINED} apart" if COMBINED in results else ""
         found.append(f"No other model has a higher AUROC{apart}.")
     elif best not in asked:
-        highest = f"It has the highest AUROC of {len(results)} models, which is partly chance:"
+        highest = (
+            f"It has the highest AUROC of the {1 + len(others)} models{apart}, which is partly "
+            "chance:"
+        )
         found.append(_finding(results, best, reference, highest))
     verdicts = {
         name: verdict_beside(result)
@@ -293,13 +297,13 @@ def _finding(results: Results, model: str, reference: str, beginning: str) -> Fi
     if verdict == SAME:
         text = f"Both give each row the same risk: AUROC {score.text()}."
     costs = [
-        f"{_cost(result, figure)} {title} (reference: {_cost(results[reference], figure)})"
-        for figure, (title, _) in RUN_FIGURES.items()
-        if figure != "residual_weight" and result.get(figure) is not None
+        f"{_cost(result, figure)} {unit} (reference: {_cost(results[reference], figure)})"
+        for figure, (_, _, unit) in RUN_FIGURES.items()
+        if unit and result.get(figure) is not None
     ]
     if costs:
         text += f" Cost: {', '.join(costs)}."
-    return Finding(verdict, verdict.sentence(f"{model} is", reference), text)
+    return Finding(verdict, verdict.sentence(f"the model {model} is", reference), text)
 
 
 def _cost(result: dict[str, Any], figure: str) -> str:
@@ -313,8 +317,8 @@ def _combined_finding(results: Results) -> Finding:
     verdict = judge_interval(gain, results[COMBINED]["rarer_patients"])
     return Finding(
         verdict,
-        verdict.sentence(f"{first_model} joined with {blend} is", f"{blend} alone"),
-        f"{COMBINED} (the mean of their log-odds) minus {blend}: paired difference "
+        verdict.sentence(f"the model {first_model} joined with {blend} is", f"{blend} alone"),
+        f"{COMBINED.capitalize()} (the mean of their log-odds) minus {blend}: paired difference "
         f"{gain.text('+.3f')}.",
     )
 

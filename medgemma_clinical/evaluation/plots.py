@@ -323,7 +323,7 @@ def plot_forest(
         differences: of each other model, with the verdict on it, by the model's name.
         reference: name of the model at zero.
     """
-    names = [f"{reference} (reference)", *differences]
+    names = [f"{reference}, reference", *differences]
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(names) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
     axes.plot([0], [0], "s", color=INK, markersize=4)

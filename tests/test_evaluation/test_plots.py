@@ -209,7 +209,7 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict() -> None:
     figure, alt = plot_forest(differences, "stage 1")
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["stage 1 (reference)", *differences]
+    assert names == ["stage 1, reference", *differences]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first model stands at the top"
     lines = [each for each in axes.collections if isinstance(each, LineCollection)]
     segments = [segment for each in lines for segment in each.get_segments()]

@@ -128,7 +128,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             "Small cells": counting_rule(args.min_cell),
             "Not in the intervals": (
                 "the change of a figure with split and training, which the standard deviation "
-                "over the splits (sd) shows; the intervals treat the trained models as fixed"
+                "over the splits (SD) shows; the intervals treat the trained models as fixed"
             ),
         },
         models=arm_meanings(results) if args.ablation else None,

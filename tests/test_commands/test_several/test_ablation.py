@@ -233,7 +233,7 @@ def test_of_several_seeds_only_the_pooled_table_is_printed(
         logging.root.handlers[:] = handlers
     out = capsys.readouterr().out
     assert [f"{title}{name}: test AUROC" in out for name in ARMS] == [True] * len(ARMS)
-    assert ("minus reference" in out) == shown
+    assert ("Minus reference" in out) == shown
     assert (tmp_path / "ablation" / "ablation.html").exists()
 
 

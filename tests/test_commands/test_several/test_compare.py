@@ -205,9 +205,9 @@ def test_the_page_has_a_finding_on_each_run_and_the_banner_of_the_random_model(
     own = pd.read_csv(runs[1] / path.name)
     score = roc_auc_score(own["label"], own["probability"])
     assert results[STAGE_1]["auroc"]["value"] == pytest.approx(score)
-    sentence = verdict_beside(results[STAGE_1]).sentence(f"{STAGE_1} is", reference)
-    assert f"S{sentence[1:]}. Its AUROC is {score:.3f} [" in page
-    assert f"Stage 3 (written reports) is the same as {reference}." in page
+    sentence = verdict_beside(results[STAGE_1]).sentence(f"the model {STAGE_1} is", reference)
+    assert f"T{sentence[1:]}. Its AUROC is {score:.3f} [" in page
+    assert f"The model stage 3 (written reports) is the same as {reference}." in page
     assert RANDOM_MODEL not in page
     run = run_folder.read_run(runs[1])
     assert run is not None

@@ -316,7 +316,7 @@ def test_the_command_line_runs_each_seed_once(
     alone, both = (pooled[name]["auroc"]["value"] for name in ("blend with facts", "combined"))
     assert pooled["combined"]["minus_blend"]["auroc"]["value"] == pytest.approx(both - alone)
     page = (folder / "seeds_trajectory.html").read_text()
-    assert "tage 1 (trajectory alone) joined with blend with facts is" in page
+    assert "he model stage 1 (trajectory alone) joined with blend with facts is" in page
 
 
 def test_runs_of_the_same_split_are_compared_by_the_command_line(
