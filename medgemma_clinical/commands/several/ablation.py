@@ -170,7 +170,7 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
         models=arm_meanings(results),
-        notice=random_models_notice([vars(args)]),
+        notice=random_models_notice({"all": vars(args)}),
     )
 
 

@@ -59,8 +59,8 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
         logger.info("%s\n%s", table, counts_sentence(results))
         return EXIT_DONE
     output_dir.mkdir(parents=True, exist_ok=True)
-    known = [read_run(run) or {} for run in runs]
-    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known if "data" in run)
+    known = {name: read_run(run) or {} for name, run in folders.items()}
+    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
     title = f"{len(folders)} finished models on the same test patients"
     write_comparison(
         output_dir,
@@ -75,7 +75,9 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
             for name in results
             if name not in folders and name.endswith((STAGE_1, STAGE_2))
         },
-        notice=random_models_notice(run.get("arguments", {}) for run in known),
+        notice=random_models_notice(
+            {name: run.get("arguments", {}) for name, run in known.items()}
+        ),
         card={"Seed": f"{seed}, of the intervals", "Small cells": counting_rule(fewest)},
     )
     return EXIT_DONE

@@ -132,7 +132,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             ),
         },
         models=arm_meanings(results) if args.ablation else None,
-        notice=random_models_notice([vars(args)]),
+        notice=random_models_notice({"all": vars(args)}),
     )
     for sentence in sentences:
         logger.info("%s", sentence)

@@ -257,4 +257,6 @@ def test_the_page_has_a_finding_on_each_run_and_the_banner_of_the_random_model(
     tiny = {"model_name": TINY, "trajectory_only": False}
     run_folder.write_run(runs[1], {**run, "arguments": tiny})
     run_compare(runs, seed=0, fewest=0, output_dir=tmp_path)
-    assert RANDOM_MODEL in Page((tmp_path / "compare.html").read_text()).text
+    page = Page((tmp_path / "compare.html").read_text()).text
+    assert f"The language model of {STAGE_1} is tiny and random" in page
+    assert RANDOM_MODEL not in page, "the arguments of the others are not known"

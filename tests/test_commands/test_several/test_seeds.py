@@ -275,12 +275,20 @@ def test_runs_with_the_random_model_have_a_notice(tmp_path: Path) -> None:
         ("google/medgemma-4b-pt", False, ""),
     ):
         args = arguments(tmp_path, model_name=model, trajectory_only=stage1_alone)
-        assert several_runs.random_models_notice([vars(args)]) == notice
+        assert several_runs.random_models_notice({"all": vars(args)}) == notice
+
+
+def test_of_several_runs_only_those_with_the_random_model_are_said_to_show_nothing() -> None:
+    notice = several_runs.random_models_notice
     alone, read = ({"model_name": "tiny", "trajectory_only": each} for each in (True, False))
     other = {"model_name": "google/medgemma-4b-pt", "trajectory_only": False}
-    assert several_runs.random_models_notice([alone, other, read]) == RANDOM_MODEL
-    assert several_runs.random_models_notice([alone, alone]) == RANDOM_MODEL_UNREAD
-    assert several_runs.random_models_notice([other, {}]) == ""
+    assert notice({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}) == RANDOM_MODEL
+    assert notice({"a": alone, "b": alone}) == RANDOM_MODEL_UNREAD
+    for unread in (other, {}, {**other, "trajectory_only": True}):
+        assert notice({"a": alone, "b": unread}) == ""
+    for real in (other, {}):
+        mixed = notice({"a": alone, "run/b": read, "c": real, "d": read})
+        assert mixed.startswith("The language model of run/b and of d is tiny and random")
 
 
 # --------------------------------------------------------------------------- by the command line
