@@ -62,11 +62,11 @@ MEANINGS = {
     ),
     "SD of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
     DIFFERENCE: "AUROC of the model of the row minus that of the reference, patient by patient",
-    BESIDE: "on the model of the row beside the reference, by this difference",
+    BESIDE: "on the model of the row beside the reference, by this difference; a dash for none",
     "Seconds an epoch": "of training for one pass over the training part, with its validation",
     "Tokens": "that the language model reads of a patient, on average",
     "Memory (MiB)": "peak of the GPU, without one that of the process",
-    "Weight": "of the language model beside stage 1; 0 repeats stage 1",
+    "Weight": "of the language model beside the stage 1 that it builds on; 0 adds nothing to that",
     "AUPRC": "share of true alarms, averaged over all thresholds; higher is better",
     "Brier": "mean squared distance of risk and outcome; lower is better",
 }
@@ -75,7 +75,7 @@ MEANINGS = {
 Results = dict[str, dict[str, Any]]
 """By model: n, events, rarer_patients, the metrics as ``{"value", "low", "high"}``,
 same (whether its risks are the reference's, row by row), minus_reference (paired differences); of
-the combined model also minus_blend, see ``Cohort.combined``."""
+the combined model also minus_blend, see ``Cohort.combined``; unjudged, where it has no verdict."""
 
 
 def compare_models(
@@ -211,6 +211,15 @@ def verdict_beside(result: dict[str, Any]) -> Verdict:
     return judge_interval(_estimate(result["minus_reference"]["auroc"]), result["rarer_patients"])
 
 
+def judged_models(results: Results, reference: str) -> dict[str, Verdict]:
+    """Return the verdict on each model that has one beside the reference."""
+    return {
+        name: verdict_beside(result)
+        for name, result in results.items()
+        if name != reference and not result.get("unjudged")
+    }
+
+
 def comparison_table(results: Results, reference: str) -> pd.DataFrame:
     """Return the test figures of all models, a line each; the cost stands beside the gain."""
     lines = []
@@ -224,7 +233,8 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
             line["SD of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
         line[DIFFERENCE] = "" if own else difference
-        line[BESIDE] = "the reference" if own else verdict_beside(result)
+        verdict = NO_VALUE if result.get("unjudged") else verdict_beside(result)
+        line[BESIDE] = "the reference" if own else verdict
         for figure, (title, form, _) in RUN_FIGURES.items():
             if any(each.get(figure) is not None for each in results.values()):
                 known = result.get(figure)
@@ -249,8 +259,8 @@ def comparison_findings(
 ) -> list[Finding | str]:
     """Return the result in words: each model asked about, the highest AUROC, all, combined.
 
-    The highest AUROC is that of models with risks of their own: the combined model holds the first
-    model and a blend.
+    The highest AUROC is that of models that have a verdict and risks of their own: the combined
+    model holds the first model and a blend.
 
     Args:
         results: of all models.
@@ -264,23 +274,24 @@ def comparison_findings(
     found: list[Finding | str] = [
         f"The reference is {reference}: test AUROC {score.text()} ({counts_sentence(results)})."
     ]
-    found += [_finding(results, model, reference, "Its AUROC is") for model in asked]
-    others = [model for model in results if model != COMBINED and not results[model]["same"]]
+    judged = judged_models(results, reference)
+    found += [
+        _finding(results, model, reference, "Its AUROC is") for model in asked if model in judged
+    ]
+    own = [model for model in judged if model != COMBINED]
+    apart = [model for model in results if model not in (reference, *own)]
+    others = [model for model in own if not results[model]["same"]]
     best = max([reference, *others], key=lambda model: results[model]["auroc"]["value"])
-    apart = f", {COMBINED} apart" if COMBINED in results.keys() - {reference} else ""
+    left_out = f", {' and '.join(apart)} apart" if apart else ""
     if best == reference:
-        found.append(f"No other model has a higher AUROC{apart}.")
+        found.append(f"No other model has a higher AUROC{left_out}.")
     elif best not in asked:
         highest = (
-            f"It has the highest AUROC of the {1 + len(others)} models{apart}, which is partly "
+            f"It has the highest AUROC of the {1 + len(others)} models{left_out}, which is partly "
             "chance:"
         )
         found.append(_finding(results, best, reference, highest))
-    verdicts = {
-        name: verdict_beside(result)
-        for name, result in results.items()
-        if name not in (reference, *asked)
-    }
+    verdicts = {name: verdict for name, verdict in judged.items() if name not in asked}
     if groups := group_by_verdict(verdicts):
         found.append(f"The {'other ' if asked else ''}models beside {reference}: {groups}")
     if "minus_blend" in results.get(COMBINED, {}):
@@ -331,6 +342,7 @@ def write_comparison(
     *,
     title: str,
     sentences: Sequence[str],
+    warnings: Sequence[str] = (),
     card: dict[str, str],
     asked: Sequence[str] = (),
     models: dict[str, str] | None = None,
@@ -338,9 +350,10 @@ def write_comparison(
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
-    An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result, in which the models ``asked`` about have a finding each; ``card`` says how the
-    comparison was made, ``models`` what its models are; ``notice`` is a banner above all.
+    An earlier result that differs is moved aside first. The page has the ``warnings`` before the
+    result in words and the ``sentences`` after it, in which the models ``asked`` about have a
+    finding each; ``card`` says how the comparison was made, ``models`` what its models are;
+    ``notice`` is a banner above all.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -350,20 +363,21 @@ def write_comparison(
     table = comparison_table(results, reference)
     findings = comparison_findings(results, reference, asked)
     differences = {
-        name: (_estimate(result["minus_reference"]["auroc"]), verdict_beside(result))
-        for name, result in results.items()
-        if name != reference
+        name: (_estimate(results[name]["minus_reference"]["auroc"]), verdict)
+        for name, verdict in judged_models(results, reference).items()
     }
     with plot_style():
         figure, alt = plot_forest(differences, reference)
         with atomic(paths[".png"]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
         image = to_image(figure, alt)
+    styles = [each.verdict.style for each in findings if isinstance(each, Finding)]
     page = render(
         "comparison",
         title=title,
         notice=notice,
-        style=next((each.verdict.style for each in findings if isinstance(each, Finding)), ""),
+        warnings=warnings,
+        style=styles[0] if styles and not warnings else "",
         findings=[*findings, *sentences],
         reference=reference,
         several=any("sd" in result["auroc"] for result in results.values()),

@@ -347,7 +347,7 @@ def plot_forest(
     groups = group_by_verdict({name: verdict for name, (_, verdict) in differences.items()})
     return figure, (
         f"Forest plot: paired difference of the AUROC of each model from that of {reference}, with "
-        f"95 % intervals. {groups or 'There is no other model.'} The table holds the numbers."
+        f"95 % intervals. {groups or 'No other model is judged.'} The table holds the numbers."
     )
 
 

@@ -236,4 +236,4 @@ def test_the_forest_plot_makes_no_drama_of_noise_and_bears_a_model_alone() -> No
     assert low <= -LEAST_DIFFERENCE < LEAST_DIFFERENCE <= high
     figure, alt = plot_forest({}, "b")
     assert not figure.legends
-    assert "There is no other model." in alt
+    assert "No other model is judged." in alt

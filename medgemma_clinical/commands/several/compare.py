@@ -48,12 +48,14 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
     runs = [Path(os.path.abspath(run)) for run in runs]  # "." has a name too
     folders = dict(zip(model_names(runs), runs, strict=True))
     changed = changed_stage1(folders)
-    for line in changed:
+    for line in changed.values():
         logger.warning("warning: %s", line)
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
     for name, run in folders.items():
         results[name] |= known_figures(run)
+        if name != reference and changed.keys() & {name, reference}:
+            results[name]["unjudged"] = True
     if output_dir is None:
         table = comparison_table(results, reference).to_string(index=False)
         logger.info("%s\n%s", table, counts_sentence(results))
@@ -69,7 +71,8 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
         reference,
         asked=list(folders)[1:],
         title=": ".join([title, *outcomes]),
-        sentences=changed,
+        sentences=[],
+        warnings=list(changed.values()),
         models={
             name: f"the one in the report of {reference}; none of the compared runs"
             for name in results

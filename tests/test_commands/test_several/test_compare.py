@@ -21,7 +21,12 @@ from medgemma_clinical.commands.several.compare import (
     run_compare,
 )
 from medgemma_clinical.evaluation.baselines import STAGE_1
-from medgemma_clinical.evaluation.comparison import verdict_beside
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE
+from medgemma_clinical.evaluation.comparison import (
+    comparison_table,
+    judged_models,
+    verdict_beside,
+)
 from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError, file_hash
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -127,8 +132,8 @@ def test_a_stage_1_that_was_trained_anew_is_noticed(
     assert warned(built, alone) == []
     (line,) = warned(tmp_path / "new" / "trajectory", built)
     assert line.startswith(
-        "warning: old/classification reads another stage 1 than new/trajectory, "
-        "which was trained anew since"
+        "warning: The model old/classification reads another stage 1 than new/trajectory, which "
+        "was trained anew since"
     )
     (tmp_path / "old" / TRAJECTORY_FILE).write_text("trained anew")
     for runs in ((built, alone), (tmp_path / "old" / "trajectory", built)):
@@ -136,6 +141,34 @@ def test_a_stage_1_that_was_trained_anew_is_noticed(
         assert f"stage 2 (classification) reads another stage 1 than the {TRAJECTORY_FILE}" in line
     (tmp_path / "old" / TRAJECTORY_FILE).unlink()
     assert warned(built, alone) == []
+
+
+def test_a_stage_with_another_stage_1_has_no_verdict_and_the_warning_stands_first(
+    tmp_path: Path,
+) -> None:
+    runs = finish_stages(tmp_path / "a", 0)
+    (tmp_path / "a" / TRAJECTORY_FILE).write_text("trained anew")
+    first, second, third = STAGE_NAMES.values()
+    for reference, judged in (("trajectory", set()), ("classification", {f"other {first}"})):
+        order = sorted(runs.values(), key=lambda run: run.name != reference)
+        run_compare(order, seed=0, fewest=0, output_dir=tmp_path)
+        page = (tmp_path / "compare.html").read_text()
+        results = json.loads((tmp_path / "compare.json").read_text())
+        assert set(judged_models(results, STAGE_NAMES[reference])) == {"last value", *judged}
+        box = page.split('<section class="verdict "')[1]
+        assert box.split("<p>")[1].startswith(f"<strong>The model {second} reads another stage 1")
+        text = Page(page).text
+        assert "Cost:" not in text
+        table = comparison_table(results, STAGE_NAMES[reference]).set_index("Model")["Verdict"]
+        others = {first, second, third} - {STAGE_NAMES[reference]}
+        assert set(table[list(others)]) == {NO_VALUE}
+        for name in others:
+            assert f"The model {name} is" not in text
+            assert f"whether the model {name} is" not in text
+        if reference == "trajectory":
+            assert f"{second} and {third} apart" in text
+        alt, _ = Page(page).images()[0]
+        assert not any(f": {name}" in alt or f", {name}" in alt for name in others)
 
 
 def test_two_different_folders_are_needed(tmp_path: Path) -> None:
