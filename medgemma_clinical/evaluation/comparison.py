@@ -94,7 +94,7 @@ def compare_models(
 
     Returns:
         See ``Results``. Figures that are not shown are None; over several splits each metric also
-        has its standard deviation ``sd``.
+        has its values in ``splits`` and their standard deviation ``sd``.
     """
     joined = pd.concat(tables, keys=range(len(tables)))
     labels = joined["label"].to_numpy(dtype=float)
@@ -142,13 +142,14 @@ def compare_models(
 
 def _scores(
     values: Figures, draws: Figures, digits: int | None, model: str
-) -> dict[str, dict[str, float | None]]:
-    """Return the metrics of a model, means over the splits; of several also their spread."""
-    scores = {}
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of a model, means over the splits; of several also values and spread."""
+    scores: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
         here = values[model, metric]
-        scores[metric] = estimate(here.mean(), draws[model, metric]).to_json(digits)
+        scores[metric] = dict(estimate(here.mean(), draws[model, metric]).to_json(digits))
         if len(here) > 1:
+            scores[metric]["splits"] = [Estimate(x).to_json(digits)["value"] for x in here[:, 0]]
             scores[metric]["sd"] = Estimate(here.std(ddof=1)).to_json(digits)["value"]
     return scores
 
@@ -250,7 +251,7 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
 def counts_sentence(results: Results) -> str:
     """Return on how many rows and events a comparison rests."""
     first = next(iter(results.values()))
-    parts = "test parts, joined" if "sd" in first["auroc"] else "test part"
+    parts = "test parts of all splits" if "sd" in first["auroc"] else "test part"
     return f"{parts}: {counts_text(first['n'], first['events'])}"
 
 
@@ -268,12 +269,9 @@ def comparison_findings(
         asked: models that have a finding each, whatever their AUROC.
     """
     if results[reference]["events"] is None:
-        hidden = f"No figure is shown (--min_cell): {counts_sentence(results)}."
+        hidden = f"No figure is shown by --min_cell ({counts_sentence(results)})."
         return [Finding(FEW, FEW.words, hidden)]
-    score = _estimate(results[reference]["auroc"])
-    found: list[Finding | str] = [
-        f"The reference is {reference}: test AUROC {score.text()} ({counts_sentence(results)})."
-    ]
+    found: list[Finding | str] = [_reference_sentence(results, reference)]
     judged = judged_models(results, reference)
     found += [
         _finding(results, model, reference, "Its AUROC is") for model in asked if model in judged
@@ -297,6 +295,19 @@ def comparison_findings(
     if "minus_blend" in results.get(COMBINED, {}):
         found.append(_combined_finding(results))
     return found
+
+
+def _reference_sentence(results: Results, reference: str) -> str:
+    """Return the AUROC of the reference; over several splits its range too."""
+    auroc = results[reference]["auroc"]
+    score, counts = _estimate(auroc).text(), counts_sentence(results)
+    if "splits" not in auroc:
+        return f"The reference is {reference}: test AUROC {score} ({counts})."
+    splits = auroc["splits"]
+    return (
+        f"Over {len(splits)} splits the test AUROC of {reference}, the reference, is "
+        f"{min(splits):.3f} to {max(splits):.3f}, mean {score} ({counts})."
+    )
 
 
 def _finding(results: Results, model: str, reference: str, beginning: str) -> Finding:
@@ -347,13 +358,14 @@ def write_comparison(
     asked: Sequence[str] = (),
     models: dict[str, str] | None = None,
     notice: str = "",
+    splits: pd.DataFrame | None = None,
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``warnings`` before the
     result in words and the ``sentences`` after it, in which the models ``asked`` about have a
     finding each; ``card`` says how the comparison was made, ``models`` what its models are;
-    ``notice`` is a banner above all.
+    ``notice`` is a banner above all; ``splits`` has the figures of each split.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -382,6 +394,7 @@ def write_comparison(
         reference=reference,
         several=any("sd" in result["auroc"] for result in results.values()),
         comparison=table,
+        splits=splits,
         meanings={name: meaning for name, meaning in MEANINGS.items() if name in table},
         image=image,
         models={**(models or {}), **describe_baselines(results)},
@@ -389,9 +402,7 @@ def write_comparison(
     )
     write_text(paths[".html"], page)
     write_text(paths[".json"], text)
-    logger.info(
-        "\n%s\n%s\n\nresults: %s", table.to_string(index=False), counts_sentence(results), folder
-    )
+    logger.info("\n%s\n%s\n\nresults: %s", table.to_string(index=False), findings[0], folder)
 
 
 def _estimate(score: dict[str, Any]) -> Estimate:

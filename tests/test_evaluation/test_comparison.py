@@ -86,6 +86,12 @@ def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> 
     assert gain["value"] == pytest.approx(np.mean(scores) - np.mean(others))
     assert gain["low"] < gain["value"] < gain["high"]
     assert (result["n"], result["events"]) == (360, 90)
+    assert result["auroc"]["splits"] == pytest.approx(scores)
+    (first, *_) = comparison_findings(compare_models(tables, "good", seed=0, fewest=0), "good")
+    assert str(first).startswith(
+        f"Over 3 splits the test AUROC of good, the reference, is {min(scores):.3f} to "
+        f"{max(scores):.3f}, mean {np.mean(scores):.3f} ["
+    )
 
 
 def test_a_patient_of_several_splits_is_drawn_once_so_repeating_a_split_proves_nothing() -> None:
@@ -138,7 +144,7 @@ def test_the_table_has_a_line_a_model() -> None:
     assert table.loc["good", "Seconds an epoch"] == "12.3"
     start = f"{results['good']['auroc']['value']:.3f} ["
     assert str(table.loc["good", "Test AUROC [95 %]"]).startswith(start)
-    assert counts_sentence(results) == "test parts, joined: 240 rows, 60 events"
+    assert counts_sentence(results) == "test parts of all splits: 240 rows, 60 events"
 
 
 def test_the_sentences_name_reference_best_model_and_each_verdict() -> None:
@@ -359,7 +365,7 @@ def test_few_events_of_any_split_show_no_figure_of_a_comparison(tmp_path: Path) 
     sentence = "test part: 120 rows, events not shown"
     assert counts_sentence(hidden) == sentence
     assert list(map(str, comparison_findings(hidden, "bad"))) == [
-        f"{FEW.symbol} Too few to say. No figure is shown (--min_cell): {sentence}."
+        f"{FEW.symbol} Too few to say. No figure is shown by --min_cell ({sentence})."
     ]
     write_comparison(tmp_path, "c", hidden, "bad", title="t", sentences=[], card={})
     assert "not shown" in (tmp_path / "c.html").read_text()
@@ -387,5 +393,5 @@ def test_an_accuracy_hidden_in_one_split_is_hidden_in_the_mean_of_several() -> N
     assert results["good"]["accuracy"]["value"] is None
     hidden = compare_models([first, second.head(40)], "bad", seed=0, fewest=11)
     assert hidden["good"]["auroc"]["sd"] is None
-    assert counts_sentence(hidden).startswith("test parts, joined")
+    assert counts_sentence(hidden).startswith("test parts of all splits")
     assert "SD of AUROC" in comparison_table(hidden, "bad")

@@ -22,6 +22,7 @@ from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several import seeds
 from medgemma_clinical.commands.several.seeds import run_seeds, seed_arguments
 from medgemma_clinical.evaluation.baselines import STAGE_1
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 
@@ -100,11 +101,18 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     best = 3 + int(np.argmax([each["validation"]["auroc"]["value"] for each in figures]))
     page = (tmp_path / "seeds_trajectory.html").read_text()
+    known = figures[best - 3]
+    validation, test = (known[part]["auroc"]["value"] for part in ("validation", "test"))
     for text in (page, caplog.text):
-        assert f"Best by validation: seed {best} " in text
+        assert (
+            f"Best by validation: seed {best}, with an AUROC of {validation:.3f} [0.100, 0.900] "
+            f"there and of {test:.3f} [0.100, 0.900] on its test part"
+        ) in text
+        assert f"is {min(scores):.3f} to {max(scores):.3f}, mean {pooled['value']:.3f} [" in text
     assert "Stage 1, trajectory alone, in 2 splits of the data: Death" in page
     assert "<title>Stage 1, trajectory alone" in page
     assert "seeds_trajectory" not in page
+    assert page.index(seeds.BEYOND_CHANCE) < page.index("Gain and cost")
     assert f"{pooled['sd']:.3f}" in page
     assert (
         json.loads((tmp_path / "seeds_trajectory.json").read_text())[STAGE_1].items()
@@ -115,6 +123,30 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
         }.items()
     )
     assert (tmp_path / "seeds_trajectory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_has_validation_and_test_of_each_seed_and_whether_they_disagree(
+    tmp_path: Path,
+) -> None:
+    near, far = {"value": 0.7, "low": 0.6, "high": 0.8}, {"value": 0.9, "low": 0.85, "high": 0.95}
+    unknown = dict.fromkeys(near)
+    folders = {}
+    for seed, (validation, test) in enumerate(
+        [(near, near), (near, far), (far, near), (near, unknown)]
+    ):
+        folders[seed] = write_run(tmp_path / str(seed))
+        parts = {"validation": {"auroc": validation}, "test": {"auroc": test}}
+        (folders[seed] / "metrics.json").write_text(json.dumps(parts))
+    table = seeds.split_table(folders)
+    assert table["Seed"].tolist() == [0, 1, 2, 3]
+    assert table["Validation"].tolist()[1:3] == ["0.700 [0.600, 0.800]", "0.900 [0.850, 0.950]"]
+    assert table["Test"].tolist()[1:] == ["0.900 [0.850, 0.950]", "0.700 [0.600, 0.800]", NO_VALUE]
+    assert [text[:6] for text in table["Test minus validation"]][:3] == [
+        "+0.000",
+        "+0.200",
+        "-0.200",
+    ]
+    assert table[seeds.BEYOND_CHANCE].tolist() == ["no", "yes", "yes", NO_VALUE]
 
 
 @pytest.mark.usefixtures("unbegun")
