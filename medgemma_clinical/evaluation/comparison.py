@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation.bootstrap import (
     estimate,
 )
 from medgemma_clinical.evaluation.cohort import DECIMALS, SAME_RISK, UNKNOWN, hides_accuracy
-from medgemma_clinical.evaluation.judgement.sentences import Finding
+from medgemma_clinical.evaluation.judgement.sentences import Finding, Judgement
 from medgemma_clinical.evaluation.judgement.verdict import (
     FEW,
     SAME,
@@ -359,13 +359,14 @@ def write_comparison(
     models: dict[str, str] | None = None,
     notice: str = "",
     splits: pd.DataFrame | None = None,
+    parts: Sequence[Finding] = (),
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
     An earlier result that differs is moved aside first. The page has the ``warnings`` before the
-    result in words and the ``sentences`` after it, in which the models ``asked`` about have a
-    finding each; ``card`` says how the comparison was made, ``models`` what its models are;
-    ``notice`` is a banner above all; ``splits`` has the figures of each split.
+    result in words and the ``sentences`` after it, in which the models ``asked`` about and the
+    ``parts`` of a model have a finding each; ``card`` says how the comparison was made, ``models``
+    what its models are; ``notice`` is a banner above all; ``splits`` has the figures of each split.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -373,7 +374,8 @@ def write_comparison(
         for aside in move_aside(paths.values()):
             logger.info("an earlier result was moved to %s", aside)
     table = comparison_table(results, reference)
-    findings = comparison_findings(results, reference, asked)
+    first, *others = comparison_findings(results, reference, asked)
+    findings = [first, *parts, *others]
     differences = {
         name: (_estimate(results[name]["minus_reference"]["auroc"]), verdict)
         for name, verdict in judged_models(results, reference).items()
@@ -383,13 +385,13 @@ def write_comparison(
         with atomic(paths[".png"]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
         image = to_image(figure, alt)
-    styles = [each.verdict.style for each in findings if isinstance(each, Finding)]
+    judged = [each for each in findings if isinstance(each, Finding)]
     page = render(
         "comparison",
         title=title,
         notice=notice,
         warnings=warnings,
-        style=styles[0] if styles and not warnings else "",
+        style=Judgement(judged).verdict.style if judged and not warnings else "",
         findings=[*findings, *sentences],
         reference=reference,
         several=any("sd" in result["auroc"] for result in results.values()),
@@ -402,7 +404,34 @@ def write_comparison(
     )
     write_text(paths[".html"], page)
     write_text(paths[".json"], text)
-    logger.info("\n%s\n%s\n\nresults: %s", table.to_string(index=False), findings[0], folder)
+    logger.info("\n%s\n%s\n\nresults: %s", table.to_string(index=False), first, folder)
+
+
+def part_findings(
+    tables: Sequence[pd.DataFrame], parts: Mapping[str, tuple[str, str]], seed: int, fewest: int
+) -> list[Finding]:
+    """Return what each part of a model adds, in words; nothing where no figure is shown.
+
+    Args:
+        tables: as for ``compare_models``.
+        parts: by name of the part, the model with it and the model without it; a part is left out
+            where one of them is not in the tables.
+        seed: of the bootstrap.
+        fewest: patients of the smallest cell that is shown.
+    """
+    found = []
+    for part, (one, other) in parts.items():
+        if {one, other} <= {*tables[0].columns}:
+            pair = [table[[*TESTED, one, other]] for table in tables]
+            result = compare_models(pair, other, seed, fewest)[one]
+            difference = _estimate(result["minus_reference"]["auroc"])
+            verdict = verdict_beside(result)
+            text = f"The AUROC of {one} minus that of {other} is {difference.text('+.3f')}."
+            if verdict == SAME:
+                text = f"The risks of {one} are those of {other}, row by row."
+            if result["events"] is not None:
+                found.append(Finding(verdict, f"{part}: {verdict.words}", text))
+    return found
 
 
 def _estimate(score: dict[str, Any]) -> Estimate:

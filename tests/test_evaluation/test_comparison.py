@@ -20,6 +20,8 @@ from medgemma_clinical.evaluation.comparison import (
     comparison_findings,
     comparison_table,
     counts_sentence,
+    part_findings,
+    verdict_beside,
     write_comparison,
 )
 from medgemma_clinical.evaluation.judgement.sentences import Finding
@@ -28,6 +30,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     FEW,
     FEWEST_PATIENTS,
     SAME,
+    UNDECIDED,
     WORSE,
     judge_interval,
 )
@@ -262,6 +265,30 @@ def test_models_that_are_asked_about_have_a_finding_each_and_are_not_listed_agai
     assert "No other model has a higher AUROC, combined apart." in comparison_findings(few, "good")
     one = comparison_findings(results, "good", asked=["blend with facts"])
     assert " ".join(map(str, one)).count("The model blend with facts is better than good.") == 1
+
+
+def test_each_part_has_a_finding_on_the_models_with_it_and_without_it(tmp_path: Path) -> None:
+    tables = [table_of(seed).assign(again=lambda table: table["good"]) for seed in range(2)]
+    parts = {"text": ("good", "bad"), "ODE": ("again", "good"), "other": ("good", "missing")}
+    better, same = part_findings(tables, parts, seed=0, fewest=0)
+    result = compare_models(tables, "bad", seed=0, fewest=0)["good"]
+    assert better.verdict == verdict_beside(result) == BETTER
+    gain = result["minus_reference"]["auroc"]
+    assert str(better) == (
+        f"{BETTER.symbol} Text: better. The AUROC of good minus that of bad is "
+        f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
+    )
+    assert str(same) == "= ODE: the same. The risks of again are those of good, row by row."
+    assert part_findings(tables, parts, seed=0, fewest=999) == []
+    for number, style in enumerate((BETTER.style, UNDECIDED.style)):
+        results = compare_models([table_of(0)], "bad", seed=0, fewest=0)
+        shown = [better, same][: number + 1]
+        write_comparison(
+            tmp_path, "c", results, "bad", title="t", sentences=[], card={}, parts=shown
+        )
+        box = (tmp_path / "c.html").read_text().split("Gain and cost")[0]
+        assert f'<section class="verdict {style}"' in box, "the least favourable"
+        assert box.count("Text: better.") == 1
 
 
 @pytest.mark.parametrize(("rows", "fewest"), [(120, 0), (12, 0), (120, 999)])

@@ -10,7 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.several.ablation import arm_meanings, run_ablation, unused_sentences
+from medgemma_clinical.commands.several.ablation import (
+    PARTS,
+    arm_meanings,
+    run_ablation,
+    unused_sentences,
+)
 from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
@@ -29,6 +34,7 @@ from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.comparison import (
     Results,
     compare_models,
+    part_findings,
     write_comparison,
 )
 from medgemma_clinical.evaluation.judgement.verdict import difference_of_parts
@@ -114,7 +120,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         reference, name, title = STAGE_NAMES[stage], f"seeds_{stage}", STAGE_TITLES[stage]
         tables = [read_predictions(folder, reference) for folder in folders.values()]
         sentences = [best_by_validation(folders)]
-    results = compare_models(_shared_models(tables), reference, args.seed, args.min_cell)
+    tables = _shared_models(tables)
+    results = compare_models(tables, reference, args.seed, args.min_cell)
     if args.ablation:
         add_run_figures(results, list(folders.values()))
         sentences = unused_sentences(results)
@@ -138,6 +145,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         },
         models=arm_meanings(results) if args.ablation else None,
         notice=random_models_notice({"all": vars(args)}),
+        parts=part_findings(tables, PARTS, args.seed, args.min_cell) if args.ablation else (),
         splits=None if args.ablation else split_table(folders),
     )
     for sentence in sentences:

@@ -276,6 +276,7 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
         folder = write_run(args.output_dir / "ablation", args.seed)
         table = pd.read_csv(folder / "predictions_test.csv")
         table["text"] = 1 - table["probability"]
+        table["text + logit"] = table["last value"] / 2
         table = table.rename(columns={"probability": "stage 1"})
         table.to_csv(folder / "predictions_test.csv", index=False)
         costs = {
@@ -290,13 +291,15 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     assert run_seeds(args, keep, fake_train([])) == 0
     assert (len(read), seen) == (1, [(3, True), (4, True)])
     results = json.loads((tmp_path / "seeds_ablation.json").read_text())
-    assert set(results) == {"last value", "stage 1", "text"}
+    assert set(results) == {"last value", "stage 1", "text", "text + logit"}
     assert [results[name].get("tokens") for name in ("stage 1", "text")] == [3.5, 70]
     assert results["text"]["minus_reference"]["auroc"]["value"] == 0, "the reference"
     gain = results["stage 1"]["minus_reference"]["auroc"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     page = (tmp_path / "seeds_ablation.html").read_text()
     assert "adds nothing to stage 1, in: stage 1." in page
+    assert "Text, beside stage 1: " in page
+    assert page.count("The AUROC of ") == 1
     assert "What each part of the model adds, in 2 splits of the data: Death" in page
 
 
