@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation.bootstrap import (
     estimate,
 )
 from medgemma_clinical.evaluation.cohort import DECIMALS, SAME_RISK, UNKNOWN, hides_accuracy
-from medgemma_clinical.evaluation.judgement.sentences import Finding
+from medgemma_clinical.evaluation.judgement.sentences import Finding, Judgement
 from medgemma_clinical.evaluation.judgement.verdict import (
     FEW,
     SAME,
@@ -44,28 +44,29 @@ TESTED = ["id", "patient", "label"]
 """Columns of a table of test predictions that say what was tested; each other one is a model."""
 
 RUN_FIGURES = {
-    "seconds_an_epoch": ("s an epoch", ".3g"),
-    "tokens": ("tokens", ".0f"),
-    "memory_mib": ("MiB", ",.0f"),
-    "residual_weight": ("weight", ".2g"),
+    "seconds_an_epoch": ("Seconds an epoch", ".3g", "seconds an epoch"),
+    "tokens": ("Tokens", ".0f", "tokens"),
+    "memory_mib": ("Memory (MiB)", ",.0f", "MiB of memory"),
+    "residual_weight": ("Weight", ".2g", ""),
 }
-"""Cost of a model, and weight of its language model, where they are known: title and form."""
+"""Cost of a model, and weight of its language model, where they are known: title, form, and the
+unit in a sentence; empty for what is no cost."""
 
-DIFFERENCE, BESIDE = "minus reference [95 %]", "beside reference it is"
+DIFFERENCE, BESIDE = "Minus reference [95 %]", "Verdict"
 """Columns of the paired difference of AUROC and of the verdict on it."""
 
 MEANINGS = {
-    "test AUROC [95 %]": (
+    "Test AUROC [95 %]": (
         "how often a row with the event has a higher risk than one without; 0.5 is chance, 1 is "
         "perfect"
     ),
-    "sd of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
+    "SD of AUROC": "spread of the AUROC over the splits (standard deviation); so for AUPRC, Brier",
     DIFFERENCE: "AUROC of the model of the row minus that of the reference, patient by patient",
-    BESIDE: "the verdict on the model of the row, by this difference",
-    "s an epoch": "seconds of training for one pass over the training part, with its validation",
-    "tokens": "tokens that the language model reads of a patient, on average",
-    "MiB": "peak memory of the GPU, without one that of the process",
-    "weight": "of the language model beside stage 1; 0 repeats stage 1",
+    BESIDE: "on the model of the row beside the reference, by this difference; a dash for none",
+    "Seconds an epoch": "of training for one pass over the training part, with its validation",
+    "Tokens": "that the language model reads of a patient, on average",
+    "Memory (MiB)": "peak of the GPU, without one that of the process",
+    "Weight": "of the language model beside the stage 1 that it builds on; 0 adds nothing to that",
     "AUPRC": "share of true alarms, averaged over all thresholds; higher is better",
     "Brier": "mean squared distance of risk and outcome; lower is better",
 }
@@ -74,7 +75,7 @@ MEANINGS = {
 Results = dict[str, dict[str, Any]]
 """By model: n, events, rarer_patients, the metrics as ``{"value", "low", "high"}``,
 same (whether its risks are the reference's, row by row), minus_reference (paired differences); of
-the combined model also minus_blend, see ``Cohort.combined``."""
+the combined model also minus_blend, see ``Cohort.combined``; unjudged, where it has no verdict."""
 
 
 def compare_models(
@@ -93,7 +94,7 @@ def compare_models(
 
     Returns:
         See ``Results``. Figures that are not shown are None; over several splits each metric also
-        has its standard deviation ``sd``.
+        has its values in ``splits`` and their standard deviation ``sd``.
     """
     joined = pd.concat(tables, keys=range(len(tables)))
     labels = joined["label"].to_numpy(dtype=float)
@@ -141,13 +142,14 @@ def compare_models(
 
 def _scores(
     values: Figures, draws: Figures, digits: int | None, model: str
-) -> dict[str, dict[str, float | None]]:
-    """Return the metrics of a model, means over the splits; of several also their spread."""
-    scores = {}
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of a model, means over the splits; of several also values and spread."""
+    scores: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
         here = values[model, metric]
-        scores[metric] = estimate(here.mean(), draws[model, metric]).to_json(digits)
+        scores[metric] = dict(estimate(here.mean(), draws[model, metric]).to_json(digits))
         if len(here) > 1:
+            scores[metric]["splits"] = [Estimate(x).to_json(digits)["value"] for x in here[:, 0]]
             scores[metric]["sd"] = Estimate(here.std(ddof=1)).to_json(digits)["value"]
     return scores
 
@@ -210,28 +212,38 @@ def verdict_beside(result: dict[str, Any]) -> Verdict:
     return judge_interval(_estimate(result["minus_reference"]["auroc"]), result["rarer_patients"])
 
 
+def judged_models(results: Results, reference: str) -> dict[str, Verdict]:
+    """Return the verdict on each model that has one beside the reference."""
+    return {
+        name: verdict_beside(result)
+        for name, result in results.items()
+        if name != reference and not result.get("unjudged")
+    }
+
+
 def comparison_table(results: Results, reference: str) -> pd.DataFrame:
     """Return the test figures of all models, a line each; the cost stands beside the gain."""
     lines = []
     for name, result in results.items():
         own = name == reference
         line: dict[str, Any] = {
-            "model": name,
-            "test AUROC [95 %]": _estimate(result["auroc"]).text(),
+            "Model": name,
+            "Test AUROC [95 %]": _estimate(result["auroc"]).text(),
         }
         if "sd" in result["auroc"]:
-            line["sd of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
+            line["SD of AUROC"] = Estimate(result["auroc"]["sd"]).value_text(".3f")
         difference = _estimate(result["minus_reference"]["auroc"]).text("+.3f")
         line[DIFFERENCE] = "" if own else difference
-        line[BESIDE] = "the reference" if own else verdict_beside(result)
-        for figure, (title, form) in RUN_FIGURES.items():
+        verdict = NO_VALUE if result.get("unjudged") else verdict_beside(result)
+        line[BESIDE] = "the reference" if own else verdict
+        for figure, (title, form, _) in RUN_FIGURES.items():
             if any(each.get(figure) is not None for each in results.values()):
                 known = result.get(figure)
                 line[title] = "" if known is None else f"{known:{form}}"
         for metric, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
             line[title] = _estimate(result[metric]).value_text(form)
             if "sd" in result[metric]:
-                line[f"sd of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
+                line[f"SD of {title}"] = Estimate(result[metric]["sd"]).value_text(form)
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -239,7 +251,7 @@ def comparison_table(results: Results, reference: str) -> pd.DataFrame:
 def counts_sentence(results: Results) -> str:
     """Return on how many rows and events a comparison rests."""
     first = next(iter(results.values()))
-    parts = "test parts, joined" if "sd" in first["auroc"] else "test part"
+    parts = "test parts of all splits" if "sd" in first["auroc"] else "test part"
     return f"{parts}: {counts_text(first['n'], first['events'])}"
 
 
@@ -248,8 +260,8 @@ def comparison_findings(
 ) -> list[Finding | str]:
     """Return the result in words: each model asked about, the highest AUROC, all, combined.
 
-    The combined model holds the first model and a blend, and so is not the one with the highest
-    AUROC.
+    The highest AUROC is that of models that have a verdict and risks of their own: the combined
+    model holds the first model and a blend.
 
     Args:
         results: of all models.
@@ -257,31 +269,45 @@ def comparison_findings(
         asked: models that have a finding each, whatever their AUROC.
     """
     if results[reference]["events"] is None:
-        hidden = f"{counts_sentence(results)}, and so no figure (--min_cell)."
+        hidden = f"No figure is shown by --min_cell ({counts_sentence(results)})."
         return [Finding(FEW, FEW.words, hidden)]
-    score = _estimate(results[reference]["auroc"])
-    found: list[Finding | str] = [
-        f"The reference is {reference}: test AUROC {score.text()} ({counts_sentence(results)})."
+    found: list[Finding | str] = [_reference_sentence(results, reference)]
+    judged = judged_models(results, reference)
+    found += [
+        _finding(results, model, reference, "Its AUROC is") for model in asked if model in judged
     ]
-    found += [_finding(results, model, reference, "Its AUROC is") for model in asked]
-    others = [model for model in results if model != COMBINED and not results[model]["same"]]
+    own = [model for model in judged if model != COMBINED]
+    apart = [model for model in results if model not in (reference, *own)]
+    others = [model for model in own if not results[model]["same"]]
     best = max([reference, *others], key=lambda model: results[model]["auroc"]["value"])
+    left_out = f", {' and '.join(apart)} apart" if apart else ""
     if best == reference:
-        apart = f", {COMBINED} apart" if COMBINED in results else ""
-        found.append(f"No other model has a higher AUROC{apart}.")
+        found.append(f"No other model has a higher AUROC{left_out}.")
     elif best not in asked:
-        highest = f"It has the highest AUROC of {len(results)} models, which is partly chance:"
+        highest = (
+            f"It has the highest AUROC of the {1 + len(others)} models{left_out}, which is partly "
+            "chance:"
+        )
         found.append(_finding(results, best, reference, highest))
-    verdicts = {
-        name: verdict_beside(result)
-        for name, result in results.items()
-        if name not in (reference, *asked)
-    }
+    verdicts = {name: verdict for name, verdict in judged.items() if name not in asked}
     if groups := group_by_verdict(verdicts):
         found.append(f"The {'other ' if asked else ''}models beside {reference}: {groups}")
     if "minus_blend" in results.get(COMBINED, {}):
         found.append(_combined_finding(results))
     return found
+
+
+def _reference_sentence(results: Results, reference: str) -> str:
+    """Return the AUROC of the reference; over several splits its range too."""
+    auroc = results[reference]["auroc"]
+    score, counts = _estimate(auroc).text(), counts_sentence(results)
+    if "splits" not in auroc:
+        return f"The reference is {reference}: test AUROC {score} ({counts})."
+    splits = auroc["splits"]
+    return (
+        f"Over {len(splits)} splits the test AUROC of {reference}, the reference, is "
+        f"{min(splits):.3f} to {max(splits):.3f}, mean {score} ({counts})."
+    )
 
 
 def _finding(results: Results, model: str, reference: str, beginning: str) -> Finding:
@@ -293,13 +319,13 @@ def _finding(results: Results, model: str, reference: str, beginning: str) -> Fi
     if verdict == SAME:
         text = f"Both give each row the same risk: AUROC {score.text()}."
     costs = [
-        f"{_cost(result, figure)} {title} (reference: {_cost(results[reference], figure)})"
-        for figure, (title, _) in RUN_FIGURES.items()
-        if figure != "residual_weight" and result.get(figure) is not None
+        f"{_cost(result, figure)} {unit} (reference: {_cost(results[reference], figure)})"
+        for figure, (_, _, unit) in RUN_FIGURES.items()
+        if unit and result.get(figure) is not None
     ]
     if costs:
         text += f" Cost: {', '.join(costs)}."
-    return Finding(verdict, verdict.sentence(f"{model} is", reference), text)
+    return Finding(verdict, verdict.sentence(f"the model {model} is", reference), text)
 
 
 def _cost(result: dict[str, Any], figure: str) -> str:
@@ -313,8 +339,8 @@ def _combined_finding(results: Results) -> Finding:
     verdict = judge_interval(gain, results[COMBINED]["rarer_patients"])
     return Finding(
         verdict,
-        verdict.sentence(f"{first_model} joined with {blend} is", f"{blend} alone"),
-        f"{COMBINED} (the mean of their log-odds) minus {blend}: paired difference "
+        verdict.sentence(f"the model {first_model} joined with {blend} is", f"{blend} alone"),
+        f"{COMBINED.capitalize()} (the mean of their log-odds) minus {blend}: paired difference "
         f"{gain.text('+.3f')}.",
     )
 
@@ -327,16 +353,20 @@ def write_comparison(
     *,
     title: str,
     sentences: Sequence[str],
+    warnings: Sequence[str] = (),
     card: dict[str, str],
     asked: Sequence[str] = (),
     models: dict[str, str] | None = None,
     notice: str = "",
+    splits: pd.DataFrame | None = None,
+    parts: Sequence[Finding] = (),
 ) -> None:
     """Log the table of a comparison, and write ``NAME.json``, ``NAME.png`` and ``NAME.html``.
 
-    An earlier result that differs is moved aside first. The page has the ``sentences`` after those
-    of the result, in which the models ``asked`` about have a finding each; ``card`` says how the
-    comparison was made, ``models`` what its models are; ``notice`` is a banner above all.
+    An earlier result that differs is moved aside first. The page has the ``warnings`` before the
+    result in words and the ``sentences`` after it, in which the models ``asked`` about and the
+    ``parts`` of a model have a finding each; ``card`` says how the comparison was made, ``models``
+    what its models are; ``notice`` is a banner above all; ``splits`` has the figures of each split.
     """
     text = json.dumps(results, indent=2) + "\n"
     paths = {ending: folder / f"{name}{ending}" for ending in (".json", ".png", ".html")}
@@ -344,26 +374,29 @@ def write_comparison(
         for aside in move_aside(paths.values()):
             logger.info("an earlier result was moved to %s", aside)
     table = comparison_table(results, reference)
-    findings = comparison_findings(results, reference, asked)
+    first, *others = comparison_findings(results, reference, asked)
+    findings = [first, *parts, *others]
     differences = {
-        name: (_estimate(result["minus_reference"]["auroc"]), verdict_beside(result))
-        for name, result in results.items()
-        if name != reference
+        name: (_estimate(results[name]["minus_reference"]["auroc"]), verdict)
+        for name, verdict in judged_models(results, reference).items()
     }
     with plot_style():
         figure, alt = plot_forest(differences, reference)
         with atomic(paths[".png"]) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
         image = to_image(figure, alt)
+    judged = [each for each in findings if isinstance(each, Finding)]
     page = render(
         "comparison",
         title=title,
         notice=notice,
-        style=next((each.verdict.style for each in findings if isinstance(each, Finding)), ""),
+        warnings=warnings,
+        style=Judgement(judged).verdict.style if judged and not warnings else "",
         findings=[*findings, *sentences],
         reference=reference,
         several=any("sd" in result["auroc"] for result in results.values()),
         comparison=table,
+        splits=splits,
         meanings={name: meaning for name, meaning in MEANINGS.items() if name in table},
         image=image,
         models={**(models or {}), **describe_baselines(results)},
@@ -371,9 +404,34 @@ def write_comparison(
     )
     write_text(paths[".html"], page)
     write_text(paths[".json"], text)
-    logger.info(
-        "\n%s\n%s\n\nresults: %s", table.to_string(index=False), counts_sentence(results), folder
-    )
+    logger.info("\n%s\n%s\n\nresults: %s", table.to_string(index=False), first, folder)
+
+
+def part_findings(
+    tables: Sequence[pd.DataFrame], parts: Mapping[str, tuple[str, str]], seed: int, fewest: int
+) -> list[Finding]:
+    """Return what each part of a model adds, in words; nothing where no figure is shown.
+
+    Args:
+        tables: as for ``compare_models``.
+        parts: by name of the part, the model with it and the model without it; a part is left out
+            where one of them is not in the tables.
+        seed: of the bootstrap.
+        fewest: patients of the smallest cell that is shown.
+    """
+    found = []
+    for part, (one, other) in parts.items():
+        if {one, other} <= {*tables[0].columns}:
+            pair = [table[[*TESTED, one, other]] for table in tables]
+            result = compare_models(pair, other, seed, fewest)[one]
+            difference = _estimate(result["minus_reference"]["auroc"])
+            verdict = verdict_beside(result)
+            text = f"The AUROC of {one} minus that of {other} is {difference.text('+.3f')}."
+            if verdict == SAME:
+                text = f"The risks of {one} are those of {other}, row by row."
+            if result["events"] is not None:
+                found.append(Finding(verdict, f"{part}: {verdict.words}", text))
+    return found
 
 
 def _estimate(score: dict[str, Any]) -> Estimate:

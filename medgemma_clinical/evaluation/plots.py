@@ -323,7 +323,7 @@ def plot_forest(
         differences: of each other model, with the verdict on it, by the model's name.
         reference: name of the model at zero.
     """
-    names = [f"{reference} (reference)", *differences]
+    names = [f"{reference}, reference", *differences]
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(names) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
     axes.plot([0], [0], "s", color=INK, markersize=4)
@@ -347,7 +347,7 @@ def plot_forest(
     groups = group_by_verdict({name: verdict for name, (_, verdict) in differences.items()})
     return figure, (
         f"Forest plot: paired difference of the AUROC of each model from that of {reference}, with "
-        f"95 % intervals. {groups or 'There is no other model.'} The table holds the numbers."
+        f"95 % intervals. {groups or 'No other model is judged.'} The table holds the numbers."
     )
 
 

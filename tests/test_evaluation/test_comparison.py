@@ -20,6 +20,8 @@ from medgemma_clinical.evaluation.comparison import (
     comparison_findings,
     comparison_table,
     counts_sentence,
+    part_findings,
+    verdict_beside,
     write_comparison,
 )
 from medgemma_clinical.evaluation.judgement.sentences import Finding
@@ -28,6 +30,7 @@ from medgemma_clinical.evaluation.judgement.verdict import (
     FEW,
     FEWEST_PATIENTS,
     SAME,
+    UNDECIDED,
     WORSE,
     judge_interval,
 )
@@ -86,6 +89,12 @@ def test_over_several_splits_the_figure_is_the_mean_and_its_spread_is_told() -> 
     assert gain["value"] == pytest.approx(np.mean(scores) - np.mean(others))
     assert gain["low"] < gain["value"] < gain["high"]
     assert (result["n"], result["events"]) == (360, 90)
+    assert result["auroc"]["splits"] == pytest.approx(scores)
+    (first, *_) = comparison_findings(compare_models(tables, "good", seed=0, fewest=0), "good")
+    assert str(first).startswith(
+        f"Over 3 splits the test AUROC of good, the reference, is {min(scores):.3f} to "
+        f"{max(scores):.3f}, mean {np.mean(scores):.3f} ["
+    )
 
 
 def test_a_patient_of_several_splits_is_drawn_once_so_repeating_a_split_proves_nothing() -> None:
@@ -126,19 +135,19 @@ def test_few_events_in_a_split_leave_no_interval_without_ends(
 def test_the_table_has_a_line_a_model() -> None:
     results = compare_models([table_of(k) for k in range(2)], "bad", seed=0, fewest=0)
     results["good"]["seconds_an_epoch"] = 12.3
-    table = comparison_table(results, "bad").set_index("model")
+    table = comparison_table(results, "bad").set_index("Model")
     assert list(table) == [
-        *("test AUROC [95 %]", "sd of AUROC", "minus reference [95 %]", "beside reference it is"),
-        *("s an epoch", "AUPRC", "sd of AUPRC", "Brier", "sd of Brier"),
+        *("Test AUROC [95 %]", "SD of AUROC", "Minus reference [95 %]", "Verdict"),
+        *("Seconds an epoch", "AUPRC", "SD of AUPRC", "Brier", "SD of Brier"),
     ]
-    assert table.loc["bad", "minus reference [95 %]"] == ""
-    assert table.loc["bad", "beside reference it is"] == "the reference"
-    assert table.loc["good", "beside reference it is"] == BETTER
-    assert table.loc["bad", "s an epoch"] == ""
-    assert table.loc["good", "s an epoch"] == "12.3"
+    assert table.loc["bad", "Minus reference [95 %]"] == ""
+    assert table.loc["bad", "Verdict"] == "the reference"
+    assert table.loc["good", "Verdict"] == BETTER
+    assert table.loc["bad", "Seconds an epoch"] == ""
+    assert table.loc["good", "Seconds an epoch"] == "12.3"
     start = f"{results['good']['auroc']['value']:.3f} ["
-    assert str(table.loc["good", "test AUROC [95 %]"]).startswith(start)
-    assert counts_sentence(results) == "test parts, joined: 240 rows, 60 events"
+    assert str(table.loc["good", "Test AUROC [95 %]"]).startswith(start)
+    assert counts_sentence(results) == "test parts of all splits: 240 rows, 60 events"
 
 
 def test_the_sentences_name_reference_best_model_and_each_verdict() -> None:
@@ -148,7 +157,8 @@ def test_the_sentences_name_reference_best_model_and_each_verdict() -> None:
     assert first.startswith(f"The reference is bad: test AUROC {score:.3f} [")
     assert "(test part: 120 rows, 30 events)" in first
     best = (
-        f"{BETTER.symbol} Good is better than bad. It has the highest AUROC of 2 models, which is"
+        f"{BETTER.symbol} The model good is better than bad. It has the highest AUROC of the 2 "
+        "models, which is partly chance: "
     )
     assert second.startswith(best)
     assert third == f"The models beside bad: {BETTER}: good."
@@ -164,11 +174,11 @@ def test_the_cost_stands_beside_the_gain() -> None:
     results["good"] |= {"seconds_an_epoch": 12.3, "tokens": 70.0, "memory_mib": None}
     results["bad"] |= {"seconds_an_epoch": 3.0, "tokens": None, "residual_weight": None}
     assert str(comparison_findings(results, "bad")[1]).endswith(
-        " Cost: 12.3 s an epoch (reference: 3), 70 tokens (reference: \N{EN DASH})."
+        " Cost: 12.3 seconds an epoch (reference: 3), 70 tokens (reference: \N{EN DASH})."
     )
     table = comparison_table(results, "bad")
-    place = list(table).index("beside reference it is")
-    assert list(table)[place + 1 :] == ["s an epoch", "tokens", "AUPRC", "Brier"]
+    place = list(table).index("Verdict")
+    assert list(table)[place + 1 :] == ["Seconds an epoch", "Tokens", "AUPRC", "Brier"]
     assert not set(list(table)[1:]) - {*MEANINGS}
 
 
@@ -182,11 +192,9 @@ def test_few_patients_decide_nothing_in_a_comparison() -> None:
     results = compare_models([few], "bad", seed=0, fewest=0)
     assert results["good"]["rarer_patients"] == events
     assert results["good"]["minus_reference"]["auroc"]["low"] > 0
-    table = comparison_table(results, "bad").set_index("model")
-    assert table.loc["good", "beside reference it is"] == FEW
-    finding = (
-        f"{FEW.symbol} Too few to say whether good is better than bad. It has the highest AUROC"
-    )
+    table = comparison_table(results, "bad").set_index("Model")
+    assert table.loc["good", "Verdict"] == FEW
+    finding = f"{FEW.symbol} Too few to say whether the model good is better than bad. It has the"
     assert str(comparison_findings(results, "bad")[1]).startswith(finding)
 
 
@@ -207,16 +215,37 @@ def test_the_combined_model_is_compared_with_its_blend_over_all_splits() -> None
     assert "minus_blend" not in compare_models([table_of(0)], "bad", seed=0, fewest=0)["good"]
     gain = results["combined"]["minus_blend"]["auroc"]
     assert gain["value"] > 0
-    _, second, _, last = comparison_findings(results, "bad")
-    assert "Blend with facts is better than bad. It has the highest AUROC" in str(second)
+    _, _, _, last = comparison_findings(results, "bad")
     assert isinstance(last, Finding)
     assert last.verdict == judge_interval(Estimate(*gain.values()), 90)
-    subject = "good joined with blend with facts is"
+    subject = "the model good joined with blend with facts is"
     assert last.heading == last.verdict.sentence(subject, "blend with facts alone")
     assert last.text == (
-        "combined (the mean of their log-odds) minus blend with facts: paired difference "
+        "Combined (the mean of their log-odds) minus blend with facts: paired difference "
         f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
     )
+
+
+def test_the_highest_auroc_is_that_of_the_models_with_risks_of_their_own() -> None:
+    """A better combined model, and a repeated reference, are neither named nor counted."""
+    table = with_combined(0).assign(repeated=lambda table: table["bad"])
+    table["combined"] = (table["label"] + table["blend with facts"]) / 2
+    results = compare_models([table], "bad", seed=0, fewest=0)
+    assert results["combined"]["auroc"]["value"] > results["blend with facts"]["auroc"]["value"]
+    highest = "The model blend with facts is better than bad. It has the highest AUROC of the 3 "
+    found = str(comparison_findings(results, "bad")[1])
+    assert f"{highest}models, combined apart, which is" in found
+    results = compare_models([table], "combined", seed=0, fewest=0)
+    assert comparison_findings(results, "combined")[1] == "No other model has a higher AUROC."
+
+
+def test_a_sentence_does_not_change_the_name_of_a_model() -> None:
+    table = with_combined(0).rename(columns={"good": "seed_0/run", "bad": "seed_1/run"})
+    results = compare_models([table], "seed_0/run", seed=0, fewest=0)
+    found = comparison_findings(results, "seed_0/run", asked=["seed_1/run"])
+    text = " ".join(map(str, found))
+    assert text.count("seed_1/run") == 1
+    assert "Seed" not in text
 
 
 def test_models_that_are_asked_about_have_a_finding_each_and_are_not_listed_again() -> None:
@@ -226,7 +255,7 @@ def test_models_that_are_asked_about_have_a_finding_each_and_are_not_listed_agai
     found = list(map(str, comparison_findings(results, "good", asked=["bad", "worse"])))
     for model, line in zip(("bad", "worse"), found[1:3], strict=True):
         score = results[model]["auroc"]["value"]
-        heading = f"{WORSE.symbol} {model.capitalize()} is worse than good."
+        heading = f"{WORSE.symbol} The model {model} is worse than good."
         assert line.startswith(f"{heading} Its AUROC is {score:.3f} [")
     groups = f"{BETTER}: blend with facts, combined."
     assert found[4] == f"The other models beside good: {groups}"
@@ -235,7 +264,31 @@ def test_models_that_are_asked_about_have_a_finding_each_and_are_not_listed_agai
     )
     assert "No other model has a higher AUROC, combined apart." in comparison_findings(few, "good")
     one = comparison_findings(results, "good", asked=["blend with facts"])
-    assert " ".join(map(str, one)).count("Blend with facts is better than good.") == 1
+    assert " ".join(map(str, one)).count("The model blend with facts is better than good.") == 1
+
+
+def test_each_part_has_a_finding_on_the_models_with_it_and_without_it(tmp_path: Path) -> None:
+    tables = [table_of(seed).assign(again=lambda table: table["good"]) for seed in range(2)]
+    parts = {"text": ("good", "bad"), "ODE": ("again", "good"), "other": ("good", "missing")}
+    better, same = part_findings(tables, parts, seed=0, fewest=0)
+    result = compare_models(tables, "bad", seed=0, fewest=0)["good"]
+    assert better.verdict == verdict_beside(result) == BETTER
+    gain = result["minus_reference"]["auroc"]
+    assert str(better) == (
+        f"{BETTER.symbol} Text: better. The AUROC of good minus that of bad is "
+        f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]."
+    )
+    assert str(same) == "= ODE: the same. The risks of again are those of good, row by row."
+    assert part_findings(tables, parts, seed=0, fewest=999) == []
+    for number, style in enumerate((BETTER.style, UNDECIDED.style)):
+        results = compare_models([table_of(0)], "bad", seed=0, fewest=0)
+        shown = [better, same][: number + 1]
+        write_comparison(
+            tmp_path, "c", results, "bad", title="t", sentences=[], card={}, parts=shown
+        )
+        box = (tmp_path / "c.html").read_text().split("Gain and cost")[0]
+        assert f'<section class="verdict {style}"' in box, "the least favourable"
+        assert box.count("Text: better.") == 1
 
 
 @pytest.mark.parametrize(("rows", "fewest"), [(120, 0), (12, 0), (120, 999)])
@@ -256,13 +309,13 @@ def test_a_model_whose_risks_are_the_references_row_by_row_is_the_same(
     results = compare_models(tables, "good", seed=0, fewest=fewest)
     names = [name for name, result in results.items() if result["same"]]
     assert names == ["good", "repeated"]
-    verdicts = comparison_table(results, "good").set_index("model")["beside reference it is"]
+    verdicts = comparison_table(results, "good").set_index("Model")["Verdict"]
     assert verdicts[["good", "repeated"]].tolist() == ["the reference", SAME]
     assert not set(verdicts[["bad", "moved", "partly"]]) & {SAME, BETTER}
     if fewest:
         return
     found = list(map(str, comparison_findings(results, "good", asked=["repeated"])))
-    first = "= Repeated is the same as good. Both give each row the same risk: AUROC "
+    first = "= The model repeated is the same as good. Both give each row the same risk: AUROC "
     assert found[1].startswith(first)
     if rows == 120:
         assert results["repeated"]["auroc"]["value"] > results["good"]["auroc"]["value"]
@@ -339,7 +392,7 @@ def test_few_events_of_any_split_show_no_figure_of_a_comparison(tmp_path: Path) 
     sentence = "test part: 120 rows, events not shown"
     assert counts_sentence(hidden) == sentence
     assert list(map(str, comparison_findings(hidden, "bad"))) == [
-        f"{FEW.symbol} Too few to say. {sentence}, and so no figure (--min_cell)."
+        f"{FEW.symbol} Too few to say. No figure is shown by --min_cell ({sentence})."
     ]
     write_comparison(tmp_path, "c", hidden, "bad", title="t", sentences=[], card={})
     assert "not shown" in (tmp_path / "c.html").read_text()
@@ -367,5 +420,5 @@ def test_an_accuracy_hidden_in_one_split_is_hidden_in_the_mean_of_several() -> N
     assert results["good"]["accuracy"]["value"] is None
     hidden = compare_models([first, second.head(40)], "bad", seed=0, fewest=11)
     assert hidden["good"]["auroc"]["sd"] is None
-    assert counts_sentence(hidden).startswith("test parts, joined")
-    assert "sd of AUROC" in comparison_table(hidden, "bad")
+    assert counts_sentence(hidden).startswith("test parts of all splits")
+    assert "SD of AUROC" in comparison_table(hidden, "bad")

@@ -209,7 +209,7 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict() -> None:
     figure, alt = plot_forest(differences, "stage 1")
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["stage 1 (reference)", *differences]
+    assert names == ["stage 1, reference", *differences]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first model stands at the top"
     lines = [each for each in axes.collections if isinstance(each, LineCollection)]
     segments = [segment for each in lines for segment in each.get_segments()]
@@ -236,4 +236,4 @@ def test_the_forest_plot_makes_no_drama_of_noise_and_bears_a_model_alone() -> No
     assert low <= -LEAST_DIFFERENCE < LEAST_DIFFERENCE <= high
     figure, alt = plot_forest({}, "b")
     assert not figure.legends
-    assert "There is no other model." in alt
+    assert "No other model is judged." in alt

@@ -26,6 +26,7 @@ from medgemma_clinical.evaluation.comparison import (
     TESTED,
     Results,
     compare_models,
+    part_findings,
     write_comparison,
 )
 from medgemma_clinical.files import InputError, write_text
@@ -72,6 +73,23 @@ ARM_MEANINGS = {
     "soft prompt + random weights": "a control: a language model that has learned no language",
 }
 """What the arms are, for their page."""
+
+
+PARTS = {
+    "facts": (STAGE_1, "stage 1 without facts"),
+    "the ODE, beside states that decay": (STAGE_1, "states decay"),
+    "the ODE, beside states that are held": (STAGE_1, "states held"),
+    "the series as text": ("text", "facts as text"),
+    "text, beside stage 1": ("text + logit", STAGE_1),
+    "soft prompt, beside stage 1": ("soft prompt + logit", STAGE_1),
+    "text and soft prompt, beside stage 1": ("text + soft prompt + logit", STAGE_1),
+    "the soft prompt of the patient, beside that of another": (
+        "soft prompt",
+        "soft prompt of another patient",
+    ),
+    "pretraining of the language model": ("soft prompt", "soft prompt + random weights"),
+}
+"""What is asked of each part: an arm that has it, and an arm that differs by lacking it."""
 
 
 def run_ablation(
@@ -170,7 +188,8 @@ def write_results(folders: dict[str, Path], outcome: str, args: Namespace) -> No
         sentences=unused_sentences(results),
         card={"Seed": str(args.seed), "Small cells": counting_rule(args.min_cell)},
         models=arm_meanings(results),
-        notice=random_models_notice([vars(args)]),
+        parts=part_findings([table], PARTS, args.seed, args.min_cell),
+        notice=random_models_notice({"all": vars(args)}),
     )
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -14,6 +15,8 @@ from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several.earlier_stages import changed_stage1
 from medgemma_clinical.commands.several.runs import random_models_notice, run_figures
 from medgemma_clinical.data.small_cells import counting_rule
+from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
+from medgemma_clinical.evaluation.cohort import SAME_RISK
 from medgemma_clinical.evaluation.comparison import (
     TESTED,
     compare_models,
@@ -22,7 +25,8 @@ from medgemma_clinical.evaluation.comparison import (
     write_comparison,
 )
 from medgemma_clinical.evaluation.report import STAGE_NAMES
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, file_hash
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -41,21 +45,24 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
     """
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
+    runs = [Path(os.path.abspath(run)) for run in runs]  # "." has a name too
     folders = dict(zip(model_names(runs), runs, strict=True))
     changed = changed_stage1(folders)
-    for line in changed:
+    for line in changed.values():
         logger.warning("warning: %s", line)
     reference = next(iter(folders))
     results = compare_models([join_predictions(folders)], reference, seed, fewest)
     for name, run in folders.items():
         results[name] |= known_figures(run)
+        if name != reference and changed.keys() & {name, reference}:
+            results[name]["unjudged"] = True
     if output_dir is None:
         table = comparison_table(results, reference).to_string(index=False)
         logger.info("%s\n%s", table, counts_sentence(results))
         return EXIT_DONE
     output_dir.mkdir(parents=True, exist_ok=True)
-    known = [read_run(run) or {} for run in runs]
-    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known if "data" in run)
+    known = {name: read_run(run) or {} for name, run in folders.items()}
+    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
     title = f"{len(folders)} finished models on the same test patients"
     write_comparison(
         output_dir,
@@ -64,8 +71,16 @@ def run_compare(runs: list[Path], seed: int, fewest: int, output_dir: Path | Non
         reference,
         asked=list(folders)[1:],
         title=": ".join([title, *outcomes]),
-        sentences=changed,
-        notice=random_models_notice(run.get("arguments", {}) for run in known),
+        sentences=[],
+        warnings=list(changed.values()),
+        models={
+            name: f"the one in the report of {reference}; none of the compared runs"
+            for name in results
+            if name not in folders and name.endswith((STAGE_1, STAGE_2))
+        },
+        notice=random_models_notice(
+            {name: run.get("arguments", {}) for name, run in known.items()}
+        ),
         card={"Seed": f"{seed}, of the intervals", "Small cells": counting_rule(fewest)},
     )
     return EXIT_DONE
@@ -84,19 +99,12 @@ def known_figures(folder: Path) -> dict[str, float | None]:
 
 
 def model_names(runs: Sequence[Path]) -> list[str]:
-    """Return the stage of each folder in words; where two have the same, their short names."""
-    stages = [STAGE_NAMES.get(Path(os.path.abspath(run)).name) for run in runs]
-    return [
-        name if stage is None or stages.count(stage) > 1 else stage
-        for stage, name in zip(stages, short_names(runs), strict=True)
-    ]
-
-
-def short_names(runs: Sequence[Path]) -> list[str]:
-    """Return the path of each folder below the last one that holds them all."""
-    places = [os.path.abspath(run) for run in runs]
-    shared = os.path.commonpath([os.path.dirname(place) for place in places])
-    return [Path(os.path.relpath(place, shared)).as_posix() for place in places]
+    """Return the stages in words where one folder holds all runs, else their paths below it."""
+    shared = Path(os.path.commonpath([run.parent for run in runs]))
+    names = [run.relative_to(shared).as_posix() for run in runs]
+    if any(run.parent != shared for run in runs):
+        return names
+    return [STAGE_NAMES.get(name, name) for name in names]
 
 
 def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
@@ -127,7 +135,8 @@ def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
 def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
     """Join the test predictions of several stages, with the baselines of the first.
 
-    An earlier stage among these baselines is left out where it is one of the compared models.
+    An earlier stage among these baselines is left out where it is one of the compared models; of
+    another training it is called "other", where one of the models has its name.
 
     Args:
         folders: stage folder of each model, by the model's name; the first is the reference.
@@ -144,8 +153,29 @@ def join_predictions(folders: dict[str, Path]) -> pd.DataFrame:
         _check_named_patients(reference, folders[reference], name, folders[name])
         _check_same_rows(reference, first, name, table)
     models = [table[name] for name, table in tables.items()]
-    baselines = first[[name for name in first if name not in {*TESTED, *folders}]]
+    compared = _compared_baselines(folders, tables)
+    baselines = first.drop(columns=[*TESTED, reference, *compared], errors="ignore")
+    baselines = baselines.rename(columns={name: f"other {name}" for name in folders})
     return pd.concat([first[TESTED], *models, baselines], axis=1)
+
+
+def _compared_baselines(folders: dict[str, Path], tables: dict[str, pd.DataFrame]) -> set[str]:
+    """Return the earlier stages among the baselines of the first run that are compared themselves.
+
+    Stage 1 is known by the hash of its file, stage 2 by its risks, which were copied from its
+    folder.
+    """
+    reference, first = next(iter(tables.items()))
+    digest, found = (read_run(folders[reference]) or {}).get("stage_1_sha256"), set()
+    for name, folder in folders.items():
+        path = folder.parent / TRAJECTORY_FILE
+        if folder.name == "trajectory" and path.is_file() and file_hash(path) == digest:
+            found.add(STAGE_1)
+        if folder.name == "classification" and STAGE_2 in first.columns.drop(reference):
+            risks = tables[name][name]
+            if np.allclose(risks, first[STAGE_2], rtol=0, atol=SAME_RISK):
+                found.add(STAGE_2)
+    return found
 
 
 def _check_same_rows(reference: str, first: pd.DataFrame, name: str, table: pd.DataFrame) -> None:

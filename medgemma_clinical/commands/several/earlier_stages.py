@@ -109,14 +109,14 @@ def _read_stage2(
     return risks
 
 
-def changed_stage1(folders: dict[str, Path]) -> list[str]:
-    """Return a line on each stage that reads another stage 1 than the one beside or compared.
+def changed_stage1(folders: dict[str, Path]) -> dict[str, str]:
+    """Return, by its name, a line on each stage with another stage 1 than that beside or compared.
 
     Args:
         folders: of finished stages by name.
     """
     trained = {name: folder for name, folder in folders.items() if folder.name == "trajectory"}
-    lines = []
+    lines = {}
     for name, folder in folders.items():
         digest = (read_run(folder) or {}).get("stage_1_sha256")
         if digest is None:
@@ -124,9 +124,10 @@ def changed_stage1(folders: dict[str, Path]) -> list[str]:
         for other, place in {f"the {TRAJECTORY_FILE} beside it": folder, **trained}.items():
             path = place.parent / TRAJECTORY_FILE
             if path.is_file() and file_hash(path) != digest:
-                lines.append(
-                    f"{name} reads another stage 1 than {other}, which was trained anew since or "
-                    f"comes from another run: train {name} again before they are compared"
+                lines[name] = (
+                    f"The model {name} reads another stage 1 than {other}, which was trained anew "
+                    "since or comes from another run. No verdict is given between this model and "
+                    "another run: train it again."
                 )
                 break
     return lines

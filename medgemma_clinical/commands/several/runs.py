@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,22 @@ def stage_folder(args: Namespace) -> Path:
     return folder
 
 
-def random_models_notice(runs: Iterable[Mapping[str, Any]]) -> str:
+def random_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what a page says first where some runs have the built-in random model; else nothing.
 
     Args:
-        runs: the arguments of each; none where they are not known.
+        runs: the arguments of each by its name; none where they are not known.
     """
-    random = [run["trajectory_only"] for run in runs if run.get("model_name") == TINY]
-    if not random:
-        return ""
-    return RANDOM_MODEL_UNREAD if all(random) else RANDOM_MODEL
+    tiny = [name for name, run in runs.items() if run.get("model_name") == TINY]
+    readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
+    random = [name for name in tiny if name in readers]
+    if not readers:
+        return RANDOM_MODEL_UNREAD if len(tiny) == len(runs) else ""
+    if random == readers:
+        return RANDOM_MODEL
+    names = " and of ".join(random)
+    notice = "is tiny and random: its figures say nothing about MedGemma."
+    return f"The language model of {names} {notice}" if random else ""
 
 
 def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:

@@ -10,7 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.several.ablation import arm_meanings, run_ablation, unused_sentences
+from medgemma_clinical.commands.several.ablation import (
+    PARTS,
+    arm_meanings,
+    run_ablation,
+    unused_sentences,
+)
 from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import (
     Train,
@@ -25,11 +30,14 @@ from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.baselines import COMBINED, richest_blend
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.evaluation.comparison import (
     Results,
     compare_models,
+    part_findings,
     write_comparison,
 )
+from medgemma_clinical.evaluation.judgement.verdict import difference_of_parts
 from medgemma_clinical.evaluation.report import STAGE_NAMES, STAGE_TITLES
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -38,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 SEED = "{seed}"
 """Stands in a flag's value for the number of the seed."""
+
+BEYOND_CHANCE = "Beyond chance"
+"""Column that says whether validation and test part disagree."""
 
 
 def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
@@ -92,7 +103,7 @@ def seed_arguments(seed: int, args: Namespace) -> Namespace:
 
 
 def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
-    """Write mean, spread and pooled intervals over seeds; name the best run by validation.
+    """Write figures by seed, their mean and its intervals; name the best run by validation.
 
     Args:
         folders: stage folder, or folder of the ablation, of each seed.
@@ -109,7 +120,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         reference, name, title = STAGE_NAMES[stage], f"seeds_{stage}", STAGE_TITLES[stage]
         tables = [read_predictions(folder, reference) for folder in folders.values()]
         sentences = [best_by_validation(folders)]
-    results = compare_models(_shared_models(tables), reference, args.seed, args.min_cell)
+    tables = _shared_models(tables)
+    results = compare_models(tables, reference, args.seed, args.min_cell)
     if args.ablation:
         add_run_figures(results, list(folders.values()))
         sentences = unused_sentences(results)
@@ -128,11 +140,13 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             "Small cells": counting_rule(args.min_cell),
             "Not in the intervals": (
                 "the change of a figure with split and training, which the standard deviation "
-                "over the splits (sd) shows; the intervals treat the trained models as fixed"
+                "over the splits (SD) shows; the intervals treat the trained models as fixed"
             ),
         },
         models=arm_meanings(results) if args.ablation else None,
-        notice=random_models_notice([vars(args)]),
+        notice=random_models_notice({"all": vars(args)}),
+        parts=part_findings(tables, PARTS, args.seed, args.min_cell) if args.ablation else (),
+        splits=None if args.ablation else split_table(folders),
     )
     for sentence in sentences:
         logger.info("%s", sentence)
@@ -157,15 +171,30 @@ def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     return [table[shared] for table in tables]
 
 
+def split_table(folders: dict[int, Path]) -> pd.DataFrame:
+    """Return the AUROC of each seed on its validation and test part, and whether they agree."""
+    lines = []
+    for seed, folder in folders.items():
+        validation, test = (read_auroc(folder, part) for part in ("validation", "test"))
+        difference = difference_of_parts(test, validation)
+        beyond = "yes" if difference.above(0) or difference.below(0) else "no"
+        line = {"Seed": seed, "Validation": validation.text(), "Test": test.text()}
+        line["Test minus validation"] = difference.text("+.3f")
+        line[BEYOND_CHANCE] = NO_VALUE if difference.low is None else beyond
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
 def best_by_validation(folders: dict[int, Path]) -> str:
     """Return a sentence on the seed whose run has the highest validation AUROC."""
-    known = {seed: read_auroc(folder, "validation").value for seed, folder in folders.items()}
-    aurocs = {seed: value for seed, value in known.items() if value is not None}
+    known = {seed: read_auroc(folder, "validation") for seed, folder in folders.items()}
+    aurocs = {seed: auroc.value for seed, auroc in known.items() if auroc.value is not None}
     if not aurocs:
         return "Best by validation: not shown, few patients have the event (--min_cell)."
     best = max(aurocs, key=aurocs.__getitem__)
     place = "/".join(folders[best].parts[-2:])
     return (
-        f"Best by validation: seed {best} (AUROC {aurocs[best]:.4f}), {place}. Each seed has its "
-        "own validation part, so this choice is partly chance."
+        f"Best by validation: seed {best}, with an AUROC of {known[best].text()} there and of "
+        f"{read_auroc(folders[best], 'test').text()} on its test part ({place}). Each seed has "
+        "its own validation part, so this choice is partly chance."
     )

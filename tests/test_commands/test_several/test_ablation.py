@@ -22,6 +22,7 @@ from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several.ablation import (
     ARM_MEANINGS,
     ARMS,
+    PARTS,
     STAGE_1,
     arm_arguments,
     chosen_arms,
@@ -152,6 +153,15 @@ def test_every_arm_stands_beside_stage_1_and_the_baselines(
     page = (tmp_path / "ablation" / "ablation.html").read_text()
     assert "What each part of the model adds: Death" in page
     assert list(ARM_MEANINGS) == list(ARMS)
+    assert {arm for pair in PARTS.values() for arm in pair} == {*ARMS}, "each arm answers"
+    box = page.split("Gain and cost")[0]
+    for part, (one, other) in PARTS.items():
+        gain = results[one]["auroc"]["value"] - results[other]["auroc"]["value"]
+        assert f"{part[0].upper()}{part[1:]}: " in box
+        assert f"The AUROC of {one} minus that of {other} is {gain:+.3f} [" in box
+    for pair in ((STAGE_1, "states held"), ("text + logit", STAGE_1), ("text", "facts as text")):
+        assert "The AUROC of {} minus that of {} is ".format(*pair) in box
+    assert box.index("Facts: ") < box.index(" models, ") < box.index("The models beside ")
     for name, meaning in {**ARM_MEANINGS, **describe_baselines(["last value"])}.items():
         assert f"<dt>{name}</dt><dd>{meaning}</dd>" in page
     assert (tmp_path / "ablation" / "ablation.png").read_bytes().startswith(b"\x89PNG")
@@ -233,7 +243,7 @@ def test_of_several_seeds_only_the_pooled_table_is_printed(
         logging.root.handlers[:] = handlers
     out = capsys.readouterr().out
     assert [f"{title}{name}: test AUROC" in out for name in ARMS] == [True] * len(ARMS)
-    assert ("minus reference" in out) == shown
+    assert ("Minus reference" in out) == shown
     assert (tmp_path / "ablation" / "ablation.html").exists()
 
 

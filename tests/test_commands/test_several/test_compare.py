@@ -21,7 +21,12 @@ from medgemma_clinical.commands.several.compare import (
     run_compare,
 )
 from medgemma_clinical.evaluation.baselines import STAGE_1
-from medgemma_clinical.evaluation.comparison import verdict_beside
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE
+from medgemma_clinical.evaluation.comparison import (
+    comparison_table,
+    judged_models,
+    verdict_beside,
+)
 from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.files import InputError, file_hash
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -127,8 +132,8 @@ def test_a_stage_1_that_was_trained_anew_is_noticed(
     assert warned(built, alone) == []
     (line,) = warned(tmp_path / "new" / "trajectory", built)
     assert line.startswith(
-        "warning: stage 2 (classification) reads another stage 1 than stage 1 (trajectory alone), "
-        "which was trained anew since"
+        "warning: The model old/classification reads another stage 1 than new/trajectory, which "
+        "was trained anew since"
     )
     (tmp_path / "old" / TRAJECTORY_FILE).write_text("trained anew")
     for runs in ((built, alone), (tmp_path / "old" / "trajectory", built)):
@@ -136,6 +141,34 @@ def test_a_stage_1_that_was_trained_anew_is_noticed(
         assert f"stage 2 (classification) reads another stage 1 than the {TRAJECTORY_FILE}" in line
     (tmp_path / "old" / TRAJECTORY_FILE).unlink()
     assert warned(built, alone) == []
+
+
+def test_a_stage_with_another_stage_1_has_no_verdict_and_the_warning_stands_first(
+    tmp_path: Path,
+) -> None:
+    runs = finish_stages(tmp_path / "a", 0)
+    (tmp_path / "a" / TRAJECTORY_FILE).write_text("trained anew")
+    first, second, third = STAGE_NAMES.values()
+    for reference, judged in (("trajectory", set()), ("classification", {f"other {first}"})):
+        order = sorted(runs.values(), key=lambda run: run.name != reference)
+        run_compare(order, seed=0, fewest=0, output_dir=tmp_path)
+        page = (tmp_path / "compare.html").read_text()
+        results = json.loads((tmp_path / "compare.json").read_text())
+        assert set(judged_models(results, STAGE_NAMES[reference])) == {"last value", *judged}
+        box = page.split('<section class="verdict "')[1]
+        assert box.split("<p>")[1].startswith(f"<strong>The model {second} reads another stage 1")
+        text = Page(page).text
+        assert "Cost:" not in text
+        table = comparison_table(results, STAGE_NAMES[reference]).set_index("Model")["Verdict"]
+        others = {first, second, third} - {STAGE_NAMES[reference]}
+        assert set(table[list(others)]) == {NO_VALUE}
+        for name in others:
+            assert f"The model {name} is" not in text
+            assert f"whether the model {name} is" not in text
+        if reference == "trajectory":
+            assert f"{second} and {third} apart" in text
+        alt, _ = Page(page).images()[0]
+        assert not any(f": {name}" in alt or f", {name}" in alt for name in others)
 
 
 def test_two_different_folders_are_needed(tmp_path: Path) -> None:
@@ -171,20 +204,61 @@ def test_a_page_is_written_where_its_place_is_named_and_nowhere_else(
     assert f"</span>&nbsp;{verdict.words}</span>" in page
 
 
-def test_stages_are_called_by_their_names_and_by_their_folders_where_two_are_of_one_stage(
+def test_stages_of_one_folder_are_called_by_their_names_and_others_by_their_folders(
+    tmp_path: Path,
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    runs = [old / name for name in ("trajectory", "classification", "generative", "copy")]
+    words = ["stage 1 (trajectory alone)", "stage 2 (classification)", "stage 3 (written reports)"]
+    assert model_names(runs) == [*words, "copy"]
+    assert model_names([runs[1], new / "trajectory"]) == ["old/classification", "new/trajectory"]
+    assert model_names([runs[0], old / "a" / "b"]) == ["trajectory", "a/b"]
+
+
+def finish_stages(folder: Path, seed: int) -> dict[str, Path]:
+    """Write three finished stages, the earlier ones among the baselines, and stage 1's file."""
+    folder.mkdir()
+    (folder / TRAJECTORY_FILE).write_text(f"of seed {seed}")
+    digest = file_hash(folder / TRAJECTORY_FILE)
+    runs, earlier = {}, pd.DataFrame()
+    for k, stage in enumerate(STAGE_NAMES):
+        built = None if stage == "trajectory" else digest
+        runs[stage] = write_run(folder / stage, 10 * seed + k, stage_1=built)
+        path = runs[stage] / "predictions_test.csv"
+        table = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
+        pd.concat([table, earlier], axis=1).to_csv(path, index=False)
+        earlier[STAGE_NAMES[stage]] = table["probability"]
+    return runs
+
+
+def test_an_earlier_stage_is_left_out_only_where_it_is_compared_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    places = [
-        tmp_path / name for name in ("old/trajectory", "old/classification", "old/generative")
-    ]
-    words = ["stage 1 (trajectory alone)", "stage 2 (classification)", "stage 3 (written reports)"]
-    assert model_names(places) == words
-    again = tmp_path / "new" / "trajectory"
-    assert model_names([*places, again]) == ["old/trajectory", *words[1:], "new/trajectory"]
-    assert model_names([places[0], tmp_path / "a"]) == [words[0], "a"]
-    places[0].mkdir(parents=True)
-    monkeypatch.chdir(places[0])
-    assert model_names([Path(), Path("../classification")]) == words[:2]
+    """Of another folder, or trained anew in the same one, it is another model."""
+    one, other = (finish_stages(tmp_path / place, seed) for seed, place in enumerate("ab"))
+
+    def compared(*runs: Path) -> list[str]:
+        assert run_compare(list(runs), seed=0, fewest=0, output_dir=tmp_path / "out") == 0
+        return list(json.loads((tmp_path / "out" / "compare.json").read_text()))
+
+    second, third = STAGE_NAMES["classification"], STAGE_NAMES["generative"]
+    later = [one[stage] for stage in ("generative", "classification", "trajectory")]
+    assert compared(*later) == [third, second, STAGE_1, "last value"]
+    monkeypatch.chdir(later[0])
+    assert compared(Path(), *(Path("..", run.name) for run in later[1:]))[:2] == [third, second]
+    names = ["a/classification", "b/trajectory", "last value", STAGE_1]
+    assert compared(one["classification"], other["trajectory"]) == names
+    page = Page((tmp_path / "out" / "compare.html").read_text()).text
+    assert f"{STAGE_1} the one in the report of a/classification" in page
+    names = ["a/generative", "b/classification", "last value", STAGE_1, second]
+    assert compared(one["generative"], other["classification"]) == names
+    shutil.copytree(one["trajectory"], tmp_path / "c" / "trajectory")
+    shutil.copy(tmp_path / "a" / TRAJECTORY_FILE, tmp_path / "c")
+    copied = compared(one["classification"], tmp_path / "c" / "trajectory")
+    assert copied == ["a/classification", "c/trajectory", "last value"]
+    (tmp_path / "a" / TRAJECTORY_FILE).write_text("trained anew")
+    anew = compared(one["classification"], one["trajectory"])
+    assert anew == [second, STAGE_1, "last value", f"other {STAGE_1}"]
 
 
 def test_the_page_has_a_finding_on_each_run_and_the_banner_of_the_random_model(
@@ -192,7 +266,9 @@ def test_the_page_has_a_finding_on_each_run_and_the_banner_of_the_random_model(
 ) -> None:
     """Stage 1 is one of the baselines of stage 2, and a model of its own here."""
     names = ("classification", "trajectory", "generative")
-    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate(names)]
+    (tmp_path / TRAJECTORY_FILE).write_text("stage 1")
+    built = file_hash(tmp_path / TRAJECTORY_FILE)
+    runs = [write_run(tmp_path / name, k, stage_1=built) for k, name in enumerate(names)]
     path = runs[0] / "predictions_test.csv"
     table = pd.read_csv(path, dtype={"id": str}, keep_default_na=False)
     table.assign(**{STAGE_1: 1 - table["probability"]}).to_csv(path, index=False)
@@ -205,13 +281,15 @@ def test_the_page_has_a_finding_on_each_run_and_the_banner_of_the_random_model(
     own = pd.read_csv(runs[1] / path.name)
     score = roc_auc_score(own["label"], own["probability"])
     assert results[STAGE_1]["auroc"]["value"] == pytest.approx(score)
-    sentence = verdict_beside(results[STAGE_1]).sentence(f"{STAGE_1} is", reference)
-    assert f"S{sentence[1:]}. Its AUROC is {score:.3f} [" in page
-    assert f"Stage 3 (written reports) is the same as {reference}." in page
+    sentence = verdict_beside(results[STAGE_1]).sentence(f"the model {STAGE_1} is", reference)
+    assert f"T{sentence[1:]}. Its AUROC is {score:.3f} [" in page
+    assert f"The model stage 3 (written reports) is the same as {reference}." in page
     assert RANDOM_MODEL not in page
     run = run_folder.read_run(runs[1])
     assert run is not None
     tiny = {"model_name": TINY, "trajectory_only": False}
     run_folder.write_run(runs[1], {**run, "arguments": tiny})
     run_compare(runs, seed=0, fewest=0, output_dir=tmp_path)
-    assert RANDOM_MODEL in Page((tmp_path / "compare.html").read_text()).text
+    page = Page((tmp_path / "compare.html").read_text()).text
+    assert f"The language model of {STAGE_1} is tiny and random" in page
+    assert RANDOM_MODEL not in page, "the arguments of the others are not known"

@@ -22,6 +22,7 @@ from medgemma_clinical.commands.several import runs as several_runs
 from medgemma_clinical.commands.several import seeds
 from medgemma_clinical.commands.several.seeds import run_seeds, seed_arguments
 from medgemma_clinical.evaluation.baselines import STAGE_1
+from medgemma_clinical.evaluation.bootstrap import NO_VALUE
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 
@@ -100,11 +101,18 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in folders]
     best = 3 + int(np.argmax([each["validation"]["auroc"]["value"] for each in figures]))
     page = (tmp_path / "seeds_trajectory.html").read_text()
+    known = figures[best - 3]
+    validation, test = (known[part]["auroc"]["value"] for part in ("validation", "test"))
     for text in (page, caplog.text):
-        assert f"Best by validation: seed {best} " in text
+        assert (
+            f"Best by validation: seed {best}, with an AUROC of {validation:.3f} [0.100, 0.900] "
+            f"there and of {test:.3f} [0.100, 0.900] on its test part"
+        ) in text
+        assert f"is {min(scores):.3f} to {max(scores):.3f}, mean {pooled['value']:.3f} [" in text
     assert "Stage 1, trajectory alone, in 2 splits of the data: Death" in page
     assert "<title>Stage 1, trajectory alone" in page
     assert "seeds_trajectory" not in page
+    assert page.index(seeds.BEYOND_CHANCE) < page.index("Gain and cost")
     assert f"{pooled['sd']:.3f}" in page
     assert (
         json.loads((tmp_path / "seeds_trajectory.json").read_text())[STAGE_1].items()
@@ -115,6 +123,30 @@ def test_the_seeds_are_pooled_and_the_best_is_chosen_by_validation(
         }.items()
     )
     assert (tmp_path / "seeds_trajectory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_has_validation_and_test_of_each_seed_and_whether_they_disagree(
+    tmp_path: Path,
+) -> None:
+    near, far = {"value": 0.7, "low": 0.6, "high": 0.8}, {"value": 0.9, "low": 0.85, "high": 0.95}
+    unknown = dict.fromkeys(near)
+    folders = {}
+    for seed, (validation, test) in enumerate(
+        [(near, near), (near, far), (far, near), (near, unknown)]
+    ):
+        folders[seed] = write_run(tmp_path / str(seed))
+        parts = {"validation": {"auroc": validation}, "test": {"auroc": test}}
+        (folders[seed] / "metrics.json").write_text(json.dumps(parts))
+    table = seeds.split_table(folders)
+    assert table["Seed"].tolist() == [0, 1, 2, 3]
+    assert table["Validation"].tolist()[1:3] == ["0.700 [0.600, 0.800]", "0.900 [0.850, 0.950]"]
+    assert table["Test"].tolist()[1:] == ["0.900 [0.850, 0.950]", "0.700 [0.600, 0.800]", NO_VALUE]
+    assert [text[:6] for text in table["Test minus validation"]][:3] == [
+        "+0.000",
+        "+0.200",
+        "-0.200",
+    ]
+    assert table[seeds.BEYOND_CHANCE].tolist() == ["no", "yes", "yes", NO_VALUE]
 
 
 @pytest.mark.usefixtures("unbegun")
@@ -244,6 +276,7 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
         folder = write_run(args.output_dir / "ablation", args.seed)
         table = pd.read_csv(folder / "predictions_test.csv")
         table["text"] = 1 - table["probability"]
+        table["text + logit"] = table["last value"] / 2
         table = table.rename(columns={"probability": "stage 1"})
         table.to_csv(folder / "predictions_test.csv", index=False)
         costs = {
@@ -258,13 +291,15 @@ def test_ablations_of_several_seeds_read_the_data_once_and_are_pooled(
     assert run_seeds(args, keep, fake_train([])) == 0
     assert (len(read), seen) == (1, [(3, True), (4, True)])
     results = json.loads((tmp_path / "seeds_ablation.json").read_text())
-    assert set(results) == {"last value", "stage 1", "text"}
+    assert set(results) == {"last value", "stage 1", "text", "text + logit"}
     assert [results[name].get("tokens") for name in ("stage 1", "text")] == [3.5, 70]
     assert results["text"]["minus_reference"]["auroc"]["value"] == 0, "the reference"
     gain = results["stage 1"]["minus_reference"]["auroc"]
     assert gain["low"] <= gain["value"] <= gain["high"]
     page = (tmp_path / "seeds_ablation.html").read_text()
     assert "adds nothing to stage 1, in: stage 1." in page
+    assert "Text, beside stage 1: " in page
+    assert page.count("The AUROC of ") == 1
     assert "What each part of the model adds, in 2 splits of the data: Death" in page
 
 
@@ -275,12 +310,20 @@ def test_runs_with_the_random_model_have_a_notice(tmp_path: Path) -> None:
         ("google/medgemma-4b-pt", False, ""),
     ):
         args = arguments(tmp_path, model_name=model, trajectory_only=stage1_alone)
-        assert several_runs.random_models_notice([vars(args)]) == notice
+        assert several_runs.random_models_notice({"all": vars(args)}) == notice
+
+
+def test_of_several_runs_only_those_with_the_random_model_are_said_to_show_nothing() -> None:
+    notice = several_runs.random_models_notice
     alone, read = ({"model_name": "tiny", "trajectory_only": each} for each in (True, False))
     other = {"model_name": "google/medgemma-4b-pt", "trajectory_only": False}
-    assert several_runs.random_models_notice([alone, other, read]) == RANDOM_MODEL
-    assert several_runs.random_models_notice([alone, alone]) == RANDOM_MODEL_UNREAD
-    assert several_runs.random_models_notice([other, {}]) == ""
+    assert notice({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}) == RANDOM_MODEL
+    assert notice({"a": alone, "b": alone}) == RANDOM_MODEL_UNREAD
+    for unread in (other, {}, {**other, "trajectory_only": True}):
+        assert notice({"a": alone, "b": unread}) == ""
+    for real in (other, {}):
+        mixed = notice({"a": alone, "run/b": read, "c": real, "d": read})
+        assert mixed.startswith("The language model of run/b and of d is tiny and random")
 
 
 # --------------------------------------------------------------------------- by the command line
@@ -316,7 +359,7 @@ def test_the_command_line_runs_each_seed_once(
     alone, both = (pooled[name]["auroc"]["value"] for name in ("blend with facts", "combined"))
     assert pooled["combined"]["minus_blend"]["auroc"]["value"] == pytest.approx(both - alone)
     page = (folder / "seeds_trajectory.html").read_text()
-    assert "tage 1 (trajectory alone) joined with blend with facts is" in page
+    assert "he model stage 1 (trajectory alone) joined with blend with facts is" in page
 
 
 def test_runs_of_the_same_split_are_compared_by_the_command_line(
