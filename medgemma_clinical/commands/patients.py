@@ -61,6 +61,7 @@ class PatientChoice:
             self.found |= set(lines["id"]) & set(self.asked)
             chosen = np.flatnonzero(np.isin(ids, list(self.asked)))
         reports = lines["report"].to_numpy()[scored.places] if "report" in lines else None
+        problems = lines["problem"].to_numpy()[scored.places]
         self.rows += [
             ScoredRow(
                 id=str(ids[k]),
@@ -68,6 +69,7 @@ class PatientChoice:
                 dataset=scored.dataset.subset(np.array([k])),
                 probability=float(risks[k]),
                 report=None if reports is None else str(reports[k]),
+                problem=str(problems[k]),
             )
             for k in chosen.tolist()
         ]
@@ -84,10 +86,11 @@ class PatientChoice:
         """
         places = [k for k, name in enumerate(self.asked or (), 1) if name not in self.found]
         if places:
+            asked = len(self.asked or ())
+            missing = f"{len(places)} of these {asked} ids, the first at place {places[0]}"
             raise InputError(
-                f"--patients: {len(places)} of the {len(self.asked or ())} ids, the first of them "
-                f"at place {places[0]} of the list, stand in no row of {source}: give ids as the "
-                "predictions have them"
+                f"--patients: no row of {source} has {missing if asked > 1 else 'this id'}: give "
+                "ids as the predictions have them"
             )
 
     def sentence(self) -> str:

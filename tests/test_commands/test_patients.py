@@ -112,8 +112,10 @@ def test_an_id_that_no_row_has_is_refused_by_its_place(
     data, out = write_data(marked(table, 9), tmp_path / "rows.csv"), tmp_path / "out.csv"
     asked = ["--explain", "--patients", f"{MARKER}-3,{MARKER}-77,{MARKER}-4"]
     words = command(runs / "trajectory", data, out, *asked)
-    expected = ("--patients: 1 of the 3 ids", "at place 2 of the list", "in no row of", "rows.csv")
+    expected = ("--patients: no row of", "has 1 of these 3 ids, the first at place 2: give ids as")
     assert refused(capsys, words, *expected, out=out)
+    alone = command(runs / "trajectory", data, out, "--explain", "--patients", f"{MARKER}-77")
+    assert refused(capsys, alone, "rows.csv has this id: give ids as", out=out)
     assert trainer.main(words) == 2
     assert MARKER not in "".join(capsys.readouterr()), "neither those of the file nor the typed"
 
@@ -146,6 +148,9 @@ def test_the_page_of_each_stage_shows_what_the_stage_has(
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":
         assert line["report"].partition(".")[0] in page.text
+        problem = line["problem"]
+        assert problem, "of a random model"
+        assert f"Written report {problem[0].upper()}{problem[1:]}." in page.text
 
 
 @pytest.mark.parametrize(("weight", "said"), [(0.0, True), (0.001, False), (None, False)])

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.evaluation.decision import threshold_text
-from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
+from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation
 from medgemma_clinical.evaluation.patients.patient_plot import plot_patient
-from medgemma_clinical.evaluation.patients.report_marks import TRUTHS
+from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, TRUTHS
 from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.files import write_text
@@ -29,7 +29,7 @@ class PatientsContent:
 
     Attributes:
         outcome: the event in a few words.
-        threshold: the probability from which on the event is predicted.
+        threshold: the probability from which on a row is an alarm.
         chosen: how the rows were chosen, a sentence.
         kept: what stays when a row is scored without soft prompt, a sentence.
         method: lines of name and text: question, model, versions.
@@ -60,6 +60,10 @@ def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsCon
         "content": content,
         "threshold": threshold_text(content.threshold),
         "removes_soft_prompt": any(row.without_soft_prompt is not None for row in rows),
+        "has_reports": any(row.report is not None for row in rows),
+        "right": RIGHT,
+        "elsewhere": ELSEWHERE,
+        "foreign": FOREIGN,
     }
     write_text(path, render("patients", title=title, notice=NOTICE, **page))
 
@@ -86,6 +90,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
         "effects": row.effects(),
         "without_soft_prompt": _soft_prompt_text(row),
         "report": row.report,
+        "problem": row.problem[:1].upper() + row.problem[1:],
         "counts": [(truth, truths.count(truth)) for truth in TRUTHS] if truths else [],
     }
 
@@ -93,7 +98,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
 def _caption(row: Explanation) -> str:
     caption = "Each series, and the risk with what was known by then."
     if not np.isnan(row.spreads).all():
-        caption += " Axes span two standard deviations of patients or more."
+        caption += " Each axis is so wide that a change within the usual spread looks small."
     measured = np.flatnonzero(~np.isnan(row.values).all(axis=0))
     return (
         f"{caption} Grey: reference range." if any(row.references[f] for f in measured) else caption
@@ -104,6 +109,5 @@ def _soft_prompt_text(row: Explanation) -> str:
     """Return the risk without soft prompt beside the risk; empty where the row has none."""
     if row.without_soft_prompt is None:
         return ""
-    without = 100 * row.without_soft_prompt
-    change = signed(without - 100 * row.probability, 1)
-    return f"Without it the risk is {without:.1f} %, {change} points."
+    without, risk = (f"{100 * p:.1f} %" for p in (row.without_soft_prompt, row.probability))
+    return f"Without it the risk is {without} instead of {risk}."
