@@ -131,9 +131,10 @@ def test_the_page_says_which_rows_are_alarms_and_of_none_that_the_event_will_com
     tmp_path: Path,
 ) -> None:
     low = replace(ROW, id="low", probability=0.25, hours=ROW.times, risks=ROW.risks[:3])
+    low = replace(low, in_training="no")
     text = Page(page_of(tmp_path, ROW, low)).text
-    assert "Row Risk Alarm threshold of 25.3 % Last observation" in text
-    assert "$x$ 40.0 % alarm hour 30 low 25.0 % no alarm hour 30" in text
+    assert "Row Risk Alarm threshold of 25.3 % Trained the model" in text
+    assert "$x$ 40.0 % alarm not known low 25.0 % no alarm no" in text
     assert "Risk 40.0 % , at or above the alarm threshold of 25.3 %: alarm." in text
     assert "Risk 25.0 % , below the alarm threshold of 25.3 %: no alarm." in text
     assert "predicted" not in text
@@ -214,9 +215,10 @@ def test_the_soft_prompt_is_compared_with_its_absence(tmp_path: Path) -> None:
 
 def test_a_language_model_of_weight_zero_is_named_first_and_no_soft_prompt(tmp_path: Path) -> None:
     path, sentence = tmp_path / "out.patients.html", "These are the predictions of stage 1."
-    write_patients(path, [ROW, ROW], replace(CONTENT, unused=sentence, warning="It is random."))
+    told = replace(CONTENT, overlap="They trained.", unused=sentence, warning="It is random.")
+    write_patients(path, [ROW, ROW], told)
     text = Page(path.read_text(encoding="utf-8")).text
-    assert f"{sentence} It is random. Shown are all." in text
+    assert f"alone. They trained. {sentence} It is random. Shown are all." in text
     assert text.count(sentence) == 1, "in the box alone"
     assert "oft prompt" not in text
 

@@ -66,6 +66,7 @@ class Explanation:
             a model without soft prompt, or whose language model has weight 0.
         report: the report of stage 3 in pieces, its numbers marked; None for other stages.
         problem: of the report, as in the predictions; empty for none.
+        in_training: whether the row trained the model, in a word or two.
     """
 
     id: str
@@ -84,6 +85,7 @@ class Explanation:
     without_soft_prompt: float | None = None
     report: tuple[Mark, ...] | None = None
     problem: str = ""
+    in_training: str = "not known"
 
     @property
     def time_unit(self) -> TimeUnit:

@@ -33,6 +33,7 @@ class PatientsContent:
         chosen: how the rows were chosen, a sentence.
         kept: what stays when a row is scored without soft prompt, a sentence.
         method: lines of name and text: question, model, versions.
+        overlap: that patients of the page trained the model, a sentence; empty where none is found.
         unused: that the language model adds nothing, a sentence; empty where it adds something.
         warning: about the model; empty for none.
     """
@@ -42,6 +43,7 @@ class PatientsContent:
     chosen: str
     kept: str
     method: dict[str, str]
+    overlap: str = ""
     unused: str = ""
     warning: str = ""
 
@@ -79,6 +81,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
         "id": row.id,
         "risk": f"{100 * row.probability:.1f}\N{NO-BREAK SPACE}%",
         "alarm": row.probability >= content.threshold,
+        "in_training": row.in_training,
         "observations": len(row.times),
         "last": f"{unit.name} {unit.text(row.times[-1])}",
         "asked": f"{unit.name} {unit.text(row.hours[-1])}" if later else None,
