@@ -91,7 +91,8 @@ def test_the_caption_says_what_axes_span_and_what_is_grey(tmp_path: Path) -> Non
         ([3, 4], (None, 1), 0.1, (0.7, 4.3)),
         ([1, 1], None, 5.0, (0, 12)),  # no axis goes below zero for a count or a concentration
         ([-2, -1], None, 5.0, (-7.5, 4.5)),
-        ([7, 7], None, np.nan, (6.3, 7.7)),
+        ([7, 7], None, np.nan, (6, 8)),
+        ([70, 70], None, np.nan, (63, 77)),
         ([0, 0], None, np.nan, (0, 2)),
     ],
 )
@@ -113,7 +114,10 @@ def test_states_and_counts_have_whole_ticks_and_points_at_an_edge_are_whole() ->
     assert bottom == 0, "where the first point lies"
     assert {0.0, 1.0} <= {*state.get_yticks()}
     assert not any(tick % 1 for axes in (state, constant) for tick in axes.get_yticks())
-    assert 1.0 in constant.get_yticks()
+    assert {0.0, 1.0} <= {*constant.get_yticks()}
+    whole = replace(row, values=np.array([[28.0], [21], [21]]) * np.ones(3), spreads=np.full(3, 3))
+    axes = plot_patient(whole, OUTCOME, 0.2)[0].axes[0]
+    assert sum(20.3 <= tick <= 28.7 for tick in axes.get_yticks()) == 2, "one tick is no scale"
     assert any(tick % 1 for tick in measured.get_yticks())
     points = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "o"]
     assert len(points) == 4

@@ -32,7 +32,7 @@ def plot_patient(shown: Explanation, outcome: str, threshold: float) -> tuple[Fi
     Args:
         shown: the row.
         outcome: the event in a few words.
-        threshold: the probability from which on the event is predicted.
+        threshold: the probability from which on a row is an alarm.
     """
     measured = [f for f in range(len(shown.features)) if not np.isnan(shown.values[:, f]).all()]
     height = max(LEAST_HEIGHT, min(SERIES_HEIGHT, ALL_SERIES / len(measured)))
@@ -65,7 +65,7 @@ def _plot_series(axes: Axes, shown: Explanation, f: int) -> str:
     # Without clipping, a point on the edge of the panel is drawn whole.
     axes.plot(times / unit.hours, values, "o-", color=INK, linewidth=1, markersize=4, clip_on=False)
     whole = bool((values == np.round(values)).all())  # states, grades, counts
-    axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2 - whole, integer=whole))
+    axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
     name, of = shown.features[f], with_space(shown.units[f])
     _set_label(axes, _shortened(name), _shortened(shown.units[f]))
     course = f"from {plain(values[0])} to {plain(values[-1])}{of} in {len(values)} values"
@@ -88,7 +88,8 @@ def axis_limits(
     ends = [end for end in reference or () if end is not None]
     low, high = min([values.min(), *ends]), max([values.max(), *ends])
     span = max(high - low, LEAST_SPREADS * np.nan_to_num(spread))
-    half = 0.6 * span or 0.1 * abs(high) or 1.0  # a tenth of room on either side
+    # A tenth of room on either side; of one value, room for the whole numbers beside a state.
+    half = 0.6 * span or max(0.1 * abs(high), 1.0)
     bottom, top = (low + high) / 2 - half, (low + high) / 2 + half
     below_zero = max(0.0, -bottom) if low >= 0 else 0.0
     return float(bottom + below_zero), float(top + below_zero)
