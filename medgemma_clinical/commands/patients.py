@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.training_data import patient_hashes, row_hashes
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.judgement.overlap import Overlap, find_overlap
 from medgemma_clinical.evaluation.patients.patient_page import PatientsContent, write_patients
 from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
@@ -61,6 +65,7 @@ class PatientChoice:
             self.found |= set(lines["id"]) & set(self.asked)
             chosen = np.flatnonzero(np.isin(ids, list(self.asked)))
         reports = lines["report"].to_numpy()[scored.places] if "report" in lines else None
+        problems = lines["problem"].to_numpy()[scored.places]
         self.rows += [
             ScoredRow(
                 id=str(ids[k]),
@@ -68,6 +73,7 @@ class PatientChoice:
                 dataset=scored.dataset.subset(np.array([k])),
                 probability=float(risks[k]),
                 report=None if reports is None else str(reports[k]),
+                problem=str(problems[k]),
             )
             for k in chosen.tolist()
         ]
@@ -84,10 +90,11 @@ class PatientChoice:
         """
         places = [k for k, name in enumerate(self.asked or (), 1) if name not in self.found]
         if places:
+            asked = len(self.asked or ())
+            missing = f"{len(places)} of these {asked} ids, the first at place {places[0]}"
             raise InputError(
-                f"--patients: {len(places)} of the {len(self.asked or ())} ids, the first of them "
-                f"at place {places[0]} of the list, stand in no row of {source}: give ids as the "
-                "predictions have them"
+                f"--patients: no row of {source} has {missing if asked > 1 else 'this id'}: give "
+                "ids as the predictions have them"
             )
 
     def sentence(self) -> str:
@@ -118,13 +125,67 @@ def choose_patients(request: Namespace) -> PatientChoice | None:
     return PatientChoice(request.patients) if request.explain else None
 
 
-def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Namespace) -> None:
-    """Write the page of the chosen rows, if one of them has a score."""
+def find_in_training(
+    rows: Sequence[ScoredRow], trained: NDArray[np.int64], *, named: bool
+) -> tuple[Overlap, list[str]]:
+    """Find rows among those that trained a model, see ``find_overlap``.
+
+    Args:
+        rows: at least one.
+        trained: hashes of the patients and rows that trained; empty where not known.
+        named: whether the training data have identifiers of patients.
+
+    Returns:
+        How many there are in words; and of each row whether it is one of them: "yes" as there,
+        "perhaps" where only the identifier or only the row is equal, "no", or "not known" of a row
+        that holds too few values to be compared.
+    """
+    first = np.zeros(1, dtype=np.int64)
+    patients = np.concatenate([patient_hashes(row.dataset, first) for row in rows])
+    hashes = np.array([_hash_row(row.dataset, trained) for row in rows])
+    named = named and rows[0].dataset.named
+    same_name = np.isin(patients, trained) & named
+    same_row = np.isin(hashes, trained) & (hashes != 0)
+    sure = same_name & (same_name & same_row).any()
+    compared = (hashes != 0) & bool(len(trained))
+    words = np.select([sure, same_name | same_row, compared], ["yes", "perhaps", "no"], "not known")
+    return find_overlap(patients, hashes, trained, named=named, fewest=0), words.tolist()
+
+
+def _hash_row(dataset: TrajectoryDataset, trained: NDArray[np.int64]) -> int:
+    """Return the hash of the first row; of one without label, with the label that trained it."""
+    row = dataset.subset(np.zeros(1, dtype=np.int64))
+    hashes = []
+    for label in (0.0, 1.0) if np.isnan(row.labels[0]) else row.labels.tolist():
+        row.labels[0] = label
+        hashes += row_hashes(row, np.zeros(1, dtype=np.int64)).tolist()
+    return max(hashes, key=lambda each: each in trained)
+
+
+def explain_patients(
+    choice: PatientChoice,
+    model: TrajectoryModel,
+    request: Namespace,
+    training: tuple[NDArray[np.int64], bool],
+) -> None:
+    """Write the page of the chosen rows, if one of them has a score.
+
+    Args:
+        choice: of the rows.
+        model: that scored them.
+        request: checkpoint and place of the predictions.
+        training: hashes of those who trained the model, and whether they have identifiers.
+    """
     if not choice.rows:
         logger.info("patients: no row to show has a score: no page")
         return
     logger.info("patients: explaining %d rows", len(choice.rows))
-    rows = [explain(row, model.trained, model.batch_size) for row in choice.rows]
+    trained, named = training
+    overlap, found = find_in_training(choice.rows, trained, named=named)
+    rows = [
+        replace(explain(row, model.trained, model.batch_size), in_training=word)
+        for row, word in zip(choice.rows, found, strict=True)
+    ]
     config, dataset = model.config, choice.rows[0].dataset
     base = config.get("base_model")
     content = PatientsContent(
@@ -132,6 +193,7 @@ def explain_patients(choice: PatientChoice, model: TrajectoryModel, request: Nam
         threshold=model.threshold,
         chosen=choice.sentence(),
         kept=kept_sentence(config),
+        overlap=overlap.sentence if overlap.flatters else "",
         unused=weight_0_sentence(config),
         warning=random_model_notice(config),
         method={

@@ -113,7 +113,8 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
     log_summary(tally, findings, model.trained, request.predictions, flow, request.min_cell)
     report_labelled(tally, model.trained, first.dataset, request)
     if choice is not None:
-        explain_patients(choice, model, request)
+        training = training_patients(model.trained, request.checkpoint)
+        explain_patients(choice, model, request, training)
     return EXIT_DONE
 
 

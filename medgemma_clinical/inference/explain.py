@@ -34,6 +34,7 @@ class ScoredRow:
         dataset: this row alone, with the inputs of the model.
         probability: of the event.
         report: of stage 3.
+        problem: of the report, as in the predictions.
     """
 
     id: str
@@ -41,6 +42,7 @@ class ScoredRow:
     dataset: TrajectoryDataset
     probability: float
     report: str | None = None
+    problem: str = ""
 
 
 def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanation:
@@ -75,22 +77,28 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
         without=risks_without_series(dataset, trained, batch_size),
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
         report=None if row.report is None else mark_numbers(dataset, 0, row.report),
+        problem=row.problem,
     )
 
 
 def facts_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
     """Return the facts of the first row in words; of a context's words those that stand in it."""
-    shown, unknown, words = {}, [], []
+    shown, zero, unknown, words = {}, [], [], []
     written = numbers_as_written(dataset.contexts[0])
     for name, value in zip(dataset.fact_names, dataset.known_facts()[0], strict=True):
         if name in dataset.static_names:
             label = name.removeprefix("static_")
-            shown[label] = "unknown" if np.isnan(value) else plain(float(f"{value:.6g}"))
+            if value == 0:
+                zero.append(label)
+            else:
+                shown[label] = "unknown" if np.isnan(value) else short_number(value)
         elif name.endswith(NUMBER_ENDING):
             if np.isnan(value):
                 unknown.append(f"{name.removesuffix(NUMBER_ENDING)} unknown")
         elif value == 1:
             words.append(name)
+    if zero:
+        shown["of value 0"] = ", ".join(zero)
     numbers = [number for name, number in written.items() if name in dataset.fact_names]
     if numbers or unknown:
         shown["numbers in the context"] = ", ".join(numbers + unknown)
@@ -102,15 +110,20 @@ def facts_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, s
     return shown
 
 
+def short_number(value: float) -> str:
+    """Write a number with one decimal at most, or two significant digits where that is more."""
+    return plain(round(value, 1) if abs(value) >= 1 else float(f"{value:.2g}"))
+
+
 def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArray[np.float64]:
-    """Return how far the last values of each series lie apart between training patients.
+    """Return how far the last values of each series lie apart between training rows.
 
     Args:
         dataset: with the inputs of the model.
         trained: the model, whose stage 1 keeps these scales for its summaries.
 
     Returns:
-        (F,) standard deviations in raw units, NaN where unknown.
+        (F,) standard deviations in raw units, NaN where unknown or zero.
     """
     model = trained.model
     stage1 = model.stage1 if isinstance(model, TrajectoryLLM) else model
@@ -121,7 +134,8 @@ def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArr
     spreads = member.head.summary_scaler.std.double().cpu().numpy()
     names = dataset.summary_names()
     last = spreads[[names.index(f"{name} last") for name in dataset.features]]
-    return np.where(np.isfinite(last), last, np.nan)
+    known = np.isfinite(last) & (last != 1.0)  # which stands for 0, see MaskedScaler
+    return np.where(known, last, np.nan)
 
 
 def risks_without_series(

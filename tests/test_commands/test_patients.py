@@ -5,16 +5,22 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.patients import MOST_ROWS, patients_path
+from conftest import SAMPLE
+from medgemma_clinical.commands.patients import MOST_ROWS, find_in_training, patients_path
+from medgemma_clinical.data.training_data import patient_hashes
+from medgemma_clinical.inference.explain import ScoredRow
+from medgemma_clinical.inference.hub import share_checkpoint
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.sharing.model_card import weight_0_sentence
 from pages import Page
 from predicting import (
     MARKER,
+    SERIES,
     STAGES,
     command,
     predicted,
@@ -27,6 +33,12 @@ from predicting import (
 def shown(page: Path) -> list[str]:
     """Return the ids that the page shows, in order."""
     return re.findall(r'<section id="row-\d+" class="patient">\s*<h2>(.*?)</h2>', page.read_text())
+
+
+def in_training(page: Path) -> list[str]:
+    """Return the last column of the page's first table."""
+    first = page.read_text().partition("<tbody>")[2].partition("</tbody>")[0]
+    return re.findall(r"<td>([^<]*)</td></tr>", first)
 
 
 def marked(table: pd.DataFrame, rows: int) -> pd.DataFrame:
@@ -112,8 +124,10 @@ def test_an_id_that_no_row_has_is_refused_by_its_place(
     data, out = write_data(marked(table, 9), tmp_path / "rows.csv"), tmp_path / "out.csv"
     asked = ["--explain", "--patients", f"{MARKER}-3,{MARKER}-77,{MARKER}-4"]
     words = command(runs / "trajectory", data, out, *asked)
-    expected = ("--patients: 1 of the 3 ids", "at place 2 of the list", "in no row of", "rows.csv")
+    expected = ("--patients: no row of", "has 1 of these 3 ids, the first at place 2: give ids as")
     assert refused(capsys, words, *expected, out=out)
+    alone = command(runs / "trajectory", data, out, "--explain", "--patients", f"{MARKER}-77")
+    assert refused(capsys, alone, "rows.csv has this id: give ids as", out=out)
     assert trainer.main(words) == 2
     assert MARKER not in "".join(capsys.readouterr()), "neither those of the file nor the typed"
 
@@ -146,6 +160,60 @@ def test_the_page_of_each_stage_shows_what_the_stage_has(
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":
         assert line["report"].partition(".")[0] in page.text
+        problem = line["problem"]
+        assert problem, "of a random model"
+        assert f"Written report {problem[0].upper()}{problem[1:]}." in page.text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_page_says_which_of_its_rows_trained_the_model(
+    stage: str, runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    """One row of the training part and one of another, whole and lacking what identifies them."""
+    parts = [runs / stage / f"predictions_{part}.csv" for part in ("val", "test")]
+    held_out = pd.concat(pd.read_csv(path, dtype=str)["patient"] for path in parts)
+    long = table[table[SERIES].str.count("->") >= 2]  # with three values, which are compared
+    is_held_out = long["subject_id"].isin(held_out)
+    rows = pd.concat([long[~is_held_out].head(1), long[is_held_out].head(1)])
+    rows = rows.assign(id=["a", "b"])
+    renamed = rows.assign(subject_id=["x", "y"])
+    nameless = rows.drop(columns=["subject_id", "id"])
+    others = pd.read_csv(SAMPLE, dtype=str).iloc[200:202].assign(id=["a", "b"])
+    one_of = "1 of these 2 patients"
+    for few, first, words in (
+        (rows, f"{one_of} trained the model: the figures flatter it.", ["yes", "no"]),
+        (rows.assign(label_escalation=""), f"{one_of} trained the model", ["yes", "no"]),
+        (renamed, f"{one_of} have the last values, hours and outcome", ["perhaps", "no"]),
+        (nameless.assign(label_escalation=""), f"{one_of} have the last v", ["perhaps", "no"]),
+        (rows.assign(**{SERIES: "20 (0h)"}), f"{one_of} have the ident", ["perhaps", "not known"]),
+        (others, "", ["no", "no"]),
+    ):
+        data, out = write_data(few, tmp_path / "rows.csv"), tmp_path / "out.csv"
+        asked = "a,b" if "id" in few else "2,3"  # row numbers
+        predicted(runs / stage, data, out, "--explain", "--patients", asked)
+        assert in_training(patients_path(out)) == words
+        text = Page(patients_path(out).read_text()).text
+        assert f"by its owner alone. {first}" in text
+        assert ("flatter" in text) == bool(first)
+        assert "No patient here" not in text
+
+
+def test_row_numbers_are_no_identifiers(table: pd.DataFrame) -> None:
+    dataset = trainer.DATASETS["dka"](table.head(2).drop(columns=["subject_id", "id"]))
+    rows = [ScoredRow(str(k), k, dataset.subset(np.array([k])), 0.5) for k in range(2)]
+    trained = patient_hashes(dataset, np.arange(2))
+    assert "perhaps" not in find_in_training(rows, trained, named=True)[1]
+
+
+def test_a_shared_model_does_not_know_who_trained_it(
+    runs: Path, table: pd.DataFrame, tmp_path: Path
+) -> None:
+    share_checkpoint(runs / "trajectory", tmp_path / "shared")
+    data, out = write_data(table.head(9), tmp_path / "rows.csv"), tmp_path / "out.csv"
+    predicted(tmp_path / "shared", data, out, "--explain", "--patients", "row 1,row 2")
+    assert in_training(patients_path(out)) == ["not known", "not known"]
+    unknown = "alone. The checkpoint does not hold its training patients: if these"
+    assert unknown in Page(patients_path(out).read_text()).text
 
 
 @pytest.mark.parametrize(("weight", "said"), [(0.0, True), (0.001, False), (None, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,10 @@ def test_the_page_of_patients_shows_days_words_and_the_landmark(srtr: Path, tmp_
         f"{feature.name} {word}" for feature in known for word in (feature.words or {}).values()
     ]
     assert any(words in page.text for words in shown)
+    facts = page.text.partition("Facts that were read ")[2].partition(" Effect of leaving")[0]
+    zero = re.search("of value 0: ([^;]*)", facts)
+    assert zero
+    assert zero[1].count("blood group") == 3
+    assert re.search(r"blood group (A|B|AB|O): 1\b", facts)
+    assert ": 0;" not in facts
+    assert not re.search(r"[1-9]\.\d\d", facts), "one decimal at most"

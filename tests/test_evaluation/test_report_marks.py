@@ -93,6 +93,8 @@ LAST = "last 18.5 mEq/L at 8 h"
         (f"{MAIN}. sodium: from 137 mEq/L at 0 h, {LAST}.", 2),
         (f"{MAIN}, sodium: {LAST}.", 2),
         (f"{MAIN}. It is {LAST}.", 2),  # another sentence
+        (f"{MAIN}\n{LAST}.", 2),  # a line ends a sentence
+        (f"PaCO2 falls; {MAIN}.", 2),  # a semicolon begins a label
         (f"{LAST}.", 0),
         (f"Corrected {MAIN}.", 0),
         (f"{MAIN}. Net change -5.5 mEq/L, -0.7 mEq/L an hour: falling.", 4),

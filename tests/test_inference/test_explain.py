@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.evaluation.patients.explanation import Explanation
-from medgemma_clinical.inference.explain import ScoredRow, explain
+from medgemma_clinical.inference.explain import ScoredRow, explain, short_number
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_trainer import TrajectoryModel
 from predicting import SERIES, STAGES, write_data
@@ -145,7 +147,7 @@ def test_a_language_model_of_weight_zero_leaves_nothing_to_remove(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_spread_is_that_of_the_last_values_of_training_patients(
+def test_the_spread_is_that_of_the_last_values_of_training_rows(
     stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
 ) -> None:
     model = models[stage]
@@ -155,6 +157,35 @@ def test_the_spread_is_that_of_the_last_values_of_training_patients(
     place = dataset.summary_names().index(f"{dataset.features[0]} last")
     last = dataset.summaries()[train, place]
     assert spread == pytest.approx(last.std(), rel=1e-5)
+
+
+def test_a_series_that_is_constant_in_training_has_no_spread(
+    models: dict[str, TrajectoryModel], table: pd.DataFrame
+) -> None:
+    model: Any = models["trajectory"].trained.model
+    scaler = model.members[0].head.summary_scaler
+    fitted = copy.deepcopy(scaler)
+    scaler.fit(torch.full((9, len(scaler.std)), 3.0))
+    try:
+        (spread,) = explained(models["trajectory"], table.head(1))[0].spreads
+    finally:
+        scaler.load_state_dict(fitted.state_dict())
+    assert np.isnan(spread)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (40.9167, "40.9"),
+        (82, "82"),
+        (1, "1"),
+        (0.846, "0.85"),
+        (-1.25, "-1.2"),
+        (1234.56, "1234.6"),
+    ],
+)
+def test_a_fact_has_one_decimal_at_most_and_small_ones_stay(value: float, text: str) -> None:
+    assert short_number(value) == text
 
 
 def test_facts_are_those_that_the_model_reads(

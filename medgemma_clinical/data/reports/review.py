@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medgemma_clinical.data.reports.score import (
+    SENTENCE_END,
     ReportScore,
     WrittenPart,
     find_statements,
@@ -35,8 +36,8 @@ from medgemma_clinical.data.texts import (
 if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
 
-SEPARATOR = re.compile(r"[,;\n]|\.(?![0-9])")
-"""Between two statements; the point within a decimal number is none."""
+SEPARATOR = re.compile(rf"[,;]|{SENTENCE_END.pattern}")
+"""Between two statements."""
 
 Observation = tuple[str, str, str]
 """Series, value and time, as a report writes them."""

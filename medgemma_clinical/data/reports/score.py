@@ -100,7 +100,7 @@ def find_statements(
 
     Args:
         text: the written report.
-        clauses: of the true report; one without any label before it may stand anywhere.
+        clauses: of the true report, the first of them with a label.
         names: of outcome, series and units, whose digits are no stated numbers (PaCO2, vitamin
             B12) and whose points and colons end neither sentence nor label.
 
@@ -108,8 +108,7 @@ def find_statements(
         The matches without joint and label, None where there is none; their groups are the numbers
         and chosen words.
     """
-    everywhere = _Section("", 0, len(text), len(text))
-    sections = [everywhere, *_sections(text, _mask(text, names))]
+    sections = _sections(text, _mask(text, names))
     found, label = [], ""
     for clause in clauses:
         opening = clause_text([*itertools.takewhile(lambda part: isinstance(part, str), clause)])

@@ -53,7 +53,7 @@ class Explanation:
         times: (L,) float64 hours on the row's clock, not decreasing.
         values: (L, F) float64 raw units, NaN where not measured.
         references: F reference ranges, None where unknown.
-        spreads: (F,) float64 standard deviation of the last values of training patients, raw units,
+        spreads: (F,) float64 standard deviation of the last values of training rows, raw units,
             NaN where unknown.
         observations: L texts, what was measured at each time.
         hours: (n,) float64 hours of the points of the curve.
@@ -65,6 +65,8 @@ class Explanation:
         without_soft_prompt: the probability without soft tokens, stage 1's log-odds kept; None for
             a model without soft prompt, or whose language model has weight 0.
         report: the report of stage 3 in pieces, its numbers marked; None for other stages.
+        problem: of the report, as in the predictions; empty for none.
+        in_training: whether the row trained the model, in a word or two.
     """
 
     id: str
@@ -82,6 +84,8 @@ class Explanation:
     without: dict[str, float | None]
     without_soft_prompt: float | None = None
     report: tuple[Mark, ...] | None = None
+    problem: str = ""
+    in_training: str = "not known"
 
     @property
     def time_unit(self) -> TimeUnit:
@@ -111,11 +115,12 @@ class Explanation:
         return pd.DataFrame(lines, columns=names)
 
     def effects(self) -> pd.DataFrame:
-        """Return the effect of leaving out each series, the largest first."""
+        """Return the change of the log-odds when each series is left out, the largest first."""
         own = log_odds(np.array([self.probability]))[0]
         known = {name: risk for name, risk in self.without.items() if risk is not None}
         change = {name: log_odds(np.array([risk]))[0] - own for name, risk in known.items()}
         ordered = sorted(known, key=lambda name: -abs(change[name]))
         lines = [(name, signed(change[name], 2), f"{100 * known[name]:.1f}") for name in ordered]
         lines += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in known]
-        return pd.DataFrame(lines, columns=["Series", "Effect (log-odds)", "Risk without it (%)"])
+        names = ["Series", "Change when left out (log-odds)", "Risk without it (%)"]
+        return pd.DataFrame(lines, columns=names)

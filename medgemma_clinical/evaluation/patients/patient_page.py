@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.evaluation.decision import threshold_text
-from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation, signed
+from medgemma_clinical.evaluation.patients.explanation import MOST_CHANGES, Explanation
 from medgemma_clinical.evaluation.patients.patient_plot import plot_patient
-from medgemma_clinical.evaluation.patients.report_marks import TRUTHS
+from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, TRUTHS
 from medgemma_clinical.evaluation.plots import plot_style, to_image
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.files import write_text
@@ -29,10 +29,11 @@ class PatientsContent:
 
     Attributes:
         outcome: the event in a few words.
-        threshold: the probability from which on the event is predicted.
+        threshold: the probability from which on a row is an alarm.
         chosen: how the rows were chosen, a sentence.
         kept: what stays when a row is scored without soft prompt, a sentence.
         method: lines of name and text: question, model, versions.
+        overlap: that patients of the page trained the model, a sentence; empty where none is found.
         unused: that the language model adds nothing, a sentence; empty where it adds something.
         warning: about the model; empty for none.
     """
@@ -42,6 +43,7 @@ class PatientsContent:
     chosen: str
     kept: str
     method: dict[str, str]
+    overlap: str = ""
     unused: str = ""
     warning: str = ""
 
@@ -60,6 +62,10 @@ def write_patients(path: Path, rows: Sequence[Explanation], content: PatientsCon
         "content": content,
         "threshold": threshold_text(content.threshold),
         "removes_soft_prompt": any(row.without_soft_prompt is not None for row in rows),
+        "has_reports": any(row.report is not None for row in rows),
+        "right": RIGHT,
+        "elsewhere": ELSEWHERE,
+        "foreign": FOREIGN,
     }
     write_text(path, render("patients", title=title, notice=NOTICE, **page))
 
@@ -75,6 +81,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
         "id": row.id,
         "risk": f"{100 * row.probability:.1f}\N{NO-BREAK SPACE}%",
         "alarm": row.probability >= content.threshold,
+        "in_training": row.in_training,
         "observations": len(row.times),
         "last": f"{unit.name} {unit.text(row.times[-1])}",
         "asked": f"{unit.name} {unit.text(row.hours[-1])}" if later else None,
@@ -86,6 +93,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
         "effects": row.effects(),
         "without_soft_prompt": _soft_prompt_text(row),
         "report": row.report,
+        "problem": row.problem[:1].upper() + row.problem[1:],
         "counts": [(truth, truths.count(truth)) for truth in TRUTHS] if truths else [],
     }
 
@@ -93,7 +101,7 @@ def _card(row: Explanation, content: PatientsContent) -> dict[str, Any]:
 def _caption(row: Explanation) -> str:
     caption = "Each series, and the risk with what was known by then."
     if not np.isnan(row.spreads).all():
-        caption += " Axes span two standard deviations of patients or more."
+        caption += " Each axis is so wide that a change within the usual spread looks small."
     measured = np.flatnonzero(~np.isnan(row.values).all(axis=0))
     return (
         f"{caption} Grey: reference range." if any(row.references[f] for f in measured) else caption
@@ -104,6 +112,5 @@ def _soft_prompt_text(row: Explanation) -> str:
     """Return the risk without soft prompt beside the risk; empty where the row has none."""
     if row.without_soft_prompt is None:
         return ""
-    without = 100 * row.without_soft_prompt
-    change = signed(without - 100 * row.probability, 1)
-    return f"Without it the risk is {without:.1f} %, {change} points."
+    without, risk = (f"{100 * p:.1f} %" for p in (row.without_soft_prompt, row.probability))
+    return f"Without it the risk is {without} instead of {risk}."

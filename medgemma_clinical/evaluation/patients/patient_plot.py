@@ -20,7 +20,7 @@ SERIES_HEIGHT, LEAST_HEIGHT, ALL_SERIES = 0.85, 0.45, 4.0
 """Inches of a series where there are few and where there are many, and of all if there is room."""
 
 LEAST_SPREADS = 2.0
-"""Standard deviations between training patients that the axis of a series spans at least."""
+"""Standard deviations between training rows that the axis of a series spans at least."""
 
 LONGEST_LABEL = 20
 """Characters of a name or unit beside its panel."""
@@ -32,7 +32,7 @@ def plot_patient(shown: Explanation, outcome: str, threshold: float) -> tuple[Fi
     Args:
         shown: the row.
         outcome: the event in a few words.
-        threshold: the probability from which on the event is predicted.
+        threshold: the probability from which on a row is an alarm.
     """
     measured = [f for f in range(len(shown.features)) if not np.isnan(shown.values[:, f]).all()]
     height = max(LEAST_HEIGHT, min(SERIES_HEIGHT, ALL_SERIES / len(measured)))
@@ -46,8 +46,8 @@ def plot_patient(shown: Explanation, outcome: str, threshold: float) -> tuple[Fi
     return figure, (
         f"Series over time: {'; '.join(words)}. Below, the risk of {outcome}: {first:.1f} % at "
         f"{unit.name} {unit.text(shown.hours[0])}, {last:.1f} % at {unit.name} "
-        f"{unit.text(shown.hours[-1])}, highest {100 * shown.risks.max():.1f} %; the threshold is "
-        f"{threshold_text(threshold)}."
+        f"{unit.text(shown.hours[-1])}, highest {100 * shown.risks.max():.1f} %; the alarm "
+        f"threshold is {threshold_text(threshold)}."
     )
 
 
@@ -62,8 +62,10 @@ def _plot_series(axes: Axes, shown: Explanation, f: int) -> str:
         low, high = reference
         ends = (bottom if low is None else low, top if high is None else high)
         axes.axhspan(*ends, color=GRID, linewidth=0)
-    axes.plot(times / unit.hours, values, "o-", color=INK, linewidth=1, markersize=4)
-    axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
+    # Without clipping, a point on the edge of the panel is drawn whole.
+    axes.plot(times / unit.hours, values, "o-", color=INK, linewidth=1, markersize=4, clip_on=False)
+    whole = bool((values == np.round(values)).all())  # states, grades, counts
+    axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
     name, of = shown.features[f], with_space(shown.units[f])
     _set_label(axes, _shortened(name), _shortened(shown.units[f]))
     course = f"from {plain(values[0])} to {plain(values[-1])}{of} in {len(values)} values"
@@ -80,13 +82,14 @@ def axis_limits(
     Args:
         values: (n,) of one series.
         reference: range of the series, None where unknown.
-        spread: between training patients, NaN where unknown; the limits lie ``LEAST_SPREADS`` of
+        spread: between training rows, NaN where unknown; the limits lie ``LEAST_SPREADS`` of
             them apart at least.
     """
     ends = [end for end in reference or () if end is not None]
     low, high = min([values.min(), *ends]), max([values.max(), *ends])
     span = max(high - low, LEAST_SPREADS * np.nan_to_num(spread))
-    half = 0.6 * span or 0.1 * abs(high) or 1.0  # a tenth of room on either side
+    # A tenth of room on either side; of one value, room for the whole numbers beside a state.
+    half = 0.6 * span or max(0.1 * abs(high), 1.0)
     bottom, top = (low + high) / 2 - half, (low + high) / 2 + half
     below_zero = max(0.0, -bottom) if low >= 0 else 0.0
     return float(bottom + below_zero), float(top + below_zero)
@@ -97,7 +100,7 @@ def _plot_risk(axes: Axes, shown: Explanation, threshold: float) -> None:
     hours, risks = shown.hours / shown.time_unit.hours, 100 * shown.risks
     axes.axhline(100 * threshold, color=OTHER, linestyle="--", linewidth=1)
     axes.plot(hours, risks, "-", color=MODEL, linewidth=1.5, drawstyle="steps-post")
-    axes.plot(hours, risks, "o", color=MODEL, markersize=4)
+    axes.plot(hours, risks, "o", color=MODEL, markersize=4, clip_on=False)
     top = min(100.0, 1.15 * max(float(risks.max()), 200 * threshold))
     axes.set(ylim=(0, top), xlabel=f"{shown.time_unit.name}s")
     _set_label(axes, "Risk (%)", "dashed: threshold", threshold_text(threshold))

@@ -1,8 +1,8 @@
 """The numbers of a written report, each marked by the row that it is about.
 
 Right is what ``data.reports.score.score_report`` counts as true: the true report has the same
-number in the same place. Of the others some are numbers of the row, and some are not: those that
-``data.reports.review`` calls invented.
+number in the same place. Of the others some are numbers of the row, ``held_numbers`` of
+``data.reports.review``, and some are not.
 """
 
 from __future__ import annotations
