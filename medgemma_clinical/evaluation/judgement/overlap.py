@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 
+ONE = "This patient"
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -68,13 +70,16 @@ def find_overlap(
             f"{IDENTIFYING_VALUES} values are {few}.",
             flatters=False,
         )
-    sentence = f"{part} have {found}: if they are the same patients, the figures flatter it."
+    have = "has" if part == ONE else "have"
+    sentence = f"{part} {have} {found}: if they are the same, the figures flatter it."
     return Overlap(sentence, flatters=True)
 
 
 def _part(chosen: NDArray[np.bool_], patients: NDArray[np.int64], fewest: int) -> str:
     """Write how many patients are chosen; a few, or all but a few, in words."""
     known, count = count_patients(patients, chosen), len(np.unique(patients))
+    if count == 1:
+        return ONE
     if known == count:
         return f"All these {count:,} patients"
     if is_small(known, fewest):

@@ -56,7 +56,7 @@ def test_equal_identifiers_without_an_equal_row_are_no_proof() -> None:
     found = overlap(names)
     assert found == Overlap(
         "30 of these 40 patients have the identifier of a patient who trained the model: if they "
-        "are the same patients, the figures flatter it.",
+        "are the same, the figures flatter it.",
         flatters=True,
     )
     assert overlap([*names, -139]) == found, "a row of another patient is no proof either"
@@ -72,7 +72,7 @@ def test_rows_are_compared_without_equal_identifiers_and_those_of_few_values_are
     found = overlap(rows, named=named)
     assert found == Overlap(
         "29 of these 40 patients have the last values, hours and outcome of a row that trained the "
-        "model: if they are the same patients, the figures flatter it.",
+        "model: if they are the same, the figures flatter it.",
         flatters=True,
     )
     few = overlap([*range(-110, -100)], named=named, fewest=11)
@@ -98,3 +98,14 @@ def test_other_patients_raise_no_warning_and_an_unknown_training_does() -> None:
     unknown = overlap([])
     assert unknown.flatters
     assert unknown.sentence.startswith("The checkpoint does not hold its training patients: if ")
+
+
+def test_one_patient_is_no_plural() -> None:
+    sentences = [
+        find_overlap(
+            np.array([7, 7]), np.array([-7, -8]), np.array(trained), named=True, fewest=11
+        ).sentence
+        for trained in ([7, -8], [7, 8])
+    ]
+    assert sentences[0].startswith("This patient trained the model")
+    assert sentences[1].startswith("This patient has the identifier of a patient who trained")
