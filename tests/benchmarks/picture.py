@@ -9,9 +9,9 @@ Usage:
     cp tests/data/physionet2012_chemistry.json runs/few.json
     python medgemma_trainer.py --trajectory_only --trajectory_epochs 4 --output_dir runs/nine \\
         --data_path tests/data/physionet2012_chemistry.csv.gz
-    python medgemma_trainer.py --predict --explain --patients 132929 --data_path runs/few.csv \\
+    python medgemma_trainer.py --predict --explain --patients 133377 --data_path runs/few.csv \\
         --checkpoint runs/nine/trajectory --predictions runs/few_out.csv
-    python tests/benchmarks/picture.py --page runs/few_out.patients.html --height 1270 \\
+    python tests/benchmarks/picture.py --page runs/few_out.patients.html --height 1035 \\
         --out .images/patients.png
 
 Needs ``pip install playwright`` and a Chromium on the path (``apt install chromium``).
