@@ -67,7 +67,7 @@ MEANINGS = {
     "Tokens": "that the language model reads of a patient, on average",
     "Memory (MiB)": "peak of the GPU, without one that of the process",
     "Weight": "of the language model beside the stage 1 that it builds on; 0 adds nothing to that",
-    "AUPRC": "share of true alarms, averaged over all thresholds; higher is better",
+    "AUPRC": "share of alarms that are right, averaged over the sensitivities; higher is better",
     "Brier": "mean squared distance of risk and outcome; lower is better",
 }
 """What the columns of ``comparison_table`` mean, for its page."""
