@@ -67,7 +67,7 @@ def run(processes: int, words: list[str], folder: Path, before: str = "") -> str
                 os.kill(int(number.read_text()), signal.SIGKILL)
         program.kill()
         raise
-    assert program.returncode == 0, error[-2000:]
+    assert program.returncode == 0, error[-9000:]  # the cause stands above what the launcher says
     return out
 
 
