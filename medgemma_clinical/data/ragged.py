@@ -148,6 +148,18 @@ class RaggedSeries:
         """Observations a series, (N,)."""
         return np.diff(self.offsets)
 
+    def keep_observations(self, kept: NDArray[np.bool_]) -> None:
+        """Leave out the other observations; each series keeps one at least.
+
+        Args:
+            kept: (all observations,) which ones.
+        """
+        owner = np.repeat(np.arange(len(self)), self.lengths)
+        sizes = np.bincount(owner[kept], minlength=len(self))
+        self.times, self.values = self.times[kept], self.values[kept]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self._summaries = None
+
     def longest_gaps(self) -> NDArray[np.float64]:
         """Return the longest time without an observation of each series in hours, (N,)."""
         if not len(self):

@@ -160,10 +160,7 @@ def risks_without_series(
     copies = dataset.subset(np.zeros(len(measured), dtype=np.int64))
     owner = np.repeat(np.arange(len(measured)), copies.lengths)
     copies.values[np.arange(len(owner)), np.array(measured)[owner]] = np.nan
-    known = ~np.isnan(copies.values).all(axis=1)
-    copies.times, copies.values = copies.times[known], copies.values[known]
-    copies.offsets = np.concatenate([[0], np.cumsum(np.bincount(owner[known]))])
-    copies._summaries = None
+    copies.keep_observations((~np.isnan(copies.values)).any(axis=1))
     places = np.arange(len(measured))
     names = [dataset.features[f] for f in measured]
     rows = ScoringRows(np.array(names), places, copies, places, len(places))

@@ -76,10 +76,7 @@ def beginnings_of(
     place = np.arange(len(beginnings.times)) - np.repeat(
         beginnings.offsets[:-1], beginnings.lengths
     )
-    known = place < np.repeat(size, beginnings.lengths)
-    beginnings.times, beginnings.values = beginnings.times[known], beginnings.values[known]
-    beginnings.offsets = np.concatenate([[0], np.cumsum(size)])
-    beginnings._summaries = None
+    beginnings.keep_observations(place < np.repeat(size, beginnings.lengths))
     if beginnings.prediction_hours is not None:
         ends = beginnings.times[beginnings.offsets[1:] - 1]
         unknown = np.isnan(beginnings.prediction_hours)
