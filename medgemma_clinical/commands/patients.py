@@ -144,12 +144,10 @@ def find_in_training(
     patients = np.concatenate([patient_hashes(row.dataset, first) for row in rows])
     hashes = np.array([_hash_row(row.dataset, trained) for row in rows])
     named = named and rows[0].dataset.named
-    same_name = np.isin(patients, trained) & named
-    same_row = np.isin(hashes, trained) & (hashes != 0)
-    sure = same_name & (same_name & same_row).any()
+    overlap = find_overlap(patients, hashes, trained, named=named, fewest=0)
     compared = (hashes != 0) & bool(len(trained))
-    words = np.select([sure, same_name | same_row, compared], ["yes", "perhaps", "no"], "not known")
-    return find_overlap(patients, hashes, trained, named=named, fewest=0), words.tolist()
+    states = [overlap.sure, overlap.perhaps, compared]
+    return overlap, np.select(states, ["yes", "perhaps", "no"], "not known").tolist()
 
 
 def _hash_row(dataset: TrajectoryDataset, trained: NDArray[np.int64]) -> int:

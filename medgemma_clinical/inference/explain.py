@@ -160,7 +160,7 @@ def risks_without_series(
     copies = dataset.subset(np.zeros(len(measured), dtype=np.int64))
     owner = np.repeat(np.arange(len(measured)), copies.lengths)
     copies.values[np.arange(len(owner)), np.array(measured)[owner]] = np.nan
-    copies.keep_observations((~np.isnan(copies.values)).any(axis=1))
+    copies.keep_observations(np.asarray(~np.isnan(copies.values).all(axis=1)))
     places = np.arange(len(measured))
     names = [dataset.features[f] for f in measured]
     rows = ScoringRows(np.array(names), places, copies, places, len(places))

@@ -20,10 +20,14 @@ class Overlap:
     Attributes:
         sentence: how many there are, or why the number is not known.
         flatters: whether the figures flatter the model, or may do so.
+        sure: (n,) rows of patients that trained.
+        perhaps: (n,) rows of which the identifier or the row alone is equal.
     """
 
     sentence: str
     flatters: bool
+    sure: NDArray[np.bool_]
+    perhaps: NDArray[np.bool_]
 
 
 def find_overlap(
@@ -46,33 +50,35 @@ def find_overlap(
         named: whether both data sets have identifiers of patients.
         fewest: patients of the smallest cell that is shown.
     """
-    if not len(trained):
-        return Overlap(
-            "The checkpoint does not hold its training patients: if these rows trained the model, "
-            "the figures flatter it.",
-            flatters=True,
-        )
     same_row = np.isin(rows, trained) & (rows != 0)
     same_name = np.isin(patients, trained) & named
-    if same_name.any():
-        part = _part(same_name, patients, fewest)
-        if (same_name & same_row).any():
-            return Overlap(f"{part} trained the model: the figures flatter it.", flatters=True)
-        found = "the identifier of a patient who trained the model"
-    elif same_row.any():
-        part = _part(same_row, patients, fewest)
+    sure = same_name & (same_name & same_row).any()
+    perhaps = (same_name | same_row) & ~sure
+    flatters = True
+    if not len(trained):
+        sentence = (
+            "The checkpoint does not hold its training patients: if these rows trained the model, "
+            "the figures flatter it."
+        )
+    elif sure.any():
+        part = _part(sure, patients, fewest)
+        sentence = f"{part} trained the model: the figures flatter it."
+    elif perhaps.any():
+        part = _part(same_name if same_name.any() else same_row, patients, fewest)
         found = "the last values, hours and outcome of a row that trained the model"
+        if same_name.any():
+            found = "the identifier of a patient who trained the model"
+        have = "has" if part == ONE else "have"
+        sentence = f"{part} {have} {found}: if they are the same, the figures flatter it."
     else:
+        flatters = False
         compared = "the identifier, or the last values," if named else "the last values"
         few = "compared by identifier alone" if named else "not compared"
-        return Overlap(
+        sentence = (
             f"No patient here has {compared} of one who trained the model. Rows of fewer than "
-            f"{IDENTIFYING_VALUES} values are {few}.",
-            flatters=False,
+            f"{IDENTIFYING_VALUES} values are {few}."
         )
-    have = "has" if part == ONE else "have"
-    sentence = f"{part} {have} {found}: if they are the same, the figures flatter it."
-    return Overlap(sentence, flatters=True)
+    return Overlap(sentence, flatters, sure, perhaps)
 
 
 def _part(chosen: NDArray[np.bool_], patients: NDArray[np.int64], fewest: int) -> str:

@@ -24,14 +24,20 @@ def overlap(trained: list[int], *, named: bool = True, fewest: int = 0) -> Overl
     )
 
 
+def said(found: Overlap) -> tuple[str, bool]:
+    """Return the sentence, and whether it warns."""
+    return found.sentence, found.flatters
+
+
 def trained_on(count: int) -> list[int]:
     """Hashes of the first patients and of their first rows, but that of too few values."""
     return [*range(100, 100 + count), *range(-99 - count, -100)]
 
 
 def test_patients_who_trained_are_counted_once_and_warned_of() -> None:
-    assert overlap(trained_on(30)) == Overlap(
-        "30 of these 40 patients trained the model: the figures flatter it.", flatters=True
+    assert said(overlap(trained_on(30))) == (
+        "30 of these 40 patients trained the model: the figures flatter it.",
+        True,
     )
     assert overlap(trained_on(40)).sentence.startswith("All these 40 patients trained the model:")
 
@@ -54,12 +60,14 @@ def test_equal_identifiers_without_an_equal_row_are_no_proof() -> None:
     """Another hospital may count its patients alike."""
     names = [hash_ for hash_ in trained_on(30) if hash_ > 0]
     found = overlap(names)
-    assert found == Overlap(
+    assert said(found) == (
         "30 of these 40 patients have the identifier of a patient who trained the model: if they "
         "are the same, the figures flatter it.",
-        flatters=True,
+        True,
     )
-    assert overlap([*names, -139]) == found, "a row of another patient is no proof either"
+    assert said(overlap([*names, -139])) == said(found), (
+        "a row of another patient is no proof either"
+    )
     assert overlap([*names, -129]).sentence.startswith("30 of these 40 patients trained")
 
 
@@ -70,10 +78,10 @@ def test_rows_are_compared_without_equal_identifiers_and_those_of_few_values_are
     """The training file under new pseudonyms, and without any."""
     rows = [*range(-129, -100), 0]
     found = overlap(rows, named=named)
-    assert found == Overlap(
+    assert said(found) == (
         "29 of these 40 patients have the last values, hours and outcome of a row that trained the "
         "model: if they are the same, the figures flatter it.",
-        flatters=True,
+        True,
     )
     few = overlap([*range(-110, -100)], named=named, fewest=11)
     assert few.sentence.startswith("Fewer than 11 of these 40 patients have the last values")
@@ -82,18 +90,18 @@ def test_rows_are_compared_without_equal_identifiers_and_those_of_few_values_are
 def test_identifiers_are_not_compared_unless_both_data_sets_have_them() -> None:
     """Without identifiers the patients are the numbers of the rows."""
     none = overlap([hash_ for hash_ in trained_on(30) if hash_ > 0] + [0], named=False)
-    assert none == Overlap(
+    assert said(none) == (
         "No patient here has the last values of one who trained the model. Rows of fewer than 3 "
         "values are not compared.",
-        flatters=False,
+        False,
     )
 
 
 def test_other_patients_raise_no_warning_and_an_unknown_training_does() -> None:
-    assert overlap([1, 2, -1]) == Overlap(
+    assert said(overlap([1, 2, -1])) == (
         "No patient here has the identifier, or the last values, of one who trained the model. "
         "Rows of fewer than 3 values are compared by identifier alone.",
-        flatters=False,
+        False,
     )
     unknown = overlap([])
     assert unknown.flatters
