@@ -111,9 +111,9 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
     tally = write_predictions(request.predictions, chunks, model, findings, choice)
     flow = first.dataset.flow
     log_summary(tally, findings, model.trained, request.predictions, flow, request.min_cell)
-    report_labelled(tally, model.trained, first.dataset, request)
+    training = training_patients(model.trained, request.checkpoint)
+    report_labelled(tally, model.trained, first.dataset, request, training)
     if choice is not None:
-        training = training_patients(model.trained, request.checkpoint)
         explain_patients(choice, model, request, training)
     return EXIT_DONE
 
@@ -313,9 +313,21 @@ def log_summary(
 
 
 def report_labelled(
-    tally: PredictionTally, trained: TrainedModel, dataset: TrajectoryDataset, request: Namespace
+    tally: PredictionTally,
+    trained: TrainedModel,
+    dataset: TrajectoryDataset,
+    request: Namespace,
+    training: tuple[NDArray[np.int64], bool],
 ) -> None:
-    """Write and print how good the predictions are, where labels of both classes are known."""
+    """Write and print how good the predictions are, where labels of both classes are known.
+
+    Args:
+        tally: of the predictions.
+        trained: the model.
+        dataset: the first rows.
+        request: of the command.
+        training: as from ``training_patients``.
+    """
     people = pd.concat(tally.labelled, ignore_index=True)
     labels, probability, groups, rows = (
         people.pop(name).to_numpy() for name in ("label", "probability", "patient", "row")
@@ -327,7 +339,7 @@ def report_labelled(
             logger.info("labelled rows: %s, too few, or of one class only: no figures", count)
         return
     config = trained.config
-    known, named = training_patients(trained, request.checkpoint)
+    known, named = training
     overlap = find_overlap(groups, rows, known, named=named and dataset.named, fewest=fewest)
     first = (overlap.sentence if overlap.flatters else "", weight_0_sentence(config))
     # No id is kept, so none can be named.
