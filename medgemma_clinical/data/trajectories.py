@@ -26,7 +26,12 @@ from medgemma_clinical.data.facts import (
     unusable_facts,
 )
 from medgemma_clinical.data.ragged import RaggedSeries
-from medgemma_clinical.data.reports.score import ReportScore, score_report
+from medgemma_clinical.data.reports.score import (
+    ReportScore,
+    find_statements,
+    score_report,
+    written_parts,
+)
 from medgemma_clinical.data.small_cells import count_patients, is_small
 from medgemma_clinical.data.splits import draw_split, given_split
 from medgemma_clinical.data.tables import Findings
@@ -285,7 +290,9 @@ class TrajectoryDataset(RaggedSeries):
 
     def score_report(self, i: int, text: str) -> ReportScore:
         """Compare a written report with the numbers of series ``i``, each in its place."""
-        return score_report(text, self.outcome, self.report_clauses(i), self.report_names())
+        clauses, names = self.report_clauses(i), self.report_names()
+        written = written_parts(clauses, find_statements(text, clauses, names))
+        return score_report(text, self.outcome, clauses, names, written)
 
     def report_names(self) -> list[str]:
         """Return outcome, series and units: digits and points within them are only letters."""

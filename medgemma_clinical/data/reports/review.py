@@ -19,6 +19,7 @@ from medgemma_clinical.data.reports.score import (
     ReportScore,
     WrittenPart,
     find_statements,
+    score_report,
     stated_numbers,
     written_parts,
 )
@@ -80,8 +81,8 @@ class ReportReview:
 
 def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview:
     """Judge a written report by series ``i`` of a data set, whose label may be unknown."""
-    clauses = dataset.report_clauses(i)
-    statements = find_statements(text, clauses, dataset.report_names())
+    clauses, names = dataset.report_clauses(i), dataset.report_names()
+    statements = find_statements(text, clauses, names)
     written = written_parts(clauses, statements)
     parts = [part for clause in clauses for part in clause if not isinstance(part, str)]
     abnormal = abnormal_values(dataset, i)
@@ -90,7 +91,7 @@ def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview
     trends = {part.trend for part in parts if isinstance(part, Choice)} - {""}
     right = {name for name in trends if _is_right(name, parts, written)}
     return ReportReview(
-        score=dataset.score_report(i, text),
+        score=score_report(text, dataset.outcome, clauses, names, written),
         expected=sum(isinstance(part, Number) for part in parts),
         abnormal=len(abnormal),
         named=sum(bool(each & stated) for each in abnormal),

@@ -71,7 +71,11 @@ class WrittenPart:
 
 
 def score_report(
-    text: str, outcome: str, clauses: Sequence[Clause], names: Sequence[str]
+    text: str,
+    outcome: str,
+    clauses: Sequence[Clause],
+    names: Sequence[str],
+    written: Sequence[WrittenPart],
 ) -> ReportScore:
     """Compare a written report with the clauses of the true one, number by number.
 
@@ -80,8 +84,8 @@ def score_report(
         outcome: what label 1 means; a report begins with it.
         clauses: of the true report.
         names: of outcome, series and units, see ``find_statements``.
+        written: as from ``written_parts``.
     """
-    written = written_parts(clauses, find_statements(text, clauses, names))
     head = rf"{re.escape(outcome)}: (yes|no)"
     verdict = re.match(rf"{head}\b", text)
     findings = "".join(map(clause_pattern, clauses))
