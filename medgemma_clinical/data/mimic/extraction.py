@@ -145,24 +145,24 @@ class _Cohort:
             name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
             left_out[f"of {name} in no unit or an unknown one"] = int(count)
         spelled = factors[known].groupby("item")["unit"].min()
+        rows = self.database.run("FROM reference_ranges").fetchall()
+        ranges: dict[int, Reference] = {item: (low, high) for item, low, high in rows}
         return [
             replace(
                 each,
                 unit=spelled.get(each.items[0], "") if each.unit is None else each.unit,
-                reference=self._reference(each.items),
+                reference=self._reference(each.items, ranges),
             )
             for each in series
         ]
 
-    def _reference(self, items: tuple[int, ...]) -> Reference | None:
+    def _reference(self, items: tuple[int, ...], ranges: dict[int, Reference]) -> Reference | None:
         """Return the reference range of the first of some items that has one.
 
         A series that may hold computed gaps has none: they lack potassium.
         """
         if COMPUTED_GAP in items and self.request.compute_gap != REPORTED:
             return None
-        rows = self.database.run("FROM reference_ranges").fetchall()
-        ranges = {item: (low, high) for item, low, high in rows}
         return next((ranges[item] for item in items if item in ranges), None)
 
     def _log_values(self, left_out: dict[str, int]) -> None:

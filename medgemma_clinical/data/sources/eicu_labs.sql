@@ -1,7 +1,7 @@
 -- The laboratory values as MIMIC-IV has them, from eICU's lab. A value is filed under a unit stay, so
 -- it is not known before that stay begins. A value that several unit stays of a hospital stay hold
--- counts once, from the earliest time. eICU's anion gaps bear no unit, its
--- values no reference range.
+-- counts once, from the earliest time. eICU's anion gaps bear no unit,
+-- and its values no reference range.
 CREATE TABLE labs AS
 SELECT
     itemid, subject_id, hadm_id, intime + to_minutes(labresultoffset) AS charttime,
