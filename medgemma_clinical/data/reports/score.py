@@ -66,7 +66,7 @@ class WrittenPart:
 
     @property
     def right(self) -> bool:
-        """Whether it is that of the true report; 7.10 is 7.1."""
+        """Whether the true report has the same number or word; 7.10 is 7.1."""
         return self.text == self.part.text
 
 
