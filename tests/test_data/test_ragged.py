@@ -119,6 +119,15 @@ def test_a_subset_keeps_facts_prediction_times_and_summaries() -> None:
     assert again.facts.tolist() == [[3], [1]]
 
 
+def test_series_without_some_observations_are_those_that_never_had_them() -> None:
+    dataset, fewer = rows_with(), dataset_of(["3 (5h)", "7 (-1h)", "4 (0h) -> 9 (9h)"])
+    dataset.summaries()  # computed of all observations
+    dataset.keep_observations(np.array([False, True, True, True, False, True]))
+    for name in ("times", "values", "offsets"):
+        np.testing.assert_array_equal(getattr(dataset, name), getattr(fewer, name))
+    np.testing.assert_array_equal(dataset.summaries(), fewer.summaries())
+
+
 @pytest.mark.parametrize(
     "change", [{"static_x": [0.5, NAN, 3]}, {"prediction_hours": [8, NAN, 10]}]
 )
