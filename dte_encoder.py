@@ -17,7 +17,7 @@ are, for each feature, its latest value, whether it is measured now, whether it 
 and how long ago: a value carried forward never passes for a new one.
 
 The mathematics stands here in plain PyTorch and calls ``field`` and ``update`` as modules.
-``medgemma_clinical/models/fused_rk4.py`` computes the same faster for the stock modules.
+``medgemma_clinical/models/fused_rk4.py`` computes the same faster for the stock field and update.
 
 Letters: B patients, L observations of the longest, P of all together, F features, H state,
 n patients in one step, R inputs of the update.
@@ -26,14 +26,14 @@ n patients in one step, R inputs of the update.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
+import torchdiffeq
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.checkpoint_schema import DYNAMICS
 from medgemma_clinical.models.encoder_plan import (
     FEATURE_INPUTS,
     TIME_INPUTS,
@@ -42,15 +42,19 @@ from medgemma_clinical.models.encoder_plan import (
     build_plan,
 )
 from medgemma_clinical.models.fused_rk4 import full_precision, fused_states
+from medgemma_clinical.models.scaler import Scaler
+
+SOLVERS = ("rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+"""This module's ``rk4_step``, and the adaptive solvers of torchdiffeq."""
+
+DYNAMICS = ("ode", "decay", "none")
+"""What happens to a state between two observations."""
 
 MAX_SCALED_STEP = 0.1
-"""Longest step of a fixed-step solver, in units of ``time_scale``."""
+"""Longest step of rk4, in units of ``time_scale``."""
 
 MAX_SCALED_GAP = 10_000.0
 """Longest gap in units of ``time_scale`` (82 years at 72 hours): 100,000 steps."""
-
-MAX_Z_SCORE = 8.0
-"""Standardised values are clipped here: one mistyped value must not swamp a state."""
 
 INPUT_WIDTH = 64
 """Width R of the layer in front of the update: with many features this layer grows, not the GRU."""
@@ -118,8 +122,8 @@ class ClinicalODERNN(nn.Module):
         input_dim: number of features F.
         hidden_dim: width H of the state.
         time_scale: hours that are one unit of the equation's time.
-        solver: ``rk4`` is this module's ``rk4_step``; any other name is torchdiffeq's, on rescaled
-            time (``dopri5``, ``bosh3``, ``midpoint``, ...).
+        solver: ``rk4`` is this module's ``rk4_step``; any other of ``SOLVERS`` is torchdiffeq's, on
+            rescaled time.
         rtol: relative tolerance of torchdiffeq's solvers.
         atol: absolute tolerance of torchdiffeq's solvers.
         field: the right-hand side, any module from states (n, H) to derivatives (n, H) per
@@ -129,16 +133,12 @@ class ClinicalODERNN(nn.Module):
 
     Attributes:
         fused: whether rk4 may use the fast path where field and update are the stock modules. It
-            has no second derivative.
+            has no second derivative, and calls no hooks of these modules.
 
     Raises:
         ValueError: a size, scale or tolerance that is not positive, an unknown solver or unknown
             dynamics, or a field beside other dynamics than ``ode``.
     """
-
-    name: ClassVar[str] = "ode_rnn"
-    value_mean: Tensor
-    value_std: Tensor
 
     def __init__(
         self,
@@ -154,23 +154,17 @@ class ClinicalODERNN(nn.Module):
     ) -> None:
         """Make the layers; weights come from torch's global generator."""
         super().__init__()
-        if input_dim < 1 or hidden_dim < 1:
-            raise ValueError(f"input_dim {input_dim} and hidden_dim {hidden_dim} must be positive")
-        if not 0 < time_scale < math.inf:
-            raise ValueError(f"time_scale must be a positive number of hours, got {time_scale}")
-        if not (0 < rtol < math.inf and 0 < atol < math.inf):
-            raise ValueError(f"rtol {rtol} and atol {atol} must be positive")
+        sizes = {"input_dim": input_dim, "hidden_dim": hidden_dim, "time_scale": time_scale}
+        for name, size in {**sizes, "rtol": rtol, "atol": atol}.items():
+            if not 0 < size < math.inf:
+                raise ValueError(f"{name} must be a positive number, got {size}")
         if dynamics not in DYNAMICS or (field is not None and dynamics != "ode"):
             raise ValueError(f"dynamics {dynamics!r}: one of {', '.join(DYNAMICS)}; a field is ode")
-        check_solver(solver)
-        self.dynamics = dynamics
-        self.input_dim = input_dim
-        self.hidden_dim = hidden_dim
-        self.time_scale = float(time_scale)
-        self.solver = solver
-        self.rtol = float(rtol)
-        self.atol = float(atol)
-        self.fused = True
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}: one of {', '.join(SOLVERS)}")
+        self.input_dim, self.hidden_dim = input_dim, hidden_dim
+        self.time_scale, self.rtol, self.atol = float(time_scale), float(rtol), float(atol)
+        self.solver, self.dynamics, self.fused = solver, dynamics, True
         if field is None:
             stock = {"ode": VectorField, "decay": Decay}.get(dynamics)
             field = nn.Identity() if stock is None else stock(hidden_dim)
@@ -178,8 +172,7 @@ class ClinicalODERNN(nn.Module):
         self.read = nn.Linear((1 + FEATURE_INPUTS) * input_dim + TIME_INPUTS, INPUT_WIDTH)
         self.update: nn.Module = nn.GRUCell(INPUT_WIDTH, hidden_dim)
         self.norm = nn.LayerNorm(hidden_dim)
-        self.register_buffer("value_mean", torch.zeros(input_dim))
-        self.register_buffer("value_std", torch.ones(input_dim))
+        self.scaler = Scaler(input_dim)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -192,7 +185,6 @@ class ClinicalODERNN(nn.Module):
         """The longest gap that the encoder accepts, in hours."""
         return MAX_SCALED_GAP * self.time_scale
 
-    @torch.no_grad()
     def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
         """Fit mean and standard deviation of each feature to the training split.
 
@@ -209,20 +201,13 @@ class ClinicalODERNN(nn.Module):
                 f"values {tuple(values.shape)} and observed {tuple(observed.shape)} must be "
                 f"equal and end with input_dim {self.input_dim}"
             )
-        if observed.dtype != torch.bool:
-            raise ValueError(f"observed must be bool, got {observed.dtype}")
-        if not bool(observed.any()):
-            raise ValueError("nothing was observed in the training split")
+        if observed.dtype != torch.bool or not observed.any():
+            raise ValueError("observed must be bool, and true somewhere in the training split")
         bad = (observed & ~values.isfinite()).reshape(-1, self.input_dim).any(0)
-        if bool(bad.any()):
+        if bad.any():
             raise ValueError(f"a value of feature {int(bad.nonzero()[0])} is not finite")
-        known = torch.where(observed, values.double(), math.nan).reshape(-1, self.input_dim)
-        mean = known.nanmean(0)
-        std = (known - mean).square().nanmean(0).sqrt()
-        # A constant feature stays at zero; rounding alone leaves it a spread of 1e-16 of its mean.
-        # One that is never measured is masked: any scale will do.
-        self.value_mean.copy_(mean.nan_to_num(nan=0.0))
-        self.value_std.copy_(torch.where(std > 1e-9 * mean.abs(), std, 1.0))
+        known = torch.where(observed, values.double(), math.nan)
+        self.scaler.fit(known.reshape(-1, self.input_dim))
 
     def forward(
         self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None
@@ -249,27 +234,25 @@ class ClinicalODERNN(nn.Module):
     def plan(
         self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None
     ) -> Plan:
-        """Check a batch and plan its pass; arguments and errors as in ``forward``.
-
-        The plan is made on the host: made ahead from tensors that are still there, nothing waits
-        for the device.
-        """
-        return build_plan(times, values, observed, self._solver_config, until)
+        """Check a batch and plan its pass on the host; arguments and errors as in ``forward``."""
+        steps = self.solver == "rk4" and self.dynamics == "ode"
+        config = SolverConfig(
+            n_features=self.input_dim,
+            time_scale=self.time_scale,
+            longest_step=MAX_SCALED_STEP if steps else math.inf,
+            longest_gap=MAX_SCALED_GAP,
+            dtype=self.scaler.mean.dtype,
+        )
+        return build_plan(times, values, observed, config, until)
 
     def run(self, plan: Plan) -> Tensor:
-        """Encode a planned batch as ``forward`` does.
-
-        Raises:
-            ValueError: the plan is of an encoder with other features, solver, time scale or dtype.
-        """
-        if plan.config != self._solver_config:
-            raise ValueError(f"a plan of {plan.config}, this encoder has {self._solver_config}")
-        device = self.value_mean.device
+        """Encode a batch that this encoder, or one like it, has planned; as ``forward`` does."""
+        device = self.scaler.mean.device
         plan = plan.to(device)
         read = functional.relu(self.read(self.inputs(plan)))  # (P, R)
         with full_precision(device):
             # Under autocast the layer's output is narrower than the weights.
-            raw, final = self._run_steps(read.to(self.value_mean.dtype), plan)  # (P, H), (B, H)
+            raw, final = self._run_steps(read.to(self.scaler.mean.dtype), plan)  # (P, H), (B, H)
             states = self.norm(raw)
             ends = None if plan.ends is None else self.norm(final.index_select(0, plan.ends))
         result = states.new_zeros(plan.shape[0] * plan.shape[1], self.hidden_dim)
@@ -282,22 +265,17 @@ class ClinicalODERNN(nn.Module):
         For each feature its latest value as z-score, zero before the first; then the plan's time
         features.
         """
-        z = ((plan.last_value - self.value_mean) / self.value_std).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        return torch.cat([z.nan_to_num(nan=0.0), plan.time_features], dim=1)
+        return torch.cat([self.scaler(plan.last_value), plan.time_features], dim=1)
 
     def _run_steps(self, read: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Run all steps of a plan.
-
-        Args:
-            read: (P, R) inputs of the update.
-            plan: of the batch.
+        """Run all steps of a plan on the update's inputs ``read`` (P, R).
 
         Returns:
             The state after each observation (P, H), and the last state in each row (B, H).
         """
-        stock = self._stock_modules() if self.fused and self.solver == "rk4" else None
-        if stock is not None:
-            field, update = stock
+        field, update = cast(Any, self.field), cast(Any, self.update)
+        stock = type(field) is VectorField and type(update) is nn.GRUCell and update.bias
+        if stock and self.fused and self.solver == "rk4":
             weights = field.inner.weight, field.inner.bias, field.outer.weight
             return fused_states(plan, read, weights, update)
         state = read.new_zeros(plan.n_active[0], self.hidden_dim)
@@ -310,37 +288,28 @@ class ClinicalODERNN(nn.Module):
         updated, ended = [], []
         for dt, rows, inputs in steps:
             ended.append(state[len(dt) :])
-            state = self._advance(state[: len(dt)], dt)  # no time passes in the first step
+            state = self.advance(state[: len(dt)], dt)  # no time passes in the first step
             if len(rows):
-                updated.append(self.update(inputs, state.index_select(0, rows)))
+                updated.append(update(inputs, state.index_select(0, rows)))
                 state = state.index_copy(0, rows, updated[-1])
         return torch.cat(updated), torch.cat([state, *reversed(ended)])
 
-    def _advance(self, state: Tensor, dt: Tensor) -> Tensor:
-        """Return the states (n, H) after ``dt`` (n,), each row by its own number of steps."""
+    def advance(self, state: Tensor, dt: Tensor) -> Tensor:
+        """Return the states (n, H) after ``dt`` (n,), in units of ``time_scale``.
+
+        Raises:
+            RunFault: an adaptive solver cannot follow the states.
+        """
         if self.dynamics == "none":
             return state
-        if isinstance(self.field, Decay):
+        if self.dynamics == "decay":
             decayed: Tensor = self.field(state, dt)
             return decayed
         if self.solver == "rk4":
             return rk4_step(self.field, state, dt)
-        if not is_fixed_step(self.solver):
-            return self._odeint(state, dt) if bool(dt.any()) else state
-        n_steps = torch.ceil(dt / MAX_SCALED_STEP)
-        for number in n_steps.unique().long().tolist():
-            if number:  # where no time passes the state stays
-                rows = (n_steps == number).nonzero().squeeze(1)
-                moved = self._odeint(state.index_select(0, rows), dt[rows], number)
-                state = state.index_copy(0, rows, moved)
-        return state
-
-    def _odeint(self, state: Tensor, dt: Tensor, n_steps: int | None = None) -> Tensor:
-        """Integrate with torchdiffeq: with s in [0, 1] and dh/ds = dt f(h) all rows end at 1."""
-        import torchdiffeq
-
-        scale = dt.unsqueeze(1)
-        grid = None if n_steps is None else torch.linspace(0, 1, n_steps + 1).to(state)
+        if not dt.any():  # an adaptive solver needs an interval
+            return state
+        scale = dt.unsqueeze(1)  # with s in [0, 1] and dh/ds = dt f(h) all rows end at 1
         try:
             trajectory: Tensor = torchdiffeq.odeint(
                 lambda _, h: scale * self.field(h),
@@ -349,73 +318,8 @@ class ClinicalODERNN(nn.Module):
                 rtol=self.rtol,
                 atol=self.atol,
                 method=self.solver,
-                options=None if grid is None else {"grid_constructor": lambda *_: grid},
             )
-        except AssertionError as error:  # an adaptive solver's step has become zero
-            raise RunFault(
-                f"the solver {self.solver} cannot follow the states: train with rk4"
-            ) from error
+        except AssertionError as error:  # the solver's step has become zero
+            problem = f"the solver {self.solver} cannot follow the states: train with rk4"
+            raise RunFault(problem) from error
         return trajectory[1]
-
-    @property
-    def _solver_config(self) -> SolverConfig:
-        steps = self.solver == "rk4" and self.dynamics == "ode"
-        longest_step = MAX_SCALED_STEP if steps else math.inf
-        return SolverConfig(
-            n_features=self.input_dim,
-            solver=self.solver,
-            time_scale=self.time_scale,
-            longest_step=longest_step,
-            longest_gap=MAX_SCALED_GAP,
-            dtype=self.value_mean.dtype,
-        )
-
-    def _stock_modules(self) -> tuple[VectorField, nn.GRUCell] | None:
-        """Return field and update if they are exactly what the fast path computes, else None."""
-        field, update = self.field, self.update
-        if type(field) is not VectorField or type(update) is not nn.GRUCell or not update.bias:
-            return None
-        inner, outer = field.inner, field.outer
-        if type(inner) is not nn.Linear or type(outer) is not nn.Linear:
-            return None
-        square = inner.weight.shape == outer.weight.shape == (self.hidden_dim, self.hidden_dim)
-        has_bias = [layer.bias is not None for layer in (inner, outer)]
-        if not square or has_bias != [True, False]:
-            return None
-        altered = any(map(_is_altered, (field, inner, outer, update)))
-        return None if altered else (field, update)
-
-
-def is_fixed_step(solver: str) -> bool:
-    """Return whether a solver of torchdiffeq takes steps of a given length."""
-    from torchdiffeq._impl.odeint import SOLVERS
-    from torchdiffeq._impl.solvers import FixedGridODESolver
-
-    return issubclass(SOLVERS[solver], FixedGridODESolver)
-
-
-def check_solver(solver: str) -> None:
-    """Check that the encoder can train with a solver.
-
-    Raises:
-        ValueError: torchdiffeq does not know the solver, and the message lists those it knows; or
-            the solver gives no gradients.
-    """
-    if solver == "rk4":
-        return  # without loading torchdiffeq
-    from torchdiffeq._impl.odeint import SOLVERS
-
-    if solver == "scipy_solver":
-        raise ValueError("solver 'scipy_solver' gives no gradients, so nothing can be trained")
-    if solver not in SOLVERS:
-        known = ", ".join(name for name in SOLVERS if name != "scipy_solver")
-        raise ValueError(f"unknown solver {solver!r}; known are {known}")
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Return whether a module has hooks, or a ``forward`` of its own."""
-    hooks = (
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
-    )
-    return any(hooks) or "forward" in vars(module)

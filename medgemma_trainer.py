@@ -16,123 +16,103 @@ The way of a batch: series -> ClinicalODERNN -> one state per observation; then
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
-This file holds the flags, the one training loop, ``TrajectoryModel`` for Python, and ``main``. All
-else is in ``medgemma_clinical``; its docs/developing.md says where.
+This file holds, in this order: flags; what is read; the models; the three stages; the training
+loop; what a training state holds; one run; ``main``. All else is in ``medgemma_clinical``.
 
 Letters: B patients, L observations, F features, H state, P soft tokens, D width of the LLM.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import copy
 import logging
 import math
 import os
+import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from importlib import import_module
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+# A kernel that only speeds up 4-bit inference on a CPU: its absence, told on import, is no fault.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, reduce, send_to_device, set_seed
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from transformers import BitsAndBytesConfig, get_cosine_schedule_with_warmup
+
+from dataset_format import MIMICtrajectoryDataset
+from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
+from medgemma_clinical import distributed
+from medgemma_clinical.commands import announce, command_line, flags, python, results, run_folder
 from medgemma_clinical.commands.command_line import (
-    EXIT_DONE,
-    EXIT_INTERRUPTED,
-    MIN_CELL,
     POSITIVE,
     RATE,
-    SHOW_VALUES,
     WHOLE,
     Help,
     Parser,
-    check_flags,
-    check_quantization,
     names,
     number,
-    run_command,
 )
-from medgemma_clinical.commands.logs import RUN_LOG, command_logging, recorded
-from medgemma_clinical.data.texts import SERIES_TEXT
-from medgemma_clinical.distributed import (
-    check_gpu,
-    check_launch,
-    default_device,
-    processes,
-    progress,
-    sum_over_processes,
-    to_device,
-    without_sync,
+from medgemma_clinical.commands.demo import run_demo
+from medgemma_clinical.commands.export import export
+from medgemma_clinical.commands.logs import RUN_LOG, command_logging
+from medgemma_clinical.commands.predict import predict
+from medgemma_clinical.commands.several import ablation, compare, seeds
+from medgemma_clinical.data.dka.description import LABEL
+from medgemma_clinical.data.ragged import summary_names
+from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
+from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
+from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
+from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+from medgemma_clinical.models.trajectory import (
+    TrajectoryClassifier,
+    TrajectoryHead,
+    TrajectoryMember,
+    log_odds,
 )
-from medgemma_clinical.files import InputError, owner_only
-from medgemma_clinical.inference import trajectory_model
-from medgemma_clinical.models.checkpoint_schema import (
-    ATTENTIONS,
-    BASE_WEIGHTS,
-    DYNAMICS,
-    LORA_RANK,
-    MEMBERS,
-    PREFIX_TOKENS,
-    QUANTIZATIONS,
-    SOFT_PROMPTS,
+from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
+from medgemma_clinical.training import memory
+from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.loaders import part_batches
+from medgemma_clinical.training.signals import SIGNALS, Stopped
+from medgemma_clinical.training.stage import Stage
+from medgemma_clinical.training.state import (
+    NonFiniteLossError,
+    TrainState,
+    WeightAverage,
+    copies,
+    copy_into,
 )
-from medgemma_clinical.training.signals import SIGNALS
+from medgemma_clinical.training.trackers import TRACKERS, Track
+from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
-if TYPE_CHECKING:  # torch takes seconds to load: functions import what they need of it
-    import pandas as pd
-
-    from medgemma_clinical.data.training_data import Data
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
-    from medgemma_clinical.evaluation.predictions import Predictions
-    from medgemma_clinical.inference.trajectory_model import Rows
-    from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
-    from medgemma_clinical.training.checkpoint_store import CheckpointStore
-    from medgemma_clinical.training.stage import Stage
-    from medgemma_clinical.training.trackers import Track
-    from medgemma_clinical.training.train_state import TrainState
+__all__ = ["TrajectoryModel", "fit_classification", "fit_generative", "fit_trajectory", "main"]
 
 logger = logging.getLogger("medgemma_trainer")
 
-
-class Registry(Mapping[str, type]):
-    """Classes by their name, each imported when it is asked for.
-
-    Args:
-        places: "module:Class" by name.
-    """
-
-    def __init__(self, places: dict[str, str]) -> None:
-        """Import nothing yet."""
-        self.places = places
-
-    def __getitem__(self, name: str) -> type:
-        """Return a class."""
-        module, _, attribute = self.places[name].partition(":")
-        found: type = getattr(import_module(module), attribute)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        """Return the names."""
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        """Return the number of classes."""
-        return len(self.places)
-
-
-DATASETS: Mapping[str, Any] = Registry(
-    {
-        "dka": "dataset_format:MIMICtrajectoryDataset",
-        "srtr": "srtr_dataset:SRTRTrajectoryDataset",
-    }
-)
+DATASETS = {"dka": MIMICtrajectoryDataset, "srtr": SRTRTrajectoryDataset}
 """Class of each kind of data, by ``--dataset``."""
 
-ENCODERS: Mapping[str, Any] = Registry({"ode_rnn": "dte_encoder:ClinicalODERNN"})
-"""Class of each encoder, by its registered name; a new stage 1 takes the first."""
-
-DEFAULT_MODEL = "google/medgemma-4b-pt"
-SWITCH = ("on", "off")
+WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
+"""Warm-up lasts 100 optimizer steps, or a tenth of a shorter run."""
 
 LARGEST_NORM = 1.0
 """Gradients of a larger norm are scaled down to it."""
@@ -141,24 +121,14 @@ LARGEST_NORM = 1.0
 
 
 def build_parser() -> Parser:
-    """Return the parser; every default of the program is written here or below, and only there."""
-    from medgemma_clinical.data.small_cells import FEWEST
+    """Return the parser; every default of the program is written here, and only here."""
+    parser = Parser("medgemma_trainer.py", formatter_class=Help, allow_abbrev=False)
+    parser.description = (__doc__ or "").partition("\n")[0]
+    switch, llm = ("on", "off"), language_model
 
-    parser = Parser(
-        prog="medgemma_trainer.py",
-        description="Fine-tune MedGemma on irregular clinical series, in three stages.",
-        usage="python medgemma_trainer.py [flags]",
-        formatter_class=Help,
-        allow_abbrev=False,
-    )
     add = parser.add_argument_group("what to do").add_argument
     add("--trajectory_only", action="store_true", help="stage 1: train ODE-RNN only, skip LLM")
-    add(
-        "--mode",
-        choices=("classification", "generative"),
-        default="classification",
-        help="stage 2 or 3",
-    )
+    add("--mode", choices=checkpoints.LLM_STAGES, default="classification", help="stage 2 or 3")
     add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
     add("--open", action="store_true", help="--demo: open its first page in the browser")
     add("--ablation", action="store_true", help="train and compare models that lack one part each")
@@ -174,31 +144,6 @@ def build_parser() -> Parser:
     add("--strict", action="store_true", help="--predict: refuse a file with a row it cannot score")
     add("--explain", action="store_true", help="--predict: a page of patients beside the CSV")
     add("--patients", type=names, metavar="ID,ID", help="--explain: these rows, not the riskiest")
-    add_data_flags(parser)
-    add_training_flags(parser)
-    add_model_flags(parser)
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
-    add("--report_patients", action="store_true", help="name patients in report.html")
-    add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
-    add("--dry_run", action="store_true", help="take two steps, measure memory, write nothing")
-    add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
-    add(
-        "--report_to",
-        choices=("none", "tensorboard", "wandb", "mlflow"),
-        default="none",
-        help="tracker that gets the figures",
-    )
-    add("--resume", action="store_true", help="continue the same command's run that was stopped")
-    add("--deterministic", action="store_true", help="on a GPU: only exactly repeatable kernels")
-    add("--save_every", type=WHOLE, default=0, metavar="STEPS", help="keep the state within epochs")
-    return parser
-
-
-def add_data_flags(parser: Parser) -> None:
-    """Add the flags of the data and of their texts."""
-    from medgemma_clinical.data.dka.description import LABEL
-    from srtr_dataset import ORGANS
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=tuple(DATASETS), default="dka", help="kind of data")
@@ -207,121 +152,78 @@ def add_data_flags(parser: Parser) -> None:
     add("--data_dir", type=Path, help="path to SRTR data directory")
     add("--landmark_days", type=WHOLE, help="SRTR: asked so long after listing; 365, liver 90")
     add("--horizon_days", type=POSITIVE, help="SRTR: days looked ahead; 365, liver 90")
-    add(
-        "--transplant",
-        choices=("negative", "exclude"),
-        default="negative",
-        help="SRTR: a transplant within the horizon is label 0, or left out",
-    )
+    lost = ("negative", "exclude")
+    add("--transplant", choices=lost, default="negative", help="SRTR: is label 0, or left out")
     add("--label_column", default=LABEL, metavar="NAME", help="DKA: column of 0 and 1 to learn")
     add("--allow_duplicates", action="store_true", help="DKA: allow equal rows across the split")
     add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
-    add(
-        "--max_len",
-        type=POSITIVE,
-        help="most recent observations kept; 20, of several series 64, SRTR 50",
-    )
+    add("--max_len", type=POSITIVE, help="latest observations kept; 20, several series 64, SRTR 50")
     add("--series_text", choices=SERIES_TEXT, default="all", help="series in the LLM's text")
     add("--text_context", choices=("full", "none"), default="full", help="context in the text")
     add("--max_text_tokens", type=POSITIVE, help="longer prompts lose each series' oldest values")
     add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
-    add("--show_values", action="store_true", help=SHOW_VALUES)
+    add("--show_values", action="store_true", help=command_line.SHOW_VALUES)
 
-
-def add_training_flags(parser: Parser) -> None:
-    """Add the flags of length, rate and seed of the training."""
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=POSITIVE, default=10, help="training epochs of stages 2 and 3")
     add("--trajectory_epochs", type=POSITIVE, default=100, help="training epochs of stage 1")
-    add("--batch_size", type=POSITIVE, default=16, help="patients a batch")
-    add("--gradient_accumulation", type=POSITIVE, default=1, help="batches a step, stages 2 and 3")
+    add("--batch_size", type=POSITIVE, default=16, help="patients in one forward pass")
+    add("--gradient_accumulation", type=POSITIVE, default=1, help="passes a step, stages 2 and 3")
     add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     add("--patience", type=POSITIVE, default=10, help="early stopping patience in epochs")
-    add(
-        "--seed",
-        type=number(int, 0, 2**32 - 1),
-        default=0,
-        help="of split, initialisation, order, bootstrap",
-    )
-    add(
-        "--calibrate",
-        choices=("none", "platt"),
-        default="none",
-        help="recalibrate on the validation part",
-    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of split, weights, bootstrap")
+    add("--calibrate", choices=("none", "platt"), default="none", help="on the validation part")
     add("--encoder_lr", type=RATE, default=2e-3, help="learning rate of the ODE-RNN and its head")
     add("--head_lr", type=RATE, default=1e-3, help="learning rate of stage 2's head")
 
-
-def add_model_flags(parser: Parser) -> None:
-    """Add the flags of encoder and language model."""
     add = parser.add_argument_group("ODE-RNN").add_argument
     add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")
     add("--freeze_ode", action="store_true", help="freeze ODE-RNN without loading checkpoint")
-    add(
-        "--time_scale",
-        type=number(float, 0, open_low=True),
-        help="ODE-RNN time normalization in hours; JSON or 72.0 (DKA), 8760 (kidney), 2160 (liver)",
-    )
-    add("--solver", type=solver_name, default="rk4", help="rk4, or any method of torchdiffeq")
+    hours = number(float, 0, open_low=True)
+    add("--time_scale", type=hours, help="hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)")
+    add("--solver", choices=SOLVERS, default="rk4", help="rk4, or torchdiffeq's adaptive ones")
     add("--dynamics", choices=DYNAMICS, default="ode", help="between two observations")
-    add("--members", type=number(int, *MEMBERS), default=1, help="encoders that are averaged")
-    add("--facts", choices=SWITCH, default="on", help="facts of the patient are inputs")
-    add("--prediction_time", choices=SWITCH, default="on", help="carry the state to it, if known")
+    add("--members", type=number(int, *checkpoints.MEMBERS), default=1, help="averaged encoders")
+    add("--facts", choices=switch, default="on", help="facts of the patient are inputs")
+    add("--prediction_time", choices=switch, default="on", help="carry the state to it, if known")
+
     add = parser.add_argument_group("language model").add_argument
-    add("--model_name", default=DEFAULT_MODEL, help="a Gemma 3: hub id, folder, or tiny")
+    add("--model_name", default="google/medgemma-4b-pt", help="Gemma 3: hub id, folder, or tiny")
+    kind = flags.check_quantization
+    add("--quantization", type=kind, choices=llm.QUANTIZATIONS, help="nf4 on CUDA, else none")
     add(
-        "--quantization",
-        type=check_quantization,
-        choices=QUANTIZATIONS,
-        help="nf4 on CUDA, none elsewhere, when not given",
+        "--precision", choices=("auto", *llm.DTYPES), default="auto", help="bf16 where it is native"
     )
-    add(
-        "--precision",
-        choices=("auto", "bf16", "fp32"),
-        default="auto",
-        help="float16 overflows in Gemma 3",
-    )
-    add("--attention", choices=ATTENTIONS, default=ATTENTIONS[0], help="kernels of the LLM")
-    add("--base_weights", choices=BASE_WEIGHTS, default="pretrained", help="random: a control")
-    add("--soft_prompt", choices=SOFT_PROMPTS, default="on", help="shuffled: soft tokens of others")
-    add(
-        "--stage1_logit", choices=SWITCH, default="on", help="stage 1's logit is added to the LLM's"
-    )
-    add(
-        "--num_prefix_tokens",
-        type=number(int, *PREFIX_TOKENS),
-        default=8,
-        help="soft tokens: the latest states",
-    )
+    add("--attention", choices=llm.ATTENTIONS, default="sdpa", help="kernels of the LLM")
+    add("--base_weights", choices=llm.BASE_WEIGHTS, default="pretrained", help="random: a control")
+    add("--soft_prompt", choices=(*switch, "shuffled"), default="on", help="shuffled: a control")
+    add("--stage1_logit", choices=switch, default="on", help="added to the LLM's logit")
+    tokens = number(int, *checkpoints.PREFIX_TOKENS)
+    add("--num_prefix_tokens", type=tokens, default=8, help="soft tokens: the latest states")
     add("--projection_lr", type=RATE, default=1e-3, help="learning rate of the projection")
     add("--adapter_lr", type=RATE, default=2e-4, help="learning rate of the LoRA adapter")
-    add("--lora_rank", type=number(int, *LORA_RANK), default=8, help="LoRA r")
+    add("--lora_rank", type=number(int, *checkpoints.LORA_RANK), default=8, help="LoRA r")
     add("--lora_alpha", type=POSITIVE, default=16, help="LoRA alpha")
     add("--lora_dropout", type=number(float, 0, 0.99), default=0.05, help="LoRA dropout")
 
-
-def solver_name(text: str) -> str:
-    """Check the name of an ODE solver; used as an argparse type."""
-    if text != "rk4":  # the encoder's own solver needs no torchdiffeq
-        from dte_encoder import check_solver
-
-        try:
-            check_solver(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
-# --------------------------------------------------------------------------- data
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
+    add("--report_patients", action="store_true", help="name patients in report.html")
+    add("--min_cell", type=WHOLE, default=FEWEST, help=command_line.MIN_CELL)
+    add("--dry_run", action="store_true", help="take two steps, measure memory, write nothing")
+    add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
+    add("--report_to", choices=TRACKERS, default="none", help="tracker that gets the metrics")
+    add("--resume", action="store_true", help="continue the same command's run that was stopped")
+    add("--deterministic", action="store_true", help="on a GPU: only exactly repeatable kernels")
+    add("--save_every", type=WHOLE, default=0, metavar="STEPS", help="keep the state within epochs")
+    return parser
 
 
-def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
-    """Read the user's data with the flags that their kind knows.
+# --------------------------------------------------------------------------- what is read
 
-    Raises:
-        InputError: nothing to read, or a flag of another kind of data.
-    """
+
+def read_dataset(args: Namespace) -> TrajectoryDataset:
+    """Read the user's data, of the kind and from the path that the flags name."""
     kind = DATASETS[args.dataset]
     source = getattr(args, kind.source_flag)
     if source is None or not os.path.exists(source):  # False also for a name that is too long
@@ -330,33 +232,264 @@ def read_dataset(args: argparse.Namespace) -> TrajectoryDataset:
     return read_source(source, args)
 
 
-def read_source(source: Path | pd.DataFrame, args: argparse.Namespace) -> TrajectoryDataset:
-    """Read a file, a folder or a DataFrame with the flags that its kind of data knows.
+def read_source(source: Path | pd.DataFrame, args: Namespace) -> TrajectoryDataset:
+    """Read a file, a folder or a DataFrame with the flags that its kind of data knows."""
+    options = flags.dataset_options(args, DATASETS, build_parser())
+    return DATASETS[args.dataset](source, **options)
 
-    Raises:
-        InputError: the data cannot be read, or a flag is of another kind of data.
+
+def prompt_options(args: Namespace) -> PromptOptions:
+    """Return what prompts hold; a model that writes reports also reads what they compute."""
+    writes = args.mode == "generative" and not args.trajectory_only
+    return PromptOptions(args.series_text, context=args.text_context == "full", computed=writes)
+
+
+# --------------------------------------------------------------------------- the models
+
+
+def build_stage1(config: Mapping[str, Any], seed: int = 0) -> TrajectoryClassifier:
+    """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,).
+
+    No two members, of one seed or of two, share initial weights.
     """
-    kind = DATASETS[args.dataset]
-    known = {*kind.options, kind.source_flag}
-    others = {o for each in DATASETS.values() for o in (*each.options, each.source_flag)} - known
-    for option in sorted(others):
-        if getattr(args, option) != build_parser().get_default(option):
-            raise InputError(f"--{option}: not for --dataset {args.dataset}: leave it out")
-    options = {option: getattr(args, option) for option in kind.options}
-    dataset: TrajectoryDataset = kind(
-        source, **{name: value for name, value in options.items() if value is not None}
+    inputs, members = config["inputs"], []
+    summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
+    sizes = {"summaries": len(summaries), "facts": len(inputs["facts"])}
+    for member in range(config["members"]):
+        torch.manual_seed(distributed.derived_seed(seed, member))
+        encoder = ClinicalODERNN(**config["encoder"])
+        members.append(TrajectoryMember(encoder, TrajectoryHead(encoder.hidden_dim, **sizes)))
+    return TrajectoryClassifier(members)
+
+
+def build_llm(
+    config: Mapping[str, Any],
+    stage1: TrajectoryClassifier | None,
+    base: str,
+    *,
+    device: torch.device,
+    revision: str | None = None,
+    attention: str = "sdpa",
+    adapter: Path | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[LLMClassifier | LLMWriter, Any]:
+    """<bos> [P soft tokens] [text] -> Gemma 3 in NF4 with LoRA -> head or ``lm_head``; tokenizer.
+
+    Training and loading both build here. ``config`` is the checkpoint's, ``base`` and ``revision``
+    tell where the base model lies, ``adapter`` is the folder of a trained one.
+    """
+    dtype = language_model.DTYPES[config["precision"]]
+    nf4 = BitsAndBytesConfig(  # Source: Dettmers et al. 2023, "QLoRA"
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["lm_head"],
     )
-    return dataset
+    llm, tokenizer = language_model.load_language_model(
+        base,
+        nf4=nf4 if config["quantization"] == "nf4" else None,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        weights=config["base_weights"],
+        attention=attention,
+    )
+    torch.manual_seed(seed)
+    lora = LoraConfig(  # Source: Hu et al. 2021, "LoRA"
+        r=config["lora_rank"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=dropout,
+        target_modules=list(language_model.LORA_TARGETS),  # seven projections of each layer
+        task_type="CAUSAL_LM",
+    )
+    with language_model.quiet_libraries():
+        if adapter is not None:
+            llm = PeftModel.from_pretrained(llm, adapter, config=lora)
+        elif not checkpoints.is_merged(config):
+            llm = get_peft_model(llm, lora)
+    width, tokens = llm.config.hidden_size, config["num_prefix_tokens"]  # 2560 in MedGemma-4B
+    projection = None
+    if stage1 is not None and tokens:  # Linear 64 -> width, as large as the model's own embeddings
+        scale = language_model.embedding_rms(llm, tokenizer, config["question"])
+        projection = SoftPrompt(stage1.encoder.hidden_dim, width, scale)
+    _, no, yes = text_batches.verdict_words(tokenizer)
+    options = {
+        "tokens": tokens,
+        "bos": int(tokenizer.bos_token_id),
+        "verdict": (yes[0], no[0]),
+        "adds_stage1": config["stage1_logit"],
+        "residual_weight": config["residual_weight"],
+    }
+    if config["stage"] == "generative":  # lm_head writes the report
+        return LLMWriter(stage1, projection, llm, **options), tokenizer
+    head = nn.Linear(width, 1)
+    return LLMClassifier(stage1, projection, llm, head=head, **options), tokenizer
+
+
+BUILDERS = trained_model.Builders(build_stage1, build_llm)
+
+# --------------------------------------------------------------------------- the three stages
+
+
+def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Stage:
+    """Wire the stage that the flags choose; ``checkpoint`` is a trained stage 1, read frozen."""
+    set_seed(args.seed)
+    stage1 = make_stage1(args, data, checkpoint)  # before minutes go into the language model
+    if args.trajectory_only:
+        assert stage1 is not None
+        return trajectory_stage(args, data, stage1)
+    return llm_stage(args, data, stage1, checkpoint)
+
+
+def make_stage1(
+    args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None
+) -> TrajectoryClassifier | None:
+    """Return the stage 1 that learns or is read, None where a language model reads text alone."""
+    if checkpoint is not None:
+        given = flags.changed(args, build_parser(), flags.STAGE_1_FLAGS)
+        trained_model.check_stage1(checkpoint, data, given)
+        model = trained_model.rebuild_stage1(checkpoint, BUILDERS).requires_grad_(False)
+    elif args.soft_prompt == "off" and not args.trajectory_only:
+        return None
+    else:
+        data.dataset.check_measured(data.split["train"], data.min_cell)
+        encoder = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
+        encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
+        encoder["dynamics"] = args.dynamics
+        config = {"encoder": encoder, "members": args.members, **data.description()}
+        model = build_stage1(config, args.seed)
+        model.fit_scales(data)
+        for member in model.members:
+            member.encoder.requires_grad_(not args.freeze_ode)
+    model.check_gaps(data.dataset)
+    return model
+
+
+def stage1_config(model: TrajectoryClassifier) -> dict[str, Any]:
+    """Return the keys of a checkpoint by which ``build_stage1`` rebuilds a stage 1."""
+    return {"encoder": model.encoder.config, "members": len(model.members)}
+
+
+def trajectory_stage(args: Namespace, data: Data, model: TrajectoryClassifier) -> Stage:
+    """Stage 1: encoder and head learn, no language model."""
+    patients = data.training_patients()
+
+    def save(folder: Path, config: dict[str, Any]) -> None:
+        path = folder.parent / checkpoints.TRAJECTORY_FILE
+        checkpoints.save_trajectory(path, model.state_dict(), config, patients)
+
+    return Stage(
+        name="trajectory",
+        model=model,
+        learning_rates={"members": args.encoder_lr},
+        batches=part_batches(data.split, args.batch_size),
+        collate=model.collate(data.dataset),
+        batch_size=args.batch_size,
+        lengths=data.dataset.lengths,
+        epochs=args.trajectory_epochs,
+        patience=args.patience,
+        monitor="val_auroc",
+        config={"stage": "trajectory", **stage1_config(model), **data.description()},
+        save=save,
+        hides_events=data.hides_events,
+        train_patients=patients,
+    )
+
+
+def llm_stage(
+    args: Namespace,
+    data: Data,
+    stage1: TrajectoryClassifier | None,
+    checkpoint: TrajectoryCheckpoint | None,
+) -> Stage:
+    """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
+    dataset, device, writes = data.dataset, distributed.default_device(), args.mode == "generative"
+    tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
+    soft = text_batches.soft_tokens(dataset, tokens)
+    unread = {"encoder": None, "members": 0, "inputs": {"facts": [], "prediction_time": False}}
+    config = {
+        "stage": args.mode,
+        **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},
+        **language_model.base_facts(args.model_name),
+        "num_prefix_tokens": int(soft.max()),
+        "shuffled": args.soft_prompt == "shuffled",
+        "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
+        "residual_weight": 1.0,
+        "prompts": asdict(data.prompts),
+        **data.description(),
+        **(unread if stage1 is None else stage1_config(stage1)),
+    }
+    options = {"attention": args.attention, "dropout": args.lora_dropout, "seed": args.seed}
+    model, tokenizer = build_llm(config, stage1, args.model_name, device=device, **options)
+    text = text_batches.TextCollator(
+        dataset, tokenizer, data.prompts, answers=writes, max_tokens=args.max_text_tokens
+    )
+    if checkpoint is not None:
+        text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
+    if args.soft_prompt == "shuffled":
+        text.donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
+    if args.gradient_checkpointing:
+        language_model.set_checkpointing(model.llm)
+    if writes:
+        config["report_tokens"] = text.report_tokens()
+    elif not model.adds_stage1:
+        nn.init.constant_(model.head.bias, log_odds(data.prevalence()))
+    rates = {
+        "stage1": args.encoder_lr,
+        "projection": args.projection_lr,
+        "llm": args.adapter_lr,
+        "head": args.head_lr,
+    }
+    lengths = 1 + soft + text.lengths()
+    return Stage(
+        name=args.mode,
+        model=model,
+        learning_rates={name: rates[name] for name, _ in model.named_children()},
+        batches=part_batches(data.split, args.batch_size, args.gradient_accumulation, lengths),
+        collate=text,
+        batch_size=args.batch_size,
+        lengths=lengths,
+        epochs=args.epochs,
+        patience=args.patience,
+        monitor="val_loss" if writes else "val_auroc",
+        config=config,
+        save=lambda folder, config: checkpoints.save_llm(folder / "best", model, config),
+        hides_events=data.hides_events,
+        text=text,
+        stage1=checkpoint and trained_model.stage1_risks(checkpoint, text),
+        recomputes=args.gradient_checkpointing,
+    )
 
 
 # --------------------------------------------------------------------------- the one loop
+
+
+def set_up(stage: Stage) -> TrainState:
+    """Return the state before the first step: AdamW, warm-up and cosine, average of the weights.
+
+    Several processes share the model by DistributedDataParallel, and draw dropout of their own.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    model = stage.model.to(distributed.default_device())
+    if accelerator.num_processes > 1:
+        model = accelerator.prepare_model(model)
+        torch.manual_seed(distributed.derived_seed(torch.initial_seed(), accelerator.process_index))
+    parameters = list(stage.trainable_parameters().values())
+    optimizer = AdamW(stage.parameter_groups(), fused=True)
+    total = stage.epochs * len(stage.batches["train"])
+    warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    average = WeightAverage(parameters)
+    return TrainState(accelerator, model, parameters, optimizer, schedule, average)
 
 
 def fit(
     stage: Stage,
     seed: int,
     folder: Path | None = None,
-    track: Track = lambda figures, step: None,
+    track: Track = lambda metrics, step: None,
     *,
     resume: bool = False,
     save_every: int = 0,
@@ -364,137 +497,119 @@ def fit(
     """Train with early stopping; leave the model with the weights of its best epoch.
 
     In a folder, the state is kept before the first step, before each validation, at the end, every
-    ``save_every`` steps and when a signal comes. Processes share each batch; the first one writes.
-
-    Args:
-        stage: what learns from what.
-        seed: of the order of the rows.
-        folder: of the stage, for the best weights, their history and the states; None keeps none.
-        track: gets the figures of each epoch.
-        resume: continue from the newest state.
-        save_every: steps between states within an epoch, 0 for none.
-
-    Raises:
-        NonFiniteLossError: the loss is no longer finite.
-        Stopped: a signal came; the state is kept.
+    ``save_every`` steps and when a signal comes. Processes share each step; the first one writes.
     """
-    from medgemma_clinical.commands.run_folder import checkpoint_store
-    from medgemma_clinical.training.resume import resume_training
-    from medgemma_clinical.training.train_state import Stopwatch, copy_into, set_up_training
-
-    state, watch = set_up_training(stage, default_device()), Stopwatch()
-    store = checkpoint_store(folder) if folder else None
+    state, store = set_up(stage), run_folder.state_store(folder) if folder else None
+    progress = state.progress
 
     def save() -> None:
-        state.progress.seconds += watch.lap()
-        save_state(stage, state, store)
+        state.lap()
+        content = training_state(stage, state)  # each process has its share
+        if store and distributed.processes().is_main_process:
+            store.save(content)
 
-    def after_step() -> None:
-        signal = SIGNALS.pending()
-        if signal or (save_every and state.average.steps % save_every == 0):
+    def after_step(stop: bool) -> None:
+        if stop or (save_every and progress.steps % save_every == 0):
             save()
-        SIGNALS.obey(signal)
+        if stop:
+            raise Stopped(SIGNALS.received or signal.SIGTERM)
 
     if resume and store:
-        resume_training(stage, state, store.newest())
+        load_training_state(stage, state, store.newest())
         save_best(stage, state, folder)
     else:
         save()
-    ended_before = state.progress.over
-    while not state.progress.over:
+    ended_before = progress.over
+    while not progress.over:
         with SIGNALS.deferred():
             train_epoch(stage, state, seed, after_step)
             save()
         predictions = validate(stage, state)
-        state.progress.seconds += watch.lap()
+        state.lap()
         end_epoch(stage, state, folder, predictions, track)
     if not ended_before:
         save()
-    copy_into(state.parameters, state.best)
+    state.set_weights(state.best)
     return state
 
 
 def train_epoch(
-    stage: Stage, state: TrainState, seed: int, after_step: Callable[[], None] = lambda: None
+    stage: Stage, state: TrainState, seed: int, after_step: Callable[[bool], None] = lambda _: None
 ) -> None:
-    """Pass over the training part, or over what is left of the epoch.
-
-    Args:
-        stage: what learns from what.
-        state: goes on from its progress.
-        seed: of the run; the order depends on it and the number of the epoch.
-        after_step: called after each optimizer step.
-    """
-    from medgemma_clinical.training.loaders import batches_of
-
+    """Pass over the training part, or over what is left of the epoch, a step at a time."""
+    progress, batches = state.progress, stage.batches["train"]
+    first, begun = progress.steps, 0.0
+    batches.set_epoch(seed, progress.epoch + 1, progress.batches)
     stage.model.train()
-    loader, device = stage.loaders["train"], default_device()
-    epoch, done, total = state.stopping.epoch + 1, state.progress.batches, len(loader)
-    batches_of(loader).set_epoch(seed, epoch, done)
     state.optimizer.zero_grad()
-    loss, terms = 0.0, 0
-    shown = progress(loader, f"{stage.name} {epoch}/{stage.epochs}", total, done)
-    for count, batch in enumerate(shown, done + 1):
-        steps = count % stage.accumulate == 0 or count == total
-        state.progress.see(batch)
-        with nullcontext() if steps else without_sync(state.model):
-            output = state.model(to_device(batch, device))
-            output.loss.backward()
-        loss, terms = loss + float(output.loss.detach()), terms + output.terms
-        if steps:
-            train_step(state, loss, terms)
-            loss, terms, state.progress.batches = 0.0, 0, count
-            after_step()
+    title = f"{stage.name} {progress.epoch + 1}/{stage.epochs}"
+    for rows in distributed.show_progress(batches, title, len(batches), progress.batches):
+        loss, terms = backward(stage, state, rows)
+        stop = step(state, loss, terms)
+        if progress.steps == first + 2 and progress.epoch == 0:  # the first step warms up
+            announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
+        begun = time.perf_counter()
+        after_step(stop)
 
 
-def train_step(state: TrainState, loss: float, terms: int) -> None:
-    """Move the weights by the gradients, or skip the step where they are not finite.
+def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
+    """Add up gradients, loss and terms of a step over its passes.
 
-    Args:
-        state: its gradients are those of the sum of losses, over processes their mean.
-        loss: sum over the terms of this process.
-        terms: their number.
-
-    Raises:
-        NonFiniteLossError: ``MOST_SKIPPED`` steps in a row were skipped.
+    Losses are sums, so it does not matter how rows fall into passes: a step that does not fit the
+    memory is repeated in smaller ones. Of several processes a fault of one would leave the others
+    waiting: there ``check_memory`` has tried the longest rows.
     """
-    from torch.nn.utils import clip_grad_norm_
+    device, accelerator = distributed.default_device(), state.accelerator
+    while True:
+        loss, terms, passes = torch.zeros((), device=device), 0, stage.passes(rows)
+        try:
+            for part in passes:
+                alone = part is passes[-1]  # processes exchange gradients in the last one
+                batch = send_to_device(stage.collate(part), device)
+                with contextlib.nullcontext() if alone else accelerator.no_sync(state.model):
+                    output = state.model(batch)
+                    output.loss.backward()
+                loss, terms = loss + output.loss.detach(), terms + output.terms
+            return loss, terms
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 or not memory.is_out_of_memory(error):
+                raise
+            memory.save_memory(stage, part)
+        state.optimizer.zero_grad()
+        torch.cuda.empty_cache()
 
-    from medgemma_clinical.training.train_state import MOST_SKIPPED
 
-    progress_ = state.progress
-    all_loss, all_terms = sum_over_processes(loss, terms)
+def step(state: TrainState, loss: Tensor, terms: int) -> bool:
+    """Move the weights by the mean gradient, or skip the step where numbers are not finite.
+
+    The gradients are those of the sum of losses, over processes their mean. Return whether a signal
+    has come to any process.
+    """
+    count = state.accelerator.num_processes
+    signals = float(SIGNALS.received > 0)
+    total = reduce(torch.stack([loss, *loss.new_tensor([terms, signals])]).double(), "sum")
     for parameter in state.parameters:
         if parameter.grad is not None:  # to the mean over all terms, as of one large batch
-            parameter.grad.div_(all_terms / processes().num_processes)
-    norm = float(clip_grad_norm_(state.parameters, LARGEST_NORM))
-    taken = math.isfinite(all_loss) and math.isfinite(norm)
-    if taken:
+            parameter.grad.mul_(count / total[1])
+    norm = clip_grad_norm_(state.parameters, LARGEST_NORM)
+    # The one time that a step waits for the device.
+    all_loss, all_terms, stop, size = torch.cat([total, norm.double().view(1)]).tolist()
+    if state.progress.count(all_loss, all_terms, size):
         state.optimizer.step()
         state.schedule.step()
-    progress_.end_step(all_loss, all_terms, taken=taken)
     state.optimizer.zero_grad()
-    state.average.update()
-    if progress_.skipped_in_a_row == MOST_SKIPPED:
-        epoch = state.stopping.epoch + 1
-        raise progress_.skipped_too_often(all_loss / all_terms, norm, epoch)
+    state.average.update(state.progress.steps)
+    return bool(stop)
 
 
 def validate(stage: Stage, state: TrainState) -> Predictions:
-    """Score the validation part with the averaged weights.
-
-    Raises:
-        NonFiniteLossError: the loss is not finite.
-    """
-    from medgemma_clinical.training.evaluate import evaluate
-    from medgemma_clinical.training.train_state import NonFiniteLossError, swapped_weights
-
-    with swapped_weights(state.parameters, state.average.weights):
-        predictions = evaluate(
-            stage.model, stage.loaders["val"], default_device(), f"{stage.name}: validation"
-        )
+    """Score the validation part with the averaged weights."""
+    batches = stage.batches["val"]
+    shown = distributed.show_progress(batches, f"{stage.name}: validation", len(batches))
+    with state.swapped_weights(state.average.weights):
+        predictions = evaluate(stage.model, shown, stage.collate)
     if not math.isfinite(predictions.loss):
-        epoch = state.stopping.epoch + 1
+        epoch = state.progress.epoch + 1
         raise NonFiniteLossError(f"the validation loss is {predictions.loss} in epoch {epoch}")
     return predictions
 
@@ -502,399 +617,187 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
 def end_epoch(
     stage: Stage, state: TrainState, folder: Path | None, predictions: Predictions, track: Track
 ) -> None:
-    """Keep the epoch's weights if they are the best so far, write its figures, begin the next."""
-    progress_, stopping = state.progress, state.stopping
-    figures: dict[str, Any] = {
-        "epoch": stopping.epoch + 1,
-        "step": state.average.steps,
-        "train_loss": progress_.mean_loss if progress_.terms else None,
+    """Keep the epoch's weights if they are the best so far, write its metrics, begin the next."""
+    progress, epoch = state.progress, state.progress.epoch + 1
+    metrics: dict[str, Any] = {
+        "epoch": epoch,
+        "step": progress.steps,
+        "train_loss": progress.mean_loss if progress.terms else None,
         "val_loss": predictions.loss,
         "val_auroc": predictions.auroc(),
-        "skipped_steps": progress_.skipped,
-        "seconds": round(progress_.seconds, 3),
+        "skipped_steps": progress.skipped,
+        "seconds": round(progress.seconds, 3),
     }
-    improved = stopping.improved(figures[stage.monitor])
-    if stage.hides_events:
-        figures |= dict.fromkeys(("train_loss", "val_loss", "val_auroc"))
+    score = metrics[stage.monitor]
+    better = score > progress.best if stage.higher_is_better else score < progress.best
+    improved = progress.best_epoch == 0 or better
     if improved:
-        state.set_best()
+        progress.best, progress.best_epoch, state.best = score, epoch, copies(state.average.weights)
+    exhausted = epoch - progress.best_epoch >= stage.patience
+    if stage.hides_events:
+        metrics |= dict.fromkeys(("train_loss", "val_loss", "val_auroc"))
+    progress.history.append({**metrics, "improved": improved})
+    if improved:
         save_best(stage, state, folder)
-    progress_.history.append({**figures, "improved": improved})
-    if folder:
-        progress_.write_history(folder)
-    track({name: x for name, x in figures.items() if x is not None}, state.average.steps)
-    scores = (
-        "losses and AUROC not shown (--min_cell)"
-        if stage.hides_events
-        else f"train loss {progress_.mean_loss:.4f}, val loss {predictions.loss:.4f}, "
-        f"val AUROC {figures['val_auroc']:.4f}"
-    )
-    logger.info(
-        "epoch %d/%d: %s, %.1f s%s%s",
-        stopping.epoch,
-        stage.epochs,
-        scores,
-        progress_.seconds,
-        f", {progress_.skipped} steps skipped" if progress_.skipped else "",
-        ", best so far" if improved else "",
-    )
-    progress_.warn_of_skipped(stopping.epoch, stage.steps_per_epoch)
-    if stopping.exhausted:
-        logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
-    over = stopping.exhausted or stopping.epoch == stage.epochs
-    state.progress = progress_.next_epoch(over=over)
+    run_folder.write_history(folder, progress.history)
+    track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
+    announce.log_epoch(stage, metrics, improved=improved, exhausted=exhausted)
+    progress.over = exhausted or epoch == stage.epochs
+    progress.next_epoch()
+
+
+# --------------------------------------------------------------------------- what is kept
 
 
 def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
-    """Write the weights of the best epoch, if there is one; of a resumed run its history too."""
-    from medgemma_clinical.training.train_state import swapped_weights
-
-    if folder and state.best and processes().is_main_process:
-        with swapped_weights(state.parameters, state.best):
+    """Write the weights of the best epoch, if there is one."""
+    if folder and state.best and distributed.processes().is_main_process:
+        with state.swapped_weights(state.best):
             stage.save(folder, stage.config)
-        state.progress.write_history(folder)
 
 
-def save_state(stage: Stage, state: TrainState, store: CheckpointStore | None) -> None:
-    """Keep the state of the training, from which a run resumes, where there is a store."""
-    from medgemma_clinical.training.resume import capture_checkpoint
+def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
+    """Return all that training needs to go on as if it had not been stopped, between two steps.
 
-    if store:
-        checkpoint = capture_checkpoint(stage, state)  # each process has its share
-        if processes().is_main_process:
-            store.save(checkpoint)
+    Each process must call: it brings its random generators.
+    """
+    random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
+    if device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    learns = list(stage.trainable_parameters())
+    tensors = {"weights": state.parameters, "average": state.average.weights, "best": state.best}
+    return {
+        **{
+            name: dict(zip(learns, (each.detach() for each in group), strict=False))
+            for name, group in tensors.items()  # best: empty before the first epoch's end
+        },
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "progress": vars(state.progress),
+        "random": gather_object([random]),
+    }
+
+
+def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]) -> None:
+    """Bring training, random generators included, to a state of ``training_state``, to the bit."""
+    expected = {name: p.shape for name, p in stage.trainable_parameters().items()}
+    same = {name: weight.shape for name, weight in content["weights"].items()} == expected
+    if not same or len(content["random"]) != state.accelerator.num_processes:
+        raise InputError("--resume: another model or number of processes: start without --resume")
+    state.set_weights(content["weights"].values())
+    copy_into(state.average.weights, list(content["average"].values()))
+    state.best = copies(state.parameters) if content["best"] else []
+    copy_into(state.best, list(content["best"].values()))
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.schedule.load_state_dict(content["schedule"])
+    vars(state.progress).update(content["progress"])
+    random = content["random"][state.accelerator.process_index]
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], distributed.default_device())
+    done = state.progress.epoch + 1, state.progress.batches, state.progress.steps
+    logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *done)
 
 
 # --------------------------------------------------------------------------- one run
 
 
-def train(args: argparse.Namespace, dataset: TrajectoryDataset | None = None) -> int:
-    """Run one stage from the user's data to its results, or resume it; return the exit code.
-
-    Args:
-        args: of the command line, from ``complete``.
-        dataset: where the caller has read the data already.
-    """
-    from medgemma_clinical.commands.run_folder import (
-        describe_stop,
-        folder_identity,
-        given_stage1,
-        stage_name,
-    )
-
-    folder = args.output_dir / stage_name(args)
-    before = folder_identity(folder)
+def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
+    """Run one stage from the user's data to its results, or resume it; return the exit code."""
     RUN_LOG.begin()
-    check_output(args)
+    announce.check_output(args)
     dataset = read_dataset(args) if dataset is None else dataset
-    stage1 = given_stage1(args)
-    try:
-        train_model(args, dataset, stage1)
-    except KeyboardInterrupt as stop:
-        began = args.resume or folder_identity(folder) != before
-        logger.error("%s", describe_stop(folder, began=began))
-        return getattr(stop, "code", EXIT_INTERRUPTED)
-    return EXIT_DONE
+    checkpoint = run_folder.given_stage1(args)
+    return run_folder.interruptible(args, lambda: train_stage(args, dataset, checkpoint))
 
 
-def train_model(
-    args: argparse.Namespace,
-    dataset: TrajectoryDataset,
-    stage1: TrajectoryCheckpoint | None,
+def train_stage(
+    args: Namespace, dataset: TrajectoryDataset, checkpoint: TrajectoryCheckpoint | None
 ) -> TrajectoryModel | None:
     """Train one stage in its folder, or in memory where ``args.output_dir`` is None.
 
-    Args:
-        args: of the command line, or of keywords.
-        dataset: to learn from.
-        stage1: the trained stage 1 that a language model reads.
-
-    Returns:
-        The trained model; None after a dry run, and where a resumed run was finished already.
+    Return the model; None after a dry run, and where a resumed run was finished already.
     """
-    from medgemma_clinical.commands.announce import log_path
-    from medgemma_clinical.commands.run_folder import (
-        begin_run,
-        finish_run,
-        resume_run,
-        run_data,
-        run_facts,
-        stage_name,
-        tracker_folder,
-    )
-    from medgemma_clinical.commands.stages import make_stage, prompt_options
-    from medgemma_clinical.training.trackers import tracking
-
-    data = run_data(args, dataset, prompt_options(args), stage1)
-    facts = run_facts(args, data, stage1)
-    if args.output_dir is None:
-        return run_stage(make_stage(args, data, ENCODERS, stage1), data, None, facts, args)
-    folder = args.output_dir / stage_name(args)
-    with resume_run(folder, facts) if args.resume else nullcontext(True) as left:
-        if not left:
-            return None
-        stage = make_stage(args, data, ENCODERS, stage1)
-        if args.dry_run:
-            dry_run(stage, data, args)
-            return None
-        facts = run_facts(args, data, stage1)  # the hub's revision is known with its model
-        with nullcontext() if args.resume else begin_run(folder, facts):
-            if (log := log_path(args, folder)) and processes().is_main_process:
-                RUN_LOG.open(log)
-            numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
-            with tracking(args.report_to, tracker_folder(folder), numbers) as track:
-                model = run_stage(stage, data, folder, facts, args, track)
-            finish_run(folder, stage.tokens)
-    return model
-
-
-def check_output(args: argparse.Namespace) -> None:
-    """Check that log and tracker of a run can be had, before minutes go into the data.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    from medgemma_clinical.commands.announce import log_path
-    from medgemma_clinical.commands.run_folder import stage_name
-    from medgemma_clinical.training.trackers import check_tracker
-
-    check_tracker(args.report_to)
-    if args.output_dir:
-        log_path(args, args.output_dir / stage_name(args))
-
-
-def run_stage(
-    stage: Stage,
-    data: Data,
-    folder: Path | None,
-    facts: dict[str, Any],
-    args: argparse.Namespace,
-    track: Track = lambda figures, step: None,
-) -> TrajectoryModel:
-    """Train a stage, score its best epoch, write and show the results; return the model."""
-    from medgemma_clinical.commands.announce import announce
-    from medgemma_clinical.commands.results import figures_for_tracker, write_results
-    from medgemma_clinical.models.trained_model import TrainedModel
-    from medgemma_clinical.training.memory import rehearse
-
-    announce(stage, data, args)
-    rehearse(stage, data.dataset.lengths)
-    state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-    metrics = write_results(stage, data, folder, state, facts, args)
-    if metrics:
-        track(figures_for_tracker(metrics), state.average.steps)
+    data = run_folder.run_data(args, dataset, prompt_options(args), checkpoint)
+    facts = run_folder.run_facts(args, data, checkpoint)
+    folder = args.output_dir and args.output_dir / run_folder.stage_name(args)
+    if args.resume and run_folder.is_finished(folder, facts):
+        return None
+    stage = make_stage(args, data, checkpoint)
+    announce.log_run_summary(stage, data, args)
+    memory.check_memory(stage, distributed.default_device())
+    if args.dry_run:
+        return dry_run(stage, args.seed)
+    with run_folder.opened(args, folder, facts) as track:
+        options = {"resume": args.resume, "save_every": args.save_every}
+        state = fit(stage, args.seed, folder, track, **options)
+        metrics = results.write_results(stage, data, folder, state, facts, args)
+        track(results.figures_for_tracker(metrics), state.progress.steps)
+        run_folder.finish_run(folder, stage.tokens)
     model: Any = stage.model.eval()
-    trained = TrainedModel(model, stage.config, stage.tokenizer, stage.train_patients)
+    tokenizer = stage.text and stage.text.tokenizer
+    trained = trained_model.TrainedModel(model, stage.config, tokenizer, stage.train_patients)
     return TrajectoryModel(trained, metrics)
 
 
-def dry_run(stage: Stage, data: Data, args: argparse.Namespace) -> None:
-    """Take two steps on the longest rows and score two batches; measure, keep nothing."""
-    from medgemma_clinical.commands.announce import announce
-    from medgemma_clinical.provenance import peak_memory
-    from medgemma_clinical.training.memory import keep_longest, rehearse
-    from medgemma_clinical.training.train_state import Stopwatch, set_up_training
-
-    announce(stage, data, args)
-    rehearse(stage, data.dataset.lengths)
-    keep_longest(stage, data.dataset.lengths, steps=2)
-    state, watch = set_up_training(stage, default_device()), Stopwatch()
-    train_epoch(stage, state, args.seed)
-    seconds = watch.lap() / state.average.steps
-    logger.info(
-        "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written",
-        state.average.steps,
-        seconds,
-        state.progress.mean_loss,
-        peak_memory(),
-    )
-
-
-# --------------------------------------------------------------------------- from Python
-
-
-class TrajectoryModel(trajectory_model.TrajectoryModel):
-    """A trained model of stage 1, 2 or 3, in the manner of a fitted scikit-learn classifier.
-
-    ``TrajectoryModel.from_pretrained`` loads one, the functions below train one. See
-    medgemma_clinical/docs/python.md.
-    """
-
-    datasets, encoders = DATASETS, ENCODERS
-
-
-def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
-    """Train stage 1: encoder and head, no language model.
-
-    Args:
-        rows: a DataFrame or a file in the DKA format, or a data set.
-        **flags: those of the command line without dashes, with the same defaults, as in
-            ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
-
-    Returns:
-        The best model; its figures are in ``metrics``.
-
-    Raises:
-        TypeError: there is no such flag.
-        InputError: a flag or the data are wrong; the text says where, and what to do.
-    """
-    return fit_model({"trajectory_only": True}, rows, None, flags)
-
-
-def fit_classification(
-    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
-) -> TrajectoryModel:
-    """Train stage 2: MedGemma reads soft prompt and text, a head gives a probability.
-
-    Args:
-        rows: as for ``fit_trajectory``.
-        encoder: a trained stage 1, or where it lies; stays frozen. None trains a new one with it.
-        **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
-
-    Returns:
-        The best model; its figures are in ``metrics``.
-
-    Raises:
-        TypeError: there is no such flag.
-        InputError: a flag, the data, stage 1 or the language model are wrong.
-    """
-    return fit_model({"mode": "classification"}, rows, encoder, flags)
-
-
-def fit_generative(
-    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
-) -> TrajectoryModel:
-    """Train stage 3: MedGemma reads soft prompt and text, and writes a verdict with a report.
-
-    Arguments, result and errors are those of ``fit_classification``.
-    """
-    return fit_model({"mode": "generative"}, rows, encoder, flags)
-
-
-FITTING = threading.Lock()
-"""Held while a model is trained: random generators, signals and log belong to one run."""
-
-
-def fit_model(
-    stage: dict[str, Any],
-    rows: Rows,
-    encoder: TrajectoryModel | str | Path | None,
-    flags: dict[str, Any],
-) -> TrajectoryModel:
-    """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
-    from medgemma_clinical.commands.keywords import check_keywords, encoder_checkpoint
-    from medgemma_clinical.commands.run_folder import stage_name
-    from medgemma_clinical.training.seeds import deterministic_kernels
-
-    check_keywords(flags)
-    given: dict[str, Any] = {} if encoder is None else {"ode_checkpoint": "encoder"}
-    args, given_flags = build_parser().parse_keywords({**flags, **stage, **given})
-    check_flags(complete(args), given_flags)
-    check_launch()
-    check_gpu()
-    check_output(args)
-    if not FITTING.acquire(blocking=False):
-        raise RuntimeError("another model is being trained in this process: wait for its end")
-    try:
-        with (
-            SIGNALS.installed(kills=False),
-            deterministic_kernels(args.deterministic),
-            recorded(),
-            owner_only(),
-        ):
-            dataset = read_rows(rows, args, flags)
-            model = train_model(args, dataset, encoder_checkpoint(encoder, args))
-    except KeyboardInterrupt as stop:
-        if args.output_dir:
-            stop.add_note(f"resume=True continues the run in {args.output_dir}")
-        raise
-    finally:
-        FITTING.release()
-    return model or TrajectoryModel.from_pretrained(args.output_dir / stage_name(args))
-
-
-def read_rows(rows: Rows, args: argparse.Namespace, flags: Mapping[str, Any]) -> TrajectoryDataset:
-    """Read the rows of a training; return a data set as given.
-
-    Raises:
-        InputError: the data cannot be read, or a flag comes too late for a data set.
-    """
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
-    from medgemma_clinical.inference.scoring import check_kind
-
-    check_kind(rows)
-    if not isinstance(rows, TrajectoryDataset):
-        return read_source(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
-    if read := sorted(set(rows.options) & flags.keys()):
-        raise InputError(f"the data set has been read: leave {', '.join(read)} out")
-    args.dataset = rows.name
-    return rows
+def dry_run(stage: Stage, seed: int) -> None:
+    """Take two steps on the longest rows; measure, keep nothing."""
+    longest = copy.copy(stage.batches["train"])
+    longest.rows = memory.longest_rows(stage, 2 * longest.batch_size)
+    state = set_up(own := replace(stage, batches={**stage.batches, "train": longest}))
+    train_epoch(own, state, seed)
+    state.lap()
+    announce.log_dry_run(stage, state.progress, longest.rows.tolist())
 
 
 # --------------------------------------------------------------------------- main
 
 
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the flags that depend on the machine."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    if args.quantization is None:
-        args.quantization = "nf4" if cuda and args.model_name != "tiny" else "none"
-    if args.precision == "auto":
-        sixteen = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if sixteen else "fp32"
-    return args
-
-
-def run(args: argparse.Namespace, given: set[str]) -> int:
+def run(args: Namespace, given: set[str]) -> int:
     """Do what the command line asks for; return the exit code."""
-    from medgemma_clinical.commands.demo import run_demo
-    from medgemma_clinical.commands.export import export
-    from medgemma_clinical.commands.predict import predict
-    from medgemma_clinical.commands.several.ablation import run_ablation
-    from medgemma_clinical.commands.several.compare import run_compare
-    from medgemma_clinical.commands.several.seeds import run_seeds
-    from medgemma_clinical.training.seeds import deterministic_kernels
-
-    check_flags(args, given)
-    check_launch()
-    with SIGNALS.installed(), deterministic_kernels(args.deterministic):
+    flags.check_flags(flags.complete(args), given)
+    distributed.check_launch()
+    with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):
         if args.compare:
             place = args.output_dir if "--output_dir" in given else None
-            return run_compare(args.compare, args.seed, args.min_cell, place)
+            return compare.run_compare(args.compare, args.seed, args.min_cell, place)
         if not args.demo:
-            check_gpu()
+            distributed.check_gpu()
         if args.seeds:
-            return run_seeds(args, read_dataset, train)
+            return seeds.run_seeds(args, read_dataset, train)
         if args.ablation:
-            return run_ablation(args, read_dataset(args), train)
+            return ablation.run_ablation(args, read_dataset(args), train)
         if args.predict:
-            return predict(args, given, TrajectoryModel)
+            return predict(args, given)
         if args.export:
-            return export(args, given, ENCODERS)
+            return export(args, given, BUILDERS)
         return run_demo(args, train) if args.demo else train(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
     words = sys.argv[1:] if argv is None else list(argv)
-    args = complete(build_parser().parse_args(words))
+    args = build_parser().parse_args(words)
     if args.output_dir is None:
         args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
     given = {word.split("=")[0] for word in words if word.startswith("--")}
-    with command_logging(first=processes().is_main_process):
-        return run_command(lambda: run(args, given), show_values=args.show_values)
+    flags.set_environment()
+    with command_logging(first=distributed.processes().is_main_process):
+        return command_line.run_command(lambda: run(args, given), show_values=args.show_values)
 
 
 def program() -> int:
     """Run ``main``; several processes leave together, so that none finds the others gone."""
     code = main()
-    if processes().num_processes > 1 and code == EXIT_DONE:
-        processes().wait_for_everyone()
-        processes().destroy_process_group()
+    if distributed.processes().num_processes > 1 and code == command_line.EXIT_DONE:
+        distributed.processes().wait_for_everyone()
+        distributed.processes().destroy_process_group()
     return code
 
+
+TrajectoryModel.program = Program(
+    DATASETS, BUILDERS, partial(python.fit, build_parser, read_source, train_stage)
+)
 
 if __name__ == "__main__":
     sys.exit(program())

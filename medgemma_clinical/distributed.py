@@ -1,26 +1,24 @@
-"""The processes that share a run, their device, and the progress that the first one shows."""
+"""The processes that share a run, their device and its memory, and how exactly it computes."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import glob
-import importlib
-import logging
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
 
 from medgemma_clinical.files import InputError
-
-if TYPE_CHECKING:
-    import torch
-    from accelerate import PartialState
-    from torch import nn
-
-logger = logging.getLogger(__name__)
 
 GPUS = "/dev/nvidia[0-9]*"
 """Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
@@ -32,19 +30,14 @@ SHARDING = {
 }
 """What accelerate's launcher sets for ways of training that cut a model into parts."""
 
-SECONDS_A_LINE = 60.0
-"""Without a terminal, long work logs its progress so often."""
+LONGEST_WAIT = timedelta(hours=2)
+"""The other processes wait so long while the first one fits baselines and writes results."""
 
 
 @cache
 def processes() -> PartialState:
     """Return accelerate's state of this run: device, and the processes that share the work."""
-    import torch
-    from accelerate import PartialState
-
-    # NVIDIA's containers ask for TF32, with ten bits, by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
-    torch.set_float32_matmul_precision("highest")
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
 
 
 def default_device() -> torch.device:
@@ -53,14 +46,15 @@ def default_device() -> torch.device:
     return device
 
 
+def derived_seed(seed: int, number: int) -> int:
+    """Return the seed of part ``number`` of a run: the run's own for the first, else another."""
+    if number == 0:
+        return seed
+    return int(np.random.SeedSequence([seed % 2**32, number]).generate_state(1)[0])
+
+
 def find_device(name: str) -> torch.device:
-    """Return a device by its name, as in ``torch.device``.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    import torch
-
+    """Return a device by its name, as in ``torch.device``."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -70,13 +64,7 @@ def find_device(name: str) -> torch.device:
 
 
 def check_gpu() -> None:
-    """Refuse the CPU of a machine whose GPU torch cannot use, unless the GPU is hidden on purpose.
-
-    Raises:
-        InputError: saying how torch and the driver come to fit.
-    """
-    import torch
-
+    """Refuse the CPU of a machine whose GPU torch cannot use, unless the GPU is hidden on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     unused = torch.version.cuda and not torch.cuda.is_available()
     if unused and not hidden and glob.glob(GPUS):
@@ -89,11 +77,7 @@ def check_gpu() -> None:
 
 
 def check_launch() -> None:
-    """Refuse a launch that asks to cut the model into parts: each process trains the whole one.
-
-    Raises:
-        InputError: naming what accelerate's configuration asks for.
-    """
+    """Refuse a launch that asks to cut the model into parts: each process trains the whole one."""
     for variable, way in SHARDING.items():
         if os.environ.get(variable, "").lower() == "true":
             raise InputError(
@@ -103,94 +87,87 @@ def check_launch() -> None:
             )
 
 
-def check_flash_attention(dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse the kernels of flash-attn where they cannot run.
+@contextlib.contextmanager
+def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
+    """Compute with all bits of float32 for the length of a block, and without cuDNN's attention.
 
-    Where the package is missing, transformers would take a kernel of the hub, which is code.
+    NVIDIA's containers ask for TF32, with ten bits; on Hopper cards cuDNN's attention has given
+    NaN gradients for masked batches.
 
     Args:
-        dtype: of the computation.
-        device: of the weights.
+        deterministic: use only kernels that repeat to the last bit; those of the CPU all do.
 
-    Raises:
-        InputError: naming what is missing.
+    Source: PyTorch's notes on reproducibility.
     """
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    if device.type != "cuda":
-        lack = "an NVIDIA GPU, and this run takes the CPU"
-    elif dtype != torch.bfloat16:
-        lack = "--precision bf16"
-    elif not (is_flash_attn_2_available() and _imports("flash_attn")):
-        lack = "the package flash-attn, 2.3.3 or later and built for this torch"
-    else:
-        return
-    raise InputError(f"--attention flash_attention_2 needs {lack}: or leave the flag out")
-
-
-def _imports(package: str) -> bool:
-    """Return whether a package can be imported; one that was built for another torch cannot."""
+    precision, strict = torch.get_float32_matmul_precision(), cast(Any, torch.utils.deterministic)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    before, filled = torch.are_deterministic_algorithms_enabled(), strict.fill_uninitialized_memory
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        strict.fill_uninitialized_memory = False  # takes time, and nothing here reads such memory
     try:
-        importlib.import_module(package)
-    except ImportError:
-        return False
-    return True
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.use_deterministic_algorithms(before)
+        strict.fill_uninitialized_memory = filled
 
 
-def gather(items: list[Any]) -> list[Any]:
-    """Join the lists of all processes, in the order of the processes."""
-    if processes().num_processes == 1:
-        return items
-    from accelerate.utils import gather_object
-
-    joined: list[Any] = gather_object(items)
-    return joined
-
-
-def sum_over_processes(*numbers: float) -> Sequence[float]:
-    """Add up each number over all processes."""
-    if processes().num_processes == 1:
-        return numbers
-    import torch
-    from accelerate.utils import reduce
-
-    own = torch.tensor(numbers, dtype=torch.float64, device=processes().device)
-    total: torch.Tensor = reduce(own, "sum")
-    return total.tolist()
-
-
-def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Let gradients accumulate without exchange between processes."""
-    no_sync = getattr(model, "no_sync", contextlib.nullcontext)
-    context: contextlib.AbstractContextManager[None] = no_sync()
-    return context
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every part of a batch to a device."""
-    return {name: part.to(device, non_blocking=True) for name, part in batch.items()}
-
-
-def progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> Iterator[Any]:
-    """Yield items under a progress bar; without terminal and notebook a line a minute is logged.
-
-    Args:
-        items: those that are left.
-        title: of the bar and the lines.
-        total: items in all.
-        done: of them, those before the first.
-    """
-    from tqdm import tqdm
-
-    if not processes().is_main_process:
-        yield from items
-        return
+def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> Iterable[Any]:
+    """Show a bar while items are used; without terminal and notebook, a line a minute at most."""
     terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook is no terminal
-    last = time.monotonic()
-    bar = tqdm(items, title, total=total, initial=done, leave=False, disable=not terminal)
-    for number, item in enumerate(bar, done + 1):
-        yield item
-        if not terminal and time.monotonic() - last >= SECONDS_A_LINE:
-            last = time.monotonic()
-            logger.info("%s: %d of %d", title, number, total)
+    return tqdm(
+        items,
+        title,
+        total=total,
+        initial=done,
+        leave=False,
+        mininterval=0.1 if terminal else 60,
+        delay=0 if terminal else 60,
+        disable=not processes().is_main_process,
+    )
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far; that of the process itself can be reset on Linux alone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float | None:
+    """Return the most memory that the GPU has held, without one the process, in MiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _host_peak_mib()
+
+
+def _host_peak_mib() -> float | None:
+    """Return the peak of the process, None where the system does not tell it."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def peak_memory() -> str:
+    """Describe the most memory that the process, and its GPU, have held."""
+    shown = ""
+    if torch.cuda.is_available():
+        used, size = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        shown = f", GPU {used / 2**20:,.0f} of {size / 2**20:,.0f} MiB"
+    host = _host_peak_mib()
+    return f"peak memory {'unknown' if host is None else f'{host:,.0f} MiB'}{shown}"

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-LARGEST_JSON = 2**24
-"""Bytes of a JSON file; the largest that the program writes have a hundred times fewer."""
+from filelock import FileLock, Timeout
 
 PARTIAL, REPLACED = ".partial", ".old"
 """Endings of hidden names: a file that is being written, and a folder that it replaces."""
@@ -40,6 +39,10 @@ class InputError(ValueError):
         return f"{self}{shown}"
 
 
+class RunFault(RuntimeError):
+    """A fault of a run, not of its input; the text is one line for the user, exit code 3."""
+
+
 @contextlib.contextmanager
 def owner_only() -> Iterator[None]:
     """Let new files belong to their owner alone for the length of a block: they hold patients."""
@@ -48,10 +51,6 @@ def owner_only() -> Iterator[None]:
         yield
     finally:
         os.umask(own_mask)
-
-
-class RunFault(RuntimeError):
-    """A fault of a run, not of its input; the text is one line for the user, exit code 3."""
 
 
 def one_line(text: str) -> str:
@@ -77,27 +76,23 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
-def replaced_path(path: Path) -> Path:
-    """Return the name of a folder for the moment in which another replaces it."""
-    return path.with_name(f".{path.name}{REPLACED}")
-
-
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` whose content takes its place if the block succeeds.
 
     The content reaches the disk before its name does, so that a loss of power leaves no half file.
     """
-    temporary = partial_path(path)
+    temporary, replaced = partial_path(path), path.with_name(f".{path.name}{REPLACED}")
     remove(temporary)
     try:
         yield temporary
-        _flush(temporary)
+        for each in [*temporary.rglob("*"), temporary]:
+            _sync(each)
         if path.is_dir():  # a folder cannot be replaced in one step; see ``clean``
-            remove(replaced_path(path))
-            path.rename(replaced_path(path))
+            remove(replaced)
+            path.rename(replaced)
             temporary.rename(path)
-            remove(replaced_path(path))
+            remove(replaced)
         else:
             os.replace(temporary, path)
         _sync(path.parent)
@@ -119,15 +114,8 @@ def clean(folder: Path) -> None:
             remove(path)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file, or a folder with all its files, is on the disk."""
-    if path.is_dir():
-        for each in path.iterdir():
-            _flush(each)
-    _sync(path)
-
-
 def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -155,23 +143,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, object_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the content of a JSON file in UTF-8.
-
-    Args:
-        path: of the file.
-        object_hook: makes each object of its pairs of key and value; by default a dictionary.
-
-    Raises:
-        OSError: the file cannot be read.
-        InputError: as ``object_hook``.
-        json.JSONDecodeError: its content cannot: no JSON, no UTF-8, too large or nested too deeply.
-    """
-    with path.open("rb") as file:
-        content = file.read(LARGEST_JSON + 1)
-    if len(content) > LARGEST_JSON:
-        raise json.JSONDecodeError(f"more than {LARGEST_JSON >> 20} MiB", "", 0)
+    """Return the content of a JSON file in UTF-8; ``object_hook`` makes each object of its pairs."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=object_hook)
+        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=object_hook)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -191,9 +165,7 @@ def names_aside(paths: Iterable[Path]) -> dict[Path, Path]:
 def move_aside(paths: Iterable[Path]) -> list[Path]:
     """Rename paths that exist to ``NAME.1`` or the next free number; return the new names."""
     moves = names_aside(paths)
-    for path, aside in moves.items():
-        path.rename(aside)
-    return list(moves.values())
+    return [path.rename(aside) for path, aside in moves.items()]
 
 
 @contextlib.contextmanager
@@ -201,22 +173,13 @@ def locked(path: Path) -> Iterator[None]:
     """Keep another run from ``path``, a file or folder, by a hidden lock file beside it.
 
     A run that dies frees its lock.
-
-    Raises:
-        InputError: another run holds the lock, or a link lies in its place.
     """
-    from filelock import FileLock, Timeout
-
-    place = path.with_name(f".{path.name}.lock")
-    # Some versions of filelock would make the file that a link points to.
-    if os.path.lexists(place) and (place.is_symlink() or not place.is_file()):
-        raise InputError(f"{place}: a link, or no file: remove it, or choose another place")
-    lock = FileLock(place, timeout=0, mode=0o600)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
     try:
         lock.acquire()
     except Timeout as error:
         raise InputError(
-            f"{path}: another run is at work there: wait for it or choose another place"
+            f"{path}: another run is at work there: wait, or choose another"
         ) from error
     try:
         yield

@@ -1,25 +1,24 @@
-"""What a run says before its first step: data, split, model, texts; and the place of its log."""
+"""What a run says: before its first step, of its speed, and at the end of each epoch."""
 
 from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from medgemma_clinical.commands.logs import check_log_file
+from medgemma_clinical.commands.run_folder import log_path, stage_name
 from medgemma_clinical.data.checks import describe_unusable_facts, summarize
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.distributed import default_device
+from medgemma_clinical.distributed import default_device, peak_memory, processes
 from medgemma_clinical.evaluation.report_tables import counts_text
-from medgemma_clinical.files import InputError
-from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
+from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress
+from medgemma_clinical.training.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,11 @@ PARTS = {
 }
 """Names of a model's trainable parts."""
 
+WARNED_SHARE = 0.01
+"""An epoch with a larger share of skipped steps gets a warning."""
 
-def announce(stage: Stage, data: Data, args: Namespace) -> None:
+
+def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
     """Log data, split, model and length of the training."""
     dataset, hidden = data.dataset, data.hides_events
     for line in summarize(dataset, data.min_cell, events=not hidden):
@@ -50,60 +52,84 @@ def announce(stage: Stage, data: Data, args: Namespace) -> None:
         for line in unusable if args.facts == "on" else []:
             logger.warning("warning: %s: %s", dataset.source, line)
         logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
-    rates: dict[str, float] = stage.learning_rates
+    rates = stage.learning_rates
     learns = {
         part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)
         for part in rates
     }
     shown = (f"{PARTS[part]} {n:,} at rate {rates[part]:g}" for part, n in learns.items() if n)
     logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(shown))
-    for line in stage.describe():
-        logger.info(line)
+    train, steps = stage.batches["train"].rows, len(stage.batches["train"])
+    if stage.text is not None:
+        logger.info(
+            "tokens: %s an epoch, of a patient median %.0f, longest %d, up to %d of them soft",
+            f"{stage.lengths[train].sum():,}",
+            np.median(stage.lengths[train]),
+            stage.lengths[train].max(),
+            stage.config["num_prefix_tokens"],
+        )
+        if stage.text.shortened:
+            count = count_text(stage.text.shortened, data.min_cell)
+            logger.info("%s prompts were too long and lost their oldest values", count)
+    count = processes().num_processes
     logger.info(
-        "batch size %d, %d steps an epoch, at most %d epochs, on %s",
+        "batch size %d, %d steps an epoch, at most %d epochs, on %s, %d process%s",
         args.batch_size,
-        stage.steps_per_epoch,
+        steps,
         stage.epochs,
         default_device(),
+        count,
+        "" if count == 1 else "es",
     )
 
 
-def describe_texts(
-    collate: TextCollator, tokens: int, train: NDArray[np.int64], fewest: int
-) -> list[str]:
-    """Describe the tokens of a patient and the padding of a batch.
-
-    Args:
-        collate: of all rows.
-        tokens: P.
-        train: positions of the training part.
-        fewest: patients of the smallest cell that is shown.
-    """
-    lengths = collate.lengths()
-    lines = [
-        f"tokens a patient: {tokens} soft, text median {np.median(lengths[train]):.0f}, longest "
-        f"{lengths[train].max()}"
-    ]
-    if collate.shortened:
-        count = count_text(collate.shortened, fewest)
-        lines.append(f"{count} prompts were too long and lost their oldest values")
-    return lines
+def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:
+    """Log how long an epoch of a language model takes, from the time that some rows took."""
+    if stage.text is None:
+        return
+    lengths, train = stage.lengths, stage.batches["train"].rows
+    hours = seconds * lengths[train].sum() / lengths[rows].sum() / 3600 / processes().num_processes
+    shown = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+    logger.info("an epoch takes about %s, validation apart", shown)
 
 
-def log_path(args: Namespace, folder: Path) -> Path | None:
-    """Return the path of the run's log, None for none.
+def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
+    """Log what the steps of a dry run on some rows have cost."""
+    logger.info(
+        "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written",
+        progress.steps,
+        progress.seconds / progress.steps,
+        progress.mean_loss,
+        peak_memory(),
+    )
+    log_epoch_time(stage, progress.seconds, rows)
+
+
+def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhausted: bool) -> None:
+    """Log the metrics of an epoch, which are None where they are hidden."""
+    epoch, skipped = metrics["epoch"], metrics["skipped_steps"]
+    steps = len(stage.batches["train"])
+    scores = "losses and AUROC not shown (--min_cell)"
+    if not stage.hides_events:
+        loss = "none" if metrics["train_loss"] is None else f"{metrics['train_loss']:.4f}"
+        scores = f"train loss {loss}, val loss {metrics['val_loss']:.4f}, "
+        scores += f"val AUROC {metrics['val_auroc']:.4f}"
+    best = ", best so far" if improved else ""
+    logger.info("epoch %d/%d: %s, %.1f s%s", epoch, stage.epochs, scores, metrics["seconds"], best)
+    if skipped:
+        level = logging.WARNING if skipped > WARNED_SHARE * steps else logging.INFO
+        text = "epoch %d: %d of %d steps skipped, loss or gradient was not finite: %s"
+        logger.log(level, text, epoch, skipped, steps, SKIPPED_ADVICE)
+    if exhausted:
+        logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
+
+
+def check_output(args: Namespace) -> None:
+    """Check that log and tracker of a run can be had, before minutes go into the data.
 
     Raises:
-        InputError: no file can be written there, or what lies there is no log of this program.
+        InputError: naming the flag.
     """
-    if args.log_file == "none" or args.dry_run:
-        return None
-    if args.log_file == "auto":
-        return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
-    path = Path(args.log_file)
-    if not path.parent.is_dir():
-        raise InputError(f"--log_file {path}: give a file in a folder that exists")
-    if path.suffix != ".log" and path.absolute().parent == folder.absolute():
-        raise InputError(f"--log_file {path}: a result may be written there: name it NAME.log")
-    check_log_file(path)
-    return path
+    check_tracker(args.report_to)
+    if args.output_dir:
+        log_path(args, args.output_dir / stage_name(args))

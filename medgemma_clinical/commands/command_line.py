@@ -21,7 +21,6 @@ from typing import Any, NoReturn, get_type_hints
 from medgemma_clinical.commands.logs import plain
 from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
-from medgemma_clinical.models.checkpoint_schema import INT8_REFUSED, LARGEST_COUNT
 
 logger = logging.getLogger(__name__)
 
@@ -34,56 +33,12 @@ MIN_CELL = "counts of fewer patients are hidden (0 = none)"
 """Help of the flag ``--min_cell``."""
 
 LESS_MEMORY = (
-    "lower --batch_size and raise --gradient_accumulation as much, add --gradient_checkpointing, "
-    "or shorten the text by --series_text or --max_text_tokens"
+    "lower --batch_size, shorten the text by --series_text or --max_text_tokens, or free some"
 )
-WAYS = (
-    *("--predict", "--export", "--compare", "--demo", "--dry_run"),
-    *("--ablation", "--seeds", "--resume"),
-)
-"""Flags that say what to do; the last three go together, the others alone."""
-
-ALLOWED_FLAGS: dict[str, set[str]] = {
-    "--compare": {"--seed", "--min_cell", "--output_dir"},
-    "--demo": {"--output_dir", "--seed", "--log_file", "--open"},
-    "--export": {"--checkpoint", "--export_dir", "--model_name", "--show_values"},
-    "--predict": {
-        *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
-        *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
-        *("--show_values", "--min_cell", "--attention", "--explain", "--patients"),
-    },
-}
-"""All that these ways read."""
-
-NEEDED_FLAGS: dict[str, dict[str, set[str]]] = {
-    "--predict": {
-        "--checkpoint RUN/STAGE": {"--checkpoint"},
-        "--predictions FILE.csv": {"--predictions"},
-        "--data_path FILE or --data_dir FOLDER": {"--data_path", "--data_dir"},
-    },
-    "--export": {"--checkpoint RUN/STAGE": {"--checkpoint"}, "--export_dir DIR": {"--export_dir"}},
-}
-"""What these ways cannot do without, and one flag of each that must be given."""
-
-VARIED_FLAGS = {
-    *("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"),
-    *("--dynamics", "--facts", "--stage1_logit", "--base_weights"),
-}
-"""Flags that the arms of ``--ablation`` set."""
-
+LARGEST_COUNT = 10**9
+"""Largest count that a flag may name."""
 
 NETWORK_ERRORS = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
-
-NO_USAGE_DATA = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "WANDB_ERROR_REPORTING": "false",
-}
-"""Settings by which the libraries send nothing about the user to their makers."""
-
-for _name, _value in NO_USAGE_DATA.items():  # read when those libraries are imported
-    os.environ.setdefault(_name, _value)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -173,13 +128,6 @@ RATE = number(float, 0, 1, open_low=True)
 def names(text: str) -> list[str]:
     """Split a comma-separated list of names."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def check_quantization(text: str) -> str:
-    """Refuse 8-bit weights with the reason; used as an argparse type."""
-    if text == "int8":
-        raise argparse.ArgumentTypeError(INT8_REFUSED)
-    return text
 
 
 METAVARS = {Path: "PATH", float: "NUMBER", int: "NUMBER"}
@@ -281,71 +229,3 @@ def _describe_os_error(error: OSError) -> str:
     place = one_line(str(error.filename or type(error).__name__))
     problem = os.strerror(error.errno or 0)
     return f"{place}: {problem}: make room, get the right to it, or choose another place"
-
-
-def check_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Check that the flags fit each other.
-
-    Args:
-        args: of the command line.
-        given: the flags that the user typed.
-
-    Raises:
-        InputError: naming those that do not.
-    """
-    chosen = [flag for flag in WAYS if flag in given]
-    if len(chosen) > 1 and not set(WAYS[-3:]).issuperset(chosen):
-        raise InputError(f"{' and '.join(chosen)} do not go together")
-    for way, needed in NEEDED_FLAGS.items():
-        if way in given:
-            _check_needed(way, needed, given)
-    for way, allowed in ALLOWED_FLAGS.items():
-        if way in given:
-            _check_unused(way, given - allowed - {way})
-    if not args.predict:
-        unread = {"--predictions", "--strict", "--explain"}
-        _check_unused("a command without --predict", given & unread)
-    if not args.explain:
-        _check_unused("a command without --explain", given & {"--patients"})
-    if not args.demo:
-        _check_unused("a command without --demo", given & {"--open"})
-    if not args.export:
-        _check_unused("a command without --export", given & {"--export_dir"})
-    if not (args.predict or args.export):
-        _check_unused("a command without --predict or --export", given & {"--checkpoint"})
-    if args.ablation:
-        _check_unused("--ablation", given & VARIED_FLAGS)
-        if args.series_text == "none":
-            raise InputError("--ablation: --series_text none leaves no text to compare with")
-    else:
-        _check_unused("a command without --ablation", given & {"--arms", "--reference"})
-    off = args.soft_prompt == "off"
-    if args.trajectory_only:
-        _check_unused("--trajectory_only", given & {"--ode_checkpoint"})
-        unread = {"--soft_prompt", "--stage1_logit", "--base_weights"}
-        _check_unused("--trajectory_only", given & unread)
-        if "--epochs" in given:
-            logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
-    elif off and args.ode_checkpoint is None:
-        stage1 = {"--freeze_ode", "--dynamics", "--members", "--facts", "--prediction_time"}
-        unread = stage1 | {"--stage1_logit"}
-        _check_unused("--soft_prompt off without --ode_checkpoint", given & unread)
-    elif args.stage1_logit == "off":
-        if off:
-            raise InputError("--soft_prompt off --stage1_logit off: leave --ode_checkpoint out")
-        if args.ode_checkpoint is None:
-            raise InputError("--stage1_logit off: give a trained stage 1 by --ode_checkpoint")
-
-
-def _check_needed(way: str, needed: dict[str, set[str]], given: set[str]) -> None:
-    """Check that a way has all its flags; name those in its way in the same line."""
-    missing = [flag for flag, names_ in needed.items() if not names_ & given]
-    unused = sorted(given - ALLOWED_FLAGS[way] - {way})
-    if missing:
-        without = f"; it has no use for {', '.join(unused)}: leave it out" if unused else ""
-        raise InputError(f"{way} needs {', '.join(missing)}{without}")
-
-
-def _check_unused(way: str, unused: set[str]) -> None:
-    if unused:
-        raise InputError(f"{way} has no use for {', '.join(sorted(unused))}: leave it out")

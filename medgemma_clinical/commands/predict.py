@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.patients import (
@@ -32,7 +32,7 @@ from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
-from medgemma_clinical.distributed import SECONDS_A_LINE, processes
+from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
 from medgemma_clinical.evaluation.judgement.overlap import find_overlap
 from medgemma_clinical.evaluation.report import (
@@ -54,10 +54,10 @@ from medgemma_clinical.models.sharing.model_card import random_model_notice, wei
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
-    checkpoint_place,
+    checkpoint_path,
     read_trained_config,
 )
-from medgemma_clinical.provenance import code_hash, git_commit, peak_memory, versions
+from medgemma_clinical.provenance import code_hash, git_commit, versions
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +68,12 @@ HEADERS = (
 """First lines of files of predictions."""
 
 
-def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]) -> int:
+def predict(args: Namespace, given: set[str]) -> int:
     """Write a prediction for each row of the input; the output is whole or absent.
 
     Args:
         args: of the command line.
         given: flags that the user typed, as in ``--batch_size``.
-        model_class: loads the model; knows data sets and encoders.
 
     Raises:
         InputError: a flag, the checkpoint, the input, or the place of the output is wrong.
@@ -86,7 +85,7 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
     own = {name: getattr(args, name) for name in ("seed", "min_cell", "attention", "explain")}
     request = Namespace(**{**typed, **own})
     config = read_trained_config(request.checkpoint)
-    datasets = model_class.datasets
+    datasets = TrajectoryModel.program.datasets
     if config["dataset"] not in datasets:
         raise InputError(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
@@ -99,7 +98,7 @@ def predict(args: Namespace, given: set[str], model_class: type[TrajectoryModel]
     findings = Findings(str(source), strict=bool(request.strict))
     chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
     first = next(chunks)  # faults of the input show before a language model is loaded
-    model = model_class.from_pretrained(
+    model = TrajectoryModel.from_pretrained(
         request.checkpoint,
         batch_size=request.batch_size,
         model_name=request.model_name,
@@ -176,23 +175,17 @@ def report_path(predictions: Path) -> Path:
 def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
     """Yield chunks under a bar over the bytes of a file or the rows of a folder.
 
-    Without a terminal a line a minute is logged instead.
+    Without a terminal there is a line a minute at most.
     """
-    from tqdm import tqdm
-
     size = source.stat().st_size if source.is_file() else None
     unit = "B" if size else " rows"
-    terminal, last = sys.stderr.isatty(), time.monotonic()
+    every = 0.1 if sys.stderr.isatty() else 60
     with tqdm(
-        None, "predicting", size, leave=False, disable=not terminal, unit=unit, unit_scale=True
+        None, "predicting", size, leave=False, mininterval=every, unit=unit, unit_scale=True
     ) as bar:
         for rows in chunks:
             yield rows
             bar.update(rows.read - bar.n)
-            if not terminal and time.monotonic() - last >= SECONDS_A_LINE:
-                last = time.monotonic()
-                share = f"{100 * rows.read / size:.0f} %" if size else f"{rows.read:,} rows"
-                logger.info("predicting: %s", share)
 
 
 @dataclass
@@ -386,7 +379,7 @@ def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[
     """
     if trained.train_patients is not None:
         return trained.train_patients, bool(trained.config["named"])
-    place = checkpoint_place(checkpoint).absolute()
+    place = checkpoint_path(checkpoint).absolute()
     beside = place.parent.parent / TRAJECTORY_FILE
     with contextlib.suppress(InputError, OSError):  # neither hinders a report
         if file_hash(beside) == (read_run(place.parent) or {}).get("stage_1_sha256"):

@@ -7,17 +7,18 @@ import logging
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.several.earlier_stages import earlier_stages
 from medgemma_clinical.data.facts import fact_groups
 from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.distributed import default_device, gather, processes, progress
+from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
     COMBINED,
     baseline_tables,
@@ -44,8 +45,9 @@ from medgemma_clinical.evaluation.report_tables import (
     results_table,
     split_table,
 )
+from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import write_json, write_text
-from medgemma_clinical.models.generation import score_reports, write_reports
+from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.sharing.model_card import (
     LIMITS,
     card_figures,
@@ -57,23 +59,15 @@ from medgemma_clinical.models.sharing.model_card import (
 )
 from medgemma_clinical.models.sharing.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
-from medgemma_clinical.provenance import peak_memory
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.train_state import TrainState
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 SCORED = {"val": "validation", "test": "test"}
 """Parts of the split that are scored, and their names in ``metrics.json``."""
-
-GENERATION_BATCH = 16
 
 Baselines = dict[str, dict[str, NDArray[np.float64]]]
 """Probabilities of each simple model, and of earlier stages, by part."""
@@ -109,11 +103,12 @@ def write_results(
         earlier = earlier_stages(stage, folder, facts, data.dataset, predictions)
         cohorts = make_cohorts(predictions, earlier.risks | simple_models(data), data)
         figures = judge_parts(cohorts, rule, data, args.seed)
-        metrics = metrics_json(stage, state.stopping.best_epoch, figures, rule, args.calibrate)
+        metrics = metrics_json(stage, state.progress.best_epoch, figures, rule, args.calibrate)
         stage.config["figures"] = card_figures(metrics)
         if folder:  # generation takes long: what is known by now is safe
             write_figures(folder, stage, cohorts, metrics)
-    texts = stage.generate(predictions["test"]) if stage.generate else None
+    writes = isinstance(stage.model, LLMWriter)
+    texts = generate_reports(stage, predictions["test"]) if writes else None
     if not first:
         return {}
     reports = None
@@ -143,11 +138,11 @@ def score_parts(stage: Stage, calibrate: str) -> dict[str, Predictions]:
         stage: with the weights of its best epoch.
         calibrate: way of recalibration.
     """
-    device = default_device()
-    raw = {
-        part: evaluate(stage.model, stage.loaders[part], device, f"{stage.name}: {name}")
-        for part, name in SCORED.items()
-    }
+    raw = {}
+    for part, name in SCORED.items():
+        batches = stage.batches[part]
+        shown = show_progress(batches, f"{stage.name}: {name}", len(batches))
+        raw[part] = evaluate(stage.model, shown, stage.collate)
     raw = weigh_language_model(stage, raw)
     rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, calibrate)
     stage.config["decision"] = rule.to_config()
@@ -209,6 +204,8 @@ def weigh_language_model(stage: Stage, raw: dict[str, Predictions]) -> dict[str,
 
 def figures_for_tracker(metrics: dict[str, Any]) -> dict[str, float]:
     """Return the known figures of both parts from the content of ``metrics.json``."""
+    if not metrics:  # of another process than the first
+        return {}
     return {
         f"{part}_{name}": each["value"]
         for part in SCORED.values()
@@ -240,7 +237,7 @@ def report_content(
             "Missing values": "masked, never filled in",
             "Facts": "; ".join(facts_read) or "none are read",
         },
-        card=model_card(stage, state.stopping.best_epoch, validation, facts),
+        card=model_card(stage, state.progress.best_epoch, validation, facts),
         flow=flow_table(dataset.flow, fewest),
         split=split_table(dataset.labels, dataset.groups, data.split, fewest),
         history=None if data.hides_events else state.progress.history or None,
@@ -334,33 +331,27 @@ def predictions_csv(cohort: Cohort) -> str:
     return table.to_csv(index=False)
 
 
-def generate_reports(
-    model: LLMWriter,
-    collate: TextCollator,
-    tokenizer: PreTrainedTokenizerBase,
-    predictions: Predictions,
-    most_tokens: int,
-) -> dict[int, str]:
-    """Let stage 3's model write the reports of the predicted rows.
+def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
+    """Let stage 3's model write the reports of the predicted rows, by position in the data set.
 
     Each process writes its share of the reports and must call.
-
-    Args:
-        model: with its best weights.
-        collate: of all rows.
-        tokenizer: of the language model.
-        predictions: of the test part, under the decision rule.
-        most_tokens: of a report.
-
-    Returns:
-        The report of each row, by its position in the data set.
     """
-    verdicts = np.zeros(len(collate.dataset), dtype=bool)
+    model, text = stage.model, stage.text
+    assert isinstance(model, LLMWriter)
+    assert text is not None
+    verdicts = np.zeros(len(text.dataset), dtype=bool)
     verdicts[predictions.rows] = predictions.alarms
-    batches = LengthBatches(predictions.rows, GENERATION_BATCH, collate.lengths(), shuffle=False)
-    shown = progress(batches, "writing reports", len(batches))
-    written = write_reports(model, collate, tokenizer, shown, verdicts, most_tokens)
-    return dict(gather(list(written.items())))
+    max_tokens = stage.config["report_tokens"]
+    batches = LengthBatches(
+        predictions.rows,
+        rows_at_once(model, text, max_tokens),
+        text.lengths(),
+        shuffle=False,
+        share=(processes().process_index, processes().num_processes),
+    )
+    shown = show_progress(batches, "writing reports", len(batches))
+    written = write_reports(model, text, shown, verdicts, max_tokens)
+    return dict(gather_object(list(written.items())))
 
 
 def model_card(

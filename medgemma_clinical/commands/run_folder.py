@@ -7,16 +7,19 @@ import json
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
+from medgemma_clinical.commands.logs import RUN_LOG, check_log_file
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import default_device, processes
+from medgemma_clinical.distributed import default_device, peak_mib, processes
 from medgemma_clinical.files import (
     InputError,
     clean,
@@ -28,21 +31,22 @@ from medgemma_clinical.files import (
     read_json,
     remove,
     write_json,
+    write_text,
 )
-from medgemma_clinical.models.checkpoint_schema import check_data
 from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
     read_trajectory,
 )
-from medgemma_clinical.models.language_model import base_content_hash, cached_revision
-from medgemma_clinical.provenance import code_hash, git_commit, peak_mib, versions
-from medgemma_clinical.training.checkpoint_store import CheckpointStore
+from medgemma_clinical.models.language_model import base_facts
+from medgemma_clinical.provenance import code_hash, git_commit, versions
 from medgemma_clinical.training.signals import SIGNALS
+from medgemma_clinical.training.state import StateStore
+from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
 
-RUN_FORMAT = 2
+RUN_FORMAT = 3
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
 RESULTS = (
@@ -55,8 +59,9 @@ IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
     *("report_patients", "show_values", "seeds", "ablation", "resume", "save_every"),
     *("allow_duplicates", "arms", "reference", "explain", "patients", "open"),
+    *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
 }
-"""Flags that do not change a result; files are known by their content."""
+"""Flags that do not change a result; files are known by their content, batches by their product."""
 
 
 # --------------------------------------------------------------------------- places
@@ -78,9 +83,35 @@ def tracker_folder(folder: Path) -> Path:
     return folder.parent / "tracker" / folder.name
 
 
-def checkpoint_store(folder: Path) -> CheckpointStore:
-    """Return the store of a stage's training checkpoints."""
-    return CheckpointStore(folder / "last")
+def state_store(folder: Path) -> StateStore:
+    """Return the store of a stage's training states."""
+    return StateStore(folder / "last")
+
+
+def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
+    """Write ``history.jsonl``, an object an epoch, by the first of several processes."""
+    if folder and processes().is_main_process:
+        lines = [json.dumps(line) + "\n" for line in history]
+        write_text(folder / "history.jsonl", "".join(lines))
+
+
+def log_path(args: Namespace, folder: Path) -> Path | None:
+    """Return the path of the run's log, None for none.
+
+    Raises:
+        InputError: no file can be written there, or what lies there is no log of this program.
+    """
+    if args.log_file == "none" or args.dry_run:
+        return None
+    if args.log_file == "auto":
+        return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
+    path = Path(args.log_file)
+    if not path.parent.is_dir():
+        raise InputError(f"--log_file {path}: give a file in a folder that exists")
+    if path.suffix != ".log" and path.absolute().parent == folder.absolute():
+        raise InputError(f"--log_file {path}: a result may be written there: name it NAME.log")
+    check_log_file(path)
+    return path
 
 
 # --------------------------------------------------------------------------- what a run is
@@ -121,12 +152,13 @@ def run_data(
 def run_facts(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) -> dict[str, Any]:
     """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split.
 
+    A base model of the hub is downloaded here, so that its commit is known.
+
     Raises:
-        InputError: the data have a name or a text that no checkpoint may hold.
+        InputError: the base model cannot be had.
     """
-    language_model = not args.trajectory_only
-    description = data.description()
-    check_data(data.dataset.source, description)  # a checkpoint will be refused for the same
+    base = {} if args.trajectory_only else base_facts(args.model_name)
+    accumulate = 1 if args.trajectory_only else args.gradient_accumulation
     facts = {
         "format": RUN_FORMAT,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
@@ -134,13 +166,14 @@ def run_facts(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) 
         "git_commit": git_commit(),
         "code_sha256": code_hash(),
         "processes": processes().num_processes,
+        "rows_a_step": args.batch_size * accumulate,
         "seed": args.seed,
         "stage_1_sha256": stage1.sha256 if stage1 else None,
-        "base_revision": cached_revision(args.model_name) if language_model else None,
-        "base_sha256": base_content_hash(args.model_name) if language_model else None,
+        "base_revision": base.get("base_revision"),
+        "base_sha256": base.get("base_sha256"),
         "device": str(default_device()),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "data": description,
+        "data": data.description(),
         "time_scale": args.time_scale or data.dataset.time_scale,
         "split": {
             part: {"n": len(rows), "events": int(data.dataset.labels[rows].sum())}
@@ -196,6 +229,9 @@ def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         found.append("--ode_checkpoint is another file")
     if any(known[key] != facts[key] for key in ("base_revision", "base_sha256")):
         found.append(f"--model_name {now['model_name']} holds another model or revision")
+    if known["rows_a_step"] != facts["rows_a_step"]:
+        rows = f"{known['rows_a_step']}, is {facts['rows_a_step']}"
+        found.append(f"--batch_size times --gradient_accumulation was {rows}")
     if known["processes"] != facts["processes"]:
         found.append(f"begun with {known['processes']} processes, now {facts['processes']}")
     return found
@@ -205,29 +241,37 @@ def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def begin_run(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
-    """Hold a stage's folder for the length of a new run.
+def opened(args: Namespace, folder: Path | None, facts: dict[str, Any]) -> Iterator[Track]:
+    """Hold a stage's folder for the length of a run, begun or resumed; yield its tracker.
 
     Call it when all else is known to work: an earlier result is moved aside here, and comes back if
-    the run ends before its first checkpoint. Each process must call; the first one acts.
-
-    Args:
-        folder: of the stage.
-        facts: of the run, as ``run_facts``; written to ``run.json``.
+    the run ends before its first state. Each process must call; the first one acts. Without a
+    folder nothing is written.
 
     Raises:
         InputError: the place cannot be written, or another run is at work there.
     """
+    if folder is None:
+        yield lambda metrics, step: None
+        return
     first = processes().is_main_process
     with _lock(folder) if first else contextlib.nullcontext():
-        moves = names_aside(stage_paths(folder)) if first else {}
+        if args.resume:
+            check_resumable(folder, facts)  # what was read before the lock may have changed
+        moves = names_aside(stage_paths(folder)) if first and not args.resume else {}
         try:
             if first:
-                _make_folder(folder, facts, moves)
+                _clean_up(folder)
+                if not args.resume:
+                    _make_folder(folder, facts, moves)
+                if log := log_path(args, folder):
+                    RUN_LOG.open(log)
             processes().wait_for_everyone()
-            yield
+            numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
+            with tracking(args.report_to, tracker_folder(folder), numbers) as track:
+                yield track
         except BaseException:
-            if first and not (checkpoint_store(folder).files() or is_complete(folder)):
+            if first and not (args.resume or state_store(folder).files() or is_complete(folder)):
                 _restore(folder, moves)
             raise
 
@@ -235,10 +279,9 @@ def begin_run(folder: Path, facts: dict[str, Any]) -> Iterator[None]:
 def _make_folder(folder: Path, facts: dict[str, Any], moves: dict[Path, Path]) -> None:
     """Move an earlier result aside, make the folder and write ``run.json``."""
     with _output_errors(folder):
-        _clean_up(folder)
         for path, aside in moves.items():
             path.rename(aside)
-            unfinished = bool(checkpoint_store(aside).files())
+            unfinished = bool(state_store(aside).files())
             hint = "; --resume would have continued it" if unfinished else ""
             logger.info("an earlier result was moved to %s%s", aside, hint)
         folder.mkdir()
@@ -246,7 +289,7 @@ def _make_folder(folder: Path, facts: dict[str, Any], moves: dict[Path, Path]) -
 
 
 def _restore(folder: Path, moves: dict[Path, Path]) -> None:
-    """Remove what a run made before its first checkpoint, and move the earlier result back."""
+    """Remove what a run made before its first state, and move the earlier result back."""
     with SIGNALS.deferred():
         for path in stage_paths(folder):
             if path not in moves or os.path.lexists(moves[path]):  # else it was never moved
@@ -259,41 +302,26 @@ def _restore(folder: Path, moves: dict[Path, Path]) -> None:
                 logger.info("%s was moved back", path)
 
 
-@contextlib.contextmanager
-def resume_run(folder: Path, facts: dict[str, Any]) -> Iterator[bool]:
-    """Hold a stage's folder to continue the run in it; yield whether anything is left to do.
-
-    Each process must call.
-
-    Args:
-        folder: of the stage.
-        facts: of the run as it would be now.
+def is_finished(folder: Path, facts: dict[str, Any]) -> bool:
+    """Return whether a run that is to be resumed has nothing left to do.
 
     Raises:
-        InputError: no run was begun there, or another one; a finished run is damaged; or another
-            run is at work there.
+        InputError: no run was begun there, or another one; or a finished run is damaged.
     """
-    check_resumable(folder, facts)
-    first = processes().is_main_process
-    with _lock(folder) if first else contextlib.nullcontext():
-        check_resumable(folder, facts)  # what was read before the lock may have changed
-        done = is_complete(folder)
-        if first:
-            _clean_up(folder)
-            if done:
-                remove(checkpoint_store(folder).folder)
-        processes().wait_for_everyone()
-        if done:
-            logger.info("%s: that run is finished: nothing left to do", folder)
-        known = read_run(folder) or facts
-        for key in ("versions", "code_sha256"):
-            if known[key] != facts[key]:
-                logger.warning("%s differ from the start of the run: last bits may differ", key)
-        yield not done
+    known = check_resumable(folder, facts)
+    if "results_sha256" in known:
+        if processes().is_main_process:
+            remove(state_store(folder).folder)
+        logger.info("%s: that run is finished: nothing left to do", folder)
+        return True
+    for key in ("versions", "code_sha256"):
+        if known[key] != facts[key]:
+            logger.warning("%s differ from the start of the run: last bits may differ", key)
+    return False
 
 
-def check_resumable(folder: Path, facts: dict[str, Any]) -> None:
-    """Check that the run in a folder is the one of this command, and that all of it is there.
+def check_resumable(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return ``run.json`` of the run in a folder, which must be the one of this command and whole.
 
     Args:
         folder: of the stage.
@@ -303,7 +331,7 @@ def check_resumable(folder: Path, facts: dict[str, Any]) -> None:
         InputError: no run was begun there, it was begun otherwise, or its results are damaged.
     """
     known = read_run(folder)
-    if known is None or not (is_complete(folder) or checkpoint_store(folder).files()):
+    if known is None or not ("results_sha256" in known or state_store(folder).files()):
         raise InputError(f"--resume: no run was begun in {folder}: start it without --resume")
     if other := differences(known, facts):
         raise InputError(
@@ -311,6 +339,7 @@ def check_resumable(folder: Path, facts: dict[str, Any]) -> None:
             "command, or start a new run without --resume"
         )
     check_results(folder, known)
+    return known
 
 
 def is_complete(folder: Path) -> bool:
@@ -322,14 +351,14 @@ def is_complete(folder: Path) -> bool:
     return "results_sha256" in (read_run(folder) or {})
 
 
-def finish_run(folder: Path, tokens: float) -> None:
-    """Add cost and hashes of all results to ``run.json``; the training checkpoints are removed.
+def finish_run(folder: Path | None, tokens: float) -> None:
+    """Add cost and hashes of all results to ``run.json``; the training states are removed.
 
     Args:
         folder: of the stage.
         tokens: of a patient, mean over the training part.
     """
-    if not processes().is_main_process:
+    if folder is None or not processes().is_main_process:
         return
     paths = [*(folder / name for name in RESULTS), *sorted((folder / "best").rglob("*"))]
     if folder.name == "trajectory":
@@ -339,7 +368,7 @@ def finish_run(folder: Path, tokens: float) -> None:
     assert run is not None
     cost = {"tokens": tokens, "memory_mib": peak_mib()}
     write_run(folder, {**run, "cost": cost, "results_sha256": hashes})
-    remove(checkpoint_store(folder).folder)
+    remove(state_store(folder).folder)
 
 
 def check_results(folder: Path, run: dict[str, Any]) -> None:
@@ -372,11 +401,11 @@ def progress_of(folder: Path, facts: dict[str, Any]) -> str:
         if not known or other or differences(known, facts):
             return "none"
         check_results(folder, known)
-        if is_complete(folder):
+        if "results_sha256" in known:
             return "all"
-        if not checkpoint_store(folder).files():
+        if not state_store(folder).files():
             return "none"
-        checkpoint_store(folder).newest()
+        state_store(folder).newest()
     except InputError as error:  # it will be moved aside and made anew
         logger.warning("%s", error)
         return "none"
@@ -386,6 +415,19 @@ def progress_of(folder: Path, facts: dict[str, Any]) -> str:
 def folder_identity(folder: Path) -> int | None:
     """Return what tells a folder from another of its name, None where there is none."""
     return folder.stat().st_ino if folder.exists() else None
+
+
+def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
+    """Run a training; return the exit code, and say what an interrupted one has reached."""
+    folder = args.output_dir / stage_name(args)
+    before = folder_identity(folder)
+    try:
+        action()
+    except KeyboardInterrupt as stop:
+        began = args.resume or folder_identity(folder) != before
+        logger.error("%s", describe_stop(folder, began=began))
+        return getattr(stop, "code", EXIT_INTERRUPTED)
+    return EXIT_DONE
 
 
 def describe_stop(folder: Path, *, began: bool) -> str:
@@ -405,18 +447,14 @@ def describe_stop(folder: Path, *, began: bool) -> str:
             f"interrupted: {'the best weights so far are' if best else 'no weights yet'} in "
             f"{folder.parent}",
             "test figures are written" if figures else "no test figures yet",
-            *(
-                ["the same command with --resume continues"]
-                if checkpoint_store(folder).files()
-                else []
-            ),
+            *(["the same command with --resume continues"] if state_store(folder).files() else []),
         ]
     )
 
 
 def _clean_up(folder: Path) -> None:
     """Remove what killed runs left half-written."""
-    for place in (folder, checkpoint_store(folder).folder):
+    for place in (folder, state_store(folder).folder):
         clean(place)
     for path in stage_paths(folder):
         remove(partial_path(path))

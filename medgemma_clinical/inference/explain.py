@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.facts import NUMBER_ENDING, numbers_as_written
@@ -13,7 +14,6 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import to_device
 from medgemma_clinical.evaluation.patients.explanation import Explanation
 from medgemma_clinical.evaluation.patients.report_marks import mark_numbers
 from medgemma_clinical.inference.risk_over_time import risk_over_time
@@ -134,7 +134,7 @@ def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArr
     spreads = member.head.summary_scaler.std.double().cpu().numpy()
     names = dataset.summary_names()
     last = spreads[[names.index(f"{name} last") for name in dataset.features]]
-    known = np.isfinite(last) & (last != 1.0)  # which stands for 0, see MaskedScaler
+    known = np.isfinite(last) & (last != 1.0)  # which stands for 0, see Scaler
     return np.where(known, last, np.nan)
 
 
@@ -187,10 +187,8 @@ def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) 
         return None
     assert trained.tokenizer is not None
     most = trained.config["max_text_tokens"]
-    text = TextCollator(
-        dataset, trained.tokenizer, trained.prompts, answers=False, most_tokens=most
-    )
-    batch = to_device(text([0]), trained.device)
+    text = TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False, max_tokens=most)
+    batch = send_to_device(text([0]), trained.device)
     states = model.trajectory(batch)
     assert states is not None
     batch["states"], batch["trajectory_logit"] = states.states, states.logit

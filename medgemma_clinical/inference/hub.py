@@ -13,7 +13,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ from medgemma_clinical.models.checkpoints import (
     read_config,
     read_trajectory,
     save_llm,
-    write_trajectory,
+    save_trajectory,
 )
 from medgemma_clinical.models.sharing.model_card import model_card
 from medgemma_clinical.models.sharing.terms import terms_of
-from medgemma_clinical.models.trained_model import TrainedModel, checkpoint_place
+from medgemma_clinical.models.trained_model import TrainedModel, checkpoint_path
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 COPIED = (CONFIG, MODULE_WEIGHTS, ADAPTER_CONFIG, ADAPTER_WEIGHTS)
@@ -65,15 +64,15 @@ def share_checkpoint(path: Path, folder: Path, repo_id: str | None = None) -> No
     Raises:
         InputError: no trained model there, it is damaged, or the folder holds other files.
     """
-    place = checkpoint_place(path)
+    place = checkpoint_path(path)
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with atomic(folder) as temporary:
         temporary.mkdir()
         if place.is_file():
-            checkpoint = replace(read_trajectory(place), train_patients=np.empty(0, np.int64))
-            config = checkpoint.config
-            write_trajectory(temporary / TRAJECTORY_FILE, checkpoint)
+            checkpoint = read_trajectory(place)
+            config, unnamed = checkpoint.config, np.empty(0, np.int64)
+            save_trajectory(temporary / TRAJECTORY_FILE, checkpoint.weights, config, unnamed)
         else:
             config = read_config(place)
             (temporary / ADAPTER_CONFIG).parent.mkdir()
@@ -124,7 +123,9 @@ def save_model(trained: TrainedModel, folder: Path) -> None:
             return
         with atomic(folder) as temporary:
             temporary.mkdir()
-            write_trajectory(temporary / TRAJECTORY_FILE, trained.checkpoint())
+            assert trained.train_patients is not None
+            weights, patients = trained.model.state_dict(), trained.train_patients
+            save_trajectory(temporary / TRAJECTORY_FILE, weights, trained.config, patients)
             write_text(temporary / CARD, model_card(trained.config))
 
 

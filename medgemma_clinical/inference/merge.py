@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -41,9 +40,10 @@ from medgemma_clinical.models.sharing.model_card import code, describe_weight
 from medgemma_clinical.models.sharing.terms import licence, terms_of
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.models.trained_model import (
+    Builders,
     TrainedModel,
     check_no_control,
-    checkpoint_place,
+    checkpoint_path,
     load_trained_model,
     read_trained_config,
 )
@@ -86,7 +86,7 @@ Research on the question above. Not a medical device, not for clinical use.
 def export_merged(
     checkpoint: Path,
     folder: Path,
-    encoders: Mapping[str, type],
+    builders: Builders,
     model_name: str | None = None,
 ) -> MergeProof:
     """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a folder.
@@ -96,7 +96,7 @@ def export_merged(
     Args:
         checkpoint: a stage's folder, or its ``best``.
         folder: to write; replaces an earlier export that holds no further file.
-        encoders: class of each registered name.
+        builders: of the script.
         model_name: where the base model lies now, as for ``load_trained_model``.
 
     Raises:
@@ -105,7 +105,7 @@ def export_merged(
     """
     place = check_mergeable(checkpoint)
     check_export_folder(folder)
-    trained = load_trained_model(place, encoders, model_name)
+    trained = load_trained_model(place, builders, model_name)
     assert isinstance(trained.model, TrajectoryLLM)
     before = proof_logits(trained)
     with cast("PeftModel", trained.model.llm).disable_adapter():
@@ -114,7 +114,7 @@ def export_merged(
     with locked(target), atomic(target) as temporary:
         write_merged(temporary, place, trained)
         del trained  # one model is in memory at a time
-        merged = load_trained_model(temporary, encoders)
+        merged = load_trained_model(temporary, builders)
         proof = compare(before, without, proof_logits(merged), allowed=tolerance(merged))
         if not proof.holds:
             raise RunFault(
@@ -130,7 +130,7 @@ def check_mergeable(checkpoint: Path) -> Path:
     Raises:
         InputError: stage 1, a control, merged already, or as ``read_trained_config``.
     """
-    place, config = checkpoint_place(checkpoint), read_trained_config(checkpoint)
+    place, config = checkpoint_path(checkpoint), read_trained_config(checkpoint)
     if config["stage"] not in LLM_STAGES:
         raise InputError(
             f"--checkpoint {checkpoint}: stage 1 has no language model to merge: use its .pt as it "

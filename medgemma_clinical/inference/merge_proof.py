@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgemma_clinical.distributed import to_device
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TextBatch, TrajectoryLLM, at_verdict
 
@@ -174,7 +174,7 @@ def proof_logits(trained: TrainedModel) -> ProofLogits:
     """Compute the logits of the rows of the proof, in float32 on the weights of the model."""
     model = trained.model
     assert isinstance(model, TrajectoryLLM)
-    batch = to_device(proof_batch(model), trained.device)
+    batch = send_to_device(proof_batch(model), trained.device)
     with computed_in_float32(model.llm):
         hidden, text_start = model.read(batch, model.trajectory(batch))
         states = at_verdict(hidden, text_start, batch)  # (R, D)

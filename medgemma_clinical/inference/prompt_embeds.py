@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
-from medgemma_clinical.distributed import to_device
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.scoring import Scores
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -46,7 +46,7 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
     for chosen in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
         writes = isinstance(model, LLMWriter)
         batch = text.with_verdicts(chosen, verdicts[chosen]) if writes else text(chosen)
-        batch = to_device(batch, trained.device)
+        batch = send_to_device(batch, trained.device)
         sequence = model.embed(batch, model.trajectory(batch))
         for row, vectors, mask in zip(chosen, sequence.embeddings, sequence.mask, strict=True):
             embedded[row] = vectors[mask].cpu()

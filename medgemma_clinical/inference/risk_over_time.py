@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,9 +12,7 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.inference.scoring import score_rows
-
-if TYPE_CHECKING:
-    from medgemma_clinical.models.trained_model import TrainedModel
+from medgemma_clinical.models.trained_model import TrainedModel
 
 ROWS_AT_ONCE = 500
 """Rows whose beginnings are in memory at a time."""

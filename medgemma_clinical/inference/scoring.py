@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.scoring import ScoringRows, count_unknown_facts
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import to_device
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.generation import write_reports
+from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import LLMWriter
+from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.loaders import LengthBatches
 
 NO_FORM = "the report does not have the expected form: do not rely on its text"
@@ -140,7 +139,9 @@ def score_rows(
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
     collate = rows.dataset.collate if text is None else text
-    logit = compute_logits(trained.model, collate, batches, len(lengths))
+    logit = np.empty(len(lengths))
+    for batch, output in outputs(trained.model, batches, collate):
+        logit[batch["index"].numpy()] = output.logit.double().numpy(force=True)
     finite = np.isfinite(logit)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     probability = trained.rule.probability(logit[finite])
@@ -169,12 +170,12 @@ def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[s
     if scores.text is None:
         return []
     assert isinstance(trained.model, LLMWriter)
-    lengths = scores.text.lengths()
-    verdicts = np.zeros(len(lengths), dtype=bool)
+    verdicts = np.zeros(len(scores.text.dataset), dtype=bool)
     verdicts[scores.positions] = scores.alarms
-    batches = LengthBatches(scores.positions, batch_size, lengths, shuffle=False)
-    most = trained.config["report_tokens"]
-    written = write_reports(trained.model, scores.text, trained.tokenizer, batches, verdicts, most)
+    max_tokens = trained.config["report_tokens"]
+    at_once = max(batch_size, rows_at_once(trained.model, scores.text, max_tokens))
+    batches = LengthBatches(scores.positions, at_once, scores.text.lengths(), shuffle=False)
+    written = write_reports(trained.model, scores.text, batches, verdicts, max_tokens)
     return [written[i] for i in scores.positions.tolist()]
 
 
@@ -232,21 +233,9 @@ def _text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCol
         trained.tokenizer,
         trained.prompts,
         answers=False,
-        most_tokens=trained.config["max_text_tokens"],
+        max_tokens=trained.config["max_text_tokens"],
         refuse_long=False,
     )
-
-
-@torch.no_grad()
-def compute_logits(
-    model: torch.nn.Module, collate: Any, batches: Iterable[list[int]], rows: int
-) -> NDArray[np.float64]:
-    """Return the log-odds (rows,) of the rows that ``batches`` hold and ``collate`` pads."""
-    logit, device = np.empty(rows), next(model.parameters()).device
-    for indices in batches:
-        output = model(to_device(collate(indices), device))
-        logit[indices] = output.logit.double().cpu().numpy()
-    return logit
 
 
 def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:

@@ -1,32 +1,54 @@
-"""TrajectoryModel: a trained model of any stage, to be used from Python.
-
-Loads nothing heavy when it is imported: torch and pandas come with the first model.
-"""
+"""TrajectoryModel: a trained model of any stage, to be used from Python."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
-from medgemma_clinical.models.checkpoint_schema import ATTENTIONS
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from numpy.typing import NDArray
-    from torch import Tensor
+from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import exact_kernels, find_device
+from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.hub import find_checkpoint, save_model, upload_checkpoint
+from medgemma_clinical.inference.prompt_embeds import prompt_embeds
+from medgemma_clinical.inference.risk_over_time import risk_over_time
+from medgemma_clinical.inference.scoring import (
+    Scores,
+    check_kind,
+    describe_source,
+    prediction_table,
+    reports_of,
+    score_rows,
+    scoring_rows,
+)
+from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+from medgemma_clinical.models.language_model import (
+    ATTENTIONS,
+    DTYPES,
+    INT8_REFUSED,
+    QUANTIZATIONS,
+)
+from medgemma_clinical.models.trained_model import (
+    Builders,
+    TrainedModel,
+    check_no_control,
+    load_trained_model,
+    read_metrics,
+    read_trained_config,
+)
 
-    from medgemma_clinical.data.scoring import ScoringRows
-    from medgemma_clinical.data.tables import Findings
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
-    from medgemma_clinical.inference.scoring import Scores
-    from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
-    from medgemma_clinical.models.trained_model import TrainedModel
-
-    Rows = pd.DataFrame | str | os.PathLike[str] | TrajectoryDataset
-    """Rows to score: a table in the format of the training data, its path, or a data set."""
+Rows = pd.DataFrame | str | os.PathLike[str] | TrajectoryDataset
+"""Rows to score: a table in the format of the training data, its path, or a data set."""
 
 BATCH_ROWS = {"trajectory": 256, "classification": 32, "generative": 32}
 """Rows a batch where the caller does not say."""
@@ -35,11 +57,44 @@ MEMORY_ROWS = {"trajectory": 20_000, "classification": 2_000, "generative": 2_00
 """Rows of a file in memory at a time."""
 
 
+def check_loading(
+    quantization: str | None, precision: str | None, attention: str, batch_size: int | None
+) -> None:
+    """Check how a trained model shall be loaded; None leaves a choice to the checkpoint.
+
+    Raises:
+        InputError: naming the choices.
+    """
+    if quantization == "int8":
+        raise InputError(f"quantization: {INT8_REFUSED}")
+    for name, value, choices in (
+        ("quantization", quantization, QUANTIZATIONS),
+        ("precision", precision, DTYPES),
+        ("attention", attention, ATTENTIONS),
+    ):
+        if value not in (None, *choices):
+            raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise InputError(f"batch_size {batch_size!r}: give a whole number from 1")
+
+
+class Program(NamedTuple):
+    """What the script gives to this package, which never imports it.
+
+    datasets: class of each kind of data by name; builders: of the models; fit: trains a stage from
+    its flags, rows, encoder and keywords.
+    """
+
+    datasets: Mapping[str, Any]
+    builders: Builders
+    fit: Callable[..., TrajectoryModel]
+
+
 class TrajectoryModel:
     """A trained model of stage 1, 2 or 3, in the manner of a fitted scikit-learn classifier.
 
-    Take ``medgemma_trainer.TrajectoryModel``, which knows the data sets and the encoders, and load
-    a model by ``from_pretrained`` or train one by ``fit_trajectory`` and its like.
+    Import it from ``medgemma_trainer``; load a model by ``from_pretrained`` or train one by
+    ``fit_trajectory`` and its like.
 
     Attributes:
         trained: network, tokenizer and configuration.
@@ -47,8 +102,7 @@ class TrajectoryModel:
         batch_size: rows a batch.
     """
 
-    datasets: ClassVar[Mapping[str, Any]]
-    encoders: ClassVar[Mapping[str, Any]]
+    program: ClassVar[Program]
     _estimator_type = "classifier"
 
     def __init__(
@@ -73,7 +127,7 @@ class TrajectoryModel:
         model_name: str | None = None,
         quantization: str | None = None,
         precision: str | None = None,
-        attention: str = ATTENTIONS[0],
+        attention: str = "sdpa",
     ) -> Self:
         """Load a trained model.
 
@@ -86,27 +140,17 @@ class TrajectoryModel:
             model_name: where the base model lies, if not where it lay in training.
             quantization: of the base model, "nf4" or "none"; None takes that of the training.
             precision: "bf16" or "fp32"; None takes that of the training.
-            attention: "sdpa", "eager" or "flash_attention_2", as in transformers.
+            attention: "sdpa" or "eager", as in transformers.
 
         Raises:
             InputError: there is no trained model, or it cannot be loaded.
         """
-        from medgemma_clinical.distributed import find_device
-        from medgemma_clinical.inference.hub import find_checkpoint
-        from medgemma_clinical.models.checkpoints import check_loading
-        from medgemma_clinical.models.trained_model import (
-            check_no_control,
-            load_trained_model,
-            read_metrics,
-            read_trained_config,
-        )
-
         check_loading(quantization, precision, attention, batch_size)
         place = find_checkpoint(checkpoint, revision)
         check_no_control(place, read_trained_config(place))
         trained = load_trained_model(
             place,
-            cls.encoders,
+            cls.program.builders,
             model_name,
             quantization,
             precision,
@@ -151,8 +195,6 @@ class TrajectoryModel:
     @property
     def classes_(self) -> NDArray[np.int64]:
         """The labels, in the order of ``predict_proba``'s columns."""
-        import numpy as np
-
         return np.array([0, 1])
 
     def fit(self, rows: Rows, labels: Any = None) -> NoReturn:
@@ -172,8 +214,6 @@ class TrajectoryModel:
 
     def __sklearn_tags__(self) -> Any:
         """Return the tags by which scikit-learn knows a classifier of two classes."""
-        from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
-
         return Tags(
             estimator_type="classifier",
             target_tags=TargetTags(required=True),
@@ -194,8 +234,6 @@ class TrajectoryModel:
         Raises:
             ValueError: another part, or the run of the checkpoint was not finished.
         """
-        import pandas as pd
-
         figures = self.config.get("figures")
         if figures is None:
             raise ValueError("no figures: the run of this checkpoint was not finished")
@@ -216,6 +254,7 @@ class TrajectoryModel:
 
     # ------------------------------------------------------------------ predictions
 
+    @exact_kernels()
     def predict_proba(self, rows: Rows) -> NDArray[np.float64]:
         """Return the probabilities (N, 2) float64 of no event and of the event.
 
@@ -225,11 +264,10 @@ class TrajectoryModel:
         Raises:
             InputError: a row cannot be scored; ``predictions`` scores the others.
         """
-        import numpy as np
-
         events = np.concatenate([scores.probability for scores in self._scores(rows)])
         return np.stack([1 - events, events], axis=1)
 
+    @exact_kernels()
     def predict(self, rows: Rows) -> NDArray[np.int64]:
         """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights.
 
@@ -239,10 +277,9 @@ class TrajectoryModel:
         Raises:
             InputError: a row cannot be scored.
         """
-        import numpy as np
-
         return np.concatenate([scores.alarms for scores in self._scores(rows)]).astype(np.int64)
 
+    @exact_kernels()
     def predictions(self, rows: Rows) -> pd.DataFrame:
         """Return the table of ``--predict``: a line for each row, with or without a score.
 
@@ -256,16 +293,13 @@ class TrajectoryModel:
         Raises:
             InputError: the whole input cannot be read.
         """
-        import pandas as pd
-
-        from medgemma_clinical.inference.scoring import prediction_table
-
         chunks, findings = self._read(rows, strict=False)
         tables = [
             prediction_table(chunk, self.trained, findings, self.batch_size)[0] for chunk in chunks
         ]
         return pd.concat(tables, ignore_index=True)
 
+    @exact_kernels()
     def write_reports(self, rows: Rows) -> list[str]:
         """Return the report of each row, N texts; their verdicts are those of ``predict``.
 
@@ -276,8 +310,6 @@ class TrajectoryModel:
             ValueError: the model is not of stage 3.
             InputError: a row cannot be scored.
         """
-        from medgemma_clinical.inference.scoring import reports_of
-
         self._check_stage("generative", "write_reports")
         return [
             text
@@ -285,6 +317,7 @@ class TrajectoryModel:
             for text in reports_of(scores, self.trained, self.batch_size)
         ]
 
+    @exact_kernels()
     def risk_over_time(self, rows: Rows) -> pd.DataFrame:
         """Return the risk after each observation, as if the question were asked there.
 
@@ -303,10 +336,6 @@ class TrajectoryModel:
         Raises:
             InputError: a row cannot be scored.
         """
-        import pandas as pd
-
-        from medgemma_clinical.inference.risk_over_time import risk_over_time
-
         chunks, findings = self._read(rows, strict=True)
         tables = [
             table
@@ -315,6 +344,7 @@ class TrajectoryModel:
         ]
         return pd.concat(tables, ignore_index=True)
 
+    @exact_kernels()
     def prompt_embeds(self, rows: Rows) -> list[Tensor]:
         """Return the language model's input of each row as vectors; see docs/serving.md.
 
@@ -327,8 +357,6 @@ class TrajectoryModel:
         Raises:
             InputError: the model is of stage 1, or a row cannot be scored.
         """
-        from medgemma_clinical.inference.prompt_embeds import prompt_embeds
-
         return [
             vectors
             for scores in self._scores(rows)
@@ -341,21 +369,16 @@ class TrajectoryModel:
 
     def _scores(self, rows: Rows) -> Iterator[Scores]:
         """Score rows, all of which can be scored, some at a time."""
-        from medgemma_clinical.inference.scoring import score_rows
-
         chunks, findings = self._read(rows, strict=True)
         for chunk in chunks:
             yield score_rows(chunk, self.trained, findings, self.batch_size)
 
     def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
-        from medgemma_clinical.data.tables import Findings
-        from medgemma_clinical.inference.scoring import check_kind, describe_source, scoring_rows
-
         check_kind(rows)
         rows = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
         findings = Findings(describe_source(rows), strict=strict)
         most = MEMORY_ROWS[self.stage]
-        return scoring_rows(rows, self.config, self.datasets, findings, most), findings
+        return scoring_rows(rows, self.config, self.program.datasets, findings, most), findings
 
     # ------------------------------------------------------------------ keeping and sharing
 
@@ -368,8 +391,6 @@ class TrajectoryModel:
         Raises:
             InputError: the folder holds other files.
         """
-        from medgemma_clinical.inference.hub import save_model
-
         save_model(self.trained, Path(folder))
 
     def push_to_hub(
@@ -397,10 +418,6 @@ class TrajectoryModel:
             InputError: no login, no right to write, or a public repository where a private one is
                 asked for.
         """
-        import tempfile
-
-        from medgemma_clinical.inference.hub import upload_checkpoint
-
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
             self.save_pretrained(folder)

@@ -30,7 +30,6 @@ class SolverConfig:
 
     Attributes:
         n_features: F.
-        solver: name of the solver.
         time_scale: hours that are one unit of the equation's time.
         longest_step: in units of ``time_scale``; infinite where one call covers a whole gap.
         longest_gap: in units of ``time_scale``; a longer gap is refused.
@@ -38,7 +37,6 @@ class SolverConfig:
     """
 
     n_features: int
-    solver: str
     time_scale: float
     longest_step: float
     longest_gap: float
@@ -56,7 +54,6 @@ class Plan:
 
     Attributes:
         shape: (B, L) of the batch.
-        config: of the encoder that made the plan.
         n_active: how many patients take part in step 0, 1, 2, ...
         n_observed: how many of them reach an observation at its end.
         dt: (N,) length of each patient's step, step after step, in units of ``time_scale``.
@@ -71,7 +68,6 @@ class Plan:
     """
 
     shape: tuple[int, int]
-    config: SolverConfig
     n_active: list[int]
     n_observed: list[int]
     dt: Tensor
@@ -103,25 +99,23 @@ def build_plan(
         observed: (B, L, F) bool; rows that are all False are padding behind the series.
         config: of the encoder.
         until: (B,) hours at which each series ends, None at its last observation.
-
-    Raises:
-        ValueError: wrong shapes or types, padding in front of an observation, a patient without
-            observation, decreasing or endless times, a gap longer than the encoder accepts, an end
-            before the last observation, a value that is observed but not finite, or ``times`` that
-            require a derivative.
     """
-    check_shapes(times, values, observed, config.n_features)
-    if until is not None:
-        check_ends(until, len(times))
-    hours, seen = _on_host(times.double()), _on_host(observed)
-    gaps = check_series(hours, values, seen, config)
+    check_shapes(times, values, observed, config.n_features, until)
+    hours = times.double().numpy(force=True)
+    seen = observed.numpy(force=True)
     present = np.logical_or.reduce(seen, axis=2)  # (B, L)
-    waits = np.zeros(len(hours))
-    if until is not None:
-        waits = check_waits(_on_host(until.double()), hours, present, config)
-    # (B, L + 1) each: to each observation from the one before, then to the end of the series.
-    stops = np.column_stack([present, waits > 0])
-    steps, dt = cut_gaps(np.column_stack([gaps, waits]), stops, config)
+    last = hours[np.arange(len(hours)), present.sum(axis=1) - 1]
+    ends = last if until is None else until.double().numpy(force=True)
+    with np.errstate(invalid="ignore", over="ignore"):  # times in padding may be anything
+        gaps = np.diff(hours, axis=1, prepend=hours[:, :1])
+    gaps = np.column_stack([np.where(present, gaps, 0.0), ends - last])  # (B, L + 1)
+    gaps[:, 0] = 0.0
+    check_series(hours, gaps, present, config)
+    if not bool((values.isfinite() | ~observed).all()):
+        raise ValueError("a value is observed but not finite")
+    # Something is behind each gap that ends at an observation, however short the gap is.
+    stops = np.column_stack([present, gaps[:, -1] > 0])
+    steps, dt = cut_gaps(gaps, stops, config)
 
     done = steps.cumsum(axis=1)
     patients = np.argsort(-done[:, -1], kind="stable")  # by row of the state
@@ -140,7 +134,6 @@ def build_plan(
     n_active = np.bincount(step)
     return Plan(
         shape=(len(hours), hours.shape[1]),
-        config=config,
         n_active=n_active.tolist(),
         n_observed=np.bincount(arrival, minlength=len(n_active)).tolist(),
         dt=torch.from_numpy(dt).to(config.dtype),
@@ -167,25 +160,6 @@ def cut_gaps(
     """
     steps = np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1) * stops
     return steps.astype(np.int64), gaps / (np.maximum(steps, 1) * config.time_scale)
-
-
-def check_waits(
-    until: NDArray[np.float64],
-    hours: NDArray[np.float64],
-    present: NDArray[np.bool_],
-    config: SolverConfig,
-) -> NDArray[np.float64]:
-    """Return the hours from each last observation to the end ``until`` of the series, (B,) each.
-
-    Raises:
-        ValueError: an end before the last observation, or too long after it.
-    """
-    waits = until - hours[np.arange(len(hours)), present.sum(axis=1) - 1]
-    early = ~(waits >= 0)  # or not a number
-    _refuse(early, "the end {value} h of {place} is before its last observation", until)
-    too_long = waits > config.longest_gap * config.time_scale
-    _refuse(too_long, "the end {value} h of {place} needs a larger time_scale", until)
-    return waits
 
 
 def build_time_features(
@@ -235,32 +209,26 @@ def build_time_features(
 
 
 def check_series(
-    hours: NDArray[np.float64], values: Tensor, seen: NDArray[np.bool_], config: SolverConfig
-) -> NDArray[np.float64]:
-    """Refuse series without meaning, by the first fault's value and place.
-
-    Returns:
-        The hours in front of each observation, (B, L), zero in padding and at the first.
-    """
-    present = np.logical_or.reduce(seen, axis=2)
-    follows = np.ones_like(present)  # the place in front is no padding
-    follows[:, 1:] = present[:, :-1]
-    gaps = np.zeros_like(hours)
-    with np.errstate(invalid="ignore", over="ignore"):  # times in padding may be anything
-        np.subtract(hours[:, 1:], hours[:, :-1], out=gaps[:, 1:], where=present[:, 1:])
-    not_finite = seen & ~_on_host(values.isfinite())
-
-    _refuse(~present[:, :1], "no observation at {place}: padding stands behind a series")
-    _refuse(present & ~follows, "padding in front of the observation at {place}")
-    _refuse(present & ~np.isfinite(hours), "time {value} at {place} is not finite", hours)
-    _refuse(gaps < 0, "time {value} h at {place} is before the time in front of it", hours)
-    too_long = gaps > config.longest_gap * config.time_scale
-    _refuse(too_long, "the gap of {value} h to {place} needs a larger time_scale", gaps)
-    _refuse(not_finite, "value {value} at {place} is observed but not finite", values)
-    return gaps
+    hours: NDArray[np.float64],
+    gaps: NDArray[np.float64],
+    present: NDArray[np.bool_],
+    config: SolverConfig,
+) -> None:
+    """Refuse series without meaning: hours and present (B, L), gaps (B, L + 1)."""
+    if not present[:, 0].all() or (present[:, 1:] & ~present[:, :-1]).any():
+        raise ValueError("each series needs an observation, and padding only behind it")
+    if not np.isfinite(hours[present]).all():
+        raise ValueError("the time of an observation is not finite")
+    if not (gaps >= 0).all():  # or not a number
+        raise ValueError("times decrease, or a series ends before its last observation")
+    longest = config.longest_gap * config.time_scale
+    if gaps.max() > longest:
+        raise ValueError(f"a gap of {gaps.max():g} h is above {longest:g} h: raise time_scale")
 
 
-def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: int) -> None:
+def check_shapes(
+    times: Tensor, values: Tensor, observed: Tensor, n_features: int, until: Tensor | None
+) -> None:
     """Refuse tensors that do not fit each other, and times that require a derivative."""
     if times.ndim != 2 or 0 in times.shape:
         raise ValueError(f"times must be (B, L) and not empty, got {tuple(times.shape)}")
@@ -270,30 +238,8 @@ def check_shapes(times: Tensor, values: Tensor, observed: Tensor, n_features: in
             raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
     if observed.dtype != torch.bool:
         raise ValueError(f"observed must be bool, got {observed.dtype}")
-    if times.requires_grad and torch.is_grad_enabled():
-        raise ValueError("the states have no derivative by times: call times.detach()")
-
-
-def check_ends(until: Tensor, patients: int) -> None:
-    """Refuse ends of series of another shape, or that require a derivative."""
-    if tuple(until.shape) != (patients,):
-        raise ValueError(f"until must be {(patients,)}, got {tuple(until.shape)}")
-    if until.requires_grad and torch.is_grad_enabled():
-        raise ValueError("the states have no derivative by until: call until.detach()")
-
-
-def _refuse(
-    bad: NDArray[np.bool_], message: str, source: NDArray[Any] | Tensor | None = None
-) -> None:
-    """Raise with the first True place of ``bad`` (B, ...), and the number there."""
-    if not bad.any():
-        return
-    place = np.argwhere(bad)[0].tolist()
-    value = None if source is None else source[tuple(place)].item()
-    axes = zip(("patient", "observation", "feature"), place, strict=False)
-    raise ValueError(message.format(value=value, place=", ".join(f"{n} {i}" for n, i in axes)))
-
-
-def _on_host(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.numpy(force=True)
-    return array
+    if until is not None and tuple(until.shape) != (len(times),):
+        raise ValueError(f"until must be {(len(times),)}, got {tuple(until.shape)}")
+    for name, hours in (("times", times), ("until", until)):
+        if hours is not None and hours.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"the states have no derivative by {name}: call {name}.detach()")

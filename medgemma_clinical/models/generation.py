@@ -1,182 +1,77 @@
-"""Reports of stage 3: written by the language model, compared with each patient's numbers."""
+"""Reports that stage 3 writes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
 
 import numpy as np
+import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.reports.review import ReportReview, review_report
-from medgemma_clinical.data.small_cells import any_small, count_patients
-from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import to_device
-from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
-from medgemma_clinical.evaluation.cohort import DECIMALS, UNKNOWN
-from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+ROWS_AT_ONCE = (64, 512)
+"""Fewest and most reports that a GPU writes at a time; a token of 64 takes it as long as of one."""
 
-SPARE_TOKENS = 16
-"""Tokens that a written report may have beyond the longest one of the data."""
+CPU_ROWS = 16
+
+PASS_BYTES = 150_000
+"""Memory of one prompt token while it is read, beside its keys and values; computed for 4B."""
 
 
-def report_tokens(collate: TextCollator) -> int:
-    """Return the tokens that a written report may have, for a collator with answers."""
-    return max(map(len, collate.answer_ids)) + SPARE_TOKENS
+def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> int:
+    """Return how many reports of ``max_tokens`` are written at a time."""
+    device, config = next(model.parameters()).device, model.llm.config
+    if device.type != "cuda":
+        return CPU_ROWS
+    kept = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    tokens = int(collate.lengths().max(initial=0)) + model.tokens + max_tokens
+    free = 0.8 * torch.cuda.mem_get_info(device)[0]
+    fewest, most = ROWS_AT_ONCE
+    return max(fewest, min(most, int(free / (tokens * (kept + PASS_BYTES)))))
 
 
 def write_reports(
     model: LLMWriter,
     collate: TextCollator,
-    tokenizer: PreTrainedTokenizerBase,
     batches: Iterable[list[int]],
     verdicts: NDArray[np.bool_],
-    most_tokens: int,
+    max_tokens: int,
 ) -> dict[int, str]:
     """Let the model write reports behind verdicts that the decision rule has taken.
 
     The verdict's word is part of the text that the model continues, so that a report and the
-    prediction beside it never disagree.
+    prediction beside it never disagree. A batch that does not fit the memory is written in halves.
 
     Args:
         model: stage 3's.
         collate: tokenised prompts of N rows.
-        tokenizer: of the language model.
         batches: positions of the rows to write, cut into batches.
         verdicts: (N,) bool by position, whether the report says yes; only those written are read.
-        most_tokens: of a report.
+        max_tokens: of a report.
 
     Returns:
         The report of each position in ``batches``.
     """
     device = next(model.parameters()).device
     texts: dict[int, str] = {}
-    for indices in batches:
-        chosen = verdicts[np.asarray(indices)]
-        prompts = to_device(collate.with_verdicts(indices, chosen), device)
-        written = model.write(prompts, most_tokens, collate.eos, collate.pad).tolist()
-        heads = [collate.stem + collate.words[int(verdict)] for verdict in chosen]
-        rows = [head + ids for head, ids in zip(heads, written, strict=True)]
-        decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        texts.update(zip(indices, decoded, strict=True))
+    for batch in batches:
+        waiting = [batch]
+        while waiting:
+            rows = waiting.pop()
+            chosen = verdicts[np.asarray(rows)]
+            prompts = send_to_device(collate.with_verdicts(rows, chosen), device)
+            try:
+                written = model.write(prompts, max_tokens, collate.eos, collate.pad).tolist()
+            except torch.OutOfMemoryError:
+                if len(rows) == 1:
+                    raise
+                waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+                continue
+            heads = [collate.stem + collate.words[int(verdict)] for verdict in chosen]
+            ids = [head + answer for head, answer in zip(heads, written, strict=True)]
+            decoded = collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            texts.update(zip(rows, decoded, strict=True))
     return texts
-
-
-def score_reports(
-    dataset: TrajectoryDataset,
-    texts: dict[int, str],
-    predictions: Predictions,
-    fewest: int,
-    seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Judge reports, by position, by their rows.
-
-    Args:
-        dataset: of the rows.
-        texts: the reports by position.
-        predictions: of the rows.
-        fewest: patients of the smallest cell that is shown.
-        seed: of the bootstrap.
-
-    Returns:
-        A line for each report: id, text, target, verdict, probability, and its ``ReportReview``.
-        And the figures of all, see ``report_figures``.
-    """
-    lines, reviews = [], []
-    for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
-        review = review_report(dataset, i, texts[i])
-        reviews.append(review)
-        lines.append(
-            {
-                "id": str(dataset.ids[i]),
-                "text": texts[i],
-                "target": dataset.report(i),
-                "verdict": review.score.verdict,
-                "probability": float(probability),
-                "parses": review.score.parses,
-                "quality": review.quality,
-                "abnormal": review.abnormal,
-                "named": review.named,
-                "trends": review.trends,
-                "right_trends": review.right_trends,
-                "invented": review.invented,
-            }
-        )
-    groups = dataset.groups[predictions.rows]
-    return lines, report_figures(reviews, predictions.labels, groups, fewest, seed)
-
-
-def report_figures(
-    reviews: Sequence[ReportReview],
-    labels: NDArray[Any],
-    groups: NDArray[Any],
-    fewest: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return the figures of n reports as they stand in ``metrics.json``.
-
-    Counts, and shares with their 95 % intervals from the draws of patients of the other figures.
-    Shares of nothing are None. So are those of abnormal values, and their number, where fewer than
-    ``fewest`` patients have, or lack, one; that of trends likewise.
-
-    Args:
-        reviews: of the reports.
-        labels: (n,) of 0 and 1, which the draws need.
-        groups: (n,) patient of each report.
-        fewest: patients of the smallest cell that is shown.
-        seed: of the bootstrap.
-    """
-
-    def column(name: str) -> NDArray[np.float64]:
-        return np.array([attrgetter(name)(review) for review in reviews], dtype=np.float64)
-
-    reports, stated = np.ones(len(reviews)), column("score.stated")
-    abnormal, trends, invented = map(column, ("abnormal", "trends", "invented"))
-    shares = {
-        "parse_share": (column("score.parses"), reports),
-        "true_number_share": (column("score.true"), stated),
-        "abnormal_named_share": (column("named"), abnormal),
-        "abnormal_nameable_share": (column("nameable"), abnormal),
-        "right_trend_share": (column("right_trends"), trends),
-        "inventing_share": (invented > 0, reports),
-    }
-    estimates = _estimate_shares(shares, labels, groups, seed)
-    for name, (_, of) in shares.items():
-        having = (of > 0).astype(np.int64)
-        if (of is abnormal or of is trends) and any_small(having, groups, 2, fewest):
-            estimates[name] = UNKNOWN
-    known = estimates["abnormal_named_share"] != UNKNOWN
-    digits = DECIMALS if fewest else None
-    return {
-        "reports": len(reviews),
-        "numbers_stated": int(stated.sum()),
-        "abnormal_values": int(abnormal.sum()) if known else None,
-        "invented": int(invented.sum()),
-        **{name: each.to_json(digits) for name, each in estimates.items()},
-    }
-
-
-def _estimate_shares(
-    shares: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
-    labels: NDArray[Any],
-    groups: NDArray[Any],
-    seed: int,
-) -> dict[str, Estimate]:
-    """Return the ratio of two sums over n reports, with its interval, for each name."""
-
-    def ratios(weights: NDArray[np.float64]) -> Figures:
-        with np.errstate(invalid="ignore"):  # of nothing: NaN
-            return {name: (weights @ part) / (weights @ of) for name, (part, of) in shares.items()}
-
-    values = ratios(np.ones((1, len(labels))))
-    replicates = bootstrap(labels, groups, seed, ratios)
-    return {
-        name: estimate(float(values[name][0]), replicates[name], count_patients(groups, of > 0))
-        for name, (_, of) in shares.items()
-    }

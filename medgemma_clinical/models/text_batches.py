@@ -5,29 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
-from medgemma_clinical.distributed import to_device
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import (
     IGNORED,
     TextBatch,
-    TrajectoryLLM,
     TrajectoryStates,
     latest_states,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 START, END = "<start_of_turn>", "<end_of_turn>"
 """Tokens of a chat with Gemma."""
+
+SPARE_TOKENS = 16
+"""Tokens that a written report may have beyond the longest one of the data."""
 
 ENCODED_ROWS = 512
 """Rows that a frozen encoder reads at a time."""
@@ -45,12 +45,12 @@ class TextCollator:
         answer_ids: ids of each report from its verdict on, N lists, empty without ``answers``.
         stem: ids of the words before the verdict.
         words: ids of the verdicts "no." and "yes." behind the stem.
-        verdict: ids of the tokens that tell yes from no.
-        sample: ids as they stand in every kind of prompt.
         before, behind: ids of the turns around a prompt.
         eos: ids that end an answer.
-        states: ``TrajectoryStates`` of all N rows, from a frozen encoder; see ``encode_all``.
-        shortened: number of prompts that lost their oldest observations to ``most_tokens``.
+        tokenizer: of the language model.
+        states: ``TrajectoryStates`` of all N rows, from a frozen encoder; see ``encode``.
+        donors: (N,) the row whose soft tokens each row reads; None for its own.
+        shortened: number of prompts that lost their oldest observations to ``max_tokens``.
         too_long: rows whose prompt is longer all the same, where that is no error.
     """
 
@@ -61,7 +61,7 @@ class TextCollator:
         prompts: PromptOptions,
         *,
         answers: bool,
-        most_tokens: int | None = None,
+        max_tokens: int | None = None,
         refuse_long: bool = True,
     ) -> None:
         """Tokenise.
@@ -71,33 +71,28 @@ class TextCollator:
             tokenizer: of the language model.
             prompts: options of the prompts.
             answers: also the report, as the target (stage 3); all rows must have labels.
-            most_tokens: of a prompt; longer ones lose their oldest observations.
+            max_tokens: of a prompt; longer ones lose their oldest observations.
             refuse_long: whether a prompt that is too long even so is an error.
-
-        Raises:
-            InputError: a prompt is longer than ``most_tokens`` even with one observation a series.
         """
         self.dataset = dataset
         self.options = prompts
         self.states: TrajectoryStates | None = None
+        self.donors: NDArray[np.int64] | None = None
         self.shortened = 0
         self.too_long: list[int] = []
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.pad = int(tokenizer.pad_token_id)
-        self.bos = int(tokenizer.bos_token_id)
         self.before, self.behind, turn_end = chat_turns(tokenizer)
         self.eos = [int(tokenizer.eos_token_id), *turn_end]
         shared, no, yes = verdict_words(tokenizer)
         self.stem = self._ids([f"{dataset.outcome}:"])[0] + shared
         stop = self._ids(["."])[0]
         self.words = no + stop, yes + stop
-        self.verdict = yes[0], no[0]
-        self.sample = self._ids([f"{dataset.question} 0123456789 -> (h) .,"])[0]
-        self.prompt_ids = self._read_prompts(most_tokens)
+        self.prompt_ids = self._read_prompts(max_tokens)
         if self.too_long and refuse_long:
             needed = max(len(self.prompt_ids[i]) for i in self.too_long)
             raise InputError(
-                f"--max_text_tokens {most_tokens}: prompts of {dataset.source} need {needed} "
+                f"--max_text_tokens {max_tokens}: prompts of {dataset.source} need {needed} "
                 "tokens with one observation a series: raise it, or shorten the prompts by "
                 "--series_text or --text_context"
             )
@@ -105,13 +100,13 @@ class TextCollator:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # A context that spells "<bos>" stays text.
-        plain = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        plain = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         return list(plain["input_ids"])
 
-    def _read_prompts(self, most_tokens: int | None) -> list[list[int]]:
+    def _read_prompts(self, max_tokens: int | None) -> list[list[int]]:
         turns = len(self.before) + len(self.behind)
         prompts = self._ids([self._prompt(i, self.options) for i in range(len(self.dataset))])
-        room = math.inf if most_tokens is None else most_tokens - turns
+        room = math.inf if max_tokens is None else max_tokens - turns
         for i, prompt in enumerate(prompts):
             latest = max(len(times) for _, times, _ in self.dataset.measured(i))
             self.shortened += len(prompt) > room
@@ -139,10 +134,21 @@ class TextCollator:
         pairs = zip(self.prompt_ids, self.answer_ids, strict=True)
         return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
 
-    def mean_tokens(self, rows: NDArray[np.int64], soft: int) -> float:
-        """Return the mean tokens of some rows, with at most ``soft`` soft tokens each."""
-        soft_tokens = np.minimum(self.dataset.lengths, soft)
-        return float((1 + soft_tokens + self.lengths())[rows].mean())
+    @torch.no_grad()
+    def encode(self, stage1: TrajectoryClassifier, tokens: int, device: torch.device) -> None:
+        """Encode every row once by a frozen stage 1; batches then bring the states along."""
+        stage1.to(device).eval()
+        parts = []
+        for start in range(0, len(self.dataset), ENCODED_ROWS):
+            rows = range(start, min(start + ENCODED_ROWS, len(self.dataset)))
+            batch = stage1.plan(self.dataset.collate(rows))
+            parts.append(latest_states(stage1, send_to_device(batch, device), tokens))
+        columns = zip(*parts, strict=True)
+        self.states = TrajectoryStates(*(torch.cat(tensors).cpu() for tensors in columns))
+
+    def report_tokens(self) -> int:
+        """Return the tokens that a written report may have: some more than the longest answer."""
+        return max(map(len, self.answer_ids)) + SPARE_TOKENS
 
     def __call__(self, indices: Sequence[int]) -> TextBatch:
         """Return the batch of B positions: prompt, words before the verdict, answer if known."""
@@ -168,11 +174,18 @@ class TextCollator:
             verdict=starts - 1,
         )
         if self.states is not None:
-            chosen = batch["index"]
-            batch["states"] = self.states.states[chosen]
-            batch["states_mask"] = self.states.mask[chosen]
-            batch["trajectory_logit"] = self.states.logit[chosen]
+            index = batch["index"]
+            source = index if self.donors is None else torch.from_numpy(self.donors)[index]
+            batch["states"] = self.states.states[source]
+            batch["states_mask"] = self.states.mask[source]
+            batch["trajectory_logit"] = self.states.logit[index]
         return batch
+
+
+def soft_tokens(dataset: TrajectoryDataset, max_tokens: int) -> NDArray[np.int64]:
+    """Return the soft tokens of each row, (N,), at most ``max_tokens``; see ``latest_states``."""
+    later = dataset.prediction_times() > dataset.times[dataset.offsets[1:] - 1]
+    return np.minimum(dataset.lengths + later, max_tokens)
 
 
 def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
@@ -201,20 +214,25 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     return before, behind, [end]
 
 
-@torch.no_grad()
-def encode_all(model: TrajectoryLLM, collate: TextCollator, device: torch.device) -> None:
-    """Encode every row once where stage 1 is frozen, moved to ``device``.
+def other_patients(
+    split: dict[str, NDArray[np.int64]], groups: NDArray[np.str_], seed: int
+) -> NDArray[np.int64]:
+    """Draw for each row a row of another patient of the same part, whatever their lengths.
 
-    The collator keeps the states on the CPU; its batches then bring them along.
+    Args:
+        split: positions of each part.
+        groups: (N,) patient of each row.
+        seed: of the draw.
+
+    Returns:
+        (N,) positions; of each part a permutation.
     """
-    stage1 = model.stage1
-    if stage1 is None or any(p.requires_grad for p in stage1.parameters()):
-        return
-    stage1.to(device).eval()
-    parts = []
-    for start in range(0, len(collate.dataset), ENCODED_ROWS):
-        rows = range(start, min(start + ENCODED_ROWS, len(collate.dataset)))
-        batch = to_device(collate.dataset.collate(rows), device)
-        parts.append(latest_states(stage1, batch, model.tokens))
-    columns = zip(*parts, strict=True)
-    collate.states = TrajectoryStates(*(torch.cat(tensors).cpu() for tensors in columns))
+    generator, donors = np.random.default_rng(seed), np.arange(len(groups))
+    for part, rows in split.items():
+        _, patient, count = np.unique(groups[rows], return_inverse=True, return_counts=True)
+        order = rows[np.argsort(generator.permutation(len(count))[patient], kind="stable")]
+        shift = count.max(initial=0)  # a patient's rows stand side by side
+        if 2 * shift > len(rows):
+            raise InputError(f"--soft_prompt shuffled: too few patients in the part {part}")
+        donors[order] = np.roll(order, shift)
+    return donors

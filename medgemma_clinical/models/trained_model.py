@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
-from medgemma_clinical.data.ragged import summary_names
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
-from medgemma_clinical.models.checkpoint_schema import (
-    ATTENTIONS,
-    DYNAMICS,
-    MEMBERS,
-)
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
     MERGED_MODEL,
@@ -31,33 +28,27 @@ from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     TrajectoryCheckpoint,
     is_merged,
-    load_llm,
+    load_modules,
     load_trajectory,
-    read_adapter,
     read_config,
     read_trajectory,
-    to_checkpoint,
 )
-from medgemma_clinical.models.encoder import Encoder
-from medgemma_clinical.models.language_model import (
-    DTYPES,
-    add_lora,
-    base_content_hash,
-    base_name,
-    load_language_model,
-)
-from medgemma_clinical.models.text_batches import TextCollator, verdict_words
-from medgemma_clinical.models.trajectory import (
-    TrajectoryClassifier,
-    TrajectoryHead,
-    TrajectoryMember,
-)
-from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, TrajectoryLLM
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from medgemma_clinical.models.language_model import base_facts, base_name
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 logger = logging.getLogger(__name__)
+
+
+class Builders(NamedTuple):
+    """The functions of the script that build a model from its configuration.
+
+    stage1: config -> ``TrajectoryClassifier``; llm: see ``medgemma_trainer.build_llm``.
+    """
+
+    stage1: Callable[..., TrajectoryClassifier]
+    llm: Callable[..., tuple[TrajectoryLLM, PreTrainedTokenizerBase]]
 
 
 @dataclass(frozen=True)
@@ -83,9 +74,14 @@ class TrainedModel:
 
     def checkpoint(self) -> TrajectoryCheckpoint:
         """Return a stage 1 as ``read_trajectory`` returns that of a file."""
-        assert isinstance(self.model, TrajectoryClassifier)
         assert self.train_patients is not None
-        return to_checkpoint(self.model, self.config, self.train_patients)
+        weights, digest = self.model.state_dict(), hashlib.sha256()
+        for name, tensor in weights.items():
+            digest.update(name.encode() + tensor.numpy(force=True).tobytes())
+        path = Path("the encoder")
+        return TrajectoryCheckpoint(
+            self.config, weights, self.train_patients, path, digest.hexdigest()
+        )
 
     @property
     def rule(self) -> DecisionRule:
@@ -98,12 +94,8 @@ class TrainedModel:
         return PromptOptions(**self.config["prompts"])
 
 
-def checkpoint_place(path: Path) -> Path:
-    """Return the checkpoint that ``path`` means: stage 1's file, or the folder of stage 2 or 3.
-
-    Raises:
-        InputError: there is none.
-    """
+def checkpoint_path(path: Path) -> Path:
+    """Return the checkpoint that ``path`` means: stage 1's file, or the folder of stage 2 or 3."""
     beside = path.absolute().parent / TRAJECTORY_FILE
     if path.is_file():
         return path
@@ -124,40 +116,23 @@ def checkpoint_place(path: Path) -> Path:
 
 
 def read_metrics(path: Path) -> dict[str, Any] | None:
-    """Return the figures of the run that a checkpoint belongs to, None where they are not known.
-
-    Args:
-        path: as for ``load_trained_model``.
-    """
-    place = checkpoint_place(path)
-    folder = place.parent / "trajectory" if place.is_file() else place.parent
-    try:
-        metrics: dict[str, Any] = read_json(folder / "metrics.json")
-    except (OSError, ValueError):
-        return None
+    """Return the metrics of the run that a checkpoint belongs to, None where they are not known."""
+    best = checkpoint_path(path)
+    folder = best.parent / "trajectory" if best.is_file() else best.parent
+    metrics: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        metrics = read_json(folder / "metrics.json")
     return metrics
 
 
 def read_trained_config(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's configuration without loading a language model.
-
-    Raises:
-        InputError: no checkpoint there, damaged, or of another format.
-    """
-    place = checkpoint_place(path)
-    return read_trajectory(place).config if place.is_file() else read_config(place)
+    """Return a checkpoint's configuration without loading a language model."""
+    best = checkpoint_path(path)
+    return read_trajectory(best).config if best.is_file() else read_config(best)
 
 
 def check_no_control(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a control, which is trained to be compared with and never to be used.
-
-    Args:
-        path: of the checkpoint, as the user names it.
-        config: its configuration.
-
-    Raises:
-        InputError: it reads the soft tokens of other patients, or random weights.
-    """
+    """Refuse a control, which is trained to be compared with and never to be used."""
     if config.get("shuffled") or config.get("base_weights") == "random":
         raise InputError(
             f"--checkpoint {path}: a control of --ablation, with soft tokens of other patients or "
@@ -167,235 +142,131 @@ def check_no_control(path: Path, config: dict[str, Any]) -> None:
 
 def load_trained_model(
     path: Path,
-    encoders: Mapping[str, type],
+    builders: Builders,
     model_name: str | None = None,
     quantization: str | None = None,
     precision: str | None = None,
     device: torch.device | None = None,
-    attention: str = ATTENTIONS[0],
+    attention: str = "sdpa",
 ) -> TrainedModel:
-    """Load a trained model, every key of it.
+    """Load a trained model, every key of it; torch's random generators stay as they are.
 
     Args:
         path: a stage's folder, its ``best``, or stage 1's file.
-        encoders: class of each registered name.
-        model_name: where the base model lies now; None takes the hub's, or the place that the
+        builders: of the script.
+        model_name: where the base model lies now; None takes the hub's, or the folder that the
             run's ``run.json`` knows.
         quantization: of the base model; None takes the stored one.
         precision: ``bf16`` or ``fp32``; None takes the stored one.
         device: of the weights; None takes the GPU if there is one.
         attention: of the language model; a checkpoint holds none.
-
-    Raises:
-        InputError: no checkpoint there, damaged, or its base model cannot be loaded.
     """
-    place, device = checkpoint_place(path), device or default_device()
-    if place.is_file():
-        checkpoint = read_trajectory(place)
-        classifier = build_stage1(checkpoint.config, encoders)
-        load_trajectory(classifier, checkpoint)
-        patients = checkpoint.train_patients
-        return TrainedModel(
-            classifier.to(device).eval(), checkpoint.config, train_patients=patients
-        )
-    config = read_config(place)
-    name = model_name or base_place(place, config)
-    check_base(place, config, name)
-    base, tokenizer = load_language_model(
-        name,
-        quantization or config["quantization"],
-        DTYPES[precision or config["precision"]],
-        device,
-        config["base_revision"] if model_name is None else None,
-        origin="the checkpoint" if model_name is None else "--model_name",
-        attention=attention,
-    )
-    model = build_llm(place, config, encoders, base, tokenizer)
-    load_llm(model, place)
-    return TrainedModel(model.to(device).eval(), config, tokenizer)
-
-
-def base_place(place: Path, config: dict[str, Any]) -> str:
-    """Return where the base model of a checkpoint lies: the hub's id, or a folder of this machine.
-
-    A checkpoint holds no path; the ``run.json`` beside ``best`` does. A merged one holds the model.
-
-    Args:
-        place: folder of the trained model.
-        config: its configuration.
-
-    Raises:
-        InputError: the base model is a folder whose place is not known.
-    """
-    base = str(config["base_model"])
-    if is_merged(config):
-        return str(place / MERGED_MODEL)
-    if config["base_sha256"] is None:
-        return base
-    try:
-        run = read_json(place.parent / "run.json")
-        folder = str(run["arguments"]["model_name"])
-    except (OSError, ValueError, LookupError, TypeError):
-        folder = ""
-    if os.path.isdir(folder):
-        return folder
-    raise InputError(
-        f"{place}: its base model is a folder named {base}, whose place is not known here: give it "
-        "by --model_name"
-    )
-
-
-def check_base(place: Path, config: dict[str, Any], name: str) -> None:
-    """Refuse a base model of other content than the checkpoint's; warn where none is known.
-
-    Args:
-        place: folder of the trained model.
-        config: its configuration.
-        name: of the base model: hub id, folder or ``tiny``.
-
-    Raises:
-        InputError: both are folders, and their files differ.
-    """
-    base, stored, found = config["base_model"], config["base_sha256"], base_content_hash(name)
-    if stored and found and stored != found:
-        raise InputError(
-            f"--model_name {name}: another base model than {base}, on which {place} was trained: "
-            "its files differ"
-        )
-    if base != name and not (stored and found):
-        logger.warning(
-            "%s was trained on %s: make sure that %s is the same model",
-            place,
-            base,
-            base_name(name),
-        )
-
-
-def build_llm(
-    place: Path,
-    config: dict[str, Any],
-    encoders: Mapping[str, type],
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> TrajectoryLLM:
-    """Rebuild the model of stage 2 or 3 whose weights are still to be loaded."""
-    if is_merged(config):
-        adapted = base
-    else:
-        adapter = read_adapter(place)
-        adapted = add_lora(base, adapter["r"], adapter["lora_alpha"], dropout=0.0)
-    stage1 = build_stage1(config, encoders) if config["encoder"] else None
-    _, no, yes = verdict_words(tokenizer)
-    parts: dict[str, Any] = {
-        "tokens": config["num_prefix_tokens"],
-        "scale": 1.0,  # a buffer: read with the weights
-        "bos": int(tokenizer.bos_token_id),
-        "verdict": (yes[0], no[0]),
-        "stage1_logit": config["stage1_logit"],
-        "shuffled": config["shuffled"],
-        "residual_weight": config["residual_weight"],
-    }
-    if config["stage"] == "generative":
-        return LLMWriter(stage1, adapted, **parts)
-    return LLMClassifier(stage1, adapted, prevalence=0.5, **parts)
-
-
-def build_stage1(config: dict[str, Any], encoders: Mapping[str, type]) -> TrajectoryClassifier:
-    """Rebuild stage 1, whose weights are still to be loaded, from a checkpoint's configuration.
-
-    Raises:
-        InputError: as ``build_encoder``.
-    """
-    inputs = config["inputs"]
-    summaries = len(summary_names(config["features"], prediction_time=inputs["prediction_time"]))
-    members = []
-    for _ in range(config["members"]):
-        encoder = build_encoder(config["encoder"], encoders)
-        head = TrajectoryHead(
-            encoder.hidden_dim, 0.5, summaries=summaries, facts=len(inputs["facts"])
-        )
-        members.append(TrajectoryMember(encoder, head))
-    return TrajectoryClassifier(members)
-
-
-def build_encoder(config: dict[str, Any], encoders: Mapping[str, type]) -> Encoder:
-    """Rebuild an encoder whose weights are still to be loaded, from its name and keywords.
-
-    Raises:
-        InputError: no encoder of that name is registered, or it does not take these keywords.
-    """
-    options = dict(config)
-    name = options.pop("name")
-    if name not in encoders:
-        raise InputError(f"the checkpoint's encoder {name} is none of {', '.join(encoders)}")
-    try:
-        encoder: Encoder = encoders[name](**options)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the checkpoint's encoder {name}: {error}") from error
-    return encoder
-
-
-def load_stage1(
-    checkpoint: TrajectoryCheckpoint,
-    encoders: Mapping[str, type],
-    given: Mapping[str, Any],
-    data: Data,
-) -> TrajectoryClassifier:
-    """Load stage 1 for a run with a language model on ``data``, which reads the same inputs.
-
-    Args:
-        checkpoint: the trained stage 1.
-        encoders: class of each registered name.
-        given: the run's ``solver``, ``time_scale``, ``dynamics``, ``members``, ``facts`` and
-            ``prediction_time``; a flag at its default contradicts nothing.
-        data: of this run, with the inputs of stage 1.
-
-    Raises:
-        InputError: stage 1 reads other features, was made by other flags, or patients who trained
-            it are held out here.
-    """
-    config, path = checkpoint.config, checkpoint.place
-    description = data.description()
-    for key in ("features", "units", "outcome"):
-        if config[key] != description[key]:
-            raise InputError(
-                f"{path}: trained on {key} {config[key]}, the data have {description[key]}"
+    best, device = checkpoint_path(path), device or default_device()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), whole(best):
+        if best.is_file():
+            checkpoint = read_trajectory(best)
+            stage1, patients = rebuild_stage1(checkpoint, builders), checkpoint.train_patients
+            return TrainedModel(
+                stage1.to(device).eval(), checkpoint.config, train_patients=patients
             )
-    column = config["reading"].get("label_column")
-    if column not in (None, description["reading"].get("label_column")):
-        raise InputError(f"{path}: trained on --label_column {column}: give the same")
-    options = config["encoder"]
-    stored = {"members": config["members"], **options}
-    defaults = {"time_scale": None, "dynamics": DYNAMICS[0], "members": MEMBERS[0]}
-    for name, default in defaults.items():
-        if given[name] not in (default, stored.get(name)):
-            raise InputError(f"{path}: its --{name} is {stored.get(name)}: leave the flag out")
-    for name in ("facts", "prediction_time"):
-        if given[name] == "off" and config["inputs"][name]:
-            raise InputError(f"{path}: trained with --{name} on: leave the flag out")
-    check_held_out(checkpoint, data)
-    solver = given["solver"]
-    if options.get("solver", solver) != solver:
-        logger.warning("%s: trained with --solver %s, now %s", path, options["solver"], solver)
-        config = {**config, "encoder": {**options, "solver": solver}}
-    model = build_stage1(config, encoders)
+        stored = read_config(best)
+        own = {"quantization": quantization, "precision": precision}
+        config = {**stored, **{name: x for name, x in own.items() if x is not None}}
+        name = model_name or base_folder(best, stored)
+        if not is_merged(stored):
+            check_base(best, stored, name)
+        model, tokenizer = builders.llm(
+            config,
+            builders.stage1(config) if config["encoder"] else None,
+            name,
+            device=device,
+            revision=config["base_revision"] if model_name is None else None,
+            adapter=None if is_merged(config) else best / "adapter",
+            attention=attention,
+        )
+        load_modules(model, best)
+    return TrainedModel(model.to(device).eval(), stored, tokenizer)
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Refuse a configuration from which no model can be built."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}: damaged: its configuration is not whole") from error
+
+
+def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> TrajectoryClassifier:
+    """Return stage 1 with the weights of its checkpoint."""
+    with whole(checkpoint.path):
+        model = builders.stage1(checkpoint.config)
     load_trajectory(model, checkpoint)
     return model
 
 
-def stage1_risks(
-    checkpoint: TrajectoryCheckpoint | None, collate: TextCollator
-) -> NDArray[np.float64] | None:
-    """Return the probability (N,) that stage 1 itself gives each row, None without a stage 1.
+def base_folder(best: Path, config: dict[str, Any]) -> str:
+    """Return where the base model of a checkpoint lies: the hub's id, or a folder of this machine.
+
+    A checkpoint holds no path; the ``run.json`` beside ``best`` does. A merged one holds the model.
+    """
+    if is_merged(config):
+        return str(best / MERGED_MODEL)
+    base, folder = str(config["base_model"]), ""
+    if config["base_sha256"] is None:
+        return base
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        folder = str(read_json(best.parent / "run.json")["arguments"]["model_name"])
+    if not os.path.isdir(folder):
+        raise InputError(f"{best}: its base model is a folder, {base}: give it by --model_name")
+    return folder
+
+
+def check_base(best: Path, config: dict[str, Any], name: str) -> None:
+    """Refuse a base model of other content than the checkpoint's; warn where none is known."""
+    base, stored = config["base_model"], config["base_sha256"]
+    found = base_facts(name)["base_sha256"] if os.path.isdir(name) else None
+    if stored and found and stored != found:
+        problem = f"its files differ from those of {base}, on which {best} was trained"
+        raise InputError(f"--model_name {name}: {problem}")
+    if base != name and not (stored and found):
+        own = base_name(name)
+        logger.warning("%s was trained on %s: make sure that %s is the same", best, base, own)
+
+
+def stage1_risks(checkpoint: TrajectoryCheckpoint, text: TextCollator) -> NDArray[np.float64]:
+    """Return the probability (N,) that a frozen stage 1 itself gives each row."""
+    assert text.states is not None
+    rule = DecisionRule.from_config(checkpoint.config)
+    return rule.probability(text.states.logit.double().numpy())
+
+
+def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, Any]) -> None:
+    """Check that a trained stage 1 reads the data of a run, and saw none of its held-out patients.
 
     Args:
-        checkpoint: its decision rule makes probabilities.
-        collate: holds the logits of its head.
+        checkpoint: the trained stage 1.
+        data: of this run, with the inputs of stage 1.
+        flags: those given that stage 1's file decides.
     """
-    if checkpoint is None or collate.states is None:
-        return None
-    rule = DecisionRule.from_config(checkpoint.config)
-    return rule.probability(collate.states.logit.double().numpy())
+    config, path = checkpoint.config, checkpoint.path
+    own = data.description()
+    label, labelled = (each["reading"].get("label_column") for each in (config, own))
+    found = {"label_column": label and labelled}
+    expected = {"label_column": label}
+    for key in ("features", "units", "outcome"):
+        expected[key], found[key] = config[key], own[key]
+    for key, value in expected.items():
+        if value != found[key]:
+            raise InputError(f"{path}: trained on {key} {value}, the data have {found[key]}")
+    inputs = {name: "on" if read else "off" for name, read in config["inputs"].items()}
+    stored = {"members": config["members"], **config["encoder"], **inputs}
+    for name, given in flags.items():
+        if given != stored[name]:
+            raise InputError(f"{path}: its --{name} is {stored[name]}: leave the flag out")
+    check_held_out(checkpoint, data)
 
 
 def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
@@ -403,11 +274,8 @@ def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
 
     A shared copy holds no hashes of its training patients. The copy is refused on its own training
     data, whose split may differ here; on other data a warning says that leaks cannot be found.
-
-    Raises:
-        InputError: their number, and how to avoid it.
     """
-    named, path = bool(checkpoint.config["named"]), checkpoint.place
+    named, path = bool(checkpoint.config["named"]), checkpoint.path
     same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
     if not len(checkpoint.train_patients):
         if same_rows:
@@ -426,8 +294,8 @@ def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
         held_out = np.concatenate([data.split["val"], data.split["test"]])
         count = len(np.unique(data.dataset.groups[held_out]))
         raise InputError(
-            f"{path}: {trained} of {count} held-out patients trained this encoder: use the same "
-            "--seed and --max_samples, and the data of stage 1"
+            f"{path}: {trained} of {count} held-out patients were in this encoder's training data: "
+            "use the same --seed and --max_samples, and the data of stage 1"
         )
     if not same_rows and not (named and data.dataset.named):
         logger.warning(

@@ -6,8 +6,8 @@ Letters: B patients, L observations, H state of the encoder, S summaries, K fact
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,13 @@ from torch.nn import functional
 
 from medgemma_clinical.data.facts import few_patients
 from medgemma_clinical.data.ragged import Batch
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.encoder import Encoder, PlannedEncoder, encode, series_of
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.models.scaler import Scaler
 
 FACT_WIDTH = 32
 """Width of the network of the facts."""
-
-MAX_Z_SCORE = 8.0
-"""Standardised columns are clipped here: one mistyped value must not decide a risk."""
 
 
 class Output(NamedTuple):
@@ -42,47 +38,9 @@ class Output(NamedTuple):
     offset: Tensor | None = None
 
 
-def classification_output(logit: Tensor, labels: Tensor) -> Output:
-    """Return the unweighted binary cross-entropy of logits (B,) and labels (B,) of 0 and 1."""
-    loss = functional.binary_cross_entropy_with_logits(logit, labels, reduction="sum")
-    return Output(loss, len(labels), logit)
-
-
 def log_odds(prevalence: float) -> float:
     """Return the log-odds of a share of events within (0, 1)."""
     return math.log(prevalence / (1 - prevalence))
-
-
-class MaskedScaler(nn.Module):
-    """Standardise columns with unknown entries, and mark the known ones."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, columns: int) -> None:
-        """Leave ``columns`` C columns as they are until they are fitted."""
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(columns))
-        self.register_buffer("std", torch.ones(columns))
-
-    @torch.no_grad()
-    def fit(self, table: Tensor) -> None:
-        """Fit mean and standard deviation of each column of (n, C), NaN being unknown.
-
-        A column without any known entry reads as zero ever after.
-        """
-        table = table.double()
-        unknown = table.isnan().all(0)
-        mean = table.nanmean(0).nan_to_num(nan=0.0)
-        std = (table - mean).square().nanmean(0).sqrt()
-        std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)
-        self.mean.copy_(mean)
-        self.std.copy_(std.masked_fill(unknown, math.inf))
-
-    def forward(self, table: Tensor) -> Tensor:
-        """Return (B, 2C) for (B, C): z-scores, zero where unknown, and 1 where known."""
-        z = ((table - self.mean) / self.std).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        return torch.cat([z.nan_to_num(nan=0.0), (~table.isnan()).to(z)], dim=1)
 
 
 class TrajectoryHead(nn.Module):
@@ -92,32 +50,19 @@ class TrajectoryHead(nn.Module):
     the summaries by a linear term that starts at zero, the facts by a small network.
     """
 
-    def __init__(self, hidden_dim: int, prevalence: float, *, summaries: int, facts: int) -> None:
-        """Start near ``prevalence``, the training part's share of events, within (0, 1).
-
-        Args:
-            hidden_dim: H.
-            prevalence: share of events.
-            summaries: S.
-            facts: K, which may be 0.
-        """
+    def __init__(self, hidden_dim: int, *, summaries: int, facts: int) -> None:
+        """Make the terms of H states, S summaries and K facts, which may be 0."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
-        nn.init.constant_(self.output.bias, log_odds(prevalence))
-        self.summary_scaler = MaskedScaler(summaries)
+        self.summary_scaler = Scaler(summaries)
         self.wide = nn.Linear(2 * summaries, 1, bias=False)
         nn.init.zeros_(self.wide.weight)
-        self.fact_scaler = MaskedScaler(facts)
+        self.fact_scaler = Scaler(facts)
         self.facts: nn.Module | None = None
         if facts:
             inner, outer = nn.Linear(2 * facts, FACT_WIDTH), nn.Linear(FACT_WIDTH, 1, bias=False)
             self.facts = nn.Sequential(inner, nn.ReLU(), outer)
-
-    def fit_normalizer(self, summaries: Tensor, facts: Tensor) -> None:
-        """Fit the scales to the training part: summaries (n, S) and facts (n, K)."""
-        self.summary_scaler.fit(summaries)
-        self.fact_scaler.fit(facts)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Return logits (B,) float32.
@@ -131,55 +76,31 @@ class TrajectoryHead(nn.Module):
         scores = self.attention(observed).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
         pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
         logit = self.output(torch.cat([pooled, last], dim=1))  # (B, 1)
-        logit = logit + self.wide(self.summary_scaler(batch["summaries"]))
+        logit = logit + self.wide(masked(self.summary_scaler, batch["summaries"]))
         if self.facts is not None:
-            logit = logit + self.facts(self.fact_scaler(batch["facts"]))
+            logit = logit + self.facts(masked(self.fact_scaler, batch["facts"]))
         result: Tensor = logit.squeeze(1)
         return result
 
 
-class TrajectoryMember(nn.Module):
-    """An encoder and its head."""
+def masked(scaler: Scaler, table: Tensor) -> Tensor:
+    """Return (B, 2C) for (B, C): z-scores, zero where unknown, and 1 where known."""
+    z = scaler(table)
+    return torch.cat([z, (~table.isnan()).to(z)], dim=1)
 
-    def __init__(self, encoder: Encoder, head: TrajectoryHead) -> None:
+
+class TrajectoryMember(nn.Module):
+    """An encoder (``ClinicalODERNN``, or a module with its ``plan`` and ``run``) and its head."""
+
+    def __init__(self, encoder: Any, head: TrajectoryHead) -> None:
         """Join both."""
         super().__init__()
-        self.encoder = encoder
-        self.head = head
+        self.encoder, self.head = encoder, head
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the states (B, L + 1, H) and the logit (B,) of each patient."""
-        states = encode(self.encoder, batch)
+        states: Tensor = self.encoder.run(batch["plan"])
         return states, self.head(states, batch)
-
-
-def fit_member(encoder: Encoder, data: Data) -> TrajectoryMember:
-    """Join an encoder with a new head, the scales of both fitted to the training part.
-
-    Summaries that few patients have are not read: their scales would tell of these patients.
-
-    Args:
-        encoder: new; its normaliser is fitted.
-        data: of the run.
-
-    Raises:
-        InputError: a series cannot be normalised.
-    """
-    dataset, train = data.dataset, data.split["train"]
-    values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
-    try:
-        encoder.fit_normalizer(values, ~values.isnan())
-    except ValueError as error:
-        raise InputError(f"{error} (features: {', '.join(dataset.features)})") from error
-    summaries = torch.from_numpy(dataset.summaries()[train])
-    for column in summaries.T:
-        if few_patients(column.numpy(), dataset.groups[train], data.min_cell):
-            column.fill_(math.nan)
-    facts = torch.from_numpy(dataset.known_facts()[train])
-    sizes = {"summaries": summaries.shape[1], "facts": facts.shape[1]}
-    head = TrajectoryHead(encoder.hidden_dim, data.prevalence(), **sizes)
-    head.fit_normalizer(summaries, facts)
-    return TrajectoryMember(encoder, head)
 
 
 class TrajectoryClassifier(nn.Module):
@@ -195,15 +116,19 @@ class TrajectoryClassifier(nn.Module):
         self.members = nn.ModuleList(members)
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> Any:
         """The first member's encoder, whose states become soft tokens."""
-        encoder: Encoder = self.members[0].encoder  # type: ignore[assignment]
-        return encoder
+        return self.members[0].encoder
+
+    def plan(self, batch: Batch) -> Batch:
+        """Return a batch with the encoders' plan of its series, made on the host."""
+        until = batch["prediction_hours"]
+        plan = self.encoder.plan(batch["times"], batch["values"], batch["observed"], until)
+        return {**batch, "plan": plan}
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the first member's states (B, L + 1, H) and all members' logits (N, B)."""
-        if "plan" not in batch and isinstance(self.encoder, PlannedEncoder):
-            batch = {**batch, "plan": self.encoder.plan(*series_of(batch))}
+        batch = batch if "plan" in batch else self.plan(batch)
         outputs = [member(batch) for member in self.members]
         return outputs[0][0], torch.stack([logit for _, logit in outputs])
 
@@ -216,3 +141,36 @@ class TrajectoryClassifier(nn.Module):
         labels = batch["labels"].expand_as(logits)
         loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         return Output(loss / len(logits), len(labels[0]), logits.mean(dim=0))
+
+    def collate(self, dataset: TrajectoryDataset) -> Callable[[Sequence[int]], Batch]:
+        """Return the function that makes a batch, planned ahead, of positions in a data set."""
+        return lambda rows: self.plan(dataset.collate(rows))
+
+    def fit_scales(self, data: Data) -> None:
+        """Fit scales and prevalence to the training part.
+
+        Summaries that few patients have are not read: their scales would tell of these patients.
+        """
+        dataset, train = data.dataset, data.split["train"]
+        values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
+        summaries = torch.from_numpy(dataset.summaries()[train])
+        for column in summaries.T:
+            if few_patients(column.numpy(), dataset.groups[train], data.min_cell):
+                column.fill_(math.nan)
+        facts = torch.from_numpy(dataset.known_facts()[train])
+        member: Any
+        for member in self.members:
+            try:
+                member.encoder.fit_normalizer(values, ~values.isnan())
+            except ValueError as error:
+                names = ", ".join(dataset.features)
+                raise InputError(f"{error} (features: {names})") from error
+            member.head.summary_scaler.fit(summaries)
+            member.head.fact_scaler.fit(facts)
+            nn.init.constant_(member.head.output.bias, log_odds(data.prevalence()))
+
+    def check_gaps(self, dataset: TrajectoryDataset) -> None:
+        """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""
+        longest = dataset.longest_gap()
+        if longest > self.encoder.longest_gap_hours:
+            raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")

@@ -6,24 +6,18 @@ sequence <bos> [soft tokens] [text], D width of the LLM, V vocabulary, N answer 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, NotRequired
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, PreTrainedModel
 
 from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.trajectory import (
-    Output,
-    TrajectoryClassifier,
-    classification_output,
-    log_odds,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from medgemma_clinical.models.trajectory import Output, TrajectoryClassifier
 
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -38,8 +32,8 @@ LOSS_ROWS = 128
 class TrajectoryStates(NamedTuple):
     """The part of an encoder's output that a language model reads.
 
-    states (B, P, H): after the latest P observations; mask (B, P) bool, False where a patient has
-    fewer; logit (B,): stage 1's log-odds.
+    states (B, P, H): the latest P; mask (B, P) bool, False where a patient has fewer; logit (B,):
+    stage 1's log-odds.
     """
 
     states: Tensor
@@ -66,7 +60,7 @@ class TextBatch(Batch):
 
 
 class DecoderInput(NamedTuple):
-    """What the decoder body reads.
+    """What the decoder reads.
 
     embeddings (B, S, D) in the LLM's dtype; mask (B, S) bool, False in padding; text_start (B,)
     int64, position of the first text token.
@@ -100,12 +94,19 @@ class SoftPrompt(nn.Module):
 
 
 def latest_states(stage1: TrajectoryClassifier, batch: Batch, tokens: int) -> TrajectoryStates:
-    """Encode a batch and keep the states after each patient's latest ``tokens`` observations."""
+    """Encode a batch and keep each patient's latest ``tokens`` states.
+
+    They are the states after the observations and, where the question is asked later than the last
+    observation, the state at the prediction time.
+    """
     states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B)
-    present = batch["observed"].any(dim=2)
-    place = present.sum(1)[:, None] - tokens + torch.arange(tokens, device=states.device)
-    row = torch.arange(len(states), device=states.device)[:, None]
-    return TrajectoryStates(states[row, place.clamp(min=0)], place >= 0, logits.mean(dim=0))
+    length = batch["observed"].any(dim=2).sum(1)  # (B,)
+    row = torch.arange(len(states), device=states.device)
+    later = batch["prediction_hours"] > batch["times"][row, length - 1]
+    place = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
+    # The state at the prediction time stands in the last column, behind the padding.
+    column = torch.where(place == length[:, None], states.shape[1] - 1, place.clamp(min=0))
+    return TrajectoryStates(states[row[:, None], column], place >= 0, logits.mean(dim=0))
 
 
 class TrajectoryLLM(nn.Module):
@@ -122,49 +123,35 @@ class TrajectoryLLM(nn.Module):
     def __init__(
         self,
         stage1: TrajectoryClassifier | None,
+        projection: SoftPrompt | None,
         llm: PreTrainedModel,
         *,
         tokens: int,
-        scale: float,
         bos: int,
         verdict: tuple[int, int],
-        stage1_logit: bool = True,
-        shuffled: bool = False,
+        adds_stage1: bool = True,
         residual_weight: float = 1.0,
     ) -> None:
         """Join the parts.
 
         Args:
             stage1: gives states and a logit; None where the LLM reads text alone.
+            projection: of the states; None without soft prompt.
             llm: a Gemma 3 text model with LoRA layers, or with an adapter merged into its weights;
                 its base weights are frozen.
             tokens: P; 0 for no soft prompt.
-            scale: root mean square of the scaled token embeddings.
             bos: id of the token that begins every input.
             verdict: ids of the tokens that tell yes from no.
-            stage1_logit: add the logit of stage 1, where there is one.
-            shuffled: read the soft tokens of the row before in the batch, as a control.
+            adds_stage1: add the logit of stage 1.
             residual_weight: see the class.
         """
         super().__init__()
         self.stage1 = stage1
         self.llm = llm
-        self.tokens = 0 if stage1 is None else tokens
-        self.projection: SoftPrompt | None = None
-        if stage1 is not None and tokens:
-            width = llm.config.hidden_size
-            self.projection = SoftPrompt(stage1.encoder.hidden_dim, width, scale)
-        self.bos = bos
-        self.verdict = verdict
-        self.adds_stage1 = stage1_logit and stage1 is not None
-        self.shuffled = shuffled
+        self.projection = projection
+        self.tokens, self.bos, self.verdict = tokens, bos, verdict
+        self.adds_stage1 = adds_stage1 and stage1 is not None
         self.residual_weight = residual_weight
-
-    @property
-    def body(self) -> nn.Module:
-        """Return the decoder without ``lm_head``."""
-        body: nn.Module = self.llm.get_decoder()
-        return body
 
     def residual(self, states: Tensor) -> Tensor:
         """Return the language model's share (B,) of the logit, from ``at_verdict`` (B, D)."""
@@ -175,14 +162,10 @@ class TrajectoryLLM(nn.Module):
         if self.stage1 is None:
             return None
         if "states" in batch:
-            known = batch["states"], batch["states_mask"], batch["trajectory_logit"]
-            result = TrajectoryStates(*known)
-        else:
-            result = latest_states(self.stage1, batch, self.tokens)
-        if not self.shuffled:
-            return result
-        others = result.mask.roll(1, dims=0) & (len(result.mask) > 1)  # no row reads its own
-        return TrajectoryStates(result.states.roll(1, dims=0), others, result.logit)
+            return TrajectoryStates(
+                batch["states"], batch["states_mask"], batch["trajectory_logit"]
+            )
+        return latest_states(self.stage1, batch, self.tokens)
 
     def offset(self, trajectory: TrajectoryStates | None, hidden: Tensor) -> Tensor:
         """Return stage 1's share (B,) of the logit, zero where it has none."""
@@ -216,18 +199,29 @@ class TrajectoryLLM(nn.Module):
         )
 
     def read(self, batch: TextBatch, trajectory: TrajectoryStates | None) -> tuple[Tensor, Tensor]:
-        """Run the decoder body.
+        """Run the decoder without ``lm_head``.
 
         Returns:
             Hidden states (B, S, D), and where the text starts, (B,) int64.
         """
         sequence = self.embed(batch, trajectory)
-        result = self.body(
-            inputs_embeds=sequence.embeddings,
-            attention_mask=sequence.mask.long(),
-            use_cache=False,
-        )
+        embeddings = sequence.embeddings
+        # Causal attention never looks at padding behind the text. Without a mask sixteen bits take
+        # flash attention; float32 would take plain products, and a longer text needs the window's.
+        short = embeddings.shape[1] <= self.llm.config.sliding_window
+        free = short and embeddings.dtype == torch.bfloat16
+        with adapters_in(embeddings.dtype, embeddings.device):
+            result = self.llm.get_decoder()(
+                inputs_embeds=embeddings,
+                attention_mask=None if free else sequence.mask.long(),
+                use_cache=False,
+            )
         return result.last_hidden_state, sequence.text_start
+
+
+def adapters_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Compute the products of LoRA's float32 weights in bfloat16 where the base model's are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def at_verdict(hidden: Tensor, text_start: Tensor, batch: TextBatch) -> Tensor:
@@ -240,19 +234,12 @@ def at_verdict(hidden: Tensor, text_start: Tensor, batch: TextBatch) -> Tensor:
 class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
-    def __init__(
-        self,
-        stage1: TrajectoryClassifier | None,
-        llm: PreTrainedModel,
-        *,
-        prevalence: float,
-        **parts: Any,
-    ) -> None:
-        """Start at stage 1's logit, or, without it, at ``prevalence``, within (0, 1)."""
-        super().__init__(stage1, llm, **parts)
-        self.head = nn.Linear(llm.config.hidden_size, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.constant_(self.head.bias, 0.0 if self.adds_stage1 else log_odds(prevalence))
+    def __init__(self, *parts: Any, head: nn.Linear, **options: Any) -> None:
+        """Join the parts; ``head`` maps the width D to one logit, and starts at zero."""
+        super().__init__(*parts, **options)
+        self.head = head
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
 
     def residual(self, states: Tensor) -> Tensor:
         """Return what the head reads in states (B, D): (B,) float32."""
@@ -263,10 +250,11 @@ class LLMClassifier(TrajectoryLLM):
         """Return the binary cross-entropy (sum over B) and the logit of each patient."""
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
-        residual = self.residual(at_verdict(hidden, text_start, batch))  # (B,)
         offset = self.offset(trajectory, hidden)
-        output = classification_output(offset + self.residual_weight * residual, batch["labels"])
-        return output._replace(offset=offset)
+        residual = self.residual(at_verdict(hidden, text_start, batch))
+        logit, labels = offset + self.residual_weight * residual, batch["labels"]  # (B,) each
+        loss = functional.binary_cross_entropy_with_logits(logit, labels, reduction="sum")
+        return Output(loss, len(labels), logit, offset)
 
 
 def answer_loss(
@@ -334,37 +322,38 @@ class LLMWriter(TrajectoryLLM):
         return Output(loss, terms, offset + self.residual_weight * residual, offset)
 
     @torch.no_grad()
-    def write(self, batch: TextBatch, most: int, eos: list[int], pad: int) -> Tensor:
+    def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:
         """Continue texts greedily up to a token of ``eos``, finished rows by ``pad``.
 
         Returns:
-            (B, at most ``most``) int64 ids.
-
-        Raises:
-            RunFault: the model's states are not finite.
+            (B, at most ``max_tokens``) int64 ids.
         """
-        from transformers import GenerationConfig
-
         self.eval()
         sequence = self.embed(batch, self.trajectory(batch), left=True)
         greedy = GenerationConfig(
-            max_new_tokens=most, do_sample=False, eos_token_id=eos, pad_token_id=pad
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=pad
         )
-        with self.llm.get_output_embeddings().register_forward_pre_hook(_check_and_pack):
+        finite = torch.ones((), dtype=torch.bool, device=sequence.embeddings.device)
+
+        def pack(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+            """Copy states so that their strides have no gaps; note whether they are finite.
+
+            ``generate`` cuts the last position out of each row of a prompt; over such strides torch
+            multiplies row by row and in bfloat16 copies the whole vocabulary's weights for each.
+            """
+            finite.logical_and_(inputs[0].isfinite().all())
+            return (inputs[0].clone(memory_format=torch.contiguous_format),)
+
+        dtype, device = sequence.embeddings.dtype, sequence.embeddings.device
+        with (
+            self.llm.get_output_embeddings().register_forward_pre_hook(pack),
+            adapters_in(dtype, device),
+        ):
             written: Tensor = self.llm.generate(
                 inputs_embeds=sequence.embeddings,
                 attention_mask=sequence.mask.long(),
                 generation_config=greedy,
             )
+        if not finite:
+            raise RunFault("the language model's states are not finite: no report is written")
         return written
-
-
-def _check_and_pack(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Refuse states that are not finite; copy them so that their strides have no gaps.
-
-    ``generate`` cuts the last position out of each row of a prompt; over such strides torch
-    multiplies row by row and in bfloat16 copies the whole vocabulary's weights for each.
-    """
-    if not bool(inputs[0].isfinite().all()):
-        raise RunFault("the language model's states are not finite: no report is written")
-    return (inputs[0].clone(memory_format=torch.contiguous_format),)

@@ -1,63 +1,52 @@
-"""Predictions of a model for a part of the data."""
+"""One pass over rows, for validation and for prediction."""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
 
-from medgemma_clinical.distributed import gather, progress, to_device
 from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.models.trajectory import Output
 
 
 @torch.no_grad()
+def outputs(
+    model: nn.Module, batches: Iterable[list[int]], collate: Callable[[list[int]], Any]
+) -> Iterator[tuple[Any, Output]]:
+    """Yield each batch and its ``Output``, in evaluation mode; no process waits for another."""
+    model.eval()
+    device = next(model.parameters()).device
+    for rows in batches:
+        batch = collate(rows)
+        yield batch, model(send_to_device(batch, device))
+
+
 def evaluate(
-    model: nn.Module,
-    loader: DataLoader[Any],
-    device: torch.device,
-    title: str = "",
-    most_batches: int | None = None,
+    model: nn.Module, batches: Iterable[list[int]], collate: Callable[[list[int]], Any]
 ) -> Predictions:
     """Return the predictions of each row, in the order of the data set.
 
-    Losses are sums over terms, so the result does not depend on the batches. Each process takes its
-    share of them; all get the whole.
-
-    Args:
-        model: maps a batch to an ``Output``.
-        loader: of the part; its batches hold ``index`` and ``labels``.
-        device: of the model.
-        title: of the progress bar; none is shown without.
-        most_batches: of this process, for a trial; None for all.
+    Losses are sums over terms, so the result does not depend on the batches. Each process brings
+    its share of them, and must call; all get the whole.
     """
-    model.eval()
-    total = len(loader) if most_batches is None else min(most_batches, len(loader))
-    batches: Any = itertools.islice(loader, total)
     results = []
-    for batch in progress(batches, title, total) if title else batches:
-        output = model(to_device(batch, device))
-        logit = output.logit.double().cpu().numpy()
+    for batch, output in outputs(model, batches, collate):
         offset = torch.zeros_like(output.logit) if output.offset is None else output.offset
-        columns = (
-            batch["index"].numpy(),
-            batch["labels"].double().numpy(),
-            logit,
-            offset.double().cpu().numpy(),
-        )
-        results.append((float(output.loss), int(output.terms), columns))
-    losses, terms, columns = zip(*gather(results), strict=True)
-    rows, labels, logits, offsets = (
-        np.concatenate(column) for column in zip(*columns, strict=True)
-    )
+        columns = batch["index"], batch["labels"], output.logit, offset
+        arrays = [column.double().numpy(force=True) for column in columns]
+        results.append((float(output.loss), int(output.terms), arrays))
+    losses, terms, parts = zip(*gather_object(results), strict=True)
+    rows, labels, logit, share = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(rows)
     return Predictions(
         loss=sum(losses) / sum(terms),
         labels=labels[order],
-        logit=logits[order],
-        rows=rows[order],
-        offset=offsets[order],
+        logit=logit[order],
+        rows=rows[order].astype(np.int64),
+        offset=share[order],
     )

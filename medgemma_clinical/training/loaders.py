@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Sampler
 
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.files import InputError
@@ -17,15 +14,12 @@ BUCKET = 25
 """Batches whose rows are sorted by length together: less padding, and still a random order."""
 
 
-class LengthBatches(Sampler[list[int]]):
+class LengthBatches:
     """Positions in batches, the rows of a batch of about equal length where lengths are given.
 
-    Training: shuffled, then sorted by length within runs of ``BUCKET`` batches, then the batches
-    shuffled. Otherwise sorted throughout: no result depends on the order, except the control of
-    shuffled soft tokens.
-
-    Of several processes each gets its share of every training batch, which is then as many times
-    larger, or, for evaluation, every so many-th batch.
+    Training: shuffled, then sorted by length within runs of ``BUCKET`` batches, a quarter of the
+    rows at most, then the batches shuffled. A batch that is not full holds rows drawn from all.
+    Otherwise sorted throughout: no result depends on the order.
     """
 
     def __init__(
@@ -35,23 +29,21 @@ class LengthBatches(Sampler[list[int]]):
         lengths: NDArray[np.int64] | None = None,
         *,
         shuffle: bool,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         """Keep what an order is made of.
 
         Args:
             rows: positions in the data set, (n,).
-            batch_size: rows of a batch of one process.
+            batch_size: rows of a batch, all processes together where they share it.
             lengths: of each row of the data set, (N,), by position; None where they do not matter.
             shuffle: True for training.
-
-        Raises:
-            InputError: fewer rows train than processes share them.
+            share: number of this process and of all: each gets its share of every training batch,
+                or, for evaluation, every so many-th batch.
         """
-        self.rows = rows
-        self.process, self.n_processes = processes().process_index, processes().num_processes
-        self.batch_size = batch_size * (self.n_processes if shuffle else 1)
-        self.lengths = lengths
+        self.rows, self.batch_size, self.lengths = rows, batch_size, lengths
         self.shuffle = shuffle
+        self.process, self.n_processes = share
         self.set_epoch(0, 0)
         if shuffle and len(rows) < self.n_processes:
             raise InputError(
@@ -64,17 +56,16 @@ class LengthBatches(Sampler[list[int]]):
         Args:
             seed: of the run, not negative.
             epoch: number of the pass; no other seed's epoch has the same order.
-            done: batches of this process that are left out at the start, as a stopped run had
-                learned from them.
+            done: batches that are left out at the start, as a stopped run had learned from them.
         """
         self.seed, self.epoch, self.done = seed, epoch, done
 
     def __len__(self) -> int:
         """Return the number of batches of this process in a whole pass."""
-        whole, rest = divmod(len(self.rows), self.batch_size)
-        if self.shuffle:  # a rest that cannot be shared out joins the batch before it
-            return max(1, whole + (rest >= self.n_processes))
-        return len(range(self.process, whole + (rest > 0), self.n_processes))
+        full, rest = divmod(len(self.rows), self.batch_size)
+        if self.shuffle:  # a rest that cannot be shared out joins another batch
+            return max(1, full + (rest >= self.n_processes))
+        return len(range(self.process, full + (rest > 0), self.n_processes))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield batches of positions."""
@@ -83,12 +74,16 @@ class LengthBatches(Sampler[list[int]]):
             return
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
         rows = generator.permutation(self.rows)
-        run = self.batch_size * BUCKET
+        full = len(rows) // self.batch_size
+        rows, rest = np.split(rows, [full * self.batch_size])
+        run = self.batch_size * max(1, min(BUCKET, full // 4))
         batches = [b for k in range(0, len(rows), run) for b in self._cut(rows[k : k + run])]
-        if len(batches) > len(self):
-            batches[-2:] = [batches[-2] + batches[-1]]
+        batches += self._cut(rest)
         if self.lengths is not None:
             batches = [batches[k] for k in generator.permutation(len(batches))]
+        if len(batches) > len(self):
+            few = min(range(len(batches)), key=lambda k: len(batches[k]))
+            batches[few - 1] += batches.pop(few)
         for batch in batches[self.done :]:
             yield batch[self.process :: self.n_processes]
 
@@ -96,51 +91,48 @@ class LengthBatches(Sampler[list[int]]):
         """Sort rows by length, where lengths are given, and cut them into batches."""
         if self.lengths is not None:
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-        size = self.batch_size
-        return [rows[k : k + size].tolist() for k in range(0, len(rows), size)]
+        return cut_rows(rows, self.batch_size)
 
 
-def make_loaders(
+def cut_rows(
+    rows: Sequence[int] | NDArray[np.int64],
+    size: int,
+    lengths: NDArray[np.int64] | None = None,
+    max_tokens: int | None = None,
+) -> list[list[int]]:
+    """Cut rows into pieces of ``size`` rows, and of ``max_tokens`` with their padding.
+
+    A single row may be longer.
+    """
+    pieces = [np.asarray(rows[k : k + size]) for k in range(0, len(rows), size)]
+    if lengths is not None and max_tokens is not None:
+        numbers = [-(-len(piece) * lengths[piece].max() // max_tokens) for piece in pieces]
+        pieces = [
+            part
+            for piece, number in zip(pieces, numbers, strict=True)
+            for part in np.array_split(piece, min(number, len(piece)))
+        ]
+    return [piece.tolist() for piece in pieces]
+
+
+def part_batches(
     split: dict[str, NDArray[np.int64]],
     batch_size: int,
-    collate: Callable[[Sequence[int]], Any],
+    accumulate: int = 1,
     lengths: NDArray[np.int64] | None = None,
-) -> dict[str, DataLoader[Any]]:
-    """Return a loader for each part of the split; "train" is shuffled by ``LengthBatches``.
+) -> dict[str, LengthBatches]:
+    """Return the batches of each part, shared by the processes of the run.
 
     Args:
         split: positions of each part.
-        batch_size: of training; evaluation needs no gradients, so it takes twice as many rows.
-        collate: makes a batch of positions.
+        batch_size: rows of a pass that trains; evaluation takes twice as many.
+        accumulate: passes of a step, whose rows are a batch of the part "train".
         lengths: of each row of the data set, (N,), so that rows of equal length share a batch.
     """
-    loaders: dict[str, DataLoader[Any]] = {}
-    for part, rows in split.items():
-        trains = part == "train"
-        size = batch_size if trains else 2 * batch_size
-        loaders[part] = DataLoader(
-            range(int(rows.max(initial=-1)) + 1),  # type: ignore[arg-type]  # a position is its own item
-            batch_sampler=LengthBatches(rows, size, lengths, shuffle=trains),
-            collate_fn=collate,
-            # Without its own a loader draws from torch's generator, once more after a restart.
-            generator=torch.Generator(),
-        )
-    return loaders
-
-
-def batches_of(loader: DataLoader[Any]) -> LengthBatches:
-    """Return the sampler of a loader of ``make_loaders``."""
-    sampler = loader.batch_sampler
-    assert isinstance(sampler, LengthBatches)
-    return sampler
-
-
-def padding_share(batches: LengthBatches, lengths: NDArray[np.int64]) -> float:
-    """Return the share of padding among all tokens of one pass.
-
-    Args:
-        batches: of the pass.
-        lengths: tokens of each row of the data set, (N,), by position.
-    """
-    passed = [lengths[batch] for batch in batches]
-    return float(1 - sum(n.sum() for n in passed) / sum(len(n) * n.max() for n in passed))
+    share = processes().process_index, processes().num_processes
+    sizes = dict.fromkeys(split, 2 * batch_size)
+    sizes["train"] = batch_size * accumulate * share[1]
+    return {
+        part: LengthBatches(rows, sizes[part], lengths, shuffle=part == "train", share=share)
+        for part, rows in split.items()
+    }

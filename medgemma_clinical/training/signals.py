@@ -1,4 +1,4 @@
-"""What happens on SIGTERM, SIGINT (Ctrl-C), SIGHUP (a closed terminal) and SIGUSR1."""
+"""What happens on SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from types import FrameType
 
-from medgemma_clinical.distributed import sum_over_processes
-
 ENDING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
-KEEPING = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # as SIGHUP, not on Windows
-KNOWN = (*ENDING, *KEEPING)
-
-ECHO_SECONDS = 10.0
-"""Of several processes: a second signal within this time is the first one's echo."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,17 +22,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class SignalHandler:
-    """End the run on SIGTERM, SIGINT and SIGHUP, keep its state on SIGUSR1.
+    """End the run on a signal of ``ENDING``.
 
-    Within ``deferred`` a signal only sets a flag, which the loop reads after each step, so that
-    state and weights agree; elsewhere those of ``ENDING`` raise at once. A second one of them ends
-    the process at once.
+    Within ``deferred`` a signal only sets ``received``, which the loop reads after each step, so
+    that state and weights agree; elsewhere it raises at once. A second one ends the process, unless
+    a launcher runs it, which passes on what the scheduler has sent to each process already.
     """
 
     def __init__(self) -> None:
         """Start without a signal."""
         self.received = 0
-        self._first = 0.0
         self._deferred = False
         self._kills = True
 
@@ -58,7 +49,7 @@ class SignalHandler:
             yield
             return
         self._kills = kills
-        before = {n: signal.getsignal(n) for n in KNOWN if signal.getsignal(n) != signal.SIG_IGN}
+        before = {n: signal.getsignal(n) for n in ENDING if signal.getsignal(n) != signal.SIG_IGN}
         for number in before:
             signal.signal(number, self._handle)
         try:
@@ -66,59 +57,26 @@ class SignalHandler:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.received, self._first = 0, 0.0
+            self.received = 0
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number not in ENDING:
-            self.received = self.received or number
-            return
-        now = time.monotonic()
-        # A launcher passes on what the scheduler has sent to each process already.
-        echo = ECHO_SECONDS if "LOCAL_RANK" in os.environ else 0.0
-        again = bool(self._first)
-        if again and not self._kills:
-            raise Stopped(number)
-        if again and now - self._first >= echo:
+        again, self.received = bool(self.received), number
+        if again and self._kills and "LOCAL_RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._first = self._first or now
-        self.received = number  # where the exception is lost, the next step ends the run
-        if not (again or self._deferred):
+        if not (again or self._deferred) or (again and not self._kills):
             raise Stopped(number)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the signals that end a run wait for the end of a block.
-
-        Raises:
-            Stopped: at the end of the block, where one has come to this process.
-        """
+        """Let signals wait for the end of a block."""
         outer, self._deferred = self._deferred, True
         try:
             yield
         finally:
             self._deferred = outer
-        if self.received in ENDING and not outer:
+        if self.received and not outer:
             raise Stopped(self.received)
-
-    def pending(self) -> int:
-        """Return the signal that has come to any process, 0 for none; each process must call."""
-        counts = sum_over_processes(*(float(self.received == number) for number in KNOWN))
-        return next((int(n) for n, count in zip(KNOWN, counts, strict=True) if count), 0)
-
-    def obey(self, number: int) -> None:
-        """End the run, or go on with it, now that the state is kept.
-
-        Args:
-            number: as ``pending`` returned it.
-
-        Raises:
-            Stopped: the signal ends the run.
-        """
-        if number in ENDING:
-            raise Stopped(number)
-        if number:
-            self.received = 0
 
 
 SIGNALS = SignalHandler()

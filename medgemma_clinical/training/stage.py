@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.data import DataLoader
 
-from medgemma_clinical.evaluation.predictions import Predictions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.training.loaders import LengthBatches, cut_rows
 
 WEIGHT_DECAY = 0.01
 
@@ -28,55 +25,56 @@ class Stage:
         name: of the stage and of its folder.
         model: maps a batch to an ``Output`` (loss summed over terms, number of terms, logit).
         learning_rates: of each trainable part, a direct child of ``model``, by its name.
-        loaders: batches of "train", "val" and "test".
+        batches: rows of "train" by optimizer step, those of "val" and "test" by forward pass.
+        collate: makes a batch of some rows.
+        batch_size: most rows of one forward and backward pass.
+        lengths: (N,) tokens of each row, without text observations.
         epochs: most passes over the training part.
         patience: epochs without a better score after which training stops.
-        monitor: key of the epoch's figures that selects the best epoch.
-        higher_is_better: direction of ``monitor``.
+        monitor: key of the epoch's metrics that selects the best epoch; of a loss the lowest.
         config: of the checkpoint, plain types; the decision rule joins it with the results.
         save: writes the model's weights and a config as the best, for the folder of the stage.
         hides_events: few patients of some part have the event: losses and AUROC, which tell their
             number, are not written.
-        accumulate: batches whose gradients make one optimizer step.
-        describe: returns lines for the log on what the model reads.
-        generate: lets the best model write reports on the rows of predictions; returns them by
-            position in each process. None where the stage writes none.
+        text: the tokenised rows; None without language model.
         stage1: (N,) probability of each row by the stage 1 that the stage builds on, None without.
-        tokenizer: of the language model, None without.
         train_patients: hashes of the patients that train, of stage 1; None for the others.
-        tokens: that a language model reads of a patient, mean over the training part.
-        save_memory: lets a step take less memory and more time; None where nothing is left to do.
+        max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
+        recomputes: whether layers are computed again in the backward pass.
     """
 
     name: str
     model: nn.Module
     learning_rates: dict[str, float]
-    loaders: dict[str, DataLoader[Any]]
+    batches: dict[str, LengthBatches]
+    collate: Callable[[Sequence[int]], Any]
+    batch_size: int
+    lengths: NDArray[np.int64]
     epochs: int
     patience: int
     monitor: str
-    higher_is_better: bool
     config: dict[str, Any]
     save: Callable[[Path, dict[str, Any]], None]
     hides_events: bool = False
-    accumulate: int = 1
-    describe: Callable[[], list[str]] = list
-    generate: Callable[[Predictions], dict[int, str]] | None = None
+    text: TextCollator | None = None
     stage1: NDArray[np.float64] | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
     train_patients: NDArray[np.int64] | None = None
-    tokens: float = 0.0
-    save_memory: Callable[[], None] | None = None
+    max_tokens: int | None = None
+    recomputes: bool = False
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Number of optimizer steps of one epoch; the last one may take fewer batches."""
-        return -(-len(self.loaders["train"]) // self.accumulate)
+    def tokens(self) -> float:
+        """Tokens that a language model reads of a training patient, mean; 0 without one."""
+        return 0.0 if self.text is None else float(self.lengths[self.batches["train"].rows].mean())
 
     @property
-    def total_steps(self) -> int:
-        """Number of optimizer steps if training is not stopped early."""
-        return self.epochs * self.steps_per_epoch
+    def higher_is_better(self) -> bool:
+        """Direction of ``monitor``."""
+        return not self.monitor.endswith("loss")
+
+    def passes(self, rows: Sequence[int]) -> list[list[int]]:
+        """Cut the rows of a step into those of each forward and backward pass."""
+        return cut_rows(rows, self.batch_size, self.lengths, self.max_tokens)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters in groups of one part and one weight decay.

@@ -1,42 +1,54 @@
-"""Figures for TensorBoard, Weights & Biases or MLflow: numbers only, never text of a patient."""
+"""Metrics for TensorBoard, Weights & Biases or MLflow: numbers only, never text of a patient."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from unittest import mock
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+
 Track = Callable[[Mapping[str, float], int], None]
-"""Sends figures and the optimizer step that they belong to."""
+"""Sends metrics and the optimizer step that they belong to."""
 
 PROJECT = "medgemma_clinical"
 """Name of the project, or experiment, at a tracker."""
 
-WANDB_SETTINGS = {
-    "console": "off",
-    "disable_code": True,
-    "disable_git": True,
-    "x_disable_meta": True,
+OPTIONS: dict[str, dict[str, Any]] = {
+    "wandb": {
+        "settings": {
+            "console": "off",
+            "disable_code": True,
+            "disable_git": True,
+            "x_disable_meta": True,
+        }
+    },
+    "mlflow": {"tags": {"mlflow.user": "", "mlflow.source.name": "medgemma_trainer.py"}},
 }
-"""Weights & Biases would take along the terminal's text, the command line and the code."""
+"""Without these, trackers would take along the terminal's text, command line, code and user."""
 
-MLFLOW_TAGS = {"mlflow.user": "", "mlflow.source.name": "medgemma_trainer.py"}
-"""MLflow would take along the user's name and the path of the program."""
+NO_USAGE_DATA = {
+    "DO_NOT_TRACK": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+}
+"""Settings by which trackers send nothing about the user to their makers."""
 
 
 def check_tracker(name: str) -> None:
-    """Check that a tracker is installed; "none" always is.
-
-    Raises:
-        InputError: saying how to install it.
-    """
+    """Check that a tracker is installed; "none" always is."""
     if name == "none":
         return
     found = importlib.util.find_spec(name)
@@ -46,60 +58,37 @@ def check_tracker(name: str) -> None:
 
 @contextlib.contextmanager
 def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[Track]:
-    """Yield a function that sends figures to a tracker; "none" yields one that does nothing.
+    """Yield a function that sends metrics to a tracker; "none" yields one that does nothing.
 
-    A tracker that fails once it has started gets one warning, and training goes on without it.
-
-    Args:
-        name: "none", "tensorboard", "wandb" or "mlflow".
-        folder: for the files of the tracker.
-        numbers: of the run's arguments.
-
-    Raises:
-        InputError: the tracker cannot start.
+    ``folder`` is for the tracker's files, ``numbers`` are of the run's arguments. A tracker that
+    fails once it has started gets one warning, and training goes on without it.
     """
     if name == "none":
-        yield lambda figures, step: None
+        yield lambda metrics, step: None
         return
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        log_with=name,
-        project_config=ProjectConfiguration(logging_dir=str(folder)),
-    )
+    os.environ.update({**NO_USAGE_DATA, **os.environ})  # read when a tracker is imported
+    project = ProjectConfiguration(logging_dir=str(folder))
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=name, project_config=project)
+    own = {"dir": str(folder)} if name == "wandb" else {}
     try:
-        options = {
-            "wandb": {"dir": str(folder), "settings": WANDB_SETTINGS},
-            "mlflow": {"tags": MLFLOW_TAGS},
-        }
-        # TensorBoard names its files by the machine.
-        with mock.patch("socket.gethostname", return_value="host"):
-            accelerator.init_trackers(PROJECT, dict(numbers), options)
+        options = {name: {**OPTIONS.get(name, {}), **own}}
+        accelerator.init_trackers(PROJECT, dict(numbers), options)
     except Exception as error:  # each tracker has errors of its own
-        raise InputError(f"--report_to {name}: cannot start: {_first_line(error)}") from error
-    works = True
+        problem = str(error).partition("\n")[0]
+        raise InputError(f"--report_to {name}: cannot start: {problem}") from error
+    failures: list[Exception] = []
 
-    def attempt(action: Callable[[], None]) -> None:
-        """Run an action of the tracker, unless an earlier one has failed."""
-        nonlocal works
+    def send(metrics: Mapping[str, float], step: int) -> None:
         try:
-            if works:
-                action()
+            if not failures:
+                accelerator.log(dict(metrics), step=step)
         except Exception as error:
-            works = False
-            logger.warning(
-                "--report_to %s: failed, training goes on without it: %s", name, _first_line(error)
-            )
+            failures.append(error)
+            logger.warning("--report_to %s: failed, training continues: %s", name, error)
 
     try:
-        yield lambda figures, step: attempt(lambda: accelerator.log(dict(figures), step=step))
+        yield send
     finally:
-        attempt(accelerator.end_training)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+        with contextlib.suppress(Exception):  # a result is not lost for its tracker
+            accelerator.end_training()

@@ -23,12 +23,12 @@ from medgemma_clinical.commands.run_folder import (
 )
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import reset_peak_memory
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.comparison import RUN_FIGURES
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
-from medgemma_clinical.provenance import reset_peak_memory
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from medgemma_clinical.evaluation.bootstrap import Estimate
-from medgemma_clinical.models.checkpoint_schema import (
-    CALIBRATION_FIGURES,
-    RANKING_FIGURES,
-    SCORED_PARTS,
-)
 from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.sharing.terms import licence, terms_of
+
+SCORED_PARTS = ("validation", "test")
+"""Parts of the split whose figures a checkpoint holds, under their names in ``metrics.json``."""
+
+RANKING_FIGURES = ("auroc", "auprc", "brier")
+CALIBRATION_FIGURES = ("calibration_slope", "calibration_intercept")
+"""Figures of a model that a checkpoint holds; of a baseline those of the first line alone."""
 
 INTENDED_USE = "Research on the question above, on data like those of the training part."
 LIMITS = (
@@ -237,7 +239,7 @@ def describe_stage1(config: dict[str, Any]) -> str:
     """Return encoder, dynamics and number of members of a checkpoint's stage 1 in words."""
     dynamics = config["encoder"].get("dynamics")
     how = f", dynamics {dynamics}" if dynamics else ""
-    return f"encoder {config['encoder']['name']}{how}, members {config['members']}"
+    return f"encoder ClinicalODERNN{how}, members {config['members']}"
 
 
 def _parts(config: dict[str, Any]) -> dict[str, str]:

@@ -6,8 +6,7 @@ notices of MedGemma and of Gemma go along.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from medgemma_clinical.models.language_model import TINY
 
@@ -25,14 +24,10 @@ GEMMA_NOTICE = (
 """Must accompany a derivative of Gemma. Source: Gemma Terms of Use 3.1, distribution."""
 
 
-@dataclass(frozen=True)
-class Terms:
-    """Terms of a trained model.
+class Terms(NamedTuple):
+    """Terms of a trained model: a sentence for cards and pages, the file NOTICE, the header's keys.
 
-    Attributes:
-        sentence: of the language model, for cards and pages.
-        notice: content of the file NOTICE.
-        header: keys of a model card's header, as Google's own cards write them.
+    The header's keys are those of Google's own cards.
     """
 
     sentence: str
@@ -41,31 +36,27 @@ class Terms:
 
 
 NO_BASE = Terms(
-    sentence="No weights of MedGemma or another language model are part of this model.",
-    notice="No weights of MedGemma or another Gemma are part of this model or of its base.\n",
-    header={"license": "apache-2.0"},
+    "No weights of MedGemma or another language model are part of this model.",
+    "No weights of MedGemma or another Gemma are part of this model or of its base.\n",
+    {"license": "apache-2.0"},
 )
 HAI_DEF = Terms(
-    sentence=f"The language model is MedGemma or derived from it: {HAI_DEF_NOTICE}.",
-    notice=f"{HAI_DEF_NOTICE}\n",
-    header={
+    f"The language model is MedGemma or derived from it: {HAI_DEF_NOTICE}.",
+    f"{HAI_DEF_NOTICE}\n",
+    {
         "license": "other",
         "license_name": "health-ai-developer-foundations",
         "license_link": HAI_DEF_LINK,
     },
 )
 GEMMA = Terms(
-    sentence=f"The language model is a Gemma: {GEMMA_NOTICE}.",
-    notice=f"{GEMMA_NOTICE}\n",
-    header={"license": "gemma"},
+    f"The language model is a Gemma: {GEMMA_NOTICE}.", f"{GEMMA_NOTICE}\n", {"license": "gemma"}
 )
 EITHER = Terms(
-    sentence=(
-        f"Where the language model is MedGemma or derived from it: {HAI_DEF_NOTICE}. Where it is "
-        f"another Gemma: {GEMMA_NOTICE}."
-    ),
-    notice=f"{HAI_DEF_NOTICE}\n\n{GEMMA_NOTICE}\n",
-    header={"license": "other"},
+    f"Where the language model is MedGemma or derived from it: {HAI_DEF_NOTICE}. Where it is "
+    f"another Gemma: {GEMMA_NOTICE}.",
+    f"{HAI_DEF_NOTICE}\n\n{GEMMA_NOTICE}\n",
+    {"license": "other"},
 )
 
 

@@ -1,0 +1,123 @@
+"""Training from Python: keywords are flags of the command line, beside rows and an encoder."""
+
+from __future__ import annotations
+
+import os
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medgemma_clinical.commands import flags
+from medgemma_clinical.commands.announce import check_output
+from medgemma_clinical.commands.command_line import Parser
+from medgemma_clinical.commands.logs import recorded
+from medgemma_clinical.commands.run_folder import given_stage1, stage_name
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels
+from medgemma_clinical.files import InputError, owner_only
+from medgemma_clinical.inference.hub import find_checkpoint
+from medgemma_clinical.inference.scoring import check_kind
+from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel
+from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, read_trajectory
+from medgemma_clinical.models.trained_model import checkpoint_path
+from medgemma_clinical.training.signals import SIGNALS
+
+NOT_KEYWORDS = {
+    *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
+    *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
+    *("show_values", "export", "export_dir", "explain", "patients", "open"),
+}
+"""Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
+
+OF_A_FOLDER = ("resume", "log_file", "report_to", "save_every", "report_patients")
+"""Flags that have no use where nothing is written."""
+
+FITTING = threading.Lock()
+"""Held while a model is trained: random generators, signals and log belong to one run."""
+
+
+def check_keywords(keywords: Mapping[str, Any]) -> None:
+    """Check that keywords are flags of a training, and that those of a folder have one.
+
+    Raises:
+        TypeError: another command's flag.
+        InputError: a keyword that has no use without ``output_dir``.
+    """
+    if unknown := sorted(NOT_KEYWORDS & keywords.keys()):
+        raise TypeError(f"unexpected keyword {unknown[0]!r}")
+    unused = sorted(name for name in OF_A_FOLDER if keywords.get(name))
+    if keywords.get("output_dir") is None and unused:
+        raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
+
+
+def encoder_checkpoint(
+    encoder: TrajectoryModel | str | Path | None, args: Namespace
+) -> TrajectoryCheckpoint | None:
+    """Return the trained stage 1 of ``encoder``, or of the flag ``ode_checkpoint``."""
+    if encoder is None:
+        return given_stage1(args)
+    if isinstance(encoder, TrajectoryModel):
+        return encoder.checkpoint()
+    return read_trajectory(checkpoint_path(find_checkpoint(encoder, None)))
+
+
+def fit(
+    build_parser: Callable[[], Parser],
+    read: Callable[[Any, Namespace], TrajectoryDataset],
+    train: Callable[..., TrajectoryModel | None],
+    stage: dict[str, Any],
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None,
+    keywords: dict[str, Any],
+) -> TrajectoryModel:
+    """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``.
+
+    ``build_parser``, ``read`` and ``train`` are the script's: flags, reader, training of a stage.
+    """
+    check_keywords(keywords)
+    given: dict[str, Any] = {} if encoder is None else {"ode_checkpoint": "encoder"}
+    args, typed = build_parser().parse_keywords({**keywords, **stage, **given})
+    flags.check_flags(flags.complete(args), typed)
+    check_launch()
+    check_gpu()
+    check_output(args)
+    if not FITTING.acquire(blocking=False):
+        raise RuntimeError("another model is being trained in this process: wait for its end")
+    try:
+        with (
+            SIGNALS.installed(kills=False),
+            exact_kernels(deterministic=args.deterministic),
+            recorded(),
+            owner_only(),
+        ):
+            dataset = read_rows(rows, args, keywords, read)
+            model = train(args, dataset, encoder_checkpoint(encoder, args))
+    except KeyboardInterrupt as stop:
+        if args.output_dir:
+            stop.add_note(f"resume=True continues the run in {args.output_dir}")
+        raise
+    finally:
+        FITTING.release()
+    return model or TrajectoryModel.from_pretrained(args.output_dir / stage_name(args))
+
+
+def read_rows(
+    rows: Rows,
+    args: Namespace,
+    keywords: Mapping[str, Any],
+    read: Callable[[Any, Namespace], TrajectoryDataset],
+) -> TrajectoryDataset:
+    """Read the rows of a training; return a data set as given.
+
+    Raises:
+        InputError: the data cannot be read, or a flag comes too late for a data set.
+    """
+    check_kind(rows)
+    if not isinstance(rows, TrajectoryDataset):
+        return read(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
+    if late := sorted(set(rows.options) & keywords.keys()):
+        raise InputError(f"the data set has been read: leave {', '.join(late)} out")
+    args.dataset = rows.name
+    return rows

@@ -1,0 +1,241 @@
+"""What changes as a stage learns, and its checkpoints on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from medgemma_clinical.files import InputError, RunFault, atomic, remove
+
+logger = logging.getLogger(__name__)
+
+AVERAGE_DECAY = 0.998
+"""The weights that are evaluated and kept are an exponential average over about 500 steps."""
+
+MAX_SKIPPED = 5
+"""Steps in a row whose loss or gradient is not finite, after which training stops."""
+
+SKIPPED_ADVICE = (
+    "look for extreme values in the data; where batches of some lengths fail and others do not, "
+    "the attention of this GPU and this version of torch fails: try --attention eager, another "
+    "version, --precision fp32, or another --batch_size"
+)
+
+STATE_FORMAT = 7
+"""Rises when older states can no longer be resumed."""
+
+KEPT = 2
+FILE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.pt")
+"""Running number and SHA-256 of a state's file."""
+
+
+class NonFiniteLossError(RunFault):
+    """The loss is not finite; the text says where and what to do."""
+
+
+class WeightAverage:
+    """Exponential moving average of the parameters that learn.
+
+    ``torch.optim.swa_utils.AveragedModel`` would copy the frozen language model as well.
+
+    Source: Polyak and Juditsky 1992; the warm-up of the decay as in TensorFlow's
+    ``ExponentialMovingAverage``.
+
+    Attributes:
+        weights: the averages, one tensor a parameter.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float = AVERAGE_DECAY) -> None:
+        """Start from the parameters as they are."""
+        self.parameters, self.decay = list(parameters), decay
+        self.weights = copies(self.parameters)
+
+    def update(self, step: int) -> None:
+        """Move the averages towards the parameters after the optimizer's step number ``step``."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(self.weights, self.parameters, step)
+
+
+@dataclass
+class Progress:
+    """How far training has come; all plain types.
+
+    Attributes:
+        epoch: epochs that have ended.
+        batches: steps of the current epoch that are taken or skipped.
+        steps: the same of all epochs.
+        loss: sum of the epoch's losses over all terms of all processes.
+        terms: number of these terms.
+        seconds: the epoch has taken, those before a stop included.
+        skipped: steps of the epoch that were not taken, as loss or gradient was not finite.
+        skipped_in_a_row: the latest of them without a step between.
+        best: score of the best epoch, NaN before the first.
+        best_epoch: its number, 0 before the first.
+        history: objects of ``history.jsonl``.
+        over: training has ended.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    steps: int = 0
+    loss: float = 0.0
+    terms: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best: float = math.nan
+    best_epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    over: bool = False
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss over the terms of the epoch so far, NaN where there are none."""
+        return self.loss / self.terms if self.terms else math.nan
+
+    def count(self, loss: float, terms: float, norm: float) -> bool:
+        """Count a step of a loss over so many terms; return whether it is taken, or skipped."""
+        taken = math.isfinite(loss) and math.isfinite(norm)
+        self.batches, self.steps = self.batches + 1, self.steps + 1
+        if taken:
+            self.loss, self.terms, self.skipped_in_a_row = self.loss + loss, self.terms + terms, 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            raise NonFiniteLossError(
+                f"the loss is {loss / terms}, its gradient {norm} in epoch {self.epoch + 1}, the "
+                f"{MAX_SKIPPED}th time in a row: {SKIPPED_ADVICE}; what earlier epochs reached is "
+                "kept"
+            )
+        return taken
+
+    def next_epoch(self) -> None:
+        """Count an epoch and begin the next."""
+        self.epoch, self.batches, self.skipped = self.epoch + 1, 0, 0
+        self.loss = self.terms = self.seconds = 0.0
+
+
+@dataclass
+class TrainState:
+    """All that training changes, and the model as the processes share it.
+
+    Attributes:
+        accelerator: of the processes.
+        model: the stage's model, of several processes within DistributedDataParallel.
+        parameters: those that learn, in the order of ``Stage.trainable_parameters``.
+        optimizer: of these parameters.
+        schedule: of the optimizer's learning rates.
+        average: of these parameters.
+        progress: how far training has come.
+        best: averaged weights of the best epoch, one tensor a parameter; empty before the first.
+        watched: when ``lap`` was called last.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: AdamW
+    schedule: LambdaLR
+    average: WeightAverage
+    progress: Progress = field(default_factory=Progress)
+    best: list[Tensor] = field(default_factory=list)
+    watched: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> None:
+        """Add the seconds since the last call to those of the epoch."""
+        now = time.perf_counter()
+        self.progress.seconds += now - self.watched
+        self.watched = now
+
+    @torch.no_grad()
+    def set_weights(self, values: Iterable[Tensor]) -> None:
+        """Copy values into the parameters."""
+        copy_into(self.parameters, list(values))
+
+    @contextlib.contextmanager
+    def swapped_weights(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Put other values in place of the parameters for the length of a block."""
+        before = copies(self.parameters)
+        try:
+            self.set_weights(values)
+            yield
+        finally:
+            self.set_weights(before)
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return detached copies."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy values into tensors of the same shapes."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+class StateStore:
+    """The two latest states of a stage, in files ``NUMBER-SHA256.pt`` known whole by their hash.
+
+    Args:
+        folder: where they lie; made by the first ``save``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Keep the path."""
+        self.folder = folder
+        self._damaged: set[Path] = set()
+
+    def files(self) -> list[Path]:
+        """Return the files, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if FILE_NAME.fullmatch(path.name))
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a state beside the one before; older and damaged ones are removed."""
+        files = self.files()
+        number = 1 + (int(files[-1].name[:8]) if files else 0)
+        buffer = io.BytesIO()
+        torch.save({"format": STATE_FORMAT, **state}, buffer)
+        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+        self.folder.mkdir(exist_ok=True)
+        with atomic(self.folder / f"{number:08d}-{digest}.pt") as temporary:
+            temporary.write_bytes(buffer.getbuffer())
+        whole = [path for path in files if path not in self._damaged]
+        for path in {*files} - {*whole[1 - KEPT :]}:
+            remove(path)
+
+    def newest(self) -> dict[str, Any]:
+        """Read the newest state that is whole; code that a file may carry does not run."""
+        again = "start again without --resume"
+        for path in reversed(self.files()):
+            data = path.read_bytes()
+            if hashlib.sha256(data).hexdigest() not in path.name:
+                self._damaged.add(path)
+                logger.warning("%s: damaged: resuming from the one before", path)
+                continue
+            state: dict[str, Any] = torch.load(
+                io.BytesIO(data), map_location="cpu", weights_only=True
+            )
+            if state.pop("format") != STATE_FORMAT:
+                raise InputError(f"{path}: of another version: {again}")
+            return state
+        raise InputError(f"--resume {self.folder}: no intact state: {again}")
