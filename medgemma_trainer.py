@@ -56,15 +56,7 @@ from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
 from medgemma_clinical import distributed
 from medgemma_clinical.commands import announce, command_line, flags, python, results, run_folder
-from medgemma_clinical.commands.command_line import (
-    POSITIVE,
-    RATE,
-    WHOLE,
-    Help,
-    Parser,
-    names,
-    number,
-)
+from medgemma_clinical.commands.command_line import POSITIVE, RATE, WHOLE, Parser, names, number
 from medgemma_clinical.commands.demo import run_demo
 from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
@@ -82,6 +74,7 @@ from medgemma_clinical.inference.fitting import fit_classification, fit_generati
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import (
     TrajectoryClassifier,
     TrajectoryHead,
@@ -94,13 +87,7 @@ from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import (
-    NonFiniteLossError,
-    TrainState,
-    WeightAverage,
-    copies,
-    copy_into,
-)
+from medgemma_clinical.training.state import NonFiniteLossError, TrainState, WeightAverage
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -108,7 +95,7 @@ __all__ = ["TrajectoryModel", "fit_classification", "fit_generative", "fit_traje
 
 logger = logging.getLogger("medgemma_trainer")
 
-DATASETS = {"dka": MIMICtrajectoryDataset, "srtr": SRTRTrajectoryDataset}
+DATASETS: dict[str, Any] = {"dka": MIMICtrajectoryDataset, "srtr": SRTRTrajectoryDataset}
 """Class of each kind of data, by ``--dataset``."""
 
 WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
@@ -122,7 +109,7 @@ LARGEST_NORM = 1.0
 
 def build_parser() -> Parser:
     """Return the parser; every default of the program is written here, and only here."""
-    parser = Parser("medgemma_trainer.py", formatter_class=Help, allow_abbrev=False)
+    parser = Parser("medgemma_trainer.py", formatter_class=command_line.Help, allow_abbrev=False)
     parser.description = (__doc__ or "").partition("\n")[0]
     switch, llm = ("on", "off"), language_model
 
@@ -222,20 +209,17 @@ def build_parser() -> Parser:
 # --------------------------------------------------------------------------- what is read
 
 
-def read_dataset(args: Namespace) -> TrajectoryDataset:
-    """Read the user's data, of the kind and from the path that the flags name."""
+def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> TrajectoryDataset:
+    """Read the data that the flags name, or a given source, with the flags that its kind knows."""
     kind = DATASETS[args.dataset]
-    source = getattr(args, kind.source_flag)
-    if source is None or not os.path.exists(source):  # False also for a name that is too long
+    source = getattr(args, kind.source_flag) if source is None else source
+    if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
-    return read_source(source, args)
-
-
-def read_source(source: Path | pd.DataFrame, args: Namespace) -> TrajectoryDataset:
-    """Read a file, a folder or a DataFrame with the flags that its kind of data knows."""
-    options = flags.dataset_options(args, DATASETS, build_parser())
-    return DATASETS[args.dataset](source, **options)
+    dataset: TrajectoryDataset = kind(
+        source, **flags.dataset_options(args, DATASETS, build_parser())
+    )
+    return dataset
 
 
 def prompt_options(args: Namespace) -> PromptOptions:
@@ -248,15 +232,12 @@ def prompt_options(args: Namespace) -> PromptOptions:
 
 
 def build_stage1(config: Mapping[str, Any], seed: int = 0) -> TrajectoryClassifier:
-    """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,).
-
-    No two members, of one seed or of two, share initial weights.
-    """
+    """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
     inputs, members = config["inputs"], []
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
     sizes = {"summaries": len(summaries), "facts": len(inputs["facts"])}
     for member in range(config["members"]):
-        torch.manual_seed(distributed.derived_seed(seed, member))
+        torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
         encoder = ClinicalODERNN(**config["encoder"])
         members.append(TrajectoryMember(encoder, TrajectoryHead(encoder.hidden_dim, **sizes)))
     return TrajectoryClassifier(members)
@@ -315,13 +296,9 @@ def build_llm(
         scale = language_model.embedding_rms(llm, tokenizer, config["question"])
         projection = SoftPrompt(stage1.encoder.hidden_dim, width, scale)
     _, no, yes = text_batches.verdict_words(tokenizer)
-    options = {
-        "tokens": tokens,
-        "bos": int(tokenizer.bos_token_id),
-        "verdict": (yes[0], no[0]),
-        "adds_stage1": config["stage1_logit"],
-        "residual_weight": config["residual_weight"],
-    }
+    options: dict[str, Any] = {"tokens": tokens, "bos": int(tokenizer.bos_token_id)}
+    options |= {"verdict": (yes[0], no[0]), "adds_stage1": config["stage1_logit"]}
+    options["residual_weight"] = config["residual_weight"]
     if config["stage"] == "generative":  # lm_head writes the report
         return LLMWriter(stage1, projection, llm, **options), tokenizer
     head = nn.Linear(width, 1)
@@ -338,15 +315,12 @@ def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | N
     set_seed(args.seed)
     stage1 = make_stage1(args, data, checkpoint)  # before minutes go into the language model
     if args.trajectory_only:
-        assert stage1 is not None
         return trajectory_stage(args, data, stage1)
     return llm_stage(args, data, stage1, checkpoint)
 
 
-def make_stage1(
-    args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None
-) -> TrajectoryClassifier | None:
-    """Return the stage 1 that learns or is read, None where a language model reads text alone."""
+def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Any:
+    """Return the stage 1 that learns or is read; None where a language model reads text alone."""
     if checkpoint is not None:
         given = flags.changed(args, build_parser(), flags.STAGE_1_FLAGS)
         trained_model.check_stage1(checkpoint, data, given)
@@ -355,7 +329,7 @@ def make_stage1(
         return None
     else:
         data.dataset.check_measured(data.split["train"], data.min_cell)
-        encoder = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
+        encoder: dict[str, Any] = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
         encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
         encoder["dynamics"] = args.dynamics
         config = {"encoder": encoder, "members": args.members, **data.description()}
@@ -399,14 +373,12 @@ def trajectory_stage(args: Namespace, data: Data, model: TrajectoryClassifier) -
 
 
 def llm_stage(
-    args: Namespace,
-    data: Data,
-    stage1: TrajectoryClassifier | None,
-    checkpoint: TrajectoryCheckpoint | None,
+    args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
 ) -> Stage:
     """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
     dataset, device, writes = data.dataset, distributed.default_device(), args.mode == "generative"
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
+    shuffled = args.soft_prompt == "shuffled"
     soft = text_batches.soft_tokens(dataset, tokens)
     unread = {"encoder": None, "members": 0, "inputs": {"facts": [], "prediction_time": False}}
     config = {
@@ -414,34 +386,32 @@ def llm_stage(
         **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},
         **language_model.base_facts(args.model_name),
         "num_prefix_tokens": int(soft.max()),
-        "shuffled": args.soft_prompt == "shuffled",
+        "shuffled": shuffled,
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **data.description(),
         **(unread if stage1 is None else stage1_config(stage1)),
     }
+    donors = risks = None
+    if shuffled:
+        donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
     options = {"attention": args.attention, "dropout": args.lora_dropout, "seed": args.seed}
     model, tokenizer = build_llm(config, stage1, args.model_name, device=device, **options)
-    text = text_batches.TextCollator(
-        dataset, tokenizer, data.prompts, answers=writes, max_tokens=args.max_text_tokens
-    )
+    options = {"answers": writes, "max_tokens": args.max_text_tokens}
+    text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
-    if args.soft_prompt == "shuffled":
-        text.donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
+        risks = trained_model.stage1_risks(checkpoint, text)
+    text.donors = donors
     if args.gradient_checkpointing:
         language_model.set_checkpointing(model.llm)
     if writes:
         config["report_tokens"] = text.report_tokens()
-    elif not model.adds_stage1:
+    elif isinstance(model, LLMClassifier) and not model.adds_stage1:
         nn.init.constant_(model.head.bias, log_odds(data.prevalence()))
-    rates = {
-        "stage1": args.encoder_lr,
-        "projection": args.projection_lr,
-        "llm": args.adapter_lr,
-        "head": args.head_lr,
-    }
+    rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
+    rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
     lengths = 1 + soft + text.lengths()
     return Stage(
         name=args.mode,
@@ -458,7 +428,7 @@ def llm_stage(
         save=lambda folder, config: checkpoints.save_llm(folder / "best", model, config),
         hides_events=data.hides_events,
         text=text,
-        stage1=checkpoint and trained_model.stage1_risks(checkpoint, text),
+        stage1=risks,
         recomputes=args.gradient_checkpointing,
     )
 
@@ -467,13 +437,10 @@ def llm_stage(
 
 
 def set_up(stage: Stage) -> TrainState:
-    """Return the state before the first step: AdamW, warm-up and cosine, average of the weights.
-
-    Several processes share the model by DistributedDataParallel, and draw dropout of their own.
-    """
+    """Return the state before the first step: AdamW, warm-up and cosine, average of the weights."""
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     model = stage.model.to(distributed.default_device())
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1:  # DistributedDataParallel; dropout is each process's own
         model = accelerator.prepare_model(model)
         torch.manual_seed(distributed.derived_seed(torch.initial_seed(), accelerator.process_index))
     parameters = list(stage.trainable_parameters().values())
@@ -517,6 +484,7 @@ def fit(
     if resume and store:
         load_training_state(stage, state, store.newest())
         save_best(stage, state, folder)
+        run_folder.write_history(folder, progress.history)
     else:
         save()
     ended_before = progress.over
@@ -555,22 +523,25 @@ def train_epoch(
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
     """Add up gradients, loss and terms of a step over its passes.
 
-    Losses are sums, so it does not matter how rows fall into passes: a step that does not fit the
-    memory is repeated in smaller ones. Of several processes a fault of one would leave the others
-    waiting: there ``check_memory`` has tried the longest rows.
+    Losses are sums, so a step that does not fit the memory can be repeated in smaller passes; of
+    several processes the others would wait in vain: there ``check_memory`` decides beforehand.
     """
-    device, accelerator = distributed.default_device(), state.accelerator
+    accelerator = state.accelerator
+
+    def one_pass(part: list[int]) -> tuple[Tensor, int]:  # its frame holds all that must go
+        output = state.model(send_to_device(stage.collate(part), accelerator.device))
+        output.loss.backward()
+        return output.loss.detach(), output.terms
+
     while True:
-        loss, terms, passes = torch.zeros((), device=device), 0, stage.passes(rows)
+        parts, passes = [], stage.passes(rows)
         try:
             for part in passes:
-                alone = part is passes[-1]  # processes exchange gradients in the last one
-                batch = send_to_device(stage.collate(part), device)
-                with contextlib.nullcontext() if alone else accelerator.no_sync(state.model):
-                    output = state.model(batch)
-                    output.loss.backward()
-                loss, terms = loss + output.loss.detach(), terms + output.terms
-            return loss, terms
+                last = part is passes[-1]  # processes exchange gradients in the last one
+                with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+                    parts.append(one_pass(part))
+            losses, terms = zip(*parts, strict=True)
+            return torch.stack(losses).sum(), sum(terms)
         except RuntimeError as error:
             if accelerator.num_processes > 1 or not memory.is_out_of_memory(error):
                 raise
@@ -582,15 +553,13 @@ def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, 
 def step(state: TrainState, loss: Tensor, terms: int) -> bool:
     """Move the weights by the mean gradient, or skip the step where numbers are not finite.
 
-    The gradients are those of the sum of losses, over processes their mean. Return whether a signal
-    has come to any process.
+    The gradients are those of the sum of losses. Return whether a signal has come to any process.
     """
-    count = state.accelerator.num_processes
-    signals = float(SIGNALS.received > 0)
-    total = reduce(torch.stack([loss, *loss.new_tensor([terms, signals])]).double(), "sum")
+    own = loss.new_tensor([terms, float(SIGNALS.received > 0)])
+    total = reduce(torch.cat([loss.view(1), own]).double(), "sum")
     for parameter in state.parameters:
         if parameter.grad is not None:  # to the mean over all terms, as of one large batch
-            parameter.grad.mul_(count / total[1])
+            parameter.grad.mul_(state.accelerator.num_processes / total[1])
     norm = clip_grad_norm_(state.parameters, LARGEST_NORM)
     # The one time that a step waits for the device.
     all_loss, all_terms, stop, size = torch.cat([total, norm.double().view(1)]).tolist()
@@ -632,7 +601,8 @@ def end_epoch(
     better = score > progress.best if stage.higher_is_better else score < progress.best
     improved = progress.best_epoch == 0 or better
     if improved:
-        progress.best, progress.best_epoch, state.best = score, epoch, copies(state.average.weights)
+        progress.best, progress.best_epoch = score, epoch
+        state.best = [weight.clone() for weight in state.average.weights]
     exhausted = epoch - progress.best_epoch >= stage.patience
     if stage.hides_events:
         metrics |= dict.fromkeys(("train_loss", "val_loss", "val_auroc"))
@@ -657,20 +627,21 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
-    """Return all that training needs to go on as if it had not been stopped, between two steps.
-
-    Each process must call: it brings its random generators.
-    """
+    """Return all that training needs to go on to the bit; each process brings its generators."""
     random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
+    content: dict[str, Any] = {}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
     learns = list(stage.trainable_parameters())
-    tensors = {"weights": state.parameters, "average": state.average.weights, "best": state.best}
+    groups: dict[str, Any] = {
+        "weights": state.parameters,
+        "average": state.average.weights,
+        "best": state.best,
+    }
+    for name, tensors in groups.items():  # best: empty before the end of the first epoch
+        content[name] = dict(zip(learns, (each.detach() for each in tensors), strict=False))
     return {
-        **{
-            name: dict(zip(learns, (each.detach() for each in group), strict=False))
-            for name, group in tensors.items()  # best: empty before the first epoch's end
-        },
+        **content,
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
@@ -685,16 +656,16 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
     if not same or len(content["random"]) != state.accelerator.num_processes:
         raise InputError("--resume: another model or number of processes: start without --resume")
     state.set_weights(content["weights"].values())
-    copy_into(state.average.weights, list(content["average"].values()))
-    state.best = copies(state.parameters) if content["best"] else []
-    copy_into(state.best, list(content["best"].values()))
+    device = distributed.default_device()
+    state.average.weights = [weight.to(device) for weight in content["average"].values()]
+    state.best = [weight.to(device) for weight in content["best"].values()]
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict(content["schedule"])
     vars(state.progress).update(content["progress"])
     random = content["random"][state.accelerator.process_index]
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"], distributed.default_device())
+        torch.cuda.set_rng_state(random["cuda"], device)
     done = state.progress.epoch + 1, state.progress.batches, state.progress.steps
     logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *done)
 
@@ -714,10 +685,7 @@ def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
 def train_stage(
     args: Namespace, dataset: TrajectoryDataset, checkpoint: TrajectoryCheckpoint | None
 ) -> TrajectoryModel | None:
-    """Train one stage in its folder, or in memory where ``args.output_dir`` is None.
-
-    Return the model; None after a dry run, and where a resumed run was finished already.
-    """
+    """Train one stage in its folder, or in memory; None after a dry run or a finished one."""
     data = run_folder.run_data(args, dataset, prompt_options(args), checkpoint)
     facts = run_folder.run_facts(args, data, checkpoint)
     folder = args.output_dir and args.output_dir / run_folder.stage_name(args)
@@ -727,7 +695,8 @@ def train_stage(
     announce.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
-        return dry_run(stage, args.seed)
+        dry_run(stage, args.seed)
+        return None
     with run_folder.opened(args, folder, facts) as track:
         options = {"resume": args.resume, "save_every": args.save_every}
         state = fit(stage, args.seed, folder, track, **options)
@@ -744,8 +713,8 @@ def dry_run(stage: Stage, seed: int) -> None:
     """Take two steps on the longest rows; measure, keep nothing."""
     longest = copy.copy(stage.batches["train"])
     longest.rows = memory.longest_rows(stage, 2 * longest.batch_size)
-    state = set_up(own := replace(stage, batches={**stage.batches, "train": longest}))
-    train_epoch(own, state, seed)
+    own = replace(stage, batches={**stage.batches, "train": longest}, text=None)  # says no time
+    train_epoch(own, state := set_up(own), seed)
     state.lap()
     announce.log_dry_run(stage, state.progress, longest.rows.tolist())
 
@@ -796,7 +765,7 @@ def program() -> int:
 
 
 TrajectoryModel.program = Program(
-    DATASETS, BUILDERS, partial(python.fit, build_parser, read_source, train_stage)
+    DATASETS, BUILDERS, partial(python.fit, build_parser, read_dataset, train_stage)
 )
 
 if __name__ == "__main__":

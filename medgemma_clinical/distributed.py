@@ -64,15 +64,14 @@ def find_device(name: str) -> torch.device:
 
 
 def check_gpu() -> None:
-    """Refuse the CPU of a machine whose GPU torch cannot use, unless the GPU is hidden on purpose."""
+    """Refuse the CPU where torch cannot use a GPU that is not hidden on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     unused = torch.version.cuda and not torch.cuda.is_available()
     if unused and not hidden and glob.glob(GPUS):
         raise InputError(
-            f"torch for CUDA {torch.version.cuda} cannot use this machine's NVIDIA GPU: see what "
-            "nvidia-smi says; install a newer driver (CUDA 13 needs 580 or later), or torch for an "
-            "older one (pip install --force-reinstall torch --index-url "
-            "https://download.pytorch.org/whl/cu126), or set CUDA_VISIBLE_DEVICES= to use the CPU"
+            f"torch for CUDA {torch.version.cuda} cannot use this machine's NVIDIA GPU: install a "
+            "newer driver, or torch for an older one (medgemma_clinical/docs/hardware.md), or set "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
         )
 
 

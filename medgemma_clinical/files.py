@@ -143,7 +143,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path, object_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the content of a JSON file in UTF-8; ``object_hook`` makes each object of its pairs."""
+    """Return the content of a JSON file; ``object_hook`` makes each object of its pairs."""
     try:
         return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=object_hook)
     except InputError:

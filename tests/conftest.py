@@ -1,24 +1,25 @@
-"""Shared by all tests: no network, small data in the user's format."""
+"""Shared by all tests: no network, small data in the user's format, one run of each stage."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports transformers
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: the cores have tests to run
 
-from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
 
 SAMPLE = Path(__file__).parent / "data" / "physionet2012_bicarbonate.csv"
 
 
-def sign_table(rows: int, seed: int, *, shuffled: bool = False) -> pd.DataFrame:
+def sign_table(rows, seed, *, shuffled=False):
     """Series whose label copies the sign of the last value, or has nothing to do with it."""
     rng = np.random.default_rng(seed)
     texts, labels = [], []
@@ -33,10 +34,10 @@ def sign_table(rows: int, seed: int, *, shuffled: bool = False) -> pd.DataFrame:
 
 
 @pytest.fixture
-def sign_file(tmp_path: Path) -> Callable[..., Path]:
+def sign_file(tmp_path):
     """Write a ``sign_table`` with a given split: 240 rows train, 60 validate, 200 test."""
 
-    def write(*, shuffled: bool = False) -> Path:
+    def write(*, shuffled=False):
         table = sign_table(500, seed=1, shuffled=shuffled)
         table["split"] = ["train"] * 240 + ["val"] * 60 + ["test"] * 200
         path = tmp_path / "signs.csv"
@@ -47,9 +48,55 @@ def sign_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def dka_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dka_file(tmp_path_factory):
     """The first 160 sample stays in the user's two-column format."""
     table = pd.read_csv(SAMPLE, nrows=160)
     path = tmp_path_factory.mktemp("data") / "dka_training_data.csv"
     table[["clinical_trajectory", "label_escalation"]].to_csv(path, index=False)
     return path
+
+
+@pytest.fixture(scope="session")
+def table():
+    """100 stays of the sample data, their ids apart from their patients, some out of time order."""
+    table = pd.read_csv(SAMPLE, nrows=100, dtype=str)
+    table.insert(1, "id", [f"row {k}" for k in range(len(table))])
+    series = table.loc[5, "clinical_trajectory"].split(" -> ")
+    table.loc[5, "clinical_trajectory"] = " -> ".join(reversed(series))
+    return table
+
+
+@pytest.fixture(scope="session")
+def runs(table, tmp_path_factory):
+    """A folder with a run of each stage on the tiny model, trained once for all workers.
+
+    No test changes it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / "shared_runs", root / "shared_runs.done"
+    with FileLock(root / "shared_runs.lock"):
+        if not done.exists():
+            train_all(table, folder)
+            done.touch()
+    return folder
+
+
+def train_all(table, folder):
+    """Train each stage by the command line."""
+    import medgemma_trainer as trainer  # not for tests that need no model
+    from medgemma_clinical.commands import results
+    from predicting import STAGES, write_data
+
+    folder.mkdir(exist_ok=True)
+    data = write_data(table, folder / "train.csv")
+    words = ["--data_path", str(data), "--output_dir", str(folder), "--log_file", "none"]
+    words += ["--min_cell", "0", "--batch_size", "8", "--encoder_lr", "0.05"]
+    assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
+    words += ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01"]
+    words += ["--ode_checkpoint", str(folder / "medgemma_trajectory_best.pt")]
+    # A language model of weight 0 would hide faults of its part.
+    with mock.patch.object(results, "fit_residual_weight", return_value=1.0):
+        for mode in STAGES[1:]:
+            assert trainer.main(["--mode", mode, *words]) == 0

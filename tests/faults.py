@@ -41,7 +41,7 @@ import pandas as pd  # noqa: E402  (the threads are told before)
 import torch  # noqa: E402
 
 import medgemma_trainer as trainer  # noqa: E402
-from medgemma_clinical.commands.run_folder import checkpoint_store  # noqa: E402
+from medgemma_clinical.commands.run_folder import state_store  # noqa: E402
 from medgemma_clinical.evaluation import bootstrap  # noqa: E402
 from medgemma_clinical.files import PARTIAL, REPLACED  # noqa: E402
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE  # noqa: E402
@@ -322,7 +322,7 @@ def judge_pair(trial: Trial, place: Path, draw: random.Random) -> str:
 
 def has_checkpoints(folder: Path) -> bool:
     """Return whether a run has kept a checkpoint that it can resume from."""
-    return bool(checkpoint_store(folder).files())
+    return bool(state_store(folder).files())
 
 
 def is_read(path: Path) -> bool:
@@ -341,7 +341,6 @@ def disturb(trial: Trial, kind: str, folder: Path, draw: random.Random) -> Ended
         "no permission": fail_from(place, errno.EACCES, draw.choice([1, 3, 10**9])),
         "SIGTERM": signals_at(place, [signal.SIGTERM]),
         "SIGINT twice": signals_at(place, [signal.SIGINT, signal.SIGINT]),
-        "SIGUSR1, then killed": signals_at(place, [signal.SIGUSR1, signal.SIGKILL]),
         "file damaged": die_at(place),
     }.get(kind)
     child = start(words, folder, at_write)
@@ -368,7 +367,6 @@ def judge(trial: Trial, kind: str, place: Path, draw: random.Random) -> str:
     expected = {
         "SIGTERM": {143},
         "SIGINT twice": {-signal.SIGINT, 130},
-        "SIGUSR1, then killed": {-signal.SIGKILL},
         "killed at a write": {-signal.SIGKILL},
         "file damaged": {-signal.SIGKILL},
     }.get(kind, {0, 2, 3, -signal.SIGKILL})
@@ -399,7 +397,6 @@ KINDS = (
     "no permission",
     "SIGTERM",
     "SIGINT twice",
-    "SIGUSR1, then killed",
     "file damaged",
     "one of two killed",
 )

@@ -1,10 +1,6 @@
 """Folders as finished stages leave them, without any training."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,13 +11,7 @@ from medgemma_clinical.commands import run_folder
 ROWS, EVENTS = 60, 20
 
 
-def write_run(
-    folder: Path,
-    seed: int = 0,
-    data: dict[str, Any] | None = None,
-    baseline: str = "last value",
-    stage_1: str | None = None,
-) -> Path:
+def write_run(folder, seed=0, data=None, baseline="last value", stage_1=None):
     """Write the predictions, figures, history and data of a finished stage.
 
     Args:
@@ -45,9 +35,7 @@ def write_run(
     (folder / "metrics.json").write_text(json.dumps(metrics))
     lines = [json.dumps({"epoch": k + 1, "seconds": float(k)}) for k in range(3)]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
-    content: dict[str, Any] = {
-        "data": {"named": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}
-    }
+    content = {"data": {"named": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}}
     content["stage_1_sha256"] = stage_1
     content["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
     run_folder.write_run(folder, {"format": run_folder.RUN_FORMAT, **content})

@@ -1,20 +1,13 @@
 """A stand-in for the hub's HTTP API on this machine: repositories in memory, each request kept."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
-
-import pytest
 
 TOKEN = "hf_of_the_test"
 
@@ -28,14 +21,14 @@ class Repository:
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
+    def commit(self, files, branch="main"):
         """Add a commit of exactly these files."""
         commit = hashlib.sha1(repr((len(self.commits), sorted(files))).encode()).hexdigest()
         self.commits[commit] = dict(files)
         self.refs[branch] = commit
         return commit
 
-    def at(self, revision: str) -> str | None:
+    def at(self, revision):
         """Return the commit of a branch, a tag or a commit's own name."""
         return self.refs.get(revision, revision if revision in self.commits else None)
 
@@ -49,20 +42,20 @@ class Hub:
     received: list[bytes] = field(default_factory=list)
     address: str = ""
 
-    def repository(self, repo_id: str, **facts: Any) -> Repository:
+    def repository(self, repo_id, **facts):
         """Make a repository with an empty first commit."""
         repository = self.repositories[repo_id] = Repository(**facts)
         repository.commit({".gitattributes": b""})
         return repository
 
-    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+    def files(self, repo_id, revision="main"):
         """Return the files of a revision, without the hub's own."""
         repository = self.repositories[repo_id]
         commit = repository.at(revision)
         assert commit is not None
         return {k: v for k, v in repository.commits[commit].items() if k != ".gitattributes"}
 
-    def received_bytes(self) -> bytes:
+    def received_bytes(self):
         """Return all bodies that came in, as sent and with the content of files decoded."""
         decoded = [
             content
@@ -77,7 +70,7 @@ class Hub:
 class Refused(Exception):
     """An answer of the hub that is an error."""
 
-    def __init__(self, status: int, code: str = "", text: str = "no", url: str = "") -> None:
+    def __init__(self, status, code="", text="no", url=""):
         super().__init__(status, code, {"error": text, "url": url})
 
 
@@ -87,15 +80,15 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format, *args):
         """Write nothing."""
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         self.answer()
 
     do_HEAD = do_POST = do_GET
 
-    def answer(self) -> None:
+    def answer(self):
         size = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(size)
         path = unquote(urlsplit(self.path).path)
@@ -114,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def reply(self, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    def reply(self, path, body):
         words = path.strip("/").split("/")
         if path == "/api/repos/create":
             return self.json(self.create(json.loads(body)))
@@ -138,17 +131,17 @@ class Handler(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         return 200, {"X-Repo-Commit": commit, "ETag": etag}, content
 
-    def json(self, content: Any) -> tuple[int, dict[str, str], bytes]:
+    def json(self, content):
         return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
 
-    def logged_in(self) -> bool:
+    def logged_in(self):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def writer(self) -> None:
+    def writer(self):
         if not self.logged_in():
             raise Refused(401, text="Invalid username or password.")
 
-    def repository(self, repo_id: str) -> Repository:
+    def repository(self, repo_id):
         repository = self.hub.repositories.get(repo_id)
         if repository is None or (repository.private and not self.logged_in()):
             raise Refused(404 if self.logged_in() else 401, "RepoNotFound")
@@ -156,13 +149,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "GatedRepo")
         return repository
 
-    def commit(self, repository: Repository, revision: str) -> str:
+    def commit(self, repository, revision):
         commit = repository.at(revision)
         if commit is None:
             raise Refused(404, "RevisionNotFound")
         return commit
 
-    def create(self, asked: dict[str, Any]) -> dict[str, Any]:
+    def create(self, asked):
         self.writer()
         repo_id = f"{asked['organization']}/{asked['name']}"
         if asked["organization"] == "foreign":
@@ -174,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.repository(repo_id, private=private)
         return {"url": url}
 
-    def describe(self, repo_id: str, repository: Repository, rest: list[str]) -> Any:
+    def describe(self, repo_id, repository, rest):
         if rest[:1] == ["tree"]:
             files = repository.commits[self.commit(repository, rest[1])]
             return [
@@ -191,7 +184,7 @@ class Handler(BaseHTTPRequestHandler):
         facts = {"id": repo_id, "sha": commit, "private": repository.private}
         return {**facts, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
 
-    def change(self, repo_id: str, repository: Repository, rest: list[str], body: bytes) -> Any:
+    def change(self, repo_id, repository, rest, body):
         kind, revision = rest[0], rest[1]
         if kind == "branch":
             if revision in repository.refs:
@@ -215,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub_on_this_machine(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub_on_this_machine(cache, patch):
     """Serve an empty hub, logged in, with its cache in ``cache``, for as long as the block runs."""
     from huggingface_hub import constants
 

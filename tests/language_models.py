@@ -1,51 +1,35 @@
 """Small Gemma 3 checkpoints and patients for the tests of the language-model parts."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections import namedtuple
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
-    PreTrainedModel,
+    GenerationConfig,
 )
 
+import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from dte_encoder import ClinicalODERNN
 from medgemma_clinical.data.training_data import Data, prepare_data
-from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import file_hash, json_hash
-from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, stage1_config
-from medgemma_clinical.models.encoder import series_of
-from medgemma_clinical.models.language_model import (
-    add_lora,
-    base_facts,
-    embedding_rms,
-    load_language_model,
-    tiny_language_model,
-)
+from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES
+from medgemma_clinical.models.language_model import base_facts, tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import TrajectoryClassifier, fit_member
-from medgemma_clinical.models.trajectory_llm import (
-    LLMClassifier,
-    LLMWriter,
-    TextBatch,
-    TrajectoryLLM,
-)
+from medgemma_clinical.models.trajectory_llm import LLMWriter
 
 CPU = torch.device("cpu")
 LAYERS = 2
@@ -54,48 +38,29 @@ LENGTHS = (1, 6, 2, 9, 3, 5, 4, 7, 1, 8, 2, 6, 3, 9, 5, 4)
 """Observations of each patient: fewer than, as many as, and more than the soft tokens."""
 
 VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
 }
 """A small vision tower."""
 
-GEMMA_GENERATION = {
-    "bos_token_id": 2,
-    "cache_implementation": "hybrid",
-    "do_sample": True,
-    "eos_token_id": [1, 106],
-    "pad_token_id": 0,
-    "top_k": 64,
-    "top_p": 0.95,
-}
-"""What stands in generation_config.json of Google's Gemma 3 checkpoints."""
+GENERATION = {"eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "do_sample": True}
+"""From generation_config.json of Google's Gemma 3 checkpoints, which must not be followed."""
 
 
-def patients() -> MIMICtrajectoryDataset:
+def patients():
     """Sixteen patients of different lengths, half with an event, with their own split.
 
     Two facts of each are declared, some unknown, and the question is asked hours behind the last
     observation, or at an unknown time.
     """
-    rng = np.random.default_rng(0)
-    rows = []
+    rng, rows = np.random.default_rng(0), []
     for k, length in enumerate(LENGTHS):
         times = np.cumsum(rng.integers(1, 9, size=length))
         series = " -> ".join(f"{rng.integers(8, 30)} ({t}h)" for t in times)
-        rows.append(
-            {
-                "subject_id": f"patient {k}",
-                "clinical_trajectory": series,
-                "label_escalation": k % 2,
-                "clinical_context": "known diabetes " * (k % 3),
-                "split": "train" if k < 8 else "val" if k < 12 else "test",
-            }
-        )
-    dataset = MIMICtrajectoryDataset(pd.DataFrame(rows))
+        part = "train" if k < 8 else "val" if k < 12 else "test"
+        rows.append((f"patient {k}", series, k % 2, "known diabetes " * (k % 3), part))
+    columns = ["subject_id", "clinical_trajectory", "label_escalation", "clinical_context", "split"]
+    dataset = MIMICtrajectoryDataset(pd.DataFrame(rows, columns=columns))
     dataset.static_names = "static_bmi [kg/m2]", "static_admissions"
     dataset.statics = rng.normal([27, 2], [4, 1], size=(len(rows), 2))
     dataset.statics[2::5, 0] = dataset.statics[1::3, 1] = np.nan
@@ -105,37 +70,43 @@ def patients() -> MIMICtrajectoryDataset:
     return dataset
 
 
-def data_of(dataset: TrajectoryDataset) -> Data:
+def data_of(dataset):
     """The data set, split, with whole prompts."""
     return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions(), min_cell=0)
 
 
-def llm_config(
-    model: TrajectoryLLM, stage: str, data: Data, *, base: str | Path = "tiny", **more: Any
-) -> dict[str, Any]:
+def stage1_for(dataset, members=1):
+    """A stage 1 with random weights and the scales of all patients with a label."""
+    data = Data(dataset, {"train": np.flatnonzero(~np.isnan(dataset.labels))}, None, "", "", 0)
+    encoder = {"input_dim": len(dataset.features)}
+    model = trainer.build_stage1({"encoder": encoder, "members": members, **data.description()}, 3)
+    model.fit_scales(data)
+    for member in model.members:
+        nn.init.normal_(member.head.wide.weight, std=0.1)  # a new one says nothing
+    return model
+
+
+def build_config(stage1, stage, data, *, base="tiny", **more):
     """What a checkpoint of stage 2 or 3 says of its model."""
-    assert model.stage1 is not None
     return {
         "stage": stage,
-        **stage1_config(model.stage1),
-        "num_prefix_tokens": model.tokens,
-        "shuffled": model.shuffled,
-        "stage1_logit": model.adds_stage1,
-        "residual_weight": model.residual_weight,
-        "base_weights": "pretrained",
+        **trainer.stage1_config(stage1),
+        **{"num_prefix_tokens": PREFIX, "shuffled": False, "stage1_logit": True},
+        **{"residual_weight": 1.0, "max_text_tokens": None, "report_tokens": 60},
+        **{"base_weights": "pretrained", "quantization": "none", "precision": "fp32"},
+        **{"lora_rank": 8, "lora_alpha": 16, "prompts": asdict(data.prompts)},
         **base_facts(str(base)),
-        "base_class": "Gemma3ForCausalLM",
-        "quantization": "none",
-        "precision": "fp32",
-        "prompts": asdict(data.prompts),
-        "max_text_tokens": None,
-        "report_tokens": 60,
         **data.description(),
         **more,
     }
 
 
-def rehash(best: Path, **changes: Any) -> None:
+def llm_config(model, stage, data, **more):
+    """The same of a built model."""
+    return build_config(model.stage1, stage, data, num_prefix_tokens=model.tokens, **more)
+
+
+def rehash(best, **changes):
     """Change a configuration and write all hashes anew, as a person who means harm can."""
     config = json.loads((best / CONFIG).read_text()) | changes
     config.pop("config_sha256")
@@ -151,47 +122,34 @@ LONG_CONTEXT = {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding
 
 
 class PublishedModel(NamedTuple):
-    """A model of the hub, and its layout with smaller widths and fewer layers.
+    """A model of the hub: its layout with smaller widths and fewer layers.
 
-    name: hub id. text: entries of config.json on the language model, where they are not those of
-    ``save_published``. sight: whether it has a vision tower, and so names its language weights
-    with a prefix.
+    ``text`` holds entries of config.json on the language model that are not those of
+    ``save_published``. With ``sight`` it has a vision tower, and so a prefix in front of names.
     """
 
     name: str
-    text: dict[str, Any]
+    text: dict
     sight: bool = False
 
 
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+NARROW = {**HEADS, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 8}
 PUBLISHED = [
     # 4B leaves out heads and their width, which are the library's defaults.
     PublishedModel("google/medgemma-1.5-4b-it", {"hidden_size": 40, **LONG_CONTEXT}, sight=True),
-    PublishedModel(
+    PublishedModel(  # heads narrower than hidden / heads, and a scale of its own
         "google/medgemma-27b-text-it",
-        # Heads narrower than hidden / heads, and a scale of its own.
-        {"hidden_size": 84, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-        | {"query_pre_attn_scalar": 21, **LONG_CONTEXT},
+        {"hidden_size": 84, **HEADS, "head_dim": 16, "query_pre_attn_scalar": 21, **LONG_CONTEXT},
     ),
-    PublishedModel(
-        "google/gemma-3-12b-pt",
-        {"hidden_size": 60, "num_attention_heads": 4, "num_key_value_heads": 2, **LONG_CONTEXT},
-        sight=True,
-    ),
-    PublishedModel(
-        "google/gemma-3-1b-it",
-        {"hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
-        | {"sliding_window": 8, "rope_scaling": None},
-    ),
-    PublishedModel(
-        "google/gemma-3-270m",
-        {"hidden_size": 20, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
-        | {"sliding_window": 8, "rope_scaling": None},
-    ),
+    PublishedModel("google/gemma-3-12b-pt", {"hidden_size": 60, **HEADS, **LONG_CONTEXT}, True),
+    PublishedModel("google/gemma-3-1b-it", {"hidden_size": 36, **NARROW, "rope_scaling": None}),
+    PublishedModel("google/gemma-3-270m", {"hidden_size": 20, **NARROW, "rope_scaling": None}),
 ]
 """Source: config.json of these models and of their text-only copies on the hub."""
 
 
-def save_published(folder: Path, model: PublishedModel) -> Path:
+def save_published(folder, model):
     """Write a small checkpoint in the layout of a published one: configuration, names, shards."""
     text = {
         **{"model_type": "gemma3_text", "vocab_size": 259, "num_hidden_layers": 7},
@@ -200,53 +158,34 @@ def save_published(folder: Path, model: PublishedModel) -> Path:
     }
     torch.manual_seed(6)
     config = Gemma3TextConfig(**{**text, "initializer_range": 0.2})
+    base, words = Gemma3ForCausalLM, text
     if model.sight:
-        whole = Gemma3Config(
-            text_config=config.to_dict(), vision_config=VISION, mm_tokens_per_image=4
-        )
-        base: PreTrainedModel = Gemma3ForConditionalGeneration(whole)
-        words: dict[str, Any] = {
-            "architectures": ["Gemma3ForConditionalGeneration"],
-            "mm_tokens_per_image": 4,
-            "model_type": "gemma3",
-            "text_config": text,
-            "vision_config": VISION,
-        }
-    else:
-        base, words = Gemma3ForCausalLM(config), {"architectures": ["Gemma3ForCausalLM"], **text}
-    base.to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+        base, sight = Gemma3ForConditionalGeneration, {"vision_config": VISION}
+        sight["mm_tokens_per_image"] = 4
+        config = Gemma3Config(text_config=config.to_dict(), **sight)
+        words = {"model_type": "gemma3", "text_config": text, **sight}
+    base(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").exists()
     tiny_language_model()[1].save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**words, "torch_dtype": "bfloat16"}))
+    words = {"architectures": [base.__name__], **words, "torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(words))
     return folder
 
 
-def put_into_cache(cache: Path, name: str, folder: Path | None = None, **config: Any) -> None:
-    """Put a model into a cache as huggingface_hub keeps it: a folder's copy, or a config.json.
-
-    Without both the hub is known to have no config.json there.
-    """
+def put_into_cache(cache, name, folder):
+    """Copy a model into a cache as huggingface_hub keeps it."""
     place = cache / f"models--{name.replace('/', '--')}"
-    snapshot = place / "snapshots" / COMMIT
-    if folder:
-        shutil.copytree(folder, snapshot)
-    elif config:
-        snapshot.mkdir(parents=True)
-        (snapshot / "config.json").write_text(json.dumps(config))
-    else:
-        (place / ".no_exist" / COMMIT).mkdir(parents=True)
-        (place / ".no_exist" / COMMIT / "config.json").touch()
+    shutil.copytree(folder, place / "snapshots" / COMMIT)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(COMMIT)
 
 
-def text_config(hidden: int = 64) -> Gemma3TextConfig:
-    """The dimensions of the tiny model, or a wider one."""
-    base = tiny_language_model()[0].config.to_dict()
-    return Gemma3TextConfig(**{**base, "hidden_size": hidden})
+def text_config():
+    """The dimensions of the tiny model."""
+    return Gemma3TextConfig(**tiny_language_model()[0].config.to_dict())
 
 
-def save_text_checkpoint(folder: Path, seed: int = 1) -> Path:
+def save_text_checkpoint(folder, seed=1):
     """Write a text-only Gemma 3 with weights that no other model has."""
     torch.manual_seed(seed)
     Gemma3ForCausalLM(text_config()).save_pretrained(folder)
@@ -254,19 +193,14 @@ def save_text_checkpoint(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
-def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path:
+def save_multimodal_checkpoint(folder, prefix, seed=2):
     """Write a Gemma 3 with a vision tower, its language weights named with ``prefix``."""
-    config = Gemma3Config(
-        text_config=text_config().to_dict(),
-        vision_config=VISION,
-        mm_tokens_per_image=4,
-        boi_token_index=3,
-        eoi_token_index=4,
-        image_token_index=5,
-    )
+    tokens = {"boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}
+    words = {"text_config": text_config().to_dict(), "vision_config": VISION, **tokens}
+    config = Gemma3Config(mm_tokens_per_image=4, **words)
     torch.manual_seed(seed)
     model = Gemma3ForConditionalGeneration(config)
-    model.generation_config = type(model.generation_config)(**GEMMA_GENERATION)
+    model.generation_config = GenerationConfig(**GENERATION, cache_implementation="hybrid")
     model.save_pretrained(folder)
     tiny_language_model()[1].save_pretrained(folder)
     weights = load_file(folder / "model.safetensors")
@@ -275,38 +209,26 @@ def save_multimodal_checkpoint(folder: Path, prefix: str, seed: int = 2) -> Path
     return folder
 
 
-def bring_code(folder: Path, ran: Path, *, whole: bool = True) -> None:
+def edit_json(path, **changes):
+    """Change some keys of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def bring_code(folder, ran, *, whole=True):
     """Let a model's folder name code of its own, which would make the file ``ran``.
 
-    Args:
-        folder: of a model.
-        ran: the mark.
-        whole: the kinds of model and tokenizer stay known ones, which need no code.
+    ``whole``: the kinds of model and tokenizer stay known ones, which need no code.
     """
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
     classes = {f"Auto{x}": f"own.{x}" for x in ("Config", "ModelForCausalLM")}
-    config = {**json.loads((folder / "config.json").read_text()), "auto_map": classes}
-    config |= {} if whole else {"model_type": "own"}
-    (folder / "config.json").write_text(json.dumps(config))
-    own: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}}
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | own
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    edit_json(folder / "config.json", auto_map=classes, **({} if whole else {"model_type": "own"}))
+    own = {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}
+    edit_json(folder / "tokenizer_config.json", auto_map=own)
     (folder / "custom_generate").mkdir()
     shutil.copy(folder / "own.py", folder / "custom_generate" / "generate.py")
 
 
-def stage1_for(dataset: TrajectoryDataset, members: int = 1) -> TrajectoryClassifier:
-    """A stage 1 with random weights and the scales of all patients."""
-    split, built = {"train": np.flatnonzero(~np.isnan(dataset.labels))}, []
-    data = Data(dataset, split, PromptOptions(), "", "", min_cell=0)
-    for member in range(members):
-        torch.manual_seed(3 + member)
-        built.append(fit_member(ClinicalODERNN(len(dataset.features)), data))
-        nn.init.normal_(built[-1].head.wide.weight, std=0.1)  # a new one says nothing
-    return TrajectoryClassifier(built)
-
-
-def disturb_adapter(llm: nn.Module, size: float = 0.05) -> None:
+def disturb_adapter(llm, size=0.05):
     """Make the adapter matter: LoRA's B starts at zero."""
     generator = torch.Generator().manual_seed(4)
     for name, parameter in llm.named_parameters():
@@ -314,71 +236,53 @@ def disturb_adapter(llm: nn.Module, size: float = 0.05) -> None:
             parameter.data.normal_(0, size, generator=generator)
 
 
-class Parts(NamedTuple):
-    """Models of stages 2 and 3 that share stage 1, projection and language model."""
-
-    classifier: LLMClassifier
-    writer: LLMWriter
-    collate: TextCollator
+Parts = namedtuple("Parts", "classifier writer collate")
+"""Models of stages 2 and 3 that share stage 1, projection and language model."""
 
 
-def classifier_and_writer(
-    dtype: torch.dtype = torch.float32,
-    base: PreTrainedModel | None = None,
-    *,
-    new: bool = False,
-    members: int = 1,
-) -> Parts:
+def classifier_and_writer(base="tiny", *, new=False, members=1, attention="sdpa", **config):
     """Stage 2 and stage 3 models on the same parts, and the collator with answers.
 
-    The classifier's head has learned, unless it is ``new``: then it says nothing.
+    ``base`` is a name or a folder. The classifier's head has learned, unless it is ``new``: then it
+    says nothing. ``config`` holds keys that differ from those of ``build_config``.
     """
-    dataset = data_of(patients()).dataset
-    tiny, tokenizer = load_language_model("tiny", "none", dtype, CPU)
-    base = base or tiny
-    collate = TextCollator(dataset, tokenizer, PromptOptions(), answers=True)
-    scale = embedding_rms(base, collate.sample)
-    torch.manual_seed(5)
-    llm = add_lora(base, 8, 16, 0.0)
-    disturb_adapter(llm)
-    stage1 = stage1_for(dataset, members)
-    layout: dict[str, Any] = {"tokens": PREFIX, "scale": scale, "bos": collate.bos}
-    torch.manual_seed(7)
-    classifier = LLMClassifier(stage1, llm, verdict=collate.verdict, prevalence=0.3, **layout)
+    data = data_of(patients())
+    stage1 = stage1_for(data.dataset, members)
+    config = build_config(stage1, "classification", data, base=base, **config)
+    options = {"device": CPU, "attention": attention, "seed": 5}
+    classifier, tokenizer = trainer.build_llm(config, stage1, str(base), **options)
+    disturb_adapter(classifier.llm)
     if not new:
         nn.init.normal_(classifier.head.weight)
-    writer = LLMWriter(stage1, llm, verdict=collate.verdict, **layout)
-    writer.projection = classifier.projection
+    words = {name: getattr(classifier, name) for name in ("tokens", "bos", "verdict")}
+    writer = LLMWriter(stage1, classifier.projection, classifier.llm, **words)
+    collate = TextCollator(data.dataset, tokenizer, PromptOptions(), answers=True)
     return Parts(classifier.eval(), writer.eval(), collate)
 
 
 @contextlib.contextmanager
-def body_inputs(model: TrajectoryLLM) -> Iterator[list[dict[str, Any]]]:
+def body_inputs(model):
     """Yield a list that fills with the keywords of each call of the decoder body."""
-    seen: list[dict[str, Any]] = []
-
-    def keep(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs)
-
-    hook = model.body.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
+    seen = []
+    body = model.llm.get_decoder()
+    hook = body.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+    yield seen
+    hook.remove()
 
 
-def plain_sequence(model: TrajectoryLLM, batch: TextBatch, row: int) -> Tensor:
+def plain_states(stage1, batch, row):
+    """All states that row ``row`` can show a language model, by hand: (n, H), no padding."""
+    length = int(batch["observed"][row].any(1).sum())
+    series = [batch[name][row : row + 1, :length] for name in ("times", "values", "observed")]
+    until = batch["prediction_hours"][row : row + 1]
+    states = stage1.encoder(*series, until)[0]
+    return states if until[0] > series[0][0, -1] else states[:-1]
+
+
+def plain_sequence(model, batch, row):
     """Lay out one row by hand: (1, S, D) of <bos>, its soft tokens, its text; no padding."""
     embedding = model.llm.get_input_embeddings()
-    length = int(batch["observed"][row].any(1).sum())
-    times, values, observed, _ = (part[row : row + 1] for part in series_of(batch))
-    series = times[:, :length], values[:, :length], observed[:, :length]
-    assert isinstance(model.stage1, TrajectoryClassifier)
-    assert model.projection is not None
-    encoder = model.stage1.encoder
-    assert isinstance(encoder, ClinicalODERNN)
-    states = encoder(*series)[:, -PREFIX:]  # (1, up to P, H)
-    soft = model.projection.linear(states)
+    soft = model.projection.linear(plain_states(model.stage1, batch, row)[-model.tokens :])
     soft = soft / soft.square().mean(-1, keepdim=True).sqrt() * model.projection.scale
-    text = batch["input_ids"][row : row + 1, batch["text_mask"][row]]
-    return torch.cat([embedding(torch.tensor([[model.bos]])), soft, embedding(text)], dim=1)
+    text = embedding(batch["input_ids"][row, batch["text_mask"][row]])
+    return torch.cat([embedding(torch.tensor([model.bos])), soft.to(text.dtype), text])[None]

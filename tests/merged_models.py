@@ -1,21 +1,15 @@
 """Stages 2 and 3 on base models in folders, to be merged with their adapters."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM
 
-from dte_encoder import ClinicalODERNN
+import medgemma_trainer as trainer
 from language_models import (
-    CPU,
     classifier_and_writer,
     data_of,
     disturb_adapter,
@@ -28,16 +22,12 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import write_json
 from medgemma_clinical.inference import merge
 from medgemma_clinical.models.checkpoints import save_llm
-from medgemma_clinical.models.language_model import (
-    DTYPES,
-    load_language_model,
-    tiny_language_model,
-)
+from medgemma_clinical.models.language_model import tiny_language_model
 
-ENCODERS = {"ode_rnn": ClinicalODERNN}
+BUILDERS = trainer.BUILDERS
 
 
-def save_base(folder: Path, *, lively: bool = False) -> Path:
+def save_base(folder, *, lively=False):
     """Write a text-only Gemma 3 of two layers.
 
     Args:
@@ -54,16 +44,7 @@ def save_base(folder: Path, *, lively: bool = False) -> Path:
     return folder
 
 
-def save_stage(
-    run: Path,
-    stage: str,
-    base: Path,
-    quantization: str = "none",
-    precision: str = "fp32",
-    *,
-    change: float = 0.05,
-    **more: Any,
-) -> Path:
+def save_stage(run, stage, base, quantization="none", precision="fp32", *, change=0.05, **more):
     """Write the folder of a trained stage.
 
     Args:
@@ -75,9 +56,8 @@ def save_stage(
         change: standard deviation of LoRA's B.
         more: keys of the configuration.
     """
-    dtype, data = DTYPES[precision], data_of(patients())
-    llm, _ = load_language_model(str(base), quantization, dtype, CPU)
-    parts = classifier_and_writer(dtype, base=llm)
+    data = data_of(patients())
+    parts = classifier_and_writer(base, quantization=quantization, precision=precision)
     model = parts.classifier if stage == "classification" else parts.writer
     disturb_adapter(model.llm, change)
     prompts = asdict(PromptOptions())
@@ -91,7 +71,7 @@ def save_stage(
     return folder
 
 
-def spoil_file(model: Any, folder: Path, more: dict[str, Any]) -> None:
+def spoil_file(model, folder, more):
     """Write a model, and one of its matrices wrong."""
     type(model).save_pretrained(model, folder, **more)
     weights = load_file(folder / "model.safetensors")
@@ -99,11 +79,11 @@ def spoil_file(model: Any, folder: Path, more: dict[str, Any]) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def spoil_merge(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def spoil_merge(monkeypatch, fault):
     """Let the merge make one mistake."""
     right = merge.merge_adapter
 
-    def wrong(llm: Any, quantization: str) -> Any:
+    def wrong(llm, quantization):
         layers = [module for module in llm.modules() if isinstance(module, LoraLayer)]
         if fault == "a layer is left out":
             for module in layers[:7]:

@@ -1,7 +1,5 @@
 """The data that benchmarks build: nafld.py, splits.py, and the grid of rivals.py."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import pytest
-from numpy.typing import NDArray
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
@@ -55,7 +52,7 @@ EVENTS = pd.DataFrame(
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, pd.DataFrame]:
+def tables(monkeypatch):
     """Return miniatures of the three tables, which stand in the place of the package's."""
     tables = {"nafld1": PEOPLE, "nafld2": VALUES, "nafld3": EVENTS}
     package = SimpleNamespace(data=lambda _, name: tables[name])
@@ -63,17 +60,17 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def built(folder: Path) -> pd.DataFrame:
+def built(folder):
     return pd.read_csv(nafld.build(folder), keep_default_na=False).set_index("subject_id")
 
 
 @pytest.mark.usefixtures("tables")
-def test_those_with_a_known_outcome_and_a_series_are_taken(tmp_path: Path) -> None:
+def test_those_with_a_known_outcome_and_a_series_are_taken(tmp_path):
     assert built(tmp_path)["label_escalation"].to_dict() == {1: 0, 2: 1, 3: 0}
 
 
 @pytest.mark.usefixtures("tables")
-def test_a_row_holds_plausible_values_and_history_up_to_the_index(tmp_path: Path) -> None:
+def test_a_row_holds_plausible_values_and_history_up_to_the_index(tmp_path):
     row = built(tmp_path).loc[1]
     assert row["clinical_trajectory"] == "40 (0h) -> 41 (2400h)"
     assert row["trajectory_systolic_pressure [mmHg]"] == "125 (-240h)"
@@ -83,9 +80,7 @@ def test_a_row_holds_plausible_values_and_history_up_to_the_index(tmp_path: Path
     assert built(tmp_path).loc[2, "clinical_context"] == "67-year-old man"
 
 
-def test_nothing_after_the_index_changes_an_input(
-    tmp_path: Path, tables: dict[str, pd.DataFrame]
-) -> None:
+def test_nothing_after_the_index_changes_an_input(tmp_path, tables):
     before = built(tmp_path)
     values, events = VALUES.copy(), EVENTS.copy()
     values.loc[values["days"] > INDEX, "value"] += 1
@@ -96,7 +91,7 @@ def test_nothing_after_the_index_changes_an_input(
 
 
 @pytest.mark.usefixtures("tables")
-def test_the_program_reads_file_and_description(tmp_path: Path) -> None:
+def test_the_program_reads_file_and_description(tmp_path):
     dataset = MIMICtrajectoryDataset(nafld.build(tmp_path))
     assert dataset.features == ("HDL cholesterol", "systolic pressure", "FIB-4", "smoking")
     assert dataset.time_scale == nafld.TIME_SCALE
@@ -104,19 +99,19 @@ def test_the_program_reads_file_and_description(tmp_path: Path) -> None:
     assert dataset.flow["left"].tolist() == [5, 4, 3]
 
 
-def test_a_missing_package_is_one_line() -> None:
+def test_a_missing_package_is_one_line():
     with pytest.raises(SystemExit, match=r"^No module named 'no_such': pip install such$"):
         common.needed("no_such", "such")
 
 
-def rows(count: int) -> MIMICtrajectoryDataset:
+def rows(count):
     cells = [f"{k} (0h) -> {k + 2} (0.5h) -> {k + 4} (3h)" for k in range(count)]
     table = pd.DataFrame({"clinical_trajectory": cells, "trajectory_ph": "7 (1h) -> 8 (2h)"})
     table["label_escalation"] = [k % 2 for k in range(count)]
     return MIMICtrajectoryDataset(table)
 
 
-def test_the_grid_holds_the_mean_of_each_step_of_a_common_clock() -> None:
+def test_the_grid_holds_the_mean_of_each_step_of_a_common_clock():
     late = pd.DataFrame({"clinical_trajectory": ["1 (-2h) -> 3 (-1.5h) -> 5 (1h)", "9 (0h)"]})
     late["label_escalation"] = [0, 1]
     grid = rivals.on_grid(MIMICtrajectoryDataset(late), 1.0)[..., 0]
@@ -125,7 +120,7 @@ def test_the_grid_holds_the_mean_of_each_step_of_a_common_clock() -> None:
     assert rivals.on_grid(rows(2), 2.0).shape == (2, 2, 2)
 
 
-def test_a_part_is_standardised_on_the_training_part() -> None:
+def test_a_part_is_standardised_on_the_training_part():
     dataset = rows(60)
     parts, split = rivals.rival_parts(dataset, 0, 1.0), dataset.split(0)
     known = parts["train"]["X"]
@@ -142,19 +137,19 @@ class Rival:
     trained: ClassVar[int]
     parts: ClassVar[tuple[Any, ...]]
 
-    def __init__(self, patience: int, **_: object) -> None:
+    def __init__(self, patience, **_):
         self.patience, self.best_epoch = patience, 1
 
-    def fit(self, train: dict[str, NDArray[Any]], val: dict[str, NDArray[Any]]) -> None:
+    def fit(self, train, val):
         type(self).parts = (train, val)
         self.patience -= self.trained - 1
 
-    def predict_proba(self, test: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    def predict_proba(self, test):
         return np.stack([test["X"][:, 0, 0] * 0, test["X"][:, 0, 0]], axis=1)
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def file(tmp_path, monkeypatch):
     package = SimpleNamespace(GRUD=Rival)
     monkeypatch.setitem(sys.modules, "pypots", SimpleNamespace(classification=package))
     monkeypatch.setitem(sys.modules, "pypots.classification", package)
@@ -164,9 +159,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data.csv"
 
 
-def test_a_rival_learns_from_train_stops_on_validation_and_scores_test(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rival_learns_from_train_stops_on_validation_and_scores_test(file, monkeypatch):
     monkeypatch.setattr(Rival, "trained", 3, raising=False)
     risks, _ = rivals.train_rival("GRU-D", file, 0, 3, 1.0)
     parts = rivals.rival_parts(MIMICtrajectoryDataset(file), 0, 1.0)
@@ -175,15 +168,13 @@ def test_a_rival_learns_from_train_stops_on_validation_and_scores_test(
     np.testing.assert_allclose(risks, parts["test"]["X"][:, 0, 0])
 
 
-def test_a_rival_that_fails_in_silence_is_no_result(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rival_that_fails_in_silence_is_no_result(file, monkeypatch):
     monkeypatch.setattr(Rival, "trained", 2, raising=False)
     with pytest.raises(RuntimeError, match="GRU-D: training failed in epoch 3"):
         rivals.train_rival("GRU-D", file, 0, 50, 1.0)
 
 
-def test_the_large_test_parts_hold_each_patient_once_and_the_events_evenly() -> None:
+def test_the_large_test_parts_hold_each_patient_once_and_the_events_evenly():
     one, other = (splits.split_rows(common.SAMPLE, seed, 400) for seed in (0, 1))
     assert one["subject_id"].is_unique
     assert one["split"].value_counts().to_dict() == {"train": 200, "test": 140, "val": 60}

@@ -1,14 +1,10 @@
 """The ways of fusion that tests/benchmarks/fusion.py tries."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,7 +22,7 @@ from trajectories import dataset_of
 PATIENTS = list(range(8))
 
 
-def test_a_split_holds_so_many_patients_of_each_part_with_both_labels(tmp_path: Path) -> None:
+def test_a_split_holds_so_many_patients_of_each_part_with_both_labels(tmp_path):
     sizes = {"train": 200, "val": 100, "test": 50}
     copies = [fusion.with_split(common.SAMPLE, sizes, seed, tmp_path / "x.csv") for seed in (0, 1)]
     table = pd.read_csv(copies[1], dtype=str)
@@ -36,13 +32,13 @@ def test_a_split_holds_so_many_patients_of_each_part_with_both_labels(tmp_path: 
     assert (tmp_path / "x.json").exists()
 
 
-def test_a_caption_says_first_last_lowest_highest_and_trend() -> None:
+def test_a_caption_says_first_last_lowest_highest_and_trend():
     dataset = dataset_of(["24 (0h) -> 9 (1h) -> 30 (2h) -> 22.5 (4h)"])
     words = "first 24, last 22.5, lowest 9, highest 30, falling"
     assert fusion_ways.caption(dataset, 0) == f"{dataset.features[0]} {words}"
 
 
-def test_the_words_hold_mean_spread_and_risk() -> None:
+def test_the_words_hold_mean_spread_and_risk():
     data = data_for(arguments("--data_path", str(common.SAMPLE)))
     told = fusion_ways.with_summary(data, np.zeros(len(data.dataset))).dataset
     values = next(iter(data.dataset.measured(0)))[2]
@@ -51,10 +47,10 @@ def test_the_words_hold_mean_spread_and_risk() -> None:
     assert told.contexts[0] == f"{expected}. Estimated risk 50%"
 
 
-def test_closed_gates_change_nothing_and_open_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_gates_change_nothing_and_open_ones_do(monkeypatch):
     monkeypatch.setattr(wiring, "LLMClassifier", fusion_ways.CrossAttending)
     stage = stage_of_patients("--mode", "classification")
-    model: Any = stage.model.eval()
+    model = stage.model.eval()
     batch = stage.loaders["train"].collate_fn(PATIENTS)
     nn.init.normal_(model.head.weight)
     closed = model(batch).logit
@@ -65,23 +61,21 @@ def test_closed_gates_change_nothing_and_open_ones_do(monkeypatch: pytest.Monkey
     assert (model(batch).logit - closed).abs().min() > 1e-3
 
 
-def test_a_warm_up_moves_the_projection_alone() -> None:
+def test_a_warm_up_moves_the_projection_alone():
     flags = ("--model_name", "tiny", "--lora_dropout", "0")
     stage = stage_of_patients("--mode", "classification")
     before = {name: p.clone() for name, p in stage.model.named_parameters()}
-    fusion_ways.warm_up(stage, arguments(*flags), stage.loaders["train"].collate_fn.dataset)  # type: ignore[union-attr]
+    fusion_ways.warm_up(stage, arguments(*flags), stage.loaders["train"].collate_fn.dataset)
     after = dict(stage.model.named_parameters())
     moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
     assert moved == {"projection.linear.weight", "projection.linear.bias"}
     assert any("lora" in name and p.requires_grad for name, p in after.items())
 
 
-def test_a_margin_adds_the_mean_over_pairs_in_training_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_margin_adds_the_mean_over_pairs_in_training_alone(monkeypatch):
     monkeypatch.setattr(wiring, "LLMWriter", fusion_ways.MarginWriter)
     stage = stage_of_patients("--mode", "generative")
-    model: Any = stage.model.eval()
+    model = stage.model.eval()
     batch = stage.loaders["train"].collate_fn(PATIENTS)
     plain, labels = model(batch), batch["labels"] == 1
     trained = model.train()(batch)
@@ -90,7 +84,7 @@ def test_a_margin_adds_the_mean_over_pairs_in_training_alone(
     torch.testing.assert_close(trained.loss, plain.loss + margin)
 
 
-def test_the_weight_of_a_half_is_chosen_on_the_other_half() -> None:
+def test_the_weight_of_a_half_is_chosen_on_the_other_half():
     rng = np.random.default_rng(0)
     offset, patients = np.zeros(400), np.arange(400).astype(str)
     logit = rng.normal(size=400)

@@ -1,7 +1,5 @@
 """The contexts that tests/benchmarks/phrasings.py writes: apart, true, blind to the label."""
 
-from __future__ import annotations
-
 import re
 import sys
 from itertools import product
@@ -32,7 +30,7 @@ WOMAN, MAN = (
 )
 
 
-def test_twelve_phrasings_train_and_eight_others_test() -> None:
+def test_twelve_phrasings_train_and_eight_others_test():
     assert (len(set(TRAINING)), len(set(TESTING)), len({*TRAINING, *TESTING})) == (12, 8, 20)
     for facts in EVERY:
         other = next(unit for unit in UNITS if unit != facts.unit)
@@ -41,7 +39,7 @@ def test_twelve_phrasings_train_and_eight_others_test() -> None:
 
 
 @pytest.mark.parametrize("phrasing", [*TRAINING, *TESTING])
-def test_a_phrasing_says_the_facts_and_nothing_else(phrasing: tuple[str, str]) -> None:
+def test_a_phrasing_says_the_facts_and_nothing_else(phrasing):
     for facts in EVERY:
         other = next(unit for unit in UNITS if unit != facts.unit)
         text = phrasings.write(phrasing, facts, other)
@@ -57,7 +55,7 @@ def test_a_phrasing_says_the_facts_and_nothing_else(phrasing: tuple[str, str]) -
         assert_numbers_are_true(text, facts)
 
 
-def assert_numbers_are_true(text: str, facts: Facts) -> None:
+def assert_numbers_are_true(text, facts):
     """Read age and weight back, in the units and words that a text has them in."""
     stone = re.search(r"(\d+) stone (\d+)", text)
     pounds = re.search(r"(\d+) (?:lb|pounds)", text)
@@ -89,30 +87,30 @@ def assert_numbers_are_true(text: str, facts: Facts) -> None:
         assert phrasings.in_words(facts.age) in text or phrasings.in_decade(facts.age) in text
 
 
-def number_of(words: str) -> int:
+def number_of(words):
     return next(number for number in range(1000) if phrasings.in_words(number) == words)
 
 
-def test_numbers_in_words() -> None:
+def test_numbers_in_words():
     numbers = {0: "zero", 16: "sixteen", 70: "seventy", 76: "seventy-six", 100: "one hundred"}
     numbers |= {145: "one hundred and forty-five", 300: "three hundred"}
     assert {number: phrasings.in_words(number) for number in numbers} == numbers
 
 
-def test_thirds_of_a_decade() -> None:
+def test_thirds_of_a_decade():
     ages = {16: "mid teens", 20: "early twenties", 43: "early forties", 74: "mid seventies"}
     ages |= {77: "late seventies", 90: "early nineties"}
     assert {age: phrasings.in_decade(age) for age in ages} == ages
 
 
-def test_stone_convert_back() -> None:
+def test_stone_convert_back():
     for kg in range(20, 301):
         stone, pounds = map(int, phrasings.in_stone(kg).split(" stone "))
         assert pounds < 14
         assert round((14 * stone + pounds) / 2.20462) == kg
 
 
-def test_parts_have_their_phrasings_and_labels_no_say(tmp_path: Path) -> None:
+def test_parts_have_their_phrasings_and_labels_no_say(tmp_path):
     table = phrasings.read_table(400)
     first = pd.read_csv(phrasings.build(table, tmp_path, 3), dtype=str)
     shares = first["split"].value_counts(normalize=True)

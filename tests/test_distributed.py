@@ -1,95 +1,125 @@
-"""Which device a run takes."""
+"""Devices, kernels, memory, seeds, and launches of several processes."""
 
-from __future__ import annotations
-
-import os
+import json
+import re
 import subprocess
 import sys
-from pathlib import Path
+from datetime import timedelta
 
+import pandas as pd
 import pytest
 import torch
 
 import medgemma_trainer as trainer
 from medgemma_clinical import distributed
-from medgemma_clinical.commands import demo
-from medgemma_clinical.distributed import check_gpu
+from medgemma_clinical.distributed import SHARDING, derived_seed, exact_kernels
 from medgemma_clinical.files import InputError
+from medgemma_clinical.provenance import ROOT
 
-ROOT = Path(__file__).parent.parent
-PRECISIONS = """
-import torch
-from medgemma_clinical.distributed import processes
-print(torch.get_float32_matmul_precision())
-processes()
-print(torch.get_float32_matmul_precision())
-"""
-
-
-@pytest.fixture
-def unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A torch for CUDA on a machine with a GPU that it cannot use; returns the GPU's file."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(distributed, "GPUS", str(tmp_path / "nvidia[0-9]*"))
-    (tmp_path / "nvidia3").touch()
-    return tmp_path / "nvidia3"
-
-
-@pytest.mark.usefixtures("unusable_gpu")
-def test_the_cpu_of_a_gpu_machine_is_refused() -> None:
-    with pytest.raises(InputError, match=r"a newer driver .*whl/cu126.*CUDA_VISIBLE_DEVICES="):
-        check_gpu()
-
-
-def test_the_cpu_is_right_where_there_is_no_gpu_or_none_is_wanted(
-    unusable_gpu: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for hidden in ("", "-1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        check_gpu()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.version, "cuda", None)  # torch for CPUs
-        check_gpu()
-    unusable_gpu.unlink()
-    check_gpu()
-
-
-@pytest.mark.usefixtures("unusable_gpu")
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--trajectory_only",
-        "--dry_run",
-        "--ablation",
-        "--seeds 2",
-        "--predict --checkpoint x --predictions y.csv --data_path z.csv",
-    ],
+COMMANDS = (
+    *("--trajectory_only", "--dry_run", "--ablation", "--seeds 2"),
+    "--predict --checkpoint x --predictions y.csv --data_path z.csv",
 )
-def test_every_command_that_computes_refuses(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+
+
+def refused(words, text, capsys):
     assert trainer.main(words.split()) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot use this machine's NVIDIA GPU" in error
+    assert text in error
 
 
-@pytest.mark.usefixtures("unusable_gpu")
-def test_what_needs_no_gpu_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "run_demo", lambda *_: 0)
+def test_the_cpu_of_a_machine_with_a_gpu_is_refused_unless_wanted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "GPUS", "nvidia[0-9]*")
+    distributed.check_gpu()
+    (tmp_path / "nvidia3").touch()
+    for words in COMMANDS:
+        refused(words, "CUDA_VISIBLE_DEVICES=", capsys)
+    monkeypatch.setattr(trainer, "run_demo", lambda *_: 0)
     assert trainer.main(["--demo"]) == 0
-    assert trainer.main(["--compare", str(tmp_path)]) == 2
-    assert "NVIDIA" not in capsys.readouterr().err
+    refused("--compare none", "--compare", capsys)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        distributed.check_gpu()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(InputError):
+        distributed.check_gpu()
+    monkeypatch.setattr(torch.version, "cuda", None)  # torch for CPUs
+    distributed.check_gpu()
 
 
-def test_products_in_float32_keep_all_bits_where_a_container_asks_for_fewer() -> None:
-    asked = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
-    command = [sys.executable, "-c", PRECISIONS]
-    done = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["high", "highest"]
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_exact_kernels_are_on_within_the_block_alone(deterministic):
+    def kernels():
+        precision, repeatable = torch.get_float32_matmul_precision(), torch.utils.deterministic
+        own = torch.backends.cuda.cudnn_sdp_enabled(), torch.are_deterministic_algorithms_enabled()
+        return [precision, *own, repeatable.fill_uninitialized_memory]
+
+    @exact_kernels(deterministic=deterministic)
+    def work():
+        with exact_kernels():
+            pass
+        assert kernels() == ["highest", False, deterministic, not deterministic]
+        raise ZeroDivisionError
+
+    torch.set_float32_matmul_precision("medium")
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert kernels() == ["medium", True, False, True]
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_processes_wait_two_hours_for_the_first_and_draw_from_seeds_of_their_own(monkeypatch):
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: options)
+    assert distributed.processes.__wrapped__()["timeout"] == timedelta(hours=2)
+    seeds = [derived_seed(seed, number) for seed in range(50) for number in range(5)]
+    assert seeds[::5] == list(range(50)), "the first has the run's own"
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
+def test_a_new_measurement_forgets_the_peak_before():
+    block = [b"1" * 200 * 2**20]
+    block.append(block)  # as models that know each other: freed by the collector alone
+    high = distributed.peak_mib()
+    del block
+    distributed.reset_peak_memory()
+    assert distributed.peak_mib() < high - 150
+
+
+def test_the_configuration_in_the_docs_trains_as_one_process_does(dka_file, tmp_path):
+    def words(folder, batch):
+        shared = f"--trajectory_only --data_path {dka_file} --output_dir {tmp_path / folder}"
+        shared += f" --trajectory_epochs 2 --batch_size {batch} --min_cell 0 --log_file none"
+        return shared.split()
+
+    page = (ROOT / "medgemma_clinical" / "docs" / "hardware.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "ddp.yaml").write_text(shown)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ddp.yaml"]
+    launch += ["--num_processes", "2", "--main_process_port", "0", ROOT / "medgemma_trainer.py"]
+    done = subprocess.run([*launch, *words("two", 4)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("epoch 1/") == 1, "one of several processes speaks"
+    assert trainer.main(words("one", 8)) == 0
+    one, two = (tmp_path / folder / "trajectory" for folder in ("one", "two"))
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    for part in ("val", "test"):
+        tables = (pd.read_csv(folder / f"predictions_{part}.csv") for folder in (one, two))
+        pd.testing.assert_frame_equal(*tables, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("variable", "way"), SHARDING.items())
+def test_every_command_refuses_to_cut_a_model(variable, way, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, "false")
+    distributed.check_launch()
+    monkeypatch.setenv(variable, "True")
+    for words in ("--demo", "--compare x", *COMMANDS):
+        refused(words, way, capsys)
+    with pytest.raises(InputError, match=way):
+        trainer.fit_trajectory("x.csv")

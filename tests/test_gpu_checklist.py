@@ -1,7 +1,5 @@
 """tests/benchmarks/gpu.py at toy size, and the computed figures of docs/hardware.md."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import os
@@ -11,7 +9,6 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +27,7 @@ NEEDS_CUDA = {"Gradients, cuDNN attention on", "Two processes"}
 
 
 @pytest.fixture(scope="module")
-def printed() -> str:
+def printed():
     """Return what the whole checklist prints; nothing of it has failed."""
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--toy"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -38,14 +35,14 @@ def printed() -> str:
     return done.stdout
 
 
-def rows_of(text: str) -> dict[str, tuple[str, str]]:
+def rows_of(text):
     """Return state and figures of each step in the printed table."""
     rows = re.findall(r"^\| ([^|]+) \| (\w+), \d+ s \| (.+) \|$", text, re.MULTILINE)
     assert len(rows) == len({name for name, *_ in rows})
     return {name: (state, figures) for name, state, figures in rows}
 
 
-def test_every_step_stands_in_the_table_and_none_fails(printed: str) -> None:
+def test_every_step_stands_in_the_table_and_none_fails(printed):
     rows = rows_of(printed)
     assert list(rows) == list(gpu.STEPS)
     skipped = {name for name, (state, _) in rows.items() if state == "skipped"}
@@ -55,48 +52,46 @@ def test_every_step_stands_in_the_table_and_none_fails(printed: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is skipped without a GPU")
-def test_what_needs_a_gpu_says_so(printed: str) -> None:
+def test_what_needs_a_gpu_says_so(printed):
     rows = rows_of(printed)
     assert {rows[name][1] for name in NEEDS_CUDA} == {"no GPU"}
     assert "Findings" not in printed
 
 
-def test_the_steps_show_figures(printed: str) -> None:
+def test_the_steps_show_figures(printed):
     rows = rows_of(printed)
     assert "equal to the last bit" in rows["Stage 3 resumed"][1]
     assert "tokens a second" in rows["Stage 2, speed and memory"][1]
     assert re.search(r"8 reports of \d+ tokens", rows["Reports in a batch and one by one"][1])
 
 
-def breaks(plan: Plan) -> Result:
+def breaks(plan):
     sys.stdout.write("what it printed before\n")
     raise ValueError("something is wrong | here")
 
 
-def exits(plan: Plan) -> Result:
+def exits(plan):
     raise SystemExit(0)
 
 
-def dies(plan: Plan) -> Result:
+def dies(plan):
     os._exit(7)
 
 
-def hangs(plan: Plan) -> Result:
+def hangs(plan):
     time.sleep(60)
     return Result("")
 
 
-def leaves(plan: Plan) -> Result:
+def leaves(plan):
     raise SkippedError("no card")
 
 
-def works(plan: Plan) -> Result:
+def works(plan):
     return Result("1 MiB", ("larger than it should be",))
 
 
-def test_a_failure_is_named_and_stops_no_other_step(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_named_and_stops_no_other_step(monkeypatch, capsys):
     steps = {"A": breaks, "B": exits, "C": dies, "D": hangs, "E": leaves, "F": works}
     monkeypatch.setattr(gpu, "STEPS", steps)
     monkeypatch.setattr(gpu, "LONGEST", 1.0)
@@ -112,15 +107,13 @@ def test_a_failure_is_named_and_stops_no_other_step(
     assert text.endswith("Findings:\n- larger than it should be\n\nFailed: A, B, C, D\n")
 
 
-def test_findings_alone_are_no_failure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_findings_alone_are_no_failure(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "STEPS", {"F": works})
     assert gpu.main(["--toy"]) == 0
     assert "Failed" not in capsys.readouterr().out
 
 
-def test_the_parent_of_the_steps_leaves_the_card_alone() -> None:
+def test_the_parent_of_the_steps_leaves_the_card_alone():
     # A process that forks after CUDA began has children that cannot use it.
     program = (
         "import sys, torch\n"
@@ -138,17 +131,17 @@ def test_the_parent_of_the_steps_leaves_the_card_alone() -> None:
 # --------------------------------------------------------------------------- gpu_attention.py
 
 
-def toy() -> Plan:
+def toy():
     return Plan(Path(), toy=True)
 
 
 @pytest.fixture
-def faulty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def faulty(monkeypatch):
     """Let a fused attention multiply its result, and so its gradients, by a factor."""
     factor = [1.0]
     attend = torch.nn.functional.scaled_dot_product_attention
 
-    def fused(*arguments: Any, **more: Any) -> torch.Tensor:
+    def fused(*arguments, **more):
         return attend(*arguments, **more) * (factor[0] if flash_sdp_enabled() else 1.0)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
@@ -157,9 +150,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize(("factor", "said"), [(math.nan, "nan% apart"), (1.05, "5.0% apart")])
-def test_wrong_gradients_of_the_programs_attention_are_a_failure(
-    faulty: list[float], factor: float, said: str
-) -> None:
+def test_wrong_gradients_of_the_programs_attention_are_a_failure(faulty, factor, said):
     assert "largest difference" in gpu_attention.gradients_without_cudnn(toy()).figures
     faulty[0] = factor
     with pytest.raises(AssertionError, match=said) as failure:
@@ -167,9 +158,7 @@ def test_wrong_gradients_of_the_programs_attention_are_a_failure(
     assert "Gemma-3-270M, 40 positions, attention alone" in str(failure.value)
 
 
-def test_wrong_gradients_of_cudnn_are_findings(
-    faulty: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_gradients_of_cudnn_are_findings(faulty, monkeypatch):
     monkeypatch.setattr(gpu_attention, "skip_without_gpu", lambda: None)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
     assert not gpu_attention.gradients_with_cudnn(toy()).findings
@@ -179,7 +168,7 @@ def test_wrong_gradients_of_cudnn_are_findings(
     assert all(each.startswith("cuDNN attention on: ") for each in findings)
 
 
-def test_one_key_head_is_read_by_a_stride_of_zero() -> None:
+def test_one_key_head_is_read_by_a_stride_of_zero():
     # As in the model; what is repeated without a copy is what the kernels have got wrong.
     assert gpu_attention.repeat_kv(torch.zeros(2, 1, 5, 8), 4).stride(1) == 0
 
@@ -188,17 +177,17 @@ def test_one_key_head_is_read_by_a_stride_of_zero() -> None:
 
 
 @pytest.fixture(scope="module")
-def small() -> Any:
+def small():
     config = memory.text_config(2, hidden_size=64, intermediate_size=128, vocab_size=512)
     return memory.build(torch.bfloat16, config)
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_what_lives_behind_forward_is_what_autograd_keeps(small: Any, padded: bool) -> None:
+def test_what_lives_behind_forward_is_what_autograd_keeps(small, padded):
     own = {p.untyped_storage()._cdata for p in (*small.parameters(), *small.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept = {}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
             kept[storage._cdata] = storage
@@ -212,14 +201,14 @@ def test_what_lives_behind_forward_is_what_autograd_keeps(small: Any, padded: bo
     assert found.peak > found.kept
 
 
-def test_every_further_layer_adds_the_same() -> None:
+def test_every_further_layer_adds_the_same():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 512}
     models = [memory.build(torch.float32, memory.text_config(n, **sizes)) for n in (4, 5, 6, 7)]
     kept = [memory.measure_step(model, 2, 30, padded=True).kept for model in models]
     assert len({b - a for a, b in itertools.pairwise(kept)}) == 1
 
 
-def test_float32_without_padding_keeps_one_matrix_a_head_and_layer() -> None:
+def test_float32_without_padding_keeps_one_matrix_a_head_and_layer():
     config = memory.text_config(2, hidden_size=64, intermediate_size=128, vocab_size=512)
     model = memory.build(torch.float32, config)
     kept = {n: memory.measure_step(model, 1, n, padded=False).kept for n in (100, 200, 300)}
@@ -228,7 +217,7 @@ def test_float32_without_padding_keeps_one_matrix_a_head_and_layer() -> None:
 
 
 @pytest.mark.parametrize("padded", [True, False])
-def test_eager_attention_keeps_a_matrix_in_float32_and_in_bfloat16(padded: bool) -> None:
+def test_eager_attention_keeps_a_matrix_in_float32_and_in_bfloat16(padded):
     config = memory.text_config(2, hidden_size=64, intermediate_size=128, vocab_size=512)
     model = memory.build(torch.bfloat16, config, "eager")
     kept = {n: memory.measure_step(model, 1, n, padded=padded).kept for n in (100, 200, 300)}
@@ -239,7 +228,7 @@ def test_eager_attention_keeps_a_matrix_in_float32_and_in_bfloat16(padded: bool)
     assert f"6 bytes instead of 4, {layers * heads * 6 * 1024 / 2**20:.1f} MiB a token" in text
 
 
-def test_the_page_shows_the_computed_tables() -> None:
+def test_the_page_shows_the_computed_tables():
     page = PAGE.read_text(encoding="utf-8")
     for package, stated in re.findall(r"(torch|transformers|peft) (\d+\.\d+)[,)]", page):
         if not version(package).startswith(f"{stated}."):

@@ -1,260 +1,197 @@
-"""Held-out patients stay unseen by normaliser and stage 1; no figure depends on the batches."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+"""Held-out patients stay unseen by scales and stage 1; no metric depends on the batches."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from torch import Tensor
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from dte_encoder import ClinicalODERNN
-from language_models import CPU
-from medgemma_clinical.commands import stages as wiring
-from medgemma_clinical.evaluation import bootstrap
-from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import share_checkpoint
+from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.trained_model import check_stage1
 from medgemma_clinical.training.evaluate import evaluate
 from stages import STAGE_1, TINY, arguments, data_for, make_stage, stage1_of
-from trajectories import SERIES
+from trajectories import SERIES, table_of
 from visits import cohort
 
-TOO_LONG = "20 (0h) -> 21 (900000h)"
+NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
+NOTES = {"clinical_context": [f"note {k}" for k in range(60)]}
+TABLE = cohort().assign(prediction_hours="9")
 
 
-# --------------------------------------------------------------------------- the normaliser
+def many(**columns):
+    """Sixty patients whose series all differ."""
+    values = np.random.default_rng(5).uniform(8, 30, size=(60, 3)).round(3)
+    return table_of([f"{a} (0h) -> {b} (3h) -> {c} (6h)" for a, b, c in values], **columns)
 
 
-def scales(table: pd.DataFrame) -> dict[str, Tensor]:
-    """Return what a new stage 1 has fitted to a table: scales of values, summaries and facts."""
-    args = arguments(STAGE_1)
-    data = data_for(args, MIMICtrajectoryDataset(table))
-    assert data.dataset.fact_names
-    return dict(wiring.make_stage1(args, data, trainer.ENCODERS).named_buffers())
+def drawn(table, seed=0, most=0, max_len=20):
+    options = {"prompts": PromptOptions(), "min_cell": 0, "max_samples": most, "seed": seed}
+    return prepare_data(MIMICtrajectoryDataset(table, max_len), **options)
 
 
-def test_the_normaliser_sees_the_training_part_alone() -> None:
-    table = cohort()
-    split = MIMICtrajectoryDataset(table).split(0)
-    before = scales(table)
-    assert before
-    changed = table.copy()
+def stage1_file(folder, data, *flags):
+    """Write the file of an untrained stage 1 on some data; return its path."""
+    stage = make_stage(arguments(STAGE_1, *flags), data)
+    stage.save(folder / "trajectory", stage.config)
+    return folder / TRAJECTORY_FILE
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The file of a stage 1 of two members on ``TABLE``."""
+    return stage1_file(tmp_path_factory.mktemp("stage1"), drawn(TABLE), "--members", "2")
+
+
+def built(table, *flags):
+    """Return the stage 1 that a run with these flags would learn or read."""
+    args = arguments(*flags)
+    return stage1_of(args, data_for(args, MIMICtrajectoryDataset(table)))
+
+
+def test_fit_scales__sees_the_training_part_alone():
+    split, changed = MIMICtrajectoryDataset(TABLE).split(0), TABLE.copy()
+    before = dict(built(TABLE, STAGE_1).named_buffers())
     held_out = np.concatenate([split["val"], split["test"]])
     changed.loc[held_out, SERIES] = "900 (0h) -> -900 (5h)"
     changed.loc[held_out, "clinical_context"] = "visit 900, transferred"
-    after = scales(changed)
+    after = dict(built(changed, STAGE_1).named_buffers())
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed.loc[split["train"][0], SERIES] = "900 (0h)"
     changed.loc[split["train"][0], "clinical_context"] = "visit 900"
-    touched = scales(changed)
+    touched = dict(built(changed, STAGE_1).named_buffers())
     moved = {name for name in before if not torch.equal(before[name], touched[name])}
-    for part in ("encoder.value_mean", "summary_scaler.mean", "fact_scaler.mean"):
+    for part in ("encoder.scaler.mean", "summary_scaler.mean", "fact_scaler.mean"):
         assert any(part in name for name in moved), part
 
 
 # --------------------------------------------------------------------------- stage 1's patients
 
 
-@pytest.fixture(scope="module")
-def checkpoint(dka_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The file of a stage 1 that was trained for one epoch."""
-    folder = tmp_path_factory.mktemp("stage1")
-    words = [STAGE_1, "--data_path", str(dka_file), "--output_dir", str(folder)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "REPLICATES", 20)
-        assert trainer.main([*words, "--trajectory_epochs", "1", "--log_file", "none"]) == 0
-    return folder / TRAJECTORY_FILE
+@pytest.mark.parametrize(
+    ("trained", "table", "sample"),
+    [
+        (many(), many(), {"seed": 1, "max_len": 2}),  # the same file: by row number
+        (many(**NAMED), many(**NAMED).replace("0h", "1h", regex=True).head(50), {"seed": 1}),
+        (many(), many(**NOTES), {"seed": 1}),
+        (many(**NAMED), many(**NAMED), {"most": 30}),
+        (many(), many().head(50), {}),
+        (many(), many().sample(frac=1, random_state=0, ignore_index=True), {}),
+        (many(**NAMED), many(), {"seed": 1}),
+    ],
+)
+def test_check_stage1__counts_held_out_patients_that_trained(trained, table, sample, tmp_path):
+    first, data = drawn(trained), drawn(table, **sample)
+    path = stage1_file(tmp_path, first)
+    held_out = np.concatenate([data.split["val"], data.split["test"]])
+    last = [
+        each.dataset.values[each.dataset.offsets[1:][rows] - 1, 0]
+        for each, rows in ((first, first.split["train"]), (data, held_out))
+    ]
+    leaked = np.isin(last[1], last[0]).sum()
+    assert leaked
+    with pytest.raises(InputError, match=rf"{TRAJECTORY_FILE}: {leaked} of {len(held_out)} "):
+        check_stage1(read_trajectory(path), data, {})
 
 
-@pytest.fixture
-def second_stage(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., int]:
-    """Start stage 2 with stage 1's file; no language model may be loaded before it is refused."""
-
-    def too_late(*_: Any) -> None:
-        pytest.fail("minutes have gone into the language model")
-
-    monkeypatch.setattr(wiring, "load_language_model", too_late)
-
-    def start(data: Path, *flags: str) -> int:
-        words = ["--ode_checkpoint", str(checkpoint), "--data_path", str(data), *flags]
-        return trainer.main([*TINY, *words, "--output_dir", str(tmp_path / "run")])
-
-    return start
-
-
-def same_file(table: pd.DataFrame) -> pd.DataFrame:
-    return table
+@pytest.mark.parametrize(
+    ("trained", "table", "warned"),
+    [
+        (many(**NAMED), many(**NAMED, **NOTES), False),  # the same split
+        (many(), many(**NOTES), False),
+        (many(), cohort(60).drop(columns="subject_id"), True),
+        (many(**NAMED), cohort(60), False),
+    ],
+)
+def test_check_stage1__warns_of_other_patients_without_names(
+    trained, table, warned, tmp_path, caplog
+):
+    path, data = stage1_file(tmp_path, drawn(trained)), drawn(table)
+    caplog.clear()
+    check_stage1(read_trajectory(path), data, {})
+    assert [str(path) in line for line in caplog.messages] == [True] * warned
 
 
-def with_contexts(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(clinical_context=[f"note {k}" for k in range(len(table))])
-
-
-def in_another_order(table: pd.DataFrame) -> pd.DataFrame:
-    return table.sample(frac=1, random_state=0)
-
-
-def fewer(table: pd.DataFrame) -> pd.DataFrame:
-    return table.head(120)
+def test_check_stage1__takes_a_shared_copy_on_other_data_alone(tmp_path, caplog):
+    share_checkpoint(stage1_file(tmp_path, drawn(many())), tmp_path / "shared")
+    copy, other = read_trajectory(tmp_path / "shared" / TRAJECTORY_FILE), drawn(many().head(50))
+    with pytest.raises(InputError, match=TRAJECTORY_FILE):
+        check_stage1(copy, drawn(many()), {})
+    caplog.clear()
+    check_stage1(copy, other, {})
+    assert [str(copy.path) in line for line in caplog.messages] == [True]
 
 
 @pytest.mark.parametrize("mode", ["classification", "generative"])
+def test_main__refuses_a_leak_before_a_language_model_is_loaded(
+    mode, checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(language_model, "load_language_model", lambda *_, **__: pytest.fail("late"))
+    TABLE.to_csv(tmp_path / "data.csv", index=False)
+    words = [*TINY, "--mode", mode, "--ode_checkpoint", str(checkpoint), "--seed", "1"]
+    words += ["--data_path", str(tmp_path / "data.csv"), "--output_dir", str(tmp_path / "run")]
+    assert trainer.main(words) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert str(checkpoint) in error[-1]
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------- its data and flags
+
+
+@pytest.mark.parametrize("key", ["features", "units", "outcome", "label_column"])
+def test_check_stage1__refuses_other_data(key, tmp_path):
+    path, data = stage1_file(tmp_path, drawn(many())), drawn(many())
+    if key == "label_column":
+        data.dataset.reading = {**data.dataset.reading, key: "death"}
+    else:
+        setattr(data.dataset, key, "Death" if key == "outcome" else ("Lactate",))
+    with pytest.raises(InputError, match=f"{TRAJECTORY_FILE}: .*{key}"):
+        check_stage1(read_trajectory(path), data, {})
+
+
 @pytest.mark.parametrize(
-    ("change", "flags"),
+    ("flag", "same", "other"),
     [
-        (same_file, ("--seed", "1")),
-        (same_file, ("--max_samples", "100")),
-        (with_contexts, ("--seed", "1")),
-        (in_another_order, ()),
-        (fewer, ()),
+        *(("members", "2", "3"), ("time_scale", "72", "24"), ("dynamics", "ode", "decay")),
+        *(("solver", "rk4", "dopri5"), ("prediction_time", "on", "off"), ("facts", "on", "off")),
     ],
 )
-def test_stage_1_may_not_have_learned_from_patients_who_are_held_out(
-    change: Callable[[pd.DataFrame], pd.DataFrame],
-    flags: tuple[str, ...],
-    mode: str,
-    second_stage: Callable[..., int],
-    dka_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data = tmp_path / "data.csv"
-    change(pd.read_csv(dka_file)).to_csv(data, index=False)
-    assert second_stage(data, "--mode", mode, *flags) == 2
-    error = capsys.readouterr().err
-    assert "held-out patients trained this encoder: use the same --seed and --max_samples" in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
+def test_make_stage1__loads_the_saved_one_frozen_or_refuses_a_flag(flag, same, other, checkpoint):
+    words = "--ode_checkpoint", str(checkpoint), f"--{flag}"
+    loaded, saved = built(TABLE, *words, same), read_trajectory(checkpoint).weights
+    assert loaded.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    assert not any(each.requires_grad for each in loaded.parameters())
+    with pytest.raises(InputError, match=f"--{flag}"):
+        built(TABLE, *words, other)
 
 
-def test_a_shared_copy_is_refused_on_the_data_that_trained_it(
-    checkpoint: Path, dka_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The copy does not know who trained, and the split may be another: here it is the same."""
-    share_checkpoint(checkpoint, tmp_path / "shared")
-    copy = tmp_path / "shared" / TRAJECTORY_FILE
-    words = [*TINY, "--ode_checkpoint", str(copy), "--data_path", str(dka_file)]
-    assert trainer.main([*words, "--output_dir", str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert "a shared copy, trained on these very data, does not know which patients" in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_shared_copy_on_other_data_is_warned_of(
-    checkpoint: Path, dka_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    share_checkpoint(checkpoint, tmp_path / "shared")
-    copy = tmp_path / "shared" / TRAJECTORY_FILE
-    in_another_order(pd.read_csv(dka_file)).to_csv(tmp_path / "data.csv", index=False)
-    args = arguments("--ode_checkpoint", str(copy), "--data_path", str(tmp_path / "data.csv"))
-    assert stage1_of(args, data_for(args)) is not None
-    (line,) = [each for each in caplog.messages if "shared copy" in each]
-    assert "a leak cannot be found: make sure that none of them is held out here" in line
-
-
-def test_an_encoder_of_another_series_is_refused(
-    second_stage: Callable[..., int],
-    dka_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    data = tmp_path / "data.csv"
-    data.write_bytes(dka_file.read_bytes())
-    data.with_suffix(".json").write_text('{"series": "Lactate", "unit": "mmol/L"}')
-    assert second_stage(data) == 2
-    assert "trained on features" in capsys.readouterr().err
-
-
-def test_another_clock_than_stage_1s_is_refused(
-    second_stage: Callable[..., int], dka_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert second_stage(dka_file, "--time_scale", "24") == 2
-    assert "its --time_scale is 72.0: leave the flag out" in capsys.readouterr().err
-
-
-def test_a_new_encoder_has_the_datas_clock_and_a_loaded_one_its_own(
-    checkpoint: Path, dka_file: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data.csv"
-    data.write_bytes(dka_file.read_bytes())
-    data.with_suffix(".json").write_text('{"time_scale": 24}')
+def test_make_stage1__takes_the_datas_clock_if_new_and_its_own_if_loaded(checkpoint, tmp_path):
+    TABLE.to_csv(tmp_path / "data.csv", index=False)
+    (tmp_path / "data.json").write_text('{"time_scale": 24}')
     loaded = ["--ode_checkpoint", str(checkpoint)]
     for flags, scale in (([], 24.0), (["--time_scale", "9"], 9.0), (loaded, 72.0)):
-        args = arguments("--data_path", str(data), *flags)
-        stage1: Any = stage1_of(args, data_for(args))
-        assert stage1.encoder.time_scale == scale
-
-
-def test_a_loaded_stage_1_is_the_saved_one_and_learns_no_more(
-    checkpoint: Path, dka_file: Path
-) -> None:
-    args = arguments("--ode_checkpoint", str(checkpoint), "--data_path", str(dka_file))
-    loaded = stage1_of(args, data_for(args))
-    assert loaded is not None
-    saved = read_trajectory(checkpoint).weights
-    state = loaded.state_dict()
-    assert saved.keys() == state.keys()
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in state.items())
-    assert not any(p.requires_grad for p in loaded.parameters())
+        assert built(tmp_path / "data.csv", *flags).encoder.time_scale == scale
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_a_gap_that_the_encoder_cannot_hold_is_refused(
-    loaded: bool, checkpoint: Path, dka_file: Path, tmp_path: Path
-) -> None:
-    table = pd.read_csv(dka_file)
-    table.loc[0, SERIES] = TOO_LONG
-    table.to_csv(tmp_path / "long.csv", index=False)
-    flags = ["--ode_checkpoint", str(checkpoint)] if loaded else []
-    args = arguments("--data_path", str(tmp_path / "long.csv"), *flags)
-    with pytest.raises(InputError, match=r"gap of 900000 h in the data needs a larger --time_s"):
-        stage1_of(args, data_for(args))
-
-
-# --------------------------------------------------------------------------- batches
-
-
-def scored(dka_file: Path, batch_size: int) -> Predictions:
-    """Return a new stage 1's predictions of the validation part."""
-    args = arguments(STAGE_1, "--data_path", str(dka_file), "--batch_size", str(batch_size))
-    stage = make_stage(args, data_for(args))
-    return evaluate(stage.model, stage.loaders["val"], CPU)
+def test_make_stage1__refuses_a_gap_that_the_encoder_cannot_hold(loaded, checkpoint):
+    table = TABLE.copy()
+    table.loc[0, [SERIES, "prediction_hours"]] = "20 (0h) -> 21 (900000h)", "900000"
+    with pytest.raises(InputError, match="--time_scale"):
+        built(table, *(["--ode_checkpoint", str(checkpoint)] if loaded else []))
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
-def test_no_figure_depends_on_the_batch_size(batch_size: int, dka_file: Path) -> None:
-    whole, parts = scored(dka_file, 64), scored(dka_file, batch_size)
+def test_evaluate__does_not_depend_on_the_batch_size(batch_size):
+    flags = [[STAGE_1, "--batch_size", str(size)] for size in (batch_size, 64)]
+    stages = [make_stage(arguments(*words), drawn(TABLE)) for words in flags]
+    parts, whole = (evaluate(each.model, each.batches["val"], each.collate) for each in stages)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
     np.testing.assert_allclose(parts.logit, whole.logit, atol=1e-5)
     assert parts.rows.tolist() == whole.rows.tolist()
-
-
-def test_stage_1_plans_each_batch_once_and_ahead(
-    dka_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned: list[int] = []
-    plan = ClinicalODERNN.plan
-
-    def planning(encoder: Any, *batch: Tensor) -> Any:
-        planned.append(len(batch[0]))
-        return plan(encoder, *batch)
-
-    monkeypatch.setattr(ClinicalODERNN, "plan", planning)
-    args = arguments(STAGE_1, "--data_path", str(dka_file))
-    stage = make_stage(args, data_for(args))
-    batches = list(stage.loaders["train"])
-    assert planned == [16] * 8
-    for batch in batches:
-        stage.model(batch)
-    assert planned == [16] * 8

@@ -1,34 +1,37 @@
-"""Stages as the script wires them: parts that learn, their rates, batches, what is monitored."""
+"""Stages as the script wires them: what learns, at which rates, from what; steps; no idle work."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any, ClassVar
+import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from scipy.special import expit
 
 import medgemma_trainer as trainer
-from language_models import CPU, patients
-from medgemma_clinical.evaluation.decision import DecisionRule
+from dte_encoder import ClinicalODERNN
+from language_models import body_inputs, patients, plain_states
+from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.generation import score_reports
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
-from medgemma_clinical.models.trajectory_llm import LLMClassifier, TrajectoryLLM
-from medgemma_clinical.training.evaluate import evaluate
-from medgemma_clinical.training.stage import Stage
-from stages import STAGE_1, stage_of_patients
+from medgemma_clinical.models.trained_model import load_trained_model
+from medgemma_clinical.training.evaluate import evaluate, outputs
+from stages import arguments, stage_of_patients
 
-MODES = ("classification", "generative")
+ONE, TWO, THREE = "--trajectory_only", "--mode classification", "--mode generative"
+TRAINED = 8
+"""Rows that train; four validate, four test."""
+
+ROWS = [3, 1, 9]
+FACTS = ["static_bmi [kg/m2]", "static_admissions"]
 
 
-@pytest.fixture(scope="module")
-def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, Path]:
-    """An untrained stage 1, and its file."""
-    folder = tmp_path_factory.mktemp("run")
-    stage = stage_of_patients(STAGE_1, "--members", "2")
+def stage_of(flags=""):
+    return stage_of_patients(*flags.split())
+
+
+def save_stage1(folder, flags=""):
+    """Write an untrained stage 1 that says something; return it and its file."""
+    stage = stage_of(f"{ONE} {flags}")
     for name, weight in stage.model.named_parameters():
         if "wide" in name:  # a new one says nothing
             torch.nn.init.normal_(weight)
@@ -36,232 +39,264 @@ def stage1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stage, Path]:
     return stage, folder / TRAJECTORY_FILE
 
 
-def started(seed: int) -> dict[str, Tensor]:
-    """Return the weights that stage 2 adds to the base model, as they begin."""
-    state = stage_of_patients("--mode", "classification", "--seed", str(seed)).model.state_dict()
-    return {name: weight for name, weight in state.items() if "base_layer" not in name}
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    return save_stage1(tmp_path_factory.mktemp("run"), "--members 2")
 
 
-def test_the_same_seed_gives_the_same_start_and_another_seed_another() -> None:
-    first, again, other = started(0), started(0), started(1)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    for part in ("lora_A", "projection.linear", "encoder.field", "stage1.members.0.head.facts"):
-        names = [name for name in first if part in name and "weight" in name]
-        assert names
-        assert not any(torch.equal(first[name], other[name]) for name in names)
+def test_members_and_seeds_begin_apart_and_the_first_member_is_the_single_run():
+    begun = {}
+    for seed in (0, 1, 2, 2**32 - 2, 2**32 - 1):
+        alone = stage_of(f"{ONE} --seed {seed}").model
+        many = stage_of(f"{ONE} --seed {seed} --members 3").model
+        for name, tensor in alone.state_dict().items():
+            assert torch.equal(many.state_dict()[name], tensor), name
+        for member in many.members:
+            for name, weight in member.named_parameters():
+                begun.setdefault(name, []).append(weight.detach().numpy())
+    drawn = {name for name, weights in begun.items() if weights[0].std() > 0}
+    assert {"encoder.read.weight", "head.attention.weight", "head.facts.0.weight"} <= drawn
+    assert all(len({weight.tobytes() for weight in begun[name]}) == 15 for name in drawn)
+    one, two = (stage_of(f"{TWO} --seed {seed}").model.state_dict() for seed in (0, 1))
+    for part in ("lora_A", "projection.linear"):
+        added = [name for name in one if part in name and "weight" in name]
+        assert added
+        assert not any(torch.equal(one[name], two[name]) for name in added)
 
 
-def part_of(name: str) -> str:
+def test_a_new_stage_2_predicts_what_stage_1_does(stage1):
+    one, file = stage1
+    stage = stage_of(f"{TWO} --ode_checkpoint {file}")
+    expected = evaluate(one.model, one.batches["test"], one.collate)
+    found = evaluate(stage.model, stage.batches["test"], stage.collate)
+    np.testing.assert_allclose(found.logit, expected.logit, atol=1e-6)
+    np.testing.assert_allclose(stage.stage1[found.rows], expit(expected.logit), atol=1e-6)
+    assert np.std(expected.logit) > 0
+    scored = outputs(stage.model, stage.batches["test"], stage.collate)
+    assert not any(output.logit.requires_grad for _, output in scored)
+
+
+def part_of(name):
     """Return the part of a parameter: of a member, whose number and encoder or head."""
     words = name.removeprefix("stage1.").split(".")
     return ".".join(words[: 3 if words[0] == "members" else 1])
 
 
-@pytest.mark.parametrize(
-    ("mode", "encoder"),
-    [
-        ("classification", "learns"),
-        ("classification", "frozen"),
-        ("trajectory", "frozen"),
-        ("generative", "learns"),
-        ("generative", "of stage 1"),
-    ],
-)
-def test_a_stage_trains_its_parts_and_no_others(
-    mode: str, encoder: str, stage1: tuple[Stage, Path]
-) -> None:
-    flags = {"learns": ["--members", "2"], "frozen": ["--members", "2", "--freeze_ode"]}.get(
-        encoder, ["--ode_checkpoint", str(stage1[1])]
-    )
-    kind = [STAGE_1] if mode == "trajectory" else ["--mode", mode]
-    stage = stage_of_patients(*kind, *flags)
-    learning = {part_of(n) for n, p in stage.model.named_parameters() if p.requires_grad}
-    expected = set() if mode == "trajectory" else {"projection", "llm"}
-    expected |= {"head"} if mode == "classification" else set()
-    parts = {"learns": ("encoder", "head"), "frozen": ("head",)}.get(encoder, ())
-    expected |= {f"members.{k}.{part}" for k in range(2) for part in parts}
-    assert learning == expected
-    grouped = [id(p) for group in stage.parameter_groups() for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in stage.model.parameters() if p.requires_grad)
+PAIR = "--members 2 --encoder_lr 0.5"
+MEMBERS = {f"members.{k}.{part}": 0.5 for k in (0, 1) for part in ("encoder", "head")}
+HEADS = {name: rate for name, rate in MEMBERS.items() if "head" in name}
+ADDED = {"projection": 1e-3, "llm": 2e-4}
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("flags", "rates"),
     [
-        ((STAGE_1, "--encoder_lr", "0.5"), {"members": 0.5}),
-        (
-            ("--encoder_lr", "0.5", "--projection_lr", "0.4", "--adapter_lr", "0.3"),
-            {"stage1": 0.5, "projection": 0.4, "llm": 0.3, "head": 1e-3},
-        ),
-        (
-            ("--freeze_ode", "--head_lr", "0.2"),
-            {"stage1": 2e-3, "projection": 1e-3, "llm": 2e-4, "head": 0.2},
-        ),
-        (("--mode", "generative", "--soft_prompt", "off"), {"llm": 2e-4}),
+        (f"{ONE} {PAIR}", MEMBERS),
+        (f"{ONE} {PAIR} --freeze_ode", HEADS),
+        (f"{PAIR} --adapter_lr 0.3", {**MEMBERS, **ADDED, "llm": 0.3, "head": 1e-3}),
+        (f"{PAIR} --freeze_ode --head_lr 0.2", {**HEADS, **ADDED, "head": 0.2}),
+        (f"{THREE} {PAIR} --projection_lr 0.4", {**MEMBERS, **ADDED, "projection": 0.4}),
+        (f"{THREE} --ode_checkpoint FILE", ADDED),
+        (f"{THREE} --soft_prompt off", {"llm": 2e-4}),
     ],
 )
-def test_each_part_learns_at_the_rate_of_its_flag(
-    flags: tuple[str, ...], expected: dict[str, float]
-) -> None:
-    stage = stage_of_patients(*flags)
-    parts = {id(p): name.split(".")[0] for name, p in stage.model.named_parameters()}
-    found = {
-        (parts[id(p)], group["lr"]) for group in stage.parameter_groups() for p in group["params"]
-    }
-    assert sorted(found) == sorted(expected.items())
+def test_a_stage_trains_its_parts_at_the_rates_of_their_flags(flags, rates, stage1):
+    stage = stage_of(flags.replace("FILE", str(stage1[1])))
+    names = {p: part_of(name) for name, p in stage.model.named_parameters()}
+    grouped = [(p, group["lr"]) for group in stage.parameter_groups() for p in group["params"]]
+    assert {(names[p], rate) for p, rate in grouped} == {*rates.items()}
+    assert sorted(id(p) for p, _ in grouped) == sorted(id(p) for p in names if p.requires_grad)
 
 
-def test_stage_2_reads_no_answer_and_stage_3_monitors_its_loss() -> None:
-    classification, generative = (stage_of_patients("--mode", mode) for mode in MODES)
-    assert (classification.monitor, classification.higher_is_better) == ("val_auroc", True)
-    assert (generative.monitor, generative.higher_is_better) == ("val_loss", False)
-    for stage, answered in ((classification, False), (generative, True)):
-        batch = next(iter(stage.loaders["val"]))
-        ends = batch["verdict"] + 1 == batch["text_mask"].sum(1)
-        assert bool(ends.all()) != answered
-
-
-def test_a_new_stage_2_predicts_what_stage_1_does(stage1: tuple[Stage, Path]) -> None:
-    stage = stage_of_patients("--mode", "classification", "--ode_checkpoint", str(stage1[1]))
-    one = evaluate(stage1[0].model, stage1[0].loaders["test"], CPU)
-    two = evaluate(stage.model, stage.loaders["test"], CPU)
-    np.testing.assert_allclose(two.logit, one.logit, atol=1e-6)
-    assert float(np.std(one.logit)) > 0
-    assert isinstance(stage.model, LLMClassifier)
-    assert isinstance(stage.model.stage1, TrajectoryClassifier)
-    assert len(stage.model.stage1.members) == 2
-    assert stage.config["inputs"] == {
-        "facts": ["static_bmi [kg/m2]", "static_admissions"],
-        "prediction_time": True,
-    }
-
-
-def test_a_stage_without_stage_1_reads_no_facts_and_no_prediction_time() -> None:
-    """Else a file that lacks them would be refused for nothing."""
-    config = stage_of_patients("--soft_prompt", "off").config
-    assert config["inputs"] == {"facts": [], "prediction_time": False}
+@pytest.mark.parametrize("flags", [TWO, f"{THREE} --lora_rank 3", f"{TWO} --base_weights random"])
+def test_training_and_loading_build_a_model_with_the_same_lines(
+    flags, stage1, tmp_path, monkeypatch
+):
+    parts = [(trainer, name) for name in ("SoftPrompt", "LoraConfig", "TrajectoryMember")]
+    parts.append((language_model, "load_language_model"))
+    spies = {name: mock.Mock(wraps=getattr(place, name)) for place, name in parts}
+    for place, name in parts:
+        monkeypatch.setattr(place, name, spies[name])
+    stage = stage_of(f"{flags} --ode_checkpoint {stage1[1]} --lora_dropout 0")
+    assert stage.config["base_weights"] == spies[name].call_args.kwargs["weights"]
+    (tmp_path / stage.name).mkdir()
+    stage.save(tmp_path / stage.name, stage.config)
+    if "random" in flags:  # a control is never used
+        with pytest.raises(ValueError, match="--checkpoint"):
+            load_trained_model(tmp_path / stage.name, trainer.BUILDERS)
+        return
+    load_trained_model(tmp_path / stage.name, trainer.BUILDERS)
+    for name, spy in spies.items():
+        calls = [each.kwargs for each in spy.call_args_list]
+        assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
+        assert len(calls) == (4 if name == "TrajectoryMember" else 2)  # of two members
 
 
 @pytest.mark.parametrize(
-    ("flags", "inputs"),
-    [
-        (("--facts", "off"), {"facts": [], "prediction_time": True}),
-        (
-            ("--prediction_time", "off"),
-            {"facts": ["static_bmi [kg/m2]", "static_admissions"], "prediction_time": False},
-        ),
-    ],
+    ("flags", "facts", "time"),
+    [("", FACTS, True), ("--facts off", [], True), ("--prediction_time off", FACTS, False)],
 )
-def test_stage_1_decides_what_stage_2_reads(
-    flags: tuple[str, str], inputs: dict[str, Any], tmp_path: Path
-) -> None:
-    one = stage_of_patients(STAGE_1, *flags)
-    one.save(tmp_path / "trajectory", one.config)
-    loaded = ("--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE))
-    for more in ((), flags):
-        stage = stage_of_patients(*loaded, *more)
-        assert stage.config["inputs"] == one.config["inputs"] == inputs
-    batch = stage.loaders["test"].collate_fn([13, 15])
-    assert batch["facts"].shape == (2, len(inputs["facts"]))
-    last = batch["times"].amax(dim=1)
-    assert torch.equal(batch["prediction_hours"], last) != inputs["prediction_time"]
+def test_stage_1_decides_what_stage_2_reads(flags, facts, time, tmp_path):
+    one, file = save_stage1(tmp_path, flags)
+    for more in ("", flags):
+        stage = stage_of(f"--ode_checkpoint {file} {more}")
+        assert stage.config["inputs"] == one.config["inputs"]
+        assert stage.config["inputs"] == {"facts": facts, "prediction_time": time}
+    batch = stage.collate([13, 15])
+    assert batch["facts"].shape == (2, len(facts))
+    assert torch.equal(batch["prediction_hours"], batch["times"].amax(dim=1)) != time
 
 
-# --------------------------------------------------------------------------- members
+def decoder_inputs(stage):
+    """Return text ids, embeddings and mask of some rows, as they reach the decoder."""
+    batch = stage.collate(ROWS)
+    with body_inputs(stage.model.eval()) as seen:
+        stage.model(batch)
+    return batch["input_ids"], seen[0]["inputs_embeds"], seen[0]["attention_mask"].bool()
 
 
-def test_the_first_member_is_the_single_run_and_the_second_that_of_the_next_seed() -> None:
-    flags = ("--dynamics", "decay")
-    both = stage_of_patients(STAGE_1, "--members", "2", "--seed", "4", *flags).model.state_dict()
-    for member, seed in enumerate(("4", "5")):
-        alone = stage_of_patients(STAGE_1, "--seed", seed, *flags).model.state_dict()
-        for name, tensor in alone.items():
-            assert torch.equal(both[name.replace("members.0", f"members.{member}")], tensor), name
-    learning = [name for name in alone if "head.facts.0.weight" in name or "read.weight" in name]
-    assert len(learning) == 2
-    assert not any(
-        torch.equal(both[name], both[name.replace("members.0", "members.1")]) for name in learning
-    )
+def states_of(stage, rows):
+    """Return how many states each row of stage 1's could show a language model."""
+    batch = stage.collate(rows)
+    return [len(plain_states(stage.model.stage1, batch, row)) for row in range(len(rows))]
 
 
-def test_the_seed_behind_the_last_is_the_first() -> None:
-    last = stage_of_patients(STAGE_1, "--seed", str(2**32 - 1), "--members", "2").model
-    first = stage_of_patients(STAGE_1, "--seed", "0").model.get_parameter(
-        "members.0.head.attention.weight"
-    )
-    assert torch.equal(last.get_parameter("members.1.head.attention.weight"), first)
+def test_the_number_of_soft_tokens_changes_nothing_but_their_number():
+    whole = stage_of()
+    (ids, eight, mask), states = decoder_inputs(whole), states_of(whole, ROWS)
+    assert min(states) < 8 < max(states)
+    for number, flags in ((0, "--soft_prompt off"), (3, "--num_prefix_tokens 3")):
+        stage = stage_of(flags)
+        same, few, few_mask = decoder_inputs(stage)
+        assert torch.equal(ids, same)
+        for row, n in enumerate(states):
+            long, short = eight[row, mask[row]], few[row, few_mask[row]]
+            dropped = min(8, n) - min(number, n)
+            assert len(long) == len(short) + dropped
+            torch.testing.assert_close(torch.cat([long[:1], long[1 + dropped :]]), short)
+        read = {"stage1", "projection"} if number else set()
+        parts = {name for name, _ in stage.model.named_children()}
+        assert parts == {*stage.learning_rates} == {"llm", "head"} | read
+        if not number:  # else a file that lacks facts would be refused for nothing
+            assert stage.config["encoder"] is None
+            assert stage.config["inputs"] == {"facts": [], "prediction_time": False}
+    most = stage_of("--num_prefix_tokens 4096")
+    assert most.model.tokens == max(states_of(most, range(len(patients()))))
 
 
-def test_more_soft_tokens_than_observations_cost_nothing() -> None:
-    model = stage_of_patients("--mode", "classification", "--num_prefix_tokens", "4096").model
-    assert isinstance(model, TrajectoryLLM)
-    assert model.tokens == max(patients().lengths)
+def test_soft_tokens_and_stage_1s_logit_go_one_without_the_other(stage1):
+    first, file = stage1
+    stage = stage_of(f"--soft_prompt off --ode_checkpoint {file}")
+    text = decoder_inputs(stage_of("--soft_prompt off"))
+    assert all(map(torch.equal, text, decoder_inputs(stage)))
+    expected = first.model.eval()(first.collate(ROWS)).logit
+    torch.testing.assert_close(stage.model(stage.collate(ROWS)).logit, expected)
+    assert (stage.config["num_prefix_tokens"], stage.config["stage1_logit"]) == (0, True)
+    whole = stage_of(f"--stage1_logit off --ode_checkpoint {file}")
+    assert (whole.config["num_prefix_tokens"], whole.config["stage1_logit"]) == (8, False)
+    logit = whole.model(whole.collate(ROWS)).logit
+    torch.testing.assert_close(logit, logit[:1].expand(len(ROWS)))
 
 
-def test_layers_are_recomputed_where_the_flag_asks_for_it() -> None:
-    for flags, on in (([], False), (["--gradient_checkpointing"], True)):
-        model = stage_of_patients("--mode", "classification", *flags).model
-        assert isinstance(model, TrajectoryLLM)
-        assert model.body.gradient_checkpointing == on
+@pytest.mark.parametrize(("way", "shuffled"), [("on", False), ("shuffled", True)])
+def test_a_control_reads_the_states_of_other_patients_and_says_so(way, shuffled, stage1):
+    stage = stage_of(f"--ode_checkpoint {stage1[1]} --soft_prompt {way}")
+    assert stage.config["shuffled"] == shuffled == (stage.collate.donors is not None)
 
 
-def test_a_written_verdict_is_the_decision_of_the_row() -> None:
-    stage = stage_of_patients("--mode", "generative")
-    assert stage.generate is not None
-    predictions = evaluate(stage.model, stage.loaders["test"], CPU)
-    threshold = float(np.median(predictions.probability))
-    decided = predictions.with_rule(DecisionRule(threshold=threshold))
-    assert decided.alarms.tolist() != predictions.alarms.tolist(), "the threshold must matter"
-    lines, _ = score_reports(patients(), stage.generate(decided), decided, 0, 0)
-    assert [line["verdict"] for line in lines] == decided.alarms.astype(int).tolist()
+@pytest.mark.parametrize(
+    ("series", "context"),
+    [("all", "none"), ("main", "full"), ("last", "full"), ("none", "none")],
+)
+def test_text_options_change_the_text_alone(series, context):
+    whole = stage_of()
+    part = stage_of(f"--series_text {series} --text_context {context}")
+    (_, soft, _), (ids, embeddings, _) = decoder_inputs(whole), decoder_inputs(part)
+    text = whole.text.tokenizer.decode(ids[1])
+    assert ("known diabetes" in text) == (context == "full")
+    assert ("->" in text) == (series in ("all", "main"))
+    assert ("Last values" in text) == (series == "last")
+    tokens = 1 + min(8, states_of(whole, ROWS)[1])
+    assert torch.equal(soft[1, :tokens], embeddings[1, :tokens])
 
 
-class GapEncoder(nn.Module):
-    """A second encoder, by the protocol alone: a GRU that reads values and gaps."""
-
-    name: ClassVar[str] = "gap_gru"
-    longest_gap_hours = float("inf")
-
-    def __init__(self, input_dim: int, hidden_dim: int = 8, **options: Any) -> None:
-        super().__init__()
-        self.input_dim, self.hidden_dim, self.options = input_dim, hidden_dim, options
-        self.cell = nn.GRU(input_dim + 1, hidden_dim, batch_first=True)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {"input_dim": self.input_dim, "hidden_dim": self.hidden_dim, **self.options}
-
-    def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
-        assert values[observed].isfinite().all()
-
-    def forward(self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor) -> Tensor:
-        states: Tensor = self.cell(torch.cat([values, times[:, :, None].log1p()], dim=2))[0]
-        present = observed.any(dim=2)
-        last = states[torch.arange(len(states)), present.sum(dim=1) - 1]
-        return torch.cat([states * present.unsqueeze(2), last.unsqueeze(1)], dim=1)
+@pytest.mark.parametrize(("mode", "writes"), [(TWO, False), (THREE, True)])
+def test_a_stage_that_writes_reads_answers_and_what_it_would_have_to_compute(mode, writes):
+    stage = stage_of(mode)
+    assert stage.monitor == ("val_loss" if writes else "val_auroc")
+    assert stage.higher_is_better != writes
+    batch = stage.collate(ROWS)
+    assert bool((batch["verdict"] + 1 == batch["text_mask"].sum(1)).all()) != writes
+    assert stage.text.options.computed == writes
+    assert not trainer.prompt_options(arguments(ONE, *mode.split())).computed
 
 
-def test_another_encoder_is_one_class_and_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    encoders: Any = trainer.ENCODERS
-    known = encoders.places
-    own = {GapEncoder.name: f"{__name__}:{GapEncoder.__name__}"}
-    monkeypatch.setattr(encoders, "places", own | known)  # a new stage 1 takes the first
-    stage = stage_of_patients(STAGE_1)
-    assert isinstance(stage.model, TrajectoryClassifier)
-    assert isinstance(stage.model.encoder, GapEncoder)
-    stage.save(tmp_path / "trajectory", stage.config)
-    monkeypatch.setattr(encoders, "places", known | own)
-    later = stage_of_patients("--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE))
-    assert isinstance(later.model, TrajectoryLLM)
-    assert isinstance(later.model.stage1, TrajectoryClassifier)
-    assert isinstance(later.model.stage1.encoder, GapEncoder)
-    assert later.config["encoder"]["name"] == "gap_gru"
+def gradients_of(stage, monkeypatch):
+    """Train an epoch of one step; return the gradients of that step, not clipped."""
+    monkeypatch.setattr(trainer, "LARGEST_NORM", math.inf)
+    if stage.name == "classification":  # a new head is zero and passes no gradient on
+        torch.nn.init.ones_(stage.model.head.weight)
+    state, steps = trainer.set_up(stage), []
+
+    def keep(*_):
+        steps.append([torch.zeros_like(p) if p.grad is None else p.grad for p in state.parameters])
+
+    state.optimizer.register_step_pre_hook(keep)
+    trainer.train_epoch(stage, state, seed=0)
+    (only,) = steps
+    return dict(zip(stage.trainable_parameters(), only, strict=True))
 
 
-def test_a_solver_that_differs_from_stage_1_is_said(
-    stage1: tuple[Stage, Path], caplog: pytest.LogCaptureFixture
-) -> None:
-    stage_of_patients("--ode_checkpoint", str(stage1[1]), "--solver", "euler")
-    assert "trained with --solver rk4, now euler" in caplog.text
+@pytest.mark.parametrize("flags", [TWO, f"{THREE} --freeze_ode"])
+def test_accumulated_gradients_equal_those_of_the_large_batch(flags, monkeypatch):
+    """Eight rows in passes of 3, 3 and 2, with series and reports of unequal length."""
+    whole = stage_of(f"{flags} --batch_size {TRAINED}")
+    small = "--batch_size 3 --gradient_accumulation 4 --gradient_checkpointing"
+    parts = stage_of(f"{flags} {small}")
+    for stage in (whole, parts):
+        assert stage.model.llm.get_decoder().gradient_checkpointing == (stage is parts)
+    expected, found = gradients_of(whole, monkeypatch), gradients_of(parts, monkeypatch)
+    assert found.keys() == expected.keys()
+    moved = {name.split(".")[0] for name, gradient in expected.items() if gradient.any()}
+    assert moved == {*whole.learning_rates}
+    assert any(".encoder." in name for name in expected) == ("--freeze_ode" not in flags)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_frozen_encoder_encodes_each_row_once_and_one_that_learns_each_batch_anew(
+    tmp_path, monkeypatch
+):
+    _, file = save_stage1(tmp_path)
+    rows, run = [], ClinicalODERNN.run
+
+    def counted(encoder, plan):
+        rows.append(plan.shape[0])
+        return run(encoder, plan)
+
+    monkeypatch.setattr(ClinicalODERNN, "run", counted)
+    frozen = stage_of(f"--ode_checkpoint {file}")
+    learns = stage_of(f"{THREE} --encoder_lr 0.1 --batch_size 4")
+    assert rows == [len(patients())]
+    before = learns.model.trajectory(learns.collate([0, 1]))
+    rows.clear()
+    for stage, expected in ((frozen, 0), (learns, TRAINED + 4)):
+        state = trainer.set_up(stage)
+        trainer.train_epoch(stage, state, seed=0)
+        trainer.validate(stage, state)
+        assert sum(rows) == expected
+    after = learns.model.eval().trajectory(learns.collate([0, 1]))
+    assert not torch.allclose(before.states, after.states)
+    assert not torch.allclose(before.logit, after.logit)
+
+
+def test_an_epoch_sends_no_position_through_the_layers_that_no_row_needs():
+    stage = stage_of(f"{THREE} --batch_size 4")
+    text = stage.collate(range(len(patients())))["text_mask"].sum(1)
+    soft = torch.tensor(states_of(stage, range(len(patients())))).clamp(max=stage.model.tokens)
+    assert stage.lengths.tolist() == (1 + soft + text).tolist()
+    with body_inputs(stage.model) as seen:
+        trainer.train_epoch(stage, trainer.set_up(stage), seed=3)
+    stage.batches["train"].set_epoch(3, 1)
+    expected = [(4, stage.lengths[rows].max()) for rows in stage.batches["train"]]
+    assert [tuple(call["inputs_embeds"].shape[:2]) for call in seen] == expected

@@ -94,7 +94,7 @@ def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:
 
 
 def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
-    """Log what the steps of a dry run on some rows have cost."""
+    """Log what the steps of a dry run on some rows have cost, and an epoch's time by them."""
     logger.info(
         "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written",
         progress.steps,

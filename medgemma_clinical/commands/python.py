@@ -65,7 +65,7 @@ def encoder_checkpoint(
 
 def fit(
     build_parser: Callable[[], Parser],
-    read: Callable[[Any, Namespace], TrajectoryDataset],
+    read: Callable[[Namespace, Any], TrajectoryDataset],
     train: Callable[..., TrajectoryModel | None],
     stage: dict[str, Any],
     rows: Rows,
@@ -107,7 +107,7 @@ def read_rows(
     rows: Rows,
     args: Namespace,
     keywords: Mapping[str, Any],
-    read: Callable[[Any, Namespace], TrajectoryDataset],
+    read: Callable[[Namespace, Any], TrajectoryDataset],
 ) -> TrajectoryDataset:
     """Read the rows of a training; return a data set as given.
 
@@ -116,7 +116,7 @@ def read_rows(
     """
     check_kind(rows)
     if not isinstance(rows, TrajectoryDataset):
-        return read(Path(rows) if isinstance(rows, (str, os.PathLike)) else rows, args)
+        return read(args, Path(rows) if isinstance(rows, (str, os.PathLike)) else rows)
     if late := sorted(set(rows.options) & keywords.keys()):
         raise InputError(f"the data set has been read: leave {', '.join(late)} out")
     args.dataset = rows.name

@@ -41,10 +41,8 @@ from medgemma_clinical.models.language_model import (
 from medgemma_clinical.models.trained_model import (
     Builders,
     TrainedModel,
-    check_no_control,
     load_trained_model,
     read_metrics,
-    read_trained_config,
 )
 
 Rows = pd.DataFrame | str | os.PathLike[str] | TrajectoryDataset
@@ -147,7 +145,6 @@ class TrajectoryModel:
         """
         check_loading(quantization, precision, attention, batch_size)
         place = find_checkpoint(checkpoint, revision)
-        check_no_control(place, read_trained_config(place))
         trained = load_trained_model(
             place,
             cls.program.builders,

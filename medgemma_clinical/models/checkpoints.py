@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -228,9 +230,17 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
 
 
 def load_modules(model: TrajectoryLLM, folder: Path) -> None:
-    """Load the parts of stage 2 or 3 beside the language model into ``model``, every key."""
+    """Load the parts of stage 2 or 3 beside the language model into ``model``, every key.
+
+    Of the adapter's keys, which peft has loaded, it would only warn.
+    """
     try:
         _load(_modules(model), load_file(folder / MODULE_WEIGHTS))
+        if isinstance(model.llm, PeftModel):
+            expected = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+            with safe_open(folder / ADAPTER_WEIGHTS, "pt") as adapter:
+                if {*adapter.keys()} != {*expected}:
+                    raise ValueError("an adapter of other keys")
     except Exception as error:  # safetensors has errors of its own
         raise _unfit(folder) from error
 

@@ -93,12 +93,7 @@ def build_plan(
 ) -> Plan:
     """Check a batch and plan its steps, on the host except for the gathered values.
 
-    Args:
-        times: (B, L) hours, not decreasing over a patient's observations.
-        values: (B, L, F) raw units; the entries at unobserved places do not matter.
-        observed: (B, L, F) bool; rows that are all False are padding behind the series.
-        config: of the encoder.
-        until: (B,) hours at which each series ends, None at its last observation.
+    Arguments and errors are those of ``ClinicalODERNN.forward``, or a gap is too long.
     """
     check_shapes(times, values, observed, config.n_features, until)
     hours = times.double().numpy(force=True)
@@ -108,7 +103,7 @@ def build_plan(
     ends = last if until is None else until.double().numpy(force=True)
     with np.errstate(invalid="ignore", over="ignore"):  # times in padding may be anything
         gaps = np.diff(hours, axis=1, prepend=hours[:, :1])
-    gaps = np.column_stack([np.where(present, gaps, 0.0), ends - last])  # (B, L + 1)
+        gaps = np.column_stack([np.where(present, gaps, 0.0), ends - last])  # (B, L + 1)
     gaps[:, 0] = 0.0
     check_series(hours, gaps, present, config)
     if not bool((values.isfinite() | ~observed).all()):
@@ -152,11 +147,8 @@ def cut_gaps(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return number and scaled length of the solver steps of gaps in hours, (B, L + 1) each.
 
-    Args:
-        gaps: (B, L + 1).
-        stops: (B, L + 1) whether something is behind the gap, which takes a step then, however
-            short it is.
-        config: of the encoder.
+    ``stops`` (B, L + 1) says whether something is behind a gap, which takes a step then, however
+    short it is.
     """
     steps = np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1) * stops
     return steps.astype(np.int64), gaps / (np.maximum(steps, 1) * config.time_scale)

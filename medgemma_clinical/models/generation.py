@@ -45,15 +45,8 @@ def write_reports(
     The verdict's word is part of the text that the model continues, so that a report and the
     prediction beside it never disagree. A batch that does not fit the memory is written in halves.
 
-    Args:
-        model: stage 3's.
-        collate: tokenised prompts of N rows.
-        batches: positions of the rows to write, cut into batches.
-        verdicts: (N,) bool by position, whether the report says yes; only those written are read.
-        max_tokens: of a report.
-
-    Returns:
-        The report of each position in ``batches``.
+    ``verdicts`` (N,) say by position whether a report says yes. Returns the report of each position
+    in ``batches``.
     """
     device = next(model.parameters()).device
     texts: dict[int, str] = {}

@@ -64,15 +64,10 @@ class TextCollator:
         max_tokens: int | None = None,
         refuse_long: bool = True,
     ) -> None:
-        """Tokenise.
+        """Tokenise prompts and, for stage 3, reports (``answers``), whose rows must have labels.
 
-        Args:
-            dataset: of prompts and reports.
-            tokenizer: of the language model.
-            prompts: options of the prompts.
-            answers: also the report, as the target (stage 3); all rows must have labels.
-            max_tokens: of a prompt; longer ones lose their oldest observations.
-            refuse_long: whether a prompt that is too long even so is an error.
+        A prompt of more than ``max_tokens`` loses its oldest observations; where one observation a
+        series is still too long, that is an error or, without ``refuse_long``, noted.
         """
         self.dataset = dataset
         self.options = prompts

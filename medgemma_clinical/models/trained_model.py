@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.training_data import Data
@@ -170,11 +171,11 @@ def load_trained_model(
                 stage1.to(device).eval(), checkpoint.config, train_patients=patients
             )
         stored = read_config(best)
+        check_no_control(path, stored)
         own = {"quantization": quantization, "precision": precision}
         config = {**stored, **{name: x for name, x in own.items() if x is not None}}
         name = model_name or base_folder(best, stored)
-        if not is_merged(stored):
-            check_base(best, stored, name)
+        check_base(best, stored, name)
         model, tokenizer = builders.llm(
             config,
             builders.stage1(config) if config["encoder"] else None,
@@ -195,8 +196,12 @@ def whole(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: damaged: its configuration is not whole") from error
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
+        raise InputError(f"{path}: its adapter does not fit this base model") from error
 
 
 def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> TrajectoryClassifier:

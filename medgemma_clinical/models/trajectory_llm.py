@@ -132,18 +132,9 @@ class TrajectoryLLM(nn.Module):
         adds_stage1: bool = True,
         residual_weight: float = 1.0,
     ) -> None:
-        """Join the parts.
+        """Join stage 1 (None: text alone), projection (None: no soft prompt) and a Gemma 3.
 
-        Args:
-            stage1: gives states and a logit; None where the LLM reads text alone.
-            projection: of the states; None without soft prompt.
-            llm: a Gemma 3 text model with LoRA layers, or with an adapter merged into its weights;
-                its base weights are frozen.
-            tokens: P; 0 for no soft prompt.
-            bos: id of the token that begins every input.
-            verdict: ids of the tokens that tell yes from no.
-            adds_stage1: add the logit of stage 1.
-            residual_weight: see the class.
+        ``tokens`` is P, ``bos`` begins every input, ``verdict`` are the ids that tell yes from no.
         """
         super().__init__()
         self.stage1 = stage1
@@ -265,13 +256,8 @@ def answer_loss(
     The logits of one batch of reports would be larger than everything else that a step keeps, so
     they are made a chunk of ``LOSS_ROWS`` tokens at a time and again in the backward pass.
 
-    Args:
-        hidden: (N, D), each where a token is about to be predicted.
-        weight: (V, D) of ``lm_head``, frozen.
-        targets: (N,) int64, the tokens.
-        boost: (N,) float32, added to the logit of ``yes``.
-        importance: (N,) float32, weight of each token.
-        yes: id of a token.
+    ``hidden`` (N, D) predict ``targets`` (N,) by ``weight`` (V, D) of ``lm_head``; ``boost`` (N,)
+    is added to the logit of the id ``yes``, ``importance`` (N,) weighs each token.
     """
 
     def chunk_loss(hidden: Tensor, targets: Tensor, boost: Tensor, importance: Tensor) -> Tensor:

@@ -31,15 +31,10 @@ class LengthBatches:
         shuffle: bool,
         share: tuple[int, int] = (0, 1),
     ) -> None:
-        """Keep what an order is made of.
+        """Keep rows (n,), their lengths by position (N,), and this process's share.
 
-        Args:
-            rows: positions in the data set, (n,).
-            batch_size: rows of a batch, all processes together where they share it.
-            lengths: of each row of the data set, (N,), by position; None where they do not matter.
-            shuffle: True for training.
-            share: number of this process and of all: each gets its share of every training batch,
-                or, for evaluation, every so many-th batch.
+        ``share`` is the number of this process and of all: each gets its share of every training
+        batch, or, for evaluation, every so many-th batch.
         """
         self.rows, self.batch_size, self.lengths = rows, batch_size, lengths
         self.shuffle = shuffle
@@ -51,13 +46,7 @@ class LengthBatches:
             )
 
     def set_epoch(self, seed: int, epoch: int, done: int = 0) -> None:
-        """Choose the order of the next pass, which depends on no pass before.
-
-        Args:
-            seed: of the run, not negative.
-            epoch: number of the pass; no other seed's epoch has the same order.
-            done: batches that are left out at the start, as a stopped run had learned from them.
-        """
+        """Choose the order of the next pass; ``done`` batches at its start are left out."""
         self.seed, self.epoch, self.done = seed, epoch, done
 
     def __len__(self) -> int:
@@ -106,11 +95,11 @@ def cut_rows(
     """
     pieces = [np.asarray(rows[k : k + size]) for k in range(0, len(rows), size)]
     if lengths is not None and max_tokens is not None:
-        numbers = [-(-len(piece) * lengths[piece].max() // max_tokens) for piece in pieces]
+        most = [max(1, max_tokens // lengths[piece].max()) for piece in pieces]  # rows
         pieces = [
             part
-            for piece, number in zip(pieces, numbers, strict=True)
-            for part in np.array_split(piece, min(number, len(piece)))
+            for piece, number in zip(pieces, most, strict=True)
+            for part in np.array_split(piece, -(-len(piece) // number))
         ]
     return [piece.tolist() for piece in pieces]
 
@@ -123,11 +112,8 @@ def part_batches(
 ) -> dict[str, LengthBatches]:
     """Return the batches of each part, shared by the processes of the run.
 
-    Args:
-        split: positions of each part.
-        batch_size: rows of a pass that trains; evaluation takes twice as many.
-        accumulate: passes of a step, whose rows are a batch of the part "train".
-        lengths: of each row of the data set, (N,), so that rows of equal length share a batch.
+    Of "train" they are the rows of a step: ``accumulate`` passes of ``batch_size`` rows in each
+    process. The other parts, which need no gradients, take twice as many rows a pass.
     """
     share = processes().process_index, processes().num_processes
     sizes = dict.fromkeys(split, 2 * batch_size)

@@ -42,7 +42,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def save_memory(stage: Stage, rows: list[int]) -> None:
     """Let passes take less memory, after these rows did not fit in one; gradients stay the same."""
     if len(rows) > 1:
-        stage.max_tokens = len(rows) * int(stage.lengths[rows].max()) // 2
+        stage.max_tokens = -(-len(rows) // 2) * int(stage.lengths[rows].max())
         logger.info("memory: from here on at most %d tokens in one pass", stage.max_tokens)
     elif isinstance(stage.model, TrajectoryLLM) and not stage.recomputes:
         set_checkpointing(stage.model.llm)

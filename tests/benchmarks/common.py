@@ -44,17 +44,6 @@ def needed(module: str, package: str) -> ModuleType:
         raise SystemExit(f"{error}: pip install {package}") from error
 
 
-def import_program() -> None:
-    """Import what the functions of the program import when they run: figures are without it."""
-    import medgemma_trainer as trainer
-
-    dict(trainer.DATASETS)
-    dict(trainer.ENCODERS)
-    used = ("predict", "results", "stages", "several.seeds")
-    for module in (*(f"commands.{name}" for name in used), "training.memory", "training.resume"):
-        importlib.import_module(f"medgemma_clinical.{module}")
-
-
 def processor() -> str:
     """Return the name of the processor, as precisely as the system knows it."""
     information = Path("/proc/cpuinfo")
@@ -88,8 +77,7 @@ def freeze_stage1(stage: Any) -> None:
         stage: ``Stage`` 2 or 3; its model moves to the default device.
     """
     from medgemma_clinical.distributed import default_device
-    from medgemma_clinical.models.text_batches import encode_all
 
     model = stage.model.to(default_device())
     model.stage1.requires_grad_(False)
-    encode_all(model, stage.loaders["train"].collate_fn, default_device())
+    stage.text.encode(model.stage1, model.tokens, default_device())

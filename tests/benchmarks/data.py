@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, import_program, machine, spread
+from common import ROOT, machine, spread
 
 HISTORY_ROWS = 13
 MOST_SECONDS, MOST_GB = 60.0, {"dka": 1.6, "srtr": 4.0}
@@ -95,7 +95,6 @@ def measure(words: list[str]) -> dict[str, Any]:
     import medgemma_trainer as trainer
 
     args = trainer.build_parser().parse_args(words)
-    import_program()
     imports = peak_mib()
     start, work = time.perf_counter(), time.process_time()
     dataset = trainer.read_dataset(args)

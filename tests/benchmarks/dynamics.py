@@ -28,10 +28,10 @@ from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
+from dte_encoder import DYNAMICS
 from medgemma_clinical.evaluation.comparison import compare_models
-from medgemma_clinical.inference.scoring import compute_logits
-from medgemma_clinical.models.checkpoint_schema import DYNAMICS
 from medgemma_clinical.models.trained_model import load_trained_model
+from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.loaders import LengthBatches
 
 KEPT = {"all observations": 1.0, "half of them": 0.5, "a tenth of them": 0.1}
@@ -61,11 +61,12 @@ def thinned(dataset: MIMICtrajectoryDataset, share: float, seed: int) -> MIMICtr
 
 def score(place: Path, dataset: MIMICtrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[Any]:
     """Return the risk of some rows under the model in ``place``."""
-    trained = load_trained_model(place / "trajectory", trainer.ENCODERS)
+    trained = load_trained_model(place / "trajectory", trainer.BUILDERS)
     part = dataset.subset(rows).with_inputs(**trained.config["inputs"])
-    batches = LengthBatches(np.arange(len(rows)), 256, part.lengths, shuffle=False)
-    logits = compute_logits(trained.model, part.collate, batches, len(rows))
-    return trained.rule.probability(logits)
+    batches, logit = LengthBatches(np.arange(len(rows)), 256, shuffle=False), np.empty(len(rows))
+    for batch, output in outputs(trained.model, batches, part.collate):
+        logit[batch["index"].numpy()] = output.logit.double().numpy(force=True)
+    return trained.rule.probability(logit)
 
 
 def one_split(dataset: MIMICtrajectoryDataset, data: Path, seed: int) -> dict[str, pd.DataFrame]:

@@ -86,7 +86,7 @@ class TorchdiffeqRK4(ClinicalODERNN):
     Made with any solver name of torchdiffeq, which this class replaces.
     """
 
-    def _advance(self, state: Tensor, dt: Tensor) -> Tensor:
+    def advance(self, state: Tensor, dt: Tensor) -> Tensor:
         scale = dt.unsqueeze(1)
         step = 1 / max(1.0, float(torch.ceil(dt.max() / MAX_SCALED_STEP)))
         trajectory: Tensor = torchdiffeq.odeint(
@@ -105,7 +105,7 @@ class Torchode(ClinicalODERNN):
     Made with any solver name of torchdiffeq, which this class replaces.
     """
 
-    def _advance(self, state: Tensor, dt: Tensor) -> Tensor:
+    def advance(self, state: Tensor, dt: Tensor) -> Tensor:
         term = torchode.ODETerm(lambda _, h: self.field(h))
         controller = torchode.IntegralController(atol=ATOL, rtol=RTOL, term=term)
         solver = torchode.AutoDiffAdjoint(

@@ -38,14 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.stages import make_stage, prompt_options
+from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.data.training_data import prepare_data
-from medgemma_clinical.models.encoder import encode, series_of
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
-from medgemma_clinical.training.checkpoint_store import CheckpointStore
-from medgemma_clinical.training.resume import capture_checkpoint
-from medgemma_clinical.training.train_state import set_up_training
+from medgemma_clinical.training.state import StateStore
 
 TARGET = 1.6
 
@@ -53,19 +50,19 @@ TARGET = 1.6
 def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """Return what is timed; ``patients`` train."""
     words = ["--trajectory_only", "--data_path", str(SAMPLE), "--batch_size", str(batch_size)]
-    args = trainer.complete(trainer.build_parser().parse_args(words))
+    args = complete(trainer.build_parser().parse_args(words))
     data = prepare_data(
         trainer.read_dataset(args),
         max_samples=round(patients / 0.8),
         seed=0,
-        prompts=prompt_options(args),
+        prompts=trainer.prompt_options(args),
     )
-    stage = make_stage(args, data, trainer.ENCODERS)
+    stage = trainer.make_stage(args, data, None)
     assert isinstance(stage.model, TrajectoryClassifier)
     stage.patience = stage.epochs = 10**6
-    state, store = set_up_training(stage, torch.device("cpu")), CheckpointStore(folder / "last")
+    state, store = trainer.set_up(stage), StateStore(folder / "last")
     encoder, model = stage.model.encoder, stage.model
-    train, held_out = list(stage.loaders["train"]), list(stage.loaders["val"])
+    train, held_out = ([*map(stage.collate, stage.batches[part])] for part in ("train", "val"))
     sys.stdout.write(
         f"{len(data.split['train'])} patients train in {len(train)} batches of {batch_size}, "
         f"{len(data.split['val'])} validate in {len(held_out)}\n"
@@ -73,8 +70,11 @@ def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[],
 
     def states_of(batch: Batch, *, planned: bool) -> Tensor:
         if planned:
-            return encode(encoder, batch)
-        return encoder(*series_of(batch))
+            states: Tensor = encoder.run(batch["plan"])
+        else:
+            series = batch["times"], batch["values"], batch["observed"]
+            states = encoder(*series, batch["prediction_hours"])
+        return states
 
     with torch.no_grad():
         for batch in [*train, *held_out]:
@@ -102,14 +102,14 @@ def ways(patients: int, batch_size: int, folder: Path) -> dict[str, Callable[[],
 
     def training() -> None:
         state.progress.batches = 0
-        trainer.train_epoch(stage, state, seed=0)
+        trainer.train_epoch(stage, state, 0)
 
     def epoch() -> None:
-        state.stopping.best = -math.inf  # each epoch writes the best, as the first ones do
+        state.progress.best = -math.inf  # each epoch writes the best, as the first ones do
         training()
-        store.save(capture_checkpoint(stage, state))
+        store.save(trainer.training_state(stage, state))
         predictions = trainer.validate(stage, state)
-        trainer.end_epoch(stage, state, folder, predictions, lambda figures, step: None)
+        trainer.end_epoch(stage, state, folder, predictions, lambda metrics, step: None)
 
     return {
         "encoder": partial(encoder_calls, planned=False),

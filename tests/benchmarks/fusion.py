@@ -23,6 +23,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.model_selection import train_test_split
@@ -33,10 +34,10 @@ from fusion_ways import CrossAttending, MarginWriter, warm_up, weighed, with_sum
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import results
-from medgemma_clinical.commands import stages as wiring
+from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import given_stage1, run_data
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.comparison import compare_models
 from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -47,9 +48,8 @@ from medgemma_clinical.models.trajectory_llm import (
     TextBatch,
 )
 from medgemma_clinical.training.evaluate import evaluate
-from medgemma_clinical.training.loaders import batches_of, make_loaders
+from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.train_state import set_up_training, swapped_weights
 
 STAGE1, BASE, LAST, OTHER = "stage 1", "base", "last weights", "other adapter"
 CAPTIONS, CROSS, WORDS, MARGIN = "captions first", "cross attention", "summary words", "margin"
@@ -92,9 +92,9 @@ def train_stage1(words: list[str]) -> None:
 @torch.no_grad()
 def stage1_logits(args: argparse.Namespace, data: Data) -> NDArray[np.float64]:
     """Return the log-odds of each row by stage 1, (N,)."""
-    stage1 = wiring.stage1_of(args, data, trainer.ENCODERS, given_stage1(args))
-    assert stage1 is not None
-    batch = to_device(data.dataset.collate(range(len(data.dataset))), default_device())
+    stage1 = trainer.make_stage1(args, data, given_stage1(args))
+    batch = stage1.collate(data.dataset)(range(len(data.dataset)))
+    batch = send_to_device(batch, default_device())
     logits: NDArray[np.float64] = (
         stage1.to(default_device()).eval()(batch).logit.double().cpu().numpy()
     )
@@ -110,18 +110,18 @@ def train_arm(arm: str, args: argparse.Namespace, data: Data) -> dict[str, Any]:
     classifier = CrossAttending if arm == CROSS else LLMClassifier
     writer = MarginWriter if arm == MARGIN else LLMWriter
     with (
-        mock.patch.object(wiring, "LLMClassifier", classifier),
-        mock.patch.object(wiring, "LLMWriter", writer),
+        mock.patch.object(trainer, "LLMClassifier", classifier),
+        mock.patch.object(trainer, "LLMWriter", writer),
     ):
-        stage = wiring.make_stage(args, data, trainer.ENCODERS, given_stage1(args))
+        stage = trainer.make_stage(args, data, given_stage1(args))
     began = time.perf_counter()
     if arm == CAPTIONS:
         warm_up(stage, args, data.dataset)
-    state = set_up_training(stage, default_device())
+    state = trainer.set_up(stage)
     trainer.train_epoch(stage, state, args.seed)
     seconds = time.perf_counter() - began
     found = {}
-    with swapped_weights(state.parameters, state.average.weights):
+    with state.swapped_weights(state.average.weights):
         found[arm] = score(stage, data)
     if arm == BASE and args.mode == "classification":
         found[LAST] = score(stage, data)
@@ -130,16 +130,15 @@ def train_arm(arm: str, args: argparse.Namespace, data: Data) -> dict[str, Any]:
 
 def score(stage: Stage, data: Data) -> Predictions:
     """Return the predictions of the validation part; no report is needed for a verdict."""
-    collate: Any = stage.loaders["val"].collate_fn
+    collate: Any = stage.text
 
     def prompts(rows: Any) -> TextBatch:
         batch: TextBatch = collate.with_verdicts(rows, np.zeros(len(rows), dtype=bool))
         return batch
 
-    split = {"val": data.split["val"]}
-    loader = make_loaders(split, batches_of(stage.loaders["train"]).batch_size, prompts)["val"]
-    batches_of(loader).lengths = collate.lengths()
-    return evaluate(stage.model, loader, default_device())
+    size, lengths = stage.batch_size, collate.lengths()
+    batches = LengthBatches(data.split["val"], size, lengths, shuffle=False)
+    return evaluate(stage.model, batches, prompts)
 
 
 def one_split(options: argparse.Namespace, seed: int) -> None:
@@ -157,8 +156,8 @@ def one_split(options: argparse.Namespace, seed: int) -> None:
         words = [*shared, "--mode", mode, "--series_text", series, "--epochs", "1"]
         words += ["--ode_checkpoint", str(Path(place, TRAJECTORY_FILE)), "--lora_dropout", "0"]
         words += ["--model_name", options.model_name, "--precision", options.precision]
-        args = trainer.complete(trainer.build_parser().parse_args(words))
-        dataset, prompts = trainer.read_dataset(args), wiring.prompt_options(args)
+        args = complete(trainer.build_parser().parse_args(words))
+        dataset, prompts = trainer.read_dataset(args), trainer.prompt_options(args)
         data = run_data(args, dataset, prompts, given_stage1(args))
         if STAGE1 not in done:
             logits = stage1_logits(args, data)[data.split["val"]]

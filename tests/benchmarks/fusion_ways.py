@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import log_loss
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
+from transformers import get_cosine_schedule_with_warmup
 
 import medgemma_trainer as trainer
 from medgemma_clinical.data.texts import direction, plain
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.decision import RESIDUAL_WEIGHTS
-from medgemma_clinical.models.language_model import TINY, tiny_language_model
 from medgemma_clinical.models.trajectory import Output
 from medgemma_clinical.models.trajectory_llm import (
     VERDICT_WEIGHT,
@@ -31,8 +32,6 @@ from medgemma_clinical.models.trajectory_llm import (
     LLMWriter,
     TextBatch,
 )
-from medgemma_clinical.training.loaders import batches_of
-from medgemma_clinical.training.optimizer import make_schedule
 from medgemma_clinical.training.stage import Stage
 
 EVERY_LAYERS = 4
@@ -72,7 +71,7 @@ class CrossAttending(LLMClassifier):
 
     def __init__(self, *parts: Any, **keywords: Any) -> None:
         super().__init__(*parts, **keywords)
-        layers: Any = self.body.layers
+        layers: Any = self.llm.get_decoder().layers
         chosen = layers[EVERY_LAYERS - 1 :: EVERY_LAYERS] or layers[-1:]
         assert self.stage1 is not None
         hidden, width = self.stage1.encoder.hidden_dim, self.llm.config.hidden_size
@@ -141,26 +140,25 @@ def warm_up(stage: Stage, args: argparse.Namespace, dataset: TrajectoryDataset) 
     The loss is over the tokens that captions use: the whole vocabulary would cost more than the
     rest of the step.
     """
-    from transformers import AutoTokenizer
-
+    assert stage.text is not None
     model: Any = stage.model.to(default_device()).train()
-    tiny = args.model_name == TINY
-    tokenizer = tiny_language_model()[1] if tiny else AutoTokenizer.from_pretrained(args.model_name)
     texts = [caption(dataset, i) for i in range(len(dataset))]
-    ids = [torch.tensor(x) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = [
+        torch.tensor(x) for x in stage.text.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
     used = torch.cat(ids).unique()
     weight = model.llm.get_output_embeddings().weight[used.to(default_device())]
     others = [p for n, p in model.named_parameters() if p.requires_grad and "projection" not in n]
     for parameter in others:
         parameter.requires_grad_(False)
-    loader = stage.loaders["train"]
+    batches, losses = stage.batches["train"], []
     optimizer = torch.optim.AdamW(model.projection.parameters(), lr=args.projection_lr)
-    schedule, losses = make_schedule(optimizer, len(loader)), []
-    for rows in batches_of(loader):
+    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, len(batches) // 10), len(batches))
+    for rows in batches:
         chosen = [ids[i] for i in rows]
         padded = pad_sequence(chosen, batch_first=True, padding_value=-1)
         text = {"input_ids": padded.clamp(min=0), "text_mask": padded >= 0}
-        batch = to_device({**loader.collate_fn(rows), **text}, default_device())
+        batch = send_to_device({**stage.collate(rows), **text}, default_device())
         hidden, start = model.read(batch, model.trajectory(batch))
         row, place = batch["text_mask"].nonzero(as_tuple=True)
         logits = functional.linear(hidden[row, start[row] + place - 1], weight).float()

@@ -12,7 +12,7 @@ paste into docs/hardware.md. Exit code 1 where a step failed.
 Where the ten minutes go (estimated for an A100 or H100; not run there yet):
 
 - writing the weights: half a minute;
-- gradients with cuDNN off and on, two layers: half a minute;
+- gradients with cuDNN off and on, products in NF4, two layers: a minute;
 - three stages, a prediction and two dry runs through the program in NF4: four minutes; each of
   these five loads the 8 GB, a step of training takes below a second;
 - speed and memory of stages 2 and 3: two minutes; each loads once for both ways;
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import multiprocessing
 import os
@@ -43,17 +44,17 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 
-import gpu_attention  # noqa: E402  (the places of these are told before)
-import gpu_speed  # noqa: E402
-import gpu_steps  # noqa: E402
-import torch  # noqa: E402
+import torch  # noqa: E402  (the places of these are told before)
 from common import machine  # noqa: E402
 from gpu_plan import Plan, Result, SkippedError, on_gpu  # noqa: E402
 
-from medgemma_clinical.distributed import processes  # noqa: E402
+from medgemma_clinical.distributed import exact_kernels  # noqa: E402
+
+MODULES = ("gpu_steps", "gpu_attention", "gpu_speed")
+"""Hold the steps. They import the program, and so bitsandbytes, which touches the card."""
 
 FORK = multiprocessing.get_context("fork")
-"""Children begin with everything imported; this process itself never touches the card."""
+"""This process never touches the card: a child could not use it any more."""
 
 LONGEST = 600.0
 """Seconds after which a step counts as hanging."""
@@ -61,7 +62,8 @@ LONGEST = 600.0
 TAIL = 40
 """Lines of a failed step's output that are shown."""
 
-Step = Callable[[Plan], Result]
+Step = Callable[[Plan], Result] | str
+"""A function, or its name in one of the modules: MODULE.NAME."""
 
 
 def describe_machine(plan: Plan) -> Result:
@@ -70,36 +72,38 @@ def describe_machine(plan: Plan) -> Result:
     if not on_gpu():
         return Result(f"no GPU; {on}")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1]
+    driver, findings = "unknown", []
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+    except OSError as error:
+        findings.append(f"nvidia-smi: {error.strerror}")
     memory = torch.cuda.mem_get_info()[1] / 2**30
-    processes()  # sets what the program sets
-    exact = torch.get_float32_matmul_precision() == "highest"
     return Result(
         f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} ({memory:.1f} GiB), driver "
-        f"{''.join(driver) or 'unknown'}, CUDA {torch.version.cuda}, cuDNN "
-        f"{torch.backends.cudnn.version()}; {on}",
-        () if exact else ("products in float32 are computed in TF32",),
+        f"{driver}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; {on}",
+        tuple(findings),
     )
 
 
 STEPS: dict[str, Step] = {
     "Machine": describe_machine,
-    "Random weights": gpu_steps.write_models,
-    "Gradients, cuDNN attention off": gpu_attention.gradients_without_cudnn,
-    "Gradients, cuDNN attention on": gpu_attention.gradients_with_cudnn,
-    "Stage 1 trained": gpu_steps.train_stage_1,
-    "Stage 2 trained": gpu_steps.train_stage_2,
-    "Stage 2 predicts": gpu_steps.predict_stage_2,
-    "Stage 3 trained": gpu_steps.train_stage_3,
-    "Stage 2, dry run": gpu_steps.dry_run_stage_2,
-    "Stage 3, dry run": gpu_steps.dry_run_stage_3,
-    "Stage 2, speed and memory": gpu_speed.measure_stage_2,
-    "Stage 3, speed and memory": gpu_speed.measure_stage_3,
-    "Reports in a batch and one by one": gpu_steps.compare_reports,
-    "Stage 2 resumed": gpu_steps.resume_stage_2,
-    "Stage 3 resumed": gpu_steps.resume_stage_3,
-    "Stage 1, speed": gpu_speed.measure_stage_1,
-    "Two processes": gpu_steps.compare_processes,
+    "Random weights": "gpu_steps.write_models",
+    "Gradients, cuDNN attention off": "gpu_attention.gradients_without_cudnn",
+    "Gradients, cuDNN attention on": "gpu_attention.gradients_with_cudnn",
+    "Products in NF4": "gpu_attention.compare_products",
+    "Stage 1 trained": "gpu_steps.train_stage_1",
+    "Stage 2 trained": "gpu_steps.train_stage_2",
+    "Stage 2 predicts": "gpu_steps.predict_stage_2",
+    "Stage 3 trained": "gpu_steps.train_stage_3",
+    "Stage 2, dry run": "gpu_steps.dry_run_stage_2",
+    "Stage 3, dry run": "gpu_steps.dry_run_stage_3",
+    "Stage 2, speed and memory": "gpu_speed.measure_stage_2",
+    "Stage 3, speed and memory": "gpu_speed.measure_stage_3",
+    "Reports in a batch and one by one": "gpu_steps.compare_reports",
+    "Stage 2 resumed": "gpu_steps.resume_stage_2",
+    "Stage 3 resumed": "gpu_steps.resume_stage_3",
+    "Stage 1, speed": "gpu_speed.measure_stage_1",
+    "Two processes": "gpu_steps.compare_processes",
 }
 """In the order of importance: what a first session must know comes first."""
 
@@ -115,12 +119,22 @@ class Outcome:
     seconds: float = 0.0
 
 
+def found(step: Step) -> Callable[[Plan], Result]:
+    """Return the function of a step; its module is imported here."""
+    if not isinstance(step, str):
+        return step
+    module, _, name = step.partition(".")
+    function: Callable[[Plan], Result] = getattr(importlib.import_module(module), name)
+    return function
+
+
 def attempt(step: Step, plan: Plan) -> Outcome:
     """Take a step; whatever goes wrong in it is an outcome."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            result = step(plan)
+            with exact_kernels():
+                result = found(step)(plan)
     except SkippedError as reason:
         return Outcome("skipped", str(reason))
     except BaseException as error:
@@ -171,8 +185,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--toy", action="store_true", help="two narrow layers, also without a GPU")
     parser.add_argument("--peak_tflops", type=float)
     arguments = parser.parse_args(argv)
-    if torch.version.cuda is None:  # else importing it would touch the card
-        import peft  # noqa: F401  (once, not in each step)
+    if torch.version.cuda is None:  # once, not in each step
+        for module in MODULES:
+            importlib.import_module(module)
     outcomes = {}
     with tempfile.TemporaryDirectory() as place:
         plan = Plan(Path(place), arguments.toy, arguments.peak_tflops)

@@ -1,4 +1,4 @@
-"""The steps of gpu.py that compare gradients of attention kernels with those of plain matrices."""
+"""The steps of gpu.py that compare kernels of attention and of NF4 with plain matrices."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_plan import Plan, Result, skip_without_gpu
-from memory import text_config
+from bitsandbytes.functional import dequantize_4bit
+from gpu_plan import Plan, Result, arguments_of, data_of, skip_without_gpu
+from memory import add_lora, text_config
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Gemma3ForCausalLM
 from transformers.integrations.sdpa_attention import repeat_kv
 
+import medgemma_trainer as trainer
 from language_models import disturb_adapter
 from medgemma_clinical.distributed import default_device
-from medgemma_clinical.models.language_model import add_lora
+from medgemma_clinical.models.language_model import DTYPES
+from medgemma_clinical.models.trajectory_llm import adapters_in
 
-LENGTHS = (192, 320, 193)
-"""Positions of a row. cuDNN's gradients are NaN where 64 positions are left of a multiple of 128
-(pytorch 196678); the memory-efficient kernel is wrong for one key head where 1 is left of a
-multiple of 32 (pytorch 191937)."""
+LENGTHS = (96, 192, 320, 193)
+"""Positions of a row, the first within the window. cuDNN's gradients are NaN where 64 positions are
+left of a multiple of 128 (pytorch 196678); the memory-efficient kernel is wrong for one key head
+where 1 is left of a multiple of 32 (pytorch 191937)."""
 
 SHAPES = {
     "MedGemma-4B": {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 2560},
@@ -33,10 +36,19 @@ SHAPES = {
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
 """Share of its norm by which a gradient may differ."""
 
+PRODUCT_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
+"""The same for a product of packed weights."""
+
 LOW = 120.0
 """A row whose logits all lie so far below zero meets cuDNN's fault."""
 
-BYTES = {"vocab_size": 259}
+WINDOW = 128
+"""Positions that a sliding layer of the small models looks back: texts are longer."""
+
+PRODUCT_ROWS = (1, 16, 300, 1400, 5000)
+"""Rows of a product: bitsandbytes chooses among kernels by their number."""
+
+BYTES = {"vocab_size": 259, "sliding_window": WINDOW}
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 Gradients = Callable[[], Tensor]
 
@@ -45,7 +57,10 @@ def gradients_with_cudnn(plan: Plan) -> Result:
     """Report what cuDNN's attention would do; the program switches it off."""
     skip_without_gpu()
     torch.backends.cuda.enable_cudnn_sdp(True)
-    figures, faults = compare_all(plan)
+    try:
+        figures, faults = compare_all(plan)
+    except RuntimeError as error:  # such as "no valid execution plan"
+        figures, faults = "not to be had", [" ".join(str(error).split())[:200]]
     found = [f"cuDNN attention on: {fault}; the program keeps it off" for fault in faults]
     return Result(figures, tuple(found))
 
@@ -130,7 +145,10 @@ def small_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """Return a model with random weights and an adapter that matters."""
     torch.manual_seed(0)
     model = Gemma3ForCausalLM._from_config(config, dtype=dtype)
-    model = add_lora(model.requires_grad_(False), 8, 16, 0.0)
+    model = add_lora(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # as in training
     disturb_adapter(model)
     return model.to(default_device())
 
@@ -145,12 +163,12 @@ def model_case(model: Any, length: int, *, padded: bool) -> Gradients:
     mask = padding_mask(4, length) if padded else torch.ones(shape[:2], device=default_device())
     last = mask.sum(dim=1).long() - 1
     parameters = [p for p in model.parameters() if p.requires_grad]
+    free = length <= WINDOW and model.dtype == torch.bfloat16  # as ``TrajectoryLLM.read`` does
+    keys = {"attention_mask": None if free else mask.long(), "use_cache": False}
 
     def gradients() -> Tensor:
-        body = model.get_base_model().model
-        hidden = body(
-            inputs_embeds=embeddings, attention_mask=mask.long(), use_cache=False
-        ).last_hidden_state
+        with adapters_in(model.dtype, default_device()):
+            hidden = model.get_decoder()(inputs_embeds=embeddings, **keys).last_hidden_state
         read = hidden[torch.arange(4, device=last.device), last].float()
         return flat(torch.autograd.grad((read * direction).sum(), parameters))
 
@@ -159,3 +177,46 @@ def model_case(model: Any, length: int, *, padded: bool) -> Gradients:
 
 def flat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.flatten().float() for tensor in tensors])
+
+
+# --------------------------------------------------------------------------- products in NF4
+
+
+@torch.no_grad()
+def compare_products(plan: Plan) -> Result:
+    """Compare products with packed weights, and their gradients, with those of unpacked ones.
+
+    Raises:
+        AssertionError: a kernel of bitsandbytes is wrong for some number of rows.
+    """
+    words = ["--mode", "classification", "--model_name", str(plan.shallow), "--quantization", "nf4"]
+    args = arguments_of(*words, "--max_samples", "100", "--min_cell", "0")
+    model: Any = trainer.make_stage(args, data_of(args), None).model
+    dtype = DTYPES[args.precision]
+    packed = {
+        name.removesuffix(".base_layer").rpartition(".")[2]: module
+        for name, module in model.llm.named_modules()
+        if type(module).__name__ == "Linear4bit" and name.endswith(".base_layer")
+    }
+    assert len(packed) == 7, f"{len(packed)} kinds of packed weights"
+    worst, faults = 0.0, []
+    for name, module in packed.items():
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+        for rows in PRODUCT_ROWS:
+            torch.manual_seed(rows)
+            given = torch.randn(rows, module.in_features, dtype=dtype, device=default_device())
+            upstream = torch.randn(rows, len(weight), dtype=dtype, device=default_device())
+            with torch.enable_grad():
+                product = module(given.requires_grad_())
+            gradient = torch.autograd.grad(product, given, upstream)[0]
+            pairs = {
+                "product": (product, functional.linear(given, weight)),
+                "gradient": (gradient, upstream @ weight),
+            }
+            for kind, (found, plain) in pairs.items():
+                apart = float((found.float() - plain.float()).norm() / plain.float().norm())
+                worst = max(worst, apart)
+                if not apart <= PRODUCT_TOLERANCE[dtype]:
+                    faults.append(f"{name}, {rows} rows: {kind} {apart:.1%} apart")
+    assert not faults, "; ".join(faults)
+    return Result(f"{len(packed)} kinds, 1 to {rows:,} rows: largest difference {worst:.1e}")

@@ -1,4 +1,7 @@
-"""What the steps of gpu.py share: where they work, at which size, and how they run the program."""
+"""What the steps of gpu.py share: where they work, at which size, and how they run the program.
+
+The program is imported when it is used: importing it touches the card.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,12 @@ import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from common import SAMPLE
-
-import medgemma_trainer as trainer
-from medgemma_clinical.commands.stages import prompt_options
-from medgemma_clinical.data.training_data import Data, prepare_data
-from medgemma_clinical.evaluation import bootstrap
-from medgemma_clinical.models.language_model import DTYPES
 
 
 class SkippedError(Exception):
@@ -54,7 +52,7 @@ class Plan:
 
     @property
     def shallow(self) -> Path:
-        """Folder of a model as wide, with two layers and a small vocabulary."""
+        """Folder of a model as wide: two layers, a small vocabulary, a window of 128 positions."""
         return self.folder / "shallow"
 
     @property
@@ -74,7 +72,7 @@ class Plan:
 
     def dtype(self) -> torch.dtype:
         """Return the dtype that the program chooses on this machine."""
-        return DTYPES[arguments_of().precision]
+        return torch.bfloat16 if arguments_of().precision == "bf16" else torch.float32
 
 
 def on_gpu() -> bool:
@@ -97,6 +95,9 @@ def run_program(*words: str, code: int = 0) -> str:
     Raises:
         AssertionError: another exit code.
     """
+    import medgemma_trainer as trainer
+    from medgemma_clinical.evaluation import bootstrap
+
     bootstrap.REPLICATES = 20  # the figures need not be good
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
@@ -109,14 +110,20 @@ def run_program(*words: str, code: int = 0) -> str:
 
 def arguments_of(*words: str) -> argparse.Namespace:
     """Parse flags as the program does."""
-    return trainer.complete(trainer.build_parser().parse_args(["--data_path", str(SAMPLE), *words]))
+    import medgemma_trainer as trainer
+    from medgemma_clinical.commands.flags import complete
+
+    return complete(trainer.build_parser().parse_args(["--data_path", str(SAMPLE), *words]))
 
 
-def data_of(args: argparse.Namespace) -> Data:
+def data_of(args: argparse.Namespace) -> Any:
     """Read and split the sample data as the program does."""
+    import medgemma_trainer as trainer
+    from medgemma_clinical.data.training_data import prepare_data
+
     return prepare_data(
         trainer.read_dataset(args),
         max_samples=args.max_samples,
         seed=args.seed,
-        prompts=prompt_options(args),
+        prompts=trainer.prompt_options(args),
     )

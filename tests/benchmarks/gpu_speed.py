@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from common import freeze_stage1, spread
 from gpu_plan import Plan, Result, arguments_of, data_of, on_gpu
 from memory import GIB, MIB, RESERVED, Sizes, measure
@@ -20,13 +21,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.stages import make_stage
-from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.distributed import default_device
 from medgemma_clinical.models.language_model import set_checkpointing
 from medgemma_clinical.models.trajectory_llm import IGNORED, TextBatch, TrajectoryLLM
-from medgemma_clinical.training.loaders import make_loaders
+from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.train_state import set_up_training
 
 REPEATS = 3
 """Times that all steps are taken; the median, the least and the most are printed."""
@@ -84,17 +83,17 @@ class Steps:
     """Training steps of a stage on batches that lie on the device, again and again."""
 
     def __init__(self, stage: Stage, most: int) -> None:
-        self.state = set_up_training(stage, default_device())
+        self.state = trainer.set_up(stage)
         self.state.model.train()
-        made = itertools.islice(stage.loaders["train"], most)
-        self.batches = [to_device(batch, default_device()) for batch in made]
+        made = map(stage.collate, itertools.islice(stage.batches["train"], most))
+        self.batches = [send_to_device(batch, default_device()) for batch in made]
         self.turn: Iterator[Any] = itertools.cycle(self.batches)
 
     def take(self, count: int = 1) -> None:
         for _ in range(count):
             output = self.state.model(next(self.turn))
             output.loss.backward()
-            trainer.train_step(self.state, float(output.loss.detach()), output.terms)
+            trainer.step(self.state, output.loss.detach(), output.terms)
 
     def turns(self) -> list[float]:
         """Return the seconds a step of several turns over all batches, after one to warm up."""
@@ -108,7 +107,7 @@ def measure_stage_1(plan: Plan) -> Result:
     figures = []
     for size in (16, 256):
         args = arguments_of("--trajectory_only", "--batch_size", str(size))
-        stage = make_stage(args, data_of(args), trainer.ENCODERS)
+        stage = trainer.make_stage(args, data_of(args), None)
         steps = Steps(stage, 2 if plan.toy else STEPS)
         turns = steps.turns()
         text = f"batch {size}: {spread([1000 * turn for turn in turns], 2)} ms a step"
@@ -136,18 +135,17 @@ def measure_llm(plan: Plan, mode: str) -> Result:
     words = ["--mode", mode, "--model_name", str(plan.model), "--quantization", "nf4"]
     args = arguments_of(*words, "--max_samples", "500")
     data = data_of(args)
-    stage = make_stage(args, data, trainer.ENCODERS)
+    stage = trainer.make_stage(args, data, None)
     freeze_stage1(stage)
     assert isinstance(stage.model, TrajectoryLLM)
-    collate: Any = stage.loaders["train"].collate_fn
-    longest = int(collate.lengths()[data.split["train"]].max()) + stage.model.tokens + 1
+    longest = int(stage.lengths[data.split["train"]].max())
     rows = rows_that_fit(computed, longest) if computed else 2
     figures, findings = [f"{args.precision}, batch {rows}"], []
     for checkpointing in (False, True):
         if checkpointing:
             set_checkpointing(stage.model.llm)
-        loaders = make_loaders(data.split, rows, collate, collate.lengths())
-        steps = Steps(replace(stage, loaders=loaders), LLM_STEPS)
+        batches = part_batches(data.split, rows, lengths=stage.lengths)
+        steps = Steps(replace(stage, batches=batches), LLM_STEPS)
         text, peak = time_steps(steps, plan)
         name = f"{'with' if checkpointing else 'without'} checkpointing"
         figures.append(f"{name}: {text}")
@@ -208,7 +206,7 @@ def operations(model: TrajectoryLLM, batch: TextBatch) -> tuple[int, float]:
     Four for each weight and token, forward and back, since a frozen weight needs no derivative;
     neither attention nor what checkpointing computes again is counted.
     """
-    linear = [each for each in model.body.modules() if isinstance(each, nn.Linear)]
+    linear = [each for each in model.llm.get_decoder().modules() if isinstance(each, nn.Linear)]
     inside = sum(each.in_features * each.out_features for each in linear)
     tokens = int(batch["text_mask"].sum() + batch["states_mask"].sum()) + len(batch["index"])
     answers = int((batch["targets"] != IGNORED).sum())

@@ -16,7 +16,9 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from common import SAMPLE
+from gpu_attention import WINDOW
 from gpu_plan import (
     Plan,
     Result,
@@ -32,8 +34,7 @@ from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
 from faults import launch, result_of
-from medgemma_clinical.commands.stages import make_stage
-from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.distributed import default_device
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import tiny_language_model
 
@@ -59,7 +60,7 @@ def write_models(plan: Plan) -> Result:
     pd.read_csv(SAMPLE, nrows=plan.patients).to_csv(plan.data, index=False)
     shutil.copy(SAMPLE.with_suffix(".json"), plan.data.with_suffix(".json"))
     narrow = TOY if plan.toy else {}
-    save_model(plan.shallow, 2, **{"vocab_size": BYTES, **narrow})
+    save_model(plan.shallow, 2, **{"vocab_size": BYTES, "sliding_window": WINDOW, **narrow})
     save_model(plan.model, 2 if plan.toy else LAYERS, **narrow)
     size = sum(path.stat().st_size for path in plan.model.iterdir())
     return Result(f"{size / 1e9:.1f} GB in {time.perf_counter() - began:.0f} s")
@@ -108,7 +109,7 @@ def train_llm(plan: Plan, mode: str) -> Result:
     config = json.loads((plan.runs / mode / "best" / "config.json").read_text())
     assert config["quantization"] == "nf4", config["quantization"]
     peak = f", peak {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB" if on_gpu() else ""
-    told = [line for line in printed.splitlines() if "checkpointing is now on" in line]
+    told = [line for line in printed.splitlines() if line.startswith("memory: ")]
     return Result(check_run(plan.runs / mode) + peak, tuple(told))
 
 
@@ -175,18 +176,18 @@ def compare_reports(plan: Plan) -> Result:
     """
     words = ["--mode", "generative", "--model_name", str(plan.shallow), "--quantization", "none"]
     args = arguments_of(*words, "--precision", "fp32", "--max_samples", "200")
-    stage = make_stage(args, data_of(args), trainer.ENCODERS)
+    stage = trainer.make_stage(args, data_of(args), None)
     model: Any = stage.model.to(default_device())
-    for layer in model.body.layers:  # two random layers would only repeat their last token
+    for layer in model.llm.get_decoder().layers:  # they would only repeat their last token
         layer.post_attention_layernorm.weight.data.fill_(15.0)
-    collate: Any = stage.loaders["val"].collate_fn
+    collate: Any = stage.text
     lengths = np.array([len(prompt) for prompt in collate.prompt_ids])
     order = np.argsort(lengths).tolist()
     rows = [*order[:4], *order[-4:]]  # the shortest beside the longest
 
     def write(indices: list[int]) -> list[list[int]]:
         prompts = collate.with_verdicts(indices, np.zeros(len(indices), dtype=bool))
-        prompts = to_device(prompts, default_device())
+        prompts = send_to_device(prompts, default_device())
         ids = model.write(prompts, REPORT_TOKENS, collate.eos, collate.pad).tolist()
         return [[token for token in row if token != collate.pad] for row in ids]
 
@@ -215,14 +216,14 @@ def resume(plan: Plan, mode: str) -> Result:
     more = ["--deterministic", "--save_every", "3"]
     run_program(*words_of(plan, mode, plan.shallow, whole, *more))
     words = words_of(plan, mode, plan.shallow, stopped, *more)
-    train_step = trainer.train_step
+    step = trainer.step
 
-    def stop(state: Any, *rest: Any) -> None:
-        train_step(state, *rest)
-        if state.average.steps == STOP_AFTER:
+    def stop(state: Any, *rest: Any) -> bool:
+        if state.progress.steps == STOP_AFTER - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, *rest)
 
-    with mock.patch.object(trainer, "train_step", stop):
+    with mock.patch.object(trainer, "step", stop):
         run_program(*words, code=128 + signal.SIGTERM)
     run_program(*words, "--resume")
     expected, found = result_of(whole, mode), result_of(stopped, mode)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, freeze_stage1, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.results import GENERATION_BATCH
-from medgemma_clinical.commands.stages import make_stage, prompt_options
+from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.data.training_data import prepare_data
-from medgemma_clinical.distributed import default_device, to_device
+from medgemma_clinical.distributed import default_device
+from medgemma_clinical.models.generation import rows_at_once
 from medgemma_clinical.models.trajectory_llm import (
     IGNORED,
     VERDICT_WEIGHT,
@@ -44,7 +45,7 @@ from medgemma_clinical.models.trajectory_llm import (
     TextBatch,
     latest_states,
 )
-from medgemma_clinical.training.loaders import LengthBatches, batches_of, padding_share
+from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
 
 ROWS = 1000
@@ -62,14 +63,14 @@ def build(mode: str, arguments: argparse.Namespace) -> tuple[Any, Stage]:
     words = ["--data_path", str(arguments.data), "--max_samples", str(ROWS), "--mode", mode]
     words += ["--model_name", arguments.model_name, "--precision", arguments.precision]
     words += ["--lora_dropout", "0", "--series_text", arguments.series_text]
-    args = trainer.complete(trainer.build_parser().parse_args(words))
+    args = complete(trainer.build_parser().parse_args(words))
     data = prepare_data(
         trainer.read_dataset(args),
         max_samples=args.max_samples,
         seed=args.seed,
-        prompts=prompt_options(args),
+        prompts=trainer.prompt_options(args),
     )
-    stage = make_stage(args, data, trainer.ENCODERS)
+    stage = trainer.make_stage(args, data, None)
     freeze_stage1(stage)
     return stage.model, stage
 
@@ -112,11 +113,17 @@ def own_loss(model: Any, batch: TextBatch) -> tuple[Tensor, int]:
     return output.loss, output.terms
 
 
+def padding_share(batches: LengthBatches, lengths: Any) -> float:
+    """Return the share of padding in all batches."""
+    chosen = [lengths[rows] for rows in batches]
+    return 1 - sum(x.sum() for x in chosen) / sum(len(x) * x.max() for x in chosen)
+
+
 class Way:
     """One way to train: its loss and its batches."""
 
     def __init__(self, stage: Stage, loss: Callable[..., Any], *, bucketed: bool) -> None:
-        known = batches_of(stage.loaders["train"])
+        known = stage.batches["train"]
         lengths = known.lengths if bucketed else None
         self.batches = LengthBatches(known.rows, known.batch_size, lengths, shuffle=True)
         self.loss, self.stage = loss, stage
@@ -125,8 +132,8 @@ class Way:
 
     def step(self) -> float:
         """Take a training step; return its seconds."""
-        model, collate = self.stage.model.train(), self.stage.loaders["train"].collate_fn
-        batch = to_device(collate(next(self.rows)), default_device())
+        model = self.stage.model.train()
+        batch = send_to_device(self.stage.collate(next(self.rows)), default_device())
         start = time.perf_counter()
         loss, terms = self.loss(model, batch)
         (loss / terms).backward()
@@ -150,8 +157,7 @@ def check(model: Any, stage: Stage) -> None:
     Raises:
         SystemExit: they do not compute the same.
     """
-    batch = stage.loaders["val"].collate_fn([0, 1, 2, 3])
-    batch = to_device(batch, default_device())
+    batch = send_to_device(stage.collate([0, 1, 2, 3]), default_device())
     losses, slopes = [], []
     for way in (own_loss, plain_loss):
         model.eval().zero_grad()
@@ -195,7 +201,8 @@ def measure(mode: str, arguments: argparse.Namespace) -> list[str]:
 def measure_writing(arguments: argparse.Namespace) -> list[str]:
     """Time reports written in batches and one by one; return the lines of the report."""
     model, stage = build("generative", arguments)
-    collate: Any = stage.loaders["val"].collate_fn
+    collate: Any = stage.text
+    size = rows_at_once(model, collate, REPORT_TOKENS)
     rows = np.arange(arguments.reports)
     lengths = np.array([len(prompt) for prompt in collate.prompt_ids])
 
@@ -205,14 +212,14 @@ def measure_writing(arguments: argparse.Namespace) -> list[str]:
         written: list[list[int]] = []
         for indices in batches:
             no = np.zeros(len(indices), dtype=bool)  # the verdict that all reports continue
-            prompts = to_device(collate.with_verdicts(indices, no), default_device())
+            prompts = send_to_device(collate.with_verdicts(indices, no), default_device())
             ids = model.write(prompts, REPORT_TOKENS, collate.eos, collate.pad).tolist()
             written += [[token for token in row if token != collate.pad] for row in ids]
         return written, time.perf_counter() - start
 
     took: dict[str, list[float]] = {"one by one": [], "batches": [], "ratio": []}
     equal: list[bool] = []
-    batches = list(LengthBatches(rows, GENERATION_BATCH, lengths, shuffle=False))
+    batches = list(LengthBatches(rows, size, lengths, shuffle=False))
     for turn, indices in enumerate([batches[0][:4], *batches]):
         (one, slow), (many, fast) = write(*([i] for i in indices)), write(indices)
         same = [a == b for a, b in zip(one, many, strict=True)]
@@ -226,7 +233,7 @@ def measure_writing(arguments: argparse.Namespace) -> list[str]:
     rates = [len(rows) / sum(took[name]) for name in ("one by one", "batches")]
     return [
         f"\nwriting {len(rows)} reports of at most {REPORT_TOKENS} tokens, "
-        f"{GENERATION_BATCH} a batch; {np.mean(equal):.0%} the same token by token",
+        f"{size} a batch; {np.mean(equal):.0%} the same token by token",
         f"one by one {shown['one by one']} s a batch, {rates[0]:.2f} reports a second",
         f"batches {shown['batches']} s a batch, {rates[1]:.2f} reports a second",
         f"one by one / batches: {shown['ratio']}, all together {rates[1] / rates[0]:.2f}",

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, freeze_stage1, machine, spread
 
 import medgemma_trainer as trainer
+from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import run_data
-from medgemma_clinical.commands.stages import make_stage, prompt_options
 from medgemma_clinical.training.stage import Stage
 
 FILES = {"One": SAMPLE, "Nine": SAMPLE.with_name("physionet2012_chemistry.csv.gz")}
@@ -45,11 +45,11 @@ class Way:
     def __init__(self, path: Path, flags: list[str], arguments: argparse.Namespace) -> None:
         words = ["--data_path", str(path), "--max_samples", str(arguments.patients), *flags]
         words += ["--model_name", arguments.model_name, "--precision", arguments.precision]
-        args = trainer.complete(trainer.build_parser().parse_args(words))
-        data = run_data(args, trainer.read_dataset(args), prompt_options(args), None)
-        self.stage: Stage = make_stage(args, data, trainer.ENCODERS)
+        args = complete(trainer.build_parser().parse_args(words))
+        data = run_data(args, trainer.read_dataset(args), trainer.prompt_options(args), None)
+        self.stage: Stage = trainer.make_stage(args, data, None)
         self.model: Any = self.stage.model
-        self.collate: Any = self.stage.loaders["train"].collate_fn
+        self.collate: Any = self.stage.text
         if args.soft_prompt == "on":
             freeze_stage1(self.stage)
         self.optimizer = torch.optim.AdamW(self.stage.parameter_groups(), fused=True)

@@ -31,6 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,8 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common import machine
 
 from medgemma_clinical.models.language_model import (
-    add_lora,
-    hush_libraries,
+    LORA_TARGETS,
+    quiet_libraries,
     set_checkpointing,
     tiny_language_model,
 )
@@ -147,6 +148,18 @@ def text_config(layers: int = LAYERS, **sizes: int) -> Any:
     return Gemma3TextConfig(**{**tiny.config.to_dict(), **known, **sizes})
 
 
+def add_lora(model: Any, dropout: float = 0.0) -> Any:
+    """Return a frozen model with the program's adapter, whose weights have the model's dtype.
+
+    So autocast computes their products; its copies of the weights themselves are not counted.
+    """
+    keys = {"target_modules": list(LORA_TARGETS), "lora_dropout": dropout}
+    config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **keys)
+    frozen = model.requires_grad_(False)
+    with quiet_libraries():
+        return get_peft_model(frozen, config, autocast_adapter_dtype=False)
+
+
 def build(dtype: torch.dtype, config: Any, attention: str = "sdpa") -> Any:
     """Return the language model with an adapter of rank 8, as the program makes it, on meta."""
     from transformers import Gemma3ForCausalLM
@@ -154,7 +167,7 @@ def build(dtype: torch.dtype, config: Any, attention: str = "sdpa") -> Any:
     config.layer_types[-1] = "full_attention"  # the whole model has both kinds
     with META:
         model = Gemma3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
-    return add_lora(model.requires_grad_(False), 8, 16, 0.05).train()
+    return add_lora(model, 0.05).train()
 
 
 def cuda_attention(
@@ -374,7 +387,6 @@ def tables() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.parse_args()
-    hush_libraries()
     sys.stdout.write("\n\n".join([*tables(), machine("torch", "transformers", "peft")]) + "\n")
 
 

@@ -53,7 +53,7 @@ def dry_run(mode: str, model: Path, arguments: argparse.Namespace) -> list[str]:
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-5000:])
     lines = (done.stdout + done.stderr).splitlines()
-    shown = [line for line in lines if line.startswith(("dry run", "tokens a patient", "VmHWM"))]
+    shown = [line for line in lines if line.startswith(("dry run", "tokens: ", "VmHWM"))]
     return [f"\n{mode}, {time.perf_counter() - began:.0f} s with loading", *shown]
 
 

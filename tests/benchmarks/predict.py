@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common import SAMPLE, import_program, machine, peak_mib, spread
+from common import SAMPLE, machine, peak_mib, spread
 
 import medgemma_trainer as trainer
 
@@ -56,7 +56,6 @@ def write_rows(path: Path, data: Path, rows: int, labels: bool) -> None:
 
 def measure(checkpoint: str, data: str, out: str, threads: int) -> None:
     """Score the rows in this process; print seconds and MiB."""
-    import_program()
     torch.set_num_threads(threads)
     before, loaded = peak_mib(), 0.0
     load = trainer.TrajectoryModel.from_pretrained

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, import_program, machine, peak_mib, spread
+from common import ROOT, machine, peak_mib, spread
 
 from data import apart
 
@@ -37,7 +37,6 @@ def run(words: list[str], folder: Path) -> dict[str, float]:
     import medgemma_trainer as trainer
     from medgemma_clinical.commands import results
 
-    import_program()
     torch.set_num_threads(int(words.pop(0)))
     marks: list[float] = [time.perf_counter()]
 

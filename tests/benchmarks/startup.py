@@ -21,16 +21,16 @@ FIRST_STEP = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import medgemma_trainer as trainer
-train_step = trainer.train_step
+step = trainer.step
 def first(*arguments):
-    train_step(*arguments)
+    step(*arguments)
     os._exit(0)
-trainer.train_step = first
+trainer.step = first
 sys.exit(trainer.main(sys.argv[1:]) or 1)
 """
 IMPORT = "import sys; sys.path.insert(0, sys.argv[1]); from medgemma_trainer import TrajectoryModel"
 ROW_CALLS = 200
-TARGETS = {"import TrajectoryModel": 0.3, "--help": 2.0, "first step of stage 1": 5.0}
+TARGETS = {"first step of stage 1": 5.0}
 
 
 def ways(folder: str) -> dict[str, list[str]]:

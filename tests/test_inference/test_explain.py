@@ -1,10 +1,6 @@
 """Explanations of single rows: the curve, series left out, the soft prompt, reports."""
 
-from __future__ import annotations
-
 import copy
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +10,6 @@ import torch
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.data.tables import Findings
-from medgemma_clinical.evaluation.patients.explanation import Explanation
 from medgemma_clinical.inference.explain import ScoredRow, explain, short_number
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_trainer import TrajectoryModel
@@ -25,12 +20,12 @@ THREE = ("Serum bicarbonate", "potassium", "ph")
 COLUMNS = (SERIES, "trajectory_potassium [mEq/L]", "trajectory_ph")
 
 
-def explained(model: TrajectoryModel, table: pd.DataFrame) -> list[Explanation]:
+def explained(model, table):
     """Explain each row of a table as ``--explain`` does."""
     findings = Findings("DataFrame", strict=False)
-    (rows,) = scoring_rows(table, model.config, model.datasets, findings, len(table))
+    (rows,) = scoring_rows(table, model.config, trainer.DATASETS, findings, len(table))
     lines, scored = prediction_table(rows, model.trained, findings, 32)
-    reports: Any = lines["report"] if "report" in lines else [None] * len(lines)
+    reports = lines["report"] if "report" in lines else [None] * len(lines)
     return [
         explain(
             ScoredRow(
@@ -48,13 +43,13 @@ def explained(model: TrajectoryModel, table: pd.DataFrame) -> list[Explanation]:
 
 
 @pytest.fixture(scope="module")
-def models(runs: Path) -> dict[str, TrajectoryModel]:
+def models(runs):
     """The model of each stage, of one series."""
     return {stage: TrajectoryModel.from_pretrained(runs / stage) for stage in STAGES}
 
 
 @pytest.fixture(scope="module")
-def stays() -> pd.DataFrame:
+def stays():
     """80 stays with three series; the second of them has a single one."""
     table = pd.read_csv(CHEMISTRY, nrows=80, dtype=str).fillna("")
     table.loc[1, list(COLUMNS[1:])] = ""
@@ -62,7 +57,7 @@ def stays() -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def several(stays: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> TrajectoryModel:
+def several(stays, tmp_path_factory):
     """A stage 1 of three series."""
     place = tmp_path_factory.mktemp("several")
     words = ["--trajectory_only", "--trajectory_epochs", "1", "--min_cell", "0", "--log_file"]
@@ -73,9 +68,7 @@ def several(stays: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_last_point_of_the_curve_is_the_prediction(
-    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_the_last_point_of_the_curve_is_the_prediction(stage, models, table):
     rows = explained(models[stage], table.head(6))
     predicted = models[stage].predict_proba(table.head(6))[:, 1]
     for row, probability in zip(rows, predicted, strict=True):
@@ -86,9 +79,7 @@ def test_the_last_point_of_the_curve_is_the_prediction(
         assert row.without == {}, "a single series leaves nothing to score"
 
 
-def test_a_series_is_left_out_with_all_that_comes_of_it(
-    several: TrajectoryModel, stays: pd.DataFrame
-) -> None:
+def test_a_series_is_left_out_with_all_that_comes_of_it(several, stays):
     few = stays.head(5)
     rows = explained(several, few)
     assert rows[1].without == {}
@@ -105,9 +96,7 @@ def test_a_series_is_left_out_with_all_that_comes_of_it(
     assert len(rows[0].without) == len(measured)
 
 
-def test_a_row_that_cannot_be_scored_without_a_series_has_no_effect(
-    several: TrajectoryModel, stays: pd.DataFrame
-) -> None:
+def test_a_row_that_cannot_be_scored_without_a_series_has_no_effect(several, stays):
     row = stays.head(1).assign(
         **{SERIES: "20 (0h) -> 21 (900000h)", COLUMNS[1]: "4 (450000h)", COLUMNS[2]: ""}
     )
@@ -116,12 +105,10 @@ def test_a_row_that_cannot_be_scored_without_a_series_has_no_effect(
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_without_soft_prompt_the_model_reads_the_text_alone(
-    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_without_soft_prompt_the_model_reads_the_text_alone(stage, models, table):
     """Compared with a model whose projection is taken out."""
     rows = explained(models[stage], table.head(3))
-    llm: Any = models[stage].trained.model
+    llm = models[stage].trained.model
     projection, llm.projection = llm.projection, None
     try:
         expected = models[stage].predict_proba(table.head(3))[:, 1]
@@ -135,10 +122,8 @@ def test_without_soft_prompt_the_model_reads_the_text_alone(
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_a_language_model_of_weight_zero_leaves_nothing_to_remove(
-    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
-    llm: Any = models[stage].trained.model
+def test_a_language_model_of_weight_zero_leaves_nothing_to_remove(stage, models, table):
+    llm = models[stage].trained.model
     weight, llm.residual_weight = llm.residual_weight, 0.0
     try:
         assert explained(models[stage], table.head(1))[0].without_soft_prompt is None
@@ -147,9 +132,7 @@ def test_a_language_model_of_weight_zero_leaves_nothing_to_remove(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_spread_is_that_of_the_last_values_of_training_rows(
-    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_the_spread_is_that_of_the_last_values_of_training_rows(stage, models, table):
     model = models[stage]
     (spread,) = explained(model, table.head(1))[0].spreads
     dataset = trainer.DATASETS["dka"](table)
@@ -159,10 +142,8 @@ def test_the_spread_is_that_of_the_last_values_of_training_rows(
     assert spread == pytest.approx(last.std(), rel=1e-5)
 
 
-def test_a_series_that_is_constant_in_training_has_no_spread(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
-    model: Any = models["trajectory"].trained.model
+def test_a_series_that_is_constant_in_training_has_no_spread(models, table):
+    model = models["trajectory"].trained.model
     scaler = model.members[0].head.summary_scaler
     fitted = copy.deepcopy(scaler)
     scaler.fit(torch.full((9, len(scaler.std)), 3.0))
@@ -184,13 +165,11 @@ def test_a_series_that_is_constant_in_training_has_no_spread(
         (1234.56, "1234.6"),
     ],
 )
-def test_a_fact_has_one_decimal_at_most_and_small_ones_stay(value: float, text: str) -> None:
+def test_a_fact_has_one_decimal_at_most_and_small_ones_stay(value, text):
     assert short_number(value) == text
 
 
-def test_facts_are_those_that_the_model_reads(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_facts_are_those_that_the_model_reads(models, table):
     row = table.head(1).assign(clinical_context="54-year-old woman of Rome, medical ICU")
     facts = explained(models["trajectory"], row)[0].facts
     assert facts["numbers in the context"] == "54-year, kg unknown"
@@ -200,9 +179,7 @@ def test_facts_are_those_that_the_model_reads(
     assert told["context that the language model reads"].endswith("of Rome, medical ICU")
 
 
-def test_the_report_is_that_of_the_predictions_and_its_numbers_are_marked(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_the_report_is_that_of_the_predictions_and_its_numbers_are_marked(models, table):
     model = models["generative"]
     (row,) = explained(model, table.head(1))
     assert row.report is not None
@@ -210,7 +187,7 @@ def test_the_report_is_that_of_the_predictions_and_its_numbers_are_marked(
     assert explained(models["classification"], table.head(1))[0].report is None
 
 
-def test_observations_are_told_with_unit(several: TrajectoryModel, stays: pd.DataFrame) -> None:
+def test_observations_are_told_with_unit(several, stays):
     row = stays.head(1).assign(
         **{SERIES: "20 (0h) -> 21.5 (3h)", COLUMNS[1]: "4 (3h)", COLUMNS[2]: ""}
     )

@@ -1,12 +1,8 @@
 """Sharing: a checkpoint's files travel and nothing of a patient; each failure is one line."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,7 +11,7 @@ from huggingface_hub import constants
 
 import medgemma_trainer as trainer
 from conftest import sign_table
-from hub_server import Hub, hub_on_this_machine
+from hub_server import hub_on_this_machine
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import (
     download_checkpoint,
@@ -39,7 +35,7 @@ STAGE_2 = {
 VALUES = ("7.41703", "49.31", "987.654", "777.25")
 
 
-def marked_table(rows: int) -> pd.DataFrame:
+def marked_table(rows):
     """A table whose ids, contexts and extreme values can be found wherever they turn up."""
     table = sign_table(rows, seed=3)
     table["clinical_trajectory"] += " -> 7.41703 (49.31h)"
@@ -53,7 +49,7 @@ def marked_table(rows: int) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory):
     """A run of stages 1 and 2 on a marked table, in the folder of a person."""
     place = tmp_path_factory.mktemp("jdoe")
     marked_table(300).to_csv(place / "signs.csv", index=False)
@@ -66,18 +62,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(tmp_path, monkeypatch):
     with hub_on_this_machine(tmp_path / "cache", monkeypatch) as served:
         yield served
 
 
-def predictions(run: Path, checkpoint: Path, out: Path) -> pd.DataFrame:
+def predictions(run, checkpoint, out):
     words = ["--predict", "--checkpoint", str(checkpoint), "--predictions", str(out)]
     assert trainer.main([*words, "--data_path", str(run.parent / "signs.csv")]) == 0
     return read_predictions(out)
 
 
-def refusal(call: Callable[..., Any], *words: Any, **keywords: Any) -> str:
+def refusal(call, *words, **keywords):
     with pytest.raises(InputError) as caught:
         call(*words, **keywords)
     text = str(caught.value)
@@ -86,7 +82,7 @@ def refusal(call: Callable[..., Any], *words: Any, **keywords: Any) -> str:
     return text
 
 
-def hold_nothing_of_patients(sent: bytes, run: Path) -> None:
+def hold_nothing_of_patients(sent, run):
     assert b"AUROC" in sent, "the card is there, so the search can find something"
     places = str(run.parent), run.parent.name, "signs.csv", tempfile.gettempdir()
     for mark in (MARKER, *VALUES, *places):
@@ -99,7 +95,7 @@ def hold_nothing_of_patients(sent: bytes, run: Path) -> None:
 # ------------------------------------------------------------------ what leaves the machine
 
 
-def test_stage_2_uploads_its_files_and_no_others(run: Path, hub: Hub, tmp_path: Path) -> None:
+def test_stage_2_uploads_its_files_and_no_others(run, hub, tmp_path):
     folder = Path(shutil.copytree(run / "classification", tmp_path / "classification"))
     for name in ("notes.txt", "predictions_test.csv", "adapter/README.md", "adapter/ids.json"):
         (folder / "best" / name).write_text(f"{MARKER} of a patient")
@@ -115,9 +111,7 @@ def test_stage_2_uploads_its_files_and_no_others(run: Path, hub: Hub, tmp_path: 
         assert hub.files(ID)[name] == (best / name).read_bytes(), name
 
 
-def test_stage_1_is_shared_without_the_hashes_of_its_patients(
-    run: Path, hub: Hub, tmp_path: Path
-) -> None:
+def test_stage_1_is_shared_without_the_hashes_of_its_patients(run, hub, tmp_path):
     upload_checkpoint(run / "trajectory", ID)
     assert hub.files(ID).keys() == STAGE_1
     hold_nothing_of_patients(hub.received_bytes(), run)
@@ -129,14 +123,14 @@ def test_stage_1_is_shared_without_the_hashes_of_its_patients(
     assert all(torch.equal(sent.weights[name], own.weights[name]) for name in own.weights)
 
 
-def test_a_repository_is_private_unless_asked(run: Path, hub: Hub) -> None:
+def test_a_repository_is_private_unless_asked(run, hub):
     upload_checkpoint(run / "classification", ID)
     upload_checkpoint(run / "classification", "jane/open", private=False)
     assert hub.repositories[ID].private
     assert not hub.repositories["jane/open"].private
 
 
-def test_nothing_goes_into_a_public_repository_that_should_be_private(run: Path, hub: Hub) -> None:
+def test_nothing_goes_into_a_public_repository_that_should_be_private(run, hub):
     before = hub.repository(ID).refs["main"]
     text = refusal(upload_checkpoint, run / "classification", ID)
     assert text == f"{ID}: exists and is public: make it private, or push with private=False"
@@ -144,7 +138,7 @@ def test_nothing_goes_into_a_public_repository_that_should_be_private(run: Path,
     assert not [path for _, path in hub.requests if "upload" in path or "commit" in path]
 
 
-def test_a_second_push_replaces_the_model_and_leaves_other_files(run: Path, hub: Hub) -> None:
+def test_a_second_push_replaces_the_model_and_leaves_other_files(run, hub):
     upload_checkpoint(run / TRAJECTORY_FILE, ID)
     others = {"figure.png": b"png", "data/README.md": b"own"}
     repository = hub.repositories[ID]
@@ -155,7 +149,7 @@ def test_a_second_push_replaces_the_model_and_leaves_other_files(run: Path, hub:
     assert hub.files(ID).keys() == STAGE_1 | others.keys()
 
 
-def test_a_branch_is_made_where_there_is_none(run: Path, hub: Hub) -> None:
+def test_a_branch_is_made_where_there_is_none(run, hub):
     upload_checkpoint(run / TRAJECTORY_FILE, ID)
     for _ in range(2):
         upload_checkpoint(run / "classification", ID, revision="stage-2")
@@ -163,7 +157,7 @@ def test_a_branch_is_made_where_there_is_none(run: Path, hub: Hub) -> None:
     assert hub.files(ID, "stage-2").keys() == STAGE_2
 
 
-def test_the_card_on_the_hub_says_how_to_load_the_model(run: Path, hub: Hub) -> None:
+def test_the_card_on_the_hub_says_how_to_load_the_model(run, hub):
     for place in ("trajectory", "classification"):
         upload_checkpoint(run / place, ID)
         card = hub.files(ID)["README.md"].decode()
@@ -176,9 +170,7 @@ def test_the_card_on_the_hub_says_how_to_load_the_model(run: Path, hub: Hub) -> 
 
 
 @pytest.mark.parametrize(("place", "files"), [("trajectory", STAGE_1), ("classification", STAGE_2)])
-def test_a_shared_folder_predicts_as_the_run(
-    place: str, files: set[str], run: Path, tmp_path: Path
-) -> None:
+def test_a_shared_folder_predicts_as_the_run(place, files, run, tmp_path):
     expected = predictions(run, run / place, tmp_path / "1.csv")
     for _ in range(2):  # its own earlier files are replaced
         share_checkpoint(run / place, tmp_path / "new" / "shared")
@@ -191,7 +183,7 @@ def test_a_shared_folder_predicts_as_the_run(
 
 
 @pytest.mark.parametrize("name", ["predictions.csv", TRAJECTORY_FILE])
-def test_a_folder_with_other_files_is_not_replaced(name: str, run: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_not_replaced(name, run, tmp_path):
     (tmp_path / name).write_text("own")
     text = refusal(share_checkpoint, run / "classification", tmp_path)
     assert text == f"{tmp_path}: exists and holds other files: name a new folder"
@@ -199,14 +191,14 @@ def test_a_folder_with_other_files_is_not_replaced(name: str, run: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_no_blank_card_of_peft_lies_in_a_run(run: Path) -> None:
+def test_no_blank_card_of_peft_lies_in_a_run(run):
     cards = list(run.rglob("README.md"))
     assert cards == [run / "classification" / "best" / "README.md"]
     assert "More Information Needed" not in cards[0].read_text()
     assert "| This model | " in cards[0].read_text()
 
 
-def test_a_damaged_model_is_not_shared(run: Path, hub: Hub, tmp_path: Path) -> None:
+def test_a_damaged_model_is_not_shared(run, hub, tmp_path):
     best = Path(shutil.copytree(run / "classification" / "best", tmp_path / "best"))
     (best / "modules.safetensors").write_bytes(b"")
     assert "modules.safetensors is missing or not as" in refusal(upload_checkpoint, best, ID)
@@ -217,9 +209,7 @@ def test_a_damaged_model_is_not_shared(run: Path, hub: Hub, tmp_path: Path) -> N
 # ------------------------------------------------------------------ from the hub
 
 
-def test_a_model_that_was_pushed_comes_back(
-    run: Path, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_was_pushed_comes_back(run, hub, tmp_path, capsys):
     for place in ("trajectory", "classification"):
         upload_checkpoint(run / place, ID)
         loaded = download_checkpoint(ID)
@@ -232,7 +222,7 @@ def test_a_model_that_was_pushed_comes_back(
     assert "HTTP Request" not in shown
 
 
-def test_other_files_of_a_repository_are_not_downloaded(run: Path, hub: Hub) -> None:
+def test_other_files_of_a_repository_are_not_downloaded(run, hub):
     upload_checkpoint(run / "classification", ID)
     repository = hub.repositories[ID]
     files = repository.commits[repository.refs["main"]]
@@ -242,9 +232,7 @@ def test_other_files_of_a_repository_are_not_downloaded(run: Path, hub: Hub) -> 
     assert found == STAGE_2
 
 
-def test_revisions_load_by_branch_tag_and_commit_also_offline(
-    run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_revisions_load_by_branch_tag_and_commit_also_offline(run, hub, monkeypatch):
     upload_checkpoint(run / "trajectory", ID)
     hub.repositories[ID].refs["v1"] = first = hub.repositories[ID].refs["main"]
     upload_checkpoint(run / "classification", ID)
@@ -259,9 +247,7 @@ def test_revisions_load_by_branch_tag_and_commit_also_offline(
     assert len(hub.requests) == seen
 
 
-def test_a_cache_that_another_machine_made_loads_offline(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_another_machine_made_loads_offline(run, tmp_path, monkeypatch):
     """The layout that the hub's library documents: blobs, snapshots of links to them, refs."""
     share_checkpoint(run / "classification", tmp_path / "shared")
     store, commit = tmp_path / "cache" / "models--jane--anion-gap", "c0ffee" + "0" * 34
@@ -278,32 +264,32 @@ def test_a_cache_that_another_machine_made_loads_offline(
     for revision in (None, "main", commit):
         place = download_checkpoint(ID, revision)
         assert place == snapshot
-        model = load_trained_model(place, trainer.ENCODERS)
+        model = load_trained_model(place, trainer.BUILDERS)
         assert model.config == read_config(run / "classification" / "best")
 
 
 # ------------------------------------------------------------------ failures
 
 
-def gated(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def gated(hub, monkeypatch):
     hub.repository(ID, gated=True)
 
 
-def private(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def private(hub, monkeypatch):
     hub.repository(ID, private=True)
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_stranger")
 
 
-def foreign(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def foreign(hub, monkeypatch):
     hub.repository(ID).commit({"config.json": b"{}", "model.safetensors": b""})
 
 
-def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(hub, monkeypatch):
     hub.repository(ID)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def absent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def absent(hub, monkeypatch):
     """No such repository."""
 
 
@@ -319,13 +305,8 @@ def absent(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_model_that_cannot_be_downloaded_is_one_line(
-    state: Callable[..., None],
-    revision: str | None,
-    expected: str,
-    hub: Hub,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+    state, revision, expected, hub, monkeypatch, capfd
+):
     state(hub, monkeypatch)
     text = refusal(download_checkpoint, ID, revision)
     assert text.startswith(ID)
@@ -337,16 +318,14 @@ def test_a_model_that_cannot_be_downloaded_is_one_line(
     "name",
     ["classification", "a/b/c", "../run/best", "jane/", "jane/a--b", "jane/a\nb", "", "/a/b"],
 )
-def test_a_name_that_is_no_id_asks_nobody(name: str, hub: Hub, run: Path) -> None:
+def test_a_name_that_is_no_id_asks_nobody(name, hub, run):
     expected = "no such file or folder here, and not an id of the hub: user/name"
     assert expected in refusal(download_checkpoint, name)
     assert expected in refusal(upload_checkpoint, run / "classification", name)
     assert not hub.requests
 
 
-def test_an_upload_needs_a_login_with_rights_and_a_network(
-    run: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_upload_needs_a_login_with_rights_and_a_network(run, hub, tmp_path, monkeypatch):
     place = run / "classification"
     assert "the hub refused the login: log in" in refusal(upload_checkpoint, place, "foreign/model")
     wrong = refusal(upload_checkpoint, place, ID, token="hf_wrong")
@@ -364,9 +343,7 @@ def test_an_upload_needs_a_login_with_rights_and_a_network(
     assert not hub.repositories
 
 
-def test_a_hub_that_does_not_answer_is_one_line(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_does_not_answer_is_one_line(run, tmp_path, monkeypatch):
     with hub_on_this_machine(tmp_path / "cache", monkeypatch):
         pass
     assert "not in the cache of this machine" in refusal(download_checkpoint, ID)

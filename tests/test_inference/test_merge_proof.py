@@ -1,9 +1,6 @@
 """The proof of an export, on an adapter that was trained: what passes and what is refused."""
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +19,7 @@ from medgemma_clinical.inference.merge_proof import (
     proof_logits,
 )
 from medgemma_clinical.models.trained_model import load_trained_model
-from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
-from merged_models import ENCODERS, save_base, spoil_merge
+from merged_models import BUILDERS, save_base, spoil_merge
 
 KINDS = {
     "float32": {},
@@ -33,14 +29,14 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def trained(tmp_path_factory):
     """Stage 2 after two epochs on a base model in a folder, read in each precision."""
     place = tmp_path_factory.mktemp("trained")
     base = save_base(place / "gemma")
     sign_table(60, seed=1).to_csv(place / "signs.csv", index=False)
     words = ["--mode", "classification", "--model_name", str(base), "--epochs", "2"]
     words += ["--data_path", str(place / "signs.csv"), "--min_cell", "0", "--log_file", "none"]
-    words += ["--batch_size", "8", "--adapter_lr", "0.0007", "--precision", "fp32"]
+    words += ["--batch_size", "8", "--adapter_lr", "0.001", "--precision", "fp32"]
     stages = {}
     for kind, precision in KINDS.items():
         stages[kind] = place / kind / "classification"
@@ -53,10 +49,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trained_adapter_is_found_whole(
-    kind: str, trained: dict[str, Path], tmp_path: Path
-) -> None:
-    proof = export_merged(trained[kind], tmp_path / "out", ENCODERS)
+def test_a_trained_adapter_is_found_whole(kind, trained, tmp_path):
+    proof = export_merged(trained[kind], tmp_path / "out", BUILDERS)
     near = 1e-3 if kind == "float32" else 0.1
     assert proof.shares == pytest.approx([1, 1], abs=near)
     assert max(proof.words, proof.own) < (1e-4 if kind == "float32" else proof.allowed / 2)
@@ -73,25 +67,17 @@ def test_a_trained_adapter_is_found_whole(
     ],
 )
 def test_a_trained_adapter_that_is_not_whole_is_refused(
-    fault: str,
-    kind: str,
-    trained: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    fault, kind, trained, tmp_path, monkeypatch
+):
     spoil_merge(monkeypatch, fault)
     with pytest.raises(RunFault, match=r"adapter's effect found: (-?0\.[0-6]|[12]\.)"):
-        export_merged(trained[kind], tmp_path / "out", ENCODERS)
+        export_merged(trained[kind], tmp_path / "out", BUILDERS)
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
-def test_the_proof_computes_in_float32_and_leaves_the_model_as_it_was(
-    trained: dict[str, Path],
-) -> None:
-    half = load_trained_model(trained["bfloat16"], ENCODERS)
-    model = load_trained_model(trained["bfloat16"], ENCODERS, precision="fp32")
-    assert isinstance(half.model, TrajectoryLLM)
-    assert isinstance(model.model, TrajectoryLLM)
+def test_the_proof_computes_in_float32_and_leaves_the_model_as_it_was(trained):
+    half = load_trained_model(trained["bfloat16"], BUILDERS)
+    model = load_trained_model(trained["bfloat16"], BUILDERS, precision="fp32")
     weights = {name: weight.clone() for name, weight in half.model.named_parameters()}
     found = proof_logits(half)
     for name, weight in half.model.named_parameters():
@@ -105,13 +91,10 @@ def test_the_proof_computes_in_float32_and_leaves_the_model_as_it_was(
     torch.testing.assert_close(found.own, expected.own, rtol=0, atol=1e-2)
 
 
-def test_packed_weights_compute_in_bfloat16_again_after_the_proof(
-    trained: dict[str, Path],
-) -> None:
-    packed = load_trained_model(trained["NF4 in bfloat16"], ENCODERS)
-    assert isinstance(packed.model, TrajectoryLLM)
+def test_packed_weights_compute_in_bfloat16_again_after_the_proof(trained):
+    packed = load_trained_model(trained["NF4 in bfloat16"], BUILDERS)
 
-    def dtypes() -> set[torch.dtype]:
+    def dtypes():
         found = (getattr(each, "compute_dtype", None) for each in packed.model.modules())
         return {dtype for dtype in found if dtype is not None}
 
@@ -124,13 +107,13 @@ def test_packed_weights_compute_in_bfloat16_again_after_the_proof(
 # ------------------------------------------------------------------------------- the figures
 
 
-def logits(words: torch.Tensor) -> ProofLogits:
+def logits(words):
     """Logits whose own readout says nothing."""
     silent = torch.zeros(PROOF_ROWS)
     return ProofLogits(words=words, own=silent, scale=silent)
 
 
-def test_an_effect_below_the_rounding_is_not_judged() -> None:
+def test_an_effect_below_the_rounding_is_not_judged():
     torch.manual_seed(0)
     without, effect = torch.randn(2, PROOF_ROWS, 200)
     for size, judged in ((0.05, True), (0.01, False)):
@@ -144,7 +127,7 @@ def test_an_effect_below_the_rounding_is_not_judged() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0, 2.0])
-def test_the_share_is_that_of_the_effect(share: float) -> None:
+def test_the_share_is_that_of_the_effect(share):
     torch.manual_seed(0)
     without, effect, noise = torch.randn(3, PROOF_ROWS, 200)
     before, after = without + effect / 10, without + share * effect / 10 + noise / 20
@@ -169,8 +152,6 @@ NAN = float("nan")
         (0.1, 0.1, (1.0, NAN), False),
     ],
 )
-def test_differences_and_shares_must_hold(
-    words: float, own: float, shares: tuple[float | None, float | None], holds: bool
-) -> None:
+def test_differences_and_shares_must_hold(words, own, shares, holds):
     proof = MergeProof(words, own, allowed=0.2, words_share=shares[0], own_share=shares[1])
     assert proof.holds == holds

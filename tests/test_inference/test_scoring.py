@@ -1,11 +1,7 @@
 """Scored rows: as the run scored them, in order, the unreadable ones with their problem."""
 
-from __future__ import annotations
-
 import gzip
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +27,7 @@ from predicting import (
 
 
 @pytest.fixture(scope="module")
-def scored(runs: Path) -> dict[str, pd.DataFrame]:
+def scored(runs):
     """The predictions of each stage for its whole file."""
     more = ("--batch_size", "7")
     return {
@@ -40,7 +36,7 @@ def scored(runs: Path) -> dict[str, pd.DataFrame]:
     }
 
 
-def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+def set_rows(monkeypatch, rows):
     """Let so many rows of a file be in memory at a time."""
     for stage in STAGES:
         monkeypatch.setitem(MEMORY_ROWS, stage, rows)
@@ -50,9 +46,7 @@ def set_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_predictions_are_those_of_the_run(
-    stage: str, runs: Path, table: pd.DataFrame, scored: dict[str, pd.DataFrame]
-) -> None:
+def test_predictions_are_those_of_the_run(stage, runs, table, scored):
     out = scored[stage]
     assert out["id"].tolist() == table["id"].tolist()  # the input's order
     assert list(out)[-1] == "problem"
@@ -69,7 +63,7 @@ def test_predictions_are_those_of_the_run(
     assert set(out["prediction"]) == {0, 1}
 
 
-def test_reports_are_those_of_the_run(runs: Path, scored: dict[str, pd.DataFrame]) -> None:
+def test_reports_are_those_of_the_run(runs, scored):
     out = scored["generative"]
     assert list(out) == ["id", "probability", "prediction", "report", "problem"]
     assert ",".join(map(str, out)) + "\n" in predict.HEADERS, "a second run replaces the file"
@@ -79,9 +73,7 @@ def test_reports_are_those_of_the_run(runs: Path, scored: dict[str, pd.DataFrame
     assert {i: written[i] for i in own} == own
 
 
-def test_each_report_gives_the_verdict_of_its_prediction(
-    runs: Path, scored: dict[str, pd.DataFrame]
-) -> None:
+def test_each_report_gives_the_verdict_of_its_prediction(runs, scored):
     out = scored["generative"]
     outcome = json.loads(SAMPLE.with_suffix(".json").read_text())["outcome"]
     words = out["prediction"].map({0: f"{outcome}: no", 1: f"{outcome}: yes"})
@@ -90,17 +82,12 @@ def test_each_report_gives_the_verdict_of_its_prediction(
 
 
 def test_a_report_that_does_not_parse_is_a_problem_and_the_score_stays(
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    scored: dict[str, pd.DataFrame],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    runs, table, tmp_path, scored, monkeypatch, capsys
+):
     few = table.head(16).drop(columns="label_escalation")
     few.loc[3, SERIES] = f"24 ({MARKER}h)"
 
-    def write(scores: scoring.Scores, *_: Any) -> list[str]:
+    def write(scores, *_):
         """Write the true reports; that of each third row breaks off."""
         dataset = scores.rows.dataset
         dataset.labels = scores.alarms.astype(float)
@@ -127,8 +114,8 @@ def test_a_report_that_does_not_parse_is_a_problem_and_the_score_stays(
 
 
 def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     # Whatever a tiny model has learned, each verdict is taken for about half of the rows.
     monkeypatch.setattr(decision, "youden_threshold", lambda _, risks: float(np.median(risks)))
     few = pd.read_csv(SAMPLE.with_name("physionet2012_chemistry.csv.gz"), nrows=80, dtype=str)
@@ -155,9 +142,7 @@ def test_word_prediction_and_probability_agree_in_every_row_of_several_series(
     assert lines["verdict"].tolist() == out.set_index("id")["prediction"][lines["id"]].tolist()
 
 
-def test_labels_may_be_missing_wrong_or_absent_however_strict(
-    runs: Path, table: pd.DataFrame, tmp_path: Path
-) -> None:
+def test_labels_may_be_missing_wrong_or_absent_however_strict(runs, table, tmp_path):
     stage = "classification"
     few = table.head(20).assign(label_escalation="0")
     whole = predicted(runs / stage, write_data(few, tmp_path / "whole.csv"), tmp_path / "1.csv")
@@ -173,14 +158,8 @@ def test_labels_may_be_missing_wrong_or_absent_however_strict(
 
 @pytest.mark.parametrize(("stage", "rows"), [("trajectory", 3), ("classification", 1000)])
 def test_bad_rows_are_kept_with_their_problem(
-    stage: str,
-    rows: int,
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    stage, rows, runs, table, tmp_path, monkeypatch, capsys
+):
     set_rows(monkeypatch, rows)
     bad, problems = spoil(table)
     out = predicted(runs / stage, write_data(bad, tmp_path / "bad.csv"), tmp_path / "out.csv")
@@ -202,7 +181,7 @@ def test_bad_rows_are_kept_with_their_problem(
     assert shown.out.count("1 rows were not in time order") == 2  # once a command, not a chunk
 
 
-def test_a_row_with_too_many_fields_is_kept_with_its_problem(runs: Path, tmp_path: Path) -> None:
+def test_a_row_with_too_many_fields_is_kept_with_its_problem(runs, tmp_path):
     data = write_data(pd.DataFrame({"id": [], SERIES: []}), tmp_path / "bad.csv")
     header = f"id,{SERIES},clinical_context"
     data.write_text(f"{header}\na,24 (0h),\n\nb,24 (0h),,22 (1h)\nc,24 (0h),\n")
@@ -214,13 +193,8 @@ def test_a_row_with_too_many_fields_is_kept_with_its_problem(runs: Path, tmp_pat
 
 @pytest.mark.parametrize("row", [3, 11, 12])
 def test_strict_refuses_the_file_with_row_and_column(
-    row: int,
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    row, runs, table, tmp_path, monkeypatch, capsys
+):
     set_rows(monkeypatch, 4)  # the row counts in the file, not in a chunk
     bad, problems = spoil(table)
     good = table.head(30).drop(columns="label_escalation")
@@ -233,15 +207,11 @@ def test_strict_refuses_the_file_with_row_and_column(
 
 
 def test_a_text_that_is_too_long_is_a_problem_of_its_row(
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    runs, table, tmp_path, monkeypatch, capsys
+):
     load = trainer.TrajectoryModel.from_pretrained
 
-    def with_a_limit(*given: Any, **keywords: Any) -> Any:
+    def with_a_limit(*given, **keywords):
         model = load(*given, **keywords)
         model.config["max_text_tokens"] = 400
         return model
@@ -259,16 +229,15 @@ def test_a_text_that_is_too_long_is_a_problem_of_its_row(
     assert not out.exists()
 
 
-def test_a_score_that_is_no_number_is_a_problem_of_its_row(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*given: Any) -> Any:
-        logit = compute(*given)
-        logit[3] = np.nan
-        return logit
+def test_a_score_that_is_no_number_is_a_problem_of_its_row(runs, table, tmp_path, monkeypatch):
+    outputs = scoring.outputs
 
-    compute = scoring.compute_logits
-    monkeypatch.setattr(scoring, "compute_logits", broken)
+    def broken(*given):
+        for batch, output in outputs(*given):
+            output.logit[batch["index"] == 3] = np.nan
+            yield batch, output
+
+    monkeypatch.setattr(scoring, "outputs", broken)
     data = write_data(table.head(9), tmp_path / "few.csv")
     out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
     assert out["probability"].isna().tolist() == [k == 3 for k in range(9)]
@@ -279,9 +248,7 @@ def test_a_score_that_is_no_number_is_a_problem_of_its_row(
 
 
 @pytest.mark.parametrize("ending", ["csv.gz", "parquet"])
-def test_chunks_and_storage_do_not_matter(
-    ending: str, runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_and_storage_do_not_matter(ending, runs, table, tmp_path, monkeypatch):
     bad, _ = spoil(table)
     whole = predicted(runs / "trajectory", write_data(bad, tmp_path / "a.csv"), tmp_path / "0.csv")
     data = tmp_path / f"a.{ending}"
@@ -298,14 +265,14 @@ def test_chunks_and_storage_do_not_matter(
 
 
 def test_few_rows_are_held_at_a_time_and_nothing_of_those_without_a_label(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    runs, table, tmp_path, monkeypatch
+):
     set_rows(monkeypatch, 8)
-    held: list[int] = []
-    tallies: list[predict.PredictionTally] = []
+    held = []
+    tallies = []
     add = predict.PredictionTally.add
 
-    def counted(self: predict.PredictionTally, lines: Any, rows: Any) -> None:
+    def counted(self, lines, rows):
         held.append(len(rows.dataset))
         tallies.append(self)
         add(self, lines, rows)
@@ -317,9 +284,7 @@ def test_few_rows_are_held_at_a_time_and_nothing_of_those_without_a_label(
     assert (tallies[-1].rows, sum(map(len, tallies[-1].labelled))) == (100, 0)
 
 
-def test_a_file_without_ids_names_rows_as_the_run_does(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_ids_names_rows_as_the_run_does(runs, table, tmp_path, monkeypatch):
     set_rows(monkeypatch, 4)
     data = write_data(table.head(10)[[SERIES, "clinical_context"]], tmp_path / "plain.csv")
     out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
@@ -330,13 +295,7 @@ def test_a_file_without_ids_names_rows_as_the_run_does(
 
 
 @pytest.mark.parametrize("kind", ["unit", "outcome", "none"])
-def test_a_file_of_another_kind_is_refused_with_what_differs(
-    kind: str,
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_file_of_another_kind_is_refused_with_what_differs(kind, runs, table, tmp_path, capsys):
     words = {
         "unit": {"unit": "mg/dL"},
         "outcome": {"outcome": "Stroke"},
@@ -354,9 +313,7 @@ def test_a_file_of_another_kind_is_refused_with_what_differs(
     assert refused(capsys, asked, *expected[kind], out=out)
 
 
-def test_several_series_are_read_by_name_and_others_ignored(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_series_are_read_by_name_and_others_ignored(tmp_path, capsys):
     rng = np.random.default_rng(0)
     few = pd.read_csv(SAMPLE, nrows=60, dtype=str)
     few["trajectory_lactate [mmol/L]"] = [f"{v:.1f} (3h)" for v in rng.uniform(1, 9, 60)]
@@ -384,9 +341,7 @@ def test_several_series_are_read_by_name_and_others_ignored(
     assert refused(capsys, words, "pH", "lactate", out=target)
 
 
-def test_values_outside_declared_limits_are_counted_by_row(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_values_outside_declared_limits_are_counted_by_row(runs, table, tmp_path, capsys):
     few = table.head(5).copy()
     few.loc[1, SERIES] = "2400 (0h) -> 2300 (1h)"
     data = write_data(few, tmp_path / "few.csv")

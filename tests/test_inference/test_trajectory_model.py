@@ -1,10 +1,5 @@
 """TrajectoryModel: equal to --predict, a classifier for scikit-learn, clear in its refusals."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +18,7 @@ LABEL = "label_escalation"
 
 
 @pytest.fixture(scope="module")
-def models(runs: Path) -> dict[str, TrajectoryModel]:
+def models(runs):
     """The model of each stage."""
     return {stage: TrajectoryModel.from_pretrained(runs / stage) for stage in STAGES}
 
@@ -33,8 +28,8 @@ def models(runs: Path) -> dict[str, TrajectoryModel]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
-    stage: str, models: dict[str, TrajectoryModel], runs: Path, table: pd.DataFrame, tmp_path: Path
-) -> None:
+    stage, models, runs, table, tmp_path
+):
     written = predicted(runs / stage, runs / "train.csv", tmp_path / "out.csv")
     model = models[stage]
     described = MIMICtrajectoryDataset(table, description=Description.beside(runs / "train.csv"))
@@ -54,7 +49,7 @@ def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_batch_size_does_not_matter(stage: str, runs: Path, table: pd.DataFrame) -> None:
+def test_the_batch_size_does_not_matter(stage, runs, table):
     one = TrajectoryModel.from_pretrained(runs / stage, batch_size=7, device="cpu")
     other = TrajectoryModel.from_pretrained(runs / stage)
     assert one.batch_size == 7
@@ -62,9 +57,7 @@ def test_the_batch_size_does_not_matter(stage: str, runs: Path, table: pd.DataFr
     np.testing.assert_allclose(one.predict_proba(rows), other.predict_proba(rows), atol=1e-6)
 
 
-def test_labels_are_not_needed_and_do_not_matter(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_labels_are_not_needed_and_do_not_matter(models, table):
     model = models["trajectory"]
     before = model.predict_proba(table)
     flipped = table.assign(**{LABEL: 1 - table[LABEL].astype(int)})
@@ -72,9 +65,7 @@ def test_labels_are_not_needed_and_do_not_matter(
         np.testing.assert_array_equal(model.predict_proba(rows), before)
 
 
-def test_a_row_that_cannot_be_scored_is_refused_with_its_place_or_listed(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_a_row_that_cannot_be_scored_is_refused_with_its_place_or_listed(models, table):
     spoilt = table.head(5).copy()
     spoilt.loc[3, SERIES] = f"24 (0h) -> {MARKER}"
     for model in models.values():
@@ -90,9 +81,7 @@ def test_a_row_that_cannot_be_scored_is_refused_with_its_place_or_listed(
         np.testing.assert_allclose(lines["probability"].drop(3), kept, atol=1e-6)
 
 
-def test_rows_of_other_series_are_refused(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_rows_of_other_series_are_refused(models, table):
     model = models["trajectory"]
     other = table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]})
     with pytest.raises(InputError, match=r"the checkpoint reads Serum bicarbonate in mmol/L unit"):
@@ -104,9 +93,7 @@ def test_rows_of_other_series_are_refused(
         model.predict_proba(MIMICtrajectoryDataset(table, description=outcome))
 
 
-def test_a_data_set_that_was_read_in_another_way_is_refused(
-    models: dict[str, TrajectoryModel], runs: Path, table: pd.DataFrame
-) -> None:
+def test_a_data_set_that_was_read_in_another_way_is_refused(models, runs, table):
     model = models["trajectory"]
     described = Description.beside(runs / "train.csv")
     short = MIMICtrajectoryDataset(table, max_len=2, description=described)
@@ -117,30 +104,23 @@ def test_a_data_set_that_was_read_in_another_way_is_refused(
         model.predict_proba(MIMICtrajectoryDataset(silent, description=described))
     for rows in (None, table[SERIES], table.to_numpy()):
         with pytest.raises(InputError, match="give a DataFrame, the path of a file"):
-            model.predict_proba(rows)  # type: ignore[arg-type]
+            model.predict_proba(rows)
 
 
 @pytest.mark.parametrize(
-    ("keywords", "words"),
+    ("name", "value"),
     [
-        ({"precision": "fp16"}, "precision 'fp16': choose from bf16, fp32"),
-        ({"quantization": "int8"}, "int8 is known to make MedGemma write rubbish"),
-        ({"attention": "fast"}, "attention 'fast': choose from"),
-        ({"device": "foo"}, "device 'foo': not on this machine"),
-        ({"batch_size": 0}, "batch_size 0: expected a whole number from 1"),
+        *(("precision", "fp16"), ("quantization", "int8"), ("attention", "fast")),
+        *(("device", "foo"), ("batch_size", 0)),
     ],
 )
-def test_a_wrong_keyword_of_loading_is_named(
-    keywords: dict[str, Any], words: str, runs: Path
-) -> None:
+def test_a_wrong_keyword_of_loading_is_named(name, value, runs):
     for stage in STAGES[:2]:
-        with pytest.raises(InputError, match=words):
-            TrajectoryModel.from_pretrained(runs / stage, **keywords)
+        with pytest.raises(InputError, match=name):
+            TrajectoryModel.from_pretrained(runs / stage, **{name: value})
 
 
-def test_the_main_series_may_stand_under_its_own_name(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_the_main_series_may_stand_under_its_own_name(models, table):
     model = models["trajectory"]
     named = table.rename(columns={SERIES: "trajectory_Serum bicarbonate [mmol/L]"}).assign(
         **{SERIES: ""}
@@ -151,9 +131,7 @@ def test_the_main_series_may_stand_under_its_own_name(
 # --------------------------------------------------------------------------- as of scikit-learn
 
 
-def test_scikit_learn_takes_the_model_for_a_fitted_classifier(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_scikit_learn_takes_the_model_for_a_fitted_classifier(models, table):
     model, labels = models["trajectory"], table[LABEL].astype(int)
     assert is_classifier(model)
     assert model.classes_.tolist() == [0, 1]
@@ -172,9 +150,7 @@ def test_scikit_learn_takes_the_model_for_a_fitted_classifier(
 # --------------------------------------------------------------------------- risk over time
 
 
-def test_the_risk_over_time_ends_at_the_prediction_and_knows_no_later_value(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_the_risk_over_time_ends_at_the_prediction_and_knows_no_later_value(models, table):
     model = models["trajectory"]
     risks = model.risk_over_time(table)
     last = risks.groupby("id", sort=False).last()
@@ -194,9 +170,7 @@ def test_the_risk_over_time_ends_at_the_prediction_and_knows_no_later_value(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_each_point_is_the_prediction_of_the_row_that_ends_there(
-    stage: str, models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_each_point_is_the_prediction_of_the_row_that_ends_there(stage, models, table):
     model, row = models[stage], table.iloc[[2]]
     cells = str(row[SERIES].iloc[0]).split(" -> ")
     assert len(cells) > 2
@@ -208,7 +182,7 @@ def test_each_point_is_the_prediction_of_the_row_that_ends_there(
         assert risks["hours"][k] == float(cells[k].split("(")[1][:-2])
 
 
-def test_a_later_prediction_time_is_a_point_of_its_own(tmp_path: Path) -> None:
+def test_a_later_prediction_time_is_a_point_of_its_own(tmp_path):
     from medgemma_clinical.inference.risk_over_time import beginnings_of
 
     rows = pd.DataFrame({SERIES: ["1 (0h) -> 2 (5h)", "3 (1h)"], LABEL: [0, 1]})
@@ -228,16 +202,12 @@ def test_a_later_prediction_time_is_a_point_of_its_own(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- what it says
 
 
-def test_methods_of_another_stage_say_so(
-    models: dict[str, TrajectoryModel], table: pd.DataFrame
-) -> None:
+def test_methods_of_another_stage_say_so(models, table):
     with pytest.raises(ValueError, match="write_reports needs a model of stage generative"):
         models["classification"].write_reports(table)
 
 
-def test_the_repr_says_stage_series_base_and_data(
-    models: dict[str, TrajectoryModel], runs: Path
-) -> None:
+def test_the_repr_says_stage_series_base_and_data(models, runs):
     shown = repr(models["classification"])
     for words in (
         "stage: classification",
@@ -250,27 +220,25 @@ def test_the_repr_says_stage_series_base_and_data(
     assert str(runs) not in shown
 
 
-def test_the_repr_of_an_export_names_the_base_model_that_was_merged(
-    runs: Path, tmp_path: Path
-) -> None:
-    export_merged(runs / "classification", tmp_path / "out", TrajectoryModel.encoders)
+def test_the_repr_of_an_export_names_the_base_model_that_was_merged(runs, tmp_path):
+    export_merged(runs / "classification", tmp_path / "out", TrajectoryModel.program.builders)
     shown = repr(TrajectoryModel.from_pretrained(tmp_path / "out"))
     assert "; base model: tiny, its adapter merged; " in shown
 
 
-def test_the_figures_of_the_run_come_along(models: dict[str, TrajectoryModel]) -> None:
+def test_the_figures_of_the_run_come_along(models):
     for stage, model in models.items():
         assert model.metrics is not None
         assert model.metrics["stage"] == stage
         assert model.threshold == model.metrics["threshold"]
 
 
-def test_results_have_two_parts(models: dict[str, TrajectoryModel]) -> None:
+def test_results_have_two_parts(models):
     with pytest.raises(ValueError, match="choose test or validation"):
         models["trajectory"].results("val")
 
 
-def test_what_holds_no_model_is_refused(tmp_path: Path) -> None:
+def test_what_holds_no_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="no such file or folder"):
         TrajectoryModel.from_pretrained(tmp_path / "nothing")
     with pytest.raises(InputError, match="holds no trained model"):

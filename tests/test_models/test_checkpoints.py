@@ -1,423 +1,372 @@
-"""Checkpoints: written whole, read to the last bit; damage and code in them are refused."""
-
-from __future__ import annotations
+"""Checkpoints: written whole, loaded to the bit; damage, code and oversized counts are refused."""
 
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import zipfile
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
-import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from language_models import (
-    CPU,
-    classifier_and_writer,
-    data_of,
-    llm_config,
-    patients,
-    rehash,
-    save_text_checkpoint,
-    stage1_for,
-)
-from medgemma_clinical.files import InputError, json_hash
-from medgemma_clinical.models.checkpoints import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    CHECKPOINT_FORMAT,
-    CONFIG,
-    HASHED_FILES,
-    MODULE_WEIGHTS,
-    TRAJECTORY_FILE,
-    load_llm,
-    load_trajectory,
-    read_config,
-    read_trajectory,
-    save_llm,
-    save_trajectory,
-    stage1_config,
-)
-from medgemma_clinical.models.language_model import load_language_model
-from medgemma_clinical.models.sharing.model_card import model_card
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
-from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+import language_models as small
+import medgemma_trainer as trainer
+from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.files import InputError, file_hash, write_json
+from medgemma_clinical.inference.merge import export_merged
+from medgemma_clinical.models import checkpoints, language_model
+from medgemma_clinical.models.checkpoints import read_config, read_trajectory
+from medgemma_clinical.models.trained_model import Builders, checkpoint_path, load_trained_model
 
-DATA = data_of(patients())
-
-
-class Code:
-    """Runs when it is unpickled."""
-
-    def __init__(self, ran: Path) -> None:
-        self.ran = ran
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.ran,)
-
-
-def new_classifier(seed: int) -> TrajectoryClassifier:
-    model = stage1_for(DATA.dataset, members=2)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def disturb(model: TrajectoryLLM, seed: int) -> TrajectoryLLM:
-    """Move all that learns, so that nothing is as it was initialised."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-@pytest.fixture
-def stage1(tmp_path: Path) -> Path:
-    """A stage 1 file."""
-    path = tmp_path / TRAJECTORY_FILE
-    model = new_classifier(1)
-    config = {"stage": "trajectory", **stage1_config(model), **DATA.description()}
-    save_trajectory(path, model, config, DATA.training_patients())
-    return path
+STAGES = ("trajectory", "classification", "generative")
+STAGE_1, BEST = checkpoints.TRAJECTORY_FILE, "classification/best"
+CONFIG, HASHED = checkpoints.CONFIG, checkpoints.HASHED_FILES
+ADAPTER_CONFIG, ADAPTER, MODULES = HASHED
+RULE = DecisionRule(slope=1.5, intercept=-0.2, threshold=0.3)
+ENCODER = {"input_dim": 1, "hidden_dim": 64, "time_scale": 72.0}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_text_checkpoint(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def saved(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrajectoryLLM, Path]:
-    """A stage 2 model on the text-only checkpoint, and its folder."""
-    llm, _ = load_language_model(str(base), "none", torch.float32, CPU)
-    model = disturb(classifier_and_writer(base=llm, members=2).classifier, 0)
-    folder = tmp_path_factory.mktemp("run") / "best"
-    save_llm(folder, model, llm_config(model, "classification", DATA, base=base))
-    return model, folder
+def saved(tmp_path_factory):
+    """A run of three stages on a base model in a folder, a batch, and what each model gives."""
+    run, data = tmp_path_factory.mktemp("run"), small.data_of(small.patients())
+    base = small.save_text_checkpoint(tmp_path_factory.mktemp("models") / "gemma")
+    parts = small.classifier_and_writer(base, members=2)
+    for parameter in filter(lambda each: each.requires_grad, parts.classifier.parameters()):
+        parameter.data += 0.1 * torch.randn(parameter.shape)  # nothing is as it was drawn
+    stage1, batch = parts.classifier.stage1, parts.collate(range(6))
+    models = dict(zip(STAGES, (stage1, parts.classifier, parts.writer), strict=True))
+    outputs = {stage: model(batch) for stage, model in models.items()}
+    rule, own = {"decision": RULE.to_config()}, trainer.stage1_config(stage1)
+    config = {"stage": "trajectory", **own, **data.description(), **rule}
+    parts = stage1.state_dict(), config, data.training_patients()
+    checkpoints.save_trajectory(run / STAGE_1, *parts)
+    for stage, model in models.items():
+        (run / stage).mkdir()
+        if stage != "trajectory":
+            config = small.llm_config(model, stage, data, base=base, **rule)
+            checkpoints.save_llm(run / stage / "best", model, config)
+        write_json(run / stage / "run.json", {"arguments": {"model_name": str(base)}})
+        assert torch.equal(model(batch).logit, outputs[stage].logit), "saving changed the model"
+    return SimpleNamespace(run=run, base=base, batch=batch, outputs=outputs)
 
 
 @pytest.fixture
-def best(saved: tuple[TrajectoryLLM, Path], tmp_path: Path) -> Path:
-    """A copy of the stage 2 folder that a test may change."""
-    return Path(shutil.copytree(saved[1], tmp_path / "best"))
+def run(saved, tmp_path):
+    """A copy of the run that a test may change."""
+    return shutil.copytree(saved.run, tmp_path / "run")
 
 
-# ------------------------------------------------------------------------------- stage 1
+def load(path, **options):
+    return load_trained_model(path, trainer.BUILDERS, **options)
 
 
-def test_a_reloaded_stage_1_model_gives_the_same_logits_to_the_last_bit(stage1: Path) -> None:
-    batch = DATA.dataset.collate(range(len(DATA.dataset)))
-    fresh, expected = new_classifier(2), new_classifier(1)(batch).logit
-    assert not (fresh(batch).logit == expected).any()
-    load_trajectory(fresh, read_trajectory(stage1))
-    assert torch.equal(fresh(batch).logit, expected)
+def refused(path, *words):
+    """Expect that a checkpoint is refused with its path."""
+    with pytest.raises(InputError, match=".*".join(map(re.escape, map(str, (path, *words))))):
+        load(path)
 
 
-def test_a_stage_1_file_knows_who_trained_and_names_nobody(stage1: Path) -> None:
-    checkpoint = read_trajectory(stage1)
-    assert np.array_equal(checkpoint.train_patients, DATA.training_patients())
-    assert checkpoint.config["features"] == ["Anion gap"]
-    inputs = {"facts": ["static_bmi [kg/m2]", "static_admissions"], "prediction_time": True}
-    assert (checkpoint.config["inputs"], checkpoint.config["members"]) == (inputs, 2)
-    assert b"patient 0" not in stage1.read_bytes()
-
-
-@pytest.mark.parametrize("place", ["config", "format", "plain pickle"])
-def test_code_in_a_stage_1_file_does_not_run(place: str, stage1: Path, tmp_path: Path) -> None:
-    code, content = Code(tmp_path / "ran"), torch.load(stage1, weights_only=True)
-    if place == "plain pickle":
-        stage1.write_bytes(pickle.dumps(code))
-    elif place == "format":
-        torch.save({**content, "format": code}, stage1)
-    else:
-        torch.save({**content, place: {**content[place], "more": code}}, stage1)
-    with pytest.raises(InputError, match="not a stage 1 checkpoint"):
-        read_trajectory(stage1)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_missing_file_an_older_format_and_a_lost_part_are_named(stage1: Path) -> None:
-    with pytest.raises(InputError, match="no such stage 1 checkpoint: run --trajectory_only"):
-        read_trajectory(stage1.with_name("other.pt"))
-    content = torch.load(stage1, weights_only=True)
-    torch.save({**content, "format": 3}, stage1)
-    with pytest.raises(InputError, match=r"checkpoint format 3, this program reads \d+: train"):
-        read_trajectory(stage1)
-    torch.save({key: content[key] for key in content if key != "weights"}, stage1)
-    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
-        read_trajectory(stage1)
+# ------------------------------------------------------------------------------- written, loaded
 
 
 @pytest.mark.parametrize(
-    "patients",
-    [
-        torch.zeros(3),
-        torch.zeros(3, 1, dtype=torch.int64),
-        torch.zeros(1, dtype=torch.int64).expand(10**12),
-        [1, 2],
-    ],
-    ids=["float", "two axes", "endless", "list"],
+    ("path", "stage"),
+    [*zip(STAGES, STAGES, strict=True), *((path, STAGES[0]) for path in (STAGE_1, "alone"))],
 )
-def test_patients_that_trained_are_a_list_of_hashes(patients: Any, stage1: Path) -> None:
-    content = torch.load(stage1, weights_only=True)
-    torch.save({**content, "train_patients": patients}, stage1)
-    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
-        read_trajectory(stage1)
-
-
-@pytest.mark.parametrize("weights", [[], {1: torch.ones(2)}, {"attention.weight": "x"}])
-def test_weights_of_another_type_do_not_fit(weights: Any, stage1: Path) -> None:
-    content = torch.load(stage1, weights_only=True)
-    torch.save({**content, "weights": weights}, stage1)
-    with pytest.raises(InputError, match="its weights do not fit"):
-        load_trajectory(new_classifier(2), read_trajectory(stage1))
-
-
-def test_facts_of_a_stage_1_file_are_checked(stage1: Path) -> None:
-    content = torch.load(stage1, weights_only=True)
-    for changes, problem in (
-        ({"encoder": {"name": "ode_rnn", "hidden_dim": 10**9}}, r"encoder\.hidden_dim 1000000000"),
-        ({"case_mix": {"rows": torch.ones(1)}}, "case_mix"),
-        ({"stage": "generative"}, "stage 'generative'"),
-    ):
-        torch.save({**content, "config": {**content["config"], **changes}}, stage1)
-        with pytest.raises(InputError, match=f"{TRAJECTORY_FILE}: damaged: {problem}"):
-            read_trajectory(stage1)
-
-
-# ------------------------------------------------------------------------------- stages 2 and 3
-
-
-def test_a_reloaded_model_gives_the_same_logits_to_the_last_bit(tmp_path: Path) -> None:
-    parts = classifier_and_writer(members=2)
-    model, batch = disturb(parts.writer, 0), parts.collate(range(6))
-    expected = model(batch)
-    save_llm(tmp_path / "best", model, llm_config(model, "generative", DATA))
-    assert torch.equal(model(batch).logit, expected.logit), "saving changed the model"
-    fresh = disturb(classifier_and_writer(members=2).writer, 9)
-    assert not (fresh(batch).logit == expected.logit).any()
-    load_llm(fresh, tmp_path / "best")
-    found = fresh(batch)
+def test_load_trained_model__gives_the_saved_one_to_the_bit(path, stage, run, saved):
+    (run / "alone").mkdir()
+    shutil.copy(run / STAGE_1, run / "alone")
+    trained, expected = load(run / path), saved.outputs[stage]
+    found = trained.model(saved.batch)
     assert torch.equal(found.logit, expected.logit)
     assert torch.equal(found.loss, expected.loss)
+    assert (trained.rule, trained.model.training) == (RULE, False)
+    for place in (run, run / "nowhere"):  # several models, and none
+        with pytest.raises(InputError, match=re.escape(str(place))):
+            checkpoint_path(place)
 
 
-def test_a_trained_model_is_these_files(saved: tuple[TrajectoryLLM, Path]) -> None:
-    _, best = saved
-    files = {str(path.relative_to(best)) for path in best.rglob("*") if path.is_file()}
-    assert files == {*HASHED_FILES, CONFIG, "README.md", "NOTICE"}
-    assert [path.name for path in best.parent.iterdir()] == ["best"]
-    assert "HAI-DEF is provided under and subject to" in (best / "NOTICE").read_text()
+def test_load_trained_model__reads_an_export_and_checks_its_weights(run, saved, tmp_path):
+    export_merged(run / "generative", tmp_path / "out", trainer.BUILDERS)
+    found = load(tmp_path / "out").model(saved.batch).logit
+    torch.testing.assert_close(found, saved.outputs["generative"].logit, atol=1e-4, rtol=0)
+    weights = tmp_path / "out" / "language_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    refused(tmp_path / "out")
 
 
-def test_a_trained_model_holds_only_what_was_learned(saved: tuple[TrajectoryLLM, Path]) -> None:
-    model, best = saved
-    modules = load_file(best / MODULE_WEIGHTS)
-    assert set(modules) == {k for k in model.state_dict() if not k.startswith("llm.")}
-    parts = {"stage1", "projection", "head"}
-    assert {k.split(".")[0] for k in modules} == parts
-    adapter = load_file(best / ADAPTER_WEIGHTS)
-    assert len(adapter) == 2 * 7 * 2
-    assert all("lora_" in key for key in adapter)
+def test_load_trained_model__adds_what_training_added(run, saved):
+    _, _, logit, offset = saved.outputs["classification"]
+    halved, alone = {"residual_weight": 0.5}, {"residual_weight": 1, "stage1_logit": False}
+    for changes, expected in ((halved, (logit + offset) / 2), (alone, logit - offset)):
+        small.rehash(run / BEST, **changes)
+        torch.testing.assert_close(load(run / BEST).model(saved.batch).logit, expected)
 
 
-def test_its_card_and_configuration_hold_no_path_and_no_patient(
-    saved: tuple[TrajectoryLLM, Path], base: Path
-) -> None:
-    config = read_config(saved[1])
-    assert config["base_model"] == base.name
-    assert (saved[1] / "README.md").read_text() == model_card(config)
-    files = [path for path in saved[1].rglob("*") if path.is_file()]
-    assert not [path for path in files if str(base).encode() in path.read_bytes()]
-    assert "patient 0" not in model_card(config) + (saved[1] / CONFIG).read_text()
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
-def test_the_adapter_loads_with_plain_peft(saved: tuple[TrajectoryLLM, Path], base: Path) -> None:
-    model, best = saved
-    plain, _ = load_language_model(str(base), "none", torch.float32, CPU)
-    ids = torch.arange(6, 40)[None]
-    before = plain(input_ids=ids).logits
-    adapted = peft.PeftModel.from_pretrained(plain, best / "adapter").eval()
-    expected = model.llm.eval()(input_ids=ids).logits
-    assert torch.equal(adapted(input_ids=ids).logits, expected)
-    assert not torch.allclose(before, expected, atol=1e-3)
-
-
-def test_the_adapter_configuration_depends_on_no_order_of_hashes(best: Path) -> None:
+def test_save_llm__writes_what_was_learned_and_no_patient(saved):
+    best, llm = saved.run / BEST, load(saved.run / BEST).model.llm
+    files = {path.relative_to(best).as_posix() for path in best.rglob("*") if path.is_file()}
+    assert files == {*HASHED, CONFIG, checkpoints.CARD, checkpoints.NOTICE}
+    learned = {key.split(".")[0] for key in load_file(best / MODULES)}
+    assert learned == {"stage1", "projection", "head"}
+    assert len(load_file(best / ADAPTER)) == 2 * 7 * 2
     targets = json.loads((best / ADAPTER_CONFIG).read_text())["target_modules"]
-    assert targets == sorted(targets)
+    assert targets == sorted(targets), "a set has no order"
+    for path in (*(best / name for name in files), saved.run / STAGE_1):
+        for mark in (b"patient 0", b"diabetes", bytes(saved.base.parent)):
+            assert mark not in path.read_bytes(), path
+    options = {"nf4": None, "dtype": torch.float32, "device": small.CPU}
+    plain, _ = language_model.load_language_model(str(saved.base), **options)
+    with language_model.quiet_libraries():
+        adapted = peft.PeftModel.from_pretrained(plain, best / "adapter").eval()
+    ids = torch.arange(6, 40)[None]
+    assert torch.equal(adapted(input_ids=ids).logits, llm(input_ids=ids).logits)
+
+
+def test_read_config__ignores_further_files_and_follows_a_hubs_links(run):
+    best, expected = run / BEST, read_config(run / BEST)
+    for name in (".DS_Store", "adapter/notes.txt", checkpoints.CARD):
+        (best / name).write_text("edited by its owner")
+    for number, name in enumerate((*HASHED, CONFIG)):  # as in a snapshot of the hub
+        (best / name).rename(run / str(number))
+        (best / name).symlink_to(os.path.relpath(run / str(number), (best / name).parent))
+    assert read_config(best) == expected
 
 
 # ------------------------------------------------------------------------------- damage
 
 
-def test_further_files_and_a_hubs_links_do_not_matter(
-    best: Path, saved: tuple[TrajectoryLLM, Path]
-) -> None:
-    for name in (".DS_Store", "adapter/._adapter_config.json", "notes.txt"):
-        (best / name).write_bytes(b"\0")
-    (best / "README.md").write_text("# edited by its owner\n")
-    blobs = best.parent / "blobs"
-    blobs.mkdir()
-    for number, name in enumerate((*HASHED_FILES, CONFIG)):  # as in a snapshot of the hub
-        (best / name).rename(blobs / str(number))
-        (best / name).symlink_to(os.path.relpath(blobs / str(number), (best / name).parent))
-    assert read_config(best) == read_config(saved[1])
-    fresh = disturb(classifier_and_writer(members=2).classifier, 9)
-    load_llm(fresh, best)
-    head = fresh.get_submodule("head").state_dict()
-    assert torch.equal(head["weight"], saved[0].get_submodule("head").state_dict()["weight"])
+def content_of(run, name):
+    """Return all that the checkpoint of a file holds, comparable."""
+    if name != STAGE_1:
+        return read_config(run / BEST)
+    stage1 = read_trajectory(run / name)
+    weights = {key: tensor.numpy().tobytes() for key, tensor in stage1.weights.items()}
+    return repr(stage1.config), weights, stage1.train_patients.tolist()
 
 
-@pytest.mark.parametrize("name", HASHED_FILES)
-def test_a_damaged_file_is_named(name: str, best: Path) -> None:
-    content = (best / name).read_bytes()
-    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), None):
-        (best / name).unlink() if damaged is None else (best / name).write_bytes(damaged)
-        with pytest.raises(
-            InputError, match=f"damaged: {name} is missing or not as it was written"
-        ):
-            read_config(best)
-
-
-def unhashed(best: Path) -> None:
-    config = json.loads((best / CONFIG).read_text())
-    (best / CONFIG).write_text(json.dumps({**config, "outcome": "other"}))
-
-
-def unlisted(best: Path) -> None:
-    config = json.loads((best / CONFIG).read_text())
-    config.pop("config_sha256")
-    config["files_sha256"].pop(MODULE_WEIGHTS)
-    (best / CONFIG).write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
-
-
-def older(best: Path) -> None:
-    config = json.loads((best / CONFIG).read_text())
-    config.pop("format")
-    (best / CONFIG).write_text(json.dumps(config))
-
-
-def test_facts_of_a_folder_are_checked_before_anything_is_built(best: Path) -> None:
-    rehash(best, num_prefix_tokens=10**9)
-    with pytest.raises(InputError, match="damaged: num_prefix_tokens 1000000000: expected a whole"):
-        read_config(best)
-    rehash(best, num_prefix_tokens=4)
-    adapter = json.loads((best / ADAPTER_CONFIG).read_text())
-    (best / ADAPTER_CONFIG).write_text(json.dumps({**adapter, "r": 10**9}))
-    rehash(best)
-    with pytest.raises(InputError, match=r"adapter_config\.json: damaged: r 1000000000: expected"):
-        read_config(best)
+@pytest.mark.parametrize("name", [STAGE_1, *(f"{BEST}/{each}" for each in (CONFIG, *HASHED))])
+def test_read__names_a_file_that_is_missing_cut_or_changed(name, run):
+    path, whole, refusals = run / name, content_of(run, name), 0
+    content = path.read_bytes()
+    flips = [(content, k * (len(content) - 1) // 23, 1 << k % 8) for k in range(24)]
+    turned = [old[:at] + bytes([old[at] ^ bit]) + old[at + 1 :] for old, at, bit in flips]
+    for damaged in (None, b"", content[: len(content) // 2], *turned):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        try:
+            found = content_of(run, name)
+        except InputError as error:
+            text, refusals = str(error), refusals + 1
+            assert str(run) in text and path.name in text  # noqa: PT018
+        else:  # the padding of an archive may be anything
+            assert found == whole and damaged in turned  # noqa: PT018
+    assert refusals >= 16
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "3", json.dumps({"format": CHECKPOINT_FORMAT, "files_sha256": 3}), "{"]
-)
-def test_a_configuration_that_is_no_object_is_refused(text: str, best: Path) -> None:
-    (best / CONFIG).write_text(text)
-    with pytest.raises(InputError, match=r"damaged: config\.json cannot be read"):
-        read_config(best)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
+    "change",
     [
-        (unhashed, "config.json is missing or not as it was written"),
-        (unlisted, "modules.safetensors is missing or not as it was written"),
-        (older, "checkpoint format None, this program reads"),
+        lambda _: {"format": 3},
+        lambda _: {"config": None},
+        lambda _: {"weights": None},
+        lambda _: {"weights": []},
+        lambda _: {"weights": {1: torch.ones(2)}},
+        lambda _: {"weights": {"members.0.head.output.bias": "x"}},
+        lambda weights: {"weights": {name: tensor.long() for name, tensor in weights.items()}},
+        lambda weights: {"weights": dict(list(weights.items())[1:])},
+        lambda weights: {"weights": {**weights, "more": torch.ones(2)}},
+        lambda _: {"train_patients": torch.zeros(3)},
+        lambda _: {"train_patients": [1, 2]},
+        lambda _: {"train_patients": torch.zeros(1).long().expand(10**13)},
     ],
 )
-def test_a_changed_configuration_is_refused(
-    change: Callable[[Path], None], reason: str, best: Path
-) -> None:
-    change(best)
-    with pytest.raises(InputError, match=reason):
-        read_config(best)
+def test_load_trained_model__refuses_other_content_of_stage_1(change, run):
+    content = torch.load(run / STAGE_1, weights_only=True)
+    torch.save({**content, **change(content["weights"])}, run / STAGE_1)
+    refused(run / STAGE_1)
 
 
-def lose_a_weight(best: Path, name: str) -> None:
-    weights = load_file(best / name)
-    lost = sorted(weights)[-1]
-    save_file({key: weights[key] for key in weights if key != lost}, best / name)
+def test_read_trajectory__refuses_what_would_unpack(run):
+    source = zipfile.ZipFile(run / STAGE_1)
+    with zipfile.ZipFile(run / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    refused(run / "packed.pt")
 
 
-def add_a_weight(best: Path, name: str) -> None:
-    weights: dict[str, Tensor] = {**load_file(best / name), "more.lora_A.weight": torch.ones(2)}
-    save_file(weights, best / name)
+@pytest.mark.parametrize("name", [MODULES, ADAPTER])
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_load_trained_model__needs_every_key_in_its_shape(name, run):
+    weights = load_file(run / BEST / name)
+    *kept, lost = sorted(weights)
+    harms = [{key: weights[key] for key in kept}, {**weights, "more.lora_A.weight": torch.ones(2)}]
+    harms += [{**weights, lost: weights[lost].flatten()[:1].clone()}]
+    harms += [{key: tensor.long() for key, tensor in weights.items()}] * (name == MODULES)
+    for harm in harms:
+        save_file(harm, run / BEST / name)
+        small.rehash(run / BEST)
+        refused(run / BEST)
 
 
-@pytest.mark.parametrize("name", [MODULE_WEIGHTS, ADAPTER_WEIGHTS])
-@pytest.mark.parametrize("change", [lose_a_weight, add_a_weight])
-def test_every_key_must_fit_the_model(
-    change: Callable[[Path, str], None], name: str, best: Path, saved: tuple[TrajectoryLLM, Path]
-) -> None:
-    change(best, name)
-    rehash(best)
-    with pytest.raises(InputError, match="its weights do not fit"):
-        load_llm(saved[0], best)
+class Code:
+    """Runs when it is unpickled."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return Path.touch, (self.ran,)
 
 
-@pytest.mark.parametrize("name", [MODULE_WEIGHTS, ADAPTER_WEIGHTS])
-def test_code_in_weights_does_not_run(
-    name: str, best: Path, saved: tuple[TrajectoryLLM, Path], tmp_path: Path
-) -> None:
-    harm = pickle.dumps({"weights": Code(tmp_path / "ran")})
-    (best / name).write_bytes(harm)
-    (best / "adapter" / "adapter_model.bin").write_bytes(harm)
-    rehash(best)
-    with pytest.raises(InputError, match="its weights do not fit"):
-        load_llm(saved[0], best)
+def test_load_trained_model__runs_no_code(run, tmp_path):
+    code, path = Code(tmp_path / "ran"), run / STAGE_1
+    content, harm = torch.load(path, weights_only=True), pickle.dumps({"weights": code})
+    for name in (MODULES, ADAPTER):
+        stage = shutil.copytree(run / "classification", run / name[:7])
+        for harmed in (name, "adapter/adapter_model.bin"):
+            (stage / "best" / harmed).write_bytes(harm)
+        small.rehash(stage / "best")
+        refused(stage / "best")
+    for key in ("config", "format", "weights"):
+        torch.save({**content, key: {**content["config"], "more": code}}, path)
+        refused(path)
+    path.write_bytes(harm)
+    refused(path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_any_bit_that_is_turned_in_a_stage_1_file_is_noticed(stage1: Path) -> None:
-    """At places spread over the file; padding of an archive may be anything."""
-
-    def read() -> str:
-        checkpoint = read_trajectory(stage1)
-        return repr((checkpoint.config, checkpoint.weights))
-
-    whole, content, noticed = read(), stage1.read_bytes(), 0
-    for k in range(24):
-        at = k * (len(content) - 1) // 23
-        stage1.write_bytes(content[:at] + bytes([content[at] ^ 1 << k % 8]) + content[at + 1 :])
-        try:
-            assert read() == whole
-        except InputError:
-            noticed += 1
-    assert noticed >= 12
+# ------------------------------------------------------------------------------- bounds
 
 
-def test_a_stage_1_file_that_unpacks_is_refused_before_it_does(stage1: Path) -> None:
-    members = zipfile.ZipFile(stage1)
-    packed = stage1.with_name("packed.pt")
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in members.namelist():
-            archive.writestr(name, members.read(name))
-    with pytest.raises(InputError, match="not a stage 1 checkpoint, or damaged"):
-        read_trajectory(packed)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("members", 33), ("members", True), ("members", -1), ("num_prefix_tokens", 4097)),
+        *(("num_prefix_tokens", 8.0), ("lora_rank", 10**400), ("lora_rank", 1025)),
+        *(("report_tokens", 131_073), ("stage", "other"), ("inputs", None), ("features", None)),
+        *(("encoder", 7), ("encoder", ENCODER | {"hidden_dim": 1025}), ("features", [])),
+        *(("encoder", ENCODER | {"hidden_dim": float("nan")}), ("units", ["mEq/L", "mEq/L"])),
+        *(("encoder", ENCODER | {"input_dim": 2}), ("base_model", "../evil"), ("base_model", None)),
+        *(("base_model", "/evil"), ("base_model", "a/b/c"), ("base_model", "\x1b[2Jevil")),
+        ("inputs", {"facts": ["fact"] * 10_001, "prediction_time": True}),
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_check_config__refuses_before_anything_is_allocated(key, value, run):
+    never = Builders(*2 * [lambda *_, **__: pytest.fail("something was built")])
+    changes = {"base_sha256": None, "base_model": "gemma", key: value}
+    content = torch.load(run / STAGE_1, weights_only=True)
+    torch.save({**content, "config": {**content["config"], **changes}}, run / STAGE_1)
+    small.rehash(run / BEST, **changes)
+    for place in (run / BEST, run / STAGE_1):
+        with pytest.raises(InputError, match=re.escape(str(place))):
+            load_trained_model(place, never)
 
 
-def test_weights_that_are_no_floating_point_numbers_are_refused(
-    saved: tuple[TrajectoryLLM, Path], best: Path, stage1: Path
-) -> None:
-    content = torch.load(stage1, weights_only=True)
-    content["weights"] = {name: tensor.long() for name, tensor in content["weights"].items()}
-    torch.save(content, stage1)
-    with pytest.raises(InputError, match="do not fit"):
-        load_trajectory(new_classifier(0), read_trajectory(stage1))
-    weights = load_file(best / MODULE_WEIGHTS)
-    save_file({name: tensor.long() for name, tensor in weights.items()}, best / MODULE_WEIGHTS)
-    rehash(best)
-    with pytest.raises(InputError, match="do not fit"):
-        load_llm(saved[0], best)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"lora_rank": 4}, {"lora_alpha": 10**400}, {"lora_alpha": "x"}, {"precision": "fp16"}),
+        *({"members": 0}, {"members": 1}, {"inputs": {}}, {"encoder": ENCODER | {"width": 3}}),
+        *({"encoder": ENCODER | {"solver": "x"}}, {"encoder": ENCODER | {"hidden_dim": -1}}),
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_load_trained_model__refuses_a_configuration_that_builds_no_model(changes, run):
+    small.rehash(run / BEST, **changes)
+    refused(run / BEST)
+
+
+def test_load_trained_model__reads_no_adapter_config(run, saved):
+    hostile = {"r": 10**9, "lora_alpha": 10**400, "peft_type": "PREFIX_TUNING", "auto_mapping": {}}
+    hostile |= {"base_model_name_or_path": "evil/model", "megatron_core": "evil"}
+    small.edit_json(run / BEST / ADAPTER_CONFIG, **hostile, target_modules=["lm_head"])
+    small.rehash(run / BEST)
+    found = load(run / BEST).model(saved.batch).logit
+    assert torch.equal(found, saved.outputs["classification"].logit)
+
+
+# ------------------------------------------------------------------------------- the base model
+
+
+def test_check_base__takes_the_same_files_elsewhere_alone(run, saved, tmp_path, caplog):
+    moved = shutil.copytree(saved.base, tmp_path / "moved")
+    other = small.save_text_checkpoint(tmp_path / "gemma", seed=9)
+    found = load(run / BEST, model_name=str(moved)).model(saved.batch).logit
+    assert torch.equal(found, saved.outputs["classification"].logit)
+    assert not caplog.records
+    with pytest.raises(InputError, match=f"--model_name {re.escape(str(other))}"):
+        load(run / BEST, model_name=str(other))
+    small.edit_json(run / "classification" / "run.json", arguments={"model_name": str(other)})
+    with pytest.raises(InputError, match="--model_name"):
+        load(run / BEST)
+    (run / "classification" / "run.json").unlink()
+    refused(run / BEST, "gemma", "--model_name")
+    small.rehash(run / BEST, base_model="google/medgemma-4b-pt", base_sha256=None)
+    load(run / BEST, model_name=str(moved))  # nothing to compare with
+    assert ["google/medgemma-4b-pt" in line for line in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loading_and_predicting__leave_the_process_as_it_was(stage, saved):
+    def state():
+        exact = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+        verbosity = transformers.logging.get_verbosity()
+        return torch.get_rng_state().tolist(), *exact, verbosity, dict(os.environ)
+
+    _, precision, _, verbosity, _ = state()
+    torch.set_float32_matmul_precision("high")
+    transformers.logging.set_verbosity_info()
+    before = state()
+    try:
+        load(saved.run / stage)
+        assert state() == before
+        model = trainer.TrajectoryModel.from_pretrained(saved.run / stage)
+        assert state() == before
+        model.predict_proba(small.patients())
+        assert state() == before
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        transformers.logging.set_verbosity(verbosity)
+
+
+def test_importing_the_program__sets_no_telemetry_variable():
+    program = "import os; before = {*os.environ}; import medgemma_trainer; import huggingface_hub;"
+    program += "assert not huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY;"
+    program += "print(*{*os.environ} - before)"
+    own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(trainer.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=own)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|PYTORCH|CUBLAS", done.stdout)
+
+
+def test_save_trajectory__serialises_once(saved, tmp_path, monkeypatch):
+    calls, save, stage1 = [], torch.save, read_trajectory(saved.run / STAGE_1)
+    monkeypatch.setattr(torch, "save", lambda *each: calls.append(each) or save(*each))
+    parts = stage1.weights, stage1.config, stage1.train_patients
+    checkpoints.save_trajectory(tmp_path / "again.pt", *parts)
+    assert (len(calls), [path.name for path in tmp_path.iterdir()]) == (1, ["again.pt"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_from_pretrained__hashes_each_file_once(stage, saved, tmp_path, monkeypatch):
+    calls, names = Counter(), () if stage == "trajectory" else HASHED
+    base = shutil.copytree(saved.base, tmp_path / "moved")  # whose hash the process does not know
+    for module in (checkpoints, language_model):
+        count = lambda path: calls.update([path]) or file_hash(path)  # noqa: E731
+        monkeypatch.setattr(module, "file_hash", count)
+    trainer.TrajectoryModel.from_pretrained(saved.run / stage, model_name=str(base))
+    own = [base / "model.safetensors"] if names else [saved.run / STAGE_1]
+    own += [saved.run / stage / "best" / name for name in names]
+    assert calls.keys() >= {*own}
+    assert set(calls.values()) == {1}

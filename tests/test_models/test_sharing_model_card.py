@@ -1,13 +1,10 @@
 """The model card: a header that the hub's library reads, figures, and no markup from data."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -17,9 +14,7 @@ from hypothesis import strategies as st
 import medgemma_trainer as trainer
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
 from medgemma_clinical.evaluation.bootstrap import Estimate
-from medgemma_clinical.files import InputError
-from medgemma_clinical.models.checkpoint_schema import check_config, check_figures
-from medgemma_clinical.models.checkpoints import LLM_STAGES, stage1_config
+from medgemma_clinical.models.checkpoints import LLM_STAGES, check_config
 from medgemma_clinical.models.sharing.model_card import (
     RANDOM_MODEL,
     RANDOM_MODEL_UNREAD,
@@ -45,11 +40,11 @@ HOSTILE = (
 )
 
 
-def figure(value: float | None) -> dict[str, float | None]:
+def figure(value):
     return dict.fromkeys(("value", "low", "high"), value)
 
 
-def metrics(value: float | None = 0.5, events: int | None = 20, **more: Any) -> dict[str, Any]:
+def metrics(value=0.5, events=20, **more):
     """Content of ``metrics.json``, with more in it than a card shows."""
     names = ("auroc", "auprc", "accuracy", "brier", "log_loss", "sensitivity")
     part = {"n": 60, "events": events, **{name: figure(value) for name in names}}
@@ -67,13 +62,13 @@ def metrics(value: float | None = 0.5, events: int | None = 20, **more: Any) -> 
     }
 
 
-def stage1_card_config(**more: Any) -> dict[str, Any]:
+def stage1_card_config(**more):
     model = stage1_for(DATA.dataset, members=2)
-    return {"stage": "trajectory", **stage1_config(model), **DATA.description(), **more}
+    return {"stage": "trajectory", **trainer.stage1_config(model), **DATA.description(), **more}
 
 
 @pytest.fixture(scope="module")
-def written() -> dict[str, Any]:
+def written():
     """What a finished stage 3 on MedGemma says."""
     config = llm_config(classifier_and_writer().writer, "generative", DATA)
     reports = {
@@ -90,22 +85,22 @@ def written() -> dict[str, Any]:
     }
     more = {"base_model": "google/medgemma-4b-pt", "decision": DECISION, **HUB}
     figures = card_figures(metrics(reports=reports))
-    plain: dict[str, Any] = json.loads(json.dumps({**config, **more, "figures": figures}))
+    plain = json.loads(json.dumps({**config, **more, "figures": figures}))
     return plain
 
 
 # ------------------------------------------------------------------ the header
 
 
-def header(config: dict[str, Any]) -> dict[str, Any]:
+def header(config):
     """Return the header as the hub's library reads it."""
     card = ModelCard(model_card(config))
     assert card.text.lstrip().startswith("# ")
-    facts: dict[str, Any] = card.data.to_dict()
+    facts = card.data.to_dict()
     return facts
 
 
-def test_the_header_of_stage_1_names_no_base_model() -> None:
+def test_the_header_of_stage_1_names_no_base_model():
     assert header(stage1_card_config()) == {
         "license": "apache-2.0",
         "library_name": "pytorch",
@@ -114,7 +109,7 @@ def test_the_header_of_stage_1_names_no_base_model() -> None:
     }
 
 
-def test_the_header_of_a_derivative_of_medgemma_names_its_terms(written: dict[str, Any]) -> None:
+def test_the_header_of_a_derivative_of_medgemma_names_its_terms(written):
     facts = header(written)
     assert "pipeline_tag" not in facts
     tags = facts.pop("tags")
@@ -145,9 +140,7 @@ def test_the_header_of_a_derivative_of_medgemma_names_its_terms(written: dict[st
         ({"base_model": "google/gemma-3-4b-it", "base_weights": "random"}, None, "gemma"),
     ],
 )
-def test_a_base_model_is_named_where_it_lies_on_the_hub(
-    changes: dict[str, Any], base: str | None, terms: str, written: dict[str, Any]
-) -> None:
+def test_a_base_model_is_named_where_it_lies_on_the_hub(changes, base, terms, written):
     facts = header({**written, **changes})
     assert (facts.get("base_model"), facts["license"]) == (base, terms)
     assert "medgemma" not in facts["tags"]
@@ -156,7 +149,7 @@ def test_a_base_model_is_named_where_it_lies_on_the_hub(
 # ------------------------------------------------------------------ the text
 
 
-def test_a_card_says_what_a_reader_must_know(written: dict[str, Any]) -> None:
+def test_a_card_says_what_a_reader_must_know(written):
     card = model_card(written)
     for text in (
         DATA.dataset.question,
@@ -183,9 +176,7 @@ def test_a_card_says_what_a_reader_must_know(written: dict[str, Any]) -> None:
     assert GEMMA_NOTICE in model_card({**written, "base_model": "google/gemma-3-270m"})
 
 
-def test_a_card_tells_controls_and_the_weight_of_the_language_model(
-    written: dict[str, Any],
-) -> None:
+def test_a_card_tells_controls_and_the_weight_of_the_language_model(written):
     assert "control" not in model_card(written)
     other = {"base_weights": "random", "shuffled": True, "stage1_logit": False}
     control = model_card({**written, **other})
@@ -196,7 +187,7 @@ def test_a_card_tells_controls_and_the_weight_of_the_language_model(
     assert "beside stage 1: 0: the language model adds nothing here" in none
 
 
-def test_a_run_with_the_random_model_has_a_notice(written: dict[str, Any]) -> None:
+def test_a_run_with_the_random_model_has_a_notice(written):
     random = {**written, "base_model": "tiny", "base_sha256": None}
     assert random_model_notice(random) == RANDOM_MODEL
     assert random_model_notice({**random, "base_sha256": "c0ffee"}) == "", "a folder of this name"
@@ -205,7 +196,7 @@ def test_a_run_with_the_random_model_has_a_notice(written: dict[str, Any]) -> No
     assert random_model_notice({"stage": "trajectory"}) == ""
 
 
-def test_a_model_of_text_alone_has_no_soft_tokens(written: dict[str, Any]) -> None:
+def test_a_model_of_text_alone_has_no_soft_tokens(written):
     alone = {"encoder": None, "members": 0, "num_prefix_tokens": 0, "stage1_logit": False}
     card = model_card({**written, **alone})
     assert "a language model reads a text about a patient" in card
@@ -213,7 +204,7 @@ def test_a_model_of_text_alone_has_no_soft_tokens(written: dict[str, Any]) -> No
     assert "soft-prompt" not in card
 
 
-def test_a_run_that_is_not_finished_has_no_figures(written: dict[str, Any]) -> None:
+def test_a_run_that_is_not_finished_has_no_figures(written):
     config = {key: value for key, value in written.items() if key not in ("figures", "decision")}
     card = model_card(config)
     assert "The run is not finished" in card
@@ -222,7 +213,7 @@ def test_a_run_that_is_not_finished_has_no_figures(written: dict[str, Any]) -> N
     assert "not finished" not in model_card(written)
 
 
-def test_figures_that_are_hidden_stay_hidden(written: dict[str, Any]) -> None:
+def test_figures_that_are_hidden_stay_hidden(written):
     figures = card_figures(metrics(None, None))
     mix = {k: v for k, v in written["case_mix"].items() if k not in ("prevalence", "patients")}
     card = model_card({**written, "figures": figures, "case_mix": mix})
@@ -231,13 +222,13 @@ def test_figures_that_are_hidden_stay_hidden(written: dict[str, Any]) -> None:
     assert "- Training part: 8 rows\n" in card
 
 
-def test_recalibration_is_told(written: dict[str, Any]) -> None:
+def test_recalibration_is_told(written):
     platt = {"method": "platt", "slope": 1.25, "intercept": -0.5, "test before": {}}
     told = model_card({**written, "figures": card_figures(metrics(calibration=platt))})
     assert "by Platt's method on the validation part, slope 1.250, intercept -0.500" in told
 
 
-def test_many_names_are_cut(written: dict[str, Any]) -> None:
+def test_many_names_are_cut(written):
     facts = [f"word {k}" for k in range(1234)]
     card = model_card({**written, "inputs": {"facts": facts, "prediction_time": False}})
     assert "`word 49` and 1,184 more" in card
@@ -245,9 +236,7 @@ def test_many_names_are_cut(written: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("repo_id", [None, "jane/anion-gap"])
-def test_the_commands_of_a_card_are_the_programs(
-    repo_id: str | None, written: dict[str, Any]
-) -> None:
+def test_the_commands_of_a_card_are_the_programs(repo_id, written):
     card = model_card(written, repo_id)
     place = re.search(r"from_pretrained\((.+)\)", card)
     assert place is not None
@@ -261,7 +250,7 @@ def test_the_commands_of_a_card_are_the_programs(
 # ------------------------------------------------------------------ markup from data
 
 
-def outside_of_code(text: str) -> tuple[str, list[str]]:
+def outside_of_code(text):
     """Split Markdown into what may be markup, and the texts of its code, as CommonMark does."""
     plain, spans, at = [], [], 0
     runs = list(re.finditer("`+", text))
@@ -280,7 +269,7 @@ def outside_of_code(text: str) -> tuple[str, list[str]]:
 
 
 @given(st.text(min_size=1).filter(str.isprintable))
-def test_a_text_as_code_is_the_text(text: str) -> None:
+def test_a_text_as_code_is_the_text(text):
     plain, spans = outside_of_code(f"a {code(text)} b `c`")
     assert plain == "a  b "
     stripped = text[:1] == text[-1:] == " " and text.strip()
@@ -288,12 +277,12 @@ def test_a_text_as_code_is_the_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_words_of_data_break_neither_header_nor_text(text: str, written: dict[str, Any]) -> None:
+def test_words_of_data_break_neither_header_nor_text(text, written):
     config = copy.deepcopy(written)
     config |= {"question": text, "outcome": text, "features": [text], "units": [text]}
     config |= {"dataset": text, "inputs": {"facts": [text, text], "prediction_time": False}}
     config |= {"base_model": text, "base_sha256": "0" * 64}
-    config["encoder"] = {**config["encoder"], "name": text}
+    config["encoder"] = {**config["encoder"], "dynamics": text}
     config["figures"]["baselines"] = {text: config["figures"]["baselines"]["last value"]}
     check_config(PLACE, config, LLM_STAGES)
     same = {**written, "base_model": "x", "base_sha256": "0" * 64}
@@ -310,7 +299,7 @@ def test_words_of_data_break_neither_header_nor_text(text: str, written: dict[st
 # ------------------------------------------------------------------ figures in a checkpoint
 
 
-def test_figures_are_picked_and_accepted(written: dict[str, Any]) -> None:
+def test_figures_are_picked(written):
     figures = written["figures"]
     assert figures.keys() == {"validation", "test", "baselines", "calibration", "reports"}
     assert figures["test"].keys() == {
@@ -319,70 +308,14 @@ def test_figures_are_picked_and_accepted(written: dict[str, Any]) -> None:
     }
     baseline = figures["baselines"]["last value"]["test"]
     assert baseline.keys() == {"n", "events", "auroc", "auprc", "brier"}
-    for each in (figures, card_figures(metrics()), card_figures(metrics(None, None))):
-        check_figures("x", json.loads(json.dumps(each)))
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "expected"),
-    [
-        ("", None, "figures None: expected an object"),
-        ("test", [], "figures.test (a list): expected an object"),
-        ("test.n", 0, "figures.test.n 0: expected a whole number from 1"),
-        ("test.events", -1, "figures.test.events -1: expected a whole number from 0"),
-        ("test.auroc", 0.5, "figures.test.auroc 0.5: expected an object"),
-        (
-            "test.auroc.low",
-            float("nan"),
-            "figures.test.auroc.low nan: expected a finite number, or",
-        ),
-        (
-            "test.auroc.low",
-            "0.5",
-            "figures.test.auroc.low '0.5': expected a finite number, or null",
-        ),
-        ("test.auroc.more", 1, "a key of figures.test.auroc 'more': expected no such key"),
-        ("test.more", 1, "a key of figures.test 'more': expected no such key"),
-        ("more", 1, "a key of figures 'more': expected no such key"),
-        ("calibration.method", "isotonic", "expected one of none, platt"),
-        ("calibration.slope", 0, "figures.calibration.slope 0: expected a finite number above 0"),
-        (
-            "reports.parse_share.value",
-            2,
-            "figures.reports.parse_share.value 2: expected a finite number from 0",
-        ),
-        ("reports.right_trend_share", 2, "right_trend_share 2: expected an object"),
-        ("reports.invented", None, "figures.reports.invented None: expected a whole number"),
-        ("reports.more", 2, "a key of figures.reports 'more': expected no such key"),
-        ("baselines", [], "figures.baselines (a list): expected an object of at most 32 baselines"),
-        ("baselines", {str(k): 1 for k in range(33)}, "(a dict): expected an object of at most 32"),
-        ("baselines", {"a\nb": {}}, "(a dict): expected an object of at most 32 baselines"),
-        ("baselines", {"a" * 101: {}}, "(a dict): expected an object of at most 32 baselines"),
-        ("baselines.last value", 3, "figures.baselines.last value 3: expected an object"),
-        ("baselines.last value.test.more", 3, "a key of figures.baselines.last value.test 'more'"),
-    ],
-)
-def test_other_figures_are_refused(
-    path: str, value: Any, expected: str, written: dict[str, Any]
-) -> None:
-    config = copy.deepcopy(written)
-    *way, name = ["figures", *path.split(".")] if path else ["figures"]
-    section = config
-    for key in way:
-        section = section[key]
-    section[name] = value
-    with pytest.raises(InputError, match=re.escape(expected)) as caught:
-        check_config(PLACE, config, LLM_STAGES)
-    assert len(str(caught.value)) < 300
-
-
-def test_a_card_is_silent_on_abnormal_values_that_nobody_judged(written: dict[str, Any]) -> None:
+def test_a_card_is_silent_on_abnormal_values_that_nobody_judged(written):
     config = copy.deepcopy(written)
     reports = config["figures"]["reports"]
     for name in ("true_number_share", "abnormal_named_share", "right_trend_share"):
         reports[name] = Estimate(None).to_json()
     reports |= {"abnormal_values": None, "numbers_stated": 0}
-    check_config(PLACE, config, LLM_STAGES)
     card = model_card(config)
     assert "20.0 [10.0, 30.0] % of the reports state something that the row does not hold\n" in card
     assert "numbers that they state" not in card

@@ -1,274 +1,206 @@
-"""Prompts and reports as tokens: batches, long prompts, chat templates, states known ahead."""
-
-from __future__ import annotations
+"""Prompts and reports as tokens: batches, long prompts, chat turns, states known ahead."""
 
 import copy
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from dataset_format import MIMICtrajectoryDataset
-from language_models import CPU, Parts, classifier_and_writer, patients
+from language_models import CPU, PREFIX, classifier_and_writer, patients, plain_states
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import text_batches
 from medgemma_clinical.models.language_model import tiny_language_model
-from medgemma_clinical.models.text_batches import (
-    END,
-    START,
-    TextCollator,
-    chat_turns,
-    encode_all,
-)
-from medgemma_clinical.models.trajectory_llm import IGNORED, TextBatch
-from trajectories import table_of
+from medgemma_clinical.models.text_batches import END, START, TextCollator, other_patients
+from medgemma_clinical.models.trajectory_llm import IGNORED
+from trajectories import dataset_of
 
 ROWS = [0, 3, 1, 2, 5]
 WHOLE = PromptOptions()
+TOKENIZER = tiny_language_model()[1]
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
+def parts():
     return classifier_and_writer()
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_language_model()[1]
+def collator(dataset, tokenizer=TOKENIZER, options=WHOLE, **more):
+    return TextCollator(dataset, tokenizer, options, **{"answers": False, **more})
 
 
-@pytest.fixture(scope="module")
-def batch(parts: Parts) -> TextBatch:
-    return parts.collate(ROWS)
+def texts_of(batch):
+    pairs = zip(batch["input_ids"], batch["text_mask"], strict=True)
+    return [TOKENIZER.decode(ids[mask]) for ids, mask in pairs]
 
 
-@pytest.fixture(scope="module")
-def questions(parts: Parts, tokenizer: PreTrainedTokenizerBase) -> TextCollator:
-    """Batches of stage 2: prompt and the words before the verdict, no answer."""
-    return TextCollator(parts.collate.dataset, tokenizer, WHOLE, answers=False)
-
-
-def test_targets_are_the_report_from_its_verdict_to_its_end(parts: Parts, batch: TextBatch) -> None:
-    collate = parts.collate
-    _, tokenizer = tiny_language_model()
+def test_batch__holds_prompt_words_before_the_verdict_and_report(parts):
+    collate, batch = parts.collate, parts.collate(ROWS)
+    dataset, asked = collate.dataset, collator(collate.dataset)(ROWS)
+    verdicts = np.array([True, False, True, True, False])
+    given = texts_of(collate.with_verdicts(ROWS, verdicts))
     for row, i in enumerate(ROWS):
-        target = batch["targets"][row]
-        answer = target != IGNORED
-        stem = f"{collate.dataset.outcome}: "
-        report = collate.dataset.report(i).removeprefix(stem)
-        assert tokenizer.decode(target[answer]) == report + "<eos>"
-        rest = batch["input_ids"][row, batch["text_mask"][row] & ~answer]
-        assert tokenizer.decode(rest) == collate.dataset.prompt(i) + stem
-        assert torch.equal(target[answer], batch["input_ids"][row, answer])
-        assert not bool(answer[~batch["text_mask"][row]].any())
-
-
-def test_the_verdict_stands_right_behind_its_place(parts: Parts, batch: TextBatch) -> None:
-    collate = parts.collate
-    for row, i in enumerate(ROWS):
-        place = int(batch["verdict"][row])
-        word = int(batch["input_ids"][row, place + 1])
-        assert word == collate.verdict[0 if collate.dataset.labels[i] == 1 else 1]
-    assert collate.verdict[0] != collate.verdict[1]
-
-
-def test_stage_2_text_ends_where_the_verdict_would_follow(questions: TextCollator) -> None:
-    _, tokenizer = tiny_language_model()
-    batch = questions(ROWS)
-    for row, i in enumerate(ROWS):
-        text = tokenizer.decode(batch["input_ids"][row, batch["text_mask"][row]])
-        assert text == questions.dataset.prompt(i) + f"{questions.dataset.outcome}: "
-        assert int(batch["verdict"][row]) == int(batch["text_mask"][row].sum()) - 1
-
-
-@pytest.mark.parametrize("verdicts", [[True] * 5, [False, True, False, False, True]])
-def test_generation_goes_on_behind_the_verdict_that_is_given(
-    parts: Parts, verdicts: list[bool], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    dataset = parts.collate.dataset
-    batch = parts.collate.with_verdicts(ROWS, np.array(verdicts))
-    for row, i in enumerate(ROWS):
-        text = tokenizer.decode(batch["input_ids"][row, batch["text_mask"][row]])
-        word = "yes" if verdicts[row] else "no"
-        assert text == f"{dataset.prompt(i)}{dataset.outcome}: {word}."
-
-
-def test_text_is_padded_on_the_right_by_the_pad_token(parts: Parts, batch: TextBatch) -> None:
+        stem = f"{dataset.outcome}: "
+        question, report = dataset.prompt(i) + stem, dataset.report(i).removeprefix(stem)
+        assert texts_of(batch)[row] == question + report + "<eos>"
+        assert texts_of(asked)[row] == question
+        assert given[row] == question + ("yes." if verdicts[row] else "no.")
+        answer, place = batch["targets"][row] != IGNORED, int(batch["verdict"][row])
+        assert TOKENIZER.decode(batch["targets"][row, answer]) == report + "<eos>"
+        assert place + 1 == len(question) == int(answer.nonzero()[0])
+        assert place == int(asked["verdict"][row]) == int(asked["text_mask"][row].sum()) - 1
+        yes_or_no = parts.writer.verdict[0 if dataset.labels[i] == 1 else 1]
+        assert batch["input_ids"][row, place + 1] == yes_or_no
     lengths = batch["text_mask"].sum(1)
-    steps = torch.arange(batch["text_mask"].shape[1])
-    assert torch.equal(batch["text_mask"], steps < lengths[:, None])
-    assert int(lengths.max()) == len(steps)
-    assert set(batch["input_ids"][~batch["text_mask"]].tolist()) == {parts.collate.pad}
+    assert lengths.tolist() == collate.lengths()[ROWS].tolist()
+    assert torch.equal(batch["text_mask"], torch.arange(int(lengths.max())) < lengths[:, None])
+    assert set(batch["input_ids"][~batch["text_mask"]].tolist()) == {collate.pad}
+    assert asked["targets"].unique().tolist() == [IGNORED]
 
 
-def test_special_tokens_written_in_a_context_stay_text() -> None:
+def test_collator__special_tokens_written_in_a_context_stay_text():
     dataset = patients()
     dataset.contexts = np.array(["note <bos> copied <eos> from <pad> a page"] * len(dataset))
-    collate = TextCollator(dataset, tiny_language_model()[1], WHOLE, answers=True)
-    for prompt, answer in zip(collate.prompt_ids, collate.answer_ids, strict=True):
-        assert not {collate.bos, *collate.eos, collate.pad} & set(prompt)
-        assert not {collate.bos, *collate.eos, collate.pad} & set(answer[:-1])
+    collate = collator(dataset, answers=True)
+    answers = [answer[:-1] for answer in collate.answer_ids]
+    assert not {0, 1, 2} & {*chain(*collate.prompt_ids, *answers)}
+    assert "<bos> copied" in texts_of(collate([0]))[0]
 
 
-# ------------------------------------------------------------------------------- long prompts
+@pytest.mark.parametrize("options", [PromptOptions("last"), PromptOptions("none", context=False)])
+def test_collator__reads_the_options_of_prompts(options):
+    dataset = patients()
+    texts = TOKENIZER.batch_decode(collator(dataset, options=options).prompt_ids)
+    assert texts == [dataset.prompt(i, options) for i in range(len(dataset))]
+    assert texts != [dataset.prompt(i) for i in range(len(dataset))]
 
 
-def long_and_short() -> MIMICtrajectoryDataset:
+@pytest.mark.parametrize(
+    ("no", "yes", "words"), [([7], [9], ([], [7], [9])), ([3, 7, 8], [3, 9], ([3], [7, 8], [9]))]
+)
+def test_verdict_words__begin_where_yes_and_no_differ(no, yes, words):
+    assert text_batches.verdict_words(lambda *_, **__: {"input_ids": [no, yes]}) == words
+
+
+def test_collator__a_long_prompt_loses_its_oldest_observations_and_nothing_else():
     series = [" -> ".join(f"{20 + k} ({k}h)" for k in range(n)) for n in (20, 3, 9, 1)]
-    return MIMICtrajectoryDataset(table_of(series, clinical_context=["old"] * 4))
-
-
-def test_a_long_prompt_loses_its_oldest_observations_and_nothing_else() -> None:
-    dataset, tokenizer = long_and_short(), tiny_language_model()[1]
-    whole = TextCollator(dataset, tokenizer, WHOLE, answers=False)
-    most = 130
-    cut = TextCollator(dataset, tokenizer, WHOLE, answers=False, most_tokens=most)
-    assert whole.shortened == 0
-    assert cut.shortened == sum(len(prompt) > most for prompt in whole.prompt_ids) == 2
+    dataset, most = dataset_of(series, clinical_context=["old"] * 4), 130
+    report, whole, cut = dataset.report(0), collator(dataset), collator(dataset, max_tokens=most)
+    assert (whole.shortened, cut.shortened) == (0, 2)
+    assert [len(prompt) > most for prompt in whole.prompt_ids] == [True, False, True, False]
     assert max(map(len, cut.prompt_ids)) <= most
     assert cut.prompt_ids[1] == whole.prompt_ids[1]
-    text = tokenizer.decode(cut.prompt_ids[0])
-    assert text.startswith("old. Anion gap (mEq/L): ")
-    assert text.endswith("39 (19h). Will care have to be escalated?\n")
-    told = text.removeprefix("old. Anion gap (mEq/L): ").split(". Will")[0]
-    full = dataset.prompt(0).removeprefix("old. Anion gap (mEq/L): ").split(". Will")[0]
-    assert full.endswith(told)
-    one_more = full.removesuffix(told).rstrip("-> ").split(" -> ")[-1]
-    assert len(text) + len(f"{one_more} -> ") > most, "no observation was left out needlessly"
-    assert dataset.report(0) == long_and_short().report(0)
+    head, tail = "old. Anion gap (mEq/L): ", ". Will care have to be escalated?\n"
+    text, full = TOKENIZER.decode(cut.prompt_ids[0]), dataset.prompt(0)
+    shown, all_of_it = (x.removeprefix(head).removesuffix(tail) for x in (text, full))
+    assert text == head + shown + tail
+    assert all_of_it.endswith(f" -> {shown}")
+    one_more = all_of_it.removesuffix(f" -> {shown}").split(" -> ")[-1]
+    assert len(text) + len(f"{one_more} -> ") > most  # no observation was left out needlessly
+    assert dataset.report(0) == report
+    with pytest.raises(InputError, match="--max_text_tokens"):
+        collator(dataset, max_tokens=20)
+    assert collator(dataset, max_tokens=20, refuse_long=False).too_long == [0, 1, 2, 3]
 
 
-def test_a_limit_that_no_prompt_meets_is_refused() -> None:
-    with pytest.raises(InputError, match=r"--max_text_tokens 20: .*raise it"):
-        TextCollator(
-            long_and_short(), tiny_language_model()[1], WHOLE, answers=False, most_tokens=20
-        )
-
-
-TEMPLATE = """{{ bos_token }}
-{%- if messages[0]['role'] == 'system' -%}
-    {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
-    {%- set loop_messages = messages[1:] -%}
-{%- else -%}
-    {%- set first_user_prefix = "" -%}
-    {%- set loop_messages = messages -%}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- if (message['role'] == 'assistant') -%}
-        {%- set role = "model" -%}
-    {%- else -%}
-        {%- set role = message['role'] -%}
-    {%- endif -%}
-    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else "") }}
-    {%- if message['content'] is string -%}
-        {{ message['content'] | trim }}
-    {%- endif -%}
-    {{ '<end_of_turn>\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{'<start_of_turn>model\n'}}
-{%- endif -%}
-"""
-"""Gemma 3's own, without images and without its checks."""
+TEMPLATE = """{{ bos_token }}{% for message in messages -%}
+{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim }}<end_of_turn>
+{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+"""Gemma 3's own, without images, system prompts and its checks."""
 
 ENDLESS = 4 * "{% for i in range(99999) %}" + 4 * "{% endfor %}"
 
 
-def chat_tokenizer(template: str, *tokens: str) -> PreTrainedTokenizerBase:
+def chat_tokenizer(template, *tokens):
     """The tiny model's tokenizer with a chat template and further tokens."""
-    tokenizer = copy.deepcopy(tiny_language_model()[1])
+    tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     tokenizer.chat_template = template
     return tokenizer
 
 
-def test_an_instruction_tuned_model_reads_a_users_turn() -> None:
-    dataset, plain = patients(), tiny_language_model()[1]
-    tokenizer = chat_tokenizer(TEMPLATE, START, END)
-    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    collate = TextCollator(dataset, tokenizer, WHOLE, answers=True)
-    text = tokenizer.decode(collate.prompt_ids[3])
-    prompt = dataset.prompt(3)
-    turns = [{"role": "user", "content": prompt}]
-    own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert "<bos>" + text == own
-    cut = TextCollator(dataset, tokenizer, WHOLE, answers=False, most_tokens=110)
-    assert cut.shortened > 0
-    assert max(map(len, cut.prompt_ids)) <= 110, "the turns count too"
-    assert collate.prompt_ids[3].count(end) == 1
-    assert collate.bos not in collate.prompt_ids[3]
-    assert collate.eos == [1, end]
-    assert collate.answer_ids[3][-1] == end
-    batch = collate([3])
-    asked = batch["input_ids"][0, : int(batch["verdict"][0]) + 1]
-    assert tokenizer.decode(asked) == f"{text}{dataset.outcome}: "
-    assert TextCollator(dataset, plain, WHOLE, answers=True).before == []
-
-
-def test_a_chat_template_is_not_run() -> None:
-    tokenizer = chat_tokenizer(TEMPLATE, START, END)
-    turns = [{"role": "user", "content": "  Anion gap: 24 \n"}]
+def test_collator__an_instruction_tuned_model_reads_a_users_turn():
+    dataset, tokenizer = patients(), chat_tokenizer(TEMPLATE, START, END)
+    end, collate = tokenizer.convert_tokens_to_ids(END), collator(dataset, tokenizer, answers=True)
+    turns = [{"role": "user", "content": dataset.prompt(3)}]
     own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    before, behind, end = chat_turns(chat_tokenizer(ENDLESS, START, END))
-    words = tokenizer("Anion gap: 24", add_special_tokens=False)["input_ids"]
-    assert [tokenizer.bos_token_id, *before, *words, *behind] == own
-    assert end == [tokenizer.convert_tokens_to_ids(END)]
+    assert [tokenizer.bos_token_id, *collate.prompt_ids[3]] == own
+    assert (collate.eos, collate.answer_ids[3][-1]) == ([1, end], end)
+    batch = collate([3])
+    asked = tokenizer.decode(batch["input_ids"][0, : int(batch["verdict"][0]) + 1])
+    assert asked == f"{tokenizer.decode(own[1:])}{dataset.outcome}: "
+    cut = collator(dataset, tokenizer, max_tokens=110)
+    assert cut.shortened > 0
+    assert max(map(len, cut.prompt_ids)) <= 110  # the turns count too
 
 
-@pytest.mark.parametrize("tokens", [(), (START,), (END,)])
-def test_without_the_tokens_of_the_turns_the_text_is_plain(tokens: tuple[str, ...]) -> None:
-    assert chat_turns(chat_tokenizer(TEMPLATE, *tokens)) == ([], [], [])
+def test_chat_turns__a_template_is_not_run_and_without_the_tokens_the_text_is_plain():
+    def turns(*words):
+        return text_batches.chat_turns(chat_tokenizer(*words))
+
+    expected = turns(TEMPLATE, START, END)
+    assert all(expected)
+    assert turns(ENDLESS, START, END) == expected
+    for words in ([TEMPLATE], [TEMPLATE, START], [TEMPLATE, END], [None, START, END]):
+        assert turns(*words) == ([], [], [])
 
 
-def test_prompt_options_are_those_of_the_collator_and_not_of_the_data_set(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    dataset = patients()
-    for options in (PromptOptions(series="last"), PromptOptions(context=False, series="none")):
-        collate = TextCollator(dataset, tokenizer, options, answers=False)
-        texts = tokenizer.batch_decode(collate.prompt_ids)
-        assert texts == [dataset.prompt(i, options) for i in range(len(dataset))]
-        assert texts != [dataset.prompt(i) for i in range(len(dataset))]
-
-
-# ------------------------------------------------------------------------------- known states
-
-
-def test_a_frozen_encoder_is_asked_once_and_its_states_equal_fresh_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_encode__a_frozen_encoder_is_run_once_and_its_states_equal_fresh_ones(monkeypatch):
     model, _, collate = classifier_and_writer(members=2)
     rows = [3, 12, 7]
     fresh = model.trajectory(collate(rows))
-    assert "states" not in collate(rows)
-    encode_all(model, collate, CPU)
-    assert collate.states is None, "a part that learns is asked every time"
-    for member in ("0", "1"):
-        model.get_submodule(f"stage1.members.{member}.encoder").requires_grad_(False)
-    model.get_submodule("stage1.members.0.head").requires_grad_(False)
-    encode_all(model, collate, CPU)
-    assert collate.states is None, "a head still learns"
-    model.get_submodule("stage1").requires_grad_(False)
     monkeypatch.setattr(text_batches, "ENCODED_ROWS", 5)
-    encode_all(model, collate, CPU)
+    collate.encode(model.stage1, PREFIX, CPU)
     known = model.trajectory(collate(rows))
-    assert known is not None
-    assert fresh is not None
     assert torch.equal(known.mask, fresh.mask)
     torch.testing.assert_close(known.states[known.mask], fresh.states[fresh.mask])
     torch.testing.assert_close(known.logit, fresh.logit)
-    calls: list[int] = []
-    model.get_submodule("stage1.members.0.encoder").register_forward_hook(
-        lambda *_: calls.append(1)
-    )
+    monkeypatch.setattr(model.stage1, "read", None)
     model(collate(rows)).loss.backward()
-    assert calls == []
 
 
-def test_the_mean_tokens_of_rows_are_those_that_reach_the_decoder(questions: TextCollator) -> None:
-    model = classifier_and_writer().classifier
-    batch = questions(ROWS)
-    reached = model.embed(batch, model.trajectory(batch)).mask.sum() / len(ROWS)
-    assert questions.mean_tokens(np.array(ROWS), model.tokens) == pytest.approx(float(reached))
+@pytest.mark.parametrize("tokens", [PREFIX, 64])
+def test_soft_tokens__are_those_that_reach_the_decoder(parts, tokens):
+    stage1, batch = parts.classifier.stage1, parts.collate(range(16))
+    mask = text_batches.latest_states(stage1, batch, tokens).mask
+    by_hand = np.minimum([len(plain_states(stage1, batch, row)) for row in range(16)], tokens)
+    counted = text_batches.soft_tokens(parts.collate.dataset, tokens)
+    assert counted.tolist() == mask.sum(1).tolist() == by_hand.tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_other_patients__permutes_each_part_and_never_takes_the_same_patient(seed):
+    rng = np.random.default_rng(seed)
+    patient, part = rng.integers(0, 30, 120), rng.integers(0, 3, 30)
+    groups = patient.astype(str)
+    split = {name: np.flatnonzero(part[patient] == k) for k, name in enumerate("abc")}
+    split["a"] = rng.permutation(split["a"])[2:]  # two rows lie in no part
+    donors = other_patients(split, groups, seed)
+    for rows in split.values():
+        assert sorted(donors[rows]) == sorted(rows)
+        assert (groups[donors[rows]] != groups[rows]).all()
+    assert (donors == other_patients(split, groups, seed)).all()
+    assert (donors != other_patients(split, groups, seed + 1)).any()
+
+
+def test_other_patients__any_other_patient_may_be_drawn_and_too_few_are_refused():
+    groups, split = np.array(list("aabcde")), {"train": np.arange(6)}
+    draws = [other_patients(split, groups, seed) for seed in range(200)]
+    for row in range(6):
+        assert {draw[row] for draw in draws} == {*np.flatnonzero(groups != groups[row])}
+    with pytest.raises(InputError, match="--soft_prompt"):
+        other_patients({"val": np.arange(5)}, np.array(list("aaabc")), 0)
+
+
+def test_batch__a_row_with_a_donor_reads_its_states_and_all_else_of_its_own():
+    model, _, collate = classifier_and_writer(members=2)
+    collate.encode(model.stage1, PREFIX, CPU)
+    rows, everyone = [5, 3, 0, 8], collate(range(16))
+    own = collate(rows)
+    collate.donors = np.random.default_rng(0).permutation(16)
+    batch, donors = collate(rows), collate.donors[rows]
+    assert not torch.equal(own["states_mask"], batch["states_mask"])  # of other lengths
+    for name, found in batch.items():
+        borrowed = name in ("states", "states_mask")
+        assert torch.equal(found, everyone[name][donors] if borrowed else own[name]), name

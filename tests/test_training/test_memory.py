@@ -1,125 +1,133 @@
-"""The longest batch, tried before a run: nothing is left of it but the way that fits."""
+"""A step that does not fit the memory: the same step in smaller passes, or with less in memory."""
 
-from __future__ import annotations
+import contextlib
+from types import SimpleNamespace
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from language_models import patients
+import medgemma_trainer as trainer
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.training import memory
-from medgemma_clinical.training.memory import make_fit
-from medgemma_clinical.training.stage import Stage
-from stages import STAGE_1, arguments, data_for, stage_of_patients
+from stages import STAGE_1, stage_of_patients
+from toy_stage import LENGTHS, toy_stage
 
-CPU = torch.device("cpu")
-LENGTHS = patients().lengths
 FLAGS = ("--mode", "generative", "--lora_dropout", "0.5", "--batch_size", "3")
+FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
-def checkpointing(model: Any) -> bool:
-    on: bool = model.body.gradient_checkpointing
-    return on
+def checkpointing(stage):
+    """Return whether layers are computed again in the backward pass."""
+    return stage.model.llm.base_model.model.model.gradient_checkpointing
 
 
-def limit_memory(stage: Stage, *, always: bool = False) -> list[list[int]]:
+def limit_memory(stage, error=FULL, *, always=False):
     """Let training fail without checkpointing, or always; return the rows of each try."""
-    tries: list[list[int]] = []
+    tries = []
 
-    def fail(model: nn.Module, inputs: Any) -> None:
+    def fail(model, inputs):
         if model.training:
-            tries.append(sorted(inputs[0]["index"].tolist()))
-            if always or not checkpointing(model):
-                raise torch.OutOfMemoryError("CUDA out of memory")
+            tries.append(inputs[0]["index"].tolist())
+            if always or not checkpointing(stage):
+                raise error
 
     stage.model.register_forward_pre_hook(fail)
     return tries
 
 
-def test_checkpointing_comes_on_where_the_longest_batch_does_not_fit(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level("INFO")
-    stage = stage_of_patients(*FLAGS)
-    caplog.clear()
-    tries = limit_memory(stage)
-    make_fit(stage, LENGTHS, CPU)
-    assert checkpointing(stage.model)
-    assert [record.getMessage() for record in caplog.records] == [
-        "the longest batch does not fit the GPU: --gradient_checkpointing is now on"
-    ]
-    args = arguments(*FLAGS)
-    collate = stage.loaders["train"].collate_fn
-    tokens = collate.lengths()[data_for(args, patients()).split["train"]]  # type: ignore[union-attr]
-    assert len(tries) == 2
-    assert tries[0] == tries[1]
-    tried = np.sort(collate.lengths()[tries[0]])[::-1]  # type: ignore[union-attr]
-    assert tried.tolist() == np.sort(tokens)[::-1][:3].tolist(), "the longest rows that train"
+def take_step(stage):
+    """Return the rows of the first step, and its loss, terms and gradients."""
+    stage.model.train().zero_grad()
+    state, rows = trainer.set_up(stage), next(iter(stage.batches["train"]))
+    loss, terms = trainer.backward(stage, state, rows)
+    return rows, [loss, torch.tensor(terms), *(p.grad for p in state.parameters)]
 
 
-def test_a_batch_that_fits_switches_nothing_on(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    stage = stage_of_patients(*FLAGS)
-    caplog.clear()
-    make_fit(stage, LENGTHS, CPU)
-    assert not checkpointing(stage.model)
-    assert not caplog.records
+@pytest.fixture
+def check_on_gpu(monkeypatch):
+    """Check a stage's memory as on a GPU, computing on the CPU."""
+    fits, cpu, gpu = memory._fits, torch.device("cpu"), SimpleNamespace(type="cuda")
+    monkeypatch.setattr(memory, "_fits", lambda stage, rows, device: fits(stage, rows, cpu))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+
+    def check(stage):
+        with monkeypatch.context() as patch:
+            patch.setattr(stage.model, "to", lambda device: stage.model)
+            memory.check_memory(stage, gpu)
+
+    return check
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize(("size", "room"), [(8, 64), (24, 40), (8, 24), (8, 8)])
+def test_passes_of_any_size_are_one_large_batch(size, room, lengths):
+    """As asked for, or where that does not fit: the mean is over rows, not over passes."""
+    whole = toy_stage(size=24, dropout=0.0, lengths=lengths)
+    cut = toy_stage(size=size, accumulate=24 // size, dropout=0.0, lengths=lengths)
+    cut.model.room, tries = room, []
+    cut.model.register_forward_pre_hook(lambda _, inputs: tries.append(inputs[0]))
+    rows, expected = take_step(whole)
+    torch.testing.assert_close(take_step(cut), (rows, expected))
+    assert (len(rows), len(tries[0]["index"])) == (24, size), "the first try is of full size"
+    tries.clear()
+    torch.testing.assert_close(take_step(cut), (rows, expected))
+    assert max(batch["tokens"] for batch in tries) <= room, "the passes stay small"
+    weights = [trainer.fit(stage, 7).best for stage in (whole, cut)]
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+
+
+def test_of_several_processes_none_repeats_a_step_that_others_share(monkeypatch):
+    stage = toy_stage()
+    stage.model.room = 2
+    monkeypatch.setattr(trainer.Accelerator, "num_processes", 2)
+    monkeypatch.setattr(trainer.Accelerator, "prepare_model", lambda _, model: model)
+    with pytest.raises(torch.OutOfMemoryError):
+        take_step(stage)
 
 
 @pytest.mark.parametrize(
-    "flags", [FLAGS, (*FLAGS, "--gradient_checkpointing"), (STAGE_1, "--batch_size", "3")]
+    ("flags", "error", "always", "caught"),
+    [
+        *((flags, FULL, True, RunFault) for flags in (FLAGS, (STAGE_1,))),
+        ((*FLAGS, "--gradient_checkpointing"), FULL, True, RunFault),
+        (FLAGS, RuntimeError("another"), False, RuntimeError),
+        (FLAGS, RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), False, None),
+    ],
 )
-def test_a_batch_that_never_fits_ends_the_run_with_advice(flags: tuple[str, ...]) -> None:
-    stage = stage_of_patients(*flags)
-    tries = limit_memory(stage, always=True)
-    with pytest.raises(RunFault, match="does not fit the GPU: lower --batch_size"):
-        make_fit(stage, LENGTHS, CPU)
-    assert len(tries) == (2 if stage.save_memory else 1)
-    assert (stage.save_memory is None) == (flags != FLAGS)
+def test_single_rows_that_never_fit_end_the_run(flags, error, always, caught, check_on_gpu):
+    for run in (take_step, check_on_gpu):
+        stage = stage_of_patients(*flags)
+        limit_memory(stage, error, always=always)
+        match = "--max_len" if always else "another"
+        with pytest.raises(caught, match=match) if caught else contextlib.nullcontext():
+            run(stage)
+        assert caught or checkpointing(stage)
 
 
 @pytest.mark.parametrize("limited", [False, True])
-def test_the_trial_changes_neither_weights_nor_gradients_nor_random_numbers(limited: bool) -> None:
-    stage = stage_of_patients(*FLAGS)
-    if limited:
-        limit_memory(stage)
-    weights = {name: tensor.clone() for name, tensor in stage.model.state_dict().items()}
-    state = torch.get_rng_state()
-    make_fit(stage, LENGTHS, CPU)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in stage.model.parameters())
-    after = stage.model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+def test_a_trial_of_the_longest_rows_leaves_only_the_way_that_fits(limited, check_on_gpu):
+    def content():
+        gradients = [str(p.grad) for p in stage.model.parameters()]
+        weights = [tensor.tolist() for tensor in stage.model.state_dict().values()]
+        return gradients, weights, torch.get_rng_state().tolist()
+
+    stage, scored = stage_of_patients(*FLAGS), []
+    tries, collate, before = limit_memory(stage) if limited else [], stage.collate, content()
+    stage.collate = lambda rows: scored.append(rows) or collate(rows)
+    memory.check_memory(stage, torch.device("cpu"))
+    assert scored == list(stage.batches["val"])[:2], "on a CPU nothing is trained"
+    check_on_gpu(stage)
+    assert content() == before
+    assert checkpointing(stage) == stage.recomputes == limited
+    longest = memory.longest_rows(stage, 3).tolist()
+    assert set(longest) <= set(stage.batches["train"].rows)
+    assert min(stage.lengths[longest]) == sorted(stage.lengths[stage.batches["train"].rows])[-3]
+    assert tries == [longest, longest[:2], longest[:1], longest][: 4 * limited]
 
 
-def test_a_process_that_has_room_follows_one_that_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = stage_of_patients(*FLAGS)
-    others = iter([1.0, 0.0])  # the other process fails without checkpointing
-    monkeypatch.setattr(memory, "sum_over_processes", lambda own: [own + next(others)])
-    make_fit(stage, LENGTHS, CPU)
-    assert checkpointing(stage.model)
-
-
-@pytest.mark.parametrize(
-    ("text", "caught"), [("CUBLAS_STATUS_ALLOC_FAILED when calling", True), ("another", False)]
-)
-def test_a_workspace_of_cublas_that_does_not_fit_counts_as_memory(text: str, caught: bool) -> None:
-    stage = stage_of_patients(*FLAGS)
-    forward = stage.model.forward
-
-    def full(batch: object) -> object:
-        if not checkpointing(stage.model):
-            raise RuntimeError(text)
-        return forward(batch)
-
-    stage.model.forward = full
-    if caught:
-        make_fit(stage, LENGTHS, CPU)
-        assert checkpointing(stage.model)
-    else:
-        with pytest.raises(RuntimeError, match=text):
-            make_fit(stage, LENGTHS, CPU)
+def test_a_process_that_has_room_follows_one_that_has_not(check_on_gpu, monkeypatch):
+    others = iter([1.0, 1.0, 0.0])  # the other process has room for 6 of 24 rows
+    monkeypatch.setattr(memory, "reduce", lambda own, how: own + next(others))
+    stage = toy_stage(size=24)
+    check_on_gpu(stage)
+    assert stage.max_tokens == 6 * LENGTHS[:37].max()

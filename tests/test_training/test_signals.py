@@ -1,196 +1,84 @@
-"""Signals: at once, after the step, or never; each in a forked process of its own where it ends."""
+"""Signals: at once, after the step, or never."""
 
-from __future__ import annotations
-
-import contextlib
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 
-from medgemma_clinical.training import signals
-from medgemma_clinical.training.signals import KNOWN, SignalHandler, Stopped
+from medgemma_clinical.training.signals import ENDING, SignalHandler, Stopped
 
 
-def send(number: int) -> None:
+def send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.fixture
-def handler() -> Iterator[SignalHandler]:
-    handler = SignalHandler()
-    with handler.installed():
-        yield handler
+def handlers():
+    return [signal.getsignal(number) for number in ENDING]
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
-)
-def test_an_end_comes_at_once(handler: SignalHandler, number: int, code: int) -> None:
-    with pytest.raises(Stopped) as stop:
-        send(number)
-    assert stop.value.code == code
-    assert isinstance(stop.value, KeyboardInterrupt)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_signal_ends_the_run_at_once_or_after_the_outer_deferred_block(deferred, number):
+    before, handler, done = handlers(), SignalHandler(), []
 
+    def work():
+        with handler.deferred() if deferred else nullcontext():
+            with handler.deferred() if deferred else nullcontext():
+                send(number)
+            done.append(handler.received)
 
-def stopped_by(work: Callable[[], None]) -> Stopped | None:
-    """Run a function; return the ``Stopped`` that it raises."""
-    try:
+    with pytest.raises(KeyboardInterrupt) as stop, handler.installed():
         work()
-    except Stopped as stop:
-        return stop
-    return None
-
-
-def test_a_deferred_end_is_pending_and_comes_after_the_block(handler: SignalHandler) -> None:
-    seen = []
-
-    def work() -> None:
-        with handler.deferred():
-            with handler.deferred():  # an inner block raises nothing either
-                send(signal.SIGTERM)
-            seen.append(handler.pending())
-        pytest.fail("the block has an end that raises")
-
-    stop = stopped_by(work)
-    assert seen == [signal.SIGTERM]
-    assert stop is not None
-    assert stop.code == 143
-
-
-def test_a_deferred_end_is_obeyed_between_two_steps(handler: SignalHandler) -> None:
-    def work() -> None:
-        with handler.deferred():
-            send(signal.SIGINT)
-            handler.obey(handler.pending())
-            pytest.fail("obey raises")
-
-    assert str(stopped_by(work)) == "SIGINT"
-
-
-def test_an_error_within_a_deferred_block_is_not_lost(handler: SignalHandler) -> None:
-    def work() -> None:
-        with handler.deferred():
-            send(signal.SIGTERM)
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        work()
-
-
-def test_sigusr1_is_pending_until_it_is_obeyed_and_ends_nothing(handler: SignalHandler) -> None:
-    send(signal.SIGUSR1)
-    assert handler.pending() == signal.SIGUSR1
-    with handler.deferred():
-        handler.obey(handler.pending())
-    assert handler.pending() == 0
-
-
-def test_an_end_counts_more_than_sigusr1(handler: SignalHandler) -> None:
-    def work() -> None:
-        with handler.deferred():
-            send(signal.SIGTERM)
-            send(signal.SIGUSR1)
-            seen.append(handler.pending())
-
-    seen: list[int] = []
-    assert stopped_by(work)
-    assert seen == [signal.SIGTERM]
-
-
-def test_a_signal_to_another_process_is_pending_here(
-    handler: SignalHandler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def summed(*counts: float) -> list[float]:
-        return [
-            count + (number == signal.SIGTERM) for count, number in zip(counts, KNOWN, strict=True)
-        ]
-
-    monkeypatch.setattr(signals, "sum_over_processes", summed)
-    assert handler.pending() == signal.SIGTERM
-    with pytest.raises(Stopped):
-        handler.obey(signal.SIGTERM)
+    assert stop.value.code == 128 + number
+    assert done == [number] * deferred
+    assert handlers() == before
+    assert handler.received == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_an_ignored_signal_stays_ignored(number: int) -> None:
+def test_an_ignored_signal_stays_ignored_and_another_error_is_not_lost(number):
     """As a shell's ``&``, or nohup, has asked."""
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        handler = SignalHandler()
-        with handler.installed():
+
+    def work():
+        with handler.installed(), handler.deferred():
             send(number)
-            assert handler.pending() == 0
-            with pytest.raises(Stopped):
-                send(signal.SIGTERM)
+            assert handler.received == 0
+            send(signal.SIGTERM)
+            raise ZeroDivisionError
+
+    before, handler = signal.signal(number, signal.SIG_IGN), SignalHandler()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            work()
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
 
 
-def test_the_handlers_before_are_back_afterwards() -> None:
-    before = [signal.getsignal(number) for number in KNOWN]
-    handler = SignalHandler()
-    with pytest.raises(Stopped), handler.installed():
-        send(signal.SIGTERM)
-    assert [signal.getsignal(number) for number in KNOWN] == before
-    assert handler.received == 0
+def test_another_thread_installs_nothing():
+    before = handlers()
+    with ThreadPoolExecutor() as pool:
+        pool.submit(SignalHandler().installed().__enter__).result()
+    assert handlers() == before
 
 
-def test_another_thread_installs_nothing() -> None:
-    seen = []
-
-    def work() -> None:
-        with SignalHandler().installed():
-            seen.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [signal.getsignal(signal.SIGTERM)]
-
-
-def exit_code_of(work: Callable[[], int]) -> int:
-    """Run a function in a forked process; return its exit code, or minus the signal."""
+@pytest.mark.parametrize(("rank", "kills", "code"), [("", True, -15), ("0", True, 143), ("", 0, 7)])
+def test_a_second_signal_kills_but_under_a_launcher_or_in_a_notebook(rank, kills, code):
     child = os.fork()
     if child == 0:
+        os.environ |= {"LOCAL_RANK": rank} if rank else {}
+        ended, handler = 0, SignalHandler()
         try:
-            os._exit(work())
+            with handler.installed(kills=kills), handler.deferred():
+                send(signal.SIGTERM)
+                try:
+                    send(signal.SIGTERM)
+                except Stopped:  # at once: a notebook's variables live on
+                    ended = 7
+        except Stopped as stop:
+            ended = ended or stop.code
         finally:
-            os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize(
-    ("ranked", "later", "code"), [(False, 0.0, -15), (True, 0.0, 143), (True, 11.0, -15)]
-)
-def test_a_second_end_comes_without_further_ado_unless_a_launcher_echoes_it(
-    ranked: bool, later: float, code: int
-) -> None:
-    def work() -> int:
-        if ranked:
-            os.environ["LOCAL_RANK"] = "0"
-        handler = SignalHandler()
-        with handler.installed():
-            try:
-                with handler.deferred():
-                    send(signal.SIGTERM)
-                    handler._first -= later
-                    send(signal.SIGTERM)
-            except Stopped as stop:
-                return stop.code
-        return 0
-
-    assert exit_code_of(work) == code
-
-
-def test_a_second_signal_raises_where_the_process_must_live_on() -> None:
-    handler = SignalHandler()
-    with handler.installed(kills=False):
-        with contextlib.suppress(Stopped), handler.deferred():
-            send(signal.SIGINT)
-            with pytest.raises(Stopped):
-                send(signal.SIGINT)
-        assert handler.received == signal.SIGINT
+            os._exit(ended)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code

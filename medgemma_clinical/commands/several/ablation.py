@@ -48,7 +48,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "soft prompt + logit": {**ON_STAGE_1, "series_text": "none"},
     "text + soft prompt + logit": ON_STAGE_1,
     "soft prompt of another patient": {**SOFT_PROMPT, "soft_prompt": "shuffled"},
-    "soft prompt + random weights": {**SOFT_PROMPT, "base_weights": "random"},
+    "soft prompt + random weights": {
+        **SOFT_PROMPT,
+        **{"base_weights": "random", "quantization": "none"},  # packed weights cannot be drawn
+    },
 }
 """The compared models, each with its flags; without ``trajectory_only`` a model of stage 2. A path
 lies below the output folder."""

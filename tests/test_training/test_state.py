@@ -1,0 +1,172 @@
+"""The state of training: kept twice, whole, and brought back to the last bit or refused."""
+
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import medgemma_trainer as trainer
+from medgemma_clinical.files import InputError
+from medgemma_clinical.training import state as module
+from medgemma_clinical.training.signals import SIGNALS, Stopped
+from medgemma_clinical.training.state import StateStore, WeightAverage
+from toy_stage import toy_stage
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store that was given the states 1, 2 and 3."""
+    store = StateStore(tmp_path / "last")
+    for step in (1, 2, 3):
+        store.save({"step": step, "weights": torch.full((2, 3), step / 3)})
+    return store
+
+
+def numbers_of(store):
+    assert sorted(store.folder.iterdir()) == store.files(), "no half file is left"
+    return [int(path.name[:8]) for path in store.files()]
+
+
+def test_the_two_newest_are_kept_and_the_newest_is_read_as_it_was_written(store, monkeypatch):
+    assert numbers_of(store) == [2, 3]
+    read = store.newest()
+    assert read["step"] == 3
+    assert torch.equal(read["weights"], torch.ones(2, 3))
+    store.save({"code": os.mkdir})
+    with pytest.raises(Exception, match="mkdir"):
+        store.newest()  # code does not run
+    monkeypatch.setattr(module, "STATE_FORMAT", module.STATE_FORMAT + 1)
+    store.save({"step": 5})
+    assert store.newest() == {"step": 5}
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="00000005"):
+        store.newest()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:99], lambda data: data[:-1] + b"0"])
+def test_a_damaged_state_gives_way_to_the_one_before_and_is_replaced(damage, store, caplog):
+    good, bad = store.files()
+    bad.write_bytes(damage(bad.read_bytes()))
+    assert store.newest()["step"] == 2
+    assert str(bad) in caplog.text
+    store.save({"step": 4})
+    assert store.files()[0] == good
+    assert numbers_of(store) == [2, 4]
+    for path in store.files():
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=str(store.folder)):
+        store.newest()
+    assert numbers_of(store) == [2, 4], "what cannot be read is left alone"
+
+
+def everything(state):
+    """Return all that a state must bring back, the time it took apart."""
+    moments, progress = state.optimizer.state_dict(), dict(vars(state.progress))
+    tensors = [*state.parameters, *state.average.weights, *state.best, torch.get_rng_state()]
+    tensors += [t for each in moments["state"].values() for t in each.values()]
+    progress["history"] = [{**line, "seconds": 0} for line in progress["history"]]
+    schedule = state.schedule.state_dict(), [group["lr"] for group in moments["param_groups"]]
+    return [t.tolist() for t in tensors], repr({**progress, "seconds": 0}), schedule
+
+
+def fit(folder, seed=0, **options):
+    """Train a new stage of 3 epochs of 5 steps; return all of its state."""
+    stage = toy_stage(seed)
+    state = trainer.fit(stage, 7, folder, **options)
+    best = torch.load(folder / "best.pt", weights_only=True)
+    assert all(torch.equal(best[name], p) for name, p in stage.model.state_dict().items())
+    return everything(state)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return everything(trainer.fit(toy_stage(), 7))
+
+
+@pytest.mark.parametrize("save_every", [0, 2])
+@pytest.mark.parametrize("end", ["signal", "step", "validate", "end_epoch", "save_best"])
+def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path, monkeypatch):
+    """With dropout; a signal is heard behind a step, another fault where it comes."""
+    name = "step" if end == "signal" else end
+    for number in (1, 5, 6, 12, 15) if name == "step" else (1, 3):
+        calls, real, folder = [], getattr(trainer, name), tmp_path / str(number)
+
+        def counted(*arguments, calls=calls, number=number, real=real):
+            calls.append(1)
+            if len(calls) == number and end != "signal":
+                raise ZeroDivisionError
+            SIGNALS.received = signal.SIGTERM * (len(calls) == number)
+            return real(*arguments)
+
+        folder.mkdir()
+        monkeypatch.setattr(trainer, name, counted)
+        with pytest.raises(Stopped if end == "signal" else ZeroDivisionError):
+            fit(folder, save_every=save_every)
+        SIGNALS.received = 0
+        monkeypatch.setattr(trainer, name, real)
+        store = StateStore(folder / "last")
+        if name == "step":  # kept at the beginning, before validation and every so many steps
+            kept = [k for k in range(number) if k % 5 == 0 or (save_every and k % 2 == 0)]
+            steps = number if end == "signal" else max(kept)
+            assert store.newest()["progress"]["steps"] == steps
+        assert fit(folder, seed=5, resume=True) == whole
+        files = store.files()
+        assert fit(folder, seed=6, resume=True) == whole
+        assert store.files() == files, "a finished one is not kept anew"
+
+
+def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
+    others = iter(torch.tensor([[0.0, 0.0, k == 7] for k in range(1, 16)]))
+    monkeypatch.setattr(trainer, "reduce", lambda own, _: own + next(others))
+    with pytest.raises(Stopped, match="SIGTERM"):
+        fit(tmp_path)
+    assert StateStore(tmp_path / "last").newest()["progress"]["steps"] == 7
+
+
+@pytest.mark.parametrize("other", [{"head.weight": torch.zeros(1)}, {"other": torch.ones(1)}, {}])
+def test_a_state_of_another_run_is_refused_before_it_is_used(other):
+    stage = toy_stage()
+    state = trainer.set_up(stage)
+    content, before = trainer.training_state(stage, state), everything(state)
+    content["weights"] = {name: w + 1 for name, w in content["weights"].items()} | other
+    content["random"] *= 1 if other else 2  # of another number of processes
+    with pytest.raises(InputError, match="--resume"):
+        trainer.load_training_state(stage, state, content)
+    assert everything(state) == before
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(1, 1), (40, 20), (400, 100)])
+def test_each_part_learns_at_its_rate_times_the_schedule(epochs, warmup):
+    state, total = trainer.set_up(toy_stage(epochs=epochs)), 5 * epochs
+    for step in range(total):
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        share = step / warmup if step < warmup else cosine
+        rates = [group["lr"] for group in state.optimizer.param_groups]
+        assert rates == pytest.approx([0.01 * share, 0.01 * share, 0.1 * share, 0.1 * share])
+        state.optimizer.step()
+        state.schedule.step()
+
+
+def test_the_average_follows_the_weights_over_at_most_500_steps():
+    weight, expected = nn.Parameter(torch.tensor([1.0])), 1.0
+    average = WeightAverage([weight])
+    for step in range(1, 6000):
+        weight.data.fill_(step % 7)
+        average.update(step)
+        decay = min((1 + step) / (10 + step), 0.998)
+        expected = decay * expected + (1 - decay) * (step % 7)
+    assert average.weights[0].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_several_processes_drop_units_of_their_own(monkeypatch):
+    draws = []
+    for index in (0, 1, 1):
+        own = SimpleNamespace(num_processes=2, process_index=index, prepare_model=lambda each: each)
+        monkeypatch.setattr(trainer, "Accelerator", lambda own=own, **_: own)
+        trainer.set_up(toy_stage())
+        draws.append(torch.rand(1).item())
+    assert draws[0] != draws[1] == draws[2]
