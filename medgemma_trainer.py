@@ -10,11 +10,14 @@
     python medgemma_trainer.py --predict --checkpoint ./checkpoints_medgemma_dka/classification \\
         --data_path NEW.csv --predictions OUT.csv
 
-The way of a batch: series -> ClinicalODERNN -> one state per observation; then
+The way of a batch: series -> ClinicalODERNN -> a state after each of L observations and one at the
+prediction time; then
 
     stage 1  trajectory       attention-pooled head -> logit
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
+
+Stages 2 and 3 add stage 1's logit to their own.
 
 This file holds, in this order: flags; what is read; the models; the three stages; the training
 loop; what a training state holds; one run; ``main``. All else is in ``medgemma_clinical``.
@@ -428,7 +431,7 @@ def llm_stage(
         save=lambda folder, config: checkpoints.save_llm(folder / "best", model, config),
         hides_events=data.hides_events,
         text=text,
-        stage1=risks,
+        stage1_risks=risks,
         recomputes=args.gradient_checkpointing,
     )
 
@@ -521,7 +524,7 @@ def train_epoch(
 
 
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
-    """Add up gradients, loss and terms of a step over its passes.
+    """Add up gradients, loss and terms (patients, or answer tokens) of a step over its passes.
 
     Losses are sums, so a step that does not fit the memory can be repeated in smaller passes; of
     several processes the others would wait in vain: there ``check_memory`` decides beforehand.

@@ -41,7 +41,6 @@ VISION = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1},
     **{"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
 }
-"""A small vision tower."""
 
 GENERATION = {"eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "do_sample": True}
 """From generation_config.json of Google's Gemma 3 checkpoints, which must not be followed."""

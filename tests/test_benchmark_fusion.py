@@ -15,7 +15,7 @@ import common
 import fusion
 import fusion_ways
 
-from medgemma_clinical.commands import stages as wiring
+import medgemma_trainer as trainer
 from stages import arguments, data_for, stage_of_patients
 from trajectories import dataset_of
 
@@ -48,10 +48,10 @@ def test_the_words_hold_mean_spread_and_risk():
 
 
 def test_closed_gates_change_nothing_and_open_ones_do(monkeypatch):
-    monkeypatch.setattr(wiring, "LLMClassifier", fusion_ways.CrossAttending)
+    monkeypatch.setattr(trainer, "LLMClassifier", fusion_ways.CrossAttending)
     stage = stage_of_patients("--mode", "classification")
     model = stage.model.eval()
-    batch = stage.loaders["train"].collate_fn(PATIENTS)
+    batch = stage.collate(PATIENTS)
     nn.init.normal_(model.head.weight)
     closed = model(batch).logit
     hidden, start = fusion_ways.LLMClassifier.read(model, batch, None)
@@ -65,7 +65,7 @@ def test_a_warm_up_moves_the_projection_alone():
     flags = ("--model_name", "tiny", "--lora_dropout", "0")
     stage = stage_of_patients("--mode", "classification")
     before = {name: p.clone() for name, p in stage.model.named_parameters()}
-    fusion_ways.warm_up(stage, arguments(*flags), stage.loaders["train"].collate_fn.dataset)
+    fusion_ways.warm_up(stage, arguments(*flags), stage.text.dataset)
     after = dict(stage.model.named_parameters())
     moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
     assert moved == {"projection.linear.weight", "projection.linear.bias"}
@@ -73,10 +73,10 @@ def test_a_warm_up_moves_the_projection_alone():
 
 
 def test_a_margin_adds_the_mean_over_pairs_in_training_alone(monkeypatch):
-    monkeypatch.setattr(wiring, "LLMWriter", fusion_ways.MarginWriter)
+    monkeypatch.setattr(trainer, "LLMWriter", fusion_ways.MarginWriter)
     stage = stage_of_patients("--mode", "generative")
     model = stage.model.eval()
-    batch = stage.loaders["train"].collate_fn(PATIENTS)
+    batch = stage.collate(PATIENTS)
     plain, labels = model(batch), batch["labels"] == 1
     trained = model.train()(batch)
     pairs = [functional.softplus(b - a) for a in plain.logit[labels] for b in plain.logit[~labels]]

@@ -10,6 +10,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 import torch
 from torch.backends.cuda import flash_sdp_enabled
@@ -19,6 +20,7 @@ sys.path.append(str(BENCHMARKS))
 
 import gpu  # noqa: E402
 import gpu_attention  # noqa: E402
+import gpu_steps  # noqa: E402
 import memory  # noqa: E402
 from gpu_plan import Plan, Result, SkippedError  # noqa: E402
 
@@ -166,6 +168,41 @@ def test_wrong_gradients_of_cudnn_are_findings(faulty, monkeypatch):
     findings = gpu_attention.gradients_with_cudnn(toy()).findings
     assert len([each for each in findings if "low logits: not finite" in each]) == 2
     assert all(each.startswith("cuDNN attention on: ") for each in findings)
+
+
+def test_what_cudnn_cannot_do_is_a_finding(monkeypatch):
+    def fails(_):
+        raise RuntimeError("no valid execution plan")
+
+    monkeypatch.setattr(gpu_attention, "skip_without_gpu", lambda: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
+    monkeypatch.setattr(gpu_attention, "compare_all", fails)
+    (finding,) = gpu_attention.gradients_with_cudnn(toy()).findings
+    assert "no valid execution plan" in finding
+
+
+def test_a_machine_without_nvidia_smi_is_a_finding(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
+    for name in ("device_count", "get_device_name"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 2**30))
+    (finding,) = gpu.describe_machine(toy()).findings
+    assert "nvidia-smi" in finding
+
+
+def test_a_wrong_product_of_packed_weights_is_a_failure(tmp_path, monkeypatch):
+    plan, product = Plan(tmp_path, toy=True), bitsandbytes.matmul_4bit
+    gpu_steps.write_models(plan)
+    gpu_attention.compare_products(plan)
+
+    def wrong(given, *rest, **more):
+        return product(given, *rest, **more) * (1.02 if len(given) == 300 else 1.0)
+
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", wrong)
+    with pytest.raises(AssertionError) as failure:
+        gpu_attention.compare_products(plan)
+    assert set(re.findall(r"(\d+) rows", str(failure.value))) == {"300"}
 
 
 def test_one_key_head_is_read_by_a_stride_of_zero():

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import torch
 
+import faults
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from faults import main as fault_trials
 from faults import result_of
 from language_models import COMMIT, PUBLISHED, put_into_cache, save_published
 from medgemma_clinical.commands import results, run_folder
@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.files import locked
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.loaders import LengthBatches
-from medgemma_clinical.training.state import KEPT, StateStore
+from medgemma_clinical.training.state import StateStore
 from predicting import refused
 
 STAGES = {
@@ -31,8 +31,7 @@ STAGES = {
     "classification": "--mode classification --epochs 3 --gradient_accumulation 2",
     "generative": "--mode generative --epochs 2 --lora_dropout 0.3",
 }
-EPOCH = 9
-"""Steps: 72 of 90 rows train, 8 at a time."""
+EPOCH = 9  # steps: 72 of 90 rows train, 8 at a time
 STEPS = {"trajectory": 4 * EPOCH, "classification": 3 * 5, "generative": 2 * EPOCH}
 
 
@@ -52,10 +51,10 @@ def command(stage, data, folder, *flags):
 
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
-    """A folder with a run of each stage that nobody stopped."""
+    """A folder with a run of each stage, in a folder of its own, that nobody stopped."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for stage in STAGES:
-        assert trainer.main(command(stage, data, folder)) == 0
+        assert trainer.main(command(stage, data, folder / stage)) == 0
     return folder
 
 
@@ -123,7 +122,6 @@ def saved_steps(patch):
     def saving(store, state):
         steps.append(state["progress"]["steps"])
         save(store, state)
-        assert len(store.files()) <= KEPT
 
     patch.setattr(StateStore, "save", saving)
     return steps
@@ -158,7 +156,8 @@ def test_a_stopped_run_resumes_to_the_same_result(
     assert trainer.main([*words, "--resume"]) == 0
     assert len(before) + len(after) == STEPS[stage]
     assert bool(kept) != progress["over"], "training that had ended is not kept again"
-    assert result_of(folder, stage) == result_of(undisturbed, stage), f"stopped at {where}"
+    same = result_of(folder, stage) == result_of(undisturbed / stage, stage)
+    assert same, f"stopped at {where}"
     assert (folder / stage / "report.html").exists()
     assert not (folder / stage / "last").exists()
     history = (folder / stage / "history.jsonl").read_text().splitlines()
@@ -169,18 +168,17 @@ def test_a_stopped_run_resumes_to_the_same_result(
 def test_states_come_every_so_many_steps_and_exact_kernels_change_nothing(
     data, undisturbed, tmp_path, monkeypatch
 ):
-    kept, wanted, enabled = saved_steps(monkeypatch), [], torch.are_deterministic_algorithms_enabled
-    at_step(1, lambda: wanted.append(enabled()), monkeypatch)
+    kept, on, enabled = saved_steps(monkeypatch), [], torch.are_deterministic_algorithms_enabled
+    at_step(1, lambda: on.append(enabled()), monkeypatch)
     words = command("trajectory", data, tmp_path, "--save_every", "4", "--deterministic")
     assert trainer.main(words) == 0
-    ends = [*range(9, 37, 9), 36]  # before validation, and at last
-    assert kept == sorted([0, *range(4, 37, 4), *ends])
-    assert (wanted, enabled()) == ([True], False)
-    assert result_of(tmp_path, "trajectory") == result_of(undisturbed, "trajectory")
+    assert kept == sorted([0, *range(4, 37, 4), *range(9, 37, 9), 36])  # validation, the end
+    assert (on, enabled()) == ([True], False)
+    assert result_of(tmp_path, "trajectory") == result_of(undisturbed / "trajectory", "trajectory")
 
 
 @pytest.mark.parametrize("stage", ["classification", "generative"])
-def test_a_run_resumes_with_its_steps_cut_otherwise(stage, data, tmp_path, monkeypatch, capsys):
+def test_a_run_resumes_with_its_steps_cut_otherwise(stage, data, tmp_path, capsys):
     """Of the same rows a step, with layers computed again: the same to rounding."""
     flags = ("--lora_dropout", "0", "--gradient_accumulation", "1")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -200,7 +198,7 @@ def test_a_run_resumes_with_its_steps_cut_otherwise(stage, data, tmp_path, monke
 
 def test_a_sample_of_the_fault_trials_ends_well():
     kinds = ["killed at a write", "killed at any time", "disk full", "file damaged"]
-    assert fault_trials(["--trials", "1", "--stages", "trajectory", "--kinds", *kinds]) == 0
+    assert faults.main(["--trials", "1", "--stages", "trajectory", "--kinds", *kinds]) == 0
 
 
 def test_a_damaged_state_gives_way_to_the_one_before(
@@ -212,7 +210,8 @@ def test_a_damaged_state_gives_way_to_the_one_before(
     assert trainer.main([*stopped, "--resume"]) == 0
     assert last.name in capsys.readouterr().out
     assert len(after) == 3 * EPOCH
-    assert result_of(tmp_path / "run", "trajectory") == result_of(undisturbed, "trajectory")
+    expected = result_of(undisturbed / "trajectory", "trajectory")
+    assert result_of(tmp_path / "run", "trajectory") == expected
 
 
 def test_best_weights_and_history_come_back_from_the_state(data, tmp_path, monkeypatch):
@@ -222,9 +221,8 @@ def test_best_weights_and_history_come_back_from_the_state(data, tmp_path, monke
     assert trainer.main(words) == 143
     history, best = tmp_path / "run/trajectory/history.jsonl", tmp_path / "run" / TRAJECTORY_FILE
     written, weights = history.read_bytes(), read_trajectory(best).weights
-    assert written.count(b"\n") == 2
-    history.write_text("damaged")
-    best.write_text("damaged")
+    for path in (history, best):
+        path.write_text("damaged")
     assert trainer.main([*words, "--resume"]) == 143
     assert history.read_bytes() == written
     again = read_trajectory(best).weights
@@ -234,9 +232,7 @@ def test_best_weights_and_history_come_back_from_the_state(data, tmp_path, monke
 def test_another_command_or_other_data_are_refused_and_nothing_changes(
     stopped, data, tmp_path, capsys
 ):
-    moved, other, slow = (
-        shutil.copy(data, tmp_path / f"{k}.csv") for k in ("moved", "new", "slow")
-    )
+    moved, other, slow = (shutil.copy(data, tmp_path / f"{name}.csv") for name in "abc")
     slow.with_suffix(".json").write_text('{"time_scale": 9}')
     other.write_text(data.read_text().replace(" (2.43h)", " (2.44h)"))
     before, new, folder = contents(tmp_path / "run"), tmp_path / "new", tmp_path / "run/trajectory"
@@ -290,16 +286,16 @@ def test_a_run_that_never_began_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_finished_run_is_for_its_owner_alone_and_stays_as_it_is(stage, data, undisturbed, capsys):
-    before = contents(undisturbed)
-    for path in (undisturbed, *undisturbed.rglob("*")):
+    before, folder = contents(undisturbed), undisturbed / stage
+    for path in (folder, *folder.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
-    assert trainer.main(command(stage, data, undisturbed, "--resume")) == 0
-    assert str(undisturbed / stage) in capsys.readouterr().out
+    assert trainer.main(command(stage, data, folder, "--resume")) == 0
+    assert str(folder / stage) in capsys.readouterr().out
     assert contents(undisturbed) == before
 
 
 @pytest.mark.parametrize("stage", ["trajectory", "generative"])
-def test_no_patient_is_in_what_a_run_writes_or_prints(stage, tmp_path, monkeypatch, capsys):
+def test_no_patient_is_in_what_a_run_writes_or_prints(stage, tmp_path, capsys):
     """But for predictions and reports, which are of patients."""
     table = pd.read_csv(SAMPLE, nrows=90, dtype=str)
     table["subject_id"] = "MARKERID" + table["subject_id"]
@@ -308,8 +304,7 @@ def test_no_patient_is_in_what_a_run_writes_or_prints(stage, tmp_path, monkeypat
     table.loc[7, "clinical_trajectory"] = "731.97319 (0.73197h) -> 24 (9h)"
     path, folder, out = tmp_path / "patients.csv", tmp_path / "run", tmp_path / "run" / "out.csv"
     table.to_csv(path, index=False)
-    words = command(stage, path, folder, "--log_file", "auto")
-    stop(words, 3)
+    stop(words := command(stage, path, folder, "--log_file", "auto"), 3)
     kept = contents(folder)
     assert any("/last/" in name for name in kept)
     assert trainer.main([*words, "--resume"]) == 0

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.stages import prompt_options
 from medgemma_clinical.files import InputError
 from stages import arguments
 from trajectories import LABEL, SERIES
@@ -109,7 +108,7 @@ def test_the_flags_reach_the_data_set_and_the_prompt(data: Path) -> None:
     dataset = trainer.read_dataset(args)
     assert dataset.features == ("lactate", "Anion gap")
     assert dataset.lengths.max() == 2
-    assert dataset.prompt(0, prompt_options(args)).startswith("Last values: ")
+    assert dataset.prompt(0, trainer.prompt_options(args)).startswith("Last values: ")
 
 
 def test_series_are_chosen_in_dka_files_only(tmp_path: Path) -> None:

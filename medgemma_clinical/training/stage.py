@@ -37,7 +37,7 @@ class Stage:
         hides_events: few patients of some part have the event: losses and AUROC, which tell their
             number, are not written.
         text: the tokenised rows; None without language model.
-        stage1: (N,) probability of each row by the stage 1 that the stage builds on, None without.
+        stage1_risks: (N,) probability of each row by the stage 1 that the stage builds on, None without.
         train_patients: hashes of the patients that train, of stage 1; None for the others.
         max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
         recomputes: whether layers are computed again in the backward pass.
@@ -57,7 +57,7 @@ class Stage:
     save: Callable[[Path, dict[str, Any]], None]
     hides_events: bool = False
     text: TextCollator | None = None
-    stage1: NDArray[np.float64] | None = None
+    stage1_risks: NDArray[np.float64] | None = None
     train_patients: NDArray[np.int64] | None = None
     max_tokens: int | None = None
     recomputes: bool = False

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import medgemma_trainer as trainer
 from medgemma_clinical.data.texts import direction, plain
@@ -153,7 +153,7 @@ def warm_up(stage: Stage, args: argparse.Namespace, dataset: TrajectoryDataset) 
         parameter.requires_grad_(False)
     batches, losses = stage.batches["train"], []
     optimizer = torch.optim.AdamW(model.projection.parameters(), lr=args.projection_lr)
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, len(batches) // 10), len(batches))
+    schedule = CosineAnnealingLR(optimizer, len(batches))
     for rows in batches:
         chosen = [ids[i] for i in rows]
         padded = pad_sequence(chosen, batch_first=True, padding_value=-1)

@@ -132,9 +132,9 @@ def attempt(step: Step, plan: Plan) -> Outcome:
     """Take a step; whatever goes wrong in it is an outcome."""
     output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            with exact_kernels():
-                result = found(step)(plan)
+        shown = contextlib.redirect_stdout(output), contextlib.redirect_stderr(output)
+        with shown[0], shown[1], exact_kernels():
+            result = found(step)(plan)
     except SkippedError as reason:
         return Outcome("skipped", str(reason))
     except BaseException as error:

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     read_trajectory,
-    write_trajectory,
+    save_trajectory,
 )
 from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
 from medgemma_clinical.models.trained_model import read_trained_config
@@ -261,11 +260,12 @@ def test_a_checkpoint_without_its_training_patients_says_so(
     (tmp_path / "alone" / TRAJECTORY_FILE).unlink()
     (tmp_path / "damaged" / "classification" / "run.json").write_text("{")
     other = read_trajectory(runs / TRAJECTORY_FILE)
-    fewer = replace(other, train_patients=other.train_patients[1:])
-    write_trajectory(tmp_path / "another" / TRAJECTORY_FILE, fewer)
+    path, trained = tmp_path / "another" / TRAJECTORY_FILE, other.train_patients
+    save_trajectory(path, other.weights, other.config, trained[1:].copy())
     (tmp_path / "garbage" / TRAJECTORY_FILE).write_bytes(b"no checkpoint")
     other.config["rows_sha256"] = "0" * 64
-    write_trajectory(tmp_path / "other_rows" / TRAJECTORY_FILE, other)
+    path = tmp_path / "other_rows" / TRAJECTORY_FILE
+    save_trajectory(path, other.weights, other.config, trained)
     for name in ("garbage", "other_rows"):
         folder, digest = (
             tmp_path / name / "classification",

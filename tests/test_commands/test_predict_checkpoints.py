@@ -48,10 +48,6 @@ def other_data(folder: Path) -> None:
     change_config(folder, dataset="sepsis")
 
 
-def falling_slope(folder: Path) -> None:
-    change_config(folder, decision={"slope": -1.0, "intercept": 0.0, "threshold": 0.5})
-
-
 def control(folder: Path) -> None:
     change_config(folder, shuffled=True)
 
@@ -66,7 +62,6 @@ def random_control(folder: Path) -> None:
         (cut_weights, "modules.safetensors is missing or not as it was written"),
         (no_base, "--model_name no/such_model"),
         (other_data, "trained on --dataset sepsis"),
-        (falling_slope, "damaged: decision.slope -1.0"),
         (control, "a control of --ablation, with soft tokens of other patients"),
         (random_control, "a control of --ablation, with soft tokens of other patients or random"),
     ],

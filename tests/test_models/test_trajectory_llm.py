@@ -13,7 +13,7 @@ from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.models import trajectory_llm
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import IGNORED, VERDICT_WEIGHT, latest_states
-from stages import stage_of_patients
+from stages import TINY, arguments, data_for, make_stage
 
 ROWS = [0, 3, 1, 2, 4, 5]
 """Patients with 1, 9, 6, 2, 3 and 5 observations; 4 soft tokens; the fifth has no later time."""
@@ -28,7 +28,6 @@ def parts():
 
 @pytest.fixture(scope="module")
 def rough():
-    """The same in bfloat16."""
     return classifier_and_writer(precision="bf16")
 
 
@@ -95,6 +94,8 @@ def test_layout__is_bos_soft_tokens_text_without_holes(parts, batch, way):
     for row in range(len(ROWS)):
         close(embeddings[row, mask[row]], plain_sequence(model, batch, row)[0])
     assert len(lengths.unique()) > 1
+    start = model.embed(batch, model.trajectory(batch), left=left).text_start
+    assert torch.equal(start + batch["text_mask"].sum(1) - 1, (steps * mask).amax(dim=1))
 
 
 @BOTH
@@ -107,10 +108,12 @@ def test_logits__company_order_and_batch_size_change_none(parts, kind):
     close(model(collate([*ROWS, 7, 13, 9])).logit[: len(ROWS)], together)
 
 
-def test_classifier__a_new_one_of_text_alone_says_the_prevalence():
-    stage = stage_of_patients("--mode", "classification", "--soft_prompt", "off")
-    prevalence = torch.tensor(stage.config["case_mix"]["prevalence"])
-    close(stage.model(stage.collate(ROWS)).logit.sigmoid(), prevalence.expand(len(ROWS)))
+def test_classifier__a_new_one_of_text_alone_says_the_prevalence(parts):
+    args = arguments(*TINY, "--soft_prompt", "off")
+    dataset = parts.collate.dataset.subset(np.arange(16))
+    dataset.labels[1] = 0
+    stage = make_stage(args, data_for(args, dataset))
+    close(stage.model(stage.collate(ROWS)).logit.sigmoid(), torch.full((len(ROWS),), 3 / 8))
 
 
 @BOTH

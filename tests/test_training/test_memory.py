@@ -72,6 +72,7 @@ def test_passes_of_any_size_are_one_large_batch(size, room, lengths):
     tries.clear()
     torch.testing.assert_close(take_step(cut), (rows, expected))
     assert max(batch["tokens"] for batch in tries) <= room, "the passes stay small"
+    assert size * 8 == room or cut.max_tokens > room / 2, "no smaller than needed"
     weights = [trainer.fit(stage, 7).best for stage in (whole, cut)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 

@@ -57,10 +57,10 @@ def earlier_stages(
     found = EarlierStages()
     if stage.name == "trajectory":
         return found
-    if stage.stage1 is None:
+    if stage.stage1_risks is None:
         found.unshown.append("Stage 1 is not shown: this model builds on none (--ode_checkpoint).")
     else:
-        found.risks[STAGE_1] = {part: stage.stage1[p.rows] for part, p in predictions.items()}
+        found.risks[STAGE_1] = {part: stage.stage1_risks[p.rows] for part, p in predictions.items()}
     if stage.name == "generative" and folder is not None:
         place = folder.with_name("classification")
         try:

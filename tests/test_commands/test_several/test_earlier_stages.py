@@ -31,7 +31,7 @@ FACTS: dict[str, Any] = {"data": {"data_sha256": "d"}, "seed": 3, "stage_1_sha25
 @pytest.fixture(scope="module")
 def stage() -> Stage:
     risks = np.linspace(0, 1, len(DATA))
-    return replace(stage_of_patients(TRAJECTORY), name="generative", stage1=risks)
+    return replace(stage_of_patients(TRAJECTORY), name="generative", stage1_risks=risks)
 
 
 def found(stage: Stage, folder: Path | None, **facts: Any) -> EarlierStages:
@@ -71,8 +71,8 @@ def test_a_finished_stage_2_of_the_same_rows_stands_beside_stage_3(
     assert list(earlier.risks) == [STAGE_1, STAGE_2]
     for part, rows in ROWS.items():
         assert earlier.risks[STAGE_2][part].tolist() == RISKS[part].tolist()
-        assert stage.stage1 is not None
-        assert earlier.risks[STAGE_1][part].tolist() == stage.stage1[rows].tolist()
+        assert stage.stage1_risks is not None
+        assert earlier.risks[STAGE_1][part].tolist() == stage.stage1_risks[rows].tolist()
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_without_a_folder_or_for_another_stage_nothing_is_said_of_stage_2(
     assert list(found(stage, None).risks) == [STAGE_1]
     second = found(replace(stage, name="classification"), tmp_path)
     assert (list(second.risks), second.unshown) == ([STAGE_1], [])
-    assert found(replace(stage, name="trajectory", stage1=None), tmp_path) == EarlierStages()
+    assert found(replace(stage, name="trajectory", stage1_risks=None), tmp_path) == EarlierStages()
 
 
 def test_a_stage_that_builds_on_no_stage_1_says_so(stage: Stage) -> None:
-    earlier = found(replace(stage, name="classification", stage1=None), None)
+    earlier = found(replace(stage, name="classification", stage1_risks=None), None)
     (line,) = earlier.unshown
     assert line.startswith("Stage 1 is not shown: ")
     assert earlier.risks == {}
@@ -141,5 +141,5 @@ def test_stages_that_read_text_alone_are_compared(stage: Stage, tmp_path: Path) 
     content = {"format": RUN_FORMAT, **FACTS, "stage_1_sha256": None}
     hashes = {f"classification/{p.name}": file_hash(p) for p in place.glob("*.csv")}
     write_run(place, {**content, "results_sha256": hashes})
-    alone = found(replace(stage, stage1=None), tmp_path, stage_1_sha256=None)
+    alone = found(replace(stage, stage1_risks=None), tmp_path, stage_1_sha256=None)
     assert list(alone.risks) == [STAGE_2]
