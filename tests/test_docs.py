@@ -198,8 +198,3 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     linked = re.findall(r"\]\(medgemma_clinical/docs/([\w-]+\.md)", text_of(README))
     assert {page.name for page in DOCS.glob("*.md")} == {*linked}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_no_page_holds_a_placeholder(page: Path) -> None:
-    assert "TO_MEASURE" not in text_of(page)

@@ -87,7 +87,7 @@ def test_the_base_model_may_lie_elsewhere(
     assert trainer.main(command(stage, out, "--model_name", str(tmp_path / "moved"))) == 0
     other = save_base(tmp_path / "other", lively=True)
     again = command(stage, tmp_path / "again", "--model_name", str(other))
-    assert refused(capsys, again, "another base model than gemma", out=tmp_path / "again")
+    assert refused(capsys, again, f"--model_name {other}", out=tmp_path / "again")
 
 
 # --------------------------------------------------------------------------- mistakes
@@ -136,9 +136,7 @@ def test_a_failed_proof_is_a_fault_of_the_run(
     monkeypatch.setattr(MergeProof, "holds", False)
     capsys.readouterr()
     assert trainer.main(command(runs / "generative", tmp_path / "out")) == 3
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "nothing was written: please report it" in error
+    assert capsys.readouterr().err.count("error: ") == 1  # behind the bar of the shards
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
@@ -195,7 +193,7 @@ def test_the_pages_probability_is_that_of_the_run(served: dict[str, Any]) -> Non
 def test_the_pages_texts_are_what_a_model_of_text_alone_reads(served: dict[str, Any]) -> None:
     (code,) = snippets("llama.cpp")
     exec(code, served)
-    trained = load_trained_model(Path("export"), trainer.ENCODERS)
+    trained = load_trained_model(Path("export"), trainer.BUILDERS)
     assert trained.tokenizer is not None
     dataset = MIMICtrajectoryDataset("new_patients.csv", require_labels=False)
     text = TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,22 @@ import pytest
 
 from medgemma_clinical.commands import run_folder
 from medgemma_clinical.commands.run_folder import (
-    begin_run,
     check_resumable,
-    checkpoint_store,
     describe_stop,
     differences,
     finish_run,
     folder_identity,
     is_complete,
+    is_finished,
+    opened,
     progress_of,
     read_run,
-    resume_run,
+    state_store,
     write_run,
 )
 from medgemma_clinical.files import InputError, partial_path
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.training.signals import SIGNALS, Stopped
-from toy_stage import small_checkpoint
 
 
 def facts_of(**arguments: Any) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def facts_of(**arguments: Any) -> dict[str, Any]:
         "versions": {"torch": "2.5"},
         "code_sha256": "c",
         "processes": 1,
+        "rows_a_step": 16,
         "stage_1_sha256": None,
         "base_revision": None,
         "base_sha256": None,
@@ -64,13 +65,24 @@ def run_steps(folder: Path, steps: int = 2) -> None:
     (folder.parent / TRAJECTORY_FILE).write_text("best")
     (folder / "history.jsonl").write_text("{}\n")
     for step in range(steps):
-        checkpoint_store(folder).save(small_checkpoint(step))
+        state_store(folder).save({"step": step})
+
+
+def begin(folder, facts=FACTS, *, resume=False):
+    """Hold a folder for a new run."""
+    args = Namespace(resume=resume, log_file="none", report_to="none", dry_run=False)
+    return opened(args, folder, facts)
+
+
+def resume(folder, facts=FACTS):
+    """Hold a folder for a run that goes on."""
+    return begin(folder, facts, resume=True)
 
 
 @pytest.fixture
 def stopped(folder: Path) -> Path:
     """A folder with a run that was stopped after two checkpoints."""
-    with contextlib.suppress(KeyboardInterrupt), begin_run(folder, FACTS):
+    with contextlib.suppress(KeyboardInterrupt), begin(folder):
         run_steps(folder)
         raise KeyboardInterrupt
     return folder
@@ -79,7 +91,7 @@ def stopped(folder: Path) -> Path:
 @pytest.fixture
 def finished(folder: Path) -> Path:
     """A folder with a finished run, its tracker's files beside it."""
-    with begin_run(folder, FACTS):
+    with begin(folder):
         run_steps(folder)
         (folder / "metrics.json").write_text("{}")
         (folder / "best").mkdir()
@@ -106,7 +118,7 @@ def raised_in(stop: type[BaseException], block: Any) -> None:
 
 
 def test_a_run_holds_its_folder_and_leaves_its_facts(folder: Path) -> None:
-    with begin_run(folder, FACTS):
+    with begin(folder):
         assert not is_complete(folder)
         run_steps(folder)
         finish_run(folder, 12.0)
@@ -117,13 +129,13 @@ def test_a_run_holds_its_folder_and_leaves_its_facts(folder: Path) -> None:
     assert run["cost"]["tokens"] == 12.0
     assert run["cost"]["memory_mib"] > 1
     assert is_complete(folder)
-    assert not checkpoint_store(folder).folder.exists()
+    assert not state_store(folder).folder.exists()
 
 
 def test_folder_best_and_tracker_of_an_earlier_run_get_one_number(finished: Path) -> None:
     (finished.parent / "medgemma_trajectory_best.1.pt").write_text("of the run before")
     before = contents(finished)
-    with begin_run(finished, FACTS):
+    with begin(finished):
         assert [p.name for p in finished.iterdir()] == ["run.json"]
         assert not (finished.parent / "tracker" / "trajectory").exists()
         run_steps(finished)
@@ -137,7 +149,7 @@ def test_an_unfinished_run_is_moved_aside_with_a_hint(
 ) -> None:
     caplog.set_level("INFO")
     before = contents(stopped)
-    with begin_run(stopped, FACTS):
+    with begin(stopped):
         run_steps(stopped)
     assert "--resume would have continued it" in caplog.text
     assert contents(stopped.with_name("trajectory.1")) == before
@@ -146,7 +158,7 @@ def test_an_unfinished_run_is_moved_aside_with_a_hint(
 def test_a_link_to_nowhere_is_moved_aside_not_lost(folder: Path, tmp_path: Path) -> None:
     folder.parent.mkdir()
     folder.symlink_to(tmp_path / "not mounted")
-    with begin_run(folder, FACTS):
+    with begin(folder):
         run_steps(folder)
     assert folder.with_name("trajectory.1").is_symlink()
 
@@ -162,7 +174,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_leaves_everything_as_it_was
     error = (lambda: InputError("x")) if stop is InputError else stop
 
     def work() -> None:
-        with begin_run(finished, FACTS):
+        with begin(finished):
             (finished / "train.log").write_text("x")
             (finished.parent / TRAJECTORY_FILE).write_text("half")
             (finished.parent / "tracker" / "trajectory").mkdir(parents=True)
@@ -176,7 +188,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_leaves_everything_as_it_was
 
 
 def test_after_its_first_checkpoint_a_run_stays(stopped: Path) -> None:
-    assert len(checkpoint_store(stopped).files()) == 2
+    assert len(state_store(stopped).files()) == 2
     assert read_run(stopped)
 
 
@@ -199,7 +211,7 @@ def test_a_fault_while_an_earlier_result_is_moved_tears_nothing_apart(
 
     monkeypatch.setattr(Path, "rename", disturbed)
     expected = Stopped if fault == "signal" or (fault != "disk" and number > 1) else InputError
-    with SIGNALS.installed(), pytest.raises(expected), begin_run(finished, FACTS):
+    with SIGNALS.installed(), pytest.raises(expected), begin(finished):
         pytest.fail("the run does not begin")
     assert count >= number
     assert contents(finished.parent) == before
@@ -209,7 +221,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(InputError, match=r"^--output_dir .*file: (File exists|Not a directory)$"),
-        begin_run(tmp_path / "file" / "trajectory", FACTS),
+        begin(tmp_path / "file" / "trajectory"),
     ):
         pytest.fail("the run does not begin")
 
@@ -217,33 +229,33 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- one at a time
 
 
-@pytest.mark.parametrize("way", [begin_run, resume_run])
+@pytest.mark.parametrize("way", [begin, resume])
 def test_two_runs_do_not_share_a_folder(way: Callable[..., Any], stopped: Path) -> None:
     before = contents(stopped.parent)
-    with resume_run(stopped, FACTS) as left:
-        assert left
+    with resume(stopped):
+        assert state_store(stopped).files()
         with pytest.raises(InputError, match="another run is at work there"):
-            raised_in(AssertionError, way(stopped, FACTS))
+            raised_in(AssertionError, way(stopped))
         other = stopped.with_name("classification")  # another stage may run beside
         with pytest.raises(ZeroDivisionError):
-            raised_in(ZeroDivisionError, begin_run(other, FACTS))
+            raised_in(ZeroDivisionError, begin(other))
     assert contents(stopped.parent) == before
-    with resume_run(stopped, FACTS) as left:
-        assert left
+    with resume(stopped):
+        assert state_store(stopped).files()
 
 
 def test_a_run_that_was_killed_frees_the_folder(folder: Path) -> None:
     child = os.fork()
     if child == 0:
         try:
-            with begin_run(folder, FACTS):
+            with begin(folder):
                 run_steps(folder)
                 os.kill(os.getpid(), signal.SIGKILL)
         finally:
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    with resume_run(folder, FACTS) as left:
-        assert left
+    with resume(folder):
+        assert state_store(folder).files()
 
 
 # --------------------------------------------------------------------------- resume
@@ -252,7 +264,7 @@ def test_a_run_that_was_killed_frees_the_folder(folder: Path) -> None:
 def refused(folder: Path, facts: dict[str, Any], match: str) -> None:
     before = contents(folder.parent) if folder.parent.exists() else None
     with pytest.raises(InputError, match=match):
-        raised_in(AssertionError, resume_run(folder, facts))
+        is_finished(folder, facts)
     assert (contents(folder.parent) if folder.parent.exists() else None) == before
 
 
@@ -275,6 +287,7 @@ def test_a_run_that_never_began_is_not_resumed_and_nothing_is_made(folder: Path)
         ({"time_scale": 9.0}, "the time scale was 72.0, is 9.0"),
         ({"base_sha256": "x"}, "--model_name m holds another model or revision"),
         ({"processes": 2}, "begun with 1 processes, now 2"),
+        ({"rows_a_step": 8}, "--batch_size times --gradient_accumulation was 16, is 8"),
     ],
 )
 def test_another_command_is_refused_with_what_differs(
@@ -288,9 +301,10 @@ def test_another_command_is_refused_with_what_differs(
 
 
 def test_flags_that_change_no_result_are_free(stopped: Path) -> None:
-    facts = facts_of(output_dir="b", data_path="moved", resume=True, save_every=3, log_file="x")
-    with resume_run(stopped, facts) as left:
-        assert left
+    facts = facts_of(output_dir="b", data_path="moved", resume=True, save_every=3, batch_size=3)
+    assert not is_finished(stopped, facts)
+    with resume(stopped, facts):
+        assert state_store(stopped).files()
 
 
 @pytest.mark.parametrize(("device", "differ"), [("cpu", 0), ("cuda:0", 1)])
@@ -300,9 +314,8 @@ def test_deterministic_matters_on_a_gpu_alone(device: str, differ: int) -> None:
 
 
 def test_other_versions_are_warned_of(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with resume_run(stopped, {**FACTS, "versions": {"torch": "3.0"}}) as left:
-        assert left
-    assert "versions differ from the start of the run" in caplog.text
+    assert not is_finished(stopped, {**FACTS, "versions": {"torch": "3.0"}})
+    assert "versions" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "3", "{", None, ""])
@@ -311,12 +324,12 @@ def test_a_damaged_run_json_is_named(content: str | None, stopped: Path) -> None
     changed = path.read_text().replace('"seed": 0', '"seed": 1')
     path.write_text(changed if content is None else content)
     refused(stopped, FACTS, r"run\.json: damaged: start again without --resume")
-    with begin_run(stopped, FACTS):  # as the message says
+    with begin(stopped):  # as the message says
         run_steps(stopped)
     assert read_run(stopped)
 
 
-@pytest.mark.parametrize("way", [begin_run, resume_run])
+@pytest.mark.parametrize("way", [begin, resume])
 def test_what_killed_runs_left_half_written_goes(way: Callable[..., Any], stopped: Path) -> None:
     left = [stopped / ".metrics.json.partial", stopped / "last" / ".x.pt.partial"]
     left.append(partial_path(stopped.parent / TRAJECTORY_FILE))
@@ -324,7 +337,7 @@ def test_what_killed_runs_left_half_written_goes(way: Callable[..., Any], stoppe
         path.write_text("half")
     (stopped / ".best.old").mkdir()
     (stopped / ".best.old" / "config.json").touch()
-    with way(stopped, FACTS):
+    with way(stopped):
         run_steps(stopped)
     hidden = [path for path in stopped.parent.rglob(".*") if path.suffix != ".lock"]
     assert not hidden, "in a folder that was moved aside neither"
@@ -341,9 +354,8 @@ def test_a_finished_run_has_nothing_left_to_do(
     caplog.set_level("INFO")
     (finished / "last").mkdir()  # killed before it was removed
     (finished / "notes.txt").touch()  # the user's own
-    with resume_run(finished, FACTS) as left:
-        assert not left
-    assert "that run is finished: nothing left to do" in caplog.text
+    assert is_finished(finished, FACTS)
+    assert str(finished) in caplog.text
     assert not (finished / "last").exists()
 
 
@@ -365,15 +377,15 @@ def test_a_finished_run_knows_each_of_its_files(finished: Path) -> None:
 
 def test_progress_is_none_part_or_all(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert progress_of(folder, FACTS) == "none"
-    with begin_run(folder, FACTS):
+    with begin(folder):
         assert progress_of(folder, FACTS) == "none"
         run_steps(folder)
         assert progress_of(folder, FACTS) == "part"
         assert not caplog.text
-        for path in checkpoint_store(folder).files():
+        for path in state_store(folder).files():
             path.write_bytes(b"damaged")
         assert progress_of(folder, FACTS) == "none"
-        assert "no checkpoint is whole" in caplog.text
+        assert "no intact state" in caplog.text
         finish_run(folder, 12.0)
     assert progress_of(folder, FACTS) == "all"
     (folder / "history.jsonl").unlink()
