@@ -122,6 +122,7 @@ def load_language_model(
         weights: ``pretrained``, or ``random`` for a control, which is not quantised.
         attention: one of ``ATTENTIONS``.
     """
+    assert nf4 is None or weights == "pretrained", "packed weights cannot be drawn"
     if name == TINY:
         model, tokenizer = tiny_language_model(attention)
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer

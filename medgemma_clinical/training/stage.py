@@ -37,7 +37,7 @@ class Stage:
         hides_events: few patients of some part have the event: losses and AUROC, which tell their
             number, are not written.
         text: the tokenised rows; None without language model.
-        stage1_risks: (N,) probability of each row by the stage 1 that the stage builds on, None without.
+        stage1_risks: (N,) probability of each row by the stage 1 below a language model, or None.
         train_patients: hashes of the patients that train, of stage 1; None for the others.
         max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
         recomputes: whether layers are computed again in the backward pass.

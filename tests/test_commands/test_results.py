@@ -315,4 +315,4 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(
     "flags", [["--soft_prompt", "off"], ["--freeze_ode"], [], ["--trajectory_only"]]
 )
 def test_no_stage_1_stands_beside_a_stage_that_builds_on_none(flags: list[str]) -> None:
-    assert stage_of_patients(*flags).stage1 is None
+    assert stage_of_patients(*flags).stage1_risks is None
