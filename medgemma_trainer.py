@@ -415,15 +415,15 @@ def llm_stage(
         nn.init.constant_(model.head.bias, log_odds(data.prevalence()))
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
-    lengths = 1 + soft + text.lengths()
+    words = text.lengths()  # batches by these alone: soft tokens tell the number of observations
     return Stage(
         name=args.mode,
         model=model,
         learning_rates={name: rates[name] for name, _ in model.named_children()},
-        batches=part_batches(data.split, args.batch_size, args.gradient_accumulation, lengths),
+        batches=part_batches(data.split, args.batch_size, args.gradient_accumulation, words),
         collate=text,
         batch_size=args.batch_size,
-        lengths=lengths,
+        lengths=1 + soft + words,
         epochs=args.epochs,
         patience=args.patience,
         monitor="val_loss" if writes else "val_auroc",
@@ -451,8 +451,9 @@ def set_up(stage: Stage) -> TrainState:
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    average = WeightAverage(parameters)
-    return TrainState(accelerator, model, parameters, optimizer, schedule, average)
+    return TrainState(
+        accelerator, model, parameters, optimizer, schedule, WeightAverage(parameters)
+    )
 
 
 def fit(
@@ -636,11 +637,8 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
     learns = list(stage.trainable_parameters())
-    groups: dict[str, Any] = {
-        "weights": state.parameters,
-        "average": state.average.weights,
-        "best": state.best,
-    }
+    groups: dict[str, Any] = {"weights": state.parameters, "average": state.average.weights}
+    groups["best"] = state.best
     for name, tensors in groups.items():  # best: empty before the end of the first epoch
         content[name] = dict(zip(learns, (each.detach() for each in tensors), strict=False))
     return {
@@ -701,8 +699,7 @@ def train_stage(
         dry_run(stage, args.seed)
         return None
     with run_folder.opened(args, folder, facts) as track:
-        options = {"resume": args.resume, "save_every": args.save_every}
-        state = fit(stage, args.seed, folder, track, **options)
+        state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
         metrics = results.write_results(stage, data, folder, state, facts, args)
         track(results.figures_for_tracker(metrics), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens)
