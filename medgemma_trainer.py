@@ -219,9 +219,8 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
-    dataset: TrajectoryDataset = kind(
-        source, **flags.dataset_options(args, DATASETS, build_parser())
-    )
+    options = flags.dataset_options(args, DATASETS, build_parser())
+    dataset: TrajectoryDataset = kind(source, **options)
     return dataset
 
 
@@ -451,9 +450,8 @@ def set_up(stage: Stage) -> TrainState:
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    return TrainState(
-        accelerator, model, parameters, optimizer, schedule, WeightAverage(parameters)
-    )
+    average = WeightAverage(parameters)
+    return TrainState(accelerator, model, parameters, optimizer, schedule, average)
 
 
 def fit(
