@@ -27,11 +27,12 @@ from predicting import (
 
 
 @pytest.fixture(scope="module")
-def scored(runs):
+def scored(runs, tmp_path_factory):
     """The predictions of each stage for its whole file."""
+    out = tmp_path_factory.mktemp("scored")  # the runs are shared by all workers
     more = ("--batch_size", "7")
     return {
-        stage: predicted(runs / stage, runs / "train.csv", runs / f"{stage}.csv", *more)
+        stage: predicted(runs / stage, runs / "train.csv", out / f"{stage}.csv", *more)
         for stage in STAGES
     }
 
