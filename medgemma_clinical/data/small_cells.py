@@ -55,6 +55,10 @@ def rarer_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) -> 
     return min(count_patients(groups, labels == label) for label in (0, 1))
 
 
+minority_patients = rarer_patients
+MIN_CELL = FEWEST
+
+
 def share_text(
     chosen: NDArray[np.bool_], groups: NDArray[np.generic], fewest: int, noun: str
 ) -> str:

@@ -1,10 +1,10 @@
-"""From a model's log-odds to a probability and a prediction: recalibration and threshold."""
+"""From a model's log-odds to a probability and a prediction: weight, recalibration, threshold."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from medgemma_clinical.evaluation.calibration import weighted_calibration
+from medgemma_clinical.evaluation.metrics import calibration
 
 logger = logging.getLogger(__name__)
-
 
 RESIDUAL_WEIGHTS = np.linspace(0, 1, 11)
 """Weights of a language model's logit beside stage 1's that are tried on the validation part."""
@@ -40,26 +39,14 @@ class DecisionRule:
         Raises:
             ValueError: the rule is incomplete, not finite, or reverses the order of the patients.
         """
-        stored = config.get("decision")
-        if stored is None:
-            return cls()
+        stored = config.get("decision", {})
         try:
-            rule = cls(**{field.name: float(stored[field.name]) for field in fields(cls)})
-            sound = rule.slope > 0 and all(map(math.isfinite, asdict(rule).values()))
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
+            rule = cls(**{name: float(number) for name, number in stored.items()})
+        except (TypeError, ValueError, AttributeError):
+            rule = cls(math.nan)
+        if not (rule.slope > 0 and all(map(math.isfinite, asdict(rule).values()))):
             raise ValueError(f"decision rule {stored!r}: not three finite numbers, slope above 0")
         return rule
-
-    def to_config(self) -> dict[str, float]:
-        """Return the rule as plain types."""
-        return asdict(self)
-
-    @property
-    def recalibrates(self) -> bool:
-        """Whether the log-odds are changed at all."""
-        return (self.slope, self.intercept) != (1.0, 0.0)
 
     def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the probability (n,) of log-odds (n,), both float64."""
@@ -67,22 +54,52 @@ class DecisionRule:
         return probability
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Log-odds of the rows of one part, in the order of the data set.
+
+    Attributes:
+        loss: mean over all terms.
+        labels: (n,) float64 of 0 and 1.
+        logit: (n,) float64, log-odds of the event as the model gives them.
+        rows: (n,) int64, positions in the data set.
+        offset: (n,) float64, the share of ``logit`` that stage 1 gives; zero where it gives none.
+        rule: makes probabilities of the log-odds.
+    """
+
+    loss: float
+    labels: NDArray[np.float64]
+    logit: NDArray[np.float64]
+    rows: NDArray[np.int64]
+    offset: NDArray[np.float64]
+    rule: DecisionRule = field(default_factory=DecisionRule)
+
+    @property
+    def probability(self) -> NDArray[np.float64]:
+        """Probability of the event, (n,)."""
+        return self.rule.probability(self.logit)
+
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Which rows are predicted to have the event, (n,)."""
+        return self.probability >= self.rule.threshold
+
+    def auroc(self) -> float:
+        """Return the area under the ROC curve; both labels must be there."""
+        return float(roc_auc_score(self.labels, self.probability))
+
+
 def fit_decision_rule(
     labels: NDArray[np.float64], logit: NDArray[np.float64], calibrate: str
 ) -> DecisionRule:
-    """Fit recalibration and threshold on the validation part.
+    """Fit recalibration (``platt`` or ``none``) and Youden's threshold on the validation part.
 
     Source: Platt 1999, without the smoothed targets: the logistic fit whose slope and intercept
     measure calibration.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        logit: (n,) float64, log-odds of the model.
-        calibrate: ``platt``, or ``none`` to leave the log-odds as they are.
     """
     rule = DecisionRule()
     if calibrate == "platt":
-        fit = weighted_calibration(labels, rule.probability(logit), np.ones((1, len(labels))))
+        fit = calibration(labels, rule.probability(logit), np.ones((1, len(labels))))
         slope, intercept = fit["calibration_slope"].item(), fit["calibration_intercept"].item()
         if slope > 0:
             rule = DecisionRule(slope, intercept)
@@ -92,23 +109,21 @@ def fit_decision_rule(
                 "the risk (slope %.3g), or the risks separate them completely",
                 slope,
             )
-    return replace(rule, threshold=youden_threshold(labels, rule.probability(logit)))
-
-
-def threshold_text(threshold: float) -> str:
-    """Write a threshold risk in percent, in one rounding wherever a page names it."""
-    number = f"{100 * threshold:.1f}" if threshold >= 0.01 else f"{100 * threshold:.2g}"
-    return f"{number}\N{NO-BREAK SPACE}%"
+    threshold = youden_threshold(labels, rule.probability(logit))
+    return DecisionRule(rule.slope, rule.intercept, threshold)
 
 
 def fit_residual_weight(
-    labels: NDArray[np.float64], offset: NDArray[np.float64], logit: NDArray[np.float64]
+    labels: NDArray[np.float64],
+    offset: NDArray[np.float64],
+    logit: NDArray[np.float64],
+    patients: NDArray[Any],
 ) -> float:
     """Choose the weight of a language model's logit beside stage 1's, on the validation part.
 
-    The weight is the smallest one whose loss is within a standard error of the lowest. Where its
-    AUROC is not above that of stage 1 the weight is 0, so that on this part a language model never
-    harms.
+    The weight is the smallest one whose loss is within a standard error of the lowest; the error
+    counts patients, not rows. Where its AUROC is not above that of stage 1 the weight is 0, so that
+    on this part a language model never harms.
 
     Source: Breiman et al. 1984, "Classification and Regression Trees", for the standard error.
 
@@ -116,12 +131,18 @@ def fit_residual_weight(
         labels: (n,) of 0 and 1, both there.
         offset: (n,) log-odds of stage 1.
         logit: (n,) log-odds with all that the language model adds.
+        patients: (n,) patient of each row.
     """
     tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
     losses = np.logaddexp(0, np.where(labels == 1, -tried, tried))
-    above_lowest = losses - losses[losses.mean(axis=1).argmin()]  # of the same rows
-    error = above_lowest.std(axis=1, ddof=1) / math.sqrt(len(labels))
-    chosen = int(np.argmax(above_lowest.mean(axis=1) <= error))  # the first
+    above = losses - losses[losses.mean(axis=1).argmin()]  # of the same rows
+    mean = above.mean(axis=1)
+    names, patient = np.unique(patients, return_inverse=True)
+    sums = np.zeros((len(above), len(names)))  # of each patient's rows
+    np.add.at(sums.T, patient, (above - mean[:, None]).T)
+    clusters = len(names) / max(len(names) - 1, 1)
+    error = np.sqrt(clusters * (sums**2).sum(axis=1)) / len(labels)
+    chosen = int(np.argmax(mean <= error))  # the first
     improves = roc_auc_score(labels, tried[chosen]) > roc_auc_score(labels, offset)
     return float(RESIDUAL_WEIGHTS[chosen]) if improves else 0.0
 
@@ -132,13 +153,9 @@ def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     The threshold lies midway to the next lower probability, so that rounding moves no row across.
 
     Source: Youden 1950, "Index for rating diagnostic tests".
-
-    Args:
-        labels: (n,) of 0 and 1.
-        probability: (n,) of the event.
     """
-    false_alarms, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
-    index = sensitivity - false_alarms
+    false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    index = sensitivity - false_rate
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
     lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
     return float((thresholds[best] + lower) / 2)

@@ -1,153 +1,236 @@
-"""Discrimination, errors, shares at a threshold and net benefit, for many weightings at once.
+"""Metrics of predicted risks under many weightings of the rows at once, as a bootstrap needs them.
 
-scikit-learn scores one weighting a call, and a bootstrap needs 1,000. Tests hold both equal.
+Arrays in, arrays out. Letters: n rows, R weightings, K thresholds. scikit-learn scores one
+weighting a call; tests hold both equal.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
-from medgemma_clinical.evaluation.bootstrap import Figures
+Array = NDArray[np.float64]
 
-METRICS = ("auroc", "auprc", "accuracy", "brier", "log_loss")
+REPLICATES = 1000
+CHUNK_CELLS = 2**20
+"""Draws times rows that are held at a time: 8 MiB an array."""
 
-Share = tuple[NDArray[np.bool_], NDArray[np.bool_]]
-"""Rows (n,) that count, among rows (n,)."""
+NEWTON_STEPS, PRECISION, MAX_STEP = 40, 1e-9, 1.0
 
 
-def weighted_metrics(
-    labels: NDArray[Any], probability: NDArray[Any], weights: NDArray[np.float64]
-) -> Figures:
-    """Compute ``METRICS`` as scikit-learn defines them; the accuracy is that at 0.5.
+def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
+    """Compute discrimination and accuracy of the risks.
 
     Args:
         labels: (n,) of 0 and 1.
-        probability: (n,) of the event.
-        weights: (R, n), how often each row counts in each of R weightings.
+        risk: (n,) probability of the event.
+        weights: (R, n), how often each row counts in each weighting.
 
     Returns:
-        (R,) values of each metric; NaN where a weighting lacks a class.
+        (R,) values of auroc, auprc (average precision), accuracy at a risk of 0.5, brier, log_loss
+        (natural logarithm) and brier_skill (gain over the prevalence as everyone's risk); NaN where
+        a weighting lacks a class.
+
+    Source: scikit-learn's definitions; Brier 1950; Murphy 1973 for the skill.
     """
-    order = np.argsort(-probability, kind="stable")
-    first_of_ties = np.flatnonzero(np.diff(-probability[order], prepend=-np.inf))
+    order = np.argsort(-risk, kind="stable")
+    first_of_ties = np.flatnonzero(np.diff(-risk[order], prepend=-np.inf))
     ordered = weights[:, order]
     events = ordered * labels[order]
     others = ordered - events
     if len(first_of_ties) < len(order):
         events = np.add.reduceat(events, first_of_ties, axis=1)
         others = np.add.reduceat(others, first_of_ties, axis=1)
-    hits, false_alarms = events.cumsum(axis=1), others.cumsum(axis=1)  # by falling threshold
-    pairs_in_order = (others * (hits - events / 2)).sum(axis=1)
+    true, false = events.cumsum(axis=1), others.cumsum(axis=1)  # positives, by falling threshold
     share = weights / weights.sum(axis=1, keepdims=True)
-    likelihood = np.where(labels == 1, probability, 1 - probability)
-    smallest = np.finfo(probability.dtype).eps  # as scikit-learn: no infinite loss
+    likelihood = np.where(labels == 1, risk, 1 - risk)
+    smallest = np.finfo(risk.dtype).eps  # as scikit-learn: no infinite loss
+    brier, prevalence = share @ (risk - labels) ** 2, share @ labels
     with np.errstate(divide="ignore", invalid="ignore"):
-        auroc = pairs_in_order / (hits[:, -1] * false_alarms[:, -1])
-        precision = hits / np.maximum(hits + false_alarms, 1e-300)
-        auprc = (events * precision).sum(axis=1) / hits[:, -1]
-    return {
-        "auroc": auroc,
-        "auprc": auprc,
-        "accuracy": share @ ((probability >= 0.5) == labels),
-        "brier": share @ (probability - labels) ** 2,
-        "log_loss": share @ -np.log(likelihood.clip(smallest, 1 - smallest)),
-    }
+        precision = true / np.maximum(true + false, 1e-300)
+        return {
+            "auroc": (others * (true - events / 2)).sum(axis=1) / (true[:, -1] * false[:, -1]),
+            "auprc": (events * precision).sum(axis=1) / true[:, -1],
+            "accuracy": share @ ((risk >= 0.5) == labels),
+            "brier": brier,
+            "log_loss": share @ -np.log(likelihood.clip(smallest, 1 - smallest)),
+            "brier_skill": 1 - brier / (prevalence * (1 - prevalence)),
+        }
 
 
-def threshold_shares(
-    labels: NDArray[Any], probability: NDArray[Any], threshold: float
-) -> dict[str, Share]:
-    """Return sensitivity, specificity, predictive values and share of alarms, each as a ``Share``.
+def confusion_shares(
+    labels: Array, positive: NDArray[np.bool_], weights: Array
+) -> dict[str, Array]:
+    """Compute sensitivity, specificity, PPV, NPV and the share of predicted positives.
 
     Args:
         labels: (n,) of 0 and 1.
-        probability: (n,) of the event; an alarm is a probability of at least ``threshold``.
-        threshold: from the decision rule.
+        positive: (n,) whether the event is predicted.
+        weights: (R, n).
+
+    Returns:
+        (R,) shares by name; NaN where nothing stands in the denominator.
     """
-    event, alarm = labels == 1, probability >= threshold
+    event = labels == 1
+    tp, fp = weights @ (positive & event), weights @ (positive & ~event)
+    fn, tn = weights @ (~positive & event), weights @ (~positive & ~event)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "sensitivity": tp / (tp + fn),
+            "specificity": tn / (tn + fp),
+            "ppv": tp / (tp + fp),
+            "npv": tn / (tn + fn),
+            "positives": (tp + fp) / (tp + fp + fn + tn),
+        }
+
+
+def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
+    """Compute calibration slope, intercept, calibration in the large and E-average.
+
+    Slope and intercept are those of a logistic fit of the label on the logit of the risk: with a
+    slope below 1 the risks are too extreme. In the large is the intercept with the slope held at 1:
+    below 0 the risks are too high on average. E-average is the mean distance of the risks from the
+    logistic fit's.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        risk: (n,) probability of the event.
+        weights: (R, n).
+
+    Returns:
+        (R,) values by name; NaN where no finite fit exists.
+
+    Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15; Harrell 2015,
+    "Regression Modeling Strategies", section 10.9, for the E-average.
+    """
+    odds, everyone = log_odds(risk), np.ones((1, len(risk)))
+    mean, spread = odds.mean(), odds.std()
+    equal = spread <= PRECISION * (1 + abs(mean))  # the spread is rounding
+    scaled = np.zeros_like(odds) if equal else (odds - mean) / spread
+    start = fit_logistic(labels, scaled, everyone, (log_odds(labels.mean()), 0.0), slope=True)[0]
+    fitted = fit_logistic(labels, scaled, weights, start, slope=True)  # (R, 2)
+    own = (fit_logistic(labels, scaled, everyone, (mean, spread), slope=False)[0, 0], spread)
+    level = fit_logistic(labels, scaled, weights, own, slope=False)[:, 0]
+    error = np.abs(expit(fitted[:, :1] + fitted[:, 1:] * scaled) - risk)  # (R, n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slope = fitted[:, 1] / spread
     return {
-        "sensitivity": (event & alarm, event),
-        "specificity": (~event & ~alarm, ~event),
-        "ppv": (event & alarm, alarm),
-        "npv": (~event & ~alarm, ~alarm),
-        "alarms": (alarm, np.ones_like(alarm)),
+        "calibration_slope": slope,
+        "calibration_intercept": fitted[:, 0] - slope * mean,
+        "calibration_in_the_large": level - mean,
+        "e_average": (weights * error).sum(axis=1) / weights.sum(axis=1),
     }
 
 
-def weighted_shares(shares: dict[Any, Share], weights: NDArray[np.float64]) -> Figures:
-    """Compute shares under weights (R, n).
+def log_odds(risk: NDArray[np.float64] | np.float64) -> Array:
+    """Return the logit of probabilities, those of 0 and 1 moved by float64's precision."""
+    smallest = np.finfo(np.float64).eps
+    odds: Array = logit(np.clip(risk, smallest, 1 - smallest))
+    return odds
+
+
+def fit_logistic(labels: Array, x: Array, weights: Array, start: object, *, slope: bool) -> Array:
+    """Fit log-odds = a + b * x by Newton's method under all weightings at once.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        x: (n,) at about unit scale.
+        weights: (R, n).
+        start: a and b.
+        slope: fit b too; otherwise it stays.
 
     Returns:
-        (R,) values by name, NaN where the denominator is empty.
+        (R, 2) a and b; NaN where no finite fit exists, as where ``x`` separates the classes.
     """
-    counted = np.stack([rows for rows, _ in shares.values()], axis=1).astype(float)
-    among = np.stack([rows for _, rows in shares.values()], axis=1).astype(float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        values = (weights @ counted) / (weights @ among)
-    return dict(zip(shares, values.T, strict=True))
+    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
+    steps = np.zeros_like(fitted)
+    for _ in range(NEWTON_STEPS):
+        # (R, n); expit by its tanh, which is faster in the bootstrap's inner loop
+        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * x) / 2)
+        residual, curvature = weights * (labels - risk), weights * risk * (1 - risk)
+        g0, h00 = residual.sum(axis=1), curvature.sum(axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if slope:
+                g1, h01, h11 = residual @ x, curvature @ x, curvature @ x**2
+                steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
+                steps /= (h00 * h11 - h01**2)[:, None]
+            else:
+                steps[:, 0] = g0 / h00
+        fitted = fitted + steps.clip(-MAX_STEP, MAX_STEP)
+        if not (np.abs(steps) > PRECISION).any():  # NaN compares false and stays NaN
+            break
+    fitted[(np.abs(steps) > PRECISION).any(axis=1)] = np.nan
+    return fitted
 
 
-def net_benefit(
-    labels: NDArray[Any],
-    probability: NDArray[Any],
-    risks: NDArray[np.float64],
-    weights: NDArray[np.float64],
-) -> NDArray[np.float64]:
+def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -> Array:
     """Compute the net benefit TP/n - FP/n * p/(1 - p) at threshold risks p.
 
-    Source: Vickers and Elkin 2006, "Decision curve analysis".
+    To treat all has the net benefit of a ``risk`` of ones, to treat none has zero.
 
     Args:
         labels: (n,) of 0 and 1.
-        probability: (n,) of the event.
-        risks: (K,) threshold risks p within (0, 1), rising.
-        weights: (R, n), how often each row counts.
+        risk: (n,) probability of the event.
+        thresholds: (K,) within (0, 1), rising.
+        weights: (R, n).
 
     Returns:
-        (R, K). To treat all has the benefit of a ``probability`` of ones, to treat none has zero.
+        (R, K).
+
+    Source: Vickers and Elkin 2006, "Decision curve analysis".
     """
-    alarms_up_to = np.searchsorted(risks, probability, side="right")  # alarm at the first so many
-    order = np.argsort(alarms_up_to, kind="stable")
-    first_alarm = np.searchsorted(alarms_up_to[order], np.arange(1, len(risks) + 1))
+    passed = np.searchsorted(thresholds, risk, side="right")  # positive at the first so many
+    order = np.argsort(passed, kind="stable")
+    first = np.searchsorted(passed[order], np.arange(1, len(thresholds) + 1))
     counts = []
     for rows in (labels, 1 - labels):
         cumulative = np.cumsum(weights[:, order] * rows[order], axis=1)
         cumulative = np.pad(cumulative, ((0, 0), (1, 0)))
-        counts.append(cumulative[:, -1:] - cumulative[:, first_alarm])
-    true_alarms, false_alarms = counts
-    benefit: NDArray[np.float64] = true_alarms - false_alarms * risks / (1 - risks)
+        counts.append(cumulative[:, -1:] - cumulative[:, first])
+    true, false = counts
+    benefit: Array = true - false * thresholds / (1 - thresholds)
     return benefit / weights.sum(axis=1, keepdims=True)
 
 
-def benefit_gain(
-    labels: NDArray[Any],
-    probability: NDArray[Any],
-    threshold: float,
-    weights: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Compute by how much alarms at a threshold beat both an alarm for all and for none.
+def bootstrap_weights(
+    labels: Array,
+    patients: NDArray[np.generic],
+    seed: int,
+    split: NDArray[np.generic] | None = None,
+) -> Iterator[Array]:
+    """Draw patients with replacement, all rows of a patient together.
 
-    The gain is the net benefit of the alarms minus the larger of the two others.
+    Patients with and without an event are not drawn apart: fixed numbers of both would make the
+    intervals of metrics that depend on the prevalence too narrow. A draw that lacks a class is
+    drawn again.
 
     Args:
         labels: (n,) of 0 and 1.
-        probability: (n,) of the event; an alarm is a probability of at least ``threshold``.
-        threshold: from the decision rule.
-        weights: (R, n), how often each row counts.
+        patients: (n,) patient of each row.
+        seed: seed of the draws, which do not depend on how they are cut into chunks.
+        split: (n,) divides the rows; each part holds both classes in each draw.
 
-    Returns:
-        (R,); NaN where the threshold is no risk within (0, 1).
+    Yields:
+        (r, n) how often each row counts in each of r draws, ``REPLICATES`` draws in all.
+
+    Raises:
+        ValueError: a class is missing.
+
+    Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap".
     """
-    if not 0 < threshold < 1:
-        return np.full(len(weights), np.nan)
-    event, alarm = labels == 1, probability >= threshold
-    price = threshold / (1 - threshold)
-    share = weights / weights.sum(axis=1, keepdims=True)
-    prevalence = share @ event
-    everyone = prevalence - (1 - prevalence) * price
-    own = share @ (event & alarm) - share @ (~event & alarm) * price
-    gain: NDArray[np.float64] = own - np.maximum(everyone, 0)
-    return gain
+    parts = np.zeros(len(labels)) if split is None else split
+    needed = [(parts == part) & (labels == label) for part in np.unique(parts) for label in (0, 1)]
+    if not all(rows.any() for rows in needed):
+        raise ValueError("the rows need both labels 0 and 1: with one class no metric is defined")
+    names, patient = np.unique(patients, return_inverse=True)
+    chances = np.full(len(names), 1 / len(names))
+    rng, left = np.random.default_rng(seed), REPLICATES
+    while left:
+        size = min(left, max(1, CHUNK_CELLS // len(labels)))
+        weights = rng.multinomial(len(names), chances, size=size).astype(np.float64)[:, patient]
+        weights = weights[np.all([weights[:, rows].any(axis=1) for rows in needed], axis=0)]
+        left -= len(weights)
+        yield weights

@@ -1,0 +1,153 @@
+"""The result in words: four fixed sentences, and a symbol made of an interval."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, VALUE, Metrics
+
+NO_VALUE = "\N{EN DASH}"
+CHANCE = 0.5
+
+
+class Verdict(NamedTuple):
+    """A level of the scale: its words, a symbol that needs no colour, its class on a page."""
+
+    words: str
+    symbol: str
+    style: str
+
+    def __str__(self) -> str:
+        """Return symbol and words."""
+        return f"{self.symbol} {self.words}"
+
+
+BETTER = Verdict("better", "\N{BLACK UP-POINTING TRIANGLE}", "verdict-better")
+UNDECIDED = Verdict("no difference shown", "\N{WHITE DIAMOND}", "verdict-undecided")
+WORSE = Verdict("worse", "\N{BLACK DOWN-POINTING TRIANGLE}", "verdict-worse")
+TOO_FEW = Verdict("too few to say", "\N{WHITE CIRCLE}", "verdict-few")
+
+
+class Finding(NamedTuple):
+    """A sentence of the result; calibration has no verdict."""
+
+    verdict: Verdict | None
+    text: str
+
+    def __str__(self) -> str:
+        """Return symbol and sentence in one line."""
+        return f"{self.verdict.symbol} {self.text}" if self.verdict else self.text
+
+
+def verdict(low: float, high: float, limit: float, minority: int) -> Verdict:
+    """Compare an interval, larger being better, with a limit; only one that excludes it decides."""
+    if minority < MINORITY_PATIENTS or pd.isna(low):
+        return TOO_FEW
+    return BETTER if low > limit else WORSE if high < limit else UNDECIDED
+
+
+def interval_text(
+    value: float, low: float, high: float, form: str = ".3f", scale: float = 1
+) -> str:
+    """Write ``value [low, high]``, each times ``scale``; a dash where undefined."""
+    if pd.isna(value):
+        return NO_VALUE
+    if pd.isna(low):
+        return f"{scale * value:{form}} [{NO_VALUE}]"
+    # Within the brackets a line does not break.
+    return f"{scale * value:{form}} [{scale * low:{form}},\N{NO-BREAK SPACE}{scale * high:{form}}]"
+
+
+def value_text(row: pd.Series, form: str = ".3f", scale: float = 1) -> str:
+    """Write value and interval of a line of a metrics table."""
+    return interval_text(*row[VALUE], form=form, scale=scale)
+
+
+def difference_text(row: pd.Series, form: str = "+.3f") -> str:
+    """Write the difference of a line to its reference, with its interval."""
+    return interval_text(row.difference, row.difference_low, row.difference_high, form)
+
+
+def difference_verdict(row: pd.Series, minority: int) -> Verdict:
+    """Return the verdict on a line of the AUROC beside its reference."""
+    return verdict(row.difference_low, row.difference_high, 0, minority)
+
+
+def percent(value: float) -> str:
+    """Write a share in percent, of small ones two digits; a dash where undefined."""
+    if pd.isna(value):
+        return NO_VALUE
+    number = f"{100 * value:.1f}" if value >= 0.01 or value == 0 else f"{100 * value:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
+def best_baseline(metrics: Metrics) -> str | None:
+    """Return the baseline with the highest AUROC; stages and the ensemble are none."""
+    auroc = metrics.metric("auroc")["value"].drop(metrics.models[0])
+    auroc = auroc.drop([ENSEMBLE, *STAGE_NAMES.values()], errors="ignore").dropna()
+    return str(auroc.idxmax()) if len(auroc) else None
+
+
+def sentences(metrics: Metrics) -> list[Finding]:
+    """Return the result in words: beside chance, the best baseline, calibration, the ensemble.
+
+    What the rows do not have is left out: a model alone has no baseline.
+    """
+    counts, minority = metrics.counts, metrics.counts["minority_patients"]
+    own, auroc = metrics.of(metrics.models[0]), metrics.metric("auroc")
+    row = own.loc["auroc"]
+    words = {
+        BETTER: "better than chance (0.5).",
+        UNDECIDED: "not shown to differ from chance (0.5).",
+        WORSE: "worse than chance (0.5).",
+        TOO_FEW: f"too few to compare with chance: {minority} patients have the rarer outcome.",
+    }
+    level = verdict(row.low, row.high, CHANCE, minority)
+    remark = (
+        " All rows are ranked correctly, which leaves the interval no width."
+        if row.low == 1
+        else ""
+    )
+    found = [
+        Finding(
+            level,
+            f"AUROC {value_text(row)} on {counts['n']:,} rows of {counts['patients']:,} patients, "
+            f"{counts['events']:,} with the event: {words[level]}{remark}",
+        )
+    ]
+    if name := best_baseline(metrics):
+        row = auroc.loc[name]
+        level = difference_verdict(row, minority)
+        found.append(
+            Finding(
+                level,
+                f"The best baseline, {name}, has AUROC {value_text(row)}; its difference to this "
+                f"model is {difference_text(row)}: {level.words}.",
+            )
+        )
+    if "calibration_slope" in own.index:
+        slope, large = own.loc["calibration_slope"], own.loc["calibration_in_the_large"]
+        found.append(
+            Finding(
+                None,
+                f"Calibration: slope {value_text(slope, '.2f')} (1 is ideal), in the large "
+                f"{value_text(large, '+.2f')} (0 is ideal), E-average "
+                f"{value_text(own.loc['e_average'])} (0 is ideal).",
+            )
+        )
+    if ENSEMBLE in auroc.index:
+        row = auroc.loc[ENSEMBLE]
+        level = difference_verdict(row, minority)
+        words = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}
+        what = words.get(level, "has too few patients to say whether it adds")
+        found.append(
+            Finding(
+                level,
+                f"Beside {row.reference} this model {what}: the ensemble of both has AUROC "
+                f"{value_text(row)}, difference {difference_text(row)}.",
+            )
+        )
+    return found
