@@ -38,3 +38,12 @@ def code_hash() -> str:
     for path in sorted(files):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def describe_program() -> dict[str, str]:
+    """Return versions, commit and hash of the code as lines of a page."""
+    return {
+        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "Commit": git_commit() or "not known",
+        "SHA-256 of the code": code_hash(),
+    }

@@ -23,49 +23,36 @@ from medgemma_clinical.commands.patients import (
     choose_patients,
     explain_patients,
     patients_path,
+    rows_in_training,
 )
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
+from medgemma_clinical.data.small_cells import flow_lines
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes
-from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
-from medgemma_clinical.evaluation.judgement.overlap import find_overlap
-from medgemma_clinical.evaluation.report import (
-    CARD,
-    INTERVALS,
-    PAGE_MARK,
-    STAGE_NAMES,
-    STAGE_TITLES,
-    ReportContent,
-    headline,
-    write_report,
-)
-from medgemma_clinical.evaluation.report_tables import counts_text, flow_table, shift_table
-from medgemma_clinical.files import InputError, atomic, file_hash, locked, remove
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.evaluation.tables import case_mix_table
+from medgemma_clinical.evaluation.verdicts import sentences
+from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
     checkpoint_path,
     read_trained_config,
 )
-from medgemma_clinical.provenance import code_hash, git_commit, versions
+from medgemma_clinical.provenance import describe_program
 
 logger = logging.getLogger(__name__)
-
-HEADERS = (
-    "id,probability,prediction,problem\n",
-    "id,probability,prediction,report,problem\n",
-)
-"""First lines of files of predictions."""
 
 
 def predict(args: Namespace, given: set[str]) -> int:
@@ -76,7 +63,7 @@ def predict(args: Namespace, given: set[str]) -> int:
         given: flags that the user typed, as in ``--batch_size``.
 
     Raises:
-        InputError: a flag, the checkpoint, the input, or the place of the output is wrong.
+        InputError: a flag, the checkpoint, the input, or the path of the output is wrong.
     """
     if processes().num_processes > 1:
         raise InputError("--predict runs in one process: start it by python, not accelerate")
@@ -93,7 +80,7 @@ def predict(args: Namespace, given: set[str]) -> int:
         )
     check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
-    check_output(request.predictions)
+    check_output(request.predictions, source)
     choice = choose_patients(request)
     findings = Findings(str(source), strict=bool(request.strict))
     chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
@@ -108,8 +95,7 @@ def predict(args: Namespace, given: set[str]) -> int:
     )
     chunks = show_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request.predictions, chunks, model, findings, choice)
-    flow = first.dataset.flow
-    log_summary(tally, findings, model.trained, request.predictions, flow, request.min_cell)
+    log_summary(tally, findings, model.trained, request.predictions, first.dataset.flow)
     training = training_patients(model.trained, request.checkpoint)
     report_labelled(tally, model.trained, first.dataset, request, training)
     if choice is not None:
@@ -142,29 +128,16 @@ def find_source(
     return source
 
 
-def check_output(out: Path) -> None:
-    """Check that predictions, and the pages beside them, replace earlier ones alone.
+def check_output(out: Path, source: Path) -> None:
+    """Check that predictions can be written; what lies there is moved aside, but for the input.
 
     Raises:
-        InputError: naming the file or folder in the way.
+        InputError: naming the path.
     """
-    if out.suffix != ".csv" or not out.absolute().parent.is_dir():
-        raise InputError(f"--predictions {out}: give a .csv file in a folder that exists")
-    own = {out: _beginning(out).startswith(HEADERS)}
-    own |= {page: PAGE_MARK in _beginning(page) for page in (report_path(out), patients_path(out))}
-    for path in own:
-        if path.exists() and not own[path]:
-            raise InputError(
-                f"--predictions {out}: {path} was not written by --predict: choose another name"
-            )
-
-
-def _beginning(path: Path) -> str:
-    """Return the first 2,000 characters of a text file; empty without a file."""
-    if not path.is_file():
-        return ""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(2000)
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise InputError(f"--predictions {out}: name a file in a folder that exists")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"--predictions {out}: holds the rows to score: choose another name")
 
 
 def report_path(predictions: Path) -> Path:
@@ -173,15 +146,11 @@ def report_path(predictions: Path) -> Path:
 
 
 def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
-    """Yield chunks under a bar over the bytes of a file or the rows of a folder.
-
-    Without a terminal there is a line a minute at most.
-    """
+    """Yield chunks under a bar; without a terminal there is a line a minute at most."""
     size = source.stat().st_size if source.is_file() else None
-    unit = "B" if size else " rows"
-    every = 0.1 if sys.stderr.isatty() else 60
+    unit, every = "B" if size else " rows", 0.1 if sys.stderr.isatty() else 60
     with tqdm(
-        None, "predicting", size, leave=False, mininterval=every, unit=unit, unit_scale=True
+        None, "predicting", size, False, mininterval=every, unit=unit, unit_scale=True
     ) as bar:
         for rows in chunks:
             yield rows
@@ -197,9 +166,8 @@ class PredictionTally:
         scored: rows with a probability.
         positive: rows at or above the threshold.
         formulas: rows whose id a spreadsheet would run.
-        labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, and
-            label, probability, and the hashes that training patients are known by: of the patient
-            and of the row.
+        labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, label,
+            risk, and the hashes that training patients are known by: patient and row.
     """
 
     rows: int = 0
@@ -220,20 +188,11 @@ class PredictionTally:
         self.labelled.append(
             table.assign(
                 label=dataset.labels[labelled],
-                probability=lines["probability"].to_numpy()[rows.places[labelled]],
+                risk=lines["probability"].to_numpy(float)[rows.places[labelled]],
                 patient=patient_hashes(dataset, labelled),
                 row=row_hashes(dataset, labelled),
             )
         )
-
-    def flow(self) -> pd.DataFrame:
-        """Return how the rows came to those that are judged, see ``TrajectoryDataset.flow``."""
-        labelled = sum(map(len, self.labelled))
-        lines = [
-            ("without a score", self.rows - self.scored, self.scored),
-            ("without a label", self.scored - labelled, labelled),
-        ]
-        return pd.DataFrame(lines, columns=list(FLOW_COLUMNS))
 
 
 def write_predictions(
@@ -245,34 +204,26 @@ def write_predictions(
 ) -> PredictionTally:
     """Score rows chunk by chunk; the file appears when the last one is written.
 
-    Args:
-        path: of the file.
-        chunks: of the input.
-        model: scores.
-        findings: of the input.
-        choice: gets the rows of the page of patients; None where none is asked for.
+    Earlier predictions, and the pages beside them, are moved aside.
 
     Raises:
         InputError: a row cannot be scored and the findings are strict, the input lacks an id that
             is asked for, or another run writes here.
     """
     tally = PredictionTally()
-    with (
-        locked(path),
-        atomic(path) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        for rows in chunks:
-            lines, scored = prediction_table(rows, model.trained, findings, model.batch_size)
-            count_implausible(scored.dataset, findings)
-            lines.to_csv(file, index=False, header=tally.rows == 0)
-            tally.add(lines, scored)
-            if choice is not None:
-                choice.add(lines, scored)
+    with locked(path), atomic(path) as temporary:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            for rows in chunks:
+                lines, scored = prediction_table(rows, model.trained, findings, model.batch_size)
+                count_implausible(scored.dataset, findings)
+                lines.to_csv(file, index=False, header=tally.rows == 0)
+                tally.add(lines, scored)
+                if choice is not None:
+                    choice.add(lines, scored)
         if choice is not None:
             choice.check_found(findings.source)
-        for page in (report_path(path), patients_path(path)):
-            remove(page)  # those of the predictions that are replaced
+        for aside in move_aside([path, report_path(path), patients_path(path)]):
+            logger.info("an earlier file was moved to %s", aside)
     return tally
 
 
@@ -282,11 +233,10 @@ def log_summary(
     trained: TrainedModel,
     path: Path,
     flow: pd.DataFrame | None,
-    fewest: int,
 ) -> None:
     """Log what was found in the input, how its rows came about, and what was written."""
     findings.log()
-    for line in [] if flow is None else flow_lines(flow, fewest):
+    for line in [] if flow is None else flow_lines(flow):
         logger.info(line)
     if "decision" not in trained.config:
         logger.warning(
@@ -294,10 +244,8 @@ def log_summary(
             trained.rule.threshold,
         )
     if tally.formulas:
-        logger.warning(
-            f"{tally.formulas:,} ids begin like a formula: a spreadsheet would run them: import "
-            "the column as text"
-        )
+        text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
+        logger.warning(text, tally.formulas)
     logger.info(
         f"{tally.rows:,} rows: {tally.scored:,} scored, {tally.positive:,} of them at or above the "
         f"threshold {trained.rule.threshold:g}; {tally.rows - tally.scored:,} without a score"
@@ -314,6 +262,8 @@ def report_labelled(
 ) -> None:
     """Write and print how good the predictions are, where labels of both classes are known.
 
+    Rows of the training data are left out.
+
     Args:
         tally: of the predictions.
         trained: the model.
@@ -321,50 +271,74 @@ def report_labelled(
         request: of the command.
         training: as from ``training_patients``.
     """
-    people = pd.concat(tally.labelled, ignore_index=True)
-    labels, probability, groups, rows = (
-        people.pop(name).to_numpy() for name in ("label", "probability", "patient", "row")
-    )
-    fewest = request.min_cell
-    if len(np.unique(labels)) < 2 or is_small(len(np.unique(groups)), fewest):
-        if len(labels):
-            count = count_text(len(labels), fewest)
-            logger.info("labelled rows: %s, too few, or of one class only: no figures", count)
+    people, config = pd.concat(tally.labelled, ignore_index=True), trained.config
+    if people.empty:
         return
-    config = trained.config
     known, named = training
-    overlap = find_overlap(groups, rows, known, named=named and dataset.named, fewest=fewest)
-    first = (overlap.sentence if overlap.flatters else "", weight_0_sentence(config))
-    # No id is kept, so none can be named.
-    cohort = Cohort(labels, probability, groups, groups, bands_of(people), baselines={})
-    figures = cohort_figures(cohort, trained.rule.threshold, request.seed, fewest)
+    hashes = people["patient"].to_numpy(), people["row"].to_numpy()
+    in_training = rows_in_training(*hashes, known, named=named and dataset.named)
+    said = (
+        f"{in_training.sum():,} of {len(people):,} labelled rows are in the training data and are "
+        "left out of the metrics."
+        if len(known)
+        else "The checkpoint does not hold its training patients: if these rows are among them, "
+        "the metrics are optimistic."
+    )
+    labelled, people = len(people), people[~in_training].reset_index(drop=True)
+    if people["label"].nunique() < 2:
+        logger.info("%s No metrics: the rows that are left lack a class.", said)
+        return
+    name = STAGE_NAMES[config["stage"]]
+    rows = pd.DataFrame(
+        {
+            "id": people["patient"],  # no id is kept, so none can be named
+            "label": people["label"],
+            "patient": people["patient"].astype(str),
+            name: people["risk"],
+        }
+    )
+    threshold = trained.rule.threshold
+    metrics = evaluate(rows, request.seed, threshold)
+    flow = [
+        ("without a score", tally.rows - tally.scored, tally.scored),
+        ("without a label", tally.scored - labelled, labelled),
+        ("in the training data", labelled - len(people), len(people)),
+    ]
+    here = case_mix_of(people, people["label"].to_numpy(), people["patient"].to_numpy())
+    base = config.get("base_model")
     content = ReportContent(
-        title=f"{config['outcome']}: {STAGE_NAMES[config['stage']]} on the rows of "
-        f"{Path(dataset.source).name}",
+        title=f"{config['outcome']}: {name} on the rows of {Path(dataset.source).name}",
         outcome=config["outcome"],
         question=dataset.asked(),
         data={
             "Source": Path(dataset.source).name,
-            "Judged": f"{len(labels):,} rows with a score and a label",
-            "Training patients": overlap.sentence,
+            "Scored": f"{len(people):,} rows with a score and a label",
+            "Training data": said,
             "Missing values": "masked, never filled in",
         },
-        flow=flow_table(tally.flow(), fewest),
-        card=model_card(config, request),
-        shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
+        card={
+            "Limits": (
+                "The model was not changed for these rows: threshold and recalibration are those "
+                "of its own validation part."
+            ),
+            "Model": name + (f", {base}" if base else ""),
+            "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
+            "Seed": f"{request.seed}, of the intervals",
+            "SHA-256 of its training data": config["data_sha256"],
+            **describe_program(),
+        },
+        threshold=threshold,
+        seed=request.seed,
+        bands=bands_of(people[["observations", "age", "sex"]]),
+        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
+        case_mix=case_mix_table(config["case_mix"], here),
         notice=random_model_notice(config),
-        first=" ".join(filter(None, first)),
+        first=[each for each in (said, weight_0_sentence(config)) if each],
     )
     path = report_path(request.predictions)
-    sentences = write_report(path, cohort, figures, content)
-    lines = [f"{tile.name + ':':<20}{tile.figure}" for tile in headline(figures)]
-    logger.info(
-        "\nrows with a label: %s\n%s\n\n%s\nreport: %s",
-        counts_text(figures.n, figures.events),
-        "\n".join(lines),
-        sentences,
-        path,
-    )
+    write_report(path, rows, metrics, content, min_cell=request.min_cell)
+    lines = "\n".join(map(str, sentences(metrics)))
+    logger.info("\n%s\n%s\nreport: %s", said, lines, path)
 
 
 def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:
@@ -374,37 +348,15 @@ def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[
     of the stage 1 in the folder of their run.
 
     Returns:
-        No hashes where they are not known: of a shared model, or where stage 1 is missing, not the
-        one of ``run.json``, or damaged.
+        No hashes where they are not known: of a shared model, or where that stage 1 is missing.
     """
     if trained.train_patients is not None:
         return trained.train_patients, bool(trained.config["named"])
-    place = checkpoint_path(checkpoint).absolute()
-    beside = place.parent.parent / TRAJECTORY_FILE
+    folder = checkpoint_path(checkpoint).absolute().parent
+    beside = folder.parent / TRAJECTORY_FILE
     with contextlib.suppress(InputError, OSError):  # neither hinders a report
-        if file_hash(beside) == (read_run(place.parent) or {}).get("stage_1_sha256"):
+        if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):
             stage1 = read_trajectory(beside)
             if stage1.config["rows_sha256"] == trained.config["rows_sha256"]:
                 return stage1.train_patients, bool(stage1.config["named"])
     return np.empty(0, np.int64), False
-
-
-def model_card(config: dict[str, Any], request: Namespace) -> dict[str, str]:
-    """Return what a reader of figures on other rows must know of the model."""
-    base = config.get("base_model")
-    return {
-        **CARD,
-        "Limits": (
-            "The model was not changed for these rows: threshold and recalibration are those of "
-            "its own validation part."
-        ),
-        "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
-        "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
-        "Intervals": INTERVALS,
-        "Small cells": counting_rule(request.min_cell),
-        "Seed": f"{request.seed}, of the intervals",
-        "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-        "SHA-256 of its training data": config["data_sha256"],
-        "SHA-256 of the code": code_hash(),
-        "Commit": git_commit() or "not known",
-    }

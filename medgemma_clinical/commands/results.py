@@ -5,61 +5,48 @@ from __future__ import annotations
 import json
 import logging
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from accelerate.utils import gather_object
-from numpy.typing import NDArray
 
-from medgemma_clinical.commands.several.earlier_stages import earlier_stages
 from medgemma_clinical.data.facts import fact_groups
-from medgemma_clinical.data.small_cells import count_text, counting_rule
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
-    COMBINED,
-    baseline_tables,
+    ENSEMBLE,
+    STAGE_NAMES,
+    best_blend,
+    blend,
     fit_baselines,
-    richest_blend,
 )
-from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.decision import (
-    DecisionRule,
+    Predictions,
     fit_decision_rule,
     fit_residual_weight,
 )
-from medgemma_clinical.evaluation.predictions import Predictions
-from medgemma_clinical.evaluation.report import (
-    CARD,
-    INTERVALS,
-    STAGE_TITLES,
-    ReportContent,
-    write_report,
-)
-from medgemma_clinical.evaluation.report_tables import (
-    flow_table,
-    result_sentence,
-    results_table,
-    split_table,
-)
+from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
+from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.evaluation.tables import model_table, split_table, written_table
+from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import write_json, write_text
 from medgemma_clinical.models.generation import rows_at_once, write_reports
-from medgemma_clinical.models.sharing.model_card import (
+from medgemma_clinical.models.model_card import (
     LIMITS,
-    card_figures,
     describe_language_model,
     describe_stage1,
     describe_weight,
     random_model_notice,
     weight_0_sentence,
 )
-from medgemma_clinical.models.sharing.terms import licence
+from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
-from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.provenance import describe_program
+from medgemma_clinical.training.evaluate import evaluate as score
 from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import TrainState
@@ -68,9 +55,6 @@ logger = logging.getLogger(__name__)
 
 SCORED = {"val": "validation", "test": "test"}
 """Parts of the split that are scored, and their names in ``metrics.json``."""
-
-Baselines = dict[str, dict[str, NDArray[np.float64]]]
-"""Probabilities of each simple model, and of earlier stages, by part."""
 
 
 def write_results(
@@ -83,252 +67,118 @@ def write_results(
 ) -> dict[str, Any]:
     """Score validation and, once, test with the best model; write and log all results.
 
-    The decision rule joins the stage's configuration. Each process must call; the first one writes.
-
-    Args:
-        stage: with the weights of its best epoch.
-        data: of the run.
-        folder: of the stage; None writes nothing.
-        state: of the training.
-        facts: as ``run_facts``.
-        args: of the command line.
+    Each process must call; the first one writes. Without a folder nothing is written.
 
     Returns:
-        The content of ``metrics.json``; empty in the other processes.
+        The checkpoint's configuration with ``decision``, ``residual_weight`` and ``metrics``; the
+        last one in the first process alone.
     """
-    first, metrics = processes().is_main_process, dict[str, Any]()
-    predictions = score_parts(stage, args.calibrate)
-    rule = predictions["val"].rule
-    if first:
-        earlier = earlier_stages(stage, folder, facts, data.dataset, predictions)
-        cohorts = make_cohorts(predictions, earlier.risks | simple_models(data), data)
-        figures = judge_parts(cohorts, rule, data, args.seed)
-        metrics = metrics_json(stage, state.progress.best_epoch, figures, rule, args.calibrate)
-        stage.config["figures"] = card_figures(metrics)
-        if folder:  # generation takes long: what is known by now is safe
-            write_figures(folder, stage, cohorts, metrics)
+    predictions, decided = score_parts(stage, data, args.calibrate)
+    config = {**stage.config, **decided}
     writes = isinstance(stage.model, LLMWriter)
     texts = generate_reports(stage, predictions["test"]) if writes else None
-    if not first:
-        return {}
-    reports = None
+    if not processes().is_main_process:
+        return config
+    rows = prediction_tables(stage, data, predictions)
+    threshold, written, lines = config["decision"]["threshold"], None, []
+    metrics = {part: evaluate(table, args.seed, threshold) for part, table in rows.items()}
     if texts is not None:
-        reports, metrics["reports"] = score_reports(
-            data.dataset, texts, predictions["test"], data.min_cell, args.seed
-        )
-        write_generations(folder, stage, reports, metrics)
-    log_results(stage, data, figures, metrics)
+        lines, written = score_reports(data.dataset, texts, predictions["test"], args.seed)
+    config["metrics"] = {
+        "stage": stage.name,
+        "selected_epoch": state.progress.best_epoch,
+        "threshold": threshold,
+        **({"residual_weight": config["residual_weight"]} if "residual_weight" in decided else {}),
+        "calibration": {"method": args.calibrate, **_recalibration(config["decision"])},
+        **{SCORED[part]: each.to_json() for part, each in metrics.items()},
+        **({} if written is None else {"reports": written}),
+    }
     if folder:
-        content = report_content(stage, data, state, figures["val"], facts, metrics.get("reports"))
-        content = replace(content, unshown=earlier.unshown)
-        path, listed = folder / "report.html", args.report_patients
+        stage.save(folder, config)
+        write_json(folder / "metrics.json", config["metrics"])
+        for part, table in rows.items():
+            write_text(folder / f"predictions_{part}.csv", predictions_csv(table))
+        if texts is not None:
+            generations = "".join(json.dumps(line) + "\n" for line in lines)
+            write_text(folder / "generations_test.jsonl", generations)
+    log_results(metrics, written)
+    if folder:
         write_report(
-            path, cohorts["test"], figures["test"], content, list_patients=listed, reports=reports
+            folder / "report.html",
+            rows["test"],
+            metrics["test"],
+            report_content(stage, data, state, config, metrics["val"], facts, predictions["test"]),
+            min_cell=args.min_cell,
+            list_patients=args.report_patients,
+            folder=folder,
         )
-        logger.info("report: %s; %s", path, peak_memory())
-    return metrics
+        logger.info("report: %s; %s", folder / "report.html", peak_memory())
+    return config
 
 
-def score_parts(stage: Stage, calibrate: str) -> dict[str, Predictions]:
+def score_parts(
+    stage: Stage, data: Data, calibrate: str
+) -> tuple[dict[str, Predictions], dict[str, Any]]:
     """Score validation and test; weight and decision rule come from validation alone.
 
-    Both join the stage's configuration.
-
-    Args:
-        stage: with the weights of its best epoch.
-        calibrate: way of recalibration.
+    Returns:
+        The predictions by part, and ``decision`` and ``residual_weight`` of the configuration; the
+        model takes the weight.
     """
-    raw = {}
+    raw: dict[str, Predictions] = {}
     for part, name in SCORED.items():
         batches = stage.batches[part]
         shown = show_progress(batches, f"{stage.name}: {name}", len(batches))
-        raw[part] = evaluate(stage.model, shown, stage.collate)
-    raw = weigh_language_model(stage, raw)
-    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, calibrate)
-    stage.config["decision"] = rule.to_config()
-    return {part: each.with_rule(rule) for part, each in raw.items()}
-
-
-def write_generations(
-    folder: Path | None, stage: Stage, reports: list[dict[str, Any]], metrics: dict[str, Any]
-) -> None:
-    """Write the reports of the test part, and their figures to ``metrics.json`` and the model."""
-    stage.config["figures"] = card_figures(metrics)
-    if folder:
-        lines = [json.dumps(line) + "\n" for line in reports]
-        write_text(folder / "generations_test.jsonl", "".join(lines))
-        write_json(folder / "metrics.json", metrics)
-        stage.save(folder, stage.config)
-
-
-def log_results(
-    stage: Stage, data: Data, figures: dict[str, CohortFigures], metrics: dict[str, Any]
-) -> None:
-    """Log the result in a sentence, and the table of the model and all beside it."""
-    named = {SCORED[part]: each for part, each in figures.items()}
-    hidden = logging.WARNING if data.hides_figures else logging.INFO  # Python shows warnings
-    logger.log(hidden, "\n%s\n", result_sentence(figures["test"]))
-    logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
-
-
-def write_figures(
-    folder: Path, stage: Stage, cohorts: dict[str, Cohort], metrics: dict[str, Any]
-) -> None:
-    """Write the best model with its decision rule, the predictions of each part, the figures."""
-    stage.save(folder, stage.config)
-    for part, cohort in cohorts.items():
-        write_text(folder / f"predictions_{part}.csv", predictions_csv(cohort))
-    write_json(folder / "metrics.json", metrics)
-
-
-def weigh_language_model(stage: Stage, raw: dict[str, Predictions]) -> dict[str, Predictions]:
-    """Choose on the validation part how much the language model adds to stage 1's logit.
-
-    Model and configuration of the stage take the weight. Without stage 1's logit nothing changes.
-
-    Args:
-        stage: with the weights of its best epoch.
-        raw: predictions of each scored part with the whole of the language model's logit.
-
-    Returns:
-        The predictions with the weight.
-    """
+        raw[part] = score(stage.model, shown, stage.collate)
+    decided: dict[str, Any] = {}
     model, val = stage.model, raw["val"]
-    if not isinstance(model, TrajectoryLLM) or not model.adds_stage1:
-        return raw
-    weight = fit_residual_weight(val.labels, val.offset, val.logit)
-    model.residual_weight = stage.config["residual_weight"] = weight
-    logger.info("weight of the language model beside stage 1: %s", describe_weight(stage.config))
-    return {part: each.with_residual_weight(weight) for part, each in raw.items()}
-
-
-def figures_for_tracker(metrics: dict[str, Any]) -> dict[str, float]:
-    """Return the known figures of both parts from the content of ``metrics.json``."""
-    if not metrics:  # of another process than the first
-        return {}
-    return {
-        f"{part}_{name}": each["value"]
-        for part in SCORED.values()
-        for name, each in metrics[part].items()
-        if isinstance(each, dict) and each["value"] is not None
-    }
-
-
-def report_content(
-    stage: Stage,
-    data: Data,
-    state: TrainState,
-    validation: CohortFigures,
-    facts: dict[str, Any],
-    reports: dict[str, Any] | None,
-) -> ReportContent:
-    """Return what a page says beside its figures; arguments as in ``write_results``."""
-    dataset, fewest = data.dataset, data.min_cell
-    groups = fact_groups(dataset.fact_names)
-    facts_read = [f"{group}: {', '.join(names)}" for group, names in groups.items()]
-    return ReportContent(
-        title=f"{STAGE_TITLES[stage.name]}: {dataset.outcome}",
-        outcome=dataset.outcome,
-        question=dataset.asked(),
-        data={
-            "Source": Path(dataset.source).name,
-            "Kind": dataset.kind,
-            "Used": f"{len(dataset):,} rows of {count_text(dataset.n_patients, fewest)} patients",
-            "Missing values": "masked, never filled in",
-            "Facts": "; ".join(facts_read) or "none are read",
-        },
-        card=model_card(stage, state.progress.best_epoch, validation, facts),
-        flow=flow_table(dataset.flow, fewest),
-        split=split_table(dataset.labels, dataset.groups, data.split, fewest),
-        history=None if data.hides_events else state.progress.history or None,
-        reports=reports,
-        validation=validation.auroc,
-        notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
-        first=weight_0_sentence(stage.config),
-    )
-
-
-def simple_models(data: Data) -> Baselines:
-    """Fit the simple models."""
-    tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
-    return fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
-
-
-def make_cohorts(
-    predictions: dict[str, Predictions], baselines: Baselines, data: Data
-) -> dict[str, Cohort]:
-    """Return the cohort of each scored part."""
-    return {
-        part: Cohort.from_predictions(
-            data.dataset, each, {name: risks[part] for name, risks in baselines.items()}
-        )
-        for part, each in predictions.items()
-    }
-
-
-def judge_parts(
-    cohorts: dict[str, Cohort], rule: DecisionRule, data: Data, seed: int
-) -> dict[str, CohortFigures]:
-    """Return the figures of each scored part; the seed is the bootstrap's."""
-    return {
-        part: cohort_figures(cohort, rule.threshold, seed, data.min_cell, hide=data.hides_figures)
-        for part, cohort in cohorts.items()
-    }
-
-
-def metrics_json(
-    stage: Stage,
-    best_epoch: int,
-    figures: dict[str, CohortFigures],
-    rule: DecisionRule,
-    calibrate: str,
-) -> dict[str, Any]:
-    """Return the content of ``metrics.json``, written reports apart."""
-    adds_stage1 = stage.config.get("stage1_logit", False)
-    calibration: dict[str, Any] = {"method": calibrate}
-    if rule.recalibrates and figures["val"].events is not None:
-        calibration |= {"slope": rule.slope, "intercept": rule.intercept}
-        calibration |= {
-            f"{SCORED[part]} before": f.to_json(f.before) for part, f in figures.items()
+    if isinstance(model, TrajectoryLLM) and model.adds_stage1:
+        patients = data.dataset.groups[val.rows]
+        weight = fit_residual_weight(val.labels, val.offset, val.logit, patients)
+        model.residual_weight = decided["residual_weight"] = weight
+        text = "weight of the language model beside stage 1: %g, chosen on %d validation patients"
+        logger.info(text, weight, len(np.unique(patients)))
+        raw = {
+            part: replace(each, logit=each.offset + weight * (each.logit - each.offset))
+            for part, each in raw.items()
         }
-    return {
-        "stage": stage.name,
-        "selected_epoch": best_epoch,
-        "threshold": rule.threshold,
-        **({"residual_weight": stage.config["residual_weight"]} if adds_stage1 else {}),
-        "calibration": calibration,
-        **{SCORED[part]: each.to_json(each.estimates) for part, each in figures.items()},
-        "baselines": {
-            name: {SCORED[part]: f.to_json(f.baselines[name]) for part, f in figures.items()}
-            for name in figures["test"].baselines
-        },
-        "differences": {
-            name: {SCORED[part]: f.to_json(f.differences[name]) for part, f in figures.items()}
-            for name in figures["test"].differences
-        },
-        COMBINED: {
-            "blend": richest_blend(figures["test"].baselines),
-            **{SCORED[part]: f.to_json(f.combined) for part, f in figures.items()},
-        },
-        "combined_minus_blend": {
-            SCORED[part]: f.to_json(f.combined_minus_blend) for part, f in figures.items()
-        },
-    }
+    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, calibrate)
+    decided["decision"] = asdict(rule)
+    return {part: replace(each, rule=rule) for part, each in raw.items()}, decided
 
 
-def predictions_csv(cohort: Cohort) -> str:
-    """Return a part's predictions: id, label, probability, patient, each baseline, combined."""
-    table = pd.DataFrame(
-        {
-            "id": cohort.ids,
-            "label": cohort.labels.astype(int),
-            "probability": cohort.probability,
-            "patient": cohort.groups,
-            **cohort.baselines,
-            COMBINED: cohort.combined,
-        }
-    )
-    return table.to_csv(index=False)
+def _recalibration(decision: dict[str, float]) -> dict[str, float]:
+    changed = (decision["slope"], decision["intercept"]) != (1.0, 0.0)
+    return {name: decision[name] for name in ("slope", "intercept")} if changed else {}
+
+
+def prediction_tables(
+    stage: Stage, data: Data, predictions: dict[str, Predictions]
+) -> dict[str, pd.DataFrame]:
+    """Return the predictions of each part: id, label, patient, then the risk of each model.
+
+    The model comes first; stage 1 below it, the baselines and the ensemble follow.
+    """
+    name, baselines = STAGE_NAMES[stage.name], fit_baselines(data.dataset, data.split)
+    tables = {}
+    for part, each in predictions.items():
+        risks = {name: each.probability}
+        if stage.stage1_risks is not None:
+            risks[STAGE_NAMES["trajectory"]] = stage.stage1_risks[each.rows]
+        risks |= {baseline: known[part] for baseline, known in baselines.items()}
+        if best := best_blend(risks):
+            risks[ENSEMBLE] = blend(risks[name], risks[best])
+        ids, patients = data.dataset.ids[each.rows], data.dataset.groups[each.rows]
+        known = {"id": ids, "label": each.labels.astype(int), "patient": patients}
+        tables[part] = pd.DataFrame(known | risks)
+    return tables
+
+
+def predictions_csv(table: pd.DataFrame) -> str:
+    """Return a table of predictions as its file: the model's own column is ``probability``."""
+    id_, label, patient, model, *others = table.columns
+    ordered = table[[id_, label, model, patient, *others]]
+    return ordered.rename(columns={model: "probability"}).to_csv(index=False)
 
 
 def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
@@ -340,7 +190,7 @@ def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
     assert isinstance(model, LLMWriter)
     assert text is not None
     verdicts = np.zeros(len(text.dataset), dtype=bool)
-    verdicts[predictions.rows] = predictions.alarms
+    verdicts[predictions.rows] = predictions.positive
     max_tokens = stage.config["report_tokens"]
     batches = LengthBatches(
         predictions.rows,
@@ -354,28 +204,87 @@ def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
     return dict(gather_object(list(written.items())))
 
 
-def model_card(
-    stage: Stage, best_epoch: int, validation: CohortFigures, facts: dict[str, Any]
+def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None) -> None:
+    """Log the result of the test part in sentences, and the table of all models."""
+    test, val = metrics["test"], metrics["val"]
+    logger.info("\nTest part:")
+    for finding in sentences(test):
+        logger.info("%s", finding)
+    logger.info("Validation AUROC %s", value_text(val.of(val.models[0]).loc["auroc"]))
+    logger.info("\n%s\n", model_table(test).to_string(index=False))
+    if (table := written_table(written)) is not None:
+        logger.info("%s\n", table.iloc[:, :2].to_string(index=False, header=False))
+
+
+def metrics_for_tracker(config: dict[str, Any]) -> dict[str, float]:
+    """Return the model's known metrics of both parts; none in another process than the first."""
+    return {
+        f"{part}_{name}": each["value"]
+        for part in SCORED.values()
+        for name, each in config.get("metrics", {}).get(part, {}).items()
+        if isinstance(each, dict) and each.get("value") is not None
+    }
+
+
+def report_content(
+    stage: Stage,
+    data: Data,
+    state: TrainState,
+    config: dict[str, Any],
+    validation: Metrics,
+    facts: dict[str, Any],
+    predictions: Predictions,
+) -> ReportContent:
+    """Return what the page says beside its metrics."""
+    dataset = data.dataset
+    groups = fact_groups(dataset.fact_names)
+    statics = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
+    return ReportContent(
+        title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
+        outcome=dataset.outcome,
+        question=dataset.asked(),
+        data={
+            "Source": Path(dataset.source).name,
+            "Kind": dataset.kind,
+            "Used": f"{len(dataset):,} rows of {dataset.n_patients:,} patients",
+            "Missing values": "masked, never filled in",
+            "Static features": statics or "none are read",
+        },
+        card=about_model(stage, state.progress.best_epoch, config, validation, facts),
+        threshold=config["decision"]["threshold"],
+        seed=facts["seed"],
+        bands=dataset.subgroups().iloc[predictions.rows],
+        flow=dataset.flow,
+        split=split_table(dataset.labels, dataset.groups, data.split),
+        history=state.progress.history or None,
+        reports=config["metrics"].get("reports"),
+        notice=random_model_notice(config, facts["arguments"]["model_name"]),
+        first=[sentence for sentence in [weight_0_sentence(config)] if sentence],
+    )
+
+
+def about_model(
+    stage: Stage,
+    best_epoch: int,
+    config: dict[str, Any],
+    validation: Metrics,
+    facts: dict[str, Any],
 ) -> dict[str, str]:
     """Return the lines of a page on the model; hashes and versions last."""
-    base = stage.config.get("base_model")
+    base = config.get("base_model")
     parameters = list(stage.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
+    auroc = validation.of(validation.models[0]).loc["auroc"]
     return {
-        **CARD,
         "Limits": LIMITS,
-        "Model": "stage 1 alone" if base is None else describe_language_model(stage.config),
-        **({} if base is None else {"Weight beside stage 1": describe_weight(stage.config)}),
-        **({"Stage 1": describe_stage1(stage.config)} if stage.config["encoder"] else {}),
+        "Model": "stage 1 alone" if base is None else describe_language_model(config),
+        **({} if base is None else {"Weight beside stage 1": describe_weight(config)}),
+        **({"Stage 1": describe_stage1(config)} if config["encoder"] else {}),
         "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
         "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
-        "Validation AUROC": validation.auroc.text(),
-        "Intervals": INTERVALS,
-        "Small cells": counting_rule(validation.fewest),
+        "Validation AUROC": value_text(auroc),
         "Seed": str(facts["seed"]),
-        "Licence": licence(stage.config),
-        "Versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
-        "Commit": facts["git_commit"] or "not known",
+        "Licence": licence(config),
         "SHA-256 of the data": facts["data"]["data_sha256"],
-        "SHA-256 of the code": facts["code_sha256"],
+        **describe_program(),
     }

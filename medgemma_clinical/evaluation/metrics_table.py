@@ -213,7 +213,9 @@ def evaluate(
 
     value, drawn = bootstrap(labels, patients, seed, statistic, split)
     blend = best_blend(risks)
-    references = {m: blend if m == ENSEMBLE and blend else first for m in risks}
+    references = dict.fromkeys(risks, first)
+    if ENSEMBLE in risks and blend and first != ENSEMBLE:
+        references[ENSEMBLE] = blend
     keys = [key for key in drawn if key[0] != first]  # each with the same metric of its reference
     others = [(references[model], name) for model, name in keys]
     behind = {}

@@ -1,1 +1,0 @@
-"""Several runs: made in turn, compared, pooled, set side by side."""
