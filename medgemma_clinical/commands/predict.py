@@ -27,7 +27,7 @@ from medgemma_clinical.commands.patients import (
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.small_cells import count_text, counting_rule, flow_lines, is_small
+from medgemma_clinical.data.small_cells import counting_rule
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
@@ -109,7 +109,7 @@ def predict(args: Namespace, given: set[str]) -> int:
     chunks = show_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request.predictions, chunks, model, findings, choice)
     flow = first.dataset.flow
-    log_summary(tally, findings, model.trained, request.predictions, flow, request.min_cell)
+    log_summary(tally, findings, model.trained, request.predictions, flow)
     training = training_patients(model.trained, request.checkpoint)
     report_labelled(tally, model.trained, first.dataset, request, training)
     if choice is not None:
@@ -282,11 +282,10 @@ def log_summary(
     trained: TrainedModel,
     path: Path,
     flow: pd.DataFrame | None,
-    fewest: int,
 ) -> None:
     """Log what was found in the input, how its rows came about, and what was written."""
     findings.log()
-    for line in [] if flow is None else flow_lines(flow, fewest):
+    for line in [] if flow is None else flow_lines(flow):
         logger.info(line)
     if "decision" not in trained.config:
         logger.warning(
@@ -326,10 +325,9 @@ def report_labelled(
         people.pop(name).to_numpy() for name in ("label", "probability", "patient", "row")
     )
     fewest = request.min_cell
-    if len(np.unique(labels)) < 2 or is_small(len(np.unique(groups)), fewest):
+    if len(np.unique(labels)) < 2:
         if len(labels):
-            count = count_text(len(labels), fewest)
-            logger.info("labelled rows: %s, too few, or of one class only: no figures", count)
+            logger.info("labelled rows: %d, of one class only: no figures", len(labels))
         return
     config = trained.config
     known, named = training
@@ -351,7 +349,7 @@ def report_labelled(
         },
         flow=flow_table(tally.flow(), fewest),
         card=model_card(config, request),
-        shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups, fewest)),
+        shift=shift_table(config["case_mix"], case_mix_of(people, labels, groups)),
         notice=random_model_notice(config),
         first=" ".join(filter(None, first)),
     )

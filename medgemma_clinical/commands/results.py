@@ -102,7 +102,7 @@ def write_results(
     if first:
         earlier = earlier_stages(stage, folder, facts, data.dataset, predictions)
         cohorts = make_cohorts(predictions, earlier.risks | simple_models(data), data)
-        figures = judge_parts(cohorts, rule, data, args.seed)
+        figures = judge_parts(cohorts, rule, args)
         metrics = metrics_json(stage, state.progress.best_epoch, figures, rule, args.calibrate)
         stage.config["figures"] = card_figures(metrics)
         if folder:  # generation takes long: what is known by now is safe
@@ -114,7 +114,7 @@ def write_results(
     reports = None
     if texts is not None:
         reports, metrics["reports"] = score_reports(
-            data.dataset, texts, predictions["test"], data.min_cell, args.seed
+            data.dataset, texts, predictions["test"], args.min_cell, args.seed
         )
         write_generations(folder, stage, reports, metrics)
     log_results(stage, data, figures, metrics)
@@ -166,8 +166,7 @@ def log_results(
 ) -> None:
     """Log the result in a sentence, and the table of the model and all beside it."""
     named = {SCORED[part]: each for part, each in figures.items()}
-    hidden = logging.WARNING if data.hides_figures else logging.INFO  # Python shows warnings
-    logger.log(hidden, "\n%s\n", result_sentence(figures["test"]))
+    logger.info("\n%s\n", result_sentence(figures["test"]))
     logger.info("%s\n", results_table(stage.name, named, metrics.get("reports")))
 
 
@@ -223,7 +222,7 @@ def report_content(
     reports: dict[str, Any] | None,
 ) -> ReportContent:
     """Return what a page says beside its figures; arguments as in ``write_results``."""
-    dataset, fewest = data.dataset, data.min_cell
+    dataset, fewest = data.dataset, facts["arguments"]["min_cell"]
     groups = fact_groups(dataset.fact_names)
     facts_read = [f"{group}: {', '.join(names)}" for group, names in groups.items()]
     return ReportContent(
@@ -240,7 +239,7 @@ def report_content(
         card=model_card(stage, state.progress.best_epoch, validation, facts),
         flow=flow_table(dataset.flow, fewest),
         split=split_table(dataset.labels, dataset.groups, data.split, fewest),
-        history=None if data.hides_events else state.progress.history or None,
+        history=state.progress.history or None,
         reports=reports,
         validation=validation.auroc,
         notice=random_model_notice(stage.config, facts["arguments"]["model_name"]),
@@ -250,7 +249,7 @@ def report_content(
 
 def simple_models(data: Data) -> Baselines:
     """Fit the simple models."""
-    tables = baseline_tables(data.dataset, data.split["train"], data.min_cell)
+    tables = baseline_tables(data.dataset, data.split["train"])
     return fit_baselines(tables, data.dataset.labels, data.dataset.groups, data.split)
 
 
@@ -267,11 +266,11 @@ def make_cohorts(
 
 
 def judge_parts(
-    cohorts: dict[str, Cohort], rule: DecisionRule, data: Data, seed: int
+    cohorts: dict[str, Cohort], rule: DecisionRule, args: Namespace
 ) -> dict[str, CohortFigures]:
-    """Return the figures of each scored part; the seed is the bootstrap's."""
+    """Return the figures of each scored part."""
     return {
-        part: cohort_figures(cohort, rule.threshold, seed, data.min_cell, hide=data.hides_figures)
+        part: cohort_figures(cohort, rule.threshold, args.seed, args.min_cell)
         for part, cohort in cohorts.items()
     }
 

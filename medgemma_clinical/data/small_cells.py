@@ -1,22 +1,40 @@
-"""Small cells: counts of a few patients are hidden, with all that would give them away.
+"""Counts of patients, and how those of a few are written in what is given away.
 
-A cell is a number of patients who have something in common. Cells of 1 to ``fewest - 1`` patients
-are small; a ``fewest`` of 0 hides nothing. Bands (of age, of risk) are merged until none is small,
-so that no sum or difference of what is shown gives a small cell away.
+Everything on the owner's machine shows exact counts. Only a report under ``--min_cell N`` and the
+files of ``push_to_hub`` hide counts of 1 to N - 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-FEWEST = 11
-"""Default of ``--min_cell``. Source: CMS cell size suppression policy, no cell of 1 to 10."""
+MIN_CELL = 11
+"""Patients of the smallest cell that is shared. Source: CMS cell size suppression policy, no cell
+of 1 to 10."""
+
+
+def count_patients(groups: NDArray[np.generic], rows: NDArray[np.generic]) -> int:
+    """Count the different patients of some rows: ``groups`` (n,), ``rows`` a mask or positions."""
+    return len(np.unique(groups[rows]))
+
+
+def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) -> int:
+    """Count the patients that have the outcome (label 0 or 1) that fewer patients have."""
+    return min(count_patients(groups, labels == label) for label in (0, 1))
+
+
+def count_text(count: int, min_cell: int) -> str:
+    """Write a number of patients, or that it is below ``min_cell``; 0 hides none."""
+    return f"fewer than {min_cell}" if 0 < count < min_cell else f"{count:,}"
+
+
+# --- used by rooms that are being rewritten; the lead deletes them
+
+rarer_patients = minority_patients
 
 PERCENT = np.arange(1, 100) / 100
 """Risks, and shares of the rows, at which bands begin before small ones are merged."""
@@ -30,11 +48,6 @@ def is_small(count: int, fewest: int) -> bool:
     return 0 < count < fewest
 
 
-def count_text(count: int, fewest: int) -> str:
-    """Write a count, or that it is small."""
-    return f"fewer than {fewest}" if is_small(count, fewest) else f"{count:,}"
-
-
 def counting_rule(fewest: int) -> str:
     """Describe how small cells were treated, for the foot of a page."""
     if fewest == 0:
@@ -42,48 +55,6 @@ def counting_rule(fewest: int) -> str:
     return (
         f"counts of fewer than {fewest} patients, and figures that give them away, are hidden; "
         f"groups and steps of curves are merged up to {fewest} patients (--min_cell {fewest})"
-    )
-
-
-def count_patients(groups: NDArray[np.generic], rows: NDArray[np.generic]) -> int:
-    """Count the different patients of some rows: ``groups`` (n,), ``rows`` a mask or positions."""
-    return len(np.unique(groups[rows]))
-
-
-def rarer_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) -> int:
-    """Count the patients that have the outcome (label 0 or 1) that fewer patients have."""
-    return min(count_patients(groups, labels == label) for label in (0, 1))
-
-
-def share_text(
-    chosen: NDArray[np.bool_], groups: NDArray[np.generic], fewest: int, noun: str
-) -> str:
-    """Write how many of some rows or values are chosen, or that few patients have, or lack, them.
-
-    Args:
-        chosen: (n,) which ones.
-        groups: (n,) patient of each.
-        fewest: patients of the smallest cell that is shown.
-        noun: what they are, in the plural.
-    """
-    few = f"{noun} of fewer than {fewest} patients"
-    if is_small(count_patients(groups, chosen), fewest):
-        return few
-    if is_small(count_patients(groups, ~chosen), fewest):
-        return f"all but {few}"
-    return f"{int(chosen.sum()):,} of {len(chosen):,} {noun}"
-
-
-def hides_events(labels: NDArray[np.float64], groups: NDArray[np.generic], fewest: int) -> bool:
-    """Return whether a number of events is not shown: few patients, or few with, or without, it.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        groups: (n,) patient of each row.
-        fewest: patients that a cell needs.
-    """
-    return is_small(len(np.unique(groups)), fewest) or is_small(
-        rarer_patients(labels, groups), fewest
     )
 
 
@@ -159,25 +130,6 @@ def _joined(one: tuple[int, Patients], other: tuple[int, Patients]) -> tuple[int
 
 def _is_whole(band: tuple[int, Patients], fewest: int) -> bool:
     return not any(is_small(len(patients), fewest) for patients in band[1])
-
-
-def patient_quantiles(
-    numbers: NDArray[Any], groups: NDArray[np.generic], shares: Sequence[float]
-) -> list[float]:
-    """Return quantiles of numbers in which each patient counts once, however many they have.
-
-    Each quantile is a number that occurs: between two of them it would reveal how many lie above.
-
-    Args:
-        numbers: (n,), at least one.
-        groups: (n,) the patient of each number.
-        shares: of the patients, within 0 and 1.
-    """
-    _, patient, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.argsort(numbers, kind="stable")
-    below = np.cumsum(1 / counts[patient[order]])
-    places = np.searchsorted(below, np.asarray(shares) * len(counts) - 1e-9)
-    return numbers[order][np.minimum(places, len(numbers) - 1)].tolist()
 
 
 @dataclass(frozen=True)
@@ -263,12 +215,3 @@ def merge_flow(flow: pd.DataFrame, fewest: int) -> pd.DataFrame:
         for rule, removed, left in lines
     ]
     return pd.DataFrame(shown, columns=["rule", "removed", "left"])
-
-
-def flow_lines(flow: pd.DataFrame, fewest: int) -> list[str]:
-    """Return a flow as lines of a log, without the rules that remove nothing."""
-    merged = merge_flow(flow[flow["removed"] > 0], fewest)
-    return [
-        f"{removed:>15} out, {left:>9} left: {rule}"
-        for rule, removed, left in merged.itertuples(index=False)
-    ]

@@ -71,7 +71,7 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 def baseline_tables(
-    dataset: TrajectoryDataset, train_rows: NDArray[np.int64], fewest: int
+    dataset: TrajectoryDataset, train_rows: NDArray[np.int64]
 ) -> dict[str, pd.DataFrame]:
     """Return the inputs of each baseline by its name, N rows each.
 
@@ -81,10 +81,9 @@ def baseline_tables(
     Args:
         dataset: all rows.
         train_rows: positions of the training part, which decides on the facts.
-        fewest: patients there whom a fact needs.
     """
     tables = dict(dataset.baseline_inputs())
-    facts = dataset.fact_table(dataset.choose_facts(train_rows, fewest))
+    facts = dataset.fact_table(dataset.choose_facts(train_rows))
     if not facts.empty:
         tables[FACTS_ALONE] = facts
         tables[LOGISTIC + WITH_FACTS] = tables[LOGISTIC].join(facts)
