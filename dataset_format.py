@@ -32,9 +32,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
-    MIN_CELL,
     SHOW_VALUES,
-    WHOLE,
     Parser,
     add_flags,
     names,
@@ -77,7 +75,6 @@ from medgemma_clinical.data.dka.series_cells import (
 from medgemma_clinical.data.mimic.extraction import extract
 from medgemma_clinical.data.mimic.request import Extraction
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.sources import long_table, meds
 from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
 from medgemma_clinical.data.splits import PARTS, describe_equal_rows, row_keys
@@ -510,21 +507,20 @@ def build_parser() -> Parser:
     add("--max_len", type=int, help="most recent observations kept of a row")
     add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
     add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
-    add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     for name, source in SOURCES.items():
         add_flags(commands.add_parser(name, help=source.help, allow_abbrev=False), source.request)
     return parser
 
 
-def check(file: Path, min_cell: int, **reading: Any) -> int:
+def check(file: Path, **reading: Any) -> int:
     """Log what a file holds, the split it gives, what looks wrong, and whether it is ready.
 
     Raises:
         InputError: the file cannot be used.
     """
     with log_refusal():
-        log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False), min_cell)
+        log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False))
     return 0
 
 

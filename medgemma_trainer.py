@@ -67,7 +67,6 @@ from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.commands.several import ablation, compare, seeds
 from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.ragged import summary_names
-from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -199,7 +198,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, help="./checkpoints_medgemma_{dataset} when not given")
     add("--report_patients", action="store_true", help="name patients in report.html")
-    add("--min_cell", type=WHOLE, default=FEWEST, help=command_line.MIN_CELL)
+    add("--min_cell", type=WHOLE, default=0, help=command_line.MIN_CELL)
     add("--dry_run", action="store_true", help="take two steps, measure memory, write nothing")
     add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
     add("--report_to", choices=TRACKERS, default="none", help="tracker that gets the metrics")
@@ -330,7 +329,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
     elif args.soft_prompt == "off" and not args.trajectory_only:
         return None
     else:
-        data.dataset.check_measured(data.split["train"], data.min_cell)
+        data.check_inputs()
         encoder: dict[str, Any] = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
         encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
         encoder["dynamics"] = args.dynamics
@@ -369,7 +368,6 @@ def trajectory_stage(args: Namespace, data: Data, model: TrajectoryClassifier) -
         monitor="val_auroc",
         config={"stage": "trajectory", **stage1_config(model), **data.description()},
         save=save,
-        hides_events=data.hides_events,
         train_patients=patients,
     )
 
@@ -383,6 +381,7 @@ def llm_stage(
     shuffled = args.soft_prompt == "shuffled"
     soft = text_batches.soft_tokens(dataset, tokens)
     unread = {"encoder": None, "members": 0, "inputs": {"facts": [], "prediction_time": False}}
+    unread["patients"] = {"series": {}, "statics": {}}
     config = {
         "stage": args.mode,
         **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},
@@ -394,6 +393,7 @@ def llm_stage(
         "prompts": asdict(data.prompts),
         **data.description(),
         **(unread if stage1 is None else stage1_config(stage1)),
+        **({} if checkpoint is None else {"patients": checkpoint.config["patients"]}),
     }
     donors = risks = None
     if shuffled:
@@ -428,7 +428,6 @@ def llm_stage(
         monitor="val_loss" if writes else "val_auroc",
         config=config,
         save=lambda folder, config: checkpoints.save_llm(folder / "best", model, config),
-        hides_events=data.hides_events,
         text=text,
         stage1_risks=risks,
         recomputes=args.gradient_checkpointing,
@@ -606,8 +605,6 @@ def end_epoch(
         progress.best, progress.best_epoch = score, epoch
         state.best = [weight.clone() for weight in state.average.weights]
     exhausted = epoch - progress.best_epoch >= stage.patience
-    if stage.hides_events:
-        metrics |= dict.fromkeys(("train_loss", "val_loss", "val_auroc"))
     progress.history.append({**metrics, "improved": improved})
     if improved:
         save_best(stage, state, folder)

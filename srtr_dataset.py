@@ -23,9 +23,7 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import (
-    MIN_CELL,
     SHOW_VALUES,
-    WHOLE,
     Parser,
     run_command,
 )
@@ -33,7 +31,6 @@ from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
     AGE,
@@ -375,7 +372,6 @@ def build_parser() -> Parser:
     add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
     add("--horizon_days", type=int, help="days looked ahead; 365 kidney, 90 liver")
     add("--transplant", choices=TRANSPLANT_CHOICES, default="negative")
-    add("--min_cell", type=WHOLE, default=FEWEST, help=MIN_CELL)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     return parser
 
@@ -389,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command(lambda: check(**arguments), show_values=shown)
 
 
-def check(data_dir: Path, min_cell: int, **reading: Any) -> int:
+def check(data_dir: Path, **reading: Any) -> int:
     """Log what a folder holds, what looks wrong, and what it can be used for.
 
     Raises:
@@ -402,7 +398,7 @@ def check(data_dir: Path, min_cell: int, **reading: Any) -> int:
         except TooFewEventsError as error:
             dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
             obstacle = f"not to train on: {error}"
-        log_check(dataset, min_cell, obstacle=obstacle)
+        log_check(dataset, obstacle=obstacle)
     return 0
 
 

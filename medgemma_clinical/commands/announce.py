@@ -1,4 +1,4 @@
-"""What a run says: before its first step, of its speed, and at the end of each epoch."""
+"""What a run logs: before its first step, of its speed, and at the end of each epoch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,14 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.commands.run_folder import log_path, stage_name
-from medgemma_clinical.data.checks import describe_unusable_facts, summarize
-from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.data.checks import describe_split, describe_unusable_facts, summarize
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
-from medgemma_clinical.evaluation.report_tables import counts_text
-from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress
 from medgemma_clinical.training.trackers import check_tracker
 
 logger = logging.getLogger(__name__)
-
-PARTS = {
-    "members": "encoder and head",
-    "stage1": "stage 1",
-    "projection": "projection",
-    "llm": "LoRA adapter",
-    "head": "head",
-}
-"""Names of a model's trainable parts."""
 
 WARNED_SHARE = 0.01
 """An epoch with a larger share of skipped steps gets a warning."""
@@ -37,86 +25,61 @@ WARNED_SHARE = 0.01
 
 def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
     """Log data, split, model and length of the training."""
-    dataset, hidden = data.dataset, data.hides_events
-    for line in summarize(dataset, data.min_cell, events=not hidden):
+    dataset, train = data.dataset, stage.batches["train"]
+    for line in [*summarize(dataset), describe_split(dataset, data.split, args.seed)]:
         logger.info(line)
-    parts = []
-    for part, rows in data.split.items():
-        events = None if hidden else int(dataset.labels[rows].sum())
-        parts.append(f"{part} {counts_text(len(rows), events)}")
-    logger.info("split: %s", "; ".join(parts))
-    if not isinstance(stage.model, TrajectoryLLM) or stage.model.stage1 is not None:
+    if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
         until = "last observation" if dataset.hours_read is None else "prediction time"
-        facts = ", ".join(dataset.fact_names) or "none"
-        unusable = describe_unusable_facts(dataset, data.split["train"], data.min_cell)
-        for line in unusable if args.facts == "on" else []:
+        for line in describe_unusable_facts(dataset, data.split["train"]) * (args.facts == "on"):
             logger.warning("warning: %s: %s", dataset.source, line)
+        facts = ", ".join(dataset.fact_names) or "none"
         logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
-    rates = stage.learning_rates
-    learns = {
-        part: sum(p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad)
-        for part in rates
-    }
-    shown = (f"{PARTS[part]} {n:,} at rate {rates[part]:g}" for part, n in learns.items() if n)
-    logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(shown))
-    train, steps = stage.batches["train"].rows, len(stage.batches["train"])
+    for part, rate in stage.learning_rates.items():
+        weights = [p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad]
+        if weights:
+            learns = f"{sum(weights):,} parameters of {part}"
+            logger.info("stage %s learns %s at rate %g", stage.name, learns, rate)
     if stage.text is not None:
-        logger.info(
-            "tokens: %s an epoch, of a patient median %.0f, longest %d, up to %d of them soft",
-            f"{stage.lengths[train].sum():,}",
-            np.median(stage.lengths[train]),
-            stage.lengths[train].max(),
-            stage.config["num_prefix_tokens"],
-        )
+        lengths, soft = stage.lengths[train.rows], stage.config["num_prefix_tokens"]
+        median, longest = np.median(lengths), lengths.max()
+        shown = f"{lengths.sum():,} an epoch, of a patient median {median:.0f}, longest {longest}"
+        logger.info("tokens: %s, up to %d of them soft", shown, soft)
         if stage.text.shortened:
-            count = count_text(stage.text.shortened, data.min_cell)
-            logger.info("%s prompts were too long and lost their oldest values", count)
-    count = processes().num_processes
-    logger.info(
-        "batch size %d, %d steps an epoch, at most %d epochs, on %s, %d process%s",
-        args.batch_size,
-        steps,
-        stage.epochs,
-        default_device(),
-        count,
-        "" if count == 1 else "es",
-    )
+            shortened = f"{stage.text.shortened:,} prompts"
+            logger.info("%s were too long and lost their oldest values", shortened)
+    counts = args.batch_size, len(train), stage.epochs
+    logger.info("batch size %d, %d steps an epoch, at most %d epochs", *counts)
+    logger.info("on %s, processes: %d", default_device(), processes().num_processes)
 
 
 def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:
     """Log how long an epoch of a language model takes, from the time that some rows took."""
-    if stage.text is None:
-        return
-    lengths, train = stage.lengths, stage.batches["train"].rows
-    hours = seconds * lengths[train].sum() / lengths[rows].sum() / 3600 / processes().num_processes
-    shown = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
-    logger.info("an epoch takes about %s, validation apart", shown)
+    if stage.text is not None:
+        lengths, train = stage.lengths, stage.batches["train"].rows
+        minutes = seconds * lengths[train].sum() / lengths[rows].sum() / 60
+        minutes /= processes().num_processes
+        shown = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+        logger.info("an epoch takes about %s, validation apart", shown)
 
 
 def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
     """Log what the steps of a dry run on some rows have cost, and an epoch's time by them."""
-    logger.info(
-        "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written",
-        progress.steps,
-        progress.seconds / progress.steps,
-        progress.mean_loss,
-        peak_memory(),
-    )
+    took = progress.steps, progress.seconds / progress.steps, progress.mean_loss, peak_memory()
+    text = "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written"
+    logger.info(text, *took)
     log_epoch_time(stage, progress.seconds, rows)
 
 
 def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhausted: bool) -> None:
-    """Log the metrics of an epoch, which are None where they are hidden."""
-    epoch, skipped = metrics["epoch"], metrics["skipped_steps"]
-    steps = len(stage.batches["train"])
-    scores = "losses and AUROC not shown (--min_cell)"
-    if not stage.hides_events:
-        loss = "none" if metrics["train_loss"] is None else f"{metrics['train_loss']:.4f}"
-        scores = f"train loss {loss}, val loss {metrics['val_loss']:.4f}, "
-        scores += f"val AUROC {metrics['val_auroc']:.4f}"
+    """Log the metrics of an epoch; without a finite step there is no training loss."""
+    epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
+    loss = "none" if train_loss is None else f"{train_loss:.4f}"
+    scores = f"train loss {loss}, val loss {metrics['val_loss']:.4f}, "
+    scores += f"val AUROC {metrics['val_auroc']:.4f}, {metrics['seconds']:.1f} s"
     best = ", best so far" if improved else ""
-    logger.info("epoch %d/%d: %s, %.1f s%s", epoch, stage.epochs, scores, metrics["seconds"], best)
+    logger.info("epoch %d/%d: %s%s", epoch, stage.epochs, scores, best)
     if skipped:
+        steps = len(stage.batches["train"])
         level = logging.WARNING if skipped > WARNED_SHARE * steps else logging.INFO
         text = "epoch %d: %d of %d steps skipped, loss or gradient was not finite: %s"
         logger.log(level, text, epoch, skipped, steps, SKIPPED_ADVICE)
@@ -125,11 +88,7 @@ def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhauste
 
 
 def check_output(args: Namespace) -> None:
-    """Check that log and tracker of a run can be had, before minutes go into the data.
-
-    Raises:
-        InputError: naming the flag.
-    """
+    """Refuse a log or tracker that cannot be had, before minutes go into the data."""
     check_tracker(args.report_to)
     if args.output_dir:
         log_path(args, args.output_dir / stage_name(args))

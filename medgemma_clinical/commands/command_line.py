@@ -29,7 +29,7 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 SHOW_VALUES = "an error about a cell shows what the cell holds"
 """Help of the flag ``--show_values``."""
 
-MIN_CELL = "counts of fewer patients are hidden (0 = none)"
+MIN_CELL = "report.html: counts of fewer patients are hidden (0 = none)"
 """Help of the flag ``--min_cell``."""
 
 LESS_MEMORY = (

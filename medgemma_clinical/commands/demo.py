@@ -25,7 +25,6 @@ SETTINGS: dict[str, Any] = {
     "trajectory_epochs": 10,
     "epochs": 4,
     "adapter_lr": 1e-2,
-    "min_cell": 0,  # open data
 }
 """Values of flags that all three stages share."""
 

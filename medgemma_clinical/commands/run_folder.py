@@ -145,7 +145,6 @@ def run_data(
         inputs=stage1.config["inputs"] if stage1 else None,
         facts=args.facts == "on",
         prediction_time=args.prediction_time == "on",
-        min_cell=args.min_cell,
     )
 
 

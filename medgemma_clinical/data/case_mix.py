@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients, is_small, patient_quantiles
-
 AGE_BANDS = {
     "under 18": 18.0,
     "18 to 39": 40.0,
@@ -88,6 +86,37 @@ def banded(values: NDArray[Any], bands: dict[str, float]) -> pd.Categorical:
     return pd.Categorical([names[k] for k in position], categories=names, ordered=True)
 
 
+def case_mix_of(
+    people: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[Any]
+) -> dict[str, float]:
+    """Describe n rows by counts, shares and quartiles.
+
+    Args:
+        people: as from ``TrajectoryDataset.people``.
+        labels: (n,), NaN where unknown.
+        groups: (n,) patient of each row.
+
+    Returns:
+        ``rows``, ``patients``, ``prevalence`` (share of known labels), ``women`` (share of known
+        sexes), ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``; unknown
+        ones are left out.
+    """
+    sexes = people["sex"]
+    mix = {
+        "rows": len(people),
+        "patients": len(np.unique(groups)),
+        "prevalence": pd.Series(labels).mean(),
+        "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
+    }
+    for name in ("observations", "age"):
+        quartiles = people[name].quantile([0.25, 0.5, 0.75])
+        mix |= zip((f"{name}_q1", f"{name}_median", f"{name}_q3"), quartiles, strict=True)
+    return {name: float(number) for name, number in mix.items() if pd.notna(number)}
+
+
+# --- used by rooms that are being rewritten; the lead deletes it
+
+
 def join_bands(names: Sequence[str]) -> str:
     """Return the name of neighbouring subgroups as one; "18 to 39" and "40 to 59": "18 to 59".
 
@@ -105,42 +134,3 @@ def join_bands(names: Sequence[str]) -> str:
     else:
         joined = f"under {int(last['high']) + 1}"
     return " or ".join([joined, *names[len(bands) :]])
-
-
-def case_mix_of(
-    people: pd.DataFrame, labels: NDArray[np.float64], groups: NDArray[Any], fewest: int
-) -> dict[str, float]:
-    """Describe n rows by counts, shares and quartiles, but for those of a few patients.
-
-    Args:
-        people: as from ``TrajectoryDataset.people``.
-        labels: (n,), NaN where unknown.
-        groups: (n,) patient of each row.
-        fewest: patients of the smallest cell that is shown.
-
-    Returns:
-        ``rows``, ``patients``, ``prevalence`` (share of known labels), ``observations`` and ``age``
-        (years), each as ``_q1``, ``_median``, ``_q3``, and ``women`` (share of known sexes, of all
-        rows where the sex of a few patients is unknown: as in the subgroups, these join the men);
-        unknown ones are left out.
-    """
-    patients = len(np.unique(groups))
-    mix: dict[str, Any] = {"rows": len(people)}
-    if not is_small(patients, fewest):
-        mix["patients"] = patients
-    for name in ("observations", "age"):
-        known = people[name].notna().to_numpy()
-        if known.any() and count_patients(groups, known) >= 4 * fewest:
-            numbers = people[name].to_numpy(dtype=np.float64)[known]
-            quartiles = patient_quantiles(numbers, groups[known], (0.25, 0.5, 0.75))
-            for place, number in zip(("q1", "median", "q3"), quartiles, strict=True):
-                mix[f"{name}_{place}"] = number
-    if not any(is_small(count_patients(groups, labels == k), fewest) for k in (0, 1)):
-        mix["prevalence"] = pd.Series(labels).mean()
-    sexes = people["sex"].to_numpy()
-    women, unknown = sexes == "woman", sexes == UNKNOWN
-    few_unknown = is_small(count_patients(groups, unknown), fewest)
-    among = np.ones_like(unknown) if few_unknown else ~unknown
-    if not any(is_small(count_patients(groups, one), fewest) for one in (women, among & ~women)):
-        mix["women"] = pd.Series(women[among]).mean()
-    return {name: float(figure) for name, figure in mix.items() if pd.notna(figure)}

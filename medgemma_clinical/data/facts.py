@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients, is_small
+from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.texts import NUMBER
 
 CONTEXT_NUMBER = re.compile(
@@ -29,6 +29,9 @@ LARGEST_NUMBER, LONGEST_WORD, MOST_WORDS = 1e9, 100, 1_000
 
 RAREST_WORD = 0.01
 """Share of the training contexts that must hold a word or number for it to become a fact."""
+
+FEWEST_PATIENTS = 5
+"""Training patients that a fact or a summary needs: of fewer, a weight would only fit noise."""
 
 
 def facts_of(context: str) -> dict[str, float]:
@@ -92,45 +95,43 @@ def frequent_words(contexts: Sequence[str]) -> list[str]:
     return sorted(counts.index[counts >= RAREST_WORD * len(contexts)][:MOST_WORDS])
 
 
-def few_patients(column: NDArray[np.float64], groups: NDArray[np.str_], fewest: int) -> str | None:
-    """Describe the part of a column that too few patients have; None without such a part.
-
-    The weights keep mean and spread of each column. Of one patient they are the patient's own
-    value; where nearly all patients share a value, they give the values of the others away.
+def patients_behind(column: NDArray[np.float64], groups: NDArray[np.str_]) -> int:
+    """Count the patients whose values decide mean and spread of a column, which weights keep.
 
     Args:
         column: (n,) float64, NaN where unknown.
         groups: (n,) the patient of each row.
-        fewest: patients that the column needs, and that must have another value than the most
-            frequent one; of two values each.
+
+    Returns:
+        Patients with a known value; where most rows share one of several, those with another.
     """
-    known = ~np.isnan(column)
-    values, counts = np.unique(column[known], return_counts=True)
-    if is_small(count_patients(groups, known), fewest):
-        return "it"
-    usual = column == values[counts.argmax()] if len(values) else known
-    others = known & ~usual
-    if len(values) == 2:
-        few = any(is_small(count_patients(groups, cell), fewest) for cell in (usual, others))
-        return "one of its two values" if few else None
-    shared = count_patients(groups, usual) >= fewest
-    few = shared and is_small(count_patients(groups, others), fewest)
-    return "a value other than the most frequent one" if few else None
+    counted = ~np.isnan(column)
+    values, counts = np.unique(column[counted], return_counts=True)
+    if len(values) > 1 and 2 * counts.max() > counts.sum():
+        counted &= column != values[counts.argmax()]
+    return count_patients(groups, counted)
 
 
-def unusable_facts(table: pd.DataFrame, groups: NDArray[np.str_], fewest: int) -> dict[str, str]:
-    """Return the facts that a model may not learn from, and why.
+def few_patients(column: NDArray[np.float64], groups: NDArray[np.str_]) -> bool:
+    """Return whether too few patients are behind a column for a weight to be learnt from them."""
+    return patients_behind(column, groups) < FEWEST_PATIENTS
+
+
+def unusable_facts(table: pd.DataFrame, groups: NDArray[np.str_]) -> dict[str, str]:
+    """Return the facts that a model cannot learn from, and why.
 
     Args:
         table: facts of the n rows of the training part, NaN where unknown.
         groups: (n,) the patient of each row.
-        fewest: patients that a fact needs, see ``few_patients``.
     """
     unusable = {}
     for name in map(str, table):
         column = table[name].to_numpy()
         if len(np.unique(column[~np.isnan(column)])) < 2:
             unusable[name] = "the training part knows one value of it at most"
-        elif which := few_patients(column, groups, fewest):
-            unusable[name] = f"fewer than {fewest} patients of the training part have {which}"
+        elif few_patients(column, groups):
+            unusable[name] = (
+                f"fewer than {FEWEST_PATIENTS} training patients have it, or another value than "
+                "the most frequent one"
+            )
     return unusable

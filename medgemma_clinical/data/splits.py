@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import FEWEST, count_text, is_small, rarer_patients
 from medgemma_clinical.files import InputError
 
 PARTS = ("train", "val", "test")
@@ -80,19 +79,6 @@ def given_split(
     return split
 
 
-def is_rare_when_drawn(
-    labels: NDArray[np.float64], groups: NDArray[np.generic], fewest: int
-) -> bool:
-    """Return whether few patients of a held-out part of a drawn split have the event, or lack it.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        groups: (n,) patient of each row.
-        fewest: patients that a cell needs.
-    """
-    return is_small(rarer_patients(labels, groups), round(fewest / HELD_OUT_SHARE))
-
-
 def row_keys(
     times: NDArray[np.float64],
     values: NDArray[np.float64],
@@ -138,6 +124,6 @@ def describe_equal_rows(
     pair = sorted(numbers[[first["row"][other].iloc[0], rows["row"][other].iloc[0]]])
     return (
         f"rows {pair[0]} and {pair[1]} are equal in series, context and label, and lie in two "
-        f"parts of the split ({count_text(int(other.sum()), FEWEST)} such pairs): remove the "
+        f"parts of the split ({other.sum():,} such pairs): remove the "
         "copies, or give the rows of a patient one subject_id"
     )

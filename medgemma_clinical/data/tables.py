@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, TextIO
 
 import pandas as pd
 
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ class Findings:
             logger.warning("warning: %s: %s", self.source, warning)
         for text, rows in self.counts.items():
             if rows:
-                logger.info("%s: %s rows %s", self.source, count_text(rows, FEWEST), text)
+                logger.info("%s: %s rows %s", self.source, f"{rows:,}", text)
 
 
 def read_table(path: Path) -> pd.DataFrame:

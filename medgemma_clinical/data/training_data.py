@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.checks import describe_long_spans
-from medgemma_clinical.data.small_cells import FEWEST, has_few_events
+from medgemma_clinical.data.checks import describe_few_patients, describe_long_spans
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.files import InputError
@@ -32,7 +31,6 @@ class Data:
         prompts: what a prompt holds.
         data_sha256: hash of all that was read, before ``--max_samples``.
         rows_sha256: hash of labels, ids, patients and given split, before ``--max_samples``.
-        min_cell: patients of the smallest cell that any output shows; 0 shows all.
     """
 
     dataset: TrajectoryDataset
@@ -40,7 +38,6 @@ class Data:
     prompts: PromptOptions
     data_sha256: str
     rows_sha256: str
-    min_cell: int
 
     def prevalence(self) -> float:
         """Return the share of events in the training part."""
@@ -54,27 +51,24 @@ class Data:
         """
         if given is not None:
             return given
-        for line in describe_long_spans(self.dataset, self.min_cell):
+        for line in describe_long_spans(self.dataset):
             logger.warning("warning: %s: %s", self.dataset.source, line)
         return self.dataset.time_scale
 
-    @property
-    def hides_events(self) -> bool:
-        """Whether the numbers of events are not shown, see ``small_cells.has_few_events``."""
-        dataset = self.dataset
-        return has_few_events(dataset.labels, dataset.groups, self.split, self.min_cell)
+    def check_inputs(self) -> None:
+        """Warn of inputs that few training patients have.
 
-    @property
-    def hides_figures(self) -> bool:
-        """Whether no figure of any part is shown: in a drawn split one tells the others' events."""
-        return self.hides_events and self.dataset.parts is None
+        Raises:
+            InputError: no training patient has one.
+        """
+        dataset, train = self.dataset, self.split["train"]
+        dataset.check_measured(train)
+        for line in describe_few_patients(dataset.patients_behind(train)):
+            logger.warning("warning: %s: %s", dataset.source, line)
 
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
-        dataset = self.dataset
-        case_mix = dataset.case_mix(self.split["train"], self.min_cell)
-        if self.hides_events:
-            case_mix.pop("prevalence", None)
+        dataset, train = self.dataset, self.split["train"]
         return {
             "dataset": dataset.name,
             "reading": dataset.reading,
@@ -89,7 +83,8 @@ class Data:
             "named": dataset.named,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "case_mix": case_mix,
+            "case_mix": dataset.case_mix(train),
+            "patients": dataset.patients_behind(train),
         }
 
     def training_patients(self) -> NDArray[np.int64]:
@@ -167,7 +162,6 @@ def prepare_data(
     inputs: dict[str, Any] | None = None,
     facts: bool = True,
     prediction_time: bool = True,
-    min_cell: int = FEWEST,
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
 
@@ -179,7 +173,6 @@ def prepare_data(
         inputs: of a stage 1 beside the series, as in ``Data.description``; None chooses them.
         facts: whether the facts that the training part may tell are chosen.
         prediction_time: whether the prediction time is read where it is known.
-        min_cell: patients of the smallest cell that any output shows.
 
     Raises:
         InputError: a part of the split would lack patients with or without an event, or the data
@@ -189,7 +182,7 @@ def prepare_data(
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
     if inputs is None:
-        names = sample.choose_facts(split["train"], min_cell) if facts else []
+        names = sample.choose_facts(split["train"]) if facts else []
         known = sample.prediction_hours is not None
         inputs = {"facts": names, "prediction_time": prediction_time and known}
     elif not {*inputs["facts"]} <= {*sample.static_names} and not any(sample.contexts):
@@ -198,4 +191,4 @@ def prepare_data(
             "column clinical_context"
         )
     sample = sample.with_inputs(**inputs)
-    return Data(sample, split, prompts, data_sha256, rows_sha256, min_cell)
+    return Data(sample, split, prompts, data_sha256, rows_sha256)

@@ -23,6 +23,7 @@ from medgemma_clinical.data.facts import (
     CONTEXT_FACT,
     context_table,
     frequent_words,
+    patients_behind,
     unusable_facts,
 )
 from medgemma_clinical.data.ragged import RaggedSeries
@@ -32,7 +33,7 @@ from medgemma_clinical.data.reports.score import (
     score_report,
     written_parts,
 )
-from medgemma_clinical.data.small_cells import count_patients, is_small
+from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.splits import draw_split, given_split
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import (
@@ -178,45 +179,48 @@ class TrajectoryDataset(RaggedSeries):
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
 
-    def check_measured(self, train: NDArray[np.int64], fewest: int) -> None:
-        """Refuse a series that the training part never measures, or in a few patients alone.
-
-        The weights keep the mean of each series: of one patient it is the patient's own value. The
-        same holds for the prediction time.
+    def check_measured(self, train: NDArray[np.int64]) -> None:
+        """Refuse a series, or a prediction time, that no patient of the training part has.
 
         Args:
             train: positions of the training part.
-            fewest: patients that a series needs.
 
         Raises:
             InputError: its name, and how to go on without it.
         """
-        if self.hours_read is not None:
-            asked = count_patients(self.groups[train], ~np.isnan(self.hours_read[train]))
-            if asked < max(1, fewest):
-                raise InputError(
-                    f"{self.source}: {f'fewer than {fewest}' if asked else 'no'} patients of the "
-                    "training part have a prediction time: fill the column prediction_hours, or "
-                    "leave it unread by --prediction_time off"
-                )
-        measured = ~np.isnan(self.values[self.rows_of(train)])
-        groups = np.repeat(self.groups[train], self.lengths[train])
-        patients = [count_patients(groups, column) for column in measured.T]
-        never = [name for name, n in zip(self.features, patients, strict=True) if n == 0]
-        few = [n for n, k in zip(self.features, patients, strict=True) if is_small(k, fewest)]
-        rest = ",".join(name for name in self.features if name not in {*never, *few})
-        without = f'go on without it by --series "{rest}"'
+        if self.hours_read is not None and np.isnan(self.hours_read[train]).all():
+            raise InputError(
+                f"{self.source}: no patient of the training part has a prediction time: fill the "
+                "column prediction_hours, or leave it unread by --prediction_time off"
+            )
+        measured = (~np.isnan(self.values[self.rows_of(train)])).any(axis=0)
+        never = [name for name, known in zip(self.features, measured, strict=True) if not known]
         if never and not self.fixed_features:  # which nobody has chosen
+            rest = ",".join(name for name in self.features if name not in never)
             raise InputError(
-                f"{self.source}: the training part never measures {', '.join(never)}: {without}"
+                f"{self.source}: the training part never measures {', '.join(never)}: go on "
+                f'without it by --series "{rest}"'
             )
-        if few:
-            allow = "allow it by --min_cell 0"
-            advice = allow if self.fixed_features or not rest else f"{without}, or {allow}"
-            raise InputError(
-                f"{self.source}: fewer than {fewest} patients of the training part have "
-                f"{', '.join(few)}, and the weights would keep their values: {advice}"
-            )
+
+    def patients_behind(self, train: NDArray[np.int64]) -> dict[str, dict[str, int]]:
+        """Count the training patients behind each input whose mean a stage 1 keeps.
+
+        Args:
+            train: positions of the training part.
+
+        Returns:
+            ``series``: patients with a value; ``statics``: see ``facts.patients_behind``, with
+            ``prediction_hours`` where a model reads them.
+        """
+        groups, hours = self.groups[train], self.hours_read
+        measured = ~np.isnan(self.values[self.rows_of(train)])
+        owners = np.repeat(groups, self.lengths[train])
+        statics = zip(self.fact_names, self.known_facts()[train].T, strict=True)
+        behind = {name: patients_behind(column, groups) for name, column in statics}
+        if hours is not None:
+            behind["prediction_hours"] = count_patients(groups, ~np.isnan(hours[train]))
+        series = [count_patients(owners, column) for column in measured.T]
+        return {"series": dict(zip(self.features, series, strict=True)), "statics": behind}
 
     @property
     def n_patients(self) -> int:
@@ -317,17 +321,16 @@ class TrajectoryDataset(RaggedSeries):
 
     # ------------------------------------------------------------------ inputs beside the series
 
-    def choose_facts(self, train: NDArray[np.int64], fewest: int) -> list[str]:
+    def choose_facts(self, train: NDArray[np.int64]) -> list[str]:
         """Return the names of the facts that a model may learn from.
 
         Args:
             train: positions of the training part, which alone decides.
-            fewest: patients that a fact needs, see ``facts.unusable_facts``.
         """
         part = self.subset(train)
         words = frequent_words(part.contexts.tolist()) if self.reads_contexts else []
         table = part.fact_table([*self.static_names, *words])
-        unusable = unusable_facts(table, part.groups, fewest)
+        unusable = unusable_facts(table, part.groups)
         return [name for name in map(str, table) if name not in unusable]
 
     def fact_table(self, names: Sequence[str]) -> pd.DataFrame:
@@ -393,9 +396,9 @@ class TrajectoryDataset(RaggedSeries):
         """Return the subgroups of each row that a report looks at; see ``case_mix.bands_of``."""
         return bands_of(self.people())
 
-    def case_mix(self, rows: NDArray[np.int64], fewest: int) -> dict[str, float]:
+    def case_mix(self, rows: NDArray[np.int64]) -> dict[str, float]:
         """Describe the patients of some rows, at least one; see ``case_mix.case_mix_of``."""
-        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows], fewest)
+        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows])
 
     # ------------------------------------------------------------------ hashes
 

@@ -149,13 +149,13 @@ class TrajectoryClassifier(nn.Module):
     def fit_scales(self, data: Data) -> None:
         """Fit scales and prevalence to the training part.
 
-        Summaries that few patients have are not read: their scales would tell of these patients.
+        Summaries of few patients are not read.
         """
         dataset, train = data.dataset, data.split["train"]
         values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
         summaries = torch.from_numpy(dataset.summaries()[train])
         for column in summaries.T:
-            if few_patients(column.numpy(), dataset.groups[train], data.min_cell):
+            if few_patients(column.numpy(), dataset.groups[train]):
                 column.fill_(math.nan)
         facts = torch.from_numpy(dataset.known_facts()[train])
         member: Any

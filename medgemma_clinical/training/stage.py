@@ -34,8 +34,6 @@ class Stage:
         monitor: key of the epoch's metrics that selects the best epoch; of a loss the lowest.
         config: of the checkpoint, plain types; the decision rule joins it with the results.
         save: writes the model's weights and a config as the best, for the folder of the stage.
-        hides_events: few patients of some part have the event: losses and AUROC, which tell their
-            number, are not written.
         text: the tokenised rows; None without language model.
         stage1_risks: (N,) probability of each row by the stage 1 below a language model, or None.
         train_patients: hashes of the patients that train, of stage 1; None for the others.
@@ -55,7 +53,6 @@ class Stage:
     monitor: str
     config: dict[str, Any]
     save: Callable[[Path, dict[str, Any]], None]
-    hides_events: bool = False
     text: TextCollator | None = None
     stage1_risks: NDArray[np.float64] | None = None
     train_patients: NDArray[np.int64] | None = None

@@ -12,19 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from medgemma_clinical.data.checks import flow_lines
 from medgemma_clinical.data.database.flags import TableRequest
-from medgemma_clinical.data.dka.description import LABEL
-from medgemma_clinical.data.small_cells import (
-    FEWEST,
-    count_text,
-    flow_lines,
-    has_few_events,
-    hides_events,
-)
-from medgemma_clinical.data.splits import PARTS, is_rare_when_drawn
 from medgemma_clinical.files import InputError, atomic, partial_path, read_json
 from medgemma_clinical.provenance import code_hash
 
@@ -48,21 +39,9 @@ def make_file(request: TableRequest, make: Callable[[Any], Made]) -> int:
     table, description = make(request)
     write_rows(table, description, request.out)
     rows = description["rows"]
-    counts = [count_text(rows[name], FEWEST) for name in ("rows", "patients")]
-    events = "number of events not shown" if _hides_events(table) else f"{rows['events']:,} events"
-    logger.info("%s: %s rows of %s patients, %s", request.out, *counts, events)
+    counts = (f"{rows[name]:,}" for name in ("rows", "patients", "events"))
+    logger.info("%s: %s rows of %s patients, %s events", request.out, *counts)
     return 0
-
-
-def _hides_events(table: pd.DataFrame) -> bool:
-    """Return whether the number of events gives a small cell away, of all rows or of a part."""
-    labels, groups = table[LABEL].to_numpy(np.float64), table["subject_id"].to_numpy()
-    if "split" in table:
-        split = {part: np.flatnonzero(table["split"] == part) for part in PARTS}
-        few = has_few_events(labels, groups, split, FEWEST)
-    else:
-        few = is_rare_when_drawn(labels, groups, FEWEST)
-    return few or hides_events(labels, groups, FEWEST)
 
 
 def check_target(out: Path) -> None:
@@ -129,11 +108,10 @@ def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[
         removed = int((left & applies).sum())
         left &= ~applies
         flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
-    lines = flow_lines(pd.DataFrame(flow), FEWEST)
+    lines = flow_lines(pd.DataFrame(flow))
     if not left.any():
         removed_by = "; ".join(" ".join(line.split()) for line in lines)
-        counted = count_text(len(left), FEWEST)
-        raise InputError(f"{source}: of {counted} candidates none is left: {removed_by}")
+        raise InputError(f"{source}: of {len(left):,} candidates none is left: {removed_by}")
     for line in lines:
         logger.info(line)
     return left, flow

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from medgemma_clinical.data.database.connection import Database
-from medgemma_clinical.data.small_cells import FEWEST, is_small
 from medgemma_clinical.data.tables import check_expansion, check_separator
 from medgemma_clinical.files import InputError
 
@@ -375,7 +374,7 @@ def load_table(
     if first is not None:
         (column, words), sql = list(problems.items())[int(first)]
         where = f"{file.path}, {find_row(database, file, sql)}, column {column}"
-        others = "" if is_small(count, FEWEST) else f" in {count:,} rows"
+        others = f" in {count:,} rows" if count > 1 else ""
         raise InputError(f"{where}: {words}{others}: {columns[column].advise(words)}")
     database.run(f"ALTER TABLE {name} DROP COLUMN problem")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.tables import Findings, column_text
 from medgemma_clinical.data.texts import NUMBER
 
@@ -160,7 +159,7 @@ class TableCells:
             problem: of all bad cells, or one each; never holds their content.
         """
         rows = self.table.index[bad]
-        counted = f" ({count_text(len(rows), FEWEST)} such rows)"
+        counted = f" ({len(rows):,} such rows)"
         others = counted if len(rows) > 1 and self.whole else ""
         problems = itertools.repeat(problem) if isinstance(problem, str) else problem
         for row, text in zip(rows, problems, strict=False):

@@ -30,7 +30,6 @@ from medgemma_clinical.data.mimic.request import (
     Extraction,
 )
 from medgemma_clinical.data.mimic.tables import MimicTables
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.texts import Reference
 
 logger = logging.getLogger(__name__)
@@ -167,8 +166,7 @@ class _Cohort:
 
     def _log_values(self, left_out: dict[str, int]) -> None:
         for reason, count in left_out.items():
-            shown = count_text(count, FEWEST)
-            logger.info("%s: %s values %s", self.hospital.labs_path, shown, reason)
+            logger.info("%s: %d values %s", self.hospital.labs_path, count, reason)
 
     def _apply_rules(self) -> list[dict[str, Any]]:
         """Make the table kept, and log how the admissions became rows."""
@@ -228,9 +226,9 @@ class _Cohort:
             "count(*) FILTER (discharged_alive) "
             "FROM kept JOIN windows USING (stay) JOIN outcomes USING (stay)"
         )
-        shown = count_text(discharged, FEWEST)
         if self.request.discharged != EXCLUDE:
-            logger.info("discharged alive within the horizon, which is no event: %s rows", shown)
+            message = "discharged alive within the horizon, which is no event: %d rows"
+            logger.info(message, discharged)
         return {
             "rows": len(rows),
             "patients": int(rows["subject_id"].nunique()),

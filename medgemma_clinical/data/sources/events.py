@@ -24,7 +24,6 @@ from medgemma_clinical.data.dka.description import (
     check_text,
     comparable,
 )
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER, plain
 from medgemma_clinical.files import InputError
 
@@ -271,9 +270,10 @@ def check_subjects(
         else:
             raise InputError(problem)
     logger.warning(
-        "warning: %s of %s subjects with a label have no value in their windows: are subjects "
+        "warning: %d of %d subjects with a label have no value in their windows: are subjects "
         "named alike in events and labels?",
-        *(count_text(number, FEWEST) for number in (labelled - measured, labelled)),
+        labelled - measured,
+        labelled,
     )
 
 
@@ -363,9 +363,10 @@ def _warn_of_midnight(database: Database) -> None:
     )
     if midnight > MOST_AT_MIDNIGHT * events:
         logger.warning(
-            "warning: %s of %s events are at midnight: a date without a time counts as known from "
+            "warning: %d of %d events are at midnight: a date without a time counts as known from "
             "the beginning of its day, hours before it was",
-            *(count_text(number, FEWEST) for number in (midnight, events)),
+            midnight,
+            events,
         )
 
 

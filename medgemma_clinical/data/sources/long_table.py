@@ -27,7 +27,6 @@ from medgemma_clinical.data.database.table_files import (
 )
 from medgemma_clinical.data.dka.columns import is_near_miss
 from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
     SUBJECT,
     CodedSeries,
@@ -354,7 +353,7 @@ def count_left_out(database: Database, file: TableFile) -> dict[str, int]:
     ).iloc[0]
     for what, count in counts.items():
         if count:
-            logger.info("%s: %s values %s", file.path, count_text(count, FEWEST), what)
+            logger.info("%s: %d values %s", file.path, count, what)
     return {str(what): int(count) for what, count in counts.items()}
 
 

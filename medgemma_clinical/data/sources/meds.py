@@ -23,7 +23,6 @@ from medgemma_clinical.data.database.table_files import (
     readable,
 )
 from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.sources.events import (
     STEPS,
     SUBJECT,
@@ -282,14 +281,12 @@ def count_codes(database: Database, folder: Path) -> pd.DataFrame:
             )
     return database.frame(
         "FROM (SELECT code, sum(events)::BIGINT AS events, sum(subjects)::BIGINT AS subjects "
-        "FROM counted GROUP BY code) "
-        "ORDER BY CASE WHEN subjects < $fewest THEN 0 ELSE events END DESC, code",
-        {"fewest": FEWEST},
+        "FROM counted GROUP BY code) ORDER BY events DESC, code"
     )
 
 
 def list_codes(request: MedsRequest) -> int:
-    """Log each code with events, subjects, unit and description; counts of few are hidden."""
+    """Log each code with events, subjects, unit and description."""
     spill, path = Path(tempfile.gettempdir()), request.meds_dir / "metadata" / "codes.parquet"
     with open_database(spill, request.memory_limit, request.threads) as database:
         found = count_codes(database, request.meds_dir).assign(words="")
@@ -303,7 +300,6 @@ def list_codes(request: MedsRequest) -> int:
             found = found.drop(columns="words").merge(words, "left", "code").fillna({"words": ""})
     logger.info("%15s %15s  code, unit, description", "events", "subjects")
     for code, events, subjects, words in found.itertuples(index=False):
-        shown = count_text(subjects, FEWEST)
-        events = f"{events:,}" if subjects >= FEWEST else ""
-        logger.info("%15s %15s  %s", events, shown, one_line(f"{code}  {words}".rstrip()))
+        shown = one_line(f"{code}  {words}".rstrip())
+        logger.info("%15s %15s  %s", f"{events:,}", f"{subjects:,}", shown)
     return 0

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.srtr.codes import (
     ADVERSE,
     ANY_DIABETES,
@@ -93,8 +92,8 @@ def read_candidates(file: SafFile) -> pd.DataFrame:
     cand = pd.concat(read_saf(file, CAND_COLUMNS), ignore_index=True)
     keyed = cand[["PX_ID", "PERS_ID"]].abs().lt(np.inf).all(axis=1)
     if not keyed.all():
-        count = count_text((~keyed).sum(), FEWEST)
-        logger.warning("%s: %s rows without PX_ID or PERS_ID: left out", file.path, count)
+        count = int((~keyed).sum())
+        logger.warning("%s: %d rows without PX_ID or PERS_ID: left out", file.path, count)
     if not keyed.any():
         raise InputError(f"{file.path}, columns PX_ID and PERS_ID: no row has both as numbers")
     cand = cand[keyed].drop_duplicates().astype({"PX_ID": np.int64, "PERS_ID": np.int64})
@@ -104,8 +103,8 @@ def read_candidates(file: SafFile) -> pd.DataFrame:
             "content: leave one row each"
         )
     if unknown := int((~cand["CAN_REM_CD"].dropna().isin(KNOWN)).sum()):
-        message = "%s: %s unknown removal codes: counted as removal for another reason"
-        logger.warning(message, file.path, count_text(unknown, FEWEST))
+        message = "%s: %d unknown removal codes: counted as removal for another reason"
+        logger.warning(message, file.path, unknown)
     age = cand["CAN_AGE_IN_MONTHS_AT_LISTING"] / 12
     cand = cand.assign(age=age.where(age.between(0, OLDEST_YEARS)))
     return cand.set_index("PX_ID").sort_index()

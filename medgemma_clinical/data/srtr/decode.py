@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.srtr.codes import DATE_ENDINGS, TEXT_COLUMNS
 from medgemma_clinical.data.srtr.files import SafFile, read_chunks
 from medgemma_clinical.files import InputError
@@ -103,8 +102,8 @@ class DateCheck:
                 content,
             )
         for name, count in (+self.impossible).items():
-            message = "%s, column %s: %s impossible dates: their rows are left out"
-            logger.warning(message, self.path, name, count_text(count, FEWEST))
+            message = "%s, column %s: %d impossible dates: their rows are left out"
+            logger.warning(message, self.path, name, count)
 
 
 def read_saf(file: SafFile, costs: dict[str, str]) -> Iterator[pd.DataFrame]:
@@ -159,8 +158,7 @@ def _check_numbers(cells: pd.DataFrame, unread: pd.DataFrame, path: Path, rows_b
                 "had an event",
                 str(cells[name].iloc[first]),
             )
-        count = count_text(int(bad.sum()), FEWEST)
-        logger.warning("%s: %s cells are no numbers: taken as missing", where, count)
+        logger.warning("%s: %d cells are no numbers: taken as missing", where, bad.sum())
 
 
 def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:

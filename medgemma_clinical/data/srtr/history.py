@@ -6,7 +6,6 @@ import logging
 
 import pandas as pd
 
-from medgemma_clinical.data.small_cells import FEWEST, count_text
 from medgemma_clinical.data.srtr.codes import DIALYSIS, LARGEST_VALUE, YES_NO, Feature
 from medgemma_clinical.data.srtr.cohort import CohortDefinition
 from medgemma_clinical.data.srtr.decode import read_saf
@@ -79,8 +78,8 @@ def read_history(
     for feature in features:
         unread = int((rows[feature.column].notna() & values[feature.name].isna()).sum())
         if unread:
-            message = "%s, column %s: %s cells hold no known code or value: not measured"
-            logger.warning(message, file.path, feature.column, count_text(unread, FEWEST))
+            message = "%s, column %s: %d cells hold no known code or value: not measured"
+            logger.warning(message, file.path, feature.column, unread)
     table = pd.DataFrame({"PX_ID": rows["PX_ID"], "day": rows["day"].clip(lower=0), **values})
     return table, source
 
