@@ -58,19 +58,27 @@ from transformers import BitsAndBytesConfig, get_cosine_schedule_with_warmup
 from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
 from medgemma_clinical import distributed
-from medgemma_clinical.commands import announce, command_line, flags, python, results, run_folder
+from medgemma_clinical.commands import (
+    announce,
+    command_line,
+    compare,
+    flags,
+    python,
+    results,
+    run_folder,
+    several,
+)
 from medgemma_clinical.commands.command_line import POSITIVE, RATE, WHOLE, Parser, names, number
 from medgemma_clinical.commands.demo import run_demo
 from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
-from medgemma_clinical.commands.several import ablation, compare, seeds
 from medgemma_clinical.data.dka.description import LABEL
 from medgemma_clinical.data.ragged import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
@@ -695,13 +703,13 @@ def train_stage(
         return None
     with run_folder.opened(args, folder, facts) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-        metrics = results.write_results(stage, data, folder, state, facts, args)
-        track(results.figures_for_tracker(metrics), state.progress.steps)
+        config = results.write_results(stage, data, folder, state, facts, args)
+        track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens)
     model: Any = stage.model.eval()
     tokenizer = stage.text and stage.text.tokenizer
-    trained = trained_model.TrainedModel(model, stage.config, tokenizer, stage.train_patients)
-    return TrajectoryModel(trained, metrics)
+    trained = trained_model.TrainedModel(model, config, tokenizer, stage.train_patients)
+    return TrajectoryModel(trained)
 
 
 def dry_run(stage: Stage, seed: int) -> None:
@@ -724,13 +732,13 @@ def run(args: Namespace, given: set[str]) -> int:
     with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):
         if args.compare:
             place = args.output_dir if "--output_dir" in given else None
-            return compare.run_compare(args.compare, args.seed, args.min_cell, place)
+            return compare.run_compare(args, place)
         if not args.demo:
             distributed.check_gpu()
         if args.seeds:
-            return seeds.run_seeds(args, read_dataset, train)
+            return several.run_seeds(args, read_dataset, train)
         if args.ablation:
-            return ablation.run_ablation(args, read_dataset(args), train)
+            return several.run_ablation(args, read_dataset(args), train)
         if args.predict:
             return predict(args, given)
         if args.export:

@@ -39,7 +39,7 @@ from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-CHECKPOINT_FORMAT = 10
+CHECKPOINT_FORMAT = 11
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 CONFIG = "config.json"

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 
-from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.models.trajectory import Output
 
 
