@@ -92,7 +92,7 @@ def train_all(table, folder):
     folder.mkdir(exist_ok=True)
     data = write_data(table, folder / "train.csv")
     words = ["--data_path", str(data), "--output_dir", str(folder), "--log_file", "none"]
-    words += ["--min_cell", "0", "--batch_size", "8", "--encoder_lr", "0.05"]
+    words += ["--batch_size", "8", "--encoder_lr", "0.05"]
     assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
     words += ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01"]
     words += ["--ode_checkpoint", str(folder / "medgemma_trajectory_best.pt")]

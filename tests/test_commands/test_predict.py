@@ -1,403 +1,452 @@
-"""``--predict``: the places of its input and output, stops, and figures on labelled rows."""
-
-from __future__ import annotations
+"""``--predict``: its input, output and stops, the inputs of a model, labelled rows, checkpoints."""
 
 import gzip
+import json
 import os
 import re
 import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from medgemma_clinical.commands import predict
-from medgemma_clinical.commands.predict import check_output, find_source
-from medgemma_clinical.commands.run_folder import read_run, write_run
-from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
-from medgemma_clinical.evaluation.decision import threshold_text
-from medgemma_clinical.evaluation.report import STAGE_NAMES
-from medgemma_clinical.files import InputError, file_hash
-from medgemma_clinical.inference.hub import share_checkpoint
+from medgemma_clinical.commands import predict, results
+from medgemma_clinical.commands.predict import find_source
+from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.evaluation import metrics
+from medgemma_clinical.files import InputError, json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
-from medgemma_clinical.models.checkpoints import (
-    TRAJECTORY_FILE,
-    read_trajectory,
-    save_trajectory,
-)
-from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
+from medgemma_clinical.models.language_model import tiny_language_model
 from medgemma_clinical.models.trained_model import read_trained_config
-from pages import Page
-from predicting import (
-    SERIES,
-    STAGES,
-    command,
-    predicted,
-    read_predictions,
-    refused,
-    write_data,
-)
+from predicting import SERIES, STAGES, command, predicted, read_predictions, refused, write_data
+from srtr_dataset import SRTRTrajectoryDataset
+from srtr_files import LISTED, candidate, filler, history_row, random_tables, write_folder
 
-# --------------------------------------------------------------------------- places
+LABEL = "label_escalation"
+
+# --------------------------------------------------------------------------- paths and stops
 
 
 @pytest.mark.parametrize(
     ("kind", "flags", "expected"),
     [
-        ("srtr", {"organ": "kidney", "data_dir": Path("d")}, ["--organ kidney", "on liver"]),
-        ("srtr", {"dataset": "dka", "data_dir": Path("d")}, ["--dataset dka", "on srtr"]),
-        ("dka", {"organ": "liver", "data_path": Path("x.csv")}, ["on --dataset dka"]),
-        ("srtr", {"data_path": Path("x.csv")}, ["on --dataset srtr", "--data_dir alone"]),
-        ("dka", {"data_path": Path("x"), "data_dir": Path("d")}, ["--data_path alone"]),
-        ("dka", {}, ["on --dataset dka", "--data_path alone"]),
+        ("srtr", {"organ": "kidney", "data_dir": Path("d")}, "--organ kidney"),
+        ("srtr", {"dataset": "dka", "data_dir": Path("d")}, "--dataset dka"),
+        ("dka", {"organ": "liver", "data_path": Path("x.csv")}, "--dataset dka"),
+        ("srtr", {"data_path": Path("x.csv")}, "--data_dir alone"),
+        ("dka", {"data_path": Path("x"), "data_dir": Path("d")}, "--data_path alone"),
+        ("dka", {}, "--data_path alone"),
     ],
 )
-def test_data_of_another_kind_than_the_checkpoints_are_refused(
-    kind: str, flags: dict[str, Any], expected: list[str]
-) -> None:
+def test_data_of_another_kind_than_the_checkpoints_are_refused(kind, flags, expected):
     reading = {"srtr": {"organ": "liver"}, "dka": {}}[kind]
     names = ("dataset", "organ", "data_path", "data_dir")
     request = Namespace(**{**dict.fromkeys(names), **flags})
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=expected):
         find_source(request, {"dataset": kind, "reading": reading}, trainer.DATASETS)
-    assert all(text in str(error.value) for text in expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("out.json", None, "give a .csv file in a folder that exists"),
-        ("missing/out.csv", None, "give a .csv file in a folder that exists"),
-        ("out.csv", "id,label,probability,patient\n1,0,0.5,1\n", "was not written by --predict"),
-        ("out.csv", "id,probability,prediction,clinical_trajectory\n", "was not written by"),
-        ("out.report.html", "<p>someone else's</p>", "out.report.html was not written by"),
-        ("out.patients.html", "<p>someone else's</p>", "out.patients.html was not written by"),
-    ],
-)
-def test_nothing_of_another_origin_is_written_over(
-    name: str, content: str | None, problem: str, tmp_path: Path
-) -> None:
-    if content:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=problem):
-        check_output(tmp_path / re.sub(r"\.(report|patients)\.html", ".csv", name))
-
-
-@pytest.mark.parametrize("name", ["out.csv", "out.report.html", "out.patients.html"])
-def test_a_folder_in_the_way_of_the_output_is_named(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match=name):
-        check_output(tmp_path / "out.csv")
-
-
-def test_earlier_predictions_and_what_a_dead_run_left_are_replaced(
-    runs: Path, table: pd.DataFrame, tmp_path: Path
-) -> None:
-    data, out = write_data(table.head(9), tmp_path / "rows.csv"), tmp_path / "new.csv"
-    for name in (".new.csv.lock", ".new.csv.partial"):
+def test_nothing_is_written_over(runs, table, tmp_path, capsys):
+    """Not the rows to score, and neither earlier predictions nor the page beside them."""
+    rows = write_data(table.head(40), tmp_path / "rows.csv")
+    for out in (rows, tmp_path, tmp_path / "missing" / "out.csv"):
+        assert refused(capsys, command(runs / "trajectory", rows, out), "--predictions")
+    out, page = tmp_path / "out.csv", tmp_path / "out.report.html"
+    out.write_text("someone's")
+    page.write_text("someone's")
+    for name in (".out.csv.lock", ".out.csv.partial"):  # of a dead run
         (tmp_path / name).write_text("left")
-    first = predicted(runs / "trajectory", data, out)
-    pd.testing.assert_frame_equal(predicted(runs / "trajectory", data, out), first)
+    predicted(runs / "trajectory", rows, out)
+    aside = [path for path in tmp_path.iterdir() if path.is_file() and ".1" in path.name]
+    assert [path.read_text() for path in aside] == ["someone's"] * 2
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_an_existing_output_stays_when_the_run_fails(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monkeypatch):
     monkeypatch.setitem(MEMORY_ROWS, "trajectory", 4)
     few = table.head(20).copy()
     few.loc[15, SERIES] = "oops"
     data, out = write_data(few, tmp_path / "bad.csv"), tmp_path / "out.csv"
-    earlier = "id,probability,prediction,problem\n1,0.5,0,\n"
-    out.write_text(earlier)
+    out.write_text("earlier")
     assert trainer.main(command(runs / "trajectory", data, out, "--strict")) == 2
     cut = tmp_path / "bad.csv.gz"
     cut.write_bytes(gzip.compress(data.read_bytes())[:-40])
     assert trainer.main(command(runs / "trajectory", cut, out)) == 2
-    assert out.read_text() == earlier
 
-    def closed(*_: Any) -> None:
+    def closed(*_):
         assert list(tmp_path.glob(".out.csv*.partial")), "half a file is there"
         os.kill(os.getpid(), signal.SIGHUP)
 
     with monkeypatch.context() as patch:
         patch.setattr(predict, "count_implausible", closed)
         assert trainer.main(command(runs / "trajectory", data, out)) == 129
-    assert not list(tmp_path.glob(".*.partial"))
-    assert out.read_text() == earlier
     visible = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
     assert visible == {"bad.csv", "bad.csv.gz", "bad.json", "out.csv"}
-    assert trainer.main(command(runs / "trajectory", data, out)) == 0
-    assert out.read_text() != earlier
+    assert out.read_text() == "earlier"
 
 
-def test_two_runs_do_not_write_one_file(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second one starts while the first one writes."""
-    few = table.head(20).drop(columns="label_escalation")
+def test_two_runs_do_not_write_one_file(runs, table, tmp_path, monkeypatch):
+    few = table.head(20).drop(columns=LABEL)
     data, out = write_data(few, tmp_path / "few.csv"), tmp_path / "out.csv"
-    words, codes = command(runs / "trajectory", data, out), []
-    table_of = predict.prediction_table
+    words, codes, table_of = command(runs / "trajectory", data, out), [], predict.prediction_table
 
-    def meanwhile(*given: Any, **keywords: Any) -> Any:
+    def meanwhile(*given):
         monkeypatch.setattr(predict, "prediction_table", table_of)
         codes.append(trainer.main(words))
-        return table_of(*given, **keywords)
+        return table_of(*given)
 
     monkeypatch.setattr(predict, "prediction_table", meanwhile)
     assert trainer.main(words) == 0
     assert codes == [2]
     assert len(read_predictions(out)) == len(few)
-    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_file_without_rows_is_refused(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_rows_is_refused(runs, table, tmp_path, capsys):
     out, data = tmp_path / "out.csv", write_data(table.head(0), tmp_path / "empty.csv")
-    assert refused(capsys, command(runs / "trajectory", data, out), "no rows", out=out)
+    assert refused(capsys, command(runs / "trajectory", data, out), out=out)
+
+
+def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(runs, table, tmp_path, capsys):
+    ids = ["=HYPERLINK(1)", "+A1", "-x", "@x", "-5", "+1e3", "a=b", "7", "x"]
+    rows = table.head(9).drop(columns=LABEL).assign(id=ids)
+    data, out = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new.csv"
+    assert predicted(runs / "trajectory", data, out)["id"].tolist() == ids
+    assert "4 ids" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------- labelled rows
 
 
-def test_figures_are_those_of_the_labelled_rows(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mixed = table.copy()
-    mixed.loc[::3, "label_escalation"] = ""
-    bad = mixed.index[1]
-    mixed.loc[bad, SERIES] = "oops"
+@pytest.fixture(scope="module")
+def strangers():
+    """100 further stays, none of which trained a model of ``runs``."""
+    others = pd.read_csv(SAMPLE, dtype=str).iloc[200:300].reset_index(drop=True)
+    others.insert(1, "id", [f"row {k}" for k in range(len(others))])
+    return others
+
+
+def test_metrics_are_those_of_the_labelled_rows(runs, strangers, tmp_path, capsys):
+    mixed = strangers.copy()
+    mixed.loc[::3, LABEL] = ""
+    mixed.loc[1, SERIES] = "oops"
     out = tmp_path / "out.csv"
-    data = write_data(mixed, tmp_path / "mixed.csv")
-    lines = predicted(runs / "trajectory", data, out, "--min_cell", "0")
-    known = (mixed["label_escalation"] != "") & lines["probability"].notna()
-    labels = mixed.loc[known, "label_escalation"].astype(int)
+    lines = predicted(runs / "trajectory", write_data(mixed, tmp_path / "mixed.csv"), out)
+    known = (mixed[LABEL] != "") & lines["probability"].notna()
+    labels = mixed.loc[known, LABEL].astype(int)
     score = roc_auc_score(labels, lines.loc[known, "probability"])
-    shown = " ".join(capsys.readouterr().out.split())
-    counts = f"{int(known.sum())} rows, {labels.sum()} events"
-    assert f"rows with a label: {counts} AUROC: {score:.3f} [" in shown
-    page = out.with_suffix(".report.html").read_text()
-    config = read_trained_config(runs / "trajectory")
-    assert f"a risk of {threshold_text(config['decision']['threshold'])}" in page
-    assert f"AUROC {score:.3f} [" in page
-    assert "Case mix" in page
-    (row,) = re.findall(r"<tr>\s*<th[^>]*>Rows</th>(.*?)</tr>", page, re.DOTALL)
-    expected = [f"{config['case_mix']['rows']:,.0f}", f"{int(known.sum()):,}"]
-    assert expected == re.findall(r"<td>\s*(.*?)\s*</td>", row, re.DOTALL)
-    assert f"{int(known.sum()):,} rows with a score and a label" in page
+    page = out.with_suffix(".report.html").read_text().replace("\xa0", " ")
+    for text in (page, capsys.readouterr().out.replace("\xa0", " ")):
+        assert f"AUROC {score:.3f} [" in text
+        assert f"{known.sum()} rows" in text
     assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
-    few = write_data(table.head(3).assign(label_escalation="0"), tmp_path / "few.csv")
+    assert "--min_cell" in page
+    few = write_data(strangers.head(9).assign(**{LABEL: "0"}), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)
-    assert "one class only" in capsys.readouterr().out
     assert not out.with_suffix(".report.html").exists(), "the report of other predictions"
 
 
-def result_of(page: Path) -> str:
-    """Return the words of the box at the top of a report."""
-    text = page.read_text()
-    start = text.index('<section class="verdict')
-    return Page(text[start : text.index("</section>", start) + len("</section>")]).text
-
-
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_report_says_first_how_many_judged_patients_trained(
-    stage: str,
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Rows of the run; other people under its identifiers, and under their own; no identifiers."""
+def test_rows_of_the_training_data_are_left_out_and_counted(
+    stage, runs, table, strangers, tmp_path, capsys, monkeypatch
+):
+    """Known by identifier and row; not by an identifier alone, as another hospital may use it."""
     monkeypatch.setitem(MEMORY_ROWS, stage, 30)
     parts = [runs / stage / f"predictions_{part}.csv" for part in ("val", "test")]
     held_out = pd.concat(pd.read_csv(path, dtype=str)["patient"] for path in parts)
-    trained = (~table["subject_id"].isin(held_out)).sum()
-    others = pd.read_csv(SAMPLE, dtype=str).iloc[200:300].assign(id=table["id"].to_numpy())
-    strangers = others.assign(subject_id=table["subject_id"].to_numpy())
-    pseudonyms = table.assign(subject_id=[f"pseudonym {k}" for k in range(100)])
-    for rows, sentence in (
-        (table, f"{trained} of these 100 patients trained the model: the figures flatter it."),
-        (
-            strangers,
-            f"{trained} of these 100 patients have the identifier of a patient who trained",
-        ),
-        (others, "No patient here has the identifier, or the last values, of one who trained"),
-        (pseudonyms, "of these 100 patients have the last values, hours and outcome"),
-        (table.drop(columns=["subject_id", "id"]), "of these 100 patients have the last values"),
-    ):
-        out = tmp_path / "out.csv"
-        predicted(runs / stage, write_data(rows, tmp_path / "cohort.csv"), out, "--min_cell", "0")
-        shown = capsys.readouterr().out
-        page = out.with_suffix(".report.html")
-        assert sentence in Page(page.read_text()).text, "among the facts on the data"
-        warned = rows is not others
-        assert (sentence in result_of(page)[: len("100 ") + len(sentence)]) == warned
-        assert (sentence in shown.partition("than chance")[0]) == warned
-        title = f"In-hospital death: {STAGE_NAMES[stage]} on the rows of cohort.csv"
-        assert f"<title>{title}</title>" in page.read_text()
+    trained = int((~table["subject_id"].isin(held_out)).sum())
+    both = pd.concat([table, strangers]).reset_index(drop=True)
+    foreign = strangers.assign(subject_id=table["subject_id"].to_numpy())
+    for rows, left_out in ((both, trained), (strangers, 0), (foreign, 0)):
+        data, out = write_data(rows, tmp_path / "cohort.csv"), tmp_path / "out.csv"
+        lines = predicted(runs / stage, data, out)
+        sentence = f"{left_out} of {len(rows)} labelled rows are in the training data"
+        shown, page = capsys.readouterr().out, out.with_suffix(".report.html").read_text()
+        assert sentence in shown
+        assert sentence in page
+        new = ~rows["subject_id"].isin(set(table["subject_id"]) - set(held_out))
+        new = new if left_out else new | True
+        score = roc_auc_score(rows.loc[new, LABEL].astype(int), lines.loc[new, "probability"])
+        assert f"AUROC {score:.3f} [" in shown.replace("\xa0", " ")
+        out.with_suffix(".report.html").unlink()
 
 
-def test_a_checkpoint_without_its_training_patients_says_so(
-    runs: Path, table: pd.DataFrame, tmp_path: Path
-) -> None:
-    """As a shared copy; as a later stage beside another stage 1 or a damaged file."""
-    share_checkpoint(runs / "trajectory", tmp_path / "shared")
-    whole = tmp_path / "whole"
-    shutil.copytree(runs / "classification", whole / "classification")
-    shutil.copy(runs / TRAJECTORY_FILE, whole)
-    for name in ("alone", "another", "garbage", "damaged", "other_rows"):
-        shutil.copytree(whole, tmp_path / name)
-    (tmp_path / "alone" / TRAJECTORY_FILE).unlink()
-    (tmp_path / "damaged" / "classification" / "run.json").write_text("{")
-    other = read_trajectory(runs / TRAJECTORY_FILE)
-    path, trained = tmp_path / "another" / TRAJECTORY_FILE, other.train_patients
-    save_trajectory(path, other.weights, other.config, trained[1:].copy())
-    (tmp_path / "garbage" / TRAJECTORY_FILE).write_bytes(b"no checkpoint")
-    other.config["rows_sha256"] = "0" * 64
-    path = tmp_path / "other_rows" / TRAJECTORY_FILE
-    save_trajectory(path, other.weights, other.config, trained)
-    for name in ("garbage", "other_rows"):
-        folder, digest = (
-            tmp_path / name / "classification",
-            file_hash(tmp_path / name / TRAJECTORY_FILE),
-        )
-        write_run(folder, {**(read_run(folder) or {}), "stage_1_sha256": digest})
+def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_path):
+    """As a later stage alone, or beside another stage 1; from any folder it finds its own."""
+    copy_of(runs, "classification", tmp_path)
+    folder, file = tmp_path / "classification", tmp_path / TRAJECTORY_FILE
+    model = trainer.TrajectoryModel.from_pretrained(folder).trained
+    assert len(predict.training_patients(model, folder)[0])
+    other = read_trajectory(file)
+    save_trajectory(file, other.weights, other.config, other.train_patients[1:].copy())
     data = write_data(table, tmp_path / "cohort.csv")
-    unknown = "The checkpoint does not hold its training patients: if these "
-    for checkpoint in (tmp_path / "shared", *sorted(tmp_path.glob("*/classification"))):
-        predicted(checkpoint, data, tmp_path / "out.csv")
-        known = checkpoint.parent == whole
-        result = result_of(tmp_path / "out.report.html")
-        assert result.startswith(unknown) == (not known), checkpoint
+    for damage in (lambda: None, lambda: file.write_bytes(b"no"), file.unlink):
+        damage()
+        assert not len(predict.training_patients(model, folder)[0])
+        out = tmp_path / "out.csv"
+        predicted(folder, data, out)
+        assert "does not hold its training patients" in out.with_suffix(".report.html").read_text()
 
 
-def test_a_checkpoint_finds_its_stage_1_from_any_folder(
-    runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = trainer.TrajectoryModel.from_pretrained(runs / "classification").trained
-    for folder, name in (("classification", "."), ("classification", "best"), ("", "generative")):
-        monkeypatch.chdir(runs / folder)
-        assert len(predict.training_patients(model, Path(name))[0])
-
-
-def test_the_page_of_a_run_with_the_random_model_says_so(
-    runs: Path, table: pd.DataFrame, tmp_path: Path
-) -> None:
-    data = write_data(table, tmp_path / "new.csv")
-    for stage in ("classification", "trajectory"):
-        out = tmp_path / f"{stage}.csv"
-        predicted(runs / stage, data, out)
-        page = out.with_suffix(".report.html").read_text()
-        assert (RANDOM_MODEL in page) == (stage == "classification")
-
-
-def test_figures_of_many_chunks_are_those_of_one(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = table.copy()
-    rows["subject_id"] = [f"p{k % 17}" for k in range(len(rows))]  # a patient in many chunks
-    data = write_data(rows, tmp_path / "rows.csv")
-    judged: list[Cohort] = []
-
-    def kept(cohort: Cohort, *rest: Any) -> Any:
-        judged.append(cohort)
-        return cohort_figures(cohort, *rest)
-
-    monkeypatch.setattr(predict, "cohort_figures", kept)
+def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monkeypatch):
+    rows = strangers.assign(subject_id=[f"p{k % 17}" for k in range(len(strangers))])
+    data, judged = write_data(rows, tmp_path / "rows.csv"), []
+    evaluate = predict.evaluate
+    monkeypatch.setattr(predict, "evaluate", lambda t, *x: judged.append(t) or evaluate(t, *x))
     for name, size in (("one", 10_000), ("many", 7)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
-    one, many = judged
-    assert len(np.unique(many.groups)) == 17
-    np.testing.assert_array_equal(one.labels, many.labels)
-    np.testing.assert_array_equal(one.groups, many.groups)
-    np.testing.assert_allclose(one.probability, many.probability, atol=1e-6)
-    pd.testing.assert_frame_equal(one.subgroups, many.subgroups)
-    out = read_predictions(tmp_path / "many.csv")
-    np.testing.assert_array_equal(many.probability, out["probability"])
+    assert judged[1]["patient"].nunique() == 17
+    pd.testing.assert_frame_equal(*judged, rtol=0, atol=1e-6)
 
 
-def test_a_run_that_was_not_finished_has_no_threshold(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    whole = torch.load(runs / "medgemma_trajectory_best.pt", weights_only=True)
-    del whole["config"]["decision"]
-    torch.save(whole, tmp_path / "early.pt")
-    data = write_data(table.head(9).drop(columns="label_escalation"), tmp_path / "rows.csv")
-    out = predicted(tmp_path / "early.pt", data, tmp_path / "new.csv")
-    assert "the checkpoint has no threshold" in capsys.readouterr().out
-    assert (out["prediction"] == (out["probability"] >= 0.5)).all()
-    predicted(runs / "trajectory", data, tmp_path / "new.csv")
-    assert "has no threshold" not in capsys.readouterr().out
-
-
-def test_an_interrupted_report_leaves_the_predictions_and_no_page_of_others(
-    runs: Path,
-    table: pd.DataFrame,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_interrupted_report_leaves_the_predictions(runs, table, tmp_path, monkeypatch):
     data, out = write_data(table, tmp_path / "new.csv"), tmp_path / "out.csv"
-    predicted(runs / "trajectory", data, out)
 
-    def interrupted(*_: Any, **__: Any) -> None:
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "write_report", interrupted)
-    capsys.readouterr()
     assert trainer.main(command(runs / "trajectory", data, out)) == 130
-    assert f"predictions: {out}" in capsys.readouterr().out
-    assert len(pd.read_csv(out)) == len(table)
-    assert not out.with_suffix(".report.html").exists(), "the page of other predictions"
+    assert len(read_predictions(out)) == len(table)
 
 
-def test_the_page_on_labelled_rows_shows_no_small_cell(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    events = table["label_escalation"].astype(int)
-    few = pd.concat([table[events == 1].head(7), table[events == 0].head(60)])
-    few.loc[few.index[-3:], SERIES] = "oops"
-    data, out = write_data(few, tmp_path / "few.csv"), tmp_path / "out.csv"
-    assert trainer.main(command(runs / "trajectory", data, out)) == 0
-    assert "rows with a label: 64 rows, events not shown" in capsys.readouterr().out
-    page = out.with_suffix(".report.html").read_text()
-    assert "without a score; without a label" in page
-    assert "<td>fewer than 11</td>" in page
-    assert "no figure is shown (--min_cell 0 shows all" in page
-    assert "AUROC" not in page
-    assert trainer.main(command(runs / "trajectory", data, out, "--min_cell", "0")) == 0
-    assert "rows with a label: 64 rows, 7 events" in capsys.readouterr().out
-    page = out.with_suffix(".report.html").read_text()
-    assert "<td>3</td>" in page
-    assert "ROC curve" in page
-    tiny = write_data(few.head(10), tmp_path / "tiny.csv")
-    assert trainer.main(command(runs / "trajectory", tiny, out)) == 0
-    assert "labelled rows: fewer than 11, too few" in capsys.readouterr().out
-    assert not out.with_suffix(".report.html").exists()
+# --------------------------------------------------------------------------- what a model reads
+
+STATICS = ["static_bmi [kg/m2]", "static_admissions"]
+TINY = ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
 
 
-def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(
-    runs: Path, table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ids = ["=HYPERLINK(1)", "+A1", "-x", "@x", "-5", "+1e3", "a=b", "7", "x"]
-    rows = table.head(9).drop(columns="label_escalation").assign(id=ids)
-    data, out = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new.csv"
-    assert predicted(runs / "trajectory", data, out)["id"].tolist() == ids
-    warning = "4 ids begin like a formula: a spreadsheet would run them: import the column as text"
-    assert capsys.readouterr().out.count(warning) == 1
-    data = write_data(rows.tail(5), tmp_path / "rows.csv")
-    predicted(runs / "trajectory", data, out)
-    assert "formula" not in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def asked(table):
+    """The stays with two static columns and a prediction time, some of them unknown."""
+    rng = np.random.default_rng(0)
+    hours = table[SERIES].str.findall(r"\(([\d.]+)h\)").map(lambda each: max(map(float, each)))
+    asked = table.drop(columns="clinical_context")
+    asked[STATICS[0]] = [f"{bmi:.1f}" if bmi > 23 else "" for bmi in rng.normal(27, 4, len(table))]
+    asked[STATICS[1]] = rng.integers(0, 4, len(table)).astype(str)
+    asked["prediction_hours"] = (hours + rng.integers(0, 40, len(table))).astype(str)
+    asked.loc[4::6, "prediction_hours"] = ""
+    return asked
+
+
+@pytest.fixture(scope="module")
+def models(asked, tmp_path_factory):
+    """A folder with two members of stage 1, and models upon them, some by half of their weight."""
+    place = tmp_path_factory.mktemp("inputs")
+    data = write_data(asked, place / "train.csv")
+    words = ["--data_path", str(data), "--output_dir", str(place), "--log_file", "none"]
+    words += ["--batch_size", "8", "--encoder_lr", "0.05"]
+    stage1 = ["--trajectory_only", "--trajectory_epochs", "2", "--members", "2"]
+    upon = [*TINY, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "REPLICATES", 20)
+        patch.setattr(results, "fit_residual_weight", lambda *_: 0.5)
+        for flags in (
+            stage1,
+            upon,
+            [*TINY, "--soft_prompt", "off", "--output_dir", f"{place}/text"],
+            [*upon, "--soft_prompt", "off", "--output_dir", f"{place}/logit"],
+            [*upon, "--stage1_logit", "off", "--output_dir", f"{place}/alone"],
+        ):
+            assert trainer.main([*words, *flags]) == 0
+    return place
+
+
+@pytest.mark.parametrize(
+    "stage", ["trajectory", "classification", "logit/classification", "alone/classification"]
+)
+def test_the_risks_are_those_of_the_run(stage, models, asked, tmp_path):
+    config = read_trained_config(models / stage)
+    assert config["inputs"] == {"facts": STATICS, "prediction_time": True}
+    assert config["members"] == 2
+    data = write_data(asked.drop(columns=LABEL), tmp_path / "rows.csv")
+    out = predicted(models / stage, data, tmp_path / "out.csv").set_index("id")
+    own = pd.read_csv(models / stage / "predictions_test.csv", dtype={"id": str}).set_index("id")
+    assert len(own) == 10
+    assert (out["probability"][own.index] - own["probability"]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("column", [*STATICS, "prediction_hours"])
+def test_each_input_moves_the_risk_and_is_asked_for(column, models, asked, tmp_path, capsys):
+    rows = asked[(asked[[*STATICS, "prediction_hours"]] != "").all(axis=1)].head(9)
+    rows = rows.drop(columns=LABEL)
+    changed = rows.assign(**{column: (rows[column].astype(float) + 5).astype(str)})
+    risks = [
+        predicted(
+            models / "trajectory", write_data(t, tmp_path / f"{k}.csv"), tmp_path / f"{k}p.csv"
+        )
+        for k, t in enumerate((rows, changed))
+    ]
+    assert ((risks[0]["probability"] - risks[1]["probability"]).abs() > 1e-6).all()
+    data = write_data(rows.drop(columns=column), tmp_path / "bare.csv")
+    out = tmp_path / "out.csv"
+    assert refused(capsys, command(models / "trajectory", data, out), column, out=out)
+
+
+def test_text_alone_asks_for_no_input_of_stage_1(models, asked, tmp_path, capsys):
+    bare = asked.drop(columns=[*STATICS, "prediction_hours", LABEL]).head(9)
+    data = write_data(bare, tmp_path / "rows.csv")
+    out = predicted(models / "text" / "classification", data, tmp_path / "out.csv")
+    assert out["problem"].tolist() == [""] * 9
+    rows = asked.head(9).assign(**{STATICS[1]: ["", "", *["1"] * 7]}).drop(columns=LABEL)
+    predicted(models / "trajectory", write_data(rows, tmp_path / "a.csv"), tmp_path / "b.csv")
+    assert f"{STATICS[1]}: taken as unknown" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+def copy_of(runs, stage, place):
+    """Copy the best model of a stage, to be changed."""
+    shutil.copy(runs / TRAJECTORY_FILE, place)
+    shutil.copytree(runs / stage, place / stage)
+    return place / stage
+
+
+def change_config(folder, **changes):
+    """Change entries of a configuration, and make its hash fit."""
+    path = folder / "best" / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    del config["config_sha256"]
+    path.write_text(json.dumps({**config, "config_sha256": json_hash(config)}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},  # cut weights
+        {"base_model": "no/such_model"},
+        {"dataset": "sepsis"},
+        {"shuffled": True},
+        {"base_weights": "random"},
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_line(changes, runs, tmp_path, capsys):
+    folder, out = copy_of(runs, "classification", tmp_path), tmp_path / "out.csv"
+    change_config(folder, **changes)
+    if not changes:
+        file = folder / "best" / "modules.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    assert refused(capsys, command(folder, runs / "train.csv", out), out=out)
+
+
+@pytest.mark.parametrize("stage", ["classification", "generative"])
+def test_the_weight_of_the_language_model_lies_with_the_weights(stage, runs, table, tmp_path):
+    folder = copy_of(runs, stage, tmp_path)
+    data = write_data(table.head(12).drop(columns=LABEL), tmp_path / "few.csv")
+    logits = []
+    for weight in (0.0, 0.5, 1.0):
+        change_config(folder, residual_weight=weight)
+        risk = predicted(folder, data, tmp_path / f"{weight}.csv")["probability"]
+        logits.append(np.log(risk / (1 - risk)))
+    np.testing.assert_allclose(logits[1], (logits[0] + logits[2]) / 2, atol=1e-5)
+    assert not np.allclose(logits[0], logits[2], atol=1e-4)
+    alone = predicted(tmp_path / TRAJECTORY_FILE, data, tmp_path / "stage_1.csv")["probability"]
+    np.testing.assert_allclose(logits[0], np.log(alone / (1 - alone)), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "generative"])
+def test_recalibration_and_threshold_lie_with_the_weights(stage, runs, table, tmp_path, capsys):
+    folder = copy_of(runs, stage, tmp_path)
+    data = write_data(table.head(12).drop(columns=LABEL), tmp_path / "few.csv")
+    plain = predicted(folder, data, tmp_path / "1.csv")
+    decision = {"slope": 2.0, "intercept": 0.5, "threshold": 0.3}
+    if stage == "trajectory":
+        content = torch.load(tmp_path / TRAJECTORY_FILE, weights_only=True)
+        content["config"]["decision"] = decision
+        torch.save(content, tmp_path / TRAJECTORY_FILE)
+    else:
+        change_config(folder, decision=decision)
+    out = predicted(folder, data, tmp_path / "2.csv")
+    logit = np.log(plain["probability"] / (1 - plain["probability"]))
+    assert np.abs(out["probability"] - 1 / (1 + np.exp(-(0.5 + 2 * logit)))).max() < 1e-6
+    assert (out["prediction"] == (out["probability"] >= 0.3)).all()
+    if stage == "generative":
+        assert (out["report"].str.contains(": yes", regex=False) == out["prediction"].eq(1)).all()
+        return
+    del content["config"]["decision"]  # of a run that was not finished
+    torch.save(content, tmp_path / "early.pt")
+    capsys.readouterr()
+    out = predicted(tmp_path / "early.pt", data, tmp_path / "3.csv")
+    assert "no threshold" in capsys.readouterr().out
+    assert (out["prediction"] == (out["probability"] >= 0.5)).all()
+
+
+def test_the_base_model_may_lie_elsewhere(runs, table, tmp_path):
+    folder = copy_of(runs, "classification", tmp_path)
+    data = write_data(table.head(20).drop(columns=LABEL), tmp_path / "few.csv")
+    expected = predicted(folder, data, tmp_path / "1.csv")
+    model, tokenizer = tiny_language_model()
+    model.save_pretrained(tmp_path / "moved")
+    tokenizer.save_pretrained(tmp_path / "moved")
+    change_config(folder, base_model="no/such_model", base_revision="0" * 40)
+    moved = ["--model_name", str(tmp_path / "moved"), "--quantization", "none"]
+    out = predicted(folder, data, tmp_path / "2.csv", *moved)
+    pd.testing.assert_frame_equal(out, expected, rtol=0, atol=1e-6)
+    rough = predicted(folder, data, tmp_path / "3.csv", *moved, "--precision", "bf16")
+    difference = np.abs(rough["probability"] - expected["probability"])
+    assert 1e-6 < difference.max() < 0.05
+
+
+# --------------------------------------------------------------------------- SRTR
+
+
+@pytest.fixture(scope="module")
+def srtr(tmp_path_factory):
+    """A liver folder and a run of stage 1 on it."""
+    place = tmp_path_factory.mktemp("srtr")
+    write_folder(place / "data", *random_tables(300, "liver", seed=1))
+    words = ["--trajectory_only", "--dataset", "srtr", "--organ", "liver", "--log_file", "none"]
+    words += ["--data_dir", str(place / "data"), "--output_dir", str(place)]
+    assert trainer.main([*words, "--trajectory_epochs", "2", "--transplant", "exclude"]) == 0
+    return place
+
+
+def srtr_command(srtr, data, out, *more):
+    words = ["--predict", "--checkpoint", str(srtr / "trajectory"), "--data_dir", str(data)]
+    return [*words, "--predictions", str(out), *more]
+
+
+def test_srtr_predictions_are_those_of_the_run(srtr, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(MEMORY_ROWS, "trajectory", 50)
+    out = tmp_path / "out.csv"
+    assert trainer.main(srtr_command(srtr, srtr / "data", out, "--organ", "liver")) == 0
+    lines = read_predictions(out)
+    expected = SRTRTrajectoryDataset(srtr / "data", "liver", require_labels=False)
+    assert lines["id"].tolist() == expected.ids.tolist()
+    own = pd.read_csv(srtr / "trajectory" / "predictions_test.csv", dtype={"id": str})
+    known = lines.set_index("id")["probability"][own["id"]].to_numpy()
+    assert np.abs(known - own["probability"]).max() < 1e-6
+    other = tmp_path / "other.csv"
+    words = srtr_command(srtr, srtr / "data", other, "--organ", "kidney")
+    assert refused(capsys, words, "kidney", out=other)
+
+
+def test_registrations_without_a_known_outcome_are_scored_and_their_future_is_not_read(
+    srtr, tmp_path
+):
+    candidates, history = filler()
+    futures = {
+        1: {"CAN_ENDWLFU": LISTED + 130},  # still waits, the horizon not over
+        2: {"CAN_REM_CD": 12, "CAN_REM_DT": LISTED + 130},
+        3: {"CAN_REM_CD": 4, "CAN_REM_DT": LISTED + 130, "REC_TX_DT": LISTED + 130},
+        4: {"CAN_REM_CD": 8, "CAN_REM_DT": LISTED + 120, "CAN_DEATH_DT": LISTED + 120},
+        5: {},
+    }
+    candidates += [candidate(px, **future) for px, future in futures.items()]
+    candidates.append(candidate(6, CAN_ENDWLFU=LISTED + 80))  # the landmark has not come
+    for px in range(1, 7):
+        history += [history_row(px, 10), history_row(px, 125, CANHX_BILI=30.0 + px)]
+    folder, out = write_folder(tmp_path / "new", candidates, history), tmp_path / "out.csv"
+    assert trainer.main(srtr_command(srtr, folder, out)) == 0
+    known = read_predictions(out).set_index("id")["probability"]
+    assert "6" not in known.index
+    assert known[[str(px) for px in futures]].nunique() == 1  # alike up to the landmark

@@ -1,0 +1,317 @@
+"""Several runs: what is made of each seed and ablation variant, and how they are compared."""
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+from finished_runs import write_run
+from medgemma_clinical.commands import several
+from medgemma_clinical.commands.compare import (
+    cost_of,
+    join_predictions,
+    model_names,
+    random_models_notice,
+)
+from medgemma_clinical.commands.flags import complete
+from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds, stage_folder
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.files import InputError
+from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+
+DATASET = SimpleNamespace(outcome="Death")
+STAGE_1 = STAGE_NAMES["trajectory"]
+
+
+def arguments(folder, **changes):
+    """The flags of a command of several runs."""
+    args = complete(trainer.build_parser().parse_args(["--output_dir", str(folder)]))
+    return Namespace(**{**vars(args), "seed": 3, **changes})
+
+
+def fake_train(made, **options):
+    """Return a training that writes a finished run and takes down its arguments."""
+
+    def train(args, dataset):
+        assert dataset is DATASET
+        made.append(args)
+        logging.getLogger("medgemma_trainer").info("a line of the run itself")
+        write_run(stage_folder(args), len(made), **options)
+        return 0
+
+    return train
+
+
+@pytest.fixture(autouse=True)
+def unbegun(monkeypatch):
+    """No run was begun before; nothing of a run is prepared."""
+    for name in ("run_data", "run_facts"):
+        monkeypatch.setattr(several, name, lambda *_: None)
+    monkeypatch.setattr(several, "progress_of", lambda folder, facts: "none")
+
+
+def results_of(path):
+    return json.loads(path.read_text())
+
+
+# --------------------------------------------------------------------------- --seeds
+
+
+def test_every_seed_has_its_folder_its_number_and_its_stage_1():
+    place = Path("s1/seed_{seed}/x.pt")
+    args = arguments("out", ode_checkpoint=place, log_file="run_{seed}.log", seeds=2)
+    own = several.seed_arguments(7, args)
+    assert (own.seed, own.seeds, own.output_dir) == (7, None, Path("out/seed_7"))
+    assert (own.ode_checkpoint, own.log_file) == (Path("s1/seed_7/x.pt"), "run_7.log")
+    assert args.ode_checkpoint == place, "the command's own arguments stay"
+    with pytest.raises(InputError, match="ode_checkpoint"):
+        run_seeds(arguments("out", ode_checkpoint=Path("x.pt"), seeds=2), None, None)
+
+
+def test_the_seeds_are_pooled(tmp_path, caplog):
+    made, args = [], arguments(tmp_path, seeds=2, trajectory_only=True)
+    with caplog.at_level(logging.INFO):
+        assert run_seeds(args, lambda _: DATASET, fake_train(made)) == 0
+    assert [(own.seed, own.seeds) for own in made] == [(3, None), (4, None)]
+    folders = [tmp_path / f"seed_{seed}" / "trajectory" for seed in (3, 4)]
+    tables = [pd.read_csv(folder / "predictions_test.csv") for folder in folders]
+    scores = [roc_auc_score(table["label"], table["probability"]) for table in tables]
+    content = results_of(tmp_path / "seeds_trajectory.json")
+    pooled = Metrics.from_json({k: x for k, x in content.items() if k != "cost"})
+    auroc = pooled.of(STAGE_1).loc["auroc"]
+    expected = [np.mean(scores), np.std(scores, ddof=1), min(scores), max(scores)]
+    assert auroc[["value", "sd", "min", "max"]].tolist() == pytest.approx(expected)
+    assert content["cost"][STAGE_1]["seconds_an_epoch"] == 1
+    assert content["cost"][STAGE_1]["memory_mib"] == 101.5
+    page = (tmp_path / "seeds_trajectory.html").read_text()
+    for text in (page, caplog.text):
+        assert f"{min(scores):.3f} to {max(scores):.3f}" in text
+    for folder in folders:
+        known = results_of(folder / "metrics.json")
+        assert f"{known['validation']['auroc']['value']:.3f}" in page
+    before = (tmp_path / "seeds_trajectory.json").read_bytes()
+    run_seeds(
+        arguments(tmp_path, seeds=2, seed=5, trajectory_only=True),
+        lambda _: DATASET,
+        fake_train([]),
+    )
+    assert (tmp_path / "seeds_trajectory.1.json").read_bytes() == before
+    assert (tmp_path / "seeds_trajectory.1.html").exists()
+
+
+def test_the_data_are_read_once_unless_each_seed_has_its_own(tmp_path):
+    for path, expected in (("data.csv", ["data.csv"]), ("d_{seed}.csv", ["d_3.csv", "d_4.csv"])):
+        read = []
+
+        def keep(args, read=read):
+            read.append(args.data_path.name)
+            return DATASET
+
+        args = arguments(tmp_path / path, data_path=Path(path), seeds=2, trajectory_only=True)
+        assert run_seeds(args, keep, fake_train([])) == 0
+        assert read == expected
+
+
+def test_finished_runs_are_left_stopped_ones_continued_and_failed_ones_named(tmp_path, monkeypatch):
+    made, known = [], {3: "all", 4: "part", 5: "none"}
+    args = arguments(tmp_path, seeds=3, trajectory_only=True)
+    write_run(tmp_path / "seed_3" / "trajectory", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(several, "run_facts", lambda own, *_: own)
+        patch.setattr(several, "progress_of", lambda folder, own: known[own.seed])
+        run_seeds(args, lambda _: DATASET, fake_train(made))
+    assert [(own.seed, own.resume) for own in made] == [(4, True), (5, False)]
+    own = arguments(tmp_path / "fails", seeds=3, trajectory_only=True)
+    assert run_seeds(own, lambda _: DATASET, lambda *_: 7) == 7
+    assert not (tmp_path / "fails" / "seed_4").exists()
+
+    def refuses(args, dataset):
+        raise InputError("the test part has no event", "cell")
+
+    with pytest.raises(InputError, match="^seed 3: ") as refused:
+        run_seeds(own, lambda _: DATASET, refuses)
+    assert refused.value.value == "cell"
+
+
+def test_models_that_some_split_lacks_are_not_pooled(tmp_path):
+    def train(args, dataset):
+        code = fake_train([], baseline="blend")(args, dataset)
+        path = args.output_dir / "trajectory" / "predictions_test.csv"
+        table = pd.read_csv(path, dtype={"id": str}).assign(other=0.5)
+        if args.seed == 4:
+            table = table.rename(columns={"other": "blend with statics"})
+        table.assign(ensemble=table["blend"]).to_csv(path, index=False)
+        return code
+
+    run_seeds(arguments(tmp_path, seeds=2, trajectory_only=True), lambda _: DATASET, train)
+    assert list(results_of(tmp_path / "seeds_trajectory.json")["models"]) == ["blend"]
+
+
+def test_ablations_of_several_seeds_are_pooled(tmp_path):
+    args = arguments(tmp_path, seeds=2, ablation=True, arms=["text", "text + logit"])
+    args.reference = "text"
+    made = []
+    assert run_seeds(args, lambda _: DATASET, fake_train(made)) == 0
+    assert len(made) == 6
+    content = results_of(tmp_path / "seeds_ablation.json")
+    assert content["model"] == "text"
+    assert set(content["models"]) == {"stage 1", "text + logit", "last value"}
+    assert content["cost"]["text"]["memory_mib"] == 100 + (2 + 5) / 2
+
+
+# --------------------------------------------------------------------------- --ablation
+
+
+def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines(
+    tmp_path, monkeypatch, caplog
+):
+    made, forgotten = [], []
+    monkeypatch.setattr(several, "reset_peak_memory", lambda: forgotten.append(1))
+    with caplog.at_level(logging.INFO):
+        assert run_ablation(arguments(tmp_path, ablation=True), DATASET, fake_train(made)) == 0
+    assert len({stage_folder(own) for own in made}) == len(VARIANTS) == len(forgotten)
+    assert len({str({**vars(own), "output_dir": None}) for own in made}) == len(VARIANTS)
+    content = results_of(tmp_path / "ablation" / "ablation.json")
+    assert list(content["models"]) == [*list(VARIANTS)[1:], "last value"]
+    table = pd.read_csv(tmp_path / "ablation" / "predictions_test.csv", dtype={"id": str})
+    assert list(table) == ["id", "label", "patient", *VARIANTS, "last value"]
+    reference = roc_auc_score(table["label"], table["stage 1"])
+    for name in list(VARIANTS)[1:]:
+        row = content["models"][name]["auroc"]
+        auroc = roc_auc_score(table["label"], table[name])
+        assert row["value"] == pytest.approx(auroc)
+        assert row["difference"] == pytest.approx(auroc - reference), "the row minus the reference"
+        assert f"{name}: test AUROC " in caplog.text
+    assert "Death" in (tmp_path / "ablation" / "ablation.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "change", [{"arms": ["text", "nothing"]}, {"arms": ["text"], "reference": "nothing"}]
+)
+def test_unknown_variants_are_refused(change, tmp_path):
+    with pytest.raises(InputError, match="nothing"):
+        run_ablation(arguments(tmp_path, ablation=True, **change), DATASET, fake_train([]))
+
+
+def test_a_baseline_may_be_the_reference(tmp_path):
+    args = arguments(tmp_path, ablation=True, arms=["text"], reference="last value")
+    made = []
+    assert run_ablation(args, DATASET, fake_train(made)) == 0
+    assert [stage_folder(own).name for own in made] == ["trajectory", "classification"]
+    assert results_of(tmp_path / "ablation" / "ablation.json")["model"] == "last value"
+
+
+# --------------------------------------------------------------------------- --compare
+
+
+def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, capsys):
+    for seed, stage in enumerate(("trajectory", "classification")):
+        write_run(tmp_path / stage, seed, baseline=STAGE_1 if seed else "last value")
+    runs = [str(tmp_path / stage) for stage in ("classification", "trajectory")]
+    assert trainer.main(["--compare", *runs]) == 0
+    shown = capsys.readouterr().out
+    assert STAGE_NAMES["classification"] in shown
+    assert not list(tmp_path.glob("compare*"))
+    assert trainer.main(["--compare", *runs, "--output_dir", str(tmp_path / "out")]) == 0
+    content = results_of(tmp_path / "out" / "compare.json")
+    assert content["model"] == STAGE_NAMES["classification"]
+    assert list(content["models"]) == [STAGE_1]
+    table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
+    gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])
+    assert content["models"][STAGE_1]["auroc"]["difference"] == pytest.approx(gain)
+    assert "Death" in (tmp_path / "out" / "compare.html").read_text()
+    places = [tmp_path / name for name in ("a/trajectory", "b/trajectory")]
+    assert model_names(places) == ["a/trajectory", "b/trajectory"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: table.drop(columns="probability"),
+        lambda table: table.assign(probability="nan"),
+        lambda table: table.assign(probability="much"),
+        lambda table: table.assign(probability=7.0),
+        lambda table: table.assign(probability=-0.1),
+        lambda table: table.assign(label=1 - table["label"]),
+        lambda table: table.assign(id="0"),
+        lambda table: table.head(20),
+        lambda table: table.assign(label=2),
+    ],
+)
+def test_tables_that_cannot_be_compared_are_refused(damage, tmp_path, capsys):
+    runs = [write_run(tmp_path / name / "trajectory", seed) for seed, name in enumerate("ab")]
+    path = runs[1] / "predictions_test.csv"
+    damage(pd.read_csv(path, dtype={"id": str, "patient": str})).to_csv(path, index=False)
+    assert trainer.main(["--compare", *map(str, runs)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_runs_doubled_runs_and_pipes_are_refused(tmp_path, capsys):
+    import os
+
+    run = write_run(tmp_path / "trajectory")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "predictions_test.csv")
+    for other in (run, tmp_path / "missing", tmp_path / "pipe"):
+        assert trainer.main(["--compare", str(run), str(other)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
+    for name, rows in (("a", "x"), ("b", "x"), ("c", "y")):
+        write_run(tmp_path / name, data={"named": False, "rows_sha256": rows})
+    join_predictions({name: tmp_path / name for name in "ab"})
+    with pytest.raises(InputError, match="subject_id"):
+        join_predictions({name: tmp_path / name for name in "ac"})
+    (tmp_path / "a" / "history.jsonl").write_text("oops")
+    assert cost_of(tmp_path / "a") == {}
+
+
+def test_of_several_runs_only_those_with_the_random_model_are_said_to_show_nothing():
+    alone, read = ({"model_name": "tiny", "trajectory_only": each} for each in (True, False))
+    other = {"model_name": "google/medgemma-4b-pt", "trajectory_only": False}
+    for runs, expected in (
+        ({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}, RANDOM_MODEL),
+        ({"a": alone, "b": alone}, RANDOM_MODEL_UNREAD),
+        ({"a": alone, "b": other}, ""),
+        ({"a": alone, "b": {}}, ""),
+    ):
+        assert random_models_notice(runs) == expected
+    mixed = random_models_notice({"a": alone, "run/b": read, "c": other, "d": read})
+    assert "run/b and d" in mixed
+
+
+# --------------------------------------------------------------------------- by the command line
+
+
+def test_the_command_line_runs_each_seed_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    table = pd.read_csv(SAMPLE, nrows=100)
+    table["split"] = (["train"] * 6 + ["val", "test"] * 2) * 10
+    table.to_csv(tmp_path / "data.csv", index=False)
+    words = ["--trajectory_only", "--data_path", str(tmp_path / "data.csv"), "--log_file", "none"]
+    words += ["--trajectory_epochs", "2", "--seeds=2", "--output_dir", str(tmp_path / "out")]
+    assert trainer.main(words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [line.split(":")[0] for line in lines[:2]] == ["seed 0", "seed 1"]
+    assert not any("epoch" in line for line in lines[:2]), "a line a run"
+    places = [tmp_path / "out" / f"seed_{seed}" / "trajectory" for seed in (0, 1)]
+    before = [(place / "predictions_test.csv").stat().st_mtime_ns for place in places]
+    assert trainer.main(words) == 0
+    assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
+    assert "ensemble" in results_of(tmp_path / "out" / "seeds_trajectory.json")["models"]
+    capsys.readouterr()
+    assert trainer.main(["--compare", *map(str, places)]) == 0
+    shown = capsys.readouterr().out
+    for place in places:
+        value = results_of(place / "metrics.json")["test"]["auroc"]["value"]
+        assert f"{place.parent.name}/trajectory {value:.3f} [" in " ".join(shown.split())
