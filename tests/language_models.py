@@ -71,7 +71,7 @@ def patients():
 
 def data_of(dataset):
     """The data set, split, with whole prompts."""
-    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions(), min_cell=0)
+    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions())
 
 
 def stage1_for(dataset, members=1):

@@ -95,7 +95,7 @@ def test_a_new_measurement_forgets_the_peak_before():
 def test_the_configuration_in_the_docs_trains_as_one_process_does(dka_file, tmp_path):
     def words(folder, batch):
         shared = f"--trajectory_only --data_path {dka_file} --output_dir {tmp_path / folder}"
-        shared += f" --trajectory_epochs 2 --batch_size {batch} --min_cell 0 --log_file none"
+        shared += f" --trajectory_epochs 2 --batch_size {batch} --log_file none"
         return shared.split()
 
     page = (ROOT / "medgemma_clinical" / "docs" / "hardware.md").read_text()

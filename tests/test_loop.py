@@ -20,7 +20,7 @@ from toy_stage import toy_stage
 
 def stage_1(data, folder):
     words = f"--trajectory_only --data_path {data} --output_dir {folder} --encoder_lr 0.05"
-    return f"{words} --min_cell 0 --log_file none --trajectory_epochs 3 --batch_size 20".split()
+    return f"{words} --log_file none --trajectory_epochs 3 --batch_size 20".split()
 
 
 def make(data, folder):
@@ -91,7 +91,7 @@ def test_the_test_part_is_read_once_and_only_after_training(dka_file, tmp_path, 
         events.extend(part for part in split if split[part].tolist() == rows)
         return read(batches)
 
-    monkeypatch.setattr("medgemma_clinical.evaluation.bootstrap.REPLICATES", 20)
+    monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 20)
     monkeypatch.setattr(LengthBatches, "__iter__", reading)
     monkeypatch.setattr("medgemma_clinical.training.trackers.Accelerator", lambda **_: tracker)
     monkeypatch.setattr("medgemma_clinical.commands.announce.check_tracker", lambda name: None)

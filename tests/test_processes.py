@@ -46,7 +46,7 @@ STAGES = {
 
 def words_for(data, batch, folder, flags):
     words = f"--data_path {data} --batch_size {batch} --output_dir {folder} {flags} --members 2"
-    words += " --min_cell 0 --log_file none --model_name tiny --lora_dropout 0"
+    words += " --log_file none --model_name tiny --lora_dropout 0"
     return words.split()
 
 

@@ -131,7 +131,7 @@ def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monke
     monkeypatch.setattr(trainer, "backward", backward)
     monkeypatch.setattr(announce, "log_epoch_time", timed)
     words = f"{flags} --data_path {dka_file} --batch_size 8 --max_samples 80 --model_name tiny"
-    assert trainer.main([*words.split(), "--min_cell", "0", "--log_file", "none"]) == 0
+    assert trainer.main([*words.split(), "--log_file", "none"]) == 0
     printed, args = capsys.readouterr().out, arguments(*words.split())
     stage = make_stage(args, data_for(args))
     train = stage.batches["train"].rows

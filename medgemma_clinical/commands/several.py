@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -33,7 +32,12 @@ from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes, reset_peak_memory
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
-from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
+from medgemma_clinical.evaluation.metrics_table import (
+    TESTED,
+    Metrics,
+    evaluate,
+    evaluate_splits,
+)
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.files import InputError, read_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -307,8 +311,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         for each in folders.values()
     ]
     tables = _shared_models(models)
-    split = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    metrics = evaluate(pd.concat(tables), args.seed, reference=reference, split=split)
+    metrics = evaluate_splits(tables, args.seed, reference)
     if args.ablation:
         known = [read_json(folder / "ablation.json")["cost"] for folder in folders.values()]
     else:

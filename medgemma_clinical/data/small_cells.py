@@ -27,4 +27,3 @@ def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) 
 def count_text(count: int, min_cell: int) -> str:
     """Write a number of patients, or that it is below ``min_cell``; 0 hides none."""
     return f"fewer than {min_cell}" if 0 < count < min_cell else f"{count:,}"
-

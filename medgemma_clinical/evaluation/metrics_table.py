@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -238,6 +238,14 @@ def evaluate(
     table.index = pd.MultiIndex.from_tuples(table.index, names=["model", "metric"])
     table["reference"] = [references[model] for model in table.index.get_level_values("model")]
     return Metrics(count(labels, patients), table.loc[list(risks)])
+
+
+def evaluate_splits(
+    tables: Sequence[pd.DataFrame], seed: int, reference: str | None = None
+) -> Metrics:
+    """Compute the metrics of the same models on the test parts of several splits, see ``evaluate``."""
+    split = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    return evaluate(pd.concat(tables), seed, reference=reference, split=split)
 
 
 def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:

@@ -29,7 +29,8 @@ from common import SAMPLE, machine
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from dte_encoder import DYNAMICS
-from medgemma_clinical.evaluation.comparison import compare_models
+from medgemma_clinical.evaluation.metrics_table import evaluate_splits
+from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.loaders import LengthBatches
@@ -109,13 +110,10 @@ def main() -> None:
     splits = [one_split(dataset, arguments.data, seed) for seed in range(arguments.seeds)]
     sys.stdout.write(f"{arguments.data.name}; {machine('torch', threads=arguments.threads)}\n")
     for situation in splits[0]:
-        results = compare_models([split[situation] for split in splits], DYNAMICS[0], 0, 0)
-        for dynamics, each in results.items():
-            auroc, paired = each["auroc"], each["minus_reference"]["auroc"]
+        metrics = evaluate_splits([split[situation] for split in splits], 0, DYNAMICS[0])
+        for dynamics, row in metrics.metric("auroc").iterrows():
             sys.stdout.write(
-                f"{situation}, {dynamics}: {auroc['value']:.3f} [{auroc['low']:.3f}, "
-                f"{auroc['high']:.3f}], minus ode {paired['value']:+.3f} [{paired['low']:+.3f}, "
-                f"{paired['high']:+.3f}]\n"
+                f"{situation}, {dynamics}: {value_text(row)}, minus ode {difference_text(row)}\n"
             )
     sys.stdout.write(f"{time.perf_counter() - began:.0f} s\n")
 

@@ -38,8 +38,9 @@ from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import given_stage1, run_data
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device
-from medgemma_clinical.evaluation.comparison import compare_models
-from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.metrics_table import evaluate, evaluate_splits
+from medgemma_clinical.evaluation.verdicts import difference_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.trajectory_llm import (
@@ -47,7 +48,7 @@ from medgemma_clinical.models.trajectory_llm import (
     LLMWriter,
     TextBatch,
 )
-from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.evaluate import evaluate as score_rows
 from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
 
@@ -83,7 +84,7 @@ def with_split(data: Path, sizes: dict[str, int], seed: int, copy_to: Path) -> P
 
 def train_stage1(words: list[str]) -> None:
     """Train stage 1 without a look at the test part."""
-    no_results = mock.patch.object(results, "write_results", return_value={})
+    no_results = mock.patch.object(results, "write_results", return_value={"stage": "trajectory"})
     with contextlib.redirect_stdout(io.StringIO()), no_results:
         if code := trainer.main(["--trajectory_only", *words, "--log_file", "none"]):
             raise SystemExit(code)
@@ -138,7 +139,7 @@ def score(stage: Stage, data: Data) -> Predictions:
 
     size, lengths = stage.batch_size, collate.lengths()
     batches = LengthBatches(data.split["val"], size, lengths, shuffle=False)
-    return evaluate(stage.model, batches, prompts)
+    return score_rows(stage.model, batches, prompts)
 
 
 def one_split(options: argparse.Namespace, seed: int) -> None:
@@ -217,22 +218,19 @@ def report(options: argparse.Namespace) -> None:
     tables = [split_table(entries, seed) for seed in options.seeds]
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     tables = [table[shared] for table in tables]
-    every = compare_models(tables, BASE, 0, 0)
-    single = [compare_models([table], BASE, 0, 0) for table in tables]
+    every = evaluate_splits(tables, 0, BASE)
+    single = [evaluate(table, 0, reference=BASE) for table in tables]
     seconds = pd.DataFrame(entries).groupby("arm")["seconds"].median()
-
-    def text(figure: dict[str, float]) -> str:
-        return f"{figure['value']:+.4f} [{figure['low']:+.4f}, {figure['high']:+.4f}]"
 
     on = machine("torch", "transformers", threads=torch.get_num_threads())
     sys.stdout.write(f"{options.data.name}, stage {options.stage}; {on}\n")
     sys.stdout.write("| Arm | AUROC | Loss | AUROC minus base | Loss minus base |")
     sys.stdout.write("".join(f" AUROC, seed {seed} |" for seed in options.seeds) + " s |\n")
-    for arm, figures in every.items():
-        minus = figures["minus_reference"]
-        cells = [arm, f"{figures['auroc']['value']:.4f}", f"{figures['log_loss']['value']:.4f}"]
-        cells += [text(minus["auroc"]), text(minus["log_loss"])]
-        cells += [text(each[arm]["minus_reference"]["auroc"]) for each in single]
+    for arm in every.models:
+        auroc, loss = (every.of(arm).loc[name] for name in ("auroc", "log_loss"))
+        cells = [arm, f"{auroc['value']:.4f}", f"{loss['value']:.4f}"]
+        cells += [difference_text(row, "+.4f") for row in (auroc, loss)]
+        cells += [difference_text(each.of(arm).loc["auroc"], "+.4f") for each in single]
         cells.append(f"{seconds.get(arm, 0):.0f}")
         sys.stdout.write(f"| {' | '.join(cells)} |\n")
 

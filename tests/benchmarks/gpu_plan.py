@@ -96,9 +96,9 @@ def run_program(*words: str, code: int = 0) -> str:
         AssertionError: another exit code.
     """
     import medgemma_trainer as trainer
-    from medgemma_clinical.evaluation import bootstrap
+    from medgemma_clinical.evaluation import metrics
 
-    bootstrap.REPLICATES = 20  # the figures need not be good
+    metrics.REPLICATES = 20  # the intervals need not be good
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         ended = trainer.main([*words])

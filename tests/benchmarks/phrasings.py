@@ -38,18 +38,17 @@ from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands.several.compare import read_predictions
-from medgemma_clinical.commands.several.runs import cost_of
-from medgemma_clinical.data.small_cells import FEWEST
+from medgemma_clinical.commands.compare import cost_of, read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
-    WITH_FACTS,
+    WITH_STATICS,
     Folds,
     draw_folds,
     tuned_regression,
 )
-from medgemma_clinical.evaluation.comparison import TESTED, compare_models, comparison_table
+from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate_splits
+from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE1, TEXT, BOTH = "stage 1", "language model on the context", "language model on stage 1"
@@ -275,7 +274,7 @@ def rivals(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     facts = pd.get_dummies(pd.DataFrame(known_facts(table)), columns=["unit"]).astype(float)
     series = dataset.baseline_inputs()[LOGISTIC].reset_index(drop=True)
     texts = pd.DataFrame({"text": written["clinical_context"]})
-    parsed = dataset.fact_table(dataset.choose_facts(train, FEWEST))
+    parsed = dataset.fact_table(dataset.choose_facts(train))
     inputs = {
         PARSED: (parsed, tuned_regression(folds)),
         WORDS: (texts, words_regression([], folds)),
@@ -315,7 +314,7 @@ def one_seed(table: pd.DataFrame, out: Path, seed: int, flags: list[str]) -> pd.
     path = build(table, out, seed)
     folders = train(out, seed, flags)
     risks = read_predictions(folders[STAGE1], STAGE1)
-    risks = risks[[*TESTED, STAGE1, LOGISTIC + WITH_FACTS]]
+    risks = risks[[*TESTED, STAGE1, LOGISTIC + WITH_STATICS]]
     for model in (TEXT, BOTH):
         own = read_predictions(folders[model], model)
         risks = risks.merge(own[["id", model]], on="id", validate="1:1")
@@ -339,8 +338,8 @@ def main() -> None:
     on = machine("torch", "scikit-learn", threads=arguments.threads)
     sys.stdout.write(f"{len(table)} rows; {' '.join(flags)}; {on}\n")
     for reference in (WORDS, WORDS_SERIES):
-        results = compare_models(tables, reference, 0, 0)
-        sys.stdout.write(f"{comparison_table(results, reference).to_string(index=False)}\n\n")
+        metrics = model_table(evaluate_splits(tables, 0, reference))
+        sys.stdout.write(f"{metrics.to_string(index=False)}\n\n")
     for place in ("context", "both"):
         folders = [arguments.out / place / f"seed_{seed}" / "classification" for seed in seeds]
         seconds = np.median([cost_of(folder)["seconds_an_epoch"] for folder in folders])

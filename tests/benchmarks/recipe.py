@@ -91,7 +91,9 @@ def one_run(arm: str, data: Path, seed: int) -> dict[str, float]:
     words = ["--trajectory_only", "--data_path", str(data), "--seed", str(seed), *ARMS[arm]]
     # The test part is for the end: the results are not written.
     with tempfile.TemporaryDirectory() as place, constants(arm):
-        no_results = mock.patch.object(results, "write_results", return_value={})
+        no_results = mock.patch.object(
+            results, "write_results", return_value={"stage": "trajectory"}
+        )
         with contextlib.redirect_stdout(io.StringIO()), no_results:
             code = trainer.main([*words, "--log_file", "none", "--output_dir", place])
         if code:

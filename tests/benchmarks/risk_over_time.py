@@ -29,9 +29,9 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.baselines import tuned_regression
-from medgemma_clinical.evaluation.bootstrap import Figures, bootstrap, estimate
-from medgemma_clinical.evaluation.calibration import weighted_calibration
-from medgemma_clinical.evaluation.metrics import weighted_metrics
+from medgemma_clinical.evaluation.metrics import calibration, metrics
+from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
+from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.inference.risk_over_time import beginnings_of
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -63,21 +63,20 @@ def figures_of(
 ) -> dict[str, str]:
     """Return the figures of one quarter with their intervals, in words."""
 
-    def statistics(weights: NDArray[np.float64]) -> Figures:
+    def statistics(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         share = weights / weights.sum(axis=1, keepdims=True)
-        auroc, other = (weighted_metrics(labels, x, weights)["auroc"] for x in (risk, rival))
+        auroc, other = (metrics(labels, x, weights)["auroc"] for x in (risk, rival))
         return {
             "AUROC": auroc,
             "AUROC of the last values": other,
             "difference": auroc - other,
-            **weighted_calibration(labels, risk, weights),
+            **calibration(labels, risk, weights),
             "mean risk, %": 100 * share @ risk,
         }
 
-    values = statistics(np.ones((1, len(labels))))
-    drawn = bootstrap(labels, groups, 0, statistics)
+    table = with_interval(*bootstrap(labels, groups, 0, statistics))
     shown = {
-        name: estimate(float(values[name][0]), drawn[name]).text(form)
+        name: value_text(table.loc[name], form)
         for name, form in {
             "AUROC": ".3f",
             "AUROC of the last values": ".3f",
@@ -105,7 +104,7 @@ def main() -> None:
         if code := trainer.main([*words, *flags, "--log_file", "none", "--output_dir", place]):
             raise SystemExit(code)
         model = trainer.TrajectoryModel.from_pretrained(Path(place) / "trajectory")
-        metrics: Any = model.metrics
+        known: Any = model.config["metrics"]
     dataset = MIMICtrajectoryDataset(arguments.data)
     split = dataset.split(arguments.seed)
     train, test = (dataset.subset(split[part]) for part in ("train", "test"))
@@ -119,11 +118,11 @@ def main() -> None:
         seen = beginnings.lengths[places].mean()
         table[f"{100 * quarter:.0f} %"] = {"observations": f"{seen:.1f}", **figures}
     on = machine("torch", "scikit-learn", threads=arguments.threads)
-    auroc = metrics["test"]["auroc"]["value"]
+    auroc = known["test"]["auroc"]["value"]
     sys.stdout.write(
         f"{arguments.data.name} {' '.join(flags)}, seed {arguments.seed}; {on}\n"
         f"{pd.DataFrame(table).to_string()}\n{len(test)} rows, {test.labels.sum():.0f} events; "
-        f"AUROC of the run {auroc:.4f}, epoch {metrics['selected_epoch']}; "
+        f"AUROC of the run {auroc:.4f}, epoch {known['selected_epoch']}; "
         f"{time.perf_counter() - began:.0f} s in all\n"
     )
 

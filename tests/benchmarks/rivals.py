@@ -31,8 +31,8 @@ import stage1
 from common import SAMPLE, machine, needed, peak_mib
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.evaluation.bootstrap import Estimate
-from medgemma_clinical.evaluation.comparison import compare_models
+from medgemma_clinical.evaluation.metrics_table import evaluate_splits
+from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
 FACTS, NO_FACTS = "stage 1", "stage 1 without facts"
 OURS = {
@@ -141,17 +141,12 @@ def one_run(name: str, arguments: argparse.Namespace, seed: int) -> dict[str, An
 def print_results(tables: Sequence[pd.DataFrame], costs: pd.DataFrame) -> None:
     """Print AUROC, the difference to stage 1 with and without facts, and the costs."""
 
-    def text(figure: dict[str, float], form: str) -> str:
-        return Estimate(figure["value"], figure["low"], figure["high"]).text(form)
-
     models = list(costs.index.unique(level="model"))
     lines = pd.DataFrame(index=pd.Index(models, name="model"))
     for reference in [name for name in (FACTS, NO_FACTS) if name in models] or models[:1]:
-        results = compare_models(tables, reference, 0, 0)
-        lines["AUROC"] = [text(results[name]["auroc"], ".3f") for name in models]
-        lines[f"minus {reference}"] = [
-            text(results[name]["minus_reference"]["auroc"], "+.3f") for name in models
-        ]
+        auroc = evaluate_splits(tables, 0, reference).metric("auroc").loc[models]
+        lines["AUROC"] = [value_text(row) for _, row in auroc.iterrows()]
+        lines[f"minus {reference}"] = [difference_text(row) for _, row in auroc.iterrows()]
     lines[["s an epoch", "MiB"]] = costs.groupby("model").median().loc[models].round(2)
     sys.stdout.write(f"{lines.to_string()}\n")
 

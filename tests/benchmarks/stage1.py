@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.several.compare import read_predictions
-from medgemma_clinical.commands.several.runs import cost_of
-from medgemma_clinical.evaluation.comparison import compare_models, comparison_table
+from medgemma_clinical.commands.compare import cost_of, read_predictions
+from medgemma_clinical.evaluation.metrics_table import evaluate_splits
+from medgemma_clinical.evaluation.tables import model_table
 
-STAGE, BLEND = "stage 1", "blend with facts"
+STAGE, BLEND = "stage 1", "blend with statics"
 
 
 def train(data: Path, seed: int, place: Path, *flags: str) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def main() -> None:
     sys.stdout.write(f"{arguments.data.name} {' '.join(flags)}; {on}\n")
     for reference in (STAGE, BLEND):
         if reference in tables[0]:
-            results = compare_models(tables, reference, 0, 0)
-            sys.stdout.write(f"{comparison_table(results, reference).to_string(index=False)}\n\n")
+            table = model_table(evaluate_splits(tables, 0, reference))
+            sys.stdout.write(f"{table.to_string(index=False)}\n\n")
     validation = np.mean([each["validation"]["auroc"]["value"] for each in metrics])
     seconds = np.median([each["seconds_an_epoch"] for each in metrics])
     sys.stdout.write(

@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import re
 import shutil
 import signal
 from argparse import Namespace
@@ -19,7 +18,6 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.commands import predict, results
 from medgemma_clinical.commands.predict import find_source
-from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.files import InputError, json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS

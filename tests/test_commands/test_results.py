@@ -1,4 +1,4 @@
-"""What a finished run leaves: one table everywhere, no patient unless asked, Platt's fit, weight."""
+"""What a finished run leaves: one table everywhere, no patient unless asked, recalibration."""
 
 import json
 import re
@@ -214,6 +214,6 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(monk
         weight = decided.get("residual_weight", 1.0)
         assert ("residual_weight" in decided) == weighs == (weight < 1)
         assert stage.model.residual_weight == weight
-        assert "residual_weight" not in decided or 0 < weight
+        assert "residual_weight" not in decided or weight > 0
         for part in PARTS:
             assert predictions[part].logit == pytest.approx(weight * logit)

@@ -137,7 +137,7 @@ def test_finished_runs_are_left_stopped_ones_continued_and_failed_ones_named(tmp
     def refuses(args, dataset):
         raise InputError("the test part has no event", "cell")
 
-    with pytest.raises(InputError, match="^seed 3: ") as refused:
+    with pytest.raises(InputError, match=r"^seed 3: ") as refused:
         run_seeds(own, lambda _: DATASET, refuses)
     assert refused.value.value == "cell"
 
