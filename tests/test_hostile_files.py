@@ -19,7 +19,7 @@ import pytest
 import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.commands.several.runs import read_auroc
+from medgemma_clinical.commands.several import auroc_of
 from medgemma_clinical.data.database import output, table_files
 from medgemma_clinical.data.mimic import extraction
 from medgemma_clinical.files import InputError
@@ -173,7 +173,7 @@ def test_a_deep_description_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (CONFIG, read_config),
         ("run.json", read_run),
-        ("metrics.json", lambda folder: read_auroc(folder, "test")),
+        ("metrics.json", lambda folder: auroc_of(folder, "test")),
     ],
 )
 @pytest.mark.parametrize("content", [DEEP, "{", '{"test": {}}'])

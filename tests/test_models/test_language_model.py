@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import language_models as made
 import medgemma_trainer as trainer
 from language_models import COMMIT, PUBLISHED, classifier_and_writer, edit_json, put_into_cache
-from medgemma_clinical.commands.several.ablation import ARMS, arm_arguments
+from medgemma_clinical.commands.several import VARIANTS, variant_arguments
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import language_model
 from medgemma_clinical.models.language_model import LORA_TARGETS, base_facts, find_model
@@ -323,7 +323,7 @@ def test_random_weights__are_never_in_four_bits(cuda, monkeypatch):
         assert arguments(*usual, *words).quantization == "none"
         with pytest.raises(InputError, match="--quantization"):
             arguments(*usual, *words, "--quantization", "nf4")
-    for own in (arm_arguments(name, given) for name in ARMS):
+    for own in (variant_arguments(name, given) for name in VARIANTS):
         assert own.quantization == ("none" if own.base_weights == "random" else kind)
 
 
