@@ -1,134 +1,164 @@
 """Small counts are hidden in what is given away: a shared model, and the report of --min_cell N.
 
-A count of 1 to ``min_cell`` - 1 patients is small; a ``min_cell`` of 0 hides nothing.
+A count of 1 to ``min_cell`` - 1 patients is small; a ``min_cell`` of 0 hides nothing. Counts become
+texts and metrics null, so that what was hidden once can be hidden again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_float_dtype
 
+from medgemma_clinical.data.small_cells import count_text
+
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", "removed", "left")
-AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives")
-"""Shares of the four cells at the threshold: each cell follows from the shares and the counts."""
+AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
+REPORT_COUNTS = {
+    "reports": ("parse_share", "inventing_share", "right_trend_share"),
+    "numbers_stated": ("true_number_share",),
+    "abnormal_values": ("abnormal_named_share", "abnormal_nameable_share"),
+    "invented": (),
+}
+"""Counts of written reports, and the shares of each."""
 
 NOT_SHOWN = "not shown"
 
-
-def is_small(count: float, min_cell: int) -> bool:
-    """Return whether a count, or a share times a count, of patients is small."""
-    return 0 < round(count, 6) < min_cell
+Json = dict[str, Any]
 
 
-def count_text(count: float, min_cell: int) -> str:
-    """Return a count as text, ``fewer than N`` where it is small."""
-    return f"fewer than {min_cell}" if is_small(count, min_cell) else f"{count:,.0f}"
+def any_small(counts: Iterable[float], min_cell: int) -> bool:
+    """Return whether any count of patients, or share times a count, is small."""
+    return any(0 < round(count, 6) < min_cell for count in counts)
 
 
-def suppress(part: dict[str, Any], min_cell: int) -> dict[str, Any]:
+def suppress(part: Json, min_cell: int) -> Json:
     """Hide what tells small counts of a part, given as ``Metrics.to_json`` returns it.
 
-    Counts become texts and metrics null: all of a part with few patients with, or without, the
-    event; those at the threshold where one of the four cells is small; the accuracy of every model
-    where one model has few errors.
+    All metrics of a part with few patients with, or without, the event; those at the threshold
+    where one of the four cells is small; the accuracy of all models where one has few errors.
     """
-    if min_cell == 0:
+    counts = {name: part[name] for name in COUNTS if name in part}
+    if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
-    hidden, few = dict(part), part["minority_patients"] < min_cell
-    for name in ("n", "patients", "events", "minority_patients"):
-        if is_small(part[name], min_cell):
-            hidden[name] = count_text(part[name], min_cell)
-        elif few and name == "events" and part["minority_patients"]:
-            hidden[name] = NOT_SHOWN
-    shown = [name for name, metric in part.items() if isinstance(metric, dict) and name != "models"]
-    blank = {*shown} if few else _telling(part, min_cell)
-    hidden |= {name: _blank(part[name]) for name in shown if name in blank}
-    hidden["models"] = {
-        model: {
-            name: _blank(metric) if isinstance(metric, dict) and (few or name in blank) else metric
-            for name, metric in metrics.items()
-        }
-        for model, metrics in part.get("models", {}).items()
+    few = counts["minority_patients"] < min_cell
+    texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
+    if few and counts["minority_patients"]:  # the events may be many, and those without it few
+        texts.setdefault("events", NOT_SHOWN)
+    models = part.get("models", {})
+    names = {name for name, metric in part.items() if isinstance(metric, dict)} - {"models"}
+    hidden = names if few else _telling(part, min_cell)
+    return {
+        **part,
+        **texts,
+        **{name: _blank(part[name]) for name in names & hidden},
+        "models": {
+            model: {k: _blank(x) if k in hidden else x for k, x in metrics.items()}
+            for model, metrics in models.items()
+        },
     }
+
+
+def _telling(part: Json, min_cell: int) -> set[str]:
+    """Return the names of metrics that tell a small cell, a row counted as a patient at most."""
+    patients = min(part["n"], part["patients"])
+    events = part["events"] / part["n"] * patients
+
+    def split(count: float, metrics: Json, name: str) -> list[float]:
+        share = metrics.get(name, {}).get("value")
+        return [] if share is None else [count * share, count * (1 - share)]
+
+    cells = split(events, part, "sensitivity") + split(patients - events, part, "specificity")
+    models = [part, *part.get("models", {}).values()]
+    right = [count for model in models for count in split(patients, model, "accuracy")]
+    return {
+        *(AT_THRESHOLD if any_small(cells, min_cell) else ()),
+        *(("accuracy",) if any_small(right, min_cell) else ()),
+    }
+
+
+def _blank(metric: Json) -> Json:
+    """Return a metric without its numbers."""
+    return {key: x if isinstance(x, str) else None for key, x in metric.items()}
+
+
+def suppress_reports(reports: Json, min_cell: int) -> Json:
+    """Hide small counts of written reports and of what they state, and the shares of these."""
+    hidden = dict(reports)
+    for name, shares in REPORT_COUNTS.items():
+        count = reports.get(name)
+        if isinstance(count, int) and 0 < count < min_cell:
+            hidden[name] = count_text(count, min_cell)
+            hidden |= {share: _blank(reports[share]) for share in shares if share in reports}
     return hidden
 
 
-def _telling(part: dict[str, Any], min_cell: int) -> set[str]:
-    """Return the names of the metrics that tell a small cell; rows count as patients at most."""
-    share = min(1, part["patients"] / part["n"])
-    events, others = part["events"] * share, (part["n"] - part["events"]) * share
-    blank, models = set[str](), [part, *part.get("models", {}).values()]
-    cells = [
-        count * x
-        for name, count in (("sensitivity", events), ("specificity", others))
-        if (value := part.get(name, {}).get("value")) is not None
-        for x in (value, 1 - value)
-    ]
-    if any(is_small(cell, min_cell) for cell in cells):
-        blank |= {*AT_THRESHOLD, "accuracy"}
-    for model in models:
-        right = model.get("accuracy", {}).get("value")
-        if right is not None and any(
-            is_small(part["n"] * share * x, min_cell) for x in (right, 1 - right)
-        ):
-            blank.add("accuracy")
-    return blank
+def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
+    """Leave small counts of the training part out, and what tells them.
 
-
-def _blank(metric: dict[str, Any]) -> dict[str, Any]:
-    """Return a metric without its numbers."""
-    return {key: x if isinstance(x, str) else None for key, x in metric.items()}
+    Args:
+        mix: see ``case_mix_of``. Sex and age need the number of patients who have them.
+        min_cell: the smallest count that is shown.
+        hide_events: a scored part hides its events, and a drawn part has about the same share.
+    """
+    if min_cell == 0:
+        return mix
+    patients, hidden = mix.get("patients", 0), {"prevalence"} if hide_events else set[str]()
+    hidden |= {name for name in ("rows", "patients") if any_small([mix.get(name, 0)], min_cell)}
+    for name, known in (("prevalence", patients), ("women", mix.get("sex_patients", 0))):
+        share = mix.get(name, 0)
+        if known < min_cell or any_small([known * share, known * (1 - share)], min_cell):
+            hidden.add(name)
+    for name, known in (("observations", patients), ("age", mix.get("age_patients", 0))):
+        if known < 4 * min_cell:  # a quarter of them lies beyond a quartile
+            hidden |= {f"{name}_{quartile}" for quartile in ("q1", "median", "q3")}
+    return {name: x for name, x in mix.items() if name not in hidden}
 
 
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:
     """Hide the small counts of a table, and the counts and numbers that would give them away.
 
-    Columns of ``COUNTS`` become texts. A column with one hidden count hides its next smallest, too,
-    since the sum of a column is often known. Rows with few patients with, or without, the event
-    (``minority_patients``) have no number in columns of floats.
+    Columns of ``COUNTS`` become texts. Where one count of a column is hidden, so is the smallest of
+    the others, since the sum is often known. Columns of floats are NaN in rows with few patients
+    with, or without, the event (``minority_patients``).
 
     Args:
-        table: a row a group of patients, or a rule of a flow with the rows ``removed`` and
-            ``left``.
+        table: a row a group of patients, or a rule with the rows that it ``removed`` and ``left``.
         min_cell: the smallest count that is shown.
         by: column whose values part the table; counts add up within each.
     """
-    if min_cell == 0:
+    if min_cell == 0 or table.empty:
         return table
     if by is not None:
-        parts = [suppress_table(part, min_cell) for _, part in table.groupby(by, sort=False)]
-        return pd.concat(parts) if parts else table
+        groups = table.groupby(by, sort=False, observed=True)
+        return pd.concat([suppress_table(part, min_cell) for _, part in groups])
     counts = [name for name in COUNTS if name in table]
-    hidden = table.astype(dict.fromkeys(counts, object))
-    minority = table["minority_patients"].to_numpy() if "minority_patients" in table else None
-    few = np.zeros(len(table), dtype=bool) if minority is None else minority < min_cell
-    numbers = [name for name in table if name not in counts and is_float_dtype(table[name])]
-    hidden.loc[few, numbers] = np.nan
+    shown = table.astype(dict.fromkeys(counts, object))
+    minority = table.get("minority_patients", pd.Series(min_cell, table.index)).to_numpy()
+    few, hidden = minority < min_cell, dict[str, Any]()
     for name in counts:
         count = table[name].to_numpy()
-        text = np.array([count_text(x, min_cell) for x in count], dtype=object)
-        secret = (count > 0) & (count < min_cell)
-        if name == "events" and minority is not None:  # or few without it
-            text[few & (minority > 0) & ~secret] = NOT_SHOWN
-            secret |= few & (minority > 0)
-        others = np.flatnonzero(~secret & (count > 0))
-        if secret.sum() == 1 and len(others) and name != "left":
-            text[others[count[others].argmin()]] = NOT_SHOWN
-        hidden[name] = text
-    if "prevalence" in hidden and "events" in hidden:
-        hidden.loc[hidden["events"] != table["events"].map("{:,.0f}".format), "prevalence"] = np.nan
-    return _hide_left(hidden, table) if {"removed", "left"} <= {*counts} else hidden
-
-
-def _hide_left(hidden: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """Hide the rows left between the first and the last rule where a rule's number is hidden."""
-    secret = (hidden["removed"] != table["removed"].map("{:,.0f}".format)).to_numpy()
-    if secret.any():
-        left = hidden["left"].to_numpy(copy=True)
-        starts = secret.sum() > 1 and table["removed"].iloc[0] == 0
-        left[int(starts) : -1] = NOT_SHOWN
-        hidden["left"] = left
-    return hidden
+        text = np.array([count_text(n, min_cell) for n in count], dtype=object)
+        hidden[name] = (count > 0) & (count < min_cell)
+        if name == "events":  # or few without it
+            text[few & (minority > 0) & ~hidden[name]] = NOT_SHOWN
+            hidden[name] |= few & (minority > 0)
+        others = np.flatnonzero(~hidden[name] & (count > 0))
+        if hidden[name].sum() == 1 and len(others) and name != "left":
+            smallest = others[count[others].argmin()]
+            text[smallest], hidden[name][smallest] = NOT_SHOWN, True
+        shown[name] = text
+    shown.loc[few, [name for name in table if is_float_dtype(table[name])]] = np.nan
+    if "prevalence" in table and "events" in table:
+        shown.loc[hidden["events"], "prevalence"] = np.nan
+    if "left" in table and "removed" in table and hidden["removed"].any():
+        # Two neighbours tell what was removed between them: the first and the last may stay.
+        first = hidden["removed"].sum() > 1 and table["removed"].iloc[0] == 0
+        shown["left"] = [
+            text if (k == 0 and first) or k == len(table) - 1 else NOT_SHOWN
+            for k, text in enumerate(shown["left"])
+        ]
+    return shown
