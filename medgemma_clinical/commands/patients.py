@@ -22,7 +22,7 @@ from medgemma_clinical.evaluation.report import STAGE_TITLES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import ScoredRow, explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
 from medgemma_clinical.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
