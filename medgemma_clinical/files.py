@@ -152,20 +152,14 @@ def read_json(path: Path, object_hook: Callable[[list[tuple[str, Any]]], Any] | 
         raise json.JSONDecodeError(type(error).__name__, "", 0) from error
 
 
-def names_aside(paths: Iterable[Path]) -> dict[Path, Path]:
-    """Return, for those paths that exist, a new name each: the stem with a number free for all."""
+def move_aside(paths: Iterable[Path]) -> list[Path]:
+    """Rename paths that exist: a number, free for all, behind the stem; return the new names."""
     there = [path for path in paths if os.path.lexists(path)]
     for number in itertools.count(1):
-        moves = {path: path.with_stem(f"{path.stem}.{number}") for path in there}
-        if not any(map(os.path.lexists, moves.values())):
+        aside = [path.with_stem(f"{path.stem}.{number}") for path in there]
+        if not any(map(os.path.lexists, aside)):
             break
-    return moves
-
-
-def move_aside(paths: Iterable[Path]) -> list[Path]:
-    """Rename paths that exist to ``NAME.1`` or the next free number; return the new names."""
-    moves = names_aside(paths)
-    return [path.rename(aside) for path, aside in moves.items()]
+    return [path.rename(new) for path, new in zip(there, aside, strict=True)]
 
 
 @contextlib.contextmanager

@@ -17,43 +17,6 @@ from medgemma_clinical.models.language_model import INT8_REFUSED, TINY
 
 logger = logging.getLogger(__name__)
 
-WAYS = (
-    *("--predict", "--export", "--compare", "--demo", "--dry_run"),
-    *("--ablation", "--seeds", "--resume"),
-)
-"""Flags that say what to do; the last three go together, the others alone."""
-
-ALLOWED_FLAGS: dict[str, set[str]] = {
-    "--compare": {"--seed", "--min_cell", "--output_dir"},
-    "--demo": {"--output_dir", "--seed", "--log_file", "--open"},
-    "--export": {"--checkpoint", "--export_dir", "--model_name", "--show_values"},
-    "--predict": {
-        *("--checkpoint", "--predictions", "--strict", "--data_path", "--data_dir", "--dataset"),
-        *("--organ", "--model_name", "--quantization", "--precision", "--batch_size", "--seed"),
-        *("--show_values", "--min_cell", "--attention", "--explain", "--patients"),
-    },
-}
-"""All that these ways read."""
-
-NEEDED_FLAGS: dict[str, dict[str, set[str]]] = {
-    "--predict": {
-        "--checkpoint RUN/STAGE": {"--checkpoint"},
-        "--predictions FILE.csv": {"--predictions"},
-        "--data_path FILE or --data_dir FOLDER": {"--data_path", "--data_dir"},
-    },
-    "--export": {"--checkpoint RUN/STAGE": {"--checkpoint"}, "--export_dir DIR": {"--export_dir"}},
-}
-"""What these ways cannot do without, and one flag of each that must be given."""
-
-VARIED_FLAGS = {
-    *("--trajectory_only", "--mode", "--ode_checkpoint", "--soft_prompt", "--freeze_ode"),
-    *("--dynamics", "--facts", "--stage1_logit", "--base_weights"),
-}
-"""Flags that the arms of ``--ablation`` set."""
-
-MEMORY_SETTING = "PYTORCH_ALLOC_CONF", "expandable_segments:True"
-"""On a GPU: batches of many lengths leave no fragments. Read when CUDA starts."""
-
 STAGE_1_FLAGS = ("time_scale", "solver", "dynamics", "members", "facts", "prediction_time")
 """Flags that the file of a trained stage 1 decides."""
 
@@ -62,20 +25,60 @@ LANGUAGE_MODEL_FLAGS = (
 )
 """Flags that a checkpoint of stages 2 and 3 holds as they are."""
 
+ALONE = ("--predict", "--export", "--compare", "--demo", "--dry_run")
+TOGETHER = ("--ablation", "--seeds", "--resume")
+"""Flags that say what to do."""
+
+ALLOWED_FLAGS = {
+    "--compare": "--seed --min_cell --output_dir",
+    "--demo": "--output_dir --seed --log_file --open",
+    "--export": "--checkpoint --export_dir --model_name --show_values",
+    "--predict": "--checkpoint --predictions --strict --explain --patients --data_path --data_dir "
+    "--dataset --organ --model_name --quantization --precision --attention --batch_size --seed "
+    "--min_cell --show_values",
+}
+"""All that these ways read."""
+
+NEEDED_FLAGS = {
+    "--predict": "--checkpoint, --predictions, --data_path or --data_dir",
+    "--export": "--checkpoint, --export_dir",
+    **dict.fromkeys(("--predictions", "--strict", "--explain"), "--predict"),
+    **dict.fromkeys(("--arms", "--reference"), "--ablation"),
+    "--patients": "--explain",
+    "--open": "--demo",
+    "--export_dir": "--export",
+    "--checkpoint": "--predict or --export",
+}
+"""What flags cannot do without."""
+
+TEXT_ONLY = "--soft_prompt off without --ode_checkpoint"
+
+UNREAD_FLAGS = {
+    # those of the language model and its text
+    "--trajectory_only": "--mode --epochs --ode_checkpoint --model_name --quantization --precision "
+    "--attention --base_weights --soft_prompt --stage1_logit --num_prefix_tokens --projection_lr "
+    "--adapter_lr --head_lr --lora_rank --lora_alpha --lora_dropout --series_text --text_context "
+    "--max_text_tokens --gradient_accumulation --gradient_checkpointing",
+    # those that its variants set
+    "--ablation": "--trajectory_only --mode --ode_checkpoint --soft_prompt --freeze_ode --dynamics "
+    "--facts --stage1_logit --base_weights",
+    # those of stage 1
+    TEXT_ONLY: "--freeze_ode --encoder_lr --stage1_logit --time_scale --solver --dynamics "
+    "--members --facts --prediction_time",
+}
+"""Flags that these ways of training do not read."""
+
 
 def set_environment() -> None:
     """Set what libraries read: memory on a GPU, and that the hub learns nothing of the user."""
-    os.environ.setdefault(*MEMORY_SETTING)
+    # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in the flags that depend on the machine.
-
-    Raises:
-        InputError: weights that cannot be quantised.
-    """
+    """Fill in the flags that depend on the machine."""
     cuda = torch.cuda.is_available()
     whole = args.model_name == TINY or args.base_weights == "random"  # cannot be packed
     if whole and args.quantization == "nf4":
@@ -101,11 +104,7 @@ def dataset_options(
     kinds: Mapping[str, type[TrajectoryDataset]],
     parser: argparse.ArgumentParser,
 ) -> dict[str, Any]:
-    """Return the flags that the chosen kind of data takes as keywords.
-
-    Raises:
-        InputError: a flag of another kind of data.
-    """
+    """Return the flags that the chosen kind of data takes as keywords; refuse those of others."""
     kind = kinds[args.dataset]
     others = {o for each in kinds.values() for o in (*each.options, each.source_flag)}
     if wrong := sorted(changed(args, parser, others - {*kind.options, kind.source_flag})):
@@ -122,68 +121,23 @@ def check_quantization(text: str) -> str:
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Check that the flags fit each other.
-
-    Args:
-        args: of the command line.
-        given: the flags that the user typed.
-
-    Raises:
-        InputError: naming those that do not.
-    """
-    chosen = [flag for flag in WAYS if flag in given]
-    if len(chosen) > 1 and not set(WAYS[-3:]).issuperset(chosen):
-        raise InputError(f"{' and '.join(chosen)} do not go together")
-    for way, needed in NEEDED_FLAGS.items():
-        if way in given:
-            _check_needed(way, needed, given)
-    for way, allowed in ALLOWED_FLAGS.items():
-        if way in given:
-            _check_unused(way, given - allowed - {way})
-    if not args.predict:
-        unread = {"--predictions", "--strict", "--explain"}
-        _check_unused("a command without --predict", given & unread)
-    if not args.explain:
-        _check_unused("a command without --explain", given & {"--patients"})
-    if not args.demo:
-        _check_unused("a command without --demo", given & {"--open"})
-    if not args.export:
-        _check_unused("a command without --export", given & {"--export_dir"})
-    if not (args.predict or args.export):
-        _check_unused("a command without --predict or --export", given & {"--checkpoint"})
-    if args.ablation:
-        _check_unused("--ablation", given & VARIED_FLAGS)
-        if args.series_text == "none":
-            raise InputError("--ablation: --series_text none leaves no text to compare with")
-    else:
-        _check_unused("a command without --ablation", given & {"--arms", "--reference"})
-    off, shuffled = args.soft_prompt == "off", args.soft_prompt == "shuffled"
-    if args.trajectory_only:
-        _check_unused("--trajectory_only", given & {"--ode_checkpoint"})
-        unread = {"--soft_prompt", "--stage1_logit", "--base_weights"}
-        _check_unused("--trajectory_only", given & unread)
-        if "--epochs" in given:
-            logger.warning("--epochs is for stages 2 and 3: stage 1 takes --trajectory_epochs")
-    elif off and args.ode_checkpoint is None:
-        stage1 = {"--freeze_ode", "--dynamics", "--members", "--facts", "--prediction_time"}
-        unread = stage1 | {"--stage1_logit"}
-        _check_unused("--soft_prompt off without --ode_checkpoint", given & unread)
-    elif off and args.stage1_logit == "off":
+    """Refuse flags that do not fit each other; ``given`` are those that the user typed."""
+    ways = [flag for flag in (*ALONE, *TOGETHER) if flag in given]
+    if len(ways) > 1 and ways[0] in ALONE:
+        raise InputError(f"{' and '.join(ways)} do not go together")
+    for flag, needed in NEEDED_FLAGS.items():
+        for each in needed.split(", ") if flag in given else ():
+            if not given.intersection(each.split(" or ")):
+                raise InputError(f"{flag} needs {each}")
+    off, given_stage1 = args.soft_prompt == "off", args.ode_checkpoint is not None
+    unread = {way: given - {way, *flags.split()} for way, flags in ALLOWED_FLAGS.items()}
+    unread |= {way: given.intersection(flags.split()) for way, flags in UNREAD_FLAGS.items()}
+    for way in (*sorted(given), *([TEXT_ONLY] if off and not given_stage1 else [])):
+        if flags := ", ".join(sorted(unread.get(way, ()))):
+            raise InputError(f"{way} has no use for {flags}: leave it out")
+    if args.ablation and args.series_text == "none":
+        raise InputError("--ablation: --series_text none leaves no text to compare with")
+    if off and given_stage1 and args.stage1_logit == "off":
         raise InputError("--soft_prompt off --stage1_logit off: leave --ode_checkpoint out")
-    elif (shuffled or args.stage1_logit == "off") and args.ode_checkpoint is None:
-        flag = "--soft_prompt shuffled" if shuffled else "--stage1_logit off"
-        raise InputError(f"{flag}: give a trained stage 1 by --ode_checkpoint")
-
-
-def _check_needed(way: str, needed: dict[str, set[str]], given: set[str]) -> None:
-    """Check that a way has all its flags; name those in its way in the same line."""
-    missing = [flag for flag, names_ in needed.items() if not names_ & given]
-    unused = sorted(given - ALLOWED_FLAGS[way] - {way})
-    if missing:
-        without = f"; it has no use for {', '.join(unused)}: leave it out" if unused else ""
-        raise InputError(f"{way} needs {', '.join(missing)}{without}")
-
-
-def _check_unused(way: str, unused: set[str]) -> None:
-    if unused:
-        raise InputError(f"{way} has no use for {', '.join(sorted(unused))}: leave it out")
+    if not given_stage1 and (args.soft_prompt == "shuffled" or args.stage1_logit == "off"):
+        raise InputError("--soft_prompt shuffled, --stage1_logit off: need --ode_checkpoint")

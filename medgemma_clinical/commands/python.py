@@ -37,35 +37,12 @@ OF_A_FOLDER = ("resume", "log_file", "report_to", "save_every", "report_patients
 FITTING = threading.Lock()
 """Held while a model is trained: random generators, signals and log belong to one run."""
 
-
-def check_keywords(keywords: Mapping[str, Any]) -> None:
-    """Check that keywords are flags of a training, and that those of a folder have one.
-
-    Raises:
-        TypeError: another command's flag.
-        InputError: a keyword that has no use without ``output_dir``.
-    """
-    if unknown := sorted(NOT_KEYWORDS & keywords.keys()):
-        raise TypeError(f"unexpected keyword {unknown[0]!r}")
-    unused = sorted(name for name in OF_A_FOLDER if keywords.get(name))
-    if keywords.get("output_dir") is None and unused:
-        raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
-
-
-def encoder_checkpoint(
-    encoder: TrajectoryModel | str | Path | None, args: Namespace
-) -> TrajectoryCheckpoint | None:
-    """Return the trained stage 1 of ``encoder``, or of the flag ``ode_checkpoint``."""
-    if encoder is None:
-        return given_stage1(args)
-    if isinstance(encoder, TrajectoryModel):
-        return encoder.checkpoint()
-    return read_trajectory(checkpoint_path(find_checkpoint(encoder, None)))
+Reader = Callable[[Namespace, Any], TrajectoryDataset]
 
 
 def fit(
     build_parser: Callable[[], Parser],
-    read: Callable[[Namespace, Any], TrajectoryDataset],
+    read: Reader,
     train: Callable[..., TrajectoryModel | None],
     stage: dict[str, Any],
     rows: Rows,
@@ -76,7 +53,11 @@ def fit(
 
     ``build_parser``, ``read`` and ``train`` are the script's: flags, reader, training of a stage.
     """
-    check_keywords(keywords)
+    if unknown := sorted(NOT_KEYWORDS & keywords.keys()):
+        raise TypeError(f"unexpected keyword {unknown[0]!r}")
+    unused = [name for name in OF_A_FOLDER if keywords.get(name)]
+    if keywords.get("output_dir") is None and unused:
+        raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
     given: dict[str, Any] = {} if encoder is None else {"ode_checkpoint": "encoder"}
     args, typed = build_parser().parse_keywords({**keywords, **stage, **given})
     flags.check_flags(flags.complete(args), typed)
@@ -86,14 +67,10 @@ def fit(
     if not FITTING.acquire(blocking=False):
         raise RuntimeError("another model is being trained in this process: wait for its end")
     try:
-        with (
-            SIGNALS.installed(kills=False),
-            exact_kernels(deterministic=args.deterministic),
-            recorded(),
-            owner_only(),
-        ):
+        kernels = exact_kernels(deterministic=args.deterministic)
+        with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
             dataset = read_rows(rows, args, keywords, read)
-            model = train(args, dataset, encoder_checkpoint(encoder, args))
+            model = train(args, dataset, stage1_of(encoder, args))
     except KeyboardInterrupt as stop:
         if args.output_dir:
             stop.add_note(f"resume=True continues the run in {args.output_dir}")
@@ -103,17 +80,21 @@ def fit(
     return model or TrajectoryModel.from_pretrained(args.output_dir / stage_name(args))
 
 
-def read_rows(
-    rows: Rows,
-    args: Namespace,
-    keywords: Mapping[str, Any],
-    read: Callable[[Namespace, Any], TrajectoryDataset],
-) -> TrajectoryDataset:
-    """Read the rows of a training; return a data set as given.
+def stage1_of(
+    encoder: TrajectoryModel | str | Path | None, args: Namespace
+) -> TrajectoryCheckpoint | None:
+    """Return the trained stage 1 of ``encoder``, or of the flag ``ode_checkpoint``."""
+    if encoder is None:
+        return given_stage1(args)
+    if isinstance(encoder, TrajectoryModel):
+        return encoder.checkpoint()
+    return read_trajectory(checkpoint_path(find_checkpoint(encoder, None)))
 
-    Raises:
-        InputError: the data cannot be read, or a flag comes too late for a data set.
-    """
+
+def read_rows(
+    rows: Rows, args: Namespace, keywords: Mapping[str, Any], read: Reader
+) -> TrajectoryDataset:
+    """Read the rows of a training; return a data set as given."""
     check_kind(rows)
     if not isinstance(rows, TrajectoryDataset):
         return read(args, Path(rows) if isinstance(rows, (str, os.PathLike)) else rows)
