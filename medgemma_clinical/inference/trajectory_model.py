@@ -300,7 +300,7 @@ def _results_table(part: Mapping[str, Any]) -> pd.DataFrame:
     }
     cells |= {f"difference{end}": ("auroc", f"difference{end}") for end in ends}
     rows = {
-        model: {column: metrics[name].get(key) for column, (name, key) in cells.items()}
+        model: {column: (metrics.get(name) or {}).get(key) for column, (name, key) in cells.items()}
         for model, metrics in {part["model"]: part, **part["models"]}.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index", dtype=float)
