@@ -19,7 +19,7 @@ from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.evaluation.report import STAGE_NAMES
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
 
 logger = logging.getLogger(__name__)
 

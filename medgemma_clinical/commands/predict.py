@@ -50,7 +50,7 @@ from medgemma_clinical.files import InputError, atomic, file_hash, locked, remov
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_clinical.models.sharing.model_card import random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,

@@ -48,7 +48,7 @@ from medgemma_clinical.evaluation.report_tables import (
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import write_json, write_text
 from medgemma_clinical.models.generation import rows_at_once, write_reports
-from medgemma_clinical.models.sharing.model_card import (
+from medgemma_clinical.models.model_card import (
     LIMITS,
     card_figures,
     describe_language_model,
@@ -57,7 +57,7 @@ from medgemma_clinical.models.sharing.model_card import (
     random_model_notice,
     weight_0_sentence,
 )
-from medgemma_clinical.models.sharing.terms import licence
+from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import LengthBatches

@@ -21,6 +21,8 @@ FEWEST = 11
 PERCENT = np.arange(1, 100) / 100
 """Risks, and shares of the rows, at which bands begin before small ones are merged."""
 
+MIN_CELL = FEWEST
+
 Patients = tuple[set[int], set[int]]
 """Patients without and with the event."""
 

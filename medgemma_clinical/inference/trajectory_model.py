@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self
@@ -20,8 +19,7 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import risk_over_time
-from medgemma_clinical.inference.hub import find_checkpoint, save_model, upload_checkpoint
-from medgemma_clinical.inference.prompt_embeds import prompt_embeds
+from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
 from medgemma_clinical.inference.scoring import (
     Scores,
     check_kind,
@@ -30,6 +28,7 @@ from medgemma_clinical.inference.scoring import (
     score_rows,
     scoring_rows,
 )
+from medgemma_clinical.inference.serving import prompt_embeds
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import ATTENTIONS, DTYPES, QUANTIZATIONS
 from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
@@ -266,6 +265,7 @@ class TrajectoryModel:
         revision: str | None = None,
         commit_message: str | None = None,
         token: str | None = None,
+        allow_small_cells: bool = False,
     ) -> str:
         """Upload the model with its card: never predictions, logs or ids; see docs/sharing.md.
 
@@ -275,15 +275,21 @@ class TrajectoryModel:
             revision: branch, made where there is none; None takes "main".
             commit_message: one line.
             token: of the hub; None takes that of the login.
+            allow_small_cells: upload exact counts, and a model that reads a series or a static
+                feature that fewer than 11 training patients have.
 
         Returns:
             Address of the commit.
         """
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "model"
-            self.save_pretrained(folder)
-            options = {"private": private, "revision": revision, "token": token}
-            return upload_checkpoint(folder, repo_id, commit_message=commit_message, **options)
+        return push_model(
+            self.trained,
+            repo_id,
+            private=private,
+            revision=revision,
+            commit_message=commit_message,
+            token=token,
+            allow_small_cells=allow_small_cells,
+        )
 
     def checkpoint(self) -> TrajectoryCheckpoint:
         """Return a trained stage 1 as stages 2 and 3 read it."""

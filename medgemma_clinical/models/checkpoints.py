@@ -33,8 +33,8 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.models.language_model import HUB_ID
-from medgemma_clinical.models.sharing.model_card import model_card
-from medgemma_clinical.models.sharing.terms import terms_of
+from medgemma_clinical.models.model_card import model_card
+from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 

@@ -28,7 +28,7 @@ from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.comparison import RUN_FIGURES
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.language_model import TINY
-from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,211 @@
+"""Stages 2 and 3 for programs that serve language models: prompts as vectors, merged weights.
+
+    DIR/language_model/       config.json, model.safetensors, tokenizer, generation_config.json
+    DIR/modules.safetensors   encoder, projection and heads, as in best/
+    DIR/config.json  DIR/README.md  DIR/NOTICE
+
+The folder is a checkpoint like best/: the program loads it without the base model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from medgemma_clinical.files import InputError, RunFault, atomic, locked, read_json, write_text
+from medgemma_clinical.inference.hub import files_of
+from medgemma_clinical.inference.scoring import Scores
+from medgemma_clinical.models import trained_model
+from medgemma_clinical.models.checkpoints import (
+    CARD,
+    CONFIG,
+    MERGED_MODEL,
+    MODULE_WEIGHTS,
+    NOTICE,
+    is_merged,
+    write_config,
+)
+from medgemma_clinical.models.language_model import base_facts, quiet_libraries
+from medgemma_clinical.models.model_card import model_card
+from medgemma_clinical.models.terms import terms_of
+from medgemma_clinical.models.text_batches import chat_turns
+from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
+from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
+from medgemma_clinical.training.loaders import LengthBatches
+
+PROOF_ROWS, PROOF_TOKENS = 8, 32
+TOLERANCE = {torch.float32: 2.0**-10, torch.bfloat16: 24 * 2.0**-8}
+"""Largest difference of a logit, in standard deviations of a row's logits, times the root of the
+number of layers: each adds a rounding error to the states, and such errors are independent."""
+
+EXPORTED_FILES = re.compile(
+    rf"{MODULE_WEIGHTS}|{CONFIG}|{CARD}|{NOTICE}|{MERGED_MODEL}/({NOTICE}|chat_template.jinja"
+    r"|model(-\d+-of-\d+)?.safetensors"
+    r"|(config|generation_config|tokenizer|tokenizer_config|model.safetensors.index).json)"
+)
+
+
+class Proof(NamedTuple):
+    """Largest difference of a logit in random rows, and the largest that rounding explains."""
+
+    difference: float
+    allowed: float
+
+
+@torch.no_grad()
+def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> list[Tensor]:
+    """Embed what the language model reads of each scored row: <bos> [soft tokens] [text].
+
+    Of stage 3 the text ends with the verdict that the decision rule takes, "Outcome: yes.": greedy
+    decoding alone would say yes from 0.5 on, whatever the threshold. Of stage 2 the text ends where
+    the head reads.
+
+    Returns:
+        For each row (S, D), without padding, in the language model's dtype, on the CPU. They are
+        multiplied by sqrt(D) already, as Gemma's ``inputs_embeds`` are.
+    """
+    model, text = trained.model, scores.text
+    if not isinstance(model, TrajectoryLLM):
+        raise InputError("stage 1 has no language model, and no prompts: name stage 2 or 3")
+    if text is None:  # there are no rows
+        return []
+    lengths = text.lengths()
+    verdicts = np.zeros(len(lengths), dtype=bool)
+    verdicts[scores.positions] = scores.positive
+    embedded: dict[int, Tensor] = {}
+    for chosen in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
+        writes = isinstance(model, LLMWriter)
+        batch = text.with_verdicts(chosen, verdicts[chosen]) if writes else text(chosen)
+        batch = send_to_device(batch, trained.device)
+        sequence = model.embed(batch, model.trajectory(batch))
+        for row, vectors, mask in zip(chosen, sequence.embeddings, sequence.mask, strict=True):
+            embedded[row] = vectors[mask].cpu()
+    return [embedded[row] for row in scores.positions.tolist()]
+
+
+def export_merged(
+    checkpoint: Path, folder: Path, builders: Builders, model_name: str | None = None
+) -> Proof:
+    """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a folder.
+
+    The folder is read back before it appears, and must compute the logits of the trained model.
+
+    Args:
+        checkpoint: a stage's folder, or its ``best``.
+        folder: to write; replaces an earlier export that holds no other file.
+        builders: of the script.
+        model_name: where the base model lies now, as for ``load_trained_model``.
+    """
+    best = check_mergeable(checkpoint)
+    check_export_folder(folder)
+    trained = load_trained_model(best, builders, model_name)
+    before = proof_logits(trained)
+    target = folder.absolute()  # a path such as "." has no name
+    with locked(target), atomic(target) as temporary:
+        write_merged(temporary, best, trained)
+        del trained  # one model is in memory at a time
+        merged = load_trained_model(temporary, builders)
+        llm = cast(PreTrainedModel, merged.model.llm)
+        difference = (proof_logits(merged) - before) / before.std(dim=1, keepdim=True)
+        layers = llm.config.num_hidden_layers
+        proof = Proof(float(difference.abs().amax()), TOLERANCE[llm.dtype] * math.sqrt(layers))
+        if not proof.difference <= proof.allowed:  # NaN fails
+            raise RunFault(
+                f"the merged language model computes other logits than the trained one: "
+                f"{proof.difference:.2g} standard deviations apart (rounding explains "
+                f"{proof.allowed:.2g}): nothing was written: please report it"
+            )
+    return proof
+
+
+def check_mergeable(checkpoint: Path) -> Path:
+    """Return the folder of a checkpoint whose adapter can be merged."""
+    best = trained_model.checkpoint_path(checkpoint)
+    config = trained_model.read_trained_config(best)
+    if best.is_file():
+        problem = "stage 1 has no language model to merge: name a folder of stage 2 or 3"
+    elif is_merged(config):
+        problem = "an export, whose adapter is merged already: copy the folder"
+    else:
+        trained_model.check_no_control(checkpoint, config)
+        return best
+    raise InputError(f"--checkpoint {checkpoint}: {problem}")
+
+
+def check_export_folder(folder: Path) -> None:
+    """Check that an export makes a new folder, or replaces an earlier export and no other file."""
+    if not folder.absolute().parent.is_dir():
+        raise InputError(f"--export_dir {folder}: give a folder within one that exists")
+    if not os.path.lexists(folder):
+        return
+    try:
+        own = not folder.is_symlink() and is_merged(read_json(folder / CONFIG))
+    except (OSError, ValueError):
+        own = False
+    others = [name for name in files_of(folder) if own and not EXPORTED_FILES.fullmatch(name)]
+    if not own or others:
+        problem = f"holds {min(others)}" if others else "exists"
+        raise InputError(f"--export_dir {folder}: {problem}, not from an export: name a new folder")
+
+
+@torch.no_grad()
+def proof_logits(trained: TrainedModel) -> Tensor:
+    """Return the logits (R, V) float32 behind rows of random words."""
+    llm = cast(PreTrainedModel, trained.model.llm)
+    generator = torch.Generator().manual_seed(0)
+    shape = (PROOF_ROWS, PROOF_TOKENS)
+    ids = torch.randint(llm.config.vocab_size, shape, generator=generator).to(trained.device)
+    states = llm.get_decoder()(input_ids=ids).last_hidden_state[:, -1]  # (R, D)
+    logits: Tensor = llm.get_output_embeddings()(states)
+    return logits.float().cpu()
+
+
+def merge_adapter(llm: PeftModel, quantization: str, adapter: Path) -> PreTrainedModel:
+    """Merge an adapter, which lies in a folder as well, into its base model.
+
+    Four-bit weights become the bfloat16 ones that they stand for: peft would pack the sum again.
+    """
+    with quiet_libraries():
+        if quantization == "nf4":
+            lora = llm.peft_config[llm.active_adapter]
+            base = llm.unload().dequantize(dtype=torch.bfloat16).to(torch.bfloat16)
+            llm = PeftModel.from_pretrained(base, adapter, config=lora)
+        return cast(PreTrainedModel, llm.merge_and_unload())
+
+
+def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
+    """Write the merged model of a checkpoint, and what stands beside it; change its weights."""
+    config, tokenizer = trained.config, cast(Any, trained.tokenizer)
+    llm = cast(PeftModel, trained.model.llm)
+    merged = merge_adapter(llm, config["quantization"], best / "adapter")
+    for facts in (vars(merged.config), tokenizer.init_kwargs):
+        facts.pop("auto_map", None)  # names code that the base model brought, and is not read
+    merged.generation_config = GenerationConfig(  # as the program continues a text
+        bos_token_id=int(tokenizer.bos_token_id),
+        pad_token_id=int(tokenizer.pad_token_id),
+        eos_token_id=[int(tokenizer.eos_token_id), *chat_turns(tokenizer)[2]],
+        do_sample=False,
+        max_new_tokens=config.get("report_tokens"),
+    )
+    # The names of the text model's own weights, also of a multimodal checkpoint.
+    merged.save_pretrained(folder / MERGED_MODEL, save_original_format=False)
+    tokenizer.save_pretrained(folder / MERGED_MODEL)
+    shutil.copyfile(best / MODULE_WEIGHTS, folder / MODULE_WEIGHTS)
+    for each in (folder, folder / MERGED_MODEL):  # either may be passed on alone
+        write_text(each / NOTICE, terms_of(config).notice)
+    own_keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
+    origin = {"merged_from": {key: config[key] for key in own_keys}}
+    own = {"quantization": "none", "precision": "fp32" if merged.dtype == torch.float32 else "bf16"}
+    write_config(folder, config | base_facts(str(folder / MERGED_MODEL)) | own | origin)
+    write_text(folder / CARD, model_card(config | origin))

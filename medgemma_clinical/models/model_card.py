@@ -1,0 +1,160 @@
+"""The model card, README.md of a checkpoint, and what a page says of a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.evaluation.suppress import suppress, suppress_case_mix, suppress_reports
+from medgemma_clinical.files import one_line
+from medgemma_clinical.models.language_model import TINY
+from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
+
+LIMITS = (
+    "The metrics come from one data set that was split by patient. They may not hold in another "
+    "hospital or another time. If treatment shapes the label, the model predicts treatment as well "
+    "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
+)
+RANDOM_MODEL = (
+    "The language model is tiny and random. This page shows the path from data to report; its "
+    "metrics say nothing about MedGemma."
+)
+RANDOM_MODEL_UNREAD = (
+    "Demonstration run (--model_name tiny): the page shows the path from data to report. Stage 1 "
+    "reads no language model: its metrics are its own."
+)
+
+Config = dict[str, Any]
+
+
+def shareable(config: Config, min_cell: int) -> Config:
+    """Return a checkpoint's configuration as it may leave the machine: small counts are hidden."""
+    if min_cell == 0:
+        return config
+    metrics = config.get("metrics", {})
+    parts = {k: suppress(metrics[k], min_cell) for k in ("validation", "test") if k in metrics}
+    few = any(isinstance(part["minority_patients"], str) for part in parts.values())
+    if "reports" in metrics:
+        parts["reports"] = suppress_reports(metrics["reports"], min_cell)
+    hidden = {
+        "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
+        "patients": {"series": {}, "statics": {}},
+        "metrics": {**metrics, **parts},
+    }
+    return {**config, **{key: x for key, x in hidden.items() if key in config}}
+
+
+def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_CELL) -> str:
+    """Return the card of a checkpoint, for a folder or a repository, without small counts.
+
+    ``config`` has no ``metrics`` while a run lasts.
+    """
+    units = zip(config["features"], config["units"], strict=True)
+    card = ModelCard.from_template(
+        ModelCardData(**_header(config)),
+        template_path=str(Path(__file__).with_suffix(".md.j2")),
+        config=shareable(config, min_cell),
+        repo_id=repo_id,
+        series=[f"{name} ({unit})" if unit else name for name, unit in units],
+        place=json.dumps(repo_id or "FOLDER"),
+        texts={"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
+        **{f.__name__: f for f in (code, number, interval, *DESCRIPTIONS)},
+    )
+    return f"{card}\n"
+
+
+def _header(config: Config) -> Config:
+    """Return the keys of the card's header, by which the hub finds and shows a model."""
+    tags = ["clinical", "time-series", "irregular-time-series", "risk-prediction"]
+    keys = {"library_name": "pytorch", **terms_of(config).header}
+    if config["stage"] != "generative":  # the hub has no name for the task of stage 3
+        keys["pipeline_tag"] = "tabular-classification"
+    if (base := config.get("base_model")) is not None:
+        merged = "merged_from" in config
+        # Of adapter/ or language_model/; the other parts are this program's.
+        keys["library_name"] = "transformers" if merged else "peft"
+        tags += ["lora", "soft-prompt"] if config["num_prefix_tokens"] else ["lora"]
+        tags += ["medgemma"] if "license_name" in keys else []
+        on_the_hub = config["base_sha256"] is None and base != TINY
+        if on_the_hub and config["base_weights"] == "pretrained":
+            relation = "finetune" if merged else "adapter"
+            keys |= {"base_model": base, "base_model_relation": relation}
+    return {**keys, "tags": tags}
+
+
+# ------------------------------------------------------------------ a model in words
+
+
+def describe_language_model(config: Config) -> str:
+    """Return the base model of stage 2 or 3, and what makes it a control, in words."""
+    random = ", with random weights, a control" if config["base_weights"] == "random" else ""
+    shuffled = ", with soft tokens of other patients, a control" if config["shuffled"] else ""
+    return f"{config['base_model']}{random}{shuffled}"
+
+
+def describe_stage1(config: Config) -> str:
+    """Return encoder, dynamics and number of members of a checkpoint's stage 1 in words."""
+    dynamics = config["encoder"].get("dynamics")
+    how = f", dynamics {dynamics}" if dynamics else ""
+    return f"encoder ClinicalODERNN{how}, members {config['members']}"
+
+
+def describe_weight(config: Config) -> str:
+    """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
+    if not config["stage1_logit"]:
+        return "stage 1's logit is not added"
+    alone = ": rows are ranked as by stage 1 alone" if config["residual_weight"] == 0 else ""
+    return f"{config['residual_weight']:g}, chosen on the validation part{alone}"
+
+
+def weight_0_sentence(config: Config) -> str:
+    """Return what a page says first where the language model has weight 0; else nothing."""
+    if config.get("residual_weight") != 0:
+        return ""
+    patients = config.get("metrics", {}).get("validation", {}).get("patients")
+    count = "" if patients is None else f"{number(patients)} "
+    return f"The language model is not shown to add on {count}validation patients (weight 0)."
+
+
+def random_model_notice(config: Config, model_name: str = "") -> str:
+    """Return what a page says first of a run with the built-in random model; else nothing.
+
+    ``config`` is that of a checkpoint; ``model_name`` that of the run, which stage 1 does not read.
+    """
+    if config.get("base_model") == TINY and config["base_sha256"] is None:
+        return RANDOM_MODEL
+    unread = config.get("base_model") is None and model_name == TINY
+    return RANDOM_MODEL_UNREAD if unread else ""
+
+
+DESCRIPTIONS = (describe_language_model, describe_stage1, describe_weight)
+
+# ------------------------------------------------------------------ Markdown
+
+
+def code(text: str) -> str:
+    """Return words of data or configuration as Markdown code, in which nothing is markup."""
+    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(0xA6)) or ' '}`"
+
+
+def number(count: float | str) -> str:
+    """Return a count, or the words that stand in its place."""
+    return count if isinstance(count, str) else f"{count:,.0f}"
+
+
+def interval(metric: Config, form: str = ".3f", scale: float = 1) -> str:
+    """Return ``value [low, high]``; a dash where the metric is undefined or hidden."""
+    value, low, high = (metric[key] for key in ("value", "low", "high"))
+    if value is None:
+        return "\N{EN DASH}"
+    ends = "" if low is None or high is None else f" [{scale * low:{form}}, {scale * high:{form}}]"
+    return f"{scale * value:{form}}{ends}"
+
+
+def card_figures(metrics: Config) -> Config:
+    """Return metrics as they are: until results.py writes ``config["metrics"]``, then remove."""
+    return metrics

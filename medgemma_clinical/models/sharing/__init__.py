@@ -1,1 +1,0 @@
-"""A trained model as others see it: terms and model card."""
