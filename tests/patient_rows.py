@@ -1,12 +1,11 @@
-"""An explained row that the tests of the page of patients share, and what the page says beside."""
-
-from __future__ import annotations
+"""An explained row that the tests of the page of patients share, and a page of rows."""
 
 import numpy as np
 
-from medgemma_clinical.evaluation.patients.explanation import Explanation
-from medgemma_clinical.evaluation.patients.patient_page import PatientsContent
+from medgemma_clinical.evaluation.patients import Explanation, write_patients
 from pages import OUTCOME
+
+THRESHOLD = 0.2532
 
 ROW = Explanation(
     id="<i>7</i> & $x$",
@@ -20,9 +19,14 @@ ROW = Explanation(
     observations=("lactate 2 mmol/L", "lactate 4.5 mmol/L, pH 7.2", "pH 7.3"),
     hours=np.array([0.0, 5.0, 30.0, 48.0]),
     risks=np.array([0.1, 0.35, 0.3, 0.4]),
-    facts={"age": "54"},
+    statics={"age": "54"},
     without={"lactate": 0.2, "pH": None},
 )
-CONTENT = PatientsContent(
-    OUTCOME, 0.2532, "Shown are all.", "The text stays.", {"Model": "Stage 1"}
-)
+
+
+def write_page(folder, *rows):
+    """Write a page of rows and return its path."""
+    path = folder / "out.patients.html"
+    notes, method = ["1 of these rows is in the training data."], {"Model": "Stage 1"}
+    write_patients(path, rows, OUTCOME, THRESHOLD, notes, method)
+    return path

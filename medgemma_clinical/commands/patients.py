@@ -1,11 +1,10 @@
-"""The page of single patients beside predictions: which rows it shows, and how it is written."""
+"""The page of single patients beside predictions: ``--predict --explain``."""
 
 from __future__ import annotations
 
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,192 +15,93 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.judgement.overlap import Overlap, find_overlap
-from medgemma_clinical.evaluation.patients.patient_page import PatientsContent, write_patients
-from medgemma_clinical.evaluation.report import STAGE_TITLES
-from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.explain import ScoredRow, explain
+from medgemma_clinical.evaluation.patients import write_patients
+from medgemma_clinical.evaluation.report import STAGE_NAMES
+from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
-from medgemma_clinical.provenance import git_commit, versions
 
 logger = logging.getLogger(__name__)
 
-MOST_ROWS = 12
-"""Rows with the highest risks that the page shows where none is asked for."""
+ChosenRow = tuple[dict[str, Any], TrajectoryDataset]
+"""A row of the predictions, and its data alone."""
+
+MAX_ROWS = 12
+"""Rows of the page where no id is given: those with the highest risk."""
 
 
 def patients_path(predictions: Path) -> Path:
-    """Return the path of the page of patients beside a file of predictions."""
+    """Return the path of the page beside a file of predictions."""
     return predictions.with_suffix(".patients.html")
 
 
-@dataclass
-class PatientChoice:
-    """The rows of the page, chosen while predictions are written; no other row is kept.
+def choose_rows(
+    chosen: Sequence[ChosenRow], table: pd.DataFrame, scored: ScoringRows, ids: list[str] | None
+) -> list[ChosenRow]:
+    """Return the page's rows among those chosen so far and some predictions, by id or by risk."""
+    table = table.iloc[scored.places].reset_index(drop=True)
+    table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
+    datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
+    rows = [*chosen, *zip(table.to_dict("records"), datasets, strict=True)]
+    if ids:
+        return sorted(rows, key=lambda row: ids.index(row[0]["id"]))
+    return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]
 
-    Attributes:
-        asked: ids that the user gives; None for the ``MOST_ROWS`` highest risks.
-        rows: chosen up to now.
-        found: ids among ``asked`` that the input holds, also without a score.
+
+def rows_in_training(
+    patients: NDArray[np.int64], rows: NDArray[np.int64], trained: NDArray[np.int64], *, named: bool
+) -> NDArray[np.bool_]:
+    """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
+
+    An equal identifier counts where a row of such a patient is equal: two hospitals may count their
+    patients alike. ``named`` tells whether both data sets have identifiers.
     """
-
-    asked: Sequence[str] | None
-    rows: list[ScoredRow] = field(default_factory=list)
-    found: set[str] = field(default_factory=set)
-
-    def add(self, lines: pd.DataFrame, scored: ScoringRows) -> None:
-        """Choose among some rows.
-
-        Args:
-            lines: of the predictions.
-            scored: the rows with a score, ``scored.places`` being their lines.
-        """
-        ids = lines["id"].to_numpy()[scored.places]
-        risks = lines["probability"].to_numpy()[scored.places]
-        if self.asked is None:
-            chosen = np.argsort(-risks, kind="stable")[:MOST_ROWS]
-        else:
-            self.found |= set(lines["id"]) & set(self.asked)
-            chosen = np.flatnonzero(np.isin(ids, list(self.asked)))
-        reports = lines["report"].to_numpy()[scored.places] if "report" in lines else None
-        problems = lines["problem"].to_numpy()[scored.places]
-        self.rows += [
-            ScoredRow(
-                id=str(ids[k]),
-                number=int(scored.numbers[scored.places[k]]),
-                dataset=scored.dataset.subset(np.array([k])),
-                probability=float(risks[k]),
-                report=None if reports is None else str(reports[k]),
-                problem=str(problems[k]),
-            )
-            for k in chosen.tolist()
-        ]
-        if self.asked is None:
-            self.rows = sorted(self.rows, key=lambda row: -row.probability)[:MOST_ROWS]
-        else:
-            self.rows.sort(key=lambda row: list(self.asked or ()).index(row.id))
-
-    def check_found(self, source: str) -> None:
-        """Check that the input holds each id that was asked for; no id is named.
-
-        Raises:
-            InputError: it does not.
-        """
-        places = [k for k, name in enumerate(self.asked or (), 1) if name not in self.found]
-        if places:
-            asked = len(self.asked or ())
-            missing = f"{len(places)} of these {asked} ids, the first at place {places[0]}"
-            raise InputError(
-                f"--patients: no row of {source} has {missing if asked > 1 else 'this id'}: give "
-                "ids as the predictions have them"
-            )
-
-    def sentence(self) -> str:
-        """Return how the rows were chosen."""
-        if self.asked is None:
-            return f"Shown are the rows with the highest risk, {MOST_ROWS} at most."
-        return "Shown are the rows that were asked for, as far as they have a score."
+    same_row = np.isin(rows, trained) & (rows != 0)
+    same_patient = np.isin(patients, trained) & named
+    return same_row | (same_patient & (same_patient & same_row).any())
 
 
-def kept_sentence(config: dict[str, Any]) -> str:
-    """Return what a model still reads where its soft tokens are removed."""
-    if not config.get("stage1_logit"):
-        return "The text stays."
-    return (
-        "The text and stage 1's log-odds stay; the weight of the language model's own log-odds "
-        f"beside them is {config['residual_weight']:.3g}."
+def training_sentence(
+    datasets: Sequence[TrajectoryDataset], trained: NDArray[np.int64], *, named: bool
+) -> str:
+    """Return how many data sets of one row each are in the training data."""
+    if not len(trained):
+        return "Not known: how many of these rows are in the training data."
+    pairs = [dataset.subset(np.zeros(2, dtype=np.int64)) for dataset in datasets]
+    for pair in pairs:  # a row without label is compared with both
+        pair.labels = np.where(np.isnan(pair.labels), [0.0, 1.0], pair.labels)
+    rows, patients = (
+        np.concatenate([hashes(pair, np.arange(2)) for pair in pairs])
+        for hashes in (row_hashes, patient_hashes)
     )
+    found = rows_in_training(patients, rows, trained, named=named and pairs[0].named)
+    count = int(found.reshape(-1, 2).any(axis=1).sum())
+    return f"{count} of these {len(pairs)} rows are in the training data."
 
 
-def choose_patients(request: Namespace) -> PatientChoice | None:
-    """Return the empty choice that the flags ask for; None without ``--explain``.
-
-    Raises:
-        InputError: ``--patients`` names no id.
-    """
-    if request.patients is not None and not request.patients:
-        raise InputError("--patients names no id: give ID,ID, or leave the flag out")
-    return PatientChoice(request.patients) if request.explain else None
-
-
-def find_in_training(
-    rows: Sequence[ScoredRow], trained: NDArray[np.int64], *, named: bool
-) -> tuple[Overlap, list[str]]:
-    """Find rows among those that trained a model, see ``find_overlap``.
-
-    Args:
-        rows: at least one.
-        trained: hashes of the patients and rows that trained; empty where not known.
-        named: whether the training data have identifiers of patients.
-
-    Returns:
-        How many there are in words; and of each row whether it is one of them: "yes" as there,
-        "perhaps" where only the identifier or only the row is equal, "no", or "not known" of a row
-        that holds too few values to be compared.
-    """
-    first = np.zeros(1, dtype=np.int64)
-    patients = np.concatenate([patient_hashes(row.dataset, first) for row in rows])
-    hashes = np.array([_hash_row(row.dataset, trained) for row in rows])
-    named = named and rows[0].dataset.named
-    overlap = find_overlap(patients, hashes, trained, named=named, fewest=0)
-    compared = (hashes != 0) & bool(len(trained))
-    states = [overlap.sure, overlap.perhaps, compared]
-    return overlap, np.select(states, ["yes", "perhaps", "no"], "not known").tolist()
-
-
-def _hash_row(dataset: TrajectoryDataset, trained: NDArray[np.int64]) -> int:
-    """Return the hash of the first row; of one without label, with the label that trained it."""
-    row = dataset.subset(np.zeros(1, dtype=np.int64))
-    hashes = []
-    for label in (0.0, 1.0) if np.isnan(row.labels[0]) else row.labels.tolist():
-        row.labels[0] = label
-        hashes += row_hashes(row, np.zeros(1, dtype=np.int64)).tolist()
-    return max(hashes, key=lambda each: each in trained)
-
-
-def explain_patients(
-    choice: PatientChoice,
+def explain_rows(
+    chosen: Sequence[ChosenRow],
     model: TrajectoryModel,
     request: Namespace,
-    training: tuple[NDArray[np.int64], bool],
+    trained: NDArray[np.int64],
+    *,
+    named: bool,
 ) -> None:
-    """Write the page of the chosen rows, if one of them has a score.
-
-    Args:
-        choice: of the rows.
-        model: that scored them.
-        request: checkpoint and place of the predictions.
-        training: hashes of those who trained the model, and whether they have identifiers.
-    """
-    if not choice.rows:
-        logger.info("patients: no row to show has a score: no page")
+    """Write the page of the chosen rows; ``trained`` and ``named`` as for ``rows_in_training``."""
+    ids = {row["id"] for row, _ in chosen}
+    if lacking := {*(request.patients or ids)} - ids:
+        logger.warning("--patients: %d of these ids have no row with a score", len(lacking))
+    if not chosen:
         return
-    logger.info("patients: explaining %d rows", len(choice.rows))
-    trained, named = training
-    overlap, found = find_in_training(choice.rows, trained, named=named)
-    rows = [
-        replace(explain(row, model.trained, model.batch_size), in_training=word)
-        for row, word in zip(choice.rows, found, strict=True)
-    ]
-    config, dataset = model.config, choice.rows[0].dataset
-    base = config.get("base_model")
-    content = PatientsContent(
-        outcome=config["outcome"],
-        threshold=model.threshold,
-        chosen=choice.sentence(),
-        kept=kept_sentence(config),
-        overlap=overlap.sentence if overlap.flatters else "",
-        unused=weight_0_sentence(config),
-        warning=random_model_notice(config),
-        method={
-            **dataset.asked(),
-            "Model": STAGE_TITLES[config["stage"]] + (f", {base}" if base else ""),
-            "Checkpoint": request.checkpoint.absolute().name,
-            "Versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
-            "Commit": git_commit() or "not known",
-        },
-    )
-    path = patients_path(request.predictions)
-    write_patients(path, rows, content)
+    logger.info("patients: explaining %d rows", len(chosen))
+    rows = [explain(row, dataset, model.trained, model.batch_size) for row, dataset in chosen]
+    config, datasets = model.config, [dataset for _, dataset in chosen]
+    found = training_sentence(datasets, trained, named=named)
+    notes = [found, weight_0_sentence(config), random_model_notice(config)]
+    method = datasets[0].asked() | {
+        "Model": ", ".join(filter(None, [STAGE_NAMES[config["stage"]], config.get("base_model")])),
+        "Checkpoint": request.checkpoint.absolute().name,
+    }
+    path, outcome = patients_path(request.predictions), config["outcome"]
+    write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

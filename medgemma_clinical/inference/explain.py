@@ -1,10 +1,12 @@
-"""Explain the risk of single rows: over time, by series, by soft prompt, and in stage 3's words."""
+"""Explain the risk of single rows: over time, by series, by soft prompt."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
@@ -14,56 +16,66 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.patients.explanation import Explanation
-from medgemma_clinical.evaluation.patients.report_marks import mark_numbers
-from medgemma_clinical.inference.risk_over_time import risk_over_time
+from medgemma_clinical.evaluation.patients import Explanation
 from medgemma_clinical.inference.scoring import score_rows
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryMember
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
+ROWS_AT_ONCE = 500
+"""Rows whose prefixes are in memory at a time."""
 
-@dataclass(frozen=True)
-class ScoredRow:
-    """A row with a score.
 
-    Attributes:
-        id: as in the predictions.
-        number: of the row in its file.
-        dataset: this row alone, with the inputs of the model.
-        probability: of the event.
-        report: of stage 3.
-        problem: of the report, as in the predictions.
+def risk_over_time(
+    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+) -> Iterator[pd.DataFrame]:
+    """Yield the risk of rows as known after each observation; columns id, hours, probability."""
+    dataset = rows.dataset.with_inputs(**trained.config["inputs"])
+    for start in range(0, len(dataset), ROWS_AT_ONCE):
+        part = dataset.subset(np.arange(start, min(start + ROWS_AT_ONCE, len(dataset))))
+        cut, owner = prefixes(part)
+        ids, numbers = rows.ids[start + owner], rows.numbers[start + owner]
+        known = ScoringRows(ids, numbers, cut, np.arange(len(owner)), rows.read)
+        scores = score_rows(known, trained, findings, batch_size)
+        hours = cut.prediction_times()
+        yield pd.DataFrame({"id": ids, "hours": hours, "probability": scores.probability})
+
+
+def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.int64]]:
+    """Return each series up to each of its observations, and the (M,) series each comes from.
+
+    The prediction time of a prefix is its last observation. Where a series has a prediction time
+    behind its last observation, the whole series with that time follows.
     """
+    lengths = dataset.lengths
+    later = dataset.prediction_times() > dataset.times[dataset.offsets[1:] - 1]  # (N,)
+    owner = np.repeat(np.arange(len(dataset)), lengths + later)
+    starts = np.cumsum(lengths + later) - (lengths + later)
+    step = np.arange(len(owner)) - starts[owner]  # (M,) 0 for the first observation
+    cut = dataset.subset(owner)
+    position = np.arange(len(cut.times)) - np.repeat(cut.offsets[:-1], cut.lengths)
+    cut.keep_observations(position <= np.repeat(step, cut.lengths))
+    if cut.prediction_hours is not None:
+        keeps = (step == lengths[owner]) | np.isnan(cut.prediction_hours)
+        last = cut.times[cut.offsets[1:] - 1]
+        cut.prediction_hours = np.where(keeps, cut.prediction_hours, last)
+    return cut, owner
 
-    id: str
-    number: int
-    dataset: TrajectoryDataset
-    probability: float
-    report: str | None = None
-    problem: str = ""
 
+def explain(
+    row: Mapping[str, Any], dataset: TrajectoryDataset, trained: TrainedModel, batch_size: int
+) -> Explanation:
+    """Explain a row of the prediction table; each observation and each series costs a model call.
 
-def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanation:
-    """Return what explains a row's risk.
-
-    With a language model each observation and each series costs one more call of it.
-
-    Args:
-        row: to explain.
-        trained: the model that scored the row, in evaluation mode.
-        batch_size: rows a batch.
-
-    Raises:
-        InputError: a beginning of the row has no finite score.
+    ``dataset`` holds this row alone, with the inputs of the model.
     """
-    dataset, one = row.dataset, np.zeros(1, dtype=np.int64)
-    whole = ScoringRows(np.array([row.id]), np.array([row.number]), dataset, one, 1)
+    first = np.zeros(1, dtype=np.int64)
+    whole = ScoringRows(np.array([row["id"]]), first, dataset, first, 1)
     (curve,) = risk_over_time(whole, trained, Findings(dataset.source), batch_size)
     return Explanation(
-        id=row.id,
-        probability=row.probability,
+        id=row["id"],
+        probability=row["probability"],
         features=dataset.features,
         units=dataset.units,
         times=dataset.times,
@@ -73,112 +85,77 @@ def explain(row: ScoredRow, trained: TrainedModel, batch_size: int) -> Explanati
         observations=tuple(map(dataset.observation_text, range(len(dataset.times)))),
         hours=curve["hours"].to_numpy(),
         risks=curve["probability"].to_numpy(),
-        facts=facts_read(dataset, trained),
+        statics=statics_read(dataset, trained),
         without=risks_without_series(dataset, trained, batch_size),
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
-        report=None if row.report is None else mark_numbers(dataset, 0, row.report),
-        problem=row.problem,
+        report=row.get("report"),
+        problem=row["problem"],
     )
 
 
-def facts_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
-    """Return the facts of the first row in words; of a context's words those that stand in it."""
-    shown, zero, unknown, words = {}, [], [], []
+def statics_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
+    """Return the static features of the first row; of a context's words those that stand in it."""
+    read, zero, found = {}, [], []
     written = numbers_as_written(dataset.contexts[0])
     for name, value in zip(dataset.fact_names, dataset.known_facts()[0], strict=True):
-        if name in dataset.static_names:
-            label = name.removeprefix("static_")
-            if value == 0:
-                zero.append(label)
-            else:
-                shown[label] = "unknown" if np.isnan(value) else short_number(value)
+        if name in dataset.static_names and value == 0:
+            zero.append(name.removeprefix("static_"))
+        elif name in dataset.static_names:
+            read[name.removeprefix("static_")] = short_number(value)
         elif name.endswith(NUMBER_ENDING):
-            if np.isnan(value):
-                unknown.append(f"{name.removesuffix(NUMBER_ENDING)} unknown")
+            found.append(written.get(name, f"{name.removesuffix(NUMBER_ENDING)} unknown"))
         elif value == 1:
-            words.append(name)
-    if zero:
-        shown["of value 0"] = ", ".join(zero)
-    numbers = [number for name, number in written.items() if name in dataset.fact_names]
-    if numbers or unknown:
-        shown["numbers in the context"] = ", ".join(numbers + unknown)
-    if words:
-        shown["words in the context"] = ", ".join(words)
-    reads_text = isinstance(trained.model, TrajectoryLLM) and trained.prompts.context
-    if reads_text and dataset.contexts[0]:
-        shown["context that the language model reads"] = dataset.contexts[0]
-    return shown
+            found.append(name)
+    read |= {"of value 0": ", ".join(zero), "words and numbers of the context": ", ".join(found)}
+    if isinstance(trained.model, TrajectoryLLM) and trained.prompts.context:
+        read["context that the language model reads"] = dataset.contexts[0]
+    return {name: text for name, text in read.items() if text}
 
 
 def short_number(value: float) -> str:
-    """Write a number with one decimal at most, or two significant digits where that is more."""
-    return plain(round(value, 1) if abs(value) >= 1 else float(f"{value:.2g}"))
+    """Write a number with four significant digits."""
+    return "unknown" if np.isnan(value) else plain(float(f"{value:.4g}"))
 
 
 def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArray[np.float64]:
-    """Return how far the last values of each series lie apart between training rows.
-
-    Args:
-        dataset: with the inputs of the model.
-        trained: the model, whose stage 1 keeps these scales for its summaries.
-
-    Returns:
-        (F,) standard deviations in raw units, NaN where unknown or zero.
-    """
+    """Return the standard deviation (F,) of each series' last training values; NaN if unknown."""
     model = trained.model
     stage1 = model.stage1 if isinstance(model, TrajectoryLLM) else model
     if stage1 is None:
         return np.full(len(dataset.features), np.nan)
-    member = stage1.members[0]
+    member, names = stage1.members[0], dataset.summary_names()
     assert isinstance(member, TrajectoryMember)
-    spreads = member.head.summary_scaler.std.double().cpu().numpy()
-    names = dataset.summary_names()
+    spreads = member.head.summary_scaler.std.double().numpy(force=True)
     last = spreads[[names.index(f"{name} last") for name in dataset.features]]
-    known = np.isfinite(last) & (last != 1.0)  # which stands for 0, see Scaler
-    return np.where(known, last, np.nan)
+    return np.where(np.isfinite(last) & (last != 1.0), last, np.nan)  # 1 stands for 0, see Scaler
 
 
 def risks_without_series(
     dataset: TrajectoryDataset, trained: TrainedModel, batch_size: int
 ) -> dict[str, float | None]:
-    """Score the first row with one measured series left out at a time, in the text too.
+    """Score the first row without each of its series; None where it then has no score.
 
-    Observations of that series alone are left out whole.
-
-    Args:
-        dataset: one row with the inputs of the model.
-        trained: the model.
-        batch_size: rows a batch.
-
-    Returns:
-        The probability by the name of the series, None where such a row cannot be scored; empty
-        for a row with one series.
+    Observations of that series alone leave whole. Empty for a row of one series.
     """
-    measured = [f for f, _, _ in dataset.measured(0)]
+    measured = np.array([f for f, _, _ in dataset.measured(0)])
     if len(measured) == 1:
         return {}
-    copies = dataset.subset(np.zeros(len(measured), dtype=np.int64))
-    owner = np.repeat(np.arange(len(measured)), copies.lengths)
-    copies.values[np.arange(len(owner)), np.array(measured)[owner]] = np.nan
+    copies, positions = dataset.subset(np.zeros_like(measured)), np.arange(len(measured))
+    owner = np.repeat(positions, copies.lengths)
+    copies.values[np.arange(len(owner)), measured[owner]] = np.nan
     copies.keep_observations(np.asarray(~np.isnan(copies.values).all(axis=1)))
-    places = np.arange(len(measured))
-    names = [dataset.features[f] for f in measured]
-    rows = ScoringRows(np.array(names), places, copies, places, len(places))
+    names = np.array(dataset.features)[measured]
+    rows = ScoringRows(names, positions, copies, positions, len(positions))
     scores = score_rows(rows, trained, Findings(dataset.source, strict=False), batch_size)
-    scored = zip(scores.rows.places.tolist(), scores.probability.tolist(), strict=True)
-    return dict.fromkeys(names) | {names[place]: risk for place, risk in scored}
+    risks = zip(names[scores.rows.places].tolist(), scores.probability.tolist(), strict=True)
+    return dict.fromkeys(names.tolist()) | dict(risks)
 
 
 @torch.no_grad()
 def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) -> float | None:
-    """Score the first row with its soft tokens removed; its text and stage 1's log-odds stay.
+    """Score the first row without its soft tokens; None where they do not exist or do not matter.
 
-    Args:
-        dataset: one row with the inputs of the model.
-        trained: the model.
-
-    Returns:
-        The probability; None for a model without soft prompt, or whose language model has weight 0.
+    Its text and stage 1's log-odds stay.
     """
     model = trained.model
     if not isinstance(model, TrajectoryLLM) or model.projection is None:
@@ -186,12 +163,14 @@ def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) 
     if model.residual_weight == 0:
         return None
     assert trained.tokenizer is not None
-    most = trained.config["max_text_tokens"]
-    text = TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False, max_tokens=most)
+    max_tokens = trained.config["max_text_tokens"]
+    text = TextCollator(
+        dataset, trained.tokenizer, trained.prompts, answers=False, max_tokens=max_tokens
+    )
     batch = send_to_device(text([0]), trained.device)
     states = model.trajectory(batch)
     assert states is not None
     batch["states"], batch["trajectory_logit"] = states.states, states.logit
     batch["states_mask"] = torch.zeros_like(states.mask)
-    logit = model(batch).logit.double().cpu().numpy()
+    logit = model(batch).logit.double().numpy(force=True)
     return float(trained.rule.probability(logit)[0])

@@ -29,41 +29,8 @@ NO_FORM = "the report does not have the expected form: do not rely on its text"
 """Problem of a row whose written report does not parse."""
 
 
-def scoring_rows(
-    source: Path | pd.DataFrame | TrajectoryDataset,
-    config: dict[str, Any],
-    datasets: Mapping[str, type[TrajectoryDataset]],
-    findings: Findings,
-    most: int,
-) -> Iterator[ScoringRows]:
-    """Read rows to be scored, ``most`` at a time; a data set is taken whole.
-
-    Args:
-        source: what the checkpoint's class of data reads, or a data set.
-        config: of the checkpoint.
-        datasets: class of each data set by its name.
-        findings: gets the problems of rows that cannot be read.
-        most: rows at a time.
-
-    Raises:
-        InputError: the rows are not those that the checkpoint reads, or cannot be read.
-    """
-    check_kind(source)
-    if not isinstance(source, TrajectoryDataset):
-        yield from datasets[config["dataset"]].scoring_rows(source, config, findings, most)
-        return
-    check_data_set(source, config)
-    asked, places = copy.copy(source), np.arange(len(source))
-    asked.question = config["question"]
-    yield ScoringRows(source.ids, places, asked, places, len(source))
-
-
 def check_kind(source: object) -> None:
-    """Check that rows are of a kind that can be read.
-
-    Raises:
-        InputError: naming the kind.
-    """
+    """Check that rows are of a type that can be read."""
     if not isinstance(source, (str, os.PathLike, pd.DataFrame, TrajectoryDataset)):
         raise InputError(
             f"rows of type {type(source).__name__}: give a DataFrame, the path of a file or a "
@@ -71,49 +38,68 @@ def check_kind(source: object) -> None:
         )
 
 
-def check_data_set(dataset: TrajectoryDataset, config: dict[str, Any]) -> None:
-    """Check that a data set was read as the data of a checkpoint were.
+def scoring_rows(
+    source: Path | pd.DataFrame | TrajectoryDataset,
+    config: dict[str, Any],
+    datasets: Mapping[str, type[TrajectoryDataset]],
+    findings: Findings,
+    max_rows: int,
+) -> Iterator[ScoringRows]:
+    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole."""
+    check_kind(source)
+    if not isinstance(source, TrajectoryDataset):
+        yield from datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
+        return
+    check_dataset(source, config)
+    dataset, positions = copy.copy(source), np.arange(len(source))
+    dataset.question = config["question"]
+    yield ScoringRows(source.ids, positions, dataset, positions, len(source))
 
-    Raises:
-        InputError: naming the difference.
-    """
-    read = {name: x for name, x in config["reading"].items() if name != "label_column"}
-    expected = {"features": config["features"], "units": config["units"], **read}
-    found = {"features": list(dataset.features), "units": list(dataset.units), **dataset.reading}
-    for name, value in {**expected, "outcome": config["outcome"]}.items():
-        own = dataset.outcome if name == "outcome" else found.get(name)
-        if own != value:
+
+def check_dataset(dataset: TrajectoryDataset, config: dict[str, Any]) -> None:
+    """Check that a data set was read as the data of a checkpoint were."""
+    found = {**dataset.reading, "outcome": dataset.outcome}
+    found |= {"features": list(dataset.features), "units": list(dataset.units)}
+    expected = config["reading"] | {name: config[name] for name in ("features", "units", "outcome")}
+    for name, value in expected.items():
+        own = found.get(name)
+        if name != "label_column" and own != value:
             raise InputError(f"{dataset.source}: its {name}: {own}, the model reads {value}")
-    words = {*config["inputs"]["facts"]} - {*dataset.static_names}
-    if words and dataset.reads_contexts and not any(dataset.contexts):
+    from_context = {*config["inputs"]["facts"]} - {*dataset.static_names}
+    if from_context and dataset.reads_contexts and not any(dataset.contexts):
         raise InputError(
-            f"{dataset.source}: the model reads facts of the context, which no row has: fill "
-            "clinical_context"
+            f"{dataset.source}: the model reads static features from the context, which no row "
+            "has: fill clinical_context"
         )
 
 
-def describe_source(source: Path | pd.DataFrame | TrajectoryDataset) -> str:
-    """Return the name of rows to be scored, for errors."""
-    if isinstance(source, TrajectoryDataset):
-        return source.source
-    return "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
+def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
+    """Count the rows with a value outside the limits that are declared for its series."""
+    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
+    for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
+        if limits := dataset.limits(f):
+            low, high = limits
+            outside = (dataset.values[:, f] < low) | (dataset.values[:, f] > high)
+            allowed = f"{low:g} to {high:g} {unit}".rstrip()
+            problem = f"hold values of {name} outside {allowed}: is the unit right?"
+            findings.counts[problem] += len(np.unique(owner[outside]))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Probabilities and decisions of the rows with a score.
+    """M rows with a score.
 
     Attributes:
-        rows: M rows with a score.
+        rows: the M rows.
         probability: (M,) float64, of the event.
-        alarms: (M,) bool, whether the decision rule predicts the event.
+        positive: (M,) bool, whether the decision rule predicts the event.
         text: collator of the prompts, None for stage 1 and without rows.
-        positions: (M,) int64, places of the rows in ``text``.
+        positions: (M,) int64, positions of the rows in ``text``.
     """
 
     rows: ScoringRows
     probability: NDArray[np.float64]
-    alarms: NDArray[np.bool_]
+    positive: NDArray[np.bool_]
     text: TextCollator | None
     positions: NDArray[np.int64]
 
@@ -121,107 +107,31 @@ class Scores:
 def score_rows(
     rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
 ) -> Scores:
-    """Score rows; note the problem of each row without a score.
-
-    Args:
-        rows: of the input, in its order.
-        trained: the model, in evaluation mode.
-        findings: gets the problem of each row that cannot be scored.
-        batch_size: rows a batch.
-
-    Raises:
-        InputError: a row cannot be scored, and the findings are strict.
-    """
-    dataset = rows.dataset.with_inputs(**trained.config["inputs"])
-    count_unknown_facts(dataset, findings)
-    rows = _without_long_gaps(replace(rows, dataset=dataset), trained, findings)
-    rows, text = _without_long_texts(rows, trained, findings)
+    """Score rows; the findings get the problem of each row without a score, or refuse it."""
+    rows = replace(rows, dataset=rows.dataset.with_inputs(**trained.config["inputs"]))
+    count_unknown_facts(rows.dataset, findings)
+    model = trained.model
+    stage1 = model if isinstance(model, TrajectoryClassifier) else model.stage1
+    if stage1 is not None:
+        max_gap = stage1.encoder.longest_gap_hours
+        problem = f"more than {max_gap:g} h pass without an observation"
+        rows = rows.without(rows.dataset.longest_gaps() > max_gap, problem, findings)
+    text = _text_collator(rows.dataset, trained)
+    if text is not None and text.too_long:
+        problem = f"its text is longer than {trained.config['max_text_tokens']} tokens"
+        too_long = np.isin(np.arange(len(rows.dataset)), text.too_long)
+        rows = rows.without(too_long, problem, findings)
+        text = _text_collator(rows.dataset, trained)
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
-    collate = rows.dataset.collate if text is None else text
     logit = np.empty(len(lengths))
-    for batch, output in outputs(trained.model, batches, collate):
+    for batch, output in outputs(model, batches, text or rows.dataset.collate):
         logit[batch["index"].numpy()] = output.logit.double().numpy(force=True)
     finite = np.isfinite(logit)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     probability = trained.rule.probability(logit[finite])
-    alarms = probability >= trained.rule.threshold
-    return Scores(rows, probability, alarms, text, np.flatnonzero(finite))
-
-
-def prediction_lines(scores: Scores, findings: Findings) -> pd.DataFrame:
-    """Return the lines of the prediction file, one for each row of the input.
-
-    Args:
-        scores: of the rows.
-        findings: the problems of these rows are taken out of them.
-    """
-    rows = scores.rows
-    lines = pd.DataFrame({"probability": scores.probability}, index=rows.places)
-    lines["prediction"] = pd.array(scores.alarms.astype(np.int64), dtype="Int64")
-    lines = lines.reindex(range(len(rows.ids)))
-    lines.insert(0, "id", rows.ids)
-    lines["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
-    return lines
-
-
-def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
-    """Let stage 3 write the reports of scored rows, M texts."""
-    if scores.text is None:
-        return []
-    assert isinstance(trained.model, LLMWriter)
-    verdicts = np.zeros(len(scores.text.dataset), dtype=bool)
-    verdicts[scores.positions] = scores.alarms
-    max_tokens = trained.config["report_tokens"]
-    at_once = max(batch_size, rows_at_once(trained.model, scores.text, max_tokens))
-    batches = LengthBatches(scores.positions, at_once, scores.text.lengths(), shuffle=False)
-    written = write_reports(trained.model, scores.text, batches, verdicts, max_tokens)
-    return [written[i] for i in scores.positions.tolist()]
-
-
-def prediction_table(
-    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
-) -> tuple[pd.DataFrame, ScoringRows]:
-    """Score some rows; return the lines of the prediction file and the rows with a score.
-
-    Arguments and errors are those of ``score_rows``. Stage 3 adds a column of reports; a row whose
-    report does not have the expected form keeps its score, and has a problem.
-    """
-    scores = score_rows(rows, trained, findings, batch_size)
-    lines = prediction_lines(scores, findings)
-    if isinstance(trained.model, LLMWriter):
-        reports = reports_of(scores, trained, batch_size)
-        texts = pd.Series(reports, index=scores.rows.places, dtype=object)
-        lines.insert(3, "report", texts.reindex(lines.index))
-        dataset, places = scores.rows.dataset, scores.rows.places
-        parses = [dataset.score_report(i, text).parses for i, text in enumerate(reports)]
-        lines.loc[places[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
-        findings.counts[f"have a score, but {NO_FORM}"] += len(reports) - sum(parses)
-    return lines, scores.rows
-
-
-def _without_long_gaps(rows: ScoringRows, trained: TrainedModel, findings: Findings) -> ScoringRows:
-    """Leave out rows with a gap between two observations that the encoder does not accept."""
-    model = trained.model
-    stage1 = model if isinstance(model, TrajectoryClassifier) else model.stage1
-    if stage1 is None:
-        return rows
-    longest = stage1.encoder.longest_gap_hours
-    problem = f"more than {longest:g} h pass without an observation"
-    return rows.without(rows.dataset.longest_gaps() > longest, problem, findings)
-
-
-def _without_long_texts(
-    rows: ScoringRows, trained: TrainedModel, findings: Findings
-) -> tuple[ScoringRows, TextCollator | None]:
-    """Leave out rows whose text is too long; return the collator of the others."""
-    text = _text_collator(rows.dataset, trained)
-    if text is None or not text.too_long:
-        return rows, text
-    too_long = np.isin(np.arange(len(rows.dataset)), text.too_long)
-    problem = f"its text is longer than {trained.config['max_text_tokens']} tokens"
-    rows = rows.without(too_long, problem, findings)
-    return rows, _text_collator(rows.dataset, trained)
+    positive = probability >= trained.rule.threshold
+    return Scores(rows, probability, positive, text, np.flatnonzero(finite))
 
 
 def _text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
@@ -238,13 +148,43 @@ def _text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCol
     )
 
 
-def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
-    """Count the rows with a value outside the limits that are declared for its series."""
-    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
-    for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
-        if limits := dataset.limits(f):
-            low, high = limits
-            outside = (dataset.values[:, f] < low) | (dataset.values[:, f] > high)
-            allowed = f"{low:g} to {high:g} {unit}".rstrip()
-            problem = f"hold values of {name} outside {allowed}: is the unit right?"
-            findings.counts[problem] += len(np.unique(owner[outside]))
+def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
+    """Let stage 3 write the reports of scored rows, M texts."""
+    text, positions = scores.text, scores.positions
+    if text is None:
+        return []
+    assert isinstance(trained.model, LLMWriter)
+    lengths, max_tokens = text.lengths(), trained.config["report_tokens"]
+    verdicts = np.zeros(len(lengths), dtype=bool)
+    verdicts[positions] = scores.positive
+    batch_size = max(batch_size, rows_at_once(trained.model, text, max_tokens))
+    batches = LengthBatches(positions, batch_size, lengths, shuffle=False)
+    written = write_reports(trained.model, text, batches, verdicts, max_tokens)
+    return [written[i] for i in positions.tolist()]
+
+
+def prediction_table(
+    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+) -> tuple[pd.DataFrame, ScoringRows]:
+    """Return the rows of the prediction file for some input rows, and the rows with a score.
+
+    Stage 3 adds a column of reports; a row whose report does not have the expected form keeps its
+    score, and has a problem. Problems leave the findings.
+    """
+    scores = score_rows(rows, trained, findings, batch_size)
+    scored = scores.rows
+    columns: dict[str, Any] = {
+        "probability": scores.probability,
+        "prediction": pd.array(scores.positive.astype(np.int64), dtype="Int64"),
+    }
+    writes = isinstance(trained.model, LLMWriter)
+    if writes:
+        columns["report"] = np.array(reports_of(scores, trained, batch_size), dtype=object)
+    table = pd.DataFrame(columns, index=scored.places).reindex(range(len(rows.ids)))
+    table.insert(0, "id", rows.ids)
+    table["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
+    if writes:
+        parses = [scored.dataset.score_report(i, x).parses for i, x in enumerate(columns["report"])]
+        table.loc[scored.places[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
+        findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
+    return table, scored

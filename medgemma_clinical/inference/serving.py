@@ -82,7 +82,7 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
         return []
     lengths = text.lengths()
     verdicts = np.zeros(len(lengths), dtype=bool)
-    verdicts[scores.positions] = scores.alarms
+    verdicts[scores.positions] = scores.positive
     embedded: dict[int, Tensor] = {}
     for chosen in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
         writes = isinstance(model, LLMWriter)

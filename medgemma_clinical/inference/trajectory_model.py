@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.utils import ClassifierTags, InputTags, Tags, TargetTags
+from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
 
 from medgemma_clinical.data.scoring import ScoringRows
@@ -18,12 +18,11 @@ from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.explain import risk_over_time
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
-from medgemma_clinical.inference.risk_over_time import risk_over_time
 from medgemma_clinical.inference.scoring import (
     Scores,
     check_kind,
-    describe_source,
     prediction_table,
     reports_of,
     score_rows,
@@ -31,18 +30,8 @@ from medgemma_clinical.inference.scoring import (
 )
 from medgemma_clinical.inference.serving import prompt_embeds
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
-from medgemma_clinical.models.language_model import (
-    ATTENTIONS,
-    DTYPES,
-    INT8_REFUSED,
-    QUANTIZATIONS,
-)
-from medgemma_clinical.models.trained_model import (
-    Builders,
-    TrainedModel,
-    load_trained_model,
-    read_metrics,
-)
+from medgemma_clinical.models.language_model import ATTENTIONS, DTYPES, QUANTIZATIONS
+from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
 
 Rows = pd.DataFrame | str | os.PathLike[str] | TrajectoryDataset
 """Rows to score: a table in the format of the training data, its path, or a data set."""
@@ -54,64 +43,33 @@ MEMORY_ROWS = {"trajectory": 20_000, "classification": 2_000, "generative": 2_00
 """Rows of a file in memory at a time."""
 
 
-def check_loading(
-    quantization: str | None, precision: str | None, attention: str, batch_size: int | None
-) -> None:
-    """Check how a trained model shall be loaded; None leaves a choice to the checkpoint.
-
-    Raises:
-        InputError: naming the choices.
-    """
-    if quantization == "int8":
-        raise InputError(f"quantization: {INT8_REFUSED}")
-    for name, value, choices in (
-        ("quantization", quantization, QUANTIZATIONS),
-        ("precision", precision, DTYPES),
-        ("attention", attention, ATTENTIONS),
-    ):
-        if value not in (None, *choices):
-            raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise InputError(f"batch_size {batch_size!r}: give a whole number from 1")
-
-
 class Program(NamedTuple):
-    """What the script gives to this package, which never imports it.
+    """What the script gives to this package, which never imports it."""
 
-    datasets: class of each kind of data by name; builders: of the models; fit: trains a stage from
-    its flags, rows, encoder and keywords.
-    """
-
-    datasets: Mapping[str, Any]
+    datasets: Mapping[str, Any]  # class of each kind of data by name
     builders: Builders
-    fit: Callable[..., TrajectoryModel]
+    fit: Callable[..., TrajectoryModel]  # of flags of a stage, rows, encoder, keywords
 
 
 class TrajectoryModel:
     """A trained model of stage 1, 2 or 3, in the manner of a fitted scikit-learn classifier.
 
     Import it from ``medgemma_trainer``; load a model by ``from_pretrained`` or train one by
-    ``fit_trajectory`` and its like.
+    ``fit_trajectory`` and its like. In all methods ``rows`` are N rows: a DataFrame or the path of
+    a file in the format of the training data, or a data set. A row that cannot be scored raises
+    ``InputError``; ``predictions`` alone lists it.
 
     Attributes:
         trained: network, tokenizer and configuration.
-        metrics: the content of ``metrics.json``; None where it is not known.
         batch_size: rows a batch.
     """
 
     program: ClassVar[Program]
-    _estimator_type = "classifier"
 
-    def __init__(
-        self,
-        trained: TrainedModel,
-        metrics: dict[str, Any] | None = None,
-        batch_size: int | None = None,
-    ) -> None:
+    def __init__(self, trained: TrainedModel, batch_size: int | None = None) -> None:
         """Keep the parts; see the class."""
         self.trained = trained
-        self.metrics = metrics
-        self.batch_size = BATCH_ROWS[trained.config["stage"]] if batch_size is None else batch_size
+        self.batch_size = BATCH_ROWS[self.stage] if batch_size is None else batch_size
 
     @classmethod
     def from_pretrained(
@@ -134,7 +92,7 @@ class TrajectoryModel:
             revision: branch, tag or commit of a hub repository.
             device: as in ``torch.device``; None takes the GPU if there is one.
             batch_size: rows a batch; None takes 256 for stage 1 and 32 for the others.
-            model_name: where the base model lies, if not where it lay in training.
+            model_name: path of the base model, if it has moved since the training.
             quantization: of the base model, "nf4" or "none"; None takes that of the training.
             precision: "bf16" or "fp32"; None takes that of the training.
             attention: "sdpa" or "eager", as in transformers.
@@ -142,10 +100,17 @@ class TrajectoryModel:
         Raises:
             InputError: there is no trained model, or it cannot be loaded.
         """
-        check_loading(quantization, precision, attention, batch_size)
-        place = find_checkpoint(checkpoint, revision)
+        for name, value, choices in (
+            ("quantization", quantization, QUANTIZATIONS),
+            ("precision", precision, DTYPES),
+            ("attention", attention, ATTENTIONS),
+        ):
+            if value not in (None, *choices):
+                raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size {batch_size}: at least 1")
         trained = load_trained_model(
-            place,
+            find_checkpoint(checkpoint, revision),
             cls.program.builders,
             model_name,
             quantization,
@@ -153,25 +118,17 @@ class TrajectoryModel:
             None if device is None else find_device(device),
             attention,
         )
-        return cls(trained, read_metrics(place), batch_size)
+        return cls(trained, batch_size)
 
     def __repr__(self) -> str:
         """Return stage, series, base model and data."""
         config = self.config
         base = config.get("merged_from", config).get("base_model")
-        merged = ", its adapter merged" if "merged_from" in config else ""
-        lines = [
-            f"stage: {self.stage}",
-            f"outcome: {config['outcome']}",
-            f"series: {', '.join(config['features'])}",
-            f"facts: {', '.join(config['inputs']['facts']) or 'none'}",
-            *([f"base model: {base}{merged}"] if base else []),
-            f"data: {config['dataset']}, SHA-256 {config['data_sha256'][:12]}",
-            f"device: {self.trained.device}",
-        ]
-        return f"{type(self).__name__}({'; '.join(lines)})"
-
-    # ------------------------------------------------------------------ what the model is
+        return (
+            f"{type(self).__name__}(stage: {self.stage}; outcome: {config['outcome']}; series: "
+            f"{', '.join(config['features'])}; {f'base model: {base}; ' if base else ''}"
+            f"data: {config['dataset']}, SHA-256 {config['data_sha256'][:12]})"
+        )
 
     @property
     def config(self) -> dict[str, Any]:
@@ -189,179 +146,98 @@ class TrajectoryModel:
         return self.trained.rule.threshold
 
     @property
+    def metrics(self) -> dict[str, Any] | None:
+        """The content of ``metrics.json``; None where the run of the checkpoint did not finish."""
+        return self.config.get("metrics")
+
+    def results(self, part: str = "test") -> pd.DataFrame:
+        """Return the metrics of the model and of each baseline on a part, "test" or "validation".
+
+        Returns:
+            A row a model, the model itself first. Columns auroc, auprc, brier with the ends of
+            their 95 % intervals, as in auroc_low and auroc_high; difference, difference_low and
+            difference_high of the AUROC, the row's minus the model's (of "ensemble", minus that
+            of the best blend). NaN where a metric is not defined.
+
+        Raises:
+            ValueError: another part, or the run of the checkpoint did not finish.
+        """
+        if self.metrics is None:
+            raise ValueError("no metrics: the run of this checkpoint did not finish")
+        if part not in ("test", "validation"):
+            raise ValueError(f"part {part!r}: choose test or validation")
+        return _results_table(self.metrics[part])
+
+    @property
     def classes_(self) -> NDArray[np.int64]:
         """The labels, in the order of ``predict_proba``'s columns."""
         return np.array([0, 1])
 
     def fit(self, rows: Rows, labels: Any = None) -> NoReturn:
-        """Refuse: scikit-learn looks for this method on a classifier.
-
-        Raises:
-            ValueError: always, with the functions that train.
-        """
-        raise ValueError(
-            "a trained model is not fitted again: fit_trajectory, fit_classification and "
-            "fit_generative train a new one; scikit-learn takes this one within FrozenEstimator"
-        )
+        """Refuse; scikit-learn expects this method of a classifier."""
+        raise ValueError("a trained model is not fitted again: wrap it in FrozenEstimator")
 
     def __sklearn_is_fitted__(self) -> bool:
         """Return True: every ``TrajectoryModel`` is trained."""
         return True
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Return the tags by which scikit-learn knows a classifier of two classes."""
-        return Tags(
-            estimator_type="classifier",
-            target_tags=TargetTags(required=True),
-            classifier_tags=ClassifierTags(multi_class=False),
-            input_tags=InputTags(two_d_array=False, string=True, allow_nan=True),
-        )
-
-    def results(self, part: str = "test") -> pd.DataFrame:
-        """Return the figures of the model and of each baseline.
-
-        Args:
-            part: of the split, "test" or "validation".
-
-        Returns:
-            A row a model; auroc, auprc and brier, each with the ends of its 95 % interval, as in
-            auroc_low and auroc_high. NaN where few patients stand behind a figure.
-
-        Raises:
-            ValueError: another part, or the run of the checkpoint was not finished.
-        """
-        figures = self.config.get("figures")
-        if figures is None:
-            raise ValueError("no figures: the run of this checkpoint was not finished")
-        if part not in ("test", "validation"):
-            raise ValueError(f"part {part!r}: choose test or validation")
-        named = {self.stage: figures[part]}
-        named |= {name: parts[part] for name, parts in figures["baselines"].items()}
-        endings = {"value": "", "low": "_low", "high": "_high"}
-        rows = {
-            name: {
-                f"{figure}{ending}": each[figure][key]
-                for figure in ("auroc", "auprc", "brier")
-                for key, ending in endings.items()
-            }
-            for name, each in named.items()
-        }
-        return pd.DataFrame.from_dict(rows, orient="index", dtype=float)
-
-    # ------------------------------------------------------------------ predictions
+        target, classes = TargetTags(required=True), ClassifierTags(multi_class=False)
+        return Tags(estimator_type="classifier", target_tags=target, classifier_tags=classes)
 
     @exact_kernels()
     def predict_proba(self, rows: Rows) -> NDArray[np.float64]:
-        """Return the probabilities (N, 2) float64 of no event and of the event.
-
-        Args:
-            rows: a DataFrame or a file in the format of the training data, or a data set.
-
-        Raises:
-            InputError: a row cannot be scored; ``predictions`` scores the others.
-        """
+        """Return the probabilities (N, 2) float64 of no event and of the event."""
         events = np.concatenate([scores.probability for scores in self._scores(rows)])
         return np.stack([1 - events, events], axis=1)
 
     @exact_kernels()
     def predict(self, rows: Rows) -> NDArray[np.int64]:
-        """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights.
-
-        Args:
-            rows: as for ``predict_proba``.
-
-        Raises:
-            InputError: a row cannot be scored.
-        """
-        return np.concatenate([scores.alarms for scores in self._scores(rows)]).astype(np.int64)
+        """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights."""
+        return np.concatenate([scores.positive for scores in self._scores(rows)]).astype(np.int64)
 
     @exact_kernels()
     def predictions(self, rows: Rows) -> pd.DataFrame:
-        """Return the table of ``--predict``: a line for each row, with or without a score.
+        """Return the table of ``--predict``: N rows, with or without a score.
 
-        Args:
-            rows: as for ``predict_proba``.
-
-        Returns:
-            N lines: id, probability, prediction, of stage 3 report, and problem, which is empty for
-            a row with a score and, in stage 3, a report of the expected form.
-
-        Raises:
-            InputError: the whole input cannot be read.
+        Columns id, probability, prediction, of stage 3 report, and problem, which is empty for a
+        row with a score and, in stage 3, a report of the expected form.
         """
         chunks, findings = self._read(rows, strict=False)
-        tables = [
-            prediction_table(chunk, self.trained, findings, self.batch_size)[0] for chunk in chunks
-        ]
+        tables = [prediction_table(x, self.trained, findings, self.batch_size)[0] for x in chunks]
         return pd.concat(tables, ignore_index=True)
 
     @exact_kernels()
     def write_reports(self, rows: Rows) -> list[str]:
-        """Return the report of each row, N texts; their verdicts are those of ``predict``.
-
-        Args:
-            rows: as for ``predict_proba``.
-
-        Raises:
-            ValueError: the model is not of stage 3.
-            InputError: a row cannot be scored.
-        """
-        self._check_stage("generative", "write_reports")
-        return [
-            text
-            for scores in self._scores(rows)
-            for text in reports_of(scores, self.trained, self.batch_size)
-        ]
+        """Return the reports of stage 3, N texts; their verdicts are those of ``predict``."""
+        if self.stage != "generative":
+            raise ValueError(f"write_reports needs a model of stage generative: {self.stage}")
+        reports = [reports_of(x, self.trained, self.batch_size) for x in self._scores(rows)]
+        return [text for texts in reports for text in texts]
 
     @exact_kernels()
     def risk_over_time(self, rows: Rows) -> pd.DataFrame:
-        """Return the risk after each observation, as if the question were asked there.
+        """Return the risk after each observation, as if the prediction were made there.
 
-        The model was trained on whole rows only, so that early risks can be miscalibrated.
-        Facts and context are those of the whole row. In stages 2 and 3 each observation costs a
-        call of the language model.
-
-        Args:
-            rows: as for ``predict_proba``.
+        Early risks can be miscalibrated, since the model was trained on whole rows only. Static
+        features and context are those of the whole row. A language model is called once an
+        observation.
 
         Returns:
-            A line for each observation of each row, in order: id, hours (float64, on the row's
-            clock), probability (float64). Where a row has a later prediction time, a line for that
-            follows. The last probability of a row is that of ``predict_proba``.
-
-        Raises:
-            InputError: a row cannot be scored.
+            A line for each observation of each row, in order, and one for a later prediction time:
+            id, hours (float64, on the row's clock), probability (float64), the last of which is
+            that of ``predict_proba``.
         """
         chunks, findings = self._read(rows, strict=True)
-        tables = [
-            table
-            for chunk in chunks
-            for table in risk_over_time(chunk, self.trained, findings, self.batch_size)
-        ]
-        return pd.concat(tables, ignore_index=True)
+        tables = (risk_over_time(x, self.trained, findings, self.batch_size) for x in chunks)
+        return pd.concat([table for each in tables for table in each], ignore_index=True)
 
     @exact_kernels()
     def prompt_embeds(self, rows: Rows) -> list[Tensor]:
-        """Return the language model's input of each row as vectors; see docs/serving.md.
-
-        Args:
-            rows: as for ``predict_proba``.
-
-        Returns:
-            N tensors (S, D) in the language model's dtype, on the CPU.
-
-        Raises:
-            InputError: the model is of stage 1, or a row cannot be scored.
-        """
-        return [
-            vectors
-            for scores in self._scores(rows)
-            for vectors in prompt_embeds(scores, self.trained, self.batch_size)
-        ]
-
-    def _check_stage(self, needed: str, method: str) -> None:
-        if self.stage != needed:
-            raise ValueError(f"{method} needs a model of stage {needed}: this is {self.stage}")
+        """Return the language model's input, N tensors (S, D) on the CPU; see docs/serving.md."""
+        embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in self._scores(rows)]
+        return [vectors for each in embeds for vectors in each]
 
     def _scores(self, rows: Rows) -> Iterator[Scores]:
         """Score rows, all of which can be scored, some at a time."""
@@ -372,21 +248,13 @@ class TrajectoryModel:
     def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
         check_kind(rows)
         rows = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
-        findings = Findings(describe_source(rows), strict=strict)
-        most = MEMORY_ROWS[self.stage]
-        return scoring_rows(rows, self.config, self.program.datasets, findings, most), findings
-
-    # ------------------------------------------------------------------ keeping and sharing
+        source = rows.source if isinstance(rows, TrajectoryDataset) else rows
+        name = "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
+        findings, max_rows = Findings(name, strict=strict), MEMORY_ROWS[self.stage]
+        return scoring_rows(rows, self.config, self.program.datasets, findings, max_rows), findings
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as a folder that ``from_pretrained`` reads, with its model card.
-
-        Args:
-            folder: new, or of an earlier model.
-
-        Raises:
-            InputError: the folder holds other files.
-        """
+        """Write the model, with its card, as a folder: new, or of an earlier model."""
         save_model(self.trained, Path(folder))
 
     def push_to_hub(
@@ -412,10 +280,6 @@ class TrajectoryModel:
 
         Returns:
             Address of the commit.
-
-        Raises:
-            InputError: no right to write, a public repository where a private one is required, or
-                few patients behind an input.
         """
         return push_model(
             self.trained,
@@ -428,10 +292,21 @@ class TrajectoryModel:
         )
 
     def checkpoint(self) -> TrajectoryCheckpoint:
-        """Return a trained stage 1 as stages 2 and 3 read it.
-
-        Raises:
-            ValueError: the model is not of stage 1.
-        """
-        self._check_stage("trajectory", "encoder")
+        """Return a trained stage 1 as stages 2 and 3 read it."""
+        if self.stage != "trajectory":
+            raise ValueError(f"the encoder needs to be a model of stage trajectory: {self.stage}")
         return self.trained.checkpoint()
+
+
+def _results_table(part: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the metrics of a part of metrics.json as ``TrajectoryModel.results`` does."""
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    cells = {
+        f"{x}{end}": (x, key) for x in ("auroc", "auprc", "brier") for end, key in ends.items()
+    }
+    cells |= {f"difference{end}": ("auroc", f"difference{end}") for end in ends}
+    rows = {
+        model: {column: (metrics.get(name) or {}).get(key) for column, (name, key) in cells.items()}
+        for model, metrics in {part["model"]: part, **part["models"]}.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index", dtype=float)

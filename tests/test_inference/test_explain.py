@@ -1,6 +1,4 @@
-"""Explanations of single rows: the curve, series left out, the soft prompt, reports."""
-
-import copy
+"""Single rows: the risk over time, series left out, the soft prompt, static features."""
 
 import numpy as np
 import pandas as pd
@@ -9,8 +7,9 @@ import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.tables import Findings
-from medgemma_clinical.inference.explain import ScoredRow, explain, short_number
+from medgemma_clinical.inference.explain import explain, prefixes
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_trainer import TrajectoryModel
 from predicting import SERIES, STAGES, write_data
@@ -25,20 +24,9 @@ def explained(model, table):
     findings = Findings("DataFrame", strict=False)
     (rows,) = scoring_rows(table, model.config, trainer.DATASETS, findings, len(table))
     lines, scored = prediction_table(rows, model.trained, findings, 32)
-    reports = lines["report"] if "report" in lines else [None] * len(lines)
     return [
-        explain(
-            ScoredRow(
-                str(lines["id"][k]),
-                k,
-                scored.dataset.subset(np.array([k])),
-                float(lines["probability"][k]),
-                reports[k],
-            ),
-            model.trained,
-            32,
-        )
-        for k in range(len(lines))
+        explain(line, scored.dataset.subset(np.array([k])), model.trained, 32)
+        for k, line in enumerate(lines.to_dict("records"))
     ]
 
 
@@ -60,23 +48,71 @@ def stays():
 def several(stays, tmp_path_factory):
     """A stage 1 of three series."""
     place = tmp_path_factory.mktemp("several")
-    words = ["--trajectory_only", "--trajectory_epochs", "1", "--min_cell", "0", "--log_file"]
-    words += ["none", "--data_path", str(write_data(stays, place / "train.csv")), "--series"]
+    words = ["--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none"]
+    words += ["--data_path", str(write_data(stays, place / "train.csv")), "--series"]
     words += [",".join(THREE), "--output_dir", str(place), "--encoder_lr", "0.05"]
     assert trainer.main(words) == 0
     return TrajectoryModel.from_pretrained(place / "trajectory")
 
 
+# --------------------------------------------------------------------------- risk over time
+
+
+def test_the_risk_over_time_ends_at_the_prediction_and_knows_no_later_value(models, table):
+    model = models["trajectory"]
+    risks = model.risk_over_time(table)
+    last = risks.groupby("id", sort=False).last()
+    assert last.index.tolist() == table["id"].tolist()
+    np.testing.assert_allclose(last["probability"], model.predict_proba(table)[:, 1], atol=1e-6)
+    counts = table[SERIES].str.count("->") + 1
+    assert risks.groupby("id", sort=False).size().tolist() == counts.tolist()
+    cells = table[SERIES].str.split(" -> ")
+    ordered = cells.map(lambda row: sorted(row, key=lambda x: float(x.split("(")[1][:-2])))
+    altered = table.assign(**{SERIES: [" -> ".join([*row[:-1], "999 (9000h)"]) for row in ordered]})
+    again = model.risk_over_time(altered)["probability"]
+    ends = risks["id"] != risks["id"].shift(-1)
+    np.testing.assert_allclose(risks["probability"][~ends], again[~ends], rtol=0, atol=1e-7)
+    assert not np.allclose(risks["probability"][ends], again[ends])
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_last_point_of_the_curve_is_the_prediction(stage, models, table):
-    rows = explained(models[stage], table.head(6))
-    predicted = models[stage].predict_proba(table.head(6))[:, 1]
-    for row, probability in zip(rows, predicted, strict=True):
+def test_each_point_is_the_prediction_of_the_row_that_ends_there(stage, models, table):
+    model, row = models[stage], table.iloc[[2]]
+    cells = str(row[SERIES].iloc[0]).split(" -> ")
+    assert len(cells) > 2
+    risks = model.risk_over_time(row)
+    for k in range(len(cells)):
+        cut = row.assign(**{SERIES: " -> ".join(cells[: k + 1])})
+        assert risks["probability"][k] == pytest.approx(model.predict_proba(cut)[0, 1], abs=1e-6)
+        assert risks["hours"][k] == float(cells[k].split("(")[1][:-2])
+
+
+def test_a_later_prediction_time_is_a_point_of_its_own():
+    rows = pd.DataFrame({SERIES: ["1 (0h) -> 2 (5h)", "3 (1h)"], "label_escalation": [0, 1]})
+    cut, owner = prefixes(MIMICtrajectoryDataset(rows.assign(prediction_hours=["9", "1"])))
+    assert owner.tolist() == [0, 0, 0, 1]
+    assert cut.prediction_times().tolist() == [0, 5, 9, 1]
+    assert cut.lengths.tolist() == [1, 2, 2, 1]
+    assert cut.values[:, 0].tolist() == [1, 1, 2, 1, 2, 3]
+    cut, owner = prefixes(MIMICtrajectoryDataset(rows.assign(prediction_hours=["", "1"])))
+    assert owner.tolist() == [0, 0, 1]
+    assert np.isnan(cut.summaries()[:, -1]).tolist() == [True, True, False]
+
+
+# --------------------------------------------------------------------------- explanations
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_explanation_is_of_the_row_and_ends_at_its_prediction(stage, models, table):
+    rows, model = explained(models[stage], table.head(4)), models[stage]
+    for row, probability in zip(rows, model.predict_proba(table.head(4))[:, 1], strict=True):
         assert row.risks[-1] == pytest.approx(probability, abs=1e-6)
-        assert row.risks[-1] == pytest.approx(row.probability, abs=1e-6)
-        assert len(row.hours) == len(row.risks) == len(row.times)
+        assert row.probability == pytest.approx(probability, abs=1e-6)
         np.testing.assert_array_equal(row.hours, row.times)
         assert row.without == {}, "a single series leaves nothing to score"
+        assert (row.without_soft_prompt is None) == (stage == "trajectory")
+    written = model.write_reports(table.head(4)) if stage == "generative" else [None] * 4
+    assert [row.report for row in rows] == written
 
 
 def test_a_series_is_left_out_with_all_that_comes_of_it(several, stays):
@@ -92,107 +128,57 @@ def test_a_series_is_left_out_with_all_that_comes_of_it(several, stays):
                 assert abs(gone[k] - rows[k].probability) > 1e-6
                 checked += 1
     assert checked >= 8
-    measured = [cell for cell in few.loc[0, list(COLUMNS)] if cell]
-    assert len(rows[0].without) == len(measured)
+    assert len(rows[0].without) == sum(bool(cell) for cell in few.loc[0, list(COLUMNS)])
 
 
-def test_a_row_that_cannot_be_scored_without_a_series_has_no_effect(several, stays):
-    row = stays.head(1).assign(
-        **{SERIES: "20 (0h) -> 21 (900000h)", COLUMNS[1]: "4 (450000h)", COLUMNS[2]: ""}
-    )
-    without = explained(several, row)[0].without
-    assert [risk is None for risk in without.values()] == [False, True]
+def test_a_row_without_a_score_when_a_series_is_left_out_has_no_effect(several, stays):
+    gap = {SERIES: "20 (0h) -> 21 (900000h)", COLUMNS[1]: "4 (450000h)", COLUMNS[2]: ""}
+    (row,) = explained(several, stays.head(1).assign(**gap))
+    assert [risk is None for risk in row.without.values()] == [False, True]
+    told = {SERIES: "20 (0h) -> 21.5 (3h)", COLUMNS[1]: "4 (3h)", COLUMNS[2]: ""}
+    (row,) = explained(several, stays.head(1).assign(**told))
+    last = "Serum bicarbonate 21.5 mmol/L, potassium 4 mEq/L"
+    assert row.observations == ("Serum bicarbonate 20 mmol/L", last)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_without_soft_prompt_the_model_reads_the_text_alone(stage, models, table):
+def test_without_soft_prompt_the_model_reads_the_text_alone(stage, models, table, monkeypatch):
     """Compared with a model whose projection is taken out."""
-    rows = explained(models[stage], table.head(3))
-    llm = models[stage].trained.model
-    projection, llm.projection = llm.projection, None
-    try:
+    rows, llm = explained(models[stage], table.head(3)), models[stage].trained.model
+    with monkeypatch.context() as patch:
+        patch.setitem(llm._modules, "projection", None)
         expected = models[stage].predict_proba(table.head(3))[:, 1]
         assert explained(models[stage], table.head(1))[0].without_soft_prompt is None
-    finally:
-        llm.projection = projection
     for row, risk in zip(rows, expected, strict=True):
         assert row.without_soft_prompt == pytest.approx(risk, rel=2e-5)
         assert risk != pytest.approx(row.probability, rel=1e-4)
-    assert explained(models["trajectory"], table.head(1))[0].without_soft_prompt is None
-
-
-@pytest.mark.parametrize("stage", STAGES[1:])
-def test_a_language_model_of_weight_zero_leaves_nothing_to_remove(stage, models, table):
-    llm = models[stage].trained.model
-    weight, llm.residual_weight = llm.residual_weight, 0.0
-    try:
-        assert explained(models[stage], table.head(1))[0].without_soft_prompt is None
-    finally:
-        llm.residual_weight = weight
+    monkeypatch.setattr(llm, "residual_weight", 0.0)
+    assert explained(models[stage], table.head(1))[0].without_soft_prompt is None
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_spread_is_that_of_the_last_values_of_training_rows(stage, models, table):
-    model = models[stage]
-    (spread,) = explained(model, table.head(1))[0].spreads
+    (spread,) = explained(models[stage], table.head(1))[0].spreads
     dataset = trainer.DATASETS["dka"](table)
-    train = dataset.split(0)["train"]
-    place = dataset.summary_names().index(f"{dataset.features[0]} last")
-    last = dataset.summaries()[train, place]
+    position = dataset.summary_names().index(f"{dataset.features[0]} last")
+    last = dataset.summaries()[dataset.split(0)["train"], position]
     assert spread == pytest.approx(last.std(), rel=1e-5)
 
 
-def test_a_series_that_is_constant_in_training_has_no_spread(models, table):
-    model = models["trajectory"].trained.model
-    scaler = model.members[0].head.summary_scaler
-    fitted = copy.deepcopy(scaler)
+def test_a_series_that_is_constant_in_training_has_no_spread(runs, table):
+    model = TrajectoryModel.from_pretrained(runs / "trajectory")
+    scaler = model.trained.model.members[0].head.summary_scaler
     scaler.fit(torch.full((9, len(scaler.std)), 3.0))
-    try:
-        (spread,) = explained(models["trajectory"], table.head(1))[0].spreads
-    finally:
-        scaler.load_state_dict(fitted.state_dict())
+    (spread,) = explained(model, table.head(1))[0].spreads
     assert np.isnan(spread)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (40.9167, "40.9"),
-        (82, "82"),
-        (1, "1"),
-        (0.846, "0.85"),
-        (-1.25, "-1.2"),
-        (1234.56, "1234.6"),
-    ],
-)
-def test_a_fact_has_one_decimal_at_most_and_small_ones_stay(value, text):
-    assert short_number(value) == text
-
-
-def test_facts_are_those_that_the_model_reads(models, table):
+def test_static_features_are_those_that_the_model_reads(models, table):
     row = table.head(1).assign(clinical_context="54-year-old woman of Rome, medical ICU")
-    facts = explained(models["trajectory"], row)[0].facts
-    assert facts["numbers in the context"] == "54-year, kg unknown"
-    assert "woman" in facts["words in the context"]
-    assert "Rome" not in str(facts).title(), "a word that the model does not read"
-    told = explained(models["classification"], row)[0].facts
-    assert told["context that the language model reads"].endswith("of Rome, medical ICU")
-
-
-def test_the_report_is_that_of_the_predictions_and_its_numbers_are_marked(models, table):
-    model = models["generative"]
-    (row,) = explained(model, table.head(1))
-    assert row.report is not None
-    assert "".join(mark.text for mark in row.report) == model.write_reports(table.head(1))[0]
-    assert explained(models["classification"], table.head(1))[0].report is None
-
-
-def test_observations_are_told_with_unit(several, stays):
-    row = stays.head(1).assign(
-        **{SERIES: "20 (0h) -> 21.5 (3h)", COLUMNS[1]: "4 (3h)", COLUMNS[2]: ""}
-    )
-    told = explained(several, row)[0].observations
-    assert told == (
-        "Serum bicarbonate 20 mmol/L",
-        "Serum bicarbonate 21.5 mmol/L, potassium 4 mEq/L",
-    )
+    shown = str(explained(models["trajectory"], row)[0].statics)
+    assert "54-year" in shown
+    assert "kg unknown" in shown
+    assert "woman" in shown
+    assert "rome" not in shown.lower(), "a word that the model does not read"
+    read = explained(models["classification"], row)[0].statics.values()
+    assert row["clinical_context"].iloc[0] in read

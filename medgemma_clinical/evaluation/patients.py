@@ -1,0 +1,184 @@
+"""The page of single patients: each series and the risk over time, and what the risk rests on.
+
+Letters: L observations, F features, n points of the risk over time: L, and one more where the
+prediction time lies behind the last observation.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from scipy.special import logit
+
+from medgemma_clinical.data.texts import Reference, plain, with_space
+from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.report import render
+from medgemma_clinical.files import write_text
+
+NOTICE = "This page holds patients' data: do not share it. Only its owner can read this file."
+DASH = "\N{EN DASH}"
+
+MAX_HOURS = 96
+"""A longer row has an axis of days."""
+
+WIDTH, RISK_HEIGHT, SERIES_HEIGHT, MARGIN = 5.2, 1.2, 0.6, 0.4
+"""Inches of the figure, of its panels, and of the labels of time."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The risk of one row over time, and what it rests on."""
+
+    id: str
+    probability: float
+    features: tuple[str, ...]  # F
+    units: tuple[str, ...]  # F, empty where a feature has none
+    times: NDArray[np.float64]  # (L,) hours, not decreasing
+    values: NDArray[np.float64]  # (L, F) raw units, NaN where not measured
+    references: tuple[Reference | None, ...]  # F reference ranges
+    spreads: NDArray[np.float64]  # (F,) standard deviation of training rows' last values, or NaN
+    observations: tuple[str, ...]  # L texts, what was measured
+    hours: NDArray[np.float64]  # (n,)
+    risks: NDArray[np.float64]  # (n,) with what was known by then; the last is ``probability``
+    statics: dict[str, str]  # static features that were read
+    without: dict[str, float | None]  # risk without a series; None where there is no score
+    without_soft_prompt: float | None = None  # None where it is the same
+    report: str | None = None  # of stage 3
+    problem: str = ""  # of the report
+
+    @property
+    def time_unit(self) -> tuple[str, float]:
+        """Name and hours of the unit of the time axis."""
+        return ("hour", 1.0) if self.hours[-1] - self.hours[0] <= MAX_HOURS else ("day", 24.0)
+
+    def time_text(self, hours: float) -> str:
+        """Return a time with its unit, to two decimals."""
+        unit, length = self.time_unit
+        return f"{unit} {plain(round(hours / length, 2))}"
+
+    def changes(self) -> pd.DataFrame:
+        """Return the risk after each observation and its change."""
+        observed = [*self.observations, "no observation until the prediction time"]
+        changes = [DASH, *(signed(100 * step, 1) for step in np.diff(self.risks).tolist())]
+        columns = {
+            "Time": [self.time_text(hours) for hours in self.hours.tolist()],
+            "Observed": observed[: len(self.hours)],
+            "Risk after it": [percent(risk) for risk in self.risks.tolist()],
+            "Change (points)": changes,
+        }
+        return pd.DataFrame(columns)
+
+    def effects(self) -> pd.DataFrame:
+        """Return the change of the log-odds without each series, the largest first."""
+        known = {name: risk for name, risk in self.without.items() if risk is not None}
+        own = _log_odds(self.probability)
+        change = {name: _log_odds(risk) - own for name, risk in known.items()}
+        order = sorted(change, key=lambda name: -abs(change[name]))
+        rows = [(name, signed(change[name], 2), percent(known[name])) for name in order]
+        rows += [(name, DASH, DASH) for name in self.without if name not in known]
+        names = ["Series", "Change without it (log-odds)", "Risk without it"]
+        return pd.DataFrame(rows, columns=names)
+
+
+def percent(share: float) -> str:
+    """Write a share in percent."""
+    number = f"{100 * share:.1f}" if share >= 0.01 else f"{100 * share:.2g}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
+def signed(change: float, digits: int) -> str:
+    """Write a change with its sign; what rounds to zero is +0."""
+    return f"{round(change, digits) + 0.0:+.{digits}f}"
+
+
+def _log_odds(probability: float) -> float:
+    return float(logit(np.clip(probability, 1e-12, 1 - 1e-12)))
+
+
+def write_patients(
+    path: Path,
+    rows: Sequence[Explanation],
+    outcome: str,
+    threshold: float,
+    notes: Sequence[str],
+    method: Mapping[str, str],
+) -> None:
+    """Write the page: one file without script; ``notes`` are sentences that stand first."""
+    with plots.plot_style():
+        images = [plots.to_image(*plot_patient(row, outcome, threshold)) for row in rows]
+    content = {"threshold": threshold, "notes": notes, "method": method, "percent": percent}
+    content |= {"title": f"Patients: {outcome}", "notice": NOTICE}
+    write_text(path, render("patients", rows=list(zip(rows, images, strict=True)), **content))
+
+
+def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:
+    """Draw the measured series above the risk, on one axis of time; return the same in words."""
+    measured = np.flatnonzero(~np.isnan(row.values).all(axis=0)).tolist()
+    heights = [SERIES_HEIGHT] * len(measured) + [RISK_HEIGHT]
+    figure, panels = plots.new_figure(heights, (WIDTH, sum(heights) + MARGIN))
+    words = [_plot_series(axes, row, f) for f, axes in zip(measured, panels, strict=False)]
+    unit, length = row.time_unit
+    axes, hours, risks = panels[-1], row.hours / length, 100 * row.risks
+    axes.axhline(100 * threshold, color=plots.OTHER, linestyle="--", linewidth=1)
+    axes.plot(hours, risks, "-", color=plots.MODEL, linewidth=1.5, drawstyle="steps-post")
+    axes.plot(hours, risks, "o", color=plots.MODEL, markersize=4, clip_on=False)
+    top = min(100.0, 1.15 * max(float(risks.max()), 200 * threshold))
+    axes.set(ylim=(0, top), xlabel=f"{unit}s")
+    _set_label(axes, f"Risk (%)\ndashed: threshold\n{percent(threshold)}")
+    figure.align_ylabels(panels)
+    first, last, highest = map(percent, (row.risks[0], row.risks[-1], row.risks.max()))
+    return figure, (
+        f"Series over time: {'; '.join(words)}. Below, the risk of {outcome}: {first} at "
+        f"{row.time_text(row.hours[0])}, {last} at {row.time_text(row.hours[-1])}, highest "
+        f"{highest}; the threshold is {percent(threshold)}."
+    )
+
+
+def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
+    """Draw the values of a series above its reference range; return both in words."""
+    known = ~np.isnan(row.values[:, f])
+    times, values = row.times[known], row.values[known, f]
+    low, high = row.references[f] or (None, None)
+    bottom, top = axis_limits(values, row.references[f], row.spreads[f])
+    axes.set_ylim(bottom, top)
+    if row.references[f]:
+        ends = (bottom if low is None else low, top if high is None else high)
+        axes.axhspan(*ends, color=plots.GRID, linewidth=0)
+    hours = times / row.time_unit[1]
+    # Without clipping, a point on the edge of the panel is drawn whole.
+    axes.plot(hours, values, "o-", color=plots.INK, linewidth=1, markersize=4, clip_on=False)
+    whole = bool((values == np.round(values)).all())  # states, grades, counts
+    axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
+    name, unit = row.features[f], with_space(row.units[f])
+    lines = textwrap.wrap(f"{name}{unit}", 20, max_lines=3, placeholder="\N{HORIZONTAL ELLIPSIS}")
+    _set_label(axes, "\n".join(lines))
+    texts = [f"from {plain(low)}"] if low is not None else []
+    texts += [f"to {plain(high)}"] if high is not None else []
+    reference = f" (reference {' '.join(texts)})" if texts else ""
+    return f"{name} {plain(values[0])} to {plain(values[-1])}{unit}, n = {len(values)}{reference}"
+
+
+def _set_label(axes: Axes, text: str) -> None:
+    """Write beside a panel, where a label takes no height."""
+    axes.set_ylabel(text, rotation=0, ha="right", va="center")
+
+
+def axis_limits(
+    values: NDArray[np.float64], reference: Reference | None, spread: float
+) -> tuple[float, float]:
+    """Return limits that show values and reference range, and span two spreads at least."""
+    ends = [*values.tolist(), *(end for end in reference or () if end is not None)]
+    low, high = min(ends), max(ends)
+    half = 0.6 * max(high - low, 2 * float(np.nan_to_num(spread))) or 1.0
+    bottom = (low + high) / 2 - half
+    bottom = max(bottom, 0.0) if low >= 0 else bottom
+    return bottom, bottom + 2 * half
