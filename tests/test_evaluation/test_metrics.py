@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
@@ -20,6 +20,8 @@ from medgemma_clinical.evaluation.metrics import (
 RISKS = st.sampled_from([k / 10 for k in range(11)]) | st.floats(0, 1)
 ROWS = st.lists(st.tuples(st.integers(0, 1), RISKS, st.integers(0, 3)), min_size=2, max_size=40)
 
+REPEATABLE = settings(deadline=None, derandomize=True)
+
 
 def ones(labels):
     return np.ones((1, len(labels)))
@@ -32,6 +34,7 @@ def weightings(labels, count, seed=0):
     return weights
 
 
+@REPEATABLE
 @given(ROWS)
 def test_metrics_and_shares_equal_scikit_learn_on_repeated_rows(rows):
     labels, risk, weight = np.array(rows).T
@@ -121,6 +124,7 @@ def test_certain_risks_have_finite_log_odds_and_loss():
     assert log_odds(np.array([0.2])) == pytest.approx(np.log(0.25))
 
 
+@REPEATABLE
 @given(ROWS)
 def test_net_benefit_is_its_formula(rows):
     labels, risk, weight = np.array(rows).T
