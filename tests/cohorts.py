@@ -1,39 +1,19 @@
-"""Simulated patients with known risks, cohorts of them, and the coverage of intervals."""
-
-from __future__ import annotations
-
-from functools import partial
-from typing import Any
+"""Simulated patients of known risk, tables of their predictions, and slow plain metrics."""
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.optimize import brentq
+from scipy.special import expit, logit
+from sklearn import metrics as sklearn_metrics
+from sklearn.linear_model import LogisticRegression
 
-from medgemma_clinical.evaluation.bootstrap import Figures, bootstrap, estimate
-from medgemma_clinical.evaluation.calibration import weighted_calibration
-from medgemma_clinical.evaluation.cohort import Cohort
-from medgemma_clinical.evaluation.metrics import (
-    net_benefit,
-    threshold_shares,
-    weighted_metrics,
-    weighted_shares,
-)
-
-Simulated = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-"""Labels, risks and patients of some rows."""
+from medgemma_clinical.evaluation.metrics_table import evaluate
 
 POPULATION = 300_000
-"""Rows whose figures are taken for the truth."""
+"""Rows whose metrics are taken for the truth."""
 
 
-def ones(rows: int) -> NDArray[np.float64]:
-    return np.ones((1, rows))
-
-
-def simulate(
-    rng: np.random.Generator, rows: int, *, rows_a_patient: int = 1, slope: float = 1.0
-) -> Simulated:
+def simulate(rng, rows, *, rows_a_patient=1, slope=1.0):
     """Draw labels, risks and patients; the risks' log-odds are ``slope`` times the true ones."""
     patients = rows // rows_a_patient
     shared = rng.normal(size=patients).repeat(rows_a_patient)
@@ -42,44 +22,75 @@ def simulate(
     return labels, expit(slope * odds), np.arange(patients).repeat(rows_a_patient).astype(str)
 
 
-def make_cohort(simulated: Simulated, **baselines: NDArray[Any]) -> Cohort:
-    """Name patients and rows so that a page can be searched for them; two subgroups by size."""
-    labels, risk, groups = simulated
-    rows = len(labels)
-    size = np.where(np.arange(rows) < 15, "few", "many")
-    return Cohort(
-        labels,
-        risk,
-        np.char.add("MARKER-patient-", groups),
-        np.char.add("MARKER-row-", np.arange(rows).astype(str)),
-        pd.DataFrame({"size": pd.Categorical(size, ["few", "many", "none"], ordered=True)}),
-        {name.replace("_", " "): values for name, values in baselines.items()},
-    )
+def noisy(risk, seed, scale=1.0):
+    """Blur risks on the scale of their log-odds."""
+    return expit(logit(risk) + scale * np.random.default_rng(seed).normal(size=len(risk)))
 
 
-def all_figures(labels: Any, risk: Any, weights: Any) -> Figures:
-    """Compute every kind of figure that has an interval."""
-    shares = threshold_shares(labels, risk, 0.35)
+def predictions(simulated, **others):
+    """Make the table of predictions of ``model`` and of others; ``_`` of a name is a space."""
+    labels, risk, patients = simulated
+    ids = [f"row {k}" for k in range(len(labels))]
+    others = {name.replace("_", " "): each for name, each in others.items()}
+    tested = {"id": ids, "label": labels.astype(int), "patient": patients}
+    return pd.DataFrame({**tested, "model": risk, **others})
+
+
+def repeated(weight):
+    """Return the positions that a sample with such weights holds."""
+    return np.repeat(np.arange(len(weight)), np.asarray(weight).astype(int))
+
+
+def plain_metrics(labels, risk):
+    """Compute each metric of a model by scikit-learn."""
+    brier = sklearn_metrics.brier_score_loss(labels, risk)
+    prevalence = np.full(len(labels), np.mean(labels))
     return {
-        **weighted_metrics(labels, risk, weights),
-        **weighted_calibration(labels, risk, weights),
-        **weighted_shares(shares, weights),
-        "benefit": net_benefit(labels, risk, np.array([0.3]), weights)[:, 0],
+        "auroc": sklearn_metrics.roc_auc_score(labels, risk),
+        "auprc": sklearn_metrics.average_precision_score(labels, risk),
+        "accuracy": sklearn_metrics.accuracy_score(labels, risk >= 0.5),
+        "brier": brier,
+        "log_loss": sklearn_metrics.log_loss(labels, risk),
+        "brier_skill": 1 - brier / sklearn_metrics.brier_score_loss(labels, prevalence),
     }
 
 
-def coverage(sets: int, rows: int, rows_a_patient: int, seed: int) -> dict[str, float]:
-    """Return, by kind of figure, the share of data sets whose interval holds the truth."""
+def plain_shares(labels, positive):
+    """Compute the shares at a threshold by scikit-learn; NaN where undefined."""
+    sides = {"pos_label": 1, "zero_division": np.nan}, {"pos_label": 0, "zero_division": np.nan}
+    return {
+        "sensitivity": sklearn_metrics.recall_score(labels, positive, **sides[0]),
+        "specificity": sklearn_metrics.recall_score(labels, positive, **sides[1]),
+        "ppv": sklearn_metrics.precision_score(labels, positive, **sides[0]),
+        "npv": sklearn_metrics.precision_score(labels, positive, **sides[1]),
+        "positives": np.mean(positive),
+    }
+
+
+def plain_calibration(labels, risk):
+    """Compute calibration by logistic regression without penalty, and by a root of the score."""
+    odds = logit(risk)
+    fit = LogisticRegression(C=np.inf, tol=1e-12, solver="newton-cholesky", max_iter=1000)
+    fit.fit(odds[:, None], labels)
+    return {
+        "calibration_slope": fit.coef_[0, 0],
+        "calibration_intercept": fit.intercept_[0],
+        "calibration_in_the_large": brentq(lambda a: (expit(odds + a) - labels).sum(), -50, 50),
+        "e_average": np.abs(fit.predict_proba(odds[:, None])[:, 1] - risk).mean(),
+    }
+
+
+def coverage(sets, rows, rows_a_patient, seed):
+    """Return, by metric, the share of data sets whose interval holds the truth."""
     rng = np.random.default_rng(seed)
     labels, risk, _ = simulate(rng, POPULATION, rows_a_patient=rows_a_patient)
-    truth = {name: each[0] for name, each in all_figures(labels, risk, ones(POPULATION)).items()}
+    truth = plain_metrics(labels, risk) | plain_shares(labels, risk >= 0.35)
+    truth |= plain_calibration(labels, risk)
+    del truth["e_average"]  # a distance: no sample's is as low as the population's
     covered = dict.fromkeys(truth, 0)
     for _ in range(sets):
-        labels, risk, groups = simulate(rng, rows, rows_a_patient=rows_a_patient)
-        draws = bootstrap(labels, groups, 0, partial(all_figures, labels, risk))
-        for name, replicates in draws.items():
-            score = estimate(0.0, replicates)
-            assert score.low is not None
-            assert score.high is not None
-            covered[name] += int(score.low <= truth[name] <= score.high)
+        drawn = simulate(rng, rows, rows_a_patient=rows_a_patient)
+        own = evaluate(predictions(drawn), 0, threshold=0.35).of("model")
+        for name, value in truth.items():
+            covered[name] += int(own.low[name] <= value <= own.high[name])
     return {name: count / sets for name, count in covered.items()}

@@ -45,18 +45,19 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
         events = np.add.reduceat(events, first_of_ties, axis=1)
         others = np.add.reduceat(others, first_of_ties, axis=1)
     true, false = events.cumsum(axis=1), others.cumsum(axis=1)  # positives, by falling threshold
-    share = weights / weights.sum(axis=1, keepdims=True)
+    total = weights.sum(axis=1)  # divides last: a share of all is exactly 1
     likelihood = np.where(labels == 1, risk, 1 - risk)
     smallest = np.finfo(risk.dtype).eps  # as scikit-learn: no infinite loss
-    brier, prevalence = share @ (risk - labels) ** 2, share @ labels
+    losses = -np.log(likelihood.clip(smallest, 1 - smallest))
+    brier, prevalence = weights @ (risk - labels) ** 2 / total, weights @ labels / total
     with np.errstate(divide="ignore", invalid="ignore"):
         precision = true / np.maximum(true + false, 1e-300)
         return {
             "auroc": (others * (true - events / 2)).sum(axis=1) / (true[:, -1] * false[:, -1]),
             "auprc": (events * precision).sum(axis=1) / true[:, -1],
-            "accuracy": share @ ((risk >= 0.5) == labels),
+            "accuracy": weights @ ((risk >= 0.5) == labels) / total,
             "brier": brier,
-            "log_loss": share @ -np.log(likelihood.clip(smallest, 1 - smallest)),
+            "log_loss": weights @ losses / total,
             "brier_skill": 1 - brier / (prevalence * (1 - prevalence)),
         }
 

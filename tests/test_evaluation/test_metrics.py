@@ -1,94 +1,196 @@
-"""Weighted metrics, shares and net benefit: equal to scikit-learn and to figures by hand."""
-
-from __future__ import annotations
+"""Metrics under weights equal scikit-learn's on repeated rows; the bootstrap draws patients."""
 
 import numpy as np
 import pytest
-from sklearn import metrics
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.special import expit, logit
 
-from cohorts import ones, simulate
-from medgemma_clinical.evaluation.calibration import weighted_calibration
+from cohorts import plain_calibration, plain_metrics, plain_shares, repeated, simulate
+from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.metrics import (
-    METRICS,
-    benefit_gain,
+    bootstrap_weights,
+    calibration,
+    confusion_shares,
+    log_odds,
+    metrics,
     net_benefit,
-    threshold_shares,
-    weighted_metrics,
-    weighted_shares,
 )
 
+RISKS = st.sampled_from([k / 10 for k in range(11)]) | st.floats(0, 1)
+ROWS = st.lists(st.tuples(st.integers(0, 1), RISKS, st.integers(0, 3)), min_size=2, max_size=40)
 
-@pytest.mark.parametrize("seed", range(2))
-def test_weighted_metrics_equal_scikit_learn(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    labels, risk, _ = simulate(rng, 60)
-    risk = risk.round(1 if seed else 9)  # with ties, and once without
-    weights = rng.integers(0, 4, (3, 60)).astype(float)
-    weights[:, [labels.argmax(), labels.argmin()]] = 1  # both classes count in every weighting
-    result = weighted_metrics(labels, risk, weights)
-    assert tuple(result) == METRICS
+REPEATABLE = settings(deadline=None, derandomize=True)
+
+
+def ones(labels):
+    return np.ones((1, len(labels)))
+
+
+def weightings(labels, count, seed=0):
+    """Draw weights that keep both classes."""
+    weights = np.random.default_rng(seed).integers(0, 4, (count, len(labels))).astype(float)
+    weights[:, [labels.argmax(), labels.argmin()]] = 1
+    return weights
+
+
+@REPEATABLE
+@given(ROWS)
+def test_metrics_and_shares_equal_scikit_learn_on_repeated_rows(rows):
+    labels, risk, weight = np.array(rows).T
+    sample = repeated(weight)
+    assume(len(np.unique(labels[sample])) == 2)
+    weights = np.stack([weight, weightings(labels, 1)[0]])
+    found = metrics(labels, risk, weights)
+    expected = plain_metrics(labels[sample], risk[sample])
+    assert {name: each[0] for name, each in found.items()} == pytest.approx(expected, abs=1e-9)
+    found = confusion_shares(labels, risk >= 0.35, weights)
+    expected = plain_shares(labels[sample], risk[sample] >= 0.35)
+    assert {k: v[0] for k, v in found.items()} == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 3.0])
+def test_calibration_is_a_logistic_fit_without_penalty(slope):
+    labels, risk, _ = simulate(np.random.default_rng(3), 200, slope=slope)
+    weights = weightings(labels, 3)
+    found = calibration(labels, risk, weights)
     for k, weight in enumerate(weights):
-        expected = {
-            "auroc": metrics.roc_auc_score(labels, risk, sample_weight=weight),
-            "auprc": metrics.average_precision_score(labels, risk, sample_weight=weight),
-            "accuracy": metrics.accuracy_score(labels, risk >= 0.5, sample_weight=weight),
-            "brier": metrics.brier_score_loss(labels, risk, sample_weight=weight),
-            "log_loss": metrics.log_loss(labels, risk, sample_weight=weight),
-        }
-        for name, value in expected.items():
-            assert result[name][k] == pytest.approx(value, abs=1e-9)
+        sample = repeated(weight)
+        expected = plain_calibration(labels[sample], risk[sample])
+        assert {name: each[k] for name, each in found.items()} == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_weighting_without_a_class_is_undefined_without_a_warning(
-    recwarn: pytest.WarningsRecorder,
-) -> None:
-    labels, risk = np.array([1.0, 0, 0]), np.array([0.4, 0.2, 0.6])
-    result = weighted_metrics(labels, risk, np.array([[0.0, 1, 2], [1.0, 1, 1]]))
-    assert np.isnan(result["auroc"]).tolist() == [True, False]
-    assert np.isnan(result["auprc"]).tolist() == [True, False]
-    assert np.isfinite(result["brier"]).all()
+def test_one_event_has_a_slope_where_a_plain_newton_step_overshoots():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        risk = np.sort(np.append(rng.uniform(0.02, 0.06, 21), rng.uniform(0.25, 0.3, 3)))
+        labels = (np.arange(24) == 21).astype(float)  # two others have higher risks
+        found = {name: each[0] for name, each in calibration(labels, risk, ones(labels)).items()}
+        assert found == pytest.approx(plain_calibration(labels, risk), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("tied", [0, 2])
+def test_separated_classes_have_no_slope(order, tied):
+    labels = np.repeat([0.0, 1.0], 20)
+    risk = np.linspace(0.1, 0.9, 40)[::order].copy()
+    risk[20 - tied : 20 + tied] = 0.5  # equal risks at the border change nothing
+    found = calibration(labels, risk, ones(labels))
+    assert np.isnan([found["calibration_slope"], found["e_average"]]).all()
+    assert np.isfinite(found["calibration_in_the_large"]).all()
+
+
+@pytest.mark.parametrize(("risk", "noise"), [(0.3, 0.0), (0.137219873, 1e-13)])
+def test_equal_risks_have_no_slope(risk, noise):
+    rng = np.random.default_rng(0)
+    labels = (rng.random(150) < 0.2).astype(float)
+    found = calibration(labels, risk + noise * rng.normal(size=150), ones(labels))
+    assert np.isnan(found["calibration_slope"][0])
+    level = logit(labels.mean()) - logit(risk)
+    assert found["calibration_in_the_large"][0] == pytest.approx(level)
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(1, 0), (1, 0.7), (1, -0.7), (2, 0.5), (0.5, -1)])
+def test_calibration_of_a_population_of_known_risks(scale, shift):
+    true = np.repeat([0.1, 0.25, 0.5, 0.75], 20)
+    labels = (np.arange(80) % 20 < 20 * true).astype(float)  # 2, 5, 10 and 15 events of 20
+    risk = expit(scale * logit(true) + shift)
+    found = {name: each[0] for name, each in calibration(labels, risk, ones(labels)).items()}
+    assert found["calibration_slope"] == pytest.approx(1 / scale, abs=1e-8)
+    assert found["calibration_intercept"] == pytest.approx(-shift / scale, abs=1e-8)
+    assert found["e_average"] == pytest.approx(np.abs(risk - true).mean(), abs=1e-8)
+    if scale == 1:
+        assert found["calibration_in_the_large"] == pytest.approx(-shift, abs=1e-8)
+
+
+def test_a_weighting_without_a_class_is_undefined_without_a_warning(recwarn):
+    labels, risk = np.array([1.0, 0, 0, 1]), np.array([0.4, 0.2, 0.6, 0.5])
+    weights = np.array([[0.0, 1, 2, 0], [1, 0, 0, 1], [1, 1, 1, 1]])
+    found = metrics(labels, risk, weights) | calibration(labels, risk, weights)
+    for name in ("auroc", "brier_skill", "calibration_slope", "calibration_in_the_large"):
+        assert np.isfinite(found[name]).tolist() == [False, False, True], name
+    assert np.isnan(found["auprc"]).tolist() == [True, False, False]
+    shares = confusion_shares(labels, risk >= 0.3, weights)
+    assert np.isnan(shares["sensitivity"]).tolist() == [True, False, False]
+    assert np.isnan(shares["specificity"]).tolist() == [False, True, False]
+    assert np.isnan(shares["npv"]).tolist() == [False, True, False]
     assert not recwarn.list
 
 
-def test_weights_count_as_repeated_rows() -> None:
-    rng = np.random.default_rng(5)
-    labels, risk, _ = simulate(rng, 80)
-    weights = rng.integers(0, 4, (3, 80)).astype(float)
-    at = np.array([0.1, 0.3, 0.31])
-    calibration = weighted_calibration(labels, risk, weights)
-    share = weighted_shares(threshold_shares(labels, risk, 0.3), weights)
-    benefit = net_benefit(labels, risk, at, weights)
-    for k, weight in enumerate(weights):
-        rows = np.repeat(np.arange(80), weight.astype(int))
-        few, few_risks, one = labels[rows], risk[rows], ones(len(rows))
-        for name, value in weighted_calibration(few, few_risks, one).items():
-            assert calibration[name][k] == pytest.approx(value[0], abs=1e-6)
-        for name, value in weighted_shares(threshold_shares(few, few_risks, 0.3), one).items():
-            assert share[name][k] == pytest.approx(value[0])
-        assert benefit[k] == pytest.approx(net_benefit(few, few_risks, at, one)[0])
+def test_certain_risks_have_finite_log_odds_and_loss():
+    labels, risk = np.array([1.0, 0, 1, 0]), np.array([0.0, 1, 1, 0])
+    assert (np.abs(log_odds(risk)) < 40).all()
+    assert np.isfinite(metrics(labels, risk, ones(labels))["log_loss"]).all()
+    assert log_odds(np.array([0.2])) == pytest.approx(np.log(0.25))
 
 
-def test_net_benefit_by_hand() -> None:
-    labels, risk = np.array([1.0, 0, 1, 0, 0]), np.array([0.9, 0.8, 0.2, 0.2, 0.1])
-    at = np.array([0.1, 0.2, 0.5, 0.9, 0.95])
-    expected = [(2 - 3 / 9) / 5, (2 - 2 / 4) / 5, (1 - 1) / 5, 1 / 5, 0]
-    assert net_benefit(labels, risk, at, ones(5))[0] == pytest.approx(expected)
-    everyone = net_benefit(labels, np.ones(5), at[:3], ones(5))[0]
-    assert everyone == pytest.approx([0.4 - 0.6 / 9, 0.4 - 0.6 / 4, 0.4 - 0.6])
+@REPEATABLE
+@given(ROWS)
+def test_net_benefit_is_its_formula(rows):
+    labels, risk, weight = np.array(rows).T
+    assume(weight.any())
+    at = np.array([0.05, 0.1, 0.5, 0.9])
+    found = net_benefit(labels, risk, at, np.stack([weight, weight + 1]))
+    for weighting, benefits in zip((weight, weight + 1), found, strict=True):
+        sample = repeated(weighting)
+        true = [np.mean((risk[sample] >= p) & (labels[sample] == 1)) for p in at]
+        false = [np.mean((risk[sample] >= p) & (labels[sample] == 0)) for p in at]
+        assert benefits == pytest.approx(np.array(true) - np.array(false) * at / (1 - at))
+    all_treated = net_benefit(labels, np.ones(len(labels)), at, ones(labels))[0]
+    assert all_treated == pytest.approx(labels.mean() - (1 - labels.mean()) * at / (1 - at))
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.3, 0.9])
-def test_the_gain_is_the_net_benefit_above_the_better_of_all_and_none(threshold: float) -> None:
-    rng = np.random.default_rng(6)
-    labels, risk, _ = simulate(rng, 80)
-    weights, at = rng.integers(1, 4, (3, 80)).astype(float), np.array([threshold])
-    own = net_benefit(labels, risk, at, weights)[:, 0]
-    everyone = net_benefit(labels, np.ones(80), at, weights)[:, 0]
-    expected = own - np.maximum(everyone, 0)
-    assert benefit_gain(labels, risk, threshold, weights) == pytest.approx(expected)
+# ------------------------------------------------------------------ bootstrap
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1.0, -2.0, 5.0])
-def test_a_threshold_that_is_no_risk_has_no_gain(threshold: float) -> None:
-    labels = np.array([1.0, 0])
-    assert np.isnan(benefit_gain(labels, labels, threshold, ones(2))).all()
+def all_draws(labels, patients, seed=4, split=None):
+    return np.concatenate(list(bootstrap_weights(labels, patients, seed, split)))
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_draws_do_not_depend_on_their_chunks(monkeypatch, chunk):
+    labels = np.repeat([1.0, 0.0], [2, 28])  # some draws lack the event
+    patients = np.arange(30).astype(str)
+    whole = all_draws(labels, patients)
+    assert whole.shape == (metrics_module.REPLICATES, 30)
+    monkeypatch.setattr(metrics_module, "CHUNK_CELLS", 30 * chunk)
+    chunks = list(bootstrap_weights(labels, patients, 4))
+    assert max(map(len, chunks)) == chunk
+    assert np.array_equal(np.concatenate(chunks), whole)
+    assert not np.array_equal(all_draws(labels, patients, seed=5), whole)
+
+
+def test_patients_are_drawn_with_all_their_rows():
+    rng = np.random.default_rng(0)
+    patients = rng.permutation(np.arange(30).repeat(3)).astype(str)
+    draws = all_draws(rng.permutation(np.arange(90) % 2.0), patients)
+    first = draws[:, [np.argmax(patients == name) for name in np.unique(patients)]]
+    assert (first.sum(axis=1) == 30).all()
+    assert np.array_equal(first[:, np.unique(patients, return_inverse=True)[1]], draws)
+    # As often as with replacement: a multinomial's mean and variance.
+    assert first.mean() == pytest.approx(1)
+    assert first.var() == pytest.approx(1 - 1 / 30, abs=0.05)
+
+
+def test_classes_are_not_drawn_apart_but_both_are_there():
+    labels = np.repeat([1.0, 0.0], [1, 11])
+    draws = all_draws(labels, np.arange(12).astype(str))
+    assert (draws @ labels).min() == 1
+    assert (draws @ labels).max() > 2
+    assert (draws @ (1 - labels)).min() < 11
+
+
+def test_each_part_of_a_split_has_both_classes_in_each_draw():
+    labels, split = np.array([1.0, 0, 0, 0, 1, 0, 0, 0]), np.repeat(["a", "b"], 4)
+    draws = all_draws(labels, np.arange(8).astype(str), split=split)
+    cells = [(split == part) & (labels == label) for part in "ab" for label in (0, 1)]
+    assert all(draws[:, cell].any(axis=1).all() for cell in cells)
+
+
+@pytest.mark.parametrize(
+    ("labels", "split"), [([0, 0, 0, 0], None), ([1, 1, 1, 1], None), ([0, 1, 1, 1], [0, 0, 1, 1])]
+)
+def test_a_missing_class_is_refused(labels, split):
+    split = None if split is None else np.array(split)
+    with pytest.raises(ValueError, match="both labels"):
+        next(bootstrap_weights(np.array(labels, dtype=float), np.arange(4).astype(str), 0, split))

@@ -1,0 +1,406 @@
+"""The one table of metrics: equal to a loop over the draws, invariant, and whole in JSON."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+from cohorts import (
+    coverage,
+    noisy,
+    plain_calibration,
+    plain_metrics,
+    plain_shares,
+    predictions,
+    repeated,
+    simulate,
+)
+from medgemma_clinical.evaluation import metrics as metrics_module
+from medgemma_clinical.evaluation.baselines import blend
+from medgemma_clinical.evaluation.metrics_table import (
+    Metrics,
+    calibration_table,
+    decision_curve,
+    evaluate,
+    subgroup_table,
+    with_interval,
+)
+
+ENDS = [0.025, 0.975]
+INTERVAL = ["low", "high"]
+SHARES = {"sensitivity", "specificity", "ppv", "npv", "positives"}
+CALIBRATION = {"calibration_slope", "calibration_intercept", "calibration_in_the_large"}
+CALIBRATION |= {"e_average"}
+DISCRIMINATION = {"auroc", "auprc", "accuracy", "brier", "log_loss", "brier_skill"}
+
+
+@pytest.fixture(autouse=True)
+def draws(monkeypatch):
+    """Draw 12 samples of patients: a loop over them is slow."""
+    monkeypatch.setattr(metrics_module, "REPLICATES", 12)
+
+
+def cohort(rows=120, **others):
+    """Predict rows of 60 patients, in no order, by a model and by others."""
+    labels, risk, patients = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
+    table = predictions((labels, noisy(risk, 9), patients), **others)
+    return table.sample(frac=1, random_state=0, ignore_index=True)
+
+
+def blended(rows=120):
+    """Predict by a model, a baseline, two blends and the ensemble of model and better blend."""
+    _, risk, _ = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
+    blends = {"blend": noisy(risk, 1, 2), "blend_with_statics": noisy(risk, 2)}
+    ensemble = blend(noisy(risk, 9), blends["blend_with_statics"])
+    return cohort(rows, last_value=noisy(risk, 3, 3), **blends, ensemble=ensemble)
+
+
+def samples_of(rows, seed, split=None):
+    """Yield all rows, then the rows of each draw, as repeated positions."""
+    yield np.arange(len(rows))
+    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
+    for weights in metrics_module.bootstrap_weights(labels, patients, seed, split):
+        yield from map(repeated, weights)
+
+
+def plain_table(rows, seed, threshold, split):
+    """Compute value and draws of each metric of each model, one sample and model at a time."""
+    parts = np.zeros(len(rows)) if split is None else split
+    first = rows.columns[3]
+    found = []
+    for sample in samples_of(rows, seed, split):
+        labels, line = rows["label"].to_numpy()[sample], {}
+        for model in rows.columns[3:]:
+            risk = rows[model].to_numpy()[sample]
+            each = [
+                plain_metrics(labels[own], risk[own])
+                for own in (parts[sample] == part for part in np.unique(parts))
+            ]
+            line |= {(model, name): np.mean([part[name] for part in each]) for name in each[0]}
+        if threshold is not None:
+            risk = rows[first].to_numpy()[sample]
+            own = plain_shares(labels, risk >= threshold) | plain_calibration(labels, risk)
+            line |= {(first, name): value for name, value in own.items()}
+        found.append(line)
+    table = pd.DataFrame(found)
+    return table.iloc[0], table.iloc[1:]
+
+
+@pytest.mark.parametrize(("threshold", "splits"), [(0.3, 1), (None, 1), (None, 2)])
+def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
+    rows = blended()
+    split = None if splits == 1 else np.arange(len(rows)) % splits
+    found = evaluate(rows, 7, threshold, split=split)
+    value, draws = plain_table(rows, 7, threshold, split)
+    assert set(found.table.index) == set(value.index)
+    for key, line in found.table.iterrows():
+        assert line["value"] == pytest.approx(value[key], abs=1e-6)
+        assert tuple(line[INTERVAL]) == pytest.approx(draws[key].quantile(ENDS), abs=1e-5)
+        minus = line["reference"], key[1]
+        assert line["reference"] == ("blend with statics" if key[0] == "ensemble" else "model")
+        if key[0] == "model":
+            assert line[["difference", "difference_low", "difference_high"]].isna().all()
+            continue
+        assert line.difference == pytest.approx(value[key] - value[minus], abs=1e-9)
+        paired = (draws[key] - draws[minus]).quantile(ENDS)
+        assert (line.difference_low, line.difference_high) == pytest.approx(paired, abs=1e-9)
+    assert ("sd" in found.table) == (splits > 1)
+
+
+def test_names_order_and_counts():
+    rows = blended()
+    found = evaluate(rows, 0, 0.3)
+    assert found.models == list(rows.columns[3:])
+    assert set(found.of("model").index) == DISCRIMINATION | CALIBRATION | SHARES
+    assert set(found.of("blend").index) == DISCRIMINATION
+    assert list(found.metric("auroc").index) == found.models
+    assert list(found.metric("ppv").index) == ["model"]
+    patients = [rows["patient"][rows["label"] == label].nunique() for label in (0, 1)]
+    events = rows["label"].sum()
+    assert found.counts == {
+        **{"n": 120, "patients": 60, "events": events, "minority_patients": min(patients)}
+    }
+
+
+@pytest.mark.parametrize(
+    ("reference", "dropped", "first", "of_ensemble"),
+    [
+        (None, [], "model", "blend with statics"),
+        (None, ["blend with statics"], "model", "blend"),
+        (None, ["blend with statics", "blend"], "model", "model"),
+        ("last value", [], "last value", "blend with statics"),
+        ("blend with statics", [], "blend with statics", "blend with statics"),
+        ("ensemble", [], "ensemble", "ensemble"),
+    ],
+)
+def test_the_reference_is_the_first_model_or_the_one_named(reference, dropped, first, of_ensemble):
+    found = evaluate(blended().drop(columns=dropped), 0, reference=reference)
+    assert found.models[0] == first
+    others = found.metric("auroc")["reference"].drop("ensemble")
+    assert (others == first).all()
+    assert found.metric("auroc").loc["ensemble", "reference"] == of_ensemble
+
+
+def test_the_sign_of_a_difference_is_row_minus_reference():
+    _, risk, _ = simulate(np.random.default_rng(0), 120, rows_a_patient=2)
+    line = evaluate(cohort(constant=np.full(120, 0.5), better=risk), 0).metric("auroc")
+    assert line.difference["constant"] == 0.5 - line.value["model"] < 0
+    assert line.difference["better"] > 0
+
+
+def test_several_splits_have_mean_deviation_and_range():
+    rows, split = blended(), np.arange(120) % 3
+    parts = [part for _, part in rows.groupby(split)]
+    for name, line in evaluate(rows, 0, split=split).of("blend").iterrows():
+        each = [plain_metrics(part["label"], part["blend"])[name] for part in parts]
+        expected = np.mean(each), np.std(each, ddof=1), min(each), max(each)
+        assert tuple(line[["value", "sd", "min", "max"]]) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------ invariances
+
+
+def assert_same(one, other):
+    assert one.counts == other.counts
+    pd.testing.assert_frame_equal(one.table, other.table, rtol=1e-7, atol=1e-7)
+
+
+def test_order_of_rows_names_of_patients_and_of_rows_change_nothing():
+    rows = blended()
+    before = evaluate(rows, 3, 0.3)
+    assert_same(before, evaluate(rows.sample(frac=1, random_state=5), 3, 0.3))
+    assert_same(before, evaluate(rows.assign(id="same", patient="P" + rows["patient"]), 3, 0.3))
+    renamed = {name: f"x{k}" for k, name in enumerate(rows["patient"].unique())}  # another order
+    other = evaluate(rows.assign(patient=rows["patient"].map(renamed)), 3, 0.3)
+    assert other.counts == before.counts
+    assert other.table["value"].to_numpy() == pytest.approx(before.table["value"].to_numpy())
+
+
+def test_more_rows_of_the_same_patients_do_not_narrow_an_interval():
+    rows = blended()
+    four = pd.concat([rows.assign(id=f"copy {k}") for k in range(4)], ignore_index=True)
+    before, after = evaluate(rows, 3, 0.3), evaluate(four, 3, 0.3)
+    pd.testing.assert_frame_equal(after.table, before.table, rtol=1e-7, atol=1e-7)
+    assert after.counts["patients"] == before.counts["patients"]
+    copies = four.assign(patient=four["id"] + four["patient"])  # of other patients
+    width = [each.table["high"] - each.table["low"] for each in (before, evaluate(copies, 3, 0.3))]
+    assert (width[1] / width[0]).median() == pytest.approx(0.5, abs=0.15)
+
+
+def test_other_models_and_the_threshold_do_not_change_a_models_metrics():
+    rows = blended()
+    whole, alone = evaluate(rows, 3, 0.3), evaluate(rows.iloc[:, :4], 3)
+    own = whole.of("model").loc[alone.of("model").index]
+    pd.testing.assert_frame_equal(own, alone.of("model"))
+
+
+def test_a_model_with_the_same_risks_has_a_difference_of_exactly_zero():
+    rows = cohort()
+    same = evaluate(rows.assign(same=rows["model"]), 0).of("same")
+    assert (same[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
+
+
+# ------------------------------------------------------------------ edges
+
+
+@pytest.mark.parametrize("rows_a_patient", [1, 2])
+def test_a_perfect_model_has_its_draws_interval_and_its_shares_the_exact_one(rows_a_patient):
+    labels = np.repeat([1.0, 0.0], [10, 30])
+    risk = np.where(labels == 1, 0.9, 0.1)
+    patients = (np.arange(40) // rows_a_patient).astype(str)
+    own = evaluate(predictions((labels, risk, patients)), 0, 0.5).of("model")
+    for name in ("auroc", "auprc", "accuracy"):
+        assert tuple(own.loc[name, ["value", *INTERVAL]]) == (1, 1, 1)
+    for name, rows in (("sensitivity", 10), ("specificity", 30), ("ppv", 10), ("npv", 30)):
+        assert tuple(own.loc[name, ["value", "high"]]) == (1, 1)
+        exact = 0.025 ** (rows_a_patient / rows)  # Clopper and Pearson where all of n succeed
+        assert own.low[name] == pytest.approx(exact)
+    assert own.low["positives"] < 0.25 < own.high["positives"]
+    none = evaluate(predictions((labels, risk, patients)), 0, 0.95).of("model")
+    assert none.loc["ppv", ["value", *INTERVAL]].isna().all()
+    for name, rows in (("sensitivity", 10), ("positives", 40)):
+        assert tuple(none.loc[name, ["value", "low"]]) == (0, 0)
+        assert none.high[name] == pytest.approx(1 - 0.025 ** (rows_a_patient / rows))
+
+
+def test_undefined_draws_are_left_out_and_too_many_leave_no_interval():
+    drawn = pd.DataFrame({name: np.linspace(0, 1, 1000) for name in ("some", "many", "infinite")})
+    drawn.loc[:49, "some"] = drawn.loc[:50, "many"] = np.nan
+    drawn.loc[:50, "infinite"] = -np.inf
+    value = pd.Series({"some": 0.5, "many": 0.5, "infinite": 0.5})
+    found = with_interval(value, drawn)
+    assert tuple(found.loc["some", INTERVAL]) == pytest.approx(np.quantile(drawn.some[50:], ENDS))
+    assert found.loc[["many", "infinite"], INTERVAL].isna().all(axis=None)
+    assert with_interval(value * np.nan, drawn).isna().all(axis=None)
+
+
+def test_json_holds_the_whole_table_and_null_where_undefined():
+    labels = np.repeat([0.0, 1.0], 20)  # separated: no slope
+    rows = predictions((labels, np.linspace(0.1, 0.9, 40), np.arange(40).astype(str)))
+    found = evaluate(rows.assign(other=0.5), 0, 0.95)
+    content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
+    assert set(content) == {
+        *("n", "patients", "events", "minority_patients", "model", "models"),
+        *(DISCRIMINATION | CALIBRATION | SHARES),
+    }
+    assert (content["n"], content["model"]) == (40, "model")
+    other = content["models"]["other"]
+    assert other["reference"] == "model"
+    assert other["auroc"]["difference"] == -0.5
+    assert set(other["auroc"]) == {
+        *("value", "low", "high", "difference", "difference_low", "difference_high")
+    }
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("columns", [4, 8])
+def test_a_table_survives_json(splits, columns):
+    split = None if splits is None else np.arange(120) % splits
+    before = evaluate(blended().iloc[:, :columns], 0, None if splits else 0.3, split=split)
+    after = Metrics.from_json(json.loads(json.dumps(before.to_json(), allow_nan=False)))
+    assert_same(before, after)
+    assert after.to_json() == before.to_json()
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_alone_is_refused(label):
+    rows = cohort().assign(label=label)
+    for compute in (
+        lambda: evaluate(rows, 0, 0.3),
+        lambda: calibration_table(rows, "model", 0),
+        lambda: decision_curve(rows, ["model"], 0),
+    ):
+        with pytest.raises(ValueError, match="labels"):
+            compute()
+
+
+# ------------------------------------------------------------------ subgroups and curves
+
+
+def test_subgroups_have_counts_mean_risk_and_the_auroc_of_their_draws():
+    rows = cohort(240)
+    size = pd.Categorical(np.where(np.arange(240) < 12, "few", "many"), ["few", "many", "none"])
+    site = pd.Categorical(np.tile(["a", "b"], 120))
+    found = subgroup_table(rows, "model", pd.DataFrame({"size": size, "site": site}), 0)
+    keys = [("size", "few"), ("size", "many"), ("site", "a"), ("site", "b")]
+    assert list(zip(found["group"], found["level"], strict=True)) == keys  # none has no row
+    own = {key: (size if key[0] == "size" else site) == key[1] for key in keys}
+    for (_, line), (key, inside) in zip(found.iterrows(), own.items(), strict=True):
+        part = rows[inside]
+        minority = part.groupby("label")["patient"].nunique().min()
+        expected = len(part), part["patient"].nunique(), part["label"].sum(), minority
+        assert tuple(line[["n", "patients", "events", "minority_patients"]]) == expected
+        assert line.risk == pytest.approx(part["model"].mean())
+        if key == ("size", "few"):
+            assert minority < 10
+            assert line[["auroc", "auroc_low", "auroc_high"]].isna().all()
+            continue
+        value, *draws = [
+            roc_auc_score(
+                rows["label"][sample[inside[sample]]], rows["model"][sample[inside[sample]]]
+            )
+            for sample in samples_of(rows, 0)
+        ]
+        assert line.auroc == pytest.approx(value)
+        assert (line.auroc_low, line.auroc_high) == pytest.approx(np.quantile(draws, ENDS))
+    few = subgroup_table(rows, "model", pd.DataFrame({"size": size}), 0).iloc[:1]
+    assert few["auroc"].isna().all()
+
+
+@pytest.mark.parametrize(("patients", "shown"), [(9, False), (10, True)])
+def test_a_subgroup_needs_ten_patients_of_each_outcome(patients, shown):
+    labels = np.repeat([1.0, 0.0], [4 * patients, 60])
+    names = np.append(np.arange(4 * patients) // 4, np.arange(100, 160)).astype(str)
+    rows = predictions((labels, np.linspace(0.9, 0.1, len(labels)), names))
+    everyone = pd.DataFrame({"all": pd.Categorical(["all"] * len(rows))})
+    found = subgroup_table(rows, "model", everyone, 0)
+    assert found["minority_patients"].tolist() == [patients]
+    assert found["auroc"].notna().tolist() == [shown]
+
+
+def test_the_calibration_curve_has_bins_of_equal_size_with_intervals():
+    rows = cohort(240)
+    rows.loc[rows["model"].rank() <= 24, "label"] = 0  # a share of 0 has the exact interval
+    found = calibration_table(rows, "model", 0)
+    bins = pd.qcut(rows["model"], 10, labels=False)
+    assert found["n"].tolist() == [24] * 10
+    assert found["predicted"].to_numpy() == pytest.approx(rows.groupby(bins)["model"].mean())
+    assert found["observed"].to_numpy() == pytest.approx(rows.groupby(bins)["label"].mean())
+    _, *draws = [
+        rows["label"][sample].groupby(bins[sample].to_numpy()).mean()
+        for sample in samples_of(rows, 0)
+    ]
+    draws = pd.DataFrame(draws)
+    for k, line in found.reset_index(drop=True).iterrows():
+        ends = draws[k].quantile(ENDS)
+        if k == 0:
+            ends = (0, 1 - 0.025 ** (1 / rows["patient"][bins == k].nunique()))
+        assert (line.low, line.high) == pytest.approx(tuple(ends))
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=60))
+def test_bins_of_tied_risks_hold_each_row_once(rows):
+    labels, tenths = np.array([(True, 3), (False, 3), *rows], dtype=float).T
+    patients = np.arange(len(labels)).astype(str)
+    found = calibration_table(predictions((labels, tenths / 10, patients)), "model", 0)
+    assert found["n"].sum() == len(labels)
+    assert found["n"] @ found["predicted"] == pytest.approx(tenths.sum() / 10)
+    assert found["n"] @ found["observed"] == pytest.approx(labels.sum())
+    assert found["predicted"].is_monotonic_increasing
+    assert len(found) <= max(2, min(10, min(labels.sum(), (1 - labels).sum()) // 5))
+
+
+def test_the_decision_curve_is_the_net_benefit_of_each_draw():
+    rows = blended()
+    found = decision_curve(rows, ["model", "blend"], 0)
+    assert list(found.columns) == ["model", "low", "high", "blend", "treat_all"]
+    assert found.index.to_numpy() == pytest.approx(np.arange(1, len(found) + 1) / 100)
+    highest = max(2 * rows["label"].mean(), rows["model"].quantile(0.99))
+    assert found.index[-1] == pytest.approx(math.floor(100 * min(0.99, highest)) / 100)
+
+    def benefit(model, sample, threshold):
+        labels, positive = rows["label"][sample], rows[model][sample] >= threshold
+        return np.mean(np.where(positive, labels - (1 - labels) * threshold / (1 - threshold), 0))
+
+    samples = list(samples_of(rows, 0))
+    for threshold in found.index[[0, 9, 40]]:
+        value, *draws = [benefit("model", sample, threshold) for sample in samples]
+        line = found.loc[threshold]
+        assert line.model == pytest.approx(value)
+        assert (line.low, line.high) == pytest.approx(np.quantile(draws, ENDS))
+        assert line.blend == pytest.approx(benefit("blend", samples[0], threshold))
+        prevalence = rows["label"].mean()
+        all_treated = prevalence - (1 - prevalence) * threshold / (1 - threshold)
+        assert line.treat_all == pytest.approx(all_treated)
+
+
+def test_a_good_model_of_a_rare_outcome_has_all_curves():
+    labels = np.zeros(10_000)
+    labels[:5] = labels[-100::2] = 1  # 55 events, nearly all in the top percent
+    risk = np.append(np.linspace(0.001, 0.02, 9_900), np.linspace(0.3, 0.9, 100))
+    rows = predictions((labels, risk, np.arange(10_000).astype(str)))
+    curve = decision_curve(rows, ["model"], 0)
+    assert curve.index.min() == 0.01
+    assert curve.index.max() >= 0.05
+    assert np.isfinite(curve).all(axis=None)
+    bins = calibration_table(rows, "model", 0)
+    assert (bins["n"] == 1000).all()
+    assert bins["observed"].iloc[-1] == 0.05
+
+
+# ------------------------------------------------------------------ coverage
+
+
+def test_intervals_cover_the_truth_of_a_population(monkeypatch):
+    monkeypatch.setattr(metrics_module, "REPLICATES", 200)
+    shares = coverage(60, 400, rows_a_patient=4, seed=1)
+    # 60 data sets tell a share of 0.95 to 0.03; draws of rows cover the positives' to 0.76.
+    assert min(shares.values()) >= 0.85, shares
+    assert 0.925 <= np.mean(list(shares.values())) <= 0.975, shares
