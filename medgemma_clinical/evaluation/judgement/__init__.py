@@ -1,1 +1,0 @@
-"""What intervals say: the scale of verdicts, and the sentences of a page."""
