@@ -1,32 +1,32 @@
-"""report.html: what the figures of a cohort say in words, and the page around them."""
+"""report.html, and the page of a comparison: files that need neither network nor script."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from medgemma_clinical.evaluation import report_tables
-from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2, describe_baselines
-from medgemma_clinical.evaluation.bootstrap import REPLICATES, Estimate
-from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures
-from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge
-from medgemma_clinical.evaluation.judgement.verdict import (
-    BETTER,
-    CHANCE,
-    FEW,
-    FEWEST_PATIENTS,
-    UNDECIDED,
-    WORSE,
-    Verdict,
-    judge_interval,
+from medgemma_clinical.evaluation import plots, tables
+from medgemma_clinical.evaluation.baselines import MEANINGS
+from medgemma_clinical.evaluation.metrics import REPLICATES
+from medgemma_clinical.evaluation.metrics_table import (
+    Metrics,
+    calibration_table,
+    decision_curve,
+    subgroup_table,
 )
-from medgemma_clinical.evaluation.plots import report_images
-from medgemma_clinical.files import write_text
+from medgemma_clinical.evaluation.suppress import (
+    suppress,
+    suppress_case_mix,
+    suppress_reports,
+    suppress_table,
+)
+from medgemma_clinical.evaluation.verdicts import best_baseline, percent, sentences
+from medgemma_clinical.files import atomic, write_text
 
 PAGES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -35,199 +35,222 @@ PAGES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-
-PAGE_MARK = "MedGemma Clinical Fine-Tuning"
-"""The generator that the beginning of every page names."""
-
-STAGE_TITLES = {
-    "trajectory": "Stage 1, trajectory alone",
-    "classification": "Stage 2, classification",
-    "generative": "Stage 3, written reports",
-}
-STAGE_NAMES = {
-    "trajectory": STAGE_1,
-    "classification": STAGE_2,
-    "generative": "stage 3 (written reports)",
-}
-"""Names of the models among several, and within a sentence."""
-
 PATIENTS_NOTICE = "This page names patients (--report_patients): do not share it."
-
-CARD = {
-    "Intended use": (
-        "Research on the question above, on data like those of the training part. Not a medical "
-        "device, not for clinical use."
-    )
-}
-"""The first lines of each model card."""
-
 INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients with all their rows; exact "
     "intervals for shares of 0 and 1"
 )
+MAX_ERRORS = 10
 
 
 @dataclass(frozen=True)
 class ReportContent:
-    """What a report says beside its figures; names no patient.
-
-    Attributes:
-        title: of the page.
-        outcome: the event in a few words.
-        question: lines of name and text: what is predicted, when, from what.
-        data: lines about the data.
-        card: lines about the model; hashes and versions stand last.
-        flow: from ``flow_table``; None, as below, leaves the section out.
-        split: from ``split_table``.
-        history: one object an epoch, as in history.jsonl.
-        reports: figures of written reports.
-        unshown: lines on earlier stages that cannot be set beside.
-        shift: from ``shift_table``.
-        validation: AUROC of the part on which the model was chosen.
-        notice: a banner above the result; empty for none.
-        first: what the result in words begins with; empty for nothing.
-    """
+    """What a report says beside the metrics; None and empty leave a part of the page out."""
 
     title: str
     outcome: str
-    question: dict[str, str]
-    data: dict[str, str]
-    card: dict[str, str]
-    flow: pd.DataFrame | None = None
-    split: pd.DataFrame | None = None
-    history: list[dict[str, Any]] | None = None
-    reports: Mapping[str, Any] | None = None
-    unshown: Sequence[str] = ()
-    shift: pd.DataFrame | None = None
-    validation: Estimate | None = None
-    notice: str = ""
-    first: str = ""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure at the top of a page, drawn on a scale.
-
-    Attributes:
-        name: of the figure.
-        figure: value with interval.
-        comparison: what to compare with.
-        verdict: on the figure beside what it is compared with; None for a slope whose interval
-            includes 1.
-        place: of ``low``, ``value``, ``high`` and ``reference`` on the scale, in percent; empty
-            without an interval. What lies outside of 0 to 100 is cut off, and an arrow says so.
-    """
-
-    name: str
-    figure: str
-    comparison: str
-    verdict: Verdict | None
-    place: dict[str, float]
-
-
-def write_report(
-    path: Path,
-    cohort: Cohort,
-    figures: CohortFigures,
-    content: ReportContent,
-    *,
-    list_patients: bool = False,
-    reports: list[dict[str, Any]] | None = None,
-) -> str:
-    """Write a report: one file that needs neither network nor script.
-
-    Args:
-        path: of the page.
-        cohort: the rows that are judged.
-        figures: of these rows.
-        content: what the page says beside them.
-        list_patients: add what names patients: the ten largest errors, by id, label and
-            probability, and three of ``reports``.
-        reports: lines of generations_test.jsonl, in the order of the rows.
-
-    Returns:
-        The result in words, a line for each finding.
-    """
-    judgement = judge(figures, content.outcome, content.validation)
-    first = [*filter(None, [content.first, report_tables.written_sentence(content.reports)])]
-    notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
-    text = render(
-        "report",
-        content=content,
-        title=content.title,
-        notice=" ".join(filter(None, notices)),
-        judgement=judgement,
-        tiles=headline(figures),
-        images=report_images(cohort, figures, content.history or []),
-        discrimination=report_tables.figure_table(figures, report_tables.DISCRIMINATION),
-        calibration=report_tables.figure_table(figures, report_tables.CALIBRATION),
-        calibration_details=report_tables.figure_table(figures, report_tables.CALIBRATION_DETAILS),
-        recalibration=report_tables.recalibration_table(figures),
-        at_threshold=report_tables.figure_table(figures, report_tables.AT_THRESHOLD, scale=100),
-        baselines=report_tables.baseline_table(figures),
-        stages=report_tables.stage_table(figures),
-        models=describe_baselines(figures.others),
-        combined=combined_finding(figures),
-        subgroups=report_tables.subgroup_table(figures),
-        few=FEW,
-        few_subgroups=report_tables.few_subgroups(figures),
-        fewest=figures.fewest,
-        judged=figures.events is not None,
-        fewest_patients=FEWEST_PATIENTS,
-        written=report_tables.written_table(content.reports),
-        first=first,
-        examples=report_tables.example_reports(reports, cohort.labels)
-        if list_patients and reports
-        else None,
-        errors=report_tables.largest_errors(cohort) if list_patients else None,
-    )
-    write_text(path, text)
-    return "\n".join([*first, *judgement.lines()])
+    question: Mapping[str, str]  # what is predicted, when, from what
+    data: Mapping[str, str]
+    card: Mapping[str, str]  # about the model; hashes and versions stand last
+    threshold: float  # chosen on the validation part
+    seed: int  # of the bootstrap
+    bands: pd.DataFrame  # subgroups of the judged rows: ordered categories, a column a grouping
+    flow: pd.DataFrame | None = None  # columns rule, removed, left
+    split: pd.DataFrame | None = None  # a ``split_table``
+    history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
+    reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
+    case_mix: pd.DataFrame | None = None  # a ``case_mix_table``
+    notice: str = ""  # a banner
+    first: Sequence[str] = ()  # sentences that the result begins with
+    unshown: Sequence[str] = ()  # lines on earlier stages
 
 
 def render(name: str, **content: Any) -> str:
     """Fill the page ``templates/NAME.html.j2``; every value is escaped."""
-    return PAGES.get_template(f"{name}.html.j2").render(page_mark=PAGE_MARK, **content) + "\n"
+    return PAGES.get_template(f"{name}.html.j2").render(**content) + "\n"
 
 
-def headline(figures: CohortFigures) -> list[Tile]:
-    """Return the figures at the top; none where no figure is shown."""
-    prevalence = figures.prevalence
-    if prevalence is None:
-        return []
-    known, rarer = figures.estimates, figures.rarer
-    chance = f"chance is {prevalence:.2g}, 1 is perfect"
-    slope = known["calibration_slope"]
-    tiles = [
-        _tile("AUROC", known["auroc"], rarer, "0.5 is chance, 1 is perfect", CHANCE, (0, 1)),
-        _tile("AUPRC", known["auprc"], rarer, chance, prevalence, (0, 1)),
-        _tile("Calibration slope", slope, rarer, "1 is ideal", 1, (0, 2), ".2f"),
-        _tile(
-            "Brier skill", known["brier_skill"], rarer, "0 is the average risk for all", 0, (-1, 1)
-        ),
-    ]
-    of_slope = {BETTER: WORSE, UNDECIDED: None, WORSE: WORSE, FEW: FEW}  # none is better than 1
-    tiles[2] = replace(tiles[2], verdict=of_slope[judge_interval(slope, rarer, 1)])
-    return tiles
+def write_report(
+    path: Path,
+    rows: pd.DataFrame,
+    metrics: Metrics,
+    content: ReportContent,
+    *,
+    min_cell: int = 0,
+    list_patients: bool = False,
+    folder: Path | None = None,
+) -> None:
+    """Write a report.
+
+    Args:
+        path: path of the page.
+        rows: predictions of the judged rows.
+        metrics: metrics of these rows.
+        content: what the page says beside them.
+        min_cell: hide what tells a count of fewer patients; 0 hides nothing.
+        list_patients: name the rows with the largest errors.
+        folder: also write each figure and each table below ``folder/figures``.
+    """
+    few = metrics.counts["minority_patients"] < min_cell
+    shown = metrics
+    if min_cell:
+        shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
+    numbers = _counts(content, min_cell, few)
+    drawn: dict[str, plots.Plot] = {}
+    with plots.plot_style():
+        if not few:
+            numbers |= _numbers(rows, shown, content, min_cell)
+            drawn = _draw(rows, shown, numbers)
+        if content.history:
+            drawn["learning_curve"] = plots.plot_learning(content.history)
+        images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
+        if folder is not None:
+            _write_files(folder / "figures", drawn, numbers)
+    reports = suppress_reports(dict(content.reports or {}), min_cell)
+    notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
+    page = render(
+        "report",
+        title=content.title,
+        notice=" ".join(filter(None, notices)),
+        min_cell=min_cell,
+        content=content,
+        first=[*content.first, *filter(None, [tables.written_sentence(reports)])],
+        findings=[] if few else sentences(shown),
+        few=few,
+        metrics=shown,
+        numbers=numbers,
+        images=images,
+        written=tables.written_table(reports),
+        best=best_baseline(metrics),
+        tables=tables,
+        threshold=percent(content.threshold),
+        models={name: MEANINGS[name] for name in metrics.models if name in MEANINGS},
+        errors=_largest_errors(rows, metrics.models[0]) if list_patients else None,
+        intervals=INTERVALS,
+    )
+    write_text(path, page)
 
 
-def _tile(
-    name: str,
-    score: Estimate,
-    rarer: int | None,
-    comparison: str,
-    reference: float,
-    ends: tuple[float, float],
-    form: str = ".3f",
-) -> Tile:
-    """Draw a figure on the scale from one of ``ends`` to the other; more is better."""
-    numbers = {"low": score.low, "value": score.value, "high": score.high, "reference": reference}
-    start, end = ends
-    place = {
-        key: 100 * (number - start) / (end - start)
-        for key, number in numbers.items()
-        if number is not None
+def _counts(content: ReportContent, min_cell: int, few: bool) -> dict[str, pd.DataFrame]:
+    """Return the tables that hold no metric, small counts hidden."""
+    known = {}
+    if content.split is not None:
+        split = suppress_table(content.split, min_cell)
+        known["split"] = split.drop(columns="minority_patients")
+    if content.flow is not None:
+        known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
+    if content.case_mix is not None:
+        mixes = [mix.dropna().to_dict() for _, mix in content.case_mix.items()]
+        known["case_mix"] = tables.case_mix_cells(
+            *(suppress_case_mix(mix, min_cell, hide_events=few) for mix in mixes)
+        )
+    return known
+
+
+def _numbers(
+    rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int
+) -> dict[str, pd.DataFrame]:
+    """Return the tables of metrics and curves, small counts hidden."""
+    model, seed = shown.models[0], content.seed
+    names = [model, *filter(None, [best_baseline(shown)])]
+    known = {
+        "metrics": shown.table.reset_index(),
+        "models": tables.model_cells(shown),
+        "calibration": calibration_table(rows, model, seed),
+        "decision_curve": decision_curve(rows, names, seed).reset_index(),
     }
-    verdict = judge_interval(score, rarer, reference)
-    whole = len(place) == len(numbers)
-    return Tile(name, score.text(form), comparison, verdict, place if whole else {})
+    if not content.bands.empty:
+        groups = subgroup_table(rows, model, content.bands, seed)
+        groups["prevalence"] = groups["events"] / groups["n"]
+        known["subgroups"] = suppress_table(groups, min_cell, by="group")
+    return known
+
+
+def _draw(
+    rows: pd.DataFrame, shown: Metrics, numbers: dict[str, pd.DataFrame]
+) -> dict[str, plots.Plot]:
+    """Draw the model's figures, beside the best baseline where there is one."""
+    names = [shown.models[0], *filter(None, [best_baseline(shown)])]
+    labels, risks = rows["label"].to_numpy(float), [rows[name].to_numpy(float) for name in names]
+    value = shown.of(names[0])["value"]
+    point = 1 - value["specificity"], value["sensitivity"]
+    curve = numbers["decision_curve"].set_index("threshold")
+    return {
+        "roc": plots.plot_roc(labels, risks, point),
+        "precision_recall": plots.plot_precision_recall(labels, risks),
+        "calibration": plots.plot_calibration(numbers["calibration"], risks[0]),
+        "risk_distribution": plots.plot_risks(labels, risks[0]),
+        "decision_curve": plots.plot_decision_curve(curve, names),
+    }
+
+
+def _write_files(
+    folder: Path, drawn: Mapping[str, plots.Plot], numbers: Mapping[str, pd.DataFrame]
+) -> None:
+    """Write each figure as SVG and PDF, each table as CSV."""
+    with atomic(folder) as temporary:
+        temporary.mkdir()
+        for name, (figure, _) in drawn.items():
+            plots.write_figure(figure, temporary / name)
+        for name, table in numbers.items():
+            table.to_csv(temporary / f"{name}.csv", index=False)
+
+
+def _largest_errors(rows: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Return the rows whose risk is farthest from the label."""
+    error = (rows["label"] - rows[model]).abs()
+    worst = rows.loc[error.sort_values(ascending=False, kind="stable").index[:MAX_ERRORS]]
+    return pd.DataFrame(
+        {
+            "Row": worst["id"].astype(str),
+            "Outcome": worst["label"].map({1: "event", 0: "no event"}),
+            "Risk": worst[model].map(percent),
+        }
+    )
+
+
+def write_comparison(
+    path: Path,
+    metrics: Metrics,
+    *,
+    title: str,
+    sentences: Sequence[str],
+    warnings: Sequence[str] = (),
+    card: Mapping[str, str],
+    models: Mapping[str, str],
+    notice: str = "",
+    cost: pd.DataFrame | None = None,
+    splits: pd.DataFrame | None = None,
+) -> None:
+    """Write the page of several models side by side.
+
+    Args:
+        path: path of the page.
+        metrics: metrics of all models.
+        title: title of the page.
+        sentences: the result in words.
+        warnings: what is said before it.
+        card: how the comparison was made.
+        models: what the models are, by name.
+        notice: a banner.
+        cost: see ``model_table``.
+        splits: metrics of each split as text.
+    """
+    with plots.plot_style():
+        image = plots.to_image(*plots.plot_forest(metrics))
+    page = render(
+        "comparison",
+        title=title,
+        notice=notice,
+        min_cell=0,
+        warnings=warnings,
+        sentences=sentences,
+        counts=tables.counts_text(metrics.counts["n"], metrics.counts["events"]),
+        reference=metrics.models[0],
+        table_of_models=tables.model_cells(metrics, cost),
+        splits=splits,
+        image=image,
+        models=models,
+        card={**card, "Intervals": INTERVALS},
+    )
+    write_text(path, page)

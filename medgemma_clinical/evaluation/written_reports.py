@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -10,32 +10,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.reports.review import ReportReview, review_report
-from medgemma_clinical.data.small_cells import any_small, count_patients
+from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.bootstrap import Estimate, Figures, bootstrap, estimate
-from medgemma_clinical.evaluation.cohort import DECIMALS, UNKNOWN
-from medgemma_clinical.evaluation.predictions import Predictions
+from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
+
+WRITTEN = {
+    "reports": ("Reports", "written for these rows"),
+    "parse_share": ("Expected form (%)", "of the reports, those of the form of the true ones"),
+    "numbers_stated": ("Numbers stated", "in all reports"),
+    "true_number_share": ("True numbers (%)", "of these, as in the true report"),
+    "abnormal_values": ("Abnormal values", "extremes of a series outside of its reference range"),
+    "abnormal_named_share": ("Abnormal named (%)", "of these, stated with their time"),
+    "abnormal_nameable_share": ("Abnormal nameable (%)", "of these, stated by the true reports"),
+    "right_trend_share": ("Trends right (%)", "direction, with the times of first and last value"),
+    "invented": ("Inventions", "numbers and statements that the row does not hold"),
+    "inventing_share": ("Reports with inventions (%)", "of the reports"),
+}
+"""Name and meaning of each metric."""
 
 
 def score_reports(
-    dataset: TrajectoryDataset,
-    texts: dict[int, str],
-    predictions: Predictions,
-    fewest: int,
-    seed: int,
+    dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Judge reports, by position, by their rows.
-
-    Args:
-        dataset: of the rows.
-        texts: the reports by position.
-        predictions: of the rows.
-        fewest: patients of the smallest cell that is shown.
-        seed: of the bootstrap.
+    """Compare reports, by position in the data set, with their rows.
 
     Returns:
-        A line for each report: id, text, target, verdict, probability, and its ``ReportReview``.
-        And the figures of all, see ``report_figures``.
+        A line a report, as in ``generations_test.jsonl``, and ``report_metrics`` of all.
     """
     lines, reviews = [], []
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
@@ -49,7 +51,6 @@ def score_reports(
                 "verdict": review.score.verdict,
                 "probability": float(probability),
                 "parses": review.score.parses,
-                "quality": review.quality,
                 "abnormal": review.abnormal,
                 "named": review.named,
                 "trends": review.trends,
@@ -58,74 +59,47 @@ def score_reports(
             }
         )
     groups = dataset.groups[predictions.rows]
-    return lines, report_figures(reviews, predictions.labels, groups, fewest, seed)
+    return lines, report_metrics(reviews, predictions.labels, groups, seed)
 
 
-def report_figures(
-    reviews: Sequence[ReportReview],
-    labels: NDArray[Any],
-    groups: NDArray[Any],
-    fewest: int,
-    seed: int,
+def report_metrics(
+    reviews: Sequence[ReportReview], labels: Array, groups: NDArray[Any], seed: int
 ) -> dict[str, Any]:
-    """Return the figures of n reports as they stand in ``metrics.json``.
+    """Return the metrics of n reports as they stand in ``metrics.json``.
 
-    Counts, and shares with their 95 % intervals from the draws of patients of the other figures.
-    Shares of nothing are None. So are those of abnormal values, and their number, where fewer than
-    ``fewest`` patients have, or lack, one; that of trends likewise.
+    Counts, and shares with their intervals by patient; a share of nothing is None.
 
     Args:
-        reviews: of the reports.
-        labels: (n,) of 0 and 1, which the draws need.
+        reviews: n, of the reports.
+        labels: (n,) of 0 and 1, which the draws of patients need.
         groups: (n,) patient of each report.
-        fewest: patients of the smallest cell that is shown.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
 
-    def column(name: str) -> NDArray[np.float64]:
+    def column(name: str) -> Array:
         return np.array([attrgetter(name)(review) for review in reviews], dtype=np.float64)
 
-    reports, stated = np.ones(len(reviews)), column("score.stated")
-    abnormal, trends, invented = map(column, ("abnormal", "trends", "invented"))
-    shares = {
+    reports, stated, invented = np.ones(len(reviews)), column("score.stated"), column("invented")
+    abnormal, trends = column("abnormal"), column("trends")
+    ratios = {
         "parse_share": (column("score.parses"), reports),
         "true_number_share": (column("score.true"), stated),
         "abnormal_named_share": (column("named"), abnormal),
         "abnormal_nameable_share": (column("nameable"), abnormal),
         "right_trend_share": (column("right_trends"), trends),
-        "inventing_share": (invented > 0, reports),
+        "inventing_share": ((invented > 0).astype(np.float64), reports),
     }
-    estimates = _estimate_shares(shares, labels, groups, seed)
-    for name, (_, of) in shares.items():
-        having = (of > 0).astype(np.int64)
-        if (of is abnormal or of is trends) and any_small(having, groups, 2, fewest):
-            estimates[name] = UNKNOWN
-    known = estimates["abnormal_named_share"] != UNKNOWN
-    digits = DECIMALS if fewest else None
+
+    def shares(weights: Array) -> dict[Any, Array]:
+        with np.errstate(invalid="ignore"):  # of nothing: NaN
+            return {name: (weights @ part) / (weights @ of) for name, (part, of) in ratios.items()}
+
+    behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
+    known = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
-        "abnormal_values": int(abnormal.sum()) if known else None,
+        "abnormal_values": int(abnormal.sum()),
         "invented": int(invented.sum()),
-        **{name: each.to_json(digits) for name, each in estimates.items()},
-    }
-
-
-def _estimate_shares(
-    shares: Mapping[str, tuple[NDArray[Any], NDArray[Any]]],
-    labels: NDArray[Any],
-    groups: NDArray[Any],
-    seed: int,
-) -> dict[str, Estimate]:
-    """Return the ratio of two sums over n reports, with its interval, for each name."""
-
-    def ratios(weights: NDArray[np.float64]) -> Figures:
-        with np.errstate(invalid="ignore"):  # of nothing: NaN
-            return {name: (weights @ part) / (weights @ of) for name, (part, of) in shares.items()}
-
-    values = ratios(np.ones((1, len(labels))))
-    replicates = bootstrap(labels, groups, seed, ratios)
-    return {
-        name: estimate(float(values[name][0]), replicates[name], count_patients(groups, of > 0))
-        for name, (_, of) in shares.items()
+        **known.where(known.notna(), None).to_dict("index"),
     }
