@@ -71,12 +71,12 @@ def patients():
 
 def data_of(dataset):
     """The data set, split, with whole prompts."""
-    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions(), min_cell=0)
+    return prepare_data(dataset, max_samples=0, seed=0, prompts=PromptOptions())
 
 
 def stage1_for(dataset, members=1):
     """A stage 1 with random weights and the scales of all patients with a label."""
-    data = Data(dataset, {"train": np.flatnonzero(~np.isnan(dataset.labels))}, None, "", "", 0)
+    data = Data(dataset, {"train": np.flatnonzero(~np.isnan(dataset.labels))}, None, "", "")
     encoder = {"input_dim": len(dataset.features)}
     model = trainer.build_stage1({"encoder": encoder, "members": members, **data.description()}, 3)
     model.fit_scales(data)

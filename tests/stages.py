@@ -16,7 +16,6 @@ def arguments(*flags):
 
 def data_for(args, dataset=None):
     """Prepare a data set, or what the flags name, as a run does."""
-    args.min_cell = 0
     read = trainer.read_dataset(args) if dataset is None else dataset
     return run_data(args, read, trainer.prompt_options(args), given_stage1(args))
 

@@ -30,7 +30,7 @@ def many(**columns):
 
 
 def drawn(table, seed=0, most=0, max_len=20):
-    options = {"prompts": PromptOptions(), "min_cell": 0, "max_samples": most, "seed": seed}
+    options = {"prompts": PromptOptions(), "max_samples": most, "seed": seed}
     return prepare_data(MIMICtrajectoryDataset(table, max_len), **options)
 
 

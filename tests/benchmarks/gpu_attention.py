@@ -190,7 +190,7 @@ def compare_products(plan: Plan) -> Result:
         AssertionError: a kernel of bitsandbytes is wrong for some number of rows.
     """
     words = ["--mode", "classification", "--model_name", str(plan.shallow), "--quantization", "nf4"]
-    args = arguments_of(*words, "--max_samples", "100", "--min_cell", "0")
+    args = arguments_of(*words, "--max_samples", "100")
     model: Any = trainer.make_stage(args, data_of(args), None).model
     dtype = DTYPES[args.precision]
     packed = {

@@ -80,7 +80,6 @@ def save_model(folder: Path, layers: int, **sizes: int) -> None:
 def words_of(plan: Plan, mode: str, model: Path, output: Path, *more: str) -> list[str]:
     """Return the flags of a short run of stage 2 or 3 in NF4."""
     words = ["--mode", mode, "--model_name", str(model), "--quantization", "nf4", "--epochs", "1"]
-    words += ["--min_cell", "0"]
     words += ["--batch_size", "4", "--data_path", str(plan.data), "--output_dir", str(output)]
     return [*words, "--log_file", "none", *more]
 
@@ -88,7 +87,6 @@ def words_of(plan: Plan, mode: str, model: Path, output: Path, *more: str) -> li
 def train_stage_1(plan: Plan) -> Result:
     """Train stage 1 for three epochs."""
     words = ["--trajectory_only", "--trajectory_epochs", "3", "--data_path", str(plan.data)]
-    words += ["--min_cell", "0"]
     run_program(*words, "--log_file", "none", "--output_dir", str(plan.runs))
     return Result(check_run(plan.runs / "trajectory"))
 

@@ -40,7 +40,6 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands.several.compare import read_predictions
 from medgemma_clinical.commands.several.runs import cost_of
-from medgemma_clinical.data.small_cells import FEWEST
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
@@ -275,7 +274,7 @@ def rivals(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     facts = pd.get_dummies(pd.DataFrame(known_facts(table)), columns=["unit"]).astype(float)
     series = dataset.baseline_inputs()[LOGISTIC].reset_index(drop=True)
     texts = pd.DataFrame({"text": written["clinical_context"]})
-    parsed = dataset.fact_table(dataset.choose_facts(train, FEWEST))
+    parsed = dataset.fact_table(dataset.choose_facts(train))
     inputs = {
         PARSED: (parsed, tuned_regression(folds)),
         WORDS: (texts, words_regression([], folds)),

@@ -53,7 +53,7 @@ def time_row() -> list[float]:
     from medgemma_trainer import fit_trajectory
 
     table = pd.read_csv(SAMPLE, nrows=300)
-    model, row = fit_trajectory(table, trajectory_epochs=1, min_cell=0), table.iloc[[3]]
+    model, row = fit_trajectory(table, trajectory_epochs=1), table.iloc[[3]]
     model.predict_proba(row)
     passed = []
     for _ in range(ROW_CALLS):
