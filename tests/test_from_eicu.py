@@ -30,9 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1 after an epoch on all series of MIMIC-IV's demo."""
     place = tmp_path_factory.mktemp("mimic")
     data = make("mimic", place / "mimic.csv", "--series", "all")
-    flags = (
-        f"--trajectory_only --trajectory_epochs 1 --min_cell 0 --log_file none --data_path {data}"
-    )
+    flags = f"--trajectory_only --trajectory_epochs 1 --log_file none --data_path {data}"
     assert medgemma_trainer.main([*flags.split(), "--output_dir", str(place / "run")]) == 0
     return place / "run" / "trajectory"
 
@@ -40,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_of_mimic_predicts_eicu(model: Path, tmp_path: Path) -> None:
     data = make("eicu", tmp_path / "eicu.csv", "--series", "all")
     rows = pd.read_csv(data)
-    found = predicted(model, data, tmp_path / "predictions.csv", "--min_cell", "0")
+    found = predicted(model, data, tmp_path / "predictions.csv")
     assert found["id"].tolist() == rows["subject_id"].tolist()
     assert found["problem"].eq("").all()
     assert found["probability"].between(0, 1).all()

@@ -14,7 +14,7 @@ from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from predicting import predicted, refused
 
-STAGE_1 = ("--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none", "--min_cell", "0")
+STAGE_1 = ("--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none")
 DEATH = ("--label_column", "label_death")
 
 
@@ -41,7 +41,7 @@ def test_a_label_of_another_name_goes_from_training_to_prediction(
     config = read_trajectory(place / TRAJECTORY_FILE).config
     assert (config["outcome"], config["reading"]["label_column"]) == ("Death", "label_death")
     out = tmp_path / "out.csv"
-    assert len(predicted(place / "trajectory", data, out, "--min_cell", "0")) == 120
+    assert len(predicted(place / "trajectory", data, out)) == 120
     assert f"120 rows, {table['label_death'].sum()} events" in capsys.readouterr().out
     assert trainer.main(words(data, place, *DEATH, "--resume", "--allow_duplicates")) == 0
     expected = "--label_column was label_death, is label_escalation"
