@@ -76,7 +76,7 @@ def data_of(dataset):
 
 def stage1_for(dataset, members=1):
     """A stage 1 with random weights and the scales of all patients with a label."""
-    data = Data(dataset, {"train": np.flatnonzero(~np.isnan(dataset.labels))}, None, "", "", 0)
+    data = Data(dataset, {"train": np.flatnonzero(~np.isnan(dataset.labels))}, None, "", "")
     encoder = {"input_dim": len(dataset.features)}
     model = trainer.build_stage1({"encoder": encoder, "members": members, **data.description()}, 3)
     model.fit_scales(data)

@@ -28,7 +28,7 @@ def test_times_are_sorted_and_equal_times_keep_their_order(
     assert one_series(dataset, 1) == ([0.0, 0.0], [1.0, 5.0])
     notices = [m for m in caplog.messages if "time order" in m]
     assert len(notices) == 1
-    assert "fewer than 11 rows" in notices[0]
+    assert "2 rows" in notices[0]
 
 
 def test_only_the_most_recent_observations_are_kept(caplog: pytest.LogCaptureFixture) -> None:
@@ -39,8 +39,8 @@ def test_only_the_most_recent_observations_are_kept(caplog: pytest.LogCaptureFix
     assert dataset.offsets.tolist() == [0, 3, 5, 8]
     notices = [m for m in caplog.messages if "most recent" in m]
     assert notices == [
-        "DataFrame: fewer than 11 of fewer than 11 patients lose observations, as rows are longer "
-        "than 3: the most recent are kept; a larger --max_len keeps more"
+        "DataFrame: 2 of 3 patients lose observations, as rows are longer than 3: the most recent "
+        "are kept; --max_len 5 keeps more"
     ]
 
 

@@ -199,7 +199,7 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out(
     assert chosen.tolist() == ["train", "val"]
     np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
     np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
-    assert "DataFrame: fewer than 11 rows without a value are left out" in caplog.messages
+    assert "DataFrame: 1 rows without a value are left out" in caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -390,25 +390,22 @@ def test_the_check_prints_a_line_a_series(
 ) -> None:
     table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
     (tmp_path / "data.json").write_text('{"limits": {"Blood_Urea": [1, 5.5]}}')
-    assert checked(table, tmp_path, "--min_cell", "5") == 2
+    assert checked(table, tmp_path) == 2
     assert "are equal in series, context and label" in capsys.readouterr().err
-    assert checked(table, tmp_path, "--min_cell", "5", "--allow_duplicates") == 0
+    assert checked(table, tmp_path, "--allow_duplicates") == 0
     output = capsys.readouterr().out
-    assert "Anion gap in mEq/L: median 7, quartiles 7 to 20" in output
-    assert "glucose in mg/dL: median 90" in output
-    assert re.search(
-        r"Blood urea: median 5, .* in 33.3% of the patients, 2 values a row with any",
-        output,
-    )
+    assert "Anion gap in mEq/L: median 20, quartiles 7 to 24" in output
+    assert "glucose in mg/dL: median 250" in output
+    assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, 2 values a row", output)
     assert (
         "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5: most of them: convert the unit"
     ) in output
     assert output.count("warning: Blood") == output.count("lie outside") == 1
-    words = ("--min_cell", "5", "--allow_duplicates")
-    assert checked(table, tmp_path, "--series", "glucose", "--max_len", "1", *words) == 0
+    words = ("--max_len", "1", "--allow_duplicates")
+    assert checked(table, tmp_path, "--series", "glucose", *words) == 0
     output = capsys.readouterr().out
     assert "Blood urea" not in output
-    assert "within 1 to 1" in output
+    assert "observations a row: median 1, quartiles 1 to 1" in output
     assert checked(table, tmp_path, "--series", "lactate") == 2
     assert re.fullmatch(r"error: .*no such series.*\n", capsys.readouterr().err)
     assert checked(table, tmp_path, "--max_len", "0") == 2
@@ -423,7 +420,7 @@ def test_without_limits_what_lies_far_outside_the_quartiles_is_suspicious(
         trajectory_x=[f"{100 + k % 10} (0h)" for k in range(rows - 1)] + ["1000 (0h)"],
     )
     assert checked(table, tmp_path) == 0
-    assert "warning: x: values of fewer than 11 patients lie outside 5" in capsys.readouterr().out
+    assert "warning: x: 1 of 60 values lie outside 5" in capsys.readouterr().out
 
 
 def test_the_share_of_patients_counts_patients_not_rows(
@@ -432,8 +429,8 @@ def test_the_share_of_patients_counts_patients_not_rows(
     table = table_of(["1 (0h)"] * 40, subject_id=[str(k // 2) for k in range(40)])
     table["label_escalation"] = [k // 2 % 2 for k in range(40)]
     table["trajectory_x"] = ["5 (1h)" if k % 2 else "" for k in range(40)]
-    assert checked(table, tmp_path, "--min_cell", "5") == 0
-    assert re.search(r"x: median 5.* in 100.0% of the patients", capsys.readouterr().out)
+    assert checked(table, tmp_path) == 0
+    assert re.search(r"x: median 5.* in 20 of 20 patients", capsys.readouterr().out)
 
 
 def test_the_check_refuses_what_the_trainer_would(

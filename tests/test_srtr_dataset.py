@@ -150,7 +150,7 @@ def test_one_impossible_date_leaves_out_one_registration(
     assert after.ids.tolist() == before.ids.tolist()[1:]
     known = inputs(before)
     assert all(known[px] == shown for px, shown in inputs(after).items())
-    assert "CAN_REM_DT: fewer than 11 impossible dates" in caplog.text
+    assert "CAN_REM_DT: 1 impossible dates" in caplog.text
     assert "soon" not in caplog.text
 
 
@@ -181,7 +181,7 @@ def test_only_the_latest_rows_are_kept(tmp_path: Path, caplog: pytest.LogCapture
         SRTRTrajectoryDataset(tmp_path, "liver", max_len=5, require_labels=False)  # to be scored
         SRTRTrajectoryDataset(tmp_path, "liver", max_len=20)
     (line,) = (each for each in caplog.messages if "lose observations" in each)
-    assert "fewer than 11 of 25 patients lose observations, as rows are longer than 5" in line
+    assert "1 of 25 patients lose observations, as rows are longer than 5" in line
     i = dataset.ids.tolist().index("1")
     assert dataset.lengths[i] == 5
     assert dataset.times[dataset.offsets[i]] == 15 * 24
@@ -209,7 +209,7 @@ def test_each_registration_is_asked_at_its_landmark_with_the_candidates_facts(
     dataset, chosen = synthetic[organ], np.array([3, 0])
     assert dataset.prediction_hours is not None
     assert set(dataset.prediction_hours) == {24 * ORGANS[organ].days}
-    names = dataset.choose_facts(np.arange(len(dataset)), 0)
+    names = dataset.choose_facts(np.arange(len(dataset)))
     assert set(names) <= set(dataset.static_names)  # no word of the contexts
     assert "BMI [kg/m2]" in names
     part = dataset.subset(chosen).with_inputs(names, prediction_time=True)
@@ -506,7 +506,7 @@ def test_check_prints_what_a_user_must_know(
     synthetic: dict[str, SRTRTrajectoryDataset],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = ["check", "--data_dir", str(SYNTHETIC), "--organ", organ, "--min_cell", "0"]
+    words = ["check", "--data_dir", str(SYNTHETIC), "--organ", organ]
     code = srtr_dataset.main(words)
     text = capsys.readouterr().out
     assert code == 0
@@ -529,7 +529,7 @@ def test_check_warns_of_implausible_values(
     cand, rows = filler()
     rows[0]["CANHX_ALBUMIN"] = 35  # g/L
     write_folder(tmp_path, cand, rows)
-    words = ["check", "--data_dir", str(tmp_path), "--organ", "liver", "--min_cell", "0"]
+    words = ["check", "--data_dir", str(tmp_path), "--organ", "liver"]
     assert srtr_dataset.main(words) == 0
     assert "values lie outside 0.5 to 7 g/dL" in capsys.readouterr().out
 
@@ -539,7 +539,7 @@ def test_check_says_that_a_folder_without_events_is_fit_to_predict_on(
 ) -> None:
     waiting = [candidate(px, CAN_ENDWLFU=LISTED + 100) for px in range(5)]
     write_folder(tmp_path, waiting, [history_row(px, 0) for px in range(5)])
-    words = ["check", "--data_dir", str(tmp_path), "--organ", "liver", "--min_cell", "0"]
+    words = ["check", "--data_dir", str(tmp_path), "--organ", "liver"]
     assert srtr_dataset.main(words) == 0
     out = capsys.readouterr().out
     assert "rows 5, patients 5" in out

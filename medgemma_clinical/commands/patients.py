@@ -16,7 +16,7 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.patients import write_patients
-from medgemma_clinical.evaluation.report import STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence

@@ -27,6 +27,7 @@ from medgemma_clinical.commands.patients import (
 )
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
+from medgemma_clinical.data.checks import flow_lines
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.small_cells import flow_lines
 from medgemma_clinical.data.tables import Findings

@@ -270,7 +270,9 @@ def test_another_separator_is_named(
         read(database, path)
 
 
-def test_wrong_cells_are_counted_from_eleven_on(database: Database, tmp_path: Path) -> None:
+def test_wrong_cells_are_counted_where_there_are_several(
+    database: Database, tmp_path: Path
+) -> None:
     path = tmp_path / "t.csv"
     path.write_text(TEXT.replace(",2150-01-01 00:58:00,", ",soon,"))
     with pytest.raises(InputError, match=r"line 60, column time: not a time .*: copy") as caught:

@@ -113,7 +113,7 @@ def test_findings_are_logged_without_those_that_concern_no_row(
     findings.problems[5] = "secret"
     with caplog.at_level(logging.INFO):
         findings.log()
-    assert caplog.messages == ["file: a note", "file: fewer than 11 rows are odd"]
+    assert caplog.messages == ["file: a note", "file: 2 rows are odd"]
 
 
 # --------------------------------------------------------------------------- bounds

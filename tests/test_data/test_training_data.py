@@ -127,6 +127,35 @@ def test_the_description_of_data_is_plain_and_rebuilds_their_reading() -> None:
     assert data.prevalence() == pytest.approx(0.2)
 
 
+def rare_inputs():
+    """Make 120 patients: eight have lactate, seven differ in static_two, all know static_age."""
+    table = patients(120, seed=1)
+    table["split"] = ["train"] * 80 + ["val"] * 20 + ["test"] * 20
+    table["trajectory_lactate"] = ["2 (0h) -> 3 (1h)"] * 8 + [""] * 112
+    table["static_age"] = np.arange(120) % 60
+    table["static_two"] = [1] * 7 + [0] * 73 + [1] * 40
+    table["prediction_hours"] = [30] * 9 + [np.nan] * 111
+    return table
+
+
+def test_the_description_counts_the_training_patients_behind_each_input():
+    table = rare_inputs()
+    statics = {"static_age": 80, "static_two": 7, "prediction_hours": 9}
+    expected = {"series": {"Anion gap": 80, "lactate": 8}, "statics": statics}
+    assert data_of(table, max_len=64).description()["patients"] == expected
+    table.loc[:7, "subject_id"] = "one"  # with eight rows
+    assert data_of(table, max_len=64).description()["patients"]["series"]["lactate"] == 1
+
+
+def test_inputs_of_few_training_patients_are_one_warning(caplog):
+    data_of(rare_inputs()).check_inputs()
+    (line,) = caplog.messages
+    assert line.startswith("warning: DataFrame: fewer than 11 training patients have lactate, ")
+    caplog.clear()
+    data_of(patients(120, seed=1)).check_inputs()
+    assert caplog.messages == []
+
+
 def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read() -> None:
     table = patients(200, seed=1)
     whole, sample = data_of(table), data_of(table, most=60)

@@ -91,7 +91,7 @@ def test_rows_are_cut_into_passes_that_fit():
 
 def test_only_the_parts_of_a_run_are_shared_by_processes(dka_file, monkeypatch):
     monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 20)
-    model = trainer.fit_trajectory(dka_file, trajectory_epochs=1, min_cell=0)
+    model = trainer.fit_trajectory(dka_file, trajectory_epochs=1)
     model.batch_size = 16
     alone = model.predict_proba(dka_file)  # and so in whichever process it is called
     monkeypatch.setattr(evaluation, "gather_object", lambda _: pytest.fail("waits"))
