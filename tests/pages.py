@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 
 OUTCOME = "Death <b>& $x$ decay"

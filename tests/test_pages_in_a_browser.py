@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import expit
-
-import medgemma_trainer as trainer
-from cohorts import make_cohort, simulate
-from medgemma_clinical.commands import demo
-from medgemma_clinical.evaluation import bootstrap
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
 from medgemma_clinical.evaluation.patients.patient_page import write_patients
 from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
 from medgemma_clinical.evaluation.report_tables import WRITTEN
+from scipy.special import expit
+
+import medgemma_trainer as trainer
+from cohorts import make_cohort, simulate
+from medgemma_clinical.commands import demo
+from medgemma_clinical.evaluation import bootstrap
 from pages import make_content, write_page
 from patient_rows import CONTENT, ROW
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
@@ -42,7 +42,8 @@ def choose_rows(
     table = table.iloc[scored.places].reset_index(drop=True)
     table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
     datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
-    rows = [*chosen, *zip(table.to_dict("records"), datasets, strict=True)]
+    lines: Any = table.to_dict("records")
+    rows: list[ChosenRow] = [*chosen, *zip(lines, datasets, strict=True)]
     if ids:
         return sorted(rows, key=lambda row: ids.index(row[0]["id"]))
     return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.patients import (
-    PatientChoice,
-    choose_patients,
-    explain_patients,
+    ChosenRow,
+    choose_rows,
+    explain_rows,
     patients_path,
     rows_in_training,
 )
@@ -29,7 +29,6 @@ from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.checks import flow_lines
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.small_cells import flow_lines
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
@@ -82,7 +81,6 @@ def predict(args: Namespace, given: set[str]) -> int:
     check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
-    choice = choose_patients(request)
     findings = Findings(str(source), strict=bool(request.strict))
     chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
     first = next(chunks)  # faults of the input show before a language model is loaded
@@ -95,12 +93,12 @@ def predict(args: Namespace, given: set[str]) -> int:
         attention=request.attention,
     )
     chunks = show_progress(itertools.chain([first], chunks), source)
-    tally = write_predictions(request.predictions, chunks, model, findings, choice)
+    tally = write_predictions(request, chunks, model, findings)
     log_summary(tally, findings, model.trained, request.predictions, first.dataset.flow)
-    training = training_patients(model.trained, request.checkpoint)
-    report_labelled(tally, model.trained, first.dataset, request, training)
-    if choice is not None:
-        explain_patients(choice, model, request, training)
+    trained, named = training_patients(model.trained, request.checkpoint)
+    report_labelled(tally, model.trained, first.dataset, request, trained, named=named)
+    if request.explain:
+        explain_rows(tally.chosen, model, request, trained, named=named)
     return EXIT_DONE
 
 
@@ -169,6 +167,7 @@ class PredictionTally:
         formulas: rows whose id a spreadsheet would run.
         labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, label,
             risk, and the hashes that training patients are known by: patient and row.
+        chosen: rows of the page of patients.
     """
 
     rows: int = 0
@@ -176,6 +175,7 @@ class PredictionTally:
     positive: int = 0
     formulas: int = 0
     labelled: list[pd.DataFrame] = field(default_factory=list)
+    chosen: list[ChosenRow] = field(default_factory=list)
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
         """Count the lines that were written of some rows, all of ``rows.dataset`` with a score."""
@@ -197,21 +197,16 @@ class PredictionTally:
 
 
 def write_predictions(
-    path: Path,
-    chunks: Iterable[ScoringRows],
-    model: TrajectoryModel,
-    findings: Findings,
-    choice: PatientChoice | None = None,
+    request: Namespace, chunks: Iterable[ScoringRows], model: TrajectoryModel, findings: Findings
 ) -> PredictionTally:
     """Score rows chunk by chunk; the file appears when the last one is written.
 
     Earlier predictions, and the pages beside them, are moved aside.
 
     Raises:
-        InputError: a row cannot be scored and the findings are strict, the input lacks an id that
-            is asked for, or another run writes here.
+        InputError: a row cannot be scored and the findings are strict, or another run writes here.
     """
-    tally = PredictionTally()
+    tally, path = PredictionTally(), request.predictions
     with locked(path), atomic(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for rows in chunks:
@@ -219,10 +214,8 @@ def write_predictions(
                 count_implausible(scored.dataset, findings)
                 lines.to_csv(file, index=False, header=tally.rows == 0)
                 tally.add(lines, scored)
-                if choice is not None:
-                    choice.add(lines, scored)
-        if choice is not None:
-            choice.check_found(findings.source)
+                if request.explain:
+                    tally.chosen = choose_rows(tally.chosen, lines, scored, request.patients)
         for aside in move_aside([path, report_path(path), patients_path(path)]):
             logger.info("an earlier file was moved to %s", aside)
     return tally
@@ -259,7 +252,9 @@ def report_labelled(
     trained: TrainedModel,
     dataset: TrajectoryDataset,
     request: Namespace,
-    training: tuple[NDArray[np.int64], bool],
+    known: NDArray[np.int64],
+    *,
+    named: bool,
 ) -> None:
     """Write and print how good the predictions are, where labels of both classes are known.
 
@@ -270,12 +265,12 @@ def report_labelled(
         trained: the model.
         dataset: the first rows.
         request: of the command.
-        training: as from ``training_patients``.
+        known: hashes of the training patients, as from ``training_patients``.
+        named: whether the training data have identifiers.
     """
     people, config = pd.concat(tally.labelled, ignore_index=True), trained.config
     if people.empty:
         return
-    known, named = training
     hashes = people["patient"].to_numpy(), people["row"].to_numpy()
     in_training = rows_in_training(*hashes, known, named=named and dataset.named)
     said = (

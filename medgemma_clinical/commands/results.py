@@ -80,7 +80,8 @@ def write_results(
     if not processes().is_main_process:
         return config
     rows = prediction_tables(stage, data, predictions)
-    threshold, written, lines = config["decision"]["threshold"], None, []
+    threshold: float = config["decision"]["threshold"]
+    written, lines = None, list[dict[str, Any]]()
     metrics = {part: evaluate(table, args.seed, threshold) for part, table in rows.items()}
     if texts is not None:
         lines, written = score_reports(data.dataset, texts, predictions["test"], args.seed)
@@ -210,7 +211,7 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None) -> 
     logger.info("\nTest part:")
     for finding in sentences(test):
         logger.info("%s", finding)
-    logger.info("Validation AUROC %s", value_text(val.of(val.models[0]).loc["auroc"]))
+    logger.info("Validation AUROC %s", value_text(val.row(val.models[0], "auroc")))
     logger.info("\n%s\n", model_table(test).to_string(index=False))
     if (table := written_table(written)) is not None:
         logger.info("%s\n", table.iloc[:, :2].to_string(index=False, header=False))
@@ -274,7 +275,7 @@ def about_model(
     base = config.get("base_model")
     parameters = list(stage.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
-    auroc = validation.of(validation.models[0]).loc["auroc"]
+    auroc = validation.row(validation.models[0], "auroc")
     return {
         "Limits": LIMITS,
         "Model": "stage 1 alone" if base is None else describe_language_model(config),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -153,7 +154,7 @@ def auroc_of(folder: Path, part: str) -> str:
         raise InputError(
             f"{path}: damaged: delete the folder of this stage, and start again"
         ) from error
-    return value_text(metrics.of(metrics.models[0]).loc["auroc"])
+    return value_text(metrics.row(metrics.models[0], "auroc"))
 
 
 # --------------------------------------------------------------------------- --ablation
@@ -318,7 +319,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         known = [{reference: cost_of(folder)} for folder in folders.values()]
     cost = {name: _mean([each[name] for each in known]) for name in known[0]}
     splits = None if args.ablation else split_table(folders)
-    auroc = metrics.of(reference).loc["auroc"]
+    auroc = metrics.row(reference, "auroc")
     title = "What each part of the model adds" if args.ablation else reference.capitalize()
     write_results(
         args.output_dir / ("seeds_ablation" if args.ablation else f"seeds_{stage}"),
@@ -351,7 +352,8 @@ def split_table(folders: dict[int, Path]) -> pd.DataFrame:
 def _mean(costs: Collection[dict[str, float | None]]) -> dict[str, float | None]:
     """Return the mean cost of the runs of one model, None where some run lacks it."""
     table = pd.DataFrame(list(costs)).astype(float)
-    return table.mean(skipna=False).astype(object).where(table.notna().all(), None).to_dict()
+    means = {str(name): float(column.mean(skipna=False)) for name, column in table.items()}
+    return {name: None if np.isnan(mean) else mean for name, mean in means.items()}
 
 
 def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:

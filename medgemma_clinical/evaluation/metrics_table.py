@@ -68,11 +68,15 @@ class Metrics:
         """The models; the first one is the reference."""
         return list(dict.fromkeys(self.table.index.get_level_values("model")))
 
-    def metric(self, name: str) -> pd.DataFrame:
+    def metric(self, name: str) -> Any:
         """Return a metric of all models that have it, by model."""
         return self.table.xs(name, level="metric")
 
-    def of(self, model: str) -> pd.DataFrame:
+    def row(self, model: str, name: str) -> Any:
+        """Return a line of the table."""
+        return self.table.loc[(model, name)]
+
+    def of(self, model: str) -> Any:
         """Return all metrics of a model, by name."""
         return self.table.loc[model]
 
@@ -216,7 +220,9 @@ def evaluate(
     references = dict.fromkeys(risks, first)
     if ENSEMBLE in risks and blend and first != ENSEMBLE:
         references[ENSEMBLE] = blend
-    keys = [key for key in drawn if key[0] != first]  # each with the same metric of its reference
+    keys: Any = [
+        key for key in value.index if key[0] != first
+    ]  # each with the same metric of its reference
     others = [(references[model], name) for model, name in keys]
     behind = {}
     if threshold is not None:
@@ -243,7 +249,7 @@ def evaluate(
 def evaluate_splits(
     tables: Sequence[pd.DataFrame], seed: int, reference: str | None = None
 ) -> Metrics:
-    """Compute the metrics of the same models on the test parts of several splits, see ``evaluate``."""
+    """Compute the metrics of the same models on the test parts of several splits."""
     split = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     return evaluate(pd.concat(tables), seed, reference=reference, split=split)
 

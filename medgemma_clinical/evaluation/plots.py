@@ -237,7 +237,7 @@ def plot_forest(metrics: Metrics) -> Plot:
     axes.plot([0], [0], "s", color=INK, markersize=4)
     looks: dict[Verdict, dict[str, Any]] = {}
     for position, model in enumerate(others, start=1):
-        row = auroc.loc[model]
+        row = metrics.row(model, "auroc")
         verdict = difference_verdict(row, minority)
         marker, colour = MARKS[verdict]
         looks[verdict] = {"marker": marker, "color": colour, "linestyle": "none", "markersize": 6}
@@ -246,7 +246,9 @@ def plot_forest(metrics: Metrics) -> Plot:
     widest = np.nanmax([MIN_DIFFERENCE, *auroc.filter(like="difference").abs().max()])
     names = [f"{reference}, reference", *others]
     if ENSEMBLE in others:
-        names[names.index(ENSEMBLE)] = f"{ENSEMBLE} minus {auroc.loc[ENSEMBLE, 'reference']}"
+        names[names.index(ENSEMBLE)] = (
+            f"{ENSEMBLE} minus {metrics.row(ENSEMBLE, 'auroc').reference}"
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) - 0.5, -0.5))
     axes.set_xlabel("AUROC minus that of the reference [95 %]")

@@ -140,7 +140,7 @@ def _counts(content: ReportContent, min_cell: int, few: bool) -> dict[str, pd.Da
     if content.flow is not None:
         known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if content.case_mix is not None:
-        mixes = [mix.dropna().to_dict() for _, mix in content.case_mix.items()]
+        mixes: list[Any] = [mix.dropna().to_dict() for _, mix in content.case_mix.items()]
         known["case_mix"] = tables.case_mix_cells(
             *(suppress_case_mix(mix, min_cell, hide_events=few) for mix in mixes)
         )

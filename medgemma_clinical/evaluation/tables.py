@@ -23,12 +23,24 @@ from medgemma_clinical.evaluation.verdicts import (
 from medgemma_clinical.evaluation.written_reports import WRITTEN
 
 METRICS = {
-    "auroc": ("AUROC", ".3f", "how often an event has a higher risk than a non-event; 0.5 is chance"),
+    "auroc": (
+        "AUROC",
+        ".3f",
+        "how often an event has a higher risk than a non-event; 0.5 is chance",
+    ),
     "auprc": ("AUPRC", ".3f", "mean precision over recall; the prevalence is chance"),
     "accuracy": ("Accuracy at 0.5", ".3f", "share of rows on the right side of a risk of 50 %"),
     "calibration_slope": ("Slope", ".2f", "below 1 the risks are too extreme; 1 is ideal"),
-    "calibration_in_the_large": ("In the large", "+.2f", "below 0 the risks are too high; 0 is ideal"),
-    "e_average": ("E-average", ".3f", "mean distance of the risks from calibrated ones; 0 is ideal"),
+    "calibration_in_the_large": (
+        "In the large",
+        "+.2f",
+        "below 0 the risks are too high; 0 is ideal",
+    ),
+    "e_average": (
+        "E-average",
+        ".3f",
+        "mean distance of the risks from calibrated ones; 0 is ideal",
+    ),
     "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),
     "calibration_intercept": ("Intercept", "+.2f", "log-odds of the event at a risk of 50 %"),
     "brier": ("Brier score", ".4f", "mean squared distance of risk and outcome"),
@@ -62,21 +74,22 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     """Return ``model_table`` with its verdicts as such, which a page draws as marks."""
     lines = []
     for model in metrics.models:
-        known = metrics.of(model)
-        auroc = known.loc["auroc"]
+        auroc = metrics.row(model, "auroc")
         line: dict[str, Any] = {"Model": model, "AUROC [95 %]": value_text(auroc)}
-        if "sd" in known:
+        if "sd" in auroc:
             line["SD over splits"] = _number(auroc["sd"], ".3f")
         line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
         if model != metrics.models[0]:
             beside = f" to {auroc.reference}" if model == ENSEMBLE else ""
             line["Minus reference [95 %]"] = difference_text(auroc) + beside
             line["Verdict"] = difference_verdict(auroc, metrics.counts["minority_patients"])
-        for name, (title, form) in COST.items() if cost is not None else ():
-            value = cost[name].get(model) if name in cost else None
-            line[title] = "" if pd.isna(value) else f"{value:{form}}"
-        line["AUPRC"] = _number(known.loc["auprc", "value"], ".3f")
-        line["Brier"] = _number(known.loc["brier", "value"], ".4f")
+        if cost is not None:
+            for name in (name for name in COST if name in cost):
+                title, form = COST[name]
+                value: Any = cost[name].get(model)
+                line[title] = "" if pd.isna(value) else f"{value:{form}}"
+        line["AUPRC"] = _number(metrics.row(model, "auprc").value, ".3f")
+        line["Brier"] = _number(metrics.row(model, "brier").value, ".4f")
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -92,11 +105,13 @@ def _number(value: float, form: str) -> str:
 
 def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
     """Return metrics of the first model as text, with their meanings."""
-    known, lines = metrics.of(metrics.models[0]), []
+    lines = []
     for name in names:
         title, form, meaning = METRICS[name]
         scale = 100 if title.endswith("(%)") else 1
-        lines.append((title, value_text(known.loc[name], form, scale), meaning))
+        lines.append(
+            (title, value_text(metrics.row(metrics.models[0], name), form, scale), meaning)
+        )
     return pd.DataFrame(lines, columns=["Metric", "Value [95 %]", "Meaning"])
 
 

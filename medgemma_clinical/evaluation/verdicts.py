@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import pandas as pd
+import math
+from typing import Any, NamedTuple
 
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, VALUE, Metrics
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
 
 NO_VALUE = "\N{EN DASH}"
 CHANCE = 0.5
@@ -44,7 +43,7 @@ class Finding(NamedTuple):
 
 def verdict(low: float, high: float, limit: float, minority: int) -> Verdict:
     """Compare an interval, larger being better, with a limit; only one that excludes it decides."""
-    if minority < MINORITY_PATIENTS or pd.isna(low):
+    if minority < MINORITY_PATIENTS or math.isnan(low):
         return TOO_FEW
     return BETTER if low > limit else WORSE if high < limit else UNDECIDED
 
@@ -53,32 +52,32 @@ def interval_text(
     value: float, low: float, high: float, form: str = ".3f", scale: float = 1
 ) -> str:
     """Write ``value [low, high]``, each times ``scale``; a dash where undefined."""
-    if pd.isna(value):
+    if math.isnan(value):
         return NO_VALUE
-    if pd.isna(low):
+    if math.isnan(low):
         return f"{scale * value:{form}} [{NO_VALUE}]"
     # Within the brackets a line does not break.
     return f"{scale * value:{form}} [{scale * low:{form}},\N{NO-BREAK SPACE}{scale * high:{form}}]"
 
 
-def value_text(row: pd.Series, form: str = ".3f", scale: float = 1) -> str:
+def value_text(row: Any, form: str = ".3f", scale: float = 1) -> str:
     """Write value and interval of a line of a metrics table."""
-    return interval_text(*row[VALUE], form=form, scale=scale)
+    return interval_text(row.value, row.low, row.high, form, scale)
 
 
-def difference_text(row: pd.Series, form: str = "+.3f") -> str:
+def difference_text(row: Any, form: str = "+.3f") -> str:
     """Write the difference of a line to its reference, with its interval."""
     return interval_text(row.difference, row.difference_low, row.difference_high, form)
 
 
-def difference_verdict(row: pd.Series, minority: int) -> Verdict:
+def difference_verdict(row: Any, minority: int) -> Verdict:
     """Return the verdict on a line of the AUROC beside its reference."""
     return verdict(row.difference_low, row.difference_high, 0, minority)
 
 
 def percent(value: float) -> str:
     """Write a share in percent, of small ones two digits; a dash where undefined."""
-    if pd.isna(value):
+    if math.isnan(value):
         return NO_VALUE
     number = f"{100 * value:.1f}" if value >= 0.01 or value == 0 else f"{100 * value:.2g}"
     return f"{number}\N{NO-BREAK SPACE}%"
@@ -96,58 +95,49 @@ def sentences(metrics: Metrics) -> list[Finding]:
 
     What the rows do not have is left out: a model alone has no baseline.
     """
-    counts, minority = metrics.counts, metrics.counts["minority_patients"]
-    own, auroc = metrics.of(metrics.models[0]), metrics.metric("auroc")
-    row = own.loc["auroc"]
-    words = {
-        BETTER: "better than chance (0.5).",
-        UNDECIDED: "not shown to differ from chance (0.5).",
-        WORSE: "worse than chance (0.5).",
-        TOO_FEW: f"too few to compare with chance: {minority} patients have the rarer outcome.",
-    }
+    counts, model = metrics.counts, metrics.models[0]
+    minority = counts["minority_patients"]
+    row = metrics.row(model, "auroc")
     level = verdict(row.low, row.high, CHANCE, minority)
-    remark = (
-        " All rows are ranked correctly, which leaves the interval no width."
-        if row.low == 1
-        else ""
-    )
+    words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
+    beside = f"{words.get(level, f'{minority} patients have the rarer outcome, too few beside')}"
+    sure = " All rows are ranked correctly: the interval has no width." if row.low == 1 else ""
     found = [
         Finding(
             level,
             f"AUROC {value_text(row)} on {counts['n']:,} rows of {counts['patients']:,} patients, "
-            f"{counts['events']:,} with the event: {words[level]}{remark}",
+            f"{counts['events']:,} with the event: {beside} chance (0.5).{sure}",
         )
     ]
     if name := best_baseline(metrics):
-        row = auroc.loc[name]
+        row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        found.append(
-            Finding(
-                level,
-                f"The best baseline, {name}, has AUROC {value_text(row)}; its difference to this "
-                f"model is {difference_text(row)}: {level.words}.",
+        text = (
+            f"The best baseline, {name}, has AUROC {value_text(row)}; its difference to this model "
+            f"is {difference_text(row)}: {level.words}."
+        )
+        found.append(Finding(level, text))
+    if "e_average" in metrics.of(model).index:
+        slope, large, error = (
+            value_text(metrics.row(model, name), form)
+            for name, form in (
+                ("calibration_slope", ".2f"),
+                ("calibration_in_the_large", "+.2f"),
+                ("e_average", ".3f"),
             )
         )
-    if "calibration_slope" in own.index:
-        slope, large = own.loc["calibration_slope"], own.loc["calibration_in_the_large"]
-        found.append(
-            Finding(
-                None,
-                f"Calibration: slope {value_text(slope, '.2f')} (1 is ideal), in the large "
-                f"{value_text(large, '+.2f')} (0 is ideal), E-average "
-                f"{value_text(own.loc['e_average'])} (0 is ideal).",
-            )
+        text = (
+            f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
+            f"E-average {error} (0 is ideal)."
         )
-    if ENSEMBLE in auroc.index:
-        row = auroc.loc[ENSEMBLE]
+        found.append(Finding(None, text))
+    if ENSEMBLE in metrics.models:
+        row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
-        words = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}
-        what = words.get(level, "has too few patients to say whether it adds")
-        found.append(
-            Finding(
-                level,
-                f"Beside {row.reference} this model {what}: the ensemble of both has AUROC "
-                f"{value_text(row)}, difference {difference_text(row)}.",
-            )
+        adds = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}
+        text = (
+            f"Beside {row.reference} this model {adds.get(level, 'adds or not: too few to say')}; "
+            f"the ensemble of both has AUROC {value_text(row)}, difference {difference_text(row)}."
         )
+        found.append(Finding(level, text))
     return found

@@ -95,7 +95,7 @@ def report_metrics(
             return {name: (weights @ part) / (weights @ of) for name, (part, of) in ratios.items()}
 
     behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
-    known = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
+    known: Any = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),

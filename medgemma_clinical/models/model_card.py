@@ -62,7 +62,7 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
         series=[f"{name} ({unit})" if unit else name for name, unit in units],
         place=json.dumps(repo_id or "FOLDER"),
         texts={"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
-        **{f.__name__: f for f in (code, number, interval, *DESCRIPTIONS)},
+        **FUNCTIONS,
     )
     return f"{card}\n"
 
@@ -131,8 +131,6 @@ def random_model_notice(config: Config, model_name: str = "") -> str:
     return RANDOM_MODEL_UNREAD if unread else ""
 
 
-DESCRIPTIONS = (describe_language_model, describe_stage1, describe_weight)
-
 # ------------------------------------------------------------------ Markdown
 
 
@@ -155,6 +153,8 @@ def interval(metric: Config, form: str = ".3f", scale: float = 1) -> str:
     return f"{scale * value:{form}}{ends}"
 
 
-def card_figures(metrics: Config) -> Config:
-    """Return metrics as they are: until results.py writes ``config["metrics"]``, then remove."""
-    return metrics
+FUNCTIONS: dict[str, Any] = {
+    f.__name__: f
+    for f in (code, number, interval, describe_language_model, describe_stage1, describe_weight)
+}
+"""What the template calls."""

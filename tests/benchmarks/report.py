@@ -29,8 +29,9 @@ BASELINES = 6
 def measure(patients: int) -> dict[str, float]:
     """Write a report in this process; return seconds and MiB, imports apart."""
     sys.path.insert(0, str(ROOT))
-    from medgemma_clinical.data.case_mix import AGE_BANDS, OBSERVATION_BANDS, banded
     from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+
+    from medgemma_clinical.data.case_mix import AGE_BANDS, OBSERVATION_BANDS, banded
     from medgemma_clinical.evaluation.report import ReportContent, write_report
 
     rng = np.random.default_rng(0)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
+from medgemma_clinical.inference.risk_over_time import beginnings_of
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
@@ -32,7 +33,6 @@ from medgemma_clinical.evaluation.baselines import tuned_regression
 from medgemma_clinical.evaluation.metrics import calibration, metrics
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.verdicts import value_text
-from medgemma_clinical.inference.risk_over_time import beginnings_of
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from medgemma_clinical.inference.merge_proof import MergeProof
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import export as export_command
-from medgemma_clinical.inference.merge_proof import MergeProof
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import load_trained_model
 from merged_models import save_base, save_stage

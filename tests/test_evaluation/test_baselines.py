@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from medgemma_clinical.evaluation.calibration import log_odds
 from threadpoolctl import threadpool_limits
 
 from conftest import SAMPLE
@@ -27,7 +28,6 @@ from medgemma_clinical.evaluation.baselines import (
     tuned_regression,
     tuned_trees,
 )
-from medgemma_clinical.evaluation.calibration import log_odds
 
 
 @pytest.fixture(scope="module")

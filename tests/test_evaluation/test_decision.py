@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from medgemma_clinical.evaluation.calibration import weighted_calibration
+from medgemma_clinical.evaluation.predictions import Predictions
 from scipy.special import expit
 from sklearn.metrics import log_loss
 
 from cohorts import ones, simulate
-from medgemma_clinical.evaluation.calibration import weighted_calibration
 from medgemma_clinical.evaluation.decision import (
     RESIDUAL_WEIGHTS,
     DecisionRule,
@@ -20,7 +21,6 @@ from medgemma_clinical.evaluation.decision import (
     threshold_text,
     youden_threshold,
 )
-from medgemma_clinical.evaluation.predictions import Predictions
 
 
 def drawn(seed: int, rows: int = 4000) -> tuple[np.ndarray, np.ndarray]:

@@ -11,11 +11,12 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-
-from cohorts import make_cohort, ones, simulate
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.cohort import Cohort, CohortFigures, cohort_figures
 from medgemma_clinical.evaluation.judgement.verdict import BETTER, FEW, SAME, UNDECIDED, WORSE
+from medgemma_clinical.evaluation.report_tables import percent
+
+from cohorts import make_cohort, ones, simulate
 from medgemma_clinical.evaluation.metrics import net_benefit
 from medgemma_clinical.evaluation.plots import (
     EQUALS,
@@ -31,7 +32,6 @@ from medgemma_clinical.evaluation.plots import (
     report_images,
     to_image,
 )
-from medgemma_clinical.evaluation.report_tables import percent
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import expit
-from sklearn import metrics
-
-from cohorts import make_cohort, simulate
 from medgemma_clinical.evaluation.bootstrap import Estimate
 from medgemma_clinical.evaluation.calibration import log_odds
 from medgemma_clinical.evaluation.cohort import cohort_figures
 from medgemma_clinical.evaluation.judgement.sentences import combined_finding, judge, judge_baseline
 from medgemma_clinical.evaluation.judgement.verdict import BETTER, SAME, SCALE, UNDECIDED, WORSE
-from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, PATIENTS_NOTICE, write_report
 from medgemma_clinical.evaluation.report_tables import results_table, risk_beside_label, shift_table
+from scipy.special import expit
+from sklearn import metrics
+
+from cohorts import make_cohort, simulate
+from medgemma_clinical.evaluation.report import INTERVALS, PAGE_MARK, PATIENTS_NOTICE, write_report
 from pages import OUTCOME, Page, make_content, write_page
 
 pytestmark = pytest.mark.usefixtures("few_draws")

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from medgemma_clinical.evaluation.predictions import Predictions
 
 from dataset_format import Description, MIMICtrajectoryDataset
 from language_models import patients
 from medgemma_clinical.data.reports.review import ReportReview
 from medgemma_clinical.data.reports.score import ReportScore
-from medgemma_clinical.evaluation.predictions import Predictions
 from medgemma_clinical.evaluation.written_reports import report_figures, score_reports
 from trajectories import dataset_of
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from medgemma_clinical.inference.merge import export_merged, merge_adapter
+from medgemma_clinical.inference.merge_proof import PROOF_ROWS, proof_batch, proof_logits
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +26,6 @@ from language_models import (
 )
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.inference import merge
-from medgemma_clinical.inference.merge import export_merged, merge_adapter
-from medgemma_clinical.inference.merge_proof import PROOF_ROWS, proof_batch, proof_logits
 from medgemma_clinical.models.checkpoints import MERGED_MODEL, save_llm
 from medgemma_clinical.models.language_model import load_language_model
 from medgemma_clinical.models.trained_model import load_trained_model, read_trained_config

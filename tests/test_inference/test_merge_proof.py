@@ -4,11 +4,6 @@ import shutil
 
 import pytest
 import torch
-
-import medgemma_trainer as trainer
-from conftest import sign_table
-from language_models import rehash
-from medgemma_clinical.files import RunFault
 from medgemma_clinical.inference.merge import export_merged
 from medgemma_clinical.inference.merge_proof import (
     PROOF_ROWS,
@@ -18,6 +13,11 @@ from medgemma_clinical.inference.merge_proof import (
     computed_in_float32,
     proof_logits,
 )
+
+import medgemma_trainer as trainer
+from conftest import sign_table
+from language_models import rehash
+from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.trained_model import load_trained_model
 from merged_models import BUILDERS, save_base, spoil_merge
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from medgemma_clinical.inference.merge import export_merged
+from medgemma_clinical.inference.prompt_embeds import prompt_embeds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models import LENGTHS, PREFIX, data_of, patients, plain_sequence
@@ -12,8 +14,6 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.merge import export_merged
-from medgemma_clinical.inference.prompt_embeds import prompt_embeds
 from medgemma_clinical.inference.scoring import score_rows
 from medgemma_clinical.models.checkpoints import MERGED_MODEL
 from medgemma_clinical.models.generation import write_reports
