@@ -220,9 +220,7 @@ def evaluate(
     references = dict.fromkeys(risks, first)
     if ENSEMBLE in risks and blend and first != ENSEMBLE:
         references[ENSEMBLE] = blend
-    keys: Any = [
-        key for key in value.index if key[0] != first
-    ]  # each with the same metric of its reference
+    keys: Any = [key for key in value.index if key[0] != first]
     others = [(references[model], name) for model, name in keys]
     behind = {}
     if threshold is not None:
@@ -231,6 +229,8 @@ def evaluate(
         among |= {"npv": ~positive, "positives": np.ones(len(rows), bool)}
         behind = {(first, name): count_patients(patients, own) for name, own in among.items()}
     table = with_interval(value, drawn, behind)
+    if threshold is not None:  # a distance grows by the noise of the draws: they give no interval
+        table.loc[(first, "e_average"), VALUE[1:]] = np.nan
     table[DIFFERENCE] = np.nan
     if keys:
         columns = pd.MultiIndex.from_tuples(keys)

@@ -32,7 +32,8 @@ from medgemma_clinical.evaluation.verdicts import (
     difference_verdict,
 )
 
-logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each font that it looks for
+for chatty in ("matplotlib", "fontTools"):  # they log each font
+    logging.getLogger(chatty).setLevel(logging.WARNING)
 
 INK, GRID, MODEL, OTHER = "#1d2430", "#d5dae2", "#0b6fa4", "#b4531f"
 

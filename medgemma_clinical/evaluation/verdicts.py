@@ -100,13 +100,13 @@ def sentences(metrics: Metrics) -> list[Finding]:
     row = metrics.row(model, "auroc")
     level = verdict(row.low, row.high, CHANCE, minority)
     words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
-    beside = f"{words.get(level, f'{minority} patients have the rarer outcome, too few beside')}"
+    few = f"too few to compare ({minority} patients have the rarer outcome) with"
     sure = " All rows are ranked correctly: the interval has no width." if row.low == 1 else ""
     found = [
         Finding(
             level,
             f"AUROC {value_text(row)} on {counts['n']:,} rows of {counts['patients']:,} patients, "
-            f"{counts['events']:,} with the event: {beside} chance (0.5).{sure}",
+            f"{counts['events']:,} with the event: {words.get(level, few)} chance (0.5).{sure}",
         )
     ]
     if name := best_baseline(metrics):
@@ -118,17 +118,11 @@ def sentences(metrics: Metrics) -> list[Finding]:
         )
         found.append(Finding(level, text))
     if "e_average" in metrics.of(model).index:
-        slope, large, error = (
-            value_text(metrics.row(model, name), form)
-            for name, form in (
-                ("calibration_slope", ".2f"),
-                ("calibration_in_the_large", "+.2f"),
-                ("e_average", ".3f"),
-            )
-        )
+        slope = value_text(metrics.row(model, "calibration_slope"), ".2f")
+        large = value_text(metrics.row(model, "calibration_in_the_large"), "+.2f")
         text = (
             f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"E-average {error} (0 is ideal)."
+            f"E-average {metrics.row(model, 'e_average').value:.3f} (0 is ideal)."
         )
         found.append(Finding(None, text))
     if ENSEMBLE in metrics.models:
