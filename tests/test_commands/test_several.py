@@ -54,7 +54,7 @@ def fake_train(made, **options):
 @pytest.fixture(autouse=True)
 def unbegun(monkeypatch):
     """No run was begun before; nothing of a run is prepared."""
-    for name in ("run_data", "run_facts"):
+    for name in ("given_stage1", "run_data", "run_facts"):
         monkeypatch.setattr(several, name, lambda *_: None)
     monkeypatch.setattr(several, "progress_of", lambda folder, facts: "none")
 
