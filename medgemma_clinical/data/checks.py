@@ -201,7 +201,7 @@ def describe_few_patients(patients: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-def describe_cut(lengths: NDArray[np.int64], groups: NDArray[np.generic], most: int) -> str:
+def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], most: int) -> str:
     """Describe how many patients lose observations by ``--max_len``, and how to keep them.
 
     Args:
