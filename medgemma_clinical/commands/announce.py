@@ -34,22 +34,22 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
             logger.warning("warning: %s: %s", dataset.source, line)
         facts = ", ".join(dataset.fact_names) or "none"
         logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
+    learns = []
     for part, rate in stage.learning_rates.items():
         weights = [p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad]
         if weights:
-            learns = f"{sum(weights):,} parameters of {part}"
-            logger.info("stage %s learns %s at rate %g", stage.name, learns, rate)
+            learns.append(f"{part} {sum(weights):,} at rate {rate:g}")
+    logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(learns))
     if stage.text is not None:
-        lengths, soft = stage.lengths[train.rows], stage.config["num_prefix_tokens"]
-        median, longest = np.median(lengths), lengths.max()
-        shown = f"{lengths.sum():,} an epoch, of a patient median {median:.0f}, longest {longest}"
-        logger.info("tokens: %s, up to %d of them soft", shown, soft)
-        if stage.text.shortened:
-            shortened = f"{stage.text.shortened:,} prompts"
-            logger.info("%s were too long and lost their oldest values", shortened)
-    counts = args.batch_size, len(train), stage.epochs
-    logger.info("batch size %d, %d steps an epoch, at most %d epochs", *counts)
-    logger.info("on %s, processes: %d", default_device(), processes().num_processes)
+        tokens, soft = stage.lengths[train.rows], stage.config["num_prefix_tokens"]
+        text = "tokens: %s an epoch, of a patient median %.0f, longest %d, up to %d of them soft"
+        logger.info(text, f"{tokens.sum():,}", np.median(tokens), tokens.max(), soft)
+        if count := stage.text.shortened:
+            logger.info("%s prompts were too long and lost their oldest values", f"{count:,}")
+    count = processes().num_processes
+    where = f"on {default_device()}, {count} process{'' if count == 1 else 'es'}"
+    text = "batch size %d, %d steps an epoch, at most %d epochs, %s"
+    logger.info(text, args.batch_size, len(train), stage.epochs, where)
 
 
 def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:

@@ -193,8 +193,10 @@ class TrajectoryDataset(RaggedSeries):
                 f"{self.source}: no patient of the training part has a prediction time: fill the "
                 "column prediction_hours, or leave it unread by --prediction_time off"
             )
-        measured: Any = (~np.isnan(self.values[self.rows_of(train)])).any(axis=0)
-        never = [name for name, known in zip(self.features, measured, strict=True) if not known]
+        unknown = np.isnan(self.values[self.rows_of(train)])
+        never = [
+            name for name, column in zip(self.features, unknown.T, strict=True) if column.all()
+        ]
         if never and not self.fixed_features:  # which nobody has chosen
             rest = ",".join(name for name in self.features if name not in never)
             raise InputError(

@@ -275,9 +275,8 @@ def test_wrong_cells_are_counted_where_there_are_several(
 ) -> None:
     path = tmp_path / "t.csv"
     path.write_text(TEXT.replace(",2150-01-01 00:58:00,", ",soon,"))
-    with pytest.raises(InputError, match=r"line 60, column time: not a time .*: copy") as caught:
+    with pytest.raises(InputError, match=r"line 60, column time: not a time .* in 8 rows: copy"):
         read(database, path)
-    assert " rows" not in str(caught.value)
     path.write_text(TEXT.replace(",2150-01-01 00:5", ",soon"))
     with pytest.raises(InputError, match=r"line 52, column time: not a time .* in 80 rows: copy"):
         read(database, path)
