@@ -40,7 +40,7 @@ def find_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None) ->
         if revision is not None:
             raise InputError(f"{path}: is not of the hub: leave revision out")
         return path
-    with hub_errors(f"{repo_id}: no such file or folder here"):
+    with hub_errors(f"{repo_id}: no such path, and on the hub"):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=SHARED_FILES))
 
 
@@ -140,4 +140,4 @@ def hub_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # of HTTP, of the disk and of the library: no common class
         words = " ".join(str(error).split())[:300]
-        raise InputError(f"{where}: the hub: {type(error).__name__}: {words}") from error
+        raise InputError(f"{where}: {type(error).__name__}: {words}") from error
