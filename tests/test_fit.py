@@ -23,6 +23,7 @@ from srtr_files import synthetic_tables, write_folder
 
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
 LLM = {"min_cell": 0, "batch_size": 8, "model_name": "tiny", "epochs": 1}
+OWN = {"trajectory": ("encoder_lr", *SHORT), "generative": ("encoder_lr", "adapter_lr", *LLM)}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def rows():
 def keywords_of(run):
     """Return the flags that a run of the command line was given."""
     arguments = json.loads((run / "run.json").read_text())["arguments"]
-    return {name: arguments[name] for name in (*SHORT, *LLM, "encoder_lr", "adapter_lr")}
+    return {name: arguments[name] for name in ("batch_size", *OWN[run.name])}
 
 
 def test_fit__trains_the_model_of_the_command_and_leaves_no_file(runs, tmp_path, monkeypatch):

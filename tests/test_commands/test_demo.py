@@ -1,98 +1,51 @@
 """The demo: three training commands, shown as a user would type them."""
 
-from __future__ import annotations
-
 import logging
-from argparse import Namespace
-from pathlib import Path
-from typing import Any
+import shlex
 
 import pytest
 
+import medgemma_trainer as trainer
+from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.demo import SAMPLE_DATA, run_demo, webbrowser
-from medgemma_clinical.evaluation.report import STAGE_TITLES
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from predicting import STAGES
 
 
-def arguments(folder: Path) -> Namespace:
-    """Flags that the demo reads, sets, or leaves alone."""
-    flags: dict[str, Any] = {
-        "demo": True,
-        "log_file": "auto",
-        "mode": "classification",
-        "ode_checkpoint": None,
-        "open": False,
-        "output_dir": folder,
-        "patience": 10,
-        "quantization": "nf4",
-        "seed": 4,
-        "trajectory_only": False,
-    }
-    return Namespace(**flags)
+def arguments(folder, *more):
+    return trainer.build_parser().parse_args(["--demo", "--output_dir", str(folder), *more])
 
 
-def test_the_three_stages_are_run_with_the_encoder_of_the_first(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made: list[Namespace] = []
-
-    def train(args: Namespace) -> int:
-        made.append(args)
-        return 0
-
-    with caplog.at_level(logging.INFO):
-        assert run_demo(arguments(tmp_path), train) == 0
-    encoder = tmp_path / "medgemma_trajectory_best.pt"
+def test_the_three_commands_that_are_shown_are_run(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    made, encoder = [], tmp_path / TRAJECTORY_FILE
+    args = arguments(tmp_path, "--seed", "4")
+    assert run_demo(args, lambda own: made.append(own) or 0) == 0
     stages = [(own.trajectory_only, own.mode, own.ode_checkpoint) for own in made]
-    assert stages == [
-        (True, "classification", None),
-        (False, "classification", encoder),
-        (False, "generative", encoder),
-    ]
-    for own in made:
-        assert (own.demo, own.model_name, own.quantization) == (False, "tiny", "none")
-        assert (own.data_path, own.seed, own.patience) == (SAMPLE_DATA, 4, 10)
-        assert own.data_path.exists()
-    commands = [text for text in caplog.messages if "$ python medgemma_trainer.py" in text]
-    assert len(commands) == 3
-    assert "--trajectory_only --data_path" in commands[0]
-    assert "--mode generative" in commands[2]
-    assert f"--ode_checkpoint {encoder}" in commands[2]
-    assert all("--max_samples 1000 " in command for command in commands)
-    assert "True" not in "".join(commands)
+    expected = [("classification", encoder), ("generative", encoder)]
+    assert stages == [(True, "classification", None), *((False, *each) for each in expected)]
+    shown = [text.split("medgemma_trainer.py ")[1] for text in caplog.messages if "$" in text]
+    for own, words in zip(made, map(shlex.split, shown), strict=True):
+        assert (own.demo, own.data_path, own.quantization) == (False, SAMPLE_DATA, "none")
+        typed = flags.complete(trainer.build_parser().parse_args(words))
+        flags.check_flags(typed, {word for word in words if word.startswith("--")})
+        typed.model_name = own.model_name  # which stage 1 does not read
+        assert vars(typed) | {"precision": own.precision} == vars(own)
+    pages = [str(tmp_path / stage / "report.html") for stage in STAGES]
+    assert [line.strip() for line in caplog.messages[-1].splitlines()[2:]] == pages
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_the_pages_are_listed_last_and_the_first_is_opened_where_that_is_asked_for(
-    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    opened: list[str] = []
-
-    def show(page: str) -> bool:
-        opened.append(page)
-        return True
-
-    monkeypatch.setattr(webbrowser, "open", show)
-    args = arguments(tmp_path)
-    args.open = asked
-    with caplog.at_level(logging.INFO):
-        assert run_demo(args, lambda _: 0) == 0
-    pages = [tmp_path / stage / "report.html" for stage in STAGE_TITLES]
-    listed = [f"{title}: {page}" for title, page in zip(STAGE_TITLES.values(), pages, strict=True)]
-    assert [text.strip() for text in caplog.messages[-4:]] == ["Pages to open:", *listed]
-    assert opened == ([pages[0].as_uri()] if asked else [])
+@pytest.mark.parametrize("browser", [True, False])
+def test_the_first_page_is_opened_where_there_is_a_browser(browser, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda page: opened.append(page) or browser)
+    assert run_demo(arguments(tmp_path), lambda _: 0) == 0
+    assert opened == []
+    assert run_demo(arguments(tmp_path, "--open"), lambda _: 0) == 0
+    assert opened == [(tmp_path / "trajectory" / "report.html").as_uri()]
 
 
-def test_a_machine_without_a_browser_is_said_and_is_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(webbrowser, "open", lambda page: False)
-    args = arguments(tmp_path)
-    args.open = True
-    assert run_demo(args, lambda _: 0) == 0
-    assert "no browser on this machine" in caplog.messages[-1]
-
-
-def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path: Path) -> None:
+def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path):
     codes = iter([0, 130, 0])
     assert run_demo(arguments(tmp_path), lambda _: next(codes)) == 130
     assert list(codes) == [0]
