@@ -41,8 +41,9 @@ def choose_rows(
     """Return the page's rows among those chosen so far and some predictions, by id or by risk."""
     table = table.iloc[scored.places].reset_index(drop=True)
     table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
+    lines: Any = table.to_dict("records")
     datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
-    rows = [*chosen, *zip(table.to_dict("records"), datasets, strict=True)]
+    rows: list[ChosenRow] = [*chosen, *zip(lines, datasets, strict=True)]
     if ids:
         return sorted(rows, key=lambda row: ids.index(row[0]["id"]))
     return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]
