@@ -4,8 +4,6 @@ import re
 from dataclasses import asdict
 
 import torch
-from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
@@ -20,7 +18,7 @@ from language_models import (
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import write_json
-from medgemma_clinical.inference import merge
+from medgemma_clinical.inference import serving
 from medgemma_clinical.models.checkpoints import save_llm
 from medgemma_clinical.models.language_model import tiny_language_model
 
@@ -71,41 +69,24 @@ def save_stage(run, stage, base, quantization="none", precision="fp32", *, chang
     return folder
 
 
-def spoil_file(model, folder, more):
-    """Write a model, and one of its matrices wrong."""
-    type(model).save_pretrained(model, folder, **more)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.down_proj.weight"] *= -1
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def spoil_merge(monkeypatch, fault):
     """Let the merge make one mistake."""
-    right = merge.merge_adapter
+    right = serving.merge_adapter
 
-    def wrong(llm, quantization):
-        layers = [module for module in llm.modules() if isinstance(module, LoraLayer)]
-        if fault == "a layer is left out":
-            for module in layers[:7]:
-                module.lora_B["default"].weight.data.zero_()
-        if fault == "the adapter is lost":
-            for module in layers:
-                module.lora_B["default"].weight.data.zero_()
-        if fault == "the adapter is added twice":
-            for module in layers:
-                module.lora_B["default"].weight.data *= 2
-        if fault == "a scale is forgotten":
-            for module in layers:
-                module.scaling["default"] = 1.0
-        merged = right(llm, quantization)
+    def wrong(llm, quantization, adapter):
+        merged = right(llm, quantization, adapter)
+        if fault == "a matrix is negated":
+            merged.get_parameter("model.layers.1.mlp.down_proj.weight").data.neg_()
         if fault == "the head is no longer tied":
             head = torch.nn.Linear(64, merged.config.vocab_size, bias=False)
             merged.set_output_embeddings(head.to(merged.dtype))
             merged.config.tie_word_embeddings = False
         if fault == "not a number":
             merged.get_parameter("model.norm.weight").data[3] = torch.nan
-        if fault == "the file differs from the model":
-            merged.save_pretrained = lambda folder, **more: spoil_file(merged, folder, more)
         return merged
 
-    monkeypatch.setattr(merge, "merge_adapter", wrong)
+    def lost(llm, quantization, adapter):
+        return llm.unload() if quantization == "none" else llm.unload().dequantize()
+
+    faulty = lost if fault == "the adapter is lost" else wrong
+    monkeypatch.setattr(serving, "merge_adapter", faulty)

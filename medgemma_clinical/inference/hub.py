@@ -11,8 +11,8 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
@@ -25,10 +25,8 @@ from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 CARD = checkpoints.CARD
-SHARED_FILES = [
-    *(checkpoints.TRAJECTORY_FILE, *checkpoints.HASHED_FILES, checkpoints.CONFIG),
-    *(checkpoints.NOTICE, CARD),
-]
+SHARED_FILES = [checkpoints.TRAJECTORY_FILE, *checkpoints.HASHED_FILES]
+SHARED_FILES += [checkpoints.CONFIG, checkpoints.NOTICE, CARD]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
 
@@ -40,13 +38,28 @@ def find_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None) ->
         if revision is not None:
             raise InputError(f"{path}: is not of the hub: leave revision out")
         return path
-    with hub_errors(f"{repo_id}: no such file or folder here"):
+    with hub_errors(f"{repo_id}: no such path, and on the hub"):
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=SHARED_FILES))
 
 
-def save_model(trained: TrainedModel, folder: Path) -> None:
-    """Write a model as a folder that loads again; a stage 1 keeps the hashes of its patients."""
-    _write(trained, trained.config, trained.train_patients, folder, model_card(trained.config))
+def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> None:
+    """Write a model as a folder that loads again, new or in place of an earlier model."""
+    config, model = trained.config, trained.model
+    if checkpoints.is_merged(config):
+        raise InputError("an export, which holds a whole language model: copy its folder instead")
+    files = files_of(folder) if folder.is_dir() else {""}
+    if os.path.lexists(folder) and (files - {*SHARED_FILES} or (files and CARD not in files)):
+        raise InputError(f"{folder}: exists and holds other files: name a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with owner_only(), atomic(folder) as temporary:
+        if isinstance(model, TrajectoryLLM):
+            checkpoints.save_llm(temporary, model, config)
+        else:
+            assert trained.train_patients is not None
+            temporary.mkdir()
+            path, patients = temporary / checkpoints.TRAJECTORY_FILE, trained.train_patients
+            checkpoints.save_trajectory(path, model.state_dict(), config, patients)
+        write_text(temporary / CARD, card or model_card(config))
 
 
 def shared_copy(
@@ -54,29 +67,8 @@ def shared_copy(
 ) -> None:
     """Write what others may get of a model: no hashes of patients, and no small counts."""
     config = shareable(trained.config, min_cell)
-    nobody = np.empty(0, np.int64)
-    _write(trained, config, nobody, folder, model_card(config, repo_id, min_cell))
-
-
-def _write(
-    trained: TrainedModel, config: dict[str, Any], patients: Any, folder: Path, card: str
-) -> None:
-    """Write the files of a checkpoint in a new folder, or in place of an earlier model."""
-    if checkpoints.is_merged(config):
-        raise InputError("an export, which holds a whole language model: copy its folder instead")
-    files = files_of(folder) if folder.is_dir() else set()
-    earlier = folder.is_dir() and files <= {*SHARED_FILES} and (not files or CARD in files)
-    if os.path.lexists(folder) and not earlier:
-        raise InputError(f"{folder}: exists and holds other files: name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with owner_only(), atomic(folder) as temporary:
-        if isinstance(trained.model, TrajectoryLLM):
-            checkpoints.save_llm(temporary, trained.model, config)
-        else:
-            temporary.mkdir()
-            path = temporary / checkpoints.TRAJECTORY_FILE
-            checkpoints.save_trajectory(path, trained.model.state_dict(), config, patients)
-        write_text(temporary / CARD, card)
+    shared = replace(trained, config=config, train_patients=np.empty(0, np.int64))
+    save_model(shared, folder, model_card(config, repo_id, min_cell))
 
 
 def files_of(folder: Path) -> set[str]:
@@ -140,4 +132,4 @@ def hub_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # of HTTP, of the disk and of the library: no common class
         words = " ".join(str(error).split())[:300]
-        raise InputError(f"{where}: the hub: {type(error).__name__}: {words}") from error
+        raise InputError(f"{where}: {type(error).__name__}: {words}") from error

@@ -1,9 +1,11 @@
 """Sharing: a checkpoint's files travel and nothing of a patient; each failure is one line."""
 
+import json
 import shutil
 import tempfile
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,25 +15,19 @@ import medgemma_trainer as trainer
 from conftest import sign_table
 from hub_server import hub_on_this_machine
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.hub import (
-    download_checkpoint,
-    share_checkpoint,
-    upload_checkpoint,
-)
+from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_config, read_trajectory
 from medgemma_clinical.models.trained_model import load_trained_model
 from predicting import MARKER, read_predictions
+from shared_metrics import run_metrics
 
 ID = "jane/anion-gap"
 STAGE_1 = {TRAJECTORY_FILE, "README.md"}
 STAGE_2 = {
-    "config.json",
-    "modules.safetensors",
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
-    "NOTICE",
-    "README.md",
+    *("config.json", "modules.safetensors", "NOTICE", "README.md"),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
 }
+STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
 VALUES = ("7.41703", "49.31", "987.654", "777.25")
 
 
@@ -61,10 +57,25 @@ def run(tmp_path_factory):
     return place / "run"
 
 
+@pytest.fixture(scope="module")
+def models(run):
+    """The model of each stage, finished, with 7 events of 60 in its test part."""
+    few = {"metrics": run_metrics(events=7), "patients": {"series": {"x": 240}, "statics": {}}}
+    found = {stage: load_trained_model(run / stage, trainer.BUILDERS) for stage in STAGES}
+    for each in found.values():
+        each.config.pop("figures", None)  # until the runs write metrics
+        each.config.update(few)
+    return found
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     with hub_on_this_machine(tmp_path / "cache", monkeypatch) as served:
         yield served
+
+
+def load(checkpoint, revision=None):
+    return load_trained_model(find_checkpoint(checkpoint, revision), trainer.BUILDERS)
 
 
 def predictions(run, checkpoint, out):
@@ -78,11 +89,35 @@ def refusal(call, *words, **keywords):
         call(*words, **keywords)
     text = str(caught.value)
     assert "\n" not in text
-    assert len(text) < 400
+    assert len(text) < 500
     return text
 
 
-def hold_nothing_of_patients(sent, run):
+def same_weights(one, other):
+    a, b = one.model.state_dict(), other.model.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# ------------------------------------------------------------------ what leaves the machine
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
+    stage, run, models, hub, tmp_path
+):
+    address = push_model(models[stage], ID)
+    assert address.startswith(f"{hub.address}/{ID}/commit/")
+    assert hub.repositories[ID].private
+    assert hub.files(ID).keys() == STAGES[stage]
+    for name, content in hub.files(ID).items():
+        (tmp_path / "sent" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sent" / name).write_bytes(content)
+    config = load(tmp_path / "sent").config
+    sent = hub.received_bytes() + json.dumps(config).encode()
     assert b"AUROC" in sent, "the card is there, so the search can find something"
     places = str(run.parent), run.parent.name, "signs.csv", tempfile.gettempdir()
     for mark in (MARKER, *VALUES, *places):
@@ -90,104 +125,82 @@ def hold_nothing_of_patients(sent, run):
     hashes = read_trajectory(run / TRAJECTORY_FILE).train_patients
     assert len(hashes) > 200
     assert not [each for each in hashes if each.tobytes() in sent]
+    for mark in (b"0.42857", b'"value": 0.7'):  # of 7 events neither sensitivity nor AUROC is left
+        assert mark not in sent
+    assert config["metrics"]["test"]["events"] == "fewer than 11"
+    assert "with the event: fewer than 11" in hub.files(ID)["README.md"].decode()
+    assert f'TrajectoryModel.from_pretrained("{ID}")' in hub.files(ID)["README.md"].decode()
 
 
-# ------------------------------------------------------------------ what leaves the machine
+def test_few_patients_behind_an_input_are_refused_unless_allowed(models, hub):
+    few = {"series": {"x": 240, "Rare": 3}, "statics": {"static_gene": 10, "static_age": 11}}
+    trained = models["trajectory"]
+    trained = replace(trained, config={**trained.config, "patients": few})
+    text = refusal(push_model, trained, ID)
+    assert "Rare, static_gene," in text
+    assert "allow_small_cells=True" in text
+    assert not hub.requests
+    push_model(trained, ID, allow_small_cells=True)
+    config = load(ID).config
+    assert config["metrics"]["test"]["events"] == 7
+    assert config["patients"] == few
+    assert "with the event: 7" in hub.files(ID)["README.md"].decode()
 
 
-def test_stage_2_uploads_its_files_and_no_others(run, hub, tmp_path):
-    folder = Path(shutil.copytree(run / "classification", tmp_path / "classification"))
-    for name in ("notes.txt", "predictions_test.csv", "adapter/README.md", "adapter/ids.json"):
-        (folder / "best" / name).write_text(f"{MARKER} of a patient")
-    for name in ("README.md", "NOTICE"):
-        (folder / "best" / name).write_text(f"# {MARKER}, written by hand")
-    assert (folder / "predictions_test.csv").exists()
-    address = upload_checkpoint(folder, ID)
-    assert address.startswith(f"{hub.address}/{ID}/commit/")
-    assert hub.files(ID).keys() == STAGE_2
-    hold_nothing_of_patients(hub.received_bytes(), run)
-    best = run / "classification" / "best"
-    for name in STAGE_2 - {"README.md"}:
-        assert hub.files(ID)[name] == (best / name).read_bytes(), name
-
-
-def test_stage_1_is_shared_without_the_hashes_of_its_patients(run, hub, tmp_path):
-    upload_checkpoint(run / "trajectory", ID)
-    assert hub.files(ID).keys() == STAGE_1
-    hold_nothing_of_patients(hub.received_bytes(), run)
-    (tmp_path / "sent.pt").write_bytes(hub.files(ID)[TRAJECTORY_FILE])
-    sent, own = read_trajectory(tmp_path / "sent.pt"), read_trajectory(run / TRAJECTORY_FILE)
-    assert (len(sent.train_patients), len(own.train_patients) > 200) == (0, True)
-    assert sent.config == own.config
-    assert sent.weights.keys() == own.weights.keys()
-    assert all(torch.equal(sent.weights[name], own.weights[name]) for name in own.weights)
-
-
-def test_a_repository_is_private_unless_asked(run, hub):
-    upload_checkpoint(run / "classification", ID)
-    upload_checkpoint(run / "classification", "jane/open", private=False)
-    assert hub.repositories[ID].private
+def test_a_public_repository_is_used_only_where_asked(models, hub):
+    push_model(models["trajectory"], "jane/open", private=False)
     assert not hub.repositories["jane/open"].private
+    before, seen = hub.repositories["jane/open"].refs["main"], len(hub.requests)
+    assert "exists and is public" in refusal(push_model, models["trajectory"], "jane/open")
+    assert hub.repositories["jane/open"].refs["main"] == before
+    assert not [path for _, path in hub.requests[seen:] if "upload" in path or "commit" in path]
 
 
-def test_nothing_goes_into_a_public_repository_that_should_be_private(run, hub):
-    before = hub.repository(ID).refs["main"]
-    text = refusal(upload_checkpoint, run / "classification", ID)
-    assert text == f"{ID}: exists and is public: make it private, or push with private=False"
-    assert hub.repositories[ID].refs["main"] == before
-    assert not [path for _, path in hub.requests if "upload" in path or "commit" in path]
-
-
-def test_a_second_push_replaces_the_model_and_leaves_other_files(run, hub):
-    upload_checkpoint(run / TRAJECTORY_FILE, ID)
+def test_a_second_push_replaces_the_model_and_leaves_other_files(models, hub):
+    push_model(models["trajectory"], ID)
     others = {"figure.png": b"png", "data/README.md": b"own"}
     repository = hub.repositories[ID]
     repository.commit({**repository.commits[repository.refs["main"]], **others})
-    upload_checkpoint(run / "classification", ID, commit_message="stage 2")
+    push_model(models["classification"], ID, commit_message="stage 2")
     assert hub.files(ID).keys() == STAGE_2 | others.keys()
-    upload_checkpoint(run / TRAJECTORY_FILE, ID)
+    push_model(models["trajectory"], ID)
+    for _ in range(2):  # the branch is made once
+        push_model(models["classification"], ID, revision="stage-2")
     assert hub.files(ID).keys() == STAGE_1 | others.keys()
+    assert hub.files(ID, "stage-2").keys() == STAGE_2 | others.keys()
 
 
-def test_a_branch_is_made_where_there_is_none(run, hub):
-    upload_checkpoint(run / TRAJECTORY_FILE, ID)
-    for _ in range(2):
-        upload_checkpoint(run / "classification", ID, revision="stage-2")
-    assert hub.files(ID).keys() == STAGE_1
-    assert hub.files(ID, "stage-2").keys() == STAGE_2
+# ------------------------------------------------------------------ folders
 
 
-def test_the_card_on_the_hub_says_how_to_load_the_model(run, hub):
-    for place in ("trajectory", "classification"):
-        upload_checkpoint(run / place, ID)
-        card = hub.files(ID)["README.md"].decode()
-        assert f'TrajectoryModel.from_pretrained("{ID}")' in card
-        assert f"hf download {ID} --local-dir FOLDER" in card
-        assert "| This model | " in card
-
-
-# ------------------------------------------------------------------ a folder to be passed on
-
-
-@pytest.mark.parametrize(("place", "files"), [("trajectory", STAGE_1), ("classification", STAGE_2)])
-def test_a_shared_folder_predicts_as_the_run(place, files, run, tmp_path):
-    expected = predictions(run, run / place, tmp_path / "1.csv")
-    for _ in range(2):  # its own earlier files are replaced
-        share_checkpoint(run / place, tmp_path / "new" / "shared")
-    shared = tmp_path / "new" / "shared"
-    found = {str(each.relative_to(shared)) for each in shared.rglob("*") if each.is_file()}
-    assert found == files
-    pd.testing.assert_frame_equal(predictions(run, shared, tmp_path / "2.csv"), expected)
-    share_checkpoint(shared, shared)
-    pd.testing.assert_frame_equal(predictions(run, shared, tmp_path / "3.csv"), expected)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_shared_folder_and_a_saved_one_predict_as_the_run(stage, run, models, tmp_path):
+    expected = predictions(run, run / stage, tmp_path / "1.csv")
+    for name, write in (("shared", shared_copy), ("saved", save_model)):
+        folder = tmp_path / "new" / name
+        for _ in range(2):  # its own earlier files are replaced
+            write(models[stage], folder)
+        assert files_in(folder) == STAGES[stage]
+        found = predictions(run, folder, tmp_path / f"{name}.csv")
+        pd.testing.assert_frame_equal(found, expected)
+    saved, shared = load(tmp_path / "new" / "saved"), load(tmp_path / "new" / "shared")
+    assert {k: x for k, x in saved.config.items() if "sha256" not in k} == {
+        k: x for k, x in models[stage].config.items() if "sha256" not in k
+    }
+    if stage == "trajectory":
+        np.testing.assert_array_equal(saved.train_patients, models[stage].train_patients)
+        assert len(shared.train_patients) == 0
+    again = tmp_path / "again"
+    shared_copy(shared, again)
+    for name in STAGES[stage] - {TRAJECTORY_FILE}:
+        assert (again / name).read_bytes() == (tmp_path / "new" / "shared" / name).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["predictions.csv", TRAJECTORY_FILE])
-def test_a_folder_with_other_files_is_not_replaced(name, run, tmp_path):
+def test_a_folder_with_other_files_is_not_replaced(name, models, tmp_path):
     (tmp_path / name).write_text("own")
-    text = refusal(share_checkpoint, run / "classification", tmp_path)
-    assert text == f"{tmp_path}: exists and holds other files: name a new folder"
-    assert "exists and" in refusal(share_checkpoint, run / "classification", tmp_path / name)
+    for folder in (tmp_path, tmp_path / name):
+        assert "exists and holds other files" in refusal(save_model, models["trajectory"], folder)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -195,61 +208,34 @@ def test_no_blank_card_of_peft_lies_in_a_run(run):
     cards = list(run.rglob("README.md"))
     assert cards == [run / "classification" / "best" / "README.md"]
     assert "More Information Needed" not in cards[0].read_text()
-    assert "| This model | " in cards[0].read_text()
-
-
-def test_a_damaged_model_is_not_shared(run, hub, tmp_path):
-    best = Path(shutil.copytree(run / "classification" / "best", tmp_path / "best"))
-    (best / "modules.safetensors").write_bytes(b"")
-    assert "modules.safetensors is missing or not as" in refusal(upload_checkpoint, best, ID)
-    assert "no such file or folder" in refusal(upload_checkpoint, tmp_path / "nowhere", ID)
-    assert not hub.requests
 
 
 # ------------------------------------------------------------------ from the hub
 
 
-def test_a_model_that_was_pushed_comes_back(run, hub, tmp_path, capsys):
-    for place in ("trajectory", "classification"):
-        upload_checkpoint(run / place, ID)
-        loaded = download_checkpoint(ID)
-        assert loaded.is_relative_to(tmp_path / "cache")
-        found = predictions(run, loaded, tmp_path / f"new_{place}.csv")
-        expected = predictions(run, run / place, tmp_path / f"{place}.csv")
-        pd.testing.assert_frame_equal(found, expected)
-    shown = capsys.readouterr().out
-    assert "predictions: " in shown
-    assert "HTTP Request" not in shown
-
-
-def test_other_files_of_a_repository_are_not_downloaded(run, hub):
-    upload_checkpoint(run / "classification", ID)
+def test_revisions_load_by_branch_tag_and_commit_also_offline(models, hub, monkeypatch):
+    push_model(models["trajectory"], ID)
     repository = hub.repositories[ID]
+    repository.refs["v1"] = first = repository.refs["main"]
+    push_model(models["classification"], ID)
     files = repository.commits[repository.refs["main"]]
     repository.commit({**files, "own.py": b"raise", "adapter/extra.bin": b"", "config.json.x": b""})
-    folder = download_checkpoint(ID)
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert found == STAGE_2
-
-
-def test_revisions_load_by_branch_tag_and_commit_also_offline(run, hub, monkeypatch):
-    upload_checkpoint(run / "trajectory", ID)
-    hub.repositories[ID].refs["v1"] = first = hub.repositories[ID].refs["main"]
-    upload_checkpoint(run / "classification", ID)
     revisions = (None, "main", "v1", first)
-    online = [download_checkpoint(ID, revision) for revision in revisions]
-    assert [place.is_file() for place in online] == [False, False, True, True]
-    assert online[2].parent.name == first
+    online = [find_checkpoint(ID, revision) for revision in revisions]
+    expected = [STAGE_2, STAGE_2, STAGE_1, STAGE_1]
+    assert [files_in(place) for place in online] == expected, "other files are not downloaded"
+    for place, stage in zip(online[1:3], ("classification", "trajectory"), strict=True):
+        assert same_weights(load(place), models[stage])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     seen = len(hub.requests)
-    assert [download_checkpoint(ID, revision) for revision in revisions] == online
-    assert "not in the cache of this machine" in refusal(download_checkpoint, ID, "v2")
+    assert [find_checkpoint(ID, revision) for revision in revisions] == online
+    refusal(find_checkpoint, ID, "v2")
     assert len(hub.requests) == seen
 
 
-def test_a_cache_that_another_machine_made_loads_offline(run, tmp_path, monkeypatch):
+def test_a_cache_that_another_machine_made_loads_offline(models, tmp_path, monkeypatch):
     """The layout that the hub's library documents: blobs, snapshots of links to them, refs."""
-    share_checkpoint(run / "classification", tmp_path / "shared")
+    shared_copy(models["classification"], tmp_path / "shared")
     store, commit = tmp_path / "cache" / "models--jane--anion-gap", "c0ffee" + "0" * 34
     snapshot = store / "snapshots" / commit
     (store / "refs").mkdir(parents=True)
@@ -262,10 +248,8 @@ def test_a_cache_that_another_machine_made_loads_offline(run, tmp_path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert constants.HF_HUB_OFFLINE, "tests have no network"
     for revision in (None, "main", commit):
-        place = download_checkpoint(ID, revision)
-        assert place == snapshot
-        model = load_trained_model(place, trainer.BUILDERS)
-        assert model.config == read_config(run / "classification" / "best")
+        assert find_checkpoint(ID, revision) == snapshot
+    assert load(ID).config == read_config(tmp_path / "shared")
 
 
 # ------------------------------------------------------------------ failures
@@ -293,58 +277,41 @@ def absent(hub, monkeypatch):
     """No such repository."""
 
 
-@pytest.mark.parametrize(
-    ("state", "revision", "expected"),
-    [
-        (absent, None, "no such model on the hub, or a private one: check the id, or log in: hf"),
-        (private, None, "no such model on the hub, or a private one: check the id, or log in: hf"),
-        (gated, None, f"ask for access at https://huggingface.co/{ID}, then log in: hf auth login"),
-        (foreign, "v9", "revision v9: no such revision: name a branch, a tag or a commit"),
-        (foreign, None, "holds no model of this program: neither modules.safetensors nor medgemma"),
-        (offline, None, "not in the cache of this machine, and the hub cannot be reached"),
-    ],
-)
-def test_a_model_that_cannot_be_downloaded_is_one_line(
-    state, revision, expected, hub, monkeypatch, capfd
-):
+STATES = (absent, private, gated, foreign, offline)
+
+
+@pytest.mark.parametrize(("state", "revision"), [(foreign, "v9"), *((s, None) for s in STATES)])
+def test_a_model_that_cannot_be_downloaded_is_one_line(state, revision, hub, monkeypatch):
     state(hub, monkeypatch)
-    text = refusal(download_checkpoint, ID, revision)
-    assert text.startswith(ID)
-    assert expected in text
-    assert "WARNING" not in "".join(capfd.readouterr())
+    text = refusal(load, ID, revision)
+    assert ID in text or hub.repositories[ID].refs["main"] in text
+    assert "stranger" not in text
 
 
 @pytest.mark.parametrize(
     "name",
     ["classification", "a/b/c", "../run/best", "jane/", "jane/a--b", "jane/a\nb", "", "/a/b"],
 )
-def test_a_name_that_is_no_id_asks_nobody(name, hub, run):
-    expected = "no such file or folder here, and not an id of the hub: user/name"
-    assert expected in refusal(download_checkpoint, name)
-    assert expected in refusal(upload_checkpoint, run / "classification", name)
+def test_a_name_that_is_no_id_asks_nobody(name, hub, models):
+    refusal(load, name or "nothing")
+    refusal(push_model, models["trajectory"], name)
     assert not hub.requests
 
 
-def test_an_upload_needs_a_login_with_rights_and_a_network(run, hub, tmp_path, monkeypatch):
-    place = run / "classification"
-    assert "the hub refused the login: log in" in refusal(upload_checkpoint, place, "foreign/model")
-    wrong = refusal(upload_checkpoint, place, ID, token="hf_wrong")
-    assert "log in: hf auth login" in wrong
-    assert "hf_wrong" not in wrong
+def test_an_upload_needs_a_login_with_rights_and_a_network(models, hub, tmp_path, monkeypatch):
+    trained = models["trajectory"]
+    refusal(push_model, trained, "foreign/model")
+    assert "hf_wrong" not in refusal(push_model, trained, ID, token="hf_wrong")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    seen = len(hub.requests)
-    none = refusal(upload_checkpoint, place, ID)
-    assert none == f"{ID}: not logged in to the hub: log in: hf auth login, or set HF_TOKEN"
-    assert len(hub.requests) == seen
+    refusal(push_model, trained, ID)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    text = refusal(upload_checkpoint, place, ID, token="hf_any")
-    assert text == f"{ID}: the hub cannot be reached while HF_HUB_OFFLINE is set"
+    refusal(push_model, trained, ID, token="hf_any")
     assert not hub.repositories
 
 
-def test_a_hub_that_does_not_answer_is_one_line(run, tmp_path, monkeypatch):
+def test_a_hub_that_does_not_answer_is_one_line(models, tmp_path, monkeypatch):
     with hub_on_this_machine(tmp_path / "cache", monkeypatch):
         pass
-    assert "not in the cache of this machine" in refusal(download_checkpoint, ID)
-    assert "the hub did not serve (Conn" in refusal(upload_checkpoint, run / "classification", ID)
+    refusal(find_checkpoint, ID, None)
+    refusal(push_model, models["trajectory"], ID)

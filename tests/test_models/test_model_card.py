@@ -1,0 +1,238 @@
+"""The model card: a header that the hub reads, metrics without small counts, no markup of data."""
+
+import copy
+import json
+import re
+import shlex
+
+import pytest
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import medgemma_trainer as trainer
+from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
+from medgemma_clinical.models.model_card import (
+    RANDOM_MODEL,
+    RANDOM_MODEL_UNREAD,
+    code,
+    model_card,
+    random_model_notice,
+    shareable,
+    weight_0_sentence,
+)
+from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE, licence, terms_of
+from shared_metrics import metric, run_metrics
+
+HUB, FOLDER = {"base_sha256": None, "base_revision": "0" * 40}, {"base_sha256": "0" * 64}
+DATA = data_of(patients())
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "[link](https://evil.example) ![picture](https://evil.example/p.png)",
+    "--- | a | b \\| c ` `` ``` {title} {{ 7 * 7 }} {% raw %} %s $$x$$",
+    "`code` **bold** _it_ # heading &lt; @jane www.evil.example",
+    "two\n\n# lines",
+    "``",
+    "\\",
+    "",
+)
+
+
+def stage1_config(**more):
+    model = stage1_for(DATA.dataset, members=2)
+    return {"stage": "trajectory", **trainer.stage1_config(model), **DATA.description(), **more}
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """What a finished stage 3 on MedGemma says."""
+    config = llm_config(classifier_and_writer().writer, "generative", DATA)
+    reports = {"reports": 40, "numbers_stated": 1200, "abnormal_values": 60, "invented": 12}
+    shares = ("parse", "true_number", "abnormal_named", "abnormal_nameable", "right_trend")
+    reports |= {f"{name}_share": metric(0.5) for name in shares}
+    more = {"base_model": "google/medgemma-4b-pt", "decision": {"threshold": 0.31412}, **HUB}
+    more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
+    more["metrics"] = run_metrics(reports={**reports, "inventing_share": metric(0.2)})
+    return json.loads(json.dumps({**config, **more}))
+
+
+def header(config):
+    """The header as the hub's library reads it."""
+    card = ModelCard(model_card(config))
+    assert card.text.lstrip().startswith("# ")
+    return card.data.to_dict()
+
+
+# ------------------------------------------------------------------ header and terms
+
+
+def test_the_header_of_stage_1_names_no_base_model():
+    assert header(stage1_config()) == {
+        "license": "apache-2.0",
+        "library_name": "pytorch",
+        "pipeline_tag": "tabular-classification",
+        "tags": ["clinical", "time-series", "irregular-time-series", "risk-prediction"],
+    }
+
+
+def test_the_header_of_a_derivative_of_medgemma_names_its_terms(finished):
+    facts = header(finished)
+    assert {"medgemma", "lora", "soft-prompt", "time-series"} <= {*facts.pop("tags")}
+    assert facts == {
+        "license": "other",
+        "license_name": "health-ai-developer-foundations",
+        "license_link": "https://developers.google.com/health-ai-developer-foundations/terms",
+        "library_name": "peft",
+        "base_model": "google/medgemma-4b-pt",
+        "base_model_relation": "adapter",
+    }
+    stage2 = header({**finished, "stage": "classification"})
+    assert stage2["pipeline_tag"] == "tabular-classification"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "key", "notices"),
+    [
+        ({"base_model": "google/medgemma-4b-pt"}, True, "other", [HAI_DEF_NOTICE]),
+        ({"base_model": "jane/MedGemma-tuned"}, True, "other", [HAI_DEF_NOTICE]),
+        ({"base_model": "medgemma-4b-pt", **FOLDER}, False, "other", [HAI_DEF_NOTICE]),
+        ({"base_model": "google/gemma-3-270m"}, True, "gemma", [GEMMA_NOTICE]),
+        (
+            {"base_model": "google/gemma-3", "base_weights": "random"},
+            False,
+            "gemma",
+            [GEMMA_NOTICE],
+        ),
+        ({"base_model": "1e5"}, True, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
+        ({"base_model": "null"}, True, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
+        ({"base_model": "gemma", **FOLDER}, False, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
+        ({"base_model": "tiny", **FOLDER}, False, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
+        ({"base_model": "tiny", "base_revision": None}, False, "apache-2.0", []),
+        ({"base_model": None}, False, "apache-2.0", []),
+    ],
+)
+def test_the_terms_are_those_of_the_base_model(changes, named, key, notices, finished):
+    config = {**finished, **changes}
+    facts = header(config)
+    assert facts.get("base_model") == (changes["base_model"] if named else None)
+    assert facts["license"] == key
+    for notice in (HAI_DEF_NOTICE, GEMMA_NOTICE):
+        for text in (terms_of(config).notice, licence(config), model_card(config)):
+            assert (notice in text) == (notice in notices)
+
+
+# ------------------------------------------------------------------ the text
+
+
+def test_a_card_says_what_a_reader_must_know(finished):
+    card = model_card(finished)
+    for text in (
+        *(
+            DATA.dataset.question,
+            "`Anion gap (mEq/L)`",
+            "`static_bmi [kg/m2]`, `static_admissions`",
+        ),
+        *("`google/medgemma-4b-pt`", "0" * 40, "Not a medical device", HAI_DEF_NOTICE),
+        *("640 rows of 600 patients, 25.0 %", "60 rows of 60 patients, with the event: 20"),
+        "| This model | 0.700 [0.600, 0.800] | 0.400 [0.300, 0.500] | 0.100 [0.000, 0.200] |",
+        *("| `last value` | 0.700 [0.600, 0.800] |", "slope 0.900 [0.800, 1.000]", "0.3141"),
+        *("50.0 [40.0, 60.0] % of the expected form", "20.0 [10.0, 30.0] % state something"),
+    ):
+        assert text in card, text
+
+
+def test_a_card_tells_a_control_and_the_weight_of_the_language_model(finished):
+    assert "control" not in model_card(finished)
+    random = model_card({**finished, "base_weights": "random"})
+    shuffled = model_card({**finished, "shuffled": True, "stage1_logit": False})
+    assert "random weights, a control" in random
+    assert "soft tokens of other patients, a control" in shuffled
+    assert "beside stage 1: 1, chosen" in random
+    assert "beside stage 1: stage 1's logit is not added" in shuffled
+    none = {**finished, "residual_weight": 0.0}
+    assert "beside stage 1: 0, chosen" in model_card(none)
+    assert "add on 60 validation patients" in weight_0_sentence(none)
+    assert "add on validation patients" in weight_0_sentence({"residual_weight": 0.0})
+    assert weight_0_sentence(finished) == ""
+
+
+def test_a_run_with_the_random_model_has_a_notice(finished):
+    random = {**finished, "base_model": "tiny"}
+    assert random_model_notice(random) == RANDOM_MODEL
+    assert random_model_notice({**random, **FOLDER}) == "", "a folder of this name"
+    assert random_model_notice(finished, "tiny") == ""
+    assert random_model_notice({"stage": "trajectory"}, "tiny") == RANDOM_MODEL_UNREAD
+    assert random_model_notice({"stage": "trajectory"}) == ""
+
+
+def test_a_model_of_text_alone_and_an_unfinished_run_have_cards(finished):
+    alone = {"encoder": None, "members": 0, "num_prefix_tokens": 0, "stage1_logit": False}
+    card = model_card({**finished, **alone})
+    assert "Stage 1:" not in card
+    assert not re.search("soft-prompt|soft tokens made", card)
+    absent = {key: x for key, x in finished.items() if key not in ("metrics", "decision")}
+    assert "The run is not finished" in model_card(absent)
+    assert "AUROC" not in model_card(absent)
+    assert "not finished" not in model_card(finished)
+
+
+@pytest.mark.parametrize("repo_id", [None, "jane/anion-gap"])
+def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
+    card = model_card(finished, repo_id)
+    place = re.search(r"from_pretrained\((.+)\)", card)
+    assert json.loads(place[1]) == (repo_id or "FOLDER")
+    found = re.search(r"python medgemma_trainer.py (.*\\\n.*)\n```", card)
+    trainer.build_parser().parse_args(shlex.split(found[1].replace("\\\n", " ")))
+    assert ("hf download jane/anion-gap --local-dir FOLDER" in card) == (repo_id is not None)
+
+
+def test_many_names_are_cut(finished):
+    facts = [f"word {k}" for k in range(1234)]
+    card = model_card({**finished, "inputs": {"facts": facts, "prediction_time": False}})
+    assert "`word 49` and 1,184 more" in card
+    assert "word 50`" not in card
+
+
+# ------------------------------------------------------------------ small counts
+
+
+def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finished):
+    few = {**finished, "metrics": run_metrics(events=7)}
+    few["patients"] = {"series": {"Anion gap": 600}, "statics": {"static_bmi [kg/m2]": 597}}
+    card = model_card(few)
+    assert "with the event: fewer than 11" in card
+    assert "| This model | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in card
+    assert "25.0 %" not in card, "a drawn part has the same share"
+    shared = shareable(few, 11)
+    assert not re.search(r"\b(7|0\.7|0\.4|0\.9|597)\b", json.dumps(shared["metrics"]))
+    assert shared["metrics"]["threshold"] == few["metrics"]["threshold"]
+    assert shared["patients"] == {"series": {}, "statics": {}}
+    assert shareable(shared, 11) == shared
+    assert model_card(shared) == card
+    assert shareable(few, 0) == few
+    assert "with the event: 7" in model_card(few, min_cell=0)
+
+
+# ------------------------------------------------------------------ markup from data
+
+
+@given(st.text())
+def test_a_text_as_code_is_one_span_on_one_line(text):
+    shown = code(text)
+    assert shown[0] == shown[-1] == "`"
+    assert shown[1:-1]
+    assert not re.search("[`|\n\r]", shown[1:-1])
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_words_of_data_break_neither_header_nor_text(text, finished):
+    same = {**finished, **FOLDER, "base_model": "x"}
+    config = copy.deepcopy(same) | {"question": text, "outcome": text, "dataset": text}
+    config |= {"features": [text], "units": [text], "base_model": text, "precision": text}
+    config |= {"inputs": {"facts": [text, text], "prediction_time": False}}
+    config["encoder"] = {**config["encoder"], "dynamics": text}
+    models = config["metrics"]["test"]["models"]
+    models[text] = models.pop("last value")
+    assert header(config) == header(same)
+    plain, expected = (re.sub("`[^`\n]+`", "CODE", model_card(each)) for each in (config, same))
+    assert plain == expected
