@@ -16,20 +16,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from medgemma_clinical.evaluation.bootstrap import Estimate
-from medgemma_clinical.evaluation.calibration import log_odds
-from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
-from medgemma_clinical.evaluation.patients.patient_page import write_patients
-from medgemma_clinical.evaluation.patients.report_marks import ELSEWHERE, FOREIGN, RIGHT, Mark
-from medgemma_clinical.evaluation.report_tables import WRITTEN
 from scipy.special import expit
 
 import medgemma_trainer as trainer
+import patient_rows
 from cohorts import make_cohort, simulate
 from medgemma_clinical.commands import demo
 from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation.bootstrap import Estimate
+from medgemma_clinical.evaluation.calibration import log_odds
+from medgemma_clinical.evaluation.comparison import compare_models, write_comparison
+from medgemma_clinical.evaluation.report_tables import WRITTEN
 from pages import make_content, write_page
-from patient_rows import CONTENT, ROW
+from patient_rows import ROW
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 LONGEST, CARD = 5000, 800
@@ -111,8 +110,7 @@ def comparison(folder: Path) -> Path:
 
 def patients(folder: Path) -> Path:
     """Two rows with all that a card can hold, one of them with many series."""
-    report = (Mark("pH "), Mark("7.2", RIGHT), Mark("7.3", ELSEWHERE), Mark("8", FOREIGN))
-    first = replace(ROW, report=report, without_soft_prompt=0.45)
+    first = replace(ROW, report="pH 7.2 to 7.3.", without_soft_prompt=0.45)
     names = tuple(f"series of a longer name {k}" for k in range(8))
     many = replace(
         first,
@@ -124,9 +122,7 @@ def patients(folder: Path) -> Path:
         observations=tuple(", ".join(f"{name} 9 mmol/L" for name in names) for _ in range(3)),
         without=dict.fromkeys(names, 0.3),
     )
-    path = folder / "out.patients.html"
-    write_patients(path, [first, many], replace(CONTENT, warning="The model is random."))
-    return path
+    return patient_rows.write_page(folder, first, many)
 
 
 def demo_with_patients(folder: Path) -> Path:
@@ -153,18 +149,14 @@ def twelve_patients(folder: Path) -> Path:
         observations=(", ".join(f"{name} 9 mmol/L" for name in names),) * 40,
         hours=np.arange(40.0),
         risks=numbers.uniform(0, 1, 40),
-        facts={
-            "numbers in the context": "54-year, 88 kg",
-            "words in the context": "icu, medical, woman",
+        statics={
+            "words and numbers of the context": "54-year, 88 kg, icu, medical, woman",
             "context that the language model reads": "54-year-old woman, medical ICU, 88 kg",
         },
         without=dict.fromkeys(names, 0.3),
         without_soft_prompt=0.45,
     )
-    path = folder / "twelve.patients.html"
-    rows = [replace(row, id=f"patient {k}") for k in range(12)]
-    write_patients(path, rows, replace(CONTENT, warning="The model is random."))
-    return path
+    return patient_rows.write_page(folder, *(replace(row, id=f"patient {k}") for k in range(12)))
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {

@@ -41,8 +41,8 @@ def choose_rows(
     """Return the page's rows among those chosen so far and some predictions, by id or by risk."""
     table = table.iloc[scored.places].reset_index(drop=True)
     table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
-    datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
     lines: Any = table.to_dict("records")
+    datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
     rows: list[ChosenRow] = [*chosen, *zip(lines, datasets, strict=True)]
     if ids:
         return sorted(rows, key=lambda row: ids.index(row[0]["id"]))

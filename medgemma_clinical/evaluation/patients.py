@@ -30,8 +30,11 @@ DASH = "\N{EN DASH}"
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
-WIDTH, RISK_HEIGHT, SERIES_HEIGHT, MARGIN = 5.2, 1.2, 0.6, 0.4
-"""Inches of the figure, of its panels, and of the labels of time."""
+WIDTH, RISK_HEIGHT, MARGIN = 5.2, 1.2, 0.4
+"""Inches of the figure, of the risk's panel, and of the labels of time."""
+
+SERIES_HEIGHTS, ALL_SERIES = (0.45, 0.85), 4.0
+"""Inches of a series' panel, least and most, and of all where there is room."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def write_patients(
 def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:
     """Draw the measured series above the risk, on one axis of time; return the same in words."""
     measured = np.flatnonzero(~np.isnan(row.values).all(axis=0)).tolist()
-    heights = [SERIES_HEIGHT] * len(measured) + [RISK_HEIGHT]
+    height = float(np.clip(ALL_SERIES / len(measured), *SERIES_HEIGHTS))
+    heights = [height] * len(measured) + [RISK_HEIGHT]
     figure, panels = plots.new_figure(heights, (WIDTH, sum(heights) + MARGIN))
     words = [_plot_series(axes, row, f) for f, axes in zip(measured, panels, strict=False)]
     unit, length = row.time_unit

@@ -17,7 +17,7 @@ def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
             ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
 
     Returns:
-        The best model; its figures are in ``metrics``.
+        The best model; ``results()`` gives its metrics.
 
     Raises:
         TypeError: there is no such flag.
@@ -37,7 +37,7 @@ def fit_classification(
         **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
 
     Returns:
-        The best model; its figures are in ``metrics``.
+        The best model; ``results()`` gives its metrics.
 
     Raises:
         TypeError: there is no such flag.

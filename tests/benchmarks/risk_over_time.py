@@ -33,13 +33,14 @@ from medgemma_clinical.evaluation.baselines import tuned_regression
 from medgemma_clinical.evaluation.metrics import calibration, metrics
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.verdicts import value_text
+from medgemma_clinical.inference.explain import prefixes
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
 def last_known(dataset: TrajectoryDataset) -> list[NDArray[np.int64]]:
     """Return for each quarter the beginning (N,) of each stay that was known at its end."""
-    beginnings, owner = beginnings_of(dataset)
+    beginnings, owner = prefixes(dataset)
     hours = beginnings.times[beginnings.offsets[1:] - 1]
     first, last = dataset.times[dataset.offsets[:-1]], dataset.times[dataset.offsets[1:] - 1]
     places = []
@@ -109,7 +110,7 @@ def main() -> None:
     split = dataset.split(arguments.seed)
     train, test = (dataset.subset(split[part]) for part in ("train", "test"))
     risks = model.risk_over_time(test)["probability"].to_numpy()
-    beginnings, _ = beginnings_of(test)
+    beginnings, _ = prefixes(test)
     rule = tuned_regression([]).fit(last_values(train), train.labels)
     table = {}
     for quarter, places in zip(QUARTERS, last_known(test), strict=True):

@@ -81,17 +81,7 @@ def test_the_page_is_the_owners_alone_and_no_message_names_a_patient(runs, table
     assert not hidden, "no half page"
 
 
-@pytest.mark.parametrize("page", ["--strict", "--explain"])
-def test_earlier_pages_of_patients_leave_with_their_predictions(page, runs, table, tmp_path):
-    data, out = write_data(table.head(9), tmp_path / "rows.csv"), tmp_path / "out.csv"
-    predicted(runs / "trajectory", data, out, "--explain", "--patients", "row 1")
-    assert shown(out) == ["row 1"]
-    predicted(runs / "trajectory", write_data(table.tail(9), data), out, page)
-    assert patients_path(out).exists() == (page == "--explain")
-    assert page != "--explain" or "row 1" not in shown(out)
-
-
-def test_a_row_without_a_score_is_not_shown(runs, table, tmp_path):
+def test_a_row_without_a_score_is_not_shown_and_an_earlier_page_leaves(runs, table, tmp_path):
     data, out = write_data(spoil(table)[0], tmp_path / "rows.csv"), tmp_path / "out.csv"
     predicted(runs / "trajectory", data, out, "--explain", "--patients", "row 3,row 5")
     assert shown(out) == ["row 5"]

@@ -77,16 +77,6 @@ def test_a_saved_stage_1_is_an_encoder_that_knows_its_patients_a_pushed_one_is_n
         fit_classification(table, encoder=TrajectoryModel.from_pretrained(ID), **LLM)
 
 
-def test_prompts_are_embedded_in_the_order_of_the_rows(runs, table):
-    model = TrajectoryModel.from_pretrained(runs / "generative", batch_size=3)
-    rows = table.head(7)
-    found = model.prompt_embeds(rows)
-    assert len({len(each) for each in found}) > 1
-    for k, prompt in enumerate(found):
-        (alone,) = model.prompt_embeds(rows.iloc[[k]])
-        np.testing.assert_allclose(prompt, alone, atol=1e-5)
-
-
 def test_a_control_is_not_loaded(tmp_path):
     encoder, place = fit_trajectory(patients(), trajectory_epochs=1), tmp_path / "control"
     fit_classification(patients(), encoder, **LLM, output_dir=place, soft_prompt="shuffled")

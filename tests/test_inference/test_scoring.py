@@ -11,6 +11,7 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.files import InputError
 from medgemma_clinical.inference import scoring
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from predicting import MARKER, SERIES, STAGES, command, predicted, refused, spoil, write_data
@@ -20,12 +21,8 @@ from predicting import MARKER, SERIES, STAGES, command, predicted, refused, spoi
 def scored(runs, tmp_path_factory):
     """The predictions of each stage for its whole file, in batches of another size."""
     out = tmp_path_factory.mktemp("scored")
-    return {
-        stage: predicted(
-            runs / stage, runs / "train.csv", out / f"{stage}.csv", "--batch_size", "7"
-        )
-        for stage in STAGES
-    }
+    files = runs / "train.csv", out / "out.csv"
+    return {stage: predicted(runs / stage, *files, "--batch_size", "7") for stage in STAGES}
 
 
 def set_rows(monkeypatch, rows):
@@ -92,16 +89,6 @@ def test_a_report_that_does_not_parse_is_a_problem_and_the_score_stays(
     assert (strict["problem"] != "").sum() == 5, "the row can be scored"
 
 
-def test_labels_may_be_missing_wrong_or_absent_however_strict(runs, table, tmp_path):
-    stage = "classification"
-    few = table.head(20).assign(label_escalation="0")
-    whole = predicted(runs / stage, write_data(few, tmp_path / "whole.csv"), tmp_path / "1.csv")
-    labels = few.assign(label_escalation=["", "2", "yes", "1"] * 5, split="nowhere")
-    for name, changed in {"labels": labels, "none": few.drop(columns="label_escalation")}.items():
-        data = write_data(changed, tmp_path / f"{name}.csv")
-        same(predicted(runs / stage, data, tmp_path / f"{name}_out.csv", "--strict"), whole)
-
-
 @pytest.mark.parametrize(("stage", "rows"), [("trajectory", 3), ("classification", 1000)])
 def test_bad_rows_are_kept_with_their_problem(
     stage, rows, runs, table, tmp_path, monkeypatch, capsys
@@ -124,16 +111,6 @@ def test_bad_rows_are_kept_with_their_problem(
     assert MARKER not in shown.out + shown.err + "".join(out["problem"])
 
 
-def test_a_row_with_too_many_fields_is_kept_with_its_problem(runs, tmp_path):
-    data = write_data(pd.DataFrame({"id": [], SERIES: []}), tmp_path / "bad.csv")
-    header = f"id,{SERIES},clinical_context"
-    data.write_text(f"{header}\na,24 (0h),\n\nb,24 (0h),,22 (1h)\nc,24 (0h),\n")
-    out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
-    assert out["id"].tolist() == ["a", "b", "c"]
-    assert out["probability"].isna().tolist() == [False, True, False]
-    assert out["problem"][1]
-
-
 @pytest.mark.parametrize("row", [3, 11, 12])
 def test_strict_refuses_the_file_with_row_and_column(
     row, runs, table, tmp_path, monkeypatch, capsys
@@ -147,43 +124,6 @@ def test_strict_refuses_the_file_with_row_and_column(
     words = command(runs / "trajectory", data, out, "--strict")
     assert refused(capsys, words, f"bad.csv, row {row + 2}", where, out=out)
     assert MARKER not in "".join(capsys.readouterr())
-
-
-def test_a_text_that_is_too_long_is_a_problem_of_its_row(
-    runs, table, tmp_path, monkeypatch, capsys
-):
-    load = trainer.TrajectoryModel.from_pretrained
-
-    def with_a_limit(*given, **keywords):
-        model = load(*given, **keywords)
-        model.config["max_text_tokens"] = 400
-        return model
-
-    monkeypatch.setattr(trainer.TrajectoryModel, "from_pretrained", with_a_limit)
-    few, out = table.head(6).copy(), tmp_path / "out.csv"
-    few.loc[2, "clinical_context"] = "very " * 200
-    data = write_data(few, tmp_path / "long.csv")
-    lines = predicted(runs / "classification", data, out)
-    assert [row for row, text in enumerate(lines["problem"]) if text] == [2]
-    out.unlink()
-    words = command(runs / "classification", data, out, "--strict")
-    assert refused(capsys, words, "row 4", "400 tokens")
-    assert not out.exists()
-
-
-def test_a_score_that_is_no_number_is_a_problem_of_its_row(runs, table, tmp_path, monkeypatch):
-    outputs = scoring.outputs
-
-    def broken(*given):
-        for batch, output in outputs(*given):
-            output.logit[batch["index"] == 3] = np.nan
-            yield batch, output
-
-    monkeypatch.setattr(scoring, "outputs", broken)
-    data = write_data(table.head(9), tmp_path / "few.csv")
-    out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
-    assert out["probability"].isna().tolist() == [k == 3 for k in range(9)]
-    assert (out["problem"] != "").tolist() == [k == 3 for k in range(9)]
 
 
 @pytest.mark.parametrize("ending", ["csv.gz", "parquet"])
@@ -216,26 +156,41 @@ def test_a_file_without_ids_names_rows_as_the_run_does(runs, table, tmp_path, mo
     assert out["id"].tolist() == [str(k) for k in range(2, 12)]
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ({"unit": "mg/dL"}, ("mmol/L", "mg/dL")),
-        ({"outcome": "Stroke"}, ("In-hospital death", "Stroke")),
-        (None, ("Serum bicarbonate", "Anion gap")),  # without the JSON
-    ],
-)
-def test_a_file_of_another_kind_is_refused_with_what_differs(
-    words, named, runs, table, tmp_path, capsys
-):
-    data, out = write_data(table, tmp_path / "other.csv", **words or {}), tmp_path / "out.csv"
-    if words is None:
-        data.with_suffix(".json").unlink()
-    assert refused(capsys, command(runs / "classification", data, out), *named, out=out)
+def test_rows_with_a_value_outside_the_declared_limits_are_counted_once(table):
+    few, findings = table.head(5).copy(), Findings("few", strict=False)
+    few.loc[1, SERIES] = "2400 (0h) -> 2300 (1h)"
+    described = Description.beside(SAMPLE)
+    scoring.count_implausible(MIMICtrajectoryDataset(few, description=described), findings)
+    assert sum(findings.counts.values()) == 1
+
+
+def test_a_text_that_is_too_long_is_a_problem_of_its_row(runs, table):
+    model = trainer.TrajectoryModel.from_pretrained(runs / "classification")
+    model.config["max_text_tokens"] = 400
+    few = table.head(6).copy()
+    few.loc[2, "clinical_context"] = "very " * 200
+    problems = model.predictions(few)["problem"]
+    assert [row for row, text in enumerate(problems) if text] == [2]
+    with pytest.raises(InputError, match="row 2"):
+        model.predict_proba(few)
+
+
+def test_a_score_that_is_no_number_is_a_problem_of_its_row(runs, table, monkeypatch):
+    outputs = scoring.outputs
+
+    def broken(*given):
+        for batch, output in outputs(*given):
+            output.logit[batch["index"] == 3] = np.nan
+            yield batch, output
+
+    monkeypatch.setattr(scoring, "outputs", broken)
+    lines = trainer.TrajectoryModel.from_pretrained(runs / "trajectory").predictions(table.head(9))
+    for bad in (lines["probability"].isna(), lines["problem"] != ""):
+        assert bad.tolist() == [k == 3 for k in range(9)]
 
 
 def test_several_series_are_read_by_name_and_others_ignored(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    few = pd.read_csv(SAMPLE, nrows=60, dtype=str)
+    few, rng = pd.read_csv(SAMPLE, nrows=60, dtype=str), np.random.default_rng(0)
     few["trajectory_lactate [mmol/L]"] = [f"{v:.1f} (3h)" for v in rng.uniform(1, 9, 60)]
     few["trajectory_pH"] = ["" if k % 3 else "7.2 (1h)" for k in range(60)]
     data, run = write_data(few, tmp_path / "train.csv"), tmp_path / "trajectory"
@@ -244,24 +199,8 @@ def test_several_series_are_read_by_name_and_others_ignored(tmp_path, capsys):
     assert trainer.main(words) == 0
     columns = [few.columns[0], "trajectory_pH", SERIES, "trajectory_lactate [mmol/L]"]
     other = few[[*columns, "clinical_context"]].assign(age="50", **{"trajectory_K": "4 (0h)"})
-    new = write_data(other, tmp_path / "new.csv")
-    out = predicted(run, new, tmp_path / "out.csv").set_index("id")
-    own = pd.read_csv(run / "predictions_test.csv", dtype={"id": str})
-    difference = out["probability"][own["id"]].to_numpy() - own["probability"].to_numpy()
-    assert np.abs(difference).max() < 1e-6
-    other.loc[3, "trajectory_pH"] = "sour"
-    other.loc[4, ["trajectory_pH", "trajectory_lactate [mmol/L]"]] = ""
-    out = predicted(run, write_data(other, new), tmp_path / "out.csv")
-    assert np.flatnonzero(out["problem"] != "").tolist() == [3, 4]
-    assert "trajectory_pH" in out["problem"][3]
-    lacks = write_data(other.drop(columns="trajectory_pH"), tmp_path / "lacks.csv")
-    target = tmp_path / "absent.csv"
+    out = predicted(run, write_data(other, data), tmp_path / "out.csv").set_index("id")
+    own = pd.read_csv(run / "predictions_test.csv", dtype={"id": str}).set_index("id")
+    assert np.abs(out.loc[own.index, "probability"] - own["probability"]).max() < 1e-6
+    lacks, target = write_data(other.drop(columns="trajectory_pH"), data), tmp_path / "absent.csv"
     assert refused(capsys, command(run, lacks, target), "pH", "lactate", out=target)
-
-
-def test_rows_with_a_value_outside_the_declared_limits_are_counted_once(table):
-    few, findings = table.head(5).copy(), Findings("few", strict=False)
-    few.loc[1, SERIES] = "2400 (0h) -> 2300 (1h)"
-    described = Description.beside(SAMPLE)
-    scoring.count_implausible(MIMICtrajectoryDataset(few, description=described), findings)
-    assert sum(findings.counts.values()) == 1

@@ -12,7 +12,7 @@ from sklearn.metrics import RocCurveDisplay, roc_auc_score
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryModel
-from predicting import MARKER, SERIES, STAGES, predicted
+from predicting import MARKER, SERIES, STAGES, predicted, write_data
 
 LABEL = "label_escalation"
 
@@ -44,27 +44,6 @@ def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
         assert lines["report"].tolist() == written["report"].tolist()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_batch_size_does_not_matter(stage, models, runs, table):
-    small = TrajectoryModel.from_pretrained(runs / stage, batch_size=7, device="cpu")
-    rows = table.head(20)
-    np.testing.assert_allclose(
-        small.predict_proba(rows), models[stage].predict_proba(rows), atol=1e-6
-    )
-
-
-def test_labels_and_the_name_of_the_main_series_do_not_matter(models, table):
-    model = models["trajectory"]
-    for rows in (
-        table.drop(columns=LABEL),
-        table.assign(**{LABEL: 1 - table[LABEL].astype(int)}),
-        table.rename(columns={SERIES: "trajectory_Serum bicarbonate [mmol/L]"}).assign(
-            **{SERIES: ""}
-        ),
-    ):
-        np.testing.assert_array_equal(model.predict_proba(rows), model.predict_proba(table))
-
-
 def test_a_row_that_cannot_be_scored_is_refused_with_its_place_or_listed(models, table):
     spoilt = table.head(5).copy()
     spoilt.loc[3, SERIES] = f"24 (0h) -> {MARKER}"
@@ -80,24 +59,6 @@ def test_a_row_that_cannot_be_scored_is_refused_with_its_place_or_listed(models,
         np.testing.assert_allclose(lines["probability"].drop(3), kept, atol=1e-6)
 
 
-def test_rows_of_another_kind_are_refused_with_what_differs(models, runs, table):
-    own = Description.beside(runs / "train.csv")
-    outcome = Description(series="Serum bicarbonate", unit="mmol/L", outcome="Discharge")
-    silent = table.drop(columns="clinical_context")
-    for rows, named in (
-        (table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]}), "mmol/L"),
-        (MIMICtrajectoryDataset(table), "Anion gap"),
-        (MIMICtrajectoryDataset(table, description=outcome), "Discharge"),
-        (MIMICtrajectoryDataset(table, max_len=2, description=own), "max_len: 2"),
-        (MIMICtrajectoryDataset(silent, description=own), "clinical_context"),
-        (None, "NoneType"),
-        (table[SERIES], "Series"),
-        (table.to_numpy(), "ndarray"),
-    ):
-        with pytest.raises(InputError, match=named):
-            models["trajectory"].predict_proba(rows)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -109,12 +70,6 @@ def test_a_wrong_keyword_of_loading_is_named(name, value, runs):
     for stage in STAGES[:2]:
         with pytest.raises(InputError, match=name):
             TrajectoryModel.from_pretrained(runs / stage, **{name: value})
-
-
-def test_what_holds_no_model_is_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(InputError, match=str(path)):
-            TrajectoryModel.from_pretrained(path)
 
 
 def test_scikit_learn_takes_the_model_for_a_fitted_classifier(models, table):
@@ -160,7 +115,34 @@ def test_the_repr_says_stage_series_base_and_data(models, runs):
     assert str(runs) not in shown
 
 
-def test_methods_of_another_stage_say_so(models, table):
+def test_labels_and_the_name_of_the_main_series_do_not_matter(models, table):
+    model, named = models["trajectory"], "trajectory_Serum bicarbonate [mmol/L]"
+    for rows in (
+        table.drop(columns=LABEL),
+        table.assign(**{LABEL: ["", "2", "yes", "1"] * 25, "split": "nowhere"}),
+        table.assign(**{named: table[SERIES], SERIES: ""}),
+    ):
+        np.testing.assert_array_equal(model.predict_proba(rows), model.predict_proba(table))
+
+
+def test_what_cannot_be_read_is_refused_with_what_differs(models, runs, table, tmp_path):
+    own = Description.beside(runs / "train.csv")
+    silent = table.drop(columns="clinical_context")
+    for rows, named in (
+        (table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]}), "mmol/L"),
+        (write_data(table, tmp_path / "unit.csv", unit="mg/dL"), "mg/dL"),
+        (write_data(table, tmp_path / "outcome.csv", outcome="Stroke"), "Stroke"),
+        (MIMICtrajectoryDataset(table), "Anion gap"),
+        (MIMICtrajectoryDataset(table, max_len=2, description=own), "max_len: 2"),
+        (MIMICtrajectoryDataset(silent, description=own), "clinical_context"),
+        (None, "NoneType"),
+        (table.to_numpy(), "ndarray"),
+    ):
+        with pytest.raises(InputError, match=named):
+            models["trajectory"].predict_proba(rows)
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(InputError, match=str(path)):
+            TrajectoryModel.from_pretrained(path)
     with pytest.raises(ValueError, match="generative"):
         models["classification"].write_reports(table)
     with pytest.raises(InputError, match="stage 1"):
