@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.special import logit
 from scipy.stats import rankdata
-from sklearn.ensemble import HistGradientBoostingClassifier
 
 from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.baselines import (
@@ -63,7 +62,7 @@ def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
         rows["label_escalation"][k] = 1 - rows["label_escalation"][k]
         rows["clinical_context"][k] = "7-year-old alien with 40 kg"
     after = fit_baselines(dataset_of(**rows), SPLIT)
-    assert set(after) == set(risks) == set(WITH_STATICS)
+    assert set(after) == set(risks) == set(WITH_STATICS) == set(MEANINGS) - {ENSEMBLE}
     for name, each in risks.items():
         for part in ("val", "test"):
             assert len(each[part]) == len(SPLIT[part])
@@ -89,10 +88,7 @@ def test_each_baseline_reads_its_own_inputs(risks):
         assert logit(found[f"blend{ending}"]) == pytest.approx(np.mean(pair, axis=0))
 
 
-def test_a_blend_is_the_mean_logit_also_of_certain_risks():
-    risks = np.array([0.2, 0.5, 0.9]), np.array([0.6, 0.5, 0.1])
-    assert logit(blend(*risks)) == pytest.approx((logit(risks[0]) + logit(risks[1])) / 2, abs=1e-12)
-    assert blend(risks[0], risks[0]) == pytest.approx(risks[0])
+def test_a_blend_of_certain_risks_is_finite():
     assert blend(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx([0.5, 0.5])
 
 
@@ -100,10 +96,6 @@ def test_the_best_blend_reads_the_statics_where_there_are_any():
     assert best_blend(["blend", BOOSTING, "blend with statics"]) == "blend with statics"
     assert best_blend({"blend": 0, "last value": 1}) == "blend"
     assert best_blend(["last value"]) is None
-
-
-def test_each_baseline_is_described():
-    assert set(MEANINGS) == {*WITH_STATICS, ENSEMBLE}
 
 
 # ------------------------------------------------------------------ tuning
@@ -132,27 +124,26 @@ def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal():
     noise = rng.normal(size=(400, 20))
     crossed = np.where(labels[:, None] == 1, 1, -1) * np.sign(noise[:, :1] * noise[:, 1:2])
     signal = np.hstack([noise[:, :2], crossed + 0.5 * noise[:, 2:3]])
-    plain = np.hstack([3 * labels[:, None] + noise[:, :1]])
+    plain = 3 * labels[:, None] + noise[:, :1]
     trees = tuned_trees(folds, 400).set_params(estimator__max_iter=30)
-    for model, setting, inputs in (
-        (tuned_regression(folds), "logisticregression__C", plain),
-        (trees, "max_leaf_nodes", signal),
-    ):
-        chosen = [model.fit(x, labels).best_params_[setting] for x in (noise, inputs)]
-        assert chosen[0] < chosen[1], setting
+    for model, inputs in ((tuned_regression(folds), plain), (trees, signal)):
+        chosen = [list(model.fit(x, labels).best_params_.values()) for x in (noise, inputs)]
+        assert chosen[0] < chosen[1], model
 
 
 @pytest.mark.parametrize("rows", [100, 10_000, 100_000])
 def test_trees_hold_out_no_rows_of_patients_that_they_learn_from(rows):
     trees = tuned_trees([], rows)
-    assert isinstance(trees, HistGradientBoostingClassifier)
     assert trees.early_stopping is False
     assert trees.learning_rate == (0.03 if rows <= 10_000 else 0.1)
 
 
 @pytest.mark.filterwarnings("error::sklearn.exceptions.FitFailedWarning", "error::RuntimeWarning")
-@pytest.mark.parametrize("known", [0, 1])
-def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(known):
+@pytest.mark.parametrize(("known", "tuned"), [(0, True), (1, True), (0, False)])
+def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(
+    known, tuned, monkeypatch
+):
+    monkeypatch.setattr(baselines, "MIN_TUNED", 20 if tuned else 1000)
     dataset = dataset_of(**visits(statics=False))
     inputs = dataset.baseline_inputs()
     rare = np.where(np.arange(160) < 100, np.nan, 1.0)
@@ -162,11 +153,3 @@ def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(known)
     found = fit_baselines(dataset, SPLIT)
     assert set(found) == set(WITHOUT_STATICS)
     assert all(np.isfinite(each["test"]).all() for each in found.values())
-
-
-def test_few_patients_are_fitted_without_folds(monkeypatch):
-    monkeypatch.setattr(baselines, "MIN_TUNED", 1000)
-    found = fit_baselines(dataset_of(**visits(statics=False)), SPLIT)
-    assert set(found) == set(WITHOUT_STATICS)
-    fitted = tuned_regression([]).fit(np.arange(20.0)[:, None], np.arange(20) % 2)
-    assert fitted[-1].C == 1
