@@ -7,6 +7,8 @@ from scipy.special import expit, logit
 from sklearn import metrics as sklearn_metrics
 from sklearn.linear_model import LogisticRegression
 
+from medgemma_clinical.evaluation.baselines import blend
+from medgemma_clinical.evaluation.metrics import bootstrap_weights
 from medgemma_clinical.evaluation.metrics_table import evaluate
 
 POPULATION = 300_000
@@ -34,6 +36,21 @@ def predictions(simulated, **others):
     others = {name.replace("_", " "): each for name, each in others.items()}
     tested = {"id": ids, "label": labels.astype(int), "patient": patients}
     return pd.DataFrame({**tested, "model": risk, **others})
+
+
+def cohort(rows=120, **others):
+    """Predict rows of 60 patients, in no order, by a model and by others."""
+    labels, risk, patients = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
+    table = predictions((labels, noisy(risk, 9), patients), **others)
+    return table.sample(frac=1, random_state=0, ignore_index=True)
+
+
+def blended(rows=120):
+    """Predict by a model, a baseline, two blends and the ensemble of model and better blend."""
+    _, risk, _ = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
+    blends = {"blend": noisy(risk, 1, 2), "blend_with_statics": noisy(risk, 2)}
+    ensemble = blend(noisy(risk, 9), blends["blend_with_statics"])
+    return cohort(rows, last_value=noisy(risk, 3, 3), **blends, ensemble=ensemble)
 
 
 def repeated(weight):
@@ -78,6 +95,37 @@ def plain_calibration(labels, risk):
         "calibration_in_the_large": brentq(lambda a: (expit(odds + a) - labels).sum(), -50, 50),
         "e_average": np.abs(fit.predict_proba(odds[:, None])[:, 1] - risk).mean(),
     }
+
+
+def samples_of(rows, seed, split=None):
+    """Yield all rows, then the rows of each draw, as repeated positions."""
+    yield np.arange(len(rows))
+    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
+    for weights in bootstrap_weights(labels, patients, seed, split):
+        yield from map(repeated, weights)
+
+
+def plain_table(rows, seed, threshold, split):
+    """Compute value and draws of each metric of each model, one sample and model at a time."""
+    parts = np.zeros(len(rows)) if split is None else split
+    first = rows.columns[3]
+    found = []
+    for sample in samples_of(rows, seed, split):
+        labels, line = rows["label"].to_numpy()[sample], {}
+        for model in rows.columns[3:]:
+            risk = rows[model].to_numpy()[sample]
+            each = [
+                plain_metrics(labels[own], risk[own])
+                for own in (parts[sample] == part for part in np.unique(parts))
+            ]
+            line |= {(model, name): np.mean([part[name] for part in each]) for name in each[0]}
+        if threshold is not None:
+            risk = rows[first].to_numpy()[sample]
+            own = plain_shares(labels, risk >= threshold) | plain_calibration(labels, risk)
+            line |= {(first, name): value for name, value in own.items()}
+        found.append(line)
+    table = pd.DataFrame(found)
+    return table.iloc[0], table.iloc[1:]
 
 
 def coverage(sets, rows, rows_a_patient, seed):

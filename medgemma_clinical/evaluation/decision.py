@@ -39,10 +39,12 @@ class DecisionRule:
         Raises:
             ValueError: the rule is incomplete, not finite, or reverses the order of the patients.
         """
-        stored = config.get("decision", {})
+        if "decision" not in config:
+            return cls()
+        stored = config["decision"]
         try:
-            rule = cls(**{name: float(number) for name, number in stored.items()})
-        except (TypeError, ValueError, AttributeError):
+            rule = cls(*(float(stored[name]) for name in ("slope", "intercept", "threshold")))
+        except (TypeError, ValueError, KeyError):
             rule = cls(math.nan)
         if not (rule.slope > 0 and all(map(math.isfinite, asdict(rule).values()))):
             raise ValueError(f"decision rule {stored!r}: not three finite numbers, slope above 0")

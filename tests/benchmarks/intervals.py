@@ -1,14 +1,12 @@
-"""The share of 95 % intervals that hold the true value, by kind of figure.
+"""The share of 95 % intervals that hold the true value, by metric.
 
 Usage:
     python tests/benchmarks/intervals.py --sets 2000 --rows 1000
 
-Draws data sets from a population whose figures are known, with one and with two rows a patient,
+Draws data sets from a population whose metrics are known, with one and with two rows a patient,
 computes the intervals as a run does, and prints the share of data sets in which they hold the true
 value, with its standard error.
 """
-
-from __future__ import annotations
 
 import argparse
 import sys
@@ -21,24 +19,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from cohorts import coverage  # noqa: E402  (needs the path above)
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Coverage of the intervals of a report.")
     parser.add_argument("--sets", type=int, default=2000, help="data sets to draw")
     parser.add_argument("--rows", type=int, default=1000, help="rows of each")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    columns = {
-        f"{rows_a_patient} rows a patient": coverage(
-            args.sets, args.rows, rows_a_patient, args.seed
-        )
-        for rows_a_patient in (1, 2)
+    shares = {
+        f"{rows} rows a patient": coverage(args.sets, args.rows, rows, args.seed) for rows in (1, 2)
     }
-    table = pd.DataFrame(columns)
-    sys.stdout.write(f"{table.map('{:.3f}'.format).to_string()}\n")
+    sys.stdout.write(f"{pd.DataFrame(shares).map('{:.3f}'.format).to_string()}\n")
     error = (0.95 * 0.05 / args.sets) ** 0.5
-    sys.stdout.write(
-        f"{args.sets} data sets of {args.rows} rows; standard error of a share {error:.4f}\n"
-    )
+    sys.stdout.write(f"{args.sets} data sets; standard error of a share {error:.4f}\n")
 
 
 if __name__ == "__main__":

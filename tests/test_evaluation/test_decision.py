@@ -1,194 +1,169 @@
-"""From log-odds to probabilities and predictions: threshold, recalibration, what is stored."""
-
-from __future__ import annotations
+"""From log-odds to probabilities and predictions: threshold, recalibration, weight, storage."""
 
 import json
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
-from medgemma_clinical.evaluation.calibration import weighted_calibration
-from medgemma_clinical.evaluation.predictions import Predictions
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from scipy.special import expit
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, recall_score, roc_auc_score
 
-from cohorts import ones, simulate
+from cohorts import plain_calibration
 from medgemma_clinical.evaluation.decision import (
     RESIDUAL_WEIGHTS,
     DecisionRule,
+    Predictions,
     fit_decision_rule,
     fit_residual_weight,
-    threshold_text,
     youden_threshold,
 )
 
 
-def drawn(seed: int, rows: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+def drawn(seed, rows=4000):
     """Draw true log-odds, and labels by them."""
     rng = np.random.default_rng(seed)
     logit = rng.normal(-1.5, 1.0, rows)
-    return logit, (rng.uniform(size=rows) < expit(logit)).astype(float)
+    return logit, (rng.random(rows) < expit(logit)).astype(float)
 
 
-def slope_of(labels: np.ndarray, probability: np.ndarray) -> float:
-    figures = weighted_calibration(labels, probability, ones(len(labels)))
-    return float(figures["calibration_slope"][0])
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 10)), min_size=2, max_size=30))
+def test_the_threshold_is_youdens_midway_to_the_next_lower_risk(rows):
+    labels, risk = np.array(rows, dtype=float).T * [[1], [0.1]]
+    assume(len(np.unique(labels)) == 2)
+    gains = {
+        t: recall_score(labels, risk >= t) + recall_score(labels, risk >= t, pos_label=0)
+        for t in np.unique(risk)
+    }
+    best = min(t for t, gain in gains.items() if gain > max(gains.values()) - 1e-12)
+    lower = max((t for t in gains if t < best), default=0.0)
+    assert youden_threshold(labels, risk) == pytest.approx((best + lower) / 2)
 
 
-def test_the_threshold_is_youdens_and_of_equal_ones_the_lowest() -> None:
-    labels = np.array([0.0, 0, 1, 0, 1, 1])
-    risk = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-    # J is 2/3 from 0.5 on (2 of 3 hits, no false alarm) and from 0.3 on (3 of 3 hits, 1 of 3).
-    assert youden_threshold(labels, risk) == pytest.approx(0.25)  # midway from 0.2
-    assert youden_threshold(1 - labels, risk) == 0.05  # reversed: an alarm for all
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        labels, risk, _ = simulate(rng, 60)
-        risk = risk.round(1)
-        gains = {
-            t: (risk >= t)[labels == 1].mean() - (risk >= t)[labels == 0].mean()
-            for t in np.unique(risk)
-        }
-        best = min(t for t, gain in gains.items() if gain > max(gains.values()) - 1e-12)
-        lower = max((t for t in gains if t < best), default=0.0)
-        assert youden_threshold(labels, risk) == pytest.approx((best + lower) / 2)
-
-
-def test_an_overconfident_model_is_recalibrated_on_new_rows() -> None:
+def test_recalibration_mends_an_overconfident_model():
     (truth, labels), (new_truth, new_labels) = drawn(0), drawn(1)
     sure, new_sure = 3 * truth + 1, 3 * new_truth + 1
-    before = fit_decision_rule(labels, sure, "none")
-    after = fit_decision_rule(labels, sure, "platt")
-    assert slope_of(new_labels, before.probability(new_sure)) < 0.5
-    assert slope_of(new_labels, after.probability(new_sure)) == pytest.approx(1, abs=0.1)
+    before, after = (fit_decision_rule(labels, sure, way) for way in ("none", "platt"))
+    assert (before.slope, before.intercept) == (1, 0)
     assert (after.slope, after.intercept) == pytest.approx((1 / 3, -1 / 3), abs=0.08)
+    own = plain_calibration(labels, after.probability(sure))  # of the rows it was fitted to
+    ideal = {"calibration_slope": 1, "calibration_intercept": 0, "calibration_in_the_large": 0}
+    assert {name: own[name] for name in ideal} == pytest.approx(ideal, abs=1e-6)
     loss = [log_loss(new_labels, rule.probability(new_sure)) for rule in (before, after)]
     assert loss[1] < loss[0] - 0.1
+    for rule in (before, after):
+        assert rule.threshold == youden_threshold(labels, rule.probability(sure))
 
 
-def test_on_the_rows_it_was_fitted_to_the_recalibration_is_exact() -> None:
-    truth, labels = drawn(2)
-    probability = fit_decision_rule(labels, 2 * truth - 3, "platt").probability(2 * truth - 3)
-    assert slope_of(labels, probability) == pytest.approx(1, abs=1e-6)
-    assert probability.mean() == pytest.approx(labels.mean(), abs=1e-9)
-
-
-@pytest.mark.parametrize("calibrate", ["none", "platt"])
-def test_the_threshold_is_that_of_the_probability_after_recalibration(calibrate: str) -> None:
-    truth, labels = drawn(3)
-    rule = fit_decision_rule(labels, truth, calibrate)
-    assert rule.threshold == youden_threshold(labels, rule.probability(truth))
-    assert rule.recalibrates == (calibrate == "platt")
-
-
-def test_a_model_that_ranks_in_reverse_is_not_reversed(caplog: pytest.LogCaptureFixture) -> None:
-    truth, labels = drawn(4)
-    assert not fit_decision_rule(labels, -truth, "platt").recalibrates
-    assert "not recalibrated: on the validation part events do not become" in caplog.text
-
-
-def test_a_validation_part_that_is_separated_is_not_fitted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    labels = (np.arange(40) >= 20).astype(float)
-    assert not fit_decision_rule(labels, np.linspace(-20, 19, 40), "platt").recalibrates
-    assert "not recalibrated" in caplog.text
-
-
-def test_extreme_log_odds_have_probabilities_without_warning_and_in_order() -> None:
-    logit = np.array([-1e5, -800.0, -40.0, 0.0, 30.0, 800.0])
-    with np.errstate(all="raise", under="ignore"):
-        probability = DecisionRule(slope=1.5, intercept=0.5).probability(logit)
-    assert np.all(np.diff(probability) >= 0)
-    assert probability[[0, 5]].tolist() == [0.0, 1.0]
-    assert probability[3] == pytest.approx(1 / (1 + np.exp(-0.5)))
-
-
-def test_a_rule_survives_its_config() -> None:
-    rule = DecisionRule(0.3, -1.25, 0.125)
-    config = json.loads(json.dumps({"decision": rule.to_config()}))
-    assert DecisionRule.from_config(config) == rule
-    assert DecisionRule.from_config({}) == DecisionRule()
+@pytest.mark.parametrize("case", ["reversed", "separated"])
+def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case, caplog):
+    truth, labels = drawn(4, 400)
+    logit = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
+    rule = fit_decision_rule(labels, logit, "platt")
+    assert (rule.slope, rule.intercept) == (1, 0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 @pytest.mark.parametrize(
     "stored",
     [
+        {},
         {"slope": 1.0, "intercept": 0.0},
         {"slope": 0.0, "intercept": 0.0, "threshold": 0.5},
+        {"slope": -1.0, "intercept": 0.0, "threshold": 0.5},
         {"slope": 1.0, "intercept": float("inf"), "threshold": 0.5},
+        {"slope": 1.0, "intercept": 0.0, "threshold": float("nan")},
         {"slope": "steep", "intercept": 0.0, "threshold": 0.5},
         [1.0, 0.0, 0.5],
     ],
     ids=str,
 )
-def test_an_unsound_stored_rule_is_refused(stored: Any) -> None:
+def test_an_unsound_or_reversed_rule_is_refused(stored):
     with pytest.raises(ValueError, match="decision rule"):
         DecisionRule.from_config({"decision": stored})
+    rule = DecisionRule(0.3, -1.25, 0.125)
+    assert DecisionRule.from_config(json.loads(json.dumps({"decision": asdict(rule)}))) == rule
+    assert DecisionRule.from_config({}) == DecisionRule(1, 0, 0.5)
 
 
-def test_predictions_follow_their_rule() -> None:
+def test_predictions_follow_their_rule():
     labels, logit = np.array([0.0, 1, 0, 1]), np.array([-2.0, -1, 0, 1])
-    raw = Predictions(0.5, labels, logit, np.arange(4), np.zeros(4))
-    assert raw.probability == pytest.approx(expit(logit))
-    assert raw.auroc() == 0.75
-    moved = raw.with_rule(DecisionRule(2.0, 1.0, 0.2))
+    own = Predictions(0.5, labels, logit, np.arange(4), np.zeros(4))
+    moved = Predictions(0.5, labels, logit, np.arange(4), np.zeros(4), DecisionRule(2, 1, expit(1)))
+    assert own.probability == pytest.approx(expit(logit))
+    with np.errstate(all="raise", under="ignore"):  # extreme log-odds give no warning
+        assert DecisionRule(2, 1).probability(np.array([-1e5, 1e5])).tolist() == [0, 1]
+    assert own.positive.tolist() == [False, False, True, True]  # a risk at the threshold too
     assert moved.probability == pytest.approx(expit(1 + 2 * logit))
-    assert moved.alarms.tolist() == [False, True, True, True]
-    assert moved.auroc() == raw.auroc()
+    assert moved.positive.tolist() == [False, False, True, True]
+    assert own.auroc() == moved.auroc() == 0.75
 
 
-def residual_of(rows: int, share: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw labels by ``offset + share * residual``; return them, offset and the whole logit."""
-    rng = np.random.default_rng(0)
+# ------------------------------------------------------------------ weight beside stage 1
+
+
+def added(rows, share, seed=0):
+    """Draw labels by ``offset + share * residual``; return them, offset and whole logit."""
+    rng = np.random.default_rng(seed)
     offset, residual = rng.normal(size=(2, rows))
     labels = (rng.random(rows) < expit(offset + share * residual)).astype(float)
     return labels, offset, offset + residual
 
 
-def test_the_residual_weight_is_the_smallest_within_a_standard_error_of_the_lowest_loss() -> None:
-    labels, offset, logit = residual_of(4000, share=0.5)
+def weight(labels, offset, logit):
+    """Choose the weight where each row is a patient."""
+    return fit_residual_weight(labels, offset, logit, np.arange(len(labels)))
+
+
+@pytest.mark.parametrize("patients", [4000, 60])
+def test_the_weight_is_the_smallest_within_a_standard_error_of_the_lowest_loss(patients):
+    rng = np.random.default_rng(5)
+    labels, offset, logit = added(4000, 0.5)
+    names = np.arange(4000)
+    if patients < 4000:  # of unequal numbers of rows, which are alike within a patient
+        alike = (labels - expit(offset)) * (logit - offset) + 3 * rng.normal(size=4000)
+        names[alike.argsort()] = np.sort(rng.integers(0, patients, 4000))
     risks = expit([offset + w * (logit - offset) for w in RESIDUAL_WEIGHTS])
-    losses = -np.log(np.where(labels == 1, risks, 1 - risks))
-    best = int(losses.mean(axis=1).argmin())
-    assert RESIDUAL_WEIGHTS[best] == pytest.approx(0.5, abs=0.11)
-    gaps = losses - losses[best]
-    close = gaps.mean(axis=1) <= gaps.std(axis=1, ddof=1) / np.sqrt(len(labels))
-    expected = RESIDUAL_WEIGHTS[np.flatnonzero(close)[0]]
-    assert 0 < expected < RESIDUAL_WEIGHTS[best]
-    assert fit_residual_weight(labels, offset, logit) == expected
+    losses = pd.DataFrame(-np.log(np.where(labels == 1, risks, 1 - risks)), RESIDUAL_WEIGHTS).T
+    gaps = losses.sub(losses[losses.mean().idxmin()], axis=0)
+    sums = (gaps - gaps.mean()).groupby(names).sum()
+    error = np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / 4000
+    expected = gaps.columns[gaps.mean() <= error][0]
+    assert 0 < expected < losses.mean().idxmin()
+    assert fit_residual_weight(labels, offset, logit, names) == expected
+    if patients == 4000:
+        assert error.to_numpy() == pytest.approx(gaps.sem().to_numpy())
+    else:
+        assert expected < weight(labels, offset, logit)
 
 
-def test_many_rows_leave_the_whole_of_a_sound_residual_and_few_rows_nothing() -> None:
-    assert fit_residual_weight(*residual_of(40_000, share=1.0)) >= 0.9
-    labels, offset, logit = residual_of(40_000, share=0.05)
-    few = slice(0, 200)
-    assert fit_residual_weight(labels[few], offset[few], logit[few]) == 0
+def test_more_rows_of_the_same_patients_do_not_change_the_weight():
+    changed = 0
+    for seed in range(20):
+        rows = added(120, 0.6, seed)
+        copies = [np.tile(each, 4) for each in rows]
+        assert fit_residual_weight(*copies, np.tile(np.arange(120), 4)) == weight(*rows)
+        changed += weight(*copies) > weight(*rows)  # as other patients they say more
+    assert changed > 5
 
 
-def test_a_residual_that_does_not_order_patients_better_counts_nothing() -> None:
-    rng = np.random.default_rng(1)
-    offset = rng.normal(size=2000)
-    labels = (rng.random(2000) < expit(offset)).astype(float)
-    noise = offset + rng.normal(size=2000)
-    assert fit_residual_weight(labels, offset, noise) == 0
-    assert fit_residual_weight(labels, offset, -offset) == 0
+def test_a_language_model_that_adds_nothing_has_no_weight():
+    assert weight(*added(40_000, 1.0)) >= 0.9
+    assert weight(*(each[:200] for each in added(40_000, 0.05))) == 0
+    labels, offset, _ = added(2000, 0.0)
+    noise = offset + np.random.default_rng(1).normal(size=2000)
+    for logit in (noise, -offset, offset):
+        assert weight(labels, offset, logit) == 0
     # A better loss is no better order: that is what --calibrate is for.
-    timid = labels, offset / 2, offset
     assert log_loss(labels, expit(offset)) < log_loss(labels, expit(offset / 2))
-    assert fit_residual_weight(*timid) == 0
-    assert fit_residual_weight(labels, offset, offset) == 0
+    assert weight(labels, offset / 2, offset) == 0
 
 
-def test_predictions_take_a_weight_for_all_but_stage_1s_share() -> None:
-    labels, logit, offset = np.array([0.0, 1]), np.array([1.0, 3.0]), np.array([0.5, -1.0])
-    raw = Predictions(0.5, labels, logit, np.arange(2), offset)
-    assert raw.with_residual_weight(0.25).logit == pytest.approx([0.625, 0.0])
-    assert raw.with_residual_weight(1).logit.tolist() == logit.tolist()
-
-
-@pytest.mark.parametrize(
-    ("threshold", "text"), [(0.07083, "7.1"), (0.2, "20.0"), (0.16091, "16.1"), (0.00456, "0.46")]
-)
-def test_a_threshold_has_one_decimal_and_two_digits_at_least(threshold: float, text: str) -> None:
-    assert threshold_text(threshold) == f"{text}\N{NO-BREAK SPACE}%"
+def test_the_weighted_model_never_ranks_worse_on_the_validation_part():
+    for seed in range(80):
+        labels, offset, logit = added(60, (-0.5, 0, 0.3, 1)[seed % 4], seed)
+        chosen = offset + weight(labels, offset, logit) * (logit - offset)
+        assert roc_auc_score(labels, chosen) >= roc_auc_score(labels, offset)

@@ -10,18 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from cohorts import (
-    coverage,
-    noisy,
-    plain_calibration,
-    plain_metrics,
-    plain_shares,
-    predictions,
-    repeated,
-    simulate,
-)
+from cohorts import blended, cohort, coverage, plain_metrics, plain_table, predictions, samples_of
 from medgemma_clinical.evaluation import metrics as metrics_module
-from medgemma_clinical.evaluation.baselines import blend
 from medgemma_clinical.evaluation.metrics_table import (
     Metrics,
     calibration_table,
@@ -33,62 +23,13 @@ from medgemma_clinical.evaluation.metrics_table import (
 
 ENDS = [0.025, 0.975]
 INTERVAL = ["low", "high"]
-SHARES = {"sensitivity", "specificity", "ppv", "npv", "positives"}
-CALIBRATION = {"calibration_slope", "calibration_intercept", "calibration_in_the_large"}
-CALIBRATION |= {"e_average"}
-DISCRIMINATION = {"auroc", "auprc", "accuracy", "brier", "log_loss", "brier_skill"}
+DIFFERENCE = ["difference", "difference_low", "difference_high"]
 
 
 @pytest.fixture(autouse=True)
 def draws(monkeypatch):
     """Draw 12 samples of patients: a loop over them is slow."""
     monkeypatch.setattr(metrics_module, "REPLICATES", 12)
-
-
-def cohort(rows=120, **others):
-    """Predict rows of 60 patients, in no order, by a model and by others."""
-    labels, risk, patients = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
-    table = predictions((labels, noisy(risk, 9), patients), **others)
-    return table.sample(frac=1, random_state=0, ignore_index=True)
-
-
-def blended(rows=120):
-    """Predict by a model, a baseline, two blends and the ensemble of model and better blend."""
-    _, risk, _ = simulate(np.random.default_rng(0), rows, rows_a_patient=2)
-    blends = {"blend": noisy(risk, 1, 2), "blend_with_statics": noisy(risk, 2)}
-    ensemble = blend(noisy(risk, 9), blends["blend_with_statics"])
-    return cohort(rows, last_value=noisy(risk, 3, 3), **blends, ensemble=ensemble)
-
-
-def samples_of(rows, seed, split=None):
-    """Yield all rows, then the rows of each draw, as repeated positions."""
-    yield np.arange(len(rows))
-    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
-    for weights in metrics_module.bootstrap_weights(labels, patients, seed, split):
-        yield from map(repeated, weights)
-
-
-def plain_table(rows, seed, threshold, split):
-    """Compute value and draws of each metric of each model, one sample and model at a time."""
-    parts = np.zeros(len(rows)) if split is None else split
-    first = rows.columns[3]
-    found = []
-    for sample in samples_of(rows, seed, split):
-        labels, line = rows["label"].to_numpy()[sample], {}
-        for model in rows.columns[3:]:
-            risk = rows[model].to_numpy()[sample]
-            each = [
-                plain_metrics(labels[own], risk[own])
-                for own in (parts[sample] == part for part in np.unique(parts))
-            ]
-            line |= {(model, name): np.mean([part[name] for part in each]) for name in each[0]}
-        if threshold is not None:
-            risk = rows[first].to_numpy()[sample]
-            own = plain_shares(labels, risk >= threshold) | plain_calibration(labels, risk)
-            line |= {(first, name): value for name, value in own.items()}
-        found.append(line)
-    table = pd.DataFrame(found)
-    return table.iloc[0], table.iloc[1:]
 
 
 @pytest.mark.parametrize(("threshold", "splits"), [(0.3, 1), (None, 1), (None, 2)])
@@ -98,33 +39,17 @@ def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
     found = evaluate(rows, 7, threshold, split=split)
     value, draws = plain_table(rows, 7, threshold, split)
     assert set(found.table.index) == set(value.index)
+    assert found.models == list(rows.columns[3:])
     for key, line in found.table.iterrows():
         assert line["value"] == pytest.approx(value[key], abs=1e-6)
         assert tuple(line[INTERVAL]) == pytest.approx(draws[key].quantile(ENDS), abs=1e-5)
-        minus = line["reference"], key[1]
-        assert line["reference"] == ("blend with statics" if key[0] == "ensemble" else "model")
+        minus = "blend with statics" if key[0] == "ensemble" else "model", key[1]
+        assert line["reference"] == minus[0]
         if key[0] == "model":
-            assert line[["difference", "difference_low", "difference_high"]].isna().all()
+            assert line[DIFFERENCE].isna().all()
             continue
-        assert line.difference == pytest.approx(value[key] - value[minus], abs=1e-9)
-        paired = (draws[key] - draws[minus]).quantile(ENDS)
-        assert (line.difference_low, line.difference_high) == pytest.approx(paired, abs=1e-9)
-    assert ("sd" in found.table) == (splits > 1)
-
-
-def test_names_order_and_counts():
-    rows = blended()
-    found = evaluate(rows, 0, 0.3)
-    assert found.models == list(rows.columns[3:])
-    assert set(found.of("model").index) == DISCRIMINATION | CALIBRATION | SHARES
-    assert set(found.of("blend").index) == DISCRIMINATION
-    assert list(found.metric("auroc").index) == found.models
-    assert list(found.metric("ppv").index) == ["model"]
-    patients = [rows["patient"][rows["label"] == label].nunique() for label in (0, 1)]
-    events = rows["label"].sum()
-    assert found.counts == {
-        **{"n": 120, "patients": 60, "events": events, "minority_patients": min(patients)}
-    }
+        paired = value[key] - value[minus], *(draws[key] - draws[minus]).quantile(ENDS)
+        assert tuple(line[DIFFERENCE]) == pytest.approx(paired, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +71,12 @@ def test_the_reference_is_the_first_model_or_the_one_named(reference, dropped, f
     assert found.metric("auroc").loc["ensemble", "reference"] == of_ensemble
 
 
-def test_the_sign_of_a_difference_is_row_minus_reference():
-    _, risk, _ = simulate(np.random.default_rng(0), 120, rows_a_patient=2)
-    line = evaluate(cohort(constant=np.full(120, 0.5), better=risk), 0).metric("auroc")
-    assert line.difference["constant"] == 0.5 - line.value["model"] < 0
-    assert line.difference["better"] > 0
+def test_a_difference_is_row_minus_reference_and_of_the_same_risks_exactly_zero():
+    rows = cohort(constant=np.full(120, 0.5))
+    found = evaluate(rows.assign(same=rows["model"]), 0)
+    line = found.metric("auroc").loc["constant"]
+    assert line.difference == 0.5 - found.metric("auroc").value["model"] < 0
+    assert (found.of("same")[DIFFERENCE] == 0).all(axis=None)
 
 
 def test_several_splits_have_mean_deviation_and_range():
@@ -179,6 +105,8 @@ def test_order_of_rows_names_of_patients_and_of_rows_change_nothing():
     other = evaluate(rows.assign(patient=rows["patient"].map(renamed)), 3, 0.3)
     assert other.counts == before.counts
     assert other.table["value"].to_numpy() == pytest.approx(before.table["value"].to_numpy())
+    alone = evaluate(rows.iloc[:, :4], 3).of("model")  # without threshold and other models
+    pd.testing.assert_frame_equal(before.of("model").loc[alone.index], alone)
 
 
 def test_more_rows_of_the_same_patients_do_not_narrow_an_interval():
@@ -190,19 +118,6 @@ def test_more_rows_of_the_same_patients_do_not_narrow_an_interval():
     copies = four.assign(patient=four["id"] + four["patient"])  # of other patients
     width = [each.table["high"] - each.table["low"] for each in (before, evaluate(copies, 3, 0.3))]
     assert (width[1] / width[0]).median() == pytest.approx(0.5, abs=0.15)
-
-
-def test_other_models_and_the_threshold_do_not_change_a_models_metrics():
-    rows = blended()
-    whole, alone = evaluate(rows, 3, 0.3), evaluate(rows.iloc[:, :4], 3)
-    own = whole.of("model").loc[alone.of("model").index]
-    pd.testing.assert_frame_equal(own, alone.of("model"))
-
-
-def test_a_model_with_the_same_risks_has_a_difference_of_exactly_zero():
-    rows = cohort()
-    same = evaluate(rows.assign(same=rows["model"]), 0).of("same")
-    assert (same[["difference", "difference_low", "difference_high"]] == 0).all(axis=None)
 
 
 # ------------------------------------------------------------------ edges
@@ -239,23 +154,24 @@ def test_undefined_draws_are_left_out_and_too_many_leave_no_interval():
     assert with_interval(value * np.nan, drawn).isna().all(axis=None)
 
 
-def test_json_holds_the_whole_table_and_null_where_undefined():
+def test_json_holds_counts_the_model_and_the_others_and_null_where_undefined():
     labels = np.repeat([0.0, 1.0], 20)  # separated: no slope
-    rows = predictions((labels, np.linspace(0.1, 0.9, 40), np.arange(40).astype(str)))
+    rows = predictions((labels, np.linspace(0.1, 0.9, 40), (np.arange(40) // 2).astype(str)))
     found = evaluate(rows.assign(other=0.5), 0, 0.95)
     content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    counts = {"n": 40, "patients": 20, "events": 20, "minority_patients": 10}
+    assert found.counts == {name: content.pop(name) for name in counts} == counts
+    assert content.pop("model") == "model"
+    other = content.pop("models").pop("other")
+    assert other.pop("reference") == "model"
+    assert set(other) == {"auroc", "auprc", "accuracy", "brier", "log_loss", "brier_skill"}
+    assert set(content) - set(other) == {
+        *("sensitivity", "specificity", "ppv", "npv", "positives", "e_average"),
+        *("calibration_slope", "calibration_intercept", "calibration_in_the_large"),
+    }
     assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
-    assert set(content) == {
-        *("n", "patients", "events", "minority_patients", "model", "models"),
-        *(DISCRIMINATION | CALIBRATION | SHARES),
-    }
-    assert (content["n"], content["model"]) == (40, "model")
-    other = content["models"]["other"]
-    assert other["reference"] == "model"
+    assert set(other["auroc"]) == {"value", *INTERVAL, *DIFFERENCE}
     assert other["auroc"]["difference"] == -0.5
-    assert set(other["auroc"]) == {
-        *("value", "low", "high", "difference", "difference_low", "difference_high")
-    }
 
 
 @pytest.mark.parametrize("splits", [None, 3])
@@ -301,16 +217,10 @@ def test_subgroups_have_counts_mean_risk_and_the_auroc_of_their_draws():
             assert minority < 10
             assert line[["auroc", "auroc_low", "auroc_high"]].isna().all()
             continue
-        value, *draws = [
-            roc_auc_score(
-                rows["label"][sample[inside[sample]]], rows["model"][sample[inside[sample]]]
-            )
-            for sample in samples_of(rows, 0)
-        ]
+        samples = [rows.iloc[sample[inside[sample]]] for sample in samples_of(rows, 0)]
+        value, *draws = [roc_auc_score(own["label"], own["model"]) for own in samples]
         assert line.auroc == pytest.approx(value)
         assert (line.auroc_low, line.auroc_high) == pytest.approx(np.quantile(draws, ENDS))
-    few = subgroup_table(rows, "model", pd.DataFrame({"size": size}), 0).iloc[:1]
-    assert few["auroc"].isna().all()
 
 
 @pytest.mark.parametrize(("patients", "shown"), [(9, False), (10, True)])

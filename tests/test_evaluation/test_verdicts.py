@@ -1,0 +1,109 @@
+"""Verdicts and sentences: only an interval that excludes a limit decides; what is left out."""
+
+import numpy as np
+import pytest
+
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
+from medgemma_clinical.evaluation.verdicts import (
+    BETTER,
+    NO_VALUE,
+    TOO_FEW,
+    UNDECIDED,
+    WORSE,
+    best_baseline,
+    interval_text,
+    percent,
+    sentences,
+    verdict,
+)
+
+EDGES = [
+    ((0.001, 0.2), BETTER),
+    ((0.0, 0.2), UNDECIDED),
+    ((-0.2, 0.2), UNDECIDED),
+    ((-0.2, 0.0), UNDECIDED),
+    ((-0.2, -0.001), WORSE),
+    ((0.0, 0.0), UNDECIDED),
+    ((np.nan, np.nan), TOO_FEW),
+]
+CALIBRATION = {"calibration_slope": 0.873, "calibration_in_the_large": -0.117, "e_average": 0.029}
+
+
+def around(value, **more):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, **more}
+
+
+def result(auroc, others=None, minority=50, calibrated=True):
+    """Make the metrics of a model and of ``others``: AUROC and ends of the difference by name."""
+    own = {"auroc": {"value": 0.7, "low": auroc[0], "high": auroc[1]}}
+    if calibrated:
+        own |= {name: around(value) for name, value in CALIBRATION.items()}
+    models = {}
+    for name, (value, (low, high)) in (others or {}).items():
+        ends = {"difference": (low + high) / 2, "difference_low": low, "difference_high": high}
+        reference = "blend" if name == ENSEMBLE else "model"
+        models[name] = {"reference": reference, "auroc": around(value, **ends)}
+    counts = {"n": 1234, "patients": 567, "events": 89, "minority_patients": minority}
+    return Metrics.from_json({**counts, "model": "model", **own, "models": models})
+
+
+@pytest.mark.parametrize(("ends", "level"), EDGES)
+def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
+    assert verdict(*ends, 0, 50) == level
+    assert verdict(*ends, 0, MINORITY_PATIENTS) == level
+    assert verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
+    others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
+    found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others))
+    assert [finding.verdict for finding in found] == [level, level, None, level]
+    found = sentences(result((0.8, 0.9), others, minority=9))
+    assert [finding.verdict for finding in found] == [TOO_FEW, TOO_FEW, None, TOO_FEW]
+
+
+def test_a_sentence_is_left_out_where_its_rows_are_missing():
+    stages = dict.fromkeys(STAGE_NAMES.values(), (0.9, (0.1, 0.2)))
+    assert len(sentences(result((0.6, 0.8), calibrated=False))) == 1
+    assert len(sentences(result((0.6, 0.8), stages))) == 2
+    assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 3
+
+
+def test_sentences_name_the_models_and_their_numbers():
+    others = {"last value": (0.651, (-0.2, -0.1)), "blend": (0.712, (-0.033, 0.044))}
+    others |= {ENSEMBLE: (0.755, (0.011, 0.066))}
+    ranking, baseline, calibration, ensemble = map(str, sentences(result((0.612, 0.788), others)))
+    for number in ("0.700", "0.612", "0.788", "1,234", "567", "89"):
+        assert number in ranking
+    for word in ("blend", "0.712", "-0.033", "+0.044", UNDECIDED.symbol):
+        assert word in baseline
+    assert "last value" not in baseline
+    for number in ("0.87", "-0.12", "0.029"):
+        assert number in calibration
+    for word in ("blend", "0.755", "+0.011", "+0.066", BETTER.symbol):
+        assert word in ensemble
+    assert " 7 " in sentences(result((0.6, 0.8), minority=7))[0].text
+    plain, perfect = (sentences(result(ends))[0] for ends in ((0.99, 1.0), (1.0, 1.0)))
+    assert len(perfect.text) > len(plain.text), "a perfect ranking is remarked"
+
+
+def test_the_best_baseline_is_neither_a_stage_nor_the_ensemble_nor_undefined():
+    others = dict.fromkeys((*STAGE_NAMES.values(), ENSEMBLE), (0.9, (0, 0)))
+    assert best_baseline(result((0.6, 0.8), others)) is None
+    others |= {"blend": (0.6, (0, 0)), "last value": (0.65, (0, 0)), "odd": (np.nan, (0, 0))}
+    assert best_baseline(result((0.6, 0.8), others)) == "last value"
+
+
+def test_numbers_are_written_with_their_interval_or_a_dash():
+    assert interval_text(0.7042, 0.6317, 0.77).split() == ["0.704", "[0.632,", "0.770]"]
+    scaled = interval_text(0.7042, 0.6317, 0.77, "+.1f", 100).split()
+    assert scaled == ["+70.4", "[+63.2,", "+77.0]"]
+    assert interval_text(0.7, np.nan, np.nan).split() == ["0.700", f"[{NO_VALUE}]"]
+    assert interval_text(np.nan, 0.1, 0.2) == NO_VALUE
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.07083, "7.1"), (0.2, "20.0"), (0.00456, "0.46"), (0.01, "1.0"), (0, "0.0"), (1, "100.0")],
+)
+def test_a_percentage_has_one_decimal_and_two_digits_at_least(share, text):
+    assert percent(share).split() == [text, "%"]
+    assert percent(np.nan) == NO_VALUE
