@@ -96,10 +96,11 @@ def report_metrics(
 
     behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
     known = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
+    known = known.where(known.notna(), None)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
         "abnormal_values": int(abnormal.sum()),
         "invented": int(invented.sum()),
-        **known.where(known.notna(), None).to_dict("index"),
+        **{str(name): share for name, share in known.to_dict("index").items()},
     }

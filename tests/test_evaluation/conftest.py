@@ -1,17 +1,13 @@
-"""Shared by the tests of figures and pages."""
-
-from __future__ import annotations
-
-from collections.abc import Iterator
+"""Shared by the tests of metrics and pages."""
 
 import pytest
 
-from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation import metrics
 
 
 @pytest.fixture(scope="module")
-def few_draws() -> Iterator[None]:
+def few_draws():
     """Draw 200 bootstrap samples in place of 1,000."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bootstrap, "REPLICATES", 200)
+        patch.setattr(metrics, "REPLICATES", 200)
         yield
