@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from dataset_format import Description, MIMICtrajectoryDataset
-from language_models import patients
 from medgemma_clinical.data.reports.review import ReportReview
 from medgemma_clinical.data.reports.score import ReportScore
 from medgemma_clinical.evaluation.decision import Predictions
@@ -25,7 +24,9 @@ def scored(dataset, texts=None, first=0):
 
 
 def test_each_report_is_compared_with_its_patient():
-    dataset = patients()
+    series = [[f"{8 + k + n * n} ({5 * n}h)" for n in range(1 + k % 5)] for k in range(16)]
+    names = [f"patient {k}" for k in range(16)]
+    dataset = dataset_of([" -> ".join(each) for each in series], subject_id=names)
     lines, metrics = scored(dataset, first=3)
     for line, i in zip(json.loads(json.dumps(lines)), range(15, 2, -1), strict=True):
         text = dataset.report(i)
