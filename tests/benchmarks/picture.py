@@ -1,7 +1,7 @@
 """Take the picture of a page for the README, in a headless Chromium.
 
 Usage:
-    python medgemma_trainer.py --trajectory_only --min_cell 0 --output_dir runs \\
+    python medgemma_trainer.py --trajectory_only --output_dir runs \\
         --data_path tests/data/physionet2012_bicarbonate.csv
     python tests/benchmarks/picture.py --page runs/trajectory/report.html --out .images/report.png
 
