@@ -1,39 +1,87 @@
-"""What the tests of pages share: content, a page of it, and its tags."""
-
-from __future__ import annotations
+"""What the tests of pages share: predictions, the content of a report, and a page's tags."""
 
 import base64
 from html.parser import HTMLParser
-from pathlib import Path
-from typing import Any
 
-from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
+import numpy as np
+import pandas as pd
+from scipy.special import expit
 
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
+from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.evaluation.tables import case_mix_table, split_table
 
 OUTCOME = "Death <b>& $x$ decay"
 """What a user writes stays text."""
 
+MODEL, THRESHOLD = STAGE_NAMES["trajectory"], 0.3
 
-def make_content(**more: Any) -> ReportContent:
+
+def make_rows(n=400, *, baselines=True, seed=0, slope=1.0, rows_a_patient=1):
+    """Draw predictions whose log-odds are ``slope`` times the true ones, beside worse baselines."""
+    rng = np.random.default_rng(seed)
+    odds = rng.normal(-1, 1.2, n)
+    rows = pd.DataFrame({"id": np.arange(n), "label": (rng.random(n) < expit(odds)).astype(int)})
+    rows["id"] = "MARKER-row-" + rows["id"].astype(str)
+    rows["patient"] = np.char.add("MARKER-patient-", (np.arange(n) // rows_a_patient).astype(str))
+    rows[MODEL] = expit(slope * odds)
+    if baselines:
+        for name in ("last value", "blend"):
+            rows[name] = expit(odds + rng.normal(size=n))
+        rows[ENSEMBLE] = blend(rows[MODEL].to_numpy(), rows["blend"].to_numpy())
+    return rows
+
+
+def make_bands(n):
+    """The first 15 rows are a small subgroup."""
+    size = np.where(np.arange(n) < 15, "few", "many")
+    return pd.DataFrame({"size": pd.Categorical(size, ["few", "many", "none"], ordered=True)})
+
+
+def make_content(n=400, **more):
+    """The content of a report on n rows with every section."""
     history = [
         {"epoch": k, "train_loss": 1 / k, "val_loss": 1.1 / k, "val_auroc": 0.6, "improved": k < 3}
         for k in range(1, 6)
     ]
-    parts = {"question": {"Outcome": OUTCOME}, "data": {}, "card": {"Seed": "0"}}
-    return ReportContent("A model", OUTCOME, **{**parts, "history": history, **more})
+    labels, groups = np.tile([0.0, 0, 0, 1], 50), np.arange(200)
+    split = {"train": groups[:100], "val": groups[100:120], "test": groups[120:]}
+    share = {"value": 0.9, "low": 0.8, "high": 0.95}
+    shares = ("parse_share", "true_number_share", "abnormal_named_share")
+    shares += ("abnormal_nameable_share", "right_trend_share", "inventing_share")
+    mix = {
+        "rows": 200.0,
+        "patients": 200.0,
+        "prevalence": 0.25,
+        "women": 0.5,
+        "sex_patients": 200.0,
+    }
+    mix |= {"age_patients": 200.0, "age_q1": 40.0, "age_median": 50.0, "age_q3": 60.0}
+    parts = {
+        "question": {"Outcome": OUTCOME},
+        "data": {"Source": "file.csv"},
+        "card": {"Model": "ODE-RNN", "SHA-256 of the data": "c0ffee"},
+        "threshold": THRESHOLD,
+        "seed": 0,
+        "bands": make_bands(n),
+        "flow": pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]}),
+        "split": split_table(labels, groups, split),
+        "history": history,
+        "reports": {"reports": 80, "numbers_stated": 400, "abnormal_values": 30, "invented": 2}
+        | dict.fromkeys(shares, share),
+        "case_mix": case_mix_table(mix, {**mix, "rows": 80.0, "patients": 80.0}),
+        "unshown": ["Stage 2 is not shown: other data."],
+    }
+    return ReportContent("A model", OUTCOME, **{**parts, **more})
 
 
-def write_page(
-    cohort: Cohort,
-    folder: Path,
-    content: ReportContent | None = None,
-    fewest: int = 0,
-    **options: Any,
-) -> str:
-    path = folder / "report.html"
-    figures = cohort_figures(cohort, 0.3, 0, fewest)
-    write_report(path, cohort, figures, content or make_content(), **options)
+def write_page(root, rows=None, content=None, **options):
+    """Write a report of some rows and return its source."""
+    rows = make_rows() if rows is None else rows
+    path = root / "report.html"
+    metrics = evaluate(rows, 0, THRESHOLD)
+    write_report(path, rows, metrics, content or make_content(len(rows)), **options)
     return path.read_text(encoding="utf-8")
 
 
@@ -42,38 +90,35 @@ class Page(HTMLParser):
 
     VOID = ("meta", "link", "br", "img", "hr")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text):
         super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
+        self.open, self.tags, self.words = [], [], []
         self.feed(text)
         self.close()
 
     @property
-    def text(self) -> str:
+    def text(self):
         return " ".join(" ".join(self.words).split())
 
-    def images(self) -> list[tuple[str, str]]:
-        """Return the alternative text and the SVG source of each picture."""
-        found = [attributes for tag, attributes in self.tags if tag == "img"]
+    def images(self):
+        """Return the alternative text and the SVG source of each figure."""
         prefix = "data:image/svg+xml;base64,"
-        sources = [each["src"] or "" for each in found]
-        assert all(source.startswith(prefix) for source in sources)
-        decoded = [base64.b64decode(source.removeprefix(prefix)).decode() for source in sources]
-        return list(zip([each["alt"] or "" for each in found], decoded, strict=True))
+        found = [attributes for tag, attributes in self.tags if tag == "img"]
+        assert all(each["src"].startswith(prefix) for each in found)
+        decoded = [base64.b64decode(each["src"].removeprefix(prefix)).decode() for each in found]
+        return [(each["alt"], svg) for each, svg in zip(found, decoded, strict=True)]
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         if "style" not in self.open:
             self.words.append(data)

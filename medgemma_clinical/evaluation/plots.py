@@ -7,20 +7,16 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
-from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.verdicts import (
@@ -28,7 +24,6 @@ from medgemma_clinical.evaluation.verdicts import (
     TOO_FEW,
     UNDECIDED,
     WORSE,
-    Verdict,
     difference_verdict,
 )
 
@@ -49,7 +44,6 @@ STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "lines.markersize": 3,
-    "pdf.fonttype": 42,  # text that a journal can edit
     "svg.fonttype": "none",
     "svg.hashsalt": "medgemma",  # the same figure has the same bytes
     "text.color": INK,
@@ -76,12 +70,16 @@ Plot = tuple[Figure, str]
 """A figure and its text alternative."""
 
 
-@dataclass(frozen=True)
-class Image:
-    """A figure on a page: ``source`` is a data URI, ``alt`` its text alternative."""
+class Image(NamedTuple):
+    """A figure as SVG, and its text alternative."""
 
-    source: str
+    svg: bytes
     alt: str
+
+    @property
+    def source(self) -> str:
+        """The image as a page holds it inside itself."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
 @contextlib.contextmanager
@@ -103,17 +101,10 @@ def new_figure(
 
 
 def to_image(figure: Figure, alt: str) -> Image:
-    """Turn a figure into an SVG image that a page holds inside itself."""
+    """Turn a figure into an SVG image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    content = base64.b64encode(buffer.getvalue()).decode()
-    return Image(f"data:image/svg+xml;base64,{content}", alt)
-
-
-def write_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as ``PATH.svg`` and ``PATH.pdf``."""
-    for ending, date in (("svg", "Date"), ("pdf", "CreationDate")):
-        figure.savefig(path.with_suffix(f".{ending}"), metadata={date: None})
+    return Image(buffer.getvalue(), alt)
 
 
 def _add_legend(figure: Figure) -> None:
@@ -124,13 +115,13 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=3)
 
 
-def plot_roc(labels: Array, risks: Sequence[Array], point: Sequence[float] | None) -> Plot:
-    """Plot the ROC curves of the model and the best baseline; the point is the threshold's."""
+def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) -> Plot:
+    """Plot the ROC curves of model and best baseline, and the threshold's point if it is known."""
     figure, (axes,) = new_figure()
     for risk, line in zip(risks, LINES, strict=False):
         RocCurveDisplay.from_predictions(labels, risk, ax=axes).line_.set(**line)
     axes.plot([0, 1], [0, 1], label="chance", **DOTTED)
-    if point is not None:
+    if not np.isnan(point).any():
         axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="threshold")
     axes.set(xlabel="1 \N{MINUS SIGN} specificity", ylabel="sensitivity")
     _add_legend(figure)
@@ -155,7 +146,7 @@ def plot_calibration(table: pd.DataFrame, risk: Array) -> Plot:
     """Plot a ``calibration_table`` above a histogram of the risks."""
     figure, (axes, below) = new_figure((4, 1))
     percent = 100 * table
-    top = min(100.0, 1.05 * np.nanmax(percent[["predicted", "observed", "high"]]))
+    top = min(100.0, 1.05 * np.nanmax([*percent["observed"], *percent["high"], 100 * risk.max()]))
     axes.plot([0, 100], [0, 100], label="ideal", **DOTTED)
     axes.vlines(percent["predicted"], percent["low"], percent["high"], color=MODEL)
     look: dict[str, Any] = {"color": MODEL, "linewidth": 1, "markersize": 5}
@@ -165,16 +156,13 @@ def plot_calibration(table: pd.DataFrame, risk: Array) -> Plot:
     below.set(xlabel="predicted risk, %", ylabel="rows")
     below.set_yticks([])
     _add_legend(figure)
-    return figure, (
-        f"Calibration curve: share of events over the mean predicted risk in {len(table)} bins of "
-        "equal size; below it, a histogram of the risks."
-    )
+    return figure, "Calibration curve: share of events over the predicted risk, and a histogram."
 
 
 def plot_risks(labels: Array, risk: Array) -> Plot:
     """Plot the distribution of the risks of the events above that of the non-events."""
     figure, panels = new_figure((1, 1))
-    bins = np.linspace(0, min(100.0, 105 * risk.max()), 41).tolist()
+    bins = np.linspace(0, min(100.0, 102 * risk.max()), 41).tolist()
     classes = ((1, "events", OTHER), (0, "non-events", MODEL))
     for axes, (label, name, colour) in zip(panels, classes, strict=True):
         own = 100 * risk[labels == label]
@@ -182,11 +170,7 @@ def plot_risks(labels: Array, risk: Array) -> Plot:
         axes.axvline(float(np.median(own)), **DOTTED)
         axes.set_ylabel(f"% of {name}")
     panels[-1].set_xlabel("predicted risk, % (dotted: median)")
-    event, other = (100 * np.median(risk[labels == label]) for label in (1, 0))
-    return figure, (
-        f"Distribution of the predicted risks: the median is {event:.2g} % of rows with the event, "
-        f"{other:.2g} % of rows without."
-    )
+    return figure, "Histograms of the predicted risks of events and of non-events."
 
 
 def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> Plot:
@@ -201,11 +185,7 @@ def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> Plot:
     top = 1.1 * max(table["treat_all"].max(), table["high"].max())
     axes.set(xlabel="threshold risk, %", ylabel="net benefit", ylim=(-0.25 * top, top))
     _add_legend(figure)
-    above = (table[models[0]] > table["treat_all"].clip(lower=0) + 1e-12).sum()
-    return figure, (
-        f"Decision curve: the model lies above treat all and treat none at {above} of {len(table)} "
-        "threshold risks."
-    )
+    return figure, "Decision curve: net benefit over the threshold risk."
 
 
 def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
@@ -231,33 +211,29 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
 
 def plot_forest(metrics: Metrics) -> Plot:
     """Plot the difference of each model's AUROC to that of its reference."""
-    reference, *others = metrics.models
-    auroc, minority = metrics.metric("auroc"), metrics.counts["minority_patients"]
+    reference, *names = metrics.models
+    others = metrics.metric("auroc").loc[names]
+    minority = metrics.counts["minority_patients"]
+    verdicts = [difference_verdict(row, minority) for _, row in others.iterrows()]
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(metrics.models) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
     axes.plot([0], [0], "s", color=INK, markersize=4)
-    looks: dict[Verdict, dict[str, Any]] = {}
-    for position, model in enumerate(others, start=1):
-        row = metrics.row(model, "auroc")
-        verdict = difference_verdict(row, minority)
-        marker, colour = MARKS[verdict]
-        looks[verdict] = {"marker": marker, "color": colour, "linestyle": "none", "markersize": 6}
-        axes.hlines(position, row.difference_low, row.difference_high, color=colour)
-        axes.plot([row.difference], [position], **looks[verdict])
-    widest = np.nanmax([MIN_DIFFERENCE, *auroc.filter(like="difference").abs().max()])
-    names = [f"{reference}, reference", *others]
-    if ENSEMBLE in others:
-        names[names.index(ENSEMBLE)] = (
-            f"{ENSEMBLE} minus {metrics.row(ENSEMBLE, 'auroc').reference}"
-        )
-    axes.set_yticks(range(len(names)), names)
-    axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) - 0.5, -0.5))
+    for verdict, (marker, colour) in MARKS.items():
+        own = np.array([each == verdict for each in verdicts], dtype=bool)
+        value, low, high = others[own].filter(like="difference").to_numpy(float).T
+        look: dict[str, Any] = {"color": colour, "label": verdict.words, "markersize": 6}
+        if own.any():
+            at = 1 + np.flatnonzero(own)
+            axes.errorbar(value, at, xerr=[value - low, high - value], fmt=marker, **look)
+    widest = np.nanmax([MIN_DIFFERENCE, *others.filter(like="difference").abs().max()])
+    texts = [
+        name if beside == reference else f"{name} minus {beside}"
+        for name, beside in zip(names, others["reference"], strict=True)
+    ]
+    axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
+    axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
     axes.set_xlabel("AUROC minus that of the reference [95 %]")
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
-    if looks:
-        marks = [Line2D([], [], label=verdict.words, **look) for verdict, look in looks.items()]
-        figure.legend(handles=marks, loc="outside upper left", ncols=2)
-    return figure, (
-        f"Forest plot: AUROC of each model minus that of {reference}, with intervals; the table "
-        "below holds the numbers."
-    )
+    if names:
+        _add_legend(figure)
+    return figure, f"Forest plot: AUROC of each model minus that of {reference}, with intervals."

@@ -80,33 +80,24 @@ def write_report(
     list_patients: bool = False,
     folder: Path | None = None,
 ) -> None:
-    """Write a report.
+    """Write a report on predictions and their metrics, counts below ``min_cell`` hidden.
 
-    Args:
-        path: path of the page.
-        rows: predictions of the judged rows.
-        metrics: metrics of these rows.
-        content: what the page says beside them.
-        min_cell: hide what tells a count of fewer patients; 0 hides nothing.
-        list_patients: name the rows with the largest errors.
-        folder: also write each figure and each table below ``folder/figures``.
+    ``list_patients`` names the rows with the largest errors. With a ``folder`` each figure and each
+    table is also a file in ``folder/figures``.
     """
     few = metrics.counts["minority_patients"] < min_cell
-    shown = metrics
-    if min_cell:
-        shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
-    numbers = _counts(content, min_cell, few)
-    drawn: dict[str, plots.Plot] = {}
+    shown = Metrics.from_json(suppress(metrics.to_json(), min_cell)) if min_cell else metrics
+    reports = suppress_reports(dict(content.reports or {}), min_cell)
+    numbers, drawn = _counts(content, min_cell, few), dict[str, plots.Plot]()
     with plots.plot_style():
         if not few:
             numbers |= _numbers(rows, shown, content, min_cell)
-            drawn = _draw(rows, shown, numbers)
+            drawn |= _draw(rows, shown, numbers)
         if content.history:
             drawn["learning_curve"] = plots.plot_learning(content.history)
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
         if folder is not None:
-            _write_files(folder / "figures", drawn, numbers)
-    reports = suppress_reports(dict(content.reports or {}), min_cell)
+            _write_files(folder / "figures", drawn, images, numbers)
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     page = render(
         "report",
@@ -121,11 +112,11 @@ def write_report(
         numbers=numbers,
         images=images,
         written=tables.written_table(reports),
+        errors=_largest_errors(rows, metrics.models[0]) if list_patients else None,
         best=best_baseline(metrics),
         tables=tables,
         threshold=percent(content.threshold),
         models={name: MEANINGS[name] for name in metrics.models if name in MEANINGS},
-        errors=_largest_errors(rows, metrics.models[0]) if list_patients else None,
         intervals=INTERVALS,
     )
     write_text(path, page)
@@ -140,7 +131,7 @@ def _counts(content: ReportContent, min_cell: int, few: bool) -> dict[str, pd.Da
     if content.flow is not None:
         known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if content.case_mix is not None:
-        mixes: list[Any] = [mix.dropna().to_dict() for _, mix in content.case_mix.items()]
+        mixes = [dict(mix.dropna()) for _, mix in content.case_mix.items()]
         known["case_mix"] = tables.case_mix_cells(
             *(suppress_case_mix(mix, min_cell, hide_events=few) for mix in mixes)
         )
@@ -152,25 +143,27 @@ def _numbers(
 ) -> dict[str, pd.DataFrame]:
     """Return the tables of metrics and curves, small counts hidden."""
     model, seed = shown.models[0], content.seed
-    names = [model, *filter(None, [best_baseline(shown)])]
-    known = {
+    groups = subgroup_table(rows, model, content.bands, seed)
+    groups["prevalence"] = groups["events"] / groups["n"]
+    return {
         "metrics": shown.table.reset_index(),
         "models": tables.model_cells(shown),
         "calibration": calibration_table(rows, model, seed),
-        "decision_curve": decision_curve(rows, names, seed).reset_index(),
+        "decision_curve": decision_curve(rows, _compared(shown), seed).reset_index(),
+        "subgroups": suppress_table(groups, min_cell, by="group"),
     }
-    if not content.bands.empty:
-        groups = subgroup_table(rows, model, content.bands, seed)
-        groups["prevalence"] = groups["events"] / groups["n"]
-        known["subgroups"] = suppress_table(groups, min_cell, by="group")
-    return known
+
+
+def _compared(metrics: Metrics) -> list[str]:
+    """Return the models of the curves: the first, and the best baseline where there is one."""
+    return [metrics.models[0], *filter(None, [best_baseline(metrics)])]
 
 
 def _draw(
     rows: pd.DataFrame, shown: Metrics, numbers: dict[str, pd.DataFrame]
 ) -> dict[str, plots.Plot]:
-    """Draw the model's figures, beside the best baseline where there is one."""
-    names = [shown.models[0], *filter(None, [best_baseline(shown)])]
+    """Draw the figures of the model."""
+    names = _compared(shown)
     labels, risks = rows["label"].to_numpy(float), [rows[name].to_numpy(float) for name in names]
     value = shown.of(names[0])["value"]
     point = 1 - value["specificity"], value["sensitivity"]
@@ -185,13 +178,17 @@ def _draw(
 
 
 def _write_files(
-    folder: Path, drawn: Mapping[str, plots.Plot], numbers: Mapping[str, pd.DataFrame]
+    folder: Path,
+    drawn: Mapping[str, plots.Plot],
+    images: Mapping[str, plots.Image],
+    numbers: Mapping[str, pd.DataFrame],
 ) -> None:
     """Write each figure as SVG and PDF, each table as CSV."""
     with atomic(folder) as temporary:
         temporary.mkdir()
         for name, (figure, _) in drawn.items():
-            plots.write_figure(figure, temporary / name)
+            (temporary / f"{name}.svg").write_bytes(images[name].svg)
+            figure.savefig(temporary / f"{name}.pdf", metadata={"CreationDate": None})
         for name, table in numbers.items():
             table.to_csv(temporary / f"{name}.csv", index=False)
 
@@ -224,17 +221,9 @@ def write_comparison(
 ) -> None:
     """Write the page of several models side by side.
 
-    Args:
-        path: path of the page.
-        metrics: metrics of all models.
-        title: title of the page.
-        sentences: the result in words.
-        warnings: what is said before it.
-        card: how the comparison was made.
-        models: what the models are, by name.
-        notice: a banner.
-        cost: see ``model_table``.
-        splits: metrics of each split as text.
+    ``warnings`` and ``sentences`` stand first; ``models`` says what the models are, by name,
+    ``card`` how they were compared; ``cost`` is that of ``model_table``; ``splits`` has a line of
+    text a split.
     """
     with plots.plot_style():
         image = plots.to_image(*plots.plot_forest(metrics))

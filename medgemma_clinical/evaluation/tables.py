@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients, minority_patients
-from medgemma_clinical.evaluation.baselines import ENSEMBLE
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.metrics_table import Metrics, count
 from medgemma_clinical.evaluation.verdicts import (
     NO_VALUE,
     difference_text,
@@ -23,24 +21,12 @@ from medgemma_clinical.evaluation.verdicts import (
 from medgemma_clinical.evaluation.written_reports import WRITTEN
 
 METRICS = {
-    "auroc": (
-        "AUROC",
-        ".3f",
-        "how often an event has a higher risk than a non-event; 0.5 is chance",
-    ),
+    "auroc": ("AUROC", ".3f", "how often an event ranks above a non-event; 0.5 is chance"),
     "auprc": ("AUPRC", ".3f", "mean precision over recall; the prevalence is chance"),
     "accuracy": ("Accuracy at 0.5", ".3f", "share of rows on the right side of a risk of 50 %"),
     "calibration_slope": ("Slope", ".2f", "below 1 the risks are too extreme; 1 is ideal"),
-    "calibration_in_the_large": (
-        "In the large",
-        "+.2f",
-        "below 0 the risks are too high; 0 is ideal",
-    ),
-    "e_average": (
-        "E-average",
-        ".3f",
-        "mean distance of the risks from calibrated ones; 0 is ideal",
-    ),
+    "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
+    "e_average": ("E-average", ".3f", "mean distance from calibrated risks; 0 is ideal"),
     "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),
     "calibration_intercept": ("Intercept", "+.2f", "log-odds of the event at a risk of 50 %"),
     "brier": ("Brier score", ".4f", "mean squared distance of risk and outcome"),
@@ -72,26 +58,25 @@ PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return ``model_table`` with its verdicts as such, which a page draws as marks."""
-    lines = []
-    for model in metrics.models:
-        auroc = metrics.row(model, "auroc")
-        line: dict[str, Any] = {"Model": model, "AUROC [95 %]": value_text(auroc)}
-        if "sd" in auroc:
-            line["SD over splits"] = _number(auroc["sd"], ".3f")
+    reference, lines = metrics.models[0], []
+    for model, row in metrics.metric("auroc").iterrows():
+        line: dict[str, Any] = {"Model": model, "AUROC [95 %]": value_text(row)}
+        if "sd" in row:
+            line["SD over splits"] = f"{row['sd']:.3f}"
         line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
-        if model != metrics.models[0]:
-            beside = f" to {auroc.reference}" if model == ENSEMBLE else ""
-            line["Minus reference [95 %]"] = difference_text(auroc) + beside
-            line["Verdict"] = difference_verdict(auroc, metrics.counts["minority_patients"])
-        if cost is not None:
-            for name in (name for name in COST if name in cost):
-                title, form = COST[name]
-                value: Any = cost[name].get(model)
-                line[title] = "" if pd.isna(value) else f"{value:{form}}"
-        line["AUPRC"] = _number(metrics.row(model, "auprc").value, ".3f")
-        line["Brier"] = _number(metrics.row(model, "brier").value, ".4f")
+        if model != reference:
+            beside = "" if row["reference"] == reference else f" to {row['reference']}"
+            line["Minus reference [95 %]"] = difference_text(row) + beside
+            line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
         lines.append(line)
-    return pd.DataFrame(lines)
+    table = pd.DataFrame(lines)
+    known = (cost if cost is not None else pd.DataFrame()).reindex(metrics.models)
+    for name, (title, form) in COST.items():
+        if name in known and known[name].notna().any():
+            table[title] = _texts(known[name].astype(float), form, "")
+    for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
+        table[title] = _texts(metrics.metric(name)["value"], form, NO_VALUE)
+    return table
 
 
 def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -99,19 +84,17 @@ def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     return model_cells(metrics, cost).map(str)
 
 
-def _number(value: float, form: str) -> str:
-    return NO_VALUE if pd.isna(value) else f"{value:{form}}"
+def _texts(values: Iterable[float], form: str, unknown: str) -> list[str]:
+    return [unknown if pd.isna(value) else f"{value:{form}}" for value in values]
 
 
 def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
     """Return metrics of the first model as text, with their meanings."""
     lines = []
-    for name in names:
-        title, form, meaning = METRICS[name]
+    for name, row in metrics.of(metrics.models[0]).loc[[*names]].iterrows():
+        title, form, meaning = METRICS[str(name)]
         scale = 100 if title.endswith("(%)") else 1
-        lines.append(
-            (title, value_text(metrics.row(metrics.models[0], name), form, scale), meaning)
-        )
+        lines.append((title, value_text(row, form, scale), meaning))
     return pd.DataFrame(lines, columns=["Metric", "Value [95 %]", "Meaning"])
 
 
@@ -142,18 +125,12 @@ def _count(count: int | str) -> str:
 def split_table(
     labels: NDArray[Any], groups: NDArray[Any], split: Mapping[str, NDArray[Any]]
 ) -> pd.DataFrame:
-    """Return the counts of each part, as numbers."""
+    """Return part, rows, patients, events and minority_patients of each part, as numbers."""
     lines = [
-        {
-            "part": PARTS.get(part, part),
-            "rows": len(rows),
-            "patients": count_patients(groups, rows),
-            "events": int(labels[rows].sum()),
-            "minority_patients": minority_patients(labels[rows], groups[rows]),
-        }
+        {"part": PARTS.get(part, part), **count(labels[rows], groups[rows])}
         for part, rows in split.items()
     ]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines).rename(columns={"n": "rows"})
 
 
 def case_mix_table(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
@@ -188,15 +165,12 @@ def written_table(reports: Mapping[str, Any] | None) -> pd.DataFrame | None:
     """Return the metrics of written reports as text, with their meanings; None without any."""
     if not reports:
         return None
-    known = {name: x for name, x in reports.items() if name in WRITTEN}
-    if not known["abnormal_values"]:
-        known = {name: x for name, x in known.items() if not name.startswith("abnormal")}
     lines = [
-        (title, _share_text(known[name]) if "share" in name else _count(known[name]), meaning)
-        for name, (title, meaning) in WRITTEN.items()
-        if name in known
+        (title, _share_text(known) if isinstance(known, dict) else _count(known), meaning)
+        for (title, meaning), known in ((WRITTEN[name], reports[name]) for name in WRITTEN)
     ]
-    return pd.DataFrame(lines, columns=["Metric", "Value [95 %]", "Meaning"])
+    table = pd.DataFrame(lines, columns=["Metric", "Value [95 %]", "Meaning"])
+    return table[~table["Metric"].str.startswith("Abnormal") | bool(reports["abnormal_values"])]
 
 
 def written_sentence(reports: Mapping[str, Any] | None) -> str:

@@ -95,11 +95,12 @@ def report_metrics(
             return {name: (weights @ part) / (weights @ of) for name, (part, of) in ratios.items()}
 
     behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
-    known: Any = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
+    known = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
+    known = known.where(known.notna(), None)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
         "abnormal_values": int(abnormal.sum()),
         "invented": int(invented.sum()),
-        **known.where(known.notna(), None).to_dict("index"),
+        **{str(name): share for name, share in known.to_dict("index").items()},
     }

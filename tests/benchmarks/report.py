@@ -1,9 +1,9 @@
-"""How long the figures and the report of many patients take, and how much memory.
+"""How long the metrics and the report of many patients take, and how much memory.
 
 Usage:
     python tests/benchmarks/report.py --patients 100000
 
-Draws labels, risks of a model and of six baselines, and subgroups; computes the figures and writes
+Draws labels, risks of a model and of six baselines, and subgroups; computes the metrics and writes
 the report in a fresh process; prints seconds (wall clock and processor) and the peak memory of that
 process. Runs a tenth of the patients in turn, to show the growth.
 """
@@ -29,32 +29,30 @@ BASELINES = 6
 def measure(patients: int) -> dict[str, float]:
     """Write a report in this process; return seconds and MiB, imports apart."""
     sys.path.insert(0, str(ROOT))
-    from medgemma_clinical.evaluation.cohort import Cohort, cohort_figures
-
     from medgemma_clinical.data.case_mix import AGE_BANDS, OBSERVATION_BANDS, banded
+    from medgemma_clinical.evaluation.metrics_table import evaluate
     from medgemma_clinical.evaluation.report import ReportContent, write_report
 
     rng = np.random.default_rng(0)
     odds = -2 + rng.normal(size=patients)
-    labels = (rng.random(patients) < 1 / (1 + np.exp(-odds))).astype(float)
+    labels = rng.random(patients) < 1 / (1 + np.exp(-odds))
     ids = np.arange(patients).astype(str)
+    rows = pd.DataFrame({"id": ids, "label": labels.astype(int), "patient": ids})
+    rows["model"] = 1 / (1 + np.exp(-odds))
+    for k in range(BASELINES):
+        rows[f"baseline {k}"] = 1 / (1 + np.exp(-odds - 0.5 * rng.normal(size=patients)))
     observations = banded(rng.integers(1, 30, patients), OBSERVATION_BANDS)
     ages = banded(rng.uniform(18, 95, patients), AGE_BANDS)
-    baselines = {
-        f"baseline {k}": 1 / (1 + np.exp(-odds - 0.5 * rng.normal(size=patients)))
-        for k in range(BASELINES)
-    }
-    subgroups = pd.DataFrame({"observations": observations, "age": ages})
-    cohort = Cohort(labels, 1 / (1 + np.exp(-odds)), ids, ids, subgroups, baselines)
+    bands = pd.DataFrame({"observations": observations, "age": ages})
     history = [
         {"epoch": k, "train_loss": 1 / k, "val_loss": 1 / k, "val_auroc": 0.7, "improved": True}
         for k in range(1, 20)
     ]
-    content = ReportContent("Benchmark", "Event", {}, {}, {}, history=history)
+    content = ReportContent("Benchmark", "Event", {}, {}, {}, 0.15, 0, bands, history=history)
     before, start, busy = peak_mib(), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"
-        write_report(path, cohort, cohort_figures(cohort, 0.15, 0, 0), content)
+        write_report(path, rows, evaluate(rows, 0, 0.15), content, folder=Path(folder))
         size = path.stat().st_size
     return {
         "seconds": time.perf_counter() - start,

@@ -5,33 +5,33 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from medgemma_clinical.evaluation.predictions import Predictions
 
 from dataset_format import Description, MIMICtrajectoryDataset
-from language_models import patients
 from medgemma_clinical.data.reports.review import ReportReview
 from medgemma_clinical.data.reports.score import ReportScore
-from medgemma_clinical.evaluation.written_reports import report_figures, score_reports
+from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.written_reports import report_metrics, score_reports
 from trajectories import dataset_of
 
 
-def scored(dataset, texts=None, min_cell=0, first=0):
+def scored(dataset, texts=None, first=0):
     """Score one text a row from ``first`` on, the true reports where none are given."""
     n = len(dataset)
     texts = texts or {i: dataset.report(i) for i in range(n)}
     rows = np.arange(first, n)[::-1]
     predictions = Predictions(0.0, dataset.labels[rows], rows / 10 - 1, rows, 0.0 * rows)
-    return score_reports(dataset, texts, predictions, min_cell, seed=0)
+    return score_reports(dataset, texts, predictions, seed=0)
 
 
-def test_score_reports__compares_each_report_with_its_patient():
-    dataset = patients()
+def test_each_report_is_compared_with_its_patient():
+    series = [[f"{8 + k + n * n} ({5 * n}h)" for n in range(1 + k % 5)] for k in range(16)]
+    names = [f"patient {k}" for k in range(16)]
+    dataset = dataset_of([" -> ".join(each) for each in series], subject_id=names)
     lines, metrics = scored(dataset, first=3)
     for line, i in zip(json.loads(json.dumps(lines)), range(15, 2, -1), strict=True):
         text = dataset.report(i)
-        expected = {"id": f"patient {i}", "text": text, "target": text, "quality": 1.0}
-        expected |= {"verdict": i % 2, "parses": True, "invented": 0}
-        assert line.items() >= expected.items()
+        expected = {"id": f"patient {i}", "text": text, "target": text, "verdict": i % 2}
+        assert line.items() >= (expected | {"parses": True, "invented": 0}).items()
         assert line["probability"] == pytest.approx(1 / (1 + np.exp(1 - i / 10)))
     assert metrics["reports"] == 13
     assert metrics["parse_share"]["value"] == metrics["true_number_share"]["value"] == 1
@@ -40,24 +40,19 @@ def test_score_reports__compares_each_report_with_its_patient():
     assert 0.5 < metrics["parse_share"]["value"] < 1  # one observation has no rate: another form
 
 
-@pytest.mark.parametrize(
-    ("abnormal", "shown"), [(0, False), (10, False), (11, True), (29, True), (30, False)]
-)
-def test_report_figures__of_few_patients_with_or_without_an_abnormal_value_are_hidden(
-    abnormal, shown
-):
+@pytest.mark.parametrize("abnormal", [0, 10, 40])
+def test_abnormal_values_and_trends_are_counted(abnormal):
     cells = ["40 (0h) -> 20 (5h)" if k < abnormal else "20 (0h)" for k in range(40)]
     table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": np.arange(40) % 2})
     dataset = MIMICtrajectoryDataset(table, description=Description(reference=(None, 30.0)))
-    _, metrics = scored(dataset, min_cell=11)
-    assert (metrics["abnormal_values"] == abnormal) == shown
-    for name in ("abnormal_named_share", "right_trend_share"):
-        assert metrics[name]["value"] == (1 if shown else None)
-        assert (metrics[name]["low"] is None) == (not shown)
-    assert scored(dataset)[1]["abnormal_values"] == (abnormal or None)
+    _, metrics = scored(dataset)
+    assert metrics["abnormal_values"] == abnormal
+    for name in ("abnormal_named_share", "abnormal_nameable_share", "right_trend_share"):
+        assert metrics[name]["value"] == (1 if abnormal else None)
+        assert (metrics[name]["low"] is None) == (abnormal == 0)
 
 
-def test_report_figures__count_inventions_and_the_reports_that_hold_one():
+def test_inventions_are_counted_and_the_reports_that_hold_one():
     dataset = dataset_of(["24 (0h)"] * 4)
     texts = {k: dataset.report(k) for k in range(4)}
     texts[1] += " The patient smokes. The patient drinks."
@@ -66,22 +61,19 @@ def test_report_figures__count_inventions_and_the_reports_that_hold_one():
     assert (metrics["invented"], metrics["inventing_share"]["value"]) == (2, 0.25)
 
 
-def test_report_figures__shares_have_intervals_by_patient():
+def test_shares_have_intervals_by_patient():
     rng = np.random.default_rng(0)
     stated = rng.integers(5, 20, 60)
     true, labels, groups = rng.binomial(stated, 0.7), np.arange(60) % 2, np.arange(60)
-    scores = [
-        ReportScore(1, True, n, k) for n, k in zip(stated.tolist(), true.tolist(), strict=True)
-    ]
+    numbers = zip(stated.tolist(), true.tolist(), strict=True)
+    scores = [ReportScore(1, True, n, k) for n, k in numbers]
     reviews = [ReportReview(score, score.stated, 0, 0, 0, 0, 0, 0) for score in scores]
-    metrics = report_figures(reviews, labels, groups, 0, seed=0)
+    metrics = report_metrics(reviews, labels, groups, seed=0)
     share = metrics["true_number_share"]
     assert share["value"] == true.sum() / stated.sum()
     error = np.std(true - share["value"] * stated) / stated.mean() / np.sqrt(60)  # of a ratio
     assert share["high"] - share["low"] == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert 0.9 < metrics["parse_share"]["low"] < metrics["parse_share"]["high"] == 1
-    assert {*metrics["right_trend_share"].values()} == {None}  # of no trend at all
-    again = report_figures(reviews * 2, np.tile(labels, 2), np.tile(groups, 2), 0, seed=0)
+    assert json.loads(json.dumps(metrics)) == metrics
+    again = report_metrics(reviews * 2, np.tile(labels, 2), np.tile(groups, 2), seed=0)
     assert again["true_number_share"] == pytest.approx(share)
-    rounded = report_figures(reviews, labels, groups, 11, seed=0)
-    assert rounded["true_number_share"]["low"] == round(share["low"], 4)

@@ -1,0 +1,120 @@
+"""Tables of text: one of the models, and those of a report."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medgemma_clinical.evaluation import tables
+from medgemma_clinical.evaluation.baselines import ENSEMBLE
+from medgemma_clinical.evaluation.metrics_table import evaluate, subgroup_table
+from medgemma_clinical.evaluation.suppress import suppress_table
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, TOO_FEW, difference_text, value_text
+from pages import MODEL, THRESHOLD, make_bands, make_rows
+
+pytestmark = pytest.mark.usefixtures("few_draws")
+
+
+@pytest.fixture(scope="module")
+def metrics():
+    return evaluate(make_rows(), 0, THRESHOLD)
+
+
+def test_each_model_has_a_line_of_its_metrics(metrics):
+    table = tables.model_table(metrics)
+    assert table["Model"].tolist() == metrics.models
+    assert table.map(lambda cell: type(cell) is str).all(axis=None)
+    table = table.set_index("Model")
+    auroc = metrics.metric("auroc")
+    assert table["AUROC [95 %]"].tolist() == [value_text(row) for _, row in auroc.iterrows()]
+    worse = table.loc["last value"]
+    assert worse["Minus reference [95 %]"] == difference_text(auroc.loc["last value"])
+    assert worse["Minus reference [95 %]"].startswith("-")
+    assert worse["Verdict"].startswith("\N{BLACK DOWN-POINTING TRIANGLE}")
+    assert table.loc[MODEL, "Verdict"] == "the reference"
+    assert table.loc[ENSEMBLE, "Minus reference [95 %]"].endswith(" to blend")
+    assert float(table.loc["blend", "Brier"]) == pytest.approx(
+        metrics.of("blend").loc["brier", "value"], abs=5e-5
+    )
+    console = tables.model_table(metrics).to_string(index=False).splitlines()
+    assert len(console) == 1 + len(metrics.models)
+
+
+def test_a_models_verdict_needs_patients():
+    table = tables.model_table(evaluate(make_rows(20), 0))
+    assert table["Verdict"].tolist()[1:] == [str(TOO_FEW)] * 3
+
+
+def test_cost_stands_beside_the_models_that_have_it(metrics):
+    cost = {MODEL: {"tokens": 1234.0, "memory_mib": None}, "other": {"residual_weight": 1.0}}
+    table = tables.model_table(metrics, pd.DataFrame.from_dict(cost, orient="index"))
+    assert table["Tokens"].tolist() == ["1,234", "", "", ""]
+    assert "Memory (MiB)" not in table
+    assert "Weight" not in table
+    assert tables.model_table(metrics, pd.DataFrame()).equals(tables.model_table(metrics))
+
+
+def test_over_several_splits_the_spread_is_shown():
+    rows = make_rows(200, baselines=False)
+    split = np.arange(200) % 2
+    table = tables.model_table(evaluate(rows, 0, split=split))
+    aurocs = [evaluate(rows[split == k], 0).table["value"][MODEL, "auroc"] for k in (0, 1)]
+    assert table["SD over splits"].tolist() == [f"{np.std(aurocs, ddof=1):.3f}"]
+
+
+def test_metrics_of_the_model_have_meanings_and_shares_are_percentages(metrics):
+    table = tables.metric_table(metrics, list(tables.METRICS)).set_index("Metric")
+    known = metrics.of(MODEL)
+    assert table.loc["AUROC", "Value [95 %]"] == value_text(known.loc["auroc"])
+    assert table.loc["PPV (%)", "Value [95 %]"] == value_text(known.loc["ppv"], ".1f", 100)
+    assert table["Meaning"].str.len().min() > 10
+
+
+def test_a_subgroup_of_few_patients_has_no_auroc():
+    rows = make_rows()
+    groups = subgroup_table(rows, MODEL, make_bands(400), 0)
+    groups["prevalence"] = groups["events"] / groups["n"]
+    table = tables.subgroup_cells(groups).set_index("Subgroup")
+    assert list(table.index) == ["size: few", "size: many"]
+    assert table.loc["size: few", "AUROC [95 %]"] == NO_VALUE
+    assert table.loc["size: few", "Rows"] == "15"
+    assert table.loc["size: few", "Observed"] != NO_VALUE
+    hidden = tables.subgroup_cells(suppress_table(groups, 20, by="group")).set_index("Subgroup")
+    assert hidden.loc["size: few", "Rows"] == "fewer than 20"
+    assert hidden.loc["size: few", "Observed"] == NO_VALUE
+
+
+def test_parts_of_the_split_are_counted():
+    labels, groups = np.array([1.0, 0, 0, 1, 0]), np.array(["a", "a", "b", "c", "d"])
+    split = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4])}
+    table = tables.split_table(labels, groups, split)
+    assert table[["part", "rows", "patients", "events"]].to_numpy().tolist() == [
+        ["training", 3, 2, 1],
+        ["validation", 1, 1, 1],
+        ["test", 1, 1, 0],
+    ]
+
+
+def test_case_mixes_stand_side_by_side():
+    mix = {"rows": 4000.0, "prevalence": 0.25, "age_q1": 40.0, "age_median": 50, "age_q3": 60.0}
+    table = tables.case_mix_cells(mix, {"women": 0.5}).set_index("Case mix")
+    assert table.loc["Rows"].tolist() == ["4,000", NO_VALUE]
+    assert table.loc["Age in years, median (quartiles)"].tolist() == ["50 (40 to 60)", NO_VALUE]
+    assert table.loc["Women"].tolist() == [NO_VALUE, "50.0\N{NO-BREAK SPACE}%"]
+
+
+def test_written_reports_have_a_table_and_a_sentence():
+    share, unknown = (
+        {"value": 0.975, "low": 0.9, "high": 0.99},
+        dict.fromkeys(("value", "low", "high")),
+    )
+    reports = {name: share if "share" in name else 1385 for name in tables.WRITTEN}
+    reports |= {"right_trend_share": unknown}
+    table = tables.written_table(reports).set_index("Metric")["Value [95 %]"]
+    assert table["Reports"] == "1,385"
+    assert table["Expected form (%)"].startswith("97.5 [90.0,")
+    assert table["Trends right (%)"] == NO_VALUE
+    assert "1,385" in tables.written_sentence(reports)
+    none = tables.written_table(reports | {"abnormal_values": 0})
+    assert len(none) == len(table) - 3
+    assert tables.written_table(None) is None
+    assert tables.written_sentence(None) == ""
