@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from common import SAMPLE, machine
-from medgemma_clinical.inference.risk_over_time import beginnings_of
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
