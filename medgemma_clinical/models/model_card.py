@@ -107,17 +107,17 @@ def describe_weight(config: Config) -> str:
     """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
     if not config["stage1_logit"]:
         return "stage 1's logit is not added"
-    alone = ": rows are ranked as by stage 1 alone" if config["residual_weight"] == 0 else ""
-    return f"{config['residual_weight']:g}, chosen on the validation part{alone}"
+    if config["residual_weight"] > 0:
+        return f"{config['residual_weight']:g}, chosen on the validation part"
+    patients = config.get("metrics", {}).get("validation", {}).get("patients")
+    count = "" if patients is None else f"{number(patients)} "
+    return f"0, not shown to add on {count}validation patients"
 
 
 def weight_0_sentence(config: Config) -> str:
     """Return what a page says first where the language model has weight 0; else nothing."""
-    if config.get("residual_weight") != 0:
-        return ""
-    patients = config.get("metrics", {}).get("validation", {}).get("patients")
-    count = "" if patients is None else f"{number(patients)} "
-    return f"The language model is not shown to add on {count}validation patients (weight 0)."
+    unused = config.get("residual_weight") == 0
+    return f"Weight of the language model: {describe_weight(config)}." if unused else ""
 
 
 def random_model_notice(config: Config, model_name: str = "") -> str:

@@ -80,7 +80,7 @@ def test_sentences_name_the_models_and_their_numbers():
         assert number in calibration
     for word in ("blend", "0.755", "+0.011", "+0.066", BETTER.symbol):
         assert word in ensemble
-    assert " 7 " in sentences(result((0.6, 0.8), minority=7))[0].text
+    assert "(7 " in sentences(result((0.6, 0.8), minority=7))[0].text
     plain, perfect = (sentences(result(ends))[0] for ends in ((0.99, 1.0), (1.0, 1.0)))
     assert len(perfect.text) > len(plain.text), "a perfect ranking is remarked"
 
