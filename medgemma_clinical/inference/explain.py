@@ -113,8 +113,9 @@ def statics_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str,
 
 
 def short_number(value: float) -> str:
-    """Write a number with four significant digits."""
-    return "unknown" if np.isnan(value) else plain(float(f"{value:.4g}"))
+    """Write a number with one decimal at most, a small one with two significant digits."""
+    rounded = round(value, 1) if abs(value) >= 1 else float(f"{value:.2g}")
+    return "unknown" if np.isnan(value) else plain(rounded)
 
 
 def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArray[np.float64]:

@@ -123,12 +123,9 @@ class TrajectoryModel:
     def __repr__(self) -> str:
         """Return stage, series, base model and data."""
         config = self.config
-        base = config.get("merged_from", config).get("base_model")
-        return (
-            f"{type(self).__name__}(stage: {self.stage}; outcome: {config['outcome']}; series: "
-            f"{', '.join(config['features'])}; {f'base model: {base}; ' if base else ''}"
-            f"data: {config['dataset']}, SHA-256 {config['data_sha256'][:12]})"
-        )
+        base = config.get("merged_from", config).get("base_model") or "no language model"
+        series, data = ", ".join(config["features"]), f"{config['dataset']} {config['data_sha256']}"
+        return f"{type(self).__name__}({self.stage}; {config['outcome']}; {series}; {base}; {data})"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -178,13 +175,16 @@ class TrajectoryModel:
         raise ValueError("a trained model is not fitted again: wrap it in FrozenEstimator")
 
     def __sklearn_is_fitted__(self) -> bool:
-        """Return True: every ``TrajectoryModel`` is trained."""
+        """Return True."""
         return True
 
     def __sklearn_tags__(self) -> Tags:
         """Return the tags by which scikit-learn knows a classifier of two classes."""
-        target, classes = TargetTags(required=True), ClassifierTags(multi_class=False)
-        return Tags(estimator_type="classifier", target_tags=target, classifier_tags=classes)
+        return Tags(
+            "classifier",
+            TargetTags(required=True),
+            classifier_tags=ClassifierTags(multi_class=False),
+        )
 
     @exact_kernels()
     def predict_proba(self, rows: Rows) -> NDArray[np.float64]:
@@ -294,7 +294,7 @@ class TrajectoryModel:
     def checkpoint(self) -> TrajectoryCheckpoint:
         """Return a trained stage 1 as stages 2 and 3 read it."""
         if self.stage != "trajectory":
-            raise ValueError(f"the encoder needs to be a model of stage trajectory: {self.stage}")
+            raise ValueError(f"an encoder is a model of stage trajectory: this is {self.stage}")
         return self.trained.checkpoint()
 
 
