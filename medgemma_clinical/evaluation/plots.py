@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
+from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics
-from medgemma_clinical.evaluation.verdicts import (
-    BETTER,
-    TOO_FEW,
-    UNDECIDED,
-    WORSE,
-    difference_verdict,
-)
 
 for chatty in ("matplotlib", "fontTools"):  # they log each font
     logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -59,8 +53,12 @@ LINES: tuple[dict[str, Any], ...] = (
     {"color": OTHER, "linewidth": 1.5, "linestyle": "--", "label": "best baseline"},
 )
 DOTTED: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1}
-MARKS = {BETTER: ("^", "#17693a"), UNDECIDED: ("D", "#855300"), WORSE: ("v", "#a3211f")}
-MARKS[TOO_FEW] = ("o", "#566070")
+MARKS = {
+    verdicts.BETTER: ("^", "#17693a"),
+    verdicts.UNDECIDED: ("D", "#855300"),
+    verdicts.WORSE: ("v", "#a3211f"),
+    verdicts.TOO_FEW: ("o", "#566070"),
+}
 """Marker and colour of each verdict; the colours are those of pages on a light screen."""
 
 MIN_DIFFERENCE = 0.05
@@ -82,13 +80,9 @@ class Image(NamedTuple):
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
 
 
-@contextlib.contextmanager
-def plot_style() -> Iterator[None]:
-    """Draw in the style of this program within the block, whatever a ``matplotlibrc`` says."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
-        yield
+def plot_style() -> AbstractContextManager[None]:
+    """Draw in the style of this program within a block, whatever a ``matplotlibrc`` says."""
+    return style.context(["default", STYLE])
 
 
 def new_figure(
@@ -200,6 +194,7 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
     for axes in (upper, lower):
         axes.axvline(kept, **DOTTED)
     # Whole axes: a change of a hundredth between epochs is noise and looks like it.
+    upper.axhline(0, linewidth=0)
     upper.set_ylabel("loss")
     upper.set_ylim(bottom=0)
     lowest = np.fmin(0.5, np.floor(10 * curves["val_auroc"].min()) / 10)
@@ -214,12 +209,12 @@ def plot_forest(metrics: Metrics) -> Plot:
     reference, *names = metrics.models
     others = metrics.metric("auroc").loc[names]
     minority = metrics.counts["minority_patients"]
-    verdicts = [difference_verdict(row, minority) for _, row in others.iterrows()]
+    levels = [verdicts.difference_verdict(row, minority) for _, row in others.iterrows()]
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(metrics.models) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
     axes.plot([0], [0], "s", color=INK, markersize=4)
     for verdict, (marker, colour) in MARKS.items():
-        own = np.array([each == verdict for each in verdicts], dtype=bool)
+        own = np.array([each == verdict for each in levels], dtype=bool)
         value, low, high = others[own].filter(like="difference").to_numpy(float).T
         look: dict[str, Any] = {"color": colour, "label": verdict.words, "markersize": 6}
         if own.any():

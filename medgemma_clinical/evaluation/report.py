@@ -88,11 +88,9 @@ def write_report(
     few = metrics.counts["minority_patients"] < min_cell
     shown = Metrics.from_json(suppress(metrics.to_json(), min_cell)) if min_cell else metrics
     reports = suppress_reports(dict(content.reports or {}), min_cell)
-    numbers, drawn = _counts(content, min_cell, few), dict[str, plots.Plot]()
+    numbers = _numbers(rows, shown, content, min_cell, few)
     with plots.plot_style():
-        if not few:
-            numbers |= _numbers(rows, shown, content, min_cell)
-            drawn |= _draw(rows, shown, numbers)
+        drawn = {} if few else _draw(rows, shown, numbers)
         if content.history:
             drawn["learning_curve"] = plots.plot_learning(content.history)
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
@@ -122,9 +120,20 @@ def write_report(
     write_text(path, page)
 
 
-def _counts(content: ReportContent, min_cell: int, few: bool) -> dict[str, pd.DataFrame]:
-    """Return the tables that hold no metric, small counts hidden."""
-    known = {}
+def _numbers(
+    rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int, few: bool
+) -> dict[str, pd.DataFrame]:
+    """Return the tables of a report by the names of their files, small counts hidden."""
+    known: dict[str, pd.DataFrame] = {}
+    if not few:
+        model, seed = shown.models[0], content.seed
+        groups = subgroup_table(rows, model, content.bands, seed)
+        groups["prevalence"] = groups["events"] / groups["n"]
+        known["metrics"] = shown.table.reset_index()
+        known["models"] = tables.model_cells(shown)
+        known["subgroups"] = suppress_table(groups, min_cell, by="group")
+        known["calibration"] = calibration_table(rows, model, seed)
+        known["decision_curve"] = decision_curve(rows, _compared(shown), seed).reset_index()
     if content.split is not None:
         split = suppress_table(content.split, min_cell)
         known["split"] = split.drop(columns="minority_patients")
@@ -132,26 +141,9 @@ def _counts(content: ReportContent, min_cell: int, few: bool) -> dict[str, pd.Da
         known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if content.case_mix is not None:
         mixes = [dict(mix.dropna()) for _, mix in content.case_mix.items()]
-        known["case_mix"] = tables.case_mix_cells(
-            *(suppress_case_mix(mix, min_cell, hide_events=few) for mix in mixes)
-        )
+        shared = [suppress_case_mix(mix, min_cell, hide_events=few) for mix in mixes]
+        known["case_mix"] = tables.case_mix_cells(*shared)
     return known
-
-
-def _numbers(
-    rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int
-) -> dict[str, pd.DataFrame]:
-    """Return the tables of metrics and curves, small counts hidden."""
-    model, seed = shown.models[0], content.seed
-    groups = subgroup_table(rows, model, content.bands, seed)
-    groups["prevalence"] = groups["events"] / groups["n"]
-    return {
-        "metrics": shown.table.reset_index(),
-        "models": tables.model_cells(shown),
-        "calibration": calibration_table(rows, model, seed),
-        "decision_curve": decision_curve(rows, _compared(shown), seed).reset_index(),
-        "subgroups": suppress_table(groups, min_cell, by="group"),
-    }
 
 
 def _compared(metrics: Metrics) -> list[str]:
