@@ -15,7 +15,7 @@ import medgemma_trainer as trainer
 from medgemma_clinical.commands import announce, demo
 from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 from predicting import STAGES, predicted
 from stages import arguments, data_for, make_stage
 
