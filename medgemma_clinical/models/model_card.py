@@ -62,7 +62,7 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
         series=[f"{name} ({unit})" if unit else name for name, unit in units],
         place=json.dumps(repo_id or "FOLDER"),
         texts={"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
-        **{f.__name__: f for f in (code, number, interval, *DESCRIPTIONS)},
+        **{f.__name__: f for f in (code, names, number, interval, *DESCRIPTIONS)},
     )
     return f"{card}\n"
 
@@ -139,6 +139,11 @@ DESCRIPTIONS = (describe_language_model, describe_stage1, describe_weight)
 def code(text: str) -> str:
     """Return words of data or configuration as Markdown code, in which nothing is markup."""
     return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(0xA6)) or ' '}`"
+
+
+def names(words: list[str]) -> str:
+    """Return names as Markdown code, in a row."""
+    return ", ".join(map(code, words)) or "none"
 
 
 def number(count: float | str) -> str:
