@@ -9,10 +9,10 @@ from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.hub import share_checkpoint
+from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_clinical.models.trained_model import check_stage1
+from medgemma_clinical.models.trained_model import check_stage1, load_trained_model
 from medgemma_clinical.training.evaluate import evaluate
 from stages import STAGE_1, TINY, arguments, data_for, make_stage, stage1_of
 from trajectories import SERIES, table_of
@@ -117,7 +117,8 @@ def test_check_stage1__warns_of_other_patients_without_names(
 
 
 def test_check_stage1__takes_a_shared_copy_on_other_data_alone(tmp_path, caplog):
-    share_checkpoint(stage1_file(tmp_path, drawn(many())), tmp_path / "shared")
+    trained = load_trained_model(stage1_file(tmp_path, drawn(many())), trainer.BUILDERS)
+    shared_copy(trained, tmp_path / "shared")
     copy, other = read_trajectory(tmp_path / "shared" / TRAJECTORY_FILE), drawn(many().head(50))
     with pytest.raises(InputError, match=TRAJECTORY_FILE):
         check_stage1(copy, drawn(many()), {})

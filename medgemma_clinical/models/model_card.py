@@ -139,6 +139,11 @@ def code(text: str) -> str:
     return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(0xA6)) or ' '}`"
 
 
+def names(words: list[str]) -> str:
+    """Return names as Markdown code, in a row."""
+    return ", ".join(map(code, words)) or "none"
+
+
 def number(count: float | str) -> str:
     """Return a count, or the words that stand in its place."""
     return count if isinstance(count, str) else f"{count:,.0f}"
@@ -155,6 +160,14 @@ def interval(metric: Config, form: str = ".3f", scale: float = 1) -> str:
 
 FUNCTIONS: dict[str, Any] = {
     f.__name__: f
-    for f in (code, number, interval, describe_language_model, describe_stage1, describe_weight)
+    for f in (
+        code,
+        names,
+        number,
+        interval,
+        describe_language_model,
+        describe_stage1,
+        describe_weight,
+    )
 }
 """What the template calls."""

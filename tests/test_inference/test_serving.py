@@ -400,15 +400,3 @@ def test_plain_transformers_writes_our_reports_from_the_prompts(run, out):
         report = tokenizer.decode(ids[0], skip_special_tokens=True)
         head = f"{trained.config['outcome']}: {'yes' if verdicts[row] else 'no'}."
         assert head + report == expected[row]
-
-
-def test_rows_that_cannot_be_scored_have_no_prompt(run):
-    trained = load(run, "generative")
-    short = replace(trained, config={**trained.config, "max_text_tokens": 10})
-    with pytest.raises(InputError, match="patients, row 0"):
-        prompts_of(short, patients())
-    dataset = patients()
-    dataset.times[dataset.offsets[4] - 1] = 1e7
-    with pytest.raises(InputError, match="patients, row 0"):
-        prompts_of(trained, dataset)
-    assert len(prompts_of(trained, dataset, ROWS[1:])) == 4  # row 3 alone has the gap

@@ -23,6 +23,7 @@ import language_models as small
 import medgemma_trainer as trainer
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, file_hash, write_json
+from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.models import checkpoints, language_model
 from medgemma_clinical.models.checkpoints import read_config, read_trajectory
 from medgemma_clinical.models.trained_model import Builders, checkpoint_path, load_trained_model

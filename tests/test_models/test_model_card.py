@@ -186,13 +186,6 @@ def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
     assert ("hf download jane/anion-gap --local-dir FOLDER" in card) == (repo_id is not None)
 
 
-def test_many_names_are_cut(finished):
-    facts = [f"word {k}" for k in range(1234)]
-    card = model_card({**finished, "inputs": {"facts": facts, "prediction_time": False}})
-    assert "`word 49` and 1,184 more" in card
-    assert "word 50`" not in card
-
-
 # ------------------------------------------------------------------ small counts
 
 
