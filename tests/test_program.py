@@ -114,9 +114,9 @@ def test_baselines_and_earlier_stages_stand_beside_the_model(stage, runs):
     "flags",
     [
         "--trajectory_only --dry_run",
-        "--mode classification --dry_run --gradient_accumulation 2",
-        "--mode generative --dry_run",
-        "--mode generative --epochs 2",
+        "--mode classification --dry_run --gradient_accumulation 2 --model_name tiny",
+        "--mode generative --dry_run --model_name tiny",
+        "--mode generative --epochs 2 --model_name tiny",
     ],
 )
 def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monkeypatch, capsys):
@@ -130,7 +130,7 @@ def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monke
 
     monkeypatch.setattr(trainer, "backward", backward)
     monkeypatch.setattr(announce, "log_epoch_time", timed)
-    words = f"{flags} --data_path {dka_file} --batch_size 8 --max_samples 80 --model_name tiny"
+    words = f"{flags} --data_path {dka_file} --batch_size 8 --max_samples 80"
     assert trainer.main([*words.split(), "--min_cell", "0", "--log_file", "none"]) == 0
     printed, args = capsys.readouterr().out, arguments(*words.split())
     stage = make_stage(args, data_for(args))
@@ -153,12 +153,13 @@ def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monke
         assert taken.tolist() == np.sort(stage.lengths[train])[-len(taken) :].tolist()
 
 
-ONE, FAST = "--trajectory_only --trajectory_epochs 6", "--adapter_lr 2e-3 --projection_lr 3e-3"
+ONE = "--trajectory_only --trajectory_epochs 6"
+FAST = "--model_name tiny --head_lr 1e-2 --adapter_lr 2e-3 --projection_lr 3e-3"
 
 
 def learned(folder, data, flags):
     """Train a stage; return the AUROC of the test part."""
-    words = f"--data_path {data} --output_dir {folder} --model_name tiny --head_lr 1e-2 {flags}"
+    words = f"--data_path {data} --output_dir {folder} {flags}"
     assert trainer.main(words.split()) == 0
     stage = "trajectory" if flags == ONE else "classification"
     return read(folder / stage / "metrics.json")["test"]["auroc"]["value"]
