@@ -20,7 +20,6 @@ from medgemma_clinical.files import RunFault
 from predicting import refused
 
 ROOT = Path(trainer.__file__).parent
-HEADER, GOOD = "clinical_trajectory,label_escalation\n", '"24 (0h) -> 20 (2h)",0\n' * 12
 
 
 @pytest.fixture
@@ -35,19 +34,6 @@ def words_for(data, log="none"):
         f"--trajectory_only --trajectory_epochs 1 --min_cell 0 --output_dir {data.parent / 'run'}"
     )
     return [*words.split(), "--data_path", str(data), "--log_file", str(log)]
-
-
-def test_the_fifteen_flags_of_the_card_keep_their_defaults():
-    args = vars(trainer.build_parser().parse_args([]))
-    expected = {
-        **{"mode": "classification", "dataset": "dka", "organ": "kidney", "data_dir": None},
-        **{"data_path": Path("dka_training_data.csv"), "max_samples": 10000, "epochs": 10},
-        **{"batch_size": 16, "trajectory_only": False, "trajectory_epochs": 100, "patience": 10},
-        **{"ode_checkpoint": None, "freeze_ode": False, "time_scale": None, "log_file": "auto"},
-        **{"model_name": "google/medgemma-4b-pt", "seed": 0},
-    }
-    assert expected.items() <= args.items()
-    assert trainer.DATASETS["dka"].time_scale == 72.0
 
 
 @pytest.mark.parametrize(
@@ -115,31 +101,6 @@ def test_flags_that_contradict_each_other_are_refused(words, named, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert refused(capsys, words.split(), *named.split())
     assert not list(tmp_path.iterdir())
-
-
-def test_help_is_grouped():
-    text = trainer.build_parser().format_help()
-    for group in ("what to do", "data", "training", "ODE-RNN", "language model", "output"):
-        assert f"\n{group}:\n" in text
-    assert "(default: None)" not in text
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b"", "bad.csv"),
-        (f'{HEADER}{GOOD}"24 (0h) -> oops",1\n'.encode(), "bad.csv 14 clinical_trajectory"),
-        (f'{HEADER}{GOOD}"24 (0h)",2\n'.encode(), "bad.csv 14 label_escalation"),
-        (bytes(range(256)) * 8, "bad.csv"),
-    ],
-)
-def test_a_bad_file_ends_with_one_line_and_leaves_nothing(
-    content, named, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    Path("bad.csv").write_bytes(content)
-    assert refused(capsys, ["--trajectory_only", "--data_path", "bad.csv"], *named.split())
-    assert [p.name for p in tmp_path.iterdir()] == ["bad.csv"]
 
 
 @pytest.mark.parametrize(
@@ -278,15 +239,3 @@ def test_a_path_that_cannot_be_written_is_named(data, tmp_path, capsys):
     pipe = tmp_path / "pipe.csv"
     os.mkfifo(pipe)
     assert refused(capsys, words_for(pipe), pipe)
-
-
-def test_a_matplotlibrc_in_the_working_folder_changes_no_figure(data, tmp_path):
-    figures = []
-    for style in ("", "text.usetex: True\nsvg.fonttype: path\nfont.size: 400\nfigure.dpi: banana"):
-        (tmp_path / "matplotlibrc").write_text(style)
-        command = [sys.executable, str(ROOT / "medgemma_trainer.py"), *words_for(data)]
-        assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
-        page = (tmp_path / "run" / "trajectory" / "report.html").read_text()
-        figures.append([line for line in page.splitlines() if "image/svg" in line])
-    assert figures[0]
-    assert figures[0] == figures[1]

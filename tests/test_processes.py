@@ -37,17 +37,17 @@ def fail(model, batch):
 LLMClassifier.forward = fail
 """
 """The loss of the third pass that trains is NaN in the last process alone, its gradient is not."""
+TINY = "--model_name tiny --lora_dropout 0"
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 2",
-    "classification": "--mode classification --epochs 2 --gradient_accumulation 2",
-    "generative": "--mode generative --epochs 1 --gradient_checkpointing",
+    "classification": f"--mode classification --epochs 2 --gradient_accumulation 2 {TINY}",
+    "generative": f"--mode generative --epochs 1 --gradient_checkpointing {TINY}",
 }
 
 
 def words_for(data, batch, folder, flags):
     words = f"--data_path {data} --batch_size {batch} --output_dir {folder} {flags} --members 2"
-    words += " --log_file none --model_name tiny --lora_dropout 0"
-    return words.split()
+    return f"{words} --log_file none".split()
 
 
 def run(processes, words, folder, before=""):

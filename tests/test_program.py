@@ -13,13 +13,14 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import announce, demo
+from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 from predicting import STAGES, predicted
 from stages import arguments, data_for, make_stage
 
 FILES = {"run.json", "history.jsonl", "metrics.json", "report.html"}
-FILES |= {"predictions_val.csv", "predictions_test.csv", "figures"}
+FILES |= {"predictions_val.csv", "predictions_test.csv"}
 BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE"}
 EXTRA = {"classification": {"best"}, "generative": {"best", "generations_test.jsonl"}}
 
@@ -87,13 +88,35 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
         assert metrics["reports"]["reports"] == len(lines)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_baselines_and_earlier_stages_stand_beside_the_model(stage, runs):
+    metrics = read(runs / stage / "metrics.json")
+    saved = pd.read_csv(runs / stage / "predictions_test.csv")
+    earlier = [(STAGE_1, "trajectory"), (STAGE_2, "classification")][: STAGES.index(stage)]
+    names = [name for name, _ in earlier]
+    names += ["last value", "number of observations", "logistic regression", "facts alone"]
+    assert list(metrics["baselines"])[: len(names)] == names
+    assert list(saved)[4:] == [*metrics["baselines"], "combined"]
+    columns = ["probability", *list(saved)[4:]]
+    auroc = {name: roc_auc_score(saved["label"], saved[name]) for name in columns}
+    assert metrics["combined"]["test"]["auroc"]["value"] == pytest.approx(auroc["combined"])
+    page = (runs / stage / "report.html").read_text()
+    for name, folder in earlier:
+        own = pd.read_csv(runs / folder / "predictions_test.csv")
+        np.testing.assert_allclose(saved[name], own["probability"], atol=1e-6)
+        difference = metrics["differences"][name]["test"]["auroc"]["value"]
+        assert difference == pytest.approx(auroc["probability"] - auroc[name], abs=1e-9)
+        assert f'<th scope="row">{name}' in page
+        assert f"{difference:+.3f}" in page
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         "--trajectory_only --dry_run",
-        "--mode classification --dry_run --gradient_accumulation 2",
-        "--mode generative --dry_run",
-        "--mode generative --epochs 2",
+        "--mode classification --dry_run --gradient_accumulation 2 --model_name tiny",
+        "--mode generative --dry_run --model_name tiny",
+        "--mode generative --epochs 2 --model_name tiny",
     ],
 )
 def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monkeypatch, capsys):
@@ -107,7 +130,7 @@ def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monke
 
     monkeypatch.setattr(trainer, "backward", backward)
     monkeypatch.setattr(announce, "log_epoch_time", timed)
-    words = f"{flags} --data_path {dka_file} --batch_size 8 --max_samples 80 --model_name tiny"
+    words = f"{flags} --data_path {dka_file} --batch_size 8 --max_samples 80"
     assert trainer.main([*words.split(), "--log_file", "none"]) == 0
     printed, args = capsys.readouterr().out, arguments(*words.split())
     stage = make_stage(args, data_for(args))
@@ -130,12 +153,13 @@ def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monke
         assert taken.tolist() == np.sort(stage.lengths[train])[-len(taken) :].tolist()
 
 
-ONE, FAST = "--trajectory_only --trajectory_epochs 6", "--adapter_lr 2e-3 --projection_lr 3e-3"
+ONE = "--trajectory_only --trajectory_epochs 6"
+FAST = "--model_name tiny --head_lr 1e-2 --adapter_lr 2e-3 --projection_lr 3e-3"
 
 
 def learned(folder, data, flags):
     """Train a stage; return the AUROC of the test part."""
-    words = f"--data_path {data} --output_dir {folder} --model_name tiny --head_lr 1e-2 {flags}"
+    words = f"--data_path {data} --output_dir {folder} {flags}"
     assert trainer.main(words.split()) == 0
     stage = "trajectory" if flags == ONE else "classification"
     return read(folder / stage / "metrics.json")["test"]["auroc"]["value"]
@@ -162,6 +186,6 @@ def test_the_demo_runs_the_three_stages(tmp_path, monkeypatch, capsys):
     for stage in STAGES:
         page = (tmp_path / "checkpoints_medgemma_demo" / stage / "report.html").read_text()
         notice = RANDOM_MODEL_UNREAD if stage == "trajectory" else RANDOM_MODEL
-        assert page.index(notice) < page.index("than chance")
+        assert page.index(notice) < page.index("The result in words")
         assert f"\nstage {stage}, trainable" in out  # plain lines, no logger's name in front
     assert "generative/report.html" in out.strip().splitlines()[-1]

@@ -6,7 +6,6 @@ import shutil
 import signal
 import stat
 
-import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +15,6 @@ import faults
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from faults import result_of
-from language_models import COMMIT, PUBLISHED, put_into_cache, save_published
 from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.files import locked
 from medgemma_clinical.training.loaders import LengthBatches
@@ -222,16 +220,6 @@ def test_another_command_or_other_data_are_refused_and_nothing_changes(
     assert contents(tmp_path / "run") == before
     assert not new.exists()
     assert trainer.main([*stopped, "--data_path", str(moved), "--resume"]) == 0
-
-
-def test_the_revision_of_a_hub_model_belongs_to_the_run(data, tmp_path, monkeypatch):
-    model, folder = PUBLISHED[-1], tmp_path / "run"
-    put_into_cache(tmp_path / "cache", model.name, save_published(tmp_path / "model", model))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    words = command("classification", data, folder, "--epochs", "1", "--model_name", model.name)
-    stop(words, 3)
-    assert run_folder.read_run(folder / "classification")["base_revision"] == COMMIT
-    assert trainer.main([*words, "--resume"]) == 0
 
 
 @pytest.mark.parametrize(("sent", "code"), [(KeyboardInterrupt, 130), (MemoryError, 3)])

@@ -242,7 +242,8 @@ def models(asked, tmp_path_factory):
     data = write_data(asked, place / "train.csv")
     words = ["--data_path", str(data), "--output_dir", str(place), "--log_file", "none"]
     words += ["--batch_size", "8"]
-    stage1 = "--trajectory_only --trajectory_epochs 2 --members 2 --encoder_lr 0.05".split()
+    stage1 = ["--trajectory_only", "--trajectory_epochs", "2", "--encoder_lr", "0.05"]
+    stage1 += ["--members", "2"]
     upon = [*TINY, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "REPLICATES", 20)

@@ -121,14 +121,6 @@ def test_folder_best_and_tracker_of_an_earlier_run_get_one_number(finished, capl
     assert (finished.parent / "tracker" / "trajectory.2" / "events").exists()
 
 
-def test_a_link_to_nowhere_is_moved_aside_not_lost(folder, tmp_path):
-    folder.parent.mkdir()
-    folder.symlink_to(tmp_path / "not mounted")
-    with begin(folder):
-        run_steps(folder)
-    assert folder.with_name("trajectory.1").is_symlink()
-
-
 @pytest.mark.parametrize("way", [begin, resume])
 def test_two_runs_do_not_share_a_folder(way, stopped):
     before = contents(stopped.parent)

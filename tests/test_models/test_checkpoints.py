@@ -16,7 +16,6 @@ import peft
 import pytest
 import torch
 import transformers
-from medgemma_clinical.inference.merge import export_merged
 from safetensors.torch import load_file, save_file
 
 import language_models as small
