@@ -96,6 +96,11 @@ def test_calibration_of_a_population_of_known_risks(scale, shift):
         assert found["calibration_in_the_large"] == pytest.approx(-shift, abs=1e-8)
 
 
+def test_certain_risks_have_a_finite_calibration():
+    labels, risk = np.array([1.0, 0, 1, 0]), np.array([0.0, 0, 1, 1])
+    assert np.isfinite(list(calibration(labels, risk, ones(labels)).values())).all()
+
+
 def test_a_weighting_without_a_class_is_undefined_without_a_warning(recwarn):
     labels, risk = np.array([1.0, 0, 0, 1]), np.array([0.4, 0.2, 0.6, 0.5])
     weights = np.array([[0.0, 1, 2, 0], [1, 0, 0, 1], [1, 1, 1, 1]])

@@ -23,6 +23,7 @@ from medgemma_clinical.evaluation.metrics_table import (
 
 ENDS = [0.025, 0.975]
 INTERVAL = ["low", "high"]
+VALUE = ["value", *INTERVAL]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 
 
@@ -129,21 +130,22 @@ def test_more_rows_of_the_same_patients_do_not_narrow_an_interval():
 @pytest.mark.parametrize("rows_a_patient", [1, 2])
 def test_a_perfect_model_has_its_draws_interval_and_its_shares_the_exact_one(rows_a_patient):
     labels = np.repeat([1.0, 0.0], [10, 30])
-    risk = np.where(labels == 1, 0.9, 0.1)
-    patients = (np.arange(40) // rows_a_patient).astype(str)
-    own = evaluate(predictions((labels, risk, patients)), 0, 0.5).of("model")
+    risk = np.repeat([0.95, 0.9, 0.1], [4, 6, 30])
+    rows = predictions((labels, risk, (np.arange(40) // rows_a_patient).astype(str)))
+    own = evaluate(rows, 0, 0.5).of("model")
     for name in ("auroc", "auprc", "accuracy"):
-        assert tuple(own.loc[name, ["value", *INTERVAL]]) == (1, 1, 1)
-    for name, rows in (("sensitivity", 10), ("specificity", 30), ("ppv", 10), ("npv", 30)):
-        assert tuple(own.loc[name, ["value", "high"]]) == (1, 1)
-        exact = 0.025 ** (rows_a_patient / rows)  # Clopper and Pearson where all of n succeed
-        assert own.low[name] == pytest.approx(exact)
+        assert tuple(own.loc[name, VALUE]) == (1, 1, 1)
+    few = evaluate(rows, 0, 0.95).of("model")
+    shares = (own, "sensitivity", 10), (own, "specificity", 30), (few, "ppv", 4), (own, "npv", 30)
+    for table, name, n in shares:
+        exact = 1, 0.025 ** (rows_a_patient / n), 1  # Clopper and Pearson where all succeed
+        assert tuple(table.loc[name, VALUE]) == pytest.approx(exact)
     assert own.low["positives"] < 0.25 < own.high["positives"]
-    none = evaluate(predictions((labels, risk, patients)), 0, 0.95).of("model")
-    assert none.loc["ppv", ["value", *INTERVAL]].isna().all()
-    for name, rows in (("sensitivity", 10), ("positives", 40)):
-        assert tuple(none.loc[name, ["value", "low"]]) == (0, 0)
-        assert none.high[name] == pytest.approx(1 - 0.025 ** (rows_a_patient / rows))
+    none = evaluate(rows, 0, 0.99).of("model")
+    assert none.loc["ppv", VALUE].isna().all()
+    for name, n in (("sensitivity", 10), ("positives", 40)):
+        exact = 0, 0, 1 - 0.025 ** (rows_a_patient / n)
+        assert tuple(none.loc[name, VALUE]) == pytest.approx(exact)
 
 
 def test_undefined_draws_are_left_out_and_too_many_leave_no_interval():
@@ -173,7 +175,7 @@ def test_json_holds_counts_the_model_and_the_others_and_null_where_undefined():
         *("calibration_slope", "calibration_intercept", "calibration_in_the_large"),
     }
     assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
-    assert set(other["auroc"]) == {"value", *INTERVAL, *DIFFERENCE}
+    assert set(other["auroc"]) == {*VALUE, *DIFFERENCE}
     assert other["auroc"]["difference"] == -0.5
 
 
