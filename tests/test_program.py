@@ -13,14 +13,13 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import announce, demo
-from medgemma_clinical.evaluation.baselines import STAGE_1, STAGE_2
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.sharing.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 from predicting import STAGES, predicted
 from stages import arguments, data_for, make_stage
 
 FILES = {"run.json", "history.jsonl", "metrics.json", "report.html"}
-FILES |= {"predictions_val.csv", "predictions_test.csv"}
+FILES |= {"predictions_val.csv", "predictions_test.csv", "figures"}
 BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE"}
 EXTRA = {"classification": {"best"}, "generative": {"best", "generations_test.jsonl"}}
 
@@ -86,28 +85,6 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
         known = lines["target"].str.contains("In-hospital death: yes. Serum bicarb")
         assert known.tolist() == label.astype(bool).tolist()
         assert metrics["reports"]["reports"] == len(lines)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_baselines_and_earlier_stages_stand_beside_the_model(stage, runs):
-    metrics = read(runs / stage / "metrics.json")
-    saved = pd.read_csv(runs / stage / "predictions_test.csv")
-    earlier = [(STAGE_1, "trajectory"), (STAGE_2, "classification")][: STAGES.index(stage)]
-    names = [name for name, _ in earlier]
-    names += ["last value", "number of observations", "logistic regression", "facts alone"]
-    assert list(metrics["baselines"])[: len(names)] == names
-    assert list(saved)[4:] == [*metrics["baselines"], "combined"]
-    columns = ["probability", *list(saved)[4:]]
-    auroc = {name: roc_auc_score(saved["label"], saved[name]) for name in columns}
-    assert metrics["combined"]["test"]["auroc"]["value"] == pytest.approx(auroc["combined"])
-    page = (runs / stage / "report.html").read_text()
-    for name, folder in earlier:
-        own = pd.read_csv(runs / folder / "predictions_test.csv")
-        np.testing.assert_allclose(saved[name], own["probability"], atol=1e-6)
-        difference = metrics["differences"][name]["test"]["auroc"]["value"]
-        assert difference == pytest.approx(auroc["probability"] - auroc[name], abs=1e-9)
-        assert f'<th scope="row">{name}' in page
-        assert f"{difference:+.3f}" in page
 
 
 @pytest.mark.parametrize(
@@ -186,6 +163,6 @@ def test_the_demo_runs_the_three_stages(tmp_path, monkeypatch, capsys):
     for stage in STAGES:
         page = (tmp_path / "checkpoints_medgemma_demo" / stage / "report.html").read_text()
         notice = RANDOM_MODEL_UNREAD if stage == "trajectory" else RANDOM_MODEL
-        assert page.index(notice) < page.index("The result in words")
+        assert page.index(notice) < page.index("than chance")
         assert f"\nstage {stage}, trainable" in out  # plain lines, no logger's name in front
     assert "generative/report.html" in out.strip().splitlines()[-1]
