@@ -17,6 +17,7 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device
+from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, Metrics
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import risk_over_time
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
@@ -163,7 +164,15 @@ class TrajectoryModel:
             raise ValueError("no metrics: the run of this checkpoint did not finish")
         if part not in ("test", "validation"):
             raise ValueError(f"part {part!r}: choose test or validation")
-        return _results_table(self.metrics[part])
+        metrics = Metrics.from_json(self.metrics[part])
+        ends = {"": "value", "_low": "low", "_high": "high"}
+        columns = {
+            f"{name}{end}": metrics.metric(name)[key]
+            for name in ("auroc", "auprc", "brier")
+            for end, key in ends.items()
+        }
+        table = pd.DataFrame(columns).join(metrics.metric("auroc")[DIFFERENCE])
+        return table.loc[metrics.models].rename_axis(None)
 
     @property
     def classes_(self) -> NDArray[np.int64]:
@@ -296,17 +305,3 @@ class TrajectoryModel:
         if self.stage != "trajectory":
             raise ValueError(f"an encoder is a model of stage trajectory: this is {self.stage}")
         return self.trained.checkpoint()
-
-
-def _results_table(part: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the metrics of a part of metrics.json as ``TrajectoryModel.results`` does."""
-    ends = {"": "value", "_low": "low", "_high": "high"}
-    cells = {
-        f"{x}{end}": (x, key) for x in ("auroc", "auprc", "brier") for end, key in ends.items()
-    }
-    cells |= {f"difference{end}": ("auroc", f"difference{end}") for end in ends}
-    rows = {
-        model: {column: (metrics.get(name) or {}).get(key) for column, (name, key) in cells.items()}
-        for model, metrics in {part["model"]: part, **part["models"]}.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index", dtype=float)

@@ -116,16 +116,6 @@ def checkpoint_path(path: Path) -> Path:
     )
 
 
-def read_metrics(path: Path) -> dict[str, Any] | None:
-    """Return the metrics of the run that a checkpoint belongs to, None where they are not known."""
-    best = checkpoint_path(path)
-    folder = best.parent / "trajectory" if best.is_file() else best.parent
-    metrics: dict[str, Any] | None = None
-    with contextlib.suppress(OSError, ValueError):
-        metrics = read_json(folder / "metrics.json")
-    return metrics
-
-
 def read_trained_config(path: Path) -> dict[str, Any]:
     """Return a checkpoint's configuration without loading a language model."""
     best = checkpoint_path(path)
