@@ -29,10 +29,10 @@ for name in ("create_connection", "getaddrinfo", "gethostbyname"):
 
 import torch
 import medgemma_trainer as trainer
-from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation import metrics
 
 torch.set_num_threads(1)
-bootstrap.REPLICATES = 20
+metrics.REPLICATES = 20
 data, model, run = sys.argv[1:]
 shared = ["--data_path", data, "--output_dir", run, "--max_samples", "150", "--batch_size", "8"]
 text = [*shared, "--model_name", model, "--epochs", "1", "--ode_checkpoint"]

@@ -10,7 +10,7 @@ import pytest
 import dataset_format
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from medgemma_clinical.evaluation import bootstrap
+from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from predicting import predicted, refused
 
@@ -24,7 +24,7 @@ def words(data: Path, place: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
-    monkeypatch.setattr(bootstrap, "REPLICATES", 20)
+    monkeypatch.setattr(metrics, "REPLICATES", 20)
     table = pd.read_csv(SAMPLE, nrows=120)
     return table.assign(label_death=table["label_escalation"], label_escalation=0)
 

@@ -309,7 +309,7 @@ def load(place, stage):
     if stage == "generative":
         risks = DecisionRule().probability(logits_of(trained))
         between = float(np.sort(risks[ROWS])[1:3].mean())  # no rounding turns a verdict
-        decision = DecisionRule(threshold=between).to_config()
+        decision = asdict(DecisionRule(threshold=between))
         return replace(trained, config={**trained.config, "decision": decision})
     return trained
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def saved(tmp_path_factory):
     stage1, batch = parts.classifier.stage1, parts.collate(range(6))
     models = dict(zip(STAGES, (stage1, parts.classifier, parts.writer), strict=True))
     outputs = {stage: model(batch) for stage, model in models.items()}
-    rule, own = {"decision": RULE.to_config()}, trainer.stage1_config(stage1)
+    rule, own = {"decision": asdict(RULE)}, trainer.stage1_config(stage1)
     config = {"stage": "trajectory", **own, **data.description(), **rule}
     parts = stage1.state_dict(), config, data.training_patients()
     checkpoints.save_trajectory(run / STAGE_1, *parts)
