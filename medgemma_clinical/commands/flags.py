@@ -30,7 +30,7 @@ TOGETHER = ("--ablation", "--seeds", "--resume")
 """Flags that say what to do."""
 
 ALLOWED_FLAGS = {
-    "--compare": "--seed --min_cell --output_dir",
+    "--compare": "--seed --output_dir",
     "--demo": "--output_dir --seed --log_file --open",
     "--export": "--checkpoint --export_dir --model_name --show_values",
     "--predict": "--checkpoint --predictions --strict --explain --patients --data_path --data_dir "

@@ -3,7 +3,7 @@
 import json
 import shutil
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
