@@ -277,6 +277,9 @@ def test_the_decision_curve_is_the_net_benefit_of_each_draw():
     highest = max(2 * rows["label"].mean(), rows["model"].quantile(0.99))
     assert found.index[-1] == pytest.approx(math.floor(100 * min(0.99, highest)) / 100)
 
+    low = decision_curve(rows.assign(model=0.1), ["model"], 0)  # up to twice the prevalence
+    assert low.index[-1] == pytest.approx(math.floor(200 * rows["label"].mean()) / 100)
+
     def benefit(model, sample, threshold):
         labels, positive = rows["label"][sample], rows[model][sample] >= threshold
         return np.mean(np.where(positive, labels - (1 - labels) * threshold / (1 - threshold), 0))
