@@ -187,15 +187,11 @@ def test_a_table_survives_json(splits, columns):
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_alone_is_refused(label):
-    rows = cohort().assign(label=label)
-    for compute in (
-        lambda: evaluate(rows, 0, 0.3),
-        lambda: calibration_table(rows, "model", 0),
-        lambda: decision_curve(rows, ["model"], 0),
-    ):
-        with pytest.raises(ValueError, match="labels"):
-            compute()
+@pytest.mark.parametrize("compute", [evaluate, calibration_table, decision_curve])
+def test_one_class_alone_is_refused(label, compute):
+    model = {evaluate: [], calibration_table: ["model"], decision_curve: [["model"]]}[compute]
+    with pytest.raises(ValueError, match="labels"):
+        compute(cohort().assign(label=label), *model, 0)
 
 
 # ------------------------------------------------------------------ subgroups and curves
