@@ -54,17 +54,16 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
     ``config`` has no ``metrics`` while a run lasts.
     """
     units = zip(config["features"], config["units"], strict=True)
-    card = ModelCard.from_template(
-        ModelCardData(**_header(config)),
-        template_path=str(Path(__file__).with_suffix(".md.j2")),
-        config=shareable(config, min_cell),
-        repo_id=repo_id,
-        series=[f"{name} ({unit})" if unit else name for name, unit in units],
-        place=json.dumps(repo_id or "FOLDER"),
-        texts={"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
+    words: dict[str, Any] = {
+        "config": shareable(config, min_cell),
+        "repo_id": repo_id,
+        "place": json.dumps(repo_id or "FOLDER"),
+        "series": [f"{name} ({unit})" if unit else name for name, unit in units],
+        "texts": {"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
         **{f.__name__: f for f in (code, names, number, interval, *DESCRIPTIONS)},
-    )
-    return f"{card}\n"
+    }
+    path = str(Path(__file__).with_suffix(".md.j2"))
+    return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
 
 
 def _header(config: Config) -> Config:
