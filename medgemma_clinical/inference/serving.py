@@ -26,7 +26,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from medgemma_clinical.files import InputError, RunFault, atomic, locked, read_json, write_text
 from medgemma_clinical.inference.hub import files_of
 from medgemma_clinical.inference.scoring import Scores
-from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import (
     CARD,
     CONFIG,
@@ -34,13 +33,19 @@ from medgemma_clinical.models.checkpoints import (
     MODULE_WEIGHTS,
     NOTICE,
     is_merged,
+    read_config,
     write_config,
 )
 from medgemma_clinical.models.language_model import base_facts, quiet_libraries
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.text_batches import chat_turns
-from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
+from medgemma_clinical.models.trained_model import (
+    Builders,
+    TrainedModel,
+    checkpoint_path,
+    load_trained_model,
+)
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.loaders import LengthBatches
 
@@ -131,15 +136,12 @@ def export_merged(
 
 def check_mergeable(checkpoint: Path) -> Path:
     """Return the folder of a checkpoint whose adapter can be merged."""
-    best = trained_model.checkpoint_path(checkpoint)
-    config = trained_model.read_trained_config(best)
-    if best.is_file():
-        problem = "stage 1 has no language model to merge: name a folder of stage 2 or 3"
-    elif is_merged(config):
+    best = checkpoint_path(checkpoint)
+    problem = "stage 1 has no language model to merge: name a folder of stage 2 or 3"
+    if not best.is_file():
+        if not is_merged(read_config(best)):
+            return best
         problem = "an export, whose adapter is merged already: copy the folder"
-    else:
-        trained_model.check_no_control(checkpoint, config)
-        return best
     raise InputError(f"--checkpoint {checkpoint}: {problem}")
 
 

@@ -40,12 +40,18 @@ def shareable(config: Config, min_cell: int) -> Config:
     few = any(isinstance(part["minority_patients"], str) for part in parts.values())
     if "reports" in metrics:
         parts["reports"] = suppress_reports(metrics["reports"], min_cell)
+    parts["calibration"] = _plain(metrics.get("calibration", {}))
     hidden = {
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
         "patients": {"series": {}, "statics": {}},
-        "metrics": {**metrics, **parts},
+        "metrics": {**_plain(metrics), **parts},
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}
+
+
+def _plain(content: Config) -> Config:
+    """Return the entries that are no tables: no other table leaves the machine unseen."""
+    return {key: x for key, x in content.items() if not isinstance(x, dict)}
 
 
 def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_CELL) -> str:

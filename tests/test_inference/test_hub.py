@@ -195,12 +195,13 @@ def test_a_shared_folder_and_a_saved_one_predict_as_the_run(stage, run, models, 
         assert (again / name).read_bytes() == (tmp_path / "new" / "shared" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["predictions.csv", TRAJECTORY_FILE])
-def test_a_folder_with_other_files_is_not_replaced(name, models, tmp_path):
-    (tmp_path / name).write_text("own")
-    for folder in (tmp_path, tmp_path / name):
+@pytest.mark.parametrize("names", [["a.csv"], [TRAJECTORY_FILE], ["README.md", "own.txt"]])
+def test_a_folder_with_other_files_is_not_replaced(names, models, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text("own")
+    for folder in (tmp_path, tmp_path / names[0]):
         assert "exists and holds other files" in refusal(save_model, models["trajectory"], folder)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert {path.name for path in tmp_path.iterdir()} == {*names}
 
 
 def test_no_blank_card_of_peft_lies_in_a_run(run):

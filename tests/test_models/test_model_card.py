@@ -190,7 +190,8 @@ def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
 
 
 def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finished):
-    few = {**finished, "metrics": run_metrics(events=7)}
+    few = {**finished, "metrics": run_metrics(events=7, subgroups={"women": 7})}
+    few["metrics"]["calibration"] = {"method": "platt", "slope": 1.5, "before": metric(0.7)}
     few["patients"] = {"series": {"Anion gap": 600}, "statics": {"static_bmi [kg/m2]": 597}}
     card = model_card(few)
     assert "with the event: fewer than 11" in card
@@ -199,6 +200,7 @@ def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finishe
     shared = shareable(few, 11)
     assert not re.search(r"\b(7|0\.7|0\.4|0\.9|597)\b", json.dumps(shared["metrics"]))
     assert shared["metrics"]["threshold"] == few["metrics"]["threshold"]
+    assert shared["metrics"]["calibration"] == {"method": "platt", "slope": 1.5}
     assert shared["patients"] == {"series": {}, "statics": {}}
     assert shareable(shared, 11) == shared
     assert model_card(shared) == card
