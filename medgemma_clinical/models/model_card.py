@@ -54,17 +54,27 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
     ``config`` has no ``metrics`` while a run lasts.
     """
     units = zip(config["features"], config["units"], strict=True)
-    card = ModelCard.from_template(
-        ModelCardData(**_header(config)),
-        template_path=str(Path(__file__).with_suffix(".md.j2")),
-        config=shareable(config, min_cell),
-        repo_id=repo_id,
-        series=[f"{name} ({unit})" if unit else name for name, unit in units],
-        place=json.dumps(repo_id or "FOLDER"),
-        texts={"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
-        **FUNCTIONS,
-    )
-    return f"{card}\n"
+    words: dict[str, Any] = {
+        "config": shareable(config, min_cell),
+        "repo_id": repo_id,
+        "place": json.dumps(repo_id or "FOLDER"),
+        "series": [f"{name} ({unit})" if unit else name for name, unit in units],
+        "texts": {"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
+        **{
+            f.__name__: f
+            for f in (
+                code,
+                names,
+                number,
+                interval,
+                describe_language_model,
+                describe_stage1,
+                describe_weight,
+            )
+        },
+    }
+    path = str(Path(__file__).with_suffix(".md.j2"))
+    return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
 
 
 def _header(config: Config) -> Config:
@@ -156,18 +166,3 @@ def interval(metric: Config, form: str = ".3f", scale: float = 1) -> str:
         return "\N{EN DASH}"
     ends = "" if low is None or high is None else f" [{scale * low:{form}}, {scale * high:{form}}]"
     return f"{scale * value:{form}}{ends}"
-
-
-FUNCTIONS: dict[str, Any] = {
-    f.__name__: f
-    for f in (
-        code,
-        names,
-        number,
-        interval,
-        describe_language_model,
-        describe_stage1,
-        describe_weight,
-    )
-}
-"""What the template calls."""

@@ -1,23 +1,14 @@
 """Simple models: fitted on the training part alone, on the data set's tables."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from scipy.special import logit
 from scipy.stats import rankdata
 
 from medgemma_clinical.evaluation import baselines
-from medgemma_clinical.evaluation.baselines import (
-    BOOSTING,
-    ENSEMBLE,
-    LOGISTIC,
-    MEANINGS,
-    best_blend,
-    blend,
-    draw_folds,
-    fit_baselines,
-    tuned_regression,
-    tuned_trees,
-)
+from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, fit_baselines
 from trajectories import dataset_of
 
 WITHOUT_STATICS = ["last value", "number of observations", LOGISTIC, BOOSTING, "blend"]
@@ -62,7 +53,7 @@ def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
         rows["label_escalation"][k] = 1 - rows["label_escalation"][k]
         rows["clinical_context"][k] = "7-year-old alien with 40 kg"
     after = fit_baselines(dataset_of(**rows), SPLIT)
-    assert set(after) == set(risks) == set(WITH_STATICS) == set(MEANINGS) - {ENSEMBLE}
+    assert set(after) == set(risks) == set(WITH_STATICS) == set(baselines.MEANINGS) - {ENSEMBLE}
     for name, each in risks.items():
         for part in ("val", "test"):
             assert len(each[part]) == len(SPLIT[part])
@@ -89,13 +80,13 @@ def test_each_baseline_reads_its_own_inputs(risks):
 
 
 def test_a_blend_of_certain_risks_is_finite():
-    assert blend(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx([0.5, 0.5])
+    assert baselines.blend(np.array([0.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx([0.5, 0.5])
 
 
 def test_the_best_blend_reads_the_statics_where_there_are_any():
-    assert best_blend(["blend", BOOSTING, "blend with statics"]) == "blend with statics"
-    assert best_blend({"blend": 0, "last value": 1}) == "blend"
-    assert best_blend(["last value"]) is None
+    assert baselines.best_blend(["blend", BOOSTING, "blend with statics"]) == "blend with statics"
+    assert baselines.best_blend({"blend": 0, "last value": 1}) == "blend"
+    assert baselines.best_blend(["last value"]) is None
 
 
 # ------------------------------------------------------------------ tuning
@@ -107,38 +98,45 @@ def test_folds_keep_patients_together_and_both_classes_in_proportion(monkeypatch
     labels, patients = labels[shuffled], patients[shuffled]
     monkeypatch.setattr(baselines, "MIN_TUNED", 100)
     monkeypatch.setattr(baselines, "FOLDS", 5)
-    folds = draw_folds(labels, patients)
+    folds = baselines.draw_folds(labels, patients)
     assert len(folds) == 5
     for fitted_on, scored in folds:
         assert not set(patients[fitted_on]) & set(patients[scored])
         assert labels[scored].mean() == pytest.approx(0.5, abs=0.05)
     assert sorted(np.concatenate([scored for _, scored in folds])) == list(range(400))
     fewer = (patients != patients[labels == 1][0]).nonzero()[0]  # 99 patients with the event
-    assert draw_folds(labels[fewer], patients[fewer]) == []
+    assert baselines.draw_folds(labels[fewer], patients[fewer]) == []
 
 
 def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(400) % 2.0)
-    folds = draw_folds(labels, np.arange(400))
+    folds = baselines.draw_folds(labels, np.arange(400))
     noise = rng.normal(size=(400, 20))
     crossed = np.where(labels[:, None] == 1, 1, -1) * np.sign(noise[:, :1] * noise[:, 1:2])
     signal = np.hstack([noise[:, :2], crossed + 0.5 * noise[:, 2:3]])
     plain = 3 * labels[:, None] + noise[:, :1]
-    trees = tuned_trees(folds, 400).set_params(estimator__max_iter=30)
-    for model, inputs in ((tuned_regression(folds), plain), (trees, signal)):
+    trees = baselines.tuned_trees(folds, 400).set_params(estimator__max_iter=30)
+    for model, inputs in ((baselines.tuned_regression(folds), plain), (trees, signal)):
         chosen = [list(model.fit(x, labels).best_params_.values()) for x in (noise, inputs)]
         assert chosen[0] < chosen[1], model
 
 
+def test_a_regression_learns_from_what_is_missing():
+    values, labels = np.ones((40, 1)), np.arange(40) % 2
+    values[labels == 1] = np.nan
+    risk = baselines.tuned_regression([]).fit(values, labels).predict_proba(values)[:, 1]
+    assert risk[labels == 1].min() > 0.8 > 0.2 > risk[labels == 0].max()
+
+
 @pytest.mark.parametrize("rows", [100, 10_000, 100_000])
 def test_trees_hold_out_no_rows_of_patients_that_they_learn_from(rows):
-    trees = tuned_trees([], rows)
+    trees = baselines.tuned_trees([], rows)
     assert trees.early_stopping is False
     assert trees.learning_rate == (0.03 if rows <= 10_000 else 0.1)
 
 
-@pytest.mark.filterwarnings("error::sklearn.exceptions.FitFailedWarning", "error::RuntimeWarning")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("known", "tuned"), [(0, True), (1, True), (0, False)])
 def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(
     known, tuned, monkeypatch
@@ -150,6 +148,8 @@ def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(
     rare[:known] = 1.0
     inputs[LOGISTIC] = inputs[LOGISTIC].assign(rare=rare)
     dataset.baseline_inputs = lambda: inputs
-    found = fit_baselines(dataset, SPLIT)
+    with mock.patch.object(baselines, "draw_folds", wraps=baselines.draw_folds) as drawn:
+        found = fit_baselines(dataset, SPLIT)
+    assert np.array_equal(drawn.call_args.args[1], dataset.groups[:100]), "folds of patients"
     assert set(found) == set(WITHOUT_STATICS)
     assert all(np.isfinite(each["test"]).all() for each in found.values())

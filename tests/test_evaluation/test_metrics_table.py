@@ -190,15 +190,11 @@ def test_a_table_survives_json(splits, columns):
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_alone_is_refused(label):
-    rows = cohort().assign(label=label)
-    for compute in (
-        lambda: evaluate(rows, 0, 0.3),
-        lambda: calibration_table(rows, "model", 0),
-        lambda: decision_curve(rows, ["model"], 0),
-    ):
-        with pytest.raises(ValueError, match="labels"):
-            compute()
+@pytest.mark.parametrize("compute", [evaluate, calibration_table, decision_curve])
+def test_one_class_alone_is_refused(label, compute):
+    model = {evaluate: [], calibration_table: ["model"], decision_curve: [["model"]]}[compute]
+    with pytest.raises(ValueError, match="labels"):
+        compute(cohort().assign(label=label), *model, 0)
 
 
 # ------------------------------------------------------------------ subgroups and curves
@@ -279,6 +275,9 @@ def test_the_decision_curve_is_the_net_benefit_of_each_draw():
     assert found.index.to_numpy() == pytest.approx(np.arange(1, len(found) + 1) / 100)
     highest = max(2 * rows["label"].mean(), rows["model"].quantile(0.99))
     assert found.index[-1] == pytest.approx(math.floor(100 * min(0.99, highest)) / 100)
+
+    low = decision_curve(rows.assign(model=0.1), ["model"], 0)  # up to twice the prevalence
+    assert low.index[-1] == pytest.approx(math.floor(200 * rows["label"].mean()) / 100)
 
     def benefit(model, sample, threshold):
         labels, positive = rows["label"][sample], rows[model][sample] >= threshold

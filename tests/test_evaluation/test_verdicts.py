@@ -3,20 +3,10 @@
 import numpy as np
 import pytest
 
+from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
-from medgemma_clinical.evaluation.verdicts import (
-    BETTER,
-    NO_VALUE,
-    TOO_FEW,
-    UNDECIDED,
-    WORSE,
-    best_baseline,
-    interval_text,
-    percent,
-    sentences,
-    verdict,
-)
+from medgemma_clinical.evaluation.verdicts import BETTER, TOO_FEW, UNDECIDED, WORSE, sentences
 
 EDGES = [
     ((0.001, 0.2), BETTER),
@@ -50,9 +40,9 @@ def result(auroc, others=None, minority=50, calibrated=True):
 
 @pytest.mark.parametrize(("ends", "level"), EDGES)
 def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
-    assert verdict(*ends, 0, 50) == level
-    assert verdict(*ends, 0, MINORITY_PATIENTS) == level
-    assert verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
+    assert verdicts.verdict(*ends, 0, 50) == level
+    assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS) == level
+    assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
     others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
     found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others))
     assert [finding.verdict for finding in found] == [level, level, None, level]
@@ -87,17 +77,19 @@ def test_sentences_name_the_models_and_their_numbers():
 
 def test_the_best_baseline_is_neither_a_stage_nor_the_ensemble_nor_undefined():
     others = dict.fromkeys((*STAGE_NAMES.values(), ENSEMBLE), (0.9, (0, 0)))
-    assert best_baseline(result((0.6, 0.8), others)) is None
+    assert verdicts.best_baseline(result((0.6, 0.8), others)) is None
     others |= {"blend": (0.6, (0, 0)), "last value": (0.65, (0, 0)), "odd": (np.nan, (0, 0))}
-    assert best_baseline(result((0.6, 0.8), others)) == "last value"
+    assert verdicts.best_baseline(result((0.6, 0.8), others)) == "last value"
 
 
 def test_numbers_are_written_with_their_interval_or_a_dash():
-    assert interval_text(0.7042, 0.6317, 0.77).split() == ["0.704", "[0.632,", "0.770]"]
-    scaled = interval_text(0.7042, 0.6317, 0.77, "+.1f", 100).split()
-    assert scaled == ["+70.4", "[+63.2,", "+77.0]"]
-    assert interval_text(0.7, np.nan, np.nan).split() == ["0.700", f"[{NO_VALUE}]"]
-    assert interval_text(np.nan, 0.1, 0.2) == NO_VALUE
+    assert verdicts.interval_text(0.7042, 0.6317, 0.77).split() == ["0.704", "[0.632,", "0.770]"]
+    assert verdicts.interval_text(0.7, 0.6, 0.8, "+.1f", 100).split()[1] == "[+60.0,"
+    assert verdicts.interval_text(0.7, np.nan, np.nan).split() == [
+        "0.700",
+        f"[{verdicts.NO_VALUE}]",
+    ]
+    assert verdicts.interval_text(np.nan, 0.1, 0.2) == verdicts.NO_VALUE
 
 
 @pytest.mark.parametrize(
@@ -105,5 +97,5 @@ def test_numbers_are_written_with_their_interval_or_a_dash():
     [(0.07083, "7.1"), (0.2, "20.0"), (0.00456, "0.46"), (0.01, "1.0"), (0, "0.0"), (1, "100.0")],
 )
 def test_a_percentage_has_one_decimal_and_two_digits_at_least(share, text):
-    assert percent(share).split() == [text, "%"]
-    assert percent(np.nan) == NO_VALUE
+    assert verdicts.percent(share).split() == [text, "%"]
+    assert verdicts.percent(np.nan) == verdicts.NO_VALUE
