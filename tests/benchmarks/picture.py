@@ -3,7 +3,8 @@
 Usage:
     python medgemma_trainer.py --trajectory_only --output_dir runs \\
         --data_path tests/data/physionet2012_bicarbonate.csv
-    python tests/benchmarks/picture.py --page runs/trajectory/report.html --out .images/report.png
+    python tests/benchmarks/picture.py --page runs/trajectory/report.html --height 990 \\
+        --out .images/report.png
 
     zcat tests/data/physionet2012_chemistry.csv.gz | head -400 > runs/few.csv
     cp tests/data/physionet2012_chemistry.json runs/few.json
