@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import count_patients
+
 AGE_BANDS = {
     "under 18": 18.0,
     "18 to 39": 40.0,
@@ -26,9 +28,6 @@ OBSERVATION_BANDS = {
     "20 or more": np.inf,
 }
 """Subgroups of a report: each band with the number just above it."""
-
-BAND = re.compile(r"under (?P<end>\d+)|(?P<low>\d+)(?: to (?P<high>\d+)| or (?P<open>\w+))?")
-"""Form of the name of such a band."""
 
 UNKNOWN = "not known"
 AGE = re.compile(r"\b([0-9]{1,3})[- ]years?[- ]old\b|\baged?[ :=]+([0-9]{1,3})\b", re.IGNORECASE)
@@ -98,8 +97,9 @@ def case_mix_of(
 
     Returns:
         ``rows``, ``patients``, ``prevalence`` (share of known labels), ``women`` (share of known
-        sexes), ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``; unknown
-        ones are left out.
+        sexes), ``sex_patients`` and ``age_patients`` (patients of known sex, and age);
+        ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``. Unknown ones
+        are left out.
     """
     sexes = people["sex"]
     mix = {
@@ -107,30 +107,10 @@ def case_mix_of(
         "patients": len(np.unique(groups)),
         "prevalence": pd.Series(labels).mean(),
         "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
+        "sex_patients": count_patients(groups, (sexes != UNKNOWN).to_numpy()),
+        "age_patients": count_patients(groups, people["age"].notna().to_numpy()),
     }
     for name in ("observations", "age"):
         quartiles = people[name].quantile([0.25, 0.5, 0.75])
         mix |= zip((f"{name}_q1", f"{name}_median", f"{name}_q3"), quartiles, strict=True)
     return {name: float(number) for name, number in mix.items() if pd.notna(number)}
-
-
-# --- used by rooms that are being rewritten; the lead deletes it
-
-
-def join_bands(names: Sequence[str]) -> str:
-    """Return the name of neighbouring subgroups as one; "18 to 39" and "40 to 59": "18 to 59".
-
-    Args:
-        names: at least one; bands named as in ``AGE_BANDS`` come first, in their order.
-    """
-    bands = [band for band in map(BAND.fullmatch, names) if band]
-    if len(bands) < 2:
-        return " or ".join(names)
-    first, last = bands[0], bands[-1]
-    if last["open"]:
-        joined = f"{first['low']} or {last['open']}" if first["low"] else "known"
-    elif first["low"]:
-        joined = f"{first['low']} to {last['high'] or last['low']}"
-    else:
-        joined = f"under {int(last['high']) + 1}"
-    return " or ".join([joined, *names[len(bands) :]])
