@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from medgemma_clinical.commands.run_folder import log_path, stage_name
+from medgemma_clinical.commands.run_folder import log_path, stage_folder
 from medgemma_clinical.data.checks import describe_split, describe_unusable_facts, summarize
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
@@ -100,5 +100,5 @@ def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhauste
 def check_output(args: Namespace) -> None:
     """Refuse a log or tracker that cannot be had, before minutes go into the data."""
     check_tracker(args.report_to)
-    if args.output_dir:
-        log_path(args, args.output_dir / stage_name(args))
+    if folder := stage_folder(args):
+        log_path(args, folder)
