@@ -692,7 +692,7 @@ def train_stage(
     """Train one stage in its folder, or in memory; None after a dry run or a finished one."""
     data = run_folder.run_data(args, dataset, prompt_options(args), checkpoint)
     facts = run_folder.run_facts(args, data, checkpoint)
-    folder = args.output_dir and args.output_dir / run_folder.stage_name(args)
+    folder = run_folder.stage_folder(args)
     if args.resume and run_folder.is_finished(folder, facts):
         return None
     stage = make_stage(args, data, checkpoint)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands import run_folder
+from medgemma_clinical.commands.run_folder import RUN_FORMAT
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 
@@ -34,5 +34,5 @@ def write_run(folder, seed=0, data=None, baseline="last value"):
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
     known = {"data": {"named": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}}
     known["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
-    run_folder.write_run(folder, {"format": run_folder.RUN_FORMAT, **known})
+    (folder / "run.json").write_text(json.dumps({"format": RUN_FORMAT, **known}))
     return folder

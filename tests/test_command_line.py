@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -191,12 +192,14 @@ def test_no_text_steers_a_terminal_and_logging_of_a_caller_comes_back(tmp_path, 
     with command_logging():
         logging.info("a \x1b[31mred\x1b]0;title\x07 \u202e\r 63\N{NO-BREAK SPACE}%%\nnext")
         RUN_LOG.open(tmp_path / "own.log")
+        logging.debug("a detail of a library")
         logging.error("last \x1b[0m")
     assert (root.handlers, root.level, logging.raiseExceptions) == before
     console, written = capsys.readouterr(), (tmp_path / "own.log").read_text()
     assert re.fullmatch(r"a \\x1b\[31mred.* 63 %+\nnext\n", console.out)
     assert console.err == "error: last \\x1b[0m\n"
     assert written.startswith(LOG_MARK)
+    assert "library" not in written
     for text in (console.out, written):
         assert text.replace("\n", "").isprintable()
         assert "63 %%\nnext\n" in text
@@ -221,6 +224,18 @@ def test_a_log_of_ones_own_is_for_its_owner_alone_and_the_next_run_appends(data,
         assert log.read_text().count("epoch 1/1") == runs
     assert log.stat().st_mode & 0o777 == 0o600
     assert not list(tmp_path.glob("run/trajectory*/*.log"))
+
+
+def test_the_console_shows_the_epochs_that_matter_and_the_log_each_of_them(data, tmp_path, capsys):
+    words = words_for(data, log := tmp_path / "own.log")
+    assert trainer.main([*words, "--trajectory_epochs", "13", "--patience", "13"]) == 0
+    history = pd.read_json(tmp_path / "run" / "trajectory" / "history.jsonl", lines=True)
+    matters = history["improved"] | history["epoch"].isin([10, 13])
+    assert 2 < matters.sum() < 13
+    console = capsys.readouterr().out
+    for text, epochs in ((console, history[matters]), (log.read_text(), history)):
+        assert re.findall(r"epoch (\d+)/13", text) == epochs["epoch"].astype(str).tolist()
+    assert len(console.splitlines()) <= 40
 
 
 def test_a_file_name_that_is_no_text_ends_no_run(data, tmp_path):

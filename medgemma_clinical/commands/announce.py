@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from medgemma_clinical.commands.run_folder import log_path, stage_name
+from medgemma_clinical.commands.run_folder import log_path, stage_folder
 from medgemma_clinical.data.checks import describe_split, describe_unusable_facts, summarize
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
@@ -22,16 +22,20 @@ logger = logging.getLogger(__name__)
 WARNED_SHARE = 0.01
 """An epoch with a larger share of skipped steps gets a warning."""
 
+SHOWN_EPOCHS = 10
+"""The console shows each tenth epoch, besides the last one and each that is the best so far."""
+
 
 def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
     """Log data, split, model and length of the training."""
-    dataset, train = data.dataset, stage.batches["train"]
+    dataset, batches = data.dataset, stage.batches["train"]
     for line in [*summarize(dataset), describe_split(dataset, data.split, args.seed)]:
         logger.info(line)
     if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
+        if args.facts == "on":
+            for line in describe_unusable_facts(dataset, data.split["train"]):
+                logger.warning("warning: %s: %s", dataset.source, line)
         until = "last observation" if dataset.hours_read is None else "prediction time"
-        for line in describe_unusable_facts(dataset, data.split["train"]) * (args.facts == "on"):
-            logger.warning("warning: %s: %s", dataset.source, line)
         facts = ", ".join(dataset.fact_names) or "none"
         logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
     learns = []
@@ -41,43 +45,49 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
             learns.append(f"{part} {sum(weights):,} at rate {rate:g}")
     logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(learns))
     if stage.text is not None:
-        tokens, soft = stage.lengths[train.rows], stage.config["num_prefix_tokens"]
-        text = "tokens: %s an epoch, of a patient median %.0f, longest %d, up to %d of them soft"
-        logger.info(text, f"{tokens.sum():,}", np.median(tokens), tokens.max(), soft)
+        tokens, soft = stage.lengths[batches.rows], stage.config["num_prefix_tokens"]
+        logger.info(
+            f"tokens: {tokens.sum():,} an epoch, of a patient median {np.median(tokens):.0f}, "
+            f"longest {tokens.max()}, up to {soft} of them soft"
+        )
         if count := stage.text.shortened:
-            logger.info("%s prompts were too long and lost their oldest values", f"{count:,}")
-    count = processes().num_processes
-    where = f"on {default_device()}, {count} process{'' if count == 1 else 'es'}"
-    text = "batch size %d, %d steps an epoch, at most %d epochs, %s"
-    logger.info(text, args.batch_size, len(train), stage.epochs, where)
+            logger.info(f"{count:,} prompts were too long and lost their oldest values")
+    logger.info(
+        f"batch size {args.batch_size}, {len(batches)} steps an epoch, at most {stage.epochs} "
+        f"epochs, on {default_device()}, processes: {processes().num_processes}"
+    )
 
 
 def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:
     """Log how long an epoch of a language model takes, from the time that some rows took."""
     if stage.text is not None:
-        lengths, train = stage.lengths, stage.batches["train"].rows
-        minutes = seconds * lengths[train].sum() / lengths[rows].sum() / 60
-        minutes /= processes().num_processes
+        share = stage.lengths[rows].sum() / stage.lengths[stage.batches["train"].rows].sum()
+        minutes = seconds / share / 60 / processes().num_processes
         shown = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
         logger.info("an epoch takes about %s, validation apart", shown)
 
 
 def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
     """Log what the steps of a dry run on some rows have cost, and an epoch's time by them."""
-    took = progress.steps, progress.seconds / progress.steps, progress.mean_loss, peak_memory()
-    text = "dry run: %d steps on the longest rows, %.2f s each, loss %.4f; %s; nothing was written"
-    logger.info(text, *took)
+    logger.info(
+        f"dry run: {progress.steps} steps on the longest rows, "
+        f"{progress.seconds / progress.steps:.2f} s each, loss {progress.mean_loss:.4f}; "
+        f"{peak_memory()}; nothing was written"
+    )
     log_epoch_time(stage, progress.seconds, rows)
 
 
 def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhausted: bool) -> None:
-    """Log the metrics of an epoch; without a finite step there is no training loss."""
+    """Log the metrics of an epoch, of most epochs to the log file alone."""
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
-    loss = "none" if train_loss is None else f"{train_loss:.4f}"
-    scores = f"train loss {loss}, val loss {metrics['val_loss']:.4f}, "
-    scores += f"val AUROC {metrics['val_auroc']:.4f}, {metrics['seconds']:.1f} s"
-    best = ", best so far" if improved else ""
-    logger.info("epoch %d/%d: %s%s", epoch, stage.epochs, scores, best)
+    shown = improved or exhausted or epoch == stage.epochs or epoch % SHOWN_EPOCHS == 0
+    loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
+    logger.log(
+        logging.INFO if shown else logging.DEBUG,
+        f"epoch {epoch}/{stage.epochs}: train loss {loss}, val loss {metrics['val_loss']:.4f}, "
+        f"val AUROC {metrics['val_auroc']:.4f}, {metrics['seconds']:.1f} s"
+        f"{', best so far' if improved else ''}",
+    )
     if skipped:
         steps = len(stage.batches["train"])
         level = logging.WARNING if skipped > WARNED_SHARE * steps else logging.INFO
@@ -90,5 +100,5 @@ def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhauste
 def check_output(args: Namespace) -> None:
     """Refuse a log or tracker that cannot be had, before minutes go into the data."""
     check_tracker(args.report_to)
-    if args.output_dir:
-        log_path(args, args.output_dir / stage_name(args))
+    if folder := stage_folder(args):
+        log_path(args, folder)

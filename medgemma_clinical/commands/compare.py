@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 from argparse import Namespace
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -28,14 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_compare(args: Namespace, output_dir: Path | None) -> int:
-    """Print the test metrics of finished stages and their paired differences to the first.
+    """Compare finished stages, the first with each other one, on the test patients that they share.
 
-    Args:
-        args: of the command line: ``compare`` names stage folders tested on the same patients.
-        output_dir: where ``compare.json`` and ``compare.html`` are written; None writes nothing.
-
-    Raises:
-        InputError: a run is named twice or has no result, or they were tested on other patients.
+    Without ``output_dir`` nothing is written.
     """
     runs = [Path(os.path.abspath(run)) for run in args.compare]  # "." has a name too
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
@@ -49,15 +43,14 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
     output_dir.mkdir(parents=True, exist_ok=True)
     known = {name: read_run(folder) or {} for name, folder in folders.items()}
     outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
+    arguments = {name: run.get("arguments", {}) for name, run in known.items()}
     write_results(
         output_dir / "compare",
         metrics,
         cost,
         title=": ".join([f"{len(folders)} models on the same test patients", *outcomes]),
         card={"Seed": f"{args.seed}, of the intervals"},
-        notice=random_models_notice(
-            {name: run.get("arguments", {}) for name, run in known.items()}
-        ),
+        notice=random_models_notice(arguments),
     )
     return EXIT_DONE
 
@@ -72,14 +65,9 @@ def model_names(runs: Sequence[Path]) -> list[str]:
 
 
 def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
-    """Read the test predictions of a folder: the columns ``TESTED``, then the risk of each model.
+    """Read the test predictions of a stage or an ablation: ``TESTED``, then the risk of each model.
 
-    Args:
-        folder: of a stage, or of an ablation, which has no column ``probability``.
-        model: new name of the column ``probability``.
-
-    Raises:
-        InputError: there is no such table, or a risk is no number from 0 to 1.
+    ``model`` is the new name of the column ``probability``, which an ablation does not have.
     """
     path = folder / "predictions_test.csv"
     try:
@@ -100,14 +88,10 @@ def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
 
 
 def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
-    """Join the test predictions of several stages, by name; the baselines are the first one's.
-
-    Raises:
-        InputError: they were not tested on the same patients.
-    """
+    """Join test predictions of the same patients by name; the baselines are the first stage's."""
     tables = {name: read_predictions(folder, name) for name, folder in folders.items()}
-    reference, first = next(iter(tables.items()))
     data = {name: (read_run(folder) or {}).get("data", {}) for name, folder in folders.items()}
+    reference, first = next(iter(tables.items()))
     for name, table in tables.items():
         if not table[TESTED].equals(first[TESTED]):
             both = len(set(table["id"]) & set(first["id"]))
@@ -115,16 +99,15 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
                 f"{reference} and {name} were tested on other patients or labels ({len(first)} and "
                 f"{len(table)} rows, {both} ids in both): compare runs on the same data and seed"
             )
-        numbered = not all(each.get("named", True) for each in (data[reference], data[name]))
-        if numbered and data[reference].get("rows_sha256") != data[name].get("rows_sha256"):
+        named = all(each.get("named", True) for each in (data[reference], data[name]))
+        if not named and data[reference].get("rows_sha256") != data[name].get("rows_sha256"):
             raise InputError(
                 f"{reference} and {name}: their data have no subject_id and differ, so nothing "
                 "tells that the same patients were tested"
             )
+    baselines = first.drop(columns=[*TESTED, *tables], errors="ignore")
     risks = [table[name] for name, table in tables.items()]
-    return pd.concat(
-        [first[TESTED], *risks, first.drop(columns=[*TESTED, *tables], errors="ignore")], axis=1
-    )
+    return pd.concat([first[TESTED], *risks, baselines], axis=1)
 
 
 def cost_of(folder: Path) -> dict[str, float | None]:
@@ -135,8 +118,7 @@ def cost_of(folder: Path) -> dict[str, float | None]:
         memory_mib (peak), residual_weight (of the language model).
     """
     try:
-        lines = (folder / "history.jsonl").read_text(encoding="utf-8").splitlines()
-        seconds = float(np.median([json.loads(line)["seconds"] for line in lines]))
+        seconds = pd.read_json(folder / "history.jsonl", lines=True)["seconds"].median()
         known = (read_run(folder) or {})["cost"]
         weight = read_json(folder / "metrics.json").get("residual_weight")
         cost = {"seconds_an_epoch": seconds, **known, "residual_weight": weight}
@@ -153,7 +135,7 @@ def write_results(
     title: str,
     card: dict[str, str],
     notice: str = "",
-    meanings: Mapping[str, str] | None = None,
+    meanings: Mapping[str, str] = MEANINGS,
     sentences: Sequence[str] = (),
     splits: pd.DataFrame | None = None,
 ) -> None:
@@ -161,32 +143,27 @@ def write_results(
 
     An earlier result that differs is moved aside first.
     """
-    pages = [path.with_name(f"{path.name}.{ending}") for ending in ("json", "html")]
-    content = {**metrics.to_json(), "cost": cost}
-    try:
-        same = read_json(pages[0]) == content
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        for aside in move_aside(pages):
-            logger.info("an earlier result was moved to %s", aside)
-    known = {**MEANINGS, **(meanings or {})}
-    unused = [name for name, each in cost.items() if each.get("residual_weight") == 0]
-    if unused:
+    table, page = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "html"))
+    content, earlier = {**metrics.to_json(), "cost": cost}, None
+    with contextlib.suppress(OSError, ValueError):
+        earlier = read_json(table)
+    for aside in move_aside([table, page] if earlier != content else []):
+        logger.info("an earlier result was moved to %s", aside)
+    if unused := [name for name, each in cost.items() if each.get("residual_weight") == 0]:
         said = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, said]
     write_comparison(
-        pages[1],
+        page,
         metrics,
         title=title,
         sentences=sentences,
         card={**card, **describe_program()},
-        models={name: known[name] for name in metrics.models if name in known},
+        models={name: meanings[name] for name in metrics.models if name in meanings},
         notice=notice,
         cost=pd.DataFrame.from_dict(cost, orient="index"),
         splits=splits,
     )
-    write_json(pages[0], content)
+    write_json(table, content)
     log_comparison(metrics, cost)
     logger.info("%s\nresults: %s", "\n".join(sentences), path.parent)
 
@@ -199,21 +176,16 @@ def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -
 
 
 def random_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what a page says first where runs have the built-in random model; else nothing.
-
-    Args:
-        runs: the arguments of each by its name; none where they are not known.
-    """
+    """Return what a page says first where runs, given by their arguments, have the random model."""
     tiny = [name for name, run in runs.items() if run.get("model_name") == TINY]
     readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
     random = [name for name in tiny if name in readers]
-    if not readers:
-        return RANDOM_MODEL_UNREAD if len(tiny) == len(runs) else ""
-    if random == readers:
+    if random and random == readers:
         return RANDOM_MODEL
-    names = " and ".join(random)
-    return (
-        f"The language model of {names} is tiny and random; its metrics say nothing about MedGemma."
-        if random
-        else ""
-    )
+    if random:
+        names = " and ".join(random)
+        return (
+            f"The language model of {names} is tiny and random; its metrics say nothing about "
+            "MedGemma."
+        )
+    return RANDOM_MODEL_UNREAD if not readers and len(tiny) == len(runs) else ""

@@ -19,7 +19,7 @@ def export(args: Namespace, given: set[str], builders: Builders) -> int:
     if processes().num_processes > 1:
         raise InputError("--export runs in one process: start it by python, not accelerate")
     name = args.model_name if "--model_name" in given else None
-    proof = export_merged(args.checkpoint, args.export_dir, builders, name)
-    logger.info("largest difference of a logit after the merge: %.2g of their spread", proof[0])
+    apart = export_merged(args.checkpoint, args.export_dir, builders, name)
+    logger.info("largest difference of a logit after the merge: %.2g of their spread", apart)
     logger.info("export: %s; %s; see docs/serving.md", args.export_dir, peak_memory())
     return EXIT_DONE

@@ -15,6 +15,9 @@ from medgemma_clinical.files import InputError, one_line
 LOG_MARK = "# log of medgemma_clinical\n"
 """First line of a log file; only a file that begins so is appended to."""
 
+OWN = [logging.getLogger(name) for name in ("medgemma_trainer", "medgemma_clinical")]
+"""Loggers of the program; their debug messages go to the log file alone."""
+
 
 class PlainFormatter(logging.Formatter):
     """Escape what could steer a terminal; line breaks stay, no-break spaces become spaces."""
@@ -35,11 +38,10 @@ class RunLog(logging.StreamHandler[TextIO]):
 
     def open(self, path: Path) -> None:
         """Write the kept lines, and all that follow, to a new file or an earlier log."""
-        check_log_file(path)
         assert isinstance(self.stream, io.StringIO), "the log of the run before is open"
         try:
             file = path.open("a", encoding="utf-8", errors="backslashreplace")
-            file.write(self.stream.getvalue() if file.tell() else LOG_MARK + self.stream.getvalue())
+            file.write(("" if file.tell() else LOG_MARK) + self.stream.getvalue())
         except OSError as error:
             raise InputError(f"--log_file {path}: {error.strerror}") from error
         self.stream = file
@@ -63,19 +65,37 @@ def start_logging(*, first: bool = True) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     console, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     console.set_name("console")
+    console.setLevel(logging.INFO)
     console.setFormatter(PlainFormatter("%(message)s"))
     console.addFilter(lambda record: first and record.levelno < logging.ERROR)
     errors.setLevel(logging.ERROR)
     errors.setFormatter(PlainFormatter("error: %(message)s"))
     logging.root.handlers = [console, errors, RUN_LOG]
     logging.root.setLevel(logging.INFO)
+    for logger in OWN:
+        logger.setLevel(logging.DEBUG)
     logging.raiseExceptions = False  # a console that was closed ends no run
 
 
 @contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Restore a caller's own logging after a block, and end the run's log."""
+    before = [(each, each.handlers, each.level) for each in (logging.root, *OWN)]
+    raises = logging.raiseExceptions
+    try:
+        yield
+    finally:
+        RUN_LOG.begin()
+        logging.raiseExceptions = raises
+        for logger, handlers, level in before:
+            logger.handlers = handlers
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def command_logging(*, first: bool = True) -> Iterator[None]:
-    """Log as ``start_logging`` for the length of a command; a caller's own logging comes back."""
-    with _restored(logging.root):
+    """Log as ``start_logging`` for the length of a command."""
+    with restored():
         start_logging(first=first)
         yield
 
@@ -83,28 +103,14 @@ def command_logging(*, first: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Log a run that Python calls; show warnings where the caller has not set up logging."""
-    handlers: list[logging.Handler] = [RUN_LOG]
-    if not logging.root.handlers:
-        handlers.append(logging.StreamHandler())
-        handlers[1].setLevel(logging.WARNING)
-    program, package = (logging.getLogger(f"medgemma_{name}") for name in ("trainer", "clinical"))
-    with _restored(program), _restored(package):
-        for logger in (program, package):
-            logger.handlers = [*logger.handlers, *handlers]
-            logger.setLevel(logging.INFO)
+    warnings = logging.StreamHandler()
+    warnings.setLevel(logging.WARNING)
+    with restored():
+        for logger in OWN:
+            added = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
+            logger.handlers = [*logger.handlers, *added]
+            logger.setLevel(logging.DEBUG)
         yield
-
-
-@contextlib.contextmanager
-def _restored(logger: logging.Logger) -> Iterator[None]:
-    """Restore a logger's handlers and level after a block, and end the run's log."""
-    before, level, raises = logger.handlers, logger.level, logging.raiseExceptions
-    try:
-        yield
-    finally:
-        RUN_LOG.begin()
-        logger.handlers, logging.raiseExceptions = before, raises
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -117,4 +123,4 @@ def quiet_console() -> Iterator[None]:
         yield
     finally:
         for console in consoles:
-            console.setLevel(logging.NOTSET)
+            console.setLevel(logging.INFO)

@@ -15,11 +15,14 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import (
+    describe_model,
+    random_model_notice,
+    weight_0_sentence,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +57,8 @@ def rows_in_training(
 ) -> NDArray[np.bool_]:
     """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
 
-    An equal identifier counts where a row of such a patient is equal: two hospitals may count their
-    patients alike. ``named`` tells whether both data sets have identifiers.
+    Where both data sets have identifiers, ``named``, an equal one counts if some row of such a
+    patient is equal: two hospitals may number their patients alike.
     """
     same_row = np.isin(rows, trained) & (rows != 0)
     same_patient = np.isin(patients, trained) & named
@@ -68,16 +71,16 @@ def training_sentence(
     """Return how many data sets of one row each are in the training data."""
     if not len(trained):
         return "Not known: how many of these rows are in the training data."
-    pairs = [dataset.subset(np.zeros(2, dtype=np.int64)) for dataset in datasets]
-    for pair in pairs:  # a row without label is compared with both
+    rows, patients, both = [], [], np.arange(2)
+    for dataset in datasets:  # a row without label is compared with both labels
+        pair = dataset.subset(np.zeros(2, dtype=np.int64))
         pair.labels = np.where(np.isnan(pair.labels), [0.0, 1.0], pair.labels)
-    rows, patients = (
-        np.concatenate([hashes(pair, np.arange(2)) for pair in pairs])
-        for hashes in (row_hashes, patient_hashes)
-    )
-    found = rows_in_training(patients, rows, trained, named=named and pairs[0].named)
+        rows += row_hashes(pair, both).tolist()
+        patients += patient_hashes(pair, both).tolist()
+    named = named and datasets[0].named
+    found = rows_in_training(np.array(patients), np.array(rows), trained, named=named)
     count = int(found.reshape(-1, 2).any(axis=1).sum())
-    return f"{count} of these {len(pairs)} rows are in the training data."
+    return f"{count} of these {len(datasets)} rows are in the training data."
 
 
 def explain_rows(
@@ -99,10 +102,8 @@ def explain_rows(
     config, datasets = model.config, [dataset for _, dataset in chosen]
     found = training_sentence(datasets, trained, named=named)
     notes = [found, weight_0_sentence(config), random_model_notice(config)]
-    method = datasets[0].asked() | {
-        "Model": ", ".join(filter(None, [STAGE_NAMES[config["stage"]], config.get("base_model")])),
-        "Checkpoint": request.checkpoint.absolute().name,
-    }
+    checkpoint = {"Checkpoint": request.checkpoint.absolute().name}
+    method = datasets[0].asked() | checkpoint | describe_model(config)
     path, outcome = patients_path(request.predictions), config["outcome"]
     write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

@@ -43,28 +43,24 @@ from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_clinical.models.model_card import random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import page_card, random_model_notice, weight_0_sentence
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
     checkpoint_path,
     read_trained_config,
 )
-from medgemma_clinical.provenance import describe_program
 
 logger = logging.getLogger(__name__)
 
+LIMITS = (
+    "The model was not changed for these rows: threshold and recalibration are those of its own "
+    "validation part."
+)
+
 
 def predict(args: Namespace, given: set[str]) -> int:
-    """Write a prediction for each row of the input; the output is whole or absent.
-
-    Args:
-        args: of the command line.
-        given: flags that the user typed, as in ``--batch_size``.
-
-    Raises:
-        InputError: a flag, the checkpoint, the input, or the path of the output is wrong.
-    """
+    """Write a prediction for each row of the input; ``given`` are the flags that were typed."""
     if processes().num_processes > 1:
         raise InputError("--predict runs in one process: start it by python, not accelerate")
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
@@ -84,19 +80,18 @@ def predict(args: Namespace, given: set[str]) -> int:
     findings = Findings(str(source), strict=bool(request.strict))
     chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
     first = next(chunks)  # faults of the input show before a language model is loaded
-    model = TrajectoryModel.from_pretrained(
-        request.checkpoint,
-        batch_size=request.batch_size,
-        model_name=request.model_name,
-        quantization=request.quantization,
-        precision=request.precision,
-        attention=request.attention,
-    )
+    names = ("batch_size", "model_name", "quantization", "precision", "attention")
+    options = {name: getattr(request, name) for name in names}
+    model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
     chunks = show_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request, chunks, model, findings)
-    log_summary(tally, findings, model.trained, request.predictions, first.dataset.flow)
+    findings.log()
+    for line in [] if first.dataset.flow is None else flow_lines(first.dataset.flow):
+        logger.info(line)
+    tally.log(model)
+    logger.info("predictions: %s; %s", request.predictions, peak_memory())
     trained, named = training_patients(model.trained, request.checkpoint)
-    report_labelled(tally, model.trained, first.dataset, request, trained, named=named)
+    report_labelled(tally, model, first.dataset, request, trained, named=named)
     if request.explain:
         explain_rows(tally.chosen, model, request, trained, named=named)
     return EXIT_DONE
@@ -105,11 +100,7 @@ def predict(args: Namespace, given: set[str]) -> int:
 def find_source(
     request: Namespace, config: dict[str, Any], datasets: Mapping[str, type[TrajectoryDataset]]
 ) -> Path:
-    """Return the file or folder to read, which must be of the checkpoint's kind.
-
-    Raises:
-        InputError: naming the difference, or the flag that is missing.
-    """
+    """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
     trained = {"dataset": config["dataset"], **config["reading"]}
     dataset = datasets[config["dataset"]]
     for name in ("dataset", *(option for each in datasets.values() for option in each.options)):
@@ -128,11 +119,7 @@ def find_source(
 
 
 def check_output(out: Path, source: Path) -> None:
-    """Check that predictions can be written; what lies there is moved aside, but for the input.
-
-    Raises:
-        InputError: naming the path.
-    """
+    """Check that predictions can be written, and not over the rows to score."""
     if not out.absolute().parent.is_dir() or out.is_dir():
         raise InputError(f"--predictions {out}: name a file in a folder that exists")
     if out.exists() and source.exists() and out.samefile(source):
@@ -158,27 +145,20 @@ def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[Scori
 
 @dataclass
 class PredictionTally:
-    """Counts of scored rows; nothing is kept of rows without a label.
-
-    Attributes:
-        rows: of the input.
-        scored: rows with a probability.
-        positive: rows at or above the threshold.
-        formulas: rows whose id a spreadsheet would run.
-        labelled: labelled rows of each chunk: the columns of ``TrajectoryDataset.people``, label,
-            risk, and the hashes that training patients are known by: patient and row.
-        chosen: rows of the page of patients.
-    """
+    """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
 
     rows: int = 0
     scored: int = 0
     positive: int = 0
-    formulas: int = 0
-    labelled: list[pd.DataFrame] = field(default_factory=list)
-    chosen: list[ChosenRow] = field(default_factory=list)
+    formulas: int = 0  # ids that a spreadsheet would run
+    labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
+    chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
-        """Count the lines that were written of some rows, all of ``rows.dataset`` with a score."""
+        """Count lines of the output, and keep of labelled rows who they are and their risk.
+
+        Patient and row are hashes, as training patients are known by.
+        """
         dataset = rows.dataset
         self.rows += len(lines)
         self.scored += len(rows.places)
@@ -195,6 +175,19 @@ class PredictionTally:
             )
         )
 
+    def log(self, model: TrajectoryModel) -> None:
+        """Log the counts, and what a user should know of the output."""
+        if "decision" not in model.config:
+            text = "the checkpoint has no threshold, since its run was not finished: %g is used"
+            logger.warning(text, model.threshold)
+        if self.formulas:
+            text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
+            logger.warning(text, self.formulas)
+        logger.info(
+            f"{self.rows:,} rows: {self.scored:,} scored, {self.positive:,} of them at or above "
+            f"the threshold {model.threshold:g}; {self.rows - self.scored:,} without a score"
+        )
+
 
 def write_predictions(
     request: Namespace, chunks: Iterable[ScoringRows], model: TrajectoryModel, findings: Findings
@@ -202,9 +195,6 @@ def write_predictions(
     """Score rows chunk by chunk; the file appears when the last one is written.
 
     Earlier predictions, and the pages beside them, are moved aside.
-
-    Raises:
-        InputError: a row cannot be scored and the findings are strict, or another run writes here.
     """
     tally, path = PredictionTally(), request.predictions
     with locked(path), atomic(path) as temporary:
@@ -221,35 +211,9 @@ def write_predictions(
     return tally
 
 
-def log_summary(
-    tally: PredictionTally,
-    findings: Findings,
-    trained: TrainedModel,
-    path: Path,
-    flow: pd.DataFrame | None,
-) -> None:
-    """Log what was found in the input, how its rows came about, and what was written."""
-    findings.log()
-    for line in [] if flow is None else flow_lines(flow):
-        logger.info(line)
-    if "decision" not in trained.config:
-        logger.warning(
-            "the checkpoint has no threshold, since its run was not finished: %g is used",
-            trained.rule.threshold,
-        )
-    if tally.formulas:
-        text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
-        logger.warning(text, tally.formulas)
-    logger.info(
-        f"{tally.rows:,} rows: {tally.scored:,} scored, {tally.positive:,} of them at or above the "
-        f"threshold {trained.rule.threshold:g}; {tally.rows - tally.scored:,} without a score"
-    )
-    logger.info("predictions: %s; %s", path, peak_memory())
-
-
 def report_labelled(
     tally: PredictionTally,
-    trained: TrainedModel,
+    model: TrajectoryModel,
     dataset: TrajectoryDataset,
     request: Namespace,
     known: NDArray[np.int64],
@@ -258,74 +222,58 @@ def report_labelled(
 ) -> None:
     """Write and print how good the predictions are, where labels of both classes are known.
 
-    Rows of the training data are left out.
-
-    Args:
-        tally: of the predictions.
-        trained: the model.
-        dataset: the first rows.
-        request: of the command.
-        known: hashes of the training patients, as from ``training_patients``.
-        named: whether the training data have identifiers.
+    Rows of the training data, whose hashes are ``known``, are left out.
     """
-    people, config = pd.concat(tally.labelled, ignore_index=True), trained.config
+    people, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if people.empty:
         return
     hashes = people["patient"].to_numpy(), people["row"].to_numpy()
     in_training = rows_in_training(*hashes, known, named=named and dataset.named)
+    new = people[~in_training].reset_index(drop=True)
     said = (
-        f"{in_training.sum():,} of {len(people):,} labelled rows are in the training data and are "
-        "left out of the metrics."
-        if len(known)
-        else "The checkpoint does not hold its training patients: if these rows are among them, "
-        "the metrics are optimistic."
+        "The checkpoint does not hold its training patients: if these rows are among them, the "
+        "metrics are optimistic."
     )
-    labelled, people = len(people), people[~in_training].reset_index(drop=True)
-    if people["label"].nunique() < 2:
+    if len(known):
+        said = (
+            f"{len(people) - len(new):,} of {len(people):,} labelled rows are in the training "
+            "data and are left out of the metrics."
+        )
+    if new["label"].nunique() < 2:
         logger.info("%s No metrics: the rows that are left lack a class.", said)
         return
-    name = STAGE_NAMES[config["stage"]]
-    rows = pd.DataFrame(
-        {
-            "id": people["patient"],  # no id is kept, so none can be named
-            "label": people["label"],
-            "patient": people["patient"].astype(str),
-            name: people["risk"],
-        }
-    )
-    threshold = trained.rule.threshold
-    metrics = evaluate(rows, request.seed, threshold)
+    name, source = STAGE_NAMES[config["stage"]], Path(dataset.source).name
+    patients = new["patient"].astype(str)
+    table = {"id": patients, "label": new["label"], "patient": patients, name: new["risk"]}
+    rows = pd.DataFrame(table)
+    metrics = evaluate(rows, request.seed, model.threshold)
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
-        ("without a label", tally.scored - labelled, labelled),
-        ("in the training data", labelled - len(people), len(people)),
+        ("without a label", tally.scored - len(people), len(people)),
+        ("in the training data", len(people) - len(new), len(new)),
     ]
-    here = case_mix_of(people, people["label"].to_numpy(), people["patient"].to_numpy())
-    base = config.get("base_model")
+    here = case_mix_of(new, new["label"].to_numpy(), new["patient"].to_numpy())
     content = ReportContent(
-        title=f"{config['outcome']}: {name} on the rows of {Path(dataset.source).name}",
+        title=f"{config['outcome']}: {name} on the rows of {source}",
         outcome=config["outcome"],
         question=dataset.asked(),
         data={
-            "Source": Path(dataset.source).name,
-            "Scored": f"{len(people):,} rows with a score and a label",
+            "Source": source,
+            "Scored": f"{len(new):,} rows with a score and a label",
             "Training data": said,
             "Missing values": "masked, never filled in",
         },
-        card={
-            "Limits": (
-                "The model was not changed for these rows: threshold and recalibration are those "
-                "of its own validation part."
-            ),
-            "Model": name + (f", {base}" if base else ""),
-            "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
-            "Seed": f"{request.seed}, of the intervals",
-            "SHA-256 of its training data": config["data_sha256"],
-            **describe_program(),
-        },
-        threshold=threshold,
+        card=page_card(
+            config,
+            {
+                "Limits": LIMITS,
+                "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
+                "Seed": f"{request.seed}, of the intervals",
+            },
+        ),
+        threshold=model.threshold,
         seed=request.seed,
-        bands=bands_of(people[["observations", "age", "sex"]]),
+        bands=bands_of(new[["observations", "age", "sex"]]),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=case_mix_table(config["case_mix"], here),
         notice=random_model_notice(config),
@@ -341,10 +289,7 @@ def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[
     """Return hashes of the patients that trained a model, and whether they have identifiers.
 
     Stage 1 alone holds them. Stages 2 and 3 have the same training part where their rows are those
-    of the stage 1 in the folder of their run.
-
-    Returns:
-        No hashes where they are not known: of a shared model, or where that stage 1 is missing.
+    of the stage 1 in the folder of their run. No hashes: they are not known.
     """
     if trained.train_patients is not None:
         return trained.train_patients, bool(trained.config["named"])

@@ -13,7 +13,7 @@ from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.announce import check_output
 from medgemma_clinical.commands.command_line import Parser
 from medgemma_clinical.commands.logs import recorded
-from medgemma_clinical.commands.run_folder import given_stage1, stage_name
+from medgemma_clinical.commands.run_folder import given_stage1, stage_folder
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels
 from medgemma_clinical.files import InputError, owner_only
@@ -58,7 +58,7 @@ def fit(
     unused = [name for name in OF_A_FOLDER if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
-    given: dict[str, Any] = {} if encoder is None else {"ode_checkpoint": "encoder"}
+    given = {} if encoder is None else {"ode_checkpoint": "encoder"}
     args, typed = build_parser().parse_keywords({**keywords, **stage, **given})
     flags.check_flags(flags.complete(args), typed)
     check_launch()
@@ -70,22 +70,19 @@ def fit(
         kernels = exact_kernels(deterministic=args.deterministic)
         with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
             dataset = read_rows(rows, args, keywords, read)
-            model = train(args, dataset, stage1_of(encoder, args))
+            stage1 = given_stage1(args) if encoder is None else read_encoder(encoder)
+            model = train(args, dataset, stage1)
     except KeyboardInterrupt as stop:
         if args.output_dir:
             stop.add_note(f"resume=True continues the run in {args.output_dir}")
         raise
     finally:
         FITTING.release()
-    return model or TrajectoryModel.from_pretrained(args.output_dir / stage_name(args))
+    return model or TrajectoryModel.from_pretrained(stage_folder(args))
 
 
-def stage1_of(
-    encoder: TrajectoryModel | str | Path | None, args: Namespace
-) -> TrajectoryCheckpoint | None:
-    """Return the trained stage 1 of ``encoder``, or of the flag ``ode_checkpoint``."""
-    if encoder is None:
-        return given_stage1(args)
+def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
+    """Return a trained stage 1 from a model, a path or a repository of the hub."""
     if isinstance(encoder, TrajectoryModel):
         return encoder.checkpoint()
     return read_trajectory(checkpoint_path(find_checkpoint(encoder, None)))

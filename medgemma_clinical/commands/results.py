@@ -34,20 +34,16 @@ from medgemma_clinical.evaluation.tables import model_table, split_table, writte
 from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import write_json, write_text
-from medgemma_clinical.models.generation import rows_at_once, write_reports
+from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.model_card import (
     LIMITS,
-    describe_language_model,
-    describe_stage1,
-    describe_weight,
+    page_card,
     random_model_notice,
     weight_0_sentence,
 )
 from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
-from medgemma_clinical.provenance import describe_program
 from medgemma_clinical.training.evaluate import evaluate as score
-from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import TrainState
 
@@ -67,46 +63,48 @@ def write_results(
 ) -> dict[str, Any]:
     """Score validation and, once, test with the best model; write and log all results.
 
-    Each process must call; the first one writes. Without a folder nothing is written.
-
-    Returns:
-        The checkpoint's configuration with ``decision``, ``residual_weight`` and ``metrics``; the
-        last one in the first process alone.
+    Each process must call; the first one writes. Without a folder nothing is written. Returns the
+    checkpoint's configuration with the decision rule and, in the first process, the metrics.
     """
     predictions, decided = score_parts(stage, data, args.calibrate)
     config = {**stage.config, **decided}
-    writes = isinstance(stage.model, LLMWriter)
-    texts = generate_reports(stage, predictions["test"]) if writes else None
+    texts = None
+    if isinstance(stage.model, LLMWriter):
+        texts = generate_reports(stage, predictions["test"])
     if not processes().is_main_process:
         return config
-    rows = prediction_tables(stage, data, predictions)
-    threshold: float = config["decision"]["threshold"]
-    written, lines = None, list[dict[str, Any]]()
-    metrics = {part: evaluate(table, args.seed, threshold) for part, table in rows.items()}
-    if texts is not None:
-        lines, written = score_reports(data.dataset, texts, predictions["test"], args.seed)
-    config["metrics"] = {
+    tables, decision = prediction_tables(stage, data, predictions), config["decision"]
+    threshold: float = decision["threshold"]
+    metrics = {part: evaluate(table, args.seed, threshold) for part, table in tables.items()}
+    calibration = {"method": args.calibrate}
+    if (decision["slope"], decision["intercept"]) != (1.0, 0.0):
+        calibration |= {"slope": decision["slope"], "intercept": decision["intercept"]}
+    content: dict[str, Any] = {
         "stage": stage.name,
         "selected_epoch": state.progress.best_epoch,
         "threshold": threshold,
-        **({"residual_weight": config["residual_weight"]} if "residual_weight" in decided else {}),
-        "calibration": {"method": args.calibrate, **_recalibration(config["decision"])},
+        "calibration": calibration,
         **{SCORED[part]: each.to_json() for part, each in metrics.items()},
-        **({} if written is None else {"reports": written}),
     }
+    if "residual_weight" in decided:
+        content["residual_weight"] = decided["residual_weight"]
+    lines: list[dict[str, Any]] = []
+    if texts is not None:
+        dataset, judged = data.dataset, predictions["test"]
+        lines, content["reports"] = score_reports(dataset, texts, judged, args.seed)
+    config["metrics"] = content
+    log_results(metrics, content.get("reports"))
     if folder:
         stage.save(folder, config)
-        write_json(folder / "metrics.json", config["metrics"])
-        for part, table in rows.items():
+        write_json(folder / "metrics.json", content)
+        for part, table in tables.items():
             write_text(folder / f"predictions_{part}.csv", predictions_csv(table))
         if texts is not None:
             generations = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", generations)
-    log_results(metrics, written)
-    if folder:
         write_report(
             folder / "report.html",
-            rows["test"],
+            tables["test"],
             metrics["test"],
             report_content(stage, data, state, config, metrics["val"], facts, predictions["test"]),
             min_cell=args.min_cell,
@@ -122,35 +120,28 @@ def score_parts(
 ) -> tuple[dict[str, Predictions], dict[str, Any]]:
     """Score validation and test; weight and decision rule come from validation alone.
 
-    Returns:
-        The predictions by part, and ``decision`` and ``residual_weight`` of the configuration; the
-        model takes the weight.
+    Returns the predictions by part, and both as they stand in the configuration; the model takes
+    the weight.
     """
-    raw: dict[str, Predictions] = {}
+    scored: dict[str, Predictions] = {}
     for part, name in SCORED.items():
         batches = stage.batches[part]
         shown = show_progress(batches, f"{stage.name}: {name}", len(batches))
-        raw[part] = score(stage.model, shown, stage.collate)
+        scored[part] = score(stage.model, shown, stage.collate)
     decided: dict[str, Any] = {}
-    model, val = stage.model, raw["val"]
+    model, val = stage.model, scored["val"]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
         patients = data.dataset.groups[val.rows]
         weight = fit_residual_weight(val.labels, val.offset, val.logit, patients)
         model.residual_weight = decided["residual_weight"] = weight
         text = "weight of the language model beside stage 1: %g, chosen on %d validation patients"
         logger.info(text, weight, len(np.unique(patients)))
-        raw = {
-            part: replace(each, logit=each.offset + weight * (each.logit - each.offset))
-            for part, each in raw.items()
-        }
-    rule = fit_decision_rule(raw["val"].labels, raw["val"].logit, calibrate)
+        for part, each in scored.items():
+            logit = each.offset + weight * (each.logit - each.offset)
+            scored[part] = replace(each, logit=logit)
+    rule = fit_decision_rule(val.labels, scored["val"].logit, calibrate)
     decided["decision"] = asdict(rule)
-    return {part: replace(each, rule=rule) for part, each in raw.items()}, decided
-
-
-def _recalibration(decision: dict[str, float]) -> dict[str, float]:
-    changed = (decision["slope"], decision["intercept"]) != (1.0, 0.0)
-    return {name: decision[name] for name in ("slope", "intercept")} if changed else {}
+    return {part: replace(each, rule=rule) for part, each in scored.items()}, decided
 
 
 def prediction_tables(
@@ -190,18 +181,9 @@ def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
     model, text = stage.model, stage.text
     assert isinstance(model, LLMWriter)
     assert text is not None
-    verdicts = np.zeros(len(text.dataset), dtype=bool)
-    verdicts[predictions.rows] = predictions.positive
-    max_tokens = stage.config["report_tokens"]
-    batches = LengthBatches(
-        predictions.rows,
-        rows_at_once(model, text, max_tokens),
-        text.lengths(),
-        shuffle=False,
-        share=(processes().process_index, processes().num_processes),
-    )
-    shown = show_progress(batches, "writing reports", len(batches))
-    written = write_reports(model, text, shown, verdicts, max_tokens)
+    rows, max_tokens = predictions.rows, stage.config["report_tokens"]
+    share = processes().process_index, processes().num_processes
+    written = write_in_batches(model, text, rows, predictions.positive, max_tokens, share=share)
     return dict(gather_object(list(written.items())))
 
 
@@ -237,9 +219,11 @@ def report_content(
     predictions: Predictions,
 ) -> ReportContent:
     """Return what the page says beside its metrics."""
-    dataset = data.dataset
+    dataset, best_epoch = data.dataset, state.progress.best_epoch
     groups = fact_groups(dataset.fact_names)
     statics = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
+    parameters = list(stage.model.parameters())
+    learned = sum(p.numel() for p in parameters if p.requires_grad)
     return ReportContent(
         title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
         outcome=dataset.outcome,
@@ -251,7 +235,17 @@ def report_content(
             "Missing values": "masked, never filled in",
             "Static features": statics or "none are read",
         },
-        card=about_model(stage, state.progress.best_epoch, config, validation, facts),
+        card=page_card(
+            config,
+            {
+                "Limits": LIMITS,
+                "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
+                "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
+                "Validation AUROC": value_text(validation.row(validation.models[0], "auroc")),
+                "Seed": str(facts["seed"]),
+                "Licence": licence(config),
+            },
+        ),
         threshold=config["decision"]["threshold"],
         seed=facts["seed"],
         bands=dataset.subgroups().iloc[predictions.rows],
@@ -260,32 +254,5 @@ def report_content(
         history=state.progress.history or None,
         reports=config["metrics"].get("reports"),
         notice=random_model_notice(config, facts["arguments"]["model_name"]),
-        first=[sentence for sentence in [weight_0_sentence(config)] if sentence],
+        first=list(filter(None, [weight_0_sentence(config)])),
     )
-
-
-def about_model(
-    stage: Stage,
-    best_epoch: int,
-    config: dict[str, Any],
-    validation: Metrics,
-    facts: dict[str, Any],
-) -> dict[str, str]:
-    """Return the lines of a page on the model; hashes and versions last."""
-    base = config.get("base_model")
-    parameters = list(stage.model.parameters())
-    learned = sum(p.numel() for p in parameters if p.requires_grad)
-    auroc = validation.row(validation.models[0], "auroc")
-    return {
-        "Limits": LIMITS,
-        "Model": "stage 1 alone" if base is None else describe_language_model(config),
-        **({} if base is None else {"Weight beside stage 1": describe_weight(config)}),
-        **({"Stage 1": describe_stage1(config)} if config["encoder"] else {}),
-        "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
-        "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
-        "Validation AUROC": value_text(auroc),
-        "Seed": str(facts["seed"]),
-        "Licence": licence(config),
-        "SHA-256 of the data": facts["data"]["data_sha256"],
-        **describe_program(),
-    }

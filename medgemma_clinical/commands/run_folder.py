@@ -67,15 +67,20 @@ def stage_name(args: Namespace) -> str:
     return "trajectory" if args.trajectory_only else str(args.mode)
 
 
-def stage_paths(folder: Path) -> list[Path]:
-    """Return all paths that a stage writes: its folder, its tracker's, the best of stage 1."""
-    best = [folder.parent / TRAJECTORY_FILE] if folder.name == "trajectory" else []
-    return [folder, tracker_folder(folder), *best]
+def stage_folder(args: Namespace) -> Any:
+    """Return the folder of the stage that the flags choose; None where nothing is written."""
+    return args.output_dir and args.output_dir / stage_name(args)
 
 
 def tracker_folder(folder: Path) -> Path:
     """Return the folder of a stage's tracker."""
     return folder.parent / "tracker" / folder.name
+
+
+def stage_paths(folder: Path) -> list[Path]:
+    """Return all paths that a stage writes: its folder, its tracker's, the best of stage 1."""
+    best = [folder.parent / TRAJECTORY_FILE] if folder.name == "trajectory" else []
+    return [folder, tracker_folder(folder), *best]
 
 
 def state_store(folder: Path) -> StateStore:
@@ -90,12 +95,13 @@ def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
 
 
 def log_path(args: Namespace, folder: Path) -> Path | None:
-    """Return the path of the run's log, None for none."""
+    """Return the path of the run's log, None for none; refuse one that cannot be had."""
     if args.log_file == "none" or args.dry_run:
         return None
     if args.log_file == "auto":
         return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
-    check_log_file(path := Path(args.log_file))
+    path = Path(args.log_file)
+    check_log_file(path)
     return path
 
 
@@ -153,13 +159,8 @@ def run_facts(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) 
             for part, rows in data.split.items()
         },
     }
-    plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it is read again
-    return plain
-
-
-def write_run(folder: Path, run: dict[str, Any]) -> None:
-    """Write ``run.json``."""
-    files.write_json(folder / "run.json", run)
+    as_read_again: dict[str, Any] = json.loads(json.dumps(facts))
+    return as_read_again
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -176,17 +177,6 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return run
 
 
-def differences(known: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """Return in what two runs differ that changes their results; both as ``run_facts``."""
-    then, now = known["arguments"], facts["arguments"]
-    flags = [
-        f"--{name} was {then.get(name)}, is {now.get(name)}"
-        for name in sorted({*then, *now} - IMMATERIAL)
-        if then.get(name) != now.get(name)
-    ]
-    return flags + [text for key, text in MATERIAL.items() if known[key] != facts[key]]
-
-
 # --------------------------------------------------------------------------- a run's life
 
 
@@ -200,34 +190,38 @@ def opened(args: Namespace, folder: Path | None, facts: dict[str, Any]) -> Itera
     if folder is None:
         yield lambda metrics, step: None
         return
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if processes().is_main_process:
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True)
-                held.enter_context(files.locked(folder))
-                _begin(folder, facts, resume=args.resume)
+                stack.enter_context(files.locked(folder))
+                clean(folder)
+                if not args.resume:
+                    begin(folder, facts)
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
             if log := log_path(args, folder):
                 RUN_LOG.open(log)
         processes().wait_for_everyone()
         numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
-        yield held.enter_context(tracking(args.report_to, tracker_folder(folder), numbers))
+        yield stack.enter_context(tracking(args.report_to, tracker_folder(folder), numbers))
 
 
-def _begin(folder: Path, facts: dict[str, Any], *, resume: bool) -> None:
-    """Remove what killed runs left half-written; make the folder of a new run."""
+def clean(folder: Path) -> None:
+    """Remove what killed runs left half-written."""
     files.clean(folder)
     files.clean(state_store(folder).folder)
     for path in stage_paths(folder):
         files.remove(files.partial_path(path))
-    if resume:
-        return
+
+
+def begin(folder: Path, facts: dict[str, Any]) -> None:
+    """Make the folder of a new run; an earlier one is moved aside."""
     for aside in files.move_aside(stage_paths(folder)):
         hint = "; --resume would have continued it" if state_store(aside).files() else ""
         logger.info("an earlier result was moved to %s%s", aside, hint)
     folder.mkdir()
-    write_run(folder, facts)
+    files.write_json(folder / "run.json", facts)
 
 
 def check_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +229,14 @@ def check_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     known = read_run(folder)
     if known is None or not ("results_sha256" in known or state_store(folder).files()):
         raise InputError(f"{folder}: no run was begun there: start it without --resume")
-    if other := differences(known, facts):
+    then, now = known["arguments"], facts["arguments"]
+    other = [
+        f"--{name} was {then.get(name)}, is {now.get(name)}"
+        for name in sorted({*then, *now} - IMMATERIAL)
+        if then.get(name) != now.get(name)
+    ]
+    other += [text for key, text in MATERIAL.items() if known[key] != facts[key]]
+    if other:
         raise InputError(
             f"{folder}: that run was begun otherwise: {'; '.join(other)}: give the same command, "
             "or start without --resume"
@@ -249,15 +250,15 @@ def check_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
 def is_finished(folder: Path, facts: dict[str, Any]) -> bool:
     """Return whether a run that is to be resumed has nothing left to do; see ``check_run``."""
     known = check_run(folder, facts)
-    if "results_sha256" in known:
-        if processes().is_main_process:
-            files.remove(state_store(folder).folder)
-        logger.info("%s: that run is finished: nothing left to do", folder)
-        return True
-    for key in SOFTWARE:
-        if known[key] != facts[key]:
-            logger.warning("%s differ from the start of the run: last bits may differ", key)
-    return False
+    if "results_sha256" not in known:
+        for key in SOFTWARE:
+            if known[key] != facts[key]:
+                logger.warning("%s differ from the start of the run: last bits may differ", key)
+        return False
+    if processes().is_main_process:
+        files.remove(state_store(folder).folder)
+    logger.info("%s: that run is finished: nothing left to do", folder)
+    return True
 
 
 def progress_of(folder: Path, facts: dict[str, Any]) -> str:
@@ -281,17 +282,16 @@ def progress_of(folder: Path, facts: dict[str, Any]) -> str:
 
 
 def finish_run(folder: Path | None, tokens: float) -> None:
-    """Add cost and hashes of all results to ``run.json``, and remove the training states.
-
-    ``tokens`` of a patient are a mean over the training part.
-    """
+    """Add cost and hashes of all results to ``run.json``, and remove the training states."""
     if folder is None or not processes().is_main_process:
         return
     paths = [*(folder / name for name in RESULTS), *(folder / "best").rglob("*")]
-    paths = [path for path in (*paths, *stage_paths(folder)[2:]) if path.is_file()]
+    paths += stage_paths(folder)[2:]
     hashes = {p.relative_to(folder.parent).as_posix(): files.file_hash(p) for p in paths}
+    hashes = {name: digest for name, digest in hashes.items() if digest}  # those that are there
     cost = {"tokens": tokens, "memory_mib": peak_mib()}
-    write_run(folder, {**(read_run(folder) or {}), "cost": cost, "results_sha256": hashes})
+    run = {**(read_run(folder) or {}), "cost": cost, "results_sha256": hashes}
+    files.write_json(folder / "run.json", run)
     files.remove(state_store(folder).folder)
 
 
@@ -300,7 +300,7 @@ def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
     try:
         action()
     except KeyboardInterrupt as stop:
-        folder = args.output_dir / stage_name(args)
+        folder = stage_folder(args)
         if state_store(folder).files():
             logger.error("interrupted: the same command with --resume continues in %s", folder)
         else:

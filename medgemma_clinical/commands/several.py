@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,13 @@ from medgemma_clinical.commands.run_folder import (
     progress_of,
     run_data,
     run_facts,
-    stage_name,
+    stage_folder,
 )
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes, reset_peak_memory
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
-from medgemma_clinical.evaluation.metrics_table import (
-    TESTED,
-    Metrics,
-    evaluate,
-    evaluate_splits,
-)
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES, best_blend
+from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate, evaluate_splits
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.files import InputError, read_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -51,75 +46,56 @@ Train = Callable[[Namespace, TrajectoryDataset], int]
 SEED = "{seed}"
 """Stands in a flag's value for the number of the seed."""
 
+ADDS = "What each part of the model adds"
+
 STAGE_1 = "stage 1"
+ALONE = {"trajectory_only": True}
 ON_STAGE_1 = {"ode_checkpoint": TRAJECTORY_FILE}
 SOFT_PROMPT = {**ON_STAGE_1, "series_text": "none", "stage1_logit": "off"}
+RANDOM = {"base_weights": "random", "quantization": "none"}  # packed weights cannot be drawn
 
-VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
-    STAGE_1: ({"trajectory_only": True}, "reads series and static features; no language model"),
-    "stage 1 without facts": (
-        {"trajectory_only": True, "facts": "off"},
-        "reads the series alone",
-    ),
-    "states decay": (
-        {"trajectory_only": True, "dynamics": "decay"},
-        "stage 1 whose state decays between two observations, without the ODE",
-    ),
-    "states held": (
-        {"trajectory_only": True, "dynamics": "none"},
-        "stage 1 whose state stays the same between two observations, without the ODE",
-    ),
-    "facts as text": (
-        {"soft_prompt": "off", "series_text": "none"},
-        "a language model that reads the context of a patient, and no series",
-    ),
-    "text": ({"soft_prompt": "off"}, "a language model that reads context and series as text"),
-    "text + logit": (
-        {**ON_STAGE_1, "soft_prompt": "off"},
-        "the variant text, whose answer is added to that of stage 1",
-    ),
-    "soft prompt": (
-        SOFT_PROMPT,
-        "a language model that reads the context, and the series as soft tokens",
-    ),
-    "soft prompt + logit": (
-        {**ON_STAGE_1, "series_text": "none"},
-        "the variant soft prompt, whose answer is added to that of stage 1",
-    ),
-    "text + soft prompt + logit": (
-        ON_STAGE_1,
-        "a language model that reads the series as text and as soft tokens, whose answer is added "
-        "to that of stage 1",
-    ),
-    "soft prompt of another patient": (
-        {**SOFT_PROMPT, "soft_prompt": "shuffled"},
-        "a control: the soft tokens are another patient's, so that only the context can help",
-    ),
-    "soft prompt + random weights": (  # packed weights cannot be drawn
-        {**SOFT_PROMPT, "base_weights": "random", "quantization": "none"},
-        "a control: a language model that has learned no language",
-    ),
+VARIANTS: dict[str, dict[str, Any]] = {
+    STAGE_1: ALONE,
+    "stage 1 without facts": {**ALONE, "facts": "off"},
+    "states decay": {**ALONE, "dynamics": "decay"},
+    "states held": {**ALONE, "dynamics": "none"},
+    "facts as text": {"soft_prompt": "off", "series_text": "none"},
+    "text": {"soft_prompt": "off"},
+    "text + logit": {**ON_STAGE_1, "soft_prompt": "off"},
+    "soft prompt": SOFT_PROMPT,
+    "soft prompt + logit": {**ON_STAGE_1, "series_text": "none"},
+    "text + soft prompt + logit": ON_STAGE_1,
+    "soft prompt of another patient": {**SOFT_PROMPT, "soft_prompt": "shuffled"},
+    "soft prompt + random weights": {**SOFT_PROMPT, **RANDOM},
 }
-"""The compared models: their flags, and what they are; without ``trajectory_only`` a model of stage
-2. A path lies below the output folder."""
+"""Flags of the compared models; without ``trajectory_only`` a model of stage 2. A path lies below
+the output folder."""
+
+VARIANTS_ARE = {
+    STAGE_1: "reads series and static features; no language model",
+    "stage 1 without facts": "reads the series alone",
+    "states decay": "stage 1 whose state decays between two observations, without the ODE",
+    "states held": "stage 1 whose state stays the same between two observations, without the ODE",
+    "facts as text": "a language model that reads the context of a patient, and no series",
+    "text": "a language model that reads context and series as text",
+    "text + logit": "the variant text, whose answer is added to that of stage 1",
+    "soft prompt": "a language model that reads the context, and the series as soft tokens",
+    "soft prompt + logit": "the variant soft prompt, whose answer is added to that of stage 1",
+    "text + soft prompt + logit": "a language model that reads the series as text and as soft "
+    "tokens, whose answer is added to that of stage 1",
+    "soft prompt of another patient": "a control: the soft tokens are another patient's, so that "
+    "only the context can help",
+    "soft prompt + random weights": "a control: a language model that has learned no language",
+}
 
 
 # --------------------------------------------------------------------------- one of several
-
-
-def stage_folder(args: Namespace) -> Path:
-    """Return the folder of the stage that the arguments choose."""
-    folder: Path = args.output_dir / stage_name(args)
-    return folder
 
 
 def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:
     """Train one run, continue it where it was stopped, or leave it where it is finished.
 
     The console gets one line; the lines of the run itself go to its log file.
-
-    Raises:
-        InputError: as ``train``, with the title before the text.
     """
     folder, code = stage_folder(args), EXIT_DONE
     try:
@@ -128,9 +104,8 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
             data = run_data(args, dataset, PromptOptions(), stage1)  # prompts are flags
             done = progress_of(folder, run_facts(args, data, stage1))
             if done != "all":
-                own = Namespace(**{**vars(args), "resume": done == "part"})
                 reset_peak_memory()
-                code = train(own, dataset)
+                code = train(Namespace(**{**vars(args), "resume": done == "part"}), dataset)
     except InputError as error:
         raise InputError(f"{title}: {error}", error.value) from error
     finally:
@@ -142,11 +117,7 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
 
 
 def auroc_of(folder: Path, part: str) -> str:
-    """Return the AUROC of a finished stage's part in words.
-
-    Raises:
-        InputError: the file is damaged.
-    """
+    """Return the AUROC of a finished stage's part in words."""
     path = folder / "metrics.json"
     try:
         metrics = Metrics.from_json(read_json(path)[part])
@@ -163,22 +134,10 @@ def auroc_of(folder: Path, part: str) -> str:
 def run_ablation(
     args: Namespace, dataset: TrajectoryDataset, train: Train, seed_title: str = ""
 ) -> int:
-    """Train and test the chosen variants on one split and seed, and compare them.
+    """Train the variants on one split and seed, and compare them; return the exit code.
 
-    A variant that was made before by the same arguments and data is not made again.
-
-    Args:
-        args: of the command line.
-        dataset: of all variants.
-        train: trains a variant.
-        seed_title: stands before each name, as one of several seeds, whose own table is then not
-            printed.
-
-    Returns:
-        0, or the exit code of the variant that failed.
-
-    Raises:
-        InputError: a name is unknown, or as ``train``.
+    A variant that was made before by the same arguments and data is not made again. ``seed_title``
+    stands before each name, as one of several seeds, whose own table is then not printed.
     """
     names, reference = args.arms, args.reference
     if unknown := sorted(set(names or ()) - set(VARIANTS)):
@@ -199,11 +158,7 @@ def run_ablation(
 
 
 def check_reference(name: str, stage_1: Path) -> None:
-    """Check that the reference is a variant, or a baseline of a finished stage 1.
-
-    Raises:
-        InputError: naming all of them.
-    """
+    """Check that the reference is a variant, or a baseline of a finished stage 1."""
     processes().wait_for_everyone()  # the first one writes the predictions
     choices = [*VARIANTS, *read_predictions(stage_1, STAGE_1).columns.drop([*TESTED, STAGE_1])]
     if name not in choices:
@@ -211,12 +166,9 @@ def check_reference(name: str, stage_1: Path) -> None:
 
 
 def variant_arguments(name: str, args: Namespace) -> Namespace:
-    """Return the arguments of a variant.
-
-    Stage 1 lies in the output folder itself, each other one in a folder below ``ablation``.
-    """
-    own: dict[str, Any] = {"mode": "classification", **VARIANTS[name][0]}
-    if name != STAGE_1:
+    """Return the arguments of a variant."""
+    own: dict[str, Any] = {"mode": "classification", **VARIANTS[name]}
+    if name != STAGE_1:  # it lies in the output folder itself, where others find it
         own["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
     if "ode_checkpoint" in own:
         own["ode_checkpoint"] = args.output_dir / own["ode_checkpoint"]
@@ -227,19 +179,19 @@ def compare_variants(
     folders: dict[str, Path], outcome: str, args: Namespace, *, quiet: bool
 ) -> None:
     """Compare the variants with the reference and the baselines; write ``ablation/``."""
-    place = args.output_dir / "ablation"
-    place.mkdir(exist_ok=True)
+    folder = args.output_dir / "ablation"
+    folder.mkdir(exist_ok=True)
     table = join_predictions(folders)
-    write_text(place / "predictions_test.csv", table.to_csv(index=False))
+    write_text(folder / "predictions_test.csv", table.to_csv(index=False))
     with quiet_console() if quiet else contextlib.nullcontext():
         write_results(
-            place / "ablation",
+            folder / "ablation",
             evaluate(table, args.seed, reference=args.reference),
-            {name: cost_of(folder) for name, folder in folders.items()},
-            title=f"What each part of the model adds: {outcome}",
+            {name: cost_of(each) for name, each in folders.items()},
+            title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
             notice=random_models_notice({"all": vars(args)}),
-            meanings={name: meaning for name, (_, meaning) in VARIANTS.items()},
+            meanings=MEANINGS | VARIANTS_ARE,
         )
 
 
@@ -249,18 +201,8 @@ def compare_variants(
 def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
     """Run the same command with each seed, which has a split of its own, and pool the tests.
 
-    A run that was made before by the same arguments and data is not made again.
-
-    Args:
-        args: of the command line; seeds count from ``--seed`` on.
-        read: reads the data, once unless ``{seed}`` stands in their path.
-        train: trains one run.
-
-    Returns:
-        0, or the exit code of the run that failed.
-
-    Raises:
-        InputError: one stage 1 for all seeds, or as ``train``.
+    Seeds count from ``--seed`` on. The data are read once unless ``{seed}`` stands in their path. A
+    run that was made before by the same arguments and data is not made again.
     """
     if args.ode_checkpoint and SEED not in str(args.ode_checkpoint):
         raise InputError(
@@ -298,33 +240,24 @@ def seed_arguments(seed: int, args: Namespace) -> Namespace:
 
 
 def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
-    """Write the metrics of all splits: means with intervals and spread, and a line a seed.
-
-    Args:
-        folders: stage folder, or folder of the ablation, of each seed.
-        outcome: the event in a few words.
-        args: of the command line.
-    """
-    stage = next(iter(folders.values())).name
-    reference = args.reference if args.ablation else STAGE_NAMES[stage]
-    models = [
-        read_predictions(each, "probability" if args.ablation else reference)
-        for each in folders.values()
-    ]
-    tables = _shared_models(models)
-    metrics = evaluate_splits(tables, args.seed, reference)
+    """Write the metrics of all splits; ``folders`` are of the stage or the ablation, by seed."""
+    paths = list(folders.values())
+    kind = paths[0].name
     if args.ablation:
-        known = [read_json(folder / "ablation.json")["cost"] for folder in folders.values()]
+        reference, title, splits = args.reference, ADDS, None
+        tables = [read_predictions(path) for path in paths]
+        costs = [read_json(path / "ablation.json")["cost"] for path in paths]
     else:
-        known = [{reference: cost_of(folder)} for folder in folders.values()]
-    cost = {name: _mean([each[name] for each in known]) for name in known[0]}
-    splits = None if args.ablation else split_table(folders)
+        reference = STAGE_NAMES[kind]
+        title, splits = reference.capitalize(), split_table(folders)
+        tables = [read_predictions(path, reference) for path in paths]
+        costs = [{reference: cost_of(path)} for path in paths]
+    metrics = evaluate_splits(shared_models(tables), args.seed, reference)
     auroc = metrics.row(reference, "auroc")
-    title = "What each part of the model adds" if args.ablation else reference.capitalize()
     write_results(
-        args.output_dir / ("seeds_ablation" if args.ablation else f"seeds_{stage}"),
+        args.output_dir / f"seeds_{kind}",
         metrics,
-        cost,
+        {name: mean_cost([each[name] for each in costs]) for name in costs[0]},
         title=f"{title}, in {len(folders)} splits of the data: {outcome}",
         sentences=[
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "
@@ -337,7 +270,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
                 "(SD) shows; the intervals treat the trained models as fixed"
             ),
         },
-        meanings={name: meaning for name, (_, meaning) in VARIANTS.items()},
+        meanings=MEANINGS | VARIANTS_ARE,
         notice=random_models_notice({"all": vars(args)}),
         splits=splits,
     )
@@ -349,14 +282,13 @@ def split_table(folders: dict[int, Path]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["Seed", "Validation AUROC [95 %]", "Test AUROC [95 %]"])
 
 
-def _mean(costs: Collection[dict[str, float | None]]) -> dict[str, float | None]:
+def mean_cost(costs: list[dict[str, float | None]]) -> dict[str, float | None]:
     """Return the mean cost of the runs of one model, None where some run lacks it."""
-    table = pd.DataFrame(list(costs)).astype(float)
-    means = {str(name): float(column.mean(skipna=False)) for name, column in table.items()}
-    return {name: None if np.isnan(mean) else mean for name, mean in means.items()}
+    means = pd.DataFrame(costs).astype(float).mean(skipna=False)
+    return {str(name): None if np.isnan(mean) else mean for name, mean in means.items()}
 
 
-def _shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+def shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     """Leave out models that are missing in some split, and log their names."""
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     if len({best_blend(list(map(str, table))) for table in tables}) > 1:

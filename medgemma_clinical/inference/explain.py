@@ -17,8 +17,7 @@ from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.patients import Explanation
-from medgemma_clinical.inference.scoring import score_rows
-from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.inference.scoring import score_rows, text_collator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryMember
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -45,8 +44,8 @@ def risk_over_time(
 def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.int64]]:
     """Return each series up to each of its observations, and the (M,) series each comes from.
 
-    The prediction time of a prefix is its last observation. Where a series has a prediction time
-    behind its last observation, the whole series with that time follows.
+    A prefix is predicted at its last observation. The whole series follows where its own prediction
+    time is later.
     """
     lengths = dataset.lengths
     later = dataset.prediction_times() > dataset.times[dataset.offsets[1:] - 1]  # (N,)
@@ -66,10 +65,7 @@ def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.
 def explain(
     row: Mapping[str, Any], dataset: TrajectoryDataset, trained: TrainedModel, batch_size: int
 ) -> Explanation:
-    """Explain a row of the prediction table; each observation and each series costs a model call.
-
-    ``dataset`` holds this row alone, with the inputs of the model.
-    """
+    """Explain a row of the prediction table; ``dataset`` holds it alone, as the model reads it."""
     first = np.zeros(1, dtype=np.int64)
     whole = ScoringRows(np.array([row["id"]]), first, dataset, first, 1)
     (curve,) = risk_over_time(whole, trained, Findings(dataset.source), batch_size)
@@ -134,13 +130,10 @@ def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArr
 def risks_without_series(
     dataset: TrajectoryDataset, trained: TrainedModel, batch_size: int
 ) -> dict[str, float | None]:
-    """Score the first row without each of its series; None where it then has no score.
-
-    Observations of that series alone leave whole. Empty for a row of one series.
-    """
+    """Score the first row without each of its series; None where it then has no score."""
     measured = np.array([f for f, _, _ in dataset.measured(0)])
     if len(measured) == 1:
-        return {}
+        return {}  # nothing would be left
     copies, positions = dataset.subset(np.zeros_like(measured)), np.arange(len(measured))
     owner = np.repeat(positions, copies.lengths)
     copies.values[np.arange(len(owner)), measured[owner]] = np.nan
@@ -163,11 +156,8 @@ def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) 
         return None
     if model.residual_weight == 0:
         return None
-    assert trained.tokenizer is not None
-    max_tokens = trained.config["max_text_tokens"]
-    text = TextCollator(
-        dataset, trained.tokenizer, trained.prompts, answers=False, max_tokens=max_tokens
-    )
+    text = text_collator(dataset, trained)
+    assert text is not None
     batch = send_to_device(text([0]), trained.device)
     states = model.trajectory(batch)
     assert states is not None

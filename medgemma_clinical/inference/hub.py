@@ -20,13 +20,13 @@ from huggingface_hub import HfApi, snapshot_download
 from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
+from medgemma_clinical.models.checkpoints import CARD, TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import model_card, shareable
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
-CARD = checkpoints.CARD
-SHARED_FILES = [checkpoints.TRAJECTORY_FILE, *checkpoints.HASHED_FILES]
-SHARED_FILES += [checkpoints.CONFIG, checkpoints.NOTICE, CARD]
+SHARED_FILES = [TRAJECTORY_FILE, *checkpoints.HASHED_FILES, checkpoints.CONFIG]
+SHARED_FILES += [checkpoints.NOTICE, CARD]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
 
@@ -57,8 +57,8 @@ def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> 
         else:
             assert trained.train_patients is not None
             temporary.mkdir()
-            path, patients = temporary / checkpoints.TRAJECTORY_FILE, trained.train_patients
-            checkpoints.save_trajectory(path, model.state_dict(), config, patients)
+            path = temporary / TRAJECTORY_FILE
+            checkpoints.save_trajectory(path, model.state_dict(), config, trained.train_patients)
         write_text(temporary / CARD, card or model_card(config))
 
 
@@ -87,10 +87,7 @@ def push_model(
     token: str | None = None,
     allow_small_cells: bool = False,
 ) -> str:
-    """Upload a shared copy in place of an earlier model's files; return the commit's address.
-
-    Arguments as for ``TrajectoryModel.push_to_hub``.
-    """
+    """Upload a shared copy in place of an earlier model's files; see ``push_to_hub``."""
     if not REPO_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id}: not an id of the hub: give user/name")
     known = trained.config.get("patients", {})

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.scoring import ScoringRows, count_unknown_facts
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import show_progress
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
@@ -87,21 +88,13 @@ def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
 
 @dataclass(frozen=True)
 class Scores:
-    """M rows with a score.
-
-    Attributes:
-        rows: the M rows.
-        probability: (M,) float64, of the event.
-        positive: (M,) bool, whether the decision rule predicts the event.
-        text: collator of the prompts, None for stage 1 and without rows.
-        positions: (M,) int64, positions of the rows in ``text``.
-    """
+    """M rows with a score."""
 
     rows: ScoringRows
-    probability: NDArray[np.float64]
-    positive: NDArray[np.bool_]
-    text: TextCollator | None
-    positions: NDArray[np.int64]
+    probability: NDArray[np.float64]  # (M,) of the event
+    positive: NDArray[np.bool_]  # (M,) whether the decision rule predicts it
+    text: TextCollator | None  # of the prompts; None for stage 1 and without rows
+    positions: NDArray[np.int64]  # (M,) of the rows in ``text``
 
 
 def score_rows(
@@ -116,12 +109,12 @@ def score_rows(
         max_gap = stage1.encoder.longest_gap_hours
         problem = f"more than {max_gap:g} h pass without an observation"
         rows = rows.without(rows.dataset.longest_gaps() > max_gap, problem, findings)
-    text = _text_collator(rows.dataset, trained)
+    text = text_collator(rows.dataset, trained)
     if text is not None and text.too_long:
         problem = f"its text is longer than {trained.config['max_text_tokens']} tokens"
         too_long = np.isin(np.arange(len(rows.dataset)), text.too_long)
         rows = rows.without(too_long, problem, findings)
-        text = _text_collator(rows.dataset, trained)
+        text = text_collator(rows.dataset, trained)
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
     logit = np.empty(len(lengths))
@@ -134,33 +127,43 @@ def score_rows(
     return Scores(rows, probability, positive, text, np.flatnonzero(finite))
 
 
-def _text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
+def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
     """Tokenise the texts of some rows; return None without rows or without language model."""
     if trained.tokenizer is None or not len(dataset):
         return None
-    return TextCollator(
-        dataset,
-        trained.tokenizer,
-        trained.prompts,
-        answers=False,
-        max_tokens=trained.config["max_text_tokens"],
-        refuse_long=False,
-    )
+    limits = {"max_tokens": trained.config["max_text_tokens"], "refuse_long": False}
+    return TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False, **limits)
 
 
 def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
     """Let stage 3 write the reports of scored rows, M texts."""
-    text, positions = scores.text, scores.positions
-    if text is None:
+    if scores.text is None:
         return []
+    rows, max_tokens = scores.positions, trained.config["report_tokens"]
     assert isinstance(trained.model, LLMWriter)
-    lengths, max_tokens = text.lengths(), trained.config["report_tokens"]
+    written = write_in_batches(
+        trained.model, scores.text, rows, scores.positive, max_tokens, batch_size
+    )
+    return [written[i] for i in rows.tolist()]
+
+
+def write_in_batches(
+    model: LLMWriter,
+    text: TextCollator,
+    rows: NDArray[np.int64],
+    positive: NDArray[np.bool_],
+    max_tokens: int,
+    batch_size: int = 1,
+    share: tuple[int, int] = (0, 1),
+) -> dict[int, str]:
+    """Write the reports of this process's share of rows (M,) behind their predictions (M,)."""
+    lengths = text.lengths()
     verdicts = np.zeros(len(lengths), dtype=bool)
-    verdicts[positions] = scores.positive
-    batch_size = max(batch_size, rows_at_once(trained.model, text, max_tokens))
-    batches = LengthBatches(positions, batch_size, lengths, shuffle=False)
-    written = write_reports(trained.model, text, batches, verdicts, max_tokens)
-    return [written[i] for i in positions.tolist()]
+    verdicts[rows] = positive
+    size = max(batch_size, rows_at_once(model, text, max_tokens))
+    batches = LengthBatches(rows, size, lengths, shuffle=False, share=share)
+    shown = show_progress(batches, "writing reports", len(batches))
+    return write_reports(model, text, shown, verdicts, max_tokens)
 
 
 def prediction_table(

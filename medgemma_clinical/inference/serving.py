@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,24 +61,13 @@ EXPORTED_FILES = re.compile(
 )
 
 
-class Proof(NamedTuple):
-    """Largest difference of a logit in random rows, and the largest that rounding explains."""
-
-    difference: float
-    allowed: float
-
-
 @torch.no_grad()
 def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> list[Tensor]:
-    """Embed what the language model reads of each scored row: <bos> [soft tokens] [text].
+    """Embed <bos> [soft tokens] [text] of each scored row: (S, D) on the CPU, without padding.
 
     Of stage 3 the text ends with the verdict that the decision rule takes, "Outcome: yes.": greedy
-    decoding alone would say yes from 0.5 on, whatever the threshold. Of stage 2 the text ends where
-    the head reads.
-
-    Returns:
-        For each row (S, D), without padding, in the language model's dtype, on the CPU. They are
-        multiplied by sqrt(D) already, as Gemma's ``inputs_embeds`` are.
+    decoding alone would say yes from 0.5 on, whatever the threshold. The vectors are multiplied by
+    sqrt(D) already, as Gemma's ``inputs_embeds`` are.
     """
     model, text = trained.model, scores.text
     if not isinstance(model, TrajectoryLLM):
@@ -101,16 +90,11 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
 
 def export_merged(
     checkpoint: Path, folder: Path, builders: Builders, model_name: str | None = None
-) -> Proof:
+) -> float:
     """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a folder.
 
-    The folder is read back before it appears, and must compute the logits of the trained model.
-
-    Args:
-        checkpoint: a stage's folder, or its ``best``.
-        folder: to write; replaces an earlier export that holds no other file.
-        builders: of the script.
-        model_name: where the base model lies now, as for ``load_trained_model``.
+    The folder, which replaces an earlier export, is read back before it appears, and must compute
+    the logits of the trained model. Returns their largest difference, in standard deviations.
     """
     best = check_mergeable(checkpoint)
     check_export_folder(folder)
@@ -122,16 +106,16 @@ def export_merged(
         del trained  # one model is in memory at a time
         merged = load_trained_model(temporary, builders)
         llm = cast(PreTrainedModel, merged.model.llm)
-        difference = (proof_logits(merged) - before) / before.std(dim=1, keepdim=True)
-        layers = llm.config.num_hidden_layers
-        proof = Proof(float(difference.abs().amax()), TOLERANCE[llm.dtype] * math.sqrt(layers))
-        if not proof.difference <= proof.allowed:  # NaN fails
+        apart = (proof_logits(merged) - before) / before.std(dim=1, keepdim=True)
+        difference = float(apart.abs().amax())
+        allowed = TOLERANCE[llm.dtype] * math.sqrt(llm.config.num_hidden_layers)
+        if not difference <= allowed:  # NaN fails
             raise RunFault(
-                f"the merged language model computes other logits than the trained one: "
-                f"{proof.difference:.2g} standard deviations apart (rounding explains "
-                f"{proof.allowed:.2g}): nothing was written: please report it"
+                "the merged language model computes other logits than the trained one: "
+                f"{difference:.2g} standard deviations apart (rounding explains {allowed:.2g}): "
+                "nothing was written: please report it"
             )
-    return proof
+    return difference
 
 
 def check_mergeable(checkpoint: Path) -> Path:
@@ -174,12 +158,9 @@ def proof_logits(trained: TrainedModel) -> Tensor:
 
 
 def merge_adapter(llm: PeftModel, quantization: str, adapter: Path) -> PreTrainedModel:
-    """Merge an adapter, which lies in a folder as well, into its base model.
-
-    Four-bit weights become the bfloat16 ones that they stand for: peft would pack the sum again.
-    """
+    """Merge an adapter, which lies in a folder as well, into its base model."""
     with quiet_libraries():
-        if quantization == "nf4":
+        if quantization == "nf4":  # the bfloat16 weights meant: peft would pack the sum again
             lora = llm.peft_config[llm.active_adapter]
             base = llm.unload().dequantize(dtype=torch.bfloat16).to(torch.bfloat16)
             llm = PeftModel.from_pretrained(base, adapter, config=lora)

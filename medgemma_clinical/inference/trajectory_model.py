@@ -17,7 +17,7 @@ from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device
-from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, Metrics
+from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import risk_over_time
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
@@ -165,13 +165,11 @@ class TrajectoryModel:
         if part not in ("test", "validation"):
             raise ValueError(f"part {part!r}: choose test or validation")
         metrics = Metrics.from_json(self.metrics[part])
-        ends = {"": "value", "_low": "low", "_high": "high"}
-        columns = {
-            f"{name}{end}": metrics.metric(name)[key]
-            for name in ("auroc", "auprc", "brier")
-            for end, key in ends.items()
-        }
-        table = pd.DataFrame(columns).join(metrics.metric("auroc")[DIFFERENCE])
+        table = metrics.metric("auroc")[DIFFERENCE]
+        for name in ("brier", "auprc", "auroc"):
+            own = metrics.metric(name)[VALUE]
+            own.columns = [name, f"{name}_low", f"{name}_high"]
+            table = own.join(table)
         return table.loc[metrics.models].rename_axis(None)
 
     @property
@@ -249,7 +247,6 @@ class TrajectoryModel:
         return [vectors for each in embeds for vectors in each]
 
     def _scores(self, rows: Rows) -> Iterator[Scores]:
-        """Score rows, all of which can be scored, some at a time."""
         chunks, findings = self._read(rows, strict=True)
         for chunk in chunks:
             yield score_rows(chunk, self.trained, findings, self.batch_size)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
 from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.suppress import suppress, suppress_case_mix, suppress_reports
+from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.files import one_line
 from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
+from medgemma_clinical.provenance import describe_program
 
 LIMITS = (
     "The metrics come from one data set that was split by patient. They may not hold in another "
@@ -60,24 +65,15 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
     ``config`` has no ``metrics`` while a run lasts.
     """
     units = zip(config["features"], config["units"], strict=True)
+    shared = shareable(config, min_cell)
     words: dict[str, Any] = {
-        "config": shareable(config, min_cell),
+        "config": shared,
+        "model": describe_model(shared),
         "repo_id": repo_id,
         "place": json.dumps(repo_id or "FOLDER"),
         "series": [f"{name} ({unit})" if unit else name for name, unit in units],
         "texts": {"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
-        **{
-            f.__name__: f
-            for f in (
-                code,
-                names,
-                number,
-                interval,
-                describe_language_model,
-                describe_stage1,
-                describe_weight,
-            )
-        },
+        **{"code": code, "names": names, "number": number, "interval": interval},
     }
     path = str(Path(__file__).with_suffix(".md.j2"))
     return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
@@ -105,18 +101,31 @@ def _header(config: Config) -> Config:
 # ------------------------------------------------------------------ a model in words
 
 
-def describe_language_model(config: Config) -> str:
-    """Return the base model of stage 2 or 3, and what makes it a control, in words."""
-    random = ", with random weights, a control" if config["base_weights"] == "random" else ""
-    shuffled = ", with soft tokens of other patients, a control" if config["shuffled"] else ""
-    return f"{config['base_model']}{random}{shuffled}"
+def describe_model(config: Config) -> dict[str, str]:
+    """Return what a card or a page says of the parts of a model."""
+    lines = {"Model": STAGE_NAMES[config["stage"]]}
+    if (base := config.get("base_model")) is not None:
+        controls = {
+            ", with random weights, a control": config["base_weights"] == "random",
+            ", with soft tokens of other patients, a control": config["shuffled"],
+        }
+        control = "".join(text for text, true in controls.items() if true)
+        kinds = f"quantization {config['quantization']}, precision {config['precision']}"
+        lines["Language model"] = f"{base}{control}, {kinds}"
+        known = config["base_revision"] or config["base_sha256"] or "none"
+        lines["Its revision, or the SHA-256 of its files"] = known
+        lines["Weight beside stage 1"] = describe_weight(config)
+    if config["encoder"]:
+        dynamics = config["encoder"].get("dynamics")
+        how = f", dynamics {dynamics}" if dynamics else ""
+        lines["Stage 1"] = f"encoder ClinicalODERNN{how}, members {config['members']}"
+    return lines
 
 
-def describe_stage1(config: Config) -> str:
-    """Return encoder, dynamics and number of members of a checkpoint's stage 1 in words."""
-    dynamics = config["encoder"].get("dynamics")
-    how = f", dynamics {dynamics}" if dynamics else ""
-    return f"encoder ClinicalODERNN{how}, members {config['members']}"
+def page_card(config: Config, own: Mapping[str, str]) -> dict[str, str]:
+    """Return what a page says of its model, ``own`` lines first, hashes and versions last."""
+    sha256 = {"SHA-256 of the training data": config["data_sha256"]}
+    return {**own, **describe_model(config), **sha256, **describe_program()}
 
 
 def describe_weight(config: Config) -> str:
@@ -167,8 +176,4 @@ def number(count: float | str) -> str:
 
 def interval(metric: Config, form: str = ".3f", scale: float = 1) -> str:
     """Return ``value [low, high]``; a dash where the metric is undefined or hidden."""
-    value, low, high = (metric[key] for key in ("value", "low", "high"))
-    if value is None:
-        return "\N{EN DASH}"
-    ends = "" if low is None or high is None else f" [{scale * low:{form}}, {scale * high:{form}}]"
-    return f"{scale * value:{form}}{ends}"
+    return value_text(pd.Series(metric, dtype=float), form, scale).replace("\xa0", " ")

@@ -61,9 +61,9 @@ def test_the_page_shows_what_the_stage_has_and_all_other_files_are_as_without_it
         assert lines["problem"][20][1:] in page.text
 
 
-def test_the_page_is_the_owners_alone_and_no_message_names_a_patient(runs, table, tmp_path, capsys):
-    few, names = table.head(12).copy(), [f"{MARKER}-{k}" for k in range(12)]
-    few = few.assign(id=names, subject_id=[f"{MARKER}p{k}" for k in range(12)])
+def test_the_page_is_the_owners_alone_and_no_message_names_a_patient(runs, tmp_path, capsys):
+    few, names = pd.read_csv(SAMPLE, dtype=str)[200:224], [f"{MARKER}-{k}" for k in range(24)]
+    few = few.assign(id=names, subject_id=[f"{MARKER}p{k}" for k in range(24)])
     few["clinical_context"] = f"54-year-old woman, {MARKER}"
     data, out = write_data(few, tmp_path / "rows.csv"), tmp_path / "out.csv"
     chosen = f"{names[3]},{MARKER}-77,{names[4]}"  # one that no row has

@@ -97,9 +97,9 @@ def test_the_owner_of_few_patients_sees_everything(few_events):
     assert all(isinstance(line["val_auroc"], float) for line in history)
     test = read(folder / "metrics.json")["test"]
     assert (test["n"], test["events"]) == (30, 4)
-    for known in (f"{test['auroc']['value']:.3f} [{test['auroc']['low']:.3f}",):
-        assert known in text.replace("\xa0", " ")
-        assert known in page.replace("\xa0", " ")
+    for shown in (text, page):
+        auroc = f"{test['auroc']['value']:.3f} [{test['auroc']['low']:.3f}"
+        assert auroc in shown.replace("\xa0", " ")
     assert f"val AUROC {history[0]['val_auroc']:.4f}" in text
     assert "--min_cell" in page
     assert {"roc.svg", "roc.pdf", "metrics.csv"} <= {p.name for p in (folder / "figures").iterdir()}

@@ -17,9 +17,8 @@ from medgemma_clinical.commands.run_folder import (
     progress_of,
     read_run,
     state_store,
-    write_run,
 )
-from medgemma_clinical.files import InputError, partial_path
+from medgemma_clinical.files import InputError, partial_path, write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 
@@ -150,7 +149,7 @@ def test_a_run_that_never_began_is_not_resumed_and_nothing_is_made(folder):
     refused(folder, FACTS, folder)
     assert not folder.parent.exists()
     folder.mkdir(parents=True)
-    write_run(folder, FACTS)  # as of a run that was killed before its first state
+    write_json(folder / "run.json", FACTS)  # as of a run that was killed before its first state
     refused(folder, FACTS, folder)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,8 +257,6 @@ def test_tables_that_cannot_be_compared_are_refused(damage, tmp_path, capsys):
 
 
 def test_missing_runs_doubled_runs_and_pipes_are_refused(tmp_path, capsys):
-    import os
-
     run = write_run(tmp_path / "trajectory")
     (tmp_path / "pipe").mkdir()
     os.mkfifo(tmp_path / "pipe" / "predictions_test.csv")

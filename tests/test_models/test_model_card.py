@@ -132,7 +132,7 @@ def test_a_card_says_what_a_reader_must_know(finished):
             "`Anion gap (mEq/L)`",
             "`static_bmi [kg/m2]`, `static_admissions`",
         ),
-        *("`google/medgemma-4b-pt`", "0" * 40, "Not a medical device", HAI_DEF_NOTICE),
+        *("`google/medgemma-4b-pt, ", "0" * 40, "Not a medical device", HAI_DEF_NOTICE),
         *("640 rows of 600 patients, 25.0 %", "60 rows of 60 patients, with the event: 20"),
         "| This model | 0.700 [0.600, 0.800] | 0.400 [0.300, 0.500] | 0.100 [0.000, 0.200] |",
         *("| `last value` | 0.700 [0.600, 0.800] |", "slope 0.900 [0.800, 1.000]", "0.3141"),
@@ -147,12 +147,12 @@ def test_a_card_tells_a_control_and_the_weight_of_the_language_model(finished):
     shuffled = model_card({**finished, "shuffled": True, "stage1_logit": False})
     assert "random weights, a control" in random
     assert "soft tokens of other patients, a control" in shuffled
-    assert "beside stage 1: 1, chosen" in random
-    assert "beside stage 1: stage 1's logit is not added" in shuffled
+    assert "beside stage 1: `1, chosen" in random
+    assert "beside stage 1: `stage 1's logit is not added" in shuffled
     none = {**finished, "residual_weight": 0.0}
-    assert "beside stage 1: 0, chosen" in model_card(none)
+    assert "beside stage 1: `0, not shown" in model_card(none)
     assert "add on 60 validation patients" in weight_0_sentence(none)
-    assert "add on validation patients" in weight_0_sentence({"residual_weight": 0.0})
+    assert "add on validation patients" in weight_0_sentence({**none, "metrics": {}})
     assert weight_0_sentence(finished) == ""
 
 
