@@ -92,22 +92,20 @@ def suppress_reports(reports: Json, min_cell: int) -> Json:
 
 
 def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
-    """Leave small counts of a ``case_mix_of`` out, and what tells them.
+    """Leave out small counts of a ``case_mix_of``, and what tells them.
 
-    ``hide_events``: a scored part hides its events, and a drawn part has about the same share.
+    ``hide_events``: a scored part hides its events, and a drawn part has about the same share. How
+    many patients have a known sex or age is not kept, so that these are left out.
     """
     if min_cell == 0:
         return mix
-    hidden = {"prevalence"} if hide_events else set[str]()
-    hidden |= {name for name in ("rows", "patients") if 0 < mix.get(name, 0) < min_cell}
-    for name, patients in (("prevalence", "patients"), ("women", "sex_patients")):
-        known = mix.get(patients, 0)
-        if known < min_cell or _splits_off_few(known, mix.get(name, 0), min_cell):
-            hidden.add(name)
-    for name, patients in (("observations", "patients"), ("age", "age_patients")):
-        if mix.get(patients, 0) < 4 * min_cell:  # a quarter of them lies beyond a quartile
-            hidden |= {f"{name}_{quartile}" for quartile in ("q1", "median", "q3")}
-    return {name: x for name, x in mix.items() if name not in hidden}
+    patients, share = mix.get("patients", 0), mix.get("prevalence", 0)
+    hidden = {name for name in ("rows", "patients") if 0 < mix.get(name, 0) < min_cell}
+    if hide_events or patients < min_cell or _splits_off_few(patients, share, min_cell):
+        hidden.add("prevalence")
+    quartiles = ("age", "observations") if patients < 4 * min_cell else ("age",)  # few beyond
+    hidden |= {f"{name}_{end}" for name in quartiles for end in ("q1", "median", "q3")}
+    return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
 
 
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:
