@@ -126,7 +126,7 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     }
 
 
-def log_odds(risk: NDArray[np.float64] | np.float64) -> Array:
+def log_odds(risk: Array | float) -> Array:
     """Return the logit of probabilities, those of 0 and 1 moved by float64's precision."""
     smallest = np.finfo(np.float64).eps
     odds: Array = logit(np.clip(risk, smallest, 1 - smallest))
