@@ -196,7 +196,8 @@ def evaluate(
     references = dict.fromkeys(risks, first)
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
-    beside = value.index.get_indexer([(references[model], name) for model, name in value.index])
+    others = [(references[model], name) for model, name in value.index]
+    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(others))
     minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
     table[DIFFERENCE] = minus
     table.loc[first, DIFFERENCE] = np.nan
@@ -229,13 +230,8 @@ def _patients_behind_shares(
     labels: Array, positive: NDArray[np.bool_], patients: NDArray[np.generic]
 ) -> dict[str, int]:
     """Return the patients in the denominator of each of ``confusion_shares``."""
-    among = {
-        "sensitivity": labels == 1,
-        "specificity": labels == 0,
-        "ppv": positive,
-        "npv": ~positive,
-        "positives": np.ones(len(labels), bool),
-    }
+    among = {"sensitivity": labels == 1, "specificity": labels == 0, "ppv": positive}
+    among |= {"npv": ~positive, "positives": np.ones_like(positive)}
     return {name: count_patients(patients, own) for name, own in among.items()}
 
 
@@ -260,23 +256,21 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
     n rows of ordered categories, a column a grouping.
     """
     labels, risk, patients = _arrays(rows, model)
-    lines, judged = [], {}
+    lines: list[dict[str, Any]] = []
+    judged = {}  # rows by line
     for group, column in bands.items():
         for level in column.cat.categories:
             own = np.flatnonzero(column.to_numpy() == level)
-            if len(own) == 0:
-                continue
-            counts = count(labels[own], patients[own])
-            if counts["minority_patients"] >= MINORITY_PATIENTS:
-                judged[len(lines)] = own
-            names = {"group": str(group), "level": str(level)}
-            lines.append({**names, **counts, "risk": risk[own].mean()})
+            if len(own):
+                line = {"group": str(group), "level": str(level)}
+                line |= {**count(labels[own], patients[own]), "risk": risk[own].mean()}
+                if line["minority_patients"] >= MINORITY_PATIENTS:
+                    judged[len(lines)] = own
+                lines.append(line)
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        return {
-            line: metrics(labels[own], risk[own], weights[:, own])["auroc"]
-            for line, own in judged.items()
-        }
+        each = {k: metrics(labels[own], risk[own], weights[:, own]) for k, own in judged.items()}
+        return {k: known["auroc"] for k, known in each.items()}
 
     auroc = pd.DataFrame(columns=VALUE, dtype=float)
     if judged:
