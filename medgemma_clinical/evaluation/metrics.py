@@ -135,17 +135,10 @@ def log_odds(risk: Array | float) -> Array:
 def fit_logistic(
     labels: Array, x: Array, weights: Array, start: tuple[float, float], *, slope: bool
 ) -> Array:
-    """Fit log-odds = a + b * x by Newton's method under all weightings at once.
+    """Fit log-odds = a + b * x, without ``slope`` a alone, by Newton's method.
 
-    Args:
-        labels: (n,) of 0 and 1.
-        x: (n,) at about unit scale.
-        weights: (R, n).
-        start: a and b.
-        slope: fit b too; otherwise it stays.
-
-    Returns:
-        (R, 2) a and b; NaN where no finite fit exists, as where ``x`` separates the classes.
+    ``x`` (n,) is at about unit scale. Returns a and b (R, 2) under all weightings, NaN where no
+    finite fit exists, as where ``x`` separates the classes.
     """
     fitted = np.tile(start, (len(weights), 1))
     steps = np.zeros_like(fitted)

@@ -45,9 +45,6 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-SIZE = (4.0, 3.2)
-"""Inches of a report's figure; all have one height."""
-
 LINES: tuple[dict[str, Any], ...] = (
     {"color": MODEL, "linewidth": 2, "label": "model"},
     {"color": OTHER, "linewidth": 1.5, "linestyle": "--", "label": "best baseline"},
@@ -86,7 +83,7 @@ def plot_style() -> AbstractContextManager[None]:
 
 
 def new_figure(
-    heights: Sequence[float] = (1,), size: tuple[float, float] = SIZE
+    heights: Sequence[float] = (1,), size: tuple[float, float] = (4.0, 3.2)
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure, ``size`` inches, and its axes below each other with relative heights."""
     figure = Figure(figsize=size, layout="constrained")
@@ -190,8 +187,7 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
         axes.axvline(kept, **DOTTED)
     # Whole axes: a change of a hundredth between epochs is noise and looks like it.
     upper.axhline(0, linewidth=0)
-    upper.set_ylabel("loss")
-    upper.set_ylim(bottom=0)
+    upper.set(ylabel="loss", ylim=(0, None))
     lowest = np.fmin(0.5, np.floor(10 * auroc.min()) / 10)
     lower.set(xlabel="epoch (dotted: the one kept)", ylabel="val. AUROC", ylim=(lowest, 1))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

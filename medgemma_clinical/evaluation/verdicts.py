@@ -62,10 +62,10 @@ def interval_text(
     """Write ``value [low, high]``, each times ``scale``; a dash where undefined."""
     if math.isnan(value):
         return NO_VALUE
-    if math.isnan(low):
-        return f"{scale * value:{form}} [{NO_VALUE}]"
+    texts = [f"{scale * number:{form}}" for number in (value, low, high)]
     # Within the brackets a line does not break.
-    return f"{scale * value:{form}} [{scale * low:{form}},\N{NO-BREAK SPACE}{scale * high:{form}}]"
+    ends = NO_VALUE if math.isnan(low) else f"{texts[1]},\N{NO-BREAK SPACE}{texts[2]}"
+    return f"{texts[0]} [{ends}]"
 
 
 def value_text(row: Any, form: str = ".3f", scale: float = 1) -> str:
@@ -103,9 +103,8 @@ def sentences(metrics: Metrics) -> list[Finding]:
 
     What the rows do not have is left out: a model alone has no baseline.
     """
-    counts, model = metrics.counts, metrics.models[0]
-    minority = counts["minority_patients"]
-    row = metrics.row(model, "auroc")
+    counts, own = metrics.counts, metrics.of(metrics.models[0])
+    minority, row = counts["minority_patients"], own.loc["auroc"]
     level = verdict(row.low, row.high, CHANCE, minority)
     words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
     few = f"too few to compare ({minority} patients have the rarer outcome) with"
@@ -124,7 +123,6 @@ def sentences(metrics: Metrics) -> list[Finding]:
             f"is {difference_text(row)}: {level.words}."
         )
         found.append(Finding(level, text))
-    own = metrics.of(model)
     if "e_average" in own.index:
         slope = value_text(own.loc["calibration_slope"], ".2f")
         large = value_text(own.loc["calibration_in_the_large"], "+.2f")
