@@ -66,7 +66,7 @@ def make_content(n=400, **more):
         | dict.fromkeys(shares, share),
         "case_mix": (mix, {**mix, "rows": 80.0, "patients": 80.0}),
     }
-    return ReportContent("A model", OUTCOME, **{**parts, **more})
+    return ReportContent("A model", **{**parts, **more})
 
 
 def write_page(root, rows=None, content=None, **options):

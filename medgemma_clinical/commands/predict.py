@@ -303,7 +303,6 @@ def report_labelled(
     base = config.get("base_model")
     content = ReportContent(
         title=f"{config['outcome']}: {name} on the rows of {Path(dataset.source).name}",
-        outcome=config["outcome"],
         question=dataset.asked(),
         data={
             "Source": Path(dataset.source).name,

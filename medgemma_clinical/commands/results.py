@@ -242,7 +242,6 @@ def report_content(
     statics = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
     return ReportContent(
         title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
-        outcome=dataset.outcome,
         question=dataset.asked(),
         data={
             "Source": Path(dataset.source).name,

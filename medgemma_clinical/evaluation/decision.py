@@ -128,12 +128,10 @@ def fit_residual_weight(
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     """Return the threshold with the largest sensitivity + specificity; of several the lowest.
 
-    The threshold lies midway to the next lower probability, so that rounding moves no row across.
-
     Source: Youden 1950, "Index for rating diagnostic tests".
     """
     false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
     index = sensitivity - false_rate
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
     lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    return float((thresholds[best] + lower) / 2)
+    return float((thresholds[best] + lower) / 2)  # midway: rounding moves no row across

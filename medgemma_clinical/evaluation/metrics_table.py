@@ -51,17 +51,14 @@ Statistic = Callable[[Array], dict[Any, Array]]
 class Metrics:
     """Metrics of the models on one part of the data.
 
-    Attributes:
-        counts: n (rows), patients, events, minority_patients (patients that have the outcome which
-            fewer patients have).
-        table: index (model, metric); columns value, low, high, and difference, difference_low,
-            difference_high: this row minus the model ``reference``, paired. The first model is the
-            reference of all, but for the ensemble, whose reference is the best blend. Over several
-            splits also sd, min, max.
+    The difference is this row minus the model ``reference``, paired. The first model is the
+    reference of all but the ensemble, whose reference is the best blend.
     """
 
-    counts: dict[str, int]
-    table: pd.DataFrame
+    counts: dict[str, int]  # COUNTS; minority: with the outcome that fewer patients have
+    table: (
+        pd.DataFrame
+    )  # index (model, metric); columns VALUE, DIFFERENCE, reference, or SPREAD too
 
     @property
     def models(self) -> list[str]:
@@ -82,18 +79,15 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a part of ``metrics.json``; what is undefined is None."""
-        first, *others = self.models
         spread = [name for name in SPREAD if name in self.table]
         known: Any = self.table.astype(object).where(self.table.notna(), None)
-        models = {
-            model: {
-                "reference": known.loc[model]["reference"].iloc[0],
-                **known.loc[model][VALUE + DIFFERENCE + spread].to_dict("index"),
-            }
-            for model in others
-        }
-        own = known.loc[first][VALUE + spread].to_dict("index")
-        return {**self.counts, "model": first, **own, "models": models}
+        first, *others = (known.loc[model] for model in self.models)
+        models = {}
+        for model, rows in zip(self.models[1:], others, strict=True):
+            metrics = rows[VALUE + DIFFERENCE + spread].to_dict("index")
+            models[model] = {"reference": rows["reference"].iloc[0], **metrics}
+        own = first[VALUE + spread].to_dict("index")
+        return {**self.counts, "model": self.models[0], **own, "models": models}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -159,14 +153,10 @@ def evaluate(
 ) -> Metrics:
     """Compute the metrics of all models, each with interval and paired difference.
 
-    Args:
-        rows: a table of predictions: the columns ``TESTED``, then the risk of each model.
-        seed: seed of the bootstrap.
-        threshold: of the first model's decision rule, which gets calibration and the shares at this
-            threshold; None for models side by side.
-        reference: the model that the others are compared with, the first where None.
-        split: (n,) the split that each row is from; each metric is then the mean over the splits,
-            and patients are drawn once for all splits.
+    ``rows`` has the columns ``TESTED``, then the risk of each model; the first one is the reference
+    where none is named. With the ``threshold`` of its decision rule it also gets calibration and
+    shares. With a ``split`` (n,) of the rows each metric is the mean over the splits, and patients
+    are drawn once for all.
     """
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
@@ -250,11 +240,7 @@ def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
 
 
 def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return size, events, mean risk and AUROC of each subgroup that has any row.
-
-    The AUROC is NaN where fewer than ``MINORITY_PATIENTS`` have, or lack, the event. ``bands`` has
-    n rows of ordered categories, a column a grouping.
-    """
+    """Return counts, mean risk and AUROC of each subgroup; ``bands`` (n rows) has categories."""
     labels, risk, patients = _arrays(rows, model)
     lines: list[dict[str, Any]] = []
     judged = {}  # rows by line
@@ -279,10 +265,7 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
 
 
 def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
-    """Return the calibration curve in bins of equal size: a line a bin, by rising risk.
-
-    Columns: n, predicted (mean risk), observed (share of events) with low and high.
-    """
+    """Return n, mean risk and observed share of events in bins of equal size by rising risk."""
     labels, risk, patients = _arrays(rows, model)
     minority = min(labels.sum(), (1 - labels).sum())
     bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
@@ -297,22 +280,18 @@ def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame
 
     behind = {k: count_patients(patients, own) for k, own in enumerate(members.T)}
     table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
-    table = table.rename(columns={"value": "observed"})
     size = members.sum(axis=0)
-    table.insert(0, "n", size)
-    table.insert(1, "predicted", risk @ members / size)
-    return table
+    table = table.rename(columns={"value": "observed"}).assign(
+        n=size, predicted=risk @ members / size
+    )
+    return table[["n", "predicted", "observed", "low", "high"]]
 
 
 def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataFrame:
-    """Return the net benefit at threshold risks of whole percents, up to those of use.
-
-    By threshold: the first model's net benefit with low and high, that of each other model by its
-    name, and treat_all; to treat none has zero.
-    """
+    """Return net benefits by threshold risk; low and high are those of the first model."""
     labels, risk, patients = _arrays(rows, models[0])
     highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
-    thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100
+    thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
 
     def statistic(weights: Array) -> dict[Any, Array]:
         benefit = net_benefit(labels, risk, thresholds, weights)

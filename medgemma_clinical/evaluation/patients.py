@@ -108,9 +108,16 @@ def write_patients(
     """Write the page: one file without script; ``notes`` are sentences that stand first."""
     with plots.plot_style():
         images = [plots.to_image(*plot_patient(row, outcome, threshold)) for row in rows]
-    content = {"threshold": threshold, "notes": notes, "method": method, "percent": percent}
-    content |= {"title": f"Patients: {outcome}", "notice": NOTICE}
-    write_text(path, render("patients", rows=list(zip(rows, images, strict=True)), **content))
+    page = render(
+        "patients",
+        title=f"Patients: {outcome}",
+        notice=NOTICE,
+        rows=list(zip(rows, images, strict=True)),
+        threshold=threshold,
+        notes=notes,
+        method=method,
+    )
+    write_text(path, page)
 
 
 def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:

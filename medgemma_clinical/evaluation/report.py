@@ -48,7 +48,6 @@ class ReportContent:
     """What a report says beside the metrics; None and empty leave a part of the page out."""
 
     title: str
-    outcome: str
     question: Mapping[str, str]  # what is predicted, when, from what
     data: Mapping[str, str]
     card: Mapping[str, str]  # about the model; hashes and versions stand last
@@ -62,6 +61,9 @@ class ReportContent:
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
+
+
+PAGES.globals.update(tables=tables, percent=percent, INTERVALS=INTERVALS)
 
 
 def render(name: str, **content: Any) -> str:
@@ -79,10 +81,9 @@ def write_report(
     list_patients: bool = False,
     folder: Path | None = None,
 ) -> None:
-    """Write a report on predictions and their metrics, counts below ``min_cell`` hidden.
+    """Write a report, and with a ``folder`` each figure and each table as a file.
 
-    ``list_patients`` names the rows with the largest errors. With a ``folder`` each figure and each
-    table is also a file in ``folder/figures``.
+    Counts below ``min_cell`` are hidden; ``list_patients`` names the rows with the largest errors.
     """
     few = metrics.counts["minority_patients"] < min_cell
     shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
@@ -96,13 +97,14 @@ def write_report(
         if folder is not None:
             _write_files(folder / "figures", drawn, images, numbers)
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
+    first = [*content.first, tables.written_sentence(reports)]
     page = render(
         "report",
         title=content.title,
         notice=" ".join(filter(None, notices)),
         min_cell=min_cell,
         content=content,
-        first=[*content.first, *filter(None, [tables.written_sentence(reports)])],
+        first=[*filter(None, first)],
         findings=[] if few else sentences(shown),
         few=few,
         metrics=shown,
@@ -111,10 +113,7 @@ def write_report(
         written=tables.written_table(reports),
         errors=_largest_errors(rows, metrics.models[0]) if list_patients else None,
         best=best_baseline(metrics),
-        tables=tables,
-        threshold=percent(content.threshold),
         models={name: MEANINGS[name] for name in metrics.models if name in MEANINGS},
-        intervals=INTERVALS,
     )
     write_text(path, page)
 
@@ -152,9 +151,8 @@ def _data_tables(
 ) -> dict[str, pd.DataFrame]:
     """Return tables of the data, by the names of their files, small counts hidden."""
     known = {}
-    if content.split is not None:
-        split = suppress_table(content.split, min_cell)
-        known["split"] = split.drop(columns="minority_patients")
+    if (split := content.split) is not None:
+        known["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
     if content.flow is not None:
         known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if content.case_mix is not None:
@@ -200,11 +198,7 @@ def write_comparison(
     cost: pd.DataFrame | None = None,
     splits: pd.DataFrame | None = None,
 ) -> None:
-    """Write the page of several models side by side.
-
-    ``sentences`` stand first; ``models`` says what the models are, by name, ``card`` how they were
-    compared; ``cost`` is that of ``model_table``; ``splits`` has a line of text a split.
-    """
+    """Write the page of several models, with what they are (``models``) and how (``card``)."""
     with plots.plot_style():
         image = plots.to_image(*plots.plot_forest(metrics))
     page = render(
@@ -219,6 +213,6 @@ def write_comparison(
         splits=splits,
         image=image,
         models=models,
-        card={**card, "Intervals": INTERVALS},
+        card=card,
     )
     write_text(path, page)

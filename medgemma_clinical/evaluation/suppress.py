@@ -1,7 +1,6 @@
 """Small counts are hidden in what is given away: a shared model, and the report of --min_cell N.
 
-A count of 1 to ``min_cell`` - 1 patients is small; a ``min_cell`` of 0 hides nothing. Counts become
-texts and metrics null, so that what was hidden once can be hidden again.
+Counts become texts and metrics null, so that what was hidden once can be hidden again.
 """
 
 from __future__ import annotations
@@ -40,15 +39,14 @@ def suppress(part: Json, min_cell: int) -> Json:
     if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
     texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
-    models = part.get("models", {})
     minority = counts["minority_patients"]
     if 0 < minority < min_cell:  # the events may be many, and those without it few
         texts.setdefault("events", NOT_SHOWN)
-    hidden = {*part, *(name for model in models.values() for name in model)}
-    if minority >= min_cell:
-        hidden = _telling(part, min_cell)
-    others = {name: _blank(metrics, hidden) for name, metrics in models.items()}
-    return {**_blank(part, hidden), **texts, "models": others}
+    models = part.get("models", {})
+    every = {name for metrics in (part, *models.values()) for name in metrics}
+    hidden = every if minority < min_cell else _telling(part, min_cell)
+    models = {name: _blank(metrics, hidden) for name, metrics in models.items()}
+    return {**_blank(part, hidden), **texts, "models": models}
 
 
 def _telling(part: Json, min_cell: int) -> set[str]:
@@ -60,13 +58,10 @@ def _telling(part: Json, min_cell: int) -> set[str]:
         share = metrics.get(name, {}).get("value")
         return share is not None and _splits_off_few(count, share, min_cell)
 
-    hidden = set[str]()
     if tells(events, part, "sensitivity") or tells(patients - events, part, "specificity"):
-        hidden.update(AT_THRESHOLD)
+        return set(AT_THRESHOLD)
     models = [part, *part.get("models", {}).values()]
-    if any(tells(patients, model, "accuracy") for model in models):
-        hidden.add("accuracy")
-    return hidden
+    return {"accuracy"} if any(tells(patients, each, "accuracy") for each in models) else set()
 
 
 def _splits_off_few(count: float, share: float, min_cell: int) -> bool:
@@ -94,8 +89,8 @@ def suppress_reports(reports: Json, min_cell: int) -> Json:
 def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
     """Leave out small counts of a ``case_mix_of``, and what tells them.
 
-    ``hide_events``: a scored part hides its events, and a drawn part has about the same share. How
-    many patients have a known sex or age is not kept, so that these are left out.
+    ``hide_events``: a scored part hides its events, and a drawn part has about the same share. Of
+    how many patients sex and age are known is not kept: both are left out.
     """
     if min_cell == 0:
         return mix
@@ -111,9 +106,8 @@ def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:
     """Hide the small counts of a table, and the counts and numbers that would give them away.
 
-    A line is a group of patients, or a rule with the rows that it ``removed`` and ``left``. Counts
-    add up within each value of the column ``by``: where one is hidden, so is the smallest of the
-    others. Floats are NaN in lines with few patients with, or without, the event.
+    Counts add up within each value of the column ``by``: where one is hidden, so is the smallest of
+    the others. Floats are NaN in lines with few patients with, or without, the event.
     """
     if min_cell == 0 or table.empty:
         return table

@@ -65,9 +65,10 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
         line: dict[str, Any] = {"Model": model, "AUROC [95 %]": value_text(row)}
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"
-        line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
-        if model != reference:
-            beside = "" if row["reference"] == reference else f" to {row['reference']}"
+        if model == reference:
+            line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
+        else:
+            beside = "" if row.reference == reference else f" to {row.reference}"
             line["Minus reference [95 %]"] = difference_text(row) + beside
             line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
         lines.append(line)
@@ -131,11 +132,10 @@ def split_table(
 
 def case_mix_cells(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
     """Return two results of ``case_mix_of`` as text; a dash: not known, or hidden."""
-    columns = {"Development": development, "These rows": here}
-    texts = {
-        column: [_case_mix_text(mix, name) for name in CASE_MIX] for column, mix in columns.items()
-    }
-    return pd.DataFrame({"Case mix": CASE_MIX.values(), **texts})
+    table = pd.DataFrame({"Case mix": CASE_MIX.values()})
+    for title, mix in (("Development", development), ("These rows", here)):
+        table[title] = [_case_mix_text(mix, name) for name in CASE_MIX]
+    return table
 
 
 def _case_mix_text(mix: Mapping[str, float], name: str) -> str:
