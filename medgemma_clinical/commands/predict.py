@@ -37,7 +37,6 @@ from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.tables import case_mix_table
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
@@ -255,7 +254,6 @@ def report_labelled(
     here = case_mix_of(new, new["label"].to_numpy(), new["patient"].to_numpy())
     content = ReportContent(
         title=f"{config['outcome']}: {name} on the rows of {source}",
-        outcome=config["outcome"],
         question=dataset.asked(),
         data={
             "Source": source,
@@ -275,7 +273,7 @@ def report_labelled(
         seed=request.seed,
         bands=bands_of(new[["observations", "age", "sex"]]),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
-        case_mix=case_mix_table(config["case_mix"], here),
+        case_mix=(config["case_mix"], here),
         notice=random_model_notice(config),
         first=[each for each in (said, weight_0_sentence(config)) if each],
     )

@@ -226,7 +226,6 @@ def report_content(
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     return ReportContent(
         title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
-        outcome=dataset.outcome,
         question=dataset.asked(),
         data={
             "Source": Path(dataset.source).name,

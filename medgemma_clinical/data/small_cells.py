@@ -24,6 +24,8 @@ def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) 
     return min(count_patients(groups, labels == label) for label in (0, 1))
 
 
-def count_text(count: int, min_cell: int) -> str:
-    """Write a number of patients, or that it is below ``min_cell``; 0 hides none."""
-    return f"fewer than {min_cell}" if 0 < count < min_cell else f"{count:,}"
+def count_text(count: float | str, min_cell: int = 0) -> str:
+    """Write a number of patients, or that it is below ``min_cell``; a text stays as it is."""
+    if isinstance(count, str):
+        return count
+    return f"fewer than {min_cell}" if 0 < count < min_cell else f"{count:,.0f}"

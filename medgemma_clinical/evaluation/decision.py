@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from medgemma_clinical.evaluation.metrics import calibration
+from medgemma_clinical.evaluation.metrics import Array, calibration
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,7 @@ class DecisionRule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> DecisionRule:
-        """Read the rule of a checkpoint's config; without one the log-odds stay as they are.
-
-        Raises:
-            ValueError: the rule is incomplete, not finite, or reverses the order of the patients.
-        """
+        """Read the rule of a checkpoint's config; without one the log-odds stay as they are."""
         if "decision" not in config:
             return cls()
         stored = config["decision"]
@@ -50,34 +46,25 @@ class DecisionRule:
             raise ValueError(f"decision rule {stored!r}: not three finite numbers, slope above 0")
         return rule
 
-    def probability(self, logit: NDArray[np.float64]) -> NDArray[np.float64]:
+    def probability(self, logit: Array) -> Array:
         """Return the probability (n,) of log-odds (n,), both float64."""
-        probability: NDArray[np.float64] = expit(self.intercept + self.slope * logit)
+        probability: Array = expit(self.intercept + self.slope * logit)
         return probability
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Log-odds of the rows of one part, in the order of the data set.
+    """Log-odds of the rows of one part, in the order of the data set."""
 
-    Attributes:
-        loss: mean over all terms.
-        labels: (n,) float64 of 0 and 1.
-        logit: (n,) float64, log-odds of the event as the model gives them.
-        rows: (n,) int64, positions in the data set.
-        offset: (n,) float64, the share of ``logit`` that stage 1 gives; zero where it gives none.
-        rule: makes probabilities of the log-odds.
-    """
-
-    loss: float
-    labels: NDArray[np.float64]
-    logit: NDArray[np.float64]
-    rows: NDArray[np.int64]
-    offset: NDArray[np.float64]
+    loss: float  # mean over all terms
+    labels: Array  # (n,) of 0 and 1
+    logit: Array  # (n,) log-odds of the event as the model gives them
+    rows: NDArray[np.int64]  # (n,) positions in the data set
+    offset: Array  # (n,) the share of ``logit`` that stage 1 gives; zero where it gives none
     rule: DecisionRule = field(default_factory=DecisionRule)
 
     @property
-    def probability(self) -> NDArray[np.float64]:
+    def probability(self) -> Array:
         """Probability of the event, (n,)."""
         return self.rule.probability(self.logit)
 
@@ -91,9 +78,7 @@ class Predictions:
         return float(roc_auc_score(self.labels, self.probability))
 
 
-def fit_decision_rule(
-    labels: NDArray[np.float64], logit: NDArray[np.float64], calibrate: str
-) -> DecisionRule:
+def fit_decision_rule(labels: Array, logit: Array, calibrate: str) -> DecisionRule:
     """Fit recalibration (``platt`` or ``none``) and Youden's threshold on the validation part.
 
     Source: Platt 1999, without the smoothed targets: the logistic fit whose slope and intercept
@@ -116,24 +101,15 @@ def fit_decision_rule(
 
 
 def fit_residual_weight(
-    labels: NDArray[np.float64],
-    offset: NDArray[np.float64],
-    logit: NDArray[np.float64],
-    patients: NDArray[Any],
+    labels: Array, offset: Array, logit: Array, patients: NDArray[Any]
 ) -> float:
     """Choose the weight of a language model's logit beside stage 1's, on the validation part.
 
     The weight is the smallest one whose loss is within a standard error of the lowest; the error
-    counts patients, not rows. Where its AUROC is not above that of stage 1 the weight is 0, so that
-    on this part a language model never harms.
+    counts patients, not rows. Where its AUROC is not above that of stage 1 (``offset``) the weight
+    is 0, so that on this part a language model never harms.
 
     Source: Breiman et al. 1984, "Classification and Regression Trees", for the standard error.
-
-    Args:
-        labels: (n,) of 0 and 1, both there.
-        offset: (n,) log-odds of stage 1.
-        logit: (n,) log-odds with all that the language model adds.
-        patients: (n,) patient of each row.
     """
     tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
     losses = np.logaddexp(0, np.where(labels == 1, -tried, tried))
@@ -152,12 +128,10 @@ def fit_residual_weight(
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     """Return the threshold with the largest sensitivity + specificity; of several the lowest.
 
-    The threshold lies midway to the next lower probability, so that rounding moves no row across.
-
     Source: Youden 1950, "Index for rating diagnostic tests".
     """
     false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
     index = sensitivity - false_rate
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
     lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    return float((thresholds[best] + lower) / 2)
+    return float((thresholds[best] + lower) / 2)  # midway: rounding moves no row across

@@ -31,16 +31,14 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
 
     Returns:
         (R,) values of auroc, auprc (average precision), accuracy at a risk of 0.5, brier, log_loss
-        (natural logarithm) and brier_skill (gain over the prevalence as everyone's risk); NaN where
-        a weighting lacks a class.
+        and brier_skill (gain over the prevalence as everyone's risk); NaN without both classes.
 
     Source: scikit-learn's definitions; Brier 1950; Murphy 1973 for the skill.
     """
     order = np.argsort(-risk, kind="stable")
+    events = weights[:, order] * labels[order]
+    others = weights[:, order] - events
     first_of_ties = np.flatnonzero(np.diff(-risk[order], prepend=-np.inf))
-    ordered = weights[:, order]
-    events = ordered * labels[order]
-    others = ordered - events
     if len(first_of_ties) < len(order):
         events = np.add.reduceat(events, first_of_ties, axis=1)
         others = np.add.reduceat(others, first_of_ties, axis=1)
@@ -73,7 +71,7 @@ def confusion_shares(
         weights: (R, n).
 
     Returns:
-        (R,) shares by name; NaN where nothing stands in the denominator.
+        (R,) shares by name; NaN where the denominator is 0.
     """
     event = labels == 1
     tp, fp = weights @ (positive & event), weights @ (positive & ~event)
@@ -91,10 +89,9 @@ def confusion_shares(
 def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     """Compute calibration slope, intercept, calibration in the large and E-average.
 
-    Slope and intercept are those of a logistic fit of the label on the logit of the risk: with a
-    slope below 1 the risks are too extreme. In the large is the intercept with the slope held at 1:
-    below 0 the risks are too high on average. E-average is the mean distance of the risks from the
-    logistic fit's.
+    Slope and intercept are those of a logistic fit of the label on the logit of the risk; in the
+    large is the intercept with the slope held at 1: below 0 the risks are too high on average.
+    E-average is the mean distance of the risks from the logistic fit's.
 
     Args:
         labels: (n,) of 0 and 1.
@@ -108,13 +105,15 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     "Regression Modeling Strategies", section 10.9, for the E-average.
     """
     odds, everyone = log_odds(risk), np.ones((1, len(risk)))
-    mean, spread = odds.mean(), odds.std()
+    mean, spread = float(odds.mean()), float(odds.std())
     equal = spread <= PRECISION * (1 + abs(mean))  # the spread is rounding
     scaled = np.zeros_like(odds) if equal else (odds - mean) / spread
-    start = fit_logistic(labels, scaled, everyone, (log_odds(labels.mean()), 0.0), slope=True)[0]
-    fitted = fit_logistic(labels, scaled, weights, start, slope=True)  # (R, 2)
-    own = (fit_logistic(labels, scaled, everyone, (mean, spread), slope=False)[0, 0], spread)
-    level = fit_logistic(labels, scaled, weights, own, slope=False)[:, 0]
+    # Each fit starts where that of all rows ends.
+    start = (float(log_odds(labels.mean())), 0.0)
+    a, b = fit_logistic(labels, scaled, everyone, start, slope=True)[0]
+    fitted = fit_logistic(labels, scaled, weights, (a, b), slope=True)  # (R, 2)
+    a, b = fit_logistic(labels, scaled, everyone, (mean, spread), slope=False)[0]
+    level = fit_logistic(labels, scaled, weights, (a, b), slope=False)[:, 0]
     error = np.abs(expit(fitted[:, :1] + fitted[:, 1:] * scaled) - risk)  # (R, n)
     with np.errstate(divide="ignore", invalid="ignore"):
         slope = fitted[:, 1] / spread
@@ -126,27 +125,22 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     }
 
 
-def log_odds(risk: NDArray[np.float64] | np.float64) -> Array:
+def log_odds(risk: Array | float) -> Array:
     """Return the logit of probabilities, those of 0 and 1 moved by float64's precision."""
     smallest = np.finfo(np.float64).eps
     odds: Array = logit(np.clip(risk, smallest, 1 - smallest))
     return odds
 
 
-def fit_logistic(labels: Array, x: Array, weights: Array, start: object, *, slope: bool) -> Array:
-    """Fit log-odds = a + b * x by Newton's method under all weightings at once.
+def fit_logistic(
+    labels: Array, x: Array, weights: Array, start: tuple[float, float], *, slope: bool
+) -> Array:
+    """Fit log-odds = a + b * x, without ``slope`` a alone, by Newton's method.
 
-    Args:
-        labels: (n,) of 0 and 1.
-        x: (n,) at about unit scale.
-        weights: (R, n).
-        start: a and b.
-        slope: fit b too; otherwise it stays.
-
-    Returns:
-        (R, 2) a and b; NaN where no finite fit exists, as where ``x`` separates the classes.
+    ``x`` (n,) is at about unit scale. Returns a and b (R, 2) under all weightings, NaN where no
+    finite fit exists, as where ``x`` separates the classes.
     """
-    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
+    fitted = np.tile(start, (len(weights), 1))
     steps = np.zeros_like(fitted)
     for _ in range(NEWTON_STEPS):
         # (R, n); expit by its tanh, which is faster in the bootstrap's inner loop
@@ -170,12 +164,10 @@ def fit_logistic(labels: Array, x: Array, weights: Array, start: object, *, slop
 def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -> Array:
     """Compute the net benefit TP/n - FP/n * p/(1 - p) at threshold risks p.
 
-    To treat all has the net benefit of a ``risk`` of ones, to treat none has zero.
-
     Args:
         labels: (n,) of 0 and 1.
-        risk: (n,) probability of the event.
-        thresholds: (K,) within (0, 1), rising.
+        risk: (n,) probability of the event; ones to treat all.
+        thresholds: (K,) within (0, 1).
         weights: (R, n).
 
     Returns:
@@ -183,15 +175,12 @@ def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -
 
     Source: Vickers and Elkin 2006, "Decision curve analysis".
     """
-    passed = np.searchsorted(thresholds, risk, side="right")  # positive at the first so many
-    order = np.argsort(passed, kind="stable")
-    first = np.searchsorted(passed[order], np.arange(1, len(thresholds) + 1))
-    counts = []
-    for rows in (labels, 1 - labels):
-        cumulative = np.cumsum(weights[:, order] * rows[order], axis=1)
-        cumulative = np.pad(cumulative, ((0, 0), (1, 0)))
-        counts.append(cumulative[:, -1:] - cumulative[:, first])
-    true, false = counts
+    order = np.argsort(-risk)
+    positive = np.searchsorted(-risk[order], -thresholds, side="right")  # (K,) at the threshold too
+    ordered = np.pad(weights[:, order], ((0, 0), (1, 0)))  # none is positive: 0
+    event = np.append(0, labels[order])
+    true = np.cumsum(ordered * event, axis=1)[:, positive]
+    false = np.cumsum(ordered * (1 - event), axis=1)[:, positive]
     benefit: Array = true - false * thresholds / (1 - thresholds)
     return benefit / weights.sum(axis=1, keepdims=True)
 
@@ -204,9 +193,8 @@ def bootstrap_weights(
 ) -> Iterator[Array]:
     """Draw patients with replacement, all rows of a patient together.
 
-    Patients with and without an event are not drawn apart: fixed numbers of both would make the
-    intervals of metrics that depend on the prevalence too narrow. A draw that lacks a class is
-    drawn again.
+    Both classes are drawn together: fixed numbers of each would make the intervals of metrics that
+    depend on the prevalence too narrow. A draw that lacks a class is drawn again.
 
     Args:
         labels: (n,) of 0 and 1.

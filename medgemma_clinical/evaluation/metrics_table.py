@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from sklearn.calibration import calibration_curve
 
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, best_blend
@@ -30,6 +29,7 @@ from medgemma_clinical.evaluation.metrics import (
 TESTED = ["id", "label", "patient"]
 """Columns of a table of predictions that say what was predicted; each other one is a model."""
 
+COUNTS = ("n", "patients", "events", "minority_patients")
 VALUE = ["value", "low", "high"]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 SPREAD = ["sd", "min", "max"]
@@ -51,17 +51,14 @@ Statistic = Callable[[Array], dict[Any, Array]]
 class Metrics:
     """Metrics of the models on one part of the data.
 
-    Attributes:
-        counts: n (rows), patients, events, minority_patients (patients that have the outcome which
-            fewer patients have).
-        table: index (model, metric); columns value, low, high, and difference, difference_low,
-            difference_high: this row minus the model ``reference``, paired. The first model is the
-            reference of all, but for the ensemble, whose reference is the best blend. Over several
-            splits also sd, min, max.
+    The difference is this row minus the model ``reference``, paired. The first model is the
+    reference of all but the ensemble, whose reference is the best blend.
     """
 
-    counts: dict[str, int]
-    table: pd.DataFrame
+    counts: dict[str, int]  # COUNTS; minority: with the outcome that fewer patients have
+    table: (
+        pd.DataFrame
+    )  # index (model, metric); columns VALUE, DIFFERENCE, reference, or SPREAD too
 
     @property
     def models(self) -> list[str]:
@@ -82,54 +79,34 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a part of ``metrics.json``; what is undefined is None."""
-        first, *others = self.models
         spread = [name for name in SPREAD if name in self.table]
-
-        def plain(model: str, columns: list[str]) -> dict[str, Any]:
-            rows = (
-                self.of(model)[columns].astype(object).where(self.of(model)[columns].notna(), None)
-            )
-            return {str(name): row for name, row in rows.to_dict("index").items()}
-
-        return {
-            **self.counts,
-            "model": first,
-            **plain(first, VALUE + spread),
-            "models": {
-                name: {
-                    "reference": self.of(name)["reference"].iloc[0],
-                    **plain(name, VALUE + DIFFERENCE + spread),
-                }
-                for name in others
-            },
-        }
+        known: Any = self.table.astype(object).where(self.table.notna(), None)
+        first, *others = (known.loc[model] for model in self.models)
+        models = {}
+        for model, rows in zip(self.models[1:], others, strict=True):
+            metrics = rows[VALUE + DIFFERENCE + spread].to_dict("index")
+            models[model] = {"reference": rows["reference"].iloc[0], **metrics}
+        own = first[VALUE + spread].to_dict("index")
+        return {**self.counts, "model": self.models[0], **own, "models": models}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Read a part of ``metrics.json``.
-
-        Raises:
-            KeyError, TypeError, AttributeError: the content is no such part.
-        """
-        known = dict(content)
-        counts = {name: known.pop(name) for name in COUNTS}
-        first, others = known.pop("model"), known.pop("models")
-        lines = {(first, name): {"reference": first, **row} for name, row in known.items()}
-        for model, each in others.items():
-            own = {name: row for name, row in each.items() if name != "reference"}
-            lines |= {
-                (model, name): {"reference": each["reference"], **row} for name, row in own.items()
-            }
-        table = pd.DataFrame.from_dict(lines, orient="index")
-        table.index = pd.MultiIndex.from_tuples(lines, names=["model", "metric"])
-        numbers = [name for name in (*VALUE, *DIFFERENCE, *SPREAD) if name in table]
-        table = table.reindex(
-            columns=[*VALUE, *DIFFERENCE, *(n for n in SPREAD if n in table), "reference"]
-        )
+        """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
+        others = (*COUNTS, "model", "models")
+        own = {name: metric for name, metric in content.items() if name not in others}
+        models = {content["model"]: {"reference": content["model"], **own}, **content["models"]}
+        lines = {
+            (model, name): {**metric, "reference": each["reference"]}
+            for model, each in models.items()
+            for name, metric in each.items()
+            if name != "reference"
+        }
+        index = pd.MultiIndex.from_tuples(lines, names=["model", "metric"])
+        table = pd.DataFrame(list(lines.values()), index)
+        numbers = [*VALUE, *DIFFERENCE, *(name for name in SPREAD if name in table)]
+        table = table.reindex(columns=[*numbers, "reference"])
+        counts = {name: content[name] for name in COUNTS}
         return cls(counts, table.astype(dict.fromkeys(numbers, float)))
-
-
-COUNTS = ("n", "patients", "events", "minority_patients")
 
 
 def bootstrap(
@@ -176,74 +153,76 @@ def evaluate(
 ) -> Metrics:
     """Compute the metrics of all models, each with interval and paired difference.
 
-    Args:
-        rows: a table of predictions: the columns ``TESTED``, then the risk of each model.
-        seed: seed of the bootstrap.
-        threshold: of the first model's decision rule, which gets calibration and the shares at this
-            threshold; None for models side by side.
-        reference: the model that the others are compared with, the first where None.
-        split: (n,) the split that each row is from; each metric is then the mean over the splits,
-            and patients are drawn once for all splits.
-
-    Raises:
-        ValueError: a class is missing.
+    ``rows`` has the columns ``TESTED``, then the risk of each model; the first one is the reference
+    where none is named. With the ``threshold`` of its decision rule it also gets calibration and
+    shares. With a ``split`` (n,) of the rows each metric is the mean over the splits, and patients
+    are drawn once for all.
     """
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
     risks = {first: risks[first], **risks}
-    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
+    labels, risk, patients = _arrays(rows, first)
     parts = [np.arange(len(rows))]
     if split is not None:
         parts = [np.flatnonzero(split == each) for each in np.unique(split)]
 
-    def by_part(weights: Array) -> list[dict[Hashable, Array]]:
-        return [
-            {
-                (model, name): values
-                for model, risk in risks.items()
-                for name, values in metrics(labels[p], risk[p], weights[:, p]).items()
-            }
-            for p in parts
-        ]
-
     def statistic(weights: Array) -> dict[Any, Array]:
-        each = by_part(weights)
-        known = {key: np.mean([part[key] for part in each], axis=0) for key in each[0]}
+        each = [_metrics_of_all(labels, risks, weights, part) for part in parts]
+        known = {key: np.mean([one[key] for one in each], axis=0) for key in each[0]}
         if threshold is not None:
-            own = calibration(labels, risks[first], weights)
-            own |= confusion_shares(labels, risks[first] >= threshold, weights)
+            own = calibration(labels, risk, weights)
+            own |= confusion_shares(labels, risk >= threshold, weights)
             known |= {(first, name): values for name, values in own.items()}
         return known
 
     value, drawn = bootstrap(labels, patients, seed, statistic, split)
-    blend = best_blend(risks)
-    references = dict.fromkeys(risks, first)
-    if ENSEMBLE in risks and blend and first != ENSEMBLE:
-        references[ENSEMBLE] = blend
-    keys: Any = [key for key in value.index if key[0] != first]
-    others = [(references[model], name) for model, name in keys]
-    behind = {}
-    if threshold is not None:
-        positive = risks[first] >= threshold
-        among = {"sensitivity": labels == 1, "specificity": labels == 0, "ppv": positive}
-        among |= {"npv": ~positive, "positives": np.ones(len(rows), bool)}
-        behind = {(first, name): count_patients(patients, own) for name, own in among.items()}
-    table = with_interval(value, drawn, behind)
-    if threshold is not None:  # a distance grows by the noise of the draws: they give no interval
+    if threshold is None:
+        table = with_interval(value, drawn)
+    else:
+        behind = _patients_behind_shares(labels, risk >= threshold, patients)
+        table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
+        # A distance grows by the noise of the draws: they give no interval.
         table.loc[(first, "e_average"), VALUE[1:]] = np.nan
-    table[DIFFERENCE] = np.nan
-    if keys:
-        columns = pd.MultiIndex.from_tuples(keys)
-        minus = pd.DataFrame(drawn[keys].to_numpy() - drawn[others].to_numpy(), columns=columns)
-        own = pd.Series(value[keys].to_numpy() - value[others].to_numpy(), columns)
-        table.loc[columns, DIFFERENCE] = with_interval(own, minus).to_numpy()
+    references = dict.fromkeys(risks, first)
+    if ENSEMBLE in risks and first != ENSEMBLE:
+        references[ENSEMBLE] = best_blend(risks) or first
+    others = [(references[model], name) for model, name in value.index]
+    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(others))
+    minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
+    table[DIFFERENCE] = minus
+    table.loc[first, DIFFERENCE] = np.nan
     if split is not None:
-        ones = by_part(np.ones((1, len(rows))))
-        spread = pd.DataFrame({key: [part[key][0] for part in ones] for key in ones[0]})
-        table[SPREAD] = spread.agg(["std", "min", "max"]).T.set_axis(SPREAD, axis=1)
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["model", "metric"])
-    table["reference"] = [references[model] for model in table.index.get_level_values("model")]
-    return Metrics(count(labels, patients), table.loc[list(risks)])
+        one = np.ones((1, len(rows)))
+        each = [pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts]
+        table[SPREAD] = pd.concat(each).agg(["std", "min", "max"]).T
+    table["reference"] = [references[model] for model, _ in table.index]
+    return Metrics(count(labels, patients), table.rename_axis(["model", "metric"]).loc[list(risks)])
+
+
+def _arrays(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
+    """Return labels, the risk of a model, and patients, (n,) each."""
+    labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
+    return labels, risk, rows["patient"].to_numpy(str)
+
+
+def _metrics_of_all(
+    labels: Array, risks: Mapping[str, Array], weights: Array, part: NDArray[np.intp]
+) -> dict[tuple[str, str], Array]:
+    """Return the metrics (R,) of all models on some rows, by model and metric."""
+    return {
+        (model, name): values
+        for model, risk in risks.items()
+        for name, values in metrics(labels[part], risk[part], weights[:, part]).items()
+    }
+
+
+def _patients_behind_shares(
+    labels: Array, positive: NDArray[np.bool_], patients: NDArray[np.generic]
+) -> dict[str, int]:
+    """Return the patients in the denominator of each of ``confusion_shares``."""
+    among = {"sensitivity": labels == 1, "specificity": labels == 0, "ppv": positive}
+    among |= {"npv": ~positive, "positives": np.ones_like(positive)}
+    return {name: count_patients(patients, own) for name, own in among.items()}
 
 
 def evaluate_splits(
@@ -261,104 +240,67 @@ def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
 
 
 def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return size, events, mean risk and AUROC of each subgroup.
-
-    Args:
-        rows: a table of predictions.
-        model: the column of the model.
-        bands: n rows of ordered categories, a column a grouping.
-        seed: seed of the bootstrap.
-
-    Returns:
-        A line a subgroup that has any row: group, level, n, patients, events, minority_patients,
-        risk (mean), and the AUROC with its interval as auroc, auroc_low, auroc_high, NaN where
-        fewer than ``MINORITY_PATIENTS`` have, or lack, the event.
-    """
-    labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
-    patients = rows["patient"].to_numpy(str)
-    chosen = {
-        (str(name), str(level)): np.flatnonzero(column.to_numpy() == level)
-        for name, column in bands.items()
-        for level in column.cat.categories
-    }
-    lines = [
-        {
-            "group": group,
-            "level": level,
-            **count(labels[own], patients[own]),
-            "risk": risk[own].mean(),
-        }
-        for (group, level), own in chosen.items()
-        if len(own)
-    ]
-    table = pd.DataFrame(lines)
-    judged = [
-        (line["group"], line["level"])
-        for line in lines
-        if line["minority_patients"] >= MINORITY_PATIENTS
-    ]
-    if not judged:
-        return table.assign(auroc=np.nan, auroc_low=np.nan, auroc_high=np.nan)
+    """Return counts, mean risk and AUROC of each subgroup; ``bands`` (n rows) has categories."""
+    labels, risk, patients = _arrays(rows, model)
+    lines: list[dict[str, Any]] = []
+    judged = {}  # rows by line
+    for group, column in bands.items():
+        for level in column.cat.categories:
+            own = np.flatnonzero(column.to_numpy() == level)
+            if len(own):
+                line = {"group": str(group), "level": str(level)}
+                line |= {**count(labels[own], patients[own]), "risk": risk[own].mean()}
+                if line["minority_patients"] >= MINORITY_PATIENTS:
+                    judged[len(lines)] = own
+                lines.append(line)
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        return {
-            key: metrics(labels[own], risk[own], weights[:, own])["auroc"]
-            for key, own in ((key, chosen[key]) for key in judged)
-        }
+        each = {k: metrics(labels[own], risk[own], weights[:, own]) for k, own in judged.items()}
+        return {k: known["auroc"] for k, known in each.items()}
 
-    known = with_interval(*bootstrap(labels, patients, seed, statistic))
-    known.columns = pd.Index(["auroc", "auroc_low", "auroc_high"])
-    known.index = pd.MultiIndex.from_tuples(known.index)
-    return table.join(known, on=["group", "level"]) if len(table) else table
+    auroc = pd.DataFrame(columns=VALUE, dtype=float)
+    if judged:
+        auroc = with_interval(*bootstrap(labels, patients, seed, statistic))
+    return pd.DataFrame(lines).join(auroc.set_axis(["auroc", "auroc_low", "auroc_high"], axis=1))
 
 
 def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
-    """Return the calibration curve in bins of equal size by rising risk.
-
-    Returns:
-        A line a bin: n, predicted (mean risk), observed (share of events) with low and high.
-    """
-    labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
+    """Return n, mean risk and observed share of events in bins of equal size by rising risk."""
+    labels, risk, patients = _arrays(rows, model)
     minority = min(labels.sum(), (1 - labels).sum())
     bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
-    observed, predicted = calibration_curve(labels, risk, n_bins=bins, strategy="quantile")
-    edges = np.percentile(risk, 100 * np.linspace(0, 1, bins + 1))[1:-1]
-    index = np.searchsorted(edges, risk)  # as scikit-learn bins
-    members = [index == k for k in np.unique(index)]
+    edges = np.percentile(risk, np.linspace(0, 100, bins + 1))[1:-1]
+    index = np.searchsorted(edges, risk)  # as scikit-learn's calibration_curve bins
+    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
 
     def statistic(weights: Array) -> dict[Any, Array]:
         with np.errstate(invalid="ignore"):
-            return {
-                k: (weights @ (own * labels)) / (weights @ own) for k, own in enumerate(members)
-            }
+            observed = (weights * labels) @ members / (weights @ members)
+        return dict(enumerate(observed.T))
 
-    patients, sizes = rows["patient"].to_numpy(str), [int(own.sum()) for own in members]
-    behind = {k: count_patients(patients, own) for k, own in enumerate(members)}
-    known = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
-    return known.assign(n=sizes, predicted=predicted, observed=observed)[
-        ["n", "predicted", "observed", "low", "high"]
-    ]
+    behind = {k: count_patients(patients, own) for k, own in enumerate(members.T)}
+    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
+    size = members.sum(axis=0)
+    table = table.rename(columns={"value": "observed"}).assign(
+        n=size, predicted=risk @ members / size
+    )
+    return table[["n", "predicted", "observed", "low", "high"]]
 
 
 def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataFrame:
-    """Return the net benefit at threshold risks of whole percents, up to those of use.
-
-    Returns:
-        By threshold: the first model's net benefit with low and high, that of each other model by
-        its name, and treat_all; to treat none has zero.
-    """
-    labels, risk = rows["label"].to_numpy(float), rows[models[0]].to_numpy(float)
-    prevalence = labels.mean()
-    highest = min(0.99, max(0.05, 2 * prevalence, float(np.quantile(risk, 0.99))))
-    thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100
+    """Return net benefits by threshold risk; low and high are those of the first model."""
+    labels, risk, patients = _arrays(rows, models[0])
+    highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
+    thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
 
     def statistic(weights: Array) -> dict[Any, Array]:
         benefit = net_benefit(labels, risk, thresholds, weights)
         return dict(zip(thresholds.tolist(), benefit.T, strict=True))
 
-    table = with_interval(*bootstrap(labels, rows["patient"].to_numpy(str), seed, statistic))
+    table = with_interval(*bootstrap(labels, patients, seed, statistic))
     table = table.rename_axis("threshold").rename(columns={"value": models[0]})
-    one = np.ones((1, len(rows)))
-    for name in models[1:]:
-        table[name] = net_benefit(labels, rows[name].to_numpy(float), thresholds, one)[0]
-    return table.assign(treat_all=net_benefit(labels, np.ones(len(rows)), thresholds, one)[0])
+    others = {name: rows[name].to_numpy(float) for name in models[1:]}
+    others["treat_all"] = np.ones(len(rows))
+    for name, other in others.items():
+        table[name] = net_benefit(labels, other, thresholds, np.ones((1, len(rows))))[0]
+    return table

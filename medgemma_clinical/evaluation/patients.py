@@ -17,15 +17,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from scipy.special import logit
 
 from medgemma_clinical.data.texts import Reference, plain, with_space
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.metrics import log_odds
 from medgemma_clinical.evaluation.report import render
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
 from medgemma_clinical.files import write_text
 
 NOTICE = "This page holds patients' data: do not share it. Only its owner can read this file."
-DASH = "\N{EN DASH}"
 
 MAX_HOURS = 96
 """A longer row has an axis of days."""
@@ -71,7 +71,7 @@ class Explanation:
     def changes(self) -> pd.DataFrame:
         """Return the risk after each observation and its change."""
         observed = [*self.observations, "no observation until the prediction time"]
-        changes = [DASH, *(signed(100 * step, 1) for step in np.diff(self.risks).tolist())]
+        changes = [NO_VALUE, *(signed(100 * step, 1) for step in np.diff(self.risks).tolist())]
         columns = {
             "Time": [self.time_text(hours) for hours in self.hours.tolist()],
             "Observed": observed[: len(self.hours)],
@@ -83,28 +83,18 @@ class Explanation:
     def effects(self) -> pd.DataFrame:
         """Return the change of the log-odds without each series, the largest first."""
         known = {name: risk for name, risk in self.without.items() if risk is not None}
-        own = _log_odds(self.probability)
-        change = {name: _log_odds(risk) - own for name, risk in known.items()}
+        own = log_odds(self.probability)
+        change = {name: float(log_odds(risk) - own) for name, risk in known.items()}
         order = sorted(change, key=lambda name: -abs(change[name]))
         rows = [(name, signed(change[name], 2), percent(known[name])) for name in order]
-        rows += [(name, DASH, DASH) for name in self.without if name not in known]
+        rows += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in known]
         names = ["Series", "Change without it (log-odds)", "Risk without it"]
         return pd.DataFrame(rows, columns=names)
-
-
-def percent(share: float) -> str:
-    """Write a share in percent."""
-    number = f"{100 * share:.1f}" if share >= 0.01 else f"{100 * share:.2g}"
-    return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def signed(change: float, digits: int) -> str:
     """Write a change with its sign; what rounds to zero is +0."""
     return f"{round(change, digits) + 0.0:+.{digits}f}"
-
-
-def _log_odds(probability: float) -> float:
-    return float(logit(np.clip(probability, 1e-12, 1 - 1e-12)))
 
 
 def write_patients(
@@ -118,9 +108,16 @@ def write_patients(
     """Write the page: one file without script; ``notes`` are sentences that stand first."""
     with plots.plot_style():
         images = [plots.to_image(*plot_patient(row, outcome, threshold)) for row in rows]
-    content = {"threshold": threshold, "notes": notes, "method": method, "percent": percent}
-    content |= {"title": f"Patients: {outcome}", "notice": NOTICE}
-    write_text(path, render("patients", rows=list(zip(rows, images, strict=True)), **content))
+    page = render(
+        "patients",
+        title=f"Patients: {outcome}",
+        notice=NOTICE,
+        rows=list(zip(rows, images, strict=True)),
+        threshold=threshold,
+        notes=notes,
+        method=method,
+    )
+    write_text(path, page)
 
 
 def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:

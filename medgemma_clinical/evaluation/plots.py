@@ -19,7 +19,7 @@ from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
 from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, Metrics
 
 for chatty in ("matplotlib", "fontTools"):  # they log each font
     logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -45,9 +45,6 @@ STYLE = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-SIZE = (4.0, 3.2)
-"""Inches of a report's figure; all have one height."""
-
 LINES: tuple[dict[str, Any], ...] = (
     {"color": MODEL, "linewidth": 2, "label": "model"},
     {"color": OTHER, "linewidth": 1.5, "linestyle": "--", "label": "best baseline"},
@@ -86,7 +83,7 @@ def plot_style() -> AbstractContextManager[None]:
 
 
 def new_figure(
-    heights: Sequence[float] = (1,), size: tuple[float, float] = SIZE
+    heights: Sequence[float] = (1,), size: tuple[float, float] = (4.0, 3.2)
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure, ``size`` inches, and its axes below each other with relative heights."""
     figure = Figure(figsize=size, layout="constrained")
@@ -101,12 +98,13 @@ def to_image(figure: Figure, alt: str) -> Image:
     return Image(buffer.getvalue(), alt)
 
 
-def _add_legend(figure: Figure) -> None:
+def _with_legend(figure: Figure) -> Figure:
     """Put one legend above the panels, where it hides no curve."""
     for axes in figure.axes:
         if own := axes.get_legend():  # scikit-learn's
             own.remove()
     figure.legend(loc="outside upper left", ncols=3)
+    return figure
 
 
 def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) -> Plot:
@@ -118,39 +116,34 @@ def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) 
     if not np.isnan(point).any():
         axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="threshold")
     axes.set(xlabel="1 \N{MINUS SIGN} specificity", ylabel="sensitivity")
-    _add_legend(figure)
-    return figure, "ROC curve: sensitivity over 1 minus specificity."
+    return _with_legend(figure), "ROC curve: sensitivity over 1 minus specificity."
 
 
 def plot_precision_recall(labels: Array, risks: Sequence[Array]) -> Plot:
     """Plot the precision-recall curves of the model and the best baseline."""
     figure, (axes,) = new_figure()
+    draw = PrecisionRecallDisplay.from_predictions
     for risk, line in zip(risks, LINES, strict=False):
-        display = PrecisionRecallDisplay.from_predictions(
-            labels, risk, ax=axes, drop_intermediate=True
-        )
-        display.line_.set(**line)
+        draw(labels, risk, ax=axes, drop_intermediate=True).line_.set(**line)
     axes.axhline(labels.mean(), label="prevalence", **DOTTED)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
-    _add_legend(figure)
-    return figure, "Precision-recall curve: precision over recall, beside the prevalence."
+    alt = "Precision-recall curve: precision over recall, beside the prevalence."
+    return _with_legend(figure), alt
 
 
 def plot_calibration(table: pd.DataFrame, risk: Array) -> Plot:
     """Plot a ``calibration_table`` above a histogram of the risks."""
     figure, (axes, below) = new_figure((4, 1))
-    percent = 100 * table
-    top = min(100.0, 1.05 * np.nanmax([*percent["observed"], *percent["high"], 100 * risk.max()]))
+    x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
+    top = min(100.0, 1.05 * np.nanmax([*y, *high, 100 * risk.max()]))
     axes.plot([0, 100], [0, 100], label="ideal", **DOTTED)
-    axes.vlines(percent["predicted"], percent["low"], percent["high"], color=MODEL)
-    look: dict[str, Any] = {"color": MODEL, "linewidth": 1, "markersize": 5}
-    axes.plot(percent["predicted"], percent["observed"], "o-", label="observed [95 %]", **look)
+    axes.vlines(x, low, high, color=MODEL)
+    axes.plot(x, y, "o-", label="observed [95 %]", color=MODEL, linewidth=1, markersize=5)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
     below.hist(100 * risk, np.linspace(0, top, 41).tolist(), color=MODEL, alpha=0.5)
-    below.set(xlabel="predicted risk, %", ylabel="rows")
-    below.set_yticks([])
-    _add_legend(figure)
-    return figure, "Calibration curve: share of events over the predicted risk, and a histogram."
+    below.set(xlabel="predicted risk, %", ylabel="rows", yticks=[])
+    alt = "Calibration curve: share of events over the predicted risk, and a histogram."
+    return _with_legend(figure), alt
 
 
 def plot_risks(labels: Array, risk: Array) -> Plot:
@@ -178,8 +171,7 @@ def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> Plot:
     axes.axhline(0, label="treat none", **DOTTED)
     top = 1.1 * max(table["treat_all"].max(), table["high"].max())
     axes.set(xlabel="threshold risk, %", ylabel="net benefit", ylim=(-0.25 * top, top))
-    _add_legend(figure)
-    return figure, "Decision curve: net benefit over the threshold risk."
+    return _with_legend(figure), "Decision curve: net benefit over the threshold risk."
 
 
 def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
@@ -187,21 +179,20 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
     figure, (upper, lower) = new_figure((1, 1))
     table = pd.DataFrame(history).set_index("epoch")
     kept = table.index[table["improved"]][-1]
-    curves = table[["train_loss", "val_loss", "val_auroc"]].astype(float)
-    upper.plot(curves["train_loss"], "o--", color=OTHER, label="training")
-    upper.plot(curves["val_loss"], "o-", color=MODEL, label="validation")
-    lower.plot(curves["val_auroc"], "o-", color=MODEL)
+    auroc = table["val_auroc"].astype(float)
+    upper.plot(table["train_loss"].astype(float), "o--", color=OTHER, label="training")
+    upper.plot(table["val_loss"].astype(float), "o-", color=MODEL, label="validation")
+    lower.plot(auroc, "o-", color=MODEL)
     for axes in (upper, lower):
         axes.axvline(kept, **DOTTED)
     # Whole axes: a change of a hundredth between epochs is noise and looks like it.
     upper.axhline(0, linewidth=0)
-    upper.set_ylabel("loss")
-    upper.set_ylim(bottom=0)
-    lowest = np.fmin(0.5, np.floor(10 * curves["val_auroc"].min()) / 10)
+    upper.set(ylabel="loss", ylim=(0, None))
+    lowest = np.fmin(0.5, np.floor(10 * auroc.min()) / 10)
     lower.set(xlabel="epoch (dotted: the one kept)", ylabel="val. AUROC", ylim=(lowest, 1))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _add_legend(figure)
-    return figure, f"Learning curve of {len(table)} epochs; epoch {kept} was kept."
+    alt = f"Learning curve of {len(table)} epochs; epoch {kept} was kept."
+    return _with_legend(figure), alt
 
 
 def plot_forest(metrics: Metrics) -> Plot:
@@ -210,25 +201,22 @@ def plot_forest(metrics: Metrics) -> Plot:
     others = metrics.metric("auroc").loc[names]
     minority = metrics.counts["minority_patients"]
     levels = [verdicts.difference_verdict(row, minority) for _, row in others.iterrows()]
+    values, lows, highs = others[DIFFERENCE].to_numpy(float).T
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(metrics.models) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
     axes.plot([0], [0], "s", color=INK, markersize=4)
     for verdict, (marker, colour) in MARKS.items():
-        own = np.array([each == verdict for each in levels], dtype=bool)
-        value, low, high = others[own].filter(like="difference").to_numpy(float).T
-        look: dict[str, Any] = {"color": colour, "label": verdict.words, "markersize": 6}
-        if own.any():
-            at = 1 + np.flatnonzero(own)
-            axes.errorbar(value, at, xerr=[value - low, high - value], fmt=marker, **look)
-    widest = np.nanmax([MIN_DIFFERENCE, *others.filter(like="difference").abs().max()])
-    texts = [
-        name if beside == reference else f"{name} minus {beside}"
-        for name, beside in zip(names, others["reference"], strict=True)
-    ]
+        own = [k for k, level in enumerate(levels) if level == verdict]
+        if own:
+            errors = [(values - lows)[own], (highs - values)[own]]
+            look: dict[str, Any] = {"color": colour, "label": verdict.words, "markersize": 6}
+            axes.errorbar(values[own], np.add(own, 1), xerr=errors, fmt=marker, **look)
+    widest = np.nanmax([MIN_DIFFERENCE, *np.abs([*values, *lows, *highs])])
+    besides = others["reference"]
+    texts = [n if each == reference else f"{n} minus {each}" for n, each in besides.items()]
     axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
     axes.set_xlabel("AUROC minus that of the reference [95 %]")
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
-    if names:
-        _add_legend(figure)
-    return figure, f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
+    alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
+    return _with_legend(figure) if names else figure, alt

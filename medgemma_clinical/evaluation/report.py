@@ -48,7 +48,6 @@ class ReportContent:
     """What a report says beside the metrics; None and empty leave a part of the page out."""
 
     title: str
-    outcome: str
     question: Mapping[str, str]  # what is predicted, when, from what
     data: Mapping[str, str]
     card: Mapping[str, str]  # about the model; hashes and versions stand last
@@ -59,10 +58,12 @@ class ReportContent:
     split: pd.DataFrame | None = None  # a ``split_table``
     history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
-    case_mix: pd.DataFrame | None = None  # a ``case_mix_table``
+    case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
-    unshown: Sequence[str] = ()  # lines on earlier stages
+
+
+PAGES.globals.update(tables=tables, percent=percent, INTERVALS=INTERVALS)
 
 
 def render(name: str, **content: Any) -> str:
@@ -80,30 +81,30 @@ def write_report(
     list_patients: bool = False,
     folder: Path | None = None,
 ) -> None:
-    """Write a report on predictions and their metrics, counts below ``min_cell`` hidden.
+    """Write a report, and with a ``folder`` each figure and each table as a file.
 
-    ``list_patients`` names the rows with the largest errors. With a ``folder`` each figure and each
-    table is also a file in ``folder/figures``.
+    Counts below ``min_cell`` are hidden; ``list_patients`` names the rows with the largest errors.
     """
     few = metrics.counts["minority_patients"] < min_cell
-    shown = Metrics.from_json(suppress(metrics.to_json(), min_cell)) if min_cell else metrics
+    shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
     reports = suppress_reports(dict(content.reports or {}), min_cell)
-    numbers = _numbers(rows, shown, content, min_cell, few)
     with plots.plot_style():
-        drawn = {} if few else _draw(rows, shown, numbers)
+        numbers, drawn = ({}, {}) if few else _model_parts(rows, shown, content, min_cell)
         if content.history:
             drawn["learning_curve"] = plots.plot_learning(content.history)
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
+        numbers |= _data_tables(content, min_cell, hide_events=few)
         if folder is not None:
             _write_files(folder / "figures", drawn, images, numbers)
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
+    first = [*content.first, tables.written_sentence(reports)]
     page = render(
         "report",
         title=content.title,
         notice=" ".join(filter(None, notices)),
         min_cell=min_cell,
         content=content,
-        first=[*content.first, *filter(None, [tables.written_sentence(reports)])],
+        first=[*filter(None, first)],
         findings=[] if few else sentences(shown),
         few=few,
         metrics=shown,
@@ -112,61 +113,52 @@ def write_report(
         written=tables.written_table(reports),
         errors=_largest_errors(rows, metrics.models[0]) if list_patients else None,
         best=best_baseline(metrics),
-        tables=tables,
-        threshold=percent(content.threshold),
         models={name: MEANINGS[name] for name in metrics.models if name in MEANINGS},
-        intervals=INTERVALS,
     )
     write_text(path, page)
 
 
-def _numbers(
-    rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int, few: bool
-) -> dict[str, pd.DataFrame]:
-    """Return the tables of a report by the names of their files, small counts hidden."""
-    known: dict[str, pd.DataFrame] = {}
-    if not few:
-        model, seed = shown.models[0], content.seed
-        groups = subgroup_table(rows, model, content.bands, seed)
-        groups["prevalence"] = groups["events"] / groups["n"]
-        known["metrics"] = shown.table.reset_index()
-        known["models"] = tables.model_cells(shown)
-        known["subgroups"] = suppress_table(groups, min_cell, by="group")
-        known["calibration"] = calibration_table(rows, model, seed)
-        known["decision_curve"] = decision_curve(rows, _compared(shown), seed).reset_index()
-    if content.split is not None:
-        split = suppress_table(content.split, min_cell)
-        known["split"] = split.drop(columns="minority_patients")
-    if content.flow is not None:
-        known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
-    if content.case_mix is not None:
-        mixes = [dict(mix.dropna()) for _, mix in content.case_mix.items()]
-        shared = [suppress_case_mix(mix, min_cell, hide_events=few) for mix in mixes]
-        known["case_mix"] = tables.case_mix_cells(*shared)
-    return known
-
-
-def _compared(metrics: Metrics) -> list[str]:
-    """Return the models of the curves: the first, and the best baseline where there is one."""
-    return [metrics.models[0], *filter(None, [best_baseline(metrics)])]
-
-
-def _draw(
-    rows: pd.DataFrame, shown: Metrics, numbers: dict[str, pd.DataFrame]
-) -> dict[str, plots.Plot]:
-    """Draw the figures of the model."""
-    names = _compared(shown)
+def _model_parts(
+    rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int
+) -> tuple[dict[str, pd.DataFrame], dict[str, plots.Plot]]:
+    """Return tables and figures of the model, by the names of their files."""
+    names, seed = [shown.models[0], *filter(None, [best_baseline(shown)])], content.seed
+    groups = subgroup_table(rows, names[0], content.bands, seed)
+    groups["prevalence"] = groups["events"] / groups["n"]
+    bins = calibration_table(rows, names[0], seed)
+    curve = decision_curve(rows, names, seed)
     labels, risks = rows["label"].to_numpy(float), [rows[name].to_numpy(float) for name in names]
     value = shown.of(names[0])["value"]
-    point = 1 - value["specificity"], value["sensitivity"]
-    curve = numbers["decision_curve"].set_index("threshold")
-    return {
-        "roc": plots.plot_roc(labels, risks, point),
+    numbers = {
+        "metrics": shown.table.reset_index(),
+        "models": tables.model_cells(shown),
+        "subgroups": suppress_table(groups, min_cell, by="group"),
+        "calibration": bins,
+        "decision_curve": curve.reset_index(),
+    }
+    drawn = {
+        "roc": plots.plot_roc(labels, risks, (1 - value["specificity"], value["sensitivity"])),
         "precision_recall": plots.plot_precision_recall(labels, risks),
-        "calibration": plots.plot_calibration(numbers["calibration"], risks[0]),
+        "calibration": plots.plot_calibration(bins, risks[0]),
         "risk_distribution": plots.plot_risks(labels, risks[0]),
         "decision_curve": plots.plot_decision_curve(curve, names),
     }
+    return numbers, drawn
+
+
+def _data_tables(
+    content: ReportContent, min_cell: int, *, hide_events: bool
+) -> dict[str, pd.DataFrame]:
+    """Return tables of the data, by the names of their files, small counts hidden."""
+    known = {}
+    if (split := content.split) is not None:
+        known["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
+    if content.flow is not None:
+        known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
+    if content.case_mix is not None:
+        mixes = [suppress_case_mix(m, min_cell, hide_events=hide_events) for m in content.case_mix]
+        known["case_mix"] = tables.case_mix_cells(*mixes)
+    return known
 
 
 def _write_files(
@@ -189,13 +181,9 @@ def _largest_errors(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     """Return the rows whose risk is farthest from the label."""
     error = (rows["label"] - rows[model]).abs()
     worst = rows.loc[error.sort_values(ascending=False, kind="stable").index[:MAX_ERRORS]]
-    return pd.DataFrame(
-        {
-            "Row": worst["id"].astype(str),
-            "Outcome": worst["label"].map({1: "event", 0: "no event"}),
-            "Risk": worst[model].map(percent),
-        }
-    )
+    outcome = worst["label"].map({1: "event", 0: "no event"})
+    risk = worst[model].map(percent)
+    return pd.DataFrame({"Row": worst["id"].astype(str), "Outcome": outcome, "Risk": risk})
 
 
 def write_comparison(
@@ -204,19 +192,13 @@ def write_comparison(
     *,
     title: str,
     sentences: Sequence[str],
-    warnings: Sequence[str] = (),
     card: Mapping[str, str],
     models: Mapping[str, str],
     notice: str = "",
     cost: pd.DataFrame | None = None,
     splits: pd.DataFrame | None = None,
 ) -> None:
-    """Write the page of several models side by side.
-
-    ``warnings`` and ``sentences`` stand first; ``models`` says what the models are, by name,
-    ``card`` how they were compared; ``cost`` is that of ``model_table``; ``splits`` has a line of
-    text a split.
-    """
+    """Write the page of several models, with what they are (``models``) and how (``card``)."""
     with plots.plot_style():
         image = plots.to_image(*plots.plot_forest(metrics))
     page = render(
@@ -224,7 +206,6 @@ def write_comparison(
         title=title,
         notice=notice,
         min_cell=0,
-        warnings=warnings,
         sentences=sentences,
         counts=tables.counts_text(metrics.counts["n"], metrics.counts["events"]),
         reference=metrics.models[0],
@@ -232,6 +213,6 @@ def write_comparison(
         splits=splits,
         image=image,
         models=models,
-        card={**card, "Intervals": INTERVALS},
+        card=card,
     )
     write_text(path, page)

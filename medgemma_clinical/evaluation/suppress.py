@@ -1,12 +1,11 @@
 """Small counts are hidden in what is given away: a shared model, and the report of --min_cell N.
 
-A count of 1 to ``min_cell`` - 1 patients is small; a ``min_cell`` of 0 hides nothing. Counts become
-texts and metrics null, so that what was hidden once can be hidden again.
+Counts become texts and metrics null, so that what was hidden once can be hidden again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from pandas.api.types import is_float_dtype
 
 from medgemma_clinical.data.small_cells import count_text
 
-COUNTS = ("n", "rows", "patients", "events", "minority_patients", "removed", "left")
+COUNTS = ("n", "rows", "patients", "events", "minority_patients", "left", "removed")
 AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
 REPORT_COUNTS = {
     "reports": ("parse_share", "inventing_share", "right_trend_share"),
@@ -30,11 +29,6 @@ NOT_SHOWN = "not shown"
 Json = dict[str, Any]
 
 
-def any_small(counts: Iterable[float], min_cell: int) -> bool:
-    """Return whether any count of patients, or share times a count, is small."""
-    return any(0 < round(count, 6) < min_cell for count in counts)
-
-
 def suppress(part: Json, min_cell: int) -> Json:
     """Hide what tells small counts of a part, given as ``Metrics.to_json`` returns it.
 
@@ -44,22 +38,15 @@ def suppress(part: Json, min_cell: int) -> Json:
     counts = {name: part[name] for name in COUNTS if name in part}
     if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
-    few = counts["minority_patients"] < min_cell
     texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
-    if few and counts["minority_patients"]:  # the events may be many, and those without it few
+    minority = counts["minority_patients"]
+    if 0 < minority < min_cell:  # the events may be many, and those without it few
         texts.setdefault("events", NOT_SHOWN)
     models = part.get("models", {})
-    names = {name for name, metric in part.items() if isinstance(metric, dict)} - {"models"}
-    hidden = names if few else _telling(part, min_cell)
-    return {
-        **part,
-        **texts,
-        **{name: _blank(part[name]) for name in names & hidden},
-        "models": {
-            model: {k: _blank(x) if k in hidden else x for k, x in metrics.items()}
-            for model, metrics in models.items()
-        },
-    }
+    every = {name for metrics in (part, *models.values()) for name in metrics}
+    hidden = every if minority < min_cell else _telling(part, min_cell)
+    models = {name: _blank(metrics, hidden) for name, metrics in models.items()}
+    return {**_blank(part, hidden), **texts, "models": models}
 
 
 def _telling(part: Json, min_cell: int) -> set[str]:
@@ -67,68 +54,60 @@ def _telling(part: Json, min_cell: int) -> set[str]:
     patients = min(part["n"], part["patients"])
     events = part["events"] / part["n"] * patients
 
-    def split(count: float, metrics: Json, name: str) -> list[float]:
+    def tells(count: float, metrics: Json, name: str) -> bool:
         share = metrics.get(name, {}).get("value")
-        return [] if share is None else [count * share, count * (1 - share)]
+        return share is not None and _splits_off_few(count, share, min_cell)
 
-    cells = split(events, part, "sensitivity") + split(patients - events, part, "specificity")
+    if tells(events, part, "sensitivity") or tells(patients - events, part, "specificity"):
+        return set(AT_THRESHOLD)
     models = [part, *part.get("models", {}).values()]
-    right = [count for model in models for count in split(patients, model, "accuracy")]
+    return {"accuracy"} if any(tells(patients, each, "accuracy") for each in models) else set()
+
+
+def _splits_off_few(count: float, share: float, min_cell: int) -> bool:
+    """Return whether a share of a count, or the rest, is small."""
+    return any(0 < round(n, 6) < min_cell for n in (count * share, count * (1 - share)))
+
+
+def _blank(metrics: Json, hidden: Container[str]) -> Json:
+    """Return metrics, the hidden ones without their numbers."""
     return {
-        *(AT_THRESHOLD if any_small(cells, min_cell) else ()),
-        *(("accuracy",) if any_small(right, min_cell) else ()),
+        name: dict.fromkeys(x) if isinstance(x, dict) and name in hidden else x
+        for name, x in metrics.items()
     }
-
-
-def _blank(metric: Json) -> Json:
-    """Return a metric without its numbers."""
-    return {key: x if isinstance(x, str) else None for key, x in metric.items()}
 
 
 def suppress_reports(reports: Json, min_cell: int) -> Json:
     """Hide small counts of written reports and of what they state, and the shares of these."""
-    hidden = dict(reports)
     for name, shares in REPORT_COUNTS.items():
         count = reports.get(name)
         if isinstance(count, int) and 0 < count < min_cell:
-            hidden[name] = count_text(count, min_cell)
-            hidden |= {share: _blank(reports[share]) for share in shares if share in reports}
-    return hidden
+            reports = {**_blank(reports, shares), name: count_text(count, min_cell)}
+    return reports
 
 
 def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
-    """Leave small counts of the training part out, and what tells them.
+    """Leave out small counts of a ``case_mix_of``, and what tells them.
 
-    Args:
-        mix: see ``case_mix_of``. Sex and age need the number of patients who have them.
-        min_cell: the smallest count that is shown.
-        hide_events: a scored part hides its events, and a drawn part has about the same share.
+    ``hide_events``: a scored part hides its events, and a drawn part has about the same share. Of
+    how many patients sex and age are known is not kept: both are left out.
     """
     if min_cell == 0:
         return mix
-    patients, hidden = mix.get("patients", 0), {"prevalence"} if hide_events else set[str]()
-    hidden |= {name for name in ("rows", "patients") if any_small([mix.get(name, 0)], min_cell)}
-    for name, known in (("prevalence", patients), ("women", mix.get("sex_patients", 0))):
-        share = mix.get(name, 0)
-        if known < min_cell or any_small([known * share, known * (1 - share)], min_cell):
-            hidden.add(name)
-    for name, known in (("observations", patients), ("age", mix.get("age_patients", 0))):
-        if known < 4 * min_cell:  # a quarter of them lies beyond a quartile
-            hidden |= {f"{name}_{quartile}" for quartile in ("q1", "median", "q3")}
-    return {name: x for name, x in mix.items() if name not in hidden}
+    patients, share = mix.get("patients", 0), mix.get("prevalence", 0)
+    hidden = {name for name in ("rows", "patients") if 0 < mix.get(name, 0) < min_cell}
+    if hide_events or patients < min_cell or _splits_off_few(patients, share, min_cell):
+        hidden.add("prevalence")
+    quartiles = ("age", "observations") if patients < 4 * min_cell else ("age",)  # few beyond
+    hidden |= {f"{name}_{end}" for name in quartiles for end in ("q1", "median", "q3")}
+    return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
 
 
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:
     """Hide the small counts of a table, and the counts and numbers that would give them away.
 
-    Columns of ``COUNTS`` become texts. Where one count of a column is hidden, so is the smallest of
-    the others, since the sum is often known. Columns of floats are NaN in rows with few patients
-    with, or without, the event (``minority_patients``).
-
-    Args:
-        table: a row a group of patients, or a rule with the rows that it ``removed`` and ``left``.
-        min_cell: the smallest count that is shown.
-        by: column whose values part the table; counts add up within each.
+    Counts add up within each value of the column ``by``: where one is hidden, so is the smallest of
+    the others. Floats are NaN in lines with few patients with, or without, the event.
     """
     if min_cell == 0 or table.empty:
         return table
@@ -137,28 +116,21 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
         return pd.concat([suppress_table(part, min_cell) for _, part in groups])
     counts = [name for name in COUNTS if name in table]
     shown = table.astype(dict.fromkeys(counts, object))
-    minority = table.get("minority_patients", pd.Series(min_cell, table.index)).to_numpy()
-    few, hidden = minority < min_cell, dict[str, Any]()
+    minority = table.get("minority_patients", pd.Series(min_cell, table.index))
+    floats = [name for name in table if is_float_dtype(table[name])]
+    shown.loc[minority < min_cell, floats] = np.nan
     for name in counts:
-        count = table[name].to_numpy()
-        text = np.array([count_text(n, min_cell) for n in count], dtype=object)
-        hidden[name] = (count > 0) & (count < min_cell)
-        if name == "events":  # or few without it
-            text[few & (minority > 0) & ~hidden[name]] = NOT_SHOWN
-            hidden[name] |= few & (minority > 0)
-        others = np.flatnonzero(~hidden[name] & (count > 0))
-        if hidden[name].sum() == 1 and len(others) and name != "left":
-            smallest = others[count[others].argmin()]
-            text[smallest], hidden[name][smallest] = NOT_SHOWN, True
-        shown[name] = text
-    shown.loc[few, [name for name in table if is_float_dtype(table[name])]] = np.nan
-    if "prevalence" in table and "events" in table:
-        shown.loc[hidden["events"], "prevalence"] = np.nan
-    if "left" in table and "removed" in table and hidden["removed"].any():
-        # Two neighbours tell what was removed between them: the first and the last may stay.
-        first = hidden["removed"].sum() > 1 and table["removed"].iloc[0] == 0
-        shown["left"] = [
-            text if (k == 0 and first) or k == len(table) - 1 else NOT_SHOWN
-            for k, text in enumerate(shown["left"])
-        ]
+        count = table[name]
+        small = hidden = (count > 0) & (count < min_cell)
+        if name == "events":  # those without it may be few
+            hidden = small | ((minority > 0) & (minority < min_cell))
+        others = count[~hidden & (count > 0)]
+        if hidden.sum() == 1 and len(others) and name != "left":
+            hidden = hidden | (count.index == others.idxmin())
+        texts = [count_text(n, min_cell) for n in count]
+        shown[name] = pd.Series(texts, count.index, object).mask(hidden & ~small, NOT_SHOWN)
+        if name == "events" and "prevalence" in table:
+            shown.loc[hidden, "prevalence"] = np.nan
+        if name == "removed" and hidden.any():  # two neighbours tell what was removed
+            shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
     return shown

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation.metrics_table import Metrics, count
 from medgemma_clinical.evaluation.verdicts import (
     NO_VALUE,
     difference_text,
     difference_verdict,
     interval_text,
+    json_text,
     percent,
     value_text,
 )
@@ -53,6 +54,7 @@ CASE_MIX = {
     "women": "Women",
     "observations": "Observations a row, median (quartiles)",
 }
+METRIC_COLUMNS = ["Metric", "Value [95 %]", "Meaning"]
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -63,19 +65,22 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
         line: dict[str, Any] = {"Model": model, "AUROC [95 %]": value_text(row)}
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"
-        line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
-        if model != reference:
-            beside = "" if row["reference"] == reference else f" to {row['reference']}"
+        if model == reference:
+            line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
+        else:
+            beside = "" if row.reference == reference else f" to {row.reference}"
             line["Minus reference [95 %]"] = difference_text(row) + beside
             line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
         lines.append(line)
     table = pd.DataFrame(lines)
-    known = (cost if cost is not None else pd.DataFrame()).reindex(metrics.models)
+    known = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
     for name, (title, form) in COST.items():
         if name in known and known[name].notna().any():
-            table[title] = _texts(known[name].astype(float), form, "")
+            numbers = known[name].astype(float)
+            table[title] = ["" if pd.isna(x) else f"{x:{form}}" for x in numbers]
     for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
-        table[title] = _texts(metrics.metric(name)["value"], form, NO_VALUE)
+        values = metrics.metric(name)["value"]
+        table[title] = [NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
     return table
 
 
@@ -84,18 +89,14 @@ def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     return model_cells(metrics, cost).map(str)
 
 
-def _texts(values: Iterable[float], form: str, unknown: str) -> list[str]:
-    return [unknown if pd.isna(value) else f"{value:{form}}" for value in values]
-
-
 def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
     """Return metrics of the first model as text, with their meanings."""
-    lines = []
-    for name, row in metrics.of(metrics.models[0]).loc[[*names]].iterrows():
-        title, form, meaning = METRICS[str(name)]
+    lines, known = [], metrics.of(metrics.models[0])
+    for name in names:
+        title, form, meaning = METRICS[name]
         scale = 100 if title.endswith("(%)") else 1
-        lines.append((title, value_text(row, form, scale), meaning))
-    return pd.DataFrame(lines, columns=["Metric", "Value [95 %]", "Meaning"])
+        lines.append((title, value_text(known.loc[name], form, scale), meaning))
+    return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 
 
 def subgroup_cells(table: pd.DataFrame) -> pd.DataFrame:
@@ -104,8 +105,8 @@ def subgroup_cells(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "Subgroup": table["group"] + ": " + table["level"],
-            "Rows": table["n"].map(_count),
-            "Events": table["events"].map(_count),
+            "Rows": table["n"].map(count_text),
+            "Events": table["events"].map(count_text),
             "Observed": table["prevalence"].map(percent),
             "Mean risk": table["risk"].map(percent),
             "AUROC [95 %]": [interval_text(*each) for each in auroc],
@@ -115,11 +116,7 @@ def subgroup_cells(table: pd.DataFrame) -> pd.DataFrame:
 
 def count_cells(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table of counts, which may be suppressed, as text."""
-    return table.map(_count).rename(columns=str.capitalize)
-
-
-def _count(count: int | str) -> str:
-    return count if isinstance(count, str) else f"{count:,}"
+    return table.map(count_text).rename(columns=str.capitalize)
 
 
 def split_table(
@@ -133,27 +130,21 @@ def split_table(
     return pd.DataFrame(lines).rename(columns={"n": "rows"})
 
 
-def case_mix_table(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
-    """Return two results of ``case_mix_of`` side by side, as numbers."""
-    return pd.DataFrame({"development": development, "these rows": here}, dtype=float)
-
-
 def case_mix_cells(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
-    """Return two case mixes side by side as text; a dash: not known, or hidden."""
-    lines = [
-        (title, *(_case_mix_text(mix, name) for mix in (development, here)))
-        for name, title in CASE_MIX.items()
-    ]
-    return pd.DataFrame(lines, columns=["Case mix", "Development", "These rows"])
+    """Return two results of ``case_mix_of`` as text; a dash: not known, or hidden."""
+    table = pd.DataFrame({"Case mix": CASE_MIX.values()})
+    for title, mix in (("Development", development), ("These rows", here)):
+        table[title] = [_case_mix_text(mix, name) for name in CASE_MIX]
+    return table
 
 
 def _case_mix_text(mix: Mapping[str, float], name: str) -> str:
     if f"{name}_median" in mix:
         low, middle, high = (mix[f"{name}_{end}"] for end in ("q1", "median", "q3"))
         return f"{middle:.3g} ({low:.3g} to {high:.3g})"
-    if name in ("rows", "patients") and name in mix:
-        return f"{mix[name]:,.0f}"
-    return percent(mix.get(name, math.nan))
+    if name not in mix:
+        return NO_VALUE
+    return count_text(mix[name]) if name in ("rows", "patients") else percent(mix[name])
 
 
 def counts_text(n: int, events: int) -> str:
@@ -165,24 +156,22 @@ def written_table(reports: Mapping[str, Any] | None) -> pd.DataFrame | None:
     """Return the metrics of written reports as text, with their meanings; None without any."""
     if not reports:
         return None
-    lines = [
-        (title, _share_text(known) if isinstance(known, dict) else _count(known), meaning)
-        for (title, meaning), known in ((WRITTEN[name], reports[name]) for name in WRITTEN)
-    ]
-    table = pd.DataFrame(lines, columns=["Metric", "Value [95 %]", "Meaning"])
-    return table[~table["Metric"].str.startswith("Abnormal") | bool(reports["abnormal_values"])]
+    lines = []
+    for name, (title, meaning) in WRITTEN.items():
+        known = reports[name]
+        if reports["abnormal_values"] or "abnormal" not in name:
+            text = json_text(known, ".1f", 100) if isinstance(known, dict) else count_text(known)
+            lines.append((title, text, meaning))
+    return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 
 
 def written_sentence(reports: Mapping[str, Any] | None) -> str:
     """Return the result of written reports in one sentence; empty without reports."""
     if not reports or not reports["reports"]:
         return ""
-    expected, inventing = (_share_text(reports[k]) for k in ("parse_share", "inventing_share"))
+    names = ("parse_share", "inventing_share")
+    expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
     return (
-        f"Of {_count(reports['reports'])} written reports {expected} % have the expected form, and "
-        f"{inventing} % state something that their row does not hold."
+        f"Of {count_text(reports['reports'])} written reports {expected} % have the expected form, "
+        f"and {inventing} % state something that their row does not hold."
     )
-
-
-def _share_text(share: Mapping[str, float | None]) -> str:
-    return value_text(pd.Series(share, dtype=float), ".1f", 100)

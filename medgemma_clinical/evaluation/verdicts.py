@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
@@ -48,16 +51,21 @@ def verdict(low: float, high: float, limit: float, minority: int) -> Verdict:
     return BETTER if low > limit else WORSE if high < limit else UNDECIDED
 
 
+def difference_verdict(row: Any, minority: int) -> Verdict:
+    """Return the verdict on a line of the AUROC beside its reference."""
+    return verdict(row.difference_low, row.difference_high, 0, minority)
+
+
 def interval_text(
     value: float, low: float, high: float, form: str = ".3f", scale: float = 1
 ) -> str:
     """Write ``value [low, high]``, each times ``scale``; a dash where undefined."""
     if math.isnan(value):
         return NO_VALUE
-    if math.isnan(low):
-        return f"{scale * value:{form}} [{NO_VALUE}]"
+    texts = [f"{scale * number:{form}}" for number in (value, low, high)]
     # Within the brackets a line does not break.
-    return f"{scale * value:{form}} [{scale * low:{form}},\N{NO-BREAK SPACE}{scale * high:{form}}]"
+    ends = NO_VALUE if math.isnan(low) else f"{texts[1]},\N{NO-BREAK SPACE}{texts[2]}"
+    return f"{texts[0]} [{ends}]"
 
 
 def value_text(row: Any, form: str = ".3f", scale: float = 1) -> str:
@@ -65,14 +73,14 @@ def value_text(row: Any, form: str = ".3f", scale: float = 1) -> str:
     return interval_text(row.value, row.low, row.high, form, scale)
 
 
+def json_text(metric: Mapping[str, Any], form: str = ".3f", scale: float = 1) -> str:
+    """Write value and interval of a metric of ``metrics.json``, in which None is undefined."""
+    return value_text(pd.Series(metric, dtype=float), form, scale)
+
+
 def difference_text(row: Any, form: str = "+.3f") -> str:
     """Write the difference of a line to its reference, with its interval."""
     return interval_text(row.difference, row.difference_low, row.difference_high, form)
-
-
-def difference_verdict(row: Any, minority: int) -> Verdict:
-    """Return the verdict on a line of the AUROC beside its reference."""
-    return verdict(row.difference_low, row.difference_high, 0, minority)
 
 
 def percent(value: float) -> str:
@@ -95,20 +103,18 @@ def sentences(metrics: Metrics) -> list[Finding]:
 
     What the rows do not have is left out: a model alone has no baseline.
     """
-    counts, model = metrics.counts, metrics.models[0]
-    minority = counts["minority_patients"]
-    row = metrics.row(model, "auroc")
+    counts, own = metrics.counts, metrics.of(metrics.models[0])
+    minority, row = counts["minority_patients"], own.loc["auroc"]
     level = verdict(row.low, row.high, CHANCE, minority)
     words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
     few = f"too few to compare ({minority} patients have the rarer outcome) with"
-    sure = " All rows are ranked correctly: the interval has no width." if row.low == 1 else ""
-    found = [
-        Finding(
-            level,
-            f"AUROC {value_text(row)} on {counts['n']:,} rows of {counts['patients']:,} patients, "
-            f"{counts['events']:,} with the event: {words.get(level, few)} chance (0.5).{sure}",
-        )
-    ]
+    text = (
+        f"AUROC {value_text(row)} on {counts['n']:,} rows of {counts['patients']:,} patients, "
+        f"{counts['events']:,} with the event: {words.get(level, few)} chance (0.5)."
+    )
+    if row.low == 1:
+        text += " All rows are ranked correctly: the interval has no width."
+    found = [Finding(level, text)]
     if name := best_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
@@ -117,12 +123,12 @@ def sentences(metrics: Metrics) -> list[Finding]:
             f"is {difference_text(row)}: {level.words}."
         )
         found.append(Finding(level, text))
-    if "e_average" in metrics.of(model).index:
-        slope = value_text(metrics.row(model, "calibration_slope"), ".2f")
-        large = value_text(metrics.row(model, "calibration_in_the_large"), "+.2f")
+    if "e_average" in own.index:
+        slope = value_text(own.loc["calibration_slope"], ".2f")
+        large = value_text(own.loc["calibration_in_the_large"], "+.2f")
         text = (
             f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"E-average {metrics.row(model, 'e_average').value:.3f} (0 is ideal)."
+            f"E-average {own.value['e_average']:.3f} (0 is ideal)."
         )
         found.append(Finding(None, text))
     if ENSEMBLE in metrics.models:

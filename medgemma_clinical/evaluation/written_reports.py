@@ -36,28 +36,22 @@ def score_reports(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Compare reports, by position in the data set, with their rows.
 
-    Returns:
-        A line a report, as in ``generations_test.jsonl``, and ``report_metrics`` of all.
+    Returns a line a report, as in ``generations_test.jsonl``, and ``report_metrics`` of all.
     """
     lines, reviews = [], []
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
         review = review_report(dataset, i, texts[i])
         reviews.append(review)
-        lines.append(
-            {
-                "id": str(dataset.ids[i]),
-                "text": texts[i],
-                "target": dataset.report(i),
-                "verdict": review.score.verdict,
-                "probability": float(probability),
-                "parses": review.score.parses,
-                "abnormal": review.abnormal,
-                "named": review.named,
-                "trends": review.trends,
-                "right_trends": review.right_trends,
-                "invented": review.invented,
-            }
-        )
+        line = {
+            "id": str(dataset.ids[i]),
+            "text": texts[i],
+            "target": dataset.report(i),
+            "verdict": review.score.verdict,
+            "probability": float(probability),
+            "parses": review.score.parses,
+        }
+        names = ("abnormal", "named", "trends", "right_trends", "invented")
+        lines.append({**line, **{name: getattr(review, name) for name in names}})
     groups = dataset.groups[predictions.rows]
     return lines, report_metrics(reviews, predictions.labels, groups, seed)
 
@@ -65,28 +59,22 @@ def score_reports(
 def report_metrics(
     reviews: Sequence[ReportReview], labels: Array, groups: NDArray[Any], seed: int
 ) -> dict[str, Any]:
-    """Return the metrics of n reports as they stand in ``metrics.json``.
+    """Return counts of n reports, and shares with intervals by patient, as in ``metrics.json``.
 
-    Counts, and shares with their intervals by patient; a share of nothing is None.
-
-    Args:
-        reviews: n, of the reports.
-        labels: (n,) of 0 and 1, which the draws of patients need.
-        groups: (n,) patient of each report.
-        seed: seed of the bootstrap.
+    A share of nothing is None; ``labels`` (n,) and ``groups`` (n,) serve the draws of patients.
     """
 
     def column(name: str) -> Array:
         return np.array([attrgetter(name)(review) for review in reviews], dtype=np.float64)
 
     reports, stated, invented = np.ones(len(reviews)), column("score.stated"), column("invented")
-    abnormal, trends = column("abnormal"), column("trends")
+    abnormal = column("abnormal")
     ratios = {
         "parse_share": (column("score.parses"), reports),
         "true_number_share": (column("score.true"), stated),
         "abnormal_named_share": (column("named"), abnormal),
         "abnormal_nameable_share": (column("nameable"), abnormal),
-        "right_trend_share": (column("right_trends"), trends),
+        "right_trend_share": (column("right_trends"), column("trends")),
         "inventing_share": ((invented > 0).astype(np.float64), reports),
     }
 
@@ -96,11 +84,10 @@ def report_metrics(
 
     behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
     known = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
-    known = known.where(known.notna(), None)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
         "abnormal_values": int(abnormal.sum()),
         "invented": int(invented.sum()),
-        **{str(name): share for name, share in known.to_dict("index").items()},
+        **known.where(known.notna(), None).T.to_dict(),
     }

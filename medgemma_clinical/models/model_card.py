@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
 
-from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.suppress import suppress, suppress_case_mix, suppress_reports
-from medgemma_clinical.evaluation.verdicts import value_text
+from medgemma_clinical.evaluation.verdicts import json_text
 from medgemma_clinical.files import one_line
 from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
@@ -73,7 +72,7 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
         "place": json.dumps(repo_id or "FOLDER"),
         "series": [f"{name} ({unit})" if unit else name for name, unit in units],
         "texts": {"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
-        **{"code": code, "names": names, "number": number, "interval": interval},
+        **{"code": code, "names": names, "number": count_text, "interval": json_text},
     }
     path = str(Path(__file__).with_suffix(".md.j2"))
     return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
@@ -135,7 +134,7 @@ def describe_weight(config: Config) -> str:
     if config["residual_weight"] > 0:
         return f"{config['residual_weight']:g}, chosen on the validation part"
     patients = config.get("metrics", {}).get("validation", {}).get("patients")
-    count = "" if patients is None else f"{number(patients)} "
+    count = "" if patients is None else f"{count_text(patients)} "
     return f"0, not shown to add on {count}validation patients"
 
 
@@ -167,13 +166,3 @@ def code(text: str) -> str:
 def names(words: list[str]) -> str:
     """Return names as Markdown code, in a row."""
     return ", ".join(map(code, words)) or "none"
-
-
-def number(count: float | str) -> str:
-    """Return a count, or the words that stand in its place."""
-    return count if isinstance(count, str) else f"{count:,.0f}"
-
-
-def interval(metric: Config, form: str = ".3f", scale: float = 1) -> str:
-    """Return ``value [low, high]``; a dash where the metric is undefined or hidden."""
-    return value_text(pd.Series(metric, dtype=float), form, scale).replace("\xa0", " ")

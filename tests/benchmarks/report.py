@@ -48,7 +48,7 @@ def measure(patients: int) -> dict[str, float]:
         {"epoch": k, "train_loss": 1 / k, "val_loss": 1 / k, "val_auroc": 0.7, "improved": True}
         for k in range(1, 20)
     ]
-    content = ReportContent("Benchmark", "Event", {}, {}, {}, 0.15, 0, bands, history=history)
+    content = ReportContent("Benchmark", {}, {}, {}, 0.15, 0, bands, history=history)
     before, start, busy = peak_mib(), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.html"

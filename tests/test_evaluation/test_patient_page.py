@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from approving import check_approved
-from medgemma_clinical.evaluation.patients import axis_limits, percent, plot_patient
+from medgemma_clinical.evaluation.patients import axis_limits, plot_patient
+from medgemma_clinical.evaluation.verdicts import percent
 from pages import OUTCOME, Page
 from patient_rows import ROW, THRESHOLD, write_page
 

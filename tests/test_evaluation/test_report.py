@@ -34,7 +34,6 @@ def comparison(tmp_path_factory):
         evaluate(make_rows(), 0),
         title=f"Models: {OUTCOME}",
         sentences=["A sentence."],
-        warnings=["A warning."],
         card={"Seed": "0"},
         models={"blend": "a mean"},
         cost=pd.DataFrame({"tokens": {MODEL: 1234.0}}),
@@ -127,7 +126,7 @@ def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tm
     assert sections(page) == SECTIONS
     nothing = dict.fromkeys(("flow", "split", "history", "reports", "case_mix"))
     rows = make_rows(60, baselines=False)
-    alone = write_page(tmp_path, rows, make_content(60, unshown=(), **nothing))
+    alone = write_page(tmp_path, rows, make_content(60, **nothing))
     assert sections(alone) == [name for name in SECTIONS if name not in SECTIONS[5:7]]
     assert len(Page(alone).images()) == 5
     assert alone.count("<table>") == page.count("<table>") - 5

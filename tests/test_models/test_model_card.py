@@ -125,7 +125,7 @@ def test_the_terms_are_those_of_the_base_model(changes, named, key, notices, fin
 
 
 def test_a_card_says_what_a_reader_must_know(finished):
-    card = model_card(finished)
+    card = model_card(finished).replace("\N{NO-BREAK SPACE}", " ")
     for text in (
         *(
             DATA.dataset.question,
