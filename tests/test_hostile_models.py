@@ -22,9 +22,9 @@ def place(tmp_path_factory):
     base = save_text_checkpoint(place / "models" / "gemma")
     data = write_data(pd.read_csv(SAMPLE, nrows=80, dtype=str), place / "train.csv")
     small = ["--data_path", str(data), "--output_dir", str(place / "out"), "--log_file", "none"]
-    small += ["--batch_size", "8", "--trajectory_epochs", "1", "--epochs", "1"]
-    assert trainer.main(["--trajectory_only", *small]) == 0
-    small += ["--model_name", str(base), "--ode_checkpoint", str(place / "out" / TRAJECTORY_FILE)]
+    small += ["--batch_size", "8"]
+    assert trainer.main(["--trajectory_only", "--trajectory_epochs", "1", *small]) == 0
+    small += ["--epochs", "1", "--model_name", str(base), "--ode_checkpoint", str(place / "out" / TRAJECTORY_FILE)]
     for mode in ("classification", "generative"):
         assert trainer.main(["--mode", mode, *small]) == 0
     return place

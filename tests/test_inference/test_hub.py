@@ -49,8 +49,9 @@ def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("jdoe")
     marked_table(300).to_csv(place / "signs.csv", index=False)
     small = ["--data_path", str(place / "signs.csv"), "--output_dir", str(place / "run")]
-    small += ["--batch_size", "16", "--epochs", "1", "--trajectory_epochs", "1"]
-    assert trainer.main(["--trajectory_only", *small]) == 0
+    small += ["--batch_size", "16"]
+    assert trainer.main(["--trajectory_only", "--trajectory_epochs", "1", *small]) == 0
+    small += ["--epochs", "1"]
     small += ["--model_name", "tiny", "--ode_checkpoint", str(place / "run" / TRAJECTORY_FILE)]
     assert trainer.main(small) == 0
     return place / "run"

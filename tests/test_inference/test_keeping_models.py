@@ -51,6 +51,7 @@ def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, h
 
 def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("medgemma_clinical.inference.hub.MIN_CELL", 0)  # of few patients
     Path("checkpoints_medgemma_dka").symlink_to(runs)
     push, load = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {}
