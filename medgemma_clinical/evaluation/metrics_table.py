@@ -84,8 +84,8 @@ class Metrics:
         first, *others = (known.loc[model] for model in self.models)
         models = {}
         for model, rows in zip(self.models[1:], others, strict=True):
-            metrics = rows[VALUE + DIFFERENCE + spread].to_dict("index")
-            models[model] = {"reference": rows["reference"].iloc[0], **metrics}
+            numbers = rows[VALUE + DIFFERENCE + spread].to_dict("index")
+            models[model] = {"reference": rows["reference"].iloc[0], **numbers}
         own = first[VALUE + spread].to_dict("index")
         return {**self.counts, "model": self.models[0], **own, "models": models}
 
