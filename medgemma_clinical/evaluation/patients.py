@@ -108,16 +108,9 @@ def write_patients(
     """Write the page: one file without script; ``notes`` are sentences that stand first."""
     with plots.plot_style():
         images = [plots.to_image(*plot_patient(row, outcome, threshold)) for row in rows]
-    page = render(
-        "patients",
-        title=f"Patients: {outcome}",
-        notice=NOTICE,
-        rows=list(zip(rows, images, strict=True)),
-        threshold=threshold,
-        notes=notes,
-        method=method,
-    )
-    write_text(path, page)
+    title, pairs = f"Patients: {outcome}", list(zip(rows, images, strict=True))
+    words = {"threshold": threshold, "notes": notes, "method": method}
+    write_text(path, render("patients", title=title, notice=NOTICE, rows=pairs, **words))
 
 
 def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:
