@@ -79,7 +79,7 @@ def fit_baselines(
     for name, (model, table) in models.items():
         if name.startswith(BOOSTING):  # trees cannot bin a column without any value
             known = np.all([table.iloc[rows].notna().any() for rows in fitted_on], axis=0)
-            table = table.loc[:, known]
+            table = table[table.columns[known]]
         values = table.to_numpy()
         model.fit(values[train], dataset.labels[train])
         result[name] = {p: model.predict_proba(values[split[p]])[:, 1] for p in ("val", "test")}
