@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.small_cells import minority_patients
-from medgemma_clinical.evaluation.metrics import log_odds
+from medgemma_clinical.evaluation.metrics import Array, log_odds
 
 if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -62,12 +62,8 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 def fit_baselines(
     dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
-) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Fit each baseline on the training part; return its probabilities (n,) of ``val``, ``test``.
-
-    The inputs are the data set's tables; logistic regression and trees also read them with the
-    static features, and both on the same inputs are blended.
-    """
+) -> dict[str, dict[str, Array]]:
+    """Fit the baselines on the training part; return probabilities (n,) of ``val`` and ``test``."""
     train, inputs = split["train"], dict(dataset.baseline_inputs())
     folds = draw_folds(dataset.labels[train], dataset.groups[train])
     endings, statics = [""], dataset.fact_table(dataset.choose_facts(train))
@@ -78,23 +74,22 @@ def fit_baselines(
     models = {name: (tuned_regression(folds), table) for name, table in inputs.items()}
     for ending in endings:
         models[BOOSTING + ending] = tuned_trees(folds, len(train)), inputs[LOGISTIC + ending]
+    fitted_on = [train, *(train[rows] for rows, _ in folds)]
     result = {}
     for name, (model, table) in models.items():
         if name.startswith(BOOSTING):  # trees cannot bin a column without any value
-            fitted_on = [train, *(train[rows] for rows, _ in folds)]
             known = np.all([table.iloc[rows].notna().any() for rows in fitted_on], axis=0)
             table = table[table.columns[known]]
         values = table.to_numpy()
         model.fit(values[train], dataset.labels[train])
-        parts = ("val", "test")
-        result[name] = {p: model.predict_proba(values[split[p]])[:, 1] for p in parts}
+        result[name] = {p: model.predict_proba(values[split[p]])[:, 1] for p in ("val", "test")}
     for ending in endings:
         pair = result[LOGISTIC + ending], result[BOOSTING + ending]
         result[BLEND + ending] = {p: blend(*(each[p] for each in pair)) for p in pair[0]}
     return result
 
 
-def draw_folds(labels: NDArray[np.float64], groups: NDArray[Any]) -> Folds:
+def draw_folds(labels: Array, groups: NDArray[Any]) -> Folds:
     """Return folds of the training part, no patient on both sides; none with few patients."""
     if minority_patients(labels, groups) < MIN_TUNED:
         return []
@@ -129,9 +124,9 @@ def _tuned(model: Any, settings: dict[str, list[Any]], folds: Folds) -> Any:
     return GridSearchCV(model, settings, scoring="neg_log_loss", cv=folds) if folds else model
 
 
-def blend(*risks: NDArray[np.float64]) -> NDArray[np.float64]:
+def blend(*risks: Array) -> Array:
     """Return the probabilities (n,) whose log-odds are the mean of those of several, (n,) each."""
-    blended: NDArray[np.float64] = expit(np.mean([log_odds(risk) for risk in risks], axis=0))
+    blended: Array = expit(np.mean([log_odds(risk) for risk in risks], axis=0))
     return blended
 
 

@@ -84,8 +84,8 @@ class Metrics:
         first, *others = (known.loc[model] for model in self.models)
         models = {}
         for model, rows in zip(self.models[1:], others, strict=True):
-            metrics = rows[VALUE + DIFFERENCE + spread].to_dict("index")
-            models[model] = {"reference": rows["reference"].iloc[0], **metrics}
+            numbers = rows[VALUE + DIFFERENCE + spread].to_dict("index")
+            models[model] = {"reference": rows["reference"].iloc[0], **numbers}
         own = first[VALUE + spread].to_dict("index")
         return {**self.counts, "model": self.models[0], **own, "models": models}
 
@@ -248,11 +248,11 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
         for level in column.cat.categories:
             own = np.flatnonzero(column.to_numpy() == level)
             if len(own):
-                line = {"group": str(group), "level": str(level)}
-                line |= {**count(labels[own], patients[own]), "risk": risk[own].mean()}
-                if line["minority_patients"] >= MINORITY_PATIENTS:
+                counts = count(labels[own], patients[own])
+                if counts["minority_patients"] >= MINORITY_PATIENTS:
                     judged[len(lines)] = own
-                lines.append(line)
+                mean = {"risk": risk[own].mean()}
+                lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
     def statistic(weights: Array) -> dict[Any, Array]:
         each = {k: metrics(labels[own], risk[own], weights[:, own]) for k, own in judged.items()}

@@ -108,16 +108,9 @@ def write_patients(
     """Write the page: one file without script; ``notes`` are sentences that stand first."""
     with plots.plot_style():
         images = [plots.to_image(*plot_patient(row, outcome, threshold)) for row in rows]
-    page = render(
-        "patients",
-        title=f"Patients: {outcome}",
-        notice=NOTICE,
-        rows=list(zip(rows, images, strict=True)),
-        threshold=threshold,
-        notes=notes,
-        method=method,
-    )
-    write_text(path, page)
+    title, pairs = f"Patients: {outcome}", list(zip(rows, images, strict=True))
+    words = {"threshold": threshold, "notes": notes, "method": method}
+    write_text(path, render("patients", title=title, notice=NOTICE, rows=pairs, **words))
 
 
 def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:
@@ -152,8 +145,8 @@ def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
     bottom, top = axis_limits(values, row.references[f], row.spreads[f])
     axes.set_ylim(bottom, top)
     if row.references[f]:
-        ends = (bottom if low is None else low, top if high is None else high)
-        axes.axhspan(*ends, color=plots.GRID, linewidth=0)
+        lower, upper = bottom if low is None else low, top if high is None else high
+        axes.axhspan(lower, upper, color=plots.GRID, linewidth=0)
     hours = times / row.time_unit[1]
     # Without clipping, a point on the edge of the panel is drawn whole.
     axes.plot(hours, values, "o-", color=plots.INK, linewidth=1, markersize=4, clip_on=False)
@@ -162,8 +155,8 @@ def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
     name, unit = row.features[f], with_space(row.units[f])
     lines = textwrap.wrap(f"{name}{unit}", 20, max_lines=3, placeholder="\N{HORIZONTAL ELLIPSIS}")
     _set_label(axes, "\n".join(lines))
-    texts = [f"from {plain(low)}"] if low is not None else []
-    texts += [f"to {plain(high)}"] if high is not None else []
+    ends = {"from": low, "to": high}
+    texts = [f"{word} {plain(end)}" for word, end in ends.items() if end is not None]
     reference = f" (reference {' '.join(texts)})" if texts else ""
     return f"{name} {plain(values[0])} to {plain(values[-1])}{unit}, n = {len(values)}{reference}"
 

@@ -40,7 +40,13 @@ INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients with all their rows; exact "
     "intervals for shares of 0 and 1"
 )
+PAGES.globals.update(tables=tables, percent=percent, INTERVALS=INTERVALS)
+
 MAX_ERRORS = 10
+
+Tables = dict[str, pd.DataFrame]
+Drawn = dict[str, plots.Plot]
+"""Tables and figures by the names of their files."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,6 @@ class ReportContent:
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
-
-
-PAGES.globals.update(tables=tables, percent=percent, INTERVALS=INTERVALS)
 
 
 def render(name: str, **content: Any) -> str:
@@ -120,8 +123,8 @@ def write_report(
 
 def _model_parts(
     rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int
-) -> tuple[dict[str, pd.DataFrame], dict[str, plots.Plot]]:
-    """Return tables and figures of the model, by the names of their files."""
+) -> tuple[Tables, Drawn]:
+    """Return tables and figures of the model."""
     names, seed = [shown.models[0], *filter(None, [best_baseline(shown)])], content.seed
     groups = subgroup_table(rows, names[0], content.bands, seed)
     groups["prevalence"] = groups["events"] / groups["n"]
@@ -146,10 +149,8 @@ def _model_parts(
     return numbers, drawn
 
 
-def _data_tables(
-    content: ReportContent, min_cell: int, *, hide_events: bool
-) -> dict[str, pd.DataFrame]:
-    """Return tables of the data, by the names of their files, small counts hidden."""
+def _data_tables(content: ReportContent, min_cell: int, *, hide_events: bool) -> Tables:
+    """Return tables of the data, small counts hidden."""
     known = {}
     if (split := content.split) is not None:
         known["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
@@ -162,10 +163,7 @@ def _data_tables(
 
 
 def _write_files(
-    folder: Path,
-    drawn: Mapping[str, plots.Plot],
-    images: Mapping[str, plots.Image],
-    numbers: Mapping[str, pd.DataFrame],
+    folder: Path, drawn: Drawn, images: Mapping[str, plots.Image], numbers: Tables
 ) -> None:
     """Write each figure as SVG and PDF, each table as CSV."""
     with atomic(folder) as temporary:

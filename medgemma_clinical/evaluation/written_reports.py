@@ -89,5 +89,5 @@ def report_metrics(
         "numbers_stated": int(stated.sum()),
         "abnormal_values": int(abnormal.sum()),
         "invented": int(invented.sum()),
-        **known.where(known.notna(), None).T.to_dict(),
+        **{str(name): dict(share) for name, share in known.where(known.notna(), None).iterrows()},
     }
