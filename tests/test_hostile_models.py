@@ -24,7 +24,14 @@ def place(tmp_path_factory):
     small = ["--data_path", str(data), "--output_dir", str(place / "out"), "--log_file", "none"]
     small += ["--batch_size", "8"]
     assert trainer.main(["--trajectory_only", "--trajectory_epochs", "1", *small]) == 0
-    small += ["--epochs", "1", "--model_name", str(base), "--ode_checkpoint", str(place / "out" / TRAJECTORY_FILE)]
+    small += [
+        "--epochs",
+        "1",
+        "--model_name",
+        str(base),
+        "--ode_checkpoint",
+        str(place / "out" / TRAJECTORY_FILE),
+    ]
     for mode in ("classification", "generative"):
         assert trainer.main(["--mode", mode, *small]) == 0
     return place

@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients
-
 AGE_BANDS = {
     "under 18": 18.0,
     "18 to 39": 40.0,
@@ -97,9 +95,8 @@ def case_mix_of(
 
     Returns:
         ``rows``, ``patients``, ``prevalence`` (share of known labels), ``women`` (share of known
-        sexes), ``sex_patients`` and ``age_patients`` (patients of known sex, and age);
-        ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``. Unknown ones
-        are left out.
+        sexes), ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``. Unknown
+        ones are left out.
     """
     sexes = people["sex"]
     mix = {
@@ -107,8 +104,6 @@ def case_mix_of(
         "patients": len(np.unique(groups)),
         "prevalence": pd.Series(labels).mean(),
         "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
-        "sex_patients": count_patients(groups, (sexes != UNKNOWN).to_numpy()),
-        "age_patients": count_patients(groups, people["age"].notna().to_numpy()),
     }
     for name in ("observations", "age"):
         quartiles = people[name].quantile([0.25, 0.5, 0.75])
