@@ -40,17 +40,16 @@ def shareable(config: Config, min_cell: int) -> Config:
     """Return a checkpoint's configuration as it may leave the machine: small counts are hidden."""
     if min_cell == 0:
         return config
-    metrics = config.get("metrics", {})
-    parts = {k: suppress(metrics[k], min_cell) for k in ("validation", "test") if k in metrics}
-    few = any(isinstance(part["minority_patients"], str) for part in parts.values())
-    if "reports" in metrics:
-        parts["reports"] = suppress_reports(metrics["reports"], min_cell)
-    hidden = {
-        "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
-        "patients": {"series": {}, "statics": {}},
-        "metrics": {**metrics, **parts},
-    }
-    return {**config, **{key: x for key, x in hidden.items() if key in config}}
+    shared, few = {**config, "patients": {"series": {}, "statics": {}}}, False
+    if "metrics" in config:
+        metrics = shared["metrics"] = dict(config["metrics"])
+        for part in ("validation", "test"):
+            metrics[part] = suppress(metrics[part], min_cell)
+            few |= isinstance(metrics[part]["minority_patients"], str)
+        if "reports" in metrics:
+            metrics["reports"] = suppress_reports(metrics["reports"], min_cell)
+    shared["case_mix"] = suppress_case_mix(config["case_mix"], min_cell, hide_events=few)
+    return shared
 
 
 def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_CELL) -> str:
@@ -99,13 +98,13 @@ def describe_model(config: Config) -> dict[str, str]:
     """Return what a card or a page says of the parts of a model."""
     lines = {"Model": STAGE_NAMES[config["stage"]]}
     if (base := config.get("base_model")) is not None:
-        controls = {
-            ", with random weights, a control": config["base_weights"] == "random",
-            ", with soft tokens of other patients, a control": config["shuffled"],
-        }
-        control = "".join(text for text, true in controls.items() if true)
-        kinds = f"quantization {config['quantization']}, precision {config['precision']}"
-        lines["Language model"] = f"{base}{control}, {kinds}"
+        words = [base]
+        if config["base_weights"] == "random":
+            words.append("with random weights, a control")
+        if config["shuffled"]:
+            words.append("with soft tokens of other patients, a control")
+        words.append(f"quantization {config['quantization']}, precision {config['precision']}")
+        lines["Language model"] = ", ".join(words)
         known = config["base_revision"] or config["base_sha256"] or "none"
         lines["Its revision, or the SHA-256 of its files"] = known
         lines["Weight beside stage 1"] = describe_weight(config)
