@@ -31,9 +31,7 @@ def data(dka_file, tmp_path):
 
 
 def words_for(data, log="none"):
-    words = (
-        f"--trajectory_only --trajectory_epochs 1 --min_cell 0 --output_dir {data.parent / 'run'}"
-    )
+    words = f"--trajectory_only --trajectory_epochs 1 --output_dir {data.parent / 'run'}"
     return [*words.split(), "--data_path", str(data), "--log_file", str(log)]
 
 

@@ -75,7 +75,7 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
             assert found["low"] <= found["value"] <= found["high"]
     if stage != "trajectory":
         card = (runs / stage / "best" / "README.md").read_text()
-        assert f"{metrics['test']['auroc']['value']:.3f} [" in card
+        assert f"{metrics['test']['auroc']['value']:.3f} [" not in card, "few patients"
     if stage == "generative":
         path = runs / stage / "generations_test.jsonl"
         lines = pd.read_json(path, lines=True, precise_float=True)
@@ -112,7 +112,7 @@ def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monke
     printed, args = capsys.readouterr().out, arguments(*words.split())
     stage = make_stage(args, data_for(args))
     train = stage.batches["train"].rows
-    assert "1 process" in printed
+    assert "processes: 1" in printed
     if stage.text:
         batch = stage.collate(train)
         soft = batch["observed"].any(dim=2).sum(1).clamp(max=8)
@@ -163,6 +163,6 @@ def test_the_demo_runs_the_three_stages(tmp_path, monkeypatch, capsys):
     for stage in STAGES:
         page = (tmp_path / "checkpoints_medgemma_demo" / stage / "report.html").read_text()
         notice = RANDOM_MODEL_UNREAD if stage == "trajectory" else RANDOM_MODEL
-        assert page.index(notice) < page.index("than chance")
+        assert page.index(notice) < page.index("chance (0.5)")
         assert f"\nstage {stage}, trainable" in out  # plain lines, no logger's name in front
     assert "generative/report.html" in out.strip().splitlines()[-1]

@@ -62,14 +62,10 @@ SOFTWARE = ("versions", "code_sha256")
 """Keys of ``run.json`` that may change the last bits of a result."""
 
 
-def stage_name(args: Namespace) -> str:
-    """Return the stage that the flags choose: the name of its folder."""
-    return "trajectory" if args.trajectory_only else str(args.mode)
-
-
 def stage_folder(args: Namespace) -> Any:
     """Return the folder of the stage that the flags choose; None where nothing is written."""
-    return args.output_dir and args.output_dir / stage_name(args)
+    name = "trajectory" if args.trajectory_only else args.mode
+    return args.output_dir and args.output_dir / name
 
 
 def tracker_folder(folder: Path) -> Path:

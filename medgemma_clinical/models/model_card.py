@@ -104,13 +104,13 @@ def describe_model(config: Config) -> dict[str, str]:
     """Return what a card or a page says of the parts of a model."""
     lines = {"Model": STAGE_NAMES[config["stage"]]}
     if (base := config.get("base_model")) is not None:
-        controls = {
-            ", with random weights, a control": config["base_weights"] == "random",
-            ", with soft tokens of other patients, a control": config["shuffled"],
-        }
-        control = "".join(text for text, true in controls.items() if true)
-        kinds = f"quantization {config['quantization']}, precision {config['precision']}"
-        lines["Language model"] = f"{base}{control}, {kinds}"
+        words = [base]
+        if config["base_weights"] == "random":
+            words.append("with random weights, a control")
+        if config["shuffled"]:
+            words.append("with soft tokens of other patients, a control")
+        words.append(f"quantization {config['quantization']}, precision {config['precision']}")
+        lines["Language model"] = ", ".join(words)
         known = config["base_revision"] or config["base_sha256"] or "none"
         lines["Its revision, or the SHA-256 of its files"] = known
         lines["Weight beside stage 1"] = describe_weight(config)

@@ -100,11 +100,8 @@ def test_the_seeds_are_pooled(tmp_path, caplog):
         known = results_of(folder / "metrics.json")
         assert f"{known['validation']['auroc']['value']:.3f}" in page
     before = (tmp_path / "seeds_trajectory.json").read_bytes()
-    run_seeds(
-        arguments(tmp_path, seeds=2, seed=5, trajectory_only=True),
-        lambda _: DATASET,
-        fake_train([]),
-    )
+    other = arguments(tmp_path, seeds=2, seed=5, trajectory_only=True)
+    run_seeds(other, lambda _: DATASET, fake_train([]))
     assert (tmp_path / "seeds_trajectory.1.json").read_bytes() == before
     assert (tmp_path / "seeds_trajectory.1.html").exists()
 

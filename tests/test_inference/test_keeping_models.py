@@ -55,6 +55,7 @@ def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeyp
     Path("checkpoints_medgemma_dka").symlink_to(runs)
     push, load = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {}
+    monkeypatch.setattr("medgemma_clinical.inference.hub.MIN_CELL", 1)  # the runs have few patients
     exec(push, names)
     repository = hub.repositories["user/name"]
     assert repository.private

@@ -164,7 +164,7 @@ def test_the_folder_is_an_ordinary_one_of_transformers_and_names_nobody(kind, ba
     ]
     assert ids[0] == ids[1]
     card = (out / "README.md").read_text()
-    assert "`gemma`" in card
+    assert "`gemma, " in card
     assert "HAI-DEF Terms of Use" in card
     dataset = patients()
     marks = [str(out.parent), str(base), str(stages[kind]), str(Path.cwd()), "known diabetes"]

@@ -97,12 +97,7 @@ def test_the_header_of_a_derivative_of_medgemma_names_its_terms(finished):
         ({"base_model": "jane/MedGemma-tuned"}, True, "other", [HAI_DEF_NOTICE]),
         ({"base_model": "medgemma-4b-pt", **FOLDER}, False, "other", [HAI_DEF_NOTICE]),
         ({"base_model": "google/gemma-3-270m"}, True, "gemma", [GEMMA_NOTICE]),
-        (
-            {"base_model": "google/gemma-3", "base_weights": "random"},
-            False,
-            "gemma",
-            [GEMMA_NOTICE],
-        ),
+        ({"base_model": "x/gemma-3", "base_weights": "random"}, False, "gemma", [GEMMA_NOTICE]),
         ({"base_model": "1e5"}, True, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
         ({"base_model": "null"}, True, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
         ({"base_model": "gemma", **FOLDER}, False, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
