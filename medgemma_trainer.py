@@ -181,7 +181,7 @@ def build_parser() -> Parser:
     add("--solver", choices=SOLVERS, default="rk4", help="rk4, or torchdiffeq's adaptive ones")
     add("--dynamics", choices=DYNAMICS, default="ode", help="between two observations")
     add("--members", type=number(int, *checkpoints.MEMBERS), default=1, help="averaged encoders")
-    add("--facts", choices=switch, default="on", help="facts of the patient are inputs")
+    add("--facts", choices=switch, default="on", help="static features are inputs")
     add("--prediction_time", choices=switch, default="on", help="carry the state to it, if known")
 
     add = parser.add_argument_group("language model").add_argument

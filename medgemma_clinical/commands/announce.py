@@ -37,7 +37,7 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
                 logger.warning("warning: %s: %s", dataset.source, line)
         until = "last observation" if dataset.hours_read is None else "prediction time"
         facts = ", ".join(dataset.fact_names) or "none"
-        logger.info("stage 1 reads the series up to the %s, and facts: %s", until, facts)
+        logger.info("stage 1 reads the series up to the %s, and static features: %s", until, facts)
     learns = []
     for part, rate in stage.learning_rates.items():
         weights = [p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad]

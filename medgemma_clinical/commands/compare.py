@@ -78,7 +78,8 @@ def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
             table = table.rename(columns={"probability": model}, errors="raise")
         table = table[[*TESTED, *table.columns.drop(TESTED)]]
         numbers = table.drop(columns=["id", "patient"]).astype(float)
-        if not (numbers.ge(0) & numbers.le(1)).all(axis=None) or len(numbers.columns) < 2:
+        sound = (numbers.ge(0) & numbers.le(1)).all(axis=None) and table["label"].isin([0, 1]).all()
+        if not sound or len(numbers.columns) < 2:
             raise ValueError("a risk is no number from 0 to 1")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

@@ -59,13 +59,12 @@ def difference_verdict(row: Any, minority: int) -> Verdict:
 def interval_text(
     value: float, low: float, high: float, form: str = ".3f", scale: float = 1
 ) -> str:
-    """Write ``value [low, high]``, each times ``scale``; a dash where undefined."""
+    """Write ``value [low, high]``, each times ``scale``, or what of both is defined."""
     if math.isnan(value):
         return NO_VALUE
     texts = [f"{scale * number:{form}}" for number in (value, low, high)]
     # Within the brackets a line does not break.
-    ends = NO_VALUE if math.isnan(low) else f"{texts[1]},\N{NO-BREAK SPACE}{texts[2]}"
-    return f"{texts[0]} [{ends}]"
+    return texts[0] if math.isnan(low) else f"{texts[0]} [{texts[1]},\N{NO-BREAK SPACE}{texts[2]}]"
 
 
 def value_text(row: Any, form: str = ".3f", scale: float = 1) -> str:
@@ -118,9 +117,10 @@ def sentences(metrics: Metrics) -> list[Finding]:
     if name := best_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
+        beside = {BETTER: "it is better", WORSE: "it is worse"}
         text = (
             f"The best baseline, {name}, has AUROC {value_text(row)}; its difference to this model "
-            f"is {difference_text(row)}: {level.words}."
+            f"is {difference_text(row)}: {beside.get(level, level.words)}."
         )
         found.append(Finding(level, text))
     if "e_average" in own.index:

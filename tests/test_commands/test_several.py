@@ -242,7 +242,7 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
         lambda table: table.assign(label=1 - table["label"]),
         lambda table: table.assign(id="0"),
         lambda table: table.head(20),
-        lambda table: table.assign(label=2),
+        lambda table: table.assign(label=0.5),
     ],
 )
 def test_tables_that_cannot_be_compared_are_refused(damage, tmp_path, capsys):
