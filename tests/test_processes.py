@@ -1,6 +1,5 @@
 """Several processes: two that share each step must do what one does alone."""
 
-
 import pandas as pd
 import pytest
 import torch

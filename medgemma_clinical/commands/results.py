@@ -30,7 +30,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.tables import model_table, split_table, written_table
+from medgemma_clinical.evaluation.tables import model_table, split_table, written_sentence
 from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import write_json, write_text
@@ -190,13 +190,12 @@ def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
 def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None) -> None:
     """Log the result of the test part in sentences, and the table of all models."""
     test, val = metrics["test"], metrics["val"]
-    logger.info("\nTest part:")
-    for finding in sentences(test):
-        logger.info("%s", finding)
-    logger.info("Validation AUROC %s", value_text(val.row(val.models[0], "auroc")))
-    logger.info("\n%s\n", model_table(test).to_string(index=False))
-    if (table := written_table(written)) is not None:
-        logger.info("%s\n", table.iloc[:, :2].to_string(index=False, header=False))
+    auroc = value_text(val.row(val.models[0], "auroc"))
+    logger.info("\nTest part (validation AUROC %s):", auroc)
+    for line in (*sentences(test), model_table(test).to_string(index=False)):
+        logger.info("%s", line)
+    if sentence := written_sentence(written):
+        logger.info("%s", sentence)
 
 
 def metrics_for_tracker(config: dict[str, Any]) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -49,8 +48,6 @@ from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
     from medgemma_clinical.data.scoring import ScoringRows
-
-logger = logging.getLogger(__name__)
 
 FAR_OUT = 10.0
 """Without declared limits a value is implausible so many interquartile ranges outside."""
@@ -234,18 +231,17 @@ class TrajectoryDataset(RaggedSeries):
     def sample_patients(self, most: int, seed: int) -> Self:
         """Return all series of at most ``most`` patients, drawn by ``seed``; 0 means all.
 
-        Rows that are not drawn appear in the log and in ``flow``.
+        Rows that are not drawn appear in ``flow``.
         """
         patients = np.unique(self.groups)
         if most == 0 or len(patients) <= most:
             return self
         drawn = np.random.default_rng(seed).choice(patients, size=most, replace=False)
         sample = self.subset(np.flatnonzero(np.isin(self.groups, drawn)))
-        rule = (f"not drawn (--max_samples {most})", len(self) - len(sample), len(sample))
-        drawing = pd.DataFrame([rule], columns=list(FLOW_COLUMNS))
+        rule = f"not among {most:,} of {len(patients):,} patients drawn (--max_samples)"
+        line = (rule, len(self) - len(sample), len(sample))
+        drawing = pd.DataFrame([line], columns=list(FLOW_COLUMNS))
         sample.flow = drawing if self.flow is None else pd.concat([self.flow, drawing])
-        drawn_of = f"{most} of {len(patients)} patients drawn (--max_samples)"
-        logger.info("%s: %s, with %d of %d rows", self.source, drawn_of, len(sample), len(self))
         return sample
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
