@@ -618,7 +618,7 @@ def end_epoch(
         save_best(stage, state, folder)
     run_folder.write_history(folder, progress.history)
     track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
-    announce.log_epoch(stage, metrics, improved=improved, exhausted=exhausted)
+    announce.log_epoch(stage, metrics, progress.best_epoch, exhausted=exhausted)
     progress.over = exhausted or epoch == stage.epochs
     progress.next_epoch()
 

@@ -144,6 +144,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path, object_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Return the content of a JSON file; ``object_hook`` makes each object of its pairs."""
+    if path.exists() and not path.is_file():  # a pipe would wait for ever
+        raise json.JSONDecodeError("no file", "", 0)
     try:
         return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=object_hook)
     except InputError:

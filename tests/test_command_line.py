@@ -224,15 +224,16 @@ def test_a_log_of_ones_own_is_for_its_owner_alone_and_the_next_run_appends(data,
     assert not list(tmp_path.glob("run/trajectory*/*.log"))
 
 
-def test_the_console_shows_the_epochs_that_matter_and_the_log_each_of_them(data, tmp_path, capsys):
+def test_the_console_shows_six_epochs_and_the_last_and_the_log_each_of_them(data, tmp_path, capsys):
     words = words_for(data, log := tmp_path / "own.log")
     assert trainer.main([*words, "--trajectory_epochs", "13", "--patience", "13"]) == 0
     history = pd.read_json(tmp_path / "run" / "trajectory" / "history.jsonl", lines=True)
-    matters = history["improved"] | history["epoch"].isin([10, 13])
-    assert 2 < matters.sum() < 13
+    best = history["epoch"].where(history["improved"]).ffill().astype(int)
     console = capsys.readouterr().out
-    for text, epochs in ((console, history[matters]), (log.read_text(), history)):
-        assert re.findall(r"epoch (\d+)/13", text) == epochs["epoch"].astype(str).tolist()
+    for text, shown in ((console, range(3, 14, 3)), (log.read_text(), range(1, 14))):
+        shown = [(k, best[k - 1]) for k in [*shown, *{13} - {*shown}]]
+        ends = [(f"{k}", "best so far" if k == b else f"best epoch {b}") for k, b in shown]
+        assert re.findall(r"epoch (\d+)/13: .*, (best .*)", text) == ends
     assert len(console.splitlines()) <= 40
 
 

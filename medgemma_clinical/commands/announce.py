@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 WARNED_SHARE = 0.01
 """An epoch with a larger share of skipped steps gets a warning."""
 
-SHOWN_EPOCHS = 10
-"""The console shows each tenth epoch, besides the last one and each that is the best so far."""
+MAX_SHOWN = 6
+"""Epochs that the console shows at most, beside the last one."""
 
 
 def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
@@ -77,16 +78,16 @@ def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
     log_epoch_time(stage, progress.seconds, rows)
 
 
-def log_epoch(stage: Stage, metrics: dict[str, Any], *, improved: bool, exhausted: bool) -> None:
+def log_epoch(stage: Stage, metrics: dict[str, Any], best: int, *, exhausted: bool) -> None:
     """Log the metrics of an epoch, of most epochs to the log file alone."""
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
-    shown = improved or exhausted or epoch == stage.epochs or epoch % SHOWN_EPOCHS == 0
+    shown = exhausted or epoch == stage.epochs or epoch % math.ceil(stage.epochs / MAX_SHOWN) == 0
     loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
     logger.log(
         logging.INFO if shown else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, val loss {metrics['val_loss']:.4f}, "
         f"val AUROC {metrics['val_auroc']:.4f}, {metrics['seconds']:.1f} s"
-        f"{', best so far' if improved else ''}",
+        f", {'best so far' if best == epoch else f'best epoch {best}'}",
     )
     if skipped:
         steps = len(stage.batches["train"])

@@ -70,9 +70,9 @@ def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
     ``model`` is the new name of the column ``probability``, which an ablation does not have.
     """
     path = folder / "predictions_test.csv"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: name the folder of a finished stage")
     try:
-        if not path.is_file():
-            raise ValueError("no such file")
         table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
         if model != "probability":
             table = table.rename(columns={"probability": model}, errors="raise")
@@ -80,11 +80,12 @@ def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
         numbers = table.drop(columns=["id", "patient"]).astype(float)
         sound = (numbers.ge(0) & numbers.le(1)).all(axis=None) and table["label"].isin([0, 1]).all()
         if not sound or len(numbers.columns) < 2:
-            raise ValueError("a risk is no number from 0 to 1")
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path}: no test predictions: name the folder of a finished stage"
-        ) from error
+            raise ValueError
+    except KeyError as error:
+        raise InputError(f"{path}: lacks a column: {error.args[0]}") from error
+    except (OSError, ValueError) as error:
+        rule = "labels are 0 or 1, risks are numbers from 0 to 1"
+        raise InputError(f"{path}: not a table of predictions: {rule}") from error
     return table.astype(numbers.dtypes)
 
 

@@ -52,15 +52,21 @@ def choose_rows(
     return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]
 
 
+def both_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the hashes of n rows with label 0 and with label 1, (n, 2)."""
+    return np.stack([row_hashes(dataset, rows, label) for label in (0.0, 1.0)], axis=1)
+
+
 def rows_in_training(
     patients: NDArray[np.int64], rows: NDArray[np.int64], trained: NDArray[np.int64], *, named: bool
 ) -> NDArray[np.bool_]:
     """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
 
-    Where both data sets have identifiers, ``named``, an equal one counts if some row of such a
-    patient is equal: two hospitals may number their patients alike.
+    ``rows`` (n, 2) are hashed with either label: whether a row is left out must not depend on its
+    outcome. Where both data sets have identifiers, ``named``, an equal one counts if some row of
+    such a patient is equal: two hospitals may number their patients alike.
     """
-    same_row = np.isin(rows, trained) & (rows != 0)
+    same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
     same_patient = np.isin(patients, trained) & named
     return same_row | (same_patient & (same_patient & same_row).any())
 
@@ -71,16 +77,11 @@ def training_sentence(
     """Return how many data sets of one row each are in the training data."""
     if not len(trained):
         return "Not known: how many of these rows are in the training data."
-    rows, patients, both = [], [], np.arange(2)
-    for dataset in datasets:  # a row without label is compared with both labels
-        pair = dataset.subset(np.zeros(2, dtype=np.int64))
-        pair.labels = np.where(np.isnan(pair.labels), [0.0, 1.0], pair.labels)
-        rows += row_hashes(pair, both).tolist()
-        patients += patient_hashes(pair, both).tolist()
-    named = named and datasets[0].named
-    found = rows_in_training(np.array(patients), np.array(rows), trained, named=named)
-    count = int(found.reshape(-1, 2).any(axis=1).sum())
-    return f"{count} of these {len(datasets)} rows are in the training data."
+    first, named = np.zeros(1, dtype=np.int64), named and datasets[0].named
+    patients = np.concatenate([patient_hashes(dataset, first) for dataset in datasets])
+    rows = np.concatenate([both_hashes(dataset, first) for dataset in datasets])
+    found = rows_in_training(patients, rows, trained, named=named)
+    return f"{found.sum()} of these {len(datasets)} rows are in the training data."
 
 
 def explain_rows(

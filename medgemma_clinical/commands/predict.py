@@ -20,6 +20,7 @@ from tqdm import tqdm
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.patients import (
     ChosenRow,
+    both_hashes,
     choose_rows,
     explain_rows,
     patients_path,
@@ -29,9 +30,10 @@ from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.checks import flow_lines
 from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
-from medgemma_clinical.data.training_data import patient_hashes, row_hashes
+from medgemma_clinical.data.training_data import patient_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -42,7 +44,12 @@ from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_clinical.models.model_card import page_card, random_model_notice, weight_0_sentence
+from medgemma_clinical.models.model_card import (
+    page_card,
+    random_model_notice,
+    shareable,
+    weight_0_sentence,
+)
 from medgemma_clinical.models.trained_model import (
     TrainedModel,
     check_no_control,
@@ -170,7 +177,7 @@ class PredictionTally:
                 label=dataset.labels[labelled],
                 risk=lines["probability"].to_numpy(float)[rows.places[labelled]],
                 patient=patient_hashes(dataset, labelled),
-                row=row_hashes(dataset, labelled),
+                rows=list(both_hashes(dataset, labelled)),
             )
         )
 
@@ -226,20 +233,21 @@ def report_labelled(
     people, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if people.empty:
         return
-    hashes = people["patient"].to_numpy(), people["row"].to_numpy()
+    hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
     in_training = rows_in_training(*hashes, known, named=named and dataset.named)
     new = people[~in_training].reset_index(drop=True)
-    said = (
-        "The checkpoint does not hold its training patients: if these rows are among them, the "
-        "metrics are optimistic."
-    )
-    if len(known):
-        said = (
-            f"{len(people) - len(new):,} of {len(people):,} labelled rows are in the training "
-            "data and are left out of the metrics."
-        )
+
+    def said(min_cell: int) -> str:
+        if not len(known):
+            return (
+                "The checkpoint does not hold its training patients: if these rows are among them, "
+                "the metrics are optimistic."
+            )
+        found = count_text(len(people) - len(new), min_cell).capitalize()
+        return f"{found} labelled rows are in the training data and left out of the metrics."
+
     if new["label"].nunique() < 2:
-        logger.info("%s No metrics: the rows that are left lack a class.", said)
+        logger.info("%s No metrics: the rows that are left lack a class.", said(0))
         return
     name, source = STAGE_NAMES[config["stage"]], Path(dataset.source).name
     patients = new["patient"].astype(str)
@@ -251,6 +259,7 @@ def report_labelled(
         ("without a label", tally.scored - len(people), len(people)),
         ("in the training data", len(people) - len(new), len(new)),
     ]
+    shared = shareable(config, request.min_cell)
     here = case_mix_of(new, new["label"].to_numpy(), new["patient"].to_numpy())
     content = ReportContent(
         title=f"{config['outcome']}: {name} on the rows of {source}",
@@ -258,11 +267,11 @@ def report_labelled(
         data={
             "Source": source,
             "Scored": f"{len(new):,} rows with a score and a label",
-            "Training data": said,
+            "Training data": said(request.min_cell),
             "Missing values": "masked, never filled in",
         },
         card=page_card(
-            config,
+            shared,
             {
                 "Limits": LIMITS,
                 "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
@@ -275,12 +284,12 @@ def report_labelled(
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
         notice=random_model_notice(config),
-        first=[each for each in (said, weight_0_sentence(config)) if each],
+        first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
     )
     path = report_path(request.predictions)
     write_report(path, rows, metrics, content, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics)))
-    logger.info("\n%s\n%s\nreport: %s", said, lines, path)
+    logger.info("\n%s\n%s\nreport: %s", said(0), lines, path)
 
 
 def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:

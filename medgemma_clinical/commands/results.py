@@ -39,6 +39,7 @@ from medgemma_clinical.models.model_card import (
     LIMITS,
     page_card,
     random_model_notice,
+    shareable,
     weight_0_sentence,
 )
 from medgemma_clinical.models.terms import licence
@@ -134,8 +135,9 @@ def score_parts(
         patients = data.dataset.groups[val.rows]
         weight = fit_residual_weight(val.labels, val.offset, val.logit, patients)
         model.residual_weight = decided["residual_weight"] = weight
-        text = "weight of the language model beside stage 1: %g, chosen on %d validation patients"
-        logger.info(text, weight, len(np.unique(patients)))
+        how = "chosen" if weight else "not shown to add"
+        text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
+        logger.info(text, weight, how, len(np.unique(patients)))
         for part, each in scored.items():
             logit = each.offset + weight * (each.logit - each.offset)
             scored[part] = replace(each, logit=logit)
@@ -218,6 +220,9 @@ def report_content(
     predictions: Predictions,
 ) -> ReportContent:
     """Return what the page says beside its metrics."""
+    min_cell = facts["arguments"]["min_cell"]
+    few, config = validation.counts["minority_patients"] < min_cell, shareable(config, min_cell)
+    auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epoch = data.dataset, state.progress.best_epoch
     groups = fact_groups(dataset.fact_names)
     statics = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
@@ -239,7 +244,7 @@ def report_content(
                 "Limits": LIMITS,
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
                 "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
-                "Validation AUROC": value_text(validation.row(validation.models[0], "auroc")),
+                **({} if few else {"Validation AUROC": auroc}),
                 "Seed": str(facts["seed"]),
                 "Licence": licence(config),
             },
@@ -249,7 +254,7 @@ def report_content(
         bands=dataset.subgroups().iloc[predictions.rows],
         flow=dataset.flow,
         split=split_table(dataset.labels, dataset.groups, data.split),
-        history=state.progress.history or None,
+        history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
         notice=random_model_notice(config, facts["arguments"]["model_name"]),
         first=list(filter(None, [weight_0_sentence(config)])),

@@ -130,11 +130,13 @@ def patient_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArr
     return np.array([_hash(b"patient", name.encode()) for name in names], dtype=np.int64)
 
 
-def row_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def row_hashes(
+    dataset: TrajectoryDataset, rows: NDArray[np.int64], label: float | None = None
+) -> NDArray[np.int64]:
     """Return a hash of the latest observations and the label of each of n rows, (n,).
 
-    Returns:
-        0 for rows that hold too few values to identify a patient.
+    ``label`` stands in for that of the rows. Rows that hold too few values to identify a patient
+    have 0.
     """
     hashes = np.zeros(len(rows), dtype=np.int64)
     for k, i in enumerate(rows.tolist()):
@@ -143,8 +145,8 @@ def row_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[n
         values = dataset.values[latest]
         if np.count_nonzero(~np.isnan(values)) >= IDENTIFYING_VALUES:
             hours = np.round(dataset.times[latest] - dataset.times[end - 1], 6) + 0.0
-            label = dataset.labels[i : i + 1]
-            hashes[k] = _hash(b"row", hours.tobytes(), values.tobytes(), label.tobytes())
+            own = np.array([dataset.labels[i] if label is None else label])
+            hashes[k] = _hash(b"row", hours.tobytes(), values.tobytes(), own.tobytes())
     return hashes
 
 

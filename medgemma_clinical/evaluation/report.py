@@ -38,7 +38,7 @@ PAGES = Environment(
 PATIENTS_NOTICE = "This page names patients (--report_patients): do not share it."
 INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients with all their rows; exact "
-    "intervals for shares of 0 and 1"
+    "intervals for shares of 0 and 1 at the threshold"
 )
 PAGES.globals.update(tables=tables, percent=percent, INTERVALS=INTERVALS)
 
@@ -136,7 +136,7 @@ def _model_parts(
         "metrics": shown.table.reset_index(),
         "models": tables.model_cells(shown),
         "subgroups": suppress_table(groups, min_cell, by="group"),
-        "calibration": bins,
+        "calibration": bins.drop(columns="n") if min_cell else bins,
         "decision_curve": curve.reset_index(),
     }
     drawn = {

@@ -5,7 +5,7 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,11 @@ def _telling(part: Json, min_cell: int) -> set[str]:
 
 def _splits_off_few(count: float, share: float, min_cell: int) -> bool:
     """Return whether a share of a count, or the rest, is small."""
-    return any(0 < round(n, 6) < min_cell for n in (count * share, count * (1 - share)))
+    return _any_small((count * share, count * (1 - share)), min_cell)
+
+
+def _any_small(counts: Iterable[float], min_cell: int) -> bool:
+    return any(0 < round(n, 6) < min_cell for n in counts)
 
 
 def _blank(metrics: Json, hidden: Container[str]) -> Json:
@@ -81,8 +85,13 @@ def suppress_reports(reports: Json, min_cell: int) -> Json:
     """Hide small counts of written reports and of what they state, and the shares of these."""
     for name, shares in REPORT_COUNTS.items():
         count = reports.get(name)
-        if isinstance(count, int) and 0 < count < min_cell:
-            reports = {**_blank(reports, shares), name: count_text(count, min_cell)}
+        if not isinstance(count, int):  # hidden before
+            continue
+        parts = {share: count * (reports[share]["value"] or 0) for share in shares}
+        small = [x for x, n in parts.items() if _any_small([n, count - n], min_cell)]
+        if _any_small([count], min_cell):
+            reports, small = {**reports, name: count_text(count, min_cell)}, list(shares)
+        reports = _blank(reports, small)
     return reports
 
 

@@ -170,6 +170,8 @@ def written_sentence(reports: Mapping[str, Any] | None) -> str:
     if not reports or not reports["reports"]:
         return ""
     names = ("parse_share", "inventing_share")
+    if any(reports[name]["value"] is None for name in names):  # hidden
+        return ""
     expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
     return (
         f"Of {count_text(reports['reports'])} written reports {expected} % have the expected form, "

@@ -119,16 +119,16 @@ def sentences(metrics: Metrics) -> list[Finding]:
         level = difference_verdict(row, minority)
         beside = {BETTER: "it is better", WORSE: "it is worse"}
         text = (
-            f"The best baseline, {name}, has AUROC {value_text(row)}; its difference to this model "
-            f"is {difference_text(row)}: {beside.get(level, level.words)}."
+            f"The best baseline, {name}, has AUROC {value_text(row)}; its AUROC minus that of this "
+            f"model is {difference_text(row)}: {beside.get(level, level.words)}."
         )
-        found.append(Finding(level, text))
+        found.append(Finding(None, text))  # a symbol would seem to praise this model
     if "e_average" in own.index:
         slope = value_text(own.loc["calibration_slope"], ".2f")
         large = value_text(own.loc["calibration_in_the_large"], "+.2f")
         text = (
             f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"E-average {own.value['e_average']:.3f} (0 is ideal)."
+            f"E-average {value_text(own.loc['e_average'])} (0 is ideal)."
         )
         found.append(Finding(None, text))
     if ENSEMBLE in metrics.models:
@@ -136,7 +136,7 @@ def sentences(metrics: Metrics) -> list[Finding]:
         level = difference_verdict(row, minority)
         adds = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}
         text = (
-            f"Beside {row.reference} this model {adds.get(level, 'adds or not: too few to say')}; "
+            f"Beside {row.reference} this model {adds.get(level, 'has too few patients to tell')}: "
             f"the ensemble of both has AUROC {value_text(row)}, difference {difference_text(row)}."
         )
         found.append(Finding(level, text))

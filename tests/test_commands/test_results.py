@@ -111,8 +111,11 @@ def test_min_cell_hides_few_events_on_the_page_alone(few_events, tmp_path):
     assert trainer.main(words) == 0
     own = read(tmp_path / "trajectory" / "metrics.json")
     assert own["test"] == read(folder / "metrics.json")["test"]
-    page = (tmp_path / "trajectory" / "report.html").read_text().replace("\xa0", " ")
-    assert f"{own['test']['auroc']['value']:.3f}" not in page
+    path = tmp_path / "trajectory" / "report.html"
+    page = path.read_text().replace("\xa0", " ")
+    for part in ("validation", "test"):
+        assert f"{own[part]['auroc']['value']:.3f}" not in page
+    assert "learning" not in " ".join(p.name for p in (path.parent / "figures").iterdir())
     assert "fewer than 11" in page
 
 
