@@ -1,6 +1,7 @@
 """Shared by all tests: no network, small data in the user's format, one run of each stage."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports transformers
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: the cores have tests to run
@@ -13,6 +14,9 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+
+for each in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's background ignore them
+    signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
 

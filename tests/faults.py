@@ -115,6 +115,7 @@ def start(words, folder, at_write=lambda count: None):
     if child := os.fork():
         return child
     code = 99
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     try:
         target = os.open(folder.parent / "err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

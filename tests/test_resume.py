@@ -92,8 +92,6 @@ def send(sent):
 def stop(words, where, sent=signal.SIGTERM):
     """Run a command up to so many-th step, or to a function; return the steps that it kept."""
     with pytest.MonkeyPatch.context() as patch:
-        if isinstance(sent, int):  # who starts the tests may ignore it
-            signal.signal(sent, signal.SIG_DFL)
         steps = at_step(where, send(sent), patch)
         if not isinstance(where, int):
             patch.setattr(*where, send(sent))
