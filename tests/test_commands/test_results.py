@@ -102,6 +102,8 @@ def test_the_owner_of_few_patients_sees_everything(few_events):
         assert auroc in shown.replace("\xa0", " ")
     assert f"val AUROC {history[0]['val_auroc']:.4f}" in text
     assert "--min_cell" in page
+    assert "static features: " in text
+    assert "static features: none" not in text
     assert {"roc.svg", "roc.pdf", "metrics.csv"} <= {p.name for p in (folder / "figures").iterdir()}
 
 

@@ -52,6 +52,7 @@ def test_the_figure_shows_the_measured_series_and_the_risk_and_says_so(tmp_path)
     lactate, ph, risk = plot_patient(ROW, OUTCOME, THRESHOLD)[0].axes
     assert lactate.lines[0].get_xydata().tolist() == [[0, 2], [5, 4.5]]
     assert ph.lines[0].get_xydata().tolist() == [[5, 7.2], [30, 7.3]]
+    assert list(risk.lines[0].get_ydata()) == [pytest.approx(100 * THRESHOLD)] * 2
     assert risk.lines[-1].get_xydata()[-1].tolist() == [48, pytest.approx(40)]
     days, _ = plot_patient(replace(ROW, hours=np.array([0, 5, 30, 240.0])), OUTCOME, THRESHOLD)
     assert days.axes[-1].lines[-1].get_xydata()[-1, 0] == 10
