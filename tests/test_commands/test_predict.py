@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -178,6 +179,24 @@ def test_rows_of_the_training_data_are_left_out_and_counted(
         score = roc_auc_score(rows.loc[new, LABEL].astype(int), lines.loc[new, "probability"])
         assert f"AUROC {score:.3f} [" in shown.replace("\xa0", " ")
         out.with_suffix(".report.html").unlink()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_equal_identifier_counts_only_where_both_files_have_some(
+    named, runs, table, tmp_path, capsys, monkeypatch
+):
+    """The rows of half the training patients have changed since: only the names tell them."""
+    changed = table.copy()
+    changed.loc[::2, SERIES] = "20 (0h) -> 21 (1h) -> 23 (2h)"
+    known = read_trajectory(runs / TRAJECTORY_FILE).train_patients
+    monkeypatch.setattr(predict, "training_patients", lambda *_: (known, named))
+    data = write_data(changed, tmp_path / "cohort.csv")
+    predicted(runs / "trajectory", data, tmp_path / "out.csv")
+    found = re.search(r"(\d+) labelled rows are in the training", capsys.readouterr().out)
+    parts = [runs / "trajectory" / f"predictions_{part}.csv" for part in ("val", "test")]
+    trained = len(table) - sum(len(pd.read_csv(path)) for path in parts)
+    assert found
+    assert (int(found[1]) == trained) == named
 
 
 def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_path):
