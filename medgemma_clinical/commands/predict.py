@@ -267,7 +267,6 @@ def report_labelled(
         data={
             "Source": source,
             "Scored": f"{len(new):,} rows with a score and a label",
-            "Training data": said(request.min_cell),
             "Missing values": "masked, never filled in",
         },
         card=page_card(
