@@ -30,7 +30,7 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
-from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.srtr.codes import ORGANS, Organ
 from medgemma_clinical.data.srtr.cohort import (
     AGE,
@@ -46,7 +46,6 @@ from medgemma_clinical.data.srtr.cohort import (
 )
 from medgemma_clinical.data.srtr.files import find_table
 from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
-from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import (
     END,
     START,

@@ -13,8 +13,7 @@ import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.dka.description import Description
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
 from visits import cohort
 

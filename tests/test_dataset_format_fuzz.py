@@ -23,7 +23,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 import dataset_format
 from conftest import sign_table
 from dataset_format import InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
 
 SECRET = "98765"

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import srtr_dataset
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import InputError
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset

@@ -29,9 +29,8 @@ from medgemma_clinical.commands.patients import (
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.checks import flow_lines
-from medgemma_clinical.data.scoring import ScoringRows
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.small_cells import count_text
-from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset

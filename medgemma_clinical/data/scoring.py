@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import logging
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.facts import NUMBER_ENDING
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
     from medgemma_clinical.data.trajectories import TrajectoryDataset
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Findings:
+    """What shows while a file is read, whole or in chunks, and is logged once at its end.
+
+    Attributes:
+        source: the file, as errors name it.
+        strict: whether an unreadable row refuses the file.
+        problems: if not strict, the first problem of each unreadable row by the row's number;
+            names the column, never the content of a patient's cell.
+        counts: rows by what there is to say of them.
+        notes: what there is to say of the file; an ordered set.
+        warnings: what seems to be a mistake in the file; an ordered set.
+    """
+
+    source: str
+    strict: bool = True
+    problems: dict[int, str] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, None] = field(default_factory=dict)
+    warnings: dict[str, None] = field(default_factory=dict)
+
+    def add_problem(
+        self, row: int, problem: str, *, column: str = "", value: object = None
+    ) -> None:
+        """Note why a row cannot be read, unless another reason is noted.
+
+        Raises:
+            InputError: the findings are strict.
+        """
+        if self.strict:
+            place = f", column {column}" if column else ""
+            raise InputError(f"{self.source}, row {row}{place}: {problem}", value)
+        self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
+
+    def log(self) -> None:
+        """Log notes, warnings and counts; problems are the caller's to report."""
+        for note in self.notes:
+            logger.info("%s: %s", self.source, note)
+        for warning in self.warnings:
+            logger.warning("warning: %s: %s", self.source, warning)
+        for text, rows in self.counts.items():
+            if rows:
+                logger.info("%s: %s rows %s", self.source, f"{rows:,}", text)
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,16 @@ import csv
 import gzip
 import io
 import itertools
-import logging
 import os
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import pandas as pd
 
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.files import InputError
-
-logger = logging.getLogger(__name__)
 
 LONGEST_ROW = 2**26
 """Characters of a row; 20,000 observations of a hundred series have fewer."""
@@ -36,51 +32,6 @@ BATCH_ROWS = 2**16
 
 SEPARATORS = {";": "';'", "\t": "tabs"}
 """Wrong separators that are recognised, as errors name them."""
-
-
-@dataclass
-class Findings:
-    """What shows while a file is read, whole or in chunks, and is logged once at its end.
-
-    Attributes:
-        source: the file, as errors name it.
-        strict: whether an unreadable row refuses the file.
-        problems: if not strict, the first problem of each unreadable row by the row's number;
-            names the column, never the content of a patient's cell.
-        counts: rows by what there is to say of them.
-        notes: what there is to say of the file; an ordered set.
-        warnings: what seems to be a mistake in the file; an ordered set.
-    """
-
-    source: str
-    strict: bool = True
-    problems: dict[int, str] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
-    notes: dict[str, None] = field(default_factory=dict)
-    warnings: dict[str, None] = field(default_factory=dict)
-
-    def add_problem(
-        self, row: int, problem: str, *, column: str = "", value: object = None
-    ) -> None:
-        """Note why a row cannot be read, unless another reason is noted.
-
-        Raises:
-            InputError: the findings are strict.
-        """
-        if self.strict:
-            place = f", column {column}" if column else ""
-            raise InputError(f"{self.source}, row {row}{place}: {problem}", value)
-        self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
-
-    def log(self) -> None:
-        """Log notes, warnings and counts; problems are the caller's to report."""
-        for note in self.notes:
-            logger.info("%s: %s", self.source, note)
-        for warning in self.warnings:
-            logger.warning("warning: %s: %s", self.source, warning)
-        for text, rows in self.counts.items():
-            if rows:
-                logger.info("%s: %s rows %s", self.source, f"{rows:,}", text)
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -32,9 +32,9 @@ from medgemma_clinical.data.reports.score import (
     score_report,
     written_parts,
 )
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.splits import draw_split, given_split
-from medgemma_clinical.data.tables import Findings
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,

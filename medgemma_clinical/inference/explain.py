@@ -12,8 +12,7 @@ from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.facts import NUMBER_ENDING, numbers_as_written
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.patients import Explanation

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.scoring import ScoringRows, count_unknown_facts
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, ScoringRows, count_unknown_facts
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
 from medgemma_clinical.files import InputError

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
 
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics

@@ -13,7 +13,7 @@ import pytest
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.dka.description import Description, list_columns, list_unread
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.files import InputError, file_hash
 from trajectories import table_of
 

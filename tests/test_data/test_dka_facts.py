@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.files import InputError
 from trajectories import LABEL, SERIES, dataset_of, table_of
 

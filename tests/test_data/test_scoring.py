@@ -1,7 +1,6 @@
 """Tests of rows to be scored: what is said of the facts that they lack."""
 
-from medgemma_clinical.data.scoring import count_unknown_facts
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, count_unknown_facts
 from trajectories import dataset_of
 
 

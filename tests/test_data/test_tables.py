@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.data import tables
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.tables import (
-    Findings,
     column_text,
     plain_columns,
     read_chunks,

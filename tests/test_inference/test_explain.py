@@ -8,7 +8,7 @@ import torch
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.inference.explain import explain, prefixes
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_trainer import TrajectoryModel

@@ -10,7 +10,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from dataset_format import Description, MIMICtrajectoryDataset
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference import scoring
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS

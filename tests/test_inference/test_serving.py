@@ -26,8 +26,7 @@ from language_models import (
     rehash,
     save_multimodal_checkpoint,
 )
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.tables import Findings
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.inference import serving
