@@ -109,6 +109,7 @@ def cohort(
     cells = series_cells(values).reindex(people.index, fill_value="")
     table = cells.rename(columns=SERIES)[list(SERIES.values())]
     table.insert(0, "subject_id", people.index)
+    table = table.join(statics(people, events))
     table["clinical_context"] = contexts(people, events)
     table["prediction_hours"] = 24 * INDEX
     table["label_escalation"] = died.reindex(people.index).astype(int)
@@ -133,6 +134,20 @@ def series_cells(values: pd.DataFrame) -> pd.DataFrame:
     ordered = values.assign(piece=pieces).sort_values(["id", "test", "days"])
     joined = ordered.groupby(["id", "test"])["piece"].agg(" -> ".join)
     return joined.unstack(fill_value="").reindex(columns=list(SERIES), fill_value="")
+
+
+def statics(people: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
+    """Return age, sex, BMI and the diagnoses by the index of each person, as columns."""
+    columns = {
+        "static_age [years]": people["age"].round(),
+        "static_sex_male": people["male"],
+        "static_bmi [kg/m2]": people["bmi"].round(1),
+    }
+    before = events[events["days"] <= INDEX]
+    for event, name in HISTORY.items():
+        has = people.index.isin(before.loc[before["event"] == event, "id"])
+        columns[f"static_{name.replace(' ', '_')}"] = has.astype(int)
+    return pd.DataFrame(columns, index=people.index)
 
 
 def contexts(people: pd.DataFrame, events: pd.DataFrame) -> pd.Series:
