@@ -373,11 +373,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             )
             dataset.question = config["question"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            places = np.flatnonzero(~table.index.isin(list(findings.problems)))
+            positions = np.flatnonzero(~table.index.isin(list(findings.problems)))
             ids = dataset.ids
-            if len(places) < len(table):
+            if len(positions) < len(table):
                 ids = ids_of(table, patients_of(table)).to_numpy(dtype=np.str_)
-            yield ScoringRows(ids, table.index.to_numpy(), dataset, places, read)
+            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
         if total == 0:
             raise InputError(f"{findings.source}: no rows below the header: nothing to read")
 

@@ -209,7 +209,7 @@ def test_scoring_reads_the_checkpoints_series_chunk_by_chunk(new_rows: Path, mos
     assert [len(each.ids) for each in rows] == {1: [1] * 5, 2: [2, 2, 1], 100: [5]}[most]
     assert np.concatenate([each.ids for each in rows]).tolist() == list("abcde")
     assert np.concatenate([each.numbers for each in rows]).tolist() == [2, 3, 4, 5, 6]
-    readable = [each.ids[each.places].tolist() for each in rows]
+    readable = [each.ids[each.positions].tolist() for each in rows]
     assert [name for names in readable for name in names] == ["a", "d", "e"]
     assert readable == [each.dataset.ids.tolist() for each in rows]
     assert set(findings.problems) == {3, 4}
@@ -224,7 +224,7 @@ def test_scoring_reads_the_checkpoints_series_chunk_by_chunk(new_rows: Path, mos
 def test_rows_that_are_left_out_later_are_noted_by_their_number(new_rows: Path) -> None:
     (rows,), findings = scored(new_rows, 100)
     rest = rows.without(np.array([False, True, False]), "too long", findings)
-    assert (rest.dataset.ids.tolist(), rest.places.tolist()) == (["a", "e"], [0, 4])
+    assert (rest.dataset.ids.tolist(), rest.positions.tolist()) == (["a", "e"], [0, 4])
     assert findings.problems[5] == "too long"
     assert rows.without(np.zeros(3, dtype=bool), "x", findings) is rows
     with pytest.raises(InputError, match="row 5: too long"):

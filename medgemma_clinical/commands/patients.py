@@ -42,7 +42,7 @@ def choose_rows(
     chosen: Sequence[ChosenRow], table: pd.DataFrame, scored: ScoringRows, ids: list[str] | None
 ) -> list[ChosenRow]:
     """Return the page's rows among those chosen so far and some predictions, by id or by risk."""
-    table = table.iloc[scored.places].reset_index(drop=True)
+    table = table.iloc[scored.positions].reset_index(drop=True)
     table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
     lines: Any = table.to_dict("records")
     datasets = [scored.dataset.subset(np.array([k])) for k in table.index]

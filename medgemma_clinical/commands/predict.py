@@ -166,7 +166,7 @@ class PredictionTally:
         """
         dataset = rows.dataset
         self.rows += len(lines)
-        self.scored += len(rows.places)
+        self.scored += len(rows.positions)
         self.positive += int(lines["prediction"].sum())
         self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
@@ -174,7 +174,7 @@ class PredictionTally:
         self.labelled.append(
             table.assign(
                 label=dataset.labels[labelled],
-                risk=lines["probability"].to_numpy(float)[rows.places[labelled]],
+                risk=lines["probability"].to_numpy(float)[rows.positions[labelled]],
                 patient=patient_hashes(dataset, labelled),
                 rows=list(both_hashes(dataset, labelled)),
             )

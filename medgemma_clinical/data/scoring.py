@@ -73,14 +73,14 @@ class ScoringRows:
         ids: (n,) the name of each row.
         numbers: (n,) its number in the file.
         dataset: the m of them that can be read.
-        places: (m,) positions of those among the n.
+        positions: (m,) positions of those among the n.
         read: bytes or rows of the input up to here.
     """
 
     ids: NDArray[Any]
     numbers: NDArray[np.int64]
     dataset: TrajectoryDataset
-    places: NDArray[np.int64]
+    positions: NDArray[np.int64]
     read: int
 
     def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> ScoringRows:
@@ -91,10 +91,10 @@ class ScoringRows:
         """
         if not bad.any():
             return self
-        for number in self.numbers[self.places[bad]].tolist():
+        for number in self.numbers[self.positions[bad]].tolist():
             findings.add_problem(number, problem)
         good = np.flatnonzero(~bad)
-        return replace(self, dataset=self.dataset.subset(good), places=self.places[good])
+        return replace(self, dataset=self.dataset.subset(good), positions=self.positions[good])
 
 
 def count_unknown_facts(dataset: TrajectoryDataset, findings: Findings) -> None:

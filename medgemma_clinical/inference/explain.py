@@ -140,7 +140,7 @@ def risks_without_series(
     names = np.array(dataset.features)[measured]
     rows = ScoringRows(names, positions, copies, positions, len(positions))
     scores = score_rows(rows, trained, Findings(dataset.source, strict=False), batch_size)
-    risks = zip(names[scores.rows.places].tolist(), scores.probability.tolist(), strict=True)
+    risks = zip(names[scores.rows.positions].tolist(), scores.probability.tolist(), strict=True)
     return dict.fromkeys(names.tolist()) | dict(risks)
 
 

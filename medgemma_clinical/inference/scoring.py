@@ -182,11 +182,11 @@ def prediction_table(
     writes = isinstance(trained.model, LLMWriter)
     if writes:
         columns["report"] = np.array(reports_of(scores, trained, batch_size), dtype=object)
-    table = pd.DataFrame(columns, index=scored.places).reindex(range(len(rows.ids)))
+    table = pd.DataFrame(columns, index=scored.positions).reindex(range(len(rows.ids)))
     table.insert(0, "id", rows.ids)
     table["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
     if writes:
         parses = [scored.dataset.score_report(i, x).parses for i, x in enumerate(columns["report"])]
-        table.loc[scored.places[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
+        table.loc[scored.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
         findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
     return table, scored

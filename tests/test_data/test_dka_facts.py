@@ -193,7 +193,7 @@ def test_a_row_with_a_wrong_fact_or_hour_has_a_problem_and_the_others_are_scored
     tmp_path: Path,
 ) -> None:
     rows, findings = scored(tmp_path / "new.csv", NEW)
-    assert rows.ids[rows.places].tolist() == rows.dataset.ids.tolist() == ["a", "d"]
+    assert rows.ids[rows.positions].tolist() == rows.dataset.ids.tolist() == ["a", "d"]
     assert set(findings.problems) == {3, 4}
     early, wrong = findings.problems[3], findings.problems[4]
     assert early.startswith("column prediction_hours: lies before the last observation")
