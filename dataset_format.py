@@ -90,11 +90,10 @@ from medgemma_clinical.data.texts import (
     Clause,
     PromptOptions,
     Reference,
-    change_clause,
-    computed_sentences,
-    main_clauses,
+    computed_text,
+    full_clauses,
     plain,
-    short_clause,
+    short_clauses,
     with_space,
 )
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
@@ -421,7 +420,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             shown = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
             sentences.append(f"{self.features[f]}{unit}: {shown}. ")
             if options.computed and f in measured:
-                sentences += computed_sentences(self.units[f], *measured[f], main=f == self.main)
+                full = f == self.main
+                sentences.append(computed_text(self.units[f], *measured[f], full=full))
         return "".join(sentences)
 
     def report_clauses(self, i: int) -> list[Clause]:
@@ -429,13 +429,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         measured = {f: (times, values) for f, times, values in self.measured(i)}
         clauses: list[Clause] = []
         for f, (name, unit) in enumerate(zip(self.features, self.units, strict=True)):
-            own: list[Clause] = [[f"{name}: not measured"]]
-            if f in measured and f == self.main:
-                own = main_clauses(name, unit, *measured[f])
-                own.append([". ", *change_clause(name, unit, *measured[f])])
-            elif f in measured:
-                own = [short_clause(name, unit, *measured[f])]
-            clauses += [[". " if f else "", *own[0]], *own[1:]]
+            clauses_of = full_clauses if f == self.main else short_clauses
+            if f in measured:
+                clauses += clauses_of(name, unit, *measured[f])
+            else:
+                clauses.append(Clause(". ", name, ["not measured"]))
         return clauses
 
 

@@ -47,11 +47,10 @@ from medgemma_clinical.data.srtr.cohort import (
 from medgemma_clinical.data.srtr.files import find_table
 from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
 from medgemma_clinical.data.texts import (
-    END,
-    START,
     Choice,
     Clause,
     Number,
+    Part,
     PromptOptions,
     Reference,
     direction,
@@ -329,29 +328,24 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def report_clauses(self, i: int) -> list[Clause]:
         """Return first and last value of each measured series, and the number of observations."""
-        clauses: list[Clause] = []
+        statements: list[list[Part]] = []
         for f, times, values in self.measured(i):
             feature, days = self._organ.features[f], times / HOURS_A_DAY
+            name, at = feature.name, " at day "
+            first, last = (observation(values[k], at, days[k]) for k in (0, -1))
             if feature.words:
-                among = tuple(feature.words.values())
-                state = Choice(feature.text(values[-1]), among)
-                clauses.append(
-                    [f"last {feature.name} ", state, " at day ", Number(plain(days[-1]))]
+                state = Choice(feature.text(values[-1]), tuple(feature.words.values()))
+                statements.append([f"last {name} ", state, at, last[-1]])
+            elif len(values) == 1:
+                statements.append([f"only {name} ", *last])
+            else:
+                word = direction(days, values)
+                statements.append(
+                    [f"first {name} ", *first, f" and last {name} ", *last, " ", word]
                 )
-                continue
-            last = observation(feature.name, values[-1], " at day ", days[-1], END)
-            if len(values) == 1:
-                clauses.append([f"only {feature.name} ", *last])
-                continue
-            first = observation(feature.name, values[0], " at day ", days[0], START)
-            clauses.append(
-                [
-                    *(f"first {feature.name} ", *first, f" and last {feature.name} ", *last, " "),
-                    direction(values[-1] - values[0], feature.name),
-                ]
-            )
-        clauses.append(["after ", Number(str(self.lengths[i])), " observations"])
-        return [[", " if k else "History: ", *clause] for k, clause in enumerate(clauses)]
+        statements.append(["after ", Number(str(self.lengths[i])), " observations"])
+        opening, *rest = statements
+        return [Clause(". ", "History", opening), *(Clause(", ", "", parts) for parts in rest)]
 
 
 # --------------------------------------------------------------------------- the command

@@ -48,8 +48,7 @@ def make_content(n=400, **more):
     labels, groups = np.tile([0.0, 0, 0, 1], 50), np.arange(200)
     split = {"train": groups[:100], "val": groups[100:120], "test": groups[120:]}
     share = {"value": 0.9, "low": 0.8, "high": 0.95}
-    shares = ("parse_share", "true_number_share", "abnormal_named_share")
-    shares += ("abnormal_nameable_share", "right_trend_share", "inventing_share")
+    shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
     mix = {"rows": 200.0, "patients": 200.0, "prevalence": 0.25, "women": 0.5}
     mix |= {"age_q1": 40.0, "age_median": 50.0, "age_q3": 60.0}
     parts = {
@@ -62,7 +61,7 @@ def make_content(n=400, **more):
         "flow": pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]}),
         "split": split_table(labels, groups, split),
         "history": history,
-        "reports": {"reports": 80, "numbers_stated": 400, "abnormal_values": 30, "invented": 2}
+        "reports": {"reports": 80, "numbers_stated": 400, "invented": 2}
         | dict.fromkeys(shares, share),
         "case_mix": (mix, {**mix, "rows": 80.0, "patients": 80.0}),
     }

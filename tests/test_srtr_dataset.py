@@ -288,18 +288,11 @@ def test_prompt_and_report_hold_what_was_known(told: Any) -> None:
         "MELD: 22 (day 0) -> 25 (day 30); status: active (day 0) -> inactive (day 30). Will this "
         "patient die or become too sick for a liver transplant within 90 days of day 90?\n"
     )
-    report = (
+    assert dataset.report(i) == (
         "Death or too sick for transplant: yes. History: only bilirubin 3.2 at day 0, first MELD "
         "22 at day 0 and last MELD 25 at day 30 rising, last status inactive at day 30, after 2 "
         "observations."
     )
-    assert dataset.report(i) == report
-    score = dataset.score_report(i, report)
-    assert (score.verdict, score.parses, score.stated, score.true) == (1, True, 8, 8)
-    wrong = report.replace("yes", "no").replace("MELD 25", "MELD 26").replace("rising", "level")
-    score = dataset.score_report(i, wrong.replace("inactive", "active"))
-    assert (score.verdict, score.parses, score.stated, score.true) == (0, True, 8, 7)
-    assert not dataset.score_report(i, "I cannot tell.").parses
 
 
 def test_computed_prompts_hold_first_values_and_the_number_of_observations(told: Any) -> None:

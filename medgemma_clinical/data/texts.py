@@ -1,4 +1,4 @@
-"""Numbers and clauses of the texts that a language model reads and writes."""
+"""Texts that a language model reads and writes: prompts, and clauses of reports."""
 
 from __future__ import annotations
 
@@ -47,135 +47,98 @@ WHOLE_PROMPT = PromptOptions()
 """The default: context and all series, nothing computed."""
 
 
-VALUE, TIME, START, END = "value", "time", "start", "end"
-"""Kinds of numbers: a value, the time of the value before it, and such a time that begins, or ends,
-the trend of a series."""
-
-
 @dataclass(frozen=True)
 class Number:
-    """A number within a clause of a report; its truth is checked.
-
-    Attributes:
-        text: as it is written.
-        kind: ``VALUE``, ``TIME``, ``START``, ``END``, or empty for any other number.
-        series: whose value or time the number is; empty for any other number.
-    """
+    """A number within a clause of a report."""
 
     text: str
-    kind: str = ""
-    series: str = ""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A word within a clause of a report whose place another word of ``among`` may take.
-
-    Attributes:
-        text: the word.
-        among: all words that may stand here.
-        trend: series whose trend the word states; empty for any other word.
-    """
+    """A word of ``among`` within a clause of a report; ``trend``: the direction of a series."""
 
     text: str
     among: tuple[str, ...]
-    trend: str = ""
+    trend: bool = False
 
 
-Clause = Sequence[str | Number | Choice]
-"""One statement of a report: fixed words, numbers and chosen words in their order."""
+Part = str | Number | Choice
+"""Fixed words, a number or a chosen word of a clause."""
 
 
-def direction(change: float, trend: str = "") -> Choice:
-    """Return the word for a change of a value: level, rising or falling.
+@dataclass(frozen=True)
+class Clause:
+    """One statement of a report.
 
-    Args:
-        change: of the value.
-        trend: the series, if time has passed.
+    Attributes:
+        joint: what separates it from the statement before: ``". "`` or ``", "``.
+        label: what it is about, a colon follows; empty for the label of the clause before.
+        parts: its words and numbers in their order.
     """
-    return Choice(DIRECTIONS[int(np.sign(change))], DIRECTIONS, trend)
+
+    joint: str
+    label: str
+    parts: Sequence[Part]
+
+    @property
+    def text(self) -> str:
+        """The clause as it stands in a report."""
+        label = f"{self.label}: " if self.label else ""
+        parts = (part if isinstance(part, str) else part.text for part in self.parts)
+        return "".join([self.joint, label, *parts])
 
 
-def observation(series: str, value: float, at: str, time: float, kind: str) -> list[str | Number]:
-    """Return a value, the words ``at``, and its time of a kind such as ``START``."""
-    return [Number(plain(value), VALUE, series), at, Number(plain(time), kind, series)]
+def direction(times: NDArray[np.float64], values: NDArray[np.float64]) -> Choice:
+    """Return level, rising or falling by first and last value; a trend if time has passed."""
+    word = DIRECTIONS[int(np.sign(values[-1] - values[0]))]
+    return Choice(word, DIRECTIONS, bool(times[-1] > times[0]))
 
 
-def clause_text(clause: Clause) -> str:
-    """Return a clause as it stands in a report."""
-    return "".join(part if isinstance(part, str) else part.text for part in clause)
+def observation(value: float, at: str, time: float) -> list[Part]:
+    """Return a value, the words ``at``, and its time."""
+    return [Number(plain(value)), at, Number(plain(time))]
 
 
-def clause_pattern(clause: Clause, *, words: bool = False) -> str:
-    """Return a regular expression for a clause with any numbers and any chosen words.
-
-    Numbers are groups, and so are the words if ``words``.
-    """
-    pattern = ""
-    for part in clause:
-        if isinstance(part, Number):
-            pattern += f"({NUMBER})"
-        elif isinstance(part, Choice):
-            pattern += f"({'' if words else '?:'}{'|'.join(map(re.escape, part.among))})"
-        else:
-            pattern += re.escape(part)
-    return pattern
-
-
-def main_clauses(
+def full_clauses(
     name: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
 ) -> list[Clause]:
-    """Return the main series in full: first, last, lowest, highest."""
-    low, high = int(values.argmin()), int(values.argmax())
-    places = {
-        f"{name}: first ": (0, START),
-        ", last ": (-1, END),
-        ", lowest ": (low, TIME),
-        ", highest ": (high, TIME),
-    }
-    at = f"{with_space(unit)} at "
-    return [
-        [words, *observation(name, values[k], at, times[k], kind), " h"]
-        for words, (k, kind) in places.items()
-    ]
-
-
-def change_clause(
-    name: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
-) -> list[str | Number | Choice]:
-    """Return net change, rate (one significant figure) and direction of a series."""
-    change, span = values[-1] - values[0], times[-1] - times[0]
+    """Return first, last, lowest and highest value; then net change, rate and direction."""
     unit = with_space(unit)
-    net = Number(plain(round(change, 6)))
-    if span <= 0:  # within no time there is no rate
-        return ["Net change ", net, f"{unit}: ", direction(change)]
-    rate = Number(plain(float(f"{change / span:.1g}")))
-    return ["Net change ", net, f"{unit}, ", rate, f"{unit} an hour: ", direction(change, name)]
+    index = {"first": 0, "last": -1}
+    index |= {"lowest": int(values.argmin()), "highest": int(values.argmax())}
+    clauses = [
+        Clause(", ", "", [f"{word} ", *observation(values[k], f"{unit} at ", times[k]), " h"])
+        for word, k in index.items()
+    ]
+    clauses[0] = Clause(". ", name, clauses[0].parts)
+    change, span = values[-1] - values[0], times[-1] - times[0]
+    net: list[Part] = ["Net change ", Number(plain(round(change, 6))), unit]
+    if span > 0:  # within no time there is no rate
+        net += [", ", Number(plain(float(f"{change / span:.1g}"))), f"{unit} an hour"]
+    return [*clauses, Clause(". ", "", [*net, ": ", direction(times, values)])]
 
 
-def short_clause(
+def short_clauses(
     name: str, unit: str, times: NDArray[np.float64], values: NDArray[np.float64]
-) -> Clause:
-    """Return first value, last value and direction of a series."""
+) -> list[Clause]:
+    """Return first value, last value and direction."""
     at = f"{with_space(unit)} at "
-    first: Clause = observation(name, values[0], at, times[0], START)
-    last: Clause = observation(name, values[-1], at, times[-1], END)
-    if len(values) == 1:
-        return [f"{name}: only ", *first, " h"]
-    word = direction(values[-1] - values[0], name if times[-1] > times[0] else "")
-    return [f"{name}: from ", *first, " h to ", *last, " h, ", word]
+    first, last = (observation(values[k], at, times[k]) for k in (0, -1))
+    parts: list[Part] = ["only ", *first, " h"]
+    if len(values) > 1:
+        parts = ["from ", *first, " h to ", *last, " h, ", direction(times, values)]
+    return [Clause(". ", name, parts)]
 
 
-def computed_sentences(
-    unit: str, times: NDArray[np.float64], values: NDArray[np.float64], *, main: bool
-) -> list[str]:
-    """Return what a report computes from a series, in its words, as sentences of a prompt."""
-    if not main:
-        one = len(values) == 1
-        return ["only one value. " if one else f"{direction(values[-1] - values[0]).text}. "]
-    extremes = "".join(map(clause_text, main_clauses("", unit, times, values)[2:]))
-    change = clause_text(change_clause("", unit, times, values))
-    return [f"{extremes.removeprefix(', ')}. ", f"{change}. "]
+def computed_text(
+    unit: str, times: NDArray[np.float64], values: NDArray[np.float64], *, full: bool
+) -> str:
+    """Return what ``full_clauses``, or else ``short_clauses``, compute, for a prompt."""
+    if full:
+        clauses = full_clauses("", unit, times, values)[2:]
+        return "".join(clause.text for clause in clauses).removeprefix(", ") + ". "
+    return f"{direction(times, values).text if len(values) > 1 else 'only one value'}. "
 
 
 def is_formula(cell: str) -> bool:

@@ -26,12 +26,6 @@ from medgemma_clinical.data.facts import (
     unusable_facts,
 )
 from medgemma_clinical.data.ragged import RaggedSeries
-from medgemma_clinical.data.reports.score import (
-    ReportScore,
-    find_statements,
-    score_report,
-    written_parts,
-)
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.splits import draw_split, given_split
@@ -40,7 +34,6 @@ from medgemma_clinical.data.texts import (
     Clause,
     PromptOptions,
     Reference,
-    clause_text,
     plain,
     with_space,
 )
@@ -138,11 +131,7 @@ class TrajectoryDataset(RaggedSeries):
         raise NotImplementedError
 
     def report_clauses(self, i: int) -> list[Clause]:
-        """Return the statements of a report behind its verdict; joined they are its text.
-
-        The words at the beginning of a clause that a colon ends are the label under which it and
-        the clauses behind it are sought in a written report, see ``reports.score``.
-        """
+        """Return the statements of a report behind its verdict, the first of them with a label."""
         raise NotImplementedError
 
     @classmethod
@@ -287,18 +276,8 @@ class TrajectoryDataset(RaggedSeries):
         if np.isnan(self.labels[i]):
             raise ValueError(f"series {i} has no label, so there is no report to learn")
         verdict = "yes" if self.labels[i] == 1 else "no"
-        findings = "".join(map(clause_text, self.report_clauses(i)))
-        return f"{self.outcome}: {verdict}. {findings}."
-
-    def score_report(self, i: int, text: str) -> ReportScore:
-        """Compare a written report with the numbers of series ``i``, each in its place."""
-        clauses, names = self.report_clauses(i), self.report_names()
-        written = written_parts(clauses, find_statements(text, clauses, names))
-        return score_report(text, self.outcome, clauses, names, written)
-
-    def report_names(self) -> list[str]:
-        """Return outcome, series and units: digits and points within them are only letters."""
-        return [self.outcome, *self.features, *self.units]
+        findings = "".join(clause.text for clause in self.report_clauses(i))
+        return f"{self.outcome}: {verdict}{findings}."
 
     def asked(self) -> dict[str, str]:
         """Return in words what is predicted, when, and from what."""

@@ -19,7 +19,6 @@ AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accura
 REPORT_COUNTS = {
     "reports": ("parse_share", "inventing_share", "right_trend_share"),
     "numbers_stated": ("true_number_share",),
-    "abnormal_values": ("abnormal_named_share", "abnormal_nameable_share"),
     "invented": (),
 }
 """Counts of written reports, and the shares of each."""

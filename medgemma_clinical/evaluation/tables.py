@@ -159,9 +159,8 @@ def written_table(reports: Mapping[str, Any] | None) -> pd.DataFrame | None:
     lines = []
     for name, (title, meaning) in WRITTEN.items():
         known = reports[name]
-        if reports["abnormal_values"] or "abnormal" not in name:
-            text = json_text(known, ".1f", 100) if isinstance(known, dict) else count_text(known)
-            lines.append((title, text, meaning))
+        text = json_text(known, ".1f", 100) if isinstance(known, dict) else count_text(known)
+        lines.append((title, text, meaning))
     return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 
 
@@ -175,5 +174,5 @@ def written_sentence(reports: Mapping[str, Any] | None) -> str:
     expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
     return (
         f"Of {count_text(reports['reports'])} written reports {expected} % have the expected form, "
-        f"and {inventing} % state something that their row does not hold."
+        f"and {inventing} % state a number that their row does not hold."
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.reports.review import ReportReview, review_report
+from medgemma_clinical.data.report_review import ReportReview, review_report
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
@@ -21,11 +21,8 @@ WRITTEN = {
     "parse_share": ("Expected form (%)", "of the reports, those of the form of the true ones"),
     "numbers_stated": ("Numbers stated", "in all reports"),
     "true_number_share": ("True numbers (%)", "of these, as in the true report"),
-    "abnormal_values": ("Abnormal values", "extremes of a series outside of its reference range"),
-    "abnormal_named_share": ("Abnormal named (%)", "of these, stated with their time"),
-    "abnormal_nameable_share": ("Abnormal nameable (%)", "of these, stated by the true reports"),
-    "right_trend_share": ("Trends right (%)", "direction, with the times of first and last value"),
-    "invented": ("Inventions", "numbers and statements that the row does not hold"),
+    "right_trend_share": ("Trends right (%)", "of the series over time, their direction"),
+    "invented": ("Invented numbers", "neither in the row nor in the true report"),
     "inventing_share": ("Reports with inventions (%)", "of the reports"),
 }
 """Name and meaning of each metric."""
@@ -46,12 +43,9 @@ def score_reports(
             "id": str(dataset.ids[i]),
             "text": texts[i],
             "target": dataset.report(i),
-            "verdict": review.score.verdict,
             "probability": float(probability),
-            "parses": review.score.parses,
         }
-        names = ("abnormal", "named", "trends", "right_trends", "invented")
-        lines.append({**line, **{name: getattr(review, name) for name in names}})
+        lines.append(line | asdict(review))
     groups = dataset.groups[predictions.rows]
     return lines, report_metrics(reviews, predictions.labels, groups, seed)
 
@@ -65,15 +59,12 @@ def report_metrics(
     """
 
     def column(name: str) -> Array:
-        return np.array([attrgetter(name)(review) for review in reviews], dtype=np.float64)
+        return np.array([getattr(review, name) for review in reviews], dtype=np.float64)
 
-    reports, stated, invented = np.ones(len(reviews)), column("score.stated"), column("invented")
-    abnormal = column("abnormal")
+    reports, stated, invented = np.ones(len(reviews)), column("stated"), column("invented")
     ratios = {
-        "parse_share": (column("score.parses"), reports),
-        "true_number_share": (column("score.true"), stated),
-        "abnormal_named_share": (column("named"), abnormal),
-        "abnormal_nameable_share": (column("nameable"), abnormal),
+        "parse_share": (column("parses"), reports),
+        "true_number_share": (column("true"), stated),
         "right_trend_share": (column("right_trends"), column("trends")),
         "inventing_share": ((invented > 0).astype(np.float64), reports),
     }
@@ -87,7 +78,6 @@ def report_metrics(
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
-        "abnormal_values": int(abnormal.sum()),
         "invented": int(invented.sum()),
         **{str(name): dict(share) for name, share in known.where(known.notna(), None).iterrows()},
     }

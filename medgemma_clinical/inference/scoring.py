@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.report_review import review_report
 from medgemma_clinical.data.scoring import Findings, ScoringRows, count_unknown_facts
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
@@ -186,7 +187,8 @@ def prediction_table(
     table.insert(0, "id", rows.ids)
     table["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
     if writes:
-        parses = [scored.dataset.score_report(i, x).parses for i, x in enumerate(columns["report"])]
+        texts = enumerate(columns["report"])
+        parses = [review_report(scored.dataset, i, text).parses for i, text in texts]
         table.loc[scored.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
         findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
     return table, scored

@@ -111,11 +111,11 @@ class MarginWriter(LLMWriter):
 def caption(dataset: TrajectoryDataset, i: int) -> str:
     """Return what the projection learns to say of a patient's series."""
     clauses = []
-    for feature, _, values in dataset.measured(i):
+    for feature, times, values in dataset.measured(i):
         figures = {"first": values[0], "last": values[-1]}
         figures |= {"lowest": values.min(), "highest": values.max()}
         stated = ", ".join(f"{word} {plain(value)}" for word, value in figures.items())
-        trend = direction(values[-1] - values[0]).text
+        trend = direction(times, values).text
         clauses.append(f"{dataset.features[feature]} {stated}, {trend}")
     return "; ".join(clauses)
 

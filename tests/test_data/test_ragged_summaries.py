@@ -16,7 +16,7 @@ from medgemma_clinical.data.case_mix import AGE
 from medgemma_clinical.data.dka.description import SERIES_COLUMN
 from medgemma_clinical.data.dka.series_cells import CELL, DATE, UNIT
 from medgemma_clinical.data.facts import CONTEXT_NUMBER
-from medgemma_clinical.data.reports.score import STATED
+from medgemma_clinical.data.report_review import STATED
 from medgemma_clinical.data.srtr.decode import BEHIND
 from trajectories import LABEL, SERIES, dataset_of, one_series
 

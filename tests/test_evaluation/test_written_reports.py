@@ -3,12 +3,9 @@
 import json
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from dataset_format import Description, MIMICtrajectoryDataset
-from medgemma_clinical.data.reports.review import ReportReview
-from medgemma_clinical.data.reports.score import ReportScore
+from medgemma_clinical.data.report_review import ReportReview
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.written_reports import report_metrics, score_reports
 from trajectories import dataset_of
@@ -40,22 +37,18 @@ def test_each_report_is_compared_with_its_patient():
     assert 0.5 < metrics["parse_share"]["value"] < 1  # one observation has no rate: another form
 
 
-@pytest.mark.parametrize("abnormal", [0, 10, 40])
-def test_abnormal_values_and_trends_are_counted(abnormal):
-    cells = ["40 (0h) -> 20 (5h)" if k < abnormal else "20 (0h)" for k in range(40)]
-    table = pd.DataFrame({"clinical_trajectory": cells, "label_escalation": np.arange(40) % 2})
-    dataset = MIMICtrajectoryDataset(table, description=Description(reference=(None, 30.0)))
-    _, metrics = scored(dataset)
-    assert metrics["abnormal_values"] == abnormal
-    for name in ("abnormal_named_share", "abnormal_nameable_share", "right_trend_share"):
-        assert metrics[name]["value"] == (1 if abnormal else None)
-        assert (metrics[name]["low"] is None) == (abnormal == 0)
+@pytest.mark.parametrize("over_time", [0, 10, 40])
+def test_trends_are_counted_where_time_passes(over_time):
+    series = ["40 (0h) -> 20 (5h)" if k < over_time else "20 (0h)" for k in range(40)]
+    share = scored(dataset_of(series))[1]["right_trend_share"]
+    assert share["value"] == (1 if over_time else None)
+    assert (share["low"] is None) == (over_time == 0)
 
 
-def test_inventions_are_counted_and_the_reports_that_hold_one():
+def test_invented_numbers_are_counted_and_the_reports_that_hold_one():
     dataset = dataset_of(["24 (0h)"] * 4)
     texts = {k: dataset.report(k) for k in range(4)}
-    texts[1] += " The patient smokes. The patient drinks."
+    texts[1] += " The lactate was 4.1 at 3 h."
     lines, metrics = scored(dataset, texts)
     assert [line["invented"] for line in lines] == [0, 0, 2, 0]
     assert (metrics["invented"], metrics["inventing_share"]["value"]) == (2, 0.25)
@@ -66,8 +59,7 @@ def test_shares_have_intervals_by_patient():
     stated = rng.integers(5, 20, 60)
     true, labels, groups = rng.binomial(stated, 0.7), np.arange(60) % 2, np.arange(60)
     numbers = zip(stated.tolist(), true.tolist(), strict=True)
-    scores = [ReportScore(1, True, n, k) for n, k in numbers]
-    reviews = [ReportReview(score, score.stated, 0, 0, 0, 0, 0, 0) for score in scores]
+    reviews = [ReportReview(1, True, n, k, 0, 0, 0) for n, k in numbers]
     metrics = report_metrics(reviews, labels, groups, seed=0)
     share = metrics["true_number_share"]
     assert share["value"] == true.sum() / stated.sum()

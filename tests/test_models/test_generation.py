@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from language_models import body_inputs, classifier_and_writer, disturb_adapter, plain_sequence
+from medgemma_clinical.data.report_review import review_report
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.generation import write_reports
 
@@ -90,7 +91,7 @@ def test_write_reports__go_on_behind_the_verdicts_and_in_halves_without_memory(p
     assert sorted(whole) == [0, 1, 2, 3, 5, 7, 11, 12]
     for i, text in whole.items():
         assert text.startswith(f"{dataset.outcome}: {'yes' if VERDICTS[i] else 'no'}.")
-        assert dataset.score_report(i, text).verdict == VERDICTS[i]
+        assert review_report(dataset, i, text).verdict == VERDICTS[i]
         assert write_reports(model, collate, [[i]], VERDICTS, 5) == {i: text}
 
     def fits(batch, *more):

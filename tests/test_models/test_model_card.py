@@ -47,8 +47,8 @@ def stage1_config(**more):
 def finished():
     """What a finished stage 3 on MedGemma says."""
     config = llm_config(classifier_and_writer().writer, "generative", DATA)
-    reports = {"reports": 40, "numbers_stated": 1200, "abnormal_values": 60, "invented": 12}
-    shares = ("parse", "true_number", "abnormal_named", "abnormal_nameable", "right_trend")
+    reports = {"reports": 40, "numbers_stated": 1200, "invented": 12}
+    shares = ("parse", "true_number", "right_trend")
     reports |= {f"{name}_share": metric(0.5) for name in shares}
     more = {"base_model": "google/medgemma-4b-pt", "decision": {"threshold": 0.31412}, **HUB}
     more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
@@ -131,7 +131,7 @@ def test_a_card_says_what_a_reader_must_know(finished):
         *("640 rows of 600 patients, 25.0 %", "60 rows of 60 patients, with the event: 20"),
         "| This model | 0.700 [0.600, 0.800] | 0.400 [0.300, 0.500] | 0.100 [0.000, 0.200] |",
         *("| `last value` | 0.700 [0.600, 0.800] |", "slope 0.900 [0.800, 1.000]", "0.3141"),
-        *("50.0 [40.0, 60.0] % of the expected form", "30.0 [20.0, 40.0] % state something"),
+        *("50.0 [40.0, 60.0] % of the expected form", "30.0 [20.0, 40.0] % state a number"),
     ):
         assert text in card, text
 

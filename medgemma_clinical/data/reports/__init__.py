@@ -1,1 +1,0 @@
-"""What written reports are judged by."""
