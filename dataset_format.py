@@ -22,7 +22,6 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -33,15 +32,14 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
     SHOW_VALUES,
+    Help,
     Parser,
-    add_flags,
+    Repeated,
     names,
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
-from medgemma_clinical.data.database.flags import TableRequest
-from medgemma_clinical.data.database.output import Made, make_file
 from medgemma_clinical.data.dka.columns import (
     COLUMNS,
     check_header,
@@ -72,8 +70,16 @@ from medgemma_clinical.data.dka.series_cells import (
     join_series,
     rows_out_of_order,
 )
+from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.mimic.extraction import extract
-from medgemma_clinical.data.mimic.request import Extraction
+from medgemma_clinical.data.mimic.request import (
+    COHORTS,
+    DISCHARGED,
+    GAP_ITEM,
+    GAPS,
+    OUTCOMES,
+    Extraction,
+)
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.sources import long_table, meds
 from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
@@ -439,43 +445,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
 # --------------------------------------------------------------------------- commands
 
-
-@dataclass(frozen=True)
-class Source:
-    """A command that makes a DKA file from tables.
-
-    Attributes:
-        help: what it makes, in a line.
-        request: its flags, as fields.
-        make: returns the rows and their description.
-        list_codes: prints what the tables hold, where the flag ``--list_codes`` asks for that.
-    """
-
-    help: str
-    request: type[TableRequest]
-    make: Callable[[Any], Made]
-    list_codes: Callable[[Any], int] | None = None
-
-    def run(self, arguments: dict[str, Any]) -> int:
-        """Make the file, or print the codes."""
-        if self.list_codes and arguments["list_codes"]:
-            return self.list_codes(self.request(**arguments))
-        return make_file(self.request(**arguments), self.make)
-
-
-SOURCES = {
-    "from_mimic": Source("make a file from MIMIC-IV tables", Extraction, extract),
-    "from_meds": Source(
-        "make a file from events in MEDS form", meds.MedsRequest, meds.make_meds, meds.list_codes
-    ),
-    "from_long": Source(
-        "make a file from a table with one value a row",
-        long_table.LongRequest,
-        long_table.make_long,
-    ),
-    "from_eicu": Source("make a file from eICU tables", EicuRequest, extract_eicu),
+REQUESTS: dict[str, tuple[type[TableRequest], Callable[[Any], Any]]] = {
+    "from_mimic": (Extraction, extract),
+    "from_eicu": (EicuRequest, extract_eicu),
+    "from_meds": (meds.MedsRequest, meds.make_meds),
+    "from_long": (long_table.LongRequest, long_table.make_long),
 }
-"""Each source of tables is a module of its own and a line here."""
+"""The request of each command that makes a DKA file from tables, and what makes its rows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -486,7 +462,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "check":
             shown = arguments.pop("show_values")
             return run_command(lambda: check(**arguments), show_values=shown)
-        return run_command(lambda: SOURCES[command].run(arguments))
+        return run_command(lambda: make(command, arguments))
+
+
+def make(command: str, arguments: dict[str, Any]) -> int:
+    """Make a DKA file from tables, or list the codes of events."""
+    if arguments.pop("list_codes", False):
+        limits = {name: arguments[name] for name in ("meds_dir", "memory_limit", "threads")}
+        return meds.list_codes(**limits)
+    for name in ("out", "labels", "series") if command == "from_meds" else ():
+        if not arguments[name]:
+            raise InputError(f"--{name}: is needed; --list_codes shows what can be a series")
+    request, make_rows = REQUESTS[command]
+    return make_file(request(**arguments), make_rows)
 
 
 def build_parser() -> Parser:
@@ -497,18 +485,112 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "check", help="validate a file and print its summary", allow_abbrev=False
-    ).add_argument
+
+    def command(name: str, about: str) -> Callable[..., Any]:
+        return commands.add_parser(
+            name, help=about, allow_abbrev=False, formatter_class=Help
+        ).add_argument
+
+    add = command("check", "validate a file and print its summary")
     add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
     add("--series", type=names, metavar="NAME,NAME", help="read these series only")
     add("--max_len", type=int, help="most recent observations kept of a row")
     add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
     add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
     add("--show_values", action="store_true", help=SHOW_VALUES)
-    for name, source in SOURCES.items():
-        add_flags(commands.add_parser(name, help=source.help, allow_abbrev=False), source.request)
+
+    add = command("from_mimic", "make a file from MIMIC-IV tables")
+    add_path(add, "--mimic_dir", "folder of MIMIC-IV with hosp/ and icu/")
+    add_output_flags(add)
+    add_cohort_flags(add)
+    add("--item", default=str(GAP_ITEM), help="itemid of the series, or its name in d_labitems")
+
+    add = command("from_eicu", "make a file from eICU tables")
+    add_path(add, "--eicu_dir", "folder of eICU with patient, admissionDx and lab")
+    add_output_flags(add)
+    add_cohort_flags(add)
+
+    add = command("from_meds", "make a file from events in MEDS form")
+    add_path(add, "--meds_dir", "folder of MEDS with data/ and metadata/")
+    labels = "labels in MEDS form, as ACES writes them: Parquet file, or folder of such files"
+    add_path(add, "--labels", labels, required=False)
+    add_output_flags(add, required=False)
+    add_event_flags(add)
+    fact = "'NAME [unit]=CODE', repeatable; a fact of the context"
+    add("--context", action=Repeated, default=(), help=fact)
+    no_splits = "leave the split to the trainer; ignore metadata/subject_splits.parquet"
+    add("--no_splits", action="store_true", help=no_splits)
+    add("--list_codes", action="store_true", help="print all codes with counts, make no file")
+
+    add = command("from_long", "make a file from a table with one value a row")
+    add_path(add, "--table", "table with one value a row: CSV, CSV in gzip or Parquet")
+    labels = "table with subject_id, prediction_time and label: CSV, CSV in gzip or Parquet"
+    add_path(add, "--labels", labels)
+    add_output_flags(add)
+    add_event_flags(add)
+    columns = "columns with other names: subject_id=patient,time=drawn"
+    add("--columns", type=name_tuple, default=(), help=columns)
+    units = tuple(MICROSECONDS)
+    add("--time_unit", choices=units, default="", help="unit of times that are numbers")
+    equal = "values of a series at one time: all of them, the one stored last, or their mean"
+    add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
+    factor = "'ITEM:UNIT=NUMBER', repeatable; multiplies the values of ITEM in UNIT"
+    add("--factor", action=Repeated, default=(), help=factor)
     return parser
+
+
+def name_tuple(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list of names."""
+    return tuple(names(text))
+
+
+def add_path(add: Callable[..., Any], name: str, about: str, *, required: bool = True) -> None:
+    """Add a flag for a file or folder."""
+    add(name, type=Path, required=required, metavar="PATH", help=about)
+
+
+def add_output_flags(add: Callable[..., Any], *, required: bool = True) -> None:
+    """Add what every command has that makes a DKA file."""
+    out = "CSV to write; a JSON description comes beside it"
+    add_path(add, "--out", out, required=required)
+    limit = "memory for tables; the rest goes to a private folder"
+    add("--memory_limit", default="400MB", metavar="SIZE", help=limit)
+    threads = "threads that read, at most the cores; 0 for all cores"
+    add("--threads", type=int, default=0, metavar="NUMBER", help=threads)
+
+
+def add_cohort_flags(add: Callable[..., Any]) -> None:
+    """Add what chooses the cohort of a hospital."""
+    add("--cohort", choices=tuple(COHORTS), default="dka", help="admissions to take")
+    series = "series by name, between commas, the first gives the prediction time; or all"
+    add("--series", type=name_tuple, default=(), metavar="NAME,NAME", help=series)
+    hours: dict[str, Any] = {"type": float, "metavar": "HOURS"}
+    add("--window_hours", **hours, default=12.0, help="from the first value to the prediction time")
+    add("--horizon_hours", **hours, default=72.0, help="hours looked ahead from then on")
+    fewest = "values of the first series within the window, at least"
+    add("--min_observations", type=int, default=2, metavar="NUMBER", help=fewest)
+    outcome = f"escalation, or some of {','.join(OUTCOMES)}"
+    add("--outcome", type=name_tuple, default="escalation", metavar="NAME,NAME", help=outcome)
+    discharged = "whether a discharge alive within the horizon is no event, or leaves the row out"
+    add("--discharged", choices=tuple(DISCHARGED), default="not_escalated", help=discharged)
+    gap = "anion gap from Na, Cl, HCO3: always, where none is reported, or never"
+    gaps: dict[str, Any] = {"nargs": "?", "const": "missing", "choices": tuple(GAPS)}
+    add("--compute_gap", **gaps, default="always", help=gap)
+
+
+def add_event_flags(add: Callable[..., Any]) -> None:
+    """Add what makes rows of labels and events."""
+    series = "'NAME [unit]=CODE', repeatable; the first one is the main series"
+    add("--series", action=Repeated, default=(), help=series)
+    window = "length of the window before the prediction time, in hours"
+    add("--window_hours", type=float, default=24.0, metavar="HOURS", help=window)
+    zero = "zero of the hours: opening of the window, or first observation of the row"
+    add("--hours_from", choices=("window", "first"), default="window", help=zero)
+    fewest = "fewest values of the main series in the window"
+    add("--min_observations", type=int, default=1, metavar="NUMBER", help=fewest)
+    add("--outcome", default="Event", help="meaning of label 1, in a word or two")
+    question = "question about a patient; without it one is made of --outcome"
+    add("--question", default="", help=question)
 
 
 def check(file: Path, **reading: Any) -> int:

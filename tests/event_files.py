@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.sources.long_table import LongRequest, make_long
-from medgemma_clinical.data.sources.meds import MedsRequest, make_meds
+from dataset_format import REQUESTS
+from medgemma_clinical.data.sources.long_table import LongRequest
+from table_requests import make_rows, table_request
 
 MEDS_DEMO = Path(__file__).parent / "data" / "mimic_iv_demo_meds"
 EPOCH = pd.Timestamp("2150-01-01")
@@ -109,7 +110,7 @@ def write_table(table: pd.DataFrame, path: Path) -> Path:
 def meds(folder: Path, series: Sequence[str] = (GAP_SERIES,), **flags: Any) -> pd.DataFrame:
     """Rows of ``make_meds``."""
     flags = {"labels": folder / "task", "out": folder / "out.csv", **flags}
-    return make_meds(MedsRequest(meds_dir=folder, series=tuple(series), **flags))[0]
+    return make_rows("from_meds", meds_dir=folder, series=tuple(series), **flags)[0]
 
 
 def long_request(
@@ -122,11 +123,11 @@ def long_request(
     write_table(labels, folder / "labels.csv")
     place = write_table(table, folder / "table.csv")
     request = {"table": place, "labels": folder / "labels.csv", "out": folder / "out.csv"}
-    return LongRequest(**{**request, **flags})
+    return table_request("from_long", **{**request, **flags})
 
 
 def long(
     mini: Mini | pd.DataFrame, folder: Path, labels: pd.DataFrame | None = None, **flags: Any
 ) -> pd.DataFrame:
     """Rows of ``make_long``."""
-    return make_long(long_request(mini, folder, labels, **flags))[0]
+    return REQUESTS["from_long"][1](long_request(mini, folder, labels, **flags))[0]

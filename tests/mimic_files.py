@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.mimic.extraction import extract
-from medgemma_clinical.data.mimic.request import OUTCOMES, REPORTED, Extraction
+from medgemma_clinical.data.mimic.request import OUTCOMES, REPORTED
+from table_requests import make_rows
 
 DEMO = Path(__file__).parent / "data" / "mimic_iv_demo"
 EPOCH = pd.Timestamp("2150-01-01")
@@ -269,7 +269,7 @@ def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request:
         "out": folder.parent / "unused.csv",
         **request,
     }
-    rows, description = extract(Extraction(mimic_dir=folder, outcome=tuple(outcome), **wanted))
+    rows, description = make_rows("from_mimic", mimic_dir=folder, outcome=tuple(outcome), **wanted)
     return Extracted(rows.set_index("hadm_id"), description)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import math
 import os
@@ -13,9 +12,8 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn
 
-from medgemma_clinical.data.database.flags import TableRequest
 from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
 
 logger = logging.getLogger(__name__)
@@ -25,15 +23,12 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 SHOW_VALUES = "an error about a cell shows what the cell holds"
 MIN_CELL = "report.html shows no counts below it (0 = all)"
 
-METAVARS = {Path: "PATH", float: "NUMBER", int: "NUMBER"}
-"""Values of flags in ``--help``, by type; others have the name of their flag."""
-
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that names a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or action.default is False
+        hidden = action.default is False or action.default in (None, (), "", argparse.SUPPRESS)
         return action.help if hidden else super()._get_help_string(action)
 
 
@@ -107,32 +102,6 @@ class Repeated(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Add a value."""
         setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
-
-
-def add_flags(parser: argparse.ArgumentParser, request: type[TableRequest]) -> None:
-    """Add the fields of a request as flags."""
-    types = get_type_hints(request)
-    for field in dataclasses.fields(request):
-        about, kind = field.metadata, types[field.name]
-        default = None if field.default is dataclasses.MISSING else field.default
-        shown = ",".join(default) if isinstance(default, tuple) else default
-        options: dict[str, Any] = {"help": about["help"], "default": default}
-        options["required"] = field.default is dataclasses.MISSING
-        if shown not in (None, "") and shown is not False:
-            options["help"] += f" (default: {shown})"
-        if kind is bool:
-            options["action"] = "store_true"
-        elif about["separated"]:
-            options["type"] = lambda text: tuple(names(text))
-        elif about["repeated"]:
-            options["action"] = Repeated
-        else:
-            options |= {"type": kind, "metavar": METAVARS.get(kind)}
-        if about["choices"]:
-            options["metavar"] = f"{{{','.join(about['choices'])}}}"
-        if about["alone"] is not None:
-            options |= {"nargs": "?", "const": about["alone"]}
-        parser.add_argument(f"--{field.name}", **options)
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
 from medgemma_clinical.files import InputError
+from table_requests import make_rows
 
 DEMO = Path(__file__).parents[1] / "data" / "eicu_demo"
 NAMES = ("patient", "admissionDx", "lab")
@@ -96,7 +96,7 @@ def read_demo() -> Tables:
 def made(folder: Path, **request: Any) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Rows by hospital stay and their description, of the reported gap of all adults."""
     wanted = {"cohort": "all", "compute_gap": "reported", "out": folder / "o.csv", **request}
-    rows, description = extract_eicu(EicuRequest(eicu_dir=folder, **wanted))
+    rows, description = make_rows("from_eicu", eicu_dir=folder, **wanted)
     return rows.set_index("hadm_id"), description
 
 
@@ -255,9 +255,9 @@ def test_a_diagnosis_counts_from_its_entry_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "column", "content", "expected"),
     [
-        ("lab", "labresultoffset", "1.5", r"lab\.csv, line 2, column labresultoffset: not a whole"),
-        ("lab", "labresult", "high", r"lab\.csv, line 2, column labresult: not a number"),
-        ("patient", "hospitaladmitoffset", "", r"patient\.csv, line 2, column hosp.*: empty"),
+        ("lab", "labresultoffset", "1.5", r"lab\.csv, column labresultoffset: 1 cell"),
+        ("lab", "labresult", "high", r"lab\.csv, column labresult: 1 cell"),
+        ("patient", "hospitaladmitoffset", "", r"patient\.csv, column hosp.*: 1 cell"),
         ("patient", "uniquepid", None, r"patient\.csv: no column uniquepid among 10: .*eICU"),
         ("admissionDx", None, None, r"--eicu_dir .*: the table admissionDx .* is missing"),
     ],

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.database.output import write_rows
-from medgemma_clinical.data.mimic.extraction import extract
-from medgemma_clinical.data.mimic.request import Extraction
+from medgemma_clinical.data.duck import write_rows
 from medgemma_clinical.files import InputError
 from mimic_files import (
     BICARBONATE,
@@ -23,6 +21,7 @@ from mimic_files import (
     Run,
     read_tables,
 )
+from table_requests import make_rows, table_request
 
 
 def patient() -> Mini:
@@ -67,10 +66,12 @@ def test_of_both_gaps_a_series_holds_the_one_that_the_admission_uses(run: Run) -
 
 
 def test_all_series_are_read_by_the_data_set(tmp_path: Path) -> None:
-    request = Extraction(mimic_dir=DEMO, out=tmp_path / "all.csv", cohort="all", series=("all",))
-    rows, description = extract(request)
-    write_rows(rows, description, request.out)
-    dataset = MIMICtrajectoryDataset(request.out)
+    out = tmp_path / "all.csv"
+    rows, description = make_rows(
+        "from_mimic", mimic_dir=DEMO, out=out, cohort="all", series=("all",)
+    )
+    write_rows(rows, description, out)
+    dataset = MIMICtrajectoryDataset(out)
     assert len(dataset.features) == 10
     assert dataset.features[:2] == ("Anion gap without potassium", "bicarbonate")
     assert dataset.units[dataset.features.index("pH")] == ""
@@ -129,4 +130,4 @@ def test_an_unknown_series_is_refused(series: tuple[str, ...], problem: str, run
 
 def test_an_item_and_series_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--item 50882: does not go with --series"):
-        Extraction(mimic_dir=tmp_path, out=tmp_path, series=("pH",), item="50882")
+        table_request("from_mimic", mimic_dir=tmp_path, out=tmp_path, series=("pH",), item="50882")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.data.case_mix import ages_of
-from medgemma_clinical.data.database.connection import open_database
+from medgemma_clinical.data.duck import open_database
 from medgemma_clinical.data.facts import NUMBER_ENDING, facts_of
 from medgemma_clinical.data.mimic.tables import KETOACIDOSIS
 from mimic_files import (
@@ -171,7 +171,7 @@ def test_the_codes_of_ketoacidosis(tmp_path: Path) -> None:
             "icd_version": [float(version) for version in versions],
         }
     )
-    with open_database(tmp_path, "100MB", 1) as database:
+    with open_database(tmp_path / "out.csv", "100MB", 1) as database:
         database.add("codes", cells)
         kept = database.frame(f"FROM codes WHERE {KETOACIDOSIS} ORDER BY hadm_id")
     assert kept["hadm_id"].tolist() == [k for k, wanted in enumerate(inside) if wanted]

@@ -12,8 +12,9 @@ import pytest
 
 import dataset_format
 from event_files import GAP, GLUCOSE, MEDS_DEMO, Mini, long, long_request, write_table
-from medgemma_clinical.data.sources.long_table import LongRequest, make_long
+from medgemma_clinical.data.sources.long_table import make_long
 from medgemma_clinical.files import InputError
+from table_requests import make_rows, table_request
 
 DEMO = MEDS_DEMO.with_name("mimic_iv_demo")
 GAP_TITLE = f"gap={GAP}"
@@ -251,13 +252,21 @@ def test_a_number_counts_before_a_text_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "expected"),
     [
-        ("value", "<0.1", "line 3, column value: not a number: of 'below a limit' write half"),
-        ("charttime", "31.01.2150", "line 3, column charttime: not a time such as"),
-        ("charttime", "2150-01-01 12:00:00+02:00", "column charttime: a time with a zone"),
-        ("charttime", "2150-01-01T12:00:00Z", "column charttime: a time with a zone"),
+        ("value", "<0.1", "column value: 1 cell is not a number: of 'below a limit' write half"),
+        ("charttime", "31.01.2150", "column charttime: 1 cell is empty or not a time such as"),
+        (
+            "charttime",
+            "2150-01-01 12:00:00+02:00",
+            "column charttime: 1 cell is empty or not a time such as",
+        ),
+        (
+            "charttime",
+            "2150-01-01T12:00:00Z",
+            "column charttime: 1 cell is empty or not a time such as",
+        ),
         ("charttime", "720", "write the local time of one zone, or give --time_unit for numbers"),
-        ("charttime", "", "line 3, column charttime: empty: fill the cell"),
-        ("subject_id", "", "line 3, column subject_id: empty: fill the cell"),
+        ("charttime", "", "column charttime: 1 cell is empty or not a time"),
+        ("subject_id", "", "column subject_id: 1 cell is empty"),
     ],
 )
 def test_a_wrong_cell_is_named_by_its_place_and_not_shown(
@@ -277,7 +286,7 @@ def test_an_empty_value_is_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_a_wrong_label_is_named(tmp_path: Path) -> None:
     labels = simple().label_table("label", "Int64").assign(label=[1, 2])
-    with pytest.raises(InputError, match=r"labels.csv, line 3, column label: neither 0 nor 1"):
+    with pytest.raises(InputError, match=r"labels.csv, column label: 1 cell is neither 0 nor 1"):
         long(simple().long(), tmp_path, labels)
 
 
@@ -298,7 +307,7 @@ def test_a_time_that_is_no_finite_number_is_refused(tmp_path: Path) -> None:
     table, labels = simple().long(stored=False), simple().label_table("label", "Int64")
     table["charttime"], labels["prediction_time"] = ["1", "nan", "3"], 4
     with pytest.raises(
-        InputError, match="line 3, column charttime: a time that is not a finite number"
+        InputError, match="column charttime: 1 cell is empty or not a finite number"
     ):
         long(table, tmp_path, labels, time_unit="hours")
 
@@ -311,7 +320,8 @@ def test_csv_gzip_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     table["value"] = (table["value"] / 3).astype("float32")
     made = []
     for form in ("csv", "csv.gz", "parquet"):
-        request = LongRequest(
+        request = table_request(
+            "from_long",
             table=write_table(table, tmp_path / f"table.{form}"),
             labels=write_table(labels, tmp_path / f"labels.{form}"),
             out=tmp_path / "out.csv",
@@ -331,24 +341,25 @@ def test_a_damaged_table_is_one_line_and_nothing_is_written(
     words = ["--table", str(table), "--labels", str(labels), "--out", str(tmp_path / "out.csv")]
     assert dataset_format.main(["from_long", *words]) == 2
     assert "not a whole gzip file" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"table.csv.gz", "labels.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("table.csv.gz", "labels.csv", ".out.csv.lock")
+    }
 
 
 def test_the_demo_gives_the_trajectories_of_from_mimic(tmp_path: Path) -> None:
-    extraction = pytest.importorskip("medgemma_clinical.data.mimic.extraction")
-    expected, _ = extraction.extract(
-        extraction.Extraction(
-            mimic_dir=DEMO,
-            out=tmp_path / "mimic.csv",
-            cohort="all",
-            outcome=("death",),
-            compute_gap="reported",
-            window_hours=12,
-        )
+    expected, _ = make_rows(
+        "from_mimic",
+        mimic_dir=DEMO,
+        out=tmp_path / "mimic.csv",
+        cohort="all",
+        outcome=("death",),
+        compute_gap="reported",
+        window_hours=12,
     )
     labels = pd.read_parquet(MEDS_DEMO / "labels" / "hospital_mortality")
     labels = labels.rename(columns={"boolean_value": "label"})
-    request = LongRequest(
+    request = table_request(
+        "from_long",
         table=DEMO / "hosp" / "labevents.csv.gz",
         labels=write_table(labels, tmp_path / "labels.csv"),
         out=tmp_path / "out.csv",

@@ -12,8 +12,8 @@ import pytest
 
 import dataset_format
 from event_files import EPOCH, GAP, GAP_SERIES, MEDS_DEMO, Mini, meds, write_table
-from medgemma_clinical.data.sources.meds import MedsRequest, make_meds
 from medgemma_clinical.files import InputError
+from table_requests import make_rows
 
 HOURS_OF_YEAR = 8766.0
 
@@ -52,8 +52,14 @@ def test_labels_are_read_from_whichever_column_is_filled(
     [
         ({"categorical_value": ["yes", "no"]}, "names of classes"),
         ({"integer_value": [1, None]}, "fills two"),
-        ({"boolean_value": None, "integer_value": [0, 3]}, "row 1, column integer_value: neither"),
-        ({"boolean_value": None, "float_value": [0.5, 1.0]}, "row 0, column float_value: neither"),
+        (
+            {"boolean_value": None, "integer_value": [0, 3]},
+            "column integer_value: 1 cell is neither",
+        ),
+        (
+            {"boolean_value": None, "float_value": [0.5, 1.0]},
+            "column float_value: 1 cell is neither",
+        ),
     ],
 )
 def test_labels_that_are_no_answer_are_refused(
@@ -72,7 +78,7 @@ def test_a_time_with_a_zone_is_refused(tmp_path: Path) -> None:
     table = simple().label_table("boolean_value", "boolean")
     table["prediction_time"] = table["prediction_time"].dt.tz_localize("Europe/Berlin")
     table.to_parquet(folder / "task" / "deep" / "0.parquet")
-    with pytest.raises(InputError, match="row 0, column prediction_time: a time with a zone"):
+    with pytest.raises(InputError, match="column prediction_time: 2 cells are empty or not a time"):
         meds(folder)
 
 
@@ -171,10 +177,8 @@ def test_the_splits_of_meds_become_ours(tmp_path: Path) -> None:
     mini = simple().ask(3, 30, 0, "held_out").measure(3, 12, 15).ask(4, 30).measure(4, 12, 15)
     del mini.splits[4]
     folder = mini.write_meds(tmp_path / "meds")
-    request = MedsRequest(
-        meds_dir=folder, labels=folder / "task", out=folder / "out.csv", series=(GAP_SERIES,)
-    )
-    rows, description = make_meds(request)
+    paths = {"meds_dir": folder, "labels": folder / "task", "out": folder / "out.csv"}
+    rows, description = make_rows("from_meds", **paths, series=(GAP_SERIES,))
     assert rows["split"].tolist() == ["train", "val", "test"]
     removed = {rule["rule"]: rule["removed"] for rule in description["flow"]}
     assert removed["subject in no part of the split"] == 1
@@ -219,8 +223,11 @@ def test_a_damaged_shard_is_named_and_nothing_written(
     words += ["--series", GAP_SERIES, "--out", str(tmp_path / "out.csv")]
     assert dataset_format.main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"0\.parquet: not a whole Parquet file", error)
-    assert [path.name for path in tmp_path.iterdir()] == ["meds"]
+    assert re.search(r"0\.parquet: damaged", error)
+    assert sorted((path.name for path in tmp_path.iterdir()), reverse=True) == [
+        "meds",
+        ".out.csv.lock",
+    ]
 
 
 @pytest.mark.parametrize("flag", ["--out", "--labels", "--series"])
@@ -256,18 +263,17 @@ def test_codes_are_listed_by_their_number_of_events(
 
 
 def test_the_demo_gives_the_trajectories_of_from_mimic(tmp_path: Path) -> None:
-    extraction = pytest.importorskip("medgemma_clinical.data.mimic.extraction")
-    expected, _ = extraction.extract(
-        extraction.Extraction(
-            mimic_dir=MEDS_DEMO.with_name("mimic_iv_demo"),
-            out=tmp_path / "mimic.csv",
-            cohort="all",
-            outcome=("death",),
-            compute_gap="reported",
-            window_hours=12,
-        )
+    expected, _ = make_rows(
+        "from_mimic",
+        mimic_dir=MEDS_DEMO.with_name("mimic_iv_demo"),
+        out=tmp_path / "mimic.csv",
+        cohort="all",
+        outcome=("death",),
+        compute_gap="reported",
+        window_hours=12,
     )
-    request = MedsRequest(
+    rows, _ = make_rows(
+        "from_meds",
         meds_dir=MEDS_DEMO,
         labels=MEDS_DEMO / "labels" / "hospital_mortality",
         out=tmp_path / "out.csv",
@@ -275,7 +281,6 @@ def test_the_demo_gives_the_trajectories_of_from_mimic(tmp_path: Path) -> None:
         window_hours=12,
         hours_from="first",
     )
-    rows, _ = make_meds(request)
     assert len(rows) == 87
     assert triples(rows) == triples(expected)
 
@@ -290,14 +295,14 @@ def triples(rows: pd.DataFrame) -> list[tuple[str, str, int]]:
 
 
 def test_labels_of_aces_on_the_demo(tmp_path: Path) -> None:
-    request = MedsRequest(
+    rows, description = make_rows(
+        "from_meds",
         meds_dir=MEDS_DEMO,
         labels=MEDS_DEMO / "labels" / "in_icu_mortality",
         out=tmp_path / "out.csv",
         series=("anion gap [mEq/L]=LAB//50868*", "glucose [mg/dL]=LAB//50931*"),
         context=("lactate [mmol/L]=LAB//50813*",),
     )
-    rows, description = make_meds(request)
     flow = description["flow"]
     assert flow[0]["removed"] + flow[0]["left"] == 74
     assert len(rows) == flow[-1]["left"] > 60

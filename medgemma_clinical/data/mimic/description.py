@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from medgemma_clinical.data.database.output import describe_origin
+from medgemma_clinical.data.duck import describe_origin
 from medgemma_clinical.data.mimic.analytes import ItemSeries
 from medgemma_clinical.data.mimic.hospital import Hospital
 from medgemma_clinical.data.mimic.request import (

@@ -10,9 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.database.connection import Database, open_database
-from medgemma_clinical.data.database.flags import usable_cores
-from medgemma_clinical.data.database.output import Made, apply_rules
+from medgemma_clinical.data.duck import Database, apply_rules, open_database
 from medgemma_clinical.data.mimic.analytes import (
     ANALYTES,
     ANION_GAP,
@@ -37,7 +35,7 @@ logger = logging.getLogger(__name__)
 STEPS = Path(__file__).parent
 
 
-def extract(request: Extraction) -> Made:
+def extract(request: Extraction) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from MIMIC-IV.
 
     Raises:
@@ -46,7 +44,9 @@ def extract(request: Extraction) -> Made:
     return make_cohort(request, MimicTables)
 
 
-def make_cohort(request: Any, hospital: Callable[[Database, Any], Hospital]) -> Made:
+def make_cohort(
+    request: Any, hospital: Callable[[Database, Any], Hospital]
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from the tables of a hospital.
 
     Returns:
@@ -55,8 +55,7 @@ def make_cohort(request: Any, hospital: Callable[[Database, Any], Hospital]) -> 
     Raises:
         InputError: the tables cannot be read, or no admission is left.
     """
-    threads = request.threads or usable_cores()
-    with open_database(request.out.parent, request.memory_limit, threads) as database:
+    with open_database(request.out, request.memory_limit, request.threads) as database:
         return _Cohort(database, request, hospital(database, request)).make()
 
 
@@ -73,7 +72,7 @@ class _Cohort:
         """Hold what the steps need."""
         self.database, self.request, self.hospital = database, request, hospital
 
-    def make(self) -> Made:
+    def make(self) -> tuple[pd.DataFrame, dict[str, Any]]:
         """Run all steps."""
         self._set_variables()
         self.hospital.load_admissions()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from medgemma_clinical.data.database.flags import TableRequest, flag
+from medgemma_clinical.data.duck import TableRequest
 
 GAP_ITEM = 50868
 """Item of the anion gap that the laboratory reports. Source: d_labitems of MIMIC-IV."""
@@ -114,42 +114,26 @@ class CohortRequest(TableRequest):
         InputError: an impossible value, named with its flag.
     """
 
-    cohort: str = flag("admissions to take", "dka", choices=tuple(COHORTS))
-    series: tuple[str, ...] = flag(
-        "series by name, between commas, the first gives the prediction time; or all",
-        (),
-        separated=True,
-    )
-    window_hours: float = flag("from the first value to the prediction time", 12.0)
-    horizon_hours: float = flag("hours looked ahead from then on", 72.0)
-    min_observations: int = flag("values of the first series within the window, at least", 2)
-    outcome: tuple[str, ...] = flag(
-        "escalation, or some of death,icu,unresolved",
-        (ESCALATED,),
-        choices=(ESCALATED, *OUTCOMES),
-        separated=True,
-    )
-    discharged: str = flag(
-        "whether a discharge alive within the horizon is no event, or leaves the row out",
-        NOT_ESCALATED,
-        choices=tuple(DISCHARGED),
-    )
-    compute_gap: str = flag(
-        "anion gap from Na, Cl, HCO3: always, where none is reported, or never",
-        ALWAYS,
-        choices=tuple(GAPS),
-        alone=MISSING,
-    )
+    cohort: str
+    series: tuple[str, ...]
+    window_hours: float
+    horizon_hours: float
+    min_observations: int
+    outcome: tuple[str, ...]
+    discharged: str
+    compute_gap: str
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         for name in ("window_hours", "horizon_hours"):
             right = 0 < getattr(self, name) <= LONGEST_HOURS  # NaN compares false
-            self._check(right, name, f"must be a number above 0, at most {LONGEST_HOURS:g}")
-        self._check(self.min_observations >= 1, "min_observations", "must be at least 1")
+            self.check(right, name, f"must be a number above 0, at most {LONGEST_HOURS:g}")
+        self.check(self.min_observations >= 1, "min_observations", "must be at least 1")
+        chosen = set(self.outcome) <= {ESCALATED, *OUTCOMES}
+        self.check(chosen, "outcome", f"must be some of {', '.join([ESCALATED, *OUTCOMES])}")
         whole = ESCALATED in self.outcome and len(self.outcome) > 1
-        self._check(bool(self.outcome) and not whole, "outcome", "name escalation, or its parts")
+        self.check(bool(self.outcome) and not whole, "outcome", "name escalation, or its parts")
 
     @property
     def window(self) -> timedelta:
@@ -183,11 +167,11 @@ class CohortRequest(TableRequest):
 class Extraction(CohortRequest):
     """A request for rows from MIMIC-IV."""
 
-    mimic_dir: Path = flag("folder of MIMIC-IV with hosp/ and icu/")
-    item: str = flag("itemid of the series, or its name in d_labitems", str(GAP_ITEM))
+    mimic_dir: Path
+    item: str
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         other = self.item != str(GAP_ITEM)
-        self._check(not (self.series and other), "item", "does not go with --series")
+        self.check(not (self.series and other), "item", "does not go with --series")

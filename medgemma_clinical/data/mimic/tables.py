@@ -7,8 +7,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from medgemma_clinical.data.database.connection import Database
-from medgemma_clinical.data.database.table_files import (
+from medgemma_clinical.data.dka.description import comparable
+from medgemma_clinical.data.duck import (
     KEY,
     KEY_OR_EMPTY,
     NUMBER,
@@ -17,13 +17,13 @@ from medgemma_clinical.data.database.table_files import (
     TIME_OR_EMPTY,
     WORD_OR_EMPTY,
     Column,
+    Database,
     TableFile,
     check_rows,
     find_file,
     load_table,
     open_table,
 )
-from medgemma_clinical.data.dka.description import comparable
 from medgemma_clinical.data.mimic.analytes import ANALYTES, ItemSeries, choose_series, series_of
 from medgemma_clinical.data.mimic.request import COHORTS, Extraction
 from medgemma_clinical.files import InputError
@@ -132,7 +132,14 @@ class MimicTables:
         ]
         chosen = ", ".join(map(str, sorted(items)))
         keep = f"{keys[0]} IN ({chosen}) AND {keys[1]} IN (SELECT subject_id FROM wanted)"
-        load_table(self.database, "labs", file, TABLES["hosp/labevents"], keep)
+        load_table(
+            self.database,
+            "labs",
+            file,
+            TABLES["hosp/labevents"],
+            keep,
+            keys=("itemid", "subject_id"),
+        )
         self.has_storing_times = "storetime" in file.header
         if not self.has_storing_times:
             problem = "no column storetime: values count as known when charted"

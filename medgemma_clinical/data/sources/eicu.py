@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.database import table_files
-from medgemma_clinical.data.database.connection import Database
-from medgemma_clinical.data.database.flags import flag
-from medgemma_clinical.data.database.output import Made
+from medgemma_clinical.data import duck
 from medgemma_clinical.data.mimic.analytes import ANION_GAP, CHEMISTRY, ItemSeries, choose_series
 from medgemma_clinical.data.mimic.extraction import make_cohort
 from medgemma_clinical.data.mimic.request import COHORTS, CohortRequest
@@ -52,7 +50,7 @@ DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
 class EicuRequest(CohortRequest):
     """A request for rows from eICU."""
 
-    eicu_dir: Path = flag("folder of eICU with patient, admissionDx and lab")
+    eicu_dir: Path
 
 
 class EicuTables:
@@ -63,14 +61,12 @@ class EicuTables:
     cohorts = DEFINITIONS
     has_storing_times = True
 
-    def __init__(self, database: Database, request: EicuRequest) -> None:
+    def __init__(self, database: duck.Database, request: EicuRequest) -> None:
         """Find all files."""
         self.database, self.request = database, request
         self.name = f"--eicu_dir {request.eicu_dir}"
         self.hashes: dict[str, str] = {}
-        self.paths = {
-            name: table_files.find_file(request.eicu_dir, name, "--eicu_dir") for name in TABLES
-        }
+        self.paths = {name: duck.find_file(request.eicu_dir, name, "--eicu_dir") for name in TABLES}
         self.labs_path = self.paths["lab"]
 
     def load_admissions(self) -> None:
@@ -95,22 +91,23 @@ class EicuTables:
 
     def _load(self, name: str, keep: str = "true") -> None:
         columns = {column: _kind(column) for column in TABLES[name]}
-        file = table_files.open_table(self.database, self.paths[name], columns, HINT)
+        file = duck.open_table(self.database, self.paths[name], columns, HINT)
         self.hashes[name] = file.sha256
         cells = {column: kind.typed(file.raw(column)) for column, kind in columns.items()}
-        table_files.load_table(self.database, name, file, columns, keep.format(**cells))
+        keys = ("labname", "patientunitstayid") if name == "lab" else ()
+        duck.load_table(self.database, name, file, columns, keep.format(**cells), keys=keys)
         if name != "lab":
-            table_files.check_rows(self.database, name, file.path, UNIQUE.get(name, ""))
+            duck.check_rows(self.database, name, file.path, UNIQUE.get(name, ""))
 
 
-def _kind(column: str) -> table_files.Column:
+def _kind(column: str) -> duck.Column:
     if column.endswith(("stayid", "offset")):
-        return table_files.Column("whole", may_be_empty=column == "labresultrevisedoffset")
+        return duck.Column("whole", may_be_empty=column == "labresultrevisedoffset")
     form = "number" if column == "labresult" else "word"
-    return table_files.Column(form, may_be_empty=column != "uniquepid")
+    return duck.Column(form, may_be_empty=column != "uniquepid")
 
 
-def extract_eicu(request: EicuRequest) -> Made:
+def extract_eicu(request: EicuRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from eICU.
 
     Raises:

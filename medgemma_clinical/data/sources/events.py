@@ -12,10 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.database.connection import Database
-from medgemma_clinical.data.database.flags import TableRequest, flag
-from medgemma_clinical.data.database.output import Made, apply_rules
-from medgemma_clinical.data.database.table_files import Column, TableFile, find_row, readable
 from medgemma_clinical.data.dka.description import (
     LONGEST_NAME,
     LONGEST_SENTENCE,
@@ -23,6 +19,14 @@ from medgemma_clinical.data.dka.description import (
     SERIES_COLUMN,
     check_text,
     comparable,
+)
+from medgemma_clinical.data.duck import (
+    Column,
+    Database,
+    TableFile,
+    TableRequest,
+    apply_rules,
+    readable,
 )
 from medgemma_clinical.data.texts import FORMULA_STARTS, NUMBER, plain
 from medgemma_clinical.files import InputError
@@ -42,34 +46,28 @@ MOST_PAIRS = 200_000
 
 @dataclass(frozen=True, kw_only=True)
 class EventRequest(TableRequest):
-    """The flags of every command that makes rows of labels and events.
+    """A request for rows of labels and events; the flags of the same names say what each is.
 
     Raises:
         InputError: an impossible value, named with its flag.
     """
 
-    labels: Path = flag("labels: subjects, prediction times and answers")
-    series: tuple[str, ...] = flag(
-        "'NAME [unit]=CODE', repeatable; the first one is the main series", (), repeated=True
-    )
-    window_hours: float = flag("length of the window before the prediction time, in hours", 24.0)
-    hours_from: str = flag(
-        "zero of the hours: opening of the window, or first observation of the row",
-        "window",
-        choices=("window", "first"),
-    )
-    min_observations: int = flag("fewest values of the main series in the window", 1)
-    outcome: str = flag("meaning of label 1, in a word or two", "Event")
-    question: str = flag("question about a patient; without it one is made of --outcome", "")
+    labels: Path
+    series: tuple[str, ...]
+    window_hours: float
+    hours_from: str
+    min_observations: int
+    outcome: str
+    question: str
 
     def __post_init__(self) -> None:
         """Refuse an impossible value."""
         super().__post_init__()
         in_range = 0 < self.window_hours <= LONGEST_WINDOW
-        self._check(in_range, "window_hours", f"must be above 0 and at most {LONGEST_WINDOW:,}")
-        self._check(self.min_observations >= 1, "min_observations", "must be at least 1")
+        self.check(in_range, "window_hours", f"must be above 0 and at most {LONGEST_WINDOW:,}")
+        self.check(self.min_observations >= 1, "min_observations", "must be at least 1")
         named = self.outcome != "" and not self.outcome.startswith(FORMULA_STARTS)
-        self._check(named, "outcome", "must begin with a letter")
+        self.check(named, "outcome", "must begin with a letter")
         check_text("--outcome", self.outcome, LONGEST_NAME)
         check_text("--question", self.question, LONGEST_SENTENCE)
 
@@ -202,23 +200,18 @@ def add_windows(database: Database, request: EventRequest) -> None:
     database.run_file(STEPS / "windows.sql")
 
 
-def check_labels(database: Database, file: TableFile, subject: str, time: str) -> None:
-    """Refuse labels of which two have one subject and one time.
-
-    Args:
-        database: with the table ``label``, to which the file was added last.
-        file: of the labels.
-        subject: SQL for the subject of a raw row.
-        time: SQL for its prediction time.
+def check_labels(database: Database, file: TableFile) -> None:
+    """Refuse labels (table ``label``, to which ``file`` was added last) of equal subject and time.
 
     Raises:
-        InputError: names the first row.
+        InputError: names the file.
     """
-    repeated = "(SELECT (subject, prediction_time) FROM label GROUP BY ALL HAVING count(*) > 1)"
-    if database.row(f"SELECT count(*) FROM {repeated}") != (0,):
-        row = find_row(database, file, f"({subject}, {time}) IN {repeated}")
+    labels, different = database.row(
+        "SELECT count(*), count(DISTINCT (subject, prediction_time)) FROM label"
+    )
+    if different < labels:
         problem = "subject_id and prediction_time appear twice: keep one label of each"
-        raise InputError(f"{file.path}, {row}: {problem}")
+        raise InputError(f"{file.path}: {problem}")
 
 
 def event_filter(subject: str, code: str, time: str, wanted: Iterable[str]) -> dict[str, str]:
@@ -303,7 +296,7 @@ def make_rows(
     usable: str,
     static: pd.DataFrame | None = None,
     parts: pd.Series | None = None,
-) -> Made:
+) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format and their description, but for its origin.
 
     Args:

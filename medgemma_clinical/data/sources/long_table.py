@@ -8,25 +8,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.database.connection import Database, open_database
-from medgemma_clinical.data.database.flags import flag
-from medgemma_clinical.data.database.output import Made, describe_origin
-from medgemma_clinical.data.database.table_files import (
+from medgemma_clinical.data.dka.columns import is_near_miss
+from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
+from medgemma_clinical.data.duck import (
     MICROSECONDS,
     WORD,
     WORD_OR_EMPTY,
     Column,
+    Database,
     TableFile,
+    describe_origin,
     load_table,
+    open_database,
     open_table,
     quoted,
     readable,
 )
-from medgemma_clinical.data.dka.columns import is_near_miss
-from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
 from medgemma_clinical.data.sources.events import (
     SUBJECT,
     CodedSeries,
@@ -76,28 +77,13 @@ NUMBER = Column(
 
 @dataclass(frozen=True, kw_only=True)
 class LongRequest(EventRequest):
-    """The flags of from_long.
+    """A request for rows from a table with one value a row."""
 
-    Raises:
-        InputError: an impossible value, named with its flag.
-    """
-
-    table: Path = flag("table with one value a row: CSV, CSV in gzip or Parquet")
-    labels: Path = flag(
-        "table with subject_id, prediction_time and label: CSV, CSV in gzip or Parquet"
-    )
-    columns: tuple[str, ...] = flag(
-        "columns with other names: subject_id=patient,time=drawn", (), separated=True
-    )
-    time_unit: str = flag("unit of times that are numbers", "", choices=tuple(MICROSECONDS))
-    equal_times: str = flag(
-        "values of a series at one time: all of them, the one stored last, or their mean",
-        "keep",
-        choices=("keep", "last", "mean"),
-    )
-    factor: tuple[str, ...] = flag(
-        "'ITEM:UNIT=NUMBER', repeatable; multiplies the values of ITEM in UNIT", (), repeated=True
-    )
+    table: Path
+    columns: tuple[str, ...]
+    time_unit: str
+    equal_times: str
+    factor: tuple[str, ...]
 
     def mapped(self) -> dict[str, str]:
         """Return the columns that are named by their role, empty where there is none.
@@ -145,7 +131,7 @@ class LongRequest(EventRequest):
         return Column(self.time_unit or "instant", may_be_empty=may_be_empty, advice=advice)
 
 
-def make_long(request: LongRequest) -> Made:
+def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description.
 
     Raises:
@@ -153,7 +139,7 @@ def make_long(request: LongRequest) -> Made:
     """
     wanted = parse_series("series", request.series, code_needed=False)
     mapped, factors = request.mapped(), request.factors()
-    with open_database(request.out.parent, request.memory_limit, request.threads) as database:
+    with open_database(request.out, request.memory_limit, request.threads) as database:
         table = open_table(database, request.table, {}, "")
         labels = open_table(database, request.labels, {}, "")
         names = find_columns(table, ROLES, mapped)
@@ -239,8 +225,7 @@ def load_labels(
         f"CREATE TABLE label AS SELECT {quoted(subject)} AS subject, {quoted(time)} AS "
         f"prediction_time, {shown} AS shown, {quoted(names['label'])} AS label FROM answers"
     )
-    cells = (columns[name].typed(file.raw(name)) for name in (subject, time))
-    check_labels(database, file, *cells)
+    check_labels(database, file)
     add_windows(database, request)
 
 
@@ -268,7 +253,9 @@ def load_values(
         forms[role].typed(file.raw(names[role])) for role in ("subject_id", "item", "time")
     )
     codes = [code for each in wanted for code in each.codes]
-    load_table(database, "measured", file, columns, **event_filter(subject, item, time, codes))
+    kept = event_filter(subject, item, time, codes)
+    keys = (names["subject_id"], names["item"])
+    load_table(database, "measured", file, columns, **kept, keys=keys)
     factors = [(code, unit, number) for (code, unit), number in request.factors().items()]
     database.add("factors", pd.DataFrame(factors, columns=["code", "unit", "factor"]))
     cells = {role: f"measured.{quoted(name)}" for role, name in names.items()}

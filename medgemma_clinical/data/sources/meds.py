@@ -8,21 +8,23 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.database.connection import Database, open_database
-from medgemma_clinical.data.database.flags import flag
-from medgemma_clinical.data.database.output import Made, describe_origin
-from medgemma_clinical.data.database.table_files import (
+from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
+from medgemma_clinical.data.duck import (
     WORD,
     Column,
+    Database,
     TableFile,
+    TableRequest,
+    describe_origin,
     load_table,
+    open_database,
     open_table,
     readable,
 )
-from medgemma_clinical.data.dka.description import comparable, join_names, list_columns
 from medgemma_clinical.data.sources.events import (
     STEPS,
     SUBJECT,
@@ -74,34 +76,14 @@ AUTOMATIC = ("age", "sex male")
 
 @dataclass(frozen=True, kw_only=True)
 class MedsRequest(EventRequest):
-    """The flags of from_meds; with ``list_codes`` there is neither out, labels nor series.
+    """A request for rows from MEDS."""
 
-    Raises:
-        InputError: an impossible value, named with its flag.
-    """
-
-    meds_dir: Path = flag("folder of MEDS with data/ and metadata/")
-    out: Path = flag("CSV to write; a JSON description comes beside it", None)
-    labels: Path = flag(
-        "labels in MEDS form, as ACES writes them: Parquet file, or folder of such files", None
-    )
-    context: tuple[str, ...] = flag(
-        "'NAME [unit]=CODE', repeatable; a fact of the context", (), repeated=True
-    )
-    no_splits: bool = flag(
-        "leave the split to the trainer; ignore metadata/subject_splits.parquet", False
-    )
-    list_codes: bool = flag("print all codes with their counts, make no file", False)
-
-    def __post_init__(self) -> None:
-        """Refuse an impossible value."""
-        super().__post_init__()
-        for name in ("out", "labels", "series"):
-            if not (getattr(self, name) or self.list_codes):
-                raise InputError(f"--{name}: is needed; --list_codes shows what can be a series")
+    meds_dir: Path
+    context: tuple[str, ...]
+    no_splits: bool
 
 
-def make_meds(request: MedsRequest) -> Made:
+def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description.
 
     Raises:
@@ -116,7 +98,7 @@ def make_meds(request: MedsRequest) -> Made:
             problem = "age and sex are in the context by themselves: give another name"
             raise InputError(f"--context {each.title}: {problem}")
     folder, hashes = request.meds_dir, dict[str, str]()
-    with open_database(request.out.parent, request.memory_limit, request.threads) as database:
+    with open_database(request.out, request.memory_limit, request.threads) as database:
         load_labels(database, request.labels, hashes)
         add_windows(database, request)
         load_events(database, folder, [*wanted["series"], *wanted["context"]], hashes)
@@ -187,8 +169,7 @@ def load_labels(database: Database, place: Path, hashes: dict[str, str]) -> None
             f"replace(prediction_time::VARCHAR, ' ', 'T'), coalesce({answers}) FROM answers; "
             "DROP TABLE answers"
         )
-        cells = (LABELS[name].typed(file.raw(name)) for name in ("subject_id", "prediction_time"))
-        check_labels(database, file, *cells)
+        check_labels(database, file)
 
 
 def load_events(
@@ -207,7 +188,7 @@ def load_events(
         )
         kept = event_filter(subject, code, time, codes)
         kept["keep"] += f" OR closes IS NOT NULL AND {code} IN {PERSON}"
-        load_table(database, "loaded", file, EVENTS, **kept)
+        load_table(database, "loaded", file, EVENTS, **kept, keys=("subject_id", "code"))
         database.run(
             "INSERT INTO record SELECT subject_id, code, time, time, "
             "CASE WHEN isfinite(numeric_value) THEN numeric_value END FROM loaded; "
@@ -285,11 +266,14 @@ def count_codes(database: Database, folder: Path) -> pd.DataFrame:
     )
 
 
-def list_codes(request: MedsRequest) -> int:
+def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
     """Log each code with events, subjects, unit and description."""
-    spill, path = Path(tempfile.gettempdir()), request.meds_dir / "metadata" / "codes.parquet"
-    with open_database(spill, request.memory_limit, request.threads) as database:
-        found = count_codes(database, request.meds_dir).assign(words="")
+    path = meds_dir / "metadata" / "codes.parquet"
+    limits = TableRequest(
+        out=Path(tempfile.gettempdir()) / "codes", memory_limit=memory_limit, threads=threads
+    )
+    with open_database(limits.out, limits.memory_limit, limits.threads) as database:
+        found = count_codes(database, meds_dir).assign(words="")
         if path.is_file():
             file = open_table(database, path, CODES, HINT)
             load_table(database, "meanings", file, CODES)

@@ -1,0 +1,603 @@
+"""Large clinical tables in DuckDB, and the DKA file that is made of them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+from tqdm import tqdm
+
+from medgemma_clinical.data.checks import flow_lines
+from medgemma_clinical.files import (
+    InputError,
+    RunFault,
+    atomic,
+    file_hash,
+    locked,
+    read_json,
+    remove,
+)
+from medgemma_clinical.provenance import code_hash
+
+logger = logging.getLogger(__name__)
+
+SIZE = re.compile(r"[0-9]{1,6}(\.[0-9]+)?\s*([KMGT]i?B)", re.IGNORECASE)
+
+MADE_BY = "made_by"
+"""Key of the description that marks a file of these commands."""
+
+UPDATE_SECONDS = 0.2
+"""How often a running query shows its progress and lets a signal through."""
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRequest:
+    """What every command needs that makes a DKA file from tables.
+
+    Attributes:
+        out: CSV to write; its description comes beside it.
+        memory_limit: of DuckDB's tables.
+        threads: of DuckDB; the number of usable cores in place of 0 and of any larger number.
+
+    Raises:
+        InputError: an impossible value, named with its flag.
+    """
+
+    out: Path
+    memory_limit: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        size = SIZE.fullmatch(self.memory_limit.strip())
+        self.check(size is not None, "memory_limit", "must be a size such as 500MB or 2GB")
+        self.check(self.threads >= 0, "threads", "must be at least 1, or 0 for all cores")
+        cores = usable_cores()
+        object.__setattr__(self, "threads", min(self.threads or cores, cores))
+
+    def check(self, valid: bool, name: str, problem: str) -> None:
+        """Refuse the value of a flag that is not valid."""
+        if not valid:
+            value = getattr(self, name)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"--{name} {shown}: {problem}")
+
+
+# ---------------------------------------------------------------------------- database
+
+
+class Database:
+    """A connection whose queries end at a signal, show their progress and raise one line."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Hold the connection, and the one thread that uses it."""
+        self._connection = connection
+        self._thread = ThreadPoolExecutor(1)
+
+    def run(self, sql: str, values: Mapping[str, Any] | None = None, *, title: str = "") -> Any:
+        """Run statements; return DuckDB's result of the last one.
+
+        Args:
+            sql: one statement or several; ``values`` allows one.
+            values: of the parameters ``$name``.
+            title: of the progress bar; none is shown without it, or off a terminal.
+
+        Raises:
+            RunFault: the memory limit or the disk is too small.
+        """
+        query = self._thread.submit(self._connection.execute, sql, values)
+        silent = not title or not sys.stderr.isatty()
+        with tqdm(desc=title, total=100, leave=False, disable=silent) as bar:
+            try:
+                while not wait([query], UPDATE_SECONDS).done:
+                    bar.update(max(self._connection.query_progress(), 0.0) - bar.n)
+            except BaseException:  # a signal: the query's thread would run on
+                self._connection.interrupt()
+                wait([query])
+                raise
+        try:
+            return query.result()
+        except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
+            # A full disk is either; a damaged table is an IOException as well.
+            if isinstance(error, duckdb.IOException) and "Could not write" not in str(error):
+                raise
+            raise RunFault(
+                "the tables need more memory than --memory_limit, or more room than the disk of "
+                "--out has: raise the limit, or make room"
+            ) from None
+
+    def run_file(self, path: Path) -> None:
+        """Run the statements of a file, with a progress bar named after it."""
+        self.run(path.read_text(encoding="utf-8"), title=path.stem)
+
+    def frame(self, sql: str, values: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Return the rows of a query."""
+        table: pd.DataFrame = self.run(sql, values).df()
+        return table
+
+    def row(self, sql: str, values: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
+        """Return the one row of a query."""
+        row: tuple[Any, ...]
+        (row,) = self.run(sql, values).fetchall()  # to the end: an open result blocks ``add``
+        return row
+
+    def add(self, name: str, table: pd.DataFrame) -> None:
+        """Copy a DataFrame into a table."""
+        self._connection.register("incoming", table)
+        self.run(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+        self._connection.unregister("incoming")
+
+    def set(self, **variables: Any) -> None:
+        """Set what SQL reads by ``getvariable``."""
+        for name, value in variables.items():
+            self.run(f"SET VARIABLE {name} = $value", {"value": value})
+
+
+@contextlib.contextmanager
+def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Database]:
+    """Open a database in memory; what exceeds the limit goes to a private folder until the end.
+
+    Args:
+        out: file beside which the private folder is made; it holds patients.
+        memory_limit: of DuckDB's tables, such as 2GB; the process itself needs more.
+        threads: that work on a query.
+    """
+    with tempfile.TemporaryDirectory(prefix=_spill_prefix(out), dir=out.parent) as spill:
+        config = {
+            "threads": threads,
+            "memory_limit": memory_limit,
+            "temp_directory": spill,
+            "autoinstall_known_extensions": False,  # nothing is ever loaded from the network
+            "autoload_known_extensions": False,
+            "preserve_insertion_order": False,
+        }
+        connection = duckdb.connect(config=config)
+        try:
+            connection.execute("SET enable_progress_bar = true")
+            connection.execute("SET enable_progress_bar_print = false")
+            connection.execute("SET TimeZone = 'UTC'")
+            connection.execute("SET lock_configuration = true")
+            database = Database(connection)
+            database.run_file(Path(__file__).with_name("macros.sql"))
+            yield database
+        finally:
+            connection.close()
+
+
+def _spill_prefix(out: Path) -> str:
+    return f".{out.name}.spill-"
+
+
+# ---------------------------------------------------------------------------- table files
+
+FORMS = (".csv", ".csv.gz", ".parquet")
+
+LARGEST_WHOLE = 10**10
+"""Bound of a key, and of an offset in minutes, which a timestamp holds."""
+
+MAX_WORD = 300
+"""Characters kept of a word: a unit, a code, a ward."""
+
+MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
+"""A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
+
+MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_000_000}
+"""Units of times that are numbers, counted from an arbitrary day."""
+
+TEXTS = ("word", "id")
+NO_TIME = "not a time such as 2150-01-31 08:30:00 (without AM, PM or zone)"
+UNREADABLE = {
+    "number": "not a number",
+    "whole": "not a whole number",
+    "label": "neither 0 nor 1",
+    "time": NO_TIME,
+    "instant": NO_TIME,
+    **dict.fromkeys(MICROSECONDS, "not a finite number"),
+}
+"""What is wrong with a filled cell of each form."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """How a column is read.
+
+    Attributes:
+        form: ``number``, ``whole`` number, ``time`` (in full seconds), ``instant`` (a time with its
+            fraction of a second), a unit of ``MICROSECONDS`` (a time that is a number), ``label``
+            (0 or 1), ``word``, or ``id`` (a word; 10001.0 is read as 10001).
+        may_be_empty: whether a cell may lack a value; a word that does is an empty text.
+        optional: whether the file may lack the column; its cells are empty then.
+        advice: what to do about a wrong cell.
+    """
+
+    form: str
+    may_be_empty: bool = False
+    optional: bool = False
+    advice: str = ""
+
+    def typed(self, raw: str) -> str:
+        """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
+        if self.form in TEXTS:
+            word = f"coalesce(trim(left({raw}::VARCHAR, {MAX_WORD})), '')"
+            return word if self.form == "word" else rf"regexp_replace({word}, '^(\d+)\.0$', '\1')"
+        if self.form in ("time", "instant"):
+            is_time = f"regexp_full_match(trim({raw}::VARCHAR), '{MOMENT}')"
+            time = f"CASE WHEN {is_time} THEN TRY_CAST({raw}::VARCHAR AS TIMESTAMP) END"
+            return f"date_trunc('second', {time})" if self.form == "time" else time
+        if self.form == "label":
+            cell = f"lower(trim({raw}::VARCHAR))"
+            return (
+                f"CASE WHEN {cell} IN ('1', '1.0', 'true') THEN 1 "
+                f"WHEN {cell} IN ('0', '0.0', 'false') THEN 0 END"
+            )
+        # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
+        number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
+        if self.form == "whole":  # BIGINT alone would round 1.5
+            whole = f"abs({number}) < {LARGEST_WHOLE} AND {number} % 1 = 0"
+            return f"CASE WHEN {whole} THEN TRY_CAST({number} AS BIGINT) END"
+        number = f"nullif({number}, 'nan'::DOUBLE)"  # NaN is above every number in DuckDB
+        if self.form in MICROSECONDS:
+            passed = f"round({number} * {MICROSECONDS[self.form]})"
+            return f"make_timestamp(TRY_CAST({passed} AS BIGINT))"
+        return number
+
+    def is_wrong(self, raw: str) -> str:
+        """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
+        if self.form in TEXTS:
+            return "false" if self.may_be_empty else f"{self.typed(raw)} = ''"
+        if not self.may_be_empty:
+            return f"{self.typed(raw)} IS NULL"
+        empty = "('', 'nan')" if self.form in ("number", "whole") else "('')"
+        filled = f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty}"
+        return f"{self.typed(raw)} IS NULL AND {filled}"
+
+    def problem(self, count: int) -> str:
+        """Return what is wrong with some cells, and what to do about them."""
+        wrong = UNREADABLE.get(self.form, "empty")
+        if not (self.may_be_empty or self.form in TEXTS):
+            wrong = f"empty or {wrong}"
+        cells = "1 cell is" if count == 1 else f"{count:,} cells are"
+        return f"{cells} {wrong}" + (self.advice and f": {self.advice}")
+
+
+KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))
+KEY_OR_EMPTY, NUMBER_OR_EMPTY, TIME_OR_EMPTY, WORD_OR_EMPTY = (
+    Column(form, may_be_empty=True) for form in ("whole", "number", "time", "word")
+)
+
+
+def quoted(name: str) -> str:
+    """Return SQL for a column's name."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A table file: its path, the names of its columns, its SHA-256."""
+
+    path: Path
+    header: list[str]
+    sha256: str
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether the file is Parquet, not CSV."""
+        return self.path.suffix.lower() == ".parquet"
+
+    def raw(self, name: str) -> str:
+        """Return SQL for a column's raw cell, NULL where the file lacks it."""
+        return f'"{self.header.index(name)}"' if name in self.header else "NULL"
+
+    def rows(self) -> str:
+        """Return SQL for the raw rows, their columns named by their position.
+
+        Hive partitioning is off: a folder named ``value=1000`` would replace the column ``value``.
+        """
+        path = "'" + glob.escape(str(self.path)).replace("'", "''") + "'"
+        if self.is_parquet:
+            names = ", ".join(f'"{k}"' for k in range(len(self.header)))
+            aliases = f" AS t({names})" if names else ""
+            return f"read_parquet({path}, hive_partitioning = false){aliases}"
+        columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
+        return (
+            f"read_csv({path}, columns = {{{columns}}}, auto_detect = false, header = true, "
+            "delim = ',', quote = '\"', escape = '\"', strict_mode = true, "
+            "hive_partitioning = false)"
+        )
+
+    def check_columns(self, columns: Mapping[str, Column], hint: str) -> None:
+        """Check that the file has the columns once each.
+
+        Args:
+            columns: by name.
+            hint: what to do about a missing one.
+
+        Raises:
+            InputError: names the first that is missing or appears twice.
+        """
+        for name, column in columns.items():
+            if name not in self.header and not column.optional:
+                raise InputError(f"{self.path}: no column {name} among {len(self.header)}: {hint}")
+            if self.header.count(name) > 1:
+                raise InputError(f"{self.path}: the column {name} appears twice: remove one")
+
+
+def find_file(folder: Path, name: str, flag: str) -> Path:
+    """Find the file of a table, such as ``hosp/patients``, in one of its forms.
+
+    Raises:
+        InputError: it is missing or present twice.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{flag} {folder}: no such folder")
+    found = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
+    if len(found) != 1:
+        problem = f"is there {len(found)} times: leave one" if found else "is missing"
+        raise InputError(f"{flag} {folder}: the table {name} ({', '.join(FORMS)}) {problem}")
+    return found[0]
+
+
+def open_table(
+    database: Database, path: Path, columns: Mapping[str, Column], hint: str
+) -> TableFile:
+    """Hash a file, read its header and check its columns.
+
+    Raises:
+        InputError: the file cannot be read, or lacks a column.
+    """
+    if not path.is_file():  # a pipe would wait for ever
+        raise InputError(f"{path}: no such file")
+    file = TableFile(path, [], "")
+    with readable(path):
+        sha256 = file_hash(path) or ""
+        if file.is_parquet:
+            names = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"]
+            file = TableFile(path, names.tolist(), sha256)
+        else:
+            unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
+            with unpack(path, "rt", encoding="utf-8-sig", newline="") as text:
+                header = next(csv.reader(text), None)
+            if header is None:
+                raise InputError(f"{path}: the file is empty")
+            file = TableFile(path, [name.strip() for name in header], sha256)
+    if len(file.header) == 1 and re.search("[;\t]", file.header[0]):
+        raise InputError(f"{path}, row 1: the columns are not separated by commas")
+    file.check_columns(columns, hint)
+    return file
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one line.
+
+    Raises:
+        InputError: naming the file and, of a CSV, the line, never its content.
+    """
+    try:
+        yield
+    except (EOFError, UnicodeError, csv.Error, OSError, duckdb.Error) as error:
+        # Of a damaged Parquet file DuckDB raises its base class.
+        faults = (duckdb.InvalidInputException, duckdb.IOException)
+        if isinstance(error, duckdb.Error) and not (
+            isinstance(error, faults) or type(error) is duckdb.Error
+        ):
+            raise
+        line = re.search(r"CSV Error on Line: (\d+)", str(error))
+        position = f", line {line[1]}" if line else ""
+        problem = "damaged, or not of this form"
+        if line:
+            problem = "the row does not fit the header, or a quote or a character is damaged"
+        elif isinstance(error, UnicodeError):
+            problem = "not a text in UTF-8"
+        elif path.suffix.lower() == ".gz" and isinstance(
+            error, (EOFError, gzip.BadGzipFile, duckdb.IOException)
+        ):
+            problem = "not a whole gzip file"
+        elif isinstance(error, OSError):
+            problem = error.strerror or problem
+        raise InputError(f"{path}{position}: {problem}: copy the table again") from None
+
+
+def load_table(
+    database: Database,
+    name: str,
+    file: TableFile,
+    columns: Mapping[str, Column],
+    keep: str = "true",
+    join: str = "",
+    keys: Sequence[str] = (),
+) -> None:
+    """Make a table of the rows of a file.
+
+    Args:
+        database: that gets the table.
+        name: of the table.
+        file: that was opened.
+        columns: to read, by name; others are never looked at.
+        keep: SQL condition on raw cells; only cells of the rows that meet it are checked.
+        join: SQL of a join whose columns ``keep`` may use.
+        keys: columns whose cells are checked in every row, as ``keep`` reads them.
+
+    Raises:
+        InputError: damaged rows, or cells of another type, counted by column.
+    """
+    raw = {column: file.raw(column) for column in columns}
+    wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
+    kept = " OR ".join([f"({keep})", *(wrong[key] for key in keys)])
+    typed = ",\n".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
+    flags = ", ".join(f'{sql} AS "{k} is wrong"' for k, sql in enumerate(wrong.values()))
+    counts = ", ".join(f'count(*) FILTER ("{k} is wrong")' for k in range(len(wrong)))
+    with readable(file.path):
+        database.run(
+            f"CREATE TABLE {name} AS SELECT {typed}, {flags} FROM {file.rows()} {join} "
+            f"WHERE {kept}",
+            title=f"reading {file.path.name}",
+        )
+    for column, count in zip(wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
+        if count:
+            raise InputError(f"{file.path}, column {column}: {columns[column].problem(count)}")
+    for k in range(len(wrong)):
+        database.run(f'ALTER TABLE {name} DROP COLUMN "{k} is wrong"')
+
+
+def check_rows(database: Database, table: str, path: Path, key: str = "") -> None:
+    """Refuse a table without rows, or with a key twice.
+
+    Raises:
+        InputError: names the file.
+    """
+    rows, keys = database.row(f"SELECT count(*), count(DISTINCT {key or 'rowid'}) FROM {table}")
+    if not rows:
+        raise InputError(f"{path}: no rows below the header")
+    if keys < rows:
+        raise InputError(f"{path}, column {key}: a value appears more than once")
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def make_file(
+    request: TableRequest, make: Callable[[Any], tuple[pd.DataFrame, dict[str, Any]]]
+) -> int:
+    """Make a DKA file and its description, log what became of the rows, and return 0.
+
+    Args:
+        request: of the command.
+        make: returns rows of the DKA format, and the description beside them.
+
+    Raises:
+        InputError: the tables cannot be used, or the file cannot be written there.
+        RunFault: the machine has too little memory or disk.
+    """
+    check_target(request.out)
+    with locked(request.out):
+        for left_over in request.out.parent.glob(f"{glob.escape(_spill_prefix(request.out))}*"):
+            remove(left_over)  # of a run that was killed: another would hold the lock
+        rows, description = make(request)
+        write_rows(rows, description, request.out)
+    counts = (f"{description['rows'][name]:,}" for name in ("rows", "patients", "events"))
+    logger.info("%s: %s rows of %s patients, %s events", request.out, *counts)
+    return 0
+
+
+def check_target(out: Path) -> None:
+    """Check that the output can be written, before minutes are spent on reading.
+
+    Raises:
+        InputError: another ending, no writable folder, or a file of another origin is there.
+    """
+    if out.suffix != ".csv":
+        raise InputError(f"--out {out}: must end in .csv")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: no folder {out.parent}: make it first")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        problem = f"cannot be written to ({error.strerror}): choose another folder"
+        raise InputError(f"--out {out}: {out.parent} {problem}") from None
+    description = out.with_suffix(".json")
+    if (out.exists() or description.exists()) and not _is_earlier_output(description):
+        raise InputError(
+            f"--out {out}: this file, or {description.name}, exists and is not an earlier output "
+            "of this command: choose another name"
+        )
+
+
+def _is_earlier_output(description: Path) -> bool:
+    try:
+        return MADE_BY in read_json(description)
+    except (ValueError, OSError, TypeError):
+        return False
+
+
+def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> None:
+    """Write the CSV and the description beside it: both or none.
+
+    The description is renamed first: a table without it would be read as another series.
+    """
+    with atomic(out) as csv_file, atomic(out.with_suffix(".json")) as json_file:
+        rows.to_csv(csv_file, index=False, lineterminator="\n")
+        digest = hashlib.sha256(csv_file.read_bytes()).hexdigest()
+        text = json.dumps({**description, "csv_sha256": digest}, indent=2, ensure_ascii=False)
+        json_file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[dict[str, Any]]]:
+    """Remove each candidate by the first rule that applies, and log the flow.
+
+    Args:
+        candidates: a column of bool a rule, named by it; a row a candidate.
+        source: of the tables, named in the error.
+
+    Returns:
+        (N,) bool of those left; ``rule``, ``removed`` and ``left`` of each rule.
+
+    Raises:
+        InputError: none is left.
+    """
+    left = pd.Series(True, index=candidates.index)
+    flow = []
+    for rule, applies in candidates.items():
+        removed = int((left & applies).sum())
+        left &= ~applies
+        flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
+    lines = flow_lines(pd.DataFrame(flow))
+    if not left.any():
+        removed_by = "; ".join(" ".join(line.split()) for line in lines)
+        raise InputError(f"{source}: of {len(left):,} candidates none is left: {removed_by}")
+    for line in lines:
+        logger.info(line)
+    return left, flow
+
+
+def describe_origin(request: TableRequest, command: str, hashes: dict[str, str]) -> dict[str, Any]:
+    """Return what a description says of the command: flags, hashes of the tables, versions.
+
+    Paths are left out, and limits of the machine, which change no row.
+
+    Args:
+        request: of the command.
+        command: its name.
+        hashes: SHA-256 of each table by its name.
+    """
+    limits = {field.name for field in dataclasses.fields(TableRequest)}
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    return {
+        "arguments": {
+            name: value
+            for name, value in values.items()
+            if name not in limits and not isinstance(value, Path)
+        },
+        "tables_sha256": dict(sorted(hashes.items())),
+        "versions": {
+            "python": sys.version.split()[0],
+            "duckdb": version("duckdb"),
+            "pandas": version("pandas"),
+            "code_sha256": code_hash(),
+        },
+        MADE_BY: f"dataset_format.py {command}",
+    }

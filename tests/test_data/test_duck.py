@@ -1,0 +1,518 @@
+"""Large tables in DuckDB: any form read alike, damage named, bounded memory, both files or none."""
+
+import gzip
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from medgemma_clinical.data import duck
+from medgemma_clinical.data.duck import KEY, NUMBER_OR_EMPTY, TIME, TIME_OR_EMPTY, Column
+from medgemma_clinical.files import InputError, RunFault, locked
+from mimic_files import Mini
+from table_requests import make_rows, table_request
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# --------------------------------------------------------------------------- database
+
+SPILLING = "CREATE TABLE numbers AS SELECT random() AS x, i FROM range(20_000_000) AS t(i)"
+
+
+@pytest.fixture
+def database(tmp_path):
+    with duck.open_database(tmp_path / "out.csv", "200MB", 2) as opened:
+        yield opened
+
+
+def test_tables_beyond_the_limit_lie_in_a_private_folder_that_goes(tmp_path):
+    with duck.open_database(tmp_path / "out.csv", "100MB", 1) as database:
+        database.run(SPILLING)
+        (spill,) = tmp_path.iterdir()
+        assert stat.S_IMODE(spill.stat().st_mode) == 0o700
+        assert sum(file.stat().st_size for file in spill.iterdir()) > 2**24
+        assert database.row("SELECT count(*) FROM numbers") == (20_000_000,)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_query_that_needs_more_memory_is_a_fault_of_the_run(tmp_path):
+    with (
+        duck.open_database(tmp_path / "out.csv", "20MB", 2) as database,
+        pytest.raises(RunFault, match="--memory_limit"),
+    ):
+        database.run("SELECT list(i) FROM range(20_000_000) AS t(i)")
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from medgemma_clinical.data.duck import open_database
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+with open_database(Path(sys.argv[1]) / "out.csv", "60MB", 1) as database:
+    database.run(sys.argv[2])
+"""
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_table(tmp_path):
+    """A limit of the size of files stands for it."""
+    command = [sys.executable, "-c", FULL, str(tmp_path), SPILLING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "RunFault: the tables need more memory than --memory_limit, or more room" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_and_tables_reach_sql(database):
+    database.set(limit_of=2)
+    database.add("few", pd.DataFrame({"x": [1, 2, 3]}))
+    found = database.frame("SELECT x FROM few WHERE x >= getvariable('limit_of') ORDER BY x")
+    assert found["x"].tolist() == [2, 3]
+    assert database.row("SELECT count(*) FROM few WHERE x < $most", {"most": 3}) == (2,)
+
+
+def test_nothing_is_loaded_from_the_network(database):
+    for name in ("autoinstall_known_extensions", "autoload_known_extensions"):
+        assert database.row(f"SELECT current_setting('{name}')") == (False,)
+
+
+QUERY = """
+import sys
+from pathlib import Path
+import dataset_format
+from medgemma_clinical.commands.command_line import run_command
+from medgemma_clinical.commands.logs import start_logging
+from medgemma_clinical.data.duck import open_database
+def query():
+    with open_database(Path(sys.argv[1]) / "out.csv", "50MB", 2) as database:
+        print("begun", flush=True)
+        database.run("SELECT sum(a.i * b.i) FROM range(10_000_000) AS a(i), range(1000000) AS b(i)")
+start_logging()
+dataset_format.end_on_signals()
+sys.exit(run_command(query))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_query_at_once(number, code, tmp_path):
+    child = subprocess.Popen(
+        [sys.executable, "-c", QUERY, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert child.stdout.readline() == "begun\n"
+        time.sleep(0.5)
+        begun = time.monotonic()
+        child.send_signal(number)
+        _, errors = child.communicate(timeout=60)
+        assert time.monotonic() - begun < 10
+    finally:
+        child.kill()
+    assert (child.returncode, "Traceback" in errors) == (code, False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_shows_how_far_a_query_is(database, capsys, monkeypatch):
+    database.run("SELECT 1", title="reading it")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    database.run("SELECT 1", title="reading it")
+    assert "reading it: " in capsys.readouterr().err
+    database.run("SELECT 1")
+    assert capsys.readouterr().err == ""
+
+
+# --------------------------------------------------------------------------- table files
+
+COLUMNS = {
+    "item": KEY,
+    "subject": KEY,
+    "time": TIME,
+    "stored": replace(TIME_OR_EMPTY, optional=True),
+    "value": NUMBER_OR_EMPTY,
+    "unit": Column("word", may_be_empty=True),
+}
+HEADER = "item,other,subject,time,value,unit,note\n"
+ROW = '{item},7.5,1,2150-01-01 00:{minute:02d}:00,{value},mEq/L,"said ""so"", twice"\n'
+TEXT = HEADER + "".join(ROW.format(item=k % 5, minute=k % 60, value=k / 4) for k in range(500))
+SECRET = "98765"
+
+
+def read(database, path, keep="true", columns=COLUMNS):
+    database.run("DROP TABLE IF EXISTS cells")
+    file = duck.open_table(database, path, columns, "a hint")
+    keep = keep.format(item=KEY.typed(file.raw("item")))
+    keys = [name for name in ("item", "subject") if name in columns]
+    duck.load_table(database, "cells", file, columns, keep, keys=keys)
+    return database.frame("FROM cells ORDER BY ALL")
+
+
+def test_csv_gzip_and_parquet_are_read_alike(database, tmp_path):
+    texts = {
+        "plain.csv": TEXT.encode(),
+        "no last break.csv": TEXT[:-1].encode(),
+        "windows.csv": TEXT.replace("\n", "\r\n").encode("utf-8-sig"),
+        "within quotes.csv": TEXT.replace("so", "s\no").encode(),
+        "blank lines.csv": TEXT.replace("\n", "\n\n", 3).encode(),
+        "[o]d *'name.csv": TEXT.encode(),
+        "packed.csv.gz": gzip.compress(TEXT[:-1].encode()),
+    }
+    (tmp_path / "od *'name.csv").write_text("a pattern would match this")
+    tables = []
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+        tables.append(read(database, tmp_path / name))
+    whole = pd.read_csv(tmp_path / "plain.csv")
+    whole.assign(time=pd.to_datetime(whole["time"])).to_parquet(tmp_path / "typed.parquet")
+    whole.assign(value=whole["value"].astype("float32")).to_parquet(tmp_path / "floats.parquet")
+    whole.astype(str).to_parquet(tmp_path / "text.parquet")
+    tables += [read(database, path) for path in sorted(tmp_path.glob("*.parquet"))]
+    first = tables[0]
+    assert len(first) == 500
+    assert first["value"].sum() == sum(range(500)) / 4
+    assert first["stored"].isna().all()
+    for other in tables[1:]:
+        pd.testing.assert_frame_equal(other, first)
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+@pytest.mark.parametrize("column", ["value", "item"])
+def test_a_folder_named_like_a_column_replaces_nothing(column, ending, database, tmp_path):
+    """DuckDB's hive partitioning would."""
+    folder = tmp_path / f"{column}=1000" / "2=7"
+    folder.mkdir(parents=True)
+    table = pd.DataFrame({"item": [1, 2], "subject": 2, "time": "2150-01-01", "value": [1.5, 3.0]})
+    path = folder / f"t.{ending}"
+    table = table.assign(unit="mg")
+    table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False)
+    assert read(database, path)["item"].tolist() == [1, 2]
+    assert read(database, path)["value"].tolist() == [1.5, 3.0]
+
+
+def test_empty_cells_are_missing_and_cells_are_trimmed(database, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + '1.0,,2,2150-01-01T10:00:00.75, 2.5 ," mg ",\n1,,3,2150-01-02,,,\n')
+    first, second = read(database, path).to_dict("records")
+    assert (first["item"], first["value"], first["unit"]) == (1, 2.5, "mg")
+    assert first["time"] == pd.Timestamp("2150-01-01 10:00:00")
+    assert second["time"] == pd.Timestamp("2150-01-02")
+    assert (pd.isna(second["value"]), second["unit"]) == (True, "")
+
+
+def edit(old, new, line=300):
+    def change(text):
+        lines = text.split("\n")
+        assert old in lines[line - 1]
+        lines[line - 1] = lines[line - 1].replace(old, new, 1)
+        return "\n".join(lines)
+
+    return change
+
+
+BAD = {
+    "a word for a number": (edit("74.5", SECRET + "x"), ", column value: 1 cell "),
+    "a word for a time": (edit("2150-", SECRET), ", column time: 1 cell "),
+    "no time": (edit("2150-01-01 00:58:00", ""), ", column time: 1 cell "),
+    "half a key": (edit("3,", f"3.{SECRET},"), ", column item: 1 cell "),
+    "a word for a key": (edit("3,", f"x{SECRET},"), ", column item: 1 cell "),
+    "too long a key": (edit("3,", "3" * 20 + ","), ", column item: 1 cell "),
+    "no key": (edit("3,", ","), ", column item: 1 cell "),
+    "words for times": (
+        lambda t: t.replace(",2150-01-01 00:58", ",soon"),
+        ", column time: 8 cells ",
+    ),
+    "more fields": (edit("mEq/L", f"mEq,{SECRET}"), ", line 300: "),
+    "fewer fields": (edit("mEq/L,", ""), ", line 300: "),
+    "an open quote": (edit("mEq/L", f'"{SECRET}'), ", line 300: "),
+    "the last quote open": (edit("mEq/L,", f'mEq/L,"{SECRET}\n', 501), ", line 501: "),
+    "no text": (edit("mEq/L", "\udcb5g"), ", line 300: "),
+    "line ends of two kinds": (edit('twice"', 'twice"\r'), ", line 300: "),
+    "nothing": (lambda text: "", ": "),
+    "another separator": (lambda text: text.replace(",", ";"), ", row 1: "),
+    "no column": (edit("value", "valu", 1), ": no column value among 7: a hint"),
+    "a column twice": (edit("other", "item", 1), ": the column item appears twice"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["csv", "gz"])
+@pytest.mark.parametrize("name", BAD)
+def test_damage_is_refused_by_file_and_column_or_line(name, packed, database, tmp_path):
+    change, problem = BAD[name]
+    content = change(TEXT).encode("utf-8", "surrogateescape")
+    path = tmp_path / ("t.csv.gz" if packed else "t.csv")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(InputError) as caught:
+        read(database, path)
+    assert str(caught.value).startswith(f"{path}{problem}")
+    assert SECRET not in str(caught.value)
+
+
+def test_cells_of_rows_that_are_not_kept_are_not_looked_at_but_for_keys(database, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(edit("74.5", "x")(TEXT))
+    assert len(read(database, path, "{item} = 1")) == 100
+    path.write_text(edit("3,", "x,")(TEXT))
+    with pytest.raises(InputError, match="column item: 1 cell"):
+        read(database, path, "{item} = 1")
+
+
+@pytest.mark.parametrize("cut", [1, 6, 9, 1000])
+def test_a_cut_gzip_is_refused(cut, database, tmp_path):
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(gzip.compress(TEXT.encode())[:-cut])
+    with pytest.raises(InputError, match=r"t\.csv\.gz: not a whole gzip file"):
+        read(database, path)
+
+
+def test_what_is_no_gzip_is_refused(database, tmp_path):
+    (tmp_path / "t.csv.gz").write_text(TEXT)
+    with pytest.raises(InputError, match=r"t\.csv\.gz: not a whole gzip file"):
+        read(database, tmp_path / "t.csv.gz")
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("item", ["1", "x", "2"]),
+        ("item", [1.0, 2.0, 2.5]),
+        ("subject", [1, None, 2]),
+        ("time", ["2150-01-01", "2150-01-01", "soon"]),
+    ],
+)
+def test_a_bad_cell_of_parquet_is_counted_by_its_column(column, values, database, tmp_path):
+    good = {"item": [1, 2, 3], "subject": 1, "time": "2150-01-01", "value": 1.5, "unit": ""}
+    pd.DataFrame({**good, column: values}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"t\.parquet, column {column}: 1 cell is"):
+        read(database, tmp_path / "t.parquet")
+
+
+def test_nan_is_an_empty_cell_and_no_large_number(database, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(HEADER + "1,,2,2150-01-01,NaN,mg,\n1,,2,2150-01-01,1,mg,\n")
+    read(database, path)
+    assert database.row("SELECT count(*), count(value) FROM cells") == (2, 1)
+    nan = "SELECT 1 AS item, 2 AS subject, '2150-01-01' AS time, 'nan'::DOUBLE AS value, '' AS unit"
+    database.run(f"COPY ({nan}) TO '{tmp_path}/t.parquet'")
+    read(database, tmp_path / "t.parquet")
+    assert database.row("SELECT count(*), count(value) FROM cells") == (1, 0)
+
+
+def test_damage_within_a_parquet_file_is_the_files(database, tmp_path):
+    path = tmp_path / "t.parquet"
+    columns = {"item": range(500), "subject": 1, "time": "2150-01-01", "value": 1.5, "unit": ""}
+    pd.DataFrame(columns).to_parquet(path)
+    whole = path.read_bytes()
+    damaged = [whole[:k] + bytes(20) + whole[k + 20 :] for k in range(40, len(whole) - 8, 97)]
+    refused = 0
+    for content in [whole[:-20], *damaged]:
+        path.write_bytes(content)
+        try:
+            read(database, path)
+        except InputError as error:
+            assert str(path) in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("form", ["time", "instant"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *("2150-01-01 09:30 PM", "2150-01-01 09:30:00 EST", "2150-01-01 09:30 America/New_York"),
+        *("2150-01-01 09:30:00+02:00", "2150-01-01T09:30:00Z", "2150-01-01 soon", "epoch"),
+        "infinity",
+    ],
+)
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_time_with_a_zone_or_words_is_refused(form, cell, ending, database, tmp_path):
+    table, path = pd.DataFrame({"time": ["2150-01-01 9:30", cell]}), tmp_path / f"t.{ending}"
+    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    with pytest.raises(InputError, match=rf"t\.{ending}, column time: 1 cell is"):
+        read(database, path, columns={"time": Column(form)})
+
+
+def test_typed_times_and_plain_texts_are_read(database, tmp_path):
+    texts = ["2150-01-01", "2150-01-01 9:30", "2150-01-01T09:30:00", " 2150-01-01 09:30:00.25 "]
+    times = pd.to_datetime(pd.Series(texts).str.strip(), format="mixed").astype("datetime64[us]")
+    pd.DataFrame({"text": texts, "typed": times}).to_parquet(tmp_path / "t.parquet")
+    read(
+        database,
+        tmp_path / "t.parquet",
+        columns={"text": Column("instant"), "typed": Column("instant")},
+    )
+    assert database.row("SELECT count(*), bool_and(text = typed) FROM cells") == (4, True)
+
+
+def test_an_id_loses_the_point_that_pandas_writes(database, tmp_path):
+    (tmp_path / "t.csv").write_text("id\n10001.0\n001\n1.5\na.0\n")
+    found = read(database, tmp_path / "t.csv", columns={"id": Column("id")})["id"]
+    assert sorted(found) == ["001", "1.5", "10001", "a.0"]
+
+
+# --------------------------------------------------------------------------- output
+
+ROWS = pd.DataFrame({"subject_id": [1], "clinical_trajectory": ["20 (0h)"]})
+DESCRIPTION = {"made_by": "a test", "rows": {"rows": 1200, "patients": 3, "events": 1}}
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"threads": -1}, "--threads -1"),
+        ({"memory_limit": "much"}, "--memory_limit much"),
+        ({"memory_limit": "2"}, "--memory_limit 2"),
+    ],
+)
+def test_an_impossible_limit_is_refused_with_its_flag(values, flag):
+    with pytest.raises(InputError, match=flag):
+        duck.TableRequest(**{"out": Path("o.csv"), "memory_limit": "1GB", "threads": 0} | values)
+
+
+@pytest.mark.parametrize("threads", [0, 100_000])
+def test_threads_are_at_most_the_cores(threads):
+    request = duck.TableRequest(out=Path("o.csv"), memory_limit="1GB", threads=threads)
+    assert request.threads == duck.usable_cores()
+
+
+@pytest.mark.parametrize("name", ["out.txt", "no/such/out.csv"])
+def test_a_path_that_cannot_be_written_is_refused(name, tmp_path):
+    with pytest.raises(InputError, match=f"--out .*{name}: "):
+        duck.check_target(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody may write to")
+def test_a_folder_without_the_right_to_write_is_refused():
+    with pytest.raises(InputError, match="cannot be written to"):
+        duck.check_target(Path("/proc/out.csv"))
+
+
+def test_files_of_another_origin_are_not_replaced(tmp_path):
+    for name in ("a.csv", "b.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(InputError, match="choose another name"):
+            duck.check_target((tmp_path / name).with_suffix(".csv"))
+    duck.write_rows(ROWS, DESCRIPTION, tmp_path / "c.csv")
+    duck.check_target(tmp_path / "c.csv")
+    duck.check_target(tmp_path / "new.csv")
+
+
+def make_file(out, make=lambda _: (ROWS, DESCRIPTION)):
+    return duck.make_file(duck.TableRequest(out=out, memory_limit="1GB", threads=1), make)
+
+
+def test_a_planted_link_makes_no_file_elsewhere(tmp_path):
+    (tmp_path / ".out.csv.partial").symlink_to(tmp_path / "elsewhere")
+    duck.check_target(tmp_path / "out.csv")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    with locked(tmp_path / "out.csv"), pytest.raises(InputError, match="another run"):
+        make_file(tmp_path / "out.csv")
+
+
+def test_what_a_killed_run_spilt_is_removed(tmp_path):
+    other = tmp_path / ".other.csv.spill-x"
+    for folder in (tmp_path / ".out.csv.spill-x", other):
+        folder.mkdir()
+        (folder / "values").write_text("patients")
+    assert make_file(tmp_path / "out.csv") == 0
+    names = {"out.csv", "out.json", ".out.csv.lock", other.name}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_both_files_are_written_or_none(tmp_path, monkeypatch):
+    out = tmp_path / "out.csv"
+    duck.write_rows(ROWS, DESCRIPTION, out)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        duck.write_rows(ROWS.assign(subject_id=2), DESCRIPTION, out)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert before.keys() == {"out.csv", "out.json"}
+
+
+def test_the_description_is_there_before_the_table(tmp_path, monkeypatch):
+    """A table without its description would be read as another series."""
+    renamed = []
+    rename = os.replace
+
+    def noted(old, new):
+        renamed.append(new.suffix)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", noted)
+    duck.write_rows(ROWS, DESCRIPTION, tmp_path / "out.csv")
+    assert renamed == [".json", ".csv"]
+
+
+def test_the_description_names_the_rows_and_no_path_of_the_machine(tmp_path):
+    mini = Mini().admit(1).trio(1, 1, 140).trio(1, 4, 138).trio(1, 40, 129)
+    folder = mini.write(tmp_path / "mimic")
+    out = tmp_path / "out.csv"
+    rows, description = make_rows("from_mimic", mimic_dir=folder, out=out, cohort="all", threads=1)
+    duck.write_rows(rows, description, out)
+    text = out.with_suffix(".json").read_text()
+    assert str(tmp_path) not in text
+    written = json.loads(text)
+    counts = {"rows": 1, "patients": 1, "events": 0, "discharged_alive": 0, "computed_gaps": 1}
+    assert written["rows"] == counts
+    assert written["arguments"]["outcome"] == ["escalation"]
+    assert not {"threads", "memory_limit", "out", "mimic_dir"} & written["arguments"].keys()
+
+
+def test_the_log_counts_rows_patients_and_events(tmp_path, caplog):
+    out = tmp_path / "out.csv"
+    with caplog.at_level(logging.INFO):
+        assert make_file(out) == 0
+    assert caplog.messages[-1] == f"{out}: 1,200 rows of 3 patients, 1 events"
+
+
+def test_each_candidate_is_removed_by_the_first_rule_that_applies():
+    rules = pd.DataFrame({"first": [True, True, False], "second": [True, False, False]})
+    left, flow = duck.apply_rules(rules, "table")
+    assert left.tolist() == [False, False, True]
+    assert [(rule["removed"], rule["left"]) for rule in flow] == [(2, 1), (0, 1)]
+
+
+def test_a_cohort_of_nobody_is_refused_with_its_flow():
+    rules = pd.DataFrame({"few": [True] * 3 + [False] * 27, "many": [True] * 30})
+    with pytest.raises(InputError, match="of 30 candidates none is left: 3 out, 27 left: few; 27"):
+        duck.apply_rules(rules, "table")
+
+
+# --------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"window_hours": 0.0}, "--window_hours 0"),
+        ({"window_hours": float("nan")}, "--window_hours nan"),
+        ({"horizon_hours": -1.0}, "--horizon_hours -1"),
+        ({"horizon_hours": 2e6}, "--horizon_hours"),
+        ({"min_observations": 0}, "--min_observations 0"),
+        ({"outcome": ("sepsis",)}, "--outcome sepsis"),
+        ({"outcome": ("escalation", "death")}, "--outcome escalation,death"),
+        ({"outcome": ()}, "--outcome"),
+    ],
+)
+def test_an_impossible_request_is_refused_with_its_flag(values, flag):
+    with pytest.raises(InputError, match=flag):
+        table_request("from_mimic", mimic_dir=Path("m"), out=Path("o.csv"), **values)
