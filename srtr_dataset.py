@@ -22,30 +22,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands.command_line import (
-    SHOW_VALUES,
-    Parser,
-    run_command,
-)
+from medgemma_clinical.commands.command_line import SHOW_VALUES, Parser, run_command
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
+from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.scoring import Findings, ScoringRows
-from medgemma_clinical.data.srtr.codes import ORGANS, Organ
+from medgemma_clinical.data.srtr.codes import ORGANS
 from medgemma_clinical.data.srtr.cohort import (
     AGE,
+    CENSORED,
     DIALYSIS_YEARS,
-    MALE,
     NO_ROW,
+    SEX,
     TRANSPLANT_CHOICES,
+    TRANSPLANTED,
     CohortDefinition,
+    apply_criteria,
     contexts,
-    judge,
     read_candidates,
-    statics,
+    static_features,
 )
-from medgemma_clinical.data.srtr.files import find_table
-from medgemma_clinical.data.srtr.history import one_row_a_day, read_history
+from medgemma_clinical.data.srtr.history import read_history
+from medgemma_clinical.data.srtr.saf import find_table
 from medgemma_clinical.data.texts import (
     Choice,
     Clause,
@@ -65,17 +64,13 @@ __all__ = ["ORGANS", "InputError", "SRTRTrajectoryDataset", "main"]
 logger = logging.getLogger(__name__)
 
 HOURS_A_DAY = 24.0
-FEWEST_EVENTS = 10
+MIN_EVENTS = 10
 
 MAX_LEN = 50
 """Observations kept of a registration."""
 
 LATEST_IN_TEXT = 8
-"""Latest values of a series in a prompt: a liver history can hold fifty rows."""
-
-
-class TooFewEventsError(InputError):
-    """A cohort without enough events to learn from; without labels it may still be scored."""
+"""Latest values of a feature in a prompt: a liver history can hold fifty rows."""
 
 
 class SRTRTrajectoryDataset(TrajectoryDataset):
@@ -92,7 +87,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         dialysis: where dialysis is read, ``history.FLAGS`` or another of these; None decides by the
             whole history table. A checkpoint keeps the training data's in ``reading``.
         require_labels: leave out registrations whose label is unknown, and refuse folders with too
-            few events; False where new patients are scored.
+            few events; False where new patients are scored; None does the former alone, if there
+            are enough events.
 
     Attributes:
         flow: how many registrations each rule removed; columns rule, removed, left.
@@ -124,105 +120,91 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         max_len: int | None = None,
         transplant: str = "negative",
         dialysis: str | None = None,
-        require_labels: bool = True,
+        require_labels: bool | None = True,
     ) -> None:
         """Read both tables, decide who is in the cohort, and fill the arrays."""
         days = ORGANS[organ].days if organ in ORGANS else 0
-        self.definition = CohortDefinition(
-            organ,
-            days if landmark_days is None else landmark_days,
-            days if horizon_days is None else horizon_days,
-            transplant,
-        )
+        landmark = days if landmark_days is None else landmark_days
+        horizon = days if horizon_days is None else horizon_days
+        self.definition = CohortDefinition(organ, landmark, horizon, transplant)
         max_len = MAX_LEN if max_len is None else max_len
         if max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
         self.source = one_line(str(data_dir))
-        self.features = tuple(feature.name for feature in self._organ.features)
-        self.units = tuple(feature.unit for feature in self._organ.features)
-        self.main = self.features.index(self._organ.main)
-        self.time_scale = self._organ.days * HOURS_A_DAY
+        self.measures = self.definition.organ.features
+        self.features = tuple(feature.name for feature in self.measures)
+        self.units = tuple(str(feature.unit) for feature in self.measures)
+        self.main = self.features.index(self.definition.organ.main)
+        self.time_scale = days * HOURS_A_DAY
         self.question = (
             f"Will this patient die or become too sick for a {organ} transplant within "
-            f"{self.definition.horizon} days of day {self.definition.landmark}?"
+            f"{horizon} days of day {landmark}?"
         )
-        dialysis = self._read(Path(data_dir), max_len, dialysis, require_labels=require_labels)
+        dialysis = self._read(Path(data_dir), max_len, dialysis, require_labels)
         self.reading = {
             "organ": organ,
-            "landmark_days": self.definition.landmark,
-            "horizon_days": self.definition.horizon,
+            "landmark_days": landmark,
+            "horizon_days": horizon,
             "transplant": transplant,
             "max_len": max_len,
             "dialysis": dialysis,
         }
 
-    @property
-    def _organ(self) -> Organ:
-        return self.definition.organ
-
     # ------------------------------------------------------------------ reading
 
     def _read(
-        self, folder: Path, max_len: int, dialysis: str | None, *, require_labels: bool
+        self, folder: Path, max_len: int, dialysis: str | None, require_labels: bool | None
     ) -> str:
-        """Read both tables and fill the arrays; return the source of dialysis."""
-        definition = self.definition
-        cand_file = find_table(folder, f"cand_{self._organ.suffix}")
-        dated = "CAN_DIAL_DT" in cand_file.columns
-        cand = read_candidates(cand_file)
-        judged = judge(cand, definition, require_labels=require_labels)
-        cohort = cand[judged["reason"] == ""]
-        rows, dialysis = read_history(
-            find_table(folder, f"stathist_{self._organ.suffix}"),
-            definition,
-            cohort["CAN_LISTING_DT"],
-            dated=dated,
-            dialysis_source=dialysis,
-        )
-        rows = one_row_a_day(rows, cohort, definition, dialysis_source=dialysis)
-        cohort = cohort[cohort.index.isin(rows["PX_ID"])]
-        judged.loc[~judged.index.isin(cohort.index) & (judged["reason"] == ""), "reason"] = NO_ROW
-        judged["label"] = judged["label"].where(judged["reason"] == "")
-        self._keep(judged, require_labels=require_labels)
+        """Read both tables and fill the arrays; return where dialysis is read."""
+        definition, suffix = self.definition, self.definition.organ.suffix
+        cand = read_candidates(find_table(folder, f"cand_{suffix}"))
+        judged = apply_criteria(cand, definition)
+        unlabelled = judged["reason"].isin([TRANSPLANTED, CENSORED])
+        history = find_table(folder, f"stathist_{suffix}")
+        cohort = cand[(judged["reason"] == "") | (unlabelled & (require_labels is not True))]
+        rows, dialysis = read_history(history, definition, cohort, dialysis)
+        has_row = judged.index.isin(rows["PX_ID"])
+        judged.loc[~has_row & (judged["reason"] == ""), "reason"] = NO_ROW
+        if require_labels is None:
+            require_labels = judged.loc[judged["reason"] == "", "label"].sum() >= MIN_EVENTS
+        if not require_labels:
+            judged.loc[unlabelled, "reason"] = np.where(has_row[unlabelled], "", NO_ROW)
+        kept = judged["reason"] == ""
+        judged["label"] = judged["label"].where(kept)
+        self.registrations, self.labels = judged, judged.loc[kept, "label"].to_numpy(np.float64)
+        self._count(require_labels)
+        cohort, rows = cand[kept], rows[rows["PX_ID"].isin(kept.index[kept])]
         lengths = rows.groupby("PX_ID").size().to_numpy()
+        self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         if require_labels and (lengths > max_len).any():
-            groups = cohort["PERS_ID"].to_numpy()
-            logger.info("%s: %s", self.source, describe_cut(lengths, groups, max_len))
-        self._fill(cohort, rows.groupby("PX_ID").tail(max_len), dated=dated)
-        return dialysis
-
-    def _keep(self, judged: pd.DataFrame, *, require_labels: bool) -> None:
-        """Set registrations, flow and labels.
-
-        Raises:
-            TooFewEventsError: too few events are left, and labels are required.
-            InputError: no registration is left.
-        """
-        removed = judged["reason"].value_counts(sort=False).drop("")
-        flow = removed.rename_axis("rule").reset_index(name="removed")
-        self.flow = flow.assign(left=len(judged) - flow["removed"].cumsum())
-        self.registrations = judged
-        self.labels = judged.loc[judged["reason"] == "", "label"].to_numpy(np.float64)
-        events, needed = int(np.nansum(self.labels)), FEWEST_EVENTS if require_labels else 0
-        if not len(self) or events < needed:
-            taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
-            kind = TooFewEventsError if require_labels else InputError
-            raise kind(
-                f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-                f"{needed} are needed; of {len(judged)} the rules took: {taken}"
-            )
-
-    def _fill(self, cohort: pd.DataFrame, rows: pd.DataFrame, *, dated: bool) -> None:
-        """Set the arrays of the contract; both tables are sorted by PX_ID."""
+            logger.info("%s: %s", self.source, describe_cut(lengths, self.groups, max_len))
+        rows = rows.groupby("PX_ID").tail(max_len)
         self.times = rows["day"].to_numpy(np.float64) * HOURS_A_DAY
         self.values = rows[list(self.features)].to_numpy(np.float64)
         self.offsets = np.concatenate([[0], rows.groupby("PX_ID").size().cumsum()])
         self.ids = cohort.index.to_numpy().astype(np.str_)
-        self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
-        self.contexts = contexts(cohort, self.definition)
-        known = statics(cohort, self.definition, dated=dated)
+        self.contexts = contexts(cohort, definition)
+        known = static_features(cohort, definition)
         self.static_names, self.statics = tuple(map(str, known)), known.to_numpy()
-        self.prediction_hours = np.full(len(self), self.definition.landmark * HOURS_A_DAY)
+        self.prediction_hours = np.full(len(self), definition.landmark * HOURS_A_DAY)
+        return dialysis
+
+    def _count(self, require_labels: bool) -> None:
+        """Set the flow.
+
+        Raises:
+            InputError: no registration is left, or too few events for labels that are required.
+        """
+        removed = self.registrations["reason"].value_counts(sort=False).drop("")
+        flow = removed.rename_axis("rule").reset_index(name="removed")
+        self.flow = flow.assign(left=len(self.registrations) - flow["removed"].cumsum())
+        events, needed = int(np.nansum(self.labels)), MIN_EVENTS if require_labels else 0
+        if not len(self) or events < needed:
+            taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
+            raise InputError(
+                f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
+                f"{needed} are needed; of {len(self.registrations)} the rules took: {taken}"
+            )
 
     @classmethod
     def scoring_rows(
@@ -254,17 +236,19 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def limits(self, feature: int) -> tuple[float, float]:
         """Return the plausible range of a feature in a living adult."""
-        return self._organ.features[feature].low, self._organ.features[feature].high
+        plausible = self.measures[feature].plausible
+        assert plausible is not None
+        return plausible
 
     def reference(self, feature: int) -> Reference | None:
         """Return the reference range of a feature, None where adults have none of one source."""
-        return self._organ.features[feature].reference
+        return self.measures[feature].reference
 
     def people(self) -> pd.DataFrame:
         """Return what reports distinguish rows by: as every data set's, and the organ."""
         organ = pd.Categorical([self.definition.organ_name] * len(self))
-        known = self.fact_table([AGE, MALE])
-        sexes = known[MALE].map({1: "man", 0: "woman"}).fillna(UNKNOWN).to_numpy().astype(np.str_)
+        known = self.fact_table([AGE, SEX])
+        sexes = known[SEX].map({1: "man", 0: "woman"}).fillna(UNKNOWN).to_numpy().astype(np.str_)
         people = people_of(self.lengths, known[AGE].to_numpy(), sexes)
         return people.assign(organ=organ)
 
@@ -300,8 +284,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def value_text(self, feature: int, value: float) -> str:
         """Return a value with its unit, or the word of a state."""
-        known = self._organ.features[feature]
-        return known.text(value) if known.words else super().value_text(feature, value)
+        known = self.measures[feature]
+        return _text(known, value) if known.words else super().value_text(feature, value)
 
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return the latest values of each series with their days; of a state only its changes."""
@@ -312,15 +296,15 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         for f, times, values in self.measured(i):
             if options.series == "main" and f != self.main:
                 continue
-            feature, days = self._organ.features[f], times / HOURS_A_DAY
+            feature, days = self.measures[f], times / HOURS_A_DAY
             if feature.words:
                 changes = np.diff(values, prepend=np.nan) != 0
                 days, values = days[changes], values[changes]
             shown = zip(days[-latest:], values[-latest:], strict=True)
-            text = " -> ".join(f"{feature.text(v)} (day {plain(d)})" for d, v in shown)
+            text = " -> ".join(f"{_text(feature, v)} (day {plain(d)})" for d, v in shown)
             if computed and len(values) > latest and not feature.words:
-                text = f"first {feature.text(values[0])} (day {plain(days[0])}), latest {text}"
-            unit = f" in {feature.unit}" if "/" in feature.unit else ""  # a score has none to show
+                text = f"first {_text(feature, values[0])} (day {plain(days[0])}), latest {text}"
+            unit = f" in {feature.unit}" if "/" in self.units[f] else ""  # a score has none to show
             lines.append(f"{feature.name}{unit}: {text}")
         if computed:
             lines.append(f"{self.lengths[i]} observations")
@@ -330,11 +314,11 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Return first and last value of each measured series, and the number of observations."""
         statements: list[list[Part]] = []
         for f, times, values in self.measured(i):
-            feature, days = self._organ.features[f], times / HOURS_A_DAY
+            feature, days = self.measures[f], times / HOURS_A_DAY
             name, at = feature.name, " at day "
             first, last = (observation(values[k], at, days[k]) for k in (0, -1))
             if feature.words:
-                state = Choice(feature.text(values[-1]), tuple(feature.words.values()))
+                state = Choice(_text(feature, values[-1]), tuple(feature.words.values()))
                 statements.append([f"last {name} ", state, at, last[-1]])
             elif len(values) == 1:
                 statements.append([f"only {name} ", *last])
@@ -346,6 +330,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         statements.append(["after ", Number(str(self.lengths[i])), " observations"])
         opening, *rest = statements
         return [Clause(". ", "History", opening), *(Clause(", ", "", parts) for parts in rest)]
+
+
+def _text(feature: Feature, value: float) -> str:
+    return feature.words[int(value)] if feature.words else plain(value)
 
 
 # --------------------------------------------------------------------------- the command
@@ -384,14 +372,11 @@ def check(data_dir: Path, **reading: Any) -> int:
     Raises:
         InputError: the folder cannot be used.
     """
-    obstacle = None
     with log_refusal():
-        try:
-            dataset = SRTRTrajectoryDataset(data_dir, **reading)
-        except TooFewEventsError as error:
-            dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=False)
-            obstacle = f"not to train on: {error}"
-        log_check(dataset, obstacle=obstacle)
+        dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=None)
+        events = int(np.nansum(dataset.labels))
+        few = f"not to train on: {events} events, {MIN_EVENTS} are needed"
+        log_check(dataset, obstacle=few if events < MIN_EVENTS else None)
     return 0
 
 

@@ -1,18 +1,14 @@
 """Synthetic SRTR folders for tests and benchmark: hand-written rows, random tables, any form.
 
-No real patient. Days count from 1960-01-01 as in SAS; every date column is written in the form
-that a test asks for.
+No real patient. Days count from 1960-01-01 as in SAS; a test asks for the form of the dates.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 SYNTHETIC = Path(__file__).parent / "data" / "srtr_saf"
-"""Made-up tables as SRTR delivers them, with the expected reason or label of each registration."""
-
 EPOCH = pd.Timestamp("1960-01-01")
 LISTED = 20000
 """Listing day of hand-written registrations: 2014-10-04."""
@@ -23,7 +19,7 @@ LAST_DAY = 23500
 SUFFIX = {"kidney": "kipa", "liver": "liin"}
 CODE = {"kidney": "KI", "liver": "LI"}
 DATE_COLUMNS = ("_DT", "CAN_ENDWLFU")
-LABELS: dict[str, dict[Any, str]] = {
+LABELS = {
     "WL_ORG": {"KI": "Kidney", "LI": "Liver", "KP": "Kidney: Pancreas", "IN": "Intestine"},
     "CAN_REM_CD": {8: "Candidate died", 13: "Too sick to transplant", 4: "Deceased donor tx"},
     "CANHX_STAT_CD": {4010: "Active", 6999: "Temporarily inactive"},
@@ -39,7 +35,7 @@ DATE_FORMATS = {
 }
 
 
-def candidate(px: int, organ: str = "liver", /, **columns: Any) -> dict[str, Any]:
+def candidate(px, organ="liver", /, **columns):
     """Return a CAND row of an adult who still waits on day 1000."""
     return {
         "PX_ID": px,
@@ -64,7 +60,7 @@ def candidate(px: int, organ: str = "liver", /, **columns: Any) -> dict[str, Any
     }
 
 
-def history_row(px: int, day: int, organ: str = "liver", **columns: Any) -> dict[str, Any]:
+def history_row(px, day, organ="liver", **columns):
     """Return a STATHIST row that begins so many days after ``LISTED``."""
     measured = (
         {"CANHX_STAT_CD": 6215, "CANHX_SRTR_LAB_MELD": 6215}
@@ -74,22 +70,22 @@ def history_row(px: int, day: int, organ: str = "liver", **columns: Any) -> dict
     return {"PX_ID": px, "CANHX_BEGIN_DT": LISTED + day, **measured, **columns}
 
 
-def filler(organ: str = "liver", events: int = 12) -> tuple[list[Any], list[Any]]:
-    """Return registrations without which no data set may be read: events and others alike."""
+def filler(organ="liver", events=12):
+    """Return registrations without which no data set may be read: as many events as others."""
     soon = LISTED + (100 if organ == "liver" else 400)
-    removed = {"CAN_REM_CD": 8, "CAN_REM_DT": soon, "CAN_DEATH_DT": soon, "CAN_ENDWLFU": soon}
+    died = {"CAN_REM_CD": 8, "CAN_REM_DT": soon, "CAN_DEATH_DT": soon, "CAN_ENDWLFU": soon}
     ids = range(900_000, 900_000 + 2 * events)
-    cand = [candidate(px, organ, **(removed if px % 2 else {})) for px in ids]
+    cand = [candidate(px, organ, **(died if px % 2 else {})) for px in ids]
     return cand, [history_row(px, 0, organ) for px in ids]
 
 
-def removed(code: float | None, day: int, px: int = 1, **more: Any) -> dict[str, Any]:
+def removed(code, day, px=1, **more):
     """Return a registration that is removed so many days after listing."""
     end = {"CAN_REM_CD": code, "CAN_REM_DT": LISTED + day, "CAN_ENDWLFU": LISTED + day}
     return candidate(px, **{**end, **more})
 
 
-def synthetic_tables(organ: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def synthetic_tables(organ):
     """Return the tables of ``SYNTHETIC`` with dates as SAS days."""
     found = []
     for name in ("cand", "stathist"):
@@ -98,21 +94,16 @@ def synthetic_tables(organ: str) -> tuple[pd.DataFrame, pd.DataFrame]:
             if table[column].dtype.kind == "M":
                 table[column] = (table[column] - EPOCH).dt.days
         found.append(table)
-    cand, history = found
-    return cand, history
+    return found
 
 
-def random_tables(
-    n: int, organ: str, seed: int, *, risk: str = "MELD", history_rows: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def random_tables(n, organ, seed, *, risk="MELD", history_rows=0):
     """Draw ``n`` registrations and their history, without a loop over them.
-
-    ``history_rows`` is the mean of their number a registration, 9 for a liver and 3 for a kidney
-    where it is not given.
 
     For ``risk="MELD"`` those die within the horizon whose MELD is above 25 (kidney: GFR below 8) at
     the landmark; for ``"shuffled"`` the same number of others; for ``"graded"`` the risk climbs
-    with that MELD (falls with that GFR) up to one half.
+    with that MELD (falls with that GFR) up to one half. ``history_rows``: their mean number a
+    registration, else 9 for a liver and 3 for a kidney.
     """
     rng = np.random.default_rng(seed)
     landmark = 90 if organ == "liver" else 365
@@ -202,59 +193,43 @@ def random_tables(
     return cand, history
 
 
-def is_date(column: str) -> bool:
+def is_date(column):
     return column.endswith(DATE_COLUMNS)
 
 
-def write_table(
-    path: Path, table: pd.DataFrame, *, dates: str = "sas", labels: bool = False
-) -> Path:
+def write_table(path, table, *, dates="sas", labels=False):
     """Write a table with days as dates of a form; the ending of ``path`` gives the storage."""
-    table = table.copy()
-    for column in filter(is_date, table.columns):
-        if dates == "sas":
-            continue
-        moments = EPOCH + pd.to_timedelta(pd.to_numeric(table[column]), unit="D")
-        if path.suffix.lower() not in (".dta", ".parquet"):
-            table[column] = moments.dt.strftime(DATE_FORMATS[dates]).str.upper()
-        else:
-            table[column] = moments
+    table, ending = table.copy(), path.suffix.lower()
+    for column in filter(is_date, table.columns if dates != "sas" else ()):
+        table[column] = EPOCH + pd.to_timedelta(pd.to_numeric(table[column]), unit="D")
+        if ending not in (".dta", ".parquet"):
+            table[column] = table[column].dt.strftime(DATE_FORMATS[dates]).str.upper()
     for column, meaning in LABELS.items() if labels else []:
         if column in table:
             table[column] = [
                 None
                 if pd.isna(c)
-                else f"{c:g}: {meaning.get(c, 'x')}"
-                if isinstance(c, float | int)
-                else f"{c}: {meaning.get(c, 'x')}"
+                else f"{c if isinstance(c, str) else f'{c:g}'}: {meaning.get(c, 'x')}"
                 for c in table[column]
             ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".dta":
-        empty = [c for c in table if table[c].isna().all()]
-        table = table.astype(dict.fromkeys(empty, np.float64))
+    if ending == ".dta":
+        times = [c for c in table if table[c].dtype.kind == "M"]
+        table = table.astype(
+            {c: float for c in table.columns.difference(times) if table[c].isna().all()}
+        )
         texts = table.select_dtypes(exclude=["number", "datetime"]).columns
         table[texts] = table[texts].astype(object).where(table[texts].notna(), "")
-        td: Any = {c: "td" for c in table if table[c].dtype.kind == "M"}
-        table.to_stata(path, write_index=False, convert_dates=td)
-    elif path.suffix.lower() == ".parquet":
+        table.to_stata(path, write_index=False, convert_dates=dict.fromkeys(times, "td"))
+    elif ending == ".parquet":
         table.to_parquet(path)
     else:
         table.to_csv(path, index=False)
     return path
 
 
-def write_folder(
-    folder: Path,
-    cand: pd.DataFrame | list[Any],
-    history: pd.DataFrame | list[Any],
-    organ: str = "liver",
-    *,
-    ending: str = ".csv",
-    **form: Any,
-) -> Path:
+def write_folder(folder, cand, history, organ="liver", *, ending=".csv", **form):
     """Write both tables of an organ under SRTR's names."""
     for name, table in (("cand", cand), ("stathist", history)):
-        frame = pd.DataFrame(table)
-        write_table(folder / f"{name}_{SUFFIX[organ]}{ending}", frame, **form)
+        write_table(folder / f"{name}_{SUFFIX[organ]}{ending}", pd.DataFrame(table), **form)
     return folder

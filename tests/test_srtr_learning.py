@@ -1,9 +1,6 @@
 """Stage 1 on SRTR tables: a risk that the history shows is learned, and chance is not."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,21 +9,18 @@ from srtr_files import random_tables, write_folder
 
 
 @pytest.mark.parametrize(("risk", "low", "high"), [("MELD", 0.9, 1.0), ("shuffled", 0.0, 0.75)])
-def test_what_meld_decides_is_learned_and_chance_is_not(
-    risk: str, low: float, high: float, tmp_path: Path
-) -> None:
+def test_what_meld_decides_is_learned_and_chance_is_not(risk, low, high, tmp_path):
     folder = write_folder(tmp_path / "saf", *random_tables(900, "liver", seed=11, risk=risk))
     flags = f"--trajectory_only --dataset srtr --organ liver --data_dir {folder} --log_file none"
     words = [*flags.split(), "--trajectory_epochs", "6", "--output_dir", str(tmp_path / "out")]
     assert medgemma_trainer.main(words) == 0
     stage = tmp_path / "out" / "trajectory"
-    figures = json.loads((stage / "metrics.json").read_text())
-    assert low < figures["test"]["auroc"]["value"] <= high
+    metrics = json.loads((stage / "metrics.json").read_text())
+    assert low < metrics["test"]["auroc"]["value"] <= high
     assert "an impossible date" in (stage / "report.html").read_text()
 
 
-def test_the_trainer_asks_for_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        medgemma_trainer.main(["--trajectory_only", "--dataset", "srtr", "--log_file", "none"]) == 2
-    )
+def test_the_trainer_asks_for_the_folder(capsys):
+    words = ["--trajectory_only", "--dataset", "srtr", "--log_file", "none"]
+    assert medgemma_trainer.main(words) == 2
     assert "--data_dir" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from medgemma_clinical.data.dka.description import SERIES_COLUMN
 from medgemma_clinical.data.dka.series_cells import CELL, DATE, UNIT
 from medgemma_clinical.data.facts import CONTEXT_NUMBER
 from medgemma_clinical.data.report_review import STATED
-from medgemma_clinical.data.srtr.decode import BEHIND
+from medgemma_clinical.data.srtr.saf import BEHIND
 from trajectories import LABEL, SERIES, dataset_of, one_series
 
 THREE_SERIES = pd.DataFrame(

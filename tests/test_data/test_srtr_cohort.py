@@ -1,50 +1,46 @@
-"""SRTR: who is in the cohort of a landmark, and with which label."""
-
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
+"""SRTR: who is in the cohort of a landmark, with which label, context and static features."""
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, ORGANS
+from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, ORGANS, TEXT_COLUMNS
 from medgemma_clinical.data.srtr.cohort import (
+    CENSORED,
+    NO_ROW,
+    TRANSPLANTED,
     CohortDefinition,
+    apply_criteria,
     contexts,
-    judge,
     read_candidates,
-    statics,
+    static_features,
 )
-from medgemma_clinical.data.srtr.decode import BAD_DATE
-from medgemma_clinical.data.srtr.files import find_table
+from medgemma_clinical.data.srtr.saf import BAD_DATE, find_table
 from medgemma_clinical.files import InputError
 from srtr_files import LISTED, candidate, history_row, removed, write_folder
 
-CENSORED, ENDED = "censored within the horizon", "ended by the landmark"
-ERRONEOUS = "removed: listed or removed in error"
-NO_TIME = "no day of listing or removal"
+ENDED, ERRONEOUS = "ended by the landmark", "removed: listed or removed in error"
 LIVER = CohortDefinition("liver", 90, 90, "negative")
-Row = dict[str, Any]
+KIDNEY = CohortDefinition("kidney", 365, 365, "negative")
+EXCLUDE = CohortDefinition("liver", 90, 90, "exclude")
 
 
-def table_of(*rows: Row) -> pd.DataFrame:
+def table_of(*rows, lacking=()):
     """Rows as ``read_candidates`` reads them."""
     table = pd.DataFrame([{**dict.fromkeys(CAND_COLUMNS), **row} for row in rows])
-    words = ("WL_ORG", "CAN_SOURCE", "CAN_GENDER", "CAN_ABO")
-    table = table.astype({name: float for name in CAND_COLUMNS if name not in words})
-    age = table["CAN_AGE_IN_MONTHS_AT_LISTING"] / 12
-    return table.assign(age=age, **{BAD_DATE: False}).set_index("PX_ID")
+    table = table.astype({name: float for name in CAND_COLUMNS if name not in TEXT_COLUMNS})
+    age, bmi = table["CAN_AGE_IN_MONTHS_AT_LISTING"] / 12, table["CAN_BMI"]
+    table = table.assign(age=age, bmi=bmi, **{BAD_DATE: False}).set_index("PX_ID")
+    return table.drop(columns=list(lacking))
 
 
-def verdict(row: Row, definition: CohortDefinition = LIVER, **options: Any) -> str | float:
+def verdict(row, definition=LIVER):
     """Why a registration is left out, or its label."""
-    judged: Any = judge(table_of(row), definition, **options).iloc[0]
-    return str(judged["reason"]) or float(judged["label"])
+    found = apply_criteria(table_of(row), definition).iloc[0]
+    return str(found["reason"]) or float(found["label"])
 
 
-MEANING: dict[str | float, tuple[float | None, ...]] = {
+MEANING = {
     1.0: (8, 13),
     0.0: (4, 14, 15, 18, 19, 21, 22, 23, 43, 45),
     ERRONEOUS: (10, 11, 16),
@@ -55,7 +51,7 @@ MEANING: dict[str | float, tuple[float | None, ...]] = {
 @pytest.mark.parametrize(
     ("code", "within"), [(code, means) for means, codes in MEANING.items() for code in codes]
 )
-def test_what_a_removal_within_the_horizon_means(code: float | None, within: str | float) -> None:
+def test_what_a_removal_within_the_horizon_means(code, within):
     assert verdict(removed(code, 120)) == within
     assert verdict(removed(code, 181)) == (within if within == ERRONEOUS else 0.0)
 
@@ -63,218 +59,173 @@ def test_what_a_removal_within_the_horizon_means(code: float | None, within: str
 @pytest.mark.parametrize(
     ("day", "result"), [(89, ENDED), (90, ENDED), (91, 1.0), (180, 1.0), (181, 0.0)]
 )
-def test_the_horizon_is_open_at_the_landmark_and_closed_at_its_end(
-    day: int, result: str | float
-) -> None:
+def test_the_horizon_is_open_at_the_landmark_and_closed_at_its_end(day, result):
     assert verdict(removed(8, day)) == verdict(removed(13, day)) == result
-
-
-@pytest.mark.parametrize(("day", "result"), [(90, ENDED), (180, CENSORED), (181, 0.0)])
-def test_a_registration_that_waits_must_be_followed_past_the_horizon(
-    day: int, result: str | float
-) -> None:
-    assert verdict(candidate(1, CAN_ENDWLFU=LISTED + day)) == result
+    followed = CENSORED if result == 1.0 else result
+    assert verdict(candidate(1, CAN_ENDWLFU=LISTED + day)) == followed
 
 
 @pytest.mark.parametrize("column", ["CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT"])
-def test_a_death_by_the_end_is_an_event_and_one_after_it_is_not(column: str) -> None:
-    for code in (7, None):
-        for day, result in ((119, 1.0), (120, 1.0), (121, CENSORED)):
-            assert verdict(removed(code, 120, **{column: LISTED + day})) == result
-    waits = {"CAN_ENDWLFU": LISTED + 120}
-    assert verdict(candidate(1, **waits, **{column: LISTED + 120})) == 1.0
-    assert verdict(candidate(1, **waits, **{column: LISTED + 121})) == CENSORED
+def test_a_death_by_the_end_is_an_event_and_one_after_it_is_not(column):
+    for row in (removed(7, 120), removed(None, 120), candidate(1, CAN_ENDWLFU=LISTED + 120)):
+        for day, result in ((119, 1.0), (120, 1.0), (121, CENSORED), (1500, CENSORED)):
+            assert verdict({**row, column: LISTED + day}) == result
+    assert verdict(removed(4, 120, **{column: LISTED + 1500})) == 0.0
+    assert verdict(candidate(1, **{column: LISTED + 1500})) == 0.0
 
 
-def test_the_event_is_on_the_day_of_death_not_of_the_removal() -> None:
-    assert verdict(removed(8, 120, CAN_DEATH_DT=LISTED + 80)) == ENDED
-    assert verdict(removed(8, 200, CAN_DEATH_DT=LISTED + 170)) == 1.0
-    unfollowed: Row = {"CAN_REM_CD": 8, "CAN_REM_DT": None, "CAN_ENDWLFU": None}
-    assert verdict(candidate(1, CAN_DEATH_DT=LISTED + 120, **unfollowed)) == 1.0
-    assert verdict(candidate(1, CAN_DEATH_DT=LISTED + 80, **unfollowed)) == ENDED
-
-
-def test_a_death_years_later_changes_nothing() -> None:
-    for code, result in ((4, 0.0), (7, CENSORED), (12, CENSORED)):
-        assert verdict(removed(code, 120, PERS_OPTN_DEATH_DT=LISTED + 1500)) == result
-    assert verdict(candidate(1, PERS_SSA_DEATH_DT=LISTED + 1500)) == 0.0
-
-
-@pytest.mark.parametrize("code", [21, 23, 4])
-def test_a_death_on_the_day_of_the_transplant_is_a_transplant(code: int) -> None:
-    day = LISTED + 120
-    assert verdict(removed(code, 120, REC_TX_DT=day, CAN_DEATH_DT=day)) == 0.0
-    assert verdict(removed(code, 120, CAN_DEATH_DT=day)) == 0.0
+UNFOLLOWED = {"CAN_REM_CD": 8, "CAN_REM_DT": None, "CAN_ENDWLFU": None}
 
 
 @pytest.mark.parametrize(
     ("row", "result"),
     [
-        (candidate(1, REC_TX_DT=LISTED + 120), 0.0),  # no removal recorded
-        (removed(8, 150, REC_TX_DT=LISTED + 120), 0.0),  # died after it
-        (removed(8, 120, REC_TX_DT=LISTED + 120), 0.0),  # died on its day
-        (removed(13, 120, REC_TX_DT=LISTED + 150), 1.0),  # too sick comes first
+        # The event is on the day of death, not of the removal.
+        (removed(8, 120, CAN_DEATH_DT=LISTED + 80), ENDED),
+        (removed(8, 200, CAN_DEATH_DT=LISTED + 170), 1.0),
+        (candidate(1, CAN_DEATH_DT=LISTED + 120, **UNFOLLOWED), 1.0),
+        (candidate(1, CAN_DEATH_DT=LISTED + 80, **UNFOLLOWED), ENDED),
+        # A transplant ends the registration, a death on its day belongs to it.
+        (candidate(1, REC_TX_DT=LISTED + 120), 0.0),
         (removed(None, 120, REC_TX_DT=LISTED + 120), 0.0),
+        (removed(8, 150, REC_TX_DT=LISTED + 120), 0.0),
+        (removed(8, 120, REC_TX_DT=LISTED + 120), 0.0),
         (removed(8, 150, REC_TX_DT=LISTED + 80), ENDED),
+        (removed(13, 120, REC_TX_DT=LISTED + 150), 1.0),
+        *((removed(code, 120, CAN_DEATH_DT=LISTED + 120), 0.0) for code in (21, 23, 4)),
+        # Who is left out.
+        (candidate(1, WL_ORG="IN"), "other organ"),
+        (candidate(1, CAN_SOURCE="L"), "living donor recipient, never listed"),
+        (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=215), "under 18"),
+        (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=216), 0.0),
+        (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=None), 0.0),
+        (candidate(1, CAN_LISTING_DT=None), "no day of listing or removal"),
     ],
 )
-def test_a_transplant_day_ends_the_registration(row: Row, result: str | float) -> None:
+def test_the_end_of_a_registration_decides(row, result):
     assert verdict(row) == result
 
 
-def test_transplants_within_the_horizon_can_be_left_out() -> None:
-    exclude = CohortDefinition("liver", 90, 90, "exclude")
-    for code in (4, 15, 21):
-        assert verdict(removed(code, 120)) == 0.0
-        assert verdict(removed(code, 120), exclude) == "transplanted within the horizon"
-        assert verdict(removed(code, 181), exclude) == 0.0
-    assert verdict(removed(8, 120), exclude) == 1.0
-
-
-def test_landmark_and_horizon_follow_the_definition() -> None:
+def test_landmark_horizon_and_transplants_follow_the_definition():
     assert verdict(removed(8, 95), CohortDefinition("liver", 95, 90, "negative")) == ENDED
     assert verdict(removed(8, 120), CohortDefinition("liver", 30, 100, "negative")) == 1.0
     assert verdict(removed(8, 120), CohortDefinition("liver", 95, 10, "negative")) == 0.0
-
-
-def test_unknown_labels_stay_where_rows_are_to_be_scored() -> None:
-    assert np.isnan(verdict(removed(7, 120), require_labels=False))
-    exclude = CohortDefinition("liver", 90, 90, "exclude")
-    assert np.isnan(verdict(removed(4, 120), exclude, require_labels=False))
-    assert verdict(removed(7, 80), require_labels=False) == ENDED
-
-
-def test_registrations_of_other_organs_ages_and_sources_are_left_out() -> None:
-    kidney = CohortDefinition("kidney", 365, 365, "negative")
-    assert verdict(candidate(1, WL_ORG="IN")) == "other organ"
+    for code in (4, 15, 21):
+        assert verdict(removed(code, 120), EXCLUDE) == TRANSPLANTED
+        assert verdict(removed(code, 181), EXCLUDE) == 0.0
+    assert verdict(removed(8, 120), EXCLUDE) == 1.0
     for organ in ("KP", "PA", "PI"):
-        assert verdict(candidate(1, "kidney", WL_ORG=organ), kidney) == "other organ"
-    assert verdict(candidate(1, CAN_SOURCE="L")) == "living donor recipient, never listed"
-    assert verdict(candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=215)) == "under 18"
-    assert verdict(candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=216)) == 0.0
-    assert verdict(candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=None)) == 0.0
-    assert verdict(candidate(1, CAN_LISTING_DT=None)) == NO_TIME
+        assert verdict(candidate(1, "kidney", WL_ORG=organ), KIDNEY) == "other organ"
 
 
-def test_an_impossible_date_leaves_the_row_out() -> None:
+def test_only_what_follows_the_landmark_makes_a_label_unknown():
+    rows = [removed(7, 120), removed(4, 120), removed(8, 120)]
+    labels = apply_criteria(table_of(*rows), EXCLUDE)["label"]
+    np.testing.assert_array_equal(labels, [np.nan, np.nan, 1.0])
     table = table_of(removed(8, 120)).assign(**{BAD_DATE: True})
-    assert judge(table, LIVER)["reason"].tolist() == ["an impossible date"]
+    assert apply_criteria(table, LIVER)["reason"].tolist() == ["an impossible date"]
+    assert NO_ROW in apply_criteria(table, LIVER)["reason"].cat.categories
 
 
 @pytest.mark.parametrize(
-    ("definition", "problem"),
+    ("definition", "flag"),
     [
-        (("heart", 90, 90, "negative"), "--organ heart"),
-        (("liver", 90, 90, "maybe"), "--transplant maybe"),
-        (("liver", -1, 90, "negative"), "--landmark_days -1"),
-        (("liver", 10**9, 90, "negative"), "--landmark_days 1000000000"),
-        (("liver", 90, 0, "negative"), "--horizon_days 0"),
+        (("heart", 90, 90, "negative"), "--organ"),
+        (("liver", 90, 90, "maybe"), "--transplant"),
+        (("liver", -1, 90, "negative"), "--landmark_days"),
+        (("liver", 10**9, 90, "negative"), "--landmark_days"),
+        (("liver", 90, 0, "negative"), "--horizon_days"),
     ],
 )
-def test_an_impossible_definition_is_refused_with_its_flag(
-    definition: tuple[str, int, int, str], problem: str
-) -> None:
-    with pytest.raises(InputError, match=problem):
+def test_an_impossible_definition_is_refused_with_its_flag(definition, flag):
+    with pytest.raises(InputError, match=flag):
         CohortDefinition(*definition)
+
+
+def test_each_organ_has_its_own_defaults():
+    assert {name: organ.days for name, organ in ORGANS.items()} == {"kidney": 365, "liver": 90}
 
 
 # ------------------------------------------------------------------- as read from a file
 
 
-def read(folder: Path, *cand: Row) -> pd.DataFrame:
+def read(folder, *cand):
     write_folder(folder, list(cand), [history_row(1, 0)])
     return read_candidates(find_table(folder, "cand_liin"))
 
 
-def test_a_removal_code_stored_as_label_decides_alike(tmp_path: Path) -> None:
+def test_candidates_are_read_with_what_was_left_out_or_unknown(tmp_path, caplog):
     cand = read(
         tmp_path,
         {**removed(8, 120), "CAN_REM_CD": "8: Candidate died"},
         {**removed(4, 120, px=2), "CAN_REM_CD": "4: Deceased donor tx"},
+        *(candidate(3), candidate(3)),  # equal rows are one registration
+        removed(77, 120, px=4),
+        candidate(5, PERS_ID=None),
     )
-    assert judge(cand, LIVER)["label"].tolist() == [1.0, 0.0]
-
-
-def test_unknown_codes_are_counted_in_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    read(tmp_path, removed(77, 120), candidate(2))
+    assert cand.index.tolist() == [1, 2, 3, 4]
+    assert apply_criteria(cand, LIVER)["label"].tolist()[:3] == [1.0, 0.0, 0.0]
     assert "1 unknown removal codes" in caplog.text
-
-
-def test_a_registration_with_two_contents_is_refused_and_with_one_is_one(tmp_path: Path) -> None:
-    assert len(read(tmp_path, candidate(1), candidate(1))) == 1
-    with pytest.raises(InputError, match="1 registrations are there again"):
+    assert "1 rows without PX_ID or PERS_ID" in caplog.text
+    with pytest.raises(InputError, match=r"cand_liin\.csv, column PX_ID"):
         read(tmp_path, candidate(1), candidate(1, CAN_REM_DT=LISTED + 5))
 
 
-def test_rows_without_keys_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert read(tmp_path, candidate(1), candidate(2, PERS_ID=None)).index.tolist() == [1]
-    assert "1 rows without PX_ID or PERS_ID" in caplog.text
+# ------------------------------------------------------------------- context, static features
+
+UNKNOWN = dict.fromkeys(("CAN_AGE_IN_MONTHS_AT_LISTING", "CAN_GENDER", "CAN_PREV_TX", "CAN_BMI"))
+UNKNOWN |= {"CAN_DIAB": 998, "CAN_ABO": "UNK"}
 
 
-# ------------------------------------------------------------------- context
-
-
-def test_the_context_is_what_was_known_at_listing() -> None:
+def test_the_context_is_what_was_known_at_listing():
     person = {"CAN_AGE_IN_MONTHS_AT_LISTING": 695, "CAN_GENDER": "M", "CAN_ABO": "AB"}
     known = candidate(1, **person, CAN_DIAB=3, CAN_PREV_TX=1)
-    unknown = candidate(
-        2,
-        **dict.fromkeys(("CAN_AGE_IN_MONTHS_AT_LISTING", "CAN_GENDER", "CAN_PREV_TX")),
-        CAN_DIAB=998,
-        CAN_ABO="UNK",
-        CAN_BMI=900,
-    )
-    assert contexts(table_of(known, unknown), LIVER).tolist() == [
+    assert contexts(table_of(known, candidate(2, **UNKNOWN)), LIVER).tolist() == [
         "57-year-old man, blood group AB, BMI 25.5 kg/m2, type 2 diabetes, earlier transplant, on "
         "the liver waiting list for 90 days",
         "Patient, on the liver waiting list for 90 days",
     ]
 
 
-KIDNEY = CohortDefinition("kidney", 365, 365, "negative")
+def known_of(definition=KIDNEY, lacking=(), **columns):
+    """The known static features of a candidate."""
+    table = static_features(table_of(candidate(1, **columns), lacking=lacking), definition)
+    return table.iloc[0].dropna().to_dict()
 
 
-def facts(definition: CohortDefinition = KIDNEY, *, dated: bool = True, **columns: Any) -> Row:
-    """Return the known facts of a candidate."""
-    table = statics(table_of(candidate(1, **columns)), definition, dated=dated)
-    return {str(name): value for name, value in table.iloc[0].items() if not np.isnan(value)}
-
-
-def test_facts_are_the_columns_of_the_candidate_as_numbers() -> None:
-    person: Row = {"CAN_AGE_IN_MONTHS_AT_LISTING": 690, "CAN_GENDER": "M", "CAN_ABO": "A2"}
-    assert facts(**person, CAN_DIAB=3, CAN_PREV_TX=1, CAN_DIAL_DT=LISTED - 365.25) == {
-        "age at listing [years]": 57.5,
-        "male": 1,
-        "BMI [kg/m2]": 25.5,
-        "diabetes": 1,
-        "type 1 diabetes": 0,
-        "earlier transplant": 1,
-        **{"blood group A": 1, "blood group B": 0, "blood group AB": 0, "blood group O": 0},
-        "dialysis [years]": pytest.approx(1 + 365 / 365.25),
+def test_static_features_are_the_columns_of_the_candidate():
+    person = {"CAN_AGE_IN_MONTHS_AT_LISTING": 690, "CAN_GENDER": "M", "CAN_ABO": "A2"}
+    assert known_of(**person, CAN_DIAB=3, CAN_PREV_TX=1, CAN_DIAL_DT=LISTED - 365.25) == {
+        "static_age [years]": 57.5,
+        "static_sex_male": 1,
+        "static_bmi [kg/m2]": 25.5,
+        "static_diabetes": 1,
+        "static_type_1_diabetes": 0,
+        "static_earlier_transplant": 1,
+        **{f"static_blood_group_{group}": group == "A" for group in ("A", "B", "AB", "O")},
+        "static_years_of_dialysis [years]": pytest.approx(1 + 365 / 365.25),
     }
-    names = ("CAN_AGE_IN_MONTHS_AT_LISTING", "CAN_GENDER", "CAN_PREV_TX")
-    nothing: Row = dict.fromkeys(names)
-    assert facts(LIVER, **nothing, CAN_DIAB=998, CAN_ABO="UNK", CAN_BMI=900) == {}
+    assert known_of(LIVER, **UNKNOWN) == {}
+
+
+def test_implausible_age_and_bmi_are_unknown(tmp_path):
+    cand = read(tmp_path, candidate(1, CAN_BMI=900, CAN_AGE_IN_MONTHS_AT_LISTING=1500))
+    assert cand[["age", "bmi"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
     ("code", "known"),
     [(1, (0, 0)), (2, (1, 1)), (3, (1, 0)), (4, (1, 0)), (5, (1, None)), (998, (None, None))],
 )
-def test_a_code_of_diabetes_is_its_presence_and_its_type(code: int, known: Any) -> None:
-    found = facts(CAN_DIAB=code)
-    assert (found.get("diabetes"), found.get("type 1 diabetes")) == known
+def test_a_code_of_diabetes_is_its_presence_and_its_type(code, known):
+    found = known_of(CAN_DIAB=code)
+    assert (found.get("static_diabetes"), found.get("static_type_1_diabetes")) == known
 
 
-def test_years_of_dialysis_end_at_the_landmark_and_a_later_start_is_none() -> None:
+def test_years_of_dialysis_end_at_the_landmark_and_a_later_start_is_none():
+    name = "static_years_of_dialysis [years]"
     for day in (None, LISTED + 365, LISTED + 366, LISTED + 2000):
-        assert facts(CAN_DIAL_DT=day)["dialysis [years]"] == 0
-    assert facts(CAN_DIAL_DT=LISTED + 364)["dialysis [years]"] == pytest.approx(1 / 365.25)
-    assert "dialysis [years]" not in facts(dated=False, CAN_DIAL_DT=None)
-    assert "dialysis [years]" not in facts(LIVER, CAN_DIAL_DT=LISTED)
-
-
-def test_each_organ_has_its_own_defaults() -> None:
-    assert {name: organ.days for name, organ in ORGANS.items()} == {"kidney": 365, "liver": 90}
+        assert known_of(CAN_DIAL_DT=day)[name] == 0
+    assert known_of(CAN_DIAL_DT=LISTED + 364)[name] == pytest.approx(1 / 365.25)
+    assert name not in known_of(lacking=["CAN_DIAL_DT"])
+    assert name not in known_of(LIVER, CAN_DIAL_DT=LISTED)

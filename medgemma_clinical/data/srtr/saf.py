@@ -1,0 +1,251 @@
+"""SRTR's tables in any storage: found, read in chunks, cells decoded to days, codes and numbers.
+
+Days count from 1960-01-01, as in SAS.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.srtr.codes import DATE_ENDINGS, TEXT_COLUMNS
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+CHUNK_ROWS = 100_000
+"""Rows that are read at a time; those of no use are dropped."""
+
+BAD_DATE = "BAD_DATE"
+"""Further column of a read table: whether a date of the row is impossible."""
+
+EPOCH = pd.Timestamp("1960-01-01")
+"""Day 0 of SAS dates, and of Stata's."""
+
+EMPTY = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
+"""A cell without content; .A to .Z are SAS's special missing values."""
+
+BEHIND = r"(?:[ T]\d{1,2}\s*|(?<!\s)\s*):.*$"
+"""The label behind a code, and the time of day behind a date. Spaces are tried from the first one
+alone: from each on, many would take the square of their number."""
+
+DATE_FORMS = ("%Y-%m-%d", "%m/%d/%Y", "%m/%d/%y", "%d%b%Y", "%d%b%y")
+
+FIRST_YEAR, FIRST_DIALYSIS_YEAR, REGISTRY_YEAR = 1968, 1960, 1987
+"""Regional waiting lists, from which listings were taken over, are not older (believed);
+maintenance dialysis began (Scribner 1960); the registry began: listings before are rare."""
+
+MAX_EARLY = 0.01
+"""Share of rows listed before the registry above which the dates count from another day."""
+
+
+def find_table(folder: Path, name: str) -> Path:
+    """Find one table, such as ``cand_kipa``, in a folder or one folder down, in any case.
+
+    Raises:
+        InputError: no such folder, or not exactly one such table.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--data_dir {folder}: no such folder: give the one with the SRTR files")
+    files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
+    found = [path for path in files if path.name.lower() in {name + ending for ending in READERS}]
+    if len(found) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        raise InputError(
+            f"--data_dir {folder}: {name} ({', '.join(READERS)}) must be there or one folder down "
+            f"once, decrypted and unpacked: found {names or f'none among {len(files)} files'}"
+        )
+    return found[0]
+
+
+def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
+    """Read columns of a table a chunk at a time; log which of them it has.
+
+    Args:
+        path: from ``find_table``.
+        columns: what the absence of each costs, empty for required ones.
+
+    Yields:
+        The columns that the table has, as ``decode`` reads them, and ``BAD_DATE``.
+
+    Raises:
+        InputError: the table cannot be read to its end, has no rows, lacks a required column, has
+            removals that are no codes, or dates that do not count from 1960.
+    """
+    first = next(read_chunks(path, None, 1), pd.DataFrame())
+    if first.empty:
+        raise InputError(f"{path}: no rows below the header")
+    spelling = {str(name).strip().upper(): name for name in first}
+    used = {str(spelling[name]): name for name in columns if name in spelling}
+    logger.info("%s: %d columns, used: %s", path, len(spelling), ", ".join(used.values()))
+    for name, cost in columns.items():
+        if name not in spelling and not cost:
+            raise InputError(f"{path}: no column {name}: is this SRTR's {path.stem.upper()}?")
+        if name not in spelling:
+            logger.info("  no %s: %s", name, cost)
+    begin = next(name for name in columns if name.endswith(DATE_ENDINGS))
+    rows, early, unread = 0, 0, Counter[str]()
+    for chunk in read_chunks(path, list(used), CHUNK_ROWS):
+        cells = chunk.rename(columns=used)
+        decoded = {name: decode(cells[name]) for name in used.values()}
+        values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
+        bad = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
+        unread.update({str(name): int(count) for name, count in bad.sum().items()})
+        if unread["CAN_REM_CD"]:
+            raise InputError(
+                f"{path}, column CAN_REM_CD: {unread['CAN_REM_CD']} cells are neither a code nor "
+                "code: label: export the codes, they decide who had an event",
+                str(cells["CAN_REM_CD"][bad["CAN_REM_CD"].to_numpy()].iloc[0]),
+            )
+        rows += len(values)
+        early += int((bad[begin] | (values[begin] < _day(REGISTRY_YEAR))).sum())
+        yield values.assign(
+            **{BAD_DATE: bad.filter(regex=f"({'|'.join(DATE_ENDINGS)})$").any(axis=1)}
+        )
+    if early > MAX_EARLY * rows:
+        raise InputError(
+            f"{path}, column {begin}: {early} of {rows} dates are of no known form or not from "
+            f"{REGISTRY_YEAR} to now: numbers must be days since 1960-01-01"
+        )
+    for name, count in (+unread).items():
+        fault = "not numbers: taken as missing"
+        if name.endswith(DATE_ENDINGS):
+            fault = "impossible dates: their rows are left out"
+        logger.warning("%s, column %s: %d cells are %s", path, name, count, fault)
+
+
+def _day(year: int) -> int:
+    return (pd.Timestamp(year, 1, 1) - EPOCH).days
+
+
+def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Decode a column of any storage by way of its distinct cells, which are few.
+
+    Returns:
+        (n,) dates in days since 1960-01-01, words in capitals, all else as numbers, Y and N as 1
+        and 0, NaN where a cell is empty or unread; and (n,) which cells hold something else.
+    """
+    position, distinct = pd.factorize(cells)
+    known = pd.Series(distinct)
+    if not pd.api.types.is_numeric_dtype(known):
+        text = known.astype(str).str.strip().str.upper().str.replace(BEHIND, "", regex=True)
+        known = text.mask(text.str.fullmatch(EMPTY))
+    if cells.name in TEXT_COLUMNS:
+        value = known
+    elif str(cells.name).endswith(DATE_ENDINGS):
+        value = _days(known, FIRST_DIALYSIS_YEAR if cells.name == "CAN_DIAL_DT" else FIRST_YEAR)
+    else:
+        number = pd.to_numeric(known.replace({"Y": "1", "N": "0"}), errors="coerce")
+        value = pd.Series(number, dtype=float)
+    unread = known.notna() & value.isna()
+    return value.reindex(position).to_numpy(), unread.reindex(position, fill_value=False).to_numpy()
+
+
+def _days(cells: pd.Series, first_year: int) -> pd.Series:
+    """Read dates of any form as days since 1960-01-01, NaN outside ``first_year`` to now."""
+    now = pd.Timestamp.now()
+    days = pd.Series(pd.to_numeric(cells, errors="coerce"), dtype=float) // 1
+    text = cells[days.isna()].astype(str)
+    for form in DATE_FORMS:
+        parsed = pd.to_datetime(text, format=form, errors="coerce")
+        if form.endswith("%y"):  # two digits: the latest such year that is not in the future
+            parsed = parsed.where(~(parsed > now), parsed - pd.DateOffset(years=100))
+        days = days.fillna((parsed - EPOCH).dt.days)
+    return days.where(days.between(_day(first_year), (now - EPOCH).days))
+
+
+# --------------------------------------------------------------------------- storages
+
+
+def read_chunks(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
+    """Read columns of a table, all for None, so many rows at a time.
+
+    Raises:
+        InputError: the file cannot be read to its end.
+    """
+    reader = next(read for ending, read in READERS.items() if path.name.lower().endswith(ending))
+    try:
+        yield from reader(path, columns, rows)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path}: Parquet needs a package: pip install pyarrow") from error
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # on a broken file pandas' readers raise any exception
+        raise InputError(
+            f"{path}: not readable to its end ({type(error).__name__}): truncated, still encrypted "
+            "or of another kind: copy or decrypt it again"
+        ) from error
+
+
+def _sas(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
+    reader: Any = pd.read_sas(path, format="sas7bdat", encoding="latin-1", chunksize=rows)
+    with reader:  # pandas itself refuses a file with fewer rows than its header says
+        for chunk in reader:
+            yield chunk if columns is None else chunk[columns]
+
+
+def _csv(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
+    """Read by the csv module: of chosen columns pandas shifts and swallows rows in silence."""
+    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        lines = csv.reader(file, strict=True)
+        header = next(lines, [])
+        wanted = [header.index(name) for name in (columns or header)]
+        chosen = ([row[k] for k in wanted] for row in _whole_rows(path, lines, len(header)))
+        while chunk := list(itertools.islice(chosen, rows)):
+            yield pd.DataFrame(chunk, columns=columns or header, dtype=object)
+
+
+def _whole_rows(path: Path, lines: Any, width: int) -> Iterator[list[str]]:
+    """Yield the rows that are not blank.
+
+    Raises:
+        InputError: a row has not as many fields as the header, or an open quote swallows others.
+    """
+    try:
+        before = lines.line_num
+        for row in lines:
+            swallowed = lines.line_num > before + 1 and sum(x.count(",") for x in row) >= width - 1
+            if row and (len(row) != width or swallowed):
+                fields = f"{len(row)} fields where the header has {width}"
+                raise InputError(
+                    f"{path}, line {before + 1}: {'an open quote' if swallowed else fields}"
+                )
+            before = lines.line_num
+            if row:
+                yield row
+    except csv.Error as error:
+        raise InputError(f"{path}, line {before + 1}: {error}: check its quotes") from error
+
+
+def _stata(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
+    options: Any = {"convert_categoricals": False, "columns": columns}
+    with pd.read_stata(path, chunksize=rows, **options) as reader:
+        yield from reader
+
+
+def _parquet(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
+    from pyarrow import parquet  # not among the requirements: needed for Parquet alone
+
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(rows, columns=columns):
+            yield batch.to_pandas(ignore_metadata=True)  # a pandas index stays a column
+
+
+READERS = {
+    ".sas7bdat": _sas,
+    ".csv": _csv,
+    ".csv.gz": _csv,
+    ".dta": _stata,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,236 @@
+"""SRTR: tables in any storage, damaged ones, and cells that are dates, codes or neither."""
+
+import gzip
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medgemma_clinical.data.srtr import saf
+from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, KEYS
+from medgemma_clinical.data.srtr.saf import BAD_DATE, EPOCH, decode, find_table, read_saf
+from medgemma_clinical.files import InputError
+from srtr_files import LISTED, SYNTHETIC, candidate, filler, random_tables, write_folder
+
+
+def read(folder, table="cand_liin"):
+    """Read a table whole: of CAND all used columns, of STATHIST two."""
+    history = {"PX_ID": "", "CANHX_BEGIN_DT": ""}
+    columns = CAND_COLUMNS if table.startswith("cand") else history
+    return pd.concat(read_saf(find_table(folder, table), columns), ignore_index=True)
+
+
+def refusal(folder, table="cand_liin"):
+    with pytest.raises(InputError) as caught:
+        read(folder, table)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "saf", *filler())
+
+
+# ------------------------------------------------------------------- files
+
+
+def test_a_table_must_be_there_once(folder, tmp_path):
+    assert "nowhere" in refusal(tmp_path / "nowhere")
+    assert "cand_kipa" in refusal(folder, "cand_kipa")
+    (folder / "old").mkdir()
+    shutil.copy(folder / "cand_liin.csv", folder / "old" / "CAND_LIIN.csv")
+    assert "cand_liin.csv, old/CAND_LIIN.csv" in refusal(folder)
+    (folder / "stathist_liin.csv").rename(folder / "stathist_liin.zip")
+    assert "none among 3 files" in refusal(folder, "stathist_liin")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("cand_liin", 0), ("stathist_liin", 100), ("cand_liin", 100_000)]
+)
+def test_truncated_sas_files(name, size, tmp_path):
+    content = (SYNTHETIC / f"{name}.sas7bdat").read_bytes()
+    (tmp_path / f"{name}.sas7bdat").write_bytes(content[:size])
+    assert f"{name}.sas7bdat: " in refusal(tmp_path, name)
+
+
+@pytest.mark.parametrize("ending", [".sas7bdat", ".csv", ".csv.gz", ".dta", ".parquet"])
+def test_encrypted_files(ending, tmp_path):
+    noise = np.random.default_rng(0).bytes(50_000)
+    (tmp_path / f"cand_liin{ending}").write_bytes(noise)
+    assert f"cand_liin{ending}" in refusal(tmp_path)
+
+
+def test_a_truncated_stata_file(tmp_path):
+    file = write_folder(tmp_path, *filler(), ending=".dta") / "cand_liin.dta"
+    file.write_bytes(file.read_bytes()[:-900])
+    assert "cand_liin.dta: " in refusal(tmp_path)
+
+
+def test_a_csv_with_bom_without_a_last_line_break_or_packed_reads_alike(folder):
+    path, whole = folder / "cand_liin.csv", read(folder)
+    content = path.read_bytes()
+    for other in (
+        b"\xef\xbb\xbf" + content,
+        content.rstrip(b"\n"),
+        content.replace(b"\n", b"\r\n\n"),
+    ):
+        path.write_bytes(other)
+        pd.testing.assert_frame_equal(read(folder), whole)
+    path.unlink()
+    packed = gzip.compress(content)
+    (folder / "cand_liin.csv.gz").write_bytes(packed)
+    pd.testing.assert_frame_equal(read(folder), whole)
+    (folder / "cand_liin.csv.gz").write_bytes(packed[:-20])
+    assert "cand_liin.csv.gz" in refusal(folder)
+
+
+CSV = """PX_ID,CAN_ABO,CAN_REM_CD,CAN_GFR
+1,O,8,12
+2,"O",4,20
+3,"O, see note",4,20
+4,O,8,12
+"""
+DAMAGED = {
+    "a field too many": (4, '3,"O, see note"', "3,O, see note"),
+    "a field too few": (2, "1,O,8,12", "1,O,8"),
+    "an open quote that a later one closes": (3, '2,"O"', '2,"O'),
+    "an open quote at the end": (5, "4,O", '4,"O'),
+    "two open quotes in one column": (2, '1,O,8,12\n2,"O"', '1,"O,8,12\n2,O"'),
+    "a cut last row": (5, "4,O,8,12\n", "4,O"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_csv_row_that_is_shifted_or_swallowed_is_refused_by_its_line(damage, tmp_path):
+    line, whole, damaged = DAMAGED[damage]
+    path, columns = tmp_path / "cand_liin.csv", ["PX_ID", "CAN_REM_CD"]
+    path.write_text(CSV)
+    assert pd.concat(saf.read_chunks(path, columns, 2))["CAN_REM_CD"].tolist() == list("8448")
+    path.write_text(CSV.replace(whole, damaged))
+    with pytest.raises(InputError, match=rf"cand_liin\.csv, line {line}: "):
+        list(saf.read_chunks(path, columns, 2))
+
+
+def test_a_text_of_two_lines_in_quotes_is_a_cell(folder):
+    path, whole = folder / "cand_liin.csv", read(folder)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"{lines[0]},note", *(f'{line},"one,\ntwo"' for line in lines[1:])]))
+    pd.testing.assert_frame_equal(read(folder), whole)
+
+
+def test_missing_keys_and_no_rows(folder):
+    cand, rows = filler()
+    for column in KEYS:
+        write_folder(folder, pd.DataFrame(cand).drop(columns=column), rows)
+        assert f"cand_liin.csv: no column {column}" in refusal(folder)
+    write_folder(folder, pd.DataFrame(cand)[:0], rows)
+    assert "cand_liin.csv: no rows" in refusal(folder)
+
+
+def test_parquet_without_its_package(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (folder / "cand_liin.csv").rename(folder / "cand_liin.parquet")
+    assert "pip install pyarrow" in refusal(folder)
+
+
+def test_chunks_give_the_same(tmp_path, monkeypatch):
+    cand, history = random_tables(150, "liver", 3)
+    cand = cand.astype({"CAN_REM_DT": object})
+    cand.loc[40, "CAN_REM_DT"] = "soon"
+    folder = write_folder(tmp_path, cand, history)
+    whole = read(folder)
+    assert whole[BAD_DATE].sum() == 1
+    monkeypatch.setattr(saf, "CHUNK_ROWS", 31)
+    pd.testing.assert_frame_equal(read(folder), whole)
+
+
+# ------------------------------------------------------------------- cells
+
+
+def dates_of(*cells, column="CAN_LISTING_DT"):
+    """How a column is read: ISO dates, None for empty, "bad" for cells that are no date."""
+    found = []
+    for day, unread in zip(*decode(pd.Series(cells, name=column, dtype=object)), strict=True):
+        date = None if np.isnan(day) else f"{EPOCH + pd.Timedelta(days=day):%Y-%m-%d}"
+        found.append("bad" if unread else date)
+    return found
+
+
+def test_dates_of_every_form_are_read_with_two_digit_years_in_the_past():
+    forms = (LISTED, "2014-10-04", "10/04/2014", "10/04/14", "04OCT2014", "04oct14")
+    assert dates_of(*forms, "2014-10-04 00:00:00") == ["2014-10-04"] * 7
+    assert dates_of(".", ".B", "", None, "NaT") == [None] * 5
+    assert dates_of("last spring", "2019-13-45", 1.8e9, -30000) == ["bad"] * 4
+    two = ["2026-01-02", "1987-12-31", "1999-01-02"]
+    assert dates_of("01/02/26", "12/31/87", "01/02/99") == two
+    assert dates_of("05/01/65", column="CAN_DIAL_DT") == ["1965-05-01"]
+    assert dates_of("05/01/65") == ["bad"]
+
+
+def test_words_numbers_and_codes_with_labels_are_read(folder, caplog):
+    assert decode(pd.Series(["ki: Kidney", "LI"], name="WL_ORG"))[0].tolist() == ["KI", "LI"]
+    flags, unread = decode(pd.Series(["Y", "N", "1: yes", ".", "maybe"], name="CANHX_DIAL"))
+    np.testing.assert_array_equal(flags, [1, 0, 1, np.nan, np.nan])
+    assert unread.tolist() == [False] * 4 + [True]
+    cand, rows = filler()
+    write_folder(folder, [{**cand[0], "CAN_BMI": "stout"}, *cand[1:]], rows)
+    read(folder)
+    assert "cand_liin.csv, column CAN_BMI: 1 cells" in caplog.text
+    assert "stout" not in caplog.text
+
+
+def test_a_removal_that_is_no_code_is_refused(folder):
+    cand, rows = filler()
+    write_folder(folder, [{**cand[0], "CAN_REM_CD": "Candidate died"}, *cand[1:]], rows)
+    with pytest.raises(InputError, match=r"cand_liin\.csv, column CAN_REM_CD: 1 cells") as caught:
+        read(folder)
+    assert "Candidate died" not in str(caught.value)
+    assert caught.value.value == "Candidate died"
+
+
+# ------------------------------------------------------------------- impossible dates
+
+
+def with_dates(folder, cells, column="CAN_LISTING_DT"):
+    """200 registrations of which some have other cells in a column of dates."""
+    cand = [candidate(px, **({column: cells[px]} if px < len(cells) else {})) for px in range(200)]
+    return write_folder(folder, cand, filler()[1])
+
+
+@pytest.mark.parametrize(
+    ("cell", "column"),
+    [
+        *(("soon", "CAN_LISTING_DT"), ("1850-01-01", "PERS_SSA_DEATH_DT")),
+        *((1.8e9, "CAN_LISTING_DT"), (-30000, "PERS_SSA_DEATH_DT"), (45000, "CAN_LISTING_DT")),
+    ],
+)
+def test_impossible_dates_are_counted_and_their_rows_marked(cell, column, tmp_path, caplog):
+    table = read(with_dates(tmp_path, [cell, cell], column))
+    assert np.flatnonzero(table[BAD_DATE]).tolist() == [0, 1]
+    assert f"cand_liin.csv, column {column}: 2 cells" in caplog.text
+    assert str(cell) not in caplog.text
+
+
+def test_a_listing_before_the_registry_is_plausible(tmp_path):
+    table = read(with_dates(tmp_path, [9000]))
+    assert not table[BAD_DATE].any()
+    assert table["CAN_LISTING_DT"].iloc[0] == 9000  # 1984
+
+
+REGISTRY = np.linspace(10_000, 23_500, 200)  # listings of 1987 to 2024
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        (REGISTRY - 3653) // 1,  # days since 1970, most of which are plausible years
+        (REGISTRY + 21_915) // 1,  # of a spreadsheet
+        (REGISTRY - 3653) // 1 * 86_400,  # seconds
+        ["soon"] * 3,
+    ],
+)
+def test_a_table_whose_dates_count_from_another_day_is_refused(cells, tmp_path):
+    assert "cand_liin.csv, column CAN_LISTING_DT: " in refusal(with_dates(tmp_path, cells))
