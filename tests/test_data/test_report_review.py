@@ -184,18 +184,31 @@ def test_true_reports_of_a_waiting_list_are_wholly_true(organ):
         assert (review.true, review.right_trends) == (review.stated, review.trends)
 
 
+def on_the_list(folder, rows):
+    """A liver registration with a history of its own: data set, position, true report."""
+    cand, history = filler()
+    write_folder(folder, [*cand, removed(13, 120)], history + rows)
+    dataset = SRTRTrajectoryDataset(folder, "liver")
+    i = dataset.ids.tolist().index("1")
+    return dataset, i, dataset.report(i)
+
+
 def test_reports_of_a_waiting_list_count_in_days(tmp_path):
     rows = [
         history_row(1, 0, CANHX_STAT_CD=6222, CANHX_SRTR_LAB_MELD=6222, CANHX_BILI=3.2),
         history_row(1, 30, CANHX_STAT_CD=6999, CANHX_SRTR_LAB_MELD=6225),
     ]
-    cand, history = filler()
-    write_folder(tmp_path, [*cand, removed(13, 120)], history + rows)
-    dataset = SRTRTrajectoryDataset(tmp_path, "liver")
-    i = dataset.ids.tolist().index("1")
-    report = dataset.report(i)
+    dataset, i, report = on_the_list(tmp_path, rows)
     assert review_report(dataset, i, report) == ReportReview(1, True, 8, 8, 1, 1, 0)
     wrong = report.replace("yes", "no").replace("MELD 25", "MELD 26").replace("rising", "level")
     review = review_report(dataset, i, wrong.replace("inactive", "active"))
     assert review == ReportReview(0, True, 8, 7, 1, 0, 1)
     assert review_report(dataset, i, report.replace("day 30", "day 720")).invented == 2
+
+
+def test_days_that_the_prompt_leaves_out_are_not_invented(tmp_path):
+    rows = [history_row(1, 7 * k, CANHX_SRTR_LAB_MELD=6240) for k in range(10)]
+    dataset, i, report = on_the_list(tmp_path, rows)
+    assert "(day 7)" not in dataset.prompt(i)  # of the latest eight
+    assert review_report(dataset, i, report.replace("at day 0", "at day 7")).invented == 0
+    assert review_report(dataset, i, report.replace("at day 0", "at day 8")).invented == 1

@@ -97,6 +97,14 @@ def test_the_direction_is_that_of_last_to_first(series, end):
     assert one_row(series).report(0).endswith(end)
 
 
+def test_a_single_value_computes_nothing_and_zero_has_no_sign():
+    table = pd.DataFrame({SERIES: ["-0 (0h)"], "trajectory_x": ["5 (1h)"]})
+    dataset = MIMICtrajectoryDataset(table, require_labels=False)
+    text = dataset.prompt(0, PromptOptions(computed=True))
+    assert text.startswith("Anion gap (mEq/L): 0 (0h). lowest 0 mEq/L at 0 h, highest 0 mEq/L at")
+    assert "x: 5 (1h). only one value. Will" in text
+
+
 def test_there_is_no_report_to_learn_where_the_label_is_unknown():
     dataset = one_row("24 (0h)", math.nan)
     assert dataset.prompt(0)
