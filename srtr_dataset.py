@@ -158,52 +158,53 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Read both tables and fill the arrays; return where dialysis is read."""
         definition, suffix = self.definition, self.definition.organ.suffix
         cand = read_candidates(find_table(folder, f"cand_{suffix}"))
-        judged = apply_criteria(cand, definition)
-        unlabelled = judged["reason"].isin([TRANSPLANTED, CENSORED])
+        table = apply_criteria(cand, definition)
+        unknown = table["reason"].isin([TRANSPLANTED, CENSORED])
+        scored = (table["reason"] == "") | (unknown & (require_labels is not True))
         history = find_table(folder, f"stathist_{suffix}")
-        cohort = cand[(judged["reason"] == "") | (unlabelled & (require_labels is not True))]
-        rows, dialysis = read_history(history, definition, cohort, dialysis)
-        has_row = judged.index.isin(rows["PX_ID"])
-        judged.loc[~has_row & (judged["reason"] == ""), "reason"] = NO_ROW
+        rows, dialysis = read_history(history, definition, cand[scored], dialysis)
+        has_row = table.index.isin(rows["PX_ID"])
         if require_labels is None:
-            require_labels = judged.loc[judged["reason"] == "", "label"].sum() >= MIN_EVENTS
+            require_labels = table.loc[has_row, "label"].sum() >= MIN_EVENTS
         if not require_labels:
-            judged.loc[unlabelled, "reason"] = np.where(has_row[unlabelled], "", NO_ROW)
-        kept = judged["reason"] == ""
-        judged["label"] = judged["label"].where(kept)
-        self.registrations, self.labels = judged, judged.loc[kept, "label"].to_numpy(np.float64)
-        self._count(require_labels)
-        cohort, rows = cand[kept], rows[rows["PX_ID"].isin(kept.index[kept])]
+            table.loc[unknown, "reason"] = ""
+        table.loc[(table["reason"] == "") & ~has_row, "reason"] = NO_ROW
+        kept = table["reason"] == ""
+        table["label"] = table["label"].where(kept)
+        self.registrations, self.labels = table, table.loc[kept, "label"].to_numpy(np.float64)
+        self._set_flow(MIN_EVENTS if require_labels else 0)
+        cohort, rows = cand[kept], rows[rows["PX_ID"].map(kept)]
+        self.ids, self.groups = (
+            numbers.to_numpy().astype(np.str_) for numbers in (cohort.index, cohort["PERS_ID"])
+        )
         lengths = rows.groupby("PX_ID").size().to_numpy()
-        self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         if require_labels and (lengths > max_len).any():
             logger.info("%s: %s", self.source, describe_cut(lengths, self.groups, max_len))
         rows = rows.groupby("PX_ID").tail(max_len)
         self.times = rows["day"].to_numpy(np.float64) * HOURS_A_DAY
         self.values = rows[list(self.features)].to_numpy(np.float64)
-        self.offsets = np.concatenate([[0], rows.groupby("PX_ID").size().cumsum()])
-        self.ids = cohort.index.to_numpy().astype(np.str_)
+        self.offsets = np.concatenate([[0], np.minimum(lengths, max_len).cumsum()])
         self.contexts = contexts(cohort, definition)
-        known = static_features(cohort, definition)
-        self.static_names, self.statics = tuple(map(str, known)), known.to_numpy()
+        static = static_features(cohort, definition)
+        self.static_names, self.statics = tuple(map(str, static)), static.to_numpy()
         self.prediction_hours = np.full(len(self), definition.landmark * HOURS_A_DAY)
         return dialysis
 
-    def _count(self, require_labels: bool) -> None:
-        """Set the flow.
+    def _set_flow(self, min_events: int) -> None:
+        """Count what each rule removed.
 
         Raises:
-            InputError: no registration is left, or too few events for labels that are required.
+            InputError: no registration is left, or too few events.
         """
         removed = self.registrations["reason"].value_counts(sort=False).drop("")
         flow = removed.rename_axis("rule").reset_index(name="removed")
         self.flow = flow.assign(left=len(self.registrations) - flow["removed"].cumsum())
-        events, needed = int(np.nansum(self.labels)), MIN_EVENTS if require_labels else 0
-        if not len(self) or events < needed:
+        events = int(np.nansum(self.labels))
+        if not len(self) or events < min_events:
             taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
             raise InputError(
                 f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-                f"{needed} are needed; of {len(self.registrations)} the rules took: {taken}"
+                f"{min_events} are needed; of {len(self.registrations)} the rules took: {taken}"
             )
 
     @classmethod

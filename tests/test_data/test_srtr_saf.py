@@ -42,7 +42,7 @@ def test_a_table_must_be_there_once(folder, tmp_path):
     assert "cand_kipa" in refusal(folder, "cand_kipa")
     (folder / "old").mkdir()
     shutil.copy(folder / "cand_liin.csv", folder / "old" / "CAND_LIIN.csv")
-    assert "cand_liin.csv, old/CAND_LIIN.csv" in refusal(folder)
+    assert "cand_liin.csv, old/CAND_LIIN.csv among 3" in refusal(folder)
     (folder / "stathist_liin.csv").rename(folder / "stathist_liin.zip")
     assert "none among 3 files" in refusal(folder, "stathist_liin")
 

@@ -30,7 +30,7 @@ BAD_DATE = "BAD_DATE"
 """Further column of a read table: whether a date of the row is impossible."""
 
 EPOCH = pd.Timestamp("1960-01-01")
-"""Day 0 of SAS dates, and of Stata's."""
+"""Day 0 of dates in SAS and Stata."""
 
 EMPTY = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
 """A cell without content; .A to .Z are SAS's special missing values."""
@@ -50,33 +50,26 @@ MAX_EARLY = 0.01
 
 
 def find_table(folder: Path, name: str) -> Path:
-    """Find one table, such as ``cand_kipa``, in a folder or one folder down, in any case.
-
-    Raises:
-        InputError: no such folder, or not exactly one such table.
-    """
+    """Find the one table of a name, such as ``cand_kipa``, in a folder or one folder down."""
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder}: no such folder: give the one with the SRTR files")
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
     found = [path for path in files if path.name.lower() in {name + ending for ending in READERS}]
     if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found)
+        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
         raise InputError(
             f"--data_dir {folder}: {name} ({', '.join(READERS)}) must be there or one folder down "
-            f"once, decrypted and unpacked: found {names or f'none among {len(files)} files'}"
+            f"once, decrypted: found {names} among {len(files)} files"
         )
     return found[0]
 
 
 def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
-    """Read columns of a table a chunk at a time; log which of them it has.
+    """Yield chunks of the columns that a table has, as ``decode`` reads them, and ``BAD_DATE``.
 
     Args:
         path: from ``find_table``.
         columns: what the absence of each costs, empty for required ones.
-
-    Yields:
-        The columns that the table has, as ``decode`` reads them, and ``BAD_DATE``.
 
     Raises:
         InputError: the table cannot be read to its end, has no rows, lacks a required column, has
@@ -85,15 +78,14 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
     first = next(read_chunks(path, None, 1), pd.DataFrame())
     if first.empty:
         raise InputError(f"{path}: no rows below the header")
-    spelling = {str(name).strip().upper(): name for name in first}
-    used = {str(spelling[name]): name for name in columns if name in spelling}
+    spelling = {str(name).strip().upper(): str(name) for name in first}
+    used = {spelling[name]: name for name in columns if name in spelling}
     logger.info("%s: %d columns, used: %s", path, len(spelling), ", ".join(used.values()))
-    for name, cost in columns.items():
-        if name not in spelling and not cost:
+    for name in (name for name in columns if name not in spelling):
+        if not columns[name]:
             raise InputError(f"{path}: no column {name}: is this SRTR's {path.stem.upper()}?")
-        if name not in spelling:
-            logger.info("  no %s: %s", name, cost)
-    begin = next(name for name in columns if name.endswith(DATE_ENDINGS))
+        logger.info("  no %s: %s", name, columns[name])
+    dates = [name for name in used.values() if name.endswith(DATE_ENDINGS)]
     rows, early, unread = 0, 0, Counter[str]()
     for chunk in read_chunks(path, list(used), CHUNK_ROWS):
         cells = chunk.rename(columns=used)
@@ -101,26 +93,23 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
         values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
         bad = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
         unread.update({str(name): int(count) for name, count in bad.sum().items()})
-        if unread["CAN_REM_CD"]:
+        if count := unread["CAN_REM_CD"]:
             raise InputError(
-                f"{path}, column CAN_REM_CD: {unread['CAN_REM_CD']} cells are neither a code nor "
-                "code: label: export the codes, they decide who had an event",
+                f"{path}, column CAN_REM_CD: {count} cells are neither a code nor code: label: "
+                "export the codes, they decide who had an event",
                 str(cells["CAN_REM_CD"][bad["CAN_REM_CD"].to_numpy()].iloc[0]),
             )
         rows += len(values)
-        early += int((bad[begin] | (values[begin] < _day(REGISTRY_YEAR))).sum())
-        yield values.assign(
-            **{BAD_DATE: bad.filter(regex=f"({'|'.join(DATE_ENDINGS)})$").any(axis=1)}
-        )
+        early += int((bad[dates[0]] | (values[dates[0]] < _day(REGISTRY_YEAR))).sum())
+        yield values.assign(**{BAD_DATE: bad[dates].any(axis=1)})
     if early > MAX_EARLY * rows:
         raise InputError(
-            f"{path}, column {begin}: {early} of {rows} dates are of no known form or not from "
+            f"{path}, column {dates[0]}: {early} of {rows} dates are of no known form or not from "
             f"{REGISTRY_YEAR} to now: numbers must be days since 1960-01-01"
         )
     for name, count in (+unread).items():
-        fault = "not numbers: taken as missing"
-        if name.endswith(DATE_ENDINGS):
-            fault = "impossible dates: their rows are left out"
+        fault = "impossible dates: their rows are left out"
+        fault = fault if name in dates else "not numbers: taken as missing"
         logger.warning("%s, column %s: %d cells are %s", path, name, count, fault)
 
 
@@ -168,11 +157,7 @@ def _days(cells: pd.Series, first_year: int) -> pd.Series:
 
 
 def read_chunks(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    """Read columns of a table, all for None, so many rows at a time.
-
-    Raises:
-        InputError: the file cannot be read to its end.
-    """
+    """Read columns of a table, all for None, so many rows at a time, or refuse it."""
     reader = next(read for ending, read in READERS.items() if path.name.lower().endswith(ending))
     try:
         yield from reader(path, columns, rows)
@@ -187,51 +172,41 @@ def read_chunks(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd
         ) from error
 
 
-def _sas(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    reader: Any = pd.read_sas(path, format="sas7bdat", encoding="latin-1", chunksize=rows)
-    with reader:  # pandas itself refuses a file with fewer rows than its header says
+def _pandas(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
+    reader: Any
+    if path.suffix.lower() == ".dta":
+        reader = pd.read_stata(path, chunksize=rows, convert_categoricals=False)
+    else:
+        reader = pd.read_sas(path, format="sas7bdat", encoding="latin-1", chunksize=rows)
+    with reader:
         for chunk in reader:
             yield chunk if columns is None else chunk[columns]
 
 
 def _csv(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    """Read by the csv module: of chosen columns pandas shifts and swallows rows in silence."""
     opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         lines = csv.reader(file, strict=True)
         header = next(lines, [])
-        wanted = [header.index(name) for name in (columns or header)]
-        chosen = ([row[k] for k in wanted] for row in _whole_rows(path, lines, len(header)))
-        while chunk := list(itertools.islice(chosen, rows)):
+        wanted = [header.index(name) for name in columns or header]
+        whole = _whole_rows(path, lines, len(header))
+        while chunk := [[row[k] for k in wanted] for row in itertools.islice(whole, rows)]:
             yield pd.DataFrame(chunk, columns=columns or header, dtype=object)
 
 
 def _whole_rows(path: Path, lines: Any, width: int) -> Iterator[list[str]]:
-    """Yield the rows that are not blank.
-
-    Raises:
-        InputError: a row has not as many fields as the header, or an open quote swallows others.
-    """
+    """Yield rows, none blank; pandas shifts and swallows rows of chosen columns in silence."""
+    end = lines.line_num
     try:
-        before = lines.line_num
         for row in lines:
-            swallowed = lines.line_num > before + 1 and sum(x.count(",") for x in row) >= width - 1
-            if row and (len(row) != width or swallowed):
-                fields = f"{len(row)} fields where the header has {width}"
-                raise InputError(
-                    f"{path}, line {before + 1}: {'an open quote' if swallowed else fields}"
-                )
-            before = lines.line_num
+            swallowing = lines.line_num > end + 1 and sum(x.count(",") for x in row) >= width - 1
+            if row and (len(row) != width or swallowing):
+                raise csv.Error(f"no row of {width} fields")
+            end = lines.line_num
             if row:
                 yield row
     except csv.Error as error:
-        raise InputError(f"{path}, line {before + 1}: {error}: check its quotes") from error
-
-
-def _stata(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    options: Any = {"convert_categoricals": False, "columns": columns}
-    with pd.read_stata(path, chunksize=rows, **options) as reader:
-        yield from reader
+        raise InputError(f"{path}, line {end + 1}: {error}: check commas and quotes") from error
 
 
 def _parquet(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
@@ -242,10 +217,5 @@ def _parquet(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.Da
             yield batch.to_pandas(ignore_metadata=True)  # a pandas index stays a column
 
 
-READERS = {
-    ".sas7bdat": _sas,
-    ".csv": _csv,
-    ".csv.gz": _csv,
-    ".dta": _stata,
-    ".parquet": _parquet,
-}
+READERS = {".sas7bdat": _pandas, ".dta": _pandas, ".parquet": _parquet}
+READERS |= {".csv": _csv, ".csv.gz": _csv}
