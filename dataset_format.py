@@ -193,7 +193,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.units = tuple(each.unit for each in found)
         columns = [each.column for each in found]
         most = max_len or (MAX_LEN if len(found) == 1 else MAX_LEN_SEVERAL)
-        self.reading = {"max_len": most, "label_column": label}
+        self.read_options = {"max_len": most, "label_column": label}
         self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
         cells = TableCells(table, findings or Findings(self.source), whole=findings is None)
         if cells.whole:
@@ -202,7 +202,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self._read_labels(cells, label, required=require_labels)
         self._read_patients(cells)
         self.static_names = tuple(static_columns(table))
-        self.statics = read_statics(cells, self.static_names)
+        self.static = read_statics(cells, self.static_names)
         self._note_unread(cells, [*COLUMNS, label, *columns, *self.static_names])
         self._read_series(cells, columns, may_lack=bool(series))
         if cells.whole:
@@ -228,8 +228,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     def _read_patients(self, cells: TableCells) -> None:
         table, patients = cells.table, patients_of(cells.table)
-        self.named = "subject_id" in table or "id" in table
-        if self.named:
+        self.has_patient_ids = "subject_id" in table or "id" in table
+        if self.has_patient_ids:
             column = "subject_id" if "subject_id" in table else "id"
             cells.reject(patients == "", column, "is empty: name the patient of each row")
         else:
@@ -264,7 +264,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 f"{self.source}, row {patients.index[later][0]}, column {shown}: repeats the value "
                 f"of an earlier row, so one patient may be in two parts of the split: {advice}"
             )
-        if later.any() or not self.named:
+        if later.any() or not self.has_patient_ids:
             cells.findings.warnings[f"column {shown} is not read: {advice}"] = None
 
     def _note_unread(self, cells: TableCells, read: Sequence[str]) -> None:
@@ -273,7 +273,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if unread := [str(name) for name in table if name not in read]:
             if unknown := [name for name in unread if not is_made(name)]:
                 cells.findings.notes[f"columns not read: {list_unread(unknown)}"] = None
-            label = [LABEL] if self.reading["label_column"] not in table else []
+            label = [LABEL] if self.read_options["label_column"] not in table else []
             absent = [
                 *label,
                 *(n for n in ("clinical_context", "prediction_hours", "split") if n not in table),
@@ -299,7 +299,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
             cells.reject(lengths == 0, column, problem)
         # An array's integers hold no more than its length, whatever max_len was given.
-        most = min(self.reading["max_len"], len(joined.owner))
+        most = min(self.read_options["max_len"], len(joined.owner))
         if not cells.whole:
             longer = f"are longer than {most} observations: the most recent are kept"
             findings.counts[longer] += int((lengths > most).sum())
@@ -353,7 +353,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             InputError: the file lacks a series or a fact of the checkpoint, gives it another
                 meaning, or cannot be read.
         """
-        label = config["reading"].get("label_column", LABEL)
+        label = config["read_options"].get("label_column", LABEL)
         if isinstance(source, pd.DataFrame):
             whole = plain_columns(source)
             found, chunks = described_by(config, whole), slice_table(whole, most)
@@ -369,7 +369,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             total += len(table)
             dataset = cls(
                 drop_unread(table, config["inputs"]),
-                config["reading"]["max_len"],
+                config["read_options"]["max_len"],
                 description=found,
                 require_labels=False,
                 series=config["features"],
@@ -400,12 +400,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             return self.description.reference
         return self.description.references.get(name)
 
-    def asked(self) -> dict[str, str]:
+    def task_description(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
-        asked = super().asked()
-        asked["Prediction time"] = self.description.prediction_time or asked["Prediction time"]
-        asked["Horizon"] = self.description.horizon or asked["Horizon"]
-        return asked
+        task = super().task_description()
+        task["Prediction time"] = self.description.prediction_time or task["Prediction time"]
+        task["Horizon"] = self.description.horizon or task["Horizon"]
+        return task
 
     # ------------------------------------------------------------------ texts
 

@@ -74,7 +74,7 @@ from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.data.dka.description import LABEL
-from medgemma_clinical.data.ragged import summary_names
+from medgemma_clinical.data.features import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -83,7 +83,7 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
-from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import (
     TrajectoryClassifier,
@@ -244,7 +244,7 @@ def build_stage1(config: Mapping[str, Any], seed: int = 0) -> TrajectoryClassifi
     """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
     inputs, members = config["inputs"], []
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
-    sizes = {"summaries": len(summaries), "facts": len(inputs["facts"])}
+    sizes = {"summaries": len(summaries), "static": len(inputs["static"])}
     for member in range(config["members"]):
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
         encoder = ClinicalODERNN(**config["encoder"])
@@ -374,7 +374,7 @@ def trajectory_stage(args: Namespace, data: Data, model: TrajectoryClassifier) -
         epochs=args.trajectory_epochs,
         patience=args.patience,
         monitor="val_auroc",
-        config={"stage": "trajectory", **stage1_config(model), **data.description()},
+        config={"stage": "trajectory", **stage1_config(model), **describe_data(data)},
         save=save,
         train_patients=patients,
     )
@@ -388,18 +388,18 @@ def llm_stage(
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     shuffled = args.soft_prompt == "shuffled"
     soft = text_batches.soft_tokens(dataset, tokens)
-    unread = {"encoder": None, "members": 0, "inputs": {"facts": [], "prediction_time": False}}
-    unread["patients"] = {"series": {}, "statics": {}}
+    unread = {"encoder": None, "members": 0, "inputs": {"static": [], "prediction_time": False}}
+    unread["patients"] = {"series": {}, "static": {}}
     config = {
         "stage": args.mode,
         **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},
-        **language_model.base_facts(args.model_name),
+        **language_model.base_record(args.model_name),
         "num_prefix_tokens": int(soft.max()),
         "shuffled": shuffled,
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
-        **data.description(),
+        **describe_data(data),
         **(unread if stage1 is None else stage1_config(stage1)),
         **({} if checkpoint is None else {"patients": checkpoint.config["patients"]}),
     }
@@ -691,9 +691,9 @@ def train_stage(
 ) -> TrajectoryModel | None:
     """Train one stage in its folder, or in memory; None after a dry run or a finished one."""
     data = run_folder.run_data(args, dataset, prompt_options(args), checkpoint)
-    facts = run_folder.run_facts(args, data, checkpoint)
+    run_record = run_folder.run_record(args, data, checkpoint)
     folder = run_folder.stage_folder(args)
-    if args.resume and run_folder.is_finished(folder, facts):
+    if args.resume and run_folder.is_finished(folder, run_record):
         return None
     stage = make_stage(args, data, checkpoint)
     announce.log_run_summary(stage, data, args)
@@ -701,9 +701,9 @@ def train_stage(
     if args.dry_run:
         dry_run(stage, args.seed)
         return None
-    with run_folder.opened(args, folder, facts) as track:
+    with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-        config = results.write_results(stage, data, folder, state, facts, args)
+        config = results.write_results(stage, data, folder, state, run_record, args)
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens)
     model: Any = stage.model.eval()

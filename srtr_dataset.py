@@ -24,7 +24,6 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import SHOW_VALUES, Parser, run_command
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.data.case_mix import UNKNOWN, people_of
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.scoring import Findings, ScoringRows
@@ -34,7 +33,6 @@ from medgemma_clinical.data.srtr.cohort import (
     CENSORED,
     DIALYSIS_YEARS,
     NO_ROW,
-    SEX,
     TRANSPLANT_CHOICES,
     TRANSPLANTED,
     CohortDefinition,
@@ -85,7 +83,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         transplant: meaning of a transplant within the horizon: ``negative`` (label 0, a competing
             event) or ``exclude`` (left out).
         dialysis: where dialysis is read, ``history.FLAGS`` or another of these; None decides by the
-            whole history table. A checkpoint keeps the training data's in ``reading``.
+            whole history table. A checkpoint keeps the training data's in ``read_options``.
         require_labels: leave out registrations whose label is unknown, and refuse folders with too
             few events; False where new patients are scored; None does the former alone, if there
             are enough events.
@@ -105,7 +103,6 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     outcome = "Death or too sick for transplant"
     fixed_features = True  # SRTR's own kidney history holds no laboratory value
     report_hours = HOURS_A_DAY
-    reads_contexts = False  # which say what the statics say
 
     parts = None
     flow: pd.DataFrame
@@ -141,7 +138,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             f"{horizon} days of day {landmark}?"
         )
         dialysis = self._read(Path(data_dir), max_len, dialysis, require_labels)
-        self.reading = {
+        self.read_options = {
             "organ": organ,
             "landmark_days": landmark,
             "horizon_days": horizon,
@@ -186,7 +183,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.offsets = np.concatenate([[0], np.minimum(lengths, max_len).cumsum()])
         self.contexts = contexts(cohort, definition)
         static = static_features(cohort, definition)
-        self.static_names, self.statics = tuple(map(str, static)), static.to_numpy()
+        self.static_names, self.static = tuple(map(str, static)), static.to_numpy()
         self.prediction_hours = np.full(len(self), definition.landmark * HOURS_A_DAY)
         return dialysis
 
@@ -218,9 +215,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         Raises:
             InputError: the folder lacks the checkpoint's organ, or cannot be read.
         """
-        organ = config["reading"]["organ"]
+        organ = config["read_options"]["organ"]
         try:
-            dataset = cls(source, **config["reading"], require_labels=False)
+            dataset = cls(source, **config["read_options"], require_labels=False)
         except InputError as error:
             raise InputError(f"{error} (the checkpoint was trained on {organ})") from error
         if (config["features"], config["units"]) != (list(dataset.features), list(dataset.units)):
@@ -245,19 +242,11 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Return the reference range of a feature, None where adults have none of one source."""
         return self.measures[feature].reference
 
-    def people(self) -> pd.DataFrame:
-        """Return what reports distinguish rows by: as every data set's, and the organ."""
-        organ = pd.Categorical([self.definition.organ_name] * len(self))
-        known = self.fact_table([AGE, SEX])
-        sexes = known[SEX].map({1: "man", 0: "woman"}).fillna(UNKNOWN).to_numpy().astype(np.str_)
-        people = people_of(self.lengths, known[AGE].to_numpy(), sexes)
-        return people.assign(organ=organ)
-
-    def asked(self) -> dict[str, str]:
+    def task_description(self) -> dict[str, str]:
         """Return what is predicted, when, and the meaning of a transplant."""
         definition = self.definition
         return {
-            **super().asked(),
+            **super().task_description(),
             "Prediction time": (
                 f"day {definition.landmark} after listing for a {definition.organ_name}, of each "
                 "registration that still waits then; only what was recorded by that day is read"
@@ -277,9 +266,13 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """
         inputs = super().baseline_inputs()
         if self.definition.organ_name == "kidney":
-            return {**inputs, "age and years of dialysis": self.fact_table([AGE, DIALYSIS_YEARS])}
+            return {**inputs, "age and years of dialysis": self.static_table([AGE, DIALYSIS_YEARS])}
         meld = inputs["logistic regression"][["MELD last"]]
-        return {**inputs, "last MELD": meld, "last MELD and age": meld.join(self.fact_table([AGE]))}
+        return {
+            **inputs,
+            "last MELD": meld,
+            "last MELD and age": meld.join(self.static_table([AGE])),
+        }
 
     # ------------------------------------------------------------------ texts
 

@@ -32,7 +32,9 @@ def write_run(folder, seed=0, data=None, baseline="last value"):
     (folder / "metrics.json").write_text(json.dumps(content))
     lines = [json.dumps({"epoch": k + 1, "seconds": float(k)}) for k in range(3)]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
-    known = {"data": {"named": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}}
+    known = {
+        "data": {"has_patient_ids": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}
+    }
     known["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
     (folder / "run.json").write_text(json.dumps({"format": RUN_FORMAT, **known}))
     return folder

@@ -26,8 +26,8 @@ from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import file_hash, json_hash
-from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES
-from medgemma_clinical.models.language_model import base_facts, tiny_language_model
+from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, describe_data
+from medgemma_clinical.models.language_model import base_record, tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
@@ -49,7 +49,7 @@ GENERATION = {"eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "do_sample":
 def patients():
     """Sixteen patients of different lengths, half with an event, with their own split.
 
-    Two facts of each are declared, some unknown, and the question is asked hours behind the last
+    Two static features of each, some unknown, and the question is asked hours behind the last
     observation, or at an unknown time.
     """
     rng, rows = np.random.default_rng(0), []
@@ -61,8 +61,8 @@ def patients():
     columns = ["subject_id", "clinical_trajectory", "label_escalation", "clinical_context", "split"]
     dataset = MIMICtrajectoryDataset(pd.DataFrame(rows, columns=columns))
     dataset.static_names = "static_bmi [kg/m2]", "static_admissions"
-    dataset.statics = rng.normal([27, 2], [4, 1], size=(len(rows), 2))
-    dataset.statics[2::5, 0] = dataset.statics[1::3, 1] = np.nan
+    dataset.static = rng.normal([27, 2], [4, 1], size=(len(rows), 2))
+    dataset.static[2::5, 0] = dataset.static[1::3, 1] = np.nan
     ends = dataset.times[dataset.offsets[1:] - 1]
     dataset.prediction_hours = ends + rng.integers(0, 30, size=len(rows))
     dataset.prediction_hours[4::6] = np.nan
@@ -94,8 +94,8 @@ def build_config(stage1, stage, data, *, base="tiny", **more):
         **{"residual_weight": 1.0, "max_text_tokens": None, "report_tokens": 60},
         **{"base_weights": "pretrained", "quantization": "none", "precision": "fp32"},
         **{"lora_rank": 8, "lora_alpha": 16, "prompts": asdict(data.prompts)},
-        **base_facts(str(base)),
-        **data.description(),
+        **base_record(str(base)),
+        **describe_data(data),
         **more,
     }
 

@@ -19,7 +19,7 @@ ROW = Explanation(
     observations=("lactate 2 mmol/L", "lactate 4.5 mmol/L, pH 7.2", "pH 7.3"),
     hours=np.array([0.0, 5.0, 30.0, 48.0]),
     risks=np.array([0.1, 0.35, 0.3, 0.4]),
-    statics={"age": "54"},
+    static={"age": "54"},
     without={"lactate": 0.2, "pH": None},
 )
 

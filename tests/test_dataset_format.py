@@ -166,19 +166,19 @@ def test_whole_floats_are_names_without_a_point() -> None:
 def test_constructor_keywords_are_the_trainers_flags() -> None:
     not_given: dict[str, Any] = dict.fromkeys(MIMICtrajectoryDataset.options)
     dataset = MIMICtrajectoryDataset(table_of(["1 (0h)", "2 (0h)"]), **not_given)
-    assert dataset.reading == {"max_len": 20, "label_column": LABEL}
+    assert dataset.read_options == {"max_len": 20, "label_column": LABEL}
 
 
 # --------------------------------------------------------------------------- rows to be scored
 
 
 CONFIG: dict[str, Any] = {
-    "inputs": {"facts": [], "prediction_time": False},
+    "inputs": {"static": [], "prediction_time": False},
     "features": ["glucose", "Anion Gap"],
     "units": ["mg/dL", "mEq/L"],
     "outcome": "Escalation",
     "question": "And then?",
-    "reading": {"max_len": 2},
+    "read_options": {"max_len": 2},
 }
 
 
@@ -298,7 +298,7 @@ def test_any_column_of_0_and_1_is_the_label() -> None:
     dataset = MIMICtrajectoryDataset(table, label_column="label_death")
     assert dataset.labels.tolist() == [1, 1, 0]
     assert (dataset.outcome, dataset.question) == ("Death", "Will the outcome Death occur?")
-    assert dataset.reading["label_column"] == "label_death"
+    assert dataset.read_options["label_column"] == "label_death"
     assert MIMICtrajectoryDataset(table).labels.tolist() == [0, 1, 0]
     for required in (True, False):
         with pytest.raises(InputError, match=r"column death: no such column: .* label_death"):
@@ -310,12 +310,12 @@ def test_any_column_of_0_and_1_is_the_label() -> None:
 def test_rows_to_score_are_judged_by_the_checkpoints_label(new_rows: Path) -> None:
     table = pd.read_csv(new_rows).assign(label_death=1, label_escalation=0)
     table.to_csv(new_rows, index=False)
-    change = {"outcome": "Death", "reading": {"max_len": 2, "label_column": "label_death"}}
+    change = {"outcome": "Death", "read_options": {"max_len": 2, "label_column": "label_death"}}
     (rows,), _ = scored(new_rows, 100, **change)
     assert rows.dataset.labels.tolist() == [1, 1, 1]
     assert rows.dataset.question == "And then?"
     with pytest.raises(InputError, match="predicts Escalation, the file's outcome of label_death"):
-        scored(new_rows, 100, reading=change["reading"])
+        scored(new_rows, 100, read_options=change["read_options"])
     table.drop(columns="label_death").to_csv(new_rows, index=False)
     (rows,), _ = scored(new_rows, 100, **change)
     assert np.isnan(rows.dataset.labels).all()

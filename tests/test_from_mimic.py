@@ -15,6 +15,7 @@ import pytest
 
 import dataset_format
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.evaluation.case_mix import demographics
 from mimic_files import DEMO, Mini
 
 ROOT = Path(dataset_format.__file__).parent
@@ -102,8 +103,8 @@ def test_the_data_set_reads_series_question_and_flow(folder: Path) -> None:
     assert dataset_format.main(words(folder, out)) == 0
     facts = json.loads(out.with_suffix(".json").read_text())
     dataset = MIMICtrajectoryDataset(out)
-    assert dataset.asked()["Prediction time"] == facts["prediction_time"]
-    assert dataset.asked()["Horizon"] == "72 hours from then on"
+    assert dataset.task_description()["Prediction time"] == facts["prediction_time"]
+    assert dataset.task_description()["Horizon"] == "72 hours from then on"
     assert dataset.outcome == facts["outcome"]
     assert dataset.limits(0) == tuple(facts["plausible"])
     assert dataset.prompt(0) == (
@@ -112,7 +113,7 @@ def test_the_data_set_reads_series_question_and_flow(folder: Path) -> None:
     )
     assert dataset.flow is not None
     assert dataset.flow.to_dict("records") == facts["flow"]
-    assert dataset.people()["sex"].tolist() == ["woman"]
+    assert demographics(dataset)["sex"].tolist() == ["woman"]
 
 
 @pytest.fixture(scope="module")

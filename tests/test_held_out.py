@@ -21,6 +21,7 @@ from visits import cohort
 NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
 NOTES = {"clinical_context": [f"note {k}" for k in range(60)]}
 TABLE = cohort().assign(prediction_hours="9")
+TABLE["static_visit"] = TABLE["clinical_context"].str.split().str[-1].astype(int)
 
 
 def many(**columns):
@@ -58,14 +59,14 @@ def test_fit_scales__sees_the_training_part_alone():
     before = dict(built(TABLE, STAGE_1).named_buffers())
     held_out = np.concatenate([split["val"], split["test"]])
     changed.loc[held_out, SERIES] = "900 (0h) -> -900 (5h)"
-    changed.loc[held_out, "clinical_context"] = "visit 900, transferred"
+    changed.loc[held_out, "static_visit"] = 900
     after = dict(built(changed, STAGE_1).named_buffers())
     assert all(torch.equal(before[name], after[name]) for name in before)
     changed.loc[split["train"][0], SERIES] = "900 (0h)"
-    changed.loc[split["train"][0], "clinical_context"] = "visit 900"
+    changed.loc[split["train"][0], "static_visit"] = 900
     touched = dict(built(changed, STAGE_1).named_buffers())
     moved = {name for name in before if not torch.equal(before[name], touched[name])}
-    for part in ("encoder.scaler.mean", "summary_scaler.mean", "fact_scaler.mean"):
+    for part in ("encoder.scaler.mean", "summary_scaler.mean", "static_scaler.mean"):
         assert any(part in name for name in moved), part
 
 
@@ -148,7 +149,7 @@ def test_main__refuses_a_leak_before_a_language_model_is_loaded(
 def test_check_stage1__refuses_other_data(key, tmp_path):
     path, data = stage1_file(tmp_path, drawn(many())), drawn(many())
     if key == "label_column":
-        data.dataset.reading = {**data.dataset.reading, key: "death"}
+        data.dataset.read_options = {**data.dataset.read_options, key: "death"}
     else:
         setattr(data.dataset, key, "Death" if key == "outcome" else ("Lactate",))
     with pytest.raises(InputError, match=f"{TRAJECTORY_FILE}: .*{key}"):

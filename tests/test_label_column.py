@@ -39,7 +39,7 @@ def test_a_label_of_another_name_goes_from_training_to_prediction(
     assert "Will the outcome Death occur?" in page
     assert "Escalation" not in page
     config = read_trajectory(place / TRAJECTORY_FILE).config
-    assert (config["outcome"], config["reading"]["label_column"]) == ("Death", "label_death")
+    assert (config["outcome"], config["read_options"]["label_column"]) == ("Death", "label_death")
     out = tmp_path / "out.csv"
     assert len(predicted(place / "trajectory", data, out)) == 120
     assert "labelled rows are in the training data" in capsys.readouterr().out

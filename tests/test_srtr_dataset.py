@@ -11,6 +11,7 @@ import pytest
 import srtr_dataset
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.evaluation.case_mix import demographics
 from medgemma_clinical.files import InputError
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 from srtr_files import (
@@ -42,7 +43,7 @@ def inputs(dataset):
     for i, name in enumerate(dataset.ids):
         rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
         series = dataset.times[rows].tobytes(), dataset.values[rows].tobytes()
-        beside = dataset.statics[i].tobytes(), dataset.prediction_hours[i]
+        beside = dataset.static[i].tobytes(), dataset.prediction_hours[i]
         result[name] = (*series, dataset.prompt(i), simple[i].tobytes(), *beside)
     return result
 
@@ -178,7 +179,7 @@ def test_only_the_latest_rows_are_kept(tmp_path, caplog):
 
 def config_of(dataset, **other):
     known = {"features": list(dataset.features), "units": list(dataset.units)}
-    return {"reading": dataset.reading, "question": dataset.question, **known, **other}
+    return {"read_options": dataset.read_options, "question": dataset.question, **known, **other}
 
 
 def test_a_lone_registration_is_scored_as_in_company(tmp_path):
@@ -206,8 +207,11 @@ def test_a_lone_registration_is_scored_as_in_company(tmp_path):
 
 def test_scoring_refuses_another_organ_and_other_features(tmp_path):
     dataset = SRTRTrajectoryDataset(write_folder(tmp_path, *filler()), "liver")
-    kidney = {**dataset.reading, "organ": "kidney"}
-    for other, words in (({"features": ["MELD"]}, "features"), ({"reading": kidney}, "cand_kipa")):
+    kidney = {**dataset.read_options, "organ": "kidney"}
+    for other, words in (
+        ({"features": ["MELD"]}, "features"),
+        ({"read_options": kidney}, "cand_kipa"),
+    ):
         rows = SRTRTrajectoryDataset.scoring_rows(
             tmp_path, config_of(dataset, **other), Findings("x"), 10
         )
@@ -318,7 +322,7 @@ def test_baselines_and_subgroups_see_the_candidates_own_columns(organ, synthetic
         np.testing.assert_array_equal(meld, shown)
         np.testing.assert_array_equal(table["last MELD"].to_numpy()[:, 0], shown)
     np.testing.assert_allclose(age, cand["CAN_AGE_IN_MONTHS_AT_LISTING"] / 12)
-    people = dataset.people()
+    people = demographics(dataset)
     np.testing.assert_array_equal(people["age"], age)
     sexes = cand["CAN_GENDER"].map({"M": "man", "F": "woman"}).fillna("not known")
     assert people["sex"].tolist() == sexes.tolist()
@@ -330,7 +334,7 @@ def test_the_question_follows_landmark_horizon_and_transplants(tmp_path):
         tmp_path, "liver", landmark_days=30, horizon_days=120, transplant="exclude"
     )
     assert "within 120 days of day 30" in dataset.question
-    asked = dataset.asked()
+    asked = dataset.task_description()
     assert asked["Prediction time"].startswith("day 30 after listing for a liver")
     assert asked["Horizon"] == "120 days from then on"
     assert asked["A transplant within the horizon"] == "leaves the cohort"

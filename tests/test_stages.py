@@ -54,7 +54,7 @@ def test_members_and_seeds_begin_apart_and_the_first_member_is_the_single_run():
             for name, weight in member.named_parameters():
                 begun.setdefault(name, []).append(weight.detach().numpy())
     drawn = {name for name, weights in begun.items() if weights[0].std() > 0}
-    assert {"encoder.read.weight", "head.attention.weight", "head.facts.0.weight"} <= drawn
+    assert {"encoder.read.weight", "head.attention.weight", "head.static.0.weight"} <= drawn
     assert all(len({weight.tobytes() for weight in begun[name]}) == 15 for name in drawn)
     one, two = (stage_of(f"{TWO} --seed {seed}").model.state_dict() for seed in (0, 1))
     for part in ("lora_A", "projection.linear"):
@@ -143,10 +143,10 @@ def test_stage_1_decides_what_stage_2_reads(flags, facts, time, tmp_path):
         stage = stage_of(f"--ode_checkpoint {file} {more}")
         for key in ("inputs", "encoder"):
             assert stage.config[key] == one.config[key]
-    assert one.config["inputs"] == {"facts": facts, "prediction_time": time}
+    assert one.config["inputs"] == {"static": facts, "prediction_time": time}
     assert one.config["encoder"]["solver"] == ("bosh3" if "bosh3" in flags else "rk4")
     batch = stage.collate([13, 15])
-    assert batch["facts"].shape == (2, len(facts))
+    assert batch["static"].shape == (2, len(facts))
     assert torch.equal(batch["prediction_hours"], batch["times"].amax(dim=1)) != time
 
 
@@ -182,7 +182,7 @@ def test_the_number_of_soft_tokens_changes_nothing_but_their_number():
         assert parts == {*stage.learning_rates} == {"llm", "head"} | read
         if not number:  # else a file that lacks facts would be refused for nothing
             assert stage.config["encoder"] is None
-            assert stage.config["inputs"] == {"facts": [], "prediction_time": False}
+            assert stage.config["inputs"] == {"static": [], "prediction_time": False}
     most = stage_of("--num_prefix_tokens 4096")
     assert most.model.tokens == max(states_of(most, range(len(patients()))))
 

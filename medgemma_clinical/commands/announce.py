@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.commands.run_folder import log_path, stage_folder
-from medgemma_clinical.data.checks import describe_split, describe_unusable_facts, summarize
+from medgemma_clinical.data.checks import describe_split, describe_unusable, summarize
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
 from medgemma_clinical.training.stage import Stage
@@ -34,11 +34,11 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         logger.info(line)
     if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
         if args.facts == "on":
-            for line in describe_unusable_facts(dataset, data.split["train"]):
+            for line in describe_unusable(data.unusable_static):
                 logger.warning("warning: %s: %s", dataset.source, line)
         until = "last observation" if dataset.hours_read is None else "prediction time"
-        facts = ", ".join(dataset.fact_names) or "none"
-        logger.info("stage 1 reads the series up to the %s, and static features: %s", until, facts)
+        names = ", ".join(dataset.static_inputs) or "none"
+        logger.info("stage 1 reads the series up to the %s, and static features: %s", until, names)
     learns = []
     for part, rate in stage.learning_rates.items():
         weights = [p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad]

@@ -101,8 +101,8 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
                 f"{reference} and {name} were tested on other patients or labels ({len(first)} and "
                 f"{len(table)} rows, {both} ids in both): compare runs on the same data and seed"
             )
-        named = all(each.get("named", True) for each in (data[reference], data[name]))
-        if not named and data[reference].get("rows_sha256") != data[name].get("rows_sha256"):
+        has_ids = all(each.get("has_patient_ids", True) for each in (data[reference], data[name]))
+        if not has_ids and data[reference].get("rows_sha256") != data[name].get("rows_sha256"):
             raise InputError(
                 f"{reference} and {name}: their data have no subject_id and differ, so nothing "
                 "tells that the same patients were tested"

@@ -58,29 +58,33 @@ def both_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[
 
 
 def rows_in_training(
-    patients: NDArray[np.int64], rows: NDArray[np.int64], trained: NDArray[np.int64], *, named: bool
+    patients: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    trained: NDArray[np.int64],
+    *,
+    has_ids: bool,
 ) -> NDArray[np.bool_]:
     """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
 
     ``rows`` (n, 2) are hashed with either label: whether a row is left out must not depend on its
-    outcome. Where both data sets have identifiers, ``named``, an equal one counts if some row of
+    outcome. Where both data sets have identifiers, ``has_ids``, an equal one counts if some row of
     such a patient is equal: two hospitals may number their patients alike.
     """
     same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
-    same_patient = np.isin(patients, trained) & named
+    same_patient = np.isin(patients, trained) & has_ids
     return same_row | (same_patient & (same_patient & same_row).any())
 
 
 def training_sentence(
-    datasets: Sequence[TrajectoryDataset], trained: NDArray[np.int64], *, named: bool
+    datasets: Sequence[TrajectoryDataset], trained: NDArray[np.int64], *, has_ids: bool
 ) -> str:
     """Return how many data sets of one row each are in the training data."""
     if not len(trained):
         return "Not known: how many of these rows are in the training data."
-    first, named = np.zeros(1, dtype=np.int64), named and datasets[0].named
+    first, has_ids = np.zeros(1, dtype=np.int64), has_ids and datasets[0].has_patient_ids
     patients = np.concatenate([patient_hashes(dataset, first) for dataset in datasets])
     rows = np.concatenate([both_hashes(dataset, first) for dataset in datasets])
-    found = rows_in_training(patients, rows, trained, named=named)
+    found = rows_in_training(patients, rows, trained, has_ids=has_ids)
     return f"{found.sum()} of these {len(datasets)} rows are in the training data."
 
 
@@ -90,9 +94,9 @@ def explain_rows(
     request: Namespace,
     trained: NDArray[np.int64],
     *,
-    named: bool,
+    has_ids: bool,
 ) -> None:
-    """Write the page of the chosen rows; ``trained`` and ``named`` as for ``rows_in_training``."""
+    """Write the page of the chosen rows; last arguments as for ``rows_in_training``."""
     ids = {row["id"] for row, _ in chosen}
     if lacking := {*(request.patients or ids)} - ids:
         logger.warning("--patients: %d of these ids have no row with a score", len(lacking))
@@ -101,10 +105,10 @@ def explain_rows(
     logger.info("patients: explaining %d rows", len(chosen))
     rows = [explain(row, dataset, model.trained, model.batch_size) for row, dataset in chosen]
     config, datasets = model.config, [dataset for _, dataset in chosen]
-    found = training_sentence(datasets, trained, named=named)
+    found = training_sentence(datasets, trained, has_ids=has_ids)
     notes = [found, weight_0_sentence(config), random_model_notice(config)]
     checkpoint = {"Checkpoint": request.checkpoint.absolute().name}
-    method = datasets[0].asked() | checkpoint | describe_model(config)
+    method = datasets[0].task_description() | checkpoint | describe_model(config)
     path, outcome = patients_path(request.predictions), config["outcome"]
     write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

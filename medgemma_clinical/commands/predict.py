@@ -27,7 +27,6 @@ from medgemma_clinical.commands.patients import (
     rows_in_training,
 )
 from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.data.case_mix import bands_of, case_mix_of
 from medgemma_clinical.data.checks import flow_lines
 from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.small_cells import count_text
@@ -36,6 +35,7 @@ from medgemma_clinical.data.training_data import patient_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.verdicts import sentences
@@ -95,10 +95,10 @@ def predict(args: Namespace, given: set[str]) -> int:
         logger.info(line)
     tally.log(model)
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
-    trained, named = training_patients(model.trained, request.checkpoint)
-    report_labelled(tally, model, first.dataset, request, trained, named=named)
+    trained, has_ids = training_patients(model.trained, request.checkpoint)
+    report_labelled(tally, model, first.dataset, request, trained, has_ids=has_ids)
     if request.explain:
-        explain_rows(tally.chosen, model, request, trained, named=named)
+        explain_rows(tally.chosen, model, request, trained, has_ids=has_ids)
     return EXIT_DONE
 
 
@@ -106,7 +106,7 @@ def find_source(
     request: Namespace, config: dict[str, Any], datasets: Mapping[str, type[TrajectoryDataset]]
 ) -> Path:
     """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
-    trained = {"dataset": config["dataset"], **config["reading"]}
+    trained = {"dataset": config["dataset"], **config["read_options"]}
     dataset = datasets[config["dataset"]]
     for name in ("dataset", *(option for each in datasets.values() for option in each.options)):
         value = getattr(request, name, None)
@@ -170,10 +170,9 @@ class PredictionTally:
         self.positive += int(lines["prediction"].sum())
         self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
-        table = dataset.people().iloc[labelled].reset_index(drop=True)
+        table = demographics(dataset).iloc[labelled].reset_index(drop=True)
         self.labelled.append(
             table.assign(
-                label=dataset.labels[labelled],
                 risk=lines["probability"].to_numpy(float)[rows.positions[labelled]],
                 patient=patient_hashes(dataset, labelled),
                 rows=list(both_hashes(dataset, labelled)),
@@ -223,7 +222,7 @@ def report_labelled(
     request: Namespace,
     known: NDArray[np.int64],
     *,
-    named: bool,
+    has_ids: bool,
 ) -> None:
     """Write and print how good the predictions are, where labels of both classes are known.
 
@@ -233,7 +232,7 @@ def report_labelled(
     if people.empty:
         return
     hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
-    in_training = rows_in_training(*hashes, known, named=named and dataset.named)
+    in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
     new = people[~in_training].reset_index(drop=True)
 
     def said(min_cell: int) -> str:
@@ -259,10 +258,10 @@ def report_labelled(
         ("in the training data", len(people) - len(new), len(new)),
     ]
     shared = shareable(config, request.min_cell)
-    here = case_mix_of(new, new["label"].to_numpy(), new["patient"].to_numpy())
+    here = case_mix(new)
     content = ReportContent(
         title=f"{config['outcome']}: {name} on the rows of {source}",
-        question=dataset.asked(),
+        question=dataset.task_description(),
         data={
             "Source": source,
             "Scored": f"{len(new):,} rows with a score and a label",
@@ -278,7 +277,7 @@ def report_labelled(
         ),
         threshold=model.threshold,
         seed=request.seed,
-        bands=bands_of(new[["observations", "age", "sex"]]),
+        bands=subgroups(new),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
         notice=random_model_notice(config),
@@ -297,12 +296,12 @@ def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[
     of the stage 1 in the folder of their run. No hashes: they are not known.
     """
     if trained.train_patients is not None:
-        return trained.train_patients, bool(trained.config["named"])
+        return trained.train_patients, bool(trained.config["has_patient_ids"])
     folder = checkpoint_path(checkpoint).absolute().parent
     beside = folder.parent / TRAJECTORY_FILE
     with contextlib.suppress(InputError, OSError):  # neither hinders a report
         if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):
             stage1 = read_trajectory(beside)
             if stage1.config["rows_sha256"] == trained.config["rows_sha256"]:
-                return stage1.train_patients, bool(stage1.config["named"])
+                return stage1.train_patients, bool(stage1.config["has_patient_ids"])
     return np.empty(0, np.int64), False

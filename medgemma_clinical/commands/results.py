@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from accelerate.utils import gather_object
 
-from medgemma_clinical.data.facts import fact_groups
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
@@ -23,6 +22,7 @@ from medgemma_clinical.evaluation.baselines import (
     blend,
     fit_baselines,
 )
+from medgemma_clinical.evaluation.case_mix import demographics, subgroups
 from medgemma_clinical.evaluation.decision import (
     Predictions,
     fit_decision_rule,
@@ -59,7 +59,7 @@ def write_results(
     data: Data,
     folder: Path | None,
     state: TrainState,
-    facts: dict[str, Any],
+    run: dict[str, Any],
     args: Namespace,
 ) -> dict[str, Any]:
     """Score validation and, once, test with the best model; write and log all results.
@@ -107,7 +107,7 @@ def write_results(
             folder / "report.html",
             tables["test"],
             metrics["test"],
-            report_content(stage, data, state, config, metrics["val"], facts, predictions["test"]),
+            report_content(stage, data, state, config, metrics["val"], run, predictions["test"]),
             min_cell=args.min_cell,
             list_patients=args.report_patients,
             folder=folder,
@@ -153,7 +153,8 @@ def prediction_tables(
 
     The model comes first; stage 1 below it, the baselines and the ensemble follow.
     """
-    name, baselines = STAGE_NAMES[stage.name], fit_baselines(data.dataset, data.split)
+    name = STAGE_NAMES[stage.name]
+    baselines = fit_baselines(data.dataset, data.split, data.usable_static)
     tables = {}
     for part, each in predictions.items():
         risks = {name: each.probability}
@@ -216,27 +217,25 @@ def report_content(
     state: TrainState,
     config: dict[str, Any],
     validation: Metrics,
-    facts: dict[str, Any],
+    run: dict[str, Any],
     predictions: Predictions,
 ) -> ReportContent:
     """Return what the page says beside its metrics."""
-    min_cell = facts["arguments"]["min_cell"]
+    min_cell = run["arguments"]["min_cell"]
     few, config = validation.counts["minority_patients"] < min_cell, shareable(config, min_cell)
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epoch = data.dataset, state.progress.best_epoch
-    groups = fact_groups(dataset.fact_names)
-    statics = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items())
     parameters = list(stage.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     return ReportContent(
         title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
-        question=dataset.asked(),
+        question=dataset.task_description(),
         data={
             "Source": Path(dataset.source).name,
             "Kind": dataset.kind,
             "Used": f"{len(dataset):,} rows of {dataset.n_patients:,} patients",
             "Missing values": "masked, never filled in",
-            "Static features": statics or "none are read",
+            "Static features": ", ".join(dataset.static_inputs) or "none are read",
         },
         card=page_card(
             config,
@@ -245,17 +244,17 @@ def report_content(
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
                 "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
                 **({} if few else {"Validation AUROC": auroc}),
-                "Seed": str(facts["seed"]),
+                "Seed": str(run["seed"]),
                 "Licence": licence(config),
             },
         ),
         threshold=config["decision"]["threshold"],
-        seed=facts["seed"],
-        bands=dataset.subgroups().iloc[predictions.rows],
+        seed=run["seed"],
+        bands=subgroups(demographics(dataset)).iloc[predictions.rows],
         flow=dataset.flow,
         split=split_table(dataset.labels, dataset.groups, data.split),
         history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
-        notice=random_model_notice(config, facts["arguments"]["model_name"]),
+        notice=random_model_notice(config, run["arguments"]["model_name"]),
         first=list(filter(None, [weight_0_sentence(config)])),
     )

@@ -23,14 +23,14 @@ from medgemma_clinical.distributed import default_device, peak_mib, processes
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
-from medgemma_clinical.models.language_model import base_facts
+from medgemma_clinical.models.language_model import base_record
 from medgemma_clinical.provenance import code_hash, git_commit, versions
 from medgemma_clinical.training.state import StateStore
 from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
 
-RUN_FORMAT = 4
+RUN_FORMAT = 5
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
 RESULTS = (
@@ -119,7 +119,7 @@ def run_data(
         seed=args.seed,
         prompts=prompts,
         inputs=stage1.config["inputs"] if stage1 else None,
-        facts=args.facts == "on",
+        static=args.facts == "on",
         prediction_time=args.prediction_time == "on",
     )
 
@@ -127,14 +127,14 @@ def run_data(
 # --------------------------------------------------------------------------- run.json
 
 
-def run_facts(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) -> dict[str, Any]:
+def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) -> dict[str, Any]:
     """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split.
 
     A base model of the hub is downloaded here, so that its commit is known.
     """
-    base = {} if args.trajectory_only else base_facts(args.model_name)
+    base = {} if args.trajectory_only else base_record(args.model_name)
     accumulate = 1 if args.trajectory_only else args.gradient_accumulation
-    facts = {
+    run = {
         "format": RUN_FORMAT,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "versions": versions(),
@@ -155,7 +155,7 @@ def run_facts(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) 
             for part, rows in data.split.items()
         },
     }
-    as_read_again: dict[str, Any] = json.loads(json.dumps(facts))
+    as_read_again: dict[str, Any] = json.loads(json.dumps(run))
     return as_read_again
 
 
@@ -177,7 +177,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def opened(args: Namespace, folder: Path | None, facts: dict[str, Any]) -> Iterator[Track]:
+def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterator[Track]:
     """Hold a stage's folder for the length of a run, begun or resumed; yield its tracker.
 
     Call it when all else is known to work: an earlier result is moved aside here. Each process must
@@ -193,7 +193,7 @@ def opened(args: Namespace, folder: Path | None, facts: dict[str, Any]) -> Itera
                 stack.enter_context(files.locked(folder))
                 clean(folder)
                 if not args.resume:
-                    begin(folder, facts)
+                    begin(folder, run)
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
             if log := log_path(args, folder):
@@ -211,27 +211,27 @@ def clean(folder: Path) -> None:
         files.remove(files.partial_path(path))
 
 
-def begin(folder: Path, facts: dict[str, Any]) -> None:
+def begin(folder: Path, run: dict[str, Any]) -> None:
     """Make the folder of a new run; an earlier one is moved aside."""
     for aside in files.move_aside(stage_paths(folder)):
         hint = "; --resume would have continued it" if state_store(aside).files() else ""
         logger.info("an earlier result was moved to %s%s", aside, hint)
     folder.mkdir()
-    files.write_json(folder / "run.json", facts)
+    files.write_json(folder / "run.json", run)
 
 
-def check_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return ``run.json`` of the run in a folder; refuse another command's and a damaged one."""
     known = read_run(folder)
     if known is None or not ("results_sha256" in known or state_store(folder).files()):
         raise InputError(f"{folder}: no run was begun there: start it without --resume")
-    then, now = known["arguments"], facts["arguments"]
+    then, now = known["arguments"], run["arguments"]
     other = [
         f"--{name} was {then.get(name)}, is {now.get(name)}"
         for name in sorted({*then, *now} - IMMATERIAL)
         if then.get(name) != now.get(name)
     ]
-    other += [text for key, text in MATERIAL.items() if known[key] != facts[key]]
+    other += [text for key, text in MATERIAL.items() if known[key] != run[key]]
     if other:
         raise InputError(
             f"{folder}: that run was begun otherwise: {'; '.join(other)}: give the same command, "
@@ -243,12 +243,12 @@ def check_run(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def is_finished(folder: Path, facts: dict[str, Any]) -> bool:
+def is_finished(folder: Path, run: dict[str, Any]) -> bool:
     """Return whether a run that is to be resumed has nothing left to do; see ``check_run``."""
-    known = check_run(folder, facts)
+    known = check_run(folder, run)
     if "results_sha256" not in known:
         for key in SOFTWARE:
-            if known[key] != facts[key]:
+            if known[key] != run[key]:
                 logger.warning("%s differ from the start of the run: last bits may differ", key)
         return False
     if processes().is_main_process:
@@ -257,7 +257,7 @@ def is_finished(folder: Path, facts: dict[str, Any]) -> bool:
     return True
 
 
-def progress_of(folder: Path, facts: dict[str, Any]) -> str:
+def progress_of(folder: Path, run: dict[str, Any]) -> str:
     """Return how much of a run has been done: "all", "part" or "none".
 
     A run of other flags, data, code, versions or number of processes counts as none.
@@ -265,8 +265,8 @@ def progress_of(folder: Path, facts: dict[str, Any]) -> str:
     if not (folder / "run.json").exists():
         return "none"
     try:
-        known = check_run(folder, facts)
-        if any(known[key] != facts[key] for key in SOFTWARE):
+        known = check_run(folder, run)
+        if any(known[key] != run[key] for key in SOFTWARE):
             return "none"
         if "results_sha256" in known:
             return "all"

@@ -26,7 +26,7 @@ from medgemma_clinical.commands.run_folder import (
     given_stage1,
     progress_of,
     run_data,
-    run_facts,
+    run_record,
     stage_folder,
 )
 from medgemma_clinical.data.texts import PromptOptions
@@ -102,7 +102,7 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
         with quiet_console():
             stage1 = given_stage1(args)
             data = run_data(args, dataset, PromptOptions(), stage1)  # prompts are flags
-            done = progress_of(folder, run_facts(args, data, stage1))
+            done = progress_of(folder, run_record(args, data, stage1))
             if done != "all":
                 reset_peak_memory()
                 code = train(Namespace(**{**vars(args), "resume": done == "part"}), dataset)

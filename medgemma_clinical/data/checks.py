@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.facts import unusable_facts
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -92,9 +91,11 @@ def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
         few = f"fewer than {FEWEST_TEST_EVENTS} patients of the test part have, or lack, the event"
         warnings.append(f"{few}: its metrics will be undecided")
     known = dataset.prediction_hours is not None
-    read = dataset.with_inputs(dataset.choose_facts(train), prediction_time=known)
+    unusable = dataset.unusable_static(train)
+    names = [name for name in dataset.static_names if name not in unusable]
+    read = dataset.with_inputs(names, prediction_time=known)
     few_behind = describe_few_patients(read.patients_behind(train))
-    return [*warnings, *few_behind, *describe_unusable_facts(dataset, train)]
+    return [*warnings, *few_behind, *describe_unusable(unusable)]
 
 
 def describe_split(
@@ -179,11 +180,9 @@ def describe_long_spans(dataset: TrajectoryDataset) -> list[str]:
     ]
 
 
-def describe_unusable_facts(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> list[str]:
-    """Warn of declared facts that no model reads; ``train``: positions of the training part."""
-    part = dataset.subset(train)
-    unusable = unusable_facts(part.fact_table(part.static_names), part.groups)
-    return [f"the fact {name} is not read: {reason}" for name, reason in unusable.items()]
+def describe_unusable(unusable: dict[str, str]) -> list[str]:
+    """Warn of static features that no model reads, by ``TrajectoryDataset.unusable_static``."""
+    return [f"{name} is not read: {reason}" for name, reason in unusable.items()]
 
 
 def describe_few_patients(patients: dict[str, dict[str, int]]) -> list[str]:
@@ -192,7 +191,7 @@ def describe_few_patients(patients: dict[str, dict[str, int]]) -> list[str]:
     Args:
         patients: as from ``TrajectoryDataset.patients_behind``.
     """
-    behind = {**patients["series"], **patients["statics"]}
+    behind = {**patients["series"], **patients["static"]}
     if not (few := [name for name, count in behind.items() if 0 < count < MIN_CELL]):
         return []
     return [

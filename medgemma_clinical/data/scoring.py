@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.facts import NUMBER_ENDING
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
@@ -97,15 +96,8 @@ class ScoringRows:
         return replace(self, dataset=self.dataset.subset(good), positions=self.positions[good])
 
 
-def count_unknown_facts(dataset: TrajectoryDataset, findings: Findings) -> None:
-    """Count the rows that lack a number which a model reads; a word says nothing where absent.
-
-    Args:
-        dataset: with the facts of ``with_inputs``.
-        findings: get the counts.
-    """
-    assert dataset.facts is not None
-    for name, column in zip(dataset.fact_names, dataset.facts.T, strict=True):
-        if name in dataset.static_names or name.endswith(NUMBER_ENDING):
-            lacking = f"lack the fact {name}: taken as unknown"
-            findings.counts[lacking] += int(np.isnan(column).sum())
+def count_unknown_static(dataset: TrajectoryDataset, findings: Findings) -> None:
+    """Count the rows that lack a static feature which a model reads."""
+    for name, column in zip(dataset.static_inputs, dataset.static_values().T, strict=True):
+        lacking = f"lack the static feature {name}: taken as unknown"
+        findings.counts[lacking] += int(np.isnan(column).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.checks import describe_few_patients, describe_long_spans
 from medgemma_clinical.data.splits import IDENTIFYING_VALUES
-from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
-from medgemma_clinical.files import InputError
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class Data:
         prompts: what a prompt holds.
         data_sha256: hash of all that was read, before ``--max_samples``.
         rows_sha256: hash of labels, ids, patients and given split, before ``--max_samples``.
+        unusable_static: static features that no model can learn from, and why.
     """
 
     dataset: TrajectoryDataset
@@ -38,6 +39,12 @@ class Data:
     prompts: PromptOptions
     data_sha256: str
     rows_sha256: str
+    unusable_static: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def usable_static(self) -> list[str]:
+        """Names of the static features that the training part can teach."""
+        return [name for name in self.dataset.static_names if name not in self.unusable_static]
 
     def prevalence(self) -> float:
         """Return the share of events in the training part."""
@@ -71,19 +78,18 @@ class Data:
         dataset, train = self.dataset, self.split["train"]
         return {
             "dataset": dataset.name,
-            "reading": dataset.reading,
+            "read_options": dataset.read_options,
             "features": list(dataset.features),
             "units": list(dataset.units),
             "inputs": {
-                "facts": list(dataset.fact_names),
+                "static": list(dataset.static_inputs),
                 "prediction_time": dataset.hours_read is not None,
             },
             "outcome": dataset.outcome,
             "question": dataset.question,
-            "named": dataset.named,
+            "has_patient_ids": dataset.has_patient_ids,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "case_mix": dataset.case_mix(train),
             "patients": dataset.patients_behind(train),
         }
 
@@ -101,7 +107,7 @@ class Data:
         return np.unique(np.concatenate([rows[rows != 0], names]))
 
     def count_overlap(
-        self, trained: NDArray[np.int64], other_named: bool, *, same_rows: bool = False
+        self, trained: NDArray[np.int64], other_has_ids: bool, *, same_rows: bool = False
     ) -> int:
         """Count the held-out patients (val and test) that are among ``trained``.
 
@@ -111,11 +117,11 @@ class Data:
 
         Args:
             trained: of the other data, as from ``training_patients``.
-            other_named: whether the other data name their patients.
+            other_has_ids: whether the other data name their patients.
             same_rows: whether the other data have the same ``rows_sha256``.
         """
         held_out = np.concatenate([self.split["val"], self.split["test"]])
-        if same_rows or (self.dataset.named and other_named):
+        if same_rows or (self.dataset.has_patient_ids and other_has_ids):
             known = np.isin(patient_hashes(self.dataset, held_out), trained)
         else:
             rows = row_hashes(self.dataset, held_out)
@@ -162,7 +168,7 @@ def prepare_data(
     seed: int,
     prompts: PromptOptions,
     inputs: dict[str, Any] | None = None,
-    facts: bool = True,
+    static: bool = True,
     prediction_time: bool = True,
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
@@ -173,7 +179,7 @@ def prepare_data(
         seed: of drawing and split.
         prompts: what a prompt holds.
         inputs: of a stage 1 beside the series, as in ``Data.description``; None chooses them.
-        facts: whether the facts that the training part may tell are chosen.
+        static: whether a stage 1 reads the static features that the training part can teach.
         prediction_time: whether the prediction time is read where it is known.
 
     Raises:
@@ -183,14 +189,10 @@ def prepare_data(
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
+    unusable = sample.unusable_static(split["train"])
     if inputs is None:
-        names = sample.choose_facts(split["train"]) if facts else []
+        names = [name for name in sample.static_names if static and name not in unusable]
         known = sample.prediction_hours is not None
-        inputs = {"facts": names, "prediction_time": prediction_time and known}
-    elif not {*inputs["facts"]} <= {*sample.static_names} and not any(sample.contexts):
-        raise InputError(
-            f"{sample.source}: stage 1 reads facts of the context, which no row has: fill the "
-            "column clinical_context"
-        )
+        inputs = {"static": names, "prediction_time": prediction_time and known}
     sample = sample.with_inputs(**inputs)
-    return Data(sample, split, prompts, data_sha256, rows_sha256)
+    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable)

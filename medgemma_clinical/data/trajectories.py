@@ -1,8 +1,9 @@
 """The trajectory contract: irregular series with labels, patients and texts.
 
-A data set holds N series raggedly: flat ``times`` (hours) and ``values`` (raw units), cut by
+N trajectories lie one behind another in ``times`` (hours) and ``values`` (raw units), cut by
 ``offsets``. ``collate`` pads any choice of them to a batch; ``split`` keeps the rows of a patient
-in one part. Letters: N series, B a batch of them, L observations, F features.
+in one part. Letters: N trajectories, B a batch of them, L observations, F features, S summaries,
+K static features.
 """
 
 from __future__ import annotations
@@ -11,21 +12,18 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.case_mix import ages_of, bands_of, case_mix_of, people_of, sexes_of
-from medgemma_clinical.data.facts import (
-    CONTEXT_FACT,
-    context_table,
-    frequent_words,
+from medgemma_clinical.data.features import (
     patients_behind,
-    unusable_facts,
+    summary_features,
+    summary_names,
+    unusable_static,
 )
-from medgemma_clinical.data.ragged import RaggedSeries
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.splits import draw_split, given_split
@@ -40,6 +38,8 @@ from medgemma_clinical.data.texts import (
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medgemma_clinical.data.scoring import ScoringRows
 
 FAR_OUT = 10.0
@@ -48,32 +48,65 @@ FAR_OUT = 10.0
 FLOW_COLUMNS = ("rule", "removed", "left")
 """Columns of ``flow``: a rule, the rows that it removed, the rows left after it."""
 
+Rows = NDArray[np.int64] | slice
 
-class TrajectoryDataset(RaggedSeries):
-    """N irregular series with labels, patients and text; subclasses bring the clinical words.
 
-    Attributes, beside those of ``RaggedSeries``:
+class Batch(TypedDict):
+    """Padded trajectories.
+
+    times (B, L) float32 hours since the patient's first observation, zero in padding;
+    values (B, L, F) float32 raw units, zero where not measured; observed (B, L, F) bool, all False
+    in padding rows; prediction_hours (B,) float32 on the clock of ``times``, of the last
+    observation where unknown; summaries (B, S) and static (B, K) float32, NaN where unknown; labels
+    (B,) float32, NaN where unknown; index (B,) int64 into the data set; plan: what an encoder that
+    plans computes ahead of these trajectories.
+    """
+
+    times: Tensor
+    values: Tensor
+    observed: Tensor
+    prediction_hours: Tensor
+    summaries: Tensor
+    static: Tensor
+    labels: Tensor
+    index: Tensor
+    plan: NotRequired[Any]
+
+
+class TrajectoryDataset:
+    """N trajectories with labels, patients and text; subclasses bring the clinical words.
+
+    Attributes:
         name: the data set's key among the program's data sets, ``--dataset``.
         kind: the data's format, in a report's words.
-        source_flag: the trainer's flag for the place of the data, without dashes.
+        source_flag: the trainer's flag for the path of the data, without dashes.
         options: the trainer's flags that the constructor takes as keywords, None where not given.
+        times: (all observations,) float64 hours, not decreasing within a trajectory.
+        values: (all observations, F) float64 raw units, NaN where not measured.
+        offsets: (N + 1,) int64; trajectory i has rows ``offsets[i]:offsets[i + 1]``.
+        labels: (N,) float64 of 0 and 1, NaN where unknown.
         ids: (N,) str, the name of a row in prediction files.
         groups: (N,) str, the patient; the rows of a patient are in one part of a split.
-        contexts: (N,) str, what else an LLM may read, may be empty.
-        statics: (N, number of ``static_names``) float64, declared facts, NaN where unknown.
+        contexts: (N,) str, text for a language model, may be empty.
+        static: (N, number of ``static_names``) float64 static features, NaN where unknown.
+        prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
+            where unknown, None where the data do not say it.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
+        features: F names.
         units: F units, empty where a feature has none.
-        static_names: names of the declared facts.
-        question: the question about a series, a sentence.
+        static_names: names of all static features, ``static_NAME [unit]``.
+        static_inputs: K names of those that a model reads; none before they are chosen.
+        reads_prediction_time: whether a model reads ``prediction_hours``, where the data say them.
+        question: the question about a trajectory, a sentence.
         outcome: the event in a few words; a report begins with it.
         time_scale: hours that are one unit of time to the encoder.
         assumed_time_scale: whether it is the format's default, which may not fit the data.
         source: where the data come from, as errors name it.
-        reading: the arguments that decide what a row is and which of its observations are kept;
-            plain types. A checkpoint stores them to read other data in the same way.
-        main: position of the series that stands for the others in texts.
+        read_options: the arguments that decide what a row is and which of its observations are
+            kept; plain types. A checkpoint stores them to read other data in the same way.
+        main: position of the feature that stands for the others in texts.
         fixed_features: the features belong to the format: one that is never measured is no mistake.
-        named: whether the data name their patients; else each row is one, known by its number.
+        has_patient_ids: whether the data name their patients; else each row is a patient.
         flow: how the data came to their rows, ``FLOW_COLUMNS``; None where unknown.
         warnings: what seems to be a mistake in the source, as logged when it was read.
     """
@@ -83,35 +116,42 @@ class TrajectoryDataset(RaggedSeries):
     source_flag: ClassVar[str]
     options: ClassVar[tuple[str, ...]]
     fixed_features: ClassVar[bool] = False
-    reads_contexts: ClassVar[bool] = True
-    """Whether words and numbers of the contexts are facts beside the declared ones."""
     report_hours: ClassVar[float] = 1.0
     """Hours that are one unit of time in reports."""
 
     row_columns: ClassVar[tuple[str, ...]] = (
-        *RaggedSeries.row_columns,
-        *("ids", "groups", "contexts", "parts", "statics"),
+        *("labels", "ids", "groups", "contexts", "parts", "static", "prediction_hours"),
+        "_summaries",
     )
-    """Attributes with one entry a series; a subclass that has more names them too."""
+    """Attributes with one entry a row; a subclass that has more names them too."""
 
+    times: NDArray[np.float64]
+    values: NDArray[np.float64]
+    offsets: NDArray[np.int64]
+    labels: NDArray[np.float64]
+    ids: NDArray[np.str_]
+    groups: NDArray[np.str_]
+    contexts: NDArray[np.object_]
+    static: NDArray[np.float64]
+    prediction_hours: NDArray[np.float64] | None = None
+    parts: NDArray[np.str_] | None = None
+    _summaries: NDArray[np.float64] | None = None
+
+    features: tuple[str, ...]
     units: tuple[str, ...]
     static_names: tuple[str, ...] = ()
+    static_inputs: tuple[str, ...] = ()
+    reads_prediction_time: bool = True
     question: str
     outcome: str
     time_scale: float
     assumed_time_scale: bool = False
     source: str
-    reading: dict[str, Any]
+    read_options: dict[str, Any]
     main: int = 0
-    named: bool = True
+    has_patient_ids: bool = True
     flow: pd.DataFrame | None = None
     warnings: tuple[str, ...] = ()
-
-    ids: NDArray[np.str_]
-    groups: NDArray[np.str_]
-    contexts: NDArray[np.object_]
-    parts: NDArray[np.str_] | None
-    statics: NDArray[np.float64] | None = None
 
     # ------------------------------------------------------------------ what a subclass brings
 
@@ -124,7 +164,7 @@ class TrajectoryDataset(RaggedSeries):
         return None
 
     def series_text(self, i: int, options: PromptOptions) -> str:
-        """Return series ``i`` in words as ``options`` ask, ``series`` not being ``none``.
+        """Return trajectory ``i`` in words, ``options.series`` not being ``none``.
 
         Ends with a space, unless it is empty.
         """
@@ -136,22 +176,93 @@ class TrajectoryDataset(RaggedSeries):
 
     @classmethod
     def scoring_rows(
-        cls, source: Any, config: dict[str, Any], findings: Findings, most: int
+        cls, source: Any, config: dict[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
-        """Read rows to be scored, as a checkpoint's data were read, ``most`` at a time.
+        """Read rows to be scored, as a checkpoint's data were read, ``max_rows`` at a time.
 
         Args:
             source: file or folder, or what else a subclass reads.
             config: of the checkpoint; ``Data.description`` is part of it.
             findings: gets the problems of rows that cannot be read.
-            most: rows at a time.
+            max_rows: rows at a time.
 
         Raises:
             InputError: the source is not what the checkpoint reads, or cannot be read.
         """
         raise NotImplementedError
 
-    # ------------------------------------------------------------------ series
+    # ------------------------------------------------------------------ observations
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Observations of each row, (N,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def owner(self) -> NDArray[np.int64]:
+        """The row of each observation, (all observations,)."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def last_times(self) -> NDArray[np.float64]:
+        """Hours of the last observation of each row, (N,)."""
+        return self.times[self.offsets[1:] - 1]
+
+    @property
+    def n_patients(self) -> int:
+        """Number of different patients."""
+        return len(np.unique(self.groups))
+
+    @property
+    def hours_read(self) -> NDArray[np.float64] | None:
+        """The ``prediction_hours`` that a model reads, None without."""
+        return self.prediction_hours if self.reads_prediction_time else None
+
+    def prediction_times(self, rows: Rows = slice(None)) -> NDArray[np.float64]:
+        """Return when the question of some rows is asked; the last observation where unknown."""
+        last = self.times[self.offsets[1:][rows] - 1]
+        if self.hours_read is None:
+            return last
+        hours = self.hours_read[rows]
+        return np.where(np.isnan(hours), last, hours)
+
+    def longest_gaps(self) -> NDArray[np.float64]:
+        """Return the longest time without an observation of each row in hours, (N,)."""
+        if not len(self):
+            return np.empty(0)
+        gaps = np.diff(self.times, prepend=self.times[:1])
+        gaps[self.offsets[:-1]] = 0.0  # nothing precedes the first observation of a row
+        waits = self.prediction_times() - self.last_times
+        return np.maximum(np.maximum.reduceat(gaps, self.offsets[:-1]), waits)
+
+    def measured(self, i: int) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
+        """Yield position, times and values of each feature of row ``i`` that was measured."""
+        rows = slice(self.offsets[i], self.offsets[i + 1])
+        for f, values in enumerate(self.values[rows].T):
+            present = ~np.isnan(values)
+            if present.any():
+                yield f, self.times[rows][present], values[present]
+
+    def summary_names(self) -> list[str]:
+        """Return the S names of the columns of ``summaries``."""
+        return summary_names(self.features, prediction_time=self.hours_read is not None)
+
+    def summaries(self) -> NDArray[np.float64]:
+        """Return the statistics of each row (N, S), computed once.
+
+        Those of ``summary_features``, and the hours from the last observation to the prediction
+        time where it is known.
+        """
+        if self._summaries is None:
+            self._summaries = summary_features(self.times, self.values, self.lengths)
+            if self.hours_read is not None:
+                since = self.hours_read - self.last_times
+                self._summaries = np.column_stack([self._summaries, since])
+        return self._summaries
 
     def plausible(self, feature: int) -> tuple[float, float]:
         """Return the declared limits of a feature, or what is not far outside its quartiles."""
@@ -165,11 +276,134 @@ class TrajectoryDataset(RaggedSeries):
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
 
-    def check_measured(self, train: NDArray[np.int64]) -> None:
-        """Refuse a series, or a prediction time, that no patient of the training part has.
+    # ------------------------------------------------------------------ batches and choices
+
+    def collate(self, indices: Sequence[int]) -> Batch:
+        """Pad the rows at B positions to one batch, in the given order."""
+        import torch  # loading takes a second that checking a file, and --help, need not wait
+
+        def tensor(array: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(array.astype(np.float32))
+
+        index = np.asarray(indices, dtype=np.int64)
+        positions, present = self._positions(index)
+        rows = np.where(present, positions, positions[:, :1])  # padding repeats the first: hour 0
+        start = self.times[positions[:, 0]]
+        values = self.values[rows].astype(np.float32)  # (B, L, F)
+        observed = ~np.isnan(values) & present[..., None]
+        return Batch(
+            times=tensor(self.times[rows] - start[:, None]),
+            values=torch.from_numpy(np.where(observed, values, np.float32(0))),
+            observed=torch.from_numpy(observed),
+            prediction_hours=tensor(self.prediction_times(index) - start),
+            summaries=tensor(self.summaries()[index]),
+            static=tensor(self.static_values(index)),
+            labels=tensor(self.labels[index]),
+            index=torch.from_numpy(index),
+        )
+
+    def _positions(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return flat rows (B, L) from the start of each trajectory, and which belong to it."""
+        starts = self.offsets[index][:, None]
+        lengths = self.offsets[index + 1][:, None] - starts
+        steps = np.arange(lengths.max(initial=0))
+        return starts + steps, steps < lengths
+
+    def rows_of(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the flat rows of the chosen trajectories, joined."""
+        positions, present = self._positions(index)
+        return positions[present]
+
+    def subset(self, indices: NDArray[np.int64]) -> Self:
+        """Return a data set of the chosen rows only, in the given order."""
+        chosen = copy.copy(self)
+        rows = self.rows_of(indices)
+        chosen.times, chosen.values = self.times[rows], self.values[rows]
+        chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
+        for name in self.row_columns:
+            column = getattr(self, name)
+            setattr(chosen, name, None if column is None else column[indices])
+        return chosen
+
+    def keep_observations(self, kept: NDArray[np.bool_]) -> None:
+        """Keep the observations that a mask marks, at least one of each row."""
+        sizes = np.bincount(self.owner[kept], minlength=len(self))
+        self.times, self.values = self.times[kept], self.values[kept]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self._summaries = None
+
+    def sample_patients(self, max_patients: int, seed: int) -> Self:
+        """Return all rows of at most so many patients, drawn by ``seed``; 0 means all.
+
+        Rows that are not drawn appear in ``flow``.
+        """
+        patients = np.unique(self.groups)
+        if max_patients == 0 or len(patients) <= max_patients:
+            return self
+        drawn = np.random.default_rng(seed).choice(patients, size=max_patients, replace=False)
+        sample = self.subset(np.flatnonzero(np.isin(self.groups, drawn)))
+        rule = f"not among {max_patients:,} of {len(patients):,} patients drawn (--max_samples)"
+        line = (rule, len(self) - len(sample), len(sample))
+        drawing = pd.DataFrame([line], columns=list(FLOW_COLUMNS))
+        sample.flow = drawing if self.flow is None else pd.concat([self.flow, drawing])
+        return sample
+
+    def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
+        """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.
 
         Args:
-            train: positions of the training part.
+            seed: decides the part of each patient.
+
+        Returns:
+            Ascending positions in the data set for each of ``train``, ``val``, ``test``.
+
+        Raises:
+            InputError: a part would lack patients with or without an event.
+        """
+        if self.parts is not None:
+            return given_split(self.groups, self.labels, self.parts, self.source)
+        return draw_split(self.groups, self.labels, seed, self.source)
+
+    # ------------------------------------------------------------------ inputs beside the series
+
+    def static_table(self, names: Sequence[str]) -> pd.DataFrame:
+        """Return static features by their names, N rows, NaN where unknown."""
+        return pd.DataFrame(self.static, columns=list(self.static_names))[list(names)]
+
+    def static_values(self, rows: Rows = slice(None)) -> NDArray[np.float64]:
+        """Return the static features of some rows that a model reads, (n, K), NaN where unknown."""
+        positions = [self.static_names.index(name) for name in self.static_inputs]
+        return self.static[rows][:, positions]
+
+    def unusable_static(self, train: NDArray[np.int64]) -> dict[str, str]:
+        """Return the static features that no model can learn from on the training part, and why."""
+        return unusable_static(self.static[train], self.static_names, self.groups[train])
+
+    def with_inputs(self, static: Sequence[str], *, prediction_time: bool) -> Self:
+        """Return the same rows with the inputs of a model beside the series.
+
+        Args:
+            static: names of the static features.
+            prediction_time: whether the prediction time is read.
+
+        Raises:
+            InputError: the data do not have such a static feature, or no prediction time.
+        """
+        lacking = [name for name in static if name not in self.static_names]
+        if prediction_time and self.prediction_hours is None:
+            lacking.append("prediction_hours")
+        if lacking:
+            raise InputError(
+                f"{self.source}: the model reads {', '.join(lacking)}: add the columns, their "
+                "cells empty where unknown"
+            )
+        chosen = copy.copy(self)
+        chosen.static_inputs, chosen.reads_prediction_time = tuple(static), prediction_time
+        chosen._summaries = None
+        return chosen
+
+    def check_measured(self, train: NDArray[np.int64]) -> None:
+        """Refuse a feature, or a prediction time, that no patient of the training part has.
 
         Raises:
             InputError: its name, and how to go on without it.
@@ -193,61 +427,33 @@ class TrajectoryDataset(RaggedSeries):
     def patients_behind(self, train: NDArray[np.int64]) -> dict[str, dict[str, int]]:
         """Count the training patients behind each input whose mean a stage 1 keeps.
 
-        Args:
-            train: positions of the training part.
-
         Returns:
-            ``series``: patients with a value; ``statics``: see ``facts.patients_behind``, with
+            ``series``: patients with a value; ``static``: see ``features.patients_behind``, with
             ``prediction_hours`` where a model reads them.
         """
-        groups, hours = self.groups[train], self.hours_read
+        patients = pd.factorize(self.groups[train])[0]  # numbers are counted faster
+        owners = np.repeat(patients, self.lengths[train])
         measured = ~np.isnan(self.values[self.rows_of(train)])
-        owners = np.repeat(groups, self.lengths[train])
-        statics = zip(self.fact_names, self.known_facts()[train].T, strict=True)
-        behind = {name: patients_behind(column, groups) for name, column in statics}
-        if hours is not None:
-            behind["prediction_hours"] = count_patients(groups, ~np.isnan(hours[train]))
         series = [count_patients(owners, column) for column in measured.T]
-        return {"series": dict(zip(self.features, series, strict=True)), "statics": behind}
+        columns = zip(self.static_inputs, self.static_values(train).T, strict=True)
+        static = {name: patients_behind(column, patients) for name, column in columns}
+        if self.hours_read is not None:
+            known = ~np.isnan(self.hours_read[train])
+            static["prediction_hours"] = count_patients(patients, known)
+        return {"series": dict(zip(self.features, series, strict=True)), "static": static}
 
-    @property
-    def n_patients(self) -> int:
-        """Number of different patients."""
-        return len(np.unique(self.groups))
+    def baseline_inputs(self) -> dict[str, pd.DataFrame]:
+        """Return what each simple model beside the encoder may see, N rows each.
 
-    # ------------------------------------------------------------------ choice of rows
-
-    def sample_patients(self, most: int, seed: int) -> Self:
-        """Return all series of at most ``most`` patients, drawn by ``seed``; 0 means all.
-
-        Rows that are not drawn appear in ``flow``.
+        The number of observations alone detects leaks: a good model of it shows that sampling
+        gives the outcome away.
         """
-        patients = np.unique(self.groups)
-        if most == 0 or len(patients) <= most:
-            return self
-        drawn = np.random.default_rng(seed).choice(patients, size=most, replace=False)
-        sample = self.subset(np.flatnonzero(np.isin(self.groups, drawn)))
-        rule = f"not among {most:,} of {len(patients):,} patients drawn (--max_samples)"
-        line = (rule, len(self) - len(sample), len(sample))
-        drawing = pd.DataFrame([line], columns=list(FLOW_COLUMNS))
-        sample.flow = drawing if self.flow is None else pd.concat([self.flow, drawing])
-        return sample
-
-    def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
-        """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.
-
-        Args:
-            seed: decides the part of each patient.
-
-        Returns:
-            Ascending positions in the data set for each of ``train``, ``val``, ``test``.
-
-        Raises:
-            InputError: a part would lack patients with or without an event.
-        """
-        if self.parts is not None:
-            return given_split(self.groups, self.labels, self.parts, self.source)
-        return draw_split(self.groups, self.labels, seed, self.source)
+        table = pd.DataFrame(self.summaries(), columns=self.summary_names())
+        return {
+            "last value": table[[f"{name} last" for name in self.features]],
+            "number of observations": pd.DataFrame({"count": self.lengths}),
+            "logistic regression": table,
+        }
 
     # ------------------------------------------------------------------ texts
 
@@ -255,14 +461,14 @@ class TrajectoryDataset(RaggedSeries):
         """Return a value of a feature with its unit."""
         return f"{plain(value)}{with_space(self.units[feature])}"
 
-    def observation_text(self, place: int) -> str:
+    def observation_text(self, position: int) -> str:
         """Return what was measured in one row of ``values``: potassium 4.1 mmol/L."""
-        values = self.values[place].tolist()
+        values = self.values[position].tolist()
         known = [f for f, value in enumerate(values) if not np.isnan(value)]
         return ", ".join(f"{self.features[f]} {self.value_text(f, values[f])}" for f in known)
 
     def prompt(self, i: int, options: PromptOptions = WHOLE_PROMPT) -> str:
-        """Return the text that an LLM reads about series ``i``: context, series, question."""
+        """Return the text that an LLM reads about row ``i``: context, series, question."""
         context = self.contexts[i].rstrip(". ") if options.context else ""
         series = "" if options.series == "none" else self.series_text(i, options)
         return f"{f'{context}. ' if context else ''}{series}{self.question}\n"
@@ -271,15 +477,15 @@ class TrajectoryDataset(RaggedSeries):
         """Return the text that an LLM learns to write: the verdict, then what the series show.
 
         Raises:
-            ValueError: the label of series ``i`` is unknown.
+            ValueError: the label of row ``i`` is unknown.
         """
         if np.isnan(self.labels[i]):
-            raise ValueError(f"series {i} has no label, so there is no report to learn")
+            raise ValueError(f"row {i} has no label, so there is no report to learn")
         verdict = "yes" if self.labels[i] == 1 else "no"
         findings = "".join(clause.text for clause in self.report_clauses(i))
         return f"{self.outcome}: {verdict}{findings}."
 
-    def asked(self) -> dict[str, str]:
+    def task_description(self) -> dict[str, str]:
         """Return in words what is predicted, when, and from what."""
         inputs = (
             f"{name} ({unit})" if unit else name
@@ -296,95 +502,13 @@ class TrajectoryDataset(RaggedSeries):
             "Series": ", ".join(inputs),
         }
 
-    # ------------------------------------------------------------------ inputs beside the series
-
-    def choose_facts(self, train: NDArray[np.int64]) -> list[str]:
-        """Return the names of the facts that a model may learn from.
-
-        Args:
-            train: positions of the training part, which alone decides.
-        """
-        part = self.subset(train)
-        words = frequent_words(part.contexts.tolist()) if self.reads_contexts else []
-        table = part.fact_table([*self.static_names, *words])
-        unusable = unusable_facts(table, part.groups)
-        return [name for name in map(str, table) if name not in unusable]
-
-    def fact_table(self, names: Sequence[str]) -> pd.DataFrame:
-        """Return facts of each row by their names, N rows; NaN where unknown."""
-        words = [name for name in names if name not in self.static_names]
-        table = pd.DataFrame(index=range(len(self)))
-        if words:
-            table = context_table(self.contexts.tolist(), words)
-        if self.statics is not None:
-            table[list(self.static_names)] = self.statics
-        return table[list(names)]
-
-    def with_inputs(self, facts: Sequence[str], *, prediction_time: bool) -> Self:
-        """Return the same rows with the inputs of a model beside the series.
-
-        Args:
-            facts: names of the facts.
-            prediction_time: whether the prediction time is read.
-
-        Raises:
-            InputError: the data do not have a declared fact, or no prediction time.
-        """
-        lacking = [
-            name
-            for name in facts
-            if name not in self.static_names
-            and not (self.reads_contexts and CONTEXT_FACT.fullmatch(name))
-        ]
-        if prediction_time and self.prediction_hours is None:
-            lacking.append("prediction_hours")
-        if lacking:
-            raise InputError(
-                f"{self.source}: the model reads {', '.join(lacking)}: add the columns, their "
-                "cells empty where unknown"
-            )
-        chosen = copy.copy(self)
-        chosen.fact_names, chosen.facts = tuple(facts), self.fact_table(facts).to_numpy()
-        chosen._summaries = None
-        chosen.reads_prediction_time = prediction_time
-        return chosen
-
-    # ------------------------------------------------------------------ tables
-
-    def baseline_inputs(self) -> dict[str, pd.DataFrame]:
-        """Return what each simple model beside the encoder may see, N rows each.
-
-        The number of observations alone detects leaks: a good model of it shows that sampling
-        gives the outcome away.
-        """
-        table = pd.DataFrame(self.summaries(), columns=self.summary_names())
-        return {
-            "last value": table[[f"{name} last" for name in self.features]],
-            "number of observations": pd.DataFrame({"count": self.lengths}),
-            "logistic regression": table,
-        }
-
-    def people(self) -> pd.DataFrame:
-        """Return what reports distinguish rows by: N rows, see ``case_mix.people_of``."""
-        texts = self.contexts.tolist()
-        return people_of(self.lengths, ages_of(texts), sexes_of(texts))
-
-    def subgroups(self) -> pd.DataFrame:
-        """Return the subgroups of each row that a report looks at; see ``case_mix.bands_of``."""
-        return bands_of(self.people())
-
-    def case_mix(self, rows: NDArray[np.int64]) -> dict[str, float]:
-        """Describe the patients of some rows, at least one; see ``case_mix.case_mix_of``."""
-        return case_mix_of(self.people().iloc[rows], self.labels[rows], self.groups[rows])
-
     # ------------------------------------------------------------------ hashes
 
     def fingerprint(self) -> str:
         """Return a hash of all that a run can learn from: series, labels, patients, text, split."""
-        numbers = [self.times, self.values, self.offsets, self.labels]
-        numbers += [x for x in (self.statics, self.prediction_hours) if x is not None]
-        texts = [self.ids, self.groups, self.contexts, self.parts]
-        texts += [np.array(self.static_names)] if self.static_names else []
+        numbers = [self.times, self.values, self.offsets, self.labels, self.static]
+        numbers += [] if self.prediction_hours is None else [self.prediction_hours]
+        texts = self.ids, self.groups, self.contexts, self.parts, np.array(self.static_names)
         return hash_columns(numbers, texts)
 
     def row_fingerprint(self) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -30,6 +32,7 @@ STAGE_NAMES = {
 
 LOGISTIC, BOOSTING, BLEND = "logistic regression", "gradient boosting", "blend"
 WITH_STATICS, STATICS_ALONE = " with statics", "statics alone"
+WORDS = "words of the context"
 ENSEMBLE = "ensemble"
 
 STATISTICS = "first, last, lowest, highest and mean value, slope, count and span of each series"
@@ -41,6 +44,7 @@ MEANINGS = {
     BOOSTING: f"decision trees on {STATISTICS}",
     BLEND: f"the mean log-odds of {LOGISTIC} and {BOOSTING}",
     STATICS_ALONE: "a logistic regression on static features, such as age, without any series",
+    WORDS: "a logistic regression on which words a context holds, without its numbers",
     **{
         name + WITH_STATICS: f"{name} that also reads static features, such as age"
         for name in (LOGISTIC, BOOSTING, BLEND)
@@ -52,6 +56,11 @@ FOLDS, MIN_TUNED = 5, 100
 """Folds in which settings are tuned, and the training patients with, and without, the event from
 which on they are: with fewer a fold has too few events to tell settings apart."""
 
+PENALTIES = {"logisticregression__C": [0.003, 0.01, 0.03, 0.1, 0.3, 1]}
+
+MIN_WORD_SHARE, MAX_WORDS = 0.01, 1_000
+"""Share of the training contexts that must hold a word that is read, and the most words read."""
+
 SMALL_DATA = 10_000
 """Training rows up to which trees learn slowly: the library's rate overfits a few thousand
 patients; 200 slow trees underfit more."""
@@ -61,13 +70,16 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
 def fit_baselines(
-    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
+    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], static: Sequence[str]
 ) -> dict[str, dict[str, Array]]:
-    """Fit the baselines on the training part; return probabilities (n,) of ``val`` and ``test``."""
+    """Fit the baselines on the training part; return probabilities (n,) of ``val`` and ``test``.
+
+    ``static``: names of the static features that the training part can teach.
+    """
     train, inputs = split["train"], dict(dataset.baseline_inputs())
     folds = draw_folds(dataset.labels[train], dataset.groups[train])
-    endings, statics = [""], dataset.fact_table(dataset.choose_facts(train))
-    if not statics.empty:
+    endings, statics = [""], dataset.static_table(static)
+    if static:
         endings.append(WITH_STATICS)
         inputs[STATICS_ALONE] = statics
         inputs[LOGISTIC + WITH_STATICS] = inputs[LOGISTIC].join(statics)
@@ -83,6 +95,9 @@ def fit_baselines(
         values = table.to_numpy()
         model.fit(values[train], dataset.labels[train])
         result[name] = {p: model.predict_proba(values[split[p]])[:, 1] for p in ("val", "test")}
+    if (words := context_words(dataset.contexts, train)) is not None:
+        model = tuned_words(folds).fit(words[train], dataset.labels[train])
+        result[WORDS] = {p: model.predict_proba(words[split[p]])[:, 1] for p in ("val", "test")}
     for ending in endings:
         pair = result[LOGISTIC + ending], result[BOOSTING + ending]
         result[BLEND + ending] = {p: blend(*(each[p] for each in pair)) for p in pair[0]}
@@ -99,12 +114,28 @@ def draw_folds(labels: Array, groups: NDArray[Any]) -> Folds:
 
 def tuned_regression(folds: Folds) -> Any:
     """Return a logistic regression that chooses its penalty in the folds; without, a usual one."""
-    model = make_pipeline(
-        SimpleImputer(add_indicator=True, keep_empty_features=True),
-        StandardScaler(),
-        LogisticRegression(max_iter=2000),
+    imputer = SimpleImputer(add_indicator=True, keep_empty_features=True)
+    model = make_pipeline(imputer, StandardScaler(), LogisticRegression(max_iter=2000))
+    return _tuned(model, PENALTIES, folds)
+
+
+def context_words(contexts: NDArray[np.object_], train: NDArray[np.int64]) -> Any:
+    """Return which frequent words of the training contexts each context holds, a sparse (N, words).
+
+    None where the training part has no such word.
+    """
+    counter = CountVectorizer(
+        binary=True, min_df=MIN_WORD_SHARE, max_features=MAX_WORDS, token_pattern=r"[^\W\d_]{2,}"
     )
-    return _tuned(model, {"logisticregression__C": [0.003, 0.01, 0.03, 0.1, 0.3, 1]}, folds)
+    with contextlib.suppress(ValueError):  # no word, or none that is frequent
+        return counter.fit(contexts[train]).transform(contexts).tocsr()
+    return None
+
+
+def tuned_words(folds: Folds) -> Any:
+    """Return a regression on a sparse table of words; see ``tuned_regression``."""
+    model = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(max_iter=2000))
+    return _tuned(model, PENALTIES, folds)
 
 
 def tuned_trees(folds: Folds, rows: int) -> Any:

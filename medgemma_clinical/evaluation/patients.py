@@ -52,7 +52,7 @@ class Explanation:
     observations: tuple[str, ...]  # L texts, what was measured
     hours: NDArray[np.float64]  # (n,)
     risks: NDArray[np.float64]  # (n,) with what was known by then; the last is ``probability``
-    statics: dict[str, str]  # static features that were read
+    static: dict[str, str]  # static features that were read
     without: dict[str, float | None]  # risk without a series; None where there is no score
     without_soft_prompt: float | None = None  # None where it is the same
     report: str | None = None  # of stage 3

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.facts import NUMBER_ENDING, numbers_as_written
 from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -80,7 +79,7 @@ def explain(
         observations=tuple(map(dataset.observation_text, range(len(dataset.times)))),
         hours=curve["hours"].to_numpy(),
         risks=curve["probability"].to_numpy(),
-        statics=statics_read(dataset, trained),
+        static=static_read(dataset, trained),
         without=risks_without_series(dataset, trained, batch_size),
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
         report=row.get("report"),
@@ -88,20 +87,12 @@ def explain(
     )
 
 
-def statics_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
-    """Return the static features of the first row; of a context's words those that stand in it."""
-    read, zero, found = {}, [], []
-    written = numbers_as_written(dataset.contexts[0])
-    for name, value in zip(dataset.fact_names, dataset.known_facts()[0], strict=True):
-        if name in dataset.static_names and value == 0:
-            zero.append(name.removeprefix("static_"))
-        elif name in dataset.static_names:
-            read[name.removeprefix("static_")] = short_number(value)
-        elif name.endswith(NUMBER_ENDING):
-            found.append(written.get(name, f"{name.removesuffix(NUMBER_ENDING)} unknown"))
-        elif value == 1:
-            found.append(name)
-    read |= {"of value 0": ", ".join(zero), "words and numbers of the context": ", ".join(found)}
+def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
+    """Return the static features of the first row as text, those of value 0 together."""
+    values = zip(dataset.static_inputs, dataset.static_values()[0].tolist(), strict=True)
+    known = {name.removeprefix("static_"): value for name, value in values}
+    read = {name: short_number(value) for name, value in known.items() if value != 0}
+    read["of value 0"] = ", ".join(name for name, value in known.items() if value == 0)
     if isinstance(trained.model, TrajectoryLLM) and trained.prompts.context:
         read["context that the language model reads"] = dataset.contexts[0]
     return {name: text for name, text in read.items() if text}

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.report_review import review_report
-from medgemma_clinical.data.scoring import Findings, ScoringRows, count_unknown_facts
+from medgemma_clinical.data.scoring import Findings, ScoringRows, count_unknown_static
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
 from medgemma_clinical.files import InputError
@@ -59,19 +59,15 @@ def scoring_rows(
 
 def check_dataset(dataset: TrajectoryDataset, config: dict[str, Any]) -> None:
     """Check that a data set was read as the data of a checkpoint were."""
-    found = {**dataset.reading, "outcome": dataset.outcome}
+    found = {**dataset.read_options, "outcome": dataset.outcome}
     found |= {"features": list(dataset.features), "units": list(dataset.units)}
-    expected = config["reading"] | {name: config[name] for name in ("features", "units", "outcome")}
+    expected = config["read_options"] | {
+        name: config[name] for name in ("features", "units", "outcome")
+    }
     for name, value in expected.items():
         own = found.get(name)
         if name != "label_column" and own != value:
             raise InputError(f"{dataset.source}: its {name}: {own}, the model reads {value}")
-    from_context = {*config["inputs"]["facts"]} - {*dataset.static_names}
-    if from_context and dataset.reads_contexts and not any(dataset.contexts):
-        raise InputError(
-            f"{dataset.source}: the model reads static features from the context, which no row "
-            "has: fill clinical_context"
-        )
 
 
 def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
@@ -102,7 +98,7 @@ def score_rows(
 ) -> Scores:
     """Score rows; the findings get the problem of each row without a score, or refuse it."""
     rows = replace(rows, dataset=rows.dataset.with_inputs(**trained.config["inputs"]))
-    count_unknown_facts(rows.dataset, findings)
+    count_unknown_static(rows.dataset, findings)
     model = trained.model
     stage1 = model if isinstance(model, TrajectoryClassifier) else model.stage1
     if stage1 is not None:

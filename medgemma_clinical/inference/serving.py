@@ -36,7 +36,7 @@ from medgemma_clinical.models.checkpoints import (
     read_config,
     write_config,
 )
-from medgemma_clinical.models.language_model import base_facts, quiet_libraries
+from medgemma_clinical.models.language_model import base_record, quiet_libraries
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.text_batches import chat_turns
@@ -190,5 +190,5 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     own_keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
     origin = {"merged_from": {key: config[key] for key in own_keys}}
     own = {"quantization": "none", "precision": "fp32" if merged.dtype == torch.float32 else "bf16"}
-    write_config(folder, config | base_facts(str(folder / MERGED_MODEL)) | own | origin)
+    write_config(folder, config | base_record(str(folder / MERGED_MODEL)) | own | origin)
     write_text(folder / CARD, model_card(config | origin))

@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.evaluation.case_mix import case_mix, demographics
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -39,7 +41,7 @@ from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-CHECKPOINT_FORMAT = 11
+CHECKPOINT_FORMAT = 12
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 CONFIG = "config.json"
@@ -90,6 +92,12 @@ class TrajectoryCheckpoint:
 # ------------------------------------------------------------------ configuration
 
 
+def describe_data(data: Data) -> dict[str, Any]:
+    """Return what a checkpoint stores of its data: its description, and the training case mix."""
+    training = demographics(data.dataset).iloc[data.split["train"]]
+    return {**data.description(), "case_mix": case_mix(training)}
+
+
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
     """Check what a configuration makes the program allocate, and that it names no path."""
     try:
@@ -100,7 +108,7 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             "encoder": encoder is None
             or (encoder["input_dim"] == len(config["features"]) and encoder["hidden_dim"] <= 1024),
             "features": 1 <= len(config["features"]) == len(config["units"]) <= 10_000,
-            "facts": len(config["inputs"]["facts"]) <= 10_000,
+            "static": len(config["inputs"]["static"]) <= 10_000,
             "base_model": config.get("base_sha256") or HUB_ID.fullmatch(base),
             **{name: type(n) is int and 0 <= n <= BOUNDS[name] for name, n in counts.items()},
         }

@@ -207,7 +207,7 @@ def base_name(name: str) -> str:
     return one_line(os.path.basename(os.path.abspath(name))) if os.path.isdir(name) else name
 
 
-def base_facts(name: str, revision: str | None = None) -> dict[str, str | None]:
+def base_record(name: str, revision: str | None = None) -> dict[str, str | None]:
     """Return what a checkpoint says of its base model: name, hash of a folder, hub's commit."""
     in_folder, commit = os.path.isdir(name), None
     if not in_folder and name != TINY:

@@ -47,7 +47,7 @@ def shareable(config: Config, min_cell: int) -> Config:
     parts["calibration"] = _plain(metrics.get("calibration", {}))
     hidden = {
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
-        "patients": {"series": {}, "statics": {}},
+        "patients": {"series": {}, "static": {}},
         "metrics": {**_plain(metrics), **parts},
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}

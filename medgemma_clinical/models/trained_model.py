@@ -34,7 +34,7 @@ from medgemma_clinical.models.checkpoints import (
     read_config,
     read_trajectory,
 )
-from medgemma_clinical.models.language_model import base_facts, base_name
+from medgemma_clinical.models.language_model import base_name, base_record
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -222,7 +222,7 @@ def base_folder(best: Path, config: dict[str, Any]) -> str:
 def check_base(best: Path, config: dict[str, Any], name: str) -> None:
     """Refuse a base model of other content than the checkpoint's; warn where none is known."""
     base, stored = config["base_model"], config["base_sha256"]
-    found = base_facts(name)["base_sha256"] if os.path.isdir(name) else None
+    found = base_record(name)["base_sha256"] if os.path.isdir(name) else None
     if stored and found and stored != found:
         problem = f"its files differ from those of {base}, on which {best} was trained"
         raise InputError(f"--model_name {name}: {problem}")
@@ -248,7 +248,7 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     """
     config, path = checkpoint.config, checkpoint.path
     own = data.description()
-    label, labelled = (each["reading"].get("label_column") for each in (config, own))
+    label, labelled = (each["read_options"].get("label_column") for each in (config, own))
     found = {"label_column": label and labelled}
     expected = {"label_column": label}
     for key in ("features", "units", "outcome"):
@@ -256,7 +256,8 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     for key, value in expected.items():
         if value != found[key]:
             raise InputError(f"{path}: trained on {key} {value}, the data have {found[key]}")
-    inputs = {name: "on" if read else "off" for name, read in config["inputs"].items()}
+    read = {"facts": config["inputs"]["static"], **config["inputs"]}
+    inputs = {name: "on" if each else "off" for name, each in read.items()}
     stored = {"members": config["members"], **config["encoder"], **inputs}
     for name, given in flags.items():
         if given != stored[name]:
@@ -270,7 +271,7 @@ def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
     A shared copy holds no hashes of its training patients. The copy is refused on its own training
     data, whose split may differ here; on other data a warning says that leaks cannot be found.
     """
-    named, path = bool(checkpoint.config["named"]), checkpoint.path
+    has_ids, path = bool(checkpoint.config["has_patient_ids"]), checkpoint.path
     same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
     if not len(checkpoint.train_patients):
         if same_rows:
@@ -284,7 +285,7 @@ def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
             path,
         )
         return
-    trained = data.count_overlap(checkpoint.train_patients, named, same_rows=same_rows)
+    trained = data.count_overlap(checkpoint.train_patients, has_ids, same_rows=same_rows)
     if trained:
         held_out = np.concatenate([data.split["val"], data.split["test"]])
         count = len(np.unique(data.dataset.groups[held_out]))
@@ -292,7 +293,7 @@ def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
             f"{path}: {trained} of {count} held-out patients were in this encoder's training data: "
             "use the same --seed and --max_samples, and the data of stage 1"
         )
-    if not same_rows and not (named and data.dataset.named):
+    if not same_rows and not (has_ids and data.dataset.has_patient_ids):
         logger.warning(
             "%s was trained on another data file, and patients without names are compared by their "
             "series alone: make sure that none of its training patients is held out here",

@@ -1,6 +1,7 @@
-"""Stage 1: encoder states, summaries and facts to one logit, without a language model.
+"""Stage 1: encoder states, summaries and static features to one logit, without a language model.
 
-Letters: B patients, L observations, H state of the encoder, S summaries, K facts, C columns.
+Letters: B patients, L observations, H state of the encoder, S summaries, K static features,
+C columns.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgemma_clinical.data.facts import few_patients
-from medgemma_clinical.data.ragged import Batch
+from medgemma_clinical.data.features import MIN_PATIENTS, patients_behind
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.scaler import Scaler
 
-FACT_WIDTH = 32
-"""Width of the network of the facts."""
+STATIC_WIDTH = 32
+"""Width of the network of the static features."""
 
 
 class Output(NamedTuple):
@@ -44,25 +45,29 @@ def log_odds(prevalence: float) -> float:
 
 
 class TrajectoryHead(nn.Module):
-    """Add the terms of states, summaries and facts to one logit a patient.
+    """Add the terms of states, summaries and static features to one logit a patient.
 
     The states are read as their attention-weighted mean beside the state at the prediction time,
-    the summaries by a linear term that starts at zero, the facts by a small network.
+    the summaries by a linear term that starts at zero, the static features by a small
+    network.
     """
 
-    def __init__(self, hidden_dim: int, *, summaries: int, facts: int) -> None:
-        """Make the terms of H states, S summaries and K facts, which may be 0."""
+    def __init__(self, hidden_dim: int, *, summaries: int, static: int) -> None:
+        """Make the terms of H states, S summaries and K static features, which may be 0."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
         self.summary_scaler = Scaler(summaries)
         self.wide = nn.Linear(2 * summaries, 1, bias=False)
         nn.init.zeros_(self.wide.weight)
-        self.fact_scaler = Scaler(facts)
-        self.facts: nn.Module | None = None
-        if facts:
-            inner, outer = nn.Linear(2 * facts, FACT_WIDTH), nn.Linear(FACT_WIDTH, 1, bias=False)
-            self.facts = nn.Sequential(inner, nn.ReLU(), outer)
+        self.static_scaler = Scaler(static)
+        self.static: nn.Module | None = None
+        if static:
+            inner, outer = (
+                nn.Linear(2 * static, STATIC_WIDTH),
+                nn.Linear(STATIC_WIDTH, 1, bias=False),
+            )
+            self.static = nn.Sequential(inner, nn.ReLU(), outer)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Return logits (B,) float32.
@@ -77,8 +82,8 @@ class TrajectoryHead(nn.Module):
         pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
         logit = self.output(torch.cat([pooled, last], dim=1))  # (B, 1)
         logit = logit + self.wide(masked(self.summary_scaler, batch["summaries"]))
-        if self.facts is not None:
-            logit = logit + self.facts(masked(self.fact_scaler, batch["facts"]))
+        if self.static is not None:
+            logit = logit + self.static(masked(self.static_scaler, batch["static"]))
         result: Tensor = logit.squeeze(1)
         return result
 
@@ -154,10 +159,11 @@ class TrajectoryClassifier(nn.Module):
         dataset, train = data.dataset, data.split["train"]
         values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
         summaries = torch.from_numpy(dataset.summaries()[train])
+        groups = pd.factorize(dataset.groups[train])[0]
         for column in summaries.T:
-            if few_patients(column.numpy(), dataset.groups[train]):
+            if patients_behind(column.numpy(), groups) < MIN_PATIENTS:
                 column.fill_(math.nan)
-        facts = torch.from_numpy(dataset.known_facts()[train])
+        static = torch.from_numpy(dataset.static_values(train))
         member: Any
         for member in self.members:
             try:
@@ -166,11 +172,11 @@ class TrajectoryClassifier(nn.Module):
                 names = ", ".join(dataset.features)
                 raise InputError(f"{error} (features: {names})") from error
             member.head.summary_scaler.fit(summaries)
-            member.head.fact_scaler.fit(facts)
+            member.head.static_scaler.fit(static)
             nn.init.constant_(member.head.output.bias, log_odds(data.prevalence()))
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""
-        longest = dataset.longest_gap()
+        longest = dataset.longest_gaps().max()
         if longest > self.encoder.longest_gap_hours:
             raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
-from medgemma_clinical.data.ragged import Batch
+from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.trajectory import Output, TrajectoryClassifier
 

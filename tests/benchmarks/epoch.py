@@ -39,8 +39,8 @@ from common import SAMPLE, machine
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.flags import complete
-from medgemma_clinical.data.ragged import Batch
 from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.models.trajectory import TrajectoryClassifier
 from medgemma_clinical.training.state import StateStore
 

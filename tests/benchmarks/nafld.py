@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -138,7 +139,7 @@ def series_cells(values: pd.DataFrame) -> pd.DataFrame:
 
 def statics(people: pd.DataFrame, events: pd.DataFrame) -> pd.DataFrame:
     """Return age, sex, BMI and the diagnoses by the index of each person, as columns."""
-    columns = {
+    columns: dict[str, Any] = {
         "static_age [years]": people["age"].round(),
         "static_sex_male": people["male"],
         "static_bmi [kg/m2]": people["bmi"].round(1),

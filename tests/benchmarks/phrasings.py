@@ -52,7 +52,6 @@ from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE1, TEXT, BOTH = "stage 1", "language model on the context", "language model on stage 1"
-PARSED = "regression on the program's words and numbers"
 WORDS, WORDS_SERIES = "regression on words", "regression on words and series"
 FACTS, FACTS_SERIES = "regression on true facts", "regression on true facts and series"
 
@@ -250,6 +249,7 @@ def known_facts(table: pd.DataFrame) -> list[Facts]:
 def read_table(rows: int | None) -> pd.DataFrame:
     """Read the rows of known sex of the sample file, one a patient, or the first so many."""
     table = pd.read_csv(SAMPLE, dtype=str)
+    table = table.loc[:, ~table.columns.str.startswith("static_")]  # the contexts alone say them
     return table[[parse(text) is not None for text in table["clinical_context"]]][:rows]
 
 
@@ -274,9 +274,7 @@ def rivals(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     facts = pd.get_dummies(pd.DataFrame(known_facts(table)), columns=["unit"]).astype(float)
     series = dataset.baseline_inputs()[LOGISTIC].reset_index(drop=True)
     texts = pd.DataFrame({"text": written["clinical_context"]})
-    parsed = dataset.fact_table(dataset.choose_facts(train))
     inputs = {
-        PARSED: (parsed, tuned_regression(folds)),
         WORDS: (texts, words_regression([], folds)),
         WORDS_SERIES: (texts.join(series), words_regression(list(map(str, series)), folds)),
         FACTS: (facts, tuned_regression(folds)),

@@ -56,8 +56,8 @@ ARMS: dict[str, list[str]] = {
 def constants(arm: str) -> Iterator[None]:
     """Change what no flag changes."""
     changes: dict[str, Any] = {
-        "facts 16 wide": (trajectory, "FACT_WIDTH", 16),
-        "facts 64 wide": (trajectory, "FACT_WIDTH", 64),
+        "facts 16 wide": (trajectory, "STATIC_WIDTH", 16),
+        "facts 64 wide": (trajectory, "STATIC_WIDTH", 64),
         "decay 0.1": (stage, "WEIGHT_DECAY", 0.1),
     }
     with contextlib.ExitStack() as stack:

@@ -29,7 +29,7 @@ BASELINES = 6
 def measure(patients: int) -> dict[str, float]:
     """Write a report in this process; return seconds and MiB, imports apart."""
     sys.path.insert(0, str(ROOT))
-    from medgemma_clinical.data.case_mix import AGE_BANDS, OBSERVATION_BANDS, banded
+    from medgemma_clinical.evaluation.case_mix import AGE_EDGES, OBSERVATION_EDGES, banded
     from medgemma_clinical.evaluation.metrics_table import evaluate
     from medgemma_clinical.evaluation.report import ReportContent, write_report
 
@@ -41,8 +41,8 @@ def measure(patients: int) -> dict[str, float]:
     rows["model"] = 1 / (1 + np.exp(-odds))
     for k in range(BASELINES):
         rows[f"baseline {k}"] = 1 / (1 + np.exp(-odds - 0.5 * rng.normal(size=patients)))
-    observations = banded(rng.integers(1, 30, patients), OBSERVATION_BANDS)
-    ages = banded(rng.uniform(18, 95, patients), AGE_BANDS)
+    observations = banded(rng.integers(1, 30, patients), OBSERVATION_EDGES, "1", "more")
+    ages = banded(rng.uniform(18, 95, patients), AGE_EDGES, "under 18", "older")
     bands = pd.DataFrame({"observations": observations, "age": ages})
     history = [
         {"epoch": k, "train_loss": 1 / k, "val_loss": 1 / k, "val_auroc": 0.7, "improved": True}

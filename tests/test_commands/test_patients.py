@@ -125,5 +125,5 @@ def test_the_page_counts_its_rows_in_the_training_data(stage, runs, table, tmp_p
 def test_a_row_is_in_the_training_data_by_its_hash_or_its_patients(patients, rows, named, expected):
     trained = np.array([0, 1, 2, 11])
     either = np.stack([np.array(rows), np.array([98, 0, 0])], axis=1)  # with each of the labels
-    found = rows_in_training(np.array(patients), either, trained, named=named)
+    found = rows_in_training(np.array(patients), either, trained, has_ids=named)
     assert found.tolist() == expected

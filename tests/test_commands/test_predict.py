@@ -50,7 +50,7 @@ def test_data_of_another_kind_than_the_checkpoints_are_refused(kind, flags, expe
     names = ("dataset", "organ", "data_path", "data_dir")
     request = Namespace(**{**dict.fromkeys(names), **flags})
     with pytest.raises(InputError, match=expected):
-        find_source(request, {"dataset": kind, "reading": reading}, trainer.DATASETS)
+        find_source(request, {"dataset": kind, "read_options": reading}, trainer.DATASETS)
 
 
 def test_nothing_is_written_over(runs, table, tmp_path, capsys):
@@ -287,7 +287,7 @@ def models(asked, tmp_path_factory):
 )
 def test_the_risks_are_those_of_the_run(stage, models, asked, tmp_path):
     config = read_trained_config(models / stage)
-    assert config["inputs"] == {"facts": STATICS, "prediction_time": True}
+    assert config["inputs"] == {"static": STATICS, "prediction_time": True}
     assert config["members"] == 2
     data = write_data(asked.drop(columns=LABEL), tmp_path / "rows.csv")
     out = predicted(models / stage, data, tmp_path / "out.csv").set_index("id")

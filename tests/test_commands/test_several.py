@@ -55,7 +55,7 @@ def fake_train(made, **options):
 @pytest.fixture(autouse=True)
 def unbegun(monkeypatch):
     """No run was begun before; nothing of a run is prepared."""
-    for name in ("given_stage1", "run_data", "run_facts"):
+    for name in ("given_stage1", "run_data", "run_record"):
         monkeypatch.setattr(several, name, lambda *_: None)
     monkeypatch.setattr(several, "progress_of", lambda folder, facts: "none")
 
@@ -124,7 +124,7 @@ def test_finished_runs_are_left_stopped_ones_continued_and_failed_ones_named(tmp
     args = arguments(tmp_path, seeds=3, trajectory_only=True)
     write_run(tmp_path / "seed_3" / "trajectory", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(several, "run_facts", lambda own, *_: own)
+        patch.setattr(several, "run_record", lambda own, *_: own)
         patch.setattr(several, "progress_of", lambda folder, own: known[own.seed])
         run_seeds(args, lambda _: DATASET, fake_train(made))
     assert [(own.seed, own.resume) for own in made] == [(4, True), (5, False)]
@@ -264,7 +264,7 @@ def test_missing_runs_doubled_runs_and_pipes_are_refused(tmp_path, capsys):
 
 def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
     for name, rows in (("a", "x"), ("b", "x"), ("c", "y")):
-        write_run(tmp_path / name, data={"named": False, "rows_sha256": rows})
+        write_run(tmp_path / name, data={"has_patient_ids": False, "rows_sha256": rows})
     join_predictions({name: tmp_path / name for name in "ab"})
     with pytest.raises(InputError, match="subject_id"):
         join_predictions({name: tmp_path / name for name in "ac"})

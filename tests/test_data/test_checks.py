@@ -135,10 +135,10 @@ def test_lines_of_a_flow_leave_out_rules_that_remove_nothing():
 
 
 def test_a_warning_of_few_patients_names_each_input_of_1_to_10():
-    patients = {"series": {"a": 0, "b": 1, "c": 11}, "statics": {"d": 10, "e": 500}}
+    patients = {"series": {"a": 0, "b": 1, "c": 11}, "static": {"d": 10, "e": 500}}
     (line,) = describe_few_patients(patients)
     assert "training patients have b, d: " in line
-    assert describe_few_patients({"series": {"c": 11}, "statics": {}}) == []
+    assert describe_few_patients({"series": {"c": 11}, "static": {}}) == []
 
 
 def test_suspicions_name_the_series():

@@ -142,8 +142,8 @@ def test_a_description_of_another_file_brings_a_warning(
     assert text == "data.json was made with another data.csv: check that it describes this one"
     assert caplog.messages == [f"warning: {path}: {text}"]
     config: dict[str, Any] = {"features": ["Anion gap"], "units": ["mEq/L"]}
-    config |= {"outcome": "Escalation", "question": "?", "reading": {"max_len": 20}}
-    config["inputs"] = {"facts": [], "prediction_time": False}
+    config |= {"outcome": "Escalation", "question": "?", "read_options": {"max_len": 20}}
+    config["inputs"] = {"static": [], "prediction_time": False}
     findings = Findings(str(path), strict=False)
     assert list(MIMICtrajectoryDataset.scoring_rows(path, config, findings, 9))
     assert [*findings.warnings] == [text]

@@ -47,22 +47,22 @@ def test_facts_are_numbers_true_or_false_and_empty_where_unknown(
 ) -> None:
     dataset = rows_with(**{"static_x [kg/m2]": cells})
     assert dataset.static_names == ("static_x [kg/m2]",)
-    np.testing.assert_array_equal(dataset.statics, np.array(expected)[:, None])
+    np.testing.assert_array_equal(dataset.static, np.array(expected)[:, None])
 
 
 @given(st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2))
 def test_a_fact_is_the_very_number_of_its_cell(values: list[float]) -> None:
     dataset = rows_with(static_x=[repr(value) for value in values])
-    assert dataset.statics is not None
-    assert dataset.statics[:, 0].tolist() == values
+    assert dataset.static is not None
+    assert dataset.static[:, 0].tolist() == values
 
 
 def test_a_file_without_such_columns_knows_neither_facts_nor_prediction_time() -> None:
     dataset = rows_with()
     assert dataset.static_names == ()
-    assert dataset.statics is None
+    assert dataset.static.shape == (2, 0)
     assert dataset.prediction_hours is None
-    assert dataset.asked()["Prediction time"].startswith("after the last observation")
+    assert dataset.task_description()["Prediction time"].startswith("after the last observation")
 
 
 @pytest.mark.parametrize("cell", [MARKER, "37,5", "nan", "inf", "1 2", "1e99", "50 years", "yes"])
@@ -80,7 +80,9 @@ def test_a_cell_that_is_no_number_is_refused_by_its_place(cell: str, tmp_path: P
 def test_prediction_hours_are_on_the_clock_of_the_series_and_may_be_unknown() -> None:
     dataset = dataset_of([*TWO, "5 (-9h)"], prediction_hours=["4", "", "-8.5"])
     np.testing.assert_array_equal(dataset.prediction_hours, [4, NAN, -8.5])
-    assert dataset.asked()["Prediction time"].startswith("at the hour that is given with each row")
+    assert dataset.task_description()["Prediction time"].startswith(
+        "at the hour that is given with each row"
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,8 +118,8 @@ def test_rows_that_are_left_out_take_their_facts_and_hours_with_them() -> None:
         }
     )
     dataset = MIMICtrajectoryDataset(table, series=["Anion gap"])
-    assert dataset.statics is not None
-    assert dataset.statics.tolist() == [[10, 0.1], [30, 0.3]]
+    assert dataset.static is not None
+    assert dataset.static.tolist() == [[10, 0.1], [30, 0.3]]
     np.testing.assert_array_equal(dataset.prediction_hours, [1, 2])
 
 
@@ -140,8 +142,8 @@ def test_a_name_that_no_text_may_hold_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("Static_age", "a fact's name begins with static_: rename it"),
-        ("static age", "a fact's name begins with static_: rename it"),
+        ("Static_age", "static features begin with static_: rename it"),
+        ("static age", "static features begin with static_: rename it"),
         ("predictionhours", "did you mean prediction_hours? rename it"),
         ("Prediction_Hours", "did you mean prediction_hours? rename it"),
     ],
@@ -165,10 +167,13 @@ def test_a_fact_of_the_patient_names_no_patient() -> None:
 CONFIG: dict[str, Any] = {
     "features": ["Anion gap"],
     "units": ["mEq/L"],
-    "inputs": {"facts": ["static_age [years]", "static_x", "kg (number)"], "prediction_time": True},
+    "inputs": {
+        "static": ["static_age [years]", "static_x"],
+        "prediction_time": True,
+    },
     "outcome": "Escalation",
     "question": "?",
-    "reading": {"max_len": 20},
+    "read_options": {"max_len": 20},
 }
 NEW: dict[str, Any] = {
     "id": ["a", "b", "c", "d"],
@@ -198,14 +203,13 @@ def test_a_row_with_a_wrong_fact_or_hour_has_a_problem_and_the_others_are_scored
     early, wrong = findings.problems[3], findings.problems[4]
     assert early.startswith("column prediction_hours: lies before the last observation")
     assert wrong.startswith("column static_x: is not a number")
-    read = rows.dataset.with_inputs(CONFIG["inputs"]["facts"], prediction_time=True)
-    assert read.facts is not None
-    np.testing.assert_array_equal(read.facts, [[50, 1, 70], [80, NAN, 70]])
+    read = rows.dataset.with_inputs(CONFIG["inputs"]["static"], prediction_time=True)
+    np.testing.assert_array_equal(read.static_values(), [[50, 1], [80, NAN]])
     np.testing.assert_array_equal(read.prediction_hours, [5, NAN])
 
 
 def test_what_a_model_does_not_read_keeps_no_row_from_being_scored(tmp_path: Path) -> None:
-    rows, findings = scored(tmp_path / "new.csv", NEW, facts=[], prediction_time=False)
+    rows, findings = scored(tmp_path / "new.csv", NEW, static=[], prediction_time=False)
     assert rows.dataset.ids.tolist() == list("abcd")
     assert findings.problems == {}
 
@@ -215,8 +219,7 @@ def test_what_a_model_does_not_read_keeps_no_row_from_being_scored(tmp_path: Pat
     [
         (["static_x"], "reads static_x, which the file lacks: add such columns"),
         (["static_x", "static_age [years]"], r"reads static_age \[years\], static_x, which"),
-        (["clinical_context"], r"facts of the context \(kg \(number\)\).* a column clinical_cont"),
-        (["prediction_hours"], "reads the prediction time.* add a column prediction_hours, with"),
+        (["prediction_hours"], "reads prediction_hours, which the file lacks"),
     ],
 )
 def test_a_file_that_lacks_an_input_is_told_by_name(
@@ -225,7 +228,7 @@ def test_a_file_that_lacks_an_input_is_told_by_name(
     table = {name: column for name, column in NEW.items() if name not in lacking}
     with pytest.raises(InputError, match=f"{expected}.*empty cells where it is unknown$"):
         scored(tmp_path / "new.csv", table)
-    scored(tmp_path / "new.csv", table, facts=[], prediction_time=False)
+    scored(tmp_path / "new.csv", table, static=[], prediction_time=False)
 
 
 @pytest.mark.parametrize(("unit", "shown"), [(" [months]", "months"), ("", "none")])
@@ -239,14 +242,16 @@ def test_a_fact_in_another_unit_is_told_as_such(unit: str, shown: str, tmp_path:
 
 def test_a_label_is_no_fact() -> None:
     table = table_of(TWO, static_died=[0, 1])
-    problem = "row 1, column static_died: begins with static_, so it is a fact"
+    problem = "row 1, column static_died: begins with static_, so it is a static feature"
     with pytest.raises(InputError, match=problem):
         MIMICtrajectoryDataset(table, label_column="static_died")
 
 
 def test_the_page_says_the_hour_that_a_model_leaves_unread() -> None:
     dataset = rows_with(prediction_hours=["50", "60"]).with_inputs([], prediction_time=False)
-    assert dataset.asked()["Prediction time"].startswith("at the hour that is given with each row")
+    assert dataset.task_description()["Prediction time"].startswith(
+        "at the hour that is given with each row"
+    )
     assert dataset.prediction_times().tolist() != [50.0, 60.0]
     assert len(dataset.summary_names()) == 8
 

@@ -14,10 +14,10 @@ from medgemma_clinical.files import InputError
 CONFIG: dict[str, Any] = {
     "features": ["Lactate", "pH"],
     "units": ["mmol/L", ""],
-    "inputs": {"facts": [], "prediction_time": False},
+    "inputs": {"static": [], "prediction_time": False},
     "outcome": "Death",
     "question": "Will the patient die?",
-    "reading": {"max_len": 64, "label_column": "label_escalation"},
+    "read_options": {"max_len": 64, "label_column": "label_escalation"},
 }
 
 

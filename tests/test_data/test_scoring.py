@@ -1,20 +1,18 @@
-"""Tests of rows to be scored: what is said of the facts that they lack."""
+"""Rows to be scored: what is said of the static features that they lack."""
 
-from medgemma_clinical.data.scoring import Findings, count_unknown_facts
+from medgemma_clinical.data.scoring import Findings, count_unknown_static
 from trajectories import dataset_of
 
 
-def test_rows_without_a_number_are_counted_and_those_without_a_word_are_not() -> None:
-    dataset = dataset_of(
-        ["1 (0h)"] * 4,
-        static_age=["50", "", "60", ""],
-        static_given=["1"] * 4,
-        clinical_context=["woman, 76 kg", "man", "", "man, 80 kg"],
-    )
-    names = ["static_age", "static_given", "kg (number)", "woman"]
-    findings = Findings("x")
-    count_unknown_facts(dataset.with_inputs(names, prediction_time=False), findings)
-    assert +findings.counts == {
-        "lack the fact static_age: taken as unknown": 2,
-        "lack the fact kg (number): taken as unknown": 2,
+def test_rows_that_lack_a_static_feature_that_is_read_are_counted():
+    columns = {
+        "static_age": ["50", "", "60", ""],
+        "static_given": ["1"] * 4,
+        "static_off": [""] * 4,
     }
+    dataset, findings = dataset_of(["1 (0h)"] * 4, **columns), Findings("x")
+    names = ["static_age", "static_given"]
+    count_unknown_static(dataset.with_inputs(names, prediction_time=False), findings)
+    assert list((+findings.counts).items()) == [
+        ("lack the static feature static_age: taken as unknown", 2)
+    ]

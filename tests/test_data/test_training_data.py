@@ -38,7 +38,7 @@ def data_of(
 
 def overlap(one: Data, other: Data) -> int:
     """Count the held-out patients of ``other`` that trained in ``one``."""
-    return other.count_overlap(one.training_patients(), one.dataset.named)
+    return other.count_overlap(one.training_patients(), one.dataset.has_patient_ids)
 
 
 def held_out(data: Data) -> set[str]:
@@ -119,10 +119,9 @@ def test_the_description_of_data_is_plain_and_rebuilds_their_reading() -> None:
     data = data_of(patients(100, seed=1), max_len=4)
     description = json.loads(json.dumps(data.description()))
     assert description["dataset"] == "dka"
-    assert description["reading"] == {"max_len": 4, "label_column": LABEL}
+    assert description["read_options"] == {"max_len": 4, "label_column": LABEL}
     assert description["features"] == ["Anion gap"]
-    assert description["named"] is True
-    assert description["case_mix"]["patients"] == 80
+    assert description["has_patient_ids"] is True
     assert "P1-" not in json.dumps(description)
     assert data.prevalence() == pytest.approx(0.2)
 
@@ -140,8 +139,8 @@ def rare_inputs():
 
 def test_the_description_counts_the_training_patients_behind_each_input():
     table = rare_inputs()
-    statics = {"static_age": 80, "static_two": 7, "prediction_hours": 9}
-    expected = {"series": {"Anion gap": 80, "lactate": 8}, "statics": statics}
+    static = {"static_age": 80, "static_two": 7, "prediction_hours": 9}
+    expected = {"series": {"Anion gap": 80, "lactate": 8}, "static": static}
     assert data_of(table, max_len=64).description()["patients"] == expected
     table.loc[:7, "subject_id"] = "one"  # with eight rows
     assert data_of(table, max_len=64).description()["patients"]["series"]["lactate"] == 1

@@ -1,22 +1,34 @@
-"""Tests of the trajectory contract: batches, choice of rows, hashes."""
-
-from __future__ import annotations
+"""The trajectory contract: batches, prediction times, choice of rows, inputs, hashes."""
 
 import tracemalloc
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.features import SINCE_LAST, STATISTICS
 from medgemma_clinical.files import InputError
-from trajectories import LABEL, SERIES, dataset_of
+from trajectories import LABEL, SERIES, dataset_of, table_of
 from visits import cohort
 
+CELLS = ["1 (2h) -> 3 (5h)", "7 (-1h)", "4 (0h) -> 5 (1h) -> 9 (9h)"]
+NAN = float("nan")
 
-def test_collate_pads_behind_with_hours_since_the_first_observation() -> None:
+
+def known(*hours, static=("static_x",)):
+    """Return three rows with their prediction times and what a model reads of them."""
+    columns = {"prediction_hours": hours, "static_x": [0.5, NAN, 2], "static_y": [1, 2, 3]}
+    return dataset_of(CELLS, **columns).with_inputs(static, prediction_time=True)
+
+
+# --------------------------------------------------------------------------- batches
+
+
+def test_collate_pads_behind_with_hours_since_the_first_observation():
     dataset = dataset_of(["24 (-5h) -> 20 (2.5h) -> 16 (4h)", "7 (100h)", "1 (0h) -> 2 (1h)"])
     batch = dataset.collate([2, 0, 1])
     assert batch["times"].tolist() == [[0, 1, 0], [0, 7.5, 9], [0, 0, 0]]
@@ -25,31 +37,30 @@ def test_collate_pads_behind_with_hours_since_the_first_observation() -> None:
     assert batch["observed"].squeeze(2).tolist() == observed
     assert batch["labels"].tolist() == [0, 0, 1]
     assert batch["index"].tolist() == [2, 0, 1]
-    for tensor in (batch["times"], batch["values"], batch["labels"]):
-        assert tensor.dtype == torch.float32
+    for name in ("times", "values", "labels", "prediction_hours", "summaries", "static"):
+        assert batch[name].dtype == torch.float32
     assert (batch["observed"].dtype, batch["index"].dtype) == (torch.bool, torch.int64)
 
 
-def test_collate_takes_the_difference_of_times_before_it_rounds() -> None:
+def test_collate_takes_the_difference_of_times_before_it_rounds():
     # In float32, 900,000 h and a minute later are the same.
     batch = dataset_of(["1 (9e5h) -> 2 (900000.015625h)", "1 (0h)"]).collate([0])
     assert batch["times"].tolist() == [[0.0, 0.015625]]
 
 
-def test_collate_marks_an_unmeasured_feature() -> None:
-    dataset = dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"])
-    dataset.features, dataset.units = ("a", "b"), ("u", "u")
-    dataset.values = np.array([[1.0, np.nan], [np.nan, 5.0], [3.0, 4.0]])
+def test_collate_marks_an_unmeasured_feature():
+    dataset = dataset_of(["1 (0h)", "3 (0h)"], trajectory_b=["5 (1h)", "4 (0h)"])
     batch = dataset.collate([0])
     assert batch["observed"].tolist() == [[[True, False], [False, True]]]
     assert batch["values"].tolist() == [[[1.0, 0.0], [0.0, 5.0]]]
 
 
-def test_a_batch_costs_its_own_rows_and_not_all() -> None:
+def test_a_batch_costs_its_own_rows_and_not_all():
     """Collating takes the same memory from two hundred as from 100,000 rows."""
     peaks = []
     for rows in (200, 100_000):
-        dataset = dataset_of(["20 (0h) -> 18 (2h) -> 16 (4h)"] * rows)
+        dataset = dataset_of(["20 (0h) -> 18 (2h) -> 16 (4h)"] * rows, static_x=1)
+        dataset = dataset.with_inputs(["static_x"], prediction_time=False)
         dataset.collate(range(16))
         tracemalloc.start()
         dataset.collate(range(100, 116))
@@ -58,12 +69,75 @@ def test_a_batch_costs_its_own_rows_and_not_all() -> None:
     assert peaks[1] < peaks[0] + 1000
 
 
-def test_the_longest_gap_lies_within_a_series() -> None:
-    dataset = dataset_of(["1 (0h) -> 2 (1h) -> 2 (8.5h)", "3 (500h)", "1 (-900h) -> 2 (-898h)"])
-    assert dataset.longest_gap() == 7.5
+def test_a_batch_holds_the_static_features_that_a_model_reads_in_its_order():
+    batch = known(8, 8, 9, static=("static_y", "static_x")).collate([1, 0])
+    assert batch["static"].nan_to_num(9).tolist() == [[2, 9], [1, 0.5]]
+    assert known(8, 8, 9, static=()).collate([0, 1])["static"].shape == (2, 0)
+    assert dataset_of(CELLS).collate([0, 1])["static"].shape == (2, 0)
 
 
-def test_sample_keeps_all_rows_of_the_drawn_patients() -> None:
+def test_a_batch_holds_the_summaries_and_the_prediction_times_of_its_rows():
+    dataset = known(8, NAN, 9.25)
+    names = [*(f"Anion gap {statistic}" for statistic in STATISTICS), SINCE_LAST]
+    assert dataset.summary_names() == names
+    batch = dataset.collate([2, 0, 1])
+    assert batch["prediction_hours"].tolist() == [9.25, 6, 0]
+    rows = [dict(zip(names, row, strict=True)) for row in batch["summaries"].tolist()]
+    assert (rows[0]["Anion gap last"], rows[0]["Anion gap count"]) == (9, 3)
+    assert (rows[1]["Anion gap mean"], rows[1]["Anion gap span"]) == (2, 3)
+    assert (rows[0][SINCE_LAST], rows[1][SINCE_LAST]) == (0.25, 3)
+    assert np.isnan(rows[2][SINCE_LAST])
+
+
+# --------------------------------------------------------------------------- prediction times
+
+
+def test_without_prediction_times_the_question_follows_the_last_observation():
+    dataset = dataset_of(CELLS)
+    assert dataset.collate([0, 1, 2])["prediction_hours"].tolist() == [3, 0, 9]
+    assert dataset.prediction_times().tolist() == [5, -1, 9]
+
+
+def test_a_model_that_does_not_read_the_prediction_time_sees_nothing_of_it():
+    dataset = known(8, 8, 20)
+    dataset.summaries()  # computed once with the time
+    without = dataset.with_inputs([], prediction_time=False)
+    assert SINCE_LAST not in without.summary_names()
+    batch = without.collate([0, 1, 2])
+    assert batch["prediction_hours"].tolist() == [3, 0, 9]
+    assert batch["summaries"].shape == (3, len(STATISTICS))
+    assert without.longest_gaps().max() == 8
+    assert SINCE_LAST in dataset.summary_names()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(-50, 50), min_size=1, max_size=4).map(sorted),
+            st.one_of(st.none(), st.integers(0, 60)),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_gaps_reach_to_the_prediction_time_as_those_of_a_plain_loop(rows):
+    hours = [NAN if wait is None else times[-1] + wait for times, wait in rows]
+    cells = [" -> ".join(f"1 ({t}h)" for t in times) for times, _ in rows]
+    subjects = [str(k) for k in range(len(rows))]
+    dataset = dataset_of(cells, prediction_hours=hours, subject_id=subjects)
+    asked = [times[-1] + (wait or 0) for times, wait in rows]
+    expected = [
+        max(b - a for a, b in zip(times, [*times[1:], end], strict=True))
+        for (times, _), end in zip(rows, asked, strict=True)
+    ]
+    assert dataset.longest_gaps().tolist() == expected
+    assert dataset.prediction_times().tolist() == asked
+
+
+# --------------------------------------------------------------------------- choice of rows
+
+
+def test_a_sample_holds_all_rows_of_the_drawn_patients_and_is_a_step_of_the_flow():
     dataset = MIMICtrajectoryDataset(cohort())
     sample = dataset.sample_patients(50, seed=1)
     drawn = set(sample.groups)
@@ -71,85 +145,60 @@ def test_sample_keeps_all_rows_of_the_drawn_patients() -> None:
     assert len(sample) == sum(patient in drawn for patient in dataset.groups)
     assert sample.fingerprint() == dataset.sample_patients(50, seed=1).fingerprint()
     assert drawn != set(dataset.sample_patients(50, seed=2).groups)
+    assert dataset.flow is None
+    (line,) = sample.flow.to_dict("records")
+    assert (line["removed"], line["left"]) == (len(dataset) - len(sample), len(sample))
+    smaller = sample.sample_patients(20, seed=1)
+    assert smaller.flow["left"].tolist() == [len(sample), len(smaller)]
 
 
-@pytest.mark.parametrize("most", [0, 200, 10_000])
-def test_sample_of_all_patients_is_the_whole(most: int) -> None:
+@pytest.mark.parametrize("max_patients", [0, 200, 10_000])
+def test_a_sample_of_all_patients_is_the_whole(max_patients):
     dataset = MIMICtrajectoryDataset(cohort())
-    assert dataset.sample_patients(most, seed=1).fingerprint() == dataset.fingerprint()
+    assert dataset.sample_patients(max_patients, seed=1) is dataset
 
 
-def test_subset_equals_the_chosen_rows_in_their_order() -> None:
+def test_a_subset_equals_the_chosen_rows_in_their_order():
     table = cohort(20).assign(split="train")
+    table["static_x"] = table["prediction_hours"] = np.arange(len(table)) + 20.0
     dataset, chosen = MIMICtrajectoryDataset(table), np.array([7, 0, 19, 3])
+    dataset.summaries()
     subset = dataset.subset(chosen)
     assert len(subset) == 4
     expected = MIMICtrajectoryDataset(table.iloc[chosen])
     assert subset.fingerprint() == expected.fingerprint()
-    whole = dataset.collate(chosen.tolist())
-    assert torch.equal(subset.collate([0, 1, 2, 3])["values"], whole["values"])
+    read = [each.with_inputs(["static_x"], prediction_time=True) for each in (dataset, subset)]
+    whole, part = read[0].collate(chosen.tolist()), read[1].collate([0, 1, 2, 3])
+    for name in ("values", "prediction_hours", "summaries", "static"):
+        assert torch.equal(whole[name], part[name])
     assert [subset.prompt(k) for k in range(4)] == [dataset.prompt(int(i)) for i in chosen]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {SERIES: ["1 (0h) -> 2 (1h)", "3.0000001 (0h)"]},
-        {SERIES: ["1 (0h) -> 2 (1.5h)", "3 (0h)"]},
-        {SERIES: ["1 (0h)", "2 (1h) -> 3 (2h)"]},
-        {LABEL: [0, 0]},
-        {"subject_id": ["a", "c"]},
-        {"id": ["x", "z"]},
-        {"clinical_context": ["", "older"]},
-        {"split": ["train", "val"]},
-    ],
-    ids=lambda change: f"{next(iter(change))}",
-)
-def test_fingerprint_changes_with_all_that_can_be_learned_from(change: dict[str, Any]) -> None:
-    columns = {
-        SERIES: ["1 (0h) -> 2 (1h)", "3 (0h)"],
-        LABEL: [0, 1],
-        "subject_id": ["a", "b"],
-        "id": ["x", "y"],
-        "clinical_context": ["", "old"],
-        "split": ["train", "train"],
-    }
-    before = MIMICtrajectoryDataset(pd.DataFrame(columns)).fingerprint()
-    assert before == MIMICtrajectoryDataset(pd.DataFrame(columns)).fingerprint()
-    assert before != MIMICtrajectoryDataset(pd.DataFrame({**columns, **change})).fingerprint()
+def test_rows_without_some_observations_are_those_that_never_had_them():
+    dataset, fewer = dataset_of(CELLS), dataset_of(["3 (5h)", "7 (-1h)", "4 (0h) -> 9 (9h)"])
+    dataset.summaries()  # computed of all observations
+    dataset.keep_observations(np.array([False, True, True, True, False, True]))
+    for name in ("times", "values", "offsets"):
+        np.testing.assert_array_equal(getattr(dataset, name), getattr(fewer, name))
+    np.testing.assert_array_equal(dataset.summaries(), fewer.summaries())
 
 
-def test_fingerprint_tells_the_columns_apart() -> None:
-    one = dataset_of(["1 (0h)"] * 2, id=["x", "y1"], subject_id=["2", "z"])
-    two = dataset_of(["1 (0h)"] * 2, id=["x", "y"], subject_id=["12", "z"])
-    assert one.fingerprint() != two.fingerprint()
+# --------------------------------------------------------------------------- inputs
 
 
-def test_a_sample_is_a_step_of_the_flow() -> None:
-    dataset = MIMICtrajectoryDataset(cohort())
-    sample = dataset.sample_patients(50, seed=1)
-    assert dataset.flow is None
-    assert sample.flow is not None
-    rule = "not among 50 of 200 patients drawn (--max_samples)"
-    removed = len(dataset) - len(sample)
-    assert sample.flow.to_dict("records") == [
-        {"rule": rule, "removed": removed, "left": len(sample)}
-    ]
-    smaller = sample.sample_patients(20, seed=1)
-    assert smaller.flow is not None
-    assert smaller.flow["left"].tolist() == [len(sample), len(smaller)]
-    assert dataset.sample_patients(0, seed=1).flow is None
+@pytest.mark.parametrize("lacking", [{"static": ["static_z"]}, {"prediction_time": True}])
+def test_an_input_that_the_data_lack_is_refused(lacking):
+    with pytest.raises(InputError, match=r"static_z|prediction_hours"):
+        dataset_of(CELLS).with_inputs(**{"static": [], "prediction_time": False, **lacking})
 
 
-def test_the_fingerprint_of_rows_ignores_series_and_contexts() -> None:
-    def fingerprint(**change: Any) -> str:
-        columns = {SERIES: ["1 (0h)", "2 (1h)"], LABEL: [0, 1], "clinical_context": ["a", "b"]}
-        return MIMICtrajectoryDataset(pd.DataFrame({**columns, **change})).row_fingerprint()
-
-    same = {SERIES: ["9 (0h)", "2 (1h)"], "clinical_context": ["a", "other"]}
-    assert fingerprint(**same) == fingerprint()
-    assert fingerprint(subject_id=["x", "y"]) != fingerprint()
-    assert fingerprint(**{LABEL: [1, 1]}) != fingerprint()
+def test_a_prediction_time_that_no_training_patient_has_is_refused():
+    hours = [5.0 if k % 4 == 0 else NAN for k in range(40)]
+    dataset, train = dataset_of(["1 (0h)"] * 40, prediction_hours=hours), np.arange(40)
+    dataset.check_measured(train)
+    with pytest.raises(InputError, match="column prediction_hours"):
+        dataset.check_measured(train[1:4])
+    dataset.with_inputs([], prediction_time=False).check_measured(train[1:4])
 
 
 def test_a_series_that_the_training_part_never_measures_is_refused_unless_the_format_brings_it(
@@ -158,7 +207,55 @@ def test_a_series_that_the_training_part_never_measures_is_refused_unless_the_fo
     rare = ["5 (0h)"] + [""] * 39
     dataset, train = dataset_of(["1 (0h)"] * 40, trajectory_rare=rare), np.arange(40)
     dataset.check_measured(train)
-    with pytest.raises(InputError, match=r'never measures rare.*--series "Anion gap"'):
+    with pytest.raises(InputError, match=r'rare.*--series "Anion gap"'):
         dataset.check_measured(train[1:])
     monkeypatch.setattr(MIMICtrajectoryDataset, "fixed_features", True)
     dataset.check_measured(train[1:])
+
+
+# --------------------------------------------------------------------------- hashes
+
+COLUMNS = {
+    SERIES: ["1 (0h) -> 2 (1h)", "3 (0h)"],
+    LABEL: [0, 1],
+    "subject_id": ["a", "b"],
+    "id": ["x", "y"],
+    "clinical_context": ["", "old"],
+    "split": ["train", "train"],
+    "static_x": [0.5, NAN],
+    "prediction_hours": [8, NAN],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "same_rows"),
+    [
+        ({SERIES: ["1 (0h) -> 2 (1h)", "3.0000001 (0h)"]}, True),
+        ({SERIES: ["1 (0h) -> 2 (1.5h)", "3 (0h)"]}, True),
+        ({SERIES: ["1 (0h)", "2 (1h) -> 3 (2h)"]}, True),
+        ({"clinical_context": ["", "older"]}, True),
+        ({"static_x": [0.5, 3]}, True),
+        ({"prediction_hours": [9, NAN]}, True),
+        ({LABEL: [0, 0]}, False),
+        ({"subject_id": ["a", "c"]}, False),
+        ({"id": ["x", "z"]}, False),
+        ({"split": ["train", "val"]}, False),
+    ],
+    ids=str,
+)
+def test_the_fingerprint_changes_with_all_that_can_be_learned_from(change, same_rows):
+    before = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS))
+    again = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS))
+    after = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS | change))
+    assert before.fingerprint() == again.fingerprint() != after.fingerprint()
+    assert (before.row_fingerprint() == after.row_fingerprint()) == same_rows
+
+
+def test_the_fingerprint_tells_the_columns_apart():
+    one = dataset_of(["1 (0h)"] * 2, id=["x", "y1"], subject_id=["2", "z"])
+    two = dataset_of(["1 (0h)"] * 2, id=["x", "y"], subject_id=["12", "z"])
+    assert one.fingerprint() != two.fingerprint()
+    one, two = (
+        MIMICtrajectoryDataset(table_of(CELLS, **{name: 1})) for name in ("static_x", "static_y")
+    )
+    assert one.fingerprint() != two.fingerprint()

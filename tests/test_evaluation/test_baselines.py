@@ -12,7 +12,7 @@ from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC,
 from trajectories import dataset_of
 
 WITHOUT_STATICS = ["last value", "number of observations", LOGISTIC, BOOSTING, "blend"]
-WITH_STATICS = [*WITHOUT_STATICS, "statics alone"]
+WITH_STATICS = [*WITHOUT_STATICS, "statics alone", "words of the context"]
 WITH_STATICS += [f"{name} with statics" for name in (LOGISTIC, BOOSTING, "blend")]
 SPLIT = {"train": np.arange(100), "val": np.arange(100, 120), "test": np.arange(120, 160)}
 
@@ -36,13 +36,13 @@ def visits(statics=True):
         "label_escalation": (odds + rng.logistic(size=160) > 0).astype(int),
         "subject_id": [f"p{k // 2}" for k in range(160)],
     }
-    texts = {"clinical_context": [f"{years}-year-old man" for years in age]}
-    return {**table, **texts} if statics else table
+    texts = [f"{years} years, {'sepsis' if years > 55 else 'trauma'}" for years in age]
+    return {**table, "static_age": age, "clinical_context": texts} if statics else table
 
 
 @pytest.fixture(scope="module")
 def risks():
-    return fit_baselines(dataset_of(**visits()), SPLIT)
+    return fit_baselines(dataset_of(**visits()), SPLIT, ["static_age"])
 
 
 def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
@@ -51,8 +51,9 @@ def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
     for k in altered:
         rows["series"][k] = "1 (0h) -> " * 9 + "500 (900h)"
         rows["label_escalation"][k] = 1 - rows["label_escalation"][k]
-        rows["clinical_context"][k] = "7-year-old alien with 40 kg"
-    after = fit_baselines(dataset_of(**rows), SPLIT)
+        rows["static_age"][k] = 700
+        rows["clinical_context"][k] = "alien with trauma and without sepsis"
+    after = fit_baselines(dataset_of(**rows), SPLIT, ["static_age"])
     assert set(after) == set(risks) == set(WITH_STATICS) == set(baselines.MEANINGS) - {ENSEMBLE}
     for name, each in risks.items():
         for part in ("val", "test"):
@@ -70,13 +71,28 @@ def test_each_baseline_reads_its_own_inputs(risks):
     assert np.array_equal(rankdata(found["last value"]), rankdata(last))
     count = dataset.lengths[SPLIT["test"]]
     assert np.array_equal(rankdata(found["number of observations"]), rankdata(count))
-    ages = dataset.fact_table(["year (number)"]).to_numpy()[SPLIT["test"], 0]
+    ages = dataset.static[SPLIT["test"], 0]
     assert np.array_equal(rankdata(found["statics alone"]), rankdata(ages))
+    risk = found["words of the context"]
+    assert len(np.unique(risk)) == 2, "of two words, and of no number"
+    assert risk[ages > 55].min() > risk[ages <= 55].max()
     for name in (LOGISTIC, BOOSTING):
         assert not np.allclose(found[name], found[f"{name} with statics"])
     for ending in ("", " with statics"):
         pair = [logit(found[name + ending]) for name in (LOGISTIC, BOOSTING)]
         assert logit(found[f"blend{ending}"]) == pytest.approx(np.mean(pair, axis=0))
+
+
+def test_words_are_those_that_one_in_a_hundred_training_contexts_holds():
+    contexts = np.array(
+        ["Fever", "fever, 40 C", "x", "", *["rare"] * 1, *["cough"] * 145, "new"], object
+    )
+    table = baselines.context_words(contexts, np.arange(150))
+    assert table[[0, 1, 2, 3, 4, 5, 150]].toarray().tolist() == [
+        *[[0, 1], [0, 1], [0, 0], [0, 0], [0, 0], [1, 0], [0, 0]]
+    ]
+    for nothing in (["", "7"] * 75, [f"only{'x' * k}" for k in range(150)]):
+        assert baselines.context_words(np.array(nothing, object), np.arange(150)) is None
 
 
 def test_a_blend_of_certain_risks_is_finite():
@@ -149,7 +165,7 @@ def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(
     inputs[LOGISTIC] = inputs[LOGISTIC].assign(rare=rare)
     dataset.baseline_inputs = lambda: inputs
     with mock.patch.object(baselines, "draw_folds", wraps=baselines.draw_folds) as drawn:
-        found = fit_baselines(dataset, SPLIT)
+        found = fit_baselines(dataset, SPLIT, [])
     assert np.array_equal(drawn.call_args.args[1], dataset.groups[:100]), "folds of patients"
     assert set(found) == set(WITHOUT_STATICS)
     assert all(np.isfinite(each["test"]).all() for each in found.values())

@@ -24,7 +24,7 @@ def test_the_page_says_what_it_holds_and_what_its_numbers_are_not(tmp_path):
 
 
 def test_what_a_file_holds_stays_text_and_nothing_is_loaded(tmp_path):
-    row = replace(REPORT, statics={"<u>f</u>": "<u>v</u>"}, features=("<s>1</s>", "$a$", "never"))
+    row = replace(REPORT, static={"<u>f</u>": "<u>v</u>"}, features=("<s>1</s>", "$a$", "never"))
     source = write_page(tmp_path, ROW, row).read_text()
     page = Page(source)
     assert not page.open

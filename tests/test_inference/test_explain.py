@@ -171,10 +171,11 @@ def test_the_spread_is_that_of_the_last_values_of_training_rows(stage, runs, tab
 
 def test_static_features_are_those_that_the_model_reads(models, table):
     row = table.head(1).assign(clinical_context="54-year-old woman of Rome, medical ICU")
-    shown = str(explained(models["trajectory"], row)[0].statics)
-    assert "54-year" in shown
-    assert "kg unknown" in shown
-    assert "woman" in shown
-    assert "rome" not in shown.lower(), "a word that the model does not read"
-    read = explained(models["classification"], row)[0].statics.values()
+    row = row.assign(**{"static_age [years]": "54", "static_weight [kg]": "", "static_other": "7"})
+    shown = explained(models["trajectory"], row)[0].static
+    assert (shown["age [years]"], shown["weight [kg]"]) == ("54", "unknown")
+    assert "sex_male" in {**shown, **dict.fromkeys(shown["of value 0"].split(", "))}
+    assert not {"other", "static_other"} & {*shown}, "the model does not read it"
+    assert "Rome" not in str(shown)
+    read = explained(models["classification"], row)[0].static.values()
     assert row["clinical_context"].iloc[0] in read

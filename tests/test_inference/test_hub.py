@@ -59,7 +59,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def models(run):
     """The model of each stage, finished, with 7 events of 60 in its test part."""
-    few = {"metrics": run_metrics(events=7), "patients": {"series": {"x": 240}, "statics": {}}}
+    few = {"metrics": run_metrics(events=7), "patients": {"series": {"x": 240}, "static": {}}}
     found = {stage: load_trained_model(run / stage, trainer.BUILDERS) for stage in STAGES}
     for each in found.values():
         each.config.update(few)
@@ -131,7 +131,7 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
 
 
 def test_few_patients_behind_an_input_are_refused_unless_allowed(models, hub):
-    few = {"series": {"x": 240, "Rare": 3}, "statics": {"static_gene": 10, "static_age": 11}}
+    few = {"series": {"x": 240, "Rare": 3}, "static": {"static_gene": 10, "static_age": 11}}
     trained = models["trajectory"]
     trained = replace(trained, config={**trained.config, "patients": few})
     text = refusal(push_model, trained, ID)

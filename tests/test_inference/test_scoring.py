@@ -151,7 +151,7 @@ def test_chunks_and_storage_do_not_matter(ending, runs, table, tmp_path, monkeyp
 
 def test_a_file_without_ids_names_rows_as_the_run_does(runs, table, tmp_path, monkeypatch):
     set_rows(monkeypatch, 4)
-    data = write_data(table.head(10)[[SERIES, "clinical_context"]], tmp_path / "plain.csv")
+    data = write_data(table.head(10).drop(columns=["id", "subject_id"]), tmp_path / "plain.csv")
     out = predicted(runs / "trajectory", data, tmp_path / "out.csv")
     assert out["id"].tolist() == [str(k) for k in range(2, 12)]
 
@@ -198,7 +198,9 @@ def test_several_series_are_read_by_name_and_others_ignored(tmp_path, capsys):
     words += ["--trajectory_only", "--trajectory_epochs", "1", "--series", "lactate,pH"]
     assert trainer.main(words) == 0
     columns = [few.columns[0], "trajectory_pH", SERIES, "trajectory_lactate [mmol/L]"]
-    other = few[[*columns, "clinical_context"]].assign(age="50", **{"trajectory_K": "4 (0h)"})
+    other = few[[*columns, *few.filter(like="static_")]].assign(
+        age="50", **{"trajectory_K": "4 (0h)"}
+    )
     out = predicted(run, write_data(other, data), tmp_path / "out.csv").set_index("id")
     own = pd.read_csv(run / "predictions_test.csv", dtype={"id": str}).set_index("id")
     assert np.abs(out.loc[own.index, "probability"] - own["probability"]).max() < 1e-6

@@ -128,7 +128,7 @@ def test_a_model_of_text_alone_is_exported(base, out, tmp_path):
     alone = LLMWriter(None, None, parts.writer.llm, tokens=0, bos=2, verdict=parts.writer.verdict)
     config = llm_config(parts.writer, "generative", data_of(patients()), base=base)
     config |= {"encoder": None, "members": 0, "num_prefix_tokens": 0, "stage1_logit": False}
-    config |= {"inputs": {"facts": [], "prediction_time": False}}
+    config |= {"inputs": {"static": [], "prediction_time": False}}
     (tmp_path / "generative").mkdir()
     save_llm(tmp_path / "generative" / "best", alone, config)
     assert export_merged(tmp_path / "generative", out, BUILDERS, model_name=str(base)) < 1e-4

@@ -127,14 +127,14 @@ def test_labels_and_the_name_of_the_main_series_do_not_matter(models, table):
 
 def test_what_cannot_be_read_is_refused_with_what_differs(models, runs, table, tmp_path):
     own = Description.beside(runs / "train.csv")
-    silent = table.drop(columns="clinical_context")
+    ageless = table.drop(columns="static_age [years]")
     for rows, named in (
         (table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]}), "mmol/L"),
         (write_data(table, tmp_path / "unit.csv", unit="mg/dL"), "mg/dL"),
         (write_data(table, tmp_path / "outcome.csv", outcome="Stroke"), "Stroke"),
         (MIMICtrajectoryDataset(table), "Anion gap"),
         (MIMICtrajectoryDataset(table, max_len=2, description=own), "max_len: 2"),
-        (MIMICtrajectoryDataset(silent, description=own), "clinical_context"),
+        (MIMICtrajectoryDataset(ageless, description=own), "static_age"),
         (None, "NoneType"),
         (table.to_numpy(), "ndarray"),
     ):

@@ -259,7 +259,7 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
         *(("encoder", ENCODER | {"hidden_dim": float("nan")}), ("units", ["mEq/L", "mEq/L"])),
         *(("encoder", ENCODER | {"input_dim": 2}), ("base_model", "../evil"), ("base_model", None)),
         *(("base_model", "/evil"), ("base_model", "a/b/c"), ("base_model", "\x1b[2Jevil")),
-        ("inputs", {"facts": ["fact"] * 10_001, "prediction_time": True}),
+        ("inputs", {"static": ["fact"] * 10_001, "prediction_time": True}),
     ],
     ids=lambda value: repr(value)[:25],
 )

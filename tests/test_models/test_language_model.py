@@ -18,7 +18,7 @@ from language_models import COMMIT, PUBLISHED, classifier_and_writer, edit_json,
 from medgemma_clinical.commands.several import VARIANTS, variant_arguments
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import language_model
-from medgemma_clinical.models.language_model import LORA_TARGETS, base_facts, find_model
+from medgemma_clinical.models.language_model import LORA_TARGETS, base_record, find_model
 from stages import arguments, stage_of_patients
 
 LAYOUTS = {"hub": "language_model.model.", "new": "model.language_model."}
@@ -226,19 +226,19 @@ def test_hub__a_model_is_found_in_the_cache_and_its_revision_is_the_commit(folde
     refuse(name)
 
 
-def test_base_facts__weights_are_hashed_once_a_process_and_when_they_change(base, monkeypatch):
+def test_base_record__weights_are_hashed_once_a_process_and_when_they_change(base, monkeypatch):
     hashed, real = [], language_model.file_hash
     monkeypatch.setattr(language_model, "file_hash", lambda p: hashed.append(p.name) or real(p))
-    first, again = base_facts(str(base)), base_facts(str(base))
+    first, again = base_record(str(base)), base_record(str(base))
     assert first == again == {**first, "base_model": "base", "base_revision": None}
     assert sorted(hashed) == sorted(p.name for p in base.iterdir() if p.suffix != ".py")
     (base / "README.md").write_text("notes")
-    assert base_facts(str(base)) == first
+    assert base_record(str(base)) == first
     del hashed[:]
     edit_weights(base, lambda weights: weights[UP].add_(1))
-    assert base_facts(str(base))["base_sha256"] != first["base_sha256"]
+    assert base_record(str(base))["base_sha256"] != first["base_sha256"]
     assert hashed == ["model.safetensors"]
-    assert set(base_facts("tiny").values()) == {"tiny", None}
+    assert set(base_record("tiny").values()) == {"tiny", None}
 
 
 @pytest.mark.parametrize(("kind", "words"), [("text", {}), ("hub", FOUR_BITS)])

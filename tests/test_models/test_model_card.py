@@ -187,7 +187,7 @@ def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
 def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finished):
     few = {**finished, "metrics": run_metrics(events=7, subgroups={"women": 7})}
     few["metrics"]["calibration"] = {"method": "platt", "slope": 1.5, "before": metric(0.7)}
-    few["patients"] = {"series": {"Anion gap": 600}, "statics": {"static_bmi [kg/m2]": 597}}
+    few["patients"] = {"series": {"Anion gap": 600}, "static": {"static_bmi [kg/m2]": 597}}
     card = model_card(few)
     assert "with the event: fewer than 11" in card
     assert "| This model | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in card
@@ -196,7 +196,7 @@ def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finishe
     assert not re.search(r"\b(7|0\.7|0\.4|0\.9|597)\b", json.dumps(shared["metrics"]))
     assert shared["metrics"]["threshold"] == few["metrics"]["threshold"]
     assert shared["metrics"]["calibration"] == {"method": "platt", "slope": 1.5}
-    assert shared["patients"] == {"series": {}, "statics": {}}
+    assert shared["patients"] == {"series": {}, "static": {}}
     assert shareable(shared, 11) == shared
     assert model_card(shared) == card
     assert shareable(few, 0) == few
@@ -219,7 +219,7 @@ def test_words_of_data_break_neither_header_nor_text(text, finished):
     same = {**finished, **FOLDER, "base_model": "x"}
     config = copy.deepcopy(same) | {"question": text, "outcome": text, "dataset": text}
     config |= {"features": [text], "units": [text], "base_model": text, "precision": text}
-    config |= {"inputs": {"facts": [text, text], "prediction_time": False}}
+    config |= {"inputs": {"static": [text, text], "prediction_time": False}}
     config["encoder"] = {**config["encoder"], "dynamics": text}
     models = config["metrics"]["test"]["models"]
     models[text] = models.pop("last value")

@@ -18,40 +18,40 @@ from medgemma_trainer import build_stage1
 from trajectories import dataset_of
 
 LENGTHS = (5, 1, 3)
-SUMMARIES, FACTS = 4, 3
+SUMMARIES, STATIC = 4, 3
 ROWS = [3, 0, 7, 12]
 
 
-def head_and_batch(facts=FACTS):
+def head_and_batch(static=STATIC):
     """A head that has learned; states (3, 7, 8) of 5, 1 and 3 observations, padded with noise."""
     torch.manual_seed(1)
-    head = TrajectoryHead(8, summaries=SUMMARIES, facts=facts)
+    head = TrajectoryHead(8, summaries=SUMMARIES, static=static)
     assert not head.wide.weight.any()  # summaries say nothing at first
     head.summary_scaler.fit(torch.randn(9, SUMMARIES) * 3 + 1)
-    head.fact_scaler.fit(torch.randn(9, facts) + 2)
+    head.static_scaler.fit(torch.randn(9, static) + 2)
     nn.init.normal_(head.wide.weight)
     present = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
-    tables = {"summaries": torch.randn(3, SUMMARIES), "facts": torch.randn(3, facts)}
+    tables = {"summaries": torch.randn(3, SUMMARIES), "static": torch.randn(3, static)}
     return head, torch.randn(3, 7, 8), {"observed": present.unsqueeze(2), **tables}
 
 
-@pytest.mark.parametrize("facts", [FACTS, 0])
-def test_head__adds_up_states_summaries_and_facts_unknown_ones_masked(facts):
-    head, states, batch = head_and_batch(facts)
-    batch["summaries"][0, 1] = batch["facts"][1:2, :1] = math.nan
+@pytest.mark.parametrize("static", [STATIC, 0])
+def test_head__adds_up_states_summaries_and_facts_unknown_ones_masked(static):
+    head, states, batch = head_and_batch(static)
+    batch["summaries"][0, 1] = batch["static"][1:2, :1] = math.nan
     logits = head(states, batch)
     for row, length in enumerate(LENGTHS):
         alone, terms = states[row, :length], []
         shares = (alone @ head.attention.weight[0]).softmax(dim=0)
         read = torch.cat([shares @ alone, states[row, -1]])
-        for name, scaler in (("summaries", head.summary_scaler), ("facts", head.fact_scaler)):
+        for name, scaler in (("summaries", head.summary_scaler), ("static", head.static_scaler)):
             known = ~batch[name][row].isnan()
             z = torch.where(known, (batch[name][row] - scaler.mean) / scaler.std, 0.0)
             terms.append(torch.cat([z, known.float()]))
         expected = head.output(read) + head.wide(terms[0])
-        expected = expected + head.facts(terms[1]) if facts else expected
+        expected = expected + head.static(terms[1]) if static else expected
         torch.testing.assert_close(logits[row : row + 1], expected)
-    assert (head.facts is None) == (not facts)
+    assert (head.static is None) == (not static)
 
 
 def test_head__padding_moves_no_logit_and_gets_no_gradient():
@@ -71,12 +71,12 @@ def test_fit_scales__are_those_of_the_training_part():
     model = build_stage1(config)
     model.fit_scales(data)
     own = data.dataset.subset(data.split["train"])
-    assert np.nanmean(data.dataset.known_facts()) != np.nanmean(own.known_facts())
+    assert np.nanmean(data.dataset.static_values()) != np.nanmean(own.static_values())
     for member in model.members:
         for scaler, table in (
             (member.encoder.scaler, own.values),
             (member.head.summary_scaler, own.summaries()),
-            (member.head.fact_scaler, own.known_facts()),
+            (member.head.static_scaler, own.static_values()),
         ):
             torch.testing.assert_close(scaler.mean, torch.tensor(np.nanmean(table, 0)).float())
         assert member.head.output.bias.sigmoid().item() == pytest.approx(own.labels.mean())
@@ -159,8 +159,8 @@ def test_classifier__plan_and_company_change_no_logit_and_one_plan_serves_all(th
 
 def test_check_gaps__accepts_the_longest_gap_of_the_encoder(three, monkeypatch):
     model, dataset, _ = three
-    monkeypatch.setattr(model.encoder, "time_scale", dataset.longest_gap() / 9_999)
+    monkeypatch.setattr(model.encoder, "time_scale", dataset.longest_gaps().max() / 9_999)
     model.check_gaps(dataset)
-    monkeypatch.setattr(model.encoder, "time_scale", dataset.longest_gap() / 10_001)
+    monkeypatch.setattr(model.encoder, "time_scale", dataset.longest_gaps().max() / 10_001)
     with pytest.raises(InputError, match="--time_scale"):
         model.check_gaps(dataset)

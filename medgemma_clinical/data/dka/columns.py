@@ -112,9 +112,9 @@ def describe_unread(table: pd.DataFrame, unread: Sequence[str], absent: Sequence
             meant = f"did you mean {target}? rename it{_by_flag(near, target)}"
             warnings.append(f"not read: column {list_unread(near)}: {meant}")
             rest = [name for name in rest if name not in near]
-    if facts := [name for name in rest if re.match("static[_ -]", name, re.IGNORECASE)]:
-        shown = list_unread(facts)
-        warnings.append(f"not read: column {shown}: a fact's name begins with {STATIC}: rename it")
+    if static := [name for name in rest if re.match("static[_ -]", name, re.IGNORECASE)]:
+        shown = list_unread(static)
+        warnings.append(f"not read: column {shown}: static features begin with {STATIC}: rename it")
     if series := _series_columns(table, rest):
         names = list_unread([f"trajectory_{name}" for name in series])
         meant = f"the cells look like series: rename to {names}"
@@ -165,8 +165,8 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
             raise InputError(f"{source}, row 1, column {name}: no such column: {advice}")
     if label.startswith(STATIC):
         raise InputError(
-            f"{source}, row 1, column {label}: begins with {STATIC}, so it is a fact that models "
-            "read, and cannot be the label: rename it"
+            f"{source}, row 1, column {label}: begins with {STATIC}, so it is a static feature "
+            "that models read, and cannot be the label: rename it"
         )
     for name in map(str, table.columns[table.columns.duplicated()]):
         if name in (*COLUMNS, label) or name.startswith(STATIC):

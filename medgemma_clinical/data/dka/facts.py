@@ -1,4 +1,4 @@
-"""Columns of a DKA file beside the series: facts of the patient, and the prediction time."""
+"""Columns of a DKA file beside the series: static features, and the prediction time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from medgemma_clinical.data.dka.series_cells import (
     Observations,
     TableCells,
 )
+from medgemma_clinical.data.features import AGE, SEX
 from medgemma_clinical.data.tables import column_text
 from medgemma_clinical.data.texts import NUMBER
 from medgemma_clinical.files import InputError
 
 STATIC = "static_"
-"""Beginning of the name of a column of facts; the fact has the name of the column."""
+"""Beginning of the name of a static feature's column."""
 
 HOURS = "prediction_hours"
 """Column of the prediction time, in hours on the clock of the row's series."""
@@ -30,12 +31,12 @@ UNKNOWN = "empty cells where it is unknown"
 
 
 def static_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns of a table that hold facts."""
+    """Return the columns of a table that hold static features."""
     return [name for name in map(str, table.columns) if name.startswith(STATIC)]
 
 
-def read_statics(cells: TableCells, names: Sequence[str]) -> NDArray[np.float64] | None:
-    """Read columns of facts, (rows, columns), NaN where unknown; None without such a column.
+def read_statics(cells: TableCells, names: Sequence[str]) -> NDArray[np.float64]:
+    """Read columns of static features, (rows, columns), NaN where unknown.
 
     Raises:
         InputError: a name that no text may hold, or, if the findings are strict, a bad cell.
@@ -44,7 +45,7 @@ def read_statics(cells: TableCells, names: Sequence[str]) -> NDArray[np.float64]
         place = f"{cells.findings.source}, row 1, column {' '.join(name[:LONGEST_NAME].split())}"
         check_text(place, name, LONGEST_NAME)
     if not names:
-        return None
+        return np.empty((len(cells.table), 0))
     problem = f"is not a number: write a decimal number, true or false; {UNKNOWN}"
     columns = []
     for name in names:
@@ -94,8 +95,9 @@ def _read_numbers(
 
 
 def drop_unread(table: pd.DataFrame, inputs: dict[str, Any]) -> pd.DataFrame:
-    """Return a table without the columns of facts, and of the hour, that a checkpoint ignores."""
-    unread = [name for name in static_columns(table) if name not in inputs["facts"]]
+    """Return a table without the static columns, and the hour, that nothing reads."""
+    read = {*inputs["static"], *AGE, *SEX}
+    unread = [name for name in static_columns(table) if name not in read]
     if not inputs["prediction_time"]:
         unread.append(HOURS)
     return table.drop(columns=unread, errors="ignore")
@@ -113,28 +115,21 @@ def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: str) -> No
         InputError: names the columns, or the unit that differs.
     """
     there = dict(map(_name_and_unit, static_columns(table)))
-    lacking = [name for name in inputs["facts"] if name not in table]
-    statics = [name for name in lacking if name.startswith(STATIC)]
-    for name, unit in map(_name_and_unit, statics):
+    lacking = [name for name in inputs["static"] if name not in table]
+    for name, unit in map(_name_and_unit, lacking):
         if name in there and there[name] != unit:
             raise InputError(
                 f"{source}: the checkpoint reads {name} in {unit or 'no unit'}, the file has "
                 f"{there[name] or 'none'}: convert the values, or correct the unit in the column's "
                 "name"
             )
-    words = [name for name in lacking if not name.startswith(STATIC)]
-    if statics:
-        what, columns = join_names(statics), "such columns"
-    elif words and "clinical_context" not in table:
-        what, columns = f"facts of the context ({join_names(words)})", "a column clinical_context"
-    elif inputs["prediction_time"] and HOURS not in table:
-        what, columns = "the prediction time", f"a column {HOURS}"
-    else:
-        return
-    raise InputError(
-        f"{source}: the checkpoint reads {what}, which the file lacks: add {columns}, with "
-        f"{UNKNOWN}"
-    )
+    if inputs["prediction_time"] and HOURS not in table:
+        lacking.append(HOURS)
+    if lacking:
+        raise InputError(
+            f"{source}: the checkpoint reads {join_names(lacking)}, which the file lacks: add such "
+            f"columns, with {UNKNOWN}"
+        )
 
 
 def _name_and_unit(column: str) -> tuple[str, str]:

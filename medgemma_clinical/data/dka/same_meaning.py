@@ -19,7 +19,7 @@ def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
         config: of the checkpoint.
         table: the DataFrame.
     """
-    label = config["reading"].get("label_column", LABEL)
+    label = config["read_options"].get("label_column", LABEL)
     labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
     own = {comparable(series.name) for series in find_series(table, Description(), None, "")[1:]}
     for name, unit in zip(config["features"], config["units"], strict=True):
@@ -36,7 +36,7 @@ def check_same_meaning(
     Raises:
         InputError: names the difference.
     """
-    label = config["reading"].get("label_column", LABEL)
+    label = config["read_options"].get("label_column", LABEL)
     check_header(table, source, label, labelled=False)
     found = {comparable(s.name): s for s in find_series(table, description, None, source)}
     where = "the JSON file beside it"

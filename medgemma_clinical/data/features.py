@@ -1,0 +1,102 @@
+"""What models read beside the observations: statistics of each series, and static features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.small_cells import count_patients
+
+STATISTICS = ("first", "last", "min", "max", "mean", "count", "span", "slope")
+"""Of each feature: values and mean in raw units, span in hours, least-squares slope an hour."""
+
+SINCE_LAST = "hours since the last observation"
+"""Name of the column of hours from the last observation to the prediction time."""
+
+AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
+"""Names of the static features that hold age and sex, in every data set."""
+
+MIN_PATIENTS = 5
+"""Training patients that an input needs: with fewer, a weight would only fit noise."""
+
+
+def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str]:
+    """Return the names of all columns of ``TrajectoryDataset.summaries``."""
+    names = [f"{name} {statistic}" for name in features for statistic in STATISTICS]
+    return [*names, SINCE_LAST] if prediction_time else names
+
+
+def summary_features(
+    times: NDArray[np.float64], values: NDArray[np.float64], lengths: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return ``STATISTICS`` of each feature of N trajectories, (N, 8 F), NaN if never measured.
+
+    Args:
+        times: (all observations,) hours, not decreasing within a trajectory.
+        values: (all observations, F) raw units, NaN where not measured.
+        lengths: (N,) observations of each trajectory, in order.
+    """
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    columns: list[NDArray[np.float64]] = []
+    for values_of_one in values.T:
+        measured = ~np.isnan(values_of_one)
+        known = times[measured], values_of_one[measured], owner[measured]
+        columns.extend(_statistics(*known, len(lengths)))
+    return np.stack(columns, axis=1)
+
+
+def _statistics(
+    times: NDArray[np.float64], values: NDArray[np.float64], owner: NDArray[np.int64], rows: int
+) -> NDArray[np.float64]:
+    """Return ``STATISTICS`` of n values of one feature, (8, rows); ``owner`` (n,) is the row."""
+    count = np.bincount(owner, minlength=rows)
+    some = np.flatnonzero(count)
+    count = count[some]
+    starts = np.cumsum(count) - count
+    ends = starts + count - 1
+    means = [np.add.reduceat(x, starts) / count for x in (times, values)]
+    t, v = (x - np.repeat(m, count) for x, m in zip((times, values), means, strict=True))
+    span = times[ends] - times[starts]
+    square = np.where(span > 0, np.add.reduceat(t * t, starts), 1.0)
+    slope = np.where(span > 0, np.add.reduceat(t * v, starts) / square, 0.0)
+    low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
+    table = np.full((len(STATISTICS), rows), np.nan)
+    table[:, some] = values[starts], values[ends], low, high, means[1], count, span, slope
+    return table
+
+
+def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) -> int:
+    """Count the patients whose values decide mean and spread of a column, which weights keep.
+
+    Returns:
+        Patients with a known value; where most rows share one of several, those with another.
+    """
+    counted = ~np.isnan(column)
+    values, counts = np.unique(column[counted], return_counts=True)
+    if len(values) > 1 and 2 * counts.max() > counts.sum():
+        counted &= column != values[counts.argmax()]
+    return count_patients(groups, counted)
+
+
+def unusable_static(
+    static: NDArray[np.float64], names: Sequence[str], groups: NDArray[np.generic]
+) -> dict[str, str]:
+    """Return the static features (n, K) of the training part that no model can learn from, and why.
+
+    Args:
+        static: (n, K), NaN where unknown.
+        names: K names.
+        groups: (n,) the patient of each row.
+    """
+    unusable = {}
+    for name, column in zip(names, static.T, strict=True):
+        if len(np.unique(column[~np.isnan(column)])) < 2:
+            unusable[name] = "the training part holds fewer than two values of it"
+        elif patients_behind(column, groups) < MIN_PATIENTS:
+            unusable[name] = (
+                f"fewer than {MIN_PATIENTS} training patients have it, or another value than the "
+                "most frequent one"
+            )
+    return unusable

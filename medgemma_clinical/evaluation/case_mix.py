@@ -1,0 +1,101 @@
+"""Who the patients are: age and sex, subgroups, and the case mix of some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.features import AGE, SEX
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+
+AGE_EDGES = (18, 40, 60, 75)
+OBSERVATION_EDGES = (2, 3, 5, 10, 20)
+"""Lowest age, and number of observations, of each subgroup of a report but the first."""
+
+UNKNOWN = "not known"
+SEXES = {1.0: "man", 0.0: "woman"}
+
+
+def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
+    """Return what reports distinguish rows by: N rows.
+
+    Columns: ``observations``, ``age`` in years (NaN where unknown), ``sex`` (category), ``label``
+    (NaN where unknown), ``patient``.
+    """
+    sexes = pd.Series(_static(dataset, SEX)).map(SEXES).fillna(UNKNOWN)
+    columns = {
+        "observations": dataset.lengths,
+        "age": _static(dataset, AGE),
+        "sex": pd.Categorical(sexes, ["woman", "man", UNKNOWN], ordered=True),
+        "label": dataset.labels,
+        "patient": dataset.groups,
+    }
+    return pd.DataFrame(columns)
+
+
+def _static(dataset: TrajectoryDataset, names: Sequence[str]) -> NDArray[np.float64]:
+    """Return the first of some static features that the data have, (N,), NaN where unknown."""
+    for name in names:
+        if name in dataset.static_names:
+            return dataset.static_table([name])[name].to_numpy()
+    return np.full(len(dataset), np.nan)
+
+
+def subgroups(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the subgroup of each row of ``demographics``; no value of a patient is left.
+
+    Returns:
+        n rows; ordered categories ``observations`` and, where anything is known of them, ``age``
+        (years) and ``sex``.
+    """
+    table = pd.DataFrame(
+        {
+            "observations": banded(rows["observations"], OBSERVATION_EDGES, "1", "more"),
+            "age": banded(rows["age"], AGE_EDGES, "under 18", "older"),
+            "sex": rows["sex"].array,
+        }
+    )
+    return table.drop(columns=[n for n in ("age", "sex") if (table[n] == UNKNOWN).all()])
+
+
+def banded(values: Any, edges: Sequence[int], first: str, last: str) -> pd.Categorical:
+    """Return the band of each number, ``not known`` for NaN; ``first`` and ``last`` name its ends.
+
+    Args:
+        values: (n,) numbers.
+        edges: lowest number of each band but the first.
+        first: name of the first band.
+        last: "older" or "more", in the name of the last band.
+    """
+    inner = [
+        str(low) if high - low == 1 else f"{low} to {high - 1}" for low, high in pairwise(edges)
+    ]
+    names = [first, *inner, f"{edges[-1]} or {last}", UNKNOWN]
+    position = np.searchsorted([*edges, np.inf], values, side="right")  # NaN comes last
+    return pd.Categorical([names[k] for k in position], categories=names, ordered=True)
+
+
+def case_mix(rows: pd.DataFrame) -> dict[str, float]:
+    """Describe some rows of ``demographics`` by counts, shares and quartiles.
+
+    Returns:
+        ``rows``, ``patients``, ``prevalence`` (share of known labels), ``women`` (share of known
+        sexes), ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``. Unknown
+        ones are left out.
+    """
+    sexes = rows["sex"]
+    mix = {
+        "rows": len(rows),
+        "patients": rows["patient"].nunique(),
+        "prevalence": rows["label"].mean(),
+        "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
+    }
+    for name in ("observations", "age"):
+        quartiles = rows[name].quantile([0.25, 0.5, 0.75])
+        mix |= zip((f"{name}_q1", f"{name}_median", f"{name}_q3"), quartiles, strict=True)
+    return {name: float(number) for name, number in mix.items() if pd.notna(number)}

@@ -1,0 +1,134 @@
+"""Inputs beside the observations: statistics of each series, and which static features are read."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.features import STATISTICS, patients_behind, unusable_static
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.training_data import prepare_data
+from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
+
+NAN = float("nan")
+THREE_SERIES = pd.DataFrame(
+    {
+        SERIES: ["24 (0h) -> 20 (2h)", "", "7 (1h)"],
+        "trajectory_glucose [mg/dL]": ["300 (2h) -> 250 (2.5h)", "90 (4h)", None],
+        "trajectory_Blood_urea": ["", "5 (4h) -> 6 (1h)", ""],
+        LABEL: [0, 1, 0],
+    }
+)
+
+
+def summaries(dataset):
+    return pd.DataFrame(dataset.summaries(), columns=dataset.summary_names())
+
+
+def test_summaries_agree_with_a_slow_reference():
+    rng = np.random.default_rng(2)
+    texts = [
+        " -> ".join(f"{rng.normal(20, 5):.3f} ({k + rng.random():.3f}h)" for k in range(length))
+        for length in rng.integers(1, 15, 100)
+    ]
+    dataset = dataset_of(texts)
+    table = summaries(dataset)
+    assert table.shape == (100, 8)
+    for i in range(100):
+        t, v = (np.array(numbers) for numbers in one_series(dataset, i))
+        expected = {
+            **{"first": v[0], "last": v[-1], "min": v.min(), "max": v.max(), "mean": v.mean()},
+            "slope": np.polyfit(t, v, 1)[0] if len(t) > 1 else 0.0,
+            **{"count": len(v), "span": t[-1] - t[0]},
+        }
+        row = {name: table.loc[i, f"Anion gap {name}"] for name in expected}
+        assert row == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_values_of_equal_times_have_no_slope():
+    # 0.7 less the mean of seven times 0.7 is 1e-16, not zero.
+    series = " -> ".join(f"{value} (0.7h)" for value in (1, 5, 2, 8, 3, 9, 4))
+    table = summaries(dataset_of([series, "1 (2h) -> 5 (2h)"]))
+    assert table[["Anion gap slope", "Anion gap span"]].to_numpy().tolist() == [[0, 0]] * 2
+
+
+def test_summaries_hold_eight_numbers_of_each_series_and_nan_of_one_never_measured():
+    table = summaries(MIMICtrajectoryDataset(THREE_SERIES))
+    names = itertools.product(("Anion gap", "glucose", "Blood urea"), STATISTICS)
+    assert list(table) == [" ".join(pair) for pair in names]
+    assert table.loc[1, "Blood urea slope"] == pytest.approx(-1 / 3)
+    assert (table.loc[1, "Blood urea span"], table.loc[0, "glucose span"]) == (3, 0.5)
+    assert (table.loc[1, "Blood urea count"], table.loc[1, "glucose count"]) == (2, 1)
+    assert table.loc[2].drop([f"Anion gap {name}" for name in STATISTICS]).isna().all()
+
+
+def test_the_baselines_see_the_last_value_the_count_or_everything():
+    inputs = dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"]).baseline_inputs()
+    assert list(inputs) == ["last value", "number of observations", "logistic regression"]
+    assert inputs["last value"].to_numpy().tolist() == [[2], [3]]
+    assert inputs["number of observations"].to_numpy().tolist() == [[2], [1]]
+    assert inputs["logistic regression"].shape == (2, 8)
+
+
+# --------------------------------------------------------------------------- static features
+
+ALONE = np.arange(100)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "behind"),
+    [
+        ([1.0, 2, 3, NAN], ALONE, 3),
+        ([1.0, 2, 3, NAN], [0, 0, 1, 2], 2),
+        ([NAN] * 3, ALONE, 0),
+        ([7.0] * 9, ALONE, 9),
+        ([0.0] * 9 + [1.0] * 3, ALONE, 3),
+        ([1.0] * 9 + [0.0] * 3, ALONE, 3),
+        ([0.0] * 9 + [5.0, 10, 20], ALONE, 3),
+        ([0.0] * 9 + [5.0, 10, 20], [*range(9), 20, 20, 21], 2),
+        ([0.0] * 3 + [5.0, 10, 20], ALONE, 6),
+    ],
+)
+def test_the_patients_behind_a_column_know_it_or_differ_in_it(values, groups, behind):
+    """Where most rows share a value, mean and spread tell of the others."""
+    groups = np.array(groups)[: len(values)]
+    assert patients_behind(np.array(values), groups) == behind
+
+
+@pytest.mark.parametrize(
+    ("values", "rows_a_patient", "read"),
+    [
+        ([1.0, 2, 3, 4, 5, NAN], 1, True),
+        ([1.0, 2, 3, 4, NAN, NAN], 1, False),
+        ([0.0] * 9 + [1.0] * 5, 1, True),
+        ([0.0] * 9 + [1.0] * 4, 1, False),
+        ([0.0] * 20 + [1.0] * 8, 2, False),
+        ([3.0] * 9 + [NAN], 1, False),
+        ([NAN] * 9, 1, False),
+    ],
+)
+def test_a_static_feature_needs_two_values_and_five_patients(values, rows_a_patient, read):
+    groups = np.arange(len(values)) // rows_a_patient
+    assert ("x" not in unusable_static(np.array(values)[:, None], ["x"], groups)) == read
+
+
+def test_the_training_part_alone_decides_which_static_features_are_read(caplog):
+    part = np.array(["train"] * 80 + ["val"] * 20 + ["test"] * 20)
+    columns = {
+        "static_age [years]": 20 + np.arange(120) % 60,
+        "static_held_out": np.where(part == "train", np.nan, np.arange(120)),
+        "static_same": 1,
+        "static_two": np.arange(120) < 3,
+    }
+    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"] * 120, split=part, **columns))
+    options = {"max_samples": 0, "seed": 0, "prompts": PromptOptions()}
+    data = prepare_data(dataset, **options)
+    assert list(data.unusable_static) == ["static_held_out", "static_same", "static_two"]
+    assert data.usable_static == list(data.dataset.static_inputs) == ["static_age [years]"]
+    assert data.description()["inputs"]["static"] == data.usable_static
+    assert data.dataset.static_values()[:2].tolist() == [[20], [21]]
+    off = prepare_data(dataset, **options, static=False)
+    assert off.dataset.static_inputs == ()
+    assert off.usable_static == data.usable_static, "baselines still read them"

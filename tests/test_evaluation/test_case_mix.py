@@ -1,0 +1,65 @@
+"""Subgroups and case mix, by static features of the same names in every data set."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medgemma_clinical.evaluation.case_mix import (
+    AGE_EDGES,
+    UNKNOWN,
+    banded,
+    case_mix,
+    demographics,
+    subgroups,
+)
+from srtr_dataset import SRTRTrajectoryDataset
+from trajectories import dataset_of
+
+SRTR = Path(__file__).parents[1] / "data" / "srtr_saf"
+CELLS = [" -> ".join(f"1 ({h}h)" for h in range(n)) for n in (1, 2, 4, 20, 7)]
+
+
+@pytest.mark.parametrize("age", ["static_age [years]", "static_age"])
+def test_subgroups_are_bands_of_static_features_without_any_context(age):
+    columns = {age: [68, 17, 80, np.nan, 40], "static_sex_male": [1, 0, 0, np.nan, 1]}
+    groups = subgroups(demographics(dataset_of(CELLS, **columns)))
+    assert groups["observations"].tolist() == ["1", "2", "3 to 4", "20 or more", "5 to 9"]
+    ages = ["60 to 74", "under 18", "75 or older", UNKNOWN, "40 to 59"]
+    assert groups["age"].tolist() == ages
+    assert groups["sex"].tolist() == ["man", "woman", "woman", UNKNOWN, "man"]
+    context = {"clinical_context": ["68-year-old man"] * 5}
+    assert list(subgroups(demographics(dataset_of(CELLS, **context)))) == ["observations"]
+
+
+def test_bands_begin_at_their_edges():
+    edges = np.array([17.99, 18, 39.9, 40, 75, np.nan])
+    expected = ["under 18", "18 to 39", "18 to 39", "40 to 59", "75 or older", UNKNOWN]
+    bands = banded(edges, AGE_EDGES, "under 18", "older")
+    assert bands.tolist() == expected
+    assert list(bands.categories) == [*dict.fromkeys(expected[:4]), "60 to 74", *expected[4:]]
+
+
+def test_case_mix_counts_known_values_only():
+    columns = {"subject_id": list("aabc"), "label_escalation": [1, 0, 0, 0]}
+    columns |= {"static_age": [50, 60, 70, None], "static_sex_male": [1, 1, 0, None]}
+    dataset = dataset_of([CELLS[0], CELLS[1], "1 (0h) -> 2 (1h) -> 3 (2h)", CELLS[0]], **columns)
+    dataset.labels[3] = np.nan
+    quartiles = {"observations_q1": 1, "observations_median": 1.5, "observations_q3": 2.25}
+    known = {"age_q1": 55, "age_median": 60, "age_q3": 65, "prevalence": 1 / 3, "women": 1 / 3}
+    counts = {"rows": 4, "patients": 3}
+    rows = demographics(dataset)
+    assert case_mix(rows) == pytest.approx({**counts, **quartiles, **known})
+    assert set(case_mix(rows.iloc[3:])) == {*counts, *quartiles}
+
+
+@pytest.mark.parametrize("organ", ["kidney", "liver"])
+def test_age_and_sex_of_a_registration_are_those_of_its_text(organ):
+    whole = SRTRTrajectoryDataset(SRTR, organ)
+    rows = demographics(whole.subset(np.arange(len(whole))[::-7]))
+    assert list(subgroups(rows)) == ["observations", "age", "sex"]
+    for context, sex, age in zip(whole.contexts[::-7], rows["sex"], rows["age"], strict=True):
+        words = {"man": "man", "woman": "woman", "patient": UNKNOWN}
+        person = context.partition(",")[0].lower().split()[-1]
+        assert words[person] == sex
+        assert np.isnan(age) or context.startswith(str(int(age)))
