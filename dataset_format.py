@@ -39,7 +39,9 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
+from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
+from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka.columns import (
     COLUMNS,
     check_header,
@@ -71,18 +73,10 @@ from medgemma_clinical.data.dka.series_cells import (
     rows_out_of_order,
 )
 from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
-from medgemma_clinical.data.mimic.extraction import extract
-from medgemma_clinical.data.mimic.request import (
-    COHORTS,
-    DISCHARGED,
-    GAP_ITEM,
-    GAPS,
-    OUTCOMES,
-    Extraction,
-)
+from medgemma_clinical.data.eicu import EicuRequest, make_eicu
+from medgemma_clinical.data.mimic import MimicRequest, make_mimic
 from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.sources import long_table, meds
-from medgemma_clinical.data.sources.eicu import EicuRequest, extract_eicu
 from medgemma_clinical.data.splits import PARTS, describe_equal_rows, row_keys
 from medgemma_clinical.data.tables import (
     Findings,
@@ -446,8 +440,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 # --------------------------------------------------------------------------- commands
 
 REQUESTS: dict[str, tuple[type[TableRequest], Callable[[Any], Any]]] = {
-    "from_mimic": (Extraction, extract),
-    "from_eicu": (EicuRequest, extract_eicu),
+    "from_mimic": (MimicRequest, make_mimic),
+    "from_eicu": (EicuRequest, make_eicu),
     "from_meds": (meds.MedsRequest, meds.make_meds),
     "from_long": (long_table.LongRequest, long_table.make_long),
 }
@@ -573,9 +567,8 @@ def add_cohort_flags(add: Callable[..., Any]) -> None:
     add("--outcome", type=name_tuple, default="escalation", metavar="NAME,NAME", help=outcome)
     discharged = "whether a discharge alive within the horizon is no event, or leaves the row out"
     add("--discharged", choices=tuple(DISCHARGED), default="not_escalated", help=discharged)
-    gap = "anion gap from Na, Cl, HCO3: always, where none is reported, or never"
-    gaps: dict[str, Any] = {"nargs": "?", "const": "missing", "choices": tuple(GAPS)}
-    add("--compute_gap", **gaps, default="always", help=gap)
+    gap = "anion gap from Na, Cl, HCO3: always, or as the laboratory reports it"
+    add("--compute_gap", choices=tuple(GAPS), default="always", help=gap)
 
 
 def add_event_flags(add: Callable[..., Any]) -> None:

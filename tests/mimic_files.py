@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.mimic.request import OUTCOMES, REPORTED
+from medgemma_clinical.data.cohort import OUTCOMES
 from table_requests import make_rows
 
 DEMO = Path(__file__).parent / "data" / "mimic_iv_demo"
@@ -265,7 +265,7 @@ def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request:
     """Extract all adults of a folder by the reported gap, unless another cohort is requested."""
     wanted = {
         "cohort": "all",
-        "compute_gap": REPORTED,
+        "compute_gap": "reported",
         "out": folder.parent / "unused.csv",
         **request,
     }

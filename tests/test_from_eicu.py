@@ -1,7 +1,5 @@
 """The command from_eicu, and the whole way: a model of MIMIC-IV on another data base."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -18,7 +16,7 @@ from predicting import predicted, refused
 DATA = Path(__file__).parent / "data"
 
 
-def make(source: str, out: Path, *more: str) -> Path:
+def make(source, out, *more):
     folder = DATA / {"mimic": "mimic_iv_demo", "eicu": "eicu_demo"}[source]
     words = [f"from_{source}", f"--{source}_dir", str(folder), "--out", str(out)]
     assert dataset_format.main([*words, "--cohort", "all", *more]) == 0
@@ -26,7 +24,7 @@ def make(source: str, out: Path, *more: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory):
     """Stage 1 after an epoch on all series of MIMIC-IV's demo."""
     place = tmp_path_factory.mktemp("mimic")
     data = make("mimic", place / "mimic.csv", "--series", "all")
@@ -35,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "run" / "trajectory"
 
 
-def test_a_model_of_mimic_predicts_eicu(model: Path, tmp_path: Path) -> None:
+def test_a_model_of_mimic_predicts_eicu(model, tmp_path):
     data = make("eicu", tmp_path / "eicu.csv", "--series", "all")
     rows = pd.read_csv(data)
     found = predicted(model, data, tmp_path / "predictions.csv")
@@ -47,15 +45,13 @@ def test_a_model_of_mimic_predicts_eicu(model: Path, tmp_path: Path) -> None:
     assert "(3 patients have the rarer outcome)" in page
 
 
-def test_a_model_of_the_gap_without_potassium_refuses_the_reported_one(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_of_the_gap_without_potassium_refuses_the_reported_one(model, tmp_path, capsys):
     data = make("eicu", tmp_path / "eicu.csv", "--series", "all", "--compute_gap", "reported")
     words = predict_command(model, data, tmp_path / "predictions.csv")
     assert refused(capsys, words, "the checkpoint reads Anion gap without potassium")
 
 
-def test_the_data_set_reads_the_file_and_its_description(tmp_path: Path) -> None:
+def test_the_data_set_reads_the_file_and_its_description(tmp_path):
     data = make("eicu", tmp_path / "eicu.csv")
     facts = json.loads(data.with_suffix(".json").read_text())
     dataset = MIMICtrajectoryDataset(data)
@@ -75,9 +71,7 @@ def test_the_data_set_reads_the_file_and_its_description(tmp_path: Path) -> None
         ("--series insulin", "no such series: all, or some of"),
     ],
 )
-def test_a_wrong_flag_ends_with_2_and_one_line(
-    flags: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_flag_ends_with_2_and_one_line(flags, expected, tmp_path, capsys):
     words = ["from_eicu", "--eicu_dir", str(DATA / "eicu_demo"), "--out", str(tmp_path / "o.csv")]
     try:
         code = dataset_format.main([*words, *flags.split()])

@@ -1,7 +1,5 @@
 """The command from_mimic: flags, files, exit codes, and what reads its output."""
 
-from __future__ import annotations
-
 import json
 import re
 import stat
@@ -22,11 +20,11 @@ ROOT = Path(dataset_format.__file__).parent
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return Mini().admit(1).settling(1).admit(2, age=10).write(tmp_path / "mimic")
 
 
-def words(folder: Path, out: Path, *more: str) -> list[str]:
+def words(folder, out, *more):
     command = ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all"]
     return [*command, "--compute_gap", "reported", *more]
 
@@ -39,14 +37,12 @@ def words(folder: Path, out: Path, *more: str) -> list[str]:
         ("--outcome sepsis", "escalation"),
         ("--outcome ,", "escalation"),
         ("--cohort none", "cohort"),
-        ("--compute_gap never", "compute_gap"),
+        ("--compute_gap missing", "compute_gap"),
         ("--out out.txt", "csv"),
         ("--windows 3", "unrecognized"),
     ],
 )
-def test_a_wrong_flag_ends_with_2_and_one_line(
-    flags: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_flag_ends_with_2_and_one_line(flags, expected, folder, capsys):
     out = folder.parent / "out.csv"
     try:
         code = dataset_format.main(words(folder, out, *flags.split()))
@@ -59,7 +55,7 @@ def test_a_wrong_flag_ends_with_2_and_one_line(
     assert not list(out.parent.glob("out*"))
 
 
-def test_a_table_is_never_written_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_is_never_written_over(folder, capsys):
     table = folder / "hosp" / "labevents.csv"
     content = table.read_bytes()
     assert dataset_format.main(words(folder, table)) == 2
@@ -67,9 +63,9 @@ def test_a_table_is_never_written_over(folder: Path, capsys: pytest.CaptureFixtu
     assert table.read_bytes() == content
 
 
-def test_every_flag_reaches_the_extraction(folder: Path) -> None:
+def test_every_flag_reaches_the_extraction(folder):
     out = folder.parent / "out.csv"
-    flags = "--compute_gap --outcome unresolved,death --window_hours 10 --horizon_hours 30"
+    flags = "--outcome unresolved,death --window_hours 10 --horizon_hours 30"
     more = [*flags.split(), "--min_observations", "1", "--item", "Anion Gap"]
     more += ["--discharged", "exclude", "--threads", "1", "--memory_limit", "300MB"]
     assert dataset_format.main(words(folder, out, *more)) == 0
@@ -82,13 +78,13 @@ def test_every_flag_reaches_the_extraction(folder: Path) -> None:
         "horizon_hours": 30.0,
         "min_observations": 1,
         "outcome": ["unresolved", "death"],
-        "compute_gap": "missing",
+        "compute_gap": "reported",
     }
 
 
 def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_terminal(
-    folder: Path,
-) -> None:
+    folder,
+):
     out = folder.parent / "a.csv"
     command = [sys.executable, str(ROOT / "dataset_format.py"), *words(folder, out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -98,7 +94,7 @@ def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_ter
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_the_data_set_reads_series_question_and_flow(folder: Path) -> None:
+def test_the_data_set_reads_series_question_and_flow(folder):
     out = folder.parent / "out.csv"
     assert dataset_format.main(words(folder, out)) == 0
     facts = json.loads(out.with_suffix(".json").read_text())
@@ -117,13 +113,13 @@ def test_the_data_set_reads_series_question_and_flow(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "dka_training_data.csv"
     assert dataset_format.main(words(DEMO, out)) == 0
     return out
 
 
-def test_rows_of_one_patient_are_in_one_part_of_every_split(demo: Path) -> None:
+def test_rows_of_one_patient_are_in_one_part_of_every_split(demo):
     dataset, subjects = MIMICtrajectoryDataset(demo), pd.read_csv(demo)["subject_id"].to_numpy()
     assert dataset.groups.tolist() == [str(subject) for subject in subjects]
     assert len(set(subjects)) < len(subjects)
@@ -134,7 +130,7 @@ def test_rows_of_one_patient_are_in_one_part_of_every_split(demo: Path) -> None:
         assert sum(map(len, patients)) == len(set.union(*patients))
 
 
-def test_stage_1_trains_on_the_file(demo: Path, tmp_path: Path) -> None:
+def test_stage_1_trains_on_the_file(demo, tmp_path):
     import medgemma_trainer
 
     flags = ["--trajectory_only", "--dataset", "dka", "--data_path", str(demo)]

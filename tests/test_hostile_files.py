@@ -20,8 +20,7 @@ import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several import auroc_of
-from medgemma_clinical.data import duck
-from medgemma_clinical.data.mimic import extraction
+from medgemma_clinical.data import cohort, duck, mimic
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config
 from mimic_files import DEMO, Mini
@@ -193,9 +192,9 @@ PLACES: dict[str, tuple[Any, str, list[str], Callable[[list[str]], int]]] = {
         ["check", "DATA"],
         dataset_format.main,
     ),
-    "a request": (extraction.Extraction, "__post_init__", ["MIMIC"], dataset_format.main),
-    "a table": (extraction, "apply_rules", ["MIMIC"], dataset_format.main),
-    "an extraction": (extraction, "describe_rows", ["MIMIC"], dataset_format.main),
+    "a request": (mimic.MimicRequest, "__post_init__", ["MIMIC"], dataset_format.main),
+    "a table": (cohort, "apply_rules", ["MIMIC"], dataset_format.main),
+    "an extraction": (cohort, "describe_rows", ["MIMIC"], dataset_format.main),
     "an output": (duck, "write_rows", ["MIMIC"], dataset_format.main),
     "SRTR": (
         srtr_dataset,

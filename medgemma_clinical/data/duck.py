@@ -181,7 +181,7 @@ def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Databa
             connection.execute("SET TimeZone = 'UTC'")
             connection.execute("SET lock_configuration = true")
             database = Database(connection)
-            database.run_file(Path(__file__).with_name("macros.sql"))
+            database.run_file(Path(__file__).parent / "sql" / "macros.sql")
             yield database
         finally:
             connection.close()

@@ -471,7 +471,7 @@ def test_the_description_names_the_rows_and_no_path_of_the_machine(tmp_path):
     text = out.with_suffix(".json").read_text()
     assert str(tmp_path) not in text
     written = json.loads(text)
-    counts = {"rows": 1, "patients": 1, "events": 0, "discharged_alive": 0, "computed_gaps": 1}
+    counts = {"rows": 1, "patients": 1, "events": 0, "discharged_alive": 0}
     assert written["rows"] == counts
     assert written["arguments"]["outcome"] == ["escalation"]
     assert not {"threads", "memory_limit", "out", "mimic_dir"} & written["arguments"].keys()

@@ -1,16 +1,12 @@
 """The demo of MIMIC-IV: counted by another, slow reading; the same rows from any form of file."""
 
-from __future__ import annotations
-
 import hashlib
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.mimic.request import OUTCOMES
-from medgemma_clinical.data.mimic.tables import TABLES
+from medgemma_clinical.data.cohort import OUTCOMES
+from medgemma_clinical.data.mimic import COLUMNS
 from mimic_files import (
     BICARBONATE,
     CHLORIDE,
@@ -28,28 +24,28 @@ POTASSIUM = 50971
 
 
 @pytest.fixture(scope="module")
-def demo() -> dict[str, pd.DataFrame]:
+def demo():
     return read_tables(DEMO)
 
 
 class Slow:
     """The rules again, admission by admission and value by value, on tables of text."""
 
-    def __init__(self, demo: dict[str, pd.DataFrame]) -> None:
-        self.admissions: list[Any] = demo["hosp/admissions"].to_dict("records")
+    def __init__(self, demo):
+        self.admissions = demo["hosp/admissions"].to_dict("records")
         self.patients = demo["hosp/patients"].set_index("subject_id").to_dict("index")
         self.icu = demo["icu/icustays"].to_dict("records")
         labs = demo["hosp/labevents"]
         self.labs = labs[labs["itemid"] == str(GAP)].to_dict("records")
 
     @staticmethod
-    def span(admission: dict[str, str]) -> tuple[pd.Timestamp, pd.Timestamp]:
+    def span(admission):
         end = admission["deathtime"] or admission["dischtime"]
         if admission["dischtime"] and end[:10] > admission["dischtime"][:10]:
             end = admission["dischtime"]
         return pd.Timestamp(admission["admittime"]), pd.Timestamp(end)
 
-    def values(self, admission: dict[str, str]) -> list[tuple[pd.Timestamp, float]]:
+    def values(self, admission):
         start, end = self.span(admission)
         subject = admission["subject_id"]
         others = [a for a in self.admissions if a["subject_id"] == subject]
@@ -66,7 +62,7 @@ class Slow:
                 found.append((at, float(lab["valuenum"])))
         return sorted(found)
 
-    def judge(self, admission: dict[str, str], window: float, horizon: float) -> Any:
+    def judge(self, admission, window, horizon):
         """Return why it is left out, or death, icu, unresolved."""
         start, end = self.span(admission)
         patient = self.patients[admission["subject_id"]]
@@ -91,15 +87,15 @@ class Slow:
 
     @staticmethod
     def unresolved(
-        values: list[tuple[pd.Timestamp, float]],
-        time: pd.Timestamp,
-        until: pd.Timestamp,
-        end: pd.Timestamp,
+        values,
+        time,
+        until,
+        end,
         *,
-        died: bool,
-    ) -> int | None:
+        died,
+    ):
         """Walk through the values as a nurse does: is the gap closed now, was it ever?"""
-        lowest: dict[pd.Timestamp, float] = {}
+        lowest = {}
         for at, value in values:
             lowest[at] = min(value, lowest.get(at, value))
         ever = reopened = seen = False
@@ -121,9 +117,7 @@ class Slow:
 
 
 @pytest.mark.parametrize(("window", "horizon"), [(12.0, 72.0), (30.0, 24.0)])
-def test_the_demo_is_counted_as_a_slow_independent_reading_counts_it(
-    window: float, horizon: float, demo: dict[str, pd.DataFrame]
-) -> None:
+def test_the_demo_is_counted_as_a_slow_independent_reading_counts_it(window, horizon, demo):
     slow = Slow(demo)
     truth = {int(row["hadm_id"]): slow.judge(row, window, horizon) for row in slow.admissions}
     result = extracted(DEMO, ["death"], window_hours=window, horizon_hours=horizon)
@@ -137,7 +131,7 @@ def test_the_demo_is_counted_as_a_slow_independent_reading_counts_it(
     assert {parts[2] for parts in kept.values()} == {None, 0, 1}
 
 
-def test_the_demos_rows_of_escalation_are_those_whose_gap_is_known() -> None:
+def test_the_demos_rows_of_escalation_are_those_whose_gap_is_known():
     """Whatever the other parts say: a row kept for its event alone would be chosen by it."""
     result, every = extracted(DEMO), extracted(DEMO, ["death"])
     parts = every.rows[[f"label_{name}" for name in OUTCOMES]]
@@ -149,7 +143,7 @@ def test_the_demos_rows_of_escalation_are_those_whose_gap_is_known() -> None:
     assert (len(every.rows), len(result.rows), events) == (87, 86, 64)
 
 
-def test_the_demos_coded_admissions(demo: dict[str, pd.DataFrame]) -> None:
+def test_the_demos_coded_admissions(demo):
     """Four are coded: too few to train on, but the rows are there."""
     code = demo["hosp/diagnoses_icd"]["icd_code"]
     coded = demo["hosp/diagnoses_icd"][code.str.match("2501|E(08|09|10|11|13)1")]["hadm_id"]
@@ -160,7 +154,7 @@ def test_the_demos_coded_admissions(demo: dict[str, pd.DataFrame]) -> None:
     assert len(result.rows) == 4 - sum(rule["removed"] for rule in flow[2:])
 
 
-def test_the_demos_own_gap_mostly_includes_potassium(demo: dict[str, pd.DataFrame]) -> None:
+def test_the_demos_own_gap_mostly_includes_potassium(demo):
     """As the definition of the reported gap says."""
     labs = demo["hosp/labevents"].astype({"itemid": int, "valuenum": float})
     drawn = labs.pivot_table("valuenum", ["subject_id", "charttime"], "itemid", "first")
@@ -175,16 +169,14 @@ def test_the_demos_own_gap_mostly_includes_potassium(demo: dict[str, pd.DataFram
 # --------------------------------------------------------------------------- same rows
 
 
-def test_csv_gzip_parquet_and_any_order_of_rows_give_the_same(
-    demo: dict[str, pd.DataFrame], tmp_path: Path
-) -> None:
+def test_csv_gzip_parquet_and_any_order_of_rows_give_the_same(demo, tmp_path):
     pytest.importorskip("pyarrow")
     stored = with_storing_times(demo, 0)
     forms = {".csv": "csv", ".csv.gz": "gz", ".parquet": "parquet"}
     folders = [write_tables(tmp_path / name, stored, form) for form, name in forms.items()]
     mixed = {name: shuffled(table, 1) for name, table in stored.items()}
     folders.append(write_tables(tmp_path / "mixed", mixed))
-    first, *others = (extracted(folder, compute_gap="missing") for folder in folders)
+    first, *others = (extracted(folder, compute_gap="always") for folder in folders)
     assert len(first.rows) > 50
     for other in others:
         assert other.csv == first.csv
@@ -193,21 +185,19 @@ def test_csv_gzip_parquet_and_any_order_of_rows_give_the_same(
 
 
 @pytest.mark.parametrize("form", [".csv", ".csv.gz"])
-def test_threads_and_memory_change_nothing(
-    form: str, demo: dict[str, pd.DataFrame], tmp_path: Path
-) -> None:
+def test_threads_and_memory_change_nothing(form, demo, tmp_path):
     stored = with_storing_times(demo, 2)
     stored["hosp/labevents"]["comments"] = 'a ""high"" value,\nsaid so'
     folder = write_tables(tmp_path, stored, form)
-    request: Any = {"series": ("all",), "compute_gap": "missing"}
+    request = {"series": ("all",), "compute_gap": "always"}
     small = extracted(folder, threads=1, memory_limit="200MB", **request)
     large = extracted(folder, threads=2, memory_limit="2GB", **request)
     assert small.csv == large.csv
     assert small.description == large.description
 
 
-def test_the_hashes_are_those_of_the_files() -> None:
+def test_the_hashes_are_those_of_the_files():
     hashes = extracted(DEMO).description["tables_sha256"]
     for name, digest in hashes.items():
         assert hashlib.sha256((DEMO / f"{name}.csv.gz").read_bytes()).hexdigest() == digest
-    assert set(hashes) == set(TABLES)
+    assert set(hashes) == set(COLUMNS)

@@ -25,7 +25,7 @@ GROUP BY stay;
 CREATE TABLE course AS
 SELECT stay, chart, chart <= time AS before, min(value) > 12 AS open
 FROM converted JOIN windows USING (stay)
-WHERE item = gap_item AND chart <= until
+WHERE item = getvariable('gap_item') AND chart <= until
 GROUP BY stay, chart, before;
 
 -- The gap at the prediction time, and what becomes of it.

@@ -1,24 +1,21 @@
-"""MIMIC-IV: death, intensive care and an anion gap that stays open, within the horizon."""
-
-from __future__ import annotations
+"""The outcome: death, intensive care and an anion gap that stays open, within the horizon."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from mimic_files import Extracted, Mini, extracted, write_tables
+from mimic_files import Mini, extracted, write_tables
 
 Case = Callable[[Mini, int], Mini]
 MINUTE = 1 / 60
 
 
-def open_gaps(mini: Mini, hadm: int, *later: tuple[float, float]) -> Mini:
+def open_gaps(mini, hadm, *later):
     """Two open gaps within the window, then others."""
     return mini.gaps(hadm, (1, 20), (4, 18), *later)
 
 
-CASES: dict[str, tuple[Case, list[int | None]]] = {
+CASES = {
     # Admissions asked at 13 h, looked at until 85 h; then death, icu, unresolved.
     "closed": (lambda m, h: m.admit(h).settling(h), [0, 0, 0]),
     "closed at the edge of the horizon": (
@@ -150,7 +147,7 @@ NUMBERED = {name: number for number, name in enumerate(CASES, 1)}
 
 
 @pytest.fixture(scope="module")
-def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hospital(tmp_path_factory):
     """All cases in one folder, an admission each."""
     mini = Mini()
     for name, (case, _) in CASES.items():
@@ -159,20 +156,18 @@ def hospital(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_death(hospital: Path) -> Extracted:
+def by_death(hospital):
     """Rows whatever else is unknown."""
     return extracted(hospital, ["death"])
 
 
 @pytest.fixture(scope="module")
-def escalation(hospital: Path) -> Extracted:
+def escalation(hospital):
     return extracted(hospital)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_component_and_their_union(
-    name: str, by_death: Extracted, escalation: Extracted
-) -> None:
+def test_each_component_and_their_union(name, by_death, escalation):
     components = CASES[name][1]
     hadm = NUMBERED[name]
     assert by_death.labels(hadm) == components
@@ -183,7 +178,7 @@ def test_each_component_and_their_union(
         assert escalation.rows.loc[hadm, "label_escalation"] == int(1 in components)
 
 
-def test_admissions_of_unknown_outcome_are_counted(escalation: Extracted) -> None:
+def test_admissions_of_unknown_outcome_are_counted(escalation):
     removed = {rule: n for rule, n in escalation.removed().items() if rule.startswith("outcome")}
     assert removed == {
         "outcome not known: in hospital for the whole horizon, anion gap not measured again": 3,
@@ -201,9 +196,7 @@ def test_admissions_of_unknown_outcome_are_counted(escalation: Extracted) -> Non
         ("death,icu,unresolved", {1: 1, 2: 1, 3: 1, 4: 0, 5: 0}),
     ],
 )
-def test_each_component_can_be_chosen(
-    outcome: str, expected: dict[int, int], tmp_path: Path
-) -> None:
+def test_each_component_can_be_chosen(outcome, expected, tmp_path):
     mini = Mini().admit(1, 0, 50, death=50.0).settling(1)
     mini.admit(2).settling(2).icu(2, 30, 60)
     mini.admit(3).settling(3).gaps(3, (60, 14))
@@ -217,9 +210,7 @@ DISCHARGED = ("discharged with", "closed before, never measured again, d", "to i
 
 
 @pytest.mark.parametrize("outcome", ["escalation", "death"])
-def test_discharges_alive_are_counted_or_left_out_whatever_else_happened(
-    outcome: str, hospital: Path
-) -> None:
+def test_discharges_alive_are_counted_or_left_out_whatever_else_happened(outcome, hospital):
     """But for a discharge at the horizon's edge, which is not within it."""
     counted = extracted(hospital, [outcome])
     excluded = extracted(hospital, [outcome], discharged="exclude")
@@ -236,7 +227,7 @@ def test_discharges_alive_are_counted_or_left_out_whatever_else_happened(
     assert "competing event" in counted.description["definitions"]["discharge"]
 
 
-def test_of_two_units_at_one_time_the_order_of_the_rows_does_not_decide(tmp_path: Path) -> None:
+def test_of_two_units_at_one_time_the_order_of_the_rows_does_not_decide(tmp_path):
     tables = Mini().admit(1).settling(1).icu(1, 2, 60).icu(1, 2, 70).tables()
     tables["icu/icustays"]["first_careunit"] = ["CCU", "MICU"]
     contexts = []
@@ -248,7 +239,7 @@ def test_of_two_units_at_one_time_the_order_of_the_rows_does_not_decide(tmp_path
     assert "MICU" in contexts[0]
 
 
-def test_the_horizon_is_respected(tmp_path: Path) -> None:
+def test_the_horizon_is_respected(tmp_path):
     mini = Mini().admit(1, 0, 50, death=50.0).settling(1)
     mini.admit(2, 0, 30, death=30.0).settling(2)
     result = extracted(mini.write(tmp_path), ["death"], horizon_hours=20.0)

@@ -1,17 +1,12 @@
 """MIMIC-IV's tables: damaged, incomplete or foreign ones are refused in one line."""
 
-from __future__ import annotations
-
 import gzip
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from medgemma_clinical.data.mimic.tables import TABLES
+from medgemma_clinical.data.mimic import COLUMNS
 from medgemma_clinical.files import InputError
 from mimic_files import DEMO, Mini, extracted, moment
 
@@ -19,48 +14,30 @@ SECRET = "98765"
 """Stands in a spoiled cell; no message may repeat the content of a patient's cell."""
 
 
-def edit(name: str, change: Callable[[str], str]) -> Callable[[Path], Any]:
-    def apply(folder: Path) -> None:
+def edit(name, change):
+    def apply(folder):
         path = folder / f"{name}.csv"
         path.write_text(change(path.read_text()))
 
     return apply
 
 
-def replace_once(name: str, old: str, new: str) -> Callable[[Path], Any]:
+def replace_once(name, old, new):
     return edit(name, lambda text: text.replace(old, new, 1))
 
 
-def cut_gzip(folder: Path) -> None:
+def cut_gzip(folder):
     (folder / "hosp" / "labevents.csv").unlink()
     whole = (DEMO / "hosp" / "labevents.csv.gz").read_bytes()
     (folder / "hosp" / "labevents.csv.gz").write_bytes(whole[: len(whole) // 2])
 
 
-def as_mimic_iii(folder: Path) -> None:
-    """Capitals, no modules."""
-    for path in folder.glob("*/*.csv"):
-        path.rename(folder / path.name.upper().replace(".CSV", ".csv"))
-    for module in ("hosp", "icu"):
-        (folder / module).rmdir()
-
-
-def as_mimic_iv_1(folder: Path) -> None:
-    """Patients and admissions in core/."""
-    (folder / "core").mkdir()
-    (folder / "hosp" / "patients.csv").rename(folder / "core" / "patients.csv")
-    (folder / "hosp").rename(folder / "lab")
-
-
-BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
-    "no folder": (lambda f: f.rename(f.parent / "gone"), ["no such folder", "hosp/ and icu/"]),
-    "no hosp": (lambda f: (f / "hosp").rename(f / "hsp"), ["hosp/"]),
-    "no icu": (lambda f: (f / "icu").rename(f / "uci"), ["icu/"]),
-    "MIMIC-III": (as_mimic_iii, ["MIMIC-III", "MIMIC-IV 2.x and 3.x"]),
-    "MIMIC-IV 1.0": (as_mimic_iv_1, ["before 2.0"]),
+BAD = {
+    "no folder": (lambda f: f.rename(f.parent / "gone"), ["--mimic_dir .*: no such folder"]),
+    "no icu": (lambda f: (f / "icu").rename(f / "uci"), ["the table icu/icustays .* is missing"]),
     "columns of MIMIC-III": (
         edit("hosp/labevents", lambda t: "ROW_ID," + t.replace("itemid", "ITEMID", 1)),
-        ["labevents.csv", "itemid", "MIMIC-III"],
+        ["labevents.csv: no column itemid", "MIMIC-IV 2.x and 3.x"],
     ),
     "a table twice": (
         lambda f: (f / "hosp/patients.csv.gz").write_bytes(b""),
@@ -129,7 +106,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 }
 
 
-def refusal(folder: Path) -> str:
+def refusal(folder):
     with pytest.raises(InputError) as caught:
         extracted(folder)
     text = str(caught.value)
@@ -139,12 +116,12 @@ def refusal(folder: Path) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return Mini().admit(1).settling(1).admit(2).settling(2).write(tmp_path / "mimic")
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_tables_are_refused_in_one_line(name: str, folder: Path) -> None:
+def test_bad_tables_are_refused_in_one_line(name, folder):
     spoil, expected = BAD[name]
     spoil(folder)
     text = refusal(folder)
@@ -152,8 +129,8 @@ def test_bad_tables_are_refused_in_one_line(name: str, folder: Path) -> None:
         assert re.search(pattern, text), text
 
 
-def test_every_table_and_every_required_column_is_needed(folder: Path) -> None:
-    for name, columns in TABLES.items():
+def test_every_table_and_every_required_column_is_needed(folder):
+    for name, columns in COLUMNS.items():
         path = folder / f"{name}.csv"
         content = path.read_text()
         path.unlink()
@@ -167,7 +144,7 @@ def test_every_table_and_every_required_column_is_needed(folder: Path) -> None:
         path.write_text(content)
 
 
-def test_bad_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_bad_parquet_is_refused_in_one_line(tmp_path):
     pytest.importorskip("pyarrow")
     folder = Mini().admit(1).settling(1).write(tmp_path, ".parquet")
     path = folder / "hosp" / "labevents.parquet"
@@ -175,7 +152,7 @@ def test_bad_parquet_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "labevents.parquet: damaged" in refusal(folder)
 
 
-def test_a_gzip_that_is_whole_reads_as_the_text_in_it(folder: Path) -> None:
+def test_a_gzip_that_is_whole_reads_as_the_text_in_it(folder):
     plain = extracted(folder)
     path = folder / "hosp" / "labevents.csv"
     path.with_suffix(".csv.gz").write_bytes(gzip.compress(path.read_bytes()))
@@ -183,9 +160,7 @@ def test_a_gzip_that_is_whole_reads_as_the_text_in_it(folder: Path) -> None:
     assert extracted(folder).csv == plain.csv
 
 
-def test_a_terminal_shows_how_far_the_reading_is(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_shows_how_far_the_reading_is(folder, capsys, monkeypatch):
     extracted(folder)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

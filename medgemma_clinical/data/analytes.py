@@ -1,0 +1,118 @@
+"""The chemistry of a hospital's laboratory: items, units and the factors between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from medgemma_clinical.data.dka.description import comparable
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.files import InputError
+
+GAP_ITEM = 50868
+"""Item of the anion gap that the laboratory reports. Source: d_labitems of MIMIC-IV."""
+
+COMPUTED_GAP = -1
+"""Item of the computed anion gap, which MIMIC-IV does not have."""
+
+GAP_COMPONENTS = (50983, 50902, 50882)
+"""Serum sodium, chloride and bicarbonate: the gap is the first less the others."""
+
+ALL_SERIES = "all"
+
+CHEMISTRY = (
+    Feature("anion gap", "mEq/L", (GAP_ITEM,), (-5.0, 60.0)),
+    Feature("bicarbonate", "mEq/L", (50882,), (3.0, 60.0)),
+    Feature("chloride", "mEq/L", (50902, 50806), (50.0, 160.0)),
+    Feature("creatinine", "mg/dL", (50912,), (0.1, 30.0)),
+    Feature("glucose", "mg/dL", (50931, 50809), (5.0, 2500.0)),
+    Feature("lactate", "mmol/L", (50813,), (0.1, 40.0)),
+    Feature("pH", "", (50820,), (6.5, 8.0)),
+    Feature("potassium", "mEq/L", (50971, 50822), (1.0, 12.0)),
+    Feature("sodium", "mEq/L", (50983, 50824), (90.0, 200.0)),
+    Feature("urea nitrogen", "mg/dL", (51006,), (1.0, 300.0)),
+)
+"""Keys are MIMIC-IV's itemids: the serum's first, then the blood gas machine's.
+
+Source: itemid and valueuom, d_labitems and labevents of MIMIC-IV.
+"""
+
+FACTORS = {
+    "creatinine": {"mg/dl": 1.0, "umol/l": 0.011312},
+    "glucose": {"mg/dl": 1.0, "mmol/l": 18.016},
+    "lactate": {"mmol/l": 1.0, "mg/dl": 0.11101},
+    "pH": {"units": 1.0, "ph": 1.0, "": 1.0},
+    "urea nitrogen": {"mg/dl": 1.0, "mmol/l": 2.801},
+}
+"""Factors of units in small letters, to convert to the unit above; those of the others are
+``EQUIVALENT``. Source: molar masses of glucose 180.16, creatinine 113.12, lactate 90.08, nitrogen
+of urea 28.01 g/mol."""
+
+EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}
+"""Factors of units for ions of one charge."""
+
+ANALYTES = {int(item): analyte for analyte in CHEMISTRY for item in analyte.keys}
+
+
+def feature_of(analyte: Feature, gap_item: int, items: tuple[int | str, ...] = ()) -> Feature:
+    """Return the feature of an analyte's items, or of some of them, with the gap that is used."""
+    if GAP_ITEM not in analyte.keys or gap_item == GAP_ITEM:
+        return Feature(analyte.name, analyte.unit, items or analyte.keys, analyte.plausible)
+    # Another quantity than the reported gap: no model of one may pass for one of the other.
+    name = f"{analyte.name} without potassium"
+    return Feature(name, analyte.unit, (COMPUTED_GAP,), analyte.plausible)
+
+
+def choose_features(names: Sequence[str], gap_item: int) -> list[Feature]:
+    """Return the features of some analytes by name, or of all, the anion gap first.
+
+    Raises:
+        InputError: no such analyte, or one twice.
+    """
+    known = {comparable(analyte.name): analyte for analyte in CHEMISTRY}
+    wanted = [comparable(name) for name in names]
+    wanted = list(known) if wanted == [ALL_SERIES] else wanted
+    for name, shown in zip(wanted, names, strict=False):
+        if name not in known:
+            all_names = ", ".join(analyte.name for analyte in CHEMISTRY)
+            raise InputError(f"--series {shown}: no such series: all, or some of {all_names}")
+    if len(set(wanted)) < len(wanted):
+        raise InputError("--series: name each series once")
+    return [feature_of(known[name], gap_item) for name in wanted]
+
+
+def items_to_read(features: Sequence[Feature]) -> set[int]:
+    """Return the items whose values features are made of."""
+    items = {int(key) for feature in features for key in feature.keys}
+    return items - {COMPUTED_GAP} | (set(GAP_COMPONENTS) if COMPUTED_GAP in items else set())
+
+
+def find_factors(units: pd.DataFrame, features: Sequence[Feature], path: str) -> pd.DataFrame:
+    """Find the factors that convert the values of each item to one unit.
+
+    Args:
+        units: ``item``, ``unit`` as written, empty where there is none, ``count`` of its values.
+        features: whose values may not be left out.
+        path: of the table, for errors.
+
+    Returns:
+        The same with ``factor``, NaN where a unit is unknown.
+
+    Raises:
+        InputError: an item of a feature has an unknown unit, or several that nothing converts.
+    """
+    factors = pd.Series(np.nan, index=units.index)
+    for item in units["item"].unique().tolist():
+        written = units.loc[units["item"] == item, "unit"]
+        lower = written.str.lower()
+        known = {min(filter(None, lower), default=""): 1.0}  # of another item the one unit it has
+        if item in ANALYTES:
+            known = FACTORS.get(ANALYTES[item].name, EQUIVALENT)
+        if item in items_to_read(features) and not set(lower) - {""} <= known.keys():
+            shown = ", ".join(map(repr, sorted(set(written) - {""})))
+            can = f"known are {', '.join(known)}" if item in ANALYTES else "nothing converts them"
+            raise InputError(f"{path}: item {item} has values in {shown}: {can}")
+        factors[written.index] = lower.map(known)
+    return units.assign(factor=factors.astype(float))

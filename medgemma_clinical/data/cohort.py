@@ -1,0 +1,472 @@
+"""From the tables of a hospital to rows of the DKA format: cohorts, outcomes, the steps in SQL."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.analytes import (
+    ANALYTES,
+    CHEMISTRY,
+    COMPUTED_GAP,
+    GAP_ITEM,
+    feature_of,
+    find_factors,
+    items_to_read,
+)
+from medgemma_clinical.data.duck import (
+    Column,
+    Database,
+    TableFile,
+    TableRequest,
+    apply_rules,
+    check_rows,
+    describe_origin,
+    find_file,
+    load_table,
+    open_table,
+)
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.texts import plain
+
+logger = logging.getLogger(__name__)
+
+SQL = Path(__file__).parent / "sql"
+
+MAX_HOURS = 1e6
+"""114 years: no window or horizon is longer."""
+
+# --------------------------------------------------------------------------- definitions
+# They go into the description beside the file, letter by letter.
+
+COHORTS = {
+    "dka": (
+        "adult admissions coded as diabetic ketoacidosis (ICD-9-CM 250.1x; ICD-10-CM E08.1x, "
+        "E09.1x, E10.1x, E11.1x, E13.1x). Codes are given at discharge: this cohort is chosen in "
+        "hindsight, and a model of it cannot be used at a bedside as it is"
+    ),
+    "all": "all adult admissions with enough values",
+    "biochemical": (
+        "adult admissions with, among the values known within the window, glucose above 250 mg/dL, "
+        "bicarbonate at most 18 mEq/L, an anion gap above 12 mEq/L and, where any pH is known, one "
+        "of at most 7.30 (ketones are not asked for)"
+    ),
+}
+"""Source of biochemical: Kitabchi 2009, diagnosis, with the anion gap of moderate ketoacidosis and
+without ketones."""
+
+
+@dataclass(frozen=True)
+class OutcomeText:
+    """Texts of one outcome: its name in a report, the end of its question, its definition."""
+
+    outcome: str
+    question: str
+    definition: str
+
+    def ask(self, hours: float) -> str:
+        """Return the question about a patient."""
+        return f"Will the patient {self.question} within {plain(hours)} hours?"
+
+
+OUTCOMES = {
+    "death": OutcomeText(
+        "In-hospital death",
+        "die in hospital",
+        "death in this hospital admission within the horizon (its time, or the time of discharge "
+        "where only that is known). A discharge alive counts 0",
+    ),
+    "icu": OutcomeText(
+        "ICU admission",
+        "be admitted to an intensive care unit",
+        "a stay in intensive care that begins within the horizon, in this admission; not asked "
+        "of a patient who is in intensive care at the prediction time (empty)",
+    ),
+    "unresolved": OutcomeText(
+        "Anion gap not resolved",
+        "keep or regain an anion gap above 12 mEq/L",
+        "of a gap above 12 mEq/L at the prediction time: no value at or below 12 within the "
+        "horizon, or one and a later value above it; of a closed one: a value above 12 within the "
+        "horizon. A death with a gap that is not known to be closed counts 1. A discharge alive "
+        "with a gap that was open all along counts 0: a competing event. Not known (empty) where "
+        "the patient is in hospital for the whole horizon and the gap is not measured in it",
+    ),
+}
+"""The components of escalation, which is any of them."""
+
+ESCALATED = "escalation"
+ESCALATION = OutcomeText(
+    "Escalation", "need escalation of care", "any of death, icu and unresolved"
+)
+
+GAPS = {
+    "always": "sodium - chloride - bicarbonate, without potassium as in guidelines, for everyone",
+    "reported": (
+        "as the laboratory reports it: in MIMIC-IV (item 50868) mostly with potassium and so about "
+        "4 mEq/L above sodium - chloride - bicarbonate, in eICU so in some hospitals"
+    ),
+}
+GAP_ITEMS = {"always": COMPUTED_GAP, "reported": GAP_ITEM}
+
+DISCHARGED = {
+    "not_escalated": (
+        "a patient who is discharged alive within the horizon, without an event before, counts as "
+        "not escalated: a competing event"
+    ),
+    "exclude": (
+        "patients who are discharged alive within the horizon are left out, whatever happened "
+        "before: the cohort is chosen by what follows the prediction time"
+    ),
+}
+
+UNIT_KINDS = {
+    "cardiac": "cardi|coronary|ccu|cticu|cvicu|csicu",
+    "medical": "medic|micu|med-",
+    "neuro": "neuro",
+    "surgical": "surg|sicu",
+    "trauma": "trauma|tsicu",
+}
+"""Words in the name of a unit; one may be of several kinds. The kinds are the same in every data
+base, so that a model of one reads the other. Source: first_careunit of MIMIC-IV, unittype of
+eICU."""
+
+RULES = {
+    "not_adult": "under 18 at admission, or of unknown age",
+    "not_coded": "not coded as diabetic ketoacidosis",
+    "no_value": "no value of the series known within a window of the admission",
+    "before_admission": "prediction time before the admission",
+    "dead": "died by the prediction time",
+    "gone": "discharged by the prediction time",
+    "too_few": "fewer than {} values known within the window",
+    "no_ketoacidosis": "not in ketoacidosis by what is known within the window",
+    "in_intensive_care": "in intensive care at the prediction time",
+    "excluded_discharge": "discharged alive within the horizon (--discharged exclude)",
+    "not_measured": (
+        "outcome not known: in hospital for the whole horizon, anion gap not measured again"
+    ),
+}
+"""Why an admission is left out, by its column in ``rules.sql``."""
+
+# --------------------------------------------------------------------------- request and tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortRequest(TableRequest):
+    """A request for rows from the tables of a hospital: cohort, series, times, outcome.
+
+    Raises:
+        InputError: an impossible value, named with its flag.
+    """
+
+    cohort: str
+    series: tuple[str, ...]
+    window_hours: float
+    horizon_hours: float
+    min_observations: int
+    outcome: tuple[str, ...]
+    discharged: str
+    compute_gap: str
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        for name in ("window_hours", "horizon_hours"):
+            valid = 0 < getattr(self, name) <= MAX_HOURS  # NaN compares false
+            self.check(valid, name, f"must be a number above 0, at most {MAX_HOURS:g}")
+        self.check(self.min_observations >= 1, "min_observations", "must be at least 1")
+        chosen = set(self.outcome)
+        valid = chosen == {ESCALATED} or (bool(chosen) and chosen <= OUTCOMES.keys())
+        self.check(valid, "outcome", f"must be escalation, or some of {', '.join(OUTCOMES)}")
+
+    @property
+    def gap_item(self) -> int:
+        """Item of the anion gap that is used."""
+        return GAP_ITEMS[self.compute_gap]
+
+    @property
+    def components(self) -> list[str]:
+        """The components of the outcome, in the order of ``OUTCOMES``."""
+        return [name for name in OUTCOMES if {name, ESCALATED} & set(self.outcome)]
+
+    @property
+    def outcome_text(self) -> OutcomeText:
+        """The texts of the chosen outcome."""
+        if len(self.components) == len(OUTCOMES):
+            return ESCALATION
+        chosen = [OUTCOMES[name] for name in self.components]
+        return OutcomeText(
+            outcome=" or ".join(text.outcome for text in chosen),
+            question=" or ".join(text.question for text in chosen),
+            definition=" or ".join(text.definition for text in chosen),
+        )
+
+
+class HospitalTables:
+    """The files of a hospital, from which a subclass makes tables in the form of MIMIC-IV's.
+
+    Attributes:
+        command: that reads them.
+        source: of the data, with their terms.
+        columns: that are read, by the name of the table.
+        unique: columns that hold each value once, by the name of the table.
+        labs: name of the table of laboratory values.
+        hint: what to do about a missing column.
+        cohorts: definition of each cohort.
+        known: when a value is known at the prediction time.
+        hashes: SHA-256 of each file that was read.
+    """
+
+    command: str
+    source: str
+    columns: Mapping[str, Mapping[str, Column]]
+    unique: Mapping[str, str]
+    labs: str
+    hint: str
+    cohorts = COHORTS
+    known = "charted and stored by then"
+
+    def __init__(self, database: Database, flag: str, folder: Path) -> None:
+        """Find all files, so that the absence of one shows before minutes are spent."""
+        self.database, self.name = database, f"{flag} {folder}"
+        self.paths = {name: find_file(folder, name, flag) for name in self.columns}
+        self.hashes: dict[str, str] = {}
+
+    def load(self, name: str, keep: str = "true", keys: Sequence[str] = ()) -> TableFile:
+        """Make a table of a file, named like it; ``{COLUMN}`` in ``keep`` is a typed cell."""
+        columns = self.columns[name]
+        file = open_table(self.database, self.paths[name], columns, self.hint)
+        self.hashes[name] = file.sha256
+        cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
+        table = name.rpartition("/")[2]
+        load_table(self.database, table, file, columns, keep.format(**cells), keys=keys)
+        if name != self.labs:
+            check_rows(self.database, table, file.path, self.unique.get(name, ""))
+        return file
+
+    def load_admissions(self) -> None:
+        """Make the tables patients, admissions, icustays and ketoacidosis.
+
+        The last holds hadm_id of each code, and when it was entered, NULL for codes of discharge.
+        """
+        raise NotImplementedError
+
+    def choose_features(self, request: Any) -> list[Feature]:
+        """Return the features that are asked for, the main one first."""
+        raise NotImplementedError
+
+    def load_labs(self, items: set[int]) -> None:
+        """Make the table labs of these items, of patients in the table wanted."""
+        raise NotImplementedError
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def make_cohort(
+    database: Database, request: CohortRequest, tables: HospitalTables
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Make rows of the DKA format, by ascending patient and admission, and their description.
+
+    The table ``windows`` holds the prediction time of each ``stay``, ``kept`` the stays of the rows
+    in their order.
+
+    Raises:
+        InputError: the tables cannot be read, or no admission is left.
+    """
+    database.set(
+        cohort=request.cohort,
+        window_length=timedelta(seconds=round(request.window_hours * 3600)),
+        horizon_length=timedelta(seconds=round(request.horizon_hours * 3600)),
+        min_observations=request.min_observations,
+        outcome=request.components,
+        gap_item=request.gap_item,
+        computed_gap=COMPUTED_GAP,
+    )
+    tables.load_admissions()
+    database.run_file(SQL / "stays.sql")
+    features, left_out = read_values(database, request, tables)
+    for step in ("prediction_times", "outcome", "rules"):
+        database.run_file(SQL / f"{step}.sql")
+    flow = select_admissions(database, request, tables)
+    rows = make_rows(database, request, features)
+    (discharged,) = database.row(
+        "SELECT count(*) FILTER (discharged_alive) FROM kept JOIN outcomes USING (stay)"
+    )
+    if request.discharged != "exclude":
+        message = "discharged alive within the horizon, which is no event: %d rows"
+        logger.info(message, discharged)
+    counts = {
+        "rows": len(rows),
+        "patients": int(rows["subject_id"].nunique()),
+        "events": int(rows["label_escalation"].sum()),
+        "discharged_alive": discharged,
+    }
+    counted = {"flow": flow, "rows": counts, "values": dict(sorted(left_out.items()))}
+    return rows, describe_rows(request, tables, features, counted)
+
+
+def read_values(
+    database: Database, request: CohortRequest, tables: HospitalTables
+) -> tuple[list[Feature], dict[str, int]]:
+    """Make the tables analytes, series_items and converted.
+
+    Returns:
+        The features, each with its unit and its reference range; counts of values by the reason for
+        which they were left out or resolved.
+    """
+    chosen = tables.choose_features(request)
+    used = {GAP_ITEM: request.gap_item}
+    names = [
+        (used.get(item, item), each.name, f" ({each.unit})" if each.unit else "")
+        for item, each in ANALYTES.items()
+    ]
+    database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
+    items = [(k, item) for k, feature in enumerate(chosen) for item in feature.keys]
+    database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
+    tables.load_labs(items_to_read(chosen) | set(ANALYTES))
+    database.run_file(SQL / "values.sql")
+    found = database.frame("FROM value_counts").iloc[0]
+    left_out = {str(reason): int(count) for reason, count in found.items() if count}
+
+    path = tables.paths[tables.labs]
+    units = database.frame(
+        "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
+    )
+    factors = find_factors(units, chosen, str(path))
+    known = factors["factor"].notna()
+    database.add("factors", factors[known])
+    database.run_file(SQL / "gaps.sql")
+    for item, count in factors[~known].groupby("item")["count"].sum().items():
+        name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
+        left_out[f"of {name} in no unit or an unknown one"] = int(count)
+    for reason, count in left_out.items():
+        logger.info("%s: %d values %s", path, count, reason)
+
+    spelled = factors[known].groupby("item")["unit"].min()
+    ranges = {
+        item: (low, high) for item, low, high in database.run("FROM reference_ranges").fetchall()
+    }
+    features = [
+        replace(
+            feature,
+            unit=spelled.get(feature.keys[0], "") if feature.unit is None else feature.unit,
+            reference=next((ranges[item] for item in feature.keys if item in ranges), None),
+        )
+        for feature in chosen
+    ]
+    return features, left_out
+
+
+def select_admissions(
+    database: Database, request: CohortRequest, tables: HospitalTables
+) -> list[dict[str, Any]]:
+    """Make the table kept, and log how the admissions became rows."""
+    applies = {
+        "not_coded": request.cohort == "dka",
+        "no_ketoacidosis": request.cohort == "biochemical",
+        "in_intensive_care": request.components == ["icu"],
+        "excluded_discharge": request.discharged == "exclude",
+        "not_measured": "unresolved" in request.components,
+    }
+    unused = [name for name, used in applies.items() if not used]
+    titles = {name: text.format(request.min_observations) for name, text in RULES.items()}
+    rules = database.frame("FROM rules ORDER BY stay").set_index("stay")
+    left, flow = apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)
+    database.add("kept", left[left].index.to_frame())
+    logger.info("cohort %s: %s", request.cohort, tables.cohorts[request.cohort])
+    return flow
+
+
+def make_rows(
+    database: Database, request: CohortRequest, features: Sequence[Feature]
+) -> pd.DataFrame:
+    """Return the rows: identifiers, series, prediction time, context, static features, labels."""
+    database.run_file(SQL / "rows.sql")
+    columns, joins = [], []
+    for k, feature in enumerate(features):
+        name = f"trajectory_{feature.title}" if k else "clinical_trajectory"
+        columns.append(f'cell_{k}.cell AS "{name}"')
+        joins.append(f"LEFT JOIN (FROM cells WHERE position = {k}) AS cell_{k} USING (stay)")
+    rows = database.frame(
+        f"SELECT subject_id, hadm_id, {', '.join(columns)}, "
+        "row_columns.* EXCLUDE (subject_id, hadm_id) "
+        f"FROM row_columns {' '.join(joins)} ORDER BY stay"
+    ).set_index("stay")
+    labels = [name for name in map(str, rows) if name.startswith("label_")]
+    static = make_static_features(database, request, features, rows)
+    rows = rows.drop(columns=["unit", "hours_since_admission"])
+    rows = pd.concat([rows.drop(columns=labels), static, rows[labels]], axis="columns")
+    flags = [*labels, "static_sex_male"]
+    return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
+
+
+def make_static_features(
+    database: Database, request: CohortRequest, features: Sequence[Feature], rows: pd.DataFrame
+) -> pd.DataFrame:
+    """Return what the context tells of the unit, of time and of other chemistry, as numbers."""
+    unit = rows["unit"]
+    static = pd.DataFrame({"static_icu": unit.notna().astype("int8")})
+    for kind, pattern in UNIT_KINDS.items():
+        is_kind = unit.str.contains(pattern, case=False, na=False)
+        static[f"static_unit_{kind}"] = is_kind.astype("int8")
+    static["static_hours_since_admission [h]"] = rows["hours_since_admission"]
+    values = database.frame("FROM last_values").pivot(
+        index="stay", columns="analyte", values="value"
+    )
+    items = {key for feature in features for key in feature.keys}
+    for analyte in CHEMISTRY:
+        feature = feature_of(analyte, request.gap_item)
+        if not items & set(feature.keys):
+            static[f"static_last_{feature.title}"] = values.get(analyte.name)
+    return static
+
+
+def describe_rows(
+    request: CohortRequest,
+    tables: HospitalTables,
+    features: Sequence[Feature],
+    counted: dict[str, Any],
+) -> dict[str, Any]:
+    """Describe the rows: texts of the data set, ``counted``, definitions, origin."""
+    main, *others = features
+    text = request.outcome_text
+    return {
+        "series": _as_title(main.name),
+        "unit": main.unit,
+        "question": text.ask(request.horizon_hours),
+        "outcome": text.outcome,
+        "labels": {
+            f"label_{name}": {"outcome": each.outcome, "question": each.ask(request.horizon_hours)}
+            for name, each in OUTCOMES.items()
+        },
+        "plausible": main.plausible,
+        "limits": {each.name: each.plausible for each in others},
+        "reference": main.reference,
+        "references": {each.name: each.reference for each in others if each.reference},
+        "prediction_time": (
+            f"{plain(request.window_hours)} hours after the first value of each admission, for "
+            f"patients who are then in hospital; only values {tables.known} are read"
+        ),
+        "horizon": f"{plain(request.horizon_hours)} hours from then on",
+        **counted,
+        "definitions": {
+            "cohort": tables.cohorts[request.cohort],
+            "anion_gap": GAPS[request.compute_gap],
+            "discharge": DISCHARGED[request.discharged],
+            "label_escalation": text.definition,
+            **{f"label_{name}": outcome.definition for name, outcome in OUTCOMES.items()},
+        },
+        "source": tables.source,
+        **describe_origin(request, tables.command, tables.hashes),
+    }
+
+
+def _as_title(name: str) -> str:
+    """Return a name with a capital at its beginning; pH stays as it is."""
+    return name if name[1:] != name[1:].lower() else name[:1].upper() + name[1:]

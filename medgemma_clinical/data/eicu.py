@@ -1,0 +1,119 @@
+"""The command from_eicu: eICU's tables in the form of MIMIC-IV's, for the same cohort."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.analytes import CHEMISTRY, choose_features
+from medgemma_clinical.data.cohort import COHORTS, SQL, CohortRequest, HospitalTables, make_cohort
+from medgemma_clinical.data.duck import (
+    KEY,
+    KEY_OR_EMPTY,
+    NUMBER_OR_EMPTY,
+    WORD,
+    WORD_OR_EMPTY,
+    open_database,
+)
+from medgemma_clinical.data.feature import Feature
+
+ITEMS = {each.name.replace("urea nitrogen", "BUN"): each.keys[0] for each in CHEMISTRY}
+"""MIMIC-IV's item of each labname. Others mean something else: bedside glucose is a finger prick,
+HCO3 and Total CO2 are computed by the blood gas machine."""
+
+STAYS = (
+    "eICU holds patients of its units alone: an admission begins with the first stay in one; left "
+    "out are hospital stays of unknown hospitaldischargestatus or age"
+)
+
+
+COLUMNS = {
+    "patient": {
+        "patientunitstayid": KEY,
+        "patienthealthsystemstayid": KEY,
+        "uniquepid": WORD,
+        "gender": WORD_OR_EMPTY,
+        "age": WORD_OR_EMPTY,
+        "hospitaladmitoffset": KEY,
+        "hospitaldischargeoffset": KEY,
+        "hospitaldischargestatus": WORD_OR_EMPTY,
+        "unittype": WORD_OR_EMPTY,
+        "unitstaytype": WORD_OR_EMPTY,
+        "unitdischargeoffset": KEY,
+    },
+    "admissionDx": {
+        "patientunitstayid": KEY,
+        "admitdxenteredoffset": KEY,
+        "admitdxpath": WORD_OR_EMPTY,
+    },
+    "lab": {
+        "labname": WORD_OR_EMPTY,
+        "patientunitstayid": KEY,
+        "labresultoffset": KEY,
+        "labresultrevisedoffset": KEY_OR_EMPTY,
+        "labresult": NUMBER_OR_EMPTY,
+        "labmeasurenamesystem": WORD_OR_EMPTY,
+    },
+}
+"""Source: eicu-crd.mit.edu, version 2.0; an offset is minutes from the admission to the unit."""
+
+UNIQUE = {"patient": "patientunitstayid"}
+
+DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
+    "dka": "adult admissions with APACHE's admission diagnosis of diabetic ketoacidosis, "
+    f"entered by the prediction time; {STAYS}"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EicuRequest(CohortRequest):
+    """A request for rows from eICU."""
+
+    eicu_dir: Path
+
+
+class EicuTables(HospitalTables):
+    """The folder of eICU."""
+
+    command = "from_eicu"
+    source = "eICU Collaborative Research Database (PhysioNet), under its data use agreement"
+    hint = "this reads eICU 2.0"
+    labs = "lab"
+    columns = COLUMNS
+    unique = UNIQUE
+    cohorts = DEFINITIONS
+
+    def load_admissions(self) -> None:
+        """Make patients, admissions, icustays and ketoacidosis."""
+        self.load("patient")
+        self.load("admissionDx")
+        self.database.run_file(SQL / "eicu_admissions.sql")
+
+    def choose_features(self, request: EicuRequest) -> list[Feature]:
+        """Return the features that are asked for, the main one first."""
+        return choose_features(request.series or ("anion gap",), request.gap_item)
+
+    def load_labs(self, items: set[int]) -> None:
+        """Make labs of all names in ``ITEMS``, of patients with a wanted admission."""
+        self.database.add("items", pd.DataFrame(ITEMS.items(), columns=["labname", "itemid"]))
+        self.load(
+            "lab",
+            "{labname} IN (FROM items SELECT labname) AND {patientunitstayid} IN "
+            "(SELECT patientunitstayid FROM unit_stays SEMI JOIN wanted USING (subject_id))",
+            keys=("patientunitstayid",),
+        )
+        self.database.run_file(SQL / "eicu_labs.sql")
+
+
+def make_eicu(request: EicuRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Make rows of the DKA format from eICU, and their description.
+
+    Raises:
+        InputError: the tables cannot be read, or no admission is left.
+    """
+    with open_database(request.out, request.memory_limit, request.threads) as database:
+        tables = EicuTables(database, "--eicu_dir", request.eicu_dir)
+        return make_cohort(database, request, tables)

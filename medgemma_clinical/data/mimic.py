@@ -1,0 +1,169 @@
+"""The command from_mimic: MIMIC-IV's tables, and the series by item."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.analytes import ANALYTES, GAP_ITEM, choose_features, feature_of
+from medgemma_clinical.data.cohort import CohortRequest, HospitalTables, make_cohort
+from medgemma_clinical.data.dka.description import comparable
+from medgemma_clinical.data.duck import (
+    KEY,
+    KEY_OR_EMPTY,
+    NUMBER,
+    NUMBER_OR_EMPTY,
+    TIME,
+    TIME_OR_EMPTY,
+    WORD_OR_EMPTY,
+    Column,
+    open_database,
+)
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+OPTIONAL_WORD, OPTIONAL_TIME, OPTIONAL_NUMBER = (
+    Column(form, may_be_empty=True, optional=True) for form in ("word", "time", "number")
+)
+
+COLUMNS: dict[str, dict[str, Column]] = {
+    "hosp/patients": {
+        "subject_id": KEY,
+        "gender": WORD_OR_EMPTY,
+        "anchor_age": NUMBER_OR_EMPTY,
+        "anchor_year": NUMBER_OR_EMPTY,
+    },
+    "hosp/admissions": {
+        "subject_id": KEY,
+        "hadm_id": KEY,
+        "admittime": TIME,
+        "dischtime": TIME_OR_EMPTY,
+        "deathtime": TIME_OR_EMPTY,
+        "hospital_expire_flag": NUMBER_OR_EMPTY,
+    },
+    "icu/icustays": {
+        "hadm_id": KEY,
+        "intime": TIME_OR_EMPTY,
+        "outtime": TIME_OR_EMPTY,
+        "first_careunit": WORD_OR_EMPTY,
+    },
+    "hosp/diagnoses_icd": {"hadm_id": KEY, "icd_code": WORD_OR_EMPTY, "icd_version": NUMBER},
+    "hosp/d_labitems": {
+        "itemid": KEY,
+        "label": WORD_OR_EMPTY,
+        "fluid": OPTIONAL_WORD,
+        "category": OPTIONAL_WORD,
+    },
+    "hosp/labevents": {
+        "itemid": KEY,
+        "subject_id": KEY,
+        "hadm_id": KEY_OR_EMPTY,
+        "charttime": TIME,
+        "storetime": OPTIONAL_TIME,
+        "valuenum": NUMBER_OR_EMPTY,
+        "valueuom": WORD_OR_EMPTY,
+        "ref_range_lower": OPTIONAL_NUMBER,
+        "ref_range_upper": OPTIONAL_NUMBER,
+    },
+}
+"""Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""
+
+UNIQUE = {"hosp/patients": "subject_id", "hosp/admissions": "hadm_id", "hosp/d_labitems": "itemid"}
+
+KETOACIDOSIS = """
+    regexp_matches(upper(replace(icd_code, '.', '')), '^2501') AND icd_version = 9
+    OR regexp_matches(upper(replace(icd_code, '.', '')), '^E(08|09|10|11|13)1') AND icd_version = 10
+"""
+"""Codes by ICD version. Source: ICD-9-CM and ICD-10-CM; E08.0 and E11.0 are the hyperosmolar
+state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MimicRequest(CohortRequest):
+    """A request for rows from MIMIC-IV."""
+
+    mimic_dir: Path
+    item: str
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        other = self.item != str(GAP_ITEM)
+        self.check(not (self.series and other), "item", "does not go with --series")
+
+
+class MimicTables(HospitalTables):
+    """The folder of MIMIC-IV."""
+
+    command = "from_mimic"
+    source = "MIMIC-IV (PhysioNet), under its data use agreement"
+    hint = "this reads MIMIC-IV 2.x and 3.x"
+    labs = "hosp/labevents"
+    columns = COLUMNS
+    unique = UNIQUE
+
+    def load_admissions(self) -> None:
+        """Make patients, admissions, icustays, ketoacidosis and d_labitems."""
+        for name in self.columns:
+            if name != self.labs:
+                self.load(name)
+        self.database.run(
+            "CREATE TABLE ketoacidosis AS SELECT hadm_id, NULL::TIMESTAMP AS entered "
+            f"FROM diagnoses_icd WHERE {KETOACIDOSIS}"
+        )
+
+    def choose_features(self, request: MimicRequest) -> list[Feature]:
+        """Return the features that are asked for, the main one first."""
+        if request.series:
+            return choose_features(request.series, request.gap_item)
+        return [self.find_item(request.item, request.gap_item)]
+
+    def load_labs(self, items: set[int]) -> None:
+        """Make labs of the values of some items, of patients with a wanted admission."""
+        wanted = "{subject_id} IN (SELECT subject_id FROM wanted)"
+        keep = f"{{itemid}} IN ({', '.join(map(str, sorted(items)))}) AND {wanted}"
+        file = self.load(self.labs, keep, keys=("itemid", "subject_id"))
+        self.database.run("ALTER TABLE labevents RENAME TO labs")
+        if "storetime" not in file.header:
+            self.known = "charted by then"
+            problem = "no column storetime: values count as known when charted"
+            logger.warning("%s: %s", file.path, problem)
+            self.database.run("UPDATE labs SET storetime = charttime")
+
+    def find_item(self, wanted: str, gap_item: int) -> Feature:
+        """Find an item by number or name.
+
+        Raises:
+            InputError: it is not in d_labitems, or several items bear its name.
+        """
+        items = self.database.frame("SELECT * FROM d_labitems ORDER BY itemid")
+        named = items["label"].map(comparable) == comparable(wanted)
+        found = items[(items["itemid"].astype(str) == wanted.strip()) | named]
+        if len(found) != 1:
+            several = "; ".join(
+                ", ".join(text for text in (str(item), fluid, category) if text)
+                for item, fluid, category in found[["itemid", "fluid", "category"]].values
+            )
+            problem = f"several, name one by its itemid: {several}" if several else "no such item"
+            raise InputError(f"{self.paths['hosp/d_labitems']}: --item {wanted}: {problem}")
+        item = int(found["itemid"].iloc[0])
+        if item in ANALYTES:
+            return feature_of(ANALYTES[item], gap_item, (item,))
+        return Feature(str(found["label"].iloc[0]), None, (item,))
+
+
+def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Make rows of the DKA format from MIMIC-IV, and their description.
+
+    Raises:
+        InputError: the tables cannot be read, or no admission is left.
+    """
+    with open_database(request.out, request.memory_limit, request.threads) as database:
+        tables = MimicTables(database, "--mimic_dir", request.mimic_dir)
+        return make_cohort(database, request, tables)

@@ -1,1 +1,0 @@
-"""From the tables of MIMIC-IV to rows of the DKA format."""
