@@ -9,6 +9,7 @@ import csv
 import gzip
 import itertools
 import logging
+import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -188,9 +189,9 @@ def _csv(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFr
     with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
         lines = csv.reader(file, strict=True)
         header = next(lines, [])
-        wanted = [header.index(name) for name in columns or header]
-        whole = _whole_rows(path, lines, len(header))
-        while chunk := [[row[k] for k in wanted] for row in itertools.islice(whole, rows)]:
+        chosen = operator.itemgetter(*(header.index(name) for name in columns or header))
+        cells = map(chosen, _whole_rows(path, lines, len(header)))
+        while chunk := list(itertools.islice(cells, rows)):
             yield pd.DataFrame(chunk, columns=columns or header, dtype=object)
 
 
