@@ -171,9 +171,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.registrations, self.labels = table, table.loc[kept, "label"].to_numpy(np.float64)
         self._set_flow(MIN_EVENTS if require_labels else 0)
         cohort, rows = cand[kept], rows[rows["PX_ID"].map(kept)]
-        self.ids, self.groups = (
-            numbers.to_numpy().astype(np.str_) for numbers in (cohort.index, cohort["PERS_ID"])
-        )
+        self.ids = cohort.index.to_numpy().astype(np.str_)
+        self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         lengths = rows.groupby("PX_ID").size().to_numpy()
         if require_labels and (lengths > max_len).any():
             logger.info("%s: %s", self.source, describe_cut(lengths, self.groups, max_len))
@@ -226,17 +225,14 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         for start in range(0, len(dataset), most):
             numbers = np.arange(start, min(start + most, len(dataset)))
             chunk = dataset.subset(numbers)
-            yield ScoringRows(
-                chunk.ids, numbers, chunk, np.arange(len(chunk)), int(numbers[-1]) + 1
-            )
+            end = int(numbers[-1]) + 1
+            yield ScoringRows(chunk.ids, numbers, chunk, np.arange(len(chunk)), end)
 
     # ------------------------------------------------------------------ meaning
 
     def limits(self, feature: int) -> tuple[float, float]:
         """Return the plausible range of a feature in a living adult."""
-        plausible = self.measures[feature].plausible
-        assert plausible is not None
-        return plausible
+        return self.measures[feature].plausible or (-np.inf, np.inf)
 
     def reference(self, feature: int) -> Reference | None:
         """Return the reference range of a feature, None where adults have none of one source."""
@@ -268,11 +264,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         if self.definition.organ_name == "kidney":
             return {**inputs, "age and years of dialysis": self.static_table([AGE, DIALYSIS_YEARS])}
         meld = inputs["logistic regression"][["MELD last"]]
-        return {
-            **inputs,
-            "last MELD": meld,
-            "last MELD and age": meld.join(self.static_table([AGE])),
-        }
+        with_age = meld.join(self.static_table([AGE]))
+        return {**inputs, "last MELD": meld, "last MELD and age": with_age}
 
     # ------------------------------------------------------------------ texts
 
@@ -297,7 +290,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             shown = zip(days[-latest:], values[-latest:], strict=True)
             text = " -> ".join(f"{_text(feature, v)} (day {plain(d)})" for d, v in shown)
             if computed and len(values) > latest and not feature.words:
-                text = f"first {_text(feature, values[0])} (day {plain(days[0])}), latest {text}"
+                text = f"first {plain(values[0])} (day {plain(days[0])}), latest {text}"
             unit = f" in {feature.unit}" if "/" in self.units[f] else ""  # a score has none to show
             lines.append(f"{feature.name}{unit}: {text}")
         if computed:

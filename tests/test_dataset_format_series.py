@@ -355,8 +355,8 @@ def test_the_check_prints_a_line_a_series(
     assert "are equal in series, context and label" in capsys.readouterr().err
     assert checked(table, tmp_path, "--allow_duplicates") == 0
     output = capsys.readouterr().out
-    assert "Anion gap in mEq/L: median 20, quartiles 7 to 24" in output
-    assert "glucose in mg/dL: median 250" in output
+    assert "Anion gap [mEq/L]: median 20, quartiles 7 to 24" in output
+    assert "glucose [mg/dL]: median 250" in output
     assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, 2 values a row", output)
     assert (
         "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5: most of them: convert the unit"

@@ -417,6 +417,7 @@ def test_check_prints_what_a_user_must_know(organ, synthetic, capsys):
     for rule, count, left in dataset.flow.to_numpy().tolist():
         assert (f"{count:>15} out, {left:>9} left: {rule}" in text) == (count > 0)
     assert "no CANHX_GFR: " in text
+    assert "dialysis [0 or 1]: median " in text
     assert "observations a row" in text
     assert "split drawn by --seed 0: train " in text
     assert text.endswith("\nready, with warnings\n")

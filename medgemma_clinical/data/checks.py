@@ -144,7 +144,7 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
 
 def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
     name, unit = dataset.features[f], dataset.units[f]
-    titled = f"{name} in {unit}" if unit else name
+    titled = f"{name} [{unit}]" if unit else name
     measured = ~np.isnan(dataset.values[:, f])
     if not measured.any():
         return f"{titled}: never measured"
