@@ -57,16 +57,14 @@ def test_truncated_sas_files(name, size, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".sas7bdat", ".csv", ".csv.gz", ".dta", ".parquet"])
-def test_encrypted_files(ending, tmp_path):
-    noise = np.random.default_rng(0).bytes(50_000)
-    (tmp_path / f"cand_liin{ending}").write_bytes(noise)
-    assert f"cand_liin{ending}" in refusal(tmp_path)
-
-
-def test_a_truncated_stata_file(tmp_path):
-    file = write_folder(tmp_path, *filler(), ending=".dta") / "cand_liin.dta"
-    file.write_bytes(file.read_bytes()[:-900])
-    assert "cand_liin.dta: " in refusal(tmp_path)
+def test_encrypted_and_truncated_files(ending, tmp_path):
+    noise, path = np.random.default_rng(0).bytes(50_000), tmp_path / f"cand_liin{ending}"
+    path.write_bytes(noise)
+    assert path.name in refusal(tmp_path)
+    if ending in (".dta", ".parquet"):
+        write_folder(tmp_path, *filler(), ending=ending)
+        path.write_bytes(path.read_bytes()[:-900])
+        assert path.name in refusal(tmp_path)
 
 
 def test_a_csv_with_bom_without_a_last_line_break_or_packed_reads_alike(folder):
