@@ -39,6 +39,7 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
+from medgemma_clinical.data import long_table, meds
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS, OUTCOMES
@@ -76,7 +77,6 @@ from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.eicu import EicuRequest, make_eicu
 from medgemma_clinical.data.mimic import MimicRequest, make_mimic
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.sources import long_table, meds
 from medgemma_clinical.data.splits import PARTS, describe_equal_rows, row_keys
 from medgemma_clinical.data.tables import (
     Findings,
@@ -498,6 +498,9 @@ def build_parser() -> Parser:
     add_output_flags(add)
     add_cohort_flags(add)
     add("--item", default=str(GAP_ITEM), help="itemid of the series, or its name in d_labitems")
+    notes_dir = "folder of MIMIC-IV-Note with discharge and radiology, for the context"
+    add_path(add, "--notes_dir", notes_dir, required=False)
+    add_note_flags(add)
 
     add = command("from_eicu", "make a file from eICU tables")
     add_path(add, "--eicu_dir", "folder of eICU with patient, admissionDx and lab")
@@ -512,6 +515,9 @@ def build_parser() -> Parser:
     add_event_flags(add)
     fact = "'NAME [unit]=CODE', repeatable; a fact of the context"
     add("--context", action=Repeated, default=(), help=fact)
+    notes = "code of texts, repeatable: those written by then go into the context"
+    add("--notes", action=Repeated, default=(), metavar="CODE", help=notes)
+    add_note_flags(add)
     no_splits = "leave the split to the trainer; ignore metadata/subject_splits.parquet"
     add("--no_splits", action="store_true", help=no_splits)
     add("--list_codes", action="store_true", help="print all codes with counts, make no file")
@@ -584,6 +590,12 @@ def add_event_flags(add: Callable[..., Any]) -> None:
     add("--outcome", default="Event", help="meaning of label 1, in a word or two")
     question = "question about a patient; without it one is made of --outcome"
     add("--question", default="", help=question)
+
+
+def add_note_flags(add: Callable[..., Any]) -> None:
+    """Add what limits the notes of a context."""
+    words = "words of notes in a context, the latest ones"
+    add("--max_note_words", type=int, default=256, metavar="NUMBER", help=words)
 
 
 def check(file: Path, **reading: Any) -> int:

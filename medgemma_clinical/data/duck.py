@@ -227,7 +227,7 @@ class Column:
     Attributes:
         form: ``number``, ``whole`` number, ``time`` (in full seconds), ``instant`` (a time with its
             fraction of a second), a unit of ``MICROSECONDS`` (a time that is a number), ``label``
-            (0 or 1), ``word``, or ``id`` (a word; 10001.0 is read as 10001).
+            (0 or 1), ``word``, or ``id`` (a word; 10001.0 and 010001 are read as 10001).
         may_be_empty: whether a cell may lack a value; a word that does is an empty text.
         optional: whether the file may lack the column; its cells are empty then.
         advice: what to do about a wrong cell.
@@ -242,7 +242,8 @@ class Column:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
         if self.form in TEXTS:
             word = f"coalesce(trim(left({raw}::VARCHAR, {MAX_WORD})), '')"
-            return word if self.form == "word" else rf"regexp_replace({word}, '^(\d+)\.0$', '\1')"
+            number = r"'^0*(\d+)(\.0+)?$', '\1'"
+            return word if self.form == "word" else f"regexp_replace({word}, {number})"
         if self.form in ("time", "instant"):
             is_time = f"regexp_full_match(trim({raw}::VARCHAR), '{MOMENT}')"
             time = f"CASE WHEN {is_time} THEN TRY_CAST({raw}::VARCHAR AS TIMESTAMP) END"
@@ -590,7 +591,7 @@ def describe_origin(request: TableRequest, command: str, hashes: dict[str, str])
         "arguments": {
             name: value
             for name, value in values.items()
-            if name not in limits and not isinstance(value, Path)
+            if name not in limits and not isinstance(value, Path | None)
         },
         "tables_sha256": dict(sorted(hashes.items())),
         "versions": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from medgemma_clinical.data.duck import (
     TIME_OR_EMPTY,
     WORD_OR_EMPTY,
     Column,
+    Database,
+    find_file,
     open_database,
+    open_table,
 )
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.notes import add_notes, load_notes
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
@@ -76,6 +81,16 @@ COLUMNS: dict[str, dict[str, Column]] = {
 
 UNIQUE = {"hosp/patients": "subject_id", "hosp/admissions": "hadm_id", "hosp/d_labitems": "itemid"}
 
+RADIOLOGY = {
+    "subject": "subject_id",
+    "charted": "charttime",
+    "stored": "storetime",
+    "text": "text",
+}
+NOTES = {"discharge": {**RADIOLOGY, "stay": "hadm_id"}, "radiology": RADIOLOGY}
+"""Columns by their role. A discharge summary tells what came after the prediction time of its own
+stay. Source: MIMIC-IV-Note 2.2."""
+
 KETOACIDOSIS = """
     regexp_matches(upper(replace(icd_code, '.', '')), '^2501') AND icd_version = 9
     OR regexp_matches(upper(replace(icd_code, '.', '')), '^E(08|09|10|11|13)1') AND icd_version = 10
@@ -90,12 +105,15 @@ class MimicRequest(CohortRequest):
 
     mimic_dir: Path
     item: str
+    notes_dir: Path | None
+    max_note_words: int
 
     def __post_init__(self) -> None:
         """Check the values."""
         super().__post_init__()
         other = self.item != str(GAP_ITEM)
         self.check(not (self.series and other), "item", "does not go with --series")
+        self.check(self.max_note_words >= 1, "max_note_words", "must be at least 1")
 
 
 class MimicTables(HospitalTables):
@@ -166,4 +184,28 @@ def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """
     with open_database(request.out, request.memory_limit, request.threads) as database:
         tables = MimicTables(database, "--mimic_dir", request.mimic_dir)
-        return make_cohort(database, request, tables)
+        folder = request.notes_dir
+        paths = [find_file(folder, name, "--notes_dir") for name in NOTES] if folder else []
+        rows, description = make_cohort(database, request, tables)
+        if paths:
+            contexts = rows["clinical_context"]
+            rows["clinical_context"], hashes = read_notes(database, paths, request, contexts)
+            description["tables_sha256"] |= hashes
+        return rows, description
+
+
+def read_notes(
+    database: Database, paths: Sequence[Path], request: MimicRequest, contexts: pd.Series
+) -> tuple[pd.Series, dict[str, str]]:
+    """Return the contexts with the notes of the patients, and the SHA-256 of each file."""
+    database.run(
+        "CREATE TABLE asked AS SELECT row_number() OVER (ORDER BY kept.stay) - 1 AS number, "
+        "subject_id AS subject, hadm_id AS stay, first AS start, time AS prediction_time "
+        "FROM kept JOIN stays USING (stay) JOIN windows USING (stay)"
+    )
+    hashes = {}
+    for (name, columns), path in zip(NOTES.items(), paths, strict=True):
+        file = open_table(database, path, {}, "")
+        hashes[f"note/{name}"] = file.sha256
+        load_notes(database, file, columns, KEY, request.max_note_words)
+    return add_notes(database, contexts, request.max_note_words), hashes

@@ -24,11 +24,11 @@ WHERE getvariable('equal_times') != 'keep'
 GROUP BY number, position, time;
 
 -- clock: hours count from the opening of the window, or from the first observation of the row.
-CREATE OR REPLACE TEMP TABLE clock AS
-SELECT number, prediction_time,
-    CASE getvariable('hours_from') WHEN 'window' THEN opens ELSE first END AS start
+INSERT INTO clock
+SELECT number, CASE getvariable('hours_from') WHEN 'window' THEN opens ELSE min(time) END
 FROM prediction
-JOIN (SELECT number, min(time) AS first FROM observed GROUP BY number) USING (number);
+JOIN observed USING (number)
+GROUP BY number, opens;
 
 -- trajectory: the text of a series, in order of time, and the prediction time on its clock.
 CREATE OR REPLACE TEMP TABLE trajectory AS
@@ -38,6 +38,7 @@ SELECT number, name AS series, count(*) AS observations,
         observation(value, hours_between(start, time)), ' -> ' ORDER BY time, known, value
     ) AS text
 FROM observed
+JOIN prediction USING (number)
 JOIN clock USING (number)
 JOIN (SELECT DISTINCT position, name FROM named WHERE kind = 'series') USING (position)
 GROUP BY number, name;

@@ -8,9 +8,9 @@ INSERT INTO named VALUES
     ('GENDER//M', 'person', 'man', '', 0),
     ('GENDER//F', 'person', 'woman', '', 0);
 
--- fact: the last number of a --context within the window, without a number its presence there;
+-- static_value: the last number of a --context within the window, without a number its presence there;
 -- what has no time is always known.
-CREATE TABLE fact AS
+CREATE TABLE static_value AS
 SELECT number, name, any_value(named.unit) AS unit, any_value(position) AS position,
     last(value ORDER BY time NULLS FIRST, value) FILTER (value IS NOT NULL) AS value
 FROM prediction
@@ -33,7 +33,7 @@ WHERE kind = 'person'
     AND (time IS NULL OR time <= prediction_time)
 GROUP BY number;
 
--- context: person and facts in words; of an age above 89 no more is said, as by from_mimic.
+-- context: person and last values in words; of an age above 89 no more is said, as by from_mimic.
 CREATE TABLE context AS
 SELECT number,
     concat_ws(', ',
@@ -42,7 +42,7 @@ SELECT number,
             WHEN age IS NOT NULL THEN age || '-year-old ' || coalesce(sex, 'patient')
             ELSE upper(sex[1]) || sex[2:]
         END,
-        facts
+        last_values
     ) AS clinical_context,
     CASE WHEN age > 89 THEN '90' ELSE age::VARCHAR END AS "static_age [years]",
     CASE sex WHEN 'man' THEN '1' WHEN 'woman' THEN '0' END AS static_sex_male
@@ -51,7 +51,7 @@ LEFT JOIN person USING (number)
 LEFT JOIN (
     SELECT number,
         string_agg(concat_ws(' ', name, plain(value), nullif(unit, '')), ', ' ORDER BY position)
-            AS facts
-    FROM (SELECT * REPLACE (CASE WHEN value IS NOT NULL THEN unit END AS unit) FROM fact)
+            AS last_values
+    FROM (SELECT * REPLACE (CASE WHEN value IS NOT NULL THEN unit END AS unit) FROM static_value)
     GROUP BY number
 ) USING (number);

@@ -15,9 +15,12 @@ ORDER BY person;
 CREATE TABLE batch AS
 SELECT min(person) AS first, max(person) AS last
 FROM (
-    SELECT person, (sum(pairs) OVER (ORDER BY person) - pairs) // getvariable('most') AS batch
+    SELECT person, (sum(pairs) OVER (ORDER BY person) - pairs) // getvariable('max_pairs') AS batch
     FROM (SELECT person, count(*) AS events FROM event GROUP BY person)
     JOIN (SELECT person, count(*) AS predictions FROM prediction GROUP BY person) USING (person),
     LATERAL (SELECT events * predictions AS pairs)
 )
 GROUP BY batch;
+
+-- clock: zero of the hours of each prediction, filled batch by batch.
+CREATE TABLE clock (number BIGINT, start TIMESTAMP);

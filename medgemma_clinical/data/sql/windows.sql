@@ -1,5 +1,5 @@
 -- Labels become windows; each step is one rule.
--- Read: label (subject, prediction_time, shown, label).
+-- Read: label (subject, prediction_time, label).
 
 -- prediction: a label with its window, which ends at the prediction time.
 CREATE TABLE prediction AS
@@ -7,6 +7,10 @@ SELECT
     row_number() OVER (ORDER BY TRY_CAST(subject AS HUGEINT), subject, prediction_time) AS number,
     dense_rank() OVER (ORDER BY TRY_CAST(subject AS HUGEINT), subject) AS person,
     *,
+    CASE WHEN getvariable('time_unit') > 0
+        THEN plain(epoch_us(prediction_time) / getvariable('time_unit'))
+        ELSE replace(prediction_time::VARCHAR, ' ', 'T')
+    END AS shown,
     prediction_time - to_microseconds(getvariable('width')) AS opens
 FROM label;
 

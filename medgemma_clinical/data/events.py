@@ -1,0 +1,271 @@
+"""From labels and events to rows of the DKA format: what from_meds and from_long share."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.dka.description import MAIN_COLUMN, comparable
+from medgemma_clinical.data.duck import (
+    Column,
+    Database,
+    TableFile,
+    TableRequest,
+    apply_rules,
+    load_table,
+    quoted,
+)
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.texts import NUMBER, plain
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+SQL = Path(__file__).parent / "sql"
+TITLE = re.compile(r"([^\[\],*\x00-\x1f]*[^\[\],*\s])\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
+SUBJECT = Column("id", advice="give each row its subject")
+MAX_WINDOW = 10**6
+MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
+MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventRequest(TableRequest):
+    """What every command needs that makes rows of labels and events."""
+
+    labels: Path
+    series: tuple[str, ...]
+    window_hours: float
+    hours_from: str
+    min_observations: int
+    outcome: str
+    question: str
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible value."""
+        super().__post_init__()
+        in_range = 0 < self.window_hours <= MAX_WINDOW
+        self.check(in_range, "window_hours", f"must be above 0 and at most {MAX_WINDOW:,}")
+        self.check(self.min_observations >= 1, "min_observations", "must be at least 1")
+
+
+def make_feature(where: str, title: str, code: str) -> Feature:
+    """Return the feature of a title ``NAME [unit]`` and a code, by default its name."""
+    match = TITLE.fullmatch(title)
+    if not match or re.fullmatch(NUMBER, match[1]):
+        words = "name and unit in words without comma, bracket and star"
+        raise InputError(f"{where}: write 'NAME [unit]=CODE', {words}")
+    return Feature(match[1], match[2] or "", (code or match[1],))
+
+
+def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True) -> list[Feature]:
+    """Read ``NAME [unit]=CODE`` of a flag, or NAME alone; a repeated name joins its codes."""
+    found: dict[str, Feature] = {}
+    for text in texts:
+        title, _, code = map(str.strip, text.partition("="))
+        if code_needed and not code:
+            raise InputError(f"--{flag} {text}: write 'NAME [unit]=CODE'")
+        feature = make_feature(f"--{flag} {text}", title, code)
+        earlier = found.setdefault(comparable(feature.name), replace(feature, keys=()))
+        if earlier.unit != feature.unit:
+            raise InputError(f"--{flag} {text}: {feature.name} has two units: give one")
+        found[comparable(feature.name)] = replace(earlier, keys=earlier.keys + feature.keys)
+    return list(found.values())
+
+
+# ---------------------------------------------------------------------------- tables
+
+
+def add_windows(database: Database, request: EventRequest, time_unit: int = 0) -> None:
+    """Make the tables of ``windows.sql`` from the table ``label``.
+
+    ``time_unit`` are the microseconds of a unit of times that are numbers.
+    """
+    labels, different = database.row(
+        "SELECT count(*), count(DISTINCT (subject, prediction_time)) FROM label"
+    )
+    if different < labels:
+        problem = "subject_id and prediction_time appear twice: keep one label of each"
+        raise InputError(f"{request.labels}: {problem}")
+    database.set(width=round(request.window_hours * 3_600_000_000), time_unit=time_unit)
+    database.run_file(SQL / "windows.sql")
+
+
+def any_code(code: str, wanted: Iterable[Any], otherwise: str) -> str:
+    """Return SQL for whether a code is a wanted one, ``otherwise`` where none is wanted."""
+    texts = ["'" + str(each).replace("'", "''") + "'" for each in dict.fromkeys(wanted)]
+    return " OR ".join(f"is_code({code}, {text})" for text in texts) or otherwise
+
+
+def load_events(
+    database: Database,
+    files: Iterable[TableFile],
+    names: Mapping[str, str],
+    columns: Mapping[str, Column],
+    codes: Sequence[Any],
+    always: Sequence[str] = (),
+    factors: Mapping[tuple[str, str], float] | None = None,
+) -> None:
+    """Make the view ``record``: subject, code, time, known, value, unit, converted of each event.
+
+    Args:
+        database: with the table ``span``: other events are not read.
+        files: of the events.
+        names: column of each role: subject_id, item, time, value; perhaps unit, storetime.
+        columns: how they are read, by name.
+        codes: wanted within the span of their subject; none stands for all.
+        always: codes that are read at any time.
+        factors: of values, by item and unit.
+    """
+    keys = [names[role] for role in ("subject_id", "item", "time")]
+    for number, file in enumerate(files):
+        subject, code, time = (columns[name].typed(file.raw(name)) for name in keys)
+        keep = (
+            f"closes IS NOT NULL AND (coalesce({time} BETWEEN opens AND closes, true) "
+            f"AND ({any_code(code, codes, 'true')}) OR {any_code(code, always, 'false')})"
+        )
+        join = f"LEFT JOIN span ON subject = {subject}"
+        load_table(database, "loaded", file, columns, keep, join, keys[:2])
+        append = "INSERT INTO read FROM loaded; DROP TABLE loaded"
+        database.run(append if number else "ALTER TABLE loaded RENAME TO read")
+    rows = [(code, unit, factor) for (code, unit), factor in (factors or {}).items()]
+    database.add("factors", pd.DataFrame(rows, columns=["code", "unit", "factor"]))
+    cells = {role: f"read.{quoted(name)}" for role, name in names.items()}
+    unit, value = cells.get("unit", "NULL::VARCHAR"), cells["value"]
+    database.run(
+        f"CREATE VIEW record AS SELECT {cells['subject_id']} AS subject, {cells['item']} AS code, "
+        f"{cells['time']} AS time, {cells.get('storetime', cells['time'])} AS known, "
+        f"CASE WHEN isfinite({value}) THEN coalesce(tidy({value} * factor), {value}) END AS value, "
+        f"{unit} AS unit, factor IS NOT NULL AS converted FROM read LEFT JOIN factors "
+        f"ON factors.code::VARCHAR = {cells['item']} AND factors.unit::VARCHAR = {unit}"
+    )
+    measured, labelled = database.row(
+        "SELECT (SELECT count(DISTINCT subject) FROM record), (SELECT count(*) FROM span)"
+    )
+    problem = (
+        f"{labelled - measured:,} of {labelled:,} subjects with a label have no value in their "
+        "windows: are subjects named alike in events and labels?"
+    )
+    if not measured:
+        raise InputError(problem)
+    if 2 * measured < labelled:
+        logger.warning("warning: %s", problem)
+
+
+def name_codes(database: Database, wanted: Mapping[str, Sequence[Feature]]) -> None:
+    """Make the table ``named``: which code of ``record`` belongs to which feature of which flag."""
+    rows = [
+        (flag, feature.name, feature.unit, position, feature.title, code)
+        for flag, features in wanted.items()
+        for position, feature in enumerate(features)
+        for code in feature.keys
+    ]
+    columns = ["kind", "name", "unit", "position", "title", "code"]
+    table = pd.DataFrame(rows, columns=columns, dtype="string").astype({"position": "int32"})
+    database.add("wanted", table)
+    database.run(
+        "CREATE TABLE named AS SELECT DISTINCT found.code, kind, name, unit, position FROM wanted "
+        "JOIN (SELECT DISTINCT code FROM record) AS found ON is_code(found.code, wanted.code)"
+    )
+    unseen = "FROM wanted WHERE NOT EXISTS (FROM named WHERE is_code(named.code, wanted.code))"
+    for row in database.run(f"SELECT kind, title, code {unseen} ORDER BY ALL").fetchall():
+        problem = "no subject with a label has an event of this code in a window"
+        logger.warning("warning: --%s %s=%s: %s", *row, problem)
+
+
+# ---------------------------------------------------------------------------- rows
+
+
+def make_trajectories(
+    database: Database, request: EventRequest, equal_times: str = "keep"
+) -> pd.DataFrame:
+    """Return each trajectory: number (of its prediction), series, observations, hours, text."""
+    database.set(max_pairs=MAX_PAIRS, hours_from=request.hours_from, equal_times=equal_times)
+    database.run_file(SQL / "events.sql")
+    found = []
+    for first, last in database.run("FROM batch ORDER BY first").fetchall() or [(0, 0)]:
+        database.set(first=first, last=last)
+        database.run_file(SQL / "trajectories.sql")
+        trajectories = database.frame("FROM trajectory")
+        found.append(trajectories.astype({"text": object}))  # a copy shares the texts
+    return pd.concat(found, ignore_index=True)
+
+
+def make_rows(
+    database: Database,
+    request: EventRequest,
+    series: Sequence[Feature],
+    trajectories: pd.DataFrame,
+    usable: str,
+    static: pd.DataFrame | None = None,
+    parts: pd.Series | None = None,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows of the DKA format and their description, but for its origin.
+
+    Args:
+        database: in which trajectories were made.
+        request: of the command.
+        series: the main one first.
+        trajectories: of ``make_trajectories``.
+        usable: which events of a window are read, in words.
+        static: context and static columns, by the number of the prediction.
+        parts: of the split, by subject; a subject in none is left out.
+    """
+    main, fewest = series[0], request.min_observations
+    labels = database.frame(
+        "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"
+    ).set_index("number")
+    cells = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
+    none = trajectories[:0].set_index("number")
+    rules = {"label not known": labels["label"].isna()}
+    if parts is not None:
+        rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
+    rules["no value of any series from the first window to the last"] = ~labels["measured"]
+    few = "no value" if fewest == 1 else f"fewer than {fewest} values"
+    counts = cells.get(main.name, none)["observations"].reindex(labels.index)
+    rules[f"{few} of {main.name} in the window"] = ~counts.ge(fewest)
+    left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
+    labels = labels[left]
+    titles = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
+    texts = [cells.get(each.name, none)["text"] for each in series]
+    rows = pd.DataFrame(
+        {
+            "id": labels["subject"] + " " + labels["shown"],
+            "subject_id": labels["subject"],
+            "prediction_time": labels["shown"],
+            **dict(zip(titles, texts, strict=True)),
+            "prediction_hours": cells[main.name]["hours"],
+            **({} if static is None else static),
+            "label_escalation": labels["label"].astype("Int8"),
+        },
+        index=labels.index,
+    )
+    if parts is not None:
+        rows["split"] = labels["subject"].map(parts)
+    midnight, events = database.row(
+        "SELECT count(*) FILTER (date_trunc('day', time) = time OR date_trunc('day', known) = "
+        "known), count(*) FROM event"
+    )
+    if midnight > MAX_AT_MIDNIGHT * events:
+        problem = "a date without a time counts as known from the beginning of its day"
+        logger.warning("warning: %d of %d events are at midnight: %s", midnight, events, problem)
+    event = "the event" if request.outcome == "Event" else f"the outcome {request.outcome!r}"
+    window = f"of the {plain(request.window_hours)} hours up to then, both ends included"
+    patients, events = rows["subject_id"].nunique(), rows["label_escalation"].sum()
+    return rows.reset_index(drop=True), {
+        "series": main.name,
+        "unit": main.unit,
+        "question": request.question or f"Will {event} occur?",
+        "outcome": request.outcome,
+        "plausible": None,
+        "prediction_time": f"given with each label; {window}, {usable} are read",
+        "horizon": "given by the labels",
+        "flow": flow,
+        "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},
+    }

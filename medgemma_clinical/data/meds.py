@@ -1,0 +1,242 @@
+"""The command from_meds: events in the Medical Event Data Standard, with labels as ACES writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.dka.description import comparable, join_names
+from medgemma_clinical.data.duck import (
+    WORD,
+    Column,
+    Database,
+    TableFile,
+    TableRequest,
+    describe_origin,
+    load_table,
+    open_database,
+    open_table,
+    readable,
+)
+from medgemma_clinical.data.events import (
+    SQL,
+    SUBJECT,
+    EventRequest,
+    add_windows,
+    any_code,
+    load_events,
+    make_rows,
+    make_trajectories,
+    name_codes,
+    parse_features,
+)
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.notes import add_notes, load_notes
+from medgemma_clinical.files import InputError, one_line
+
+logger = logging.getLogger(__name__)
+
+TIME = Column("instant", advice="write the local time of one zone as a timestamp without zone")
+EVENTS = {
+    "subject_id": SUBJECT,
+    "code": WORD,
+    "time": dataclasses.replace(TIME, may_be_empty=True),
+    "numeric_value": Column("number", may_be_empty=True, optional=True),
+}
+"""Source: MEDS 0.4.1, DataSchema."""
+
+ROLES = {"subject_id": "subject_id", "item": "code", "time": "time", "value": "numeric_value"}
+
+ANSWERS = ("boolean_value", "integer_value", "float_value")
+YES_OR_NO = Column("label", may_be_empty=True, optional=True, advice="ask with yes or no")
+LABELS = {"subject_id": SUBJECT, "prediction_time": TIME, **dict.fromkeys(ANSWERS, YES_OR_NO)}
+"""Source: MEDS 0.4.1, LabelSchema; a label fills one of its answers."""
+
+OPTIONAL_WORD = Column("word", may_be_empty=True, optional=True)
+CODES = {"code": WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
+PERSON = ("MEDS_BIRTH", "GENDER//M", "GENDER//F")
+PARTS = {"train": "train", "tuning": "val", "held_out": "test"}
+SPLITS = "metadata/subject_splits.parquet"
+HINT = "is it a table of MEDS?"
+
+AUTOMATIC = ("age", "sex male")
+"""Names of the static columns that ``meds.sql`` makes of the person."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MedsRequest(EventRequest):
+    """The flags of from_meds."""
+
+    meds_dir: Path
+    context: tuple[str, ...]
+    notes: tuple[str, ...]
+    max_note_words: int
+    no_splits: bool
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible value."""
+        super().__post_init__()
+        self.check(self.max_note_words >= 1, "max_note_words", "must be at least 1")
+
+
+def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows of the DKA format, and their description.
+
+    Raises:
+        InputError: the tables or flags cannot be used.
+    """
+    series = parse_features("series", request.series)
+    context = parse_features("context", request.context)
+    for each in context:
+        if comparable(each.name) in AUTOMATIC:
+            problem = "age and sex are in the context by themselves: give another name"
+            raise InputError(f"--context {each.title}: {problem}")
+    hashes: dict[str, str] = {}
+    with open_database(request.out, request.memory_limit, request.threads) as database:
+        load_labels(database, request.labels, hashes)
+        add_windows(database, request)
+        files = open_files(database, request.meds_dir / "data", EVENTS)
+        hashes |= {name: file.sha256 for name, file in files.items()}
+        codes = [code for each in (*series, *context) for code in each.keys]
+        load_events(database, files.values(), ROLES, EVENTS, codes, PERSON)
+        name_codes(database, {"series": series, "context": context})
+        check_units(database)
+        trajectories = make_trajectories(database, request)
+        database.run_file(SQL / "meds.sql")
+        static = database.frame("FROM context ORDER BY number").set_index("number")
+        if request.notes:
+            contexts = static["clinical_context"]
+            static["clinical_context"] = read_notes(database, files.values(), request, contexts)
+        static = static.replace("", None).dropna(axis="columns", how="all")
+        add_static_features(database, static, context)
+        parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
+        rows, description = make_rows(
+            database, request, series, trajectories, "events", static, parts
+        )
+        for name, found in database.run(
+            "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
+            "GROUP BY name, position ORDER BY position"
+        ).fetchall():
+            logger.info("series %s: %s", name, one_line(join_names(found)))
+    return rows, description | describe_origin(request, "from_meds", hashes)
+
+
+def open_files(
+    database: Database, path: Path, columns: Mapping[str, Column]
+) -> dict[str, TableFile]:
+    """Open the Parquet files of a folder, or the one file, each by its name in the folder."""
+    paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not paths:
+        raise InputError(f"{path}: no Parquet file in this folder")
+    return {
+        each.relative_to(path.parent).as_posix(): open_table(database, each, columns, HINT)
+        for each in paths
+    }
+
+
+def load_labels(database: Database, path: Path, hashes: dict[str, str]) -> None:
+    """Make the table ``label``."""
+    answers = ", ".join(ANSWERS)
+    database.run("CREATE TABLE label (subject VARCHAR, prediction_time TIMESTAMP, label INTEGER)")
+    for name, file in open_files(database, path, LABELS).items():
+        if not {*file.header} & {*ANSWERS}:
+            raise InputError(f"{file.path}: no column {answers}: {HINT}")
+        hashes[f"labels: {name}"] = file.sha256
+        load_table(database, "answers", file, LABELS)
+        database.run(
+            f"INSERT INTO label SELECT subject_id, prediction_time, coalesce({answers}) "
+            "FROM answers; DROP TABLE answers"
+        )
+
+
+def check_units(database: Database) -> None:
+    """Refuse a feature with a unit whose codes end in another one: ``LAB//50868//mEq/L``."""
+    for kind, name, unit, codes in database.run(
+        "SELECT kind, name, unit, list(code ORDER BY code) "
+        "FROM (SELECT *, lower(split_part(code, '//', -1)) AS ending FROM named) "
+        "WHERE len(split(code, '//')) > 2 AND (kind = 'series' OR unit != '') "
+        "GROUP BY kind, name, unit, position "
+        "HAVING count(DISTINCT ending) > 1 OR unit != '' AND min(ending) != lower(unit) "
+        "ORDER BY kind DESC, position"
+    ).fetchall():
+        endings = join_names(sorted({code.rpartition("//")[2] for code in codes}))
+        problem = f"the codes {join_names(codes)} are in {endings}"
+        raise InputError(
+            f"--{kind} {name}: {problem}: name codes of one unit, and it{unit and f', not {unit}'}"
+        )
+
+
+def read_notes(
+    database: Database, files: Iterable[TableFile], request: MedsRequest, contexts: pd.Series
+) -> pd.Series:
+    """Return the contexts with the notes that were written by their prediction times."""
+    database.run(
+        "CREATE VIEW asked AS SELECT number, subject, NULL::BIGINT AS stay, start, prediction_time "
+        "FROM prediction JOIN clock USING (number)"
+    )
+    names = {"subject": "subject_id", "charted": "time", "text": "text_value"}
+    for file in files:
+        keep = any_code(WORD.typed(file.raw("code")), request.notes, "false")
+        load_notes(database, file, names, SUBJECT, request.max_note_words, keep)
+    return add_notes(database, contexts, request.max_note_words)
+
+
+def add_static_features(
+    database: Database, static: pd.DataFrame, context: Sequence[Feature]
+) -> None:
+    """Add a column for each feature of the context."""
+    found = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
+    for position, each in enumerate(context):
+        own = found[found["position"] == position].set_index("number")["value"]
+        if own.isna().all() and not each.unit:  # a code without numbers: its presence
+            own = pd.Series(static.index.isin(own.index).astype(int), static.index)
+        static[f"static_{each.title}"] = own
+
+
+def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
+    """Return the part of each subject."""
+    path = folder / SPLITS
+    columns = {"subject_id": SUBJECT, "split": WORD}
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: --no_splits lets the trainer split")
+    file = open_table(database, path, columns, HINT)
+    hashes[SPLITS] = file.sha256
+    load_table(database, "split", file, columns)
+    parts = database.frame("SELECT DISTINCT subject_id, split FROM split").set_index("subject_id")
+    if parts.index.has_duplicates or not parts["split"].isin(PARTS).all():
+        problem = f"each subject needs one part of {', '.join(PARTS)}"
+        raise InputError(f"{path}, column split: {problem}; --no_splits lets the trainer split")
+    return parts["split"].map(PARTS)
+
+
+def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
+    """Log each code with events, subjects, unit and description, the most frequent first."""
+    out, words = Path(tempfile.gettempdir()) / "codes", dict[str, str]()
+    limits = TableRequest(out=out, memory_limit=memory_limit, threads=threads)
+    path = meds_dir / "metadata" / "codes.parquet"
+    with open_database(out, limits.memory_limit, limits.threads) as database:
+        counts = []
+        for file in open_files(database, meds_dir / "data", EVENTS).values():
+            code, subject = WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))
+            counted = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
+            with readable(file.path):  # a subject lies in one file
+                counts.append(database.frame(f"SELECT {counted} FROM {file.rows()} GROUP BY 1"))
+        if path.is_file():
+            load_table(database, "meanings", open_table(database, path, CODES, HINT), CODES)
+            text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
+            meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
+            words = dict(database.run(meanings).fetchall())
+    found = pd.concat(counts).groupby("code", as_index=False).sum()
+    found = found.sort_values("events", ascending=False, kind="stable")
+    logger.info("%15s %15s  code, unit, description", "events", "subjects")
+    for code, events, subjects in found.values.tolist():
+        shown = one_line(f"{code}  {words.get(code, '')}".rstrip())
+        logger.info("%15s %15s  %s", f"{events:,}", f"{subjects:,}", shown)
+    return 0

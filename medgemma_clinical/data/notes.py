@@ -1,0 +1,85 @@
+"""Notes with their times, at the end of a context: those that were written by its prediction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from medgemma_clinical.data.duck import (
+    KEY_OR_EMPTY,
+    Column,
+    Database,
+    TableFile,
+    load_table,
+    quoted,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LastWords(Column):
+    """A text of which the last ``max_words`` words are read, with one space between two."""
+
+    form: str = "word"
+    may_be_empty: bool = True
+    max_words: int = 0
+
+    def typed(self, raw: str) -> str:
+        """Return SQL for the words of a raw cell."""
+        words = rf"regexp_extract_all({raw}::VARCHAR, '\S+')[-{self.max_words}:]"
+        return f"coalesce(array_to_string({words}, ' '), '')"
+
+
+def load_notes(
+    database: Database,
+    file: TableFile,
+    names: Mapping[str, str],
+    subject: Column,
+    max_words: int,
+    keep: str = "true",
+) -> None:
+    """Add a file to the table ``note``: subject, written, stay, text.
+
+    Args:
+        database: with the table ``asked``; notes of its subjects are read.
+        file: of notes.
+        names: column of each role: subject, charted, text; perhaps stored, and stay, whose own
+            rows get no such note.
+        subject: how subjects are read.
+        max_words: that a row gets at most.
+        keep: SQL condition on raw cells.
+    """
+    time = Column("instant", may_be_empty=True)
+    forms = {"subject": subject, "charted": time, "stored": time, "stay": KEY_OR_EMPTY}
+    columns = {names[role]: form for role, form in forms.items() if role in names}
+    columns[names["text"]] = LastWords(max_words=max_words)
+    file.check_columns(columns, "notes need a subject, a time and a text")
+    typed = subject.typed(file.raw(names["subject"]))
+    join = f"SEMI JOIN asked ON asked.subject::VARCHAR = ({typed})::VARCHAR"
+    load_table(database, "loaded", file, columns, keep, join)
+    cells = {role: quoted(names[role]) if role in names else "NULL" for role in (*forms, "text")}
+    day = f"date_trunc('day', {cells['charted']})"
+    # A date without a time, and without a storing time, is known from the end of its day.
+    charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
+    written = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
+    database.run(
+        "CREATE TABLE IF NOT EXISTS note "
+        "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR); "
+        f"INSERT INTO note SELECT {cells['subject']}, {written}, {cells['stay']}, {cells['text']} "
+        f"FROM loaded WHERE {cells['text']} != ''; DROP TABLE loaded"
+    )
+
+
+def add_notes(database: Database, contexts: pd.Series, max_words: int) -> pd.Series:
+    """Return contexts, by ``number`` of the table ``asked``, with the notes behind them."""
+    database.set(max_note_words=max_words)
+    database.run_file(Path(__file__).parent / "sql" / "notes.sql")
+    notes = database.frame("FROM noted").set_index("number")["text"].reindex(contexts.index)
+    logger.info("%d of %d prediction times have notes", notes.notna().sum(), len(notes))
+    pairs = zip(contexts.fillna(""), notes.fillna(""), strict=True)
+    return pd.Series([". ".join(filter(None, pair)) for pair in pairs], contexts.index)

@@ -1,0 +1,262 @@
+"""The command from_meds: labels, context, static columns, splits, codes, shards, MIMIC's demo."""
+
+import json
+
+import pandas as pd
+import pytest
+
+import dataset_format
+from event_files import (
+    EPOCH,
+    GAP,
+    GAP_SERIES,
+    LACTATE,
+    MEDS_DEMO,
+    YEAR,
+    Mini,
+    meds,
+    meds_file,
+    write_table,
+)
+from medgemma_clinical.files import InputError
+from table_requests import make_rows
+
+
+def simple():
+    return Mini().ask(1, 30, 1).ask(2, 30, 0, "tuning").measure(1, 12, 4.1).measure(2, 12, 15)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return simple().write_meds(tmp_path / "meds")
+
+
+def test_a_number_of_32_bits_is_written_in_its_shortest_text(folder):
+    rows = meds(folder)
+    assert rows["clinical_trajectory"].tolist() == ["4.1 (6h)", "15 (6h)"]
+    assert list(rows)[4:] == ["prediction_hours", "label_escalation", "split"]
+
+
+def test_values_that_are_no_number_are_left_out(tmp_path):
+    mini = simple().measure(1, 13, None).measure(1, 14, float("inf")).measure(1, 15, float("nan"))
+    rows = meds(mini.write_meds(tmp_path / "meds"))
+    assert rows["clinical_trajectory"][0] == "4.1 (6h)"
+
+
+# --------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("column", ["boolean_value", "integer_value", "float_value"])
+@pytest.mark.parametrize("form", ["folder", "parquet", "csv"])
+def test_labels_are_read_from_whichever_column_is_filled(column, form, folder, tmp_path):
+    task = folder / "task" / "deep" / "0.parquet"
+    kinds = {"boolean_value": "boolean", "integer_value": "Int64", "float_value": "Float32"}
+    table = simple().label_table(column, kinds[column])
+    for other in kinds.keys() - {column}:
+        table[other] = pd.Series([pd.NA, pd.NA], dtype=kinds[other])
+    table["categorical_value"] = pd.Series([None, None], dtype="string")
+    table.to_parquet(task)
+    labels = {"folder": folder / "task", "parquet": task}
+    labels["csv"] = write_table(table, tmp_path / "labels.csv")
+    assert meds(folder, labels=labels[form])["label_escalation"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"categorical_value": ["yes", "no"]}, "boolean_value, integer_value, float_value"),
+        ({"integer_value": [0, 3]}, "column integer_value: 1 cell"),
+        ({"float_value": [0.5, 0.7]}, "column float_value: 2 cells"),
+    ],
+)
+def test_labels_that_are_no_answer_are_refused(values, named, folder):
+    table = simple().label_table().drop(columns="label").assign(**values)
+    table.to_parquet(folder / "task" / "deep" / "0.parquet")
+    with pytest.raises(InputError, match=rf"0\.parquet.*{named}"):
+        meds(folder)
+
+
+def test_a_time_with_a_zone_is_refused(folder):
+    table = simple().label_table("boolean_value", "boolean")
+    table["prediction_time"] = table["prediction_time"].dt.tz_localize("Europe/Berlin")
+    table.to_parquet(folder / "task" / "deep" / "0.parquet")
+    with pytest.raises(InputError, match="column prediction_time: 2 cells"):
+        meds(folder)
+
+
+# --------------------------------------------------------------------------- context
+
+
+def test_age_sex_values_and_presence_are_a_text_and_static_columns(tmp_path):
+    mini = simple().ask(3, 30).measure(3, 12, 15).measure(1, -60 * YEAR, None, "MEDS_BIRTH")
+    mini.measure(1, None, None, "GENDER//F").measure(2, None, None, "GENDER//M")
+    mini.measure(1, 8, 3.5, LACTATE).measure(1, 29, 2.1, LACTATE)
+    mini.measure(1, 31, 9.9, LACTATE).measure(2, 1, 7, LACTATE)
+    mini.measure(2, 10, None, "DRUG//insulin").measure(2, None, None, "RACE//x")
+    mini.measure(3, 4, None, "DRUG//insulin").measure(3, 31, None, "DRUG//insulin")
+    context = ("lactate [mmol/L]=LAB//lac*", "insulin=DRUG*", "race x=RACE//x", "pH [-]=LAB//pH")
+    rows = meds(mini.write_meds(tmp_path / "meds"), context=context).fillna("")
+    assert rows["clinical_context"].tolist() == [
+        "60-year-old woman, lactate 2.1 mmol/L",
+        "Man, insulin, race x",
+        "",
+    ]
+    static = rows.loc[:, "static_age [years]":"static_pH [-]"]
+    assert static.astype(str).to_dict("list") == {
+        "static_age [years]": ["60", "", ""],
+        "static_sex_male": ["0", "1", ""],
+        "static_lactate [mmol/L]": ["2.1", "", ""],
+        "static_insulin": ["0", "1", "0"],
+        "static_race x": ["0", "1", "0"],
+        "static_pH [-]": ["", "", ""],
+    }
+    columns = [*rows][[*rows].index("static_pH [-]") + 1 :]
+    assert columns == ["label_escalation", "split"]
+
+
+def test_age_is_in_full_years_and_not_told_above_89(tmp_path):
+    mini = Mini()
+    births = ["2060-01-02 06:00", "2060-01-02 06:01", "2090-01-03", "2150-01-03"]
+    for subject, birth in enumerate(births):
+        hours = (pd.Timestamp(birth) - EPOCH) / pd.Timedelta("1h")
+        mini.ask(subject, 30).measure(subject, 12, 15).measure(subject, hours, None, "MEDS_BIRTH")
+    rows = meds(mini.write_meds(tmp_path / "meds")).fillna("")
+    assert rows["clinical_context"].tolist() == [
+        "Over 89-year-old patient",
+        "89-year-old patient",
+        "59-year-old patient",
+        "",
+    ]
+    assert rows["static_age [years]"].tolist() == ["90", "89", "59", ""]
+
+
+def test_a_static_feature_with_the_name_of_an_automatic_one_is_refused(folder):
+    for name in ("age [years]", "Sex_male"):
+        with pytest.raises(InputError, match="--context"):
+            meds(folder, context=(f"{name}={GAP}",))
+
+
+@pytest.mark.parametrize(
+    ("series", "named"),
+    [
+        ("glucose=LAB//1*", "LAB//1//mg/dL, LAB//1//mmol/L are in mg/dL, mmol/L"),
+        ("glucose [mmol/L]=LAB//1//mg/dL", "are in mg/dL"),
+        ("glucose [MG/DL]=LAB//1//mg/dL", ""),
+        ("glucose=LAB//1//mg/dL", ""),
+        ("glucose [mmol/L]=LAB//gap", ""),
+    ],
+)
+def test_codes_of_another_unit_are_refused(series, named, tmp_path):
+    mini = simple().measure(1, 13, 90, "LAB//1//mg/dL").measure(1, 14, 5, "LAB//1//mmol/L")
+    folder = mini.write_meds(tmp_path / "meds")
+    if not named:
+        assert len(meds(folder, (series,)))
+        return
+    with pytest.raises(InputError, match=f"--series glucose: .*{named}"):
+        meds(folder, (series,))
+    if "[" in series:
+        with pytest.raises(InputError, match=f"--context glucose: .*{named}"):
+            meds(folder, context=(series,))
+
+
+# --------------------------------------------------------------------------- files
+
+
+def test_the_splits_of_meds_become_ours(tmp_path):
+    mini = simple().ask(3, 30, 0, "held_out").measure(3, 12, 15).ask(4, 30).measure(4, 12, 15)
+    del mini.splits[4]
+    folder = mini.write_meds(tmp_path / "meds")
+    rows, description = meds_file(folder)
+    assert rows["split"].tolist() == ["train", "val", "test"]
+    removed = {rule["rule"]: rule["removed"] for rule in description["flow"]}
+    assert removed["subject in no part of the split"] == 1
+    rows = meds(folder, no_splits=True)
+    assert len(rows) == 4
+    assert "split" not in rows
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [None, [(1, "train"), (2, "test")], [(1, "train"), (1, "tuning"), (2, "train")]],
+)
+def test_splits_that_cannot_be_used_are_refused(splits, folder):
+    path = folder / "metadata" / "subject_splits.parquet"
+    path.unlink()
+    if splits:
+        pd.DataFrame(splits, columns=["subject_id", "split"]).to_parquet(path)
+    with pytest.raises(InputError, match=r"subject_splits\.parquet.*--no_splits"):
+        meds(folder)
+
+
+def test_a_damaged_shard_is_named_and_nothing_written(folder, tmp_path, capsys):
+    shard = folder / "data" / "tuning" / "0.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    words = ["from_meds", "--meds_dir", str(folder), "--labels", str(folder / "task")]
+    words += ["--series", GAP_SERIES, "--out", str(tmp_path / "out.csv")]
+    assert dataset_format.main(words) == 2
+    assert "tuning/0.parquet" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} <= {"meds", ".out.csv.lock"}
+
+
+@pytest.mark.parametrize("flag", ["--out", "--labels", "--series"])
+def test_a_flag_that_is_missing_is_named(flag, capsys):
+    words = {"--out": "o.csv", "--labels": "x", "--series": GAP_SERIES}
+    del words[flag]
+    given = [word for pair in words.items() for word in pair]
+    assert dataset_format.main(["from_meds", "--meds_dir", "x", *given]) == 2
+    assert f"{flag}: is needed" in capsys.readouterr().err
+
+
+def test_codes_are_listed_by_their_number_of_events(tmp_path, capsys):
+    mini = Mini().ask(1, 30)
+    for subject in range(12):
+        mini.measure(subject, 1, 15).measure(subject, 2, 15).ask(subject, 1, 0, f"p{subject % 2}")
+        for hour in range(3 if subject < 10 else 0):
+            mini.measure(subject, hour, 1, "LAB//ra\nre")
+    folder = mini.write_meds(tmp_path / "meds")
+    codes = pd.DataFrame({"code": [GAP], "description": ["Anion gap"], "valueuom": [["mEq/L"]]})
+    codes.to_parquet(folder / "metadata" / "codes.parquet")
+    assert dataset_format.main(["from_meds", "--meds_dir", str(folder), "--list_codes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [" ".join(line.split()) for line in lines] == [
+        "events subjects code, unit, description",
+        r"30 10 LAB//ra\nre",
+        "24 12 LAB//gap mEq/L Anion gap",
+    ]
+
+
+# --------------------------------------------------------------------------- the demo
+
+
+def test_the_demo_gives_the_trajectories_of_from_mimic(tmp_path):
+    flags = {"out": tmp_path / "mimic.csv", "cohort": "all", "outcome": ("death",)}
+    mimic_dir = MEDS_DEMO.with_name("mimic_iv_demo")
+    expected, _ = make_rows("from_mimic", mimic_dir=mimic_dir, compute_gap="reported", **flags)
+    rows = meds(
+        MEDS_DEMO,
+        ("anion gap [mEq/L]=LAB//50868//mEq/L",),
+        labels=MEDS_DEMO / "labels" / "hospital_mortality",
+        out=tmp_path / "out.csv",
+        window_hours=12.0,
+        hours_from="first",
+    )
+    columns = ["subject_id", "clinical_trajectory", "label_escalation"]
+    mine, theirs = (each[columns].astype(str).sort_values(columns) for each in (rows, expected))
+    assert mine.to_numpy().tolist() == theirs.to_numpy().tolist()
+    assert len(rows) == 87
+
+
+def test_labels_of_aces_on_the_demo(tmp_path):
+    rows, description = meds_file(
+        MEDS_DEMO,
+        ("anion gap [mEq/L]=LAB//50868*", "glucose [mg/dL]=LAB//50931*"),
+        labels=MEDS_DEMO / "labels" / "in_icu_mortality",
+        out=tmp_path / "out.csv",
+        context=("lactate [mmol/L]=LAB//50813*",),
+    )
+    flow = description["flow"]
+    assert flow[0]["removed"] + flow[0]["left"] == 74
+    assert len(rows) == flow[-1]["left"] > 60
+    assert {*rows["split"]} == {"train", "val", "test"}
+    assert rows["clinical_context"].str.match(r"(Over )?\d\d-year-old (wo)?man").all()
+    json.dumps(description)
