@@ -145,7 +145,8 @@ def test_the_way_from_meds_to_a_checked_file_runs_as_it_stands(
 def test_the_flags_of_from_eicu_are_those_of_from_mimic() -> None:
     parsers = subparsers(dataset_format.build_parser())
     mimic, eicu = defaults(parsers["from_mimic"]), defaults(parsers["from_eicu"])
-    del mimic["--mimic_dir"], mimic["--item"], mimic["--series"]
+    for name in ("mimic_dir", "item", "series", "notes_dir", "max_note_words"):
+        del mimic[f"--{name}"]
     assert {name: eicu[name] for name in mimic} == mimic
     assert eicu.keys() == mimic.keys() | {"--eicu_dir", "--series"}
 

@@ -1,10 +1,13 @@
 """Notes in the context: those written by the prediction time, in order, with their hours."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
+import mimic_files
 from event_files import Mini, meds, meds_file, moment, random_events
 from medgemma_clinical.files import InputError
+from mimic_files import extracted, write_tables
 
 SHOWN = ("NOTE//chest", "NOTE//discharge")
 
@@ -93,3 +96,105 @@ def test_nothing_written_later_changes_a_cell(tmp_path):
         note(changed, label["subject"], label["hours"] + 0.001, "she died", SHOWN[1])
         again = meds(changed.write_meds(tmp_path / str(number)), notes=SHOWN).set_index("id")
         assert again["clinical_context"].item() == rows.loc[name_of(label), "clinical_context"]
+
+
+# --------------------------------------------------------------------------- MIMIC-IV-Note
+
+DAY = "2150-01-01 00:00:00"
+
+
+def hospital():
+    """Two admissions of one patient, asked at 13 h and at 1013 h; one of another patient."""
+    mini = mimic_files.Mini().admit(1, 0, 200, subject=5).admit(2, 1000, 1200, subject=5)
+    for hadm, start in ((1, 0), (2, 1000), (3, 0)):
+        mini = mini if hadm < 3 else mini.admit(3)
+        mini.gaps(hadm, (start + 1, 20), (start + 4, 18))
+    return mini
+
+
+def written(notes):
+    """The tables of MIMIC-IV-Note from kind, patient, admission, charted, stored and text."""
+    columns = ["kind", "subject_id", "hadm_id", "charttime", "storetime", "text"]
+    table = pd.DataFrame(notes, columns=columns, dtype=object)
+    for name in ("charttime", "storetime"):
+        hours = [
+            each if isinstance(each, str) else mimic_files.moment(each) for each in table[name]
+        ]
+        table[name] = hours
+    table = table.assign(note_type="?", note_seq="1").astype(str)
+    own = {
+        name: table[table["kind"] == name].drop(columns="kind")
+        for name in ("discharge", "radiology")
+    }
+    return own
+
+
+def contexts_of(folder, notes, form=".csv.gz", **flags):
+    folder = write_tables(
+        folder / form.replace(".", "_"), {**hospital().tables(), **written(notes)}, form
+    )
+    return extracted(folder, ("death",), notes_dir=folder, **flags)
+
+
+def test_notes_of_a_patient_follow_the_context_of_their_admissions(tmp_path):
+    notes = [
+        ("radiology", 5, "", 1009.5, 1010, 'IMPRESSION:\n  No "acute"  process,\nclear.'),
+        ("discharge", 5, 1, 192, 230.25, "Was well."),
+        ("radiology", 5, 2, 1013, 1013.01, "stored too late"),
+        ("radiology", 5, 2, 1013.01, 1013, "charted too late"),
+        ("radiology", 5, "", 1013, "", "in time, never stored"),
+        ("radiology", 5, 2, 1008, "", "A date counts at its end."),
+        ("radiology", 5, 2, 1010, 1013, ""),
+        ("discharge", 5, 2, 1008, 1009, "a summary of this very stay"),
+        ("radiology", 10003, "", DAY, 7, "She is another."),
+    ]
+    made = contexts_of(tmp_path, notes)
+    plain = contexts_of(tmp_path, [], ".csv")
+    assert made.context(1) == plain.context(1)
+    assert made.context(2) == (
+        f"{plain.context(2)}. Note (-770.75h): Was well. "
+        'Note (9h): IMPRESSION: No "acute" process, clear. Note (12h): in time, never stored'
+    )
+    assert made.context(3) == f"{plain.context(3)}. Note (6h): She is another."
+    assert {"note/discharge", "note/radiology"} < {*made.description["tables_sha256"]}
+    assert "max_note_words" in made.description["arguments"]
+    columns = made.rows.columns.drop("clinical_context")
+    pd.testing.assert_frame_equal(made.rows[columns], plain.rows[columns])
+    short = contexts_of(tmp_path, notes, ".parquet", max_note_words=4)
+    assert short.context(2) == f"{plain.context(2)}. Note (12h): in time, never stored"
+
+
+def test_notes_written_later_change_no_cell(tmp_path):
+    rng = np.random.default_rng(2)
+    asked = {5: 13.0, 10003: 13.0}
+    notes = []
+    for number in range(300):
+        kind, subject = ("discharge", "radiology")[number % 2], (5, 10003)[number % 3 == 0]
+        charted = rng.uniform(-300, 40)
+        stored = "" if number % 7 == 0 else charted + rng.exponential(9)
+        notes.append(
+            (kind, subject, rng.choice(["", "1", "77"]), charted, stored, f"n{number} " * 3)
+        )
+    cells = contexts_of(tmp_path, notes).inputs()
+    for each in range(3):
+        changed = []
+        for kind, subject, hadm, charted, stored, text in notes:
+            if max(charted, stored or charted) <= asked[subject]:
+                changed.append((kind, subject, hadm, charted, stored, text))
+            elif rng.random() < 0.7:
+                changed.append((kind, subject, hadm, charted, stored, "died"))
+        for subject in asked:
+            changed.append(("radiology", subject, "", 12, 13.01, "died soon"))
+            changed.append(("discharge", subject, "", DAY, 14, "died soon"))
+        again = contexts_of(tmp_path / str(each), changed).inputs()
+        assert all(again[hadm] == cells[hadm] for hadm in (1, 3))
+    assert "Note" in str(cells[1])
+
+
+@pytest.mark.parametrize("name", ["discharge", "radiology"])
+def test_a_table_of_notes_that_is_missing_is_named(name, tmp_path):
+    tables = {**hospital().tables(), **written([])}
+    del tables[name]
+    folder = write_tables(tmp_path / "all", tables)
+    with pytest.raises(InputError, match=f"--notes_dir .*{name}"):
+        extracted(folder, notes_dir=folder)
