@@ -77,7 +77,6 @@ from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.eicu import EicuRequest, make_eicu
 from medgemma_clinical.data.mimic import MimicRequest, make_mimic
 from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.splits import PARTS, describe_equal_rows, row_keys
 from medgemma_clinical.data.tables import (
     Findings,
     column_text,
@@ -96,6 +95,7 @@ from medgemma_clinical.data.texts import (
     short_clauses,
     with_space,
 )
+from medgemma_clinical.data.training_data import PARTS, describe_copies
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
@@ -328,10 +328,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if self.leak:
             raise InputError(self.leak)
         split = super().split(seed)
-        if not self.allow_duplicates:
-            keys = row_keys(self.times, self.values, self.offsets, self.labels, self.contexts)
-            if problem := describe_equal_rows(keys, split, self.numbers):
-                raise InputError(f"{self.source}: {problem}, or accept them by --allow_duplicates")
+        copies = "" if self.allow_duplicates else describe_copies(self, split, self.numbers)
+        if copies:
+            raise InputError(f"{self.source}: {copies}, or accept them by --allow_duplicates")
         return split
 
     @classmethod

@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.commands.run_folder import log_path, stage_folder
-from medgemma_clinical.data.checks import describe_split, describe_unusable, summarize
+from medgemma_clinical.data.checks import (
+    describe_leaks,
+    describe_split,
+    describe_unusable,
+    log_warnings,
+    summarize,
+)
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
 from medgemma_clinical.training.stage import Stage
@@ -32,10 +38,10 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
     dataset, batches = data.dataset, stage.batches["train"]
     for line in [*summarize(dataset), describe_split(dataset, data.split, args.seed)]:
         logger.info(line)
+    log_warnings(describe_leaks(dataset, data.split["train"]), dataset.source)
     if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
         if args.facts == "on":
-            for line in describe_unusable(data.unusable_static):
-                logger.warning("warning: %s: %s", dataset.source, line)
+            log_warnings(describe_unusable(data.unusable_static), dataset.source)
         until = "last observation" if dataset.hours_read is None else "prediction time"
         names = ", ".join(dataset.static_inputs) or "none"
         logger.info("stage 1 reads the series up to the %s, and static features: %s", until, names)

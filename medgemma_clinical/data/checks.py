@@ -1,44 +1,48 @@
-"""What ``check`` says of a data set: a summary, suspicions, and what the data can be used for."""
+"""What ``check`` and the start of a run say of data: summary, suspicions, possible leaks."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
+from medgemma_clinical.data.features import patients_behind
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.data.texts import with_space
-from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
+
+if TYPE_CHECKING:
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
 SEED = 0
 """Of the split that is shown; the default of ``--seed``."""
 
-FEWEST_PATIENTS, FEWEST_TEST_EVENTS = 100, 10
+MIN_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
 with fewer, hardly any difference between models is larger than its interval."""
 
-LONGEST_SPAN = 10
+MAX_SPANS = 10
 """Median span in time scales beyond which a time scale that nobody chose does not fit."""
 
-MOST_IMPLAUSIBLE = 0.5
+MAX_IMPLAUSIBLE = 0.5
 """Share of a series' values from which on its unit counts as wrong."""
+
+LEAK_AUROC, LEAK_PATIENTS = 0.95, 10
+"""AUROC from which on a single input is suspected to know the outcome, and the patients with, and
+without, the event that it takes: of fewer, noise comes that far too often among many columns."""
 
 
 @contextlib.contextmanager
 def log_refusal() -> Iterator[None]:
-    """Log the verdict on data that cannot be used.
-
-    Raises:
-        InputError: that of the block.
-    """
+    """Log the verdict on data that a block refuses."""
     try:
         yield
     except InputError:
@@ -59,8 +63,8 @@ def log_check(dataset: TrajectoryDataset, obstacle: str | None = None) -> None:
     for line in summarize(dataset):
         logger.info(line)
     warnings = [*implausible_series(dataset), *describe_long_spans(dataset)]
-    if dataset.n_patients < FEWEST_PATIENTS:
-        few = f"fewer than {FEWEST_PATIENTS} patients"
+    if dataset.n_patients < MIN_PATIENTS:
+        few = f"fewer than {MIN_PATIENTS} patients"
         warnings.append(f"{few}: metrics of a model will be undecided")
     log_warnings(warnings)
     if not obstacle and (unlabelled := int(np.isnan(dataset.labels).sum())):
@@ -70,7 +74,7 @@ def log_check(dataset: TrajectoryDataset, obstacle: str | None = None) -> None:
     if not obstacle:
         split = dataset.split(SEED)
         logger.info(describe_split(dataset, split, SEED))
-        dataset.check_measured(split["train"])
+        check_measured(dataset, split["train"])
         warnings += (found := _check_parts(dataset, split))
         log_warnings(found)
     ready = "ready to predict on" if obstacle else "ready"
@@ -78,24 +82,26 @@ def log_check(dataset: TrajectoryDataset, obstacle: str | None = None) -> None:
     logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
 
 
-def log_warnings(warnings: Iterable[str]) -> None:
-    """Log each as a warning."""
+def log_warnings(warnings: Iterable[str], source: str = "") -> None:
+    """Log each as a warning, of a source where one is named."""
     for line in warnings:
-        logger.warning("warning: %s", line)
+        logger.warning("warning: %s%s", f"{source}: " if source else "", line)
 
 
 def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]) -> list[str]:
-    """Warn of a test part of few events, and of inputs of few training patients."""
+    """Warn of a test part of few events, and of inputs that the training part makes suspect."""
     train, test, warnings = split["train"], split["test"], []
-    if minority_patients(dataset.labels[test], dataset.groups[test]) < FEWEST_TEST_EVENTS:
-        few = f"fewer than {FEWEST_TEST_EVENTS} patients of the test part have, or lack, the event"
+    if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
+        few = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
         warnings.append(f"{few}: its metrics will be undecided")
-    known = dataset.prediction_hours is not None
-    unusable = dataset.unusable_static(train)
+    known, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
     names = [name for name in dataset.static_names if name not in unusable]
     read = dataset.with_inputs(names, prediction_time=known)
-    few_behind = describe_few_patients(read.patients_behind(train))
-    return [*warnings, *few_behind, *describe_unusable(unusable)]
+    warnings += describe_few_patients(patients_behind_inputs(read, train))
+    return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
+
+
+# --------------------------------------------------------------------------- summary
 
 
 def describe_split(
@@ -131,30 +137,25 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
     if len(known):
         labelled = f"{_plural(len(known), 'labelled row')} ({known.mean():.1%})"
         events = f"{_plural(int(known.sum()), 'event')} in {labelled}"
-    spans = dataset.times[dataset.offsets[1:] - 1] - dataset.times[dataset.offsets[:-1]]
-    return [
+    spans = dataset.last_times - dataset.times[dataset.offsets[:-1]]
+    lines = [
         *([] if dataset.flow is None else flow_lines(dataset.flow)),
         f"rows {len(dataset):,}, patients {dataset.n_patients:,}",
         f"outcome {dataset.outcome!r}: {events}",
         f"observations a row: {_percentiles(dataset.lengths)}",
         f"span in hours: {_percentiles(spans)}",
-        *(_summarize_feature(dataset, f) for f in range(len(dataset.features))),
     ]
-
-
-def _summarize_feature(dataset: TrajectoryDataset, f: int) -> str:
-    name, unit = dataset.features[f], dataset.units[f]
-    titled = f"{name} [{unit}]" if unit else name
-    measured = ~np.isnan(dataset.values[:, f])
-    if not measured.any():
-        return f"{titled}: never measured"
-    owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
-    rows, counts = np.unique(owner[measured], return_counts=True)
-    patients, everyone = count_patients(dataset.groups, rows), dataset.n_patients
-    return (
-        f"{titled}: {_percentiles(dataset.values[measured, f])}; in {patients:,} of {everyone:,} "
-        f"patients, {np.median(counts):g} values a row with any"
-    )
+    owner, patients = dataset.owner, pd.factorize(dataset.groups)[0]
+    for name, unit, values in zip(dataset.features, dataset.units, dataset.values.T, strict=True):
+        measured, text = ~np.isnan(values), "never measured"
+        if measured.any():
+            rows, counts = np.unique(owner[measured], return_counts=True)
+            text = (
+                f"{_percentiles(values[measured])}; in {count_patients(patients, rows):,} of "
+                f"{dataset.n_patients:,} patients, {np.median(counts):g} values a row with any"
+            )
+        lines.append(f"{name}{f' [{unit}]' if unit else ''}: {text}")
+    return lines
 
 
 def _percentiles(numbers: NDArray[Any]) -> str:
@@ -165,32 +166,53 @@ def _percentiles(numbers: NDArray[Any]) -> str:
     )
 
 
-def describe_long_spans(dataset: TrajectoryDataset) -> list[str]:
-    """Warn of a time scale that nobody chose and that is far below the span of most rows."""
-    if not dataset.assumed_time_scale:
-        return []
-    median = float(np.median(dataset.prediction_times() - dataset.times[dataset.offsets[:-1]]))
-    scale, better = dataset.time_scale, f"{float(f'{median:.2g}'):.0f}"
-    if median <= LONGEST_SPAN * scale:
-        return []
-    return [
-        f"the median span of a row, {median:,.0f} h, is beyond {LONGEST_SPAN} time scales of "
-        f"{scale:g} h, which makes very many solver steps: train with --time_scale {better}, or "
-        f'write "time_scale": {better} in the JSON file beside the data'
-    ]
+# --------------------------------------------------------------------------- suspicions
 
 
-def describe_unusable(unusable: dict[str, str]) -> list[str]:
-    """Warn of static features that no model reads, by ``TrajectoryDataset.unusable_static``."""
-    return [f"{name} is not read: {reason}" for name, reason in unusable.items()]
+def check_measured(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
+    """Refuse a feature, or a prediction time, that no patient of the training part has.
 
-
-def describe_few_patients(patients: dict[str, dict[str, int]]) -> list[str]:
-    """Warn of inputs of so few training patients that their mean, which weights keep, is theirs.
-
-    Args:
-        patients: as from ``TrajectoryDataset.patients_behind``.
+    Raises:
+        InputError: its name, and how to go on without it.
     """
+    if dataset.hours_read is not None and np.isnan(dataset.hours_read[train]).all():
+        raise InputError(
+            f"{dataset.source}: no patient of the training part has a prediction time: fill the "
+            "column prediction_hours, or leave it unread by --prediction_time off"
+        )
+    unknown = np.isnan(dataset.values[dataset.rows_of(train)])
+    never = [name for name, column in zip(dataset.features, unknown.T, strict=True) if column.all()]
+    if never and not dataset.fixed_features:  # which nobody has chosen
+        rest = ",".join(name for name in dataset.features if name not in never)
+        raise InputError(
+            f"{dataset.source}: the training part never measures {', '.join(never)}: go on "
+            f'without it by --series "{rest}"'
+        )
+
+
+def patients_behind_inputs(
+    dataset: TrajectoryDataset, train: NDArray[np.int64]
+) -> dict[str, dict[str, int]]:
+    """Count the training patients behind each input whose mean a stage 1 keeps.
+
+    Returns:
+        ``series``: patients with a value; ``static``: see ``patients_behind``, with
+        ``prediction_hours`` where a model reads them.
+    """
+    patients = pd.factorize(dataset.groups[train])[0]  # numbers are counted faster
+    owners = np.repeat(patients, dataset.lengths[train])
+    measured = ~np.isnan(dataset.values[dataset.rows_of(train)])
+    series = [count_patients(owners, column) for column in measured.T]
+    columns = zip(dataset.static_inputs, dataset.static_values(train).T, strict=True)
+    static = {name: patients_behind(column, patients) for name, column in columns}
+    if dataset.hours_read is not None:
+        known = ~np.isnan(dataset.hours_read[train])
+        static["prediction_hours"] = count_patients(patients, known)
+    return {"series": dict(zip(dataset.features, series, strict=True)), "static": static}
+
+
+def describe_few_patients(patients: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Warn of ``patients_behind_inputs`` so few that a mean, which weights keep, is theirs."""
     behind = {**patients["series"], **patients["static"]}
     if not (few := [name for name, count in behind.items() if 0 < count < MIN_CELL]):
         return []
@@ -200,20 +222,37 @@ def describe_few_patients(patients: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], most: int) -> str:
+def describe_unusable(unusable: Mapping[str, str]) -> list[str]:
+    """Warn of static features that no model reads, see ``TrajectoryDataset.unusable_static``."""
+    return [f"{name} is not read: {reason}" for name, reason in unusable.items()]
+
+
+def describe_long_spans(dataset: TrajectoryDataset) -> list[str]:
+    """Warn of a time scale that nobody chose and that is far below the span of most rows."""
+    if not dataset.assumed_time_scale:
+        return []
+    median = float(np.median(dataset.prediction_times() - dataset.times[dataset.offsets[:-1]]))
+    scale, better = dataset.time_scale, f"{float(f'{median:.2g}'):.0f}"
+    if median <= MAX_SPANS * scale:
+        return []
+    return [
+        f"the median span of a row, {median:,.0f} h, is beyond {MAX_SPANS} time scales of "
+        f"{scale:g} h, which makes very many solver steps: train with --time_scale {better}, or "
+        f'write "time_scale": {better} in the JSON file beside the data'
+    ]
+
+
+def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], max_len: int) -> str:
     """Describe how many patients lose observations by ``--max_len``, and how to keep them.
 
-    Args:
-        lengths: (N,) observations of each row as it stands in the file.
-        groups: (N,) patient of each row.
-        most: observations that are kept; some row has more.
+    ``lengths`` (N,) are those in the file; some row is longer than ``max_len``.
     """
-    losing, everyone = count_patients(groups, lengths > most), len(np.unique(groups))
+    losing, everyone = count_patients(groups, lengths > max_len), len(np.unique(groups))
     better = int(np.quantile(lengths, 0.99, method="higher"))
     return (
-        f"{losing:,} of {everyone:,} patients lose observations, as rows are longer than {most}: "
-        f"the most recent are kept; --max_len {better if better > most else lengths.max()} keeps "
-        "more"
+        f"{losing:,} of {everyone:,} patients lose observations, as rows are longer than "
+        f"{max_len}: the most recent are kept; --max_len "
+        f"{better if better > max_len else lengths.max()} keeps more"
     )
 
 
@@ -226,10 +265,81 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
         outside = int(((values < low) | (values > high)).sum())
         measured = int((~np.isnan(values)).sum())
         if outside:
-            most = outside >= MOST_IMPLAUSIBLE * measured
+            most = outside >= MAX_IMPLAUSIBLE * measured
             advice = "most of them: convert the unit" if most else "is the unit right?"
             found.append(
                 f"{name}: {outside:,} of {measured:,} values lie outside {low:g} to {high:g}"
                 f"{with_space(unit)}: {advice}"
             )
     return found
+
+
+# --------------------------------------------------------------------------- leaks
+
+
+def describe_leaks(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> list[str]:
+    """Warn of each single input that nearly tells the label on the training part."""
+    labels, patients = dataset.labels[train], pd.factorize(dataset.groups[train])[0]
+    lines = []
+    for name, columns in _single_inputs(dataset, train).items():
+        aurocs = [_auroc(column, labels, patients) for column in columns]
+        if (highest := max(aurocs)) >= LEAK_AUROC:
+            lines.append(
+                f"{name} alone ranks the training rows by their label (AUROC {highest:.3f}): is it "
+                "known at the prediction time?"
+            )
+    return [*lines, *_leaking_words(dataset.contexts[train], labels, patients)]
+
+
+def _single_inputs(
+    dataset: TrajectoryDataset, train: NDArray[np.int64]
+) -> dict[str, list[NDArray[np.float64]]]:
+    """Return what each input may tell by itself, columns (n,): values, presence, counts."""
+    inputs = {}
+    for name, values in zip(dataset.static_names, dataset.static[train].T, strict=True):
+        inputs[name] = [values, np.isnan(values).astype(float)]
+    if dataset.prediction_hours is not None:
+        hours = dataset.prediction_hours[train]
+        first = dataset.times[dataset.offsets[train]]
+        since = [hours, hours - first, hours - dataset.last_times[train]]
+        inputs["prediction_hours"] = [*since, np.isnan(hours).astype(float)]
+    owner = np.repeat(np.arange(len(train)), dataset.lengths[train])
+    measured = ~np.isnan(dataset.values[dataset.rows_of(train)])
+    for name, column in zip(dataset.features, measured.T, strict=True):
+        count = np.bincount(owner[column], minlength=len(train)).astype(float)
+        inputs[f"how often {name} is measured"] = [count, (count > 0).astype(float)]
+    return inputs
+
+
+def _auroc(
+    column: NDArray[np.float64], labels: NDArray[np.float64], patients: NDArray[np.int64]
+) -> float:
+    """Return the AUROC of the known values of a column, in the better direction; 0 if few."""
+    known = ~np.isnan(column)
+    column, labels = column[known], labels[known]
+    if minority_patients(labels, patients[known]) < LEAK_PATIENTS:
+        return 0.0
+    events = int(labels.sum())
+    ranks = rankdata(column)[labels == 1].sum() - events * (events + 1) / 2
+    auroc = ranks / (events * (len(labels) - events))
+    return float(max(auroc, 1 - auroc))
+
+
+def _leaking_words(
+    contexts: NDArray[np.object_], labels: NDArray[np.float64], patients: NDArray[np.int64]
+) -> list[str]:
+    """Warn of words whose presence in a context nearly tells the label."""
+    if minority_patients(labels, patients) < LEAK_PATIENTS:
+        return []
+    words = pd.Series(contexts).str.lower().str.findall(r"[^\W\d_]{2,}").explode().dropna()
+    held = words.reset_index().drop_duplicates().set_axis(["row", "word"], axis=1)
+    held["event"] = labels[held["row"]]
+    counts = held.groupby("word")["event"].agg(["sum", "size"])
+    sensitivity = counts["sum"] / labels.sum()
+    others = (counts["size"] - counts["sum"]) / (1 - labels).sum()
+    auroc = 0.5 + (sensitivity - others).abs() / 2
+    return [
+        f"clinical_context: the word {word!r} alone ranks the training rows by their label (AUROC "
+        f"{value:.3f}): is it known at the prediction time?"
+        for word, value in auroc[auroc >= LEAK_AUROC].items()
+    ]

@@ -1,24 +1,188 @@
-"""What a run learns from: the series, their split, and hashes by which leaks are found."""
+"""What a run learns from: the rows, their split, and hashes by which leaks are found."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.checks import describe_few_patients, describe_long_spans
-from medgemma_clinical.data.splits import IDENTIFYING_VALUES
+from medgemma_clinical.data.checks import (
+    check_measured,
+    describe_few_patients,
+    describe_long_spans,
+    log_warnings,
+    patients_behind_inputs,
+)
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.files import InputError
+
+if TYPE_CHECKING:
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
+PARTS = ("train", "val", "test")
+
+HELD_OUT_SHARE = 0.1
+"""Share of the patients in each of val and test; the others train."""
+
 LATEST_OBSERVATIONS = 5
-"""Observations that identify a row; the latest, since ``--max_len`` cuts the others off."""
+"""Observations by which a row is known again; the latest, since ``--max_len`` cuts others off."""
+
+IDENTIFYING_VALUES = 3
+"""A row with fewer measured values does not identify its patient: other patients share them."""
+
+Split = dict[str, NDArray[np.int64]]
+"""Ascending positions of the rows of each of ``PARTS``."""
+
+
+# --------------------------------------------------------------------------- split
+
+
+def draw_split(
+    groups: NDArray[np.str_], labels: NDArray[np.float64], seed: int, source: str
+) -> Split:
+    """Divide the rows 80/10/10 by patient, stratified by event; the order of rows is immaterial.
+
+    Args:
+        groups: (n,) patient of each row.
+        labels: (n,) 0 or 1.
+        seed: decides the part of each patient.
+        source: named in errors.
+
+    Raises:
+        InputError: fewer than three patients with, or without, an event.
+    """
+    owner, event = _patient_events(groups, labels)
+    rng = np.random.default_rng(seed)
+    part = np.zeros(len(event), dtype=np.int64)
+    for outcome, name in ((True, "with"), (False, "without")):
+        order = rng.permutation(np.flatnonzero(event == outcome))
+        if len(order) < len(PARTS):
+            raise InputError(
+                f"{source}: fewer than {len(PARTS)} patients {name} an event: train, val and test "
+                "need at least one each: add such patients"
+            )
+        held_out = max(1, round(HELD_OUT_SHARE * len(order)))
+        part[order[:held_out]] = PARTS.index("val")
+        part[order[held_out : 2 * held_out]] = PARTS.index("test")
+    return {name: np.flatnonzero(part[owner] == k) for k, name in enumerate(PARTS)}
+
+
+def given_split(
+    groups: NDArray[np.str_], labels: NDArray[np.float64], parts: NDArray[np.str_], source: str
+) -> Split:
+    """Return the split that the data bring in ``parts`` (n,); see ``draw_split``.
+
+    Raises:
+        InputError: a part lacks patients with or without an event.
+    """
+    split = {name: np.flatnonzero(parts == name) for name in PARTS}
+    owner, event = _patient_events(groups, labels)
+    for name, rows in split.items():
+        if len(np.unique(event[owner[rows]])) < 2:
+            raise InputError(
+                f"{source}, column split: {name} lacks patients with or without an event: each of "
+                "train, val, test needs both"
+            )
+    return split
+
+
+def _patient_events(
+    groups: NDArray[np.str_], labels: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the patient of each row as a number, (n,), and whether each patient has an event."""
+    patients, owner = np.unique(groups, return_inverse=True)
+    event = np.zeros(len(patients), dtype=bool)
+    np.logical_or.at(event, owner, labels == 1)
+    return owner, event
+
+
+# --------------------------------------------------------------------------- hashes
+
+
+def row_hashes(
+    dataset: TrajectoryDataset,
+    rows: NDArray[np.int64],
+    label: float | None = None,
+    latest: int | None = LATEST_OBSERVATIONS,
+) -> NDArray[np.int64]:
+    """Return a hash of the latest observations and the label of each of n rows, (n,).
+
+    Args:
+        dataset: the data.
+        rows: (n,) positions.
+        label: stands in for that of the rows.
+        latest: how many observations; None for all.
+
+    Returns:
+        0 for rows that hold too few values to identify a patient.
+    """
+    ends, lengths = dataset.offsets[rows + 1], dataset.lengths[rows]
+    lengths = lengths if latest is None else np.minimum(lengths, latest)
+    owner, starts = np.repeat(np.arange(len(rows)), lengths), np.cumsum(lengths) - lengths
+    step = np.arange(len(owner)) - (starts + lengths)[owner]  # -1 for the last observation
+    flat = ends[owner] + step
+    values = dataset.values[flat]
+    hours = np.round(dataset.times[flat] - dataset.times[ends - 1][owner], 6)
+    hashes = step.astype(np.uint64)
+    for column in (hours, *values.T):
+        hashes = _mixed(hashes, column)
+    if len(rows):
+        hashes = np.add.reduceat(hashes, starts)
+    measured = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
+    hashes = _mixed(hashes, dataset.labels[rows] if label is None else np.full(len(rows), label))
+    return np.where(measured < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
+
+
+def _mixed(hashes: NDArray[np.uint64], column: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """Return hashes that depend on a column, too; -0 equals 0."""
+    return pd.util.hash_array(hashes + pd.util.hash_array(column + 0.0))
+
+
+def patient_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a hash of the patient's name for each of n rows, (n,)."""
+    return pd.util.hash_array(dataset.groups[rows].astype(object)).view(np.int64)
+
+
+def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[np.int64]) -> str:
+    """Return what to do about copies of a row in two parts of a split; empty where there are none.
+
+    Copies are equal in all that is read of them: observations, static features, prediction time,
+    context and label.
+
+    Args:
+        dataset: N rows.
+        split: positions of each part.
+        numbers: (N,) number of each row in the file.
+    """
+    part = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(split.values())])
+    rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
+    rows = rows.sort_values("row", ignore_index=True)
+    order = rows["row"].to_numpy()
+    read = pd.DataFrame(dataset.static[order])
+    read["series"] = row_hashes(dataset, order, latest=None)
+    read["last"], read["context"] = dataset.last_times[order], dataset.contexts[order]
+    read["hours"] = np.nan if dataset.prediction_hours is None else dataset.prediction_hours[order]
+    rows["key"] = pd.util.hash_pandas_object(read, index=False)
+    rows = rows[read["series"] != 0]
+    first = rows.groupby("key")[["row", "part"]].transform("first")
+    other = rows["part"] != first["part"]
+    if not other.any():
+        return ""
+    pair = sorted(numbers[[first["row"][other].iloc[0], rows["row"][other].iloc[0]]])
+    return (
+        f"rows {pair[0]} and {pair[1]} are equal in all that is read of them, and lie in two "
+        f"parts of the split ({other.sum():,} such pairs): remove the copies, or give the rows of "
+        "a patient one subject_id"
+    )
+
+
+# --------------------------------------------------------------------------- data of a run
 
 
 @dataclass(frozen=True)
@@ -26,16 +190,16 @@ class Data:
     """A data set, its split, and what a language model reads of it.
 
     Attributes:
-        dataset: N series.
-        split: positions of the rows of ``train``, ``val``, ``test``.
+        dataset: N rows, with the inputs of a model.
+        split: positions of the rows of each part.
         prompts: what a prompt holds.
         data_sha256: hash of all that was read, before ``--max_samples``.
-        rows_sha256: hash of labels, ids, patients and given split, before ``--max_samples``.
+        rows_sha256: hash of labels, ids, patients and given split.
         unusable_static: static features that no model can learn from, and why.
     """
 
     dataset: TrajectoryDataset
-    split: dict[str, NDArray[np.int64]]
+    split: Split
     prompts: PromptOptions
     data_sha256: str
     rows_sha256: str
@@ -53,29 +217,23 @@ class Data:
     def time_scale(self, given: float | None) -> float:
         """Return hours that are a new encoder's unit of time; warn where they do not fit the data.
 
-        Args:
-            given: the user's choice, None where the flag is left out.
+        ``given``: the user's choice, None where the flag is left out.
         """
         if given is not None:
             return given
-        for line in describe_long_spans(self.dataset):
-            logger.warning("warning: %s: %s", self.dataset.source, line)
+        log_warnings(describe_long_spans(self.dataset), self.dataset.source)
         return self.dataset.time_scale
 
     def check_inputs(self) -> None:
-        """Warn of inputs that few training patients have.
-
-        Raises:
-            InputError: no training patient has one.
-        """
+        """Warn of inputs that few training patients have; refuse one that none has."""
         dataset, train = self.dataset, self.split["train"]
-        dataset.check_measured(train)
-        for line in describe_few_patients(dataset.patients_behind(train)):
-            logger.warning("warning: %s: %s", dataset.source, line)
+        check_measured(dataset, train)
+        behind = patients_behind_inputs(dataset, train)
+        log_warnings(describe_few_patients(behind), dataset.source)
 
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
-        dataset, train = self.dataset, self.split["train"]
+        dataset = self.dataset
         return {
             "dataset": dataset.name,
             "read_options": dataset.read_options,
@@ -90,21 +248,17 @@ class Data:
             "has_patient_ids": dataset.has_patient_ids,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "patients": dataset.patients_behind(train),
+            "patients": patients_behind_inputs(dataset, self.split["train"]),
         }
 
     def training_patients(self) -> NDArray[np.int64]:
-        """Return hashes of the patients that train, by name (or row number) and by their rows.
+        """Return sorted unique hashes of the patients that train, by name and by their rows.
 
-        Texts do not enter: the same patient with another context is the same patient.
-
-        Returns:
-            Sorted unique hashes, of 8 bytes each.
+        Texts and static features do not enter: a patient stays the same with other ones.
         """
         train = self.split["train"]
         rows = row_hashes(self.dataset, train)
-        names = patient_hashes(self.dataset, train)
-        return np.unique(np.concatenate([rows[rows != 0], names]))
+        return np.unique(np.concatenate([rows[rows != 0], patient_hashes(self.dataset, train)]))
 
     def count_overlap(
         self, trained: NDArray[np.int64], other_has_ids: bool, *, same_rows: bool = False
@@ -128,37 +282,6 @@ class Data:
             shared = np.isin(rows, row_hashes(self.dataset, self.split["train"]))
             known = np.isin(rows, trained) & ~shared & (rows != 0)
         return len(np.unique(self.dataset.groups[held_out][known]))
-
-
-def patient_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a hash of the patient's name for each of n rows, (n,)."""
-    names = dataset.groups[rows].tolist()
-    return np.array([_hash(b"patient", name.encode()) for name in names], dtype=np.int64)
-
-
-def row_hashes(
-    dataset: TrajectoryDataset, rows: NDArray[np.int64], label: float | None = None
-) -> NDArray[np.int64]:
-    """Return a hash of the latest observations and the label of each of n rows, (n,).
-
-    ``label`` stands in for that of the rows. Rows that hold too few values to identify a patient
-    have 0.
-    """
-    hashes = np.zeros(len(rows), dtype=np.int64)
-    for k, i in enumerate(rows.tolist()):
-        end = dataset.offsets[i + 1]
-        latest = slice(max(dataset.offsets[i], end - LATEST_OBSERVATIONS), end)
-        values = dataset.values[latest]
-        if np.count_nonzero(~np.isnan(values)) >= IDENTIFYING_VALUES:
-            hours = np.round(dataset.times[latest] - dataset.times[end - 1], 6) + 0.0
-            own = np.array([dataset.labels[i] if label is None else label])
-            hashes[k] = _hash(b"row", hours.tobytes(), values.tobytes(), own.tobytes())
-    return hashes
-
-
-def _hash(*parts: bytes) -> int:
-    digest = hashlib.blake2b(b"\0".join(parts), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def prepare_data(

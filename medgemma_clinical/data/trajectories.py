@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 
 import numpy as np
@@ -19,14 +19,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.features import (
-    patients_behind,
     summary_features,
     summary_names,
     unusable_static,
 )
 from medgemma_clinical.data.scoring import Findings
-from medgemma_clinical.data.small_cells import count_patients
-from medgemma_clinical.data.splits import draw_split, given_split
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,
@@ -35,6 +32,7 @@ from medgemma_clinical.data.texts import (
     plain,
     with_space,
 )
+from medgemma_clinical.data.training_data import draw_split, given_split
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
@@ -402,46 +400,6 @@ class TrajectoryDataset:
         chosen._summaries = None
         return chosen
 
-    def check_measured(self, train: NDArray[np.int64]) -> None:
-        """Refuse a feature, or a prediction time, that no patient of the training part has.
-
-        Raises:
-            InputError: its name, and how to go on without it.
-        """
-        if self.hours_read is not None and np.isnan(self.hours_read[train]).all():
-            raise InputError(
-                f"{self.source}: no patient of the training part has a prediction time: fill the "
-                "column prediction_hours, or leave it unread by --prediction_time off"
-            )
-        unknown = np.isnan(self.values[self.rows_of(train)])
-        never = [
-            name for name, column in zip(self.features, unknown.T, strict=True) if column.all()
-        ]
-        if never and not self.fixed_features:  # which nobody has chosen
-            rest = ",".join(name for name in self.features if name not in never)
-            raise InputError(
-                f"{self.source}: the training part never measures {', '.join(never)}: go on "
-                f'without it by --series "{rest}"'
-            )
-
-    def patients_behind(self, train: NDArray[np.int64]) -> dict[str, dict[str, int]]:
-        """Count the training patients behind each input whose mean a stage 1 keeps.
-
-        Returns:
-            ``series``: patients with a value; ``static``: see ``features.patients_behind``, with
-            ``prediction_hours`` where a model reads them.
-        """
-        patients = pd.factorize(self.groups[train])[0]  # numbers are counted faster
-        owners = np.repeat(patients, self.lengths[train])
-        measured = ~np.isnan(self.values[self.rows_of(train)])
-        series = [count_patients(owners, column) for column in measured.T]
-        columns = zip(self.static_inputs, self.static_values(train).T, strict=True)
-        static = {name: patients_behind(column, patients) for name, column in columns}
-        if self.hours_read is not None:
-            known = ~np.isnan(self.hours_read[train])
-            static["prediction_hours"] = count_patients(patients, known)
-        return {"series": dict(zip(self.features, series, strict=True)), "static": static}
-
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Return what each simple model beside the encoder may see, N rows each.
 
@@ -508,15 +466,16 @@ class TrajectoryDataset:
         """Return a hash of all that a run can learn from: series, labels, patients, text, split."""
         numbers = [self.times, self.values, self.offsets, self.labels, self.static]
         numbers += [] if self.prediction_hours is None else [self.prediction_hours]
-        texts = self.ids, self.groups, self.contexts, self.parts, np.array(self.static_names)
+        texts = [self.ids, self.groups, self.contexts, self.parts]
+        texts += [np.array(self.static_names)] if self.static_names else []
         return hash_columns(numbers, texts)
 
     def row_fingerprint(self) -> str:
         """Return a hash of who is in the data, whichever series and texts are read."""
-        return hash_columns((self.labels,), (self.ids, self.groups, self.parts))
+        return hash_columns([self.labels], [self.ids, self.groups, self.parts])
 
 
-def hash_columns(numbers: Sequence[NDArray[Any]], texts: Sequence[NDArray[Any] | None]) -> str:
+def hash_columns(numbers: Iterable[NDArray[Any]], texts: Iterable[NDArray[Any] | None]) -> str:
     """Return the SHA-256 of columns in their order, None being an empty one."""
     digest = hashlib.sha256()
     for array in numbers:

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import SAMPLE
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import (
     describe_cut,
     describe_few_patients,
+    describe_leaks,
     describe_long_spans,
     flow_lines,
     implausible_series,
@@ -112,6 +114,53 @@ def test_too_few_events_are_refused_behind_the_summary(caplog):
         log_check(dataset_of(["20 (0h)"] * 3))
     assert "rows 3, patients 3" in caplog.messages
     assert caplog.messages[-1] == "not ready"
+
+
+RNG = np.random.default_rng(0)
+DIES = np.arange(200) % 2
+HIDDEN = RNG.normal(5, 1, 200).round(4)
+LEAKS = {
+    "static_died": DIES,
+    "static_score": DIES + RNG.normal(0, 0.3, 200),
+    "static_survived": 1 - DIES,
+    "static_lactate_at_death": np.where(DIES == 1, HIDDEN, np.nan),
+    "static_code_status": np.where(np.arange(200) % 4 < 2, DIES, np.nan),
+    "clinical_context": np.where(DIES == 1, "woman, died on day 3", "woman, discharged on day 9"),
+    "prediction_hours": np.where(DIES == 1, 30, 50),
+    "trajectory_troponin": np.where(DIES == 1, [f"{x} (1h)" for x in HIDDEN], ""),
+    "trajectory_glucose": [
+        f"{x} (0h)" + " -> 6 (1h)" * dies for x, dies in zip(HIDDEN, DIES, strict=True)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_an_input_that_tells_the_label_is_a_warning_that_names_it(name, checked):
+    dataset = dataset_of(SOUND, **{name: LEAKS[name]})
+    lines = [line for line in checked(dataset)[1] if "known at the prediction time" in line]
+    words = {"clinical_context": ["'died'", "'discharged'"]}.get(name, [""])
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+        assert name.removeprefix("trajectory_") in line
+        assert word in line
+
+
+def test_a_suspicion_needs_ten_patients_with_and_without_the_event_and_knows_the_training_part():
+    few = np.where(np.arange(200) < 9, 1, 0)
+    dataset, train = dataset_of(SOUND, label_escalation=few, static_died=few), np.arange(200)
+    assert describe_leaks(dataset, train) == []
+    dataset = dataset_of(SOUND, static_died=DIES, subject_id=[f"p{k // 20}" for k in range(200)])
+    assert len(describe_leaks(dataset, train)) == 1
+    assert describe_leaks(dataset, train[:180]) == []
+    weak = np.where(np.arange(200) % 20 < 2, 1 - DIES, DIES)  # AUROC 0.9
+    weak = dataset_of(SOUND, static_weak=weak, clinical_context=np.where(weak == 1, "pale", "x"))
+    assert describe_leaks(weak, train) == []
+
+
+@pytest.mark.parametrize("name", ["bicarbonate.csv", "chemistry.csv.gz"])
+def test_the_sample_data_give_no_suspicion(name):
+    dataset = MIMICtrajectoryDataset(SAMPLE.with_name(f"physionet2012_{name}"))
+    assert describe_leaks(dataset, dataset.split(0)["train"]) == []
 
 
 def test_counts_and_percentiles_of_the_summary_are_exact():

@@ -1,104 +1,315 @@
-"""Tests of what a run learns from: hashes of patients across files, descriptions, sampling."""
-
-from __future__ import annotations
+"""What a run learns from: split, copies across it, hashes of patients across files."""
 
 import json
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.dka.description import Description
-from medgemma_clinical.data.training_data import Data, prepare_data
-from medgemma_clinical.data.trajectories import PromptOptions
-from trajectories import LABEL, SERIES
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.training_data import (
+    patient_hashes,
+    prepare_data,
+    row_hashes,
+)
+from medgemma_clinical.files import InputError
+from trajectories import LABEL, SERIES, dataset_of, table_of
+from visits import cohort
+
+NAN = float("nan")
+
+# --------------------------------------------------------------------------- split
 
 
-def patients(rows: int, seed: int, *, observations: int = 6, named: bool = True) -> pd.DataFrame:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_split_gives_each_class_80_10_10_of_its_patients_and_loses_no_row(seed):
+    dataset = MIMICtrajectoryDataset(cohort())
+    split = dataset.split(seed)
+    assert list(split) == ["train", "val", "test"]
+    assert sorted(np.concatenate([*split.values()])) == list(range(len(dataset)))
+    events, seen = set(dataset.groups[dataset.labels == 1]), set()
+    for name, rows in split.items():
+        share, patients = 0.8 if name == "train" else 0.1, set(dataset.groups[rows])
+        assert not patients & seen
+        seen |= patients
+        assert len(patients & events) == share * 40
+        assert len(patients - events) == share * 160
+
+
+def test_a_split_depends_on_its_seed_and_not_on_the_order_of_rows():
+    table = cohort()
+    dataset = MIMICtrajectoryDataset(table)
+    shuffled = MIMICtrajectoryDataset(table.sample(frac=1, random_state=0))
+    first, again, other = dataset.split(1), shuffled.split(1), dataset.split(2)
+    for name, rows in first.items():
+        assert set(dataset.groups[rows]) == set(shuffled.groups[again[name]])
+        assert not np.array_equal(rows, other[name])
+
+
+def test_the_smallest_cohort_has_an_event_in_every_part_and_a_smaller_one_is_refused():
+    dataset = MIMICtrajectoryDataset(cohort(patients=15))
+    for rows in dataset.split(3).values():
+        assert set(dataset.labels[rows]) == {0, 1}
+    with pytest.raises(InputError, match="fewer than 3 patients with an event"):
+        MIMICtrajectoryDataset(cohort(patients=10)).split(3)
+
+
+def test_a_split_column_overrides_the_seed():
+    names = ["train", "Val", "validation", " test ", "test", "train"]
+    dataset = dataset_of(["1 (0h)"] * 6, split=names)
+    for seed in (0, 1):
+        rows = {name: rows.tolist() for name, rows in dataset.split(seed).items()}
+        assert rows == {"train": [0, 5], "val": [1, 2], "test": [3, 4]}
+
+
+def test_a_given_split_needs_patients_with_and_without_an_event_in_each_part():
+    """Each patient has one row of either kind: rows show both classes, patients only one."""
+    parts = ["train"] * 20 + ["val"] * 20 + ["test"] * 20
+    dataset = dataset_of(["24 (0h)"] * 60, subject_id=[i // 2 for i in range(60)], split=parts)
+    with pytest.raises(InputError, match="column split: train"):
+        dataset.split(0)
+
+
+# --------------------------------------------------------------------------- copies
+
+PARTS = ["train", "train", "val", "val", "test", "test"]
+ROWS = [f"{k} (0h) -> 20 (2h) -> 18 (4h)" for k in range(6)]
+LABELS = [0, 1, 0, 1, 0, 1]
+
+
+def with_copy(cell, **columns):
+    """Return six patients, the fourth with another cell than its own."""
+    return dataset_of([*ROWS[:3], cell, *ROWS[4:]], split=PARTS, **columns)
+
+
+def sizes(dataset):
+    return [len(rows) for rows in dataset.split(0).values()]
+
+
+def test_a_copy_in_another_part_is_refused_unless_allowed():
+    columns = {"static_x": [5, NAN, 5, NAN, 5, 5], "prediction_hours": [5, 6, 5, 6, 5, 5]}
+    columns |= {"clinical_context": list("abcbef"), "subject_id": list("uvwxyz")}
+    with pytest.raises(InputError, match=r"rows 1 and 3 .*1 such pairs.*--allow_duplicates"):
+        with_copy(ROWS[1], **columns).split(0)
+    table = table_of([*ROWS[:3], ROWS[1], *ROWS[4:]], split=PARTS)
+    assert sizes(MIMICtrajectoryDataset(table, allow_duplicates=True)) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("cell", "columns"),
+    [
+        (ROWS[1], {LABEL: [0, 1, 1, 0, 0, 1]}),
+        (ROWS[1], {"clinical_context": list("abcdef")}),
+        (ROWS[1], {"static_x": [0, 1, 0, 2, 0, 0]}),
+        (ROWS[1], {"static_x": [0, 0, 0, NAN, 0, 0]}),
+        (ROWS[1], {"prediction_hours": [9, 9, 9, 10, 9, 9]}),
+        (ROWS[1], {"prediction_hours": [9, 9, 9, NAN, 9, 9]}),
+        ("1 (1h) -> 20 (3h) -> 18 (5h)", {}),
+        ("1 (0h) -> 20 (2h) -> 18 (4.5h)", {}),
+        ("1 (0h) -> 18 (2h) -> 20 (4h)", {}),
+        (ROWS[1], {"trajectory_x": ["", "1 (0h)", "", "2 (0h)", "", ""]}),
+        (ROWS[1], {"trajectory_x": ["", "1 (0h)", "", "1 (2h)", "", ""]}),
+    ],
+    ids=str,
+)
+def test_rows_that_differ_in_what_is_read_are_no_copies(cell, columns):
+    assert sizes(with_copy(cell, **columns)) == [2, 2, 2]
+
+
+def test_patients_of_equal_rounded_values_and_other_age_are_split():
+    rng = np.random.default_rng(0)
+    cells = [f"{a} (0h) -> {b} (4h) -> {c} (8h)" for a, b, c in rng.integers(15, 25, (1000, 3))]
+    columns = {"subject_id": np.arange(1000), LABEL: (rng.random(1000) < 0.2).astype(int)}
+    with pytest.raises(InputError, match="--allow_duplicates"):
+        dataset_of(cells, **columns).split(0)
+    columns |= {"static_age": rng.normal(60, 9, 1000), "static_weight": rng.normal(80, 9, 1000)}
+    assert sum(sizes(dataset_of(cells, **columns))) == 1000
+
+
+def test_copies_in_one_part_or_of_few_values_leak_nothing():
+    parts = [*PARTS, "train"]
+    assert sizes(dataset_of([*ROWS, ROWS[0]], split=parts, **{LABEL: [*LABELS, 0]})) == [3, 2, 2]
+    assert sizes(dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS)) == [2, 2, 2]
+    with pytest.raises(InputError, match="equal"):
+        dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS, trajectory_x=["1 (9h)"] * 6).split(0)
+
+
+def test_copies_are_numbered_as_in_the_file_also_when_rows_were_left_out():
+    table = table_of(["", *ROWS, "", ROWS[1]], split=["train", *PARTS, "train", "test"])
+    table[LABEL] = [0, *LABELS, 0, 1]
+    dataset = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"), series=["Anion gap"])
+    with pytest.raises(InputError, match="rows 2 and 8 "):
+        dataset.subset(np.arange(len(dataset))[::-1]).split(0)
+
+
+# --------------------------------------------------------------------------- hashes
+
+
+@pytest.mark.parametrize("latest", [5, None])
+def test_hashes_of_rows_tell_apart_what_a_plain_comparison_does(latest):
+    rng = np.random.default_rng(0)
+    series = [
+        " -> ".join(f"{rng.integers(3)} ({h}h)" for h in sorted(rng.choice(5, size=n)))
+        for n in rng.integers(1, 8, 3_000)
+    ]
+    x = [f"{rng.integers(3)} ({rng.integers(9)}h)" if rng.random() < 0.4 else "" for _ in series]
+    dataset = dataset_of(series, trajectory_x=x)
+    rows = rng.permutation(len(dataset))
+    hashes, keys = row_hashes(dataset, rows, latest=latest), []
+    for i in rows.tolist():
+        own = slice(dataset.offsets[i], dataset.offsets[i + 1])
+        times, values = dataset.times[own], dataset.values[own]
+        times, values = (column[-latest if latest else 0 :] for column in (times, values))
+        known = (~np.isnan(values)).sum() >= 3
+        key = (times - times[-1]).tobytes(), values.tobytes(), dataset.labels[i]
+        keys.append(key if known else 0)
+    named = {}
+    for key, own in zip(keys, hashes.tolist(), strict=True):
+        assert named.setdefault(key, own) == own
+    assert len(set(named.values())) == len(named) > 1000
+    assert named.get(0, 0) == 0
+    flipped = row_hashes(dataset, rows, 1.0, latest)
+    assert np.array_equal(flipped == hashes, (dataset.labels[rows] == 1) | (hashes == 0))
+    assert len(row_hashes(dataset, rows[:0], latest=latest)) == 0
+
+
+def test_hashes_stay_those_that_checkpoints_hold():
+    dataset, rows = dataset_of(["1 (0h) -> 2 (1h) -> -0 (3h)"], subject_id=["a7"]), np.arange(1)
+    assert row_hashes(dataset, rows).tolist() == [6374126875211811226]
+    assert patient_hashes(dataset, rows).tolist() == [6710318407972753942]
+
+
+@pytest.mark.parametrize("name", ["bicarbonate.csv", "chemistry.csv.gz"])
+def test_the_sample_data_hold_no_copies(name):
+    dataset = MIMICtrajectoryDataset(SAMPLE.with_name(f"physionet2012_{name}"))
+    hashes = row_hashes(dataset, np.arange(len(dataset)), latest=None)
+    hashes = hashes[hashes != 0]
+    assert len(np.unique(hashes)) == len(hashes) > 2_900
+
+
+COLUMNS = {
+    SERIES: ["1 (0h) -> 2 (1h)", "3 (0h)"],
+    LABEL: [0, 1],
+    "subject_id": ["a", "b"],
+    "id": ["x", "y"],
+    "clinical_context": ["", "old"],
+    "split": ["train", "train"],
+    "static_x": [0.5, NAN],
+    "prediction_hours": [8, NAN],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "same_rows"),
+    [
+        ({SERIES: ["1 (0h) -> 2 (1h)", "3.0000001 (0h)"]}, True),
+        ({SERIES: ["1 (0h) -> 2 (1.5h)", "3 (0h)"]}, True),
+        ({SERIES: ["1 (0h)", "2 (1h) -> 3 (2h)"]}, True),
+        ({"clinical_context": ["", "older"]}, True),
+        ({"static_x": [0.5, 3]}, True),
+        ({"prediction_hours": [9, NAN]}, True),
+        ({LABEL: [0, 0]}, False),
+        ({"subject_id": ["a", "c"]}, False),
+        ({"id": ["x", "z"]}, False),
+        ({"split": ["train", "val"]}, False),
+    ],
+    ids=str,
+)
+def test_the_hash_of_data_changes_with_all_that_can_be_learned_from(change, same_rows):
+    before, again = (MIMICtrajectoryDataset(pd.DataFrame(COLUMNS)) for _ in range(2))
+    after = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS | change))
+    assert before.fingerprint() == again.fingerprint() != after.fingerprint()
+    assert (before.row_fingerprint() == after.row_fingerprint()) == same_rows
+
+
+def test_the_hash_of_data_tells_the_columns_apart():
+    one = dataset_of(["1 (0h)"] * 2, id=["x", "y1"], subject_id=["2", "z"])
+    two = dataset_of(["1 (0h)"] * 2, id=["x", "y"], subject_id=["12", "z"])
+    assert one.fingerprint() != two.fingerprint()
+    one, two = (dataset_of(["1 (0h)"] * 2, **{name: 1}) for name in ("static_x", "static_y"))
+    assert one.fingerprint() != two.fingerprint()
+
+
+# --------------------------------------------------------------------------- overlap
+
+
+def patients(rows, seed, *, observations=6, has_ids=True):
     """Make patients of one row each whose values no other seed's share."""
     rng = np.random.default_rng(seed)
     values = rng.normal(20, 5, (rows, observations)).round(3)
-    table: dict[str, Any] = {
+    table = {
         SERIES: [" -> ".join(f"{v} ({4 * k}h)" for k, v in enumerate(row)) for row in values],
         LABEL: [int(k % 5 == 0) for k in range(rows)],
     }
-    if named:
+    if has_ids:
         table["subject_id"] = [f"P{seed}-{k}" for k in range(rows)]
     return pd.DataFrame(table)
 
 
-def data_of(
-    table: pd.DataFrame, seed: int = 0, *, max_len: int = 20, most: int = 0, **reading: Any
-) -> Data:
-    dataset = MIMICtrajectoryDataset(table, max_len, **reading)
-    return prepare_data(dataset, max_samples=most, seed=seed, prompts=PromptOptions())
+def data_of(table, seed=0, *, max_len=20, max_samples=0, **options):
+    dataset = MIMICtrajectoryDataset(table, max_len, **options)
+    return prepare_data(dataset, max_samples=max_samples, seed=seed, prompts=PromptOptions())
 
 
-def overlap(one: Data, other: Data) -> int:
+def overlap(one, other):
     """Count the held-out patients of ``other`` that trained in ``one``."""
     return other.count_overlap(one.training_patients(), one.dataset.has_patient_ids)
 
 
-def held_out(data: Data) -> set[str]:
+def held_out(data):
     rows = np.concatenate([data.split["val"], data.split["test"]])
     return set(data.dataset.groups[rows])
 
 
-def test_the_same_split_shares_no_patient_and_another_seed_shares_those_that_moved() -> None:
+def test_patients_are_known_again_across_files_whatever_their_texts_say():
     table = patients(100, seed=1)
-    first, again, other = data_of(table, 0), data_of(table, 0), data_of(table, 1)
-    assert overlap(first, again) == 0
+    changed = table.assign(clinical_context="54-year-old woman", static_x=1)
+    shuffled = changed.sample(frac=1, random_state=0)
+    first, other = data_of(table, 0), data_of(table, 1)
     trained = set(first.dataset.groups[first.split["train"]])
     moved = len(held_out(other) & trained)
-    assert overlap(first, other) == moved > 10
+    assert moved > 10
+    for again in (table, changed, shuffled):
+        assert overlap(first, data_of(again, 0)) == 0
+        assert overlap(first, data_of(again, 1)) == moved
+    assert data_of(changed).rows_sha256 == first.rows_sha256
+    assert data_of(changed).data_sha256 != first.data_sha256
+    assert overlap(first, data_of(patients(100, seed=2), 1)) == 0
 
 
-def test_patients_are_known_again_across_files_whatever_their_texts_say() -> None:
-    table = patients(100, seed=1)
-    changed = table.assign(clinical_context="54-year-old woman")
-    assert overlap(data_of(table, 0), data_of(changed, 0)) == 0
-    moved = overlap(data_of(table, 0), data_of(table, 1))
-    assert overlap(data_of(table, 0), data_of(changed, 1)) == moved
-    assert data_of(changed).rows_sha256 == data_of(table).rows_sha256
-    assert data_of(changed).data_sha256 != data_of(table).data_sha256
-    shuffled = changed.sample(frac=1, random_state=0)
-    assert overlap(data_of(table, 0), data_of(shuffled, 0)) == 0
-    assert overlap(data_of(table, 0), data_of(shuffled, 1)) == moved
-    assert overlap(data_of(table, 0), data_of(patients(100, seed=2), 1)) == 0
-
-
-@pytest.mark.parametrize("named", [(False, False), (True, False), (False, True)])
-def test_patients_without_a_name_are_known_by_their_rows(named: tuple[bool, bool]) -> None:
-    one, other = (patients(100, seed=1, named=each) for each in named)
-    other = other.iloc[::-1].assign(clinical_context="elsewhere")
+@pytest.mark.parametrize("has_ids", [(False, False), (True, False), (False, True)])
+def test_patients_without_a_name_are_known_by_their_rows(has_ids):
+    one, other = (patients(100, seed=1, has_ids=each) for each in has_ids)
+    other = other.iloc[::-1].assign(clinical_context="elsewhere", static_x=np.arange(100))
     first, second = data_of(one, 0), data_of(other, 1)
     texts = one[SERIES].tolist()
     trained = {texts[i] for i in first.split["train"]}
     rows = np.concatenate([second.split["val"], second.split["test"]])
     expected = sum(other[SERIES].iloc[i] in trained for i in rows)
     assert overlap(first, second) == expected > 10
-    assert overlap(first, data_of(patients(100, seed=2, named=named[1]), 1)) == 0
+    assert overlap(first, data_of(patients(100, seed=2, has_ids=has_ids[1]), 1)) == 0
 
 
-def test_rows_that_many_patients_share_identify_nobody() -> None:
+def test_rows_that_many_patients_share_identify_nobody():
     """Series of one or two whole numbers recur; so do those of the split's own training part."""
     few = pd.DataFrame({SERIES: ["24 (0h) -> 20 (2h)"] * 60, LABEL: [k % 2 for k in range(60)]})
     assert overlap(data_of(few, 0), data_of(few, 1)) == 0
-    twins = pd.concat([patients(50, seed=1, named=False)] * 2, ignore_index=True)
+    twins = pd.concat([patients(50, seed=1, has_ids=False)] * 2, ignore_index=True)
     same = data_of(twins, 0, allow_duplicates=True)
     assert overlap(same, same) == 0
 
 
-def test_a_shorter_history_is_the_same_row() -> None:
-    table = patients(100, seed=1, observations=12, named=False)
+def test_a_shorter_history_is_the_same_row():
+    table = patients(100, seed=1, observations=12, has_ids=False)
     whole, short = data_of(table, 0), data_of(table, 1, max_len=6)
     assert overlap(whole, short) == overlap(whole, data_of(table, 1)) > 10
 
 
-def test_rows_of_the_same_file_are_known_by_number_however_little_of_them_is_read() -> None:
-    table = patients(100, seed=1, observations=12, named=False)
+def test_rows_of_the_same_file_are_known_by_number_however_little_of_them_is_read():
+    table = patients(100, seed=1, observations=12, has_ids=False)
     whole, short, again = data_of(table, 0), data_of(table, 1, max_len=2), data_of(table, 0)
     moved = len(held_out(short) & set(whole.dataset.groups[whole.split["train"]]))
     trained = whole.training_patients()
@@ -107,15 +318,17 @@ def test_rows_of_the_same_file_are_known_by_number_however_little_of_them_is_rea
     assert again.count_overlap(trained, False, same_rows=True) == 0
 
 
-def test_the_hash_of_training_patients_is_sorted_unique_and_names_nobody() -> None:
-    data = data_of(patients(100, seed=1))
-    hashes = data.training_patients()
+def test_the_hashes_of_training_patients_are_sorted_unique_and_name_nobody():
+    hashes = data_of(patients(100, seed=1)).training_patients()
     assert hashes.dtype == np.int64
     assert (np.diff(hashes) > 0).all()
     assert len(hashes) == 2 * 80  # by name and by rows
 
 
-def test_the_description_of_data_is_plain_and_rebuilds_their_reading() -> None:
+# --------------------------------------------------------------------------- data of a run
+
+
+def test_the_description_of_data_is_plain_and_rebuilds_their_reading():
     data = data_of(patients(100, seed=1), max_len=4)
     description = json.loads(json.dumps(data.description()))
     assert description["dataset"] == "dka"
@@ -155,17 +368,15 @@ def test_inputs_of_few_training_patients_are_one_warning(caplog):
     assert caplog.messages == []
 
 
-def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read() -> None:
+def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read():
     table = patients(200, seed=1)
-    whole, sample = data_of(table), data_of(table, most=60)
+    whole, sample = data_of(table), data_of(table, max_samples=60)
     assert len(sample.dataset) == sum(map(len, sample.split.values())) == 60
     assert sample.data_sha256 == whole.data_sha256
     assert sample.rows_sha256 == whole.rows_sha256
 
 
-def test_a_new_encoders_time_scale_is_the_users_or_the_datas(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_new_encoders_time_scale_is_the_users_or_the_datas(caplog):
     table = patients(100, seed=1)
     table[SERIES] = table[SERIES].str.replace("(20h)", "(20000h)")
     given = data_of(table, description=Description(time_scale=9.0))

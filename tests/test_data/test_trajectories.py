@@ -3,16 +3,16 @@
 import tracemalloc
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.checks import check_measured
 from medgemma_clinical.data.features import SINCE_LAST, STATISTICS
 from medgemma_clinical.files import InputError
-from trajectories import LABEL, SERIES, dataset_of, table_of
+from trajectories import dataset_of
 from visits import cohort
 
 CELLS = ["1 (2h) -> 3 (5h)", "7 (-1h)", "4 (0h) -> 5 (1h) -> 9 (9h)"]
@@ -195,10 +195,10 @@ def test_an_input_that_the_data_lack_is_refused(lacking):
 def test_a_prediction_time_that_no_training_patient_has_is_refused():
     hours = [5.0 if k % 4 == 0 else NAN for k in range(40)]
     dataset, train = dataset_of(["1 (0h)"] * 40, prediction_hours=hours), np.arange(40)
-    dataset.check_measured(train)
+    check_measured(dataset, train)
     with pytest.raises(InputError, match="column prediction_hours"):
-        dataset.check_measured(train[1:4])
-    dataset.with_inputs([], prediction_time=False).check_measured(train[1:4])
+        check_measured(dataset, train[1:4])
+    check_measured(dataset.with_inputs([], prediction_time=False), train[1:4])
 
 
 def test_a_series_that_the_training_part_never_measures_is_refused_unless_the_format_brings_it(
@@ -206,56 +206,8 @@ def test_a_series_that_the_training_part_never_measures_is_refused_unless_the_fo
 ):
     rare = ["5 (0h)"] + [""] * 39
     dataset, train = dataset_of(["1 (0h)"] * 40, trajectory_rare=rare), np.arange(40)
-    dataset.check_measured(train)
+    check_measured(dataset, train)
     with pytest.raises(InputError, match=r'rare.*--series "Anion gap"'):
-        dataset.check_measured(train[1:])
+        check_measured(dataset, train[1:])
     monkeypatch.setattr(MIMICtrajectoryDataset, "fixed_features", True)
-    dataset.check_measured(train[1:])
-
-
-# --------------------------------------------------------------------------- hashes
-
-COLUMNS = {
-    SERIES: ["1 (0h) -> 2 (1h)", "3 (0h)"],
-    LABEL: [0, 1],
-    "subject_id": ["a", "b"],
-    "id": ["x", "y"],
-    "clinical_context": ["", "old"],
-    "split": ["train", "train"],
-    "static_x": [0.5, NAN],
-    "prediction_hours": [8, NAN],
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "same_rows"),
-    [
-        ({SERIES: ["1 (0h) -> 2 (1h)", "3.0000001 (0h)"]}, True),
-        ({SERIES: ["1 (0h) -> 2 (1.5h)", "3 (0h)"]}, True),
-        ({SERIES: ["1 (0h)", "2 (1h) -> 3 (2h)"]}, True),
-        ({"clinical_context": ["", "older"]}, True),
-        ({"static_x": [0.5, 3]}, True),
-        ({"prediction_hours": [9, NAN]}, True),
-        ({LABEL: [0, 0]}, False),
-        ({"subject_id": ["a", "c"]}, False),
-        ({"id": ["x", "z"]}, False),
-        ({"split": ["train", "val"]}, False),
-    ],
-    ids=str,
-)
-def test_the_fingerprint_changes_with_all_that_can_be_learned_from(change, same_rows):
-    before = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS))
-    again = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS))
-    after = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS | change))
-    assert before.fingerprint() == again.fingerprint() != after.fingerprint()
-    assert (before.row_fingerprint() == after.row_fingerprint()) == same_rows
-
-
-def test_the_fingerprint_tells_the_columns_apart():
-    one = dataset_of(["1 (0h)"] * 2, id=["x", "y1"], subject_id=["2", "z"])
-    two = dataset_of(["1 (0h)"] * 2, id=["x", "y"], subject_id=["12", "z"])
-    assert one.fingerprint() != two.fingerprint()
-    one, two = (
-        MIMICtrajectoryDataset(table_of(CELLS, **{name: 1})) for name in ("static_x", "static_y")
-    )
-    assert one.fingerprint() != two.fingerprint()
+    check_measured(dataset, train[1:])
