@@ -208,14 +208,8 @@ def make_rows(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format and their description, but for its origin.
 
-    Args:
-        database: in which trajectories were made.
-        request: of the command.
-        series: the main one first.
-        trajectories: of ``make_trajectories``.
-        usable: which events of a window are read, in words.
-        static: context and static columns, by the number of the prediction.
-        parts: of the split, by subject; a subject in none is left out.
+    ``usable`` says which events of a window are read; ``static`` holds context and static columns
+    by the number of the prediction, ``parts`` those of the split by subject.
     """
     main, fewest = series[0], request.min_observations
     labels = database.frame(

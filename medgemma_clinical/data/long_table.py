@@ -262,5 +262,7 @@ def list_items(trajectories: pd.DataFrame, path: Path, units: Mapping[str, str])
     if not 1 <= len(names) <= MAX_SERIES:
         problem = f"{len(names):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
         raise InputError(f"{path}: {problem}: choose by --series")
-    titles = [Feature(name, units.get(name)).title for name in names]
-    return [make_feature(f"{path}, item {title}", title, "") for title in titles]
+    named = [(name, units.get(name, "")) for name in names]
+    # With a unit always, since a bracket in the name of an item is none.
+    items = [make_feature(f"{path}, item {n}", f"{n} [{unit or '-'}]", n) for n, unit in named]
+    return [replace(item, unit=unit) for item, (_, unit) in zip(items, named, strict=True)]

@@ -43,8 +43,9 @@ def test_items_that_differ_in_case_are_one_series(tmp_path):
 
 
 def test_items_that_cannot_be_series_are_refused(tmp_path):
-    with pytest.raises(InputError, match="item 50868: "):
-        long(Mini().ask(1, 30).measure(1, 12, 1, "50868", unit=""), tmp_path)
+    for item in ("50868", "glucose [mass]", "a, b"):
+        with pytest.raises(InputError, match=re.escape(f"table.csv, item {item}: ")):
+            long(Mini().ask(1, 30).measure(1, 12, 1, item, unit=""), tmp_path)
     mini = simple()
     for item in range(98):
         mini.measure(1, 12, 1, f"item {item}")

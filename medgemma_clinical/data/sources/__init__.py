@@ -1,1 +1,0 @@
-"""Commands that make a DKA file from tables, a module each."""
