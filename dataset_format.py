@@ -10,7 +10,7 @@ Usage:
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
 ``label_escalation`` (0 or 1; ``--label_column`` names another). Each column
 ``trajectory_NAME [unit]`` is a further series of the same form with its own times, each column
-``static_NAME [unit]`` a fact; ``subject_id`` (or ``id``), ``clinical_context``,
+``static_NAME [unit]`` a static feature; ``subject_id`` (or ``id``), ``clinical_context``,
 ``prediction_hours`` and ``split`` are used when present. A JSON file of the same name beside it may
 say what the series and the outcome are (see ``Description``); without one they are the anion gap in
 mEq/L and escalation of care.
@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -39,52 +39,16 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.data import long_table, meds
+from medgemma_clinical.data import dka, long_table, meds
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS, OUTCOMES
-from medgemma_clinical.data.dka.columns import (
-    COLUMNS,
-    check_header,
-    describe_unread,
-    ids_of,
-    is_made,
-    patient_column,
-    patients_of,
-)
-from medgemma_clinical.data.dka.description import (
-    LABEL,
-    MAIN_COLUMN,
-    Description,
-    comparable,
-    describe_unused,
-    find_series,
-    list_unread,
-)
-from medgemma_clinical.data.dka.facts import (
-    drop_unread,
-    read_prediction_hours,
-    read_statics,
-    static_columns,
-)
-from medgemma_clinical.data.dka.same_meaning import check_same_meaning, described_by
-from medgemma_clinical.data.dka.series_cells import (
-    TableCells,
-    join_series,
-    rows_out_of_order,
-)
+from medgemma_clinical.data.dka import LABEL, Description
 from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.eicu import EicuRequest, make_eicu
+from medgemma_clinical.data.features import AGE, SEX
 from medgemma_clinical.data.mimic import MimicRequest, make_mimic
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.tables import (
-    Findings,
-    column_text,
-    plain_columns,
-    read_chunks,
-    read_table,
-    slice_table,
-)
+from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.texts import (
     Clause,
     PromptOptions,
@@ -129,9 +93,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             are left out. None reads all.
         label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
         allow_duplicates: accept a split that has equal rows in two parts.
-        findings: of a file of which ``source`` is one chunk, from ``read_chunks``. Nothing is
-            logged then, ``split`` is not read, wrong labels count as unknown, and rows that cannot
-            be read are noted and left out, possibly all, unless the findings are strict.
+        findings: of a source of which this is one chunk to score. Nothing is logged then,
+            ``split`` is not read, wrong labels count as unknown, and rows that cannot be read are
+            noted and left out, possibly all, unless the findings are strict.
 
     Raises:
         InputError: names file, row and column of the first unreadable cell. Rows count as a
@@ -144,7 +108,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     options = ("series", "max_len", "label_column", "allow_duplicates")
     row_columns = (*TrajectoryDataset.row_columns, "numbers")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
-    leak: str = ""  # which other column seems to name the patients
 
     def __init__(
         self,
@@ -163,170 +126,136 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             raise InputError(f"--max_len {max_len}: must be at least 1")
         if label_column is not None and not label_column.strip():
             raise InputError("--label_column is empty: name a column of 0 and 1")
-        warnings: list[str] = []
+        is_whole, label = findings is None, label_column or LABEL
         if isinstance(source, pd.DataFrame):
-            self.source = findings.source if findings else "DataFrame"
-            table = source if findings else plain_columns(source)
+            findings = findings or Findings("DataFrame")
+            table = dka.plain_table(source) if is_whole else source
         else:
-            self.source, table = one_line(str(source)), read_table(Path(source))
-            description = description or Description.beside(Path(source))
-            warnings += description.warnings(Path(source))
-        label = label_column or LABEL
+            findings = Findings(one_line(str(source)))
+            table = pd.concat([block for block, _ in dka.read_tables(Path(source))])
+            description = description or dka.read_description(Path(source), findings)
+        self.source = findings.source
         self.description = (description or Description()).for_label(label)
         self.question, self.outcome = self.description.question, self.description.outcome
         self.assumed_time_scale = self.description.time_scale is None
         self.time_scale = self.description.time_scale or self.time_scale
         if self.description.flow:
             self.flow = pd.DataFrame(self.description.flow, columns=list(FLOW_COLUMNS))
-        chosen = findings is None and label != LABEL
-        check_header(table, self.source, label, labelled=require_labels or chosen)
+        labelled = require_labels or (is_whole and label != LABEL)
+        dka.check_header(table, self.source, label, labelled=labelled)
         if table.empty:
-            raise InputError(f"{self.source}: no rows below the header: nothing to read")
-        found = find_series(table, self.description, series, self.source)
-        self.features = tuple(each.name for each in found)
-        self.units = tuple(each.unit for each in found)
-        columns = [each.column for each in found]
-        most = max_len or (MAX_LEN if len(found) == 1 else MAX_LEN_SEVERAL)
-        self.read_options = {"max_len": most, "label_column": label}
+            raise InputError(f"{self.source}: no rows below the header")
+        features = dka.find_features(table, self.description, series, self.source)
+        self.features = tuple(feature.name for feature in features)
+        self.units = tuple(feature.unit or "" for feature in features)
+        columns = [str(feature.keys[0]) for feature in features]
+        max_len = max_len or (MAX_LEN if len(features) == 1 else MAX_LEN_SEVERAL)
+        self.read_options = {"max_len": max_len, "label_column": label}
         self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
-        cells = TableCells(table, findings or Findings(self.source), whole=findings is None)
-        if cells.whole:
-            warnings += describe_unused(table, self.description, self.source)
-            cells.findings.warnings |= dict.fromkeys(warnings)
-        self._read_labels(cells, label, required=require_labels)
-        self._read_patients(cells)
-        self.static_names = tuple(static_columns(table))
-        self.static = read_statics(cells, self.static_names)
-        self._note_unread(cells, [*COLUMNS, label, *columns, *self.static_names])
-        self._read_series(cells, columns, may_lack=bool(series))
-        if cells.whole:
-            self.warnings = tuple(cells.findings.warnings)
-            cells.findings.log()
+        self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
+        if is_whole:
+            read = [*dka.COLUMNS, label, *columns, *self.static_names]
+            dka.note_columns(table, read, self.description, findings)
+        self._read_labels(table, findings, is_whole=is_whole, required=require_labels)
+        self._read_patients(table, findings, is_whole=is_whole)
+        static = [dka.numbers_of(table, name, findings) for name in self.static_names]
+        self.static = np.column_stack([np.empty((len(table), 0)), *static])
+        self._read_series(table, columns, findings, is_whole=is_whole, may_lack=bool(series))
+        if is_whole:
+            self.warnings = tuple(findings.warnings)
+            findings.log()
 
-    def _read_labels(self, cells: TableCells, label: str, *, required: bool) -> None:
-        if label not in cells.table:  # then none is required
-            self.labels = np.full(len(cells.table), np.nan)
+    def _read_labels(
+        self, table: pd.DataFrame, findings: Findings, *, is_whole: bool, required: bool
+    ) -> None:
+        label = self.read_options["label_column"]
+        self.labels = np.full(len(table), np.nan)
+        if label not in table:  # then none is required
             return
-        text = column_text(cells.table, label)
-        words = text.str.lower().replace({"false": "0", "true": "1"})  # as pandas writes them
-        labels = pd.to_numeric(words, errors="coerce").astype(float)
+        text = dka.text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
+        labels = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = ~labels.isin([0, 1]) & (text != "")
-        if cells.whole:
-            cells.reject(wrong, label, "must be 0 or 1")
-        unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
-        cells.findings.counts[unknown] += int(wrong.sum())
-        self.labels = np.where(wrong, np.nan, labels)
+        if is_whole:
+            findings.reject(wrong, label, "not 0 or 1", text)
         if required:
-            problem = "is empty: each row to learn from needs a label 0 or 1"
-            cells.reject(text == "", label, problem)
+            findings.reject(text == "", label, "is empty: each row to learn from needs a label")
+        unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
+        findings.counts[unknown] += int(wrong.sum())
+        self.labels = np.where(wrong, np.nan, labels)
 
-    def _read_patients(self, cells: TableCells) -> None:
-        table, patients = cells.table, patients_of(cells.table)
+    def _read_patients(self, table: pd.DataFrame, findings: Findings, *, is_whole: bool) -> None:
+        patients = dka.patients_of(table)
         self.has_patient_ids = "subject_id" in table or "id" in table
-        if self.has_patient_ids:
-            column = "subject_id" if "subject_id" in table else "id"
-            cells.reject(patients == "", column, "is empty: name the patient of each row")
-        else:
-            warning = "no column subject_id: each row is a patient of its own"
-            cells.findings.warnings[warning] = None
-        self._find_patient_column(cells, patients)
-        self.groups = patients.to_numpy(dtype=np.str_)
-        self.ids = ids_of(table, patients).to_numpy(dtype=np.str_)
+        column = "subject_id" if "subject_id" in table else "id"
+        findings.reject(patients == "", column, "is empty: name the patient of each row")
+        self.groups, self.ids = patients.to_numpy(dtype=np.str_), dka.ids_of(table)
         self.contexts = np.full(len(table), "", dtype=object)
         if "clinical_context" in table:
-            self.contexts = column_text(table, "clinical_context").to_numpy(dtype=object)
+            self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
         self.parts = None
-        if "split" in table and cells.whole:
-            parts = column_text(table, "split").str.lower().replace("validation", "val")
-            cells.reject(~parts.isin(PARTS), "split", "must be train, val or test")
+        if "split" in table and is_whole:
+            parts = dka.text_of(table, "split").str.lower().replace("validation", "val")
+            findings.reject(~parts.isin(PARTS), "split", "not train, val or test", parts)
             moved = parts != parts.groupby(patients).transform("first")
-            problem = "puts a patient (subject_id) in another part than an earlier row does"
-            cells.reject(moved, "split", problem)
+            problem = "puts a patient in another part than an earlier row does"
+            findings.reject(moved, "split", problem)
             self.parts = parts.to_numpy(dtype=np.str_)
 
-    def _find_patient_column(self, cells: TableCells, patients: pd.Series) -> None:
-        """Warn of a column that seems to name the patients; note where it contradicts them."""
-        name = patient_column(cells.table)
-        if name is None:
-            return
-        values = column_text(cells.table, name)
-        later = (values != "") & (patients != patients.groupby(values).transform("first"))
-        shown = list_unread([name])
-        advice = "rename it to subject_id if it names the patient or their stay, else remove it"
-        if later.any():
-            self.leak = (
-                f"{self.source}, row {patients.index[later][0]}, column {shown}: repeats the value "
-                f"of an earlier row, so one patient may be in two parts of the split: {advice}"
-            )
-        if later.any() or not self.has_patient_ids:
-            cells.findings.warnings[f"column {shown} is not read: {advice}"] = None
-
-    def _note_unread(self, cells: TableCells, read: Sequence[str]) -> None:
-        """Name the columns that are not read; warn of those that seem to be meant."""
-        table = cells.table
-        if unread := [str(name) for name in table if name not in read]:
-            if unknown := [name for name in unread if not is_made(name)]:
-                cells.findings.notes[f"columns not read: {list_unread(unknown)}"] = None
-            label = [LABEL] if self.read_options["label_column"] not in table else []
-            absent = [
-                *label,
-                *(n for n in ("clinical_context", "prediction_hours", "split") if n not in table),
-            ]
-            warnings = describe_unread(table, unread, absent)
-            cells.findings.warnings |= dict.fromkeys(warnings)
-
-    def _read_series(self, cells: TableCells, columns: list[str], *, may_lack: bool) -> None:
+    def _read_series(
+        self,
+        table: pd.DataFrame,
+        columns: list[str],
+        findings: Findings,
+        *,
+        is_whole: bool,
+        may_lack: bool,
+    ) -> None:
         """Set times, values, offsets and prediction times; leave out rows that may lack values."""
-        rows, findings = len(cells.table), cells.findings
-        series = [cells.parse(column) for column in columns]
-        self.prediction_hours = read_prediction_hours(cells, series)
-        if findings.problems:  # a row with one bad series is left out whole
-            good = ~cells.table.index.isin(list(findings.problems))
-            series = [each.take(good[each.owner]) for each in series]
-        unsorted = np.unique(np.concatenate([rows_out_of_order(each) for each in series]))
-        findings.counts["were not in time order; sorted"] += len(unsorted)
-        joined = join_series(series)
-        del series  # as large as what they are joined to
-        lengths = np.bincount(joined.owner, minlength=rows)
-        if not (may_lack and cells.whole):
-            column = columns[0] if len(columns) == 1 else MAIN_COLUMN
+        row, times, values = dka.parse_series(table, columns, findings)
+        self.prediction_hours = None
+        if dka.HOURS in table:
+            self.prediction_hours = dka.numbers_of(table, dka.HOURS, findings, dka.MAX_HOUR)
+            last = np.full(len(table), -np.inf)
+            np.maximum.at(last, row, times)
+            # The later values were not known then.
+            early = pd.Series(self.prediction_hours < last, table.index)
+            findings.reject(
+                early, dka.HOURS, "before the last observation of the row", table[dka.HOURS]
+            )
+        good = ~table.index.isin(list(findings.problems))[row]  # a bad row is left out whole
+        row, times, values = row[good], times[good], values[good]
+        lengths = np.bincount(row, minlength=len(table))
+        empty = pd.Series(lengths == 0, table.index)
+        if not (may_lack and is_whole):
+            column = columns[0] if len(columns) == 1 else dka.MAIN_COLUMN
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
-            cells.reject(lengths == 0, column, problem)
+            findings.reject(empty, column, problem)
         # An array's integers hold no more than its length, whatever max_len was given.
-        most = min(self.read_options["max_len"], len(joined.owner))
-        if not cells.whole:
+        most = min(self.read_options["max_len"], len(row))
+        if not is_whole:
             longer = f"are longer than {most} observations: the most recent are kept"
             findings.counts[longer] += int((lengths > most).sum())
         elif (lengths > most).any():
             some = lengths > 0
             findings.notes[describe_cut(lengths[some], self.groups[some], most)] = None
-        recent = np.arange(len(joined.owner)) >= np.cumsum(lengths)[joined.owner] - most
-        self.times, self.values = joined.times[recent], joined.values[recent]
-        self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, most))])
-        if not lengths.all():
-            self._leave_out(np.flatnonzero(lengths == 0), cells)
-
-    def _leave_out(self, rows: NDArray[np.int64], cells: TableCells) -> None:
-        """Drop rows that hold no value of the chosen series, or have a problem."""
-        if cells.whole:
-            cells.findings.counts["without a value are left out"] += len(rows)
-            if len(rows) == len(self):
+        recent = np.arange(len(row)) >= np.cumsum(lengths)[row] - most
+        self.times, self.values = times[recent], values[recent]
+        if is_whole and empty.any():
+            findings.counts["without a value are left out"] += int(empty.sum())
+            if empty.all():
                 chosen = ", ".join(self.features)
                 raise InputError(f"{self.source}: no row holds a value of {chosen}")
-        self.offsets = np.delete(self.offsets, rows)
+        self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, most)[lengths > 0])])
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(self, name, None if column is None else np.delete(column, rows, axis=0))
+            setattr(self, name, None if column is None else column[lengths > 0])
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
-        """Divide the rows as every data set does, unless a patient seems to lie in two parts.
+        """Divide the rows as every data set does, unless equal rows lie in two parts.
 
         Raises:
-            InputError: a column that is not read gives patients several rows, or equal rows lie in
-                two parts; or as ``TrajectoryDataset.split``.
+            InputError: equal rows lie in two parts; or as ``TrajectoryDataset.split``.
         """
-        if self.leak:
-            raise InputError(self.leak)
         split = super().split(seed)
         copies = "" if self.allow_duplicates else describe_copies(self, split, self.numbers)
         if copies:
@@ -335,61 +264,63 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Path | pd.DataFrame, config: dict[str, Any], findings: Findings, most: int
+        cls, source: Path | pd.DataFrame, config: dict[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
-        """Read a DKA file or DataFrame ``most`` rows at a time, as a checkpoint's data were read.
+        """Read a file or DataFrame ``max_rows`` rows at a time, as a checkpoint's data were read.
 
         A DataFrame has no description beside it: its main series and its outcome are taken to be
         those of the checkpoint.
 
         Raises:
-            InputError: the file lacks a series or a fact of the checkpoint, gives it another
-                meaning, or cannot be read.
+            InputError: the source lacks an input of the checkpoint, gives it another meaning, or
+                cannot be read.
         """
-        label = config["read_options"].get("label_column", LABEL)
+        blocks: Iterable[tuple[pd.DataFrame, int]]
         if isinstance(source, pd.DataFrame):
-            whole = plain_columns(source)
-            found, chunks = described_by(config, whole), slice_table(whole, most)
+            whole = dka.plain_table(source)
+            starts = range(0, len(whole), max_rows)
+            blocks = ((whole[k : k + max_rows], min(k + max_rows, len(whole))) for k in starts)
+            description = dka.described_by(config, whole)
         else:
-            found, chunks = Description.beside(source), read_chunks(source, findings, most)
-            findings.warnings |= dict.fromkeys(found.warnings(source))
-        total = 0
-        for number, (table, read) in enumerate(chunks):
-            if number == 0:
-                check_same_meaning(table, found, config, findings.source)
+            blocks = dka.read_tables(source, max_rows)
+            description = dka.read_description(source, findings)
+        total, inputs = 0, config["inputs"]
+        for table, read in blocks:
+            if total == 0:
+                dka.check_same_meaning(table, description, config, findings.source)
+            total += len(table)
             if table.empty:
                 continue
-            total += len(table)
+            static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             dataset = cls(
-                drop_unread(table, config["inputs"]),
+                table.drop(columns=static - {*inputs["static"], *AGE, *SEX}),
                 config["read_options"]["max_len"],
-                description=found,
+                description=description,
                 require_labels=False,
                 series=config["features"],
-                label_column=label,
+                label_column=config["read_options"].get("label_column", LABEL),
                 findings=findings,
             )
-            dataset.question = config["question"]
+            if not inputs["prediction_time"]:  # checked above, so that no later value is scored
+                dataset.prediction_hours = None
+            dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             positions = np.flatnonzero(~table.index.isin(list(findings.problems)))
-            ids = dataset.ids
-            if len(positions) < len(table):
-                ids = ids_of(table, patients_of(table)).to_numpy(dtype=np.str_)
-            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
+            yield ScoringRows(dka.ids_of(table), table.index.to_numpy(), dataset, positions, read)
         if total == 0:
-            raise InputError(f"{findings.source}: no rows below the header: nothing to read")
+            raise InputError(f"{findings.source}: no rows below the header")
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the range that the description declares for a feature, None where it does not."""
-        name = comparable(self.features[feature])
-        if name == comparable(self.description.series):
+        name = dka.comparable(self.features[feature])
+        if name == dka.comparable(self.description.series):
             return self.description.plausible
         return self.description.limits.get(name)
 
     def reference(self, feature: int) -> Reference | None:
         """Return the reference range that the description gives, None where it gives none."""
-        name = comparable(self.features[feature])
-        if name == comparable(self.description.series):
+        name = dka.comparable(self.features[feature])
+        if name == dka.comparable(self.description.series):
             return self.description.reference
         return self.description.references.get(name)
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,12 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path, object_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Return the content of a JSON file; ``object_hook`` makes each object of its pairs."""
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file in UTF-8, with or without byte order mark."""
     if path.exists() and not path.is_file():  # a pipe would wait for ever
         raise json.JSONDecodeError("no file", "", 0)
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=object_hook)
-    except InputError:
-        raise
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise json.JSONDecodeError(type(error).__name__, "", 0) from error
 

@@ -1,321 +1,367 @@
-"""Tests of MIMICtrajectoryDataset: what of a table becomes rows, patients and labels."""
+"""Tests of MIMICtrajectoryDataset: what of a table becomes rows, patients and labels; the check."""
 
-from __future__ import annotations
-
+import hashlib
 import logging
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from dataset_format import InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.dka.description import Description
-from medgemma_clinical.data.scoring import Findings, ScoringRows
-from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
+import dataset_format
+from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
+from trajectories import LABEL, SERIES, dataset_of, one_series, random_text, table_of
 from visits import cohort
 
+ROOT = Path(dataset_format.__file__).parent
+BICARBONATE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+CHEMISTRY = ROOT / "tests" / "data" / "physionet2012_chemistry.csv.gz"
+GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
+THREE = pd.DataFrame(
+    {
+        SERIES: ["24 (0h) -> 20 (2h)", "", "7 (1h)"],
+        GLUCOSE: ["300 (2h) -> 250 (2.5h)", "90 (4h)", None],
+        UREA: ["", "5 (4h) -> 6 (1h)", ""],
+        LABEL: [0, 1, 0],
+        "subject_id": ["a", "b", "c"],
+        "clinical_context": ["old", "", "young"],
+    }
+)
+NAN = float("nan")
 
-def test_times_are_sorted_and_equal_times_keep_their_order(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+
+def rows_of(dataset, i):
+    """Time and values of each observation."""
+    rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
+    return [
+        (t, *v) for t, v in zip(dataset.times[rows].tolist(), dataset.values[rows], strict=True)
+    ]
+
+
+def slow_union(texts):
+    """Join series one value after the other: the k-th at a time with the k-th of the others."""
+    table = {}
+    for f, text in enumerate(texts):
+        seen = {}
+        for piece in text.split("->") if text else []:
+            value, hours = (float(x) for x in piece.replace(")", "").replace("h", "").split("("))
+            seen[hours] = seen.get(hours, -1) + 1
+            table.setdefault((hours, seen[hours]), [NAN] * len(texts))[f] = value
+    return [(hours, *values) for (hours, _), values in sorted(table.items())]
+
+
+# --------------------------------------------------------------------------- observations
+
+
+def test_times_are_sorted_and_equal_times_keep_their_order(caplog):
     with caplog.at_level(logging.INFO):
         dataset = dataset_of(["3 (4h) -> 1 (0h) -> 2 (0h)", "1 (0h) -> 5 (0h)", "1 (2h) -> 2 (1h)"])
     assert one_series(dataset, 0) == ([0.0, 0.0, 4.0], [1.0, 2.0, 3.0])
     assert one_series(dataset, 1) == ([0.0, 0.0], [1.0, 5.0])
-    notices = [m for m in caplog.messages if "time order" in m]
-    assert len(notices) == 1
-    assert "2 rows" in notices[0]
+    (notice,) = [message for message in caplog.messages if "time order" in message]
+    assert "2 rows" in notice
 
 
-def test_only_the_most_recent_observations_are_kept(caplog: pytest.LogCaptureFixture) -> None:
-    long = " -> ".join(f"{10 + k} ({k}h)" for k in reversed(range(5)))
-    with caplog.at_level(logging.INFO):
-        dataset = dataset_of([long, "1 (0h) -> 2 (1h)", long], max_len=3)
-    assert one_series(dataset, 0) == ([2.0, 3.0, 4.0], [12.0, 13.0, 14.0])
-    assert dataset.offsets.tolist() == [0, 3, 5, 8]
-    notices = [m for m in caplog.messages if "most recent" in m]
-    assert notices == [
-        "DataFrame: 2 of 3 patients lose observations, as rows are longer than 3: the most recent "
-        "are kept; --max_len 5 keeps more"
+def test_observations_are_the_union_of_all_times_and_the_rest_is_missing():
+    dataset = MIMICtrajectoryDataset(THREE)
+    assert dataset.features == ("Anion gap", "glucose", "Blood urea")
+    assert dataset.units == ("mEq/L", "mg/dL", "")
+    expected = [
+        [(0, 24, NAN, NAN), (2, 20, 300, NAN), (2.5, NAN, 250, NAN)],
+        [(1, NAN, NAN, 6), (4, NAN, 90, 5)],
+        [(1, 7, NAN, NAN)],
     ]
+    for i, rows in enumerate(expected):
+        np.testing.assert_array_equal(rows_of(dataset, i), rows)
+    batch = dataset.collate([1])
+    assert batch["observed"].tolist() == [[[False, False, True], [False, True, True]]]
+    assert batch["times"].tolist() == [[0, 3]]
 
 
-def test_the_time_scale_is_the_descriptions_or_the_formats() -> None:
-    table = table_of(["1 (0h)"])
-    dataset = MIMICtrajectoryDataset(table)
-    assert (dataset.time_scale, dataset.assumed_time_scale) == (72.0, True)
-    dataset = MIMICtrajectoryDataset(table, description=Description(time_scale=8760.0))
-    assert (dataset.time_scale, dataset.assumed_time_scale) == (8760.0, False)
+def test_the_union_agrees_with_a_slow_reference_on_random_texts():
+    rng = np.random.default_rng(5)
+    columns = [[random_text(rng) if rng.random() < 0.7 else "" for _ in range(300)] for _ in "abcd"]
+    columns[0] = [a or random_text(rng) for a in columns[0]]
+    names = [SERIES, "trajectory_a", "trajectory_b [u]", "trajectory_c"]
+    table = pd.DataFrame({**dict(zip(names, columns, strict=True)), LABEL: [0, 1] * 150})
+    dataset = MIMICtrajectoryDataset(table, max_len=1000)
+    for i, texts in enumerate(zip(*columns, strict=True)):
+        np.testing.assert_array_equal(rows_of(dataset, i), slow_union(list(texts)), repr(texts))
 
 
-def test_rows_without_a_value_lose_none(caplog: pytest.LogCaptureFixture) -> None:
-    table = table_of(["1 (0h) -> 2 (1h)"] * 20 + [""] * 20, trajectory_x=["1 (0h)"] * 40)
+def test_a_file_of_one_series_gives_the_very_same_tensors_and_prompts_as_ever():
+    # Taken before further series could be read.
+    dataset = MIMICtrajectoryDataset(BICARBONATE)
+    digest = hashlib.sha256()
+    batch = dataset.collate(range(len(dataset)))
+    for tensor in (batch[k] for k in ("times", "values", "observed", "labels", "index")):
+        digest.update(tensor.numpy().tobytes())
+    for i in range(len(dataset)):
+        digest.update(dataset.prompt(i).encode())
+    assert digest.hexdigest().startswith("2c78b36fee4760cfc880cc6741aa5070")
+
+
+def test_the_sample_of_nine_series_holds_the_bicarbonate_of_the_other_file():
+    alone = MIMICtrajectoryDataset(BICARBONATE)
+    same = MIMICtrajectoryDataset(CHEMISTRY, 20, series=["Serum bicarbonate"])
+    assert same.fingerprint() == alone.fingerprint()
+    assert [same.prompt(i) for i in range(50)] == [alone.prompt(i) for i in range(50)]
+    assert len(MIMICtrajectoryDataset(CHEMISTRY).features) == 9
+
+
+def test_the_most_recent_observations_are_kept(caplog):
+    long = " -> ".join(f"{k} ({k}h)" for k in reversed(range(60)))
+    shifted = " -> ".join(f"{k} ({k + 0.5}h)" for k in range(60))
+    table = table_of([long, "1 (0h)"], trajectory_x=[shifted, ""])
     with caplog.at_level(logging.INFO):
-        MIMICtrajectoryDataset(table, 1, series=["Anion gap"])
-    assert any("20 of 20 patients lose observations" in line for line in caplog.messages)
+        dataset = MIMICtrajectoryDataset(table)
+    assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
+    assert rows_of(dataset, 0)[-1][::2] == (59.5, 59)
+    assert rows_of(dataset, 0)[0][0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
+    assert any("1 of 2 patients" in x and "--max_len 120" in x for x in caplog.messages)
+    assert MIMICtrajectoryDataset(table, 7).lengths.tolist() == [7, 1]
+    assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]
+    assert dataset_of([long, "1 (0h)"], 3).times.tolist() == [57, 58, 59, 0]
 
 
-def test_a_quiet_file_brings_no_notice(caplog: pytest.LogCaptureFixture) -> None:
+def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out(caplog):
+    table = THREE.assign(split=["train", "val", "test"], static_x=[1, 2, 3], prediction_hours=9)
     with caplog.at_level(logging.INFO):
-        dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])
-    assert caplog.messages == []
+        dataset = MIMICtrajectoryDataset(table, series=["blood_UREA", "Glucose"])
+    assert dataset.features == ("Blood urea", "glucose")
+    assert (dataset.ids.tolist(), dataset.labels.tolist()) == (["a", "b"], [0, 1])
+    assert dataset.contexts.tolist() == ["old", ""]
+    assert dataset.parts.tolist() == ["train", "val"]
+    assert dataset.prediction_hours.tolist() == [9, 9]
+    np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
+    np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
+    assert any("1 rows without a value are left out" in message for message in caplog.messages)
+    with pytest.raises(InputError, match="Blood urea"):
+        MIMICtrajectoryDataset(THREE.assign(**{UREA: ""}), series=["Blood urea"])
 
 
-def test_max_len_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="0"):
-        dataset_of(["1 (0h)"], max_len=0)
+def test_a_row_without_any_value_is_refused_or_noted():
+    table = THREE.assign(**{SERIES: ["1 (0h)", "", ""], UREA: ""})
+    for columns, row in ((list(table), 2), ([SERIES, LABEL], 1)):
+        with pytest.raises(InputError, match=f"row {row}, column {SERIES}: "):
+            MIMICtrajectoryDataset(table[columns])
+    findings = Findings("x", strict=False)
+    assert len(MIMICtrajectoryDataset(table[[SERIES, LABEL]], findings=findings)) == 1
+    assert [*findings.problems] == [1, 2]
 
 
-def test_rows_of_a_subject_share_a_group_and_are_named_by_it() -> None:
-    dataset = dataset_of(["1 (0h)"] * 3, subject_id=["007", " 007 ", "8"])
-    assert dataset.groups.tolist() == dataset.ids.tolist() == ["007", "007", "8"]
-
-
-def test_id_names_the_rows_and_stands_in_for_a_missing_subject_id() -> None:
-    both = dataset_of(["1 (0h)"] * 2, subject_id=["p", "p"], id=["x", "y"])
-    assert (both.groups.tolist(), both.ids.tolist()) == (["p", "p"], ["x", "y"])
-    alone = dataset_of(["1 (0h)"] * 2, id=["x", "y"])
-    assert (alone.groups.tolist(), alone.ids.tolist()) == (["x", "y"], ["x", "y"])
-
-
-def test_without_subject_each_row_is_its_own_patient_and_one_warning_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    dataset = dataset_of(["1 (0h)"] * 30)
-    assert len(set(dataset.groups)) == 30
-    warning = "no column subject_id: each row is a patient of its own"
-    assert dataset.warnings == (warning,)
-    assert caplog.messages == [f"warning: DataFrame: {warning}"]
-    assert dataset_of(["1 (0h)"], id="a").warnings == ()
-
-
-def test_contexts_are_read_and_may_be_empty() -> None:
-    dataset = dataset_of(["1 (0h)"] * 2, clinical_context=[" man, 54 years ", None])
-    assert dataset.contexts.tolist() == ["man, 54 years", ""]
-    assert dataset_of(["1 (0h)"]).contexts.tolist() == [""]
-
-
-def test_one_long_context_does_not_cost_memory_for_every_row() -> None:
-    contexts = ["x" * 20_000] + ["short"] * 999
-    dataset = dataset_of(["1 (0h)"] * 1000, clinical_context=contexts)
-    assert dataset.contexts.nbytes < 1_000_000
-
-
-def test_labels_may_be_missing_only_where_none_are_required() -> None:
-    table = pd.DataFrame({SERIES: ["1 (0h)", "2 (0h)"], LABEL: [1, None]})
-    dataset = MIMICtrajectoryDataset(table, require_labels=False)
-    assert dataset.labels[0] == 1
-    assert math.isnan(dataset.labels[1])
-    assert math.isnan(dataset.collate([1])["labels"].item())
-    without = MIMICtrajectoryDataset(table.drop(columns=LABEL), require_labels=False)
-    assert np.isnan(without.labels).all()
-    with pytest.raises(InputError, match=f"row 1, column {LABEL}"):
-        MIMICtrajectoryDataset(table)
-
-
-def test_a_known_label_is_checked_even_where_none_is_required() -> None:
-    table = pd.DataFrame({SERIES: ["1 (0h)"], LABEL: [3]})
-    with pytest.raises(InputError, match=f"row 0, column {LABEL}"):
-        MIMICtrajectoryDataset(table, require_labels=False)
-
-
-def test_labels_may_be_written_as_pandas_writes_booleans() -> None:
-    words = ["True", "FALSE", "true", "false", "1", "0.0"]
-    dataset = dataset_of(["1 (0h)"] * 6, label_escalation=words)
-    assert dataset.labels.tolist() == [1, 0, 1, 0, 1, 0]
-    assert dataset_of(["1 (0h)"] * 2, label_escalation=[True, False]).labels.tolist() == [1, 0]
-    for word in ("yes", "truer", "t"):
-        with pytest.raises(InputError, match="must be 0 or 1"):
-            dataset_of(["1 (0h)"], label_escalation=[word])
-
-
-@pytest.mark.parametrize("flags", [{"label_column": ""}, {"label_column": " "}, {"max_len": 0}])
-def test_an_impossible_flag_is_named(flags: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=f"^--{next(iter(flags))} "):
-        MIMICtrajectoryDataset(table_of(["1 (0h)"]), **flags)
-
-
-def test_a_file_and_its_data_frame_give_the_same_data_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+def test_a_file_and_its_data_frame_give_the_same_data_set(ending, tmp_path):
     table = cohort(30).assign(split=lambda t: np.where(t["subject_id"] < "P010", "test", "train"))
-    path = tmp_path / "data.csv"
-    table.to_csv(path, index=False)
+    path = tmp_path / f"data.{ending}"
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+        table.to_parquet(path)
+        table.set_index("subject_id").to_parquet(tmp_path / "indexed.parquet")
+        indexed = MIMICtrajectoryDataset(tmp_path / "indexed.parquet")
+        assert indexed.fingerprint() == MIMICtrajectoryDataset(table).fingerprint()
+    else:
+        table.to_csv(path, index=False)
     from_file, from_table = MIMICtrajectoryDataset(path), MIMICtrajectoryDataset(table)
     assert from_file.fingerprint() == from_table.fingerprint()
     for name in ("times", "values", "offsets", "labels", "ids", "groups", "contexts", "parts"):
         assert np.array_equal(getattr(from_file, name), getattr(from_table, name)), name
+    for drop in (True, False):
+        by_index = MIMICtrajectoryDataset(table.set_index("subject_id", drop=drop))
+        assert by_index.fingerprint() == from_table.fingerprint()
 
 
-def test_a_data_frame_with_a_column_twice_is_refused() -> None:
-    table = table_of(["1 (0h)"])
-    with pytest.raises(InputError, match=LABEL):
-        MIMICtrajectoryDataset(pd.concat([table, table[[LABEL]]], axis=1))
+@pytest.mark.parametrize("flags", [{"label_column": ""}, {"label_column": " "}, {"max_len": 0}])
+def test_an_impossible_flag_is_named(flags):
+    with pytest.raises(InputError, match=f"^--{next(iter(flags))} "):
+        MIMICtrajectoryDataset(table_of(["1 (0h)"]), **flags)
 
 
-def test_whole_floats_are_names_without_a_point() -> None:
-    """A column of whole numbers with an empty cell becomes floats in pandas and in Parquet."""
-    ids = pd.Series([1.0, 2.0, 12345678.0, 2.5])
-    dataset = dataset_of(["1 (0h)"] * 4, subject_id=ids, id=ids.convert_dtypes())
-    assert dataset.groups.tolist() == dataset.ids.tolist() == ["1", "2", "12345678", "2.5"]
-    with pytest.raises(InputError, match="row 1, column subject_id: is empty"):
-        dataset_of(["1 (0h)"] * 2, subject_id=[1.0, None])
-
-
-def test_constructor_keywords_are_the_trainers_flags() -> None:
-    not_given: dict[str, Any] = dict.fromkeys(MIMICtrajectoryDataset.options)
-    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)", "2 (0h)"]), **not_given)
+def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
+    with caplog.at_level(logging.INFO):
+        dataset = dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])
+    assert caplog.messages == []
+    assert (dataset.time_scale, dataset.assumed_time_scale) == (72.0, True)
+    described = MIMICtrajectoryDataset(THREE, description=Description(time_scale=8760.0))
+    assert (described.time_scale, described.assumed_time_scale) == (8760.0, False)
+    not_given = dict.fromkeys(MIMICtrajectoryDataset.options)
+    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"]), **not_given)
     assert dataset.read_options == {"max_len": 20, "label_column": LABEL}
 
 
-# --------------------------------------------------------------------------- rows to be scored
+# --------------------------------------------------------------------------- patients and labels
 
 
-CONFIG: dict[str, Any] = {
-    "inputs": {"static": [], "prediction_time": False},
-    "features": ["glucose", "Anion Gap"],
-    "units": ["mg/dL", "mEq/L"],
-    "outcome": "Escalation",
-    "question": "And then?",
-    "read_options": {"max_len": 2},
-}
+def test_id_names_the_rows_and_stands_in_for_a_missing_subject_id():
+    both = dataset_of(["1 (0h)"] * 2, subject_id=["p", " p "], id=["x", "y"])
+    assert (both.groups.tolist(), both.ids.tolist()) == (["p", "p"], ["x", "y"])
+    alone = dataset_of(["1 (0h)"] * 2, id=["x", "y"])
+    assert (alone.groups.tolist(), alone.ids.tolist()) == (["x", "y"], ["x", "y"])
+    for name in ("subject_id", "id"):
+        with pytest.raises(InputError, match=f"row 1, column {name}: "):
+            dataset_of(["1 (0h)"] * 2, **{name: [1.0, None]})
 
 
-def scored(path: Path, most: int, **change: Any) -> tuple[list[ScoringRows], Findings]:
-    findings = Findings(str(path), strict=False)
-    rows = MIMICtrajectoryDataset.scoring_rows(path, {**CONFIG, **change}, findings, most)
-    return list(rows), findings
+def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
+    contexts = [" man, 54 years ", None, "x" * 20_000, *["short"] * 997]
+    dataset = dataset_of(["1 (0h)"] * 1000, clinical_context=contexts)
+    assert dataset.contexts[:2].tolist() == ["man, 54 years", ""]
+    assert dataset.contexts.nbytes < 1_000_000
+    assert dataset_of(["1 (0h)"]).contexts.tolist() == [""]
 
 
-@pytest.fixture
-def new_rows(tmp_path: Path) -> Path:
-    """Five rows of two series; the second is unreadable, the third lacks both."""
-    table = pd.DataFrame(
-        {
-            "id": list("abcde"),
-            SERIES: ["1 (0h) -> 2 (1h) -> 3 (2h)", "x", "", "4 (0h)", "5 (0h)"],
-            "trajectory_Glucose [mg/dL]": ["100 (3h)", "200 (0h)", "", "", "300 (0h)"],
-        }
-    )
-    path = tmp_path / "new.csv"
-    table.to_csv(path, index=False)
-    return path
+def test_labels_are_0_and_1_or_booleans_and_required_to_learn():
+    words = ["True", "FALSE", "true", "false", "1", "0.0"]
+    assert dataset_of(["1 (0h)"] * 6, label_escalation=words).labels.tolist() == [1, 0, 1, 0, 1, 0]
+    assert dataset_of(["1 (0h)"] * 2, label_escalation=[True, False]).labels.tolist() == [1, 0]
+    for wrong in ("yes", "truer", "2", "0.5", 3):
+        table = table_of(["1 (0h)"] * 2, label_escalation=[1, wrong])
+        with pytest.raises(InputError, match=f"row 1, column {LABEL}: "):
+            MIMICtrajectoryDataset(table, require_labels=False)
+        findings = Findings("x")
+        labels = MIMICtrajectoryDataset(table, require_labels=False, findings=findings).labels
+        np.testing.assert_array_equal(labels, [1, NAN])
+    table = table_of(["1 (0h)"] * 2, label_escalation=[1, None])
+    with pytest.raises(InputError, match=f"row 1, column {LABEL}: "):
+        MIMICtrajectoryDataset(table)
+    dataset = MIMICtrajectoryDataset(table, require_labels=False)
+    assert math.isnan(dataset.collate([1])["labels"].item())
+    without = MIMICtrajectoryDataset(table.drop(columns=LABEL), require_labels=False)
+    assert np.isnan(without.labels).all()
 
 
-@pytest.mark.parametrize("most", [1, 2, 100])
-def test_scoring_reads_the_checkpoints_series_chunk_by_chunk(new_rows: Path, most: int) -> None:
-    rows, findings = scored(new_rows, most)
-    assert [len(each.ids) for each in rows] == {1: [1] * 5, 2: [2, 2, 1], 100: [5]}[most]
-    assert np.concatenate([each.ids for each in rows]).tolist() == list("abcde")
-    assert np.concatenate([each.numbers for each in rows]).tolist() == [2, 3, 4, 5, 6]
-    readable = [each.ids[each.positions].tolist() for each in rows]
-    assert [name for names in readable for name in names] == ["a", "d", "e"]
-    assert readable == [each.dataset.ids.tolist() for each in rows]
-    assert set(findings.problems) == {3, 4}
-    first = rows[0].dataset
-    assert first.features == ("glucose", "Anion Gap")
-    assert first.lengths[0] == 2
-    assert first.prompt(0).endswith("And then?\n")
-    assert first.limits(1) == (-5, 60)
-    assert rows[-1].read == new_rows.stat().st_size
-
-
-def test_rows_that_are_left_out_later_are_noted_by_their_number(new_rows: Path) -> None:
-    (rows,), findings = scored(new_rows, 100)
-    rest = rows.without(np.array([False, True, False]), "too long", findings)
-    assert (rest.dataset.ids.tolist(), rest.positions.tolist()) == (["a", "e"], [0, 4])
-    assert findings.problems[5] == "too long"
-    assert rows.without(np.zeros(3, dtype=bool), "x", findings) is rows
-    with pytest.raises(InputError, match="row 5: too long"):
-        rows.without(np.array([False, True, False]), "too long", Findings("x"))
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"features": ["glucose", "lactate"]}, r"reads lactate, .* add a column 'trajectory_lact"),
-        ({"units": ["mmol/L", "mEq/L"]}, r"column trajectory_Glucose \[mg/dL\]: .* in mmol/L unit"),
-        ({"units": ["mg/dL", ""]}, "reads Anion Gap in no unit, the file has mEq/L"),
-        ({"outcome": "Stroke"}, "predicts Stroke, the file's outcome of label_escalation is Esc"),
-    ],
-)
-def test_a_file_of_another_meaning_is_not_scored(
-    change: dict[str, Any], expected: str, new_rows: Path
-) -> None:
-    with pytest.raises(InputError, match=expected):
-        scored(new_rows, 100, **change)
-
-
-def test_a_header_alone_holds_nothing_to_score(tmp_path: Path) -> None:
-    path = tmp_path / "empty.csv"
-    path.write_text(f"{SERIES},trajectory_Glucose [mg/dL]\n")
-    with pytest.raises(InputError, match="no rows below the header"):
-        scored(path, 100)
-
-
-# --------------------------------------------------------------------------- label and patient
-
-
-@pytest.mark.parametrize("name", ["patient_id", "HADM_ID", "stay_id", "MRN_hash", "record_id"])
-def test_rows_of_one_patient_under_another_name_are_not_split(name: str) -> None:
-    table = table_of(["1 (0h)"] * 6).assign(**{name: ["7", "", "8", "", "7", "9"]})
-    dataset = MIMICtrajectoryDataset(table)
-    with pytest.raises(InputError, match=rf"row 4, column {name}: repeats the value .* subject_id"):
-        dataset.split(0)
-    with pytest.raises(InputError, match=f"row 4, column {name}"):
-        MIMICtrajectoryDataset(table.assign(id=list("abcdef"))).split(0)
-    MIMICtrajectoryDataset(table.assign(subject_id=list("abcdef"))).split(0)
-    assert not MIMICtrajectoryDataset(table.assign(id=list("abcdaf"))).leak
-
-
-def test_names_that_all_differ_are_asked_about(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = dataset_of(["1 (0h)"] * 6, patient_id=list("abcdef"))
-    dataset.split(0)
-    _, text = dataset.warnings
-    assert text.startswith("column patient_id is not read: rename it to subject_id")
-    assert f"warning: DataFrame: {text}" in caplog.messages
-    assert dataset_of(["1 (0h)"] * 6, id=list("abcdef"), hadm_id=list("ghijkl")).warnings == ()
-
-
-def test_near_misses_among_unread_columns_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    dataset = dataset_of(["1 (0h)"], context="x", glucose="90 (0h)", age=54, id="a")
-    assert len(dataset.warnings) == 2
-    assert (
-        sum(message.startswith("warning: DataFrame: not read: ") for message in caplog.messages)
-        == 2
-    )
-    assert dataset_of(["1 (0h)"], clinical_context="x", context="x", id="a").warnings == ()
-    table = pd.DataFrame({SERIES: ["1 (0h)"], "label_death": [1], "id": ["a"]})
-    (text,) = MIMICtrajectoryDataset(table, require_labels=False).warnings
-    assert "did you mean label_escalation? rename it, or give --label_column label_death" in text
-    table[LABEL] = 0
-    assert MIMICtrajectoryDataset(table, label_column="label_death").warnings == ()
-
-
-def test_any_column_of_0_and_1_is_the_label() -> None:
+def test_any_column_of_0_and_1_is_the_label():
     table = table_of(["1 (0h)"] * 3, label_death=[1, 1, 0])
     dataset = MIMICtrajectoryDataset(table, label_column="label_death")
     assert dataset.labels.tolist() == [1, 1, 0]
     assert (dataset.outcome, dataset.question) == ("Death", "Will the outcome Death occur?")
     assert dataset.read_options["label_column"] == "label_death"
-    assert MIMICtrajectoryDataset(table).labels.tolist() == [0, 1, 0]
     for required in (True, False):
-        with pytest.raises(InputError, match=r"column death: no such column: .* label_death"):
+        with pytest.raises(InputError, match="column death: "):
             MIMICtrajectoryDataset(table, label_column="death", require_labels=required)
-    with pytest.raises(InputError, match="row 1, column label_death: must be 0 or 1"):
-        MIMICtrajectoryDataset(table.assign(label_death=[1, 2, 0]), label_column="label_death")
 
 
-def test_rows_to_score_are_judged_by_the_checkpoints_label(new_rows: Path) -> None:
-    table = pd.read_csv(new_rows).assign(label_death=1, label_escalation=0)
-    table.to_csv(new_rows, index=False)
-    change = {"outcome": "Death", "read_options": {"max_len": 2, "label_column": "label_death"}}
-    (rows,), _ = scored(new_rows, 100, **change)
-    assert rows.dataset.labels.tolist() == [1, 1, 1]
-    assert rows.dataset.question == "And then?"
-    with pytest.raises(InputError, match="predicts Escalation, the file's outcome of label_death"):
-        scored(new_rows, 100, read_options=change["read_options"])
-    table.drop(columns="label_death").to_csv(new_rows, index=False)
-    (rows,), _ = scored(new_rows, 100, **change)
-    assert np.isnan(rows.dataset.labels).all()
+@pytest.mark.parametrize(
+    "parts", [["train", "test"], ["train", "x"], ["", "train"], ["train", "Test "]]
+)
+def test_a_patient_is_in_one_part_of_a_split_that_the_data_bring(parts):
+    table = table_of(["1 (0h)"] * 2, subject_id="a", split=parts)
+    with pytest.raises(InputError, match=r"row \d, column split: "):
+        MIMICtrajectoryDataset(table)
+    known = table_of(["1 (0h)"] * 2, subject_id=["a", "b"], split=["Validation", " train"])
+    assert MIMICtrajectoryDataset(known).parts.tolist() == ["val", "train"]
+
+
+# --------------------------------------------------------------------------- prompts
+
+PROMPTS = {
+    "all": "old. Anion gap (mEq/L): 24 (0h) -> 20 (2h). glucose (mg/dL): 300 (2h) -> 250 (2.5h). "
+    "Blood urea: not measured. ",
+    "main": "old. Anion gap (mEq/L): 24 (0h) -> 20 (2h). ",
+    "last": "old. Last values: Anion gap 20 mEq/L (2h), glucose 250 mg/dL (2.5h), "
+    "Blood urea not measured. ",
+    "none": "old. ",
+}
+
+
+@pytest.mark.parametrize("choice", SERIES_TEXT)
+def test_the_prompt_holds_the_series_that_were_chosen_and_what_a_report_computes(choice):
+    dataset = MIMICtrajectoryDataset(THREE)
+    question = "Will care have to be escalated?\n"
+    assert dataset.prompt(0, PromptOptions(series=choice)) == PROMPTS[choice] + question
+    prompt = dataset.prompt(0, PromptOptions(series=choice, computed=True))
+    values = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
+    sentence = (
+        "lowest 20 mEq/L at 2 h, highest 24 mEq/L at 0 h. "
+        "Net change -4 mEq/L, -2 mEq/L an hour: falling. "
+    )
+    expected = PROMPTS[choice].replace(values, values + sentence)
+    assert prompt == expected.replace("250 (2.5h). ", "250 (2.5h). falling. ") + question
+    only = "glucose (mg/dL): 90 (4h). only one value. Blood urea: 6 (1h) -> 5 (4h). falling. "
+    other = dataset.prompt(1, PromptOptions(series=choice, computed=True))
+    assert (only in other) == (choice == "all")
+
+
+# --------------------------------------------------------------------------- check
+
+
+def checked(table, folder, *flags):
+    table.to_csv(folder / "data.csv", index=False)
+    return dataset_format.main(["check", str(folder / "data.csv"), *flags])
+
+
+def test_the_check_prints_a_line_a_series(tmp_path, capsys):
+    table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
+    (tmp_path / "data.json").write_text('{"limits": {"Blood_Urea": [1, 5.5]}}')
+    assert checked(table, tmp_path) == 2
+    assert "equal" in capsys.readouterr().err
+    assert checked(table, tmp_path, "--allow_duplicates") == 0
+    output = capsys.readouterr().out
+    assert "Anion gap [mEq/L]: median 20, quartiles 7 to 24" in output
+    assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, 2 values a row", output)
+    assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5" in output
+    assert output.count("warning: Blood") == output.count("lie outside") == 1
+    words = ("--max_len", "1", "--allow_duplicates")
+    assert checked(table, tmp_path, "--series", "glucose", *words) == 0
+    output = capsys.readouterr().out
+    assert "Blood urea" not in output
+    assert "observations a row: median 1, quartiles 1 to 1" in output
+    for flags in (("--series", "lactate"), ("--max_len", "0")):
+        assert checked(table, tmp_path, *flags) == 2
+        assert re.fullmatch(rf"error: .*{flags[0]} .*\n", capsys.readouterr().err)
+
+
+def test_the_check_counts_patients_and_refuses_what_the_trainer_would(tmp_path, capsys):
+    table = table_of(["1 (0h)"] * 40, subject_id=[str(k // 2) for k in range(40)])
+    table[LABEL] = [k // 2 % 2 for k in range(40)]
+    table["trajectory_x"] = ["5 (1h)" if k % 2 else "" for k in range(40)]
+    assert checked(table, tmp_path) == 0
+    assert re.search(r"x: median 5.* in 20 of 20 patients", capsys.readouterr().out)
+    assert checked(table.assign(trajectory_x=""), tmp_path) == 2
+    assert re.fullmatch(r"error: .* x: .*\n", capsys.readouterr().err)
+    assert checked(table.assign(**{LABEL: 0}), tmp_path) == 2
+    assert re.fullmatch(r"error: .*event.*\n", capsys.readouterr().err)
+
+
+def test_a_file_without_any_label_is_fit_to_predict_on(tmp_path, capsys):
+    rows = table_of(["24 (0h) -> 20 (2h)"] * 3, subject_id=list("abc")).drop(columns=LABEL)
+    for table in (rows, rows.assign(**{LABEL: ""})):
+        assert checked(table, tmp_path) == 0
+        output = capsys.readouterr()
+        assert output.err == ""
+        assert "rows 3, patients 3" in output.out
+        assert output.out.endswith("\nready to predict on, with warnings, no labels to train on\n")
+        assert "split" not in output.out
+    assert checked(rows.assign(**{LABEL: ["1", "", ""]}), tmp_path) == 0  # as --predict reads it
+    assert (
+        "\nready to predict on, with warnings, not to train on: 2 of 3" in capsys.readouterr().out
+    )
+
+
+def test_the_command_summarises_the_sample_data():
+    command = [sys.executable, str(ROOT / "dataset_format.py"), "check", str(BICARBONATE)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "rows 3,850, patients 3,850" in result.stdout
+    assert "539 events in 3,850" in result.stdout
+    assert "Serum bicarbonate [mmol/L]" in result.stdout
+    assert "train 3,080 rows, 3,080 patients, 431 events; val 385 rows" in result.stdout
+    assert "warning" not in result.stdout
+    assert result.stdout.endswith("\nready\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["check"], ["chec", "a.csv"], ["check", "a", "b"], ["check", "a", "--ser", "b"]],
+)
+def test_wrong_usage_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        dataset_format.main(arguments)
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err

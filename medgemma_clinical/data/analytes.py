@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.dka.description import comparable
+from medgemma_clinical.data.dka import comparable
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.files import InputError
 

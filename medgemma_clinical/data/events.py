@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.dka.description import MAIN_COLUMN, comparable
+from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
 from medgemma_clinical.data.duck import (
     Column,
     Database,

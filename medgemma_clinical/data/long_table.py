@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.dka.description import comparable, join_names
+from medgemma_clinical.data.dka import comparable, join_names
 from medgemma_clinical.data.duck import (
     MICROSECONDS,
     WORD,

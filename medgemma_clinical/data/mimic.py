@@ -12,7 +12,7 @@ import pandas as pd
 
 from medgemma_clinical.data.analytes import ANALYTES, GAP_ITEM, choose_features, feature_of
 from medgemma_clinical.data.cohort import CohortRequest, HospitalTables, make_cohort
-from medgemma_clinical.data.dka.description import comparable
+from medgemma_clinical.data.dka import comparable
 from medgemma_clinical.data.duck import (
     KEY,
     KEY_OR_EMPTY,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.files import InputError
@@ -21,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Findings:
-    """What shows while a file is read, whole or in chunks, and is logged once at its end.
+    """What shows while a source is read, whole or in chunks, and is logged once at its end.
 
     Attributes:
-        source: the file, as errors name it.
-        strict: whether an unreadable row refuses the file.
+        source: as errors name it.
+        strict: whether an unreadable row refuses the source.
         problems: if not strict, the first problem of each unreadable row by the row's number;
-            names the column, never the content of a patient's cell.
+            names the column, never a cell's content.
         counts: rows by what there is to say of them.
-        notes: what there is to say of the file; an ordered set.
-        warnings: what seems to be a mistake in the file; an ordered set.
+        notes: what there is to say of the source; an ordered set.
+        warnings: what seems to be a mistake in it; an ordered set.
     """
 
     source: str
@@ -40,18 +41,31 @@ class Findings:
     notes: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
 
-    def add_problem(
-        self, row: int, problem: str, *, column: str = "", value: object = None
+    def reject(
+        self, bad: pd.Series, column: str, problem: str, cells: pd.Series | None = None
     ) -> None:
-        """Note why a row cannot be read, unless another reason is noted.
+        """Refuse the source for the bad cells of a column or, if not strict, note their rows.
 
-        Raises:
-            InputError: the findings are strict.
+        Args:
+            bad: whether each cell is bad, by the row's number.
+            column: of the cells.
+            problem: of each of them.
+            cells: their content.
         """
+        rows = bad.index[bad.to_numpy(bool)].tolist()
+        if rows and self.strict:
+            count = f" ({len(rows):,} cells, the last in row {rows[-1]})" if len(rows) > 1 else ""
+            value = None if cells is None else cells[rows[0]]
+            where = f"{self.source}, row {rows[0]}, column {column}"
+            raise InputError(f"{where}: {problem}{count}", value)
+        for row in rows:
+            self.problems.setdefault(row, f"column {column}: {problem}")
+
+    def add_problem(self, row: int, problem: str) -> None:
+        """Refuse the source for a row or, if not strict, note its first problem."""
         if self.strict:
-            place = f", column {column}" if column else ""
-            raise InputError(f"{self.source}, row {row}{place}: {problem}", value)
-        self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
+            raise InputError(f"{self.source}, row {row}: {problem}")
+        self.problems.setdefault(row, problem)
 
     def log(self) -> None:
         """Log notes, warnings and counts; problems are the caller's to report."""

@@ -19,7 +19,7 @@ from medgemma_clinical.data.checks import (
     log_refusal,
     summarize,
 )
-from medgemma_clinical.data.dka.description import Description
+from medgemma_clinical.data.dka import Description
 from trajectories import table_of
 
 SOUND = ["20 (0h) -> 21 (4h)"] * 200

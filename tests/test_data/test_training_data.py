@@ -8,7 +8,7 @@ import pytest
 
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.dka.description import Description
+from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import (
     patient_hashes,

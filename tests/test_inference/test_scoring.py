@@ -9,7 +9,8 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from dataset_format import Description, MIMICtrajectoryDataset
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.dka import read_description
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference import scoring
@@ -159,7 +160,7 @@ def test_a_file_without_ids_names_rows_as_the_run_does(runs, table, tmp_path, mo
 def test_rows_with_a_value_outside_the_declared_limits_are_counted_once(table):
     few, findings = table.head(5).copy(), Findings("few", strict=False)
     few.loc[1, SERIES] = "2400 (0h) -> 2300 (1h)"
-    described = Description.beside(SAMPLE)
+    described = read_description(SAMPLE)
     scoring.count_implausible(MIMICtrajectoryDataset(few, description=described), findings)
     assert sum(findings.counts.values()) == 1
 

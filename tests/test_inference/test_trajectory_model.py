@@ -9,7 +9,8 @@ from sklearn.calibration import CalibratedClassifierCV, CalibrationDisplay
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
 
-from dataset_format import Description, MIMICtrajectoryDataset
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.dka import read_description
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryModel
 from predicting import MARKER, SERIES, STAGES, predicted, write_data
@@ -29,7 +30,7 @@ def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
 ):
     written = predicted(runs / stage, runs / "train.csv", tmp_path / "out.csv")
     model = models[stage]
-    described = MIMICtrajectoryDataset(table, description=Description.beside(runs / "train.csv"))
+    described = MIMICtrajectoryDataset(table, description=read_description(runs / "train.csv"))
     for rows in (table, runs / "train.csv", str(runs / "train.csv"), described):
         probability = model.predict_proba(rows)
         assert (probability.shape, probability.dtype) == ((len(table), 2), np.float64)
@@ -126,7 +127,7 @@ def test_labels_and_the_name_of_the_main_series_do_not_matter(models, table):
 
 
 def test_what_cannot_be_read_is_refused_with_what_differs(models, runs, table, tmp_path):
-    own = Description.beside(runs / "train.csv")
+    own = read_description(runs / "train.csv")
     ageless = table.drop(columns="static_age [years]")
     for rows, named in (
         (table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]}), "mmol/L"),

@@ -1,0 +1,507 @@
+"""The DKA format: a table with a row a patient and its series as text, read into flat arrays."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import itertools
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.texts import NUMBER, Reference
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS
+from medgemma_clinical.files import InputError, file_hash, one_line, read_json
+
+MAIN_COLUMN, LABEL, HOURS = "clinical_trajectory", "label_escalation", "prediction_hours"
+STATIC = "static_"  # beginning of the name of a static feature's column
+COLUMNS = (MAIN_COLUMN, "subject_id", "id", "clinical_context", HOURS, "split")
+"""Columns that are read, beside the label, further series and static features."""
+
+MADE = ("hadm_id", "prediction_time", "label_")
+"""Beginnings of the names of columns that our commands write for people."""
+
+SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
+"""Column of a further series: its name, and its unit if it has one."""
+
+ARROW = "->|\u2192"
+OBSERVATION = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*[hH](?:(?:[oO][uU])?[rR][sS]?)?\s*\)\s*"
+NO_NUMBER = str.maketrans(dict.fromkeys("()hHoOuUrRsS\u2192", " "))
+CELL = re.compile(rf"{OBSERVATION}(?:(?:{ARROW}){OBSERVATION})*")
+
+MAX_VALUE = float(np.finfo(np.float32).max)
+MAX_HOUR = 1e6  # 114 years
+MAX_CELL = 2**26  # characters
+BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memory
+
+# --------------------------------------------------------------------------- description
+
+ORIGIN = (
+    *("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256"),
+    *("versions", "licence", "license", "citation", "note"),
+)
+"""Keys of the JSON file that say where data come from, for people."""
+
+OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the series and labels of a DKA file mean, as the JSON file beside it says."""
+
+    series: str = "Anion gap"  # name of the main series
+    unit: str = "mEq/L"  # empty where it has none
+    question: str = "Will care have to be escalated?"
+    outcome: str = "Escalation"  # what label 1 means
+    plausible: tuple[float, float] | None = (-5.0, 60.0)  # of a living patient
+    limits: dict[str, tuple[float, float]] = field(default_factory=dict)  # of further series
+    reference: Reference | None = None  # of a healthy adult; laboratories differ
+    references: dict[str, Reference] = field(default_factory=dict)  # of further series
+    prediction_time: str = ""  # when the question is asked, in words
+    horizon: str = ""  # how far it looks ahead, in words
+    flow: tuple[dict[str, Any], ...] = ()  # rule, removed, left
+    labels: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome, question
+    csv_sha256: str = ""  # of the table that it was written with
+    time_scale: float | None = None  # hours that are one unit of time to the encoder
+
+    def for_label(self, column: str) -> Description:
+        """Return the description with the outcome of a label column as its own."""
+        entry = self.labels.get(column, {})
+        if column == LABEL:
+            return replace(self, **entry)
+        name = column.removeprefix("label_").replace("_", " ").strip() or column
+        outcome = name[:1].upper() + name[1:]
+        horizon = self.horizon if column in self.labels else ""
+        question = f"Will the outcome {outcome} occur?"
+        named = replace(self, outcome=outcome, question=question, horizon=horizon)
+        return replace(named, **entry)
+
+
+def read_description(path: Path, findings: Findings | None = None) -> Description:
+    """Read the description beside a data file, or return the default."""
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    file = plain.with_suffix(".json")
+    if not os.path.lexists(file):
+        return Description()
+    try:
+        keys = [each.name for each in fields(Description)]
+        known = _read_keys(read_json(file), [*keys, *ORIGIN])
+        if "series" in known and "unit" not in known:
+            raise InputError("key series: needs a unit beside it, empty for none")
+    except InputError as error:
+        raise InputError(f"{file}, {error}") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file}: not a JSON file in UTF-8") from error
+    if findings and known.get("csv_sha256") and known["csv_sha256"] != file_hash(path):
+        findings.warnings[f"{file.name} was made with another {path.name}: is it current?"] = None
+    return Description(**({"plausible": None} if "series" in known else {}) | known)
+
+
+def _read_keys(content: Any, known: Sequence[str], within: str = "") -> dict[str, Any]:
+    """Check and convert a JSON object; a misspelt key would leave a default in silence."""
+    for key in _object(f"key {within.rstrip('.')}", content):
+        if key not in known:
+            hint = _hint(key, known) or f": the keys are {', '.join(known)}"
+            raise InputError(f"key {within}{key}: no such key{hint}")
+    return {k: _read_value(k, x, f"key {within}{k}") for k, x in content.items() if k not in ORIGIN}
+
+
+def _object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: not an object, as {{name: value}}")
+    return value
+
+
+def _read_value(key: str, value: Any, where: str) -> Any:
+    match key:
+        case "plausible" | "reference":
+            return None if value is None else _range(value, where, key == "reference")
+        case "limits" | "references":
+            known = {name: pair for name, pair in _object(where, value).items() if pair is not None}
+            one_end = key == "references"
+            return {comparable(n): _range(x, f"{where}.{n}", one_end) for n, x in known.items()}
+        case "labels":
+            texts, keys = _object(where, value), ("outcome", "question")
+            return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in texts.items()}
+        case "flow":
+            kinds = {"rule": str, "removed": int, "left": int}
+            for rule in value if isinstance(value, list) else [value]:
+                if not isinstance(rule, dict) or {k: type(rule.get(k)) for k in kinds} != kinds:
+                    raise InputError(f"{where}: not a list of objects with {', '.join(kinds)}")
+            return tuple({k: rule[k] for k in FLOW_COLUMNS} for rule in value)
+        case "time_scale":
+            if type(value) not in (int, float) or not 0 < value <= MAX_VALUE:
+                raise InputError(f"{where}: not a number of hours above 0")
+            return float(value)
+    if not isinstance(value, str) or not (value.strip() or key in OPTIONAL_TEXTS):
+        raise InputError(f"{where}: not a text")
+    return " ".join(value.split())
+
+
+def _range(pair: Any, where: str, one_end: bool) -> tuple[float | None, ...]:
+    """Return two rising numbers; one end of a reference range may be None."""
+    known = [end for end in pair if end is not None] if isinstance(pair, list) else []
+    numbers = all(type(end) in (int, float) and abs(end) <= MAX_VALUE for end in known)
+    if not numbers or len(known) < 2 - one_end or len(pair) != 2 or known != sorted(set(known)):
+        raise InputError(f"{where}: not two rising numbers, as [3, 60]")
+    return tuple(None if end is None else float(end) for end in pair)
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def read_tables(path: Path, max_rows: int = BLOCK_ROWS) -> Iterator[tuple[pd.DataFrame, int]]:
+    """Read a CSV (also within gzip) or Parquet file ``max_rows`` at a time.
+
+    Yields:
+        Once at least: rows, their index the numbers that a spreadsheet shows, the header of a CSV
+        being 1; and the bytes of the file up to their end.
+    """
+    if not os.path.isfile(path):  # ``Path.is_file`` raises for a name that is too long
+        raise InputError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
+    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
+    try:
+        with path.open("rb") as file:
+            yield from read(path, file, max_rows)
+    except UnicodeError as error:
+        raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: not a whole gzip file: copy it again") from error
+    except (pd.errors.ParserError, csv.Error) as error:
+        raise InputError(f'{path}: {error}: texts with commas need quotes "') from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
+
+
+def _read_csv(path: Path, file: BinaryIO, max_rows: int) -> Iterator[tuple[pd.DataFrame, int]]:
+    csv.field_size_limit(MAX_CELL)
+    content: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    blank = 0
+    while (header := text.readline()) and not header.strip():
+        blank += 1
+    if not header:
+        raise InputError(f"{path}: the file is empty")
+    if max(header.count(";"), header.count("\t")) > header.count(","):
+        raise InputError(f"{path}, row {blank + 1}: save the file as CSV, separated by commas")
+    text.seek(0)
+    # The C engine takes what follows a closing quote for text, so that a quote swallows rows; with
+    # a header of its own, pandas would take a field too many for an index.
+    reader = pd.read_csv(
+        text,
+        engine="python",
+        header=None,
+        skiprows=blank,
+        dtype=object,
+        keep_default_na=False,
+        skipinitialspace=True,
+        skip_blank_lines=False,
+        iterator=True,
+    )
+    names = [str(name).strip() for name in reader.get_chunk(1).iloc[0]]
+    for number in itertools.count():
+        try:
+            table = reader.get_chunk(max_rows).set_axis(names, axis=1)
+        except StopIteration:
+            if number == 0:
+                yield pd.DataFrame(columns=names, dtype=object), file.tell()
+            return
+        table.index += blank + 1
+        cells = (table.iloc[:, k].fillna("").str.strip() for k in range(len(names)))
+        filled = np.logical_or.reduce([(cell != "").to_numpy(bool) for cell in cells])
+        yield table[filled], file.tell()
+
+
+def _read_parquet(path: Path, file: BinaryIO, max_rows: int) -> Iterator[tuple[pd.DataFrame, int]]:
+    try:
+        import pyarrow  # not among the requirements: needed for Parquet alone
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        source, done = parquet.ParquetFile(file), 0
+        size, rows = path.stat().st_size, source.metadata.num_rows
+        empty = [] if rows else [source.schema_arrow.empty_table()]
+        for block in itertools.chain(empty, source.iter_batches(max_rows)):
+            # A pandas index stays a column; integers stay integers beside missing ones.
+            table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table = table.rename(columns=str.strip)
+            table.index += done
+            done += len(table)
+            yield table, size * done // max(rows, 1)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+        raise InputError(f"{path}: not a whole Parquet file") from error
+
+
+def plain_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with rows numbered from 0 and stripped column names; a named index stays."""
+    names = [name for name in table.index.names if name is not None]
+    drop = not names or any(name in table for name in names)
+    return table.reset_index(drop=drop).rename(columns=lambda name: str(name).strip())
+
+
+def text_of(table: pd.DataFrame, name: str) -> pd.Series:
+    """Return a column as stripped text, empty where missing; whole floats as integers: 1.0 is 1."""
+    column = table[name]
+    known = column.notna()
+    if pd.api.types.is_float_dtype(column.dtype):
+        whole = known & (column % 1 == 0) & (column.abs() < 2**53)
+        column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
+    return column.astype(str).where(known, "").str.strip().astype(object)
+
+
+def numbers_of(
+    table: pd.DataFrame, name: str, findings: Findings, max_value: float = MAX_VALUE
+) -> NDArray[np.float64]:
+    """Return a column of numbers, true or false, (rows,), NaN where empty."""
+    text = text_of(table, name).str.lower().replace({"true": "1", "false": "0"})
+    numbers = text.where(text.str.fullmatch(NUMBER), "nan").to_numpy(np.float64)
+    findings.reject((text != "") & ~(np.abs(numbers) <= max_value), name, "not a number", text)
+    return numbers
+
+
+def patients_of(table: pd.DataFrame) -> pd.Series:
+    """Return the patient of each row: 1, 1.0 and 01 are one; without a column each row is one."""
+    for name in ("subject_id", "id"):
+        if name in table:
+            return text_of(table, name).str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
+    return pd.Series(table.index.astype(str), index=table.index)
+
+
+def ids_of(table: pd.DataFrame) -> NDArray[np.str_]:
+    """Return the name of each row in prediction files, as written: id, or its patient's."""
+    written = [text_of(table, name) for name in ("id", "subject_id") if name in table]
+    return (written[0] if written else patients_of(table)).to_numpy(dtype=np.str_)
+
+
+# --------------------------------------------------------------------------- columns
+
+
+def comparable(name: str) -> str:
+    """Return a name for comparison: ``Urea_Nitrogen`` is ``urea nitrogen``."""
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+def join_names(names: Sequence[str], max_names: int = 20) -> str:
+    """Return the first of some names, and the number of the others."""
+    more = f" and {len(names) - max_names:,} more" if len(names) > max_names else ""
+    return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
+
+
+def _hint(name: str, known: Sequence[str], likeness: float = 0.6) -> str:
+    near = [x for x in known if x.endswith(f"_{name}")]  # context, hours
+    near += difflib.get_close_matches(name[:200], [x[:200] for x in known], 1, likeness)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
+    """Refuse a table without a series, or without the label where it has to be labelled."""
+    columns = [str(name) for name in table]
+    for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
+        if name not in columns:
+            there = f"{_hint(name, columns)}: the columns are {join_names(columns)}"
+            if any(map(CELL.fullmatch, columns)):
+                there = ": row 1 holds data, no header"
+            raise InputError(f"{source}, column {name}: no such column{there}")
+    if label.startswith(STATIC):
+        raise InputError(f"{source}, column {label}: a static feature cannot be the label")
+    for name in table.columns[table.columns.duplicated()]:
+        if name in (*COLUMNS, label) or name.startswith(STATIC):
+            raise InputError(f"{source}, column {name}: appears twice: remove one")
+
+
+def note_columns(
+    table: pd.DataFrame, read: Sequence[str], description: Description, findings: Findings
+) -> None:
+    """Warn of keys without a column, and of unread columns that seem to be meant.
+
+    Args:
+        table: as read.
+        read: columns that are read where they are there.
+        description: of the table.
+        findings: get the warnings.
+    """
+    columns, warnings = [str(name) for name in table], []
+    further = {comparable(x.name) for x in find_features(table, description, None, "")[1:]}
+    for key, names, known in (
+        ("limits", description.limits, further),
+        ("references", description.references, further),
+        ("labels", description.labels, columns),
+    ):
+        lacking = [f"key {key}.{name} of the JSON file" for name in names if name not in known]
+        warnings += [f"{key}: no such column" for key in lacking]
+    if "subject_id" not in columns and "id" not in columns:
+        warnings.append("no column subject_id: each row is a patient of its own")
+    unread = [name for name in columns if name not in read and not name.startswith(MADE)]
+    if unread:
+        findings.notes[f"columns not read: {join_names(unread, 10)}"] = None
+    absent = [name for name in read if name not in columns]
+    for name in unread:
+        hint = _hint(name.lower(), absent, 0.75)
+        first = [] if columns.count(name) > 1 else table[name].head(20).tolist()
+        cells = [cell for cell in first if isinstance(cell, str) and cell.strip()]
+        if cells and all(map(CELL.fullmatch, cells)):
+            hint = f": did you mean trajectory_{name}?"
+        elif name.lower().startswith("static"):
+            hint = f": the name of a static feature begins with {STATIC}"
+        if hint:
+            warnings.append(f"column {one_line(name[:200])} is not read{hint}")
+    findings.warnings |= dict.fromkeys(warnings)
+
+
+def find_features(
+    table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
+) -> list[Feature]:
+    """Find the series of a table, each with its column as key: the main one, or ``chosen``, first.
+
+    Args:
+        table: as read.
+        description: names the main series.
+        chosen: names in the wanted order; None takes all.
+        source: named in errors.
+    """
+    main = Feature(description.series, description.unit, (MAIN_COLUMN,))
+    found = {comparable(main.name): main}
+    for column in [name for name in map(str, table) if name.lower().startswith("trajectory")]:
+        match = SERIES_COLUMN.fullmatch(column)
+        name, unit = match.groups("") if match else ("", "")
+        name, unit = " ".join(name.replace("_", " ").split()), unit.strip()
+        if not name or "," in name or re.fullmatch(NUMBER, name):
+            problem = "not trajectory_NAME [unit], the name in words without comma"
+            raise InputError(f"{source}, column {column}: {problem}")
+        if comparable(name) in found:
+            raise InputError(f"{source}, column {column}: another column is a series of that name")
+        # "1" is UCUM's way to write that there is none.
+        found[comparable(name)] = Feature(name, "" if unit == "1" else unit, (column,))
+    wanted = [*found] if chosen is None else list(map(comparable, chosen))
+    for name in wanted:
+        if name not in found:
+            known = join_names([feature.name for feature in found.values()])
+            raise InputError(f"{source}: --series {name}: no such series among {known}")
+    if len(set(wanted)) < max(len(wanted), 1):
+        raise InputError(f"{source}: --series: name each series once, and one at least")
+    return [found[name] for name in wanted]
+
+
+# --------------------------------------------------------------------------- series
+
+
+Observations = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+"""Of several rows, by row and time: (n,) position of the row, (n,) hours, (n, F) values, NaN where
+not measured."""
+
+
+def parse_series(table: pd.DataFrame, columns: Sequence[str], findings: Findings) -> Observations:
+    """Read F columns of series; observations are the union of their times.
+
+    Where a series has a time more than once, its k-th value there shares an observation with the
+    k-th of the others.
+    """
+    starts = range(0, max(len(table), 1), BLOCK_ROWS)
+    blocks = [_parse_block(table[k : k + BLOCK_ROWS], columns, findings, k) for k in starts]
+    row, times, values = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return row, times, values
+
+
+def _parse_block(
+    table: pd.DataFrame, columns: Sequence[str], findings: Findings, start: int
+) -> Observations:
+    series, unsorted = [], np.zeros(len(table), dtype=bool)
+    for f, column in enumerate(columns):
+        text = text_of(table, column)
+        readable = text.str.fullmatch(CELL).astype(bool)
+        problem = "not of the form VALUE (HOURSh), as 24 (0h) -> 20.5 (2h)"
+        findings.reject((text != "") & ~readable, column, problem, text)
+        cells = text[readable]
+        numbers = " ".join(cells).replace("->", " ").translate(NO_NUMBER)
+        # Spreadsheets bring no-break spaces, which numpy does not read.
+        pairs = np.fromstring(" ".join(numbers.split()), sep=" ").reshape(-1, 2)
+        row = np.repeat(np.flatnonzero(readable), cells.str.count(ARROW).to_numpy(np.int64) + 1)
+        large = row[(np.abs(pairs) > (MAX_VALUE, MAX_HOUR)).any(axis=1)]
+        too_large = pd.Series(np.isin(np.arange(len(text)), large), text.index)
+        findings.reject(too_large, column, "holds a number that is too large", text)
+        unsorted[row[1:][(np.diff(pairs[:, 1]) < 0) & (np.diff(row) == 0)]] = True
+        series.append((row, pairs[:, 1], np.full(len(row), f), pairs[:, 0]))
+    findings.counts["were not in time order; sorted"] += int(unsorted.sum())
+    row, times, feature, values = map(np.concatenate, zip(*series, strict=True))
+    order = np.lexsort((feature, times, row))
+    row, times, feature, values = row[order] + start, times[order], feature[order], values[order]
+    # Number the values of a series at one time: 0, 1, ...
+    first = np.flatnonzero(_changes(row, times, feature))
+    again = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
+    order = np.lexsort((again, times, row))
+    new = _changes(row[order], times[order], again[order])
+    joined = np.full((int(new.sum()), len(columns)), np.nan)
+    joined[np.cumsum(new) - 1, feature[order]] = values[order]
+    return row[order][new], times[order][new], joined
+
+
+def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where sorted rows (n,) differ from the row before."""
+    new = np.ones(len(columns[0]), dtype=bool)
+    new[1:] = np.logical_or.reduce([np.diff(column) != 0 for column in columns])
+    return new
+
+
+# --------------------------------------------------------------------------- rows to score
+
+
+def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
+    """Describe a DataFrame as a checkpoint's data: the main column is the series without its own.
+
+    Args:
+        config: of the checkpoint.
+        table: the DataFrame.
+    """
+    label = config["read_options"].get("label_column", LABEL)
+    labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
+    own = {comparable(each.name) for each in find_features(table, Description(), None, "")[1:]}
+    for name, unit in zip(config["features"], config["units"], strict=True):
+        if comparable(name) not in own:
+            return Description(series=name, unit=unit, plausible=None, labels=labels)
+    return Description(labels=labels)
+
+
+def check_same_meaning(
+    table: pd.DataFrame, description: Description, config: dict[str, Any], source: str
+) -> None:
+    """Refuse a file that lacks an input of a checkpoint, or has another unit or outcome."""
+    label = config["read_options"].get("label_column", LABEL)
+    check_header(table, source, label, labelled=False)
+    features = find_features(table, description, None, source)
+    found = {comparable(feature.name): feature for feature in features}
+    for name, unit in zip(config["features"], config["units"], strict=True):
+        feature = found.get(comparable(name))
+        if feature is None:
+            known = join_names([each.name for each in features])
+            column = f"trajectory_{Feature(name, unit).title}"
+            raise InputError(f"{source}, column {column}: the model reads it, not only {known}")
+        if feature.unit != unit:
+            units = f"in {feature.unit or 'no unit'}, the model reads {unit or 'no unit'}"
+            raise InputError(f"{source}, column {feature.keys[0]}: {name} is {units}")
+    check_inputs(table, config["inputs"], source)
+    outcome, expected = description.for_label(label).outcome, config["outcome"]
+    if label in table and outcome != expected:
+        raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
+
+
+def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: str) -> None:
+    """Refuse a file that lacks a column of what a checkpoint reads beside the series."""
+    units = {name.partition("[")[0].strip(): name for name in map(str, table)}
+    for name in [*inputs["static"], *([HOURS] if inputs["prediction_time"] else [])]:
+        if name not in table:
+            other = units.get(name.partition("[")[0].strip())
+            there = f"the file has {other}" if other else "its cells may be empty where unknown"
+            raise InputError(f"{source}, column {name}: the model reads it: {there}")

@@ -1,1 +1,0 @@
-"""Reading the DKA format: the names of its columns."""
