@@ -42,7 +42,7 @@ from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data import dka, long_table, meds
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
-from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS, OUTCOMES
+from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS
 from medgemma_clinical.data.dka import LABEL, Description
 from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.eicu import EicuRequest, make_eicu
@@ -375,7 +375,7 @@ REQUESTS: dict[str, tuple[type[TableRequest], Callable[[Any], Any]]] = {
     "from_meds": (meds.MedsRequest, meds.make_meds),
     "from_long": (long_table.LongRequest, long_table.make_long),
 }
-"""The request of each command that makes a DKA file from tables, and what makes its rows."""
+"""The request of each command that makes a DKA file, and what makes its rows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -403,17 +403,13 @@ def make(command: str, arguments: dict[str, Any]) -> int:
 
 def build_parser() -> Parser:
     """Build the parser of all commands."""
-    parser = Parser(
-        prog="dataset_format.py",
-        description="Check a DKA trajectory file, or make one from clinical tables.",
-        allow_abbrev=False,
-    )
+    about = "Check a DKA trajectory file, or make one from clinical tables."
+    parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str) -> Callable[..., Any]:
-        return commands.add_parser(
-            name, help=about, allow_abbrev=False, formatter_class=Help
-        ).add_argument
+        own = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
+        return own.add_argument
 
     add = command("check", "validate a file and print its summary")
     add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
@@ -424,42 +420,38 @@ def build_parser() -> Parser:
     add("--show_values", action="store_true", help=SHOW_VALUES)
 
     add = command("from_mimic", "make a file from MIMIC-IV tables")
-    add_path(add, "--mimic_dir", "folder of MIMIC-IV with hosp/ and icu/")
+    add("--mimic_dir", type=Path, required=True, help="folder of MIMIC-IV with hosp/ and icu/")
     add_output_flags(add)
     add_cohort_flags(add)
     add("--item", default=str(GAP_ITEM), help="itemid of the series, or its name in d_labitems")
     notes_dir = "folder of MIMIC-IV-Note with discharge and radiology, for the context"
-    add_path(add, "--notes_dir", notes_dir, required=False)
+    add("--notes_dir", type=Path, help=notes_dir)
     add_note_flags(add)
 
     add = command("from_eicu", "make a file from eICU tables")
-    add_path(add, "--eicu_dir", "folder of eICU with patient, admissionDx and lab")
+    add("--eicu_dir", type=Path, required=True, help="folder with patient, admissionDx and lab")
     add_output_flags(add)
     add_cohort_flags(add)
 
     add = command("from_meds", "make a file from events in MEDS form")
-    add_path(add, "--meds_dir", "folder of MEDS with data/ and metadata/")
-    labels = "labels in MEDS form, as ACES writes them: Parquet file, or folder of such files"
-    add_path(add, "--labels", labels, required=False)
+    add("--meds_dir", type=Path, required=True, help="folder of MEDS with data/ and metadata/")
+    add("--labels", type=Path, help="labels as ACES writes them: Parquet file, or folder of such")
     add_output_flags(add, required=False)
     add_event_flags(add)
-    fact = "'NAME [unit]=CODE', repeatable; a fact of the context"
-    add("--context", action=Repeated, default=(), help=fact)
+    add("--context", action=Repeated, default=(), help="a fact: 'NAME [unit]=CODE', repeatable")
     notes = "code of texts, repeatable: those written by then go into the context"
     add("--notes", action=Repeated, default=(), metavar="CODE", help=notes)
     add_note_flags(add)
-    no_splits = "leave the split to the trainer; ignore metadata/subject_splits.parquet"
-    add("--no_splits", action="store_true", help=no_splits)
+    add("--no_splits", action="store_true", help="ignore metadata/subject_splits.parquet")
     add("--list_codes", action="store_true", help="print all codes with counts, make no file")
 
     add = command("from_long", "make a file from a table with one value a row")
-    add_path(add, "--table", "table with one value a row: CSV, CSV in gzip or Parquet")
-    labels = "table with subject_id, prediction_time and label: CSV, CSV in gzip or Parquet"
-    add_path(add, "--labels", labels)
+    add("--table", type=Path, required=True, help="CSV, CSV in gzip or Parquet, a value a row")
+    labels = "table with subject_id, prediction_time and label, in the same forms"
+    add("--labels", type=Path, required=True, help=labels)
     add_output_flags(add)
     add_event_flags(add)
-    columns = "columns with other names: subject_id=patient,time=drawn"
-    add("--columns", type=name_tuple, default=(), help=columns)
+    add("--columns", type=name_tuple, default=(), help="others: subject_id=patient,time=drawn")
     units = tuple(MICROSECONDS)
     add("--time_unit", choices=units, default="", help="unit of times that are numbers")
     equal = "values of a series at one time: all of them, the one stored last, or their mean"
@@ -474,33 +466,24 @@ def name_tuple(text: str) -> tuple[str, ...]:
     return tuple(names(text))
 
 
-def add_path(add: Callable[..., Any], name: str, about: str, *, required: bool = True) -> None:
-    """Add a flag for a file or folder."""
-    add(name, type=Path, required=required, metavar="PATH", help=about)
-
-
 def add_output_flags(add: Callable[..., Any], *, required: bool = True) -> None:
     """Add what every command has that makes a DKA file."""
     out = "CSV to write; a JSON description comes beside it"
-    add_path(add, "--out", out, required=required)
-    limit = "memory for tables; the rest goes to a private folder"
-    add("--memory_limit", default="400MB", metavar="SIZE", help=limit)
-    threads = "threads that read, at most the cores; 0 for all cores"
-    add("--threads", type=int, default=0, metavar="NUMBER", help=threads)
+    add("--out", type=Path, required=required, help=out)
+    add("--memory_limit", default="400MB", help="memory for tables; the rest goes to a folder")
+    add("--threads", type=int, default=0, help="threads that read, at most the cores; 0 for all")
 
 
 def add_cohort_flags(add: Callable[..., Any]) -> None:
     """Add what chooses the cohort of a hospital."""
     add("--cohort", choices=tuple(COHORTS), default="dka", help="admissions to take")
     series = "series by name, between commas, the first gives the prediction time; or all"
-    add("--series", type=name_tuple, default=(), metavar="NAME,NAME", help=series)
-    hours: dict[str, Any] = {"type": float, "metavar": "HOURS"}
-    add("--window_hours", **hours, default=12.0, help="from the first value to the prediction time")
-    add("--horizon_hours", **hours, default=72.0, help="hours looked ahead from then on")
-    fewest = "values of the first series within the window, at least"
-    add("--min_observations", type=int, default=2, metavar="NUMBER", help=fewest)
-    outcome = f"escalation, or some of {','.join(OUTCOMES)}"
-    add("--outcome", type=name_tuple, default="escalation", metavar="NAME,NAME", help=outcome)
+    add("--series", type=name_tuple, default=(), help=series)
+    add("--window_hours", type=float, default=12.0, help="first value to prediction time")
+    add("--horizon_hours", type=float, default=72.0, help="hours looked ahead from then on")
+    add("--min_observations", type=int, default=2, help="fewest values of the first series")
+    outcome = "escalation, or some of death,icu,unresolved"
+    add("--outcome", type=name_tuple, default="escalation", help=outcome)
     discharged = "whether a discharge alive within the horizon is no event, or leaves the row out"
     add("--discharged", choices=tuple(DISCHARGED), default="not_escalated", help=discharged)
     gap = "anion gap from Na, Cl, HCO3: always, or as the laboratory reports it"
@@ -512,11 +495,11 @@ def add_event_flags(add: Callable[..., Any]) -> None:
     series = "'NAME [unit]=CODE', repeatable; the first one is the main series"
     add("--series", action=Repeated, default=(), help=series)
     window = "length of the window before the prediction time, in hours"
-    add("--window_hours", type=float, default=24.0, metavar="HOURS", help=window)
+    add("--window_hours", type=float, default=24.0, help=window)
     zero = "zero of the hours: opening of the window, or first observation of the row"
     add("--hours_from", choices=("window", "first"), default="window", help=zero)
     fewest = "fewest values of the main series in the window"
-    add("--min_observations", type=int, default=1, metavar="NUMBER", help=fewest)
+    add("--min_observations", type=int, default=1, help=fewest)
     add("--outcome", default="Event", help="meaning of label 1, in a word or two")
     question = "question about a patient; without it one is made of --outcome"
     add("--question", default="", help=question)

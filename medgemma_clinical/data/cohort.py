@@ -158,11 +158,7 @@ RULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class CohortRequest(TableRequest):
-    """A request for rows from the tables of a hospital: cohort, series, times, outcome.
-
-    Raises:
-        InputError: an impossible value, named with its flag.
-    """
+    """A request for rows from the tables of a hospital: cohort, series, times, outcome."""
 
     cohort: str
     series: tuple[str, ...]
@@ -208,26 +204,14 @@ class CohortRequest(TableRequest):
 
 
 class HospitalTables:
-    """The files of a hospital, from which a subclass makes tables in the form of MIMIC-IV's.
-
-    Attributes:
-        command: that reads them.
-        source: of the data, with their terms.
-        columns: that are read, by the name of the table.
-        unique: columns that hold each value once, by the name of the table.
-        labs: name of the table of laboratory values.
-        hint: what to do about a missing column.
-        cohorts: definition of each cohort.
-        known: when a value is known at the prediction time.
-        hashes: SHA-256 of each file that was read.
-    """
+    """The files of a hospital, from which a subclass makes tables in the form of MIMIC-IV's."""
 
     command: str
-    source: str
-    columns: Mapping[str, Mapping[str, Column]]
-    unique: Mapping[str, str]
-    labs: str
-    hint: str
+    source: str  # of the data, with their terms
+    columns: Mapping[str, Mapping[str, Column]]  # that are read of each table
+    unique: Mapping[str, str]  # the column that holds each value once
+    labs: str  # table of laboratory values
+    hint: str  # what to do about a missing column
     cohorts = COHORTS
     known = "charted and stored by then"
 
@@ -273,11 +257,7 @@ def make_cohort(
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format, by ascending patient and admission, and their description.
 
-    The table ``windows`` holds the prediction time of each ``stay``, ``kept`` the stays of the rows
-    in their order.
-
-    Raises:
-        InputError: the tables cannot be read, or no admission is left.
+    The table ``windows`` has the prediction time of each stay, ``kept`` the stays of the rows.
     """
     database.set(
         cohort=request.cohort,
@@ -317,8 +297,7 @@ def read_values(
     """Make the tables analytes, series_items and converted.
 
     Returns:
-        The features, each with its unit and its reference range; counts of values by the reason for
-        which they were left out or resolved.
+        The features with unit and reference range; how many values were left out or resolved, why.
     """
     chosen = tables.choose_features(request)
     used = {GAP_ITEM: request.gap_item}

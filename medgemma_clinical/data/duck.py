@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import glob
 import gzip
-import hashlib
 import json
 import logging
 import os
@@ -48,27 +47,13 @@ UPDATE_SECONDS = 0.2
 """How often a running query shows its progress and lets a signal through."""
 
 
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class TableRequest:
-    """What every command needs that makes a DKA file from tables.
-
-    Attributes:
-        out: CSV to write; its description comes beside it.
-        memory_limit: of DuckDB's tables.
-        threads: of DuckDB; the number of usable cores in place of 0 and of any larger number.
-
-    Raises:
-        InputError: an impossible value, named with its flag.
-    """
+    """What every command needs that makes a DKA file: its output, and DuckDB's limits."""
 
     out: Path
     memory_limit: str
-    threads: int
+    threads: int  # the number of usable cores in place of 0 and of any larger number
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -86,6 +71,11 @@ class TableRequest:
             raise InputError(f"--{name} {shown}: {problem}")
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 # ---------------------------------------------------------------------------- database
 
 
@@ -98,15 +88,9 @@ class Database:
         self._thread = ThreadPoolExecutor(1)
 
     def run(self, sql: str, values: Mapping[str, Any] | None = None, *, title: str = "") -> Any:
-        """Run statements; return DuckDB's result of the last one.
+        """Run statements (one, if it has ``$name`` values); return DuckDB's result of the last one.
 
-        Args:
-            sql: one statement or several; ``values`` allows one.
-            values: of the parameters ``$name``.
-            title: of the progress bar; none is shown without it, or off a terminal.
-
-        Raises:
-            RunFault: the memory limit or the disk is too small.
+        A progress bar with the title is shown on a terminal.
         """
         query = self._thread.submit(self._connection.execute, sql, values)
         silent = not title or not sys.stderr.isatty()
@@ -158,12 +142,9 @@ class Database:
 
 @contextlib.contextmanager
 def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Database]:
-    """Open a database in memory; what exceeds the limit goes to a private folder until the end.
+    """Open a database in memory; what exceeds the limit lies beside ``out`` until the end.
 
-    Args:
-        out: file beside which the private folder is made; it holds patients.
-        memory_limit: of DuckDB's tables, such as 2GB; the process itself needs more.
-        threads: that work on a query.
+    The folder is private: it holds patients. The process itself needs more than the limit.
     """
     with tempfile.TemporaryDirectory(prefix=_spill_prefix(out), dir=out.parent) as spill:
         config = {
@@ -174,8 +155,7 @@ def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Databa
             "autoload_known_extensions": False,
             "preserve_insertion_order": False,
         }
-        connection = duckdb.connect(config=config)
-        try:
+        with duckdb.connect(config=config) as connection:
             connection.execute("SET enable_progress_bar = true")
             connection.execute("SET enable_progress_bar_print = false")
             connection.execute("SET TimeZone = 'UTC'")
@@ -183,8 +163,6 @@ def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Databa
             database = Database(connection)
             database.run_file(Path(__file__).parent / "sql" / "macros.sql")
             yield database
-        finally:
-            connection.close()
 
 
 def _spill_prefix(out: Path) -> str:
@@ -208,13 +186,11 @@ MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_00
 """Units of times that are numbers, counted from an arbitrary day."""
 
 TEXTS = ("word", "id")
-NO_TIME = "not a time such as 2150-01-31 08:30:00 (without AM, PM or zone)"
 UNREADABLE = {
     "number": "not a number",
     "whole": "not a whole number",
     "label": "neither 0 nor 1",
-    "time": NO_TIME,
-    "instant": NO_TIME,
+    **dict.fromkeys(("time", "instant"), "not a time such as 2150-01-31 08:30:00, without zone"),
     **dict.fromkeys(MICROSECONDS, "not a finite number"),
 }
 """What is wrong with a filled cell of each form."""
@@ -222,21 +198,17 @@ UNREADABLE = {
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is read.
+    """How a column is read, by its form.
 
-    Attributes:
-        form: ``number``, ``whole`` number, ``time`` (in full seconds), ``instant`` (a time with its
-            fraction of a second), a unit of ``MICROSECONDS`` (a time that is a number), ``label``
-            (0 or 1), ``word``, or ``id`` (a word; 10001.0 and 010001 are read as 10001).
-        may_be_empty: whether a cell may lack a value; a word that does is an empty text.
-        optional: whether the file may lack the column; its cells are empty then.
-        advice: what to do about a wrong cell.
+    ``number``, ``whole`` number, ``label`` (0 or 1), ``time`` (in full seconds), ``instant`` (with
+    its fraction of a second), a unit of ``MICROSECONDS`` (a time that is a number), ``word``, or
+    ``id`` (a word; 10001.0 and 010001 are read as 10001).
     """
 
     form: str
-    may_be_empty: bool = False
-    optional: bool = False
-    advice: str = ""
+    may_be_empty: bool = False  # an empty word is an empty text
+    optional: bool = False  # the file may lack it; its cells are empty then
+    advice: str = ""  # what to do about a wrong cell
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
@@ -244,26 +216,25 @@ class Column:
             word = f"coalesce(trim(left({raw}::VARCHAR, {MAX_WORD})), '')"
             number = r"'^0*(\d+)(\.0+)?$', '\1'"
             return word if self.form == "word" else f"regexp_replace({word}, {number})"
+        # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
+        cell = f"trim({raw}::VARCHAR)"
         if self.form in ("time", "instant"):
-            is_time = f"regexp_full_match(trim({raw}::VARCHAR), '{MOMENT}')"
-            time = f"CASE WHEN {is_time} THEN TRY_CAST({raw}::VARCHAR AS TIMESTAMP) END"
+            is_time = f"regexp_full_match({cell}, '{MOMENT}')"
+            time = f"CASE WHEN {is_time} THEN TRY_CAST({cell} AS TIMESTAMP) END"
             return f"date_trunc('second', {time})" if self.form == "time" else time
         if self.form == "label":
-            cell = f"lower(trim({raw}::VARCHAR))"
             return (
-                f"CASE WHEN {cell} IN ('1', '1.0', 'true') THEN 1 "
-                f"WHEN {cell} IN ('0', '0.0', 'false') THEN 0 END"
+                f"CASE WHEN lower({cell}) IN ('1', '1.0', 'true') THEN 1 "
+                f"WHEN lower({cell}) IN ('0', '0.0', 'false') THEN 0 END"
             )
-        # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
-        number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
+        number = f"TRY_CAST({cell} AS DOUBLE)"
         if self.form == "whole":  # BIGINT alone would round 1.5
             whole = f"abs({number}) < {LARGEST_WHOLE} AND {number} % 1 = 0"
             return f"CASE WHEN {whole} THEN TRY_CAST({number} AS BIGINT) END"
         number = f"nullif({number}, 'nan'::DOUBLE)"  # NaN is above every number in DuckDB
-        if self.form in MICROSECONDS:
-            passed = f"round({number} * {MICROSECONDS[self.form]})"
-            return f"make_timestamp(TRY_CAST({passed} AS BIGINT))"
-        return number
+        if self.form == "number":
+            return number
+        return f"make_timestamp(TRY_CAST(round({number} * {MICROSECONDS[self.form]}) AS BIGINT))"
 
     def is_wrong(self, raw: str) -> str:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
@@ -320,8 +291,9 @@ class TableFile:
         path = "'" + glob.escape(str(self.path)).replace("'", "''") + "'"
         if self.is_parquet:
             names = ", ".join(f'"{k}"' for k in range(len(self.header)))
-            aliases = f" AS t({names})" if names else ""
-            return f"read_parquet({path}, hive_partitioning = false){aliases}"
+            return f"read_parquet({path}, hive_partitioning = false)" + (
+                names and f" AS t({names})"
+            )
         columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
         return (
             f"read_csv({path}, columns = {{{columns}}}, auto_detect = false, header = true, "
@@ -330,15 +302,7 @@ class TableFile:
         )
 
     def check_columns(self, columns: Mapping[str, Column], hint: str) -> None:
-        """Check that the file has the columns once each.
-
-        Args:
-            columns: by name.
-            hint: what to do about a missing one.
-
-        Raises:
-            InputError: names the first that is missing or appears twice.
-        """
+        """Refuse a file that lacks a column, or has one twice; ``hint`` says what to do."""
         for name, column in columns.items():
             if name not in self.header and not column.optional:
                 raise InputError(f"{self.path}: no column {name} among {len(self.header)}: {hint}")
@@ -347,11 +311,7 @@ class TableFile:
 
 
 def find_file(folder: Path, name: str, flag: str) -> Path:
-    """Find the file of a table, such as ``hosp/patients``, in one of its forms.
-
-    Raises:
-        InputError: it is missing or present twice.
-    """
+    """Find the file of a table, such as ``hosp/patients``, in one of its forms."""
     if not folder.is_dir():
         raise InputError(f"{flag} {folder}: no such folder")
     found = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
@@ -364,62 +324,47 @@ def find_file(folder: Path, name: str, flag: str) -> Path:
 def open_table(
     database: Database, path: Path, columns: Mapping[str, Column], hint: str
 ) -> TableFile:
-    """Hash a file, read its header and check its columns.
-
-    Raises:
-        InputError: the file cannot be read, or lacks a column.
-    """
+    """Hash a file, read its header and check its columns."""
     if not path.is_file():  # a pipe would wait for ever
         raise InputError(f"{path}: no such file")
     file = TableFile(path, [], "")
     with readable(path):
         sha256 = file_hash(path) or ""
         if file.is_parquet:
-            names = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"]
-            file = TableFile(path, names.tolist(), sha256)
+            header = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"].tolist()
         else:
             unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
             with unpack(path, "rt", encoding="utf-8-sig", newline="") as text:
-                header = next(csv.reader(text), None)
-            if header is None:
-                raise InputError(f"{path}: the file is empty")
-            file = TableFile(path, [name.strip() for name in header], sha256)
-    if len(file.header) == 1 and re.search("[;\t]", file.header[0]):
+                header = [name.strip() for name in next(csv.reader(text), [])]
+    if not header:
+        raise InputError(f"{path}: the file is empty")
+    if len(header) == 1 and re.search("[;\t]", header[0]):
         raise InputError(f"{path}, row 1: the columns are not separated by commas")
+    file = TableFile(path, header, sha256)
     file.check_columns(columns, hint)
     return file
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turn what a damaged file raises into one line.
-
-    Raises:
-        InputError: naming the file and, of a CSV, the line, never its content.
-    """
+    """Turn what a damaged file raises into one line: file and, of a CSV, line, no content."""
     try:
         yield
     except (EOFError, UnicodeError, csv.Error, OSError, duckdb.Error) as error:
         # Of a damaged Parquet file DuckDB raises its base class.
-        faults = (duckdb.InvalidInputException, duckdb.IOException)
-        if isinstance(error, duckdb.Error) and not (
-            isinstance(error, faults) or type(error) is duckdb.Error
-        ):
+        damage = (duckdb.InvalidInputException, duckdb.IOException)
+        is_own = isinstance(error, duckdb.Error) and type(error) is not duckdb.Error
+        if is_own and not isinstance(error, damage):
             raise
-        line = re.search(r"CSV Error on Line: (\d+)", str(error))
-        position = f", line {line[1]}" if line else ""
-        problem = "damaged, or not of this form"
-        if line:
+        problem = getattr(error, "strerror", None) or "damaged, or of another form"
+        if line := re.search(r"CSV Error on Line: (\d+)", str(error)):
+            path = Path(f"{path}, line {line[1]}")
             problem = "the row does not fit the header, or a quote or a character is damaged"
+        elif "gzip" in str(error).lower() or isinstance(error, EOFError):
+            problem = "not a whole gzip file"
         elif isinstance(error, UnicodeError):
             problem = "not a text in UTF-8"
-        elif path.suffix.lower() == ".gz" and isinstance(
-            error, (EOFError, gzip.BadGzipFile, duckdb.IOException)
-        ):
-            problem = "not a whole gzip file"
-        elif isinstance(error, OSError):
-            problem = error.strerror or problem
-        raise InputError(f"{path}{position}: {problem}: copy the table again") from None
+        raise InputError(f"{path}: {problem}: copy the table again") from None
 
 
 def load_table(
@@ -431,24 +376,21 @@ def load_table(
     join: str = "",
     keys: Sequence[str] = (),
 ) -> None:
-    """Make a table of the rows of a file.
+    """Make a table of some columns of a file; refuse wrong cells, counted by column.
 
     Args:
         database: that gets the table.
         name: of the table.
         file: that was opened.
-        columns: to read, by name; others are never looked at.
-        keep: SQL condition on raw cells; only cells of the rows that meet it are checked.
+        columns: to read; others are never looked at.
+        keep: SQL condition on raw cells; cells of other rows are not checked, but for ``keys``.
         join: SQL of a join whose columns ``keep`` may use.
-        keys: columns whose cells are checked in every row, as ``keep`` reads them.
-
-    Raises:
-        InputError: damaged rows, or cells of another type, counted by column.
+        keys: columns that ``keep`` reads.
     """
     raw = {column: file.raw(column) for column in columns}
     wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
     kept = " OR ".join([f"({keep})", *(wrong[key] for key in keys)])
-    typed = ",\n".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
+    typed = ", ".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
     flags = ", ".join(f'{sql} AS "{k} is wrong"' for k, sql in enumerate(wrong.values()))
     counts = ", ".join(f'count(*) FILTER ("{k} is wrong")' for k in range(len(wrong)))
     with readable(file.path):
@@ -465,11 +407,7 @@ def load_table(
 
 
 def check_rows(database: Database, table: str, path: Path, key: str = "") -> None:
-    """Refuse a table without rows, or with a key twice.
-
-    Raises:
-        InputError: names the file.
-    """
+    """Refuse a table without rows, or with a key twice."""
     rows, keys = database.row(f"SELECT count(*), count(DISTINCT {key or 'rowid'}) FROM {table}")
     if not rows:
         raise InputError(f"{path}: no rows below the header")
@@ -483,16 +421,7 @@ def check_rows(database: Database, table: str, path: Path, key: str = "") -> Non
 def make_file(
     request: TableRequest, make: Callable[[Any], tuple[pd.DataFrame, dict[str, Any]]]
 ) -> int:
-    """Make a DKA file and its description, log what became of the rows, and return 0.
-
-    Args:
-        request: of the command.
-        make: returns rows of the DKA format, and the description beside them.
-
-    Raises:
-        InputError: the tables cannot be used, or the file cannot be written there.
-        RunFault: the machine has too little memory or disk.
-    """
+    """Write the rows and the description that ``make`` returns, log their counts, and return 0."""
     check_target(request.out)
     with locked(request.out):
         for left_over in request.out.parent.glob(f"{glob.escape(_spill_prefix(request.out))}*"):
@@ -505,34 +434,25 @@ def make_file(
 
 
 def check_target(out: Path) -> None:
-    """Check that the output can be written, before minutes are spent on reading.
-
-    Raises:
-        InputError: another ending, no writable folder, or a file of another origin is there.
-    """
+    """Refuse an output that cannot be written, before minutes are spent on reading."""
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: must end in .csv")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: no folder {out.parent}: make it first")
     try:
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        problem = f"cannot be written to ({error.strerror}): choose another folder"
-        raise InputError(f"--out {out}: {out.parent} {problem}") from None
+        problem = f"the folder cannot be written to ({error.strerror})"
+        raise InputError(f"--out {out}: {problem}: choose another") from None
     description = out.with_suffix(".json")
-    if (out.exists() or description.exists()) and not _is_earlier_output(description):
-        raise InputError(
-            f"--out {out}: this file, or {description.name}, exists and is not an earlier output "
-            "of this command: choose another name"
-        )
-
-
-def _is_earlier_output(description: Path) -> bool:
+    if not out.exists() and not description.exists():
+        return
     try:
-        return MADE_BY in read_json(description)
+        is_own = MADE_BY in read_json(description)
     except (ValueError, OSError, TypeError):
-        return False
+        is_own = False
+    if not is_own:
+        problem = f"this file, or {description.name}, is not an earlier output of this command"
+        raise InputError(f"--out {out}: {problem}: choose another name")
 
 
 def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> None:
@@ -542,23 +462,19 @@ def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> No
     """
     with atomic(out) as csv_file, atomic(out.with_suffix(".json")) as json_file:
         rows.to_csv(csv_file, index=False, lineterminator="\n")
-        digest = hashlib.sha256(csv_file.read_bytes()).hexdigest()
-        text = json.dumps({**description, "csv_sha256": digest}, indent=2, ensure_ascii=False)
+        content = {**description, "csv_sha256": file_hash(csv_file)}
+        text = json.dumps(content, indent=2, ensure_ascii=False)
         json_file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[dict[str, Any]]]:
-    """Remove each candidate by the first rule that applies, and log the flow.
-
-    Args:
-        candidates: a column of bool a rule, named by it; a row a candidate.
-        source: of the tables, named in the error.
+    """Remove each candidate (row) by the first rule (column of bool) that applies; log the flow.
 
     Returns:
         (N,) bool of those left; ``rule``, ``removed`` and ``left`` of each rule.
 
     Raises:
-        InputError: none is left.
+        InputError: none is left; names ``source``.
     """
     left = pd.Series(True, index=candidates.index)
     flow = []
@@ -579,20 +495,11 @@ def describe_origin(request: TableRequest, command: str, hashes: dict[str, str])
     """Return what a description says of the command: flags, hashes of the tables, versions.
 
     Paths are left out, and limits of the machine, which change no row.
-
-    Args:
-        request: of the command.
-        command: its name.
-        hashes: SHA-256 of each table by its name.
     """
     limits = {field.name for field in dataclasses.fields(TableRequest)}
-    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    values = {k: v for k, v in vars(request).items() if k not in limits}
     return {
-        "arguments": {
-            name: value
-            for name, value in values.items()
-            if name not in limits and not isinstance(value, Path | None)
-        },
+        "arguments": {k: v for k, v in values.items() if not isinstance(v, Path | None)},
         "tables_sha256": dict(sorted(hashes.items())),
         "versions": {
             "python": sys.version.split()[0],

@@ -109,11 +109,7 @@ class EicuTables(HospitalTables):
 
 
 def make_eicu(request: EicuRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Make rows of the DKA format from eICU, and their description.
-
-    Raises:
-        InputError: the tables cannot be read, or no admission is left.
-    """
+    """Make rows of the DKA format from eICU, and their description."""
     with open_database(request.out, request.memory_limit, request.threads) as database:
         tables = EicuTables(database, "--eicu_dir", request.eicu_dir)
         return make_cohort(database, request, tables)

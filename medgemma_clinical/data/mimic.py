@@ -177,11 +177,7 @@ class MimicTables(HospitalTables):
 
 
 def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Make rows of the DKA format from MIMIC-IV, and their description.
-
-    Raises:
-        InputError: the tables cannot be read, or no admission is left.
-    """
+    """Make rows of the DKA format from MIMIC-IV, and their description."""
     with open_database(request.out, request.memory_limit, request.threads) as database:
         tables = MimicTables(database, "--mimic_dir", request.mimic_dir)
         folder = request.notes_dir

@@ -1,6 +1,7 @@
 """The demo of MIMIC-IV: counted by another, slow reading; the same rows from any form of file."""
 
 import hashlib
+import math
 
 import pandas as pd
 import pytest
@@ -21,6 +22,18 @@ from mimic_files import (
 )
 
 POTASSIUM = 50971
+CHEMISTRY = {
+    "bicarbonate [mEq/L]": (50882,),
+    "chloride [mEq/L]": (50902, 50806),
+    "creatinine [mg/dL]": (50912,),
+    "glucose [mg/dL]": (50931, 50809),
+    "lactate [mmol/L]": (50813,),
+    "pH": (50820,),
+    "potassium [mEq/L]": (50971, 50822),
+    "sodium [mEq/L]": (50983, 50824),
+    "urea nitrogen [mg/dL]": (51006,),
+}
+KINDS = {"cardiac": ("cardiac", "coronary"), "surgical": ("surgical", "sicu")}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +48,7 @@ class Slow:
         self.admissions = demo["hosp/admissions"].to_dict("records")
         self.patients = demo["hosp/patients"].set_index("subject_id").to_dict("index")
         self.icu = demo["icu/icustays"].to_dict("records")
-        labs = demo["hosp/labevents"]
-        self.labs = labs[labs["itemid"] == str(GAP)].to_dict("records")
+        self.labs = demo["hosp/labevents"].to_dict("records")
 
     @staticmethod
     def span(admission):
@@ -45,12 +57,15 @@ class Slow:
             end = admission["dischtime"]
         return pd.Timestamp(admission["admittime"]), pd.Timestamp(end)
 
-    def values(self, admission):
+    def values(self, admission, items=(GAP,)):
+        """Time and value of all values of some items, by time and value."""
         start, end = self.span(admission)
         subject = admission["subject_id"]
         others = [a for a in self.admissions if a["subject_id"] == subject]
         found = []
-        for lab in (each for each in self.labs if each["subject_id"] == subject):
+        numbers = [str(item) for item in items]
+        own = (each for each in self.labs if each["subject_id"] == subject)
+        for lab in (each for each in own if each["itemid"] in numbers):
             at = pd.Timestamp(lab["charttime"])
             if lab["hadm_id"] == "":
                 holding = [a for a in others if self.span(a)[0] <= at <= self.span(a)[1]]
@@ -62,11 +77,39 @@ class Slow:
                 found.append((at, float(lab["valuenum"])))
         return sorted(found)
 
+    def static(self, admission, window):
+        """Return the static features at the prediction time."""
+        start, _ = self.span(admission)
+        patient = self.patients[admission["subject_id"]]
+        first = self.values(admission)[0][0]
+        time = first + pd.Timedelta(window, "h")
+        stays = [s for s in self.icu if s["hadm_id"] == admission["hadm_id"]]
+        there = [s for s in stays if pd.Timestamp(s["intime"]) <= time < pd.Timestamp(s["outtime"])]
+        found = {
+            "static_age [years]": min(self.age(admission, patient), 90),
+            "static_sex_male": int(patient["gender"] == "M"),
+            "static_icu": int(bool(there)),
+            "static_hours_since_admission [h]": round((time - start).total_seconds() / 360) / 10,
+        }
+        unit = max(there, key=lambda s: s["intime"])["first_careunit"] if there else ""
+        for kind in ("cardiac", "medical", "neuro", "surgical", "trauma"):
+            words = KINDS.get(kind, (kind,))
+            found[f"static_unit_{kind}"] = int(any(word in unit.lower() for word in words))
+        for title, items in CHEMISTRY.items():
+            values = [v for at, v in self.values(admission, items) if first <= at <= time]
+            found[f"static_last_{title}"] = values[-1] if values else math.nan
+        return found
+
+    @staticmethod
+    def age(admission, patient):
+        year = int(admission["admittime"][:4])
+        return int(patient["anchor_age"]) + year - int(patient["anchor_year"])
+
     def judge(self, admission, window, horizon):
         """Return why it is left out, or death, icu, unresolved."""
-        start, end = self.span(admission)
+        _, end = self.span(admission)
         patient = self.patients[admission["subject_id"]]
-        if int(patient["anchor_age"]) + start.year - int(patient["anchor_year"]) < 18:
+        if self.age(admission, patient) < 18:
             return "under 18"
         values = self.values(admission)
         if not values:
@@ -127,6 +170,12 @@ def test_the_demo_is_counted_as_a_slow_independent_reading_counts_it(window, hor
     assert sorted(result.removed().values()) == sorted(reasons)
     for rule, removed in result.removed().items():
         assert removed == next(n for reason, n in reasons.items() if str(reason) in rule)
+    numbers = result.rows.filter(like="static_").astype(float)
+    admissions = {int(row["hadm_id"]): row for row in slow.admissions}
+    static = {hadm: slow.static(admissions[hadm], window) for hadm in numbers.index}
+    expected = pd.DataFrame.from_dict(static, "index")[list(numbers)].astype(float)
+    pd.testing.assert_frame_equal(numbers, expected, check_names=False)
+    assert (numbers.nunique() > 1).all()
     assert {parts[1] for parts in kept.values()} == {None, 0, 1}
     assert {parts[2] for parts in kept.values()} == {None, 0, 1}
 
