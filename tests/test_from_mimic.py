@@ -79,6 +79,7 @@ def test_every_flag_reaches_the_extraction(folder):
         "min_observations": 1,
         "outcome": ["unresolved", "death"],
         "compute_gap": "reported",
+        "max_note_words": 256,
     }
 
 
