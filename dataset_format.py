@@ -124,8 +124,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
-        if label_column is not None and not label_column.strip():
-            raise InputError("--label_column is empty: name a column of 0 and 1")
         is_whole, label = findings is None, label_column or LABEL
         if isinstance(source, pd.DataFrame):
             findings = findings or Findings("DataFrame")
@@ -160,7 +158,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self._read_patients(table, findings, is_whole=is_whole)
         static = [dka.numbers_of(table, name, findings) for name in self.static_names]
         self.static = np.column_stack([np.empty((len(table), 0)), *static])
-        self._read_series(table, columns, findings, is_whole=is_whole, may_lack=bool(series))
+        may_lack = is_whole and bool(series)
+        self._read_series(table, columns, findings, is_whole=is_whole, may_lack=may_lack)
         if is_whole:
             self.warnings = tuple(findings.warnings)
             findings.log()
@@ -184,11 +183,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.labels = np.where(wrong, np.nan, labels)
 
     def _read_patients(self, table: pd.DataFrame, findings: Findings, *, is_whole: bool) -> None:
-        patients = dka.patients_of(table)
+        patients, self.ids = dka.patients_of(table)
+        self.groups = patients.to_numpy(dtype=np.str_)
         self.has_patient_ids = "subject_id" in table or "id" in table
         column = "subject_id" if "subject_id" in table else "id"
         findings.reject(patients == "", column, "is empty: name the patient of each row")
-        self.groups, self.ids = patients.to_numpy(dtype=np.str_), dka.ids_of(table)
         self.contexts = np.full(len(table), "", dtype=object)
         if "clinical_context" in table:
             self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
@@ -226,7 +225,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         row, times, values = row[good], times[good], values[good]
         lengths = np.bincount(row, minlength=len(table))
         empty = pd.Series(lengths == 0, table.index)
-        if not (may_lack and is_whole):
+        if not may_lack:
             column = columns[0] if len(columns) == 1 else dka.MAIN_COLUMN
             problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
             findings.reject(empty, column, problem)
@@ -306,7 +305,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             positions = np.flatnonzero(~table.index.isin(list(findings.problems)))
-            yield ScoringRows(dka.ids_of(table), table.index.to_numpy(), dataset, positions, read)
+            yield ScoringRows(
+                dka.patients_of(table)[1], table.index.to_numpy(), dataset, positions, read
+            )
         if total == 0:
             raise InputError(f"{findings.source}: no rows below the header")
 

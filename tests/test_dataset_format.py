@@ -177,12 +177,6 @@ def test_a_file_and_its_data_frame_give_the_same_data_set(ending, tmp_path):
         assert by_index.fingerprint() == from_table.fingerprint()
 
 
-@pytest.mark.parametrize("flags", [{"label_column": ""}, {"label_column": " "}, {"max_len": 0}])
-def test_an_impossible_flag_is_named(flags):
-    with pytest.raises(InputError, match=f"^--{next(iter(flags))} "):
-        MIMICtrajectoryDataset(table_of(["1 (0h)"]), **flags)
-
-
 def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
     with caplog.at_level(logging.INFO):
         dataset = dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])

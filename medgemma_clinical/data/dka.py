@@ -272,18 +272,12 @@ def numbers_of(
     return numbers
 
 
-def patients_of(table: pd.DataFrame) -> pd.Series:
-    """Return the patient of each row: 1, 1.0 and 01 are one; without a column each row is one."""
-    for name in ("subject_id", "id"):
-        if name in table:
-            return text_of(table, name).str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
-    return pd.Series(table.index.astype(str), index=table.index)
-
-
-def ids_of(table: pd.DataFrame) -> NDArray[np.str_]:
-    """Return the name of each row in prediction files, as written: id, or its patient's."""
-    written = [text_of(table, name) for name in ("id", "subject_id") if name in table]
-    return (written[0] if written else patients_of(table)).to_numpy(dtype=np.str_)
+def patients_of(table: pd.DataFrame) -> tuple[pd.Series, NDArray[np.str_]]:
+    """Return the patient of each row, 1, 1.0 and 01 being one, and the row's name as written."""
+    written = [text_of(table, name) for name in ("subject_id", "id") if name in table]
+    written = written or [pd.Series(table.index.astype(str), table.index)]
+    patients = written[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
+    return patients, written[-1].to_numpy(dtype=np.str_)
 
 
 # --------------------------------------------------------------------------- columns
@@ -325,23 +319,13 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
 def note_columns(
     table: pd.DataFrame, read: Sequence[str], description: Description, findings: Findings
 ) -> None:
-    """Warn of keys without a column, and of unread columns that seem to be meant.
-
-    Args:
-        table: as read.
-        read: columns that are read where they are there.
-        description: of the table.
-        findings: get the warnings.
-    """
+    """Warn of keys without a column, and of columns that seem to belong among those to be read."""
     columns, warnings = [str(name) for name in table], []
     further = {comparable(x.name) for x in find_features(table, description, None, "")[1:]}
-    for key, names, known in (
-        ("limits", description.limits, further),
-        ("references", description.references, further),
-        ("labels", description.labels, columns),
-    ):
-        lacking = [f"key {key}.{name} of the JSON file" for name in names if name not in known]
-        warnings += [f"{key}: no such column" for key in lacking]
+    keys = [f"labels.{name}" for name in description.labels if name not in columns]
+    for key, ranges in (("limits", description.limits), ("references", description.references)):
+        keys += [f"{key}.{name}" for name in ranges if name not in further]
+    warnings += [f"key {key} of the JSON file: no such column" for key in keys]
     if "subject_id" not in columns and "id" not in columns:
         warnings.append("no column subject_id: each row is a patient of its own")
     unread = [name for name in columns if name not in read and not name.startswith(MADE)]
@@ -364,25 +348,18 @@ def note_columns(
 def find_features(
     table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
 ) -> list[Feature]:
-    """Find the series of a table, each with its column as key: the main one, or ``chosen``, first.
-
-    Args:
-        table: as read.
-        description: names the main series.
-        chosen: names in the wanted order; None takes all.
-        source: named in errors.
-    """
+    """Find the series of a table, each with its column as key: all, or those ``chosen`` by name."""
     main = Feature(description.series, description.unit, (MAIN_COLUMN,))
     found = {comparable(main.name): main}
     for column in [name for name in map(str, table) if name.lower().startswith("trajectory")]:
         match = SERIES_COLUMN.fullmatch(column)
         name, unit = match.groups("") if match else ("", "")
         name, unit = " ".join(name.replace("_", " ").split()), unit.strip()
+        problem = "another column is a series of that name" if comparable(name) in found else ""
         if not name or "," in name or re.fullmatch(NUMBER, name):
             problem = "not trajectory_NAME [unit], the name in words without comma"
+        if problem:
             raise InputError(f"{source}, column {column}: {problem}")
-        if comparable(name) in found:
-            raise InputError(f"{source}, column {column}: another column is a series of that name")
         # "1" is UCUM's way to write that there is none.
         found[comparable(name)] = Feature(name, "" if unit == "1" else unit, (column,))
     wanted = [*found] if chosen is None else list(map(comparable, chosen))
@@ -399,8 +376,7 @@ def find_features(
 
 
 Observations = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
-"""Of several rows, by row and time: (n,) position of the row, (n,) hours, (n, F) values, NaN where
-not measured."""
+"""By row and time: (n,) position of the row, (n,) hours, (n, F) values, NaN where not measured."""
 
 
 def parse_series(table: pd.DataFrame, columns: Sequence[str], findings: Findings) -> Observations:
@@ -459,12 +435,7 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
-    """Describe a DataFrame as a checkpoint's data: the main column is the series without its own.
-
-    Args:
-        config: of the checkpoint.
-        table: the DataFrame.
-    """
+    """Describe a DataFrame for a checkpoint: its main column is the series without its own."""
     label = config["read_options"].get("label_column", LABEL)
     labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
     own = {comparable(each.name) for each in find_features(table, Description(), None, "")[1:]}
@@ -491,17 +462,12 @@ def check_same_meaning(
         if feature.unit != unit:
             units = f"in {feature.unit or 'no unit'}, the model reads {unit or 'no unit'}"
             raise InputError(f"{source}, column {feature.keys[0]}: {name} is {units}")
-    check_inputs(table, config["inputs"], source)
-    outcome, expected = description.for_label(label).outcome, config["outcome"]
-    if label in table and outcome != expected:
-        raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
-
-
-def check_inputs(table: pd.DataFrame, inputs: dict[str, Any], source: str) -> None:
-    """Refuse a file that lacks a column of what a checkpoint reads beside the series."""
-    units = {name.partition("[")[0].strip(): name for name in map(str, table)}
+    inputs, names = config["inputs"], [str(name) for name in table]
     for name in [*inputs["static"], *([HOURS] if inputs["prediction_time"] else [])]:
-        if name not in table:
-            other = units.get(name.partition("[")[0].strip())
-            there = f"the file has {other}" if other else "its cells may be empty where unknown"
-            raise InputError(f"{source}, column {name}: the model reads it: {there}")
+        if name not in names:
+            same = [x for x in names if x.partition(" [")[0] == name.partition(" [")[0]]
+            there = f", not {same[0]}" if same else "; its cells may be empty where unknown"
+            raise InputError(f"{source}, column {name}: the model reads it{there}")
+    outcome, expected = description.for_label(label).outcome, config["outcome"]
+    if label in names and outcome != expected:
+        raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")

@@ -44,28 +44,22 @@ class Findings:
     def reject(
         self, bad: pd.Series, column: str, problem: str, cells: pd.Series | None = None
     ) -> None:
-        """Refuse the source for the bad cells of a column or, if not strict, note their rows.
+        """Refuse the source for its bad rows (by number) or, if not strict, note them.
 
         Args:
-            bad: whether each cell is bad, by the row's number.
-            column: of the cells.
+            bad: whether each row is bad.
+            column: of the bad cells; empty where a row is bad as a whole.
             problem: of each of them.
-            cells: their content.
+            cells: content of the column, shown on request alone.
         """
         rows = bad.index[bad.to_numpy(bool)].tolist()
         if rows and self.strict:
             count = f" ({len(rows):,} cells, the last in row {rows[-1]})" if len(rows) > 1 else ""
+            where = f"{self.source}, row {rows[0]}" + (f", column {column}" if column else "")
             value = None if cells is None else cells[rows[0]]
-            where = f"{self.source}, row {rows[0]}, column {column}"
             raise InputError(f"{where}: {problem}{count}", value)
         for row in rows:
-            self.problems.setdefault(row, f"column {column}: {problem}")
-
-    def add_problem(self, row: int, problem: str) -> None:
-        """Refuse the source for a row or, if not strict, note its first problem."""
-        if self.strict:
-            raise InputError(f"{self.source}, row {row}: {problem}")
-        self.problems.setdefault(row, problem)
+            self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
 
     def log(self) -> None:
         """Log notes, warnings and counts; problems are the caller's to report."""
@@ -104,8 +98,7 @@ class ScoringRows:
         """
         if not bad.any():
             return self
-        for number in self.numbers[self.positions[bad]].tolist():
-            findings.add_problem(number, problem)
+        findings.reject(pd.Series(bad, self.numbers[self.positions]), "", problem)
         good = np.flatnonzero(~bad)
         return replace(self, dataset=self.dataset.subset(good), positions=self.positions[good])
 

@@ -135,6 +135,17 @@ def test_a_damaged_file_is_refused_by_name(name, max_rows, tmp_path):
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("max_rows", [1, 2, 100])
+def test_a_row_that_lacks_its_last_cells_has_them_empty(max_rows, tmp_path):
+    path = write(tmp_path / "data.csv", b"a,b,c\n1\n2,x\n3,y,z\n4\n")
+    table = pd.concat([chunk for chunk, _ in read_tables(path, max_rows)])
+    assert [text_of(table, name).tolist() for name in "abc"] == [
+        ["1", "2", "3", "4"],
+        ["", "x", "y", ""],
+        ["", "", "z", ""],
+    ]
+
+
 def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300)):
         with pytest.raises(InputError, match="file"):
@@ -218,7 +229,7 @@ def test_a_number_is_one_patient_however_it_is_written(tmp_path):
     for dataset in (MIMICtrajectoryDataset(table), MIMICtrajectoryDataset(tmp_path / "data.csv")):
         assert dataset.groups.tolist() == expected
         assert dataset.ids.tolist() == [cell.strip() for cell in cells]
-    assert patients_of(table.rename(columns={"subject_id": "id"})).tolist() == expected
+    assert patients_of(table.rename(columns={"subject_id": "id"}))[0].tolist() == expected
     assert dataset_of(["1 (0h)"] * 3, subject_id=[7.0, 8.0, 2.5]).ids.tolist() == ["7", "8", "2.5"]
     split = table.assign(split=["train", "val"] + ["train"] * 10)
     with pytest.raises(InputError, match="row 1, column split"):
@@ -401,7 +412,7 @@ def test_keys_of_columns_that_the_file_lacks_are_warnings():
     columns = {"trajectory_Lactate": ["1 (0h)"], "label_death": [1], "subject_id": ["a"]}
     dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"], **columns), description=description)
     keys = [text.split()[1] for text in dataset.warnings]
-    assert keys == ["limits.lactat", "limits.anion", "references.ph", "labels.label_deth"]
+    assert keys == ["labels.label_deth", "limits.lactat", "limits.anion", "references.ph"]
 
 
 def test_a_column_twice_is_refused(tmp_path):
