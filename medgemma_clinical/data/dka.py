@@ -305,7 +305,7 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
     columns = [str(name) for name in table]
     for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
         if name not in columns:
-            there = f"{_hint(name, columns)}: the columns are {join_names(columns)}"
+            there = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
             if any(map(CELL.fullmatch, columns)):
                 there = ": row 1 holds data, no header"
             raise InputError(f"{source}, column {name}: no such column{there}")
