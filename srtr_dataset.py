@@ -187,11 +187,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         return dialysis
 
     def _set_flow(self, min_events: int) -> None:
-        """Count what each rule removed.
-
-        Raises:
-            InputError: no registration is left, or too few events.
-        """
+        """Count what each rule removed; refuse a cohort of nobody or of too few events."""
         removed = self.registrations["reason"].value_counts(sort=False).drop("")
         flow = removed.rename_axis("rule").reset_index(name="removed")
         self.flow = flow.assign(left=len(self.registrations) - flow["removed"].cumsum())
@@ -354,11 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(data_dir: Path, **reading: Any) -> int:
-    """Log what a folder holds, what looks wrong, and what it can be used for.
-
-    Raises:
-        InputError: the folder cannot be used.
-    """
+    """Log what a folder holds, what looks wrong, and what it can be used for, or refuse it."""
     with log_refusal():
         dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=None)
         events = int(np.nansum(dataset.labels))

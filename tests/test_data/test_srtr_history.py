@@ -82,25 +82,22 @@ def test_the_features_are_decoded(read):
     assert [found.feature(name) for name in names] == [[(5, value)] for value in want]
 
 
-STATUS = {
-    "liver": {6010: 1, 6011: 1, 6012: 1, 6101: 1, 6299: 1, 6999: 0, 6300: -1, 7: -1},
-    "kidney": {4010: 1, 4050: 1, 4060: 1, 4099: 0, 4999: 0, 4000: -1},
+CODED = {
+    ("liver", "status"): {6010: 1, 6011: 1, 6012: 1, 6101: 1, 6299: 1, 6999: 0, 6300: -1, 7: -1},
+    ("kidney", "status"): {4010: 1, 4050: 1, 4060: 1, 4099: 0, 4999: 0, 4000: -1},
+    ("liver", "MELD"): {6206: 6, 6240: 40, 22: 22, 6011: -1, 6999: -1},
 }
-MELD = {6206: 6, 6240: 40, 22: 22, 6011: -1, 6999: -1}
 
 
-def test_status_and_meld_codes(read, caplog):
-    for organ, codes in STATUS.items():
-        extra = {"CANHX_CPRA": 0.5} if organ == "kidney" else {"CANHX_BILI": 1.0}
-        rows = [
-            history_row(1, day, organ, CANHX_STAT_CD=code, **extra)
-            for day, code in enumerate(codes)
-        ]
-        assert read(*rows, organ=organ).feature("status") == list(enumerate(codes.values()))
-    rows = [history_row(1, day, CANHX_SRTR_LAB_MELD=code) for day, code in enumerate(MELD)]
-    caplog.clear()
-    assert read(*rows).feature("MELD") == list(enumerate(MELD.values()))
-    assert "CANHX_SRTR_LAB_MELD: 2 cells hold no known code" in caplog.text
+@pytest.mark.parametrize(("organ", "name"), CODED)
+def test_status_and_meld_codes(organ, name, read, caplog):
+    codes, extra = CODED[organ, name], {"liver": "CANHX_BILI", "kidney": "CANHX_CPRA"}[organ]
+    column = {"status": "CANHX_STAT_CD", "MELD": "CANHX_SRTR_LAB_MELD"}[name]
+    rows = [
+        history_row(1, day, organ, **{extra: 1.0, column: code}) for day, code in enumerate(codes)
+    ]
+    assert read(*rows, organ=organ).feature(name) == list(enumerate(codes.values()))
+    assert f"{column}: {list(codes.values()).count(-1)} cells hold no known code" in caplog.text
 
 
 # ------------------------------------------------------------------- dates of the candidate
