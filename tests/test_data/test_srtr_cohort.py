@@ -65,6 +65,14 @@ def test_the_horizon_is_open_at_the_landmark_and_closed_at_its_end(day, result):
     assert verdict(candidate(1, CAN_ENDWLFU=LISTED + day)) == followed
 
 
+def test_who_waits_is_followed_to_their_own_last_day_or_to_the_tables():
+    ends = {1: LISTED + 120, 2: None, 3: LISTED + 1000}
+    rows = [candidate(px, CAN_ENDWLFU=end) for px, end in ends.items()]
+    table = table_of(*rows, removed(7, 120, px=4, CAN_REM_DT=None, CAN_ENDWLFU=None))
+    found = apply_criteria(table, LIVER)["reason"].tolist()
+    assert found == [CENSORED, "", "", "no day of listing or removal"]
+
+
 @pytest.mark.parametrize("column", ["CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT"])
 def test_a_death_by_the_end_is_an_event_and_one_after_it_is_not(column):
     for row in (removed(7, 120), removed(None, 120), candidate(1, CAN_ENDWLFU=LISTED + 120)):
