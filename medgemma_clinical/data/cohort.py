@@ -221,14 +221,15 @@ class HospitalTables:
         self.paths = {name: find_file(folder, name, flag) for name in self.columns}
         self.hashes: dict[str, str] = {}
 
-    def load(self, name: str, keep: str = "true", keys: Sequence[str] = ()) -> TableFile:
+    def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> TableFile:
         """Make a table of a file, named like it; ``{COLUMN}`` in ``keep`` is a typed cell."""
         columns = self.columns[name]
         file = open_table(self.database, self.paths[name], columns, self.hint)
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
         table = name.rpartition("/")[2]
-        load_table(self.database, table, file, columns, keep.format(**cells), keys=keys)
+        kept = [condition.format(**cells) for condition in keep]
+        load_table(self.database, table, file, columns, kept, keys=keys)
         if name != self.labs:
             check_rows(self.database, table, file.path, self.unique.get(name, ""))
         return file

@@ -227,24 +227,23 @@ class Column:
                 f"CASE WHEN lower({cell}) IN ('1', '1.0', 'true') THEN 1 "
                 f"WHEN lower({cell}) IN ('0', '0.0', 'false') THEN 0 END"
             )
-        number = f"TRY_CAST({cell} AS DOUBLE)"
-        if self.form == "whole":  # BIGINT alone would round 1.5
-            whole = f"abs({number}) < {LARGEST_WHOLE} AND {number} % 1 = 0"
-            return f"CASE WHEN {whole} THEN TRY_CAST({number} AS BIGINT) END"
-        number = f"nullif({number}, 'nan'::DOUBLE)"  # NaN is above every number in DuckDB
-        if self.form == "number":
-            return number
+        number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
+        if self.form in ("number", "whole"):
+            return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"
         return f"make_timestamp(TRY_CAST(round({number} * {MICROSECONDS[self.form]}) AS BIGINT))"
 
     def is_wrong(self, raw: str) -> str:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
         if self.form in TEXTS:
             return "false" if self.may_be_empty else f"{self.typed(raw)} = ''"
+        wrong = f"{self.typed(raw)} IS NULL"
+        if self.form == "whole":  # BIGINT has rounded 1.5
+            number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
+            wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
         if not self.may_be_empty:
-            return f"{self.typed(raw)} IS NULL"
+            return wrong
         empty = "('', 'nan')" if self.form in ("number", "whole") else "('')"
-        filled = f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty}"
-        return f"{self.typed(raw)} IS NULL AND {filled}"
+        return f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty} AND {wrong}"
 
     def problem(self, count: int) -> str:
         """Return what is wrong with some cells, and what to do about them."""
@@ -372,7 +371,7 @@ def load_table(
     name: str,
     file: TableFile,
     columns: Mapping[str, Column],
-    keep: str = "true",
+    keep: str | Sequence[str] = (),
     join: str = "",
     keys: Sequence[str] = (),
 ) -> None:
@@ -383,20 +382,23 @@ def load_table(
         name: of the table.
         file: that was opened.
         columns: to read; others are never looked at.
-        keep: SQL condition on raw cells; cells of other rows are not checked, but for ``keys``.
+        keep: SQL conditions on raw cells; cells of other rows are not checked, but for ``keys``.
         join: SQL of a join whose columns ``keep`` may use.
         keys: columns that ``keep`` reads.
     """
     raw = {column: file.raw(column) for column in columns}
     wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
-    kept = " OR ".join([f"({keep})", *(wrong[key] for key in keys)])
+    conditions = [keep] if isinstance(keep, str) else keep
+    # An OR a condition, not one around all: DuckDB then applies the cheap ones first.
+    wrong_keys = [wrong[key] for key in keys]
+    kept = " AND ".join(f"({' OR '.join([each, *wrong_keys])})" for each in conditions)
     typed = ", ".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
     flags = ", ".join(f'{sql} AS "{k} is wrong"' for k, sql in enumerate(wrong.values()))
     counts = ", ".join(f'count(*) FILTER ("{k} is wrong")' for k in range(len(wrong)))
     with readable(file.path):
         database.run(
             f"CREATE TABLE {name} AS SELECT {typed}, {flags} FROM {file.rows()} {join} "
-            f"WHERE {kept}",
+            f"WHERE {kept or 'true'}",
             title=f"reading {file.path.name}",
         )
     for column, count in zip(wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):

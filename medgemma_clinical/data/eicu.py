@@ -101,8 +101,11 @@ class EicuTables(HospitalTables):
         self.database.add("items", pd.DataFrame(ITEMS.items(), columns=["labname", "itemid"]))
         self.load(
             "lab",
-            "{labname} IN (FROM items SELECT labname) AND {patientunitstayid} IN "
-            "(SELECT patientunitstayid FROM unit_stays SEMI JOIN wanted USING (subject_id))",
+            [
+                "{labname} IN (FROM items SELECT labname)",
+                "{patientunitstayid} IN "
+                "(SELECT patientunitstayid FROM unit_stays SEMI JOIN wanted USING (subject_id))",
+            ],
             keys=("patientunitstayid",),
         )
         self.database.run_file(SQL / "eicu_labs.sql")

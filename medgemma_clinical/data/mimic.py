@@ -144,9 +144,9 @@ class MimicTables(HospitalTables):
 
     def load_labs(self, items: set[int]) -> None:
         """Make labs of the values of some items, of patients with a wanted admission."""
+        chosen = f"{{itemid}} IN ({', '.join(map(str, sorted(items)))})"
         wanted = "{subject_id} IN (SELECT subject_id FROM wanted)"
-        keep = f"{{itemid}} IN ({', '.join(map(str, sorted(items)))}) AND {wanted}"
-        file = self.load(self.labs, keep, keys=("itemid", "subject_id"))
+        file = self.load(self.labs, [chosen, wanted], keys=("itemid", "subject_id"))
         self.database.run("ALTER TABLE labevents RENAME TO labs")
         if "storetime" not in file.header:
             self.known = "charted by then"
