@@ -21,18 +21,21 @@ from medgemma_clinical.data.duck import (
 logger = logging.getLogger(__name__)
 
 
+CHARACTERS = 16  # of a word with its space, more than those of any text on average
+
+
 @dataclass(frozen=True)
-class LastWords(Column):
-    """A text of which the last ``max_words`` words are read, with one space between two."""
+class NoteText(Column):
+    """A text with one space between two words, of which the end of ``max_words`` words is read."""
 
     form: str = "word"
     may_be_empty: bool = True
     max_words: int = 0
 
     def typed(self, raw: str) -> str:
-        """Return SQL for the words of a raw cell."""
-        words = rf"regexp_extract_all({raw}::VARCHAR, '\S+')[-{self.max_words}:]"
-        return f"coalesce(array_to_string({words}, ' '), '')"
+        """Return SQL for the end of a raw cell; a list of its words would need much memory."""
+        words = rf"trim(regexp_replace({raw}::VARCHAR, '\s+', ' ', 'g'))"
+        return f"coalesce(right({words}, {CHARACTERS * self.max_words}), '')"
 
 
 def load_notes(
@@ -43,7 +46,7 @@ def load_notes(
     max_words: int,
     keep: str = "true",
 ) -> None:
-    """Add a file to the table ``note``: subject, written, stay, text.
+    """Add a file to the table ``note``: subject, written, stay, text, words.
 
     Args:
         database: with the table ``asked``; notes of its subjects are read.
@@ -57,21 +60,23 @@ def load_notes(
     time = Column("instant", may_be_empty=True)
     forms = {"subject": subject, "charted": time, "stored": time, "stay": KEY_OR_EMPTY}
     columns = {names[role]: form for role, form in forms.items() if role in names}
-    columns[names["text"]] = LastWords(max_words=max_words)
+    columns[names["text"]] = NoteText(max_words=max_words)
     file.check_columns(columns, "notes need a subject, a time and a text")
     typed = subject.typed(file.raw(names["subject"]))
     join = f"SEMI JOIN asked ON asked.subject::VARCHAR = ({typed})::VARCHAR"
     load_table(database, "loaded", file, columns, keep, join)
     cells = {role: quoted(names[role]) if role in names else "NULL" for role in (*forms, "text")}
+    text = cells["text"]
     day = f"date_trunc('day', {cells['charted']})"
     # A date without a time, and without a storing time, is known from the end of its day.
     charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
     written = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
     database.run(
         "CREATE TABLE IF NOT EXISTS note "
-        "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR); "
-        f"INSERT INTO note SELECT {cells['subject']}, {written}, {cells['stay']}, {cells['text']} "
-        f"FROM loaded WHERE {cells['text']} != ''; DROP TABLE loaded"
+        "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR, words INTEGER); "
+        f"INSERT INTO note SELECT {cells['subject']}, {written}, {cells['stay']}, {text}, "
+        f"len({text}) - len(replace({text}, ' ', '')) + 1 FROM loaded WHERE {text} != ''; "
+        "DROP TABLE loaded"
     )
 
 
@@ -79,7 +84,8 @@ def add_notes(database: Database, contexts: pd.Series, max_words: int) -> pd.Ser
     """Return contexts, by ``number`` of the table ``asked``, with the notes behind them."""
     database.set(max_note_words=max_words)
     database.run_file(Path(__file__).parent / "sql" / "notes.sql")
-    notes = database.frame("FROM noted").set_index("number")["text"].reindex(contexts.index)
+    found = database.frame("SELECT number, text FROM noted ORDER BY number, age DESC")
+    notes = found.groupby("number")["text"].agg(" ".join).reindex(contexts.index)
     logger.info("%d of %d prediction times have notes", notes.notna().sum(), len(notes))
     pairs = zip(contexts.fillna(""), notes.fillna(""), strict=True)
     return pd.Series([". ".join(filter(None, pair)) for pair in pairs], contexts.index)

@@ -1,27 +1,24 @@
 -- Notes become the end of a context.
--- Read: asked (number, subject, stay, start, prediction_time), note (subject, written, stay, text).
+-- Read: asked (number, subject, stay, start, prediction_time),
+-- note (subject, written, stay, text, words).
 
--- noted: the notes that were written by the prediction time, the oldest first, each with its hour
--- on the clock of the row. The newest fill the words that are allowed; the oldest loses its
--- beginning. A note of the stay itself (a discharge summary) is about what comes later.
-CREATE TABLE noted AS
-WITH seen AS (
-    SELECT number, written, text, string_split(text, ' ') AS words,
-        round_even(hours_between(start, written), 2) AS hour,
-        getvariable('max_note_words') - coalesce(sum(len(words)) OVER newer, 0) AS room
-    FROM asked
-    JOIN note ON note.subject = asked.subject::VARCHAR AND written <= prediction_time
-    WHERE coalesce(note.stay != asked.stay, true)
-    WINDOW newer AS (
-        PARTITION BY number ORDER BY written DESC, text DESC
-        ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
-    )
-)
-SELECT number,
-    string_agg(
-        'Note (' || plain(hour) || 'h): ' || array_to_string(words[-room::INTEGER:], ' '), ' '
-        ORDER BY written, text
-    ) AS text
+-- seen: the notes that were written by the prediction time, the newest first, and how many words
+-- each may have. A note of the stay itself (a discharge summary) is about what comes later.
+CREATE TABLE seen AS
+SELECT number, start, note.rowid AS note_id, row_number() OVER newest AS age,
+    getvariable('max_note_words') + words - sum(words) OVER newest AS room
+FROM asked
+JOIN note ON note.subject = asked.subject::VARCHAR AND written <= prediction_time
+WHERE coalesce(note.stay != asked.stay, true)
+WINDOW newest AS (PARTITION BY number ORDER BY written DESC, md5(text) ROWS UNBOUNDED PRECEDING);
+
+-- noted: each note with its hour on the clock of the row; the oldest loses its beginning.
+CREATE VIEW noted AS
+SELECT number, age,
+    'Note (' || plain(round_even(hours_between(start, written), 2)) || 'h): ' || CASE
+        WHEN words > room THEN array_to_string(string_split(text, ' ')[-room::INTEGER:], ' ')
+        ELSE text
+    END AS text
 FROM seen
-WHERE room > 0
-GROUP BY number;
+JOIN note ON note.rowid = note_id
+WHERE room > 0;
