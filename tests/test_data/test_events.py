@@ -222,18 +222,21 @@ def test_only_events_from_the_first_window_to_the_last_are_kept(make, monkeypatc
 def slowly(mini, code, *, stored):
     """The cells of a series of each label by a loop over all events, where there is one."""
     found = {}
+    events = [
+        (each["subject"], moment(each["hours"]), moment(each["stored"]), each["value"])
+        for each in mini.events
+        if each["code"] == code
+    ]
     for label in mini.labels:
         end = moment(label["hours"])
         start = end - pd.Timedelta(24, "h")
         values = []
-        for event in mini.events:
-            time = moment(event["hours"])
-            known = moment(event["stored"]) if stored else time
-            mine = (event["subject"], event["code"]) == (label["subject"], code)
-            if mine and start <= time <= end and known <= end:
+        for subject, time, stored_time, value in events:
+            known = stored_time if stored else time
+            if subject == label["subject"] and start <= time <= end and known <= end:
                 seconds = time.floor("s") - start.floor("s")
                 hour = seconds.total_seconds() / 3600
-                values.append((time, known, event["value"], f"{round(hour, 2):g}"))
+                values.append((time, known, value, f"{round(hour, 2):g}"))
         if values:
             name = f"{label['subject']} {end:%Y-%m-%dT%H:%M:%S}"
             found[name] = " -> ".join(f"{value:g} ({hour}h)" for *_, value, hour in sorted(values))
