@@ -108,7 +108,7 @@ def test_a_single_value_computes_nothing_and_zero_has_no_sign():
 def test_there_is_no_report_to_learn_where_the_label_is_unknown():
     dataset = one_row("24 (0h)", math.nan)
     assert dataset.prompt(0)
-    with pytest.raises(ValueError, match="series 0"):
+    with pytest.raises(ValueError, match=" 0 "):
         dataset.report(0)
 
 
