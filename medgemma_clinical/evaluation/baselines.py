@@ -59,7 +59,7 @@ which on they are: with fewer a fold has too few events to tell settings apart."
 PENALTIES = {"logisticregression__C": [0.003, 0.01, 0.03, 0.1, 0.3, 1]}
 
 MIN_WORD_SHARE, MAX_WORDS = 0.01, 1_000
-"""Share of the training contexts that must hold a word that is read, and the most words read."""
+"""Share of the training contexts that must hold, and lack, a word that is read; the most words."""
 
 SMALL_DATA = 10_000
 """Training rows up to which trees learn slowly: the library's rate overfits a few thousand
@@ -125,7 +125,11 @@ def context_words(contexts: NDArray[np.object_], train: NDArray[np.int64]) -> An
     None where the training part has no such word.
     """
     counter = CountVectorizer(
-        binary=True, min_df=MIN_WORD_SHARE, max_features=MAX_WORDS, token_pattern=r"[^\W\d_]{2,}"
+        binary=True,
+        min_df=MIN_WORD_SHARE,
+        max_df=1 - MIN_WORD_SHARE,
+        max_features=MAX_WORDS,
+        token_pattern=r"[^\W\d_]{2,}",
     )
     with contextlib.suppress(ValueError):  # no word, or none that is frequent
         return counter.fit(contexts[train]).transform(contexts).tocsr()

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import SAMPLE
 from medgemma_clinical.commands.patients import MAX_ROWS, patients_path, rows_in_training
+from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_trainer import TrajectoryModel
 from pages import Page
@@ -53,7 +54,7 @@ def test_the_page_shows_what_the_stage_has_and_all_other_files_are_as_without_it
     assert shown(more) == ["row 20", "row 3"], "in the order given"
     page = Page(patients_path(more).read_text())
     for k in (20, 3):
-        assert f"row {k} {100 * lines['probability'][k]:.1f} %" in page.text
+        assert f"row {k} {percent(lines['probability'][k])}".replace("\xa0", " ") in page.text
     assert ("Soft prompt" in page.text) == (stage != "trajectory")
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":

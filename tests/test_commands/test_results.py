@@ -73,6 +73,7 @@ def marked_table(rows):
     table["clinical_trajectory"] += extreme
     table["subject_id"] = [f"MARKERID{i}" for i in range(rows)]
     ages = np.random.default_rng(0).integers(20, 90, rows)
+    table["static_age [years]"] = ages
     table["clinical_context"] = [f"{a}-year-old man, MARKERCONTEXT{i}" for i, a in enumerate(ages)]
     table["label_escalation"] = np.where(np.arange(rows) < 40, 1, 0)  # few events
     return table
