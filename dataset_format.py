@@ -43,7 +43,7 @@ from medgemma_clinical.data import dka, long_table, meds
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS
-from medgemma_clinical.data.dka import LABEL, Description
+from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.eicu import EicuRequest, make_eicu
 from medgemma_clinical.data.features import AGE, SEX
@@ -63,7 +63,14 @@ from medgemma_clinical.data.training_data import PARTS, describe_copies
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
-__all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "TrajectoryDataset", "main"]
+__all__ = [
+    "Description",
+    "InputError",
+    "MIMICtrajectoryDataset",
+    "TrajectoryDataset",
+    "main",
+    "read_description",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +138,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         else:
             findings = Findings(one_line(str(source)))
             table = pd.concat([block for block, _ in dka.read_tables(Path(source))])
-            description = description or dka.read_description(Path(source), findings)
+            description = description or read_description(Path(source), findings)
         self.source = findings.source
         self.description = (description or Description()).for_label(label)
         self.question, self.outcome = self.description.question, self.description.outcome
@@ -282,7 +289,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             description = dka.described_by(config, whole)
         else:
             blocks = dka.read_tables(source, max_rows)
-            description = dka.read_description(source, findings)
+            description = read_description(source, findings)
         total, inputs = 0, config["inputs"]
         for table, read in blocks:
             if total == 0:

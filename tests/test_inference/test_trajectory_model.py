@@ -9,8 +9,7 @@ from sklearn.calibration import CalibratedClassifierCV, CalibrationDisplay
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
 
-from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.dka import read_description
+from dataset_format import MIMICtrajectoryDataset, read_description
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryModel
 from predicting import MARKER, SERIES, STAGES, predicted, write_data
