@@ -17,6 +17,7 @@ from event_files import (
     GLUCOSE,
     GLUCOSE_SERIES,
     LACTATE,
+    MEDS_DEMO,
     YEAR,
     Mini,
     long,
@@ -28,6 +29,7 @@ from event_files import (
 from medgemma_clinical.data import events
 from medgemma_clinical.data.duck import Database
 from medgemma_clinical.files import InputError
+from table_requests import make_rows
 
 SERIES = (GAP_SERIES, GLUCOSE_SERIES)
 FOLDERS = itertools.count()
@@ -37,7 +39,7 @@ FOLDERS = itertools.count()
 def make(request, tmp_path):
     """Rows of either command."""
 
-    def make_rows(mini, **flags):
+    def make_them(mini, **flags):
         folder = tmp_path / str(next(FOLDERS))
         flags = {"series": (GAP_SERIES,), **flags}
         if request.param == "from_meds":
@@ -45,8 +47,8 @@ def make(request, tmp_path):
         flags.pop("context", None)
         return long(mini, folder, **flags)
 
-    make_rows.command = request.param
-    return make_rows
+    make_them.command = request.param
+    return make_them
 
 
 def cell(rows, column="clinical_trajectory"):
@@ -251,6 +253,28 @@ def test_a_loop_over_all_events_gives_the_same_rows(make):
     glucose = slowly(mini, GLUCOSE, stored=stored)
     shown = rows["trajectory_glucose [mg/dL]"].dropna().to_dict()
     assert shown == {name: text for name, text in glucose.items() if name in rows.index}
+
+
+@pytest.mark.parametrize("command", ["from_meds", "from_long"])
+def test_the_demo_gives_the_trajectories_of_from_mimic(command, tmp_path):
+    mimic, labels = MEDS_DEMO.with_name("mimic_iv_demo"), MEDS_DEMO / "labels/hospital_mortality"
+    flags = {"mimic_dir": mimic, "out": tmp_path / "mimic.csv", "cohort": "all"}
+    flags |= {"compute_gap": "reported", "outcome": ("death",)}
+    expected, _ = make_rows("from_mimic", **flags)
+    flags = {"out": tmp_path / "out.csv", "window_hours": 12.0, "hours_from": "first"}
+    columns = ["subject_id", "clinical_trajectory", "label_escalation"]
+    if command == "from_meds":
+        series = ("anion gap [mEq/L]=LAB//50868//mEq/L",)
+        flags |= {"meds_dir": MEDS_DEMO, "labels": labels, "series": series}
+    else:
+        table = pd.read_parquet(labels).rename(columns={"boolean_value": "label"})
+        flags["labels"] = write_table(table, tmp_path / "labels.csv")
+        flags |= {"table": mimic / "hosp/labevents.csv.gz", "series": ("anion gap=50868",)}
+    rows, description = make_rows(command, **flags)
+    assert description["unit"] == "mEq/L"
+    mine, theirs = (each[columns].astype(str).sort_values(columns) for each in (rows, expected))
+    assert mine.to_numpy().tolist() == theirs.to_numpy().tolist()
+    assert len(rows) == 87
 
 
 # --------------------------------------------------------------------------- leaks
