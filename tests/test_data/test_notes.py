@@ -105,34 +105,21 @@ DAY = "2150-01-01 00:00:00"
 
 def hospital():
     """Two admissions of one patient, asked at 13 h and at 1013 h; one of another patient."""
-    mini = mimic_files.Mini().admit(1, 0, 200, subject=5).admit(2, 1000, 1200, subject=5)
+    mini = mimic_files.Mini().admit(1, 0, 200, subject=5).admit(2, 1000, 1200, subject=5).admit(3)
     for hadm, start in ((1, 0), (2, 1000), (3, 0)):
-        mini = mini if hadm < 3 else mini.admit(3)
         mini.gaps(hadm, (start + 1, 20), (start + 4, 18))
-    return mini
-
-
-def written(notes):
-    """The tables of MIMIC-IV-Note from kind, patient, admission, charted, stored and text."""
-    columns = ["kind", "subject_id", "hadm_id", "charttime", "storetime", "text"]
-    table = pd.DataFrame(notes, columns=columns, dtype=object)
-    for name in ("charttime", "storetime"):
-        hours = [
-            each if isinstance(each, str) else mimic_files.moment(each) for each in table[name]
-        ]
-        table[name] = hours
-    table = table.assign(note_type="?", note_seq="1").astype(str)
-    own = {
-        name: table[table["kind"] == name].drop(columns="kind")
-        for name in ("discharge", "radiology")
-    }
-    return own
+    return mini.tables()
 
 
 def contexts_of(folder, notes, form=".csv.gz", **flags):
-    folder = write_tables(
-        folder / form.replace(".", "_"), {**hospital().tables(), **written(notes)}, form
-    )
+    """Rows with notes, given by table, patient, admission, charting and storing hour, text."""
+    columns = ["table", "subject_id", "hadm_id", "charttime", "storetime", "text"]
+    table, tables = pd.DataFrame(notes, columns=columns, dtype=object), hospital()
+    for time in ("charttime", "storetime"):
+        table[time] = [h if isinstance(h, str) else mimic_files.moment(h) for h in table[time]]
+    for name in ("discharge", "radiology"):
+        tables[name] = table[table["table"] == name].assign(note_seq=1).astype(str)
+    folder = write_tables(folder / form.replace(".", "_"), tables, form)
     return extracted(folder, ("death",), notes_dir=folder, **flags)
 
 
@@ -166,24 +153,21 @@ def test_notes_of_a_patient_follow_the_context_of_their_admissions(tmp_path):
 
 def test_notes_written_later_change_no_cell(tmp_path):
     rng = np.random.default_rng(2)
-    asked = {5: 13.0, 10003: 13.0}
     notes = []
     for number in range(300):
-        kind, subject = ("discharge", "radiology")[number % 2], (5, 10003)[number % 3 == 0]
+        owner = ("discharge", "radiology")[number % 2], (5, 10003)[number % 3 == 0]
         charted = rng.uniform(-300, 40)
         stored = "" if number % 7 == 0 else charted + rng.exponential(9)
-        notes.append(
-            (kind, subject, rng.choice(["", "1", "77"]), charted, stored, f"n{number} " * 3)
-        )
+        notes.append((*owner, ("", "1", "77")[number % 5 % 3], charted, stored, f"n{number} " * 3))
     cells = contexts_of(tmp_path, notes).inputs()
     for each in range(3):
         changed = []
-        for kind, subject, hadm, charted, stored, text in notes:
-            if max(charted, stored or charted) <= asked[subject]:
-                changed.append((kind, subject, hadm, charted, stored, text))
+        for *note, charted, stored, text in notes:
+            if max(charted, stored or charted) <= 13:
+                changed.append((*note, charted, stored, text))
             elif rng.random() < 0.7:
-                changed.append((kind, subject, hadm, charted, stored, "died"))
-        for subject in asked:
+                changed.append((*note, charted, stored, "died"))
+        for subject in (5, 10003):
             changed.append(("radiology", subject, "", 12, 13.01, "died soon"))
             changed.append(("discharge", subject, "", DAY, 14, "died soon"))
         again = contexts_of(tmp_path / str(each), changed).inputs()
@@ -193,8 +177,7 @@ def test_notes_written_later_change_no_cell(tmp_path):
 
 @pytest.mark.parametrize("name", ["discharge", "radiology"])
 def test_a_table_of_notes_that_is_missing_is_named(name, tmp_path):
-    tables = {**hospital().tables(), **written([])}
-    del tables[name]
-    folder = write_tables(tmp_path / "all", tables)
+    other = {"discharge": "radiology", "radiology": "discharge"}[name]
+    folder = write_tables(tmp_path / "all", {**hospital(), other: pd.DataFrame({"text": []})})
     with pytest.raises(InputError, match=f"--notes_dir .*{name}"):
         extracted(folder, notes_dir=folder)
