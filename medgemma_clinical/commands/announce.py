@@ -12,12 +12,12 @@ import numpy as np
 
 from medgemma_clinical.commands.run_folder import log_path, stage_folder
 from medgemma_clinical.data.checks import (
-    describe_leaks,
     describe_split,
     describe_unusable,
     log_warnings,
     summarize,
 )
+from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
 from medgemma_clinical.training.stage import Stage

@@ -1,4 +1,4 @@
-"""What ``check`` and the start of a run say of data: summary, suspicions, possible leaks."""
+"""What ``check`` and the start of a run say of data: a summary, suspicions, a verdict."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from medgemma_clinical.data.features import patients_behind
+from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.files import InputError
@@ -34,10 +34,6 @@ MAX_SPANS = 10
 
 MAX_IMPLAUSIBLE = 0.5
 """Share of a series' values from which on its unit counts as wrong."""
-
-LEAK_AUROC, LEAK_PATIENTS = 0.95, 10
-"""AUROC from which on a single input is suspected to know the outcome, and the patients with, and
-without, the event that it takes: of fewer, noise comes that far too often among many columns."""
 
 
 @contextlib.contextmanager
@@ -272,74 +268,3 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
                 f"{with_space(unit)}: {advice}"
             )
     return found
-
-
-# --------------------------------------------------------------------------- leaks
-
-
-def describe_leaks(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> list[str]:
-    """Warn of each single input that nearly tells the label on the training part."""
-    labels, patients = dataset.labels[train], pd.factorize(dataset.groups[train])[0]
-    lines = []
-    for name, columns in _single_inputs(dataset, train).items():
-        aurocs = [_auroc(column, labels, patients) for column in columns]
-        if (highest := max(aurocs)) >= LEAK_AUROC:
-            lines.append(
-                f"{name} alone ranks the training rows by their label (AUROC {highest:.3f}): is it "
-                "known at the prediction time?"
-            )
-    return [*lines, *_leaking_words(dataset.contexts[train], labels, patients)]
-
-
-def _single_inputs(
-    dataset: TrajectoryDataset, train: NDArray[np.int64]
-) -> dict[str, list[NDArray[np.float64]]]:
-    """Return what each input may tell by itself, columns (n,): values, presence, counts."""
-    inputs = {}
-    for name, values in zip(dataset.static_names, dataset.static[train].T, strict=True):
-        inputs[name] = [values, np.isnan(values).astype(float)]
-    if dataset.prediction_hours is not None:
-        hours = dataset.prediction_hours[train]
-        first = dataset.times[dataset.offsets[train]]
-        since = [hours, hours - first, hours - dataset.last_times[train]]
-        inputs["prediction_hours"] = [*since, np.isnan(hours).astype(float)]
-    owner = np.repeat(np.arange(len(train)), dataset.lengths[train])
-    measured = ~np.isnan(dataset.values[dataset.rows_of(train)])
-    for name, column in zip(dataset.features, measured.T, strict=True):
-        count = np.bincount(owner[column], minlength=len(train)).astype(float)
-        inputs[f"how often {name} is measured"] = [count, (count > 0).astype(float)]
-    return inputs
-
-
-def _auroc(
-    column: NDArray[np.float64], labels: NDArray[np.float64], patients: NDArray[np.int64]
-) -> float:
-    """Return the AUROC of the known values of a column, in the better direction; 0 if few."""
-    known = ~np.isnan(column)
-    column, labels = column[known], labels[known]
-    if minority_patients(labels, patients[known]) < LEAK_PATIENTS:
-        return 0.0
-    events = int(labels.sum())
-    ranks = rankdata(column)[labels == 1].sum() - events * (events + 1) / 2
-    auroc = ranks / (events * (len(labels) - events))
-    return float(max(auroc, 1 - auroc))
-
-
-def _leaking_words(
-    contexts: NDArray[np.object_], labels: NDArray[np.float64], patients: NDArray[np.int64]
-) -> list[str]:
-    """Warn of words whose presence in a context nearly tells the label."""
-    if minority_patients(labels, patients) < LEAK_PATIENTS:
-        return []
-    words = pd.Series(contexts).str.lower().str.findall(r"[^\W\d_]{2,}").explode().dropna()
-    held = words.reset_index().drop_duplicates().set_axis(["row", "word"], axis=1)
-    held["event"] = labels[held["row"]]
-    counts = held.groupby("word")["event"].agg(["sum", "size"])
-    sensitivity = counts["sum"] / labels.sum()
-    others = (counts["size"] - counts["sum"]) / (1 - labels).sum()
-    auroc = 0.5 + (sensitivity - others).abs() / 2
-    return [
-        f"clinical_context: the word {word!r} alone ranks the training rows by their label (AUROC "
-        f"{value:.3f}): is it known at the prediction time?"
-        for word, value in auroc[auroc >= LEAK_AUROC].items()
-    ]

@@ -48,14 +48,7 @@ def draw_split(
 ) -> Split:
     """Divide the rows 80/10/10 by patient, stratified by event; the order of rows is immaterial.
 
-    Args:
-        groups: (n,) patient of each row.
-        labels: (n,) 0 or 1.
-        seed: decides the part of each patient.
-        source: named in errors.
-
-    Raises:
-        InputError: fewer than three patients with, or without, an event.
+    ``groups`` (n,) are patients, ``labels`` (n,) 0 or 1; errors name the ``source``.
     """
     owner, event = _patient_events(groups, labels)
     rng = np.random.default_rng(seed)
@@ -76,11 +69,7 @@ def draw_split(
 def given_split(
     groups: NDArray[np.str_], labels: NDArray[np.float64], parts: NDArray[np.str_], source: str
 ) -> Split:
-    """Return the split that the data bring in ``parts`` (n,); see ``draw_split``.
-
-    Raises:
-        InputError: a part lacks patients with or without an event.
-    """
+    """Return the split that the data bring in ``parts`` (n,); see ``draw_split``."""
     split = {name: np.flatnonzero(parts == name) for name in PARTS}
     owner, event = _patient_events(groups, labels)
     for name, rows in split.items():
@@ -111,16 +100,10 @@ def row_hashes(
     label: float | None = None,
     latest: int | None = LATEST_OBSERVATIONS,
 ) -> NDArray[np.int64]:
-    """Return a hash of the latest observations and the label of each of n rows, (n,).
+    """Return a hash of the latest observations (None: of all) and the label of each of n rows.
 
-    Args:
-        dataset: the data.
-        rows: (n,) positions.
-        label: stands in for that of the rows.
-        latest: how many observations; None for all.
-
-    Returns:
-        0 for rows that hold too few values to identify a patient.
+    It is 0 where a row holds too few values to identify a patient. ``label`` stands in for that of
+    the rows.
     """
     ends, lengths = dataset.offsets[rows + 1], dataset.lengths[rows]
     lengths = lengths if latest is None else np.minimum(lengths, latest)
@@ -153,12 +136,7 @@ def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[n
     """Return what to do about copies of a row in two parts of a split; empty where there are none.
 
     Copies are equal in all that is read of them: observations, static features, prediction time,
-    context and label.
-
-    Args:
-        dataset: N rows.
-        split: positions of each part.
-        numbers: (N,) number of each row in the file.
+    context and label. ``numbers`` (N,) are those of the rows in the file.
     """
     part = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(split.values())])
     rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
@@ -266,13 +244,8 @@ class Data:
         """Count the held-out patients (val and test) that are among ``trained``.
 
         Patients are compared by name where both data sets name them, and by row number where both
-        are the same file, however much of its series is read; otherwise by their rows. Rows that
-        this split's own training part holds as well identify nobody.
-
-        Args:
-            trained: of the other data, as from ``training_patients``.
-            other_has_ids: whether the other data name their patients.
-            same_rows: whether the other data have the same ``rows_sha256``.
+        are the same file (of equal ``rows_sha256``), however much of its series is read; otherwise
+        by their rows. Rows that this split's own training part holds as well identify nobody.
         """
         held_out = np.concatenate([self.split["val"], self.split["test"]])
         if same_rows or (self.dataset.has_patient_ids and other_has_ids):
@@ -296,18 +269,8 @@ def prepare_data(
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
 
-    Args:
-        dataset: as read.
-        max_samples: most patients.
-        seed: of drawing and split.
-        prompts: what a prompt holds.
-        inputs: of a stage 1 beside the series, as in ``Data.description``; None chooses them.
-        static: whether a stage 1 reads the static features that the training part can teach.
-        prediction_time: whether the prediction time is read where it is known.
-
-    Raises:
-        InputError: a part of the split would lack patients with or without an event, or the data
-            lack one of ``inputs``.
+    ``inputs`` are those of a stage 1 beside the series, as in ``Data.description``; None chooses
+    them: static features that the training part can teach, and the prediction time, where asked.
     """
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)

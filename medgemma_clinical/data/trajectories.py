@@ -349,14 +349,8 @@ class TrajectoryDataset:
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
         """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.
 
-        Args:
-            seed: decides the part of each patient.
-
         Returns:
             Ascending positions in the data set for each of ``train``, ``val``, ``test``.
-
-        Raises:
-            InputError: a part would lack patients with or without an event.
         """
         if self.parts is not None:
             return given_split(self.groups, self.labels, self.parts, self.source)
@@ -378,15 +372,7 @@ class TrajectoryDataset:
         return unusable_static(self.static[train], self.static_names, self.groups[train])
 
     def with_inputs(self, static: Sequence[str], *, prediction_time: bool) -> Self:
-        """Return the same rows with the inputs of a model beside the series.
-
-        Args:
-            static: names of the static features.
-            prediction_time: whether the prediction time is read.
-
-        Raises:
-            InputError: the data do not have such a static feature, or no prediction time.
-        """
+        """Return the rows with the inputs of a model beside the series; refuse lacking ones."""
         lacking = [name for name in static if name not in self.static_names]
         if prediction_time and self.prediction_hours is None:
             lacking.append("prediction_hours")

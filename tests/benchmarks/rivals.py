@@ -3,7 +3,8 @@
     python tests/benchmarks/rivals.py [--data FILE.csv] [--seeds 5] [--models NAME,NAME]
 
 GRU-D, BRITS, SAITS and iTransformer read a grid of equal steps (``--step_hours``), which is what
-they take: the mean of the values in a step, standardised on the training part. They read no facts.
+they take: the mean of the values in a step, standardised on the training part. They read no
+static features.
 All models stop early on the validation part: stage 1 by its AUROC, the others by their loss, as
 PyPOTS does. Each is trained in a process of its own. Prints test AUROC and paired differences, with
 intervals over the patients of all splits, seconds an epoch, and the peak memory of the process.
@@ -139,7 +140,7 @@ def one_run(name: str, arguments: argparse.Namespace, seed: int) -> dict[str, An
 
 
 def print_results(tables: Sequence[pd.DataFrame], costs: pd.DataFrame) -> None:
-    """Print AUROC, the difference to stage 1 with and without facts, and the costs."""
+    """Print AUROC, the difference to stage 1 with and without static features, and the costs."""
 
     models = list(costs.index.unique(level="model"))
     lines = pd.DataFrame(index=pd.Index(models, name="model"))

@@ -11,7 +11,6 @@ from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import (
     describe_cut,
     describe_few_patients,
-    describe_leaks,
     describe_long_spans,
     flow_lines,
     implausible_series,
@@ -20,6 +19,7 @@ from medgemma_clinical.data.checks import (
     summarize,
 )
 from medgemma_clinical.data.dka import Description
+from medgemma_clinical.data.leaks import describe_leaks
 from trajectories import table_of
 
 SOUND = ["20 (0h) -> 21 (4h)"] * 200
