@@ -4,10 +4,7 @@ No real patient. Hours count from the first of January 2150; every table has all
 MIMIC-IV 3.1, also those that are never read.
 """
 
-from __future__ import annotations
-
 import gzip
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,26 +34,13 @@ ITEMS = {
     51221: "Hematocrit",
 }
 LABEVENTS = (
-    "labevent_id",
-    "subject_id",
-    "hadm_id",
-    "specimen_id",
-    "itemid",
-    "order_provider_id",
-    "charttime",
-    "storetime",
-    "value",
-    "valuenum",
-    "valueuom",
-    "ref_range_lower",
-    "ref_range_upper",
-    "flag",
-    "priority",
-    "comments",
+    *("labevent_id", "subject_id", "hadm_id", "specimen_id", "itemid", "order_provider_id"),
+    *("charttime", "storetime", "value", "valuenum", "valueuom", "ref_range_lower"),
+    *("ref_range_upper", "flag", "priority", "comments"),
 )
 
 
-def moment(hour: float | None) -> str:
+def moment(hour):
     """Write an hour as MIMIC-IV writes times, empty for None."""
     return "" if hour is None else f"{EPOCH + pd.Timedelta(hour, 'h'):%Y-%m-%d %H:%M:%S}"
 
@@ -64,9 +48,8 @@ def moment(hour: float | None) -> str:
 class Mini:
     """A MIMIC-IV that grows by single rows; hours are those since ``EPOCH``."""
 
-    def __init__(self) -> None:
-        """Begin with the items alone."""
-        self.rows: dict[str, list[dict[str, Any]]] = {
+    def __init__(self):
+        self.rows = {
             "hosp/patients": [],
             "hosp/admissions": [],
             "hosp/diagnoses_icd": [],
@@ -80,18 +63,18 @@ class Mini:
 
     def admit(
         self,
-        hadm: int,
-        start: float = 0.0,
-        end: float | None = 200.0,
+        hadm,
+        start=0.0,
+        end=200.0,
         *,
-        subject: int | None = None,
-        death: float | None = None,
-        expired: int | None = None,
-        age: float | None = 50,
-        gender: str = "F",
-        code: str = "E1010",
-        version: int = 10,
-    ) -> Mini:
+        subject=None,
+        death=None,
+        expired=None,
+        age=50,
+        gender="F",
+        code="E1010",
+        version=10,
+    ):
         """Add an admission, and its patient where new; each has its own unless given."""
         subject = 10_000 + hadm if subject is None else subject
         if subject not in [row["subject_id"] for row in self.rows["hosp/patients"]]:
@@ -121,21 +104,21 @@ class Mini:
 
     def lab(
         self,
-        hadm: int,
-        hour: float,
-        value: float | None,
-        item: int = GAP,
+        hadm,
+        hour,
+        value,
+        item=GAP,
         *,
-        stored: float | None = -1.0,
-        unit: str | None = None,
-        named: bool = True,
-        **columns: Any,
-    ) -> Mini:
+        stored=-1.0,
+        unit=None,
+        named=True,
+        **columns,
+    ):
         """Add a value of an admission's patient; stored an hour after it is charted."""
         admissions = self.rows["hosp/admissions"]
         subject = next(row["subject_id"] for row in admissions if row["hadm_id"] == hadm)
         number = len(self.rows["hosp/labevents"]) + 1
-        row: dict[str, Any] = dict.fromkeys(LABEVENTS, "")
+        row = dict.fromkeys(LABEVENTS, "")
         row |= {"labevent_id": number, "subject_id": subject, "specimen_id": 7_000_000 + number}
         row |= {"hadm_id": hadm if named else "", "itemid": item, "charttime": moment(hour)}
         row["storetime"] = moment(hour + 1 if stored == -1.0 else stored)
@@ -145,22 +128,22 @@ class Mini:
         self.rows["hosp/labevents"].append(row | columns)
         return self
 
-    def gaps(self, hadm: int, *pairs: tuple[float, float]) -> Mini:
+    def gaps(self, hadm, *pairs):
         """Add anion gaps: pairs of hour and value."""
         for hour, value in pairs:
             self.lab(hadm, hour, value)
         return self
 
-    def settling(self, hadm: int) -> Mini:
+    def settling(self, hadm):
         """Add two open gaps within the window of 12 h and a closed one after it: no event."""
         return self.gaps(hadm, (1, 20), (4, 18), (40, 9))
 
-    def trio(self, hadm: int, hour: float, sodium: float, **words: Any) -> Mini:
+    def trio(self, hadm, hour, sodium, **words):
         """Add sodium, chloride 100 and bicarbonate 20, drawn together."""
         self.lab(hadm, hour, sodium, SODIUM, **words).lab(hadm, hour, 100, CHLORIDE, **words)
         return self.lab(hadm, hour, 20, BICARBONATE, **words)
 
-    def icu(self, hadm: int, start: float, end: float | None) -> Mini:
+    def icu(self, hadm, start, end):
         """Add a stay in intensive care."""
         subject = next(
             row["subject_id"] for row in self.rows["hosp/admissions"] if row["hadm_id"] == hadm
@@ -171,7 +154,7 @@ class Mini:
         self.rows["icu/icustays"].append(row | {"first_careunit": unit, "last_careunit": unit})
         return self
 
-    def tables(self) -> dict[str, pd.DataFrame]:
+    def tables(self):
         """Return the tables, cells as text."""
         made = {name: pd.DataFrame(rows).astype(str) for name, rows in self.rows.items()}
         if made["icu/icustays"].empty:  # a hospital has an intensive care unit
@@ -180,12 +163,12 @@ class Mini:
             made["icu/icustays"] = pd.DataFrame([other | times])
         return made
 
-    def write(self, folder: Path, form: str = ".csv") -> Path:
+    def write(self, folder, form=".csv"):
         """Write all tables in one form."""
         return write_tables(folder, self.tables(), form)
 
 
-def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
+def read_tables(folder):
     """Read a folder of .csv.gz as text, empty where nothing stands."""
     return {
         f"{path.parent.name}/{path.name.partition('.')[0]}": pd.read_csv(
@@ -198,7 +181,7 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 NUMBERS = ("_id", "itemid", "seq_num", "_version", "anchor_age", "anchor_year", "_flag")
 
 
-def write_tables(folder: Path, tables: dict[str, pd.DataFrame], form: str = ".csv") -> Path:
+def write_tables(folder, tables, form=".csv"):
     """Write tables of text in a form; in Parquet numbers are numbers and times are times."""
     for name, table in tables.items():
         path = folder / f"{name}{form}"
@@ -220,7 +203,7 @@ def write_tables(folder: Path, tables: dict[str, pd.DataFrame], form: str = ".cs
     return folder
 
 
-def shuffled(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+def shuffled(table, seed):
     """Return the same rows in another order."""
     return table.iloc[np.random.default_rng(seed).permutation(len(table))]
 
@@ -233,35 +216,31 @@ class Extracted:
     description: dict[str, Any]
 
     @property
-    def csv(self) -> str:
+    def csv(self):
         return self.rows.to_csv()
 
-    def removed(self) -> dict[str, int]:
+    def removed(self):
         return {r["rule"]: r["removed"] for r in self.description["flow"] if r["removed"]}
 
-    def series(self, hadm: int) -> str:
+    def series(self, hadm):
         return str(self.rows.loc[hadm, "clinical_trajectory"])
 
-    def context(self, hadm: int) -> str:
+    def context(self, hadm):
         return str(self.rows.loc[hadm, "clinical_context"])
 
-    def labels(self, hadm: int) -> list[int | None]:
+    def labels(self, hadm):
         """Return death, icu and unresolved, None where unknown."""
-        cells: list[Any] = [self.rows.loc[hadm, f"label_{name}"] for name in OUTCOMES]
+        cells = [self.rows.loc[hadm, f"label_{name}"] for name in OUTCOMES]
         return [None if pd.isna(cell) else int(cell) for cell in cells]
 
-    def inputs(self) -> dict[int, tuple[str, ...]]:
+    def inputs(self):
         """Every column but the labels, as text, of each admission."""
         columns = [name for name in self.rows if not str(name).startswith("label_")]
         cells = self.rows[columns].astype(str).itertuples()
         return {hadm: tuple(row) for hadm, *row in cells}
 
 
-Run = Callable[..., Extracted]
-"""Writes the tables of a ``Mini`` and extracts them."""
-
-
-def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request: Any) -> Extracted:
+def extracted(folder, outcome=("escalation",), **request):
     """Extract all adults of a folder by the reported gap, unless another cohort is requested."""
     wanted = {
         "cohort": "all",
@@ -273,7 +252,7 @@ def extracted(folder: Path, outcome: Iterable[str] = ("escalation",), **request:
     return Extracted(rows.set_index("hadm_id"), description)
 
 
-def with_storing_times(tables: dict[str, pd.DataFrame], seed: int) -> dict[str, pd.DataFrame]:
+def with_storing_times(tables, seed):
     """Return the demo with storing times, most soon after, some hours after."""
     labs = tables["hosp/labevents"].copy()
     rng = np.random.default_rng(seed)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -53,14 +52,6 @@ def test_a_wrong_flag_ends_with_2_and_one_line(flags, expected, folder, capsys):
     assert re.fullmatch(r"error: .+\n", error)
     assert expected in error
     assert not list(out.parent.glob("out*"))
-
-
-def test_a_table_is_never_written_over(folder, capsys):
-    table = folder / "hosp" / "labevents.csv"
-    content = table.read_bytes()
-    assert dataset_format.main(words(folder, table)) == 2
-    assert "choose another name" in capsys.readouterr().err
-    assert table.read_bytes() == content
 
 
 def test_every_flag_reaches_the_extraction(folder):
@@ -118,17 +109,6 @@ def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "dka_training_data.csv"
     assert dataset_format.main(words(DEMO, out)) == 0
     return out
-
-
-def test_rows_of_one_patient_are_in_one_part_of_every_split(demo):
-    dataset, subjects = MIMICtrajectoryDataset(demo), pd.read_csv(demo)["subject_id"].to_numpy()
-    assert dataset.groups.tolist() == [str(subject) for subject in subjects]
-    assert len(set(subjects)) < len(subjects)
-    for seed in range(10):
-        split = dataset.split(seed)
-        assert sorted(np.concatenate(list(split.values()))) == list(range(len(subjects)))
-        patients = [set(subjects[rows]) for rows in split.values()]
-        assert sum(map(len, patients)) == len(set.union(*patients))
 
 
 def test_stage_1_trains_on_the_file(demo, tmp_path):

@@ -1,13 +1,12 @@
 """eICU in the form of MIMIC-IV: clock, units, values, diagnosis; leaks; forms of files."""
 
-import gzip
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.files import InputError
+from mimic_files import write_tables
 from table_requests import make_rows
 
 DEMO = Path(__file__).parents[1] / "data" / "eicu_demo"
@@ -67,20 +66,9 @@ class Mini:
     def write(self, folder):
         if not self.tables["admissionDx"]:
             self.diagnosis(min(self.begins), 0, "other")
-        return write(folder, {name: pd.DataFrame(rows) for name, rows in self.tables.items()})
-
-
-def write(folder, tables, form=".csv"):
-    folder.mkdir(exist_ok=True)
-    for name, table in tables.items():
-        path = folder / f"{name}{form}"
-        if form == ".parquet":
-            table.to_parquet(path)
-        elif form == ".csv.gz":
-            path.write_bytes(gzip.compress(table.to_csv(index=False).encode(), 1, mtime=0))
-        else:
-            table.to_csv(path, index=False)
-    return folder
+        return write_tables(
+            folder, {name: pd.DataFrame(rows) for name, rows in self.tables.items()}
+        )
 
 
 def read_demo():
@@ -248,30 +236,6 @@ def test_a_diagnosis_counts_from_its_entry_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "content", "expected"),
-    [
-        ("lab", "labresultoffset", "1.5", r"lab\.csv, column labresultoffset: 1 cell"),
-        ("lab", "labresult", "high", r"lab\.csv, column labresult: 1 cell"),
-        ("patient", "hospitaladmitoffset", "", r"patient\.csv, column hosp.*: 1 cell"),
-        ("patient", "uniquepid", None, r"patient\.csv: no column uniquepid among 10: .*eICU"),
-        ("admissionDx", None, None, r"--eicu_dir .*: the table admissionDx .* is missing"),
-    ],
-)
-def test_a_wrong_table_is_named_by_its_place(name, column, content, expected, tmp_path):
-    folder = Mini().unit(1, 9).settling(1).write(tmp_path)
-    table = pd.read_csv(folder / f"{name}.csv", dtype=str)
-    if column is None:
-        (folder / f"{name}.csv").unlink()
-    elif content is None:
-        table.drop(columns=column).to_csv(folder / f"{name}.csv", index=False)
-    else:
-        table.loc[0, column] = content
-        table.to_csv(folder / f"{name}.csv", index=False)
-    with pytest.raises(InputError, match=expected):
-        made(folder)
-
-
-@pytest.mark.parametrize(
     ("request_", "counts"),
     [({}, (35, 28, 7)), ({"compute_gap": "always", "series": ("all",)}, (42, 32, 3))],
 )
@@ -293,7 +257,7 @@ def test_the_same_rows_from_every_form_order_and_machine(form, limits, tmp_path)
     request = {"compute_gap": "always", "series": ("all",)}
     expected, _ = made(DEMO, out=tmp_path / "o.csv", threads=2, memory_limit="2GB", **request)
     tables = {name: table.sample(frac=1, random_state=1) for name, table in read_demo().items()}
-    rows, _ = made(write(tmp_path / "other", tables, form), **limits, **request)
+    rows, _ = made(write_tables(tmp_path / "other", tables, form), **limits, **request)
     assert rows.to_csv() == expected.to_csv()
 
 
@@ -408,8 +372,8 @@ def test_nothing_after_the_prediction_time_changes_a_letter(names, request_, tmp
     rng = np.random.default_rng(len(request_))
     tables = with_ketoacidosis(read_demo(), rng)
     changed = altered(tables, times_of(tables, *names), rng)
-    before, _ = made(write(tmp_path / "before", tables), **request_)
-    after, _ = made(write(tmp_path / "after", changed), **request_)
+    before, _ = made(write_tables(tmp_path / "before", tables), **request_)
+    after, _ = made(write_tables(tmp_path / "after", changed), **request_)
     inputs = [column for column in before if not str(column).startswith("label_")]
     both = before.index.intersection(after.index)
     assert len(both) > 10
