@@ -112,9 +112,12 @@ def test_a_code_without_an_event_is_warned_of(make, caplog):
     assert GAP_SERIES not in caplog.text
 
 
-def test_events_at_midnight_are_warned_of(make, caplog):
+def test_more_than_a_tenth_of_events_at_midnight_are_warned_of(make, caplog):
+    few = Mini().ask(1, 30).measure(1, 24, 15)
+    for hour in range(10, 19):
+        few.measure(1, hour, 15)
     with caplog.at_level(logging.WARNING):
-        make(Mini().ask(1, 30).measure(1, 12, 15).measure(1, 24.5, 16))
+        make(few)
         assert "midnight" not in caplog.text
         stored = {"stored": 24} if make.command == "from_long" else {}
         make(Mini().ask(1, 30).measure(1, 12 if stored else 24, 15, **stored))
