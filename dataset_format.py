@@ -487,7 +487,9 @@ def add_cohort_flags(add: Callable[..., Any]) -> None:
     add("--cohort", choices=tuple(COHORTS), default="dka", help="admissions to take")
     series = "series by name, between commas, the first gives the prediction time; or all"
     add("--series", type=name_tuple, default=(), help=series)
-    add("--window_hours", type=float, default=12.0, help="first value to prediction time")
+    add(
+        "--window_hours", type=float, default=12.0, help="hours from first value to prediction time"
+    )
     add("--horizon_hours", type=float, default=72.0, help="hours looked ahead from then on")
     add("--min_observations", type=int, default=2, help="fewest values of the first series")
     outcome = "escalation, or some of death,icu,unresolved"
