@@ -29,13 +29,18 @@ def git_commit() -> str | None:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
+def code_files() -> list[Path]:
+    """Return the program's own modules, SQL and page templates, package included."""
+    package = Path(__file__).parent
+    own = [path for ending in ("py", "sql", "j2") for path in package.rglob(f"*.{ending}")]
+    return sorted([*ROOT.glob("*.py"), *own])
+
+
 @cache
 def code_hash() -> str:
-    """Return the SHA-256 of the program's own modules and page templates, package included."""
+    """Return the SHA-256 of ``code_files``."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent
-    files = [*ROOT.glob("*.py"), *package.rglob("*.py"), *package.rglob("*.j2")]
-    for path in sorted(files):
+    for path in code_files():
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

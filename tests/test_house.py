@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from medgemma_clinical.provenance import code_files
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = "medgemma_clinical"
 PROMISED = {"medgemma_trainer": "main", "dte_encoder": "ClinicalODERNN"}
@@ -81,6 +83,12 @@ def test_the_script_shows_the_wiring_on_few_lines():
     assert len(text.splitlines()) <= 775
     for function in (x for x in nodes if isinstance(x, ast.FunctionDef)):
         assert not imports([function]), function.name
+
+
+def test_the_hash_of_the_code_covers_whatever_decides_a_result():
+    shipped = {path for path in (ROOT / PACKAGE).rglob("*.*") if path.is_file()}
+    others = {path for path in shipped if {"docs", "__pycache__"} & {*path.parts}}
+    assert {*code_files()} == shipped - others | {ROOT / f"{name}.py" for name in PROMISED}
 
 
 @pytest.mark.parametrize("module", ["dataset_format.py", "srtr_dataset.py"])
