@@ -288,6 +288,7 @@ def test_a_description_says_what_series_and_label_are(mark, tmp_path):
         **{"series": "Lactate", "unit": "mmol/L", "outcome": "Death", "time_scale": 8760},
         **{"limits": {"Blood_Urea": [1, 9], "x": None}, "references": {"Blood urea": [None, 8]}},
         **{"flow": [{"rule": "under 18", "removed": 3, "left": 97, "any": 1}], "made_by": {}},
+        **{"prediction_time": "at noon", "horizon": "24 h"},
     }
     path = tmp_path / "DATA.CSV.GZ"
     path.write_bytes(gzip.compress(f"{SERIES},trajectory_blood_urea\n1 (0h),2 (0h)\n".encode()))
@@ -297,6 +298,8 @@ def test_a_description_says_what_series_and_label_are(mark, tmp_path):
     assert (dataset.outcome, dataset.time_scale) == ("Death", 8760.0)
     assert [dataset.limits(f) for f in (0, 1)] == [None, (1, 9)]
     assert [dataset.reference(f) for f in (0, 1)] == [None, (None, 8)]
+    task = dataset.task_description()
+    assert (task["Prediction time"], task["Horizon"]) == ("at noon", "24 h")
     assert dataset.flow.to_dict("records") == [{"rule": "under 18", "removed": 3, "left": 97}]
     dataset.features = ("LACTATE", "Blood Urea")  # as a checkpoint spells them
     assert dataset.limits(1) == (1, 9)
@@ -307,6 +310,9 @@ def test_without_a_description_the_series_is_the_anion_gap(tmp_path):
     (tmp_path / "data.json").write_text('{"plausible": [0, 9], "reference": [3, 12]}')
     found = read_description(tmp_path / "data.csv")
     assert (found.series, found.plausible, found.reference) == ("Anion gap", (0, 9), (3, 12))
+    task = dataset_of(["1 (0h)"], prediction_hours=9).task_description()
+    assert "hour" in task["Prediction time"]
+    assert task["Horizon"]
 
 
 def test_another_label_is_never_called_by_the_outcome_of_label_escalation():
