@@ -250,7 +250,7 @@ def asked(table):
     """The stays with two static columns and a prediction time, some of them unknown."""
     rng = np.random.default_rng(0)
     hours = table[SERIES].str.findall(r"\(([\d.]+)h\)").map(lambda each: max(map(float, each)))
-    asked = table.drop(columns="clinical_context")
+    asked = table.drop(columns=["clinical_context", *table.filter(like="static_")])
     asked[STATICS[0]] = [f"{bmi:.1f}" if bmi > 23 else "" for bmi in rng.normal(27, 4, len(table))]
     asked[STATICS[1]] = rng.integers(0, 4, len(table)).astype(str)
     asked["prediction_hours"] = (hours + rng.integers(0, 40, len(table))).astype(str)

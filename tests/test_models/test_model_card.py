@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import medgemma_trainer as trainer
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
+from medgemma_clinical.models.checkpoints import describe_data
 from medgemma_clinical.models.model_card import (
     RANDOM_MODEL,
     RANDOM_MODEL_UNREAD,
@@ -40,7 +41,7 @@ HOSTILE = (
 
 def stage1_config(**more):
     model = stage1_for(DATA.dataset, members=2)
-    return {"stage": "trajectory", **trainer.stage1_config(model), **DATA.description(), **more}
+    return {"stage": "trajectory", **trainer.stage1_config(model), **describe_data(DATA), **more}
 
 
 @pytest.fixture(scope="module")
