@@ -150,12 +150,12 @@ def test_one_subject_twice_at_one_time_is_refused(make):
 
 
 def test_subjects_with_other_names_are_refused_or_warned_of(make, caplog):
-    mini = Mini().ask(1, 30).ask(2, 30).ask(3, 30).measure(9, 12, 15)
-    with pytest.raises(InputError, match="3 of 3 subjects"):
+    mini = Mini().ask(1, 30).ask(2, 30).ask(3, 30).ask(4, 30).measure(9, 12, 15)
+    with pytest.raises(InputError, match="4 of 4 subjects"):
         make(mini)
     with caplog.at_level(logging.WARNING):
         make(mini.measure(1, 12, 15))
-        assert "2 of 3 subjects" in caplog.text
+        assert "3 of 4 subjects" in caplog.text
         caplog.clear()
         make(mini.measure(2, 12, 15))
     assert not caplog.text
