@@ -18,6 +18,7 @@ mEq/L and escalation of care.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
 import sys
@@ -31,18 +32,21 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
+    POSITIVE,
     SHOW_VALUES,
+    WHOLE,
     Help,
     Parser,
     Repeated,
     names,
+    number,
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data import dka, long_table, meds
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
-from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, GAPS
+from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
 from medgemma_clinical.data.eicu import EicuRequest, make_eicu
@@ -79,6 +83,8 @@ ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64
 """Observations kept of one series, and of the union of several."""
+
+HOURS = number(float, 0, 10**6, open_low=True)
 
 
 # --------------------------------------------------------------------------- data set
@@ -469,6 +475,15 @@ def build_parser() -> Parser:
     return parser
 
 
+def outcome(text: str) -> tuple[str, ...]:
+    """Return escalation, or some of its components."""
+    chosen = name_tuple(text)
+    if chosen != (ESCALATED,) and not (chosen and {*chosen} <= OUTCOMES.keys()):
+        allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
+    return chosen
+
+
 def name_tuple(text: str) -> tuple[str, ...]:
     """Split a comma-separated list of names."""
     return tuple(names(text))
@@ -479,7 +494,7 @@ def add_output_flags(add: Callable[..., Any], *, required: bool = True) -> None:
     out = "CSV to write; a JSON description comes beside it"
     add("--out", type=Path, required=required, help=out)
     add("--memory_limit", default="400MB", help="memory for tables; the rest goes to a folder")
-    add("--threads", type=int, default=0, help="threads that read, at most the cores; 0 for all")
+    add("--threads", type=WHOLE, default=0, help="threads that read, at most the cores; 0 for all")
 
 
 def add_cohort_flags(add: Callable[..., Any]) -> None:
@@ -487,13 +502,12 @@ def add_cohort_flags(add: Callable[..., Any]) -> None:
     add("--cohort", choices=tuple(COHORTS), default="dka", help="admissions to take")
     series = "series by name, between commas, the first gives the prediction time; or all"
     add("--series", type=name_tuple, default=(), help=series)
-    add(
-        "--window_hours", type=float, default=12.0, help="hours from first value to prediction time"
-    )
-    add("--horizon_hours", type=float, default=72.0, help="hours looked ahead from then on")
-    add("--min_observations", type=int, default=2, help="fewest values of the first series")
-    outcome = "escalation, or some of death,icu,unresolved"
-    add("--outcome", type=name_tuple, default="escalation", help=outcome)
+    window = "hours from first value to prediction time"
+    add("--window_hours", type=HOURS, default=12.0, help=window)
+    add("--horizon_hours", type=HOURS, default=72.0, help="hours looked ahead from then on")
+    add("--min_observations", type=POSITIVE, default=2, help="fewest values of the first series")
+    outcomes = "escalation, or some of death,icu,unresolved"
+    add("--outcome", type=outcome, default=ESCALATED, help=outcomes)
     discharged = "whether a discharge alive within the horizon is no event, or leaves the row out"
     add("--discharged", choices=tuple(DISCHARGED), default="not_escalated", help=discharged)
     gap = "anion gap from Na, Cl, HCO3: always, or as the laboratory reports it"
@@ -505,11 +519,11 @@ def add_event_flags(add: Callable[..., Any]) -> None:
     series = "'NAME [unit]=CODE', repeatable; the first one is the main series"
     add("--series", action=Repeated, default=(), help=series)
     window = "length of the window before the prediction time, in hours"
-    add("--window_hours", type=float, default=24.0, help=window)
+    add("--window_hours", type=HOURS, default=24.0, help=window)
     zero = "zero of the hours: opening of the window, or first observation of the row"
     add("--hours_from", choices=("window", "first"), default="window", help=zero)
     fewest = "fewest values of the main series in the window"
-    add("--min_observations", type=int, default=1, help=fewest)
+    add("--min_observations", type=POSITIVE, default=1, help=fewest)
     add("--outcome", default="Event", help="meaning of label 1, in a word or two")
     question = "question about a patient; without it one is made of --outcome"
     add("--question", default="", help=question)
@@ -518,7 +532,7 @@ def add_event_flags(add: Callable[..., Any]) -> None:
 def add_note_flags(add: Callable[..., Any]) -> None:
     """Add what limits the notes of a context."""
     words = "words of notes in a context, the latest ones"
-    add("--max_note_words", type=int, default=256, metavar="NUMBER", help=words)
+    add("--max_note_words", type=POSITIVE, default=256, metavar="NUMBER", help=words)
 
 
 def check(file: Path, **reading: Any) -> int:

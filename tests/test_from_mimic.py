@@ -33,7 +33,20 @@ def words(folder, out, *more):
     [
         ("--item 5", "no such item"),
         ("--window_hours 0", "window_hours"),
+        ("--window_hours nan", "window_hours"),
+        ("--horizon_hours -1", "horizon_hours"),
+        ("--horizon_hours 2e6", "horizon_hours"),
+        ("--min_observations 0", "min_observations"),
+        ("--max_note_words 0", "max_note_words"),
+        ("--threads -1", "threads"),
+        ("--memory_limit much", "--memory_limit much"),
+        ("--memory_limit 2", "--memory_limit 2"),
+        ("--series gap", "--series"),
+        ("--series pH,ph", "--series"),
+        ("--series all,pH", "--series"),
+        ("--series pH --item 50882", "--item 50882"),
         ("--outcome sepsis", "escalation"),
+        ("--outcome escalation,death", "escalation"),
         ("--outcome ,", "escalation"),
         ("--cohort none", "cohort"),
         ("--compute_gap missing", "compute_gap"),
@@ -42,6 +55,7 @@ def words(folder, out, *more):
     ],
 )
 def test_a_wrong_flag_ends_with_2_and_one_line(flags, expected, folder, capsys):
+    """The flags of the other commands are of the same types."""
     out = folder.parent / "out.csv"
     try:
         code = dataset_format.main(words(folder, out, *flags.split()))

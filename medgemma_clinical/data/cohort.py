@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -16,6 +16,7 @@ from medgemma_clinical.data.analytes import (
     CHEMISTRY,
     COMPUTED_GAP,
     GAP_ITEM,
+    choose_features,
     feature_of,
     find_factors,
     items_to_read,
@@ -26,7 +27,6 @@ from medgemma_clinical.data.duck import (
     TableFile,
     TableRequest,
     apply_rules,
-    check_rows,
     describe_origin,
     find_file,
     load_table,
@@ -38,9 +38,6 @@ from medgemma_clinical.data.texts import plain
 logger = logging.getLogger(__name__)
 
 SQL = Path(__file__).parent / "sql"
-
-MAX_HOURS = 1e6
-"""114 years: no window or horizon is longer."""
 
 # --------------------------------------------------------------------------- definitions
 # They go into the description beside the file, letter by letter.
@@ -62,17 +59,12 @@ COHORTS = {
 without ketones."""
 
 
-@dataclass(frozen=True)
-class OutcomeText:
+class OutcomeText(NamedTuple):
     """Texts of one outcome: its name in a report, the end of its question, its definition."""
 
     outcome: str
     question: str
     definition: str
-
-    def ask(self, hours: float) -> str:
-        """Return the question about a patient."""
-        return f"Will the patient {self.question} within {plain(hours)} hours?"
 
 
 OUTCOMES = {
@@ -169,17 +161,6 @@ class CohortRequest(TableRequest):
     discharged: str
     compute_gap: str
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        for name in ("window_hours", "horizon_hours"):
-            valid = 0 < getattr(self, name) <= MAX_HOURS  # NaN compares false
-            self.check(valid, name, f"must be a number above 0, at most {MAX_HOURS:g}")
-        self.check(self.min_observations >= 1, "min_observations", "must be at least 1")
-        chosen = set(self.outcome)
-        valid = chosen == {ESCALATED} or (bool(chosen) and chosen <= OUTCOMES.keys())
-        self.check(valid, "outcome", f"must be escalation, or some of {', '.join(OUTCOMES)}")
-
     @property
     def gap_item(self) -> int:
         """Item of the anion gap that is used."""
@@ -190,18 +171,6 @@ class CohortRequest(TableRequest):
         """The components of the outcome, in the order of ``OUTCOMES``."""
         return [name for name in OUTCOMES if {name, ESCALATED} & set(self.outcome)]
 
-    @property
-    def outcome_text(self) -> OutcomeText:
-        """The texts of the chosen outcome."""
-        if len(self.components) == len(OUTCOMES):
-            return ESCALATION
-        chosen = [OUTCOMES[name] for name in self.components]
-        return OutcomeText(
-            outcome=" or ".join(text.outcome for text in chosen),
-            question=" or ".join(text.question for text in chosen),
-            definition=" or ".join(text.definition for text in chosen),
-        )
-
 
 class HospitalTables:
     """The files of a hospital, from which a subclass makes tables in the form of MIMIC-IV's."""
@@ -209,7 +178,6 @@ class HospitalTables:
     command: str
     source: str  # of the data, with their terms
     columns: Mapping[str, Mapping[str, Column]]  # that are read of each table
-    unique: Mapping[str, str]  # the column that holds each value once
     labs: str  # table of laboratory values
     hint: str  # what to do about a missing column
     cohorts = COHORTS
@@ -230,8 +198,6 @@ class HospitalTables:
         table = name.rpartition("/")[2]
         kept = [condition.format(**cells) for condition in keep]
         load_table(self.database, table, file, columns, kept, keys=keys)
-        if name != self.labs:
-            check_rows(self.database, table, file.path, self.unique.get(name, ""))
         return file
 
     def load_admissions(self) -> None:
@@ -243,7 +209,7 @@ class HospitalTables:
 
     def choose_features(self, request: Any) -> list[Feature]:
         """Return the features that are asked for, the main one first."""
-        raise NotImplementedError
+        return choose_features(request.series or ("anion gap",), request.gap_item)
 
     def load_labs(self, items: set[int]) -> None:
         """Make the table labs of these items, of patients in the table wanted."""
@@ -280,8 +246,7 @@ def make_cohort(
         "SELECT count(*) FILTER (discharged_alive) FROM kept JOIN outcomes USING (stay)"
     )
     if request.discharged != "exclude":
-        message = "discharged alive within the horizon, which is no event: %d rows"
-        logger.info(message, discharged)
+        logger.info("discharged alive within the horizon, which is no event: %d rows", discharged)
     counts = {
         "rows": len(rows),
         "patients": int(rows["subject_id"].nunique()),
@@ -297,8 +262,7 @@ def read_values(
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the tables analytes, series_items and converted.
 
-    Returns:
-        The features with unit and reference range; how many values were left out or resolved, why.
+    Returns the features with unit and reference range; how many values were left out, by reason.
     """
     chosen = tables.choose_features(request)
     used = {GAP_ITEM: request.gap_item}
@@ -311,14 +275,12 @@ def read_values(
     database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
     tables.load_labs(items_to_read(chosen) | set(ANALYTES))
     database.run_file(SQL / "values.sql")
-    found = database.frame("FROM value_counts").iloc[0]
-    left_out = {str(reason): int(count) for reason, count in found.items() if count}
+    counts = database.frame("FROM value_counts").iloc[0]
+    left_out = {str(reason): int(count) for reason, count in counts.items() if count}
 
     path = tables.paths[tables.labs]
-    units = database.frame(
-        "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
-    )
-    factors = find_factors(units, chosen, str(path))
+    by_unit = "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
+    factors = find_factors(database.frame(by_unit), chosen, str(path))
     known = factors["factor"].notna()
     database.add("factors", factors[known])
     database.run_file(SQL / "gaps.sql")
@@ -329,9 +291,8 @@ def read_values(
         logger.info("%s: %d values %s", path, count, reason)
 
     spelled = factors[known].groupby("item")["unit"].min()
-    ranges = {
-        item: (low, high) for item, low, high in database.run("FROM reference_ranges").fetchall()
-    }
+    found = database.run("FROM reference_ranges").fetchall()
+    ranges = {item: (low, high) for item, low, high in found}
     features = [
         replace(
             feature,
@@ -396,9 +357,7 @@ def make_static_features(
         is_kind = unit.str.contains(pattern, case=False, na=False)
         static[f"static_unit_{kind}"] = is_kind.astype("int8")
     static["static_hours_since_admission [h]"] = rows["hours_since_admission"]
-    values = database.frame("FROM last_values").pivot(
-        index="stay", columns="analyte", values="value"
-    )
+    values = database.frame("FROM last_values").set_index(["stay", "analyte"])["value"].unstack()
     items = {key for feature in features for key in feature.keys}
     for analyte in CHEMISTRY:
         feature = feature_of(analyte, request.gap_item)
@@ -415,14 +374,18 @@ def describe_rows(
 ) -> dict[str, Any]:
     """Describe the rows: texts of the data set, ``counted``, definitions, origin."""
     main, *others = features
-    text = request.outcome_text
+    chosen = [OUTCOMES[name] for name in request.components]
+    texts = zip(*(chosen if len(chosen) < len(OUTCOMES) else [ESCALATION]), strict=True)
+    outcome, question, definition = map(" or ".join, texts)
+    ask, until = "Will the patient", f"within {plain(request.horizon_hours)} hours?"
+    begin, rest = main.name[:1], main.name[1:]
     return {
-        "series": _as_title(main.name),
+        "series": (begin.upper() if rest == rest.lower() else begin) + rest,  # pH stays
         "unit": main.unit,
-        "question": text.ask(request.horizon_hours),
-        "outcome": text.outcome,
+        "question": f"{ask} {question} {until}",
+        "outcome": outcome,
         "labels": {
-            f"label_{name}": {"outcome": each.outcome, "question": each.ask(request.horizon_hours)}
+            f"label_{name}": {"outcome": each.outcome, "question": f"{ask} {each.question} {until}"}
             for name, each in OUTCOMES.items()
         },
         "plausible": main.plausible,
@@ -439,14 +402,9 @@ def describe_rows(
             "cohort": tables.cohorts[request.cohort],
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
-            "label_escalation": text.definition,
-            **{f"label_{name}": outcome.definition for name, outcome in OUTCOMES.items()},
+            "label_escalation": definition,
+            **{f"label_{name}": each.definition for name, each in OUTCOMES.items()},
         },
         "source": tables.source,
         **describe_origin(request, tables.command, tables.hashes),
     }
-
-
-def _as_title(name: str) -> str:
-    """Return a name with a capital at its beginning; pH stays as it is."""
-    return name if name[1:] != name[1:].lower() else name[:1].upper() + name[1:]

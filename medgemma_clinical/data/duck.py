@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import glob
 import gzip
 import json
@@ -13,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -31,20 +31,16 @@ from medgemma_clinical.files import (
     atomic,
     file_hash,
     locked,
-    read_json,
     remove,
 )
 from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)
 
-SIZE = re.compile(r"[0-9]{1,6}(\.[0-9]+)?\s*([KMGT]i?B)", re.IGNORECASE)
-
 MADE_BY = "made_by"
 """Key of the description that marks a file of these commands."""
 
-UPDATE_SECONDS = 0.2
-"""How often a running query shows its progress and lets a signal through."""
+UPDATE_SECONDS = 0.2  # between two looks at a running query: its progress, and signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +50,6 @@ class TableRequest:
     out: Path
     memory_limit: str
     threads: int  # the number of usable cores in place of 0 and of any larger number
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        size = SIZE.fullmatch(self.memory_limit.strip())
-        self.check(size is not None, "memory_limit", "must be a size such as 500MB or 2GB")
-        self.check(self.threads >= 0, "threads", "must be at least 1, or 0 for all cores")
-        cores = usable_cores()
-        object.__setattr__(self, "threads", min(self.threads or cores, cores))
-
-    def check(self, valid: bool, name: str, problem: str) -> None:
-        """Refuse the value of a flag that is not valid."""
-        if not valid:
-            value = getattr(self, name)
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"--{name} {shown}: {problem}")
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---------------------------------------------------------------------------- database
@@ -117,15 +93,13 @@ class Database:
         """Run the statements of a file, with a progress bar named after it."""
         self.run(path.read_text(encoding="utf-8"), title=path.stem)
 
-    def frame(self, sql: str, values: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    def frame(self, sql: str) -> pd.DataFrame:
         """Return the rows of a query."""
-        table: pd.DataFrame = self.run(sql, values).df()
-        return table
+        return pd.DataFrame(self.run(sql).df())
 
-    def row(self, sql: str, values: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-        """Return the one row of a query."""
-        row: tuple[Any, ...]
-        (row,) = self.run(sql, values).fetchall()  # to the end: an open result blocks ``add``
+    def row(self, sql: str) -> Any:
+        """Return the one row of a query, as a tuple."""
+        (row,) = self.run(sql).fetchall()  # to the end: an open result blocks ``add``
         return row
 
     def add(self, name: str, table: pd.DataFrame) -> None:
@@ -142,42 +116,38 @@ class Database:
 
 @contextlib.contextmanager
 def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Database]:
-    """Open a database in memory; what exceeds the limit lies beside ``out`` until the end.
-
-    The folder is private: it holds patients. The process itself needs more than the limit.
-    """
-    with tempfile.TemporaryDirectory(prefix=_spill_prefix(out), dir=out.parent) as spill:
+    """Open a database in memory; what exceeds the limit lies in a private folder beside ``out``."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.spill-", dir=out.parent) as spill:
         config = {
-            "threads": threads,
+            "threads": min(threads or cores, cores),
             "memory_limit": memory_limit,
             "temp_directory": spill,
             "autoinstall_known_extensions": False,  # nothing is ever loaded from the network
             "autoload_known_extensions": False,
             "preserve_insertion_order": False,
         }
-        with duckdb.connect(config=config) as connection:
-            connection.execute("SET enable_progress_bar = true")
-            connection.execute("SET enable_progress_bar_print = false")
-            connection.execute("SET TimeZone = 'UTC'")
-            connection.execute("SET lock_configuration = true")
+        try:
+            opened = duckdb.connect(config=config)
+        except duckdb.ParserException:
+            problem = "must be a size such as 500MB or 2GB"
+            raise InputError(f"--memory_limit {memory_limit}: {problem}") from None
+        with opened as connection:
+            connection.execute(
+                "SET enable_progress_bar = true; SET enable_progress_bar_print = false; "
+                "SET TimeZone = 'UTC'; SET lock_configuration = true"
+            )
             database = Database(connection)
             database.run_file(Path(__file__).parent / "sql" / "macros.sql")
             yield database
-
-
-def _spill_prefix(out: Path) -> str:
-    return f".{out.name}.spill-"
 
 
 # ---------------------------------------------------------------------------- table files
 
 FORMS = (".csv", ".csv.gz", ".parquet")
 
-LARGEST_WHOLE = 10**10
-"""Bound of a key, and of an offset in minutes, which a timestamp holds."""
-
-MAX_WORD = 300
-"""Characters kept of a word: a unit, a code, a ward."""
+LARGEST_WHOLE = 10**10  # of a key, and of an offset in minutes, which a timestamp holds
+MAX_WORD = 300  # characters kept of a unit, a code, a ward
 
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
 """A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
@@ -187,13 +157,13 @@ MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_00
 
 TEXTS = ("word", "id")
 UNREADABLE = {
+    **dict.fromkeys(TEXTS, "empty"),
     "number": "not a number",
     "whole": "not a whole number",
     "label": "neither 0 nor 1",
     **dict.fromkeys(("time", "instant"), "not a time such as 2150-01-31 08:30:00, without zone"),
     **dict.fromkeys(MICROSECONDS, "not a finite number"),
 }
-"""What is wrong with a filled cell of each form."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +178,6 @@ class Column:
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
-    advice: str = ""  # what to do about a wrong cell
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
@@ -228,30 +197,26 @@ class Column:
                 f"WHEN lower({cell}) IN ('0', '0.0', 'false') THEN 0 END"
             )
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
-        if self.form in ("number", "whole"):
-            return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"
+        if self.form == "number":
+            return number
+        if self.form == "whole":
+            is_whole = f"{number} % 1 = 0 AND abs({number}) < {LARGEST_WHOLE}"
+            return f"CASE WHEN {is_whole} THEN TRY_CAST({number} AS BIGINT) END"
         return f"make_timestamp(TRY_CAST(round({number} * {MICROSECONDS[self.form]}) AS BIGINT))"
 
     def is_wrong(self, raw: str) -> str:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
-        if self.form in TEXTS:
-            return "false" if self.may_be_empty else f"{self.typed(raw)} = ''"
-        wrong = f"{self.typed(raw)} IS NULL"
-        if self.form == "whole":  # BIGINT has rounded 1.5
-            number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
-            wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
+        wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
         if not self.may_be_empty:
             return wrong
-        empty = "('', 'nan')" if self.form in ("number", "whole") else "('')"
-        return f"coalesce(lower(trim({raw}::VARCHAR)), '') NOT IN {empty} AND {wrong}"
+        is_empty = f"coalesce(lower(trim({raw}::VARCHAR)), '') IN ('', 'nan')"
+        return "false" if self.form in TEXTS else f"NOT {is_empty} AND {wrong}"
 
     def problem(self, count: int) -> str:
-        """Return what is wrong with some cells, and what to do about them."""
-        wrong = UNREADABLE.get(self.form, "empty")
-        if not (self.may_be_empty or self.form in TEXTS):
-            wrong = f"empty or {wrong}"
+        """Return what is wrong with some cells."""
         cells = "1 cell is" if count == 1 else f"{count:,} cells are"
-        return f"{cells} {wrong}" + (self.advice and f": {self.advice}")
+        empty = "" if self.may_be_empty or self.form in TEXTS else "empty or "
+        return f"{cells} {empty}{UNREADABLE[self.form]}"
 
 
 KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))
@@ -290,9 +255,8 @@ class TableFile:
         path = "'" + glob.escape(str(self.path)).replace("'", "''") + "'"
         if self.is_parquet:
             names = ", ".join(f'"{k}"' for k in range(len(self.header)))
-            return f"read_parquet({path}, hive_partitioning = false)" + (
-                names and f" AS t({names})"
-            )
+            alias = f" AS t({names})" if names else ""
+            return f"read_parquet({path}, hive_partitioning = false){alias}"
         columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
         return (
             f"read_csv({path}, columns = {{{columns}}}, auto_detect = false, header = true, "
@@ -301,12 +265,10 @@ class TableFile:
         )
 
     def check_columns(self, columns: Mapping[str, Column], hint: str) -> None:
-        """Refuse a file that lacks a column, or has one twice; ``hint`` says what to do."""
+        """Refuse a file that lacks a column; ``hint`` says what to do."""
         for name, column in columns.items():
             if name not in self.header and not column.optional:
                 raise InputError(f"{self.path}: no column {name} among {len(self.header)}: {hint}")
-            if self.header.count(name) > 1:
-                raise InputError(f"{self.path}: the column {name} appears twice: remove one")
 
 
 def find_file(folder: Path, name: str, flag: str) -> Path:
@@ -335,10 +297,6 @@ def open_table(
             unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
             with unpack(path, "rt", encoding="utf-8-sig", newline="") as text:
                 header = [name.strip() for name in next(csv.reader(text), [])]
-    if not header:
-        raise InputError(f"{path}: the file is empty")
-    if len(header) == 1 and re.search("[;\t]", header[0]):
-        raise InputError(f"{path}, row 1: the columns are not separated by commas")
     file = TableFile(path, header, sha256)
     file.check_columns(columns, hint)
     return file
@@ -349,21 +307,12 @@ def readable(path: Path) -> Iterator[None]:
     """Turn what a damaged file raises into one line: file and, of a CSV, line, no content."""
     try:
         yield
-    except (EOFError, UnicodeError, csv.Error, OSError, duckdb.Error) as error:
-        # Of a damaged Parquet file DuckDB raises its base class.
-        damage = (duckdb.InvalidInputException, duckdb.IOException)
-        is_own = isinstance(error, duckdb.Error) and type(error) is not duckdb.Error
-        if is_own and not isinstance(error, damage):
-            raise
-        problem = getattr(error, "strerror", None) or "damaged, or of another form"
+    except (EOFError, UnicodeError, csv.Error, OSError, zlib.error, duckdb.Error) as error:
+        problem = getattr(error, "strerror", None) or "damaged, or not of the form of its ending"
         if line := re.search(r"CSV Error on Line: (\d+)", str(error)):
             path = Path(f"{path}, line {line[1]}")
-            problem = "the row does not fit the header, or a quote or a character is damaged"
-        elif "gzip" in str(error).lower() or isinstance(error, EOFError):
-            problem = "not a whole gzip file"
-        elif isinstance(error, UnicodeError):
-            problem = "not a text in UTF-8"
-        raise InputError(f"{path}: {problem}: copy the table again") from None
+            problem = "not as long as the header, a quote is not closed, or no UTF-8"
+        raise InputError(f"{path}: {problem}") from None
 
 
 def load_table(
@@ -371,50 +320,33 @@ def load_table(
     name: str,
     file: TableFile,
     columns: Mapping[str, Column],
-    keep: str | Sequence[str] = (),
+    keep: Sequence[str] = (),
     join: str = "",
     keys: Sequence[str] = (),
 ) -> None:
     """Make a table of some columns of a file; refuse wrong cells, counted by column.
 
-    Args:
-        database: that gets the table.
-        name: of the table.
-        file: that was opened.
-        columns: to read; others are never looked at.
-        keep: SQL conditions on raw cells; cells of other rows are not checked, but for ``keys``.
-        join: SQL of a join whose columns ``keep`` may use.
-        keys: columns that ``keep`` reads.
+    ``keep`` are SQL conditions on raw cells and on the columns of ``join``; cells of other rows
+    are not checked, but for the columns ``keys``.
     """
     raw = {column: file.raw(column) for column in columns}
     wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
-    conditions = [keep] if isinstance(keep, str) else keep
     # An OR a condition, not one around all: DuckDB then applies the cheap ones first.
     wrong_keys = [wrong[key] for key in keys]
-    kept = " AND ".join(f"({' OR '.join([each, *wrong_keys])})" for each in conditions)
+    kept = " AND ".join(f"({' OR '.join([each, *wrong_keys])})" for each in keep)
     typed = ", ".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
-    flags = ", ".join(f'{sql} AS "{k} is wrong"' for k, sql in enumerate(wrong.values()))
-    counts = ", ".join(f'count(*) FILTER ("{k} is wrong")' for k in range(len(wrong)))
+    flags = ", ".join(f"'{k}': {sql}" for k, sql in enumerate(wrong.values()))
     with readable(file.path):
         database.run(
-            f"CREATE TABLE {name} AS SELECT {typed}, {flags} FROM {file.rows()} {join} "
-            f"WHERE {kept or 'true'}",
+            f'CREATE TABLE {name} AS SELECT {typed}, {{{flags}}} AS "is wrong" '
+            f"FROM {file.rows()} {join} WHERE {kept or 'true'}",
             title=f"reading {file.path.name}",
         )
+    counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(wrong)))
     for column, count in zip(wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
         if count:
             raise InputError(f"{file.path}, column {column}: {columns[column].problem(count)}")
-    for k in range(len(wrong)):
-        database.run(f'ALTER TABLE {name} DROP COLUMN "{k} is wrong"')
-
-
-def check_rows(database: Database, table: str, path: Path, key: str = "") -> None:
-    """Refuse a table without rows, or with a key twice."""
-    rows, keys = database.row(f"SELECT count(*), count(DISTINCT {key or 'rowid'}) FROM {table}")
-    if not rows:
-        raise InputError(f"{path}: no rows below the header")
-    if keys < rows:
-        raise InputError(f"{path}, column {key}: a value appears more than once")
+    database.run(f'ALTER TABLE {name} DROP COLUMN "is wrong"')
 
 
 # ---------------------------------------------------------------------------- rows
@@ -426,7 +358,7 @@ def make_file(
     """Write the rows and the description that ``make`` returns, log their counts, and return 0."""
     check_target(request.out)
     with locked(request.out):
-        for left_over in request.out.parent.glob(f"{glob.escape(_spill_prefix(request.out))}*"):
+        for left_over in request.out.parent.glob(f".{glob.escape(request.out.name)}.spill-*"):
             remove(left_over)  # of a run that was killed: another would hold the lock
         rows, description = make(request)
         write_rows(rows, description, request.out)
@@ -439,22 +371,13 @@ def check_target(out: Path) -> None:
     """Refuse an output that cannot be written, before minutes are spent on reading."""
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: must end in .csv")
-    try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        problem = f"the folder cannot be written to ({error.strerror})"
-        raise InputError(f"--out {out}: {problem}: choose another") from None
-    description = out.with_suffix(".json")
-    if not out.exists() and not description.exists():
-        return
-    try:
-        is_own = MADE_BY in read_json(description)
-    except (ValueError, OSError, TypeError):
-        is_own = False
-    if not is_own:
-        problem = f"this file, or {description.name}, is not an earlier output of this command"
-        raise InputError(f"--out {out}: {problem}: choose another name")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"--out {out}: the folder is missing, or cannot be written to")
+    beside = out.with_suffix(".json")
+    is_own = beside.is_file() and MADE_BY in beside.read_text("utf-8", "replace")
+    if (out.exists() or beside.exists()) and not is_own:
+        problem = f"this file, or {beside.name}, is no earlier output: choose another name"
+        raise InputError(f"--out {out}: {problem}")
 
 
 def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> None:
@@ -472,11 +395,7 @@ def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> No
 def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[dict[str, Any]]]:
     """Remove each candidate (row) by the first rule (column of bool) that applies; log the flow.
 
-    Returns:
-        (N,) bool of those left; ``rule``, ``removed`` and ``left`` of each rule.
-
-    Raises:
-        InputError: none is left; names ``source``.
+    Returns (N,) bool of those left; ``rule``, ``removed`` and ``left`` of each rule.
     """
     left = pd.Series(True, index=candidates.index)
     flow = []
@@ -498,10 +417,10 @@ def describe_origin(request: TableRequest, command: str, hashes: dict[str, str])
 
     Paths are left out, and limits of the machine, which change no row.
     """
-    limits = {field.name for field in dataclasses.fields(TableRequest)}
-    values = {k: v for k, v in vars(request).items() if k not in limits}
+    limits = ("memory_limit", "threads")
+    kept = {k: v for k, v in vars(request).items() if not isinstance(v, Path | None)}
     return {
-        "arguments": {k: v for k, v in values.items() if not isinstance(v, Path | None)},
+        "arguments": {k: v for k, v in kept.items() if k not in limits},
         "tables_sha256": dict(sorted(hashes.items())),
         "versions": {
             "python": sys.version.split()[0],

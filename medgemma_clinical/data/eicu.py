@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.analytes import CHEMISTRY, choose_features
+from medgemma_clinical.data.analytes import CHEMISTRY
 from medgemma_clinical.data.cohort import COHORTS, SQL, CohortRequest, HospitalTables, make_cohort
 from medgemma_clinical.data.duck import (
     KEY,
@@ -18,7 +18,6 @@ from medgemma_clinical.data.duck import (
     WORD_OR_EMPTY,
     open_database,
 )
-from medgemma_clinical.data.feature import Feature
 
 ITEMS = {each.name.replace("urea nitrogen", "BUN"): each.keys[0] for each in CHEMISTRY}
 """MIMIC-IV's item of each labname. Others mean something else: bedside glucose is a finger prick,
@@ -60,8 +59,6 @@ COLUMNS = {
 }
 """Source: eicu-crd.mit.edu, version 2.0; an offset is minutes from the admission to the unit."""
 
-UNIQUE = {"patient": "patientunitstayid"}
-
 DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
     "dka": "adult admissions with APACHE's admission diagnosis of diabetic ketoacidosis, "
     f"entered by the prediction time; {STAYS}"
@@ -83,7 +80,6 @@ class EicuTables(HospitalTables):
     hint = "this reads eICU 2.0"
     labs = "lab"
     columns = COLUMNS
-    unique = UNIQUE
     cohorts = DEFINITIONS
 
     def load_admissions(self) -> None:
@@ -91,10 +87,6 @@ class EicuTables(HospitalTables):
         self.load("patient")
         self.load("admissionDx")
         self.database.run_file(SQL / "eicu_admissions.sql")
-
-    def choose_features(self, request: EicuRequest) -> list[Feature]:
-        """Return the features that are asked for, the main one first."""
-        return choose_features(request.series or ("anion gap",), request.gap_item)
 
     def load_labs(self, items: set[int]) -> None:
         """Make labs of all names in ``ITEMS``, of patients with a wanted admission."""

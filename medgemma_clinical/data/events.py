@@ -29,8 +29,7 @@ logger = logging.getLogger(__name__)
 
 SQL = Path(__file__).parent / "sql"
 TITLE = re.compile(r"([^\[\],*\x00-\x1f]*[^\[\],*\s])\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
-SUBJECT = Column("id", advice="give each row its subject")
-MAX_WINDOW = 10**6
+SUBJECT = Column("id")
 MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
 MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
 
@@ -46,13 +45,6 @@ class EventRequest(TableRequest):
     min_observations: int
     outcome: str
     question: str
-
-    def __post_init__(self) -> None:
-        """Refuse an impossible value."""
-        super().__post_init__()
-        in_range = 0 < self.window_hours <= MAX_WINDOW
-        self.check(in_range, "window_hours", f"must be above 0 and at most {MAX_WINDOW:,}")
-        self.check(self.min_observations >= 1, "min_observations", "must be at least 1")
 
 
 def make_feature(where: str, title: str, code: str) -> Feature:
@@ -131,7 +123,7 @@ def load_events(
             f"AND ({any_code(code, codes, 'true')}) OR {any_code(code, always, 'false')})"
         )
         join = f"LEFT JOIN span ON subject = {subject}"
-        load_table(database, "loaded", file, columns, keep, join, keys[:2])
+        load_table(database, "loaded", file, columns, [keep], join, keys[:2])
         append = "INSERT INTO read FROM loaded; DROP TABLE loaded"
         database.run(append if number else "ALTER TABLE loaded RENAME TO read")
     rows = [(code, unit, factor) for (code, unit), factor in (factors or {}).items()]

@@ -15,6 +15,7 @@ import pandas as pd
 from medgemma_clinical.data.dka import comparable, join_names
 from medgemma_clinical.data.duck import (
     MICROSECONDS,
+    NUMBER_OR_EMPTY,
     WORD,
     WORD_OR_EMPTY,
     Column,
@@ -60,12 +61,7 @@ LABEL_ROLES = {
 OPTIONAL = ("unit", "storetime")
 MIN_LIKENESS = 0.7  # of the name of a column and a usual one, to ask whether it is meant
 MAX_SERIES = 100
-LABEL = Column("label", may_be_empty=True, advice="write 0, 1, or nothing where it is not known")
-NUMBER = Column(
-    "number",
-    may_be_empty=True,
-    advice="of 'below a limit' write half of it, or leave the cell empty",
-)
+LABEL = Column("label", may_be_empty=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +100,6 @@ class LongRequest(EventRequest):
             found[item, unit] = factor
         return found
 
-    def time(self) -> Column:
-        """Return how a column of times is read."""
-        advice = "write the local time of one zone, or give --time_unit for numbers"
-        if self.time_unit:
-            advice = f"write a number of {self.time_unit}, or leave --time_unit out"
-        return Column(self.time_unit or "instant", advice=advice)
-
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description.
@@ -127,13 +116,14 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         if request.equal_times == "last" and "storetime" not in names:
             raise InputError("--equal_times last: needs a column storetime")
         load_labels(database, labels, mapped, request)
+        time = request.time_unit or "instant"
         roles = {
             "subject_id": SUBJECT,
-            "item": replace(WORD, advice="name the item"),
-            "time": request.time(),
-            "value": NUMBER,
+            "item": WORD,
+            "time": Column(time),
+            "value": NUMBER_OR_EMPTY,
             "unit": WORD_OR_EMPTY,
-            "storetime": replace(request.time(), may_be_empty=True),
+            "storetime": Column(time, may_be_empty=True),
         }
         codes = [code for each in wanted for code in each.keys]
         columns = {names[role]: column for role, column in roles.items() if role in names}
@@ -191,7 +181,8 @@ def load_labels(
     usual = (mapped.get("subject_id", "subject_id"), "subject_id")
     names = find_columns(file, {**LABEL_ROLES, "labels.subject_id": usual}, mapped)
     subject, time, label = (names[role] for role in LABEL_ROLES)
-    load_table(database, "answers", file, {subject: SUBJECT, time: request.time(), label: LABEL})
+    columns = {subject: SUBJECT, time: Column(request.time_unit or "instant"), label: LABEL}
+    load_table(database, "answers", file, columns)
     database.run(
         f"CREATE TABLE label AS SELECT {quoted(subject)} AS subject, {quoted(time)} AS "
         f"prediction_time, {quoted(label)} AS label FROM answers"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from medgemma_clinical.data.duck import (
     Column,
     Database,
     TableFile,
-    TableRequest,
     describe_origin,
     load_table,
     open_database,
@@ -43,11 +41,11 @@ from medgemma_clinical.files import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
-TIME = Column("instant", advice="write the local time of one zone as a timestamp without zone")
+TIME = Column("instant")
 EVENTS = {
     "subject_id": SUBJECT,
     "code": WORD,
-    "time": dataclasses.replace(TIME, may_be_empty=True),
+    "time": Column("instant", may_be_empty=True),
     "numeric_value": Column("number", may_be_empty=True, optional=True),
 }
 """Source: MEDS 0.4.1, DataSchema."""
@@ -55,7 +53,7 @@ EVENTS = {
 ROLES = {"subject_id": "subject_id", "item": "code", "time": "time", "value": "numeric_value"}
 
 ANSWERS = ("boolean_value", "integer_value", "float_value")
-YES_OR_NO = Column("label", may_be_empty=True, optional=True, advice="ask with yes or no")
+YES_OR_NO = Column("label", may_be_empty=True, optional=True)
 LABELS = {"subject_id": SUBJECT, "prediction_time": TIME, **dict.fromkeys(ANSWERS, YES_OR_NO)}
 """Source: MEDS 0.4.1, LabelSchema; a label fills one of its answers."""
 
@@ -79,11 +77,6 @@ class MedsRequest(EventRequest):
     notes: tuple[str, ...]
     max_note_words: int
     no_splits: bool
-
-    def __post_init__(self) -> None:
-        """Refuse an impossible value."""
-        super().__post_init__()
-        self.check(self.max_note_words >= 1, "max_note_words", "must be at least 1")
 
 
 def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -184,7 +177,7 @@ def read_notes(
     names = {"subject": "subject_id", "charted": "time", "text": "text_value"}
     for file in files:
         keep = any_code(WORD.typed(file.raw("code")), request.notes, "false")
-        load_notes(database, file, names, SUBJECT, request.max_note_words, keep)
+        load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
     return add_notes(database, contexts, request.max_note_words)
 
 
@@ -219,9 +212,8 @@ def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.S
 def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
     """Log each code with events, subjects, unit and description, the most frequent first."""
     out, words = Path(tempfile.gettempdir()) / "codes", dict[str, str]()
-    limits = TableRequest(out=out, memory_limit=memory_limit, threads=threads)
     path = meds_dir / "metadata" / "codes.parquet"
-    with open_database(out, limits.memory_limit, limits.threads) as database:
+    with open_database(out, memory_limit, threads) as database:
         counts = []
         for file in open_files(database, meds_dir / "data", EVENTS).values():
             code, subject = WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))

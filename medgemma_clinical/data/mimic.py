@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.analytes import ANALYTES, GAP_ITEM, choose_features, feature_of
+from medgemma_clinical.data.analytes import ANALYTES, GAP_ITEM, feature_of
 from medgemma_clinical.data.cohort import CohortRequest, HospitalTables, make_cohort
 from medgemma_clinical.data.dka import comparable
 from medgemma_clinical.data.duck import (
@@ -79,8 +79,6 @@ COLUMNS: dict[str, dict[str, Column]] = {
 }
 """Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""
 
-UNIQUE = {"hosp/patients": "subject_id", "hosp/admissions": "hadm_id", "hosp/d_labitems": "itemid"}
-
 RADIOLOGY = {
     "subject": "subject_id",
     "charted": "charttime",
@@ -108,13 +106,6 @@ class MimicRequest(CohortRequest):
     notes_dir: Path | None
     max_note_words: int
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        super().__post_init__()
-        other = self.item != str(GAP_ITEM)
-        self.check(not (self.series and other), "item", "does not go with --series")
-        self.check(self.max_note_words >= 1, "max_note_words", "must be at least 1")
-
 
 class MimicTables(HospitalTables):
     """The folder of MIMIC-IV."""
@@ -124,7 +115,6 @@ class MimicTables(HospitalTables):
     hint = "this reads MIMIC-IV 2.x and 3.x"
     labs = "hosp/labevents"
     columns = COLUMNS
-    unique = UNIQUE
 
     def load_admissions(self) -> None:
         """Make patients, admissions, icustays, ketoacidosis and d_labitems."""
@@ -139,7 +129,7 @@ class MimicTables(HospitalTables):
     def choose_features(self, request: MimicRequest) -> list[Feature]:
         """Return the features that are asked for, the main one first."""
         if request.series:
-            return choose_features(request.series, request.gap_item)
+            return super().choose_features(request)
         return [self.find_item(request.item, request.gap_item)]
 
     def load_labs(self, items: set[int]) -> None:
@@ -178,6 +168,8 @@ class MimicTables(HospitalTables):
 
 def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from MIMIC-IV, and their description."""
+    if request.series and request.item != str(GAP_ITEM):
+        raise InputError(f"--item {request.item}: does not go with --series")
     with open_database(request.out, request.memory_limit, request.threads) as database:
         tables = MimicTables(database, "--mimic_dir", request.mimic_dir)
         folder = request.notes_dir

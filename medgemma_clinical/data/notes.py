@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def load_notes(
     names: Mapping[str, str],
     subject: Column,
     max_words: int,
-    keep: str = "true",
+    keep: Sequence[str] = (),
 ) -> None:
     """Add a file to the table ``note``: subject, written, stay, text, words.
 

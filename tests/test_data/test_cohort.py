@@ -21,7 +21,7 @@ from mimic_files import (
     read_tables,
     write_tables,
 )
-from table_requests import make_rows, table_request
+from table_requests import make_rows
 
 HEMATOCRIT = 51221
 
@@ -510,14 +510,3 @@ def test_the_prediction_time_is_rounded_as_the_hours_of_the_series(run):
     rows = run(mini, window_hours=10.508, series=("anion gap", "pH")).rows
     assert rows["trajectory_pH"].tolist() == ["7.25 (4h) -> 7.3 (10.51h)"]
     assert rows["prediction_hours"].tolist() == [10.51]
-
-
-@pytest.mark.parametrize("series", [("gap",), ("pH", "ph"), ("all", "pH")])
-def test_an_unknown_or_repeated_series_is_refused(series, run):
-    with pytest.raises(InputError, match="--series"):
-        run(patient(), series=series)
-
-
-def test_an_item_and_series_do_not_go_together(tmp_path):
-    with pytest.raises(InputError, match="--item 50882: does not go with --series"):
-        table_request("from_mimic", mimic_dir=tmp_path, out=tmp_path, series=("pH",), item="50882")

@@ -133,9 +133,6 @@ def test_more_than_a_tenth_of_events_at_midnight_are_warned_of(make, caplog):
         ({"series": ("a [b=x",)}, "--series"),
         ({"series": ("50868=x",)}, "--series 50868=x"),
         ({"series": (GAP_SERIES, "anion gap [mmol/L]=x")}, "--series anion gap"),
-        ({"window_hours": 0.0}, "--window_hours 0"),
-        ({"window_hours": float("nan")}, "--window_hours nan"),
-        ({"min_observations": 0}, "--min_observations 0"),
     ],
 )
 def test_a_wrong_flag_is_named(make, flags, named):

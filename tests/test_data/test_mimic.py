@@ -17,18 +17,13 @@ BAD = {  # table, change of its text, what the message names
     "columns of MIMIC-III": (LABS, ("itemid", "ITEMID"), "labevents.csv: no column itemid"),
     "a cut last row": (LABS, lambda text: text[:-60], "labevents.csv, line 7: "),
     "an empty file": (ADMISSIONS, lambda _: "", "admissions.csv: "),
-    "a header alone": (ADMISSIONS, lambda text: text.split("\n")[0] + "\n", "admissions.csv: "),
+    "a header alone": (ADMISSIONS, lambda text: text.split("\n")[0] + "\n", "0 candidates none"),
     "no values": (LABS, lambda text: text.split("\n")[0] + "\n", "2 candidates none is left"),
     "a word for a number": (LABS, (",20,mEq/L", f",x{SECRET},mEq/L"), "labevents.csv, column valu"),
     "a word for a time": (LABS, (moment(4), f"{SECRET}th"), "labevents.csv, column charttime: 1"),
     "no time": (LABS, (moment(4), ""), "labevents.csv, column charttime: 1 cell"),
     "half an itemid": (LABS, (",50868,", ",50868.5,"), "labevents.csv, column itemid: 1 cell"),
     "a word for a key": (ADMISSIONS, ("10001,", f"p{SECRET},"), "admissions.csv, column subject"),
-    "an admission twice": (
-        ADMISSIONS,
-        lambda text: text + text.split("\n")[1] + "\n",
-        "admissions.csv, column hadm_id: ",
-    ),
     "no adult": (PATIENTS, lambda text: text.replace(",50,2150", ",7,2150"), "none is left: 2 out"),
 }
 

@@ -59,11 +59,6 @@ def test_the_oldest_words_are_cut(tmp_path):
         assert found[0] == expected
 
 
-def test_no_words_are_no_limit(tmp_path):
-    with pytest.raises(InputError, match="--max_note_words 0"):
-        contexts(asked(), tmp_path / "meds", max_note_words=0)
-
-
 def test_a_date_counts_from_the_end_of_its_day(tmp_path):
     mini = note(note(asked(), 1, 24, "written this day"), 1, 0, "written yesterday")
     assert contexts(mini, tmp_path / "meds")[0] == "Note (18h): written yesterday"
