@@ -19,13 +19,11 @@ mEq/L and escalation of care.
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,43 +41,18 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.data import dka, long_table, meds
+from medgemma_clinical.data import checks, dka, duck, eicu, long_table, meds, mimic, texts
 from medgemma_clinical.data.analytes import GAP_ITEM
-from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
-from medgemma_clinical.data.duck import MICROSECONDS, TableRequest, make_file
-from medgemma_clinical.data.eicu import EicuRequest, make_eicu
 from medgemma_clinical.data.features import AGE, SEX
-from medgemma_clinical.data.mimic import MimicRequest, make_mimic
 from medgemma_clinical.data.scoring import Findings, ScoringRows
-from medgemma_clinical.data.texts import (
-    Clause,
-    PromptOptions,
-    Reference,
-    computed_text,
-    full_clauses,
-    plain,
-    short_clauses,
-    with_space,
-)
+from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.training_data import PARTS, describe_copies
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
-__all__ = [
-    "Description",
-    "InputError",
-    "MIMICtrajectoryDataset",
-    "TrajectoryDataset",
-    "main",
-    "read_description",
-]
-
-logger = logging.getLogger(__name__)
-
-ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-"""Signals that end a command: a scheduler's, and a closed terminal's, which Windows lacks."""
+__all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64
 """Observations kept of one series, and of the union of several."""
@@ -98,17 +71,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     Args:
         source: path of a CSV (.csv, .csv.gz) or Parquet file, or a DataFrame of the same columns.
-        max_len: only the most recent so many observations are kept; by default 20 of one series
-            and 64 of several.
+        max_len: the most recent observations kept; by default 20 of one series, 64 of several.
         description: meaning of main series and label; by default read beside the file.
         require_labels: refuse rows without label; False where new patients are scored.
         series: names of the series to read, the main one first; rows without any value of them
             are left out. None reads all.
         label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
         allow_duplicates: accept a split that has equal rows in two parts.
-        findings: of a source of which this is one chunk to score. Nothing is logged then,
-            ``split`` is not read, wrong labels count as unknown, and rows that cannot be read are
-            noted and left out, possibly all, unless the findings are strict.
+        findings: of a table of which this is a chunk to score: its split is not read, a wrong label
+            is unknown, and an unreadable row is noted and left out, unless they are strict.
 
     Raises:
         InputError: names file, row and column of the first unreadable cell. Rows count as a
@@ -138,14 +109,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if max_len is not None and max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
         is_whole, label = findings is None, label_column or LABEL
-        if isinstance(source, pd.DataFrame):
-            findings = findings or Findings("DataFrame")
-            table = dka.plain_table(source) if is_whole else source
-        else:
-            findings = Findings(one_line(str(source)))
-            table = pd.concat([block for block, _ in dka.read_tables(Path(source))])
-            description = description or read_description(Path(source), findings)
-        self.source = findings.source
+        table: Any = source
+        if findings is None:
+            findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
+            table = pd.concat([block for block, _ in dka.read_tables(source)])
+            description = description or read_description(source, findings)
+        self.source = one_line(findings.source)
         self.description = (description or Description()).for_label(label)
         self.question, self.outcome = self.description.question, self.description.outcome
         self.assumed_time_scale = self.description.time_scale is None
@@ -154,36 +123,25 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             self.flow = pd.DataFrame(self.description.flow, columns=list(FLOW_COLUMNS))
         labelled = require_labels or (is_whole and label != LABEL)
         dka.check_header(table, self.source, label, labelled=labelled)
-        if table.empty:
-            raise InputError(f"{self.source}: no rows below the header")
-        features = dka.find_features(table, self.description, series, self.source)
-        self.features = tuple(feature.name for feature in features)
-        self.units = tuple(feature.unit or "" for feature in features)
-        columns = [str(feature.keys[0]) for feature in features]
-        max_len = max_len or (MAX_LEN if len(features) == 1 else MAX_LEN_SEVERAL)
+        self.measures = dka.find_features(table, self.description, series, self.source)
+        self.features = tuple(feature.name for feature in self.measures)
+        self.units = tuple(feature.unit or "" for feature in self.measures)
+        max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
         self.read_options = {"max_len": max_len, "label_column": label}
         self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
-        self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
         if is_whole:
-            read = [*dka.COLUMNS, label, *columns, *self.static_names]
-            dka.note_columns(table, read, self.description, findings)
-        self._read_labels(table, findings, is_whole=is_whole, required=require_labels)
-        self._read_patients(table, findings, is_whole=is_whole)
-        static = [dka.numbers_of(table, name, findings) for name in self.static_names]
-        self.static = np.column_stack([np.empty((len(table), 0)), *static])
-        may_lack = is_whole and bool(series)
-        self._read_series(table, columns, findings, is_whole=is_whole, may_lack=may_lack)
+            dka.note_columns(table, label, self.description, findings)
+        self._read_rows(table, findings, required=require_labels, is_whole=is_whole)
+        self._read_series(table, findings, may_lack=is_whole and bool(series), is_whole=is_whole)
         if is_whole:
             self.warnings = tuple(findings.warnings)
             findings.log()
 
-    def _read_labels(
-        self, table: pd.DataFrame, findings: Findings, *, is_whole: bool, required: bool
+    def _read_rows(
+        self, table: pd.DataFrame, findings: Findings, *, required: bool, is_whole: bool
     ) -> None:
+        """Read what a row has once: label, patient, text, part of a split, static features."""
         label = self.read_options["label_column"]
-        self.labels = np.full(len(table), np.nan)
-        if label not in table:  # then none is required
-            return
         text = dka.text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
         labels = pd.to_numeric(text, errors="coerce").astype(float)
         wrong = ~labels.isin([0, 1]) & (text != "")
@@ -194,54 +152,44 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
         findings.counts[unknown] += int(wrong.sum())
         self.labels = np.where(wrong, np.nan, labels)
-
-    def _read_patients(self, table: pd.DataFrame, findings: Findings, *, is_whole: bool) -> None:
-        patients, self.ids = dka.patients_of(table)
+        patients, self.ids = dka.patients_of(table, findings)
         self.groups = patients.to_numpy(dtype=np.str_)
-        self.has_patient_ids = "subject_id" in table or "id" in table
-        column = "subject_id" if "subject_id" in table else "id"
-        findings.reject(patients == "", column, "is empty: name the patient of each row")
-        self.contexts = np.full(len(table), "", dtype=object)
-        if "clinical_context" in table:
-            self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
-        self.parts = None
+        self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
+        self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
         if "split" in table and is_whole:
             parts = dka.text_of(table, "split").str.lower().replace("validation", "val")
             findings.reject(~parts.isin(PARTS), "split", "not train, val or test", parts)
             moved = parts != parts.groupby(patients).transform("first")
-            problem = "puts a patient in another part than an earlier row does"
-            findings.reject(moved, "split", problem)
+            findings.reject(moved, "split", "another part than in an earlier row of the patient")
             self.parts = parts.to_numpy(dtype=np.str_)
+        self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
+        static = [dka.numbers_of(table, name, findings) for name in self.static_names]
+        self.static = np.column_stack([np.empty((len(table), 0)), *static])
 
     def _read_series(
-        self,
-        table: pd.DataFrame,
-        columns: list[str],
-        findings: Findings,
-        *,
-        is_whole: bool,
-        may_lack: bool,
+        self, table: pd.DataFrame, findings: Findings, *, may_lack: bool, is_whole: bool
     ) -> None:
-        """Set times, values, offsets and prediction times; leave out rows that may lack values."""
-        row, times, values = dka.parse_series(table, columns, findings)
-        self.prediction_hours = None
+        """Read observations and prediction times; leave out rows that may lack values."""
+        columns = [str(feature.keys[0]) for feature in self.measures]
+        row, self.times, self.values = dka.parse_series(table, columns, findings)
         if dka.HOURS in table:
             self.prediction_hours = dka.numbers_of(table, dka.HOURS, findings, dka.MAX_HOUR)
             last = np.full(len(table), -np.inf)
-            np.maximum.at(last, row, times)
-            # The later values were not known then.
-            early = pd.Series(self.prediction_hours < last, table.index)
-            findings.reject(
-                early, dka.HOURS, "before the last observation of the row", table[dka.HOURS]
-            )
-        good = ~table.index.isin(list(findings.problems))[row]  # a bad row is left out whole
-        row, times, values = row[good], times[good], values[good]
-        lengths = np.bincount(row, minlength=len(table))
-        empty = pd.Series(lengths == 0, table.index)
+            np.maximum.at(last, row, self.times)
+            early = pd.Series(self.prediction_hours < last, table.index)  # later ones: not known
+            problem = "before the last observation of the row"
+            findings.reject(early, dka.HOURS, problem, table[dka.HOURS])
+        self.offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(table))))
+        self.keep_observations(~table.index.isin(list(findings.problems))[row])
+        lengths = self.lengths
         if not may_lack:
-            column = columns[0] if len(columns) == 1 else dka.MAIN_COLUMN
-            problem = "is empty" if len(columns) == 1 else "no series of this row holds a value"
-            findings.reject(empty, column, problem)
+            alone = len(columns) == 1
+            problem = "is empty" if alone else "no series of this row holds a value"
+            empty = pd.Series(lengths == 0, table.index)
+            findings.reject(empty, columns[0] if alone else dka.MAIN_COLUMN, problem)
+        elif not lengths.any():
+            chosen = ", ".join(self.features)
+            raise InputError(f"{self.source}: no row holds a value of {chosen}")
         # An array's integers hold no more than its length, whatever max_len was given.
         most = min(self.read_options["max_len"], len(row))
         if not is_whole:
@@ -249,18 +197,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             findings.counts[longer] += int((lengths > most).sum())
         elif (lengths > most).any():
             some = lengths > 0
-            findings.notes[describe_cut(lengths[some], self.groups[some], most)] = None
-        recent = np.arange(len(row)) >= np.cumsum(lengths)[row] - most
-        self.times, self.values = times[recent], values[recent]
-        if is_whole and empty.any():
-            findings.counts["without a value are left out"] += int(empty.sum())
-            if empty.all():
-                chosen = ", ".join(self.features)
-                raise InputError(f"{self.source}: no row holds a value of {chosen}")
-        self.offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, most)[lengths > 0])])
+            findings.notes[checks.describe_cut(lengths[some], self.groups[some], most)] = None
+        self.keep_observations(np.arange(len(self.times)) >= self.offsets[1:][self.owner] - most)
+        kept = lengths > 0
+        if is_whole:
+            findings.counts["without a value are left out"] += int((~kept).sum())
+        self.offsets = np.append(0, self.offsets[1:][kept])
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(self, name, None if column is None else column[lengths > 0])
+            setattr(self, name, None if column is None else column[kept])
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
         """Divide the rows as every data set does, unless equal rows lie in two parts.
@@ -287,22 +232,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             InputError: the source lacks an input of the checkpoint, gives it another meaning, or
                 cannot be read.
         """
-        blocks: Iterable[tuple[pd.DataFrame, int]]
         if isinstance(source, pd.DataFrame):
-            whole = dka.plain_table(source)
-            starts = range(0, len(whole), max_rows)
-            blocks = ((whole[k : k + max_rows], min(k + max_rows, len(whole))) for k in starts)
-            description = dka.described_by(config, whole)
+            description = dka.described_by(config, source)
         else:
-            blocks = dka.read_tables(source, max_rows)
             description = read_description(source, findings)
-        total, inputs = 0, config["inputs"]
-        for table, read in blocks:
-            if total == 0:
+        inputs, checked = config["inputs"], False
+        for table, read in dka.read_tables(source, max_rows):
+            if not checked:
                 dka.check_same_meaning(table, description, config, findings.source)
-            total += len(table)
-            if table.empty:
-                continue
+                checked = True
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             dataset = cls(
                 table.drop(columns=static - {*inputs["static"], *AGE, *SEX}),
@@ -317,26 +255,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            positions = np.flatnonzero(~table.index.isin(list(findings.problems)))
-            yield ScoringRows(
-                dka.patients_of(table)[1], table.index.to_numpy(), dataset, positions, read
-            )
-        if total == 0:
-            raise InputError(f"{findings.source}: no rows below the header")
+            _, ids = dka.patients_of(table, findings)
+            positions = np.flatnonzero(table.index.isin(dataset.numbers))
+            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the range that the description declares for a feature, None where it does not."""
-        name = dka.comparable(self.features[feature])
-        if name == dka.comparable(self.description.series):
-            return self.description.plausible
-        return self.description.limits.get(name)
+        return self.measures[feature].plausible
 
-    def reference(self, feature: int) -> Reference | None:
+    def reference(self, feature: int) -> texts.Reference | None:
         """Return the reference range that the description gives, None where it gives none."""
-        name = dka.comparable(self.features[feature])
-        if name == dka.comparable(self.description.series):
-            return self.description.reference
-        return self.description.references.get(name)
+        return self.measures[feature].reference
 
     def task_description(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
@@ -349,13 +278,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return series with unit: value and hour of each observation, or of the last alone."""
-        measured = {f: (times, values) for f, times, values in self.measured(i)}
         if options.series == "last":
-            last = dict.fromkeys(self.features, "not measured")
-            for f, (times, values) in measured.items():
-                value = f"{plain(values[-1])}{with_space(self.units[f])}"
-                last[self.features[f]] = f"{value} ({plain(times[-1])}h)"
-            return f"Last values: {', '.join(' '.join(pair) for pair in last.items())}. "
+            last = [f"{name} not measured" for name in self.features]
+            for f, times, values in self.measured(i):
+                value = self.value_text(f, values[-1])
+                last[f] = f"{self.features[f]} {value} ({plain(times[-1])}h)"
+            return f"Last values: {', '.join(last)}. "
+        measured = {f: (times, values) for f, times, values in self.measured(i)}
         sentences = []
         for f in [self.main] if options.series == "main" else range(len(self.features)):
             unit = f" ({self.units[f]})" if self.units[f] else ""
@@ -365,7 +294,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             sentences.append(f"{self.features[f]}{unit}: {shown}. ")
             if options.computed and f in measured:
                 full = f == self.main
-                sentences.append(computed_text(self.units[f], *measured[f], full=full))
+                sentences.append(texts.computed_text(self.units[f], *measured[f], full=full))
         return "".join(sentences)
 
     def report_clauses(self, i: int) -> list[Clause]:
@@ -373,7 +302,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         measured = {f: (times, values) for f, times, values in self.measured(i)}
         clauses: list[Clause] = []
         for f, (name, unit) in enumerate(zip(self.features, self.units, strict=True)):
-            clauses_of = full_clauses if f == self.main else short_clauses
+            clauses_of = texts.full_clauses if f == self.main else texts.short_clauses
             if f in measured:
                 clauses += clauses_of(name, unit, *measured[f])
             else:
@@ -383,9 +312,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
 # --------------------------------------------------------------------------- commands
 
-REQUESTS: dict[str, tuple[type[TableRequest], Callable[[Any], Any]]] = {
-    "from_mimic": (MimicRequest, make_mimic),
-    "from_eicu": (EicuRequest, make_eicu),
+REQUESTS: dict[str, tuple[type[duck.TableRequest], Callable[[Any], Any]]] = {
+    "from_mimic": (mimic.MimicRequest, mimic.make_mimic),
+    "from_eicu": (eicu.EicuRequest, eicu.make_eicu),
     "from_meds": (meds.MedsRequest, meds.make_meds),
     "from_long": (long_table.LongRequest, long_table.make_long),
 }
@@ -412,7 +341,7 @@ def make(command: str, arguments: dict[str, Any]) -> int:
         if not arguments[name]:
             raise InputError(f"--{name}: is needed; --list_codes shows what can be a series")
     request, make_rows = REQUESTS[command]
-    return make_file(request(**arguments), make_rows)
+    return duck.make_file(request(**arguments), make_rows)
 
 
 def build_parser() -> Parser:
@@ -466,7 +395,7 @@ def build_parser() -> Parser:
     add_output_flags(add)
     add_event_flags(add)
     add("--columns", type=name_tuple, default=(), help="others: subject_id=patient,time=drawn")
-    units = tuple(MICROSECONDS)
+    units = tuple(duck.MICROSECONDS)
     add("--time_unit", choices=units, default="", help="unit of times that are numbers")
     equal = "values of a series at one time: all of them, the one stored last, or their mean"
     add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
@@ -541,21 +470,17 @@ def check(file: Path, **reading: Any) -> int:
     Raises:
         InputError: the file cannot be used.
     """
-    with log_refusal():
-        log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False))
+    with checks.log_refusal():
+        checks.log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False))
     return 0
 
 
-def end_by_signal(number: int, _: FrameType | None) -> NoReturn:
-    """Exit, so that half-written and spilt files go."""
-    sys.exit(128 + number)
-
-
 def end_on_signals() -> None:
-    """Let the signals of a scheduler and of a closed terminal end the command."""
-    for ending in ENDING:
-        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(ending, end_by_signal)
+    """Let a scheduler, or a closed terminal, end the command so that half-written files go."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the latter
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 if __name__ == "__main__":

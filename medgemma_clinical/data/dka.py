@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,8 @@ from medgemma_clinical.files import InputError, file_hash, one_line, read_json
 
 MAIN_COLUMN, LABEL, HOURS = "clinical_trajectory", "label_escalation", "prediction_hours"
 STATIC = "static_"  # beginning of the name of a static feature's column
-COLUMNS = (MAIN_COLUMN, "subject_id", "id", "clinical_context", HOURS, "split")
+PATIENTS = ("subject_id", "id")
+COLUMNS = (MAIN_COLUMN, *PATIENTS, "clinical_context", HOURS, "split")
 """Columns that are read, beside the label, further series and static features."""
 
 MADE = ("hadm_id", "prediction_time", "label_")
@@ -89,15 +90,16 @@ class Description:
         return replace(named, **entry)
 
 
-def read_description(path: Path, findings: Findings | None = None) -> Description:
-    """Read the description beside a data file, or return the default."""
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    file = plain.with_suffix(".json")
+def read_description(source: Any, findings: Findings | None = None) -> Description:
+    """Read the description beside a data file, or return the default, as of a DataFrame."""
+    if isinstance(source, pd.DataFrame):
+        return Description()
+    path = Path(source)
+    file = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).with_suffix(".json")
     if not os.path.lexists(file):
         return Description()
     try:
-        keys = [each.name for each in fields(Description)]
-        known = _read_keys(read_json(file), [*keys, *ORIGIN])
+        known = _read_keys(read_json(file), [each.name for each in fields(Description)])
         if "series" in known and "unit" not in known:
             raise InputError("key series: needs a unit beside it, empty for none")
     except InputError as error:
@@ -112,10 +114,10 @@ def read_description(path: Path, findings: Findings | None = None) -> Descriptio
 def _read_keys(content: Any, known: Sequence[str], within: str = "") -> dict[str, Any]:
     """Check and convert a JSON object; a misspelt key would leave a default in silence."""
     for key in _object(f"key {within.rstrip('.')}", content):
-        if key not in known:
+        if key not in known and key not in ORIGIN:
             hint = _hint(key, known) or f": the keys are {', '.join(known)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
-    return {k: _read_value(k, x, f"key {within}{k}") for k, x in content.items() if k not in ORIGIN}
+    return {k: _read_value(k, x, f"key {within}{k}") for k, x in content.items() if k in known}
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:
@@ -162,86 +164,108 @@ def _range(pair: Any, where: str, one_end: bool) -> tuple[float | None, ...]:
 # --------------------------------------------------------------------------- tables
 
 
-def read_tables(path: Path, max_rows: int = BLOCK_ROWS) -> Iterator[tuple[pd.DataFrame, int]]:
-    """Read a CSV (also within gzip) or Parquet file ``max_rows`` at a time.
+def read_tables(
+    source: Any, max_rows: int = BLOCK_ROWS, columns: Sequence[str] | None = None
+) -> Iterator[tuple[pd.DataFrame, int]]:
+    """Read a CSV (also within gzip) or Parquet file, or a DataFrame, ``max_rows`` at a time.
+
+    Args:
+        source: path or DataFrame.
+        max_rows: rows at a time.
+        columns: those to read of a table that a program wrote, in which a short row of a CSV is a
+            damaged one and some bytes may be no UTF-8; None reads all of a table of any origin.
 
     Yields:
-        Once at least: rows, their index the numbers that a spreadsheet shows, the header of a CSV
-        being 1; and the bytes of the file up to their end.
+        Rows, their index the numbers that a spreadsheet shows, the header of a CSV being 1; and
+        the bytes of the file (rows of a DataFrame) up to their end.
     """
+    tables: Iterator[tuple[pd.DataFrame, int]]
+    if isinstance(source, pd.DataFrame):
+        name, whole, total = "DataFrame", plain_table(source), len(source)
+        starts = range(0, total, max_rows)
+        tables = ((whole[k : k + max_rows], min(k + max_rows, total)) for k in starts)
+    else:
+        name, tables = str(source), _read_file(Path(source), max_rows, columns)
+    empty = True
+    for table, read in tables:
+        if len(table):
+            empty = False
+            yield table, read
+    if empty:
+        raise InputError(f"{name}: no rows below the header")
+
+
+def _read_file(
+    path: Path, max_rows: int, columns: Sequence[str] | None
+) -> Iterator[tuple[pd.DataFrame, int]]:
     if not os.path.isfile(path):  # ``Path.is_file`` raises for a name that is too long
         raise InputError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
     read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
     try:
         with path.open("rb") as file:
-            yield from read(path, file, max_rows)
+            yield from read(path, file, max_rows, columns)
     except UnicodeError as error:
         raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: not a whole gzip file: copy it again") from error
-    except (pd.errors.ParserError, csv.Error) as error:
-        raise InputError(f'{path}: {error}: texts with commas need quotes "') from error
+    except csv.Error as error:
+        form = 'save it as CSV, cells separated by commas, texts with commas in quotes "'
+        raise InputError(f"{path}, {error}: {form}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
 
-def _read_csv(path: Path, file: BinaryIO, max_rows: int) -> Iterator[tuple[pd.DataFrame, int]]:
-    csv.field_size_limit(MAX_CELL)
+def _read_csv(
+    path: Path, file: BinaryIO, max_rows: int, columns: Sequence[str] | None
+) -> Iterator[tuple[pd.DataFrame, int]]:
     content: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
-    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
-    blank = 0
-    while (header := text.readline()) and not header.strip():
-        blank += 1
-    if not header:
+    errors = "strict" if columns is None else "replace"
+    text = io.TextIOWrapper(content, "utf-8-sig", errors, newline="")
+    rows = _csv_rows(text, may_be_short=columns is None)
+    names = [name.strip() for name in next(rows, (0, []))[1]]
+    if not names:
         raise InputError(f"{path}: the file is empty")
-    if max(header.count(";"), header.count("\t")) > header.count(","):
-        raise InputError(f"{path}, row {blank + 1}: save the file as CSV, separated by commas")
-    text.seek(0)
-    # The C engine takes what follows a closing quote for text, so that a quote swallows rows; with
-    # a header of its own, pandas would take a field too many for an index.
-    reader = pd.read_csv(
-        text,
-        engine="python",
-        header=None,
-        skiprows=blank,
-        dtype=object,
-        keep_default_na=False,
-        skipinitialspace=True,
-        skip_blank_lines=False,
-        iterator=True,
-    )
-    names = [str(name).strip() for name in reader.get_chunk(1).iloc[0]]
-    for number in itertools.count():
-        try:
-            table = reader.get_chunk(max_rows).set_axis(names, axis=1)
-        except StopIteration:
-            if number == 0:
-                yield pd.DataFrame(columns=names, dtype=object), file.tell()
-            return
-        table.index += blank + 1
-        cells = (table.iloc[:, k].fillna("").str.strip() for k in range(len(names)))
-        filled = np.logical_or.reduce([(cell != "").to_numpy(bool) for cell in cells])
-        yield table[filled], file.tell()
+    # Picking the cells of each row keeps the others out of memory.
+    chosen = range(len(names)) if columns is None else [names.index(name) for name in columns]
+    while block := list(itertools.islice(rows, max_rows)):
+        cells, numbers = [[row[k] for k in chosen] for _, row in block], [n for n, _ in block]
+        yield pd.DataFrame(cells, numbers, [names[k] for k in chosen], dtype=object), file.tell()
 
 
-def _read_parquet(path: Path, file: BinaryIO, max_rows: int) -> Iterator[tuple[pd.DataFrame, int]]:
+def _csv_rows(lines: Iterable[str], *, may_be_short: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each row that is not blank, the header first."""
+    csv.field_size_limit(MAX_CELL)
+    number, width = 1, 0
     try:
-        import pyarrow  # not among the requirements: needed for Parquet alone
-        from pyarrow import parquet
+        for row in csv.reader(lines, strict=True, skipinitialspace=True):
+            if any(map(str.strip, row)):
+                if width == 0 and len(row) == 1 and re.search("[;\t]", row[0]):
+                    raise csv.Error("no commas")
+                width = width or len(row)
+                if len(row) > width or (len(row) < width and not may_be_short):
+                    raise csv.Error(f"{len(row)} cells, not {width}")
+                yield number, row + [""] * (width - len(row))
+            number += 1
+    except csv.Error as error:
+        raise csv.Error(f"row {number}: {error}") from error
+
+
+def _read_parquet(
+    path: Path, file: BinaryIO, max_rows: int, columns: Sequence[str] | None
+) -> Iterator[tuple[pd.DataFrame, int]]:
+    try:
+        from pyarrow import ArrowException, parquet  # no requirement: needed for Parquet alone
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        source, done = parquet.ParquetFile(file), 0
-        size, rows = path.stat().st_size, source.metadata.num_rows
-        empty = [] if rows else [source.schema_arrow.empty_table()]
-        for block in itertools.chain(empty, source.iter_batches(max_rows)):
+        source, size, done = parquet.ParquetFile(file), path.stat().st_size, 0
+        for block in source.iter_batches(max_rows, columns=columns):
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
-            table = table.rename(columns=str.strip)
             table.index += done
             done += len(table)
-            yield table, size * done // max(rows, 1)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
+            yield table.rename(columns=str.strip), size * done // max(source.metadata.num_rows, 1)
+    except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file") from error
 
 
@@ -254,7 +278,7 @@ def plain_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def text_of(table: pd.DataFrame, name: str) -> pd.Series:
     """Return a column as stripped text, empty where missing; whole floats as integers: 1.0 is 1."""
-    column = table[name]
+    column = table[name] if name in table else pd.Series(None, table.index, dtype=object)
     known = column.notna()
     if pd.api.types.is_float_dtype(column.dtype):
         whole = known & (column % 1 == 0) & (column.abs() < 2**53)
@@ -272,11 +296,13 @@ def numbers_of(
     return numbers
 
 
-def patients_of(table: pd.DataFrame) -> tuple[pd.Series, NDArray[np.str_]]:
+def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDArray[np.str_]]:
     """Return the patient of each row, 1, 1.0 and 01 being one, and the row's name as written."""
-    written = [text_of(table, name) for name in ("subject_id", "id") if name in table]
-    written = written or [pd.Series(table.index.astype(str), table.index)]
+    columns = [name for name in PATIENTS if name in table]
+    written = [text_of(table, name) for name in columns] or [table.index.to_series().astype(str)]
     patients = written[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
+    bad, column = patients == "", columns[0] if columns else ""
+    findings.reject(bad, column, "is empty: name the patient of each row")
     return patients, written[-1].to_numpy(dtype=np.str_)
 
 
@@ -302,7 +328,7 @@ def _hint(name: str, known: Sequence[str], likeness: float = 0.6) -> str:
 
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table without a series, or without the label where it has to be labelled."""
-    columns = [str(name) for name in table]
+    columns = [*map(str, table)]
     for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
         if name not in columns:
             there = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
@@ -311,29 +337,30 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
             raise InputError(f"{source}, column {name}: no such column{there}")
     if label.startswith(STATIC):
         raise InputError(f"{source}, column {label}: a static feature cannot be the label")
-    for name in table.columns[table.columns.duplicated()]:
-        if name in (*COLUMNS, label) or name.startswith(STATIC):
+    for name in columns:
+        read = name in (*COLUMNS, label) or name.startswith(STATIC)
+        if read and columns.count(name) > 1:
             raise InputError(f"{source}, column {name}: appears twice: remove one")
 
 
 def note_columns(
-    table: pd.DataFrame, read: Sequence[str], description: Description, findings: Findings
+    table: pd.DataFrame, label: str, description: Description, findings: Findings
 ) -> None:
     """Warn of keys without a column, and of columns that seem to belong among those to be read."""
-    columns, warnings = [str(name) for name in table], []
-    further = {comparable(x.name) for x in find_features(table, description, None, "")[1:]}
+    columns, series = [*map(str, table)], find_features(table, description, None, "")
+    further = {comparable(feature.name) for feature in series[1:]}
     keys = [f"labels.{name}" for name in description.labels if name not in columns]
-    for key, ranges in (("limits", description.limits), ("references", description.references)):
-        keys += [f"{key}.{name}" for name in ranges if name not in further]
-    warnings += [f"key {key} of the JSON file: no such column" for key in keys]
-    if "subject_id" not in columns and "id" not in columns:
+    keys += [f"limits.{name}" for name in description.limits if name not in further]
+    keys += [f"references.{name}" for name in description.references if name not in further]
+    warnings = [f"key {key} of the JSON file: no such column" for key in keys]
+    if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
-    unread = [name for name in columns if name not in read and not name.startswith(MADE)]
+    read = {*COLUMNS, label, *(feature.keys[0] for feature in series)}
+    unread = [name for name in columns if name not in read and not name.startswith((*MADE, STATIC))]
     if unread:
         findings.notes[f"columns not read: {join_names(unread, 10)}"] = None
-    absent = [name for name in read if name not in columns]
     for name in unread:
-        hint = _hint(name.lower(), absent, 0.75)
+        hint = _hint(name.lower(), [x for x in (*COLUMNS, label) if x not in columns], 0.75)
         first = [] if columns.count(name) > 1 else table[name].head(20).tolist()
         cells = [cell for cell in first if isinstance(cell, str) and cell.strip()]
         if cells and all(map(CELL.fullmatch, cells)):
@@ -349,19 +376,20 @@ def find_features(
     table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
 ) -> list[Feature]:
     """Find the series of a table, each with its column as key: all, or those ``chosen`` by name."""
-    main = Feature(description.series, description.unit, (MAIN_COLUMN,))
+    about, limits, references = description, description.limits, description.references
+    main = Feature(about.series, about.unit, (MAIN_COLUMN,), about.plausible, about.reference)
     found = {comparable(main.name): main}
     for column in [name for name in map(str, table) if name.lower().startswith("trajectory")]:
         match = SERIES_COLUMN.fullmatch(column)
         name, unit = match.groups("") if match else ("", "")
-        name, unit = " ".join(name.replace("_", " ").split()), unit.strip()
-        problem = "another column is a series of that name" if comparable(name) in found else ""
+        name, key = " ".join(name.replace("_", " ").split()), comparable(name)
+        problem = "another column is a series of that name" if key in found else ""
         if not name or "," in name or re.fullmatch(NUMBER, name):
             problem = "not trajectory_NAME [unit], the name in words without comma"
         if problem:
             raise InputError(f"{source}, column {column}: {problem}")
-        # "1" is UCUM's way to write that there is none.
-        found[comparable(name)] = Feature(name, "" if unit == "1" else unit, (column,))
+        unit = "" if unit.strip() == "1" else unit.strip()  # UCUM's way to write that there is none
+        found[key] = Feature(name, unit, (column,), limits.get(key), references.get(key))
     wanted = [*found] if chosen is None else list(map(comparable, chosen))
     for name in wanted:
         if name not in found:
@@ -412,23 +440,16 @@ def _parse_block(
         series.append((row, pairs[:, 1], np.full(len(row), f), pairs[:, 0]))
     findings.counts["were not in time order; sorted"] += int(unsorted.sum())
     row, times, feature, values = map(np.concatenate, zip(*series, strict=True))
-    order = np.lexsort((feature, times, row))
-    row, times, feature, values = row[order] + start, times[order], feature[order], values[order]
     # Number the values of a series at one time: 0, 1, ...
-    first = np.flatnonzero(_changes(row, times, feature))
-    again = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
+    place = pd.DataFrame({"row": row, "time": times, "feature": feature})
+    again = place.groupby(list(place), sort=False).cumcount().to_numpy()
     order = np.lexsort((again, times, row))
-    new = _changes(row[order], times[order], again[order])
+    row, times, again = row[order], times[order], again[order]
+    new = np.ones(len(row), dtype=bool)
+    new[1:] = np.logical_or.reduce([x[1:] != x[:-1] for x in (row, times, again)])
     joined = np.full((int(new.sum()), len(columns)), np.nan)
     joined[np.cumsum(new) - 1, feature[order]] = values[order]
-    return row[order][new], times[order][new], joined
-
-
-def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where sorted rows (n,) differ from the row before."""
-    new = np.ones(len(columns[0]), dtype=bool)
-    new[1:] = np.logical_or.reduce([np.diff(column) != 0 for column in columns])
-    return new
+    return row[new] + start, times[new], joined
 
 
 # --------------------------------------------------------------------------- rows to score
@@ -438,7 +459,8 @@ def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
     """Describe a DataFrame for a checkpoint: its main column is the series without its own."""
     label = config["read_options"].get("label_column", LABEL)
     labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
-    own = {comparable(each.name) for each in find_features(table, Description(), None, "")[1:]}
+    features = find_features(plain_table(table), Description(), None, "")
+    own = {comparable(feature.name) for feature in features[1:]}
     for name, unit in zip(config["features"], config["units"], strict=True):
         if comparable(name) not in own:
             return Description(series=name, unit=unit, plausible=None, labels=labels)
@@ -451,23 +473,21 @@ def check_same_meaning(
     """Refuse a file that lacks an input of a checkpoint, or has another unit or outcome."""
     label = config["read_options"].get("label_column", LABEL)
     check_header(table, source, label, labelled=False)
-    features = find_features(table, description, None, source)
-    found = {comparable(feature.name): feature for feature in features}
+    found = {comparable(x.name): x for x in find_features(table, description, None, source)}
     for name, unit in zip(config["features"], config["units"], strict=True):
         feature = found.get(comparable(name))
         if feature is None:
-            known = join_names([each.name for each in features])
-            column = f"trajectory_{Feature(name, unit).title}"
-            raise InputError(f"{source}, column {column}: the model reads it, not only {known}")
+            column, known = Feature(name, unit).title, join_names([x.name for x in found.values()])
+            where = f"{source}, column trajectory_{column}"
+            raise InputError(f"{where}: the model reads it, not only {known}")
         if feature.unit != unit:
             units = f"in {feature.unit or 'no unit'}, the model reads {unit or 'no unit'}"
             raise InputError(f"{source}, column {feature.keys[0]}: {name} is {units}")
-    inputs, names = config["inputs"], [str(name) for name in table]
-    for name in [*inputs["static"], *([HOURS] if inputs["prediction_time"] else [])]:
-        if name not in names:
-            same = [x for x in names if x.partition(" [")[0] == name.partition(" [")[0]]
+    for name in [*config["inputs"]["static"], *[HOURS] * config["inputs"]["prediction_time"]]:
+        if name not in table:
+            same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
             there = f", not {same[0]}" if same else "; its cells may be empty where unknown"
             raise InputError(f"{source}, column {name}: the model reads it{there}")
     outcome, expected = description.for_label(label).outcome, config["outcome"]
-    if label in names and outcome != expected:
+    if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")

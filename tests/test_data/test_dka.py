@@ -15,7 +15,6 @@ from dataset_format import Description, InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data import dka
 from medgemma_clinical.data.dka import (
     find_features,
-    patients_of,
     plain_table,
     read_description,
     read_tables,
@@ -43,26 +42,36 @@ def numbered(count):
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
 @pytest.mark.parametrize("max_rows", [1, 3, 7, 10])
-@pytest.mark.parametrize("rows", [7, 0])
-def test_chunks_join_to_the_whole_file(rows, max_rows, ending, tmp_path):
-    path, table = tmp_path / f"data.{ending}", numbered(rows)
+def test_chunks_join_to_the_whole_file(max_rows, ending, tmp_path):
+    path, table = tmp_path / f"data.{ending}", numbered(7)
     if ending == "parquet":
         pytest.importorskip("pyarrow")
         table.to_parquet(path)
     else:
         table.to_csv(path, index=False)
     chunks = list(read_tables(path, max_rows))
-    sizes = [len(chunk) for chunk, _ in chunks if len(chunk)]
-    assert sizes == ({1: [1] * 7, 3: [3, 3, 1]}.get(max_rows, [7]) if rows else [])
+    assert [len(chunk) for chunk, _ in chunks] == {1: [1] * 7, 3: [3, 3, 1]}.get(max_rows, [7])
     whole = pd.concat([chunk for chunk, _ in chunks])
-    assert list(whole) == ["name", "value"]
     first = 0 if ending == "parquet" else 2
-    assert whole.index.tolist() == list(range(first, first + rows))
+    assert whole.index.tolist() == list(range(first, first + 7))
     assert text_of(whole, "name").tolist() == table["name"].tolist()
-    assert text_of(whole, "value").tolist() == [str(k) for k in range(rows)]
+    assert text_of(whole, "value").tolist() == [str(k) for k in range(7)]
     read = [read for _, read in chunks]
     assert read == sorted(read)
-    assert not rows or read[-1] == path.stat().st_size
+    assert read[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+def test_a_header_alone_is_refused(ending, tmp_path):
+    path = tmp_path / f"data.{ending}"
+    if ending == "parquet":
+        pytest.importorskip("pyarrow")
+        numbered(0).to_parquet(path)
+    else:
+        numbered(0).to_csv(path, index=False)
+    for source in (path, numbered(0)):
+        with pytest.raises(InputError, match="no rows"):
+            list(read_tables(source))
 
 
 PLAIN = b'a,b\n1,"x, y"\n3,4\n'
@@ -98,10 +107,10 @@ FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
 BAD_TABLES = {  # content and what the message names beside the file
     "empty": (b"", "empty"),
     "line breaks only": (b"\n\n\n", "empty"),
-    "a field too many in the first row": (b"a,b\n1,2,98765\n3,4\n", "line 2, saw 3"),
-    "a field too many in each row": (b"a,b\n1,2,98765\n3,4,5\n", "line 2, saw 3"),
-    "a field too many in a late row": (PLAIN + b"1,2,98765\n5,6\n", "line 4, saw 3"),
-    "a field too many behind line breaks": (b'a,b\r\n"1\r\n1",2\r\n3,4,5', "line 3, saw 3"),
+    "a field too many in the first row": (b"a,b\n1,2,98765\n3,4\n", "row 2: 3 cells"),
+    "a field too many in each row": (b"a,b\n1,2,98765\n3,4,5\n", "row 2: 3 cells"),
+    "a field too many in a late row": (PLAIN + b"1,2,98765\n5,6\n", "row 4: 3 cells"),
+    "a field too many behind line breaks": (b'a,b\r\n"1\r\n1",2\r\n3,4,5', "row 3: 3 cells"),
     "an open quote": (PLAIN + b'1,"98765\n3,4\n', "quotes"),
     "an open quote at the end": (PLAIN + b'1,"98765', "quotes"),
     "a quote that swallows rows": (b'a,b\n1,"98765\n3,4\n5,"6"\n7,8\n', "quotes"),
@@ -229,7 +238,8 @@ def test_a_number_is_one_patient_however_it_is_written(tmp_path):
     for dataset in (MIMICtrajectoryDataset(table), MIMICtrajectoryDataset(tmp_path / "data.csv")):
         assert dataset.groups.tolist() == expected
         assert dataset.ids.tolist() == [cell.strip() for cell in cells]
-    assert patients_of(table.rename(columns={"subject_id": "id"}))[0].tolist() == expected
+    renamed = table.rename(columns={"subject_id": "id"})
+    assert MIMICtrajectoryDataset(renamed).groups.tolist() == expected
     assert dataset_of(["1 (0h)"] * 3, subject_id=[7.0, 8.0, 2.5]).ids.tolist() == ["7", "8", "2.5"]
     split = table.assign(split=["train", "val"] + ["train"] * 10)
     with pytest.raises(InputError, match="row 1, column split"):

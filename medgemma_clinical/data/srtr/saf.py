@@ -5,11 +5,7 @@ Days count from 1960-01-01, as in SAS.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import itertools
 import logging
-import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +15,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.dka import read_tables
 from medgemma_clinical.data.srtr.codes import DATE_ENDINGS, TEXT_COLUMNS
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
+
+ENDINGS = (".sas7bdat", ".csv", ".csv.gz", ".dta", ".parquet")
 
 CHUNK_ROWS = 100_000
 """Rows that are read at a time; those of no use are dropped."""
@@ -55,11 +54,11 @@ def find_table(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder}: no such folder: give the one with the SRTR files")
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
-    found = [path for path in files if path.name.lower() in {name + ending for ending in READERS}]
+    found = [path for path in files if path.name.lower() in {name + ending for ending in ENDINGS}]
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
         raise InputError(
-            f"--data_dir {folder}: {name} ({', '.join(READERS)}) must be there or one folder down "
+            f"--data_dir {folder}: {name} ({', '.join(ENDINGS)}) must be there or one folder down "
             f"once, decrypted: found {names} among {len(files)} files"
         )
     return found[0]
@@ -159,64 +158,22 @@ def _days(cells: pd.Series, first_year: int) -> pd.Series:
 
 def read_chunks(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
     """Read columns of a table, all for None, so many rows at a time, or refuse it."""
-    reader = next(read for ending, read in READERS.items() if path.name.lower().endswith(ending))
+    kind = path.suffix.lower()
+    reader: Any
     try:
-        yield from reader(path, columns, rows)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path}: Parquet needs a package: pip install pyarrow") from error
+        if kind not in (".sas7bdat", ".dta"):
+            yield from (chunk for chunk, _ in read_tables(path, rows, columns))
+            return
+        if kind == ".dta":
+            reader = pd.read_stata(path, chunksize=rows, convert_categoricals=False)
+        else:
+            reader = pd.read_sas(path, format="sas7bdat", encoding="latin-1", chunksize=rows)
+        with reader:
+            for chunk in reader:
+                yield chunk if columns is None else chunk[columns]
     except (InputError, MemoryError):
         raise
     except Exception as error:  # on a broken file pandas' readers raise any exception
-        raise InputError(
-            f"{path}: not readable to its end ({type(error).__name__}): truncated, still encrypted "
-            "or of another kind: copy or decrypt it again"
-        ) from error
-
-
-def _pandas(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    reader: Any
-    if path.suffix.lower() == ".dta":
-        reader = pd.read_stata(path, chunksize=rows, convert_categoricals=False)
-    else:
-        reader = pd.read_sas(path, format="sas7bdat", encoding="latin-1", chunksize=rows)
-    with reader:
-        for chunk in reader:
-            yield chunk if columns is None else chunk[columns]
-
-
-def _csv(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    opened: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-        lines = csv.reader(file, strict=True)
-        header = next(lines, [])
-        chosen = operator.itemgetter(*(header.index(name) for name in columns or header))
-        cells = map(chosen, _whole_rows(path, lines, len(header)))
-        while chunk := list(itertools.islice(cells, rows)):
-            yield pd.DataFrame(chunk, columns=columns or header, dtype=object)
-
-
-def _whole_rows(path: Path, lines: Any, width: int) -> Iterator[list[str]]:
-    """Yield rows, none blank; pandas shifts and swallows rows of chosen columns in silence."""
-    end = lines.line_num
-    try:
-        for row in lines:
-            swallowing = lines.line_num > end + 1 and sum(x.count(",") for x in row) >= width - 1
-            if row and (len(row) != width or swallowing):
-                raise csv.Error(f"no row of {width} fields")
-            end = lines.line_num
-            if row:
-                yield row
-    except csv.Error as error:
-        raise InputError(f"{path}, line {end + 1}: {error}: check commas and quotes") from error
-
-
-def _parquet(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd.DataFrame]:
-    from pyarrow import parquet  # not among the requirements: needed for Parquet alone
-
-    with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(rows, columns=columns):
-            yield batch.to_pandas(ignore_metadata=True)  # a pandas index stays a column
-
-
-READERS = {".sas7bdat": _pandas, ".dta": _pandas, ".parquet": _parquet}
-READERS |= {".csv": _csv, ".csv.gz": _csv}
+        problem = "truncated, still encrypted or of another kind: copy or decrypt it again"
+        kind = type(error).__name__
+        raise InputError(f"{path}: not readable to its end ({kind}): {problem}") from error
