@@ -63,7 +63,7 @@ def test_a_doubled_file_is_refused_in_check_and_in_training(table, tmp_path, cap
         (words(data, tmp_path, *DEATH), trainer.main),
     ):
         assert main(command) == 2
-        assert "are equal in series, context and label" in capsys.readouterr().err
+        assert "--allow_duplicates" in capsys.readouterr().err
         assert main([*command, "--allow_duplicates"]) == 0
 
 
