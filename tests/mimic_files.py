@@ -1,7 +1,6 @@
 """Hand-written MIMIC-IV folders for tests and benchmark: admissions by hours, any form of file.
 
-No real patient. Hours count from the first of January 2150; every table has all columns of
-MIMIC-IV 3.1, also those that are never read.
+No real patient. Hours count from the first of January 2150; there are columns that nobody reads.
 """
 
 import gzip
@@ -17,22 +16,11 @@ from table_requests import make_rows
 
 DEMO = Path(__file__).parent / "data" / "mimic_iv_demo"
 EPOCH = pd.Timestamp("2150-01-01")
-GAP, BICARBONATE, CHLORIDE, CREATININE, GLUCOSE, PH, SODIUM = (
-    *(50868, 50882, 50902, 50912, 50931, 50820),
-    50983,
-)
+ITEMIDS = (50868, 50882, 50902, 50912, 50931, 50820, 50983)
+GAP, BICARBONATE, CHLORIDE, CREATININE, GLUCOSE, PH, SODIUM = ITEMIDS
 UNITS = {CREATININE: "mg/dL", GLUCOSE: "mg/dL", 50809: "mg/dL", PH: "units"}
-ITEMS = {
-    GAP: "Anion Gap",
-    BICARBONATE: "Bicarbonate",
-    CHLORIDE: "Chloride",
-    CREATININE: "Creatinine",
-    GLUCOSE: "Glucose",
-    50809: "Glucose",
-    PH: "pH",
-    SODIUM: "Sodium",
-    51221: "Hematocrit",
-}
+NAMES = ("Anion Gap", "Bicarbonate", "Chloride", "Creatinine", "Glucose", "pH", "Sodium")
+ITEMS = {**dict(zip(ITEMIDS, NAMES, strict=True)), 50809: "Glucose", 51221: "Hematocrit"}
 LABEVENTS = (
     *("labevent_id", "subject_id", "hadm_id", "specimen_id", "itemid", "order_provider_id"),
     *("charttime", "storetime", "value", "valuenum", "valueuom", "ref_range_lower"),
@@ -49,80 +37,42 @@ class Mini:
     """A MIMIC-IV that grows by single rows; hours are those since ``EPOCH``."""
 
     def __init__(self):
-        self.rows = {
-            "hosp/patients": [],
-            "hosp/admissions": [],
-            "hosp/diagnoses_icd": [],
-            "hosp/d_labitems": [
-                {"itemid": k, "label": v, "fluid": "Blood", "category": "Chemistry"}
-                for k, v in ITEMS.items()
-            ],
-            "hosp/labevents": [],
-            "icu/icustays": [],
-        }
+        tables = ("hosp/patients", "hosp/admissions", "hosp/diagnoses_icd", "hosp/d_labitems")
+        self.rows = {name: [] for name in (*tables, "hosp/labevents", "icu/icustays")}
+        for item, label in ITEMS.items():
+            row = {"itemid": item, "label": label, "fluid": "Blood", "category": "Chemistry"}
+            self.rows["hosp/d_labitems"].append(row)
 
-    def admit(
-        self,
-        hadm,
-        start=0.0,
-        end=200.0,
-        *,
-        subject=None,
-        death=None,
-        expired=None,
-        age=50,
-        gender="F",
-        code="E1010",
-        version=10,
-    ):
+    def subject(self, hadm):
+        admissions = self.rows["hosp/admissions"]
+        return next(row["subject_id"] for row in admissions if row["hadm_id"] == hadm)
+
+    def admit(self, hadm, start=0.0, end=200.0, *, subject=None, age=50, gender="F", **more):
         """Add an admission, and its patient where new; each has its own unless given."""
         subject = 10_000 + hadm if subject is None else subject
+        death = more.get("death")
         if subject not in [row["subject_id"] for row in self.rows["hosp/patients"]]:
-            patient = {
-                "subject_id": subject,
-                "gender": gender,
-                "anchor_age": "" if age is None else age,
-            }
-            patient |= {"anchor_year": 2150, "anchor_year_group": "2008 - 2010", "dod": ""}
+            patient = {"subject_id": subject, "gender": gender, "anchor_year": 2150, "dod": ""}
+            patient["anchor_age"] = "" if age is None else age
             self.rows["hosp/patients"].append(patient)
         row = {"subject_id": subject, "hadm_id": hadm, "admittime": moment(start)}
         row |= {"dischtime": moment(end), "deathtime": moment(death), "admission_type": "URGENT"}
-        row["hospital_expire_flag"] = int(death is not None) if expired is None else expired
+        row["hospital_expire_flag"] = more.get("expired", int(death is not None))
         self.rows["hosp/admissions"].append(row)
-        codes = [("4019", 9), (code, version)]
-        self.rows["hosp/diagnoses_icd"] += [
-            {
-                "subject_id": subject,
-                "hadm_id": hadm,
-                "seq_num": k,
-                "icd_code": c,
-                "icd_version": v,
-            }
-            for k, (c, v) in enumerate(codes, 1)
-        ]
+        codes = [("4019", 9), (more.get("code", "E1010"), more.get("version", 10))]
+        for k, (code, version) in enumerate(codes, 1):
+            row = {"hadm_id": hadm, "seq_num": k, "icd_code": code, "icd_version": version}
+            self.rows["hosp/diagnoses_icd"].append({"subject_id": subject, **row})
         return self
 
-    def lab(
-        self,
-        hadm,
-        hour,
-        value,
-        item=GAP,
-        *,
-        stored=-1.0,
-        unit=None,
-        named=True,
-        **columns,
-    ):
+    def lab(self, hadm, hour, value, item=GAP, *, stored=-1.0, unit=None, named=True, **columns):
         """Add a value of an admission's patient; stored an hour after it is charted."""
-        admissions = self.rows["hosp/admissions"]
-        subject = next(row["subject_id"] for row in admissions if row["hadm_id"] == hadm)
         number = len(self.rows["hosp/labevents"]) + 1
         row = dict.fromkeys(LABEVENTS, "")
-        row |= {"labevent_id": number, "subject_id": subject, "specimen_id": 7_000_000 + number}
+        row |= {"labevent_id": number, "subject_id": self.subject(hadm), "value": "___"}
         row |= {"hadm_id": hadm if named else "", "itemid": item, "charttime": moment(hour)}
         row["storetime"] = moment(hour + 1 if stored == -1.0 else stored)
-        row |= {"value": "___", "valuenum": "" if value is None else value}
+        row["valuenum"] = "" if value is None else value
         row["valueuom"] = UNITS.get(item, "mEq/L") if unit is None else unit
         row |= {"priority": "STAT", "comments": 'said "high", ___.'}
         self.rows["hosp/labevents"].append(row | columns)
@@ -145,10 +95,7 @@ class Mini:
 
     def icu(self, hadm, start, end):
         """Add a stay in intensive care."""
-        subject = next(
-            row["subject_id"] for row in self.rows["hosp/admissions"] if row["hadm_id"] == hadm
-        )
-        row = {"subject_id": subject, "hadm_id": hadm, "intime": moment(start)}
+        row = {"subject_id": self.subject(hadm), "hadm_id": hadm, "intime": moment(start)}
         row |= {"stay_id": 30_000_000 + len(self.rows["icu/icustays"]), "outtime": moment(end)}
         unit = "Medical Intensive Care Unit (MICU)"
         self.rows["icu/icustays"].append(row | {"first_careunit": unit, "last_careunit": unit})
@@ -170,12 +117,10 @@ class Mini:
 
 def read_tables(folder):
     """Read a folder of .csv.gz as text, empty where nothing stands."""
-    return {
-        f"{path.parent.name}/{path.name.partition('.')[0]}": pd.read_csv(
-            path, dtype=str, keep_default_na=False
-        )
-        for path in sorted(folder.glob("*/*.csv.gz"))
-    }
+    paths = sorted(folder.glob("*/*.csv.gz"))
+    names = [f"{path.parent.name}/{path.name.partition('.')[0]}" for path in paths]
+    tables = [pd.read_csv(path, dtype=str, keep_default_na=False) for path in paths]
+    return dict(zip(names, tables, strict=True))
 
 
 NUMBERS = ("_id", "itemid", "seq_num", "_version", "anchor_age", "anchor_year", "_flag")
@@ -242,12 +187,7 @@ class Extracted:
 
 def extracted(folder, outcome=("escalation",), **request):
     """Extract all adults of a folder by the reported gap, unless another cohort is requested."""
-    wanted = {
-        "cohort": "all",
-        "compute_gap": "reported",
-        "out": folder.parent / "unused.csv",
-        **request,
-    }
+    wanted = {"cohort": "all", "compute_gap": "reported", "out": folder.parent / "o.csv", **request}
     rows, description = make_rows("from_mimic", mimic_dir=folder, outcome=tuple(outcome), **wanted)
     return Extracted(rows.set_index("hadm_id"), description)
 

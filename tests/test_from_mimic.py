@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 import dataset_format
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation.case_mix import demographics
-from mimic_files import DEMO, Mini
+from mimic_files import Mini
 
 ROOT = Path(dataset_format.__file__).parent
 
@@ -116,27 +115,3 @@ def test_the_data_set_reads_series_question_and_flow(folder):
     assert dataset.flow is not None
     assert dataset.flow.to_dict("records") == facts["flow"]
     assert demographics(dataset)["sex"].tolist() == ["woman"]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    out = tmp_path_factory.mktemp("demo") / "dka_training_data.csv"
-    assert dataset_format.main(words(DEMO, out)) == 0
-    return out
-
-
-def test_stage_1_trains_on_the_file(demo, tmp_path):
-    import medgemma_trainer
-
-    flags = ["--trajectory_only", "--dataset", "dka", "--data_path", str(demo)]
-    flags += ["--output_dir", str(tmp_path / "run"), "--log_file", "none"]
-    assert medgemma_trainer.main([*flags, "--trajectory_epochs", "1"]) == 0
-    folder = tmp_path / "run" / "trajectory"
-    run = json.loads((folder / "run.json").read_text())
-    assert sum(part["n"] for part in run["split"].values()) == len(pd.read_csv(demo))
-    tested = pd.read_csv(folder / "predictions_test.csv")
-    others = pd.read_csv(folder / "predictions_val.csv")
-    assert set(tested["patient"]).isdisjoint(others["patient"])
-    page = (folder / "report.html").read_text()
-    assert "fewer than 2 values known within the window" in page
-    assert "12 hours after the first value of each admission" in page

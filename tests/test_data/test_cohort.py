@@ -3,25 +3,21 @@
 import pandas as pd
 import pytest
 
-from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.duck import open_database, write_rows
+from medgemma_clinical.data.duck import open_database
 from medgemma_clinical.data.mimic import KETOACIDOSIS
 from medgemma_clinical.files import InputError
 from mimic_files import (
     BICARBONATE,
     CHLORIDE,
     CREATININE,
-    DEMO,
     GAP,
     GLUCOSE,
     PH,
     SODIUM,
     Mini,
     extracted,
-    read_tables,
     write_tables,
 )
-from table_requests import make_rows
 
 HEMATOCRIT = 51221
 
@@ -63,13 +59,6 @@ def test_a_named_admission_takes_values_from_a_day_before_it_to_its_end(run):
     starts = [result.series(hadm).startswith("25 (0h)") for hadm in (1, 2, 3)]
     assert starts == [True, False, False]
     assert result.description["values"]["outside the admission that they name"] == 2
-
-
-def test_two_admissions_of_a_patient_are_two_rows(run):
-    mini = Mini().admit(1, subject=7).settling(1).admit(2, 400, 600, subject=7)
-    result = run(mini.gaps(2, (401, 16), (402, 15), (450, 15)))
-    assert result.rows["subject_id"].tolist() == [7, 7]
-    assert result.rows["label_escalation"].tolist() == [0, 1]
 
 
 def test_a_value_that_is_no_number_is_left_out(run):
@@ -459,29 +448,6 @@ def test_the_first_series_gives_the_prediction_time_and_is_counted(run):
     assert result.series(1) == "99 (0h) -> 300 (1.5h) -> 280 (2.5h)"
     assert result.rows.loc[1, "trajectory_anion gap [mEq/L]"] == "20 (0.5h) -> 18 (3.5h)"
     assert result.description["series"] == "Glucose"
-
-
-def test_of_both_gaps_a_series_holds_the_one_that_is_asked_for(run):
-    mini = Mini().admit(1).trio(1, 2, 140).trio(1, 5, 138).trio(1, 30, 131)
-    mini.lab(1, 1, 15, BICARBONATE).lab(1, 6, 15, BICARBONATE).gaps(1, (3, 25), (40, 9))
-    request = {"series": ("bicarbonate", "anion gap"), "outcome": ["death"]}
-    reported = run(mini, compute_gap="reported", **request).rows.loc[1]
-    assert reported["trajectory_anion gap [mEq/L]"] == "25 (2h)"
-    computed = run(mini, compute_gap="always", **request).rows.loc[1]
-    assert computed["trajectory_anion gap without potassium [mEq/L]"] == "20 (1h) -> 18 (4h)"
-
-
-def test_all_series_are_read_by_the_data_set(tmp_path):
-    request = {"mimic_dir": DEMO, "out": tmp_path / "all.csv", "cohort": "all"}
-    rows, description = make_rows("from_mimic", **request, series=("all",))
-    write_rows(rows, description, request["out"])
-    dataset = MIMICtrajectoryDataset(request["out"])
-    assert len(dataset.features) == 10
-    assert dataset.features[:2] == ("Anion gap without potassium", "bicarbonate")
-    assert dataset.units[dataset.features.index("pH")] == ""
-    assert dataset.limits(1) == (3.0, 60.0)
-    count = read_tables(DEMO)["hosp/labevents"]["itemid"].nunique()
-    assert count == 10, "the demo's ten items"
 
 
 def test_each_series_has_the_reference_range_that_most_often_stands_beside_it(run):

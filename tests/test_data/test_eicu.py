@@ -15,8 +15,6 @@ DAY = 24 * 60
 KETOACIDOSIS = "admission diagnosis|All Diagnosis|Non-operative|Diagnosis|Metabolic/Endocrine|"
 KETOACIDOSIS += "Diabetic ketoacidosis"
 
-Tables = dict[str, pd.DataFrame]
-
 
 class Mini:
     """An eICU that grows by single rows; minutes are those since the hospital's admission."""
@@ -36,15 +34,7 @@ class Mini:
         self.begins[stay] = start
         return self
 
-    def lab(
-        self,
-        stay,
-        minute,
-        value,
-        name="anion gap",
-        unit="",
-        revised=None,
-    ):
+    def lab(self, stay, minute, value, name="anion gap", unit="", revised=None):
         """Add a value; revised half an hour after it is drawn unless given."""
         begin = self.begins[stay]
         row = {"labname": name, "patientunitstayid": stay, "labresultoffset": minute - begin}
@@ -165,10 +155,7 @@ def test_death_is_the_discharge_of_the_dead(tmp_path):
     """Where the status is not known, nobody knows whether the patient died."""
     eicu = Mini()
     for stay, status in enumerate(("Expired", "Alive", ""), 1):
-        leaves = {
-            "hospitaldischargeoffset": 3 * DAY,
-            "hospitaldischargestatus": status,
-        }
+        leaves = {"hospitaldischargeoffset": 3 * DAY, "hospitaldischargestatus": status}
         eicu.unit(stay, stay, **leaves).settling(stay)
     rows, description = made(eicu.write(tmp_path))
     assert rows["label_death"].tolist() == [1, 0]

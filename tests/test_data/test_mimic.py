@@ -1,6 +1,5 @@
 """MIMIC-IV's tables: damaged, incomplete or foreign ones are refused in one line."""
 
-import gzip
 import re
 
 import pytest
@@ -15,16 +14,10 @@ SECRET = "98765"
 LABS, ADMISSIONS, PATIENTS = "hosp/labevents", "hosp/admissions", "hosp/patients"
 BAD = {  # table, change of its text, what the message names
     "columns of MIMIC-III": (LABS, ("itemid", "ITEMID"), "labevents.csv: no column itemid"),
-    "a cut last row": (LABS, lambda text: text[:-60], "labevents.csv, line 7: "),
-    "an empty file": (ADMISSIONS, lambda _: "", "admissions.csv: "),
     "a header alone": (ADMISSIONS, lambda text: text.split("\n")[0] + "\n", "0 candidates none"),
     "no values": (LABS, lambda text: text.split("\n")[0] + "\n", "2 candidates none is left"),
-    "a word for a number": (LABS, (",20,mEq/L", f",x{SECRET},mEq/L"), "labevents.csv, column valu"),
     "a word for a time": (LABS, (moment(4), f"{SECRET}th"), "labevents.csv, column charttime: 1"),
-    "no time": (LABS, (moment(4), ""), "labevents.csv, column charttime: 1 cell"),
-    "half an itemid": (LABS, (",50868,", ",50868.5,"), "labevents.csv, column itemid: 1 cell"),
-    "a word for a key": (ADMISSIONS, ("10001,", f"p{SECRET},"), "admissions.csv, column subject"),
-    "no adult": (PATIENTS, lambda text: text.replace(",50,2150", ",7,2150"), "none is left: 2 out"),
+    "no adult": (PATIENTS, lambda text: text.replace(",50\n", ",7\n"), "none is left: 2 out"),
 }
 
 
@@ -71,11 +64,3 @@ def test_every_table_and_every_required_column_is_needed(folder):
             else:
                 assert f"{name}.csv: no column {column}" in refusal(folder)
         path.write_text(content)
-
-
-def test_a_gzip_reads_as_the_text_in_it(folder):
-    plain = extracted(folder)
-    path = folder / "hosp" / "labevents.csv"
-    path.with_suffix(".csv.gz").write_bytes(gzip.compress(path.read_bytes()))
-    path.unlink()
-    assert extracted(folder).csv == plain.csv

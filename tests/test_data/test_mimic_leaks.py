@@ -18,7 +18,6 @@ from mimic_files import (
     write_tables,
 )
 
-Tables = dict[str, pd.DataFrame]
 PARTS_OF_GAP = (SODIUM, CHLORIDE, BICARBONATE)
 
 
@@ -158,8 +157,5 @@ def asked_at(tables, request):
     """When each admission is asked, found without the code under test."""
     window = request.get("window_hours", 12.0)
     items = (BICARBONATE,) if "item" in request else (GAP,)
-    computed = prediction_times(tables, PARTS_OF_GAP, window)
-    times = prediction_times(tables, items, window)
-    if request.get("compute_gap") == "always":
-        return computed
-    return times
+    computed = request.get("compute_gap") == "always"
+    return prediction_times(tables, PARTS_OF_GAP if computed else items, window)
