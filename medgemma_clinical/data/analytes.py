@@ -35,9 +35,7 @@ CHEMISTRY = (
     Feature("urea nitrogen", "mg/dL", (51006,), (1.0, 300.0)),
 )
 """Keys are MIMIC-IV's itemids: the serum's first, then the blood gas machine's.
-
-Source: itemid and valueuom, d_labitems and labevents of MIMIC-IV.
-"""
+Source: itemid and valueuom, d_labitems and labevents of MIMIC-IV."""
 
 FACTORS = {
     "creatinine": {"mg/dl": 1.0, "umol/l": 0.011312},
@@ -66,11 +64,7 @@ def feature_of(analyte: Feature, gap_item: int, items: tuple[int | str, ...] = (
 
 
 def choose_features(names: Sequence[str], gap_item: int) -> list[Feature]:
-    """Return the features of some analytes by name, or of all, the anion gap first.
-
-    Raises:
-        InputError: no such analyte, or one twice.
-    """
+    """Return the features of some analytes by name, or of all, the anion gap first."""
     known = {comparable(analyte.name): analyte for analyte in CHEMISTRY}
     wanted = [comparable(name) for name in names]
     wanted = list(known) if wanted == [ALL_SERIES] else wanted
@@ -90,18 +84,9 @@ def items_to_read(features: Sequence[Feature]) -> set[int]:
 
 
 def find_factors(units: pd.DataFrame, features: Sequence[Feature], path: str) -> pd.DataFrame:
-    """Find the factors that convert the values of each item to one unit.
+    """Add ``factor`` to ``item``, ``unit`` (as written, perhaps empty) and ``count`` of its values.
 
-    Args:
-        units: ``item``, ``unit`` as written, empty where there is none, ``count`` of its values.
-        features: whose values may not be left out.
-        path: of the table, for errors.
-
-    Returns:
-        The same with ``factor``, NaN where a unit is unknown.
-
-    Raises:
-        InputError: an item of a feature has an unknown unit, or several that nothing converts.
+    It is NaN where a unit is unknown, which values of ``features`` may not have.
     """
     factors = pd.Series(np.nan, index=units.index)
     for item in units["item"].unique().tolist():

@@ -195,16 +195,12 @@ class HospitalTables:
         file = open_table(self.database, self.paths[name], columns, self.hint)
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
-        table = name.rpartition("/")[2]
         kept = [condition.format(**cells) for condition in keep]
-        load_table(self.database, table, file, columns, kept, keys=keys)
+        load_table(self.database, name.rpartition("/")[2], file, columns, kept, keys=keys)
         return file
 
     def load_admissions(self) -> None:
-        """Make the tables patients, admissions, icustays and ketoacidosis.
-
-        The last holds hadm_id of each code, and when it was entered, NULL for codes of discharge.
-        """
+        """Make patients, admissions, icustays, ketoacidosis (entered is NULL at discharge)."""
         raise NotImplementedError
 
     def choose_features(self, request: Any) -> list[Feature]:
@@ -222,10 +218,7 @@ class HospitalTables:
 def make_cohort(
     database: Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Make rows of the DKA format, by ascending patient and admission, and their description.
-
-    The table ``windows`` has the prediction time of each stay, ``kept`` the stays of the rows.
-    """
+    """Make rows of the DKA format, by ascending patient and admission, and their description."""
     database.set(
         cohort=request.cohort,
         window_length=timedelta(seconds=round(request.window_hours * 3600)),
@@ -260,10 +253,7 @@ def make_cohort(
 def read_values(
     database: Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[list[Feature], dict[str, int]]:
-    """Make the tables analytes, series_items and converted.
-
-    Returns the features with unit and reference range; how many values were left out, by reason.
-    """
+    """Make the table converted; return the features, and counts of the values left out."""
     chosen = tables.choose_features(request)
     used = {GAP_ITEM: request.gap_item}
     names = [
@@ -329,20 +319,15 @@ def make_rows(
 ) -> pd.DataFrame:
     """Return the rows: identifiers, series, prediction time, context, static features, labels."""
     database.run_file(SQL / "rows.sql")
-    columns, joins = [], []
-    for k, feature in enumerate(features):
-        name = f"trajectory_{feature.title}" if k else "clinical_trajectory"
-        columns.append(f'cell_{k}.cell AS "{name}"')
-        joins.append(f"LEFT JOIN (FROM cells WHERE position = {k}) AS cell_{k} USING (stay)")
-    rows = database.frame(
-        f"SELECT subject_id, hadm_id, {', '.join(columns)}, "
-        "row_columns.* EXCLUDE (subject_id, hadm_id) "
-        f"FROM row_columns {' '.join(joins)} ORDER BY stay"
-    ).set_index("stay")
+    titles = ["clinical_trajectory", *(f"trajectory_{each.title}" for each in features[1:])]
+    cells = database.frame("FROM cells").set_index(["stay", "position"])["cell"].unstack()
+    cells = cells.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
+    rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
     labels = [name for name in map(str, rows) if name.startswith("label_")]
     static = make_static_features(database, request, features, rows)
-    rows = rows.drop(columns=["unit", "hours_since_admission"])
-    rows = pd.concat([rows.drop(columns=labels), static, rows[labels]], axis="columns")
+    keys, unused = ["subject_id", "hadm_id"], ["unit", "hours_since_admission"]
+    others = rows.drop(columns=[*keys, *unused, *labels])
+    rows = pd.concat([rows[keys], cells, others, static, rows[labels]], axis="columns")
     flags = [*labels, "static_sex_male"]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
 

@@ -28,7 +28,6 @@ STAYS = (
     "out are hospital stays of unknown hospitaldischargestatus or age"
 )
 
-
 COLUMNS = {
     "patient": {
         "patientunitstayid": KEY,
@@ -91,15 +90,10 @@ class EicuTables(HospitalTables):
     def load_labs(self, items: set[int]) -> None:
         """Make labs of all names in ``ITEMS``, of patients with a wanted admission."""
         self.database.add("items", pd.DataFrame(ITEMS.items(), columns=["labname", "itemid"]))
-        self.load(
-            "lab",
-            [
-                "{labname} IN (FROM items SELECT labname)",
-                "{patientunitstayid} IN "
-                "(SELECT patientunitstayid FROM unit_stays SEMI JOIN wanted USING (subject_id))",
-            ],
-            keys=("patientunitstayid",),
-        )
+        named = "{labname} IN (FROM items SELECT labname)"
+        wanted = "FROM unit_stays SEMI JOIN wanted USING (subject_id) SELECT patientunitstayid"
+        keep = [named, f"{{patientunitstayid}} IN ({wanted})"]
+        self.load("lab", keep, keys=("patientunitstayid",))
         self.database.run_file(SQL / "eicu_labs.sql")
 
 

@@ -106,14 +106,9 @@ def load_events(
 ) -> None:
     """Make the view ``record``: subject, code, time, known, value, unit, converted of each event.
 
-    Args:
-        database: with the table ``span``: other events are not read.
-        files: of the events.
-        names: column of each role: subject_id, item, time, value; perhaps unit, storetime.
-        columns: how they are read, by name.
-        codes: wanted within the span of their subject; none stands for all.
-        always: codes that are read at any time.
-        factors: of values, by item and unit.
+    ``names`` has the column of each role: subject_id, item, time, value; perhaps unit, storetime.
+    Of the ``codes``, or of all where there are none, those within the ``span`` of their subject are
+    read, those of ``always`` at any time; ``factors`` of values are by item and unit.
     """
     keys = [names[role] for role in ("subject_id", "item", "time")]
     for number, file in enumerate(files):

@@ -102,11 +102,7 @@ class LongRequest(EventRequest):
 
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of the DKA format, and their description.
-
-    Raises:
-        InputError: the tables or flags cannot be used.
-    """
+    """Return the rows of the DKA format, and their description."""
     wanted = parse_features("series", request.series, code_needed=False)
     mapped, factors = request.mapped(), request.factors()
     with open_database(request.out, request.memory_limit, request.threads) as database:

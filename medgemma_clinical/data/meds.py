@@ -80,11 +80,7 @@ class MedsRequest(EventRequest):
 
 
 def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of the DKA format, and their description.
-
-    Raises:
-        InputError: the tables or flags cannot be used.
-    """
+    """Return the rows of the DKA format, and their description."""
     series = parse_features("series", request.series)
     context = parse_features("context", request.context)
     for each in context:

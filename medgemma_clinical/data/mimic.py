@@ -145,19 +145,13 @@ class MimicTables(HospitalTables):
             self.database.run("UPDATE labs SET storetime = charttime")
 
     def find_item(self, wanted: str, gap_item: int) -> Feature:
-        """Find an item by number or name.
-
-        Raises:
-            InputError: it is not in d_labitems, or several items bear its name.
-        """
+        """Find the one item of a number or name."""
         items = self.database.frame("SELECT * FROM d_labitems ORDER BY itemid")
         named = items["label"].map(comparable) == comparable(wanted)
         found = items[(items["itemid"].astype(str) == wanted.strip()) | named]
         if len(found) != 1:
-            several = "; ".join(
-                ", ".join(text for text in (str(item), fluid, category) if text)
-                for item, fluid, category in found[["itemid", "fluid", "category"]].values
-            )
+            rows = found[["itemid", "fluid", "category"]].astype(str).values
+            several = "; ".join(", ".join(filter(None, row)) for row in rows)
             problem = f"several, name one by its itemid: {several}" if several else "no such item"
             raise InputError(f"{self.paths['hosp/d_labitems']}: --item {wanted}: {problem}")
         item = int(found["itemid"].iloc[0])

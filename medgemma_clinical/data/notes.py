@@ -20,7 +20,6 @@ from medgemma_clinical.data.duck import (
 
 logger = logging.getLogger(__name__)
 
-
 CHARACTERS = 16  # of a word with its space, more than those of any text on average
 
 
@@ -46,16 +45,10 @@ def load_notes(
     max_words: int,
     keep: Sequence[str] = (),
 ) -> None:
-    """Add a file to the table ``note``: subject, written, stay, text, words.
+    """Add the notes of the subjects in ``asked`` to ``note``: subject, written, stay, text, words.
 
-    Args:
-        database: with the table ``asked``; notes of its subjects are read.
-        file: of notes.
-        names: column of each role: subject, charted, text; perhaps stored, and stay, whose own
-            rows get no such note.
-        subject: how subjects are read.
-        max_words: that a row gets at most.
-        keep: SQL condition on raw cells.
+    ``names`` has the column of each role: subject, charted, text; perhaps stored, and stay, whose
+    own rows get no such note.
     """
     time = Column("instant", may_be_empty=True)
     forms = {"subject": subject, "charted": time, "stored": time, "stay": KEY_OR_EMPTY}
