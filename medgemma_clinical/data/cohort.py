@@ -179,7 +179,6 @@ class HospitalTables:
     source: str  # of the data, with their terms
     columns: Mapping[str, Mapping[str, Column]]  # that are read of each table
     labs: str  # table of laboratory values
-    hint: str  # what to do about a missing column
     cohorts = COHORTS
     known = "charted and stored by then"
 
@@ -192,7 +191,7 @@ class HospitalTables:
     def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> TableFile:
         """Make a table of a file, named like it; ``{COLUMN}`` in ``keep`` is a typed cell."""
         columns = self.columns[name]
-        file = open_table(self.database, self.paths[name], columns, self.hint)
+        file = open_table(self.database, self.paths[name], columns)
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
         kept = [condition.format(**cells) for condition in keep]

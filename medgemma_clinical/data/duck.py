@@ -264,11 +264,14 @@ class TableFile:
             "hive_partitioning = false)"
         )
 
-    def check_columns(self, columns: Mapping[str, Column], hint: str) -> None:
-        """Refuse a file that lacks a column; ``hint`` says what to do."""
+    def check_columns(self, columns: Mapping[str, Column]) -> None:
+        """Refuse a file that lacks a column."""
         for name, column in columns.items():
             if name not in self.header and not column.optional:
-                raise InputError(f"{self.path}: no column {name} among {len(self.header)}: {hint}")
+                problem = "is it a table of another name or version?"
+                raise InputError(
+                    f"{self.path}: no column {name} among {len(self.header)}: {problem}"
+                )
 
 
 def find_file(folder: Path, name: str, flag: str) -> Path:
@@ -282,9 +285,7 @@ def find_file(folder: Path, name: str, flag: str) -> Path:
     return found[0]
 
 
-def open_table(
-    database: Database, path: Path, columns: Mapping[str, Column], hint: str
-) -> TableFile:
+def open_table(database: Database, path: Path, columns: Mapping[str, Column]) -> TableFile:
     """Hash a file, read its header and check its columns."""
     if not path.is_file():  # a pipe would wait for ever
         raise InputError(f"{path}: no such file")
@@ -298,7 +299,7 @@ def open_table(
             with unpack(path, "rt", encoding="utf-8-sig", newline="") as text:
                 header = [name.strip() for name in next(csv.reader(text), [])]
     file = TableFile(path, header, sha256)
-    file.check_columns(columns, hint)
+    file.check_columns(columns)
     return file
 
 

@@ -76,7 +76,6 @@ class EicuTables(HospitalTables):
 
     command = "from_eicu"
     source = "eICU Collaborative Research Database (PhysioNet), under its data use agreement"
-    hint = "this reads eICU 2.0"
     labs = "lab"
     columns = COLUMNS
     cohorts = DEFINITIONS

@@ -106,8 +106,8 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     wanted = parse_features("series", request.series, code_needed=False)
     mapped, factors = request.mapped(), request.factors()
     with open_database(request.out, request.memory_limit, request.threads) as database:
-        table = open_table(database, request.table, {}, "")
-        labels = open_table(database, request.labels, {}, "")
+        table = open_table(database, request.table, {})
+        labels = open_table(database, request.labels, {})
         names = find_columns(table, ROLES, mapped)
         if request.equal_times == "last" and "storetime" not in names:
             raise InputError("--equal_times last: needs a column storetime")

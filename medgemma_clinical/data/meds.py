@@ -62,7 +62,6 @@ CODES = {"code": WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
 PERSON = ("MEDS_BIRTH", "GENDER//M", "GENDER//F")
 PARTS = {"train": "train", "tuning": "val", "held_out": "test"}
 SPLITS = "metadata/subject_splits.parquet"
-HINT = "is it a table of MEDS?"
 
 AUTOMATIC = ("age", "sex male")
 """Names of the static columns that ``meds.sql`` makes of the person."""
@@ -125,7 +124,7 @@ def open_files(
     if not paths:
         raise InputError(f"{path}: no Parquet file in this folder")
     return {
-        each.relative_to(path.parent).as_posix(): open_table(database, each, columns, HINT)
+        each.relative_to(path.parent).as_posix(): open_table(database, each, columns)
         for each in paths
     }
 
@@ -136,7 +135,7 @@ def load_labels(database: Database, path: Path, hashes: dict[str, str]) -> None:
     database.run("CREATE TABLE label (subject VARCHAR, prediction_time TIMESTAMP, label INTEGER)")
     for name, file in open_files(database, path, LABELS).items():
         if not {*file.header} & {*ANSWERS}:
-            raise InputError(f"{file.path}: no column {answers}: {HINT}")
+            raise InputError(f"{file.path}: no column {answers}")
         hashes[f"labels: {name}"] = file.sha256
         load_table(database, "answers", file, LABELS)
         database.run(
@@ -195,7 +194,7 @@ def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.S
     columns = {"subject_id": SUBJECT, "split": WORD}
     if not path.is_file():
         raise InputError(f"{path}: no such file: --no_splits lets the trainer split")
-    file = open_table(database, path, columns, HINT)
+    file = open_table(database, path, columns)
     hashes[SPLITS] = file.sha256
     load_table(database, "split", file, columns)
     parts = database.frame("SELECT DISTINCT subject_id, split FROM split").set_index("subject_id")
@@ -217,7 +216,7 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
             with readable(file.path):  # a subject lies in one file
                 counts.append(database.frame(f"SELECT {counted} FROM {file.rows()} GROUP BY 1"))
         if path.is_file():
-            load_table(database, "meanings", open_table(database, path, CODES, HINT), CODES)
+            load_table(database, "meanings", open_table(database, path, CODES), CODES)
             text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
             meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
             words = dict(database.run(meanings).fetchall())

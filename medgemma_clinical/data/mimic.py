@@ -112,7 +112,6 @@ class MimicTables(HospitalTables):
 
     command = "from_mimic"
     source = "MIMIC-IV (PhysioNet), under its data use agreement"
-    hint = "this reads MIMIC-IV 2.x and 3.x"
     labs = "hosp/labevents"
     columns = COLUMNS
 
@@ -187,7 +186,7 @@ def read_notes(
     )
     hashes = {}
     for (name, columns), path in zip(NOTES.items(), paths, strict=True):
-        file = open_table(database, path, {}, "")
+        file = open_table(database, path, {})
         hashes[f"note/{name}"] = file.sha256
         load_notes(database, file, columns, KEY, request.max_note_words)
     return add_notes(database, contexts, request.max_note_words), hashes

@@ -54,7 +54,7 @@ def load_notes(
     forms = {"subject": subject, "charted": time, "stored": time, "stay": KEY_OR_EMPTY}
     columns = {names[role]: form for role, form in forms.items() if role in names}
     columns[names["text"]] = NoteText(max_words=max_words)
-    file.check_columns(columns, "notes need a subject, a time and a text")
+    file.check_columns(columns)
     typed = subject.typed(file.raw(names["subject"]))
     join = f"SEMI JOIN asked ON asked.subject::VARCHAR = ({typed})::VARCHAR"
     load_table(database, "loaded", file, columns, keep, join)

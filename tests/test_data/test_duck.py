@@ -142,7 +142,7 @@ SECRET = "98765"
 
 def read(database, path, keep="true", columns=COLUMNS):
     database.run("DROP TABLE IF EXISTS cells")
-    file = duck.open_table(database, path, columns, "a hint")
+    file = duck.open_table(database, path, columns)
     keep = keep.format(item=KEY.typed(file.raw("item")))
     keys = [name for name in ("item", "subject") if name in columns]
     duck.load_table(database, "cells", file, columns, [keep], keys=keys)
@@ -217,8 +217,8 @@ BAD = {
     "the last quote open": (edit("mEq/L,", f'mEq/L,"{SECRET}\n', 501), ", line 501: "),
     "line ends of two kinds": (edit('twice"', 'twice"\r'), ", line 300: "),
     "nothing": (lambda text: "", ": "),
-    "another separator": (lambda text: text.replace(",", ";"), ": no column item among 1: a hint"),
-    "no column": (edit("value", "valu", 1), ": no column value among 7: a hint"),
+    "another separator": (lambda text: text.replace(",", ";"), ": no column item among 1: "),
+    "no column": (edit("value", "valu", 1), ": no column value among 7: "),
 }
 
 
