@@ -24,36 +24,14 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import SHOW_VALUES, Parser, run_command
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.data.checks import describe_cut, log_check, log_refusal
+from medgemma_clinical.data import checks, texts
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.srtr import cohort as waiting_list
 from medgemma_clinical.data.srtr.codes import ORGANS
-from medgemma_clinical.data.srtr.cohort import (
-    AGE,
-    CENSORED,
-    DIALYSIS_YEARS,
-    NO_ROW,
-    TRANSPLANT_CHOICES,
-    TRANSPLANTED,
-    CohortDefinition,
-    apply_criteria,
-    contexts,
-    read_candidates,
-    static_features,
-)
 from medgemma_clinical.data.srtr.history import read_history
 from medgemma_clinical.data.srtr.saf import find_table
-from medgemma_clinical.data.texts import (
-    Choice,
-    Clause,
-    Number,
-    Part,
-    PromptOptions,
-    Reference,
-    direction,
-    observation,
-    plain,
-)
+from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
@@ -123,7 +101,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         days = ORGANS[organ].days if organ in ORGANS else 0
         landmark = days if landmark_days is None else landmark_days
         horizon = days if horizon_days is None else horizon_days
-        self.definition = CohortDefinition(organ, landmark, horizon, transplant)
+        self.definition = waiting_list.CohortDefinition(organ, landmark, horizon, transplant)
         max_len = MAX_LEN if max_len is None else max_len
         if max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
@@ -154,9 +132,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     ) -> str:
         """Read both tables and fill the arrays; return where dialysis is read."""
         definition, suffix = self.definition, self.definition.organ.suffix
-        cand = read_candidates(find_table(folder, f"cand_{suffix}"))
-        table = apply_criteria(cand, definition)
-        unknown = table["reason"].isin([TRANSPLANTED, CENSORED])
+        cand = waiting_list.read_candidates(find_table(folder, f"cand_{suffix}"))
+        table = waiting_list.apply_criteria(cand, definition)
+        unknown = table["reason"].isin([waiting_list.TRANSPLANTED, waiting_list.CENSORED])
         scored = (table["reason"] == "") | (unknown & (require_labels is not True))
         history = find_table(folder, f"stathist_{suffix}")
         rows, dialysis = read_history(history, definition, cand[scored], dialysis)
@@ -165,7 +143,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             require_labels = table.loc[has_row, "label"].sum() >= MIN_EVENTS
         if not require_labels:
             table.loc[unknown, "reason"] = ""
-        table.loc[(table["reason"] == "") & ~has_row, "reason"] = NO_ROW
+        table.loc[(table["reason"] == "") & ~has_row, "reason"] = waiting_list.NO_ROW
         kept = table["reason"] == ""
         table["label"] = table["label"].where(kept)
         self.registrations, self.labels = table, table.loc[kept, "label"].to_numpy(np.float64)
@@ -175,13 +153,13 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         lengths = rows.groupby("PX_ID").size().to_numpy()
         if require_labels and (lengths > max_len).any():
-            logger.info("%s: %s", self.source, describe_cut(lengths, self.groups, max_len))
+            logger.info("%s: %s", self.source, checks.describe_cut(lengths, self.groups, max_len))
         rows = rows.groupby("PX_ID").tail(max_len)
         self.times = rows["day"].to_numpy(np.float64) * HOURS_A_DAY
         self.values = rows[list(self.features)].to_numpy(np.float64)
         self.offsets = np.concatenate([[0], np.minimum(lengths, max_len).cumsum()])
-        self.contexts = contexts(cohort, definition)
-        static = static_features(cohort, definition)
+        self.contexts = waiting_list.contexts(cohort, definition)
+        static = waiting_list.static_features(cohort, definition)
         self.static_names, self.static = tuple(map(str, static)), static.to_numpy()
         self.prediction_hours = np.full(len(self), definition.landmark * HOURS_A_DAY)
         return dialysis
@@ -221,8 +199,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         for start in range(0, len(dataset), most):
             numbers = np.arange(start, min(start + most, len(dataset)))
             chunk = dataset.subset(numbers)
-            end = int(numbers[-1]) + 1
-            yield ScoringRows(chunk.ids, numbers, chunk, np.arange(len(chunk)), end)
+            positions = np.arange(len(chunk))
+            yield ScoringRows(chunk.ids, numbers, chunk, positions, start + len(chunk))
 
     # ------------------------------------------------------------------ meaning
 
@@ -230,7 +208,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """Return the plausible range of a feature in a living adult."""
         return self.measures[feature].plausible or (-np.inf, np.inf)
 
-    def reference(self, feature: int) -> Reference | None:
+    def reference(self, feature: int) -> texts.Reference | None:
         """Return the reference range of a feature, None where adults have none of one source."""
         return self.measures[feature].reference
 
@@ -258,9 +236,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """
         inputs = super().baseline_inputs()
         if self.definition.organ_name == "kidney":
-            return {**inputs, "age and years of dialysis": self.static_table([AGE, DIALYSIS_YEARS])}
+            known = self.static_table([waiting_list.AGE, waiting_list.DIALYSIS_YEARS])
+            return {**inputs, "age and years of dialysis": known}
         meld = inputs["logistic regression"][["MELD last"]]
-        with_age = meld.join(self.static_table([AGE]))
+        with_age = meld.join(self.static_table([waiting_list.AGE]))
         return {**inputs, "last MELD": meld, "last MELD and age": with_age}
 
     # ------------------------------------------------------------------ texts
@@ -295,22 +274,22 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def report_clauses(self, i: int) -> list[Clause]:
         """Return first and last value of each measured series, and the number of observations."""
-        statements: list[list[Part]] = []
+        statements: list[list[texts.Part]] = []
         for f, times, values in self.measured(i):
             feature, days = self.measures[f], times / HOURS_A_DAY
             name, at = feature.name, " at day "
-            first, last = (observation(values[k], at, days[k]) for k in (0, -1))
+            first, last = (texts.observation(values[k], at, days[k]) for k in (0, -1))
             if feature.words:
-                state = Choice(_text(feature, values[-1]), tuple(feature.words.values()))
+                state = texts.Choice(_text(feature, values[-1]), tuple(feature.words.values()))
                 statements.append([f"last {name} ", state, at, last[-1]])
             elif len(values) == 1:
                 statements.append([f"only {name} ", *last])
             else:
-                word = direction(days, values)
+                word = texts.direction(days, values)
                 statements.append(
                     [f"first {name} ", *first, f" and last {name} ", *last, " ", word]
                 )
-        statements.append(["after ", Number(str(self.lengths[i])), " observations"])
+        statements.append(["after ", texts.Number(str(self.lengths[i])), " observations"])
         opening, *rest = statements
         return [Clause(". ", "History", opening), *(Clause(", ", "", parts) for parts in rest)]
 
@@ -324,18 +303,15 @@ def _text(feature: Feature, value: float) -> str:
 
 def build_parser() -> Parser:
     """Return the parser of the command line."""
-    parser = Parser(
-        prog="srtr_dataset.py", description="Check a folder of SRTR files.", allow_abbrev=False
-    )
+    parser = Parser("srtr_dataset.py", description="Check a folder of SRTR files.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser(
-        "check", help="read a folder and print its summary", allow_abbrev=False
-    ).add_argument
+    about = "read a folder and print its summary"
+    add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument
     add("--data_dir", type=Path, required=True, help="folder with the SRTR files")
     add("--organ", choices=tuple(ORGANS), default="kidney")
     add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
     add("--horizon_days", type=int, help="days looked ahead; 365 kidney, 90 liver")
-    add("--transplant", choices=TRANSPLANT_CHOICES, default="negative")
+    add("--transplant", choices=waiting_list.TRANSPLANT_CHOICES, default="negative")
     add("--show_values", action="store_true", help=SHOW_VALUES)
     return parser
 
@@ -351,11 +327,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(data_dir: Path, **reading: Any) -> int:
     """Log what a folder holds, what looks wrong, and what it can be used for, or refuse it."""
-    with log_refusal():
+    with checks.log_refusal():
         dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=None)
         events = int(np.nansum(dataset.labels))
         few = f"not to train on: {events} events, {MIN_EVENTS} are needed"
-        log_check(dataset, obstacle=few if events < MIN_EVENTS else None)
+        checks.log_check(dataset, obstacle=few if events < MIN_EVENTS else None)
     return 0
 
 

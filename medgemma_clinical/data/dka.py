@@ -225,11 +225,12 @@ def _read_csv(
     names = [name.strip() for name in next(rows, (0, []))[1]]
     if not names:
         raise InputError(f"{path}: the file is empty")
-    # Picking the cells of each row keeps the others out of memory.
     chosen = range(len(names)) if columns is None else [names.index(name) for name in columns]
     while block := list(itertools.islice(rows, max_rows)):
-        cells, numbers = [[row[k] for k in chosen] for _, row in block], [n for n, _ in block]
-        yield pd.DataFrame(cells, numbers, [names[k] for k in chosen], dtype=object), file.tell()
+        known: dict[str, str] = {}  # equal cells share their memory
+        cells = [[known.setdefault(row[k], row[k]) for k in chosen] for _, row in block]
+        numbers, header = [number for number, _ in block], [names[k] for k in chosen]
+        yield pd.DataFrame(cells, numbers, header, dtype=object), file.tell()
 
 
 def _csv_rows(lines: Iterable[str], *, may_be_short: bool) -> Iterator[tuple[int, list[str]]]:
@@ -440,16 +441,23 @@ def _parse_block(
         series.append((row, pairs[:, 1], np.full(len(row), f), pairs[:, 0]))
     findings.counts["were not in time order; sorted"] += int(unsorted.sum())
     row, times, feature, values = map(np.concatenate, zip(*series, strict=True))
+    order = np.lexsort((feature, times, row))
+    row, times, feature, values = row[order], times[order], feature[order], values[order]
     # Number the values of a series at one time: 0, 1, ...
-    place = pd.DataFrame({"row": row, "time": times, "feature": feature})
-    again = place.groupby(list(place), sort=False).cumcount().to_numpy()
+    first = np.flatnonzero(_changes(row, times, feature))
+    again = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
     order = np.lexsort((again, times, row))
-    row, times, again = row[order], times[order], again[order]
-    new = np.ones(len(row), dtype=bool)
-    new[1:] = np.logical_or.reduce([x[1:] != x[:-1] for x in (row, times, again)])
+    new = _changes(row[order], times[order], again[order])
     joined = np.full((int(new.sum()), len(columns)), np.nan)
     joined[np.cumsum(new) - 1, feature[order]] = values[order]
-    return row[new] + start, times[new], joined
+    return row[order][new] + start, times[order][new], joined
+
+
+def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return where sorted rows (n,) differ from the row before."""
+    new = np.ones(len(columns[0]), dtype=bool)
+    new[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    return new
 
 
 # --------------------------------------------------------------------------- rows to score

@@ -57,10 +57,9 @@ def find_table(folder: Path, name: str) -> Path:
     found = [path for path in files if path.name.lower() in {name + ending for ending in ENDINGS}]
     if len(found) != 1:
         names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
-        raise InputError(
-            f"--data_dir {folder}: {name} ({', '.join(ENDINGS)}) must be there or one folder down "
-            f"once, decrypted: found {names} among {len(files)} files"
-        )
+        where = f"--data_dir {folder}: {name} ({', '.join(ENDINGS)}) must be there"
+        found_text = f"found {names} among {len(files)} files"
+        raise InputError(f"{where} or one folder down once, decrypted: {found_text}")
     return found[0]
 
 
@@ -94,22 +93,21 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
         bad = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
         unread.update({str(name): int(count) for name, count in bad.sum().items()})
         if count := unread["CAN_REM_CD"]:
-            raise InputError(
-                f"{path}, column CAN_REM_CD: {count} cells are neither a code nor code: label: "
-                "export the codes, they decide who had an event",
-                str(cells["CAN_REM_CD"][bad["CAN_REM_CD"].to_numpy()].iloc[0]),
+            problem = (
+                "neither a code nor code: label: export the codes, they decide who had an event"
             )
+            value = str(cells["CAN_REM_CD"][bad["CAN_REM_CD"].to_numpy()].iloc[0])
+            raise InputError(f"{path}, column CAN_REM_CD: {count} cells are {problem}", value)
         rows += len(values)
         early += int((bad[dates[0]] | (values[dates[0]] < _day(REGISTRY_YEAR))).sum())
         yield values.assign(**{BAD_DATE: bad[dates].any(axis=1)})
     if early > MAX_EARLY * rows:
-        raise InputError(
-            f"{path}, column {dates[0]}: {early} of {rows} dates are of no known form or not from "
-            f"{REGISTRY_YEAR} to now: numbers must be days since 1960-01-01"
-        )
+        problem = f"dates are of no known form or not from {REGISTRY_YEAR} to now"
+        problem = f"{early} of {rows} {problem}: numbers must be days since 1960-01-01"
+        raise InputError(f"{path}, column {dates[0]}: {problem}")
     for name, count in (+unread).items():
-        fault = "impossible dates: their rows are left out"
-        fault = fault if name in dates else "not numbers: taken as missing"
+        taken = "not numbers: taken as missing"
+        fault = "impossible dates: their rows are left out" if name in dates else taken
         logger.warning("%s, column %s: %d cells are %s", path, name, count, fault)
 
 
