@@ -376,9 +376,6 @@ def test_each_candidate_is_removed_by_the_first_rule_that_applies():
     left, flow = duck.apply_rules(rules, "table")
     assert left.tolist() == [False, False, True]
     assert [(rule["removed"], rule["left"]) for rule in flow] == [(2, 1), (0, 1)]
-
-
-def test_a_cohort_of_nobody_is_refused_with_its_flow():
     rules = pd.DataFrame({"few": [True] * 3 + [False] * 27, "many": [True] * 30})
     with pytest.raises(InputError, match="of 30 candidates none is left: 3 out, 27 left: few; 27"):
         duck.apply_rules(rules, "table")
