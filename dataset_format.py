@@ -115,22 +115,21 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             table = pd.concat([block for block, _ in dka.read_tables(source)])
             description = description or read_description(source, findings)
         self.source = one_line(findings.source)
-        self.description = (description or Description()).for_label(label)
-        self.question, self.outcome = self.description.question, self.description.outcome
-        self.assumed_time_scale = self.description.time_scale is None
-        self.time_scale = self.description.time_scale or self.time_scale
-        if self.description.flow:
-            self.flow = pd.DataFrame(self.description.flow, columns=list(FLOW_COLUMNS))
+        self.description = about = (description or Description()).for_label(label)
+        self.question, self.outcome = about.question, about.outcome
+        self.assumed_time_scale = about.time_scale is None
+        self.time_scale = about.time_scale or self.time_scale
+        self.flow = pd.DataFrame(about.flow, columns=list(FLOW_COLUMNS)) if about.flow else None
         labelled = require_labels or (is_whole and label != LABEL)
         dka.check_header(table, self.source, label, labelled=labelled)
-        self.measures = dka.find_features(table, self.description, series, self.source)
+        self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
         max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
         self.read_options = {"max_len": max_len, "label_column": label}
         self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
         if is_whole:
-            dka.note_columns(table, label, self.description, findings)
+            dka.note_columns(table, label, about, findings)
         self._read_rows(table, findings, required=require_labels, is_whole=is_whole)
         self._read_series(table, findings, may_lack=is_whole and bool(series), is_whole=is_whole)
         if is_whole:
@@ -188,8 +187,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             empty = pd.Series(lengths == 0, table.index)
             findings.reject(empty, columns[0] if alone else dka.MAIN_COLUMN, problem)
         elif not lengths.any():
-            chosen = ", ".join(self.features)
-            raise InputError(f"{self.source}: no row holds a value of {chosen}")
+            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         # An array's integers hold no more than its length, whatever max_len was given.
         most = min(self.read_options["max_len"], len(row))
         if not is_whole:
@@ -284,8 +282,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 value = self.value_text(f, values[-1])
                 last[f] = f"{self.features[f]} {value} ({plain(times[-1])}h)"
             return f"Last values: {', '.join(last)}. "
-        measured = {f: (times, values) for f, times, values in self.measured(i)}
-        sentences = []
+        measured, sentences = {f: (t, v) for f, t, v in self.measured(i)}, []
         for f in [self.main] if options.series == "main" else range(len(self.features)):
             unit = f" ({self.units[f]})" if self.units[f] else ""
             first = 0 if options.latest is None else -options.latest
@@ -465,11 +462,7 @@ def add_note_flags(add: Callable[..., Any]) -> None:
 
 
 def check(file: Path, **reading: Any) -> int:
-    """Log what a file holds, the split it gives, what looks wrong, and whether it is ready.
-
-    Raises:
-        InputError: the file cannot be used.
-    """
+    """Log what a file holds, what looks wrong, and whether it is ready, or refuse it."""
     with checks.log_refusal():
         checks.log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False))
     return 0

