@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 import re
 import sys
 
@@ -12,7 +11,6 @@ import pytest
 
 import dataset_format
 from dataset_format import Description, InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data import dka
 from medgemma_clinical.data.dka import (
     find_features,
     plain_table,
@@ -22,15 +20,35 @@ from medgemma_clinical.data.dka import (
 )
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.files import file_hash
-from trajectories import LABEL, SERIES, dataset_of, one_series, random_text, table_of
+from trajectories import LABEL, SERIES, dataset_of, table_of
 
 SECRET = "98765"  # stands in the cells that are refused; no message may repeat it
 NAN = float("nan")
 
 
 def write(path, content):
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
     return path
+
+
+def write_table(table, path):
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False)
+    return path
+
+
+def joined(source, max_rows=100):
+    return pd.concat([chunk for chunk, _ in read_tables(source, max_rows)])
+
+
+def refused(source, place, **options):
+    """Return the message of the refusal, which names the place."""
+    with pytest.raises(InputError, match=place) as caught:
+        MIMICtrajectoryDataset(source, **options)
+    return str(caught.value)
 
 
 # --------------------------------------------------------------------------- files
@@ -41,71 +59,46 @@ def numbered(count):
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
-@pytest.mark.parametrize("max_rows", [1, 3, 7, 10])
-def test_chunks_join_to_the_whole_file(max_rows, ending, tmp_path):
-    path, table = tmp_path / f"data.{ending}", numbered(7)
-    if ending == "parquet":
-        pytest.importorskip("pyarrow")
-        table.to_parquet(path)
-    else:
-        table.to_csv(path, index=False)
-    chunks = list(read_tables(path, max_rows))
-    assert [len(chunk) for chunk, _ in chunks] == {1: [1] * 7, 3: [3, 3, 1]}.get(max_rows, [7])
-    whole = pd.concat([chunk for chunk, _ in chunks])
-    first = 0 if ending == "parquet" else 2
+@pytest.mark.parametrize(("max_rows", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (10, [7])])
+def test_chunks_join_to_the_whole_file(max_rows, sizes, ending, tmp_path):
+    path = write_table(numbered(7), tmp_path / f"data.{ending}")
+    chunks, read = zip(*read_tables(path, max_rows), strict=True)
+    assert [len(chunk) for chunk in chunks] == sizes
+    whole, first = pd.concat(chunks), 0 if ending == "parquet" else 2
     assert whole.index.tolist() == list(range(first, first + 7))
-    assert text_of(whole, "name").tolist() == table["name"].tolist()
+    assert text_of(whole, "name").tolist() == [f"n{k}" for k in range(7)]
     assert text_of(whole, "value").tolist() == [str(k) for k in range(7)]
-    read = [read for _, read in chunks]
-    assert read == sorted(read)
+    assert list(read) == sorted(read)
     assert read[-1] == path.stat().st_size
-
-
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
-def test_a_header_alone_is_refused(ending, tmp_path):
-    path = tmp_path / f"data.{ending}"
-    if ending == "parquet":
-        pytest.importorskip("pyarrow")
-        numbered(0).to_parquet(path)
-    else:
-        numbered(0).to_csv(path, index=False)
-    for source in (path, numbered(0)):
-        with pytest.raises(InputError, match="no rows"):
-            list(read_tables(source))
 
 
 PLAIN = b'a,b\n1,"x, y"\n3,4\n'
 
 
 @pytest.mark.parametrize(
-    ("content", "numbers"),
+    ("content", "numbers", "last"),
     [
-        (PLAIN, [2, 3]),
-        (b"\xef\xbb\xbf" + PLAIN, [2, 3]),
-        (b"\xef\xbb\xbf\n" + PLAIN.rstrip(), [3, 4]),
-        (PLAIN.replace(b"\n", b"\r\n"), [2, 3]),
-        (PLAIN.replace(b"\n", b"\r"), [2, 3]),
-        (PLAIN.replace(b",", b" , ", 1), [2, 3]),
-        (PLAIN.replace(b',"', b', "').replace(b"3,4", b" 3, 4"), [2, 3]),
-        (b'"a","b"\n\n , \n1,"x, y"\n,\n\n3,4\n\n\n', [4, 7]),
+        (b"\xef\xbb\xbf\n" + PLAIN.rstrip(), [3, 4], "4"),
+        (b"\xef\xbb\xbf" + PLAIN.replace(b"\n", b"\r\n"), [2, 3], "4"),
+        (PLAIN.replace(b"\n", b"\r").replace(b",", b" , ", 1), [2, 3], "4"),
+        (PLAIN.replace(b',"', b', "').replace(b"3,4", b" 3, 4"), [2, 3], "4"),
+        (b'"a","b"\n\n , \n1,"x, y"\n,\n\n3,4\n\n\n', [4, 7], "4"),
+        (PLAIN.replace(b"3,4", b"3"), [2, 3], ""),
     ],
-    ids=["plain", "BOM", "BOM and blank", "CRLF", "CR", "names", "spaces", "blank rows"],
+    ids=["BOM and blank", "BOM and CRLF", "CR and names", "spaces", "blank rows", "short row"],
 )
 @pytest.mark.parametrize("max_rows", [1, 100])
-def test_any_usual_way_to_write_a_csv_reads_the_same(content, numbers, max_rows, tmp_path):
+def test_any_usual_way_to_write_a_csv_reads_the_same(content, numbers, last, max_rows, tmp_path):
     for name in ("data.csv", "DATA.CSV.GZ"):
-        path = tmp_path / name
-        path.write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
-        table = pd.concat([chunk for chunk, _ in read_tables(path, max_rows)])
+        table = joined(write(tmp_path / name, content), max_rows)
         assert table.index.tolist() == numbers
         assert text_of(table, "a").tolist() == ["1", "3"]
-        assert text_of(table, "b").tolist() == ["x, y", "4"]
+        assert text_of(table, "b").tolist() == ["x, y", last]
 
 
 GZIP = gzip.compress(PLAIN * 1_000)
 FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
 BAD_TABLES = {  # content and what the message names beside the file
-    "empty": (b"", "empty"),
     "a field too many in the first row": (b"a,b\n1,2,98765\n3,4\n", "row 2: 3 cells"),
     "a field too many in a late row": (PLAIN + b"1,2,98765\n5,6\n", "row 4: 3 cells"),
     "a field too many behind line breaks": (b'a,b\r\n"1\r\n1",2\r\n3,4,5', "row 3: 3 cells"),
@@ -118,13 +111,8 @@ BAD_TABLES = {  # content and what the message names beside the file
     "semicolons behind quotes": (b'"a";"b"\n"24,5";0\n', "row 1: .*commas"),
     "semicolons and decimal commas": (b"\na;b\n24,5;0\n", "row 2: .*commas"),
     "tabs": (PLAIN.replace(b",", b"\t"), "row 1: .*commas"),
-    "PNG": (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00\xff\xfe\xfd", "UTF-8"),
-    "UTF-16": (PLAIN.decode().encode("utf-16"), "UTF-8"),
-    "Latin-1": (PLAIN + b"\xe9,1\n", "UTF-8"),
-    "a cut gzip": (GZIP[: len(GZIP) // 2], "gzip"),
     "a gzip that lacks its end": (GZIP[:-1], "gzip"),
     "a flipped gzip": (FLIPPED, "gzip"),
-    "no gzip": (PLAIN, "gzip"),
     "no Parquet": (PLAIN, "Parquet"),
 }
 
@@ -141,25 +129,14 @@ def test_a_damaged_file_is_refused_by_name(name, max_rows, tmp_path):
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 100])
-def test_a_row_that_lacks_its_last_cells_has_them_empty(max_rows, tmp_path):
-    path = write(tmp_path / "data.csv", b"a,b,c\n1\n2,x\n3,y,z\n4\n")
-    table = pd.concat([chunk for chunk, _ in read_tables(path, max_rows)])
-    assert [text_of(table, name).tolist() for name in "abc"] == [
-        ["1", "2", "3", "4"],
-        ["", "x", "y", ""],
-        ["", "", "z", ""],
-    ]
-
-
-def test_what_is_no_file_is_refused(tmp_path, monkeypatch):
-    for path in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match="file"):
-            list(read_tables(path))
-    pytest.importorskip("pyarrow")
-    path = tmp_path / "data.parquet"
-    numbered(3).to_parquet(path)
-    content = path.read_bytes()
+def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
+    for source in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300), numbered(0)):
+        with pytest.raises(InputError):
+            list(read_tables(source))
+    path = write_table(numbered(0), tmp_path / "data.parquet")
+    with pytest.raises(InputError, match="no rows"):
+        list(read_tables(path))
+    content = write_table(numbered(3), path).read_bytes()
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="Parquet"):
         list(read_tables(path))
@@ -183,7 +160,7 @@ def test_texts_of_parquet_are_those_that_were_written(tmp_path):
         pyarrow.table(columns), path, row_group_size=1_100
     )
     for max_rows in (7, 10_000):
-        read = pd.concat([table for table, _ in read_tables(path, max_rows)])
+        read = joined(path, max_rows)
         assert read.index.tolist() == list(range(3_000))
         texts = {name: text_of(read, name).tolist()[:4] for name in columns if name != "codes"}
         assert texts == {
@@ -196,89 +173,84 @@ def test_texts_of_parquet_are_those_that_were_written(tmp_path):
 
 
 def test_cells_of_any_type_are_text():
-    table = pd.DataFrame(
-        {
-            "float": [1.0, np.nan, 2.5],
-            "large": [2.0**60, 1e300, -3.0],
-            "nullable": pd.array([1.0, None, 2.5], dtype="Float64"),
-            "whole": pd.array([1, None, 3], dtype="Int64"),
-            "boolean": pd.array([True, None, False], dtype="boolean"),
-            "category": pd.Categorical([" a ", None, "b"]),
-            "text": [" 1.0 ", None, "NA"],
-        }
-    )
-    assert {name: text_of(table, name).tolist() for name in table} == {
-        "float": ["1", "", "2.5"],
-        "large": [str(2.0**60), "1e+300", "-3"],
-        "nullable": ["1", "", "2.5"],
-        "whole": ["1", "", "3"],
-        "boolean": ["True", "", "False"],
-        "category": ["a", "", "b"],
-        "text": ["1.0", "", "NA"],
+    columns = {
+        "float": ([1.0, np.nan, 2.5], ["1", "", "2.5"]),
+        "large": ([2.0**60, 1e300, -3.0], [str(2.0**60), "1e+300", "-3"]),
+        "nullable": (pd.array([1.0, None, 2.5], dtype="Float64"), ["1", "", "2.5"]),
+        "whole": (pd.array([1, None, 3], dtype="Int64"), ["1", "", "3"]),
+        "boolean": (pd.array([True, None, False], dtype="boolean"), ["True", "", "False"]),
+        "category": (pd.Categorical([" a ", None, "b"]), ["a", "", "b"]),
+        "text": ([" 1.0 ", None, "NA"], ["1.0", "", "NA"]),
     }
+    table = pd.DataFrame({name: cells for name, (cells, _) in columns.items()})
+    for name, (_, expected) in columns.items():
+        assert text_of(table, name).tolist() == expected, name
 
 
 def test_a_named_index_is_a_column_unless_the_table_has_it():
     table = numbered(3).rename(columns={"value": " value "})
-    assert list(plain_table(table.iloc[1:])) == ["name", "value"]
-    assert plain_table(table.iloc[1:]).index.tolist() == [0, 1]
-    assert list(plain_table(table.set_index("name"))) == ["name", "value"]
-    kept = plain_table(table.set_index("name", drop=False))
-    assert (list(kept), kept.index.tolist()) == (["name", "value"], [0, 1, 2])
+    by_name = [table.set_index("name", drop=drop) for drop in (True, False)]
+    for each in (table.iloc[1:].reset_index(drop=True), table.iloc[1:], *by_name):
+        plain = plain_table(each)
+        assert list(plain) == ["name", "value"]
+        assert plain.index.tolist() == list(range(len(each)))
 
 
 def test_a_number_is_one_patient_however_it_is_written(tmp_path):
     cells = ["1", "1.0", "01", " 1.00 ", "0", "000", "1.5", "1e3", "P01", "-1", "NA", "10"]
-    expected = ["1", "1", "1", "1", "0", "0", "1.5", "1e3", "P01", "-1", "NA", "10"]
     table = table_of(["1 (0h)"] * len(cells), subject_id=cells)
-    table.to_csv(tmp_path / "data.csv", index=False)
-    for dataset in (MIMICtrajectoryDataset(table), MIMICtrajectoryDataset(tmp_path / "data.csv")):
-        assert dataset.groups.tolist() == expected
-        assert dataset.ids.tolist() == [cell.strip() for cell in cells]
     renamed = table.rename(columns={"subject_id": "id"})
-    assert MIMICtrajectoryDataset(renamed).groups.tolist() == expected
+    for source in (table, write_table(table, tmp_path / "data.csv"), renamed):
+        dataset = MIMICtrajectoryDataset(source)
+        assert dataset.groups.tolist() == ["1"] * 4 + ["0"] * 2 + cells[6:]
+        assert dataset.ids.tolist() == [cell.strip() for cell in cells]
     assert dataset_of(["1 (0h)"] * 3, subject_id=[7.0, 8.0, 2.5]).ids.tolist() == ["7", "8", "2.5"]
-    split = table.assign(split=["train", "val"] + ["train"] * 10)
-    with pytest.raises(InputError, match="row 1, column split"):
-        MIMICtrajectoryDataset(split)
+    refused(table.assign(split=["train", "val"] + ["train"] * 10), "row 1, column split")
 
 
 # --------------------------------------------------------------------------- description
 
 
-@pytest.mark.parametrize(
-    ("content", "key"),
-    [
-        ({"series": 5, "unit": ""}, "series"),
-        ({"question": " "}, "question"),
-        ({"csv_sha256": 5}, "csv_sha256"),
-        ({"series": "Lactate"}, "series"),
-        *(({"plausible": x}, "plausible") for x in (["a", "b"], 3, [60, 3], [0, 1, 2], [None, 2])),
-        *(({"plausible": x}, "plausible") for x in ([0, 1e999], [NAN, 1], [False, True], [])),
-        ({"limits": {"x": [0, 10**400]}}, "limits.x"),
-        ({"limits": [1, 2]}, "limits"),
-        *(({"reference": x}, "reference") for x in (3, [12, 3], [3, 3], [3], [None], [None, None])),
-        *(({"reference": x}, "reference") for x in ([None, 3, 4], [3, "4"], [None, NAN], [True])),
-        ({"references": {"x": [2, 1]}}, "references.x"),
-        ({"labels": ["label_death"]}, "labels"),
-        ({"labels": {"label_death": "x"}}, "labels.label_death"),
-        ({"labels": {"label_death": {"outcome": 3}}}, "labels.label_death.outcome"),
-        ({"labels": {"label_death": {"outcom": "x"}}}, "labels.label_death.outcom"),
-        *(({"flow": x}, "flow") for x in (3, [3], [{"rule": "a", "removed": 0}])),
-        ({"flow": [{"rule": "a", "removed": True, "left": 1}]}, "flow"),
-        *(({"time_scale": x}, "time_scale") for x in (0, -1, NAN, 1e999, True, "72", None, [72])),
-        ({"serie": "Lactate"}, "serie"),
-        ({"zzz": 1}, "zzz"),
+WRONG_VALUES = {
+    "series": [5, "Lactate"],  # the latter without its unit
+    "question": [" "],
+    "csv_sha256": [5],
+    "plausible": [
+        ["a", "b"],
+        3,
+        [60, 3],
+        [0, 1, 2],
+        [None, 2],
+        [0, 1e999],
+        [NAN, 1],
+        [False, True],
     ],
-)
-def test_a_wrong_key_or_value_is_refused_by_its_key(content, key, tmp_path):
-    (tmp_path / "data.json").write_text(json.dumps(content))
-    place = re.escape(f"{tmp_path / 'data.json'}, key {key}: ")
-    with pytest.raises(InputError, match=f"^{place}"):
-        read_description(tmp_path / "data.csv")
+    "limits": [[1, 2]],
+    "limits.x": [[0, 10**400], []],
+    "reference": [3, [12, 3], [3, 3], [3], [None, None], [None, 3, 4], [3, "4"], [None, NAN]],
+    "references.x": [[2, 1]],
+    "labels": [["label_death"]],
+    "labels.label_death": ["x"],
+    "labels.label_death.outcome": [3],
+    "labels.label_death.outcom": ["x"],
+    "flow": [3, [3], [{"rule": "a", "removed": 0}], [{"rule": "a", "removed": True, "left": 1}]],
+    "time_scale": [0, -1, NAN, 1e999, True, "72", None, [72]],
+    "zzz": [1],
+}
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", "3", "\xff", "[" * 100_000])
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_a_wrong_key_or_value_is_refused_by_its_key(key, tmp_path):
+    for content in WRONG_VALUES[key]:
+        for name in reversed(key.split(".")):
+            content = {name: content}
+        (tmp_path / "data.json").write_text(json.dumps(content))
+        place = re.escape(f"{tmp_path / 'data.json'}, key {key}: ")
+        with pytest.raises(InputError, match=f"^{place}"):
+            read_description(tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "\xff", "[" * 100_000])
 def test_a_file_that_is_no_description_is_refused(content, tmp_path):
     (tmp_path / "data.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=r"data\.json"):
@@ -290,17 +262,18 @@ def test_a_description_says_what_series_and_label_are(mark, tmp_path):
     content = {
         **{"series": "Lactate", "unit": "mmol/L", "outcome": "Death", "time_scale": 8760},
         **{"limits": {"Blood_Urea": [1, 9], "x": None}, "references": {"Blood urea": [None, 8]}},
+        **{"plausible": [0, 20], "reference": [None, 2]},
         **{"flow": [{"rule": "under 18", "removed": 3, "left": 97, "any": 1}], "made_by": {}},
         **{"prediction_time": "at noon", "horizon": "24 h"},
     }
-    path = tmp_path / "DATA.CSV.GZ"
-    path.write_bytes(gzip.compress(f"{SERIES},trajectory_blood_urea\n1 (0h),2 (0h)\n".encode()))
+    rows = f"{SERIES},trajectory_blood_urea\n1 (0h),2 (0h)\n"
+    path = write(tmp_path / "DATA.CSV.GZ", rows.encode())
     (tmp_path / "DATA.json").write_bytes(mark + json.dumps(content).encode())
     dataset = MIMICtrajectoryDataset(path, require_labels=False)
     assert (dataset.features, dataset.units) == (("Lactate", "blood urea"), ("mmol/L", ""))
     assert (dataset.outcome, dataset.time_scale) == ("Death", 8760.0)
-    assert [dataset.limits(f) for f in (0, 1)] == [None, (1, 9)]
-    assert [dataset.reference(f) for f in (0, 1)] == [None, (None, 8)]
+    assert [dataset.limits(f) for f in (0, 1)] == [(0, 20), (1, 9)]
+    assert [dataset.reference(f) for f in (0, 1)] == [(None, 2), (None, 8)]
     task = dataset.task_description()
     assert (task["Prediction time"], task["Horizon"]) == ("at noon", "24 h")
     assert dataset.flow.to_dict("records") == [{"rule": "under 18", "removed": 3, "left": 97}]
@@ -308,61 +281,46 @@ def test_a_description_says_what_series_and_label_are(mark, tmp_path):
     assert dataset.limits(1) == (1, 9)
 
 
-def test_without_a_description_the_series_is_the_anion_gap(tmp_path):
-    assert read_description(tmp_path / "data.csv") == Description()
-    (tmp_path / "data.json").write_text('{"plausible": [0, 9], "reference": [3, 12]}')
-    found = read_description(tmp_path / "data.csv")
-    assert (found.series, found.plausible, found.reference) == ("Anion gap", (0, 9), (3, 12))
-    task = dataset_of(["1 (0h)"], prediction_hours=9).task_description()
-    assert "hour" in task["Prediction time"]
-    assert task["Horizon"]
-
-
 def test_another_label_is_never_called_by_the_outcome_of_label_escalation():
-    description = Description(
-        outcome="ICU", question="ICU?", horizon="24 h", labels={"b": {"outcome": "B"}}
-    )
+    labels = {"b": {"outcome": "B"}}
+    description = Description(outcome="ICU", question="ICU?", horizon="24 h", labels=labels)
     assert description.for_label(LABEL) == description
-    death = description.for_label("label_death")
-    assert (death.outcome, death.question) == ("Death", "Will the outcome Death occur?")
-    assert (death.horizon, description.for_label("b").horizon) == ("", "24 h")
-    assert description.for_label("b").outcome == "B"
-    assert description.for_label("label_ICU_stay").outcome == "ICU stay"
-    assert description.for_label("label_").outcome == "Label_"
+    found = {name: description.for_label(name) for name in ("label_death", "b", "label_ICU_stay")}
+    assert [each.outcome for each in found.values()] == ["Death", "B", "ICU stay"]
+    assert [each.horizon for each in found.values()] == ["", "24 h", ""]
+    assert "Death" in found["label_death"].question
 
 
-def test_a_description_of_another_file_brings_a_warning(tmp_path, caplog):
-    path, table = tmp_path / "data.csv", table_of(["24 (0h)"], subject_id="a")
-    table.to_csv(path, index=False)
+def test_a_description_of_another_file_brings_a_warning(tmp_path):
+    table = table_of(["24 (0h)"], subject_id="a")
+    path = write_table(table, tmp_path / "data.csv")
     path.with_suffix(".json").write_text(json.dumps({"csv_sha256": file_hash(path)}))
     assert MIMICtrajectoryDataset(path).warnings == ()
-    table.assign(subject_id="b").to_csv(path, index=False)
+    write_table(table.assign(subject_id="b"), path)
     (text,) = MIMICtrajectoryDataset(path).warnings
     assert "data.json" in text
-    assert caplog.messages == [f"warning: {path}: {text}"]
-    _, findings = scored(path, inputs=NOTHING)
-    assert [*findings.warnings] == [text]
+    assert [*scored(path, inputs=NOTHING)[1].warnings] == [text]
 
 
 # --------------------------------------------------------------------------- columns
 
 ROWS = [f"{20 + k % 7} (0h) -> {18 + k % 5} (2h) -> {k} (3h)" for k in range(60)]
-NAMES = ("patient_age_years", "patient_bmi", "patient_died", "person_years", "encounter_type")
+NAMES = ["patient_age_years", "patient_bmi", "patient_died", "person_years", "encounter_type"]
+NAMES += ["subjective_pain", "n_patients_on_ward", "stay_id"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "subjective_pain", "n_patients_on_ward", "stay_id"])
-def test_a_column_that_is_not_read_stops_no_training(name):
-    table = table_of(ROWS, id=[f"r{k}" for k in range(60)], **{name: [k % 9 for k in range(60)]})
-    dataset = MIMICtrajectoryDataset(table)
+def test_columns_that_are_not_read_stop_no_training():
+    ids, others = [f"r{k}" for k in range(60)], {key: [k % 9 for k in range(60)] for key in NAMES}
+    dataset = dataset_of(ROWS, id=ids, **others)
     assert sum(map(len, dataset.split(0).values())) == 60
     assert dataset.warnings == ()
 
 
 def test_without_the_patient_there_is_one_warning():
     for columns in ({}, {"patient_id": [k % 9 for k in range(60)]}):
-        (text,) = dataset_of(ROWS, **columns).warnings
-        assert "subject_id" in text
-        assert len(set(dataset_of(ROWS, **columns).groups)) == 60
+        dataset = dataset_of(ROWS, **columns)
+        assert ["subject_id" in text for text in dataset.warnings] == [True]
+        assert len(set(dataset.groups)) == 60
     assert any("subject_id?" in text for text in dataset_of(ROWS, subjectid=1).warnings)
 
 
@@ -373,7 +331,6 @@ def test_without_the_patient_there_is_one_warning():
         ([SERIES, "30_day_mortality", "label_escalatoin"], LABEL, "label_escalatoin"),
         ([SERIES, "30_day_mortality", "outcome"], LABEL, "30_day_mortality"),
         ([SERIES, LABEL, "label_death"], "lable_death", "label_death"),
-        ([LABEL, *(f"c{k}" for k in range(50))], SERIES, "31 more"),
     ],
 )
 def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, meant):
@@ -385,9 +342,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, m
 
 def test_a_first_row_of_cells_is_not_shown(tmp_path):
     path = write(tmp_path / "data.csv", f'{SECRET}-a,"{SECRET} (0h) -> 1 (2h)",1\n'.encode() * 9)
-    with pytest.raises(InputError, match=f"column {SERIES}: .*header") as caught:
-        MIMICtrajectoryDataset(path)
-    assert SECRET not in str(caught.value)
+    assert SECRET not in refused(path, f"column {SERIES}: ")
 
 
 @pytest.mark.parametrize(
@@ -401,21 +356,13 @@ def test_a_first_row_of_cells_is_not_shown(tmp_path):
         ("glucose", "90 (0h) -> 80 (2h)", "trajectory_glucose"),
         ("hospital", "a", ""),
         ("label_death", 1, ""),
-        ("prediction_time", "2150", ""),
+        ("trajectory_not_chosen", "5 (0h)", ""),
     ],
 )
-def test_a_column_that_seems_to_be_meant_brings_a_warning(name, cell, meant, caplog):
-    with caplog.at_level(logging.INFO):
-        dataset = dataset_of(["1 (0h)"], id="a", **{name: [cell]})
-    assert [meant in text and name in text for text in dataset.warnings] == [True] * bool(meant)
-    noted = any("columns not read" in message for message in caplog.messages)
-    assert noted == (name not in ("label_death", "prediction_time"))
-
-
-def test_a_series_that_was_not_chosen_brings_no_warning():
-    columns = {"trajectory_a": ["1 (0h)"], "trajectory_b [u]": ["2 (0h)"], "subject_id": ["a"]}
-    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"], **columns), series=["a"])
-    assert dataset.warnings == ()
+def test_a_column_that_seems_to_be_meant_brings_a_warning(name, cell, meant):
+    table = table_of(["1 (0h)"], id="a", **{name: [cell]})
+    warnings = MIMICtrajectoryDataset(table, series=["anion gap"]).warnings
+    assert [meant in text and name in text for text in warnings] == [True] * bool(meant)
 
 
 def test_keys_of_columns_that_the_file_lacks_are_warnings():
@@ -430,15 +377,14 @@ def test_keys_of_columns_that_the_file_lacks_are_warnings():
     assert keys == ["labels.label_deth", "limits.lactat", "limits.anion", "references.ph"]
 
 
-def test_a_column_twice_is_refused(tmp_path):
-    for name in (SERIES, LABEL, "subject_id", "static_x", "trajectory_x"):
-        table = table_of(["1 (0h)"], subject_id="1", static_x=1, trajectory_x="1 (0h)")
-        path = tmp_path / "data.csv"
-        pd.concat([table, table[[name]]], axis=1).to_csv(path, index=False)
-        with pytest.raises(InputError, match=f"column {name}: "):
+def test_a_column_twice_is_refused_unless_it_is_not_read(tmp_path):
+    table = table_of(["1 (0h)"], subject_id="1", static_x=1, trajectory_x="1 (0h)", note="a")
+    for name in table:
+        path = write_table(pd.concat([table, table[[name]]], axis=1), tmp_path / "data.csv")
+        if name == "note":
             MIMICtrajectoryDataset(path)
-    other = table_of(["1 (0h)"], id="1", note="a")
-    MIMICtrajectoryDataset(pd.concat([other, other[["note"]]], axis=1))
+        else:
+            refused(path, f"column {name}: ")
 
 
 BAD_NAMES = ["trajectory_ _ [u]", "trajectory_x [", "trajectoryglucose", "Trajectory_x"]
@@ -447,8 +393,7 @@ BAD_NAMES += ["trajectory_vitamin, 1 [u]", "trajectory_24", "trajectory_anion ga
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_series_column_that_cannot_be_read_is_refused(name):
-    with pytest.raises(InputError, match=r"column [tT]rajectory.*: "):
-        dataset_of(["1 (0h)"], **{name: ["1 (0h)"]})
+    refused(table_of(["1 (0h)"], **{name: ["1 (0h)"]}), "column [tT]rajectory.*: ")
 
 
 def test_series_are_found_by_their_columns_and_chosen_by_name():
@@ -468,99 +413,47 @@ def test_series_are_found_by_their_columns_and_chosen_by_name():
 # --------------------------------------------------------------------------- cells
 
 
-def reference_parse(text):
-    """Read a series slowly, one piece after the other."""
-    pairs = []
-    for piece in text.split("->"):
-        value, hours = piece.replace(")", "").replace("h", "").split("(")
-        pairs.append((float(hours), float(value)))
-    pairs.sort(key=lambda pair: pair[0])
-    return [hours for hours, _ in pairs], [value for _, value in pairs]
+BAD_SERIES = ["24 (2150-01-01)", "24 (10:30)", "24 (0)", "24 (30min)", "24 (2 days)", "24,5 (0h)"]
+BAD_SERIES += ["24 (0h) 20 (2h)", "24 (0h) ->", "-> 24 (0h)", "nan (0h)", "inf (0h)", "24 (0 hos)"]
+BAD_SERIES += ["1e999 (0h)", "1 (-1e999h)", "1 (1700000000h)", "24 (0h)\0", "9" * 20_000]
+BAD_CELLS = {
+    "trajectory_x": BAD_SERIES,
+    "static_x [kg]": ["x", "37,5", "nan", "inf", "1 2", "1e99", "\uff11"],
+    "prediction_hours": ["3.99", "x", "2e6", "nan"],  # a series ends at 4 h
+}
 
 
-def test_the_parser_agrees_with_a_slow_reference_whole_and_in_blocks(monkeypatch):
-    rng = np.random.default_rng(1)
-    texts = [random_text(rng) for _ in range(500)]
-    dataset = dataset_of(texts)
-    for i, text in enumerate(texts):
-        assert one_series(dataset, i) == reference_parse(text), repr(text)
-    monkeypatch.setattr(dka, "BLOCK_ROWS", 7)
-    assert dataset_of(texts).fingerprint() == dataset.fingerprint()
-
-
-@pytest.mark.parametrize(
-    "cell",
-    [
-        "24 (0h) -> 20 (2h)",
-        "24(0H)->20(2H)",
-        "24 (0h) \u2192 20 (2h)",
-        "24 (0 hours) -> 20 (2 Hour)",
-        "24 (0hr) -> 20 (2 HRS)",
-        "24\u00a0(0h)\u00a0-> 20\u2009(2\u202fh)",
-        "20 (2h) ->\n24 (0h)",
-        "+2.4e1 (-0h) -> 20. (.2E1h)",
-    ],
-)
-def test_a_series_may_be_written_in_many_ways(cell):
-    assert one_series(dataset_of([cell]), 0) == ([0.0, 2.0], [24.0, 20.0])
-
-
-BAD_CELLS = ["24 (2150-01-01)", "24 (10:30)", "24 (0)", "24 (30min)", "24 (2 days)", "24,5 (0h)"]
-BAD_CELLS += ["24 (0h) 20 (2h)", "24 (0h) ->", "-> 24 (0h)", "nan (0h)", "inf (0h)", "24 (0 hos)"]
-BAD_CELLS += ["1e999 (0h)", "1 (-1e999h)", "1 (1700000000h)", "24 (0h)\0", "9" * 20_000]
-
-
-@pytest.mark.parametrize("cell", BAD_CELLS)
-def test_an_unreadable_cell_is_refused_by_its_place_or_noted(cell):
-    table = table_of(["1 (0h)"] * 5, trajectory_x=["", f"{SECRET} (0h) -> {cell}", "", cell, ""])
-    place = r"^DataFrame, row 1, column trajectory_x: .*2 cells.*row 3"
-    with pytest.raises(InputError, match=place) as caught:
-        MIMICtrajectoryDataset(table)
-    assert SECRET not in str(caught.value)
-    assert SECRET in caught.value.message(show_value=True)
-    findings = Findings("x", strict=False)
-    dataset = MIMICtrajectoryDataset(table, findings=findings)
-    assert [*findings.problems] == [1, 3]
-    assert dataset.numbers.tolist() == [0, 2, 4]
-
-
-@pytest.mark.parametrize("cell", [SECRET + "x", "37,5", "nan", "inf", "1 2", "1e99", "\uff11"])
-def test_a_static_feature_that_is_no_number_is_refused_by_its_place_or_noted(cell):
-    table = table_of(["1 (0h)"] * 3, **{"static_x [kg]": ["1", "", cell], "static_y": [1, 2, 3]})
-    with pytest.raises(InputError, match=r"^DataFrame, row 2, column static_x \[kg\]: ") as caught:
-        MIMICtrajectoryDataset(table)
-    assert SECRET not in str(caught.value)
-    findings = Findings("x", strict=False)
-    assert len(MIMICtrajectoryDataset(table, findings=findings)) == 2
-    assert [*findings.problems] == [2]
+@pytest.mark.parametrize("name", BAD_CELLS)
+def test_an_unreadable_cell_is_refused_by_its_place_or_noted(name):
+    for cell in BAD_CELLS[name]:
+        columns = {"trajectory_x": "1 (4h) -> 2 (1h)", "static_y": [1, 2, 3, 4, 5]}
+        columns[name] = ["", f"{SECRET}{cell}", "", cell, ""]
+        table = table_of(["1 (0h) -> 2 (4h)"] * 5, **columns)
+        row = 3 if cell == "3.99" else 1
+        place = rf"^DataFrame, row {row}, column {re.escape(name)}: "
+        for max_len in (1, 20):
+            assert SECRET not in refused(table, place, max_len=max_len)
+        if name == "trajectory_x":
+            refused(table, f"{place}.*2 cells.*row 3")
+        findings = Findings("x", strict=False)
+        dataset = MIMICtrajectoryDataset(table, findings=findings)
+        assert [*findings.problems] == [1, 3][row // 3 :], cell
+        assert dataset.numbers.tolist() == [0, *([1] if row == 3 else []), 2, 4]
 
 
 def test_static_features_are_columns_of_numbers():
-    flags = pd.array([True, None, False], dtype="boolean")
     columns = {
         "static_b": [" 2.5 ", "", "-1e2"],
-        "static_a [u]": flags,
+        "static_a [u]": pd.array([True, None, False], dtype="boolean"),
         "static_c": ["TRUE", "", "0"],
     }
     dataset = dataset_of(["1 (0h)"] * 3, **columns)
     assert dataset.static_names == ("static_b", "static_a [u]", "static_c")
     np.testing.assert_array_equal(dataset.static, [[2.5, 1, 1], [NAN] * 3, [-100, 0, 0]])
-    other = dataset_of(["1 (0h)"] * 3, **{**columns, "static_d": columns["static_b"]})
+    other = dataset_of(["1 (0h)"] * 3, **columns, static_d=columns["static_b"])
     assert other.fingerprint() != dataset.fingerprint()
     assert dataset_of(["1 (0h)"]).static.shape == (1, 0)
-    with pytest.raises(InputError, match="column static_b: "):
-        MIMICtrajectoryDataset(table_of(["1 (0h)"], static_b=[1]), label_column="static_b")
-
-
-@pytest.mark.parametrize("hour", ["3.99", SECRET + "x", "2e6", "nan"])
-def test_an_hour_before_the_last_observation_or_none_is_refused_by_its_place(hour):
-    series = {SERIES: ["1 (0h) -> 2 (2h)"] * 2, "trajectory_x": ["1 (4h) -> 2 (1h)"] * 2}
-    table = table_of(series.pop(SERIES), **series, prediction_hours=["4", hour])
-    for max_len in (1, 20):
-        with pytest.raises(InputError, match=r"^DataFrame, row 1, column prediction_hours: "):
-            MIMICtrajectoryDataset(table, max_len)
-    hours = MIMICtrajectoryDataset(table.assign(prediction_hours=["4", ""])).prediction_hours
-    np.testing.assert_array_equal(hours, [4, NAN])
+    refused(table_of(["1 (0h)"], static_b=[1]), "column static_b: ", label_column="static_b")
 
 
 # --------------------------------------------------------------------------- rows to score
@@ -596,10 +489,10 @@ def source_of(request, tmp_path):
     """Make a source of a table: a file, whose rows are numbered from 2, or a DataFrame."""
 
     def make(table):
+        table = pd.DataFrame(table)
         if request.param == "DataFrame":
-            return pd.DataFrame(table), 0
-        pd.DataFrame(table).to_csv(tmp_path / "new.csv", index=False)
-        return tmp_path / "new.csv", 2
+            return table, 0
+        return write_table(table, tmp_path / "new.csv"), 2
 
     return make
 
@@ -631,22 +524,18 @@ def test_a_value_after_the_prediction_time_is_a_problem_though_the_model_reads_n
 
 
 @pytest.mark.parametrize(
-    ("lacking", "there", "named"),
+    ("lacking", "there"),
     [
-        *(
-            (name, None, "")
-            for name in ("static_x", "static_age [years]", "prediction_hours", SERIES)
-        ),
-        ("static_age [years]", "static_age [months]", "static_age [months]"),
-        ("static_age [years]", "static_age", "static_age"),
+        *((name, None) for name in ("static_x", "static_age [years]", "prediction_hours", SERIES)),
+        ("static_age [years]", "static_age [months]"),
+        ("static_age [years]", "static_age"),
     ],
 )
-def test_a_file_that_lacks_an_input_is_refused_by_column(source_of, lacking, there, named):
+def test_a_file_that_lacks_an_input_is_refused_by_column(source_of, lacking, there):
     table = {there if name == lacking else name: column for name, column in NEW.items()}
     table.pop(None, None)
-    with pytest.raises(
-        InputError, match=re.escape(f"column {lacking}: ") + ".*" + re.escape(named)
-    ):
+    place = re.escape(f"column {lacking}: ") + ".*" + re.escape(there or "")
+    with pytest.raises(InputError, match=place):
         scored(source_of(table)[0])
 
 
@@ -658,58 +547,44 @@ TWO = {
 }
 
 
-@pytest.mark.parametrize(
-    ("columns", "names"),
-    [
-        (["trajectory_pH"], ["Lactate", "pH"]),
-        (["trajectory_lactate [mmol/L]"], ["Lactate", "pH"]),
-        (["trajectory_pH", "trajectory_Lactate [mmol/L]", LABEL], ["Lactate", "pH"]),
-    ],
-)
-def test_the_main_column_of_a_data_frame_is_the_series_without_one_of_its_own(columns, names):
-    rows = pd.DataFrame({name: ["0" if name == LABEL else "1 (0h)"] for name in [SERIES, *columns]})
-    ((row,), _) = scored(rows, **{**CONFIG, **TWO})
-    assert (list(row.dataset.features), row.dataset.outcome) == (names, "Death")
+@pytest.mark.parametrize("more", [["pH"], ["lactate [mmol/L]"], ["pH", "Lactate [mmol/L]"]])
+def test_the_main_column_of_a_data_frame_is_the_series_without_one_of_its_own(more):
+    series = [SERIES, *(f"trajectory_{name}" for name in more)]
+    rows = pd.DataFrame({**{key: ["1 (0h)"] for key in series}, LABEL: ["0"]})
+    ((row,), _) = scored(rows, **TWO)
+    assert (row.dataset.features, row.dataset.outcome) == (("Lactate", "pH"), "Death")
     assert row.dataset.prompt(0).endswith("And then?\n")
 
 
+def described(tmp_path, cells, **content):
+    """Write a file of one row and its description."""
+    path = tmp_path / "new.csv"
+    pd.DataFrame({name: [cell] for name, cell in cells.items()}).to_csv(path, index=False)
+    path.with_suffix(".json").write_text(json.dumps({"series": "Lactate", **content}))
+    return path
+
+
 @pytest.mark.parametrize(
-    ("content", "series", "column"),
+    ("unit", "outcome", "series", "column"),
     [
-        ({"series": "Lactate", "unit": "mmol/L", "outcome": "Death"}, "x", "trajectory_pH"),
-        ({"series": "Lactate", "unit": "mg/dL", "outcome": "Death"}, "pH", SERIES),
-        ({"series": "Lactate", "unit": "mmol/L", "outcome": "Death"}, "pH [kPa]", "trajectory_pH"),
-        ({"series": "Lactate", "unit": "mmol/L", "outcome": "Stroke"}, "pH", LABEL),
+        ("mmol/L", "Death", "x", "trajectory_pH"),
+        ("mg/dL", "Death", "pH", SERIES),
+        ("mmol/L", "Death", "pH [kPa]", "trajectory_pH"),
+        ("mmol/L", "Stroke", "pH", LABEL),
     ],
 )
-def test_a_file_of_another_meaning_is_refused_by_column(content, series, column, tmp_path):
-    path = tmp_path / "new.csv"
-    path.write_text(f"{SERIES},{LABEL},trajectory_{series}\n1 (0h),0,2 (0h)\n")
-    path.with_suffix(".json").write_text(json.dumps(content))
+def test_a_file_of_another_meaning_is_refused_by_column(unit, outcome, series, column, tmp_path):
+    cells = {SERIES: "1 (0h)", LABEL: 0, f"trajectory_{series}": "2 (0h)"}
     with pytest.raises(InputError, match=f"column {column}.*: "):
-        scored(path, **TWO)
+        scored(described(tmp_path, cells, unit=unit, outcome=outcome), **TWO)
 
 
 def test_a_file_without_labels_has_no_outcome_that_could_differ(tmp_path):
-    path = tmp_path / "new.csv"
-    path.write_text(f"{SERIES},trajectory_pH\n1 (0h),2 (0h)\n")
-    path.with_suffix(".json").write_text('{"series": "Lactate", "unit": "mmol/L"}')
-    ((row,), _) = scored(path, **TWO)
+    cells = {SERIES: "1 (0h)", "trajectory_pH": "2 (0h)"}
+    ((row,), _) = scored(described(tmp_path, cells, unit="mmol/L"), **TWO)
     assert (row.dataset.outcome, row.dataset.question) == ("Death", "And then?")
-    path.write_text(f"{SERIES},trajectory_pH,{LABEL}\n1 (0h),2 (0h),1\n")
     with pytest.raises(InputError, match=f"column {LABEL}: "):
-        scored(path, **TWO)
-
-
-def test_findings_are_logged_without_those_that_concern_no_row(caplog):
-    findings = Findings("file")
-    findings.notes["a note"] = None
-    findings.counts["are odd"] += 2
-    findings.counts["are even"] += 0
-    findings.problems[5] = SECRET
-    with caplog.at_level(logging.INFO):
-        findings.log()
-    assert caplog.messages == ["file: a note", "file: 2 rows are odd"]
+        scored(described(tmp_path, {**cells, LABEL: 1}, unit="mmol/L"), **TWO)
 
 
 def test_a_bad_file_ends_the_command_with_2_and_one_line(tmp_path, capsys):
