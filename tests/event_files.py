@@ -14,16 +14,20 @@ MEDS_DEMO = Path(__file__).parent / "data" / "mimic_iv_demo_meds"
 EPOCH = pd.Timestamp("2150-01-01")
 YEAR = 8766.0
 GAP, GLUCOSE, LACTATE = "LAB//gap", "LAB//glucose", "LAB//lactate"
-UNITS = {GLUCOSE: "mg/dL"}
 GAP_SERIES, GLUCOSE_SERIES = f"anion gap [mEq/L]={GAP}", f"glucose [mg/dL]={GLUCOSE}"
 
 
 def moment(hours):
-    return pd.NaT if hours is None else (EPOCH + pd.Timedelta(hours, "h")).round("us")
+    return pd.NaT if pd.isna(hours) else (EPOCH + pd.Timedelta(hours, "h")).round("us")
 
 
 def moments(hours):
     return pd.Series([moment(each) for each in hours], dtype="datetime64[us]")
+
+
+def name_of(label):
+    """The id of a label's row."""
+    return f"{label['subject']} {moment(label['hours']):%Y-%m-%dT%H:%M:%S}"
 
 
 @dataclass
@@ -41,32 +45,22 @@ class Mini:
 
     def measure(self, subject, hours, value, code=GAP, *, stored=None, unit=None, text=None):
         stored = hours if stored is None else stored
-        unit = UNITS.get(code, "mEq/L") if unit is None else unit
+        unit = ("mg/dL" if code == GLUCOSE else "mEq/L") if unit is None else unit
         self.events.append(dict(locals()))
         return self
 
     def write_meds(self, folder):
         """Write the events in a shard for each part of the split."""
         events = pd.DataFrame(self.events)
-        table = pd.DataFrame(
-            {
-                "subject_id": events["subject"].astype("int64"),
-                "time": moments(
-                    events["hours"].astype(object).where(events["hours"].notna(), None)
-                ),
-                "code": events["code"],
-                "numeric_value": events["value"].astype("float32"),
-                "text_value": events["text"].astype("string"),
-            }
-        )
-        (folder / "metadata").mkdir(parents=True)
+        table = pd.DataFrame({"subject_id": events["subject"], "time": moments(events["hours"])})
+        table = table.assign(code=events["code"], numeric_value=events["value"].astype("float32"))
+        table["text_value"] = events["text"].astype("string")
         for part, shard in table.groupby(table["subject_id"].map(self.splits).fillna("train")):
-            (folder / "data" / part).mkdir(parents=True)
-            shard.to_parquet(folder / "data" / part / "0.parquet", index=False)
+            write_table(shard, folder / "data" / part / "0.parquet")
         splits = pd.DataFrame(list(self.splits.items()), columns=["subject_id", "split"])
-        splits.to_parquet(folder / "metadata" / "subject_splits.parquet")
-        (folder / "task" / "deep").mkdir(parents=True)
-        self.label_table("boolean_value", "boolean").to_parquet(folder / "task/deep/0.parquet")
+        write_table(splits, folder / "metadata" / "subject_splits.parquet")
+        labels = self.label_table("boolean_value", "boolean")
+        write_table(labels, folder / "task" / "deep" / "0.parquet")
         return folder
 
     def label_table(self, column="label", kind="Int64"):
@@ -74,19 +68,12 @@ class Mini:
         table = {"subject_id": labels["subject"], "prediction_time": moments(labels["hours"])}
         return pd.DataFrame({**table, column: labels["label"].astype("Int64").astype(kind)})
 
-    def long(self, **left_out):
-        events = pd.DataFrame(self.events).dropna(subset="hours")
-        table = pd.DataFrame(
-            {
-                "subject_id": events["subject"],
-                "charttime": [moment(each) for each in events["hours"]],
-                "item": events["code"],
-                "value": events["value"],
-                "unit": events["unit"],
-                "storetime": [moment(each) for each in events["stored"]],
-            }
-        )
-        return table.drop(columns=[name for name, kept in left_out.items() if not kept])
+    def long(self):
+        events = pd.DataFrame(self.events).dropna(subset="hours").reset_index(drop=True)
+        names = {"subject": "subject_id", "hours": "charttime", "code": "item"}
+        names |= {"value": "value", "unit": "unit", "stored": "storetime"}
+        table = events[[*names]].rename(columns=names)
+        return table.assign(**{name: moments(table[name]) for name in ("charttime", "storetime")})
 
 
 def random_events(rng, subjects=60):
@@ -126,11 +113,11 @@ def meds(folder, series=(GAP_SERIES,), **flags):
 def long_file(mini, folder, labels=None, **flags):
     """Rows and description of from_long on a Mini, or on a table and labels."""
     table, labels = (mini.long(), mini.label_table()) if labels is None else (mini, labels)
-    paths = {"table": folder / "table.csv", "labels": folder / "labels.csv"}
-    paths = {"out": folder / "out.csv", **paths}
-    write_table(table, paths["table"])
-    write_table(labels, paths["labels"])
-    return make_rows("from_long", **{**paths, **flags})
+    flags = {"out": folder / "out.csv", "labels": folder / "labels.csv", **flags}
+    flags = {"table": folder / "table.csv", **flags}
+    write_table(table, folder / "table.csv")
+    write_table(labels, folder / "labels.csv")
+    return make_rows("from_long", **flags)
 
 
 def long(mini, folder, labels=None, **flags):

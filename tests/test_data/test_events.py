@@ -1,9 +1,9 @@
 """What from_meds and from_long share: windows, hours, series and codes, no leak, equal bytes."""
 
 import dataclasses
-import itertools
 import json
 import logging
+import re
 
 import numpy as np
 import pandas as pd
@@ -23,24 +23,23 @@ from event_files import (
     long,
     meds,
     moment,
+    name_of,
     random_events,
     write_table,
 )
 from medgemma_clinical.data import events
-from medgemma_clinical.data.duck import Database
 from medgemma_clinical.files import InputError
 from table_requests import make_rows
 
 SERIES = (GAP_SERIES, GLUCOSE_SERIES)
-FOLDERS = itertools.count()
 
 
 @pytest.fixture(params=["from_meds", "from_long"])
 def make(request, tmp_path):
     """Rows of either command."""
 
-    def make_them(mini, **flags):
-        folder = tmp_path / str(next(FOLDERS))
+    def make_them(mini, name=None, **flags):
+        folder = tmp_path / (name or str(len([*tmp_path.iterdir()])))
         flags = {"series": (GAP_SERIES,), **flags}
         if request.param == "from_meds":
             return meds(mini.write_meds(folder), **flags)
@@ -51,23 +50,21 @@ def make(request, tmp_path):
     return make_them
 
 
+def simple():
+    return Mini().ask(1, 30).measure(1, 12, 15)
+
+
 def cell(rows, column="clinical_trajectory"):
     return rows[column].item()
 
 
-def test_the_window_is_closed_at_both_ends(make):
-    mini = Mini().ask(1, 30).measure(1, 30 + 0.4 / 3600, 99)
+def test_the_window_is_closed_and_hours_count_from_it_or_the_first_observation(make):
+    mini = Mini().ask(1, 30).measure(1, 30 + 0.4 / 3600, 99).measure(1, 8, 200, GLUCOSE)
     for hour in (5.99, 6, 12, 30, 30.01):
         mini.measure(1, hour, hour)
     assert cell(make(mini)) == "6 (0h) -> 12 (6h) -> 30 (24h)"
     assert cell(make(mini, window_hours=18.0)) == "12 (0h) -> 30 (18h)"
-
-
-def test_hours_count_from_the_window_or_the_first_observation(make):
-    mini = Mini().ask(1, 30).measure(1, 12, 15).measure(1, 8, 200, GLUCOSE).measure(1, 30, 11)
-    rows = make(mini, series=SERIES)
-    assert cell(rows) == "15 (6h) -> 11 (24h)"
-    assert cell(rows, "prediction_hours") == "24"
+    mini = simple().measure(1, 8, 200, GLUCOSE).measure(1, 30, 11)
     rows = make(mini, series=SERIES, hours_from="first")
     assert cell(rows) == "15 (4h) -> 11 (22h)"
     assert cell(rows, "trajectory_glucose [mg/dL]") == "200 (0h)"
@@ -75,7 +72,7 @@ def test_hours_count_from_the_window_or_the_first_observation(make):
 
 
 def test_the_first_series_decides_and_a_name_given_twice_joins(make):
-    mini = Mini().ask(1, 30).ask(2, 30).measure(1, 12, 15).measure(2, 12, 15).measure(2, 13, 16)
+    mini = simple().ask(2, 30).measure(2, 12, 15).measure(2, 13, 16)
     mini.measure(1, 14, 7, "other gap").measure(1, 15, 8, "other thing")
     joined = (GAP_SERIES, "Anion gap [mEq/L]=other*")
     rows = make(mini, series=joined, min_observations=2)
@@ -89,89 +86,65 @@ def test_the_first_series_decides_and_a_name_given_twice_joins(make):
 
 def test_rows_are_named_by_subject_and_time_and_labels_not_known_are_left_out(make):
     mini = Mini().ask(10, 30.5, 1).ask(9, 30, 0).ask(9, 20, 0).ask(9, 25, None)
-    for subject in (9, 10):
-        mini.measure(subject, 12, 15)
-    rows = make(mini)
+    rows = make(mini.measure(9, 12, 15).measure(10, 12, 15))
     first, *_, last = rows["id"]
     assert (first, last) == ("9 2150-01-01T20:00:00", "10 2150-01-02T06:30:00")
     assert rows["label_escalation"].tolist() == [0, 0, 1]
 
 
-def test_nothing_left_says_by_which_rule(make):
-    mini = Mini().ask(1, 30).ask(2, 30).measure(1, 20, 100, GLUCOSE).measure(9, 1, 15)
-    expected = "from the first window to the last; .* no value of anion gap in the window"
-    with pytest.raises(InputError, match=expected):
-        make(mini, series=SERIES)
+def four(*measured):
+    mini = Mini().ask(1, 30).ask(2, 30).ask(3, 30).ask(4, 30)
+    for subject in measured:
+        mini.measure(subject, 12, 15)
+    return mini
 
 
-def test_a_code_without_an_event_is_warned_of(make, caplog):
-    with caplog.at_level(logging.WARNING):
-        rows = make(Mini().ask(1, 30).measure(1, 12, 15), series=(GAP_SERIES, "lactate=lac*"))
-    assert rows["trajectory_lactate"].isna().all()
-    assert "warning: --series lactate=lac*" in caplog.text
-    assert GAP_SERIES not in caplog.text
-
-
-def test_more_than_a_tenth_of_events_at_midnight_are_warned_of(make, caplog):
+def test_what_looks_wrong_is_warned_of(make, caplog):
+    in_storage = make.command == "from_long"
     few = Mini().ask(1, 30).measure(1, 24, 15)
     for hour in range(10, 19):
         few.measure(1, hour, 15)
+    midnight = Mini().ask(1, 30).measure(1, 12 if in_storage else 24, 15, stored=24)
     with caplog.at_level(logging.WARNING):
-        make(few)
-        assert "midnight" not in caplog.text
-        stored = {"stored": 24} if make.command == "from_long" else {}
-        make(Mini().ask(1, 30).measure(1, 12 if stored else 24, 15, **stored))
-    assert "midnight" in caplog.text
-    assert all(each.getMessage().startswith("warning: ") for each in caplog.records)
+        for mini, flags, warning in (
+            (few, {}, None),
+            (midnight, {}, "midnight"),
+            (simple(), {"series": (GAP_SERIES, "lactate=lac*")}, "--series lactate=lac*"),
+            (four(9, 1), {}, "3 of 4 subjects"),
+            (four(9, 1, 2), {}, None),
+        ):
+            make(mini, **flags)
+            lines = [line.getMessage() for line in caplog.records if "storetime" not in line.msg]
+            assert len(lines) == bool(warning)
+            assert not lines or (warning in lines[0] and lines[0].startswith("warning: "))
+            caplog.clear()
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    ("mini", "series", "named"),
     [
-        ({"series": ("=x",)}, "--series =x"),
-        ({"series": ("a, b=x",)}, "--series a, b=x"),
-        ({"series": ("a [b=x",)}, "--series"),
-        ({"series": ("50868=x",)}, "--series 50868=x"),
-        ({"series": (GAP_SERIES, "anion gap [mmol/L]=x")}, "--series anion gap"),
+        *((simple(), wrong, f"--series {wrong}") for wrong in ("=x", "a, b=x", "50868=x")),
+        (simple(), "a [b=x", "--series"),
+        (simple(), "anion gap [mmol/L]=x", "--series anion gap"),
+        (simple().ask(1, 30, 1), GLUCOSE_SERIES, "subject_id and prediction_time"),
+        (four(9), GLUCOSE_SERIES, "4 of 4 subjects"),
+        (Mini().ask(1, 30).measure(1, 20, 1, GLUCOSE), GLUCOSE_SERIES, "no value of anion gap"),
     ],
 )
-def test_a_wrong_flag_is_named(make, flags, named):
-    with pytest.raises(InputError) as caught:
-        make(Mini().ask(1, 30).measure(1, 12, 15), **flags)
-    assert str(caught.value).startswith(named)
-
-
-def test_one_subject_twice_at_one_time_is_refused(make):
-    with pytest.raises(InputError, match=r"(task|labels\.csv): subject_id and prediction_time"):
-        make(Mini().ask(1, 30, 0).ask(1, 30, 1).measure(1, 12, 15))
-
-
-def test_subjects_with_other_names_are_refused_or_warned_of(make, caplog):
-    mini = Mini().ask(1, 30).ask(2, 30).ask(3, 30).ask(4, 30).measure(9, 12, 15)
-    with pytest.raises(InputError, match="4 of 4 subjects"):
-        make(mini)
-    with caplog.at_level(logging.WARNING):
-        make(mini.measure(1, 12, 15))
-        assert "3 of 4 subjects" in caplog.text
-        caplog.clear()
-        make(mini.measure(2, 12, 15))
-    assert not caplog.text
+def test_wrong_flags_and_labels_are_refused_by_name(make, mini, series, named):
+    with pytest.raises(InputError, match=re.escape(named)):
+        make(mini, series=(GAP_SERIES, series))
 
 
 def test_a_folder_named_like_a_column_replaces_no_column(make, tmp_path):
     """As exports of Spark and pyarrow name folders: ``value=1000/``."""
-    mini = Mini().ask(1, 30, 1).measure(1, 12, 15)
-    expected = make(mini)
-    for name in ("subject_id=7", {"from_meds": "numeric_value=99"}.get(make.command, "value=1000")):
-        folder = tmp_path / name
-        if make.command == "from_meds":
-            again = meds(mini.write_meds(folder))
-        else:
-            again = long(mini, folder, series=(GAP_SERIES,))
-            table = write_table(mini.long(), folder / "table.parquet")
-            other = long(mini, folder, series=(GAP_SERIES,), table=table)
-            pd.testing.assert_frame_equal(other, expected)
-        pd.testing.assert_frame_equal(again, expected)
+    expected = make(simple())
+    names = ("subject_id=7", {"from_meds": "numeric_value=99"}.get(make.command, "value=1000"))
+    for name in names:
+        pd.testing.assert_frame_equal(make(simple(), name), expected)
+        if make.command == "from_long":
+            table = write_table(simple().long(), tmp_path / name / "table.parquet")
+            pd.testing.assert_frame_equal(make(simple(), name, table=table), expected)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -191,57 +164,34 @@ def test_what_is_written_is_read(tmp_path):
     dataset = MIMICtrajectoryDataset(tmp_path / "out.csv")
     assert (dataset.features, dataset.units) == (("anion gap", "glucose"), ("mEq/L", "mg/dL"))
     assert (len(dataset), dataset.outcome) == (40, "Death")
-    assert dataset.question == "Will the outcome 'Death' occur?"
     assert dataset.contexts[0].startswith("40-year-old woman, x. Note (")
     assert dataset.limits(0) is None, "those of another series would be wrong"
     description = json.loads((tmp_path / "out.json").read_text())
     assert description["rows"] == {"rows": 40, "patients": 40, "events": 20}
     assert description["arguments"]["series"] == list(SERIES)
-    names = {*description["tables_sha256"]}
-    assert names >= {"data/train/0.parquet", "labels: task/deep/0.parquet"}
-
-
-def test_only_events_from_the_first_window_to_the_last_are_kept(make, monkeypatch):
-    mini = Mini().ask(1, 30).ask(1, 80)
-    for hour in (5.9, 6, 40, 80, 80.1):
-        mini.measure(1, hour, hour)
-    seen = []
-    run_file = Database.run_file
-
-    def look(database, path):
-        if path.stem == "events":
-            seen.extend(database.frame("SELECT value FROM record ORDER BY value")["value"])
-        run_file(database, path)
-
-    monkeypatch.setattr(Database, "run_file", look)
-    make(mini)
-    assert seen == [6, 40, 80]
-
-
-# --------------------------------------------------------------------------- second reading
+    assert {*description["tables_sha256"]} >= {
+        "data/train/0.parquet",
+        "labels: task/deep/0.parquet",
+    }
 
 
 def slowly(mini, code, *, stored):
     """The cells of a series of each label by a loop over all events, where there is one."""
     found = {}
-    events = [
-        (each["subject"], moment(each["hours"]), moment(each["stored"]), each["value"])
-        for each in mini.events
-        if each["code"] == code
-    ]
     for label in mini.labels:
         end = moment(label["hours"])
         start = end - pd.Timedelta(24, "h")
         values = []
-        for subject, time, stored_time, value in events:
-            known = stored_time if stored else time
-            if subject == label["subject"] and start <= time <= end and known <= end:
-                seconds = time.floor("s") - start.floor("s")
-                hour = seconds.total_seconds() / 3600
-                values.append((time, known, value, f"{round(hour, 2):g}"))
+        for event in mini.events:
+            if event["code"] != code or event["subject"] != label["subject"]:
+                continue
+            time = moment(event["hours"])
+            known = moment(event["stored"]) if stored else time
+            if start <= time <= end and known <= end:
+                hour = (time.floor("s") - start.floor("s")).total_seconds() / 3600
+                values.append((time, known, f"{event['value']:g} ({round(hour, 2):g}h)"))
         if values:
-            name = f"{label['subject']} {end:%Y-%m-%dT%H:%M:%S}"
-            found[name] = " -> ".join(f"{value:g} ({hour}h)" for *_, value, hour in sorted(values))
+            found[name_of(label)] = " -> ".join(text for *_, text in sorted(values))
     return found
 
 
@@ -277,9 +227,6 @@ def test_the_demo_gives_the_trajectories_of_from_mimic(command, tmp_path):
     assert len(rows) == 87
 
 
-# --------------------------------------------------------------------------- leaks
-
-
 def after(mini, label, rng, *, stored):
     """Change everything that is measured (or stored) later than one prediction time."""
     hours = label["hours"]
@@ -306,15 +253,12 @@ def test_nothing_after_the_prediction_time_changes_an_input(make):
         flags["equal_times"] = "last"
     rows = make(mini, **flags).set_index("id").drop(columns="label_escalation")
     assert len(rows) > 80
-    labels = {f"{e['subject']} {moment(e['hours']):%Y-%m-%dT%H:%M:%S}": e for e in mini.labels}
+    labels = {name_of(label): label for label in mini.labels}
     for name in rows.index[::15]:
         changed = after(mini, labels[name], rng, stored=make.command == "from_long")
         again = make(changed, **flags).set_index("id")
         before, again = rows.loc[[name]], again.reindex(columns=rows.columns)
         pd.testing.assert_frame_equal(before, again, check_dtype=False)
-
-
-# --------------------------------------------------------------------------- the same bytes
 
 
 def test_threads_memory_batches_and_the_order_of_rows_change_no_byte(make, monkeypatch):
