@@ -216,13 +216,11 @@ def write(rows, rng, comma=",", too_long=0.0):
     for row in [{name: name for name in rows[0]}, *rows]:
         blank = rng.choice(PLACES if lines else ["", "", "\n", "  \n"])
         cells = [field(cell, rng) for cell in row.values()]
-        while cells[-1].strip() == "" and rng.random() < 0.5:
-            cells.pop()  # a short row lacks its last cells
         number += 1 + blank.count("\n")
         width = width or len(cells) + rng.choice([0, 0, 0, 2])  # of the header
-        cells += [""] * (rng.random() < 0.5 or not lines) * (width - len(cells))
+        cells += [""] * (width - len(cells))
         if numbered and rng.random() < too_long:
-            cells += [""] * (width - len(cells)) + [SECRET]
+            cells += [SECRET]
             longer.add(number)
         lines.append(blank.replace("\n", end) + comma.join(cells))
         numbered[number] = row
@@ -342,7 +340,7 @@ def damages(rng, rows):
             ("data.csv", good.decode().encode("utf-16"), ": not a text file in UTF-8"),
             ("data.csv", rng.choice([b"", b"\n \r\n", b"\xef\xbb\xbf"]), ": the file is empty"),
             ("data.csv", again[: again.rindex(b",")], ": no rows below the header"),
-            ("data.csv", again + b"1 (0h)", f", column {twice}: appears twice"),
+            ("data.csv", again + again, f", column {twice}: appears twice"),
             ("data.csv", write(renamed, rng).content, f", column {needed}: no such column"),
             ("data.csv", write(rows, rng, ";").content, ""),
             ("data.csv", b"".join([good.rstrip(), last]), ""),

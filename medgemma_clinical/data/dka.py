@@ -169,8 +169,8 @@ def read_tables(
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     """Read a CSV (also within gzip) or Parquet file, or a DataFrame, ``max_rows`` at a time.
 
-    ``columns`` are those to read (empty: all) of a table that a program wrote, in which a short row
-    of a CSV is a damaged one and some bytes may be no UTF-8; None is a table of any origin.
+    ``columns`` are those to read (empty: all) of a table in which some bytes may be no UTF-8; None
+    reads all of a table in UTF-8.
 
     Yields:
         Rows, their index the numbers that a spreadsheet shows, the header of a CSV being 1; and
@@ -218,7 +218,7 @@ def _read_csv(
     content: Any = gzip.GzipFile(fileobj=file) if path.suffix.lower() == ".gz" else file
     errors = "strict" if columns is None else "replace"
     text = io.TextIOWrapper(content, "utf-8-sig", errors, newline="")
-    rows = _csv_rows(text, may_be_short=columns is None)
+    rows = _csv_rows(text)
     names = [name.strip() for name in next(rows, (0, []))[1]]
     if not names:
         raise InputError(f"{path}: the file is empty")
@@ -230,8 +230,11 @@ def _read_csv(
         yield pd.DataFrame(cells, numbers, header, dtype=object), file.tell()
 
 
-def _csv_rows(lines: Iterable[str], *, may_be_short: bool) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the cells of each row that is not blank, the header first."""
+def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each row that is not blank, the header first.
+
+    A short row is refused as well: a copy that was cut within a number would be read with another.
+    """
     csv.field_size_limit(MAX_CELL)
     number, width = 1, 0
     try:
@@ -240,9 +243,9 @@ def _csv_rows(lines: Iterable[str], *, may_be_short: bool) -> Iterator[tuple[int
                 if width == 0 and len(row) == 1 and re.search("[;\t]", row[0]):
                     raise csv.Error("no commas")
                 width = width or len(row)
-                if len(row) > width or (len(row) < width and not may_be_short):
+                if len(row) != width:
                     raise csv.Error(f"{len(row)} cells, not {width}")
-                yield number, row + [""] * (width - len(row))
+                yield number, row
             number += 1
     except csv.Error as error:
         raise csv.Error(f"row {number}: {error}") from error

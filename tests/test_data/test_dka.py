@@ -129,6 +129,14 @@ def test_a_damaged_file_is_refused_by_name(name, max_rows, tmp_path):
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("max_rows", [1, 2, 100])
+@pytest.mark.parametrize("row", [b"2,x", b"2,x,y,z"])
+def test_a_row_of_another_width_is_refused_by_its_number(row, max_rows, tmp_path):
+    path = write(tmp_path / "data.csv", b"a,b,c\n1,,\n\n" + row)
+    with pytest.raises(InputError, match=r"data\.csv, row 4"):
+        list(read_tables(path, max_rows))
+
+
 def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
     for source in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300), numbered(0)):
         with pytest.raises(InputError):
