@@ -78,6 +78,14 @@ def one_field_too_many(path):
     middle(path, lambda line: line.rstrip(b"\r\n") + b",4\n")
 
 
+def one_field_too_few(path):
+    middle(path, lambda line: line.rstrip(b"\r\n").rpartition(b",")[0] + b"\n")
+
+
+def cut_within_the_last_row(path):
+    path.write_bytes(path.read_bytes().rstrip(b"\r\n").rpartition(b",")[0][:-1])
+
+
 def field_too_many_in_front(path):
     middle(path, lambda line: b"4," + line)
 
@@ -114,7 +122,15 @@ READERS = [dka, srtr, mimic, eicu, long_table]
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize(
-    "damage", [one_field_too_many, field_too_many_in_front, unclosed_quote, cut_gzip]
+    "damage",
+    [
+        one_field_too_many,
+        one_field_too_few,
+        cut_within_the_last_row,
+        field_too_many_in_front,
+        unclosed_quote,
+        cut_gzip,
+    ],
 )
 def test_every_reader_refuses_a_damaged_table_by_name(reader, damage, tmp_path, capsys):
     path, main, words = reader(tmp_path)
@@ -140,3 +156,20 @@ def test_every_reader_reads_a_table_in_any_common_form(reader, form, tmp_path):
     assert main(words) == 0
     if plain:
         assert (tmp_path / "out.csv").read_text() == plain
+
+
+@pytest.mark.parametrize(
+    ("reader", "name", "column"),
+    [
+        (mimic, "hosp/admissions", "hadm_id"),
+        (mimic, "hosp/patients", "subject_id"),
+        (eicu, "patient", "patientunitstayid"),
+    ],
+)
+def test_a_row_that_stands_twice_makes_no_second_trajectory(reader, name, column, tmp_path, capsys):
+    _, main, words = reader(tmp_path)
+    path = unpacked(tmp_path / "tables" / f"{name}.csv.gz")
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[1])
+    assert main(words) == 2
+    assert f"{path}, column {column}: " in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()

@@ -34,6 +34,7 @@ from medgemma_clinical.data.duck import (
 )
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import plain
+from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ class HospitalTables:
     source: str  # of the data, with their terms
     columns: Mapping[str, Mapping[str, Column]]  # that are read of each table
     labs: str  # table of laboratory values
+    unique: Mapping[str, str]  # column of a table whose values name its rows
     cohorts = COHORTS
     known = "charted and stored by then"
 
@@ -195,7 +197,13 @@ class HospitalTables:
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
         kept = [condition.format(**cells) for condition in keep]
-        load_table(self.database, name.rpartition("/")[2], file, columns, kept, keys=keys)
+        table = name.rpartition("/")[2]
+        load_table(self.database, table, file, columns, kept, keys=keys)
+        if key := self.unique.get(name):
+            rows, values = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
+            if values < rows:
+                problem = f"{rows - values:,} cells repeat an earlier one"
+                raise InputError(f"{file.path}, column {key}: {problem}")
         return file
 
     def load_admissions(self) -> None:

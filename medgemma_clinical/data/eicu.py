@@ -58,6 +58,8 @@ COLUMNS = {
 }
 """Source: eicu-crd.mit.edu, version 2.0; an offset is minutes from the admission to the unit."""
 
+UNIQUE = {"patient": "patientunitstayid"}
+
 DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
     "dka": "adult admissions with APACHE's admission diagnosis of diabetic ketoacidosis, "
     f"entered by the prediction time; {STAYS}"
@@ -78,6 +80,7 @@ class EicuTables(HospitalTables):
     source = "eICU Collaborative Research Database (PhysioNet), under its data use agreement"
     labs = "lab"
     columns = COLUMNS
+    unique = UNIQUE
     cohorts = DEFINITIONS
 
     def load_admissions(self) -> None:

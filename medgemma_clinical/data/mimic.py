@@ -79,6 +79,12 @@ COLUMNS: dict[str, dict[str, Column]] = {
 }
 """Columns that are read, of each table. Source: mimic.mit.edu, MIMIC-IV, modules hosp and icu."""
 
+UNIQUE = {
+    "hosp/patients": "subject_id",
+    "hosp/admissions": "hadm_id",
+    "hosp/d_labitems": "itemid",
+}
+
 RADIOLOGY = {
     "subject": "subject_id",
     "charted": "charttime",
@@ -114,6 +120,7 @@ class MimicTables(HospitalTables):
     source = "MIMIC-IV (PhysioNet), under its data use agreement"
     labs = "hosp/labevents"
     columns = COLUMNS
+    unique = UNIQUE
 
     def load_admissions(self) -> None:
         """Make patients, admissions, icustays, ketoacidosis and d_labitems."""
@@ -180,7 +187,7 @@ def read_notes(
 ) -> tuple[pd.Series, dict[str, str]]:
     """Return the contexts with the notes of the patients, and the SHA-256 of each file."""
     database.run(
-        "CREATE TABLE asked AS SELECT row_number() OVER (ORDER BY kept.stay) - 1 AS number, "
+        "CREATE TABLE target AS SELECT row_number() OVER (ORDER BY kept.stay) - 1 AS number, "
         "subject_id AS subject, hadm_id AS stay, first AS start, time AS prediction_time "
         "FROM kept JOIN stays USING (stay) JOIN windows USING (stay)"
     )
