@@ -148,7 +148,7 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
             rows, counts = np.unique(owner[measured], return_counts=True)
             text = (
                 f"{_percentiles(values[measured])}; in {count_patients(patients, rows):,} of "
-                f"{dataset.n_patients:,} patients, {np.median(counts):g} values a row with any"
+                f"{dataset.n_patients:,} patients, median {np.median(counts):g} a row with any"
             )
         lines.append(f"{name}{f' [{unit}]' if unit else ''}: {text}")
     return lines

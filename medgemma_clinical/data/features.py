@@ -93,7 +93,7 @@ def unusable_static(
     unusable = {}
     for name, column in zip(names, static.T, strict=True):
         if len(np.unique(column[~np.isnan(column)])) < 2:
-            unusable[name] = "the training part holds fewer than two values of it"
+            unusable[name] = "the training part holds no two different values of it"
         elif patients_behind(column, groups) < MIN_PATIENTS:
             unusable[name] = (
                 f"fewer than {MIN_PATIENTS} training patients have it, or another value than the "

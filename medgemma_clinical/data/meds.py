@@ -166,11 +166,14 @@ def read_notes(
 ) -> pd.Series:
     """Return the contexts with the notes that were written by their prediction times."""
     database.run(
-        "CREATE VIEW asked AS SELECT number, subject, NULL::BIGINT AS stay, start, prediction_time "
-        "FROM prediction JOIN clock USING (number)"
+        "CREATE VIEW target AS SELECT number, subject, NULL::BIGINT AS stay, start, "
+        "prediction_time FROM prediction JOIN clock USING (number)"
     )
     names = {"subject": "subject_id", "charted": "time", "text": "text_value"}
-    for file in files:
+    texts = [file for file in files if "text_value" in file.header]  # optional in MEDS
+    if not texts:
+        raise InputError(f"{request.meds_dir}: no shard has a column text_value for --notes")
+    for file in texts:
         keep = any_code(WORD.typed(file.raw("code")), request.notes, "false")
         load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
     return add_notes(database, contexts, request.max_note_words)

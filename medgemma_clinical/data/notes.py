@@ -45,7 +45,7 @@ def load_notes(
     max_words: int,
     keep: Sequence[str] = (),
 ) -> None:
-    """Add the notes of the subjects in ``asked`` to ``note``: subject, written, stay, text, words.
+    """Add the notes of the subjects in ``target`` to ``note``: subject, written, stay, text, words.
 
     ``names`` has the column of each role: subject, charted, text; perhaps stored, and stay, whose
     own rows get no such note.
@@ -56,7 +56,7 @@ def load_notes(
     columns[names["text"]] = NoteText(max_words=max_words)
     file.check_columns(columns)
     typed = subject.typed(file.raw(names["subject"]))
-    join = f"SEMI JOIN asked ON asked.subject::VARCHAR = ({typed})::VARCHAR"
+    join = f"SEMI JOIN target ON target.subject::VARCHAR = ({typed})::VARCHAR"
     load_table(database, "loaded", file, columns, keep, join)
     cells = {role: quoted(names[role]) if role in names else "NULL" for role in (*forms, "text")}
     text = cells["text"]
@@ -74,7 +74,7 @@ def load_notes(
 
 
 def add_notes(database: Database, contexts: pd.Series, max_words: int) -> pd.Series:
-    """Return contexts, by ``number`` of the table ``asked``, with the notes behind them."""
+    """Return contexts, by ``number`` of the table ``target``, with the notes behind them."""
     database.set(max_note_words=max_words)
     database.run_file(Path(__file__).parent / "sql" / "notes.sql")
     found = database.frame("SELECT number, text FROM noted ORDER BY number, position DESC")

@@ -174,7 +174,7 @@ def test_counts_and_percentiles_of_the_summary_are_exact():
     percentiles = "median 51, quartiles 26 to 76, 1st to 99th percentile 2 to 100"
     assert lines[3] == f"span in hours: {percentiles}"
     assert lines[4].startswith(f"Anion gap [mEq/L]: {percentiles}; in 101 of 101 patients")
-    assert lines[5].endswith("in 3 of 101 patients, 2 values a row with any")
+    assert lines[5].endswith("in 3 of 101 patients, median 2 a row with any")
 
 
 def test_lines_of_a_flow_leave_out_rules_that_remove_nothing():

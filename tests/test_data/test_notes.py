@@ -64,6 +64,19 @@ def test_a_date_counts_from_the_end_of_its_day(tmp_path):
     assert contexts(mini, tmp_path / "meds")[0] == "Note (18h): written yesterday"
 
 
+def test_a_shard_without_texts_has_no_notes(tmp_path):
+    folder = note(asked(), 1, 8, "Was well.").write_meds(tmp_path / "meds")
+    (shard,) = (folder / "data").rglob("*.parquet")
+    table = pd.read_parquet(shard)
+    own = table["subject_id"] == 1
+    table[own].to_parquet(shard)
+    table[~own].drop(columns="text_value").to_parquet(shard.with_name("1.parquet"))
+    assert len(meds(folder, notes=SHOWN)) == 2
+    table.drop(columns="text_value").to_parquet(shard)
+    with pytest.raises(InputError, match=r"meds: .*text_value"):
+        meds(folder, notes=SHOWN)
+
+
 def test_no_note_reaches_a_log(tmp_path, caplog):
     with caplog.at_level("DEBUG"):
         _, description = meds_file(

@@ -1,5 +1,5 @@
 -- Notes become the end of a context.
--- Read: asked (number, subject, stay, start, prediction_time),
+-- Read: target (number, subject, stay, start, prediction_time),
 -- note (subject, written, stay, text, words).
 
 -- seen: the notes that were written by the prediction time, the newest first, and how many words
@@ -7,9 +7,9 @@
 CREATE TABLE seen AS
 SELECT number, start, note.rowid AS note_id, row_number() OVER newest AS position,
     getvariable('max_note_words') + words - sum(words) OVER newest AS room
-FROM asked
-JOIN note ON note.subject = asked.subject::VARCHAR AND written <= prediction_time
-WHERE coalesce(note.stay != asked.stay, true)
+FROM target
+JOIN note ON note.subject = target.subject::VARCHAR AND written <= prediction_time
+WHERE coalesce(note.stay != target.stay, true)
 WINDOW newest AS (PARTITION BY number ORDER BY written DESC, md5(text) ROWS UNBOUNDED PRECEDING);
 
 -- noted: each note with its hour on the clock of the row; the oldest loses its beginning.
