@@ -5,63 +5,69 @@ import pandas as pd
 import pytest
 
 import mimic_files
-from event_files import Mini, meds, meds_file, moment, random_events
+from event_files import Mini, meds, meds_file, name_of, random_events
 from medgemma_clinical.files import InputError
 from mimic_files import extracted, write_tables
 
 SHOWN = ("NOTE//chest", "NOTE//discharge")
 
 
-def asked():
-    return Mini().ask(1, 30).measure(1, 12, 15).ask(2, 30).measure(2, 12, 15)
-
-
 def note(mini, subject, hours, text, code="NOTE//chest"):
     return mini.measure(subject, hours, None, code, text=text)
 
 
-def contexts(mini, folder, **flags):
-    rows = meds(mini.write_meds(folder), **{"notes": SHOWN, **flags})
-    return rows["clinical_context"].fillna("").tolist()
+def asked(*notes):
+    """Two subjects asked at 30 h, and notes (hour, text) of the first."""
+    mini = Mini().ask(1, 30).measure(1, 12, 15).ask(2, 30).measure(2, 12, 15)
+    for written in notes:
+        note(mini, 1, *written)
+    return mini
 
 
-def name_of(label):
-    return f"{label['subject']} {moment(label['hours']):%Y-%m-%dT%H:%M:%S}"
+@pytest.fixture
+def contexts(tmp_path):
+    def build(mini, **flags):
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        rows = meds(mini.write_meds(folder), **{"notes": SHOWN, **flags})
+        return rows.set_index("id")["clinical_context"].fillna("")
+
+    return build
 
 
-def test_notes_stand_in_order_with_their_hours_behind_the_context(tmp_path):
-    mini = note(note(asked(), 1, 29.5, "No  change.\nClear\tlungs."), 1, -20, "Was well.")
-    mini = note(note(mini, 1, 30, "On time."), 1, 30.01, "Too late.")
-    note(note(mini, 1, 8, "Another kind", "OTHER//x"), 1, None, "When?")
-    note(mini.measure(1, None, None, "GENDER//F"), 9, 8, "No label").measure(
-        1, 8, 3.0, "NOTE//chest"
-    )
+def test_notes_stand_in_order_with_their_hours_behind_the_context(contexts):
+    mini = asked((29.5, "No  change.\nClear\tlungs."), (-20, "Was well."), (30, "On time."))
+    note(note(mini, 1, 30.01, "Too late."), 1, 8, "Another kind", "OTHER//x")
+    note(note(mini.measure(1, None, None, "GENDER//F"), 1, None, "When?"), 9, 8, "No label")
+    mini.measure(1, 8, 3.0, "NOTE//chest")
     expected = "Note (-26h): Was well. Note (23.5h): No change. Clear lungs. Note (24h): On time."
-    assert contexts(mini, tmp_path / "1") == [f"Woman. {expected}", ""]
-    expected = expected.replace("-26h", "-32h").replace("23.5", "17.5").replace("24h", "18h")
-    assert contexts(mini, tmp_path / "2", hours_from="first")[0] == f"Woman. {expected}"
-    assert contexts(mini, tmp_path / "3", notes=()) == ["Woman", ""]
-    other = contexts(mini, tmp_path / "4", notes=("OTHER//*",))
-    assert other == ["Woman. Note (2h): Another kind", ""]
+    first = expected.replace("-26h", "-32h").replace("23.5", "17.5").replace("24h", "18h")
+    for flags, text in (
+        ({}, f"Woman. {expected}"),
+        ({"hours_from": "first"}, f"Woman. {first}"),
+        ({"notes": ()}, "Woman"),
+        ({"notes": ("OTHER//*",)}, "Woman. Note (2h): Another kind"),
+    ):
+        assert contexts(mini, **flags).tolist() == [text, ""]
 
 
-def test_the_oldest_words_are_cut(tmp_path):
-    mini = note(note(note(asked(), 1, 10, "a b c"), 1, 11, "d e f"), 1, 12, "g h")
-    for words, expected in {
-        2: "Note (6h): g h",
-        1: "Note (6h): h",
-        4: "Note (5h): e f Note (6h): g h",
-        5: "Note (5h): d e f Note (6h): g h",
-        6: "Note (4h): c Note (5h): d e f Note (6h): g h",
-        99: "Note (4h): a b c Note (5h): d e f Note (6h): g h",
-    }.items():
-        found = contexts(mini, tmp_path / str(words), max_note_words=words)
-        assert found[0] == expected
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (1, "Note (6h): h"),
+        (2, "Note (6h): g h"),
+        (4, "Note (5h): e f Note (6h): g h"),
+        (6, "Note (4h): c Note (5h): d e f Note (6h): g h"),
+        (99, "Note (4h): a b c Note (5h): d e f Note (6h): g h"),
+    ],
+)
+def test_the_oldest_words_are_cut(words, expected, contexts):
+    mini = asked((10, "a b c"), (11, "d e f"), (12, "g h"))
+    assert contexts(mini, max_note_words=words).iloc[0] == expected
 
 
-def test_a_date_counts_from_the_end_of_its_day(tmp_path):
-    mini = note(note(asked(), 1, 24, "written this day"), 1, 0, "written yesterday")
-    assert contexts(mini, tmp_path / "meds")[0] == "Note (18h): written yesterday"
+def test_a_date_counts_from_the_end_of_its_day(contexts):
+    mini = asked((24, "written this day"), (0, "written yesterday"))
+    assert contexts(mini).iloc[0] == "Note (18h): written yesterday"
 
 
 def test_a_shard_without_texts_has_no_notes(tmp_path):
@@ -79,22 +85,19 @@ def test_a_shard_without_texts_has_no_notes(tmp_path):
 
 def test_no_note_reaches_a_log(tmp_path, caplog):
     with caplog.at_level("DEBUG"):
-        _, description = meds_file(
-            note(asked(), 1, 8, "SECRET").write_meds(tmp_path / "meds"), notes=SHOWN
-        )
+        _, description = meds_file(asked((8, "SECRET")).write_meds(tmp_path / "x"), notes=SHOWN)
     assert "1 of 2 prediction times have notes" in caplog.text
     assert "SECRET" not in caplog.text + str(description)
 
 
-def test_nothing_written_later_changes_a_cell(tmp_path):
+def test_nothing_written_later_changes_a_cell(contexts):
     rng = np.random.default_rng(6)
     mini = random_events(rng, subjects=20)
     for hour in rng.uniform(-500, 90, 300):
         note(mini, int(rng.integers(20)), hour, f"word {hour:.0f} " * rng.integers(1, 90))
-    rows = meds(mini.write_meds(tmp_path / "whole"), notes=SHOWN).set_index("id")
-    assert rows["clinical_context"].str.contains("Note").mean() > 0.9
-    labels = [each for each in mini.labels if name_of(each) in rows.index]
-    for number, label in enumerate(labels[::6]):
+    whole = contexts(mini)
+    assert whole.str.contains("Note").mean() > 0.9
+    for label in [each for each in mini.labels if name_of(each) in whole][::6]:
         changed = Mini(splits=mini.splits, labels=[label])
         for event in mini.events:
             if not event["text"] or event["hours"] <= label["hours"]:
@@ -102,8 +105,7 @@ def test_nothing_written_later_changes_a_cell(tmp_path):
             elif rng.random() < 0.7:
                 changed.events.append({**event, "text": "she died"})
         note(changed, label["subject"], label["hours"] + 0.001, "she died", SHOWN[1])
-        again = meds(changed.write_meds(tmp_path / str(number)), notes=SHOWN).set_index("id")
-        assert again["clinical_context"].item() == rows.loc[name_of(label), "clinical_context"]
+        assert contexts(changed).item() == whole[name_of(label)]
 
 
 # --------------------------------------------------------------------------- MIMIC-IV-Note
@@ -119,7 +121,7 @@ def hospital():
     return mini.tables()
 
 
-def contexts_of(folder, notes, form=".csv.gz", **flags):
+def hospital_contexts(folder, notes, form=".csv.gz", **flags):
     """Rows with notes, given by table, patient, admission, charting and storing hour, text."""
     columns = ["table", "subject_id", "hadm_id", "charttime", "storetime", "text"]
     table, tables = pd.DataFrame(notes, columns=columns, dtype=object), hospital()
@@ -143,20 +145,19 @@ def test_notes_of_a_patient_follow_the_context_of_their_admissions(tmp_path):
         ("discharge", 5, 2, 1008, 1009, "a summary of this very stay"),
         ("radiology", 10003, "", DAY, 7, "She is another."),
     ]
-    made = contexts_of(tmp_path, notes)
-    plain = contexts_of(tmp_path, [], ".csv")
-    assert made.context(1) == plain.context(1)
+    made, plain = hospital_contexts(tmp_path, notes), hospital_contexts(tmp_path, [], ".csv")
+    first, second, third = map(plain.context, (1, 2, 3))
+    assert made.context(1) == first
     assert made.context(2) == (
-        f"{plain.context(2)}. Note (-770.75h): Was well. "
+        f"{second}. Note (-770.75h): Was well. "
         'Note (9h): IMPRESSION: No "acute" process, clear. Note (12h): in time, never stored'
     )
-    assert made.context(3) == f"{plain.context(3)}. Note (6h): She is another."
+    assert made.context(3) == f"{third}. Note (6h): She is another."
     assert {"note/discharge", "note/radiology"} < {*made.description["tables_sha256"]}
-    assert "max_note_words" in made.description["arguments"]
     columns = made.rows.columns.drop("clinical_context")
     pd.testing.assert_frame_equal(made.rows[columns], plain.rows[columns])
-    short = contexts_of(tmp_path, notes, ".parquet", max_note_words=4)
-    assert short.context(2) == f"{plain.context(2)}. Note (12h): in time, never stored"
+    short = hospital_contexts(tmp_path, notes, ".parquet", max_note_words=4)
+    assert short.context(2) == f"{second}. Note (12h): in time, never stored"
 
 
 def test_notes_written_later_change_no_cell(tmp_path):
@@ -167,18 +168,18 @@ def test_notes_written_later_change_no_cell(tmp_path):
         charted = rng.uniform(-300, 40)
         stored = "" if number % 7 == 0 else charted + rng.exponential(9)
         notes.append((*owner, ("", "1", "77")[number % 5 % 3], charted, stored, f"n{number} " * 3))
-    cells = contexts_of(tmp_path, notes).inputs()
+    cells = hospital_contexts(tmp_path, notes).inputs()
     for each in range(3):
         changed = []
-        for *note, charted, stored, text in notes:
+        for *owner, charted, stored, text in notes:
             if max(charted, stored or charted) <= 13:
-                changed.append((*note, charted, stored, text))
+                changed.append((*owner, charted, stored, text))
             elif rng.random() < 0.7:
-                changed.append((*note, charted, stored, "died"))
+                changed.append((*owner, charted, stored, "died"))
         for subject in (5, 10003):
             changed.append(("radiology", subject, "", 12, 13.01, "died soon"))
             changed.append(("discharge", subject, "", DAY, 14, "died soon"))
-        again = contexts_of(tmp_path / str(each), changed).inputs()
+        again = hospital_contexts(tmp_path / str(each), changed).inputs()
         assert all(again[hadm] == cells[hadm] for hadm in (1, 3))
     assert "Note" in str(cells[1])
 
