@@ -1,6 +1,5 @@
 """SRTR: which history rows count at the landmark, their values, and where dialysis is read."""
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -32,11 +31,15 @@ class Read:
 def read(tmp_path):
     def build(*history, cand=None, organ="liver", given=None):
         others = sorted({row["PX_ID"] for row in history} - {1})
-        first = candidate(1, organ) if cand is None else cand
-        everyone = [first, *(candidate(px, organ) for px in others)]
+        everyone = [cand or candidate(1, organ), *(candidate(px, organ) for px in others)]
         return Read(tmp_path, everyone, list(history), organ, given)
 
     return build
+
+
+def kidney_rows(days, cells, column="CANHX_DIAL", **others):
+    pairs = zip(days, cells, strict=True)
+    return [history_row(1, day, "kidney", **others, **{column: cell}) for day, cell in pairs]
 
 
 def test_rows_by_the_landmark_count_and_the_last_before_listing_is_carried_to_day_0(read):
@@ -55,12 +58,9 @@ def test_the_rows_of_a_day_are_one_and_the_later_value_counts(read):
     found = read(*rows)
     assert found.feature("MELD") == [(9, 20), (30, 30)]
     assert found.feature("bilirubin") == [(9, 3), (30, -1)]  # measured on that day: not filled
-    status = [(4099, 100), (4010, 200)]
-    for order in (status, status[::-1]):
-        rows = [
-            history_row(1, 10, "kidney", CANHX_STAT_CD=code, CANHX_BEGIN_TM=second)
-            for code, second in order
-        ]
+    for codes, seconds in (((4099, 4010), (100, 200)), ((4010, 4099), (200, 100))):
+        rows = kidney_rows((10, 10), codes, "CANHX_STAT_CD")
+        rows = [row | {"CANHX_BEGIN_TM": s} for row, s in zip(rows, seconds, strict=True)]
         assert read(*rows, organ="kidney").feature("status") == [(10, 1)]
 
 
@@ -68,18 +68,16 @@ def test_a_row_with_an_impossible_date_or_without_values_is_left_out(read):
     rows = [history_row(1, day) for day in range(60)] * 2
     rows.append(history_row(2, 10**6))
     rows.append(history_row(3, 3, CANHX_STAT_CD=None, CANHX_SRTR_LAB_MELD=None))
-    found = read(*rows)
-    assert set(found.rows["PX_ID"]) == {1}
-    assert len(found.rows) == 60
+    assert read(*rows).rows["PX_ID"].tolist() == [1] * 60
 
 
 def test_the_features_are_decoded(read):
     cells = (1.5, 3.1, None, "Y", 2.5, 1.2, 133, 6228, 2, 998, 6999)
-    columns = [feature.keys[0] for feature in ORGANS["liver"].features]
+    features = ORGANS["liver"].features
+    columns = [feature.keys[0] for feature in features]
     found = read(history_row(1, 5, **dict(zip(columns, cells, strict=True))))
-    names = [feature.name for feature in ORGANS["liver"].features]
     want = (1.5, 3.1, -1, 1, 2.5, 1.2, 133, 28, 2, -1, 0)
-    assert [found.feature(name) for name in names] == [[(5, value)] for value in want]
+    assert [found.feature(feature.name) for feature in features] == [[(5, cell)] for cell in want]
 
 
 CODED = {
@@ -97,47 +95,36 @@ def test_status_and_meld_codes(organ, name, read, caplog):
         history_row(1, day, organ, **{extra: 1.0, column: code}) for day, code in enumerate(codes)
     ]
     assert read(*rows, organ=organ).feature(name) == list(enumerate(codes.values()))
-    assert f"{column}: {list(codes.values()).count(-1)} cells hold no known code" in caplog.text
-
-
-# ------------------------------------------------------------------- dates of the candidate
+    assert f"{column}: {list(codes.values()).count(-1)} cells" in caplog.text
 
 
 def test_dialysis_counts_from_its_day_and_gfr_enters_at_its_own(read):
-    def kidney(**columns):
+    def dated(dialysis, gfr):
+        columns = {"CAN_DIAL_DT": dialysis, "CAN_GFR": 11, "CAN_GFR_DT": gfr}
         rows = [history_row(1, day, "kidney") for day in (0, 100)]
         found = read(*rows, cand=candidate(1, "kidney", **columns), organ="kidney")
         assert found.dialysis == DATES
         return found
 
-    before = kidney(CAN_DIAL_DT=LISTED - 730.5, CAN_GFR=11, CAN_GFR_DT=LISTED - 10)
+    before = dated(LISTED - 730.5, LISTED - 10)
     assert before.feature("dialysis") == [(0, 1), (100, 1)]
     assert before.feature("GFR") == [(0, 11), (100, -1)]
-    between = kidney(CAN_DIAL_DT=LISTED + 50, CAN_GFR=11, CAN_GFR_DT=LISTED + 70)
+    between = dated(LISTED + 50, LISTED + 70)
     assert between.feature("dialysis") == [(0, 0), (50, 1), (70, 1), (100, 1)]
     assert between.feature("GFR") == [(0, -1), (50, -1), (70, 11), (100, -1)]
-    later = kidney(CAN_DIAL_DT=LISTED + 366, CAN_GFR=11, CAN_GFR_DT=LISTED + 366)
-    missing = kidney(CAN_DIAL_DT=None, CAN_GFR=11, CAN_GFR_DT=None)
+    later, missing = dated(LISTED + 366, LISTED + 366), dated(None, None)
     assert later.feature("dialysis") == [(0, 0), (100, 0)]
     pd.testing.assert_frame_equal(later.rows, missing.rows)
-    assert missing.feature("GFR") == [(0, -1), (100, -1)]
 
 
-def test_a_converted_kidney_history_brings_its_own_laboratory_values(read):
+@pytest.mark.parametrize(("codes", "source"), [((0, 1), FLAGS), ((1, 3), CODES)])
+def test_a_converted_kidney_history_brings_its_own_laboratory_values(codes, source, read):
     lab = {"CANHX_SERUM_CREAT": 8.1, "CANHX_ALBUMIN": 3.5, "CANHX_GFR": 7.0}
-    own = candidate(1, "kidney", CAN_DIAL_DT=LISTED - 50)
-    for codes, source in (((0, 1), FLAGS), ((1, 3), CODES)):
-        rows = [
-            history_row(1, day, "kidney", **lab, CANHX_DIAL=code)
-            for day, code in zip((0, 90), codes, strict=True)
-        ]
-        found = read(*rows, cand=own, organ="kidney")
-        assert found.feature("creatinine") == [(0, 8.1), (90, 8.1)]
-        assert found.feature("dialysis") == [(0, 0), (90, 1)]  # not by CAN_DIAL_DT
-        assert found.dialysis == source
-
-
-# ------------------------------------------------------------------- where dialysis is read
+    rows = kidney_rows((0, 90), codes, **lab)
+    found = read(*rows, cand=candidate(1, "kidney", CAN_DIAL_DT=LISTED - 50), organ="kidney")
+    assert found.feature("creatinine") == [(0, 8.1), (90, 8.1)]
+    assert found.feature("dialysis") == [(0, 0), (90, 1)]  # not by CAN_DIAL_DT
+    assert found.dialysis == source
 
 
 @pytest.mark.parametrize(
@@ -153,24 +140,17 @@ def test_a_converted_kidney_history_brings_its_own_laboratory_values(read):
     ],
 )
 def test_a_kidney_history_of_dialysis_codes_is_not_inverted(cell, others, source, expected, read):
-    rows = [history_row(1, 0, "kidney", CANHX_DIAL=cell)]
-    rows += [history_row(px, 0, "kidney", CANHX_DIAL=others) for px in range(2, 6)]
-    found = read(*rows, cand=candidate(1, "kidney", CAN_DIAL_DT=None), organ="kidney")
-    assert (found.dialysis, found.feature("dialysis")) == (source, [(0, expected)])
-
-
-def test_later_rows_decide_the_coding_too(read):
-    rows = [history_row(1, 0, "kidney", CANHX_DIAL=1), history_row(1, 900, "kidney", CANHX_DIAL=3)]
-    found = read(*rows, organ="kidney")
-    assert (found.dialysis, found.feature("dialysis")) == (CODES, [(0, 0)])
+    own = kidney_rows([0], [cell])
+    later = kidney_rows([900], [others])  # later rows decide the coding too
+    for rows in (own + [{**later[0], "PX_ID": px} for px in range(2, 6)], own + later):
+        found = read(*rows, cand=candidate(1, "kidney", CAN_DIAL_DT=None), organ="kidney")
+        assert (found.dialysis, found.feature("dialysis")) == (source, [(0, expected)])
 
 
 def test_a_lone_registration_decodes_as_in_the_training_data(read):
-    lone = history_row(1, 0, "kidney", CANHX_DIAL=1)
     cand = candidate(1, "kidney", CAN_DIAL_DT=LISTED - 50)
-    expected = {CODES: 0.0, FLAGS: 1.0, DATES: 1.0, NOWHERE: -1.0}
-    for given, value in expected.items():
-        found = read(lone, cand=cand, organ="kidney", given=given)
+    for given, value in {CODES: 0.0, FLAGS: 1.0, DATES: 1.0, NOWHERE: -1.0}.items():
+        found = read(*kidney_rows([0], [1]), cand=cand, organ="kidney", given=given)
         assert (found.dialysis, found.feature("dialysis")[0][1]) == (given, value)
     nothing = read(history_row(1, 0, "kidney"), cand=cand, organ="kidney", given=CODES)
     assert nothing.feature("dialysis")[0][1] == -1, "no date where the training data had codes"
@@ -178,13 +158,12 @@ def test_a_lone_registration_decodes_as_in_the_training_data(read):
 
 @pytest.mark.parametrize(("given", "cells"), [(FLAGS, (1, 998)), (CODES, (0, 1))])
 def test_a_history_of_another_coding_is_refused(given, cells, read):
-    rows = [history_row(1, day, "kidney", CANHX_DIAL=cell) for day, cell in enumerate(cells)]
     with pytest.raises(InputError, match=r"stathist_kipa\.csv, column CANHX_DIAL: "):
-        read(*rows, organ="kidney", given=given)
+        read(*kidney_rows((0, 1), cells), organ="kidney", given=given)
 
 
 def test_the_livers_column_is_a_flag_whatever_it_holds(read):
     found = read(history_row(1, 0, CANHX_DIAL_PRIOR_WEEK="Y"))
     assert (found.dialysis, found.feature("dialysis")) == (FLAGS, [(0, 1)])
-    assert read(history_row(1, 0)).dialysis == NOWHERE
-    assert np.isnan(read(history_row(1, 0)).rows["dialysis"]).all()
+    nothing = read(history_row(1, 0))
+    assert (nothing.dialysis, nothing.feature("dialysis")) == (NOWHERE, [(0, -1)])
