@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import dataset_format
 from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
-from trajectories import LABEL, SERIES, dataset_of, one_series, random_text, table_of
+from trajectories import LABEL, SERIES, dataset_of, random_text, table_of
 from visits import cohort
 
 ROOT = Path(dataset_format.__file__).parent
@@ -39,9 +38,7 @@ NAN = float("nan")
 def rows_of(dataset, i):
     """Time and values of each observation."""
     rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
-    return [
-        (t, *v) for t, v in zip(dataset.times[rows].tolist(), dataset.values[rows], strict=True)
-    ]
+    return np.column_stack([dataset.times[rows], dataset.values[rows]])
 
 
 def slow_union(texts):
@@ -56,32 +53,12 @@ def slow_union(texts):
     return [(hours, *values) for (hours, _), values in sorted(table.items())]
 
 
+def refused(table, place, **options):
+    with pytest.raises(InputError, match=place):
+        MIMICtrajectoryDataset(table, **options)
+
+
 # --------------------------------------------------------------------------- observations
-
-
-def test_times_are_sorted_and_equal_times_keep_their_order(caplog):
-    with caplog.at_level(logging.INFO):
-        dataset = dataset_of(["3 (4h) -> 1 (0h) -> 2 (0h)", "1 (0h) -> 5 (0h)", "1 (2h) -> 2 (1h)"])
-    assert one_series(dataset, 0) == ([0.0, 0.0, 4.0], [1.0, 2.0, 3.0])
-    assert one_series(dataset, 1) == ([0.0, 0.0], [1.0, 5.0])
-    (notice,) = [message for message in caplog.messages if "time order" in message]
-    assert "2 rows" in notice
-
-
-def test_observations_are_the_union_of_all_times_and_the_rest_is_missing():
-    dataset = MIMICtrajectoryDataset(THREE)
-    assert dataset.features == ("Anion gap", "glucose", "Blood urea")
-    assert dataset.units == ("mEq/L", "mg/dL", "")
-    expected = [
-        [(0, 24, NAN, NAN), (2, 20, 300, NAN), (2.5, NAN, 250, NAN)],
-        [(1, NAN, NAN, 6), (4, NAN, 90, 5)],
-        [(1, 7, NAN, NAN)],
-    ]
-    for i, rows in enumerate(expected):
-        np.testing.assert_array_equal(rows_of(dataset, i), rows)
-    batch = dataset.collate([1])
-    assert batch["observed"].tolist() == [[[False, False, True], [False, True, True]]]
-    assert batch["times"].tolist() == [[0, 3]]
 
 
 def test_the_union_agrees_with_a_slow_reference_on_random_texts():
@@ -92,7 +69,7 @@ def test_the_union_agrees_with_a_slow_reference_on_random_texts():
     table = pd.DataFrame({**dict(zip(names, columns, strict=True)), LABEL: [0, 1] * 150})
     dataset = MIMICtrajectoryDataset(table, max_len=1000)
     for i, texts in enumerate(zip(*columns, strict=True)):
-        np.testing.assert_array_equal(rows_of(dataset, i), slow_union(list(texts)), repr(texts))
+        np.testing.assert_array_equal(rows_of(dataset, i), slow_union(texts), repr(texts))
 
 
 def test_a_file_of_one_series_gives_the_very_same_tensors_and_prompts_as_ever():
@@ -118,19 +95,17 @@ def test_the_most_recent_observations_are_kept(caplog):
     table = table_of([long, "1 (0h)"], trajectory_x=[shifted, ""])
     with caplog.at_level(logging.INFO):
         dataset = MIMICtrajectoryDataset(table)
-    assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
-    assert rows_of(dataset, 0)[-1][::2] == (59.5, 59)
-    assert rows_of(dataset, 0)[0][0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
     assert any("1 of 2 patients" in x and "--max_len 120" in x for x in caplog.messages)
-    assert MIMICtrajectoryDataset(table, 7).lengths.tolist() == [7, 1]
-    assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]
+    assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
+    assert rows_of(dataset, 0)[[0, -1], 0].tolist() == [59.5 - (MAX_LEN_SEVERAL - 1) / 2, 59.5]
+    for options, length in (({"max_len": 7}, 7), ({"series": ["Anion gap"]}, 20)):
+        assert MIMICtrajectoryDataset(table, **options).lengths.tolist() == [length, 1]
     assert dataset_of([long, "1 (0h)"], 3).times.tolist() == [57, 58, 59, 0]
 
 
-def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out(caplog):
-    table = THREE.assign(split=["train", "val", "test"], static_x=[1, 2, 3], prediction_hours=9)
-    with caplog.at_level(logging.INFO):
-        dataset = MIMICtrajectoryDataset(table, series=["blood_UREA", "Glucose"])
+def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
+    table = THREE.assign(split=["train", "val", "test"], prediction_hours=9)
+    dataset = MIMICtrajectoryDataset(table, series=["blood_UREA", "Glucose"])
     assert dataset.features == ("Blood urea", "glucose")
     assert (dataset.ids.tolist(), dataset.labels.tolist()) == (["a", "b"], [0, 1])
     assert dataset.contexts.tolist() == ["old", ""]
@@ -138,16 +113,13 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out(ca
     assert dataset.prediction_hours.tolist() == [9, 9]
     np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
     np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
-    assert any("1 rows without a value are left out" in message for message in caplog.messages)
-    with pytest.raises(InputError, match="Blood urea"):
-        MIMICtrajectoryDataset(THREE.assign(**{UREA: ""}), series=["Blood urea"])
+    refused(THREE.assign(**{UREA: ""}), "Blood urea", series=["Blood urea"])
 
 
 def test_a_row_without_any_value_is_refused_or_noted():
     table = THREE.assign(**{SERIES: ["1 (0h)", "", ""], UREA: ""})
-    for columns, row in ((list(table), 2), ([SERIES, LABEL], 1)):
-        with pytest.raises(InputError, match=f"row {row}, column {SERIES}: "):
-            MIMICtrajectoryDataset(table[columns])
+    refused(table, f"row 2, column {SERIES}: ")
+    refused(table[[SERIES, LABEL]], f"row 1, column {SERIES}: ")
     findings = Findings("x", strict=False)
     assert len(MIMICtrajectoryDataset(table[[SERIES, LABEL]], findings=findings)) == 1
     assert [*findings.problems] == [1, 2]
@@ -156,34 +128,30 @@ def test_a_row_without_any_value_is_refused_or_noted():
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
 def test_a_file_and_its_data_frame_give_the_same_data_set(ending, tmp_path):
     table = cohort(30).assign(split=lambda t: np.where(t["subject_id"] < "P010", "test", "train"))
-    path = tmp_path / f"data.{ending}"
+    path, sources = tmp_path / f"data.{ending}", [table.set_index("subject_id")]
     if ending == "parquet":
         pytest.importorskip("pyarrow")
         table.to_parquet(path)
-        table.set_index("subject_id").to_parquet(tmp_path / "indexed.parquet")
-        indexed = MIMICtrajectoryDataset(tmp_path / "indexed.parquet")
-        assert indexed.fingerprint() == MIMICtrajectoryDataset(table).fingerprint()
+        sources.append(tmp_path / "indexed.parquet")
+        sources[0].to_parquet(sources[1])
     else:
         table.to_csv(path, index=False)
-    from_file, from_table = MIMICtrajectoryDataset(path), MIMICtrajectoryDataset(table)
-    assert from_file.fingerprint() == from_table.fingerprint()
-    for name in ("times", "values", "offsets", "labels", "ids", "groups", "contexts", "parts"):
-        assert np.array_equal(getattr(from_file, name), getattr(from_table, name)), name
-    for drop in (True, False):
-        by_index = MIMICtrajectoryDataset(table.set_index("subject_id", drop=drop))
-        assert by_index.fingerprint() == from_table.fingerprint()
+    expected = MIMICtrajectoryDataset(table)
+    for dataset in map(MIMICtrajectoryDataset, [path, *sources]):
+        assert dataset.fingerprint() == expected.fingerprint()
+        for name in ("times", "values", "offsets", "labels", "ids", "groups", "contexts", "parts"):
+            assert np.array_equal(getattr(dataset, name), getattr(expected, name)), name
 
 
 def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
+    table = table_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])
     with caplog.at_level(logging.INFO):
-        dataset = dataset_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])
+        dataset = MIMICtrajectoryDataset(table, **dict.fromkeys(MIMICtrajectoryDataset.options))
     assert caplog.messages == []
-    assert (dataset.time_scale, dataset.assumed_time_scale) == (72.0, True)
-    described = MIMICtrajectoryDataset(THREE, description=Description(time_scale=8760.0))
-    assert (described.time_scale, described.assumed_time_scale) == (8760.0, False)
-    not_given = dict.fromkeys(MIMICtrajectoryDataset.options)
-    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"]), **not_given)
     assert dataset.read_options == {"max_len": 20, "label_column": LABEL}
+    described = MIMICtrajectoryDataset(THREE, description=Description(time_scale=8760.0))
+    for each, scale, assumed in ((dataset, 72.0, True), (described, 8760.0, False)):
+        assert (each.time_scale, each.assumed_time_scale) == (scale, assumed)
 
 
 # --------------------------------------------------------------------------- patients and labels
@@ -195,8 +163,7 @@ def test_id_names_the_rows_and_stands_in_for_a_missing_subject_id():
     alone = dataset_of(["1 (0h)"] * 2, id=["x", "y"])
     assert (alone.groups.tolist(), alone.ids.tolist()) == (["x", "y"], ["x", "y"])
     for name in ("subject_id", "id"):
-        with pytest.raises(InputError, match=f"row 1, column {name}: "):
-            dataset_of(["1 (0h)"] * 2, **{name: [1.0, None]})
+        refused(table_of(["1 (0h)"] * 2, **{name: [1.0, None]}), f"row 1, column {name}: ")
 
 
 def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
@@ -210,41 +177,34 @@ def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
 def test_labels_are_0_and_1_or_booleans_and_required_to_learn():
     words = ["True", "FALSE", "true", "false", "1", "0.0"]
     assert dataset_of(["1 (0h)"] * 6, label_escalation=words).labels.tolist() == [1, 0, 1, 0, 1, 0]
-    assert dataset_of(["1 (0h)"] * 2, label_escalation=[True, False]).labels.tolist() == [1, 0]
+    place = f"row 1, column {LABEL}: "
     for wrong in ("yes", "truer", "2", "0.5", 3):
-        table = table_of(["1 (0h)"] * 2, label_escalation=[1, wrong])
-        with pytest.raises(InputError, match=f"row 1, column {LABEL}: "):
-            MIMICtrajectoryDataset(table, require_labels=False)
-        findings = Findings("x")
-        labels = MIMICtrajectoryDataset(table, require_labels=False, findings=findings).labels
-        np.testing.assert_array_equal(labels, [1, NAN])
+        table = table_of(["1 (0h)"] * 2, label_escalation=[True, wrong])
+        refused(table, place, require_labels=False)
+        options = {"require_labels": False, "findings": Findings("x")}
+        np.testing.assert_array_equal(MIMICtrajectoryDataset(table, **options).labels, [1, NAN])
     table = table_of(["1 (0h)"] * 2, label_escalation=[1, None])
-    with pytest.raises(InputError, match=f"row 1, column {LABEL}: "):
-        MIMICtrajectoryDataset(table)
-    dataset = MIMICtrajectoryDataset(table, require_labels=False)
-    assert math.isnan(dataset.collate([1])["labels"].item())
-    without = MIMICtrajectoryDataset(table.drop(columns=LABEL), require_labels=False)
-    assert np.isnan(without.labels).all()
+    refused(table, place)
+    for each, first in ((table, 1), (table.drop(columns=LABEL), NAN)):
+        dataset = MIMICtrajectoryDataset(each, require_labels=False)
+        np.testing.assert_array_equal(dataset.collate([0, 1])["labels"], [first, NAN])
 
 
 def test_any_column_of_0_and_1_is_the_label():
     table = table_of(["1 (0h)"] * 3, label_death=[1, 1, 0])
     dataset = MIMICtrajectoryDataset(table, label_column="label_death")
-    assert dataset.labels.tolist() == [1, 1, 0]
-    assert (dataset.outcome, dataset.question) == ("Death", "Will the outcome Death occur?")
+    assert (dataset.labels.tolist(), dataset.outcome) == ([1, 1, 0], "Death")
     assert dataset.read_options["label_column"] == "label_death"
     for required in (True, False):
-        with pytest.raises(InputError, match="column death: "):
-            MIMICtrajectoryDataset(table, label_column="death", require_labels=required)
+        options = {"label_column": "death", "require_labels": required}
+        refused(table, "column death: ", **options)
 
 
 @pytest.mark.parametrize(
     "parts", [["train", "test"], ["train", "x"], ["", "train"], ["train", "Test "]]
 )
 def test_a_patient_is_in_one_part_of_a_split_that_the_data_bring(parts):
-    table = table_of(["1 (0h)"] * 2, subject_id="a", split=parts)
-    with pytest.raises(InputError, match=r"row \d, column split: "):
-        MIMICtrajectoryDataset(table)
+    refused(table_of(["1 (0h)"] * 2, subject_id="a", split=parts), r"row \d, column split: ")
     known = table_of(["1 (0h)"] * 2, subject_id=["a", "b"], split=["Validation", " train"])
     assert MIMICtrajectoryDataset(known).parts.tolist() == ["val", "train"]
 
@@ -297,52 +257,45 @@ def test_the_check_prints_a_line_a_series(tmp_path, capsys):
     assert "Anion gap [mEq/L]: median 20, quartiles 7 to 24" in output
     assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, 2 values a row", output)
     assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5" in output
-    assert output.count("warning: Blood") == output.count("lie outside") == 1
-    words = ("--max_len", "1", "--allow_duplicates")
-    assert checked(table, tmp_path, "--series", "glucose", *words) == 0
+    assert output.count("lie outside") == 1
+    words = ("--series", "glucose", "--max_len", "1", "--allow_duplicates")
+    assert checked(table, tmp_path, *words) == 0
     output = capsys.readouterr().out
     assert "Blood urea" not in output
     assert "observations a row: median 1, quartiles 1 to 1" in output
-    for flags in (("--series", "lactate"), ("--max_len", "0")):
-        assert checked(table, tmp_path, *flags) == 2
-        assert re.fullmatch(rf"error: .*{flags[0]} .*\n", capsys.readouterr().err)
 
 
-def test_the_check_counts_patients_and_refuses_what_the_trainer_would(tmp_path, capsys):
+EVENTS = [k // 2 % 2 for k in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "flags", "named"),
+    [
+        ({}, [], None),
+        ({LABEL: ""}, [], None),
+        ({}, ["--series", "lactate"], "--series"),
+        ({}, ["--max_len", "0"], "--max_len"),
+        ({"trajectory_x": ""}, [], " x: "),
+        ({LABEL: 0}, [], "event"),
+    ],
+)
+def test_the_check_refuses_what_the_trainer_would(columns, flags, named, tmp_path, capsys):
     table = table_of(["1 (0h)"] * 40, subject_id=[str(k // 2) for k in range(40)])
-    table[LABEL] = [k // 2 % 2 for k in range(40)]
-    table["trajectory_x"] = ["5 (1h)" if k % 2 else "" for k in range(40)]
-    assert checked(table, tmp_path) == 0
-    assert re.search(r"x: median 5.* in 20 of 20 patients", capsys.readouterr().out)
-    assert checked(table.assign(trajectory_x=""), tmp_path) == 2
-    assert re.fullmatch(r"error: .* x: .*\n", capsys.readouterr().err)
-    assert checked(table.assign(**{LABEL: 0}), tmp_path) == 2
-    assert re.fullmatch(r"error: .*event.*\n", capsys.readouterr().err)
-
-
-def test_a_file_without_any_label_is_fit_to_predict_on(tmp_path, capsys):
-    rows = table_of(["24 (0h) -> 20 (2h)"] * 3, subject_id=list("abc")).drop(columns=LABEL)
-    for table in (rows, rows.assign(**{LABEL: ""})):
-        assert checked(table, tmp_path) == 0
-        output = capsys.readouterr()
-        assert output.err == ""
-        assert "rows 3, patients 3" in output.out
-        assert output.out.endswith("\nready to predict on, with warnings, no labels to train on\n")
-        assert "split" not in output.out
-    assert checked(rows.assign(**{LABEL: ["1", "", ""]}), tmp_path) == 0  # as --predict reads it
-    assert (
-        "\nready to predict on, with warnings, not to train on: 2 of 3" in capsys.readouterr().out
-    )
+    table = table.assign(**{LABEL: EVENTS, "trajectory_x": ["5 (1h)", ""] * 20, **columns})
+    assert checked(table, tmp_path, *flags) == (2 if named else 0)
+    output = capsys.readouterr()
+    if named:
+        assert re.fullmatch(rf"error: .*{named}.*\n", output.err)
+    else:
+        assert re.search(r"x: median 5.* in 20 of 20 patients", output.out)
 
 
 def test_the_command_summarises_the_sample_data():
     command = [sys.executable, str(ROOT / "dataset_format.py"), "check", str(BICARBONATE)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "rows 3,850, patients 3,850" in result.stdout
-    assert "539 events in 3,850" in result.stdout
-    assert "Serum bicarbonate [mmol/L]" in result.stdout
-    assert "train 3,080 rows, 3,080 patients, 431 events; val 385 rows" in result.stdout
+    for words in ("rows 3,850, patients 3,850", "539 events in 3,850", "train 3,080 rows"):
+        assert words in result.stdout
     assert "warning" not in result.stdout
     assert result.stdout.endswith("\nready\n")
 

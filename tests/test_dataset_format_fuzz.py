@@ -4,13 +4,10 @@ Hypothesis draws a generator for each example, not each choice: most of what it 
 choices are near copies of the one before.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import hypothesis.strategies as st
 import pytest
@@ -20,6 +17,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 import dataset_format
 from conftest import sign_table
 from dataset_format import InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data import dka
 from medgemma_clinical.data.scoring import Findings
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
 
@@ -29,14 +27,10 @@ SECRET = "98765"
 
 def fuzz(check, examples):
     """Call a check with so many generators, the same in every run, and keep nothing on the disk."""
-    keep_nothing = settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    keep_nothing(given(st.randoms(use_true_random=True))(check))()
+    options = {"derandomize": True, "database": None, "deadline": None}
+    options["suppress_health_check"] = list(HealthCheck)
+    any_random = given(st.randoms(use_true_random=True))
+    settings(max_examples=examples, **options)(any_random(check))()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,7 +55,7 @@ HOURS = ["0", "0.0", "-0", "1", "1.0", "1e0", "2.5", "24", "-5", "72", "1e6", "1
 
 def piece(rng):
     """Write a value and its hour, any way that the contract allows."""
-    value = rng.choice(["", "", "-", "+"]) + rng.choice(
+    number = rng.choice(
         [
             str(rng.randint(0, 300)),
             repr(rng.uniform(0, 10.0 ** rng.randint(-9, 38))),
@@ -69,11 +63,12 @@ def piece(rng):
         ]
     )
     hours = rng.choice([rng.choice(HOURS), repr(rng.uniform(-1e6, 1e6)), f"{rng.gauss(0, 99):.1f}"])
-    odd = rng.random() < 0.5
-    spaces = ["" if rng.random() < 0.7 else rng.choice(SPACES) for _ in range(6 * odd)]
-    around = spaces or ["", " ", "", "", "", " "]
     unit = rng.choice(["h", "h", "h", "H", *UNITS, "Hours"])
-    return "".join(a + b for a, b in zip(around, [value, "(", hours, unit, ")", ""], strict=True))
+    around = ["", " ", "", "", "", " "]
+    if rng.random() < 0.5:
+        around = ["" if rng.random() < 0.7 else rng.choice(SPACES) for _ in around]
+    parts = [rng.choice(["", "", "-", "+"]) + number, "(", hours, unit, ")", ""]
+    return "".join(a + b for a, b in zip(around, parts, strict=True))
 
 
 def series_text(rng):
@@ -81,25 +76,20 @@ def series_text(rng):
     pieces = [piece(rng) for _ in range(rng.randint(1, 30 if rng.random() < 0.1 else 4))]
     text = rng.choice(["->", "->", "\u2192"]).join(pieces)
     for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
-        place, cut = rng.randint(0, len(text)), rng.randint(0, 2)
+        at, cut = rng.randint(0, len(text)), rng.randint(0, 2)
         new = rng.choice(["", "->", "nan", "inf", "(0h)", rng.choice(EDGES), rng.choice(NEARLY)])
-        text = text[:place] + new + text[place + cut :]
+        text = text[:at] + new + text[at + cut :]
     return text
 
 
 def reference_number(text):
     """Read a sign, digits with a point among them, an exponent; None for all else."""
-
-    def digits(part, *, signed):
-        part = part[1:] if signed and part[:1] in ("+", "-") else part
-        return part if all(c in "0123456789" for c in part) else None
-
     mantissa, letter, exponent = text.replace("E", "e").partition("e")
-    whole, _, behind = mantissa.partition(".")
-    known = digits(whole, signed=True), digits(behind, signed=False)
-    if None in known or known == ("", ""):
+    mantissa, exponent = (part[part[:1] in ("+", "-") :] for part in (mantissa, exponent))
+    digits = mantissa.replace(".", "", 1)
+    if not digits or set(digits + exponent) - set("0123456789"):
         return None
-    return float(text) if not letter or digits(exponent, signed=True) else None
+    return float(text) if exponent or not letter else None
 
 
 UNITS = ("h", "hr", "hrs", "hour", "hours")
@@ -128,11 +118,12 @@ def bits(pairs):
     return [(time.hex(), value.hex()) for time, value in pairs]
 
 
-def test_the_parser_agrees_with_a_plain_one_on_random_texts(tmp_path):
+def test_the_parser_agrees_with_a_plain_one_on_random_texts(tmp_path, monkeypatch):
     seen = {}
     path = tmp_path / "data.csv"
 
     def agree(rng):
+        monkeypatch.setattr(dka, "BLOCK_ROWS", rng.choice([7, 1000]))
         texts = [series_text(rng) for _ in range(60)]
         expected = {text: reference(text) for text in texts}
         seen.update({text: pairs is not None for text, pairs in expected.items()})
@@ -180,16 +171,6 @@ WRONG += [f"{SECRET}e40 (0h)", f"{SECRET} (0h)\n-> inf (1h)"]
 PLACES = ["", "", "", "\n", "\n\n", '"",\n', "  \n"]
 """Blank rows, which a spreadsheet counts and nobody reads."""
 
-Row = dict[str, str]
-
-
-class Written(NamedTuple):
-    """A file, its rows by number as a spreadsheet counts, and the numbers of rows with too much."""
-
-    content: bytes
-    rows: dict[int, Row]
-    longer: set[int]
-
 
 def known_rows(rng, *, wrong):
     """Make up to six rows of any columns, with a wrong cell or two where that is wanted."""
@@ -209,7 +190,11 @@ def field(cell, rng):
 
 
 def write(rows, rng, comma=",", too_long=0.0):
-    """Write rows as one of the many kinds of CSV, a share of them with a cell too much."""
+    """Write rows as one of the many kinds of CSV, a share of them with a cell too much.
+
+    Returns:
+        The file, its rows by number as a spreadsheet counts, the numbers of rows with too much.
+    """
     end = rng.choice(["\n", "\n", "\r\n", "\r"])
     numbered = {}
     longer, lines, number, width = set(), [], 0, 0
@@ -229,7 +214,7 @@ def write(rows, rng, comma=",", too_long=0.0):
     blank_rows = {n for n, row in numbered.items() if not any(map(str.strip, row.values()))}
     kept = {n: row for n, row in numbered.items() if n not in blank_rows - longer}
     mark = rng.choice(["", "", "\ufeff"])
-    return Written((mark + text).encode(), kept, longer)
+    return (mark + text).encode(), kept, longer
 
 
 def wrong_places(rows):
@@ -260,19 +245,21 @@ def same_content(dataset, rows):
     known = [{name: cell.strip() for name, cell in row.items()} for row in rows.values()]
     numbered = zip(map(str, rows), known, strict=True)
     patients = [row.get("subject_id", row.get("id", number)) for number, row in numbered]
-    names = [row.get("id", patient) for row, patient in zip(known, patients, strict=True)]
     assert dataset.labels.tolist() == [float(row[LABEL]) for row in known]
     assert dataset.groups.tolist() == patients
-    assert dataset.ids.tolist() == names
+    assert dataset.ids.tolist() == [
+        row.get("id", p) for row, p in zip(known, patients, strict=True)
+    ]
     assert dataset.contexts.tolist() == [row.get("clinical_context", "") for row in known]
-    parts = [row["split"].lower() for row in known] if "split" in known[0] else None
-    assert (None if dataset.parts is None else dataset.parts.tolist()) == parts
-    columns = [SERIES, *([UREA] if UREA in known[0] else [])]
+    if "split" in known[0]:
+        assert dataset.parts.tolist() == [row["split"].lower() for row in known]
+    else:
+        assert dataset.parts is None
+    columns = [name for name in (SERIES, UREA) if name in known[0]]
     for i, row in enumerate(known):
         found = {f: list(zip(t, v, strict=True)) for f, t, v in dataset.measured(i)}
         for f, column in enumerate(columns):
-            written = reference(row[column]) if row[column] else []
-            assert bits(found.get(f, [])) == bits(written or [])
+            assert bits(found.get(f, [])) == bits(reference(row[column]) if row[column] else [])
 
 
 def load(path):
@@ -291,24 +278,23 @@ def test_a_file_loads_with_what_it_holds_or_names_the_place(tmp_path):
     seen = Counter()
 
     def load_or_name(rng):
-        written = write(known_rows(rng, wrong=rng.random() < 0.5), rng, too_long=0.01)
-        note(repr(written.content))
+        content, rows, longer = write(known_rows(rng, wrong=rng.random() < 0.5), rng, too_long=0.01)
+        note(repr(content))
         path = tmp_path / rng.choice(["data.csv", "data.csv.gz", "DATA.CSV"])
-        zipped = path.suffix == ".gz"
-        path.write_bytes(gzip.compress(written.content) if zipped else written.content)
-        wrong = wrong_places(written.rows)
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        wrong = wrong_places(rows)
         found = load(path)
         seen[type(found).__name__] += 1
         if isinstance(found, MIMICtrajectoryDataset):
-            assert not wrong | written.longer
-            same_content(found, written.rows)
-        elif not written.rows:
+            assert not wrong | longer
+            same_content(found, rows)
+        elif not rows:
             assert found.startswith(": no rows below the header")
         else:
             place = re.match(r", row (\d+)(?:, column (.+?))?: ", found)
             assert place, found
             shown = {(str(n), name.replace("\n", "\\n")) for n, name in wrong}
-            assert place.groups() in shown | {(str(n), None) for n in written.longer}, found
+            assert place.groups() in shown | {(str(n), None) for n in longer}, found
 
     fuzz(load_or_name, 60)
     assert min(seen.values()) >= 15, seen
@@ -316,41 +302,42 @@ def test_a_file_loads_with_what_it_holds_or_names_the_place(tmp_path):
 
 def damages(rng, rows):
     """Damage a good file: its name, its bytes, and what refuses it; None where luck decides."""
-    good = write(rows, rng).content
-    place = rng.randint(0, len(good) - 1)
-    columns = list(rows[0])
+    good = write(rows, rng)[0]
+    at, middle = rng.randint(0, len(good) - 1), len(good) // 2
     needed = rng.choice([SERIES, LABEL])
-    twice = rng.choice([name for name in columns if name not in (UREA, "note")])
+    twice = rng.choice([name for name in rows[0] if name not in (UREA, "note")])
     renamed = [{("x" if n == needed else n): c for n, c in row.items()} for row in rows]
-    packed = gzip.compress(good)
-    cut = rng.randint(1, len(packed) - 1)
+    packed, edited = gzip.compress(good), bytearray(good)
     flipped = bytearray(packed)
     flipped[rng.randint(0, len(packed) - 1)] ^= 1 << rng.randint(0, 7)
-    edited = bytearray(good)
     for _ in range(rng.randint(1, 2)):
         new = rng.choice([*b'",\r\n\0 ;(h)->09', rng.randint(0, 255)])
-        edited[rng.randint(len(good) // 2, len(good) - 1)] = new
-    again = ",".join(f'"{cell}"' for cell in [*columns, twice]).encode() + b"\n"
+        edited[rng.randint(middle, len(good) - 1)] = new
+    header = ",".join(f'"{name}"' for name in rows[0]).encode()
     opened = [field(cell, rng).strip(' "') for cell in rows[0].values()]
     opened[rng.randint(0, len(opened) - 1)] = f'"{SECRET}'
-    last = b"\n" + ",".join(c for c in opened).encode()
-    return rng.choice(
+    name, content, expected = rng.choice(
         [
-            ("data.csv", good[:place] + b"\xff" + good[place:], ": not a text file in UTF-8"),
+            ("data.csv", good[:at] + b"\xff" + good[at:], ": not a text file in UTF-8"),
             ("data.csv", good.decode().encode("utf-16"), ": not a text file in UTF-8"),
             ("data.csv", rng.choice([b"", b"\n \r\n", b"\xef\xbb\xbf"]), ": the file is empty"),
-            ("data.csv", again[: again.rindex(b",")], ": no rows below the header"),
-            ("data.csv", again + again, f", column {twice}: appears twice"),
-            ("data.csv", write(renamed, rng).content, f", column {needed}: no such column"),
-            ("data.csv", write(rows, rng, ";").content, ""),
-            ("data.csv", b"".join([good.rstrip(), last]), ""),
-            ("data.csv.gz", packed[:cut], ": not a whole gzip file"),
+            ("data.csv", header, ": no rows below the header"),
+            (
+                "data.csv",
+                (header + f',"{twice}"\n'.encode()) * 2,
+                f", column {twice}: appears twice",
+            ),
+            ("data.csv", write(renamed, rng)[0], f", column {needed}: no such column"),
+            ("data.csv", write(rows, rng, ";")[0], ""),
+            ("data.csv", good.rstrip() + b"\n" + ",".join(opened).encode(), ""),
+            ("data.csv.gz", packed[: rng.randint(1, len(packed) - 1)], ": not a whole gzip file"),
             ("data.csv.gz", good, ": not a whole gzip file"),
-            ("data.csv.gz", bytes(flipped), None),
-            ("data.csv", bytes(edited), None),
-            ("data.csv", good[:place], None),
+            ("data.csv.gz", flipped, None),
+            ("data.csv", edited, None),
+            ("data.csv", good[:at], None),
         ]
     )
+    return name, bytes(content), expected
 
 
 def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path):
@@ -392,9 +379,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_check_of_any_arguments_ends_without_a_traceback(
-    capsys,
-):
+def test_the_check_of_any_arguments_ends_without_a_traceback(capsys):
     seen = Counter()
 
     def speak(rng):

@@ -1,9 +1,5 @@
 """The whole program on another label than label_escalation, and on a file with copies."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pandas as pd
 import pytest
 
@@ -18,56 +14,53 @@ STAGE_1 = ("--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none"
 DEATH = ("--label_column", "label_death")
 
 
-def words(data: Path, place: Path, *more: str) -> list[str]:
-    return [*STAGE_1, "--data_path", str(data), "--output_dir", str(place), *more]
+def words(data, folder, *more):
+    return [*STAGE_1, "--data_path", str(data), "--output_dir", str(folder), *more]
 
 
 @pytest.fixture
-def table(monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+def table(monkeypatch):
     monkeypatch.setattr(metrics, "REPLICATES", 20)
     table = pd.read_csv(SAMPLE, nrows=120)
     return table.assign(label_death=table["label_escalation"], label_escalation=0)
 
 
-def test_a_label_of_another_name_goes_from_training_to_prediction(
-    table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, place = tmp_path / "data.csv", tmp_path / "runs"
+def test_a_label_of_another_name_goes_from_training_to_prediction(table, tmp_path, capsys):
+    data, folder = tmp_path / "data.csv", tmp_path / "runs"
     table.to_csv(data, index=False)
-    assert trainer.main(words(data, place, *DEATH)) == 0
-    page = (place / "trajectory" / "report.html").read_text()
+    assert trainer.main(words(data, folder, *DEATH)) == 0
+    page = (folder / "trajectory" / "report.html").read_text()
     assert "Will the outcome Death occur?" in page
     assert "Escalation" not in page
-    config = read_trajectory(place / TRAJECTORY_FILE).config
+    config = read_trajectory(folder / TRAJECTORY_FILE).config
     assert (config["outcome"], config["read_options"]["label_column"]) == ("Death", "label_death")
     out = tmp_path / "out.csv"
-    assert len(predicted(place / "trajectory", data, out)) == 120
+    assert len(predicted(folder / "trajectory", data, out)) == 120
     assert "labelled rows are in the training data" in capsys.readouterr().out
-    assert trainer.main(words(data, place, *DEATH, "--resume", "--allow_duplicates")) == 0
-    expected = "--label_column was label_death, is label_escalation"
-    assert refused(capsys, words(data, place, "--resume"), "patients with an event")
+    assert trainer.main(words(data, folder, *DEATH, "--resume", "--allow_duplicates")) == 0
+    assert refused(capsys, words(data, folder, "--resume"), "patients with an event")
     table.assign(label_escalation=table["label_death"]).to_csv(data, index=False)
-    assert refused(capsys, words(data, place, "--resume"), expected)
-    stage_2 = ["--ode_checkpoint", str(place / TRAJECTORY_FILE), "--model_name", "tiny"]
-    stage_2 += ["--data_path", str(data), "--output_dir", str(place)]
-    assert refused(capsys, stage_2, place / TRAJECTORY_FILE, "label_column")
+    expected = "--label_column was label_death, is label_escalation"
+    assert refused(capsys, words(data, folder, "--resume"), expected)
+    stage_2 = ["--ode_checkpoint", str(folder / TRAJECTORY_FILE), "--model_name", "tiny"]
+    stage_2 += ["--data_path", str(data), "--output_dir", str(folder)]
+    assert refused(capsys, stage_2, folder / TRAJECTORY_FILE, "label_column")
 
 
 def test_a_doubled_file_is_refused_in_check_and_in_training(table, tmp_path, capsys):
     data = tmp_path / "data.csv"
     table = table.rename(columns={"subject_id": "patient_id"})
     pd.concat([table, table]).to_csv(data, index=False)
-    check = ["check", str(data), *DEATH]
-    for command, main in (
-        (check, dataset_format.main),
-        (words(data, tmp_path, *DEATH), trainer.main),
+    for main, command in (
+        (dataset_format.main, ["check", str(data), *DEATH]),
+        (trainer.main, words(data, tmp_path, *DEATH)),
     ):
         assert main(command) == 2
         assert "--allow_duplicates" in capsys.readouterr().err
         assert main([*command, "--allow_duplicates"]) == 0
 
 
-def test_the_flags_are_those_of_the_dka_format(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_flags_are_those_of_the_dka_format(capsys):
     srtr = ["--dataset", "srtr", "--data_dir", str(SAMPLE.parent / "srtr_saf"), "--trajectory_only"]
     for flag in (DEATH, ("--allow_duplicates",)):
         assert refused(capsys, [*srtr, *flag], f"{flag[0]}: not for --dataset srtr")
