@@ -10,16 +10,18 @@ from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.data.training_data import (
-    patient_hashes,
-    prepare_data,
-    row_hashes,
-)
+from medgemma_clinical.data.training_data import patient_hashes, prepare_data, row_hashes
 from medgemma_clinical.files import InputError
 from trajectories import LABEL, SERIES, dataset_of, table_of
 from visits import cohort
 
 NAN = float("nan")
+
+
+def refused(dataset, place):
+    with pytest.raises(InputError, match=place):
+        dataset.split(0)
+
 
 # --------------------------------------------------------------------------- split
 
@@ -32,11 +34,10 @@ def test_a_split_gives_each_class_80_10_10_of_its_patients_and_loses_no_row(seed
     assert sorted(np.concatenate([*split.values()])) == list(range(len(dataset)))
     events, seen = set(dataset.groups[dataset.labels == 1]), set()
     for name, rows in split.items():
-        share, patients = 0.8 if name == "train" else 0.1, set(dataset.groups[rows])
-        assert not patients & seen
-        seen |= patients
-        assert len(patients & events) == share * 40
-        assert len(patients - events) == share * 160
+        share, own = 0.8 if name == "train" else 0.1, set(dataset.groups[rows])
+        assert not own & seen
+        seen |= own
+        assert (len(own & events), len(own - events)) == (share * 40, share * 160)
 
 
 def test_a_split_depends_on_its_seed_and_not_on_the_order_of_rows():
@@ -53,24 +54,17 @@ def test_the_smallest_cohort_has_an_event_in_every_part_and_a_smaller_one_is_ref
     dataset = MIMICtrajectoryDataset(cohort(patients=15))
     for rows in dataset.split(3).values():
         assert set(dataset.labels[rows]) == {0, 1}
-    with pytest.raises(InputError, match="fewer than 3 patients with an event"):
-        MIMICtrajectoryDataset(cohort(patients=10)).split(3)
+    refused(MIMICtrajectoryDataset(cohort(patients=10)), "patients with an event")
 
 
-def test_a_split_column_overrides_the_seed():
+def test_a_split_column_overrides_the_seed_and_needs_both_kinds_of_patients_in_each_part():
     names = ["train", "Val", "validation", " test ", "test", "train"]
     dataset = dataset_of(["1 (0h)"] * 6, split=names)
     for seed in (0, 1):
         rows = {name: rows.tolist() for name, rows in dataset.split(seed).items()}
         assert rows == {"train": [0, 5], "val": [1, 2], "test": [3, 4]}
-
-
-def test_a_given_split_needs_patients_with_and_without_an_event_in_each_part():
-    """Each patient has one row of either kind: rows show both classes, patients only one."""
-    parts = ["train"] * 20 + ["val"] * 20 + ["test"] * 20
-    dataset = dataset_of(["24 (0h)"] * 60, subject_id=[i // 2 for i in range(60)], split=parts)
-    with pytest.raises(InputError, match="column split: train"):
-        dataset.split(0)
+    parts, groups = np.repeat(["train", "val", "test"], 20), np.arange(60) // 2
+    refused(dataset_of(["24 (0h)"] * 60, subject_id=groups, split=parts), "column split: train")
 
 
 # --------------------------------------------------------------------------- copies
@@ -80,9 +74,10 @@ ROWS = [f"{k} (0h) -> 20 (2h) -> 18 (4h)" for k in range(6)]
 LABELS = [0, 1, 0, 1, 0, 1]
 
 
-def with_copy(cell, **columns):
+def with_copy(cell=ROWS[1], options=(), **columns):
     """Return six patients, the fourth with another cell than its own."""
-    return dataset_of([*ROWS[:3], cell, *ROWS[4:]], split=PARTS, **columns)
+    table = table_of([*ROWS[:3], cell, *ROWS[4:]], split=PARTS, **columns)
+    return MIMICtrajectoryDataset(table, **dict(options))
 
 
 def sizes(dataset):
@@ -92,57 +87,53 @@ def sizes(dataset):
 def test_a_copy_in_another_part_is_refused_unless_allowed():
     columns = {"static_x": [5, NAN, 5, NAN, 5, 5], "prediction_hours": [5, 6, 5, 6, 5, 5]}
     columns |= {"clinical_context": list("abcbef"), "subject_id": list("uvwxyz")}
-    with pytest.raises(InputError, match=r"rows 1 and 3 .*1 such pairs.*--allow_duplicates"):
-        with_copy(ROWS[1], **columns).split(0)
-    table = table_of([*ROWS[:3], ROWS[1], *ROWS[4:]], split=PARTS)
-    assert sizes(MIMICtrajectoryDataset(table, allow_duplicates=True)) == [2, 2, 2]
+    refused(with_copy(**columns), r"rows 1 and 3 .*1 such pairs.*--allow_duplicates")
+    assert sizes(with_copy(options={"allow_duplicates": True}, **columns)) == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
-    ("cell", "columns"),
+    "columns",
     [
-        (ROWS[1], {LABEL: [0, 1, 1, 0, 0, 1]}),
-        (ROWS[1], {"clinical_context": list("abcdef")}),
-        (ROWS[1], {"static_x": [0, 1, 0, 2, 0, 0]}),
-        (ROWS[1], {"static_x": [0, 0, 0, NAN, 0, 0]}),
-        (ROWS[1], {"prediction_hours": [9, 9, 9, 10, 9, 9]}),
-        (ROWS[1], {"prediction_hours": [9, 9, 9, NAN, 9, 9]}),
-        ("1 (1h) -> 20 (3h) -> 18 (5h)", {}),
-        ("1 (0h) -> 20 (2h) -> 18 (4.5h)", {}),
-        ("1 (0h) -> 18 (2h) -> 20 (4h)", {}),
-        (ROWS[1], {"trajectory_x": ["", "1 (0h)", "", "2 (0h)", "", ""]}),
-        (ROWS[1], {"trajectory_x": ["", "1 (0h)", "", "1 (2h)", "", ""]}),
+        {LABEL: [0, 1, 1, 0, 0, 1]},
+        {"clinical_context": list("abcdef")},
+        {"static_x": [0, 1, 0, 2, 0, 0]},
+        {"static_x": [0, 0, 0, NAN, 0, 0]},
+        {"prediction_hours": [9, 9, 9, 10, 9, 9]},
+        {"prediction_hours": [9, 9, 9, NAN, 9, 9]},
+        {"cell": "1 (1h) -> 20 (3h) -> 18 (5h)"},
+        {"cell": "1 (0h) -> 20 (2h) -> 18 (4.5h)"},
+        {"cell": "1 (0h) -> 18 (2h) -> 20 (4h)"},
+        {"trajectory_x": ["", "1 (0h)", "", "2 (0h)", "", ""]},
+        {"trajectory_x": ["", "1 (0h)", "", "1 (2h)", "", ""]},
     ],
     ids=str,
 )
-def test_rows_that_differ_in_what_is_read_are_no_copies(cell, columns):
-    assert sizes(with_copy(cell, **columns)) == [2, 2, 2]
+def test_rows_that_differ_in_what_is_read_are_no_copies(columns):
+    assert sizes(with_copy(**columns)) == [2, 2, 2]
 
 
 def test_patients_of_equal_rounded_values_and_other_age_are_split():
     rng = np.random.default_rng(0)
     cells = [f"{a} (0h) -> {b} (4h) -> {c} (8h)" for a, b, c in rng.integers(15, 25, (1000, 3))]
     columns = {"subject_id": np.arange(1000), LABEL: (rng.random(1000) < 0.2).astype(int)}
-    with pytest.raises(InputError, match="--allow_duplicates"):
-        dataset_of(cells, **columns).split(0)
+    refused(dataset_of(cells, **columns), "--allow_duplicates")
     columns |= {"static_age": rng.normal(60, 9, 1000), "static_weight": rng.normal(80, 9, 1000)}
     assert sum(sizes(dataset_of(cells, **columns))) == 1000
 
 
 def test_copies_in_one_part_or_of_few_values_leak_nothing():
-    parts = [*PARTS, "train"]
-    assert sizes(dataset_of([*ROWS, ROWS[0]], split=parts, **{LABEL: [*LABELS, 0]})) == [3, 2, 2]
-    assert sizes(dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS)) == [2, 2, 2]
-    with pytest.raises(InputError, match="equal"):
-        dataset_of(["24 (0h) -> 20 (2h)"] * 6, split=PARTS, trajectory_x=["1 (9h)"] * 6).split(0)
+    again = dataset_of([*ROWS, ROWS[0]], split=[*PARTS, "train"], **{LABEL: [*LABELS, 0]})
+    assert sizes(again) == [3, 2, 2]
+    same = ["24 (0h) -> 20 (2h)"] * 6
+    assert sizes(dataset_of(same, split=PARTS)) == [2, 2, 2]
+    refused(dataset_of(same, split=PARTS, trajectory_x=["1 (9h)"] * 6), "equal")
 
 
 def test_copies_are_numbered_as_in_the_file_also_when_rows_were_left_out():
     table = table_of(["", *ROWS, "", ROWS[1]], split=["train", *PARTS, "train", "test"])
     table[LABEL] = [0, *LABELS, 0, 1]
     dataset = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"), series=["Anion gap"])
-    with pytest.raises(InputError, match="rows 2 and 8 "):
-        dataset.subset(np.arange(len(dataset))[::-1]).split(0)
+    refused(dataset.subset(np.arange(len(dataset))[::-1]), "rows 2 and 8 ")
 
 
 # --------------------------------------------------------------------------- hashes
@@ -157,18 +148,14 @@ def test_hashes_of_rows_tell_apart_what_a_plain_comparison_does(latest):
     ]
     x = [f"{rng.integers(3)} ({rng.integers(9)}h)" if rng.random() < 0.4 else "" for _ in series]
     dataset = dataset_of(series, trajectory_x=x)
-    rows = rng.permutation(len(dataset))
-    hashes, keys = row_hashes(dataset, rows, latest=latest), []
-    for i in rows.tolist():
-        own = slice(dataset.offsets[i], dataset.offsets[i + 1])
-        times, values = dataset.times[own], dataset.values[own]
+    rows, named = rng.permutation(len(dataset)), {}
+    hashes = row_hashes(dataset, rows, latest=latest)
+    for i, own in zip(rows.tolist(), hashes.tolist(), strict=True):
+        kept = slice(dataset.offsets[i], dataset.offsets[i + 1])
+        times, values = dataset.times[kept], dataset.values[kept]
         times, values = (column[-latest if latest else 0 :] for column in (times, values))
-        known = (~np.isnan(values)).sum() >= 3
         key = (times - times[-1]).tobytes(), values.tobytes(), dataset.labels[i]
-        keys.append(key if known else 0)
-    named = {}
-    for key, own in zip(keys, hashes.tolist(), strict=True):
-        assert named.setdefault(key, own) == own
+        assert named.setdefault(key if (~np.isnan(values)).sum() >= 3 else 0, own) == own
     assert len(set(named.values())) == len(named) > 1000
     assert named.get(0, 0) == 0
     flipped = row_hashes(dataset, rows, 1.0, latest)
@@ -193,7 +180,7 @@ def test_the_sample_data_hold_no_copies(name):
 COLUMNS = {
     SERIES: ["1 (0h) -> 2 (1h)", "3 (0h)"],
     LABEL: [0, 1],
-    "subject_id": ["a", "b"],
+    "subject_id": ["12", "b"],
     "id": ["x", "y"],
     "clinical_context": ["", "old"],
     "split": ["train", "train"],
@@ -210,43 +197,34 @@ COLUMNS = {
         ({SERIES: ["1 (0h)", "2 (1h) -> 3 (2h)"]}, True),
         ({"clinical_context": ["", "older"]}, True),
         ({"static_x": [0.5, 3]}, True),
+        ({"static_x": None, "static_y": [0.5, NAN]}, True),
         ({"prediction_hours": [9, NAN]}, True),
         ({LABEL: [0, 0]}, False),
-        ({"subject_id": ["a", "c"]}, False),
+        ({"subject_id": ["12", "c"]}, False),
+        ({"subject_id": ["2", "b"], "id": ["x", "y1"]}, False),
         ({"id": ["x", "z"]}, False),
         ({"split": ["train", "val"]}, False),
     ],
     ids=str,
 )
 def test_the_hash_of_data_changes_with_all_that_can_be_learned_from(change, same_rows):
-    before, again = (MIMICtrajectoryDataset(pd.DataFrame(COLUMNS)) for _ in range(2))
-    after = MIMICtrajectoryDataset(pd.DataFrame(COLUMNS | change))
+    before, again, after = (
+        MIMICtrajectoryDataset(pd.DataFrame(columns).dropna(axis=1, how="all"))
+        for columns in (COLUMNS, COLUMNS, COLUMNS | change)
+    )
     assert before.fingerprint() == again.fingerprint() != after.fingerprint()
     assert (before.row_fingerprint() == after.row_fingerprint()) == same_rows
-
-
-def test_the_hash_of_data_tells_the_columns_apart():
-    one = dataset_of(["1 (0h)"] * 2, id=["x", "y1"], subject_id=["2", "z"])
-    two = dataset_of(["1 (0h)"] * 2, id=["x", "y"], subject_id=["12", "z"])
-    assert one.fingerprint() != two.fingerprint()
-    one, two = (dataset_of(["1 (0h)"] * 2, **{name: 1}) for name in ("static_x", "static_y"))
-    assert one.fingerprint() != two.fingerprint()
 
 
 # --------------------------------------------------------------------------- overlap
 
 
-def patients(rows, seed, *, observations=6, has_ids=True):
+def patients(rows=100, seed=1, *, observations=6, has_ids=True):
     """Make patients of one row each whose values no other seed's share."""
-    rng = np.random.default_rng(seed)
-    values = rng.normal(20, 5, (rows, observations)).round(3)
-    table = {
-        SERIES: [" -> ".join(f"{v} ({4 * k}h)" for k, v in enumerate(row)) for row in values],
-        LABEL: [int(k % 5 == 0) for k in range(rows)],
-    }
-    if has_ids:
-        table["subject_id"] = [f"P{seed}-{k}" for k in range(rows)]
-    return pd.DataFrame(table)
+    values = np.random.default_rng(seed).normal(20, 5, (rows, observations)).round(3)
+    series = [" -> ".join(f"{v} ({4 * k}h)" for k, v in enumerate(row)) for row in values]
+    table = table_of(series).assign(**{LABEL: (np.arange(rows) % 5 == 0).astype(int)})
+    return table.assign(subject_id=[f"P{seed}-{k}" for k in range(rows)]) if has_ids else table
 
 
 def data_of(table, seed=0, *, max_len=20, max_samples=0, **options):
@@ -254,72 +232,56 @@ def data_of(table, seed=0, *, max_len=20, max_samples=0, **options):
     return prepare_data(dataset, max_samples=max_samples, seed=seed, prompts=PromptOptions())
 
 
-def overlap(one, other):
+def overlap(one, other, **options):
     """Count the held-out patients of ``other`` that trained in ``one``."""
-    return other.count_overlap(one.training_patients(), one.dataset.has_patient_ids)
+    has_ids = one.dataset.has_patient_ids
+    return other.count_overlap(one.training_patients(), has_ids, **options)
 
 
-def held_out(data):
-    rows = np.concatenate([data.split["val"], data.split["test"]])
-    return set(data.dataset.groups[rows])
+def moved(one, other, names):
+    """Count the same slowly: ``names`` gives each row's patient in either file."""
+    trained = {names[0][i] for i in one.split["train"]}
+    rows = np.concatenate([other.split["val"], other.split["test"]])
+    return sum(names[1][i] in trained for i in rows)
 
 
-def test_patients_are_known_again_across_files_whatever_their_texts_say():
-    table = patients(100, seed=1)
-    changed = table.assign(clinical_context="54-year-old woman", static_x=1)
-    shuffled = changed.sample(frac=1, random_state=0)
-    first, other = data_of(table, 0), data_of(table, 1)
-    trained = set(first.dataset.groups[first.split["train"]])
-    moved = len(held_out(other) & trained)
-    assert moved > 10
-    for again in (table, changed, shuffled):
-        assert overlap(first, data_of(again, 0)) == 0
-        assert overlap(first, data_of(again, 1)) == moved
-    assert data_of(changed).rows_sha256 == first.rows_sha256
-    assert data_of(changed).data_sha256 != first.data_sha256
-    assert overlap(first, data_of(patients(100, seed=2), 1)) == 0
-
-
-@pytest.mark.parametrize("has_ids", [(False, False), (True, False), (False, True)])
-def test_patients_without_a_name_are_known_by_their_rows(has_ids):
-    one, other = (patients(100, seed=1, has_ids=each) for each in has_ids)
-    other = other.iloc[::-1].assign(clinical_context="elsewhere", static_x=np.arange(100))
-    first, second = data_of(one, 0), data_of(other, 1)
-    texts = one[SERIES].tolist()
-    trained = {texts[i] for i in first.split["train"]}
-    rows = np.concatenate([second.split["val"], second.split["test"]])
-    expected = sum(other[SERIES].iloc[i] in trained for i in rows)
-    assert overlap(first, second) == expected > 10
-    assert overlap(first, data_of(patients(100, seed=2, has_ids=has_ids[1]), 1)) == 0
+@pytest.mark.parametrize("has_ids", [(True, True), (False, False), (True, False), (False, True)])
+def test_patients_are_known_again_across_files_by_name_or_by_their_rows(has_ids):
+    one, other = (patients(has_ids=each) for each in has_ids)
+    static = {"clinical_context": "54-year-old woman", "static_x": np.arange(100)}
+    first, stranger = data_of(one, 0), data_of(patients(seed=2, has_ids=has_ids[1]), 1)
+    assert overlap(first, stranger) == 0
+    for table in (other, other.assign(**static), other.iloc[::-1].assign(**static)):
+        second = data_of(table, 1)
+        names = one[SERIES].tolist(), table[SERIES].tolist()
+        assert overlap(first, second) == moved(first, second, names) > 10
+        if all(has_ids):
+            assert overlap(first, data_of(table, 0)) == 0
+    assert data_of(one.assign(**static)).rows_sha256 == first.rows_sha256
+    assert data_of(one.assign(**static)).data_sha256 != first.data_sha256
 
 
 def test_rows_that_many_patients_share_identify_nobody():
     """Series of one or two whole numbers recur; so do those of the split's own training part."""
-    few = pd.DataFrame({SERIES: ["24 (0h) -> 20 (2h)"] * 60, LABEL: [k % 2 for k in range(60)]})
+    few = table_of(["24 (0h) -> 20 (2h)"] * 60)
     assert overlap(data_of(few, 0), data_of(few, 1)) == 0
-    twins = pd.concat([patients(50, seed=1, has_ids=False)] * 2, ignore_index=True)
+    twins = pd.concat([patients(50, has_ids=False)] * 2, ignore_index=True)
     same = data_of(twins, 0, allow_duplicates=True)
     assert overlap(same, same) == 0
 
 
-def test_a_shorter_history_is_the_same_row():
-    table = patients(100, seed=1, observations=12, has_ids=False)
-    whole, short = data_of(table, 0), data_of(table, 1, max_len=6)
+def test_rows_of_a_shorter_history_and_of_the_same_file_are_known_again():
+    table = patients(observations=12, has_ids=False)
+    whole, short, cut = (data_of(table, seed, max_len=m) for seed, m in ((0, 20), (1, 6), (1, 2)))
     assert overlap(whole, short) == overlap(whole, data_of(table, 1)) > 10
-
-
-def test_rows_of_the_same_file_are_known_by_number_however_little_of_them_is_read():
-    table = patients(100, seed=1, observations=12, has_ids=False)
-    whole, short, again = data_of(table, 0), data_of(table, 1, max_len=2), data_of(table, 0)
-    moved = len(held_out(short) & set(whole.dataset.groups[whole.split["train"]]))
-    trained = whole.training_patients()
-    assert short.rows_sha256 == whole.rows_sha256
-    assert short.count_overlap(trained, False, same_rows=True) == moved > 10
-    assert again.count_overlap(trained, False, same_rows=True) == 0
+    assert cut.rows_sha256 == whole.rows_sha256
+    by_number = moved(whole, cut, [range(100)] * 2)
+    assert overlap(whole, cut, same_rows=True) == by_number > 10
+    assert overlap(whole, data_of(table, 0), same_rows=True) == 0
 
 
 def test_the_hashes_of_training_patients_are_sorted_unique_and_name_nobody():
-    hashes = data_of(patients(100, seed=1)).training_patients()
+    hashes = data_of(patients()).training_patients()
     assert hashes.dtype == np.int64
     assert (np.diff(hashes) > 0).all()
     assert len(hashes) == 2 * 80  # by name and by rows
@@ -329,7 +291,7 @@ def test_the_hashes_of_training_patients_are_sorted_unique_and_name_nobody():
 
 
 def test_the_description_of_data_is_plain_and_rebuilds_their_reading():
-    data = data_of(patients(100, seed=1), max_len=4)
+    data = data_of(patients(), max_len=4)
     description = json.loads(json.dumps(data.description()))
     assert description["dataset"] == "dka"
     assert description["read_options"] == {"max_len": 4, "label_column": LABEL}
@@ -339,52 +301,39 @@ def test_the_description_of_data_is_plain_and_rebuilds_their_reading():
     assert data.prevalence() == pytest.approx(0.2)
 
 
-def rare_inputs():
-    """Make 120 patients: eight have lactate, seven differ in static_two, all know static_age."""
-    table = patients(120, seed=1)
-    table["split"] = ["train"] * 80 + ["val"] * 20 + ["test"] * 20
+def test_the_description_counts_the_training_patients_behind_each_input(caplog):
+    table = patients(120).assign(split=["train"] * 80 + ["val"] * 20 + ["test"] * 20)
     table["trajectory_lactate"] = ["2 (0h) -> 3 (1h)"] * 8 + [""] * 112
     table["static_age"] = np.arange(120) % 60
     table["static_two"] = [1] * 7 + [0] * 73 + [1] * 40
     table["prediction_hours"] = [30] * 9 + [np.nan] * 111
-    return table
-
-
-def test_the_description_counts_the_training_patients_behind_each_input():
-    table = rare_inputs()
+    data = data_of(table, max_len=64)
     static = {"static_age": 80, "static_two": 7, "prediction_hours": 9}
     expected = {"series": {"Anion gap": 80, "lactate": 8}, "static": static}
-    assert data_of(table, max_len=64).description()["patients"] == expected
+    assert data.description()["patients"] == expected
+    caplog.clear()
+    data_of(patients(120)).check_inputs()
+    data.check_inputs()
+    (line,) = caplog.messages
+    assert "fewer than 11 training patients have lactate, " in line
     table.loc[:7, "subject_id"] = "one"  # with eight rows
     assert data_of(table, max_len=64).description()["patients"]["series"]["lactate"] == 1
 
 
-def test_inputs_of_few_training_patients_are_one_warning(caplog):
-    data_of(rare_inputs()).check_inputs()
-    (line,) = caplog.messages
-    assert line.startswith("warning: DataFrame: fewer than 11 training patients have lactate, ")
-    caplog.clear()
-    data_of(patients(120, seed=1)).check_inputs()
-    assert caplog.messages == []
-
-
 def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read():
-    table = patients(200, seed=1)
-    whole, sample = data_of(table), data_of(table, max_samples=60)
+    whole, sample = (data_of(patients(200), max_samples=most) for most in (0, 60))
     assert len(sample.dataset) == sum(map(len, sample.split.values())) == 60
     assert sample.data_sha256 == whole.data_sha256
     assert sample.rows_sha256 == whole.rows_sha256
 
 
 def test_a_new_encoders_time_scale_is_the_users_or_the_datas(caplog):
-    table = patients(100, seed=1)
+    table = patients()
     table[SERIES] = table[SERIES].str.replace("(20h)", "(20000h)")
     given = data_of(table, description=Description(time_scale=9.0))
-    assert (given.time_scale(None), given.time_scale(5.0)) == (9.0, 5.0)
     silent = data_of(table)
-    assert silent.time_scale(5.0) == 5.0
+    assert [given.time_scale(None), given.time_scale(5.0), silent.time_scale(5.0)] == [9, 5, 5]
     assert caplog.messages == []
     assert silent.time_scale(None) == 72.0
     (line,) = caplog.messages
-    assert line.startswith("warning: DataFrame: the median span of a row, 20,000 h, is beyond")
     assert "--time_scale 20000" in line
