@@ -255,7 +255,7 @@ def test_the_check_prints_a_line_a_series(tmp_path, capsys):
     assert checked(table, tmp_path, "--allow_duplicates") == 0
     output = capsys.readouterr().out
     assert "Anion gap [mEq/L]: median 20, quartiles 7 to 24" in output
-    assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, 2 values a row", output)
+    assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, median 2 ", output)
     assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5" in output
     assert output.count("lie outside") == 1
     words = ("--series", "glucose", "--max_len", "1", "--allow_duplicates")

@@ -3,6 +3,7 @@
 import tracemalloc
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -49,14 +50,12 @@ def test_collate_takes_the_difference_of_times_before_it_rounds():
 
 
 def test_collate_marks_an_unmeasured_feature():
-    dataset = dataset_of(["1 (0h)", "3 (0h)"], trajectory_b=["5 (1h)", "4 (0h)"])
-    batch = dataset.collate([0])
+    batch = dataset_of(["1 (0h)", "3 (0h)"], trajectory_b=["5 (1h)", "4 (0h)"]).collate([0])
     assert batch["observed"].tolist() == [[[True, False], [False, True]]]
     assert batch["values"].tolist() == [[[1.0, 0.0], [0.0, 5.0]]]
 
 
 def test_a_batch_costs_its_own_rows_and_not_all():
-    """Collating takes the same memory from two hundred as from 100,000 rows."""
     peaks = []
     for rows in (200, 100_000):
         dataset = dataset_of(["20 (0h) -> 18 (2h) -> 16 (4h)"] * rows, static_x=1)
@@ -72,8 +71,8 @@ def test_a_batch_costs_its_own_rows_and_not_all():
 def test_a_batch_holds_the_static_features_that_a_model_reads_in_its_order():
     batch = known(8, 8, 9, static=("static_y", "static_x")).collate([1, 0])
     assert batch["static"].nan_to_num(9).tolist() == [[2, 9], [1, 0.5]]
-    assert known(8, 8, 9, static=()).collate([0, 1])["static"].shape == (2, 0)
-    assert dataset_of(CELLS).collate([0, 1])["static"].shape == (2, 0)
+    for dataset in (known(8, 8, 9, static=()), dataset_of(CELLS)):
+        assert dataset.collate([0, 1])["static"].shape == (2, 0)
 
 
 def test_a_batch_holds_the_summaries_and_the_prediction_times_of_its_rows():
@@ -82,56 +81,41 @@ def test_a_batch_holds_the_summaries_and_the_prediction_times_of_its_rows():
     assert dataset.summary_names() == names
     batch = dataset.collate([2, 0, 1])
     assert batch["prediction_hours"].tolist() == [9.25, 6, 0]
-    rows = [dict(zip(names, row, strict=True)) for row in batch["summaries"].tolist()]
-    assert (rows[0]["Anion gap last"], rows[0]["Anion gap count"]) == (9, 3)
-    assert (rows[1]["Anion gap mean"], rows[1]["Anion gap span"]) == (2, 3)
-    assert (rows[0][SINCE_LAST], rows[1][SINCE_LAST]) == (0.25, 3)
-    assert np.isnan(rows[2][SINCE_LAST])
+    rows = pd.DataFrame(batch["summaries"].numpy(), columns=names)
+    assert rows.loc[0, ["Anion gap last", "Anion gap count"]].tolist() == [9, 3]
+    assert rows.loc[1, ["Anion gap mean", "Anion gap span"]].tolist() == [2, 3]
+    np.testing.assert_array_equal(rows[SINCE_LAST], [0.25, 3, NAN])
 
 
 # --------------------------------------------------------------------------- prediction times
 
 
-def test_without_prediction_times_the_question_follows_the_last_observation():
-    dataset = dataset_of(CELLS)
-    assert dataset.collate([0, 1, 2])["prediction_hours"].tolist() == [3, 0, 9]
-    assert dataset.prediction_times().tolist() == [5, -1, 9]
-
-
-def test_a_model_that_does_not_read_the_prediction_time_sees_nothing_of_it():
+def test_a_model_that_reads_no_prediction_time_sees_nothing_of_it():
     dataset = known(8, 8, 20)
     dataset.summaries()  # computed once with the time
     without = dataset.with_inputs([], prediction_time=False)
     assert SINCE_LAST not in without.summary_names()
-    batch = without.collate([0, 1, 2])
-    assert batch["prediction_hours"].tolist() == [3, 0, 9]
-    assert batch["summaries"].shape == (3, len(STATISTICS))
     assert without.longest_gaps().max() == 8
+    for each in (without, dataset_of(CELLS)):  # the question follows the last observation
+        batch = each.collate([0, 1, 2])
+        assert batch["prediction_hours"].tolist() == [3, 0, 9]
+        assert batch["summaries"].shape == (3, len(STATISTICS))
     assert SINCE_LAST in dataset.summary_names()
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.lists(st.integers(-50, 50), min_size=1, max_size=4).map(sorted),
-            st.one_of(st.none(), st.integers(0, 60)),
-        ),
-        min_size=1,
-        max_size=5,
-    )
-)
+TIMES = st.lists(st.integers(-50, 50), min_size=1, max_size=4).map(sorted)
+WAITS = st.one_of(st.none(), st.integers(0, 60))
+
+
+@given(st.lists(st.tuples(TIMES, WAITS), min_size=1, max_size=5))
 def test_gaps_reach_to_the_prediction_time_as_those_of_a_plain_loop(rows):
     hours = [NAN if wait is None else times[-1] + wait for times, wait in rows]
     cells = [" -> ".join(f"1 ({t}h)" for t in times) for times, _ in rows]
     subjects = [str(k) for k in range(len(rows))]
     dataset = dataset_of(cells, prediction_hours=hours, subject_id=subjects)
-    asked = [times[-1] + (wait or 0) for times, wait in rows]
-    expected = [
-        max(b - a for a, b in zip(times, [*times[1:], end], strict=True))
-        for (times, _), end in zip(rows, asked, strict=True)
-    ]
-    assert dataset.longest_gaps().tolist() == expected
-    assert dataset.prediction_times().tolist() == asked
+    whole = [[*times, times[-1] + (wait or 0)] for times, wait in rows]
+    assert dataset.longest_gaps().tolist() == [max(np.diff(times)) for times in whole]
+    assert dataset.prediction_times().tolist() == [times[-1] for times in whole]
 
 
 # --------------------------------------------------------------------------- choice of rows
@@ -139,39 +123,33 @@ def test_gaps_reach_to_the_prediction_time_as_those_of_a_plain_loop(rows):
 
 def test_a_sample_holds_all_rows_of_the_drawn_patients_and_is_a_step_of_the_flow():
     dataset = MIMICtrajectoryDataset(cohort())
-    sample = dataset.sample_patients(50, seed=1)
+    sample, again, other = (dataset.sample_patients(50, seed=seed) for seed in (1, 1, 2))
     drawn = set(sample.groups)
     assert len(drawn) == 50
     assert len(sample) == sum(patient in drawn for patient in dataset.groups)
-    assert sample.fingerprint() == dataset.sample_patients(50, seed=1).fingerprint()
-    assert drawn != set(dataset.sample_patients(50, seed=2).groups)
-    assert dataset.flow is None
-    (line,) = sample.flow.to_dict("records")
-    assert (line["removed"], line["left"]) == (len(dataset) - len(sample), len(sample))
+    assert sample.fingerprint() == again.fingerprint()
+    assert drawn != set(other.groups)
     smaller = sample.sample_patients(20, seed=1)
-    assert smaller.flow["left"].tolist() == [len(sample), len(smaller)]
-
-
-@pytest.mark.parametrize("max_patients", [0, 200, 10_000])
-def test_a_sample_of_all_patients_is_the_whole(max_patients):
-    dataset = MIMICtrajectoryDataset(cohort())
-    assert dataset.sample_patients(max_patients, seed=1) is dataset
+    left, removed = [len(sample), len(smaller)], len(dataset) - len(sample)
+    assert dataset.flow is None
+    assert smaller.flow["left"].tolist() == left
+    assert smaller.flow["removed"].tolist() == [removed, left[0] - left[1]]
+    for max_patients in (0, 200, 10_000):
+        assert dataset.sample_patients(max_patients, seed=1) is dataset
 
 
 def test_a_subset_equals_the_chosen_rows_in_their_order():
     table = cohort(20).assign(split="train")
     table["static_x"] = table["prediction_hours"] = np.arange(len(table)) + 20.0
-    dataset, chosen = MIMICtrajectoryDataset(table), np.array([7, 0, 19, 3])
+    dataset, chosen = MIMICtrajectoryDataset(table), [7, 0, 19, 3]
     dataset.summaries()
-    subset = dataset.subset(chosen)
-    assert len(subset) == 4
-    expected = MIMICtrajectoryDataset(table.iloc[chosen])
-    assert subset.fingerprint() == expected.fingerprint()
+    subset = dataset.subset(np.array(chosen))
+    assert subset.fingerprint() == MIMICtrajectoryDataset(table.iloc[chosen]).fingerprint()
     read = [each.with_inputs(["static_x"], prediction_time=True) for each in (dataset, subset)]
-    whole, part = read[0].collate(chosen.tolist()), read[1].collate([0, 1, 2, 3])
+    whole, part = read[0].collate(chosen), read[1].collate([0, 1, 2, 3])
     for name in ("values", "prediction_hours", "summaries", "static"):
         assert torch.equal(whole[name], part[name])
-    assert [subset.prompt(k) for k in range(4)] == [dataset.prompt(int(i)) for i in chosen]
+    assert [subset.prompt(k) for k in range(4)] == [dataset.prompt(i) for i in chosen]
 
 
 def test_rows_without_some_observations_are_those_that_never_had_them():
@@ -201,9 +179,7 @@ def test_a_prediction_time_that_no_training_patient_has_is_refused():
     check_measured(dataset.with_inputs([], prediction_time=False), train[1:4])
 
 
-def test_a_series_that_the_training_part_never_measures_is_refused_unless_the_format_brings_it(
-    monkeypatch,
-):
+def test_a_series_never_measured_in_training_is_refused_unless_the_format_brings_it(monkeypatch):
     rare = ["5 (0h)"] + [""] * 39
     dataset, train = dataset_of(["1 (0h)"] * 40, trajectory_rare=rare), np.arange(40)
     check_measured(dataset, train)
