@@ -19,12 +19,22 @@ from mimic_files import (
     write_tables,
 )
 
-HEMATOCRIT = 51221
+HEMATOCRIT, WHOLE_BLOOD_GLUCOSE = 51221, 50809
+DEATH = {"outcome": ["death"]}
+COMPUTED = {"compute_gap": "always"}
 
-# --------------------------------------------------------------------------- whose a value is
+# --------------------------------------------------------------------------- values of a series
 
 
-def test_a_value_without_hadm_id_belongs_to_the_one_admission_around_it(run):
+def one():
+    return Mini().admit(1)
+
+
+def two_trios():
+    return one().trio(1, 1, 140).trio(1, 3, 138).trio(1, 30, 131)
+
+
+def apart_and_overlapping():
     """Patient 10001 has two admissions apart; 10003 three, of which two overlap."""
     mini = Mini().admit(1, 0, 100).admit(2, 200, 300, subject=10_001)
     for hour in (0, 3, 100, 150, 200, 202, 301):
@@ -32,199 +42,115 @@ def test_a_value_without_hadm_id_belongs_to_the_one_admission_around_it(run):
     mini.admit(3, 0, 100).admit(4, 50, 300, subject=10_003).admit(5, 10, 20, subject=10_003)
     for hour in (1, 4, 15, 20, 30, 60, 100, 110, 120):
         mini.lab(3, hour, hour, named=False)
-    result = run(mini, outcome=["death"], window_hours=30.0)
-    assert result.series(1) == "0 (0h) -> 0.3 (3h)"
-    assert result.series(2) == "20 (0h) -> 20.2 (2h)"
-    assert result.series(3) == "1 (0h) -> 4 (3h) -> 30 (29h)"
-    assert result.series(4) == "110 (0h) -> 120 (10h)"
-    assert 5 not in result.rows.index
-    counts = result.description["values"]
-    assert counts["without hadm_id, within one admission: taken"] == 5 + 5
-    assert counts["without hadm_id, within none or several"] == 2 + 4
+    return mini
 
 
-def test_a_value_is_never_taken_from_another_patient(run):
-    mini = Mini().admit(1).settling(1).admit(2).settling(2)
-    result = run(mini.lab(2, 5, 77, hadm_id=1).lab(2, 6, 66, hadm_id=99))
-    assert result.series(1) == result.series(2) == "20 (0h) -> 18 (3h)"
-    assert result.description["values"]["whose hadm_id is no admission of the patient"] == 2
-
-
-def test_a_named_admission_takes_values_from_a_day_before_it_to_its_end(run):
+def around_the_admission():
     """A value of the emergency department precedes the admission that it names."""
     mini = Mini()
     for hadm, hour in enumerate((-24.0, -24.02, 200.02), 1):
         mini.admit(hadm).lab(hadm, hour, 25).gaps(hadm, (0, 20), (3, 18), (30, 9))
-    result = run(mini, window_hours=25.0, outcome=["death"])
-    starts = [result.series(hadm).startswith("25 (0h)") for hadm in (1, 2, 3)]
-    assert starts == [True, False, False]
-    assert result.description["values"]["outside the admission that they name"] == 2
+    return mini
 
 
-def test_a_value_that_is_no_number_is_left_out(run):
-    result = run(Mini().admit(1).settling(1).lab(1, 2, None).lab(1, 3, "inf"))
-    assert result.series(1) == "20 (0h) -> 18 (3h)"
-    assert result.description["values"]["without a number"] == 2
+def stored_late_or_never():
+    """1: a first value known only at 14 h opens no window. 2: known when charted, not before."""
+    mini = one().lab(1, 0, 30, stored=14.0).gaps(1, (3, 20), (6, 18), (30, 9))
+    mini.admit(2).gaps(2, (0, 20)).lab(2, 3, 18, stored=1.0).lab(2, 13, 5, stored=11.0)
+    mini.admit(3).gaps(3, (0, 20), (3, 18)).lab(3, 4, 3, stored=None)
+    return mini.lab(3, 20, 9, stored=None)
 
 
-# --------------------------------------------------------------------------- items and units
-
-
-def test_an_item_may_be_named_or_numbered(run):
-    mini = Mini().admit(1).settling(1).lab(1, 2, 15, BICARBONATE).lab(1, 3, 16, BICARBONATE)
-    by_name, by_number = run(mini, item="bicarbonate"), run(mini, item="50882")
-    assert by_name.series(1) == by_number.series(1) == "15 (0h) -> 16 (1h)"
-    description = by_name.description
-    assert (description["series"], description["unit"]) == ("Bicarbonate", "mEq/L")
-    assert description["plausible"] == (3.0, 60.0)
-    assert "anion gap 18 (mEq/L)" in by_name.context(1)
-    assert by_name.rows.loc[1, "static_last_anion gap [mEq/L]"] == 18
-    assert "bicarbonate" not in by_name.context(1)
-    assert "static_last_bicarbonate [mEq/L]" not in by_name.rows
-
-
-def test_an_item_may_have_no_unit_or_be_no_known_analyte(run):
-    mini = Mini().admit(1).settling(1).lab(1, 2, 7.1, PH).lab(1, 3, 7.2, PH)
-    for hour, value in ((1, 40.5), (2, 39), (30, 35)):
-        mini.lab(1, hour, value, HEMATOCRIT, unit="%")
-    acidity = run(mini, item="pH")
-    assert (acidity.description["series"], acidity.description["unit"]) == ("pH", "")
-    assert acidity.series(1) == "7.1 (0h) -> 7.2 (1h)"
-    other = run(mini, item="Hematocrit")
-    assert (other.description["series"], other.description["unit"]) == ("Hematocrit", "%")
-    assert other.series(1) == "40.5 (0h) -> 39 (1h)"
-    assert other.description["plausible"] is None
-
-
-@pytest.mark.parametrize(
-    ("item", "problem"),
-    [("5", "no such item"), ("Glucose", "50809, Blood, Chemistry; 50931"), ("51221", "none is")],
-)
-def test_an_item_that_is_unknown_ambiguous_or_never_measured_is_refused(item, problem, run):
-    with pytest.raises(InputError, match=problem):
-        run(Mini().admit(1).settling(1), item=item)
-
-
-def test_known_units_are_converted(run):
-    cells = {
-        GLUCOSE: ("mmol/L", 20.0, "360.32"),
-        CREATININE: ("umol/L", 88.4, "0.999981"),
-        PH: ("", 7.2, "7.2"),
-        GAP: ("MEQ/L", 17.0, "17"),
-    }
-    mini = Mini().admit(1).gaps(1, (30, 9)).admit(2).settling(2)
-    for item, (unit, value, _) in cells.items():
-        mini.lab(1, 1, value, item, unit=unit).lab(1, 2, value, item, unit=unit)
-        mini.lab(2, 2, 100, item).lab(2, 3, 100, item)
-    for item, (_, _, expected) in cells.items():
-        result = run(mini, item=str(item), outcome=["death"])
-        assert result.series(1) == f"{expected} (0h) -> {expected} (1h)", item
-
-
-def test_other_chemistry_in_an_unknown_unit_is_left_out_and_counted(run):
-    mini = Mini().admit(1).settling(1).lab(1, 2, 140, SODIUM, unit="g/L")
-    mini.lab(1, 3, 8, PH, unit="").lab(1, 4, 100, CHLORIDE, unit="")
-    result = run(mini)
-    assert result.context(1).endswith("admission, pH 8")
-    last = result.rows.filter(like="static_last").loc[1].dropna()
-    assert last.to_dict() == {"static_last_pH": 8}
-    assert result.description["values"]["of sodium in no unit or an unknown one"] == 1
-
-
-def test_a_series_in_units_that_nothing_converts_is_refused(run):
-    mini = Mini().admit(1).settling(1).lab(1, 2, 40, HEMATOCRIT, unit="%")
-    mini.lab(1, 3, 40, HEMATOCRIT, unit="g/L")
-    with pytest.raises(InputError, match=r"labevents\.csv: item 51221 has values in '%', 'g/L'"):
-        run(mini, item="51221")
-    with pytest.raises(InputError, match=r"item 50868 has values in 'g/L', 'mEq/L'"):
-        run(mini.lab(1, 2, 20, unit="g/L"))
-
-
-# --------------------------------------------------------------------------- computed gaps
-
-
-def test_every_gap_is_computed(run):
-    """A reported one is then no input and no outcome, whenever it is drawn."""
-    mini = Mini().admit(1).trio(1, 2, 140).trio(1, 5, 138.1).trio(1, 30, 131).settling(1)
-    mini.lab(1, 6, 150, SODIUM).lab(1, 6, 100, CHLORIDE)  # no bicarbonate: no gap
-    mini.admit(2).settling(2).gaps(1, (50, 30))
-    result = run(mini, compute_gap="always")
-    assert result.rows.index.tolist() == [1]
-    assert result.series(1) == "20 (0h) -> 18.1 (3h)"
-    assert result.labels(1) == [0, 0, 0], "131 - 100 - 20 = 11"
-    assert "anion gap" not in result.context(1)
-    assert not [name for name in result.rows if "static_last_anion" in name]
-    assert "without potassium" in result.description["definitions"]["anion_gap"]
-    assert result.description["series"] == "Anion gap without potassium"
-    other = run(mini, compute_gap="always", item="bicarbonate")
-    assert "anion gap 18.1 (mEq/L)" in other.context(1)
-    assert other.rows.loc[1, "static_last_anion gap without potassium [mEq/L]"] == 18.1
-
-
-def test_a_computed_series_has_the_unit_of_its_components(run):
-    mini = Mini().admit(1).trio(1, 1, 140).trio(1, 3, 138).trio(1, 30, 131)
-    mini.lab(1, 2, 20, GAP, unit="mg/dL")
-    assert run(mini, compute_gap="always").description["unit"] == "mEq/L"
-    mini.lab(1, 2, 20, SODIUM, unit="mg/dL")
-    with pytest.raises(InputError, match="item 50983 has values in 'mEq/L', 'mg/dL'"):
-        run(mini, compute_gap="always")
-
-
-def test_a_computed_gap_is_known_when_its_last_component_is(run):
+def gaps_of_late_components():
     """1: one component is stored too late. 2: one has no storing time, so it is no input."""
     mini = Mini()
     for hadm, stored in ((1, 13.5), (2, None)):
         mini.admit(hadm).trio(hadm, 1, 140).trio(hadm, 6, 138)
         mini.lab(hadm, 4, 139, SODIUM).lab(hadm, 4, 100, CHLORIDE)
         mini.lab(hadm, 4, 20, BICARBONATE, stored=stored)
-    mini.trio(1, 30, 131).trio(2, 30, 131, stored=None)
-    result = run(mini, compute_gap="always")
-    assert result.series(1) == result.series(2) == "20 (0h) -> 18 (5h)"
-    assert result.labels(2) == [0, 0, 0], "131 - 100 - 20 = 11: closed, an outcome all the same"
+    return mini.trio(1, 30, 131).trio(2, 30, 131, stored=None)
 
 
-def test_of_several_values_at_one_time_the_one_known_first_is_computed_with(run):
-    mini = Mini().admit(1).trio(1, 1, 140).trio(1, 3, 138).trio(1, 30, 131)
-    mini.lab(1, 1, 99, SODIUM, stored=6.0).lab(1, 3, 150, SODIUM, stored=3.5)
-    assert run(mini, compute_gap="always").series(1) == "20 (0h) -> 30 (2h)"
+PLAIN = "20 (0h) -> 18 (3h)"
+SERIES = {  # hospital, request, series by admission, some counts of values
+    "without hadm_id: of the one admission around it": (
+        apart_and_overlapping(),
+        DEATH | {"window_hours": 30.0},
+        {
+            1: "0 (0h) -> 0.3 (3h)",
+            2: "20 (0h) -> 20.2 (2h)",
+            3: "1 (0h) -> 4 (3h) -> 30 (29h)",
+            4: "110 (0h) -> 120 (10h)",
+        },
+        {
+            "without hadm_id, within one admission: taken": 5 + 5,
+            "without hadm_id, within none or several": 2 + 4,
+        },
+    ),
+    "never of another patient": (
+        one().settling(1).admit(2).settling(2).lab(2, 5, 77, hadm_id=1).lab(2, 6, 66, hadm_id=99),
+        {},
+        {1: PLAIN, 2: PLAIN},
+        {"whose hadm_id is no admission of the patient": 2},
+    ),
+    "named: from a day before the admission to its end": (
+        around_the_admission(),
+        DEATH | {"window_hours": 25.0},
+        {1: "25 (0h) -> 20 (24h)", 2: PLAIN, 3: PLAIN},
+        {"outside the admission that they name": 2},
+    ),
+    "no number": (
+        one().settling(1).lab(1, 2, None).lab(1, 3, "inf"),
+        {},
+        {1: PLAIN},
+        {"without a number": 2},
+    ),
+    "stored late or never": (
+        stored_late_or_never(),
+        {},
+        dict.fromkeys((1, 2, 3), PLAIN),
+        {"without a time of storing: no input, outcome alone": 2},
+    ),
+    # 12 is stored at 14 and counts; 13.5 is stored at 14.5 and does not.
+    "asked at 14 h": (
+        one().gaps(1, (2, 20), (5.5, 18), (13, 16), (13.5, 15), (14.5, 9))
+        .lab(1, 12.75, 99, stored=14.0).lab(1, 14, 17, stored=14.0).lab(1, 13.25, 98, stored=14.01),
+        {},
+        {1: "20 (0h) -> 18 (3.5h) -> 99 (10.75h) -> 16 (11h) -> 17 (12h)"},
+        {},
+    ),
+    "equal times: by storing time and value": (
+        one().lab(1, 3, 15).gaps(1, (0, 20), (3, 14), (20, 9)).lab(1, 3, 19, stored=3.5),
+        {},
+        {1: "20 (0h) -> 19 (3h) -> 14 (3h) -> 15 (3h)"},
+        {},
+    ),
+    "a computed gap: with the first known of equal times": (
+        two_trios().lab(1, 1, 99, SODIUM, stored=6.0).lab(1, 3, 150, SODIUM, stored=3.5),
+        COMPUTED,
+        {1: "20 (0h) -> 30 (2h)"},
+        {},
+    ),
+    "a computed gap: known when its last component is": (
+        gaps_of_late_components(),
+        COMPUTED,
+        {1: "20 (0h) -> 18 (5h)", 2: "20 (0h) -> 18 (5h)"},
+        {},
+    ),
+}  # fmt: skip
 
 
-# --------------------------------------------------------------------------- prediction time
-
-
-def test_the_prediction_time_is_the_first_value_and_the_window(run):
-    """First value at 2 h, so asked at 14 h: what is charted and stored by then, no later."""
-    mini = Mini().admit(1, -5.0).gaps(1, (2, 20), (5.5, 18), (13, 16), (13.5, 15), (14.5, 9))
-    mini.lab(1, 12.75, 99, stored=14.0).lab(1, 14, 17, stored=14.0).lab(1, 13.25, 98, stored=14.01)
-    result = run(mini)
-    # 13 is stored at 14 and counts; 13.5 is stored at 14.5 and does not.
-    assert result.series(1) == "20 (0h) -> 18 (3.5h) -> 99 (10.75h) -> 16 (11h) -> 17 (12h)"
-    assert "19 h since admission" in result.context(1)
-
-
-def test_equal_times_are_ordered_by_storing_time_and_value_and_are_all_kept(run):
-    mini = Mini().admit(1).lab(1, 3, 15).gaps(1, (0, 20)).lab(1, 3, 14).lab(1, 3, 19, stored=3.5)
-    assert run(mini.gaps(1, (20, 9))).series(1) == "20 (0h) -> 19 (3h) -> 14 (3h) -> 15 (3h)"
-
-
-def test_storing_times_decide_which_values_count(run):
-    """1: a first value known only at 14 h opens no window. 2: known when charted, not before.
-
-    3: without a storing time a value is no input, but an outcome.
-    """
-    mini = Mini().admit(1).lab(1, 0, 30, stored=14.0).gaps(1, (3, 20), (6, 18), (30, 9))
-    mini.admit(2).gaps(2, (0, 20)).lab(2, 3, 18, stored=1.0).lab(2, 13, 5, stored=11.0)
-    mini.admit(3).gaps(3, (0, 20), (3, 18)).lab(3, 4, 3, stored=None).lab(3, 20, 9, stored=None)
-    result = run(mini)
-    assert [result.series(hadm) for hadm in (1, 2, 3)] == ["20 (0h) -> 18 (3h)"] * 3
-    assert ", 15 h since admission" in result.context(1)
-    assert result.labels(3) == [0, 0, 0]
-    counts = result.description["values"]
-    assert counts["without a time of storing: no input, outcome alone"] == 2
+@pytest.mark.parametrize("name", SERIES)
+def test_which_values_make_a_series(name, run):
+    mini, request, series, counts = SERIES[name]
+    result = run(mini, **request)
+    assert result.rows["clinical_trajectory"].to_dict() == series
+    assert counts.items() <= result.description["values"].items()
+    assert result.rows["label_unresolved"].eq(0).all() or "outcome" in request
 
 
 def test_a_table_without_storing_times_takes_charting_times_and_warns(tmp_path, caplog):
-    tables = Mini().admit(1).gaps(1, (0, 20), (12, 18), (30, 9)).tables()
+    tables = one().gaps(1, (0, 20), (12, 18), (30, 9)).tables()
     tables["hosp/labevents"] = tables["hosp/labevents"].drop(columns="storetime")
     result = extracted(write_tables(tmp_path, tables))
     assert result.series(1) == "20 (0h) -> 18 (12h)"
@@ -234,14 +160,88 @@ def test_a_table_without_storing_times_takes_charting_times_and_warns(tmp_path, 
 
 @pytest.mark.parametrize(
     ("window_hours", "min_observations", "kept"),
-    [(6.0, 2, True), (1.99, 3, False), (2.0, 3, False), (6.0, 3, True)],
+    [(6.0, 3, True), (1.99, 3, False), (2.0, 3, False)],
 )
 def test_window_and_fewest_observations_are_respected(window_hours, min_observations, kept, run):
-    mini = Mini().admit(1).gaps(1, (0, 20), (1, 19), (5, 18), (30, 9))
+    mini = one().gaps(1, (0, 20), (1, 19), (5, 18), (30, 9))
     mini.admit(2).gaps(2, (0, 20), (0.5, 8), (0.75, 8), (30, 9))  # never empty
     result = run(mini, window_hours=window_hours, min_observations=min_observations)
-    assert (1 in result.rows.index) == kept
-    assert not kept or result.series(1) == "20 (0h) -> 19 (1h) -> 18 (5h)"
+    assert result.rows.index.tolist() == [1, 2][not kept :]
+
+
+# --------------------------------------------------------------------------- items and units
+
+
+@pytest.mark.parametrize(
+    ("wanted", "item", "unit", "name", "plausible"),
+    [
+        ("bicarbonate", BICARBONATE, "mEq/L", "Bicarbonate", (3.0, 60.0)),
+        ("50882", BICARBONATE, "mEq/L", "Bicarbonate", (3.0, 60.0)),
+        ("pH", PH, "", "pH", (6.5, 8.0)),
+        ("Hematocrit", HEMATOCRIT, "%", "Hematocrit", None),
+    ],
+)
+def test_an_item_may_be_named_or_numbered_and_be_no_known_analyte(
+    wanted, item, unit, name, plausible, run
+):
+    mini = one().settling(1).lab(1, 2, 7.1, item, unit=unit).lab(1, 3, 7.2, item, unit=unit)
+    result = run(mini, item=wanted)
+    assert result.series(1) == "7.1 (0h) -> 7.2 (1h)"
+    described = [result.description[key] for key in ("series", "unit", "plausible")]
+    assert described == [name, unit, plausible]
+    assert result.rows.loc[1, "static_last_anion gap [mEq/L]"] == 18
+    assert not result.rows.filter(like=f"static_last_{name.lower()}").size
+    assert result.context(1).endswith("anion gap 18 (mEq/L)")
+
+
+@pytest.mark.parametrize(
+    ("unit", "request_", "problem"),
+    [
+        (None, {"item": "5"}, r"d_labitems\.csv: --item 5"),
+        (None, {"item": "Glucose"}, r"d_labitems\.csv: --item Glucose: .*50809.*50931"),
+        (None, {"item": "51222"}, r"d_labitems\.csv: --item 51222"),
+        ("mEq/L", {"item": "51221"}, "none is left"),
+        ("g/L", {}, r"labevents\.csv: item 50868 has values in 'g/L', 'mEq/L'"),
+        ("g/L", COMPUTED, r"labevents\.csv: item 50983 has values in 'g/L', 'mEq/L'"),
+    ],
+)
+def test_no_such_item_and_units_that_nothing_converts_are_refused(unit, request_, problem, run):
+    mini = two_trios().settling(1).lab(1, 2, 20, unit=unit).lab(1, 2, 20, SODIUM, unit=unit)
+    with pytest.raises(InputError, match=problem):
+        run(mini, **request_)
+
+
+def test_known_units_are_converted_and_other_chemistry_in_an_unknown_one_is_left_out(run):
+    cells = {
+        GLUCOSE: ("mmol/L", 20.0, "360.32"),
+        CREATININE: ("umol/L", 88.4, "0.999981"),
+        PH: ("", 7.2, "7.2"),
+        GAP: ("MEQ/L", 17.0, "17"),
+    }
+    mini = one().gaps(1, (30, 9)).admit(2).settling(2).lab(1, 2, 140, SODIUM, unit="g/L")
+    for item, (unit, value, _) in cells.items():
+        mini.lab(1, 1, value, item, unit=unit).lab(1, 2, value, item, unit=unit)
+        mini.lab(2, 2, 100, item).lab(2, 3, 100, item)
+    for item, (_, _, expected) in cells.items():
+        result = run(mini, item=str(item), **DEATH)
+        assert result.series(1) == f"{expected} (0h) -> {expected} (1h)", item
+        assert result.description["values"]["of sodium in no unit or an unknown one"] == 1
+    assert pd.isna(result.rows.loc[1, "static_last_sodium [mEq/L]"])
+
+
+def test_every_gap_is_computed(run):
+    """A reported one, in whatever unit, is then no input and no outcome, whenever it is drawn."""
+    mini = one().trio(1, 2, 140).trio(1, 5, 138.1).trio(1, 30, 131).settling(1)
+    mini.lab(1, 6, 150, SODIUM).lab(1, 6, 100, CHLORIDE)  # no bicarbonate: no gap
+    mini.admit(2).settling(2).gaps(2, (50, 30)).lab(1, 2, 20, GAP, unit="mg/dL")
+    result = run(mini, **COMPUTED)
+    assert result.rows["clinical_trajectory"].to_dict() == {1: "20 (0h) -> 18.1 (3h)"}
+    assert result.labels(1) == [0, 0, 0], "131 - 100 - 20 = 11"
+    assert not result.rows.filter(like="static_last_anion").size
+    described = [result.description[key] for key in ("series", "unit")]
+    assert described == ["Anion gap without potassium", "mEq/L"]
+    other = run(mini, item="bicarbonate", **COMPUTED)
+    assert other.rows.loc[1, "static_last_anion gap without potassium [mEq/L]"] == 18.1
 
 
 # --------------------------------------------------------------------------- at risk
@@ -256,14 +256,16 @@ NOT_AT_RISK = {
     "without an end": ({"end": None}, "no value"),
     "not admitted yet": ({"start": 13.02}, "before the admission"),
 }
+EDGE = 13 + 1 / 60
 
 
 def test_admissions_not_at_risk_are_left_out_by_the_first_rule_that_applies(run):
-    mini = Mini()
+    """Asked at 13 h: after a discharge or a death a minute later the patient is at risk."""
+    mini = Mini().admit(1, 0, EDGE).settling(1).admit(2, 0, EDGE, death=EDGE).settling(2)
     for hadm, (admission, _) in enumerate(NOT_AT_RISK.values(), 10):
         mini.admit(hadm, **admission).settling(hadm)
-    result = run(mini.admit(1).settling(1))
-    assert list(result.rows.index) == [1]
+    result = run(mini, **DEATH)
+    assert result.rows["label_death"].to_dict() == {1: 0, 2: 1}
     removed = result.removed()
     assert sum(removed.values()) == len(NOT_AT_RISK)
     for start in {rule for _, rule in NOT_AT_RISK.values()}:
@@ -271,32 +273,22 @@ def test_admissions_not_at_risk_are_left_out_by_the_first_rule_that_applies(run)
         assert removed[rule] == sum(start == wanted for _, wanted in NOT_AT_RISK.values())
 
 
-def test_one_minute_decides_at_the_edge_of_risk(run):
-    """Asked at 13 h: after a discharge or a death a minute later the patient is at risk."""
-    minute = 1 / 60
-    mini = Mini().admit(1, 0, 13 + minute).settling(1)
-    mini.admit(2, 0, 13 + minute, death=13 + minute).settling(2)
-    assert run(mini, outcome=["death"]).rows["label_death"].to_dict() == {1: 0, 2: 1}
-
-
-YEARS = 24 * 365.25
 AGES = {  # anchor age, admission in years from 2150, text, number
     1: (18, 0, "18-year-old woman", 18),
     2: (17, 1.1, "18-year-old", 18),
     3: (40, -2.2, "37-year-old", 37),
     4: (91, 0, "Over 89-year-old woman", 90),
-    5: (88, 2.5, "Over 89-year-old", 90),
+    5: (88, 4.5, "Over 89-year-old", 90),
     6: (91, -2.2, "Over 86-year", 87),
     7: (91, 2.2, "Over 89-year-old", 90),
     8: (89, 0, "89-year-old woman", 89),
-    9: (88, 4.5, "Over 89-year-old", 90),
 }
 
 
 def test_the_age_is_that_of_the_year_of_admission_and_at_most_90(run):
     mini = Mini()
     for hadm, (age, years, _, _) in AGES.items():
-        hour = round(years * YEARS)
+        hour = round(years * 24 * 365.25)
         mini.admit(hadm, hour, hour + 200.0, age=age)
         mini.gaps(hadm, (hour + 1, 20), (hour + 4, 18), (hour + 40, 9))
     result = run(mini)
@@ -325,12 +317,11 @@ def test_the_codes_of_ketoacidosis(tmp_path):
 
 
 def test_the_coded_cohort_says_that_it_is_chosen_in_hindsight_and_warns_of_nothing(run, caplog):
-    mini = Mini().admit(1, code="E1110").settling(1).admit(2, code="E1101").settling(2)
+    mini = one().settling(1).admit(2, code="E1101").settling(2)
     with caplog.at_level("INFO"):
         result = run(mini, cohort="dka")
     assert list(result.rows.index) == [1]
     assert result.removed() == {"not coded as diabetic ketoacidosis": 1}
-    assert "hindsight" in result.description["definitions"]["cohort"]
     (record,) = [each for each in caplog.records if "hindsight" in each.message]
     assert record.levelname == "INFO"
 
@@ -355,7 +346,7 @@ def test_the_biochemical_cohort_is_known_within_the_window(run):
         mini.admit(hadm, code="4019", version=9).gaps(hadm, (0, 11), (1, 11), (60, 9))
         for item, value in (SICK | changed).items():
             mini.lab(hadm, hour, value, item)
-    result = run(mini, cohort="biochemical", outcome=["death"])
+    result = run(mini, cohort="biochemical", **DEATH)
     inside = {name: hadm in result.rows.index for hadm, name in enumerate(BIOCHEMICAL, 1)}
     assert inside == {name: wanted for name, (_, _, wanted) in BIOCHEMICAL.items()}
 
@@ -367,8 +358,8 @@ def test_context_and_static_features_hold_what_is_known_and_nothing_later(run):
     mini = Mini().admit(1, gender="M").settling(1).icu(1, 10, 50).icu(1, 51, 60)
     mini.lab(1, 0.5, 111, SODIUM).lab(1, 0.5, 90, CHLORIDE)  # before the window
     mini.lab(1, 1, 131, SODIUM).lab(1, 6, 140, SODIUM).lab(1, 12.5, 150, SODIUM)
-    mini.lab(1, 6, 7.25, PH).lab(1, 7, 300, GLUCOSE).lab(1, 8, 280, 50809)
-    mini.lab(1, 6, 40, 51221, unit="%")  # no chemistry
+    mini.lab(1, 6, 7.25, PH).lab(1, 7, 300, GLUCOSE).lab(1, 8, 280, WHOLE_BLOOD_GLUCOSE)
+    mini.lab(1, 6, 40, HEMATOCRIT, unit="%")  # no chemistry
     result = run(mini)
     assert result.context(1) == (
         "50-year-old man, Medical Intensive Care Unit (MICU), 13 h since admission, "
@@ -391,7 +382,6 @@ def test_context_and_static_features_hold_what_is_known_and_nothing_later(run):
 UNITS = {
     "Medical Intensive Care Unit (MICU)": {"medical"},
     "Surgical Intensive Care Unit (SICU)": {"surgical"},
-    "Medical/Surgical Intensive Care Unit (MICU/SICU)": {"medical", "surgical"},
     "Coronary Care Unit (CCU)": {"cardiac"},
     "Cardiac Vascular Intensive Care Unit (CVICU)": {"cardiac"},
     "Neuro Surgical Intensive Care Unit (Neuro SICU)": {"neuro", "surgical"},
@@ -402,10 +392,10 @@ UNITS = {
 }
 
 
-def test_a_unit_is_of_the_kinds_that_its_name_tells(tmp_path):
-    mini = Mini().admit(99).settling(99)
+def test_kinds_of_units_and_sexes_where_they_are_known(tmp_path):
+    mini = Mini().admit(99, gender="M").settling(99)
     for hadm in range(1, len(UNITS) + 1):
-        mini.admit(hadm).settling(hadm).icu(hadm, 2, 60)
+        mini.admit(hadm, gender="" if hadm == 1 else "F").settling(hadm).icu(hadm, 2, 60)
     tables = mini.tables()
     tables["icu/icustays"]["first_careunit"] = list(UNITS)
     rows = extracted(write_tables(tmp_path, tables), ["death"]).rows
@@ -413,46 +403,38 @@ def test_a_unit_is_of_the_kinds_that_its_name_tells(tmp_path):
     found = [set(kinds.columns[row == 1]) for row in kinds.to_numpy()]
     assert found == [*UNITS.values(), set()]
     assert rows["static_icu"].tolist() == [1] * len(UNITS) + [0]
-
-
-def test_sex_is_unknown_where_nobody_recorded_it(run):
-    mini = Mini().admit(1, gender="M").settling(1).admit(2, gender="F").settling(2)
-    rows = run(mini.admit(3, gender="").settling(3), window_hours=10.5).rows
-    assert rows["static_sex_male"].fillna(-1).tolist() == [1, 0, -1]
-    assert rows["prediction_hours"].tolist() == [10.5] * 3
+    assert rows["static_sex_male"].fillna(-1).tolist() == [-1] + [0] * (len(UNITS) - 1) + [1]
 
 
 def patient():
     """One admission, asked at 13 h, with serum and whole blood glucose."""
     mini = Mini().admit(1, gender="M").settling(1).lab(1, 0.5, 99, GLUCOSE)
-    mini.lab(1, 2, 300, GLUCOSE).lab(1, 3, 280, 50809).lab(1, 14, 1, GLUCOSE)
+    mini.lab(1, 2, 300, GLUCOSE).lab(1, 3, 280, WHOLE_BLOOD_GLUCOSE).lab(1, 14, 1, GLUCOSE)
     return mini.lab(1, 5, 7.25, PH).lab(1, 4, 140, SODIUM)
 
 
-def test_further_series_are_columns_with_name_and_unit(run):
+def test_further_series_are_columns_with_name_and_unit_and_the_first_gives_the_time(run):
     result = run(patient(), series=("anion gap", "Glucose", "pH", "bicarbonate"))
-    row = result.rows.loc[1]
-    assert row["clinical_trajectory"] == "20 (0h) -> 18 (3h)"
-    assert row["trajectory_glucose [mg/dL]"] == "300 (1h) -> 280 (2h)"
-    assert row["trajectory_pH"] == "7.25 (4h)"
-    assert row.isna()["trajectory_bicarbonate [mEq/L]"]
-    assert row["clinical_context"].endswith("admission, sodium 140 (mEq/L)")
-    assert row.filter(like="static_last").dropna().to_dict() == {"static_last_sodium [mEq/L]": 140}
+    assert result.rows.filter(regex="traject|static_last|hours$").loc[1].dropna().to_dict() == {
+        "clinical_trajectory": "20 (0h) -> 18 (3h)",
+        "trajectory_glucose [mg/dL]": "300 (1h) -> 280 (2h)",
+        "trajectory_pH": "7.25 (4h)",
+        "prediction_hours": 12,
+        "static_last_sodium [mEq/L]": 140,
+    }
+    assert "trajectory_bicarbonate [mEq/L]" in result.rows
+    assert result.context(1).endswith("admission, sodium 140 (mEq/L)")
     assert result.description["limits"]["glucose"] == (5.0, 2500.0)
-
-
-def test_the_first_series_gives_the_prediction_time_and_is_counted(run):
-    mini = patient().admit(2).settling(2).lab(2, 2, 90, GLUCOSE)
-    result = run(mini, series=("glucose", "anion gap"), outcome=["death"])
-    assert result.rows.index.tolist() == [1], "2 has one glucose alone"
-    assert result.series(1) == "99 (0h) -> 300 (1.5h) -> 280 (2.5h)"
+    mini = patient().admit(2).settling(2).lab(2, 2, 90, GLUCOSE)  # one glucose alone
+    result = run(mini, series=("glucose", "anion gap"), **DEATH)
+    series = result.rows["clinical_trajectory"].to_dict()
+    assert series == {1: "99 (0h) -> 300 (1.5h) -> 280 (2.5h)"}
     assert result.rows.loc[1, "trajectory_anion gap [mEq/L]"] == "20 (0.5h) -> 18 (3.5h)"
-    assert result.description["series"] == "Glucose"
 
 
 def test_each_series_has_the_reference_range_that_most_often_stands_beside_it(run):
     """Ranges in another unit, reversed ones and missing ones do not count; of two ends one may."""
-    mini = Mini().admit(1).admit(2).settling(2)
+    mini = one().admit(2).settling(2)
     ranges = [(8, 20), (8, 20), (10, 18), ("", ""), ("", ""), ("", "")]
     for hour, (low, high) in enumerate(ranges):
         mini.lab(1, hour, 20 - hour, ref_range_lower=low, ref_range_upper=high)
@@ -463,11 +445,10 @@ def test_each_series_has_the_reference_range_that_most_often_stands_beside_it(ru
     mini.lab(1, 1, 12, BICARBONATE, ref_range_lower=22)
     mini.lab(1, 1, 200, GLUCOSE, ref_range_lower=105, ref_range_upper=70).lab(1, 1, 138, SODIUM)
     series = ("anion gap", "creatinine", "glucose", "bicarbonate", "sodium")
-    described = run(mini, series=series, outcome=["death"]).description
+    described = run(mini, series=series, **DEATH).description
     assert described["reference"] == (8, 20)
     assert described["references"] == {"creatinine": (0.4, 1.1), "bicarbonate": (22, None)}
-    mini.trio(1, 1, 140).trio(1, 3, 138)
-    computed = run(mini, outcome=["death"], compute_gap="always").description
+    computed = run(mini.trio(1, 1, 140).trio(1, 3, 138), **DEATH, **COMPUTED).description
     assert computed["reference"] is None, "computed gaps lack potassium"
 
 
