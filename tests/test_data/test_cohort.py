@@ -1,4 +1,4 @@
-"""The cohort of a hospital: whose a value is, units, prediction time, who is at risk, columns."""
+"""The cohort of a hospital: items, units, cohorts, columns; ``test_mimic_slow`` reads all again."""
 
 import pandas as pd
 import pytest
@@ -23,7 +23,7 @@ HEMATOCRIT, WHOLE_BLOOD_GLUCOSE = 51221, 50809
 DEATH = {"outcome": ["death"]}
 COMPUTED = {"compute_gap": "always"}
 
-# --------------------------------------------------------------------------- values of a series
+# --------------------------------------------------------------------------- values and items
 
 
 def one():
@@ -34,121 +34,6 @@ def two_trios():
     return one().trio(1, 1, 140).trio(1, 3, 138).trio(1, 30, 131)
 
 
-def apart_and_overlapping():
-    """Patient 10001 has two admissions apart; 10003 three, of which two overlap."""
-    mini = Mini().admit(1, 0, 100).admit(2, 200, 300, subject=10_001)
-    for hour in (0, 3, 100, 150, 200, 202, 301):
-        mini.lab(1, hour, hour / 10, named=False)
-    mini.admit(3, 0, 100).admit(4, 50, 300, subject=10_003).admit(5, 10, 20, subject=10_003)
-    for hour in (1, 4, 15, 20, 30, 60, 100, 110, 120):
-        mini.lab(3, hour, hour, named=False)
-    return mini
-
-
-def around_the_admission():
-    """A value of the emergency department precedes the admission that it names."""
-    mini = Mini()
-    for hadm, hour in enumerate((-24.0, -24.02, 200.02), 1):
-        mini.admit(hadm).lab(hadm, hour, 25).gaps(hadm, (0, 20), (3, 18), (30, 9))
-    return mini
-
-
-def stored_late_or_never():
-    """1: a first value known only at 14 h opens no window. 2: known when charted, not before."""
-    mini = one().lab(1, 0, 30, stored=14.0).gaps(1, (3, 20), (6, 18), (30, 9))
-    mini.admit(2).gaps(2, (0, 20)).lab(2, 3, 18, stored=1.0).lab(2, 13, 5, stored=11.0)
-    mini.admit(3).gaps(3, (0, 20), (3, 18)).lab(3, 4, 3, stored=None)
-    return mini.lab(3, 20, 9, stored=None)
-
-
-def gaps_of_late_components():
-    """1: one component is stored too late. 2: one has no storing time, so it is no input."""
-    mini = Mini()
-    for hadm, stored in ((1, 13.5), (2, None)):
-        mini.admit(hadm).trio(hadm, 1, 140).trio(hadm, 6, 138)
-        mini.lab(hadm, 4, 139, SODIUM).lab(hadm, 4, 100, CHLORIDE)
-        mini.lab(hadm, 4, 20, BICARBONATE, stored=stored)
-    return mini.trio(1, 30, 131).trio(2, 30, 131, stored=None)
-
-
-PLAIN = "20 (0h) -> 18 (3h)"
-SERIES = {  # hospital, request, series by admission, some counts of values
-    "without hadm_id: of the one admission around it": (
-        apart_and_overlapping(),
-        DEATH | {"window_hours": 30.0},
-        {
-            1: "0 (0h) -> 0.3 (3h)",
-            2: "20 (0h) -> 20.2 (2h)",
-            3: "1 (0h) -> 4 (3h) -> 30 (29h)",
-            4: "110 (0h) -> 120 (10h)",
-        },
-        {
-            "without hadm_id, within one admission: taken": 5 + 5,
-            "without hadm_id, within none or several": 2 + 4,
-        },
-    ),
-    "never of another patient": (
-        one().settling(1).admit(2).settling(2).lab(2, 5, 77, hadm_id=1).lab(2, 6, 66, hadm_id=99),
-        {},
-        {1: PLAIN, 2: PLAIN},
-        {"whose hadm_id is no admission of the patient": 2},
-    ),
-    "named: from a day before the admission to its end": (
-        around_the_admission(),
-        DEATH | {"window_hours": 25.0},
-        {1: "25 (0h) -> 20 (24h)", 2: PLAIN, 3: PLAIN},
-        {"outside the admission that they name": 2},
-    ),
-    "no number": (
-        one().settling(1).lab(1, 2, None).lab(1, 3, "inf"),
-        {},
-        {1: PLAIN},
-        {"without a number": 2},
-    ),
-    "stored late or never": (
-        stored_late_or_never(),
-        {},
-        dict.fromkeys((1, 2, 3), PLAIN),
-        {"without a time of storing: no input, outcome alone": 2},
-    ),
-    # 12 is stored at 14 and counts; 13.5 is stored at 14.5 and does not.
-    "asked at 14 h": (
-        one().gaps(1, (2, 20), (5.5, 18), (13, 16), (13.5, 15), (14.5, 9))
-        .lab(1, 12.75, 99, stored=14.0).lab(1, 14, 17, stored=14.0).lab(1, 13.25, 98, stored=14.01),
-        {},
-        {1: "20 (0h) -> 18 (3.5h) -> 99 (10.75h) -> 16 (11h) -> 17 (12h)"},
-        {},
-    ),
-    "equal times: by storing time and value": (
-        one().lab(1, 3, 15).gaps(1, (0, 20), (3, 14), (20, 9)).lab(1, 3, 19, stored=3.5),
-        {},
-        {1: "20 (0h) -> 19 (3h) -> 14 (3h) -> 15 (3h)"},
-        {},
-    ),
-    "a computed gap: with the first known of equal times": (
-        two_trios().lab(1, 1, 99, SODIUM, stored=6.0).lab(1, 3, 150, SODIUM, stored=3.5),
-        COMPUTED,
-        {1: "20 (0h) -> 30 (2h)"},
-        {},
-    ),
-    "a computed gap: known when its last component is": (
-        gaps_of_late_components(),
-        COMPUTED,
-        {1: "20 (0h) -> 18 (5h)", 2: "20 (0h) -> 18 (5h)"},
-        {},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SERIES)
-def test_which_values_make_a_series(name, run):
-    mini, request, series, counts = SERIES[name]
-    result = run(mini, **request)
-    assert result.rows["clinical_trajectory"].to_dict() == series
-    assert counts.items() <= result.description["values"].items()
-    assert result.rows["label_unresolved"].eq(0).all() or "outcome" in request
-
-
 def test_a_table_without_storing_times_takes_charting_times_and_warns(tmp_path, caplog):
     tables = one().gaps(1, (0, 20), (12, 18), (30, 9)).tables()
     tables["hosp/labevents"] = tables["hosp/labevents"].drop(columns="storetime")
@@ -156,20 +41,6 @@ def test_a_table_without_storing_times_takes_charting_times_and_warns(tmp_path, 
     assert result.series(1) == "20 (0h) -> 18 (12h)"
     assert "only values charted by then" in result.description["prediction_time"]
     assert "no column storetime" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("window_hours", "min_observations", "kept"),
-    [(6.0, 3, True), (1.99, 3, False), (2.0, 3, False)],
-)
-def test_window_and_fewest_observations_are_respected(window_hours, min_observations, kept, run):
-    mini = one().gaps(1, (0, 20), (1, 19), (5, 18), (30, 9))
-    mini.admit(2).gaps(2, (0, 20), (0.5, 8), (0.75, 8), (30, 9))  # never empty
-    result = run(mini, window_hours=window_hours, min_observations=min_observations)
-    assert result.rows.index.tolist() == [1, 2][not kept :]
-
-
-# --------------------------------------------------------------------------- items and units
 
 
 @pytest.mark.parametrize(
@@ -244,43 +115,12 @@ def test_every_gap_is_computed(run):
     assert other.rows.loc[1, "static_last_anion gap without potassium [mEq/L]"] == 18.1
 
 
-# --------------------------------------------------------------------------- at risk
-
-NOT_AT_RISK = {
-    "17 years old": ({"age": 17}, "under 18"),
-    "of unknown age": ({"age": None}, "under 18"),
-    "dead at the prediction time": ({"end": 13, "death": 13.0}, "died by"),
-    "dead in the window, discharge recorded later": ({"end": 60, "death": 9.0}, "died by"),
-    "discharged at the prediction time": ({"end": 13}, "discharged by"),
-    "death on a later day than the discharge": ({"end": 12, "death": 50.0}, "discharged by"),
-    "without an end": ({"end": None}, "no value"),
-    "not admitted yet": ({"start": 13.02}, "before the admission"),
-}
-EDGE = 13 + 1 / 60
-
-
-def test_admissions_not_at_risk_are_left_out_by_the_first_rule_that_applies(run):
-    """Asked at 13 h: after a discharge or a death a minute later the patient is at risk."""
-    mini = Mini().admit(1, 0, EDGE).settling(1).admit(2, 0, EDGE, death=EDGE).settling(2)
-    for hadm, (admission, _) in enumerate(NOT_AT_RISK.values(), 10):
-        mini.admit(hadm, **admission).settling(hadm)
-    result = run(mini, **DEATH)
-    assert result.rows["label_death"].to_dict() == {1: 0, 2: 1}
-    removed = result.removed()
-    assert sum(removed.values()) == len(NOT_AT_RISK)
-    for start in {rule for _, rule in NOT_AT_RISK.values()}:
-        (rule,) = [rule for rule in removed if start in rule]
-        assert removed[rule] == sum(start == wanted for _, wanted in NOT_AT_RISK.values())
-
-
 AGES = {  # anchor age, admission in years from 2150, text, number
     1: (18, 0, "18-year-old woman", 18),
     2: (17, 1.1, "18-year-old", 18),
-    3: (40, -2.2, "37-year-old", 37),
     4: (91, 0, "Over 89-year-old woman", 90),
     5: (88, 4.5, "Over 89-year-old", 90),
     6: (91, -2.2, "Over 86-year", 87),
-    7: (91, 2.2, "Over 89-year-old", 90),
     8: (89, 0, "89-year-old woman", 89),
 }
 
@@ -377,33 +217,6 @@ def test_context_and_static_features_hold_what_is_known_and_nothing_later(run):
         "static_last_pH": 7.25,
         "static_last_sodium [mEq/L]": 140,
     }
-
-
-UNITS = {
-    "Medical Intensive Care Unit (MICU)": {"medical"},
-    "Surgical Intensive Care Unit (SICU)": {"surgical"},
-    "Coronary Care Unit (CCU)": {"cardiac"},
-    "Cardiac Vascular Intensive Care Unit (CVICU)": {"cardiac"},
-    "Neuro Surgical Intensive Care Unit (Neuro SICU)": {"neuro", "surgical"},
-    "Trauma SICU (TSICU)": {"trauma", "surgical"},
-    "CCU-CTICU": {"cardiac"},
-    "Med-Surg ICU": {"medical", "surgical"},
-    "": set(),
-}
-
-
-def test_kinds_of_units_and_sexes_where_they_are_known(tmp_path):
-    mini = Mini().admit(99, gender="M").settling(99)
-    for hadm in range(1, len(UNITS) + 1):
-        mini.admit(hadm, gender="" if hadm == 1 else "F").settling(hadm).icu(hadm, 2, 60)
-    tables = mini.tables()
-    tables["icu/icustays"]["first_careunit"] = list(UNITS)
-    rows = extracted(write_tables(tmp_path, tables), ["death"]).rows
-    kinds = rows.filter(regex="static_unit_").rename(columns=lambda name: name[12:])
-    found = [set(kinds.columns[row == 1]) for row in kinds.to_numpy()]
-    assert found == [*UNITS.values(), set()]
-    assert rows["static_icu"].tolist() == [1] * len(UNITS) + [0]
-    assert rows["static_sex_male"].fillna(-1).tolist() == [-1] + [0] * (len(UNITS) - 1) + [1]
 
 
 def patient():
