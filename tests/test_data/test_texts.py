@@ -4,12 +4,11 @@ import math
 import re
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.data.texts import PromptOptions
-from trajectories import LABEL, SERIES, dataset_of, one_series, random_text
+from trajectories import dataset_of, one_series, random_text, table_of
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 DEATH = Description(
@@ -20,8 +19,8 @@ DEATH = Description(
 )
 
 
-def one_row(series, label=0, description=None, context=""):
-    table = pd.DataFrame({SERIES: [series], LABEL: [label], "clinical_context": [context]})
+def one_row(series, label=0, description=None, **columns):
+    table = table_of([series], label_escalation=label, **columns)
     description = description or Description()
     return MIMICtrajectoryDataset(table, description=description, require_labels=False)
 
@@ -40,19 +39,18 @@ def test_texts_of_the_users_example():
 
 
 def test_texts_take_context_and_clinical_words_from_the_description():
-    dataset = one_row("26 (1.5h) -> 28 (5.5h)", 1, DEATH, "54-year-old woman.")
+    context = "54-year-old woman."
+    dataset = one_row("26 (1.5h) -> 28 (5.5h)", 1, DEATH, clinical_context=context)
     assert dataset.prompt(0) == (
         "54-year-old woman. Serum bicarbonate (mmol/L): 26 (1.5h) -> 28 (5.5h). "
         "Will the patient die in hospital?\n"
     )
-    assert dataset.report(0) == (
-        "In-hospital death: yes. Serum bicarbonate: first 26 mmol/L at 1.5 h, last 28 mmol/L at "
-        "5.5 h, lowest 26 mmol/L at 1.5 h, highest 28 mmol/L at 5.5 h. "
-        "Net change 2 mmol/L, 0.5 mmol/L an hour: rising."
-    )
+    report = dataset.report(0)
+    assert report.startswith("In-hospital death: yes. Serum bicarbonate: first 26 mmol/L at 1.5 h")
+    assert report.endswith("Net change 2 mmol/L, 0.5 mmol/L an hour: rising.")
 
 
-def test_every_number_in_the_texts_is_the_patients_own():
+def test_every_number_is_the_patients_own_and_computed_ones_may_stand_in_the_prompt():
     rng = np.random.default_rng(3)
     dataset = dataset_of([random_text(rng) for _ in range(200)])
     for i in range(200):
@@ -60,46 +58,37 @@ def test_every_number_in_the_texts_is_the_patients_own():
         numbers = [float(n) for n in NUMBER.findall(dataset.prompt(i))]
         assert numbers == [n for pair in zip(values, times, strict=True) for n in pair]
         low, high = values.index(min(values)), values.index(max(values))
-        stated = [float(n) for n in NUMBER.findall(dataset.report(i))]
+        report = dataset.report(i)
+        stated = [float(n) for n in NUMBER.findall(report)]
         assert stated[:8] == [n for k in (0, -1, low, high) for n in (values[k], times[k])]
         assert stated[8] == pytest.approx(values[-1] - values[0], abs=1e-6)
         assert len(stated) <= 10
-
-
-def test_a_writer_finds_what_it_would_have_to_compute_in_its_prompt():
-    rng = np.random.default_rng(4)
-    dataset = dataset_of([random_text(rng) for _ in range(100)])
-    for i in range(100):
-        computed = dataset.report(i)[dataset.report(i).index("lowest") :]
-        assert computed in dataset.prompt(i, PromptOptions(computed=True))
-        short = dataset.prompt(i, PromptOptions(computed=True, latest=1))
-        assert computed in short  # of the whole series, not of its end
-
-
-@pytest.mark.parametrize(
-    ("last", "rate"), [("20.1", "0.001"), ("24.003", "0.04"), ("18.7", "-0.01"), ("1000", "10")]
-)
-def test_the_rate_has_one_significant_figure_however_small(last, rate):
-    assert f", {rate} mEq/L an hour: " in one_row(f"20 (0h) -> {last} (100h)").report(0)
+        for options in ({}, {"latest": 1}):  # of the whole series, not of its end
+            prompt = dataset.prompt(i, PromptOptions(computed=True, **options))
+            assert report[report.index("lowest") :] in prompt
 
 
 @pytest.mark.parametrize(
     ("series", "end"),
     [
-        ("1 (0h) -> 2 (1h)", "1 mEq/L, 1 mEq/L an hour: rising."),
-        ("2 (0h) -> 3 (1h) -> 1 (2h)", "-1 mEq/L, -0.5 mEq/L an hour: falling."),
-        ("2 (0h) -> 9 (1h) -> 2 (2h)", "0 mEq/L, 0 mEq/L an hour: level."),
+        ("1 (0h) -> 2 (1h)", "Net change 1 mEq/L, 1 mEq/L an hour: rising."),
+        ("2 (0h) -> 3 (1h) -> 1 (2h)", "Net change -1 mEq/L, -0.5 mEq/L an hour: falling."),
+        ("2 (0h) -> 9 (1h) -> 2 (2h)", "Net change 0 mEq/L, 0 mEq/L an hour: level."),
         ("2 (0h)", "Net change 0 mEq/L: level."),  # within no time there is no rate
         ("24 (5h) -> 20 (5h)", "Net change -4 mEq/L: falling."),
+        # One significant figure, however small.
+        ("20 (0h) -> 20.1 (100h)", ", 0.001 mEq/L an hour: rising."),
+        ("20 (0h) -> 24.003 (100h)", ", 0.04 mEq/L an hour: rising."),
+        ("20 (0h) -> 18.7 (100h)", ", -0.01 mEq/L an hour: falling."),
+        ("20 (0h) -> 1000 (100h)", ", 10 mEq/L an hour: rising."),
     ],
 )
-def test_the_direction_is_that_of_last_to_first(series, end):
+def test_rate_and_direction_are_those_of_last_to_first(series, end):
     assert one_row(series).report(0).endswith(end)
 
 
 def test_a_single_value_computes_nothing_and_zero_has_no_sign():
-    table = pd.DataFrame({SERIES: ["-0 (0h)"], "trajectory_x": ["5 (1h)"]})
-    dataset = MIMICtrajectoryDataset(table, require_labels=False)
+    dataset = one_row("-0 (0h)", trajectory_x="5 (1h)")
     text = dataset.prompt(0, PromptOptions(computed=True))
     assert text.startswith("Anion gap (mEq/L): 0 (0h). lowest 0 mEq/L at 0 h, highest 0 mEq/L at")
     assert "x: 5 (1h). only one value. Will" in text
@@ -113,7 +102,7 @@ def test_there_is_no_report_to_learn_where_the_label_is_unknown():
 
 
 def test_options_of_the_prompt_leave_the_data_set_as_it_is():
-    dataset = one_row("24 (0h) -> 20 (2h) -> 16 (4h)", context="54-year-old woman")
+    dataset = one_row("24 (0h) -> 20 (2h) -> 16 (4h)", clinical_context="54-year-old woman")
     whole = dataset.prompt(0)
     assert dataset.prompt(0, PromptOptions(latest=2)) == whole.replace("24 (0h) -> ", "")
     assert dataset.prompt(0, PromptOptions(latest=9)) == whole
