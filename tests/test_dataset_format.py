@@ -211,32 +211,25 @@ def test_a_patient_is_in_one_part_of_a_split_that_the_data_bring(parts):
 
 # --------------------------------------------------------------------------- prompts
 
+MAIN = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
+LAST = "Last values: Anion gap 20 mEq/L (2h), glucose 250 mg/dL (2.5h), Blood urea not measured. "
+GLUCOSE_TEXT = "glucose (mg/dL): 300 (2h) -> 250 (2.5h). "
 PROMPTS = {
-    "all": "old. Anion gap (mEq/L): 24 (0h) -> 20 (2h). glucose (mg/dL): 300 (2h) -> 250 (2.5h). "
-    "Blood urea: not measured. ",
-    "main": "old. Anion gap (mEq/L): 24 (0h) -> 20 (2h). ",
-    "last": "old. Last values: Anion gap 20 mEq/L (2h), glucose 250 mg/dL (2.5h), "
-    "Blood urea not measured. ",
-    "none": "old. ",
+    "all": MAIN + GLUCOSE_TEXT + "Blood urea: not measured. ",
+    "main": MAIN,
+    "last": LAST,
+    "none": "",
 }
 
 
 @pytest.mark.parametrize("choice", SERIES_TEXT)
 def test_the_prompt_holds_the_series_that_were_chosen_and_what_a_report_computes(choice):
-    dataset = MIMICtrajectoryDataset(THREE)
-    question = "Will care have to be escalated?\n"
-    assert dataset.prompt(0, PromptOptions(series=choice)) == PROMPTS[choice] + question
-    prompt = dataset.prompt(0, PromptOptions(series=choice, computed=True))
-    values = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
-    sentence = (
-        "lowest 20 mEq/L at 2 h, highest 24 mEq/L at 0 h. "
-        "Net change -4 mEq/L, -2 mEq/L an hour: falling. "
-    )
-    expected = PROMPTS[choice].replace(values, values + sentence)
-    assert prompt == expected.replace("250 (2.5h). ", "250 (2.5h). falling. ") + question
-    only = "glucose (mg/dL): 90 (4h). only one value. Blood urea: 6 (1h) -> 5 (4h). falling. "
-    other = dataset.prompt(1, PromptOptions(series=choice, computed=True))
-    assert (only in other) == (choice == "all")
+    dataset, question = MIMICtrajectoryDataset(THREE), "Will care have to be escalated?\n"
+    prompts = [dataset.prompt(0, PromptOptions(series=choice, computed=c)) for c in (False, True)]
+    assert prompts[0] == "old. " + PROMPTS[choice] + question
+    words = re.escape(prompts[0]).replace(re.escape(MAIN), re.escape(MAIN) + "lowest .*falling. ")
+    words = words.replace(re.escape(GLUCOSE_TEXT), re.escape(GLUCOSE_TEXT) + "falling. ")
+    assert re.fullmatch(words, prompts[1])
 
 
 # --------------------------------------------------------------------------- check

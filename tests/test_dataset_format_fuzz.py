@@ -300,75 +300,53 @@ def test_a_file_loads_with_what_it_holds_or_names_the_place(tmp_path):
     assert min(seen.values()) >= 15, seen
 
 
-def damages(rng, rows):
-    """Damage a good file: its name, its bytes, and what refuses it; None where luck decides."""
-    good = write(rows, rng)[0]
-    at, middle = rng.randint(0, len(good) - 1), len(good) // 2
-    needed = rng.choice([SERIES, LABEL])
-    twice = rng.choice([name for name in rows[0] if name not in (UREA, "note")])
-    renamed = [{("x" if n == needed else n): c for n, c in row.items()} for row in rows]
-    packed, edited = gzip.compress(good), bytearray(good)
-    flipped = bytearray(packed)
-    flipped[rng.randint(0, len(packed) - 1)] ^= 1 << rng.randint(0, 7)
-    for _ in range(rng.randint(1, 2)):
-        new = rng.choice([*b'",\r\n\0 ;(h)->09', rng.randint(0, 255)])
-        edited[rng.randint(middle, len(good) - 1)] = new
-    header = ",".join(f'"{name}"' for name in rows[0]).encode()
-    opened = [field(cell, rng).strip(' "') for cell in rows[0].values()]
-    opened[rng.randint(0, len(opened) - 1)] = f'"{SECRET}'
-    name, content, expected = rng.choice(
-        [
-            ("data.csv", good[:at] + b"\xff" + good[at:], ": not a text file in UTF-8"),
-            ("data.csv", good.decode().encode("utf-16"), ": not a text file in UTF-8"),
-            ("data.csv", rng.choice([b"", b"\n \r\n", b"\xef\xbb\xbf"]), ": the file is empty"),
-            ("data.csv", header, ": no rows below the header"),
-            (
-                "data.csv",
-                (header + f',"{twice}"\n'.encode()) * 2,
-                f", column {twice}: appears twice",
-            ),
-            ("data.csv", write(renamed, rng)[0], f", column {needed}: no such column"),
-            ("data.csv", write(rows, rng, ";")[0], ""),
-            ("data.csv", good.rstrip() + b"\n" + ",".join(opened).encode(), ""),
-            ("data.csv.gz", packed[: rng.randint(1, len(packed) - 1)], ": not a whole gzip file"),
-            ("data.csv.gz", good, ": not a whole gzip file"),
-            ("data.csv.gz", flipped, None),
-            ("data.csv", edited, None),
-            ("data.csv", good[:at], None),
-        ]
-    )
-    return name, bytes(content), expected
-
-
 def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path):
     seen = Counter()
 
     def refuse(rng):
         rows = known_rows(rng, wrong=False)
-        name, content, expected = damages(rng, rows)
+        comma, longer = rng.choice([(",", 0), (",", 0), (",", 1), (";", 0)])
+        content = bytearray(write(rows, rng, comma, longer)[0])
+        packed = rng.random() < 0.4
+        if packed:
+            content = bytearray(gzip.compress(content))
+        sound = comma == "," and not longer
+        for _ in range(sound * rng.randint(1, 2)):
+            new = rng.choice([*b'",\r\n\0 ;(h)->09', rng.randint(0, 255)])
+            content[rng.randint(len(content) // 2, len(content) - 1)] = new
+        del content[rng.choice([len(content), rng.randint(0, len(content))]) :]
         note(repr(content))
-        path = tmp_path / name
+        path = tmp_path / ("data.csv.gz" if rng.random() < 0.1 or packed else "data.csv")
         path.write_bytes(content)
         found = load(path)
         seen[type(found).__name__] += 1
-        assert expected is None or str(found).startswith(expected), found
+        assert sound or isinstance(found, str), found
 
     fuzz(refuse, 100)
-    assert min(seen.values()) >= 1, seen
+    assert min(seen.values()) >= 5, seen
 
 
 # --------------------------------------------------------------------------- check
 
 PATHS = ["good.csv", "several.csv", "wrong.csv", "empty.csv", "missing.csv", "folder", ".", "", " "]
 PATHS += ["two\nlines.csv", "\x1b[31m", "x" * 300, "\u4e2d.csv"]
-SERIES_FLAGS = ["urea", "anion gap", "Urea,anion_gap", "urea,urea", "kalium", ",", "a\nb", "\u2028"]
-NUMBERS = ["1", "3", " 4 ", "1_0", "0", "-1", "nan", "1e3", "\uff11", "9" * 400, "9" * 5000]
+FLAGS = {
+    "--series": [
+        "urea",
+        "anion gap",
+        "Urea,anion_gap",
+        "urea,urea",
+        "kalium",
+        ",",
+        "a\nb",
+        "\u2028",
+    ],
+    "--max_len": ["1", "3", " 4 ", "1_0", "0", "-1", "nan", "1e3", "\uff11", "9" * 400, "9" * 5000],
+}
 ODD_WORDS = ["--", "-", "-x", "", "--no_such_flag", "a b", "--help", "%s"]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Work in a folder of files, good and bad."""
+def test_the_check_of_any_arguments_ends_without_a_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.csv").write_text("")
@@ -376,18 +354,12 @@ def folder(tmp_path, monkeypatch):
     table = sign_table(60, seed=1)
     table.to_csv("good.csv", index=False)
     table.assign(trajectory_urea=["5 (1h)", ""] * 30).to_csv("several.csv", index=False)
-
-
-@pytest.mark.usefixtures("folder")
-def test_the_check_of_any_arguments_ends_without_a_traceback(capsys):
     seen = Counter()
 
     def speak(rng):
         words = ["check", rng.choice(PATHS) if rng.random() < 0.5 else rng.choice(PATHS[:2])]
-        for _ in range(rng.choice([0, 0, 1, 1, 2])):
-            flag = rng.choice(["--series", "--max_len"])
-            fitting = SERIES_FLAGS if flag == "--series" else NUMBERS
-            words += [flag, rng.choice(fitting if rng.random() < 0.9 else PATHS)]
+        for flag in rng.choices(list(FLAGS), k=rng.choice([0, 0, 1, 1, 2])):
+            words += [flag, rng.choice(FLAGS[flag] if rng.random() < 0.9 else PATHS)]
         if rng.random() < 0.1:
             words[rng.randrange(len(words))] = rng.choice(ODD_WORDS)
         note(repr(words))
