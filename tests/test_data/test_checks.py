@@ -90,17 +90,12 @@ def test_a_given_split_is_shown_as_such_with_its_counts(checked):
     assert line.endswith("test 2 rows, 2 patients, 1 event")
 
 
-@pytest.mark.parametrize(
-    ("labels", "verdict"),
-    [
-        ([NAN] * 200, "no labels to train on"),
-        ([NAN] * 3 + [1] * 197, "not to train on: 3 of 200 rows have no label: "),
-        ([NAN] * 199 + [1], "not to train on: 199 of 200 rows have no label: "),
-    ],
-)
-def test_rows_without_a_label_are_ready_to_predict_on(labels, verdict, checked):
-    messages, _ = checked(dataset_of(SOUND, label_escalation=labels))
-    assert messages[-1].startswith(f"ready to predict on, {verdict}")
+@pytest.mark.parametrize("labelled", [0, 1, 197])
+def test_rows_without_a_label_are_ready_to_predict_on(labelled, checked):
+    dataset = dataset_of(SOUND, label_escalation=[NAN] * (200 - labelled) + [1] * labelled)
+    messages, _ = checked(dataset)
+    assert messages[-1].startswith("ready to predict on, ")
+    assert (f"{200 - labelled} of 200 rows" in messages[-1]) == bool(labelled)
     assert not any(line.startswith("split") for line in messages)
 
 
@@ -169,7 +164,7 @@ def test_counts_and_percentiles_of_the_summary_are_exact():
     percentiles = "median 51, quartiles 26 to 76, 1st to 99th percentile 2 to 100"
     assert lines[3] == f"span in hours: {percentiles}"
     assert lines[4].startswith(f"Anion gap [mEq/L]: {percentiles}; in 101 of 101 patients")
-    assert lines[5].endswith("in 3 of 101 patients, median 2 a row with any")
+    assert "in 3 of 101 patients" in lines[5]
 
 
 def test_lines_of_a_flow_leave_out_rules_that_remove_nothing():

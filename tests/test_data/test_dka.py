@@ -149,28 +149,21 @@ def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
 def test_texts_of_parquet_are_those_that_were_written(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     columns = {
-        "same": pyarrow.array(["x"] * 3_000).dictionary_encode(),
-        "few": [None, "", "a", "\u00e9 b"] * 750,
-        "whole": [1, None, 3] * 1_000,
-        "real": [0.5, None, 2.0] * 1_000,
-        "a.b": [True, False] * 1_500,
-        "codes": [[1, 2], None] * 1_500,
+        "same": (pyarrow.array(["x"] * 3_000).dictionary_encode(), ["x"] * 4),
+        "few": ([None, "", "a", "\u00e9 b"] * 750, ["", "", "a", "\u00e9 b"]),
+        "whole": ([1, None, 3] * 1_000, ["1", "", "3", "1"]),
+        "real": ([0.5, None, 2.0] * 1_000, ["0.5", "", "2", "0.5"]),
+        "a.b": ([True, False] * 1_500, ["True", "False"] * 2),
     }
-    path = tmp_path / "data.parquet"
-    pytest.importorskip("pyarrow.parquet").write_table(
-        pyarrow.table(columns), path, row_group_size=1_100
-    )
+    path, table = tmp_path / "data.parquet", {name: cells for name, (cells, _) in columns.items()}
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table["not read"] = [[1, 2], None] * 1_500
+    parquet.write_table(pyarrow.table(table), path, row_group_size=1_100)
     for max_rows in (7, 10_000):
         read = joined(path, max_rows)
         assert read.index.tolist() == list(range(3_000))
-        texts = {name: text_of(read, name).tolist()[:4] for name in columns if name != "codes"}
-        assert texts == {
-            "same": ["x"] * 4,
-            "few": ["", "", "a", "\u00e9 b"],
-            "whole": ["1", "", "3", "1"],
-            "real": ["0.5", "", "2", "0.5"],
-            "a.b": ["True", "False"] * 2,
-        }
+        for name, (_, expected) in columns.items():
+            assert text_of(read, name).tolist()[:4] == expected, name
 
 
 def test_cells_of_any_type_are_text():
@@ -216,16 +209,7 @@ WRONG_VALUES = {
     "series": [5, "Lactate"],  # the latter without its unit
     "question": [" "],
     "csv_sha256": [5],
-    "plausible": [
-        ["a", "b"],
-        3,
-        [60, 3],
-        [0, 1, 2],
-        [None, 2],
-        [0, 1e999],
-        [NAN, 1],
-        [False, True],
-    ],
+    "plausible": [["a", "b"], 3, [60, 3], [0, 1, 2], [None, 2], [0, 1e999], [NAN, 1], []],
     "limits": [[1, 2]],
     "limits.x": [[0, 10**400], []],
     "reference": [3, [12, 3], [3, 3], [3], [None, None], [None, 3, 4], [3, "4"], [None, NAN]],
@@ -251,11 +235,11 @@ def test_a_wrong_key_or_value_is_refused_by_its_key(key, tmp_path):
             read_description(tmp_path / "data.csv")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", "\xff", "[" * 100_000])
-def test_a_file_that_is_no_description_is_refused(content, tmp_path):
-    (tmp_path / "data.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match=r"data\.json"):
-        read_description(tmp_path / "data.csv")
+def test_a_file_that_is_no_description_is_refused(tmp_path):
+    for content in (b"{", b"[]", b"null", b"\xff", b"[" * 100_000):
+        (tmp_path / "data.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"data\.json"):
+            read_description(tmp_path / "data.csv")
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
