@@ -133,23 +133,24 @@ def random_tables(n, organ, seed, *, risk="MELD", history_rows=0):
     end = listed + np.where(event, died, np.where(early, left, 3 * landmark + left))
     removed = (event | gone) & (end < LAST_DAY)
     dead = event & (code == 8)
-    transplanted = removed & np.isin(code, [4, 14, 15])
+    days = {
+        "CAN_LISTING_DT": listed,
+        "CAN_REM_DT": np.where(removed, end, np.nan),
+        "CAN_DEATH_DT": np.where(dead, end, np.nan),
+        "PERS_OPTN_DEATH_DT": np.where(dead, end, np.where(removed, end + 400, np.nan)),
+        "PERS_SSA_DEATH_DT": np.nan,
+        "REC_TX_DT": np.where(removed & np.isin(code, [4, 14, 15]), end, np.nan),
+        "CAN_ENDWLFU": np.where(removed, end, LAST_DAY),
+    }
+    organs = [CODE[organ], "KP" if organ == "kidney" else "IN"]
     cand = pd.DataFrame(
         {
             "PX_ID": 1_000_000 + rng.permutation(n),
             "PERS_ID": 5_000_000 + rng.integers(0, max(1, int(0.9 * n)), n),
-            "WL_ORG": rng.choice(
-                [CODE[organ], "KP" if organ == "kidney" else "IN"], n, p=[0.9, 0.1]
-            ),
+            "WL_ORG": rng.choice(organs, n, p=[0.9, 0.1]),
             "CAN_SOURCE": rng.choice(["A", "R", "L"], n, p=[0.4, 0.55, 0.05]),
-            "CAN_LISTING_DT": listed,
             "CAN_REM_CD": np.where(removed, code, np.nan),
-            "CAN_REM_DT": np.where(removed, end, np.nan),
-            "CAN_DEATH_DT": np.where(dead, end, np.nan),
-            "PERS_OPTN_DEATH_DT": np.where(dead, end, np.where(removed, end + 400, np.nan)),
-            "PERS_SSA_DEATH_DT": np.nan,
-            "REC_TX_DT": np.where(transplanted, end, np.nan),
-            "CAN_ENDWLFU": np.where(removed, end, LAST_DAY),
+            **days,
             "CAN_AGE_IN_MONTHS_AT_LISTING": rng.integers(200, 950, n),
             "CAN_GENDER": rng.choice(["M", "F"], n),
             "CAN_ABO": rng.choice(["A", "B", "AB", "O"], n),
@@ -164,33 +165,33 @@ def random_tables(n, organ, seed, *, risk="MELD", history_rows=0):
         }
     )
     cand["PERS_OPTN_DEATH_DT"] = cand["PERS_OPTN_DEATH_DT"].clip(upper=LAST_DAY)
-    history = pd.DataFrame(
-        {
-            "PX_ID": cand["PX_ID"].to_numpy()[owner],
-            "CANHX_BEGIN_DT": listed[owner] + day,
-            "CANHX_END_DT": listed[owner] + day + 30,
-        }
-    )
+    m = len(owner)
+    begin = listed[owner] + day
+    history = {"PX_ID": cand["PX_ID"].to_numpy()[owner]}
+    history |= {"CANHX_BEGIN_DT": begin, "CANHX_END_DT": begin + 30}
     if organ == "liver":
-        history["CANHX_STAT_CD"] = 6200 + score
-        history["CANHX_SRTR_LAB_MELD"] = 6200 + score
-        history["CANHX_BILI"] = (score / 3 + rng.uniform(0, 3, len(owner))).round(2)
-        history["CANHX_INR"] = (1 + score / 30).round(2)
-        history["CANHX_SERUM_CREAT"] = np.where(rng.random(len(owner)) < 0.9, score / 20, np.nan)
-        history["CANHX_SERUM_SODIUM"] = rng.integers(125, 146, len(owner))
-        history["CANHX_ALBUMIN"] = rng.uniform(2, 4.5, len(owner)).round(1)
-        history["CANHX_DIAL_PRIOR_WEEK"] = rng.choice(["Y", "N"], len(owner), p=[0.1, 0.9])
-        history["CANHX_ASCITES"] = rng.integers(1, 4, len(owner))
-        history["CANHX_ENCEPH"] = rng.integers(1, 4, len(owner))
+        history |= {
+            "CANHX_STAT_CD": 6200 + score,
+            "CANHX_SRTR_LAB_MELD": 6200 + score,
+            "CANHX_BILI": (score / 3 + rng.uniform(0, 3, m)).round(2),
+            "CANHX_INR": (1 + score / 30).round(2),
+            "CANHX_SERUM_CREAT": np.where(rng.random(m) < 0.9, score / 20, np.nan),
+            "CANHX_SERUM_SODIUM": rng.integers(125, 146, m),
+            "CANHX_ALBUMIN": rng.uniform(2, 4.5, m).round(1),
+            "CANHX_DIAL_PRIOR_WEEK": rng.choice(["Y", "N"], m, p=[0.1, 0.9]),
+            "CANHX_ASCITES": rng.integers(1, 4, m),
+            "CANHX_ENCEPH": rng.integers(1, 4, m),
+        }
     else:
-        cand["CAN_DIAL_DT"] = np.where(
-            rng.random(n) < 0.7, listed + rng.integers(-2000, 700, n), np.nan
-        )
+        dialysed, began = rng.random(n) < 0.7, listed + rng.integers(-2000, 700, n)
+        cand["CAN_DIAL_DT"] = np.where(dialysed, began, np.nan)
         cand["CAN_GFR"], cand["CAN_GFR_DT"] = gfr, listed + rng.integers(-300, 700, n)
-        history["CANHX_STAT_CD"] = rng.choice([4010, 4099, 4999], len(owner), p=[0.7, 0.2, 0.1])
-        history["CANHX_REASON_STAT_INACT"] = rng.choice([7, 10, 12], len(owner))
-        history["CANHX_CPRA"] = rng.choice([0, 0.3, 0.99], len(owner))
-    return cand, history
+        history |= {
+            "CANHX_STAT_CD": rng.choice([4010, 4099, 4999], m, p=[0.7, 0.2, 0.1]),
+            "CANHX_REASON_STAT_INACT": rng.choice([7, 10, 12], m),
+            "CANHX_CPRA": rng.choice([0, 0.3, 0.99], m),
+        }
+    return cand, pd.DataFrame(history)
 
 
 def is_date(column):
@@ -204,20 +205,16 @@ def write_table(path, table, *, dates="sas", labels=False):
         table[column] = EPOCH + pd.to_timedelta(pd.to_numeric(table[column]), unit="D")
         if ending not in (".dta", ".parquet"):
             table[column] = table[column].dt.strftime(DATE_FORMATS[dates]).str.upper()
-    for column, meaning in LABELS.items() if labels else []:
+    for column, meanings in LABELS.items() if labels else []:
         if column in table:
-            table[column] = [
-                None
-                if pd.isna(c)
-                else f"{c if isinstance(c, str) else f'{c:g}'}: {meaning.get(c, 'x')}"
-                for c in table[column]
-            ]
+            cells = table[column].map(lambda c: c if isinstance(c, str) else f"{c:g}", "ignore")
+            meaning = table[column].map(meanings).fillna("x")
+            table[column] = (cells + ": " + meaning).where(cells.notna(), None)
     path.parent.mkdir(parents=True, exist_ok=True)
     if ending == ".dta":
         times = [c for c in table if table[c].dtype.kind == "M"]
-        table = table.astype(
-            {c: float for c in table.columns.difference(times) if table[c].isna().all()}
-        )
+        empty = table.columns[table.isna().all()].difference(times)
+        table = table.astype(dict.fromkeys(empty, float))
         texts = table.select_dtypes(exclude=["number", "datetime"]).columns
         table[texts] = table[texts].astype(object).where(table[texts].notna(), "")
         table.to_stata(path, write_index=False, convert_dates=dict.fromkeys(times, "td"))

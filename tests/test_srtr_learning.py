@@ -14,10 +14,8 @@ def test_what_meld_decides_is_learned_and_chance_is_not(risk, low, high, tmp_pat
     flags = f"--trajectory_only --dataset srtr --organ liver --data_dir {folder} --log_file none"
     words = [*flags.split(), "--trajectory_epochs", "6", "--output_dir", str(tmp_path / "out")]
     assert medgemma_trainer.main(words) == 0
-    stage = tmp_path / "out" / "trajectory"
-    metrics = json.loads((stage / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out" / "trajectory" / "metrics.json").read_text())
     assert low < metrics["test"]["auroc"]["value"] <= high
-    assert "an impossible date" in (stage / "report.html").read_text()
 
 
 def test_the_trainer_asks_for_the_folder(capsys):

@@ -9,7 +9,6 @@ from event_files import (
     GAP,
     GAP_SERIES,
     LACTATE,
-    MEDS_DEMO,
     YEAR,
     Mini,
     meds,
@@ -181,18 +180,3 @@ def test_codes_are_listed_by_their_number_of_events(tmp_path, capsys):
     assert dataset_format.main(["from_meds", "--meds_dir", str(folder), "--list_codes"]) == 0
     _, *lines = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
     assert lines == [r"30 10 LAB//ra\nre", "24 12 LAB//gap mEq/L Anion gap"]
-
-
-def test_labels_of_aces_on_the_demo(tmp_path):
-    rows, description = meds_file(
-        MEDS_DEMO,
-        ("anion gap [mEq/L]=LAB//50868*", "glucose [mg/dL]=LAB//50931*"),
-        labels=MEDS_DEMO / "labels" / "in_icu_mortality",
-        out=tmp_path / "out.csv",
-        context=("lactate [mmol/L]=LAB//50813*",),
-    )
-    flow = description["flow"]
-    assert flow[0]["removed"] + flow[0]["left"] == 74
-    assert len(rows) == flow[-1]["left"] > 60
-    assert {*rows["split"]} == {"train", "val", "test"}
-    assert rows["clinical_context"].str.match(r"(Over )?\d\d-year-old (wo)?man").all()

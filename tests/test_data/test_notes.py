@@ -38,7 +38,7 @@ def test_notes_stand_in_order_with_their_hours_behind_the_context(contexts):
     mini = asked((29.5, "No  change.\nClear\tlungs."), (-20, "Was well."), (30, "On time."))
     note(note(mini, 1, 30.01, "Too late."), 1, 8, "Another kind", "OTHER//x")
     note(note(mini.measure(1, None, None, "GENDER//F"), 1, None, "When?"), 9, 8, "No label")
-    mini.measure(1, 8, 3.0, "NOTE//chest")
+    note(mini, 1, 24, "A date counts from the end of its day.").measure(1, 8, 3.0, "NOTE//chest")
     expected = "Note (-26h): Was well. Note (23.5h): No change. Clear lungs. Note (24h): On time."
     first = expected.replace("-26h", "-32h").replace("23.5", "17.5").replace("24h", "18h")
     for flags, text in (
@@ -63,11 +63,6 @@ def test_notes_stand_in_order_with_their_hours_behind_the_context(contexts):
 def test_the_oldest_words_are_cut(words, expected, contexts):
     mini = asked((10, "a b c"), (11, "d e f"), (12, "g h"))
     assert contexts(mini, max_note_words=words).iloc[0] == expected
-
-
-def test_a_date_counts_from_the_end_of_its_day(contexts):
-    mini = asked((24, "written this day"), (0, "written yesterday"))
-    assert contexts(mini).iloc[0] == "Note (18h): written yesterday"
 
 
 def test_a_shard_without_texts_has_no_notes(tmp_path):

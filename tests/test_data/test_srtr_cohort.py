@@ -89,24 +89,12 @@ UNFOLLOWED = {"CAN_REM_CD": 8, "CAN_REM_DT": None, "CAN_ENDWLFU": None}
         (removed(8, 150, REC_TX_DT=LISTED + 80), ENDED),
         (removed(13, 120, REC_TX_DT=LISTED + 150), 1.0),
         *((removed(code, 120, CAN_DEATH_DT=LISTED + 120), 0.0) for code in (21, 23, 4)),
-        # Who is left out.
-        (candidate(1, WL_ORG="IN"), "other organ"),
-        (candidate(1, CAN_SOURCE="L"), "living donor recipient, never listed"),
-        (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=215), "under 18"),
         (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=216), 0.0),
         (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=None), 0.0),
-        (candidate(1, CAN_LISTING_DT=None), "no day of listing or removal"),
     ],
 )
 def test_the_end_of_a_registration_decides(row, result):
     assert verdict(row) == result
-
-
-def test_who_waits_without_a_last_day_is_followed_to_the_last_day_of_the_tables():
-    rows = [candidate(1, CAN_ENDWLFU=None), candidate(2)]
-    rows.append(removed(7, 120, px=3, CAN_REM_DT=None, CAN_ENDWLFU=None))
-    reasons = apply_criteria(table_of(*rows), LIVER)["reason"].tolist()
-    assert reasons == ["", "", "no day of listing or removal"]
 
 
 def test_landmark_horizon_and_transplants_follow_the_definition():
@@ -120,21 +108,6 @@ def test_landmark_horizon_and_transplants_follow_the_definition():
     np.testing.assert_array_equal(labels, [np.nan, np.nan, 1.0])
     for organ in ("KP", "PA", "PI"):
         assert verdict(candidate(1, "kidney", WL_ORG=organ), KIDNEY) == "other organ"
-
-
-@pytest.mark.parametrize(
-    ("definition", "flag"),
-    [
-        (("heart", 90, 90, "negative"), "--organ"),
-        (("liver", 90, 90, "maybe"), "--transplant"),
-        (("liver", -1, 90, "negative"), "--landmark_days"),
-        (("liver", 10**9, 90, "negative"), "--landmark_days"),
-        (("liver", 90, 0, "negative"), "--horizon_days"),
-    ],
-)
-def test_an_impossible_definition_is_refused_with_its_flag(definition, flag):
-    with pytest.raises(InputError, match=flag):
-        CohortDefinition(*definition)
 
 
 def read(folder, *cand):

@@ -37,9 +37,9 @@ def read(tmp_path):
     return build
 
 
-def kidney_rows(days, cells, column="CANHX_DIAL", **others):
+def kidney_rows(days, cells, column="CANHX_DIAL"):
     pairs = zip(days, cells, strict=True)
-    return [history_row(1, day, "kidney", **others, **{column: cell}) for day, cell in pairs]
+    return [history_row(1, day, "kidney", **{column: cell}) for day, cell in pairs]
 
 
 def test_rows_by_the_landmark_count_and_the_last_before_listing_is_carried_to_day_0(read):
@@ -115,16 +115,6 @@ def test_dialysis_counts_from_its_day_and_gfr_enters_at_its_own(read):
     later, missing = dated(LISTED + 366, LISTED + 366), dated(None, None)
     assert later.feature("dialysis") == [(0, 0), (100, 0)]
     pd.testing.assert_frame_equal(later.rows, missing.rows)
-
-
-@pytest.mark.parametrize(("codes", "source"), [((0, 1), FLAGS), ((1, 3), CODES)])
-def test_a_converted_kidney_history_brings_its_own_laboratory_values(codes, source, read):
-    lab = {"CANHX_SERUM_CREAT": 8.1, "CANHX_ALBUMIN": 3.5, "CANHX_GFR": 7.0}
-    rows = kidney_rows((0, 90), codes, **lab)
-    found = read(*rows, cand=candidate(1, "kidney", CAN_DIAL_DT=LISTED - 50), organ="kidney")
-    assert found.feature("creatinine") == [(0, 8.1), (90, 8.1)]
-    assert found.feature("dialysis") == [(0, 0), (90, 1)]  # not by CAN_DIAL_DT
-    assert found.dialysis == source
 
 
 @pytest.mark.parametrize(
