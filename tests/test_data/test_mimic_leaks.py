@@ -6,44 +6,26 @@ import pytest
 
 from mimic_files import (
     BICARBONATE,
-    CHLORIDE,
     DEMO,
     GAP,
     GLUCOSE,
-    SODIUM,
     extracted,
     read_tables,
     shuffled,
     with_storing_times,
     write_tables,
 )
-
-PARTS_OF_GAP = (SODIUM, CHLORIDE, BICARBONATE)
-
-
-def owners(tables):
-    """The admission of each value: named, or the last one begun where the value lies within it."""
-    labs, admissions = tables["hosp/labevents"], tables["hosp/admissions"]
-    begun = admissions[["subject_id", "hadm_id"]].assign(
-        at=pd.to_datetime(admissions["admittime"]), end=pd.to_datetime(admissions["dischtime"])
-    )
-    rows = labs[["subject_id"]].assign(at=pd.to_datetime(labs["charttime"]), row=labs.index)
-    pairs = pd.merge_asof(rows.sort_values("at"), begun.sort_values("at"), "at", by="subject_id")
-    inside = pairs["hadm_id"].where(pairs["at"] <= pairs["end"], "").set_axis(pairs["row"])
-    return labs["hadm_id"].where(labs["hadm_id"] != "", inside)
+from slow_mimic import read_slowly
 
 
-def prediction_times(tables, items, window):
-    """When each admission of the demo is asked by items drawn together, by its hadm_id."""
-    labs = tables["hosp/labevents"]
-    labs = labs.assign(hadm_id=owners(tables))[labs["itemid"].isin([str(i) for i in items])]
-    chart, stored = (pd.to_datetime(labs[name]) for name in ("charttime", "storetime"))
-    keys = [labs["hadm_id"], chart]
-    first = stored.groupby([*keys, labs["itemid"]]).min().unstack()
-    known = first.dropna().max(axis=1).reset_index(name="known")
-    timely = known[known["known"] <= known["charttime"] + pd.Timedelta(window, "h")]
-    times = timely.groupby("hadm_id")["charttime"].min() + pd.Timedelta(window, "h")
-    return times.drop("", errors="ignore")
+def times_and_owners(tables, request):
+    """When each admission of the demo is asked, and each value's admission, by the slow reading."""
+    item = BICARBONATE if "item" in request else 0 if "compute_gap" in request else GAP
+    stays, _, owners = read_slowly(tables)
+    times = {
+        str(n): stay.time({item}, request.get("window_hours", 12)) for n, stay in stays.items()
+    }
+    return pd.to_datetime(pd.Series(times)), pd.Series(owners).astype(str)
 
 
 def later(times, rng):
@@ -51,11 +33,11 @@ def later(times, rng):
     return times + pd.to_timedelta(rng.integers(0, 96, len(times)), unit="h")
 
 
-def altered(tables, times, rng):
+def altered(tables, times, owners, rng):
     """Change everything that is charted, stored or happens after the prediction time."""
     result = {name: table.copy() for name, table in tables.items()}
     labs = result["hosp/labevents"]
-    then = pd.to_datetime(owners(tables).map(times))
+    then = owners.reindex(labs.index).map(times)
     chart, stored = (pd.to_datetime(labs[name]) for name in ("charttime", "storetime"))
     late = (chart > then) | (stored > then)
     labs.loc[late, "valuenum"] = rng.integers(1, 400, int(late.sum())).astype(str)
@@ -63,7 +45,7 @@ def altered(tables, times, rng):
     labs.loc[late, "storetime"] = later(stored, rng)[late].astype(str)
     result["hosp/labevents"] = labs[~late | (rng.random(len(labs)) < 0.7)]
     stays = result["icu/icustays"]
-    then = pd.to_datetime(stays["hadm_id"].map(times))
+    then = stays["hadm_id"].map(times)
     out = pd.to_datetime(stays["outtime"]) > then
     longer = later(pd.to_datetime(stays["outtime"]), rng)
     stays.loc[out, "outtime"] = longer[out].astype(str)
@@ -71,7 +53,7 @@ def altered(tables, times, rng):
     stays.loc[begins, "intime"] = longer[begins].astype(str)
     result["icu/icustays"] = stays[~begins | (rng.random(len(stays)) < 0.5)]
     admissions = result["hosp/admissions"]
-    then = pd.to_datetime(admissions["hadm_id"].map(times))
+    then = admissions["hadm_id"].map(times)
     open_end = pd.to_datetime(admissions["dischtime"]) > then
     open_end &= ~(pd.to_datetime(admissions["deathtime"].replace("", None)) <= then)
     begun = pd.to_datetime(admissions["admittime"])
@@ -140,8 +122,7 @@ def test_nothing_after_the_prediction_time_changes_a_letter(number, demo, tmp_pa
     """
     request = REQUESTS[number]
     tables, folder = demo["compute_gap" in request]
-    times = asked_at(tables, request)
-    changed = altered(tables, times, np.random.default_rng(number))
+    changed = altered(tables, *times_and_owners(tables, request), np.random.default_rng(number))
     before = extracted(folder, **request)
     after = extracted(write_tables(tmp_path, changed), **request)
     inputs, now = before.inputs(), after.inputs()
@@ -151,11 +132,3 @@ def test_nothing_after_the_prediction_time_changes_a_letter(number, demo, tmp_pa
     assert {hadm: now[hadm] for hadm in both} == {hadm: inputs[hadm] for hadm in both}
     assert request.get("outcome") != ["death"] or inputs.keys() == now.keys()
     assert after.csv != before.csv, "the labels did change"
-
-
-def asked_at(tables, request):
-    """When each admission is asked, found without the code under test."""
-    window = request.get("window_hours", 12.0)
-    items = (BICARBONATE,) if "item" in request else (GAP,)
-    computed = request.get("compute_gap") == "always"
-    return prediction_times(tables, PARTS_OF_GAP if computed else items, window)
