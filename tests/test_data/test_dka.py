@@ -73,28 +73,6 @@ def test_chunks_join_to_the_whole_file(max_rows, sizes, ending, tmp_path):
 
 
 PLAIN = b'a,b\n1,"x, y"\n3,4\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "numbers"),
-    [
-        (b"\xef\xbb\xbf\n" + PLAIN.rstrip(), [3, 4]),
-        (b"\xef\xbb\xbf" + PLAIN.replace(b"\n", b"\r\n"), [2, 3]),
-        (PLAIN.replace(b"\n", b"\r").replace(b",", b" , ", 1), [2, 3]),
-        (PLAIN.replace(b',"', b', "').replace(b"3,4", b" 3, 4"), [2, 3]),
-        (b'"a","b"\n\n , \n1,"x, y"\n,\n\n3,4\n\n\n', [4, 7]),
-    ],
-    ids=["BOM and blank", "BOM and CRLF", "CR and names", "spaces", "blank rows"],
-)
-@pytest.mark.parametrize("max_rows", [1, 100])
-def test_any_usual_way_to_write_a_csv_reads_the_same(content, numbers, max_rows, tmp_path):
-    for name in ("data.csv", "DATA.CSV.GZ"):
-        table = joined(write(tmp_path / name, content), max_rows)
-        assert table.index.tolist() == numbers
-        assert text_of(table, "a").tolist() == ["1", "3"]
-        assert text_of(table, "b").tolist() == ["x, y", "4"]
-
-
 GZIP = gzip.compress(PLAIN * 1_000)
 FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
 BAD_TABLES = {  # content and what the message names beside the file
