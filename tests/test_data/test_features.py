@@ -64,44 +64,33 @@ def test_the_baselines_see_the_last_value_the_count_or_everything():
 
 # --------------------------------------------------------------------------- static features
 
-ALONE = np.arange(100)
-
 
 @pytest.mark.parametrize(
-    ("values", "groups", "behind"),
+    ("values", "groups", "behind", "read"),
     [
-        ([1.0, 2, 3, NAN], ALONE, 3),
-        ([1.0, 2, 3, NAN], [0, 0, 1, 2], 2),
-        ([NAN] * 3, ALONE, 0),
-        ([7.0] * 9, ALONE, 9),
-        ([0.0] * 9 + [1.0] * 3, ALONE, 3),
-        ([1.0] * 9 + [0.0] * 3, ALONE, 3),
-        ([0.0] * 9 + [5.0, 10, 20], ALONE, 3),
-        ([0.0] * 9 + [5.0, 10, 20], [*range(9), 20, 20, 21], 2),
-        ([0.0] * 3 + [5.0, 10, 20], ALONE, 6),
+        ([1.0, 2, 3, 4, 5, NAN], None, 5, True),
+        ([1.0, 2, 3, 4, NAN, NAN], None, 4, False),
+        ([1.0, 2, 3, NAN], [0, 0, 1, 2], 2, False),
+        ([NAN] * 9, None, 0, False),
+        ([7.0] * 9, None, 9, False),
+        ([3.0] * 9 + [NAN], None, 9, False),
+        ([0.0] * 9 + [1.0] * 5, None, 5, True),
+        ([0.0] * 9 + [1.0] * 4, None, 4, False),
+        ([1.0] * 9 + [0.0] * 3, None, 3, False),
+        ([0.0] * 20 + [1.0] * 8, np.arange(28) // 2, 4, False),
+        # Where most rows share a value, mean and spread tell of the others.
+        ([0.0] * 9 + [5.0, 10, 20], None, 3, False),
+        ([0.0] * 9 + [5.0, 10, 20], [*range(9), 20, 20, 21], 2, False),
+        ([0.0] * 3 + [5.0, 10, 20], None, 6, True),
     ],
 )
-def test_the_patients_behind_a_column_know_it_or_differ_in_it(values, groups, behind):
-    """Where most rows share a value, mean and spread tell of the others."""
-    groups = np.array(groups)[: len(values)]
-    assert patients_behind(np.array(values), groups) == behind
-
-
-@pytest.mark.parametrize(
-    ("values", "rows_a_patient", "read"),
-    [
-        ([1.0, 2, 3, 4, 5, NAN], 1, True),
-        ([1.0, 2, 3, 4, NAN, NAN], 1, False),
-        ([0.0] * 9 + [1.0] * 5, 1, True),
-        ([0.0] * 9 + [1.0] * 4, 1, False),
-        ([0.0] * 20 + [1.0] * 8, 2, False),
-        ([3.0] * 9 + [NAN], 1, False),
-        ([NAN] * 9, 1, False),
-    ],
-)
-def test_a_static_feature_needs_two_values_and_five_patients(values, rows_a_patient, read):
-    groups = np.arange(len(values)) // rows_a_patient
-    assert ("x" not in unusable_static(np.array(values)[:, None], ["x"], groups)) == read
+def test_a_static_feature_is_read_with_two_values_and_five_patients_that_know_it_or_differ(
+    values, groups, behind, read
+):
+    values = np.array(values)
+    groups = np.arange(len(values)) if groups is None else np.array(groups)
+    assert patients_behind(values, groups) == behind
+    assert ("x" not in unusable_static(values[:, None], ["x"], groups)) == read
 
 
 def test_the_training_part_alone_decides_which_static_features_are_read():

@@ -170,20 +170,17 @@ def test_an_input_that_the_data_lack_is_refused(lacking):
         dataset_of(CELLS).with_inputs(**{"static": [], "prediction_time": False, **lacking})
 
 
-def test_a_prediction_time_that_no_training_patient_has_is_refused():
-    hours = [5.0 if k % 4 == 0 else NAN for k in range(40)]
-    dataset, train = dataset_of(["1 (0h)"] * 40, prediction_hours=hours), np.arange(40)
-    check_measured(dataset, train)
-    with pytest.raises(InputError, match="column prediction_hours"):
-        check_measured(dataset, train[1:4])
-    check_measured(dataset.with_inputs([], prediction_time=False), train[1:4])
-
-
-def test_a_series_never_measured_in_training_is_refused_unless_the_format_brings_it(monkeypatch):
-    rare = ["5 (0h)"] + [""] * 39
-    dataset, train = dataset_of(["1 (0h)"] * 40, trajectory_rare=rare), np.arange(40)
-    check_measured(dataset, train)
-    with pytest.raises(InputError, match=r'rare.*--series "Anion gap"'):
-        check_measured(dataset, train[1:])
+def test_an_input_that_no_training_patient_has_is_refused_unless_the_format_brings_it(monkeypatch):
+    hours, rare = [5.0] + [NAN] * 39, ["5 (0h)"] + [""] * 39
+    timed = dataset_of(["1 (0h)"] * 40, prediction_hours=hours)
+    series, train = dataset_of(["1 (0h)"] * 40, trajectory_rare=rare), np.arange(40)
+    for dataset, place in (
+        (timed, "column prediction_hours"),
+        (series, 'rare.*--series "Anion gap"'),
+    ):
+        check_measured(dataset, train)
+        with pytest.raises(InputError, match=place):
+            check_measured(dataset, train[1:])
+    check_measured(timed.with_inputs([], prediction_time=False), train[1:])
     monkeypatch.setattr(MIMICtrajectoryDataset, "fixed_features", True)
-    check_measured(dataset, train[1:])
+    check_measured(series, train[1:])
