@@ -41,9 +41,9 @@ def inputs(dataset):
     simple = pd.concat(dataset.baseline_inputs().values(), axis=1).to_numpy()
     for i, name in enumerate(dataset.ids):
         rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
-        series = dataset.times[rows].tobytes(), dataset.values[rows].tobytes()
-        beside = dataset.static[i].tobytes(), dataset.prediction_hours[i]
-        result[name] = (*series, dataset.prompt(i), simple[i].tobytes(), *beside)
+        arrays = dataset.times[rows], dataset.values[rows], dataset.static[i], simple[i]
+        shown = dataset.prompt(i), dataset.prediction_hours[i]
+        result[name] = (*(array.tobytes() for array in arrays), *shown)
     return result
 
 
@@ -177,25 +177,15 @@ def test_scoring_refuses_another_organ_and_other_features(tmp_path):
         score(dataset, tmp_path, read_options={**dataset.read_options, "organ": "kidney"})
 
 
-@pytest.fixture
-def read_one(tmp_path):
-    """Read registration 1 with a history of its own; return the data set and its position."""
-
-    def build(history, **person):
-        cand, rows = filler()
-        write_folder(tmp_path, [*cand, removed(13, 120, **person)], rows + history)
-        dataset = SRTRTrajectoryDataset(tmp_path, "liver")
-        return dataset, dataset.ids.tolist().index("1")
-
-    return build
-
-
-def test_prompt_and_report_hold_what_was_known(read_one):
-    rows = [
+def test_prompt_and_report_hold_what_was_known(tmp_path):
+    cand, rows = filler()
+    rows += [
         history_row(1, 0, CANHX_STAT_CD=6222, CANHX_SRTR_LAB_MELD=6222, CANHX_BILI=3.2),
         history_row(1, 30, CANHX_STAT_CD=6999, CANHX_SRTR_LAB_MELD=6225),
     ]
-    dataset, i = read_one(rows)
+    write_folder(tmp_path, [*cand, removed(13, 120)], rows)
+    dataset = SRTRTrajectoryDataset(tmp_path, "liver")
+    i = dataset.ids.tolist().index("1")
     assert dataset.prompt(i) == (
         "50-year-old woman, blood group O, BMI 25.5 kg/m2, no diabetes, no earlier transplant, "
         "on the liver waiting list for 90 days. History: bilirubin in mg/dL: 3.2 (day 0); "

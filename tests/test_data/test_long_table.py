@@ -112,15 +112,15 @@ def test_units_that_contradict_are_refused_by_name(mini, factor, series, named, 
 
 def test_columns_have_the_names_that_are_given(tmp_path):
     names = {"subject_id": "patient no", "charttime": "drawn", "item": 'the "test"'}
-    table = simple().long().rename(columns=names)
-    columns = ("subject_id=patient no", "time=drawn", 'item=the "test"', "label=died")
-    rows = long(table, tmp_path, simple().label_table("died"), columns=columns)
-    assert rows["clinical_trajectory"].tolist() == ["15 (6h)", "14 (6h)"]
-    labels = LABELS.rename(columns={"subject_id": "subject"})
+    names |= {"unit": "units", "value": "valuenum"}
+    table = simple().long().rename(columns=names).assign(value="a text beside it")
+    labels = simple().label_table("died").rename(columns={"subject_id": "subject"})
+    columns = ("subject_id=patient no", "time=drawn", 'item=the "test"', "unit=", "label=died")
     with pytest.raises(InputError, match=r"--columns labels.subject_id=subject\?"):
-        long(table, tmp_path, labels, columns=columns[:3])
-    columns = (*columns[:3], "labels.subject_id=subject")
-    assert len(long(table, tmp_path, labels, columns=columns)) == 2
+        long(table, tmp_path, labels, columns=columns)
+    rows = long(table, tmp_path, labels, columns=(*columns, "labels.subject_id=subject"))
+    assert rows["clinical_trajectory"].tolist() == ["15 (6h)", "14 (6h)"]
+    assert f"trajectory_{GLUCOSE}" in rows, "without a unit"
 
 
 @pytest.mark.parametrize(
@@ -140,13 +140,6 @@ def test_columns_have_the_names_that_are_given(tmp_path):
 def test_a_column_that_is_missing_is_named_with_the_nearest(renamed, columns, named, tmp_path):
     with pytest.raises(InputError, match=re.escape(named)):
         long(simple().long().rename(columns=renamed), tmp_path, LABELS, columns=columns)
-
-
-def test_a_column_is_not_taken_for_another(tmp_path):
-    table = simple().long().rename(columns={"unit": "units", "value": "valuenum"})
-    rows = long(table.assign(value="a text beside it"), tmp_path, LABELS, columns=("unit=",))
-    assert rows["clinical_trajectory"].tolist() == ["15 (6h)", "14 (6h)"]
-    assert f"trajectory_{GLUCOSE}" in rows, "without a unit"
 
 
 @pytest.mark.parametrize("spelled", ["1.0", "01", "1.00", " 1"])

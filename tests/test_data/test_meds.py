@@ -102,12 +102,6 @@ def test_age_is_in_full_years_and_not_told_above_89(tmp_path):
     assert rows["static_age [years]"].tolist() == ["90", "89", "59", ""]
 
 
-@pytest.mark.parametrize("name", ["age [years]", "Sex_male"])
-def test_a_static_feature_with_the_name_of_an_automatic_one_is_refused(name, folder):
-    with pytest.raises(InputError, match="--context"):
-        meds(folder, context=(f"{name}={GAP}",))
-
-
 @pytest.mark.parametrize(
     ("series", "named"),
     [
@@ -126,9 +120,13 @@ def test_codes_of_another_unit_are_refused(series, named, tmp_path):
         return
     with pytest.raises(InputError, match=f"--series glucose: .*{named}"):
         meds(folder, (series,))
-    if "[" in series:
-        with pytest.raises(InputError, match=f"--context glucose: .*{named}"):
-            meds(folder, context=(series,))
+
+
+@pytest.mark.parametrize("name", ["age [years]", "Sex_male", "x [mmol/L]"])
+def test_a_static_feature_of_an_automatic_name_or_another_unit_is_refused(name, tmp_path):
+    mini = simple().measure(1, 13, 90, "LAB//1//mg/dL")
+    with pytest.raises(InputError, match="--context"):
+        meds(mini.write_meds(tmp_path / "meds"), context=(f"{name}=LAB//1//mg/dL",))
 
 
 def test_the_splits_of_meds_become_ours(tmp_path):
