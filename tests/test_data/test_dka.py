@@ -298,9 +298,8 @@ def test_without_the_patient_there_is_one_warning():
 )
 def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, meant):
     table = pd.DataFrame({name: ["1 (0h)" if name == SERIES else "0"] for name in columns})
-    with pytest.raises(InputError, match=rf"column {missing}: .*{meant}") as caught:
-        MIMICtrajectoryDataset(table, label_column=missing if missing != SERIES else None)
-    assert "header" not in str(caught.value)
+    label = missing if missing != SERIES else None
+    assert "header" not in refused(table, rf"column {missing}: .*{meant}", label_column=label)
 
 
 def test_a_first_row_of_cells_is_not_shown(tmp_path):
@@ -308,21 +307,22 @@ def test_a_first_row_of_cells_is_not_shown(tmp_path):
     assert SECRET not in refused(path, f"column {SERIES}: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "cell", "meant"),
-    [
-        ("clinical_contexts", "x", "clinical_context"),
-        ("context", "x", "clinical_context"),
-        ("predictionhours", 9, "prediction_hours"),
-        ("Static_age", 9, "static_"),
-        ("static age", 9, "static_"),
-        ("glucose", "90 (0h) -> 80 (2h)", "trajectory_glucose"),
-        ("hospital", "a", ""),
-        ("label_death", 1, ""),
-        ("trajectory_not_chosen", "5 (0h)", ""),
-    ],
-)
-def test_a_column_that_seems_to_be_meant_brings_a_warning(name, cell, meant):
+SEEMING = {
+    "clinical_contexts": ("x", "clinical_context"),
+    "context": ("x", "clinical_context"),
+    "predictionhours": (9, "prediction_hours"),
+    "Static_age": (9, "static_"),
+    "static age": (9, "static_"),
+    "glucose": ("90 (0h) -> 80 (2h)", "trajectory_glucose"),
+    "hospital": ("a", None),
+    "label_death": (1, None),
+    "trajectory_not_chosen": ("5 (0h)", None),
+}
+
+
+@pytest.mark.parametrize("name", SEEMING)
+def test_a_column_that_seems_to_be_meant_brings_a_warning(name):
+    cell, meant = SEEMING[name]
     table = table_of(["1 (0h)"], id="a", **{name: [cell]})
     warnings = MIMICtrajectoryDataset(table, series=["anion gap"]).warnings
     assert [meant in text and name in text for text in warnings] == [True] * bool(meant)

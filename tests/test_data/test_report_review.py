@@ -1,6 +1,7 @@
 """Written reports compared with their rows: verdict, form, numbers, trends, invented numbers."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -41,7 +42,6 @@ def review_of_change(dataset, old, new):
         ("first 24", "first 24.0", {}),
         ("first 24", "first 25", {"true": 9, "invented": 1}),
         ("first 24", "first 54", {"true": 9}),  # the context says 54
-        ("first 24 mEq/L at 0 h", "first 20 mEq/L at 2 h", {"true": 8}),
         ("first 24 mEq/L at 0 h", "first 25 mEq/L at 7 h", {"true": 8, "invented": 2}),
         ("-2 mEq/L an hour", "-3 mEq/L an hour", {"true": 9, "invented": 1}),
         ("Net change -11.5", "Net change 11.5", {"true": 9, "invented": 1}),
@@ -90,15 +90,14 @@ def test_a_number_is_true_once_and_at_its_own_position():
     [
         ("", None, 0, 0),
         ("5 5 24", None, 3, 2),
-        ("Escalation: yes", 1, 0, 0),
         ("Escalation: no", 0, 0, 0),
         ("The patient. Escalation: yes.", None, 0, 0),
         ("1e999 .", None, 1, 1),
     ],
 )
 def test_any_text_can_be_reviewed(text, verdict, stated, invented):
-    review = review_report(OWN, 0, text)
-    assert review == ReportReview(verdict, False, stated, 0, 1, 0, invented)
+    expected = ReportReview(verdict, False, stated, 0, 1, 0, invented)
+    assert review_report(OWN, 0, text) == expected
 
 
 def test_a_report_that_breaks_off_states_at_most_one_wrong_number():
@@ -168,12 +167,12 @@ def test_a_row_without_label_is_reviewed_as_well():
 
 
 def on_the_list(folder, rows):
-    """A liver registration with a history of its own: data set, position, true report."""
+    """A liver registration with a history of its own: its true report, and how to review one."""
     cand, history = filler()
     write_folder(folder, [*cand, removed(13, 120)], history + rows)
     dataset = SRTRTrajectoryDataset(folder, "liver")
     i = dataset.ids.tolist().index("1")
-    return dataset, i, dataset.report(i)
+    return dataset.prompt(i), dataset.report(i), partial(review_report, dataset, i)
 
 
 def test_reports_of_a_waiting_list_count_in_days(tmp_path):
@@ -181,17 +180,16 @@ def test_reports_of_a_waiting_list_count_in_days(tmp_path):
         history_row(1, 0, CANHX_STAT_CD=6222, CANHX_SRTR_LAB_MELD=6222, CANHX_BILI=3.2),
         history_row(1, 30, CANHX_STAT_CD=6999, CANHX_SRTR_LAB_MELD=6225),
     ]
-    dataset, i, report = on_the_list(tmp_path, rows)
-    assert review_report(dataset, i, report) == ReportReview(1, True, 8, 8, 1, 1, 0)
+    _, report, review = on_the_list(tmp_path, rows)
+    assert review(report) == ReportReview(1, True, 8, 8, 1, 1, 0)
     wrong = report.replace("yes", "no").replace("MELD 25", "MELD 26").replace("rising", "level")
-    review = review_report(dataset, i, wrong.replace("inactive", "active"))
-    assert review == ReportReview(0, True, 8, 7, 1, 0, 1)
-    assert review_report(dataset, i, report.replace("day 30", "day 720")).invented == 2
+    assert review(wrong.replace("inactive", "active")) == ReportReview(0, True, 8, 7, 1, 0, 1)
+    assert review(report.replace("day 30", "day 720")).invented == 2
 
 
 def test_days_that_the_prompt_leaves_out_are_not_invented(tmp_path):
     rows = [history_row(1, 7 * k, CANHX_SRTR_LAB_MELD=6240) for k in range(10)]
-    dataset, i, report = on_the_list(tmp_path, rows)
-    assert "(day 7)" not in dataset.prompt(i)  # of the latest eight
-    assert review_report(dataset, i, report.replace("at day 0", "at day 7")).invented == 0
-    assert review_report(dataset, i, report.replace("at day 0", "at day 8")).invented == 1
+    prompt, report, review = on_the_list(tmp_path, rows)
+    assert "(day 7)" not in prompt  # of the latest eight
+    for day, invented in ((7, 0), (8, 1)):
+        assert review(report.replace("at day 0", f"at day {day}")).invented == invented
