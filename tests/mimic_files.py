@@ -4,14 +4,12 @@ No real patient. Hours count from the first of January 2150; there are columns t
 """
 
 import gzip
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.cohort import OUTCOMES
 from table_requests import make_rows
 
 DEMO = Path(__file__).parent / "data" / "mimic_iv_demo"
@@ -79,7 +77,6 @@ class Mini:
         return self
 
     def gaps(self, hadm, *pairs):
-        """Add anion gaps: pairs of hour and value."""
         for hour, value in pairs:
             self.lab(hadm, hour, value)
         return self
@@ -94,7 +91,6 @@ class Mini:
         return self.lab(hadm, hour, 20, BICARBONATE, **words)
 
     def icu(self, hadm, start, end):
-        """Add a stay in intensive care."""
         row = {"subject_id": self.subject(hadm), "hadm_id": hadm, "intime": moment(start)}
         row |= {"stay_id": 30_000_000 + len(self.rows["icu/icustays"]), "outtime": moment(end)}
         unit = "Medical Intensive Care Unit (MICU)"
@@ -102,16 +98,14 @@ class Mini:
         return self
 
     def tables(self):
-        """Return the tables, cells as text."""
         made = {name: pd.DataFrame(rows).astype(str) for name, rows in self.rows.items()}
         if made["icu/icustays"].empty:  # a hospital has an intensive care unit
-            other = {"subject_id": "1", "hadm_id": "1", "stay_id": "1", "first_careunit": "TSICU"}
-            times = {"intime": moment(0), "outtime": moment(1), "last_careunit": "TSICU"}
-            made["icu/icustays"] = pd.DataFrame([other | times])
+            row = {"subject_id": "1", "hadm_id": "1", "stay_id": "1", "intime": moment(0)}
+            row |= {"outtime": moment(1), "first_careunit": "TSICU", "last_careunit": "TSICU"}
+            made["icu/icustays"] = pd.DataFrame([row])
         return made
 
     def write(self, folder, form=".csv"):
-        """Write all tables in one form."""
         return write_tables(folder, self.tables(), form)
 
 
@@ -149,20 +143,14 @@ def write_tables(folder, tables, form=".csv"):
 
 
 def shuffled(table, seed):
-    """Return the same rows in another order."""
     return table.iloc[np.random.default_rng(seed).permutation(len(table))]
 
 
-@dataclass(frozen=True)
-class Extracted:
+class Extracted(NamedTuple):
     """The rows of an extraction, by admission, and their description."""
 
     rows: pd.DataFrame
-    description: dict[str, Any]
-
-    @property
-    def csv(self):
-        return self.rows.to_csv()
+    description: dict
 
     def removed(self):
         return {r["rule"]: r["removed"] for r in self.description["flow"] if r["removed"]}
@@ -172,11 +160,6 @@ class Extracted:
 
     def context(self, hadm):
         return str(self.rows.loc[hadm, "clinical_context"])
-
-    def labels(self, hadm):
-        """Return death, icu and unresolved, None where unknown."""
-        cells = [self.rows.loc[hadm, f"label_{name}"] for name in OUTCOMES]
-        return [None if pd.isna(cell) else int(cell) for cell in cells]
 
     def inputs(self):
         """Every column but the labels, as text, of each admission."""

@@ -49,18 +49,15 @@ class Stay:
     def __init__(self, row, patient, icu):
         self.hadm = int(row["hadm_id"])
         self.begins, ends = parse(row["admittime"]), parse(row["dischtime"])
-        self.died = parse(row["deathtime"]) or (
-            ends if row["hospital_expire_flag"] == "1" else None
-        )
+        expired = row["hospital_expire_flag"] == "1"
+        self.died = parse(row["deathtime"]) or (ends if expired else None)
         if self.died and ends and self.died > ends and self.died.date() != ends.date():
             self.died = None
         self.ends = self.died or ends
         self.age, self.sex = None, {"M": 1, "F": 0}.get(patient["gender"])
         if patient["anchor_age"]:
-            anchor, since = (
-                int(patient["anchor_age"]),
-                self.begins.year - int(patient["anchor_year"]),
-            )
+            anchor = int(patient["anchor_age"])
+            since = self.begins.year - int(patient["anchor_year"])
             self.age = 90 + min(since, 0) if anchor > 89 else anchor + since
         times = [(parse(each["intime"]), each["first_careunit"], each["outtime"]) for each in icu]
         self.icu = sorted((begins, unit, parse(ends) or FAR) for begins, unit, ends in times)

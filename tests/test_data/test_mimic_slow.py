@@ -147,7 +147,7 @@ def test_any_form_order_and_limit_gives_the_same_rows(demo, tmp_path):
     for form in (".csv", ".csv.gz", ".parquet"):
         folder = write_tables(tmp_path / f"mixed{form}", mixed, form)
         other = extracted(folder, **request | {"threads": 1, "memory_limit": "200MB"})
-        assert other.csv == first.csv
+        assert other.rows.equals(first.rows)
         for key in ("flow", "definitions", "values"):
             assert other.description[key] == first.description[key]
         for name, digest in other.description["tables_sha256"].items():
