@@ -74,44 +74,47 @@ def test_the_demo_has_so_many_rows_and_events(demo):
 # --------------------------------------------------------------------------- random hospitals
 
 
+STARTS = (-50, 0, 13, 30, 90, 10_000, 40_000)
+HOURS = (-24.02, -24, -12, -1, 0, 1, 2, 6, 12, 13, 14, 24, 37, 38)
+DELAYS = np.array([-1, 0, 0.5, 1, 1, 1, 11.5, 12, 12.5])
+PARTS = {SODIUM: 140, CHLORIDE: 100, BICARBONATE: 20}
+
+
 def random_hospital(rng):
     """Patients with admissions apart or overlapping; on the grid of hours edges are often met."""
     mini, hadm = Mini(), 0
-    ages = [*rng.choice([17, 18, 50, 88, 91], 150).tolist(), None]
-    for subject, age in enumerate(ages):
-        for start in rng.choice(
-            [-50, 0, 13, 30, 90, 10_000, 40_000], int(rng.integers(1, 4)), replace=False
-        ):
+    for subject, age in enumerate([*rng.choice([17, 18, 50, 88, 91], 150).tolist(), None]):
+        for start in rng.choice(STARTS, int(rng.integers(1, 4)), replace=False):
             hadm += 1
-            end = float(start + rng.choice([6, 12, 13, 30, 37, 49, 200]))
-            death = rng.choice([None, end, end + 1, end + 30, end - 1], p=[0.6, 0.1, 0.1, 0.1, 0.1])
-            about = {"gender": rng.choice(["F", "M", ""]), "age": age, "subject": subject}
-            expired = int(rng.random() < 0.1)
-            mini.admit(hadm, start, None if rng.random() < 0.03 else end, death=death, **about)
-            mini.rows["hosp/admissions"][-1]["hospital_expire_flag"] = expired
-            for _ in range(int(rng.choice([0, 1, 2]))):
-                begin = float(start + rng.choice([0, 1, 12, 13, 14, 37]))
-                mini.icu(hadm, begin, rng.choice([None, begin + 1, begin + 12, begin + 40]))
-                mini.rows["icu/icustays"][-1]["first_careunit"] = rng.choice([*UNITS])
+            admit_at_random(mini, hadm, float(start), rng, subject=subject, age=age)
             for _ in range(int(rng.integers(0, 14))):
-                hour = float(
-                    start
-                    + rng.choice([-24.02, -24, -12, -1, *[0, 1, 2, 6, 12, 13, 14, 24, 37, 38]])
-                )
-                others = (GLUCOSE, 50809, PH)
-                parts = ((SODIUM, 140), (CHLORIDE, 100), (BICARBONATE, 20))
-                stored = rng.choice([None, *hour + np.array([-1, 0, 0.5, 1, 1, 1, 11.5, 12, 12.5])])
-                if rng.random() < 0.4:
-                    words = {"stored": stored, "named": rng.random() < 0.7}
-                    for item, value in parts[: rng.choice([2, 3, 3])]:
-                        mini.lab(hadm, hour, value + int(rng.choice([-8, -2, 0, 2])), item, **words)
-                item = GAP if rng.random() < 0.7 else int(rng.choice(others))
-                value = rng.choice([None, "inf", 9, 12, 12.5, 20], p=[0.02, 0.02, *[0.24] * 4])
-                named, other = rng.random() < 0.7, {}
-                if named and rng.random() < 0.05:
-                    other = {"hadm_id": int(rng.integers(1, 300))}
-                mini.lab(hadm, hour, value, item, stored=stored, named=named, **other)
+                draw_at_random(mini, hadm, float(start + rng.choice(HOURS)), rng)
     return mini.tables()
+
+
+def admit_at_random(mini, hadm, start, rng, **patient):
+    end = start + float(rng.choice([6, 12, 13, 30, 37, 49, 200]))
+    death = rng.choice([None, end, end + 1, end + 30, end - 1], p=[0.6, 0.1, 0.1, 0.1, 0.1])
+    ends = {"end": None if rng.random() < 0.03 else end, "death": death}
+    ends["expired"] = int(rng.random() < 0.1)
+    mini.admit(hadm, start, gender=rng.choice(["F", "M", ""]), **ends, **patient)
+    for _ in range(int(rng.integers(0, 3))):
+        begin = start + float(rng.choice([0, 1, 12, 13, 14, 37]))
+        mini.icu(hadm, begin, rng.choice([None, begin + 1, begin + 12, begin + 40]))
+        mini.rows["icu/icustays"][-1]["first_careunit"] = rng.choice([*UNITS])
+
+
+def draw_at_random(mini, hadm, hour, rng):
+    """A gap or other chemistry, often with the parts of a gap; some name another admission."""
+    words = {"stored": rng.choice([None, *hour + DELAYS]), "named": rng.random() < 0.7}
+    if rng.random() < 0.4:
+        for item in [*PARTS][: rng.choice([2, 3, 3])]:
+            mini.lab(hadm, hour, PARTS[item] + int(rng.choice([-8, -2, 0, 2])), item, **words)
+    if words["named"] and rng.random() < 0.05:
+        words["hadm_id"] = int(rng.integers(1, 300))
+    item = GAP if rng.random() < 0.7 else int(rng.choice([GLUCOSE, 50809, PH]))
+    value = rng.choice([None, "inf", 9, 12, 12.5, 20], p=[0.02, 0.02, *[0.24] * 4])
+    mini.lab(hadm, hour, value, item, **words)
 
 
 REQUESTS = [
