@@ -308,12 +308,14 @@ def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path
         content = bytearray(write(rows, rng, comma, longer)[0])
         packed = rng.random() < 0.4
         if packed:
-            content = bytearray(gzip.compress(content))
+            content = bytearray(gzip.compress(content, mtime=0))
         sound = comma == "," and not longer
         for _ in range(sound * rng.randint(1, 2)):
             new = rng.choice([*b'",\r\n\0 ;(h)->09', rng.randint(0, 255)])
             content[rng.randint(len(content) // 2, len(content) - 1)] = new
-        del content[rng.choice([len(content), rng.randint(0, len(content))]) :]
+        del content[
+            rng.randint(0, len(content)) if sound and rng.random() < 0.5 else len(content) :
+        ]
         note(repr(content))
         path = tmp_path / ("data.csv.gz" if rng.random() < 0.1 or packed else "data.csv")
         path.write_bytes(content)
@@ -322,7 +324,7 @@ def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path
         assert sound or isinstance(found, str), found
 
     fuzz(refuse, 100)
-    assert min(seen.values()) >= 5, seen
+    assert len(seen) == 2, seen
 
 
 # --------------------------------------------------------------------------- check
