@@ -15,7 +15,7 @@ import pytest
 
 from medgemma_clinical.data import duck
 from medgemma_clinical.data.duck import KEY, NUMBER_OR_EMPTY, TIME, TIME_OR_EMPTY, Column
-from medgemma_clinical.files import InputError, RunFault, locked
+from medgemma_clinical.files import InputError, RunFault, locked, partial_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -341,3 +341,9 @@ def test_each_candidate_is_removed_by_the_first_rule_that_applies():
     assert [(rule["removed"], rule["left"]) for rule in flow] == [(2, 1), (0, 1)]
     with pytest.raises(InputError, match="table: of 3 candidates none is left: 3 out"):
         duck.apply_rules(rules.assign(first=True), "table")
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    partial_path(tmp_path / "out.csv").symlink_to(tmp_path / "elsewhere")
+    duck.check_target(tmp_path / "out.csv")
+    assert not (tmp_path / "elsewhere").exists()
