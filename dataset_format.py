@@ -463,9 +463,7 @@ def add_note_flags(add: Callable[..., Any]) -> None:
 
 def check(file: Path, **reading: Any) -> int:
     """Log what a file holds, what looks wrong, and whether it is ready, or refuse it."""
-    with checks.log_refusal():
-        checks.log_check(MIMICtrajectoryDataset(file, **reading, require_labels=False))
-    return 0
+    return checks.check(lambda: MIMICtrajectoryDataset(file, **reading, require_labels=False))
 
 
 def end_on_signals() -> None:

@@ -327,12 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(data_dir: Path, **reading: Any) -> int:
     """Log what a folder holds, what looks wrong, and what it can be used for, or refuse it."""
-    with checks.log_refusal():
-        dataset = SRTRTrajectoryDataset(data_dir, **reading, require_labels=None)
-        events = int(np.nansum(dataset.labels))
-        few = f"not to train on: {events} events, {MIN_EVENTS} are needed"
-        checks.log_check(dataset, obstacle=few if events < MIN_EVENTS else None)
-    return 0
+    return checks.check(
+        lambda: SRTRTrajectoryDataset(data_dir, **reading, require_labels=None), MIN_EVENTS
+    )
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def out_of_memory(*_: Any, **__: Any) -> None:
 
 
 PLACES: dict[str, tuple[Any, str, list[str], Callable[[list[str]], int]]] = {
-    "check": (dataset_format.checks, "log_check", ["check", "DATA"], dataset_format.main),
+    "check": (dataset_format.checks, "summarize", ["check", "DATA"], dataset_format.main),
     "a data set": (
         dataset_format,
         "MIMICtrajectoryDataset",

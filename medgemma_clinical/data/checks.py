@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,26 +35,24 @@ MAX_IMPLAUSIBLE = 0.5
 """Share of a series' values from which on its unit counts as wrong."""
 
 
-@contextlib.contextmanager
-def log_refusal() -> Iterator[None]:
-    """Log the verdict on data that a block refuses."""
+def check(read: Callable[[], TrajectoryDataset], min_events: int = 0) -> int:
+    """Read a data set, labels not required, log what it holds, and return 0.
+
+    Logs summary and split, what looks wrong, and whether the data are ready, of which fewer events
+    than ``min_events`` serve prediction alone.
+
+    Raises:
+        InputError: the data cannot be read, or are labelled and no model can be trained on them.
+    """
     try:
-        yield
+        _log_check(read(), min_events)
     except InputError:
         logger.info("not ready")
         raise
+    return 0
 
 
-def log_check(dataset: TrajectoryDataset, obstacle: str | None = None) -> None:
-    """Log summary and split of a data set, what looks wrong, and whether it is ready.
-
-    Args:
-        dataset: as read, labels not required.
-        obstacle: why no model can be trained, where that is known already.
-
-    Raises:
-        InputError: the rows are labelled, and no model can be trained on them.
-    """
+def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
     for line in summarize(dataset):
         logger.info(line)
     warnings = [*implausible_series(dataset), *describe_long_spans(dataset)]
@@ -63,7 +60,10 @@ def log_check(dataset: TrajectoryDataset, obstacle: str | None = None) -> None:
         few = f"fewer than {MIN_PATIENTS} patients"
         warnings.append(f"{few}: metrics of a model will be undecided")
     log_warnings(warnings)
-    if not obstacle and (unlabelled := int(np.isnan(dataset.labels).sum())):
+    obstacle, events = "", int(np.nansum(dataset.labels))
+    if events < min_events:
+        obstacle = f"not to train on: {events} events, {min_events} are needed"
+    elif unlabelled := int(np.isnan(dataset.labels).sum()):
         rows = f"{unlabelled:,} of {len(dataset):,} rows have no label"
         obstacle = f"not to train on: {rows}: fill or remove these rows"
         obstacle = "no labels to train on" if unlabelled == len(dataset) else obstacle

@@ -437,7 +437,7 @@ def _parse_block(
         large = row[(np.abs(pairs) > (MAX_VALUE, MAX_HOUR)).any(axis=1)]
         too_large = pd.Series(np.isin(np.arange(len(text)), large), text.index)
         findings.reject(too_large, column, "holds a number that is too large", text)
-        unsorted[row[1:][(np.diff(pairs[:, 1]) < 0) & (np.diff(row) == 0)]] = True
+        unsorted[row[1:][(pairs[1:, 1] < pairs[:-1, 1]) & (np.diff(row) == 0)]] = True
         series.append((row, pairs[:, 1], np.full(len(row), f), pairs[:, 0]))
     findings.counts["were not in time order; sorted"] += int(unsorted.sum())
     row, times, feature, values = map(np.concatenate, zip(*series, strict=True))

@@ -9,11 +9,12 @@ import pytest
 from conftest import SAMPLE
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import (
+    check as run_check,
+)
+from medgemma_clinical.data.checks import (
     describe_cut,
     describe_long_spans,
     flow_lines,
-    log_check,
-    log_refusal,
     summarize,
 )
 from medgemma_clinical.data.dka import Description
@@ -38,7 +39,7 @@ def checked(caplog):
     def check(dataset):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            log_check(dataset)
+            run_check(lambda: dataset)
         warnings = [line for line in caplog.messages if line.startswith("warning: ")]
         return caplog.messages, warnings
 
@@ -100,8 +101,8 @@ def test_rows_without_a_label_are_ready_to_predict_on(labelled, checked):
 
 
 def test_too_few_events_are_refused_behind_the_summary(caplog):
-    with caplog.at_level(logging.INFO), pytest.raises(InputError), log_refusal():
-        log_check(dataset_of(["20 (0h)"] * 3))
+    with caplog.at_level(logging.INFO), pytest.raises(InputError):
+        run_check(lambda: dataset_of(["20 (0h)"] * 3))
     assert "rows 3, patients 3" in caplog.messages
     assert caplog.messages[-1] == "not ready"
 
