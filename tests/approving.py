@@ -6,7 +6,7 @@ from pathlib import Path
 APPROVED = Path(__file__).parent / "approved"
 
 
-def check_approved(name, text):
+def assert_approved(name, text):
     """Compare a text, a sentence a line, with ``approved/NAME.txt``."""
     path, text = APPROVED / f"{name}.txt", text.replace(". ", ".\n") + "\n"
     if os.environ.get("ACCEPT"):

@@ -44,7 +44,7 @@ def joined(source, max_rows=100):
     return pd.concat([chunk for chunk, _ in read_tables(source, max_rows)])
 
 
-def refused(source, place, **options):
+def assert_refused(source, place, **options):
     """Return the message of the refusal, which names the place."""
     with pytest.raises(InputError, match=place) as caught:
         MIMICtrajectoryDataset(source, **options)
@@ -114,14 +114,14 @@ def test_a_damaged_file_is_refused_by_name(name, tmp_path):
 
 def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
     for source in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300), numbered(0)):
-        refused(source, "file|no rows")
+        assert_refused(source, "file|no rows")
     path = write_table(numbered(0), tmp_path / "data.parquet")
-    refused(path, "no rows")
+    assert_refused(path, "no rows")
     content = write_table(numbered(3), path).read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    refused(path, "Parquet")
+    assert_refused(path, "Parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    refused(path, "pip install pyarrow")
+    assert_refused(path, "pip install pyarrow")
 
 
 def test_texts_of_parquet_are_those_that_were_written(tmp_path):
@@ -177,7 +177,7 @@ def test_a_number_is_one_patient_however_it_is_written(tmp_path):
         assert dataset.groups.tolist() == ["1"] * 4 + ["0"] * 2 + cells[6:]
         assert dataset.ids.tolist() == [cell.strip() for cell in cells]
     assert dataset_of(["1 (0h)"] * 3, subject_id=[7.0, 8.0, 2.5]).ids.tolist() == ["7", "8", "2.5"]
-    refused(table.assign(split=["train", "val"] + ["train"] * 10), "row 1, column split")
+    assert_refused(table.assign(split=["train", "val"] + ["train"] * 10), "row 1, column split")
 
 
 # --------------------------------------------------------------------------- description
@@ -299,12 +299,14 @@ def test_without_the_patient_there_is_one_warning():
 def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, meant):
     table = pd.DataFrame({name: ["1 (0h)" if name == SERIES else "0"] for name in columns})
     label = missing if missing != SERIES else None
-    assert "header" not in refused(table, rf"column {missing}: .*{meant}", label_column=label)
+    assert "header" not in assert_refused(
+        table, rf"column {missing}: .*{meant}", label_column=label
+    )
 
 
 def test_a_first_row_of_cells_is_not_shown(tmp_path):
     path = write(tmp_path / "data.csv", f'{SECRET}-a,"{SECRET} (0h) -> 1 (2h)",1\n'.encode() * 9)
-    assert SECRET not in refused(path, f"column {SERIES}: ")
+    assert SECRET not in assert_refused(path, f"column {SERIES}: ")
 
 
 SEEMING = {
@@ -347,7 +349,7 @@ def test_a_column_twice_is_refused_unless_it_is_not_read(tmp_path):
         if name == "note":
             MIMICtrajectoryDataset(path)
         else:
-            refused(path, f"column {name}: ")
+            assert_refused(path, f"column {name}: ")
 
 
 BAD_NAMES = ["trajectory_ _ [u]", "trajectory_x [", "trajectoryglucose", "Trajectory_x"]
@@ -356,7 +358,7 @@ BAD_NAMES += ["trajectory_vitamin, 1 [u]", "trajectory_24", "trajectory_anion ga
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_series_column_that_cannot_be_read_is_refused(name):
-    refused(table_of(["1 (0h)"], **{name: ["1 (0h)"]}), "column [tT]rajectory.*: ")
+    assert_refused(table_of(["1 (0h)"], **{name: ["1 (0h)"]}), "column [tT]rajectory.*: ")
 
 
 def test_series_are_found_by_their_columns_and_chosen_by_name():
@@ -395,9 +397,9 @@ def test_an_unreadable_cell_is_refused_by_its_place_or_noted(name):
         row = 3 if cell == "3.99" else 1
         place = rf"^DataFrame, row {row}, column {re.escape(name)}: "
         for max_len in (1, 20):
-            assert SECRET not in refused(table, place, max_len=max_len)
+            assert SECRET not in assert_refused(table, place, max_len=max_len)
         if name == "trajectory_x":
-            refused(table, f"{place}.*2 cells.*row 3")
+            assert_refused(table, f"{place}.*2 cells.*row 3")
         findings = Findings("x", strict=False)
         dataset = MIMICtrajectoryDataset(table, findings=findings)
         assert [*findings.problems] == [1, 3][row // 3 :], cell
@@ -416,7 +418,7 @@ def test_static_features_are_columns_of_numbers():
     other = dataset_of(["1 (0h)"] * 3, **columns, static_d=columns["static_b"])
     assert other.fingerprint() != dataset.fingerprint()
     assert dataset_of(["1 (0h)"]).static.shape == (1, 0)
-    refused(table_of(["1 (0h)"], static_b=[1]), "column static_b: ", label_column="static_b")
+    assert_refused(table_of(["1 (0h)"], static_b=[1]), "column static_b: ", label_column="static_b")
 
 
 # --------------------------------------------------------------------------- rows to score

@@ -139,10 +139,10 @@ def test_digits_points_and_words_within_names_state_nothing(series, unit, outcom
     ],
 )
 def test_names_and_units_that_hold_each_other(cells, trends):
-    wholly_true(one_row(**cells), trends)
+    assert_wholly_true(one_row(**cells), trends)
 
 
-def wholly_true(dataset, trends=None):
+def assert_wholly_true(dataset, trends=None):
     for i in range(len(dataset)):
         review = review_report(dataset, i, dataset.report(i))
         assert (review.verdict, review.parses, review.invented) == (dataset.labels[i], True, 0)
@@ -152,12 +152,12 @@ def wholly_true(dataset, trends=None):
 
 def test_true_reports_of_random_series_are_wholly_true():
     rng = np.random.default_rng(4)
-    wholly_true(dataset_of([random_text(rng) for _ in range(200)]))
+    assert_wholly_true(dataset_of([random_text(rng) for _ in range(200)]))
 
 
 @pytest.mark.parametrize("organ", ["kidney", "liver"])
 def test_true_reports_of_a_waiting_list_are_wholly_true(organ):
-    wholly_true(SRTRTrajectoryDataset(SYNTHETIC, organ))
+    assert_wholly_true(SRTRTrajectoryDataset(SYNTHETIC, organ))
 
 
 def test_a_row_without_label_is_reviewed_as_well():

@@ -18,7 +18,7 @@ from visits import cohort
 NAN = float("nan")
 
 
-def refused(dataset, place):
+def assert_refused(dataset, place):
     with pytest.raises(InputError, match=place):
         dataset.split(0)
 
@@ -54,7 +54,7 @@ def test_the_smallest_cohort_has_an_event_in_every_part_and_a_smaller_one_is_ref
     dataset = MIMICtrajectoryDataset(cohort(patients=15))
     for rows in dataset.split(3).values():
         assert set(dataset.labels[rows]) == {0, 1}
-    refused(MIMICtrajectoryDataset(cohort(patients=10)), "patients with an event")
+    assert_refused(MIMICtrajectoryDataset(cohort(patients=10)), "patients with an event")
 
 
 def test_a_split_column_overrides_the_seed_and_needs_both_kinds_of_patients_in_each_part():
@@ -64,7 +64,9 @@ def test_a_split_column_overrides_the_seed_and_needs_both_kinds_of_patients_in_e
         rows = {name: rows.tolist() for name, rows in dataset.split(seed).items()}
         assert rows == {"train": [0, 5], "val": [1, 2], "test": [3, 4]}
     parts, groups = np.repeat(["train", "val", "test"], 20), np.arange(60) // 2
-    refused(dataset_of(["24 (0h)"] * 60, subject_id=groups, split=parts), "column split: train")
+    assert_refused(
+        dataset_of(["24 (0h)"] * 60, subject_id=groups, split=parts), "column split: train"
+    )
 
 
 # --------------------------------------------------------------------------- copies
@@ -87,7 +89,7 @@ def sizes(dataset):
 def test_a_copy_in_another_part_is_refused_unless_allowed():
     columns = {"static_x": [5, NAN, 5, NAN, 5, 5], "prediction_hours": [5, 6, 5, 6, 5, 5]}
     columns |= {"clinical_context": list("abcbef"), "subject_id": list("uvwxyz")}
-    refused(with_copy(**columns), r"rows 1 and 3 .*1 such pairs.*--allow_duplicates")
+    assert_refused(with_copy(**columns), r"rows 1 and 3 .*1 such pairs.*--allow_duplicates")
     assert sizes(with_copy(options={"allow_duplicates": True}, **columns)) == [2, 2, 2]
 
 
@@ -116,7 +118,7 @@ def test_patients_of_equal_rounded_values_and_other_age_are_split():
     rng = np.random.default_rng(0)
     cells = [f"{a} (0h) -> {b} (4h) -> {c} (8h)" for a, b, c in rng.integers(15, 25, (1000, 3))]
     columns = {"subject_id": np.arange(1000), LABEL: (rng.random(1000) < 0.2).astype(int)}
-    refused(dataset_of(cells, **columns), "--allow_duplicates")
+    assert_refused(dataset_of(cells, **columns), "--allow_duplicates")
     columns |= {"static_age": rng.normal(60, 9, 1000), "static_weight": rng.normal(80, 9, 1000)}
     assert sum(sizes(dataset_of(cells, **columns))) == 1000
 
@@ -126,14 +128,14 @@ def test_copies_in_one_part_or_of_few_values_leak_nothing():
     assert sizes(again) == [3, 2, 2]
     same = ["24 (0h) -> 20 (2h)"] * 6
     assert sizes(dataset_of(same, split=PARTS)) == [2, 2, 2]
-    refused(dataset_of(same, split=PARTS, trajectory_x=["1 (9h)"] * 6), "equal")
+    assert_refused(dataset_of(same, split=PARTS, trajectory_x=["1 (9h)"] * 6), "equal")
 
 
 def test_copies_are_numbered_as_in_the_file_also_when_rows_were_left_out():
     table = table_of(["", *ROWS, "", ROWS[1]], split=["train", *PARTS, "train", "test"])
     table[LABEL] = [0, *LABELS, 0, 1]
     dataset = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"), series=["Anion gap"])
-    refused(dataset.subset(np.arange(len(dataset))[::-1]), "rows 2 and 8 ")
+    assert_refused(dataset.subset(np.arange(len(dataset))[::-1]), "rows 2 and 8 ")
 
 
 # --------------------------------------------------------------------------- hashes

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from approving import check_approved
+from approving import assert_approved
 from medgemma_clinical.evaluation.patients import axis_limits, plot_patient
 from medgemma_clinical.evaluation.verdicts import percent
 from pages import OUTCOME, Page
@@ -19,7 +19,7 @@ REPORT = replace(REPORT, problem="the report breaks off", hours=ROW.times, risks
 
 def test_the_page_says_what_it_holds_and_what_its_numbers_are_not(tmp_path):
     source = write_page(tmp_path, ROW, REPORT).read_text()
-    check_approved("patients", Page(source).text)
+    assert_approved("patients", Page(source).text)
     assert source == write_page(tmp_path, ROW, REPORT).read_text()
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
-from approving import check_approved
+from approving import assert_approved
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, write_comparison
@@ -47,8 +47,8 @@ def sections(source):
 
 
 def test_the_visible_text_is_approved(page, comparison):
-    check_approved("report", Page(page).text)
-    check_approved("comparison", Page(comparison).text)
+    assert_approved("report", Page(page).text)
+    assert_approved("comparison", Page(comparison).text)
 
 
 @pytest.mark.parametrize("name", ["page", "comparison"])

@@ -71,7 +71,7 @@ def load(path, **options):
     return load_trained_model(path, trainer.BUILDERS, **options)
 
 
-def refused(path, *words):
+def assert_refused(path, *words):
     """Expect that a checkpoint is refused with its path."""
     with pytest.raises(InputError, match=".*".join(map(re.escape, map(str, (path, *words))))):
         load(path)
@@ -103,7 +103,7 @@ def test_load_trained_model__reads_an_export_and_checks_its_weights(run, saved, 
     torch.testing.assert_close(found, saved.outputs["generative"].logit, atol=1e-4, rtol=0)
     weights = tmp_path / "out" / "language_model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    refused(tmp_path / "out")
+    assert_refused(tmp_path / "out")
 
 
 def test_load_trained_model__adds_what_training_added(run, saved):
@@ -194,7 +194,7 @@ def test_read__names_a_file_that_is_missing_cut_or_changed(name, run):
 def test_load_trained_model__refuses_other_content_of_stage_1(change, run):
     content = torch.load(run / STAGE_1, weights_only=True)
     torch.save({**content, **change(content["weights"])}, run / STAGE_1)
-    refused(run / STAGE_1)
+    assert_refused(run / STAGE_1)
 
 
 def test_read_trajectory__refuses_what_would_unpack(run):
@@ -202,7 +202,7 @@ def test_read_trajectory__refuses_what_would_unpack(run):
     with zipfile.ZipFile(run / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         for name in source.namelist():
             archive.writestr(name, source.read(name))
-    refused(run / "packed.pt")
+    assert_refused(run / "packed.pt")
 
 
 @pytest.mark.parametrize("name", [MODULES, ADAPTER])
@@ -216,7 +216,7 @@ def test_load_trained_model__needs_every_key_in_its_shape(name, run):
     for harm in harms:
         save_file(harm, run / BEST / name)
         small.rehash(run / BEST)
-        refused(run / BEST)
+        assert_refused(run / BEST)
 
 
 class Code:
@@ -237,12 +237,12 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
         for harmed in (name, "adapter/adapter_model.bin"):
             (stage / "best" / harmed).write_bytes(harm)
         small.rehash(stage / "best")
-        refused(stage / "best")
+        assert_refused(stage / "best")
     for key in ("config", "format", "weights"):
         torch.save({**content, key: {**content["config"], "more": code}}, path)
-        refused(path)
+        assert_refused(path)
     path.write_bytes(harm)
-    refused(path)
+    assert_refused(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -285,7 +285,7 @@ def test_check_config__refuses_before_anything_is_allocated(key, value, run):
 )
 def test_load_trained_model__refuses_a_configuration_that_builds_no_model(changes, run):
     small.rehash(run / BEST, **changes)
-    refused(run / BEST)
+    assert_refused(run / BEST)
 
 
 def test_load_trained_model__reads_no_adapter_config(run, saved):
@@ -312,7 +312,7 @@ def test_check_base__takes_the_same_files_elsewhere_alone(run, saved, tmp_path, 
     with pytest.raises(InputError, match="--model_name"):
         load(run / BEST)
     (run / "classification" / "run.json").unlink()
-    refused(run / BEST, "gemma", "--model_name")
+    assert_refused(run / BEST, "gemma", "--model_name")
     small.rehash(run / BEST, base_model="google/medgemma-4b-pt", base_sha256=None)
     load(run / BEST, model_name=str(moved))  # nothing to compare with
     assert ["google/medgemma-4b-pt" in line for line in caplog.messages] == [True]

@@ -59,7 +59,7 @@ def load(name, **more):
     return language_model.load_language_model(str(name), **options)[0]
 
 
-def refuse(name):
+def assert_refused(name):
     """Loading ends in one short line that names the model."""
     with pytest.raises(InputError, match=f"--model_name {re.escape(str(name))}: ") as caught:
         load(name)
@@ -178,20 +178,20 @@ CONFIGS = [
 @pytest.mark.parametrize("fault", FAULTS)
 def test_load__refuses_a_folder_without_a_whole_model(fault, base):
     FAULTS[fault](base)
-    refuse(base)
+    assert_refused(base)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_load__refuses_another_architecture_in_a_folder_and_on_the_hub(config, base, cache):
     edit_json(base / "config.json", **config)
     put_into_cache(cache, "some/model", base)
-    refuse(base)
-    refuse("some/model")
+    assert_refused(base)
+    assert_refused("some/model")
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "-a", "x" * 300, "no-slash", "google/not-there"])
 def test_find_model__refuses_a_name_that_is_neither_a_folder_nor_in_reach(name, cache):
-    refuse(name)
+    assert_refused(name)
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -201,7 +201,7 @@ def test_load__code_of_a_model_never_runs(whole, base, tmp_path, monkeypatch):
     if whole:
         assert load(base).generate(IDS, max_new_tokens=1).shape == (2, 22)
     else:
-        refuse(base)
+        assert_refused(base)
     assert not (tmp_path / "ran").exists()
 
 
@@ -223,7 +223,7 @@ def test_hub__a_model_is_found_in_the_cache_and_its_revision_is_the_commit(folde
     known = {"base_model": name, "base_sha256": None, "base_revision": COMMIT}
     assert stage.config.items() >= known.items()
     save_adapter(find_model(name))
-    refuse(name)
+    assert_refused(name)
 
 
 def test_base_record__weights_are_hashed_once_a_process_and_when_they_change(base, monkeypatch):

@@ -36,7 +36,7 @@ def batch(parts):
     return parts.collate(ROWS)
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -54,11 +54,11 @@ def test_soft_prompt__tokens_are_projections_as_large_as_scaled_embeddings(parts
         return table[torch.tensor(ids)].square().mean().sqrt()
 
     words = f"{collate.dataset.question} 0123456789 -> (h) .,"
-    close(model.projection.scale, size(collate.tokenizer(words)["input_ids"]))
+    assert_close(model.projection.scale, size(collate.tokenizer(words)["input_ids"]))
     states, mask, _ = model.trajectory(batch)
     soft, projected = model.projection(states), model.projection.linear(states)
     rms = projected.square().mean(2, keepdim=True).sqrt()
-    close(soft, model.projection.scale * projected / rms)
+    assert_close(soft, model.projection.scale * projected / rms)
     found = soft[mask].square().mean().sqrt()
     torch.testing.assert_close(found, size([*chain(*collate.prompt_ids)]), rtol=0.1, atol=0)
 
@@ -70,14 +70,14 @@ def test_latest_states__end_at_the_prediction_time_where_it_is_later(parts, batc
     for row, patient in enumerate(ROWS):
         expected = plain_states(stage1, batch, row)[-PREFIX:]
         assert mask[row].tolist() == [k >= PREFIX - len(expected) for k in range(PREFIX)]
-        close(states[row, mask[row]], expected)
-        close(logit[row : row + 1], stage1(parts.collate.dataset.collate([patient])).logit)
+        assert_close(states[row, mask[row]], expected)
+        assert_close(logit[row : row + 1], stage1(parts.collate.dataset.collate([patient])).logit)
     dataset = parts.collate.dataset.subset(np.array([1, 1, 1, 3]))  # twins, and a longer row
     end = dataset.times[dataset.offsets[1] - 1]
     dataset.prediction_hours = np.array([end + 7, end, np.nan, np.nan])
     later, at_the_end, unknown, _ = latest_states(stage1, dataset.collate(range(4)), PREFIX).states
-    close(unknown, at_the_end)
-    close(later[:-1], at_the_end[1:])  # P tokens in all
+    assert_close(unknown, at_the_end)
+    assert_close(later[:-1], at_the_end[1:])  # P tokens in all
     assert (later[-1] - at_the_end[-1]).abs().max() > 0.01
 
 
@@ -92,7 +92,7 @@ def test_layout__is_bos_soft_tokens_text_without_holes(parts, batch, way):
     steps = torch.arange(int(lengths.max()))  # no column of padding only
     assert torch.equal(mask, steps >= len(steps) - lengths if left else steps < lengths)
     for row in range(len(ROWS)):
-        close(embeddings[row, mask[row]], plain_sequence(model, batch, row)[0])
+        assert_close(embeddings[row, mask[row]], plain_sequence(model, batch, row)[0])
     assert len(lengths.unique()) > 1
     start = model.embed(batch, model.trajectory(batch), left=left).text_start
     assert torch.equal(start + batch["text_mask"].sum(1) - 1, (steps * mask).amax(dim=1))
@@ -103,9 +103,9 @@ def test_logits__company_order_and_batch_size_change_none(parts, kind):
     model, collate = getattr(parts, kind), parts.collate
     together = model(collate(ROWS)).logit
     assert float(together.detach().std()) > 0.01
-    close(torch.cat([model(collate([i])).logit for i in ROWS]), together)
-    close(model(collate(ROWS[::-1])).logit.flip(0), together)
-    close(model(collate([*ROWS, 7, 13, 9])).logit[: len(ROWS)], together)
+    assert_close(torch.cat([model(collate([i])).logit for i in ROWS]), together)
+    assert_close(model(collate(ROWS[::-1])).logit.flip(0), together)
+    assert_close(model(collate([*ROWS, 7, 13, 9])).logit[: len(ROWS)], together)
 
 
 def test_classifier__a_new_one_of_text_alone_says_the_prevalence(parts):
@@ -113,7 +113,7 @@ def test_classifier__a_new_one_of_text_alone_says_the_prevalence(parts):
     dataset = parts.collate.dataset.subset(np.arange(16))
     dataset.labels[1] = 0
     stage = make_stage(args, data_for(args, dataset))
-    close(stage.model(stage.collate(ROWS)).logit.sigmoid(), torch.full((len(ROWS),), 3 / 8))
+    assert_close(stage.model(stage.collate(ROWS)).logit.sigmoid(), torch.full((len(ROWS),), 3 / 8))
 
 
 @BOTH
@@ -139,8 +139,8 @@ def test_logits__are_read_at_the_last_position_before_the_report(parts, batch, k
     model, data = getattr(parts, kind), (parts.collate.dataset, parts.collate.tokenizer)
     asked = TextCollator(*data, PromptOptions(), answers=False)(ROWS)  # no answer in sight
     output, without = model(batch), model(asked)
-    close(without.logit, output.logit)
-    close(output.offset, model.stage1(batch).logit)
+    assert_close(without.logit, output.logit)
+    assert_close(output.offset, model.stage1(batch).logit)
     yes, no = model.verdict
     for row in range(len(ROWS)):
         sequence = plain_sequence(model, asked, row)
@@ -150,7 +150,7 @@ def test_logits__are_read_at_the_last_position_before_the_report(parts, batch, k
         else:
             words = model.llm(inputs_embeds=sequence).logits[0, -1]
             own = words[yes] - words[no]
-        close(output.logit[row], own + output.offset[row])
+        assert_close(output.logit[row], own + output.offset[row])
     if kind == "writer":
         assert (without.loss.item(), without.terms) == (0.0, 0)
 
@@ -161,11 +161,11 @@ def test_residual_weight__counts_for_the_language_models_share_alone(parts, batc
     whole, stage1 = model(batch), model.stage1(batch).logit
     for weight in (0.0, 0.3):
         model.residual_weight = weight
-        close(model(batch).logit, stage1 + weight * (whole.logit - stage1))
+        assert_close(model(batch).logit, stage1 + weight * (whole.logit - stage1))
     model.residual_weight, model.adds_stage1 = 1.0, False
     alone = model(batch)
     assert not alone.offset.any()
-    close(alone.logit, whole.logit - stage1)
+    assert_close(alone.logit, whole.logit - stage1)
     assert not torch.equal(alone.loss, whole.loss)
 
 
