@@ -166,3 +166,14 @@ def test_the_demo_runs_the_three_stages(tmp_path, monkeypatch, capsys):
         assert page.index(notice) < page.index("chance (0.5)")
         assert f"\nstage {stage}, trainable" in out  # plain lines, no logger's name in front
     assert "generative/report.html" in out.strip().splitlines()[-1]
+
+
+def test_a_run_begins_with_a_warning_of_an_input_that_tells_the_label(tmp_path, capsys):
+    labels = np.arange(100) % 2
+    table = pd.DataFrame({"static_died": labels, "label_escalation": labels})
+    table["clinical_trajectory"] = [f"20 (0h) -> {10 + k / 8} (2h)" for k in range(100)]
+    table.to_csv(tmp_path / "data.csv", index=False)
+    words = ["--trajectory_only", "--data_path", str(tmp_path / "data.csv"), "--dry_run"]
+    assert trainer.main([*words, "--output_dir", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr()
+    assert "static_died alone" in shown.out + shown.err
