@@ -20,7 +20,25 @@ for each in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's background ig
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
 
+APPROVED = Path(__file__).parent / "approved"
 SAMPLE = Path(__file__).parent / "data" / "physionet2012_bicarbonate.csv"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--approve", action="store_true", help="accept what pages and prompts say now")
+
+
+@pytest.fixture
+def approved(request):
+    """Compare a text with ``approved/NAME.txt`` or the file at a path; ``--approve`` writes it."""
+
+    def compare(name, text):
+        path = name if isinstance(name, Path) else APPROVED / f"{name}.txt"
+        if request.config.getoption("approve"):
+            path.write_text(text, encoding="utf-8")
+        assert text == path.read_text(encoding="utf-8"), "pytest --approve accepts a change"
+
+    return compare
 
 
 def sign_table(rows, seed, *, shuffled=False):

@@ -92,6 +92,11 @@ class Page(HTMLParser):
     def text(self):
         return " ".join(" ".join(self.words).split())
 
+    @property
+    def sentences(self):
+        """The visible text, a sentence a line."""
+        return self.text.replace(". ", ".\n") + "\n"
+
     def images(self):
         """Return the alternative text and the SVG source of each figure."""
         prefix = "data:image/svg+xml;base64,"
