@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
-ROOT = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent
 """The folder of the program: the four top-level files and this package."""
 
 
@@ -31,8 +32,7 @@ def git_commit() -> str | None:
 
 def code_files() -> list[Path]:
     """Return the program's own modules, SQL and page templates, package included."""
-    package = Path(__file__).parent
-    own = [path for ending in ("py", "sql", "j2") for path in package.rglob(f"*.{ending}")]
+    own = [path for ending in ("py", "sql", "j2") for path in PACKAGE.rglob(f"*.{ending}")]
     return sorted([*ROOT.glob("*.py"), *own])
 
 

@@ -21,7 +21,8 @@ for each in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's background ig
 torch.set_num_threads(1)  # the models of the tests are too small to share
 
 APPROVED = Path(__file__).parent / "approved"
-SAMPLE = Path(__file__).parent / "data" / "physionet2012_bicarbonate.csv"
+DATA = Path(__file__).parent / "data"
+SAMPLE = DATA.parent.parent / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 
 
 def pytest_addoption(parser):

@@ -36,7 +36,7 @@ from medgemma_clinical.commands.run_folder import state_store  # noqa: E402
 from medgemma_clinical.files import PARTIAL, REPLACED  # noqa: E402
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE  # noqa: E402
 
-SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+SAMPLE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 SHARED = "--min_cell 0 --log_file none --save_every 3 --patience 2"
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 4",

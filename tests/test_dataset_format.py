@@ -19,7 +19,7 @@ from trajectories import LABEL, SERIES, dataset_of, random_text, table_of
 from visits import cohort
 
 ROOT = Path(dataset_format.__file__).parent
-BICARBONATE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+BICARBONATE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 CHEMISTRY = ROOT / "tests" / "data" / "physionet2012_chemistry.csv.gz"
 GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
 THREE = pd.DataFrame(

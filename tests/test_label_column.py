@@ -5,7 +5,7 @@ import pytest
 
 import dataset_format
 import medgemma_trainer as trainer
-from conftest import SAMPLE
+from conftest import DATA, SAMPLE
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from predicting import predicted, refused
@@ -61,6 +61,6 @@ def test_a_doubled_file_is_refused_in_check_and_in_training(table, tmp_path, cap
 
 
 def test_the_flags_are_those_of_the_dka_format(capsys):
-    srtr = ["--dataset", "srtr", "--data_dir", str(SAMPLE.parent / "srtr_saf"), "--trajectory_only"]
+    srtr = ["--dataset", "srtr", "--data_dir", str(DATA / "srtr_saf"), "--trajectory_only"]
     for flag in (DEATH, ("--allow_duplicates",)):
         assert refused(capsys, [*srtr, *flag], f"{flag[0]}: not for --dataset srtr")

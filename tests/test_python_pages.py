@@ -60,7 +60,12 @@ def test_the_notebook_runs_as_it_stands(tmp_path: Path) -> None:
     cells = code_cells(json.loads(NOTEBOOK.read_text()))
     notebooks = tmp_path / "program" / "medgemma_clinical" / "docs"
     notebooks.mkdir(parents=True)
-    for name in ("tests", "medgemma_trainer.py", "dataset_format.py", "srtr_dataset.py"):
+    for name in (
+        "medgemma_clinical/sample",
+        "medgemma_trainer.py",
+        "dataset_format.py",
+        "srtr_dataset.py",
+    ):
         (tmp_path / "program" / name).symlink_to(ROOT / name)
     shown = 'print("RISKS", len(curve), curve["probability"].between(0, 1).all(), same)'
     done = run_python("\n\n".join([*cells, shown]), notebooks)

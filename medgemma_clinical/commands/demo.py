@@ -12,11 +12,11 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import TINY
-from medgemma_clinical.provenance import ROOT
+from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_DATA = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+SAMPLE_DATA = PACKAGE / "sample" / "physionet2012_bicarbonate.csv"
 SETTINGS: dict[str, Any] = {"data_path": SAMPLE_DATA, "max_samples": 1000}
 """Values of flags that all three stages share."""
 

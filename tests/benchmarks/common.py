@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT / "tests" / "data" / "physionet2012_bicarbonate.csv"
+SAMPLE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
+CHEMISTRY = ROOT / "tests" / "data" / "physionet2012_chemistry.csv.gz"
 
 
 def machine(*packages: str, threads: int | None = None) -> str:

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from common import SAMPLE, freeze_stage1, machine, spread
+from common import CHEMISTRY, SAMPLE, freeze_stage1, machine, spread
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import run_data
 from medgemma_clinical.training.stage import Stage
 
-FILES = {"One": SAMPLE, "Nine": SAMPLE.with_name("physionet2012_chemistry.csv.gz")}
+FILES = {"One": SAMPLE, "Nine": CHEMISTRY}
 WAYS = {
     "text with series": ["--soft_prompt", "off"],
     "soft prompt with context": ["--series_text", "none"],

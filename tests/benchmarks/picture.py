@@ -2,7 +2,7 @@
 
 Usage:
     python medgemma_trainer.py --trajectory_only --output_dir runs \\
-        --data_path tests/data/physionet2012_bicarbonate.csv
+        --data_path medgemma_clinical/sample/physionet2012_bicarbonate.csv
     python tests/benchmarks/picture.py --page runs/trajectory/report.html --height 990 \\
         --out .images/report.png
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import SAMPLE
+from conftest import DATA, SAMPLE
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import (
     check as run_check,
@@ -148,9 +148,9 @@ def test_a_suspicion_needs_ten_patients_with_and_without_the_event_and_knows_the
     assert describe_leaks(weak, train) == []
 
 
-@pytest.mark.parametrize("name", ["bicarbonate.csv", "chemistry.csv.gz"])
-def test_the_sample_data_give_no_suspicion(name):
-    dataset = MIMICtrajectoryDataset(SAMPLE.with_name(f"physionet2012_{name}"))
+@pytest.mark.parametrize("path", [SAMPLE, DATA / "physionet2012_chemistry.csv.gz"])
+def test_the_sample_data_give_no_suspicion(path):
+    dataset = MIMICtrajectoryDataset(path)
     assert describe_leaks(dataset, dataset.split(0)["train"]) == []
 
 

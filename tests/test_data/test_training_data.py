@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import SAMPLE
+from conftest import DATA, SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.texts import PromptOptions
@@ -171,9 +171,9 @@ def test_hashes_stay_those_that_checkpoints_hold():
     assert patient_hashes(dataset, rows).tolist() == [6710318407972753942]
 
 
-@pytest.mark.parametrize("name", ["bicarbonate.csv", "chemistry.csv.gz"])
-def test_the_sample_data_hold_no_copies(name):
-    dataset = MIMICtrajectoryDataset(SAMPLE.with_name(f"physionet2012_{name}"))
+@pytest.mark.parametrize("path", [SAMPLE, DATA / "physionet2012_chemistry.csv.gz"])
+def test_the_sample_data_hold_no_copies(path):
+    dataset = MIMICtrajectoryDataset(path)
     hashes = row_hashes(dataset, np.arange(len(dataset)), latest=None)
     hashes = hashes[hashes != 0]
     assert len(np.unique(hashes)) == len(hashes) > 2_900

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from conftest import SAMPLE
+from conftest import DATA
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.inference.explain import explain, prefixes
@@ -14,7 +14,7 @@ from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_trainer import TrajectoryModel
 from predicting import SERIES, STAGES, write_data
 
-CHEMISTRY = SAMPLE.with_name("physionet2012_chemistry.csv.gz")
+CHEMISTRY = DATA / "physionet2012_chemistry.csv.gz"
 THREE = ("Serum bicarbonate", "potassium", "ph")
 COLUMNS = (SERIES, "trajectory_potassium [mEq/L]", "trajectory_ph")
 
