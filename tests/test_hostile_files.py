@@ -21,7 +21,7 @@ from medgemma_clinical.commands.several import auroc_of
 from medgemma_clinical.data import cohort, duck, mimic
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config
-from mimic_files import DEMO, Mini
+from mimic_files import DEMO
 
 ROOT = Path(dataset_format.__file__).parent
 HEADER = b"clinical_trajectory,label_escalation\n"
@@ -47,17 +47,6 @@ def one_error_line(capsys: pytest.CaptureFixture[str], *expected: str) -> bool:
 # --------------------------------------------------------------------------- names
 
 
-def test_an_open_quote_in_a_table_of_mimic_is_named_by_its_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """DuckDB leaves out in silence all rows behind it."""
-    folder = Mini().admit(1).settling(1).write(tmp_path / "mimic")
-    with (folder / "hosp" / "labevents.csv").open("a") as file:
-        file.write('"' + f"{SECRET},1\n" * 10_000)
-    assert dataset_format.main(from_mimic(folder, tmp_path / "out.csv")) == 2
-    assert one_error_line(capsys, "labevents.csv, line 5: ")
-
-
 def test_names_of_columns_forge_no_line(tmp_path, capsys):
     path = tmp_path / "data.csv"
     others = f'a\x1b]0;owned\x07,"x\nerror: forged",{"b" * 10**6}'
@@ -70,16 +59,6 @@ def test_names_of_columns_forge_no_line(tmp_path, capsys):
 
 
 # --------------------------------------------------------------------------- JSON
-
-
-def test_a_deep_description_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "data.csv"
-    path.write_bytes(HEADER + ROWS)
-    path.with_suffix(".json").write_text(f'{{"series": {DEEP}')
-    assert dataset_format.main(["check", str(path)]) == 2
-    assert one_error_line(capsys, "data.json: not a JSON file")
-    assert dataset_format.main(from_mimic(DEMO, path)) == 2
-    assert one_error_line(capsys, "choose another name")
 
 
 @pytest.mark.parametrize(

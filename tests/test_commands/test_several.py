@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,37 +228,6 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     assert "Death" in (tmp_path / "out" / "compare.html").read_text()
     places = [tmp_path / name for name in ("a/trajectory", "b/trajectory")]
     assert model_names(places) == ["a/trajectory", "b/trajectory"]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda table: table.drop(columns="probability"),
-        lambda table: table.assign(probability="nan"),
-        lambda table: table.assign(probability="much"),
-        lambda table: table.assign(probability=7.0),
-        lambda table: table.assign(probability=-0.1),
-        lambda table: table.assign(label=1 - table["label"]),
-        lambda table: table.assign(id="0"),
-        lambda table: table.head(20),
-        lambda table: table.assign(label=0.5),
-    ],
-)
-def test_tables_that_cannot_be_compared_are_refused(damage, tmp_path, capsys):
-    runs = [write_run(tmp_path / name / "trajectory", seed) for seed, name in enumerate("ab")]
-    path = runs[1] / "predictions_test.csv"
-    damage(pd.read_csv(path, dtype={"id": str, "patient": str})).to_csv(path, index=False)
-    assert trainer.main(["--compare", *map(str, runs)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_missing_runs_doubled_runs_and_pipes_are_refused(tmp_path, capsys):
-    run = write_run(tmp_path / "trajectory")
-    (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / "predictions_test.csv")
-    for other in (run, tmp_path / "missing", tmp_path / "pipe"):
-        assert trainer.main(["--compare", str(run), str(other)]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
