@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.commands.command_line import (
     POSITIVE,
     SHOW_VALUES,
+    VERSION,
     WHOLE,
     Help,
     Parser,
@@ -345,6 +346,7 @@ def build_parser() -> Parser:
     """Build the parser of all commands."""
     about = "Check a DKA trajectory file, or make one from clinical tables."
     parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str) -> Callable[..., Any]:

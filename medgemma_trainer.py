@@ -121,6 +121,7 @@ def build_parser() -> Parser:
     """Return the parser; every default of the program is written here, and only here."""
     parser = Parser("medgemma_trainer.py", formatter_class=command_line.Help, allow_abbrev=False)
     parser.description = (__doc__ or "").partition("\n")[0]
+    parser.add_argument("--version", action="version", version=command_line.VERSION)
     switch, llm = ("on", "off"), language_model
 
     add = parser.add_argument_group("what to do").add_argument
@@ -188,9 +189,7 @@ def build_parser() -> Parser:
     add("--model_name", default="google/medgemma-4b-pt", help="Gemma 3: hub id, folder, or tiny")
     kind = flags.check_quantization
     add("--quantization", type=kind, choices=llm.QUANTIZATIONS, help="nf4 on CUDA, else none")
-    add(
-        "--precision", choices=("auto", *llm.DTYPES), default="auto", help="bf16 where it is native"
-    )
+    add("--precision", choices=("auto", *llm.DTYPES), default="auto", help="bf16 where native")
     add("--attention", choices=llm.ATTENTIONS, default="sdpa", help="kernels of the LLM")
     add("--base_weights", choices=llm.BASE_WEIGHTS, default="pretrained", help="random: a control")
     add("--soft_prompt", choices=(*switch, "shuffled"), default="on", help="shuffled: a control")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands.command_line import SHOW_VALUES, Parser, run_command
+from medgemma_clinical.commands.command_line import SHOW_VALUES, VERSION, Parser, run_command
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data import checks, texts
 from medgemma_clinical.data.feature import Feature
@@ -304,6 +304,7 @@ def _text(feature: Feature, value: float) -> str:
 def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser("srtr_dataset.py", description="Check a folder of SRTR files.")
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True)
     about = "read a folder and print its summary"
     add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument

@@ -10,30 +10,42 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from medgemma_clinical import __version__
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 """The folder of the program: the four top-level files and this package."""
 
+TOP_LEVEL = ("dataset_format.py", "dte_encoder.py", "medgemma_trainer.py", "srtr_dataset.py")
+
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that a result depends on."""
-    return {"python": sys.version.split()[0], **{p: metadata.version(p) for p in PACKAGES}}
+    """Return the versions of the program, of Python and of what else a result depends on."""
+    own = {"medgemma-clinical": __version__, "python": sys.version.split()[0]}
+    return {**own, **{name: metadata.version(name) for name in PACKAGES}}
 
 
 @cache
 def git_commit() -> str | None:
-    """Return the commit of the program's folder, None where it is no checkout."""
+    """Return the commit of the program's folder, None where it is not the top of a checkout.
+
+    An installed program may lie in an environment within the checkout of another one.
+    """
     if not shutil.which("git"):
         return None
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    command = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return found[1] if len(found) == 2 and Path(found[0]).samefile(ROOT) else None
 
 
 def code_files() -> list[Path]:
-    """Return the program's own modules, SQL and page templates, package included."""
+    """Return the program's own modules, SQL and page templates.
+
+    An installed program lies beside the modules of other packages.
+    """
     own = [path for ending in ("py", "sql", "j2") for path in PACKAGE.rglob(f"*.{ending}")]
-    return sorted([*ROOT.glob("*.py"), *own])
+    return sorted([*(ROOT / name for name in TOP_LEVEL), *own])
 
 
 @cache

@@ -59,7 +59,7 @@ def defaults(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Each flag of a parser and its default as the pages write it."""
     shown = {}
     for action in parser._actions:
-        if action.option_strings and action.dest != "help":
+        if action.option_strings and action.dest not in ("help", "version"):
             default = action.default
             if isinstance(default, float) and default >= 1 and default.is_integer():
                 default = int(default)

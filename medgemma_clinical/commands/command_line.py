@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from medgemma_clinical import __version__
 from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 SHOW_VALUES = "an error about a cell shows what the cell holds"
 MIN_CELL = "report.html shows no counts below it (0 = all)"
+VERSION = f"medgemma-clinical {__version__}"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

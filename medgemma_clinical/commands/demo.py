@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import webbrowser
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -29,6 +31,8 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
 
     The list of the pages to open comes last; ``--open`` opens the first.
     """
+    installed = Path(sys.argv[0]).stem == "medgemma-clinical"
+    program = "medgemma-clinical" if installed else "python medgemma_trainer.py"
     shared = {name: getattr(args, name) for name in ("output_dir", "seed", "log_file")}
     encoder = {"ode_checkpoint": args.output_dir / TRAJECTORY_FILE}
     stages = {"trajectory": STAGE_1}
@@ -37,7 +41,7 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
     for stage in stages.values():
         flags = {**stage, **shared, **SETTINGS}
         shown = (f"--{k}" if value is True else f"--{k} {value}" for k, value in flags.items())
-        logger.info("\n$ python medgemma_trainer.py %s", " ".join(shown))
+        logger.info("\n$ %s %s", program, " ".join(shown))
         tiny = {"model_name": TINY, "quantization": "none"}  # it is never quantised
         own = {**vars(args), **tiny, "demo": False, **flags}
         if code := train(Namespace(**own)):

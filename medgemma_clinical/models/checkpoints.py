@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from medgemma_clinical import __version__
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics
 from medgemma_clinical.files import (
@@ -93,9 +94,9 @@ class TrajectoryCheckpoint:
 
 
 def describe_data(data: Data) -> dict[str, Any]:
-    """Return what a checkpoint stores of its data: its description, and the training case mix."""
+    """Return what a checkpoint stores of its data, and the version of the program."""
     training = demographics(data.dataset).iloc[data.split["train"]]
-    return {**data.description(), "case_mix": case_mix(training)}
+    return {"version": __version__, **data.description(), "case_mix": case_mix(training)}
 
 
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:

@@ -118,6 +118,8 @@ def describe_model(config: Config) -> dict[str, str]:
         dynamics = config["encoder"].get("dynamics")
         how = f", dynamics {dynamics}" if dynamics else ""
         lines["Stage 1"] = f"encoder ClinicalODERNN{how}, members {config['members']}"
+    if version := config.get("version"):
+        lines["Trained with"] = f"medgemma-clinical {version}"
     return lines
 
 
