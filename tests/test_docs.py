@@ -28,7 +28,15 @@ BUILT_FROM_DATA = {"--time_scale", "--quantization", "--output_dir", "--max_len"
 """Flags without a value of their own, whose default the pages state in words."""
 
 OTHERS = {
-    *("--help", "--config_file", "--num_processes", "--user", "--ask-password", "--dist"),
+    *(
+        "--help",
+        "--config_file",
+        "--num_processes",
+        "--user",
+        "--ask-password",
+        "--dist",
+        "--approve",
+    ),
     *("--local-dir", "--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile"),
 }
 """The flag of every parser, and those of accelerate, wget, pytest, hf, vLLM and llama.cpp."""
