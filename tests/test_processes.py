@@ -1,97 +1,150 @@
-"""Several processes: two that share each step must do what one does alone."""
+"""Two processes: they do what one does alone, the first one writes, and none outlives the other."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from faults import launch, result_of
+import medgemma_trainer as trainer
+from conftest import quicken, sign_table
+from faults import result_of
+from medgemma_clinical import distributed
+from medgemma_clinical.models.trajectory_llm import LLMWriter
+from medgemma_clinical.provenance import ROOT
 
-KEEPS = """  # the gradients of the first step
-clip = trainer.clip_grad_norm_
-def keep(parameters, norm):
-    path = pathlib.Path({folder!r}, os.environ.get("WORLD_SIZE", "1") + ".pt")
-    if os.environ.get("RANK", "0") == "0" and not path.exists():
-        torch.save([p.grad for p in parameters], path)
-    return clip(parameters, norm)
-trainer.clip_grad_norm_ = keep
-"""
-DIES = """
-step = trainer.step
-def die(state, *rest):
-    if state.progress.steps == 5 and os.environ["RANK"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(state, *rest)
-trainer.step = die
-"""
-FAILS = """
-from medgemma_clinical.models.trajectory_llm import LLMClassifier
-trained, forward = [], LLMClassifier.forward
-def fail(model, batch):
-    output = forward(model, batch)
-    trained.append(model.training)
-    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
-    bad = last and model.training and sum(trained) == 3
-    return output._replace(loss=output.loss + float("nan")) if bad else output
-LLMClassifier.forward = fail
-"""
-"""The loss of the third pass that trains is NaN in the last process alone, its gradient is not."""
-TINY = "--model_name tiny --lora_dropout 0"
-STAGES = {
-    "trajectory": "--trajectory_only --trajectory_epochs 2",
-    "classification": f"--mode classification --epochs 2 --gradient_accumulation 2 {TINY}",
-    "generative": f"--mode generative --epochs 1 --gradient_checkpointing {TINY}",
-}
+SHARED = "--model_name tiny --epochs 2 --log_file none"
+DROPPED = f"{SHARED} --mode classification --batch_size 4 --lora_dropout 0.3 --save_every 1"
+WATCHED = f"{SHARED} --mode generative --lora_dropout 0 --gradient_accumulation 2 --members 2"
 
 
-def words_for(data, batch, folder, flags):
-    words = f"--data_path {data} --batch_size {batch} --output_dir {folder} {flags} --members 2"
-    return f"{words} --log_file none".split()
+def watch(folder, patch):
+    """Keep the first step's gradients; the third pass of the last process has a loss of NaN."""
+    clip, forward, trained = trainer.clip_grad_norm_, LLMWriter.forward, []
+    rank, processes = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+    def keep(parameters, norm):
+        path = Path(folder, f"{processes}.pt")
+        if rank == 0 and not path.exists():
+            torch.save([p.grad for p in parameters], path)
+        return clip(parameters, norm)
+
+    def fail(model, batch):
+        output = forward(model, batch)
+        trained.append(model.training)
+        bad = rank == processes - 1 and model.training and sum(trained) == 3
+        return output._replace(loss=output.loss + float("nan")) if bad else output
+
+    patch.setattr(trainer, "clip_grad_norm_", keep)
+    patch.setattr(LLMWriter, "forward", fail)
 
 
-def run(processes, words, folder, before=""):
-    """Run the program in so many processes; return what they printed."""
-    program = launch(processes, words, folder, before)
-    out, error = program.communicate(timeout=300)
-    assert program.returncode == 0, error[-9000:]  # the cause stands above what the launcher says
-    return out
+def die(patch):
+    """Kill the process that writes, in the second epoch."""
+    step = trainer.step
+
+    def killed(state, *rest):
+        if state.progress.steps == 7 and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(state, *rest)
+
+    patch.setattr(trainer, "step", killed)
 
 
-def read(path):
-    """Return a table but for its times."""
-    table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
-    return table.drop(columns="seconds", errors="ignore")
+def fork(folder, *runs, prepare=lambda patch: None):
+    """Do runs one after the other in two processes without a launcher; return codes and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children, paths = [], [folder / f"{rank}.txt" for rank in range(2)]
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            codes = [99]
+            try:
+                own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+                os.environ |= {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                sys.stderr = paths[rank].open("w", buffering=1)
+                AcceleratorState._reset_state(reset_partial_state=True)
+                distributed.processes.cache_clear()
+                prepare(pytest.MonkeyPatch())
+                codes = [trainer.main(words) for words in runs]
+            finally:
+                os._exit(max(codes))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return codes, [path.read_text() for path in paths]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_equal_one(stage, dka_file, tmp_path):
-    """With ``FAILS`` both leave the step out, as one process does."""
-    before = FAILS if stage == "classification" else ""
-    folders = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
-    for processes, folder in folders.items():
-        words = words_for(dka_file, 8 // processes, folder, STAGES[stage])
-        out = run(processes, words, tmp_path, KEEPS.format(folder=str(tmp_path)) + before)
-        assert f"processes: {processes}" in out
-        assert out.count("epoch 1/") == 1, "one of several processes speaks"
-    one, two = (torch.load(tmp_path / f"{k}.pt") for k in folders)
+def launch(folder, words):
+    """Let accelerate launch this file as the docs say; return what was printed."""
+    pages = "".join(path.read_text() for path in (ROOT / "medgemma_clinical/docs").glob("*.md"))
+    (shown,) = re.findall(r"^```yaml\n(.+?)^```", pages, re.MULTILINE | re.DOTALL)
+    (folder / "ddp.yaml").write_text(shown)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ddp.yaml"]
+    command += ["--num_processes", "2", "--main_process_port", "0", __file__, *words]
+    # A precision in accelerate's own configuration must not change the model's.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "bf16"}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 600}
+    done = subprocess.run(command, cwd=folder, check=False, **options)
+    assert done.returncode == 0, done.stderr[-9000:]  # the cause stands above the launcher's words
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def place(quick_results, tmp_path_factory):
+    """A folder with the data, and how a run of it begins."""
+    folder = tmp_path_factory.mktemp("processes")
+    table = sign_table(54, seed=3).assign(split=["train"] * 37 + ["val"] * 9 + ["test"] * 8)
+    table.to_csv(folder / "data.csv", index=False)
+    return folder
+
+
+def words_for(place, name, flags):
+    return f"{flags} --data_path {place}/data.csv --output_dir {place}/{name}".split()
+
+
+def test_a_run_of_which_a_process_died_resumes_to_the_same_result(place):
+    """Each process goes on with the random numbers of its own."""
+    broken, whole = (words_for(place, name, DROPPED) for name in ("broken", "whole"))
+    codes, errors = fork(place, broken, prepare=die)
+    assert codes == [-signal.SIGKILL, 3]
+    assert errors[1].count("\n") == errors[1].count("error: ") == 1, errors[1]
+    assert fork(place, [*broken, "--resume"], whole)[0] == [0, 0]
+    one, two = (result_of(place / name, "classification") for name in ("broken", "whole"))
+    assert one == two
+
+
+def test_two_processes_equal_one(place, monkeypatch):
+    """They skip the step together of which one has no loss."""
+    out = launch(place, words_for(place, "2", f"{WATCHED} --batch_size 4"))
+    assert out.count("epoch 1/") == 1, "one of several processes speaks"
+    watch(place, monkeypatch)
+    assert trainer.main(words_for(place, "1", f"{WATCHED} --batch_size 8")) == 0
+    one, two = (torch.load(place / f"{k}.pt") for k in (1, 2))
     assert any(gradient.abs().max() > 1e-3 for gradient in one)
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
-    names = ["history.jsonl", "predictions_val.csv", "predictions_test.csv"]
-    for name in [*names, *(["generations_test.jsonl"] if stage == "generative" else [])]:
-        one, two = (read(folder / stage / name) for folder in folders.values())
-        pd.testing.assert_frame_equal(two, one, rtol=1e-4, atol=2e-5)
-    assert read(folders[2] / stage / names[0])["skipped_steps"].sum() == int(before == FAILS)
+    one, two = (place / f"{k}" / "generative" for k in (1, 2))
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    for name in ("predictions_val.csv", "predictions_test.csv"):
+        tables = (pd.read_csv(folder / name) for folder in (two, one))
+        pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
+    for name in ("history.jsonl", "generations_test.jsonl"):
+        tables = [pd.read_json(folder / name, lines=True) for folder in (two, one)]
+        tables = [each.drop(columns="seconds", errors="ignore") for each in tables]
+        pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
+        assert "skipped_steps" not in tables[0] or tables[0]["skipped_steps"].sum() == 1
 
 
-def test_when_a_process_dies_the_other_ends_and_the_run_resumes(dka_file, tmp_path):
-    """The one that writes dies; each draws numbers of its own; ``faults.py`` kills at any time."""
-    flags = f"{STAGES['classification']} --save_every 2"
-    words = [*words_for(dka_file, 4, tmp_path / "run", flags), "--lora_dropout", "0.3"]
-    run(2, [*words, "--output_dir", str(tmp_path / "whole")], tmp_path)
-    broken = launch(2, words, tmp_path, DIES)
-    before, said, _ = broken.communicate(timeout=300)[1].partition("error: ")
-    assert broken.returncode != 0
-    assert said
-    assert 'File "' not in before, "a traceback"
-    run(2, [*words, "--resume"], tmp_path)
-    one, two = (result_of(tmp_path / name, "classification") for name in ("run", "whole"))
-    assert one == two
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    quicken(patch := pytest.MonkeyPatch())
+    watch(".", patch)
+    sys.exit(trainer.program())
