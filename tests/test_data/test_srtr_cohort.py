@@ -1,10 +1,12 @@
 """SRTR: who is in the cohort of a landmark, with which label, context and static features."""
 
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, TEXT_COLUMNS
+from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, ORGANS, TEXT_COLUMNS
 from medgemma_clinical.data.srtr.cohort import (
     CENSORED,
     TRANSPLANTED,
@@ -16,12 +18,11 @@ from medgemma_clinical.data.srtr.cohort import (
 )
 from medgemma_clinical.data.srtr.saf import BAD_DATE, find_table
 from medgemma_clinical.files import InputError
+from slow_srtr import DEATHS, decide_slowly
 from srtr_files import LISTED, candidate, history_row, removed, write_folder
 
-ENDED, ERRONEOUS = "ended by the landmark", "removed: listed or removed in error"
 LIVER = CohortDefinition("liver", 90, 90, "negative")
 KIDNEY = CohortDefinition("kidney", 365, 365, "negative")
-EXCLUDE = CohortDefinition("liver", 90, 90, "exclude")
 
 
 def table_of(*rows, lacking=()):
@@ -33,81 +34,48 @@ def table_of(*rows, lacking=()):
     return table.drop(columns=list(lacking))
 
 
-def verdict(row, definition=LIVER):
-    """Why a registration is left out, or its label."""
-    found = apply_criteria(table_of(row), definition).iloc[0]
-    return str(found["reason"]) or float(found["label"])
+CODES = [*range(4, 25), 40, 43, 45, 77, None, None, 8, 8, 13, 13]
+DATES = {"CAN_REM_DT": 0.7, "REC_TX_DT": 0.2, "CAN_ENDWLFU": 0.8, **dict.fromkeys(DEATHS, 0.1)}
+
+
+def random_registrations(rng, organ, landmark, horizon, rows=2000):
+    """Rows whose days are often at or beside the landmark and the end of the horizon."""
+    ends = [end + k for end in (landmark, landmark + horizon) for k in (-9, -1, 0, 1, 9)]
+    drawn = {
+        "PX_ID": range(rows),
+        "CAN_REM_CD": rng.choice(CODES, rows),
+        "CAN_SOURCE": rng.choice(["A", "R", "A", "R", "L"], rows),
+        "WL_ORG": rng.choice([*[organ] * 9, "KP", "IN", "PA"], rows),
+        "CAN_AGE_IN_MONTHS_AT_LISTING": rng.choice([215, *[216, 600, None] * 5], rows),
+    }
+    for name, share in DATES.items():
+        days = LISTED + rng.choice([*ends, -5, 1500], rows)
+        drawn[name] = np.where(rng.random(rows) < share, days, None)
+    return pd.DataFrame({**candidate(0), **drawn}).to_dict("records")
 
 
 @pytest.mark.parametrize(
-    ("within", "codes"),
+    ("organ", "landmark", "horizon", "transplant"),
     [
-        (1.0, (8, 13)),
-        (0.0, (4, 14, 15, 18, 19, 21, 22, 23, 43, 45)),
-        (ERRONEOUS, (10, 11, 16)),
-        (CENSORED, (5, 6, 7, 9, 12, 17, 20, 24, 40, 77, None)),
+        ("liver", 90, 90, "negative"),
+        ("liver", 90, 90, "exclude"),
+        ("liver", 0, 1, "exclude"),
+        ("kidney", 365, 30, "negative"),
     ],
 )
-def test_what_a_removal_within_the_horizon_means(within, codes):
-    for code in codes:
-        assert verdict(removed(code, 120)) == within
-        assert verdict(removed(code, 181)) == (within if within == ERRONEOUS else 0.0)
-
-
-@pytest.mark.parametrize(("day", "result"), [(90, ENDED), (91, 1.0), (180, 1.0), (181, 0.0)])
-def test_the_horizon_is_open_at_the_landmark_and_closed_at_its_end(day, result):
-    assert verdict(removed(8, day)) == verdict(removed(13, day)) == result
-    followed = CENSORED if result == 1.0 else result
-    assert verdict(candidate(1, CAN_ENDWLFU=LISTED + day)) == followed
-
-
-@pytest.mark.parametrize("column", ["CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT"])
-def test_a_death_by_the_end_is_an_event_and_one_after_it_is_not(column):
-    for row in (removed(7, 120), removed(None, 120), candidate(1, CAN_ENDWLFU=LISTED + 120)):
-        for day, result in ((119, 1.0), (120, 1.0), (121, CENSORED), (1500, CENSORED)):
-            assert verdict({**row, column: LISTED + day}) == result
-    assert verdict(removed(4, 120, **{column: LISTED + 1500})) == 0.0
-    assert verdict(candidate(1, **{column: LISTED + 1500})) == 0.0
-
-
-UNFOLLOWED = {"CAN_REM_CD": 8, "CAN_REM_DT": None, "CAN_ENDWLFU": None}
-
-
-@pytest.mark.parametrize(
-    ("row", "result"),
-    [
-        # The event is on the day of death, not of the removal.
-        (removed(8, 120, CAN_DEATH_DT=LISTED + 80), ENDED),
-        (removed(8, 200, CAN_DEATH_DT=LISTED + 170), 1.0),
-        (candidate(1, CAN_DEATH_DT=LISTED + 120, **UNFOLLOWED), 1.0),
-        (candidate(1, CAN_DEATH_DT=LISTED + 80, **UNFOLLOWED), ENDED),
-        # A transplant ends the registration, a death on its day belongs to it.
-        (candidate(1, REC_TX_DT=LISTED + 120), 0.0),
-        (removed(None, 120, REC_TX_DT=LISTED + 120), 0.0),
-        (removed(8, 150, REC_TX_DT=LISTED + 120), 0.0),
-        (removed(8, 120, REC_TX_DT=LISTED + 120), 0.0),
-        (removed(8, 150, REC_TX_DT=LISTED + 80), ENDED),
-        (removed(13, 120, REC_TX_DT=LISTED + 150), 1.0),
-        *((removed(code, 120, CAN_DEATH_DT=LISTED + 120), 0.0) for code in (21, 23, 4)),
-        (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=216), 0.0),
-        (candidate(1, CAN_AGE_IN_MONTHS_AT_LISTING=None), 0.0),
-    ],
-)
-def test_the_end_of_a_registration_decides(row, result):
-    assert verdict(row) == result
-
-
-def test_landmark_horizon_and_transplants_follow_the_definition():
-    assert verdict(removed(8, 95), CohortDefinition("liver", 95, 90, "negative")) == ENDED
-    assert verdict(removed(8, 120), CohortDefinition("liver", 30, 100, "negative")) == 1.0
-    assert verdict(removed(8, 120), CohortDefinition("liver", 95, 10, "negative")) == 0.0
-    assert verdict(removed(21, 120), EXCLUDE) == TRANSPLANTED
-    assert verdict(removed(21, 181), EXCLUDE) == 0.0
-    rows = [removed(7, 120), removed(4, 120), removed(8, 120)]
-    labels = apply_criteria(table_of(*rows), EXCLUDE)["label"]
-    np.testing.assert_array_equal(labels, [np.nan, np.nan, 1.0])
-    for organ in ("KP", "PA", "PI"):
-        assert verdict(candidate(1, "kidney", WL_ORG=organ), KIDNEY) == "other organ"
+def test_apply_criteria_decides_as_a_slow_reading_of_each_registration(
+    organ, landmark, horizon, transplant
+):
+    rng = np.random.default_rng(landmark)
+    rows = random_registrations(rng, ORGANS[organ].code, landmark, horizon)
+    found = apply_criteria(table_of(*rows), CohortDefinition(organ, landmark, horizon, transplant))
+    history = pd.DataFrame({"PX_ID": range(len(rows)), "CANHX_BEGIN_DT": 0})
+    words = {"landmark": landmark, "horizon": horizon, "exclude": transplant == "exclude"}
+    expected = decide_slowly(pd.DataFrame(rows), history, organ, **words)
+    reason = found["reason"].astype(object)
+    assert found["label"].where(reason == "", reason).to_dict() == expected
+    assert found["label"][reason.isin([CENSORED, TRANSPLANTED])].isna().all()
+    assert min(Counter(expected.values()).values()) >= 10
 
 
 def read(folder, *cand):
