@@ -1,45 +1,24 @@
-"""Random series, files and arguments of DKA files, the same in every run. None gives a traceback.
-
-Hypothesis draws a generator for each example, not each choice: most of what it makes from single
-choices are near copies of the one before.
-"""
+"""Random series and files of the DKA format, read as another, slow reading reads them."""
 
 import csv
 import gzip
 import re
 from collections import Counter
 from functools import partial
+from random import Random
 
-import hypothesis.strategies as st
+import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, note, settings
-from hypothesis.configuration import set_hypothesis_home_dir
 
-import dataset_format
-from conftest import sign_table
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data import dka
 from medgemma_clinical.data.scoring import Findings
+from slow_dka import HOURS, UNITS, observations, read_slowly, union
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
 
 SECRET = "98765"
 """Stands in every cell that could hold it; no message may repeat what a patient's cell holds."""
-
-
-def fuzz(check, examples):
-    """Call a check with so many generators, the same in every run, and keep nothing on the disk."""
-    options = {"derandomize": True, "database": None, "deadline": None}
-    options["suppress_health_check"] = list(HealthCheck)
-    any_random = given(st.randoms(use_true_random=True))
-    settings(max_examples=examples, **options)(any_random(check))()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_folder_in_the_checkout(tmp_path_factory):
-    set_hypothesis_home_dir(tmp_path_factory.mktemp("hypothesis"))  # caches, even without database
-    yield
-    set_hypothesis_home_dir(None)
-
 
 # --------------------------------------------------------------------------- series
 
@@ -51,7 +30,7 @@ MANTISSAS = ["0", "7", "24", "007", "3.", "3.50", ".5", "9007199254740993", "179
 EXACT = ["0.1000000000000000055511151231257827", "2.2250738585072011", "4.35", "8.41"]
 EXPONENTS = ["", "", "", "e0", "E2", "e+3", "e-05", "e16", "e-310", "E-400"]
 EDGES = ["3.4028234663852886e38", "3.4028235e38", "-1e39", "1e999", "1000000.0000000002", "-1e6"]
-HOURS = ["0", "0.0", "-0", "1", "1.0", "1e0", "2.5", "24", "-5", "72", "1e6", "1e-7", "720"]
+TIMES = ["0", "0.0", "-0", "1", "1.0", "1e0", "2.5", "24", "-5", "72", "1e6", "1e-7", "720"]
 
 
 def piece(rng):
@@ -63,7 +42,7 @@ def piece(rng):
             rng.choice(MANTISSAS + EXACT) + rng.choice(EXPONENTS),
         ]
     )
-    hours = rng.choice([rng.choice(HOURS), repr(rng.uniform(-1e6, 1e6)), f"{rng.gauss(0, 99):.1f}"])
+    hours = rng.choice([rng.choice(TIMES), repr(rng.uniform(-1e6, 1e6)), f"{rng.gauss(0, 99):.1f}"])
     unit = rng.choice(["h", "h", "h", "H", *UNITS, "Hours"])
     around = ["", " ", "", "", "", " "]
     if rng.random() < 0.5:
@@ -83,70 +62,38 @@ def series_text(rng):
     return text
 
 
-def reference_number(text):
-    """Read a sign, digits with a point among them, an exponent; None for all else."""
-    mantissa, letter, exponent = text.replace("E", "e").partition("e")
-    mantissa, exponent = (part[part[:1] in ("+", "-") :] for part in (mantissa, exponent))
-    digits = mantissa.replace(".", "", 1)
-    if not digits or set(digits + exponent) - set("0123456789"):
-        return None
-    return float(text) if exponent or not letter else None
+EXAMPLES = ["24 (2150-01-01)", "24 (10:30)", "24 (0)", "24 (30min)", "24 (2 days)", "24,5 (0h)"]
+EXAMPLES += ["24 (0h) 20 (2h)", "24 (0h) ->", "-> 24 (0h)", "24 (0 hos)", "24 (0h)\0", "9" * 20_000]
 
 
-UNITS = ("h", "hr", "hrs", "hour", "hours")
-
-
-def reference(text):
-    """Read (hours, value) by time, the latest 20; None where the contract refuses the text."""
-    pairs = []
-    for part in text.replace("\u2192", "->").split("->"):
-        value, _, rest = part.partition("(")
-        inner, bracket, behind = rest.partition(")")
-        time, letter, more = inner.lower().partition("h")
-        number, hour = reference_number(value.strip()), reference_number(time.strip())
-        if not bracket or behind.strip() or (letter + more).strip() not in UNITS:
-            return None
-        if number is None or hour is None:
-            return None
-        if abs(number) > 3.4028234663852886e38 or abs(hour) > 1e6:
-            return None
-        pairs.append((hour, number))
-    return sorted(pairs, key=lambda pair: pair[0])[-20:]
-
-
-def bits(pairs):
+def bits(numbers):
     """Write numbers so that only the same floats, the sign of zero included, are equal."""
-    return [(time.hex(), value.hex()) for time, value in pairs]
+    return [None if x is None or x != x else float(x).hex() for x in numbers]
 
 
-def test_the_parser_agrees_with_a_plain_one_on_random_texts(tmp_path, monkeypatch):
-    seen = {}
-    path = tmp_path / "data.csv"
-
-    def agree(rng):
-        monkeypatch.setattr(dka, "BLOCK_ROWS", rng.choice([7, 1000]))
-        texts = [series_text(rng) for _ in range(60)]
-        expected = {text: reference(text) for text in texts}
-        seen.update({text: pairs is not None for text, pairs in expected.items()})
-        good, bad = ([text for text in texts if seen[text] is wanted] for wanted in (True, False))
-        findings = Findings("texts", strict=False)  # refuses rows, not the table
-        mixed = MIMICtrajectoryDataset(table_of(texts), findings=findings)
-        assert [texts[row] for row in sorted(findings.problems)] == bad
-        with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([(SERIES, LABEL), *((text, 0) for text in good)])
-        for dataset in (mixed, dataset_of(good), MIMICtrajectoryDataset(path)):
-            assert len(dataset) == len(good)
-            for i, text in enumerate(good):
-                found = list(zip(*one_series(dataset, i), strict=True))
-                assert bits(found) == bits(expected[text] or []), repr(text)
-        for text in bad[::3]:
-            with pytest.raises(InputError, match=f"row 0, column {SERIES}: ") as caught:
-                dataset_of([text])
-            assert len(text) < 5 or text not in str(caught.value)
-
-    fuzz(agree, 6)
-    assert len(seen) >= 250
-    assert min(Counter(seen.values()).values()) >= 80
+@pytest.mark.parametrize("seed", range(6))
+def test_the_parser_reads_random_texts_as_a_plain_one(seed, tmp_path, monkeypatch):
+    rng, path = Random(seed), tmp_path / "data.csv"
+    monkeypatch.setattr(dka, "BLOCK_ROWS", rng.choice([7, 1000]))
+    texts = [*EXAMPLES, *(series_text(rng) for _ in range(60))]
+    found = {text: observations(text) for text in texts}
+    good, bad = ([text for text in texts if (found[text] is None) is no] for no in (False, True))
+    assert min(len(good), len(bad)) > 15
+    findings = Findings("texts", strict=False)  # refuses rows, not the table
+    mixed = MIMICtrajectoryDataset(table_of(texts), findings=findings)
+    assert [texts[row] for row in sorted(findings.problems)] == bad
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([(SERIES, LABEL), *((text, 0) for text in good)])
+    for dataset in (mixed, dataset_of(good), MIMICtrajectoryDataset(path)):
+        assert len(dataset) == len(good)
+        for i, text in enumerate(good):
+            times, values = map(bits, one_series(dataset, i))
+            expected = union([found[text]], 20)
+            assert [times, values] == [bits(x) for x in zip(*expected, strict=True)], repr(text)
+    for text in bad[::3]:
+        with pytest.raises(InputError, match=f"row 0, column {SERIES}: ") as caught:
+            dataset_of([text])
+        assert len(text) < 5 or text not in str(caught.value)
 
 
 # --------------------------------------------------------------------------- files
@@ -155,18 +102,28 @@ UREA = "trajectory_urea\nnitrogen [mg/dL]"
 """A further series; a spreadsheet breaks long headings into lines."""
 
 PATIENTS = [f"{SECRET} {name}" for name in ("007", "NA", "Müller, Jörg", 'so "called"', "\u4e2d")]
+PATIENTS += ["1", "01.0", "00", " 1.00 ", "1.5"]
 CONTEXTS = ["", f"54-year-old {SECRET}, man", f'"{SECRET}"\r\n{SECRET}', f" {SECRET}\t"]
 CELLS = {
     SERIES: [f"{SECRET}.{abs(k)} (0h) -> -{SECRET} ({k}h)" for k in range(-9, 9)],
     UREA: ["", f"{SECRET}(0h)", f" {SECRET}\u00a0(2h) ->\n +{SECRET}e1 (-1.5h) "],
-    LABEL: ["0", "1", "1", "0", "1.0", " 0 "],
+    LABEL: ["0", "1", "1", "0", "1.0", " 0 ", "True", "FALSE"],
     "subject_id": PATIENTS,
     "id": [*PATIENTS, "", *map(str, range(20))],
     "clinical_context": CONTEXTS,
     "split": ["train"] * 30 + ["Train", "val", " test"],
+    HOURS: ["", "8", "9.5 ", "1e3"],
+    "static_x [kg]": ["", " 2.5 ", "-1e2", "0"],
+    "static_y": ["1", "TRUE", "false", ""],
     "note": ["", f"{SECRET}, {SECRET}", "1"],
 }
-WRONG = ["", " ", *f"2 0.5 nan -1 \uff11 1e999 val {SECRET} \x00{SECRET}".split(" ")]
+WRONG = [
+    "",
+    " ",
+    "37,5",
+    "3.99",
+    *f"2 0.5 nan -1 \uff11 1e999 val {SECRET} \x00{SECRET}".split(" "),
+]
 WRONG += [f"{SECRET} {end}" for end in ("yes", "(0h) -> x", "(9e9h)", "(0h) ->", "(0h) (1h)")]
 WRONG += [f"{SECRET}e40 (0h)", f"{SECRET} (0h)\n-> inf (1h)"]
 PLACES = ["", "", "", "\n", "\n\n", '"",\n', "  \n"]
@@ -218,75 +175,76 @@ def write(rows, rng, comma=",", too_long=0.0):
     return (mark + text).encode(), kept, longer
 
 
-def wrong_places(rows):
-    """Find each cell that the README's table of columns does not allow."""
-    found, sides = set(), {}
-    for number, row in rows.items():
-        cells = {name: cell.strip() for name, cell in row.items()}
-        series = {name: cells[name] for name in (SERIES, UREA) if name in cells}
-        wrong = {name for name, text in series.items() if text and reference(text) is None}
-        wrong |= set() if any(series.values()) else {SERIES}
-        wrong |= set() if cells[LABEL] in ("0", "1", "1.0") else {LABEL}
-        patient = next((n for n in ("subject_id", "id") if n in cells), None)
-        wrong |= {patient} if patient and not cells[patient] else set()
-        if "split" in cells:
-            side = cells["split"].lower().replace("validation", "val")
-            name = cells[patient] if patient else str(number)
-            if side not in ("train", "val", "test") or sides.setdefault(name, side) != side:
-                wrong.add("split")
-        found |= {(number, name) for name in wrong}
+def content_of(dataset, chunk):
+    """All of a data set by the number of the row, as ``read_slowly`` gives it."""
+    found = {}
+    parts = [""] * len(dataset) if dataset.parts is None else dataset.parts.tolist()
+    hours = dataset.prediction_hours
+    for i, n in enumerate(dataset.numbers.tolist()):
+        rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
+        table = np.column_stack([dataset.times[rows], dataset.values[rows]])
+        label = None if np.isnan(dataset.labels[i]) else dataset.labels[i]
+        asked = [None] if hours is None else bits([hours[i]])
+        about = label, dataset.contexts[i], parts[i], asked, bits(dataset.static[i])
+        found[n] = (dataset.ids[i], dataset.groups[i], *about, [*map(bits, table)])
     return found
 
 
-def same_content(dataset, rows):
-    """Compare a data set with the rows that were written."""
-    known = [{name: cell.strip() for name, cell in row.items()} for row in rows.values()]
-    numbered = zip(map(str, rows), known, strict=True)
-    patients = [row.get("subject_id", row.get("id", number)) for number, row in numbered]
-    assert dataset.labels.tolist() == [float(row[LABEL]) for row in known]
-    assert dataset.groups.tolist() == patients
-    assert dataset.ids.tolist() == [
-        row.get("id", p) for row, p in zip(known, patients, strict=True)
-    ]
-    assert dataset.contexts.tolist() == [row.get("clinical_context", "") for row in known]
-    if "split" in known[0]:
-        assert dataset.parts.tolist() == [row["split"].lower() for row in known]
-    else:
-        assert dataset.parts is None
-    columns = [name for name in (SERIES, UREA) if name in known[0]]
-    for i, row in enumerate(known):
-        found = {f: list(zip(t, v, strict=True)) for f, t, v in dataset.measured(i)}
-        for f, column in enumerate(columns):
-            assert bits(found.get(f, [])) == bits(reference(row[column]) if row[column] else [])
+def with_bits(content, chunk):
+    """The same of a slow reading; a chunk has no parts."""
+    return {
+        n: (*about, "" if chunk else part, bits([asked]), bits(static), [*map(bits, table)])
+        for n, (*about, part, asked, static, table) in content.items()
+    }
 
 
-def load(path):
-    """Read a file: the data set, or the one line that refuses it."""
+def source_of(rows, form, rng, folder):
+    """Write rows in a form; return what is read, its rows by number, those with too many cells."""
+    frame, numbered = pd.DataFrame(rows), dict(enumerate(rows))
+    if form in ("DataFrame", "chunk"):
+        named = form == "DataFrame" and "subject_id" in frame
+        return frame.set_index("subject_id") if named else frame, numbered, set()
+    path = folder / f"data.{form}"
+    if form == "parquet":
+        frame.to_parquet(path)
+        return path, numbered, set()
+    content, numbered, longer = write(rows, rng, too_long=0.01)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path, numbered, longer
+
+
+def load(source, **options):
+    """Read a source: the data set, or the one line that refuses it."""
     try:
-        return MIMICtrajectoryDataset(path)
+        return MIMICtrajectoryDataset(source, **options)
     except InputError as error:
         message = str(error)
     assert len(message.splitlines()) == 1
-    assert message.startswith(str(path))
     assert SECRET not in message
-    return message.removeprefix(str(path))
+    name = "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
+    assert message.startswith(name)
+    return message.removeprefix(name)
 
 
-def test_a_file_loads_with_what_it_holds_or_names_the_place(tmp_path, monkeypatch):
-    seen, read = Counter(), dka.read_tables
-
-    def load_or_name(rng):
-        content, rows, longer = write(known_rows(rng, wrong=rng.random() < 0.5), rng, too_long=0.01)
-        note(repr(content))
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "CSV", "parquet", "DataFrame", "chunk"])
+def test_a_table_loads_with_what_it_holds_or_names_the_place(form, tmp_path, monkeypatch):
+    seen, read, chunk = Counter(), dka.read_tables, form == "chunk"
+    for seed in range(20):
+        rng = Random(f"{form} {seed}")
+        made = known_rows(rng, wrong=rng.random() < 0.5)
+        source, rows, longer = source_of(made, form, rng, tmp_path)
         monkeypatch.setattr(dka, "read_tables", partial(read, max_rows=rng.choice([1, 3, 1000])))
-        path = tmp_path / rng.choice(["data.csv", "data.csv.gz", "DATA.CSV"])
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-        wrong = wrong_places(rows)
-        found = load(path)
+        most, findings = rng.choice([None, 1, 3]), Findings("chunk", strict=False)
+        options = {"findings": findings, "require_labels": False} if chunk else {}
+        series = [name for name in made[0] if name == UREA]  # the main one first
+        series.insert(0, SERIES)
+        content, wrong = read_slowly(rows, series, most or (20, 64)[len(series) > 1], chunk=chunk)
+        found = load(source, max_len=most, **options)
         seen[type(found).__name__] += 1
         if isinstance(found, MIMICtrajectoryDataset):
-            assert not wrong | longer
-            same_content(found, rows)
+            assert not longer | wrong or chunk
+            assert {*findings.problems} == {n for n, _ in wrong} or not chunk
+            assert content_of(found, chunk) == with_bits(content, chunk)
         elif not rows:
             assert found.startswith(": no rows below the header")
         else:
@@ -294,15 +252,14 @@ def test_a_file_loads_with_what_it_holds_or_names_the_place(tmp_path, monkeypatc
             assert place, found
             shown = {(str(n), name.replace("\n", "\\n")) for n, name in wrong}
             assert place.groups() in shown | {(str(n), None) for n in longer}, found
-
-    fuzz(load_or_name, 60)
-    assert min(seen.values()) >= 15, seen
+    assert min(seen.values()) >= 5, seen
+    assert len(seen) == 2 - chunk
 
 
 def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path):
     seen = Counter()
-
-    def refuse(rng):
+    for seed in range(80):
+        rng = Random(seed)
         rows = known_rows(rng, wrong=False)
         comma, longer = rng.choice([(",", 0), (",", 0), (",", 1), (";", 0)])
         content = bytearray(write(rows, rng, comma, longer)[0])
@@ -310,70 +267,14 @@ def test_a_damaged_file_is_refused_in_one_line_or_still_has_its_content(tmp_path
         if packed:
             content = bytearray(gzip.compress(content, mtime=0))
         sound = comma == "," and not longer
-        for _ in range(sound * rng.randint(1, 2)):
+        for _ in range(sound * rng.randint(0, 2)):
             new = rng.choice([*b'",\r\n\0 ;(h)->09', rng.randint(0, 255)])
             content[rng.randint(len(content) // 2, len(content) - 1)] = new
-        del content[
-            rng.randint(0, len(content)) if sound and rng.random() < 0.5 else len(content) :
-        ]
-        note(repr(content))
+        end = rng.randint(0, len(content)) if sound and rng.random() < 0.5 else len(content)
         path = tmp_path / ("data.csv.gz" if rng.random() < 0.1 or packed else "data.csv")
-        path.write_bytes(content)
+        path.write_bytes(content[:end])
         found = load(path)
-        seen[type(found).__name__] += 1
-        assert sound or isinstance(found, str), found
-
-    fuzz(refuse, 100)
-    assert len(seen) == 2, seen
-
-
-# --------------------------------------------------------------------------- check
-
-PATHS = ["good.csv", "several.csv", "wrong.csv", "empty.csv", "missing.csv", "folder", ".", "", " "]
-PATHS += ["two\nlines.csv", "\x1b[31m", "x" * 300, "\u4e2d.csv"]
-FLAGS = {
-    "--series": [
-        "urea",
-        "anion gap",
-        "Urea,anion_gap",
-        "urea,urea",
-        "kalium",
-        ",",
-        "a\nb",
-        "\u2028",
-    ],
-    "--max_len": ["1", "3", " 4 ", "1_0", "0", "-1", "nan", "1e3", "\uff11", "9" * 400, "9" * 5000],
-}
-ODD_WORDS = ["--", "-", "-x", "", "--no_such_flag", "a b", "--help", "%s"]
-
-
-def test_the_check_of_any_arguments_ends_without_a_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "wrong.csv").write_text(f"{SERIES},{LABEL}\n{SECRET},0\n")
-    table = sign_table(60, seed=1)
-    table.to_csv("good.csv", index=False)
-    table.assign(trajectory_urea=["5 (1h)", ""] * 30).to_csv("several.csv", index=False)
-    seen = Counter()
-
-    def speak(rng):
-        words = ["check", rng.choice(PATHS) if rng.random() < 0.5 else rng.choice(PATHS[:2])]
-        for flag in rng.choices(list(FLAGS), k=rng.choice([0, 0, 1, 1, 2])):
-            words += [flag, rng.choice(FLAGS[flag] if rng.random() < 0.9 else PATHS)]
-        if rng.random() < 0.1:
-            words[rng.randrange(len(words))] = rng.choice(ODD_WORDS)
-        note(repr(words))
-        try:
-            end = str(dataset_format.main(words))
-        except SystemExit as stop:
-            end = f"parser {stop.code}"
-        output = capsys.readouterr()
-        assert end in ("0", "2", "parser 0", "parser 2")
-        assert SECRET not in output.out + output.err
-        if end == "2":
-            assert re.fullmatch(r"error: .+\n", output.err)
-        seen[end] += 1
-
-    fuzz(speak, 60)
-    assert min(seen[end] for end in ("0", "2", "parser 2")) >= 3, seen
+        seen[type(found)] += 1
+        assert isinstance(found, str) or sound, seed
+    assert min(seen.values()) >= 5
+    assert len(seen) == 2

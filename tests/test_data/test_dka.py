@@ -40,10 +40,6 @@ def write_table(table, path):
     return path
 
 
-def joined(source, max_rows=100):
-    return pd.concat([chunk for chunk, _ in read_tables(source, max_rows)])
-
-
 def assert_refused(source, place, **options):
     """Return the message of the refusal, which names the place."""
     with pytest.raises(InputError, match=place) as caught:
@@ -59,34 +55,29 @@ def numbered(count):
 
 
 @pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
-@pytest.mark.parametrize(("max_rows", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (10, [7])])
-def test_chunks_join_to_the_whole_file(max_rows, sizes, ending, tmp_path):
+def test_read_tables__chunks_join_to_the_whole_file(ending, tmp_path):
     path = write_table(numbered(7), tmp_path / f"data.{ending}")
-    chunks, read = zip(*read_tables(path, max_rows), strict=True)
-    assert [len(chunk) for chunk in chunks] == sizes
-    whole, first = pd.concat(chunks), 0 if ending == "parquet" else 2
-    assert whole.index.tolist() == list(range(first, first + 7))
-    assert text_of(whole, "name").tolist() == [f"n{k}" for k in range(7)]
-    assert text_of(whole, "value").tolist() == [str(k) for k in range(7)]
-    assert list(read) == sorted(read)
-    assert read[-1] == path.stat().st_size
+    for max_rows, sizes in ((3, [3, 3, 1]), (7, [7])):
+        chunks, read = zip(*read_tables(path, max_rows), strict=True)
+        assert [len(chunk) for chunk in chunks] == sizes
+        whole, first = pd.concat(chunks), 0 if ending == "parquet" else 2
+        assert whole.index.tolist() == list(range(first, first + 7))
+        assert text_of(whole, "name").tolist() == numbered(7)["name"].tolist()
+        assert list(read) == sorted(read)
+        assert read[-1] == path.stat().st_size
 
 
 PLAIN = b'a,b\n1,"x, y"\n3,4\n'
-GZIP = gzip.compress(PLAIN * 1_000)
+GZIP = gzip.compress(PLAIN * 50)
 FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
 BAD_TABLES = {  # content and what the message names beside the file
     "a field too many in the first row": (b"a,b\n1,2,98765\n3,4\n", "row 2: 3 cells"),
     "a field too many in a late row": (PLAIN + b"1,2,98765\n5,6\n", "row 4: 3 cells"),
     "a field too few": (b"a,b\n1,\n\n3", "row 4: 1 cells"),
-    "a field too many behind line breaks": (b'a,b\r\n"1\r\n1",2\r\n3,4,5', "row 3: 3 cells"),
     "an open quote": (PLAIN + b'1,"98765\n3,4\n', "quotes"),
-    "an open quote at the end": (PLAIN + b'1,"98765', "quotes"),
     "a quote that swallows rows": (b'a,b\n1,"98765\n3,4\n5,"6"\n7,8\n', "quotes"),
-    "a quote that swallows a row": (b'a,b\n1,"98765\n3,4\n"5",6\n', "quotes"),
     "text behind a quote": (PLAIN + b'1,"2"98765\n', "quotes"),
     "semicolons": (PLAIN.replace(b",", b";"), "row 1: .*commas"),
-    "semicolons behind quotes": (b'"a";"b"\n"24,5";0\n', "row 1: .*commas"),
     "semicolons and decimal commas": (b"\na;b\n24,5;0\n", "row 2: .*commas"),
     "tabs": (PLAIN.replace(b",", b"\t"), "row 1: .*commas"),
     "empty": (b"\xef\xbb\xbf\n \r\n", "empty"),
@@ -94,7 +85,6 @@ BAD_TABLES = {  # content and what the message names beside the file
     "UTF-16": (PLAIN.decode().encode("utf-16"), "UTF-8"),
     "no gzip": (PLAIN, "gzip"),
     "a cut gzip": (GZIP[: len(GZIP) // 2], "gzip"),
-    "a gzip that lacks its end": (GZIP[:-1], "gzip"),
     "a flipped gzip": (FLIPPED, "gzip"),
     "no Parquet": (PLAIN, "Parquet"),
 }
@@ -106,7 +96,7 @@ def test_a_damaged_file_is_refused_by_name(name, tmp_path):
     ending = "csv.gz" if "gzip" in name else "parquet" if "Parquet" in name else "csv"
     path = tmp_path / f"bad.{ending}"
     path.write_bytes(content)
-    for max_rows in (1, 2, 50_000):
+    for max_rows in (1, 50_000):
         with pytest.raises(InputError, match=f"^{re.escape(str(path))}(: |, ).*{place}") as caught:
             list(read_tables(path, max_rows))
         assert SECRET not in str(caught.value)
@@ -124,27 +114,7 @@ def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
     assert_refused(path, "pip install pyarrow")
 
 
-def test_texts_of_parquet_are_those_that_were_written(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    columns = {
-        "same": (pyarrow.array(["x"] * 3_000).dictionary_encode(), ["x"] * 4),
-        "few": ([None, "", "a", "\u00e9 b"] * 750, ["", "", "a", "\u00e9 b"]),
-        "whole": ([1, None, 3] * 1_000, ["1", "", "3", "1"]),
-        "real": ([0.5, None, 2.0] * 1_000, ["0.5", "", "2", "0.5"]),
-        "a.b": ([True, False] * 1_500, ["True", "False"] * 2),
-    }
-    path, table = tmp_path / "data.parquet", {name: cells for name, (cells, _) in columns.items()}
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table["not read"] = [[1, 2], None] * 1_500
-    parquet.write_table(pyarrow.table(table), path, row_group_size=1_100)
-    for max_rows in (7, 10_000):
-        read = joined(path, max_rows)
-        assert read.index.tolist() == list(range(3_000))
-        for name, (_, expected) in columns.items():
-            assert text_of(read, name).tolist()[:4] == expected, name
-
-
-def test_cells_of_any_type_are_text():
+def test_cells_of_any_type_are_text(tmp_path):
     columns = {
         "float": ([1.0, np.nan, 2.5], ["1", "", "2.5"]),
         "large": ([2.0**60, 1e300, -3.0], [str(2.0**60), "1e+300", "-3"]),
@@ -155,8 +125,12 @@ def test_cells_of_any_type_are_text():
         "text": ([" 1.0 ", None, "NA"], ["1.0", "", "NA"]),
     }
     table = pd.DataFrame({name: cells for name, (cells, _) in columns.items()})
-    for name, (_, expected) in columns.items():
-        assert text_of(table, name).tolist() == expected, name
+    table["not read"] = [[1, 2], None, None]
+    table.to_parquet(tmp_path / "data.parquet", row_group_size=2)
+    for source in (table, tmp_path / "data.parquet"):
+        read = pd.concat([chunk for chunk, _ in read_tables(source, 2)])
+        for name, (_, expected) in columns.items():
+            assert text_of(read, name).tolist() == expected, name
 
 
 def test_a_named_index_is_a_column_unless_the_table_has_it():
@@ -166,18 +140,6 @@ def test_a_named_index_is_a_column_unless_the_table_has_it():
         plain = plain_table(each)
         assert list(plain) == ["name", "value"]
         assert plain.index.tolist() == list(range(len(each)))
-
-
-def test_a_number_is_one_patient_however_it_is_written(tmp_path):
-    cells = ["1", "1.0", "01", " 1.00 ", "0", "000", "1.5", "1e3", "P01", "-1", "NA", "10"]
-    table = table_of(["1 (0h)"] * len(cells), subject_id=cells)
-    renamed = table.rename(columns={"subject_id": "id"})
-    for source in (table, write_table(table, tmp_path / "data.csv"), renamed):
-        dataset = MIMICtrajectoryDataset(source)
-        assert dataset.groups.tolist() == ["1"] * 4 + ["0"] * 2 + cells[6:]
-        assert dataset.ids.tolist() == [cell.strip() for cell in cells]
-    assert dataset_of(["1 (0h)"] * 3, subject_id=[7.0, 8.0, 2.5]).ids.tolist() == ["7", "8", "2.5"]
-    assert_refused(table.assign(split=["train", "val"] + ["train"] * 10), "row 1, column split")
 
 
 # --------------------------------------------------------------------------- description
@@ -361,6 +323,15 @@ def test_a_series_column_that_cannot_be_read_is_refused(name):
     assert_refused(table_of(["1 (0h)"], **{name: ["1 (0h)"]}), "column [tT]rajectory.*: ")
 
 
+def test_a_static_feature_is_a_column_of_the_rows_and_no_label():
+    columns = {"static_b": [1.5], "static_a [u]": [True]}
+    dataset, other = (dataset_of(["1 (0h)"], **columns, **more) for more in ({}, {"static_c": 1}))
+    assert dataset.static_names == ("static_b", "static_a [u]")
+    assert other.fingerprint() != dataset.fingerprint()
+    table = table_of(["1 (0h)"], static_b=[1])
+    assert_refused(table, "column static_b: ", label_column="static_b")
+
+
 def test_series_are_found_by_their_columns_and_chosen_by_name():
     columns = [LABEL, "trajectory_Blood_urea [ mg/dL ]", SERIES, "trajectory_x  y [1]"]
     table = pd.DataFrame(columns=columns)
@@ -373,52 +344,6 @@ def test_series_are_found_by_their_columns_and_chosen_by_name():
     for wrong in (["lactate"], ["x y", "X Y"], []):
         with pytest.raises(InputError, match="--series"):
             find_features(table, Description(), wrong, "")
-
-
-# --------------------------------------------------------------------------- cells
-
-
-BAD_SERIES = ["24 (2150-01-01)", "24 (10:30)", "24 (0)", "24 (30min)", "24 (2 days)", "24,5 (0h)"]
-BAD_SERIES += ["24 (0h) 20 (2h)", "24 (0h) ->", "-> 24 (0h)", "nan (0h)", "inf (0h)", "24 (0 hos)"]
-BAD_SERIES += ["1e999 (0h)", "1 (-1e999h)", "1 (1700000000h)", "24 (0h)\0", "9" * 20_000]
-BAD_CELLS = {
-    "trajectory_x": BAD_SERIES,
-    "static_x [kg]": ["x", "37,5", "nan", "inf", "1 2", "1e99", "\uff11"],
-    "prediction_hours": ["3.99", "x", "2e6", "nan"],  # a series ends at 4 h
-}
-
-
-@pytest.mark.parametrize("name", BAD_CELLS)
-def test_an_unreadable_cell_is_refused_by_its_place_or_noted(name):
-    for cell in BAD_CELLS[name]:
-        columns = {"trajectory_x": "1 (4h) -> 2 (1h)", "static_y": [1, 2, 3, 4, 5]}
-        columns[name] = ["", f"{SECRET}{cell}", "", cell, ""]
-        table = table_of(["1 (0h) -> 2 (4h)"] * 5, **columns)
-        row = 3 if cell == "3.99" else 1
-        place = rf"^DataFrame, row {row}, column {re.escape(name)}: "
-        for max_len in (1, 20):
-            assert SECRET not in assert_refused(table, place, max_len=max_len)
-        if name == "trajectory_x":
-            assert_refused(table, f"{place}.*2 cells.*row 3")
-        findings = Findings("x", strict=False)
-        dataset = MIMICtrajectoryDataset(table, findings=findings)
-        assert [*findings.problems] == [1, 3][row // 3 :], cell
-        assert dataset.numbers.tolist() == [0, *([1] if row == 3 else []), 2, 4]
-
-
-def test_static_features_are_columns_of_numbers():
-    columns = {
-        "static_b": [" 2.5 ", "", "-1e2"],
-        "static_a [u]": pd.array([True, None, False], dtype="boolean"),
-        "static_c": ["TRUE", "", "0"],
-    }
-    dataset = dataset_of(["1 (0h)"] * 3, **columns)
-    assert dataset.static_names == ("static_b", "static_a [u]", "static_c")
-    np.testing.assert_array_equal(dataset.static, [[2.5, 1, 1], [NAN] * 3, [-100, 0, 0]])
-    other = dataset_of(["1 (0h)"] * 3, **columns, static_d=columns["static_b"])
-    assert other.fingerprint() != dataset.fingerprint()
-    assert dataset_of(["1 (0h)"]).static.shape == (1, 0)
-    assert_refused(table_of(["1 (0h)"], static_b=[1]), "column static_b: ", label_column="static_b")
 
 
 # --------------------------------------------------------------------------- rows to score
@@ -462,7 +387,7 @@ def source_of(request, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 9])
+@pytest.mark.parametrize("max_rows", [1, 9])
 @pytest.mark.parametrize(
     ("inputs", "kept", "problems"),
     [
