@@ -77,7 +77,7 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
 
 
 def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
-    table = table_of(["1 (0h) -> 2 (1h)", "3 (0h)"], subject_id=["a", "b"])
+    table = table_of(["1 (0h) -> 2 (1h) -> 0 (1h)", "3 (0h)"], subject_id=["a", "b"])
     with caplog.at_level(logging.INFO):
         dataset = MIMICtrajectoryDataset(table, **dict.fromkeys(MIMICtrajectoryDataset.options))
     assert caplog.messages == []

@@ -1,12 +1,15 @@
-"""eICU in the form of MIMIC-IV: clock, units, values, diagnosis; leaks; forms of files."""
+"""eICU in the form of MIMIC-IV, read as a slow reading reads it; leaks."""
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from mimic_files import write_tables
+from medgemma_clinical.data.cohort import ESCALATED, OUTCOMES
+from mimic_files import GAP, Extracted, write_tables
+from slow_mimic import CHEMISTRY, COMPUTED, compare_with, read_slowly
 from table_requests import make_rows
 
 DEMO = Path(__file__).parents[1] / "data" / "eicu_demo"
@@ -16,185 +19,143 @@ KETOACIDOSIS = "admission diagnosis|All Diagnosis|Non-operative|Diagnosis|Metabo
 KETOACIDOSIS += "Diabetic ketoacidosis"
 
 
-class Mini:
-    """An eICU that grows by single rows; minutes are those since the hospital's admission."""
-
-    def __init__(self):
-        self.tables = {name: [] for name in NAMES}
-        self.begins = {}
-
-    def unit(self, stay, hospital, start=60, end=9 * DAY, **more):
-        """Add a stay in a unit; each hospital stay has a patient of its own unless given."""
-        row = {"patientunitstayid": stay, "patienthealthsystemstayid": hospital}
-        row |= {"uniquepid": f"001-{hospital}", "gender": "Female", "age": "50"}
-        row |= {"hospitaladmitoffset": -start, "hospitaldischargeoffset": 10 * DAY - start}
-        row |= {"hospitaldischargestatus": "Alive", "unittype": "MICU", "unitstaytype": "admit"}
-        row |= {"unitdischargeoffset": end - start}
-        self.tables["patient"].append(row | more)
-        self.begins[stay] = start
-        return self
-
-    def lab(self, stay, minute, value, name="anion gap", unit="", revised=None):
-        """Add a value; revised half an hour after it is drawn unless given."""
-        begin = self.begins[stay]
-        row = {"labname": name, "patientunitstayid": stay, "labresultoffset": minute - begin}
-        row |= {"labresultrevisedoffset": (minute + 30 if revised is None else revised) - begin}
-        self.tables["lab"].append(row | {"labresult": value, "labmeasurenamesystem": unit})
-        return self
-
-    def settling(self, stay, start=60):
-        """Add two open gaps within the window and a closed one after it: no event."""
-        return self.lab(stay, start, 20).lab(stay, start + 180, 18).lab(stay, start + 2 * DAY, 9)
-
-    def diagnosis(self, stay, minute, path=KETOACIDOSIS):
-        """Add APACHE's admission diagnosis, entered at a minute."""
-        offset = minute - self.begins[stay]
-        row = {"patientunitstayid": stay, "admitdxenteredoffset": offset}
-        self.tables["admissionDx"].append(row | {"admitdxpath": path})
-        return self
-
-    def write(self, folder):
-        if not self.tables["admissionDx"]:
-            self.diagnosis(min(self.begins), 0, "other")
-        return write_tables(
-            folder, {name: pd.DataFrame(rows) for name, rows in self.tables.items()}
-        )
-
-
 def read_demo():
     read = {"dtype": str, "keep_default_na": False}
     return {name: pd.read_csv(DEMO / f"{name}.csv.gz", **read) for name in NAMES}
 
 
-def made(folder, **request):
-    """Rows by hospital stay and their description, of the reported gap of all adults."""
+def made(folder, outcome=(ESCALATED,), **request):
+    """An extraction by hospital stay, of the reported gap of all adults unless requested."""
     wanted = {"cohort": "all", "compute_gap": "reported", "out": folder / "o.csv", **request}
-    rows, description = make_rows("from_eicu", eicu_dir=folder, **wanted)
-    return rows.set_index("hadm_id"), description
+    rows, description = make_rows("from_eicu", eicu_dir=folder, outcome=tuple(outcome), **wanted)
+    return Extracted(rows.set_index("hadm_id"), description)
 
 
-def removed(description):
-    return {rule["rule"]: rule["removed"] for rule in description["flow"] if rule["removed"]}
+# --------------------------------------------------------------------------- a slow reading
+
+ITEMS = {title.partition(" [")[0]: items[0] for title, items in CHEMISTRY.items()}
+ITEMS["BUN"] = ITEMS.pop("urea nitrogen")
+BASE = datetime(2000, 7, 1)
 
 
-# --------------------------------------------------------------------------- clock and values
+def minutes(number):
+    return timedelta(minutes=int(number))
 
 
-def two_units(first_ends=300, second_begins=300):
-    return Mini().unit(1, 9, 60, first_ends).unit(2, 9, second_begins)
+def as_mimic(tables):
+    """Write eICU's tables in the form of MIMIC-IV's, row by row."""
+    units = {}
+    for row in tables["patient"].to_dict("records"):
+        age = "90" if row["age"].startswith(">") else row["age"]
+        if row["hospitaldischargestatus"] and age:
+            units[row["patientunitstayid"]] = row | {"age": int(age)}
+    result = {name: [] for name in ("patients", "admissions", "diagnoses", "icu", "labs")}
+    youngest = {}
+    for row in units.values():
+        for key in (row["uniquepid"], row["patienthealthsystemstayid"]):
+            youngest[key] = min(row["age"], youngest.get(key, 99))
+    stays = {}
+    for row in units.values():
+        person, hospital = row["uniquepid"], row["patienthealthsystemstayid"]
+        years = youngest[hospital] - youngest[person]
+        row["begins"] = BASE.replace(year=2000 + years) - minutes(row["hospitaladmitoffset"])
+        leaves = row["begins"] + minutes(row["unitdischargeoffset"])
+        stays.setdefault((person, hospital), []).append(row)
+        if not row["unitstaytype"].startswith("stepdown"):
+            icu = {"hadm_id": hospital, "intime": f"{row['begins']}", "outtime": f"{leaves}"}
+            result["icu"].append(icu | {"first_careunit": row["unittype"]})
+    for (person, hospital), own in stays.items():
+        about = {"subject_id": person, "gender": own[0]["gender"][:1], "anchor_year": "2000"}
+        result["patients"].append(about | {"anchor_age": f"{youngest[person]}"})
+        ends = min(row["begins"] + minutes(row["hospitaldischargeoffset"]) for row in own)
+        row = {"subject_id": person, "hadm_id": hospital, "dischtime": f"{ends}", "deathtime": ""}
+        died = any(row["hospitaldischargestatus"] == "Expired" for row in own)
+        row |= {"hospital_expire_flag": "01"[died], "admittime": f"{min(r['begins'] for r in own)}"}
+        result["admissions"].append(row)
+    for row in tables["admissionDx"].to_dict("records"):
+        unit = units.get(row["patientunitstayid"])
+        if unit and row["admitdxpath"].endswith("|Diabetic ketoacidosis"):
+            entered = unit["begins"] + minutes(row["admitdxenteredoffset"])
+            code = {"icd_code": "E1010", "icd_version": "10", "entered": f"{entered}"}
+            result["diagnoses"].append({"hadm_id": unit["patienthealthsystemstayid"], **code})
+    found = {}
+    for row in tables["lab"].to_dict("records"):
+        unit, item = units.get(row["patientunitstayid"]), ITEMS.get(row["labname"])
+        if unit and item:
+            chart = unit["begins"] + minutes(row["labresultoffset"])
+            revised = row["labresultrevisedoffset"]
+            known = unit["begins"] + minutes(max(int(revised), 0)) if revised else datetime.max
+            drawn_in = "mEq/L" if item == GAP else row["labmeasurenamesystem"]
+            person, hospital = unit["uniquepid"], unit["patienthealthsystemstayid"]
+            key = (person, hospital, str(item), f"{chart}", row["labresult"], drawn_in)
+            found[key] = min(known, found.get(key, datetime.max))
+    names = ("subject_id", "hadm_id", "itemid", "charttime", "valuenum", "valueuom", "storetime")
+    for key, known in found.items():
+        stored = "" if known == datetime.max else f"{known}"
+        result["labs"].append(dict(zip(names, (*key, stored), strict=True)))
+    keys = ("hosp/patients", "hosp/admissions", "hosp/diagnoses_icd", "icu/icustays")
+    frames = [pd.DataFrame(rows).drop_duplicates() for rows in result.values()]
+    return dict(zip((*keys, "hosp/labevents"), frames, strict=True))
 
 
-def revised_or_not():
-    eicu = Mini().unit(1, 9).settling(1).lab(1, 300, 25, revised=13 * 60 + 1)
-    eicu.lab(1, 400, 26, revised=100).lab(1, 500, 27)
-    eicu.tables["lab"][-1]["labresultrevisedoffset"] = ""
-    return eicu
+LABS = {"anion gap": ((9, 12, 12.5, 20), ""), "pH": ((7.1,), "")}
+LABS |= dict.fromkeys(("glucose", "bedside glucose", "BUN"), ((251, 300), "mg/dL"))
+LABS |= dict.fromkeys(("bicarbonate", "HCO3", "Total CO2"), ((18, 20), "mmol/L"))
+LABS |= {"sodium": ((140, 131), "mmol/L"), "chloride": ((100,), "mmol/L")}
+PANELS = [["anion gap"], ["anion gap"], ["sodium", "chloride", "bicarbonate"], [*LABS][1:]]
+DRAWN = (-721, -60, 0, 0, 0, 60, 60, 180, 180, 719, 720, 721, 2 * DAY)
+AGES = ("17", "50", "50", "88", "89", "> 89", "")
 
 
-SERIES = {
-    "unit stays share the clock of their hospital stay": (
-        two_units().lab(1, 60, 20).lab(2, 360, 18).lab(2, 2 * DAY, 9),
-        "20 (0h) -> 18 (5h)",
-    ),
-    "a value of two unit stays counts once, known from the first on": (
-        two_units()
-        .settling(1)
-        .lab(2, 60, 21)
-        .lab(2, 60, 20, revised=300)
-        .lab(2, 240, 18, revised=999),
-        "20 (0h) -> 21 (0h) -> 18 (3h)",
-    ),
-    "known when revised and never before it is drawn": (
-        revised_or_not(),
-        "20 (0h) -> 18 (3h) -> 26 (5.67h)",
-    ),
-    "filed under a later unit stay, of which the value would tell": (
-        two_units(600, 2000).settling(1).lab(2, 700, 30),
-        "20 (0h) -> 18 (3h)",
-    ),
-}
+def random_eicu(rng):
+    """Hospital stays of one to three unit stays; on the grid of hours edges are often met."""
+    tables, people = {name: [] for name in NAMES}, rng.integers(0, 150, 240)
+    for hospital, person in enumerate(people, 1000):
+        about = {"patienthealthsystemstayid": hospital, "uniquepid": f"001-{person}"}
+        about |= {"age": rng.choice(AGES), "gender": ("Male", "Female")[person % 2]}
+        about["hospitaldischargestatus"] = rng.choice(["Alive", "Alive", "Alive", "Expired", ""])
+        begin = first = int(rng.choice([0, 60, 2 * DAY]))
+        leaves, begins = begin + int(rng.choice([700, 3 * DAY, 9 * DAY])), {}
+        for _ in range(rng.integers(1, 4)):
+            stay, ends = len(tables["patient"]), begin + int(rng.choice([240, 719, 720, 721, 5000]))
+            begins[stay] = begin
+            unit = {"unittype": rng.choice(["MICU", "Neuro ICU", "Med-Surg ICU"])}
+            unit["unitstaytype"] = rng.choice(["admit", "transfer", "admit", "stepdown/other"])
+            unit |= {"hospitaladmitoffset": -begin, "hospitaldischargeoffset": leaves - begin}
+            unit |= {"unitdischargeoffset": ends - begin, "patientunitstayid": stay}
+            tables["patient"].append({**about, **unit})
+            begin = ends + int(rng.choice([0, 600]))
+        path, entered = KETOACIDOSIS + rng.choice(["", "", "|not"]), rng.choice(DRAWN[2:])
+        row = {"patientunitstayid": stay, "admitdxenteredoffset": first + entered - begins[stay]}
+        tables["admissionDx"].append({**row, "admitdxpath": path})
+        for _ in range(rng.integers(1, 14)):
+            drawn, delay = first + rng.choice(DRAWN), rng.choice([None, -90, 30, 30, 30, 720, 999])
+            for name in PANELS[rng.integers(len(PANELS))]:
+                row = {"labname": name, "labresult": rng.choice(LABS[name][0])}
+                row["labmeasurenamesystem"] = LABS[name][1]
+                for stay in rng.choice([*begins], rng.integers(1, len(begins) + 1), replace=False):
+                    offset = drawn - begins[stay]
+                    row |= {"patientunitstayid": stay, "labresultoffset": offset}
+                    revised = "" if delay is None else offset + delay
+                    tables["lab"].append({**row, "labresultrevisedoffset": revised})
+                    delay = rng.choice([delay, 200])
+    return {name: pd.DataFrame(rows).astype(str) for name, rows in tables.items()}
 
 
-@pytest.mark.parametrize("name", SERIES)
-def test_which_values_make_a_series(name, tmp_path):
-    eicu, series = SERIES[name]
-    rows, _ = made(eicu.write(tmp_path))
-    assert rows["clinical_trajectory"].to_dict() == {9: series}
-    assert rows[["label_death", "label_unresolved"]].values.tolist() == [[0, 0]]
-
-
-def test_an_admission_begins_with_the_first_unit_stay(tmp_path):
-    """A value drawn before the first stay is known when the stay begins, for the window of 12 h."""
-    eicu = Mini().unit(1, 8, 2 * DAY).lab(1, 2 * DAY - 721, 20).unit(2, 9, 2 * DAY)
-    rows, description = made(eicu.settling(2, 2 * DAY - 719).write(tmp_path), min_observations=1)
-    assert rows["static_hours_since_admission [h]"].to_dict() == {9: 0}
-    rule = "no value of the series known within a window of the admission"
-    assert removed(description) == {rule: 1}
-
-
-def test_intensive_care_is_no_step_down_unit_and_ends_with_the_discharge_from_the_unit(tmp_path):
-    eicu = Mini().unit(1, 1, unitstaytype="stepdown/other").settling(1).unit(2, 1, 2 * DAY)
-    eicu.unit(3, 2, unittype="Neuro ICU").settling(3)
-    for stay, end in enumerate((13 * 60 - 1, 13 * 60, 13 * 60 + 1), 4):
-        eicu.unit(stay, stay, 60, end).settling(stay)
-    rows, _ = made(eicu.write(tmp_path))
-    assert rows["static_icu"].to_dict() == {1: 0, 2: 1, 4: 0, 5: 0, 6: 1}
-    assert rows["static_unit_neuro"].to_dict() == {1: 0, 2: 1, 4: 0, 5: 0, 6: 0}
-    assert rows["label_icu"].fillna(-1).tolist() == [1, -1, 0, 0, -1]
-
-
-def test_ages_and_sexes(tmp_path):
-    """Each hospital stay of a patient has its own age; only those above 89 are not known."""
-    eicu = Mini()
-    for stay, age in enumerate(("88", "> 89", "86", "", "> 89", "17", ""), 1):
-        patient = {"uniquepid": "002-1" if stay < 5 else f"002-{stay}", "age": age}
-        eicu.unit(stay, stay, gender="Male" if stay == 5 else "Female", **patient).settling(stay)
-    rows, description = made(eicu.write(tmp_path))
-    assert rows["subject_id"].tolist() == ["002-1"] * 3 + ["002-5"]
-    assert rows["static_age [years]"].tolist() == [88, 90, 86, 90]
-    assert rows["static_sex_male"].tolist() == [0, 0, 0, 1]
-    shown = [text.partition("-year")[0] for text in rows["clinical_context"]]
-    assert shown == ["88", "Over 89", "86", "Over 89"]
-    assert removed(description) == {"under 18 at admission, or of unknown age": 1}
-
-
-def test_death_is_the_discharge_of_the_dead(tmp_path):
-    """Where the status is not known, nobody knows whether the patient died."""
-    eicu = Mini()
-    for stay, status in enumerate(("Expired", "Alive", ""), 1):
-        leaves = {"hospitaldischargeoffset": 3 * DAY, "hospitaldischargestatus": status}
-        eicu.unit(stay, stay, **leaves).settling(stay)
-    rows, description = made(eicu.write(tmp_path))
-    assert rows["label_death"].to_dict() == {1: 1, 2: 0}
-    assert description["rows"]["discharged_alive"] == 1
-    assert description["flow"][0]["left"] == 2
-
-
-def test_names_of_the_laboratory_become_series(tmp_path):
-    """Finger pricks and what the blood gas machine computes are other quantities."""
-    eicu = Mini().unit(1, 9).settling(1).lab(1, 90, 30, "BUN", "mg/dL").lab(1, 120, 7.1, "pH")
-    for name in ("glucose", "bedside glucose"):
-        eicu.lab(1, 100, len(name), name, "mg/dL")
-    for name in ("bicarbonate", "HCO3", "Total CO2"):
-        eicu.lab(1, 110, len(name), name, "mmol/L")
-    rows, _ = made(eicu.write(tmp_path), series=("all",))
-    assert rows.filter(like="trajectory").loc[9].dropna().to_dict() == {
-        "clinical_trajectory": "20 (0h) -> 18 (3h)",
-        "trajectory_bicarbonate [mEq/L]": "11 (0.83h)",
-        "trajectory_glucose [mg/dL]": "7 (0.67h)",
-        "trajectory_pH": "7.1 (1h)",
-        "trajectory_urea nitrogen [mg/dL]": "30 (0.5h)",
-    }
-
-
-def test_a_diagnosis_counts_from_its_entry_on(tmp_path):
-    eicu = Mini()
-    for stay, entered in enumerate((13 * 60, 13 * 60 + 1), 1):
-        eicu.unit(stay, stay).settling(stay).diagnosis(stay, entered)
-    eicu.unit(3, 3).settling(3).diagnosis(3, 61, f"{KETOACIDOSIS}|not")
-    rows, description = made(eicu.write(tmp_path), cohort="dka")
-    assert rows.index.tolist() == [1]
-    assert removed(description) == {"not coded as diabetic ketoacidosis": 2}
+@pytest.mark.parametrize(
+    ("outcome", "request_"),
+    [
+        (["death"], {"series": ("anion gap", "glucose")}),
+        (["death", "icu"], {"min_observations": 1, "cohort": "dka"}),
+        ([*OUTCOMES], {"min_observations": 1}),
+        (["unresolved"], {"min_observations": 1, "compute_gap": "always"}),
+    ],
+)
+def test_random_tables_are_read_as_slowly_read(outcome, request_, tmp_path):
+    tables = random_eicu(np.random.default_rng(len(request_)))
+    stays, _, _ = read_slowly(as_mimic(tables))
+    result = made(write_tables(tmp_path, tables), outcome, **request_)
+    assert len(compare_with(stays, result, outcome, **request_)) > 10
 
 
 @pytest.mark.parametrize(
@@ -202,35 +163,12 @@ def test_a_diagnosis_counts_from_its_entry_on(tmp_path):
     [({}, (35, 28, 7)), ({"compute_gap": "always", "series": ("all",)}, (42, 32, 3))],
 )
 def test_the_demo_has_so_many_rows_patients_and_events(request_, counts, tmp_path):
-    rows, description = made(DEMO, out=tmp_path / "o.csv", **request_)
-    assert tuple(description["rows"][k] for k in ("rows", "patients", "events")) == counts
-    assert rows["subject_id"].is_monotonic_increasing
+    result = made(DEMO, out=tmp_path / "o.csv", **request_)
+    assert tuple(result.description["rows"][k] for k in ("rows", "patients", "events")) == counts
+    assert result.rows["subject_id"].is_monotonic_increasing
 
 
 # --------------------------------------------------------------------------- leaks
-
-
-def times_of(tables, *names):
-    """When each hospital stay is asked, found without the code under test; minutes on its clock."""
-    stays = tables["patient"].set_index("patientunitstayid")
-    begin = -stays["hospitaladmitoffset"].astype(int)
-    hospital = stays["patienthealthsystemstayid"]
-    table = tables["lab"][tables["lab"]["labname"].isin(names)]
-    unit = table["patientunitstayid"]
-    known = (
-        table[["labresultoffset", "labresultrevisedoffset"]].astype(int).max(axis=1).clip(lower=0)
-    )
-    table = table.assign(
-        hospital=unit.map(hospital),
-        chart=table["labresultoffset"].astype(int) + unit.map(begin),
-        known=known + unit.map(begin),
-    )
-    first_unit = begin.groupby(hospital).min()
-    table = table[table["chart"] >= table["hospital"].map(first_unit) - DAY]
-    drawn = table.groupby(["hospital", "chart", "labname"])["known"].min().unstack().dropna()
-    known = drawn.max(axis=1).reset_index(name="known")
-    timely = known[known["known"] <= known["chart"] + 720]
-    return timely.groupby("hospital")["chart"].min() + 720
 
 
 def altered(tables, times, rng):
@@ -289,38 +227,44 @@ def altered(tables, times, rng):
     return {name: table.sample(frac=1, random_state=rng) for name, table in result.items()}
 
 
-def with_ketoacidosis(tables, rng):
-    """Let every other diagnosis be ketoacidosis, entered within the first two days."""
-    diagnoses = tables["admissionDx"].copy()
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """Half of the demo with more ketoacidosis, its folder, and when the slow reading asks."""
+    tables, rng = read_demo(), np.random.default_rng(0)
+    kept = tables["patient"]["patientunitstayid"].iloc[:90]
+    tables = {n: table[table["patientunitstayid"].isin(kept)] for n, table in tables.items()}
+    diagnoses = tables["admissionDx"] = tables["admissionDx"].copy()
     chosen = rng.random(len(diagnoses)) < 0.5
     diagnoses.loc[chosen, "admitdxpath"] = KETOACIDOSIS
     offsets = rng.integers(0, 2 * DAY, len(diagnoses)).astype(str)
     diagnoses.loc[chosen, "admitdxenteredoffset"] = offsets[chosen]
-    return {**tables, "admissionDx": diagnoses}
-
-
-PARTS_OF_GAP = ("sodium", "chloride", "bicarbonate")
+    stays, times = read_slowly(as_mimic(tables))[0], {}
+    for item in (GAP, COMPUTED):
+        found = {str(hadm): stay.time({item}, 12) for hadm, stay in stays.items()}
+        since = {h: t - BASE.replace(year=t.year) for h, t in found.items() if t}
+        times[item] = pd.Series(since) / minutes(1)
+    return tables, write_tables(tmp_path_factory.mktemp("eicu"), tables), times
 
 
 @pytest.mark.parametrize(
-    ("names", "request_"),
+    "request_",
     [
-        (("anion gap",), {"outcome": ("death",)}),
-        (("anion gap",), {"outcome": ("death",), "cohort": "dka", "min_observations": 1}),
-        (("anion gap",), {}),
-        (PARTS_OF_GAP, {"outcome": ("death",), "compute_gap": "always", "series": ("all",)}),
-        (PARTS_OF_GAP, {"outcome": ("icu",), "compute_gap": "always", "min_observations": 1}),
+        {"outcome": ("death",)},
+        {"outcome": ("death",), "cohort": "dka", "min_observations": 1},
+        {},
+        {"outcome": ("death",), "compute_gap": "always", "series": ("all",)},
+        {"outcome": ("icu",), "compute_gap": "always", "min_observations": 1},
     ],
 )
-def test_nothing_after_the_prediction_time_changes_a_letter(names, request_, tmp_path):
+def test_nothing_after_the_prediction_time_changes_a_letter(request_, demo, tmp_path):
+    tables, folder, times = demo
     rng = np.random.default_rng(len(request_))
-    tables = with_ketoacidosis(read_demo(), rng)
-    changed = altered(tables, times_of(tables, *names), rng)
-    before, _ = made(write_tables(tmp_path / "before", tables), **request_)
-    after, _ = made(write_tables(tmp_path / "after", changed), **request_)
-    inputs = [column for column in before if not str(column).startswith("label_")]
-    both = before.index.intersection(after.index)
-    assert len(both) > 10
-    assert after.loc[both, inputs].to_csv() == before.loc[both, inputs].to_csv()
-    assert request_.get("outcome") != ("death",) or before.index.equals(after.index)
-    assert after.to_csv() != before.to_csv(), "the labels did change"
+    changed = altered(tables, times[COMPUTED if "compute_gap" in request_ else GAP], rng)
+    before = made(folder, out=tmp_path / "o.csv", **request_)
+    after = made(write_tables(tmp_path / "after", changed), **request_)
+    inputs, now = before.inputs(), after.inputs()
+    both = inputs.keys() & now.keys()
+    assert len(both) > 5
+    assert {hadm: now[hadm] for hadm in both} == {hadm: inputs[hadm] for hadm in both}
+    assert request_.get("outcome") != ("death",) or inputs.keys() == now.keys()
+    assert not after.rows.equals(before.rows), "the labels did change"

@@ -1,16 +1,15 @@
 """MIMIC-IV by another, slow reading: the demo and random hospitals; the same rows from any form."""
 
 import hashlib
-from collections import Counter
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from medgemma_clinical.data.cohort import OUTCOMES, RULES
+from medgemma_clinical.data.cohort import OUTCOMES
 from mimic_files import (
     BICARBONATE,
     CHLORIDE,
+    CREATININE,
     DEMO,
     GAP,
     GLUCOSE,
@@ -23,32 +22,7 @@ from mimic_files import (
     with_storing_times,
     write_tables,
 )
-from slow_mimic import UNITS, read_slowly
-
-
-def compare(folder, tables, outcome, computed=False, **request):
-    """Compare all rows, the rules that removed others and the counts; return rows and reading."""
-    stays, counts, _ = read_slowly(tables)
-    names = {"window_hours": "window", "horizon_hours": "horizon", "min_observations": "fewest"}
-    words = {names[name]: value for name, value in request.items() if name in names}
-    words |= {"computed": computed, "exclude": "discharged" in request}
-    judged = {hadm: stay.judge(outcome, **words) for hadm, stay in stays.items()}
-    request["compute_gap"] = "always" if computed else "reported"
-    result = extracted(folder, outcome, **request)
-    removed = Counter(each for each in judged.values() if isinstance(each, str))
-    fewest = request.get("min_observations", 2)
-    expected = {RULES[rule].format(fewest): count for rule, count in removed.items()}
-    assert result.removed() == expected
-    kept = {hadm: each for hadm, each in judged.items() if isinstance(each, dict)}
-    expected = pd.DataFrame.from_dict(kept, "index")
-    found = result.rows[[name for name in expected if name in result.rows]].sort_index()
-    assert len(found.columns) >= 19
-    numbers = [name for name in found if name != "clinical_trajectory"]
-    typed = dict.fromkeys(numbers, float)
-    pd.testing.assert_frame_equal(
-        found.astype(typed), expected[list(found)].sort_index().astype(typed), check_names=False
-    )
-    return found, result, counts
+from slow_mimic import UNITS, compare_with, read_slowly
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +30,17 @@ def demo():
     return read_tables(DEMO)
 
 
-@pytest.mark.parametrize(("window", "horizon"), [(12.0, 72.0), (30.0, 24.0)])
-def test_the_demo_is_read_as_a_slow_independent_reading_reads_it(window, horizon, demo):
-    times = {"window_hours": window, "horizon_hours": horizon}
-    rows, _, _ = compare(DEMO, demo, ["death"], **times)
-    assert (rows.drop(columns="label_escalation").nunique() > 1).all()
+def test_the_demo_is_read_as_a_slow_independent_reading_reads_it(demo):
+    stays, _, _ = read_slowly(demo)
+    for outcome, request, counts in (
+        (["death"], {"window_hours": 30.0, "horizon_hours": 24.0}, (205, 1)),
+        ([*OUTCOMES], {"compute_gap": "reported"}, (86, 64)),
+    ):
+        result = extracted(DEMO, outcome, **request)
+        rows = compare_with(stays, result, outcome, **request)
+        assert (len(rows), rows["label_escalation"].sum()) == counts
+    assert (rows.nunique() > 1).sum() == len(rows.columns) - 1  # all but prediction_hours
     assert rows["label_icu"].isna().any()
-    assert rows["label_unresolved"].isna().any()
-
-
-def test_the_demo_has_so_many_rows_and_events(demo):
-    rows, _, _ = compare(DEMO, demo, [*OUTCOMES])
-    assert (len(rows), rows["label_escalation"].sum()) == (86, 64)
-    assert len(compare(DEMO, demo, ["death"])[0]) == 87
 
 
 # --------------------------------------------------------------------------- random hospitals
@@ -78,12 +50,25 @@ STARTS = (-50, 0, 13, 30, 90, 10_000, 40_000)
 HOURS = (-24.02, -24, -12, -1, 0, 1, 2, 6, 12, 13, 14, 24, 37, 38)
 DELAYS = np.array([-1, 0, 0.5, 1, 1, 1, 11.5, 12, 12.5])
 PARTS = {SODIUM: 140, CHLORIDE: 100, BICARBONATE: 20}
+CODES = [(code, 9) for code in ("25010", "250.13 ", "25000", "2510", "E1010", "4019")]
+CODES += [
+    (c, 10) for c in ("E0810", "E0911", "E10.11", "e1111", "E1310", "E1101", "E1210", "25010")
+]
+OTHERS = [  # item, values at the edges of the biochemical cohort, units
+    (GLUCOSE, (250, 251, 600), ("mg/dL", "mmol/L", "g/L")),
+    (50809, (100, 251), ("mg/dL",)),
+    (BICARBONATE, (18, 18.1, 12), ("mEq/L", "mmol/L")),
+    (PH, (7.3, 7.31, 7.1), ("units", "", "pH")),
+    (CREATININE, (0.9, 88.4), ("mg/dL", "umol/L", "")),
+    (51006, (9, 33), ("mg/dL", "mmol/L")),
+    (50813, (1, 9.5), ("mmol/L", "mg/dL", "x")),
+]
 
 
 def random_hospital(rng):
     """Patients with admissions apart or overlapping; on the grid of hours edges are often met."""
     mini, hadm = Mini(), 0
-    for subject, age in enumerate([*rng.choice([17, 18, 50, 88, 91], 150).tolist(), None]):
+    for subject, age in enumerate([*rng.choice([17, 18, 50, 88, 89, 91], 100).tolist(), None]):
         for start in rng.choice(STARTS, int(rng.integers(1, 4)), replace=False):
             hadm += 1
             admit_at_random(mini, hadm, float(start), rng, subject=subject, age=age)
@@ -97,6 +82,8 @@ def admit_at_random(mini, hadm, start, rng, **patient):
     death = rng.choice([None, end, end + 1, end + 30, end - 1], p=[0.6, 0.1, 0.1, 0.1, 0.1])
     ends = {"end": None if rng.random() < 0.03 else end, "death": death}
     ends["expired"] = int(rng.random() < 0.1)
+    code, version = CODES[rng.integers(len(CODES))]
+    ends |= {"code": code, "version": version}
     mini.admit(hadm, start, gender=rng.choice(["F", "M", ""]), **ends, **patient)
     for _ in range(int(rng.integers(0, 3))):
         begin = start + float(rng.choice([0, 1, 12, 13, 14, 37]))
@@ -106,24 +93,31 @@ def admit_at_random(mini, hadm, start, rng, **patient):
 
 def draw_at_random(mini, hadm, hour, rng):
     """A gap or other chemistry, often with the parts of a gap; some name another admission."""
+    hour += rng.choice([0, 0, 0, 0.01])
     words = {"stored": rng.choice([None, *hour + DELAYS]), "named": rng.random() < 0.7}
     if rng.random() < 0.4:
         for item in [*PARTS][: rng.choice([2, 3, 3])]:
             mini.lab(hadm, hour, PARTS[item] + int(rng.choice([-8, -2, 0, 2])), item, **words)
     if words["named"] and rng.random() < 0.05:
         words["hadm_id"] = int(rng.integers(1, 300))
-    item = GAP if rng.random() < 0.7 else int(rng.choice([GLUCOSE, 50809, PH]))
+    if rng.random() < 0.7:
+        item, values, units = OTHERS[rng.integers(len(OTHERS))]
+        value = float(rng.choice(values))
+        mini.lab(hadm, hour, value, item, unit=str(rng.choice(units)), **words)
     value = rng.choice([None, "inf", 9, 12, 12.5, 20], p=[0.02, 0.02, *[0.24] * 4])
-    mini.lab(hadm, hour, value, item, **words)
+    mini.lab(hadm, hour, value, **words)
 
 
+ALL = ("anion gap", "bicarbonate", "chloride", "creatinine", "pH", "potassium", "sodium")
 REQUESTS = [
-    (["death"], {}),
-    (["icu"], {"min_observations": 1, "window_hours": 6.0}),
-    (["unresolved"], {"horizon_hours": 24.0}),
+    (["death"], {"cohort": "dka"}),
+    (["icu"], {"min_observations": 1, "window_hours": 6.006}),
+    (["unresolved"], {"horizon_hours": 24.0, "series": ("bicarbonate", "anion gap")}),
     (["death", "icu"], {"discharged": "exclude", "min_observations": 1, "horizon_hours": 24.0}),
-    ([*OUTCOMES], {"computed": True, "min_observations": 1}),
+    ([*OUTCOMES], {"compute_gap": "always", "min_observations": 1, "series": ALL}),
     ([*OUTCOMES], {"horizon_hours": 25.0, "discharged": "exclude"}),
+    (["death"], {"cohort": "biochemical", "min_observations": 1, "window_hours": 24.0}),
+    (["death"], {"compute_gap": "always", "min_observations": 1}),
 ]
 
 
@@ -131,10 +125,16 @@ REQUESTS = [
 def test_random_hospitals_are_read_as_slowly_read(number, tmp_path):
     tables = random_hospital(np.random.default_rng(number))
     outcome, request = REQUESTS[number]
-    folder = write_tables(tmp_path / "mimic", tables)
-    rows, result, counts = compare(folder, tables, outcome, **request)
-    assert result.description["values"] == counts
-    assert len(rows) > 20
+    labs = tables["hosp/labevents"]
+    if "compute_gap" in request:  # the reported one is not read
+        labs.loc[labs["itemid"] == str(GAP), "valueuom"] = "mg/dL"
+    if number == 5:
+        del labs["storetime"]
+    stays, counts, _ = read_slowly(tables)
+    result = extracted(write_tables(tmp_path / "mimic", tables), outcome, **request)
+    rows = compare_with(stays, result, outcome, **request)
+    assert "cohort" in request or result.description["values"] == counts
+    assert len(rows) > 5
 
 
 # --------------------------------------------------------------------------- same rows
