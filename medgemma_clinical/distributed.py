@@ -70,7 +70,7 @@ def check_gpu() -> None:
     if unused and not hidden and glob.glob(GPUS):
         raise InputError(
             f"torch for CUDA {torch.version.cuda} cannot use this machine's NVIDIA GPU: install a "
-            "newer driver, or torch for an older one (medgemma_clinical/docs/hardware.md), or set "
+            "newer driver, or torch for an older one (medgemma_clinical/docs/training.md), or set "
             "CUDA_VISIBLE_DEVICES= to use the CPU"
         )
 
@@ -82,7 +82,7 @@ def check_launch() -> None:
             raise InputError(
                 f"accelerate's configuration asks for {way}, and each process of this program "
                 "trains a whole model: give distributed_type: MULTI_GPU there (see "
-                "medgemma_clinical/docs/hardware.md)"
+                "medgemma_clinical/docs/training.md)"
             )
 
 

@@ -121,28 +121,13 @@ def test_the_readmes_flags_have_the_programs_defaults() -> None:
         assert listed[flag] == known[flag], flag
 
 
-def test_every_flag_of_from_mimic_stands_with_its_default() -> None:
-    known = defaults(subparsers(dataset_format.build_parser())["from_mimic"])
-    listed = table(text_of(DOCS / "mimic.md"))
-    assert listed.keys() == known.keys()
-    for flag, default in listed.items():
-        assert default == known[flag], flag
-
-
-@pytest.mark.parametrize("command", ["from_meds", "from_long"])
-def test_every_flag_of_events_stands_with_its_default(command: str) -> None:
-    sections = re.split(r"^## Flags of ", text_of(DOCS / "events.md"), flags=re.MULTILINE)
-    both, own = (next(s for s in sections if s.startswith(name)) for name in ("both", command))
-    assert table(both + own) == defaults(subparsers(dataset_format.build_parser())[command])
-
-
 def test_the_way_from_meds_to_a_checked_file_runs_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    page = text_of(DOCS / "events.md").split("## From a long table")[0]
-    found = list(commands(page, "dataset_format.py"))
+    (section,) = re.findall(r"^## MEDS\n.*?(?=^## )", text_of(DOCS / "import.md"), re.M | re.S)
+    found = list(commands(section, "dataset_format.py"))
     assert [words[0] for words in found] == ["from_meds", "from_meds", "check"]
     for words in found:
         assert dataset_format.main(words) == 0

@@ -21,5 +21,5 @@ def export(args: Namespace, given: set[str], builders: Builders) -> int:
     name = args.model_name if "--model_name" in given else None
     apart = export_merged(args.checkpoint, args.export_dir, builders, name)
     logger.info("largest difference of a logit after the merge: %.2g of their spread", apart)
-    logger.info("export: %s; %s; see docs/serving.md", args.export_dir, peak_memory())
+    logger.info("export: %s; %s; see docs/sharing.md", args.export_dir, peak_memory())
     return EXIT_DONE

@@ -241,7 +241,7 @@ class TrajectoryModel:
 
     @exact_kernels()
     def prompt_embeds(self, rows: Rows) -> list[Tensor]:
-        """Return the language model's input, N tensors (S, D) on the CPU; see docs/serving.md."""
+        """Return the language model's input, N tensors (S, D) on the CPU; see docs/sharing.md."""
         embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in self._scores(rows)]
         return [vectors for each in embeds for vectors in each]
 

@@ -7,7 +7,7 @@ Needs no network and no weights: random ones in the shape of MedGemma-4B are wri
 folder (8 GB, TMPDIR says where). Each step runs in a process of its own, so that a fault of the
 card, an exhausted memory or a step that hangs leaves the others alone. A step passes, fails or is
 skipped; what deserves a look without being a failure is a finding. At the end stands a table to
-paste into docs/hardware.md. Exit code 1 where a step failed.
+paste into docs/training.md. Exit code 1 where a step failed.
 
 Where the ten minutes go (estimated for an A100 or H100; not run there yet):
 

@@ -377,7 +377,7 @@ def card_table(measured: Measured) -> str:
 
 
 def tables() -> list[str]:
-    """Return all tables as they stand in docs/hardware.md."""
+    """Return all tables as they stand in docs/training.md."""
     measured = {
         (shape, precision): measure(precision, shape) for shape in SHAPES for precision in DTYPES
     }

@@ -9,15 +9,12 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import export as export_command
 from medgemma_clinical.inference import serving
-from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trained_model import load_trained_model
 from merged_models import save_base, save_stage
 from predicting import MARKER, predicted, refused, write_data
 
-PAGE = Path(trainer.__file__).parent / "medgemma_clinical" / "docs" / "serving.md"
+PAGE = Path(trainer.__file__).parent / "medgemma_clinical" / "docs" / "sharing.md"
 
 
 def command(checkpoint, out, *more):
@@ -86,9 +83,7 @@ def run_snippets(heading, names):
         exec(code, names)
 
 
-def test_the_code_of_the_page_writes_our_reports_texts_and_risks(
-    runs, table, tmp_path, monkeypatch
-):
+def test_the_code_of_the_page_writes_our_reports_and_risks(runs, table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(runs)
     positive = trainer.TrajectoryModel.from_pretrained(runs / "generative").predict(table) == 1
@@ -96,15 +91,10 @@ def test_the_code_of_the_page_writes_our_reports_texts_and_risks(
     write_data(few.drop(columns="label_escalation"), Path("new_patients.csv"))
     assert trainer.main(command(Path("runs/generative"), Path("export"))) == 0
     page = {}
-    for heading in ("The payload", "Plain transformers", "Probabilities", "llama.cpp"):
+    for heading in ("Serve notes", "Serve probabilities"):
         run_snippets(heading, page)
     expected = predicted(Path("runs/generative"), Path("new_patients.csv"), Path("3.csv"))
     assert page["reports"] == expected["report"].tolist()
     assert expected["prediction"].nunique() == 2
     stage2 = predicted(Path("runs/classification"), Path("new_patients.csv"), Path("2.csv"))
     np.testing.assert_allclose(page["probability"], stage2["probability"], atol=1e-6)
-    trained = load_trained_model(Path("export"), trainer.BUILDERS)
-    dataset = MIMICtrajectoryDataset("new_patients.csv", require_labels=False)
-    text = TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False)
-    read = [trained.tokenizer.decode(ids + text.stem) for ids in text.prompt_ids]
-    assert page["texts"] == [text.rstrip() for text in read]  # the verdicts share a space
