@@ -21,5 +21,6 @@ def export(args: Namespace, given: set[str], builders: Builders) -> int:
     name = args.model_name if "--model_name" in given else None
     apart = export_merged(args.checkpoint, args.export_dir, builders, name)
     logger.info("largest difference of a logit after the merge: %.2g of their spread", apart)
-    logger.info("export: %s; %s; see docs/sharing.md", args.export_dir, peak_memory())
+    page = "medgemma_clinical/docs/sharing.md"
+    logger.info("export: %s; %s; see %s", args.export_dir, peak_memory(), page)
     return EXIT_DONE
