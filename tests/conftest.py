@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 for each in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's background ignore them
     signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
@@ -27,6 +28,35 @@ SAMPLE = DATA.parent.parent / "medgemma_clinical" / "sample" / "physionet2012_bi
 
 def pytest_addoption(parser):
     parser.addoption("--approve", action="store_true", help="accept what pages and prompts say now")
+
+
+DRAWS, DRAW = 100, Figure.savefig
+
+
+def save_blank(figure, place, **_):
+    """Stand in for ``savefig``."""
+    place.write(b"<svg/>") if hasattr(place, "write") else Path(place).write_bytes(b"%PDF")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(request):
+    """Draw few samples and no figure: for a report both take longer than to train its model.
+
+    A module that is about them has its own ``DRAWS``, and ``FIGURES = True``.
+    """
+    from medgemma_clinical.evaluation import metrics
+
+    figures = getattr(request.module, "FIGURES", False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
+        patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Draw the figures of one test."""
+    monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
 @pytest.fixture
@@ -127,19 +157,21 @@ def runs(table, tmp_path_factory):
 
 
 def train_all(table, folder):
-    """Train each stage by the command line."""
+    """Train each stage by the command line, with figures."""
     import medgemma_trainer as trainer  # not for tests that need no model
     from medgemma_clinical.commands import results
+    from medgemma_clinical.evaluation import metrics
     from predicting import STAGES, write_data
 
     folder.mkdir(exist_ok=True)
     data = write_data(table, folder / "train.csv")
     words = ["--data_path", str(data), "--output_dir", str(folder), "--log_file", "none"]
     words += ["--batch_size", "8", "--encoder_lr", "0.05"]
-    assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
-    words += ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01"]
-    words += ["--ode_checkpoint", str(folder / "medgemma_trajectory_best.pt")]
-    # A language model of weight 0 would hide faults of its part.
-    with mock.patch.object(results, "fit_residual_weight", return_value=1.0):
+    text = ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01", "--ode_checkpoint"]
+    text += [str(folder / "medgemma_trajectory_best.pt")]
+    weight = mock.patch.object(results, "fit_residual_weight", return_value=1.0)  # 0 hides faults
+    draws = mock.patch.object(metrics, "REPLICATES", DRAWS)
+    with draws, weight, mock.patch.object(Figure, "savefig", DRAW):
+        assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
         for mode in STAGES[1:]:
-            assert trainer.main(["--mode", mode, *words]) == 0
+            assert trainer.main(["--mode", mode, *text, *words]) == 0

@@ -15,11 +15,11 @@ import pytest
 
 import pages
 import patient_rows
-from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import write_comparison
 
+FIGURES = True
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MAX_HEIGHT = 5500
 """Pixels of a page on a screen of 1280."""
@@ -91,9 +91,7 @@ def patients(folder):
 
 @pytest.fixture(scope="module", params=[report, comparison, patients])
 def page(request, browser, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "REPLICATES", 100)
-        return request.param(tmp_path_factory.mktemp("page"))
+    return request.param(tmp_path_factory.mktemp("page"))
 
 
 MEASURE = """() => {

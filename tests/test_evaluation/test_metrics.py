@@ -19,6 +19,7 @@ from medgemma_clinical.evaluation.metrics import (
 RISKS = st.sampled_from([k / 10 for k in range(11)]) | st.floats(0, 1)
 ROWS = st.lists(st.tuples(st.integers(0, 1), RISKS, st.integers(0, 3)), min_size=2, max_size=40)
 
+DRAWS = 1000
 REPEATABLE = settings(deadline=None, derandomize=True)
 
 

@@ -21,16 +21,11 @@ from medgemma_clinical.evaluation.metrics_table import (
     with_interval,
 )
 
+DRAWS = 12  # a loop over them is slow
 ENDS = [0.025, 0.975]
 INTERVAL = ["low", "high"]
 VALUE = ["value", *INTERVAL]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
-
-
-@pytest.fixture(autouse=True)
-def draws(monkeypatch):
-    """Draw 12 samples of patients: a loop over them is slow."""
-    monkeypatch.setattr(metrics_module, "REPLICATES", 12)
 
 
 @pytest.mark.parametrize(("threshold", "splits"), [(0.3, 1), (None, 1), (None, 2)])

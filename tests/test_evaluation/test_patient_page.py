@@ -10,6 +10,7 @@ from medgemma_clinical.evaluation.verdicts import percent
 from pages import OUTCOME, Page
 from patient_rows import ROW, THRESHOLD, write_page
 
+FIGURES = True
 REPORT = replace(
     ROW, id="low", probability=0.25, without={}, without_soft_prompt=0.45, report="<b>pH</b> 7.2"
 )

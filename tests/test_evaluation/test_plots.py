@@ -17,7 +17,7 @@ from medgemma_clinical.evaluation.metrics_table import (
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
 from pages import MODEL, THRESHOLD, make_rows
 
-pytestmark = pytest.mark.usefixtures("few_draws")
+FIGURES = True
 
 
 @pytest.fixture(scope="module", params=[None, 1], ids=["distinct", "tied"])

@@ -15,7 +15,7 @@ from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE, sentences
 from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
 
-pytestmark = pytest.mark.usefixtures("few_draws")
+DRAWS = 200
 SECTIONS = ["Discrimination", "Calibration", "Decision curve", "Baselines", "Subgroups"]
 SECTIONS += ["Case mix", "Written reports", "Methods"]
 
@@ -147,7 +147,7 @@ def test_the_rows_with_the_largest_errors_are_named_only_if_patients_are_listed(
     assert "MARKER-patient" not in source
 
 
-def test_small_counts_are_hidden_and_curves_stay(tmp_path):
+def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
     rows = make_rows(400)
     exact, hidden = write_page(tmp_path, rows), write_page(tmp_path, rows, min_cell=17)
     assert "--min_cell N" in exact
@@ -162,7 +162,7 @@ def test_small_counts_are_hidden_and_curves_stay(tmp_path):
     assert all(one == other for one, other in pairs)
 
 
-def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(tmp_path):
+def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures, tmp_path):
     rows = make_rows(400)
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
@@ -189,7 +189,7 @@ def test_a_part_with_few_events_shows_no_metric_and_no_curve(tmp_path):
     }
 
 
-def test_each_figure_and_each_table_is_also_a_file(tmp_path):
+def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     old = tmp_path / "figures" / "old.svg"
     old.parent.mkdir()
     old.touch()

@@ -11,8 +11,6 @@ from medgemma_clinical.evaluation.suppress import suppress_table
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, TOO_FEW, difference_text, value_text
 from pages import MODEL, THRESHOLD, make_bands, make_rows
 
-pytestmark = pytest.mark.usefixtures("few_draws")
-
 
 @pytest.fixture(scope="module")
 def metrics():
