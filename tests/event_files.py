@@ -76,18 +76,21 @@ class Mini:
         return table.assign(**{name: moments(table[name]) for name in ("charttime", "storetime")})
 
 
-def random_events(rng, subjects=60):
-    """Two labels a subject, values that are stored later, birth and sex."""
+def random_events(rng, subjects=50):
+    """Labels, some not known, and values, some on an edge of a window; each is stored later."""
     mini = Mini()
     for subject in range(subjects):
         mini.measure(subject, -50 * YEAR - subject, None, "MEDS_BIRTH")
         mini.measure(subject, None, None, f"GENDER//{'FM'[subject % 2]}")
-        for hours in {*rng.integers(24 * 60, 60 * 60, 2)}:
-            mini.ask(subject, hours / 60, int(rng.integers(2)))
-        for hour in rng.uniform(0, 90, 40):
+        asked = {float(hours) / 60 for hours in rng.integers(24 * 60, 60 * 60, 2)}
+        for hours in asked:
+            mini.ask(subject, hours, rng.choice([0, 1, 0, 1, 0, 1, None]))
+        edges = [h - k for h in asked for k in (0, 12, 24, 30, -0.4 / 3600)]
+        for hour in [*rng.uniform(0, 90, 30), *rng.choice(edges, 10)]:
             code = (GAP, GLUCOSE, LACTATE, "DRUG//insulin")[rng.integers(4)]
             value = None if code.startswith("DRUG") else float(rng.integers(1, 300))
-            mini.measure(subject, hour, value, code, stored=hour + rng.exponential(3))
+            stored = rng.choice([hour, hour + rng.exponential(3)])
+            mini.measure(subject, float(hour), value, code, stored=float(stored))
     return mini
 
 

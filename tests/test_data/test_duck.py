@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -21,22 +20,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # --------------------------------------------------------------------------- database
 
-SPILLING = "CREATE TABLE numbers AS SELECT random() AS x, i FROM range(20_000_000) AS t(i)"
+SPILLING = "CREATE TABLE numbers AS SELECT random() AS x, i FROM range(8_000_000) AS t(i)"
 
 
-@pytest.fixture
-def database(tmp_path):
-    with duck.open_database(tmp_path / "out.csv", "200MB", 2) as opened:
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    with duck.open_database(tmp_path_factory.mktemp("duck") / "out.csv", "200MB", 2) as opened:
         yield opened
 
 
 def test_tables_beyond_the_limit_lie_in_a_private_folder_that_goes(tmp_path):
-    with duck.open_database(tmp_path / "out.csv", "100MB", 1) as database:
+    with duck.open_database(tmp_path / "out.csv", "40MB", 1) as database:
         database.run(SPILLING)
         (spill,) = tmp_path.iterdir()
         assert stat.S_IMODE(spill.stat().st_mode) == 0o700
-        assert sum(file.stat().st_size for file in spill.iterdir()) > 2**24
-        assert database.row("SELECT count(*) FROM numbers") == (20_000_000,)
+        assert sum(file.stat().st_size for file in spill.iterdir()) > 2**22
+        assert database.row("SELECT count(*) FROM numbers") == (8_000_000,)
     assert not list(tmp_path.iterdir())
 
 
@@ -50,7 +49,7 @@ def test_threads_are_at_most_the_cores(tmp_path):
 def test_a_query_that_needs_more_memory_is_a_fault_of_the_run(tmp_path):
     opened = duck.open_database(tmp_path / "out.csv", "20MB", 2)
     with opened as database, pytest.raises(RunFault, match="--memory_limit"):
-        database.run("SELECT list(i) FROM range(20_000_000) AS t(i)")
+        database.run("SELECT list(i) FROM range(8_000_000) AS t(i)")
 
 
 FULL = """
@@ -58,7 +57,7 @@ import resource, sys
 from pathlib import Path
 from medgemma_clinical.data.duck import open_database
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-with open_database(Path(sys.argv[1]) / "out.csv", "60MB", 1) as database:
+with open_database(Path(sys.argv[1]) / "out.csv", "40MB", 1) as database:
     database.run(sys.argv[2])
 """
 
@@ -88,8 +87,7 @@ sys.exit(run_command(query))
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_query_at_once(number, code, tmp_path):
+def test_a_signal_ends_a_query_at_once(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c", QUERY, str(tmp_path)],
         cwd=ROOT,
@@ -97,18 +95,17 @@ def test_a_signal_ends_a_query_at_once(number, code, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         assert child.stdout.readline() == "begun\n"
         time.sleep(0.5)
         begun = time.monotonic()
-        child.send_signal(number)
+        child.terminate()
         _, errors = child.communicate(timeout=60)
         assert time.monotonic() - begun < 10
     finally:
         child.kill()
-    assert (child.returncode, "Traceback" in errors) == (code, False)
+    assert (child.returncode, "Traceback" in errors) == (143, False)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,11 +161,10 @@ def test_csv_gzip_and_parquet_are_read_alike(database, tmp_path):
         pd.testing.assert_frame_equal(other, first)
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
-@pytest.mark.parametrize("column", ["value", "item"])
-def test_a_folder_named_like_a_column_replaces_nothing(column, ending, database, tmp_path):
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_folder_named_like_a_column_replaces_nothing(ending, database, tmp_path):
     """DuckDB's hive partitioning would."""
-    folder = tmp_path / f"{column}=1000" / "2=7"
+    folder = tmp_path / "value=1000" / "2=7"
     folder.mkdir(parents=True)
     table = pd.DataFrame({"item": [1, 2], "subject": 2, "time": "2150-01-01", "value": [1.5, 3.0]})
     path = folder / f"t.{ending}"
@@ -203,16 +199,15 @@ BAD = [  # change, place
 ]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["csv", "gz"])
 @pytest.mark.parametrize(("change", "place"), BAD)
-def test_damage_is_refused_by_file_and_column_or_line(change, place, packed, database, tmp_path):
+def test_damage_is_refused_by_file_and_column_or_line(change, place, database, tmp_path):
     content = change(TEXT).encode()
-    path = tmp_path / ("t.csv.gz" if packed else "t.csv")
-    path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(InputError) as caught:
-        read(database, path)
-    assert str(caught.value).startswith(f"{path}{place}")
-    assert SECRET not in str(caught.value)
+    for name, written in (("t.csv", content), ("t.csv.gz", gzip.compress(content))):
+        (tmp_path / name).write_bytes(written)
+        with pytest.raises(InputError) as caught:
+            read(database, tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name}{place}")
+        assert SECRET not in str(caught.value)
 
 
 def test_cells_of_rows_that_are_not_kept_are_not_looked_at_but_for_keys(database, tmp_path):
@@ -229,7 +224,7 @@ def test_damage_within_a_parquet_file_is_the_files(database, tmp_path):
     columns = {"item": range(500), "subject": 1, "time": "2150-01-01", "value": 1.5, "unit": ""}
     pd.DataFrame(columns).to_parquet(path)
     whole = path.read_bytes()
-    damaged = [whole[:k] + bytes(20) + whole[k + 20 :] for k in range(40, len(whole) - 8, 97)]
+    damaged = [whole[:k] + bytes(20) + whole[k + 20 :] for k in range(40, len(whole) - 8, 211)]
     refused = 0
     for content in [whole[:-20], *damaged]:
         path.write_bytes(content)
@@ -267,13 +262,14 @@ ZONES = ["09:30 PM", "09:30:00 EST", "09:30 America/New_York", "09:30:00+02:00",
 
 
 @pytest.mark.parametrize("form", ["time", "instant"])
-@pytest.mark.parametrize("cell", [*(f"2150-01-01 {zone}" for zone in ZONES), "epoch", "infinity"])
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_a_time_with_a_zone_or_words_is_refused(form, cell, ending, database, tmp_path):
-    table, path = pd.DataFrame({"time": ["2150-01-01 9:30", cell]}), tmp_path / f"t.{ending}"
-    table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
-    with pytest.raises(InputError, match=rf"t\.{ending}, column time: 1 cell "):
-        read(database, path, columns={"time": Column(form)})
+def test_a_time_with_a_zone_or_words_is_refused(form, database, tmp_path):
+    cells = [*(f"2150-01-01 {zone}" for zone in ZONES), "epoch", "infinity"]
+    table = pd.DataFrame({"time": ["2150-01-01 9:30", *cells]})
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    for name in ("t.csv", "t.parquet"):
+        with pytest.raises(InputError, match=rf"{name}, column time: 7 cells "):
+            read(database, tmp_path / name, columns={"time": Column(form)})
 
 
 # --------------------------------------------------------------------------- output

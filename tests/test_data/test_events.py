@@ -54,44 +54,6 @@ def simple():
     return Mini().ask(1, 30).measure(1, 12, 15)
 
 
-def cell(rows, column="clinical_trajectory"):
-    return rows[column].item()
-
-
-def test_the_window_is_closed_and_hours_count_from_it_or_the_first_observation(make):
-    mini = Mini().ask(1, 30).measure(1, 30 + 0.4 / 3600, 99).measure(1, 8, 200, GLUCOSE)
-    for hour in (5.99, 6, 12, 30, 30.01):
-        mini.measure(1, hour, hour)
-    assert cell(make(mini)) == "6 (0h) -> 12 (6h) -> 30 (24h)"
-    assert cell(make(mini, window_hours=18.0)) == "12 (0h) -> 30 (18h)"
-    mini = simple().measure(1, 8, 200, GLUCOSE).measure(1, 30, 11)
-    rows = make(mini, series=SERIES, hours_from="first")
-    assert cell(rows) == "15 (4h) -> 11 (22h)"
-    assert cell(rows, "trajectory_glucose [mg/dL]") == "200 (0h)"
-    assert cell(rows, "prediction_hours") == "22"
-
-
-def test_the_first_series_decides_and_a_name_given_twice_joins(make):
-    mini = simple().ask(2, 30).measure(2, 12, 15).measure(2, 13, 16)
-    mini.measure(1, 14, 7, "other gap").measure(1, 15, 8, "other thing")
-    joined = (GAP_SERIES, "Anion gap [mEq/L]=other*")
-    rows = make(mini, series=joined, min_observations=2)
-    expected = ["15 (6h) -> 7 (8h) -> 8 (9h)", "15 (6h) -> 16 (7h)"]
-    assert rows["clinical_trajectory"].tolist() == expected
-    assert make(mini, series=joined, min_observations=3)["subject_id"].tolist() == ["1"]
-    rows = make(mini, series=("x=other thing", *SERIES[:1]))
-    assert rows["subject_id"].tolist() == ["1"]
-    assert list(rows)[3:5] == ["clinical_trajectory", "trajectory_anion gap [mEq/L]"]
-
-
-def test_rows_are_named_by_subject_and_time_and_labels_not_known_are_left_out(make):
-    mini = Mini().ask(10, 30.5, 1).ask(9, 30, 0).ask(9, 20, 0).ask(9, 25, None)
-    rows = make(mini.measure(9, 12, 15).measure(10, 12, 15))
-    first, *_, last = rows["id"]
-    assert (first, last) == ("9 2150-01-01T20:00:00", "10 2150-01-02T06:30:00")
-    assert rows["label_escalation"].tolist() == [0, 0, 1]
-
-
 def four(*measured):
     mini = Mini().ask(1, 30).ask(2, 30).ask(3, 30).ask(4, 30)
     for subject in measured:
@@ -136,17 +98,6 @@ def test_wrong_flags_and_labels_are_refused_by_name(make, mini, series, named):
         make(mini, series=(GAP_SERIES, series))
 
 
-def test_a_folder_named_like_a_column_replaces_no_column(make, tmp_path):
-    """As exports of Spark and pyarrow name folders: ``value=1000/``."""
-    expected = make(simple())
-    names = ("subject_id=7", {"from_meds": "numeric_value=99"}.get(make.command, "value=1000"))
-    for name in names:
-        pd.testing.assert_frame_equal(make(simple(), name), expected)
-        if make.command == "from_long":
-            table = write_table(simple().long(), tmp_path / name / "table.parquet")
-            pd.testing.assert_frame_equal(make(simple(), name, table=table), expected)
-
-
 def test_what_is_written_is_read(tmp_path):
     mini = Mini()
     rng = np.random.default_rng(0)
@@ -175,34 +126,66 @@ def test_what_is_written_is_read(tmp_path):
     }
 
 
-def slowly(mini, code, *, stored):
-    """The cells of a series of each label by a loop over all events, where there is one."""
-    found = {}
-    for label in mini.labels:
+def slowly(
+    mini,
+    series,
+    *,
+    stored,
+    window_hours=24.0,
+    hours_from="window",
+    min_observations=1,
+    equal_times="keep",
+):
+    """The rows of all labels by a loop over all events: id, label, hours and series, as texts."""
+    found = []
+    for label in sorted(mini.labels, key=lambda label: (label["subject"], label["hours"])):
         end = moment(label["hours"])
-        start = end - pd.Timedelta(24, "h")
-        values = []
-        for event in mini.events:
-            if event["code"] != code or event["subject"] != label["subject"]:
-                continue
-            time = moment(event["hours"])
-            known = moment(event["stored"]) if stored else time
-            if start <= time <= end and known <= end:
-                hour = (time.floor("s") - start.floor("s")).total_seconds() / 3600
-                values.append((time, known, f"{event['value']:g} ({round(hour, 2):g}h)"))
-        if values:
-            found[name_of(label)] = " -> ".join(text for *_, text in sorted(values))
+        start, cells = end - pd.Timedelta(window_hours, "h"), []
+        for codes in series:
+            at = {}
+            for event in mini.events:
+                if event["subject"] == label["subject"] and event["code"] in codes:
+                    time = moment(event["hours"])
+                    known = moment(event["stored"]) if stored else time
+                    if start <= time <= end and known <= end:
+                        at.setdefault(time, []).append((known, event["value"]))
+            for time, values in at.items():
+                values.sort()
+                mean = float(f"{sum(value for _, value in values) / len(values):.10g}")
+                at[time] = {"keep": values, "last": values[-1:], "mean": [(None, mean)]}[
+                    equal_times
+                ]
+            cells.append(at)
+        if label["label"] is None or sum(map(len, cells[0].values())) < min_observations:
+            continue
+        zero = start if hours_from == "window" else min(time for at in cells for time in at)
+
+        def hours(time, zero=zero):
+            return f"{round((time.floor('s') - zero.floor('s')).total_seconds() / 3600, 2):g}h"
+
+        texts = [
+            " -> ".join(f"{v:.10g} ({hours(time)})" for time in sorted(at) for _, v in at[time])
+            for at in cells
+        ]
+        found.append([name_of(label), label["label"], hours(end).rstrip("h"), *texts])
     return found
 
 
 def test_a_loop_over_all_events_gives_the_same_rows(make):
-    mini = random_events(np.random.default_rng(1))
-    rows = make(mini, series=SERIES).set_index("id")
-    stored = make.command == "from_long"
-    assert rows["clinical_trajectory"].to_dict() == slowly(mini, GAP, stored=stored)
-    glucose = slowly(mini, GLUCOSE, stored=stored)
-    shown = rows["trajectory_glucose [mg/dL]"].dropna().to_dict()
-    assert shown == {name: text for name, text in glucose.items() if name in rows.index}
+    mini, stored = random_events(np.random.default_rng(1)), make.command == "from_long"
+    whole = {"window_hours": 30.0, "hours_from": "first", "min_observations": 3}
+    requests = [({}, False), (whole, True)]
+    requests += [({"equal_times": "last"}, True), ({"equal_times": "mean"}, False)] * stored
+    for flags, joined in requests:
+        texts, series = [GLUCOSE_SERIES, GAP_SERIES], [{GLUCOSE}, {GAP}]
+        if joined:
+            texts = [*texts[::-1], "Anion gap [mEq/L]=LAB//lac*"]
+            series = [{GAP, LACTATE}, {GLUCOSE}]
+        rows = make(mini, series=texts, **flags)
+        columns = ["id", "label_escalation", "prediction_hours", *rows.filter(like="trajectory")]
+        expected = slowly(mini, series, stored=stored, **flags)
+        assert rows[columns].fillna("").to_numpy().tolist() == expected
+        assert 50 < len(expected) < len(mini.labels)
 
 
 @pytest.mark.parametrize("command", ["from_meds", "from_long"])
@@ -252,9 +235,9 @@ def test_nothing_after_the_prediction_time_changes_an_input(make):
     if make.command == "from_long":
         flags["equal_times"] = "last"
     rows = make(mini, **flags).set_index("id").drop(columns="label_escalation")
-    assert len(rows) > 80
+    assert len(rows) > 60
     labels = {name_of(label): label for label in mini.labels}
-    for name in rows.index[::15]:
+    for name in rows.index[::25]:
         changed = after(mini, labels[name], rng, stored=make.command == "from_long")
         again = make(changed, **flags).set_index("id")
         before, again = rows.loc[[name]], again.reindex(columns=rows.columns)

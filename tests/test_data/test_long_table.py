@@ -5,9 +5,8 @@ import re
 import pandas as pd
 import pytest
 
-from event_files import EPOCH, GAP, GLUCOSE, Mini, long, long_file, write_table
+from event_files import EPOCH, GAP, GLUCOSE, Mini, long, long_file
 from medgemma_clinical.files import InputError
-from table_requests import make_rows
 
 GLUCOSE_COLUMN = f"trajectory_{GLUCOSE} [mg/dL]"
 
@@ -65,20 +64,6 @@ def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog)
     assert "no storetime" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("equal_times", "expected"),
-    [("keep", "9 (6h) -> 1 (6h) -> 4 (6h)"), ("last", "4 (6h)"), ("mean", "4.666666667 (6h)")],
-)
-def test_several_values_at_one_time(equal_times, expected, tmp_path):
-    mini = Mini().ask(1, 30).measure(1, 12, 1, stored=14).measure(1, 12, 4, stored=15)
-    mini.measure(1, 12, 9, stored=13).measure(1, 12, 99, stored=31)
-    assert long(mini, tmp_path, equal_times=equal_times)["clinical_trajectory"][0] == expected
-    if equal_times == "last":
-        table = mini.long().drop(columns="storetime")
-        with pytest.raises(InputError, match="--equal_times last"):
-            long(table, tmp_path, mini.label_table(), equal_times="last")
-
-
 def test_a_factor_converts_the_values_of_a_unit(tmp_path):
     flags = {"factor": (f"{GLUCOSE}:mmol/L=18.016",), "series": (GAP, GLUCOSE)}
     rows, description = long_file(mixed(), tmp_path, **flags)
@@ -110,6 +95,12 @@ def test_units_that_contradict_are_refused_by_name(mini, factor, series, named, 
         long(mini, tmp_path, **flags)
 
 
+def test_the_last_of_equal_times_needs_the_storing_times(tmp_path):
+    table = simple().long().drop(columns="storetime")
+    with pytest.raises(InputError, match="--equal_times last"):
+        long(table, tmp_path, LABELS, equal_times="last")
+
+
 def test_columns_have_the_names_that_are_given(tmp_path):
     names = {"subject_id": "patient no", "charttime": "drawn", "item": 'the "test"'}
     names |= {"unit": "units", "value": "valuenum"}
@@ -127,13 +118,11 @@ def test_columns_have_the_names_that_are_given(tmp_path):
     ("renamed", "columns", "named"),
     [
         ({"subject_id": "Subject"}, (), "--columns subject_id=Subject"),
-        ({"charttime": "chart_time"}, (), "--columns time=chart_time"),
         ({"value": "valeu"}, (), "--columns value=valeu"),
         ({"item": "analyte"}, (), "subject_id, charttime, analyte"),
         ({"unit": "Units"}, (), "--columns unit=Units"),
         ({"storetime": "StoreTime"}, (), "--columns storetime=StoreTime"),
-        ({"value": "valued", "item": "values"}, ("item=values",), "--columns value=valued"),
-        *(({}, (wrong,), wrong.split("=")[-1]) for wrong in ("value=valu", "values=value")),
+        ({}, ("value=valu",), "valu"),
         ({}, ("time=",), "--columns time="),
     ],
 )
@@ -142,9 +131,8 @@ def test_a_column_that_is_missing_is_named_with_the_nearest(renamed, columns, na
         long(simple().long().rename(columns=renamed), tmp_path, LABELS, columns=columns)
 
 
-@pytest.mark.parametrize("spelled", ["1.0", "01", "1.00", " 1"])
-def test_one_subject_has_many_spellings(spelled, tmp_path):
-    table = simple().long().astype({"subject_id": str}).replace({"subject_id": {"1": spelled}})
+def test_one_subject_has_many_spellings(tmp_path):
+    table = simple().long().astype({"subject_id": str}).replace({"subject_id": {"1": "01.0"}})
     assert long(table, tmp_path, LABELS)["subject_id"].tolist() == ["1", "2"]
 
 
@@ -154,8 +142,7 @@ def test_one_subject_has_many_spellings(spelled, tmp_path):
         ("value", "<0.1"),
         ("storetime", "720"),
         ("label", "2"),
-        *(("charttime", date) for date in ("31.01.2150", "2150-01-01T12:00:00Z")),
-        ("charttime", "2150-01-01 12:00:00+02:00"),
+        ("charttime", "31.01.2150"),
         *((column, "") for column in ("charttime", "subject_id", "item")),
     ],
 )
@@ -182,16 +169,3 @@ def test_times_may_be_numbers(unit, hours, tmp_path):
     table["charttime"] = ["1", "nan", "3"]
     with pytest.raises(InputError, match=r"table.csv, column charttime: 1 cell"):
         long(table, tmp_path, labels, time_unit=unit)
-
-
-def test_csv_and_parquet_give_the_same_rows(tmp_path):
-    table = mixed().long()
-    table["value"] = (table["value"] / 3).astype("float32")
-    flags = {"out": tmp_path / "out.csv", "factor": (f"{GLUCOSE}:mmol/L=18.016",)}
-    made = set()
-    for form in ("csv", "csv.gz", "parquet"):
-        flags["table"] = write_table(table, tmp_path / f"table.{form}")
-        flags["labels"] = write_table(LABELS, tmp_path / f"labels.{form}")
-        made.add(make_rows("from_long", **flags)[0].to_csv())
-    (text,) = made
-    assert "5 (6h)" in text
