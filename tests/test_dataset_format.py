@@ -1,7 +1,10 @@
-"""Tests of MIMICtrajectoryDataset: what of a table becomes rows, patients and labels; the check."""
+"""The DKA format: files, description, columns, patients, rows to score; the command check."""
 
+import gzip
+import json
 import logging
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,20 @@ import pytest
 
 import dataset_format
 from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
+from medgemma_clinical.data.dka import (
+    find_features,
+    plain_table,
+    read_description,
+    read_tables,
+    text_of,
+)
+from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
+from medgemma_clinical.files import file_hash
 from trajectories import LABEL, SERIES, dataset_of, table_of
 
 ROOT = Path(dataset_format.__file__).parent
 BICARBONATE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
-CHEMISTRY = ROOT / "tests" / "data" / "physionet2012_chemistry.csv.gz"
 GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
 THREE = pd.DataFrame(
     {
@@ -28,6 +39,463 @@ THREE = pd.DataFrame(
     }
 )
 NAN = float("nan")
+SECRET = "98765"  # stands in the cells that are refused; no message may repeat it
+
+
+def write(path, content):
+    path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
+    return path
+
+
+def write_table(table, path):
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False)
+    return path
+
+
+def assert_refused(source, place, **options):
+    """Return the message of the refusal, which names the place."""
+    with pytest.raises(InputError, match=place) as caught:
+        MIMICtrajectoryDataset(source, **options)
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------- files
+
+
+def numbered(count):
+    return pd.DataFrame({"name": [f"n{k}" for k in range(count)], "value": range(count)})
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+def test_read_tables__chunks_join_to_the_whole_file(ending, tmp_path):
+    path = write_table(numbered(7), tmp_path / f"data.{ending}")
+    for max_rows, sizes in ((3, [3, 3, 1]), (7, [7])):
+        chunks, read = zip(*read_tables(path, max_rows), strict=True)
+        assert [len(chunk) for chunk in chunks] == sizes
+        whole, first = pd.concat(chunks), 0 if ending == "parquet" else 2
+        assert whole.index.tolist() == list(range(first, first + 7))
+        assert text_of(whole, "name").tolist() == numbered(7)["name"].tolist()
+        assert list(read) == sorted(read)
+        assert read[-1] == path.stat().st_size
+
+
+PLAIN = b'a,b\n1,"x, y"\n3,4\n'
+GZIP = gzip.compress(PLAIN * 50)
+FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
+BAD_TABLES = {  # content and what the message names beside the file
+    "a field too many in the first row": (b"a,b\n1,2,98765\n3,4\n", "row 2: 3 cells"),
+    "a field too many in a late row": (PLAIN + b"1,2,98765\n5,6\n", "row 4: 3 cells"),
+    "a field too few": (b"a,b\n1,\n\n3", "row 4: 1 cells"),
+    "an open quote": (PLAIN + b'1,"98765\n3,4\n', "quotes"),
+    "a quote that swallows rows": (b'a,b\n1,"98765\n3,4\n5,"6"\n7,8\n', "quotes"),
+    "text behind a quote": (PLAIN + b'1,"2"98765\n', "quotes"),
+    "semicolons": (PLAIN.replace(b",", b";"), "row 1: .*commas"),
+    "semicolons and decimal commas": (b"\na;b\n24,5;0\n", "row 2: .*commas"),
+    "tabs": (PLAIN.replace(b",", b"\t"), "row 1: .*commas"),
+    "empty": (b"\xef\xbb\xbf\n \r\n", "empty"),
+    "Latin-1": (PLAIN + b"\xe9,1\n", "UTF-8"),
+    "UTF-16": (PLAIN.decode().encode("utf-16"), "UTF-8"),
+    "no gzip": (PLAIN, "gzip"),
+    "a cut gzip": (GZIP[: len(GZIP) // 2], "gzip"),
+    "a flipped gzip": (FLIPPED, "gzip"),
+    "no Parquet": (PLAIN, "Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_damaged_file_is_refused_by_name(name, tmp_path):
+    content, place = BAD_TABLES[name]
+    ending = "csv.gz" if "gzip" in name else "parquet" if "Parquet" in name else "csv"
+    path = tmp_path / f"bad.{ending}"
+    path.write_bytes(content)
+    for max_rows in (1, 50_000):
+        with pytest.raises(InputError, match=f"^{re.escape(str(path))}(: |, ).*{place}") as caught:
+            list(read_tables(path, max_rows))
+        assert SECRET not in str(caught.value)
+
+
+def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
+    for source in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300), numbered(0)):
+        assert_refused(source, "file|no rows")
+    path = write_table(numbered(0), tmp_path / "data.parquet")
+    assert_refused(path, "no rows")
+    content = write_table(numbered(3), path).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert_refused(path, "Parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert_refused(path, "pip install pyarrow")
+
+
+def test_cells_of_any_type_are_text(tmp_path):
+    columns = {
+        "float": ([1.0, np.nan, 2.5], ["1", "", "2.5"]),
+        "large": ([2.0**60, 1e300, -3.0], [str(2.0**60), "1e+300", "-3"]),
+        "nullable": (pd.array([1.0, None, 2.5], dtype="Float64"), ["1", "", "2.5"]),
+        "whole": (pd.array([1, None, 3], dtype="Int64"), ["1", "", "3"]),
+        "boolean": (pd.array([True, None, False], dtype="boolean"), ["True", "", "False"]),
+        "category": (pd.Categorical([" a ", None, "b"]), ["a", "", "b"]),
+        "text": ([" 1.0 ", None, "NA"], ["1.0", "", "NA"]),
+    }
+    table = pd.DataFrame({name: cells for name, (cells, _) in columns.items()})
+    table["not read"] = [[1, 2], None, None]
+    table.to_parquet(tmp_path / "data.parquet", row_group_size=2)
+    for source in (table, tmp_path / "data.parquet"):
+        read = pd.concat([chunk for chunk, _ in read_tables(source, 2)])
+        for name, (_, expected) in columns.items():
+            assert text_of(read, name).tolist() == expected, name
+
+
+def test_a_named_index_is_a_column_unless_the_table_has_it():
+    table = numbered(3).rename(columns={"value": " value "})
+    by_name = [table.set_index("name", drop=drop) for drop in (True, False)]
+    for each in (table.iloc[1:].reset_index(drop=True), table.iloc[1:], *by_name):
+        plain = plain_table(each)
+        assert list(plain) == ["name", "value"]
+        assert plain.index.tolist() == list(range(len(each)))
+
+
+# --------------------------------------------------------------------------- description
+
+
+WRONG_VALUES = {
+    "series": [5, "Lactate"],  # the latter without its unit
+    "question": [" "],
+    "csv_sha256": [5],
+    "plausible": [["a", "b"], 3, [60, 3], [0, 1, 2], [None, 2], [0, 1e999], [NAN, 1], []],
+    "limits": [[1, 2]],
+    "limits.x": [[0, 10**400], []],
+    "reference": [3, [12, 3], [3, 3], [3], [None, None], [None, 3, 4], [3, "4"], [None, NAN]],
+    "references.x": [[2, 1]],
+    "labels": [["label_death"]],
+    "labels.label_death": ["x"],
+    "labels.label_death.outcome": [3],
+    "labels.label_death.outcom": ["x"],
+    "flow": [3, [3], [{"rule": "a", "removed": 0}], [{"rule": "a", "removed": True, "left": 1}]],
+    "time_scale": [0, -1, NAN, 1e999, True, "72", None, [72]],
+    "zzz": [1],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_a_wrong_key_or_value_is_refused_by_its_key(key, tmp_path):
+    for content in WRONG_VALUES[key]:
+        for name in reversed(key.split(".")):
+            content = {name: content}
+        (tmp_path / "data.json").write_text(json.dumps(content))
+        place = re.escape(f"{tmp_path / 'data.json'}, key {key}: ")
+        with pytest.raises(InputError, match=f"^{place}"):
+            read_description(tmp_path / "data.csv")
+
+
+def test_a_file_that_is_no_description_is_refused(tmp_path):
+    for content in (b"{", b"[]", b"null", b"\xff", b"[" * 100_000):
+        (tmp_path / "data.json").write_bytes(content)
+        with pytest.raises(InputError, match=r"data\.json"):
+            read_description(tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_description_says_what_series_and_label_are(mark, tmp_path):
+    content = {
+        **{"series": "Lactate", "unit": "mmol/L", "outcome": "Death", "time_scale": 8760},
+        **{"limits": {"Blood_Urea": [1, 9], "x": None}, "references": {"Blood urea": [None, 8]}},
+        **{"plausible": [0, 20], "reference": [None, 2]},
+        **{"flow": [{"rule": "under 18", "removed": 3, "left": 97, "any": 1}], "made_by": {}},
+        **{"prediction_time": "at noon", "horizon": "24 h"},
+    }
+    rows = f"{SERIES},trajectory_blood_urea\n1 (0h),2 (0h)\n"
+    path = write(tmp_path / "DATA.CSV.GZ", rows.encode())
+    (tmp_path / "DATA.json").write_bytes(mark + json.dumps(content).encode())
+    dataset = MIMICtrajectoryDataset(path, require_labels=False)
+    assert (dataset.features, dataset.units) == (("Lactate", "blood urea"), ("mmol/L", ""))
+    assert (dataset.outcome, dataset.time_scale) == ("Death", 8760.0)
+    assert [dataset.limits(f) for f in (0, 1)] == [(0, 20), (1, 9)]
+    assert [dataset.reference(f) for f in (0, 1)] == [(None, 2), (None, 8)]
+    task = dataset.task_description()
+    assert (task["Prediction time"], task["Horizon"]) == ("at noon", "24 h")
+    assert dataset.flow.to_dict("records") == [{"rule": "under 18", "removed": 3, "left": 97}]
+    dataset.features = ("LACTATE", "Blood Urea")  # as a checkpoint spells them
+    assert dataset.limits(1) == (1, 9)
+
+
+def test_another_label_is_never_called_by_the_outcome_of_label_escalation():
+    labels = {"b": {"outcome": "B"}}
+    description = Description(outcome="ICU", question="ICU?", horizon="24 h", labels=labels)
+    assert description.for_label(LABEL) == description
+    found = {name: description.for_label(name) for name in ("label_death", "b", "label_ICU_stay")}
+    assert [each.outcome for each in found.values()] == ["Death", "B", "ICU stay"]
+    assert [each.horizon for each in found.values()] == ["", "24 h", ""]
+    assert "Death" in found["label_death"].question
+
+
+def test_a_description_of_another_file_brings_a_warning(tmp_path):
+    table = table_of(["24 (0h)"], subject_id="a")
+    path = write_table(table, tmp_path / "data.csv")
+    path.with_suffix(".json").write_text(json.dumps({"csv_sha256": file_hash(path)}))
+    assert MIMICtrajectoryDataset(path).warnings == ()
+    write_table(table.assign(subject_id="b"), path)
+    (text,) = MIMICtrajectoryDataset(path).warnings
+    assert "data.json" in text
+    assert [*scored(path, inputs=NOTHING)[1].warnings] == [text]
+
+
+# --------------------------------------------------------------------------- columns
+
+ROWS = [f"{20 + k % 7} (0h) -> {18 + k % 5} (2h) -> {k} (3h)" for k in range(60)]
+NAMES = ["patient_age_years", "patient_bmi", "patient_died", "person_years", "encounter_type"]
+NAMES += ["subjective_pain", "n_patients_on_ward", "stay_id"]
+
+
+def test_columns_that_are_not_read_stop_no_training():
+    ids, others = [f"r{k}" for k in range(60)], {key: [k % 9 for k in range(60)] for key in NAMES}
+    dataset = dataset_of(ROWS, id=ids, **others)
+    assert sum(map(len, dataset.split(0).values())) == 60
+    assert dataset.warnings == ()
+
+
+def test_without_the_patient_there_is_one_warning():
+    for columns in ({}, {"patient_id": [k % 9 for k in range(60)]}):
+        dataset = dataset_of(ROWS, **columns)
+        assert ["subject_id" in text for text in dataset.warnings] == [True]
+        assert len(set(dataset.groups)) == 60
+    assert any("subject_id?" in text for text in dataset_of(ROWS, subjectid=1).warnings)
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing", "meant"),
+    [
+        (["age", "clinical_trajectorie", LABEL], SERIES, "clinical_trajectorie"),
+        ([SERIES, "30_day_mortality", "label_escalatoin"], LABEL, "label_escalatoin"),
+        ([SERIES, "30_day_mortality", "outcome"], LABEL, "30_day_mortality"),
+        ([SERIES, LABEL, "label_death"], "lable_death", "label_death"),
+    ],
+)
+def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, meant):
+    table = pd.DataFrame({name: ["1 (0h)" if name == SERIES else "0"] for name in columns})
+    label = missing if missing != SERIES else None
+    assert "header" not in assert_refused(
+        table, rf"column {missing}: .*{meant}", label_column=label
+    )
+
+
+def test_a_first_row_of_cells_is_not_shown(tmp_path):
+    path = write(tmp_path / "data.csv", f'{SECRET}-a,"{SECRET} (0h) -> 1 (2h)",1\n'.encode() * 9)
+    assert SECRET not in assert_refused(path, f"column {SERIES}: ")
+
+
+SEEMING = {
+    "clinical_contexts": ("x", "clinical_context"),
+    "context": ("x", "clinical_context"),
+    "predictionhours": (9, "prediction_hours"),
+    "Static_age": (9, "static_"),
+    "static age": (9, "static_"),
+    "glucose": ("90 (0h) -> 80 (2h)", "trajectory_glucose"),
+    "hospital": ("a", None),
+    "label_death": (1, None),
+    "trajectory_not_chosen": ("5 (0h)", None),
+}
+
+
+@pytest.mark.parametrize("name", SEEMING)
+def test_a_column_that_seems_to_be_meant_brings_a_warning(name):
+    cell, meant = SEEMING[name]
+    table = table_of(["1 (0h)"], id="a", **{name: [cell]})
+    warnings = MIMICtrajectoryDataset(table, series=["anion gap"]).warnings
+    assert [meant in text and name in text for text in warnings] == [True] * bool(meant)
+
+
+def test_keys_of_columns_that_the_file_lacks_are_warnings():
+    description = Description(
+        limits={"lactat": (0, 9), "lactate": (0, 9), "anion gap": (0, 9)},
+        references={"ph": (7.35, None), "lactate": (None, 2)},
+        labels={"label_deth": {"outcome": "Death"}, "label_death": {}},
+    )
+    columns = {"trajectory_Lactate": ["1 (0h)"], "label_death": [1], "subject_id": ["a"]}
+    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"], **columns), description=description)
+    keys = [text.split()[1] for text in dataset.warnings]
+    assert keys == ["labels.label_deth", "limits.lactat", "limits.anion", "references.ph"]
+
+
+def test_a_column_twice_is_refused_unless_it_is_not_read(tmp_path):
+    table = table_of(["1 (0h)"], subject_id="1", static_x=1, trajectory_x="1 (0h)", note="a")
+    for name in table:
+        path = write_table(pd.concat([table, table[[name]]], axis=1), tmp_path / "data.csv")
+        if name == "note":
+            MIMICtrajectoryDataset(path)
+        else:
+            assert_refused(path, f"column {name}: ")
+
+
+BAD_NAMES = ["trajectory_ _ [u]", "trajectory_x [", "trajectoryglucose", "Trajectory_x"]
+BAD_NAMES += ["trajectory_vitamin, 1 [u]", "trajectory_24", "trajectory_anion gap"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_series_column_that_cannot_be_read_is_refused(name):
+    assert_refused(table_of(["1 (0h)"], **{name: ["1 (0h)"]}), "column [tT]rajectory.*: ")
+
+
+def test_a_static_feature_is_a_column_of_the_rows_and_no_label():
+    columns = {"static_b": [1.5], "static_a [u]": [True]}
+    dataset, other = (dataset_of(["1 (0h)"], **columns, **more) for more in ({}, {"static_c": 1}))
+    assert dataset.static_names == ("static_b", "static_a [u]")
+    assert other.fingerprint() != dataset.fingerprint()
+    table = table_of(["1 (0h)"], static_b=[1])
+    assert_refused(table, "column static_b: ", label_column="static_b")
+
+
+def test_series_are_found_by_their_columns_and_chosen_by_name():
+    columns = [LABEL, "trajectory_Blood_urea [ mg/dL ]", SERIES, "trajectory_x  y [1]"]
+    table = pd.DataFrame(columns=columns)
+    found = find_features(table, Description(), None, "")
+    titles = ["Anion gap [mEq/L]", "Blood urea [mg/dL]", "x y"]
+    assert [feature.title for feature in found] == titles
+    assert [feature.keys for feature in found] == [(SERIES,), (columns[1],), (columns[3],)]
+    chosen = find_features(table, Description(), ["X_Y", "anion GAP"], "")
+    assert [feature.name for feature in chosen] == ["x y", "Anion gap"]
+    for wrong in (["lactate"], ["x y", "X Y"], []):
+        with pytest.raises(InputError, match="--series"):
+            find_features(table, Description(), wrong, "")
+
+
+# --------------------------------------------------------------------------- rows to score
+
+NOTHING = {"static": [], "prediction_time": False}
+INPUTS = {"static": ["static_age [years]", "static_x"], "prediction_time": True}
+CONFIG = {
+    "features": ["Anion gap"],
+    "units": ["mEq/L"],
+    "inputs": INPUTS,
+    "outcome": "Escalation",
+    "question": "And then?",
+    "read_options": {"max_len": 20, "label_column": LABEL},
+}
+NEW = {
+    "id": ["a", "b", "c", "d"],
+    SERIES: ["1 (0h) -> 2 (4h)", "3 (1h)", "4 (0h)", "5 (0h)"],
+    "prediction_hours": ["5", "0.5", "2", ""],
+    "static_x": ["1", "2", SECRET + "x", ""],
+    "static_other": [SECRET + "x"] * 4,
+    "static_age [years]": ["50", "60", "70", "80"],
+}
+
+
+def scored(source, max_rows=100, strict=False, **change):
+    findings = Findings(str(source) if not isinstance(source, pd.DataFrame) else "x", strict)
+    rows = MIMICtrajectoryDataset.scoring_rows(source, {**CONFIG, **change}, findings, max_rows)
+    return list(rows), findings
+
+
+@pytest.fixture(params=["file", "DataFrame"])
+def source_of(request, tmp_path):
+    """Make a source of a table: a file, whose rows are numbered from 2, or a DataFrame."""
+
+    def make(table):
+        table = pd.DataFrame(table)
+        if request.param == "DataFrame":
+            return table, 0
+        return write_table(table, tmp_path / "new.csv"), 2
+
+    return make
+
+
+@pytest.mark.parametrize("max_rows", [1, 9])
+@pytest.mark.parametrize(
+    ("inputs", "kept", "problems"),
+    [
+        (INPUTS, "ad", {1: "prediction_hours:", 2: "static_x:"}),
+        (NOTHING, "acd", {1: "prediction_hours:"}),  # refused though the model reads no time
+    ],
+)
+def test_a_row_with_a_wrong_input_has_a_problem_and_the_others_are_scored(
+    inputs, kept, problems, max_rows, source_of
+):
+    source, first = source_of(NEW)
+    chunks, findings = scored(source, max_rows, inputs=inputs)
+    readable = [chunk.ids[chunk.positions].tolist() for chunk in chunks]
+    assert "".join(map("".join, readable)) == kept
+    assert readable == [chunk.dataset.ids.tolist() for chunk in chunks]
+    assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == NEW["id"]
+    found = {row - first: text.split()[1] for row, text in findings.problems.items()}
+    assert found == problems
+    timed = [chunk.dataset.prediction_hours is not None for chunk in chunks]
+    assert timed == [inputs["prediction_time"]] * len(chunks)
+    place = rf"row ({first + 1}|{first + 2}), column ({'|'.join(problems.values())}) "
+    with pytest.raises(InputError, match=place):
+        scored(source, max_rows, strict=True, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "there"),
+    [
+        *((name, "") for name in ("static_x", "static_age [years]", "prediction_hours", SERIES)),
+        ("static_age [years]", "static_age [months]"),
+        ("static_age [years]", "static_age"),
+    ],
+)
+def test_a_file_that_lacks_an_input_is_refused_by_column(lacking, there):
+    table = pd.DataFrame(NEW).rename(columns={lacking: there or "x"})
+    place = re.escape(f"column {lacking}: ") + ".*" + re.escape(there)
+    with pytest.raises(InputError, match=place):
+        scored(table)
+
+
+TWO = {
+    "features": ["Lactate", "pH"],
+    "units": ["mmol/L", ""],
+    "inputs": NOTHING,
+    "outcome": "Death",
+}
+
+
+@pytest.mark.parametrize("more", [["pH"], ["lactate [mmol/L]"], ["pH", "Lactate [mmol/L]"]])
+def test_the_main_column_of_a_data_frame_is_the_series_without_one_of_its_own(more):
+    series = [SERIES, *(f"trajectory_{name}" for name in more)]
+    rows = pd.DataFrame({**{key: ["1 (0h)"] for key in series}, LABEL: ["0"]})
+    ((row,), _) = scored(rows, **TWO)
+    assert (row.dataset.features, row.dataset.outcome) == (("Lactate", "pH"), "Death")
+    assert row.dataset.prompt(0).endswith("And then?\n")
+
+
+@pytest.mark.parametrize(
+    ("unit", "outcome", "series", "label", "column"),
+    [
+        ("mmol/L", "Death", "x", 0, "trajectory_pH"),
+        ("mg/dL", "Death", "pH", 0, SERIES),
+        ("mmol/L", "Death", "pH [kPa]", 0, "trajectory_pH"),
+        ("mmol/L", "Stroke", "pH", 0, LABEL),
+        ("mmol/L", None, "pH", 0, LABEL),
+        ("mmol/L", None, "pH", None, None),  # without labels no outcome could differ
+    ],
+)
+def test_a_file_of_another_meaning_is_refused_by_column(
+    unit, outcome, series, label, column, tmp_path
+):
+    cells = {SERIES: "1 (0h)", LABEL: label, f"trajectory_{series}": "2 (0h)"}
+    rows = pd.DataFrame({name: [cell] for name, cell in cells.items() if cell is not None})
+    path = write_table(rows, tmp_path / "new.csv")
+    content = {"series": "Lactate", "unit": unit, **({"outcome": outcome} if outcome else {})}
+    path.with_suffix(".json").write_text(json.dumps(content))
+    if column:
+        with pytest.raises(InputError, match=f"column {column}.*: "):
+            scored(path, **TWO)
+    else:
+        ((row,), _) = scored(path, **TWO)
+        assert (row.dataset.outcome, row.dataset.question) == ("Death", "And then?")
+
+
+def test_a_bad_file_ends_the_command_with_2_and_one_line(tmp_path, capsys):
+    path = write(tmp_path / "bad.csv", f"{SERIES},{LABEL}\n{SECRET} (0),1\n".encode())
+    for flags, shown in (([], False), (["--show_values"], True)):
+        assert dataset_format.main(["check", str(path), *flags]) == 2
+        output = capsys.readouterr()
+        assert re.fullmatch(rf"error: .*row 2, column {SERIES}: .+\n", output.err)
+        assert output.out.endswith("not ready\n")
+        assert (SECRET in output.err) == shown
 
 
 def rows_of(dataset, i):
@@ -36,17 +504,7 @@ def rows_of(dataset, i):
     return np.column_stack([dataset.times[rows], dataset.values[rows]])
 
 
-def refused(table, place, **options):
-    with pytest.raises(InputError, match=place):
-        MIMICtrajectoryDataset(table, **options)
-
-
 # --------------------------------------------------------------------------- observations
-
-
-def test_the_sample_of_nine_series_holds_the_bicarbonate_of_the_other_file():
-    same = MIMICtrajectoryDataset(CHEMISTRY, 20, series=["Serum bicarbonate"])
-    assert same.fingerprint() == MIMICtrajectoryDataset(BICARBONATE).fingerprint()
 
 
 def test_the_most_recent_observations_are_kept(caplog):
@@ -73,7 +531,7 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
     assert dataset.prediction_hours.tolist() == [9, 9]
     np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
     np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
-    refused(THREE.assign(**{UREA: ""}), "Blood urea", series=["Blood urea"])
+    assert_refused(THREE.assign(**{UREA: ""}), "Blood urea", series=["Blood urea"])
 
 
 def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
@@ -99,8 +557,8 @@ def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
 
 def test_a_label_that_is_not_known_or_not_there_is_nan_where_none_is_required():
     table = table_of(["1 (0h)"] * 2, label_escalation=[True, None])
-    refused(table, f"row 1, column {LABEL}: ")
-    refused(table.fillna("yes"), f"row 1, column {LABEL}: ", require_labels=False)
+    assert_refused(table, f"row 1, column {LABEL}: ")
+    assert_refused(table.fillna("yes"), f"row 1, column {LABEL}: ", require_labels=False)
     for each, first in ((table, 1), (table.drop(columns=LABEL), NAN)):
         dataset = MIMICtrajectoryDataset(each, require_labels=False)
         np.testing.assert_array_equal(dataset.collate([0, 1])["labels"], [first, NAN])
@@ -113,7 +571,7 @@ def test_any_column_of_0_and_1_is_the_label():
     assert dataset.read_options["label_column"] == "label_death"
     for required in (True, False):
         options = {"label_column": "death", "require_labels": required}
-        refused(table, "column death: ", **options)
+        assert_refused(table, "column death: ", **options)
 
 
 # --------------------------------------------------------------------------- prompts
@@ -197,11 +655,3 @@ def test_the_command_summarises_the_sample_data(capsys):
         assert words in output.out
     assert "warning" not in output.out + output.err
     assert output.out.endswith("\nready\n")
-
-
-@pytest.mark.parametrize("arguments", ["", "check", "chec a.csv", "check a --ser b"])
-def test_wrong_usage_ends_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        dataset_format.main(arguments.split())
-    assert caught.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err

@@ -5,7 +5,7 @@ import pytest
 
 import dataset_format
 import medgemma_trainer as trainer
-from conftest import DATA, SAMPLE
+from conftest import SAMPLE
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from predicting import predicted, refused
@@ -58,9 +58,3 @@ def test_a_doubled_file_is_refused_in_check_and_in_training(table, tmp_path, cap
         assert main(command) == 2
         assert "--allow_duplicates" in capsys.readouterr().err
         assert main([*command, "--allow_duplicates"]) == 0
-
-
-def test_the_flags_are_those_of_the_dka_format(capsys):
-    srtr = ["--dataset", "srtr", "--data_dir", str(DATA / "srtr_saf"), "--trajectory_only"]
-    for flag in (DEATH, ("--allow_duplicates",)):
-        assert refused(capsys, [*srtr, *flag], f"{flag[0]}: not for --dataset srtr")

@@ -10,47 +10,49 @@ import pytest
 
 import dataset_format
 import srtr_dataset
+from mimic_files import Mini, write_tables
+from srtr_files import filler, write_folder
 
 DATA = Path(__file__).parent / "data"
+OUT = ["--out", "FOLDER/out.csv"]
+
+# Each writes tables to a folder and returns the one to be changed, and a command on them.
 
 
 def dka(folder):
-    path = folder / "data.csv"
     rows = [f'"24 (0h) -> {k} (2h)",{k % 2},"text, {k}"\n' for k in range(40)]
     header = "clinical_trajectory,label_escalation,clinical_context\n"
-    path.write_text(header + "".join(rows), newline="")
-    return path, dataset_format.main, ["check", str(path)]
+    (folder / "data.csv").write_text(header + "".join(rows), newline="")
+    return "data.csv", dataset_format.main, ["check", "FOLDER/data.csv"]
 
 
 def srtr(folder):
-    for name in ("cand_liin", "stathist_liin"):
-        table = pd.read_sas(DATA / "srtr_saf" / f"{name}.sas7bdat", encoding="latin-1")
-        table.to_csv(folder / f"{name}.csv", index=False)
-    path = folder / "cand_liin.csv"
-    words = ["check", "--data_dir", str(folder), "--organ", "liver"]
-    return path, srtr_dataset.main, words
-
-
-def unpacked(path):
-    """Unpack a file of the demo, so that its text can be altered."""
-    target = path.with_suffix("")
-    target.write_bytes(gzip.decompress(path.read_bytes()))
-    path.unlink()
-    return target
+    write_folder(folder, *filler())
+    words = ["check", "--data_dir", "FOLDER", "--organ", "liver"]
+    return "cand_liin.csv", srtr_dataset.main, words
 
 
 def mimic(folder):
-    shutil.copytree(DATA / "mimic_iv_demo", folder / "tables")
-    words = ["from_mimic", "--mimic_dir", str(folder / "tables"), "--cohort", "all"]
-    path = unpacked(folder / "tables" / "hosp" / "labevents.csv.gz")
-    return path, dataset_format.main, [*words, "--out", str(folder / "out.csv")]
+    mini = Mini()
+    for hadm in range(9):
+        mini.admit(hadm).settling(hadm)
+    for row in mini.rows["hosp/labevents"]:
+        row["comments"] = ""  # a text in quotes could be cut to another
+    mini.write(folder)
+    words = ["from_mimic", "--mimic_dir", "FOLDER", "--cohort", "all", "--compute_gap", "reported"]
+    return "hosp/labevents.csv", dataset_format.main, words + OUT
 
 
 def eicu(folder):
-    shutil.copytree(DATA / "eicu_demo", folder / "tables")
-    words = ["from_eicu", "--eicu_dir", str(folder / "tables"), "--cohort", "all"]
-    path = unpacked(folder / "tables" / "lab.csv.gz")
-    return path, dataset_format.main, [*words, "--out", str(folder / "out.csv")]
+    tables = {
+        name: pd.read_csv(DATA / "eicu_demo" / f"{name}.csv.gz", dtype=str, keep_default_na=False)
+        for name in ("patient", "admissionDx", "lab")
+    }
+    kept = tables["patient"]["patientunitstayid"].iloc[:40]
+    own = {name: table[table["patientunitstayid"].isin(kept)] for name, table in tables.items()}
+    write_tables(folder, own)
+    words = ["from_eicu", "--eicu_dir", "FOLDER", "--cohort", "all", "--min_observations", "1"]
+    return "lab.csv", dataset_format.main, words + OUT
 
 
 def long_table(folder):
@@ -62,9 +64,37 @@ def long_table(folder):
     labels["label"] = labels["subject_id"] % 2
     table.to_csv(folder / "table.csv", index=False)
     labels.to_csv(folder / "labels.csv", index=False)
-    words = ["from_long", "--table", str(folder / "table.csv")]
-    words += ["--labels", str(folder / "labels.csv"), "--series", "anion gap [mEq/L]=gap, serum"]
-    return folder / "table.csv", dataset_format.main, [*words, "--out", str(folder / "out.csv")]
+    words = ["from_long", "--table", "FOLDER/table.csv", "--labels", "FOLDER/labels.csv"]
+    return "table.csv", dataset_format.main, [*words, "--series", "gap [mEq/L]=gap, serum", *OUT]
+
+
+@pytest.fixture(scope="module", params=[dka, srtr, mimic, eicu, long_table])
+def tables(request, tmp_path_factory):
+    """The tables of a reader, its command, and what it writes of them."""
+    folder = tmp_path_factory.mktemp("tables")
+    name, main, words = request.param(folder)
+    written = shutil.copytree(folder, tmp_path_factory.mktemp("out"), dirs_exist_ok=True)
+    assert main([word.replace("FOLDER", str(written)) for word in words]) == 0
+    out = written / "out.csv"
+    return folder, name, main, words, out.read_text() if out.exists() else None
+
+
+@pytest.fixture
+def changed(tables, tmp_path):
+    """Change the table, in a copy; return its name, the exit code and what is written."""
+    folder, name, main, words, plain = tables
+
+    def change_and_read(change, table=name):
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        path = tmp_path / table
+        change(path)
+        packed = "" if path.exists() else ".gz"
+        own = [w.replace(f"FOLDER/{table}", f"FOLDER/{table}{packed}") for w in words]
+        code = main([word.replace("FOLDER", str(tmp_path)) for word in own])
+        out = tmp_path / "out.csv"
+        return f"{path}{packed}", code, out.read_text() if out.exists() else None, plain
+
+    return change_and_read
 
 
 def middle(path, change):
@@ -76,10 +106,6 @@ def middle(path, change):
 
 def one_field_too_many(path):
     middle(path, lambda line: line.rstrip(b"\r\n") + b",4\n")
-
-
-def one_field_too_few(path):
-    middle(path, lambda line: line.rstrip(b"\r\n").rpartition(b",")[0] + b"\n")
 
 
 def cut_within_the_last_row(path):
@@ -117,59 +143,32 @@ def gzipped(path):
     path.unlink()
 
 
-READERS = [dka, srtr, mimic, eicu, long_table]
+DAMAGES = [one_field_too_many, cut_within_the_last_row, field_too_many_in_front, cut_gzip]
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize(
-    "damage",
-    [
-        one_field_too_many,
-        one_field_too_few,
-        cut_within_the_last_row,
-        field_too_many_in_front,
-        unclosed_quote,
-        cut_gzip,
-    ],
-)
-def test_every_reader_refuses_a_damaged_table_by_name(reader, damage, tmp_path, capsys):
-    path, main, words = reader(tmp_path)
-    damage(path)
-    packed = path.with_name(f"{path.name}.gz")
-    words = [word.replace(str(path), str(packed)) if packed.exists() else word for word in words]
-    assert main(words) == 2
+@pytest.mark.parametrize("damage", [*DAMAGES, unclosed_quote])
+def test_every_reader_refuses_a_damaged_table_by_name(damage, changed, capsys):
+    path, code, written, _ = changed(damage)
+    assert (code, written) == (2, None)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert path.name in line
-    assert not (tmp_path / "out.csv").exists()
+    assert line.startswith(f"error: {path}")
 
 
-@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("form", [mark_in_front, no_last_break, windows_breaks, gzipped])
-def test_every_reader_reads_a_table_in_any_common_form(reader, form, tmp_path):
-    path, main, words = reader(tmp_path)
-    assert main(words) == 0
-    plain = (tmp_path / "out.csv").read_text() if "--out" in words else None
-    form(path)
-    packed = path.with_name(f"{path.name}.gz")
-    words = [word.replace(str(path), str(packed)) if packed.exists() else word for word in words]
-    assert main(words) == 0
-    if plain:
-        assert (tmp_path / "out.csv").read_text() == plain
+def test_every_reader_reads_a_table_in_any_common_form(form, changed):
+    _, code, written, plain = changed(form)
+    assert (code, written) == (0, plain)
 
 
-@pytest.mark.parametrize(
-    ("reader", "name", "column"),
-    [
-        (mimic, "hosp/admissions", "hadm_id"),
-        (mimic, "hosp/patients", "subject_id"),
-        (eicu, "patient", "patientunitstayid"),
-    ],
-)
-def test_a_row_that_stands_twice_makes_no_second_trajectory(reader, name, column, tmp_path, capsys):
-    _, main, words = reader(tmp_path)
-    path = unpacked(tmp_path / "tables" / f"{name}.csv.gz")
+def row_twice(path):
     path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[1])
-    assert main(words) == 2
-    assert f"{path}, column {column}: " in capsys.readouterr().err
-    assert not (tmp_path / "out.csv").exists()
+
+
+def test_a_row_that_stands_twice_makes_no_second_trajectory(tables, changed, capsys):
+    keys = {"hosp/admissions.csv": "hadm_id", "hosp/patients.csv": "subject_id"}
+    keys |= {"patient.csv": "patientunitstayid"}
+    for name, column in keys.items():
+        if (tables[0] / name).exists():
+            path, code, written, _ = changed(row_twice, name)
+            assert (code, written) == (2, None)
+            assert f"{path}, column {column}: " in capsys.readouterr().err

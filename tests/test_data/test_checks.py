@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import DATA, SAMPLE
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import (
     check as run_check,
@@ -146,12 +145,6 @@ def test_a_suspicion_needs_ten_patients_with_and_without_the_event_and_knows_the
     weak = np.where(np.arange(200) % 20 < 2, 1 - DIES, DIES)  # AUROC 0.9
     weak = dataset_of(SOUND, static_weak=weak, clinical_context=np.where(weak == 1, "pale", "x"))
     assert describe_leaks(weak, train) == []
-
-
-@pytest.mark.parametrize("path", [SAMPLE, DATA / "physionet2012_chemistry.csv.gz"])
-def test_the_sample_data_give_no_suspicion(path):
-    dataset = MIMICtrajectoryDataset(path)
-    assert describe_leaks(dataset, dataset.split(0)["train"]) == []
 
 
 def test_counts_and_percentiles_of_the_summary_are_exact():

@@ -1,4 +1,4 @@
-"""What from_meds and from_long share: windows, hours, series and codes, no leak, equal bytes."""
+"""The commands from_meds and from_long: what they share, no leak; then what is one's own."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ import pytest
 import dataset_format
 from dataset_format import MIMICtrajectoryDataset
 from event_files import (
+    EPOCH,
     GAP,
     GAP_SERIES,
     GLUCOSE,
@@ -21,7 +22,9 @@ from event_files import (
     YEAR,
     Mini,
     long,
+    long_file,
     meds,
+    meds_file,
     moment,
     name_of,
     random_events,
@@ -257,3 +260,335 @@ def test_threads_memory_batches_and_the_order_of_rows_change_no_byte(make, monke
     monkeypatch.setattr(events, "MAX_PAIRS", 100)
     again = make(shuffled, **flags, threads=2, memory_limit="2GB")
     assert whole.to_csv() == again.to_csv()
+
+
+# --------------------------------------------------------------------------- from_long
+
+GLUCOSE_COLUMN = f"trajectory_{GLUCOSE} [mg/dL]"
+
+
+def two():
+    mini = Mini().ask(1, 30, 1).ask(2, 30, 0).measure(1, 12, 15).measure(2, 12, 14)
+    return mini.measure(1, 13, 100, GLUCOSE)
+
+
+def mixed():
+    return two().measure(1, 14, 5.1, GLUCOSE, unit="mmol/L").measure(1, 15, 120, GLUCOSE)
+
+
+def no_unit():
+    return two().measure(1, 14, 90, GLUCOSE, unit="")
+
+
+LABELS = two().label_table()
+
+
+def test_without_series_all_items_are_read_the_most_measured_first(tmp_path):
+    mini = two().measure(2, 13, 110, GLUCOSE).measure(1, 14, 120, GLUCOSE)
+    for hour in range(40, 60):  # later than the prediction times
+        mini.measure(1, hour, 16)
+    rows = long(mini, tmp_path)
+    assert rows["clinical_trajectory"][0] == "100 (7h) -> 120 (8h)"
+    assert rows[f"trajectory_{GAP} [mEq/L]"].tolist() == ["15 (6h)", "14 (6h)"]
+
+
+def test_items_that_differ_in_case_are_one_series_and_not_every_item_can_be_one(tmp_path):
+    mini = Mini().ask(1, 30)
+    for hour, item in enumerate(("Sodium", "sodium", "SODIUM"), 12):
+        mini.measure(1, hour, hour, item, unit="")
+    assert long(mini, tmp_path)["clinical_trajectory"][0] == "12 (6h) -> 13 (7h) -> 14 (8h)"
+    for item in ("50868", "glucose [mass]", "a, b"):
+        with pytest.raises(InputError, match=re.escape(f"table.csv, item {item}: ")):
+            long(Mini().ask(1, 30).measure(1, 12, 1, item, unit=""), tmp_path)
+    mini = two()
+    for item in range(98):
+        mini.measure(1, 12, 1, f"item {item}")
+    assert len(long(mini, tmp_path).filter(like="trajectory").columns) == 100
+    with pytest.raises(InputError, match="101 items"):
+        long(mini.measure(1, 12, 1, "another"), tmp_path)
+
+
+def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog):
+    mini = Mini().ask(1, 30).measure(1, 12, 15, stored=30).measure(1, 13, 16, stored=30.01)
+    table = mini.measure(1, 14, 17).measure(1, 31, 18, stored=29).measure(1, 9, None).long()
+    table.loc[2, "storetime"] = pd.NaT
+    rows, description = long_file(table, tmp_path, mini.label_table())
+    assert rows["clinical_trajectory"][0] == "15 (6h)"
+    assert description["values"] == {"without a number": 1, "never stored": 1, "converted": 0}
+    rows = long(table.drop(columns="storetime"), tmp_path, mini.label_table())
+    assert rows["clinical_trajectory"][0] == "15 (6h) -> 16 (7h) -> 17 (8h)"
+    assert "no storetime" in caplog.text
+
+
+def test_a_factor_converts_the_values_of_a_unit(tmp_path):
+    flags = {"factor": (f"{GLUCOSE}:mmol/L=18.016",), "series": (GAP, GLUCOSE)}
+    rows, description = long_file(mixed(), tmp_path, **flags)
+    assert rows[GLUCOSE_COLUMN][0] == "100 (7h) -> 91.8816 (8h) -> 120 (9h)"
+    assert description["values"]["converted"] == 1
+    flags = {"factor": (f"{GLUCOSE}:=1",), "series": (f"glucose={GLUCOSE}",)}
+    assert long(no_unit(), tmp_path, **flags)["clinical_trajectory"][0] == "100 (7h) -> 90 (8h)"
+    flags = {"factor": (f"{GLUCOSE}:mg/dL=0.0555",), "series": (GAP, f"x [mmol/L]={GLUCOSE}")}
+    assert long(two(), tmp_path, **flags)["trajectory_x [mmol/L]"][0] == "5.55 (7h)"
+
+
+@pytest.mark.parametrize(
+    ("mini", "factor", "series", "named"),
+    [
+        (mixed(), "", "", f"in mg/dL and in mmol/L: .* '{GLUCOSE}:mmol/L="),
+        (no_unit(), "", "", "in mg/dL and in no unit"),
+        (two(), "", f"glucose [mmol/L]={GLUCOSE}", "in mmol/L and in mg/dL"),
+        *((two(), f"{GLUCOSE}:mg/dL={factor}", "", "--factor") for factor in ("0", "inf")),
+        *((two(), wrong, "", f"--factor {wrong}") for wrong in ("glucose=18", "gap:mg=x")),
+        (two(), f"{GLUCOSE}:mmol=18", "", f"--factor '{GLUCOSE}:mmol='.* mg/dL"),
+        (two(), f"{GLUCOSE}:mg/dL=2", f"x [mg/dL]={GLUCOSE}", f"--factor '{GLUCOSE}:mg/dL='"),
+        # A series of converted values alone needs a unit of its own.
+        *((two(), f"{GLUCOSE}:mg/dL=2", s, r"--series '.* \[unit") for s in ("", GLUCOSE)),
+    ],
+)
+def test_units_that_contradict_are_refused_by_name(mini, factor, series, named, tmp_path):
+    flags = {"factor": (factor,) if factor else (), "series": (series,) if series else ()}
+    with pytest.raises(InputError, match=named):
+        long(mini, tmp_path, **flags)
+
+
+def test_the_last_of_equal_times_needs_the_storing_times(tmp_path):
+    table = two().long().drop(columns="storetime")
+    with pytest.raises(InputError, match="--equal_times last"):
+        long(table, tmp_path, LABELS, equal_times="last")
+
+
+def test_columns_have_the_names_that_are_given(tmp_path):
+    names = {"subject_id": "patient no", "charttime": "drawn", "item": 'the "test"'}
+    names |= {"unit": "units", "value": "valuenum"}
+    table = two().long().rename(columns=names).assign(value="a text beside it")
+    labels = two().label_table("died").rename(columns={"subject_id": "subject"})
+    columns = ("subject_id=patient no", "time=drawn", 'item=the "test"', "unit=", "label=died")
+    with pytest.raises(InputError, match=r"--columns labels.subject_id=subject\?"):
+        long(table, tmp_path, labels, columns=columns)
+    rows = long(table, tmp_path, labels, columns=(*columns, "labels.subject_id=subject"))
+    assert rows["clinical_trajectory"].tolist() == ["15 (6h)", "14 (6h)"]
+    assert f"trajectory_{GLUCOSE}" in rows, "without a unit"
+
+
+@pytest.mark.parametrize(
+    ("renamed", "columns", "named"),
+    [
+        ({"subject_id": "Subject"}, (), "--columns subject_id=Subject"),
+        ({"value": "valeu"}, (), "--columns value=valeu"),
+        ({"item": "analyte"}, (), "subject_id, charttime, analyte"),
+        ({"unit": "Units"}, (), "--columns unit=Units"),
+        ({"storetime": "StoreTime"}, (), "--columns storetime=StoreTime"),
+        ({}, ("value=valu",), "valu"),
+        ({}, ("time=",), "--columns time="),
+    ],
+)
+def test_a_column_that_is_missing_is_named_with_the_nearest(renamed, columns, named, tmp_path):
+    with pytest.raises(InputError, match=re.escape(named)):
+        long(two().long().rename(columns=renamed), tmp_path, LABELS, columns=columns)
+
+
+def test_one_subject_has_many_spellings(tmp_path):
+    table = two().long().astype({"subject_id": str}).replace({"subject_id": {"1": "01.0"}})
+    assert long(table, tmp_path, LABELS)["subject_id"].tolist() == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        ("value", "<0.1"),
+        ("storetime", "720"),
+        ("label", "2"),
+        ("charttime", "31.01.2150"),
+        *((column, "") for column in ("charttime", "subject_id", "item")),
+    ],
+)
+def test_a_wrong_cell_is_named_by_its_column_and_not_shown(column, cell, tmp_path):
+    tables = {"table.csv": two().long().astype(str), "labels.csv": LABELS.astype(str)}
+    name = "labels.csv" if column == "label" else "table.csv"
+    tables[name].loc[1, column] = cell
+    with pytest.raises(InputError) as caught:
+        long(tables["table.csv"], tmp_path, tables["labels.csv"])
+    assert f"{name}, column {column}: 1 cell" in str(caught.value)
+    assert len(cell) < 2 or cell not in str(caught.value)
+
+
+@pytest.mark.parametrize(("unit", "hours"), [("minutes", 1 / 60), ("hours", 1), ("days", 24)])
+def test_times_may_be_numbers(unit, hours, tmp_path):
+    mini = Mini().ask(1, 30.5).measure(1, 6.5, 15).measure(1, 30.5, 16).measure(1, 30.6, 17)
+    table, labels = mini.long(), mini.label_table()
+    for frame, column in ((table, "charttime"), (table, "storetime"), (labels, "prediction_time")):
+        frame[column] = (frame[column] - EPOCH) / pd.Timedelta(hours, "h")
+    rows = long(table, tmp_path, labels, time_unit=unit)
+    assert rows["clinical_trajectory"][0] == "15 (0h) -> 16 (24h)"
+    assert float(rows["prediction_time"][0]) == pytest.approx(30.5 / hours)
+    assert rows["id"][0] == f"1 {rows['prediction_time'][0]}"
+    table["charttime"] = ["1", "nan", "3"]
+    with pytest.raises(InputError, match=r"table.csv, column charttime: 1 cell"):
+        long(table, tmp_path, labels, time_unit=unit)
+
+
+# --------------------------------------------------------------------------- from_meds
+
+
+def with_parts():
+    return Mini().ask(1, 30, 1).ask(2, 30, 0, "tuning").measure(1, 12, 4.1).measure(2, 12, 15)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return with_parts().write_meds(tmp_path / "meds")
+
+
+def with_labels(folder, table):
+    table.to_parquet(folder / "task" / "deep" / "0.parquet")
+    return folder
+
+
+def test_numbers_of_32_bits_are_written_in_their_shortest_text_others_left_out(tmp_path):
+    mini = (
+        with_parts().measure(1, 13, None).measure(1, 14, float("inf")).measure(1, 15, float("nan"))
+    )
+    rows = meds(mini.write_meds(tmp_path / "meds"))
+    assert rows["clinical_trajectory"].tolist() == ["4.1 (6h)", "15 (6h)"]
+    assert list(rows)[4:] == ["prediction_hours", "label_escalation", "split"]
+
+
+@pytest.mark.parametrize("column", ["boolean_value", "integer_value", "float_value"])
+def test_labels_are_read_from_whichever_column_and_file_holds_them(column, folder, tmp_path):
+    kinds = {"boolean_value": "boolean", "integer_value": "Int64", "float_value": "Float32"}
+    table = with_parts().label_table(column, kinds[column])
+    for other in kinds.keys() - {column}:
+        table[other] = pd.Series([pd.NA, pd.NA], dtype=kinds[other])
+    table["categorical_value"] = pd.Series([None, None], dtype="string")
+    task = with_labels(folder, table) / "task"
+    for labels in (task, task / "deep/0.parquet", write_table(table, tmp_path / "labels.csv")):
+        assert meds(folder, labels=labels)["label_escalation"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"categorical_value": ["yes", "no"]}, "boolean_value, integer_value, float_value"),
+        ({"integer_value": [0, 3]}, "column integer_value: 1 cell"),
+        ({"float_value": [0.5, 0.7]}, "column float_value: 2 cells"),
+        ({"boolean_value": True, "zone": True}, "column prediction_time: 2 cells"),
+    ],
+)
+def test_labels_that_are_no_answer_and_times_with_a_zone_are_refused(values, named, folder):
+    table = with_parts().label_table().drop(columns="label").assign(**values)
+    if "zone" in table:
+        table["prediction_time"] = table["prediction_time"].dt.tz_localize("Europe/Berlin")
+    with pytest.raises(InputError, match=rf"0\.parquet.*{named}"):
+        meds(with_labels(folder, table))
+
+
+def test_age_sex_values_and_presence_are_a_text_and_static_columns(tmp_path):
+    mini = with_parts().ask(3, 30).measure(3, 12, 15).measure(1, -60 * YEAR, None, "MEDS_BIRTH")
+    mini.measure(1, None, None, "GENDER//F").measure(2, None, None, "GENDER//M")
+    mini.measure(1, 8, 3.5, LACTATE).measure(1, 29, 2.1, LACTATE)
+    mini.measure(1, 31, 9.9, LACTATE).measure(2, 1, 7, LACTATE)
+    mini.measure(2, 10, None, "DRUG//insulin").measure(2, None, None, "RACE//x")
+    mini.measure(3, 4, None, "DRUG//insulin").measure(3, 31, None, "DRUG//insulin")
+    context = ("lactate [mmol/L]=LAB//lac*", "insulin=DRUG*", "race x=RACE//x", "pH [-]=LAB//pH")
+    rows = meds(mini.write_meds(tmp_path / "meds"), context=context).fillna("")
+    texts = ["60-year-old woman, lactate 2.1 mmol/L", "Man, insulin, race x", ""]
+    assert rows["clinical_context"].tolist() == texts
+    assert rows.loc[:, "static_age [years]":].drop(columns="split").astype(str).to_dict("list") == {
+        "static_age [years]": ["60", "", ""],
+        "static_sex_male": ["0", "1", ""],
+        "static_lactate [mmol/L]": ["2.1", "", ""],
+        "static_insulin": ["0", "1", "0"],
+        "static_race x": ["0", "1", "0"],
+        "static_pH [-]": ["", "", ""],
+        "label_escalation": ["1", "0", "0"],
+    }
+
+
+def test_age_is_in_full_years_and_not_told_above_89(tmp_path):
+    mini = Mini()
+    births = ["2060-01-02 06:00", "2060-01-02 06:01", "2090-01-03", "2150-01-03"]
+    for subject, birth in enumerate(births):
+        hours = (pd.Timestamp(birth) - EPOCH) / pd.Timedelta("1h")
+        mini.ask(subject, 30).measure(subject, 12, 15).measure(subject, hours, None, "MEDS_BIRTH")
+    rows = meds(mini.write_meds(tmp_path / "meds")).fillna("")
+    ages = [text.removesuffix("-year-old patient") for text in rows["clinical_context"]]
+    assert ages == ["Over 89", "89", "59", ""]
+    assert rows["static_age [years]"].tolist() == ["90", "89", "59", ""]
+
+
+@pytest.mark.parametrize(
+    ("series", "named"),
+    [
+        ("glucose=LAB//1*", "LAB//1//mg/dL, LAB//1//mmol/L are in mg/dL, mmol/L"),
+        ("glucose [mmol/L]=LAB//1//mg/dL", "are in mg/dL"),
+        ("glucose [MG/DL]=LAB//1//mg/dL", ""),
+        ("glucose=LAB//1//mg/dL", ""),
+        ("glucose [mmol/L]=LAB//gap", ""),
+    ],
+)
+def test_codes_of_another_unit_are_refused(series, named, tmp_path):
+    mini = with_parts().measure(1, 13, 90, "LAB//1//mg/dL").measure(1, 14, 5, "LAB//1//mmol/L")
+    folder = mini.write_meds(tmp_path / "meds")
+    if not named:
+        assert len(meds(folder, (series,)))
+        return
+    with pytest.raises(InputError, match=f"--series glucose: .*{named}"):
+        meds(folder, (series,))
+
+
+@pytest.mark.parametrize("name", ["age [years]", "Sex_male", "x [mmol/L]"])
+def test_a_static_feature_of_an_automatic_name_or_another_unit_is_refused(name, tmp_path):
+    mini = with_parts().measure(1, 13, 90, "LAB//1//mg/dL")
+    with pytest.raises(InputError, match="--context"):
+        meds(mini.write_meds(tmp_path / "meds"), context=(f"{name}=LAB//1//mg/dL",))
+
+
+def test_the_splits_of_meds_become_ours(tmp_path):
+    mini = with_parts().ask(3, 30, 0, "held_out").measure(3, 12, 15).ask(4, 30).measure(4, 12, 15)
+    del mini.splits[4]
+    folder = mini.write_meds(tmp_path / "meds")
+    rows, description = meds_file(folder)
+    assert rows["split"].tolist() == ["train", "val", "test"]
+    removed = {rule["rule"]: rule["removed"] for rule in description["flow"]}
+    assert removed["subject in no part of the split"] == 1
+    rows = meds(folder, no_splits=True)
+    assert len(rows) == 4
+    assert "split" not in rows
+
+
+@pytest.mark.parametrize("splits", [None, {1: "train", 2: "test"}, {1: "train", "1": "tuning"}])
+def test_splits_that_cannot_be_used_are_refused(splits, folder):
+    path = folder / "metadata" / "subject_splits.parquet"
+    path.unlink()
+    if splits:
+        subjects = [int(subject) for subject in splits]
+        write_table(pd.DataFrame({"subject_id": subjects, "split": splits.values()}), path)
+    with pytest.raises(InputError, match=r"subject_splits\.parquet.*--no_splits"):
+        meds(folder)
+
+
+def test_a_damaged_shard_or_a_missing_flag_is_named_and_nothing_written(folder, tmp_path, capsys):
+    shard = folder / "data" / "tuning" / "0.parquet"
+    shard.write_bytes(shard.read_bytes()[:-20])
+    flags = {"--labels": str(folder / "task"), "--series": GAP_SERIES}
+    flags["--out"] = str(tmp_path / "out.csv")
+    for missing in (None, *flags):
+        words = [word for name in flags.keys() - {missing} for word in (name, flags[name])]
+        assert dataset_format.main(["from_meds", "--meds_dir", str(folder), *words]) == 2
+        named = f"{missing}: " if missing else "tuning/0.parquet"
+        assert named in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in tmp_path.iterdir()} <= {"meds", ".out.csv.lock"}
+
+
+def test_codes_are_listed_by_their_number_of_events(tmp_path, capsys):
+    mini = Mini().ask(1, 30)
+    for subject in range(12):
+        mini.measure(subject, 1, 15).measure(subject, 2, 15).ask(subject, 1, 0, f"p{subject % 2}")
+        for hour in range(3 if subject < 10 else 0):
+            mini.measure(subject, hour, 1, "LAB//ra\nre")
+    folder = mini.write_meds(tmp_path / "meds")
+    codes = pd.DataFrame({"code": [GAP], "description": ["Anion gap"], "valueuom": [["mEq/L"]]})
+    codes.to_parquet(folder / "metadata" / "codes.parquet")
+    assert dataset_format.main(["from_meds", "--meds_dir", str(folder), "--list_codes"]) == 0
+    _, *lines = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines())
+    assert lines == [r"30 10 LAB//ra\nre", "24 12 LAB//gap mEq/L Anion gap"]

@@ -177,11 +177,3 @@ def test_notes_written_later_change_no_cell(tmp_path):
         again = hospital_contexts(tmp_path / str(each), changed).inputs()
         assert all(again[hadm] == cells[hadm] for hadm in (1, 3))
     assert "Note" in str(cells[1])
-
-
-@pytest.mark.parametrize("name", ["discharge", "radiology"])
-def test_a_table_of_notes_that_is_missing_is_named(name, tmp_path):
-    other = {"discharge": "radiology", "radiology": "discharge"}[name]
-    folder = write_tables(tmp_path / "all", {**hospital(), other: pd.DataFrame({"text": []})})
-    with pytest.raises(InputError, match=f"--notes_dir .*{name}"):
-        extracted(folder, notes_dir=folder)

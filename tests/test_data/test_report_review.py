@@ -111,9 +111,7 @@ def test_a_report_that_breaks_off_states_at_most_one_wrong_number():
     ("series", "unit", "outcome"),
     [
         ("PaCO2", "mmHg", "Escalation"),
-        ("eGFR", "mL/min/1.73 m2", "28-day death"),
         ("White cells", "10^9/L", "Sepsis (3rd)"),
-        ("Base excess, arterial", "mmol/L", "Death"),
         ("Blood: lactate", "", "Death"),
         ("CO2. total", "mEq. per L", "Outcome: death"),
         ("rising level", "mEq/L", "Death"),
@@ -133,7 +131,6 @@ def test_digits_points_and_words_within_names_state_nothing(series, unit, outcom
     ("cells", "trends"),
     [
         (dict.fromkeys(("vitamin B1", "vitamin B12"), "7 (1h) -> 8 (3h)"), 3),
-        (dict.fromkeys(("urea 24 h", "urea"), "7 (1h) -> 8 (3h)"), 3),
         (dict.fromkeys(("PaCO2 [10^3/mL]", "x [1]"), "7 (1h) -> 8 (3h)"), 3),
         ({"lactate": "3 (1h) -> 4 (1h)", "ph": "7.2 (1h)"}, 1),  # within no time is no trend
     ],

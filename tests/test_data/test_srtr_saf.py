@@ -1,7 +1,6 @@
 """SRTR: tables in any storage, damaged ones, and cells that are dates, codes or neither."""
 
 import shutil
-import sys
 
 import numpy as np
 import pandas as pd
@@ -56,30 +55,6 @@ def test_encrypted_and_truncated_files(ending, tmp_path):
         assert path.name in refusal(tmp_path)
 
 
-CSV = "\n".join(["PX_ID,CAN_ABO,CAN_REM_CD", "1,O,8", '2,"O",4', '3,"O, see note",4', "4,O,8", ""])
-
-
-@pytest.mark.parametrize(
-    ("row", "whole", "damaged"),
-    [
-        (4, '3,"O, see note"', "3,O, see note"),
-        (2, "1,O,8", "1,O"),
-        (3, '2,"O"', '2,"O'),  # a later quote closes it
-        (5, "4,O", '4,"O'),
-        (5, "4,O,8\n", "4,O"),
-    ],
-)
-def test_a_csv_row_that_is_shifted_or_swallowed_is_refused_by_its_number(
-    row, whole, damaged, tmp_path
-):
-    path, columns = tmp_path / "cand_liin.csv", ["PX_ID", "CAN_REM_CD"]
-    path.write_text(CSV)
-    assert pd.concat(saf.read_chunks(path, columns, 2))["CAN_REM_CD"].tolist() == list("8448")
-    path.write_text(CSV.replace(whole, damaged))
-    with pytest.raises(InputError, match=rf"cand_liin\.csv, row {row}: "):
-        list(saf.read_chunks(path, columns, 2))
-
-
 def test_a_text_of_two_lines_in_latin_1_is_a_cell(folder):
     path, whole = folder / "cand_liin.csv", read(folder)
     lines = path.read_text().splitlines()
@@ -100,12 +75,6 @@ def test_missing_keys_no_rows_and_codes_that_are_words_are_refused(folder):
         read(folder)
     assert "Candidate died" not in str(caught.value)
     assert caught.value.value == "Candidate died"
-
-
-def test_parquet_without_its_package(folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (folder / "cand_liin.csv").rename(folder / "cand_liin.parquet")
-    assert "pip install pyarrow" in refusal(folder)
 
 
 def test_chunks_give_the_same(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from conftest import DATA, SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.texts import PromptOptions
@@ -169,14 +168,6 @@ def test_hashes_stay_those_that_checkpoints_hold():
     dataset, rows = dataset_of(["1 (0h) -> 2 (1h) -> -0 (3h)"], subject_id=["a7"]), np.arange(1)
     assert row_hashes(dataset, rows).tolist() == [6374126875211811226]
     assert patient_hashes(dataset, rows).tolist() == [6710318407972753942]
-
-
-@pytest.mark.parametrize("path", [SAMPLE, DATA / "physionet2012_chemistry.csv.gz"])
-def test_the_sample_data_hold_no_copies(path):
-    dataset = MIMICtrajectoryDataset(path)
-    hashes = row_hashes(dataset, np.arange(len(dataset)), latest=None)
-    hashes = hashes[hashes != 0]
-    assert len(np.unique(hashes)) == len(hashes) > 2_900
 
 
 COLUMNS = {
