@@ -59,6 +59,14 @@ def figures(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Say in CI that no browser has looked at the pages."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = [each.longrepr[2] for each in skipped if "browser" in each.keywords]
+    if os.environ.get("CI") and reasons:
+        terminalreporter.write_line(f"CI: {len(reasons)} browser tests skipped. {reasons[0]}")
+
+
 @pytest.fixture
 def approved(request):
     """Compare a text with ``approved/NAME.txt`` or the file at a path; ``--approve`` writes it."""

@@ -20,6 +20,8 @@ from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import write_comparison
 
 FIGURES = True
+pytestmark = pytest.mark.browser
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MAX_HEIGHT = 5500
 """Pixels of a page on a screen of 1280."""
