@@ -3,8 +3,6 @@
 import json
 import re
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,12 +80,14 @@ def test_flags_reach_the_extraction_and_the_data_set_reads_series_question_and_f
     assert demographics(dataset)["sex"].tolist() == ["woman"]
 
 
-def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_terminal(folder):
+def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_terminal(
+    folder, capsys
+):
     out = folder.parent / "a.csv"
-    command = [sys.executable, str(ROOT / "dataset_format.py"), *words(folder, out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1 rows of 1 patients, 0 events" in done.stdout
+    assert dataset_format.main(words(folder, out)) == 0
+    output = capsys.readouterr()
+    assert "1 rows of 1 patients, 0 events" in output.out
+    assert output.err == ""
     for path in (out, out.with_suffix(".json")):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 

@@ -266,7 +266,7 @@ def alter(what, cand, history, late, landmark):
     if what == "later dates":
         for name in {"CAN_DIAL_DT", "CAN_GFR_DT"} & set(cand):
             other = landmark + rng.integers(1, 99, len(cand))
-            assert (cand[name] > landmark).sum() > 10
+            assert (cand[name] > landmark).sum() > 5
             other = other.where(rng.random(len(cand)) < 0.5)
             cand[name] = cand[name].where(cand[name] <= landmark, other)
     if what == "columns of the end":
@@ -286,7 +286,7 @@ CHANGES += ["ends of spans", "later dates", "columns of the end"]
 def random_cohort(request, tmp_path_factory):
     """An organ, its random tables and the inputs made of them."""
     organ = request.param
-    tables = random_tables(300, organ, seed=5)
+    tables = random_tables(150, organ, seed=5)
     folder = write_folder(tmp_path_factory.mktemp(organ), *tables, organ)
     return organ, *tables, inputs(SRTRTrajectoryDataset(folder, organ))
 
@@ -296,12 +296,12 @@ def test_nothing_after_the_landmark_changes_an_input(what, random_cohort, tmp_pa
     organ, cand, history, known = random_cohort
     landmark = cand["CAN_LISTING_DT"] + ORGANS[organ].days
     late = history["CANHX_BEGIN_DT"] > history["PX_ID"].map(landmark.set_axis(cand["PX_ID"]))
-    assert late.sum() > 100
+    assert late.sum() > 50
     tables = alter(what, cand.copy(), history.copy(), late, landmark)
     folder = write_folder(tmp_path, *tables, organ)
     now = inputs(SRTRTrajectoryDataset(folder, organ, require_labels=False))
     shared = known.keys() & now.keys()  # who is asked depends on who still waits
-    assert len(shared) == len(known) or (what == "columns of the end" and len(shared) > 25)
+    assert len(shared) == len(known) or (what == "columns of the end" and len(shared) > 12)
     assert all(known[px] == now[px] for px in shared)
 
 

@@ -1,11 +1,7 @@
 """Trajectory tables and texts that several test modules make."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dataset_format import MIMICtrajectoryDataset
@@ -13,35 +9,35 @@ from dataset_format import MIMICtrajectoryDataset
 SERIES, LABEL = "clinical_trajectory", "label_escalation"
 
 
-def table_of(series: list[str], **columns: Any) -> pd.DataFrame:
+def table_of(series, **columns):
     """Make a DKA table; labels alternate where none are given."""
     labels = [i % 2 for i in range(len(series))]
     return pd.DataFrame({SERIES: series, LABEL: labels, **columns})
 
 
-def dataset_of(series: list[str], max_len: int = 20, **columns: Any) -> MIMICtrajectoryDataset:
+def dataset_of(series, max_len=20, **columns):
     return MIMICtrajectoryDataset(table_of(series, **columns), max_len)
 
 
-def one_series(dataset: MIMICtrajectoryDataset, i: int) -> tuple[list[float], list[float]]:
+def one_series(dataset, i):
     rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
     return dataset.times[rows].tolist(), dataset.values[rows, 0].tolist()
 
 
-def random_number(rng: np.random.Generator) -> str:
+def random_number(rng):
     number = rng.normal(scale=10.0 ** rng.integers(-3, 4))
     form = rng.choice(["{:.0f}", "{:.2f}", "{:+.3f}", "{:e}", "{:.1E}", "{!r}", "{:.0f}."])
     text = str(form).format(float(number))
     return re.sub(r"\b0\.(?=\d)", ".", text) if rng.integers(2) else text
 
 
-def random_text(rng: np.random.Generator) -> str:
+def random_text(rng):
     """Write a series with free spaces; every other time repeats an earlier one."""
 
-    def space() -> str:
+    def space():
         return str(rng.choice(["", " ", "  ", "\t", "\n"]))
 
-    hours: list[str] = []
+    hours = []
     pieces = []
     for _ in range(int(rng.integers(1, 13))):
         again = bool(hours) and rng.random() < 0.5

@@ -1,14 +1,12 @@
 """A cohort of patients with one to three rows each."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 
 from trajectories import LABEL, SERIES
 
 
-def cohort(patients: int = 200, seed: int = 0) -> pd.DataFrame:
+def cohort(patients=200, seed=0):
     """Make one to three rows a patient, a fifth of the patients with the event in one of them."""
     rng = np.random.default_rng(seed)
     rows = []

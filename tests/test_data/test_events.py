@@ -297,15 +297,13 @@ def test_items_that_differ_in_case_are_one_series_and_not_every_item_can_be_one(
     for hour, item in enumerate(("Sodium", "sodium", "SODIUM"), 12):
         mini.measure(1, hour, hour, item, unit="")
     assert long(mini, tmp_path)["clinical_trajectory"][0] == "12 (6h) -> 13 (7h) -> 14 (8h)"
-    for item in ("50868", "glucose [mass]", "a, b"):
-        with pytest.raises(InputError, match=re.escape(f"table.csv, item {item}: ")):
-            long(Mini().ask(1, 30).measure(1, 12, 1, item, unit=""), tmp_path)
+    with pytest.raises(InputError, match=r"table.csv, item glucose \[mass\]: "):
+        long(Mini().ask(1, 30).measure(1, 12, 1, "glucose [mass]", unit=""), tmp_path)
     mini = two()
-    for item in range(98):
+    for item in range(99):
         mini.measure(1, 12, 1, f"item {item}")
-    assert len(long(mini, tmp_path).filter(like="trajectory").columns) == 100
     with pytest.raises(InputError, match="101 items"):
-        long(mini.measure(1, 12, 1, "another"), tmp_path)
+        long(mini, tmp_path)
 
 
 def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog):
@@ -453,15 +451,15 @@ def test_numbers_of_32_bits_are_written_in_their_shortest_text_others_left_out(t
     assert list(rows)[4:] == ["prediction_hours", "label_escalation", "split"]
 
 
-@pytest.mark.parametrize("column", ["boolean_value", "integer_value", "float_value"])
-def test_labels_are_read_from_whichever_column_and_file_holds_them(column, folder, tmp_path):
+def test_labels_are_read_from_whichever_column_and_file_holds_them(folder, tmp_path):
     kinds = {"boolean_value": "boolean", "integer_value": "Int64", "float_value": "Float32"}
-    table = with_parts().label_table(column, kinds[column])
-    for other in kinds.keys() - {column}:
-        table[other] = pd.Series([pd.NA, pd.NA], dtype=kinds[other])
-    table["categorical_value"] = pd.Series([None, None], dtype="string")
-    task = with_labels(folder, table) / "task"
-    for labels in (task, task / "deep/0.parquet", write_table(table, tmp_path / "labels.csv")):
+    for column, kind in kinds.items():
+        table = with_parts().label_table(column, kind)
+        for other in kinds.keys() - {column}:
+            table[other] = pd.Series([pd.NA, pd.NA], dtype=kinds[other])
+        task = with_labels(folder, table) / "task"
+        several = write_table(table, tmp_path / "labels.csv"), task / "deep/0.parquet", task
+        labels = dict(zip(kinds, several, strict=True))[column]
         assert meds(folder, labels=labels)["label_escalation"].tolist() == [1, 0]
 
 

@@ -1,4 +1,4 @@
-"""Inputs beside the observations: statistics of each series, and which static features are read."""
+"""Inputs beside the observations: statistics, static features that are read; small counts."""
 
 import itertools
 
@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.data.features import STATISTICS, patients_behind, unusable_static
+from medgemma_clinical.data.scoring import Findings, count_unknown_static
+from medgemma_clinical.data.small_cells import count_patients, count_text, minority_patients
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import prepare_data
 from trajectories import dataset_of, one_series
@@ -111,3 +113,34 @@ def test_the_training_part_alone_decides_which_static_features_are_read():
     off = prepare_data(dataset, **options, static=False)
     assert off.dataset.static_inputs == ()
     assert off.usable_static == data.usable_static, "baselines still read them"
+
+
+def test_rows_that_lack_a_static_feature_that_is_read_are_counted():
+    columns = {
+        "static_age": ["50", "", "60", ""],
+        "static_given": ["1"] * 4,
+        "static_off": [""] * 4,
+    }
+    dataset, findings = dataset_of(["1 (0h)"] * 4, **columns), Findings("x")
+    names = ["static_age", "static_given"]
+    count_unknown_static(dataset.with_inputs(names, prediction_time=False), findings)
+    assert list((+findings.counts).items()) == [
+        ("lack the static feature static_age: taken as unknown", 2)
+    ]
+
+
+# --------------------------------------------------------------------------- small counts
+
+
+@pytest.mark.parametrize(
+    ("count", "min_cell", "hidden"),
+    [(0, 11, False), (1, 11, True), (10, 11, True), (11, 11, False), (3, 0, False)],
+)
+def test_counts_of_a_few_are_not_written(count, min_cell, hidden):
+    assert count_text(count, min_cell) == (f"fewer than {min_cell}" if hidden else str(count))
+
+
+def test_a_patient_with_several_rows_counts_once():
+    groups, labels = np.array(list("aabbc")), np.array([1, 1, 0, 1, 0])
+    assert count_patients(groups, labels == 1) == count_patients(groups, np.array([0, 2, 3])) == 2
+    assert minority_patients(labels, np.array(list("aabbb"))) == 1

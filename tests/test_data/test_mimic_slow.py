@@ -54,11 +54,11 @@ CODES = [(code, 9) for code in ("25010", "250.13 ", "25000", "2510", "E1010", "4
 CODES += [
     (c, 10) for c in ("E0810", "E0911", "E10.11", "e1111", "E1310", "E1101", "E1210", "25010")
 ]
-OTHERS = [  # item, values at the edges of the biochemical cohort, units
-    (GLUCOSE, (250, 251, 600), ("mg/dL", "mmol/L", "g/L")),
-    (50809, (100, 251), ("mg/dL",)),
+OTHERS = [  # item, values at the edges of the biochemical cohort, units; the first more often
+    (PH, (7.3, 7.3, 7.31), ("units", "", "pH")),
+    (GLUCOSE, (250, 251, 600), ("mg/dL", "mg/dL", "mmol/L", "g/L")),
     (BICARBONATE, (18, 18.1, 12), ("mEq/L", "mmol/L")),
-    (PH, (7.3, 7.31, 7.1), ("units", "", "pH")),
+    (50809, (100, 251), ("mg/dL",)),
     (CREATININE, (0.9, 88.4), ("mg/dL", "umol/L", "")),
     (51006, (9, 33), ("mg/dL", "mmol/L")),
     (50813, (1, 9.5), ("mmol/L", "mg/dL", "x")),
@@ -101,7 +101,7 @@ def draw_at_random(mini, hadm, hour, rng):
     if words["named"] and rng.random() < 0.05:
         words["hadm_id"] = int(rng.integers(1, 300))
     if rng.random() < 0.7:
-        item, values, units = OTHERS[rng.integers(len(OTHERS))]
+        item, values, units = OTHERS[min(rng.integers(len(OTHERS), size=2))]
         value = float(rng.choice(values))
         mini.lab(hadm, hour, value, item, unit=str(rng.choice(units)), **words)
     value = rng.choice([None, "inf", 9, 12, 12.5, 20], p=[0.02, 0.02, *[0.24] * 4])
