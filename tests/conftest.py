@@ -94,20 +94,6 @@ def sign_table(rows, seed, *, shuffled=False):
     return pd.DataFrame({"clinical_trajectory": texts, "label_escalation": labels})
 
 
-@pytest.fixture
-def sign_file(tmp_path):
-    """Write a ``sign_table`` with a given split: 240 rows train, 60 validate, 200 test."""
-
-    def write(*, shuffled=False):
-        table = sign_table(500, seed=1, shuffled=shuffled)
-        table["split"] = ["train"] * 240 + ["val"] * 60 + ["test"] * 200
-        path = tmp_path / "signs.csv"
-        table.to_csv(path, index=False)
-        return path
-
-    return write
-
-
 def quicken(patch):
     """Let results draw 20 bootstrap samples in place of 1,000, and empty figures."""
     from matplotlib.figure import Figure
