@@ -15,7 +15,12 @@ import srtr_dataset
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "medgemma_clinical" / "docs"
-PAGES = [README, *sorted(DOCS.glob("*.md")), ROOT / "tests" / "benchmarks" / "README.md"]
+PAGES = [
+    README,
+    *sorted(DOCS.glob("*.md")),
+    *sorted((ROOT / ".github").glob("[A-Z]*.md")),
+    ROOT / "tests" / "benchmarks" / "README.md",
+]
 MODULES = {
     path.name
     for folder in ("", "medgemma_clinical/**", "tests/**")
@@ -36,6 +41,7 @@ OTHERS = {
         "--ask-password",
         "--dist",
         "--approve",
+        "--version",
     ),
     *("--local-dir", "--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile"),
 }
