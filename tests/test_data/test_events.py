@@ -129,21 +129,13 @@ def test_what_is_written_is_read(tmp_path):
     }
 
 
-def slowly(
-    mini,
-    series,
-    *,
-    stored,
-    window_hours=24.0,
-    hours_from="window",
-    min_observations=1,
-    equal_times="keep",
-):
+def slowly(mini, series, *, stored, **flags):
     """The rows of all labels by a loop over all events: id, label, hours and series, as texts."""
+    window, fewest = flags.get("window_hours", 24.0), flags.get("min_observations", 1)
     found = []
     for label in sorted(mini.labels, key=lambda label: (label["subject"], label["hours"])):
         end = moment(label["hours"])
-        start, cells = end - pd.Timedelta(window_hours, "h"), []
+        start, cells = end - pd.Timedelta(window, "h"), []
         for codes in series:
             at = {}
             for event in mini.events:
@@ -155,13 +147,12 @@ def slowly(
             for time, values in at.items():
                 values.sort()
                 mean = float(f"{sum(value for _, value in values) / len(values):.10g}")
-                at[time] = {"keep": values, "last": values[-1:], "mean": [(None, mean)]}[
-                    equal_times
-                ]
+                one = {"last": values[-1:], "mean": [(None, mean)]}
+                at[time] = one.get(flags.get("equal_times"), values)
             cells.append(at)
-        if label["label"] is None or sum(map(len, cells[0].values())) < min_observations:
+        if label["label"] is None or sum(map(len, cells[0].values())) < fewest:
             continue
-        zero = start if hours_from == "window" else min(time for at in cells for time in at)
+        zero = min(time for at in cells for time in at) if "hours_from" in flags else start
 
         def hours(time, zero=zero):
             return f"{round((time.floor('s') - zero.floor('s')).total_seconds() / 3600, 2):g}h"
