@@ -366,7 +366,7 @@ def build_parser() -> Parser:
     add_output_flags(add)
     add_cohort_flags(add)
     add("--item", default=str(GAP_ITEM), help="itemid of the series, or its name in d_labitems")
-    notes_dir = "folder of MIMIC-IV-Note with discharge and radiology, for the context"
+    notes_dir = "folder note/ of MIMIC-IV-Note, for the context"
     add("--notes_dir", type=Path, help=notes_dir)
     add_note_flags(add)
 
@@ -377,11 +377,11 @@ def build_parser() -> Parser:
 
     add = command("from_meds", "make a file from events in MEDS form")
     add("--meds_dir", type=Path, required=True, help="folder of MEDS with data/ and metadata/")
-    add("--labels", type=Path, help="labels as ACES writes them: Parquet file, or folder of such")
+    add("--labels", type=Path, help="labels as ACES writes them: Parquet file or folder")
     add_output_flags(add, required=False)
     add_event_flags(add)
-    add("--context", action=Repeated, default=(), help="a fact: 'NAME [unit]=CODE', repeatable")
-    notes = "code of texts, repeatable: those written by then go into the context"
+    add("--context", action=Repeated, default=(), help="static 'NAME [unit]=CODE', repeatable")
+    notes = "code of notes for the context, repeatable"
     add("--notes", action=Repeated, default=(), metavar="CODE", help=notes)
     add_note_flags(add)
     add("--no_splits", action="store_true", help="ignore metadata/subject_splits.parquet")
@@ -389,16 +389,16 @@ def build_parser() -> Parser:
 
     add = command("from_long", "make a file from a table with one value a row")
     add("--table", type=Path, required=True, help="CSV, CSV in gzip or Parquet, a value a row")
-    labels = "table with subject_id, prediction_time and label, in the same forms"
+    labels = "table with subject_id, prediction_time and label"
     add("--labels", type=Path, required=True, help=labels)
     add_output_flags(add)
     add_event_flags(add)
-    add("--columns", type=name_tuple, default=(), help="others: subject_id=patient,time=drawn")
+    add("--columns", type=name_tuple, default=(), help="columns: subject_id=patient,time=drawn")
     units = tuple(duck.MICROSECONDS)
     add("--time_unit", choices=units, default="", help="unit of times that are numbers")
-    equal = "values of a series at one time: all of them, the one stored last, or their mean"
+    equal = "values of a series at one time: all, the last stored, or mean"
     add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
-    factor = "'ITEM:UNIT=NUMBER', repeatable; multiplies the values of ITEM in UNIT"
+    factor = "'ITEM:UNIT=NUMBER', repeatable: convert a unit"
     add("--factor", action=Repeated, default=(), help=factor)
     return parser
 
@@ -421,45 +421,45 @@ def add_output_flags(add: Callable[..., Any], *, required: bool = True) -> None:
     """Add what every command has that makes a DKA file."""
     out = "CSV to write; a JSON description comes beside it"
     add("--out", type=Path, required=required, help=out)
-    add("--memory_limit", default="400MB", help="memory for tables; the rest goes to a folder")
-    add("--threads", type=WHOLE, default=0, help="threads that read, at most the cores; 0 for all")
+    add("--memory_limit", default="400MB", help="memory for tables, beyond it disk is used")
+    add("--threads", type=WHOLE, default=0, help="threads that read (0 = all cores)")
 
 
 def add_cohort_flags(add: Callable[..., Any]) -> None:
     """Add what chooses the cohort of a hospital."""
     add("--cohort", choices=tuple(COHORTS), default="dka", help="admissions to take")
-    series = "series by name, between commas, the first gives the prediction time; or all"
+    series = "series NAME,NAME or all; the first is the main series"
     add("--series", type=name_tuple, default=(), help=series)
     window = "hours from first value to prediction time"
     add("--window_hours", type=HOURS, default=12.0, help=window)
-    add("--horizon_hours", type=HOURS, default=72.0, help="hours looked ahead from then on")
-    add("--min_observations", type=POSITIVE, default=2, help="fewest values of the first series")
+    add("--horizon_hours", type=HOURS, default=72.0, help="hours from then to the end")
+    add("--min_observations", type=POSITIVE, default=2, help="fewest values of the main series")
     outcomes = "escalation, or some of death,icu,unresolved"
     add("--outcome", type=outcome, default=ESCALATED, help=outcomes)
-    discharged = "whether a discharge alive within the horizon is no event, or leaves the row out"
+    discharged = "discharge alive within the horizon: label 0, or row left out"
     add("--discharged", choices=tuple(DISCHARGED), default="not_escalated", help=discharged)
-    gap = "anion gap from Na, Cl, HCO3: always, or as the laboratory reports it"
+    gap = "anion gap: computed from Na, Cl, HCO3, or as reported"
     add("--compute_gap", choices=tuple(GAPS), default="always", help=gap)
 
 
 def add_event_flags(add: Callable[..., Any]) -> None:
     """Add what makes rows of labels and events."""
-    series = "'NAME [unit]=CODE', repeatable; the first one is the main series"
+    series = "'NAME [unit]=CODE', repeatable; the first is the main series"
     add("--series", action=Repeated, default=(), help=series)
-    window = "length of the window before the prediction time, in hours"
+    window = "hours before the prediction time that are read"
     add("--window_hours", type=HOURS, default=24.0, help=window)
-    zero = "zero of the hours: opening of the window, or first observation of the row"
+    zero = "hour 0: start of the window, or first observation"
     add("--hours_from", choices=("window", "first"), default="window", help=zero)
     fewest = "fewest values of the main series in the window"
     add("--min_observations", type=POSITIVE, default=1, help=fewest)
-    add("--outcome", default="Event", help="meaning of label 1, in a word or two")
-    question = "question about a patient; without it one is made of --outcome"
+    add("--outcome", default="Event", help="meaning of label 1")
+    question = "question about a patient; by default from --outcome"
     add("--question", default="", help=question)
 
 
 def add_note_flags(add: Callable[..., Any]) -> None:
     """Add what limits the notes of a context."""
-    words = "words of notes in a context, the latest ones"
+    words = "latest words of notes in a context"
     add("--max_note_words", type=POSITIVE, default=256, metavar="NUMBER", help=words)
 
 

@@ -1,9 +1,8 @@
-"""README and docs against the program: flags, defaults, commands, files, links."""
+"""README and docs against the program: flags, defaults, commands, links, length."""
 
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,184 +14,145 @@ import srtr_dataset
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "medgemma_clinical" / "docs"
+COMMAND_LINE = DOCS / "command_line.md"
+COUNTED = [README, *sorted(DOCS.glob("*.md"))]
 PAGES = [
-    README,
-    *sorted(DOCS.glob("*.md")),
-    *sorted((ROOT / ".github").glob("[A-Z]*.md")),
+    *COUNTED,
+    *sorted((ROOT / ".github").glob("*.md")),
     ROOT / "tests" / "benchmarks" / "README.md",
+    ROOT / "tests" / "data" / "README.md",
+    ROOT / "medgemma_clinical" / "sample" / "README.md",
 ]
-MODULES = {
-    path.name
-    for folder in ("", "medgemma_clinical/**", "tests/**")
-    for path in ROOT.glob(f"{folder}/*.py".lstrip("/"))
+MAX_WORDS = 15_000
+PARSERS = {
+    "medgemma_trainer.py": medgemma_trainer.build_parser(),
+    "dataset_format.py": dataset_format.build_parser(),
+    "srtr_dataset.py": srtr_dataset.build_parser(),
 }
-BUILT_FROM_DATA = {"--time_scale", "--quantization", "--output_dir", "--max_len"} | {
-    "--landmark_days",
-    "--horizon_days",
+OTHER_PROGRAMS = {
+    *("--config_file", "--num_processes", "--user", "--ask-password", "--local-dir"),
+    *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
+    *("--approve", "--durations", "--editable", "--help", "--extra-index-url", "--index-url"),
 }
-"""Flags without a value of their own, whose default the pages state in words."""
+"""Flags of accelerate, wget, hf, vLLM, llama.cpp, pip and pytest."""
 
-OTHERS = {
-    *(
-        "--help",
-        "--config_file",
-        "--num_processes",
-        "--user",
-        "--ask-password",
-        "--dist",
-        "--approve",
-        "--version",
-    ),
-    *("--local-dir", "--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile"),
-}
-"""The flag of every parser, and those of accelerate, wget, pytest, hf, vLLM and llama.cpp."""
-
-PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
-    "medgemma_trainer.py": medgemma_trainer.build_parser,
-    "dataset_format.py": dataset_format.build_parser,
-    "srtr_dataset.py": srtr_dataset.build_parser,
-}
+GENERATED = re.compile(r"(?<=<!-- generated -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
-def text_of(page: Path) -> str:
+def commands_of(script):
+    """The parsers of a script by command, the whole one where it has none."""
+    (found,) = [a.choices for a in PARSERS[script]._actions if a.dest == "command"] or [None]
+    return found or {"": PARSERS[script]}
+
+
+def flags_of(parser):
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+def row(action, commands):
+    """A flag as a line of a table: the commands that have it, its default, what it does."""
+    default, text = action.default, action.help or ""
+    if isinstance(default, float) and default >= 1 and default.is_integer():
+        default = int(default)
+    nothing = default is None or default is False or default in ("", (), argparse.SUPPRESS)
+    shown = "—" if nothing else f"`{default}`"
+    choices = ", ".join(f"`{each}`" for each in action.choices or ())
+    described = ": ".join(filter(None, (text, choices)))
+    return " | ".join(["", f"`{action.option_strings[-1]}`", *commands, shown, described, ""])
+
+
+def flag_tables():
+    """All flags of all parsers as Markdown; a flag that several commands share stands once."""
+    lines = []
+    for group in PARSERS["medgemma_trainer.py"]._action_groups:
+        if rows := [row(a, ()) for a in group._group_actions if a.dest != "help"]:
+            title = group.title[0].upper() + group.title[1:]
+            lines += [f"### {title}", "", "| Flag | Default | Description |", "|---|---|---|"]
+            lines += [*(each.strip() for each in rows), ""]
+    shared, makers = {}, commands_of("dataset_format.py")
+    for command in [name for name in makers if name != "check"]:
+        for action in flags_of(makers[command]):
+            key = str((action.option_strings, action.default, action.help))
+            shared.setdefault(key, (action, []))[1].append(command.removeprefix("from_"))
+    title, head = "## Flags of the commands that make a file", "| Flag | from_ | Default |"
+    lines += [title, "", f"{head} Description |", "|---|---|---|---|"]
+    for action, names in sorted(shared.values(), key=lambda found: [-len(found[1]), found[1]]):
+        lines.append(row(action, ["all" if len(names) == 4 else ", ".join(names)]).strip())
+    return "\n".join([*lines, ""])
+
+
+def text_of(page):
     return page.read_text(encoding="utf-8")
 
 
-def name_of(page: Path) -> str:
+def name_of(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def table(text: str) -> dict[str, str]:
-    """The flags of a page's tables and the defaults beside them."""
-    rows = re.findall(r"^\| `(--\w+)[^`]*` \| (.+?) \|", text, re.MULTILINE)
-    assert len(rows) == len(dict(rows)), "a flag stands twice"
-    return dict(rows)
+def words_of(text):
+    return [word for word in text.split() if re.search(r"\w", word)]
 
 
-def defaults(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Each flag of a parser and its default as the pages write it."""
-    shown = {}
-    for action in parser._actions:
-        if action.option_strings and action.dest not in ("help", "version"):
-            default = action.default
-            if isinstance(default, float) and default >= 1 and default.is_integer():
-                default = int(default)
-            if isinstance(default, tuple):
-                default = ",".join(default)
-            nothing = default is None or default is False or default == ""
-            shown[action.option_strings[-1]] = "—" if nothing else f"`{default}`"
-    return shown
-
-
-def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    found: dict[str, argparse.ArgumentParser] = {}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found.update(action.choices)
-    return found
-
-
-def commands(text: str, script: str) -> Iterator[list[str]]:
-    """The words behind a script's name, wherever a page writes the command out in full."""
-    for found in re.findall(rf"python {re.escape(script)}((?:[^\n`]*\\\n)*[^\n`)]*)", text):
-        words = shlex.split(found.replace("\\\n", " "), comments=True)
-        if not {"...", "[flags]"} & {*words}:
-            yield words
-
-
-def slug(heading: str) -> str:
+def slug(heading):
     """The anchor that GitHub makes of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
 
 
-def test_the_readme_is_one_page_and_holds_the_test_command() -> None:
-    text = text_of(README)
-    assert len(text.splitlines()) <= 200
-    assert re.search(r"^<!-- test command -->\n```bash\n.+ -m pytest .+\n```$", text, re.MULTILINE)
+def anchors(page):
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", text_of(page), re.MULTILINE)}
 
 
-def test_every_flag_stands_with_its_default_in_the_table_of_all_flags() -> None:
-    listed = table(text_of(DOCS / "command_line.md"))
-    known = defaults(medgemma_trainer.build_parser())
-    assert listed.keys() == known.keys()
-    for flag in known.keys() - BUILT_FROM_DATA:
-        assert listed[flag] == known[flag], flag
+def test_generated_flag_tables_are_those_of_the_parsers(approved):
+    approved(COMMAND_LINE, GENERATED.sub(lambda _: flag_tables(), text_of(COMMAND_LINE)))
 
 
-def test_the_readmes_flags_have_the_programs_defaults() -> None:
-    known = defaults(medgemma_trainer.build_parser())
-    listed = table(text_of(README))
+def test_readme_states_the_defaults_of_the_parser():
+    listed = re.findall(r"^\| `(--\w+)` \| (.+?) \|", text_of(README), re.MULTILINE)
+    generated = re.findall(r"^\| `(--\w+)` \| (.+?) \|", flag_tables(), re.MULTILINE)
     assert len(listed) == 15
-    for flag in listed.keys() - BUILT_FROM_DATA:
-        assert listed[flag] == known[flag], flag
-
-
-def test_the_way_from_meds_to_a_checked_file_runs_as_it_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    monkeypatch.chdir(tmp_path)
-    (section,) = re.findall(r"^## MEDS\n.*?(?=^## )", text_of(DOCS / "import.md"), re.M | re.S)
-    found = list(commands(section, "dataset_format.py"))
-    assert [words[0] for words in found] == ["from_meds", "from_meds", "check"]
-    for words in found:
-        assert dataset_format.main(words) == 0
-    dataset = dataset_format.MIMICtrajectoryDataset(tmp_path / "icu_mortality.csv")
-    assert len(dataset.features) == 9
-
-
-def test_the_flags_of_from_eicu_are_those_of_from_mimic() -> None:
-    parsers = subparsers(dataset_format.build_parser())
-    mimic, eicu = defaults(parsers["from_mimic"]), defaults(parsers["from_eicu"])
-    for name in ("mimic_dir", "item", "series", "notes_dir", "max_note_words"):
-        del mimic[f"--{name}"]
-    assert {name: eicu[name] for name in mimic} == mimic
-    assert eicu.keys() == mimic.keys() | {"--eicu_dir", "--series"}
+    assert {*listed} - {*generated} == {("--time_scale", "`72.0` (DKA)")}
+    assert medgemma_trainer.DATASETS["dka"].time_scale == 72.0
 
 
 @pytest.mark.parametrize("script", PARSERS)
-def test_commands_of_the_pages_parse(script: str) -> None:
-    found = [words for page in PAGES for words in commands(text_of(page), script)]
+def test_commands_of_the_pages_parse(script):
+    pattern = rf"(?<!\w)python {re.escape(script)}((?:[^\n`]*\\\n)*[^\n`)]*)"
+    found = [x for page in PAGES for x in re.findall(pattern, text_of(page)) if "..." not in x]
     assert found
-    for words in found:
-        PARSERS[script]().parse_args(words)
+    for text in found:
+        PARSERS[script].parse_args(shlex.split(text.replace("\\\n", " "), comments=True))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_pages_name_no_flag_that_does_not_exist(page: Path) -> None:
-    known = set(OTHERS)
-    for build in PARSERS.values():
-        for parser in (build(), *subparsers(build()).values()):
-            known |= defaults(parser).keys()
+def test_pages_name_only_flags_that_exist(page):
+    parsers = [p for script in PARSERS for p in (PARSERS[script], *commands_of(script).values())]
+    known = {name for p in parsers for a in flags_of(p) for name in a.option_strings}
     for script in (*ROOT.glob("tests/benchmarks/*.py"), ROOT / "tests" / "faults.py"):
-        known |= {*re.findall(r'add_argument\(\s*"(--\w+)"', text_of(script))}
-    assert {*re.findall(r"(?<![\w-])--\w[\w-]*", text_of(page))} <= known
+        known |= {*re.findall(r"add(?:_argument)?\(\s*\"(--\w+)\"", text_of(script))}
+    assert {*re.findall(r"(?<![\w-])--\w[\w-]*", text_of(page))} <= known | OTHER_PROGRAMS
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", text_of(page))
-    for link in links:
-        if "://" in link:
-            continue
-        path, _, anchor = link.partition("#")
+def test_links_and_named_files_exist(page):
+    for path, anchor in re.findall(r"\]\(([^)\s#:]*)(?:#([^)\s]+))?\)", text_of(page)):
         target = (page.parent / path).resolve() if path else page
-        assert target.exists(), link
-        if anchor:
-            headings = re.findall(r"^#+ (.+)$", text_of(target), re.MULTILINE)
-            assert anchor in map(slug, headings), link
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+    for name in re.findall(r"`((?:tests|medgemma_clinical)/[\w./]*)`", text_of(page)):
+        assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_files_that_pages_name_exist(page: Path) -> None:
-    places = (ROOT, page.parent, ROOT / "medgemma_clinical")
-    for name in re.findall(r"`([\w./]+/[\w./]*|[\w]+\.py)`", text_of(page)):
-        if re.match(r"(tests|medgemma_clinical|data|evaluation|models|training|commands)/", name):
-            assert any((place / name).exists() for place in places), name
-        elif name.endswith(".py"):
-            assert name in MODULES, name
+def test_every_page_is_reached_from_the_readme():
+    reached, waiting = set(), [README]
+    while waiting:
+        page = waiting.pop()
+        links = re.findall(r"\]\(([\w./-]+\.(?:md|ipynb))", text_of(page))
+        waiting += [x for link in links if (x := (page.parent / link).resolve()) not in reached]
+        reached.update(waiting)
+    assert {*DOCS.glob("*.*"), *(ROOT / ".github").glob("*.md")} <= {README, *reached}
 
 
-def test_every_page_is_reached_from_the_readme() -> None:
-    linked = re.findall(r"\]\(medgemma_clinical/docs/([\w-]+\.md)", text_of(README))
-    assert {page.name for page in DOCS.glob("*.md")} == {*linked}
+def test_readme_and_docs_stay_within_their_words():
+    lengths = {page.name: len(words_of(text_of(page))) for page in COUNTED}
+    assert sum(lengths.values()) <= MAX_WORDS, lengths
+    assert len(text_of(README).splitlines()) <= 200

@@ -1,76 +1,71 @@
-"""The Python of the pages: snippets and the notebook run as they stand, from another folder."""
-
-from __future__ import annotations
+"""Snippets, the spreadsheet tutorial and the notebook of the pages run as they stand."""
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import pytest
 
+import dataset_format
+import medgemma_trainer
 from conftest import SAMPLE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "medgemma_clinical" / "docs"
-NOTEBOOK = DOCS / "quickstart.ipynb"
 SNIPPET = re.compile(r"<!-- snippet -->\n```python\n(.*?)```", re.DOTALL)
+STEP = re.compile(SNIPPET.pattern + r"|```bash\npython (\w+)\.py (.*?)```", re.DOTALL)
+MAIN = {"dataset_format": dataset_format.main, "medgemma_trainer": medgemma_trainer.main}
 
 
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_python(code, folder):
     """Run code in a process of its own that finds the program by PYTHONPATH alone."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
     command = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: training data, new patients, another hospital's."""
-    folder = tmp_path_factory.mktemp("user")
+def test_snippets_run_as_they_stand_from_another_folder(tmp_path):
     table = pd.read_csv(SAMPLE, nrows=400)
-    table.head(300).to_csv(folder / "dka_training_data.csv", index=False)
-    table.tail(50).drop(columns="label_escalation").to_csv(folder / "new_patients.csv", index=False)
-    table.iloc[300:].to_csv(folder / "other_hospital.csv", index=False)
-    return folder
-
-
-def test_the_snippets_run_as_they_stand_from_another_folder(place: Path) -> None:
-    readme = SNIPPET.findall((ROOT / "README.md").read_text())
-    page = SNIPPET.findall((DOCS / "python.md").read_text())
+    table.head(300).to_csv(tmp_path / "dka_training_data.csv", index=False)
+    new = table.tail(50).drop(columns="label_escalation")
+    new.to_csv(tmp_path / "new_patients.csv", index=False)
+    table.iloc[300:].to_csv(tmp_path / "other_hospital.csv", index=False)
+    readme = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+    page = SNIPPET.findall((DOCS / "python.md").read_text(encoding="utf-8"))
     assert (len(readme), len(page)) == (1, 3)
     texts = [code.replace("trajectory_epochs=50", "trajectory_epochs=2") for code in page]
-    short = 'output_dir="runs", trajectory_epochs=2)  #'
-    texts += [code.replace('output_dir="runs")  #', short) for code in readme]
-    done = run_python(f"for code in {texts!r}:\n    exec(code, {{}})", place)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (place / "model" / "medgemma_trajectory_best.pt").is_file()
-    assert not list(ROOT.glob("runs*"))
+    short = 'output_dir="runs", trajectory_epochs=2)'
+    texts += [code.replace('output_dir="runs")', short) for code in readme]
+    run_python(f"for code in {texts!r}:\n    exec(code, {{}})", tmp_path)
+    assert (tmp_path / "model" / "medgemma_trajectory_best.pt").is_file()
 
 
-def code_cells(notebook: dict[str, Any]) -> list[str]:
-    return ["".join(x["source"]) for x in notebook["cells"] if x["cell_type"] == "code"]
+def test_spreadsheet_tutorial_leads_to_a_report(tmp_path, monkeypatch):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "tutorial-spreadsheet.md").read_text(encoding="utf-8").split("## 7")[0]
+    steps = STEP.findall(page.replace('chemistry.csv.gz")', 'chemistry.csv.gz", nrows=120)'))
+    assert [step[1] for step in steps if step[1]] == [*["dataset_format"] * 2, "medgemma_trainer"]
+    for snippet, script, words in steps:
+        if snippet:
+            exec(snippet, {})
+        else:
+            argv = shlex.split(words.replace("\\\n", " "))
+            assert MAIN[script](argv + ["--trajectory_epochs=2"] * ("runs" in argv)) == 0
+    assert len(pd.read_csv("stays.csv", usecols=["static_sex_male"])) == 120
+    assert Path("runs/trajectory/report.html").is_file()
 
 
-def test_the_notebook_runs_as_it_stands(tmp_path: Path) -> None:
-    cells = code_cells(json.loads(NOTEBOOK.read_text()))
-    notebooks = tmp_path / "program" / "medgemma_clinical" / "docs"
-    notebooks.mkdir(parents=True)
-    for name in (
-        "medgemma_clinical/sample",
-        "medgemma_trainer.py",
-        "dataset_format.py",
-        "srtr_dataset.py",
-    ):
-        (tmp_path / "program" / name).symlink_to(ROOT / name)
-    shown = 'print("RISKS", len(curve), curve["probability"].between(0, 1).all(), same)'
-    done = run_python("\n\n".join([*cells, shown]), notebooks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = re.findall(r"^RISKS (\d+) (\w+) (\w+)$", done.stdout, re.MULTILINE)
-    assert int(line[0]) > 5
-    assert line[1:] == ("True", "True")
-    assert not list(notebooks.iterdir())
+def test_notebook_runs_and_was_stored_with_its_outputs(tmp_path):
+    notebook = json.loads((DOCS / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    assert sources[0].startswith("%pip install")
+    assert all(cell["outputs"] for cell in cells[2:])
+    run_python("\n".join([*sources[1:], "assert same and len(curve) > 5"]), tmp_path)

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
-SHOW_VALUES = "an error about a cell shows what the cell holds"
-MIN_CELL = "report.html shows no counts below it (0 = all)"
+SHOW_VALUES = "errors show the content of the cell"
+MIN_CELL = "hide smaller counts in report.html (0 = show all)"
 VERSION = f"medgemma-clinical {__version__}"
 
 
