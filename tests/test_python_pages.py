@@ -17,7 +17,8 @@ from conftest import SAMPLE
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "medgemma_clinical" / "docs"
 SNIPPET = re.compile(r"<!-- snippet -->\n```python\n(.*?)```", re.DOTALL)
-STEP = re.compile(SNIPPET.pattern + r"|```bash\npython (\w+)\.py (.*?)```", re.DOTALL)
+COMMAND = re.compile(r"^python (\w+)\.py ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
+STEP = re.compile(f"{SNIPPET.pattern}|{COMMAND.pattern}", re.DOTALL | re.MULTILINE)
 MAIN = {"dataset_format": dataset_format.main, "medgemma_trainer": medgemma_trainer.main}
 
 
@@ -46,20 +47,33 @@ def test_snippets_run_as_they_stand_from_another_folder(tmp_path):
     assert (tmp_path / "model" / "medgemma_trajectory_best.pt").is_file()
 
 
-def test_spreadsheet_tutorial_leads_to_a_report(tmp_path, monkeypatch):
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    monkeypatch.chdir(tmp_path)
-    page = (DOCS / "tutorial-spreadsheet.md").read_text(encoding="utf-8").split("## 7")[0]
-    steps = STEP.findall(page.replace('chemistry.csv.gz")', 'chemistry.csv.gz", nrows=120)'))
-    assert [step[1] for step in steps if step[1]] == [*["dataset_format"] * 2, "medgemma_trainer"]
+def run_commands(steps, folder, monkeypatch):
+    """Run what a page shows, as in a clone of the program."""
+    (folder / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(folder)
     for snippet, script, words in steps:
         if snippet:
             exec(snippet, {})
         else:
             argv = shlex.split(words.replace("\\\n", " "))
             assert MAIN[script](argv + ["--trajectory_epochs=2"] * ("runs" in argv)) == 0
+
+
+def test_spreadsheet_tutorial_leads_to_a_report(tmp_path, monkeypatch):
+    page = (DOCS / "tutorial-spreadsheet.md").read_text(encoding="utf-8").split("## 7")[0]
+    steps = STEP.findall(page.replace('chemistry.csv.gz")', 'chemistry.csv.gz", nrows=120)'))
+    assert [step[1] for step in steps if step[1]] == [*["dataset_format"] * 2, "medgemma_trainer"]
+    run_commands(steps, tmp_path, monkeypatch)
     assert len(pd.read_csv("stays.csv", usecols=["static_sex_male"])) == 120
     assert Path("runs/trajectory/report.html").is_file()
+
+
+def test_meds_commands_of_the_import_page_make_a_file(tmp_path, monkeypatch):
+    page = (DOCS / "import.md").read_text(encoding="utf-8").split("## MEDS\n")[1].split("## ")[0]
+    steps = [("", *found) for found in COMMAND.findall(page) if found[0] == "dataset_format"]
+    assert [step[2].split()[0] for step in steps] == ["from_meds", "from_meds", "check"]
+    run_commands(steps, tmp_path, monkeypatch)
+    assert "trajectory_lactate [mmol/L]" in pd.read_csv("icu_mortality.csv").columns
 
 
 def test_notebook_runs_and_was_stored_with_its_outputs(tmp_path):
