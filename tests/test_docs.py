@@ -33,9 +33,9 @@ PARSERS = {
 OTHER_PROGRAMS = {
     *("--config_file", "--num_processes", "--user", "--ask-password", "--local-dir"),
     *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
-    *("--approve", "--durations", "--editable", "--help", "--extra-index-url", "--index-url"),
+    *("--approve", "--durations", "--editable", "--help", "--version"),
 }
-"""Flags of accelerate, wget, hf, vLLM, llama.cpp, pip and pytest."""
+"""Flags of every parser, and those of accelerate, wget, hf, vLLM, llama.cpp, pip and pytest."""
 
 GENERATED = re.compile(r"(?<=<!-- generated -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
