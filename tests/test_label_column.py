@@ -53,7 +53,7 @@ def test_a_doubled_file_is_refused_in_check_and_in_training(table, tmp_path, cap
     pd.concat([table, table]).to_csv(data, index=False)
     for main, command in (
         (dataset_format.main, ["check", str(data), *DEATH]),
-        (trainer.main, words(data, tmp_path, *DEATH)),
+        (trainer.main, words(data, tmp_path, *DEATH, "--dry_run")),
     ):
         assert main(command) == 2
         assert "--allow_duplicates" in capsys.readouterr().err
