@@ -71,6 +71,7 @@ def test_a_full_disk_is_not_taken_for_a_damaged_table(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.timeout(120, method="thread")  # a signal would wait for the query's hours
 def test_an_interrupt_ends_a_query(tmp_path):
     slow = "SELECT sum(a.i * b.i) FROM range(10_000_000) AS a(i), range(1_000_000) AS b(i)"
     opened = duck.open_database(tmp_path / "out.csv", "50MB", 2)
