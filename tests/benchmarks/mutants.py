@@ -17,6 +17,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -27,8 +28,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TOP = ("medgemma_trainer.py", "dte_encoder.py", "dataset_format.py", "srtr_dataset.py")
-LIMIT = 900
-"""Seconds after which a mutant that no test has failed on is stopped, which notices it: a hang."""
+MAX_TESTS = 100
+TEST_SECONDS, ALL_SECONDS = 200, 900
+"""A hanging test has noticed a mutant; a mutant that takes longer in all counts as survived."""
 
 SWAPS = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
@@ -87,16 +89,25 @@ def find_line(lines, mutant):
 
 
 def tests_of(data, path, line):
-    """Return the tests that run a line; those that run its file where imports alone do."""
+    """Return up to MAX_TESTS tests that run a line: those named like its module, then of each file.
+
+    Where imports alone run the line, the tests that run its file stand for them. Where a fixture
+    alone does, the files that share the fixture of trained runs are added.
+    """
     contexts = data.contexts_by_lineno(str(path))
     covering = {c for c in contexts.get(line, []) if c} or {c for k in contexts.values() for c in k}
-    ids = {c.rpartition("|")[0]: c.rpartition("|")[2] for c in sorted(covering) if c}
-    if "setup" in ids.values():  # a fixture ran it: whoever shares the fixture may notice
-        ids |= {name.split("::")[0]: "" for name in ids}
-        shared = [p for p in (ROOT / "tests").rglob("test_*.py") if "runs" in p.read_text()]
-        ids |= {p.relative_to(ROOT).as_posix(): "" for p in shared}
-    near = path.stem.strip("_")
-    return sorted(ids, key=lambda name: (near not in name, "::" not in name, name))
+    phases = {c.rpartition("|")[0]: c.rpartition("|")[2] for c in sorted(covering) if c}
+    order, seen = {}, Counter()
+    for name in phases:
+        file = name.partition("::")[0]
+        order[name] = (path.stem.strip("_") not in file, seen[file])
+        seen[file] += 1
+    ids = sorted(order, key=order.get)[:MAX_TESTS]
+    if ids and "run" not in phases.values():
+        files = (ROOT / "tests").rglob("test_*.py")
+        shared = [p for p in files if re.search(r"def .*[(, ]runs[,)]", p.read_text())]
+        ids += [p.relative_to(ROOT).as_posix() for p in shared]
+    return ids
 
 
 def run_tests(tree, ids, log):
@@ -111,8 +122,9 @@ def run_tests(tree, ids, log):
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.path[0] = str(tree)
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=line", *ids])))
-    end = time.monotonic() + LIMIT
+        flags = ["-x", "-q", "-p", "no:cacheprovider", "--tb=line", f"--timeout={TEST_SECONDS}"]
+        os._exit(int(pytest.main([*flags, *ids])))
+    end = time.monotonic() + ALL_SECONDS
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
@@ -120,7 +132,7 @@ def run_tests(tree, ids, log):
         time.sleep(0.2)
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    return True
+    return False
 
 
 def run(file, coverage):
