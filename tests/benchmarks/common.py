@@ -1,27 +1,28 @@
-"""What the benchmarks share: the machine in a line, the peak memory of a process, medians.
+"""What the benchmarks share: the path, a line about the machine, medians, runs of the trainer.
 
-Imports nothing large: a measured process begins with the memory of its parent.
+A measured process starts with these imports, so this module imports nothing large.
 """
 
+import contextlib
 import importlib
+import io
+import json
 import os
 import platform
 import resource
 import statistics
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
-CHEMISTRY = ROOT / "tests" / "data" / "physionet2012_chemistry.csv.gz"
+
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # a checkout need not be installed
 
 
-def machine(*packages: str, threads: int | None = None) -> str:
-    """Return what figures depend on: processor, cores, threads, load, versions."""
+def machine(*packages, threads=None):
+    """Return what a measurement depends on: processor, cores, threads, load, versions."""
     cores = f"{os.cpu_count()} cores" + (f", {threads} threads" if threads else "")
     versions = ", ".join(f"{name} {installed(name)}" for name in packages)
     return (
@@ -30,14 +31,14 @@ def machine(*packages: str, threads: int | None = None) -> str:
     )
 
 
-def installed(package: str) -> str:
+def installed(package):
     try:
         return version(package)
     except PackageNotFoundError:
         return "missing"
 
 
-def needed(module: str, package: str) -> ModuleType:
+def needed(module, package):
     """Return a module of a package that only benchmarks use, or stop with how to install it."""
     try:
         return importlib.import_module(module)
@@ -45,7 +46,7 @@ def needed(module: str, package: str) -> ModuleType:
         raise SystemExit(f"{error}: pip install {package}") from error
 
 
-def processor() -> str:
+def processor():
     """Return the name of the processor, as precisely as the system knows it."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -55,8 +56,11 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_mib() -> float:
-    """Return the peak memory of this process: Linux passes getrusage's figure on to children."""
+def peak_mib():
+    """Return the peak memory of this process.
+
+    Linux: VmHWM, since getrusage also counts the parent before the process started.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
@@ -65,20 +69,51 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Return the median and, in brackets, the least and the most."""
+def spread(values, digits=1):
+    """Return the median, with the minimum and the maximum in brackets."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
-def freeze_stage1(stage: Any) -> None:
-    """Freeze stage 1 and encode each row ahead, as a run with ``--ode_checkpoint`` does.
+def write(text):
+    """Print a line at once, also into a pipe."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
-    Args:
-        stage: ``Stage`` 2 or 3; its model moves to the default device.
-    """
-    from medgemma_clinical.distributed import default_device
 
-    model = stage.model.to(default_device())
-    model.stage1.requires_grad_(False)
-    stage.text.encode(model.stage1, model.tokens, default_device())
+def train(*words):
+    """Run the trainer in this process; return what it prints, or stop with its last lines."""
+    import medgemma_trainer
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        code = medgemma_trainer.main([*map(str, words)])
+    if code:
+        raise SystemExit(f"the trainer ended with {code}: {text.getvalue()[-2000:]}")
+    return text.getvalue()
+
+
+def train_stage1(data, seed, output, *flags):
+    """Train stage 1 in a folder; return its metrics and the median ``seconds_an_epoch``."""
+    from medgemma_clinical.commands.compare import cost_of
+
+    words = ["--trajectory_only", "--data_path", data, "--seed", seed, "--output_dir", output]
+    train(*words, "--log_file", "none", *flags)
+    folder = Path(output) / "trajectory"
+    return json.loads((folder / "metrics.json").read_text()) | cost_of(folder)
+
+
+def stage_maker(*words):
+    """Return arguments, data and a function that builds the stage of the trainer's flags."""
+    import medgemma_trainer
+    from medgemma_clinical.commands.flags import complete
+    from medgemma_clinical.data.training_data import prepare_data
+
+    args = complete(medgemma_trainer.build_parser().parse_args([*map(str, words)]))
+    data = prepare_data(
+        medgemma_trainer.read_dataset(args),
+        max_samples=args.max_samples,
+        seed=args.seed,
+        prompts=medgemma_trainer.prompt_options(args),
+    )
+    return args, data, lambda: medgemma_trainer.make_stage(args, data, None)

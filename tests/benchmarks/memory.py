@@ -1,46 +1,38 @@
-"""Compute, without a GPU, the memory of training steps in Gemma 3's shapes; print tables.
+"""Compute, without a GPU, what fits a card: memory of a training step in Gemma 3's shapes.
 
     python tests/benchmarks/memory.py
 
-The step runs on torch's meta device: tensors have shapes and no content, and every storage that
-lives is counted once, weights apart. "Kept" is what forward leaves for backward; "peak" is the most
-within the step, gradients of the adapter included. All layers are alike, so models of four and five
-layers are measured, and what the fifth adds is added for each further one. Then the rows that fit
-on several cards. The attention is ``sdpa``.
+The step runs on torch's meta device, where tensors have shapes and no content, and each living
+storage is counted once, weights apart. "Peak" is the maximum within a step. All layers are alike,
+so models of four and five layers are measured, and what the fifth adds is added for each further
+one. CPU and meta device choose other kernels than CUDA, so two are replaced by CUDA's:
 
-CPU and meta device choose other kernels than CUDA, so two are put in place of theirs:
+- dropout: the fused kernel of CUDA keeps a byte per element, the plain one keeps a number;
+- attention (``sdpa``): with a mask the memory-efficient kernel; without one flash attention in
+  bfloat16, and plain matrices in float32, since the memory-efficient kernel has no grouped heads.
 
-- dropout: the fused kernel of CUDA keeps a byte an element, the plain one keeps a number;
-- attention: with a mask (any batch with padding) the memory-efficient kernel, with a bias made of
-  the mask; without one flash attention in bfloat16, and in float32 the plain matrices, since the
-  memory-efficient kernel has no grouped heads (transformers asks for them where no mask is there).
-
-A frozen Linear stands for bitsandbytes' Linear4bit: ``MatMul4Bit.forward`` keeps ``(None, B)``, the
-packed weight and no input, as a frozen Linear does. What it unpacks in a step, a weight at a time,
-is in ``RESERVED``.
+A frozen Linear stands for bitsandbytes' Linear4bit, which keeps no input either. What it unpacks in
+a step, one weight at a time, is in ``RESERVED``.
 """
 
 import argparse
 import sys
 import weakref
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
+from common import machine, write
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import machine
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from medgemma_clinical.models.language_model import (
+    DTYPES,
     LORA_TARGETS,
     quiet_libraries,
     set_checkpointing,
@@ -50,38 +42,17 @@ from medgemma_clinical.models.trajectory_llm import answer_loss
 
 META = torch.device("meta")
 MIB, GIB = 2**20, 2**30
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "head_dim")
 SHAPES = {
-    "4B": {
-        **{"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34},
-        **{"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
-    },
-    "12B": {
-        **{"hidden_size": 3840, "intermediate_size": 15_360, "num_hidden_layers": 48},
-        **{"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},
-    },
-    "27B": {
-        **{"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62},
-        **{"num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128},
-    },
+    "4B": dict(zip(SIZES, (2560, 10_240, 34, 8, 4, 256), strict=True)),
+    "12B": dict(zip(SIZES, (3840, 15_360, 48, 16, 8, 256), strict=True)),
+    "27B": dict(zip(SIZES, (5376, 21_504, 62, 32, 16, 128), strict=True)),
 }
 """Of Gemma 3's text part; MedGemma 4B and 1.5 4B have the first, MedGemma 27B the last.
 
 Source: transformers, ``models/gemma3/convert_gemma3_weights.py``."""
 
-LAYERS = SHAPES["4B"]["num_hidden_layers"]
-LENGTHS = (128, 256, 512, 1024)
-"""Positions of a row: <bos>, soft tokens, text, padding."""
-
-CASES = (
-    (False, False, LENGTHS[0]),
-    (False, False, LENGTHS[-1]),
-    (False, True, LENGTHS[-1]),
-    (True, False, LENGTHS[-1]),
-    (True, True, LENGTHS[-1]),
-)
-"""With checkpointing or not, with padding or not, at which length; without checkpointing first."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 CARDS = {
     "T4, 16 GB": (14.7, "fp32"),
     "L4, 24 GB": (22.0, "bf16"),
@@ -90,115 +61,95 @@ CARDS = {
 }
 """GiB that torch has on a card, and the precision that the program chooses there."""
 
-RESERVED = 1.5
-"""GiB assumed for the CUDA context, the workspace of cuBLAS and an unpacked weight."""
+LENGTHS = (128, 256, 512, 1024)
+"""Positions of a row: <bos>, soft tokens, text, padding. The longest is measured."""
 
-ROWS, ANSWERS = 16, 2048
-"""Rows of a measured step, and answer tokens of stage 3's loss."""
+ROWS, ANSWERS, LAYERS = 16, 2048, (4, 5)
+"""Rows of a measured step, answer tokens of stage 3's loss, layers of the measured models."""
 
 COPIES = 6
 """Of the adapter in float32: weights, gradients, two moments of AdamW, average, best epoch."""
 
-
-@dataclass(frozen=True)
-class StepBytes:
-    """Bytes of a step: what forward leaves for backward, and the most at any time."""
-
-    kept: int
-    peak: int
+RESERVED = 1.5
+"""GiB assumed for the CUDA context, the workspace of cuBLAS and an unpacked weight."""
 
 
 class LiveStorages(TorchDispatchMode):
     """Count the bytes of all storages that are made and not yet freed."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model):
         super().__init__()
         own = [*model.parameters(), *model.buffers()]
         self.known = {tensor.untyped_storage()._cdata: 0 for tensor in own}
-        self.live, self.peak = 0, 0
+        self.live = self.peak = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor.untyped_storage())
         return result
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+    def add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
-            self.known[key] = storage.nbytes()
-            self.live += storage.nbytes()
+            self.known[key] = size
+            self.live += size
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self.free, key)
 
-    def free(self, key: int) -> None:
+    def free(self, key):
         self.live -= self.known.pop(key)
 
 
-def text_config(layers: int = LAYERS, **sizes: int) -> Any:
+def text_config(layers, **sizes):
     """Return a configuration in the shape of 4B, with so many layers and some sizes changed."""
-    from transformers import Gemma3TextConfig
-
-    tiny, _ = tiny_language_model()
-    known: dict[str, Any] = {**SHAPES["4B"], "vocab_size": 262_208, "num_hidden_layers": layers}
-    known |= {"layer_types": None, "initializer_range": 0.02}
-    return Gemma3TextConfig(**{**tiny.config.to_dict(), **known, **sizes})
+    known = {**tiny_language_model()[0].config.to_dict(), **SHAPES["4B"], "vocab_size": 262_208}
+    known |= {"num_hidden_layers": layers, "layer_types": None, "initializer_range": 0.02}
+    return Gemma3TextConfig(**{**known, **sizes})
 
 
-def add_lora(model: Any, dropout: float = 0.0) -> Any:
-    """Return a frozen model with the program's adapter, whose weights have the model's dtype.
+def add_lora(model, dropout=0.0):
+    """Return a frozen model with the program's adapter of rank 8 in the model's dtype.
 
-    So autocast computes their products; its copies of the weights themselves are not counted.
+    So autocast computes its products; its copies of the weights themselves are not counted.
     """
-    keys = {"target_modules": list(LORA_TARGETS), "lora_dropout": dropout}
-    config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **keys)
-    frozen = model.requires_grad_(False)
+    options = {"target_modules": list(LORA_TARGETS), "lora_dropout": dropout}
+    config = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM", **options)
     with quiet_libraries():
-        return get_peft_model(frozen, config, autocast_adapter_dtype=False)
+        return get_peft_model(model.requires_grad_(False), config, autocast_adapter_dtype=False)
 
 
-def build(dtype: torch.dtype, config: Any, attention: str = "sdpa") -> Any:
-    """Return the language model with an adapter of rank 8, as the program makes it, on meta."""
-    from transformers import Gemma3ForCausalLM
-
+def build(dtype, config):
+    """Return the language model with an adapter as the program makes it, on the meta device."""
     config.layer_types[-1] = "full_attention"  # the whole model has both kinds
     with META:
-        model = Gemma3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+        model = Gemma3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
     return add_lora(model, 0.05).train()
 
 
 def cuda_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query, key, value, attn_mask=None, dropout_p=0.0, scale=None, is_causal=False, enable_gqa=False
+):
     """Attend by the kernel that CUDA chooses while cuDNN's is off."""
-    ops = torch.ops.aten
+    ops, options = torch.ops.aten, {"scale": scale}
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -1e9)
         bias = bias.expand(-1, query.shape[1], -1, -1)
         kernel = ops._scaled_dot_product_efficient_attention
-        return kernel(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+        return kernel(query, key, value, bias, True, dropout_p, is_causal, **options)[0]
     if query.dtype == torch.float32:
-        kernel, more = ops._scaled_dot_product_attention_math, {"enable_gqa": enable_gqa}
-        return kernel(query, key, value, None, dropout_p, is_causal, scale=scale, **more)[0]
+        kernel, options["enable_gqa"] = ops._scaled_dot_product_attention_math, enable_gqa
+        return kernel(query, key, value, None, dropout_p, is_causal, **options)[0]
     kernel = ops._scaled_dot_product_flash_attention
-    return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return kernel(query, key, value, dropout_p, is_causal, **options)[0]
 
 
 @contextmanager
-def kernels_of_cuda() -> Iterator[None]:
-    """Put CUDA's kernels in place of those that keep something else on the meta device."""
+def kernels_of_cuda():
+    """Replace kernels that keep something else on the meta device by those of CUDA."""
 
-    def dropout(x: Tensor, p: float, training: bool, inplace: bool = False) -> Tensor:
+    def dropout(x, p, training, inplace=False):
         return torch.native_dropout(x, p, training)[0] if p else x
 
     with (
@@ -208,12 +159,11 @@ def kernels_of_cuda() -> Iterator[None]:
         yield
 
 
-def measure_step(model: Any, rows: int, length: int, *, padded: bool) -> StepBytes:
-    """Take a step of stage 2's language model and count its bytes."""
+def measure_step(model, rows, length, padded):
+    """Take a step of stage 2's model; return the bytes kept after forward, and their maximum."""
     shape = rows, length, model.config.hidden_size
     embeddings = torch.empty(shape, dtype=model.dtype, device=META, requires_grad=True)
-    kind = torch.bool if model.config._attn_implementation == "sdpa" else model.dtype
-    mask = torch.ones(rows, 1, length, length, dtype=kind, device=META) if padded else None
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device=META) if padded else None
     masks = {"full_attention": mask, "sliding_attention": mask}
     with kernels_of_cuda(), LiveStorages(model) as storages:
         body = model.get_base_model().model
@@ -222,28 +172,26 @@ def measure_step(model: Any, rows: int, length: int, *, padded: bool) -> StepByt
         kept = storages.live
         last.sum().backward()
     model.zero_grad()
-    return StepBytes(kept, storages.peak)
+    return kept, storages.peak
 
 
-def measure_answer_loss(model: Any, tokens: int) -> StepBytes:
-    """Count the bytes of stage 3's loss over so many answer tokens."""
+def answer_loss_peak(model, tokens=ANSWERS):
+    """Return the bytes of stage 3's loss over so many answer tokens."""
     weight = model.get_output_embeddings().weight
     shape = tokens, model.config.hidden_size
     hidden = torch.empty(shape, dtype=model.dtype, device=META, requires_grad=True)
     targets = torch.empty(tokens, dtype=torch.long, device=META)
     ones = torch.empty(tokens, device=META)
     with LiveStorages(model) as storages:
-        loss = answer_loss(hidden * 1, weight, targets, ones, ones, 0)
-        kept = storages.live
-        loss.backward()
-    return StepBytes(kept, storages.peak)
+        answer_loss(hidden * 1, weight, targets, ones, ones, 0).backward()
+    return storages.peak
 
 
-def weight_bytes(model: Any) -> int:
+def weight_bytes(model):
     """Return the bytes of the frozen weights in NF4 with double quantisation.
 
-    Half a byte a weight of a projection, a byte a block of 64, and a float32 a 256 of these; the
-    rest, embedding above all, in the dtype of the computation.
+    A weight of a projection takes half a byte, a block of 64 takes one and 256 blocks take four;
+    the others, mainly the embedding, have the dtype of the computation.
     """
     total = 0.0
     for name, parameter in model.named_parameters():
@@ -251,144 +199,88 @@ def weight_bytes(model: Any) -> int:
             packed = name.endswith("base_layer.weight")
             each = 0.5 + 1 / 64 + 4 / (64 * 256) if packed else parameter.element_size()
             total += parameter.numel() * each
-    return round(total)
-
-
-def adapter_bytes(model: Any) -> int:
-    """Return the bytes of one copy of what learns."""
-    return sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    return total
 
 
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of training in one shape at one precision.
 
-    Attributes:
-        weights: frozen, in NF4.
-        adapter: one copy of what learns.
-        loss: of stage 3 over ``ANSWERS`` tokens.
-        steps: by checkpointing, padding and length, each of ``ROWS`` rows.
+    ``weights`` are frozen, in NF4; ``adapter`` is one copy of what learns; ``loss`` is of stage 3
+    over ``ANSWERS`` tokens; ``peak`` is per token of a step, by checkpointing.
     """
 
-    weights: int
-    adapter: int
-    loss: StepBytes
-    steps: dict[tuple[bool, bool, int], StepBytes]
+    weights: float
+    adapter: float
+    loss: float
+    peak: dict
 
-    def per_token(self, checkpointing: bool) -> float:
-        """Return the peak a token of the longest rows, with or without padding: the larger."""
-        peaks = [self.steps[checkpointing, padded, LENGTHS[-1]].peak for padded in (True, False)]
-        return max(peaks) / (ROWS * LENGTHS[-1])
-
-    def step_peak(self, checkpointing: bool, tokens: int, *, answers: bool) -> float:
-        """Return the peak of a step of so many tokens, stage 3's with ``answers``."""
-        longest = ROWS * LENGTHS[-1]
-        kept = self.steps[checkpointing, True, LENGTHS[-1]].kept / longest * tokens
-        loss = kept + self.loss.peak if answers else 0.0
-        return max(self.per_token(checkpointing) * tokens, loss)
-
-    def tokens(self, card: float, checkpointing: bool) -> int:
-        """Return the tokens of a step for which so many GiB suffice in stages 2 and 3, 0 if none.
-
-        Without room for the weights there is none.
-        """
-        free = (card - RESERVED) * GIB - self.weights - COPIES * self.adapter - self.loss.peak
-        return max(0, int(free / self.per_token(checkpointing)))
+    def tokens(self, card, checkpointing):
+        """Return the tokens of a step of stages 2 and 3 for which so many GiB suffice, or 0."""
+        free = (card - RESERVED) * GIB - self.weights - COPIES * self.adapter - self.loss
+        return max(0, int(free / self.peak[checkpointing]))
 
 
-def measure(precision: str, shape: str = "4B") -> Sizes:
-    """Measure models of four and five layers and add what each further layer adds."""
+def measure(precision, shape="4B"):
+    """Measure two models and add what each further layer adds."""
     sizes = dict(SHAPES[shape])
-    further = sizes.pop("num_hidden_layers") - 5
-    small, large = (build(DTYPES[precision], text_config(layers, **sizes)) for layers in (4, 5))
+    further = sizes.pop("num_hidden_layers") - LAYERS[1]
+    models = [build(DTYPES[precision], text_config(layers, **sizes)) for layers in LAYERS]
 
-    def whole(four: int, five: int) -> int:
-        return five + further * (five - four)
+    def whole(measured):
+        small, large = map(measured, models)
+        return large + further * (large - small)
 
-    steps = {}
-    for checkpointing, padded, length in CASES:
+    peak = {}
+    for checkpointing in (False, True):
         if checkpointing:
-            for model in (small, large):
+            for model in models:
                 set_checkpointing(model)
-        pair = [measure_step(model, ROWS, length, padded=padded) for model in (small, large)]
-        steps[checkpointing, padded, length] = StepBytes(
-            kept=whole(*(each.kept for each in pair)),
-            peak=whole(*(each.peak for each in pair)),
-        )
-    return Sizes(
-        weights=whole(weight_bytes(small), weight_bytes(large)),
-        adapter=whole(adapter_bytes(small), adapter_bytes(large)),
-        loss=measure_answer_loss(small, ANSWERS),
-        steps=steps,
-    )
+        steps = [
+            whole(lambda model, padded=padded: measure_step(model, ROWS, LENGTHS[-1], padded)[1])
+            for padded in (True, False)
+        ]
+        peak[checkpointing] = max(steps) / (ROWS * LENGTHS[-1])
+    learns = whole(lambda m: sum(p.numel() * 4 for p in m.parameters() if p.requires_grad))
+    return Sizes(whole(weight_bytes), learns, answer_loss_peak(models[0]), peak)
 
 
-Measured = dict[tuple[str, str], Sizes]
-"""By shape and precision."""
-
-
-def token_table(measured: Measured) -> str:
-    """Return the table of the bytes a token in the shape of 4B."""
+def shape_table(measured):
+    """Return a line per shape: what does not depend on the tokens, and the peak per token."""
     lines = [
-        "| Precision | Checkpointing | Padding | Row | Kept, MiB a token | Peak, MiB a token |",
-        "|---|---|---|---|---|---|",
-    ]
-    words = {True: "yes", False: "no"}
-    for precision in DTYPES:
-        for (checkpointing, padded, length), step in measured["4B", precision].steps.items():
-            kept, peak = (n / (ROWS * length * MIB) for n in (step.kept, step.peak))
-            lines.append(
-                f"| {precision} | {words[checkpointing]} | {words[padded]} | {length:,} | "
-                f"{kept:.2f} | {peak:.2f} |"
-            )
-    return "\n".join(lines)
-
-
-def shape_table(measured: Measured) -> str:
-    """Return the table of each shape: what does not depend on the tokens, and the peak a token."""
-    lines = [
-        "| Shape | Precision | Weights in NF4 | Adapter, six copies | Stage 3's loss | Peak, MiB a "
-        "token, without / with checkpointing |",
-        "|---|---|---|---|---|---|",
+        "| Shape | Precision | Weights in NF4 | Adapter, six copies | Stage 3's loss | Peak, MiB "
+        "per token, without / with checkpointing |\n|---|---|---|---|---|---|"
     ]
     for (shape, precision), sizes in measured.items():
-        peaks = " / ".join(f"{sizes.per_token(each) / MIB:.2f}" for each in (False, True))
-        lines.append(
-            f"| {shape} | {precision} | {sizes.weights / GIB:.2f} GiB | "
-            f"{COPIES * sizes.adapter / GIB:.2f} GiB | {sizes.loss.peak / GIB:.2f} GiB | {peaks} |"
-        )
+        cells = [sizes.weights, COPIES * sizes.adapter, sizes.loss]
+        cells = " | ".join(f"{each / GIB:.2f} GiB" for each in cells)
+        peaks = " / ".join(f"{sizes.peak[each] / MIB:.2f}" for each in (False, True))
+        lines.append(f"| {shape} | {precision} | {cells} | {peaks} |")
     return "\n".join(lines)
 
 
-def card_table(measured: Measured) -> str:
-    """Return the table of what fits on each card, without / with checkpointing."""
+def card_table(measured):
+    """Return a line per card and shape: what fits, without / with checkpointing."""
     lengths = " | ".join(f"{length:,} tokens" for length in LENGTHS)
-    lines = [
-        f"| Card | Precision | Shape | Tokens a step | Rows of {lengths} |",
-        "|---" * (4 + len(LENGTHS)) + "|",
-    ]
+    lines = [f"| Card | Precision | Shape | Tokens per step | Rows of {lengths} |"]
+    lines.append("|---" * (4 + len(LENGTHS)) + "|")
     for card, (memory, precision) in CARDS.items():
         for shape in SHAPES:
-            sizes = measured[shape, precision]
-            fit = [sizes.tokens(memory, checkpointing) for checkpointing in (False, True)]
+            fit = [measured[shape, precision].tokens(memory, each) for each in (False, True)]
             cells = [" / ".join(f"{n // length:,}" for n in fit) for length in (1, *LENGTHS)]
             lines.append(f"| {card} | {precision} | {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def tables() -> list[str]:
-    """Return all tables as they stand in docs/training.md."""
-    measured = {
-        (shape, precision): measure(precision, shape) for shape in SHAPES for precision in DTYPES
-    }
-    return [token_table(measured), shape_table(measured), card_table(measured)]
-
-
-def main() -> None:
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.parse_args()
-    sys.stdout.write("\n\n".join([*tables(), machine("torch", "transformers", "peft")]) + "\n")
+    parser.parse_args(argv)
+    pairs = [(shape, precision) for shape in SHAPES for precision in DTYPES]
+    measured = {(shape, precision): measure(precision, shape) for shape, precision in pairs}
+    on = machine("torch", "transformers", "peft")
+    write(f"{shape_table(measured)}\n\n{card_table(measured)}\n\n{on}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

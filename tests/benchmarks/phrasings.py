@@ -3,11 +3,11 @@
     python tests/benchmarks/phrasings.py --out DIR [--seed 0] [--seeds 2] [--rows N]
         [flags of the language model's runs]
 
-Age, sex, unit type and weight of the sample file are written anew in one of twenty phrasings a row:
+Age, sex, unit type and weight of the sample file are rewritten in one of twenty phrasings per row:
 twelve serve the training and validation rows, eight others the test rows. Compared on the test rows
 are stage 1, the language model on the context alone and on top of stage 1, and regressions on the
-words of the same contexts; a regression on the true facts, which no context shows, is the ceiling.
-A run in DIR that is finished is not made again.
+words of the same contexts; a regression on the true values, which no context shows, is the ceiling.
+A finished run in DIR is not made again.
 """
 
 import argparse
@@ -16,15 +16,13 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
+from common import SAMPLE, machine, write
 from sklearn.compose import ColumnTransformer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.impute import SimpleImputer
@@ -33,17 +31,12 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from common import SAMPLE, machine
-
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands.compare import cost_of, read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
-    WITH_STATICS,
-    Folds,
     draw_folds,
     tuned_regression,
 )
@@ -53,7 +46,7 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE1, TEXT, BOTH = "stage 1", "language model on the context", "language model on stage 1"
 WORDS, WORDS_SERIES = "regression on words", "regression on words and series"
-FACTS, FACTS_SERIES = "regression on true facts", "regression on true facts and series"
+TRUE, TRUE_SERIES = "regression on true values", "regression on true values and series"
 
 CONTEXT = re.compile(r"(\d+)-year-old (man|woman), ([\w ]+?)(?:, (\d+) kg)?")
 
@@ -69,7 +62,7 @@ UNITS = {
 }
 """Unit of the file: its abbreviation, another name, and a name that test phrasings alone have."""
 
-POUNDS, POUNDS_A_STONE = 2.20462, 14
+POUNDS, POUNDS_PER_STONE = 2.20462, 14
 
 # fmt: off
 SMALL = (
@@ -80,7 +73,6 @@ TENS = ("", "teen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "e
 DECADES = (
     "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
 )
-# fmt: on
 
 TRAINING = (
     ("{age}-year-old {man} in the {unit}{weight}", ", {kg} kg"),
@@ -88,26 +80,16 @@ TRAINING = (
     ("{SHORT}, {age} y/o {M}{weight}", ", wt {kg}kg"),
     ("In {his} {decade}, {he} was brought to the {unit}{weight}.", "; {his} weight is {stone}"),
     ("Born {age} years ago. Ward: {plain}. Sex: {male}.{weight}", " Body weight: {pounds} lb."),
-    (
-        "Not the {other_unit} but the {unit}; no {woman} but a {man}; {age} years{weight}",
-        "; {kg} kilograms",
-    ),
-    (
-        "Admitted to the {unit}{weight}: a {gentleman} of {age_words}.",
-        " at {kg_words} kilograms",
-    ),
+    ("Not the {other_unit} but the {unit}; no {woman} but a {man}; {age} years{weight}",
+     "; {kg} kilograms"),
+    ("Admitted to the {unit}{weight}: a {gentleman} of {age_words}.", " at {kg_words} kilograms"),
     ("{male} / {SHORT} / not {OTHER} / {age} yrs{weight}", " / {pounds} lbs"),
-    (
-        "{He} turned {age} at {his} last birthday. {He} was not taken to the {other_unit}. "
-        "The {unit} admitted {him}{weight}.",
-        " with a weight of {kg} kg",
-    ),
+    ("{He} turned {age} at {his} last birthday. {He} was not taken to the {other_unit}. "
+     "The {unit} admitted {him}{weight}.", " with a weight of {kg} kg"),
     ("{weight}{man} in the {decade}, {plain}", "{stone}; "),
     ("Under {plain}: {he} is {age_words} years old{weight}.", " and has {kg} kilos"),
-    (
-        "The age is {age}; this is not a {woman}; not under {other_plain}, under {plain}{weight}.",
-        "; the scales said {pounds} pounds",
-    ),
+    ("The age is {age}; this is not a {woman}; not under {other_plain}, under {plain}{weight}.",
+     "; the scales said {pounds} pounds"),
 )
 """Phrasings of training and validation rows: the text, and its clause of a known weight."""
 
@@ -115,28 +97,21 @@ TESTING = (
     ("{gentleman} aged {age}{weight}; cared for on the {lay}", " ({kg} kilos)"),
     ("{He} is in the {nth} decade of {his} life and on the {lay}{weight}.", ", weighing {stone}"),
     ("{SHORT} adm.: {M}{age}{weight}", ", {kg} kg"),
-    (
-        "No {woman}: this {man} is {age_words}, and in the {unit}, not in the {other_unit}."
-        "{weight}",
-        " {His} weight: {pounds} lb.",
-    ),
-    (
-        "{weight}{age_words} years of life lie behind {him}; {he} is treated in {plain}",
-        "With {pounds} pounds on the scales, ",
-    ),
+    ("No {woman}: this {man} is {age_words}, and in the {unit}, not in the {other_unit}.{weight}",
+     " {His} weight: {pounds} lb."),
+    ("{weight}{age_words} years of life lie behind {him}; {he} is treated in {plain}",
+     "With {pounds} pounds on the scales, "),
     ("{male}, {months} months old, {unit}{weight}", ", {grams} g"),
-    (
-        "Transferred not to the {other_lay} but to the {lay}: {he} is {age_words}{weight}.",
-        " and weighs {kg_words} kilograms",
-    ),
+    ("Transferred not to the {other_lay} but to the {lay}: {he} is {age_words}{weight}.",
+     " and weighs {kg_words} kilograms"),
     ("{His} age: {decade}. {His} unit: {plain}.{weight}", " {His} weight in kg: {kg}."),
 )
 """Phrasings of test rows alone."""
+# fmt: on
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a context of the file says: age in years, sex, unit, weight in kg if known."""
+class Patient(NamedTuple):
+    """What a context of the file says: age in years, sex, unit, weight in kg or None."""
 
     age: int
     man: bool
@@ -144,16 +119,16 @@ class Facts:
     kg: int | None
 
 
-def parse(context: str) -> Facts | None:
-    """Return the facts of a context of the file; None where its sex is unknown."""
+def parse(context):
+    """Return the patient of a context of the file; None if the sex is unknown."""
     found = CONTEXT.fullmatch(context)
     if found is None:
         return None
     age, sex, unit, kg = found.groups()
-    return Facts(int(age), sex == "man", unit, int(kg) if kg else None)
+    return Patient(int(age), sex == "man", unit, int(kg) if kg else None)
 
 
-def in_words(number: int) -> str:
+def in_words(number):
     """Return a number below 1,000 in words."""
     if number >= 100:
         rest = f" and {in_words(number % 100)}" if number % 100 else ""
@@ -163,45 +138,45 @@ def in_words(number: int) -> str:
     return TENS[number // 10] + (f"-{SMALL[number % 10]}" if number % 10 else "")
 
 
-def in_decade(age: int) -> str:
+def in_decade(age):
     """Return the third of a decade: late seventies."""
     third = ("early", "mid", "late")[(age % 10 > 3) + (age % 10 > 6)]
     return f"{third} {TENS[age // 10].removesuffix('y')}{'ies' if age >= 20 else 's'}"
 
 
-def in_stone(kg: int) -> str:
+def in_stone(kg):
     """Return a weight in stone and pounds: 11 stone 13."""
-    stone, pounds = divmod(round(kg * POUNDS), POUNDS_A_STONE)
+    stone, pounds = divmod(round(kg * POUNDS), POUNDS_PER_STONE)
     return f"{stone} stone {pounds}"
 
 
-def write(phrasing: tuple[str, str], facts: Facts, other: str) -> str:
-    """Return the facts in a phrasing, which may name another unit as the one that is not meant."""
-    short, plain, lay = UNITS[facts.unit]
+def phrase(phrasing, patient, other):
+    """Return a patient in a phrasing, which may deny another unit by its name."""
+    age, kg = patient.age, patient.kg
+    short, plain, lay = UNITS[patient.unit]
     other_short, other_plain, other_lay = UNITS[other]
-    he, his, him = ("he", "his", "him") if facts.man else ("she", "her", "her")
-    man, woman = ("man", "woman") if facts.man else ("woman", "man")
-    pieces: dict[str, Any] = {
-        **{"age": facts.age, "age_words": in_words(facts.age), "decade": in_decade(facts.age)},
-        **{"months": 12 * facts.age, "nth": DECADES[facts.age // 10]},
+    he, his, him = ("he", "his", "him") if patient.man else ("she", "her", "her")
+    man, woman = ("man", "woman") if patient.man else ("woman", "man")
+    pieces = {
+        **{"age": age, "age_words": in_words(age), "decade": in_decade(age)},
+        **{"months": 12 * age, "nth": DECADES[age // 10]},
         **{"he": he, "his": his, "him": him, "He": he.title(), "His": his.title()},
-        **{"man": man, "woman": woman, "M": "M" if facts.man else "F"},
-        "male": "male" if facts.man else "female",
-        "gentleman": "gentleman" if facts.man else "lady",
-        **{"unit": facts.unit, "SHORT": short, "plain": plain, "lay": lay},
+        **{"man": man, "woman": woman, "M": "M" if patient.man else "F"},
+        "male": "male" if patient.man else "female",
+        "gentleman": "gentleman" if patient.man else "lady",
+        **{"unit": patient.unit, "SHORT": short, "plain": plain, "lay": lay},
         **{"other_unit": other, "OTHER": other_short},
         **{"other_plain": other_plain, "other_lay": other_lay},
     }
     text, clause = phrasing
-    if facts.kg is None:
+    if kg is None:
         return text.format(**pieces, weight="")
-    kg = facts.kg
-    weights = {"kg": kg, "kg_words": in_words(kg), "pounds": round(kg * POUNDS)}
-    pieces |= {**weights, "stone": in_stone(kg), "grams": 1000 * kg}
+    pieces |= {"kg": kg, "kg_words": in_words(kg), "pounds": round(kg * POUNDS)}
+    pieces |= {"stone": in_stone(kg), "grams": 1000 * kg}
     return text.format(**pieces, weight=clause.format(**pieces))
 
 
-def draw_parts(labels: NDArray[Any], groups: NDArray[Any], seed: int) -> NDArray[np.str_]:
+def draw_parts(labels, groups, seed):
     """Draw 40 % train, 20 % validation and 40 % test by patient, stratified by the label."""
     parts = np.empty(len(labels), dtype="U5")
     folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed)
@@ -211,74 +186,62 @@ def draw_parts(labels: NDArray[Any], groups: NDArray[Any], seed: int) -> NDArray
     return parts
 
 
-def rewrite(facts: Sequence[Facts], parts: NDArray[np.str_], seed: int) -> list[str]:
-    """Write each row's facts in a phrasing of its part, drawn by the seed and the row's place."""
+def rewrite(patients, parts, seed):
+    """Write each patient in a phrasing of the row's part, drawn by the seed and the row's index."""
     rng = np.random.default_rng(seed)
     texts = []
-    for fact, part in zip(facts, parts, strict=True):
+    for patient, part in zip(patients, parts, strict=True):
         phrasings = TESTING if part == "test" else TRAINING
-        others = [unit for unit in UNITS if unit != fact.unit]
-        which, other = rng.random(2)
-        phrasing = phrasings[int(which * len(phrasings))]
-        texts.append(write(phrasing, fact, others[int(other * len(others))]))
+        others = [unit for unit in UNITS if unit != patient.unit]
+        first, second = rng.random(2)
+        other = others[int(second * len(others))]
+        texts.append(phrase(phrasings[int(first * len(phrasings))], patient, other))
     return texts
 
 
-def build(table: pd.DataFrame, out: Path, seed: int) -> Path:
-    """Write a seed's file and description; return the file's path.
+def read_table(rows=None):
+    """Read the rows of known sex of the sample file as text, or the first so many of them."""
+    table = pd.read_csv(SAMPLE, dtype=str)
+    table = table.loc[:, ~table.columns.str.startswith("static_")]  # the contexts alone say them
+    return table[[parse(text) is not None for text in table["clinical_context"]]][:rows]
 
-    Args:
-        table: rows of the sample file as text, each of known sex.
-        out: folder of the files.
-        seed: of split and phrasings.
-    """
-    parts = draw_parts(
-        table["label_escalation"].to_numpy(), table["subject_id"].to_numpy(np.str_), seed
-    )
-    texts = rewrite(known_facts(table), parts, seed)
+
+def build(table, out, seed):
+    """Write a seed's file and description from such a table; return the file's path."""
+    parts = draw_parts(table["label_escalation"].to_numpy(), table["subject_id"].to_numpy(), seed)
+    texts = rewrite(map(parse, table["clinical_context"]), parts, seed)
     path = out / f"split_{seed}.csv"
     table.assign(clinical_context=texts, split=parts).to_csv(path, index=False)
     shutil.copy(SAMPLE.with_suffix(".json"), path.with_suffix(".json"))
     return path
 
 
-def known_facts(table: pd.DataFrame) -> list[Facts]:
-    return [facts for facts in map(parse, table["clinical_context"]) if facts]
-
-
-def read_table(rows: int | None) -> pd.DataFrame:
-    """Read the rows of known sex of the sample file, one a patient, or the first so many."""
-    table = pd.read_csv(SAMPLE, dtype=str)
-    table = table.loc[:, ~table.columns.str.startswith("static_")]  # the contexts alone say them
-    return table[[parse(text) is not None for text in table["clinical_context"]]][:rows]
-
-
-def words_regression(columns: list[str], folds: Folds) -> Any:
+def words_regression(columns, folds):
     """Return a regression on the words of the column ``text`` and on columns of numbers."""
-    numbers = make_pipeline(
-        SimpleImputer(add_indicator=True, keep_empty_features=True), StandardScaler()
-    )
+    impute = SimpleImputer(add_indicator=True, keep_empty_features=True)
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, token_pattern=r"\w+")
+    numbers = make_pipeline(impute, StandardScaler())
     inputs = ColumnTransformer([("words", words, "text"), ("numbers", numbers, columns)])
     model = make_pipeline(inputs, LogisticRegression(max_iter=2000))
     penalties = {"logisticregression__C": [0.03, 0.1, 0.3, 1, 3, 10, 30]}
     return GridSearchCV(model, penalties, scoring="neg_log_loss", cv=folds or FOLDS)
 
 
-def rivals(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def rivals(path, table):
     """Fit the regressions on a file's training rows; return the risks of its test rows."""
     dataset, written = MIMICtrajectoryDataset(path), pd.read_csv(path, dtype=str)
     split, labels = dataset.split(0), dataset.labels
     train, test = split["train"], split["test"]
     folds = draw_folds(labels[train], dataset.groups[train])
-    facts = pd.get_dummies(pd.DataFrame(known_facts(table)), columns=["unit"]).astype(float)
+    patients = pd.DataFrame(map(parse, table["clinical_context"]))
+    true = pd.get_dummies(patients, columns=["unit"]).astype(float)
     series = dataset.baseline_inputs()[LOGISTIC].reset_index(drop=True)
     texts = pd.DataFrame({"text": written["clinical_context"]})
     inputs = {
         WORDS: (texts, words_regression([], folds)),
         WORDS_SERIES: (texts.join(series), words_regression(list(map(str, series)), folds)),
-        FACTS: (facts, tuned_regression(folds)),
-        FACTS_SERIES: (facts.join(series), tuned_regression(folds)),
+        TRUE: (true, tuned_regression(folds)),
+        TRUE_SERIES: (true.join(series), tuned_regression(folds)),
     }
     risks = {"id": dataset.ids[test]}
     for name, (values, model) in inputs.items():
@@ -287,7 +250,7 @@ def rivals(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(risks)
 
 
-def train(out: Path, seed: int, flags: list[str]) -> dict[str, Path]:
+def train(out, seed, flags):
     """Train and test the program's models on a seed's file; return their folders."""
     stage1 = out / "stage_1" / "seed_{seed}" / TRAJECTORY_FILE
     language = ["--mode", "classification", "--series_text", "none", *flags]
@@ -297,53 +260,53 @@ def train(out: Path, seed: int, flags: list[str]) -> dict[str, Path]:
         BOTH: ("both", "classification", [*language, "--ode_checkpoint", str(stage1)]),
     }
     folders = {}
-    for model, (place, stage, own) in models.items():
+    for model, (name, stage, own) in models.items():
         data = ["--data_path", str(out / "split_{seed}.csv"), "--seed", str(seed), "--seeds", "1"]
         with contextlib.redirect_stdout(sys.stderr):
-            code = trainer.main([*own, *data, "--output_dir", str(out / place)])
+            code = trainer.main([*own, *data, "--output_dir", str(out / name)])
         if code:
             raise SystemExit(code)
-        folders[model] = out / place / f"seed_{seed}" / stage
+        folders[model] = out / name / f"seed_{seed}" / stage
     return folders
 
 
-def one_seed(table: pd.DataFrame, out: Path, seed: int, flags: list[str]) -> pd.DataFrame:
-    """Return the test risks of every model for one seed."""
+def one_seed(table, out, seed, flags):
+    """Return the test risks of every model for one seed, and seconds per epoch of the two LLMs."""
     path = build(table, out, seed)
     folders = train(out, seed, flags)
     risks = read_predictions(folders[STAGE1], STAGE1)
-    risks = risks[[*TESTED, STAGE1, LOGISTIC + WITH_STATICS]]
+    risks = risks[[*TESTED, STAGE1, LOGISTIC]]
     for model in (TEXT, BOTH):
         own = read_predictions(folders[model], model)
         risks = risks.merge(own[["id", model]], on="id", validate="1:1")
-    return risks.merge(rivals(path, table), on="id", validate="1:1")
+    seconds = {model: cost_of(folders[model])["seconds_an_epoch"] for model in (TEXT, BOTH)}
+    return risks.merge(rivals(path, table), on="id", validate="1:1"), seconds
 
 
-def main() -> None:
-    """Run the seeds and print the tables."""
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rows", type=int)
     parser.add_argument("--threads", type=int, default=1)
-    arguments, flags = parser.parse_known_args()
+    arguments, flags = parser.parse_known_args(argv)
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
     began, table = time.perf_counter(), read_table(arguments.rows)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    tables = [one_seed(table, arguments.out, seed, flags) for seed in seeds]
+    results = [one_seed(table, arguments.out, seed, flags) for seed in seeds]
+    tables, costs = zip(*results, strict=True)
     on = machine("torch", "scikit-learn", threads=arguments.threads)
-    sys.stdout.write(f"{len(table)} rows; {' '.join(flags)}; {on}\n")
+    write(f"{len(table)} rows; {' '.join(flags)}; {on}")
     for reference in (WORDS, WORDS_SERIES):
         metrics = model_table(evaluate_splits(tables, 0, reference))
-        sys.stdout.write(f"{metrics.to_string(index=False)}\n\n")
-    for place in ("context", "both"):
-        folders = [arguments.out / place / f"seed_{seed}" / "classification" for seed in seeds]
-        seconds = np.median([cost_of(folder)["seconds_an_epoch"] for folder in folders])
-        sys.stdout.write(f"{place}: {seconds:.0f} s an epoch\n")
-    sys.stdout.write(f"{time.perf_counter() - began:.0f} s in all\n")
+        write(f"{metrics.to_string(index=False)}\n")
+    for model, seconds in pd.DataFrame(costs).median().items():
+        write(f"{model}: {seconds:.0f} s per epoch")
+    write(f"{time.perf_counter() - began:.0f} s in all")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,13 @@
-"""Compare stage 1 with deep models of PyPOTS on the same seeded splits.
+"""Compare stage 1 with deep models of PyPOTS on the same random splits.
 
     python tests/benchmarks/rivals.py [--data FILE.csv] [--seeds 5] [--models NAME,NAME]
 
-GRU-D, BRITS, SAITS and iTransformer read a grid of equal steps (``--step_hours``), which is what
-they take: the mean of the values in a step, standardised on the training part. They read no
-static features.
-All models stop early on the validation part: stage 1 by its AUROC, the others by their loss, as
-PyPOTS does. Each is trained in a process of its own. Prints test AUROC and paired differences, with
-intervals over the patients of all splits, seconds an epoch, and the peak memory of the process.
+GRU-D, BRITS, SAITS and iTransformer take a grid of equal steps (``--step_hours``): the mean of the
+values in each step, standardised on the training part. They read no static features, so the like
+comparison is that with stage 1 without them. All models stop early on the validation part: stage 1
+by its AUROC, the others by their loss, as PyPOTS does. Each is trained in a process of its own.
+Prints test AUROC and paired differences with intervals over the patients of all splits, seconds per
+epoch, and the peak memory of the process.
 """
 
 import argparse
@@ -17,28 +17,22 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import stage1
-from common import SAMPLE, machine, needed, peak_mib
+from common import SAMPLE, machine, needed, peak_mib, train_stage1, write
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation.metrics_table import evaluate_splits
 from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
-FACTS, NO_FACTS = "stage 1", "stage 1 without facts"
+STATIC, NO_STATIC = "stage 1", "stage 1 without static features"
 OURS = {
-    FACTS: [],
-    NO_FACTS: ["--facts", "off"],
+    STATIC: [],
+    NO_STATIC: ["--facts", "off"],
     "five members of stage 1": ["--members", "5"],
 }
 """Flags of the trainer."""
@@ -47,23 +41,22 @@ ATTENTION = {
     **{"n_layers": 2, "d_model": 64, "n_heads": 4, "d_k": 16, "d_v": 16, "d_ffn": 128},
     **{"dropout": 0.1, "attn_dropout": 0.1},
 }
-RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+RIVALS = {
     "GRU-D": ("GRUD", {"rnn_hidden_size": 64}),
     "BRITS": ("BRITS", {"rnn_hidden_size": 64}),
     "SAITS": ("SAITS", ATTENTION),
     "iTransformer": ("iTransformer", ATTENTION),
 }
-"""Class of ``pypots.classification``, and its sizes: the width of stage 1, 64."""
+"""Class of ``pypots.classification`` and its sizes: the width of stage 1, 64."""
 
 PATIENCE = 10
 """Epochs without a better one; the default of the trainer too."""
 
 
-def on_grid(dataset: MIMICtrajectoryDataset, hours: float) -> NDArray[np.float32]:
-    """Return (N, steps, F) the mean of the values in each step of a common clock; NaN where none.
+def on_grid(dataset, hours):
+    """Return (N, steps, F) the mean of the values in each step of a common clock, or NaN.
 
-    The first step begins with the earliest observation of all rows, so that a step is the same
-    time to each patient.
+    The first step starts with the earliest observation of all rows.
     """
     step = np.floor((dataset.times - dataset.times.min()) / hours).astype(np.int64)
     row = np.repeat(np.arange(len(dataset)), dataset.lengths)
@@ -74,9 +67,7 @@ def on_grid(dataset: MIMICtrajectoryDataset, hours: float) -> NDArray[np.float32
     return grid
 
 
-def rival_parts(
-    dataset: MIMICtrajectoryDataset, seed: int, hours: float
-) -> dict[str, dict[str, NDArray[Any]]]:
+def rival_parts(dataset, seed, hours):
     """Return ``X`` and ``y`` of each part, standardised on the training part."""
     split = dataset.split(seed)
     grid = on_grid(dataset, hours)
@@ -86,10 +77,8 @@ def rival_parts(
     return {part: {"X": grid[rows], "y": labels[rows]} for part, rows in split.items()}
 
 
-def train_rival(
-    name: str, data: Path, seed: int, epochs: int, hours: float
-) -> tuple[NDArray[np.float64], float]:
-    """Return the risks of the test part and the seconds an epoch."""
+def train_rival(name, data, seed, epochs, hours):
+    """Return the risks of the test part and the seconds per epoch."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         classes = needed("pypots.classification", "pypots")
         parts = rival_parts(MIMICtrajectoryDataset(data), seed, hours)
@@ -97,63 +86,54 @@ def train_rival(
         patience = min(PATIENCE, epochs)
         torch.manual_seed(seed)
         _, steps, features = parts["train"]["X"].shape
-        model = getattr(classes, kind)(
-            n_steps=steps,
-            n_features=features,
-            n_classes=2,
-            **sizes,
-            epochs=epochs,
-            patience=patience,
-            device="cpu",
-            verbose=False,
-        )
+        shape = {"n_steps": steps, "n_features": features, "n_classes": 2}
+        options = {"epochs": epochs, "patience": patience, "device": "cpu", "verbose": False}
+        model = getattr(classes, kind)(**shape, **sizes, **options)
         began = time.perf_counter()
         model.fit(parts["train"], parts["val"])
         seconds = time.perf_counter() - began
         waited = patience - model.patience
         done = model.best_epoch + waited
-        # PyPOTS goes on with the best weights so far where training fails.
+        # Where training fails, PyPOTS goes on without a word, with the best weights so far.
         if done < epochs and waited < patience:
             raise RuntimeError(f"{name}: training failed in epoch {done + 1}")
         risks = model.predict_proba({"X": parts["test"]["X"]})[:, 1]
     return np.asarray(risks, dtype=np.float64), seconds / done
 
 
-def train_ours(name: str, data: Path, seed: int, epochs: int) -> tuple[NDArray[np.float64], float]:
-    """Return the risks of the test part and the seconds an epoch."""
-    with tempfile.TemporaryDirectory() as place:
+def train_ours(name, data, seed, epochs):
+    """Return the risks of the test part and the seconds per epoch."""
+    with tempfile.TemporaryDirectory() as folder:
         flags = ["--max_samples", "0", "--trajectory_epochs", str(epochs), *OURS[name]]
-        metrics = stage1.train(data, seed, Path(place), *flags)
-        table = pd.read_csv(Path(place, "trajectory", "predictions_test.csv"))
+        metrics = train_stage1(data, seed, folder, *flags)
+        table = pd.read_csv(Path(folder, "trajectory", "predictions_test.csv"))
     return table["probability"].to_numpy(), metrics["seconds_an_epoch"]
 
 
-def one_run(name: str, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+def one_run(name, arguments, seed):
     """Train a model on a split; return the risks of its test part and what the run cost."""
     torch.set_num_threads(arguments.threads)
     if name in OURS:
         risks, seconds = train_ours(name, arguments.data, seed, arguments.epochs)
     else:
-        step = arguments.step_hours
-        risks, seconds = train_rival(name, arguments.data, seed, arguments.epochs, step)
+        hours = arguments.step_hours
+        risks, seconds = train_rival(name, arguments.data, seed, arguments.epochs, hours)
     return {"risks": risks, "seconds": seconds, "MiB": peak_mib()}
 
 
-def print_results(tables: Sequence[pd.DataFrame], costs: pd.DataFrame) -> None:
-    """Print AUROC, the difference to stage 1 with and without static features, and the costs."""
-
+def results(tables, costs):
+    """Return AUROC, the differences to stage 1 with and without static features, and the costs."""
     models = list(costs.index.unique(level="model"))
     lines = pd.DataFrame(index=pd.Index(models, name="model"))
-    for reference in [name for name in (FACTS, NO_FACTS) if name in models] or models[:1]:
+    for reference in [name for name in (STATIC, NO_STATIC) if name in models] or models[:1]:
         auroc = evaluate_splits(tables, 0, reference).metric("auroc").loc[models]
         lines["AUROC"] = [value_text(row) for _, row in auroc.iterrows()]
         lines[f"minus {reference}"] = [difference_text(row) for _, row in auroc.iterrows()]
-    lines[["s an epoch", "MiB"]] = costs.groupby("model").median().loc[models].round(2)
-    sys.stdout.write(f"{lines.to_string()}\n")
+    lines[["s per epoch", "MiB"]] = costs.groupby("model").median().loc[models].round(2)
+    return lines
 
 
-def main() -> None:
-    """Train each model on each split and print the table."""
+def main(argv=None):
     names = [*OURS, *RIVALS]
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=SAMPLE)
@@ -162,30 +142,29 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--step_hours", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if unknown := [name for name in arguments.models if name not in names]:
         parser.error(f"--models {unknown[0]}: choose among {', '.join(names)}")
     began = time.perf_counter()
     dataset = MIMICtrajectoryDataset(arguments.data)
-    tables, costs = [], {}
-    spawn = multiprocessing.get_context("spawn")
+    columns = {"id": dataset.ids, "patient": dataset.groups, "label": dataset.labels}
+    spawn, tables, costs = multiprocessing.get_context("spawn"), [], {}
     for seed in range(arguments.seeds):
         test = dataset.split(seed)["test"]
-        columns = {"id": dataset.ids, "patient": dataset.groups, "label": dataset.labels}
         table = pd.DataFrame({name: column[test] for name, column in columns.items()})
         for name in arguments.models:
             with ProcessPoolExecutor(1, spawn) as process:
                 run = process.submit(one_run, name, arguments, seed).result()
             table[name] = run.pop("risks")
             costs[name, seed] = run
-            sys.stderr.write(f"{name}, split {seed}: {run}\n")
+            write(f"{name}, split {seed}: {run}")
         tables.append(table)
-    packages = ("torch", "pypots")
-    sys.stdout.write(f"{arguments.data.name}; {machine(*packages, threads=arguments.threads)}\n")
+    on = machine("torch", "pypots", threads=arguments.threads)
     frame = pd.DataFrame.from_dict(costs, orient="index").rename_axis(["model", "seed"])
-    print_results(tables, frame)
-    sys.stdout.write(f"{time.perf_counter() - began:.0f} s\n")
+    write(f"{arguments.data.name}; {on}\n{results(tables, frame).to_string()}")
+    write(f"{time.perf_counter() - began:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

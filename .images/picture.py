@@ -1,9 +1,8 @@
 """Take the picture of a page for the README, in a headless Chromium.
 
-Usage:
     python medgemma_trainer.py --trajectory_only --output_dir runs \\
         --data_path medgemma_clinical/sample/physionet2012_bicarbonate.csv
-    python tests/benchmarks/picture.py --page runs/trajectory/report.html --height 990 \\
+    python .images/picture.py --page runs/trajectory/report.html --height 990 \\
         --out .images/report.png
 
     zcat tests/data/physionet2012_chemistry.csv.gz | head -400 > runs/few.csv
@@ -12,17 +11,14 @@ Usage:
         --data_path tests/data/physionet2012_chemistry.csv.gz
     python medgemma_trainer.py --predict --explain --patients 133377 --data_path runs/few.csv \\
         --checkpoint runs/nine/trajectory --predictions runs/few_out.csv
-    python tests/benchmarks/picture.py --page runs/few_out.patients.html --height 1035 \\
+    python .images/picture.py --page runs/few_out.patients.html --height 1035 \\
         --out .images/patients.png
 
 Needs ``pip install playwright`` and a Chromium on the path (``apt install chromium``).
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -43,7 +39,8 @@ def take_picture(page: Path, out: Path, width: int, height: int) -> None:
         browser.close()
 
 
-def main() -> int:
+def main() -> None:
+    """Read the flags and take the picture."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--page", type=Path, required=True, help="the HTML file")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
@@ -51,8 +48,7 @@ def main() -> int:
     parser.add_argument("--height", type=int, default=960, help="pixels (960)")
     arguments = parser.parse_args()
     take_picture(arguments.page, arguments.out, arguments.width, arguments.height)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

