@@ -28,13 +28,12 @@ def installed(tmp_path_factory):
     venv.create(folder / "venv")
     python, pip = folder / "venv" / "bin" / "python", [sys.executable, "-m", "pip", "-q"]
     alone = ["--no-deps", "--no-index"]
-    build = ["wheel", folder / "source", *alone, "--no-build-isolation", "-w", folder]
-    subprocess.run([*pip, *build], check=True)
+    build = [*alone, "--no-build-isolation", "-w", folder]
+    subprocess.run([*pip, "wheel", folder / "source", *build], check=True)
     subprocess.run([*pip, "--python", python, "install", *alone, *folder.glob("*.whl")], check=True)
     (site,) = (folder / "venv").glob("lib/*/site-packages")
-    # Paths of a .pth file come last: the wheel wins over an editable install.
-    others = [path for path in sys.path if path.endswith("-packages")]
-    (site / "others.pth").write_text("\n".join(others))
+    others = "\n".join(path for path in sys.path if path.endswith("-packages"))
+    (site / "others.pth").write_text(others)  # they come last: the wheel wins over the checkout
     git = ["git", "-C", folder, "-c", "user.name=x", "-c", "user.email=x@example.org"]
     for words in ("init -q", "commit -q --allow-empty -m another_program"):
         subprocess.run([*git, *words.split()], check=True)
@@ -42,37 +41,34 @@ def installed(tmp_path_factory):
 
 
 def run(command, folder):
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.Popen(command, cwd=folder, env=clean, stdout=subprocess.PIPE, text=True)
+    options = {"env": {**os.environ, "PYTHONPATH": ""}, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, **options)
 
 
 @pytest.mark.slow
 def test_the_wheel_holds_all_that_the_demo_needs(installed, tmp_path):
-    code = "import medgemma_trainer as x; print(x.TrajectoryModel, x.__file__)"
-    found = run([installed / "python", "-c", code], tmp_path).communicate()[0]
-    assert str(installed.parent) in found
+    code = "from medgemma_trainer import TrajectoryModel; import medgemma_clinical as p; print(p)"
+    assert str(installed.parent) in run([installed / "python", "-c", code], tmp_path).stdout.read()
     program = installed / "medgemma-clinical"
-    version = run([program, "--version"], tmp_path).communicate()[0]
+    version = run([program, "--version"], tmp_path).stdout.read()
     assert version == f"medgemma-clinical {__version__}\n"
     with run([program, "--demo", "--output_dir", "demo"], tmp_path) as demo:
-        lines = iter(demo.stdout)
-        assert any("$ medgemma-clinical --mode classification" in line for line in lines)
+        assert any("$ medgemma-clinical --mode classification" in line for line in demo.stdout)
         demo.kill()  # after stage 1
+    assert (tmp_path / "demo" / "trajectory" / "report.html").is_file()
     known = json.loads((tmp_path / "demo" / "trajectory" / "run.json").read_text())
     assert (known["versions"]["medgemma-clinical"], known["git_commit"]) == (__version__, None)
-    assert (tmp_path / "demo" / "trajectory" / "report.html").is_file()
 
 
 def test_requirements_name_what_is_imported():
     modules = [*(ROOT / name for name in TOP_LEVEL), *(ROOT / "medgemma_clinical").rglob("*.py")]
     imported = set()
     for node in (node for path in modules for node in ast.parse(path.read_text()).body):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module.partition(".")[0])
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [getattr(node, "module", None) or alias.name for alias in node.names]
+            imported |= {name.partition(".")[0] for name in names}
     imported -= {*sys.stdlib_module_names, "medgemma_clinical", *(x[:-3] for x in TOP_LEVEL)}
     needed = {packages_distributions()[name][0].lower() for name in imported}
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    named = {re.match(r"([\w-]+)>=\d", line)[1] for line in lines}  # each has a lower bound
+    lines = (ROOT / "requirements.txt").read_text().splitlines()  # each has a lower bound
+    named = {re.match(r"([\w-]+)>=\d", line)[1] for line in lines}
     assert named - {"bitsandbytes"} == needed  # which transformers loads for NF4
