@@ -94,26 +94,6 @@ def sign_table(rows, seed, *, shuffled=False):
     return pd.DataFrame({"clinical_trajectory": texts, "label_escalation": labels})
 
 
-def quicken(patch):
-    """Let results draw 20 bootstrap samples in place of 1,000, and empty figures."""
-    from matplotlib.figure import Figure
-
-    from medgemma_clinical.evaluation import metrics
-
-    def blank(_, target, **__):
-        (target.write_bytes if isinstance(target, Path) else target.write)(b"<svg/>")
-
-    patch.setattr(metrics, "REPLICATES", 20)
-    patch.setattr(Figure, "savefig", blank)
-
-
-@pytest.fixture(scope="module")
-def quick_results():
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        yield
-
-
 @pytest.fixture(scope="session")
 def dka_file(tmp_path_factory):
     """The first 160 sample stays in the user's two-column format."""

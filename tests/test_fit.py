@@ -24,8 +24,6 @@ SHORT = {"min_cell": 0, "trajectory_epochs": 1}
 LLM = {"min_cell": 0, "batch_size": 8, "model_name": "tiny", "epochs": 1}
 OWN = {"trajectory": ("encoder_lr", *SHORT), "generative": ("encoder_lr", "adapter_lr", *LLM)}
 
-pytestmark = pytest.mark.usefixtures("quick_results")
-
 
 @pytest.fixture(scope="module")
 def rows():

@@ -13,7 +13,6 @@ from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trained_model import check_stage1, load_trained_model
-from medgemma_clinical.training.evaluate import evaluate
 from stages import STAGE_1, TINY, arguments, data_for, make_stage, stage1_of
 from trajectories import SERIES, table_of
 from visits import cohort
@@ -187,13 +186,3 @@ def test_make_stage1__refuses_a_gap_that_the_encoder_cannot_hold(loaded, checkpo
     table.loc[0, [SERIES, "prediction_hours"]] = "20 (0h) -> 21 (900000h)", "900000"
     with pytest.raises(InputError, match="--time_scale"):
         built(table, *(["--ode_checkpoint", str(checkpoint)] if loaded else []))
-
-
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_evaluate__does_not_depend_on_the_batch_size(batch_size):
-    flags = [[STAGE_1, "--batch_size", str(size)] for size in (batch_size, 64)]
-    stages = [make_stage(arguments(*words), drawn(TABLE)) for words in flags]
-    parts, whole = (evaluate(each.model, each.batches["val"], each.collate) for each in stages)
-    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
-    np.testing.assert_allclose(parts.logit, whole.logit, atol=1e-5)
-    assert parts.rows.tolist() == whole.rows.tolist()

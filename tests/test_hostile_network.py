@@ -1,6 +1,4 @@
-"""With a local model no stage, prediction or export opens a connection or asks for a name."""
-
-from __future__ import annotations
+"""No stage opens a connection or asks for a name; an import sets no telemetry variable."""
 
 import os
 import subprocess
@@ -13,7 +11,7 @@ from language_models import save_text_checkpoint
 ROOT = Path(__file__).parent.parent
 
 GUARDED = """
-import socket, sys
+import os, re, socket, sys
 
 def guard(place, name):
     def refuse(*arguments, **_):
@@ -27,8 +25,14 @@ for name in ("connect", "connect_ex", "sendto"):
 for name in ("create_connection", "getaddrinfo", "gethostbyname"):
     guard(socket, name)
 
+before = {*os.environ}
+import huggingface_hub.constants
 import torch
 import medgemma_trainer as trainer
+
+own = " ".join({*os.environ} - before)
+assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|PYTORCH|CUBLAS", own), own
+assert not huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, "an import is not a run"
 from medgemma_clinical.evaluation import metrics
 
 torch.set_num_threads(1)
@@ -50,12 +54,12 @@ print("attempts:", seen)
 """
 
 
-def test_all_stages_prediction_and_export_use_no_network(tmp_path: Path) -> None:
+def test_all_stages_prediction_and_export_use_no_network(tmp_path):
     model = save_text_checkpoint(tmp_path / "model")
     data = tmp_path / "data.csv"
     data.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:151]))
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "cache")}
     words = [str(path) for path in (data, model, tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-c", GUARDED, *words],

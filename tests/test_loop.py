@@ -91,7 +91,6 @@ def test_the_test_part_is_read_once_and_only_after_training(dka_file, tmp_path, 
         events.extend(part for part in split if split[part].tolist() == rows)
         return read(batches)
 
-    monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 20)
     monkeypatch.setattr(LengthBatches, "__iter__", reading)
     monkeypatch.setattr("medgemma_clinical.training.trackers.Accelerator", lambda **_: tracker)
     monkeypatch.setattr("medgemma_clinical.commands.announce.check_tracker", lambda name: None)

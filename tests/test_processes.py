@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 
 import medgemma_trainer as trainer
-from conftest import quicken, sign_table
+from conftest import save_blank, sign_table
 from faults import result_of
 from medgemma_clinical import distributed
 from medgemma_clinical.models.trajectory_llm import LLMWriter
@@ -85,8 +86,8 @@ def fork(folder, *runs, prepare=lambda patch: None):
 
 def launch(folder, words):
     """Let accelerate launch this file as the docs say; return what was printed."""
-    pages = "".join(path.read_text() for path in (ROOT / "medgemma_clinical/docs").glob("*.md"))
-    (shown,) = re.findall(r"^```yaml\n(.+?)^```", pages, re.MULTILINE | re.DOTALL)
+    page = (ROOT / "medgemma_clinical" / "docs" / "training.md").read_text()
+    (shown,) = re.findall(r"^```yaml\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
     (folder / "ddp.yaml").write_text(shown)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ddp.yaml"]
     command += ["--num_processes", "2", "--main_process_port", "0", __file__, *words]
@@ -99,7 +100,7 @@ def launch(folder, words):
 
 
 @pytest.fixture(scope="module")
-def place(quick_results, tmp_path_factory):
+def place(tmp_path_factory):
     """A folder with the data, and how a run of it begins."""
     folder = tmp_path_factory.mktemp("processes")
     table = sign_table(54, seed=3).assign(split=["train"] * 37 + ["val"] * 9 + ["test"] * 8)
@@ -145,6 +146,6 @@ def test_two_processes_equal_one(place, monkeypatch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quicken(patch := pytest.MonkeyPatch())
+    (patch := pytest.MonkeyPatch()).setattr(Figure, "savefig", save_blank)
     watch(".", patch)
     sys.exit(trainer.program())

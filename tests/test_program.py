@@ -103,7 +103,6 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
         "--mode generative --epochs 1 --model_name tiny",
     ],
 )
-@pytest.mark.usefixtures("quick_results")
 def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monkeypatch, capsys):
     """And a dry run takes two whole steps of the longest rows."""
     monkeypatch.chdir(tmp_path)
@@ -143,7 +142,6 @@ TWO = "--model_name tiny --head_lr 1e-2 --adapter_lr 2e-3 --projection_lr 3e-3 -
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.usefixtures("quick_results")
 def test_a_label_that_copies_the_last_sign_is_learned_and_chance_is_not(shuffled, tmp_path):
     """By stage 1, from its states alone, and from text alone."""
     table = sign_table(240, seed=1, shuffled=shuffled)

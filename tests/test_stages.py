@@ -1,9 +1,5 @@
 """Stages as the script wires them: what learns, at which rates, from what; steps; no idle work."""
 
-import contextlib
-import math
-from unittest import mock
-
 import numpy as np
 import pytest
 import torch
@@ -13,9 +9,7 @@ import medgemma_trainer as trainer
 from dte_encoder import ClinicalODERNN
 from language_models import body_inputs, patients, plain_states
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_clinical.training.evaluate import evaluate, outputs
 from stages import arguments, stage_of_patients
 
@@ -45,7 +39,7 @@ def stage1(tmp_path_factory):
 
 def test_members_and_seeds_begin_apart_and_the_first_member_is_the_single_run():
     begun = {}
-    for seed in (0, 1, 2, 2**32 - 2, 2**32 - 1):
+    for seed in (0, 1, 2**32 - 1):
         alone = stage_of(f"{ONE} --seed {seed}").model
         many = stage_of(f"{ONE} --seed {seed} --members 3").model
         for name, tensor in alone.state_dict().items():
@@ -55,7 +49,7 @@ def test_members_and_seeds_begin_apart_and_the_first_member_is_the_single_run():
                 begun.setdefault(name, []).append(weight.detach().numpy())
     drawn = {name for name, weights in begun.items() if weights[0].std() > 0}
     assert {"encoder.read.weight", "head.attention.weight", "head.static.0.weight"} <= drawn
-    assert all(len({weight.tobytes() for weight in begun[name]}) == 15 for name in drawn)
+    assert all(len({weight.tobytes() for weight in begun[name]}) == 9 for name in drawn)
     one, two = (stage_of(f"{TWO} --seed {seed}").model.state_dict() for seed in (0, 1))
     for part in ("lora_A", "projection.linear"):
         added = [name for name in one if part in name and "weight" in name]
@@ -105,28 +99,6 @@ def test_a_stage_trains_its_parts_at_the_rates_of_their_flags(flags, rates, stag
     grouped = [(p, group["lr"]) for group in stage.parameter_groups() for p in group["params"]]
     assert {(names[p], rate) for p, rate in grouped} == {*rates.items()}
     assert sorted(id(p) for p, _ in grouped) == sorted(id(p) for p in names if p.requires_grad)
-
-
-@pytest.mark.parametrize("flags", [TWO, f"{THREE} --lora_rank 3", f"{TWO} --base_weights random"])
-def test_training_and_loading_build_a_model_with_the_same_lines(
-    flags, stage1, tmp_path, monkeypatch
-):
-    parts = [(trainer, name) for name in ("SoftPrompt", "LoraConfig", "TrajectoryMember")]
-    parts.append((language_model, "load_language_model"))
-    spies = {name: mock.Mock(wraps=getattr(place, name)) for place, name in parts}
-    for place, name in parts:
-        monkeypatch.setattr(place, name, spies[name])
-    stage = stage_of(f"{flags} --ode_checkpoint {stage1[1]} --lora_dropout 0")
-    assert stage.config["base_weights"] == spies[name].call_args.kwargs["weights"]
-    (tmp_path / stage.name).mkdir()
-    stage.save(tmp_path / stage.name, stage.config)
-    control = "random" in flags  # is never used
-    with pytest.raises(ValueError, match="--checkpoint") if control else contextlib.nullcontext():
-        load_trained_model(tmp_path / stage.name, trainer.BUILDERS)
-    for name, spy in spies.items() if not control else ():
-        calls = [each.kwargs for each in spy.call_args_list]
-        assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
-        assert len(calls) == (4 if name == "TrajectoryMember" else 2)  # of two members
 
 
 @pytest.mark.parametrize(
@@ -225,39 +197,6 @@ def test_a_stage_that_writes_reads_answers_and_what_it_would_have_to_compute(fla
         assert stage.text.options == options
         batch = stage.collate(ROWS)
         assert bool((batch["verdict"] + 1 == batch["text_mask"].sum(1)).all()) != writes
-
-
-def gradients_of(stage, monkeypatch):
-    """Train an epoch of one step; return the gradients of that step, not clipped."""
-    monkeypatch.setattr(trainer, "LARGEST_NORM", math.inf)
-    if stage.name == "classification":  # a new head is zero and passes no gradient on
-        torch.nn.init.ones_(stage.model.head.weight)
-    state, steps = trainer.set_up(stage), []
-
-    def keep(*_):
-        steps.append([torch.zeros_like(p) if p.grad is None else p.grad for p in state.parameters])
-
-    state.optimizer.register_step_pre_hook(keep)
-    trainer.train_epoch(stage, state, seed=0)
-    (only,) = steps
-    return dict(zip(stage.trainable_parameters(), only, strict=True))
-
-
-@pytest.mark.parametrize("flags", [TWO, f"{THREE} --freeze_ode"])
-def test_accumulated_gradients_equal_those_of_the_large_batch(flags, monkeypatch):
-    """Eight rows in passes of 3, 3 and 2, with series and reports of unequal length."""
-    whole = stage_of(f"{flags} --batch_size {TRAINED}")
-    small = "--batch_size 3 --gradient_accumulation 4 --gradient_checkpointing"
-    parts = stage_of(f"{flags} {small}")
-    for stage in (whole, parts):
-        assert stage.model.llm.get_decoder().gradient_checkpointing == (stage is parts)
-    expected, found = gradients_of(whole, monkeypatch), gradients_of(parts, monkeypatch)
-    assert found.keys() == expected.keys()
-    moved = {name.split(".")[0] for name, gradient in expected.items() if gradient.any()}
-    assert moved == {*whole.learning_rates}
-    assert any(".encoder." in name for name in expected) == ("--freeze_ode" not in flags)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_frozen_encoder_encodes_each_row_once_and_one_that_learns_each_batch_anew(

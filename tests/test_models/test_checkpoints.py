@@ -5,10 +5,7 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +19,7 @@ from safetensors.torch import load_file, save_file
 import language_models as small
 import medgemma_trainer as trainer
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.files import InputError, file_hash, write_json
-from medgemma_clinical.inference.serving import export_merged
+from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models import checkpoints, language_model
 from medgemma_clinical.models.checkpoints import read_config, read_trajectory
 from medgemma_clinical.models.trained_model import Builders, checkpoint_path, load_trained_model
@@ -95,15 +91,6 @@ def test_load_trained_model__gives_the_saved_one_to_the_bit(path, stage, run, sa
     for place in (run, run / "nowhere"):  # several models, and none
         with pytest.raises(InputError, match=re.escape(str(place))):
             checkpoint_path(place)
-
-
-def test_load_trained_model__reads_an_export_and_checks_its_weights(run, saved, tmp_path):
-    export_merged(run / "generative", tmp_path / "out", trainer.BUILDERS)
-    found = load(tmp_path / "out").model(saved.batch).logit
-    torch.testing.assert_close(found, saved.outputs["generative"].logit, atol=1e-4, rtol=0)
-    weights = tmp_path / "out" / "language_model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    assert_refused(tmp_path / "out")
 
 
 def test_load_trained_model__adds_what_training_added(run, saved):
@@ -339,35 +326,3 @@ def test_loading_and_predicting__leave_the_process_as_it_was(stage, saved):
     finally:
         torch.set_float32_matmul_precision(precision)
         transformers.logging.set_verbosity(verbosity)
-
-
-def test_importing_the_program__sets_no_telemetry_variable():
-    program = "import os; before = {*os.environ}; import medgemma_trainer; import huggingface_hub;"
-    program += "assert not huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY;"
-    program += "print(*{*os.environ} - before)"
-    own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(Path(trainer.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=own)
-    assert done.returncode == 0, done.stderr
-    assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|PYTORCH|CUBLAS", done.stdout)
-
-
-def test_save_trajectory__serialises_once(saved, tmp_path, monkeypatch):
-    calls, save, stage1 = [], torch.save, read_trajectory(saved.run / STAGE_1)
-    monkeypatch.setattr(torch, "save", lambda *each: calls.append(each) or save(*each))
-    parts = stage1.weights, stage1.config, stage1.train_patients
-    checkpoints.save_trajectory(tmp_path / "again.pt", *parts)
-    assert (len(calls), [path.name for path in tmp_path.iterdir()]) == (1, ["again.pt"])
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_from_pretrained__hashes_each_file_once(stage, saved, tmp_path, monkeypatch):
-    calls, names = Counter(), () if stage == "trajectory" else HASHED
-    base = shutil.copytree(saved.base, tmp_path / "moved")  # whose hash the process does not know
-    for module in (checkpoints, language_model):
-        count = lambda path: calls.update([path]) or file_hash(path)  # noqa: E731
-        monkeypatch.setattr(module, "file_hash", count)
-    trainer.TrajectoryModel.from_pretrained(saved.run / stage, model_name=str(base))
-    own = [base / "model.safetensors"] if names else [saved.run / STAGE_1]
-    own += [saved.run / stage / "best" / name for name in names]
-    assert calls.keys() >= {*own}
-    assert set(calls.values()) == {1}

@@ -6,31 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import dte_encoder
 from encoders import gradients, make_batch, make_encoder
 
 # ---------------------------------------------------------------- steps
-
-
-def test_steps_of_two_patients(monkeypatch):
-    monkeypatch.setattr(dte_encoder, "MAX_SCALED_STEP", 0.6)
-    times = torch.tensor([[5.0, 9.0, 0.0, 0.0], [0.0, 1.0, 3.0, 6.0]], dtype=torch.float64)
-    observed = torch.ones(2, 4, 2, dtype=torch.bool)
-    observed[0, 2:] = False
-    batch = times, torch.zeros(2, 4, 2), observed
-    plan = make_encoder(time_scale=2.0).plan(*batch)
-    # The second patient leads: gaps 0.5, 1.0, 1.5 in 1, 2, 3 steps; the first has 2.0 in 4.
-    assert plan.n_active == [2, 2, 2, 2, 2, 1, 1]
-    assert plan.dt.tolist() == [0.0, 0.0, *[0.5] * 10]
-    # Observations 4 to 7 are the second patient's, in row 0; they come after 0, 1, 3, 6 steps.
-    assert plan.n_observed == [2, 1, 0, 1, 1, 0, 1]
-    assert plan.rows.tolist() == [0, 1, 0, 0, 1, 0]
-    assert plan.observation_index.tolist() == [4, 0, 5, 6, 1, 7]
-    assert plan.ends is None
-    # The first patient waits 5 h, in 5 steps, and leads then.
-    plan = make_encoder(time_scale=2.0).plan(*batch, torch.tensor([14.0, 6.0]))
-    assert plan.n_active == [2, 2, 2, 2, 2, 2, 2, 1, 1, 1]
-    assert plan.ends.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("options", [{}, {"solver": "dopri5"}, {"dynamics": "decay"}], ids=str)
@@ -62,24 +40,6 @@ def test_each_patient_takes_the_steps_of_its_own_gaps(options, seed):
 
 
 # ---------------------------------------------------------------- inputs of an observation
-
-
-def test_inputs_of_five_observations():
-    encoder = make_encoder(time_scale=24.0)
-    encoder.scaler.mean.zero_()
-    encoder.scaler.std.fill_(1.0)
-    times = torch.tensor([[2.0, 5.0, 6.0, 26.0, 0.0]], dtype=torch.float64)
-    values = torch.tensor([[[1.0, 9.0], [9.0, 2.0], [1.5, 9.0], [-3.0, 9.0], [9.0, 9.0]]])
-    seen = torch.tensor([[[1, 0], [0, 1], [1, 0], [1, 0], [0, 0]]], dtype=torch.bool)
-    inputs = encoder.inputs(encoder.plan(times, values, seen)).tolist()
-    latest = [[1.0, 0.0], [1.0, 2.0], [1.5, 2.0], [-3.0, 2.0]]
-    before = [[0, 0], [1, 0], [1, 1], [1, 1]]
-    ages = [[0.0, 0.0], [3.0, 0.0], [4.0, 1.0], [20.0, 21.0]]
-    clock = [[0.0, 0.0], [3.0, 3.0], [1.0, 4.0], [20.0, 24.0]]  # gap and time since the first
-    for i, found in enumerate(inputs):
-        logs = [math.log1p(hours) / math.log(25) for hours in (*ages[i], *clock[i])]
-        expected = [*latest[i], *seen[0, i].int().tolist(), *before[i], *logs, math.log(i + 1)]
-        assert found == pytest.approx(expected, rel=1e-14)
 
 
 # ---------------------------------------------------------------- a plan holds its whole batch
@@ -166,18 +126,3 @@ def test_series_without_meaning_are_refused(member, place, value, named):
     batch[member][place] = value
     with pytest.raises(ValueError, match=named):
         make_encoder().plan(**batch)
-
-
-@pytest.mark.parametrize("end", [True, False])
-def test_the_longest_gap_is_accepted_and_a_longer_one_refused(end):
-    encoder = make_encoder(time_scale=2.0, solver="dopri5")
-    assert encoder.longest_gap_hours == 2.0 * dte_encoder.MAX_SCALED_GAP
-    values, observed = torch.zeros(1, 2, 2), torch.ones(1, 2, 2, dtype=torch.bool)
-
-    def plan(gap):
-        times = [0.0, 0.0 if end else gap]
-        return encoder.plan(torch.tensor([times]), values, observed, torch.tensor([gap]))
-
-    plan(encoder.longest_gap_hours)
-    with pytest.raises(ValueError, match="time_scale"):
-        plan(encoder.longest_gap_hours + 1)

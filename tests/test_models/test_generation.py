@@ -51,22 +51,6 @@ def test_write__a_padded_batch_equals_greedy_row_by_row_and_stops_at_the_end_tok
     assert written == [row + [pad] * (most - len(row)) for row in expected]
 
 
-def test_write__reads_one_position_and_multiplies_with_the_vocabulary_once_a_token(parts):
-    _, model, collate = parts
-    read = []
-
-    def keep(_, inputs, __):  # over strides with gaps torch would multiply row by row
-        read.append((inputs[0].shape[:2].numel(), inputs[0].is_contiguous()))
-
-    hook = model.llm.get_output_embeddings().register_forward_hook(keep)
-    with body_inputs(model) as seen:
-        model.write(collate.with_verdicts(ROWS, VERDICTS[ROWS]), 3, eos=[-1], pad=0)
-    hook.remove()
-    assert read == [(len(ROWS), True)] * 3
-    assert seen[0]["inputs_embeds"].shape[1] > 100
-    assert [step["input_ids"].shape for step in seen[1:]] == [(len(ROWS), 1)] * 2
-
-
 @pytest.mark.parametrize("broken", [0, 2])
 def test_write__states_that_are_not_finite_are_refused_by_one_check_a_batch(parts, broken):
     _, model, collate = parts

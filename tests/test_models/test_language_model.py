@@ -13,7 +13,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import language_models as made
-import medgemma_trainer as trainer
 from language_models import COMMIT, PUBLISHED, classifier_and_writer, edit_json, put_into_cache
 from medgemma_clinical.commands.several import VARIANTS, variant_arguments
 from medgemma_clinical.files import InputError
@@ -325,9 +324,3 @@ def test_random_weights__are_never_in_four_bits(cuda, monkeypatch):
             arguments(*usual, *words, "--quantization", "nf4")
     for own in (variant_arguments(name, given) for name in VARIANTS):
         assert own.quantization == ("none" if own.base_weights == "random" else kind)
-
-
-def test_int8__is_refused(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        trainer.main(["--model_name", "tiny", "--quantization", "int8"])
-    assert re.fullmatch(".*--quantization: .*\n", capsys.readouterr().err)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from language_models import CPU, PREFIX, classifier_and_writer, patients, plain_states
-from medgemma_clinical.data.texts import WHOLE_PROMPT, PromptOptions
+from medgemma_clinical.data.texts import WHOLE_PROMPT
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import text_batches
 from medgemma_clinical.models.language_model import tiny_language_model
@@ -65,14 +65,6 @@ def test_collator__special_tokens_written_in_a_context_stay_text():
     answers = [answer[:-1] for answer in collate.answer_ids]
     assert not {0, 1, 2} & {*chain(*collate.prompt_ids, *answers)}
     assert "<bos> copied" in texts_of(collate([0]))[0]
-
-
-@pytest.mark.parametrize("options", [PromptOptions("last"), PromptOptions("none", context=False)])
-def test_collator__reads_the_options_of_prompts(options):
-    dataset = patients()
-    texts = TOKENIZER.batch_decode(collator(dataset, options=options).prompt_ids)
-    assert texts == [dataset.prompt(i, options) for i in range(len(dataset))]
-    assert texts != [dataset.prompt(i) for i in range(len(dataset))]
 
 
 @pytest.mark.parametrize(

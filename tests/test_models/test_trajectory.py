@@ -54,16 +54,6 @@ def test_head__adds_up_states_summaries_and_facts_unknown_ones_masked(static):
     assert (head.static is None) == (not static)
 
 
-def test_head__padding_moves_no_logit_and_gets_no_gradient():
-    head, states, batch = head_and_batch()
-    logits = head(states.requires_grad_(), batch)
-    logits.sum().backward()
-    read = torch.cat([batch["observed"][..., 0], torch.ones(3, 1, dtype=torch.bool)], dim=1)
-    assert not states.grad[~read].any()
-    assert states.grad[read].any(dim=1).all()
-    assert torch.equal(head(torch.where(read[..., None], states, 1e6), batch), logits)
-
-
 def test_fit_scales__are_those_of_the_training_part():
     data = data_of(patients())
     data.dataset.labels[1] = 0
@@ -155,12 +145,3 @@ def test_classifier__plan_and_company_change_no_logit_and_one_plan_serves_all(th
     assert len(plans) == 1
     alone = torch.cat([model(dataset.collate([row])).logit for row in ROWS])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
-
-
-def test_check_gaps__accepts_the_longest_gap_of_the_encoder(three, monkeypatch):
-    model, dataset, _ = three
-    monkeypatch.setattr(model.encoder, "time_scale", dataset.longest_gaps().max() / 9_999)
-    model.check_gaps(dataset)
-    monkeypatch.setattr(model.encoder, "time_scale", dataset.longest_gaps().max() / 10_001)
-    with pytest.raises(InputError, match="--time_scale"):
-        model.check_gaps(dataset)

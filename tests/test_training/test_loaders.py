@@ -59,15 +59,6 @@ def test_rows_of_about_equal_length_share_a_batch_and_batches_come_in_any_order(
     assert padding(LENGTHS, shuffle=True) < 0.1 < 0.4 < padding(None, shuffle=True)
 
 
-@pytest.mark.parametrize("rows", [161, 390])
-def test_few_rows_meet_other_batch_mates_in_each_epoch(rows):
-    batches, before = LengthBatches(np.arange(rows), 16, np.arange(rows), shuffle=True), set()
-    for epoch in range(20):
-        pairs = {(a, b) for each in epoch_of(batches, epoch) for a in each for b in each if a < b}
-        assert len(pairs & before) < 0.45 * len(pairs)
-        before = pairs
-
-
 def test_the_short_batch_holds_random_rows():
     batches, counts = LengthBatches(np.arange(90), 16, np.arange(90), shuffle=True), np.zeros(90)
     for epoch in range(200):
