@@ -76,7 +76,7 @@ class Mini:
         return table.assign(**{name: moments(table[name]) for name in ("charttime", "storetime")})
 
 
-def random_events(rng, subjects=50):
+def random_events(rng, subjects=30):
     """Labels, some not known, and values, some on an edge of a window; each is stored later."""
     mini = Mini()
     for subject in range(subjects):

@@ -11,7 +11,7 @@ from slow_srtr import IMPOSSIBLE, decide_slowly
 from srtr_dataset import MIN_EVENTS, SRTRTrajectoryDataset
 from srtr_files import is_date, random_tables, write_folder
 
-ALTERED = int(os.environ.get("SRTR_FUZZ", "20"))
+ALTERED = int(os.environ.get("SRTR_FUZZ", "16"))
 """Altered tables that are read; the full check is SRTR_FUZZ=2000."""
 
 OPTIONAL = [column for column, cost in CAND_COLUMNS.items() if cost]

@@ -109,7 +109,7 @@ AGES = ("17", "50", "50", "88", "89", "> 89", "")
 
 def random_eicu(rng):
     """Hospital stays of one to three unit stays; on the grid of hours edges are often met."""
-    tables, people = {name: [] for name in NAMES}, rng.integers(0, 150, 240)
+    tables, people = {name: [] for name in NAMES}, rng.integers(0, 100, 160)
     for hospital, person in enumerate(people, 1000):
         about = {"patienthealthsystemstayid": hospital, "uniquepid": f"001-{person}"}
         about |= {"age": rng.choice(AGES), "gender": ("Male", "Female")[person % 2]}
@@ -155,7 +155,7 @@ def test_random_tables_are_read_as_slowly_read(outcome, request_, tmp_path):
     tables = random_eicu(np.random.default_rng(len(request_)))
     stays, _, _ = read_slowly(as_mimic(tables))
     result = made(write_tables(tmp_path, tables), outcome, **request_)
-    assert len(compare_with(stays, result, outcome, **request_)) > 10
+    assert len(compare_with(stays, result, outcome, **request_)) > 5
 
 
 @pytest.mark.parametrize(
