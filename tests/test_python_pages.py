@@ -1,14 +1,13 @@
-"""Snippets, the spreadsheet tutorial and the notebook of the pages run as they stand."""
+"""Snippets, tutorial, MEDS commands and notebook of the pages run as they stand, on few rows."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+import pytest
 
 import dataset_format
 import medgemma_trainer
@@ -22,67 +21,53 @@ STEP = re.compile(f"{SNIPPET.pattern}|{COMMAND.pattern}", re.DOTALL | re.MULTILI
 MAIN = {"dataset_format": dataset_format.main, "medgemma_trainer": medgemma_trainer.main}
 
 
-def run_python(code, folder):
-    """Run code in a process of its own that finds the program by PYTHONPATH alone."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A user's folder, which is the current one; figures are closed afterwards."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    plt.close("all")
 
 
-def test_snippets_run_as_they_stand_from_another_folder(tmp_path):
-    table = pd.read_csv(SAMPLE, nrows=400)
-    table.head(300).to_csv(tmp_path / "dka_training_data.csv", index=False)
-    new = table.tail(50).drop(columns="label_escalation")
-    new.to_csv(tmp_path / "new_patients.csv", index=False)
-    table.iloc[300:].to_csv(tmp_path / "other_hospital.csv", index=False)
-    readme = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+def test_snippets_of_readme_and_python_page():
+    table = pd.read_csv(SAMPLE, nrows=200)
+    table.head(160).to_csv("dka_training_data.csv", index=False)
+    table.tail(20).drop(columns="label_escalation").to_csv("new_patients.csv", index=False)
+    table.tail(40).to_csv("other_hospital.csv", index=False)
     page = SNIPPET.findall((DOCS / "python.md").read_text(encoding="utf-8"))
+    readme = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     assert (len(readme), len(page)) == (1, 3)
-    texts = [code.replace("trajectory_epochs=50", "trajectory_epochs=2") for code in page]
-    short = 'output_dir="runs", trajectory_epochs=2)'
-    texts += [code.replace('output_dir="runs")', short) for code in readme]
-    run_python(f"for code in {texts!r}:\n    exec(code, {{}})", tmp_path)
-    assert (tmp_path / "model" / "medgemma_trajectory_best.pt").is_file()
+    quick = 'output_dir="runs", trajectory_epochs=2)'
+    for code in (*page, *readme):
+        short = code.replace("trajectory_epochs=50", "trajectory_epochs=2")
+        exec(short.replace('data.csv", output_dir="runs")', f'data.csv", {quick}'), {})
+    assert Path("model/medgemma_trajectory_best.pt").is_file()
 
 
-def run_commands(steps, folder, monkeypatch):
-    """Run what a page shows, as in a clone of the program."""
-    (folder / "tests").symlink_to(ROOT / "tests")
-    monkeypatch.chdir(folder)
-    for snippet, script, words in steps:
+@pytest.mark.parametrize(
+    ("page", "begin", "end", "made"),
+    [
+        ("tutorial-spreadsheet.md", "# Tutorial", "## 7", "runs/trajectory/report.html"),
+        ("import.md", "## MEDS\n", "\n## ", "checkpoints_medgemma_dka/trajectory/report.html"),
+    ],
+)
+def test_commands_of_a_page(page, begin, end, made):
+    Path("tests").symlink_to(ROOT / "tests")
+    text = (DOCS / page).read_text(encoding="utf-8").split(begin)[1].split(end)[0]
+    for snippet, script, words in STEP.findall(text.replace('.csv.gz")', '.csv.gz", nrows=120)')):
         if snippet:
             exec(snippet, {})
         else:
-            argv = shlex.split(words.replace("\\\n", " "))
-            assert MAIN[script](argv + ["--trajectory_epochs=2"] * ("runs" in argv)) == 0
+            quick = ["--trajectory_epochs=2"] if script == "medgemma_trainer" else []
+            assert MAIN[script](shlex.split(words.replace("\\\n", " ")) + quick) == 0
+    assert Path(made).is_file()
 
 
-def test_spreadsheet_tutorial_leads_to_a_report(tmp_path, monkeypatch):
-    page = (DOCS / "tutorial-spreadsheet.md").read_text(encoding="utf-8").split("## 7")[0]
-    steps = STEP.findall(page.replace('chemistry.csv.gz")', 'chemistry.csv.gz", nrows=120)'))
-    assert [step[1] for step in steps if step[1]] == [*["dataset_format"] * 2, "medgemma_trainer"]
-    run_commands(steps, tmp_path, monkeypatch)
-    assert len(pd.read_csv("stays.csv", usecols=["static_sex_male"])) == 120
-    assert Path("runs/trajectory/report.html").is_file()
-
-
-def test_meds_commands_of_the_import_page_make_a_file(tmp_path, monkeypatch):
-    page = (DOCS / "import.md").read_text(encoding="utf-8").split("## MEDS\n")[1].split("## ")[0]
-    steps = [("", *found) for found in COMMAND.findall(page) if found[0] == "dataset_format"]
-    assert [step[2].split()[0] for step in steps] == ["from_meds", "from_meds", "check"]
-    run_commands(steps, tmp_path, monkeypatch)
-    assert "trajectory_lactate [mmol/L]" in pd.read_csv("icu_mortality.csv").columns
-
-
-def test_notebook_runs_and_was_stored_with_its_outputs(tmp_path):
+def test_notebook_and_its_stored_outputs():
     notebook = json.loads((DOCS / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    sources = ["".join(cell["source"]) for cell in cells]
-    assert sources[0].startswith("%pip install")
+    install, *sources = ["".join(cell["source"]) for cell in cells]
+    assert install.startswith("%pip install")
     assert all(cell["outputs"] for cell in cells[2:])
-    code = (
-        "\n".join(sources[1:]).replace("iloc[:800]", "iloc[:300]").replace("epochs=10", "epochs=2")
-    )
-    run_python("\n".join([code, "assert same and len(curve) > 5"]), tmp_path)
+    code = "\n".join([*sources, "assert same and len(curve) > 5"])
+    exec(code.replace("iloc[:800]", "iloc[:200]").replace("epochs=10", "epochs=2"), {})
