@@ -105,11 +105,18 @@ def dka_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def table():
-    """100 stays of the sample data, their ids apart from their patients, some out of time order."""
+    """100 stays of the sample data, their ids apart from their patients, one out of time order.
+
+    Names of patients and contexts hold ``MARKER``, and the row ``MARKED`` the ``VALUES``.
+    """
+    from predicting import MARKED, MARKER, SERIES, VALUES
+
     table = pd.read_csv(SAMPLE, nrows=100, dtype=str)
     table.insert(1, "id", [f"row {k}" for k in range(len(table))])
-    series = table.loc[5, "clinical_trajectory"].split(" -> ")
-    table.loc[5, "clinical_trajectory"] = " -> ".join(reversed(series))
+    table["subject_id"] = f"{MARKER}p" + table["subject_id"]
+    table["clinical_context"] += f", {MARKER}"
+    table.loc[5, SERIES] = " -> ".join(reversed(table.loc[5, SERIES].split(" -> ")))
+    table.loc[MARKED, SERIES] += " -> {} ({}h)".format(*VALUES)
     return table
 
 
@@ -131,7 +138,7 @@ def runs(table, tmp_path_factory):
 
 
 def train_all(table, folder):
-    """Train each stage by the command line, with figures."""
+    """Train each stage by the command line, the first with figures."""
     import medgemma_trainer as trainer  # not for tests that need no model
     from medgemma_clinical.commands import results
     from medgemma_clinical.evaluation import metrics
@@ -145,7 +152,8 @@ def train_all(table, folder):
     text += [str(folder / "medgemma_trajectory_best.pt")]
     weight = mock.patch.object(results, "fit_residual_weight", return_value=1.0)  # 0 hides faults
     draws = mock.patch.object(metrics, "REPLICATES", DRAWS)
-    with draws, weight, mock.patch.object(Figure, "savefig", DRAW):
-        assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
+    with draws, weight:
+        with mock.patch.object(Figure, "savefig", DRAW):
+            assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
         for mode in STAGES[1:]:
             assert trainer.main(["--mode", mode, *text, *words]) == 0

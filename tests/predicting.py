@@ -13,6 +13,9 @@ SERIES = "clinical_trajectory"
 MARKER = "ZYXWMARKER"
 """Stands in cells that no message may show."""
 
+MARKED, VALUES = 7, ("44.41703", "149.31")
+"""A row of the shared table, and its extreme value and hour, to be found where they turn up."""
+
 
 def write_data(table, path, **description):
     """Write a data file and the sample's description beside it, or one changed in some words."""

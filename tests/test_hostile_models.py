@@ -8,32 +8,22 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from conftest import SAMPLE
 from language_models import bring_code, edit_json, rehash, save_text_checkpoint
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import content_hash
-from predicting import command, read_predictions, refused, write_data
+from predicting import STAGES, command, read_predictions, refused, write_data
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A run of each stage on a base model in a folder, every place given with its whole path."""
+def place(runs, tmp_path_factory):
+    """A run of stage 2 on a base model in a folder, every place given with its whole path."""
     place = tmp_path_factory.mktemp("jdoe")
     base = save_text_checkpoint(place / "models" / "gemma")
-    data = write_data(pd.read_csv(SAMPLE, nrows=80, dtype=str), place / "train.csv")
-    small = ["--data_path", str(data), "--output_dir", str(place / "out"), "--log_file", "none"]
-    small += ["--batch_size", "8"]
-    assert trainer.main(["--trajectory_only", "--trajectory_epochs", "1", *small]) == 0
-    small += [
-        "--epochs",
-        "1",
-        "--model_name",
-        str(base),
-        "--ode_checkpoint",
-        str(place / "out" / TRAJECTORY_FILE),
-    ]
-    for mode in ("classification", "generative"):
-        assert trainer.main(["--mode", mode, *small]) == 0
+    shutil.copy(runs / TRAJECTORY_FILE, place)
+    data = write_data(pd.read_csv(runs / "train.csv", dtype=str), place / "train.csv")
+    words = ["--data_path", str(data), "--output_dir", str(place / "out"), "--log_file", "none"]
+    words += ["--epochs", "1", "--model_name", str(base)]
+    assert trainer.main([*words, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]) == 0
     return place
 
 
@@ -50,18 +40,16 @@ def files_with(text, folder):
     return {path.name for path in files if str(text).encode() in path.read_bytes()}
 
 
-def test_the_program__writes_paths_into_run_json_alone(place, capsys):
+def test_the_program__writes_paths_into_run_json_alone(place, runs, capsys):
     out, data = place / "out", place / "train.csv"
-    small = ["--data_path", str(data), "--log_file", "none", "--trajectory_epochs", "1"]
-    seeds = ["--seeds", "2", "--output_dir", str(place / "seeds")]
-    assert trainer.main(["--trajectory_only", *small, *seeds]) == 0
-    (place / "new").mkdir()
-    for name in ("trajectory", "classification"):
-        assert trainer.main(command(out / name, data, place / "new" / f"{name}.csv")) == 0
+    predictions = place / "new" / "classification.csv"
+    predictions.parent.mkdir()
+    assert trainer.main(command(out / "classification", data, predictions)) == 0
     capsys.readouterr()
-    assert trainer.main(["--compare", str(out / "trajectory"), str(out / "classification")]) == 0
-    assert str(place) not in capsys.readouterr().out
-    assert files_with(place, out) == files_with(place, place / "seeds") == {"run.json"}
+    stages = [str(runs / name) for name in STAGES]
+    assert trainer.main(["--compare", *stages]) == 0
+    assert str(runs) not in capsys.readouterr().out
+    assert files_with(place, out) == files_with(runs, runs) == {"run.json"}
     assert files_with(place, place / "new") == set()
     written = {"config.json", "adapter_config.json", "README.md", "report.html"}
     assert written <= files_with("gemma", out), "the name shows, its folder does not"

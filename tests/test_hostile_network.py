@@ -33,12 +33,14 @@ import medgemma_trainer as trainer
 own = " ".join({*os.environ} - before)
 assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|PYTORCH|CUBLAS", own), own
 assert not huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, "an import is not a run"
+from matplotlib.figure import Figure
 from medgemma_clinical.evaluation import metrics
 
 torch.set_num_threads(1)
 metrics.REPLICATES = 20
+Figure.savefig = lambda *_, **__: None
 data, model, run = sys.argv[1:]
-shared = ["--data_path", data, "--output_dir", run, "--max_samples", "150", "--batch_size", "8"]
+shared = ["--data_path", data, "--output_dir", run, "--max_samples", "60", "--batch_size", "8"]
 text = [*shared, "--model_name", model, "--epochs", "1", "--ode_checkpoint"]
 text += [f"{run}/medgemma_trajectory_best.pt"]
 score = ["--predict", "--data_path", data, "--predictions"]

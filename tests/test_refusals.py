@@ -157,6 +157,10 @@ def make_world(folder):
         write_data(table, folder / f"{name}.csv").with_suffix(".json").write_text(text)
     write_data(table.drop(columns=LABEL), folder / "new.csv")
     write_data(table, folder / "unit.csv", unit="mg/dL")
+    write_data(table.assign(trajectory_ph="7.4 (0h)"), folder / "second.csv")
+    split = ["train"] * 28 + ["val"] * 6 + ["test"] * 6
+    ph = ["" if part == "train" else "7.4 (0h)" for part in split]
+    write_data(table.assign(split=split, trajectory_ph=ph), folder / "unmeasured.csv")
     write_data(table.drop(columns=BMI), folder / "bare.csv")
     (folder / "folder").mkdir()
     (folder / "broken" / "best").mkdir(parents=True)
@@ -255,6 +259,7 @@ def test_a_bad_file_is_named_with_row_and_column(command, name, place, world, ca
 
 TRAIN = "trainer --trajectory_only --data_path data.csv"
 PREDICT = "trainer --predict --checkpoint {} --data_path new.csv --predictions out.csv"
+STAGE_2 = f"trainer --model_name tiny --ode_checkpoint {ENCODER}"
 OUT = "trainer --predict --checkpoint run/trajectory --data_path new.csv --predictions {}"
 LIVER = "trainer --predict --checkpoint liver/trajectory --predictions out.csv {}"
 KIND = "trainer --predict --checkpoint run/trajectory --predictions out.csv {}"
@@ -353,11 +358,11 @@ CASES = [
     ("trainer --data_path data.csv --model_name no/such_model", "--model_name"),
     ("trainer --data_path data.csv --model_name tiny --ode_checkpoint broken.pt", "broken.pt"),
     ("trainer --data_path data.csv --model_name tiny --ode_checkpoint none.pt", "none.pt"),
-    (f"trainer --data_path unit.csv --model_name tiny --ode_checkpoint {ENCODER}", ENCODER),
-    (
-        f"trainer --data_path data.csv --seed 3 --model_name tiny --ode_checkpoint {ENCODER}",
-        ENCODER,
-    ),
+    (f"{STAGE_2} --data_path unit.csv", f"{ENCODER} units"),
+    (f"{STAGE_2} --data_path second.csv", f"{ENCODER} features"),
+    (f"{STAGE_2} --data_path data.csv --seed 3 --max_len 3", ENCODER),  # another split
+    ("trainer --trajectory_only --data_path unmeasured.csv", "ph --series"),
+    ("trainer --trajectory_only --dataset srtr --data_dir srtr --series GFR", "--series"),
     ("trainer --ablation --data_path data.csv --model_name tiny --arms nothing", "nothing"),
     *((PREDICT.format(f"checkpoints/{name}"), name) for name in ("cut", "shuffled", "random")),
     (PREDICT.format("checkpoints/base"), "--model_name"),
@@ -365,6 +370,7 @@ CASES = [
     (PREDICT.format("checkpoints/endless"), "num_prefix_tokens"),
     *((PREDICT.format(each), each) for each in ("missing", "broken", "broken.pt", "folder")),
     *((f"load {each}", each) for each in ("missing", "broken", "broken.pt", "folder")),
+    *((f"load checkpoints/{each}", each) for each in ("cut", "shuffled", "random")),
     *((OUT.format(each), "--predictions") for each in ("new.csv", "folder", "missing/out.csv")),
     (LIVER.format("--data_dir srtr --organ kidney"), "--organ kidney"),
     (LIVER.format("--data_dir srtr --dataset dka"), "--dataset dka"),

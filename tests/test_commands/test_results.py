@@ -9,14 +9,13 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from conftest import sign_table
 from medgemma_clinical.commands import results
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
-from predicting import STAGES, predicted
+from predicting import MARKER, STAGES, VALUES, predicted
 from stages import arguments, data_for, patients, stage_of_patients
 
 PARTS = {"val": "validation", "test": "test"}
@@ -65,104 +64,66 @@ def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(r
     assert row["difference"] != 0
 
 
-def marked_table(rows):
-    """A table whose ids, contexts and values can be found wherever they turn up."""
-    table = sign_table(rows, seed=3)
-    table["clinical_trajectory"] += " -> 7.41703 (49.31h)"
-    extreme = pd.Series({7: " -> 987.654 (777.25h)"}).reindex(table.index, fill_value="")
-    table["clinical_trajectory"] += extreme
-    table["subject_id"] = [f"MARKERID{i}" for i in range(rows)]
-    ages = np.random.default_rng(0).integers(20, 90, rows)
-    table["static_age [years]"] = ages
-    table["clinical_context"] = [f"{a}-year-old man, MARKERCONTEXT{i}" for i, a in enumerate(ages)]
-    table["label_escalation"] = np.where(np.arange(rows) < 40, 1, 0)  # few events
-    return table
-
-
-@pytest.fixture(scope="module")
-def few_events(tmp_path_factory):
-    """Command, folder and console output of stage 1 on 300 patients, 40 with the event."""
-    place = tmp_path_factory.mktemp("marked")
-    marked_table(300).to_csv(place / "signs.csv", index=False)
-    words = ["--trajectory_only", "--data_path", str(place / "signs.csv")]
-    words += ["--trajectory_epochs", "2", "--output_dir", str(place / "run")]
-    assert trainer.main(words) == 0
-    return words, place / "run" / "trajectory"
-
-
-def test_the_owner_of_few_patients_sees_everything(few_events):
-    _, folder = few_events
-    (log,) = folder.glob("train_*.log")
-    text, page = log.read_text(), (folder / "report.html").read_text()
-    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    assert all(isinstance(line["val_auroc"], float) for line in history)
-    test = read(folder / "metrics.json")["test"]
-    assert (test["n"], test["events"]) == (30, 4)
-    for shown in (text, page):
-        auroc = f"{test['auroc']['value']:.3f} [{test['auroc']['low']:.3f}"
-        assert auroc in shown.replace("\xa0", " ")
-    assert f"val AUROC {history[0]['val_auroc']:.4f}" in text
-    assert "--min_cell" in page
-    assert "static features: " in text
-    assert "static features: none" not in text
-    assert {"roc.svg", "roc.pdf", "metrics.csv"} <= {p.name for p in (folder / "figures").iterdir()}
-
-
-def test_min_cell_hides_few_events_on_the_page_alone(few_events, tmp_path):
-    words, folder = few_events
-    words = [*words, "--min_cell", "11", "--log_file", "none", "--output_dir", str(tmp_path)]
-    assert trainer.main(words) == 0
-    own = read(tmp_path / "trajectory" / "metrics.json")
-    assert own["test"] == read(folder / "metrics.json")["test"]
-    path = tmp_path / "trajectory" / "report.html"
-    page = path.read_text().replace("\xa0", " ")
-    for part in ("validation", "test"):
-        assert f"{own[part]['auroc']['value']:.3f}" not in page
-    assert "learning" not in " ".join(p.name for p in (path.parent / "figures").iterdir())
-    assert "fewer than 11" in page
-
-
-def test_no_file_of_a_run_holds_a_context_a_value_or_beside_predictions_an_id(few_events):
-    _, folder = few_events
-    for path in folder.rglob("*"):
-        if path.is_dir() or path.suffix == ".pdf":
+def test_no_file_of_a_run_holds_a_context_a_value_or_beside_predictions_a_name(runs):
+    for path in runs.rglob("*"):
+        if path.is_dir() or path.name in ("train.csv", "train.json"):
             continue
-        text = path.read_text(encoding="utf-8")
-        assert "MARKERCONTEXT" not in text
-        for value in ("7.41703", "987.654", "777.25"):
-            assert value not in text.replace(",", ""), f"{path}: one patient's value"
+        content = path.read_bytes()
+        assert b"-year-old" not in content, path
+        assert not [each for each in VALUES if each.encode() in content.replace(b",", b"")], path
         if not path.name.startswith("predictions_"):
-            assert "MARKERID" not in text, path.name
+            assert MARKER.encode() not in content, path
         if path.name == "report.html":
-            assert str(folder.parent) not in text
-
-
-def test_ten_patients_are_named_where_that_is_asked_for(few_events, tmp_path):
-    words, _ = few_events
-    words = [*words, "--report_patients", "--log_file", "none", "--output_dir", str(tmp_path)]
-    assert trainer.main(words) == 0
-    text = (tmp_path / "trajectory" / "report.html").read_text(encoding="utf-8")
-    assert len(re.findall(r"MARKERID\d+", text)) == 10
-    assert "MARKERCONTEXT" not in text
+            assert str(runs).encode() not in content
 
 
 @pytest.fixture(scope="module")
 def calibrated(tmp_path_factory):
-    """Folder and metrics of the same stage 1, as it is and recalibrated."""
+    """Folder and metrics of the same stage 1, as it is and recalibrated.
+
+    The former names patients, the latter hides fewer than 11.
+    """
     place = tmp_path_factory.mktemp("calibrated")
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(300) % 3 == 0).astype(int)
     last = 20 - 4 * labels + 4 * rng.normal(size=300)
     series = [f"20 (0h) -> {value:.4f} (6h)" for value in last]  # no two patients share a risk
-    table = {"clinical_trajectory": series, "label_escalation": labels, "id": range(300)}
-    pd.DataFrame(table).to_csv(place / "data.csv", index=False)
+    table = pd.DataFrame({"clinical_trajectory": series, "label_escalation": labels})
+    table["id"] = [f"MARKERID{k}" for k in range(300)]
+    table["static_age [years]"] = rng.integers(20, 90, 300)
+    table.to_csv(place / "data.csv", index=False)
     known = {}
-    for how in ("none", "platt"):
-        words = ["--data_path", str(place / "data.csv"), "--calibrate", how, "--log_file", "none"]
+    for how, more in (("none", ["--report_patients"]), ("platt", ["--min_cell", "11"])):
+        words = ["--data_path", str(place / "data.csv"), "--calibrate", how, *more]
         words += ["--output_dir", str(place / how), "--trajectory_epochs", "8"]
         assert trainer.main([*words, "--trajectory_only"]) == 0
         known[how] = read(place / how / "trajectory" / "metrics.json")
     return place, known
+
+
+def test_the_owner_of_few_patients_sees_everything(calibrated):
+    folder = calibrated[0] / "none" / "trajectory"
+    (log,) = folder.glob("train_*.log")
+    text, page = log.read_text(), (folder / "report.html").read_text()
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    test = calibrated[1]["none"]["test"]
+    assert (test["n"], test["events"]) == (30, 10)
+    for shown in (text, page):
+        auroc = f"{test['auroc']['value']:.3f} [{test['auroc']['low']:.3f}"
+        assert auroc in shown.replace("\xa0", " ")
+    assert f"val AUROC {history[0]['val_auroc']:.4f}" in text
+    assert len(re.findall(r"MARKERID\d+", page)) == 10, "--report_patients"
+    assert {"roc.svg", "roc.pdf", "metrics.csv"} <= {p.name for p in (folder / "figures").iterdir()}
+
+
+def test_min_cell_hides_few_events_on_the_page_alone(calibrated):
+    place, known = calibrated
+    page = (place / "platt" / "trajectory" / "report.html").read_text()
+    for part in PARTS.values():
+        assert known["platt"][part]["events"] == 10
+        assert f"{known['platt'][part]['auroc']['value']:.3f}" not in page
+    assert "fewer than 11" in page.replace("\xa0", " ")
+    assert "MARKERID" not in page
 
 
 def test_recalibration_changes_risks_and_not_the_order_of_patients(calibrated, tmp_path):

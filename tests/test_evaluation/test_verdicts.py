@@ -58,24 +58,6 @@ def test_a_sentence_is_left_out_where_its_rows_are_missing():
     assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 3
 
 
-def test_sentences_name_the_models_and_their_numbers():
-    others = {"last value": (0.651, (-0.2, -0.1)), "blend": (0.712, (-0.033, 0.044))}
-    others |= {ENSEMBLE: (0.755, (0.011, 0.066))}
-    ranking, baseline, calibration, ensemble = map(str, sentences(result((0.612, 0.788), others)))
-    for number in ("0.700", "0.612", "0.788", "1,234", "567", "89"):
-        assert number in ranking
-    for word in ("blend", "0.712", "-0.033", "+0.044", UNDECIDED.words):
-        assert word in baseline
-    assert "last value" not in baseline
-    for number in ("0.87", "-0.12", "0.029"):
-        assert number in calibration
-    for word in ("blend", "0.755", "+0.011", "+0.066", BETTER.symbol):
-        assert word in ensemble
-    assert "(7 " in sentences(result((0.6, 0.8), minority=7))[0].text
-    plain, perfect = (sentences(result(ends))[0] for ends in ((0.99, 1.0), (1.0, 1.0)))
-    assert len(perfect.text) > len(plain.text), "a perfect ranking is remarked"
-
-
 def test_the_best_baseline_is_neither_a_stage_nor_the_ensemble_nor_undefined():
     others = dict.fromkeys((*STAGE_NAMES.values(), ENSEMBLE), (0.9, (0, 0)))
     assert verdicts.best_baseline(result((0.6, 0.8), others)) is None

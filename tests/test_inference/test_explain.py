@@ -5,14 +5,17 @@ import pandas as pd
 import pytest
 import torch
 
+import dte_encoder
 import medgemma_trainer as trainer
 from conftest import DATA
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.inference.explain import explain, prefixes
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
 from predicting import SERIES, STAGES, write_data
+from stages import arguments, data_for, make_stage
 
 CHEMISTRY = DATA / "physionet2012_chemistry.csv.gz"
 THREE = ("Serum bicarbonate", "potassium", "ph")
@@ -46,13 +49,13 @@ def stays():
 
 @pytest.fixture(scope="module")
 def several(stays, tmp_path_factory):
-    """A stage 1 of three series."""
-    place = tmp_path_factory.mktemp("several")
-    words = ["--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none"]
-    words += ["--data_path", str(write_data(stays, place / "train.csv")), "--series"]
-    words += [",".join(THREE), "--output_dir", str(place), "--encoder_lr", "0.05"]
-    assert trainer.main(words) == 0
-    return TrajectoryModel.from_pretrained(place / "trajectory")
+    """A stage 1 of three series that nobody trained."""
+    place = tmp_path_factory.mktemp("several") / "trajectory"
+    words = ["--trajectory_only", "--data_path", str(write_data(stays, place.parent / "data.csv"))]
+    args = arguments(*words, "--series", ",".join(THREE))
+    stage = make_stage(args, data_for(args))
+    stage.save(place, stage.config)
+    return TrajectoryModel.from_pretrained(place.parent / TRAJECTORY_FILE)
 
 
 # --------------------------------------------------------------------------- risk over time
@@ -131,8 +134,9 @@ def test_a_series_is_left_out_with_all_that_comes_of_it(several, stays):
     assert len(rows[0].without) == sum(bool(cell) for cell in few.loc[0, list(COLUMNS)])
 
 
-def test_a_row_without_a_score_when_a_series_is_left_out_has_no_effect(several, stays):
-    gap = {SERIES: "20 (0h) -> 21 (900000h)", COLUMNS[1]: "4 (450000h)", COLUMNS[2]: ""}
+def test_a_row_without_a_score_when_a_series_is_left_out_has_no_effect(several, stays, monkeypatch):
+    monkeypatch.setattr(dte_encoder, "MAX_SCALED_GAP", 10.0)  # 720 hours
+    gap = {SERIES: "20 (0h) -> 21 (900h)", COLUMNS[1]: "4 (450h)", COLUMNS[2]: ""}
     (row,) = explained(several, stays.head(1).assign(**gap))
     assert [risk is None for risk in row.without.values()] == [False, True]
     told = {SERIES: "20 (0h) -> 21.5 (3h)", COLUMNS[1]: "4 (3h)", COLUMNS[2]: ""}

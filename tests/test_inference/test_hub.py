@@ -5,19 +5,17 @@ import tempfile
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from huggingface_hub import constants
 
 import medgemma_trainer as trainer
-from conftest import sign_table
 from hub_server import hub_on_this_machine
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import LLM_STAGES, TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trained_model import load_trained_model
-from predicting import MARKER, read_predictions
+from predicting import MARKER, VALUES
 from shared_metrics import run_metrics
 
 ID = "jane/anion-gap"
@@ -27,40 +25,13 @@ STAGE_2 = {
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
 }
 STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
-VALUES = ("7.41703", "49.31", "987.654", "777.25")
-
-
-def marked_table(rows):
-    """A table whose ids, contexts and extreme values can be found wherever they turn up."""
-    table = sign_table(rows, seed=3)
-    table["clinical_trajectory"] += " -> 7.41703 (49.31h)"
-    extreme = pd.Series({7: " -> 987.654 (777.25h)"}).reindex(table.index, fill_value="")
-    table["clinical_trajectory"] += extreme
-    table["subject_id"] = [f"{MARKER}{i}" for i in range(rows)]
-    table["clinical_context"] = [
-        f"{30 + i % 50}-year-old man, {MARKER}note{i}" for i in range(rows)
-    ]
-    return table
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run of stages 1 and 2 on a marked table, in the folder of a person."""
-    place = tmp_path_factory.mktemp("jdoe")
-    marked_table(300).to_csv(place / "signs.csv", index=False)
-    small = ["--data_path", str(place / "signs.csv"), "--output_dir", str(place / "run")]
-    small += ["--batch_size", "16"]
-    assert trainer.main(["--trajectory_only", "--trajectory_epochs", "1", *small]) == 0
-    small += ["--model_name", "tiny", "--ode_checkpoint", str(place / "run" / TRAJECTORY_FILE)]
-    assert trainer.main(["--epochs", "1", *small]) == 0
-    return place / "run"
-
-
-@pytest.fixture(scope="module")
-def models(run):
+def models(runs):
     """The model of each stage, finished, with 7 events of 60 in its test part."""
     few = {"metrics": run_metrics(events=7), "patients": {"series": {"x": 240}, "static": {}}}
-    found = {stage: load_trained_model(run / stage, trainer.BUILDERS) for stage in STAGES}
+    found = {stage: load_trained_model(runs / stage, trainer.BUILDERS) for stage in STAGES}
     for each in found.values():
         each.config.update(few)
     return found
@@ -74,12 +45,6 @@ def hub(tmp_path, monkeypatch):
 
 def load(checkpoint, revision=None):
     return load_trained_model(find_checkpoint(checkpoint, revision), trainer.BUILDERS)
-
-
-def predictions(run, checkpoint, out):
-    words = ["--predict", "--checkpoint", str(checkpoint), "--predictions", str(out)]
-    assert trainer.main([*words, "--data_path", str(run.parent / "signs.csv")]) == 0
-    return read_predictions(out)
 
 
 def refusal(call, *words, **keywords):
@@ -105,7 +70,7 @@ def files_in(folder):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
-    stage, run, models, hub, tmp_path
+    stage, runs, models, hub, tmp_path
 ):
     address = push_model(models[stage], ID)
     assert address.startswith(f"{hub.address}/{ID}/commit/")
@@ -117,11 +82,11 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
     config = load(tmp_path / "sent").config
     sent = hub.received_bytes() + json.dumps(config).encode()
     assert b"AUROC" in sent, "the card is there, so the search can find something"
-    places = str(run.parent), run.parent.name, "signs.csv", tempfile.gettempdir()
+    places = str(runs), runs.name, "train.csv", tempfile.gettempdir()
     for mark in (MARKER, *VALUES, *places):
         assert mark.encode() not in sent, mark
-    hashes = read_trajectory(run / TRAJECTORY_FILE).train_patients
-    assert len(hashes) > 200
+    hashes = read_trajectory(runs / TRAJECTORY_FILE).train_patients
+    assert len(hashes) > 100
     assert not [each for each in hashes if each.tobytes() in sent]
     for mark in (b"0.42857", b'"value": 0.7'):  # of 7 events neither sensitivity nor AUROC is left
         assert mark not in sent
@@ -172,16 +137,14 @@ def test_a_second_push_replaces_the_model_and_leaves_other_files(models, hub):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_shared_folder_and_a_saved_one_predict_as_the_run(stage, run, models, tmp_path):
-    expected = predictions(run, run / stage, tmp_path / "1.csv")
+def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models, tmp_path):
     for name, write in (("shared", shared_copy), ("saved", save_model)):
-        folder = tmp_path / "new" / name
         for _ in range(2):  # its own earlier files are replaced
-            write(models[stage], folder)
-        assert files_in(folder) == STAGES[stage]
-        found = predictions(run, folder, tmp_path / f"{name}.csv")
-        pd.testing.assert_frame_equal(found, expected)
+            write(models[stage], tmp_path / "new" / name)
+        assert files_in(tmp_path / "new" / name) == STAGES[stage]
     saved, shared = load(tmp_path / "new" / "saved"), load(tmp_path / "new" / "shared")
+    assert same_weights(saved, models[stage])
+    assert same_weights(shared, models[stage])
     assert {k: x for k, x in saved.config.items() if "sha256" not in k} == {
         k: x for k, x in models[stage].config.items() if "sha256" not in k
     }
@@ -203,10 +166,10 @@ def test_a_folder_with_other_files_is_not_replaced(names, models, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names}
 
 
-def test_no_blank_card_of_peft_lies_in_a_run(run):
-    cards = list(run.rglob("README.md"))
-    assert cards == [run / "classification" / "best" / "README.md"]
-    assert "More Information Needed" not in cards[0].read_text()
+def test_no_blank_card_of_peft_lies_in_a_run(runs):
+    cards = sorted(runs.rglob("README.md"))
+    assert cards == [runs / stage / "best" / "README.md" for stage in LLM_STAGES]
+    assert not [each for each in cards if "More Information Needed" in each.read_text()]
 
 
 # ------------------------------------------------------------------ from the hub

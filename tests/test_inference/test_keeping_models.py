@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 
 from hub_server import hub_on_this_machine
-from language_models import patients
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_trainer import TrajectoryModel, fit_classification, fit_trajectory
+from medgemma_trainer import TrajectoryModel, fit_classification
 from predicting import STAGES
 
 PAGE = Path(__file__).parents[2] / "medgemma_clinical" / "docs" / "sharing.md"
@@ -65,9 +64,9 @@ def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeyp
 
 
 def test_a_saved_stage_1_is_an_encoder_that_knows_its_patients_a_pushed_one_is_not(
-    table, hub, tmp_path
+    runs, hub, tmp_path
 ):
-    model = fit_trajectory(table, trajectory_epochs=1)
+    model, table = TrajectoryModel.from_pretrained(runs / "trajectory"), runs / "train.csv"
     model.save_pretrained(tmp_path / "saved")
     model.push_to_hub(ID, allow_small_cells=True)
     assert len(read_trajectory(tmp_path / "saved" / TRAJECTORY_FILE).train_patients)
@@ -77,10 +76,3 @@ def test_a_saved_stage_1_is_an_encoder_that_knows_its_patients_a_pushed_one_is_n
         fit_classification(table, encoder=saved, seed=1, **LLM)
     with pytest.raises(InputError, match="shared copy"):
         fit_classification(table, encoder=TrajectoryModel.from_pretrained(ID), **LLM)
-
-
-def test_a_control_is_not_loaded(tmp_path):
-    encoder, place = fit_trajectory(patients(), trajectory_epochs=1), tmp_path / "control"
-    fit_classification(patients(), encoder, **LLM, output_dir=place, soft_prompt="shuffled")
-    with pytest.raises(InputError, match="control"):
-        TrajectoryModel.from_pretrained(place / "classification")
