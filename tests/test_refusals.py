@@ -380,6 +380,7 @@ CASES = [
     (KIND.format("--data_dir srtr"), "--data_path"),
     *((EXPORT.format(each, "made"), each) for each in ("missing", "broken", "checkpoints/cut")),
     *((EXPORT.format(each, "made"), each) for each in (ENCODER, "run/trajectory")),
+    *((EXPORT.format(f"checkpoints/{each}", "made"), each) for each in ("shuffled", "random")),
     *(
         (EXPORT.format("run/generative", each), f"--export_dir {each}")
         for each in ("broken", "data.csv", "run/generative", "missing/made", "data.csv/made")

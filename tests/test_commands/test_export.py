@@ -23,29 +23,16 @@ def command(checkpoint, out, *more):
 
 
 @pytest.mark.parametrize("stage", ["classification", "generative"])
-def test_an_export_predicts_as_the_run_does(stage, runs, table, tmp_path):
+def test_an_export_predicts_as_the_run_does_and_holds_no_patient(stage, runs, table, tmp_path):
     data = write_data(table.head(15).drop(columns="label_escalation"), tmp_path / "few.csv")
     assert trainer.main(command(runs / stage, tmp_path / "out")) == 0
     for path in (tmp_path / "out", *(tmp_path / "out").rglob("*")):
         assert path.stat().st_mode & 0o077 == 0, path
+        assert path.is_dir() or MARKER.encode() not in path.read_bytes(), path
     expected = predicted(runs / stage, data, tmp_path / "1.csv")
     found = predicted(tmp_path / "out", data, tmp_path / "2.csv")
     assert expected["probability"].std() > 1e-4
     pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-6)
-
-
-def test_contexts_of_patients_are_not_in_the_folder(table, tmp_path, capsys):
-    few = table.assign(clinical_context=[f"{MARKER} {k}" for k in range(len(table))])
-    few["id"] = few["subject_id"] = [f"{MARKER}-{k}" for k in range(len(table))]
-    data = write_data(few, tmp_path / "train.csv")
-    words = ["--mode", "classification", "--model_name", "tiny", "--epochs", "1"]
-    words += ["--log_file", "none", "--batch_size", "32"]
-    assert trainer.main([*words, "--data_path", str(data), "--output_dir", str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert trainer.main(command(tmp_path / "classification", tmp_path / "out")) == 0
-    assert MARKER not in "".join(capsys.readouterr())
-    for path in (tmp_path / "out").rglob("*"):
-        assert path.is_dir() or MARKER.encode() not in path.read_bytes(), path
 
 
 def test_the_base_model_may_lie_elsewhere(tmp_path, capsys):

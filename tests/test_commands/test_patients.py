@@ -41,7 +41,8 @@ def test_the_page_shows_what_the_stage_has_and_all_other_files_are_as_without_it
     stage, runs, table, tmp_path
 ):
     data, plain, more = (tmp_path / name for name in ("rows.csv", "plain.csv", "more.csv"))
-    write_data(table.head(24), data)
+    new = pd.read_csv(SAMPLE, dtype=str)[200:212].assign(label_escalation=["0", "1"] * 6)
+    write_data(pd.concat([table.head(21), new.assign(id=[f"new {k}" for k in range(12)])]), data)
     predicted(runs / stage, data, plain)
     assert not patients_path(plain).exists(), "the page is never written unless asked for"
     lines = predicted(runs / stage, data, more, "--explain", "--patients=row 20, row 3")

@@ -67,22 +67,6 @@ def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monk
     assert out.read_text() == "earlier"
 
 
-def test_two_runs_do_not_write_one_file(runs, table, tmp_path, monkeypatch):
-    few = table.head(20).drop(columns=LABEL)
-    data, out = write_data(few, tmp_path / "few.csv"), tmp_path / "out.csv"
-    words, codes, table_of = command(runs / "trajectory", data, out), [], predict.prediction_table
-
-    def meanwhile(*given):
-        monkeypatch.setattr(predict, "prediction_table", table_of)
-        codes.append(trainer.main(words))
-        return table_of(*given)
-
-    monkeypatch.setattr(predict, "prediction_table", meanwhile)
-    assert trainer.main(words) == 0
-    assert codes == [2]
-    assert len(read_predictions(out)) == len(few)
-
-
 def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(runs, table, tmp_path, capsys):
     ids = ["=HYPERLINK(1)", "+A1", "-x", "@x", "-5", "+1e3", "a=b", "7", "x"]
     rows = table.head(9).drop(columns=LABEL).assign(id=ids)
@@ -314,7 +298,7 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize("stage", ["classification", "generative"])
 def test_the_weight_of_the_language_model_lies_with_the_weights(stage, runs, table, tmp_path):
     folder = copy_of(runs, stage, tmp_path)
-    data = write_data(table.head(12).drop(columns=LABEL), tmp_path / "few.csv")
+    data = write_data(table.head(6).drop(columns=LABEL), tmp_path / "few.csv")
     logits = []
     for weight in (0.0, 0.5, 1.0):
         change_config(folder, residual_weight=weight)
@@ -329,7 +313,7 @@ def test_the_weight_of_the_language_model_lies_with_the_weights(stage, runs, tab
 @pytest.mark.parametrize("stage", ["trajectory", "generative"])
 def test_recalibration_and_threshold_lie_with_the_weights(stage, runs, table, tmp_path, capsys):
     folder = copy_of(runs, stage, tmp_path)
-    data = write_data(table.head(12).drop(columns=LABEL), tmp_path / "few.csv")
+    data = write_data(table.head(6).drop(columns=LABEL), tmp_path / "few.csv")
     plain = predicted(folder, data, tmp_path / "1.csv")
     decision = {"slope": 2.0, "intercept": 0.5, "threshold": 0.3}
     if stage == "trajectory":

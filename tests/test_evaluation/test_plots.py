@@ -82,20 +82,6 @@ def test_the_decision_curve_is_that_of_model_baseline_and_treat_all(rows):
         assert lines[name][1] == pytest.approx(net_benefit(labels, each, at, one)[0])
 
 
-def test_a_good_model_of_a_rare_outcome_has_all_curves():
-    """All but five of 55 events are among the highest percent of the risks."""
-    risk, label = np.linspace(0.001, 0.02, 10_000), np.zeros(10_000)
-    risk[-100:] = np.linspace(0.3, 0.9, 100)
-    label[:5] = label[-100::2] = 1
-    patients = np.arange(10_000).astype(str)
-    rows = pd.DataFrame({"id": patients, "label": label, "patient": patients, MODEL: risk})
-    table = decision_curve(rows, [MODEL], 0)
-    plots.plot_decision_curve(table, [MODEL])
-    plots.plot_calibration(calibration_table(rows, MODEL, 0), risk)
-    plots.plot_risks(label, risk)
-    assert (table[MODEL] >= table["treat_all"]).all()
-
-
 def epochs(*aurocs, kept=1):
     numbers = {"train_loss": 0.40, "val_loss": 0.41}
     return [

@@ -1,10 +1,13 @@
 """Sharing: a checkpoint's files travel and nothing of a patient; each failure is one line."""
 
 import json
+import re
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub import constants
@@ -15,9 +18,11 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
 from medgemma_clinical.models.checkpoints import LLM_STAGES, TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trained_model import load_trained_model
+from medgemma_trainer import TrajectoryModel, fit_classification
 from predicting import MARKER, VALUES
 from shared_metrics import run_metrics
 
+PAGE = Path(__file__).parents[2] / "medgemma_clinical" / "docs" / "sharing.md"
 ID = "jane/anion-gap"
 STAGE_1 = {TRAJECTORY_FILE, "README.md"}
 STAGE_2 = {
@@ -258,3 +263,52 @@ def test_a_hub_that_does_not_answer_is_one_line(models, tmp_path, monkeypatch):
         pass
     refusal(find_checkpoint, ID, None)
     refusal(push_model, models["trajectory"], ID)
+
+
+# ------------------------------------------------------------------ from Python
+
+
+@pytest.mark.parametrize("stage", ["trajectory", *LLM_STAGES])
+def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, hub, tmp_path):
+    rows, saved = table.head(12), tmp_path / "saved"
+    model = TrajectoryModel.from_pretrained(runs / stage)
+    model.save_pretrained(saved)
+    model.save_pretrained(saved)  # in place of the earlier one
+    address = model.push_to_hub(ID, commit_message="First", allow_small_cells=True)
+    assert address.startswith(f"{hub.address}/{ID}/commit/")
+    assert hub.repositories[ID].private
+    for place in (saved, ID):
+        again = TrajectoryModel.from_pretrained(place)
+        np.testing.assert_array_equal(again.predict_proba(rows), model.predict_proba(rows))
+        assert again.threshold == model.threshold
+        pd.testing.assert_frame_equal(again.results(), model.results())
+    for path in saved.rglob("*"):
+        assert not path.stat().st_mode & 0o077, path
+    (saved / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="saved"):
+        model.save_pretrained(saved)
+
+
+def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints_medgemma_dka").symlink_to(runs)
+    push, load = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names = {}
+    monkeypatch.setattr("medgemma_clinical.inference.hub.MIN_CELL", 1)  # the runs have few patients
+    exec(push, names)
+    repository = hub.repositories["user/name"]
+    assert repository.private
+    repository.refs["v1"] = repository.refs["main"]
+    exec(load, names)
+    assert names["model"].stage == "classification"
+
+
+def test_a_pushed_stage_1_is_no_encoder_for_it_does_not_know_its_patients(runs, hub, tmp_path):
+    model = TrajectoryModel.from_pretrained(runs / "trajectory")
+    model.save_pretrained(tmp_path / "saved")
+    assert len(read_trajectory(tmp_path / "saved" / TRAJECTORY_FILE).train_patients)
+    model.push_to_hub(ID, allow_small_cells=True)
+    with pytest.raises(InputError, match="shared copy"):
+        fit_classification(
+            runs / "train.csv", encoder=TrajectoryModel.from_pretrained(ID), model_name="tiny"
+        )

@@ -23,7 +23,6 @@ from language_models import (
     disturb_adapter,
     patients,
     plain_sequence,
-    rehash,
     save_multimodal_checkpoint,
 )
 from medgemma_clinical.data.scoring import Findings, ScoringRows
@@ -107,8 +106,10 @@ def test_merged_weights_are_the_base_plus_the_adapter_to_the_bit(kind, base, tmp
         assert not torch.equal(found, without[name]), name
 
 
-@pytest.mark.parametrize("stage_name", ["classification", "generative"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "stage_name"),
+    [*((kind, "generative") for kind in KINDS), ("float32", "classification")],
+)
 def test_the_exported_model_computes_what_the_trained_one_computes(
     kind, stage_name, base, out, tmp_path
 ):
@@ -188,14 +189,12 @@ def test_of_a_multimodal_base_with_code_the_language_model_alone_is_written(out,
     assert not any(name.endswith(".py") for name in written(out))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "NF4 in bfloat16"])
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "kind"),
     [
-        "a matrix is negated",
-        "the adapter is lost",
-        "the head is no longer tied",
-        "not a number",
+        *(("a matrix is negated", kind) for kind in ("float32", "bfloat16", "NF4 in bfloat16")),
+        *(("the adapter is lost", "float32"), ("the adapter is lost", "NF4 in bfloat16")),
+        *(("the head is no longer tied", "bfloat16"), ("not a number", "float32")),
     ],
 )
 def test_a_wrong_merge_is_refused_and_leaves_nothing(fault, kind, stages, out, monkeypatch):
@@ -234,15 +233,11 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(stage, out, tmp_path,
     before = written(out)
     export_merged(stage, out, BUILDERS)
     assert written(out) == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text("{}")
-    (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(out)
     shutil.copytree(stage / "best", tmp_path / "best")
-    for name in ("other", "file", "link", "best", "absent/out"):
+    for name in ("link", "best"):
         with pytest.raises(InputError, match=f"--export_dir .*{name}"):
             export_merged(stage, tmp_path / name, BUILDERS)
-    assert written(tmp_path / "other") == {"config.json"}
     monkeypatch.chdir(out)
     export_merged(stage, Path(), BUILDERS)
     assert [path.name for path in tmp_path.glob(".*")] == [".out.lock"]
@@ -263,14 +258,6 @@ def test_shards_and_chat_template_of_an_export_are_known_as_such(tmp_path):
     names = written(tmp_path / "out")
     assert len([name for name in names if "-of-" in name]) > 1
     assert [name for name in names if not serving.EXPORTED_FILES.fullmatch(name)] == []
-
-
-@pytest.mark.parametrize("control", [{"shuffled": True}, {"base_weights": "random"}])
-def test_a_control_is_refused(control, stage, out, tmp_path):
-    best = shutil.copytree(stage / "best", tmp_path / "best")
-    rehash(best, **control)
-    with pytest.raises(InputError, match="control"):
-        export_merged(best, out, BUILDERS)
 
 
 def test_an_export_is_neither_exported_again_nor_read_when_changed(stage, out, tmp_path):
@@ -304,8 +291,9 @@ def load(place, stage):
     trained = load_trained_model(place / stage, BUILDERS)
     if stage == "generative":
         risks = DecisionRule().probability(logits_of(trained))
-        between = float(np.sort(risks[ROWS])[1:3].mean())  # no rounding turns a verdict
-        decision = asdict(DecisionRule(threshold=between))
+        lower, upper = np.sort(risks[ROWS])[1:3]
+        assert upper - lower > 1e-3, "no rounding turns a verdict"
+        decision = asdict(DecisionRule(threshold=float(lower + upper) / 2))
         return replace(trained, config={**trained.config, "decision": decision})
     return trained
 

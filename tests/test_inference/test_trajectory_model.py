@@ -27,10 +27,11 @@ def models(runs):
 def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
     stage, models, runs, table, tmp_path
 ):
-    written = predicted(runs / stage, runs / "train.csv", tmp_path / "out.csv")
-    model = models[stage]
-    described = MIMICtrajectoryDataset(table, description=read_description(runs / "train.csv"))
-    for rows in (table, runs / "train.csv", str(runs / "train.csv"), described):
+    table, model = table.head(20), models[stage]
+    data = write_data(table, tmp_path / "rows.csv")
+    written = predicted(runs / stage, data, tmp_path / "out.csv")
+    described = MIMICtrajectoryDataset(table, description=read_description(data))
+    for rows in (table, data, str(data), described):
         probability = model.predict_proba(rows)
         assert (probability.shape, probability.dtype) == ((len(table), 2), np.float64)
         np.testing.assert_allclose(probability[:, 1], written["probability"], rtol=0, atol=1e-6)
