@@ -33,6 +33,7 @@ import medgemma_trainer as trainer
 own = " ".join({*os.environ} - before)
 assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|PYTORCH|CUBLAS", own), own
 assert not huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, "an import is not a run"
+
 from matplotlib.figure import Figure
 from medgemma_clinical.evaluation import metrics
 
