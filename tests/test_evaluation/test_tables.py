@@ -69,19 +69,3 @@ def test_case_mixes_stand_side_by_side():
     assert table.loc["Rows"].tolist() == ["4,000", NO_VALUE]
     assert table.loc["Age in years, median (quartiles)"].tolist() == ["50 (40 to 60)", NO_VALUE]
     assert table.loc["Women"].tolist() == [NO_VALUE, "50.0\N{NO-BREAK SPACE}%"]
-
-
-def test_written_reports_have_a_table_and_a_sentence():
-    share, unknown = (
-        {"value": 0.975, "low": 0.9, "high": 0.99},
-        dict.fromkeys(("value", "low", "high")),
-    )
-    reports = {name: share if "share" in name else 1385 for name in tables.WRITTEN}
-    reports |= {"right_trend_share": unknown}
-    table = tables.written_table(reports).set_index("Metric")["Value [95 %]"]
-    assert table["Reports"] == "1,385"
-    assert table["Expected form (%)"].startswith("97.5 [90.0,")
-    assert table["Trends right (%)"] == NO_VALUE
-    assert "1,385" in tables.written_sentence(reports)
-    assert tables.written_table(None) is None
-    assert tables.written_sentence(None) == ""
