@@ -1,7 +1,6 @@
 """The commands from_mimic and from_eicu: flags, files, exit codes, and what reads their output."""
 
 import json
-import re
 import stat
 from pathlib import Path
 
@@ -24,29 +23,6 @@ def folder(tmp_path):
 def words(folder, out, *more):
     command = ["from_mimic", "--mimic_dir", str(folder), "--out", str(out), "--cohort", "all"]
     return [*command, "--compute_gap", "reported", *more]
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *("--item 5", "--window_hours 0", "--window_hours nan", "--horizon_hours 2e6"),
-        *("--min_observations 0", "--max_note_words 0", "--threads -1", "--memory_limit much"),
-        *("--memory_limit 2", "--series gap", "--series pH,ph", "--series all,pH", "--out out.txt"),
-        *("--item 50882 --series pH", "--outcome escalation,death", "--outcome ,", "--windows 3"),
-    ],
-)
-def test_a_wrong_flag_ends_with_2_and_one_line(flags, folder, capsys):
-    """The flags of the other commands are of the same types."""
-    out = folder.parent / "out.csv"
-    try:
-        code = dataset_format.main(words(folder, out, *flags.split()))
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    error = capsys.readouterr().err
-    assert code == 2
-    assert re.fullmatch(r"error: .+\n", error)
-    assert flags.split()[0].removeprefix("--") in error
-    assert not list(out.parent.glob("out*"))
 
 
 def test_flags_reach_the_extraction_and_the_data_set_reads_series_question_and_flow(folder):

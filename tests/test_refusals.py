@@ -323,7 +323,7 @@ OF_MIMIC = [
     "--windows 3",
 ]
 OF_SRTR = [
-    *((flag, text) for flag in ("--landmark_days", "--max_len") for text in ("-1", "9" * 30)),
+    *(("--landmark_days", text) for text in ("-1", "9" * 30)),
     *(("--horizon_days", text) for text in ("0", "nan", "", "\x1b[31m", "two\nlines")),
     *(("--organ", "heart"), ("--transplant", "x" * 200)),
 ]

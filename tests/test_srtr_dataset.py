@@ -330,21 +330,3 @@ def test_a_folder_of_few_or_no_events_is_read_once_and_fit_to_predict_on(tmp_pat
     text = check(capsys, tmp_path, "liver")
     assert "rows 5, patients 5" in text
     assert "\nready to predict on, with warnings, not to train on: " in text
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        *(("--landmark_days", cell) for cell in ("-1", "9" * 30)),
-        *(("--horizon_days", cell) for cell in ("0", "nan", "", "\x1b[31m", "two\nlines")),
-        *(("--organ", "heart"), ("--transplant", "x" * 200), ("--data_dir", "missing")),
-    ],
-)
-def test_a_wrong_flag_ends_with_one_line(flag, value, capsys):
-    words = {"--data_dir": str(SYNTHETIC), "--organ": "liver", flag: value}
-    try:
-        code = srtr_dataset.main(["check", *(word for pair in words.items() for word in pair)])
-    except SystemExit as stop:
-        code = stop.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert (code, flag in line or value in line) == (2, True)
