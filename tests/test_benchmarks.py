@@ -118,7 +118,6 @@ def test_reading(what, capsys):
 
 
 def test_encoder_epoch_startup_memory(monkeypatch, capsys):
-    monkeypatch.setattr(encoder, "OBSERVATIONS", (3,))
     encoder.main(["--batch_sizes", "3", "--repeats", "1"])  # checks that all ways agree
     epoch.main(["--patients", "40", "--repeats", "1"])
     monkeypatch.setattr(startup, "ways", lambda _: {"empty": ["-c", ""]})

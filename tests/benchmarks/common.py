@@ -12,7 +12,7 @@ import platform
 import resource
 import statistics
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,18 +24,12 @@ sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]  # a checkout need not be insta
 def machine(*packages, threads=None):
     """Return what a measurement depends on: processor, cores, threads, load, versions."""
     cores = f"{os.cpu_count()} cores" + (f", {threads} threads" if threads else "")
-    versions = ", ".join(f"{name} {installed(name)}" for name in packages)
-    return (
-        f"{processor()}, {cores}, load {os.getloadavg()[0]:.1f}; {platform.system()}, "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
-def installed(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    on = f"{(names or [platform.machine()])[0]}, {cores}, load {os.getloadavg()[0]:.1f}"
+    return f"{on}; {platform.system()}, Python {platform.python_version()}, {versions}"
 
 
 def needed(module, package):
@@ -44,16 +38,6 @@ def needed(module, package):
         return importlib.import_module(module)
     except ImportError as error:
         raise SystemExit(f"{error}: pip install {package}") from error
-
-
-def processor():
-    """Return the name of the processor, as precisely as the system knows it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def peak_mib():

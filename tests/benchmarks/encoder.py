@@ -12,8 +12,7 @@ Forward and backward over patients of the sample data, each way in turn:
     nn.GRU              torch's GRU of the same width on the same padded inputs: no equation
 
 A batch is checked and planned ahead, as the loader of stage 1 does. All ways but nn.GRU must give
-the same states and gradients before anything is timed. Then the project alone on simulated patients
-with more features and observations. Times are those of the processor.
+the same states and gradients before anything is timed. Times are those of the processor.
 """
 
 import argparse
@@ -38,7 +37,6 @@ SAME, SAME_PATH = 1e-3, 1e-5
 """Allowed difference of states, and of gradients as a share of the largest entry; of gradients on
 the plain path, which takes the same steps."""
 
-FEATURES, OBSERVATIONS, SIMULATED = (1, 9, 36), (10, 20, 70), 64
 PROJECT, PLAIN, SLOW, GRU = "project", "plain path", "patient by patient", "nn.GRU"
 
 
@@ -186,31 +184,6 @@ def compare(size, repeats, seed):
     return lines
 
 
-def simulated(features, observations, seed):
-    """Return a pass over patients with so many observations, half of the values measured."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (SIMULATED, observations)
-    gaps = torch.empty(shape).exponential_(1 / 4, generator=generator)  # 4 hours on average
-    values = torch.randn((*shape, features), generator=generator)
-    observed = torch.rand((*shape, features), generator=generator) < 0.5
-    observed[..., 0] |= ~observed.any(dim=2)
-    torch.manual_seed(seed)
-    encoder = ClinicalODERNN(features)
-    weight = torch.randn(*shape, encoder.hidden_dim, generator=generator)
-    return together(encoder, (gaps.cumsum(1), values, observed), weight), encoder
-
-
-def sizes(repeats, seed):
-    """Return a line for each number of observations: ms per patient by number of features."""
-    lines = [f"\nms per patient, batches of {SIMULATED}; {FEATURES} features"]
-    for observations in OBSERVATIONS:
-        work = [simulated(features, observations, seed) for features in FEATURES]
-        turns = [[milliseconds(*each) for each in work] for _ in range(1 + repeats)][1:]
-        cells = [f"{statistics.median(each) / SIMULATED:.3f}" for each in zip(*turns, strict=True)]
-        lines.append(f"{observations} observations: {', '.join(cells)}")
-    return lines
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 256])
@@ -221,7 +194,6 @@ def main(argv=None):
     torch.set_num_threads(arguments.threads)
     for size in arguments.batch_sizes:
         write("\n".join(compare(size, arguments.repeats, arguments.seed)))
-    write("\n".join(sizes(arguments.repeats * FAST_RUNS, arguments.seed)))
     write(
         f"\n{machine('torch', 'torchdiffeq', threads=arguments.threads)}; median (minimum to "
         f"maximum) of {arguments.repeats}, {FAST_RUNS} times as many of the fast ways"

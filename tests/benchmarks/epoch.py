@@ -12,14 +12,11 @@ Sample data, the program's defaults. The ways run in turn, so that other work me
     epoch     training, its checkpoint, validation, best weights and history, written to the disk
 
 Prints processor milliseconds of an epoch and their ratio to the encoder's in the same round.
-``--profile`` prints where the time of an epoch goes.
 """
 
 import argparse
-import cProfile
 import logging
 import math
-import pstats
 import sys
 import tempfile
 import time
@@ -96,19 +93,15 @@ def main(argv=None):
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "trajectory"
         folder.mkdir()
-        timed = ways(arguments.patients, arguments.batch_size, folder)
-        took = time_in_turn(timed, arguments.repeats)
-        if arguments.profile:
-            profile = cProfile.Profile()
-            profile.runcall(timed["epoch"])
-            pstats.Stats(profile).sort_stats("cumulative").print_stats(40)
+        took = time_in_turn(
+            ways(arguments.patients, arguments.batch_size, folder), arguments.repeats
+        )
     logging.disable(logging.NOTSET)
     for name, each in took.items():
         ratios = [own / base for own, base in zip(each, took["encoder"], strict=True)]

@@ -3,14 +3,13 @@
 import itertools
 import statistics
 import time
-from dataclasses import replace
 
 import torch
 from accelerate.utils import send_to_device
 from bitsandbytes.functional import dequantize_4bit
 from common import SAMPLE, spread, stage_maker
 from gpu_steps import BYTES, NARROW, WINDOW, skip_without_gpu, words_of
-from memory import GIB, MIB, RESERVED, add_lora, measure, text_config
+from memory import MIB, add_lora, measure, text_config
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Gemma3ForCausalLM
@@ -19,7 +18,6 @@ import medgemma_trainer as trainer
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.models.language_model import DTYPES, set_checkpointing
 from medgemma_clinical.models.trajectory_llm import adapters_in
-from medgemma_clinical.training.loaders import part_batches
 
 LENGTHS = (96, 192, 320, 193)
 """Positions of a row, the first within the window. cuDNN's gradients are NaN where 64 positions are
@@ -39,9 +37,6 @@ PRODUCT_ROWS = (1, 16, 300, 1400, 5000)
 
 REPEATS, STAGE1_STEPS, LLM_STEPS = 3, 20, 4
 """Timings, and steps of each."""
-
-MAX_ROWS, SHARE = 16, 0.7
-"""Rows of a batch of stages 2 and 3, if by computation this share of the memory suffices."""
 
 UNPACKED = 10_240 * 2560 * 4
 """Bytes of the largest weight out of NF4, in float32."""
@@ -186,20 +181,18 @@ def measure_stage1(plan):
 
 def measure_llm(plan, mode):
     """Time stage 2 or 3 and measure its memory, without and with gradient checkpointing."""
-    args, data, make = stage_maker(*words_of(plan, mode, "model", "--max_samples", 500))
+    args, _, make = stage_maker(*words_of(plan, mode, "model"))
     computed = measure(args.precision) if torch.cuda.is_available() and not plan.toy else None
     stage = make()
     model = stage.model.to(default_device())
     model.stage1.requires_grad_(False)  # as a run with --ode_checkpoint
     stage.text.encode(model.stage1, model.tokens, default_device())
-    rows = rows_that_fit(computed, stage.lengths.max()) if computed else 2
-    lines, findings = [f"{args.precision}, batch {rows}"], []
+    lines, findings = [f"{args.precision}, batch {args.batch_size}"], []
     for checkpointing in (False, True):
         if checkpointing:
             set_checkpointing(model.llm)
-        cut = replace(stage, batches=part_batches(data.split, rows, lengths=stage.lengths))
         steps, repeats = (1, 1) if plan.toy else (LLM_STEPS, REPEATS)
-        took, batches, peak = time_steps(cut, steps, repeats)
+        took, batches, peak = time_steps(stage, steps, repeats)
         rate = sum(map(positions, batches)) / len(batches) / statistics.median(took)
         name = f"{'with' if checkpointing else 'without'} checkpointing"
         lines.append(f"{name}: {spread(took, 3)} s per step, {rate:,.0f} tokens per second")
@@ -212,16 +205,6 @@ def measure_llm(plan, mode):
             if not 1 / FACTOR <= peak / tokens / expected <= FACTOR:
                 findings.append(f"{mode}, {name}: peak {shown}")
     return ["; ".join(lines), *findings]
-
-
-def rows_that_fit(computed, longest):
-    """Return the rows of a batch: 16, or the power of two below it that leaves memory free."""
-    card = torch.cuda.mem_get_info()[1] / GIB
-    tokens = computed.tokens(SHARE * (card - RESERVED) + RESERVED, checkpointing=False)
-    rows = MAX_ROWS
-    while rows > 1 and rows * longest > tokens:
-        rows //= 2
-    return rows
 
 
 def positions(batch):

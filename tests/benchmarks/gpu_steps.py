@@ -2,22 +2,20 @@
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
+import sys
 from unittest import SkipTest, mock
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import send_to_device
-from common import SAMPLE, machine, stage_maker, train
+from common import ROOT, SAMPLE, machine, stage_maker, train
 from memory import MIB, SHAPES, text_config
 from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
-from faults import launch
 from medgemma_clinical.distributed import default_device, exact_kernels
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -223,14 +221,11 @@ def compare_processes(plan):
     risks = []
     for count in (1, 2):
         output = plan.folder / f"processes-{count}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(count), ROOT / "medgemma_trainer.py"]
         more = ["--lora_dropout", 0, "--batch_size", 8 // count, "--output_dir", output]
-        words = [str(word) for word in words_of(plan, "classification", "shallow", *more)]
-        running = launch(count, words, plan.folder)
-        try:
-            _, errors = running.communicate(timeout=PAIR_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)
-            raise
-        assert not running.returncode, f"{count} processes ended with {errors[-2000:]}"
+        command += map(str, words_of(plan, "classification", "shallow", *more))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PAIR_TIMEOUT)
+        assert not done.returncode, f"{count} processes ended with {done.stderr[-2000:]}"
         risks.append(risks_of(output / "classification" / "predictions_test.csv"))
     return [f"the same risks within {largest_difference(*risks):.1e}"]

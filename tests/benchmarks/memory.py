@@ -16,10 +16,11 @@ a step, one weight at a time, is in ``RESERVED``.
 """
 
 import argparse
+import itertools
 import sys
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -131,7 +132,7 @@ def build(dtype, config):
 def cuda_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, scale=None, is_causal=False, enable_gqa=False
 ):
-    """Attend by the kernel that CUDA chooses while cuDNN's is off."""
+    """Attend by the kernel that CUDA chooses if cuDNN's is off."""
     ops, options = torch.ops.aten, {"scale": scale}
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -1e9)
@@ -159,10 +160,15 @@ def kernels_of_cuda():
         yield
 
 
+def empty(model, *shape):
+    """Return hidden states of the model on the meta device."""
+    shape = (*shape, model.config.hidden_size)
+    return torch.empty(shape, dtype=model.dtype, device=META, requires_grad=True)
+
+
 def measure_step(model, rows, length, padded):
     """Take a step of stage 2's model; return the bytes kept after forward, and their maximum."""
-    shape = rows, length, model.config.hidden_size
-    embeddings = torch.empty(shape, dtype=model.dtype, device=META, requires_grad=True)
+    embeddings = empty(model, rows, length)
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device=META) if padded else None
     masks = {"full_attention": mask, "sliding_attention": mask}
     with kernels_of_cuda(), LiveStorages(model) as storages:
@@ -178,8 +184,7 @@ def measure_step(model, rows, length, padded):
 def answer_loss_peak(model, tokens=ANSWERS):
     """Return the bytes of stage 3's loss over so many answer tokens."""
     weight = model.get_output_embeddings().weight
-    shape = tokens, model.config.hidden_size
-    hidden = torch.empty(shape, dtype=model.dtype, device=META, requires_grad=True)
+    hidden = empty(model, tokens)
     targets = torch.empty(tokens, dtype=torch.long, device=META)
     ones = torch.empty(tokens, device=META)
     with LiveStorages(model) as storages:
@@ -202,8 +207,7 @@ def weight_bytes(model):
     return total
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """Bytes of training in one shape at one precision.
 
     ``weights`` are frozen, in NF4; ``adapter`` is one copy of what learns; ``loss`` is of stage 3
@@ -245,20 +249,6 @@ def measure(precision, shape="4B"):
     return Sizes(whole(weight_bytes), learns, answer_loss_peak(models[0]), peak)
 
 
-def shape_table(measured):
-    """Return a line per shape: what does not depend on the tokens, and the peak per token."""
-    lines = [
-        "| Shape | Precision | Weights in NF4 | Adapter, six copies | Stage 3's loss | Peak, MiB "
-        "per token, without / with checkpointing |\n|---|---|---|---|---|---|"
-    ]
-    for (shape, precision), sizes in measured.items():
-        cells = [sizes.weights, COPIES * sizes.adapter, sizes.loss]
-        cells = " | ".join(f"{each / GIB:.2f} GiB" for each in cells)
-        peaks = " / ".join(f"{sizes.peak[each] / MIB:.2f}" for each in (False, True))
-        lines.append(f"| {shape} | {precision} | {cells} | {peaks} |")
-    return "\n".join(lines)
-
-
 def card_table(measured):
     """Return a line per card and shape: what fits, without / with checkpointing."""
     lengths = " | ".join(f"{length:,} tokens" for length in LENGTHS)
@@ -275,10 +265,9 @@ def card_table(measured):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.parse_args(argv)
-    pairs = [(shape, precision) for shape in SHAPES for precision in DTYPES]
+    pairs = itertools.product(SHAPES, DTYPES)
     measured = {(shape, precision): measure(precision, shape) for shape, precision in pairs}
-    on = machine("torch", "transformers", "peft")
-    write(f"{shape_table(measured)}\n\n{card_table(measured)}\n\n{on}")
+    write(f"{card_table(measured)}\n\n{machine('torch', 'transformers', 'peft')}")
     return 0
 
 

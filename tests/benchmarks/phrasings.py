@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands.compare import cost_of, read_predictions
+from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
@@ -271,7 +271,7 @@ def train(out, seed, flags):
 
 
 def one_seed(table, out, seed, flags):
-    """Return the test risks of every model for one seed, and seconds per epoch of the two LLMs."""
+    """Return the test risks of every model for one seed."""
     path = build(table, out, seed)
     folders = train(out, seed, flags)
     risks = read_predictions(folders[STAGE1], STAGE1)
@@ -279,8 +279,7 @@ def one_seed(table, out, seed, flags):
     for model in (TEXT, BOTH):
         own = read_predictions(folders[model], model)
         risks = risks.merge(own[["id", model]], on="id", validate="1:1")
-    seconds = {model: cost_of(folders[model])["seconds_an_epoch"] for model in (TEXT, BOTH)}
-    return risks.merge(rivals(path, table), on="id", validate="1:1"), seconds
+    return risks.merge(rivals(path, table), on="id", validate="1:1")
 
 
 def main(argv=None):
@@ -295,15 +294,12 @@ def main(argv=None):
     arguments.out.mkdir(parents=True, exist_ok=True)
     began, table = time.perf_counter(), read_table(arguments.rows)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    results = [one_seed(table, arguments.out, seed, flags) for seed in seeds]
-    tables, costs = zip(*results, strict=True)
+    tables = [one_seed(table, arguments.out, seed, flags) for seed in seeds]
     on = machine("torch", "scikit-learn", threads=arguments.threads)
     write(f"{len(table)} rows; {' '.join(flags)}; {on}")
     for reference in (WORDS, WORDS_SERIES):
         metrics = model_table(evaluate_splits(tables, 0, reference))
         write(f"{metrics.to_string(index=False)}\n")
-    for model, seconds in pd.DataFrame(costs).median().items():
-        write(f"{model}: {seconds:.0f} s per epoch")
     write(f"{time.perf_counter() - began:.0f} s in all")
     return 0
 

@@ -1,8 +1,8 @@
 """Processor time and peak memory of reading large synthetic tables.
 
     python tests/benchmarks/reading.py --what dka --rows 100000
-    python tests/benchmarks/reading.py --what srtr --rows 20000 [--organ kidney]
-    python tests/benchmarks/reading.py --what from_mimic --rows 2000000 [--form .csv.gz] [flags]
+    python tests/benchmarks/reading.py --what srtr --rows 20000
+    python tests/benchmarks/reading.py --what from_mimic --rows 2000000 [flags of the command]
     python tests/benchmarks/reading.py --what from_long --rows 1000000 [flags of the command]
     python tests/benchmarks/reading.py --what from_meds --rows 1000000 [flags of the command]
 
@@ -14,7 +14,6 @@ time and the memory before reading, which the imports need, are printed. Needs p
 """
 
 import argparse
-import gzip
 import multiprocessing
 import sys
 import tempfile
@@ -53,12 +52,12 @@ def write_dka(folder, rows):
             file.write(f"{i},{series},{20 + i % 70}-year-old; medical ICU,{int(label)}\n")
 
 
-def write_srtr(folder, rows, organ="liver"):
-    """Write SRTR registrations with their history as CSV."""
+def write_srtr(folder, rows):
+    """Write liver registrations with their history as CSV."""
     from srtr_files import random_tables, write_folder
 
-    tables = random_tables(rows, organ, 0, history_rows=SRTR_ROWS)
-    write_folder(folder, *tables, organ, dates="ddmonyyyy")
+    tables = random_tables(rows, "liver", 0, history_rows=SRTR_ROWS)
+    write_folder(folder, *tables, "liver", dates="ddmonyyyy")
 
 
 def mimic_times(hours):
@@ -69,7 +68,7 @@ def mimic_times(hours):
     return text
 
 
-def write_mimic(folder, rows, form=".csv"):
+def write_mimic(folder, rows):
     """Write a MIMIC-IV with so many rows of labevents, in all columns of version 3.1.
 
     A patient has one admission. One in 200 is coded as ketoacidosis and one in three was in
@@ -98,8 +97,7 @@ def write_mimic(folder, rows, form=".csv"):
     }
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv.gz", index=False)
-    path = folder / "hosp" / f"labevents{form}"
-    with gzip.open(path, "wb", 1) if form == ".csv.gz" else path.open("wb") as file:
+    with (folder / "hosp" / "labevents.csv").open("wb") as file:
         write_labevents(file, rows, stays)
 
 
@@ -183,7 +181,7 @@ def command(what, folder):
     return [*words, "--no_splits"]
 
 
-def measure(what, folder, options, flags):
+def measure(what, folder, flags):
     """Read in this process; return processor seconds and MiB, and those before reading."""
     import dataset_format
     import srtr_dataset
@@ -193,7 +191,7 @@ def measure(what, folder, options, flags):
     if what == "dka":
         dataset_format.MIMICtrajectoryDataset(folder / "data.csv")
     elif what == "srtr":
-        srtr_dataset.SRTRTrajectoryDataset(folder, **options)
+        srtr_dataset.SRTRTrajectoryDataset(folder, "liver")
     elif code := dataset_format.main([*command(what, folder), *flags]):
         raise SystemExit(code)
     return {"s": time.process_time() - began, "MiB": peak_mib(), **imports}
@@ -204,24 +202,18 @@ def main(argv=None):
     parser.add_argument("--what", choices=tuple(WRITE), required=True)
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--form", choices=(".csv", ".csv.gz"), help="of labevents")
-    parser.add_argument("--organ", choices=("liver", "kidney"), help="of srtr")
     arguments, flags = parser.parse_known_args(argv)
-    what, chosen = arguments.what, {"from_mimic": "form", "srtr": "organ"}.get(arguments.what)
-    own = {chosen: getattr(arguments, chosen)} if chosen and getattr(arguments, chosen) else {}
-    if what == "srtr":
-        own.setdefault("organ", "liver")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        WRITE[what](folder, arguments.rows, **own)
+        WRITE[arguments.what](folder, arguments.rows)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
         runs = []
         for _ in range(arguments.repeats):
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                runs.append(process.submit(measure, what, folder, own, flags).result())
+                runs.append(process.submit(measure, arguments.what, folder, flags).result())
     shown = {name: spread([run[name] for run in runs]) for name in runs[0]}
     write(
-        f"{' '.join([what, *own.values(), *flags])}, {arguments.rows:,} rows, {size:,.0f} MiB: "
+        f"{' '.join([arguments.what, *flags])}, {arguments.rows:,} rows, {size:,.0f} MiB: "
         f"processor {shown['s']} s, peak {shown['MiB']} MiB; imports before it {shown['import s']} "
         f"s, {shown['import MiB']} MiB\n"
         f"{machine('pandas', 'duckdb')}; median (minimum to maximum) of {arguments.repeats}"

@@ -159,7 +159,7 @@ def main(argv=None):
             costs[name, seed] = run
             write(f"{name}, split {seed}: {run}")
         tables.append(table)
-    on = machine("torch", "pypots", threads=arguments.threads)
+    on = machine("torch", threads=arguments.threads)
     frame = pd.DataFrame.from_dict(costs, orient="index").rename_axis(["model", "seed"])
     write(f"{arguments.data.name}; {on}\n{results(tables, frame).to_string()}")
     write(f"{time.perf_counter() - began:.0f} s")
