@@ -57,7 +57,7 @@ def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
     risk_over_time.main(["--data", data])
     srtr.main(["--rows", "300"])
     out = capsys.readouterr().out
-    for word in ("blend with statics", "minus stage 1", "calibration_slope", "last MELD"):
+    for word in ("blend with statics", "seconds per epoch", "calibration_slope", "last MELD"):
         assert word in out
 
     # PyPOTS goes on in silence when training fails, here after the first epoch.

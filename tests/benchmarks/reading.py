@@ -7,10 +7,9 @@
     python tests/benchmarks/reading.py --what from_meds --rows 1000000 [flags of the command]
 
 ``dka`` and ``srtr`` read a data set as training does; the others run that command of
-dataset_format.py. Rows are patients (``dka``), registrations (``srtr``), rows of labevents
-(``from_mimic``) or events. Each case runs ``--repeats`` times, each time in a new process. The
-time is that of the processor, since other work on a machine lengthens the elapsed time. Both the
-time and the memory before reading, which the imports need, are printed. Needs pyarrow.
+dataset_format.py. Rows are patients, registrations, rows of labevents, or events. Each of the
+``--repeats`` is a new process. The time is that of the processor, since other work on a machine
+lengthens the elapsed time. Needs pyarrow.
 """
 
 import argparse

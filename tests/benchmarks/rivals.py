@@ -27,7 +27,7 @@ from common import SAMPLE, machine, needed, peak_mib, train_stage1, write
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation.metrics_table import evaluate_splits
-from medgemma_clinical.evaluation.verdicts import difference_text, value_text
+from medgemma_clinical.evaluation.tables import model_table
 
 STATIC, NO_STATIC = "stage 1", "stage 1 without static features"
 OURS = {
@@ -118,19 +118,7 @@ def one_run(name, arguments, seed):
     else:
         hours = arguments.step_hours
         risks, seconds = train_rival(name, arguments.data, seed, arguments.epochs, hours)
-    return {"risks": risks, "seconds": seconds, "MiB": peak_mib()}
-
-
-def results(tables, costs):
-    """Return AUROC, the differences to stage 1 with and without static features, and the costs."""
-    models = list(costs.index.unique(level="model"))
-    lines = pd.DataFrame(index=pd.Index(models, name="model"))
-    for reference in [name for name in (STATIC, NO_STATIC) if name in models] or models[:1]:
-        auroc = evaluate_splits(tables, 0, reference).metric("auroc").loc[models]
-        lines["AUROC"] = [value_text(row) for _, row in auroc.iterrows()]
-        lines[f"minus {reference}"] = [difference_text(row) for _, row in auroc.iterrows()]
-    lines[["s per epoch", "MiB"]] = costs.groupby("model").median().loc[models].round(2)
-    return lines
+    return {"risks": risks, "seconds per epoch": seconds, "MiB": peak_mib()}
 
 
 def main(argv=None):
@@ -148,7 +136,7 @@ def main(argv=None):
     began = time.perf_counter()
     dataset = MIMICtrajectoryDataset(arguments.data)
     columns = {"id": dataset.ids, "patient": dataset.groups, "label": dataset.labels}
-    spawn, tables, costs = multiprocessing.get_context("spawn"), [], {}
+    spawn, tables, costs = multiprocessing.get_context("spawn"), [], []
     for seed in range(arguments.seeds):
         test = dataset.split(seed)["test"]
         table = pd.DataFrame({name: column[test] for name, column in columns.items()})
@@ -156,13 +144,14 @@ def main(argv=None):
             with ProcessPoolExecutor(1, spawn) as process:
                 run = process.submit(one_run, name, arguments, seed).result()
             table[name] = run.pop("risks")
-            costs[name, seed] = run
-            write(f"{name}, split {seed}: {run}")
+            costs.append({"model": name, **run})
         tables.append(table)
     on = machine("torch", threads=arguments.threads)
-    frame = pd.DataFrame.from_dict(costs, orient="index").rename_axis(["model", "seed"])
-    write(f"{arguments.data.name}; {on}\n{results(tables, frame).to_string()}")
-    write(f"{time.perf_counter() - began:.0f} s")
+    write(f"{arguments.data.name}; {on}; {time.perf_counter() - began:.0f} s")
+    for reference in [name for name in (STATIC, NO_STATIC) if name in table]:
+        metrics = model_table(evaluate_splits(tables, 0, reference))
+        write(f"{metrics.to_string(index=False)}\n")
+    write(pd.DataFrame(costs).groupby("model").median().round(2).to_string())
     return 0
 
 
