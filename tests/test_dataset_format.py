@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,12 +20,10 @@ from medgemma_clinical.data.dka import (
     text_of,
 )
 from medgemma_clinical.data.scoring import Findings
-from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
+from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
 from trajectories import LABEL, SERIES, dataset_of, table_of
 
-ROOT = Path(dataset_format.__file__).parent
-BICARBONATE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
 THREE = pd.DataFrame(
     {
@@ -70,7 +67,7 @@ def numbered(count):
     return pd.DataFrame({"name": [f"n{k}" for k in range(count)], "value": range(count)})
 
 
-@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+@pytest.mark.parametrize("ending", ["csv.gz", "parquet"])
 def test_read_tables__chunks_join_to_the_whole_file(ending, tmp_path):
     path = write_table(numbered(7), tmp_path / f"data.{ending}")
     for max_rows, sizes in ((3, [3, 3, 1]), (7, [7])):
@@ -87,20 +84,14 @@ PLAIN = b'a,b\n1,"x, y"\n3,4\n'
 GZIP = gzip.compress(PLAIN * 50)
 FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
 BAD_TABLES = {  # content and what the message names beside the file
-    "a field too many in the first row": (b"a,b\n1,2,98765\n3,4\n", "row 2: 3 cells"),
-    "a field too many in a late row": (PLAIN + b"1,2,98765\n5,6\n", "row 4: 3 cells"),
-    "a field too few": (b"a,b\n1,\n\n3", "row 4: 1 cells"),
-    "an open quote": (PLAIN + b'1,"98765\n3,4\n', "quotes"),
+    "a field too many": (PLAIN + b"1,2,98765\n5,6\n", "row 4: 3 cells"),
     "a quote that swallows rows": (b'a,b\n1,"98765\n3,4\n5,"6"\n7,8\n', "quotes"),
     "text behind a quote": (PLAIN + b'1,"2"98765\n', "quotes"),
-    "semicolons": (PLAIN.replace(b",", b";"), "row 1: .*commas"),
     "semicolons and decimal commas": (b"\na;b\n24,5;0\n", "row 2: .*commas"),
     "tabs": (PLAIN.replace(b",", b"\t"), "row 1: .*commas"),
     "empty": (b"\xef\xbb\xbf\n \r\n", "empty"),
-    "Latin-1": (PLAIN + b"\xe9,1\n", "UTF-8"),
     "UTF-16": (PLAIN.decode().encode("utf-16"), "UTF-8"),
     "no gzip": (PLAIN, "gzip"),
-    "a cut gzip": (GZIP[: len(GZIP) // 2], "gzip"),
     "a flipped gzip": (FLIPPED, "gzip"),
     "no Parquet": (PLAIN, "Parquet"),
 }
@@ -119,22 +110,19 @@ def test_a_damaged_file_is_refused_by_name(name, tmp_path):
 
 
 def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
-    for source in (tmp_path, tmp_path / "none.csv", tmp_path / ("x" * 300), numbered(0)):
-        assert_refused(source, "file|no rows")
     path = write_table(numbered(0), tmp_path / "data.parquet")
-    assert_refused(path, "no rows")
-    content = write_table(numbered(3), path).read_bytes()
-    path.write_bytes(content[: len(content) // 2])
+    for source in (tmp_path, tmp_path / ("x" * 300), numbered(0), path):
+        assert_refused(source, "file|no rows")
+    path.write_bytes(path.read_bytes()[:-20])
     assert_refused(path, "Parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert_refused(path, "pip install pyarrow")
+    assert_refused(path, "pyarrow")
 
 
 def test_cells_of_any_type_are_text(tmp_path):
     columns = {
         "float": ([1.0, np.nan, 2.5], ["1", "", "2.5"]),
         "large": ([2.0**60, 1e300, -3.0], [str(2.0**60), "1e+300", "-3"]),
-        "nullable": (pd.array([1.0, None, 2.5], dtype="Float64"), ["1", "", "2.5"]),
         "whole": (pd.array([1, None, 3], dtype="Int64"), ["1", "", "3"]),
         "boolean": (pd.array([True, None, False], dtype="boolean"), ["True", "", "False"]),
         "category": (pd.Categorical([" a ", None, "b"]), ["a", "", "b"]),
@@ -180,21 +168,17 @@ WRONG_VALUES = {
 }
 
 
-@pytest.mark.parametrize("key", WRONG_VALUES)
-def test_a_wrong_key_or_value_is_refused_by_its_key(key, tmp_path):
-    for content in WRONG_VALUES[key]:
+@pytest.mark.parametrize("key", [*WRONG_VALUES, None])
+def test_a_wrong_description_is_refused_by_its_key(key, tmp_path):
+    place = re.escape(f"{tmp_path / 'data.json'}" + (f", key {key}: " if key else ""))
+    contents = [b"{", b"[]", b"null", b"\xff"]
+    for value in WRONG_VALUES.get(key, []):
         for name in reversed(key.split(".")):
-            content = {name: content}
-        (tmp_path / "data.json").write_text(json.dumps(content))
-        place = re.escape(f"{tmp_path / 'data.json'}, key {key}: ")
-        with pytest.raises(InputError, match=f"^{place}"):
-            read_description(tmp_path / "data.csv")
-
-
-def test_a_file_that_is_no_description_is_refused(tmp_path):
-    for content in (b"{", b"[]", b"null", b"\xff", b"[" * 100_000):
+            value = {name: value}
+        contents.append(json.dumps(value).encode())
+    for content in contents[4 * bool(key) :]:
         (tmp_path / "data.json").write_bytes(content)
-        with pytest.raises(InputError, match=r"data\.json"):
+        with pytest.raises(InputError, match=f"^{place}"):
             read_description(tmp_path / "data.csv")
 
 
@@ -262,15 +246,11 @@ def test_without_the_patient_there_is_one_warning_and_none_of_a_column_that_is_n
         (["age", "clinical_trajectorie", LABEL], SERIES, "clinical_trajectorie"),
         ([SERIES, "30_day_mortality", "label_escalatoin"], LABEL, "label_escalatoin"),
         ([SERIES, "30_day_mortality", "outcome"], LABEL, "30_day_mortality"),
-        ([SERIES, LABEL, "label_death"], "lable_death", "label_death"),
     ],
 )
 def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, meant):
     table = pd.DataFrame({name: ["1 (0h)" if name == SERIES else "0"] for name in columns})
-    label = missing if missing != SERIES else None
-    assert "header" not in assert_refused(
-        table, rf"column {missing}: .*{meant}", label_column=label
-    )
+    assert_refused(table, rf"column {missing}: .*{meant}")
 
 
 def test_a_first_row_of_cells_is_not_shown(tmp_path):
@@ -315,10 +295,9 @@ def test_a_column_twice_is_refused_unless_it_is_not_read(tmp_path):
     table = table_of(["1 (0h)"], subject_id="1", static_x=1, trajectory_x="1 (0h)", note="a")
     for name in table:
         path = write_table(pd.concat([table, table[[name]]], axis=1), tmp_path / "data.csv")
-        if name == "note":
-            MIMICtrajectoryDataset(path)
-        else:
+        if name != "note":
             assert_refused(path, f"column {name}: ")
+    MIMICtrajectoryDataset(path)
 
 
 BAD_NAMES = ["trajectory_ _ [u]", "trajectory_x [", "trajectoryglucose", "Trajectory_x"]
@@ -381,19 +360,6 @@ def scored(source, max_rows=100, strict=False, **change):
     return list(rows), findings
 
 
-@pytest.fixture(params=["file", "DataFrame"])
-def source_of(request, tmp_path):
-    """Make a source of a table: a file, whose rows are numbered from 2, or a DataFrame."""
-
-    def make(table):
-        table = pd.DataFrame(table)
-        if request.param == "DataFrame":
-            return table, 0
-        return write_table(table, tmp_path / "new.csv"), 2
-
-    return make
-
-
 @pytest.mark.parametrize("max_rows", [1, 9])
 @pytest.mark.parametrize(
     ("inputs", "kept", "problems"),
@@ -403,9 +369,9 @@ def source_of(request, tmp_path):
     ],
 )
 def test_a_row_with_a_wrong_input_has_a_problem_and_the_others_are_scored(
-    inputs, kept, problems, max_rows, source_of
+    inputs, kept, problems, max_rows, tmp_path
 ):
-    source, first = source_of(NEW)
+    source, first = write_table(pd.DataFrame(NEW), tmp_path / "new.csv"), 2
     chunks, findings = scored(source, max_rows, inputs=inputs)
     readable = [chunk.ids[chunk.positions].tolist() for chunk in chunks]
     assert "".join(map("".join, readable)) == kept
@@ -423,8 +389,7 @@ def test_a_row_with_a_wrong_input_has_a_problem_and_the_others_are_scored(
 @pytest.mark.parametrize(
     ("lacking", "there"),
     [
-        *((name, "") for name in ("static_x", "static_age [years]", "prediction_hours", SERIES)),
-        ("static_age [years]", "static_age [months]"),
+        *((name, "") for name in ("static_x", "prediction_hours", SERIES)),
         ("static_age [years]", "static_age"),
     ],
 )
@@ -443,11 +408,9 @@ TWO = {
 }
 
 
-@pytest.mark.parametrize("more", [["pH"], ["lactate [mmol/L]"], ["pH", "Lactate [mmol/L]"]])
-def test_the_main_column_of_a_data_frame_is_the_series_without_one_of_its_own(more):
-    series = [SERIES, *(f"trajectory_{name}" for name in more)]
-    rows = pd.DataFrame({**{key: ["1 (0h)"] for key in series}, LABEL: ["0"]})
-    ((row,), _) = scored(rows, **TWO)
+@pytest.mark.parametrize("name", ["pH", "lactate [mmol/L]"])
+def test_the_main_column_of_a_data_frame_is_the_series_without_one_of_its_own(name):
+    ((row,), _) = scored(table_of(["1 (0h)"], **{f"trajectory_{name}": "1 (0h)"}), **TWO)
     assert (row.dataset.features, row.dataset.outcome) == (("Lactate", "pH"), "Death")
     assert row.dataset.prompt(0).endswith("And then?\n")
 
@@ -479,37 +442,26 @@ def test_a_file_of_another_meaning_is_refused_by_column(
         assert (row.dataset.outcome, row.dataset.question) == ("Death", "And then?")
 
 
-def test_a_bad_file_ends_the_command_with_2_and_one_line(tmp_path, capsys):
+def test_the_check_shows_a_refused_cell_only_where_that_is_wanted(tmp_path, capsys):
     path = write(tmp_path / "bad.csv", f"{SERIES},{LABEL}\n{SECRET} (0),1\n".encode())
-    for flags, shown in (([], False), (["--show_values"], True)):
+    for flags in ([], ["--show_values"]):
         assert dataset_format.main(["check", str(path), *flags]) == 2
-        output = capsys.readouterr()
-        assert re.fullmatch(rf"error: .*row 2, column {SERIES}: .+\n", output.err)
-        assert output.out.endswith("not ready\n")
-        assert (SECRET in output.err) == shown
-
-
-def rows_of(dataset, i):
-    """Time and values of each observation."""
-    rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
-    return np.column_stack([dataset.times[rows], dataset.values[rows]])
+        assert (SECRET in capsys.readouterr().err) == bool(flags)
 
 
 # --------------------------------------------------------------------------- observations
 
 
 def test_the_most_recent_observations_are_kept(caplog):
-    long = " -> ".join(f"{k} ({k}h)" for k in reversed(range(60)))
+    long = " -> ".join(f"{k} ({k}h)" for k in range(60))
     shifted = " -> ".join(f"{k} ({k + 0.5}h)" for k in range(60))
     table = table_of([long, "1 (0h)"], trajectory_x=[shifted, ""])
     with caplog.at_level(logging.INFO):
         dataset = MIMICtrajectoryDataset(table)
     assert any("1 of 2 patients" in x and "--max_len 120" in x for x in caplog.messages)
     assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
-    assert rows_of(dataset, 0)[[0, -1], 0].tolist() == [59.5 - (MAX_LEN_SEVERAL - 1) / 2, 59.5]
-    for options, length in (({"max_len": 7}, 7), ({"series": ["Anion gap"]}, 20)):
-        assert MIMICtrajectoryDataset(table, **options).lengths.tolist() == [length, 1]
-    assert dataset_of([long, "1 (0h)"], 3).times.tolist() == [57, 58, 59, 0]
+    assert dataset.times[0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
+    assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]
 
 
 def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
@@ -519,9 +471,8 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
     assert (dataset.ids.tolist(), dataset.labels.tolist()) == (["a", "b"], [0, 1])
     assert dataset.contexts.tolist() == ["old", ""]
     assert dataset.parts.tolist() == ["train", "val"]
-    assert dataset.prediction_hours.tolist() == [9, 9]
-    np.testing.assert_array_equal(rows_of(dataset, 0), [(2, NAN, 300), (2.5, NAN, 250)])
-    np.testing.assert_array_equal(rows_of(dataset, 1), [(1, 6, NAN), (4, 5, 90)])
+    assert dataset.times.tolist() == [2, 2.5, 1, 4]
+    np.testing.assert_array_equal(dataset.values, [(NAN, 300), (NAN, 250), (6, NAN), (5, 90)])
     assert_refused(THREE.assign(**{UREA: ""}), "Blood urea", series=["Blood urea"])
 
 
@@ -540,9 +491,9 @@ def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
 
 
 def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
-    contexts = [" man, 54 years ", None, "x" * 20_000, *["short"] * 997]
+    contexts = [None, "x" * 20_000, *["short"] * 998]
     dataset = dataset_of(["1 (0h)"] * 1000, clinical_context=contexts)
-    assert dataset.contexts[:2].tolist() == ["man, 54 years", ""]
+    assert dataset.contexts[0] == ""
     assert dataset.contexts.nbytes < 1_000_000
 
 
@@ -561,65 +512,37 @@ def test_any_column_of_0_and_1_is_the_label():
     assert (dataset.labels.tolist(), dataset.outcome) == ([1, 1, 0], "Death")
     assert dataset.read_options["label_column"] == "label_death"
     for required in (True, False):
-        options = {"label_column": "death", "require_labels": required}
-        assert_refused(table, "column death: ", **options)
+        assert_refused(table, "column death", label_column="death", require_labels=required)
 
 
 # --------------------------------------------------------------------------- prompts
 
-MAIN = "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "
-LAST = "Last values: Anion gap 20 mEq/L (2h), glucose 250 mg/dL (2.5h), Blood urea not measured. "
-GLUCOSE_TEXT = "glucose (mg/dL): 300 (2h) -> 250 (2.5h). "
-PROMPTS = {
-    "all": MAIN + GLUCOSE_TEXT + "Blood urea: not measured. ",
-    "main": MAIN,
-    "last": LAST,
-    "none": "",
-}
 
-
-@pytest.mark.parametrize("choice", SERIES_TEXT)
-def test_the_prompt_holds_the_series_that_were_chosen_and_what_a_report_computes(choice):
-    dataset, question = MIMICtrajectoryDataset(THREE), "Will care have to be escalated?\n"
-    prompts = [dataset.prompt(0, PromptOptions(series=choice, computed=c)) for c in (False, True)]
-    assert prompts[0] == "old. " + PROMPTS[choice] + question
-    words = re.escape(prompts[0]).replace(re.escape(MAIN), re.escape(MAIN) + "lowest .*falling. ")
-    words = words.replace(re.escape(GLUCOSE_TEXT), re.escape(GLUCOSE_TEXT) + "falling. ")
-    assert re.fullmatch(words, prompts[1])
+@pytest.mark.parametrize(
+    ("choice", "text"), [("main", "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "), ("none", "")]
+)
+def test_the_prompt_holds_the_series_that_were_chosen(choice, text):
+    prompt = MIMICtrajectoryDataset(THREE).prompt(0, PromptOptions(series=choice))
+    assert prompt == f"old. {text}Will care have to be escalated?\n"
 
 
 # --------------------------------------------------------------------------- check
 
 
-def checked(table, folder, *flags):
-    table.to_csv(folder / "data.csv", index=False)
-    return dataset_format.main(["check", str(folder / "data.csv"), *flags])
-
-
 def test_the_check_prints_a_line_a_series(tmp_path, capsys):
     table = pd.concat([THREE.assign(subject_id=THREE["subject_id"] + str(k)) for k in range(20)])
+    path = write_table(table, tmp_path / "data.csv")
     (tmp_path / "data.json").write_text('{"limits": {"Blood_Urea": [1, 5.5]}}')
-    assert checked(table, tmp_path) == 2
-    assert "equal" in capsys.readouterr().err
-    assert checked(table, tmp_path, "--allow_duplicates") == 0
+    assert dataset_format.main(["check", str(path)]) == 2
+    assert "--allow_duplicates" in capsys.readouterr().err
+    words = ["check", str(path), "--allow_duplicates"]
+    assert dataset_format.main(words) == 0
     output = capsys.readouterr().out
     assert "Anion gap [mEq/L]: median 20, quartiles 7 to 24" in output
     assert re.search(r"Blood urea: median 5.5, .* in 20 of 60 patients, median 2 ", output)
     assert "warning: Blood urea: 20 of 40 values lie outside 1 to 5.5" in output
     assert output.count("lie outside") == 1
-    assert checked(table, tmp_path, "--series", "lactate") == 2
-    assert "--series" in capsys.readouterr().err
-    words = ("--series", "glucose", "--max_len", "1", "--allow_duplicates")
-    assert checked(table, tmp_path, *words) == 0
+    assert dataset_format.main([*words, "--series", "glucose", "--max_len", "1"]) == 0
     output = capsys.readouterr().out
     assert "Blood urea" not in output
     assert "observations a row: median 1, quartiles 1 to 1" in output
-
-
-def test_the_command_summarises_the_sample_data(capsys):
-    assert dataset_format.main(["check", str(BICARBONATE)]) == 0
-    output = capsys.readouterr()
-    for words in ("rows 3,850, patients 3,850", "539 events in 3,850", "train 3,080 rows"):
-        assert words in output.out
-    assert "warning" not in output.out + output.err
-    assert output.out.endswith("\nready\n")
