@@ -40,17 +40,13 @@ def test_tables_beyond_the_limit_lie_in_a_private_folder_that_goes(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_threads_are_at_most_the_cores(tmp_path):
+def test_threads_are_at_most_the_cores_and_a_lack_of_memory_is_a_fault_of_the_run(tmp_path):
     cores = len(os.sched_getaffinity(0))
     for given, used in ((0, cores), (1, 1), (100_000, cores)):
-        with duck.open_database(tmp_path / "out.csv", "100MB", given) as database:
+        with duck.open_database(tmp_path / "out.csv", "20MB", given) as database:
             assert database.row("SELECT current_setting('threads')") == (used,)
-
-
-def test_a_query_that_needs_more_memory_is_a_fault_of_the_run(tmp_path):
-    opened = duck.open_database(tmp_path / "out.csv", "20MB", 2)
-    with opened as database, pytest.raises(RunFault, match="--memory_limit"):
-        database.run("SELECT list(i) FROM range(8_000_000) AS t(i)")
+            with pytest.raises(RunFault, match="--memory_limit"):
+                database.run("SELECT list(i) FROM range(8_000_000) AS t(i)")
 
 
 FULL = """
@@ -133,17 +129,15 @@ def test_csv_gzip_and_parquet_are_read_alike(database, tmp_path):
         pd.testing.assert_frame_equal(other, first)
 
 
-@pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_a_folder_named_like_a_column_replaces_nothing(ending, database, tmp_path):
+def test_a_folder_named_like_a_column_replaces_nothing(database, tmp_path):
     """DuckDB's hive partitioning would."""
     folder = tmp_path / "value=1000" / "2=7"
     folder.mkdir(parents=True)
     table = pd.DataFrame({"item": [1, 2], "subject": 2, "time": "2150-01-01", "value": [1.5, 3.0]})
-    path = folder / f"t.{ending}"
-    table = table.assign(unit="mg")
-    table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False)
-    assert read(database, path)["item"].tolist() == [1, 2]
-    assert read(database, path)["value"].tolist() == [1.5, 3.0]
+    table.assign(unit="mg").to_parquet(folder / "t.parquet")
+    table.assign(unit="mg").to_csv(folder / "t.csv", index=False)
+    for path in folder.iterdir():
+        assert read(database, path)[["item", "value"]].to_numpy().tolist() == [[1, 1.5], [2, 3]]
 
 
 def edit(old, new, line=300):
@@ -158,11 +152,9 @@ def edit(old, new, line=300):
 
 BAD = [  # change, place
     (edit("74.5", SECRET + "x"), ", column value: 1 cell "),
-    (edit("2150-", SECRET), ", column time: 1 cell "),
     (edit("2150-01-01 00:58:00", ""), ", column time: 1 cell "),
     *((edit("3,", f"{key},"), ", column item: 1 cell ") for key in BAD_KEYS),
     (lambda text: text.replace(",2150-01-01 00:58", ",soon"), ", column time: 8 cells "),
-    (edit("mEq/L", f'"{SECRET}'), ", line 300: "),
     (edit("mEq/L,", f'mEq/L,"{SECRET}\n', 501), ", line 501: "),
     (edit('twice"', 'twice"\r'), ", line 300: "),
     (lambda text: "", ": "),
@@ -192,14 +184,12 @@ def test_cells_of_rows_that_are_not_kept_are_not_looked_at_but_for_keys(database
 
 
 def test_damage_within_a_parquet_file_is_the_files(database, tmp_path):
-    path = tmp_path / "t.parquet"
+    path, refused = tmp_path / "t.parquet", 0
     columns = {"item": range(500), "subject": 1, "time": "2150-01-01", "value": 1.5, "unit": ""}
     pd.DataFrame(columns).to_parquet(path)
     whole = path.read_bytes()
-    damaged = [whole[:k] + bytes(20) + whole[k + 20 :] for k in range(40, len(whole) - 8, 211)]
-    refused = 0
-    for content in [whole[:-20], *damaged]:
-        path.write_bytes(content)
+    for k in range(40, len(whole) - 8, 211):
+        path.write_bytes(whole[:k] + bytes(20) + whole[k + 20 :])
         try:
             read(database, path)
         except InputError as error:
@@ -258,25 +248,23 @@ def test_a_file_of_another_origin_or_form_is_no_output(tmp_path):
             duck.check_target(tmp_path / name)
     duck.write_rows(ROWS, DESCRIPTION, tmp_path / "c.csv")
     duck.check_target(tmp_path / "c.csv")
+    partial_path(tmp_path / "new.csv").symlink_to(tmp_path / "elsewhere")
     duck.check_target(tmp_path / "new.csv")
+    assert not (tmp_path / "elsewhere").exists(), "a planted link is not followed"
 
 
 def make_file(out, make=lambda _: (ROWS, DESCRIPTION)):
     return duck.make_file(duck.TableRequest(out=out, memory_limit="1GB", threads=1), make)
 
 
-def test_two_runs_do_not_write_one_file(tmp_path):
+def test_a_file_has_one_writer_who_removes_what_a_killed_one_spilt(tmp_path):
     with locked(tmp_path / "out.csv"), pytest.raises(InputError, match="another run"):
         make_file(tmp_path / "out.csv")
-
-
-def test_what_a_killed_run_spilt_is_removed(tmp_path):
-    other = tmp_path / ".other.csv.spill-x"
-    for folder in (tmp_path / ".out.csv.spill-x", other):
-        folder.mkdir()
-        (folder / "values").write_text("patients")
+    for name in (".out.csv.spill-x", ".other.csv.spill-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "values").write_text("patients")
     assert make_file(tmp_path / "out.csv") == 0
-    names = {"out.csv", "out.json", ".out.csv.lock", other.name}
+    names = {"out.csv", "out.json", ".out.csv.lock", ".other.csv.spill-x"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -309,9 +297,3 @@ def test_each_candidate_is_removed_by_the_first_rule_that_applies():
     assert [(rule["removed"], rule["left"]) for rule in flow] == [(2, 1), (0, 1)]
     with pytest.raises(InputError, match="table: of 3 candidates none is left: 3 out"):
         duck.apply_rules(rules.assign(first=True), "table")
-
-
-def test_a_planted_link_is_not_followed(tmp_path):
-    partial_path(tmp_path / "out.csv").symlink_to(tmp_path / "elsewhere")
-    duck.check_target(tmp_path / "out.csv")
-    assert not (tmp_path / "elsewhere").exists()
