@@ -19,6 +19,7 @@ LAST_DAY = 23500
 SUFFIX = {"kidney": "kipa", "liver": "liin"}
 CODE = {"kidney": "KI", "liver": "LI"}
 DATE_COLUMNS = ("_DT", "CAN_ENDWLFU")
+DEATHS = ("CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT")
 LABELS = {
     "WL_ORG": {"KI": "Kidney", "LI": "Liver", "KP": "Kidney: Pancreas", "IN": "Intestine"},
     "CAN_REM_CD": {8: "Candidate died", 13: "Too sick to transplant", 4: "Deceased donor tx"},
@@ -37,36 +38,18 @@ DATE_FORMATS = {
 
 def candidate(px, organ="liver", /, **columns):
     """Return a CAND row of an adult who still waits on day 1000."""
-    return {
-        "PX_ID": px,
-        "PERS_ID": px + 500_000,
-        "WL_ORG": CODE[organ],
-        "CAN_SOURCE": "A",
-        "CAN_LISTING_DT": LISTED,
-        "CAN_REM_CD": None,
-        "CAN_REM_DT": None,
-        "CAN_DEATH_DT": None,
-        "PERS_OPTN_DEATH_DT": None,
-        "PERS_SSA_DEATH_DT": None,
-        "REC_TX_DT": None,
-        "CAN_ENDWLFU": LISTED + 1000,
-        "CAN_AGE_IN_MONTHS_AT_LISTING": 600,
-        "CAN_GENDER": "F",
-        "CAN_ABO": "O",
-        "CAN_BMI": 25.5,
-        "CAN_DIAB": 1,
-        "CAN_PREV_TX": 0,
-        **columns,
-    }
+    about = {"CAN_SOURCE": "A", "CAN_LISTING_DT": LISTED, "CAN_ENDWLFU": LISTED + 1000}
+    about |= {"CAN_AGE_IN_MONTHS_AT_LISTING": 600, "CAN_GENDER": "F", "CAN_ABO": "O"}
+    about |= {"CAN_BMI": 25.5, "CAN_DIAB": 1, "CAN_PREV_TX": 0, "WL_ORG": CODE[organ]}
+    about |= dict.fromkeys(("CAN_REM_CD", "CAN_REM_DT", "REC_TX_DT", *DEATHS))
+    return {"PX_ID": px, "PERS_ID": px + 500_000, **about, **columns}
 
 
 def history_row(px, day, organ="liver", **columns):
     """Return a STATHIST row that begins so many days after ``LISTED``."""
-    measured = (
-        {"CANHX_STAT_CD": 6215, "CANHX_SRTR_LAB_MELD": 6215}
-        if organ == "liver"
-        else {"CANHX_STAT_CD": 4010, "CANHX_CPRA": 0.2}
-    )
+    measured = {"CANHX_STAT_CD": 6215, "CANHX_SRTR_LAB_MELD": 6215}
+    if organ == "kidney":
+        measured = {"CANHX_STAT_CD": 4010, "CANHX_CPRA": 0.2}
     return {"PX_ID": px, "CANHX_BEGIN_DT": LISTED + day, **measured, **columns}
 
 
@@ -87,13 +70,11 @@ def removed(code, day, px=1, **more):
 
 def synthetic_tables(organ):
     """Return the tables of ``SYNTHETIC`` with dates as SAS days."""
-    found = []
-    for name in ("cand", "stathist"):
-        table = pd.read_sas(SYNTHETIC / f"{name}_{SUFFIX[organ]}.sas7bdat", encoding="latin-1")
-        for column in table:
-            if table[column].dtype.kind == "M":
-                table[column] = (table[column] - EPOCH).dt.days
-        found.append(table)
+    paths = (SYNTHETIC / f"{name}_{SUFFIX[organ]}.sas7bdat" for name in ("cand", "stathist"))
+    found = [pd.read_sas(path, encoding="latin-1") for path in paths]
+    for table in found:
+        for column in table.select_dtypes("datetime"):
+            table[column] = (table[column] - EPOCH).dt.days
     return found
 
 
@@ -101,9 +82,8 @@ def random_tables(n, organ, seed, *, risk="MELD", history_rows=0):
     """Draw ``n`` registrations and their history, without a loop over them.
 
     For ``risk="MELD"`` those die within the horizon whose MELD is above 25 (kidney: GFR below 8) at
-    the landmark; for ``"shuffled"`` the same number of others; for ``"graded"`` the risk climbs
-    with that MELD (falls with that GFR) up to one half. ``history_rows``: their mean number a
-    registration, else 9 for a liver and 3 for a kidney.
+    the landmark; for ``"graded"`` the risk climbs with that MELD (falls with that GFR) up to one
+    half. ``history_rows``: their mean number a registration, else 9 for a liver, 3 for a kidney.
     """
     rng = np.random.default_rng(seed)
     landmark = 90 if organ == "liver" else 365
@@ -123,8 +103,6 @@ def random_tables(n, organ, seed, *, risk="MELD", history_rows=0):
     if risk == "graded":
         worse = (at_landmark.to_numpy() - 25) / 4 if organ == "liver" else (8 - gfr) / 3
         event = rng.random(n) < 0.5 / (1 + np.exp(-worse))
-    if risk == "shuffled":
-        event = rng.permutation(event)
     died = landmark + 1 + rng.integers(0, landmark, n)  # days after listing
     left = rng.integers(landmark // 2, 20 * landmark, n)  # others are removed much later or soon
     early = rng.random(n) < 0.2
@@ -170,9 +148,8 @@ def random_tables(n, organ, seed, *, risk="MELD", history_rows=0):
     history = {"PX_ID": cand["PX_ID"].to_numpy()[owner]}
     history |= {"CANHX_BEGIN_DT": begin, "CANHX_END_DT": begin + 30}
     if organ == "liver":
+        history |= dict.fromkeys(("CANHX_STAT_CD", "CANHX_SRTR_LAB_MELD"), 6200 + score)
         history |= {
-            "CANHX_STAT_CD": 6200 + score,
-            "CANHX_SRTR_LAB_MELD": 6200 + score,
             "CANHX_BILI": (score / 3 + rng.uniform(0, 3, m)).round(2),
             "CANHX_INR": (1 + score / 30).round(2),
             "CANHX_SERUM_CREAT": np.where(rng.random(m) < 0.9, score / 20, np.nan),
