@@ -76,14 +76,11 @@ class Mini:
         self.rows["hosp/labevents"].append(row | columns)
         return self
 
-    def gaps(self, hadm, *pairs):
-        for hour, value in pairs:
-            self.lab(hadm, hour, value)
-        return self
-
-    def settling(self, hadm):
+    def settling(self, hadm, start=0):
         """Add two open gaps within the window of 12 h and a closed one after it: no event."""
-        return self.gaps(hadm, (1, 20), (4, 18), (40, 9))
+        for hour, value in ((1, 20), (4, 18), (40, 9)):
+            self.lab(hadm, start + hour, value)
+        return self
 
     def trio(self, hadm, hour, sodium, **words):
         """Add sodium, chloride 100 and bicarbonate 20, drawn together."""

@@ -12,12 +12,8 @@ import pytest
 
 import dataset_format
 from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.dka import (
-    find_features,
-    read_description,
-    read_tables,
-    text_of,
-)
+from event_files import write_table
+from medgemma_clinical.data.dka import find_features, read_description, read_tables, text_of
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
@@ -40,15 +36,6 @@ SECRET = "98765"  # stands in the cells that are refused; no message may repeat 
 
 def write(path, content):
     path.write_bytes(gzip.compress(content) if path.suffix.lower() == ".gz" else content)
-    return path
-
-
-def write_table(table, path):
-    if path.suffix == ".parquet":
-        pytest.importorskip("pyarrow")
-        table.to_parquet(path)
-    else:
-        table.to_csv(path, index=False)
     return path
 
 
@@ -408,10 +395,12 @@ def test_a_file_of_another_meaning_is_refused_by_column(
 # --------------------------------------------------------------------------- observations
 
 
-def test_the_most_recent_observations_are_kept():
+def test_the_most_recent_observations_are_kept(caplog):
     long, shifted = (" -> ".join(f"{k} ({k + h}h)" for k in range(60)) for h in (0, 0.5))
     table = table_of([long, "1 (0h)"], trajectory_x=[shifted, ""])
-    dataset = MIMICtrajectoryDataset(table)
+    with caplog.at_level(logging.INFO):
+        dataset = MIMICtrajectoryDataset(table)
+    assert "1 of 2 patients" in caplog.text
     assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
     assert dataset.times[0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
     assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]

@@ -112,7 +112,7 @@ def hospital():
     """Two admissions of one patient, asked at 13 h and at 1013 h; one of another patient."""
     mini = mimic_files.Mini().admit(1, 0, 200, subject=5).admit(2, 1000, 1200, subject=5).admit(3)
     for hadm, start in ((1, 0), (2, 1000), (3, 0)):
-        mini.gaps(hadm, (start + 1, 20), (start + 4, 18))
+        mini.settling(hadm, start)
     return mini.tables()
 
 
