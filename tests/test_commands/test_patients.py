@@ -41,26 +41,26 @@ def test_the_page_shows_what_the_stage_has_and_all_other_files_are_as_without_it
     stage, runs, table, tmp_path
 ):
     data, plain, more = (tmp_path / name for name in ("rows.csv", "plain.csv", "more.csv"))
-    new = pd.read_csv(SAMPLE, dtype=str)[200:212].assign(label_escalation=["0", "1"] * 6)
-    write_data(pd.concat([table.head(21), new.assign(id=[f"new {k}" for k in range(12)])]), data)
+    new = pd.read_csv(SAMPLE, dtype=str)[200:208].assign(label_escalation=["0", "1"] * 4)
+    write_data(pd.concat([table.head(4), new.assign(id=[f"new {k}" for k in range(8)])]), data)
     predicted(runs / stage, data, plain)
     assert not patients_path(plain).exists(), "the page is never written unless asked for"
-    lines = predicted(runs / stage, data, more, "--explain", "--patients=row 20, row 3")
+    lines = predicted(runs / stage, data, more, "--explain", "--patients=row 3, row 1")
     assert more.read_bytes() == plain.read_bytes()
     reports = [out.with_suffix(".report.html").read_bytes() for out in (plain, more)]
     assert reports[0] == reports[1]
     assert {path.name for path in tmp_path.glob("more*")} == {
         *("more.csv", "more.report.html", "more.patients.html")
     }
-    assert shown(more) == ["row 20", "row 3"], "in the order given"
+    assert shown(more) == ["row 3", "row 1"], "in the order given"
     page = Page(patients_path(more).read_text())
-    for k in (20, 3):
+    for k in (3, 1):
         assert f"row {k} {percent(lines['probability'][k])}".replace("\xa0", " ") in page.text
     assert ("Soft prompt" in page.text) == (stage != "trajectory")
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":
-        assert lines["report"][20].partition(".")[0] in page.text
-        assert lines["problem"][20][1:] in page.text
+        assert lines["report"][3].partition(".")[0] in page.text
+        assert lines["problem"][3][1:] in page.text
 
 
 def test_the_page_is_the_owners_alone_and_no_message_names_a_patient(runs, tmp_path, capsys):

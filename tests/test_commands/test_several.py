@@ -28,6 +28,7 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
 
+DRAWS = 20
 DATASET = SimpleNamespace(outcome="Death")
 STAGE_1 = STAGE_NAMES["trajectory"]
 

@@ -27,7 +27,7 @@ def models(runs):
 def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
     stage, models, runs, table, tmp_path
 ):
-    table, model = table.head(20), models[stage]
+    table, model = table.head(9), models[stage]
     data = write_data(table, tmp_path / "rows.csv")
     written = predicted(runs / stage, data, tmp_path / "out.csv")
     described = MIMICtrajectoryDataset(table, description=read_description(data))
