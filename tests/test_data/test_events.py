@@ -339,11 +339,6 @@ def test_columns_have_the_names_that_are_given(tmp_path):
     assert f"trajectory_{GLUCOSE}" in rows, "without a unit"
 
 
-def test_one_subject_has_many_spellings(tmp_path):
-    table = two().long().astype({"subject_id": str}).replace({"subject_id": {"1": "01.0"}})
-    assert long(table, tmp_path, LABELS)["subject_id"].tolist() == ["1", "2"]
-
-
 def spoilt(column, cell):
     return lambda table: table.astype(str).assign(**{column: [cell, *table[column][1:]]})
 

@@ -212,20 +212,31 @@ def kidney_rows(days, cells, column="CANHX_DIAL"):
     return [history_row(1, day, "kidney", **{column: cell}) for day, cell in pairs]
 
 
-def test_rows_by_the_landmark_count_and_the_last_before_listing_is_carried_to_day_0(read):
-    days = [(-300, 6210), (-20, 6220), (30, 6230), (90, 6231), (91, 6240)]
-    rows = [history_row(1, day, CANHX_SRTR_LAB_MELD=meld) for day, meld in days]
-    assert read(*rows).feature("MELD") == [(0, 20), (30, 30), (90, 31)]
-    rows.append(history_row(1, 0, CANHX_SRTR_LAB_MELD=6225))
-    assert read(*rows).feature("MELD") == [(0, 25), (30, 30), (90, 31)]
+READ = [  # organ, feature, cells by day, values by day
+    ("liver", "MELD", {-9: 6210, -2: 6220, 30: 6230, 90: 6231, 91: 6240}, {0: 20, 30: 30, 90: 31}),
+    ("liver", "MELD", {-9: 6210, -2: 6220, 0: 6225}, {0: 25}),
+    ("liver", "MELD", {1: 6206, 2: 6240, 3: 22, 4: 6011}, {1: 6, 2: 40, 3: 22, 4: -1}),
+    ("liver", "status", {1: 6010, 2: 6012, 3: 6101, 4: 6299}, {1: 1, 2: 1, 3: 1, 4: 1}),
+    ("liver", "status", {1: 6011, 2: 6999, 3: 6300, 4: 7}, {1: 1, 2: 0, 3: -1, 4: -1}),
+    ("kidney", "status", {1: 4010, 2: 4050, 3: 4060}, {1: 1, 2: 1, 3: 1}),
+    ("kidney", "status", {1: 4099, 2: 4999, 3: 4000}, {1: 0, 2: 0, 3: -1}),
+]
+
+
+@pytest.mark.parametrize(("organ", "name", "cells", "values"), READ)
+def test_read_history__codes_and_days(organ, name, cells, values, read, caplog):
+    """Rows count by the landmark; the last before listing is carried to day 0."""
+    column = {"status": "CANHX_STAT_CD", "MELD": "CANHX_SRTR_LAB_MELD"}[name]
+    measured = {"CANHX_BILI" if organ == "liver" else "CANHX_CPRA": 1.0}
+    rows = [history_row(1, day, organ, **measured, **{column: cells[day]}) for day in cells]
+    assert dict(read(*rows, organ=organ).feature(name)) == values
+    unknown = [*values.values()].count(-1)
+    assert (f"{column}: {unknown} cells" in caplog.text) == bool(unknown)
 
 
 def test_the_rows_of_a_day_are_one_and_the_later_value_counts(read):
-    cells = [(9, 6210, 3.0), (9, 6220, None), (30, 6230, None)]
-    rows = [
-        history_row(1, day, CANHX_SRTR_LAB_MELD=meld, CANHX_BILI=bili) for day, meld, bili in cells
-    ]
-    found = read(*rows)
+    rows = [history_row(1, day, CANHX_SRTR_LAB_MELD=m) for day, m in ((9, 6220), (30, 6230))]
+    found = read(history_row(1, 9, CANHX_SRTR_LAB_MELD=6210, CANHX_BILI=3.0), *rows)
     assert found.feature("MELD") == [(9, 20), (30, 30)]
     assert found.feature("bilirubin") == [(9, 3), (30, -1)]  # measured on that day: not filled
     for codes, seconds in (((4099, 4010), (100, 200)), ((4010, 4099), (200, 100))):
@@ -248,24 +259,6 @@ def test_the_features_are_decoded(read):
     found = read(history_row(1, 5, **dict(zip(columns, cells, strict=True))))
     want = (1.5, 3.1, -1, 1, 2.5, 1.2, 133, 28, 2, -1, 0)
     assert [found.feature(feature.name) for feature in features] == [[(5, cell)] for cell in want]
-
-
-CODED = {
-    ("liver", "status"): {6010: 1, 6011: 1, 6012: 1, 6101: 1, 6299: 1, 6999: 0, 6300: -1, 7: -1},
-    ("kidney", "status"): {4010: 1, 4050: 1, 4060: 1, 4099: 0, 4999: 0, 4000: -1},
-    ("liver", "MELD"): {6206: 6, 6240: 40, 22: 22, 6011: -1, 6999: -1},
-}
-
-
-@pytest.mark.parametrize(("organ", "name"), CODED)
-def test_status_and_meld_codes(organ, name, read, caplog):
-    codes, extra = CODED[organ, name], {"liver": "CANHX_BILI", "kidney": "CANHX_CPRA"}[organ]
-    column = {"status": "CANHX_STAT_CD", "MELD": "CANHX_SRTR_LAB_MELD"}[name]
-    rows = [
-        history_row(1, day, organ, **{extra: 1.0, column: code}) for day, code in enumerate(codes)
-    ]
-    assert read(*rows, organ=organ).feature(name) == list(enumerate(codes.values()))
-    assert f"{column}: {list(codes.values()).count(-1)} cells" in caplog.text
 
 
 def test_dialysis_counts_from_its_day_and_gfr_enters_at_its_own(read):
