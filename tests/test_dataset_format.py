@@ -67,6 +67,7 @@ FLIPPED = GZIP[:-6] + bytes([GZIP[-6] ^ 0xFF]) + GZIP[-5:]
 BAD_TABLES = {  # content and what the message names beside the file
     "a quote that swallows rows": (b'a,b\n1,"98765\n3,4\n5,"6"\n7,8\n', "quotes"),
     "text behind a quote": (PLAIN + b'1,"2"98765\n', "quotes"),
+    "tabs": (PLAIN.replace(b",", b"\t"), "row 1: .*commas"),
     "semicolons and decimal commas": (b"\na;b\n24,5;0\n", "row 2: .*commas"),
     "empty": (b"\xef\xbb\xbf\n \r\n", "empty"),
     "UTF-16": (PLAIN.decode().encode("utf-16"), "UTF-8"),
