@@ -1,7 +1,10 @@
 """Each script of tests/benchmarks once at small size, and rules whose breach no number shows."""
 
+import ast
+import json
 import os
 import re
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -11,6 +14,7 @@ import encoder
 import epoch
 import gpu
 import memory
+import mutants
 import nafld
 import pandas as pd
 import phrasings
@@ -158,3 +162,28 @@ def test_gpu_step_that_fails_leaves_the_others_alone(monkeypatch, capsys):
     states = re.findall(r"^\| \w+ \| (\w+), ", out, re.MULTILINE)
     assert states == ["failed", "failed", "failed", "passed"]
     assert "- finding" in out
+
+
+def test_mutants_differ_by_one_operator_and_are_found_again(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mutants.py", "draw", "--number", "20"])
+    mutants.main()
+    for mutant in map(json.loads, capsys.readouterr().out.splitlines()):
+        lines = (mutants.ROOT / mutant["file"]).read_text(encoding="utf-8").split("\n")
+        index = mutants.find_line(["", *lines], mutant) - 1
+        assert index == mutant["line"] - 1
+        broken = "\n".join([*lines[:index], mutant["new"], *lines[index + 1 :]])
+        trees = [ast.walk(ast.parse(text)) for text in ("\n".join(lines), broken)]
+        types = [[type(node) for node in tree] for tree in trees]
+        assert sorted(map(str, types[0])) != sorted(map(str, types[1]))
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_mutants_run_tests_says_whether_one_failed(tmp_path, broken):
+    (tmp_path / "test_it.py").write_text(f"def test_it():\n    assert {not broken}\n")
+    code = "import mutants; print(mutants.run_tests('.', ['test_it.py'], 'log'))"
+    command, scripts = (
+        [sys.executable, "-c", code],
+        {"PYTHONPATH": str(mutants.ROOT / "tests/benchmarks")},
+    )
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | scripts, capture_output=True)
+    assert done.stdout == f"{broken}\n".encode()

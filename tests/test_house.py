@@ -52,12 +52,12 @@ def rank(module):
 
 
 def test_the_top_level_holds_what_the_card_promises():
-    shown = {path.name for path in ROOT.iterdir() if not path.name.startswith((".", "__pycache__"))}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not listed:
+        pytest.skip("no checkout")  # what users make in the folder is theirs
+    shown = {line.partition("/")[0] for line in listed.splitlines() if not line.startswith(".")}
     files = {f"{name}.py" for name in PROMISED} | {"README.md", "LICENSE", "requirements.txt"}
-    files |= {"pyproject.toml"}
-    made = {name for name in shown if name.startswith("checkpoints_medgemma_")}
-    made |= shown & {"medgemma_clinical.egg-info", "build"}  # what pip install leaves
-    assert shown - made == files | {"tests", PACKAGE}
+    assert shown == files | {"pyproject.toml", "tests", PACKAGE}
     for file, name in PROMISED.items():
         body = ast.parse((ROOT / f"{file}.py").read_text()).body
         assert name in {x.name for x in body if isinstance(x, (ast.ClassDef, ast.FunctionDef))}
