@@ -96,14 +96,14 @@ def tests_of(data, path, line):
     """
     contexts = data.contexts_by_lineno(str(path))
     covering = {c for c in contexts.get(line, []) if c} or {c for k in contexts.values() for c in k}
-    phases = {c.rpartition("|")[0]: c.rpartition("|")[2] for c in sorted(covering) if c}
+    tests = [c.rpartition("|") for c in sorted(covering) if c]
     order, seen = {}, Counter()
-    for name in phases:
+    for name in {name.partition("[")[0]: None for name, _, _ in tests}:  # with all parameters
         file = name.partition("::")[0]
         order[name] = (path.stem.strip("_") not in file, seen[file])
         seen[file] += 1
     ids = sorted(order, key=order.get)[:MAX_TESTS]
-    if ids and "run" not in phases.values():
+    if ids and "run" not in {phase for _, _, phase in tests}:
         files = (ROOT / "tests").rglob("test_*.py")
         shared = [p for p in files if re.search(r"def .*[(, ]runs[,)]", p.read_text())]
         ids += [p.relative_to(ROOT).as_posix() for p in shared]
@@ -128,7 +128,10 @@ def run_tests(tree, ids, log):
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) != 0
+            code = os.waitstatus_to_exitcode(status)
+            if code in (4, 5):
+                raise SystemExit(f"pytest found no test; {log} says why")
+            return code != 0
         time.sleep(0.2)
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)
