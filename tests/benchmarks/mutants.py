@@ -128,10 +128,7 @@ def run_tests(tree, ids, log):
     while time.monotonic() < end:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
-            code = os.waitstatus_to_exitcode(status)
-            if code in (4, 5):
-                raise SystemExit(f"pytest found no test; {log} says why")
-            return code != 0
+            return os.waitstatus_to_exitcode(status) != 0  # 4 where a test's file cannot be read
         time.sleep(0.2)
     os.killpg(process, signal.SIGKILL)
     os.waitpid(process, 0)

@@ -1,7 +1,7 @@
 """Written reports compared with their rows: verdict, form, numbers, trends, invented numbers."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -20,10 +20,17 @@ def one_row(series="24 (0h) -> 20 (2h) -> 12.5 (6h)", description=None, **cells)
     return MIMICtrajectoryDataset(table, description=description or Description())
 
 
-OWN = one_row()
-SEVERAL = one_row(
-    potassium="3 (0h) -> 6 (1h) -> 4 (3h)", lactate="4.5 (0h) -> 1.5 (4h)", ph="", glucose="90 (1h)"
-)
+@cache
+def own():
+    return one_row()
+
+
+@cache
+def several():
+    values = {"potassium": "3 (0h) -> 6 (1h) -> 4 (3h)", "lactate": "4.5 (0h) -> 1.5 (4h)"}
+    return one_row(**values, ph="", glucose="90 (1h)")
+
+
 TRUE = ReportReview(1, True, 10, 10, 1, 1, 0)
 ALL_TRUE = ReportReview(1, True, 20, 20, 3, 3, 0)
 
@@ -56,7 +63,7 @@ def review_of_change(dataset, old, new):
     ],
 )
 def test_a_report_is_compared_number_by_number(old, new, fields):
-    assert review_of_change(OWN, old, new) == replace(TRUE, **fields)
+    assert review_of_change(own(), old, new) == replace(TRUE, **fields)
 
 
 @pytest.mark.parametrize(
@@ -75,14 +82,14 @@ def test_a_report_is_compared_number_by_number(old, new, fields):
     ],
 )
 def test_a_statement_is_that_of_the_label_before_it_in_the_same_sentence(old, new, fields):
-    assert review_of_change(SEVERAL, old, new) == replace(ALL_TRUE, **fields)
+    assert review_of_change(several(), old, new) == replace(ALL_TRUE, **fields)
 
 
 def test_a_number_is_true_once_and_at_its_own_position():
-    report = OWN.report(0)
+    report = own().report(0)
     swapped = report.replace("first 24", "first 12.5").replace("last 12.5", "last 24")
-    assert review_report(OWN, 0, swapped) == replace(TRUE, true=8)
-    assert review_report(OWN, 0, report * 2) == replace(TRUE, parses=False, stated=20)
+    assert review_report(own(), 0, swapped) == replace(TRUE, true=8)
+    assert review_report(own(), 0, report * 2) == replace(TRUE, parses=False, stated=20)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +104,12 @@ def test_a_number_is_true_once_and_at_its_own_position():
 )
 def test_any_text_can_be_reviewed(text, verdict, stated, invented):
     expected = ReportReview(verdict, False, stated, 0, 1, 0, invented)
-    assert review_report(OWN, 0, text) == expected
+    assert review_report(own(), 0, text) == expected
 
 
 def test_a_report_that_breaks_off_states_at_most_one_wrong_number():
     for end in range(0, 200, 7):
-        review = review_report(SEVERAL, 0, SEVERAL.report(0)[:end])
+        review = review_report(several(), 0, several().report(0)[:end])
         assert review.stated - review.true <= 2  # a value before its time is no statement yet
         assert review.invented <= 1
 

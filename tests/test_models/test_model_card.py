@@ -5,6 +5,7 @@ import difflib
 import json
 import re
 import shlex
+from functools import cache
 
 import pytest
 from huggingface_hub import ModelCard
@@ -28,7 +29,13 @@ from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE, licence
 from shared_metrics import metric, run_metrics
 
 HUB, FOLDER = {"base_sha256": None, "base_revision": "0" * 40}, {"base_sha256": "0" * 64}
-DATA = data_of(patients())
+
+
+@cache
+def data():
+    return data_of(patients())
+
+
 HOSTILE = (
     "<script>alert(1)</script>",
     "[link](https://evil.example) ![picture](https://evil.example/p.png)",
@@ -42,14 +49,14 @@ HOSTILE = (
 
 
 def stage1_config(**more):
-    model = stage1_for(DATA.dataset, members=2)
-    return {"stage": "trajectory", **trainer.stage1_config(model), **describe_data(DATA), **more}
+    model = stage1_for(data().dataset, members=2)
+    return {"stage": "trajectory", **trainer.stage1_config(model), **describe_data(data()), **more}
 
 
 @pytest.fixture(scope="module")
 def finished():
     """What a finished stage 3 on MedGemma says."""
-    config = llm_config(classifier_and_writer().writer, "generative", DATA)
+    config = llm_config(classifier_and_writer().writer, "generative", data())
     reports = {"reports": 40, "numbers_stated": 1200, "invented": 12}
     shares = ("parse", "true_number", "right_trend")
     reports |= {f"{name}_share": metric(0.5) for name in shares}
