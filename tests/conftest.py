@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture
-def approved(request):
+def assert_approved(request):
     """Compare a text with ``approved/NAME.txt`` or the file at a path; ``--approve`` writes it."""
 
     def compare(name, text):

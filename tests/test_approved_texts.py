@@ -6,7 +6,7 @@ from medgemma_clinical.data.texts import PromptOptions
 from srtr_dataset import SRTRTrajectoryDataset
 
 
-def test_prompts_and_notes_are_approved(approved):
+def test_prompts_and_notes_are_approved(assert_approved):
     several = MIMICtrajectoryDataset(DATA / "physionet2012_chemistry.csv.gz", max_len=6)
     datasets = {"one series": MIMICtrajectoryDataset(SAMPLE), "several series": several}
     for organ in ("kidney", "liver"):
@@ -19,4 +19,4 @@ def test_prompts_and_notes_are_approved(approved):
         for stage, each in options.items():
             text += [f"==== {name}, prompt of {stage}", dataset.prompt(row, each)]
         text += [f"==== {name}, note", dataset.report(row)]
-    approved("prompts_and_notes", "\n".join(text) + "\n")
+    assert_approved("prompts_and_notes", "\n".join(text) + "\n")

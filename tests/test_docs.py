@@ -94,8 +94,8 @@ def anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
 
 
-def test_generated_flag_tables_are_those_of_the_parsers(approved):
-    approved(COMMAND_LINE, GENERATED.sub(lambda _: flag_tables(), text_of(COMMAND_LINE)))
+def test_generated_flag_tables_are_those_of_the_parsers(assert_approved):
+    assert_approved(COMMAND_LINE, GENERATED.sub(lambda _: flag_tables(), text_of(COMMAND_LINE)))
 
 
 def test_readme_states_the_defaults_of_the_parser():

@@ -44,9 +44,9 @@ def sections(source):
     return re.findall(r"<h2>(.*?)</h2>", source)
 
 
-def test_the_visible_text_is_approved(page, comparison, approved):
-    approved("report", Page(page).sentences)
-    approved("comparison", Page(comparison).sentences)
+def test_the_visible_text_is_approved(page, comparison, assert_approved):
+    assert_approved("report", Page(page).sentences)
+    assert_approved("comparison", Page(comparison).sentences)
 
 
 @pytest.mark.parametrize("name", ["page", "comparison"])

@@ -84,7 +84,7 @@ def test_a_part_with_few_events_or_others_has_no_metric(part, events):
 
 
 @pytest.mark.parametrize(
-    "cells", [(35, 40, 30), (10, 40, 30), (20, 40, 155), (20, 40, 4), (39, 40, 30)]
+    "cells", [(35, 40, 30), (10, 40, 30), (20, 40, 155), (20, 40, 8), (39, 40, 30)]
 )
 def test_a_small_cell_at_the_threshold_hides_all_that_tell_it(cells):
     hidden = suppress(metrics_of_part(*cells), 11)
@@ -176,6 +176,7 @@ def test_one_hidden_count_of_a_column_hides_another():
     lacking = suppress_table(groups([(100, 40), (80, 75)]), 11)
     assert lacking["events"].tolist() == ["not shown", "not shown"]
     assert suppress_table(groups([(9, 4)]), 0)["events"].tolist() == [4]
+    assert suppress_table(groups([(100, 0), (80, 20)]), 11)["events"].tolist() == ["0", "20"]
 
 
 def test_counts_add_up_within_a_part_of_the_table():

@@ -105,7 +105,7 @@ def test_the_terms_are_those_of_the_base_model(changes, named, key, notices, fin
 # ------------------------------------------------------------------ the text
 
 
-def test_cards_are_approved(finished, approved):
+def test_cards_are_approved(finished, assert_approved):
     """Of a finished stage 3, the lines that other models change, and the card of a stage 1."""
     finished = {**finished, "data_sha256": "0" * 64}
     alone = {"encoder": None, "members": 0, "num_prefix_tokens": 0, "stage1_logit": False}
@@ -117,7 +117,7 @@ def test_cards_are_approved(finished, approved):
         lines = difflib.ndiff(card.splitlines(), own)
         text += [f"==== {changes}", *(line for line in lines if line[0] in "+-")]
     text += ["==== stage 1, unfinished", model_card(stage1_config(data_sha256="0" * 64))]
-    approved("model_card", "\n".join(text).replace(__version__, "VERSION"))
+    assert_approved("model_card", "\n".join(text).replace(__version__, "VERSION"))
 
 
 def test_weight_0_is_a_sentence_of_a_page(finished):
