@@ -71,13 +71,8 @@ class Database:
         query = self._thread.submit(self._connection.execute, sql, values)
         silent = not title or not sys.stderr.isatty()
         with tqdm(desc=title, total=100, leave=False, disable=silent) as bar:
-            try:
-                while not wait([query], UPDATE_SECONDS).done:
-                    bar.update(max(self._connection.query_progress(), 0.0) - bar.n)
-            except BaseException:  # a signal: the query's thread would run on
-                self._connection.interrupt()
-                wait([query])
-                raise
+            while not wait([query], UPDATE_SECONDS).done:
+                bar.update(max(self._connection.query_progress(), 0.0) - bar.n)
         try:
             return query.result()
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
@@ -88,6 +83,14 @@ class Database:
                 "the tables need more memory than --memory_limit, or more room than the disk of "
                 "--out has: raise the limit, or make room"
             ) from None
+
+    def close(self) -> None:
+        """End the query that a signal left running, wherever it came, and then the connection."""
+        idle = self._thread.submit(lambda: None)
+        while not wait([idle], UPDATE_SECONDS).done:
+            self._connection.interrupt()  # again: a query that has not begun is not interrupted
+        self._thread.shutdown()
+        self._connection.close()
 
     def run_file(self, path: Path) -> None:
         """Run the statements of a file, with a progress bar named after it."""
@@ -132,12 +135,11 @@ def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Databa
         except duckdb.ParserException:
             problem = "must be a size such as 500MB or 2GB"
             raise InputError(f"--memory_limit {memory_limit}: {problem}") from None
-        with opened as connection:
-            connection.execute(
+        with contextlib.closing(Database(opened)) as database:
+            database.run(
                 "SET enable_progress_bar = true; SET enable_progress_bar_print = false; "
                 "SET TimeZone = 'UTC'; SET lock_configuration = true"
             )
-            database = Database(connection)
             database.run_file(Path(__file__).parent / "sql" / "macros.sql")
             yield database
 

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,11 +69,19 @@ def test_a_full_disk_is_not_taken_for_a_damaged_table(tmp_path):
 
 
 @pytest.mark.timeout(120, method="thread")  # a signal would wait for the query's hours
-def test_an_interrupt_ends_a_query(tmp_path):
+@pytest.mark.parametrize("when", ["while it is waited for", "before it is waited for"])
+def test_an_interrupt_ends_a_query(when, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        time.sleep(0.3)  # the query has begun
+        raise KeyboardInterrupt
+
     slow = "SELECT sum(a.i * b.i) FROM range(10_000_000) AS a(i), range(1_000_000) AS b(i)"
     opened = duck.open_database(tmp_path / "out.csv", "50MB", 2)
-    with opened as database, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        threading.Timer(0.5, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt), opened as database:  # noqa: PT012
+        if when.startswith("before"):
+            monkeypatch.setattr(duck, "tqdm", interrupted)
+        else:
+            threading.Timer(0.5, _thread.interrupt_main).start()
         database.run(slow)
     assert not list(tmp_path.iterdir())
 
