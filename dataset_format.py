@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,12 +322,23 @@ REQUESTS: dict[str, tuple[type[duck.TableRequest], Callable[[Any], Any]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when it is done, 2 for wrong input, 3 for a fault."""
     arguments = vars(build_parser().parse_args(argv))
-    command = arguments.pop("command")
+    command, earlier = arguments.pop("command"), arguments.get("like")
     with command_logging():
         if command == "check":
             shown = arguments.pop("show_values")
             return run_command(lambda: check(**arguments), show_values=shown)
+        if earlier:
+            return run_command(lambda: make(command, like(earlier, argv)))
         return run_command(lambda: make(command, arguments))
+
+
+def like(earlier: Path, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags of a from_long with those of an earlier output in place of the defaults."""
+    stored = long_table.read_like(earlier)
+    arguments = vars(build_parser(stored).parse_args(argv))
+    del arguments["command"]
+    columns = (*stored.get("columns", ()), *arguments["columns"])  # a later one counts
+    return {**arguments, "columns": columns}
 
 
 def make(command: str, arguments: dict[str, Any]) -> int:
@@ -342,8 +353,8 @@ def make(command: str, arguments: dict[str, Any]) -> int:
     return duck.make_file(request(**arguments), make_rows)
 
 
-def build_parser() -> Parser:
-    """Build the parser of all commands."""
+def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
+    """Build the parser of all commands; ``stored`` are other defaults of from_long."""
     about = "Check a DKA trajectory file, or make one from clinical tables."
     parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=VERSION)
@@ -388,18 +399,33 @@ def build_parser() -> Parser:
     add("--list_codes", action="store_true", help="print all codes with counts, make no file")
 
     add = command("from_long", "make a file from a table with one value a row")
-    add("--table", type=Path, required=True, help="CSV, CSV in gzip or Parquet, a value a row")
-    labels = "table with subject_id, prediction_time and label"
+    add("--table", type=Path, required=True, help="CSV, Excel or Parquet, one value a row")
+    labels = "table with patient, prediction time and label"
     add("--labels", type=Path, required=True, help=labels)
     add_output_flags(add)
+    like = "read as for this earlier output: its flags are the defaults"
+    add("--like", type=Path, metavar="EARLIER.csv", help=like)
     add_event_flags(add)
-    add("--columns", type=name_tuple, default=(), help="columns: subject_id=patient,time=drawn")
+    pairs = "columns of other names, as time=Drawn item=Analyte"
+    add("--columns", action=Repeated, nargs="+", default=(), metavar="ROLE=COLUMN", help=pairs)
+    asked = "'COLUMN + 48 h' of --labels"
+    add("--prediction_time", default="", metavar="TIME", help=asked)
+    static = "static feature 'age [years]=COLUMN' of --labels, repeatable"
+    add("--static", action=Repeated, default=(), help=static)
+    add("--no_labels", action="store_true", help="outcome not known: new patients")
+    form = "strptime format of times, repeatable; by default found"
+    add("--time_format", action=Repeated, default=(), metavar="FORMAT", help=form)
     units = tuple(duck.MICROSECONDS)
     add("--time_unit", choices=units, default="", help="unit of times that are numbers")
+    limit = "of '<5': 2.5, 5, or no value; of '>5': 5, or no value"
+    add("--below_limit", choices=("half", "value", "drop"), default="", help=limit)
+    bad = "leave out values that are no numbers"
+    add("--bad_values", choices=("drop",), default="", help=bad)
     equal = "values of a series at one time: all, the last stored, or mean"
     add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
     factor = "'ITEM:UNIT=NUMBER', repeatable: convert a unit"
     add("--factor", action=Repeated, default=(), help=factor)
+    commands.choices["from_long"].set_defaults(**{"read_as": {}, **(stored or {})})
     return parser
 
 

@@ -108,6 +108,10 @@ BAD_FILES = {
     "doubled": (f"{SERIES},{SERIES},{LABEL}\n1 (0h),1 (0h),1\n".encode(), SERIES),
     "torn": (f'{SERIES},{LABEL}\n"24 (0h)",1\n"{MARKER}'.encode(), ""),
     "cut.csv.gz": (b"\x1f\x8b\x08\0\0", ""),
+    "long": (
+        f"Patient,Collected,Analyte,Result\n{MARKER},2024-01-20,x,{MARKER}\n".encode(),
+        "from_long, item=Analyte",
+    ),
 }
 BAD_DESCRIPTIONS = {"deep": '{"series": ' + "[" * 100_000, "unknown": '{"no_such_key": 1}'}
 
@@ -162,6 +166,8 @@ def make_world(folder):
     ph = ["" if part == "train" else "7.4 (0h)" for part in split]
     write_data(table.assign(split=split, trajectory_ph=ph), folder / "unmeasured.csv")
     write_data(table.drop(columns=BMI), folder / "bare.csv")
+    people = f"Patient,Admitted,Died,Ward\n{MARKER},2024-01-21,{MARKER},{MARKER}\n"
+    (folder / "people.csv").write_text(people)
     (folder / "folder").mkdir()
     (folder / "broken" / "best").mkdir(parents=True)
     (folder / "broken" / "best" / "config.json").write_text("[]")
@@ -257,6 +263,8 @@ def test_a_bad_file_is_named_with_row_and_column(command, name, place, world, ca
     assert_refused(capsys, program, words, name, *place.split(", "))
 
 
+LONG = "dataset from_long --table long.csv --labels people.csv --out made.csv {}"
+NO_LABELS = "--no_labels --prediction_time Admitted"
 TRAIN = "trainer --trajectory_only --data_path data.csv"
 PREDICT = "trainer --predict --checkpoint {} --data_path new.csv --predictions out.csv"
 STAGE_2 = f"trainer --model_name tiny --ode_checkpoint {ENCODER}"
@@ -322,6 +330,18 @@ OF_MIMIC = [
     *("--outcome escalation,death", "--outcome ,", "--compute_gap missing", "--out out.txt"),
     "--windows 3",
 ]
+OF_LONG = [
+    ("", "people.csv prediction_time=? label=?"),
+    ("--table missing.csv", "missing.csv"),
+    ("--columns Result", "--columns Result"),
+    ("--columns label=Died --prediction_time Admitted", "people.csv Died"),
+    (f"{NO_LABELS}", "long.csv Result --bad_values"),
+    (f"{NO_LABELS} --static ward=Wards", "people.csv --static ward=Wards"),
+    (f"{NO_LABELS} --time_format %Q", "--time_format"),
+    ("--below_limit none", "--below_limit"),
+    ("--like data.csv", "--like data.csv"),
+    ("--like missing.csv", "--like missing.csv"),
+]
 OF_SRTR = [
     *(("--landmark_days", text) for text in ("-1", "9" * 30)),
     *(("--horizon_days", text) for text in ("0", "nan", "", "\x1b[31m", "two\nlines")),
@@ -337,7 +357,7 @@ CASES = [
     ("dataset from_eicu --eicu_dir folder --out made.csv", "folder"),
     ("dataset from_meds --meds_dir folder --out made.csv", "--labels"),
     ("dataset from_meds --meds_dir folder --list_codes", "folder"),
-    ("dataset from_long --table missing.csv --labels data.csv --series x=1 --out made.csv", "miss"),
+    *((LONG.format(words), places) for words, places in OF_LONG),
     *(((*SRTR.format("").split(), *pair), pair[0]) for pair in OF_SRTR),
     ("srtr check --data_dir missing", "missing"),
     ("srtr check --data_dir folder", "folder"),

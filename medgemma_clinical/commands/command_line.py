@@ -99,11 +99,14 @@ def names(text: str) -> list[str]:
 
 
 class Repeated(argparse.Action):
-    """Collect the values of a flag that may be given several times, as a tuple."""
+    """Collect the values of a flag that may be given several times, in place of its default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Add a value."""
-        setattr(namespace, self.dest, (*(getattr(namespace, self.dest) or ()), values))
+        """Add a value, or several."""
+        earlier = getattr(namespace, self.dest)
+        found = () if earlier is self.default else earlier
+        added = values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, (*found, *added))
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:

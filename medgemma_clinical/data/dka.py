@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.roles import from_long_command
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS
@@ -335,6 +336,8 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
             there = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
             if any(map(CELL.fullmatch, columns)):
                 there = ": row 1 holds data, no header"
+            if command := from_long_command(columns, source):
+                raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
             raise InputError(f"{source}, column {name}: no such column{there}")
     if label.startswith(STATIC):
         raise InputError(f"{source}, column {label}: a static feature cannot be the label")

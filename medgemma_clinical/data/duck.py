@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import duckdb
 import pandas as pd
@@ -157,12 +158,21 @@ MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
 MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_000_000}
 """Units of times that are numbers, counted from an arbitrary day."""
 
+CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p")
+DAY_FIRST = ("%d/%m/%Y", "%d.%m.%Y", "%d-%m-%Y")
+MONTH_FIRST = ("%m/%d/%Y", "%m-%d-%Y")  # with points the day comes first everywhere
+ORDERS = [tuple(d + clock for d in dates for clock in CLOCKS) for dates in (DAY_FIRST, MONTH_FIRST)]
+"""Formats of times whose day or month comes first; the first of each stands for all."""
+
+YES, NO = ("yes", "y", "true", "1", "1.0"), ("no", "n", "false", "0", "0.0")
+SAMPLE_ROWS = 1000  # of a column of times that are in ISO's order: the rest is taken to be so
+
 TEXTS = ("word", "id")
 UNREADABLE = {
     **dict.fromkeys(TEXTS, "empty"),
     "number": "not a number",
     "whole": "not a whole number",
-    "label": "neither 0 nor 1",
+    "label": "neither 0 nor 1, Yes nor No",
     **dict.fromkeys(("time", "instant"), "not a time such as 2150-01-31 08:30:00, without zone"),
     **dict.fromkeys(MICROSECONDS, "not a finite number"),
 }
@@ -172,14 +182,17 @@ UNREADABLE = {
 class Column:
     """How a column is read, by its form.
 
-    ``number``, ``whole`` number, ``label`` (0 or 1), ``time`` (in full seconds), ``instant`` (with
-    its fraction of a second), a unit of ``MICROSECONDS`` (a time that is a number), ``word``, or
-    ``id`` (a word; 10001.0 and 010001 are read as 10001).
+    ``number``, ``whole`` number, ``value`` (a number, or the text in place of it), ``label`` (0 or
+    1), ``time`` (in full seconds), ``instant`` (with its fraction of a second), a unit of
+    ``MICROSECONDS`` (a time that is a number), ``word``, or ``id`` (a word; 10001.0 and 010001 are
+    read as 10001).
     """
 
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
+    formats: tuple[str, ...] = ()  # of an instant that is not in the order of ISO
+    comma: bool = False  # a comma in a value is a decimal comma
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
@@ -189,15 +202,21 @@ class Column:
             return word if self.form == "word" else f"regexp_replace({word}, {number})"
         # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
         cell = f"trim({raw}::VARCHAR)"
+        if self.formats:
+            time = f"try_strptime({cell}, [{', '.join(map(literal, self.formats))}])::TIMESTAMP"
+            return f"CASE WHEN year({time}) > 999 THEN {time} END"  # %Y takes 24 for the year 24
         if self.form in ("time", "instant"):
             is_time = f"regexp_full_match({cell}, '{MOMENT}')"
             time = f"CASE WHEN {is_time} THEN TRY_CAST({cell} AS TIMESTAMP) END"
             return f"date_trunc('second', {time})" if self.form == "time" else time
         if self.form == "label":
-            return (
-                f"CASE WHEN lower({cell}) IN ('1', '1.0', 'true') THEN 1 "
-                f"WHEN lower({cell}) IN ('0', '0.0', 'false') THEN 0 END"
-            )
+            return f"CASE WHEN lower({cell}) IN {YES} THEN 1 WHEN lower({cell}) IN {NO} THEN 0 END"
+        if self.form == "value":
+            sign = f"regexp_extract({cell}, '[.,]')" if self.comma else "''"
+            cell = f"replace({cell}, ',', '.')" if self.comma else cell
+            number, empty = NUMBER.typed(cell), f"lower({cell}) IN ('', 'nan')"
+            text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN left({cell}, {MAX_WORD}) END"
+            return f"{{'number': {number}, 'text': {text}, 'sign': {sign}}}"
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
         if self.form in ("number", "whole"):
             return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"
@@ -205,6 +224,8 @@ class Column:
 
     def is_wrong(self, raw: str) -> str:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
+        if self.form == "value":
+            return "false"
         wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
         if self.form == "whole":  # BIGINT has rounded 1.5; a CASE in `typed` would be slow
             number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
@@ -216,15 +237,24 @@ class Column:
 
     def problem(self, count: int) -> str:
         """Return what is wrong with some cells."""
-        cells = "1 cell is" if count == 1 else f"{count:,} cells are"
         empty = "" if self.may_be_empty or self.form in TEXTS else "empty or "
-        return f"{cells} {empty}{UNREADABLE[self.form]}"
+        return f"{cells(count)} {empty}{UNREADABLE[self.form]}"
 
 
 KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))
 KEY_OR_EMPTY, NUMBER_OR_EMPTY, TIME_OR_EMPTY, WORD_OR_EMPTY = (
     Column(form, may_be_empty=True) for form in ("whole", "number", "time", "word")
 )
+
+
+def cells(count: int) -> str:
+    """Return the subject and verb of what is wrong with some cells."""
+    return "1 cell is" if count == 1 else f"{count:,} cells are"
+
+
+def literal(text: str) -> str:
+    """Return SQL for a text."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def quoted(name: str) -> str:
@@ -234,11 +264,12 @@ def quoted(name: str) -> str:
 
 @dataclass(frozen=True)
 class TableFile:
-    """A table file: its path, the names of its columns, its SHA-256."""
+    """A table file: its path, the names of its columns, its SHA-256, what separates its cells."""
 
     path: Path
     header: list[str]
     sha256: str
+    separator: str = ","  # empty of an Excel file, which lies in a table of the database
 
     @property
     def is_parquet(self) -> bool:
@@ -254,15 +285,17 @@ class TableFile:
 
         Hive partitioning is off: a folder named ``value=1000`` would replace the column ``value``.
         """
-        path = "'" + glob.escape(str(self.path)).replace("'", "''") + "'"
-        if self.is_parquet:
+        path = literal(glob.escape(str(self.path)))
+        if self.is_parquet or not self.separator:
             names = ", ".join(f'"{k}"' for k in range(len(self.header)))
             alias = f" AS t({names})" if names else ""
+            if not self.separator:
+                return f"{quoted(str(self.path))}{alias}"
             return f"read_parquet({path}, hive_partitioning = false){alias}"
         columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
         return (
             f"read_csv({path}, columns = {{{columns}}}, auto_detect = false, header = true, "
-            "delim = ',', quote = '\"', escape = '\"', strict_mode = true, "
+            f"delim = '{self.separator}', quote = '\"', escape = '\"', strict_mode = true, "
             "hive_partitioning = false)"
         )
 
@@ -296,13 +329,66 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
         sha256 = file_hash(path) or ""
         if file.is_parquet:
             header = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"].tolist()
+            file = TableFile(path, header, sha256)
+        elif path.suffix.lower() == ".xlsx":
+            sheet = read_sheet(path)
+            database.add(quoted(str(path)), sheet)
+            file = TableFile(path, [str(name).strip() for name in sheet], sha256, "")
         else:
             unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
+            headers = {}
             with unpack(path, "rt", encoding="utf-8-sig", newline="") as text:
-                header = [name.strip() for name in next(csv.reader(text), [])]
-    file = TableFile(path, header, sha256)
+                for mark in ",;\t":
+                    text.seek(0)
+                    headers[mark] = [n.strip() for n in next(csv.reader(text, delimiter=mark), [])]
+            separator = max(headers, key=lambda mark: len(headers[mark]))
+            file = TableFile(path, headers[separator], sha256, separator)
     file.check_columns(columns)
     return file
+
+
+def read_sheet(path: Path) -> pd.DataFrame:
+    """Return the first sheet of an Excel file as texts."""
+    try:
+        sheet = pd.read_excel(path, dtype=object, engine="openpyxl")
+    except ImportError:  # no requirement: needed for Excel alone
+        raise InputError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from None
+    except (BadZipFile, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a whole Excel file") from error
+    return sheet.astype("string")
+
+
+def find_time(
+    database: Database, file: TableFile, name: str, given: Sequence[str], known: Sequence[str]
+) -> Column:
+    """Return how all times of a column are written: in ISO's order, as given, or in another order.
+
+    ``known`` is the first format of an earlier file, for a column where each day may be a month.
+    """
+    ways = [
+        Column("instant", formats=each) for each in ((), *([tuple(given)] if given else ORDERS))
+    ]
+    counts = ", ".join(f"count({way.typed('cell')})" for way in ways)
+    cell, where = f"trim({file.raw(name)}::VARCHAR)", f"{file.path}, column {name}"
+    for limit in (f"LIMIT {SAMPLE_ROWS}", ""):
+        filled = f"SELECT {cell} AS cell FROM {file.rows()} WHERE lower(cell) NOT IN ('', 'nan')"
+        with readable(file.path):
+            total, *read = database.row(f"SELECT count(*), {counts} FROM ({filled} {limit})")
+        fit = [way for way, count in zip(ways, read, strict=True) if count == total]
+        if ways[0] in fit:
+            return ways[0]
+    if not fit:
+        problem = (
+            f"{cells(total - max(read))} not a time such as 2150-01-31 08:30:00, as the others"
+        )
+        raise InputError(f"{where}: {problem}: name the form, as --time_format '%d.%m.%Y %H:%M'")
+    fit = [way for way in fit if [*way.formats[:1]] == [*known]] or fit
+    if len(fit) > 1:
+        form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
+        raise InputError(f"{where}: the day or the month may come first: say {form}")
+    if fit[0].formats in ORDERS:
+        logger.info("%s: times as %s", where, fit[0].formats[0])
+    return fit[0]
 
 
 @contextlib.contextmanager
@@ -315,6 +401,8 @@ def readable(path: Path) -> Iterator[None]:
         if line := re.search(r"CSV Error on Line: (\d+)", str(error)):
             path = Path(f"{path}, line {line[1]}")
             problem = "not as long as the header, a quote is not closed, or no UTF-8"
+        elif "format specifier" in str(error):
+            path, problem = Path("--time_format"), "write a format such as '%d.%m.%Y %H:%M'"
         raise InputError(f"{path}: {problem}") from None
 
 

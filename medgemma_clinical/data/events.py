@@ -18,6 +18,7 @@ from medgemma_clinical.data.duck import (
     TableFile,
     TableRequest,
     apply_rules,
+    literal,
     load_table,
     quoted,
 )
@@ -28,7 +29,8 @@ from medgemma_clinical.files import InputError
 logger = logging.getLogger(__name__)
 
 SQL = Path(__file__).parent / "sql"
-TITLE = re.compile(r"([^\[\],*\x00-\x1f]*[^\[\],*\s])\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
+NAME = re.compile(r"[^\[\],*=\x00-\x1f]*[^\[\],*=\s]")
+TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
 SUBJECT = Column("id")
 MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
 MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
@@ -45,15 +47,22 @@ class EventRequest(TableRequest):
     min_observations: int
     outcome: str
     question: str
+    prediction_time: str = ""  # a column and hours to add to it; by default a column of its own
 
 
 def make_feature(where: str, title: str, code: str) -> Feature:
     """Return the feature of a title ``NAME [unit]`` and a code, by default its name."""
     match = TITLE.fullmatch(title)
-    if not match or re.fullmatch(NUMBER, match[1]):
-        words = "name and unit in words without comma, bracket and star"
+    name, unit = match.groups("") if match else ("", "")
+    check_name(where, name)
+    return Feature(name, unit, (code or name,))
+
+
+def check_name(where: str, name: str) -> None:
+    """Refuse a name that a column of a series cannot have."""
+    if not NAME.fullmatch(name) or re.fullmatch(NUMBER, name):
+        words = "name and unit in words without comma, bracket, star and ="
         raise InputError(f"{where}: write 'NAME [unit]=CODE', {words}")
-    return Feature(match[1], match[2] or "", (code or match[1],))
 
 
 def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True) -> list[Feature]:
@@ -91,12 +100,13 @@ def add_windows(database: Database, request: EventRequest, time_unit: int = 0) -
 
 def any_code(code: str, wanted: Iterable[Any], otherwise: str) -> str:
     """Return SQL for whether a code is a wanted one, ``otherwise`` where none is wanted."""
-    texts = ["'" + str(each).replace("'", "''") + "'" for each in dict.fromkeys(wanted)]
+    texts = [literal(str(each)) for each in dict.fromkeys(wanted)]
     return " OR ".join(f"is_code({code}, {text})" for text in texts) or otherwise
 
 
 def load_events(
     database: Database,
+    request: EventRequest,
     files: Iterable[TableFile],
     names: Mapping[str, str],
     columns: Mapping[str, Column],
@@ -111,20 +121,29 @@ def load_events(
     read, those of ``always`` at any time; ``factors`` of values are by item and unit.
     """
     keys = [names[role] for role in ("subject_id", "item", "time")]
+    found = []
     for number, file in enumerate(files):
         subject, code, time = (columns[name].typed(file.raw(name)) for name in keys)
+        wanted = any_code(code, codes, "true")
         keep = (
             f"closes IS NOT NULL AND (coalesce({time} BETWEEN opens AND closes, true) "
-            f"AND ({any_code(code, codes, 'true')}) OR {any_code(code, always, 'false')})"
+            f"AND ({wanted}) OR {any_code(code, always, 'false')})"
         )
         join = f"LEFT JOIN span ON subject = {subject}"
         load_table(database, "loaded", file, columns, [keep], join, keys[:2])
+        counts = (
+            f"count(DISTINCT subject), count(*), count(*) FILTER ({time} < opens), "
+            f"count(*) FILTER ({time} > closes), count(*) FILTER (closes IS NULL)"
+        )
+        found.append(database.row(f"SELECT {counts} FROM {file.rows()} {join} WHERE {wanted}"))
         append = "INSERT INTO read FROM loaded; DROP TABLE loaded"
         database.run(append if number else "ALTER TABLE loaded RENAME TO read")
     rows = [(code, unit, factor) for (code, unit), factor in (factors or {}).items()]
     database.add("factors", pd.DataFrame(rows, columns=["code", "unit", "factor"]))
     cells = {role: f"read.{quoted(name)}" for role, name in names.items()}
     unit, value = cells.get("unit", "NULL::VARCHAR"), cells["value"]
+    if columns[names["value"]].form == "value":
+        value = f"coalesce({value}.number, at_limit({value}.text))"
     database.run(
         f"CREATE VIEW record AS SELECT {cells['subject_id']} AS subject, {cells['item']} AS code, "
         f"{cells['time']} AS time, {cells.get('storetime', cells['time'])} AS known, "
@@ -135,10 +154,19 @@ def load_events(
     measured, labelled = database.row(
         "SELECT (SELECT count(DISTINCT subject) FROM record), (SELECT count(*) FROM span)"
     )
-    problem = (
-        f"{labelled - measured:,} of {labelled:,} subjects with a label have no value in their "
-        "windows: are subjects named alike in events and labels?"
-    )
+    subjects, total, early, late, strange = map(sum, zip(*found, strict=True))
+    window = f"the windows ({plain(request.window_hours)} hours up to a prediction time)"
+    outside = f"{early:,} lie before {window}, {late:,} after them"
+    if early + late + strange:
+        others = f"{strange:,} are of subjects without a label"
+        logger.info("of %s values %s, %s", f"{total:,}", outside, others)
+    few = f"{labelled - measured:,} of {labelled:,} subjects with a label have no value in"
+    cause = f"of their values {outside}"
+    if 2 * subjects < labelled:
+        cause = "are subjects named alike in events and labels?"
+    if not total:
+        cause = "no event has a code of --series"
+    problem = f"{few} their windows: {cause}"
     if not measured:
         raise InputError(problem)
     if 2 * measured < labelled:
@@ -204,7 +232,7 @@ def make_rows(
     ).set_index("number")
     cells = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
     none = trajectories[:0].set_index("number")
-    rules = {"label not known": labels["label"].isna()}
+    rules = {}
     if parts is not None:
         rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
     rules["no value of any series from the first window to the last"] = ~labels["measured"]
@@ -236,7 +264,10 @@ def make_rows(
     if midnight > MAX_AT_MIDNIGHT * events:
         problem = "a date without a time counts as known from the beginning of its day"
         logger.warning("warning: %d of %d events are at midnight: %s", midnight, events, problem)
+    if unlabelled := int(rows["label_escalation"].isna().sum()):
+        logger.info("%s of %s rows have no label", f"{unlabelled:,}", f"{len(rows):,}")
     event = "the event" if request.outcome == "Event" else f"the outcome {request.outcome!r}"
+    asked = request.prediction_time or "given with each label"
     window = f"of the {plain(request.window_hours)} hours up to then, both ends included"
     patients, events = rows["subject_id"].nunique(), rows["label_escalation"].sum()
     return rows.reset_index(drop=True), {
@@ -245,7 +276,7 @@ def make_rows(
         "question": request.question or f"Will {event} occur?",
         "outcome": request.outcome,
         "plausible": None,
-        "prediction_time": f"given with each label; {window}, {usable} are read",
+        "prediction_time": f"{asked}; {window}, {usable} are read",
         "horizon": "given by the labels",
         "flow": flow,
         "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data.dka import comparable, join_names
+from medgemma_clinical.data.dka import STATIC, comparable, join_names
 from medgemma_clinical.data.duck import (
+    MADE_BY,
     MICROSECONDS,
-    NUMBER_OR_EMPTY,
+    NO,
     WORD,
     WORD_OR_EMPTY,
+    YES,
     Column,
     Database,
     TableFile,
+    cells,
     describe_origin,
+    find_time,
+    literal,
     load_table,
     open_database,
     open_table,
@@ -31,37 +36,39 @@ from medgemma_clinical.data.events import (
     SUBJECT,
     EventRequest,
     add_windows,
+    check_name,
     load_events,
-    make_feature,
     make_rows,
     make_trajectories,
     name_codes,
     parse_features,
 )
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.files import InputError
+from medgemma_clinical.data.roles import (
+    HINTS,
+    LABEL_ROLES,
+    OPTIONAL,
+    ROLES,
+    find_column,
+    find_roles,
+)
+from medgemma_clinical.data.texts import NUMBER
+from medgemma_clinical.files import InputError, one_line, read_json
 
 logger = logging.getLogger(__name__)
 
-ROLES = {
-    "subject_id": ("subject_id",),
-    "time": ("time", "charttime"),
-    "item": ("item", "itemid", "code"),
-    "value": ("valuenum", "value"),  # beside a number, MIMIC's value is a text
-    "unit": ("unit", "valueuom"),
-    "storetime": ("storetime",),
-}
-"""Columns of a table by what they hold, and their usual names."""
-
-LABEL_ROLES = {
-    "labels.subject_id": ("subject_id",),
-    "prediction_time": ("prediction_time",),
-    "label": ("label", "label_escalation"),
-}
-OPTIONAL = ("unit", "storetime")
-MIN_LIKENESS = 0.7  # of the name of a column and a usual one, to ask whether it is meant
-MAX_SERIES = 100
+COMMAND, EVENT = "from_long", "Event"
+MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 5, 30
 LABEL = Column("label", may_be_empty=True)
+LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
+FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
+HOUR = MICROSECONDS["hours"]
+LIMITS = {
+    "half": "read as half of a lower limit, and as an upper limit",
+    "value": "read as the limit",
+    "drop": "left out",
+}
+MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,119 +78,270 @@ class LongRequest(EventRequest):
     table: Path
     columns: tuple[str, ...]
     time_unit: str
+    time_format: tuple[str, ...]
+    no_labels: bool
+    static: tuple[str, ...]
+    below_limit: str
+    bad_values: str
     equal_times: str
     factor: tuple[str, ...]
+    like: Path | None
+    read_as: Mapping[str, Any]  # what an earlier file was found to be: times and static
+
+    def asked_at(self) -> tuple[str, int]:
+        """Return the column of --prediction_time, and the microseconds to add to it."""
+        match = LATER.fullmatch(self.prediction_time.strip())
+        if not match:
+            return self.prediction_time.strip(), 0
+        return match[1], round(float(match[2]) * HOUR * (24 if match[3] == "d" else 1))
 
     def mapped(self) -> dict[str, str]:
         """Return the columns that are named by their role, empty where there is none."""
         found: dict[str, str] = {}
+        roles = {**ROLES, **LABEL_ROLES}
+        begins = "|".join(map(re.escape, roles))
         for text in self.columns:
-            role, _, name = map(str.strip, text.partition("="))
-            if role not in {*ROLES, *LABEL_ROLES} or not (name or role in OPTIONAL):
-                roles = ", ".join({**ROLES, **LABEL_ROLES})
-                raise InputError(f"--columns {text}: write ROLE=COLUMN, a role of {roles}")
-            found[role] = name
-        return found
+            for pair in re.split(rf",(?=\s*(?:{begins})\s*=)", text):
+                role, _, name = map(str.strip, pair.partition("="))
+                if role not in roles or not (name or role in OPTIONAL):
+                    problem = f"write ROLE=COLUMN, a role of {', '.join(roles)}"
+                    raise InputError(f"--columns {text}: {problem}")
+                found[role] = name
+        return found | ({"prediction_time": self.asked_at()[0]} if self.prediction_time else {})
 
     def factors(self) -> dict[tuple[str, str], float]:
         """Return the factor of each item and unit."""
         found: dict[tuple[str, str], float] = {}
         for text in self.factor:
-            item_unit, _, number = text.rpartition("=")
-            item, colon, unit = map(str.strip, item_unit.rpartition(":"))
-            try:
-                factor = float(number)
-            except ValueError:
-                factor = math.nan
-            if not colon or not 0 < factor < math.inf:
+            match = FACTOR.fullmatch(text)
+            if not match or not 0 < float(match[3]) < math.inf:
                 raise InputError(f"--factor {text}: write 'ITEM:UNIT=NUMBER', a number above 0")
-            found[item, unit] = factor
+            found[match[1].strip(), match[2].strip()] = float(match[3])
         return found
+
+
+def read_like(path: Path) -> dict[str, Any]:
+    """Return the flags of an earlier output, from its description: new patients are read alike."""
+    file = path.with_suffix(".json")
+    try:
+        content = read_json(file)
+        arguments = dict(content["arguments"]) if content[MADE_BY].endswith(COMMAND) else {}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        arguments = {}
+    if not arguments:
+        raise InputError(f"--like {path}: {file.name} is no description of an output of {COMMAND}")
+    own = {each.name for each in fields(LongRequest)} - {"no_labels"}
+    found = {name: value for name, value in arguments.items() if name in own}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
     wanted = parse_features("series", request.series, code_needed=False)
-    mapped, factors = request.mapped(), request.factors()
+    factors = request.factors()
     with open_database(request.out, request.memory_limit, request.threads) as database:
+        database.set(below_limit=request.below_limit)
         table = open_table(database, request.table, {})
         labels = open_table(database, request.labels, {})
-        names = find_columns(table, ROLES, mapped)
+        names, label_names = find_columns(table, labels, request)
         if request.equal_times == "last" and "storetime" not in names:
             raise InputError("--equal_times last: needs a column storetime")
-        load_labels(database, labels, mapped, request)
-        time = request.time_unit or "instant"
+        places = {"prediction_time": (labels, label_names), "time": (table, names)}
+        places |= {"storetime": (table, names)} if "storetime" in names else {}
+        known = request.read_as.get("times", {})
+        times = {
+            role: Column(request.time_unit)
+            if request.time_unit
+            else find_time(database, file, own[role], request.time_format, known.get(role, ()))
+            for role, (file, own) in places.items()
+        }
+        kinds = load_labels(database, labels, label_names, request, times["prediction_time"])
         roles = {
             "subject_id": SUBJECT,
             "item": WORD,
-            "time": Column(time),
-            "value": NUMBER_OR_EMPTY,
+            "value": Column("value", comma=table.separator == ";"),
             "unit": WORD_OR_EMPTY,
-            "storetime": Column(time, may_be_empty=True),
+            **{role: replace(times[role], may_be_empty=role == "storetime") for role in times},
         }
+        columns = {name: roles[role] for role, name in names.items()}
+        log_columns(table, names)
         codes = [code for each in wanted for code in each.keys]
-        columns = {names[role]: column for role, column in roles.items() if role in names}
-        load_events(database, [table], names, columns, codes, factors=factors)
-        name_codes(database, {"series": wanted or find_items(database)})
-        units = convert_units(database, factors, request.table)
+        load_events(database, request, [table], names, columns, codes, factors=factors)
+        check_texts(database, "read", names["value"], table, request)
+        found = wanted or find_items(database)
+        name_codes(database, {"series": found})
+        units = convert_units(database, factors, table.path)
         trajectories = make_trajectories(database, request, request.equal_times)
-        series = [replace(each, unit=units.get(each.name, each.unit)) for each in wanted]
-        series = series or list_items(trajectories, request.table, units)
+        series = [replace(each, unit=units.get(each.name, each.unit)) for each in found]
+        series = series if wanted else choose_series(trajectories, series, table.path)
+        static = database.frame(f"SELECT COLUMNS('^(number|{STATIC}.*)$') FROM prediction")
+        label = label_names.get("label", "")
+        if request.outcome == EVENT and label and find_column(LABEL_ROLES["label"], label) is None:
+            request = replace(request, outcome=label)
         usable = "values that were stored by then" if "storetime" in names else "values"
-        rows, description = make_rows(database, request, series, trajectories, usable)
-        counts = count_left_out(database, request.table)
-    if not wanted:
-        logger.info("series: %s", join_names([each.title for each in series]))
+        rows, description = make_rows(
+            database, request, series, trajectories, usable, static.set_index("number")
+        )
+        description["values"] = count_left_out(database, table.path)
     if "storetime" not in names:
         logger.warning("warning: %s: no storetime: values count as known when measured", table.path)
-    hashes = {request.table.name: table.sha256, f"labels/{request.labels.name}": labels.sha256}
-    description["values"] = counts
-    return rows, description | describe_origin(request, "from_long", hashes)
+    hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
+    formats = {role: column.formats[:1] for role, column in times.items()}
+    settled = replace(
+        request,
+        columns=tuple(f"{role}={name}" for role, name in {**names, **label_names}.items()),
+        series=tuple(f"{each.title}={key}" for each in series for key in each.keys),
+        read_as={"times": formats, "static": kinds},
+    )
+    rows = rows.drop(columns="label_escalation") if request.no_labels else rows
+    return rows, description | describe_origin(settled, COMMAND, hashes)
 
 
 # ---------------------------------------------------------------------------- tables
 
 
 def find_columns(
-    file: TableFile, roles: Mapping[str, Sequence[str]], mapped: Mapping[str, str]
-) -> dict[str, str]:
-    """Return the column of each role that a file has; ask where another one may be meant."""
-    wanted = {role: (mapped[role],) if role in mapped else names for role, names in roles.items()}
-    there = {role: [n for n in names if n in file.header] for role, names in wanted.items()}
-    found = {role: names[0] for role, names in there.items() if names}
-    usual = {name for names in roles.values() for name in names}
-    others = {n.lower(): n for n in file.header if n not in {*found.values(), *usual}}
-    for role in [role for role in roles if role not in found]:
-        near = [
-            close
-            for name in wanted[role]
-            for close in difflib.get_close_matches(name.lower(), others, 1, MIN_LIKENESS)
-        ]
-        hint = f"did you mean --columns {role}={others[near[0]]}? " if near else ""
-        if role in OPTIONAL and not mapped.get(role):
-            if role in mapped or not near:
-                continue
-            hint += f"--columns {role}= says that there is none; "
-        problem = f"no column {' or '.join(dict.fromkeys(wanted[role]))}"
-        columns = f"the columns are {join_names(file.header)}"
-        raise InputError(f"{file.path}: {problem}: {hint}{columns}")
-    return found
+    table: TableFile, labels: TableFile, request: LongRequest
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the column of each role in both tables; ask for all that are missing in one line."""
+    mapped, problems, found = request.mapped(), list[str](), []
+    roles = {r: n for r, n in LABEL_ROLES.items() if r != "label" or not request.no_labels}
+    roles["labels.subject_id"] = (mapped.get("subject_id", ""), *roles["labels.subject_id"])
+    for file, own in ((table, ROLES), (labels, roles)):
+        names = find_roles(file.header, own, mapped)
+        missing = [r for r in own if r not in names and (r not in OPTIONAL or mapped.get(r))]
+        found.append(names)
+        if missing:
+            asked = " ".join(f"{role}=?" for role in missing)
+            asked += "".join(HINTS.get(role, "") for role in missing)
+            columns = f"the columns are {join_names(file.header)}"
+            problems.append(f"{file.path}: --columns {asked}: {columns}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return found[0], found[1]
+
+
+def log_columns(file: TableFile, names: Mapping[str, str]) -> None:
+    """Log which column is read as what, and those that are not read."""
+    read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
+    unread = join_names([name for name in file.header if name not in names.values()])
+    logger.info("%s: %s; columns not read: %s", file.path, read, unread or "none")
 
 
 def load_labels(
-    database: Database, file: TableFile, mapped: Mapping[str, str], request: LongRequest
-) -> None:
-    """Make the table ``label``, and windows of it."""
-    usual = (mapped.get("subject_id", "subject_id"), "subject_id")
-    names = find_columns(file, {**LABEL_ROLES, "labels.subject_id": usual}, mapped)
-    subject, time, label = (names[role] for role in LABEL_ROLES)
-    columns = {subject: SUBJECT, time: Column(request.time_unit or "instant"), label: LABEL}
+    database: Database,
+    file: TableFile,
+    names: Mapping[str, str],
+    request: LongRequest,
+    time: Column,
+) -> dict[str, list[str]]:
+    """Make the table ``label`` and windows of it; return the categories of each static feature."""
+    static = parse_features("static", request.static, code_needed=False)
+    read, kinds = dict[str, str](), dict[str, list[str]]()
+    for each in static:
+        column = find_column(file.header, str(each.keys[0]))
+        if column is None or column in {*names.values(), *read.values()} or len(each.keys) > 1:
+            problem = f"no column of its own among {join_names(file.header)}"
+            raise InputError(f"--static {each.title}={each.keys[0]}: {file.path}: {problem}")
+        read[each.title] = column
+    log_columns(file, {**names, **read})
+    columns = dict.fromkeys(read.values(), Column("value", comma=file.separator == ";"))
+    columns |= {names["labels.subject_id"]: SUBJECT, names["prediction_time"]: time}
+    columns |= {} if request.no_labels else {names["label"]: LABEL}
     load_table(database, "answers", file, columns)
-    database.run(
-        f"CREATE TABLE label AS SELECT {quoted(subject)} AS subject, {quoted(time)} AS "
-        f"prediction_time, {quoted(label)} AS label FROM answers"
-    )
+    later = f"{quoted(names['prediction_time'])} + to_microseconds({request.asked_at()[1]})"
+    label = "NULL::INTEGER" if request.no_labels else quoted(names["label"])
+    made = {"subject": quoted(names["labels.subject_id"]), "prediction_time": later, "label": label}
+    for each in static:
+        own, kinds[each.title] = make_static(database, each, read[each.title], file, request)
+        made |= own
+    shown = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in made.items())
+    database.run(f"CREATE TABLE label AS SELECT {shown} FROM answers")
     add_windows(database, request, MICROSECONDS.get(request.time_unit, 0))
+    return kinds
+
+
+# ---------------------------------------------------------------------------- cells
+
+
+def check_texts(
+    database: Database, loaded: str, column: str, file: TableFile, request: LongRequest
+) -> None:
+    """Refuse texts in place of numbers unless a flag says how they are read; count them."""
+    where = f"{file.path}, column {column}"
+    texts = f"SELECT unnest({quoted(column)}) FROM {loaded}"
+    commas, points, below, above, other = database.row(
+        "SELECT count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
+        "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
+        "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
+        f"count(*) FILTER (NOT is_limit(text)) FROM ({texts})"
+    )
+    problems = []
+    if commas and points:
+        problems.append(f"{commas:,} numbers have a comma and {points:,} a point: write all alike")
+    if below + above and not request.below_limit:
+        flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
+        problems.append(f"{cells(below + above)} at a limit: {flag}")
+    if other and not request.bad_values:
+        problems.append(f"{cells(other)} not a number: --bad_values drop leaves it out")
+    if problems:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+    if below + above:
+        rule = LIMITS[request.below_limit]
+        logger.info("%s: %d values below a limit and %d above: %s", where, below, above, rule)
+    if other:
+        words = database.run(
+            f"SELECT text, count(*) FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= "
+            f"{MAX_LETTERS} AND NOT regexp_matches(text, '\\d') GROUP BY text ORDER BY 2 DESC, 1 "
+            f"LIMIT {MAX_WORDS + 1}"
+        ).fetchall()
+        shown = words if len(words) <= MAX_WORDS else []
+        counts = [f'{count:,} values "{one_line(text)}"' for text, count in shown]
+        rest = other - sum(count for _, count in shown)
+        counts += [f"{rest:,} other texts"] if rest else []
+        logger.info("%s: dropped %s", where, ", ".join(counts))
+
+
+def make_static(
+    database: Database, feature: Feature, column: str, file: TableFile, request: LongRequest
+) -> tuple[dict[str, str], list[str]]:
+    """Return SQL of the columns of a static feature, and its categories: none where numbers."""
+    where, cell = f"{file.path}, column {column}", quoted(column)
+    word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
+    words = request.read_as.get("static", {}).get(feature.title)
+    if words is None:
+        (numbers,) = database.row(f"SELECT count({cell}.number) FROM answers")
+        found = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
+        words = [] if numbers else [each for (each,) in database.run(found).fetchall()]
+    if len(words) > MAX_CATEGORIES:
+        raise InputError(f"{where}: {len(words):,} different texts, {MAX_CATEGORIES} may be")
+    if not words:
+        check_texts(database, "answers", column, file, request)
+        number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
+        return {f"{STATIC}{feature.title}": number}, words
+    known, columns = name_categories(feature.name, words)
+    listed, made = ", ".join(map(literal, known)), {}
+    (strange,) = database.row(f"SELECT count(*) FROM answers WHERE {word} NOT IN ({listed})")
+    if strange:
+        logger.warning("warning: %s: %s of no known category: empty", where, cells(strange))
+    for name, ones in columns.items():
+        logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
+        one = f"({word} IN ({', '.join(map(literal, ones))}))::INTEGER::VARCHAR"
+        made[name] = f"CASE WHEN {word} IN ({listed}) THEN {one} END"
+    return made, words
+
+
+def name_categories(
+    name: str, words: Sequence[str]
+) -> tuple[Sequence[str], dict[str, Sequence[str]]]:
+    """Return the known categories, and those that are 1 in each column: one column of two."""
+    own = "sex" if comparable(name) == "gender" else name
+    for ones, zeros, title in ((YES, NO, name), (MALE, FEMALE, f"{own.lower()}_male")):
+        if {*words} <= {*ones, *zeros}:
+            return (*ones, *zeros), {f"{STATIC}{title}": ones}
+    shown = words[1:] if len(words) == 2 else words
+    names = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in shown]
+    return words, {f"{STATIC}{name} {n}": (w,) for n, w in zip(names, shown, strict=True)}
 
 
 # ---------------------------------------------------------------------------- items
@@ -198,33 +356,49 @@ def find_items(database: Database) -> list[Feature]:
     return [Feature(codes[0], "", tuple(codes)) for codes in spellings.values()]
 
 
+def choose_series(
+    trajectories: pd.DataFrame, items: Sequence[Feature], path: Path
+) -> list[Feature]:
+    """Return the items with values in the windows, the one with most values first."""
+    totals = trajectories.groupby("series")["observations"].sum()
+    names = [*totals.sort_values(ascending=False, kind="stable").index]
+    if not 1 <= len(names) <= MAX_SERIES:
+        problem = f"{len(names):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
+        raise InputError(f"{path}: {problem}: choose by --series")
+    for name in names:
+        check_name(f"{path}, item {name}", name)
+    series = sorted((x for x in items if x.name in names), key=lambda each: names.index(each.name))
+    logger.info("series: %s", join_names([each.title for each in series]))
+    return series
+
+
 def convert_units(
     database: Database, factors: Mapping[tuple[str, str], float], path: Path
 ) -> dict[str, str]:
     """Return the one unit of each feature; refuse two units, and a factor without a use."""
     found = database.run(
-        "SELECT name, code, record.unit, converted, any_value(named.unit) AS given "
+        "SELECT name, any_value(named.unit), converted, code, record.unit "
         "FROM record JOIN named USING (code) WHERE value IS NOT NULL AND record.unit IS NOT NULL "
-        "GROUP BY name, code, record.unit, converted "
+        "GROUP BY name, converted, code, record.unit "
         "ORDER BY name, converted, record.unit = '', count(*) DESC, code, record.unit"
     ).fetchall()
     for item, unit in factors:
-        there = [own_unit for _, code, own_unit, *_ in found if code == item]
+        there = [own for *_, code, own in found if code == item]
         if unit not in there:
             listed = join_names([each or "no unit" for each in there]) or "no value of it"
             problem = f"no value in a window has this item and this unit: there is {listed}"
             raise InputError(f"--factor '{item}:{unit}=': {problem}")
     units: dict[str, str] = {}
-    for name, code, unit, converted, given in found:
+    for name, given, converted, code, unit in found:  # values that are not converted come first
         if converted and not (given or name in units):
             problem = "all values are converted: give the unit"
             raise InputError(f"{path}: {problem} by --series '{name} [unit]'")
         kept = units.setdefault(name, given or unit)
-        if converted and unit == kept:
-            raise InputError(f"--factor '{code}:{unit}=': {name} is in this unit already")
-        if not converted and unit != kept:
+        if converted == (unit == kept):
             problem = f"{name} has values in {kept} and in {unit or 'no unit'}"
-            raise InputError(f"{path}: {problem}: convert them by --factor '{code}:{unit}=NUMBER'")
+            problem = f"{name} is in this unit already" if converted else problem
+            by = f"--factor '{code}:{unit}=NUMBER'"
+            raise InputError(f"{path}: {problem}: convert what is in another unit by {by}")
     return units
 
 
@@ -240,16 +414,3 @@ def count_left_out(database: Database, path: Path) -> dict[str, int]:
         if count:
             logger.info("%s: %d values %s", path, count, what)
     return found
-
-
-def list_items(trajectories: pd.DataFrame, path: Path, units: Mapping[str, str]) -> list[Feature]:
-    """Return all items as features, the one with most values in the windows first."""
-    totals = trajectories.groupby("series")["observations"].sum()
-    names = totals.sort_values(ascending=False, kind="stable").index
-    if not 1 <= len(names) <= MAX_SERIES:
-        problem = f"{len(names):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
-        raise InputError(f"{path}: {problem}: choose by --series")
-    named = [(name, units.get(name, "")) for name in names]
-    # With a unit always, since a bracket in the name of an item is none.
-    items = [make_feature(f"{path}, item {n}", f"{n} [{unit or '-'}]", n) for n, unit in named]
-    return [replace(item, unit=unit) for item, (_, unit) in zip(items, named, strict=True)]

@@ -93,7 +93,7 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         files = open_files(database, request.meds_dir / "data", EVENTS)
         hashes |= {name: file.sha256 for name, file in files.items()}
         codes = [code for each in (*series, *context) for code in each.keys]
-        load_events(database, files.values(), ROLES, EVENTS, codes, PERSON)
+        load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
         name_codes(database, {"series": series, "context": context})
         check_units(database)
         trajectories = make_trajectories(database, request)

@@ -118,6 +118,8 @@ def test_csv_gzip_and_parquet_are_read_alike(database, tmp_path):
         "within quotes.csv": TEXT.replace("so", "s\no").encode(),
         "blank lines.csv": TEXT.replace("\n", "\n\n", 3).encode(),
         "[o]d *'name.csv": TEXT.encode(),
+        "semicolons.csv": TEXT.replace(",", ";").encode(),
+        "tabs.csv": TEXT.replace(",", "\t").encode(),
         "packed.csv.gz": gzip.compress(TEXT[:-1].encode()),
     }
     (tmp_path / "od *'name.csv").write_text("a pattern would match this")
@@ -167,7 +169,7 @@ BAD = [  # change, place
     (edit("mEq/L,", f'mEq/L,"{SECRET}\n', 501), ", line 501: "),
     (edit('twice"', 'twice"\r'), ", line 300: "),
     (lambda text: "", ": "),
-    (lambda text: text.replace(",", ";"), ": no column item among 1: "),
+    (lambda text: text.replace(",", "|"), ": no column item among 1: "),
     (edit("value", "valu", 1), ": no column value among 7: "),
 ]
 

@@ -18,3 +18,11 @@ CREATE MACRO tidy(x) AS CAST(format('{:.10g}', x) AS DOUBLE);
 -- Whether a code is the wanted one, or begins like it up to its star.
 CREATE MACRO is_code(code, wanted) AS
     CASE WHEN ends_with(wanted, '*') THEN starts_with(code, left(wanted, -1)) ELSE code = wanted END;
+
+-- A text at a limit of detection, "<0.3" or "> 500", and its value: half of a lower limit, or the limit.
+CREATE MACRO is_limit(text) AS regexp_full_match(text, '[<>≤≥]=?\s*\d+(\.\d+)?');
+CREATE MACRO at_limit(text) AS CASE
+    WHEN getvariable('below_limit') != 'drop' AND is_limit(text)
+        THEN TRY_CAST(ltrim(text, '<>≤≥= ') AS DOUBLE)
+            / CASE WHEN text[1] IN ('<', '≤') AND getvariable('below_limit') = 'half' THEN 2 ELSE 1 END
+END;

@@ -1,0 +1,62 @@
+"""Tables with one value a row: what their columns hold, found by their usual names."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+SUBJECT_NAMES = (
+    *("subject_id", "subject", "patient_id", "patient", "patient_no", "patient_number"),
+    *("mrn", "record_id", "pid", "id"),
+)
+TIME_NAMES = ("time", "charttime", "collected", "collection_time", "drawn", "date_time")
+ROLES = {
+    "subject_id": SUBJECT_NAMES,
+    "time": (*TIME_NAMES, "collection_date", "timestamp", "date"),
+    "item": ("item", "itemid", "analyte", "test", "test_name", "lab", "parameter", "code"),
+    "value": ("valuenum", "value", "result"),  # beside a number, MIMIC's value is a text
+    "unit": ("unit", "units", "valueuom", "uom"),
+    "storetime": ("storetime", "result_time", "resulted", "reported"),
+}
+"""Columns of a table by what they hold, and their usual names."""
+
+LABEL_ROLES = {
+    "labels.subject_id": SUBJECT_NAMES,
+    "prediction_time": ("prediction_time",),
+    "label": ("label", "label_escalation", "outcome", "event"),
+}
+OPTIONAL = ("unit", "storetime")
+HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
+
+
+def find_column(header: Sequence[str], *names: str) -> str | None:
+    """Return the column of the first name that a header has; case and signs do not count."""
+    columns = {_plain(name): name for name in reversed(header)} | {name: name for name in header}
+    found = (columns.get(name, columns.get(_plain(name))) for name in names if name)
+    return next((name for name in found if name is not None), None)
+
+
+def _plain(name: str) -> str:
+    """Return ``patientid`` of ``Patient_ID``, ``result`` of ``Result (mg/dL)``."""
+    return re.sub(r"[\W_]+", "", re.sub(r"[(\[].*", "", name)).casefold()
+
+
+def find_roles(
+    header: Sequence[str], roles: Mapping[str, Sequence[str]], mapped: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the column of each role that a header has, by its own name where one is mapped."""
+    names = {role: (mapped[role],) if role in mapped else roles[role] for role in roles}
+    found = {role: find_column(header, *names[role]) for role in roles}
+    return {role: name for role, name in found.items() if name is not None}
+
+
+def from_long_command(header: Sequence[str], source: str) -> str:
+    """Return the command to type for a table with one value a row, nothing for any other."""
+    found = find_roles(header, ROLES, {})
+    if len({"subject_id", "time", "item", "value"} & found.keys()) < 3 or "value" not in found:
+        return ""
+    named = {role: found.get(role, "?") for role in ROLES if role in found or role not in OPTIONAL}
+    words = ["python", "dataset_format.py", "from_long", "--table", source, "--columns"]
+    words += [f"{role}={name}" for role, name in named.items()]
+    return f"{shlex.join(words)} --labels PATIENTS.csv --out data.csv"

@@ -1,0 +1,388 @@
+"""from_long on what people hold: a laboratory's export and a list of patients, each as it is."""
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dataset_format
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data import roles
+from medgemma_clinical.files import InputError
+from table_requests import make_rows
+
+START = pd.Timestamp("2024-01-20 08:00")
+SERIES = ("creatinine [mg/dL]=Creatinine",)
+STATIC = ("age [years]=Age (years)", "sex=Sex")
+FLAGS = {
+    "series": SERIES,
+    "columns": ("label=AKI stage 3",),
+    "prediction_time": "Admitted + 48 h",
+    "window_hours": 48.0,
+}
+AMERICAN = "%-m/%-d/%Y %-I:%M %p"
+
+
+def labs(*cells, patients=2):
+    """One value every 12 hours of each patient, the first at admission: 1, 1.5 and the cells."""
+    values = ["1", "1.5", *cells]
+    times = [START + pd.Timedelta(12 * k, "h") for k in range(len(values))]
+    return pd.DataFrame(
+        [
+            (f"P{p}", t, "Creatinine", v)
+            for p in range(patients)
+            for t, v in zip(times, values, strict=True)
+        ],
+        columns=["Patient", "Collected", "Analyte", "Result"],
+    )
+
+
+def people(patients=2, **columns):
+    table = pd.DataFrame({"Patient": [f"P{p}" for p in range(patients)], "Admitted": START})
+    return table.assign(**{"Age (years)": 50, "Sex": "F", "AKI stage 3": "No", **columns})
+
+
+def written(table, form):
+    """The table with its times as texts of a form."""
+    times = table.select_dtypes("datetime")
+    return table.assign(**{name: times[name].dt.strftime(form) for name in times})
+
+
+def save(table, path, **options):
+    if path.suffix == ".xlsx":
+        table.to_excel(path, index=False)
+    elif path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_csv(path, index=False, **options)
+    return path
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Rows and description of two tables."""
+
+    def make_them(table, patients, ending=".csv", sep=",", **flags):
+        paths = {"table": tmp_path / f"labs{ending}", "labels": tmp_path / f"patients{ending}"}
+        save(table, paths["table"], sep=sep)
+        save(patients, paths["labels"], sep=sep)
+        return make_rows("from_long", **paths, out=tmp_path / "out.csv", **{**FLAGS, **flags})
+
+    return make_them
+
+
+def trajectory(made):
+    rows, _ = made
+    return rows["clinical_trajectory"].tolist()[0]
+
+
+# --------------------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("subject_id", "charttime", "itemid", "valuenum"),
+        ("PATIENT ID", "Date", "Test_Name", "Result (mg/dL)"),
+        ("MRN", "DateTime", "PARAMETER", "Value"),
+        ("RecordID", "Time", "Lab", "Result"),
+    ],
+)
+def test_columns_are_found_by_their_usual_names(names, make):
+    table = labs().set_axis(names, axis="columns").assign(comment="x")
+    assert trajectory(make(table, people())) == "1 (0h) -> 1.5 (12h)"
+
+
+def test_all_missing_columns_are_asked_for_in_one_line(make):
+    table = labs().rename(columns={"Collected": "When", "Analyte": "What"})
+    with pytest.raises(InputError) as caught:
+        make(table, people(), columns=(), prediction_time="")
+    for asked in ("time=? item=?: ", "prediction_time=? label=?", "When", "--no_labels"):
+        assert asked in str(caught.value)
+    columns = ("time=When", "item=What,label=AKI stage 3")
+    assert trajectory(make(table, people(), columns=columns)) == "1 (0h) -> 1.5 (12h)"
+
+
+def test_what_is_read_and_what_is_not_is_said(make, caplog):
+    caplog.set_level(logging.INFO)
+    late = labs("2", "3", "4").assign(Ward="x")  # 48 h is within, both ends included
+    made = make(late, people(), window_hours=36.0)
+    assert trajectory(made) == "1.5 (0h) -> 2 (12h) -> 3 (24h) -> 4 (36h)"
+    text = caplog.text
+    assert "columns not read: Ward" in text
+    assert "columns not read: Age (years), Sex" in text
+    assert "of 10 values 2 lie before the windows (36 hours" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"prediction_time": "Admitted", "window_hours": 1.0}, None),
+        (
+            {"columns": (*FLAGS["columns"], "prediction_time=Early"), "prediction_time": ""},
+            "4 after",
+        ),
+        ({"columns": (*FLAGS["columns"], "labels.subject_id=Other")}, "named alike"),
+        ({"series": ("x=nothing",)}, "--series"),
+    ],
+)
+def test_the_cause_of_no_value_in_a_window_is_the_true_one(change, cause, make):
+    patients = people(Early=START - pd.Timedelta("1h"), Other=["A", "B"])
+    if cause is None:
+        assert trajectory(make(labs(), patients, **change)) == "1 (1h)"
+    else:
+        with pytest.raises(InputError, match=f"2 of 2 subjects.*{cause}"):
+            make(labs(), patients, **change)
+
+
+@pytest.mark.parametrize(
+    "header", [["Patient", "Collected", "Analyte", "Result"], ["item", "value"]]
+)
+def test_a_table_of_that_form_given_as_data_is_answered_by_the_command_to_type(header, tmp_path):
+    path = save(labs().iloc[:, -len(header) :].set_axis(header, axis="columns"), tmp_path / "l.csv")
+    for source in (path, pd.read_csv(path)):
+        with pytest.raises(InputError) as caught:
+            MIMICtrajectoryDataset(source)
+        typed = "from_long --table" in str(caught.value)
+        assert typed == (len(header) == 4)
+        assert not typed or "time=Collected item=Analyte value=Result" in str(caught.value)
+
+
+def test_a_name_is_found_whatever_its_case_and_signs_the_same_text_first():
+    assert roles.find_column(["a b", "A_B (x)"], "A_B (x)") == "A_B (x)"
+    assert roles.find_column(["a b", "A_B (x)"], "AB") == "a b"
+    assert roles.find_column(["a"], "", "b") is None
+
+
+# --------------------------------------------------------------------------- cells
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M", "%-d/%-m/%Y %H:%M", "%d-%m-%Y %H:%M:%S"),
+        *(AMERICAN, "%m/%d/%Y %H:%M", "%m-%d-%Y %I:%M %p", "%-m/%-d/%Y %-I:%M%p"),
+    ],
+)
+def test_times_are_read_in_the_usual_forms(form, make):
+    made = make(written(labs(), form), written(people(), form))
+    assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
+    assert made[0]["prediction_time"].tolist() == ["2024-01-22T08:00:00"] * 2
+
+
+def test_days_or_months_come_first_in_a_whole_column_and_a_format_decides_where_either_may(make):
+    early = labs().assign(Collected=lambda table: table["Collected"] - pd.Timedelta("12D"))
+    patients = people(Admitted=START - pd.Timedelta("12D"))
+    mixed = written(labs(), "%d/%m/%Y %H:%M")
+    mixed.loc[1, "Collected"] = "01/20/2024 20:00"
+    for table, named in ((written(early, AMERICAN), "--time_format"), (mixed, "2 cells|1 cell")):
+        with pytest.raises(InputError, match=f"labs.csv, column Collected: .*({named})"):
+            make(table, patients)
+    for form, day in (("%d/%m/%Y %I:%M %p", "2024-08-03"), ("%m/%d/%Y %I:%M %p", "2024-01-10")):
+        made = make(written(early, AMERICAN), written(patients, AMERICAN), time_format=(form,))
+        assert made[0]["prediction_time"][0].startswith(day)
+    short = written(labs(), "%d %b %y, %H:%M")
+    made = make(short, people(), time_format=("%d.%m.%Y", "%d %b %y, %H:%M"))
+    assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
+
+
+@pytest.mark.parametrize("pair", [("No", "Yes"), ("n", "Y"), ("FALSE", "true"), ("0", "1.0")])
+def test_labels_may_be_words(pair, make):
+    rows, _ = make(labs(), people(**{"AKI stage 3": pair}))
+    assert rows["label_escalation"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("sep", "cells", "read"),
+    [
+        (";", ("2,25", "<0,5"), "2.25 (24h) -> 0.25 (36h)"),
+        (";", ("1,200", "7"), "1.2 (24h) -> 7 (36h)"),
+        ("\t", ("2.25", "7"), "2.25 (24h) -> 7 (36h)"),
+        (";", ("2,25", "2.25"), None),
+        (",", ("2,25", "7"), None),  # within quotes
+        ("\t", ("1,200", "7"), None),
+    ],
+)
+def test_a_comma_is_decimal_where_semicolons_separate_and_never_beside_a_point(
+    sep, cells, read, make
+):
+    table, flags = labs(*cells).replace({"1.5": "1"}), {"sep": sep, "below_limit": "half"}
+    if read is None:
+        with pytest.raises(InputError, match="column Result: "):
+            make(table, people(), **flags)
+    else:
+        assert trajectory(make(table, people(), **flags)).endswith(read)
+
+
+@pytest.mark.parametrize(
+    ("flags", "read", "said"),
+    [
+        ({"below_limit": "half", "bad_values": "drop"}, "0.15 (24h) -> 500 (36h)", "half"),
+        ({"below_limit": "value", "bad_values": "drop"}, "0.3 (24h) -> 500 (36h)", "the limit"),
+        ({"below_limit": "drop", "bad_values": "drop"}, "1.5 (12h)", "left out"),
+        ({"bad_values": "drop"}, None, "4 cells are at a limit: --below_limit"),
+        ({"below_limit": "half"}, None, "2 cells are not a number: --bad_values"),
+    ],
+)
+def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, said, make, caplog):
+    caplog.set_level(logging.INFO)
+    table = labs("< 0.3", ">=500", "hemolyzed", "")
+    if read is None:
+        with pytest.raises(InputError, match=said) as caught:
+            make(table, people(), **flags)
+        assert "hemolyzed" not in str(caught.value)
+    else:
+        made = make(table, people(), **flags)
+        assert trajectory(made).endswith(read)
+        assert made[1]["values"]["without a number"] == 2 + 4 * (flags["below_limit"] == "drop")
+        assert 'dropped 2 values "hemolyzed"' in caplog.text
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize("words", [("5.1 H", "x" * 31), tuple("abcdef")])
+def test_texts_that_may_tell_of_a_patient_are_counted_alone(words, make, caplog):
+    caplog.set_level(logging.INFO)
+    make(
+        labs(*words),
+        people(),
+        bad_values="drop",
+        window_hours=999.0,
+        prediction_time="Admitted + 9 d",
+    )
+    assert f"dropped {2 * len(words)} other texts" in caplog.text
+
+
+# --------------------------------------------------------------------------- static features
+
+
+@pytest.mark.parametrize(
+    ("cells", "columns"),
+    [
+        (["61", "70.5", ""], {"static_x [u]": ["61", "70.5", None]}),
+        (["Yes", "no", ""], {"static_x": ["1", "0", None]}),
+        (["F", "male", "M"], {"static_x_male": ["0", "1", "1"]}),
+        (["Ward", "ICU", "icu"], {"static_x ward": ["1", "0", "0"]}),
+        (
+            ["b", "a", "c"],
+            {f"static_x {k}": [*v] for k, v in {"a": "010", "b": "100", "c": "001"}.items()},
+        ),
+    ],
+)
+def test_static_features_are_numbers_or_columns_of_their_categories(cells, columns, make, caplog):
+    caplog.set_level(logging.INFO)
+    made = make(labs(patients=3), people(3, Other=cells), static=("x [u]=other",))
+    static = made[0].filter(like="static_").astype(object)
+    assert static.where(static.notna(), None).to_dict("list") == columns
+    assert all("[u]" in name or f"{name} is 1 for" in caplog.text for name in columns)
+
+
+@pytest.mark.parametrize(
+    ("static", "column", "named"),
+    [
+        ("x=Nothing", {}, "--static x=Nothing"),
+        ("x=Admitted", {}, "--static x=Admitted"),
+        ("x=Other", {"Other": ["7", "some"]}, "column Other: 1 cell is not a number: --bad_values"),
+        ("x=Other", {"Other": ["7", "<5"]}, "column Other: 1 cell is at a limit: --below_limit"),
+    ],
+)
+def test_static_features_that_cannot_be_read_are_refused(static, column, named, make):
+    with pytest.raises(InputError, match=named):
+        make(labs(), people(**column), static=(static,))
+    if column:
+        made = make(
+            labs(), people(**column), static=(static,), below_limit="half", bad_values="drop"
+        )
+        assert made[0]["static_x"].tolist()[0] == "7"
+
+
+def test_more_than_twenty_categories_are_no_category(make):
+    for count in (20, 21):
+        patients = people(count, Other=[f"w{k}" for k in range(count)])
+        if count > 20:
+            with pytest.raises(InputError, match="column Other: 21 different"):
+                make(labs(patients=count), patients, static=("x=Other",))
+        else:
+            made = make(labs(patients=count), patients, static=("x=Other",))
+            assert len(made[0].filter(like="static_").columns) == 20
+
+
+# --------------------------------------------------------------------------- new patients
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".parquet", ".xlsx"])
+def test_every_kind_of_file_gives_the_same_rows(ending, make):
+    if ending == ".xlsx":
+        pytest.importorskip("openpyxl")
+    flags = {"static": STATIC, "below_limit": "half"}
+    expected, _ = make(labs("<0.3"), people(), **flags)
+    rows, _ = make(labs("<0.3"), people(), ending, **flags)
+    pd.testing.assert_frame_equal(rows, expected)
+
+
+def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, monkeypatch):
+    for error, named in ((ImportError, "pip install openpyxl"), (ValueError, "Excel")):
+
+        def broken(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(pd, "read_excel", broken)
+        paths = {"table": tmp_path / "labs.xlsx", "labels": tmp_path / "labs.xlsx"}
+        paths["table"].write_bytes(b"PK")
+        with pytest.raises(InputError, match=named):
+            make_rows("from_long", **paths, out=tmp_path / "out.csv", **FLAGS)
+
+
+def test_rows_without_a_label_are_kept_and_without_labels_there_is_no_column(make, caplog):
+    caplog.set_level(logging.INFO)
+    rows, _ = make(labs(), people(**{"AKI stage 3": ["", "Yes"]}))
+    assert rows["label_escalation"].isna().tolist() == [True, False]
+    assert "1 of 2 rows have no label" in caplog.text
+    rows, _ = make(labs(), people().drop(columns="AKI stage 3"), columns=(), no_labels=True)
+    assert "label_escalation" not in rows
+    assert len(rows) == 2
+
+
+def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
+    """Every flag and finding that shapes a row comes from the earlier output; typed flags win."""
+    rng = np.random.default_rng(0)
+    sex, ward = rng.choice(["F", "M"], 40), rng.choice(["ICU", "ward", "ED"], 40)
+    old = people(40, Sex=sex, Ward=ward, **{"AKI stage 3": rng.choice(["Yes", "No"], 40)})
+    values = labs("<0.3", "QNS", patients=40)
+    # Of the new ones each date may have the day first, no one is a man, none came from the ICU.
+    start = pd.Timestamp("2024-03-04 08:00")
+    new = people(2, Admitted=start, Ward="ED").drop(columns="AKI stage 3")
+    new_values = labs("<0.3", "QNS").assign(Collected=lambda t: t["Collected"] - START + start)
+    tables = {"labs": values, "patients": old, "new_labs": new_values, "new_patients": new}
+    path = {
+        name: str(save(written(table, AMERICAN), tmp_path / f"{name}.csv"))
+        for name, table in tables.items()
+    }
+    out = [str(tmp_path / name) for name in ("aki.csv", "new.csv", "again.csv")]
+    words = ["from_long", "--table", path["labs"], "--labels", path["patients"], "--out", out[0]]
+    words += ["--columns", "label=AKI stage 3", "--prediction_time", "Admitted + 48 h"]
+    words += ["--window_hours", "48", "--series", SERIES[0], "--static", STATIC[0]]
+    words += ["--static", STATIC[1], "--static", "ward=Ward"]
+    words += ["--below_limit", "half", "--bad_values", "drop"]
+    assert dataset_format.main(words) == 0
+    like = ["from_long", "--table", path["new_labs"], "--labels", path["new_patients"]]
+    like += ["--like", out[0], "--no_labels"]
+    assert dataset_format.main([*like, "--out", out[1]]) == 0
+    first, rows = pd.read_csv(out[0]), pd.read_csv(out[1])
+    assert [*rows] == [*first.drop(columns="label_escalation")]
+    assert rows["clinical_trajectory"][0] == "1 (0h) -> 1.5 (12h) -> 0.15 (24h)"
+    assert rows["prediction_time"][0] == "2024-03-06T08:00:00"
+    assert rows.filter(like="static_").iloc[0].to_dict() == {
+        "static_age [years]": 50,
+        "static_sex_male": 0,
+        "static_ward ed": 1,
+        "static_ward icu": 0,
+        "static_ward ward": 0,
+    }
+    assert MIMICtrajectoryDataset(out[1], require_labels=False).outcome == "AKI stage 3"
+    typed = ["--series", "crea [mg/dL]=Creatinine", "--below_limit", "value", "--static", STATIC[0]]
+    assert dataset_format.main([*like, "--out", out[2], *typed]) == 0
+    dataset = MIMICtrajectoryDataset(out[2], require_labels=False)
+    assert dataset.features == ("crea",)
+    assert dataset.static_names == ("static_age [years]",)
+    assert pd.read_csv(out[2])["clinical_trajectory"][0].endswith("0.3 (24h)")
