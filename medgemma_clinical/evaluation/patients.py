@@ -36,6 +36,9 @@ WIDTH, RISK_HEIGHT, MARGIN = 5.2, 1.2, 0.4
 SERIES_HEIGHTS, ALL_SERIES = (0.45, 0.85), 4.0
 """Inches of a series' panel, least and most, and of all where there is room."""
 
+MAX_NAMED = 10
+"""Lines of a figure that have a name and a colour each."""
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -135,6 +138,22 @@ def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figu
         f"{row.time_text(row.hours[0])}, {last} at {row.time_text(row.hours[-1])}, highest "
         f"{highest}; the threshold is {percent(threshold)}."
     )
+
+
+def plot_risks(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
+    """Draw the risk of rows over time, a line for each id; columns id, hours, probability."""
+    figure, (axes,) = plots.new_figure(size=(WIDTH, WIDTH / 1.6))
+    lines = curves.groupby("id", sort=False)
+    few = lines.ngroups <= MAX_NAMED
+    for id_, line in lines:
+        style = {"label": id_} if few else {"color": plots.MODEL, "alpha": 0.3}
+        risks = 100 * line["probability"]
+        axes.plot(line["hours"], risks, "o-", drawstyle="steps-post", clip_on=False, **style)
+    axes.axhline(100 * threshold, color=plots.OTHER, linestyle="--", label="threshold")
+    axes.set(ylim=(0, None), xlabel="hours", ylabel=f"Risk of {outcome} (%)")
+    if few:
+        figure.legend(loc="outside right upper")
+    return figure
 
 
 def _plot_series(axes: Axes, row: Explanation, f: int) -> str:

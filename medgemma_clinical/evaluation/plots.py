@@ -82,11 +82,20 @@ def plot_style() -> AbstractContextManager[None]:
     return style.context(["default", STYLE])
 
 
+class Shown(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def new_figure(
     heights: Sequence[float] = (1,), size: tuple[float, float] = (4.0, 3.2)
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure, ``size`` inches, and its axes below each other with relative heights."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Shown(figsize=size, layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     return figure, list(axes[:, 0])
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
@@ -17,8 +18,10 @@ from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
+from medgemma_clinical.evaluation.patients import plot_patient, plot_risks
+from medgemma_clinical.evaluation.plots import plot_style
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.explain import risk_over_time
+from medgemma_clinical.inference.explain import explain, risk_over_time
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
 from medgemma_clinical.inference.scoring import (
     Scores,
@@ -144,7 +147,7 @@ class TrajectoryModel:
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """The content of ``metrics.json``; None where the run of the checkpoint did not finish."""
+        """The content of ``metrics.json``; None where the model was not tested."""
         return self.config.get("metrics")
 
     def results(self, part: str = "test") -> pd.DataFrame:
@@ -157,10 +160,10 @@ class TrajectoryModel:
             of the best blend). NaN where a metric is not defined.
 
         Raises:
-            ValueError: another part, or the run of the checkpoint did not finish.
+            ValueError: another part, or the model was not tested.
         """
         if self.metrics is None:
-            raise ValueError("no metrics: the run of this checkpoint did not finish")
+            raise ValueError("no metrics: this model was not tested")
         if part not in ("test", "validation"):
             raise ValueError(f"part {part!r}: choose test or validation")
         metrics = Metrics.from_json(self.metrics[part])
@@ -238,6 +241,33 @@ class TrajectoryModel:
         chunks, findings = self._read(rows, strict=True)
         tables = (risk_over_time(x, self.trained, findings, self.batch_size) for x in chunks)
         return pd.concat([table for each in tables for table in each], ignore_index=True)
+
+    def plot_risk(self, rows: Rows) -> Figure:
+        """Return a figure of ``risk_over_time``, a line for each row."""
+        curves = self.risk_over_time(rows)
+        with plot_style():
+            return plot_risks(curves, self.config["outcome"], self.threshold)
+
+    @exact_kernels()
+    def plot_patient(self, rows: Rows, id: object = None) -> Figure:
+        """Return the figure of the patients' page: a row's series and, below, its risk over time.
+
+        Args:
+            rows: N rows, of which one is drawn.
+            id: of the row, as in ``predictions``; None draws the first one.
+
+        Raises:
+            ValueError: no row has this id.
+        """
+        for chunk in self._read(rows, strict=True)[0]:
+            chosen = np.flatnonzero((chunk.ids == str(id)) | (id is None))[:1]
+            if len(chosen):
+                dataset = chunk.dataset.subset(chosen).with_inputs(**self.config["inputs"])
+                row = {"id": chunk.ids[chosen[0]], "probability": np.nan, "problem": ""}
+                shown = explain(row, dataset, self.trained, self.batch_size)
+                with plot_style():
+                    return plot_patient(shown, self.config["outcome"], self.threshold)[0]
+        raise ValueError(f"no row has the id {id}")
 
     @exact_kernels()
     def prompt_embeds(self, rows: Rows) -> list[Tensor]:

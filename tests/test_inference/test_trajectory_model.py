@@ -2,6 +2,8 @@
 
 import json
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from sklearn.base import is_classifier
@@ -87,6 +89,26 @@ def test_scikit_learn_takes_the_model_for_a_fitted_classifier(models, table):
     assert not np.allclose(again, probability)
     with pytest.raises(ValueError, match="FrozenEstimator"):
         model.fit(table, labels)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_figures_show_the_risk_over_time_and_leave_matplotlib_as_it_was(stage, models, table):
+    model, few, before = models[stage], table.head(3), dict(matplotlib.rcParams)
+    curves = model.risk_over_time(few)
+    chosen = curves["id"].iloc[-1]
+    *series, risk = model.plot_patient(few, chosen).axes
+    lines = [line.get_ydata() for line in model.plot_risk(few).axes[0].lines[:3]]
+    expected = [100 * curves.loc[curves["id"] == x, "probability"] for x in curves["id"].unique()]
+    for drawn, known in zip(
+        [*lines, risk.lines[1].get_ydata()], [*expected, expected[-1]], strict=True
+    ):
+        np.testing.assert_allclose(drawn, known, atol=1e-3)
+    assert len(series) == 1
+    assert model.plot_patient(few)._repr_png_(), "a notebook shows it"
+    assert len(model.plot_risk(table.head(20)).axes[0].lines) == 21
+    with pytest.raises(ValueError, match="nobody"):
+        model.plot_patient(few, "nobody")
+    assert (dict(matplotlib.rcParams), plt.get_fignums()) == (before, [])
 
 
 @pytest.mark.parametrize("stage", STAGES)
