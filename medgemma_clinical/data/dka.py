@@ -292,6 +292,10 @@ def numbers_of(
     table: pd.DataFrame, name: str, findings: Findings, max_value: float = MAX_VALUE
 ) -> NDArray[np.float64]:
     """Return a column of numbers, true or false, (rows,), NaN where empty."""
+    if str(table[name].dtype) in ("int64", "float64"):  # ten times as fast as by its text
+        numbers = table[name].to_numpy(np.float64)
+        if not np.abs(numbers).max(initial=0, where=~np.isnan(numbers)) > max_value:
+            return numbers
     text = text_of(table, name).str.lower().replace({"true": "1", "false": "0"})
     numbers = text.where(text.str.fullmatch(NUMBER), "nan").to_numpy(np.float64)
     findings.reject((text != "") & ~(np.abs(numbers) <= max_value), name, "not a number", text)
