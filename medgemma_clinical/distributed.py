@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from medgemma_clinical.files import InputError
 
@@ -116,9 +116,10 @@ def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
         strict.fill_uninitialized_memory = filled
 
 
-def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> Iterable[Any]:
+def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> tqdm[Any]:
     """Show a bar while items are used; without terminal and notebook, a line a minute at most."""
-    terminal = sys.stderr.isatty() or "ipykernel" in sys.modules  # a notebook is no terminal
+    notebook = "ipykernel" in sys.modules  # is no terminal; a bar that flashes moves its page
+    terminal = sys.stderr.isatty() or notebook
     return tqdm(
         items,
         title,
@@ -126,7 +127,7 @@ def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -
         initial=done,
         leave=False,
         mininterval=0.1 if terminal else 60,
-        delay=0 if terminal else 60,
+        delay=int(notebook) if terminal else 60,
         disable=not processes().is_main_process,
     )
 

@@ -1,8 +1,10 @@
 """Training from Python: the same models as the command line, and nothing on the disk unasked."""
 
+import inspect
 import json
 import logging
 import stat
+import sys
 import tempfile
 from functools import partial
 from unittest import mock
@@ -90,6 +92,8 @@ def test_fit__takes_the_flags_with_their_defaults(rows, monkeypatch):
         ({"epoch": 3}, TypeError, "'epoch'"),
         ({"data_path": "x.csv"}, TypeError, "data_path"),
         ({"trajectory_only": True}, TypeError, "trajectory_only"),
+        ({"ode_checkpoint": "x.pt"}, TypeError, "ode_checkpoint"),
+        ({"trajectory_epochs": 3}, TypeError, "stage 1"),
         ({"batch_size": 0}, InputError, "--batch_size"),
         ({"dynamics": "fast"}, InputError, "--dynamics"),
         ({"organ": "liver"}, InputError, "--organ"),
@@ -101,6 +105,24 @@ def test_fit__takes_the_flags_with_their_defaults(rows, monkeypatch):
 def test_fit__names_a_wrong_argument(keywords, error, name, rows):
     with pytest.raises(error, match=name):
         fit_classification(**{"rows": rows, **keywords})
+
+
+def test_fit__stage_1_refuses_the_keywords_of_other_stages_and_all_are_in_the_signature(rows):
+    keywords = [set(inspect.signature(fit).parameters) for fit in (fit_trajectory, fit_generative)]
+    for name in ("epochs", "lora_rank", "model_name"):
+        assert [name in each for each in keywords] == [False, True]
+        with pytest.raises(TypeError, match=f"{name} is for stages 2 and 3"):
+            fit_trajectory(rows, **{name: 3})
+    assert keywords[0] - keywords[1] == {"trajectory_epochs"}
+    assert inspect.signature(fit_trajectory).parameters["trajectory_epochs"].default == 100
+
+
+def test_fit__shows_a_bar_with_the_score_of_the_last_epoch_on_a_terminal(rows, capsys, monkeypatch):
+    for shown in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
+        fit_trajectory(rows, trajectory_epochs=20, patience=20)
+        text = capsys.readouterr().err
+        assert ("/20 [" in text, "val_auroc " in text) == (shown, shown)
 
 
 def test_fit__takes_an_encoder_as_a_model_or_where_it_lies(runs, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from medgemma_clinical.commands.run_folder import log_path, stage_folder
 from medgemma_clinical.data.checks import (
@@ -19,7 +20,7 @@ from medgemma_clinical.data.checks import (
 )
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.distributed import default_device, peak_memory, processes
+from medgemma_clinical.distributed import default_device, peak_memory, processes, show_progress
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress
 from medgemma_clinical.training.trackers import check_tracker
@@ -31,6 +32,26 @@ WARNED_SHARE = 0.01
 
 MAX_SHOWN = 6
 """Epochs that the console shows at most, beside the last one."""
+
+
+class EpochBar(logging.Handler):
+    """Show the epochs of a run as a bar, with the last one's score: records with ``progress``."""
+
+    bar: tqdm[Any] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Move the bar to an epoch of so many."""
+        epoch, epochs, score = getattr(record, "progress", (0, 0, ""))
+        if epochs:
+            self.bar = self.bar or show_progress((), "epochs", epochs)
+            self.bar.set_postfix_str(score, refresh=False)
+            self.bar.update(epoch - self.bar.n)
+
+    def close(self) -> None:
+        """End the bar."""
+        super().close()
+        if self.bar is not None:
+            self.bar.close()
 
 
 def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
@@ -61,7 +82,8 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
             logger.info(f"{count:,} prompts were too long and lost their oldest values")
     logger.info(
         f"batch size {args.batch_size}, {len(batches)} steps an epoch, at most {stage.epochs} "
-        f"epochs, on {default_device()}, processes: {processes().num_processes}"
+        f"epochs, on {default_device()}, processes: {processes().num_processes}",
+        extra={"progress": (0, stage.epochs, "no epoch yet")},
     )
 
 
@@ -94,6 +116,7 @@ def log_epoch(stage: Stage, metrics: dict[str, Any], best: int, *, exhausted: bo
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, val loss {metrics['val_loss']:.4f}, "
         f"val AUROC {metrics['val_auroc']:.4f}, {metrics['seconds']:.1f} s"
         f", {'best so far' if best == epoch else f'best epoch {best}'}",
+        extra={"progress": (epoch, stage.epochs, f"{stage.monitor} {metrics[stage.monitor]:.3f}")},
     )
     if skipped:
         steps = len(stage.batches["train"])

@@ -101,13 +101,13 @@ def command_logging(*, first: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[None]:
-    """Log a run that Python calls; show warnings where the caller has not set up logging."""
+def recorded(bar: logging.Handler) -> Iterator[None]:
+    """Log a run that Python calls, also to ``bar``; show warnings where the caller does not log."""
     warnings = logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
-    with restored():
+    with restored(), contextlib.closing(bar):
         for logger in OWN:
-            added = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
+            added = [RUN_LOG, bar] if logging.root.handlers else [RUN_LOG, bar, warnings]
             logger.handlers = [*logger.handlers, *added]
             logger.setLevel(logging.DEBUG)
         yield

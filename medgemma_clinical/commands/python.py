@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from argparse import Namespace
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_clinical.commands import flags
-from medgemma_clinical.commands.announce import check_output
+from medgemma_clinical.commands.announce import EpochBar, check_output
 from medgemma_clinical.commands.command_line import Parser
 from medgemma_clinical.commands.logs import recorded
 from medgemma_clinical.commands.run_folder import given_stage1, stage_folder
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels
 from medgemma_clinical.files import InputError, owner_only
+from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
 from medgemma_clinical.inference.hub import find_checkpoint
 from medgemma_clinical.inference.scoring import check_kind
 from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel
@@ -27,9 +29,21 @@ from medgemma_clinical.training.signals import SIGNALS
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
     *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
-    *("show_values", "export", "export_dir", "explain", "patients", "open"),
+    *("show_values", "export", "export_dir", "explain", "patients", "open", "ode_checkpoint"),
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
+
+OTHER_STAGE = {
+    True: {x[2:] for x in flags.UNREAD_FLAGS["--trajectory_only"].split()},
+    False: {"trajectory_epochs"},
+}
+"""Keywords that stage 1 does not take, and those that stages 2 and 3 do not take."""
+
+INSTEAD = {
+    True: ("stages 2 and 3", {"epochs": ": stage 1 takes trajectory_epochs"}),
+    False: ("stage 1", {"trajectory_epochs": ": stages 2 and 3 take epochs"}),
+}
+"""Whose such a keyword is, and what to give."""
 
 OF_A_FOLDER = ("resume", "log_file", "report_to", "save_every", "report_patients")
 """Flags that have no use where nothing is written."""
@@ -55,6 +69,10 @@ def fit(
     """
     if unknown := sorted(NOT_KEYWORDS & keywords.keys()):
         raise TypeError(f"unexpected keyword {unknown[0]!r}")
+    is_stage_1 = "trajectory_only" in stage
+    if wrong := sorted(OTHER_STAGE[is_stage_1] & keywords.keys()):
+        whose, instead = INSTEAD[is_stage_1]
+        raise TypeError(f"{wrong[0]} is for {whose}{instead.get(wrong[0], '')}")
     unused = [name for name in OF_A_FOLDER if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
@@ -68,7 +86,7 @@ def fit(
         raise RuntimeError("another model is being trained in this process: wait for its end")
     try:
         kernels = exact_kernels(deterministic=args.deterministic)
-        with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
+        with SIGNALS.installed(kills=False), kernels, recorded(EpochBar()), owner_only():
             dataset = read_rows(rows, args, keywords, read)
             stage1 = given_stage1(args) if encoder is None else read_encoder(encoder)
             model = train(args, dataset, stage1)
@@ -79,6 +97,22 @@ def fit(
     finally:
         FITTING.release()
     return model or TrajectoryModel.from_pretrained(stage_folder(args))
+
+
+def set_signatures(parser: Parser) -> None:
+    """Let ``help`` and editors know the keywords of each stage's function, with their defaults."""
+    defaults = vars(parser.parse_args([]))
+    function: Any
+    for function in (fit_trajectory, fit_classification, fit_generative):
+        others = NOT_KEYWORDS | OTHER_STAGE[function is fit_trajectory]
+        signature = inspect.signature(function)
+        arguments = [x for x in signature.parameters.values() if x.kind != x.VAR_KEYWORD]
+        arguments += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in defaults.items()
+            if name not in others
+        ]
+        function.__signature__ = signature.replace(parameters=arguments)
 
 
 def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
