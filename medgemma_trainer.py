@@ -80,17 +80,13 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.classifier import TrajectoryClassifier
 from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import (
-    TrajectoryClassifier,
-    TrajectoryHead,
-    TrajectoryMember,
-    log_odds,
-)
+from medgemma_clinical.models.trajectory import Stage1, TrajectoryHead, TrajectoryMember, log_odds
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
 from medgemma_clinical.training.evaluate import evaluate
@@ -101,7 +97,8 @@ from medgemma_clinical.training.state import NonFiniteLossError, TrainState, Wei
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
-__all__ = ["TrajectoryModel", "fit_classification", "fit_generative", "fit_trajectory", "main"]
+__all__ = ["TrajectoryClassifier", "TrajectoryModel", "main"]
+__all__ += ["fit_classification", "fit_generative", "fit_trajectory"]
 
 logger = logging.getLogger("medgemma_trainer")
 
@@ -239,7 +236,7 @@ def prompt_options(args: Namespace) -> PromptOptions:
 # --------------------------------------------------------------------------- the models
 
 
-def build_stage1(config: Mapping[str, Any], seed: int = 0) -> TrajectoryClassifier:
+def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
     """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
     inputs, members = config["inputs"], []
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
@@ -248,12 +245,12 @@ def build_stage1(config: Mapping[str, Any], seed: int = 0) -> TrajectoryClassifi
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
         encoder = ClinicalODERNN(**config["encoder"])
         members.append(TrajectoryMember(encoder, TrajectoryHead(encoder.hidden_dim, **sizes)))
-    return TrajectoryClassifier(members)
+    return Stage1(members)
 
 
 def build_llm(
     config: Mapping[str, Any],
-    stage1: TrajectoryClassifier | None,
+    stage1: Stage1 | None,
     base: str,
     *,
     device: torch.device,
@@ -349,12 +346,12 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
     return model
 
 
-def stage1_config(model: TrajectoryClassifier) -> dict[str, Any]:
+def stage1_config(model: Stage1) -> dict[str, Any]:
     """Return the keys of a checkpoint by which ``build_stage1`` rebuilds a stage 1."""
     return {"encoder": model.encoder.config, "members": len(model.members)}
 
 
-def trajectory_stage(args: Namespace, data: Data, model: TrajectoryClassifier) -> Stage:
+def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     """Stage 1: encoder and head learn, no language model."""
     patients = data.training_patients()
 
@@ -769,6 +766,7 @@ def program() -> int:
 TrajectoryModel.program = Program(
     DATASETS, BUILDERS, partial(python.fit, build_parser, read_dataset, train_stage)
 )
+python.set_signatures(build_parser())
 
 if __name__ == "__main__":
     sys.exit(program())

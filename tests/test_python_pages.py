@@ -36,7 +36,7 @@ def test_snippets_of_readme_and_python_page():
     table.tail(40).to_csv("other_hospital.csv", index=False)
     page = SNIPPET.findall((DOCS / "python.md").read_text(encoding="utf-8"))
     readme = SNIPPET.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert (len(readme), len(page)) == (1, 3)
+    assert (len(readme), len(page)) == (1, 4)
     quick = 'output_dir="runs", trajectory_epochs=2)'
     for code in (*page, *readme):
         short = code.replace("trajectory_epochs=50", "trajectory_epochs=2")

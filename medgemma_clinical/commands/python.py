@@ -7,6 +7,7 @@ import os
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,12 @@ NOT_KEYWORDS = {
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
 
-OTHER_STAGE = {
-    True: {x[2:] for x in flags.UNREAD_FLAGS["--trajectory_only"].split()},
-    False: {"trajectory_epochs"},
+STAGE_1, STAGES_2_3 = "stage 1", "stages 2 and 3"
+UNREAD = {
+    STAGE_1: {flag[2:] for flag in flags.UNREAD_FLAGS["--trajectory_only"].split()},
+    STAGES_2_3: {"trajectory_epochs"},
 }
-"""Keywords that stage 1 does not take, and those that stages 2 and 3 do not take."""
-
-INSTEAD = {
-    True: ("stages 2 and 3", {"epochs": ": stage 1 takes trajectory_epochs"}),
-    False: ("stage 1", {"trajectory_epochs": ": stages 2 and 3 take epochs"}),
-}
-"""Whose such a keyword is, and what to give."""
+"""Keywords of the other stages alone."""
 
 OF_A_FOLDER = ("resume", "log_file", "report_to", "save_every", "report_patients")
 """Flags that have no use where nothing is written."""
@@ -69,10 +65,12 @@ def fit(
     """
     if unknown := sorted(NOT_KEYWORDS & keywords.keys()):
         raise TypeError(f"unexpected keyword {unknown[0]!r}")
-    is_stage_1 = "trajectory_only" in stage
-    if wrong := sorted(OTHER_STAGE[is_stage_1] & keywords.keys()):
-        whose, instead = INSTEAD[is_stage_1]
-        raise TypeError(f"{wrong[0]} is for {whose}{instead.get(wrong[0], '')}")
+    own, other = STAGE_1, STAGES_2_3
+    if "mode" in stage:
+        own, other = other, own
+    if wrong := sorted(UNREAD[own] & keywords.keys()):
+        epochs = {"epochs": ": stage 1 takes trajectory_epochs"}
+        raise TypeError(f"{wrong[0]} is for {other}{epochs.get(wrong[0], '')}")
     unused = [name for name in OF_A_FOLDER if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
@@ -104,14 +102,12 @@ def set_signatures(parser: Parser) -> None:
     defaults = vars(parser.parse_args([]))
     function: Any
     for function in (fit_trajectory, fit_classification, fit_generative):
-        others = NOT_KEYWORDS | OTHER_STAGE[function is fit_trajectory]
+        unread = NOT_KEYWORDS | UNREAD[STAGE_1 if function is fit_trajectory else STAGES_2_3]
         signature = inspect.signature(function)
-        arguments = [x for x in signature.parameters.values() if x.kind != x.VAR_KEYWORD]
-        arguments += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for name, default in defaults.items()
-            if name not in others
-        ]
+        *arguments, flags_ = signature.parameters.values()
+        keyword = partial(flags_.replace, kind=flags_.KEYWORD_ONLY, annotation=flags_.empty)
+        names = [name for name in defaults if name not in unread]
+        arguments += [keyword(name=name, default=defaults[name]) for name in names]
         function.__signature__ = signature.replace(parameters=arguments)
 
 

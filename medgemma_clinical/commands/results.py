@@ -69,6 +69,8 @@ def write_results(
     """
     predictions, decided = score_parts(stage, data, args.calibrate)
     config = {**stage.config, **decided}
+    if "test" not in predictions:  # the caller tests, as scikit-learn's tools do
+        return config
     texts = None
     if isinstance(stage.model, LLMWriter):
         texts = generate_reports(stage, predictions["test"])
@@ -127,6 +129,8 @@ def score_parts(
     scored: dict[str, Predictions] = {}
     for part, name in SCORED.items():
         batches = stage.batches[part]
+        if not len(batches.rows):
+            continue
         shown = show_progress(batches, f"{stage.name}: {name}", len(batches))
         scored[part] = score(stage.model, shown, stage.collate)
     decided: dict[str, Any] = {}

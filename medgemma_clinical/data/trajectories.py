@@ -90,6 +90,7 @@ class TrajectoryDataset:
         prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
             where unknown, None where the data do not say it.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
+        tested: whether a split that is drawn keeps a test part; else its rows train.
         features: F names.
         units: F units, empty where a feature has none.
         static_names: names of all static features, ``static_NAME [unit]``.
@@ -133,6 +134,7 @@ class TrajectoryDataset:
     static: NDArray[np.float64]
     prediction_hours: NDArray[np.float64] | None = None
     parts: NDArray[np.str_] | None = None
+    tested: bool = True
     _summaries: NDArray[np.float64] | None = None
 
     features: tuple[str, ...]
@@ -354,7 +356,11 @@ class TrajectoryDataset:
         """
         if self.parts is not None:
             return given_split(self.groups, self.labels, self.parts, self.source)
-        return draw_split(self.groups, self.labels, seed, self.source)
+        split = draw_split(self.groups, self.labels, seed, self.source)
+        if not self.tested:
+            split["train"] = np.sort(np.concatenate([split["train"], split["test"]]))
+            split["test"] = split["test"][:0]
+        return split
 
     # ------------------------------------------------------------------ inputs beside the series
 

@@ -21,7 +21,7 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.loaders import LengthBatches
@@ -100,7 +100,7 @@ def score_rows(
     rows = replace(rows, dataset=rows.dataset.with_inputs(**trained.config["inputs"]))
     count_unknown_static(rows.dataset, findings)
     model = trained.model
-    stage1 = model if isinstance(model, TrajectoryClassifier) else model.stage1
+    stage1 = model if isinstance(model, Stage1) else model.stage1
     if stage1 is not None:
         max_gap = stage1.encoder.longest_gap_hours
         problem = f"more than {max_gap:g} h pass without an observation"

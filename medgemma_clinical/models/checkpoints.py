@@ -38,7 +38,7 @@ from medgemma_clinical.files import (
 from medgemma_clinical.models.language_model import HUB_ID
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
@@ -76,7 +76,7 @@ class TrajectoryCheckpoint:
 
     Attributes:
         config: rebuilds the model and says what it was trained on.
-        weights: state dict of a ``TrajectoryClassifier``.
+        weights: state dict of a ``Stage1``.
         train_patients: (n,) int64, sorted hashes of the patients that trained; none in a copy that
             is shared.
         path: the file, as errors name it.
@@ -185,7 +185,7 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
     return TrajectoryCheckpoint(config, weights, patients, path, file_hash(path))
 
 
-def load_trajectory(model: TrajectoryClassifier, checkpoint: TrajectoryCheckpoint) -> None:
+def load_trajectory(model: Stage1, checkpoint: TrajectoryCheckpoint) -> None:
     """Load the weights of a trained stage 1 into ``model``, every key."""
     try:
         _load(model, checkpoint.weights)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import (
     IGNORED,
     TextBatch,
@@ -130,7 +130,7 @@ class TextCollator:
         return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
 
     @torch.no_grad()
-    def encode(self, stage1: TrajectoryClassifier, tokens: int, device: torch.device) -> None:
+    def encode(self, stage1: Stage1, tokens: int, device: torch.device) -> None:
         """Encode every row once by a frozen stage 1; batches then bring the states along."""
         stage1.to(device).eval()
         parts = []

@@ -36,7 +36,7 @@ from medgemma_clinical.models.checkpoints import (
 )
 from medgemma_clinical.models.language_model import base_name, base_record
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import TrajectoryClassifier
+from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 logger = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ logger = logging.getLogger(__name__)
 class Builders(NamedTuple):
     """The functions of the script that build a model from its configuration.
 
-    stage1: config -> ``TrajectoryClassifier``; llm: see ``medgemma_trainer.build_llm``.
+    stage1: config -> ``Stage1``; llm: see ``medgemma_trainer.build_llm``.
     """
 
-    stage1: Callable[..., TrajectoryClassifier]
+    stage1: Callable[..., Stage1]
     llm: Callable[..., tuple[TrajectoryLLM, PreTrainedTokenizerBase]]
 
 
@@ -63,7 +63,7 @@ class TrainedModel:
         train_patients: of stage 1, see ``TrajectoryCheckpoint``; None for the others.
     """
 
-    model: TrajectoryClassifier | TrajectoryLLM
+    model: Stage1 | TrajectoryLLM
     config: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
     train_patients: NDArray[np.int64] | None = None
@@ -194,7 +194,7 @@ def whole(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: its adapter does not fit this base model") from error
 
 
-def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> TrajectoryClassifier:
+def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> Stage1:
     """Return stage 1 with the weights of its checkpoint."""
     with whole(checkpoint.path):
         model = builders.stage1(checkpoint.config)

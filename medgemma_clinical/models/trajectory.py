@@ -108,7 +108,7 @@ class TrajectoryMember(nn.Module):
         return states, self.head(states, batch)
 
 
-class TrajectoryClassifier(nn.Module):
+class Stage1(nn.Module):
     """Stage 1: one or more members of different seeds, whose logits are averaged.
 
     Source: Lakshminarayanan 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep

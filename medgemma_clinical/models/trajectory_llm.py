@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.trajectory import Output, TrajectoryClassifier
+from medgemma_clinical.models.trajectory import Output, Stage1
 
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -93,7 +93,7 @@ class SoftPrompt(nn.Module):
         return self.scale * functional.rms_norm(projected, projected.shape[-1:])
 
 
-def latest_states(stage1: TrajectoryClassifier, batch: Batch, tokens: int) -> TrajectoryStates:
+def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates:
     """Encode a batch and keep each patient's latest ``tokens`` states.
 
     They are the states after the observations and, where the question is asked later than the last
@@ -122,7 +122,7 @@ class TrajectoryLLM(nn.Module):
 
     def __init__(
         self,
-        stage1: TrajectoryClassifier | None,
+        stage1: Stage1 | None,
         projection: SoftPrompt | None,
         llm: PreTrainedModel,
         *,

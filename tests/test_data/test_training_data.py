@@ -38,6 +38,15 @@ def test_a_split_gives_each_class_80_10_10_of_its_patients_and_loses_no_row(seed
         assert (len(own & events), len(own - events)) == (share * 40, share * 160)
 
 
+def test_without_a_test_part_its_rows_train():
+    dataset = MIMICtrajectoryDataset(cohort())
+    before = dataset.split(0)
+    dataset.tested = False
+    after = {part: rows.tolist() for part, rows in dataset.split(0).items()}
+    train = sorted([*before["train"], *before["test"]])
+    assert after == {"train": train, "val": before["val"].tolist(), "test": []}
+
+
 def test_a_split_depends_on_its_seed_and_not_on_the_order_of_rows():
     table = cohort()
     dataset = MIMICtrajectoryDataset(table)

@@ -13,7 +13,7 @@ from dte_encoder import ClinicalODERNN
 from language_models import data_of, patients, stage1_for
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.trajectory import TrajectoryClassifier, TrajectoryHead
+from medgemma_clinical.models.trajectory import Stage1, TrajectoryHead
 from medgemma_trainer import build_stage1
 from trajectories import dataset_of
 
@@ -114,7 +114,7 @@ def test_member__reads_the_state_at_the_prediction_time(three):
 
 def test_classifier__averages_logits_and_losses_and_keeps_the_first_members_states(three):
     model, _, batch = three
-    alone = [TrajectoryClassifier([member])(batch) for member in model.members]
+    alone = [Stage1([member])(batch) for member in model.members]
     for one, other in itertools.combinations(alone, 2):
         assert not torch.isclose(one.logit, other.logit).any()
     output, (states, logits) = model(batch), model.read(batch)
@@ -132,7 +132,7 @@ def test_classifier__each_member_learns_as_if_alone(three):
     model, alone = copy.deepcopy(three[0]), copy.deepcopy(three[0])
     model(three[2]).loss.backward()
     for together, member in zip(model.members, alone.members, strict=True):
-        TrajectoryClassifier([member])(three[2]).loss.backward()
+        Stage1([member])(three[2]).loss.backward()
         for found, own in zip(together.parameters(), member.parameters(), strict=True):
             torch.testing.assert_close(3 * found.grad, own.grad)
 
