@@ -81,6 +81,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     outcome = "Death or too sick for transplant"
     fixed_features = True  # SRTR's own kidney history holds no laboratory value
     report_hours = HOURS_A_DAY
+    row_noun = "registrations"
 
     parts = None
     flow: pd.DataFrame

@@ -80,7 +80,7 @@ def write_page(root, rows=None, content=None, **options):
 class Page(HTMLParser):
     """A page: tags that are still open, all tags with their attributes, and the visible text."""
 
-    VOID = ("meta", "link", "br", "img", "hr")
+    VOID = ("meta", "link", "br", "img", "hr", "source")
 
     def __init__(self, text):
         super().__init__()

@@ -27,6 +27,6 @@ ROW = Explanation(
 def write_page(folder, *rows):
     """Write a page of rows and return its path."""
     path = folder / "out.patients.html"
-    notes, method = ["1 of these rows is in the training data."], {"Model": "Stage 1"}
+    notes, method = ["In the training data: 1 of these 2."], {"Model": "Stage 1"}
     write_patients(path, rows, OUTCOME, THRESHOLD, notes, method)
     return path

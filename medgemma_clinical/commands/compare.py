@@ -17,7 +17,8 @@ from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.evaluation.baselines import MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
 from medgemma_clinical.evaluation.report import write_comparison
-from medgemma_clinical.evaluation.tables import counts_text, model_table
+from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
 from medgemma_clinical.models.language_model import TINY
 from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
@@ -173,8 +174,7 @@ def write_results(
 def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -> None:
     """Log the table of the models and on how many rows it rests."""
     table = model_table(metrics, pd.DataFrame.from_dict(cost, orient="index"))
-    counts = counts_text(metrics.counts["n"], metrics.counts["events"])
-    logger.info("\n%s\ntest: %s", table.to_string(index=False), counts)
+    logger.info("\n%s\ntest: %s", table.to_string(index=False), counts_text(metrics.counts))
 
 
 def random_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:

@@ -80,12 +80,12 @@ def training_sentence(
 ) -> str:
     """Return how many data sets of one row each are in the training data."""
     if not len(trained):
-        return "Not known: how many of these rows are in the training data."
+        return "In the training data: not known how many of these."
     first, has_ids = np.zeros(1, dtype=np.int64), has_ids and datasets[0].has_patient_ids
     patients = np.concatenate([patient_hashes(dataset, first) for dataset in datasets])
     rows = np.concatenate([both_hashes(dataset, first) for dataset in datasets])
-    found = rows_in_training(patients, rows, trained, has_ids=has_ids)
-    return f"{found.sum()} of these {len(datasets)} rows are in the training data."
+    found = rows_in_training(patients, rows, trained, has_ids=has_ids).sum()
+    return f"In the training data: {found} of these {len(datasets)}."
 
 
 def explain_rows(

@@ -231,6 +231,7 @@ def report_labelled(
     people, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if people.empty:
         return
+    noun = "patients" if people["patient"].is_unique else dataset.row_noun
     hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
     in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
     new = people[~in_training].reset_index(drop=True)
@@ -238,14 +239,14 @@ def report_labelled(
     def said(min_cell: int) -> str:
         if not len(known):
             return (
-                "The checkpoint does not hold its training patients: if these rows are among them, "
+                f"The checkpoint does not hold its training data: if these {noun} are in them, "
                 "the metrics are optimistic."
             )
         found = count_text(len(people) - len(new), min_cell).capitalize()
-        return f"{found} labelled rows are in the training data and left out of the metrics."
+        return f"{found} {noun} are in the training data and left out of the metrics."
 
     if new["label"].nunique() < 2:
-        logger.info("%s No metrics: the rows that are left lack a class.", said(0))
+        logger.info("%s No metrics: those that are left all have, or all lack, the event.", said(0))
         return
     name, source = STAGE_NAMES[config["stage"]], Path(dataset.source).name
     patients = new["patient"].astype(str)
@@ -260,11 +261,11 @@ def report_labelled(
     shared = shareable(config, request.min_cell)
     here = case_mix(new)
     content = ReportContent(
-        title=f"{config['outcome']}: {name} on the rows of {source}",
+        title=f"{config['outcome']}: {name} on the {noun} of {source}",
         question=dataset.task_description(),
         data={
             "Source": source,
-            "Scored": f"{len(new):,} rows with a score and a label",
+            "Scored": f"{len(new):,} {noun} with a score and a label",
             "Missing values": "masked, never filled in",
         },
         card=page_card(
@@ -278,6 +279,7 @@ def report_labelled(
         threshold=model.threshold,
         seed=request.seed,
         bands=subgroups(new),
+        noun=noun,
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
         notice=random_model_notice(config),
@@ -285,7 +287,7 @@ def report_labelled(
     )
     path = report_path(request.predictions)
     write_report(path, rows, metrics, content, min_cell=request.min_cell)
-    lines = "\n".join(map(str, sentences(metrics)))
+    lines = "\n".join(map(str, sentences(metrics, noun)))
     logger.info("\n%s\n%s\nreport: %s", said(0), lines, path)
 
 

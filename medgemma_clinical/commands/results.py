@@ -92,11 +92,16 @@ def write_results(
     if "residual_weight" in decided:
         content["residual_weight"] = decided["residual_weight"]
     lines: list[dict[str, Any]] = []
+    example = None
     if texts is not None:
         dataset, judged = data.dataset, predictions["test"]
         lines, content["reports"] = score_reports(dataset, texts, judged, args.seed)
+        if args.show_values and stage.text:
+            first = int(judged.labels.argmax())  # with the event
+            prompt = dataset.prompt(int(judged.rows[first]), stage.text.options)
+            example = {**lines[first], "prompt": prompt}
     config["metrics"] = content
-    log_results(metrics, content.get("reports"))
+    log_results(metrics, content.get("reports"), data.dataset.noun)
     if folder:
         stage.save(folder, config)
         write_json(folder / "metrics.json", content)
@@ -105,11 +110,12 @@ def write_results(
         if texts is not None:
             generations = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", generations)
+        page = report_content(stage, data, state, config, metrics["val"], run, predictions["test"])
         write_report(
             folder / "report.html",
             tables["test"],
             metrics["test"],
-            report_content(stage, data, state, config, metrics["val"], run, predictions["test"]),
+            replace(page, example=example),
             min_cell=args.min_cell,
             list_patients=args.report_patients,
             folder=folder,
@@ -194,12 +200,12 @@ def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
     return dict(gather_object(list(written.items())))
 
 
-def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None) -> None:
+def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, noun: str) -> None:
     """Log the result of the test part in sentences, and the table of all models."""
     test, val = metrics["test"], metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\nTest part (validation AUROC %s):", auroc)
-    for line in (*sentences(test), model_table(test).to_string(index=False)):
+    for line in (*sentences(test, noun), model_table(test).to_string(index=False)):
         logger.info("%s", line)
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
@@ -230,6 +236,13 @@ def report_content(
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epoch = data.dataset, state.progress.best_epoch
     parameters = list(stage.model.parameters())
+    best = f"{best_epoch}, by {stage.monitor} on the validation part"
+    if best_epoch == 1 < len(state.progress.history):
+        best += "; training did not improve it after the first epoch"
+    stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]
+    if stage1 and config.get("residual_weight") == 0:
+        beside = Path(stage1).absolute().parent == Path(run["arguments"]["output_dir"]).absolute()
+        stage1_page = "../trajectory/report.html" if beside else ""
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     return ReportContent(
         title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
@@ -237,7 +250,7 @@ def report_content(
         data={
             "Source": Path(dataset.source).name,
             "Kind": dataset.kind,
-            "Used": f"{len(dataset):,} rows of {dataset.n_patients:,} patients",
+            "Used": f"{len(dataset):,} {dataset.noun}",
             "Missing values": "masked, never filled in",
             "Static features": ", ".join(dataset.static_inputs) or "none are read",
         },
@@ -246,7 +259,7 @@ def report_content(
             {
                 "Limits": LIMITS,
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
-                "Best epoch": f"{best_epoch}, by {stage.monitor} on the validation part",
+                "Best epoch": best,
                 **({} if few else {"Validation AUROC": auroc}),
                 "Seed": str(run["seed"]),
                 "Licence": licence(config),
@@ -255,10 +268,12 @@ def report_content(
         threshold=config["decision"]["threshold"],
         seed=run["seed"],
         bands=subgroups(demographics(dataset)).iloc[predictions.rows],
+        noun=dataset.noun,
         flow=dataset.flow,
         split=split_table(dataset.labels, dataset.groups, data.split),
         history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
+        stage1_page=stage1_page,
         notice=random_model_notice(config, run["arguments"]["model_name"]),
         first=list(filter(None, [weight_0_sentence(config)])),
     )

@@ -115,6 +115,8 @@ class TrajectoryDataset:
     source_flag: ClassVar[str]
     options: ClassVar[tuple[str, ...]]
     fixed_features: ClassVar[bool] = False
+    row_noun: ClassVar[str] = "stays"
+    """What a clinician calls the rows, where a patient may have several."""
     report_hours: ClassVar[float] = 1.0
     """Hours that are one unit of time in reports."""
 
@@ -216,6 +218,11 @@ class TrajectoryDataset:
     def n_patients(self) -> int:
         """Number of different patients."""
         return len(np.unique(self.groups))
+
+    @property
+    def noun(self) -> str:
+        """What a clinician calls the rows of these data."""
+        return "patients" if self.n_patients == len(self) else self.row_noun
 
     @property
     def hours_read(self) -> NDArray[np.float64] | None:

@@ -6,15 +6,14 @@ prediction time lies behind the last observation.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -30,11 +29,17 @@ NOTICE = "This page holds patients' data: do not share it. Only its owner can re
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
-WIDTH, RISK_HEIGHT, MARGIN = 5.2, 1.2, 0.4
-"""Inches of the figure, of the risk's panel, and of the labels of time."""
+WIDTHS = 11.5, 3.9
+"""Inches of the figure on a screen, and on a phone."""
 
-SERIES_HEIGHTS, ALL_SERIES = (0.45, 0.85), 4.0
-"""Inches of a series' panel, least and most, and of all where there is room."""
+RISK_HEIGHT, MARGIN = 1.4, 0.4
+"""Inches of the risk's panel, and of the labels of time."""
+
+NAME: dict[str, Any] = {"loc": "left", "fontsize": "medium", "pad": 3}
+"""Look of a name above its panel, where it takes no width."""
+
+SERIES_HEIGHTS, ALL_SERIES = (0.7, 1.1), 5.0
+"""Inches of a series' panel with its name, least and most, and of all where there is room."""
 
 MAX_NAMED = 10
 """Lines of a figure that have a name and a colour each."""
@@ -110,18 +115,21 @@ def write_patients(
 ) -> None:
     """Write the page: one file without script; ``notes`` are sentences that stand first."""
     with plots.plot_style():
-        images = [plots.to_image(*plot_patient(row, outcome, threshold)) for row in rows]
+        images = [
+            [plots.to_image(*plot_patient(row, outcome, threshold, width)) for width in WIDTHS]
+            for row in rows
+        ]
     title, pairs = f"Patients: {outcome}", list(zip(rows, images, strict=True))
     words = {"threshold": threshold, "notes": notes, "method": method}
     write_text(path, render("patients", title=title, notice=NOTICE, rows=pairs, **words))
 
 
-def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figure, str]:
+def plot_patient(row: Explanation, outcome: str, threshold: float, width: float = 8) -> plots.Plot:
     """Draw the measured series above the risk, on one axis of time; return the same in words."""
     measured = np.flatnonzero(~np.isnan(row.values).all(axis=0)).tolist()
     height = float(np.clip(ALL_SERIES / len(measured), *SERIES_HEIGHTS))
     heights = [height] * len(measured) + [RISK_HEIGHT]
-    figure, panels = plots.new_figure(heights, (WIDTH, sum(heights) + MARGIN))
+    figure, panels = plots.new_figure(heights, (width, sum(heights) + MARGIN))
     words = [_plot_series(axes, row, f) for f, axes in zip(measured, panels, strict=False)]
     unit, length = row.time_unit
     axes, hours, risks = panels[-1], row.hours / length, 100 * row.risks
@@ -130,8 +138,7 @@ def plot_patient(row: Explanation, outcome: str, threshold: float) -> tuple[Figu
     axes.plot(hours, risks, "o", color=plots.MODEL, markersize=4, clip_on=False)
     top = min(100.0, 1.15 * max(float(risks.max()), 200 * threshold))
     axes.set(ylim=(0, top), xlabel=f"{unit}s")
-    _set_label(axes, f"Risk (%)\ndashed: threshold\n{percent(threshold)}")
-    figure.align_ylabels(panels)
+    axes.set_title(f"Risk in %; dashed: threshold {percent(threshold)}", **NAME)
     first, last, highest = map(percent, (row.risks[0], row.risks[-1], row.risks.max()))
     return figure, (
         f"Series over time: {'; '.join(words)}. Below, the risk of {outcome}: {first} at "
@@ -172,17 +179,11 @@ def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
     whole = bool((values == np.round(values)).all())  # states, grades, counts
     axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
     name, unit = row.features[f], with_space(row.units[f])
-    lines = textwrap.wrap(f"{name}{unit}", 20, max_lines=3, placeholder="\N{HORIZONTAL ELLIPSIS}")
-    _set_label(axes, "\n".join(lines))
+    axes.set_title(f"{name}{unit}", **NAME)
     ends = {"from": low, "to": high}
     texts = [f"{word} {plain(end)}" for word, end in ends.items() if end is not None]
     reference = f" (reference {' '.join(texts)})" if texts else ""
     return f"{name} {plain(values[0])} to {plain(values[-1])}{unit}, n = {len(values)}{reference}"
-
-
-def _set_label(axes: Axes, text: str) -> None:
-    """Write beside a panel, where a label takes no height."""
-    axes.set_ylabel(text, rotation=0, ha="right", va="center")
 
 
 def axis_limits(

@@ -25,7 +25,8 @@ from medgemma_clinical.evaluation.suppress import (
     suppress_reports,
     suppress_table,
 )
-from medgemma_clinical.evaluation.verdicts import best_baseline, percent, sentences
+from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
+from medgemma_clinical.evaluation.written_reports import compare_words
 from medgemma_clinical.files import atomic, write_text
 
 PAGES = Environment(
@@ -35,12 +36,12 @@ PAGES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-PATIENTS_NOTICE = "This page names patients (--report_patients): do not share it."
+PATIENTS_NOTICE = "This page names patients: do not share it."
 INTERVALS = (
-    f"95 % percentile intervals of {REPLICATES:,} draws of patients with all their rows; exact "
-    "intervals for shares of 0 and 1 at the threshold"
+    f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
+    "for shares of 0 and 1 at the threshold"
 )
-PAGES.globals.update(tables=tables, percent=percent, INTERVALS=INTERVALS)
+PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
 
 MAX_ERRORS = 10
 
@@ -60,10 +61,13 @@ class ReportContent:
     threshold: float  # chosen on the validation part
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the judged rows: ordered categories, a column a grouping
+    noun: str = "patients"  # what the rows are
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``split_table``
     history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
+    example: Mapping[str, Any] | None = None  # prompt, text, target of a row
+    stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
@@ -93,7 +97,7 @@ def write_report(
     reports = suppress_reports(dict(content.reports or {}), min_cell)
     with plots.plot_style():
         numbers, drawn = ({}, {}) if few else _model_parts(rows, shown, content, min_cell)
-        if content.history:
+        if content.history and len(content.history) > 1:
             drawn["learning_curve"] = plots.plot_learning(content.history)
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
         numbers |= _data_tables(content, min_cell, hide_events=few)
@@ -108,7 +112,7 @@ def write_report(
         min_cell=min_cell,
         content=content,
         first=[*filter(None, first)],
-        findings=[] if few else sentences(shown),
+        findings=[] if few else sentences(shown, content.noun),
         few=few,
         metrics=shown,
         numbers=numbers,
@@ -181,7 +185,7 @@ def _largest_errors(rows: pd.DataFrame, model: str) -> pd.DataFrame:
     worst = rows.loc[error.sort_values(ascending=False, kind="stable").index[:MAX_ERRORS]]
     outcome = worst["label"].map({1: "event", 0: "no event"})
     risk = worst[model].map(percent)
-    return pd.DataFrame({"Row": worst["id"].astype(str), "Outcome": outcome, "Risk": risk})
+    return pd.DataFrame({"Id": worst["id"].astype(str), "Outcome": outcome, "Risk": risk})
 
 
 def write_comparison(
@@ -205,7 +209,7 @@ def write_comparison(
         notice=notice,
         min_cell=0,
         sentences=sentences,
-        counts=tables.counts_text(metrics.counts["n"], metrics.counts["events"]),
+        counts=counts_text(metrics.counts),
         reference=metrics.models[0],
         table_of_models=tables.model_cells(metrics, cost),
         splits=splits,

@@ -24,7 +24,7 @@ from medgemma_clinical.evaluation.written_reports import WRITTEN
 METRICS = {
     "auroc": ("AUROC", ".3f", "how often an event ranks above a non-event; 0.5 is chance"),
     "auprc": ("AUPRC", ".3f", "mean precision over recall; the prevalence is chance"),
-    "accuracy": ("Accuracy at 0.5", ".3f", "share of rows on the right side of a risk of 50 %"),
+    "accuracy": ("Accuracy at 0.5", ".3f", "share on the right side of a risk of 50 %"),
     "calibration_slope": ("Slope", ".2f", "below 1 the risks are too extreme; 1 is ideal"),
     "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
     "e_average": ("E-average", ".3f", "mean distance from calibrated risks; 0 is ideal"),
@@ -36,7 +36,7 @@ METRICS = {
     "specificity": ("Specificity (%)", ".1f", "of the non-events, those predicted negative"),
     "ppv": ("PPV (%)", ".1f", "of the predicted positives, those with the event"),
     "npv": ("NPV (%)", ".1f", "of the predicted negatives, those without it"),
-    "positives": ("Positives (%)", ".1f", "of all rows, those predicted positive"),
+    "positives": ("Positives (%)", ".1f", "of all, those predicted positive"),
 }
 """Name, format and meaning of each metric; the name of a share ends in (%)."""
 
@@ -47,14 +47,14 @@ COST = {
     "residual_weight": ("Weight", ".1f"),
 }
 CASE_MIX = {
-    "rows": "Rows",
     "patients": "Patients",
     "prevalence": "Prevalence of the event",
     "age": "Age in years, median (quartiles)",
     "women": "Women",
-    "observations": "Observations a row, median (quartiles)",
+    "observations": "Observations, median (quartiles)",
 }
 METRIC_COLUMNS = ["Metric", "Value [95 %]", "Meaning"]
+MINUS = "This model minus it [95 %]"
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -62,15 +62,13 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     """Return ``model_table`` with its verdicts as such, which a page draws as marks."""
     reference, lines = metrics.models[0], []
     for model, row in metrics.metric("auroc").iterrows():
-        line: dict[str, Any] = {"Model": model, "AUROC [95 %]": value_text(row)}
+        line: dict[str, Any] = {"Model": model, "This model is": "", MINUS: ""}
+        if model != reference:
+            line[MINUS] = difference_text(row)
+            line["This model is"] = difference_verdict(row, metrics.counts["minority_patients"])
+        line["AUROC [95 %]"] = value_text(row)
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"
-        if model == reference:
-            line |= {"Minus reference [95 %]": "", "Verdict": "the reference"}
-        else:
-            beside = "" if row.reference == reference else f" to {row.reference}"
-            line["Minus reference [95 %]"] = difference_text(row) + beside
-            line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
         lines.append(line)
     table = pd.DataFrame(lines)
     known = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
@@ -90,33 +88,33 @@ def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
 
 
 def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
-    """Return metrics of the first model as text, with their meanings."""
+    """Return what is known of metrics of the first model as text, with their meanings."""
     lines, known = [], metrics.of(metrics.models[0])
     for name in names:
         title, form, meaning = METRICS[name]
-        scale = 100 if title.endswith("(%)") else 1
-        lines.append((title, value_text(known.loc[name], form, scale), meaning))
+        text = value_text(known.loc[name], form, 100 if title.endswith("(%)") else 1)
+        lines += [(title, text, meaning)] if text != NO_VALUE else []
     return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 
 
-def subgroup_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a ``subgroup_table`` with ``prevalence`` as text; it may be suppressed."""
+def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
+    """Return a ``subgroup_table`` with ``prevalence`` as text, with AUROC if any is known."""
     auroc = table[["auroc", "auroc_low", "auroc_high"]].itertuples(index=False)
-    return pd.DataFrame(
-        {
-            "Subgroup": table["group"] + ": " + table["level"],
-            "Rows": table["n"].map(count_text),
-            "Events": table["events"].map(count_text),
-            "Observed": table["prevalence"].map(percent),
-            "Mean risk": table["risk"].map(percent),
-            "AUROC [95 %]": [interval_text(*each) for each in auroc],
-        }
-    )
+    cells = {
+        "Subgroup": table["group"] + ": " + table["level"],
+        noun.capitalize(): table["n"].map(count_text),
+        "Events": table["events"].map(count_text),
+        "Observed": table["prevalence"].map(percent),
+        "Mean risk": table["risk"].map(percent),
+        "AUROC [95 %]": [interval_text(*each) for each in auroc],
+    }
+    return pd.DataFrame(cells).iloc[:, : None if table["auroc"].notna().any() else -1]
 
 
-def count_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a table of counts, which may be suppressed, as text."""
-    return table.map(count_text).rename(columns=str.capitalize)
+def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
+    """Return a table of counts, which may be suppressed, as text; its rows are called ``noun``."""
+    named = table.map(count_text).rename(columns={"rows": noun}).rename(columns=str.capitalize)
+    return named.loc[:, ~named.columns.duplicated()]
 
 
 def split_table(
@@ -131,11 +129,11 @@ def split_table(
 
 
 def case_mix_cells(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
-    """Return two results of ``case_mix_of`` as text; a dash: not known, or hidden."""
+    """Return what is known of two results of ``case_mix`` as text; a dash: of one alone."""
     table = pd.DataFrame({"Case mix": CASE_MIX.values()})
-    for title, mix in (("Development", development), ("These rows", here)):
+    for title, mix in (("Training data", development), ("Scored here", here)):
         table[title] = [_case_mix_text(mix, name) for name in CASE_MIX]
-    return table
+    return table[(table.iloc[:, 1:] != NO_VALUE).any(axis=1)]
 
 
 def _case_mix_text(mix: Mapping[str, float], name: str) -> str:
@@ -144,23 +142,18 @@ def _case_mix_text(mix: Mapping[str, float], name: str) -> str:
         return f"{middle:.3g} ({low:.3g} to {high:.3g})"
     if name not in mix:
         return NO_VALUE
-    return count_text(mix[name]) if name in ("rows", "patients") else percent(mix[name])
-
-
-def counts_text(n: int, events: int) -> str:
-    """Return rows and events in words."""
-    return f"{n:,} rows, {events:,} with the event"
+    return count_text(mix[name]) if name == "patients" else percent(mix[name])
 
 
 def written_table(reports: Mapping[str, Any] | None) -> pd.DataFrame | None:
-    """Return the metrics of written reports as text, with their meanings; None without any."""
+    """Return what is known of written reports as text, with meanings; None without any."""
     if not reports:
         return None
     lines = []
     for name, (title, meaning) in WRITTEN.items():
         known = reports[name]
         text = json_text(known, ".1f", 100) if isinstance(known, dict) else count_text(known)
-        lines.append((title, text, meaning))
+        lines += [(title, text, meaning)] if text != NO_VALUE else []
     return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 
 
@@ -174,5 +167,5 @@ def written_sentence(reports: Mapping[str, Any] | None) -> str:
     expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
     return (
         f"Of {count_text(reports['reports'])} written reports {expected} % have the expected form, "
-        f"and {inventing} % state a number that their row does not hold."
+        f"and {inventing} % state a number that the patient's data do not hold."
     )

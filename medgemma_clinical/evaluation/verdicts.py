@@ -97,10 +97,16 @@ def best_baseline(metrics: Metrics) -> str | None:
     return str(auroc.idxmax()) if len(auroc) else None
 
 
-def sentences(metrics: Metrics) -> list[Finding]:
+def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
+    """Return how many rows, called ``noun``, there are, of how many patients, and the events."""
+    rows = "" if counts["n"] == counts["patients"] else f"{counts['n']:,} {noun} of "
+    return f"{rows}{counts['patients']:,} patients, {counts['events']:,} with the event"
+
+
+def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
     """Return the result in words: beside chance, the best baseline, calibration, the ensemble.
 
-    What the rows do not have is left out: a model alone has no baseline.
+    A model alone has no baseline. ``noun`` is what a clinician calls the rows.
     """
     counts, own = metrics.counts, metrics.of(metrics.models[0])
     minority, row = counts["minority_patients"], own.loc["auroc"]
@@ -108,21 +114,21 @@ def sentences(metrics: Metrics) -> list[Finding]:
     words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
     few = f"too few to compare ({minority} patients have the rarer outcome) with"
     text = (
-        f"AUROC {value_text(row)} on {counts['n']:,} rows of {counts['patients']:,} patients, "
-        f"{counts['events']:,} with the event: {words.get(level, few)} chance (0.5)."
+        f"AUROC {value_text(row)} on {counts_text(counts, noun)}: {words.get(level, few)} chance "
+        "(0.5)."
     )
     if row.low == 1:
-        text += " All rows are ranked correctly: the interval has no width."
+        text += " All are ranked correctly: the interval has no width."
     found = [Finding(level, text)]
     if name := best_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        beside = {BETTER: "it is better", WORSE: "it is worse"}
+        beside = {BETTER: "this model is better", WORSE: "this model is worse"}
         text = (
-            f"The best baseline, {name}, has AUROC {value_text(row)}; its AUROC minus that of this "
-            f"model is {difference_text(row)}: {beside.get(level, level.words)}."
+            f"The best baseline, {name}, has AUROC {value_text(row)}; that of this model minus it "
+            f"is {difference_text(row)}: {beside.get(level, level.words)}."
         )
-        found.append(Finding(None, text))  # a symbol would seem to praise this model
+        found.append(Finding(level, text))
     if "e_average" in own.index:
         slope = value_text(own.loc["calibration_slope"], ".2f")
         large = value_text(own.loc["calibration_in_the_large"], "+.2f")

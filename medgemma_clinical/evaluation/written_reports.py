@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,12 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 
 WRITTEN = {
-    "reports": ("Reports", "written for these rows"),
+    "reports": ("Reports", "written for the test part"),
     "parse_share": ("Expected form (%)", "of the reports, those of the form of the true ones"),
     "numbers_stated": ("Numbers stated", "in all reports"),
     "true_number_share": ("True numbers (%)", "of these, as in the true report"),
     "right_trend_share": ("Trends right (%)", "of the series over time, their direction"),
-    "invented": ("Invented numbers", "neither in the row nor in the true report"),
+    "invented": ("Invented numbers", "neither in the patient's data nor in the true report"),
     "inventing_share": ("Reports with inventions (%)", "of the reports"),
 }
 """Name and meaning of each metric."""
@@ -48,6 +49,13 @@ def score_reports(
         lines.append(line | asdict(review))
     groups = dataset.groups[predictions.rows]
     return lines, report_metrics(reviews, predictions.labels, groups, seed)
+
+
+def compare_words(text: str, target: str) -> list[tuple[str, bool]]:
+    """Cut a report into pieces, and say of each whether it differs from the true report."""
+    words, true = text.split(), target.split()
+    changes = SequenceMatcher(None, true, words, autojunk=False).get_opcodes()
+    return [(" ".join(words[i:j]), kind != "equal") for kind, _, _, i, j in changes if i < j]
 
 
 def report_metrics(

@@ -23,7 +23,7 @@ def shown(out):
 
 def count_in_training(out):
     """Return how many rows of the page are in the training data; None where it is not known."""
-    found = re.search(r"(\d+) of these \d+ rows", Page(patients_path(out).read_text()).text)
+    found = re.search(r"training data: (\d+) of", Page(patients_path(out).read_text()).text)
     return found and int(found[1])
 
 

@@ -97,7 +97,7 @@ def test_metrics_are_those_of_the_labelled_rows(runs, strangers, tmp_path, capsy
     page = out.with_suffix(".report.html").read_text().replace("\xa0", " ")
     for text in (page, capsys.readouterr().out.replace("\xa0", " ")):
         assert f"AUROC {score:.3f} [" in text
-        assert f"{known.sum()} rows" in text
+        assert f"{known.sum()} patients" in text
     assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
     assert "--min_cell" in page
     few = write_data(strangers.head(9).assign(**{LABEL: "0"}), tmp_path / "few.csv")
@@ -123,7 +123,7 @@ def test_rows_of_the_training_data_are_left_out_and_counted(
     for rows, left_out in ((both, trained), (turned, trained), (strangers, 0), (foreign, 0)):
         data, out = write_data(rows, tmp_path / "cohort.csv"), tmp_path / "out.csv"
         lines = predicted(runs / stage, data, out)
-        sentence = f"{left_out} labelled rows are in the training data"
+        sentence = f"{left_out} patients are in the training data"
         shown, page = capsys.readouterr().out, out.with_suffix(".report.html").read_text()
         assert sentence in shown
         assert sentence in page
@@ -145,7 +145,7 @@ def test_an_equal_identifier_counts_only_where_both_files_have_some(
     monkeypatch.setattr(predict, "training_patients", lambda *_: (known, named))
     data = write_data(changed, tmp_path / "cohort.csv")
     predicted(runs / "trajectory", data, tmp_path / "out.csv")
-    found = re.search(r"(\d+) labelled rows are in the training", capsys.readouterr().out)
+    found = re.search(r"(\d+) patients are in the training", capsys.readouterr().out)
     parts = [runs / "trajectory" / f"predictions_{part}.csv" for part in ("val", "test")]
     trained = len(table) - sum(len(pd.read_csv(path)) for path in parts)
     assert found
@@ -166,7 +166,7 @@ def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_pat
         assert not len(predict.training_patients(model, folder)[0])
         out = tmp_path / "out.csv"
         predicted(folder, data, out)
-        assert "does not hold its training patients" in out.with_suffix(".report.html").read_text()
+        assert "does not hold its training data" in out.with_suffix(".report.html").read_text()
 
 
 def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monkeypatch):

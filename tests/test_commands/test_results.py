@@ -15,6 +15,7 @@ from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
+from pages import Page
 from predicting import MARKER, STAGES, VALUES, predicted
 from stages import arguments, data_for, patients, stage_of_patients
 
@@ -60,7 +61,7 @@ def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(r
     table = Metrics.from_json(read(runs / "classification" / "metrics.json")["test"])
     row = table.row(STAGE_1, "brier")
     alone = table.row(STAGE_NAMES["classification"], "brier")
-    assert row["difference"] == pytest.approx(row["value"] - alone["value"])
+    assert row["difference"] == pytest.approx(alone["value"] - row["value"])
     assert row["difference"] != 0
 
 
@@ -152,8 +153,9 @@ def test_recalibration_changes_risks_and_not_the_order_of_patients(calibrated, t
 
 def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(calibrated, tmp_path):
     place, known = calibrated
+    (tmp_path / TRAJECTORY_FILE).write_bytes((place / "platt" / TRAJECTORY_FILE).read_bytes())
     words = ["--data_path", str(place / "data.csv"), "--output_dir", str(tmp_path)]
-    words += ["--ode_checkpoint", str(place / "platt" / TRAJECTORY_FILE), "--model_name", "tiny"]
+    words += ["--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE), "--model_name", "tiny"]
     assert trainer.main([*words, "--epochs", "1", "--head_lr", "1", "--log_file", "none"]) == 0
     folder = tmp_path / "classification"
     found = read(folder / "metrics.json")
@@ -164,6 +166,7 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(calibrated, 
     page, card = (folder / "report.html").read_text(), (folder / "best/README.md").read_text()
     for text in (page, card):
         assert re.search(r"not\sshown\sto\sadd\son\s30\svalidation\spatients", text)
+    assert '<a href="../trajectory/report.html">' in page
     scored = predicted(folder, place / "data.csv", tmp_path / "new.csv").set_index("id")
     saved = predictions_of(folder, "test").set_index("id")[STAGE_NAMES["classification"]]
     np.testing.assert_allclose(scored.loc[saved.index, "probability"], saved, atol=1e-6)
@@ -184,3 +187,19 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(monk
         assert "residual_weight" not in decided or weight > 0
         for part in PARTS:
             assert predictions[part].logit == pytest.approx(weight * logit)
+
+
+def test_stage_3_shows_the_first_test_patient_with_the_event_where_values_may_be_shown(
+    calibrated, tmp_path
+):
+    place, _ = calibrated
+    words = ["--mode", "generative", "--data_path", str(place / "data.csv"), "--epochs", "1"]
+    words += ["--ode_checkpoint", str(place / "none" / TRAJECTORY_FILE), "--model_name", "tiny"]
+    words += ["--output_dir", str(tmp_path), "--log_file", "none"]
+    assert trainer.main([*words, "--show_values"]) == 0
+    page = Page((tmp_path / "generative" / "report.html").read_text()).text
+    test = predictions_of(tmp_path / "generative", "test")
+    series = pd.read_csv(place / "data.csv").set_index("id")["clinical_trajectory"]
+    last = [series[each].split(" ")[-2] for each in test["id"]]
+    shown = [f"{value} (6h)" in page for value in last]
+    assert shown == [k == test["label"].argmax() for k in range(len(test))]

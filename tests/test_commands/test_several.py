@@ -187,7 +187,7 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
         row = content["models"][name]["auroc"]
         auroc = roc_auc_score(table["label"], table[name])
         assert row["value"] == pytest.approx(auroc)
-        assert row["difference"] == pytest.approx(auroc - reference), "the row minus the reference"
+        assert row["difference"] == pytest.approx(reference - auroc), "the reference minus the row"
         assert f"{name}: test AUROC " in caplog.text
     assert "Death" in (tmp_path / "ablation" / "ablation.html").read_text()
 
@@ -224,7 +224,7 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     assert content["model"] == STAGE_NAMES["classification"]
     assert list(content["models"]) == [STAGE_1]
     table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
-    gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])
+    gain = roc_auc_score(table["label"], table["a"]) - roc_auc_score(table["label"], table["b"])
     assert content["models"][STAGE_1]["auroc"]["difference"] == pytest.approx(gain)
     assert "Death" in (tmp_path / "out" / "compare.html").read_text()
     places = [tmp_path / name for name in ("a/trajectory", "b/trajectory")]
@@ -279,4 +279,5 @@ def test_the_command_line_runs_each_seed_once(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     for place in places:
         value = results_of(place / "metrics.json")["test"]["auroc"]["value"]
-        assert f"{place.parent.name}/trajectory {value:.3f} [" in " ".join(shown.split())
+        (line,) = (x for x in shown.splitlines() if f"{place.parent.name}/trajectory" in x)
+        assert f"{value:.3f} [" in line

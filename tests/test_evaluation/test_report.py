@@ -11,12 +11,12 @@ from scipy.special import expit, logit
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, write_comparison
 from medgemma_clinical.evaluation.tables import model_table
-from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE, sentences
+from medgemma_clinical.evaluation.verdicts import BETTER, NO_VALUE, UNDECIDED, WORSE, sentences
 from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
 
 DRAWS = 200
-SECTIONS = ["Discrimination", "Calibration", "Decision curve", "Baselines", "Subgroups"]
-SECTIONS += ["Case mix", "Written reports", "Methods"]
+SECTIONS = ["Written reports", "Discrimination", "Calibration", "Decision curve", "Baselines"]
+SECTIONS += ["Subgroups", "Case mix", "Methods"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
     )
     metrics, source = evaluate(rows, 0, THRESHOLD), write_page(tmp_path, rows)
     seen = set()
-    for name, verdict in model_table(metrics).set_index("Model")["Verdict"].iloc[1:].items():
+    for name, verdict in model_table(metrics).set_index("Model")["This model is"].iloc[1:].items():
         (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', source)
         assert Page(row).text.replace("\N{NO-BREAK SPACE}", " ").count(verdict) == 1
         seen.add(verdict)
@@ -92,9 +92,46 @@ def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tm
     nothing = dict.fromkeys(("flow", "split", "history", "reports", "case_mix"))
     rows = make_rows(60, baselines=False)
     alone = write_page(tmp_path, rows, make_content(60, **nothing))
-    assert sections(alone) == [name for name in SECTIONS if name not in SECTIONS[5:7]]
+    assert sections(alone) == [*SECTIONS[1:6], "Methods"]
     assert len(Page(alone).images()) == 5
     assert alone.count("<table>") == page.count("<table>") - 5
+
+
+def test_where_the_results_are_stage_1s_the_page_links_there_and_folds_them(page, tmp_path):
+    for link in ("../trajectory/report.html", ""):
+        source = write_page(tmp_path, content=make_content(stage1_page=link))
+        folded = source[source.index("<details>") : source.rindex("</details>")]
+        assert sections(folded) == SECTIONS[1:7]
+        assert sections(source) == SECTIONS, "written reports and methods stay open"
+        assert ("AUROC 0." in folded, "AUROC 0." in source.replace(folded, "")) == (True, False)
+        assert (f'<a href="{link}">' in source) == bool(link)
+    assert "report of stage 1" not in page
+
+
+def test_a_patients_data_are_shown_on_an_exact_page_alone(page, tmp_path):
+    example = {"prompt": "MARKER <i>7</i>", "target": "Death: yes; last 7"}
+    example["text"] = "Death: yes; last <i>9</i>"
+    content = make_content(example=example)
+    source, hidden = (write_page(tmp_path, content=content, min_cell=k) for k in (0, 2))
+    assert "MARKER <i>7</i>" in Page(source).text
+    assert source.count("<mark>") == 1 == source.count("<mark>&lt;i&gt;9&lt;/i&gt;</mark>")
+    for other in (page, hidden):
+        assert not [x for x in ("MARKER", "<mark>", "One patient") if x in other]
+
+
+@pytest.mark.parametrize("min_cell", [0, 40])
+def test_no_table_holds_dashes_alone(min_cell, tmp_path):
+    """Few patients, of whom no age is known: no subgroup has an AUROC, and no report a number."""
+    mix = {"patients": 60.0, "prevalence": 0.25}
+    reports = {"reports": 60, "numbers_stated": 0, "invented": 0}
+    share = dict.fromkeys(("value", "low", "high"))
+    shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
+    content = make_content(60, case_mix=(mix, mix), reports=reports | dict.fromkeys(shares, share))
+    source = write_page(tmp_path, make_rows(60), content, min_cell=min_cell)
+    for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):
+        lines = [re.findall("<td>(.*?)</td>", line) for line in table.split("<tr>")]
+        for cells in [*filter(None, lines), *zip(*filter(None, lines), strict=True)]:
+            assert set(cells) != {NO_VALUE}
 
 
 def test_what_is_said_first_stands_first(tmp_path):
@@ -123,7 +160,7 @@ def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
     assert "no label fewer than 17" in text, "the flow"
     assert "size: few fewer than 17" in text, "a subgroup"
     assert "training 100" in text
-    assert "validation 20 20 fewer than 17" in text, "events of a part"
+    assert "validation 20 fewer than 17" in text, "events of a part"
     pairs = zip(Page(exact).images(), Page(hidden).images(), strict=True)
     assert all(one == other for one, other in pairs)
 
@@ -133,9 +170,8 @@ def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
     hidden = write_page(tmp_path, rows, min_cell=int(missed) + 1)
-    dash = "Sensitivity (%) \N{EN DASH}"
-    assert dash not in Page(shown).text
-    assert dash in Page(hidden).text
+    assert "Sensitivity (%)" in Page(shown).text
+    assert "Sensitivity (%)" not in Page(hidden).text
     roc, without = (Page(source).images()[0][1] for source in (shown, hidden))
     assert ">threshold<" in roc
     assert ">threshold<" not in without
@@ -146,7 +182,7 @@ def test_a_part_with_few_events_shows_no_metric_and_no_curve(tmp_path):
     rows.loc[rows.index[rows["label"] == 1][10:], "label"] = 0
     assert sections(write_page(tmp_path, rows)) == SECTIONS
     source = write_page(tmp_path, rows, min_cell=11, folder=tmp_path)
-    assert sections(source) == SECTIONS[5:]
+    assert sections(source) == [SECTIONS[0], *SECTIONS[6:]]
     assert len(Page(source).images()) == 1, "the learning curve"
     assert "AUROC 0" not in Page(source).text
     names = {path.name for path in (tmp_path / "figures").iterdir()}

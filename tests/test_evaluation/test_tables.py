@@ -18,7 +18,7 @@ def metrics():
 
 def test_a_models_verdict_needs_patients():
     table = tables.model_table(evaluate(make_rows(20), 0))
-    assert table["Verdict"].tolist()[1:] == [str(TOO_FEW)] * 3
+    assert table["This model is"].tolist()[1:] == [str(TOO_FEW)] * 3
 
 
 def test_cost_stands_beside_the_models_that_have_it(metrics):
@@ -42,13 +42,14 @@ def test_a_subgroup_of_few_patients_has_no_auroc():
     rows = make_rows()
     groups = subgroup_table(rows, MODEL, make_bands(400), 0)
     groups["prevalence"] = groups["events"] / groups["n"]
-    table = tables.subgroup_cells(groups).set_index("Subgroup")
+    table = tables.subgroup_cells(groups, "stays").set_index("Subgroup")
     assert list(table.index) == ["size: few", "size: many"]
     assert table.loc["size: few", "AUROC [95 %]"] == NO_VALUE
-    assert table.loc["size: few", "Rows"] == "15"
+    assert table.loc["size: few", "Stays"] == "15"
     assert table.loc["size: few", "Observed"] != NO_VALUE
-    hidden = tables.subgroup_cells(suppress_table(groups, 20, by="group")).set_index("Subgroup")
-    assert hidden.loc["size: few", "Rows"] == "fewer than 20"
+    hidden = tables.subgroup_cells(suppress_table(groups, 20, by="group"), "patients")
+    hidden = hidden.set_index("Subgroup")
+    assert hidden.loc["size: few", "Patients"] == "fewer than 20"
     assert hidden.loc["size: few", "Observed"] == NO_VALUE
 
 
@@ -64,8 +65,8 @@ def test_parts_of_the_split_are_counted():
 
 
 def test_case_mixes_stand_side_by_side():
-    mix = {"rows": 4000.0, "prevalence": 0.25, "age_q1": 40.0, "age_median": 50, "age_q3": 60.0}
+    mix = {"patients": 4000.0, "prevalence": 0.25, "age_q1": 40.0, "age_median": 50, "age_q3": 60.0}
     table = tables.case_mix_cells(mix, {"women": 0.5}).set_index("Case mix")
-    assert table.loc["Rows"].tolist() == ["4,000", NO_VALUE]
+    assert table.loc["Patients"].tolist() == ["4,000", NO_VALUE]
     assert table.loc["Age in years, median (quartiles)"].tolist() == ["50 (40 to 60)", NO_VALUE]
     assert table.loc["Women"].tolist() == [NO_VALUE, "50.0\N{NO-BREAK SPACE}%"]
