@@ -122,12 +122,12 @@ def test_a_patients_data_are_shown_on_an_exact_page_alone(page, tmp_path):
 @pytest.mark.parametrize("min_cell", [0, 40])
 def test_no_table_holds_dashes_alone(min_cell, tmp_path):
     """Few patients, of whom no age is known: no subgroup has an AUROC, and no report a number."""
-    mix = {"patients": 60.0, "prevalence": 0.25}
-    reports = {"reports": 60, "numbers_stated": 0, "invented": 0}
+    mix = {"patients": 30.0, "prevalence": 0.25}
+    reports = {"reports": 30, "numbers_stated": 0, "invented": 0}
     share = dict.fromkeys(("value", "low", "high"))
     shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
-    content = make_content(60, case_mix=(mix, mix), reports=reports | dict.fromkeys(shares, share))
-    source = write_page(tmp_path, make_rows(60), content, min_cell=min_cell)
+    content = make_content(30, case_mix=(mix, mix), reports=reports | dict.fromkeys(shares, share))
+    source = write_page(tmp_path, make_rows(30), content, min_cell=min_cell)
     for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):
         lines = [re.findall("<td>(.*?)</td>", line) for line in table.split("<tr>")]
         for cells in [*filter(None, lines), *zip(*filter(None, lines), strict=True)]:
