@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -149,7 +150,7 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
 
 def plot_risks(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
     """Draw the risk of rows over time, a line for each id; columns id, hours, probability."""
-    figure, (axes,) = plots.new_figure(size=(WIDTH, WIDTH / 1.6))
+    figure, (axes,) = plots.new_figure(size=(8, 5))
     lines = curves.groupby("id", sort=False)
     few = lines.ngroups <= MAX_NAMED
     for id_, line in lines:
