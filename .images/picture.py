@@ -11,7 +11,7 @@
         --data_path tests/data/physionet2012_chemistry.csv.gz
     python medgemma_trainer.py --predict --explain --patients 133377 --data_path runs/few.csv \\
         --checkpoint runs/nine/trajectory --predictions runs/few_out.csv
-    python .images/picture.py --page runs/few_out.patients.html --height 1035 \\
+    python .images/picture.py --page runs/few_out.patients.html --height 1730 \\
         --out .images/patients.png
 
 Needs ``pip install playwright`` and a Chromium on the path (``apt install chromium``).
