@@ -13,7 +13,13 @@ import pytest
 import dataset_format
 from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
 from event_files import write_table
-from medgemma_clinical.data.dka import find_features, read_description, read_tables, text_of
+from medgemma_clinical.data.dka import (
+    find_features,
+    numbers_of,
+    read_description,
+    read_tables,
+    text_of,
+)
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
@@ -114,6 +120,18 @@ def test_cells_of_any_type_are_text(tmp_path):
         read = pd.concat([chunk for chunk, _ in read_tables(source, 2)])
         for name, (_, expected) in columns.items():
             assert text_of(read, name).tolist() == expected, name
+
+
+def test_numbers_are_those_of_their_text():
+    for column in ([1.5, np.nan, -2e-5, 0.1], [1, 2, 3], [True, False], [1.0, np.inf], [1e39, 2]):
+        read = []
+        for cells in (pd.Series(column), pd.Series(column).astype(str).replace("nan", "")):
+            findings = Findings("x", strict=False)
+            numbers = numbers_of(cells.to_frame("x"), "x", findings)
+            read.append((numbers[~cells.index.isin(list(findings.problems))], findings.problems))
+        np.testing.assert_array_equal(read[0][0], read[1][0])
+        assert read[0][1] == read[1][1]
+    assert set(read[0][1]) == {0}
 
 
 # --------------------------------------------------------------------------- description
