@@ -58,16 +58,12 @@ from medgemma_clinical.files import InputError, one_line, read_json
 logger = logging.getLogger(__name__)
 
 COMMAND, EVENT = "from_long", "Event"
+TIMES = ("prediction_time", "time", "storetime")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 5, 30
 LABEL = Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 HOUR = MICROSECONDS["hours"]
-LIMITS = {
-    "half": "read as half of a lower limit, and as an upper limit",
-    "value": "read as the limit",
-    "drop": "left out",
-}
 MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
@@ -146,22 +142,18 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         names, label_names = find_columns(table, labels, request)
         if request.equal_times == "last" and "storetime" not in names:
             raise InputError("--equal_times last: needs a column storetime")
-        places = {"prediction_time": (labels, label_names), "time": (table, names)}
-        places |= {"storetime": (table, names)} if "storetime" in names else {}
-        known = request.read_as.get("times", {})
-        times = {
-            role: Column(request.time_unit)
-            if request.time_unit
-            else find_time(database, file, own[role], request.time_format, known.get(role, ()))
-            for role, (file, own) in places.items()
-        }
+        times = find_times(database, labels, label_names, request)
         kinds = load_labels(database, labels, label_names, request, times["prediction_time"])
+        times |= find_times(database, table, names, request)
         roles = {
             "subject_id": SUBJECT,
             "item": WORD,
             "value": Column("value", comma=table.separator == ";"),
             "unit": WORD_OR_EMPTY,
-            **{role: replace(times[role], may_be_empty=role == "storetime") for role in times},
+            **{
+                role: replace(time, may_be_empty=role == "storetime")
+                for role, time in times.items()
+            },
         }
         columns = {name: roles[role] for role, name in names.items()}
         log_columns(table, names)
@@ -228,6 +220,19 @@ def log_columns(file: TableFile, names: Mapping[str, str]) -> None:
     logger.info("%s: %s; columns not read: %s", file.path, read, unread or "none")
 
 
+def find_times(
+    database: Database, file: TableFile, names: Mapping[str, str], request: LongRequest
+) -> dict[str, Column]:
+    """Return how the times of each role are read."""
+    known, there = request.read_as.get("times", {}), [role for role in TIMES if role in names]
+    if request.time_unit:
+        return dict.fromkeys(there, Column(request.time_unit))
+    return {
+        role: find_time(database, file, names[role], request.time_format, known.get(role, ()))
+        for role in there
+    }
+
+
 def load_labels(
     database: Database,
     file: TableFile,
@@ -287,8 +292,8 @@ def check_texts(
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     if below + above:
-        rule = LIMITS[request.below_limit]
-        logger.info("%s: %d values below a limit and %d above: %s", where, below, above, rule)
+        counts = f"{below:,} values below a limit, {above:,} above one"
+        logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
     if other:
         words = database.run(
             f"SELECT text, count(*) FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= "
@@ -296,10 +301,10 @@ def check_texts(
             f"LIMIT {MAX_WORDS + 1}"
         ).fetchall()
         shown = words if len(words) <= MAX_WORDS else []
-        counts = [f'{count:,} values "{one_line(text)}"' for text, count in shown]
+        dropped = [f'{count:,} values "{one_line(text)}"' for text, count in shown]
         rest = other - sum(count for _, count in shown)
-        counts += [f"{rest:,} other texts"] if rest else []
-        logger.info("%s: dropped %s", where, ", ".join(counts))
+        dropped += [f"{rest:,} other texts"] if rest else []
+        logger.info("%s: dropped %s", where, ", ".join(dropped))
 
 
 def make_static(
@@ -335,8 +340,7 @@ def name_categories(
     name: str, words: Sequence[str]
 ) -> tuple[Sequence[str], dict[str, Sequence[str]]]:
     """Return the known categories, and those that are 1 in each column: one column of two."""
-    own = "sex" if comparable(name) == "gender" else name
-    for ones, zeros, title in ((YES, NO, name), (MALE, FEMALE, f"{own.lower()}_male")):
+    for ones, zeros, title in ((YES, NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
         if {*words} <= {*ones, *zeros}:
             return (*ones, *zeros), {f"{STATIC}{title}": ones}
     shown = words[1:] if len(words) == 2 else words
@@ -375,7 +379,7 @@ def choose_series(
 def convert_units(
     database: Database, factors: Mapping[tuple[str, str], float], path: Path
 ) -> dict[str, str]:
-    """Return the one unit of each feature; refuse two units, and a factor without a use."""
+    """Return the one unit of each feature; refuse two units, warn of a factor without a use."""
     found = database.run(
         "SELECT name, any_value(named.unit), converted, code, record.unit "
         "FROM record JOIN named USING (code) WHERE value IS NOT NULL AND record.unit IS NOT NULL "
@@ -387,7 +391,7 @@ def convert_units(
         if unit not in there:
             listed = join_names([each or "no unit" for each in there]) or "no value of it"
             problem = f"no value in a window has this item and this unit: there is {listed}"
-            raise InputError(f"--factor '{item}:{unit}=': {problem}")
+            logger.warning("warning: --factor '%s:%s=': %s", item, unit, problem)
     units: dict[str, str] = {}
     for name, given, converted, code, unit in found:  # values that are not converted come first
         if converted and not (given or name in units):

@@ -298,7 +298,7 @@ def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog)
     assert "no storetime" in caplog.text
 
 
-def test_a_factor_converts_the_values_of_a_unit(tmp_path):
+def test_a_factor_converts_the_values_of_a_unit_and_one_without_a_use_is_named(tmp_path, caplog):
     flags = {"factor": (f"{GLUCOSE}:mmol/L=18.016",), "series": (GAP, GLUCOSE)}
     rows, description = long_file(mixed(), tmp_path, **flags)
     assert rows[GLUCOSE_COLUMN][0] == "100 (7h) -> 91.8816 (8h) -> 120 (9h)"
@@ -307,6 +307,9 @@ def test_a_factor_converts_the_values_of_a_unit(tmp_path):
     assert long(no_unit(), tmp_path, **flags)["clinical_trajectory"][0] == "100 (7h) -> 90 (8h)"
     flags = {"factor": (f"{GLUCOSE}:mg/dL=0.0555",), "series": (GAP, f"x [mmol/L]={GLUCOSE}")}
     assert long(two(), tmp_path, **flags)["trajectory_x [mmol/L]"][0] == "5.55 (7h)"
+    assert "--factor" not in caplog.text
+    long(two(), tmp_path, factor=(f"{GLUCOSE}:mmol=18",))
+    assert re.search(f"warning: --factor '{GLUCOSE}:mmol=': .* mg/dL", caplog.text)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +320,6 @@ def test_a_factor_converts_the_values_of_a_unit(tmp_path):
         (two(), "", f"glucose [mmol/L]={GLUCOSE}", "in mmol/L and in mg/dL"),
         *((two(), f"{GLUCOSE}:mg/dL={factor}", "", "--factor") for factor in ("0", "inf")),
         *((two(), wrong, "", f"--factor {wrong}") for wrong in ("glucose=18", "gap:mg=x")),
-        (two(), f"{GLUCOSE}:mmol=18", "", f"--factor '{GLUCOSE}:mmol='.* mg/dL"),
         (two(), f"{GLUCOSE}:mg/dL=2", f"x [mg/dL]={GLUCOSE}", f"--factor '{GLUCOSE}:mg/dL="),
         # A series of converted values alone needs a unit of its own.
         *((two(), f"{GLUCOSE}:mg/dL=2", s, r"--series '.* \[unit") for s in ("", GLUCOSE)),

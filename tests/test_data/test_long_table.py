@@ -219,8 +219,12 @@ def test_a_comma_is_decimal_where_semicolons_separate_and_never_beside_a_point(
     ("flags", "read", "said"),
     [
         ({"below_limit": "half", "bad_values": "drop"}, "0.15 (24h) -> 500 (36h)", "half"),
-        ({"below_limit": "value", "bad_values": "drop"}, "0.3 (24h) -> 500 (36h)", "the limit"),
-        ({"below_limit": "drop", "bad_values": "drop"}, "1.5 (12h)", "left out"),
+        (
+            {"below_limit": "value", "bad_values": "drop"},
+            "0.3 (24h) -> 500 (36h)",
+            "2 values below a limit, 2 above",
+        ),
+        ({"below_limit": "drop", "bad_values": "drop"}, "1.5 (12h)", "--below_limit drop"),
         ({"bad_values": "drop"}, None, "4 cells are at a limit: --below_limit"),
         ({"below_limit": "half"}, None, "2 cells are not a number: --bad_values"),
     ],
