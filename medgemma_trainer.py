@@ -767,6 +767,8 @@ TrajectoryModel.program = Program(
     DATASETS, BUILDERS, partial(python.fit, build_parser, read_dataset, train_stage)
 )
 python.set_signatures(build_parser())
+# Whoever unpickles these, as joblib's processes do, imports this file, and with it the program.
+TrajectoryModel.__module__ = TrajectoryClassifier.__module__ = "medgemma_trainer"
 
 if __name__ == "__main__":
     sys.exit(program())

@@ -1,5 +1,10 @@
 """TrajectoryClassifier: scikit-learn's own checks, its tools on a DataFrame, its parameters."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import joblib
 import numpy as np
 import pandas as pd
@@ -13,7 +18,7 @@ from conftest import SAMPLE
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, fit_trajectory
 
-LABEL = "label_escalation"
+ROOT, LABEL = Path(trainer.__file__).parent, "label_escalation"
 
 
 class OfArrays(TrajectoryClassifier):
@@ -71,8 +76,12 @@ def test_fit__trains_stage_1_of_the_same_flags_and_writes_nothing(
     np.testing.assert_array_equal(own.predict_proba(rows), stage_1.predict_proba(rows))
     assert not list(tmp_path.iterdir())
     joblib.dump(own, "model.joblib")
-    again = joblib.load("model.joblib")
-    np.testing.assert_array_equal(own.predict_proba(rows), again.predict_proba(rows))
+    rows.to_csv("rows.csv", index=False)
+    code = "import joblib, pandas; model = joblib.load('model.joblib')\n"
+    code += "print(model.predict_proba(pandas.read_csv('rows.csv'))[:, 1].sum())"
+    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    elsewhere = subprocess.check_output([sys.executable, "-c", code], **options)
+    assert float(elsewhere) == pytest.approx(own.predict_proba(rows)[:, 1].sum(), rel=1e-6)
     own.fit(rows).model_.save_pretrained(tmp_path / "kept")
     with pytest.raises(ValueError, match="not tested"):
         own.model_.results()
