@@ -12,8 +12,9 @@ The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16
 ``trajectory_NAME [unit]`` is a further series of the same form with its own times, each column
 ``static_NAME [unit]`` a static feature; ``subject_id`` (or ``id``), ``clinical_context``,
 ``prediction_hours`` and ``split`` are used when present. A JSON file of the same name beside it may
-say what the series and the outcome are (see ``Description``); without one they are the anion gap in
-mEq/L and escalation of care.
+say what the series and the outcome are (see ``Description``); without one, and without
+``--series_name``, ``--unit`` and ``--outcome``, they are the anion gap in mEq/L and escalation of
+care, with a warning.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         source: path of a CSV (.csv, .csv.gz) or Parquet file, or a DataFrame of the same columns.
         max_len: the most recent observations kept; by default 20 of one series, 64 of several.
         description: meaning of main series and label; by default read beside the file.
-        require_labels: refuse rows without label; False where new patients are scored.
+        require_labels: refuse a table without any label; False where new patients are scored.
         series: names of the series to read, the main one first; rows without any value of them
             are left out. None reads all.
         label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
         allow_duplicates: accept a split that has equal rows in two parts.
+        series_name, unit, outcome: main series and label 1, where no description says them.
         findings: of a table of which this is a chunk to score: its split is not read, a wrong label
             is unknown, and an unreadable row is noted and left out, unless they are strict.
 
@@ -90,7 +92,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     name = "dka"
     kind = "DKA format"
     source_flag = "data_path"
-    options = ("series", "max_len", "label_column", "allow_duplicates")
+    options = ("series", "max_len", "label_column", "allow_duplicates", *dka.NAMING)
     row_columns = (*TrajectoryDataset.row_columns, "numbers")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
 
@@ -104,6 +106,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series: Sequence[str] | None = None,
         label_column: str | None = None,
         allow_duplicates: bool | None = None,
+        series_name: str | None = None,
+        unit: str | None = None,
+        outcome: str | None = None,
         findings: Findings | None = None,
     ) -> None:
         """Read, check and sort the whole source."""
@@ -115,14 +120,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
             table = pd.concat([block for block, _ in dka.read_tables(source)])
             description = description or read_description(source, findings)
+            dka.check_header(
+                table, findings.source, label, labelled=require_labels or label != LABEL
+            )
+            names = {"series_name": series_name, "unit": unit, "outcome": outcome}
+            description = dka.name_series(table, description, label, names, findings)
         self.source = one_line(findings.source)
         self.description = about = (description or Description()).for_label(label)
         self.question, self.outcome = about.question, about.outcome
         self.assumed_time_scale = about.time_scale is None
         self.time_scale = about.time_scale or self.time_scale
         self.flow = pd.DataFrame(about.flow, columns=list(FLOW_COLUMNS)) if about.flow else None
-        labelled = require_labels or (is_whole and label != LABEL)
-        dka.check_header(table, self.source, label, labelled=labelled)
         self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
@@ -147,12 +155,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         wrong = ~labels.isin([0, 1]) & (text != "")
         if is_whole:
             findings.reject(wrong, label, "not 0 or 1", text)
-        if required:
-            findings.reject(text == "", label, "is empty: each row to learn from needs a label")
+        if required and not (text != "").any():
+            raise InputError(f"{self.source}, column {label}: no row has a label to learn from")
         unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
         findings.counts[unknown] += int(wrong.sum())
         self.labels = np.where(wrong, np.nan, labels)
-        patients, self.ids = dka.patients_of(table, findings)
+        patients, ids = dka.patients_of(table, findings)
+        self.ids = dka.number_equal(ids, findings) if is_whole else ids
         self.groups = patients.to_numpy(dtype=np.str_)
         self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
         self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
@@ -186,7 +195,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             alone = len(columns) == 1
             problem = "is empty" if alone else "no series of this row holds a value"
             empty = pd.Series(lengths == 0, table.index)
-            findings.reject(empty, columns[0] if alone else dka.MAIN_COLUMN, problem)
+            findings.reject(empty, columns[0], problem)
         elif not lengths.any():
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         # An array's integers hold no more than its length, whatever max_len was given.
@@ -224,22 +233,18 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     ) -> Iterator[ScoringRows]:
         """Read a file or DataFrame ``max_rows`` rows at a time, as a checkpoint's data were read.
 
-        A DataFrame has no description beside it: its main series and its outcome are taken to be
-        those of the checkpoint.
+        Main series and outcome are taken to be those of the checkpoint, where no description says
+        them.
 
         Raises:
             InputError: the source lacks an input of the checkpoint, gives it another meaning, or
                 cannot be read.
         """
-        if isinstance(source, pd.DataFrame):
-            description = dka.described_by(config, source)
-        else:
-            description = read_description(source, findings)
-        inputs, checked = config["inputs"], False
+        description, checked = read_description(source, findings), False
+        inputs = config["inputs"]
         for table, read in dka.read_tables(source, max_rows):
             if not checked:
-                dka.check_same_meaning(table, description, config, findings.source)
-                checked = True
+                description, checked = dka.as_trained(table, description, config, findings), True
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             dataset = cls(
                 table.drop(columns=static - {*inputs["static"], *AGE, *SEX}),
@@ -254,8 +259,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            _, ids = dka.patients_of(table, findings)
+            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
             positions = np.flatnonzero(table.index.isin(dataset.numbers))
+            dataset.ids = ids[positions]
             yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
 
     def limits(self, feature: int) -> tuple[float, float] | None:
@@ -370,6 +376,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--max_len", type=int, help="most recent observations kept of a row")
     add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
     add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
+    for name, text in dka.NAMING.items():
+        add(f"--{name}", help=text)
     add("--show_values", action="store_true", help=SHOW_VALUES)
 
     add = command("from_mimic", "make a file from MIMIC-IV tables")

@@ -73,7 +73,7 @@ from medgemma_clinical.commands.demo import run_demo
 from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
-from medgemma_clinical.data.dka import LABEL
+from medgemma_clinical.data.dka import LABEL, NAMING
 from medgemma_clinical.data.features import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
 from medgemma_clinical.data.training_data import Data
@@ -151,6 +151,8 @@ def build_parser() -> Parser:
     add("--transplant", choices=lost, default="negative", help="SRTR: label 0, or row left out")
     add("--label_column", default=LABEL, metavar="NAME", help="DKA: outcome column, 0 or 1")
     add("--allow_duplicates", action="store_true", help="DKA: allow equal rows across the split")
+    for name, text in NAMING.items():
+        add(f"--{name}", help=text)
     add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
     add("--max_len", type=POSITIVE, help="latest observations kept; 20, several series 64, SRTR 50")
     add("--series_text", choices=SERIES_TEXT, default="all", help="series in the prompt")
@@ -222,9 +224,8 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
-    options = flags.dataset_options(args, DATASETS, build_parser())
-    dataset: TrajectoryDataset = kind(source, **options)
-    return dataset
+    rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS, build_parser()))
+    return rows
 
 
 def prompt_options(args: Namespace) -> PromptOptions:

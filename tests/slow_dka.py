@@ -66,6 +66,11 @@ def read_slowly(rows, series, most, *, chunk=False):
         bad |= {LABEL} if label is None and not chunk else set()
         names = [name for name in ("subject_id", "id") if name in row]
         patient, name = (row[names[k]] if names else str(n) for k in (0, -1))
+        name = name or patient
+        if not chunk:  # which is numbered with those before it
+            earlier = {about[0] for about in content.values()}
+            numbered = (f"{name} ({k})" for k in range(2, 99))
+            name = next(each for each in (name, *numbered) if each not in earlier)
         bad |= set() if patient else {names[0]}
         patient = re.sub(r"^0*([0-9]+)(\.0+)?$", r"\1", patient)
         part = row.get("split", "").lower().replace("validation", "val")

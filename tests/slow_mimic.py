@@ -77,6 +77,7 @@ class Stay:
 
     def __init__(self, row, patient, icu, codes):
         self.hadm = int(row["hadm_id"])
+        self.name = row.get("id", self.hadm)
         self.begins, ends = parse(row["admittime"]), parse(row["dischtime"])
         expired = row["hospital_expire_flag"] == "1"
         self.died = parse(row["deathtime"]) or (ends if expired else None)
@@ -154,6 +155,7 @@ class Stay:
         labels = {"death": death, "icu": icu, "unresolved": unresolved}
         since = round(between(self.begins, time) * 10) / 10
         found = {
+            "id": self.name,
             "prediction_hours": round(window, 2),
             "static_age [years]": min(self.age, 90),
             "static_sex_male": self.sex,

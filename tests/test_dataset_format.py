@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from medgemma_clinical.data.dka import (
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
-from trajectories import LABEL, SERIES, dataset_of, table_of
+from trajectories import GAP, LABEL, SERIES, dataset_of, table_of
 
 GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
 THREE = pd.DataFrame(
@@ -139,18 +140,17 @@ def test_numbers_are_those_of_their_text():
 
 WRONG_VALUES = {
     "series": [5, "Lactate"],  # the latter without its unit
+    "unit": [5],
     "question": [" "],
     "csv_sha256": [5],
     "plausible": [["a", "b"], 3, [60, 3], [0, 1, 2], [None, 2], [0, 1e999], [NAN, 1], []],
-    "limits": [[1, 2]],
-    "limits.x": [[0, 10**400], []],
+    "limits": [[1, 2], {"x": [0, 10**400]}, {"x": []}],
     "reference": [3, [12, 3], [3, 3], [3], [None, None], [None, 3, 4], [3, "4"], [None, NAN]],
-    "references.x": [[2, 1]],
-    "labels": [["label_death"]],
-    "labels.label_death": ["x"],
+    "references": [{"x": [2, 1]}],
+    "labels": [["label_death"], {"label_death": "x"}],
     "labels.label_death.outcome": [3],
     "labels.label_death.outcom": ["x"],
-    "flow": [3, [3], [{"rule": "a", "removed": 0}], [{"rule": "a", "removed": True, "left": 1}]],
+    "flow": [3, [3], [{"rule": "a", "removed": 0}], [{"rule": "a", "removed": "x", "left": 1}]],
     "time_scale": [0, -1, NAN, 1e999, True, "72", None, [72]],
     "zzz": [1],
 }
@@ -204,15 +204,67 @@ def test_another_label_is_never_called_by_the_outcome_of_label_escalation():
     assert "Death" in found["label_death"].question
 
 
+NAMED = {"series_name": "Creatinine", "unit": "mg/dL"}
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "taken", "series", "limits", "outcome"),
+    [
+        (None, {}, ["Anion gap in mEq/L", "Escalation"], "Anion gap", (-5, 60), "Escalation"),
+        (None, NAMED, ["Escalation"], "Creatinine", None, "Escalation"),
+        (None, {"outcome": "AKI"}, ["Anion gap in mEq/L"], "Anion gap", (-5, 60), "AKI"),
+        (None, NAMED | {"unit": "", "outcome": "AKI"}, [], "Creatinine", None, "AKI"),
+        ({"outcome": "AKI"}, NAMED, [], "Creatinine", None, "AKI"),
+        ({"series": "pH", "unit": ""}, {"outcome": "AKI"}, [], "pH", None, "AKI"),
+        ({"time_scale": 9}, NAMED, ["Escalation"], "Creatinine", None, "Escalation"),
+    ],
+)
+def test_what_no_description_says_is_named_by_flags_or_taken_with_a_warning(
+    content, flags, taken, series, limits, outcome, tmp_path
+):
+    path = write_table(table_of(["1 (0h)"] * 2, subject_id=["a", "b"]), tmp_path / "data.csv")
+    if content:
+        path.with_suffix(".json").write_text(json.dumps(content))
+    dataset = MIMICtrajectoryDataset(path, **flags)
+    assert len(dataset.warnings) == bool(taken)
+    assert all(f"taken for {each}" in dataset.warnings[0] for each in taken)
+    assert (dataset.features, dataset.limits(0)) == ((series,), limits)
+    assert dataset.outcome == outcome
+    assert ("AKI" in dataset.question) == (outcome == "AKI")
+
+
+def test_further_series_suffice_and_the_first_is_the_main_one():
+    columns = ["trajectory_creatinine [mg/dL]", "trajectory_potassium"]
+    table = table_of(["1 (0h)", ""], **{columns[1]: ["", "4 (1h)"]}, subject_id=["a", "b"])
+    table = table.rename(columns={SERIES: columns[0]})
+    dataset = MIMICtrajectoryDataset(table, outcome="AKI")
+    assert (dataset.features, dataset.units) == (("creatinine", "potassium"), ("mg/dL", ""))
+    assert dataset.warnings == ()
+    assert dataset.report(0).startswith("AKI: no. creatinine: first 1 mg/dL")
+    chosen = MIMICtrajectoryDataset(table, series=["potassium"], outcome="AKI")
+    assert (chosen.features, len(chosen)) == (("potassium",), 1)
+    assert_refused(table, "--series_name", **NAMED)
+    assert_refused(
+        table.assign(**dict.fromkeys(columns, "")), f"row 0, column {re.escape(columns[0])}"
+    )
+    trained = {"features": ["creatinine", "potassium"], "units": ["mg/dL", ""], "inputs": NOTHING}
+    for each in (table, table.rename(columns={columns[0]: SERIES})):
+        ((rows,), _) = scored(each, **trained)
+        assert rows.dataset.features == ("creatinine", "potassium")
+        np.testing.assert_array_equal(rows.dataset.values, [(1, NAN), (NAN, 4)])
+
+
 def test_a_description_of_another_file_brings_a_warning(tmp_path):
     table = table_of(["24 (0h)"], subject_id="a")
     path = write_table(table, tmp_path / "data.csv")
-    path.with_suffix(".json").write_text(json.dumps({"csv_sha256": file_hash(path)}))
+    about = {"csv_sha256": file_hash(path), "series": "pH", "unit": "", "outcome": "Death"}
+    path.with_suffix(".json").write_text(json.dumps(about))
     assert MIMICtrajectoryDataset(path).warnings == ()
     write_table(table.assign(subject_id="b"), path)
     (text,) = MIMICtrajectoryDataset(path).warnings
     assert "data.json" in text
-    assert [*scored(path, inputs=NOTHING)[1].warnings] == [text]
+    trained = {"features": ["pH"], "units": [""], "outcome": "Death"}
+    assert [*scored(path, inputs=NOTHING, **trained)[1].warnings] == [text]
 
 
 # --------------------------------------------------------------------------- columns
@@ -263,12 +315,13 @@ SEEMING = {
 def test_a_column_that_seems_to_be_meant_brings_a_warning(name):
     cell, meant = SEEMING[name]
     table = table_of(["1 (0h)"], id="a", **{name: [cell]})
-    warnings = MIMICtrajectoryDataset(table, series=["anion gap"]).warnings
+    warnings = MIMICtrajectoryDataset(table, description=GAP, series=["anion gap"]).warnings
     assert [meant in text and name in text for text in warnings] == [True] * bool(meant)
 
 
 def test_keys_of_columns_that_the_file_lacks_are_warnings():
-    description = Description(
+    description = replace(
+        GAP,
         limits={"lactat": (0, 9), "lactate": (0, 9), "anion gap": (0, 9)},
         references={"ph": (7.35, None), "lactate": (None, 2)},
         labels={"label_deth": {"outcome": "Death"}, "label_death": {}},
@@ -300,15 +353,15 @@ def test_a_series_column_that_cannot_be_read_is_refused(name):
 def test_series_are_found_by_their_columns_and_chosen_by_name():
     columns = [LABEL, "trajectory_Blood_urea [ mg/dL ]", SERIES, "trajectory_x  y [1]"]
     table = pd.DataFrame(columns=columns)
-    found = find_features(table, Description(), None, "")
+    found = find_features(table, GAP, None, "")
     titles = ["Anion gap [mEq/L]", "Blood urea [mg/dL]", "x y"]
     assert [feature.title for feature in found] == titles
     assert [feature.keys for feature in found] == [(SERIES,), (columns[1],), (columns[3],)]
-    chosen = find_features(table, Description(), ["X_Y", "anion GAP"], "")
+    chosen = find_features(table, GAP, ["X_Y", "anion GAP"], "")
     assert [feature.name for feature in chosen] == ["x y", "Anion gap"]
     for wrong in (["lactate"], ["x y", "X Y"], []):
         with pytest.raises(InputError, match="--series"):
-            find_features(table, Description(), wrong, "")
+            find_features(table, GAP, wrong, "")
 
 
 # --------------------------------------------------------------------------- rows to score
@@ -331,6 +384,28 @@ NEW = {
     "static_other": [SECRET + "x"] * 4,
     "static_age [years]": ["50", "60", "70", "80"],
 }
+
+
+@pytest.mark.parametrize("max_rows", [1, 2, 9])
+def test_equal_ids_are_numbered_in_whatever_chunks_they_are_read(max_rows, tmp_path):
+    ids = ["7", "8", "7", "7 (2)", "", "7", "8"]
+    names = ["7", "8", "7 (2)", "7 (2) (2)", "p", "7 (3)", "8 (2)"]
+    table = table_of(["1 (0h)", "", *["2 (1h)"] * 5], subject_id="p", id=ids)
+    chunks, findings = scored(write_table(table, tmp_path / "new.csv"), max_rows, inputs=NOTHING)
+    assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == names
+    readable = np.concatenate([chunk.dataset.ids for chunk in chunks]).tolist()
+    assert readable == [name for name in names if name != "8"]
+    assert [n for text, n in findings.counts.items() if "numbered" in text] == [4]
+    whole = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"))
+    assert (whole.ids.tolist(), {*whole.groups}) == (names, {"p"})
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_file_without_the_contexts_that_a_model_reads_brings_a_warning(reads):
+    prompts, table = {"context": reads}, table_of(["1 (0h)"])
+    for columns, expected in (({}, reads), ({"clinical_context": ""}, False)):
+        _, findings = scored(table.assign(**columns), inputs=NOTHING, prompts=prompts)
+        assert any("clinical_context" in text for text in findings.warnings) == expected
 
 
 def scored(source, max_rows=100, strict=False, **change):
@@ -391,8 +466,8 @@ def test_the_main_column_of_a_data_frame_is_the_series_without_one_of_its_own(na
         ("mg/dL", "Death", "pH", 0, SERIES),
         ("mmol/L", "Death", "pH [kPa]", 0, "trajectory_pH"),
         ("mmol/L", "Stroke", "pH", 0, LABEL),
-        ("mmol/L", None, "pH", 0, LABEL),
-        ("mmol/L", None, "pH", None, None),  # without labels no outcome could differ
+        ("mmol/L", None, "pH", 0, None),  # what is not said is that of the training data
+        ("mmol/L", "Stroke", "pH", None, None),  # without labels no outcome could differ
     ],
 )
 def test_a_file_of_another_meaning_is_refused_by_column(
@@ -438,7 +513,8 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
 def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
     table = table_of(["1 (0h) -> 2 (1h) -> 0 (1h)", "3 (0h)"], subject_id=["a", "b"])
     with caplog.at_level(logging.INFO):
-        dataset = MIMICtrajectoryDataset(table, **dict.fromkeys(MIMICtrajectoryDataset.options))
+        options = dict.fromkeys(MIMICtrajectoryDataset.options)
+        dataset = MIMICtrajectoryDataset(table, description=GAP, **options)
     assert caplog.messages == []
     assert dataset.read_options == {"max_len": 20, "label_column": LABEL}
     described = MIMICtrajectoryDataset(THREE, description=Description(time_scale=8760.0))
@@ -456,10 +532,13 @@ def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
     assert dataset.contexts.nbytes < 1_000_000
 
 
-def test_a_label_that_is_not_known_or_not_there_is_nan_where_none_is_required():
+def test_a_label_that_is_not_known_is_nan_and_one_at_least_is_required():
     table = table_of(["1 (0h)"] * 2, label_escalation=[True, None])
-    assert_refused(table, f"row 1, column {LABEL}: ")
-    assert_refused(table.fillna("yes"), f"row 1, column {LABEL}: ", require_labels=False)
+    assert_refused(table.assign(label_escalation=None), f"column {LABEL}: ")
+    for required in (True, False):
+        place = f"row 1, column {LABEL}: "
+        assert_refused(table.fillna("yes"), place, require_labels=required)
+    np.testing.assert_array_equal(MIMICtrajectoryDataset(table).labels, [1, NAN])
     for each, first in ((table, 1), (table.drop(columns=LABEL), NAN)):
         dataset = MIMICtrajectoryDataset(each, require_labels=False)
         np.testing.assert_array_equal(dataset.collate([0, 1])["labels"], [first, NAN])

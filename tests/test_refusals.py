@@ -168,6 +168,8 @@ def make_world(folder):
     write_data(table.drop(columns=BMI), folder / "bare.csv")
     people = f"Patient,Admitted,Died,Ward\n{MARKER},2024-01-21,{MARKER},{MARKER}\n"
     (folder / "people.csv").write_text(people)
+    table.to_csv(folder / "bare_gap.csv", index=False)
+    table.rename(columns={SERIES: "trajectory_ph"}).to_csv(folder / "ph.csv", index=False)
     (folder / "folder").mkdir()
     (folder / "broken" / "best").mkdir(parents=True)
     (folder / "broken" / "best" / "config.json").write_text("[]")
@@ -347,6 +349,8 @@ OF_SRTR = [
     *(("--horizon_days", text) for text in ("0", "nan", "", "\x1b[31m", "two\nlines")),
     *(("--organ", "heart"), ("--transplant", "x" * 200)),
 ]
+NAMED = "--series_name Creatinine --unit mg/dL"
+UNNAMED = ("--series_name x", "--unit x", "--series_name= --unit x", "--outcome=")
 CASES = [
     *((f"trainer {words}", words.split()[0]) for words in VALUES),
     *((f"trainer {words}", places) for words, places in CONTRADICTIONS),
@@ -363,6 +367,13 @@ CASES = [
     ("srtr check --data_dir folder", "folder"),
     ("trainer --trajectory_only --dataset srtr --data_dir folder", "folder"),
     ("dataset check data.csv --series lactate", "--series"),
+    *((f"dataset check bare_gap.csv {words}", re.split("[= ]", words)[0]) for words in UNNAMED),
+    *(
+        (f"{TRAIN} {words}", re.split("[= ]", words)[0])
+        for words in (*UNNAMED, NAMED, "--outcome AKI")
+    ),
+    ("dataset check ph.csv --series_name x --unit y", "ph.csv --series_name"),
+    (f"trainer --trajectory_only --dataset srtr --data_dir srtr {NAMED}", "--series_name"),
     ("dataset check data.csv --max_len 0", "--max_len"),
     (f"{TRAIN} --series lactate", "--series"),
     (f"{TRAIN} --label_column label_death", "label_death"),
@@ -484,7 +495,7 @@ def command_line(actions, rng):
     for action in rng.sample(actions, rng.choice([0, 1, 1, 2, 2, 3, 5])):
         flag = rng.choice(action.option_strings)
         values = [] if action.nargs == 0 else [value(action, rng)]
-        joined = values and rng.random() < 0.2
+        joined = values and rng.random() < 0.2 and values != ["--"]  # argparse takes it away
         words += [f"{flag}={values[0]}"] if joined else [flag, *values]
     if words and rng.random() < 0.2:
         index = rng.randrange(len(words))

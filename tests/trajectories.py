@@ -4,9 +4,10 @@ import re
 
 import pandas as pd
 
-from dataset_format import MIMICtrajectoryDataset
+from dataset_format import Description, MIMICtrajectoryDataset
 
 SERIES, LABEL = "clinical_trajectory", "label_escalation"
+GAP = Description(series="Anion gap", unit="mEq/L", outcome="Escalation", plausible=(-5, 60))
 
 
 def table_of(series, **columns):
@@ -16,7 +17,7 @@ def table_of(series, **columns):
 
 
 def dataset_of(series, max_len=20, **columns):
-    return MIMICtrajectoryDataset(table_of(series, **columns), max_len)
+    return MIMICtrajectoryDataset(table_of(series, **columns), max_len, description=GAP)
 
 
 def one_series(dataset, i):

@@ -63,11 +63,10 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
     obstacle, events = "", int(np.nansum(dataset.labels))
     if events < min_events:
         obstacle = f"not to train on: {events} events, {min_events} are needed"
-    elif unlabelled := int(np.isnan(dataset.labels).sum()):
-        rows = f"{unlabelled:,} of {len(dataset):,} rows have no label"
-        obstacle = f"not to train on: {rows}: fill or remove these rows"
-        obstacle = "no labels to train on" if unlabelled == len(dataset) else obstacle
+    elif np.isnan(dataset.labels).all():
+        obstacle = "no labels to train on"
     if not obstacle:
+        dataset = labelled_rows(dataset)
         split = dataset.split(SEED)
         logger.info(describe_split(dataset, split, SEED))
         check_measured(dataset, split["train"])
@@ -76,6 +75,15 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
     ready = "ready to predict on" if obstacle else "ready"
     with_warnings = ", with warnings" if warnings or dataset.warnings else ""
     logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
+
+
+def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
+    """Return the rows with a label, the only ones that a training sees; log how many lack one."""
+    known = ~np.isnan(dataset.labels)
+    if known.all():
+        return dataset
+    logger.info("%s: %d rows without a label are not used", dataset.source, int((~known).sum()))
+    return dataset.subset(np.flatnonzero(known))
 
 
 def log_warnings(warnings: Iterable[str], source: str = "") -> None:

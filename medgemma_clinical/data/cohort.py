@@ -332,7 +332,7 @@ def make_rows(
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
     labels = [name for name in map(str, rows) if name.startswith("label_")]
     static = make_static_features(database, request, features, rows)
-    keys, unused = ["subject_id", "hadm_id"], ["unit", "hours_since_admission"]
+    keys, unused = ["subject_id", "hadm_id", "id"], ["unit", "hours_since_admission"]
     others = rows.drop(columns=[*keys, *unused, *labels])
     rows = pd.concat([rows[keys], cells, others, static, rows[labels]], axis="columns")
     flags = [*labels, "static_sex_male"]

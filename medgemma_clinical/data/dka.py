@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,6 +43,7 @@ OBSERVATION = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*[hH](?:(?:[oO][uU])?[rR][sS]?)?\s
 NO_NUMBER = str.maketrans(dict.fromkeys("()hHoOuUrRsS\u2192", " "))
 CELL = re.compile(rf"{OBSERVATION}(?:(?:{ARROW}){OBSERVATION})*")
 
+GAP_LIMITS = (-5.0, 60.0)  # of the anion gap in a living patient, mEq/L
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
@@ -58,16 +59,39 @@ ORIGIN = (
 
 OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
 
+FORMS = {
+    **dict.fromkeys(("plausible", "reference"), "[3, 60]"),
+    **dict.fromkeys(("limits", "references"), '{"potassium": [1, 12]}'),
+    "labels": '{"label_death": {"outcome": "Death"}}',
+    "flow": '[{"rule": "under 18", "removed": 3, "left": 97}]',
+    "time_scale": "72",
+}
+"""Examples of values in the JSON file that are no text."""
+
+ESCALATION = "Escalation"
+DEFAULTS = {"series_name": "Anion gap", "unit": "mEq/L"}
+"""What a file holds whose description does not say it."""
+
+NAMING = {
+    "series_name": "DKA without JSON: name of the main series",
+    "unit": "DKA without JSON: its unit, '' for none",
+    "outcome": "DKA without JSON: meaning of label 1",
+}
+"""Help of the flags that say it in place of a description."""
+
 
 @dataclass(frozen=True)
 class Description:
-    """What the series and labels of a DKA file mean, as the JSON file beside it says."""
+    """What the series and labels of a DKA file mean, as the JSON file beside it says.
 
-    series: str = "Anion gap"  # name of the main series
-    unit: str = "mEq/L"  # empty where it has none
-    question: str = "Will care have to be escalated?"
-    outcome: str = "Escalation"  # what label 1 means
-    plausible: tuple[float, float] | None = (-5.0, 60.0)  # of a living patient
+    A text is empty where it does not say it.
+    """
+
+    series: str = ""  # name of the main series
+    unit: str = ""  # empty where it has none
+    question: str = ""
+    outcome: str = ""  # what label 1 means
+    plausible: tuple[float, float] | None = None  # of a living patient
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)  # of further series
     reference: Reference | None = None  # of a healthy adult; laboratories differ
     references: dict[str, Reference] = field(default_factory=dict)  # of further series
@@ -80,19 +104,70 @@ class Description:
 
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column as its own."""
-        entry = self.labels.get(column, {})
-        if column == LABEL:
-            return replace(self, **entry)
         name = column.removeprefix("label_").replace("_", " ").strip() or column
-        outcome = name[:1].upper() + name[1:]
-        horizon = self.horizon if column in self.labels else ""
-        question = f"Will the outcome {outcome} occur?"
-        named = replace(self, outcome=outcome, question=question, horizon=horizon)
-        return replace(named, **entry)
+        own: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
+        if column == LABEL:
+            own = {"outcome": self.outcome or ESCALATION, "question": self.question}
+        elif column not in self.labels:
+            own["horizon"] = ""
+        own |= self.labels.get(column, {})
+        if not own["question"]:
+            outcome = own["outcome"]
+            own["question"] = f"Will the outcome {outcome} occur?"
+            if outcome == ESCALATION:
+                own["question"] = "Will care have to be escalated?"
+        return replace(self, **own)
+
+    def completed(
+        self, table: pd.DataFrame, label: str, names: Mapping[str, str | None]
+    ) -> tuple[Description, dict[str, str]]:
+        """Name what the table holds and the description does not say, as in ``NAMING``.
+
+        Returns:
+            The description; what was taken for what, by the name that said it.
+        """
+        done, taken = self, {}
+        series, unit, outcome = map(names.get, NAMING)
+        if series and MAIN_COLUMN in table and not self.series:
+            done = replace(done, series=series, unit=unit or "")
+            if (series, unit) == (DEFAULTS["series_name"], DEFAULTS["unit"]):
+                done = replace(done, plausible=self.plausible or GAP_LIMITS)
+            taken["series_name"] = (
+                f"{MAIN_COLUMN} is taken for {series}{f' in {unit}' if unit else ''}"
+            )
+        described = label in self.labels or (label == LABEL and self.outcome)
+        if outcome and label in table and not described:
+            done = replace(done, labels={**self.labels, label: {"outcome": outcome}})
+            taken["outcome"] = f"{label} is taken for {outcome}"
+        return done, taken
+
+
+def name_series(
+    table: pd.DataFrame,
+    about: Description,
+    label: str,
+    flags: Mapping[str, str | None],
+    findings: Findings,
+) -> Description:
+    """Name by flags what a description does not say, or else by the defaults with a warning."""
+    given = {name: " ".join(text.split()) for name, text in flags.items() if text is not None}
+    if ("series_name" in given) != ("unit" in given):
+        raise InputError("--series_name and --unit: give both, --unit '' where there is none")
+    about, taken = about.completed(table, label, given)
+    for name in NAMING.keys() & given.keys() - {"unit", *taken}:
+        problem = "is empty, or the file has no such column, or its description names it already"
+        raise InputError(f"{findings.source}: --{name}: {problem}")
+    outcome = ESCALATION if label == LABEL else None
+    about, taken = about.completed(table, label, {**DEFAULTS, "outcome": outcome})
+    if taken:
+        flags_of = "--series_name, --unit and --outcome"
+        said = f"no description: {', '.join(taken.values())}: {flags_of} name it"
+        findings.warnings[said] = None
+    return about
 
 
 def read_description(source: Any, findings: Findings | None = None) -> Description:
-    """Read the description beside a data file, or return the default, as of a DataFrame."""
+    """Read the description beside a data file; without one it says nothing."""
     if isinstance(source, pd.DataFrame):
         return Description()
     path = Path(source)
@@ -101,64 +176,64 @@ def read_description(source: Any, findings: Findings | None = None) -> Descripti
         return Description()
     try:
         known = _read_keys(read_json(file), [each.name for each in fields(Description)])
-        if "series" in known and "unit" not in known:
-            raise InputError("key series: needs a unit beside it, empty for none")
+        if ("series" in known) != ("unit" in known):
+            raise InputError("key series: goes with the key unit, which is empty for none")
     except InputError as error:
         raise InputError(f"{file}, {error}") from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file}: not a JSON file in UTF-8") from error
+    except (ValueError, OSError, AttributeError) as error:
+        raise InputError(f"{file}: not a JSON object in UTF-8") from error
     if findings and known.get("csv_sha256") and known["csv_sha256"] != file_hash(path):
         findings.warnings[f"{file.name} was made with another {path.name}: is it current?"] = None
-    return Description(**({"plausible": None} if "series" in known else {}) | known)
+    return Description(**known)
 
 
 def _read_keys(content: Any, known: Sequence[str], within: str = "") -> dict[str, Any]:
     """Check and convert a JSON object; a misspelt key would leave a default in silence."""
-    for key in _object(f"key {within.rstrip('.')}", content):
-        if key not in known and key not in ORIGIN:
+    found = {}
+    for key, value in content.items():
+        if key in known:
+            try:
+                found[key] = _read_value(key, value)
+            except InputError:
+                raise
+            except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+                form = FORMS.get(key, "text")
+                raise InputError(f"key {within}{key}: not of the form {form}") from error
+        elif key not in ORIGIN:
             hint = _hint(key, known) or f": the keys are {', '.join(known)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
-    return {k: _read_value(k, x, f"key {within}{k}") for k, x in content.items() if k in known}
+    return found
 
 
-def _object(where: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: not an object, as {{name: value}}")
-    return value
-
-
-def _read_value(key: str, value: Any, where: str) -> Any:
+def _read_value(key: str, value: Any) -> Any:
+    """Convert a value; one of another form raises any error."""
     match key:
         case "plausible" | "reference":
-            return None if value is None else _range(value, where, key == "reference")
+            return None if value is None else _range(value, key == "reference")
         case "limits" | "references":
-            known = {name: pair for name, pair in _object(where, value).items() if pair is not None}
-            one_end = key == "references"
-            return {comparable(n): _range(x, f"{where}.{n}", one_end) for n, x in known.items()}
+            known = {comparable(name): pair for name, pair in value.items() if pair is not None}
+            return {name: _range(pair, key == "references") for name, pair in known.items()}
         case "labels":
-            texts, keys = _object(where, value), ("outcome", "question")
-            return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in texts.items()}
+            keys = ("outcome", "question")
+            return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
         case "flow":
-            kinds = {"rule": str, "removed": int, "left": int}
-            for rule in value if isinstance(value, list) else [value]:
-                if not isinstance(rule, dict) or {k: type(rule.get(k)) for k in kinds} != kinds:
-                    raise InputError(f"{where}: not a list of objects with {', '.join(kinds)}")
-            return tuple({k: rule[k] for k in FLOW_COLUMNS} for rule in value)
+            kinds = dict(zip(FLOW_COLUMNS, (str, int, int), strict=True))
+            return tuple({name: kind(x[name]) for name, kind in kinds.items()} for x in value)
         case "time_scale":
-            if type(value) not in (int, float) or not 0 < value <= MAX_VALUE:
-                raise InputError(f"{where}: not a number of hours above 0")
-            return float(value)
-    if not isinstance(value, str) or not (value.strip() or key in OPTIONAL_TEXTS):
-        raise InputError(f"{where}: not a text")
+            if type(value) in (int, float) and 0 < value <= MAX_VALUE:
+                return float(value)
+            raise ValueError("not a number of hours above 0")
+    if not value.split() and key not in OPTIONAL_TEXTS:
+        raise ValueError("an empty text")
     return " ".join(value.split())
 
 
-def _range(pair: Any, where: str, one_end: bool) -> tuple[float | None, ...]:
+def _range(pair: Any, one_end: bool) -> tuple[float | None, ...]:
     """Return two rising numbers; one end of a reference range may be None."""
-    known = [end for end in pair if end is not None] if isinstance(pair, list) else []
+    known = [end for end in pair if end is not None]
     numbers = all(type(end) in (int, float) and abs(end) <= MAX_VALUE for end in known)
     if not numbers or len(known) < 2 - one_end or len(pair) != 2 or known != sorted(set(known)):
-        raise InputError(f"{where}: not two rising numbers, as [3, 60]")
+        raise ValueError("not two rising numbers")
     return tuple(None if end is None else float(end) for end in pair)
 
 
@@ -309,7 +384,24 @@ def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDA
     patients = written[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
     bad, column = patients == "", columns[0] if columns else ""
     findings.reject(bad, column, "is empty: name the patient of each row")
-    return patients, written[-1].to_numpy(dtype=np.str_)
+    names = written[-1].where(written[-1] != "", written[0])
+    return patients, names.to_numpy(dtype=np.str_)
+
+
+def number_equal(ids: NDArray[np.str_], findings: Findings) -> NDArray[np.str_]:
+    """Number the ids that repeat one of an earlier row of the source: 7, 7 (2)."""
+    used, numbered = findings.ids, []
+    for name in ids.tolist():
+        own = name
+        while own in used and name:
+            used[name] += 1
+            own = f"{name} ({used[name]})"
+        used[own] = 1
+        numbered.append(own)
+    unique = np.array(numbered, dtype=np.str_)
+    text = "repeat the id of an earlier row: numbered, as in ID (2)"
+    findings.counts[text] += int((unique != ids).sum())
+    return unique
 
 
 # --------------------------------------------------------------------------- columns
@@ -335,7 +427,8 @@ def _hint(name: str, known: Sequence[str], likeness: float = 0.6) -> str:
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table without a series, or without the label where it has to be labelled."""
     columns = [*map(str, table)]
-    for name in (MAIN_COLUMN, label) if labelled else (MAIN_COLUMN,):
+    series = any(name.startswith("trajectory_") for name in columns)
+    for name in [*[MAIN_COLUMN] * (not series), *[label] * labelled]:
         if name not in columns:
             there = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
             if any(map(CELL.fullmatch, columns)):
@@ -356,8 +449,9 @@ def note_columns(
 ) -> None:
     """Warn of keys without a column, and of columns that seem to belong among those to be read."""
     columns, series = [*map(str, table)], find_features(table, description, None, "")
-    further = {comparable(feature.name) for feature in series[1:]}
-    keys = [f"labels.{name}" for name in description.labels if name not in columns]
+    further = {comparable(each.name) for each in series if each.keys != (MAIN_COLUMN,)}
+    keys = ["series"] * bool(description.series and MAIN_COLUMN not in columns)
+    keys += [f"labels.{name}" for name in description.labels if name not in columns]
     keys += [f"limits.{name}" for name in description.limits if name not in further]
     keys += [f"references.{name}" for name in description.references if name not in further]
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
@@ -383,10 +477,13 @@ def note_columns(
 def find_features(
     table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
 ) -> list[Feature]:
-    """Find the series of a table, each with its column as key: all, or those ``chosen`` by name."""
+    """Find the series of a table, each with its column as key: all, or those ``chosen`` by name.
+
+    The main one comes first: ``clinical_trajectory``, or else the first column.
+    """
     about, limits, references = description, description.limits, description.references
     main = Feature(about.series, about.unit, (MAIN_COLUMN,), about.plausible, about.reference)
-    found = {comparable(main.name): main}
+    found = {comparable(main.name): main} if MAIN_COLUMN in table else {}
     for column in [name for name in map(str, table) if name.lower().startswith("trajectory")]:
         match = SERIES_COLUMN.fullmatch(column)
         name, unit = match.groups("") if match else ("", "")
@@ -470,26 +567,29 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 # --------------------------------------------------------------------------- rows to score
 
 
-def described_by(config: dict[str, Any], table: pd.DataFrame) -> Description:
-    """Describe a DataFrame for a checkpoint: its main column is the series without its own."""
-    label = config["read_options"].get("label_column", LABEL)
-    labels = {label: {"outcome": config["outcome"], "question": config["question"]}}
-    features = find_features(plain_table(table), Description(), None, "")
-    own = {comparable(feature.name) for feature in features[1:]}
-    for name, unit in zip(config["features"], config["units"], strict=True):
-        if comparable(name) not in own:
-            return Description(series=name, unit=unit, plausible=None, labels=labels)
-    return Description(labels=labels)
+def as_trained(
+    table: pd.DataFrame, about: Description, config: dict[str, Any], findings: Findings
+) -> Description:
+    """Take what a description does not say to be what a checkpoint was trained on.
 
-
-def check_same_meaning(
-    table: pd.DataFrame, description: Description, config: dict[str, Any], source: str
-) -> None:
-    """Refuse a file that lacks an input of a checkpoint, or has another unit or outcome."""
-    label = config["read_options"].get("label_column", LABEL)
+    Raises:
+        InputError: the table lacks an input of the checkpoint, or has another unit or outcome.
+    """
+    label, source = config["read_options"].get("label_column", LABEL), findings.source
     check_header(table, source, label, labelled=False)
-    found = {comparable(x.name): x for x in find_features(table, description, None, source)}
-    for name, unit in zip(config["features"], config["units"], strict=True):
+    measured = [*zip(config["features"], config["units"], strict=True)]
+    own = {comparable(x.name) for x in find_features(table, about, None, source)}
+    main = next((each for each in measured if comparable(each[0]) not in own), ())
+    names = dict(zip(NAMING, (*main, *[""] * (2 - len(main)), config["outcome"]), strict=True))
+    about, taken = about.completed(table, label, names)
+    if taken:
+        said = ", ".join(taken.values())
+        findings.notes[f"no description: as in the training data, {said}"] = None
+    if config.get("prompts", {}).get("context") and "clinical_context" not in table:
+        text = "no column clinical_context: the model reads it, and finds it empty"
+        findings.warnings[text] = None
+    found = {comparable(x.name): x for x in find_features(table, about, None, source)}
+    for name, unit in measured:
         feature = found.get(comparable(name))
         if feature is None:
             column, known = Feature(name, unit).title, join_names([x.name for x in found.values()])
@@ -503,6 +603,7 @@ def check_same_meaning(
             same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
             there = f", not {same[0]}" if same else "; its cells may be empty where unknown"
             raise InputError(f"{source}, column {name}: the model reads it{there}")
-    outcome, expected = description.for_label(label).outcome, config["outcome"]
+    outcome, expected = about.for_label(label).outcome, config["outcome"]
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
+    return about

@@ -127,6 +127,8 @@ class MimicTables(HospitalTables):
         for name in self.columns:
             if name != self.labs:
                 self.load(name)
+        self.database.run("ALTER TABLE admissions ADD COLUMN id BIGINT")
+        self.database.run("UPDATE admissions SET id = hadm_id")
         self.database.run(
             "CREATE TABLE ketoacidosis AS SELECT hadm_id, NULL::TIMESTAMP AS entered "
             f"FROM diagnoses_icd WHERE {KETOACIDOSIS}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from medgemma_clinical.data.checks import (
     check_measured,
     describe_few_patients,
     describe_long_spans,
+    labelled_rows,
     log_warnings,
     patients_behind_inputs,
 )
@@ -272,6 +273,7 @@ def prepare_data(
     ``inputs`` are those of a stage 1 beside the series, as in ``Data.description``; None chooses
     them: static features that the training part can teach, and the prediction time, where asked.
     """
+    dataset = labelled_rows(dataset)
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
@@ -281,4 +283,6 @@ def prepare_data(
         known = sample.prediction_hours is not None
         inputs = {"static": names, "prediction_time": prediction_time and known}
     sample = sample.with_inputs(**inputs)
+    reads_context = prompts.context and bool((dataset.contexts != "").any())
+    prompts = replace(prompts, context=reads_context)
     return Data(sample, split, prompts, data_sha256, rows_sha256, unusable)

@@ -18,7 +18,7 @@ from medgemma_clinical.data.checks import (
 )
 from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.leaks import describe_leaks
-from trajectories import table_of
+from trajectories import GAP, table_of
 
 SOUND = ["20 (0h) -> 21 (4h)"] * 200
 NAN = np.nan
@@ -28,7 +28,7 @@ def dataset_of(series, **columns):
     """Return a data set whose rows are named patients."""
     patients = [f"p{k}" for k in range(len(series))]
     table = table_of(series, **{"subject_id": patients, **columns})
-    return MIMICtrajectoryDataset(table, require_labels=False)
+    return MIMICtrajectoryDataset(table, description=GAP, require_labels=False)
 
 
 @pytest.fixture
@@ -90,13 +90,15 @@ def test_a_given_split_is_shown_as_such_with_its_counts(checked):
     assert line.endswith("test 2 rows, 2 patients, 1 event")
 
 
-@pytest.mark.parametrize("labelled", [0, 1, 197])
-def test_rows_without_a_label_are_ready_to_predict_on(labelled, checked):
-    dataset = dataset_of(SOUND, label_escalation=[NAN] * (200 - labelled) + [1] * labelled)
-    messages, _ = checked(dataset)
+def test_without_labels_a_file_is_ready_to_predict_on_and_rows_without_one_are_counted(checked):
+    messages, _ = checked(dataset_of(SOUND, label_escalation=[NAN] * 200))
     assert messages[-1].startswith("ready to predict on, ")
-    assert (f"{200 - labelled} of 200 rows" in messages[-1]) == bool(labelled)
     assert not any(line.startswith("split") for line in messages)
+    some = np.where(np.arange(200) < 12, NAN, np.arange(200) % 2)
+    messages, _ = checked(dataset_of(SOUND, label_escalation=some))
+    assert any("12 rows without a label" in line for line in messages)
+    assert any(line.startswith("split") and "train 152 rows" in line for line in messages)
+    assert messages[-1] == "ready, with warnings"  # of few patients in the test part
 
 
 def test_too_few_events_are_refused_behind_the_summary(caplog):

@@ -70,6 +70,7 @@ def as_mimic(tables):
         ends = min(row["begins"] + minutes(row["hospitaldischargeoffset"]) for row in own)
         row = {"subject_id": person, "hadm_id": hospital, "dischtime": f"{ends}", "deathtime": ""}
         died = any(row["hospitaldischargestatus"] == "Expired" for row in own)
+        row["id"] = min((each["begins"], int(each["patientunitstayid"])) for each in own)[1]
         row |= {"hospital_expire_flag": "01"[died], "admittime": f"{min(r['begins'] for r in own)}"}
         result["admissions"].append(row)
     for row in tables["admissionDx"].to_dict("records"):

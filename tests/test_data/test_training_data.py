@@ -1,17 +1,17 @@
 """What a run learns from: split, copies across it, hashes of patients across files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import patient_hashes, prepare_data, row_hashes
 from medgemma_clinical.files import InputError
-from trajectories import LABEL, SERIES, dataset_of, table_of
+from trajectories import GAP, LABEL, SERIES, dataset_of, table_of
 from visits import cohort
 
 NAN = float("nan")
@@ -210,8 +210,8 @@ def patients(rows=100, seed=1, *, observations=6, has_ids=True):
     return table.assign(subject_id=[f"P{seed}-{k}" for k in range(rows)]) if has_ids else table
 
 
-def data_of(table, seed=0, *, max_len=20, max_samples=0, **options):
-    dataset = MIMICtrajectoryDataset(table, max_len, **options)
+def data_of(table, seed=0, *, max_len=20, max_samples=0, description=GAP, **options):
+    dataset = MIMICtrajectoryDataset(table, max_len, description=description, **options)
     return prepare_data(dataset, max_samples=max_samples, seed=seed, prompts=PromptOptions())
 
 
@@ -298,6 +298,21 @@ def test_the_description_of_data_is_plain_and_counts_the_patients_behind_each_in
     assert data_of(table, max_len=64).description()["patients"]["series"]["lactate"] == 1
 
 
+def test_rows_without_a_label_enter_nothing_that_is_learned_from():
+    table = patients(60)
+    table["trajectory_lactate"] = table["static_x"] = table["clinical_context"] = ""
+    wild = table.head(20).assign(subject_id=[f"new {k}" for k in range(20)], **{LABEL: None})
+    wild = wild.assign(trajectory_lactate="999 (0h)", static_x=range(20), clinical_context="x")
+    known, mixed = (
+        data_of(table),
+        data_of(pd.concat([wild, table, table.head(5).assign(label_escalation=None)])),
+    )
+    assert mixed.description() == known.description()
+    assert (mixed.prompts, mixed.unusable_static) == (known.prompts, known.unusable_static)
+    for part, rows in known.split.items():
+        np.testing.assert_array_equal(mixed.split[part], rows)
+
+
 def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read():
     whole, sample = (data_of(patients(200), max_samples=most) for most in (0, 60))
     assert len(sample.dataset) == sum(map(len, sample.split.values())) == 60
@@ -308,7 +323,7 @@ def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read(
 def test_a_new_encoders_time_scale_is_the_users_or_the_datas(caplog):
     table = patients()
     table[SERIES] = table[SERIES].str.replace("(20h)", "(20000h)")
-    given = data_of(table, description=Description(time_scale=9.0))
+    given = data_of(table, description=replace(GAP, time_scale=9.0))
     silent = data_of(table)
     assert [given.time_scale(None), given.time_scale(5.0), silent.time_scale(5.0)] == [9, 5, 5]
     assert caplog.messages == []

@@ -141,6 +141,7 @@ def test_a_sample_holds_all_rows_of_the_drawn_patients_and_is_a_step_of_the_flow
 
 def test_a_subset_equals_the_chosen_rows_in_their_order():
     table = cohort(20).assign(split="train")
+    table["id"] = table.index  # equal ones are numbered in their order
     table["static_x"] = table["prediction_hours"] = np.arange(len(table)) + 20.0
     dataset, chosen = MIMICtrajectoryDataset(table), [7, 0, 19, 3]
     dataset.summaries()

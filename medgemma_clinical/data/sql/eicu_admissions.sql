@@ -23,6 +23,7 @@ FROM unit_stays GROUP BY subject_id;
 CREATE VIEW admissions AS
 SELECT
     subject_id, hadm_id, min(intime) AS admittime,
+    arg_min(patientunitstayid, (intime, patientunitstayid)) AS id,
     min(intime + to_minutes(hospitaldischargeoffset)) AS dischtime, NULL::TIMESTAMP AS deathtime,
     max(hospitaldischargestatus = 'Expired')::INTEGER AS hospital_expire_flag
 FROM unit_stays GROUP BY subject_id, hadm_id;

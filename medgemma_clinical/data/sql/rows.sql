@@ -21,7 +21,7 @@ GROUP BY stay, analyte;
 -- The columns beside the series. Of an age above 89 no more is told. Any chosen part is an event.
 CREATE TABLE row_columns AS
 SELECT
-    stay, subject_id, hadm_id,
+    stay, subject_id, hadm_id, id,
     round_even(hours_between(first, time), 2) AS prediction_hours,  -- as the series' hours
     round_even(10 * hours_between(begins, time), 0) / 10 AS hours_since_admission,
     -- Age, sex, ward, hours since admission, other chemistry; no full stop.

@@ -24,7 +24,7 @@ aged AS (
 )
 SELECT
     row_number() OVER (ORDER BY subject_id, hadm_id) AS stay,
-    subject_id, hadm_id, admittime AS begins, coalesce(death, dischtime) AS ends, death,
+    subject_id, hadm_id, id, admittime AS begins, coalesce(death, dischtime) AS ends, death,
     upper(gender) AS sex, age_is_least,
     CASE WHEN age_is_least THEN 90 + least(since, 0) ELSE anchor_age + since END AS age,
     hadm_id IN (SELECT hadm_id FROM ketoacidosis) AS coded,
