@@ -119,12 +119,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         if findings is None:
             findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
             table = pd.concat([block for block, _ in dka.read_tables(source)])
+            labelled = require_labels or label != LABEL
+            dka.check_header(table, one_line(findings.source), label, labelled=labelled)
+            named = Description(series_name or "", unit or "", outcome=outcome or "")
             description = description or read_description(source, findings)
-            dka.check_header(
-                table, findings.source, label, labelled=require_labels or label != LABEL
-            )
-            names = {"series_name": series_name, "unit": unit, "outcome": outcome}
-            description = dka.name_series(table, description, label, names, findings)
+            description = dka.name_series(table, description, label, named, findings)
         self.source = one_line(findings.source)
         self.description = about = (description or Description()).for_label(label)
         self.question, self.outcome = about.question, about.outcome
@@ -192,10 +191,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.keep_observations(~table.index.isin(list(findings.problems))[row])
         lengths = self.lengths
         if not may_lack:
-            alone = len(columns) == 1
-            problem = "is empty" if alone else "no series of this row holds a value"
             empty = pd.Series(lengths == 0, table.index)
-            findings.reject(empty, columns[0], problem)
+            findings.reject(empty, columns[0], "no series of this row holds a value")
         elif not lengths.any():
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         # An array's integers hold no more than its length, whatever max_len was given.
@@ -240,11 +237,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             InputError: the source lacks an input of the checkpoint, gives it another meaning, or
                 cannot be read.
         """
-        description, checked = read_description(source, findings), False
-        inputs = config["inputs"]
-        for table, read in dka.read_tables(source, max_rows):
-            if not checked:
-                description, checked = dka.as_trained(table, description, config, findings), True
+        description, inputs = read_description(source, findings), config["inputs"]
+        for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
+            if k == 0:
+                description = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             dataset = cls(
                 table.drop(columns=static - {*inputs["static"], *AGE, *SEX}),

@@ -65,7 +65,7 @@ def spoil(table):
     bad = table.head(30).drop(columns="label_escalation")
     cells = {
         3: (SERIES, f"24 (0h) -> {MARKER} (2h)", f"column {SERIES}: piece 2 is not of the form"),
-        4: (SERIES, "", f"column {SERIES}: is empty"),
+        4: (SERIES, "", f"column {SERIES}: no series of this row holds a value"),
         9: (SERIES, f"24 ({MARKER}h)", f"column {SERIES}: piece 1 is not of the form"),
         10: (SERIES, "1e99 (0h)", f"column {SERIES}: holds a number that is too large"),
         11: ("subject_id", "", "column subject_id: is empty"),

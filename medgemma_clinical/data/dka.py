@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +43,6 @@ OBSERVATION = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*[hH](?:(?:[oO][uU])?[rR][sS]?)?\s
 NO_NUMBER = str.maketrans(dict.fromkeys("()hHoOuUrRsS\u2192", " "))
 CELL = re.compile(rf"{OBSERVATION}(?:(?:{ARROW}){OBSERVATION})*")
 
-GAP_LIMITS = (-5.0, 60.0)  # of the anion gap in a living patient, mEq/L
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
@@ -58,19 +57,6 @@ ORIGIN = (
 """Keys of the JSON file that say where data come from, for people."""
 
 OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
-
-FORMS = {
-    **dict.fromkeys(("plausible", "reference"), "[3, 60]"),
-    **dict.fromkeys(("limits", "references"), '{"potassium": [1, 12]}'),
-    "labels": '{"label_death": {"outcome": "Death"}}',
-    "flow": '[{"rule": "under 18", "removed": 3, "left": 97}]',
-    "time_scale": "72",
-}
-"""Examples of values in the JSON file that are no text."""
-
-ESCALATION = "Escalation"
-DEFAULTS = {"series_name": "Anion gap", "unit": "mEq/L"}
-"""What a file holds whose description does not say it."""
 
 NAMING = {
     "series_name": "DKA without JSON: name of the main series",
@@ -107,62 +93,49 @@ class Description:
         name = column.removeprefix("label_").replace("_", " ").strip() or column
         own: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
         if column == LABEL:
-            own = {"outcome": self.outcome or ESCALATION, "question": self.question}
+            own = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
         elif column not in self.labels:
             own["horizon"] = ""
         own |= self.labels.get(column, {})
-        if not own["question"]:
-            outcome = own["outcome"]
-            own["question"] = f"Will the outcome {outcome} occur?"
-            if outcome == ESCALATION:
-                own["question"] = "Will care have to be escalated?"
-        return replace(self, **own)
+        usual = own["outcome"] == USUAL.outcome
+        asked = USUAL.question if usual else f"Will the outcome {own['outcome']} occur?"
+        return replace(self, **own | {"question": own["question"] or asked})
 
     def completed(
-        self, table: pd.DataFrame, label: str, names: Mapping[str, str | None]
-    ) -> tuple[Description, dict[str, str]]:
-        """Name what the table holds and the description does not say, as in ``NAMING``.
-
-        Returns:
-            The description; what was taken for what, by the name that said it.
-        """
-        done, taken = self, {}
-        series, unit, outcome = map(names.get, NAMING)
-        if series and MAIN_COLUMN in table and not self.series:
-            done = replace(done, series=series, unit=unit or "")
-            if (series, unit) == (DEFAULTS["series_name"], DEFAULTS["unit"]):
-                done = replace(done, plausible=self.plausible or GAP_LIMITS)
-            taken["series_name"] = (
-                f"{MAIN_COLUMN} is taken for {series}{f' in {unit}' if unit else ''}"
-            )
+        self, table: pd.DataFrame, label: str, other: Description
+    ) -> tuple[Description, list[str]]:
+        """Take from another description what a table holds and this one does not say; tell it."""
+        done, taken = self, []
+        if other.series and MAIN_COLUMN in table and not self.series:
+            limits = self.plausible or other.plausible
+            done = replace(done, series=other.series, unit=other.unit, plausible=limits)
+            taken.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
         described = label in self.labels or (label == LABEL and self.outcome)
-        if outcome and label in table and not described:
-            done = replace(done, labels={**self.labels, label: {"outcome": outcome}})
-            taken["outcome"] = f"{label} is taken for {outcome}"
+        if other.outcome and label in table and not described:
+            done = replace(done, labels={**self.labels, label: {"outcome": other.outcome}})
+            taken.append(f"{label} is taken for {other.outcome}")
         return done, taken
 
 
+USUAL = Description(
+    "Anion gap", "mEq/L", "Will care have to be escalated?", "Escalation", (-5.0, 60.0)
+)
+"""What a file holds that nothing describes."""
+
+
 def name_series(
-    table: pd.DataFrame,
-    about: Description,
-    label: str,
-    flags: Mapping[str, str | None],
-    findings: Findings,
+    table: pd.DataFrame, about: Description, label: str, named: Description, findings: Findings
 ) -> Description:
-    """Name by flags what a description does not say, or else by the defaults with a warning."""
-    given = {name: " ".join(text.split()) for name, text in flags.items() if text is not None}
-    if ("series_name" in given) != ("unit" in given):
-        raise InputError("--series_name and --unit: give both, --unit '' where there is none")
-    about, taken = about.completed(table, label, given)
-    for name in NAMING.keys() & given.keys() - {"unit", *taken}:
-        problem = "is empty, or the file has no such column, or its description names it already"
-        raise InputError(f"{findings.source}: --{name}: {problem}")
-    outcome = ESCALATION if label == LABEL else None
-    about, taken = about.completed(table, label, {**DEFAULTS, "outcome": outcome})
+    """Name by flags, ``named``, or else with a warning, what a description does not say."""
+    about, taken = about.completed(table, label, named)
+    if len(taken) < bool(named.series or named.unit) + bool(named.outcome):
+        problem = "for columns that are there and that no JSON file describes, the unit for a name"
+        raise InputError(f"{findings.source}: --series_name, --unit, --outcome: {problem}")
+    usual = USUAL if label == LABEL else replace(USUAL, outcome="")  # others are named by column
+    about, taken = about.completed(table, label, usual)
     if taken:
-        flags_of = "--series_name, --unit and --outcome"
-        said = f"no description: {', '.join(taken.values())}: {flags_of} name it"
-        findings.warnings[said] = None
+        advice = "name it by --series_name, --unit and --outcome"
+        findings.warnings[f"no description: {', '.join(taken)}: {advice}"] = None
     return about
 
 
@@ -189,19 +162,17 @@ def read_description(source: Any, findings: Findings | None = None) -> Descripti
 
 def _read_keys(content: Any, known: Sequence[str], within: str = "") -> dict[str, Any]:
     """Check and convert a JSON object; a misspelt key would leave a default in silence."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        if key in known:
-            try:
-                found[key] = _read_value(key, value)
-            except InputError:
-                raise
-            except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
-                form = FORMS.get(key, "text")
-                raise InputError(f"key {within}{key}: not of the form {form}") from error
-        elif key not in ORIGIN:
+        if key not in known and key not in ORIGIN:
             hint = _hint(key, known) or f": the keys are {', '.join(known)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
+        try:
+            found |= {key: _read_value(key, value)} if key in known else {}
+        except InputError:
+            raise
+        except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+            raise InputError(f"key {within}{key}: not as docs/data.md shows it") from error
     return found
 
 
@@ -209,32 +180,30 @@ def _read_value(key: str, value: Any) -> Any:
     """Convert a value; one of another form raises any error."""
     match key:
         case "plausible" | "reference":
-            return None if value is None else _range(value, key == "reference")
+            return None if value is None else _range(value, 1 + (key == "plausible"))
         case "limits" | "references":
             known = {comparable(name): pair for name, pair in value.items() if pair is not None}
-            return {name: _range(pair, key == "references") for name, pair in known.items()}
+            return {name: _range(pair, 1 + (key == "limits")) for name, pair in known.items()}
         case "labels":
             keys = ("outcome", "question")
             return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
         case "flow":
-            kinds = dict(zip(FLOW_COLUMNS, (str, int, int), strict=True))
-            return tuple({name: kind(x[name]) for name, kind in kinds.items()} for x in value)
+            counts = FLOW_COLUMNS[1:]
+            return tuple({"rule": x["rule"], **{k: int(x[k]) for k in counts}} for x in value)
         case "time_scale":
-            if type(value) in (int, float) and 0 < value <= MAX_VALUE:
-                return float(value)
-            raise ValueError("not a number of hours above 0")
+            return _range([0, value], 2)[1]
     if not value.split() and key not in OPTIONAL_TEXTS:
         raise ValueError("an empty text")
     return " ".join(value.split())
 
 
-def _range(pair: Any, one_end: bool) -> tuple[float | None, ...]:
-    """Return two rising numbers; one end of a reference range may be None."""
-    known = [end for end in pair if end is not None]
-    numbers = all(type(end) in (int, float) and abs(end) <= MAX_VALUE for end in known)
-    if not numbers or len(known) < 2 - one_end or len(pair) != 2 or known != sorted(set(known)):
-        raise ValueError("not two rising numbers")
-    return tuple(None if end is None else float(end) for end in pair)
+def _range(pair: Any, fewest: int) -> tuple[float | None, ...]:
+    """Return two rising numbers, of which at least ``fewest`` are not None."""
+    low, high = (None if end is None else float(end) for end in pair)
+    known = [end for end in (low, high) if end is not None]
+    if len(known) < fewest or not np.isfinite(known).all() or known != sorted(set(known)):
+        raise ValueError("not rising numbers")
+    return low, high
 
 
 # --------------------------------------------------------------------------- tables
@@ -390,17 +359,12 @@ def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDA
 
 def number_equal(ids: NDArray[np.str_], findings: Findings) -> NDArray[np.str_]:
     """Number the ids that repeat one of an earlier row of the source: 7, 7 (2)."""
-    used, numbered = findings.ids, []
+    seen, numbered = findings.ids, []
     for name in ids.tolist():
-        own = name
-        while own in used and name:
-            used[name] += 1
-            own = f"{name} ({used[name]})"
-        used[own] = 1
-        numbered.append(own)
+        seen[name] += 1
+        numbered.append(f"{name} ({seen[name]})" if seen[name] > 1 and name else name)
     unique = np.array(numbered, dtype=np.str_)
-    text = "repeat the id of an earlier row: numbered, as in ID (2)"
-    findings.counts[text] += int((unique != ids).sum())
+    findings.counts["repeat an earlier id: numbered, as in ID (2)"] += int((unique != ids).sum())
     return unique
 
 
@@ -450,10 +414,11 @@ def note_columns(
     """Warn of keys without a column, and of columns that seem to belong among those to be read."""
     columns, series = [*map(str, table)], find_features(table, description, None, "")
     further = {comparable(each.name) for each in series if each.keys != (MAIN_COLUMN,)}
-    keys = ["series"] * bool(description.series and MAIN_COLUMN not in columns)
-    keys += [f"labels.{name}" for name in description.labels if name not in columns]
-    keys += [f"limits.{name}" for name in description.limits if name not in further]
-    keys += [f"references.{name}" for name in description.references if name not in further]
+    named = {"labels": columns, "limits": further, "references": further}
+    keys = [
+        f"{k}.{name}" for k in named for name in getattr(description, k) if name not in named[k]
+    ]
+    keys += ["series"] * (description.series != "" and MAIN_COLUMN not in columns)
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
@@ -579,15 +544,13 @@ def as_trained(
     check_header(table, source, label, labelled=False)
     measured = [*zip(config["features"], config["units"], strict=True)]
     own = {comparable(x.name) for x in find_features(table, about, None, source)}
-    main = next((each for each in measured if comparable(each[0]) not in own), ())
-    names = dict(zip(NAMING, (*main, *[""] * (2 - len(main)), config["outcome"]), strict=True))
-    about, taken = about.completed(table, label, names)
+    main = next((each for each in measured if comparable(each[0]) not in own), ("", ""))
+    trained = Description(series=main[0], unit=main[1], outcome=config["outcome"])
+    about, taken = about.completed(table, label, trained)
     if taken:
-        said = ", ".join(taken.values())
-        findings.notes[f"no description: as in the training data, {said}"] = None
+        findings.notes[f"no description: {', '.join(taken)}, as in the training data"] = None
     if config.get("prompts", {}).get("context") and "clinical_context" not in table:
-        text = "no column clinical_context: the model reads it, and finds it empty"
-        findings.warnings[text] = None
+        findings.warnings["no column clinical_context: the model reads an empty text"] = None
     found = {comparable(x.name): x for x in find_features(table, about, None, source)}
     for name, unit in measured:
         feature = found.get(comparable(name))

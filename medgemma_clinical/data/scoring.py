@@ -32,7 +32,7 @@ class Findings:
         counts: rows by what there is to say of them.
         notes: what there is to say of the source; an ordered set.
         warnings: what seems to be a mistake in it; an ordered set.
-        ids: names of the rows so far, each with the number of rows that had it.
+        ids: rows by their name.
     """
 
     source: str
@@ -41,7 +41,7 @@ class Findings:
     counts: Counter[str] = field(default_factory=Counter)
     notes: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
-    ids: dict[str, int] = field(default_factory=dict)
+    ids: Counter[str] = field(default_factory=Counter)
 
     def reject(
         self, bad: pd.Series, column: str, problem: str, cells: pd.Series | None = None
