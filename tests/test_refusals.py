@@ -350,7 +350,7 @@ OF_SRTR = [
     *(("--organ", "heart"), ("--transplant", "x" * 200)),
 ]
 NAMED = "--series_name Creatinine --unit mg/dL"
-UNNAMED = ("--series_name x", "--unit x", "--series_name= --unit x", "--outcome=")
+UNNAMED = ("--unit x", "--series_name= --unit x")  # the unit of no name
 CASES = [
     *((f"trainer {words}", words.split()[0]) for words in VALUES),
     *((f"trainer {words}", places) for words, places in CONTRADICTIONS),

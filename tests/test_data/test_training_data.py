@@ -309,6 +309,8 @@ def test_rows_without_a_label_enter_nothing_that_is_learned_from():
     )
     assert mixed.description() == known.description()
     assert (mixed.prompts, mixed.unusable_static) == (known.prompts, known.unusable_static)
+    assert not known.prompts.context  # no model reads contexts that all are empty
+    assert data_of(table.assign(clinical_context="x")).prompts.context
     for part, rows in known.split.items():
         np.testing.assert_array_equal(mixed.split[part], rows)
 
