@@ -45,6 +45,9 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         series: Sequence[str] | None = None,
         max_len: int | None = None,
         label_column: str = "label_escalation",
+        series_name: str | None = None,
+        unit: str | None = None,
+        outcome: str | None = None,
         allow_duplicates: bool = False,
         random_state: Any = 0,
     ) -> None:
@@ -58,6 +61,9 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         self.series = series
         self.max_len = max_len
         self.label_column = label_column
+        self.series_name = series_name
+        self.unit = unit
+        self.outcome = outcome
         self.allow_duplicates = allow_duplicates
         self.random_state = random_state
 
