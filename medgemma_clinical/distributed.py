@@ -121,7 +121,7 @@ def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -
     notebook = "ipykernel" in sys.modules  # is no terminal; a bar that flashes moves its page
     terminal = sys.stderr.isatty() or notebook
     return tqdm(
-        items,
+        iter(items),  # tqdm.auto would begin to iterate twice
         title,
         total=total,
         initial=done,
