@@ -161,8 +161,12 @@ MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_00
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p")
 DAY_FIRST = ("%d/%m/%Y", "%d.%m.%Y", "%d-%m-%Y")
 MONTH_FIRST = ("%m/%d/%Y", "%m-%d-%Y")  # with points the day comes first everywhere
-ORDERS = [tuple(d + clock for d in dates for clock in CLOCKS) for dates in (DAY_FIRST, MONTH_FIRST)]
-"""Formats of times whose day or month comes first; the first of each stands for all."""
+YEAR_FIRST = ("%Y/%m/%d", "%Y.%m.%d")
+ORDERS = [
+    tuple(date + clock for date in dates for clock in CLOCKS)
+    for dates in (DAY_FIRST, MONTH_FIRST, YEAR_FIRST)
+]
+"""Formats of times that are not in ISO's form; the first of each stands for all."""
 
 YES, NO = ("yes", "y", "true", "1", "1.0"), ("no", "n", "false", "0", "0.0")
 SAMPLE_ROWS = 1000  # of a column of times that are in ISO's order: the rest is taken to be so
@@ -381,7 +385,8 @@ def find_time(
         problem = (
             f"{cells(total - max(read))} not a time such as 2150-01-31 08:30:00, as the others"
         )
-        raise InputError(f"{where}: {problem}: name the form, as --time_format '%d.%m.%Y %H:%M'")
+        form = "--time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
+        raise InputError(f"{where}: {problem}: name the form, as {form}")
     fit = [way for way in fit if [*way.formats[:1]] == [*known]] or fit
     if len(fit) > 1:
         form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"

@@ -163,6 +163,7 @@ def test_a_name_is_found_whatever_its_case_and_signs_the_same_text_first():
     [
         *("%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M", "%-d/%-m/%Y %H:%M", "%d-%m-%Y %H:%M:%S"),
         *(AMERICAN, "%m/%d/%Y %H:%M", "%m-%d-%Y %I:%M %p", "%-m/%-d/%Y %-I:%M%p"),
+        "%Y/%m/%d %H:%M",
     ],
 )
 def test_times_are_read_in_the_usual_forms(form, make):
@@ -171,17 +172,30 @@ def test_times_are_read_in_the_usual_forms(form, make):
     assert made[0]["prediction_time"].tolist() == ["2024-01-22T08:00:00"] * 2
 
 
+def test_one_late_day_of_a_long_column_decides(make):
+    table = labs(patients=800).assign(Collected="3/4/2024")
+    table.loc[1500, "Collected"] = "3/14/2024"
+    made = make(table, people(800, Admitted="2024-03-12"))
+    assert made[1]["arguments"]["read_as"]["times"]["time"] == ("%m/%d/%Y",)
+
+
 def test_days_or_months_come_first_in_a_whole_column_and_a_format_decides_where_either_may(make):
     early = labs().assign(Collected=lambda table: table["Collected"] - pd.Timedelta("12D"))
     patients = people(Admitted=START - pd.Timedelta("12D"))
     mixed = written(labs(), "%d/%m/%Y %H:%M")
     mixed.loc[1, "Collected"] = "01/20/2024 20:00"
-    for table, named in ((written(early, AMERICAN), "--time_format"), (mixed, "2 cells|1 cell")):
-        with pytest.raises(InputError, match=f"labs.csv, column Collected: .*({named})"):
+    short = written(labs(), "%m/%d/%y %H:%M")  # not the year 24
+    refused = ((written(early, AMERICAN), "month may"), (mixed, "1 cell"), (short, "4 cells"))
+    for table, named in refused:
+        with pytest.raises(
+            InputError, match=f"labs.csv, column Collected: .*{named}.*--time_format"
+        ):
             make(table, patients)
     for form, day in (("%d/%m/%Y %I:%M %p", "2024-08-03"), ("%m/%d/%Y %I:%M %p", "2024-01-10")):
         made = make(written(early, AMERICAN), written(patients, AMERICAN), time_format=(form,))
         assert made[0]["prediction_time"][0].startswith(day)
+    made = make(written(early, "%d.%m.%Y"), written(patients, "%d.%m.%Y"))  # nobody's month
+    assert made[0]["prediction_time"][0].startswith("2024-01-10")
     short = written(labs(), "%d %b %y, %H:%M")
     made = make(short, people(), time_format=("%d.%m.%Y", "%d %b %y, %H:%M"))
     assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
@@ -286,13 +300,15 @@ def test_static_features_are_numbers_or_columns_of_their_categories(cells, colum
     [
         ("x=Nothing", {}, "--static x=Nothing"),
         ("x=Admitted", {}, "--static x=Admitted"),
+        ("x=Other,x=Sex", {}, "--static x=Other"),
+        ("x=Sex,y=Sex", {}, "--static y=Sex"),
         ("x=Other", {"Other": ["7", "some"]}, "column Other: 1 cell is not a number: --bad_values"),
         ("x=Other", {"Other": ["7", "<5"]}, "column Other: 1 cell is at a limit: --below_limit"),
     ],
 )
 def test_static_features_that_cannot_be_read_are_refused(static, column, named, make):
     with pytest.raises(InputError, match=named):
-        make(labs(), people(**column), static=(static,))
+        make(labs(), people(**{"Other": 1, **column}), static=tuple(static.split(",")))
     if column:
         made = make(
             labs(), people(**column), static=(static,), below_limit="half", bad_values="drop"
@@ -357,6 +373,7 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     start = pd.Timestamp("2024-03-04 08:00")
     new = people(2, Admitted=start, Ward="ED").drop(columns="AKI stage 3")
     new_values = labs("<0.3", "QNS").assign(Collected=lambda t: t["Collected"] - START + start)
+    values, new_values = (t.rename(columns={"Result": "Ergebnis"}) for t in (values, new_values))
     tables = {"labs": values, "patients": old, "new_labs": new_values, "new_patients": new}
     path = {
         name: str(save(written(table, AMERICAN), tmp_path / f"{name}.csv"))
@@ -364,7 +381,13 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     }
     out = [str(tmp_path / name) for name in ("aki.csv", "new.csv", "again.csv")]
     words = ["from_long", "--table", path["labs"], "--labels", path["patients"], "--out", out[0]]
-    words += ["--columns", "label=AKI stage 3", "--prediction_time", "Admitted + 48 h"]
+    words += [
+        "--columns",
+        "label=AKI stage 3",
+        "value=Ergebnis",
+        "--prediction_time",
+        "Admitted + 48 h",
+    ]
     words += ["--window_hours", "48", "--series", SERIES[0], "--static", STATIC[0]]
     words += ["--static", STATIC[1], "--static", "ward=Ward"]
     words += ["--below_limit", "half", "--bad_values", "drop"]
@@ -384,7 +407,19 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
         "static_ward ward": 0,
     }
     assert MIMICtrajectoryDataset(out[1], require_labels=False).outcome == "AKI stage 3"
-    typed = ["--series", "crea [mg/dL]=Creatinine", "--below_limit", "value", "--static", STATIC[0]]
+    third = [*words[:5], "--out", out[2], "--like", out[1], "--columns", "label=AKI stage 3"]
+    assert dataset_format.main(third) == 0, "--no_labels is of the earlier patients"
+    assert MIMICtrajectoryDataset(out[2]).labels.sum() == first["label_escalation"].sum()
+    renamed = written(new_values.rename(columns={"Analyte": "What"}), AMERICAN)
+    typed = ["--table", str(save(renamed, tmp_path / "renamed.csv")), "--columns", "item=What"]
+    typed += [
+        "--series",
+        "crea [mg/dL]=Creatinine",
+        "--below_limit",
+        "value",
+        "--static",
+        STATIC[0],
+    ]
     assert dataset_format.main([*like, "--out", out[2], *typed]) == 0
     dataset = MIMICtrajectoryDataset(out[2], require_labels=False)
     assert dataset.features == ("crea",)
