@@ -51,8 +51,8 @@ Statistic = Callable[[Array], dict[Any, Array]]
 class Metrics:
     """Metrics of the models on one part of the data.
 
-    The difference is the first model, the ``reference``, minus the row, paired: what speaks for the
-    model is positive. That of the ensemble is the ensemble minus the best blend, its reference.
+    The difference is this row minus the model ``reference``, paired. The first model is the
+    reference of all but the ensemble, whose reference is the best blend.
     """
 
     counts: dict[str, int]  # COUNTS; minority: with the outcome that fewer patients have
@@ -188,9 +188,8 @@ def evaluate(
         references[ENSEMBLE] = best_blend(risks) or first
     others = [(references[model], name) for model, name in value.index]
     beside = value.index.get_indexer(pd.MultiIndex.from_tuples(others))
-    sign = np.array([1.0 if model == ENSEMBLE else -1.0 for model, _ in value.index])
-    minus = (value - value.to_numpy()[beside]) * sign + 0.0  # no minus before a zero
-    table[DIFFERENCE] = with_interval(minus, (drawn - drawn.to_numpy()[:, beside]) * sign + 0.0)
+    minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
+    table[DIFFERENCE] = minus
     table.loc[first, DIFFERENCE] = np.nan
     if split is not None:
         one = np.ones((1, len(rows)))

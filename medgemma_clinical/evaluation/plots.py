@@ -205,7 +205,7 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
 
 
 def plot_forest(metrics: Metrics) -> Plot:
-    """Plot the AUROC of the first model minus that of each other one, or of its reference."""
+    """Plot the difference of each model's AUROC to that of its reference."""
     reference, *names = metrics.models
     others = metrics.metric("auroc").loc[names]
     minority = metrics.counts["minority_patients"]
@@ -223,9 +223,9 @@ def plot_forest(metrics: Metrics) -> Plot:
     widest = np.nanmax([MIN_DIFFERENCE, *np.abs([*values, *lows, *highs])])
     besides = others["reference"]
     texts = [n if each == reference else f"{n} minus {each}" for n, each in besides.items()]
-    axes.set_yticks(range(len(names) + 1), [f"{reference}, this model", *texts])
+    axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
-    axes.set_xlabel("AUROC of this model minus that of the line [95 %]")
+    axes.set_xlabel("AUROC minus that of the reference [95 %]")
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
-    alt = f"Forest plot: AUROC of {reference} minus that of each model, with intervals."
+    alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return _with_legend(figure) if names else figure, alt

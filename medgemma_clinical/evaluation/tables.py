@@ -54,7 +54,7 @@ CASE_MIX = {
     "observations": "Observations, median (quartiles)",
 }
 METRIC_COLUMNS = ["Metric", "Value [95 %]", "Meaning"]
-MINUS = "This model minus it [95 %]"
+MINUS = "Minus reference [95 %]"
 PARTS = {"train": "training", "val": "validation", "test": "test"}
 
 
@@ -62,10 +62,11 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     """Return ``model_table`` with its verdicts as such, which a page draws as marks."""
     reference, lines = metrics.models[0], []
     for model, row in metrics.metric("auroc").iterrows():
-        line: dict[str, Any] = {"Model": model, "This model is": "", MINUS: ""}
+        line: dict[str, Any] = {"Model": model, "Verdict": "the reference", MINUS: ""}
         if model != reference:
-            line[MINUS] = difference_text(row)
-            line["This model is"] = difference_verdict(row, metrics.counts["minority_patients"])
+            beside = "" if row.reference == reference else f" to {row.reference}"
+            line[MINUS] = difference_text(row) + beside
+            line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
         line["AUROC [95 %]"] = value_text(row)
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"

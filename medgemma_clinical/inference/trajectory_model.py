@@ -156,8 +156,8 @@ class TrajectoryModel:
         Returns:
             A row a model, the model itself first. Columns auroc, auprc, brier with the ends of
             their 95 % intervals, as in auroc_low and auroc_high; difference, difference_low and
-            difference_high of the AUROC, the model's minus the row's (of "ensemble", that of
-            the ensemble minus that of the best blend). NaN where a metric is not defined.
+            difference_high of the AUROC, the row's minus the model's (of "ensemble", minus that
+            of the best blend). NaN where a metric is not defined.
 
         Raises:
             ValueError: another part, or the model was not tested.

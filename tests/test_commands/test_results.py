@@ -61,7 +61,7 @@ def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(r
     table = Metrics.from_json(read(runs / "classification" / "metrics.json")["test"])
     row = table.row(STAGE_1, "brier")
     alone = table.row(STAGE_NAMES["classification"], "brier")
-    assert row["difference"] == pytest.approx(alone["value"] - row["value"])
+    assert row["difference"] == pytest.approx(row["value"] - alone["value"])
     assert row["difference"] != 0
 
 

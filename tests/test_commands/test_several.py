@@ -187,7 +187,7 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
         row = content["models"][name]["auroc"]
         auroc = roc_auc_score(table["label"], table[name])
         assert row["value"] == pytest.approx(auroc)
-        assert row["difference"] == pytest.approx(reference - auroc), "the reference minus the row"
+        assert row["difference"] == pytest.approx(auroc - reference), "the row minus the reference"
         assert f"{name}: test AUROC " in caplog.text
     assert "Death" in (tmp_path / "ablation" / "ablation.html").read_text()
 
@@ -224,7 +224,7 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     assert content["model"] == STAGE_NAMES["classification"]
     assert list(content["models"]) == [STAGE_1]
     table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
-    gain = roc_auc_score(table["label"], table["a"]) - roc_auc_score(table["label"], table["b"])
+    gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])
     assert content["models"][STAGE_1]["auroc"]["difference"] == pytest.approx(gain)
     assert "Death" in (tmp_path / "out" / "compare.html").read_text()
     places = [tmp_path / name for name in ("a/trajectory", "b/trajectory")]
@@ -265,6 +265,7 @@ def test_the_command_line_runs_each_seed_once(tmp_path, monkeypatch, capsys):
     table.to_csv(tmp_path / "data.csv", index=False)
     words = ["--trajectory_only", "--data_path", str(tmp_path / "data.csv"), "--log_file", "none"]
     words += ["--trajectory_epochs", "2", "--seeds=2", "--output_dir", str(tmp_path / "out")]
+    words += ["--series_name", "Bicarbonate", "--outcome", "Death"]
     assert trainer.main(words) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert [line.split(":")[0] for line in lines[:2]] == ["seed 0", "seed 1"]

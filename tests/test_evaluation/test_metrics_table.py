@@ -47,11 +47,7 @@ def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
         if key[0] == "model":
             assert line[DIFFERENCE].isna().all()
             continue
-        sign = 1 if key[0] == "ensemble" else -1
-        paired = (
-            sign * (value[key] - value[minus]),
-            *(sign * (draws[key] - draws[minus])).quantile(ENDS),
-        )
+        paired = value[key] - value[minus], *(draws[key] - draws[minus]).quantile(ENDS)
         assert tuple(line[DIFFERENCE]) == pytest.approx(paired, abs=1e-9)
 
 
@@ -74,11 +70,11 @@ def test_the_reference_is_the_first_model_or_the_one_named(reference, dropped, f
     assert found.metric("auroc").loc["ensemble", "reference"] == of_ensemble
 
 
-def test_a_difference_is_the_model_minus_the_row_and_of_the_same_risks_exactly_zero():
+def test_a_difference_is_row_minus_reference_and_of_the_same_risks_exactly_zero():
     rows = cohort(constant=np.full(120, 0.5))
     found = evaluate(rows.assign(same=rows["model"]), 0)
     line = found.metric("auroc").loc["constant"]
-    assert line.difference == found.metric("auroc").value["model"] - 0.5 > 0
+    assert line.difference == 0.5 - found.metric("auroc").value["model"] < 0
     assert (found.of("same")[DIFFERENCE] == 0).all(axis=None)
 
 
@@ -175,7 +171,7 @@ def test_json_holds_counts_the_model_and_the_others_and_null_where_undefined():
     }
     assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
     assert set(other["auroc"]) == {*VALUE, *DIFFERENCE}
-    assert other["auroc"]["difference"] == 0.5
+    assert other["auroc"]["difference"] == -0.5
 
 
 @pytest.mark.parametrize("splits", [None, 3])

@@ -114,7 +114,7 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict():
     figure, _ = plots.plot_forest(Metrics(counts, table))
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["stage 1, this model", "a", "b", "ensemble minus b"]
+    assert names == ["stage 1, reference", "a", "b", "ensemble minus b"]
     assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first model stands at the top"
     marks = {line.get_marker(): line for line in axes.lines if line.get_marker() in "^Dv"}
     segments = {

@@ -77,7 +77,7 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
     )
     metrics, source = evaluate(rows, 0, THRESHOLD), write_page(tmp_path, rows)
     seen = set()
-    for name, verdict in model_table(metrics).set_index("Model")["This model is"].iloc[1:].items():
+    for name, verdict in model_table(metrics).set_index("Model")["Verdict"].iloc[1:].items():
         (row,) = re.findall(rf'<th scope="row">{name}</th>(.*?)</tr>', source)
         assert Page(row).text.replace("\N{NO-BREAK SPACE}", " ").count(verdict) == 1
         seen.add(verdict)

@@ -18,7 +18,7 @@ def metrics():
 
 def test_a_models_verdict_needs_patients():
     table = tables.model_table(evaluate(make_rows(20), 0))
-    assert table["This model is"].tolist()[1:] == [str(TOO_FEW)] * 3
+    assert table["Verdict"].tolist()[1:] == [str(TOO_FEW)] * 3
 
 
 def test_cost_stands_beside_the_models_that_have_it(metrics):

@@ -45,10 +45,10 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
     others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
     found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others))
-    assert [finding.verdict for finding in found] == [level, level, None, level]
+    assert [finding.verdict for finding in found] == [level, None, None, level]
     assert level.words in found[1].text or level in (BETTER, WORSE)
     found = sentences(result((0.8, 0.9), others, minority=9))
-    assert [finding.verdict for finding in found] == [TOO_FEW, TOO_FEW, None, TOO_FEW]
+    assert [finding.verdict for finding in found] == [TOO_FEW, None, None, TOO_FEW]
 
 
 def test_a_sentence_is_left_out_where_its_rows_are_missing():

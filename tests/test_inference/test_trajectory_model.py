@@ -124,7 +124,7 @@ def test_the_metrics_of_the_run_come_along(stage, models, runs):
         assert np.isnan(results["difference"].iloc[0])
         for name, metrics in own["models"].items():
             assert results.loc[name, "brier_low"] == metrics["brier"]["low"]
-            difference = own["auroc"]["value"] - metrics["auroc"]["value"]
+            difference = metrics["auroc"]["value"] - own["auroc"]["value"]
             if metrics.get("reference", own["model"]) == own["model"]:
                 assert results.loc[name, "difference"] == pytest.approx(difference)
     with pytest.raises(ValueError, match="val"):
