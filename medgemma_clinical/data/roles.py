@@ -57,6 +57,7 @@ def from_long_command(header: Sequence[str], source: str) -> str:
     if len({"subject_id", "time", "item", "value"} & found.keys()) < 3 or "value" not in found:
         return ""
     named = {role: found.get(role, "?") for role in ROLES if role in found or role not in OPTIONAL}
-    words = ["python", "dataset_format.py", "from_long", "--table", source, "--columns"]
+    table = "TABLE.csv" if source == "DataFrame" else source
+    words = ["python", "dataset_format.py", "from_long", "--table", table, "--columns"]
     words += [f"{role}={name}" for role, name in named.items()]
     return f"{shlex.join(words)} --labels PATIENTS.csv --out data.csv"

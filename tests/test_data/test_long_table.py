@@ -144,7 +144,8 @@ def test_a_table_of_that_form_given_as_data_is_answered_by_the_command_to_type(h
     for source in (path, pd.read_csv(path)):
         with pytest.raises(InputError) as caught:
             MIMICtrajectoryDataset(source)
-        typed = "from_long --table" in str(caught.value)
+        table = "TABLE.csv" if source is not path else path
+        typed = f"from_long --table {table} " in str(caught.value)
         assert typed == (len(header) == 4)
         assert not typed or "time=Collected item=Analyte value=Result" in str(caught.value)
 
