@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 from medgemma_clinical.files import InputError, one_line
 
 LOG_MARK = "# log of medgemma_clinical\n"
@@ -25,6 +27,15 @@ class PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the message without unprintable characters."""
         return "\n".join(map(one_line, super().format(record).replace("\xa0", " ").split("\n")))
+
+
+class Console(logging.StreamHandler[TextIO]):
+    """Write lines above a progress bar, not behind it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record while no bar is shown."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class RunLog(logging.StreamHandler[TextIO]):
@@ -63,7 +74,7 @@ def start_logging(*, first: bool = True) -> None:
     """Send messages to stdout (of several processes the first speaks), errors to stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    console, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    console, errors = Console(sys.stdout), Console(sys.stderr)
     console.set_name("console")
     console.setLevel(logging.INFO)
     console.setFormatter(PlainFormatter("%(message)s"))
