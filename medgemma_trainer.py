@@ -124,7 +124,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what to do").add_argument
     add("--trajectory_only", action="store_true", help="stage 1: train ODE-RNN only, skip LLM")
     add("--mode", choices=checkpoints.LLM_STAGES, default="classification", help="stage 2 or 3")
-    add("--demo", action="store_true", help="all three stages on sample data with the tiny model")
+    add("--demo", action="store_true", help="all three stages on sample data with a small model")
     add("--open", action="store_true", help="with --demo: open the first report in a browser")
     add("--ablation", action="store_true", help="train and compare variants that lack a part each")
     add("--arms", type=names, metavar="NAME,NAME", help="with --ablation: these variants only")
@@ -185,7 +185,7 @@ def build_parser() -> Parser:
     add("--prediction_time", choices=switch, default="on", help="carry the state to it")
 
     add = parser.add_argument_group("language model").add_argument
-    add("--model_name", default="google/medgemma-4b-pt", help="Gemma 3: hub id, folder, or tiny")
+    add("--model_name", default="google/medgemma-4b-pt", help="Gemma 3: hub id, folder, or demo")
     kind = flags.check_quantization
     add("--quantization", type=kind, choices=llm.QUANTIZATIONS, help="nf4 on CUDA, else none")
     add("--precision", choices=("auto", *llm.DTYPES), default="auto", help="bf16 where native")

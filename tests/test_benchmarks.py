@@ -26,8 +26,11 @@ import splits
 import srtr
 import stage1
 import startup
+import torch
+import train_writer
 from matplotlib.figure import Figure
 from phrasings import TESTING, TRAINING, Patient, phrase
+from safetensors.torch import load_file
 
 import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
@@ -112,6 +115,19 @@ def test_phrasing_tells_each_value_and_no_wrong_one(phrasing):
     said = re.sub(denied, "", text, flags=re.IGNORECASE)
     wrong = r"\b(woman|she|her|lady|female|F)(?=\b|\d)|CCU|coronary|cardiol"
     assert not re.search(wrong, said, re.IGNORECASE)
+
+
+def test_train_writer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_writer, "ROWS", 4)
+    words = ["--out", str(tmp_path), "--steps", "2"]
+    train_writer.main(words)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "seed 0" in first
+    assert "0.0% of the expected form" in last
+    weights = load_file(tmp_path / "model.safetensors")
+    train_writer.main(words)
+    again = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 @pytest.mark.parametrize("what", reading.WRITE)

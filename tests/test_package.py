@@ -13,6 +13,7 @@ from importlib.metadata import packages_distributions
 import pytest
 
 from medgemma_clinical import __version__
+from medgemma_clinical.models.language_model import DEMO_FOLDER
 from medgemma_clinical.provenance import ROOT, TOP_LEVEL
 
 PARTS = (*TOP_LEVEL, "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
@@ -49,6 +50,8 @@ def run(command, folder):
 def test_the_wheel_holds_all_that_the_demo_needs(installed, tmp_path):
     code = "from medgemma_trainer import TrajectoryModel; import medgemma_clinical as p; print(p)"
     assert str(installed.parent) in run([installed / "python", "-c", code], tmp_path).stdout.read()
+    (writer,) = installed.parent.glob("lib/*/site-packages/medgemma_clinical/sample/writer")
+    assert {path.name for path in writer.iterdir()} == {p.name for p in DEMO_FOLDER.iterdir()}
     program = installed / "medgemma-clinical"
     version = run([program, "--version"], tmp_path).stdout.read()
     assert version == f"medgemma-clinical {__version__}\n"

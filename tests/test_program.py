@@ -15,7 +15,7 @@ import medgemma_trainer as trainer
 from conftest import sign_table
 from medgemma_clinical.commands import announce
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.model_card import RANDOM_MODEL
+from medgemma_clinical.models.model_card import built_in_sentence
 from predicting import STAGES, predicted, write_data
 from stages import arguments, data_for, make_stage
 
@@ -81,7 +81,7 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
             assert found["low"] <= found["value"] <= found["high"]
     if stage != "trajectory":
         page = (runs / stage / "report.html").read_text()
-        assert page.index(RANDOM_MODEL) < page.index("chance (0.5)")
+        assert page.index(built_in_sentence("tiny")) < page.index("chance (0.5)")
         card = (runs / stage / "best" / "README.md").read_text()
         assert f"{metrics['test']['auroc']['value']:.3f} [" not in card, "few patients"
     if stage == "generative":

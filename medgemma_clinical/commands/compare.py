@@ -20,8 +20,8 @@ from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
-from medgemma_clinical.models.language_model import TINY
-from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+from medgemma_clinical.models.language_model import BUILT_IN
+from medgemma_clinical.models.model_card import BUILT_IN_UNREAD, built_in_sentence
 from medgemma_clinical.provenance import describe_program
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         cost,
         title=": ".join([f"{len(folders)} models on the same test patients", *outcomes]),
         card={"Seed": f"{args.seed}, of the intervals"},
-        notice=random_models_notice(arguments),
+        notice=built_in_models_notice(arguments),
     )
     return EXIT_DONE
 
@@ -177,17 +177,14 @@ def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -
     logger.info("\n%s\ntest: %s", table.to_string(index=False), counts_text(metrics.counts))
 
 
-def random_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what a page says first where runs, given by their arguments, have the random model."""
-    tiny = [name for name, run in runs.items() if run.get("model_name") == TINY]
+def built_in_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what a page says first of runs, given by their arguments, with a built-in model."""
+    models = {name: run.get("model_name") for name, run in runs.items()}
     readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
-    random = [name for name in tiny if name in readers]
-    if random and random == readers:
-        return RANDOM_MODEL
-    if random:
-        names = " and ".join(random)
-        return (
-            f"The language model of {names} is tiny and random; its metrics say nothing about "
-            "MedGemma."
-        )
-    return RANDOM_MODEL_UNREAD if not readers and len(tiny) == len(runs) else ""
+    said = []
+    for model in BUILT_IN:
+        own = [name for name in readers if models[name] == model]
+        of = "" if len(own) == len(readers) else f" of {' and '.join(own)}"
+        said += [built_in_sentence(model, of)] if own else []
+    unread = not readers and all(model in BUILT_IN for model in models.values())
+    return BUILT_IN_UNREAD if unread else " ".join(said)

@@ -1,4 +1,4 @@
-"""Run the three stages on the sample data with a tiny language model: ``--demo``."""
+"""Run the three stages on the sample data with a small language model: ``--demo``."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.logs import quiet_console
+from medgemma_clinical.commands.several import auroc_of
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.tables import written_sentence
+from medgemma_clinical.files import read_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.language_model import TINY
+from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_DATA = PACKAGE / "sample" / "physionet2012_bicarbonate.csv"
-SETTINGS: dict[str, Any] = {"data_path": SAMPLE_DATA, "max_samples": 1000}
+SETTINGS: dict[str, Any] = {"data_path": SAMPLE_DATA, "max_samples": 1000, "show_values": True}
 """Values of flags that all three stages share."""
 
 STAGE_1: dict[str, Any] = {"trajectory_only": True, "trajectory_epochs": 10}
-LANGUAGE_MODEL: dict[str, Any] = {"model_name": TINY, "epochs": 4, "adapter_lr": 1e-2}
+LANGUAGE_MODEL: dict[str, Any] = {"model_name": DEMO, "epochs": 2}
 
 
 def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
     """Run the three training commands of the README, each shown as a user would type it.
 
-    The list of the pages to open comes last; ``--open`` opens the first.
+    What a run says is in its log file, the console has its result. The list of the pages to open
+    comes last; ``--open`` opens the first.
     """
     installed = Path(sys.argv[0]).stem == "medgemma-clinical"
     program = "medgemma-clinical" if installed else "python medgemma_trainer.py"
@@ -38,14 +43,20 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
     stages = {"trajectory": STAGE_1}
     for mode in ("classification", "generative"):
         stages[mode] = {"mode": mode, **LANGUAGE_MODEL, **encoder}
-    for stage in stages.values():
+    for name, stage in stages.items():
         flags = {**stage, **shared, **SETTINGS}
         shown = (f"--{k}" if value is True else f"--{k} {value}" for k, value in flags.items())
         logger.info("\n$ %s %s", program, " ".join(shown))
-        tiny = {"model_name": TINY, "quantization": "none"}  # it is never quantised
-        own = {**vars(args), **tiny, "demo": False, **flags}
-        if code := train(Namespace(**own)):
+        small = {"model_name": DEMO, "quantization": "none"}  # it is never quantised
+        own = {**vars(args), **small, "demo": False, **flags}
+        with quiet_console():
+            code = train(Namespace(**own))
+        if code:
             return code
+        folder = args.output_dir / name
+        logger.info("AUROC on the test part: %s", auroc_of(folder, "test"))
+        if sentence := written_sentence(read_json(folder / "metrics.json").get("reports")):
+            logger.info("%s", sentence)
     pages = [args.output_dir / stage / "report.html" for stage in stages]
     logger.info("\nPages to open:\n%s", "\n".join(f"  {page}" for page in pages))
     first = args.open and processes().is_main_process

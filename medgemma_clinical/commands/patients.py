@@ -19,8 +19,8 @@ from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.model_card import (
+    built_in_notice,
     describe_model,
-    random_model_notice,
     weight_0_sentence,
 )
 
@@ -106,7 +106,7 @@ def explain_rows(
     rows = [explain(row, dataset, model.trained, model.batch_size) for row, dataset in chosen]
     config, datasets = model.config, [dataset for _, dataset in chosen]
     found = training_sentence(datasets, trained, has_ids=has_ids)
-    notes = [found, weight_0_sentence(config), random_model_notice(config)]
+    notes = [found, weight_0_sentence(config), built_in_notice(config)]
     checkpoint = {"Checkpoint": request.checkpoint.absolute().name}
     method = datasets[0].task_description() | checkpoint | describe_model(config)
     path, outcome = patients_path(request.predictions), config["outcome"]

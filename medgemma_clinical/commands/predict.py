@@ -44,8 +44,8 @@ from medgemma_clinical.inference.scoring import count_implausible, prediction_ta
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.model_card import (
+    built_in_notice,
     page_card,
-    random_model_notice,
     shareable,
     weight_0_sentence,
 )
@@ -282,7 +282,7 @@ def report_labelled(
         noun=noun,
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
-        notice=random_model_notice(config),
+        notice=built_in_notice(config),
         first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
     )
     path = report_path(request.predictions)

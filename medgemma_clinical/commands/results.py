@@ -37,8 +37,8 @@ from medgemma_clinical.files import write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.model_card import (
     LIMITS,
+    built_in_notice,
     page_card,
-    random_model_notice,
     shareable,
     weight_0_sentence,
 )
@@ -274,6 +274,6 @@ def report_content(
         history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
-        notice=random_model_notice(config, run["arguments"]["model_name"]),
+        notice=built_in_notice(config, run["arguments"]["model_name"]),
         first=list(filter(None, [weight_0_sentence(config)])),
     )

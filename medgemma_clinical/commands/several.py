@@ -15,9 +15,9 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import (
+    built_in_models_notice,
     cost_of,
     join_predictions,
-    random_models_notice,
     read_predictions,
     write_results,
 )
@@ -190,7 +190,7 @@ def compare_variants(
             {name: cost_of(each) for name, each in folders.items()},
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
-            notice=random_models_notice({"all": vars(args)}),
+            notice=built_in_models_notice({"all": vars(args)}),
             meanings=MEANINGS | VARIANTS_ARE,
         )
 
@@ -271,7 +271,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             ),
         },
         meanings=MEANINGS | VARIANTS_ARE,
-        notice=random_models_notice({"all": vars(args)}),
+        notice=built_in_models_notice({"all": vars(args)}),
         splits=splits,
     )
 

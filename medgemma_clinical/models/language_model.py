@@ -1,4 +1,4 @@
-"""The base model: found in a folder or on the hub, read safely, frozen; the built-in tiny one."""
+"""The base model: found in a folder or on the hub, read safely, frozen; the built-in ones."""
 
 from __future__ import annotations
 
@@ -28,11 +28,20 @@ from transformers import (
 )
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
+from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
 
-TINY = "tiny"
-"""Name of the built-in random model."""
+TINY, DEMO = "tiny", "demo"
+BUILT_IN = {
+    TINY: "is tiny and random",
+    DEMO: "is small and was trained on made-up rows to copy numbers into a report; it knows no "
+    "medicine",
+}
+"""Names of the built-in models, and what a page says of each."""
+
+DEMO_FOLDER = PACKAGE / "sample" / "writer"
+"""The model ``demo``; see its README."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
@@ -53,7 +62,7 @@ INT8_REFUSED = (
 """Why ``--quantization int8`` is refused. Source: bitsandbytes 0.50, ``MatMul8bitLt``."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-"""Name of a model of the hub; the built-in ``tiny`` has the same form."""
+"""Name of a model of the hub; the built-in ones have the same form."""
 
 READ_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 """Files of a base model that are downloaded and read; pickled weights are not."""
@@ -83,6 +92,8 @@ def quiet_libraries() -> Iterator[None]:
 
 def find_model(name: str, revision: str | None = None) -> Path:
     """Return the folder of a base model; one of the hub is downloaded, with its progress."""
+    if name == DEMO:
+        return DEMO_FOLDER
     if os.path.isdir(name):
         return Path(name)
     if "/" not in name or not HUB_ID.fullmatch(name):
@@ -96,7 +107,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
             advice = f"accept its licence at https://huggingface.co/{name}, then run hf auth login"
         else:
             advice = f"not in the cache, and not to be had ({type(error).__name__}): try again"
-        raise InputError(f"--model_name {name}: {advice}; tiny needs no download") from error
+        raise InputError(f"--model_name {name}: {advice}; {DEMO} needs no download") from error
 
 
 def load_language_model(
@@ -114,7 +125,7 @@ def load_language_model(
     Of a multimodal checkpoint (MedGemma-4B) only the language model is read.
 
     Args:
-        name: hub id, folder, or ``tiny`` for the built-in random model.
+        name: hub id, folder, or one of ``BUILT_IN``.
         nf4: settings of 4-bit weights; None leaves the weights whole.
         dtype: of computation, and of whole weights.
         device: of the weights.
@@ -209,8 +220,8 @@ def base_name(name: str) -> str:
 
 def base_record(name: str, revision: str | None = None) -> dict[str, str | None]:
     """Return what a checkpoint says of its base model: name, hash of a folder, hub's commit."""
-    in_folder, commit = os.path.isdir(name), None
-    if not in_folder and name != TINY:
+    in_folder, commit = os.path.isdir(name) and name not in BUILT_IN, None
+    if not in_folder and name not in BUILT_IN:
         commit = find_model(name, revision).name
     digest = content_hash(Path(name)) if in_folder else None
     return {"base_model": base_name(name), "base_sha256": digest, "base_revision": commit}

@@ -14,7 +14,7 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.suppress import suppress, suppress_case_mix, suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
 from medgemma_clinical.files import one_line
-from medgemma_clinical.models.language_model import TINY
+from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
 from medgemma_clinical.provenance import describe_program
 
@@ -23,13 +23,9 @@ LIMITS = (
     "hospital or another time. If treatment shapes the label, the model predicts treatment as well "
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
 )
-RANDOM_MODEL = (
-    "The language model is tiny and random. This page shows the path from data to report; its "
-    "metrics say nothing about MedGemma."
-)
-RANDOM_MODEL_UNREAD = (
-    "Demonstration run (--model_name tiny): the page shows the path from data to report. Stage 1 "
-    "reads no language model: its metrics are its own."
+BUILT_IN_UNREAD = (
+    "Demonstration run: the page shows the path from data to report. Stage 1 reads no language "
+    "model: its metrics are its own."
 )
 
 Config = dict[str, Any]
@@ -90,7 +86,7 @@ def _header(config: Config) -> Config:
         keys["library_name"] = "transformers" if merged else "peft"
         tags += ["lora", "soft-prompt"] if config["num_prefix_tokens"] else ["lora"]
         tags += ["medgemma"] if "license_name" in keys else []
-        on_the_hub = config["base_sha256"] is None and base != TINY
+        on_the_hub = config["base_sha256"] is None and base not in BUILT_IN
         if on_the_hub and config["base_weights"] == "pretrained":
             relation = "finetune" if merged else "adapter"
             keys |= {"base_model": base, "base_model_relation": relation}
@@ -146,15 +142,20 @@ def weight_0_sentence(config: Config) -> str:
     return f"Weight of the language model: {describe_weight(config)}." if unused else ""
 
 
-def random_model_notice(config: Config, model_name: str = "") -> str:
-    """Return what a page says first of a run with the built-in random model; else nothing.
+def built_in_sentence(model: str, of: str = "") -> str:
+    """Return what a page says of a built-in language model, ``of`` some runs where not of all."""
+    return f"The language model{of} {BUILT_IN[model]}. Its metrics say nothing about MedGemma."
+
+
+def built_in_notice(config: Config, model_name: str = "") -> str:
+    """Return what a page says first of a run with a built-in language model; else nothing.
 
     ``config`` is that of a checkpoint; ``model_name`` that of the run, which stage 1 does not read.
     """
-    if config.get("base_model") == TINY and config["base_sha256"] is None:
-        return RANDOM_MODEL
-    unread = config.get("base_model") is None and model_name == TINY
-    return RANDOM_MODEL_UNREAD if unread else ""
+    base = config.get("base_model")
+    if base in BUILT_IN and config["base_sha256"] is None:
+        return built_in_sentence(base)
+    return BUILT_IN_UNREAD if base is None and model_name in BUILT_IN else ""
 
 
 # ------------------------------------------------------------------ Markdown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from medgemma_clinical.models.language_model import TINY
+from medgemma_clinical.models.language_model import BUILT_IN
 
 NOT_A_DEVICE = "Research software. Not a medical device, not for clinical use."
 HAI_DEF_LINK = "https://developers.google.com/health-ai-developer-foundations/terms"
@@ -28,7 +28,7 @@ class Terms(NamedTuple):
 
 
 NO_BASE = Terms(
-    "No weights of MedGemma or another language model are part of this model.",
+    "No weights of MedGemma or another model of Google are part of this model.",
     "No weights of MedGemma or another Gemma are part of this model or of its base.\n",
     {"license": "apache-2.0"},
 )
@@ -53,7 +53,7 @@ EITHER = Terms(
 def terms_of(config: dict[str, Any]) -> Terms:
     """Return the terms of a trained model; a base of unknown origin has the notices of both."""
     base, in_folder = config.get("base_model"), config.get("base_sha256") is not None
-    if base is None or (base == TINY and not in_folder):
+    if base is None or (base in BUILT_IN and not in_folder):
         return NO_BASE
     if "medgemma" in base.lower():
         return HAI_DEF

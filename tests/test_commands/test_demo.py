@@ -1,5 +1,6 @@
 """The demo: three training commands, shown as a user would type them."""
 
+import json
 import logging
 import shlex
 
@@ -8,25 +9,39 @@ import pytest
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.demo import SAMPLE_DATA, run_demo, webbrowser
+from medgemma_clinical.commands.logs import command_logging
+from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from predicting import STAGES
+from shared_metrics import metric, run_metrics
 
 
 def arguments(folder, *more):
     return trainer.build_parser().parse_args(["--demo", "--output_dir", str(folder), *more])
 
 
+def finish(args):
+    """Write what the demo reads of a finished stage, and say something."""
+    logging.getLogger("medgemma_clinical").info("a line of the run")
+    stage_folder(args).mkdir()
+    written = {"reports": 10, "parse_share": metric(0.6), "inventing_share": metric(0.2)}
+    content = run_metrics(**({"reports": written} if args.mode == "generative" else {}))
+    (stage_folder(args) / "metrics.json").write_text(json.dumps(content))
+    return 0
+
+
 def test_the_three_commands_that_are_shown_are_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     made, encoder = [], tmp_path / TRAJECTORY_FILE
     args = arguments(tmp_path, "--seed", "4")
-    assert run_demo(args, lambda own: made.append(own) or 0) == 0
+    assert run_demo(args, lambda own: made.append(own) or finish(own)) == 0
     stages = [(own.trajectory_only, own.mode, own.ode_checkpoint) for own in made]
     expected = [("classification", encoder), ("generative", encoder)]
     assert stages == [(True, "classification", None), *((False, *each) for each in expected)]
     shown = [text.split("medgemma_trainer.py ")[1] for text in caplog.messages if "$" in text]
     for own, words in zip(made, map(shlex.split, shown), strict=True):
         assert (own.demo, own.data_path, own.quantization) == (False, SAMPLE_DATA, "none")
+        assert own.show_values, "the sample is open data"
         typed = flags.complete(trainer.build_parser().parse_args(words))
         flags.check_flags(typed, {word for word in words if word.startswith("--")})
         typed.model_name = own.model_name  # which stage 1 does not read
@@ -35,17 +50,29 @@ def test_the_three_commands_that_are_shown_are_run(tmp_path, caplog):
     assert [line.strip() for line in caplog.messages[-1].splitlines()[2:]] == pages
 
 
+def test_the_console_has_commands_results_and_pages_only(tmp_path, capsys):
+    with command_logging():
+        run_demo(arguments(tmp_path), finish)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 20
+    assert "a line of the run" not in lines
+    assert sum("0.700 [0.600, 0.800]" in line for line in lines) == 3
+    assert sum("60.0 [50.0, 70.0] %" in line for line in lines) == 1
+
+
 @pytest.mark.parametrize("browser", [True, False])
 def test_the_first_page_is_opened_where_there_is_a_browser(browser, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(webbrowser, "open", lambda page: opened.append(page) or browser)
-    assert run_demo(arguments(tmp_path), lambda _: 0) == 0
-    assert opened == []
-    assert run_demo(arguments(tmp_path, "--open"), lambda _: 0) == 0
-    assert opened == [(tmp_path / "trajectory" / "report.html").as_uri()]
+    for way in ([], ["--open"]):
+        assert opened == []
+        folder = tmp_path / str(len(way))
+        folder.mkdir()
+        assert run_demo(arguments(folder, *way), finish) == 0
+    assert opened == [(folder / "trajectory" / "report.html").as_uri()]
 
 
 def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path):
     codes = iter([0, 130, 0])
-    assert run_demo(arguments(tmp_path), lambda _: next(codes)) == 130
+    assert run_demo(arguments(tmp_path), lambda own: finish(own) or next(codes)) == 130
     assert list(codes) == [0]

@@ -16,17 +16,17 @@ from conftest import SAMPLE
 from finished_runs import write_run
 from medgemma_clinical.commands import several
 from medgemma_clinical.commands.compare import (
+    built_in_models_notice,
     cost_of,
     join_predictions,
     model_names,
-    random_models_notice,
 )
 from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds, stage_folder
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.model_card import RANDOM_MODEL, RANDOM_MODEL_UNREAD
+from medgemma_clinical.models.model_card import BUILT_IN_UNREAD, built_in_sentence
 
 DRAWS = 20
 DATASET = SimpleNamespace(outcome="Death")
@@ -241,18 +241,21 @@ def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
     assert cost_of(tmp_path / "a") == {}
 
 
-def test_of_several_runs_only_those_with_the_random_model_are_said_to_show_nothing():
+def test_of_several_runs_only_those_with_a_built_in_model_are_said_to_show_nothing():
     alone, read = ({"model_name": "tiny", "trajectory_only": each} for each in (True, False))
     other = {"model_name": "google/medgemma-4b-pt", "trajectory_only": False}
+    sentence = built_in_sentence("tiny")
     for runs, expected in (
-        ({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}, RANDOM_MODEL),
-        ({"a": alone, "b": alone}, RANDOM_MODEL_UNREAD),
+        ({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}, sentence),
+        ({"a": alone, "b": alone}, BUILT_IN_UNREAD),
         ({"a": alone, "b": other}, ""),
         ({"a": alone, "b": {}}, ""),
     ):
-        assert random_models_notice(runs) == expected
-    mixed = random_models_notice({"a": alone, "run/b": read, "c": other, "d": read})
-    assert "run/b and d" in mixed
+        assert built_in_models_notice(runs) == expected
+    runs = {"a": alone, "run/b": read, "c": other, "d": read, "e": {"model_name": "demo"}}
+    mixed = built_in_models_notice(runs)
+    assert "of run/b and d is tiny" in mixed
+    assert "of e is small" in mixed
 
 
 # --------------------------------------------------------------------------- by the command line

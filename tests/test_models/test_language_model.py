@@ -7,17 +7,24 @@ import shutil
 
 import bitsandbytes
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from train_writer import check
 
 import language_models as made
 from language_models import COMMIT, PUBLISHED, classifier_and_writer, edit_json, put_into_cache
 from medgemma_clinical.commands.several import VARIANTS, variant_arguments
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import language_model
-from medgemma_clinical.models.language_model import LORA_TARGETS, base_record, find_model
+from medgemma_clinical.models.language_model import (
+    DEMO_FOLDER,
+    LORA_TARGETS,
+    base_record,
+    find_model,
+)
 from stages import arguments, stage_of_patients
 
 LAYOUTS = {"hub": "language_model.model.", "new": "model.language_model."}
@@ -54,8 +61,12 @@ def cache(tmp_path, monkeypatch):
 
 
 def load(name, **more):
+    return load_both(name, **more)[0]
+
+
+def load_both(name, **more):
     options = {"nf4": None, "dtype": torch.float32, "device": made.CPU, **more}
-    return language_model.load_language_model(str(name), **options)[0]
+    return language_model.load_language_model(str(name), **options)
 
 
 def assert_refused(name):
@@ -98,6 +109,23 @@ def test_tiny__is_always_the_same_and_leaves_the_generator_alone():
     first, second = (language_model.tiny_language_model()[0].state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_demo__is_small_and_its_tokenizer_keeps_any_text():
+    model, tokenizer = load_both("demo")
+    assert sum(weights.numel() for weights in model.parameters()) <= 1_000_000
+    assert sum(path.stat().st_size for path in DEMO_FOLDER.iterdir()) <= 4_000_000
+    for text in ("24.08 (0h) -> -3 (2.5h)", " yes", "Ärztin, 5 µmol/L\n\t日本 🙂", "<bos> <pad>"):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert not {*ids} & {*tokenizer.all_special_ids}
+    assert len(tokenizer.tokenize("120345")) == 6, "each digit is a token"
+
+
+def test_demo__copies_the_numbers_of_made_up_rows_into_reports():
+    form, true = check(*load_both("demo"), np.random.default_rng(43), tables=2)
+    assert form >= 0.9
+    assert true >= 0.95
 
 
 def test_attention__a_folder_names_none_and_both_kinds_give_the_same(base):

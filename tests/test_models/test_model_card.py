@@ -16,12 +16,13 @@ import medgemma_trainer as trainer
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
 from medgemma_clinical import __version__
 from medgemma_clinical.models.checkpoints import describe_data
+from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.model_card import (
-    RANDOM_MODEL,
-    RANDOM_MODEL_UNREAD,
+    BUILT_IN_UNREAD,
+    built_in_notice,
+    built_in_sentence,
     code,
     model_card,
-    random_model_notice,
     shareable,
     weight_0_sentence,
 )
@@ -89,6 +90,7 @@ def header(config):
         ({"base_model": "gemma", **FOLDER}, False, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
         ({"base_model": "tiny", **FOLDER}, False, "other", [HAI_DEF_NOTICE, GEMMA_NOTICE]),
         ({"base_model": "tiny", "base_revision": None}, False, "apache-2.0", []),
+        ({"base_model": "demo", "base_revision": None}, False, "apache-2.0", []),
         ({"base_model": None}, False, "apache-2.0", []),
     ],
 )
@@ -127,13 +129,14 @@ def test_weight_0_is_a_sentence_of_a_page(finished):
     assert weight_0_sentence(finished) == ""
 
 
-def test_a_run_with_the_random_model_has_a_notice(finished):
-    random = {**finished, "base_model": "tiny"}
-    assert random_model_notice(random) == RANDOM_MODEL
-    assert random_model_notice({**random, **FOLDER}) == "", "a folder of this name"
-    assert random_model_notice(finished, "tiny") == ""
-    assert random_model_notice({"stage": "trajectory"}, "tiny") == RANDOM_MODEL_UNREAD
-    assert random_model_notice({"stage": "trajectory"}) == ""
+@pytest.mark.parametrize("model", BUILT_IN)
+def test_a_run_with_a_built_in_model_has_a_notice(model, finished):
+    own = {**finished, "base_model": model}
+    assert built_in_notice(own) == built_in_sentence(model)
+    assert built_in_notice({**own, **FOLDER}) == "", "a folder of this name"
+    assert built_in_notice(finished, model) == ""
+    assert built_in_notice({"stage": "trajectory"}, model) == BUILT_IN_UNREAD
+    assert built_in_notice({"stage": "trajectory"}) == ""
 
 
 @pytest.mark.parametrize("repo_id", [None, "jane/anion-gap"])
