@@ -85,7 +85,7 @@ def training_sentence(
     patients = np.concatenate([patient_hashes(dataset, first) for dataset in datasets])
     rows = np.concatenate([both_hashes(dataset, first) for dataset in datasets])
     found = rows_in_training(patients, rows, trained, has_ids=has_ids).sum()
-    return f"In the training data: {found} of these {len(datasets)}."
+    return f"In the training data: {found} of {len(datasets)}."
 
 
 def explain_rows(
