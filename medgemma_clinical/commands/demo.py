@@ -54,8 +54,11 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
         if code:
             return code
         folder = args.output_dir / name
-        logger.info("AUROC on the test part: %s", auroc_of(folder, "test"))
-        if sentence := written_sentence(read_json(folder / "metrics.json").get("reports")):
+        found = read_json(folder / "metrics.json")
+        unused = found.get("residual_weight") == 0
+        whose = ", stage 1's: the language model has weight 0" if unused else ""
+        logger.info("AUROC on the test part: %s%s", auroc_of(folder, "test"), whose)
+        if sentence := written_sentence(found.get("reports")):
             logger.info("%s", sentence)
     pages = [args.output_dir / stage / "report.html" for stage in stages]
     logger.info("\nPages to open:\n%s", "\n".join(f"  {page}" for page in pages))

@@ -243,10 +243,15 @@ def report_labelled(
                 "the metrics are optimistic."
             )
         found = count_text(len(people) - len(new), min_cell).capitalize()
-        return f"{found} {noun} are in the training data and left out of the metrics."
+        text = f"{found} {noun} are in the training data and left out of the metrics."
+        chose = "Others of these data may have chosen the epoch: the metrics may be optimistic."
+        return f"{text} {chose}" if len(new) < len(people) else text
 
     if new["label"].nunique() < 2:
-        logger.info("%s No metrics: those that are left all have, or all lack, the event.", said(0))
+        left = (
+            "of those that are left all have, or all lack, the event" if len(new) else "none left"
+        )
+        logger.info("%s No metrics: %s.", said(0), left)
         return
     name, source = STAGE_NAMES[config["stage"]], Path(dataset.source).name
     patients = new["patient"].astype(str)

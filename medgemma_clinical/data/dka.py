@@ -237,6 +237,9 @@ def read_tables(
         raise InputError(f"{name}: no rows below the header")
 
 
+OTHER_FORMS = "; from_long reads one value a row from Excel, and with other separators"
+
+
 def _read_file(
     path: Path, max_rows: int, columns: Sequence[str] | None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
@@ -247,12 +250,13 @@ def _read_file(
         with path.open("rb") as file:
             yield from read(path, file, max_rows, columns)
     except UnicodeError as error:
-        raise InputError(f"{path}: not a text file in UTF-8: save it as CSV UTF-8") from error
+        form = "not a text file in UTF-8: save it as CSV UTF-8"
+        raise InputError(f"{path}: {form}{OTHER_FORMS}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: not a whole gzip file: copy it again") from error
     except csv.Error as error:
         form = 'save it as CSV, cells separated by commas, texts with commas in quotes "'
-        raise InputError(f"{path}, {error}: {form}") from error
+        raise InputError(f"{path}, {error}: {form}{OTHER_FORMS}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or 'damaged'}") from error
 
@@ -361,8 +365,12 @@ def number_equal(ids: NDArray[np.str_], findings: Findings) -> NDArray[np.str_]:
     """Number the ids that repeat one of an earlier row of the source: 7, 7 (2)."""
     seen, numbered = findings.ids, []
     for name in ids.tolist():
-        seen[name] += 1
-        numbered.append(f"{name} ({seen[name]})" if seen[name] > 1 and name else name)
+        new = name
+        while name and new in seen:  # an id may itself be "7 (2)"
+            seen[name] += 1
+            new = f"{name} ({seen[name]})"
+        seen[new] += 1
+        numbered.append(new)
     unique = np.array(numbered, dtype=np.str_)
     findings.counts["repeat an earlier id: numbered, as in ID (2)"] += int((unique != ids).sum())
     return unique

@@ -159,8 +159,8 @@ MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_00
 """Units of times that are numbers, counted from an arbitrary day."""
 
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p")
-DAY_FIRST = ("%d/%m/%Y", "%d.%m.%Y", "%d-%m-%Y")
-MONTH_FIRST = ("%m/%d/%Y", "%m-%d-%Y")  # with points the day comes first everywhere
+DAY_FIRST = ("%d/%m/%Y", "%d.%m.%Y", "%d-%m-%Y", "%d-%b-%Y", "%d/%m/%y", "%d.%m.%y")
+MONTH_FIRST = ("%m/%d/%Y", "%m-%d-%Y", "%m/%d/%y")  # with points the day comes first everywhere
 YEAR_FIRST = ("%Y/%m/%d", "%Y.%m.%d")
 ORDERS = [
     tuple(date + clock for date in dates for clock in CLOCKS)
@@ -207,7 +207,8 @@ class Column:
         # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
         cell = f"trim({raw}::VARCHAR)"
         if self.formats:
-            time = f"try_strptime({cell}, [{', '.join(map(literal, self.formats))}])::TIMESTAMP"
+            formats = sorted(self.formats, key=lambda each: "%y" not in each)
+            time = f"try_strptime({cell}, [{', '.join(map(literal, formats))}])::TIMESTAMP"
             return f"CASE WHEN year({time}) > 999 THEN {time} END"  # %Y takes 24 for the year 24
         if self.form in ("time", "instant"):
             is_time = f"regexp_full_match({cell}, '{MOMENT}')"
@@ -403,6 +404,8 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except (EOFError, UnicodeError, csv.Error, OSError, zlib.error, duckdb.Error) as error:
         problem = getattr(error, "strerror", None) or "damaged, or not of the form of its ending"
+        if isinstance(error, UnicodeError):
+            problem = "not a text file in UTF-8: save it as CSV UTF-8"
         if line := re.search(r"CSV Error on Line: (\d+)", str(error)):
             path = Path(f"{path}, line {line[1]}")
             problem = "not as long as the header, a quote is not closed, or no UTF-8"

@@ -158,12 +158,12 @@ def load_events(
     window = f"the windows ({plain(request.window_hours)} hours up to a prediction time)"
     outside = f"{early:,} lie before {window}, {late:,} after them"
     if early + late + strange:
-        others = f"{strange:,} are of subjects without a label"
+        others = f"{strange:,} are of subjects that --labels lacks"
         logger.info("of %s values %s, %s", f"{total:,}", outside, others)
-    few = f"{labelled - measured:,} of {labelled:,} subjects with a label have no value in"
+    few = f"{labelled - measured:,} of the {labelled:,} subjects of --labels have no value in"
     cause = f"of their values {outside}"
     if 2 * subjects < labelled:
-        cause = "are subjects named alike in events and labels?"
+        cause = "are subjects named alike in both tables?"
     if not total:
         cause = "no event has a code of --series"
     problem = f"{few} their windows: {cause}"
@@ -190,7 +190,7 @@ def name_codes(database: Database, wanted: Mapping[str, Sequence[Feature]]) -> N
     )
     unseen = "FROM wanted WHERE NOT EXISTS (FROM named WHERE is_code(named.code, wanted.code))"
     for row in database.run(f"SELECT kind, title, code {unseen} ORDER BY ALL").fetchall():
-        problem = "no subject with a label has an event of this code in a window"
+        problem = "no subject of --labels has an event of this code in a window"
         logger.warning("warning: --%s %s=%s: %s", *row, problem)
 
 
@@ -220,11 +220,14 @@ def make_rows(
     usable: str,
     static: pd.DataFrame | None = None,
     parts: pd.Series | None = None,
+    *,
+    keep_all: bool = False,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format and their description, but for its origin.
 
     ``usable`` says which events of a window are read; ``static`` holds context and static columns
-    by the number of the prediction, ``parts`` those of the split by subject.
+    by the number of the prediction, ``parts`` those of the split by subject. With ``keep_all`` a
+    row that a rule removes stays without values, so that no new patient is lost unseen.
     """
     main, fewest = series[0], request.min_observations
     labels = database.frame(
@@ -240,7 +243,7 @@ def make_rows(
     counts = cells.get(main.name, none)["observations"].reindex(labels.index)
     rules[f"{few} of {main.name} in the window"] = ~counts.ge(fewest)
     left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
-    labels = labels[left]
+    labels = labels if keep_all else labels[left]
     titles = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
     texts = [cells.get(each.name, none)["text"] for each in series]
     rows = pd.DataFrame(
@@ -255,6 +258,9 @@ def make_rows(
         },
         index=labels.index,
     )
+    if keep_all and not left.all():
+        rows.loc[~left, [*titles, "prediction_hours"]] = None
+        logger.warning("warning: %d rows are kept without values: no risk", int((~left).sum()))
     if parts is not None:
         rows["split"] = labels["subject"].map(parts)
     midnight, events = database.row(

@@ -135,6 +135,8 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
     wanted = parse_features("series", request.series, code_needed=False)
     factors = request.factors()
+    if request.like and request.out.resolve() == request.like.resolve():
+        raise InputError(f"--out {request.out}: --like reads it: choose another name")
     with open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
         table = open_table(database, request.table, {})
@@ -172,7 +174,13 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
             request = replace(request, outcome=label)
         usable = "values that were stored by then" if "storetime" in names else "values"
         rows, description = make_rows(
-            database, request, series, trajectories, usable, static.set_index("number")
+            database,
+            request,
+            series,
+            trajectories,
+            usable,
+            static.set_index("number"),
+            keep_all=request.no_labels,
         )
         description["values"] = count_left_out(database, table.path)
     if "storetime" not in names:

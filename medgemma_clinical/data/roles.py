@@ -60,4 +60,5 @@ def from_long_command(header: Sequence[str], source: str) -> str:
     table = "TABLE.csv" if source == "DataFrame" else source
     words = ["python", "dataset_format.py", "from_long", "--table", table, "--columns"]
     words += [f"{role}={name}" for role, name in named.items()]
-    return f"{shlex.join(words)} --labels PATIENTS.csv --out data.csv"
+    rest = "--labels PATIENTS.csv --prediction_time 'ADMITTED + 48 h' --out data.csv"
+    return f"{shlex.join(words)} {rest}"

@@ -72,14 +72,14 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
             line["SD over splits"] = f"{row['sd']:.3f}"
         lines.append(line)
     table = pd.DataFrame(lines)
+    for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
+        values = metrics.metric(name)["value"]
+        table[title] = [NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
     known = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
     for name, (title, form) in COST.items():
         if name in known and known[name].notna().any():
             numbers = known[name].astype(float)
             table[title] = ["" if pd.isna(x) else f"{x:{form}}" for x in numbers]
-    for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
-        values = metrics.metric(name)["value"]
-        table[title] = [NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
     return table
 
 

@@ -75,7 +75,7 @@ def test_what_looks_wrong_is_warned_of(make, caplog):
             (few, {}, None),
             (midnight, {}, "midnight"),
             (simple(), {"series": (GAP_SERIES, "lactate=lac*")}, "--series lactate=lac*"),
-            (four(9, 1), {}, "3 of 4 subjects"),
+            (four(9, 1), {}, "3 of the 4 subjects"),
             (four(9, 1, 2), {}, None),
         ):
             make(mini, **flags)
@@ -92,7 +92,7 @@ def test_what_looks_wrong_is_warned_of(make, caplog):
         (simple(), "a [b=x", "--series"),
         (simple(), "anion gap [mmol/L]=x", "--series anion gap"),
         (simple().ask(1, 30, 1), GLUCOSE_SERIES, "subject_id and prediction_time"),
-        (four(9), GLUCOSE_SERIES, "4 of 4 subjects"),
+        (four(9), GLUCOSE_SERIES, "4 of the 4 subjects"),
         (Mini().ask(1, 30).measure(1, 20, 1, GLUCOSE), GLUCOSE_SERIES, "no value of anion gap"),
     ],
 )
