@@ -388,9 +388,9 @@ NEW = {
 
 @pytest.mark.parametrize("max_rows", [1, 2, 9])
 def test_equal_ids_are_numbered_in_whatever_chunks_they_are_read(max_rows, tmp_path):
-    ids = ["7", "8", "7", "9", "", "7 (2)", "7", "8"]
-    names = ["7", "8", "7 (2)", "9", "p", "7 (2) (2)", "7 (3)", "8 (2)"]
-    table = table_of(["1 (0h)", "", *["2 (1h)"] * 6], subject_id="p", id=ids)
+    ids = ["7", "8", "7", "9 (2)", "9", "", "7 (2)", "9", "8"]
+    names = ["7", "8", "7 (2)", "9 (2)", "9", "p", "7 (2) (2)", "9 (3)", "8 (2)"]
+    table = table_of(["1 (0h)", "", *["2 (1h)"] * 7], subject_id="p", id=ids)
     chunks, findings = scored(write_table(table, tmp_path / "new.csv"), max_rows, inputs=NOTHING)
     assert np.concatenate([chunk.ids for chunk in chunks]).tolist() == names
     readable = np.concatenate([chunk.dataset.ids for chunk in chunks]).tolist()

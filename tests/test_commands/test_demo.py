@@ -26,6 +26,7 @@ def finish(args):
     stage_folder(args).mkdir()
     written = {"reports": 10, "parse_share": metric(0.6), "inventing_share": metric(0.2)}
     content = run_metrics(**({"reports": written} if args.mode == "generative" else {}))
+    content |= {} if args.trajectory_only else {"residual_weight": 0}
     (stage_folder(args) / "metrics.json").write_text(json.dumps(content))
     return 0
 
@@ -58,6 +59,7 @@ def test_the_console_has_commands_results_and_pages_only(tmp_path, capsys):
     assert "a line of the run" not in lines
     assert sum("0.700 [0.600, 0.800]" in line for line in lines) == 3
     assert sum("60.0 [50.0, 70.0] %" in line for line in lines) == 1
+    assert sum("weight 0" in line for line in lines) == 2, "of stages 2 and 3"
 
 
 @pytest.mark.parametrize("browser", [True, False])

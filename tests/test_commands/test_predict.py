@@ -127,6 +127,7 @@ def test_rows_of_the_training_data_are_left_out_and_counted(
         shown, page = capsys.readouterr().out, out.with_suffix(".report.html").read_text()
         assert sentence in shown
         assert sentence in page
+        assert ("optimistic" in page) == (left_out > 0), "the validation part is not known"
         new = ~rows["subject_id"].isin(set(table["subject_id"]) - set(held_out))
         new = new if left_out else new | True
         score = roc_auc_score(rows.loc[new, LABEL].astype(int), lines.loc[new, "probability"])
