@@ -53,6 +53,7 @@ from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.training_data import PARTS, describe_copies
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
+from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
 
@@ -500,10 +501,15 @@ def check(file: Path, **reading: Any) -> int:
 
 def end_on_signals() -> None:
     """Let a scheduler, or a closed terminal, end the command so that half-written files go."""
+
+    def end(number: int, _: Any) -> None:
+        SIGNALS.received = number
+        sys.exit(128 + number)
+
     for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the latter
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+            signal.signal(number, end)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import medgemma_trainer as trainer
 from medgemma_clinical.commands import run_folder
 from medgemma_clinical.commands.command_line import run_command
 from medgemma_clinical.commands.logs import LOG_MARK, RUN_LOG, command_logging
-from medgemma_clinical.files import RunFault
+from medgemma_clinical.files import InputError, RunFault
+from medgemma_clinical.training.signals import SIGNALS
 from predicting import refused
 
 ROOT = Path(trainer.__file__).parent
@@ -91,6 +92,17 @@ def test_a_fault_is_named_by_type_and_place_and_never_by_its_text(error, shown, 
     with command_logging():
         assert run_command(fail, show_values=True) == 3
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Query interrupted"), InputError("damaged")])
+def test_what_a_library_makes_of_a_signal_is_no_fault(error, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(SIGNALS, "received", 15)
+    with command_logging():
+        assert run_command(fail) == 143
+    assert not capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_code_3(data, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from medgemma_clinical import __version__
 from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
+from medgemma_clinical.training.signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +118,15 @@ def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
     try:
         with owner_only():
             return action()
-    except InputError as error:
-        logger.error("%s", error.message(show_value=show_values))
-        return EXIT_INPUT
     except KeyboardInterrupt as stop:
         logger.error("interrupted: nothing more was written")
         return getattr(stop, "code", EXIT_INTERRUPTED)
     except Exception as error:
+        if SIGNALS.received:  # what it raises within a library may become another error
+            return 128 + SIGNALS.received
+        if isinstance(error, InputError):
+            logger.error("%s", error.message(show_value=show_values))
+            return EXIT_INPUT
         logger.error("%s", describe_fault(error), exc_info=show_values)
         return EXIT_FAULT
 
